@@ -1,0 +1,1 @@
+"""Fits what deployment needs from data: conditioning constants and recovered decoders."""

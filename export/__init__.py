@@ -1,0 +1,1 @@
+"""From a trained checkpoint to a validated bundle: ONNX graphs, engines, parity gates."""

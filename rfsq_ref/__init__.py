@@ -1,0 +1,1 @@
+"""PyTorch reference of the Robust RFSQ action tokenizer: the definition of right."""

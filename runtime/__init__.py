@@ -1,0 +1,1 @@
+"""What runs on the robot: numpy plus the one backend in use."""
