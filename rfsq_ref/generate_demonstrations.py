@@ -1,0 +1,290 @@
+#!/usr/bin/env python3
+"""Generate demonstrations of a simulated Panda arm: scripted experts, five robosuite tasks, one compact file.
+
+The file holds exactly the float32 actions that were sent to the simulator. Every episode draws everything random
+from its own seed, so the same arguments and package versions give the same bytes with any number of workers.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import json
+import logging
+import multiprocessing
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rfsq_ref.experts import ACTION_DIM, EXPERTS, POSITION_UNIT, ROTATION_UNIT
+
+GENERATOR_VERSION = 1
+CONTROL_FREQUENCY = 20
+CONTROLLER = "OSC_POSE"
+DEFAULT_OUTPUT = Path(__file__).resolve().parent / "assets" / "demonstrations.npz"
+MAX_ATTEMPTS_PER_EPISODE = 3
+ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+
+
+class SimulatorError(RuntimeError):
+    """The simulator is missing, has a version it does not work with, or cannot give what was asked for."""
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What to generate; `tasks` in the order in which they are written."""
+
+    episodes_per_task: int = 25
+    seed: int = 0
+    output: Path = DEFAULT_OUTPUT
+    workers: int = 2
+    tasks: tuple[str, ...] = tuple(EXPERTS)
+
+    def __post_init__(self) -> None:
+        for name in ("episodes_per_task", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; expected 0 or more")
+        unknown = [task for task in self.tasks if task not in EXPERTS]
+        if unknown or not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"tasks are {list(self.tasks)}; expected different ones of {list(EXPERTS)}")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One episode to run; `index` counts the attempts of its task."""
+
+    task: str
+    index: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What came of an attempt: actions float32 [steps, 7] as sent, and whether the task was solved at the end."""
+
+    attempt: Attempt
+    actions: NDArray[np.float32]
+    success: bool
+
+
+def attempt_of(seed: int, task: str, index: int) -> Attempt:
+    """The seed depends on the task's place among all tasks, not among those chosen."""
+    sequence = np.random.SeedSequence((seed, list(EXPERTS).index(task), index))
+    return Attempt(task, index, int(sequence.generate_state(1, np.uint32)[0]))
+
+
+def check_simulator() -> dict[str, str]:
+    """Versions of what decides the bytes of the result; refuses a simulator that is missing or known to break."""
+    try:
+        versions = {name: version(name) for name in ("robosuite", "mujoco", "numpy")}
+    except PackageNotFoundError as error:
+        raise SimulatorError(
+            f"{error.name} is not installed, and the demonstrations come from it; run: pip install '.[sim]'"
+        ) from error
+    if int(versions["mujoco"].split(".")[0]) >= 4:
+        raise SimulatorError(
+            f"mujoco {versions['mujoco']} is installed, and robosuite {versions['robosuite']} breaks with mujoco 4; "
+            "pin it: pip install 'mujoco==3.3.1' (or pip install '.[sim]' into an environment of its own)"
+        )
+    return versions
+
+
+def make_environment(task: str, seed: int) -> Any:
+    """A robosuite environment without rendering; two with the same task and seed behave the same."""
+    # robosuite warns dozens of times per environment about robots and files nobody here uses.
+    logging.getLogger("robosuite_logs").addFilter(_errors_only)
+    import robosuite
+    from robosuite.controllers import load_composite_controller_config
+
+    return robosuite.make(
+        task,
+        robots="Panda",
+        controller_configs=load_composite_controller_config(controller="BASIC", robot="Panda"),
+        has_renderer=False,
+        has_offscreen_renderer=False,
+        use_camera_obs=False,
+        control_freq=CONTROL_FREQUENCY,
+        ignore_done=True,
+        hard_reset=False,
+        seed=seed,
+    )
+
+
+def _errors_only(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+def run_attempt(attempt: Attempt) -> Episode:
+    """Drive one episode from reset to the expert's end. A fresh environment: nothing is left of earlier episodes."""
+    environment = make_environment(attempt.task, attempt.seed)
+    try:
+        expert = EXPERTS[attempt.task]()
+        expert.reset(np.random.default_rng(attempt.seed))
+        observation = environment.reset()
+        actions: list[NDArray[np.float32]] = []
+        while not expert.done and len(actions) < expert.max_steps:
+            actions.append(expert.act(observation))
+            observation = environment.step(actions[-1])[0]
+        return Episode(attempt, np.stack(actions), bool(environment._check_success()))
+    finally:
+        environment.close()
+
+
+def collect(config: GenerationConfig) -> list[Episode]:
+    """Run attempts until every task has its episodes; all attempts, ordered by task and index.
+
+    Each round runs as many attempts as are missing, so which attempts are made does not depend on the workers.
+    """
+    episodes: dict[str, list[Episode]] = {task: [] for task in config.tasks}
+    # Spawned workers start clean: a forked one would share the simulator's native state.
+    with multiprocessing.get_context("spawn").Pool(config.workers) as pool:
+        while missing := list(_missing_attempts(config, episodes)):
+            for episode in _progress(pool.imap_unordered(run_attempt, missing), len(missing)):
+                episodes[episode.attempt.task].append(episode)
+    return [
+        episode for task in config.tasks for episode in sorted(episodes[task], key=lambda found: found.attempt.index)
+    ]
+
+
+def _missing_attempts(config: GenerationConfig, episodes: dict[str, list[Episode]]) -> Iterator[Attempt]:
+    for task in config.tasks:
+        tried = len(episodes[task])
+        kept = sum(episode.success for episode in episodes[task])
+        missing = config.episodes_per_task - kept
+        if missing and tried >= MAX_ATTEMPTS_PER_EPISODE * config.episodes_per_task:
+            raise SimulatorError(
+                f"{task}: {kept} of {tried} attempts succeeded, expected {config.episodes_per_task}; "
+                "the expert and the simulator versions do not fit together"
+            )
+        for index in range(tried, tried + missing):
+            yield attempt_of(config.seed, task, index)
+
+
+def _progress(episodes: Iterable[Episode], total: int) -> Iterator[Episode]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        for done, episode in enumerate(episodes, start=1):
+            print(f"{done}/{total} {episode.attempt.task} {len(episode.actions)} steps", file=sys.stderr, flush=True)
+            yield episode
+    else:
+        yield from tqdm(episodes, total=total, unit="episode", desc="demonstrations")
+
+
+def arrays_of(
+    config: GenerationConfig, attempts: Sequence[Episode], versions: dict[str, str]
+) -> dict[str, NDArray[Any]]:
+    """The file's arrays: actions [N, 7], episode_ends / task_index / episode_seeds [E], task_names, metadata."""
+    kept = [episode for episode in attempts if episode.success]
+    return {
+        "actions": np.concatenate([episode.actions for episode in kept]),
+        "episode_ends": np.cumsum([len(episode.actions) for episode in kept], dtype=np.int64),
+        "task_index": np.array([config.tasks.index(episode.attempt.task) for episode in kept], dtype=np.int64),
+        "task_names": np.array(config.tasks),
+        "episode_seeds": np.array([episode.attempt.seed for episode in kept], dtype=np.int64),
+        "metadata": np.array(json.dumps(_metadata(config, attempts, versions), sort_keys=True)),
+    }
+
+
+def _metadata(config: GenerationConfig, attempts: Sequence[Episode], versions: dict[str, str]) -> dict[str, Any]:
+    tried = Counter(episode.attempt.task for episode in attempts)
+    kept = Counter(episode.attempt.task for episode in attempts if episode.success)
+    return {
+        "generator_version": GENERATOR_VERSION,
+        "versions": versions,
+        "seed": config.seed,
+        "episodes_per_task": config.episodes_per_task,
+        "robot": "Panda",
+        "controller": CONTROLLER,
+        "control_frequency_hz": CONTROL_FREQUENCY,
+        "action_names": list(ACTION_NAMES),
+        "action_range": [-1.0, 1.0],
+        "position_m_per_unit": POSITION_UNIT,
+        "rotation_rad_per_unit": ROTATION_UNIT,
+        "gripper": "negative opens, positive closes",
+        "discarded": {task: tried[task] - kept[task] for task in config.tasks},
+        "success_rate": {task: round(kept[task] / tried[task], 4) for task in config.tasks},
+    }
+
+
+def save(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write beside `path` and rename, so that an interrupted run leaves the old file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        # mkstemp makes files private; a data file is for everyone who may read the folder.
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def table(config: GenerationConfig, attempts: Sequence[Episode]) -> str:
+    """One line per task and a total."""
+    lines = [f"{'task':<20}{'kept':>6}{'discarded':>11}{'steps':>8}{'success':>9}"]
+    for label, tasks in [*((task, (task,)) for task in config.tasks), ("total", config.tasks)]:
+        tried = [episode for episode in attempts if episode.attempt.task in tasks]
+        kept = [episode for episode in tried if episode.success]
+        steps = sum(len(episode.actions) for episode in kept)
+        rate = len(kept) / len(tried)
+        lines.append(f"{label:<20}{len(kept):>6}{len(tried) - len(kept):>11}{steps:>8}{rate:>9.1%}")
+    return "\n".join(lines)
+
+
+def generate(config: GenerationConfig) -> list[Episode]:
+    """Generate, save, and return all attempts, the failed ones too."""
+    versions = check_simulator()
+    attempts = collect(config)
+    arrays = arrays_of(config, attempts, versions)
+    if arrays["actions"].shape[1] != ACTION_DIM or not np.all(np.abs(arrays["actions"]) <= 1.0):
+        raise SimulatorError("the experts gave actions outside [-1, 1] or not of 7 values; nothing was written")
+    save(config.output, arrays)
+    return attempts
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> GenerationConfig:
+    defaults = GenerationConfig()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--episodes-per-task", type=int, default=defaults.episodes_per_task, metavar="N")
+    parser.add_argument("--seed", type=int, default=defaults.seed, metavar="S")
+    parser.add_argument("--output", type=Path, default=defaults.output, metavar="F")
+    parser.add_argument("--workers", type=int, default=defaults.workers, metavar="W")
+    parser.add_argument("--tasks", nargs="+", default=list(defaults.tasks), metavar="TASK", help=", ".join(EXPERTS))
+    parsed = parser.parse_args(arguments)
+    try:
+        return GenerationConfig(**{**vars(parsed), "tasks": tuple(parsed.tasks)})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    config = parse_arguments(arguments)
+    try:
+        attempts = generate(config)
+    except SimulatorError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(config, attempts))
+    print(f"{config.output} ({config.output.stat().st_size / 1e6:.2f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
