@@ -1,0 +1,150 @@
+"""The Robust RFSQ autoencoder: actions to tokens and back, one step of a chunk at a time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rfsq_ref.errors import NotDecodableError
+from rfsq_ref.normaliser import Normaliser
+from rfsq_ref.quantizer import DYNAMIC_NEEDS_STATS, Conditioning, ConditioningConstants, ResidualQuantizer
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes: action_dim A, latent_dim D, hidden_width of both networks, num_layers L, num_levels K."""
+
+    action_dim: int = 7
+    latent_dim: int = 16
+    hidden_width: int = 64
+    num_layers: int = 8
+    num_levels: int = 7
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("action_dim", 1),
+            ("latent_dim", 1),
+            ("hidden_width", 1),
+            ("num_layers", 1),
+            ("num_levels", 2),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+
+
+@dataclass(frozen=True)
+class RecoveredDecoder:
+    """Latents from the tokens of a prefix of l layers: z = matrix @ tokens.flatten() + offset (design section 3).
+
+    matrix: float64 [D, D * l], the last axis ordered as tokens [D, l]; offset: float64 [D].
+    """
+
+    matrix: Tensor
+    offset: Tensor
+
+    def latents(self, tokens: Tensor) -> Tensor:
+        """tokens [..., D, l] to latents [..., D]."""
+        flat = tokens.flatten(-2).to(self.matrix.dtype)
+        return flat @ self.matrix.T + self.offset
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """actions [..., A]; latents [..., D] as decoded; tokens int64 [..., D, L]; stats [..., L, 2] (`dynamic` only)."""
+
+    actions: Tensor
+    latents: Tensor
+    tokens: Tensor
+    stats: Tensor | None
+
+
+class ActionAutoencoder(nn.Module):
+    """Encoder, quantiser, decoder. Takes and gives physical units: the normaliser is part of the model."""
+
+    offset: Tensor
+    units: Tensor
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        conditioning: Conditioning,
+        *,
+        constants: ConditioningConstants | None = None,
+        recovered: Mapping[int, RecoveredDecoder] | None = None,
+        normaliser: Normaliser | None = None,
+    ) -> None:
+        super().__init__()
+        if conditioning is Conditioning.DYNAMIC and config.latent_dim < 2:
+            raise ValueError("conditioning 'dynamic' needs latent_dim >= 2: one latent has no standard deviation")
+        if normaliser is not None and len(normaliser.scale) != config.action_dim:
+            raise ValueError(f"normaliser for {len(normaliser.scale)} dimensions, model for {config.action_dim}")
+        self.config = config
+        self.encoder = nn.Sequential(
+            nn.Linear(config.action_dim, config.hidden_width),
+            nn.Mish(),
+            nn.Linear(config.hidden_width, config.latent_dim),
+            nn.Tanh(),
+        )
+        self.quantizer = ResidualQuantizer(
+            config.num_layers, config.num_levels, config.latent_dim, conditioning, constants
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(config.latent_dim, config.hidden_width),
+            nn.Mish(),
+            nn.Linear(config.hidden_width, config.action_dim),
+        )
+        self.recovered = dict(recovered or {})
+        self.normaliser = normaliser
+        offset = normaliser.offset if normaliser else (0.0,) * config.action_dim
+        units = normaliser.scale if normaliser else (1.0,) * config.action_dim
+        self.register_buffer("offset", torch.tensor(offset), persistent=False)
+        self.register_buffer("units", torch.tensor(units), persistent=False)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        return self.quantizer.conditioning
+
+    def encode_latents(self, actions: Tensor) -> Tensor:
+        """actions [..., A] to latents [..., D] in (-1, 1), not quantised."""
+        latents: Tensor = self.encoder((actions - self.offset) / self.units)
+        return latents
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """latents [..., D] to actions [..., A]."""
+        actions: Tensor = self.decoder(latents) * self.units + self.offset
+        return actions
+
+    def forward(self, actions: Tensor) -> Reconstruction:
+        """Through the quantiser and back, with the straight-through gradient."""
+        quantized = self.quantizer(self.encode_latents(actions))
+        return Reconstruction(
+            self.decode_latents(quantized.latents), quantized.latents, quantized.tokens, quantized.stats
+        )
+
+    def encode(self, actions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """actions [..., A] to tokens int64 [..., D, L] and, for `dynamic`, stats [..., L, 2]."""
+        quantized = self.quantizer.quantize(self.encode_latents(actions))
+        return quantized.tokens, quantized.stats
+
+    def dequantize(self, tokens: Tensor, stats: Tensor | None = None) -> Tensor:
+        """tokens [..., D, l] to latents [..., D].
+
+        A `dynamic` model uses stats where given, else its recovered decoder for that prefix; raises
+        NotDecodableError where it has neither.
+        """
+        prefix = tokens.shape[-1]
+        if self.conditioning is not Conditioning.DYNAMIC or stats is not None:
+            return self.quantizer.dequantize(tokens, stats)
+        if prefix in self.recovered:
+            return self.recovered[prefix].latents(tokens).to(self.offset.dtype)
+        if self.recovered:
+            raise NotDecodableError(
+                f"no recovered decoder for a prefix of {prefix} layers; fitted prefixes: {sorted(self.recovered)}. "
+                f"Fit it with `python calibration/fit.py --prefixes {prefix}`"
+            )
+        raise NotDecodableError(DYNAMIC_NEEDS_STATS)
+
+    def decode(self, tokens: Tensor, stats: Tensor | None = None) -> Tensor:
+        """tokens [..., D, l] to actions [..., A]; see `dequantize` for what a `dynamic` model needs."""
+        return self.decode_latents(self.dequantize(tokens, stats))

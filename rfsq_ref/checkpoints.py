@@ -1,0 +1,362 @@
+"""Checkpoints: the layouts found in the wild, and our own (safetensors plus a JSON header).
+
+Published layouts are read with `weights_only=True`, so a pickle that wants to run code is refused by torch
+itself. Their module names are `encoder.0/2`, `rfsq.layers.N.boundaries`, `decoder.0/2`; their config calls the
+latent dimension `hidden_dim`.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
+from rfsq_ref.errors import CheckpointError, DataError
+from rfsq_ref.normaliser import Normaliser, normaliser_from_json
+from rfsq_ref.quantizer import Conditioning, ConditioningConstants
+
+FORMAT = "rfsq-checkpoint"
+FORMAT_VERSION = 1
+ASSETS = Path(__file__).resolve().parent / "assets"
+#: The embedded checkpoints, trained by `python rfsq_ref/train.py` on the embedded demonstrations.
+NAIVE_CHECKPOINT = ASSETS / "naive.safetensors"
+ROBUST_CHECKPOINT = ASSETS / "robust.safetensors"
+
+_WEIGHTS = tuple(
+    f"{part}.{index}.{kind}" for part in ("encoder", "decoder") for index in (0, 2) for kind in ("weight", "bias")
+)
+_BOUNDARIES = re.compile(r"rfsq\.layers\.(\d+)\.boundaries")
+_UNUSED_LAYERNORM = re.compile(r"rfsq\.layers\.\d+\.layernorm\.(weight|bias)")
+#: The published grid is a float32 linspace; anything further off than its rounding is another grid.
+_GRID_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model and what was fitted to it afterwards.
+
+    trained_with: the conditioning of the training forward pass (`none` or `dynamic`); weights: float32 tensors
+    by the names of ActionAutoencoder's state dict; constants and recovered: what calibration fitted, if it did;
+    provenance: JSON-like facts; remarks: what a person should know about how the file was read.
+    """
+
+    config: ModelConfig
+    trained_with: Conditioning
+    weights: Mapping[str, Tensor]
+    constants: ConditioningConstants | None = None
+    recovered: Mapping[int, RecoveredDecoder] = field(default_factory=dict)
+    normaliser: Normaliser | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+
+    def model(
+        self, conditioning: Conditioning | None = None, *, dtype: torch.dtype = torch.float32
+    ) -> ActionAutoencoder:
+        """The autoencoder, in evaluation mode.
+
+        conditioning: the trained one by default; `calibrated` needs fitted constants (CheckpointError without).
+        """
+        conditioning = conditioning or self.trained_with
+        if conditioning is Conditioning.CALIBRATED and self.constants is None:
+            raise CheckpointError(
+                "this checkpoint carries no conditioning constants; fit them with "
+                "`python calibration/fit.py --checkpoint FILE`"
+            )
+        if conditioning not in (self.trained_with, Conditioning.CALIBRATED):
+            raise CheckpointError(
+                f"this checkpoint was trained with conditioning {self.trained_with.value!r}; running it with "
+                f"{conditioning.value!r} would give tokens it was never trained for"
+            )
+        model = ActionAutoencoder(
+            self.config,
+            conditioning,
+            constants=self.constants if conditioning is Conditioning.CALIBRATED else None,
+            recovered=self.recovered if conditioning is Conditioning.DYNAMIC else None,
+            normaliser=self.normaliser,
+        )
+        model.load_state_dict(dict(self.weights))
+        return model.to(dtype).eval()
+
+    def with_fit(
+        self,
+        *,
+        constants: ConditioningConstants | None = None,
+        recovered: Mapping[int, RecoveredDecoder] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> "Checkpoint":
+        """A copy that carries what calibration fitted; what is not given stays."""
+        return replace(
+            self,
+            constants=constants or self.constants,
+            recovered=recovered if recovered is not None else self.recovered,
+            provenance={**self.provenance, **(provenance or {})},
+        )
+
+
+def checkpoint_of(model: ActionAutoencoder, provenance: Mapping[str, Any]) -> Checkpoint:
+    """Freeze a trained model into a checkpoint."""
+    weights = {name: tensor.detach().to("cpu", torch.float32).clone() for name, tensor in model.state_dict().items()}
+    return Checkpoint(model.config, model.conditioning, weights, normaliser=model.normaliser, provenance=provenance)
+
+
+def load_checkpoint(path: str | Path, *, use_layernorm: bool | None = None) -> Checkpoint:
+    """Read a checkpoint in our own format (.safetensors) or in one of the published ones (torch files).
+
+    use_layernorm: how the model was trained, True = `dynamic`, False = `none`. A bare state dict does not say it,
+    so it must be given there; where the file says it, the argument must agree. Raises CheckpointError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}; train one with `python rfsq_ref/train.py`")
+    if path.suffix == ".safetensors":
+        checkpoint = _load_safetensors(path)
+        _check_agreement(use_layernorm, checkpoint.trained_with is Conditioning.DYNAMIC, path)
+    else:
+        checkpoint = _load_published(path, use_layernorm)
+    return replace(checkpoint, provenance={**checkpoint.provenance, "checkpoint_sha256": file_sha256(path)})
+
+
+def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
+    """Write our own format, through a temporary sibling that is renamed."""
+    tensors: dict[str, Tensor] = dict(checkpoint.weights)
+    if checkpoint.constants is not None:
+        tensors["calibrated.mean"] = checkpoint.constants.mean
+        tensors["calibrated.scale"] = checkpoint.constants.scale
+    for prefix, recovered in checkpoint.recovered.items():
+        tensors[f"recovered.{prefix}.matrix"] = recovered.matrix
+        tensors[f"recovered.{prefix}.offset"] = recovered.offset
+    header = {
+        "format": FORMAT,
+        "version": FORMAT_VERSION,
+        "config": asdict(checkpoint.config),
+        "trained_with": checkpoint.trained_with.value,
+        "normaliser": checkpoint.normaliser.to_json() if checkpoint.normaliser else None,
+        "provenance": dict(checkpoint.provenance),
+    }
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        safetensors.torch.save_file(contiguous, temporary, metadata={FORMAT: json.dumps(header, sort_keys=True)})
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _load_safetensors(path: Path) -> Checkpoint:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is no mapping
+    except (safetensors.SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+    if FORMAT not in metadata:
+        raise CheckpointError(f"{path} has no {FORMAT!r} header; expected a file written by this project")
+    try:
+        header = json.loads(metadata[FORMAT])
+        if header["version"] != FORMAT_VERSION:
+            raise CheckpointError(f"{path} has format version {header['version']}; this code reads {FORMAT_VERSION}")
+        config = ModelConfig(**header["config"])
+        trained_with = Conditioning(header["trained_with"])
+        normaliser = normaliser_from_json(header["normaliser"]) if header["normaliser"] else None
+        provenance = header["provenance"]
+    except (KeyError, TypeError, ValueError, DataError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} has a broken header: {error!r}; save the checkpoint again") from error
+    constants = None
+    if "calibrated.mean" in tensors or "calibrated.scale" in tensors:
+        shape = (config.num_layers, config.latent_dim)
+        constants = ConditioningConstants(
+            _take(tensors, "calibrated.mean", shape, path), _take(tensors, "calibrated.scale", shape, path)
+        )
+    recovered = {}
+    for prefix in sorted({int(name.split(".")[1]) for name in tensors if name.startswith("recovered.")}):
+        recovered[prefix] = RecoveredDecoder(
+            _take(
+                tensors,
+                f"recovered.{prefix}.matrix",
+                (config.latent_dim, config.latent_dim * prefix),
+                path,
+                torch.float64,
+            ),
+            _take(tensors, f"recovered.{prefix}.offset", (config.latent_dim,), path, torch.float64),
+        )
+    weights = _take_weights(tensors, config, path)
+    if tensors:
+        raise CheckpointError(f"{path} has tensors this code does not know: {sorted(tensors)}")
+    return Checkpoint(config, trained_with, weights, constants, recovered, normaliser, provenance)
+
+
+def _load_published(path: Path, use_layernorm: bool | None) -> Checkpoint:
+    content = _torch_load(path)
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict or a dict with one")
+    keys = [key for key in ("model_state_dict", "model") if key in content]
+    remarks: list[str] = []
+    state = content[keys[0]] if keys else content
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} has no state dict of tensors; found the keys {sorted(map(str, content))}")
+    if len(keys) == 2:
+        _check_same_states(content, keys, path)
+        remarks.append("holds both 'model_state_dict' and 'model', with equal tensors")
+    stated = content.get("config", {}) if keys else {}
+    if not isinstance(stated, Mapping):
+        raise CheckpointError(f"{path} has a config of type {type(stated).__name__}; expected a dict")
+    tensors = dict(state)
+    config = _infer_config(tensors, stated, path)
+    _take_grids(tensors, config, path)
+    unused = sorted(name for name in tensors if _UNUSED_LAYERNORM.fullmatch(name))
+    for name in unused:
+        del tensors[name]
+    if unused:
+        remarks.append(f"{len(unused)} layernorm parameters ignored: the published forward pass never uses them")
+    weights = _take_weights(tensors, config, path)
+    if tensors:
+        raise CheckpointError(f"{path} has tensors this code does not know: {sorted(tensors)}")
+    trained_with = _training_conditioning(stated.get("use_layernorm"), use_layernorm, path)
+    provenance = {
+        key: content[key] for key in ("epoch", "train_mse", "mse") if keys and isinstance(content.get(key), int | float)
+    }
+    return Checkpoint(config, trained_with, weights, provenance=provenance, remarks=tuple(remarks))
+
+
+def _torch_load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: it is not a plain weights file (it holds objects that only running code could "
+            f"rebuild, or is no checkpoint at all). Save the state dict alone and try again. Reason: {_first_line(error)}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not a checkpoint torch can read: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or repr(error)).splitlines()[0][:200]
+
+
+def _check_same_states(content: Mapping[str, Any], keys: list[str], path: Path) -> None:
+    first, second = content[keys[0]], content[keys[1]]
+    same = (
+        isinstance(second, Mapping)
+        and first.keys() == second.keys()
+        and all(torch.equal(first[name], second[name]) for name in first)
+    )
+    if not same:
+        raise CheckpointError(
+            f"{path} holds both {keys[0]!r} and {keys[1]!r}, and they differ: it is not clear which one was trained. "
+            "Save the file with one of them"
+        )
+
+
+def _infer_config(tensors: Mapping[str, Any], stated: Mapping[str, Any], path: Path) -> ModelConfig:
+    """Sizes from the shapes; a stated config must agree."""
+    first, second = tensors.get("encoder.0.weight"), tensors.get("encoder.2.weight")
+    if first is None or second is None or first.ndim != 2 or second.ndim != 2:
+        raise CheckpointError(
+            f"{path} is not an RFSQ autoencoder: 'encoder.0.weight' and 'encoder.2.weight' are missing or not matrices; "
+            f"found {sorted(tensors)[:8]}"
+        )
+    layers = sorted(int(match[1]) for name in tensors if (match := _BOUNDARIES.fullmatch(name)))
+    if not layers or layers != list(range(len(layers))):
+        raise CheckpointError(
+            f"{path} has the quantiser layers {layers}; expected 'rfsq.layers.N.boundaries' for N = 0, 1, 2, ... without gaps"
+        )
+    inferred = ModelConfig(
+        action_dim=first.shape[1],
+        latent_dim=second.shape[0],
+        hidden_width=first.shape[0],
+        num_layers=len(layers),
+        num_levels=tensors["rfsq.layers.0.boundaries"].numel(),
+    )
+    # The published config calls the latent dimension `hidden_dim`.
+    names = {
+        "action_dim": "action_dim",
+        "hidden_dim": "latent_dim",
+        "num_layers": "num_layers",
+        "num_levels": "num_levels",
+    }
+    for theirs, ours in names.items():
+        if theirs in stated and stated[theirs] != getattr(inferred, ours):
+            raise CheckpointError(
+                f"{path}: its config says {theirs} = {stated[theirs]}, its tensors have {getattr(inferred, ours)}; "
+                "the file was put together from two models"
+            )
+    return inferred
+
+
+def _take_grids(tensors: dict[str, Any], config: ModelConfig, path: Path) -> None:
+    expected = torch.linspace(-1, 1, config.num_levels, dtype=torch.float64)
+    for layer in range(config.num_layers):
+        grid = tensors.pop(f"rfsq.layers.{layer}.boundaries")
+        if grid.shape != expected.shape or not (grid.double() - expected).abs().max() <= _GRID_TOLERANCE:
+            raise CheckpointError(
+                f"{path}: the grid of layer {layer} is {grid.tolist()}; expected linspace(-1, 1, {config.num_levels})"
+            )
+
+
+def _take_weights(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:
+    sizes = {
+        "encoder.0": (config.hidden_width, config.action_dim),
+        "encoder.2": (config.latent_dim, config.hidden_width),
+        "decoder.0": (config.hidden_width, config.latent_dim),
+        "decoder.2": (config.action_dim, config.hidden_width),
+    }
+    weights = {}
+    for name in _WEIGHTS:
+        module, _, kind = name.rpartition(".")
+        shape = sizes[module] if kind == "weight" else sizes[module][:1]
+        weights[name] = _take(tensors, name, shape, path)
+    return weights
+
+
+def _take(
+    tensors: dict[str, Tensor], name: str, shape: tuple[int, ...], path: Path, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    if name not in tensors:
+        raise CheckpointError(f"{path} lacks the tensor {name!r}; it is incomplete or of another model")
+    tensor = tensors.pop(name)
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(f"{path}: {name!r} has shape {tuple(tensor.shape)}; expected {shape}")
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{path}: {name!r} has type {tensor.dtype}; expected floating point")
+    tensor = tensor.detach().to(dtype)
+    if not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(f"{path}: {name!r} has {bad} values that are NaN or infinite; the training diverged")
+    return tensor
+
+
+def _training_conditioning(stated: Any, given: bool | None, path: Path) -> Conditioning:
+    if stated is None and given is None:
+        raise CheckpointError(
+            f"{path} does not say whether it was trained with normalised residuals (Robust RFSQ) or without, and its "
+            "tensors look the same either way; pass use_layernorm (--use-layernorm or --no-use-layernorm)"
+        )
+    if stated is not None:
+        _check_agreement(given, bool(stated), path)
+    return Conditioning.DYNAMIC if (given if stated is None else stated) else Conditioning.NONE
+
+
+def _check_agreement(given: bool | None, stated: bool, path: Path) -> None:
+    if given is not None and given != stated:
+        raise CheckpointError(f"{path} says use_layernorm = {stated}, the caller says {given}; drop the argument")

@@ -1,0 +1,100 @@
+"""Per-dimension affine normalisation of actions: normalised = (physical - offset) / scale."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rfsq_ref.errors import DataError
+
+
+class NormaliserKind(StrEnum):
+    """What is mapped onto [-1, 1] (`min-max`, `quantile`) or onto zero mean and unit deviation (`mean-std`)."""
+
+    MIN_MAX = "min-max"
+    QUANTILE = "quantile"
+    MEAN_STD = "mean-std"
+
+
+#: `quantile` maps these two quantiles onto -1 and 1, as the OpenVLA and pi0 data statistics do.
+QUANTILES = (0.01, 0.99)
+
+
+@dataclass(frozen=True)
+class Normaliser:
+    """offset, scale: one number per action dimension in physical units; untouched dimensions have 0 and 1."""
+
+    kind: NormaliserKind
+    offset: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.offset) != len(self.scale) or not self.offset:
+            raise DataError(
+                f"normaliser with {len(self.offset)} offsets and {len(self.scale)} scales; expected as many"
+            )
+        if not all(np.isfinite(self.offset)) or not all(np.isfinite(scale) and scale > 0 for scale in self.scale):
+            raise DataError(
+                f"normaliser offset {self.offset} and scale {self.scale} must be finite and every scale positive"
+            )
+
+    def normalise(self, actions: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Physical [..., A] to normalised [..., A], float64."""
+        return (np.asarray(actions, np.float64) - np.array(self.offset)) / np.array(self.scale)
+
+    def restore(self, actions: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """Normalised [..., A] to physical [..., A], float64."""
+        return np.asarray(actions, np.float64) * np.array(self.scale) + np.array(self.offset)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind.value, "offset": list(self.offset), "scale": list(self.scale)}
+
+
+def fit_normaliser(
+    actions: npt.NDArray[np.float32], kind: NormaliserKind, untouched: Sequence[int] = (-1,)
+) -> Normaliser:
+    """Fit to actions [N, A]; `untouched` dimensions (the gripper, last by default) keep offset 0 and scale 1.
+
+    A dimension that never moves gets scale 1, so that it stays finite. Float32-exact, because engines fold
+    float32 numbers.
+    """
+    values = actions.astype(np.float64)
+    if kind is NormaliserKind.MEAN_STD:
+        offset, scale = values.mean(axis=0), values.std(axis=0)
+    else:
+        bounds = (0.0, 1.0) if kind is NormaliserKind.MIN_MAX else QUANTILES
+        low, high = np.quantile(values, bounds, axis=0)
+        offset, scale = (low + high) / 2, (high - low) / 2
+    scale = np.where(scale > np.finfo(np.float32).eps * np.abs(offset), scale, 1.0)
+    for dimension in untouched:
+        offset[dimension], scale[dimension] = 0.0, 1.0
+    return Normaliser(kind, _float32_tuple(offset), _float32_tuple(scale))
+
+
+def normaliser_from_json(fields: Mapping[str, Any]) -> Normaliser:
+    """From `{"kind", "offset", "scale"}`; raises DataError naming what is missing or wrong."""
+    try:
+        return Normaliser(
+            NormaliserKind(fields["kind"]), tuple(map(float, fields["offset"])), tuple(map(float, fields["scale"]))
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        kinds = ", ".join(kind.value for kind in NormaliserKind)
+        raise DataError(f'normaliser needs "kind" ({kinds}), "offset" and "scale": {error!r}') from error
+
+
+def read_normaliser(path: Path) -> Normaliser:
+    """From a JSON file with `kind`, `offset` and `scale`."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a readable JSON file: {error}") from error
+    return normaliser_from_json(fields)
+
+
+def _float32_tuple(values: npt.NDArray[np.float64]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values.astype(np.float32))

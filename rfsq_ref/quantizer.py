@@ -1,0 +1,187 @@
+"""Residual finite scalar quantiser with three conditionings of the residual.
+
+Formulas: design section 3; residual FSQ with normalised residuals is arXiv 2508.15860.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+from rfsq_ref.errors import NotDecodableError
+
+#: Added to the unbiased standard deviation of a step's latents, as in the published model.
+SIGMA_EPSILON = 1e-5
+
+
+class Conditioning(StrEnum):
+    """How a layer's residual is brought onto the grid [-1, 1]."""
+
+    NONE = "none"
+    DYNAMIC = "dynamic"
+    CALIBRATED = "calibrated"
+
+
+@dataclass(frozen=True)
+class ConditioningConstants:
+    """Constants of the `calibrated` conditioning: x = (r - mean) / scale.
+
+    mean, scale: float32 [L, D]; scale is positive.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mean.ndim != 2 or self.mean.shape != self.scale.shape:
+            raise ValueError(
+                f"conditioning constants have shapes {tuple(self.mean.shape)} and {tuple(self.scale.shape)}; "
+                "expected [num_layers, latent_dim] for both"
+            )
+        if not (torch.isfinite(self.mean).all() and torch.isfinite(self.scale).all() and (self.scale > 0).all()):
+            raise ValueError("conditioning constants must be finite and every scale positive; calibrate again")
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """What one layer does to the residual; every tensor [..., D] unless said otherwise.
+
+    residual: what the layer is given; conditioned: the residual on the grid's scale; tokens: int64 levels;
+    dequantised: what the layer takes off the residual; stats: [..., 2] mean and sigma (`dynamic` only).
+    """
+
+    residual: Tensor
+    conditioned: Tensor
+    tokens: Tensor
+    dequantised: Tensor
+    stats: Tensor | None
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """latents [..., D]: the sum of all layers; tokens int64 [..., D, L]; stats [..., L, 2] (`dynamic` only)."""
+
+    latents: Tensor
+    tokens: Tensor
+    stats: Tensor | None
+
+
+class ResidualQuantizer(nn.Module):
+    """L layers of K uniform levels; every method takes any leading dimensions, in float32 or float64."""
+
+    half_steps: Tensor
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_levels: int,
+        latent_dim: int,
+        conditioning: Conditioning,
+        constants: ConditioningConstants | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        self.num_levels = num_levels
+        self.latent_dim = latent_dim
+        self.conditioning = conditioning
+        if (conditioning is Conditioning.CALIBRATED) != (constants is not None):
+            raise ValueError(f"conditioning {conditioning.value!r} with constants {constants is not None}")
+        # Integers survive a change of dtype, so the grid is exact to the last bit in float64 too.
+        half_steps = torch.arange(num_levels, dtype=torch.float32) * 2 - (num_levels - 1)
+        self.register_buffer("half_steps", half_steps, persistent=False)
+        if constants is None:
+            zeros = torch.zeros(num_layers, latent_dim)
+            constants = ConditioningConstants(zeros, torch.ones_like(zeros))
+        self.register_buffer("mean", constants.mean.clone(), persistent=False)
+        self.register_buffer("scale", constants.scale.clone(), persistent=False)
+
+    @property
+    def grid(self) -> Tensor:
+        """linspace(-1, 1, K)."""
+        return self.half_steps / (self.num_levels - 1)
+
+    @property
+    def edges(self) -> Tensor:
+        """The K - 1 values halfway between neighbouring levels."""
+        return (self.half_steps[:-1] + 1) / (self.num_levels - 1)
+
+    def layers(self, latents: Tensor) -> Iterator[LayerStep]:
+        """Run the layers one by one over latents [..., D]."""
+        residual = latents
+        for layer in range(self.num_layers):
+            stats = None
+            if self.conditioning is Conditioning.DYNAMIC:
+                mean = residual.mean(dim=-1, keepdim=True)
+                scale = residual.std(dim=-1, keepdim=True) + SIGMA_EPSILON
+                stats = torch.cat((mean, scale), dim=-1)
+            else:
+                mean, scale = self.mean[layer], self.scale[layer]
+            conditioned = (residual - mean) / scale
+            # `right=False` puts a value that lies on an edge into the lower bin: ties go to the lower index.
+            tokens = torch.bucketize(conditioned.contiguous(), self.edges, right=False)
+            dequantised = self.grid[tokens] * scale + mean
+            yield LayerStep(residual, conditioned, tokens, dequantised, stats)
+            residual = residual - dequantised
+
+    def quantize(self, latents: Tensor) -> Quantized:
+        """Tokens, side information and the dequantised sum of latents [..., D]."""
+        steps = list(self.layers(latents))
+        stats = None
+        if self.conditioning is Conditioning.DYNAMIC:
+            stats = torch.stack([step.stats for step in steps if step.stats is not None], dim=-2)
+        return Quantized(
+            latents=torch.stack([step.dequantised for step in steps]).sum(dim=0),
+            tokens=torch.stack([step.tokens for step in steps], dim=-1),
+            stats=stats,
+        )
+
+    def forward(self, latents: Tensor) -> Quantized:
+        """Quantise with the straight-through gradient: the identity from output to input."""
+        quantized = self.quantize(latents.detach())
+        straight_through = latents + (quantized.latents - latents).detach()
+        return Quantized(straight_through, quantized.tokens, quantized.stats)
+
+    def dequantize(self, tokens: Tensor, stats: Tensor | None = None) -> Tensor:
+        """Latents [..., D] from the first l layers, tokens [..., D, l] with 1 <= l <= L.
+
+        stats: [..., l, 2], needed by `dynamic` and by nothing else. A `calibrated` prefix adds the mean of
+        what is missing, mean[l] (design section 3). Raises NotDecodableError without the needed stats.
+        """
+        prefix = tokens.shape[-1]
+        levels = self.grid[tokens.long()]
+        if self.conditioning is Conditioning.DYNAMIC:
+            if stats is None:
+                raise NotDecodableError(DYNAMIC_NEEDS_STATS)
+            mean, scale = stats[..., :prefix, 0].unsqueeze(-2), stats[..., :prefix, 1].unsqueeze(-2)
+        else:
+            mean, scale = self.mean[:prefix].T, self.scale[:prefix].T
+        latents = (levels * scale + mean).sum(dim=-1)
+        if prefix < self.num_layers and self.conditioning is Conditioning.CALIBRATED:
+            latents = latents + self.mean[prefix]
+        return latents
+
+    def decision_margins(self, conditioned: Tensor) -> Tensor:
+        """Distance of conditioned values to the nearest bin edge, in bin widths; same shape."""
+        bins = (conditioned + 1) * (self.num_levels - 1) / 2
+        nearest_edge = torch.clamp(torch.round(bins - 0.5), 0, self.num_levels - 2) + 0.5
+        return (bins - nearest_edge).abs()
+
+
+DYNAMIC_NEEDS_STATS = (
+    "tokens of a `dynamic` (Robust RFSQ) checkpoint cannot be decoded alone: every layer was normalised by a mean "
+    "and a sigma of its own step, and these do not travel with the tokens. Either pass the `stats` that encoding "
+    "returned, or fit a checkpoint whose tokens decode on their own: `python calibration/fit.py --checkpoint FILE` "
+    "(`calibrated`: new tokens, exact; `recovered`: the published tokens, approximate)"
+)
+
+
+def published_dequantize(quantizer: ResidualQuantizer, tokens: Tensor) -> Tensor:
+    """Latents [..., D] as the published `decode_from_indices` gives them: the sum of grid values alone.
+
+    Wrong for `dynamic` (mean and sigma are dropped); kept because comparisons need it.
+    """
+    return quantizer.grid[tokens.long()].sum(dim=-1)
