@@ -1,0 +1,190 @@
+"""The deployed arithmetic, described once: what every emitter (ONNX now, C and CUDA later) writes down.
+
+Everything that is constant at run time is folded in float64 and rounded to float32 once: the normaliser into the
+first and last linear layer, the token decoding into the decoder's first linear layer (design section 3).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq_ref.quantizer import SIGMA_EPSILON, Conditioning
+
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+
+
+class DeployMode(StrEnum):
+    """Which tokens the encoder gives and what the decoder makes of them."""
+
+    NONE = "none"
+    DYNAMIC = "dynamic"
+    CALIBRATED = "calibrated"
+    RECOVERED = "recovered"
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """The reference conditioning that gives these tokens."""
+        return Conditioning.DYNAMIC if self is DeployMode.RECOVERED else Conditioning(self.value)
+
+    @property
+    def has_stats(self) -> bool:
+        """Whether mean and sigma of every layer travel beside the tokens."""
+        return self is DeployMode.DYNAMIC
+
+
+@dataclass(frozen=True)
+class Affine:
+    """y = weight @ x + bias; weight float32 [outputs, inputs], bias float32 [outputs]."""
+
+    weight: Float32Array
+    bias: Float32Array
+
+
+@dataclass(frozen=True)
+class AffineQuantizer:
+    """Layers with constant bins, counted from a middle level h = (K - 1) // 2.
+
+    With o = r - middle: token - h = clip(ceil(o / width - 1 / 2), -h, K - 1 - h), and the next residual is
+    o - width * (token - h). width, middle: float32 [L, D], the width of a bin and the value of level h. These are
+    the formulas of design section 3 with width = 2 s / (K - 1); counted from the middle, nothing large is added
+    and taken off again, so the residual keeps its float32 digits.
+    """
+
+    width: Float32Array
+    middle: Float32Array
+
+
+@dataclass(frozen=True)
+class DynamicQuantizer:
+    """Layers normalised by the step's own mean and unbiased deviation plus `epsilon`."""
+
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class EncoderPlan:
+    """actions [B, T, A] -> first, Mish, second, tanh -> L layers -> tokens [B, T, D, L] (and stats [B, T, L, 2])."""
+
+    chunk_length: int
+    num_layers: int
+    num_levels: int
+    first: Affine
+    second: Affine
+    quantizer: AffineQuantizer | DynamicQuantizer
+    has_stats: bool
+
+
+@dataclass(frozen=True)
+class DecoderPlan:
+    """tokens [B, T, D, l] (and stats [B, T, l, 2]) -> first, Mish, second -> actions [B, T, A].
+
+    first takes the D * l tokens as numbers, except with stats: then it takes the D latents.
+    """
+
+    chunk_length: int
+    prefix: int
+    latent_dim: int
+    num_levels: int
+    first: Affine
+    second: Affine
+    has_stats: bool
+
+
+def plan_encoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int) -> EncoderPlan:
+    """Fold a float64 reference model into an encoder."""
+    _require(model, mode)
+    quantizer: AffineQuantizer | DynamicQuantizer = DynamicQuantizer(SIGMA_EPSILON)
+    if model.conditioning is not Conditioning.DYNAMIC:
+        quantizer = _affine_quantizer(model)
+    first, second = _linear(model.encoder[0]), _linear(model.encoder[2])
+    weight = first[0] / _numpy(model.units)
+    return EncoderPlan(
+        chunk_length=chunk_length,
+        num_layers=model.config.num_layers,
+        num_levels=model.config.num_levels,
+        first=_affine(weight, first[1] - weight @ _numpy(model.offset)),
+        second=_affine(*second),
+        quantizer=quantizer,
+        has_stats=mode.has_stats,
+    )
+
+
+def plan_decoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int, prefix: int) -> DecoderPlan:
+    """Fold a float64 reference model into a decoder of the first `prefix` layers."""
+    _require(model, mode)
+    weight, bias = _linear(model.decoder[0])
+    if not mode.has_stats:
+        matrix, offset = token_map(model, prefix)
+        weight, bias = weight @ matrix, weight @ offset + bias
+    last_weight, last_bias = _linear(model.decoder[2])
+    units = _numpy(model.units)
+    return DecoderPlan(
+        chunk_length=chunk_length,
+        prefix=prefix,
+        latent_dim=model.config.latent_dim,
+        num_levels=model.config.num_levels,
+        first=_affine(weight, bias),
+        second=_affine(last_weight * units[:, None], last_bias * units + _numpy(model.offset)),
+        has_stats=mode.has_stats,
+    )
+
+
+def token_map(model: ActionAutoencoder, prefix: int) -> tuple[Float64Array, Float64Array]:
+    """matrix [D, D * prefix] and offset [D] with latents = matrix @ tokens.flatten() + offset.
+
+    Read off the reference itself, column by column: decoding is affine in the tokens.
+    """
+    inputs = model.config.latent_dim * prefix
+    probes = torch.cat((torch.zeros(1, inputs), torch.eye(inputs))).long()
+    latents = _numpy(model.dequantize(probes.unflatten(-1, (model.config.latent_dim, prefix))))
+    return (latents[1:] - latents[0]).T, latents[0]
+
+
+def middle_level(num_levels: int) -> int:
+    """The level that bins are counted from; the lower one of two for an even number of levels."""
+    return (num_levels - 1) // 2
+
+
+def choose_prefixes(requested: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Sorted, without repetition, always with the full depth; ValueError outside 1 ... L."""
+    wrong = [prefix for prefix in requested if not 1 <= prefix <= num_layers]
+    if wrong:
+        raise ValueError(f"prefixes {wrong} are not between 1 and the model's {num_layers} layers")
+    return tuple(sorted({*requested, num_layers}))
+
+
+def _affine_quantizer(model: ActionAutoencoder) -> AffineQuantizer:
+    mean, scale = _numpy(model.quantizer.mean), _numpy(model.quantizer.scale)
+    num_levels = model.config.num_levels
+    width = 2 * scale / (num_levels - 1)
+    middle = mean - scale + width * middle_level(num_levels)
+    return AffineQuantizer(width.astype(np.float32), middle.astype(np.float32))
+
+
+def _require(model: ActionAutoencoder, mode: DeployMode) -> None:
+    if model.offset.dtype is not torch.float64:
+        raise ValueError(f"plans are folded from the float64 reference; got {model.offset.dtype}")
+    if model.conditioning is not mode.conditioning:
+        raise ValueError(
+            f"mode {mode.value!r} needs conditioning {mode.conditioning.value!r}; the model has {model.conditioning.value!r}"
+        )
+
+
+def _linear(layer: nn.Module) -> tuple[Float64Array, Float64Array]:
+    assert isinstance(layer, nn.Linear)
+    return _numpy(layer.weight), _numpy(layer.bias)
+
+
+def _affine(weight: Float64Array, bias: Float64Array) -> Affine:
+    return Affine(np.ascontiguousarray(weight, np.float32), np.ascontiguousarray(bias, np.float32))
+
+
+def _numpy(tensor: Tensor) -> Float64Array:
+    return tensor.detach().numpy().astype(np.float64)
