@@ -1,0 +1,42 @@
+# `make engine` and `make test` do everything on a fresh machine; `make lint` is what CI runs before them.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+BUNDLE := build/bundle
+
+# TensorRT-RTX wheels exist for these machines alone; elsewhere the bundle is built without its engines.
+ifeq ($(shell uname -sm),Linux x86_64)
+EXTRAS ?= export,tensorrt-rtx,dev
+else
+EXTRAS ?= export,dev
+endif
+
+.PHONY: engine test lint benchmark clean
+
+engine: $(VENV)/installed
+	@echo "== building the embedded checkpoint into $(BUNDLE)"
+	@$(RUN) export/build_engine.py --output $(BUNDLE) --overwrite
+
+test: $(VENV)/installed
+	@echo "== running all tests"
+	@$(RUN) -m pytest
+
+lint: $(VENV)/installed
+	@echo "== checking format, style and types"
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/mypy
+
+benchmark: engine
+	@echo "== measuring $(BUNDLE)"
+	@$(RUN) tests/benchmarks/bench_runtime.py $(BUNDLE)
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "== installing [$(EXTRAS)] into $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --progress-bar on --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build
