@@ -29,8 +29,9 @@ class ModelConfig:
             ("num_layers", 1),
             ("num_levels", 2),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least {least}")
+            size = getattr(self, name)
+            if not isinstance(size, int) or size < least:
+                raise ValueError(f"{name} is {size!r}; expected an integer of at least {least}")
 
 
 @dataclass(frozen=True)

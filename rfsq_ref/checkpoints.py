@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ _WEIGHTS = tuple(
     f"{part}.{index}.{kind}" for part in ("encoder", "decoder") for index in (0, 2) for kind in ("weight", "bias")
 )
 _BOUNDARIES = re.compile(r"rfsq\.layers\.(\d+)\.boundaries")
+_RECOVERED = re.compile(r"recovered\.(\d+)\.(?:matrix|offset)")
 _UNUSED_LAYERNORM = re.compile(r"rfsq\.layers\.\d+\.layernorm\.(weight|bias)")
 #: The published grid is a float32 linspace; anything further off than its rounding is another grid.
 _GRID_TOLERANCE = 1e-6
@@ -127,7 +129,10 @@ def load_checkpoint(path: str | Path, *, use_layernorm: bool | None = None) -> C
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
-    """Write our own format, through a temporary sibling that is renamed."""
+    """Write our own format, through a temporary sibling that is renamed: the old file stays whole until then.
+
+    Raises CheckpointError when the file cannot be written; nothing is left behind.
+    """
     tensors: dict[str, Tensor] = dict(checkpoint.weights)
     if checkpoint.constants is not None:
         tensors["calibrated.mean"] = checkpoint.constants.mean
@@ -148,12 +153,15 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        safetensors.torch.save_file(contiguous, temporary, metadata={FORMAT: json.dumps(header, sort_keys=True)})
+        # Not save_file: it makes a private file (0600), whatever the umask.
+        temporary.write_bytes(safetensors.torch.save(contiguous, metadata={FORMAT: json.dumps(header, sort_keys=True)}))
         temporary.replace(path)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where the folder itself is the trouble, looking for the file fails as well.
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def file_sha256(path: Path) -> str:
@@ -176,7 +184,11 @@ def _load_safetensors(path: Path) -> Checkpoint:
         config = ModelConfig(**header["config"])
         trained_with = Conditioning(header["trained_with"])
         normaliser = normaliser_from_json(header["normaliser"]) if header["normaliser"] else None
-        provenance = header["provenance"]
+        provenance = dict(header["provenance"])
+        if trained_with is Conditioning.CALIBRATED:
+            raise ValueError("trained_with is 'calibrated'; expected 'none' or 'dynamic'")
+        if normaliser is not None and len(normaliser.scale) != config.action_dim:
+            raise ValueError(f"normaliser for {len(normaliser.scale)} dimensions, action_dim {config.action_dim}")
     except (KeyError, TypeError, ValueError, DataError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -184,20 +196,19 @@ def _load_safetensors(path: Path) -> Checkpoint:
     constants = None
     if "calibrated.mean" in tensors or "calibrated.scale" in tensors:
         shape = (config.num_layers, config.latent_dim)
-        constants = ConditioningConstants(
-            _take(tensors, "calibrated.mean", shape, path), _take(tensors, "calibrated.scale", shape, path)
-        )
+        mean, scale = (_take(tensors, f"calibrated.{name}", shape, path) for name in ("mean", "scale"))
+        try:
+            constants = ConditioningConstants(mean, scale)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
     recovered = {}
-    for prefix in sorted({int(name.split(".")[1]) for name in tensors if name.startswith("recovered.")}):
+    for prefix in sorted({int(match[1]) for name in tensors if (match := _RECOVERED.fullmatch(name))}):
+        if not 1 <= prefix <= config.num_layers:
+            raise CheckpointError(f"{path} has a decoder for {prefix} layers; the model has {config.num_layers}")
+        shape = (config.latent_dim, config.latent_dim * prefix)
         recovered[prefix] = RecoveredDecoder(
-            _take(
-                tensors,
-                f"recovered.{prefix}.matrix",
-                (config.latent_dim, config.latent_dim * prefix),
-                path,
-                torch.float64,
-            ),
-            _take(tensors, f"recovered.{prefix}.offset", (config.latent_dim,), path, torch.float64),
+            _take(tensors, f"recovered.{prefix}.matrix", shape, path, torch.float64),
+            _take(tensors, f"recovered.{prefix}.offset", shape[:1], path, torch.float64),
         )
     weights = _take_weights(tensors, config, path)
     if tensors:
@@ -212,7 +223,9 @@ def _load_published(path: Path, use_layernorm: bool | None) -> Checkpoint:
     keys = [key for key in ("model_state_dict", "model") if key in content]
     remarks: list[str] = []
     state = content[keys[0]] if keys else content
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+    ):
         raise CheckpointError(f"{path} has no state dict of tensors; found the keys {sorted(map(str, content))}")
     if len(keys) == 2:
         _check_same_states(content, keys, path)
@@ -244,9 +257,11 @@ def _torch_load(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is not a plain weights file (it holds objects that only running code could "
-            f"rebuild, or is no checkpoint at all). Save the state dict alone and try again. Reason: {_first_line(error)}"
+            "rebuild, or is no checkpoint at all). Save the state dict alone and try again. "
+            f"Reason: {_first_line(error)}"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AssertionError, UnicodeDecodeError) as error:
+    # The parser raises nearly anything on damaged bytes: RuntimeError, EOFError, KeyError, struct.error, ...
+    except Exception as error:
         raise CheckpointError(f"{path} is not a checkpoint torch can read: {_first_line(error)}") from error
 
 
@@ -259,7 +274,12 @@ def _check_same_states(content: Mapping[str, Any], keys: list[str], path: Path) 
     same = (
         isinstance(second, Mapping)
         and first.keys() == second.keys()
-        and all(torch.equal(first[name], second[name]) for name in first)
+        and all(
+            isinstance(second[name], Tensor)
+            and second[name].dtype is tensor.dtype
+            and torch.equal(second[name], tensor)
+            for name, tensor in first.items()
+        )
     )
     if not same:
         raise CheckpointError(
@@ -273,21 +293,25 @@ def _infer_config(tensors: Mapping[str, Any], stated: Mapping[str, Any], path: P
     first, second = tensors.get("encoder.0.weight"), tensors.get("encoder.2.weight")
     if first is None or second is None or first.ndim != 2 or second.ndim != 2:
         raise CheckpointError(
-            f"{path} is not an RFSQ autoencoder: 'encoder.0.weight' and 'encoder.2.weight' are missing or not matrices; "
-            f"found {sorted(tensors)[:8]}"
+            f"{path} is not an RFSQ autoencoder: 'encoder.0.weight' and 'encoder.2.weight' are missing or not "
+            f"matrices; found {sorted(tensors)[:8]}"
         )
     layers = sorted(int(match[1]) for name in tensors if (match := _BOUNDARIES.fullmatch(name)))
     if not layers or layers != list(range(len(layers))):
         raise CheckpointError(
-            f"{path} has the quantiser layers {layers}; expected 'rfsq.layers.N.boundaries' for N = 0, 1, 2, ... without gaps"
+            f"{path} has the quantiser layers {layers}; expected 'rfsq.layers.N.boundaries' for N = 0, 1, 2, ... "
+            "without gaps"
         )
-    inferred = ModelConfig(
-        action_dim=first.shape[1],
-        latent_dim=second.shape[0],
-        hidden_width=first.shape[0],
-        num_layers=len(layers),
-        num_levels=tensors["rfsq.layers.0.boundaries"].numel(),
-    )
+    try:
+        inferred = ModelConfig(
+            action_dim=first.shape[1],
+            latent_dim=second.shape[0],
+            hidden_width=first.shape[0],
+            num_layers=len(layers),
+            num_levels=tensors["rfsq.layers.0.boundaries"].numel(),
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not an RFSQ autoencoder: {error}") from error
     # The published config calls the latent dimension `hidden_dim`.
     names = {
         "action_dim": "action_dim",
@@ -352,8 +376,10 @@ def _training_conditioning(stated: Any, given: bool | None, path: Path) -> Condi
             f"{path} does not say whether it was trained with normalised residuals (Robust RFSQ) or without, and its "
             "tensors look the same either way; pass use_layernorm (--use-layernorm or --no-use-layernorm)"
         )
+    if stated is not None and not isinstance(stated, bool):
+        raise CheckpointError(f"{path}: its config says use_layernorm = {stated!r}; expected True or False")
     if stated is not None:
-        _check_agreement(given, bool(stated), path)
+        _check_agreement(given, stated, path)
     return Conditioning.DYNAMIC if (given if stated is None else stated) else Conditioning.NONE
 
 

@@ -38,18 +38,27 @@ class Normaliser:
             raise DataError(
                 f"normaliser with {len(self.offset)} offsets and {len(self.scale)} scales; expected as many"
             )
-        if not all(np.isfinite(self.offset)) or not all(np.isfinite(scale) and scale > 0 for scale in self.scale):
+        # The model holds them as float32, where a number may be infinite or nothing that is neither in float64.
+        with np.errstate(over="ignore"):
+            offset, scale = np.array(self.offset, np.float32), np.array(self.scale, np.float32)
+        if not (np.isfinite(offset).all() and np.isfinite(scale).all() and (scale > 0).all()):
             raise DataError(
-                f"normaliser offset {self.offset} and scale {self.scale} must be finite and every scale positive"
+                f"normaliser offset {self.offset} and scale {self.scale}; expected finite float32 numbers, and every "
+                "scale positive: fit it again or correct the file"
             )
 
     def normalise(self, actions: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """Physical [..., A] to normalised [..., A], float64."""
-        return (np.asarray(actions, np.float64) - np.array(self.offset)) / np.array(self.scale)
+        offset, scale = self._float64()
+        return (np.asarray(actions, np.float64) - offset) / scale
 
     def restore(self, actions: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
         """Normalised [..., A] to physical [..., A], float64."""
-        return np.asarray(actions, np.float64) * np.array(self.scale) + np.array(self.offset)
+        offset, scale = self._float64()
+        return np.asarray(actions, np.float64) * scale + offset
+
+    def _float64(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        return np.array(self.offset, np.float64), np.array(self.scale, np.float64)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind.value, "offset": list(self.offset), "scale": list(self.scale)}
@@ -60,8 +69,8 @@ def fit_normaliser(
 ) -> Normaliser:
     """Fit to actions [N, A]; `untouched` dimensions (the gripper, last by default) keep offset 0 and scale 1.
 
-    A dimension that never moves gets scale 1, so that it stays finite. Float32-exact, because engines fold
-    float32 numbers.
+    A dimension that does not move by more than float32 can tell gets scale 1, so that it stays finite. The numbers
+    are float32-exact, because engines fold float32 numbers.
     """
     values = actions.astype(np.float64)
     if kind is NormaliserKind.MEAN_STD:
@@ -70,7 +79,8 @@ def fit_normaliser(
         bounds = (0.0, 1.0) if kind is NormaliserKind.MIN_MAX else QUANTILES
         low, high = np.quantile(values, bounds, axis=0)
         offset, scale = (low + high) / 2, (high - low) / 2
-    scale = np.where(scale > np.finfo(np.float32).eps * np.abs(offset), scale, 1.0)
+    float32 = np.finfo(np.float32)
+    scale = np.where(scale > np.maximum(float32.eps * np.abs(offset), float32.tiny), scale, 1.0)
     for dimension in untouched:
         offset[dimension], scale[dimension] = 0.0, 1.0
     return Normaliser(kind, _float32_tuple(offset), _float32_tuple(scale))

@@ -96,6 +96,11 @@ class ResidualQuantizer(nn.Module):
         if constants is None:
             zeros = torch.zeros(num_layers, latent_dim)
             constants = ConditioningConstants(zeros, torch.ones_like(zeros))
+        if constants.mean.shape != (num_layers, latent_dim):
+            raise ValueError(
+                f"conditioning constants have shape {tuple(constants.mean.shape)}; this quantiser needs "
+                f"[num_layers, latent_dim] = {(num_layers, latent_dim)}: calibrate this checkpoint"
+            )
         self.register_buffer("mean", constants.mean.clone(), persistent=False)
         self.register_buffer("scale", constants.scale.clone(), persistent=False)
 
@@ -149,9 +154,20 @@ class ResidualQuantizer(nn.Module):
         """Latents [..., D] from the first l layers, tokens [..., D, l] with 1 <= l <= L.
 
         stats: [..., l, 2], needed by `dynamic` and by nothing else. A `calibrated` prefix adds the mean of
-        what is missing, mean[l] (design section 3). Raises NotDecodableError without the needed stats.
+        what is missing, mean[l] (design section 3). Raises NotDecodableError without the needed stats, ValueError for
+        tokens of another shape or outside 0 ... K - 1.
         """
         prefix = tokens.shape[-1]
+        if tokens.ndim < 2 or tokens.shape[-2] != self.latent_dim or not 1 <= prefix <= self.num_layers:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}; expected [..., {self.latent_dim}, l] with l from 1 to "
+                f"{self.num_layers} layers"
+            )
+        # A negative index would count from the end of the grid and go unnoticed.
+        if tokens.numel() and (tokens.min() < 0 or tokens.max() >= self.num_levels):
+            raise ValueError(
+                f"tokens run from {int(tokens.min())} to {int(tokens.max())}; expected 0 to {self.num_levels - 1}"
+            )
         levels = self.grid[tokens.long()]
         if self.conditioning is Conditioning.DYNAMIC:
             if stats is None:

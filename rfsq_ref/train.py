@@ -14,6 +14,7 @@ if not __package__:
 
 import argparse
 import copy
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -31,7 +32,7 @@ from rfsq_ref.quantizer import Conditioning
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """use_layernorm: `dynamic` conditioning (Robust RFSQ) or `none` (naive); num_episodes: 0 = all training episodes."""
+    """use_layernorm: `dynamic` conditioning (Robust RFSQ) or `none` (naive); num_episodes: 0 = all for training."""
 
     use_layernorm: bool = True
     epochs: int = 100
@@ -49,10 +50,10 @@ class TrainConfig:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.num_episodes < 0 or self.learning_rate <= 0:
-            raise ValueError(
-                f"num_episodes {self.num_episodes} must not be negative, learning_rate {self.learning_rate} not 0 or less"
-            )
+        if self.num_episodes < 0:
+            raise ValueError(f"num_episodes is {self.num_episodes}; expected 0 (all) or more")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; expected more than 0")
 
 
 @dataclass(frozen=True)
@@ -73,14 +74,15 @@ class TrainResult:
 def train(dataset: ActionDataset, config: TrainConfig, *, show_progress: bool = False) -> TrainResult:
     """Train on the training episodes of `split_episodes(dataset)`, choose the epoch by its validation episodes.
 
-    Deterministic for a given seed. Raises DataError when there are too few episodes.
+    Deterministic for a given seed. Raises DataError when there are too few episodes, ValueError when it diverges.
     """
     split = split_episodes(dataset)
     episodes = split.train
     if config.num_episodes:
         if config.num_episodes > len(episodes.episodes):
             raise DataError(
-                f"{config.num_episodes} training episodes asked for, {len(episodes.episodes)} are there; lower --num-episodes"
+                f"{config.num_episodes} training episodes asked for, {len(episodes.episodes)} are there; "
+                "lower --num-episodes"
             )
         episodes = episodes.select(range(config.num_episodes))
     normaliser = fit_normaliser(episodes.steps(), config.normaliser) if config.normaliser else None
@@ -108,6 +110,11 @@ def train(dataset: ActionDataset, config: TrainConfig, *, show_progress: bool = 
             progress.set_postfix(train=f"{record.train_mse:.2e}", validation=f"{record.validation_mse:.2e}")
     model.load_state_dict(best)
     chosen = min(history, key=lambda record: record.validation_mse)
+    if not math.isfinite(chosen.validation_mse):
+        raise ValueError(
+            f"training diverged: validation MSE {chosen.validation_mse} in epoch {chosen.epoch}; lower the learning "
+            f"rate (--learning-rate, now {config.learning_rate})"
+        )
     provenance = {
         "training": {**asdict(config), "normaliser": config.normaliser.value if config.normaliser else None},
         # The whole file's hash, so that calibration recognises it and keeps away from the training episodes.
@@ -129,11 +136,11 @@ def _train_epoch(
 ) -> float:
     model.train()
     total = 0.0
-    for batch in torch.randperm(len(steps), generator=generator).split(batch_size):
+    for batch in torch.split(torch.randperm(len(steps), generator=generator), batch_size):
         actions = steps[batch]
         loss = _normalised_mse(model, actions)
         optimiser.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
         total += float(loss) * len(actions)
     return total / len(steps)
@@ -188,7 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
         dataset = load_actions(options.data, key=options.key) if options.data else load_demonstrations()
         config = TrainConfig(**{name: getattr(options, name) for name in TrainConfig.__dataclass_fields__})
         print(
-            f"training on {dataset.source}: {len(dataset.episodes)} episodes, {dataset.num_steps} steps, split by episode"
+            f"training on {dataset.source}: {len(dataset.episodes)} episodes, {dataset.num_steps} steps, "
+            "split by episode"
         )
         result = train(dataset, config, show_progress=True)
         save_checkpoint(result.checkpoint, output)
@@ -197,7 +205,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     chosen = result.checkpoint.provenance
     print(
-        f"kept epoch {chosen['epoch']}: train MSE {chosen['train_mse']:.3e}, validation MSE {chosen['validation_mse']:.3e}"
+        f"kept epoch {chosen['epoch']}: train MSE {chosen['train_mse']:.3e}, "
+        f"validation MSE {chosen['validation_mse']:.3e}"
     )
     print(f"wrote {output}")
     return 0
