@@ -1,0 +1,271 @@
+"""The `calibrated` conditioning: a mean m and a scale s for every layer and latent, and a proof of what they cost.
+
+A layer is a uniform quantiser of K levels with centre m and bin width w = 2 s / (K - 1). w is the largest of
+
+1. data: what the residual of the calibration data asks for (objective `range` or `mse`);
+2. catch-up: the residual that any latent in [-1, 1] can leave is carried along by interval arithmetic. A layer can
+   divide it by K at best, so it must be at most worst_case * K^n when n layers follow: wide enough for that;
+3. noise: NOISE_FACTOR times the bound on the float32 error of a latent, so that rounding decides few tokens.
+
+So the first layers follow the data, and as many as the tanh range needs (four of eight with 7 levels) wait for the
+end. With odd K these have a level at the data's centre: on the data they stay silent, off the data they catch up.
+An even K has no such level: an idle layer would put the data onto a bin edge, so there every layer covers the whole
+remaining residual. If K^L is too small for worst_case, the layers do the best they can and the bound says so.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from calibration.data import reference_actions, reference_latents
+from calibration.errors import CalibrationError
+from rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq_ref.checkpoints import Checkpoint
+from rfsq_ref.data import ActionDataset
+from rfsq_ref.errors import DataError
+from rfsq_ref.quantizer import ConditioningConstants
+from rfsq_ref.rounding import UNIT, latent_error_bound
+
+#: Smallest bin width in units of the bound on the float32 error of a latent (rfsq_ref.rounding, 8 deviations of it).
+#: Where the residual fills its bins evenly, 2 / 32 of the tokens lie within the bound of an edge; as the mean error is
+#: some 50 times smaller than the bound, about 1 / (50 * 32) of them flip, the 1e-3 that is tolerable.
+NOISE_FACTOR = 32.0
+#: One step alone has no range.
+MINIMUM_STEPS = 2
+#: Covers the float64 roundings of the reference quantiser itself, L layers of numbers below 4.
+_FLOAT64_SLACK = 2.0**-46
+_MSE_ITERATIONS = 100
+
+
+class Objective(StrEnum):
+    """What a layer's width follows: the coverage-quantile range of the residual, or its least squared error."""
+
+    RANGE = "range"
+    MSE = "mse"
+
+
+class Granularity(StrEnum):
+    """One mean and scale per layer, shared by its latents, or one per layer and latent."""
+
+    LAYER = "layer"
+    LATENT = "latent"
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """coverage: share of the data that each layer's bins take in (objective `range`), in (0, 1]; headroom: how much
+    farther than that the first layer reaches (`range`), because new data go farther; not beyond [-1, 1].
+
+    worst_case: latent error to aim at for any latent in [-1, 1]; 1 or more follows the data alone.
+    """
+
+    objective: Objective = Objective.RANGE
+    coverage: float = 1.0
+    granularity: Granularity = Granularity.LATENT
+    headroom: float = 0.25
+    worst_case: float = 2.5e-4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.coverage <= 1:
+            raise CalibrationError(
+                f"coverage is {self.coverage}; expected a share of the data in (0, 1]: 1 covers all of it"
+            )
+        if not (math.isfinite(self.headroom) and self.headroom >= 0):
+            raise CalibrationError(f"headroom is {self.headroom}; expected 0 or more: 0.25 reaches a quarter farther")
+        if not (math.isfinite(self.worst_case) and self.worst_case > 0):
+            raise CalibrationError(
+                f"worst_case is {self.worst_case}; expected a positive latent error, like 2.5e-4; 1 turns it off"
+            )
+
+
+def fit_constants(
+    checkpoint: Checkpoint, episodes: ActionDataset, config: CalibrationConfig = CalibrationConfig()
+) -> ConditioningConstants:
+    """Fit mean and scale, float32 [L, D], to the float64 reference's latents of these episodes.
+
+    Raises DataError for fewer than MINIMUM_STEPS steps, another action dimension or latents that are not finite.
+    """
+    actions = reference_actions(checkpoint, episodes)
+    model = checkpoint.model(dtype=torch.float64)
+    sizes = checkpoint.config
+    return constants_of_latents(
+        reference_latents(model, actions),
+        sizes.num_layers,
+        sizes.num_levels,
+        config,
+        noise=float32_noise(model, actions),
+    )
+
+
+def float32_noise(model: ActionAutoencoder, actions: Tensor) -> float:
+    """Largest bound on the float32 error of these actions' latents, for a float64 model; at least one rounding of 1.
+
+    DataError where float32 overflows.
+    """
+    _, bound = latent_error_bound(model, actions)
+    largest = float(bound.max())
+    if not math.isfinite(largest):
+        raise DataError(
+            "float32 may overflow on these actions, so no bin is wide enough; expected actions of the size the "
+            "checkpoint was trained on: repair or rescale the calibration data"
+        )
+    return max(largest, UNIT)
+
+
+def constants_of_latents(
+    latents: Tensor,
+    num_layers: int,
+    num_levels: int,
+    config: CalibrationConfig = CalibrationConfig(),
+    *,
+    noise: float = UNIT,
+) -> ConditioningConstants:
+    """Fit mean and scale, float32 [L, D], to latents [N, D] in [-1, 1].
+
+    noise: bound on the float32 error of a latent. Raises DataError for fewer than MINIMUM_STEPS latents.
+    """
+    if latents.ndim != 2 or len(latents) < MINIMUM_STEPS:
+        raise DataError(
+            f"latents of shape {tuple(latents.shape)}; expected [steps, latents] with at least {MINIMUM_STEPS} steps: "
+            "give more calibration data"
+        )
+    latent_dim = latents.shape[1]
+    residual = latents.detach().double()
+    if config.granularity is Granularity.LAYER:
+        residual = residual.reshape(-1, 1)
+    lower, upper = -torch.ones_like(residual[0]), torch.ones_like(residual[0])
+    least_scale = NOISE_FACTOR * noise * (num_levels - 1) / 2
+    means, scales = [], []
+    for layer in range(num_layers):
+        mean, scale = _fit_to_data(residual, num_levels, config, is_first=layer == 0)
+        # What the layers that follow can still bring down to worst_case.
+        allowed = config.worst_case * num_levels ** (num_layers - 1 - layer)
+        if num_levels % 2 == 0 and config.worst_case < 1:
+            allowed = 0.0
+        mean, scale = _catch_up(mean, scale, lower, upper, allowed, num_levels)
+        mean, scale = mean.float().double(), _round_up(scale.clamp(min=least_scale))
+        means.append(mean)
+        scales.append(scale)
+        residual = residual - _nearest_level(residual, mean, scale, num_levels) * scale - mean
+        lower, upper = _residual_interval(lower, upper, mean, scale, num_levels)
+    shape = (num_layers, latent_dim)
+    return ConditioningConstants(
+        torch.stack(means).float().expand(shape).contiguous(), torch.stack(scales).float().expand(shape).contiguous()
+    )
+
+
+def worst_case_residuals(
+    constants: ConditioningConstants, num_levels: int, low: float = -1.0, high: float = 1.0
+) -> Tensor:
+    """Bounds on the residual after each layer for every latent in [low, high], float64 [L, D, 2]: lowest, highest.
+
+    The image of an interval under one layer is a union of intervals, one per bin it touches; its hull goes into the
+    next layer, so the bound can only be too wide. Holds for the float64 quantiser, its own roundings included.
+    """
+    mean, scale = constants.mean.double(), constants.scale.double()
+    lower, upper = torch.full_like(mean[0], low), torch.full_like(mean[0], high)
+    bounds = []
+    for layer_mean, layer_scale in zip(mean, scale, strict=True):
+        lower, upper = _residual_interval(lower, upper, layer_mean, layer_scale, num_levels)
+        bounds.append(torch.stack((lower, upper), dim=-1))
+    return torch.stack(bounds)
+
+
+def worst_case_errors(constants: ConditioningConstants, num_levels: int) -> Tensor:
+    """Largest latent error that decoding the first 1 ... L layers can leave, over [-1, 1], float64 [L].
+
+    A prefix of l < L layers adds mean[l] (design section 3), which the bound takes into account.
+    """
+    residuals = worst_case_residuals(constants, num_levels)
+    added = torch.cat((constants.mean[1:].double(), torch.zeros_like(constants.mean[:1], dtype=torch.float64)))
+    return (residuals - added.unsqueeze(-1)).abs().amax(dim=(1, 2))
+
+
+def _fit_to_data(
+    residual: Tensor, num_levels: int, config: CalibrationConfig, *, is_first: bool
+) -> tuple[Tensor, Tensor]:
+    """Mean and scale [D] that the residual [N, D] asks for; the scale is 0 where the residual is constant."""
+    ordered = residual.sort(dim=0).values
+    # Outward: at most `tail` of the data lies beyond either end.
+    tail = (1 - config.coverage) / 2 if config.objective is Objective.RANGE else 0.0
+    beyond = int(tail * len(ordered))
+    low, high = ordered[beyond], ordered[len(ordered) - 1 - beyond]
+    mean = ((low + high) / 2).float().double()
+    # K bins reach half a bin beyond the outermost levels.
+    scale = torch.maximum(high - mean, mean - low) * (num_levels - 1) / num_levels
+    if config.objective is Objective.MSE:
+        return _least_squares(residual, mean, scale, num_levels)
+    if is_first:
+        # No latent leaves [-1, 1], so nothing is gained by reaching farther.
+        enough = (1 + mean.abs()) * (num_levels - 1) / num_levels
+        scale = torch.minimum(scale * (1 + config.headroom), enough)
+    return mean, scale
+
+
+def _catch_up(
+    mean: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, allowed: float, num_levels: int
+) -> tuple[Tensor, Tensor]:
+    """The data's mean and scale where they leave at most `allowed` of [lower, upper]; else 0 and what that takes.
+
+    With mean 0 the data's residual, which is small by then, meets a level and stays as it is.
+    """
+    least, most = _residual_interval(lower, upper, mean, scale.clamp(min=UNIT**2), num_levels)
+    suffices = torch.maximum(-least, most) <= allowed
+    farthest = torch.maximum(-lower, upper)
+    # Beyond the outermost level, at the scale, the residual goes on growing; K bins divide it by K at best.
+    needed = farthest - (farthest / num_levels).clamp(min=allowed)
+    covering = farthest * (num_levels - 1) / num_levels
+    caught_up = torch.maximum(needed, torch.minimum(scale + mean.abs(), covering))
+    return torch.where(suffices, mean, 0.0), torch.where(suffices, scale, caught_up)
+
+
+def _least_squares(residual: Tensor, mean: Tensor, scale: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
+    """Lloyd's iteration with equidistant levels: nearest levels, then the regression of the residual on them.
+
+    Neither half can raise the squared error (Lloyd, Least squares quantization in PCM, 1982).
+    """
+    for _ in range(_MSE_ITERATIONS):
+        level = _nearest_level(residual, mean, scale.clamp(min=UNIT**2), num_levels)
+        level_mean, residual_mean = level.mean(dim=0), residual.mean(dim=0)
+        variance = (level - level_mean).square().mean(dim=0)
+        covariance = ((level - level_mean) * (residual - residual_mean)).mean(dim=0)
+        slope = torch.where(variance > 0, covariance / variance.clamp(min=UNIT), scale)
+        offset = residual_mean - slope * level_mean
+        if torch.equal(slope, scale) and torch.equal(offset, mean):
+            break
+        mean, scale = offset, slope
+    return mean, scale
+
+
+def _nearest_level(residual: Tensor, mean: Tensor, scale: Tensor, num_levels: int) -> Tensor:
+    """Grid value in [-1, 1] nearest to (residual - mean) / scale, the lower one on a tie (design section 3)."""
+    half_levels = (num_levels - 1) / 2
+    index = torch.ceil(((residual - mean) / scale + 1) * half_levels - 0.5).clamp(0, num_levels - 1)
+    return index / half_levels - 1
+
+
+def _residual_interval(
+    lower: Tensor, upper: Tensor, mean: Tensor, scale: Tensor, num_levels: int
+) -> tuple[Tensor, Tensor]:
+    """Hull [D] of what a layer leaves of the residuals in [lower, upper]."""
+    half_levels = (num_levels - 1) / 2
+    grid = (torch.arange(num_levels, dtype=mean.dtype) - half_levels) / half_levels
+    level = mean + grid.unsqueeze(-1) * scale
+    half_bin = scale / (num_levels - 1)
+    first, last = level - half_bin, level + half_bin
+    first[0], last[-1] = -torch.inf, torch.inf
+    left, right = torch.maximum(first, lower), torch.minimum(last, upper)
+    touched = left <= right + _FLOAT64_SLACK
+    least = torch.where(touched, left - level, torch.inf).amin(dim=0)
+    most = torch.where(touched, right - level, -torch.inf).amax(dim=0)
+    return least - _FLOAT64_SLACK, most + _FLOAT64_SLACK
+
+
+def _round_up(scale: Tensor) -> Tensor:
+    """To float32 numbers, kept in float64, none of them smaller than before."""
+    rounded = scale.float()
+    up = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
+    return torch.where(rounded.double() < scale, up, rounded).double()

@@ -1,0 +1,331 @@
+"""The `recovered` decoder: published tokens of a `dynamic` checkpoint, decoded without their side information.
+
+Per prefix of l layers an affine map z = M tokens + b (design section 3), fitted in two steps:
+
+1. ridge regression of the latents on features: the grid level of a token times the mean sigma of its layer, which is
+   what the token is worth on average. One penalty on these features trusts the fine layers, which mean little without
+   their own sigma, less than the coarse ones;
+2. Gauss-Newton with Levenberg-Marquardt damping (Nocedal and Wright, Numerical Optimization, 2nd ed., chapter 10) on
+   the squared error of the *action*, penalised for leaving the map of the first step. No affine map can undo a sigma
+   that changes from step to step, but the decoder's hidden layer partly can once the map aims at actions. The latents
+   it gives may then lie outside [-1, 1].
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import mish, softplus
+
+from calibration.data import reference_actions, reference_latents
+from calibration.errors import CalibrationError
+from rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
+from rfsq_ref.checkpoints import Checkpoint
+from rfsq_ref.data import ActionDataset
+from rfsq_ref.errors import DataError
+from rfsq_ref.quantizer import Conditioning, Quantized
+
+#: Relative decrease of the objective at which refining stops.
+_CONVERGED = 1e-4
+#: Damping relative to the mean diagonal of the normal matrix: where it starts, where a step is given up.
+_DAMPING_START, _DAMPING_MOST = 1e-4, 1e4
+#: `inverse-magnitude` takes no step for slower than this share of the mean squared action.
+_SLOWEST = 0.01
+
+
+class Target(StrEnum):
+    """Which latents the first step regresses on: those the decoder was trained on, or those before the quantiser."""
+
+    DEQUANTISED = "dequantised"
+    UNQUANTISED = "unquantised"
+
+
+class Weighting(StrEnum):
+    """Weight of a step in the fit: all alike, or 1 / |normalised action|^2, so that slow motions count as much."""
+
+    UNIFORM = "uniform"
+    INVERSE_MAGNITUDE = "inverse-magnitude"
+
+
+@dataclass(frozen=True)
+class RecoveredConfig:
+    """ridge: penalty on the squared map, in both steps; refine_steps: most Gauss-Newton steps, 0 = latents alone.
+
+    The default ridge has the lowest cross-validated action error on the embedded calibration episodes.
+    """
+
+    ridge: float = 1e-7
+    refine_steps: int = 10
+    target: Target = Target.DEQUANTISED
+    weighting: Weighting = Weighting.UNIFORM
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.ridge) and self.ridge >= 0):
+            raise CalibrationError(f"ridge is {self.ridge}; expected 0 or a small positive number, like 1e-6")
+        if self.refine_steps < 0:
+            raise CalibrationError(f"refine_steps is {self.refine_steps}; expected 0 (no refining) or more")
+
+
+@dataclass(frozen=True)
+class Regression:
+    """decoder: the map; rank: of the centred features, at most D * l; condition: largest over smallest non-zero
+    singular value of these features, 1 where there is none."""
+
+    decoder: RecoveredDecoder
+    rank: int
+    condition: float
+
+
+@dataclass(frozen=True)
+class RecoveredFit:
+    """regression: the first step; decoder: after `refinements` accepted Gauss-Newton steps."""
+
+    regression: Regression
+    decoder: RecoveredDecoder
+    refinements: int
+
+
+def fit_recovered(
+    checkpoint: Checkpoint,
+    episodes: ActionDataset,
+    prefixes: Iterable[int],
+    config: RecoveredConfig = RecoveredConfig(),
+    *,
+    weights: npt.ArrayLike | None = None,
+) -> dict[int, RecoveredDecoder]:
+    """One decoder per prefix, from the published tokens of these episodes; see `fit_recovered_details`."""
+    fits = fit_recovered_details(checkpoint, episodes, prefixes, config, weights=weights)
+    return {prefix: fit.decoder for prefix, fit in fits.items()}
+
+
+def fit_recovered_details(
+    checkpoint: Checkpoint,
+    episodes: ActionDataset,
+    prefixes: Iterable[int],
+    config: RecoveredConfig = RecoveredConfig(),
+    *,
+    weights: npt.ArrayLike | None = None,
+) -> dict[int, RecoveredFit]:
+    """One fit per prefix, with rank and condition.
+
+    weights: [N], not negative, one per step of the episodes in order; instead of config.weighting. Raises
+    CalibrationError for a checkpoint that is not `dynamic`, prefixes outside 1 ... L and unusable weights; DataError
+    for another action dimension, latents that are not finite, or no more steps than unknowns.
+    """
+    wanted = sorted(set(prefixes))
+    _check_checkpoint(checkpoint, wanted)
+    actions = reference_actions(checkpoint, episodes)
+    unknowns = checkpoint.config.latent_dim * wanted[-1] + 1
+    if len(actions) <= unknowns:
+        raise DataError(
+            f"{len(actions)} steps to fit {unknowns} unknowns per latent (latent dimension x {wanted[-1]} layers + 1); "
+            "expected more steps than unknowns: give more calibration data or shorter --prefixes"
+        )
+    model = checkpoint.model(dtype=torch.float64).requires_grad_(False)
+    latents = reference_latents(model, actions)
+    quantized = model.quantizer.quantize(latents)
+    target = quantized.latents if config.target is Target.DEQUANTISED else latents
+    shares = _step_shares(model, actions, config.weighting, weights)
+    return {prefix: _fit_prefix(model, quantized, actions, target, shares, prefix, config) for prefix in wanted}
+
+
+def regress(
+    tokens: Tensor, latents: Tensor, worth: Tensor, num_levels: int, *, shares: Tensor | None = None, ridge: float = 0.0
+) -> Regression:
+    """Ridge regression of latents [N, D] on tokens [N, D, l] of `num_levels` levels, weighted by shares [N] that add
+    up to 1 (equal by default).
+
+    worth [l]: what a level of each layer is worth, positive; scales the features and so the penalty, which applies to
+    the map of the centred features. A token that never changes gets the coefficient 0; directions the tokens do not
+    span, too.
+    """
+    shares = torch.full((len(tokens),), 1 / len(tokens), dtype=torch.float64) if shares is None else shares
+    features, scale, shift = _features(tokens, worth, num_levels, shares)
+    mean = shares @ latents
+    root = shares.sqrt().unsqueeze(-1)
+    left, singular, right = torch.linalg.svd(root * features, full_matrices=False)
+    # numpy's rule for the rank of a matrix.
+    tolerance = float(singular.max()) * max(features.shape) * torch.finfo(torch.float64).eps
+    kept = singular > max(tolerance, torch.finfo(torch.float64).tiny)
+    filtered = torch.where(kept, singular / (singular.square() + ridge).where(kept, torch.ones(())), 0.0)
+    coefficients = right.T @ (filtered.unsqueeze(-1) * (left.T @ (root * (latents - mean))))
+    rank = int(kept.sum())
+    condition = float(singular[0] / singular[rank - 1]) if rank else 1.0
+    return Regression(_decoder(coefficients, mean, scale, shift), rank, condition)
+
+
+def cross_validate(
+    checkpoint: Checkpoint,
+    episodes: ActionDataset,
+    prefix: int,
+    config: RecoveredConfig = RecoveredConfig(),
+    *,
+    folds: int = 5,
+) -> float:
+    """Mean squared action error, in normalised units, on episodes that were left out of the fit in turn.
+
+    DataError for fewer episodes than folds, and as `fit_recovered`.
+    """
+    total = len(episodes.episodes)
+    if not 2 <= folds <= total:
+        raise DataError(
+            f"{total} episodes for {folds} folds; expected 2 folds or more, each with an episode of its own"
+        )
+    model = checkpoint.model(dtype=torch.float64).requires_grad_(False)
+    squares = 0.0
+    for fold in range(folds):
+        kept = episodes.select(index for index in range(total) if index % folds != fold)
+        left_out = reference_actions(checkpoint, episodes.select(range(fold, total, folds)))
+        decoder = fit_recovered(checkpoint, kept, [prefix], config)[prefix]
+        tokens, _ = model.encode(left_out)
+        error = (model.decode_latents(decoder.latents(tokens[..., :prefix])) - left_out) / model.units
+        squares += float(error.square().sum())
+    return squares / (episodes.num_steps * episodes.action_dim)
+
+
+def _check_checkpoint(checkpoint: Checkpoint, prefixes: list[int]) -> None:
+    if checkpoint.trained_with is not Conditioning.DYNAMIC:
+        raise CalibrationError(
+            f"this checkpoint was trained with conditioning {checkpoint.trained_with.value!r}; only tokens of a "
+            "'dynamic' (Robust RFSQ) one lack side information to recover: its tokens decode as they are, or use "
+            "--method calibrated for better ones"
+        )
+    num_layers = checkpoint.config.num_layers
+    if not prefixes or prefixes[0] < 1 or prefixes[-1] > num_layers:
+        raise CalibrationError(
+            f"prefixes {prefixes}; expected at least one, each of 1 to {num_layers} layers, which this checkpoint has"
+        )
+
+
+def _step_shares(
+    model: ActionAutoencoder, actions: Tensor, weighting: Weighting, weights: npt.ArrayLike | None
+) -> Tensor:
+    """Weights [N] that add up to 1."""
+    if weights is not None:
+        given = np.asarray(weights, dtype=np.float64)
+        if given.shape != (len(actions),) or not np.isfinite(given).all() or (given < 0).any() or not given.any():
+            raise CalibrationError(
+                f"weights of shape {given.shape} for {len(actions)} steps; expected one finite number per step, none "
+                "negative and not all 0"
+            )
+        chosen = torch.from_numpy(given.copy())
+    elif weighting is Weighting.INVERSE_MAGNITUDE:
+        energy = ((actions - model.offset) / model.units).square().sum(dim=-1)
+        chosen = 1 / energy.clamp(min=max(_SLOWEST * float(energy.mean()), torch.finfo(torch.float64).tiny))
+    else:
+        chosen = torch.ones(len(actions), dtype=torch.float64)
+    chosen = chosen / chosen.max()
+    return chosen / chosen.sum()
+
+
+def _fit_prefix(
+    model: ActionAutoencoder,
+    quantized: Quantized,
+    actions: Tensor,
+    target: Tensor,
+    shares: Tensor,
+    prefix: int,
+    config: RecoveredConfig,
+) -> RecoveredFit:
+    assert quantized.stats is not None
+    tokens = quantized.tokens[..., :prefix]
+    sigma = quantized.stats[:, :prefix, 1].mean(dim=0)
+    worth = sigma / sigma[0]
+    num_levels = model.config.num_levels
+    regression = regress(tokens, target, worth, num_levels, shares=shares, ridge=config.ridge)
+    features, scale, shift = _features(tokens, worth, num_levels, shares)
+    start = _coefficients(regression.decoder, scale, shift)
+    wanted = (actions - model.offset) / model.units
+    refined, refinements = _refine(model, features, wanted, shares, start, config)
+    return RecoveredFit(regression, _decoder(refined[:-1], refined[-1], scale, shift), refinements)
+
+
+def _features(tokens: Tensor, worth: Tensor, num_levels: int, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Centred features tokens * scale - shift [N, D * l], with scale and shift [D * l]."""
+    scale = (worth * 2 / (num_levels - 1)).expand(tokens.shape[-2:]).flatten()
+    scaled = tokens.flatten(-2).double() * scale
+    shift = shares @ scaled
+    constant = (scaled == scaled[0]).all(dim=0)
+    # Exactly, so that rounding lends a constant token no direction.
+    shift = torch.where(constant, scaled[0], shift)
+    return scaled - shift, scale, shift
+
+
+def _decoder(coefficients: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> RecoveredDecoder:
+    """From the map of the features, coefficients [D * l, D], to that of the tokens."""
+    return RecoveredDecoder((coefficients.T * scale).contiguous(), mean - coefficients.T @ shift)
+
+
+def _coefficients(decoder: RecoveredDecoder, scale: Tensor, shift: Tensor) -> Tensor:
+    """The inverse of `_decoder`, [D * l + 1, D], the mean last."""
+    coefficients = (decoder.matrix / scale).T
+    return torch.cat((coefficients, (decoder.offset + coefficients.T @ shift).unsqueeze(0)))
+
+
+def _refine(
+    model: ActionAutoencoder, features: Tensor, wanted: Tensor, shares: Tensor, start: Tensor, config: RecoveredConfig
+) -> tuple[Tensor, int]:
+    """Coefficients [P, D] after the Gauss-Newton steps, and how many there were; P = D * l + 1, the mean last."""
+    features = torch.cat((features, torch.ones_like(features[:, :1])), dim=1)
+    penalty = torch.full_like(start, config.ridge)
+    penalty[-1] = 0
+
+    def objective(coefficients: Tensor) -> float:
+        error = model.decoder(features @ coefficients) - wanted
+        return float(shares @ error.square().mean(dim=-1) + (penalty * (coefficients - start).square()).sum())
+
+    coefficients, value, damping = start, objective(start), _DAMPING_START
+    for step in range(config.refine_steps):
+        normal, gradient = _normal_equations(model, features, wanted, shares, coefficients)
+        # Flattened as [D, P], the order of the normal matrix.
+        gradient = (gradient - penalty * (coefficients - start)).T.flatten()
+        normal.diagonal().add_(penalty.T.flatten())
+        typical = float(normal.diagonal().mean())
+        candidate, next_value = coefficients, math.inf
+        while not next_value < value and damping <= _DAMPING_MOST:
+            damped = normal.clone()
+            damped.diagonal().add_(damping * typical)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                change = torch.cholesky_solve(gradient.unsqueeze(-1), factor)
+                candidate = coefficients + change.reshape(start.T.shape).T
+                next_value = objective(candidate)
+            damping *= 10
+        if not next_value < value:
+            return coefficients, step
+        gained = value - next_value
+        coefficients, value, damping = candidate, next_value, damping / 100
+        if gained < _CONVERGED * value:
+            return coefficients, step + 1
+    return coefficients, config.refine_steps
+
+
+def _normal_equations(
+    model: ActionAutoencoder, features: Tensor, wanted: Tensor, shares: Tensor, coefficients: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gauss-Newton matrix [D * P, D * P] and descent direction [P, D] of the weighted mean squared action error."""
+    first, second = model.decoder[0], model.decoder[2]
+    inner = first(features @ coefficients)
+    error = wanted - second(mish(inner))
+    jacobian = torch.einsum("ah,nh,hd->nad", second.weight, _mish_slope(inner), first.weight)
+    shares = (shares / wanted.shape[1]).unsqueeze(-1)
+    descent = features.T @ (torch.einsum("nad,na->nd", jacobian, error) * shares)
+    metric = torch.einsum("nad,nae->nde", jacobian, jacobian) * shares.unsqueeze(-1)
+    width, latent_dim = coefficients.shape
+    normal = torch.empty(latent_dim, width, latent_dim, width, dtype=features.dtype)
+    for row in range(latent_dim):
+        for column in range(row + 1):
+            block = features.T @ (features * metric[:, row, column].unsqueeze(-1))
+            normal[row, :, column] = normal[column, :, row] = block
+    return normal.reshape(latent_dim * width, latent_dim * width), descent
+
+
+def _mish_slope(value: Tensor) -> Tensor:
+    """Derivative of x tanh(softplus(x)): tanh(s) + x sigmoid(x) (1 - tanh(s)^2) with s = softplus(x)."""
+    gate = torch.tanh(softplus(value))
+    return gate + value * torch.sigmoid(value) * (1 - gate.square())
