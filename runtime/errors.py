@@ -27,3 +27,7 @@ class BackendUnavailableError(TokenizerError):
 
 class SelfTestError(TokenizerError):
     """A backend whose answers to the golden vectors are not those of the reference."""
+
+
+class InferenceError(TokenizerError):
+    """A backend that failed while it ran; the message quotes it. The output is not to be used."""

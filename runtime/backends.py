@@ -1,0 +1,148 @@
+"""What every backend does, which there are, and how the best one that works here is chosen."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from runtime.bundle import Bundle
+from runtime.errors import BackendUnavailableError, SelfTestError, TokenizerError
+from runtime.golden import Float32Array, Golden, Int32Array, replay
+
+_LOG = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """Runs encoder and decoders of one bundle.
+
+    Arrays are C-contiguous, of exactly these types, and hold legal values: the caller has validated them. Both methods
+    fill arrays of the caller, may be called from any thread, and raise InferenceError where the library fails.
+    """
+
+    @property
+    def name(self) -> str:
+        """As in the registry."""
+
+    @property
+    def description(self) -> str:
+        """Library, version and device, for logs and reports."""
+
+    def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
+        """actions [B, T, A] -> tokens [B, T, D, L] and, where wanted, stats [B, T, L, 2] (`dynamic` bundles)."""
+
+    def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
+        """tokens [B, T, D, l], l a built prefix, and stats [B, T, l, 2] of `dynamic` bundles -> actions [B, T, A]."""
+
+    def close(self) -> None:
+        """Free what the library holds; the backend cannot be used afterwards."""
+
+
+BackendFactory = Callable[[Bundle], Backend]
+
+#: `auto` takes the first of these that works: the fastest decoder first (design section 8).
+PREFERENCE = ("cuda", "c", "tensorrt-rtx", "tensorrt", "onnxruntime")
+
+
+def _open_onnxruntime(bundle: Bundle) -> Backend:
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise BackendUnavailableError("onnxruntime is not installed; install it with: pip install onnxruntime")
+    # Here, so that nobody who uses another backend pays for the import.
+    try:
+        from runtime.ort_backend import OrtBackend
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"onnxruntime is installed but does not load: {error}; install it again with: "
+            "pip install --force-reinstall onnxruntime"
+        ) from error
+    return OrtBackend(bundle)
+
+
+#: Every backend that this runtime can run.
+FACTORIES: dict[str, BackendFactory] = {"onnxruntime": _open_onnxruntime}
+
+
+@dataclass(frozen=True)
+class Availability:
+    """obstacle: why the backend cannot be used with a bundle here, empty where it can."""
+
+    name: str
+    obstacle: str
+
+    @property
+    def is_usable(self) -> bool:
+        return not self.obstacle
+
+
+def create_backend(name: str, bundle: Bundle) -> Backend:
+    """The backend `name` for a bundle, not yet tested: see `select_backend`.
+
+    Raises BackendUnavailableError where it is unknown, not installed or does not accept the bundle's graphs.
+    """
+    factory = FACTORIES.get(name)
+    if factory is not None:
+        return factory(bundle)
+    if name in PREFERENCE:
+        raise BackendUnavailableError(f"this runtime cannot run {name!r} yet; it runs {', '.join(FACTORIES)}")
+    raise BackendUnavailableError(f"no backend {name!r}; there are {', '.join(('auto', *PREFERENCE))}")
+
+
+def available(bundle: Bundle) -> tuple[Availability, ...]:
+    """Every backend in order of preference, with what stands in its way here; opens each to find out."""
+    found = []
+    for name in PREFERENCE:
+        obstacle = ""
+        try:
+            create_backend(name, bundle).close()
+        except TokenizerError as error:
+            obstacle = str(error)
+        found.append(Availability(name, obstacle))
+    return tuple(found)
+
+
+def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
+    """The backend `name`, or for `auto` the best that works here, after it has replayed the golden vectors.
+
+    golden: None skips the replay. Raises BackendUnavailableError where nothing can be opened, SelfTestError where what
+    was opened gives wrong answers.
+    """
+    if name != "auto":
+        return _open_tested(name, bundle, golden)
+    obstacles: dict[str, TokenizerError] = {}
+    for candidate in PREFERENCE:
+        try:
+            backend = _open_tested(candidate, bundle, golden)
+        except (BackendUnavailableError, SelfTestError) as error:
+            obstacles[candidate] = error
+            _LOG.log(
+                logging.WARNING if isinstance(error, SelfTestError) else logging.DEBUG, "not %s: %s", candidate, error
+            )
+            continue
+        passed = "not self-tested" if golden is None else "passed its self-test"
+        skipped = f"; not {', '.join(obstacles)}" if obstacles else ""
+        _LOG.info("backend %s (%s): %s, best of what works here%s", candidate, backend.description, passed, skipped)
+        return backend
+    reasons = "\n".join(f"  {candidate}: {error}" for candidate, error in obstacles.items())
+    wrong = any(isinstance(error, SelfTestError) for error in obstacles.values())
+    kind = SelfTestError if wrong else BackendUnavailableError
+    raise kind(f"no backend works for {bundle.folder} on this machine:\n{reasons}")
+
+
+def _open_tested(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
+    backend = create_backend(name, bundle)
+    if golden is None:
+        return backend
+    try:
+        result = replay(golden, bundle.manifest.model, backend)
+        if not result.passed:
+            lines = "\n".join(f"  {check}" for check in result.failures)
+            raise SelfTestError(
+                f"{name} ({backend.description}) does not give the reference's answers to the golden vectors of "
+                f"{bundle.folder}; do not use it, build the bundle again:\n{lines}"
+            )
+    except BaseException:
+        backend.close()
+        raise
+    return backend

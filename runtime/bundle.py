@@ -1,0 +1,166 @@
+"""Opens a bundle: every file is read once, hashed, and handed out as the very bytes that were hashed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+
+from runtime.errors import BundleError
+from runtime.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, ModelEntry, graph_tensors, parse_manifest
+
+_COPY_AGAIN = "copy the bundle again or build it again with `python export/build_engine.py`"
+#: A manifest takes a few tens of KB; a larger file is something else and is not read.
+_MANIFEST_SIZE_LIMIT = 16 * 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """A bundle whose files have the sizes and hashes that its manifest states."""
+
+    folder: Path
+    manifest: Manifest
+    _contents: Mapping[str, bytes] = field(repr=False)
+
+    def content(self, file: str) -> bytes:
+        """The bytes that were hashed; never read from disk again. Raises BundleError for a file not listed."""
+        try:
+            return self._contents[file]
+        except KeyError:
+            raise BundleError(f"{self.folder} lists no file {file!r}; {_COPY_AGAIN}") from None
+
+    def unlisted_files(self) -> tuple[str, ...]:
+        """Files in the folder that the manifest does not name: nothing reads them."""
+        found = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if not path.is_dir())
+        return tuple(sorted(set(found) - self._contents.keys() - {MANIFEST_NAME}))
+
+
+def open_bundle(path: str | Path) -> Bundle:
+    """Read a bundle into memory and check it against its manifest; nothing in it is deserialised before.
+
+    Raises BundleError when it is missing, incomplete, altered, of another schema version, or not a bundle.
+    """
+    folder = Path(path)
+    manifest = parse_manifest(_read_manifest(folder))
+    contents: dict[str, bytes] = {}
+    for name, entry in manifest.files.items():
+        contents[name] = _read_checked(folder, name, entry)
+    _check_model(manifest.model)
+    _check_references(manifest)
+    return Bundle(folder, manifest, MappingProxyType(contents))
+
+
+def _read_manifest(folder: Path) -> str:
+    try:
+        if not folder.is_dir():
+            found = "a file, not a folder" if folder.exists() else "nothing"
+            raise BundleError(
+                f"no bundle at {folder}: found {found}; give the folder that `python export/build_engine.py` wrote"
+            )
+        path = folder / MANIFEST_NAME
+        if not path.is_file():
+            raise BundleError(
+                f"{folder} is not a bundle: it has no file {MANIFEST_NAME}; give the folder that "
+                "`python export/build_engine.py` wrote"
+            )
+        size = path.stat().st_size
+        if size > _MANIFEST_SIZE_LIMIT:
+            raise BundleError(f"{path} has {size} bytes, more than any manifest; {_COPY_AGAIN}")
+        # Not read_text: it would turn line ends of other systems into ours before the spelling is checked.
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{MANIFEST_NAME} in {folder} is not UTF-8 text: {error}; {_COPY_AGAIN}") from error
+    except OSError as error:
+        raise BundleError(f"{folder} cannot be read: {error}; check its permissions") from error
+
+
+def _read_checked(folder: Path, name: str, entry: FileEntry) -> bytes:
+    """The file's bytes, with the size and hash that the manifest states."""
+    _check_name(name)
+    path = folder.joinpath(name)
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"{name} is a link that leads out of {folder}; {_COPY_AGAIN}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BundleError(f"{name} in {folder} is not a regular file; {_COPY_AGAIN}")
+        if status.st_size != entry.size:
+            raise BundleError(
+                f"{name} in {folder} has {status.st_size} bytes, the manifest states {entry.size}: it is truncated or "
+                f"was altered; {_COPY_AGAIN}"
+            )
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{name} is missing from {folder}; {_COPY_AGAIN}") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        # Beside the system's refusals: names it cannot represent, and links that turn in a circle.
+        raise BundleError(f"{name} in {folder} cannot be read: {error}; check its permissions") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != entry.sha256:
+        raise BundleError(
+            f"{name} in {folder} has sha256 {found}, the manifest states {entry.sha256}: it was altered; {_COPY_AGAIN}"
+        )
+    return content
+
+
+def _check_name(name: str) -> None:
+    """Only plain relative paths with forward slashes, on every system."""
+    parts = name.split("/")
+    if (
+        any(part in ("", ".", "..") for part in parts)
+        or any(character in name for character in "\\:\0")
+        or PurePosixPath(name).is_absolute()
+    ):
+        raise BundleError(f"{MANIFEST_NAME} names the file {name!r}, which may lie outside the bundle; build it again")
+
+
+def _check_model(model: ModelEntry) -> None:
+    """Sizes and units that a model can have: everything behind this relies on them."""
+    sizes = ("chunk_length", "action_dim", "latent_dim", "hidden_width", "num_layers")
+    problems = [f"{name} is {getattr(model, name)}" for name in sizes if getattr(model, name) < 1]
+    if model.num_levels < 2:
+        problems.append(f"num_levels is {model.num_levels}")
+    ascending = tuple(sorted(set(model.prefixes)))
+    if model.prefixes != ascending or not ascending or ascending[0] < 1 or ascending[-1] != model.num_layers:
+        problems.append(f"prefixes are {list(model.prefixes)} for {model.num_layers} layers")
+    for name in ("action_units", "action_offset"):
+        values = getattr(model, name)
+        if len(values) != model.action_dim or not all(map(math.isfinite, values)):
+            problems.append(f"{name} are {list(values)} for {model.action_dim} dimensions")
+    if not all(unit > 0 for unit in model.action_units):
+        problems.append(f"action_units are {list(model.action_units)}, not all positive")
+    if not 0 < model.action_limit < math.inf:
+        problems.append(f"action_limit is {model.action_limit}")
+    if problems:
+        raise BundleError(f"{MANIFEST_NAME} describes no possible model: {'; '.join(problems)}; build the bundle again")
+
+
+def _check_references(manifest: Manifest) -> None:
+    """Whatever the manifest refers to is among its files, and engines were compiled from the graphs they name."""
+    named = [GOLDEN_NAME, *(entry.file for entry in manifest.graphs), *(entry.file for entry in manifest.engines)]
+    unlisted = sorted(set(named) - manifest.files.keys())
+    if unlisted:
+        raise BundleError(f"{MANIFEST_NAME} refers to {', '.join(unlisted)} but lists no hash for them; build it again")
+    model = manifest.model
+    wanted = [("encoder", model.num_layers), *(("decoder", prefix) for prefix in model.prefixes)]
+    found = [(entry.role, entry.prefix) for entry in manifest.graphs]
+    if sorted(found) != sorted(wanted):
+        raise BundleError(f"{MANIFEST_NAME} lists the graphs {sorted(found)}; the model needs {sorted(wanted)}")
+    for entry in manifest.graphs:
+        tensors = graph_tensors(model, entry.role, entry.prefix)
+        if (entry.inputs, entry.outputs) != tensors:
+            raise BundleError(
+                f"{MANIFEST_NAME} states the tensors {entry.inputs} and {entry.outputs} for {entry.file}; the model "
+                f"needs {tensors[0]} and {tensors[1]}; build the bundle again"
+            )
+    graphs = {entry.file for entry in manifest.graphs}
+    for engine in manifest.engines:
+        if engine.graph not in graphs or engine.onnx_sha256 != manifest.files[engine.graph].sha256:
+            raise BundleError(
+                f"{engine.file} was compiled from {engine.graph} with sha256 {engine.onnx_sha256}, which is not in "
+                "this bundle: graph and engine do not belong together; build the bundle again"
+            )

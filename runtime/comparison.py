@@ -1,0 +1,167 @@
+"""Compares answers with the reference's, telling float32 near-ties from wrong tokens (design section 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class WrongToken:
+    """index: position in [..., D, L]; margin and bound in bin widths."""
+
+    index: tuple[int, ...]
+    expected: int
+    found: int
+    margin: float
+    bound: float
+
+    def __str__(self) -> str:
+        return (
+            f"token {list(self.index)} is {self.found}, expected {self.expected}: margin {self.margin:.2e} bins, "
+            f"float32 explains {self.bound:.2e}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TokenComparison:
+    """How tokens [..., D, L] differ from the reference's. Sums with `+`, along the first axis.
+
+    wrong: differs without a near-tie to explain it; near_ties: flipped where margin <= bound; behind: differs behind
+    an earlier difference, to be judged by the decoded action alone. Each int64 [L]. flipped: bool [...], the steps
+    with a near-tie flip. first_wrong: the first wrong token in memory order.
+    """
+
+    wrong: npt.NDArray[np.int64]
+    near_ties: npt.NDArray[np.int64]
+    behind: npt.NDArray[np.int64]
+    flipped: npt.NDArray[np.bool_]
+    first_wrong: WrongToken | None
+
+    @property
+    def num_steps(self) -> int:
+        return self.flipped.size
+
+    @property
+    def num_wrong(self) -> int:
+        return int(self.wrong.sum())
+
+    @property
+    def num_near_ties(self) -> int:
+        return int(self.near_ties.sum())
+
+    @property
+    def num_behind(self) -> int:
+        return int(self.behind.sum())
+
+    def __add__(self, other: TokenComparison) -> TokenComparison:
+        first_wrong = self.first_wrong
+        if first_wrong is None and other.first_wrong is not None:
+            head, *tail = other.first_wrong.index
+            first_wrong = replace(other.first_wrong, index=(head + len(self.flipped), *tail))
+        return TokenComparison(
+            wrong=self.wrong + other.wrong,
+            near_ties=self.near_ties + other.near_ties,
+            behind=self.behind + other.behind,
+            flipped=np.concatenate((self.flipped, other.flipped)),
+            first_wrong=first_wrong,
+        )
+
+
+def compare_tokens(
+    expected: npt.NDArray[np.integer[Any]],
+    found: npt.NDArray[np.integer[Any]],
+    margins: npt.NDArray[np.floating[Any]],
+    bounds: npt.NDArray[np.floating[Any]],
+    *,
+    is_step_coupled: bool,
+) -> TokenComparison:
+    """Sort every difference into wrong, near-tie and behind; all arrays [..., D, L] with at least one leading axis.
+
+    margins: the reference's distance to the nearest bin edge; bounds: how far float32 can move the value; both in bin
+    widths. is_step_coupled: whether a flip moves the later layers of all latents of its step, not of its own alone.
+    Raises ValueError when the shapes differ.
+    """
+    shapes = {array.shape for array in (expected, found, margins, bounds)}
+    if len(shapes) != 1 or expected.ndim < 3:
+        raise ValueError(f"tokens, margins and bounds have shapes {sorted(shapes)}; expected one shape [..., D, L]")
+    differs = expected != found
+    first = differs & ~_differs_before(differs, is_step_coupled)
+    # Written so that a margin or bound that is not a number excuses nothing.
+    near_ties = first & (margins <= bounds)
+    wrong = first & ~near_ties
+    return TokenComparison(
+        wrong=_per_layer(wrong),
+        near_ties=_per_layer(near_ties),
+        behind=_per_layer(differs & ~first),
+        flipped=near_ties.any(axis=(-2, -1)),
+        first_wrong=_first_wrong(wrong, expected, found, margins, bounds),
+    )
+
+
+@dataclass(frozen=True)
+class ActionError:
+    """The largest |difference| in normalised units, infinite for NaN; where, and what stood there in physical units."""
+
+    value: float
+    index: tuple[int, ...]
+    expected: float
+    found: float
+
+    def __str__(self) -> str:
+        if not self.index:
+            return "nothing compared"
+        return f"action {list(self.index)} is {self.found:.9g}, expected {self.expected:.9g}"
+
+
+def action_errors(
+    expected: npt.NDArray[np.floating[Any]],
+    found: npt.NDArray[np.floating[Any]],
+    units: npt.ArrayLike,
+) -> ActionError:
+    """The worst of actions [..., A] in physical units; units [A]: physical units per normalised unit.
+
+    Raises ValueError when the shapes differ.
+    """
+    if expected.shape != found.shape:
+        raise ValueError(f"actions have shapes {expected.shape} and {found.shape}; expected the same")
+    if expected.size == 0:
+        return ActionError(0.0, (), 0.0, 0.0)
+    # Infinities subtract to NaN, which counts as infinite below.
+    with np.errstate(invalid="ignore"):
+        errors = np.abs(found.astype(np.float64) - expected) / np.asarray(units, np.float64)
+    errors[np.isnan(errors)] = np.inf
+    index = _unravel(int(errors.argmax()), errors.shape)
+    return ActionError(float(errors[index]), index, float(expected[index]), float(found[index]))
+
+
+def _differs_before(differs: npt.NDArray[np.bool_], is_step_coupled: bool) -> npt.NDArray[np.bool_]:
+    """Whether any earlier layer differs: of the same latent, or of any latent of the step."""
+    cause = np.logical_or.reduce(differs, axis=-2, keepdims=True) if is_step_coupled else differs
+    before = np.zeros_like(cause)
+    before[..., 1:] = np.logical_or.accumulate(cause, axis=-1)[..., :-1]
+    return before
+
+
+def _per_layer(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    return np.asarray(mask.sum(axis=tuple(range(mask.ndim - 1)), dtype=np.int64))
+
+
+def _first_wrong(
+    wrong: npt.NDArray[np.bool_],
+    expected: npt.NDArray[np.integer[Any]],
+    found: npt.NDArray[np.integer[Any]],
+    margins: npt.NDArray[np.floating[Any]],
+    bounds: npt.NDArray[np.floating[Any]],
+) -> WrongToken | None:
+    if not wrong.any():
+        return None
+    index = _unravel(int(wrong.argmax()), wrong.shape)
+    return WrongToken(index, int(expected[index]), int(found[index]), float(margins[index]), float(bounds[index]))
+
+
+def _unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(int(part) for part in np.unravel_index(position, shape))

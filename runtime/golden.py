@@ -1,0 +1,350 @@
+"""Golden vectors: inputs, what the reference in float64 made of them, and their replay through a backend."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.comparison import ActionError, TokenComparison, action_errors, compare_tokens
+from runtime.errors import BundleError, TokenizerError
+from runtime.gates import GATES
+from runtime.manifest import GOLDEN_NAME, ModelEntry
+
+if TYPE_CHECKING:
+    from runtime.backends import Backend
+
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+Int32Array = npt.NDArray[np.int32]
+
+#: The earliest time that a zip can state: the same bytes at any time.
+_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
+#: Chunks that are also run in batches of 1 and 2: what can go wrong there is the batch, not the numbers.
+_SMALL_BATCH_CHUNKS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """N chunks through the reference in float64.
+
+    actions: float32 [N, T, A] in physical units, the encoder's inputs; tokens: int32 [N, T, D, L]; margins, bounds:
+    float32 [N, T, D, L] in bin widths, the decision margins and how far float32 can move them; stats: float32
+    [N, T, L, 2], `dynamic` only; decoded: for every prefix l the reference's decoding of tokens[..., :l] (and
+    stats[..., :l, :]) in physical units, float64 [N, T, A]. near_tie_cap: how many near-tie flips are allowed;
+    flip_tolerance: how far, in normalised units, the full-depth decoding of a step with such a flip may lie from
+    decoded[L].
+    """
+
+    actions: Float32Array
+    tokens: Int32Array
+    margins: Float32Array
+    bounds: Float32Array
+    stats: Float32Array | None
+    decoded: Mapping[int, Float64Array]
+    near_tie_cap: int
+    flip_tolerance: float
+
+    def every(self, stride: int) -> Golden:
+        """Every stride-th chunk, with the same limits."""
+        return replace(
+            self,
+            actions=self.actions[::stride],
+            tokens=self.tokens[::stride],
+            margins=self.margins[::stride],
+            bounds=self.bounds[::stride],
+            stats=None if self.stats is None else self.stats[::stride],
+            decoded={prefix: actions[::stride] for prefix, actions in self.decoded.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One gate on one kind of answer: passes where value <= limit."""
+
+    gate: str
+    value: float
+    limit: float
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.limit
+
+    def __str__(self) -> str:
+        sign, relation = ("✓", "≤") if self.passed else ("✗", ">")
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{sign} {self.gate}: {self.value:.3g} {relation} {self.limit:.3g}{detail}"
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """All checks in the order they ran; none is skipped because another failed."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if not check.passed)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+def write_golden(golden: Golden) -> bytes:
+    """The bytes of an .npz: the same for the same content, at any time and with any zlib (nothing is compressed)."""
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "actions": golden.actions,
+        "tokens": golden.tokens,
+        "margins": golden.margins,
+        "bounds": golden.bounds,
+        "near_tie_cap": np.array(golden.near_tie_cap, np.int64),
+        "flip_tolerance": np.array(golden.flip_tolerance, np.float64),
+        **{_decoded_name(prefix): actions for prefix, actions in golden.decoded.items()},
+    }
+    if golden.stats is not None:
+        arrays["stats"] = golden.stats
+    output = io.BytesIO()
+    with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(arrays):
+            member = io.BytesIO()
+            np.lib.format.write_array(member, np.asarray(arrays[name], order="C"), version=(1, 0), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy", _ZIP_EPOCH), member.getvalue())
+    return output.getvalue()
+
+
+def read_golden(content: bytes, model: ModelEntry) -> Golden:
+    """Golden vectors that fit `model`, as read-only arrays.
+
+    Raises BundleError for anything but what `write_golden` writes: other members, shapes, types, or values that make
+    no sense. Shapes are judged by their headers, before anything is allocated.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                raise ValueError("its members are compressed")
+            members = {member.filename: archive.read(member) for member in archive.infolist()}
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        raise _malformed(f"is not an .npz that the build writes: {error}") from error
+    expected = _expected_arrays(model, _num_chunks(members))
+    if members.keys() != expected.keys():
+        missing, unknown = sorted(expected.keys() - members.keys()), sorted(members.keys() - expected.keys())
+        raise _malformed(f"lacks {missing} and has the unknown members {unknown}")
+    arrays = {
+        name.removesuffix(".npy"): _read_array(name, members[name], dtype, shape)
+        for name, (dtype, shape) in expected.items()
+    }
+    golden = Golden(
+        actions=arrays["actions"],
+        tokens=arrays["tokens"],
+        margins=arrays["margins"],
+        bounds=arrays["bounds"],
+        stats=arrays.get("stats"),
+        decoded={prefix: arrays[_decoded_name(prefix)] for prefix in model.prefixes},
+        near_tie_cap=int(arrays["near_tie_cap"]),
+        flip_tolerance=float(arrays["flip_tolerance"]),
+    )
+    _check_values(golden, model)
+    return golden
+
+
+def replay(golden: Golden, model: ModelEntry, backend: Backend) -> ReplayResult:
+    """Encode and decode all golden vectors at once, some also one by one and in pairs; hold every answer to GATES.
+
+    Every batch size is judged against the reference, not against another batch size: a library may choose another
+    order of summation for another size. Collects all failures; a backend that raises fails that check.
+    """
+    num_chunks = len(golden.actions)
+    # Evenly spread over all of them, so that every kind of input is among them.
+    sample = golden.every(-(-num_chunks // _SMALL_BATCH_CHUNKS))
+    runs = {1: sample, min(2, len(sample.actions)): sample, num_chunks: golden}
+    return ReplayResult(
+        tuple(
+            check
+            for batch_size, vectors in runs.items()
+            for check in _replay_batches(vectors, model, backend, batch_size)
+        )
+    )
+
+
+def _replay_batches(golden: Golden, model: ModelEntry, backend: Backend, batch_size: int) -> Iterator[Check]:
+    tokens = np.full_like(golden.tokens, -1, subok=False)
+    stats = None if golden.stats is None else np.full_like(golden.stats, np.nan)
+    label = f"batch {batch_size}"
+    batches = [slice(start, start + batch_size) for start in range(0, len(golden.actions), batch_size)]
+    # A backend gets what the tokenizer would give it: arrays of its own, writable and contiguous.
+    inputs = golden.actions.copy()
+    try:
+        for batch in batches:
+            backend.encode_into(inputs[batch], tokens[batch], None if stats is None else stats[batch])
+    except TokenizerError as error:
+        yield Check(f"encode, {label}", np.inf, 0, str(error))
+        return
+    comparison = compare_tokens(
+        golden.tokens, tokens, golden.margins, golden.bounds, is_step_coupled=model.is_step_coupled
+    )
+    yield from _token_checks(comparison, golden.near_tie_cap, label)
+    if stats is not None and golden.stats is not None:
+        yield _stats_check(golden.stats, stats, comparison.flipped, label)
+    for prefix in model.prefixes:
+        reference = golden.stats if golden.stats is None else golden.stats[..., :prefix, :]
+        gate = f"decode {prefix} layers, {label}: max |action error|"
+        decoded = _decode(golden.tokens[..., :prefix], reference, golden, backend, batches)
+        if isinstance(decoded, TokenizerError):
+            yield Check(gate, np.inf, GATES.action_error, str(decoded))
+            continue
+        worst = action_errors(golden.decoded[prefix], decoded, model.action_units)
+        yield _action_check(gate, worst, GATES.action_error)
+    if comparison.num_wrong == 0:
+        yield from _round_trip_checks(golden, model, backend, batches, tokens, stats, comparison.flipped, label)
+
+
+def _round_trip_checks(
+    golden: Golden,
+    model: ModelEntry,
+    backend: Backend,
+    batches: list[slice],
+    tokens: Int32Array,
+    stats: Float32Array | None,
+    flipped: npt.NDArray[np.bool_],
+    label: str,
+) -> Iterator[Check]:
+    """The backend's own tokens, decoded: the only judge of what lies behind a near-tie flip."""
+    expected = golden.decoded[model.num_layers]
+    decoded = _decode(tokens, stats, golden, backend, batches)
+    gate = f"encode and decode, {label}: max |action error|"
+    if isinstance(decoded, TokenizerError):
+        yield Check(gate, np.inf, GATES.action_error, str(decoded))
+        return
+    # A flipped step is judged by its own limit; the reference's value in its place adds no error to the first check.
+    kept = np.where(flipped[..., None], expected, decoded)
+    yield _action_check(gate, action_errors(expected, kept, model.action_units), GATES.action_error)
+    if flipped.any():
+        swapped = np.where(flipped[..., None], decoded, expected)
+        yield _action_check(
+            f"encode and decode, {label}: max |action error| of {int(flipped.sum())} steps with a near-tie flip",
+            action_errors(expected, swapped, model.action_units),
+            golden.flip_tolerance,
+        )
+
+
+def _decode(
+    tokens: Int32Array, stats: Float32Array | None, golden: Golden, backend: Backend, batches: list[slice]
+) -> Float32Array | TokenizerError:
+    actions = np.full(golden.actions.shape, np.nan, np.float32)
+    tokens = np.array(tokens, order="C")
+    stats = None if stats is None else np.array(stats, order="C")
+    try:
+        for batch in batches:
+            backend.decode_into(tokens[batch], None if stats is None else stats[batch], actions[batch])
+    except TokenizerError as error:
+        return error
+    return actions
+
+
+def _token_checks(comparison: TokenComparison, near_tie_cap: int, label: str) -> Iterator[Check]:
+    detail = ""
+    if comparison.first_wrong is not None:
+        detail = f"{comparison.first_wrong}; per layer {comparison.wrong.tolist()}"
+    yield Check(f"encode, {label}: wrong tokens", comparison.num_wrong, GATES.wrong_tokens, detail)
+    detail = ""
+    if comparison.num_near_ties:
+        detail = f"per layer {comparison.near_ties.tolist()}, {comparison.num_behind} tokens behind them"
+    yield Check(f"encode, {label}: near-tie flips", comparison.num_near_ties, near_tie_cap, detail)
+
+
+def _stats_check(expected: Float32Array, found: Float32Array, flipped: npt.NDArray[np.bool_], label: str) -> Check:
+    # Behind a flip the statistics are those of another residual.
+    kept = np.where(flipped[..., None, None], expected, found)
+    errors = action_errors(expected, kept, 1.0)
+    detail = "" if errors.value <= GATES.stats_error else f"stats{list(errors.index)} is {errors.found:.9g}"
+    return Check(f"encode, {label}: max |stats error|", errors.value, GATES.stats_error, detail)
+
+
+def _action_check(gate: str, error: ActionError, limit: float) -> Check:
+    return Check(gate, error.value, limit, "" if error.value <= limit else str(error))
+
+
+def _decoded_name(prefix: int) -> str:
+    return f"decoded_{prefix}"
+
+
+def _expected_arrays(model: ModelEntry, num_chunks: int) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
+    """Member name to dtype and shape."""
+    steps = (num_chunks, model.chunk_length)
+    per_token = (*steps, model.latent_dim, model.num_layers)
+    arrays: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+        "actions": (np.float32, (*steps, model.action_dim)),
+        "tokens": (np.int32, per_token),
+        "margins": (np.float32, per_token),
+        "bounds": (np.float32, per_token),
+        "near_tie_cap": (np.int64, ()),
+        "flip_tolerance": (np.float64, ()),
+        **{_decoded_name(prefix): (np.float64, (*steps, model.action_dim)) for prefix in model.prefixes},
+    }
+    if model.has_stats:
+        arrays["stats"] = (np.float32, (*steps, model.num_layers, 2))
+    return {f"{name}.npy": entry for name, entry in arrays.items()}
+
+
+def _num_chunks(members: Mapping[str, bytes]) -> int:
+    if "actions.npy" not in members:
+        raise _malformed("lacks actions.npy")
+    shape, _, _, _ = _read_header("actions.npy", members["actions.npy"])
+    if not shape or shape[0] < 1:
+        raise _malformed(f"has actions of shape {list(shape)}; expected at least one chunk")
+    return shape[0]
+
+
+def _read_header(name: str, content: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """Shape, whether in Fortran order, dtype, and where the data begin."""
+    stream = io.BytesIO(content)
+    try:
+        version = np.lib.format.read_magic(stream)
+        if version != (1, 0):
+            raise ValueError(f"array format {version}")
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+    except ValueError as error:
+        raise _malformed(f"has an unreadable member {name}: {error}") from error
+    return shape, is_fortran, dtype, stream.tell()
+
+
+def _read_array(name: str, content: bytes, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    found_shape, is_fortran, found_dtype, start = _read_header(name, content)
+    if (found_shape, is_fortran, found_dtype) != (shape, False, np.dtype(dtype)):
+        raise _malformed(
+            f"has {name} as {found_dtype}{list(found_shape)}; the manifest's model needs {np.dtype(dtype)}{list(shape)}"
+        )
+    size = len(content) - start
+    if size != np.dtype(dtype).itemsize * int(np.prod(shape)):
+        raise _malformed(f"has {size} bytes of data in {name}, not as many as {np.dtype(dtype)}{list(shape)} takes")
+    return np.frombuffer(content, dtype, offset=start).reshape(shape)
+
+
+def _check_values(golden: Golden, model: ModelEntry) -> None:
+    """A golden vector that cannot fail is no test: every number must be one that the reference can give."""
+    rules = {
+        "actions beyond the model's action_limit": bool((np.abs(golden.actions) <= model.action_limit).all()),
+        f"tokens outside 0 ... {model.num_levels - 1}": bool(
+            ((golden.tokens >= 0) & (golden.tokens < model.num_levels)).all()
+        ),
+        "margins that are negative or not finite": bool(((golden.margins >= 0) & np.isfinite(golden.margins)).all()),
+        "bounds that are negative or not a number": bool((golden.bounds >= 0).all()),
+        "stats that are not finite": golden.stats is None or bool(np.isfinite(golden.stats).all()),
+        "decoded actions that are not finite": all(np.isfinite(actions).all() for actions in golden.decoded.values()),
+        "a negative near_tie_cap": golden.near_tie_cap >= 0,
+        "a flip_tolerance that is negative or not finite": 0 <= golden.flip_tolerance < np.inf,
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise _malformed(f"has {'; '.join(broken)}")
+
+
+def _malformed(problem: str) -> BundleError:
+    return BundleError(f"{GOLDEN_NAME} {problem}; copy the bundle again or build it again")

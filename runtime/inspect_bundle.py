@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""Show what is in a bundle: model, graphs, engines, what was proven, and every file.
+
+Sizes and hashes are checked on the way; nothing is run. The exit status is 0, or 2 for a bundle that cannot be read.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from runtime.bundle import Bundle, open_bundle
+from runtime.errors import TokenizerError
+from runtime.manifest import EngineEntry, GraphEntry, TensorEntry
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("bundle", type=Path, help="folder written by `python export/build_engine.py`")
+    parser.add_argument("--json", action="store_true", help="the manifest and the unlisted files as JSON")
+    options = parser.parse_args(arguments)
+    try:
+        bundle = open_bundle(options.bundle)
+    except TokenizerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(describe(bundle), indent=1, ensure_ascii=False) if options.json else "\n".join(overview(bundle)))
+    return 0
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """The manifest's content and `unlisted_files`, fit for JSON."""
+    return {**dataclasses.asdict(bundle.manifest), "unlisted_files": list(bundle.unlisted_files())}
+
+
+def overview(bundle: Bundle) -> Iterator[str]:
+    """Lines for people."""
+    manifest, model = bundle.manifest, bundle.manifest.model
+    yield f"{bundle.folder} (schema version {manifest.schema_version})"
+    yield f"  fingerprint  {manifest.fingerprint}"
+    yield f"  mode         {model.mode}: {_MODES[model.mode]}"
+    yield (
+        f"  sizes        T {model.chunk_length}, A {model.action_dim}, D {model.latent_dim}, L {model.num_layers}, "
+        f"K {model.num_levels}, hidden {model.hidden_width}; decodes {', '.join(map(str, model.prefixes))} layers"
+    )
+    yield f"  actions      |action| at most {model.action_limit:g}, physical = normalised * units + offset"
+    yield f"    units      {_numbers(model.action_units)}"
+    yield f"    offset     {_numbers(model.action_offset)}"
+    yield "graphs"
+    for graph in manifest.graphs:
+        yield f"  {_graph(graph)}"
+    yield "engines" if manifest.engines else "engines: none, the graphs are run as they are"
+    for engine in manifest.engines:
+        yield from (f"  {line}" for line in _engine(engine))
+    yield "parity with PyTorch float64" if manifest.parity else "parity: nothing was proven when this was built"
+    for entry in manifest.parity:
+        sign, relation = ("✓", "≤") if entry.value <= entry.limit else ("✗", ">")
+        detail = f" ({entry.detail})" if entry.detail else ""
+        measured = f"{entry.value:.3g} {relation} {entry.limit:.3g} over {entry.steps} steps"
+        yield f"  {sign} {entry.backend}, {entry.gate}: {measured}{detail}"
+    yield "files, sizes and sha256 as in the manifest"
+    for file, listed in sorted(manifest.files.items()):
+        yield f"  {listed.size:>12,} bytes  {listed.sha256[:16]}…  {file}"
+    for file in bundle.unlisted_files():
+        yield f"  not listed in the manifest, never read: {file}"
+    yield f"built with {', '.join(f'{name} {version}' for name, version in sorted(manifest.tools.items()))}"
+    yield "provenance"
+    yield from (
+        f"  {line}" for line in json.dumps(manifest.provenance, indent=1, ensure_ascii=False).splitlines()[1:-1]
+    )
+
+
+_MODES = {
+    "none": "naive RFSQ, tokens decode on their own",
+    "dynamic": "published Robust RFSQ, decoding needs the stats that encoding gives",
+    "calibrated": "Robust RFSQ with constant mean and scale, tokens decode on their own",
+    "recovered": "published Robust RFSQ tokens, decoded on their own by a fitted map",
+}
+
+
+def _graph(graph: GraphEntry) -> str:
+    what = graph.role if graph.role == "encoder" else f"decoder of {graph.prefix} layers"
+    return f"{graph.file}: {what}, {_tensors(graph.inputs)} -> {_tensors(graph.outputs)}"
+
+
+def _tensors(tensors: Sequence[TensorEntry]) -> str:
+    return ", ".join(
+        f"{tensor.name} {tensor.dtype}[{', '.join('B' if size == -1 else str(size) for size in tensor.shape)}]"
+        for tensor in tensors
+    )
+
+
+def _engine(engine: EngineEntry) -> Iterator[str]:
+    target = (
+        f"compute capability {', '.join(engine.compute_capabilities)}" if engine.compute_capabilities else "any GPU"
+    )
+    least, optimum, most = engine.profile
+    yield f"{engine.file}"
+    yield f"  {engine.backend} {engine.version}, {target}, from {engine.graph}, B {least} ... {most}, tuned for {optimum}"
+    if engine.status == "validated":
+        yield f"  ✓ validated: it passed the parity gates ({engine.detail})"
+    else:
+        yield f"  – built, NOT validated: it was never run ({engine.detail})"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.6g}" for value in values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

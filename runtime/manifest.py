@@ -1,0 +1,232 @@
+"""The bundle's table of contents: read strictly, written in one canonical form.
+
+Unknown keys, missing keys and wrong types are refused, and the text must be exactly what writing its content again
+would give. `manifest_sha256` covers all the rest, so no character of the file can change unnoticed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from runtime.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+GOLDEN_NAME = "golden.npz"
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """dtype in numpy's words; shape with -1 for the batch."""
+
+    name: str
+    dtype: Literal["float32", "int32"]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """An ONNX file; prefix: the layers l that a decoder takes, L for the encoder."""
+
+    file: str
+    role: Literal["encoder", "decoder"]
+    prefix: int
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """An engine compiled from `graph`.
+
+    Runs only with this version of its library and, where compute_capabilities are named, on those GPUs. profile: the
+    smallest, tuned for and largest batch B. status: `validated` where the parity gates ran on it, `built` where it was
+    inspected but could not be run; detail says why.
+    """
+
+    backend: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+    graph: str
+    onnx_sha256: str
+    file: str
+    profile: tuple[int, int, int]
+    status: Literal["validated", "built"]
+    detail: str
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """Sizes and meaning of tokens and actions.
+
+    prefixes: built decoders, ascending, the last is num_layers. action_limit: the largest |action| (physical units)
+    for which no float32 intermediate can overflow. action_units: physical units per normalised unit, one for each of A.
+    """
+
+    mode: Literal["none", "dynamic", "calibrated", "recovered"]
+    chunk_length: int
+    action_dim: int
+    latent_dim: int
+    hidden_width: int
+    num_layers: int
+    num_levels: int
+    prefixes: tuple[int, ...]
+    action_limit: float
+    action_units: tuple[float, ...]
+    action_offset: tuple[float, ...]
+
+    @property
+    def has_stats(self) -> bool:
+        """Whether encoding gives, and decoding takes, mean and sigma of every layer (float32 [B, T, l, 2])."""
+        return self.mode == "dynamic"
+
+    @property
+    def is_step_coupled(self) -> bool:
+        """Whether a token depends on all latents of its step, so that one flip moves the later layers of them all."""
+        return self.mode in ("dynamic", "recovered")
+
+
+@dataclass(frozen=True)
+class ParityEntry:
+    """What a gate measured: `value` against `limit` over `steps` control steps."""
+
+    backend: str
+    gate: str
+    steps: int
+    value: float
+    limit: float
+    detail: str
+
+    def __post_init__(self) -> None:
+        # A count is a number like any other to a gate, but JSON would spell it without a point.
+        object.__setattr__(self, "value", float(self.value))
+        object.__setattr__(self, "limit", float(self.limit))
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """sha256: 64 hexadecimal digits; size in bytes."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """files: every file of the bundle but the manifest, by its path inside the bundle, with forward slashes.
+
+    provenance: where checkpoint, constants and calibration data came from; free-form JSON.
+    """
+
+    schema_version: int
+    fingerprint: str
+    model: ModelEntry
+    graphs: tuple[GraphEntry, ...]
+    engines: tuple[EngineEntry, ...]
+    parity: tuple[ParityEntry, ...]
+    tools: dict[str, str]
+    provenance: dict[str, Any]
+    files: dict[str, FileEntry]
+
+    def graph(self, role: Literal["encoder", "decoder"], prefix: int) -> GraphEntry:
+        """Raises BundleError where there is none."""
+        for entry in self.graphs:
+            if (entry.role, entry.prefix) == (role, prefix):
+                return entry
+        raise BundleError(f"the bundle has no {role} for {prefix} layers; build it again")
+
+
+def graph_tensors(
+    model: ModelEntry, role: Literal["encoder", "decoder"], prefix: int
+) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
+    """Inputs and outputs that a graph of this model has, in this order."""
+    steps = (-1, model.chunk_length)
+    actions = TensorEntry("actions", "float32", (*steps, model.action_dim))
+    codes = [TensorEntry("tokens", "int32", (*steps, model.latent_dim, prefix))]
+    if model.has_stats:
+        codes.append(TensorEntry("stats", "float32", (*steps, prefix, 2)))
+    return ((actions,), tuple(codes)) if role == "encoder" else (tuple(codes), (actions,))
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The one spelling of a manifest, its own hash included."""
+    content = dataclasses.asdict(manifest)
+    body = json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return json.dumps({**content, "manifest_sha256": digest}, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+
+
+def parse_manifest(text: str) -> Manifest:
+    """Raises BundleError, saying what is wrong where, unless `text` is what `manifest_text` wrote."""
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{MANIFEST_NAME} is not JSON: {error}; copy the bundle again or build it again") from error
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        found = content.get("schema_version") if isinstance(content, dict) else type(content).__name__
+        raise BundleError(
+            f"{MANIFEST_NAME} has schema version {found!r}; this runtime reads {SCHEMA_VERSION}: build the bundle "
+            "again with this version, or install the version that wrote it"
+        )
+    stated = content.pop("manifest_sha256", None)
+    manifest = typing.cast(Manifest, _build(Manifest, content, MANIFEST_NAME))
+    try:
+        canonical = manifest_text(manifest)
+    except ValueError as error:
+        # Numbers that overflow to infinity, halves of surrogate pairs: JSON that the build never writes.
+        raise BundleError(f"{MANIFEST_NAME} holds what no build writes: {error}; build the bundle again") from error
+    if canonical != text:
+        raise BundleError(
+            f"{MANIFEST_NAME} was altered after it was written: its manifest_sha256 is {stated}, or its spelling is "
+            "not the one written by the build; copy the bundle again or build it again"
+        )
+    return manifest
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` from JSON as `kind`: dataclasses, tuples, dicts, literals and plain types."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(typing.cast(type[Any], kind), value, where)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise BundleError(f"{where} is {value!r}; expected one of {', '.join(map(str, arguments))}")
+    if origin is tuple and isinstance(value, list):
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) == len(value):
+            parts = enumerate(zip(kinds, value, strict=True))
+            return tuple(_build(part, entry, f"{where}[{index}]") for index, (part, entry) in parts)
+    if origin is dict and isinstance(value, dict):
+        return {key: _build(arguments[1], entry, f"{where}[{key!r}]") for key, entry in value.items()}
+    # bool is an int to isinstance.
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    name = kind if isinstance(kind, types.GenericAlias) else getattr(kind, "__name__", kind)
+    raise BundleError(f"{where} is {value!r}; expected {name}")
+
+
+def _build_dataclass(kind: type[_T], value: Any, where: str) -> _T:
+    if not isinstance(value, dict):
+        raise BundleError(f"{where} is {value!r}; expected an object")
+    hints = typing.get_type_hints(kind)
+    missing, unknown = sorted(hints.keys() - value.keys()), sorted(value.keys() - hints.keys())
+    if missing or unknown:
+        raise BundleError(
+            f"{where} lacks the keys {missing} and has the unknown keys {unknown}; build the bundle again"
+        )
+    return kind(**{name: _build(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})

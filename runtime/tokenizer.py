@@ -1,0 +1,198 @@
+"""`ActionTokenizer`: continuous actions to tokens and back, on the robot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from runtime.backends import Backend, select_backend
+from runtime.bundle import open_bundle
+from runtime.errors import FingerprintError, InvalidInputError, TokenizerError
+from runtime.golden import Float32Array, Int32Array, read_golden
+from runtime.manifest import GOLDEN_NAME, Manifest, ModelEntry
+from runtime.validation import InputValidator
+
+
+class ActionTokenizer:
+    """A bundle, opened and verified. B is any batch size, 0 included; T, A, D, L and K are the model's.
+
+    Actions are in physical units. Every method may be called from any thread. Wrong input raises InvalidInputError
+    before anything is computed or written; a library that fails while it runs raises InferenceError.
+    """
+
+    def __init__(self, manifest: Manifest, backend: Backend) -> None:
+        self._manifest = manifest
+        self._backend = backend
+        self._validator = InputValidator(manifest.model)
+        self._is_closed = False
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        backend: str = "auto",
+        expect_fingerprint: str | None = None,
+        verify: bool = True,
+    ) -> Self:
+        """Open the bundle at `path`: every file is hashed, then the golden vectors are replayed on the backend.
+
+        backend: a name, or `auto` for the best one that works here. expect_fingerprint: of the tokenizer that the
+        policy was trained with, in full or its first digits (8 at least). verify: whether to replay the golden
+        vectors; hashes are always checked.
+
+        Raises BundleError for a bundle that is missing, incomplete or altered, FingerprintError for another tokenizer,
+        BackendUnavailableError where no backend can be used, SelfTestError where its answers are wrong.
+        """
+        bundle = open_bundle(path)
+        _check_fingerprint(bundle.manifest.fingerprint, expect_fingerprint)
+        golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model) if verify else None
+        return cls(bundle.manifest, select_backend(backend, bundle, golden))
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of grid, constants, weights and normaliser: the same fingerprint, the same meaning of tokens."""
+        return self._manifest.fingerprint
+
+    @property
+    def model(self) -> ModelEntry:
+        """Sizes, mode, prefixes and units."""
+        return self._manifest.model
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """The numbers of layers l that can be decoded, ascending; the last is L."""
+        return self._manifest.model.prefixes
+
+    @property
+    def backend(self) -> Backend:
+        """What runs the graphs; its `description` names library, version and device."""
+        return self._backend
+
+    def encode(self, actions: Float32Array) -> Int32Array:
+        """actions float32 [B, T, A] -> tokens int32 [B, T, D, L]."""
+        actions = self._validator.actions(actions)
+        tokens = np.empty(self._tokens_shape(actions), np.int32)
+        self._encode(actions, tokens, None)
+        return tokens
+
+    def encode_with_stats(self, actions: Float32Array) -> tuple[Int32Array, Float32Array]:
+        """For `dynamic` bundles: tokens int32 [B, T, D, L] and stats float32 [B, T, L, 2], which decoding needs.
+
+        stats hold mean and sigma of every step and layer, in latent units. Raises InvalidInputError for other bundles.
+        """
+        self._require_stats()
+        actions = self._validator.actions(actions)
+        tokens = np.empty(self._tokens_shape(actions), np.int32)
+        stats = np.empty(self._stats_shape(actions), np.float32)
+        self._encode(actions, tokens, stats)
+        return tokens, stats
+
+    def encode_into(self, actions: Float32Array, out: Int32Array, stats_out: Float32Array | None = None) -> None:
+        """Like `encode`, into C-contiguous int32 [B, T, D, L] and, for `dynamic` bundles, float32 [B, T, L, 2].
+
+        Allocates nothing after the first call with a batch size where actions are C-contiguous float32.
+        """
+        valid = self._validator.actions(actions)
+        self._validator.output("out", out, np.int32, self._tokens_shape(valid), actions)
+        if stats_out is not None:
+            self._require_stats()
+            self._validator.output("stats_out", stats_out, np.float32, self._stats_shape(valid), actions, out)
+        self._encode(valid, out, stats_out)
+
+    def decode(self, tokens: Int32Array, stats: Float32Array | None = None) -> Float32Array:
+        """tokens int32 (int64, uint8) [B, T, D, l], l a built prefix -> actions float32 [B, T, A].
+
+        stats: float32 [B, T, l, 2], needed by `dynamic` bundles and refused by all others. Raises UnbuiltPrefixError
+        for an l that was not built.
+        """
+        tokens = self._validator.tokens(tokens)
+        stats = self._validator.stats(stats, tokens)
+        actions = np.empty(self._actions_shape(tokens), np.float32)
+        self._decode(tokens, stats, actions)
+        return actions
+
+    def decode_into(self, tokens: Int32Array, out: Float32Array, stats: Float32Array | None = None) -> None:
+        """Like `decode`, into C-contiguous float32 [B, T, A].
+
+        Allocates nothing after the first call with a batch size where tokens are C-contiguous int32.
+        """
+        valid = self._validator.tokens(tokens)
+        valid_stats = self._validator.stats(stats, valid)
+        inputs = (tokens,) if stats is None else (tokens, stats)
+        self._validator.output("out", out, np.float32, self._actions_shape(valid), *inputs)
+        self._decode(valid, valid_stats, out)
+
+    def warmup(self, batch: int = 1) -> None:
+        """Run encoder and every decoder once, so that the first real call with this B is as fast as the others."""
+        model = self.model
+        tokens = np.empty((batch, model.chunk_length, model.latent_dim, model.num_layers), np.int32)
+        actions = np.zeros((batch, model.chunk_length, model.action_dim), np.float32)
+        stats = np.empty(self._stats_shape(actions), np.float32) if model.has_stats else None
+        self.encode_into(actions, tokens, stats)
+        for prefix in self.prefixes:
+            self.decode_into(
+                np.ascontiguousarray(tokens[..., :prefix]), actions, None if stats is None else stats[..., :prefix, :]
+            )
+
+    def close(self) -> None:
+        """Free the backend; the tokenizer cannot be used afterwards. Closing twice is harmless."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._backend.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _encode(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
+        self._require_open()
+        if actions.shape[0]:
+            self._backend.encode_into(actions, tokens, stats)
+
+    def _decode(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
+        self._require_open()
+        if tokens.shape[0]:
+            self._backend.decode_into(tokens, stats, actions)
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise TokenizerError("this tokenizer was closed; load the bundle again")
+
+    def _require_stats(self) -> None:
+        if not self.model.has_stats:
+            raise InvalidInputError(
+                f"a {self.model.mode!r} bundle has no stats: its tokens decode on their own; use encode and decode"
+            )
+
+    def _tokens_shape(self, actions: Float32Array) -> tuple[int, ...]:
+        model = self._manifest.model
+        return (actions.shape[0], model.chunk_length, model.latent_dim, model.num_layers)
+
+    def _stats_shape(self, actions: Float32Array) -> tuple[int, ...]:
+        model = self._manifest.model
+        return (actions.shape[0], model.chunk_length, model.num_layers, 2)
+
+    def _actions_shape(self, tokens: Int32Array) -> tuple[int, ...]:
+        model = self._manifest.model
+        return (tokens.shape[0], model.chunk_length, model.action_dim)
+
+
+_LEAST_FINGERPRINT_DIGITS = 8
+
+
+def _check_fingerprint(found: str, expected: str | None) -> None:
+    if expected is None:
+        return
+    if len(expected) < _LEAST_FINGERPRINT_DIGITS or not found.startswith(expected):
+        raise FingerprintError(
+            f"the bundle's fingerprint is {found}, expected {expected!r}: its tokens mean something else than those "
+            "the policy was trained on; load the bundle that belongs to the policy"
+        )

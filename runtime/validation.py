@@ -1,0 +1,181 @@
+"""Checks arrays before anything runs: wrong input is refused by name and place, and nothing is half-done.
+
+The usual array, of the right type and contiguous, costs two or three microseconds; words are made only on the way
+to an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.errors import InvalidInputError, UnbuiltPrefixError
+from runtime.golden import Float32Array, Int32Array
+from runtime.manifest import ModelEntry
+
+_Array = npt.NDArray[Any]
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+_FLOAT32 = np.dtype(np.float32)
+_INT32 = np.dtype(np.int32)
+_TOKEN_TYPES = (_INT32, np.dtype(np.int64), np.dtype(np.uint8))
+
+STATS_NEEDED = (
+    "tokens of a `dynamic` bundle cannot be decoded alone: every layer was normalised by a mean and a sigma of its own "
+    "step, which do not travel with the tokens. Pass the stats that encode_with_stats returned, or build a bundle "
+    "whose tokens decode on their own: `python export/build_engine.py --conditioning calibrated` (new tokens, exact) "
+    "or `--conditioning recovered` (the same tokens, approximate)"
+)
+
+
+class InputValidator:
+    """Validates the arrays that go in and out of one model."""
+
+    def __init__(self, model: ModelEntry) -> None:
+        self._model = model
+        self._prefixes = frozenset(model.prefixes)
+        # The limit as float32, the type of what is compared with it.
+        self._action_limit = float(np.float32(model.action_limit))
+        self._actions_tail = (model.chunk_length, model.action_dim)
+        self._tokens_tail = (model.chunk_length, model.latent_dim)
+
+    def actions(self, actions: object) -> Float32Array:
+        """float32 [B, T, A], every |action| at most the model's limit; as a C-contiguous array of native order.
+
+        Raises InvalidInputError.
+        """
+        array = _as_array("actions", actions)
+        if array.dtype != _FLOAT32 or array.shape[1:] != self._actions_tail:
+            self._check_shape("actions", array, "B, T, A", self._actions_tail)
+            array = _native("actions", array, (_FLOAT32,)).astype(_FLOAT32, copy=False)
+        if not array.flags.c_contiguous:
+            array = np.ascontiguousarray(array)
+        limit = self._action_limit
+        # A NaN is the maximum of any array that holds one, and no comparison with it is true.
+        if array.size and not (
+            np.maximum.reduce(array, axis=None) <= limit and np.minimum.reduce(array, axis=None) >= -limit
+        ):
+            self._refuse_actions(array)
+        return array
+
+    def tokens(self, tokens: object) -> Int32Array:
+        """int32, int64 or uint8 [B, T, D, l], l a built prefix, values 0 ... K - 1; as C-contiguous native int32.
+
+        Raises InvalidInputError, UnbuiltPrefixError for another number of layers.
+        """
+        array = _as_array("tokens", tokens)
+        if array.dtype != _INT32 or array.shape[1:3] != self._tokens_tail or array.ndim != 4:
+            self._check_shape("tokens", array, "B, T, D, l", self._tokens_tail, is_prefix=True)
+            array = _native("tokens", array, _TOKEN_TYPES)
+        if array.shape[3] not in self._prefixes:
+            raise UnbuiltPrefixError(
+                f"tokens have {array.shape[3]} layers (shape {list(array.shape)}); this bundle decodes "
+                f"{_listed(self._model.prefixes)}: slice tokens[..., :l] to one of them, or build the bundle with "
+                f"`--prefixes {array.shape[3]}`"
+            )
+        if not array.flags.c_contiguous:
+            array = np.ascontiguousarray(array)
+        # As unsigned numbers, negative ones are the largest: one pass finds both kinds of wrong value.
+        if array.size and np.maximum.reduce(array.view(f"u{array.itemsize}"), axis=None) >= self._model.num_levels:
+            self._refuse_tokens(array)
+        return array if array.dtype == _INT32 else array.astype(_INT32)
+
+    def stats(self, stats: object, tokens: Int32Array) -> Float32Array | None:
+        """float32 [B, T, l, 2], finite, for `dynamic` bundles; None for all others. Raises InvalidInputError."""
+        if not self._model.has_stats:
+            if stats is None:
+                return None
+            raise InvalidInputError(
+                f"stats were given, but tokens of a {self._model.mode!r} bundle are decoded without: its mean and "
+                "scale are constants in the decoder. Leave stats out"
+            )
+        if stats is None:
+            raise InvalidInputError(STATS_NEEDED)
+        array = _as_array("stats", stats)
+        expected = (*tokens.shape[:2], tokens.shape[3], 2)
+        if array.shape != expected:
+            raise InvalidInputError(
+                f"stats have shape {list(array.shape)}; expected [B, T, l, 2] = {list(expected)} beside tokens of "
+                f"shape {list(tokens.shape)}: slice tokens[..., :l] and stats[..., :l, :] alike"
+            )
+        array = np.ascontiguousarray(_native("stats", array, (_FLOAT32,)), _FLOAT32)
+        if not np.isfinite(array).all():
+            index = _first(~np.isfinite(array))
+            raise InvalidInputError(f"stats{list(index)} is {array[index]}; expected finite numbers")
+        return array
+
+    def output(self, name: str, out: object, dtype: type[_Scalar], shape: tuple[int, ...], *inputs: _Array) -> None:
+        """Whether results can be written straight into `out`. Raises InvalidInputError."""
+        array = _as_array(name, out)
+        if array.dtype != dtype or array.shape != shape:
+            raise InvalidInputError(
+                f"{name} is {array.dtype}{list(array.shape)}; expected {np.dtype(dtype)}{list(shape)}: "
+                f"np.empty({list(shape)}, np.{np.dtype(dtype)})"
+            )
+        flags = array.flags
+        if not (flags.writeable and flags.c_contiguous and flags.aligned):
+            raise InvalidInputError(
+                f"{name} is {'not writable' if not flags.writeable else 'not C-contiguous and aligned'}; expected an "
+                "array that results can be written into directly: allocate it with np.empty"
+            )
+        for given in inputs:
+            if np.may_share_memory(array, given):
+                raise InvalidInputError(
+                    f"{name} overlaps the memory of an input or of another output; give it memory of its own"
+                )
+
+    def _check_shape(
+        self, name: str, array: _Array, letters: str, tail: tuple[int, int], *, is_prefix: bool = False
+    ) -> None:
+        expected = ["B", *map(str, tail)] + (["l"] if is_prefix else [])
+        if array.ndim != len(expected) or tuple(array.shape[1:3]) != tail:
+            hint = ""
+            if array.ndim == len(expected) - 1:
+                hint = f"; for a single chunk pass {name}[None]"
+            raise InvalidInputError(
+                f"{name} have shape {list(array.shape)}; expected [{letters}] = [{', '.join(expected)}]{hint}"
+            )
+
+    def _refuse_actions(self, actions: Float32Array) -> None:
+        index = _first(~(np.abs(actions) <= self._action_limit))
+        raise InvalidInputError(
+            f"actions{list(index)} is {actions[index]}; expected finite numbers of at most {self._action_limit:g}: "
+            "beyond that float32 overflows inside the encoder"
+        )
+
+    def _refuse_tokens(self, tokens: _Array) -> None:
+        highest = self._model.num_levels - 1
+        index = _first((tokens < 0) | (tokens > highest))
+        raise InvalidInputError(
+            f"tokens{list(index)} is {tokens[index]}; expected 0 ... {highest}, the {highest + 1} levels of this bundle"
+        )
+
+
+def _as_array(name: str, value: object) -> _Array:
+    # Subclasses bring rules of their own: a masked array hides the very values that have to be checked.
+    if type(value) is not np.ndarray:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise InvalidInputError(f"{name} is a {kind}; expected a numpy.ndarray: pass np.asarray({name})")
+    return value
+
+
+def _native(name: str, array: _Array, accepted: tuple[np.dtype[Any], ...]) -> _Array:
+    """In this machine's byte order, if the type is an accepted one in any order."""
+    native = array.dtype.newbyteorder("=")
+    if native not in accepted:
+        raise InvalidInputError(
+            f"{name} have type {array.dtype}; expected {_listed(accepted)}: convert with "
+            f"{name}.astype(np.{accepted[0]})"
+        )
+    return array.astype(native, copy=False)
+
+
+def _listed(values: tuple[object, ...]) -> str:
+    *rest, last = map(str, values)
+    return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def _first(mask: npt.NDArray[np.bool_]) -> tuple[int, ...]:
+    return tuple(int(part) for part in np.unravel_index(int(mask.argmax()), mask.shape))
