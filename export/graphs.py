@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ class _GraphBuilder:
     def scalar(self, name: str, value: float) -> str:
         return self.constant(name, np.array(value, np.float32))
 
-    def apply(self, operator: str, inputs: Sequence[str], output: str, **attributes: object) -> str:
+    def apply(self, operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
         return output
 
@@ -65,7 +66,7 @@ class _GraphBuilder:
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="rfsq-deploy"
         )
         onnx.checker.check_model(model, full_check=True)
-        return model.SerializeToString(deterministic=True)
+        return bytes(model.SerializeToString(deterministic=True))
 
 
 def encoder_graph(plan: EncoderPlan) -> bytes:
@@ -110,20 +111,17 @@ def decoder_graph(plan: DecoderPlan) -> bytes:
 def _affine_layers(build: _GraphBuilder, plan: EncoderPlan, quantizer: AffineQuantizer, columns: str) -> str:
     """Levels as floats [N, D, L]."""
     center = middle_level(plan.num_levels)
-    half = build.scalar("half", 0.5)
     bounds = build.scalar("lowest", -center), build.scalar("highest", plan.num_levels - 1 - center)
-    residual, counts = columns, []
+    remainder, counts = columns, []
     for layer in range(plan.num_layers):
         name = f"L{layer}"
-        width = build.constant(f"{name}.width", quantizer.width[layer][:, None])
-        middle = build.constant(f"{name}.middle", quantizer.middle[layer][:, None])
-        offset = build.apply("Sub", [residual, middle], f"{name}.offset")
-        bins = build.apply("Div", [offset, width], f"{name}.bins")
-        ceiling = build.apply("Ceil", [build.apply("Sub", [bins, half], f"{name}.less_half")], f"{name}.ceiling")
+        ratio = build.constant(f"{name}.ratio", quantizer.ratio[layer][:, None])
+        shift = build.constant(f"{name}.shift", quantizer.shift[layer][:, None])
+        bins = build.apply("Add", [build.apply("Mul", [remainder, ratio], f"{name}.scaled"), shift], f"{name}.bins")
+        ceiling = build.apply("Ceil", [bins], f"{name}.ceiling")
         counts.append(build.apply("Clip", [ceiling, *bounds], f"{name}.count"))
         if layer + 1 < plan.num_layers:
-            taken = build.apply("Mul", [counts[-1], width], f"{name}.taken")
-            residual = build.apply("Sub", [offset, taken], f"L{layer + 1}.residual")
+            remainder = build.apply("Sub", [bins, counts[-1]], f"{name}.remainder")
     stacked = build.apply("Concat", counts, "counts", axis=-1)
     return build.apply("Add", [stacked, build.scalar("middle_level", center)], "levels")
 

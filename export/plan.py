@@ -20,6 +20,10 @@ Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 
 
+#: The coarse layers L0-L2 that a draft model predicts (design section 2).
+DRAFT_LAYERS = 3
+
+
 class DeployMode(StrEnum):
     """Which tokens the encoder gives and what the decoder makes of them."""
 
@@ -49,16 +53,19 @@ class Affine:
 
 @dataclass(frozen=True)
 class AffineQuantizer:
-    """Layers with constant bins, counted from a middle level h = (K - 1) // 2.
+    """Layers with constant bins, in bin widths counted from a middle level h = (K - 1) // 2.
 
-    With o = r - middle: token - h = clip(ceil(o / width - 1 / 2), -h, K - 1 - h), and the next residual is
-    o - width * (token - h). width, middle: float32 [L, D], the width of a bin and the value of level h. These are
-    the formulas of design section 3 with width = 2 s / (K - 1); counted from the middle, nothing large is added
-    and taken off again, so the residual keeps its float32 digits.
+    v_0 = z * ratio_0 + shift_0; count_l = clip(ceil(v_l), -h, K - 1 - h), which is token_l - h;
+    v_{l+1} = (v_l - count_l) * ratio_{l+1} + shift_{l+1}. ratio, shift: float32 [L, D].
+
+    With the width w = 2 s / (K - 1) and the middle level's value c = m - s + w h of every layer, these are the formulas
+    of design section 3: v = (r - c) / w - 1/2, so that ceil gives ties to the lower level; ratio_0 = 1 / w_0,
+    ratio_l = w_{l-1} / w_l; shift_0 = -c_0 / w_0 - 1/2, shift_l = -c_l / w_l - 1/2 + ratio_l / 2. Five operations a
+    layer, and none of them adds what is large and takes it off again.
     """
 
-    width: Float32Array
-    middle: Float32Array
+    ratio: Float32Array
+    shift: Float32Array
 
 
 @dataclass(frozen=True)
@@ -136,6 +143,23 @@ def plan_decoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int, 
     )
 
 
+def action_limit(plan: EncoderPlan) -> float:
+    """The largest |action| for which no float32 sum in the encoder can overflow, whatever the signs: physical units.
+
+    Above it an infinity less an infinity would be NaN, and a NaN has no token. Half of float32's range is kept back
+    for the roundings.
+    """
+    first, second = (
+        (np.abs(layer.weight.astype(np.float64)), np.abs(layer.bias.astype(np.float64)))
+        for layer in (plan.first, plan.second)
+    )
+    # |Mish(x)| <= max(|x|, 0.31), so both layers together are bounded by slope * |action| + rest.
+    slopes = np.concatenate((first[0].sum(1), second[0] @ first[0].sum(1)))
+    rests = np.concatenate((first[1], second[0] @ (first[1] + 0.31) + second[1]))
+    limit = (np.finfo(np.float32).max / 2 - rests) / np.maximum(slopes, 1)
+    return float(10.0 ** np.floor(np.log10(limit.min())))
+
+
 def token_map(model: ActionAutoencoder, prefix: int) -> tuple[Float64Array, Float64Array]:
     """matrix [D, D * prefix] and offset [D] with latents = matrix @ tokens.flatten() + offset.
 
@@ -143,7 +167,7 @@ def token_map(model: ActionAutoencoder, prefix: int) -> tuple[Float64Array, Floa
     """
     inputs = model.config.latent_dim * prefix
     probes = torch.cat((torch.zeros(1, inputs), torch.eye(inputs))).long()
-    latents = _numpy(model.dequantize(probes.unflatten(-1, (model.config.latent_dim, prefix))))
+    latents = _numpy(model.dequantize(probes.reshape(-1, model.config.latent_dim, prefix)))
     return (latents[1:] - latents[0]).T, latents[0]
 
 
@@ -152,8 +176,13 @@ def middle_level(num_levels: int) -> int:
     return (num_levels - 1) // 2
 
 
-def choose_prefixes(requested: Sequence[int], num_layers: int) -> tuple[int, ...]:
-    """Sorted, without repetition, always with the full depth; ValueError outside 1 ... L."""
+def choose_prefixes(requested: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
+    """Sorted, without repetition, always with the full depth; ValueError outside 1 ... L.
+
+    None asks for the layers that a draft model predicts, where the model has as many.
+    """
+    if requested is None:
+        requested = [layers for layers in (DRAFT_LAYERS,) if layers <= num_layers]
     wrong = [prefix for prefix in requested if not 1 <= prefix <= num_layers]
     if wrong:
         raise ValueError(f"prefixes {wrong} are not between 1 and the model's {num_layers} layers")
@@ -165,7 +194,10 @@ def _affine_quantizer(model: ActionAutoencoder) -> AffineQuantizer:
     num_levels = model.config.num_levels
     width = 2 * scale / (num_levels - 1)
     middle = mean - scale + width * middle_level(num_levels)
-    return AffineQuantizer(width.astype(np.float32), middle.astype(np.float32))
+    before = np.concatenate((np.ones_like(width[:1]), width[:-1]))
+    shift = -middle / width - 0.5
+    shift[1:] += before[1:] / width[1:] / 2
+    return AffineQuantizer((before / width).astype(np.float32), shift.astype(np.float32))
 
 
 def _require(model: ActionAutoencoder, mode: DeployMode) -> None:
@@ -173,7 +205,8 @@ def _require(model: ActionAutoencoder, mode: DeployMode) -> None:
         raise ValueError(f"plans are folded from the float64 reference; got {model.offset.dtype}")
     if model.conditioning is not mode.conditioning:
         raise ValueError(
-            f"mode {mode.value!r} needs conditioning {mode.conditioning.value!r}; the model has {model.conditioning.value!r}"
+            f"mode {mode.value!r} needs conditioning {mode.conditioning.value!r}; the model has "
+            f"{model.conditioning.value!r}"
         )
 
 

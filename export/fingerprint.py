@@ -1,0 +1,37 @@
+"""The identity of a tokenizer: two with the same fingerprint give the same tokens and actions."""
+
+import hashlib
+import json
+from dataclasses import asdict
+
+from torch import Tensor
+
+from export.plan import DeployMode
+from rfsq_ref.checkpoints import Checkpoint
+
+_SCHEME = "rfsq-fingerprint-1"
+
+
+def fingerprint(checkpoint: Checkpoint, mode: DeployMode) -> str:
+    """SHA-256 over grid, sizes, mode, weights, fitted constants and normaliser, as 64 hexadecimal digits.
+
+    Chunk length, prefixes and precision do not count: they change neither what a token means nor how it is decoded.
+    """
+    tensors: dict[str, Tensor] = dict(checkpoint.weights)
+    if mode is DeployMode.CALIBRATED and checkpoint.constants is not None:
+        tensors |= {"calibrated.mean": checkpoint.constants.mean, "calibrated.scale": checkpoint.constants.scale}
+    if mode is DeployMode.RECOVERED:
+        full_depth = checkpoint.recovered[checkpoint.config.num_layers]
+        tensors |= {"recovered.matrix": full_depth.matrix, "recovered.offset": full_depth.offset}
+    header = {
+        "scheme": _SCHEME,
+        "mode": mode.value,
+        "config": asdict(checkpoint.config),
+        "normaliser": checkpoint.normaliser.to_json() if checkpoint.normaliser else None,
+        "tensors": {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()},
+    }
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(tensors):
+        array = tensors[name].detach().contiguous().numpy()
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+    return digest.hexdigest()

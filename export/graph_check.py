@@ -1,0 +1,118 @@
+"""Checks of ONNX graphs before anything is compiled from them: form, shapes, and two runtimes that must agree.
+
+Polygraphy drives ONNX Runtime and the reference evaluator of the onnx package, which share no code, and compares them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx.reference
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnx import InferShapes
+from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
+from polygraphy.comparator import Comparator
+from polygraphy.exception import PolygraphyException
+from polygraphy.logger import G_LOGGER
+
+from runtime.comparison import action_errors, compare_tokens
+from runtime.gates import GATES
+from runtime.golden import Golden
+from runtime.manifest import GraphEntry, ModelEntry, TensorEntry
+
+_Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+class _EvaluatorRunner(BaseRunner):  # type: ignore[misc]  # polygraphy has no types
+    """onnx's own evaluator, node by node in numpy."""
+
+    def __init__(self, onnx_bytes: bytes) -> None:
+        super().__init__(name="onnx reference evaluator", prefix="onnx-reference")
+        self._onnx_bytes = onnx_bytes
+
+    def activate_impl(self) -> None:
+        self._evaluator = onnx.reference.ReferenceEvaluator(onnx.load_model_from_string(self._onnx_bytes))
+
+    def get_input_metadata_impl(self) -> Any:
+        with OnnxrtRunner(SessionFromOnnx(self._onnx_bytes)) as runner:
+            return runner.get_input_metadata(use_numpy_dtypes=False)
+
+    def infer_impl(self, feed_dict: _Arrays) -> Any:
+        started = time.perf_counter()
+        outputs = self._evaluator.run(None, dict(feed_dict))
+        self.inference_time = time.perf_counter() - started
+        return OrderedDict(zip(self._evaluator.output_names, outputs, strict=True))
+
+    def deactivate_impl(self) -> None:
+        del self._evaluator
+
+
+def check_graph(entry: GraphEntry, onnx_bytes: bytes) -> list[str]:
+    """Checker, strict shape inference, and the tensors that `entry` states; a line for everything that is wrong."""
+    model = onnx.load_model_from_string(onnx_bytes)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+            inferred = InferShapes(model, error_ok=False)()
+        graph = onnx.shape_inference.infer_shapes(inferred, check_type=True, strict_mode=True, data_prop=True).graph
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, PolygraphyException) as error:
+        return [f"{entry.file} is not a sound graph: {error}"]
+    found = tuple(map(_tensor_entry, graph.input)), tuple(map(_tensor_entry, graph.output))
+    if found != (entry.inputs, entry.outputs):
+        return [f"{entry.file} has the tensors {found}; expected {(entry.inputs, entry.outputs)}"]
+    unknown = [node.name for node in graph.node if set(node.output) - {value.name for value in _typed(graph)}]
+    return [f"{entry.file}: shapes of {unknown} could not be inferred"] if unknown else []
+
+
+def cross_check(entry: GraphEntry, onnx_bytes: bytes, golden: Golden, model: ModelEntry) -> list[str]:
+    """Run the graph on two independent runtimes; a line for everything in which either leaves the reference."""
+    runners = [
+        OnnxrtRunner(SessionFromOnnx(onnx_bytes, providers=["cpu"]), name="ONNX Runtime"),
+        _EvaluatorRunner(onnx_bytes),
+    ]
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
+        results = Comparator.run(runners, data_loader=[_feed(entry, golden)])
+    problems = []
+    for name, (outputs,) in results.items():
+        wrong = _disagreement(entry, golden, model, outputs)
+        if wrong:
+            problems.append(f"{entry.file} on {name}: {wrong}")
+    return problems
+
+
+def _feed(entry: GraphEntry, golden: Golden) -> dict[str, npt.NDArray[Any]]:
+    if entry.role == "encoder":
+        return {"actions": golden.actions}
+    feed: dict[str, npt.NDArray[Any]] = {"tokens": np.ascontiguousarray(golden.tokens[..., : entry.prefix])}
+    if golden.stats is not None:
+        feed["stats"] = np.ascontiguousarray(golden.stats[..., : entry.prefix, :])
+    return feed
+
+
+def _disagreement(entry: GraphEntry, golden: Golden, model: ModelEntry, outputs: _Arrays) -> str:
+    if entry.role == "encoder":
+        compared = compare_tokens(
+            golden.tokens, outputs["tokens"], golden.margins, golden.bounds, is_step_coupled=model.is_step_coupled
+        )
+        return f"{compared.num_wrong} wrong tokens, first {compared.first_wrong}" if compared.num_wrong else ""
+    error = action_errors(golden.decoded[entry.prefix], outputs["actions"], model.action_units)
+    if error.value <= GATES.action_error:
+        return ""
+    return f"action error {error.value:g}, expected at most {GATES.action_error:g}: {error}"
+
+
+def _typed(graph: onnx.GraphProto) -> tuple[onnx.ValueInfoProto, ...]:
+    return (*graph.value_info, *graph.output)
+
+
+def _tensor_entry(value: onnx.ValueInfoProto) -> TensorEntry:
+    kind = value.type.tensor_type
+    shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim)
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
+    return TensorEntry(value.name, "int32" if dtype == "int32" else "float32", shape)

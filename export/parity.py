@@ -1,0 +1,136 @@
+"""The parity gates: a backend, run through the very code that runs on the robot, against the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from export.parity_data import EDGES, Section
+from export.reference import Answers, Reference
+from runtime.backends import Backend
+from runtime.comparison import TokenComparison, action_errors, compare_tokens
+from runtime.gates import GATES
+from runtime.golden import Float32Array, Float64Array, Golden, Int32Array
+from runtime.manifest import ModelEntry, ParityEntry
+
+#: Control steps judged at once: large enough to be fast, small enough that float64 margins stay in a few hundred MB.
+_BATCH_STEPS = 8192
+#: Chunks of each section that travel with the bundle as golden vectors; the edges travel whole.
+_GOLDEN_CHUNKS = 48
+
+
+def batches(reference: Reference, sections: Sequence[Section]) -> Iterator[Answers]:
+    """The reference's answers to every section, a few thousand steps at a time."""
+    for section in sections:
+        chunks = max(_BATCH_STEPS // section.actions.shape[1], 1)
+        for start in range(0, len(section.actions), chunks):
+            yield reference.answer(section.actions[start : start + chunks])
+
+
+def golden_vectors(reference: Reference, sections: Sequence[Section]) -> Golden:
+    """What the robot replays: the first chunks of every section and all of the edges."""
+    parts = [section.actions if section.name == EDGES else section.actions[:_GOLDEN_CHUNKS] for section in sections]
+    return reference.answer(np.concatenate(parts)).golden
+
+
+@dataclass
+class Judge:
+    """Collects what one backend gets wrong, batch by batch."""
+
+    backend: Backend
+    reference: Reference
+    model: ModelEntry
+    seed: int = 0
+    steps: int = 0
+    found: TokenComparison | None = None
+    float32: TokenComparison | None = None
+    near_tie_cap: int = 0
+    decode_errors: dict[int, float] = field(default_factory=dict)
+    stats_error: float = 0.0
+    flip_excess: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._random = np.random.default_rng(self.seed)
+
+    def judge(self, answers: Answers) -> None:
+        """Run the backend on one batch and keep the worst of every gate."""
+        golden = answers.golden
+        tokens = np.empty_like(golden.tokens)
+        stats = None if golden.stats is None else np.empty_like(golden.stats)
+        self.backend.encode_into(golden.actions, tokens, stats)
+        found = compare_tokens(
+            golden.tokens, tokens, golden.margins, golden.bounds, is_step_coupled=self.model.is_step_coupled
+        )
+        self.steps += found.num_steps
+        self.found = found if self.found is None else self.found + found
+        self.float32 = answers.float32 if self.float32 is None else self.float32 + answers.float32
+        self.near_tie_cap += golden.near_tie_cap
+        self._judge_flipped(golden, tokens, stats, found.flipped)
+        if stats is not None and golden.stats is not None:
+            # Behind a flip the statistics are those of another residual.
+            steady = ~found.flipped
+            self.stats_error = max(self.stats_error, action_errors(golden.stats[steady], stats[steady], 1.0).value)
+        for prefix, expected in golden.decoded.items():
+            self._judge_decoding(prefix, golden.tokens, golden.stats, expected)
+            # A policy may send tokens that no encoder gives.
+            any_tokens = self._random.integers(self.model.num_levels, size=tokens.shape, dtype=np.int32)
+            self._judge_decoding(prefix, any_tokens, golden.stats, None)
+
+    def _judge_decoding(
+        self, prefix: int, tokens: Int32Array, stats: Float32Array | None, expected: Float64Array | None
+    ) -> None:
+        tokens = np.ascontiguousarray(tokens[..., :prefix])
+        stats = None if stats is None else np.ascontiguousarray(stats[..., :prefix, :])
+        if expected is None:
+            expected = self.reference.decode(tokens, stats)
+        found = np.empty(expected.shape, np.float32)
+        self.backend.decode_into(tokens, stats, found)
+        worst = action_errors(expected, found, self.model.action_units).value
+        self.decode_errors[prefix] = max(self.decode_errors.get(prefix, 0.0), worst)
+
+    def _judge_flipped(
+        self, golden: Golden, tokens: Int32Array, stats: Float32Array | None, flipped: npt.NDArray[np.bool_]
+    ) -> None:
+        """Steps with a near-tie flip, decoded by the reference: their tokens differ, their actions must not."""
+        legal = np.clip(tokens[flipped], 0, self.model.num_levels - 1)
+        decoded = self.reference.decode(legal, None if stats is None else stats[flipped])
+        expected = golden.decoded[self.model.num_layers][flipped]
+        worst = action_errors(expected, decoded, self.model.action_units).value
+        self.flip_excess = max(self.flip_excess, worst / golden.flip_tolerance)
+
+    def entries(self) -> tuple[ParityEntry, ...]:
+        """One per gate; `value` above `limit` is a failure."""
+        assert self.found is not None
+        assert self.float32 is not None
+
+        def entry(gate: str, value: float, limit: float, detail: str = "") -> ParityEntry:
+            return ParityEntry(self.backend.name, gate, self.steps, float(value), float(limit), detail)
+
+        near_ties = f"L0 to L{self.model.num_layers - 1}: {_counts(self.found)}; torch float32: {_counts(self.float32)}"
+        return (
+            entry("encode: wrong tokens", self.found.num_wrong, GATES.wrong_tokens, str(self.found.first_wrong or "")),
+            entry("encode: near-tie flips", self.found.num_near_ties, self.near_tie_cap, near_ties),
+            entry("encode: action error behind flips / tolerance", self.flip_excess, 1.0),
+            *([entry("encode: stats error", self.stats_error, GATES.stats_error)] if self.model.has_stats else []),
+            *(
+                entry(f"decode {prefix} layers: action error", error, GATES.action_error)
+                for prefix, error in sorted(self.decode_errors.items())
+            ),
+        )
+
+
+def failures(entries: Sequence[ParityEntry]) -> list[str]:
+    """A line for every gate that is red; NaN is red."""
+    return [
+        f"{entry.backend}, {entry.gate}: {entry.value:g} over {entry.steps} steps; expected at most {entry.limit:g}"
+        + (f" ({entry.detail})" if entry.detail else "")
+        for entry in entries
+        if not entry.value <= entry.limit
+    ]
+
+
+def _counts(comparison: TokenComparison) -> str:
+    return " ".join(map(str, comparison.near_ties.tolist()))

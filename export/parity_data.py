@@ -1,0 +1,129 @@
+"""What engines are judged on: held-out episodes, their surroundings, random actions, edges of the input range."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rfsq_ref.autoencoder import ActionAutoencoder
+
+Float32Array = npt.NDArray[np.float32]
+
+EDGES = "edges"
+#: More corners than this are sampled, not listed.
+_MOST_CORNERS = 256
+_NEAR_TIES = 512
+#: Standard deviation of the steps around episodes, as a share of the range.
+_SPREAD = 0.05
+#: Halving an interval of float32 numbers this often leaves neighbours.
+_BISECTIONS = 40
+
+
+@dataclass(frozen=True)
+class Section:
+    """actions: float32 [N, T, A] in physical units."""
+
+    name: str
+    actions: Float32Array
+
+    @property
+    def num_steps(self) -> int:
+        return int(np.prod(self.actions.shape[:2]))
+
+
+def parity_sections(
+    model: ActionAutoencoder, episodes: Float32Array, *, chunk_length: int, limit: float, num_steps: int, seed: int = 0
+) -> tuple[Section, ...]:
+    """Sections of at least `num_steps` control steps together.
+
+    model: the float64 reference; episodes: steps [N, A] it was not fitted to; limit: the largest |action| allowed.
+    """
+    random = np.random.default_rng(seed)
+    low, high = _range(model, episodes)
+    near = max(num_steps - len(episodes), 0) // 2 if len(episodes) else 0
+    centres = episodes[random.integers(max(len(episodes), 1), size=near)]
+    around = centres + _SPREAD * (high - low) * random.standard_normal(centres.shape)
+    uniform = random.uniform(low, high, (max(num_steps - len(episodes) - near, chunk_length), len(low)))
+    return (
+        Section("held-out episodes", as_chunks(episodes, chunk_length)),
+        Section("around them", as_chunks(around, chunk_length)),
+        Section("uniform random", as_chunks(uniform, chunk_length)),
+        Section(EDGES, as_chunks(edge_steps(model, low, high, limit, random), chunk_length)),
+    )
+
+
+def edge_steps(
+    model: ActionAutoencoder,
+    low: npt.NDArray[np.float64],
+    high: npt.NDArray[np.float64],
+    limit: float,
+    random: np.random.Generator,
+) -> Float32Array:
+    """Steps [N, A]: zeros, the corners of the range, subnormal and huge values, and actions closest to a bin's edge."""
+    action_dim = len(low)
+    corners = random.choice([-1.0, 1.0], (_MOST_CORNERS, action_dim))
+    if 2**action_dim <= _MOST_CORNERS:
+        corners = np.array(np.meshgrid(*[[-1.0, 1.0]] * action_dim)).reshape(action_dim, -1).T
+    signs = random.choice([-1.0, 1.0], (16, action_dim))
+    tiny, least = np.finfo(np.float32).tiny, np.finfo(np.float32).smallest_subnormal
+    huge = [signs[:4] * size for size in (1e3, 1e6, 1e12, limit)]
+    lone = np.concatenate([np.eye(action_dim) * size for size in (-limit, -1e4, 1e4, limit)])
+    return np.concatenate(
+        [
+            np.zeros((1, action_dim)),
+            -np.zeros((1, action_dim)),
+            (low + high) / 2 + corners * (high - low) / 2,
+            corners,
+            *(signs * size for size in (least, 7 * least, tiny / 2, tiny)),
+            *huge,
+            lone,
+            near_tie_steps(model, low, high, random),
+        ]
+    ).astype(np.float32)
+
+
+def near_tie_steps(
+    model: ActionAutoencoder,
+    low: npt.NDArray[np.float64],
+    high: npt.NDArray[np.float64],
+    random: np.random.Generator,
+) -> Float32Array:
+    """Steps [N, A] as close to an edge between two bins, of any layer, as float32 actions can come.
+
+    Between two random actions with different tokens there is an edge: found by bisection on the float64 reference,
+    for each pair on the tokens of the first layers up to one drawn at random.
+    """
+    pair = torch.from_numpy(random.uniform(low, high, (2, _NEAR_TIES, len(low))).astype(np.float32))
+    depth = torch.from_numpy(random.integers(1, model.config.num_layers + 1, _NEAR_TIES))
+    considered = (torch.arange(model.config.num_layers) < depth[:, None])[:, None, :]
+
+    def tokens(actions: torch.Tensor) -> torch.Tensor:
+        return model.encode(actions.double())[0] * considered
+
+    with torch.no_grad():
+        first, second = pair
+        of_first = tokens(first)
+        for _ in range(_BISECTIONS):
+            middle = ((first.double() + second.double()) / 2).float()
+            same = (tokens(middle) == of_first).flatten(1).all(1)[:, None]
+            first, second = torch.where(same, middle, first), torch.where(same, second, middle)
+    return torch.cat((first, second)).numpy()
+
+
+def as_chunks(steps: npt.NDArray[np.floating], chunk_length: int) -> Float32Array:
+    """[N, A] to float32 [ceil(N / T), T, A]; the last chunk is filled up with the first steps."""
+    missing = -len(steps) % chunk_length
+    filled = np.concatenate((steps, np.resize(steps, (missing, steps.shape[1]))))
+    return np.ascontiguousarray(filled.reshape(-1, chunk_length, steps.shape[1]), np.float32)
+
+
+def _range(model: ActionAutoencoder, episodes: Float32Array) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The normalised range [-1, 1] in physical units, widened to what the episodes hold."""
+    offset, units = model.offset.numpy(), model.units.numpy()
+    return (
+        np.minimum(offset - units, episodes.min(axis=0, initial=np.inf)),
+        np.maximum(offset + units, episodes.max(axis=0, initial=-np.inf)),
+    )
