@@ -18,21 +18,15 @@ import contextlib
 import importlib.metadata
 import platform
 import signal
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NoReturn
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
-from calibration.constants import CalibrationConfig
-from calibration.data import judging_episodes, selection_of
-from calibration.fit import calibrate, recover
-from calibration.recovered import RecoveredConfig
 from export.bundle_writer import StagedBundle, stage_bundle
-from export.errors import ExportError
+from export.errors import ExportError, GateError, require_none
 from export.fingerprint import fingerprint
 from export.graph_check import check_graph, cross_check
 from export.graphs import decoder_graph, encoder_graph
@@ -41,24 +35,21 @@ from export.parity_data import Section, parity_sections
 from export.plan import DeployMode, action_limit, choose_prefixes, plan_decoder, plan_encoder
 from export.progress import StepList, table
 from export.reference import Reference
+from export.sources import choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
 from export.trt_builder import EngineBuildError, EngineRequest, Profile, build_engine, check_engine, inspect_engine
-from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
-from rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
+from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq_ref.errors import CheckpointError, DataError, NotDecodableError
-from rfsq_ref.normaliser import read_normaliser
 from rfsq_ref.quantizer import Conditioning
 from runtime.backends import create_backend
 from runtime.bundle import open_bundle
 from runtime.errors import TokenizerError
-from runtime.golden import Float32Array, Golden, replay
+from runtime.golden import Golden, replay
 from runtime.manifest import SCHEMA_VERSION, EngineEntry, GraphEntry, Manifest, ModelEntry, ParityEntry, graph_tensors
 from runtime.trt_api import TENSORRT_BACKENDS, available_tensorrt
 
 #: Packages whose version can change what is built.
 _TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "polygraphy")
 _ALWAYS = "onnxruntime"
-#: Held-out steps that parity looks at; the rest of --parity-steps is drawn around them and at random.
-_MOST_EPISODE_STEPS = 20_000
 
 
 @dataclass(frozen=True)
@@ -81,8 +72,6 @@ class BuildConfig:
     compute_capabilities: tuple[str, ...] = ()
     profile: Profile = field(default_factory=lambda: Profile(1, 1, 4096))
     parity_steps: int = 120_000
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
-    recovery: RecoveredConfig = field(default_factory=RecoveredConfig)
 
     def __post_init__(self) -> None:
         for name in ("chunk_length", "parity_steps"):
@@ -103,10 +92,6 @@ class BuildResult:
     quality: Mapping[str, float]
 
 
-class GateError(ExportError):
-    """One or more gates or checks are red; the message lists them all."""
-
-
 def build(config: BuildConfig) -> BuildResult:
     """Build, prove and write a bundle; prints a line per step.
 
@@ -116,17 +101,21 @@ def build(config: BuildConfig) -> BuildResult:
     steps = StepList()
     with stage_bundle(config.output, overwrite=config.overwrite) as staged:
         with steps.step("load checkpoint") as step:
-            checkpoint, mode = load_model(config)
+            checkpoint = open_checkpoint(
+                config.checkpoint, use_layernorm=config.use_layernorm, normaliser_file=config.normaliser
+            )
+            mode = choose_mode(checkpoint, config.conditioning)
+            prefixes = choose_prefixes(config.prefixes, checkpoint.config.num_layers)
             step.note(f"{config.checkpoint.name}: {_describe(checkpoint)}; deployed as {mode.value!r}")
             for remark in checkpoint.remarks:
                 step.note(remark)
-        prefixes = choose_prefixes(config.prefixes, checkpoint.config.num_layers)
+        is_fit_needed = needs_fit(checkpoint, mode, prefixes)
         with steps.step("load action data") as step:
-            data = load_data(config, checkpoint, needed=_needs_fit(checkpoint, mode, prefixes))
+            data = load_build_data(checkpoint, config.calibration_data, key=config.key, is_needed=is_fit_needed)
             step.note(data.description)
         with steps.step("calibrate") as step:
-            if _needs_fit(checkpoint, mode, prefixes):
-                checkpoint = fit(config, checkpoint, mode, prefixes, data)
+            if is_fit_needed and data.dataset is not None:
+                checkpoint = fit_for(checkpoint, mode, prefixes, data.dataset)
                 step.note(f"{mode.value!r}, fitted on {checkpoint.provenance[mode.value]['data']['steps']} steps")
             else:
                 step.skip("nothing to fit")
@@ -147,9 +136,9 @@ def build(config: BuildConfig) -> BuildResult:
             step.note(f"{golden.actions.shape[0]} chunks of {config.chunk_length} steps")
         with steps.step("cross-check graphs") as step:
             for entry, content in graphs:
-                _require(cross_check(entry, content, golden, model_entry))
+                require_none(cross_check(entry, content, golden, model_entry))
             step.note("ONNX Runtime and the onnx reference evaluator agree with PyTorch (through Polygraphy)")
-        quality = measure_quality(reference, data.held_out)
+        quality = reference.action_mse(data.held_out)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             fingerprint=fingerprint(checkpoint, mode),
@@ -173,87 +162,6 @@ def build(config: BuildConfig) -> BuildResult:
     print(_closing_tables(parity, quality))
     print(f"\n✓ {config.output} is built and validated, fingerprint {manifest.fingerprint[:16]}")
     return BuildResult(config.output, open_bundle(config.output).manifest, quality)
-
-
-def load_model(config: BuildConfig) -> tuple[Checkpoint, DeployMode]:
-    """The checkpoint, with the normaliser asked for, and the mode to deploy it in. Raises CheckpointError."""
-    checkpoint = load_checkpoint(config.checkpoint, use_layernorm=config.use_layernorm)
-    if config.normaliser is not None:
-        normaliser = read_normaliser(config.normaliser)
-        if checkpoint.normaliser not in (None, normaliser):
-            raise CheckpointError(
-                f"{config.checkpoint} brings a normaliser of its own that differs from {config.normaliser}; "
-                "leave --normaliser out"
-            )
-        if len(normaliser.scale) != checkpoint.config.action_dim:
-            raise CheckpointError(
-                f"{config.normaliser} is for {len(normaliser.scale)} dimensions, the checkpoint has "
-                f"{checkpoint.config.action_dim}; give the normaliser it was trained with"
-            )
-        checkpoint = replace(checkpoint, normaliser=normaliser)
-    is_robust = checkpoint.trained_with is Conditioning.DYNAMIC
-    mode = config.conditioning or (DeployMode.CALIBRATED if is_robust else DeployMode.NONE)
-    if mode is not DeployMode.CALIBRATED and mode.conditioning is not checkpoint.trained_with:
-        possible = ", ".join(
-            other.value
-            for other in DeployMode
-            if other is DeployMode.CALIBRATED or other.conditioning is checkpoint.trained_with
-        )
-        raise CheckpointError(
-            f"{config.checkpoint} was trained with conditioning {checkpoint.trained_with.value!r} and cannot be "
-            f"deployed as {mode.value!r}; possible are {possible}"
-        )
-    return checkpoint, mode
-
-
-@dataclass(frozen=True)
-class BuildData:
-    """dataset: None without data; held_out: steps float32 [N, A] to judge on, none without data."""
-
-    dataset: ActionDataset | None
-    held_out: Float32Array
-    description: str
-
-
-def load_data(config: BuildConfig, checkpoint: Checkpoint, *, needed: bool) -> BuildData:
-    """Episodes for calibration and for the gates.
-
-    The embedded demonstrations serve only checkpoints that were trained on them: constants fitted to another robot's
-    actions would be wrong without anyone noticing. Raises DataError.
-    """
-    if config.calibration_data is not None:
-        dataset = load_actions(config.calibration_data, key=config.key)
-    else:
-        dataset = load_demonstrations()
-        trained_on = checkpoint.provenance.get("data", {}).get("sha256")
-        if trained_on != dataset.sha256:
-            if needed:
-                raise DataError(
-                    f"{config.checkpoint.name} was not trained on the embedded demonstrations (data sha256 "
-                    f"{trained_on}), so they cannot calibrate it; give episodes of its own robot: "
-                    "--calibration-data FILE"
-                )
-            none = np.empty((0, checkpoint.config.action_dim), np.float32)
-            return BuildData(None, none, "none given: gates run on random actions alone")
-    held_out = judging_episodes(checkpoint, dataset).steps()[:_MOST_EPISODE_STEPS]
-    selection = selection_of(checkpoint, dataset).value
-    return BuildData(dataset, held_out, f"{dataset.source}: {len(dataset.episodes)} episodes; {selection}")
-
-
-def _needs_fit(checkpoint: Checkpoint, mode: DeployMode, prefixes: Sequence[int]) -> bool:
-    if mode is DeployMode.CALIBRATED:
-        return checkpoint.constants is None
-    return mode is DeployMode.RECOVERED and not set(prefixes) <= checkpoint.recovered.keys()
-
-
-def fit(
-    config: BuildConfig, checkpoint: Checkpoint, mode: DeployMode, prefixes: tuple[int, ...], data: BuildData
-) -> Checkpoint:
-    """The checkpoint with what its mode needs. Raises DataError or CalibrationError."""
-    assert data.dataset is not None
-    if mode is DeployMode.CALIBRATED:
-        return calibrate(checkpoint, data.dataset, config.calibration)
-    return recover(checkpoint, data.dataset, prefixes, config.recovery)
 
 
 def write_graphs(
@@ -285,7 +193,7 @@ def write_graphs(
     graphs = []
     for name, role, prefix, content in contents:
         graph = GraphEntry(name, role, prefix, *graph_tensors(entry, role, prefix))
-        _require(check_graph(graph, content))
+        require_none(check_graph(graph, content))
         graphs.append((graph, content))
         staged.write(name, content)
     return graphs, entry
@@ -305,7 +213,7 @@ def build_engines(
             for entry, content in tqdm(graphs, desc=f"  {backend}", unit="engine", leave=False, disable=None):
                 request = EngineRequest(backend, content, config.profile, config.compute_capabilities)
                 built = build_engine(request)
-                _require(f"{backend}, {entry.file}: {problem}" for problem in check_engine(built, content))
+                require_none(f"{backend}, {entry.file}: {problem}" for problem in check_engine(built, content))
                 description = inspect_engine(built)
                 target = "-".join(f"sm{name.replace('.', '')}" for name in built.compute_capabilities) or "default"
                 stem = entry.file.removesuffix(".onnx")
@@ -346,35 +254,8 @@ def prove(
                 judge.judge(answers)
                 progress.update(answers.float32.num_steps)
         entries = judge.entries()
-        _require((*failures(entries), *map(str, replay(golden, bundle.manifest.model, backend).failures)))
+        require_none((*failures(entries), *map(str, replay(golden, bundle.manifest.model, backend).failures)))
     return entries
-
-
-def measure_quality(reference: Reference, held_out: Float32Array) -> dict[str, float]:
-    """Action MSE in normalised units of the float64 reference on held-out steps; empty without any."""
-    if not len(held_out):
-        return {}
-    actions, model = torch.from_numpy(held_out).double(), reference.model
-    units = model.units.numpy()
-
-    def mse(decoded: npt.NDArray[np.float64]) -> float:
-        return float(np.mean(((decoded - held_out) / units) ** 2))
-
-    with torch.no_grad():
-        latents = model.encode_latents(actions)
-        quantised = model.quantizer.quantize(latents)
-        stats = quantised.stats if reference.mode.has_stats else None
-        quality = {"autoencoder without quantiser": mse(model.decode_latents(latents).numpy())}
-    for prefix in reference.prefixes:
-        part = None if stats is None else stats[..., :prefix, :]
-        quality[f"tokens of {prefix} layers"] = mse(reference.decode(quantised.tokens[..., :prefix], part))
-    return quality
-
-
-def _require(problems: Iterable[str]) -> None:
-    lines = list(problems)
-    if lines:
-        raise GateError("\n  ".join(["these checks failed, so nothing was written:", *lines]))
 
 
 def _describe(checkpoint: Checkpoint) -> str:

@@ -1,5 +1,18 @@
 """Errors of the export: each message says what was found, what was expected and what to do next."""
 
+from collections.abc import Iterable
+
 
 class ExportError(RuntimeError):
     """A build that cannot go on; nothing is left behind at the output."""
+
+
+class GateError(ExportError):
+    """One or more gates or checks are red; the message lists them all."""
+
+
+def require_none(problems: Iterable[str]) -> None:
+    """Raises GateError with a line for every problem, if there are any."""
+    lines = list(problems)
+    if lines:
+        raise GateError("\n  ".join(["these checks failed, so nothing was written:", *lines]))

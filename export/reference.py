@@ -77,3 +77,21 @@ class Reference:
         side_information = None if stats is None else torch.as_tensor(stats).double()
         decoded: Float64Array = self.model.decode(torch.as_tensor(tokens).long(), side_information).numpy()
         return decoded
+
+    @torch.no_grad()
+    def action_mse(self, actions: Float32Array) -> dict[str, float]:
+        """Mean squared error in normalised units of steps [N, A], by what they are decoded from; empty without any."""
+        if not len(actions):
+            return {}
+        units = self.model.units.numpy()
+
+        def mse(decoded: Float64Array) -> float:
+            return float(np.mean(((decoded - actions) / units) ** 2))
+
+        latents = self.model.encode_latents(torch.from_numpy(actions).double())
+        quantised = self.model.quantizer.quantize(latents)
+        errors = {"autoencoder without quantiser": mse(self.model.decode_latents(latents).numpy())}
+        for prefix in self.prefixes:
+            stats = quantised.stats[..., :prefix, :] if self.mode.has_stats and quantised.stats is not None else None
+            errors[f"tokens of {prefix} layers"] = mse(self.decode(quantised.tokens[..., :prefix], stats))
+        return errors

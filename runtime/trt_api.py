@@ -280,6 +280,9 @@ class TrtApi:
         )
 
     def _no_device(self, reason: str) -> str:
+        # The one phrase of CUDA's that a person needs stands inside an account of where TensorRT was at that moment.
+        cause = re.search(r"\(cudaError \d+: ([^()]+)\)", reason)
+        reason = cause[1] if cause else reason
         return f"{self.flavour.tag} finds no usable GPU here: {reason}; check the driver with nvidia-smi"
 
 

@@ -308,7 +308,7 @@ class TestRunning:
         description = read_engine(api, b"engine")
 
         assert (description.source, description.tensors) == ("none", ())
-        assert "cudaError 35" in description.obstacle
+        assert "no usable GPU here: driver version; check the driver" in description.obstacle
 
     def test_a_runtime_that_cannot_start_for_want_of_a_gpu_is_no_bundle_error(self, install):
         def runtime(logger: object) -> None:
