@@ -72,7 +72,7 @@ class _Noise:
     def covariance(self) -> Tensor:
         """[N, D, D]."""
         products = (self.weight[:, None] * self.weight).flatten(0, 1)
-        shared = (self.hidden @ products.T).reshape(*self.own.shape, -1)
+        shared = (self.hidden @ products.T).reshape(*self.own.shape, self.own.shape[-1])
         return self.slope[..., None] * shared * self.slope[..., None, :] + torch.diag_embed(self.own)
 
 

@@ -142,7 +142,7 @@ def _train_epoch(
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         optimiser.step()
-        total += float(loss) * len(actions)
+        total += float(loss.detach()) * len(actions)
     return total / len(steps)
 
 

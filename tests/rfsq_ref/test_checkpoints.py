@@ -1,0 +1,434 @@
+"""What `rfsq_ref.checkpoints` promises: our own format is lossless, and whatever is not a whole checkpoint is refused.
+
+How published files are read stands in test_published_model.py.
+"""
+
+import json
+import os
+import pickle
+import stat
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import configs, make_model, random_actions, shrinking_constants, some_normaliser
+from published_model import ActionRFSQAE
+from torch import Tensor
+
+from rfsq_ref.autoencoder import ModelConfig, RecoveredDecoder
+from rfsq_ref.checkpoints import (
+    FORMAT,
+    Checkpoint,
+    checkpoint_of,
+    file_sha256,
+    load_checkpoint,
+    save_checkpoint,
+)
+from rfsq_ref.errors import CheckpointError
+from rfsq_ref.quantizer import Conditioning
+
+SMALL = ModelConfig(action_dim=3, latent_dim=4, hidden_width=8, num_layers=3, num_levels=5)
+
+
+def recovered_for(config: ModelConfig, *prefixes: int) -> dict[int, RecoveredDecoder]:
+    generator = torch.Generator().manual_seed(0)
+    latent_dim = config.latent_dim
+    return {
+        prefix: RecoveredDecoder(
+            torch.randn(latent_dim, latent_dim * prefix, generator=generator, dtype=torch.float64),
+            torch.randn(latent_dim, generator=generator, dtype=torch.float64),
+        )
+        for prefix in prefixes
+    }
+
+
+def fitted(config: ModelConfig = SMALL) -> Checkpoint:
+    """A checkpoint that carries all there is."""
+    model = make_model(config, Conditioning.DYNAMIC, normaliser=some_normaliser(config.action_dim))
+    return checkpoint_of(model, {"epoch": 3, "training": {"seed": 0}}).with_fit(
+        constants=shrinking_constants(config.num_layers, config.latent_dim, config.num_levels),
+        recovered=recovered_for(config, 1, config.num_layers),
+        provenance={"calibration": "made up"},
+    )
+
+
+def assert_same(found: Checkpoint, expected: Checkpoint) -> None:
+    assert found.config == expected.config
+    assert found.trained_with is expected.trained_with
+    assert found.normaliser == expected.normaliser
+    assert found.remarks == ()
+    assert found.weights.keys() == expected.weights.keys()
+    for name, tensor in expected.weights.items():
+        assert torch.equal(found.weights[name], tensor)
+        assert found.weights[name].dtype is torch.float32
+    assert (found.constants is None) == (expected.constants is None)
+    if found.constants is not None and expected.constants is not None:
+        assert torch.equal(found.constants.mean, expected.constants.mean)
+        assert torch.equal(found.constants.scale, expected.constants.scale)
+    assert found.recovered.keys() == expected.recovered.keys()
+    for prefix, decoder in expected.recovered.items():
+        assert found.recovered[prefix].matrix.dtype is torch.float64
+        assert torch.equal(found.recovered[prefix].matrix, decoder.matrix)
+        assert torch.equal(found.recovered[prefix].offset, decoder.offset)
+
+
+# Our own format ------------------------------------------------------------------------------------------------------
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    checkpoint = fitted()
+    save_checkpoint(checkpoint, tmp_path / "new folder" / "model.safetensors")
+    found = load_checkpoint(tmp_path / "new folder" / "model.safetensors")
+    assert_same(found, checkpoint)
+    assert found.provenance == {
+        "epoch": 3,
+        "training": {"seed": 0},
+        "calibration": "made up",
+        "checkpoint_sha256": file_sha256(tmp_path / "new folder" / "model.safetensors"),
+    }
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(configs(), st.sampled_from([Conditioning.NONE, Conditioning.DYNAMIC]), st.booleans())
+def test_every_size_comes_back(
+    tmp_path: Path, config: ModelConfig, conditioning: Conditioning, normalised: bool
+) -> None:
+    normaliser = some_normaliser(config.action_dim) if normalised else None
+    checkpoint = checkpoint_of(make_model(config, conditioning, normaliser=normaliser), {})
+    save_checkpoint(checkpoint, tmp_path / "model.safetensors")
+    assert_same(load_checkpoint(tmp_path / "model.safetensors"), checkpoint)
+
+
+def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        save_checkpoint(fitted(), tmp_path / f"{name}.safetensors")
+    assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "second.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])
+def test_files_follow_the_umask_like_any_other(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        save_checkpoint(fitted(), tmp_path / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == 0o666 & ~mask
+
+
+def test_saving_replaces_an_older_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+    save_checkpoint(fitted(), tmp_path / "model.safetensors")
+    newer = checkpoint_of(make_model(SMALL, Conditioning.NONE, seed=9), {})
+    save_checkpoint(newer, tmp_path / "model.safetensors")
+    assert_same(load_checkpoint(tmp_path / "model.safetensors"), newer)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_an_interrupted_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(fitted(), tmp_path / "model.safetensors")
+    old = (tmp_path / "model.safetensors").read_bytes()
+
+    def full_disk(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(CheckpointError, match="No space left on device; choose a writable folder"):
+        save_checkpoint(checkpoint_of(make_model(SMALL), {}), tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").read_bytes() == old
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("place", ["file/model.safetensors", "file/deeper/model.safetensors", "folder"])
+def test_an_unwritable_place_is_refused_and_left_as_it_was(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    (tmp_path / "folder" / "full").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="cannot write"):
+        save_checkpoint(fitted(), tmp_path / place)
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["file", "folder", "folder/full"]
+
+
+# What a checkpoint makes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conditioning", [Conditioning.DYNAMIC, Conditioning.CALIBRATED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_models_of_a_loaded_checkpoint_are_the_same(
+    conditioning: Conditioning, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    checkpoint = fitted()
+    save_checkpoint(checkpoint, tmp_path / "model.safetensors")
+    before = checkpoint.model(conditioning, dtype=dtype)
+    after = load_checkpoint(tmp_path / "model.safetensors").model(conditioning, dtype=dtype)
+    assert not after.training
+    actions = random_actions(50, 3).to(dtype)
+    assert torch.equal(before.encode(actions)[0], after.encode(actions)[0])
+    tokens = after.encode(actions)[0]
+    assert torch.equal(before.decode(tokens), after.decode(tokens))
+    assert after.decode(tokens).dtype is dtype
+
+
+def test_calibrated_needs_constants_and_the_message_names_the_command() -> None:
+    with pytest.raises(CheckpointError, match=r"python calibration/fit\.py --checkpoint"):
+        checkpoint_of(make_model(SMALL, Conditioning.DYNAMIC), {}).model(Conditioning.CALIBRATED)
+
+
+@pytest.mark.parametrize(
+    ("trained", "wanted"),
+    [(Conditioning.NONE, Conditioning.DYNAMIC), (Conditioning.DYNAMIC, Conditioning.NONE)],
+)
+def test_a_model_does_not_run_as_what_it_was_not_trained_for(trained: Conditioning, wanted: Conditioning) -> None:
+    with pytest.raises(CheckpointError, match=f"trained with conditioning {trained.value!r}"):
+        checkpoint_of(make_model(SMALL, trained), {}).model(wanted)
+
+
+def test_a_later_fit_replaces_only_what_it_gives() -> None:
+    first = fitted()
+    constants = shrinking_constants(3, 4, 5, seed=7)
+    second = first.with_fit(constants=constants, provenance={"calibration": "again"})
+    assert second.constants is constants
+    assert second.recovered is first.recovered
+    assert second.provenance == {**first.provenance, "calibration": "again"}
+    assert first.with_fit(recovered={}).recovered == {}
+
+
+# Damaged files of our own --------------------------------------------------------------------------------------------
+
+
+def rewritten(
+    folder: Path,
+    change_tensors: Callable[[dict[str, Tensor]], Any] = lambda _: None,
+    change_header: Callable[[dict[str, Any]], Any] = lambda _: None,
+) -> Path:
+    """A valid file whose tensors and header were changed by hand."""
+    path = folder / "model.safetensors"
+    save_checkpoint(fitted(), path)
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()[FORMAT])
+    change_tensors(tensors)
+    change_header(header)
+    safetensors.torch.save_file(tensors, path, metadata={FORMAT: json.dumps(header)})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("encoder.2.bias"), "lacks the tensor 'encoder.2.bias'"),
+        (lambda t: t.pop("calibrated.mean"), "lacks the tensor 'calibrated.mean'"),
+        (lambda t: t.pop("recovered.1.offset"), "lacks the tensor 'recovered.1.offset'"),
+        (lambda t: t.update({"encoder.4.bias": torch.zeros(3)}), "does not know: .*encoder.4.bias"),
+        (lambda t: t.update({"recovered.all.matrix": torch.zeros(3)}), "does not know: .*recovered.all.matrix"),
+        (lambda t: t.update({"recovered.4.matrix": torch.zeros(4, 16)}), "decoder for 4 layers; the model has 3"),
+        (lambda t: t["decoder.0.weight"].fill_(torch.nan), "32 values that are NaN or infinite"),
+        (lambda t: t["recovered.3.matrix"][0].fill_(torch.inf), "12 values that are NaN or infinite"),
+        (lambda t: t["calibrated.scale"].zero_(), "every scale positive"),
+        (lambda t: t.update({"encoder.0.bias": torch.zeros(9)}), r"shape \(9,\); expected \(8,\)"),
+        (lambda t: t.update({"encoder.0.bias": torch.zeros(8, dtype=torch.int32)}), "expected floating point"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    change: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(rewritten(tmp_path, change_tensors=change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h.update(version=99), "format version 99; this code reads 1"),
+        (lambda h: h.pop("version"), "broken header"),
+        (lambda h: h.pop("config"), "broken header"),
+        (lambda h: h["config"].update(latent_dim=5), "expected"),
+        (lambda h: h["config"].update(latent_dim=0), "broken header"),
+        (lambda h: h["config"].update(num_layers=3.0), "broken header"),
+        (lambda h: h["config"].update(heads=2), "broken header"),
+        (lambda h: h.update(trained_with="calibrated"), "expected 'none' or 'dynamic'"),
+        (lambda h: h.update(trained_with="mostly"), "broken header"),
+        (lambda h: h["normaliser"].update(kind="none"), "broken header"),
+        (lambda h: h["normaliser"].update(offset=[0.0] * 4, scale=[1.0] * 4), "normaliser for 4 dimensions"),
+        (lambda h: h.update(provenance=["a fact"]), "broken header"),
+    ],
+)
+def test_headers_that_do_not_fit_are_refused(
+    change: Callable[[dict[str, Any]], Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(rewritten(tmp_path, change_header=change))
+
+
+def test_safetensors_of_somebody_else_are_refused(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="no 'rfsq-checkpoint' header"):
+        load_checkpoint(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 1, 8, 9, 500, -1])
+def test_a_truncated_file_of_our_own_is_refused(kept: int, tmp_path: Path) -> None:
+    save_checkpoint(fitted(), tmp_path / "model.safetensors")
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:kept])
+    with pytest.raises(CheckpointError, match="not a whole safetensors file"):
+        load_checkpoint(tmp_path / "model.safetensors")
+
+
+def test_the_caller_may_not_contradict_the_file(tmp_path: Path) -> None:
+    save_checkpoint(fitted(), tmp_path / "model.safetensors")
+    assert load_checkpoint(tmp_path / "model.safetensors", use_layernorm=True).trained_with is Conditioning.DYNAMIC
+    with pytest.raises(CheckpointError, match="drop the argument"):
+        load_checkpoint(tmp_path / "model.safetensors", use_layernorm=False)
+
+
+# Damaged and malicious torch files -----------------------------------------------------------------------------------
+
+
+def published_content(**changes: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = ActionRFSQAE(use_layernorm=True)
+    return {"model_state_dict": model.state_dict(), "epoch": 1, "config": model.config} | changes
+
+
+def saved(content: Any, folder: Path) -> Path:
+    torch.save(content, folder / "model.pt")
+    return folder / "model.pt"
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.witness, "executed")
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+@pytest.mark.parametrize("inside", ["alone", "beside the weights"])
+def test_a_malicious_pickle_is_refused_and_not_executed(writer: str, inside: str, tmp_path: Path) -> None:
+    payload = Payload(tmp_path / "witness")
+    content = payload if inside == "alone" else published_content(optimizer=payload)
+    path = tmp_path / "model.pt"
+    if writer == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(CheckpointError, match="refused: it is not a plain weights file"):
+        load_checkpoint(path, use_layernorm=True)
+    assert not payload.witness.exists()
+    # The payload does work, so that the check above can fail.
+    pickle.loads(pickle.dumps(payload))  # noqa: S301
+    assert payload.witness.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02", b"PK\x03\x04", bytes(1000), b"\x93NUMPY\x01\x00"])
+def test_files_that_are_no_checkpoints_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(content)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(tmp_path / "model.pt", use_layernorm=True)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_truncated_torch_file_is_refused(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "model.pt"
+    legacy = data.draw(st.booleans())
+    torch.save(published_content(), path, _use_new_zipfile_serialization=not legacy)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 1))])
+    with pytest.raises(CheckpointError):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", ["nowhere.safetensors", "nowhere.pt", "."])
+def test_a_missing_file_is_named_and_the_message_names_the_command(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*python rfsq_ref/train\.py"):
+        load_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.zeros(3)], "holds a list; expected a state dict"),
+        (torch.zeros(3), "holds a Tensor; expected a state dict"),
+        ({"epoch": 3}, "no state dict of tensors; found the keys"),
+        ({0: torch.zeros(3)}, "no state dict of tensors; found the keys"),
+        ({"model": 3}, "no state dict of tensors"),
+        ({"weight": torch.zeros(3)}, "not an RFSQ autoencoder"),
+        ({"encoder.0.weight": torch.zeros(3), "encoder.2.weight": torch.zeros(3)}, "not matrices"),
+        (published_content(config=7), "config of type int"),
+    ],
+)
+def test_torch_files_that_hold_something_else_are_refused(content: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(saved(content, tmp_path), use_layernorm=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["encoder.2.weight"][3].fill_(torch.nan), "'encoder.2.weight' has 64 values that are NaN"),
+        (lambda t: t["decoder.2.bias"].fill_(torch.inf), "'decoder.2.bias' has 7 values that are NaN or infinite"),
+        (lambda t: t.pop("decoder.0.weight"), "lacks the tensor 'decoder.0.weight'"),
+        (lambda t: t.pop("encoder.2.weight"), "not an RFSQ autoencoder"),
+        (lambda t: t.pop("rfsq.layers.7.boundaries"), "config says num_layers = 8, its tensors have 7"),
+        (lambda t: t.pop("rfsq.layers.2.boundaries"), r"quantiser layers \[0, 1, 3, .*without gaps"),
+        (lambda t: [t.pop(f"rfsq.layers.{n}.boundaries") for n in range(8)], r"quantiser layers \[\]"),
+        (lambda t: t["rfsq.layers.1.boundaries"].mul_(1.01), "grid of layer 1 is"),
+        (lambda t: t["rfsq.layers.0.boundaries"].fill_(torch.nan), "grid of layer 0 is"),
+        (lambda t: t.update({"rfsq.layers.3.boundaries": torch.linspace(-1, 1, 9)}), "grid of layer 3 is"),
+        (lambda t: t.update({"rfsq.layers.0.boundaries": torch.zeros(1)}), "num_levels is 1"),
+        (lambda t: t.update({"head.weight": torch.zeros(3)}), r"does not know: \['head.weight'\]"),
+        (lambda t: t.update({"decoder.2.bias": torch.zeros(8)}), r"shape \(8,\); expected \(7,\)"),
+        (lambda t: t.update({"decoder.2.bias": torch.zeros(7).long()}), "expected floating point"),
+    ],
+)
+def test_published_tensors_that_do_not_fit_are_refused(
+    change: Callable[[dict[str, Tensor]], Any], message: str, tmp_path: Path
+) -> None:
+    content = published_content()
+    change(content["model_state_dict"])
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(saved(content, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("action_dim", 6), ("hidden_dim", 8), ("num_layers", 9), ("num_levels", 5)]
+)
+def test_a_config_that_contradicts_the_tensors_is_refused(name: str, value: int, tmp_path: Path) -> None:
+    content = published_content()
+    content["config"] = content["config"] | {name: value}
+    with pytest.raises(CheckpointError, match=f"config says {name} = {value}, its tensors have"):
+        load_checkpoint(saved(content, tmp_path))
+
+
+def test_a_config_that_does_not_clearly_say_how_it_was_trained_is_refused(tmp_path: Path) -> None:
+    content = published_content()
+    content["config"] = content["config"] | {"use_layernorm": "False"}
+    with pytest.raises(CheckpointError, match="use_layernorm = 'False'; expected True or False"):
+        load_checkpoint(saved(content, tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_other_floating_types_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
+    content = published_content()
+    state = content["model_state_dict"]
+    content["model_state_dict"] = {
+        name: tensor if name.startswith("rfsq.") else tensor.to(dtype) for name, tensor in state.items()
+    }
+    weights = load_checkpoint(saved(content, tmp_path)).weights
+    assert all(torch.equal(tensor, state[name].to(dtype).float()) for name, tensor in weights.items())
+
+
+def test_a_published_checkpoint_can_be_saved_as_our_own(tmp_path: Path) -> None:
+    published = load_checkpoint(saved(published_content(), tmp_path))
+    save_checkpoint(published, tmp_path / "model.safetensors")
+    assert_same(load_checkpoint(tmp_path / "model.safetensors"), replace(published, remarks=()))

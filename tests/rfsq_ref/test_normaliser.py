@@ -1,0 +1,139 @@
+"""What `rfsq_ref.normaliser` promises: each kind's range, the gripper left alone, nothing infinite."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from rfsq_ref.errors import DataError
+from rfsq_ref.normaliser import (
+    QUANTILES,
+    Normaliser,
+    NormaliserKind,
+    fit_normaliser,
+    normaliser_from_json,
+    read_normaliser,
+)
+
+KINDS = list(NormaliserKind)
+ACTIONS = np.random.default_rng(0).normal(2, 3, (5000, 7)).astype(np.float32)
+FIELDS = {"kind": "min-max", "offset": [0.0, 1.0], "scale": [1.0, 2.0]}
+
+
+def test_min_max_maps_the_extremes_onto_the_unit_interval() -> None:
+    normalised = fit_normaliser(ACTIONS, NormaliserKind.MIN_MAX).normalise(ACTIONS)[:, :-1]
+    np.testing.assert_allclose(normalised.min(0), -1, atol=1e-6)
+    np.testing.assert_allclose(normalised.max(0), 1, atol=1e-6)
+
+
+def test_quantile_maps_the_quantiles_onto_the_unit_interval() -> None:
+    normalised = fit_normaliser(ACTIONS, NormaliserKind.QUANTILE).normalise(ACTIONS)[:, :-1]
+    np.testing.assert_allclose(np.quantile(normalised, QUANTILES, axis=0), [[-1] * 6, [1] * 6], atol=1e-6)
+
+
+def test_mean_std_gives_zero_mean_and_unit_deviation() -> None:
+    normalised = fit_normaliser(ACTIONS, NormaliserKind.MEAN_STD).normalise(ACTIONS)[:, :-1]
+    np.testing.assert_allclose(normalised.mean(0), 0, atol=1e-6)
+    np.testing.assert_allclose(normalised.std(0), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gripper_is_left_alone(kind: NormaliserKind) -> None:
+    normaliser = fit_normaliser(ACTIONS, kind)
+    assert (normaliser.offset[-1], normaliser.scale[-1]) == (0.0, 1.0)
+    np.testing.assert_array_equal(normaliser.normalise(ACTIONS)[:, -1], ACTIONS[:, -1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_dimensions_can_be_left_alone(kind: NormaliserKind) -> None:
+    normaliser = fit_normaliser(ACTIONS, kind, untouched=(0, 2))
+    assert [scale == 1.0 for scale in normaliser.scale] == [True, False, True, False, False, False, False]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [0.0, 3.3, -1e-3])
+def test_a_dimension_that_never_moves_keeps_its_unit(kind: NormaliserKind, value: float) -> None:
+    actions = ACTIONS.copy()
+    actions[:, 1] = value
+    normaliser = fit_normaliser(actions, kind)
+    assert normaliser.scale[1] == 1.0
+    np.testing.assert_allclose(normaliser.normalise(actions)[:, 1], 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_numbers_are_exact_in_float32(kind: NormaliserKind) -> None:
+    normaliser = fit_normaliser(ACTIONS, kind)
+    for number in normaliser.offset + normaliser.scale:
+        assert float(np.float32(number)) == number
+
+
+@given(
+    hnp.arrays(
+        np.float32,
+        st.tuples(st.integers(1, 30), st.integers(1, 5)),
+        elements=st.floats(-(2.0**100), 2.0**100, width=32),
+    ),
+    st.sampled_from(KINDS),
+)
+def test_any_finite_actions_can_be_normalised_and_restored(actions: np.ndarray, kind: NormaliserKind) -> None:
+    normaliser = fit_normaliser(actions, kind)
+    normalised = normaliser.normalise(actions)
+    assert np.isfinite(normalised).all()
+    largest = np.abs(actions).max() + np.max(normaliser.scale)
+    np.testing.assert_allclose(normaliser.restore(normalised), actions, atol=1e-12 * largest)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_json_gives_back_the_same(kind: NormaliserKind, tmp_path: Path) -> None:
+    normaliser = fit_normaliser(ACTIONS, kind)
+    (tmp_path / "normaliser.json").write_text(json.dumps(normaliser.to_json()))
+    assert read_normaliser(tmp_path / "normaliser.json") == normaliser
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "z-score"}, "min-max, quantile, mean-std"),
+        ({"kind": None}, "min-max, quantile, mean-std"),
+        ({"offset": [0.0]}, "1 offsets and 2 scales"),
+        ({"offset": [], "scale": []}, "0 offsets and 0 scales"),
+        ({"scale": [1.0, 0.0]}, "scale positive"),
+        ({"scale": [1.0, -2.0]}, "scale positive"),
+        ({"scale": [1.0, 1e-60]}, "scale positive"),
+        ({"scale": [1.0, 1e60]}, "finite"),
+        ({"offset": [0.0, float("nan")]}, "finite"),
+        ({"offset": [0.0, "left"]}, "offset"),
+        ({"scale": 3}, "scale"),
+    ],
+)
+def test_fields_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        normaliser_from_json(FIELDS | change)
+
+
+@pytest.mark.parametrize("missing", list(FIELDS))
+def test_missing_fields_are_named(missing: str) -> None:
+    with pytest.raises(DataError, match=missing):
+        normaliser_from_json({name: value for name, value in FIELDS.items() if name != missing})
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe\x00", b'"text"'])
+def test_files_that_hold_no_normaliser_are_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "normaliser.json").write_bytes(content)
+    with pytest.raises(DataError):
+        read_normaliser(tmp_path / "normaliser.json")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.json"):
+        read_normaliser(tmp_path / "nowhere.json")
+
+
+def test_a_normaliser_checks_itself() -> None:
+    with pytest.raises(DataError, match="2 offsets and 1 scales"):
+        Normaliser(NormaliserKind.MIN_MAX, (0.0, 0.0), (1.0,))
