@@ -66,7 +66,7 @@ class CalibrationConfig:
     coverage: float = 1.0
     granularity: Granularity = Granularity.LATENT
     headroom: float = 0.25
-    worst_case: float = 2.5e-4
+    worst_case: float = 4e-4
 
     def __post_init__(self) -> None:
         if not 0 < self.coverage <= 1:
@@ -77,7 +77,7 @@ class CalibrationConfig:
             raise CalibrationError(f"headroom is {self.headroom}; expected 0 or more: 0.25 reaches a quarter farther")
         if not (math.isfinite(self.worst_case) and self.worst_case > 0):
             raise CalibrationError(
-                f"worst_case is {self.worst_case}; expected a positive latent error, like 2.5e-4; 1 turns it off"
+                f"worst_case is {self.worst_case}; expected a positive latent error, like 4e-4; 1 turns it off"
             )
 
 
@@ -141,11 +141,11 @@ def constants_of_latents(
     means, scales = [], []
     for layer in range(num_layers):
         mean, scale = _fit_to_data(residual, num_levels, config, is_first=layer == 0)
-        # What the layers that follow can still bring down to worst_case.
-        allowed = config.worst_case * num_levels ** (num_layers - 1 - layer)
-        if num_levels % 2 == 0 and config.worst_case < 1:
-            allowed = 0.0
-        mean, scale = _catch_up(mean, scale, lower, upper, allowed, num_levels)
+        if config.worst_case < 1:
+            # What the layers that follow can still bring down to worst_case; with even K none of them may idle.
+            reducible = config.worst_case * num_levels ** (num_layers - 1 - layer)
+            allowed = reducible if num_levels % 2 else 0.0
+            mean, scale = _catch_up(mean, scale, lower, upper, allowed, num_levels)
         mean, scale = mean.float().double(), _round_up(scale.clamp(min=least_scale))
         means.append(mean)
         scales.append(scale)

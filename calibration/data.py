@@ -1,5 +1,6 @@
 """Which actions a fit may see, and what it sees of them."""
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 import torch
@@ -20,8 +21,9 @@ class Selection(StrEnum):
 
 def selection_of(checkpoint: Checkpoint, dataset: ActionDataset) -> Selection:
     """SPLIT when the dataset is the very one the checkpoint was trained on, by its recorded hash."""
-    recorded = checkpoint.provenance.get("data", {}).get("sha256")
-    return Selection.SPLIT if recorded == dataset.sha256 else Selection.ALL
+    recorded = checkpoint.provenance.get("data")
+    is_training_data = isinstance(recorded, Mapping) and recorded.get("sha256") == dataset.sha256
+    return Selection.SPLIT if is_training_data else Selection.ALL
 
 
 def calibration_episodes(checkpoint: Checkpoint, dataset: ActionDataset) -> ActionDataset:

@@ -56,11 +56,12 @@ class Weighting(StrEnum):
 class RecoveredConfig:
     """ridge: penalty on the squared map, in both steps; refine_steps: most Gauss-Newton steps, 0 = latents alone.
 
-    The default ridge has the lowest cross-validated action error on the embedded calibration episodes.
+    The default ridge is the largest whose cross-validated action error on the embedded calibration episodes is within
+    5 % of the lowest, for 3 and for 8 layers: smaller ones gain little and send the latents far outside [-1, 1].
     """
 
-    ridge: float = 1e-7
-    refine_steps: int = 10
+    ridge: float = 1e-6
+    refine_steps: int = 5
     target: Target = Target.DEQUANTISED
     weighting: Weighting = Weighting.UNIFORM
 

@@ -320,8 +320,9 @@ def _draw_shares(axes: Axes, report: CalibrationReport) -> None:
     axes.set_ylim(0, 1.15)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     for place, row in zip(places, rows, strict=True):
+        flipped = f"{row.flipped:.0e}" if row.flipped else "0"
         axes.annotate(
-            f"{row.clipped:.2%}\n{row.flipped:.0e}" if row.flipped else f"{row.clipped:.2%}\n0", (place, row.levels_used), xytext=(0, 3),
-            textcoords="offset points", ha="center", va="bottom", fontsize=7, color=_INK,
+            f"{row.clipped:.2%}\n{flipped}", (place, row.levels_used), xytext=(0, 3), textcoords="offset points",
+            ha="center", va="bottom", fontsize=7, color=_INK,
         )  # fmt: skip
     _caption(axes, "Share of the levels used", columns=1)

@@ -1,0 +1,171 @@
+"""`python calibration/fit.py`, from checkpoint to checkpoint."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from calibration.constants import worst_case_errors
+from calibration.fit import default_prefixes, main
+from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
+from rfsq_ref.data import ActionDataset
+from rfsq_ref.quantizer import Conditioning
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder: Path, *arguments: str | Path) -> int:
+    outputs = ["--output", folder / "fitted.safetensors", "--report-dir", folder / "report"]
+    return main([str(argument) for argument in (*outputs, *arguments)])
+
+
+def fitted(folder: Path) -> Checkpoint:
+    return load_checkpoint(folder / "fitted.safetensors")
+
+
+def save_actions(path: Path, episodes: int = 4, steps: int = 60, action_dim: int = 7) -> Path:
+    actions = np.random.default_rng(0).uniform(-1, 1, (episodes, steps, action_dim)).astype(np.float32)
+    np.savez(path, actions=actions)
+    return path
+
+
+def test_defaults_fit_the_embedded_checkpoint(
+    tmp_path: Path, calibrated: Checkpoint, demonstrations: ActionDataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path) == 0
+    found = fitted(tmp_path)
+    assert found.constants is not None
+    assert calibrated.constants is not None
+    assert torch.equal(found.constants.scale, calibrated.constants.scale)
+    assert torch.equal(found.constants.mean, calibrated.constants.mean)
+    assert found.provenance["calibrated"] == {
+        "config": {
+            "objective": "range",
+            "coverage": 1.0,
+            "granularity": "latent",
+            "headroom": 0.25,
+            "worst_case": 4e-4,
+        },
+        "data": {
+            "source": "demonstrations.npz",
+            "sha256": demonstrations.sha256,
+            "selection": "part of the training data's split by episode",
+            "episodes": 19,
+            "steps": 3295,
+        },
+        "worst_case_latent_error": float(worst_case_errors(calibrated.constants, 7)[-1]),
+    }
+    report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert report["provenance"] == found.provenance["calibrated"]
+    # Judged on the test part, not on what was fitted.
+    assert report["num_steps"] == 3336
+    assert (tmp_path / "report" / "report.png").stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "fitted on 19 episodes (3295 steps) of demonstrations.npz: part of the training data" in printed
+    assert "judged on 19 episodes (3336 steps)" in printed
+
+
+def test_recovered_tokens_decode_from_the_written_file(tmp_path: Path, test_actions: torch.Tensor) -> None:
+    assert run(tmp_path, "--method", "recovered", "--prefixes", "2", "1", "--refine-steps", "1") == 0
+    found = fitted(tmp_path)
+    assert sorted(found.recovered) == [1, 2]
+    model = found.model(dtype=torch.float64).requires_grad_(False)
+    tokens, _ = model.encode(test_actions)
+    error = float((model.decode(tokens[..., :2]) - test_actions).square().mean())
+    report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert report["layers"][1]["action_mse"] == pytest.approx(error)
+    facts = found.provenance["recovered"]["prefixes"]["2"]
+    assert (facts["rank"], facts["unknowns"], facts["refinements"]) == (32, 32, 1)
+    assert facts["condition"] > 1
+
+
+def test_both_fits_live_in_one_checkpoint(tmp_path: Path) -> None:
+    assert run(tmp_path, "--method", "recovered", "--prefixes", "1", "--refine-steps", "0") == 0
+    assert run(tmp_path, "--checkpoint", tmp_path / "fitted.safetensors") == 0
+    found = fitted(tmp_path)
+    assert found.constants is not None
+    assert sorted(found.recovered) == [1]
+    assert {"calibrated", "recovered", "training"} <= found.provenance.keys()
+
+
+def test_other_data_are_used_whole_and_said_so(tmp_path: Path) -> None:
+    data = save_actions(tmp_path / "other.npz")
+    assert run(tmp_path, "--calibration-data", data, "--objective", "mse", "--granularity", "layer") == 0
+    facts = fitted(tmp_path).provenance["calibrated"]
+    assert facts["data"]["selection"] == "all episodes; the dataset is not the recorded training data"
+    assert (facts["data"]["episodes"], facts["data"]["steps"]) == (4, 240)
+    assert (facts["config"]["objective"], facts["config"]["granularity"]) == ("mse", "layer")
+
+
+def test_the_same_run_writes_the_same_bytes(tmp_path: Path) -> None:
+    data = save_actions(tmp_path / "other.npz")
+    for name in ("first", "second"):
+        assert run(tmp_path / name, "--calibration-data", data) == 0
+    for file in ("fitted.safetensors", "report/report.json", "report/report.png"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+def test_published_file_needs_to_be_told_how_it_was_trained(
+    tmp_path: Path, robust: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid = torch.linspace(-1, 1, robust.config.num_levels)
+    grids = {f"rfsq.layers.{layer}.boundaries": grid.clone() for layer in range(robust.config.num_layers)}
+    torch.save({**robust.weights, **grids}, tmp_path / "published.pt")
+    data = save_actions(tmp_path / "other.npz")
+    arguments = ("--checkpoint", tmp_path / "published.pt", "--calibration-data", data)
+    assert run(tmp_path, *arguments) == 2
+    assert "--use-layernorm" in capsys.readouterr().err
+    assert run(tmp_path, *arguments, "--no-use-layernorm") == 0
+    assert fitted(tmp_path).trained_with is Conditioning.NONE
+
+
+def test_script_runs_from_anywhere(tmp_path: Path) -> None:
+    data = save_actions(tmp_path / "other.npz")
+    script = ROOT / "calibration" / "fit.py"
+    result = subprocess.run(
+        [sys.executable, str(script), "--calibration-data", str(data)],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "build/checkpoints/robust-calibrated.safetensors").is_file()
+    assert (tmp_path / "build/reports/robust-calibrated/report.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "missing.safetensors"], "no checkpoint at missing.safetensors"),
+        (["--calibration-data", "missing.npz"], "missing.npz does not exist"),
+        (["--coverage", "0"], "coverage is 0.0; expected a share"),
+        (["--ridge", "1"], "--ridge given, which method 'calibrated' does not use"),
+        (["--method", "recovered", "--coverage", "1"], "--coverage given, which method 'recovered' does not use"),
+        (["--method", "recovered", "--prefixes", "9"], "each of 1 to 8 layers"),
+        (["--method", "recovered", "--ridge", "-1"], "ridge is -1.0; expected 0 or"),
+        (["--method", "recovered", "--checkpoint", str(NAIVE_CHECKPOINT)], "trained with conditioning 'none'"),
+        (["--checkpoint", str(ROBUST_CHECKPOINT), "--no-use-layernorm"], "says use_layernorm = True"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(
+    tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, *arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    assert message in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wrong_action_dimension_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = save_actions(tmp_path / "other.npz", action_dim=6)
+    assert run(tmp_path, "--calibration-data", data) == 2
+    assert "6 action dimensions, the checkpoint 7" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("num_layers", "expected"), [(1, (1,)), (2, (2,)), (3, (3,)), (8, (3, 8))])
+def test_default_prefixes_are_coarse_and_all(num_layers: int, expected: tuple[int, ...]) -> None:
+    assert default_prefixes(num_layers) == expected
