@@ -43,7 +43,7 @@ from rfsq_ref.quantizer import Conditioning
 from runtime.backends import create_backend
 from runtime.bundle import open_bundle
 from runtime.errors import TokenizerError
-from runtime.golden import Golden, replay
+from runtime.golden import Golden, ReplayResult, replay
 from runtime.manifest import SCHEMA_VERSION, EngineEntry, GraphEntry, Manifest, ModelEntry, ParityEntry, graph_tensors
 from runtime.trt_api import TENSORRT_BACKENDS, available_tensorrt
 
@@ -156,10 +156,16 @@ def build(config: BuildConfig) -> BuildResult:
         )
         staged.seal(manifest)
         with steps.step("parity gates") as step:
-            parity = prove(staged, golden, reference, sections)
-            step.note(f"{_ALWAYS}: {parity[0].steps} steps against PyTorch float64")
+            parity, replayed = prove(staged, golden, reference, sections)
+            problems = [*failures(parity), *(f"golden vectors: {check}" for check in replayed.failures)]
+            conclusion = f"{_ALWAYS}: {parity[0].steps} steps against PyTorch float64"
+            if problems:
+                step.fail(f"{conclusion}: {len(problems)} gates are red")
+            else:
+                step.note(conclusion)
+        print(_closing_tables(parity, quality))
+        require_none(problems)
         staged.seal(replace(manifest, parity=parity))
-    print(_closing_tables(parity, quality))
     print(f"\n✓ {config.output} is built and validated, fingerprint {manifest.fingerprint[:16]}")
     return BuildResult(config.output, open_bundle(config.output).manifest, quality)
 
@@ -240,11 +246,8 @@ def build_engines(
 
 def prove(
     staged: StagedBundle, golden: Golden, reference: Reference, sections: Sequence[Section]
-) -> tuple[ParityEntry, ...]:
-    """Run every backend that can run here through all gates, on the staged bundle as the robot would open it.
-
-    Raises GateError with a line for every gate that is red.
-    """
+) -> tuple[tuple[ParityEntry, ...], ReplayResult]:
+    """Run every backend that can run here through all gates, on the staged bundle as the robot would open it."""
     bundle = open_bundle(staged.folder)
     with contextlib.closing(create_backend(_ALWAYS, bundle)) as backend:
         judge = Judge(backend, reference, bundle.manifest.model)
@@ -253,9 +256,7 @@ def prove(
             for answers in batches(reference, sections):
                 judge.judge(answers)
                 progress.update(answers.float32.num_steps)
-        entries = judge.entries()
-        require_none((*failures(entries), *map(str, replay(golden, bundle.manifest.model, backend).failures)))
-    return entries
+        return judge.entries(), replay(golden, bundle.manifest.model, backend)
 
 
 def _describe(checkpoint: Checkpoint) -> str:
@@ -273,10 +274,16 @@ def _tool_versions() -> dict[str, str]:
 
 def _closing_tables(parity: Sequence[ParityEntry], quality: Mapping[str, float]) -> str:
     gates = [
-        (f"✓ {entry.backend}, {entry.gate}", f"{entry.value:.3g}", f"{entry.limit:.3g}", f"{entry.steps}")
+        (
+            f"{'✓' if entry.value <= entry.limit else '✗'} {entry.backend}, {entry.gate}",
+            f"{entry.value:.4g}",
+            f"{entry.limit:.4g}",
+            f"{entry.steps}",
+        )
         for entry in parity
     ]
     parts = [table(("gate", "measured", "limit", "steps"), gates)]
+    parts += [f"{entry.gate}: {entry.detail}" for entry in parity if entry.detail]
     if quality:
         rows = [(name, f"{value:.3e}") for name, value in quality.items()]
         parts.append(table(("held-out episodes, decoded from", "action MSE"), rows))

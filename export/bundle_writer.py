@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from export.errors import ExportError
+from runtime.bundle import check_file_name
 from runtime.errors import BundleError
 from runtime.golden import Golden, read_golden, write_golden
 from runtime.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, manifest_text, parse_manifest
@@ -39,11 +40,12 @@ class StagedBundle:
         """Write `file`, a relative path with forward slashes, once. Raises ExportError where that fails."""
         if file in self._files or file == MANIFEST_NAME:
             raise ExportError(f"{file} was already written to this bundle, or is the manifest; choose another name")
-        path = self.folder / file
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise ExportError(f"{file} lies outside the bundle; name a path inside it")
+        try:
+            check_file_name(file)
+        except BundleError as error:
+            raise ExportError(str(error)) from error
         self._is_sealed = False
-        _write_synced(path, content)
+        _write_synced(self.folder / file, content)
         self._files[file] = FileEntry(hashlib.sha256(content).hexdigest(), len(content))
 
     def write_golden(self, golden: Golden) -> None:

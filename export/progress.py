@@ -15,12 +15,17 @@ class Step:
 
     details: list[str] = field(default_factory=list)
     skipped: bool = False
+    failed: bool = False
 
     def note(self, detail: str) -> None:
         self.details.append(detail)
 
     def skip(self, reason: str) -> None:
         self.skipped = True
+        self.note(reason)
+
+    def fail(self, reason: str) -> None:
+        self.failed = True
         self.note(reason)
 
 
@@ -37,7 +42,7 @@ class StepList:
         sign = "✗"
         try:
             yield step
-            sign = "–" if step.skipped else "✓"
+            sign = "✗" if step.failed else "–" if step.skipped else "✓"
         finally:
             seconds = time.perf_counter() - started
             first, *rest = step.details or [""]
