@@ -80,7 +80,7 @@ def _read_manifest(folder: Path) -> str:
 
 def _read_checked(folder: Path, name: str, entry: FileEntry) -> bytes:
     """The file's bytes, with the size and hash that the manifest states."""
-    _check_name(name)
+    check_file_name(name)
     path = folder.joinpath(name)
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
@@ -107,15 +107,15 @@ def _read_checked(folder: Path, name: str, entry: FileEntry) -> bytes:
     return content
 
 
-def _check_name(name: str) -> None:
-    """Only plain relative paths with forward slashes, on every system."""
+def check_file_name(name: str) -> None:
+    """Raises BundleError unless `name` is a plain path inside the bundle, with forward slashes, on every system."""
     parts = name.split("/")
     if (
         any(part in ("", ".", "..") for part in parts)
         or any(character in name for character in "\\:\0")
         or PurePosixPath(name).is_absolute()
     ):
-        raise BundleError(f"{MANIFEST_NAME} names the file {name!r}, which may lie outside the bundle; build it again")
+        raise BundleError(f"{name!r} may lie outside the bundle; expected a plain path in it with forward slashes")
 
 
 def _check_model(model: ModelEntry) -> None:

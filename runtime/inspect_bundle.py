@@ -103,7 +103,8 @@ def _engine(engine: EngineEntry) -> Iterator[str]:
     )
     least, optimum, most = engine.profile
     yield f"{engine.file}"
-    yield f"  {engine.backend} {engine.version}, {target}, from {engine.graph}, B {least} ... {most}, tuned for {optimum}"
+    batch = f"B {least} ... {most}, tuned for {optimum}"
+    yield f"  {engine.backend} {engine.version}, {target}, from {engine.graph}, {batch}"
     if engine.status == "validated":
         yield f"  ✓ validated: it passed the parity gates ({engine.detail})"
     else:

@@ -85,37 +85,38 @@ class _BoundGraph:
             ) from error
         _check_tensors(entry.file, entry.inputs, self._session.get_inputs())
         _check_tensors(entry.file, entry.outputs, self._session.get_outputs())
-        self._bound: OrderedDict[tuple[int, int], _Buffers] = OrderedDict()
+        self._bound: OrderedDict[tuple[tuple[int, ...], int], _Buffers] = OrderedDict()
         # Buffers are shared by all callers.
         self._lock = threading.Lock()
 
     def run(self, inputs: tuple[_Array, ...], outputs: tuple[_Array, ...]) -> None:
-        size = 0
-        for array in (*inputs, *outputs):
-            size += array.nbytes
         try:
-            if size > _COPY_LIMIT_BYTES:
-                self._session.run_with_iobinding(self._bind(inputs, outputs))
-            else:
-                self._run_copied(inputs, outputs)
+            with self._lock:
+                buffers = self._find_buffers(inputs, outputs)
+                if buffers is not None:
+                    for buffer, array in zip(buffers.inputs, inputs, strict=True):
+                        buffer[...] = array
+                    self._session.run_with_iobinding(buffers.binding)
+                    for array, buffer in zip(outputs, buffers.outputs, strict=True):
+                        array[...] = buffer
+                    return
+            self._session.run_with_iobinding(self._bind(inputs, outputs))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise InferenceError(f"ONNX Runtime {ort.__version__} failed: {error}") from error
 
-    def _run_copied(self, inputs: tuple[_Array, ...], outputs: tuple[_Array, ...]) -> None:
-        key = (inputs[0].shape[0], len(outputs))
-        with self._lock:
-            buffers = self._bound.get(key)
-            if buffers is None:
-                buffers = self._bound[key] = self._make_buffers(inputs, outputs)
-                if len(self._bound) > _BOUND_BATCHES:
-                    self._bound.popitem(last=False)
-            else:
-                self._bound.move_to_end(key)
-            for buffer, array in zip(buffers.inputs, inputs, strict=True):
-                np.copyto(buffer, array)
-            self._session.run_with_iobinding(buffers.binding)
-            for array, buffer in zip(outputs, buffers.outputs, strict=True):
-                np.copyto(array, buffer)
+    def _find_buffers(self, inputs: tuple[_Array, ...], outputs: tuple[_Array, ...]) -> _Buffers | None:
+        """Bound buffers for these shapes, made where there are none yet; None where copying would cost too much."""
+        key = (inputs[0].shape, len(outputs))
+        buffers = self._bound.get(key)
+        if buffers is not None:
+            self._bound.move_to_end(key)
+            return buffers
+        if sum(array.nbytes for array in (*inputs, *outputs)) > _COPY_LIMIT_BYTES:
+            return None
+        buffers = self._bound[key] = self._make_buffers(inputs, outputs)
+        if len(self._bound) > _BOUND_BATCHES:
+            self._bound.popitem(last=False)
+        return buffers
 
     def _make_buffers(self, inputs: Sequence[_Array], outputs: Sequence[_Array]) -> _Buffers:
         own_inputs = tuple(np.zeros(array.shape, array.dtype) for array in inputs)

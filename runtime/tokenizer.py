@@ -128,6 +128,8 @@ class ActionTokenizer:
 
     def warmup(self, batch: int = 1) -> None:
         """Run encoder and every decoder once, so that the first real call with this B is as fast as the others."""
+        if batch < 1:
+            raise InvalidInputError(f"batch is {batch}; expected at least 1")
         model = self.model
         tokens = np.empty((batch, model.chunk_length, model.latent_dim, model.num_layers), np.int32)
         actions = np.zeros((batch, model.chunk_length, model.action_dim), np.float32)

@@ -21,6 +21,7 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 _FLOAT32 = np.dtype(np.float32)
 _INT32 = np.dtype(np.int32)
 _TOKEN_TYPES = (_INT32, np.dtype(np.int64), np.dtype(np.uint8))
+_UNSIGNED = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in _TOKEN_TYPES}
 
 STATS_NEEDED = (
     "tokens of a `dynamic` bundle cannot be decoded alone: every layer was normalised by a mean and a sigma of its own "
@@ -35,6 +36,7 @@ class InputValidator:
 
     def __init__(self, model: ModelEntry) -> None:
         self._model = model
+        self._num_levels = model.num_levels
         self._prefixes = frozenset(model.prefixes)
         # The limit as float32, the type of what is compared with it.
         self._action_limit = float(np.float32(model.action_limit))
@@ -78,7 +80,7 @@ class InputValidator:
         if not array.flags.c_contiguous:
             array = np.ascontiguousarray(array)
         # As unsigned numbers, negative ones are the largest: one pass finds both kinds of wrong value.
-        if array.size and np.maximum.reduce(array.view(f"u{array.itemsize}"), axis=None) >= self._model.num_levels:
+        if array.size and np.maximum.reduce(array.view(_UNSIGNED[array.dtype]), axis=None) >= self._num_levels:
             self._refuse_tokens(array)
         return array if array.dtype == _INT32 else array.astype(_INT32)
 
@@ -107,7 +109,7 @@ class InputValidator:
         return array
 
     def output(self, name: str, out: object, dtype: type[_Scalar], shape: tuple[int, ...], *inputs: _Array) -> None:
-        """Whether results can be written straight into `out`. Raises InvalidInputError."""
+        """Raises InvalidInputError unless results can be written straight into `out`, which shares no memory."""
         array = _as_array(name, out)
         if array.dtype != dtype or array.shape != shape:
             raise InvalidInputError(

@@ -1,0 +1,235 @@
+"""Small, real bundles for tests: a random model of any size and mode, its graphs, and golden vectors from it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from export.bundle_writer import stage_bundle
+from export.graphs import decoder_graph, encoder_graph
+from export.plan import DeployMode, action_limit, choose_prefixes, plan_decoder, plan_encoder
+from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
+from rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from rfsq_ref.rounding import token_error_bounds
+from runtime.golden import Golden
+from runtime.manifest import (
+    SCHEMA_VERSION,
+    EngineEntry,
+    GraphEntry,
+    Manifest,
+    ModelEntry,
+    ParityEntry,
+    graph_tensors,
+)
+
+SMALL = ModelConfig(action_dim=3, latent_dim=4, hidden_width=8, num_layers=3, num_levels=5)
+ENGINE = b"not an engine, but bytes to be hashed"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to build; equal recipes give equal bundles.
+
+    pool: how many times more steps are drawn than become golden vectors; those closest to an edge of L0 are kept.
+    """
+
+    mode: DeployMode = DeployMode.CALIBRATED
+    config: ModelConfig = SMALL
+    chunk_length: int = 2
+    prefixes: tuple[int, ...] = (2,)
+    num_chunks: int = 6
+    pool: int = 1
+    has_normaliser: bool = True
+    has_engine: bool = True
+    seed: int = 0
+
+
+@dataclass
+class Deployed:
+    """What goes into a bundle, open to be changed before it is written: graphs from one model, golden from another."""
+
+    recipe: Recipe
+    reference: ActionAutoencoder
+    exported: ActionAutoencoder
+    graphs: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        return choose_prefixes(self.recipe.prefixes, self.recipe.config.num_layers)
+
+
+def deploy(recipe: Recipe) -> Deployed:
+    model = random_model(recipe)
+    return Deployed(recipe, model, copy.deepcopy(model))
+
+
+def write_bundle(output: Path, deployed: Deployed | Recipe, *, overwrite: bool = False) -> Path:
+    """A complete bundle at `output`, which is also returned."""
+    if isinstance(deployed, Recipe):
+        deployed = deploy(deployed)
+    graphs = {**export_graphs(deployed), **deployed.graphs}
+    with stage_bundle(output, overwrite=overwrite) as staged:
+        for file, content in graphs.items():
+            staged.write(file, content)
+        staged.write_golden(golden_vectors(deployed))
+        manifest = make_manifest(deployed)
+        if deployed.recipe.has_engine:
+            engine = engine_entry(graphs["decoder.onnx"])
+            staged.write(engine.file, ENGINE)
+            manifest = replace(manifest, engines=(engine,))
+        staged.seal(manifest)
+    return output
+
+
+def random_model(recipe: Recipe) -> ActionAutoencoder:
+    """In float64, with weights that float32 holds exactly."""
+    torch.manual_seed(recipe.seed)
+    config, conditioning = recipe.config, recipe.mode.conditioning
+    constants = None
+    if conditioning is Conditioning.CALIBRATED:
+        shape = (config.num_layers, config.latent_dim)
+        shrink = max(config.num_levels - 1, 2.0) ** -torch.arange(config.num_layers, dtype=torch.float32)[:, None]
+        constants = ConditioningConstants(0.1 * shrink * torch.randn(shape), shrink * (0.8 + 0.4 * torch.rand(shape)))
+    normaliser = None
+    if recipe.has_normaliser:
+        offset, scale = 0.2 * torch.randn(config.action_dim), 0.5 + torch.rand(config.action_dim)
+        normaliser = Normaliser(NormaliserKind.MIN_MAX, tuple(offset.tolist()), tuple(scale.tolist()))
+    model = ActionAutoencoder(config, conditioning, constants=constants, normaliser=normaliser).double().eval()
+    model.requires_grad_(False)
+    if recipe.mode is DeployMode.RECOVERED:
+        model.recovered = _recover(model, choose_prefixes(recipe.prefixes, config.num_layers))
+    return model
+
+
+def export_graphs(deployed: Deployed) -> dict[str, bytes]:
+    """File name to ONNX bytes."""
+    recipe, model = deployed.recipe, deployed.exported
+    graphs = {"encoder.onnx": encoder_graph(plan_encoder(model, recipe.mode, recipe.chunk_length))}
+    for prefix in deployed.prefixes:
+        plan = plan_decoder(model, recipe.mode, recipe.chunk_length, prefix)
+        graphs[_decoder_file(deployed, prefix)] = decoder_graph(plan)
+    return graphs
+
+
+def random_actions(recipe: Recipe, num_chunks: int, *, seed: int = 1) -> np.ndarray:
+    """float32 [N, T, A] over the range the model was made for and somewhat beyond."""
+    shape = (num_chunks, recipe.chunk_length, recipe.config.action_dim)
+    return np.random.default_rng(seed).uniform(-1.5, 1.5, shape).astype(np.float32)
+
+
+def golden_vectors(deployed: Deployed) -> Golden:
+    """The reference's answers; as many near-tie flips are allowed as there are near-ties."""
+    recipe, model = deployed.recipe, deployed.reference
+    actions = random_actions(recipe, recipe.num_chunks * recipe.pool)
+    if recipe.pool > 1:
+        actions = closest_to_edges(model, actions, len(actions) // recipe.pool)
+    inputs = torch.from_numpy(actions).double()
+    tokens, margins, bounds = token_error_bounds(model, inputs)
+    stats = model.encode(inputs)[1] if recipe.mode.has_stats else None
+    rounded = None if stats is None else stats.float()
+    decoded = {prefix: reference_decode(model, tokens[..., :prefix], rounded) for prefix in deployed.prefixes}
+    unquantised = model.decode_latents(model.encode_latents(inputs)).numpy()
+    coding_error = np.abs(decoded[recipe.config.num_layers] - unquantised) / model.units.numpy()
+    return Golden(
+        actions=actions,
+        tokens=tokens.numpy().astype(np.int32),
+        margins=margins.numpy().astype(np.float32),
+        bounds=bounds.numpy().astype(np.float32),
+        stats=None if rounded is None else rounded.numpy(),
+        decoded=decoded,
+        near_tie_cap=int((margins <= bounds).sum()),
+        flip_tolerance=float(2 * coding_error.max() + 1e-5),
+    )
+
+
+def closest_to_edges(model: ActionAutoencoder, actions: np.ndarray, num_chunks: int) -> np.ndarray:
+    """As many chunks, made of those steps whose latents lie closest to an edge between two bins of L0."""
+    steps = actions.reshape(-1, actions.shape[-1])
+    first_layer = next(model.quantizer.layers(model.encode_latents(torch.from_numpy(steps).double())))
+    margins = model.quantizer.decision_margins(first_layer.conditioned).amin(-1)
+    return steps[margins.argsort()[: num_chunks * actions.shape[1]].numpy()].reshape(num_chunks, *actions.shape[1:])
+
+
+def reference_decode(model: ActionAutoencoder, tokens: torch.Tensor, stats: torch.Tensor | None = None) -> np.ndarray:
+    """tokens [..., D, l] and all layers' stats [..., L, 2] to float64 actions [..., A]."""
+    part = None if stats is None else stats[..., : tokens.shape[-1], :].double()
+    return model.decode(tokens, part).numpy()
+
+
+def make_manifest(deployed: Deployed) -> Manifest:
+    recipe, model = deployed.recipe, deployed.reference
+    entry = ModelEntry(
+        mode=recipe.mode.value,
+        chunk_length=recipe.chunk_length,
+        action_dim=recipe.config.action_dim,
+        latent_dim=recipe.config.latent_dim,
+        hidden_width=recipe.config.hidden_width,
+        num_layers=recipe.config.num_layers,
+        num_levels=recipe.config.num_levels,
+        prefixes=deployed.prefixes,
+        action_limit=action_limit(plan_encoder(model, recipe.mode, recipe.chunk_length)),
+        action_units=tuple(model.units.tolist()),
+        action_offset=tuple(model.offset.tolist()),
+    )
+    graphs = [
+        GraphEntry("encoder.onnx", "encoder", entry.num_layers, *graph_tensors(entry, "encoder", entry.num_layers))
+    ]
+    graphs += [
+        GraphEntry(_decoder_file(deployed, prefix), "decoder", prefix, *graph_tensors(entry, "decoder", prefix))
+        for prefix in entry.prefixes
+    ]
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        fingerprint=hashlib.sha256(repr(recipe).encode()).hexdigest(),
+        model=entry,
+        graphs=tuple(graphs),
+        engines=(),
+        parity=(ParityEntry("onnxruntime", "encoder: wrong tokens", 120_000, 0, 0, ""),),
+        tools={"numpy": np.__version__},
+        provenance={"checkpoint": {"file": "random"}},
+        files={},
+    )
+
+
+def engine_entry(onnx_bytes: bytes) -> EngineEntry:
+    """An engine that no machine runs, as a build without a GPU records it."""
+    return EngineEntry(
+        backend="tensorrt-rtx",
+        version="1.6.1.120",
+        compute_capabilities=("8.9",),
+        graph="decoder.onnx",
+        onnx_sha256=hashlib.sha256(onnx_bytes).hexdigest(),
+        file="engines/tensorrt-rtx-1.6.1.120-sm89/decoder.engine",
+        profile=(1, 1, 64),
+        status="built",
+        detail="inspected (network) but not run: no GPU",
+    )
+
+
+def bundle_files(folder: Path) -> list[str]:
+    """Every file, by its path inside the bundle."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def _decoder_file(deployed: Deployed, prefix: int) -> str:
+    return "decoder.onnx" if prefix == deployed.recipe.config.num_layers else f"decoder_l{prefix}.onnx"
+
+
+def _recover(model: ActionAutoencoder, prefixes: Sequence[int]) -> dict[int, RecoveredDecoder]:
+    """Least squares from tokens to latents, the matrices exact in float32."""
+    actions = torch.empty(2000, model.config.action_dim).uniform_(-1.5, 1.5).double()
+    latents, tokens = model.encode_latents(actions), model.encode(actions)[0]
+    fitted = {}
+    for prefix in prefixes:
+        flat = tokens[..., :prefix].flatten(1).double()
+        design = torch.cat((flat, torch.ones(len(flat), 1)), dim=1)
+        solution = torch.linalg.lstsq(design, latents, driver="gelsd").solution.float().double()
+        fitted[prefix] = RecoveredDecoder(solution[:-1].T.contiguous(), solution[-1])
+    return fitted

@@ -1,0 +1,309 @@
+"""A bundle appears at its output whole and sealed, or nothing changes there."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from export.bundle_writer import StagedBundle, stage_bundle
+from export.errors import ExportError
+from runtime import ActionTokenizer
+from runtime.bundle import open_bundle
+from runtime.manifest import MANIFEST_NAME, Manifest
+from tests.bundles import Recipe, bundle_files, deploy, export_graphs, golden_vectors, make_manifest, write_bundle
+
+ROOT = Path(__file__).parents[2]
+DEPLOYED = deploy(Recipe(has_engine=False))
+MANIFEST = make_manifest(DEPLOYED)
+GRAPHS = export_graphs(DEPLOYED)
+GOLDEN = golden_vectors(DEPLOYED)
+
+
+def fill(staged: StagedBundle, manifest: Manifest = MANIFEST) -> None:
+    for file, content in GRAPHS.items():
+        staged.write(file, content)
+    staged.write_golden(GOLDEN)
+    staged.seal(manifest)
+
+
+def siblings(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_sealed_bundle_appears_when_the_block_ends(tmp_path: Path) -> None:
+    output = tmp_path / "new" / "folders" / "bundle"
+    with stage_bundle(output) as staged:
+        fill(staged)
+        assert not output.exists()
+        assert staged.folder.parent == output.parent
+        assert str(os.getpid()) in staged.folder.name
+        ActionTokenizer.load(staged.folder).close()
+    assert siblings(output.parent) == ["bundle"]
+    assert bundle_files(output) == sorted([*GRAPHS, "golden.npz", MANIFEST_NAME])
+    ActionTokenizer.load(output).close()
+
+
+def test_the_manifest_lists_what_was_written(tmp_path: Path) -> None:
+    with stage_bundle(tmp_path / "bundle") as staged:
+        staged.write("deep/er/file.bin", b"123")
+        fill(staged)
+    opened = open_bundle(tmp_path / "bundle")
+    assert opened.manifest.files["deep/er/file.bin"].size == 3
+    assert opened.content("deep/er/file.bin") == b"123"
+    assert opened.unlisted_files() == ()
+
+
+def test_sealing_again_replaces_the_manifest(tmp_path: Path) -> None:
+    with stage_bundle(tmp_path / "bundle") as staged:
+        fill(staged, replace(MANIFEST, parity=()))
+        assert open_bundle(staged.folder).manifest.parity == ()
+        sealed = staged.seal(MANIFEST)
+    assert open_bundle(tmp_path / "bundle").manifest == sealed
+    assert sealed.parity == MANIFEST.parity
+
+
+def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:
+    first, second = (write_bundle(tmp_path / name, Recipe()) for name in ("first", "elsewhere"))
+    for file in bundle_files(first):
+        assert (first / file).read_bytes() == (second / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("error", [ValueError, ExportError, KeyboardInterrupt, SystemExit, GeneratorExit])
+@pytest.mark.parametrize("is_there", [False, True])
+def test_any_exception_leaves_everything_as_it_was(error: type[BaseException], is_there: bool, tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    if is_there:
+        write_bundle(output, Recipe(seed=7))
+    before = {file: (output / file).read_bytes() for file in bundle_files(output)}
+
+    def build() -> None:
+        with stage_bundle(output, overwrite=True) as staged:
+            fill(staged)
+            raise error
+
+    with pytest.raises(error):
+        build()
+    assert siblings(tmp_path) == (["bundle"] if is_there else [])
+    assert {file: (output / file).read_bytes() for file in bundle_files(output)} == before
+
+
+def test_what_is_not_sealed_is_not_written(tmp_path: Path) -> None:
+    for forget in (lambda staged: staged.write("a", b""), lambda staged: (fill(staged), staged.write("late", b""))):
+        with pytest.raises(ExportError, match="was not sealed"), stage_bundle(tmp_path / "bundle") as staged:
+            forget(staged)
+    assert siblings(tmp_path) == []
+
+
+@pytest.mark.parametrize("file", ["../outside", "/tmp/outside", "a/../b", MANIFEST_NAME, "encoder.onnx"])
+def test_files_outside_written_twice_or_in_the_manifests_place_are_refused(file: str, tmp_path: Path) -> None:
+    with stage_bundle(tmp_path / "bundle") as staged:
+        fill(staged)
+        with pytest.raises(ExportError, match=r"outside the bundle|already written"):
+            staged.write(file, b"y")
+    ActionTokenizer.load(tmp_path / "bundle").close()
+    assert siblings(tmp_path) == ["bundle"]
+
+
+def test_a_manifest_that_could_not_be_read_back_is_refused(tmp_path: Path) -> None:
+    for manifest, message in (
+        (replace(MANIFEST, model=replace(MANIFEST.model, action_limit=1)), r"action_limit is 1; expected float"),
+        (replace(MANIFEST, provenance={"loss": float("nan")}), "cannot be read back"),
+        (replace(MANIFEST, provenance={"path": Path("x")}), "cannot be read back"),
+        (replace(MANIFEST, model=replace(MANIFEST.model, latent_dim=9)), r"golden\.npz has tokens\.npy"),
+    ):
+        with pytest.raises(ExportError, match=message), stage_bundle(tmp_path / "bundle") as staged:
+            fill(staged, manifest)
+
+
+# --- an output that is there already ----------------------------------------------------------------------------------
+
+
+def test_a_bundle_that_is_there_is_replaced_only_when_asked(tmp_path: Path) -> None:
+    output = write_bundle(tmp_path / "bundle", Recipe(seed=7))
+    (output / "left over").write_text("x", encoding="utf-8")
+    fingerprint = open_bundle(output).manifest.fingerprint
+    with pytest.raises(ExportError, match=r"already holds a bundle; .*--overwrite"), stage_bundle(output):
+        pytest.fail("started")
+    assert open_bundle(output).manifest.fingerprint == fingerprint
+    with stage_bundle(output, overwrite=True) as staged:
+        fill(staged)
+        assert open_bundle(output).manifest.fingerprint == fingerprint
+    assert open_bundle(output).manifest.fingerprint == MANIFEST.fingerprint
+    assert open_bundle(output).unlisted_files() == ()
+    assert siblings(tmp_path) == ["bundle"]
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "bundle").mkdir()
+    with stage_bundle(tmp_path / "bundle") as staged:
+        fill(staged)
+    assert open_bundle(tmp_path / "bundle").manifest.fingerprint == MANIFEST.fingerprint
+
+
+def make_file(path: Path) -> None:
+    path.write_text("precious", encoding="utf-8")
+
+
+def make_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "precious").write_text("x", encoding="utf-8")
+
+
+def make_link(path: Path) -> None:
+    path.with_name("target").mkdir()
+    path.symlink_to("target")
+
+
+@pytest.mark.parametrize("make", [make_file, make_folder, make_link])
+def test_anything_else_is_never_replaced(make: Callable[[Path], None], tmp_path: Path) -> None:
+    make(tmp_path / "bundle")
+    before = siblings(tmp_path)
+    with (
+        pytest.raises(ExportError, match=r"is not a folder|not empty and no bundle"),
+        stage_bundle(tmp_path / "bundle", overwrite=True),
+    ):
+        pytest.fail("started")
+    assert siblings(tmp_path) == before
+
+
+def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+
+    def build() -> None:
+        with stage_bundle(output) as staged:
+            fill(staged)
+            write_bundle(tmp_path / "other", Recipe(seed=7)).rename(output)
+
+    with pytest.raises(ExportError, match="already holds a bundle"):
+        build()
+    assert open_bundle(output).manifest.fingerprint != MANIFEST.fingerprint
+    assert siblings(tmp_path) == ["bundle"]
+
+
+def test_the_old_bundle_comes_back_when_the_new_one_cannot_be_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = write_bundle(tmp_path / "bundle", Recipe(seed=7))
+    fingerprint = open_bundle(output).manifest.fingerprint
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if ".staged-" in self.name:
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with (
+        pytest.raises(ExportError, match="cannot be written: No space left on device"),
+        stage_bundle(output, overwrite=True) as staged,
+    ):
+        fill(staged)
+    assert open_bundle(output).manifest.fingerprint == fingerprint
+    assert siblings(tmp_path) == ["bundle"]
+
+
+# --- where nothing can be written -------------------------------------------------------------------------------------
+
+
+def test_an_output_below_a_file_is_refused(tmp_path: Path) -> None:
+    make_file(tmp_path / "file")
+    with pytest.raises(ExportError, match="file"), stage_bundle(tmp_path / "file" / "bundle"):
+        pytest.fail("started")
+
+
+def test_an_output_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with (
+        pytest.raises(ExportError, match="cannot be written: Permission denied; choose another --output"),
+        stage_bundle(tmp_path / "bundle"),
+    ):
+        pytest.fail("started")
+
+
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(ExportError, match="No space left on device"), stage_bundle(tmp_path / "bundle") as staged:
+        staged.write("encoder.onnx", b"x")
+    assert siblings(tmp_path) == []
+
+
+# --- processes that end in the middle ---------------------------------------------------------------------------------
+
+STUCK = """
+import sys, time
+from export.bundle_writer import stage_bundle
+with stage_bundle(sys.argv[1], overwrite=True) as staged:
+    staged.write("encoder.onnx", b"x")
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def start_stuck(output: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", STUCK, str(output)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_killed_build_leaves_no_bundle_and_the_next_one_clears_up(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    process = start_stuck(output)
+    process.kill()
+    process.wait()
+    assert siblings(tmp_path) == [f".bundle.staged-{process.pid}"]
+    write_bundle(output, Recipe())
+    assert siblings(tmp_path) == ["bundle"]
+
+
+def test_an_interrupted_build_clears_up_itself(tmp_path: Path) -> None:
+    process = start_stuck(tmp_path / "bundle")
+    process.send_signal(signal.SIGINT)
+    process.wait()
+    assert siblings(tmp_path) == []
+
+
+def test_a_build_that_still_runs_is_left_alone(tmp_path: Path) -> None:
+    process = start_stuck(tmp_path / "bundle")
+    try:
+        write_bundle(tmp_path / "bundle", Recipe())
+        assert siblings(tmp_path) == [f".bundle.staged-{process.pid}", "bundle"]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_bundle_set_aside_by_a_killed_build_comes_back(tmp_path: Path) -> None:
+    aside = write_bundle(tmp_path / "bundle", Recipe(seed=7))
+    fingerprint = open_bundle(aside).manifest.fingerprint
+    aside.rename(tmp_path / f".bundle.replaced-{dead_pid()}")
+    with pytest.raises(ExportError, match="already holds a bundle"), stage_bundle(tmp_path / "bundle") as staged:
+        fill(staged)
+    assert open_bundle(tmp_path / "bundle").manifest.fingerprint == fingerprint
+    assert siblings(tmp_path) == ["bundle"]
+
+
+def test_only_what_builds_of_this_output_left_is_removed(tmp_path: Path) -> None:
+    pid = dead_pid()
+    kept = {f".other.staged-{pid}", ".bundle.staged-notes", f"bundle.staged-{pid}", f".bundle.staged-{pid}.txt"}
+    for name in kept:
+        (tmp_path / name).mkdir()
+    write_bundle(tmp_path / "bundle", Recipe())
+    assert set(siblings(tmp_path)) == {*kept, "bundle"}

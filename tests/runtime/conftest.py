@@ -1,0 +1,48 @@
+"""Bundles that tests only read, built once; tests that alter one take a copy."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from export.plan import DeployMode
+from runtime import ActionTokenizer
+from tests.bundles import Recipe, write_bundle
+
+
+@pytest.fixture(scope="session")
+def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
+    """The bundle of a recipe; not to be changed."""
+    root, built = tmp_path_factory.mktemp("bundles"), {}
+
+    def get(recipe: Recipe) -> Path:
+        if recipe not in built:
+            built[recipe] = write_bundle(root / str(len(built)), recipe)
+        return built[recipe]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_of: Callable[[Recipe], Path]) -> Path:
+    """`calibrated`, small; not to be changed."""
+    return bundle_of(Recipe())
+
+
+@pytest.fixture
+def altered(bundle: Path, tmp_path: Path) -> Path:
+    """A copy of `bundle` that a test may damage."""
+    return Path(shutil.copytree(bundle, tmp_path / "altered"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(bundle: Path) -> Iterator[ActionTokenizer]:
+    with ActionTokenizer.load(bundle) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session")
+def dynamic_tokenizer(bundle_of: Callable[[Recipe], Path]) -> Iterator[ActionTokenizer]:
+    with ActionTokenizer.load(bundle_of(Recipe(mode=DeployMode.DYNAMIC))) as loaded:
+        yield loaded

@@ -1,0 +1,199 @@
+"""Which backends there are, how `auto` chooses among them, and what ONNX Runtime's own one promises."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+
+from export.plan import DeployMode
+from runtime import ActionTokenizer, BackendUnavailableError, InferenceError, SelfTestError, backends, ort_backend
+from runtime.backends import Backend, available, create_backend
+from runtime.bundle import Bundle, open_bundle
+from tests.bundles import Recipe, deploy, export_graphs, random_actions, write_bundle
+
+
+class Borrowed:
+    """ONNX Runtime under another name, for choosing among."""
+
+    def __init__(self, name: str, bundle: Bundle, *, is_wrong: bool = False) -> None:
+        self._backend = create_backend("onnxruntime", bundle)
+        self.name, self.description = name, f"borrowed {name}"
+        self.is_wrong, self.is_closed = is_wrong, False
+
+    def encode_into(self, actions: Any, tokens: Any, stats: Any) -> None:
+        self._backend.encode_into(actions, tokens, stats)
+
+    def decode_into(self, tokens: Any, stats: Any, actions: Any) -> None:
+        self._backend.decode_into(tokens, stats, actions)
+        if self.is_wrong:
+            actions += 1
+
+    def close(self) -> None:
+        self.is_closed = True
+        self._backend.close()
+
+
+def offer(monkeypatch: pytest.MonkeyPatch, name: str, *, is_wrong: bool = False) -> list[Borrowed]:
+    """Register a backend; every one made is appended to the list."""
+    made: list[Borrowed] = []
+
+    def factory(bundle: Bundle) -> Backend:
+        made.append(Borrowed(name, bundle, is_wrong=is_wrong))
+        return made[-1]
+
+    monkeypatch.setitem(backends.FACTORIES, name, factory)
+    return made
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def test_auto_takes_onnxruntime_where_nothing_else_can_run_and_says_why(
+    bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="runtime")
+    with ActionTokenizer.load(bundle) as tokenizer:
+        assert tokenizer.backend.name == "onnxruntime"
+    chosen = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
+    assert len(chosen) == 1
+    assert chosen[0].startswith("backend onnxruntime (ONNX Runtime")
+    assert "passed its self-test" in chosen[0]
+    assert "not cuda: this runtime cannot run 'cuda' yet" in caplog.text
+
+
+def test_auto_prefers_the_faster_one(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    offer(monkeypatch, "tensorrt")
+    offer(monkeypatch, "c")
+    with ActionTokenizer.load(bundle) as tokenizer:
+        assert tokenizer.backend.name == "c"
+
+
+def test_auto_passes_over_one_that_fails_its_self_test(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = offer(monkeypatch, "cuda", is_wrong=True)
+    with ActionTokenizer.load(bundle) as tokenizer:
+        assert tokenizer.backend.name == "onnxruntime"
+    assert [backend.is_closed for backend in made] == [True]
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warned) == 1
+    assert "✗ decode 3 layers" in warned[0]
+
+
+def test_a_backend_asked_for_by_name_is_never_replaced(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = offer(monkeypatch, "cuda", is_wrong=True)
+    with pytest.raises(SelfTestError, match=r"cuda .borrowed cuda. does not give the reference's answers"):
+        ActionTokenizer.load(bundle, backend="cuda")
+    assert made[0].is_closed
+    for name in ("tensorrt", "tensorrt-rtx", "c"):
+        with pytest.raises(BackendUnavailableError, match=f"this runtime cannot run '{name}' yet; it runs onnxruntime"):
+            ActionTokenizer.load(bundle, backend=name)
+
+
+def test_an_unknown_name_is_refused_naming_the_known_ones(bundle: Path) -> None:
+    with pytest.raises(BackendUnavailableError, match="no backend 'onnx'; there are auto, cuda, c, tensorrt-rtx"):
+        ActionTokenizer.load(bundle, backend="onnx")
+
+
+def test_auto_says_why_each_one_cannot_be_used(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "FACTORIES", {})
+    with pytest.raises(BackendUnavailableError) as caught:
+        ActionTokenizer.load(bundle)
+    for name in backends.PREFERENCE:
+        assert f"  {name}: this runtime cannot run" in str(caught.value)
+
+
+def test_a_missing_package_is_named_with_its_cure(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(BackendUnavailableError, match="onnxruntime is not installed; install it with: pip install"):
+        ActionTokenizer.load(bundle, backend="onnxruntime")
+
+
+def test_available_lists_every_backend_with_what_is_in_its_way(bundle: Path) -> None:
+    found = {entry.name: entry for entry in available(open_bundle(bundle))}
+    assert tuple(found) == backends.PREFERENCE
+    assert found["onnxruntime"].is_usable
+    assert found["onnxruntime"].obstacle == ""
+    assert not found["tensorrt"].is_usable
+    assert "cannot run 'tensorrt' yet" in found["tensorrt"].obstacle
+
+
+def test_what_fails_during_the_self_test_is_closed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = offer(monkeypatch, "c")
+
+    def interrupt(*_arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Borrowed, "decode_into", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ActionTokenizer.load(bundle)
+    assert made[0].is_closed
+
+
+# --- ONNX Runtime -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, 2**40], ids=["bound to the caller's arrays", "copied through bound buffers"])
+@pytest.mark.parametrize("mode", list(DeployMode))
+def test_both_ways_of_binding_give_the_same_answers(
+    limit: int, mode: DeployMode, bundle_of: Callable[[Recipe], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(mode=mode)
+    actions = random_actions(recipe, 9)
+    with ActionTokenizer.load(bundle_of(recipe)) as tokenizer:
+        expected = tokenizer.encode_with_stats(actions) if mode.has_stats else (tokenizer.encode(actions), None)
+        decoded = tokenizer.decode(*expected)
+    monkeypatch.setattr(ort_backend, "_COPY_LIMIT_BYTES", limit)
+    with ActionTokenizer.load(bundle_of(recipe)) as tokenizer:
+        for _ in range(2):
+            found = tokenizer.encode_with_stats(actions) if mode.has_stats else (tokenizer.encode(actions), None)
+            for first, second in zip(expected, found, strict=True):
+                np.testing.assert_array_equal(first, second)
+            np.testing.assert_array_equal(tokenizer.encode(actions), found[0])
+            np.testing.assert_array_equal(tokenizer.decode(*found), decoded)
+
+
+def test_only_a_few_batch_sizes_stay_bound(bundle: Path) -> None:
+    backend = ort_backend.OrtBackend(open_bundle(bundle))
+    for batch in (*range(1, 20), 3):
+        actions = np.zeros((batch, 2, 3), np.float32)
+        backend.encode_into(actions, np.empty((batch, 2, 4, 3), np.int32), None)
+    bound = [shape[0] for shape, _ in backend._encoder._bound]
+    assert bound == [17, 18, 19, 3]
+
+
+def test_more_threads_give_the_same_tokens(bundle: Path) -> None:
+    actions = random_actions(Recipe(), 200)
+    one, two = np.empty((2, 200, 2, 4, 3), np.int32)
+    ort_backend.OrtBackend(open_bundle(bundle), num_threads=1).encode_into(actions, one, None)
+    ort_backend.OrtBackend(open_bundle(bundle), num_threads=2).encode_into(actions, two, None)
+    np.testing.assert_array_equal(one, two)
+
+
+def test_a_library_that_fails_while_it_runs_is_quoted(bundle: Path) -> None:
+    backend = create_backend("onnxruntime", open_bundle(bundle))
+    with pytest.raises(InferenceError, match=r"(?s)ONNX Runtime .* failed: .*Got: 4 Expected: 3"):
+        backend.encode_into(np.zeros((1, 2, 4), np.float32), np.empty((1, 2, 4, 3), np.int32), None)
+    # And it goes on afterwards.
+    backend.encode_into(np.zeros((1, 2, 3), np.float32), np.empty((1, 2, 4, 3), np.int32), None)
+
+
+@pytest.mark.skipif(not hasattr(ort, "set_default_logger_callback"), reason="this ONNX Runtime cannot forward messages")
+def test_messages_of_onnxruntime_go_to_logging(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    deployed = deploy(Recipe())
+    graph = onnx.load_model_from_string(export_graphs(deployed)["encoder.onnx"])
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(1, np.float32), "left_over"))
+    deployed.graphs["encoder.onnx"] = graph.SerializeToString()
+    ActionTokenizer.load(write_bundle(tmp_path / "bundle", deployed)).close()
+    warned = [
+        text for name, level, text in caplog.record_tuples if (name, level) == (ort_backend.__name__, logging.WARNING)
+    ]
+    assert any("left_over" in text for text in warned)
+    assert capfd.readouterr().err == ""

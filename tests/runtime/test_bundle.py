@@ -1,0 +1,417 @@
+"""A bundle is opened whole and unaltered, or not at all; `load` and `selftest` refuse alike."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from export.plan import DeployMode
+from runtime import ActionTokenizer, BundleError, SelfTestError, selftest
+from runtime.bundle import open_bundle
+from runtime.errors import TokenizerError
+from runtime.manifest import MANIFEST_NAME, FileEntry, Manifest, ModelEntry, manifest_text, parse_manifest
+from tests.bundles import Recipe, bundle_files, deploy, export_graphs, write_bundle
+
+FILES = (
+    "decoder.onnx",
+    "decoder_l2.onnx",
+    "encoder.onnx",
+    "engines/tensorrt-rtx-1.6.1.120-sm89/decoder.engine",
+    "golden.npz",
+    MANIFEST_NAME,
+)
+
+
+def refuse(folder: Path, message: str, error: type[TokenizerError] = BundleError) -> None:
+    """`load` raises `error`, and `selftest` fails with the same words."""
+    with pytest.raises(error, match=message):
+        ActionTokenizer.load(folder)
+
+
+def selftest_refuses(folder: Path, message: str, capsys: pytest.CaptureFixture[str], status: int = 2) -> None:
+    capsys.readouterr()
+    assert selftest.main([str(folder)]) == status
+    printed = capsys.readouterr()
+    assert message in printed.out + printed.err
+
+
+def rewrite(folder: Path, change: Callable[[Manifest], Manifest]) -> None:
+    """A manifest that is consistent with itself, as a builder with a fault, or with bad intent, would write it."""
+    path = folder / MANIFEST_NAME
+    path.write_text(manifest_text(change(parse_manifest(path.read_text(encoding="utf-8")))), encoding="utf-8")
+
+
+def rehash(folder: Path) -> None:
+    """State the hashes of the files as they are now."""
+
+    def entry(file: str) -> FileEntry:
+        content = (folder / file).read_bytes()
+        return FileEntry(hashlib.sha256(content).hexdigest(), len(content))
+
+    def change(manifest: Manifest) -> Manifest:
+        files = {file: entry(file) for file in manifest.files}
+        engines = tuple(replace(engine, onnx_sha256=files[engine.graph].sha256) for engine in manifest.engines)
+        return replace(manifest, files=files, engines=engines)
+
+    rewrite(folder, change)
+
+
+def test_a_bundle_holds_these_files_and_opens(bundle: Path) -> None:
+    assert tuple(bundle_files(bundle)) == FILES
+    opened = open_bundle(bundle)
+    for file in FILES[:-1]:
+        assert opened.content(file) == (bundle / file).read_bytes()
+
+
+# --- altered files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_one_flipped_byte_in_any_file_is_refused(file: str, altered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    original = (altered / file).read_bytes()
+    for position in (0, len(original) // 3, len(original) // 2, len(original) - 1):
+        damaged = bytearray(original)
+        damaged[position] ^= 1
+        (altered / file).write_bytes(damaged)
+        refuse(altered, file)
+    selftest_refuses(altered, file, capsys)
+    (altered / file).write_bytes(original)
+    ActionTokenizer.load(altered).close()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_truncated_and_lengthened_files_are_refused(
+    file: str, altered: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original = (altered / file).read_bytes()
+    for content in (b"", original[: len(original) // 2], original[:-1], original + b"\0"):
+        (altered / file).write_bytes(content)
+        refuse(altered, file)
+    selftest_refuses(altered, file, capsys)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_missing_files_are_refused(file: str, altered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (altered / file).unlink()
+    refuse(altered, file)
+    selftest_refuses(altered, file, capsys)
+
+
+def test_the_message_states_what_was_found_and_expected(altered: Path) -> None:
+    size = (altered / "encoder.onnx").stat().st_size
+    (altered / "encoder.onnx").write_bytes(b"x")
+    refuse(
+        altered, f"encoder.onnx in .* has 1 bytes, the manifest states {size}: it is truncated.*copy the bundle again"
+    )
+    (altered / "encoder.onnx").write_bytes(b"x" * size)
+    refuse(altered, f"encoder.onnx in .* has sha256 {hashlib.sha256(b'x' * size).hexdigest()}, the manifest states")
+
+
+def test_swapped_files_are_refused(altered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = altered / "decoder.onnx", altered / "encoder.onnx"
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    refuse(altered, r"decoder\.onnx.*truncated or was altered")
+    selftest_refuses(altered, "decoder.onnx", capsys)
+
+
+def test_nothing_is_deserialised_before_everything_is_hashed(altered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_arguments: Any, **_options: Any) -> None:
+        pytest.fail("deserialised")
+
+    (altered / "golden.npz").write_bytes(b"x")
+    monkeypatch.setattr("onnxruntime.InferenceSession", fail)
+    monkeypatch.setattr("zipfile.ZipFile", fail)
+    refuse(altered, r"golden\.npz")
+
+
+def test_what_runs_is_what_was_hashed_whatever_happens_on_disk_later(altered: Path) -> None:
+    opened = open_bundle(altered)
+    content = opened.content("encoder.onnx")
+    (altered / "encoder.onnx").write_bytes(b"replaced after it was hashed")
+    assert opened.content("encoder.onnx") is content
+    assert hashlib.sha256(content).hexdigest() == opened.manifest.files["encoder.onnx"].sha256
+
+
+# --- altered manifests ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"latent_dim": 4', '"latent_dim": 5', "altered after it was written"),
+        ('"schema_version": 1', '"schema_version": 2', "schema version 2"),
+        ("{\n", '{\n "surprise": 1,\n', r"unknown keys \['surprise'\]"),
+    ],
+)
+def test_altered_manifests_are_refused(
+    old: str, new: str, message: str, altered: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = altered / MANIFEST_NAME
+    text = path.read_text(encoding="utf-8")
+    assert text.count(old) >= 1
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    refuse(altered, message)
+    selftest_refuses(altered, MANIFEST_NAME, capsys)
+
+
+def test_a_manifest_in_another_encoding_or_with_other_line_ends_is_refused(altered: Path) -> None:
+    path = altered / MANIFEST_NAME
+    text = path.read_text(encoding="utf-8")
+    path.write_bytes(text.encode("utf-16"))
+    refuse(altered, "not UTF-8")
+    path.write_bytes(text.replace("\n", "\r\n").encode())
+    refuse(altered, "altered after it was written")
+
+
+def change_model(**changes: Any) -> Callable[[Manifest], Manifest]:
+    return lambda manifest: replace(manifest, model=replace(manifest.model, **changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_model(chunk_length=0), "chunk_length is 0"),
+        (change_model(num_levels=1), "num_levels is 1"),
+        (change_model(prefixes=(3, 2)), r"prefixes are \[3, 2\] for 3 layers"),
+        (change_model(prefixes=(2,)), r"prefixes are \[2\] for 3 layers"),
+        (change_model(action_units=(1.0, 0.0, 1.0)), "not all positive"),
+        (change_model(action_units=(1.0,)), r"action_units are \[1.0\] for 3 dimensions"),
+        (change_model(action_limit=0.0), "action_limit is 0.0"),
+        (change_model(latent_dim=5), r"states the tensors"),
+        (change_model(mode="dynamic"), r"states the tensors"),
+        (change_model(num_levels=3), r"tokens outside 0 \.\.\. 2"),
+        (lambda manifest: replace(manifest, graphs=manifest.graphs[1:]), "lists the graphs"),
+        (lambda manifest: replace(manifest, graphs=(*manifest.graphs, manifest.graphs[0])), "lists the graphs"),
+        (
+            lambda manifest: replace(manifest, engines=(replace(manifest.engines[0], onnx_sha256="0" * 64),)),
+            "graph and engine do not belong together",
+        ),
+        (
+            lambda manifest: replace(manifest, engines=(replace(manifest.engines[0], file="elsewhere.engine"),)),
+            r"refers to elsewhere\.engine but lists no hash",
+        ),
+        (
+            lambda manifest: replace(
+                manifest, files={name: entry for name, entry in manifest.files.items() if name != "golden.npz"}
+            ),
+            r"refers to golden\.npz but lists no hash",
+        ),
+    ],
+)
+def test_consistent_manifests_of_impossible_bundles_are_refused(
+    change: Callable[[Manifest], Manifest], message: str, altered: Path
+) -> None:
+    rewrite(altered, change)
+    refuse(altered, message)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/hostname", "a/../../outside", "./encoder.onnx", "a//b", "", "a\\b", "C:x"]
+)
+def test_names_that_may_lead_outside_are_refused(name: str, altered: Path) -> None:
+    (altered.parent / "outside").write_bytes(b"secret")
+    entry = FileEntry(hashlib.sha256(b"secret").hexdigest(), 6)
+    rewrite(altered, lambda manifest: replace(manifest, files={**manifest.files, name: entry}))
+    refuse(altered, "may lie outside the bundle")
+
+
+def test_links_are_followed_inside_the_bundle_alone(altered: Path) -> None:
+    outside = altered.parent / "outside.onnx"
+    shutil.move(altered / "encoder.onnx", outside)
+    (altered / "encoder.onnx").symlink_to(outside)
+    refuse(altered, r"encoder\.onnx is a link that leads out of")
+    shutil.move(outside, altered / "renamed.onnx")
+    (altered / "encoder.onnx").unlink()
+    (altered / "encoder.onnx").symlink_to("renamed.onnx")
+    ActionTokenizer.load(altered).close()
+
+
+def test_a_bundle_that_is_itself_behind_a_link_opens(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(bundle)
+    ActionTokenizer.load(tmp_path / "current").close()
+
+
+# --- what is no bundle ------------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_bundle_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    for name, message in (
+        ("nowhere", "found nothing"),
+        ("file", "found a file, not a folder"),
+        ("empty", "is not a bundle: it has no file manifest.json"),
+    ):
+        refuse(tmp_path / name, message)
+        selftest_refuses(tmp_path / name, message, capsys)
+
+
+def test_files_that_are_none_are_refused_unread(altered: Path) -> None:
+    path = altered / "encoder.onnx"
+    path.unlink()
+    path.mkdir()
+    refuse(altered, r"encoder\.onnx in .* is not a regular file")
+    path.rmdir()
+    os.mkfifo(path)
+    refuse(altered, r"encoder\.onnx in .* is not a regular file")
+
+
+def test_links_in_a_circle_are_refused(altered: Path) -> None:
+    path = altered / "encoder.onnx"
+    path.unlink()
+    path.symlink_to("encoder.onnx")
+    refuse(altered, r"encoder\.onnx")
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_unreadable_files_are_refused(file: str, altered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read everything, so the refusal is played."""
+    read_bytes = Path.read_bytes
+
+    def refuse_one(self: Path) -> bytes:
+        if self == altered / file:
+            raise PermissionError(13, "Permission denied")
+        return read_bytes(self)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse_one)
+    refuse(altered, "cannot be read: .*Permission denied; check its permissions")
+
+
+def test_unlisted_files_are_shown_and_never_read(altered: Path) -> None:
+    os.mkfifo(altered / "blocks.whoever.reads.it")
+    (altered / "engines" / "extra.engine").write_bytes(b"x")
+    opened = open_bundle(altered)
+    assert opened.unlisted_files() == ("blocks.whoever.reads.it", "engines/extra.engine")
+    with pytest.raises(BundleError, match=r"lists no file 'engines/extra\.engine'"):
+        opened.content("engines/extra.engine")
+
+
+# --- wrong weights in consistent bundles ------------------------------------------------------------------------------
+
+
+def to_tf32(values: np.ndarray) -> np.ndarray:
+    """Rounded to TF32's 10 explicit bits of mantissa, to nearest."""
+    bits = values.view(np.uint32).astype(np.uint64) + 0x1000
+    return (bits & 0xFFFFE000).astype(np.uint32).view(np.float32)
+
+
+def edit_weights(onnx_bytes: bytes, edit: Callable[[str, np.ndarray], np.ndarray]) -> bytes:
+    """`edit` gets every float32 weight by name and returns what takes its place."""
+    model = onnx.load_model_from_string(onnx_bytes)
+    for tensor in model.graph.initializer:
+        values = numpy_helper.to_array(tensor)
+        if tensor.name.endswith((".weight", ".bias")):
+            tensor.CopyFrom(numpy_helper.from_array(edit(tensor.name, values.copy()), tensor.name))
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def perturb_one(layer: str) -> Callable[[str, np.ndarray], np.ndarray]:
+    def edit(name: str, values: np.ndarray) -> np.ndarray:
+        if name == f"{layer}.weight":
+            values[0, 0] += 1e-3
+        return values
+
+    return edit
+
+
+@pytest.mark.parametrize("mode", list(DeployMode))
+@pytest.mark.parametrize("file", ["encoder.onnx", "decoder.onnx", "decoder_l2.onnx"])
+@pytest.mark.parametrize(
+    "edit",
+    [perturb_one("inner"), perturb_one("outer"), lambda _name, values: to_tf32(values)],
+    ids=["inner weight off by 1e-3", "outer weight off by 1e-3", "tf32"],
+)
+def test_wrong_weights_are_found_by_replay_though_every_hash_is_right(
+    mode: DeployMode,
+    file: str,
+    edit: Callable[[str, np.ndarray], np.ndarray],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # What a single weight does to tokens shows where latents are close to an edge.
+    deployed = deploy(Recipe(mode=mode, num_chunks=64, pool=1000 if file == "encoder.onnx" else 1))
+    deployed.graphs[file] = edit_weights(export_graphs(deployed)[file], edit)
+    folder = write_bundle(tmp_path / "bundle", deployed)
+    gate = {
+        "encoder.onnx": "wrong tokens",
+        "decoder.onnx": "decode 3 layers",
+        "decoder_l2.onnx": "decode 2 layers",
+    }[file]
+    open_bundle(folder)
+    refuse(folder, f"✗ .*{gate}", SelfTestError)
+    selftest_refuses(folder, "do not use it", capsys, status=1)
+
+
+@pytest.mark.parametrize("mode", [DeployMode.CALIBRATED, DeployMode.RECOVERED])
+def test_swapped_layers_are_found_by_replay(
+    mode: DeployMode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deployed = deploy(Recipe(mode=mode))
+
+    def swap(name: str, values: np.ndarray) -> np.ndarray:
+        if name != "inner.weight":
+            return values
+        layers = values.reshape(len(values), -1, 3)
+        return np.ascontiguousarray(layers[..., [1, 0, 2]]).reshape(values.shape)
+
+    deployed.graphs["decoder.onnx"] = edit_weights(export_graphs(deployed)["decoder.onnx"], swap)
+    folder = write_bundle(tmp_path / "bundle", deployed)
+    refuse(folder, "✗ decode 3 layers", SelfTestError)
+    selftest_refuses(folder, "✗ decode 3 layers", capsys, status=1)
+
+
+def test_swapped_conditioning_constants_are_found_by_replay(tmp_path: Path) -> None:
+    deployed = deploy(Recipe())
+    quantizer = deployed.exported.quantizer
+    for constants in (quantizer.mean, quantizer.scale):
+        constants[[0, 1]] = constants[[1, 0]]
+    refuse(write_bundle(tmp_path / "bundle", deployed), "✗ encode.*wrong tokens", SelfTestError)
+
+
+def test_another_model_in_a_consistent_bundle_is_found_by_replay(tmp_path: Path) -> None:
+    deployed = deploy(Recipe(seed=0))
+    deployed.exported = deploy(Recipe(seed=1)).reference
+    refuse(write_bundle(tmp_path / "bundle", deployed), "✗ encode.*wrong tokens", SelfTestError)
+
+
+def test_a_graph_of_other_sizes_is_refused(altered: Path) -> None:
+    other = export_graphs(deploy(Recipe(chunk_length=5)))
+    (altered / "encoder.onnx").write_bytes(other["encoder.onnx"])
+    rehash(altered)
+    refuse(altered, r"encoder\.onnx has the tensors", TokenizerError)
+
+
+def test_a_graph_that_is_none_is_refused(altered: Path) -> None:
+    (altered / "encoder.onnx").write_bytes(b"not a graph")
+    rehash(altered)
+    refuse(altered, r"ONNX Runtime .* refuses encoder\.onnx", TokenizerError)
+
+
+def test_a_manifest_without_files_is_refused(altered: Path) -> None:
+    rewrite(altered, lambda manifest: replace(manifest, files={}))
+    refuse(altered, "lists no hash for them")
+
+
+def test_the_model_entry_says_which_modes_have_stats(bundle: Path) -> None:
+    model = open_bundle(bundle).manifest.model
+    assert isinstance(model, ModelEntry)
+    facts = {
+        mode.value: (replace(model, mode=mode.value).has_stats, replace(model, mode=mode.value).is_step_coupled)
+        for mode in DeployMode
+    }
+    assert facts == {
+        "none": (False, False),
+        "dynamic": (True, True),
+        "calibrated": (False, False),
+        "recovered": (False, True),
+    }

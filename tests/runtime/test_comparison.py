@@ -1,0 +1,140 @@
+"""What counts as a wrong token, a near-tie, and a difference behind one; and how actions are compared."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.comparison import TokenComparison, action_errors, compare_tokens
+
+D, L = 3, 4
+
+
+def compare(
+    *changes: tuple[int, int], near_ties: tuple[tuple[int, int], ...] = (), coupled: bool = False
+) -> TokenComparison:
+    """One step [1, D, L] of zeros, with ones at `changes` (latent, layer); `near_ties` have margins within bounds."""
+    expected, found = np.zeros((1, D, L), np.int32), np.zeros((1, D, L), np.int32)
+    margins, bounds = np.full((1, D, L), 0.1), np.full((1, D, L), 1e-6)
+    for latent, layer in changes:
+        found[0, latent, layer] = 1
+    for latent, layer in near_ties:
+        margins[0, latent, layer] = 1e-7
+    return compare_tokens(expected, found, margins, bounds, is_step_coupled=coupled)
+
+
+def counts(comparison: TokenComparison) -> tuple[list[int], list[int], list[int]]:
+    return comparison.wrong.tolist(), comparison.near_ties.tolist(), comparison.behind.tolist()
+
+
+def test_equal_tokens_have_no_differences() -> None:
+    found = compare(near_ties=((0, 0),))
+    assert counts(found) == ([0] * L, [0] * L, [0] * L)
+    assert not found.flipped.any()
+    assert found.first_wrong is None
+
+
+def test_a_difference_above_its_bound_is_wrong_and_named() -> None:
+    found = compare((1, 2))
+    assert counts(found) == ([0, 0, 1, 0], [0] * L, [0] * L)
+    assert str(found.first_wrong) == "token [0, 1, 2] is 1, expected 0: margin 1.00e-01 bins, float32 explains 1.00e-06"
+    assert not found.flipped.any()
+
+
+def test_a_difference_within_its_bound_is_a_near_tie() -> None:
+    found = compare((1, 2), near_ties=((1, 2),))
+    assert counts(found) == ([0] * L, [0, 0, 1, 0], [0] * L)
+    assert found.flipped.tolist() == [True]
+
+
+def test_a_margin_equal_to_its_bound_is_a_near_tie() -> None:
+    one = np.ones((1, 1, 1))
+    found = compare_tokens(one.astype(int), 2 * one.astype(int), one, one, is_step_coupled=False)
+    assert (found.num_wrong, found.num_near_ties) == (0, 1)
+
+
+@pytest.mark.parametrize("margin", [np.nan, np.inf])
+def test_what_is_not_a_number_excuses_nothing(margin: float) -> None:
+    one = np.ones((1, 1, 1))
+    found = compare_tokens(one.astype(int), 2 * one.astype(int), one * margin, one, is_step_coupled=False)
+    assert found.num_wrong == 1
+
+
+def test_later_layers_of_a_flipped_latent_are_behind_it() -> None:
+    found = compare((1, 1), (1, 2), (1, 3), near_ties=((1, 1), (1, 3)))
+    assert counts(found) == ([0] * L, [0, 1, 0, 0], [0, 0, 1, 1])
+
+
+def test_another_latent_is_not_behind_unless_the_step_is_coupled() -> None:
+    changes, near_ties = ((1, 1), (2, 2)), ((1, 1),)
+    assert counts(compare(*changes, near_ties=near_ties)) == ([0, 0, 1, 0], [0, 1, 0, 0], [0] * L)
+    coupled = compare(*changes, near_ties=near_ties, coupled=True)
+    assert counts(coupled) == ([0] * L, [0, 1, 0, 0], [0, 0, 1, 0])
+
+
+def test_the_same_layer_of_another_latent_is_never_behind() -> None:
+    found = compare((1, 1), (2, 1), near_ties=((1, 1),), coupled=True)
+    assert counts(found) == ([0, 1, 0, 0], [0, 1, 0, 0], [0] * L)
+
+
+@st.composite
+def differing(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    shape = (draw(st.integers(2, 6)), draw(st.integers(1, 3)), draw(st.integers(1, 4)), draw(st.integers(1, 5)))
+    expected, found = random.integers(0, 3, (2, *shape))
+    return expected, np.where(random.random(shape) < 0.6, expected, found), random.random(shape), random.random(shape)
+
+
+@given(differing(), st.booleans(), st.data())
+def test_batches_merge_into_the_whole(
+    case: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], coupled: bool, data: st.DataObject
+) -> None:
+    cut = data.draw(st.integers(1, len(case[0]) - 1))
+    whole = compare_tokens(*case, is_step_coupled=coupled)
+    first, second = (
+        compare_tokens(*(part[piece] for part in case), is_step_coupled=coupled)
+        for piece in (slice(cut), slice(cut, None))
+    )
+    merged = first + second
+    assert counts(merged) == counts(whole)
+    assert merged.first_wrong == whole.first_wrong
+    np.testing.assert_array_equal(merged.flipped, whole.flipped)
+
+
+@given(differing(), st.booleans())
+def test_every_difference_is_counted_exactly_once(
+    case: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], coupled: bool
+) -> None:
+    found = compare_tokens(*case, is_step_coupled=coupled)
+    assert found.num_wrong + found.num_near_ties + found.num_behind == (case[0] != case[1]).sum()
+    assert found.num_steps == case[0].shape[0] * case[0].shape[1]
+
+
+def test_shapes_that_differ_are_refused() -> None:
+    four, three = np.zeros((1, D, L)), np.zeros((1, D, L - 1))
+    with pytest.raises(ValueError, match=r"\(1, 3, 3\).*expected one shape"):
+        compare_tokens(four.astype(int), three.astype(int), four, four, is_step_coupled=False)
+
+
+def test_action_errors_are_in_normalised_units() -> None:
+    expected = np.zeros((2, 3, 2))
+    found = expected.copy()
+    found[0, 1, 0], found[1, 2, 1] = 0.5, 3.0
+    worst = action_errors(expected, found, (0.1, 10.0))
+    assert (worst.value, worst.index) == (5.0, (0, 1, 0))
+    assert str(worst) == "action [0, 1, 0] is 0.5, expected 0"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_infinitely_wrong(value: float) -> None:
+    worst = action_errors(np.zeros((1, 2)), np.array([[9.0, value]]), 1.0)
+    assert (worst.value, worst.index) == (np.inf, (0, 1))
+
+
+def test_no_actions_have_no_error() -> None:
+    assert action_errors(np.empty((0, 2)), np.empty((0, 2)), 1.0).value == 0.0
+
+
+def test_actions_of_other_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(1, 2\) and \(2, 1\)"):
+        action_errors(np.zeros((1, 2)), np.zeros((2, 1)), 1.0)

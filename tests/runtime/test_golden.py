@@ -1,0 +1,302 @@
+"""Golden vectors are written the same way every time, read strictly, and replayed without mercy."""
+
+import io
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.plan import DeployMode
+from runtime.backends import Backend, create_backend
+from runtime.bundle import open_bundle
+from runtime.errors import BundleError, InferenceError
+from runtime.gates import GATES
+from runtime.golden import Golden, read_golden, replay, write_golden
+from runtime.manifest import GOLDEN_NAME, ModelEntry
+from tests.bundles import Recipe
+
+
+@pytest.fixture(scope="module", params=list(DeployMode))
+def case(request: pytest.FixtureRequest, bundle_of: Callable[[Recipe], Path]) -> tuple[Golden, ModelEntry, Backend]:
+    bundle = open_bundle(bundle_of(Recipe(mode=request.param)))
+    model = bundle.manifest.model
+    return read_golden(bundle.content(GOLDEN_NAME), model), model, create_backend("onnxruntime", bundle)
+
+
+@pytest.fixture
+def golden(bundle: Path) -> Golden:
+    opened = open_bundle(bundle)
+    return read_golden(opened.content(GOLDEN_NAME), opened.manifest.model)
+
+
+@pytest.fixture
+def model(bundle: Path) -> ModelEntry:
+    return open_bundle(bundle).manifest.model
+
+
+def assert_equal(first: Golden, second: Golden) -> None:
+    for name in ("actions", "tokens", "margins", "bounds", "stats", "near_tie_cap", "flip_tolerance"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+    assert first.decoded.keys() == second.decoded.keys()
+    for prefix in first.decoded:
+        np.testing.assert_array_equal(first.decoded[prefix], second.decoded[prefix])
+
+
+def members(content: bytes) -> dict[str, bytes]:
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def archive_of(files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    output = io.BytesIO()
+    with zipfile.ZipFile(output, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return output.getvalue()
+
+
+def npy(array: Any, **options: Any) -> bytes:
+    output = io.BytesIO()
+    np.lib.format.write_array(output, np.asarray(array), **options)
+    return output.getvalue()
+
+
+class Wrapper:
+    """A backend that answers as another does, but for what a test changes."""
+
+    name, description = "wrapper", "a backend that is wrong on purpose"
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.batch_sizes: list[int] = []
+
+    def encode_into(self, actions: Any, tokens: Any, stats: Any) -> None:
+        self.batch_sizes.append(len(actions))
+        self.backend.encode_into(actions, tokens, stats)
+
+    def decode_into(self, tokens: Any, stats: Any, actions: Any) -> None:
+        self.backend.decode_into(tokens, stats, actions)
+
+    def close(self) -> None:
+        self.backend.close()
+
+
+def test_reading_gives_what_was_written(case: tuple[Golden, ModelEntry, Backend]) -> None:
+    golden, model, _ = case
+    assert_equal(read_golden(write_golden(golden), model), golden)
+
+
+def test_numpy_reads_it_without_pickle(golden: Golden) -> None:
+    with np.load(io.BytesIO(write_golden(golden)), allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(arrays["tokens"], golden.tokens)
+
+
+def test_the_bytes_depend_on_the_content_alone(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = write_golden(golden)
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    assert write_golden(replace(golden, decoded=dict(reversed(golden.decoded.items())))) == first
+
+
+def test_what_is_read_cannot_be_changed(golden: Golden) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        golden.tokens[0] = 0
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 cut off"])
+def test_bytes_that_are_no_archive_are_refused(content: bytes, model: ModelEntry) -> None:
+    with pytest.raises(BundleError, match=r"golden\.npz is not an \.npz"):
+        read_golden(content, model)
+
+
+def test_truncation_anywhere_is_refused(golden: Golden, model: ModelEntry) -> None:
+    content = write_golden(golden)
+    for length in np.linspace(0, len(content) - 1, 50).astype(int):
+        with pytest.raises(BundleError, match=r"golden\.npz"):
+            read_golden(content[:length], model)
+
+
+def test_compressed_members_are_refused_unread(golden: Golden, model: ModelEntry) -> None:
+    with pytest.raises(BundleError, match="compressed"):
+        read_golden(archive_of(members(write_golden(golden)), zipfile.ZIP_DEFLATED), model)
+
+
+def test_pickles_are_refused_unread(golden: Golden, model: ModelEntry) -> None:
+    class Exploding:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return pytest.fail, ("unpickled",)
+
+    files = members(write_golden(golden))
+    files["actions.npy"] = npy(np.array([Exploding()], dtype=object), allow_pickle=True)
+    with pytest.raises(BundleError, match=r"actions\.npy as object"):
+        read_golden(archive_of(files), model)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        (
+            "tokens.npy",
+            np.zeros((6, 2, 4, 2), np.int32),
+            r"tokens\.npy as int32\[6, 2, 4, 2\].*needs int32\[6, 2, 4, 3\]",
+        ),
+        ("tokens.npy", np.zeros((6, 2, 4, 3), np.int64), r"tokens\.npy as int64\[6, 2, 4, 3\].*needs int32"),
+        ("actions.npy", np.zeros((0, 2, 3), np.float32), "at least one chunk"),
+        ("actions.npy", np.float32(0), "at least one chunk"),
+        ("near_tie_cap.npy", np.zeros(1, np.int64), r"near_tie_cap\.npy as int64\[1\]"),
+        ("margins.npy", np.asfortranarray(np.zeros((6, 2, 4, 3), np.float32)), r"margins\.npy as float32"),
+        ("actions.npy", np.full((6, 2, 3), np.nan, np.float32), "actions beyond the model's action_limit"),
+        ("tokens.npy", np.full((6, 2, 4, 3), 5, np.int32), r"tokens outside 0 \.\.\. 4"),
+        ("tokens.npy", np.full((6, 2, 4, 3), -1, np.int32), r"tokens outside 0 \.\.\. 4"),
+        ("margins.npy", np.full((6, 2, 4, 3), np.inf, np.float32), "margins that are negative or not finite"),
+        ("bounds.npy", np.full((6, 2, 4, 3), np.nan, np.float32), "bounds that are negative or not a number"),
+        ("decoded_3.npy", np.full((6, 2, 3), np.nan), "decoded actions that are not finite"),
+        ("near_tie_cap.npy", np.int64(-1), "a negative near_tie_cap"),
+        ("flip_tolerance.npy", np.float64(np.inf), "a flip_tolerance that is negative or not finite"),
+    ],
+)
+def test_members_that_do_not_fit_the_model_are_refused(
+    name: str, array: np.ndarray, message: str, golden: Golden, model: ModelEntry
+) -> None:
+    with pytest.raises(BundleError, match=message):
+        read_golden(archive_of({**members(write_golden(golden)), name: npy(array)}), model)
+
+
+def test_a_header_that_promises_more_than_there_is_is_refused(golden: Golden, model: ModelEntry) -> None:
+    files = members(write_golden(golden))
+    for name in files:
+        with pytest.raises(BundleError, match="bytes of data in"):
+            read_golden(archive_of({**files, name: files[name] + b"\0"}), model)
+
+
+def test_missing_and_unknown_members_are_named(golden: Golden, model: ModelEntry) -> None:
+    files = members(write_golden(golden))
+    files["surprise.npy"] = files.pop("bounds.npy")
+    with pytest.raises(BundleError, match=r"lacks \['bounds.npy'\] and has the unknown members \['surprise.npy'\]"):
+        read_golden(archive_of(files), model)
+
+
+def test_the_exported_model_passes(case: tuple[Golden, ModelEntry, Backend]) -> None:
+    result = replay(*case)
+    assert result.passed, "\n".join(map(str, result.checks))
+    assert result.failures == ()
+
+
+def test_every_value_is_checked_and_in_batches_of_one_two_and_all(case: tuple[Golden, ModelEntry, Backend]) -> None:
+    golden, model, backend = case
+    wrapper = Wrapper(backend)
+    result = replay(golden, model, wrapper)
+    assert wrapper.batch_sizes == [1] * 6 + [2] * 3 + [6]
+    for prefix in model.prefixes:
+        assert sum(f"decode {prefix} layers" in check.gate for check in result.checks) == 3
+
+
+def test_a_single_chunk_is_enough(case: tuple[Golden, ModelEntry, Backend]) -> None:
+    golden, model, backend = case
+    assert replay(golden.every(6), model, backend).passed
+
+
+def test_one_wrong_token_fails_and_is_named(case: tuple[Golden, ModelEntry, Backend]) -> None:
+    golden, model, backend = case
+    safest = np.unravel_index(golden.margins[..., 0].argmax(), golden.margins.shape[:3])
+
+    class OneWrong(Wrapper):
+        def encode_into(self, actions: Any, tokens: Any, stats: Any) -> None:
+            super().encode_into(actions, tokens, stats)
+            if len(actions) == len(golden.actions):
+                tokens[safest][0] = (tokens[safest][0] + 1) % model.num_levels
+
+    failed = [str(check) for check in replay(golden, model, OneWrong(backend)).failures]
+    assert len(failed) == 1
+    assert failed[0].startswith(f"✗ encode, batch 6: wrong tokens: 1 > 0 (token {[*map(int, safest), 0]} is ")
+
+
+@pytest.mark.parametrize(("excess", "passes"), [(0.9, True), (1.1, False)])
+def test_actions_may_be_off_by_the_limit_and_no_more(
+    excess: float, passes: bool, case: tuple[Golden, ModelEntry, Backend]
+) -> None:
+    golden, model, backend = case
+
+    class Off(Wrapper):
+        def decode_into(self, tokens: Any, stats: Any, actions: Any) -> None:
+            super().decode_into(tokens, stats, actions)
+            actions[..., 0] += excess * GATES.action_error * model.action_units[0]
+
+    failed = replay(golden, model, Off(backend)).failures
+    assert (not failed) == passes
+    # One check per prefix and batch size, and the round trip.
+    assert len(failed) == (0 if passes else 3 * (len(model.prefixes) + 1))
+
+
+def test_what_is_not_written_is_wrong(case: tuple[Golden, ModelEntry, Backend]) -> None:
+    golden, model, backend = case
+
+    class Silent(Wrapper):
+        def encode_into(self, actions: Any, tokens: Any, stats: Any) -> None:
+            """Writes nothing."""
+
+        def decode_into(self, tokens: Any, stats: Any, actions: Any) -> None:
+            """Writes nothing."""
+
+    failed = replay(golden, model, Silent(backend)).failures
+    assert {check.gate.split(":")[0] for check in failed} >= {"encode, batch 1", "decode 3 layers, batch 6"}
+    assert all(check.value > check.limit for check in failed)
+
+
+def test_all_failures_are_collected_when_a_backend_raises(case: tuple[Golden, ModelEntry, Backend]) -> None:
+    golden, model, backend = case
+
+    class Broken(Wrapper):
+        def decode_into(self, *_arrays: Any) -> None:
+            raise InferenceError("out of memory")
+
+    failed = replay(golden, model, Broken(backend)).failures
+    assert len(failed) == 3 * (len(model.prefixes) + 1)
+    assert all("out of memory" in str(check) for check in failed)
+
+
+def test_wrong_stats_fail(bundle_of: Callable[[Recipe], Path]) -> None:
+    opened = open_bundle(bundle_of(Recipe(mode=DeployMode.DYNAMIC)))
+    model = opened.manifest.model
+    golden = read_golden(opened.content(GOLDEN_NAME), model)
+
+    class OffStats(Wrapper):
+        def encode_into(self, actions: Any, tokens: Any, stats: Any) -> None:
+            super().encode_into(actions, tokens, stats)
+            stats[0, 0, 0, 1] += 1e-3
+
+    failed = replay(golden, model, OffStats(create_backend("onnxruntime", opened))).failures
+    assert any("max |stats error|" in check.gate and "stats[0, 0, 0, 1]" in check.detail for check in failed)
+
+
+def flip_one(golden: Golden) -> tuple[Golden, tuple[int, ...]]:
+    """Golden vectors in which one token of the last layer is declared a near-tie."""
+    index = (0, 0, 0, golden.tokens.shape[-1] - 1)
+    bounds = golden.bounds.copy()
+    bounds[index] = golden.margins[index] + 1
+    return replace(golden, bounds=bounds, near_tie_cap=1), index
+
+
+@pytest.mark.parametrize(
+    ("cap", "tolerance", "expected"),
+    [(1, 10.0, []), (0, 10.0, ["near-tie flips"]), (1, 0.0, ["1 steps with a near-tie flip"])],
+)
+def test_near_tie_flips_are_capped_and_judged_by_their_action(
+    cap: int, tolerance: float, expected: list[str], golden: Golden, model: ModelEntry, bundle: Path
+) -> None:
+    golden, index = flip_one(golden)
+    golden = replace(golden, near_tie_cap=cap, flip_tolerance=tolerance)
+
+    class Flips(Wrapper):
+        def encode_into(self, actions: Any, tokens: Any, stats: Any) -> None:
+            super().encode_into(actions, tokens, stats)
+            if len(actions) == len(golden.actions):
+                tokens[index] += 1 if tokens[index] == 0 else -1
+
+    failed = replay(golden, model, Flips(create_backend("onnxruntime", open_bundle(bundle)))).failures
+    assert len(failed) == len(expected)
+    for check, part in zip(failed, expected, strict=True):
+        assert part in check.gate

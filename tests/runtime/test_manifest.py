@@ -1,0 +1,97 @@
+"""The manifest is read back only exactly as it was written."""
+
+import json
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.errors import BundleError
+from runtime.manifest import ParityEntry, graph_tensors, manifest_text, parse_manifest
+from tests.bundles import Recipe, deploy, make_manifest
+
+MANIFEST = make_manifest(deploy(Recipe()))
+TEXT = manifest_text(MANIFEST)
+
+
+def test_reading_gives_what_was_written() -> None:
+    assert parse_manifest(TEXT) == MANIFEST
+
+
+def test_counts_are_numbers_like_any_other() -> None:
+    entry = ParityEntry("onnxruntime", "wrong tokens", 8, 0, 0, "")
+    assert parse_manifest(manifest_text(replace(MANIFEST, parity=(entry,)))).parity == (entry,)
+
+
+@given(st.integers(0, len(TEXT) - 1), st.characters(codec="utf-8"))
+def test_no_character_can_change_unnoticed(position: int, character: str) -> None:
+    changed = TEXT[:position] + character + TEXT[position + 1 :]
+    if changed != TEXT:
+        with pytest.raises(BundleError):
+            parse_manifest(changed)
+
+
+def test_no_digit_can_change_unnoticed() -> None:
+    for match in re.finditer(r"\d", TEXT):
+        digit = str((int(match[0]) + 1) % 10)
+        with pytest.raises(BundleError, match=r"manifest\.json"):
+            parse_manifest(TEXT[: match.start()] + digit + TEXT[match.end() :])
+
+
+def test_truncation_anywhere_is_refused() -> None:
+    for length in range(0, len(TEXT), 7):
+        with pytest.raises(BundleError, match=r"manifest\.json"):
+            parse_manifest(TEXT[:length])
+
+
+def with_content(**changes: Any) -> str:
+    return json.dumps({**json.loads(TEXT), **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (with_content(surprise=1), r"unknown keys \['surprise'\]"),
+        (with_content(schema_version=2), r"schema version 2; this runtime reads 1"),
+        (with_content(schema_version=True), "schema_version is True; expected int"),
+        (with_content(fingerprint=7), r"manifest\.json\.fingerprint is 7; expected str"),
+        (with_content(graphs={}), r"manifest\.json\.graphs is {}; expected tuple"),
+        (with_content(model=None), r"manifest\.json\.model is None; expected an object"),
+        (with_content(files={"encoder.onnx": {"size": 1}}), r"files\['encoder.onnx'\] lacks the keys \['sha256'\]"),
+        (with_content(), "was altered after it was written"),
+        ("[]", "schema version 'list'"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"schema_version": 1, "schema_version": NaN}', "NaN is no JSON number"),
+        (with_content(provenance={"half": "\ud800"}), "holds what no build writes"),
+        (TEXT.replace(f"{MANIFEST.model.action_limit}", "1e999"), "holds what no build writes"),
+    ],
+)
+def test_other_content_is_refused_by_name(text: str, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        parse_manifest(text)
+
+
+def test_a_mode_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(BundleError, match=r"model\.mode is 'guessed'; expected one of none, dynamic"):
+        parse_manifest(TEXT.replace('"calibrated"', '"guessed"'))
+
+
+def test_the_graph_of_a_prefix_is_found_or_missed_by_name() -> None:
+    assert MANIFEST.graph("decoder", 2).file == "decoder_l2.onnx"
+    with pytest.raises(BundleError, match="no decoder for 1 layers"):
+        MANIFEST.graph("decoder", 1)
+
+
+def test_stats_belong_to_dynamic_models_alone() -> None:
+    model = MANIFEST.model
+    names = [tensor.name for side in graph_tensors(model, "decoder", 2) for tensor in side]
+    assert names == ["tokens", "actions"]
+    inputs, outputs = graph_tensors(replace(model, mode="dynamic"), "decoder", 2)
+    assert [(tensor.name, tensor.shape) for tensor in (*inputs, *outputs)] == [
+        ("tokens", (-1, 2, 4, 2)),
+        ("stats", (-1, 2, 2, 2)),
+        ("actions", (-1, 2, 3)),
+    ]

@@ -1,0 +1,144 @@
+"""The robot's scripts: what they print and return, and that they need numpy and the backend alone."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime import inspect_bundle, selftest
+from runtime.bundle import open_bundle
+from runtime.manifest import MANIFEST_NAME
+from tests.bundles import Recipe, deploy, write_bundle
+
+ROOT = Path(__file__).parents[2]
+FORBIDDEN = ("torch", "onnx", "polygraphy", "tensorrt", "tensorrt_rtx", "rfsq_ref", "calibration", "export")
+
+
+def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def isolated(code: str) -> str:
+    """Run `code` where importing anything a robot does not have fails."""
+    prelude = f"import sys\nfor name in {FORBIDDEN}:\n    sys.modules[name] = None\n"
+    result = run("-W", "error", "-c", prelude + code)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout
+
+
+def test_importing_runtime_imports_numpy_and_no_backend() -> None:
+    result = run("-c", "import sys, runtime; print(*sorted({name.split('.')[0] for name in sys.modules}))")
+    loaded = set(result.stdout.split())
+    assert {"numpy", "runtime"} <= loaded
+    assert loaded.isdisjoint({*FORBIDDEN, "onnxruntime"})
+
+
+def test_loading_encoding_and_decoding_need_numpy_and_the_backend_alone(bundle: Path) -> None:
+    printed = isolated(
+        "import numpy as np\n"
+        "from runtime import ActionTokenizer\n"
+        f"with ActionTokenizer.load({str(bundle)!r}) as tokenizer:\n"
+        "    tokens = tokenizer.encode(np.zeros((1, 2, 3), np.float32))\n"
+        "    print(tokenizer.decode(tokens).shape)\n"
+        "    loaded = {name.split('.')[0] for name in sys.modules if sys.modules[name] is not None}\n"
+        "    print('torch' in loaded, 'onnx' in loaded)\n"
+    )
+    assert printed.split("\n")[:2] == ["(1, 2, 3)", "False False"]
+
+
+def test_selftest_needs_numpy_and_the_backend_alone(bundle: Path) -> None:
+    printed = isolated(f"from runtime.selftest import main\nsys.exit(main([{str(bundle)!r}]))")
+    assert "✓ onnxruntime:" in printed
+
+
+@pytest.mark.parametrize("script", ["selftest.py", "inspect_bundle.py"])
+def test_scripts_run_from_any_folder(script: str, bundle: Path, tmp_path: Path) -> None:
+    result = run(str(ROOT / "runtime" / script), str(bundle), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert open_bundle(bundle).manifest.fingerprint in result.stdout
+
+
+# --- selftest ---------------------------------------------------------------------------------------------------------
+
+
+def test_selftest_shows_every_check_beside_its_limit(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert selftest.main([str(bundle)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("✓ 5 files")
+    assert "– tensorrt: not tested: this runtime cannot run 'tensorrt' yet; it runs onnxruntime" in lines
+    checks = [line for line in lines if line.startswith("  ✓")]
+    assert "  ✓ encode, batch 6: wrong tokens: 0 ≤ 0" in checks
+    assert sum("decode 2 layers" in line and line.split(": ")[-1].endswith("≤ 1e-05") for line in checks) == 3
+    assert "✗" not in "".join(lines)
+
+
+def test_selftest_of_one_backend(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert selftest.main([str(bundle), "--backend", "onnxruntime"]) == 0
+    assert "not tested" not in capsys.readouterr().out
+    assert selftest.main([str(bundle), "--backend", "tensorrt"]) == 2
+    assert capsys.readouterr().err.startswith("error: this runtime cannot run 'tensorrt' yet")
+    with pytest.raises(SystemExit) as caught:
+        selftest.main([str(bundle), "--backend", "guess"])
+    assert caught.value.code == 2
+
+
+def test_selftest_shows_all_failures_and_returns_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    deployed = deploy(Recipe(seed=0))
+    deployed.exported = deploy(Recipe(seed=1)).reference
+    assert selftest.main([str(write_bundle(tmp_path / "bundle", deployed))]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    for batch in (1, 2, 6):
+        assert any(line.startswith(f"  ✗ encode, batch {batch}: wrong tokens") and "token [" in line for line in lines)
+        for prefix in (2, 3):
+            assert any(
+                line.startswith(f"  ✗ decode {prefix} layers, batch {batch}: max |action error|") for line in lines
+            )
+    assert lines[-1].startswith("✗ onnxruntime: 9 of ")
+
+
+def test_selftest_without_any_backend_returns_2(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.backends.FACTORIES", {})
+    assert selftest.main([str(bundle)]) == 2
+    assert "no backend can be used" in capsys.readouterr().err
+
+
+# --- inspect_bundle ---------------------------------------------------------------------------------------------------
+
+
+def test_inspection_shows_what_is_in_the_bundle(altered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (altered / "notes.txt").write_text("x", encoding="utf-8")
+    assert inspect_bundle.main([str(altered)]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "mode         calibrated: Robust RFSQ with constant mean and scale",
+        "T 2, A 3, D 4, L 3, K 5, hidden 8; decodes 2, 3 layers",
+        "encoder.onnx: encoder, actions float32[B, 2, 3] -> tokens int32[B, 2, 4, 3]",
+        "decoder_l2.onnx: decoder of 2 layers, tokens int32[B, 2, 4, 2] -> actions float32[B, 2, 3]",
+        "tensorrt-rtx 1.6.1.120, compute capability 8.9, from decoder.onnx, B 1 ... 64, tuned for 1",
+        "– built, NOT validated: it was never run (inspected (network) but not run: no GPU)",
+        "✓ onnxruntime, encoder: wrong tokens: 0 ≤ 0 over 120000 steps",
+        "not listed in the manifest, never read: notes.txt",
+        '"file": "random"',
+    ):
+        assert part in printed
+    assert "✓ validated" not in printed
+
+
+def test_inspection_as_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect_bundle.main([str(bundle), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content.pop("unlisted_files") == []
+    written = json.loads((bundle / MANIFEST_NAME).read_text(encoding="utf-8"))
+    del written["manifest_sha256"]
+    assert content == written
+
+
+def test_inspection_refuses_what_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect_bundle.main([str(tmp_path)]) == 2
+    assert "is not a bundle" in capsys.readouterr().err

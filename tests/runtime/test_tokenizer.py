@@ -1,0 +1,278 @@
+"""`ActionTokenizer` gives the reference's answers for any sizes and mode, whoever calls it and how often."""
+
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from export.plan import DeployMode
+from rfsq_ref.autoencoder import ModelConfig
+from rfsq_ref.rounding import token_error_bounds
+from runtime import ActionTokenizer, FingerprintError, InvalidInputError, SelfTestError, TokenizerError
+from runtime.comparison import action_errors, compare_tokens
+from runtime.gates import GATES
+from runtime.manifest import ModelEntry
+from tests.bundles import Recipe, deploy, random_actions, reference_decode, write_bundle
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    mode = draw(st.sampled_from(list(DeployMode)))
+    config = ModelConfig(
+        action_dim=draw(st.integers(1, 9)),
+        latent_dim=draw(st.integers(2 if mode.conditioning.value == "dynamic" else 1, 20)),
+        hidden_width=draw(st.integers(1, 70)),
+        num_layers=draw(st.integers(1, 6)),
+        num_levels=draw(st.integers(2, 17)),
+    )
+    return Recipe(
+        mode,
+        config,
+        chunk_length=draw(st.integers(1, 9)),
+        prefixes=tuple(draw(st.sets(st.integers(1, config.num_layers), max_size=2))),
+        num_chunks=draw(st.integers(1, 5)),
+        has_normaliser=draw(st.booleans()),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(recipe=recipes())
+def test_any_model_is_loaded_and_agrees_with_the_reference(
+    recipe: Recipe, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    deployed = deploy(recipe)
+    model, depth = deployed.reference, recipe.config.num_layers
+    actions = random_actions(recipe, 7, seed=2)
+    inputs = torch.from_numpy(actions).double()
+    expected, margins, bounds = (part.numpy() for part in token_error_bounds(model, inputs))
+    with ActionTokenizer.load(write_bundle(tmp_path_factory.mktemp("any") / "bundle", deployed)) as tokenizer:
+        assert tokenizer.prefixes == deployed.prefixes
+        tokens = tokenizer.encode(actions)
+        assert tokens.dtype == np.int32
+        assert tokens.shape == (7, recipe.chunk_length, recipe.config.latent_dim, depth)
+        compared = compare_tokens(expected, tokens, margins, bounds, is_step_coupled=tokenizer.model.is_step_coupled)
+        assert compared.num_wrong == 0, compared.first_wrong
+        stats = None
+        if recipe.mode.has_stats:
+            again, stats = tokenizer.encode_with_stats(actions)
+            np.testing.assert_array_equal(again, tokens)
+        for prefix in tokenizer.prefixes:
+            part = None if stats is None else stats[..., :prefix, :]
+            decoded = tokenizer.decode(tokens[..., :prefix], part)
+            reference = reference_decode(
+                model, torch.from_numpy(tokens[..., :prefix]), None if stats is None else torch.from_numpy(stats)
+            )
+            assert decoded.dtype == np.float32
+            assert action_errors(reference, decoded, model.units.numpy()).value <= GATES.action_error
+
+
+@pytest.mark.parametrize("mode", list(DeployMode))
+def test_each_mode_round_trips(mode: DeployMode, bundle_of: Callable[[Recipe], Path]) -> None:
+    """More layers, less error; but for the naive quantiser, whose later layers add nothing."""
+    recipe = Recipe(mode=mode)
+    model = deploy(recipe).reference
+    actions = random_actions(recipe, 50)
+    unquantised = model.decode_latents(model.encode_latents(torch.from_numpy(actions).double())).numpy()
+    with ActionTokenizer.load(bundle_of(recipe)) as tokenizer:
+        if mode.has_stats:
+            tokens, stats = tokenizer.encode_with_stats(actions)
+            decoded = [tokenizer.decode(tokens[..., :depth], stats[..., :depth, :]) for depth in (2, 3)]
+        else:
+            tokens = tokenizer.encode(actions)
+            decoded = [tokenizer.decode(tokens[..., :depth]) for depth in (2, 3)]
+    coarse, fine = (np.mean((found - unquantised) ** 2) for found in decoded)
+    if mode is DeployMode.NONE:
+        assert fine == pytest.approx(coarse, rel=1e-5)
+    else:
+        assert fine < coarse
+
+
+def test_facts_about_the_model(tokenizer: ActionTokenizer) -> None:
+    assert isinstance(tokenizer.model, ModelEntry)
+    assert (tokenizer.model.mode, tokenizer.model.chunk_length, tokenizer.prefixes) == ("calibrated", 2, (2, 3))
+    assert len(tokenizer.fingerprint) == 64
+    assert tokenizer.backend.name == "onnxruntime"
+    assert "ONNX Runtime" in tokenizer.backend.description
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_batch_gives_an_empty_batch(tokenizer: ActionTokenizer, dynamic_tokenizer: ActionTokenizer) -> None:
+    tokens = tokenizer.encode(np.empty((0, 2, 3), np.float32))
+    assert (tokens.dtype, tokens.shape) == (np.int32, (0, 2, 4, 3))
+    actions = tokenizer.decode(tokens[..., :2])
+    assert (actions.dtype, actions.shape) == (np.float32, (0, 2, 3))
+    tokens, stats = dynamic_tokenizer.encode_with_stats(actions)
+    assert (stats.dtype, stats.shape) == (np.float32, (0, 2, 3, 2))
+    assert dynamic_tokenizer.decode(tokens, stats).shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 50, 2000])
+def test_any_batch_size_gives_the_same_answers(batch: int, tokenizer: ActionTokenizer) -> None:
+    """2000 chunks are beyond what is copied through the bound buffers."""
+    actions = random_actions(Recipe(), 2000)
+    tokens = np.concatenate([tokenizer.encode(part) for part in np.array_split(actions, 2000 // batch)])
+    np.testing.assert_array_equal(tokens, tokenizer.encode(actions))
+    decoded = np.concatenate([tokenizer.decode(part) for part in np.array_split(tokens, 2000 // batch)])
+    np.testing.assert_allclose(decoded, tokenizer.decode(tokens), rtol=0, atol=1e-6)
+
+
+def test_results_of_earlier_calls_stay_as_they_were(tokenizer: ActionTokenizer) -> None:
+    actions = random_actions(Recipe(), 2)
+    first = tokenizer.encode(actions[:1])
+    kept = first.copy()
+    second = tokenizer.encode(actions[1:])
+    assert (second != first).any()
+    np.testing.assert_array_equal(first, kept)
+    decoded = tokenizer.decode(first)
+    kept_actions = decoded.copy()
+    tokenizer.decode(second)
+    np.testing.assert_array_equal(decoded, kept_actions)
+
+
+def test_answers_are_deterministic(tokenizer: ActionTokenizer) -> None:
+    actions = random_actions(Recipe(), 300)
+    tokens = tokenizer.encode(actions)
+    for _ in range(5):
+        np.testing.assert_array_equal(tokenizer.encode(actions), tokens)
+
+
+def test_threads_do_not_mix_up_their_answers(tokenizer: ActionTokenizer) -> None:
+    actions = random_actions(Recipe(), 8)
+    expected = [tokenizer.encode(actions[index : index + 1]) for index in range(8)]
+
+    def repeat(index: int) -> bool:
+        return all(
+            (tokenizer.encode(actions[index : index + 1]) == expected[index]).all()
+            and (tokenizer.decode(expected[index]) == decoded[index]).all()
+            for _ in range(200)
+        )
+
+    decoded = [tokenizer.decode(tokens) for tokens in expected]
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(repeat, range(8)))
+
+
+# --- into arrays of the caller ----------------------------------------------------------------------------------------
+
+
+def test_into_writes_what_the_others_return(tokenizer: ActionTokenizer, dynamic_tokenizer: ActionTokenizer) -> None:
+    actions = random_actions(Recipe(), 5)
+    tokens, decoded, stats = (
+        np.empty((5, 2, 4, 3), np.int32),
+        np.empty((5, 2, 3), np.float32),
+        np.empty((5, 2, 3, 2), np.float32),
+    )
+    tokenizer.encode_into(actions, tokens)
+    np.testing.assert_array_equal(tokens, tokenizer.encode(actions))
+    for prefix in (2, 3):
+        tokenizer.decode_into(tokens[..., :prefix], decoded)
+        np.testing.assert_array_equal(decoded, tokenizer.decode(tokens[..., :prefix]))
+    dynamic_tokenizer.encode_into(actions, tokens, stats)
+    for found, expected in zip((tokens, stats), dynamic_tokenizer.encode_with_stats(actions), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    dynamic_tokenizer.decode_into(tokens, decoded, stats)
+    np.testing.assert_array_equal(decoded, dynamic_tokenizer.decode(tokens, stats))
+    dynamic_tokenizer.encode_into(actions, tokens)
+    np.testing.assert_array_equal(tokens, dynamic_tokenizer.encode(actions))
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Above what was allocated before, over a few calls."""
+    call()
+    tracemalloc.start()
+    try:
+        for _ in range(5):
+            call()
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        for _ in range(20):
+            call()
+        return tracemalloc.get_traced_memory()[1] - before
+    finally:
+        tracemalloc.stop()
+
+
+def test_into_allocates_no_arrays_after_the_first_call(tokenizer: ActionTokenizer) -> None:
+    batch = 500
+    actions = random_actions(Recipe(), batch)
+    tokens, decoded = tokenizer.encode(actions), np.empty_like(actions)
+    smallest = actions.nbytes
+    assert peak_bytes(lambda: tokenizer.decode_into(tokens, decoded)) < smallest / 4
+    assert peak_bytes(lambda: tokenizer.encode_into(actions, tokens)) < smallest / 4
+    # The measure itself: returning a new array is seen.
+    assert peak_bytes(lambda: tokenizer.decode(tokens)) >= smallest
+
+
+def test_a_warm_tokenizer_makes_no_new_buffers(bundle: Path) -> None:
+    with ActionTokenizer.load(bundle, verify=False) as fresh:
+        fresh.warmup(500)
+        tokens, decoded = np.zeros((500, 2, 4, 3), np.int32), np.empty((500, 2, 3), np.float32)
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            fresh.decode_into(tokens, decoded)
+            assert tracemalloc.get_traced_memory()[1] - before < decoded.nbytes / 2
+        finally:
+            tracemalloc.stop()
+
+
+@pytest.mark.parametrize("mode", list(DeployMode))
+def test_warmup_works_in_every_mode(mode: DeployMode, bundle_of: Callable[[Recipe], Path]) -> None:
+    with ActionTokenizer.load(bundle_of(Recipe(mode=mode))) as tokenizer:
+        tokenizer.warmup()
+        tokenizer.warmup(3)
+        with pytest.raises(InvalidInputError, match="batch is 0; expected at least 1"):
+            tokenizer.warmup(0)
+
+
+# --- identity, verification, end of life ------------------------------------------------------------------------------
+
+
+def test_the_expected_fingerprint_may_be_given_in_full_or_by_its_first_digits(bundle: Path) -> None:
+    with ActionTokenizer.load(bundle) as tokenizer:
+        fingerprint = tokenizer.fingerprint
+    for expected in (fingerprint, fingerprint[:8]):
+        ActionTokenizer.load(bundle, expect_fingerprint=expected).close()
+
+
+@pytest.mark.parametrize("expected", ["0" * 64, "", "a"])
+def test_another_fingerprint_is_refused(expected: str, bundle: Path) -> None:
+    with pytest.raises(
+        FingerprintError, match=r"the bundle's fingerprint is .*load the bundle that belongs to the policy"
+    ):
+        ActionTokenizer.load(bundle, expect_fingerprint=expected)
+
+
+def test_first_digits_that_are_too_few_are_refused_even_if_right(bundle: Path) -> None:
+    with ActionTokenizer.load(bundle) as tokenizer:
+        fingerprint = tokenizer.fingerprint
+    with pytest.raises(FingerprintError):
+        ActionTokenizer.load(bundle, expect_fingerprint=fingerprint[:7])
+
+
+def test_without_verification_wrong_answers_go_unnoticed(tmp_path: Path) -> None:
+    deployed = deploy(Recipe(seed=0))
+    deployed.exported = deploy(Recipe(seed=1)).reference
+    folder = write_bundle(tmp_path / "bundle", deployed)
+    with pytest.raises(SelfTestError):
+        ActionTokenizer.load(folder)
+    ActionTokenizer.load(folder, verify=False).close()
+
+
+def test_a_closed_tokenizer_says_so(bundle: Path) -> None:
+    tokenizer = ActionTokenizer.load(bundle)
+    tokenizer.close()
+    tokenizer.close()
+    with pytest.raises(TokenizerError, match="was closed"):
+        tokenizer.encode(random_actions(Recipe(), 1))
+    with pytest.raises(TokenizerError, match="was closed"):
+        tokenizer.decode(np.zeros((1, 2, 4, 3), np.int32))

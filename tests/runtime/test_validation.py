@@ -1,0 +1,254 @@
+"""Wrong arrays are refused by name and place before anything is written; odd but right ones work."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from runtime import ActionTokenizer, InvalidInputError, UnbuiltPrefixError
+from tests.bundles import Recipe, random_actions
+
+# The small bundle: A 3, D 4, L 3, K 5, T 2, prefixes 2 and 3.
+ACTIONS = random_actions(Recipe(), 5)
+TOKENS = np.random.default_rng(0).integers(0, 5, (5, 2, 4, 3), dtype=np.int32)
+STATS = np.random.default_rng(0).random((5, 2, 3, 2), dtype=np.float32)
+
+
+def changed(array: np.ndarray, index: tuple[int, ...], value: float) -> np.ndarray:
+    copy = array.copy()
+    copy[index] = value
+    return copy
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        (ACTIONS[0], r"actions have shape \[2, 3\]; expected \[B, T, A\] = \[B, 2, 3\]; for a single chunk pass"),
+        (ACTIONS[None], r"actions have shape \[1, 5, 2, 3\]; expected"),
+        (ACTIONS[:, :1], r"shape \[5, 1, 3\]; expected \[B, T, A\] = \[B, 2, 3\]"),
+        (ACTIONS[..., :2], r"shape \[5, 2, 2\]; expected"),
+        (np.float32(1), r"actions is a numpy.float32; expected a numpy.ndarray"),
+        (ACTIONS.tolist(), r"actions is a builtins.list; expected a numpy.ndarray: pass np.asarray\(actions\)"),
+        (None, "actions is a builtins.NoneType"),
+        (np.ma.masked_array(ACTIONS), "actions is a numpy.ma.MaskedArray"),
+        (ACTIONS.astype(np.float64), r"type float64; expected float32: convert with actions.astype\(np.float32\)"),
+        (ACTIONS.astype(np.float16), "type float16; expected float32"),
+        (ACTIONS.astype(int), "type int64; expected float32"),
+        (ACTIONS.astype(object), "type object; expected float32"),
+        (changed(ACTIONS, (3, 1, 2), np.nan), r"actions\[3, 1, 2\] is nan; expected finite numbers of at most"),
+        (changed(ACTIONS, (0, 0, 1), np.inf), r"actions\[0, 0, 1\] is inf"),
+        (changed(ACTIONS, (4, 1, 0), -np.inf), r"actions\[4, 1, 0\] is -inf"),
+        (changed(ACTIONS, (2, 0, 0), -3e38), r"actions\[2, 0, 0\] is -3.*e\+38; expected .* overflows"),
+    ],
+)
+def test_wrong_actions(actions: Any, message: str, tokenizer: ActionTokenizer) -> None:
+    out = np.full((5, 2, 4, 3), 9, np.int32)
+    with pytest.raises(InvalidInputError, match=message):
+        tokenizer.encode(actions)
+    with pytest.raises(InvalidInputError, match=message):
+        tokenizer.encode_into(actions, out)
+    assert (out == 9).all()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (
+            TOKENS[0],
+            r"tokens have shape \[2, 4, 3\]; expected \[B, T, D, l\] = \[B, 2, 4, l\]; for a single chunk pass",
+        ),
+        (TOKENS[None], r"shape \[1, 5, 2, 4, 3\]; expected"),
+        (TOKENS[:, :1], r"shape \[5, 1, 4, 3\]; expected"),
+        (TOKENS[:, :, :3], r"shape \[5, 2, 3, 3\]; expected"),
+        (
+            TOKENS.astype(np.float32),
+            r"type float32; expected int32, int64 or uint8: convert with tokens.astype\(np.int32\)",
+        ),
+        (TOKENS.astype(bool), "type bool; expected int32"),
+        (TOKENS.astype(np.int16), "type int16; expected int32"),
+        (TOKENS.astype(np.uint64), "type uint64; expected int32"),
+        (TOKENS.tolist(), "tokens is a builtins.list"),
+        (changed(TOKENS, (3, 1, 2, 0), -1), r"tokens\[3, 1, 2, 0\] is -1; expected 0 \.\.\. 4, the 5 levels"),
+        (changed(TOKENS, (0, 0, 0, 2), 5), r"tokens\[0, 0, 0, 2\] is 5; expected 0 \.\.\. 4"),
+        (changed(TOKENS.astype(np.int64), (1, 0, 0, 0), 2**40), rf"tokens\[1, 0, 0, 0\] is {2**40}"),
+        (changed(TOKENS.astype(np.int64), (1, 0, 0, 0), -(2**63)), rf"tokens\[1, 0, 0, 0\] is -{2**63}"),
+        (changed(TOKENS.astype(np.uint8), (4, 1, 3, 1), 255), r"tokens\[4, 1, 3, 1\] is 255"),
+    ],
+)
+def test_wrong_tokens(tokens: Any, message: str, tokenizer: ActionTokenizer) -> None:
+    out = np.full((5, 2, 3), 9, np.float32)
+    with pytest.raises(InvalidInputError, match=message):
+        tokenizer.decode(tokens)
+    with pytest.raises(InvalidInputError, match=message):
+        tokenizer.decode_into(tokens, out)
+    assert (out == 9).all()
+
+
+@pytest.mark.parametrize("layers", [0, 1, 4])
+def test_prefixes_that_were_not_built_are_refused_naming_those_that_were(
+    layers: int, tokenizer: ActionTokenizer
+) -> None:
+    with pytest.raises(
+        UnbuiltPrefixError, match=rf"tokens have {layers} layers .* this bundle decodes 2 or 3: .*--prefixes"
+    ):
+        tokenizer.decode(np.zeros((1, 2, 4, layers), np.int32))
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        (np.empty((5, 2, 4), np.float32), r"out is float32\[5, 2, 4\]; expected float32\[5, 2, 3\]: np.empty"),
+        (np.empty((4, 2, 3), np.float32), r"out is float32\[4, 2, 3\]; expected float32\[5, 2, 3\]"),
+        (np.empty((5, 2, 3)), r"out is float64\[5, 2, 3\]; expected float32"),
+        (np.empty((5, 2, 3), ">f4"), r"out is >f4\[5, 2, 3\]; expected float32"),
+        (np.empty((5, 2, 3), np.float32, order="F"), "out is not C-contiguous"),
+        (np.empty((5, 2, 6), np.float32)[..., ::2], "out is not C-contiguous"),
+        (np.frombuffer(bytes(121), np.uint8)[1:].view(np.float32).reshape(5, 2, 3), "out is not writable"),
+        (np.zeros(121, np.uint8)[1:].view(np.float32).reshape(5, 2, 3), "out is not C-contiguous and aligned"),
+        ([0.0], "out is a builtins.list"),
+    ],
+)
+def test_wrong_outputs(out: Any, message: str, tokenizer: ActionTokenizer) -> None:
+    before = np.array(out).tobytes()
+    with pytest.raises(InvalidInputError, match=message):
+        tokenizer.decode_into(TOKENS, out)
+    assert np.array(out).tobytes() == before
+
+
+def test_outputs_that_overlap_inputs_are_refused(
+    tokenizer: ActionTokenizer, dynamic_tokenizer: ActionTokenizer
+) -> None:
+    memory = np.zeros(1000, np.int32)
+    tokens, out = memory[:120].reshape(5, 2, 4, 3), memory[100:130].view(np.float32).reshape(5, 2, 3)
+    with pytest.raises(InvalidInputError, match="out overlaps the memory"):
+        tokenizer.decode_into(tokens, out)
+    actions = memory[:30].view(np.float32).reshape(5, 2, 3)
+    with pytest.raises(InvalidInputError, match="out overlaps the memory"):
+        tokenizer.encode_into(actions, tokens)
+    stats = memory[110:170].view(np.float32).reshape(5, 2, 3, 2)
+    with pytest.raises(InvalidInputError, match="stats_out overlaps the memory of an input or of another output"):
+        dynamic_tokenizer.encode_into(ACTIONS, tokens, stats)
+    with pytest.raises(InvalidInputError, match="out overlaps the memory"):
+        dynamic_tokenizer.decode_into(TOKENS, stats.reshape(-1)[:30].reshape(5, 2, 3), stats)
+
+
+# --- stats ------------------------------------------------------------------------------------------------------------
+
+
+def test_dynamic_tokens_alone_are_refused_naming_what_to_do(dynamic_tokenizer: ActionTokenizer) -> None:
+    out = np.full((5, 2, 3), 9, np.float32)
+    for call in (dynamic_tokenizer.decode, lambda tokens: dynamic_tokenizer.decode_into(tokens, out)):
+        with pytest.raises(InvalidInputError) as caught:
+            call(TOKENS)
+        assert "encode_with_stats" in str(caught.value)
+        assert "python export/build_engine.py --conditioning calibrated" in str(caught.value)
+        assert "--conditioning recovered" in str(caught.value)
+    assert (out == 9).all()
+
+
+@pytest.mark.parametrize(
+    ("stats", "message"),
+    [
+        (STATS[:4], r"stats have shape \[4, 2, 3, 2\]; expected \[B, T, l, 2\] = \[5, 2, 3, 2\]"),
+        (STATS[..., :2, :], r"stats have shape \[5, 2, 2, 2\]; expected .*slice tokens"),
+        (STATS.astype(np.float64), "stats have type float64; expected float32"),
+        (STATS.tolist(), "stats is a builtins.list"),
+        (changed(STATS, (2, 1, 0, 1), np.nan), r"stats\[2, 1, 0, 1\] is nan; expected finite"),
+        (changed(STATS, (0, 0, 2, 0), np.inf), r"stats\[0, 0, 2, 0\] is inf; expected finite"),
+    ],
+)
+def test_wrong_stats(stats: Any, message: str, dynamic_tokenizer: ActionTokenizer) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        dynamic_tokenizer.decode(TOKENS, stats)
+
+
+def test_stats_are_refused_where_tokens_decode_on_their_own(tokenizer: ActionTokenizer) -> None:
+    with pytest.raises(InvalidInputError, match="stats were given, but tokens of a 'calibrated' bundle"):
+        tokenizer.decode(TOKENS, STATS)
+    with pytest.raises(InvalidInputError, match="a 'calibrated' bundle has no stats"):
+        tokenizer.encode_with_stats(ACTIONS)
+    with pytest.raises(InvalidInputError, match="a 'calibrated' bundle has no stats"):
+        tokenizer.encode_into(ACTIONS, np.empty_like(TOKENS), np.empty_like(STATS))
+
+
+# --- accepted ---------------------------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "Fortran": np.asfortranarray,
+    "every second": lambda array: np.repeat(array, 2, axis=-1)[..., ::2],
+    "backwards": lambda array: np.ascontiguousarray(array[::-1])[::-1],
+    "other byte order": lambda array: array.astype(array.dtype.newbyteorder()),
+    "read-only": lambda array: np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape),
+    "unaligned": lambda array: (
+        np.frombuffer(b"\0" + array.tobytes(), np.uint8)[1:].view(array.dtype).reshape(array.shape)
+    ),
+    "broadcast": lambda array: np.broadcast_to(array[:1], array.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_works(layout: str, tokenizer: ActionTokenizer, dynamic_tokenizer: ActionTokenizer) -> None:
+    arrange = LAYOUTS[layout]
+    plain = (lambda array: np.repeat(array[:1], len(array), axis=0)) if layout == "broadcast" else np.array
+    np.testing.assert_array_equal(tokenizer.encode(arrange(ACTIONS)), tokenizer.encode(plain(ACTIONS)))
+    for dtype in (np.int32, np.int64, np.uint8):
+        np.testing.assert_array_equal(
+            tokenizer.decode(arrange(TOKENS.astype(dtype))), tokenizer.decode(plain(TOKENS)), err_msg=str(dtype)
+        )
+    np.testing.assert_array_equal(
+        dynamic_tokenizer.decode(arrange(TOKENS), arrange(STATS)), dynamic_tokenizer.decode(plain(TOKENS), plain(STATS))
+    )
+
+
+def test_inputs_are_never_changed(tokenizer: ActionTokenizer) -> None:
+    actions, tokens = ACTIONS.copy(), TOKENS.copy()
+    tokenizer.encode(actions)
+    tokenizer.decode(tokens)
+    np.testing.assert_array_equal(actions, ACTIONS)
+    np.testing.assert_array_equal(tokens, TOKENS)
+
+
+def test_actions_up_to_the_limit_are_encoded(tokenizer: ActionTokenizer) -> None:
+    limit = np.float32(tokenizer.model.action_limit)
+    for sign in (-1, 1):
+        tokens = tokenizer.encode(np.full((1, 2, 3), sign * limit, np.float32))
+        assert ((tokens >= 0) & (tokens < 5)).all()
+    with pytest.raises(InvalidInputError, match="expected finite numbers of at most"):
+        tokenizer.encode(np.full((1, 2, 3), np.nextafter(limit, np.float32(np.inf)), np.float32))
+
+
+ANY_DTYPE = st.sampled_from([np.int8, np.int32, np.int64, np.uint8, np.uint32, np.float32, np.float64, np.bool_, ">i4"])
+
+
+@given(hnp.arrays(ANY_DTYPE, hnp.array_shapes(min_dims=0, max_dims=5, min_side=0, max_side=5)))
+def test_whatever_is_passed_it_decodes_or_is_refused(tokenizer: ActionTokenizer, array: np.ndarray) -> None:
+    try:
+        actions = tokenizer.decode(array)
+    except InvalidInputError:
+        return
+    assert array.shape[1:3] == (2, 4)
+    assert array.shape[3] in tokenizer.prefixes
+    assert array.dtype.kind in "iu"
+    assert array.min(initial=0) >= 0
+    assert array.max(initial=0) < 5
+    assert np.isfinite(actions).all()
+
+
+@given(hnp.arrays(np.float32, st.tuples(st.integers(0, 3), st.just(2), st.just(3)), elements=st.floats(width=32)))
+def test_whatever_the_numbers_actions_encode_or_are_refused(tokenizer: ActionTokenizer, actions: np.ndarray) -> None:
+    legal = bool((np.abs(actions) <= tokenizer.model.action_limit).all())
+    try:
+        tokens = tokenizer.encode(actions)
+    except InvalidInputError:
+        assert not legal
+    else:
+        assert legal
+        assert tokens.shape == (len(actions), 2, 4, 3)
+        assert ((tokens >= 0) & (tokens < 5)).all()
