@@ -1,6 +1,7 @@
 """Which actions a fit may see, and what it sees of them."""
 
 from collections.abc import Mapping
+from dataclasses import fields
 from enum import StrEnum
 
 import torch
@@ -8,45 +9,65 @@ from torch import Tensor
 
 from rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset, split_episodes
+from rfsq_ref.data import ActionDataset, SplitFractions, split_episodes
 from rfsq_ref.errors import DataError
+
+#: One for each part of a split.
+MINIMUM_EPISODES = len(fields(SplitFractions))
 
 
 class Selection(StrEnum):
     """Which episodes of a dataset are taken, as provenance records it."""
 
-    SPLIT = "part of the training data's split by episode"
-    ALL = "all episodes; the dataset is not the recorded training data"
+    TRAINING_SPLIT = "part of the training data's split by episode"
+    OTHER_SPLIT = "part of a split by episode; the dataset is not the recorded training data"
+    ALL = "all episodes, too few to split; the dataset is not the recorded training data"
 
 
 def selection_of(checkpoint: Checkpoint, dataset: ActionDataset) -> Selection:
-    """SPLIT when the dataset is the very one the checkpoint was trained on, by its recorded hash."""
+    """TRAINING_SPLIT when the dataset is the very one the checkpoint was trained on, by its recorded hash."""
     recorded = checkpoint.provenance.get("data")
-    is_training_data = isinstance(recorded, Mapping) and recorded.get("sha256") == dataset.sha256
-    return Selection.SPLIT if is_training_data else Selection.ALL
+    if isinstance(recorded, Mapping) and recorded.get("sha256") == dataset.sha256:
+        return Selection.TRAINING_SPLIT
+    return Selection.OTHER_SPLIT if len(dataset.episodes) >= MINIMUM_EPISODES else Selection.ALL
 
 
 def calibration_episodes(checkpoint: Checkpoint, dataset: ActionDataset) -> ActionDataset:
-    """Episodes to fit on, disjoint from those the checkpoint was trained, validated and is tested on.
+    """Episodes to fit on, disjoint from those the checkpoint was trained, validated and is judged on.
 
-    The `calibration` part of the training data's split, or the whole of any other dataset. DataError for another
-    action dimension than the checkpoint's, or too few episodes to split.
+    The `calibration` part of the training data's split; of other data all but the `test` part, or the whole where
+    there are too few episodes. DataError for another action dimension than the checkpoint's.
     """
-    _check_action_dim(checkpoint, dataset)
-    if selection_of(checkpoint, dataset) is Selection.SPLIT:
-        return split_episodes(dataset).calibration
-    return dataset
+    return _parts(checkpoint, dataset)[0]
 
 
 def judging_episodes(checkpoint: Checkpoint, dataset: ActionDataset) -> ActionDataset:
-    """Episodes to report on: the `test` part of the training data's split, or the whole of any other dataset.
+    """Episodes to report on: the `test` part of the split, or the whole where there are too few episodes.
 
-    Raises as `calibration_episodes`. For other data the report judges what was fitted on the same episodes.
+    Raises as `calibration_episodes`.
     """
+    return _parts(checkpoint, dataset)[1]
+
+
+def _parts(checkpoint: Checkpoint, dataset: ActionDataset) -> tuple[ActionDataset, ActionDataset]:
     _check_action_dim(checkpoint, dataset)
-    if selection_of(checkpoint, dataset) is Selection.SPLIT:
-        return split_episodes(dataset).test
-    return dataset
+    selection = selection_of(checkpoint, dataset)
+    if selection is Selection.ALL:
+        return dataset, dataset
+    split = split_episodes(dataset)
+    if selection is Selection.TRAINING_SPLIT:
+        return split.calibration, split.test
+    # Nothing was trained on these episodes, so only those that judge are kept apart.
+    return _joined(split.train, split.validation, split.calibration), split.test
+
+
+def _joined(*parts: ActionDataset) -> ActionDataset:
+    return ActionDataset(
+        tuple(episode for part in parts for episode in part.episodes),
+        tuple(name for part in parts for name in part.names),
+        tuple(task for part in parts for task in part.tasks),
+        parts[0].source,
+    )
 
 
 def reference_actions(checkpoint: Checkpoint, episodes: ActionDataset) -> Tensor:

@@ -19,25 +19,29 @@ def test_of_the_training_data_only_the_calibration_part_is_used(
     robust: Checkpoint, demonstrations: ActionDataset, split: EpisodeSplit
 ) -> None:
     chosen = calibration_episodes(robust, demonstrations)
-    assert selection_of(robust, demonstrations) is Selection.SPLIT
+    assert selection_of(robust, demonstrations) is Selection.TRAINING_SPLIT
     assert episode_hashes(chosen) == episode_hashes(split.calibration)
     for part in (split.train, split.validation, split.test, judging_episodes(robust, demonstrations)):
         assert episode_hashes(chosen).isdisjoint(episode_hashes(part))
 
 
-def test_a_checkpoint_without_a_record_of_its_data_takes_any_data_whole(
-    robust: Checkpoint, demonstrations: ActionDataset
+def test_of_other_data_all_is_used_but_the_test_part(
+    robust: Checkpoint, demonstrations: ActionDataset, split: EpisodeSplit
 ) -> None:
     for provenance in ({}, {"data": "a file from somewhere"}):
         silent = replace(robust, provenance=provenance)
-        assert selection_of(silent, demonstrations) is Selection.ALL
-        assert calibration_episodes(silent, demonstrations) is demonstrations
+        assert selection_of(silent, demonstrations) is Selection.OTHER_SPLIT
+        fitted, judged = calibration_episodes(silent, demonstrations), judging_episodes(silent, demonstrations)
+        assert episode_hashes(judged) == episode_hashes(split.test)
+        assert episode_hashes(fitted) == episode_hashes(demonstrations) - episode_hashes(judged)
+        assert fitted.num_steps + judged.num_steps == demonstrations.num_steps
 
 
-def test_other_data_are_used_whole(robust: Checkpoint, demonstrations: ActionDataset) -> None:
-    other = demonstrations.select(range(5))
+def test_data_of_too_few_episodes_are_used_whole(robust: Checkpoint, demonstrations: ActionDataset) -> None:
+    other = demonstrations.select(range(3))
     assert selection_of(robust, other) is Selection.ALL
     assert calibration_episodes(robust, other) is judging_episodes(robust, other) is other
+    assert selection_of(robust, demonstrations.select(range(4))) is Selection.OTHER_SPLIT
 
 
 @pytest.mark.parametrize("choose", [calibration_episodes, judging_episodes])

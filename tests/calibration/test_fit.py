@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from calibration.constants import worst_case_errors
+from calibration.data import Selection
 from calibration.fit import default_prefixes, main
 from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq_ref.data import ActionDataset
@@ -53,7 +54,7 @@ def test_defaults_fit_the_embedded_checkpoint(
         "data": {
             "source": "demonstrations.npz",
             "sha256": demonstrations.sha256,
-            "selection": "part of the training data's split by episode",
+            "selection": Selection.TRAINING_SPLIT.value,
             "episodes": 19,
             "steps": 3295,
         },
@@ -92,12 +93,12 @@ def test_both_fits_live_in_one_checkpoint(tmp_path: Path) -> None:
     assert {"calibrated", "recovered", "training"} <= found.provenance.keys()
 
 
-def test_other_data_are_used_whole_and_said_so(tmp_path: Path) -> None:
+def test_other_data_keep_a_part_to_judge_by_and_say_so(tmp_path: Path) -> None:
     data = save_actions(tmp_path / "other.npz")
     assert run(tmp_path, "--calibration-data", data, "--objective", "mse", "--granularity", "layer") == 0
     facts = fitted(tmp_path).provenance["calibrated"]
-    assert facts["data"]["selection"] == "all episodes; the dataset is not the recorded training data"
-    assert (facts["data"]["episodes"], facts["data"]["steps"]) == (4, 240)
+    assert facts["data"]["selection"] == Selection.OTHER_SPLIT.value
+    assert (facts["data"]["episodes"], facts["data"]["steps"]) == (3, 180)
     assert (facts["config"]["objective"], facts["config"]["granularity"]) == ("mse", "layer")
 
 

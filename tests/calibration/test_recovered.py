@@ -14,6 +14,7 @@ from calibration.recovered import (
     RecoveredConfig,
     Target,
     Weighting,
+    _mish_slope,
     cross_validate,
     fit_recovered,
     fit_recovered_details,
@@ -241,6 +242,12 @@ def test_refining_ends_where_the_action_error_has_no_slope(small: Checkpoint) ->
         return matrix.grad
 
     assert slope(fit.decoder.matrix).norm() < 0.05 * slope(fit.regression.decoder.matrix).norm()
+
+
+def test_slope_of_mish_is_that_of_automatic_differentiation() -> None:
+    value = torch.linspace(-30, 30, 601, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(torch.nn.functional.mish(value).sum(), value)
+    torch.testing.assert_close(_mish_slope(value.detach()), slope)
 
 
 def test_targets_differ_in_what_the_first_step_regresses_on(small: Checkpoint) -> None:
