@@ -21,6 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import mish, softplus
+from tqdm import tqdm
 
 from calibration.data import reference_actions, reference_latents
 from calibration.errors import CalibrationError
@@ -281,7 +282,7 @@ def _refine(
         return float(shares @ error.square().mean(dim=-1) + (penalty * (coefficients - start).square()).sum())
 
     coefficients, value, damping = start, objective(start), _DAMPING_START
-    for step in range(config.refine_steps):
+    for step in tqdm(range(config.refine_steps), desc="  recover", unit="step", leave=False, disable=None):
         normal, gradient = _normal_equations(model, features, wanted, shares, coefficients)
         # Flattened as [D, P], the order of the normal matrix.
         gradient = (gradient - penalty * (coefficients - start)).T.flatten()

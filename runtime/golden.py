@@ -79,7 +79,7 @@ class Check:
     def __str__(self) -> str:
         sign, relation = ("✓", "≤") if self.passed else ("✗", ">")
         detail = f" ({self.detail})" if self.detail else ""
-        return f"{sign} {self.gate}: {self.value:.3g} {relation} {self.limit:.3g}{detail}"
+        return f"{sign} {self.gate}: {self.value:.4g} {relation} {self.limit:.4g}{detail}"
 
 
 @dataclass(frozen=True)

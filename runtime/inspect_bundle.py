@@ -63,7 +63,7 @@ def overview(bundle: Bundle) -> Iterator[str]:
     for entry in manifest.parity:
         sign, relation = ("✓", "≤") if entry.value <= entry.limit else ("✗", ">")
         detail = f" ({entry.detail})" if entry.detail else ""
-        measured = f"{entry.value:.3g} {relation} {entry.limit:.3g} over {entry.steps} steps"
+        measured = f"{entry.value:.4g} {relation} {entry.limit:.4g} over {entry.steps} steps"
         yield f"  {sign} {entry.backend}, {entry.gate}: {measured}{detail}"
     yield "files, sizes and sha256 as in the manifest"
     for file, listed in sorted(manifest.files.items()):
@@ -99,7 +99,9 @@ def _tensors(tensors: Sequence[TensorEntry]) -> str:
 
 def _engine(engine: EngineEntry) -> Iterator[str]:
     target = (
-        f"compute capability {', '.join(engine.compute_capabilities)}" if engine.compute_capabilities else "any GPU"
+        f"compute capability {', '.join(engine.compute_capabilities)}"
+        if engine.compute_capabilities
+        else "the library's default GPUs"
     )
     least, optimum, most = engine.profile
     yield f"{engine.file}"

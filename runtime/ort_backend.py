@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,9 @@ _Array = npt.NDArray[Any]
 class OrtBackend:
     """Deterministic: one thread by default, so every sum is taken in one order.
 
-    num_threads: more help batches of hundreds of chunks and slow down a single one. Raises BackendUnavailableError
-    where ONNX Runtime refuses a graph, BundleError where a graph is not what the manifest describes.
+    num_threads: on two cores, two take a third off batches of thousands of chunks and add a third to a single one.
+    Raises BackendUnavailableError where ONNX Runtime refuses a graph, BundleError where a graph is not what the
+    manifest describes.
     """
 
     def __init__(self, bundle: Bundle, *, num_threads: int = 1) -> None:
@@ -54,14 +55,10 @@ class OrtBackend:
         return f"ONNX Runtime {ort.__version__}, CPU"
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
-        if stats is None:
-            self._encoder.run((actions,), (tokens,))
-        else:
-            self._encoder.run((actions,), (tokens, stats))
+        self._encoder.run(actions, None, tokens, stats)
 
     def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
-        decoder = self._decoders[tokens.shape[-1]]
-        decoder.run((tokens,) if stats is None else (tokens, stats), (actions,))
+        self._decoders[tokens.shape[3]].run(tokens, stats, actions, None)
 
     def close(self) -> None:
         self._encoder.close()
@@ -70,7 +67,7 @@ class OrtBackend:
 
 
 class _BoundGraph:
-    """One session. Arrays come in the order of the graph's inputs and outputs; trailing outputs may be left out."""
+    """One session, with an input and an output, and statistics beside one of them in `dynamic` bundles."""
 
     def __init__(self, bundle: Bundle, entry: GraphEntry, num_threads: int) -> None:
         self._inputs, self._outputs = entry.inputs, entry.outputs
@@ -85,47 +82,50 @@ class _BoundGraph:
             ) from error
         _check_tensors(entry.file, entry.inputs, self._session.get_inputs())
         _check_tensors(entry.file, entry.outputs, self._session.get_outputs())
-        self._bound: OrderedDict[tuple[tuple[int, ...], int], _Buffers] = OrderedDict()
+        self._bound: dict[tuple[tuple[int, ...], bool], _Buffers] = {}
         # Buffers are shared by all callers.
         self._lock = threading.Lock()
 
-    def run(self, inputs: tuple[_Array, ...], outputs: tuple[_Array, ...]) -> None:
+    def run(self, source: _Array, source_stats: _Array | None, target: _Array, target_stats: _Array | None) -> None:
+        """target_stats may be left out where the graph gives them."""
+        # Written out, because every call and every loop here costs as much as a node of the graph.
         try:
             with self._lock:
-                buffers = self._find_buffers(inputs, outputs)
+                buffers = self._bound.get((source.shape, target_stats is None))
+                if buffers is None:
+                    buffers = self._make_buffers(source, source_stats, target, target_stats)
                 if buffers is not None:
-                    for buffer, array in zip(buffers.inputs, inputs, strict=True):
-                        buffer[...] = array
+                    buffers.source[...] = source
+                    if source_stats is not None:
+                        buffers.source_stats[...] = source_stats
                     self._session.run_with_iobinding(buffers.binding)
-                    for array, buffer in zip(outputs, buffers.outputs, strict=True):
-                        array[...] = buffer
+                    target[...] = buffers.target
+                    if target_stats is not None:
+                        target_stats[...] = buffers.target_stats
                     return
-            self._session.run_with_iobinding(self._bind(inputs, outputs))
+            self._session.run_with_iobinding(self._bind(source, source_stats, target, target_stats))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise InferenceError(f"ONNX Runtime {ort.__version__} failed: {error}") from error
 
-    def _find_buffers(self, inputs: tuple[_Array, ...], outputs: tuple[_Array, ...]) -> _Buffers | None:
-        """Bound buffers for these shapes, made where there are none yet; None where copying would cost too much."""
-        key = (inputs[0].shape, len(outputs))
-        buffers = self._bound.get(key)
-        if buffers is not None:
-            self._bound.move_to_end(key)
-            return buffers
-        if sum(array.nbytes for array in (*inputs, *outputs)) > _COPY_LIMIT_BYTES:
+    def _make_buffers(self, *arrays: _Array | None) -> _Buffers | None:
+        """Buffers like `arrays`, kept in place of the oldest; None where copying would cost more than binding."""
+        if sum(array.nbytes for array in arrays if array is not None) > _COPY_LIMIT_BYTES:
             return None
-        buffers = self._bound[key] = self._make_buffers(inputs, outputs)
+        source, source_stats, target, target_stats = own = [
+            None if array is None else np.zeros_like(array) for array in arrays
+        ]
+        assert source is not None
+        buffers = _Buffers(source, source_stats, target, target_stats, self._bind(*own))
+        self._bound[source.shape, target_stats is None] = buffers
         if len(self._bound) > _BOUND_BATCHES:
-            self._bound.popitem(last=False)
+            del self._bound[next(iter(self._bound))]
         return buffers
 
-    def _make_buffers(self, inputs: Sequence[_Array], outputs: Sequence[_Array]) -> _Buffers:
-        own_inputs = tuple(np.zeros(array.shape, array.dtype) for array in inputs)
-        own_outputs = tuple(np.empty(array.shape, array.dtype) for array in outputs)
-        return _Buffers(own_inputs, own_outputs, self._bind(own_inputs, own_outputs))
-
-    def _bind(self, inputs: Sequence[_Array], outputs: Sequence[_Array]) -> Any:
-        """A binding to the arrays' memory, which has to outlive it."""
+    def _bind(self, *arrays: _Array | None) -> Any:
+        """A binding to the memory of source, its stats, target and its stats, which has to outlive it."""
         binding = self._session.io_binding()
+        inputs = [array for array in arrays[:2] if array is not None]
+        outputs = [array for array in arrays[2:] if array is not None]
         for entry, array in zip(self._inputs, inputs, strict=True):
             binding.bind_input(entry.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         for entry, array in zip(self._outputs, outputs, strict=False):
@@ -138,15 +138,15 @@ class _BoundGraph:
             self._session = None
 
 
+@dataclass(frozen=True, eq=False, slots=True)
 class _Buffers:
     """Arrays of our own and the binding to their memory, which stays valid as long as they are kept."""
 
-    __slots__ = ("binding", "inputs", "outputs")
-
-    def __init__(self, inputs: tuple[_Array, ...], outputs: tuple[_Array, ...], binding: Any) -> None:
-        self.inputs = inputs
-        self.outputs = outputs
-        self.binding = binding
+    source: Any
+    source_stats: Any
+    target: Any
+    target_stats: Any
+    binding: Any
 
 
 def _session_options(num_threads: int) -> Any:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Measure the runtime on this machine: latency of one chunk, throughput, import and load. Judges nothing.
 
-The targets beside the figures are for one idle core of a 2-core x86-64 machine; other programs that run make every
-figure worse, so each is a median of many calls, with the 99th percentile beside it.
+The targets beside the figures are for an idle 2-core x86-64 machine. Other programs make every figure worse, so calls
+are timed in rounds: `quietest` is the median of the best round, median and p99 are over all of them.
 """
 
 import sys
@@ -12,9 +12,11 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import argparse
+import functools
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,6 +24,7 @@ from runtime import ActionTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 _THROUGHPUT_STEPS = 100_000
+_CALLS_PER_ROUND = 100
 _PROCESSES = 7
 
 
@@ -29,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("bundle", type=Path, help="folder written by `python export/build_engine.py`")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--calls", type=int, default=5000, help="calls per figure, default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=100, help=f"of {_CALLS_PER_ROUND} calls, default: %(default)s")
     options = parser.parse_args(arguments)
     with ActionTokenizer.load(options.bundle, backend=options.backend) as tokenizer:
         model = tokenizer.model
@@ -37,44 +40,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{options.bundle}: {model.mode}, T {model.chunk_length}, A {model.action_dim}, D {model.latent_dim}, "
             f"L {model.num_layers}, K {model.num_levels}; {tokenizer.backend.description}"
         )
-        _bench_latency(tokenizer, options.calls)
+        _bench_latency(tokenizer, options.rounds)
         _bench_throughput(tokenizer)
     _bench_start(options.bundle, options.backend)
     return 0
 
 
-def _bench_latency(tokenizer: ActionTokenizer, calls: int) -> None:
+def _bench_latency(tokenizer: ActionTokenizer, rounds: int) -> None:
     actions, tokens, stats = _random_batch(tokenizer, 1)
     decoded, encoded = np.empty_like(actions), np.empty_like(tokens)
     backend = tokenizer.backend
-    print("one chunk, microseconds                median      p99")
-    _report("encode, backend, bound", 60, calls, lambda: backend.encode_into(actions, encoded, None))
+    figures = [_Figure("encode, backend, bound", 60, lambda: backend.encode_into(actions, encoded, None))]
     for prefix in tokenizer.prefixes:
         part = np.ascontiguousarray(tokens[..., :prefix])
         side = None if stats is None else np.ascontiguousarray(stats[..., :prefix, :])
-        _report(
-            f"decode {prefix} layers, backend, bound",
-            15,
-            calls,
-            lambda part=part, side=side: backend.decode_into(part, side, decoded),
-        )
-    _report("encode", None, calls, lambda: tokenizer.encode(actions))
-    _report("encode_into", None, calls, lambda: tokenizer.encode_into(actions, encoded))
-    _report("decode", None, calls, lambda: tokenizer.decode(tokens, stats))
-    _report("decode_into", None, calls, lambda: tokenizer.decode_into(tokens, decoded, stats))
+        call = functools.partial(backend.decode_into, part, side, decoded)
+        figures.append(_Figure(f"decode {prefix} layers, backend, bound", 15, call))
+    figures += [
+        _Figure("encode", None, lambda: tokenizer.encode(actions)),
+        _Figure("encode_into", None, lambda: tokenizer.encode_into(actions, encoded)),
+        _Figure("decode", None, lambda: tokenizer.decode(tokens, stats)),
+        _Figure("decode_into", None, lambda: tokenizer.decode_into(tokens, decoded, stats)),
+    ]
+    # In turns, so that a noisy second strikes all of them.
+    taken = np.array([[_time_calls(figure.call) for figure in figures] for _ in range(rounds)])
+    print("one chunk, microseconds              quietest   median      p99")
+    for index, figure in enumerate(figures):
+        quietest = np.median(taken[:, index], axis=-1).min()
+        median, high = np.percentile(taken[:, index], [50, 99])
+        beside = "" if figure.target is None else f"   (target {figure.target})"
+        print(f"  {figure.label:34} {quietest:8.1f} {median:8.1f} {high:8.1f}{beside}")
 
 
-def _report(label: str, target: float | None, calls: int, call: Callable[[], object]) -> None:
-    for _ in range(calls // 10):
+@dataclass(frozen=True)
+class _Figure:
+    label: str
+    target: float | None
+    call: Callable[[], object]
+
+
+def _time_calls(call: Callable[[], object]) -> np.ndarray:
+    """Microseconds of each call of a round, warm."""
+    for _ in range(_CALLS_PER_ROUND // 10):
         call()
-    taken = np.empty(calls)
-    for index in range(calls):
+    taken = np.empty(_CALLS_PER_ROUND)
+    for index in range(_CALLS_PER_ROUND):
         start = time.perf_counter_ns()
         call()
-        taken[index] = time.perf_counter_ns() - start
-    median, high = np.percentile(taken / 1e3, [50, 99])
-    beside = "" if target is None else f"   (target {target})"
-    print(f"  {label:34} {median:8.1f} {high:8.1f}{beside}")
+        taken[index] = (time.perf_counter_ns() - start) / 1e3
+    return taken
 
 
 def _bench_throughput(tokenizer: ActionTokenizer) -> None:
