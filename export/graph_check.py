@@ -24,7 +24,7 @@ from polygraphy.logger import G_LOGGER
 from runtime.comparison import action_errors, compare_tokens
 from runtime.gates import GATES
 from runtime.golden import Golden
-from runtime.manifest import GraphEntry, ModelEntry, TensorEntry
+from runtime.manifest import GraphEntry, ModelEntry
 
 _Arrays = Mapping[str, npt.NDArray[Any]]
 
@@ -63,9 +63,10 @@ def check_graph(entry: GraphEntry, onnx_bytes: bytes) -> list[str]:
         graph = onnx.shape_inference.infer_shapes(inferred, check_type=True, strict_mode=True, data_prop=True).graph
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, PolygraphyException) as error:
         return [f"{entry.file} is not a sound graph: {error}"]
-    found = tuple(map(_tensor_entry, graph.input)), tuple(map(_tensor_entry, graph.output))
-    if found != (entry.inputs, entry.outputs):
-        return [f"{entry.file} has the tensors {found}; expected {(entry.inputs, entry.outputs)}"]
+    found = [_tensor(value) for value in (*graph.input, *graph.output)]
+    expected = [(tensor.name, tensor.dtype, tensor.shape) for tensor in (*entry.inputs, *entry.outputs)]
+    if found != expected or len(graph.input) != len(entry.inputs):
+        return [f"{entry.file} has the tensors {found}; expected {expected}"]
     unknown = [node.name for node in graph.node if set(node.output) - {value.name for value in _typed(graph)}]
     return [f"{entry.file}: shapes of {unknown} could not be inferred"] if unknown else []
 
@@ -100,7 +101,16 @@ def _disagreement(entry: GraphEntry, golden: Golden, model: ModelEntry, outputs:
         compared = compare_tokens(
             golden.tokens, outputs["tokens"], golden.margins, golden.bounds, is_step_coupled=model.is_step_coupled
         )
-        return f"{compared.num_wrong} wrong tokens, first {compared.first_wrong}" if compared.num_wrong else ""
+        if compared.num_wrong:
+            return f"{compared.num_wrong} wrong tokens, first {compared.first_wrong}"
+        if golden.stats is None:
+            return ""
+        # Behind a flip the statistics are those of another residual.
+        steady = ~compared.flipped
+        stats_error = action_errors(golden.stats[steady], outputs["stats"][steady], 1.0).value
+        if stats_error <= GATES.stats_error:
+            return ""
+        return f"stats error {stats_error:g}, expected at most {GATES.stats_error:g}"
     error = action_errors(golden.decoded[entry.prefix], outputs["actions"], model.action_units)
     if error.value <= GATES.action_error:
         return ""
@@ -111,8 +121,8 @@ def _typed(graph: onnx.GraphProto) -> tuple[onnx.ValueInfoProto, ...]:
     return (*graph.value_info, *graph.output)
 
 
-def _tensor_entry(value: onnx.ValueInfoProto) -> TensorEntry:
+def _tensor(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int, ...]]:
+    """Name, dtype and shape in the words of a TensorEntry."""
     kind = value.type.tensor_type
     shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim)
-    dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name
-    return TensorEntry(value.name, "int32" if dtype == "int32" else "float32", shape)
+    return value.name, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name, shape

@@ -1,5 +1,6 @@
 """ONNX graphs of a plan: few nodes, opset 18, the same bytes from any folder and at any time."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ from export.plan import Affine, AffineQuantizer, DecoderPlan, DynamicQuantizer, 
 OPSET = 18
 IR_VERSION = 8
 BATCH = "batch"
+#: exp(2 x) overflows float32 from x = 44.3 on.
+_MISH_OVERFLOW = 44.0
 
 
 @dataclass
@@ -41,14 +44,17 @@ class _GraphBuilder:
         bias = self.constant(f"{output}.bias", layer.bias)
         return self.apply("Gemm", [value, weight, bias], output, transB=1)
 
-    def mish(self, value: str, output: str) -> str:
+    def mish(self, value: str, output: str, *, largest: float = math.inf) -> str:
         """x tanh(log(1 + exp x)) as x n / (n + 2) with n = e (e + 2), e = exp x.
 
         The same function, with less than half the rounding error of softplus and tanh and, on ONNX Runtime, half
-        the time: its Softplus is a scalar loop. Beyond x = 20 the fraction is 1 in float32; the cap keeps n finite.
+        the time: its Softplus is a scalar loop. Beyond x = 20 the fraction is 1 in float32; a cap keeps n finite
+        where x may come near `largest`, the most that it can be.
         """
-        capped = self.apply("Min", [value, self.scalar("mish.cap", 20.0)], f"{output}.capped")
-        power = self.apply("Exp", [capped], f"{output}.power")
+        base = value
+        if not largest < _MISH_OVERFLOW:
+            base = self.apply("Min", [value, self.scalar("mish.cap", 20.0)], f"{output}.capped")
+        power = self.apply("Exp", [base], f"{output}.power")
         two = self.scalar("mish.two", 2.0)
         numerator = self.apply("Mul", [power, self.apply("Add", [power, two], f"{output}.sum")], f"{output}.numerator")
         denominator = self.apply("Add", [numerator, two], f"{output}.denominator")
@@ -103,7 +109,8 @@ def decoder_graph(plan: DecoderPlan) -> bytes:
         flat = _latents_from_stats(build, plan, numbers)
     else:
         flat = build.reshape(numbers, (-1, plan.latent_dim * plan.prefix), "levels.flat")
-    hidden = build.mish(build.linear(flat, plan.first, "inner"), "hidden")
+    largest = math.inf if plan.has_stats else _largest_sum(plan.first, plan.num_levels - 1)
+    hidden = build.mish(build.linear(flat, plan.first, "inner"), "hidden", largest=largest)
     build.reshape(build.linear(hidden, plan.second, "outer"), (-1, plan.chunk_length, action_dim), "actions")
     return build.model("decoder", inputs, [_value("actions", TensorProto.FLOAT, plan.chunk_length, action_dim)])
 
@@ -172,6 +179,12 @@ def _latents_from_stats(build: _GraphBuilder, plan: DecoderPlan, numbers: str) -
     layer_axis = build.constant("layer_axis", np.array([3], np.int64))
     latents = build.apply("ReduceSum", [dequantised, layer_axis], "latents", keepdims=0)
     return build.reshape(latents, (-1, plan.latent_dim), "latents.flat")
+
+
+def _largest_sum(layer: Affine, largest_input: float) -> float:
+    """The most that any output can be for inputs between 0 and `largest_input`."""
+    weight = layer.weight.astype(np.float64)
+    return float((weight.clip(min=0).sum(axis=1) * largest_input + layer.bias).max())
 
 
 def _value(name: str, element_type: int, *shape: int) -> onnx.ValueInfoProto:

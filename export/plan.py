@@ -193,9 +193,9 @@ def _affine_quantizer(model: ActionAutoencoder) -> AffineQuantizer:
     mean, scale = _numpy(model.quantizer.mean), _numpy(model.quantizer.scale)
     num_levels = model.config.num_levels
     width = 2 * scale / (num_levels - 1)
-    middle = mean - scale + width * middle_level(num_levels)
     before = np.concatenate((np.ones_like(width[:1]), width[:-1]))
-    shift = -middle / width - 0.5
+    # -c / w - 1/2, arranged so that a mean of zero leaves no rounding: an edge that lies at zero stays there.
+    shift = (num_levels - 1) / 2 - middle_level(num_levels) - 0.5 - mean / width
     shift[1:] += before[1:] / width[1:] / 2
     return AffineQuantizer((before / width).astype(np.float32), shift.astype(np.float32))
 

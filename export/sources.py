@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from calibration.constants import CalibrationConfig
-from calibration.data import judging_episodes, selection_of
+from calibration.data import Selection, judging_episodes, selection_of
 from calibration.fit import calibrate, recover
 from calibration.recovered import RecoveredConfig
 from export.plan import DeployMode
@@ -84,9 +84,9 @@ def load_build_data(checkpoint: Checkpoint, path: Path | None, *, key: str | Non
         dataset = load_actions(path, key=key)
     else:
         dataset = load_demonstrations()
-        trained_on = checkpoint.provenance.get("data", {}).get("sha256")
-        if trained_on != dataset.sha256:
+        if selection_of(checkpoint, dataset) is not Selection.TRAINING_SPLIT:
             if is_needed:
+                trained_on = checkpoint.provenance.get("data", "not recorded")
                 raise DataError(
                     f"the checkpoint was not trained on the embedded demonstrations (its data: {trained_on}), so they "
                     "cannot calibrate it; give episodes of its own robot: --calibration-data FILE"

@@ -1,0 +1,871 @@
+"""The main job, end to end: from a checkpoint to a bundle that a robot can use, or to nothing at all."""
+
+import importlib.util
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from export import build_engine as job
+from export.build_engine import BuildConfig, BuildResult, build, main, parse_arguments
+from export.errors import GateError
+from export.plan import DeployMode
+from export.trt_builder import Profile
+from rfsq_ref.autoencoder import ModelConfig
+from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
+from rfsq_ref.data import EpisodeSplit, chunk
+from rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from runtime import ActionTokenizer
+from runtime.bundle import open_bundle
+from runtime.manifest import MANIFEST_NAME, Manifest
+from tests.bundles import bundle_files
+from tests.rfsq_ref.published_model import ActionRFSQAE
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "export" / "build_engine.py"
+STEPS = 4000
+
+RTX = next((name for name in ("tensorrt_rtx", "tensorrt_rtx_bindings") if importlib.util.find_spec(name)), None)
+needs_rtx = pytest.mark.skipif(RTX is None, reason="TensorRT-RTX is not importable: pip install '.[tensorrt-rtx]'")
+
+
+def config(output: Path, **options: object) -> BuildConfig:
+    return BuildConfig(**{"output": output, "backends": ("onnxruntime",), "parity_steps": STEPS, **options})
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--backends", "onnxruntime", *map(str, arguments)]
+
+
+def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """As a person would from any folder."""
+    return subprocess.run(command(*arguments), cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {file: (folder / file).read_bytes() for file in bundle_files(folder)}
+
+
+def published(path: Path, model: ActionRFSQAE, **extra: object) -> Path:
+    """The file that research code writes."""
+    torch.save({"model_state_dict": model.state_dict(), "epoch": 1, "config": model.config, **extra}, path)
+    return path
+
+
+def write_episodes(path: Path, action_dim: int, *, episodes: int = 12, steps: int = 60, seed: int = 0) -> Path:
+    """Smooth random motion in [-1, 1]."""
+    random = np.random.default_rng(seed)
+    time = np.arange(steps)[:, None] / steps
+    arrays = {
+        f"episode_{n}": np.sin(
+            2 * np.pi * (random.uniform(0.5, 3, action_dim) * time + random.uniform(size=action_dim))
+        )
+        for n in range(episodes)
+    }
+    np.savez(path, **{name: array.astype(np.float32) for name, array in arrays.items()})
+    return path
+
+
+# --- the embedded checkpoint ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
+    """The default: the embedded robust checkpoint, calibrated."""
+    return build(config(tmp_path_factory.mktemp("calibrated") / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(built: BuildResult) -> Iterator[ActionTokenizer]:
+    with ActionTokenizer.load(built.output) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActionTokenizer]:
+    output = tmp_path_factory.mktemp("recovered") / "bundle"
+    build(config(output, conditioning=DeployMode.RECOVERED))
+    with ActionTokenizer.load(output) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActionTokenizer]:
+    output = tmp_path_factory.mktemp("dynamic") / "bundle"
+    build(config(output, conditioning=DeployMode.DYNAMIC))
+    with ActionTokenizer.load(output) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def naive_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActionTokenizer]:
+    output = tmp_path_factory.mktemp("naive") / "bundle"
+    build(config(output, checkpoint=NAIVE_CHECKPOINT))
+    with ActionTokenizer.load(output) as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="module")
+def chunks(split: EpisodeSplit) -> np.ndarray:
+    """Held-out episodes, float32 [N, 8, 7]."""
+    return np.concatenate([chunk(episode, 8) for episode in split.test.episodes])
+
+
+@pytest.fixture(scope="module")
+def author(robust: Checkpoint) -> ActionRFSQAE:
+    """The embedded robust checkpoint in the published model, an implementation of its own."""
+    model = ActionRFSQAE(use_layernorm=True)
+    grids = {f"rfsq.layers.{layer}.boundaries": torch.linspace(-1, 1, 7) for layer in range(8)}
+    model.load_state_dict({**robust.weights, **grids})
+    return model.eval()
+
+
+def mse(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.mean((found.astype(np.float64) - expected) ** 2))
+
+
+def mse_of_prefix(author: ActionRFSQAE, actions: np.ndarray, layers: int) -> float:
+    """The published forward pass with its side information, cut off after some layers; 0: not quantised at all."""
+    with torch.no_grad():
+        latents = author.encoder(torch.from_numpy(actions))
+        residual, total = latents, torch.zeros_like(latents)
+        for layer in author.rfsq.layers[:layers]:
+            quantised, _ = layer(residual)
+            total, residual = total + quantised, residual - quantised
+        return mse(author.decoder(total if layers else latents).numpy(), actions)
+
+
+def test_the_default_build_makes_a_bundle_that_a_robot_can_load(built: BuildResult, tokenizer: ActionTokenizer) -> None:
+    manifest = built.manifest
+    assert bundle_files(built.output) == sorted(
+        ["encoder.onnx", "decoder.onnx", "decoder_l3.onnx", "golden.npz", MANIFEST_NAME]
+    )
+    assert (manifest.model.mode, manifest.model.chunk_length, tokenizer.prefixes) == ("calibrated", 8, (3, 8))
+    assert manifest.engines == ()
+    assert tokenizer.fingerprint == manifest.fingerprint
+    assert {"python", "numpy", "torch", "onnx", "onnxruntime", "polygraphy"} == manifest.tools.keys()
+    assert os.listdir(built.output.parent) == ["bundle"]  # noqa: PTH208
+
+
+def test_every_gate_is_in_the_manifest_and_green(built: BuildResult) -> None:
+    parity = built.manifest.parity
+    assert [entry.gate for entry in parity] == [
+        "encode: wrong tokens",
+        "encode: near-tie flips",
+        "encode: action error behind flips / tolerance",
+        "decode 3 layers: action error",
+        "decode 8 layers: action error",
+    ]
+    assert all(entry.value <= entry.limit for entry in parity)
+    assert all(entry.steps >= STEPS for entry in parity)
+    assert parity[0].limit == 0
+    assert parity[-1].limit == 1e-5
+
+
+def test_provenance_tells_where_everything_came_from_without_a_path(built: BuildResult, robust: Checkpoint) -> None:
+    provenance = built.manifest.provenance
+    assert provenance["checkpoint"]["file"] == "robust.safetensors"
+    assert provenance["checkpoint"]["checkpoint_sha256"] == robust.provenance["checkpoint_sha256"]
+    assert provenance["checkpoint"]["calibrated"]["data"]["source"] == "demonstrations.npz"
+    assert provenance["action_mse"] == dict(built.quality)
+    text = (built.output / MANIFEST_NAME).read_text(encoding="utf-8")
+    assert str(ROOT) not in text
+    assert str(Path.home()) not in text
+
+
+def test_tokens_alone_are_within_five_percent_of_not_quantising(
+    tokenizer: ActionTokenizer, author: ActionRFSQAE, chunks: np.ndarray
+) -> None:
+    error = mse(tokenizer.decode(tokenizer.encode(chunks)), chunks)
+    assert error <= 1.05 * mse_of_prefix(author, chunks, 0)
+
+
+def test_coarse_tokens_are_five_times_better_than_the_published_coarse_pass(
+    tokenizer: ActionTokenizer, author: ActionRFSQAE, chunks: np.ndarray
+) -> None:
+    error = mse(tokenizer.decode(np.ascontiguousarray(tokenizer.encode(chunks)[..., :3])), chunks)
+    assert 5 * error <= mse_of_prefix(author, chunks, 3)
+
+
+def test_naive_is_beaten_by_more_than_thirty_percent(
+    tokenizer: ActionTokenizer, naive_tokenizer: ActionTokenizer, chunks: np.ndarray
+) -> None:
+    assert naive_tokenizer.model.mode == "none"
+    of_naive = mse(naive_tokenizer.decode(naive_tokenizer.encode(chunks)), chunks)
+    assert mse(tokenizer.decode(tokenizer.encode(chunks)), chunks) < 0.7 * of_naive
+
+
+def test_any_action_in_the_range_has_latents_within_a_thousandth(
+    tokenizer: ActionTokenizer, calibrated: Checkpoint
+) -> None:
+    """Everywhere, not only where the demonstrations are."""
+    random = np.random.default_rng(0)
+    actions = random.uniform(-1, 1, (5000, 8, 7)).astype(np.float32)
+    actions[:1000] = np.sign(actions[:1000])
+    model = calibrated.model(Conditioning.CALIBRATED, dtype=torch.float64)
+    with torch.no_grad():
+        latents = model.encode_latents(torch.from_numpy(actions).double())
+        decoded = model.dequantize(torch.from_numpy(tokenizer.encode(actions)).long())
+    assert float((latents - decoded).abs().max()) < 1e-3
+
+
+def test_the_quality_that_a_build_reports_is_the_quality_that_it_has(
+    built: BuildResult, tokenizer: ActionTokenizer, author: ActionRFSQAE, split: EpisodeSplit
+) -> None:
+    steps = split.test.steps()
+    assert built.quality["autoencoder without quantiser"] == pytest.approx(mse_of_prefix(author, steps, 0), rel=1e-4)
+    whole = steps[: len(steps) // 8 * 8].reshape(-1, 8, 7)
+    tokens = tokenizer.encode(whole)
+    for prefix in (3, 8):
+        error = mse(tokenizer.decode(np.ascontiguousarray(tokens[..., :prefix])), whole)
+        # But for the few steps that fill no chunk.
+        assert built.quality[f"tokens of {prefix} layers"] == pytest.approx(error, rel=0.02)
+
+
+def test_recovered_tokens_are_the_published_encoders(
+    recovered: ActionTokenizer, author: ActionRFSQAE, chunks: np.ndarray
+) -> None:
+    """So that a policy trained on them keeps working. Compared outside near-ties, which float32 decides either way."""
+    assert recovered.model.mode == "recovered"
+    tokens = recovered.encode(chunks)
+    of_author = author.encode(torch.from_numpy(chunks)).numpy()
+    of_float64 = author.double().encode(torch.from_numpy(chunks).double()).numpy()
+    author.float()
+    # Where the author's own model says the same in both precisions, so do we, but for a step in some thousand.
+    steady = (of_author == of_float64).all((-1, -2))
+    assert steady.mean() > 0.99
+    assert (tokens == of_author)[steady].all((-1, -2)).mean() > 0.999
+    np.testing.assert_array_equal(tokens[..., 0][steady], of_author[..., 0][steady])
+
+
+def test_recovered_actions_are_worth_the_published_tokens(
+    recovered: ActionTokenizer, author: ActionRFSQAE, chunks: np.ndarray
+) -> None:
+    tokens = author.encode(torch.from_numpy(chunks))
+    error = mse(recovered.decode(tokens.numpy()), chunks)
+    assert error <= 10 * (mse_of_prefix(author, chunks, 8) + mse_of_prefix(author, chunks, 0))
+    assert 10_000 * error <= mse(author.decode_from_indices(tokens).numpy(), chunks)
+
+
+def test_dynamic_tokens_decode_with_their_statistics(
+    dynamic: ActionTokenizer, author: ActionRFSQAE, chunks: np.ndarray
+) -> None:
+    tokens, stats = dynamic.encode_with_stats(chunks)
+    for prefix in (3, 8):
+        part = np.ascontiguousarray(tokens[..., :prefix])
+        error = mse(dynamic.decode(part, np.ascontiguousarray(stats[..., :prefix, :])), chunks)
+        assert error == pytest.approx(mse_of_prefix(author, chunks, prefix), rel=1e-3)
+    assert "encode: stats error" in [entry.gate for entry in dynamic._manifest.parity]
+
+
+def test_the_four_modes_are_four_tokenizers(
+    tokenizer: ActionTokenizer, recovered: ActionTokenizer, dynamic: ActionTokenizer, naive_tokenizer: ActionTokenizer
+) -> None:
+    assert len({each.fingerprint for each in (tokenizer, recovered, dynamic, naive_tokenizer)}) == 4
+
+
+def test_builds_from_two_folders_write_the_same_bytes(built: BuildResult, tmp_path: Path) -> None:
+    here = tmp_path / "another folder"
+    here.mkdir()
+    finished = run("--output", "some/bundle", "--parity-steps", STEPS, cwd=here)
+    assert finished.returncode == 0, finished.stderr
+    first, second = tree(built.output), tree(here / "some" / "bundle")
+    assert first.keys() == second.keys()
+    for file in first:
+        assert first[file] == second[file], file
+
+
+def test_the_default_arguments_are_those_of_make_engine() -> None:
+    defaults = parse_arguments([])
+    assert defaults == BuildConfig()
+    assert (defaults.checkpoint, defaults.output) == (ROBUST_CHECKPOINT, Path("build/bundle"))
+    assert defaults.parity_steps >= 100_000
+    assert (defaults.conditioning, defaults.prefixes, defaults.backends) == (None, None, None)
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_person_sees_a_line_per_step_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--output", str(tmp_path / "b"), "--backends", "onnxruntime", "--parity-steps", "500"]) == 0
+    output = capsys.readouterr().out
+    titles = re.findall(r"^✓ ([a-zA-Z -]+?)  ", output, re.MULTILINE)
+    assert titles == [
+        "load checkpoint",
+        "load action data",
+        "calibrate",
+        "export ONNX",
+        "write golden vectors",
+        "cross-check graphs",
+        "parity gates",
+    ]
+    assert re.search(r"^✓ onnxruntime, decode 8 layers: action error +\S+ +1e-05 +\d+$", output, re.MULTILINE)
+    assert re.search(r"^tokens of 8 layers +\d\.\d{3}e-05$", output, re.MULTILINE)
+    fingerprint = open_bundle(tmp_path / "b").manifest.fingerprint
+    assert output.endswith(f"is built and validated, fingerprint {fingerprint[:16]}\n")
+
+
+# --- other checkpoints ------------------------------------------------------------------------------------------------
+
+OTHER = ModelConfig(action_dim=4, latent_dim=6, hidden_width=24, num_layers=5, num_levels=5)
+#: In physical units of this robot: metres, radians, and a gripper from 0 to 1.
+NORMALISER = Normaliser(NormaliserKind.MIN_MAX, (0.5, -2.0, 0.0, 0.5), (0.25, 3.0, 100.0, 0.5))
+
+
+def other_model(*, use_layernorm: bool = True, seed: int = 0, gain: float = 2.0) -> ActionRFSQAE:
+    torch.manual_seed(seed)
+    model = ActionRFSQAE(4, 6, 5, 5, use_layernorm, width=24)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter *= gain
+    return model.eval()
+
+
+def write_other(folder: Path, model: ActionRFSQAE) -> list[str]:
+    """A checkpoint, its normaliser and its data; the arguments that name them."""
+    np.savez(
+        folder / "episodes.npz",
+        **{
+            name: NORMALISER.restore(actions).astype(np.float32)
+            for name, actions in np.load(write_episodes(folder / "normalised.npz", 4)).items()
+        },
+    )
+    (folder / "normaliser.json").write_text(json.dumps(NORMALISER.to_json()), encoding="utf-8")
+    published(folder / "model.pt", model)
+    return [
+        "--checkpoint", str(folder / "model.pt"),
+        "--normaliser", str(folder / "normaliser.json"),
+        "--calibration-data", str(folder / "episodes.npz"),
+    ]  # fmt: skip
+
+
+def test_a_model_of_other_sizes_and_units_builds_from_its_published_file(tmp_path: Path) -> None:
+    model = other_model()
+    arguments = write_other(tmp_path, model)
+    finished = run(
+        *arguments, "--chunk-length", 3, "--prefixes", 2, 4, "--output", "bundle", "--parity-steps", STEPS, cwd=tmp_path
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "A 4, D 6, L 5, K 5, hidden 24; deployed as 'calibrated'" in finished.stdout
+
+    with ActionTokenizer.load(tmp_path / "bundle") as tokenizer:
+        assert tokenizer.prefixes == (2, 4, 5)
+        assert tokenizer.model.action_units == NORMALISER.scale
+        assert tokenizer.model.action_offset == NORMALISER.offset
+        normalised = np.random.default_rng(3).uniform(-1, 1, (500, 3, 4))
+        actions = NORMALISER.restore(normalised).astype(np.float32)
+        tokens = tokenizer.encode(actions)
+        assert tokens.shape == (500, 3, 6, 5)
+        with torch.no_grad():
+            unquantised = model.decoder(model.encoder(torch.from_numpy(NORMALISER.normalise(actions)).float())).numpy()
+        errors = [
+            mse(NORMALISER.normalise(tokenizer.decode(np.ascontiguousarray(tokens[..., :prefix]))), unquantised)
+            for prefix in tokenizer.prefixes
+        ]
+    # What five layers of five levels can tell, in normalised units; and more layers tell more.
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 1e-5
+
+
+@pytest.mark.parametrize("mode", [DeployMode.DYNAMIC, DeployMode.RECOVERED, DeployMode.CALIBRATED])
+def test_every_mode_builds_for_a_robust_model_of_other_sizes(mode: DeployMode, tmp_path: Path) -> None:
+    write_other(tmp_path, other_model())
+    result = build(
+        config(
+            tmp_path / "bundle",
+            checkpoint=tmp_path / "model.pt",
+            normaliser=tmp_path / "normaliser.json",
+            calibration_data=tmp_path / "episodes.npz",
+            conditioning=mode,
+            chunk_length=1,
+            prefixes=(1,),
+        )
+    )
+    assert result.manifest.model.mode == mode.value
+    assert result.quality.keys() == {"autoencoder without quantiser", "tokens of 1 layers", "tokens of 5 layers"}
+    with ActionTokenizer.load(tmp_path / "bundle") as tokenizer:
+        assert tokenizer.prefixes == (1, 5)
+
+
+def test_a_naive_published_file_builds_without_any_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    published(tmp_path / "naive.pt", other_model(use_layernorm=False))
+    result = build(config(tmp_path / "bundle", checkpoint=tmp_path / "naive.pt"))
+    assert result.manifest.model.mode == "none"
+    assert result.quality == {}
+    output = capsys.readouterr().out
+    assert "none given: gates run on random actions alone" in output
+    assert re.search(r"^– calibrate .* nothing to fit$", output, re.MULTILINE)
+    assert "held-out episodes, decoded from" not in output
+
+
+def test_a_bare_state_dict_builds_when_it_is_said_how_it_was_trained(tmp_path: Path) -> None:
+    torch.save(other_model().state_dict(), tmp_path / "bare.pt")
+    result = build(
+        config(tmp_path / "b", checkpoint=tmp_path / "bare.pt", use_layernorm=True, conditioning=DeployMode.DYNAMIC)
+    )
+    assert result.manifest.model.mode == "dynamic"
+
+
+def test_constants_that_a_checkpoint_brings_are_kept(
+    calibrated: Checkpoint, built: BuildResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(calibrated, tmp_path / "calibrated.safetensors")
+    result = build(config(tmp_path / "bundle", checkpoint=tmp_path / "calibrated.safetensors", parity_steps=500))
+    assert result.manifest.fingerprint == built.manifest.fingerprint
+    assert "nothing to fit" in capsys.readouterr().out
+
+    constants = ConditioningConstants(calibrated.constants.mean, calibrated.constants.scale * 1.25)
+    save_checkpoint(replace(calibrated, constants=constants), tmp_path / "other.safetensors")
+    other = build(config(tmp_path / "other", checkpoint=tmp_path / "other.safetensors", parity_steps=500))
+    assert other.manifest.fingerprint != built.manifest.fingerprint
+
+
+@pytest.mark.parametrize("options", [{"chunk_length": 1}, {"chunk_length": 50}, {"prefixes": (1, 5)}])
+def test_chunk_length_and_prefixes_do_not_change_the_fingerprint(
+    options: dict, built: BuildResult, calibrated: Checkpoint, tmp_path: Path
+) -> None:
+    save_checkpoint(calibrated, tmp_path / "calibrated.safetensors")
+    result = build(
+        config(tmp_path / "bundle", checkpoint=tmp_path / "calibrated.safetensors", parity_steps=1, **options)
+    )
+    assert result.manifest.fingerprint == built.manifest.fingerprint
+    if "chunk_length" in options:
+        assert result.manifest.model.chunk_length == options["chunk_length"]
+    else:
+        assert result.manifest.model.prefixes == (1, 5, 8)
+
+
+# --- engines ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A naive checkpoint that needs no data."""
+    return published(tmp_path_factory.mktemp("small") / "naive.pt", other_model(use_layernorm=False))
+
+
+def check_engines(manifest: Manifest, folder: Path, profile: tuple[int, int, int], target: str) -> None:
+    assert {engine.graph for engine in manifest.engines} == {graph.file for graph in manifest.graphs}
+    for engine in manifest.engines:
+        # Nothing here has run it: that is said, and not a word more.
+        assert engine.status == "built"
+        assert engine.detail.startswith("inspected (")
+        assert "but not run: " in engine.detail
+        assert engine.profile == profile
+        assert engine.onnx_sha256 == manifest.files[engine.graph].sha256
+        stem = engine.graph.removesuffix(".onnx")
+        expected = f"engines/{engine.backend}-{engine.version}-{target}/{stem}-{engine.onnx_sha256[:12]}.engine"
+        assert engine.file == expected
+        assert (folder / engine.file).stat().st_size == manifest.files[engine.file].size > 1000
+    assert {entry.backend for entry in manifest.parity} == {"onnxruntime"}
+
+
+@needs_rtx
+def test_engines_are_built_and_reported_as_not_run(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"backends": ("tensorrt-rtx",), "profile": Profile(1, 4, 64), "parity_steps": 500}
+    result = build(config(tmp_path / "bundle", checkpoint=small, **options))
+    check_engines(result.manifest, result.output, (1, 4, 64), "default")
+    assert {engine.compute_capabilities for engine in result.manifest.engines} == {()}
+    assert re.search(r"target default; NOT run on this machine: \S", capsys.readouterr().out)
+    ActionTokenizer.load(result.output).close()
+
+
+@needs_rtx
+def test_engines_for_chosen_gpus_carry_them_in_their_names(small: Path, tmp_path: Path) -> None:
+    options = {"backends": ("tensorrt-rtx",), "compute_capabilities": ("8.9", "12.0"), "parity_steps": 500}
+    result = build(config(tmp_path / "bundle", checkpoint=small, **options))
+    check_engines(result.manifest, result.output, (1, 1, 4096), "sm89-sm120")
+    assert {engine.compute_capabilities for engine in result.manifest.engines} == {("8.9", "12.0")}
+
+
+@needs_rtx
+def test_without_a_choice_engines_are_built_for_what_is_installed(small: Path, tmp_path: Path) -> None:
+    result = build(config(tmp_path / "bundle", checkpoint=small, backends=None, parity_steps=500))
+    assert "tensorrt-rtx" in {engine.backend for engine in result.manifest.engines}
+
+
+@needs_rtx
+def test_an_engine_that_is_not_what_was_asked_for_ends_the_build(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def truncated(request):
+        engine = build_one(request)
+        return replace(engine, serialized=engine.serialized[: len(engine.serialized) // 2])
+
+    build_one = job.build_engine
+    monkeypatch.setattr(job, "build_engine", truncated)
+    with pytest.raises(GateError, match=r"tensorrt-rtx, encoder\.onnx: the engine has sha256 .* altered or cut short"):
+        build(config(tmp_path / "bundle", checkpoint=small, backends=("tensorrt-rtx",), parity_steps=500))
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_rtx
+@pytest.mark.usefixtures("own_signals")
+def test_a_gpu_that_tensorrt_does_not_know_is_refused(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", str(small), "--output", str(tmp_path / "bundle"), "--parity-steps", "500"]
+    assert main([*arguments, "--backends", "tensorrt-rtx", "--compute-capabilities", "9.9"]) == 2
+    assert re.search(r"error: .*'9\.9'.*valid are", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- red gates --------------------------------------------------------------------------------------------------------
+
+
+def lean(plan):
+    """A decoder whose first action is off by 1e-4, ten times what is allowed."""
+    bias = plan.second.bias.copy()
+    bias[0] += 1e-4
+    return replace(plan, second=replace(plan.second, bias=bias))
+
+
+def crooked(plan):
+    """An encoder whose first weight is off by a thousandth."""
+    weight = plan.first.weight.copy()
+    weight[0, 0] += 1e-3
+    return replace(plan, first=replace(plan.first, weight=weight))
+
+
+@pytest.fixture
+def perturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, decoder = job.encoder_graph, job.decoder_graph
+    monkeypatch.setattr(job, "encoder_graph", lambda plan: encoder(crooked(plan)))
+    monkeypatch.setattr(job, "decoder_graph", lambda plan: decoder(lean(plan)))
+
+
+def build_arguments(output: Path) -> list[str]:
+    return ["--output", str(output), "--backends", "onnxruntime", "--parity-steps", str(STEPS)]
+
+
+@pytest.mark.usefixtures("perturbed", "own_signals")
+def test_red_gates_are_all_shown_and_leave_no_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The check of graphs would find it first.
+    monkeypatch.setattr(job, "cross_check", lambda *_: [])
+    assert main(build_arguments(tmp_path / "bundle")) == 1
+    captured = capsys.readouterr()
+
+    assert re.search(r"^✗ parity gates .* \d+ gates are red$", captured.out, re.MULTILINE)
+    for gate in ("encode: wrong tokens", "decode 3 layers: action error", "decode 8 layers: action error"):
+        assert re.search(rf"^✗ onnxruntime, {gate} ", captured.out, re.MULTILINE)
+        assert re.search(rf"^  onnxruntime, {gate}: \S+ over \d+ steps; expected at most", captured.err, re.MULTILINE)
+    assert re.search(r"^✓ onnxruntime, encode: near-tie flips ", captured.out, re.MULTILINE)
+    assert "golden vectors: ✗ encode, batch 1: wrong tokens" in captured.err
+    assert captured.err.startswith("error: these checks failed, so nothing was written:")
+    assert "is built and validated" not in captured.out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("perturbed", "own_signals")
+def test_a_graph_that_leaves_the_reference_is_found_before_any_gate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(build_arguments(tmp_path / "bundle")) == 1
+    captured = capsys.readouterr()
+    assert re.search(r"^✗ cross-check graphs ", captured.out, re.MULTILINE)
+    assert "parity gates" not in captured.out
+    assert re.search(r"^  encoder\.onnx on ONNX Runtime: \d+ wrong tokens", captured.err, re.MULTILINE)
+    assert re.search(r"^  encoder\.onnx on onnx reference evaluator: ", captured.err, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("perturbed")
+def test_red_gates_leave_the_bundle_that_was_there(built: BuildResult, small: Path, tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    before = copy_bundle(built.output, output)
+    with pytest.raises(GateError):
+        build(config(output, overwrite=True, checkpoint=small))
+    assert tree(output) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def copy_bundle(source: Path, target: Path) -> dict[str, bytes]:
+    content = tree(source)
+    for file, data in content.items():
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        (target / file).write_bytes(data)
+    return content
+
+
+# --- input that cannot be used ----------------------------------------------------------------------------------------
+
+
+class Malicious:
+    """Unpickling it would make a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return Path.touch, (self._marker,)
+
+
+def with_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], list[str]]:
+    def write(folder: Path) -> list[str]:
+        model = other_model()
+        state = model.state_dict()
+        change(state)
+        torch.save({"model_state_dict": state, "config": model.config}, folder / "broken.pt")
+        return ["--checkpoint", str(folder / "broken.pt")]
+
+    return write
+
+
+def garbage(folder: Path) -> list[str]:
+    (folder / "notes.pt").write_text("not a checkpoint", encoding="utf-8")
+    return ["--checkpoint", str(folder / "notes.pt")]
+
+
+def empty(folder: Path) -> list[str]:
+    (folder / "empty.safetensors").write_bytes(b"")
+    return ["--checkpoint", str(folder / "empty.safetensors")]
+
+
+def truncated(folder: Path) -> list[str]:
+    content = published(folder / "whole.pt", other_model()).read_bytes()
+    (folder / "half.pt").write_bytes(content[: len(content) // 2])
+    return ["--checkpoint", str(folder / "half.pt")]
+
+
+def malicious(folder: Path) -> list[str]:
+    published(folder / "evil.pt", other_model(), extra=Malicious(folder / "code ran"))
+    return ["--checkpoint", str(folder / "evil.pt")]
+
+
+def plain_pickle(folder: Path) -> list[str]:
+    (folder / "evil.pkl").write_bytes(pickle.dumps(Malicious(folder / "code ran")))
+    return ["--checkpoint", str(folder / "evil.pkl")]
+
+
+def bare(folder: Path) -> list[str]:
+    torch.save(other_model().state_dict(), folder / "bare.pt")
+    return ["--checkpoint", str(folder / "bare.pt")]
+
+
+def bad_data(folder: Path) -> list[str]:
+    actions = np.zeros((100, 7), np.float32)
+    actions[50, 3] = np.nan
+    np.savez(folder / "nan.npz", actions=actions)
+    return ["--calibration-data", str(folder / "nan.npz")]
+
+
+def other_data(folder: Path) -> list[str]:
+    return ["--calibration-data", str(write_episodes(folder / "four.npz", 4))]
+
+
+def stranger(folder: Path) -> list[str]:
+    return ["--checkpoint", str(published(folder / "stranger.pt", other_model()))]
+
+
+def bad_normaliser(folder: Path) -> list[str]:
+    (folder / "n.json").write_text('{"kind": "min-max", "offset": [0, 0], "scale": [1, 1]}', encoding="utf-8")
+    return ["--normaliser", str(folder / "n.json")]
+
+
+def fixed(*arguments: str) -> Callable[[Path], list[str]]:
+    return lambda _folder: list(arguments)
+
+
+BAD_INPUT = {
+    "checkpoint missing": (fixed("--checkpoint", "missing.pt"), r"no checkpoint at missing\.pt; train one"),
+    "checkpoint a folder": (fixed("--checkpoint", "/"), "no checkpoint at /"),
+    "not a checkpoint": (garbage, r"notes\.pt is (refused|not a checkpoint)"),
+    "empty file": (empty, r"empty\.safetensors is not a whole safetensors file"),
+    "truncated": (truncated, r"half\.pt is (refused|not a checkpoint)"),
+    "malicious": (malicious, r"evil\.pt is refused: it is not a plain weights file"),
+    "plain pickle": (plain_pickle, r"evil\.pkl is refused"),
+    "NaN weights": (
+        with_weights(lambda state: state["encoder.2.weight"][0].fill_(torch.nan)),
+        "'encoder.2.weight' has 24 values that are NaN or infinite",
+    ),
+    "infinite bias": (
+        with_weights(lambda state: state["decoder.2.bias"][0].fill_(torch.inf)),
+        "'decoder.2.bias' has 1 values that are NaN or infinite",
+    ),
+    "missing layer": (with_weights(lambda state: state.pop("decoder.2.weight")), "lacks the tensor 'decoder.2.weight'"),
+    "missing quantiser": (
+        with_weights(lambda state: state.pop("rfsq.layers.2.boundaries")),
+        r"has the quantiser layers \[0, 1, 3, 4\]",
+    ),
+    "unknown layer": (
+        with_weights(lambda state: state.update({"decoder.4.weight": torch.zeros(1)})),
+        r"tensors this code does not know: \['decoder.4.weight'\]",
+    ),
+    "bare state dict": (bare, r"bare\.pt does not say .*--use-layernorm or --no-use-layernorm"),
+    "contradiction": (fixed("--no-use-layernorm"), "says use_layernorm = True, the caller says False"),
+    "naive mode of a robust model": (fixed("--conditioning", "none"), "cannot be deployed as 'none'; choose"),
+    "stranger without data": (stranger, r"not trained on the embedded demonstrations .*--calibration-data FILE"),
+    "data missing": (fixed("--calibration-data", "missing.npz"), r"missing\.npz does not exist"),
+    "data with NaN": (bad_data, r"nan\.npz, .* step 50, dimension 3: nan; expected finite"),
+    "data of another robot": (other_data, r"four\.npz has 4 action dimensions, the checkpoint 7"),
+    "wrong key": (lambda folder: [*other_data(folder), "--key", "x"], r"four\.npz.*'?x'?"),
+    "normaliser of another robot": (bad_normaliser, r"n\.json is for 2 dimensions, .* has 7"),
+    "prefix 9": (fixed("--prefixes", "9"), r"prefixes \[9\] are not between 1 and the model's 8 layers"),
+    "prefix 0": (fixed("--prefixes", "3", "0"), r"prefixes \[0\] are not between 1"),
+    "unknown backend": (
+        fixed("--backends", "openvino"),
+        r"backends \['openvino'\] are not known; there are onnxruntime",
+    ),
+    "unknown conditioning": (fixed("--conditioning", "layernorm"), "--conditioning: invalid .*'layernorm'"),
+    "profile out of order": (fixed("--profile", "5", "1", "1"), "expected 1 <= minimum <= optimum <= maximum"),
+    "profile of zero": (fixed("--profile", "0", "1", "1"), "expected 1 <= minimum"),
+    "no steps to judge": (fixed("--parity-steps", "0"), "parity_steps is 0; expected at least 1"),
+    "empty chunks": (fixed("--chunk-length", "0"), "chunk_length is 0; expected at least 1"),
+    "unknown argument": (fixed("--precision", "fp8"), "unrecognized arguments"),
+}
+
+
+def exit_status(arguments: list[str]) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as error:
+        return int(error.code or 0)
+
+
+@pytest.mark.usefixtures("own_signals")
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_refused_with_a_message_and_leaves_nothing(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make, message = BAD_INPUT[case]
+    given, output = tmp_path / "given", tmp_path / "out" / "bundle"
+    given.mkdir()
+    arguments = make(given)
+    before = tree(given)
+
+    assert exit_status(["--output", str(output), *arguments]) == 2
+    errors = capsys.readouterr().err
+    assert re.search(message, errors.replace("\n", " ")), errors
+    assert "Traceback" not in errors
+    assert bundle_files(tmp_path / "out") == []
+    assert tree(given) == before, "something was written, or code in the checkpoint ran"
+
+
+def test_the_malicious_file_would_have_run_code(tmp_path: Path) -> None:
+    """Or the test above would prove nothing."""
+    plain_pickle(tmp_path)
+    pickle.loads((tmp_path / "evil.pkl").read_bytes())  # noqa: S301
+    assert (tmp_path / "code ran").exists()
+    (tmp_path / "code ran").unlink()
+    malicious(tmp_path)
+    torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert (tmp_path / "code ran").exists()
+
+
+@pytest.mark.usefixtures("own_signals")
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here")
+def test_a_backend_that_is_not_installed_is_refused(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--checkpoint", str(small), "--output", str(tmp_path / "bundle"), "--parity-steps", "500"]
+    assert main([*arguments, "--backends", "tensorrt"]) == 2
+    assert re.search(r"error: .*tensorrt.*install", capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_an_output_that_is_there_is_kept_unless_told_otherwise(
+    built: BuildResult, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "bundle"
+    before = copy_bundle(built.output, output)
+    arguments = [*build_arguments(output), "--checkpoint", str(small)]
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert re.search(r"already holds a bundle; .*--overwrite", captured.err)
+    # Said at once, not after all the work.
+    assert captured.out == ""
+    assert tree(output) == before
+
+    assert main([*arguments, "--overwrite"]) == 0
+    assert open_bundle(output).manifest.model.mode == "none"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("precious", encoding="utf-8")
+    assert main(["--output", str(tmp_path / "home"), "--overwrite"]) == 2
+    assert "not empty and no bundle" in capsys.readouterr().err
+    assert bundle_files(tmp_path) == ["home/thesis.tex"]
+
+
+@pytest.mark.usefixtures("own_signals")
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Below a file nobody can write, whoever runs this.
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    assert main(["--output", str(tmp_path / "file" / "bundle")]) == 2
+    captured = capsys.readouterr()
+    assert re.search(r"error: .*file.*choose another --output", captured.err)
+    assert captured.out == ""
+    assert bundle_files(tmp_path) == ["file"]
+
+
+# --- builds that end in the middle ------------------------------------------------------------------------------------
+
+
+def start(output: Path, checkpoint: Path) -> subprocess.Popen[str]:
+    """A build far larger than the test is patient, stopped at a moment when files are written already."""
+    arguments = ("--output", output, "--overwrite", "--checkpoint", checkpoint, "--parity-steps", 3_000_000)
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("✓ export ONNX"):
+            return process
+    raise AssertionError(f"the build ended by itself: {process.communicate()[1]}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_build_that_is_stopped_leaves_the_old_bundle_and_no_half_of_a_new_one(
+    number: signal.Signals, built: BuildResult, small: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "bundle"
+    before = copy_bundle(built.output, output)
+    process = start(output, small)
+    staged = tmp_path / f".bundle.staged-{process.pid}"
+    assert "encoder.onnx" in bundle_files(staged)
+    process.send_signal(number)
+    process.communicate()
+
+    assert process.returncode != 0
+    assert tree(output) == before
+    ActionTokenizer.load(output).close()
+    left = {path.name for path in tmp_path.iterdir()}
+    if number == signal.SIGKILL:
+        assert left == {"bundle", staged.name}
+    else:
+        assert left == {"bundle"}
+
+    build(config(output, overwrite=True, checkpoint=small, parity_steps=1))
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle"}
+    assert open_bundle(output).manifest.model.mode == "none"
+
+
+def test_a_build_that_is_stopped_before_the_first_bundle_leaves_nothing(small: Path, tmp_path: Path) -> None:
+    process = start(tmp_path / "bundle", small)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_published_files_used_here_are_read_as_what_they_are(small: Path) -> None:
+    checkpoint = load_checkpoint(small)
+    assert checkpoint.config == OTHER
+    assert checkpoint.trained_with is Conditioning.NONE

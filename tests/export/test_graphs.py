@@ -1,0 +1,232 @@
+"""Graphs say nothing but the model: the same bytes anywhere, and the reference's answers on two runtimes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import google.protobuf.descriptor
+import google.protobuf.message
+import numpy as np
+import onnx
+import onnx.reference
+import onnxruntime
+import pytest
+import torch
+from hypothesis import given, settings
+
+from export.graphs import BATCH, IR_VERSION, OPSET
+from export.plan import DeployMode
+from rfsq_ref.autoencoder import ModelConfig
+from rfsq_ref.rounding import token_error_bounds
+from runtime.comparison import action_errors, compare_tokens
+from tests.bundles import Deployed, Recipe, deploy, export_graphs, random_actions, reference_decode
+from tests.export.plan_numpy import MODES, is_step_coupled, recipes
+
+ROOT = Path(__file__).parents[2]
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+HASHES = """
+import hashlib
+from export.plan import DeployMode
+from tests.bundles import Recipe, deploy, export_graphs
+for mode in DeployMode:
+    for file, content in export_graphs(deploy(Recipe(mode=mode))).items():
+        print(mode.value, file, hashlib.sha256(content).hexdigest())
+"""
+
+
+def start_hashing(folder: Path, hash_seed: str) -> subprocess.Popen[str]:
+    folder.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", HASHES], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_two_processes_in_two_folders_write_the_same_bytes(tmp_path: Path) -> None:
+    processes = [start_hashing(tmp_path / f"folder {seed}", seed) for seed in ("1", "4242")]
+    first, second = (process.communicate()[0].splitlines() for process in processes)
+
+    assert len(first) == 3 * len(MODES)
+    assert len({line.split()[-1] for line in first}) == len(first)
+    assert first == second
+
+
+def test_other_weights_give_other_bytes() -> None:
+    first, second = (export_graphs(deploy(Recipe(seed=seed))) for seed in (0, 1))
+    assert all(first[file] != second[file] for file in first)
+
+
+def fields(message: google.protobuf.message.Message) -> Iterator[tuple[str, object]]:
+    """Every field that is set, at any depth, by its name."""
+    for descriptor, value in message.ListFields():
+        values = value if isinstance(value, list) or hasattr(value, "add") or hasattr(value, "append") else [value]
+        for entry in values:
+            yield descriptor.name, entry
+            if isinstance(entry, google.protobuf.message.Message):
+                yield from fields(entry)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_graph_holds_nothing_that_is_not_the_model(mode: DeployMode) -> None:
+    for content in export_graphs(deploy(Recipe(mode=mode))).values():
+        model = onnx.load_model_from_string(content)
+        found = list(fields(model))
+        names = {name for name, _ in found}
+        assert {"node", "initializer", "op_type"} <= names
+        assert not names & {"doc_string", "metadata_props", "external_data", "data_location", "functions"}
+        texts = [value for _, value in found if isinstance(value, str)]
+        assert "Gemm" in texts
+        assert not [text for text in texts if "/" in text or "\\" in text or ".py" in text]
+        assert (model.producer_name, model.producer_version, model.model_version) == ("rfsq-deploy", "", 0)
+        assert str(ROOT).encode() not in content
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_opset_and_ir_are_those_that_every_supported_runtime_reads(mode: DeployMode) -> None:
+    for content in export_graphs(deploy(Recipe(mode=mode))).values():
+        model = onnx.load_model_from_string(content)
+        assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", OPSET)] == [("", 18)]
+        assert model.ir_version == IR_VERSION == 8
+        assert {node.domain for node in model.graph.node} == {""}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_the_batch_is_dynamic_and_it_is_named(mode: DeployMode) -> None:
+    config = ModelConfig(action_dim=3, latent_dim=4, hidden_width=8, num_layers=5, num_levels=5)
+    graphs = export_graphs(deploy(Recipe(mode=mode, config=config, chunk_length=6, prefixes=(2,))))
+    shapes = {
+        file: {
+            value.name: (value.type.tensor_type.elem_type, [dim.dim_param or dim.dim_value for dim in dims(value)])
+            for value in (*graph.input, *graph.output)
+        }
+        for file, graph in ((file, onnx.load_model_from_string(content).graph) for file, content in graphs.items())
+    }
+    number, integer = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
+    expected = {
+        file: {"actions": (number, [BATCH, 6, 3]), "tokens": (integer, [BATCH, 6, 4, prefix])}
+        | ({"stats": (number, [BATCH, 6, prefix, 2])} if mode is DeployMode.DYNAMIC else {})
+        for file, prefix in (("encoder.onnx", 5), ("decoder_l2.onnx", 2), ("decoder.onnx", 5))
+    }
+    assert shapes == expected
+
+
+def dims(value: onnx.ValueInfoProto) -> list[onnx.TensorShapeProto.Dimension]:
+    return list(value.type.tensor_type.shape.dim)
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+class OnnxRuntime:
+    def __init__(self, content: bytes) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+    def run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return self._session.run(None, feed)
+
+
+class ReferenceEvaluator:
+    def __init__(self, content: bytes) -> None:
+        self._evaluator = onnx.reference.ReferenceEvaluator(onnx.load_model_from_string(content))
+
+    def run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return self._evaluator.run(None, feed)
+
+
+RUNTIMES = [OnnxRuntime, ReferenceEvaluator]
+
+
+def check_encoder(deployed: Deployed, runtime: type, content: bytes, actions: np.ndarray) -> None:
+    recipe, inputs = deployed.recipe, torch.from_numpy(actions).double()
+    tokens, margins, bounds = token_error_bounds(deployed.reference, inputs)
+    found, *stats = runtime(content).run({"actions": actions})
+
+    assert found.dtype == np.int32
+    compared = compare_tokens(
+        tokens.numpy(), found, margins.numpy(), bounds.numpy(), is_step_coupled=is_step_coupled(recipe.mode)
+    )
+    assert compared.num_wrong == 0, compared.first_wrong
+    assert compared.num_near_ties <= 2 + found.size / 200
+    assert len(stats) == (recipe.mode is DeployMode.DYNAMIC)
+    if stats:
+        expected = deployed.reference.encode(inputs)[1].numpy()
+        np.testing.assert_allclose(stats[0][~compared.flipped], expected[~compared.flipped], rtol=0, atol=1e-5)
+
+
+def check_decoder(deployed: Deployed, runtime: type, content: bytes, prefix: int, batch: int) -> None:
+    recipe, random = deployed.recipe, np.random.default_rng(1)
+    steps = (batch, recipe.chunk_length)
+    tokens = random.integers(recipe.config.num_levels, size=(*steps, recipe.config.latent_dim, prefix), dtype=np.int32)
+    feed, stats = {"tokens": tokens}, None
+    if recipe.mode is DeployMode.DYNAMIC:
+        feed["stats"] = random.uniform((-0.5, 1e-5), (0.5, 0.5), (*steps, prefix, 2)).astype(np.float32)
+        stats = torch.from_numpy(feed["stats"])
+    (found,) = runtime(content).run(feed)
+
+    assert found.dtype == np.float32
+    expected = reference_decode(deployed.reference, torch.from_numpy(tokens), stats)
+    worst = action_errors(expected, found, deployed.reference.units.numpy())
+    assert worst.value <= 1e-5, worst
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@given(recipe=recipes())
+@settings(max_examples=25)
+def test_both_runtimes_give_the_references_answers(runtime: type, recipe: Recipe) -> None:
+    deployed = deploy(recipe)
+    graphs = export_graphs(deployed)
+    check_encoder(deployed, runtime, graphs["encoder.onnx"], random_actions(recipe, 40))
+    for prefix in deployed.prefixes:
+        file = "decoder.onnx" if prefix == recipe.config.num_layers else f"decoder_l{prefix}.onnx"
+        check_decoder(deployed, runtime, graphs[file], prefix, 40)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("batch", [1, 2, 257])
+def test_any_batch_is_taken(mode: DeployMode, batch: int, runtime: type) -> None:
+    recipe = Recipe(mode=mode)
+    deployed = deploy(recipe)
+    graphs = export_graphs(deployed)
+    check_encoder(deployed, runtime, graphs["encoder.onnx"], random_actions(recipe, batch))
+    check_decoder(deployed, runtime, graphs["decoder.onnx"], 3, batch)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("num_levels", [2, 4, 5, 6, 8])
+def test_a_latent_on_an_edge_goes_to_the_lower_level(mode: DeployMode, num_levels: int, runtime: type) -> None:
+    """Zero weights make every latent exactly zero, which is an edge where K is even; sigma is zero in `dynamic`."""
+    recipe = Recipe(mode=mode, config=ModelConfig(3, 4, 8, 3, num_levels))
+    deployed = deploy(recipe)
+    for parameter in deployed.exported.encoder.parameters():
+        parameter.zero_()
+    deployed.exported.quantizer.mean.zero_()
+    actions = random_actions(recipe, 3)
+    found = runtime(export_graphs(deployed)["encoder.onnx"]).run({"actions": actions})[0]
+
+    assert (found[..., 0] == (num_levels - 1) // 2).all()
+    np.testing.assert_array_equal(found, deployed.exported.encode(torch.from_numpy(actions).double())[0].numpy())
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("mode", MODES)
+def test_steps_of_a_chunk_do_not_touch_each_other(mode: DeployMode, runtime: type) -> None:
+    """A token that changes in one step changes that step's action alone."""
+    recipe = Recipe(mode=mode, chunk_length=5)
+    deployed = deploy(recipe)
+    session = runtime(export_graphs(deployed)["decoder.onnx"])
+    feed = {"tokens": np.full((2, 5, 4, 3), 2, np.int32)}
+    if mode is DeployMode.DYNAMIC:
+        feed["stats"] = np.full((2, 5, 3, 2), 0.25, np.float32)
+    (before,) = session.run(feed)
+    feed["tokens"] = feed["tokens"].copy()
+    feed["tokens"][1, 3, 0, 0] = 4
+    (after,) = session.run(feed)
+    assert np.argwhere((before != after).any(-1)).tolist() == [[1, 3]]
