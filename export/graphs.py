@@ -143,7 +143,6 @@ def _dynamic_layers(
     epsilon = build.scalar("epsilon", quantizer.epsilon)
     scale, shift = build.scalar("half_range", half_range), build.scalar("half_range.less_half", half_range - 0.5)
     bounds = build.scalar("lowest", 0), build.scalar("highest", plan.num_levels - 1)
-    step, one = build.scalar("level_step", 1 / half_range), build.scalar("one", 1.0)
     residual, levels, stats = columns, [], []
     for layer in range(plan.num_layers):
         name = f"L{layer}"
@@ -159,6 +158,7 @@ def _dynamic_layers(
         if plan.has_stats:
             stats.append(build.apply("Concat", [mean, sigma], f"{name}.stats", axis=-1))
         if layer + 1 < plan.num_layers:
+            step, one = build.scalar("level_step", 1 / half_range), build.scalar("one", 1.0)
             grid = build.apply("Sub", [build.apply("Mul", [levels[-1], step], f"{name}.steps"), one], f"{name}.grid")
             # r - (grid sigma + mean), without the mean that the deviation has already lost.
             taken = build.apply("Mul", [grid, sigma], f"{name}.taken")

@@ -147,7 +147,7 @@ def action_limit(plan: EncoderPlan) -> float:
     """The largest |action| for which no float32 sum in the encoder can overflow, whatever the signs: physical units.
 
     Above it an infinity less an infinity would be NaN, and a NaN has no token. Half of float32's range is kept back
-    for the roundings.
+    for the roundings. ValueError where nothing is left of it.
     """
     first, second = (
         (np.abs(layer.weight.astype(np.float64)), np.abs(layer.bias.astype(np.float64)))
@@ -156,8 +156,13 @@ def action_limit(plan: EncoderPlan) -> float:
     # |Mish(x)| <= max(|x|, 0.31), so both layers together are bounded by slope * |action| + rest.
     slopes = np.concatenate((first[0].sum(1), second[0] @ first[0].sum(1)))
     rests = np.concatenate((first[1], second[0] @ (first[1] + 0.31) + second[1]))
-    limit = (np.finfo(np.float32).max / 2 - rests) / np.maximum(slopes, 1)
-    return float(10.0 ** np.floor(np.log10(limit.min())))
+    limit = float(((np.finfo(np.float32).max / 2 - rests) / np.maximum(slopes, 1)).min())
+    if not limit > 0:
+        raise ValueError(
+            f"the encoder's biases overflow float32 whatever the action: sums reach {rests.max():.3g}; the training "
+            "diverged, or the normaliser is not the one of this checkpoint"
+        )
+    return float(10.0 ** np.floor(np.log10(limit)))
 
 
 def token_map(model: ActionAutoencoder, prefix: int) -> tuple[Float64Array, Float64Array]:
@@ -216,6 +221,13 @@ def _linear(layer: nn.Module) -> tuple[Float64Array, Float64Array]:
 
 
 def _affine(weight: Float64Array, bias: Float64Array) -> Affine:
+    """ValueError for numbers beyond float32."""
+    largest = max(float(np.abs(weight).max()), float(np.abs(bias).max()))
+    if not largest <= float(np.finfo(np.float32).max):
+        raise ValueError(
+            f"a layer has numbers up to {largest:.3g} once the normaliser is folded in, too large for float32; the "
+            "normaliser's scale or offset is not the one of this checkpoint"
+        )
     return Affine(np.ascontiguousarray(weight, np.float32), np.ascontiguousarray(bias, np.float32))
 
 

@@ -86,6 +86,13 @@ def test_a_missing_and_an_extra_tensor_are_noticed(graphs: Graphs) -> None:
         assert problem.startswith("encoder.onnx has the tensors ")
 
 
+def test_an_output_in_an_inputs_place_is_noticed(graphs: Graphs) -> None:
+    entry = graphs.entries["decoder.onnx"]
+    moved = replace(entry, inputs=(*entry.inputs, *entry.outputs), outputs=())
+    (problem,) = check_graph(moved, graphs.contents["decoder.onnx"])
+    assert problem.startswith("decoder.onnx has the tensors ")
+
+
 @pytest.mark.parametrize("kind", [TensorProto.DOUBLE, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.UINT8])
 @pytest.mark.parametrize("file", FILES)
 def test_a_number_type_that_no_bundle_has_is_noticed(calibrated_graphs: Graphs, file: str, kind: int) -> None:

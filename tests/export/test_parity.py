@@ -137,6 +137,13 @@ def test_another_float32_implementation_passes_too(either: Case) -> None:
     assert failures(either.judge(either.numpy_backend())) == []
 
 
+def test_torchs_own_float32_has_near_ties_and_nothing_else(either: Case) -> None:
+    for answers in either.answers:
+        assert answers.float32.num_wrong == 0, answers.float32.first_wrong
+        assert answers.golden.near_tie_cap == 2 * answers.float32.num_near_ties
+    assert sum(answers.float32.num_near_ties for answers in either.answers) > 0
+
+
 def test_near_ties_are_shown_per_layer_beside_torchs(case: Case) -> None:
     (detail,) = (entry.detail for entry in case.judge(case.backend()) if entry.gate == NEAR_TIES)
     found, of_torch = (list(map(int, part.split(": ")[-1].split())) for part in detail.split("; "))
@@ -271,6 +278,18 @@ def spoil_one(value: float) -> Callable[..., None]:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_an_action_that_is_no_number_is_noticed(either: Case, value: float) -> None:
     assert either.red(Wrapped(either.backend(), decode=spoil_one(value))) == {COARSE, FULL}
+
+
+@pytest.mark.parametrize("call", [0, 3, 9])
+def test_one_bad_answer_among_many_is_noticed(case: Case, call: int) -> None:
+    """The worst counts, not the last."""
+    calls = iter(range(1000))
+
+    def spoil(_tokens: np.ndarray, _stats: None, actions: np.ndarray) -> None:
+        if next(calls) == call:
+            actions[0, 0, 0] += 3e-5
+
+    assert len(case.red(Wrapped(case.backend(), decode=spoil))) == 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -37,7 +37,7 @@ def test_encoding_gives_the_references_tokens(recipe: Recipe) -> None:
     found, stats = encode(encoder_plan(deployed), actions)
 
     compared = compare_tokens(
-        tokens.numpy(), found, margins.numpy(), bounds.numpy(), is_step_coupled=is_step_coupled(recipe.mode)
+        tokens.numpy(), found, margins.numpy(), bounds.numpy(), num_levels=recipe.config.num_levels, is_step_coupled=is_step_coupled(recipe.mode)
     )
     assert compared.num_wrong == 0, compared.first_wrong
     # Or the bounds would excuse everything.
@@ -204,6 +204,25 @@ def test_the_limit_is_within_a_power_of_ten_of_what_is_safe(recipe: Recipe, firs
     sums = np.concatenate((reach, np.abs(plan.second.weight.astype(np.float64)) @ reach))
     assert limit == 1e38 or sums.max() > FLOAT32.max / 4
     assert limit >= 1e25
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_biases_that_leave_no_room_for_any_action_are_refused(layer: int) -> None:
+    model = deploy(Recipe()).reference
+    model.encoder[layer].bias.fill_(3e38)
+    with pytest.raises(ValueError, match=r"biases overflow float32 whatever the action: sums reach \d\S*e\+38"):
+        action_limit(plan_encoder(model, DeployMode.CALIBRATED, 2))
+
+
+def test_numbers_that_are_too_large_for_float32_once_folded_are_refused() -> None:
+    model, expected = deploy(Recipe(has_normaliser=False)).reference, "once the normaliser is folded in, too large for"
+    model.units.fill_(1e-40)
+    with pytest.raises(ValueError, match=expected):
+        plan_encoder(model, DeployMode.CALIBRATED, 2)
+    plan_decoder(model, DeployMode.CALIBRATED, 2, 2)
+    model.units.fill_(1e40)
+    with pytest.raises(ValueError, match=expected):
+        plan_decoder(model, DeployMode.CALIBRATED, 2, 2)
 
 
 def test_the_embedded_models_limit_is_far_beyond_any_robot(calibrated) -> None:
