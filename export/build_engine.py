@@ -16,9 +16,10 @@ if not __package__:
 import argparse
 import contextlib
 import importlib.metadata
+import io
 import platform
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NoReturn
 
@@ -38,7 +39,6 @@ from export.reference import Reference
 from export.sources import choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
 from export.trt_builder import EngineBuildError, EngineRequest, Profile, build_engine, check_engine, inspect_engine
 from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
-from rfsq_ref.errors import CheckpointError, DataError, NotDecodableError
 from rfsq_ref.quantizer import Conditioning
 from runtime.backends import create_backend
 from runtime.bundle import open_bundle
@@ -50,6 +50,11 @@ from runtime.trt_api import TENSORRT_BACKENDS, available_tensorrt
 #: Packages whose version can change what is built.
 _TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "polygraphy")
 _ALWAYS = "onnxruntime"
+
+
+#: What a person gave or the machine lacks, each with a message that says so. ValueError is the base of the errors of
+#: checkpoints, data and calibration.
+_UNUSABLE = (EngineBuildError, ExportError, TokenizerError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -339,29 +344,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse_arguments(arguments)
     # For matrices this small more threads are slower.
     torch.set_num_threads(1)
-    # A build that is told to end cleans up after itself as one that fails does.
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        build(config)
-    except GateError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (
-        CheckpointError,
-        DataError,
-        NotDecodableError,
-        ExportError,
-        EngineBuildError,
-        TokenizerError,
-        ValueError,
-    ) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that cannot show a ✓ is no reason to fail.
+        sys.stdout.reconfigure(errors="replace")
+    with _clean_ends():
+        try:
+            build(config)
+        except GateError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        except _UNUSABLE as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     return 0
 
 
-def _terminate(number: int, _frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
+@contextlib.contextmanager
+def _clean_ends() -> Iterator[None]:
+    """A build that is told to end, by a person or by the system, cleans up after itself as one that fails does."""
+
+    def end(number: int, _frame: object) -> NoReturn:
+        print(f"ended by {signal.Signals(number).name}", file=sys.stderr)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import errno
+import fcntl
 import hashlib
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from export.errors import ExportError
-from runtime.bundle import check_file_name
+from runtime.bundle import check_file_name, check_manifest, unlisted_files
 from runtime.errors import BundleError
 from runtime.golden import Golden, read_golden, write_golden
 from runtime.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, manifest_text, parse_manifest
 
-# Hidden, beside the output, named after the process: a later build can tell what a dead one left behind.
-_STAGED, _REPLACED = "staged", "replaced"
+# A build works in a hidden folder beside the output, whose lock it holds: a later build can tell what a dead one left.
+_STAGED = "staged"
+# In there: the bundle in the making, and the one that it replaces, set aside for a moment.
+_NEW, _OLD = "new", "old"
 
 
 class StagedBundle:
@@ -57,13 +61,13 @@ class StagedBundle:
     def seal(self, manifest: Manifest) -> Manifest:
         """Write the manifest, its `files` filled in from what was written; again, to replace it.
 
-        Returns the manifest as written. Raises ExportError where the runtime would not read it, or not the golden
-        vectors with it.
+        Returns the manifest as written. Raises ExportError where the runtime would refuse it, or the golden vectors
+        with it.
         """
         sealed = replace(manifest, files=dict(self._files))
         try:
             text = manifest_text(sealed)
-            parse_manifest(text)
+            check_manifest(parse_manifest(text))
             if self._golden is not None:
                 read_golden(self._golden, sealed.model)
         except (ValueError, TypeError, BundleError) as error:
@@ -77,96 +81,138 @@ class StagedBundle:
 def stage_bundle(output: str | Path, *, overwrite: bool = False) -> Iterator[StagedBundle]:
     """A bundle that appears at `output` when the block ends, sealed and without an exception; else nothing does.
 
-    overwrite: whether a bundle that is there is replaced; never anything but a bundle or an empty folder.
-    Raises ExportError where `output` is taken or cannot be written, and where the block ends unsealed.
+    overwrite: whether a bundle that is there is replaced; never anything but a bundle or an empty folder, and no bundle
+    with files that its manifest does not list. Raises ExportError where `output` is taken or cannot be written, and
+    where the block ends unsealed.
     """
     output = Path(os.path.abspath(output))  # noqa: PTH100 - keeps a link a link; only `..` is taken out
-    staged_folder = _sibling(output, _STAGED)
-    try:
-        _check_output(output, overwrite)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(output)
-        staged_folder.mkdir()
-    except OSError as error:
-        raise ExportError(f"{output.parent} cannot be written: {error.strerror}; choose another --output") from error
-    try:
-        staged = StagedBundle(staged_folder)
+    if not output.name:
+        raise ExportError(f"{output} is no place for a bundle; choose a folder in it as --output")
+    with contextlib.ExitStack() as stack:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(output.parent):
+                # First, because it may put back the bundle that is to be checked.
+                _remove_stale(output)
+                _check_output(output, overwrite)
+                workshop = Path(tempfile.mkdtemp(prefix=f".{output.name}.{_STAGED}-", dir=output.parent))
+                # After publishing, the bundle has left; before, it is not to be seen by anyone.
+                stack.callback(shutil.rmtree, workshop, ignore_errors=True)
+                stack.enter_context(_locked(workshop))
+            # A folder of its own, with the usual permissions: those of a temporary folder are for its owner alone.
+            (workshop / _NEW).mkdir()
+        except OSError as error:
+            raise ExportError(
+                f"{output.parent} cannot be written: {error.strerror}; choose another --output"
+            ) from error
+        staged = StagedBundle(workshop / _NEW)
         yield staged
         if not staged.is_sealed:
             raise ExportError(f"the bundle for {output} was not sealed, so it was not written")
-        # Checked again: a build takes a while, and another one may have finished first.
-        _check_output(output, overwrite)
-        _publish(staged_folder, output)
-    finally:
-        # After publishing there is nothing at this name; before, the bundle is not to be seen by anyone.
-        shutil.rmtree(staged_folder, ignore_errors=True)
+        with _locked(output.parent):
+            # Checked again: a build takes a while, and another one may have finished first.
+            _check_output(output, overwrite)
+            _publish(workshop, output)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise ExportError(f"{output} is not a folder; choose another --output, or remove it")
+    if output.is_symlink():
+        raise ExportError(f"{output} is a link; give the folder that it leads to as --output, or remove the link")
     if not output.exists():
         return
+    if not output.is_dir():
+        raise ExportError(f"{output} is not a folder; choose another --output, or remove it")
     if not os.access(output, os.R_OK | os.X_OK):
         raise ExportError(f"{output} cannot be read; choose another --output, or change its permissions")
     if not any(output.iterdir()):
         return
-    if not (output / MANIFEST_NAME).is_file():
-        raise ExportError(f"{output} is not empty and no bundle (it has no {MANIFEST_NAME}); choose another --output")
+    listed = _files_of_bundle(output)
+    if listed is None:
+        raise ExportError(
+            f"{output} is not empty and no bundle (it has no {MANIFEST_NAME} of one); choose another --output"
+        )
     if not overwrite:
         raise ExportError(f"{output} already holds a bundle; choose another --output, or replace it with --overwrite")
+    unlisted = unlisted_files(output, listed)
+    if unlisted:
+        raise ExportError(
+            f"{output} holds files that its {MANIFEST_NAME} does not list: {', '.join(unlisted)}; move them elsewhere, "
+            "or choose another --output"
+        )
 
 
-def _publish(staged: Path, output: Path) -> None:
+def _files_of_bundle(folder: Path) -> Collection[str] | None:
+    """What the manifest lists, of any schema version and however damaged the rest; None where it is not one of ours."""
+    try:
+        content = json.loads((folder / MANIFEST_NAME).read_bytes()) if (folder / MANIFEST_NAME).is_file() else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or not {"schema_version", "manifest_sha256"} <= content.keys():
+        return None
+    files = content.get("files")
+    return files.keys() if isinstance(files, dict) else ()
+
+
+def _publish(workshop: Path, output: Path) -> None:
     """Rename onto `output`. A bundle that was there is set aside first, and put back where the rename fails."""
-    for folder, _, _ in os.walk(staged):
+    new, old = workshop / _NEW, workshop / _OLD
+    for folder, _, _ in os.walk(new):
         _sync_folder(Path(folder))
-    replaced = _sibling(output, _REPLACED)
     try:
         if output.exists() and any(output.iterdir()):
-            output.rename(replaced)
+            output.rename(old)
         try:
             # Onto nothing or an empty folder, which rename replaces.
-            staged.rename(output)
+            new.rename(output)
         except BaseException:
-            if replaced.exists():
-                replaced.rename(output)
+            if old.exists():
+                old.rename(output)
             raise
     except OSError as error:
         raise ExportError(f"{output} cannot be written: {error.strerror}; choose another --output") from error
     _sync_folder(output.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _remove_stale(output: Path) -> None:
-    """Clear up after builds of the same output whose process is gone.
+    """Clear up after builds of the same output that were killed.
 
     A bundle that such a build had set aside, without putting the new one in place, is put back.
     """
-    pattern = re.compile(rf"\.{re.escape(output.name)}\.({_STAGED}|{_REPLACED})-(\d+)")
+    # mkdtemp adds eight characters.
+    pattern = re.compile(rf"\.{re.escape(output.name)}\.{_STAGED}-[a-z0-9_]{{8}}")
     for path in output.parent.iterdir():
-        match = pattern.fullmatch(path.name)
-        if match is None or _is_alive(int(match[2])):
+        if not pattern.fullmatch(path.name) or not _is_stale(path):
             continue
-        if match[1] == _REPLACED and not output.exists():
-            path.rename(output)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
+        if (path / _OLD).is_dir() and not output.exists():
+            (path / _OLD).rename(output)
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _sibling(output: Path, purpose: str) -> Path:
-    return output.with_name(f".{output.name}.{purpose}-{os.getpid()}")
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait for the folder's lock and hold it. The system frees it with the process, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        # A file system without locks grants it to all, and nothing there is ever taken for stale.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
-def _is_alive(pid: int) -> bool:
-    # Left behind under our own number: by the same process in an earlier life of its container.
-    if pid == os.getpid():
+def _is_stale(folder: Path) -> bool:
+    """Whether nobody holds its lock: unlike a process number, it means the same in every container."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
         return False
     try:
-        os.kill(pid, 0)
-    except OSError as error:
-        # Not permitted to signal it: it exists and is someone else's.
-        return error.errno == errno.EPERM
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
     return True
 
 

@@ -99,7 +99,12 @@ def _feed(entry: GraphEntry, golden: Golden) -> dict[str, npt.NDArray[Any]]:
 def _disagreement(entry: GraphEntry, golden: Golden, model: ModelEntry, outputs: _Arrays) -> str:
     if entry.role == "encoder":
         compared = compare_tokens(
-            golden.tokens, outputs["tokens"], golden.margins, golden.bounds, num_levels=model.num_levels, is_step_coupled=model.is_step_coupled
+            golden.tokens,
+            outputs["tokens"],
+            golden.margins,
+            golden.bounds,
+            num_levels=model.num_levels,
+            is_step_coupled=model.is_step_coupled,
         )
         if compared.num_wrong:
             return f"{compared.num_wrong} wrong tokens, first {compared.first_wrong}"

@@ -69,8 +69,8 @@ def edge_steps(
         corners = np.array(np.meshgrid(*[[-1.0, 1.0]] * action_dim)).reshape(action_dim, -1).T
     signs = random.choice([-1.0, 1.0], (16, action_dim))
     tiny, least = np.finfo(np.float32).tiny, np.finfo(np.float32).smallest_subnormal
-    huge = [signs[:4] * size for size in (1e3, 1e6, 1e12, limit)]
-    lone = np.concatenate([np.eye(action_dim) * size for size in (-limit, -1e4, 1e4, limit)])
+    huge = [signs[:4] * min(size, limit) for size in (1e3, 1e6, 1e12, limit)]
+    lone = np.concatenate([np.eye(action_dim) * size for size in (-limit, -min(1e4, limit), min(1e4, limit), limit)])
     return np.concatenate(
         [
             np.zeros((1, action_dim)),

@@ -48,13 +48,15 @@ class ConditioningConstants:
 class LayerStep:
     """What one layer does to the residual; every tensor [..., D] unless said otherwise.
 
-    residual: what the layer is given; conditioned: the residual on the grid's scale; tokens: int64 levels;
-    dequantised: what the layer takes off the residual; stats: [..., 2] mean and sigma (`dynamic` only).
+    residual: what the layer is given; conditioned: the residual on the grid's scale; tokens: int64 levels that the
+    layer decides for; grid_values and dequantised: what it takes off the residual, on the grid's scale and on the
+    residual's; stats: [..., 2] mean and sigma (`dynamic` only).
     """
 
     residual: Tensor
     conditioned: Tensor
     tokens: Tensor
+    grid_values: Tensor
     dequantised: Tensor
     stats: Tensor | None
 
@@ -114,8 +116,12 @@ class ResidualQuantizer(nn.Module):
         """The K - 1 values halfway between neighbouring levels."""
         return (self.half_steps[:-1] + 1) / (self.num_levels - 1)
 
-    def layers(self, latents: Tensor) -> Iterator[LayerStep]:
-        """Run the layers one by one over latents [..., D]."""
+    def layers(self, latents: Tensor, follow: Tensor | None = None) -> Iterator[LayerStep]:
+        """Run the layers one by one over latents [..., D].
+
+        follow: tokens [..., D, L] of another implementation, taken off in place of this one's own decisions: each
+        layer then decides on the residual that the other implementation saw, up to rounding.
+        """
         residual = latents
         for layer in range(self.num_layers):
             stats = None
@@ -128,8 +134,9 @@ class ResidualQuantizer(nn.Module):
             conditioned = (residual - mean) / scale
             # `right=False` puts a value that lies on an edge into the lower bin: ties go to the lower index.
             tokens = torch.bucketize(conditioned.contiguous(), self.edges, right=False)
-            dequantised = self.grid[tokens] * scale + mean
-            yield LayerStep(residual, conditioned, tokens, dequantised, stats)
+            grid_values = self.grid[tokens if follow is None else follow[..., layer]]
+            dequantised = grid_values * scale + mean
+            yield LayerStep(residual, conditioned, tokens, grid_values, dequantised, stats)
             residual = residual - dequantised
 
     def quantize(self, latents: Tensor) -> Quantized:

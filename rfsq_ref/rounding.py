@@ -101,20 +101,25 @@ def latent_error_bound(model: ActionAutoencoder, actions: Tensor) -> tuple[Tenso
     return torch.cat(latents).reshape(shape), torch.cat(bounds).reshape(shape)
 
 
-def token_error_bounds(model: ActionAutoencoder, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def token_error_bounds(
+    model: ActionAutoencoder, actions: Tensor, follow: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Reference tokens, decision margins and float32 error bounds, each [..., D, L], for actions [..., A].
 
     model and actions are float64 (ValueError otherwise). Margins and bounds are in bin widths of their layer: a
-    float32 token may differ from the reference only where margin <= bound, or behind such a difference. A bound is
-    infinite where float32 may overflow or where the error is too large for a first-order analysis.
+    float32 token may differ from the reference only where margin <= bound, or behind such a difference. follow: tokens
+    int64 [..., D, L] of a float32 implementation that take the place of the reference's own before each decision; then
+    no difference is behind another. A bound is infinite where float32 may overflow or where the error is too large for
+    a first-order analysis.
     """
     _require_float64(model, actions)
     layers = _dynamic_layers if model.conditioning is Conditioning.DYNAMIC else _affine_layers
     blocks = []
     with torch.no_grad():
-        for block in _blocks(actions):
+        for block, followed in zip(_blocks(actions), _followed_blocks(actions, follow), strict=True):
             noise = _latent_noise(model, block)
-            tokens, margins, bounds = (torch.stack(parts, -1) for parts in zip(*layers(model, noise), strict=True))
+            parts = zip(*layers(model, noise, followed), strict=True)
+            tokens, margins, bounds = (torch.stack(part, -1) for part in parts)
             blocks.append((tokens, margins, torch.where(noise.overflow[..., None], torch.inf, bounds)))
     shape = (*actions.shape[:-1], model.config.latent_dim, model.config.num_layers)
     tokens, margins, bounds = (torch.cat(parts).reshape(shape) for parts in zip(*blocks, strict=True))
@@ -131,6 +136,13 @@ def _require_float64(model: ActionAutoencoder, actions: Tensor) -> None:
 def _blocks(actions: Tensor) -> tuple[Tensor, ...]:
     flat = actions.reshape(-1, actions.shape[-1])
     return flat.chunk(-(-len(flat) // _BLOCK) or 1)
+
+
+def _followed_blocks(actions: Tensor, follow: Tensor | None) -> tuple[Tensor | None, ...]:
+    blocks = _blocks(actions)
+    if follow is None:
+        return (None,) * len(blocks)
+    return torch.split(follow.reshape(-1, *follow.shape[-2:]), [len(block) for block in blocks])
 
 
 def _latent_noise(model: ActionAutoencoder, actions: Tensor) -> _Noise:
@@ -176,17 +188,18 @@ def _latent_noise(model: ActionAutoencoder, actions: Tensor) -> _Noise:
     )
 
 
-def _affine_layers(model: ActionAutoencoder, noise: _Noise) -> Iterator[_Layer]:
+def _affine_layers(model: ActionAutoencoder, noise: _Noise, follow: Tensor | None) -> Iterator[_Layer]:
     """Tokens, margins and bounds of layers with constant mean and scale: the latents stay apart."""
     quantizer = model.quantizer
     variance = noise.variance()
-    for step, mean, scale in zip(quantizer.layers(noise.latents), quantizer.mean, quantizer.scale, strict=True):
+    steps = quantizer.layers(noise.latents, follow)
+    for step, mean, scale in zip(steps, quantizer.mean, quantizer.scale, strict=True):
         # The graph counts from a level; between two levels, for an even number of them, the mean is half a bin off.
         half_bin = scale / (quantizer.num_levels - 1)
         taken_off = (mean.abs() + half_bin) ** 2 + ((step.residual - mean).abs() + half_bin) ** 2
         bound = _bin_bound(quantizer, step.conditioned, (variance + taken_off) / scale**2)
         yield step.tokens, quantizer.decision_margins(step.conditioned), bound
-        level = quantizer.grid[step.tokens].abs() * scale + half_bin
+        level = step.grid_values.abs() * scale + half_bin
         variance = (
             variance
             + taken_off
@@ -197,7 +210,7 @@ def _affine_layers(model: ActionAutoencoder, noise: _Noise) -> Iterator[_Layer]:
         )
 
 
-def _dynamic_layers(model: ActionAutoencoder, noise: _Noise) -> Iterator[_Layer]:
+def _dynamic_layers(model: ActionAutoencoder, noise: _Noise, follow: Tensor | None) -> Iterator[_Layer]:
     """The same for layers normalised by their own step, whose latents share their errors: covariances [N, D, D].
 
     With P the projection that takes off the mean and v = (r - mu) / (raw (D - 1)), where sigma = raw + epsilon, an
@@ -207,7 +220,7 @@ def _dynamic_layers(model: ActionAutoencoder, noise: _Noise) -> Iterator[_Layer]
     quantizer = model.quantizer
     latent_dim = quantizer.latent_dim
     covariance = noise.covariance()
-    for step in quantizer.layers(noise.latents):
+    for step in quantizer.layers(noise.latents, follow):
         assert step.stats is not None
         mean, scale = step.stats[..., :1], step.stats[..., 1:]
         deviation = step.residual - mean
@@ -231,7 +244,7 @@ def _dynamic_layers(model: ActionAutoencoder, noise: _Noise) -> Iterator[_Layer]
         bound = torch.where(share < 0.5, bound / (1 - share), torch.inf)
         yield step.tokens, quantizer.decision_margins(step.conditioned), bound
 
-        level = quantizer.grid[step.tokens]
+        level = step.grid_values
         mixed = level[..., :, None] * shared[..., None, :]
         common = (sigma_variance + sigma_rounding)[..., None] * level[..., :, None] * level[..., None, :]
         rounding = (

@@ -30,9 +30,9 @@ class WrongToken:
 class TokenComparison:
     """How tokens [..., D, L] differ from the reference's. Sums with `+`, along the first axis.
 
-    wrong: differs without a near-tie to explain it; near_ties: flipped where margin <= bound; behind: differs behind
-    an earlier difference, to be judged by the decoded action alone. Each int64 [L]. flipped: bool [...], the steps
-    with a near-tie flip. first_wrong: the first wrong token in memory order.
+    wrong: differs without a near-tie to explain it; near_ties: rounding can carry the value into the found bin;
+    behind: differs behind an earlier difference, to be judged by the decoded action alone. Each int64 [L]. flipped:
+    bool [...], the steps with a near-tie flip. first_wrong: the first wrong token in memory order.
     """
 
     wrong: npt.NDArray[np.int64]
@@ -77,26 +77,66 @@ def compare_tokens(
     margins: npt.NDArray[np.floating[Any]],
     bounds: npt.NDArray[np.floating[Any]],
     *,
+    num_levels: int,
     is_step_coupled: bool,
 ) -> TokenComparison:
     """Sort every difference into wrong, near-tie and behind; all arrays [..., D, L] with at least one leading axis.
 
     margins: the reference's distance to the nearest bin edge; bounds: how far float32 can move the value; both in bin
     widths. is_step_coupled: whether a flip moves the later layers of all latents of its step, not of its own alone.
-    Raises ValueError when the shapes differ.
+    What is no level at all is wrong wherever it stands. Raises ValueError when the shapes differ.
     """
-    shapes = {array.shape for array in (expected, found, margins, bounds)}
-    if len(shapes) != 1 or expected.ndim < 3:
-        raise ValueError(f"tokens, margins and bounds have shapes {sorted(shapes)}; expected one shape [..., D, L]")
+    _check_shapes(expected, found, margins, bounds)
     differs = expected != found
-    first = differs & ~_differs_before(differs, is_step_coupled)
-    # Written so that a margin or bound that is not a number excuses nothing.
-    near_ties = first & (margins <= bounds)
+    behind = differs & _differs_before(differs, is_step_coupled) & _is_level(found, num_levels)
+    return _sorted(expected, found, margins, bounds, behind, num_levels)
+
+
+def compare_followed(
+    decisions: npt.NDArray[np.integer[Any]],
+    found: npt.NDArray[np.integer[Any]],
+    margins: npt.NDArray[np.floating[Any]],
+    bounds: npt.NDArray[np.floating[Any]],
+    *,
+    num_levels: int,
+) -> TokenComparison:
+    """The same where the reference took `found` in every layer before it decided: then nothing is behind anything.
+
+    decisions: what the reference decides in each layer after the found tokens of the layers before; margins and
+    bounds belong to these decisions.
+    """
+    _check_shapes(decisions, found, margins, bounds)
+    return _sorted(decisions, found, margins, bounds, np.zeros(found.shape, np.bool_), num_levels)
+
+
+def _check_shapes(*arrays: npt.NDArray[Any]) -> None:
+    shapes = {array.shape for array in arrays}
+    if len(shapes) != 1 or arrays[0].ndim < 3:
+        raise ValueError(f"tokens, margins and bounds have shapes {sorted(shapes)}; expected one shape [..., D, L]")
+
+
+def _is_level(tokens: npt.NDArray[np.integer[Any]], num_levels: int) -> npt.NDArray[np.bool_]:
+    return (tokens >= 0) & (tokens < num_levels)
+
+
+def _sorted(
+    expected: npt.NDArray[np.integer[Any]],
+    found: npt.NDArray[np.integer[Any]],
+    margins: npt.NDArray[np.floating[Any]],
+    bounds: npt.NDArray[np.floating[Any]],
+    behind: npt.NDArray[np.bool_],
+    num_levels: int,
+) -> TokenComparison:
+    first = (expected != found) & ~behind
+    # A level farther off than the neighbour takes a move over whole bins besides. Written so that a margin or bound
+    # that is not a number excuses nothing.
+    bins_between = np.abs(found.astype(np.int64) - expected) - 1
+    near_ties = first & _is_level(found, num_levels) & (margins + bins_between <= bounds)
     wrong = first & ~near_ties
     return TokenComparison(
         wrong=_per_layer(wrong),
         near_ties=_per_layer(near_ties),
-        behind=_per_layer(differs & ~first),
+        behind=_per_layer(behind),
         flipped=near_ties.any(axis=(-2, -1)),
         first_wrong=_first_wrong(wrong, expected, found, margins, bounds),
     )

@@ -1,54 +1,13 @@
-"""The embedded checkpoints, read and fitted once for all tests of this room."""
-
-import signal
-from collections.abc import Iterator
-from dataclasses import replace
+"""The embedded robust checkpoint, calibrated once for all tests of this room."""
 
 import pytest
-import torch
-from hypothesis import settings
 
 from calibration.constants import CalibrationConfig
 from calibration.fit import calibrate
-from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
-from rfsq_ref.data import ActionDataset, EpisodeSplit, load_demonstrations, split_episodes
-
-# Small matrices: more threads only wait for each other, and for whatever else runs.
-torch.set_num_threads(1)
-# No test judges time.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
-
-
-@pytest.fixture(scope="session")
-def demonstrations() -> ActionDataset:
-    return load_demonstrations()
-
-
-@pytest.fixture(scope="session")
-def split(demonstrations: ActionDataset) -> EpisodeSplit:
-    return split_episodes(demonstrations)
-
-
-@pytest.fixture(scope="session")
-def robust() -> Checkpoint:
-    """As embedded: without constants, whether or not the file should ever bring some."""
-    return replace(load_checkpoint(ROBUST_CHECKPOINT), constants=None, recovered={})
-
-
-@pytest.fixture(scope="session")
-def naive() -> Checkpoint:
-    return load_checkpoint(NAIVE_CHECKPOINT)
+from rfsq_ref.checkpoints import Checkpoint
+from rfsq_ref.data import ActionDataset
 
 
 @pytest.fixture(scope="session")
 def calibrated(robust: Checkpoint, demonstrations: ActionDataset) -> Checkpoint:
     return calibrate(robust, demonstrations, CalibrationConfig())
-
-
-@pytest.fixture
-def own_signals() -> Iterator[None]:
-    """For tests that call `main` in this process: it takes SIGTERM over."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)

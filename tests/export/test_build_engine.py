@@ -294,7 +294,6 @@ def test_the_default_arguments_are_those_of_make_engine() -> None:
     assert (defaults.conditioning, defaults.prefixes, defaults.backends) == (None, None, None)
 
 
-@pytest.mark.usefixtures("own_signals")
 def test_a_person_sees_a_line_per_step_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--output", str(tmp_path / "b"), "--backends", "onnxruntime", "--parity-steps", "500"]) == 0
     output = capsys.readouterr().out
@@ -511,7 +510,6 @@ def test_an_engine_that_is_not_what_was_asked_for_ends_the_build(
 
 
 @needs_rtx
-@pytest.mark.usefixtures("own_signals")
 def test_a_gpu_that_tensorrt_does_not_know_is_refused(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -549,7 +547,7 @@ def build_arguments(output: Path) -> list[str]:
     return ["--output", str(output), "--backends", "onnxruntime", "--parity-steps", str(STEPS)]
 
 
-@pytest.mark.usefixtures("perturbed", "own_signals")
+@pytest.mark.usefixtures("perturbed")
 def test_red_gates_are_all_shown_and_leave_no_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -569,7 +567,7 @@ def test_red_gates_are_all_shown_and_leave_no_bundle(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("perturbed", "own_signals")
+@pytest.mark.usefixtures("perturbed")
 def test_a_graph_that_leaves_the_reference_is_found_before_any_gate(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -743,7 +741,6 @@ def exit_status(arguments: list[str]) -> int:
         return int(error.code or 0)
 
 
-@pytest.mark.usefixtures("own_signals")
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_is_refused_with_a_message_and_leaves_nothing(
     case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -773,7 +770,6 @@ def test_the_malicious_file_would_have_run_code(tmp_path: Path) -> None:
     assert (tmp_path / "code ran").exists()
 
 
-@pytest.mark.usefixtures("own_signals")
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here")
 def test_a_backend_that_is_not_installed_is_refused(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -784,7 +780,6 @@ def test_a_backend_that_is_not_installed_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("own_signals")
 def test_an_output_that_is_there_is_kept_unless_told_otherwise(
     built: BuildResult, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -803,7 +798,6 @@ def test_an_output_that_is_there_is_kept_unless_told_otherwise(
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
-@pytest.mark.usefixtures("own_signals")
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("precious", encoding="utf-8")
@@ -812,7 +806,6 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path: Path, capsys: py
     assert bundle_files(tmp_path) == ["home/thesis.tex"]
 
 
-@pytest.mark.usefixtures("own_signals")
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

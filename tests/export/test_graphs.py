@@ -160,7 +160,12 @@ def check_encoder(deployed: Deployed, runtime: type, content: bytes, actions: np
 
     assert found.dtype == np.int32
     compared = compare_tokens(
-        tokens.numpy(), found, margins.numpy(), bounds.numpy(), num_levels=recipe.config.num_levels, is_step_coupled=is_step_coupled(recipe.mode)
+        tokens.numpy(),
+        found,
+        margins.numpy(),
+        bounds.numpy(),
+        num_levels=recipe.config.num_levels,
+        is_step_coupled=is_step_coupled(recipe.mode),
     )
     assert compared.num_wrong == 0, compared.first_wrong
     assert compared.num_near_ties <= 2 + found.size / 200
@@ -260,3 +265,18 @@ def test_steps_of_a_chunk_do_not_touch_each_other(mode: DeployMode, runtime: typ
     feed["tokens"][1, 3, 0, 0] = 4
     (after,) = session.run(feed)
     assert np.argwhere((before != after).any(-1)).tolist() == [[1, 3]]
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("latents", ["all zero", "all alike", "one apart"])
+@pytest.mark.parametrize("mode", list(DeployMode))
+def test_latents_that_never_change_are_coded_alike(mode: DeployMode, latents: str, runtime: type) -> None:
+    """sigma = 0 for `dynamic`: only its epsilon is left to divide by."""
+    deployed = deploy(Recipe(mode=mode))
+    output = deployed.exported.encoder[2]
+    output.weight.zero_()
+    output.bias.fill_(0.0 if latents == "all zero" else 0.25)
+    if latents == "one apart":
+        output.bias[0] = 0.75
+    deployed.reference.load_state_dict(deployed.exported.state_dict())
+    check_encoder(deployed, runtime, export_graphs(deployed)["encoder.onnx"], random_actions(deployed.recipe, 16))

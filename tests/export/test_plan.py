@@ -37,7 +37,12 @@ def test_encoding_gives_the_references_tokens(recipe: Recipe) -> None:
     found, stats = encode(encoder_plan(deployed), actions)
 
     compared = compare_tokens(
-        tokens.numpy(), found, margins.numpy(), bounds.numpy(), num_levels=recipe.config.num_levels, is_step_coupled=is_step_coupled(recipe.mode)
+        tokens.numpy(),
+        found,
+        margins.numpy(),
+        bounds.numpy(),
+        num_levels=recipe.config.num_levels,
+        is_step_coupled=is_step_coupled(recipe.mode),
     )
     assert compared.num_wrong == 0, compared.first_wrong
     # Or the bounds would excuse everything.

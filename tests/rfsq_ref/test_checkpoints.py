@@ -17,8 +17,6 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import configs, make_model, random_actions, shrinking_constants, some_normaliser
-from published_model import ActionRFSQAE
 from torch import Tensor
 
 from rfsq_ref.autoencoder import ModelConfig, RecoveredDecoder
@@ -32,6 +30,8 @@ from rfsq_ref.checkpoints import (
 )
 from rfsq_ref.errors import CheckpointError
 from rfsq_ref.quantizer import Conditioning
+from tests.rfsq_ref.models import configs, make_model, random_actions, shrinking_constants, some_normaliser
+from tests.rfsq_ref.published_model import ActionRFSQAE
 
 SMALL = ModelConfig(action_dim=3, latent_dim=4, hidden_width=8, num_layers=3, num_levels=5)
 

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from near_ties import Judge
-from published_model import ActionRFSQAE, train_a_little
 from torch import Tensor
 
 from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq_ref.data import load_demonstrations
 from rfsq_ref.errors import CheckpointError
 from rfsq_ref.quantizer import Conditioning, published_dequantize
+from tests.rfsq_ref.near_ties import Judge
+from tests.rfsq_ref.published_model import ActionRFSQAE, train_a_little
 
 DEMONSTRATED = torch.from_numpy(load_demonstrations().steps())
 OTHER_SIZES = {"action_dim": 4, "hidden_dim": 6, "num_layers": 5, "num_levels": 6, "width": 24}

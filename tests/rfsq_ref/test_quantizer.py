@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import CONDITIONINGS, shrinking_constants
 from torch import Tensor
 
 from rfsq_ref.errors import NotDecodableError
@@ -17,6 +16,7 @@ from rfsq_ref.quantizer import (
     ResidualQuantizer,
     published_dequantize,
 )
+from tests.rfsq_ref.models import CONDITIONINGS, shrinking_constants
 
 DTYPES = [torch.float32, torch.float64]
 

@@ -12,8 +12,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import configs, make_model, random_actions, shrinking_constants, some_normaliser
-from near_ties import Judge, Verdict
 from torch import Tensor, nn
 
 from export.graphs import encoder_graph
@@ -23,6 +21,8 @@ from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, load_check
 from rfsq_ref.data import load_demonstrations
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq_ref.rounding import latent_error_bound, summation_variance, token_error_bounds
+from tests.rfsq_ref.models import configs, make_model, random_actions, shrinking_constants, some_normaliser
+from tests.rfsq_ref.near_ties import Judge, Verdict
 
 DEMONSTRATED = torch.from_numpy(load_demonstrations().steps())
 #: Deployed tokens of every conditioning; `recovered` is the dynamic encoder without its side information.
@@ -269,3 +269,26 @@ def test_constants_with_a_mean_are_covered() -> None:
     reference = make_model(config, Conditioning.CALIBRATED, gain=3.0, dtype=torch.float64)
     model = make_model(config, Conditioning.CALIBRATED, gain=3.0)
     assert [verdict.wrong for verdict in verdicts(reference, model, random_actions(5000))] == [0, 0]
+
+
+# Along the tokens of another implementation ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conditioning", list(Conditioning))
+def test_following_its_own_tokens_changes_nothing(conditioning: Conditioning) -> None:
+    reference, actions = embedded(conditioning), DEMONSTRATED[:3000].double()
+    own = token_error_bounds(reference, actions)
+    for alone, along in zip(own, token_error_bounds(reference, actions, own[0]), strict=True):
+        assert torch.equal(alone, along)
+
+
+@pytest.mark.parametrize("conditioning", [Conditioning.DYNAMIC, Conditioning.CALIBRATED])
+def test_along_float32_tokens_every_difference_is_a_near_tie_of_its_own(conditioning: Conditioning) -> None:
+    """Also in the layers behind a flip, which are other tokens altogether."""
+    reference, actions = embedded(conditioning), random_actions(60_000, seed=9)
+    found = embedded(conditioning, torch.float32).encode(actions)[0]
+    own, _, _ = token_error_bounds(reference, actions.double())
+    decisions, margins, bounds = token_error_bounds(reference, actions.double(), found)
+    assert (own != found).any()
+    assert (margins <= bounds)[decisions != found].all()
+    assert (decisions != found).sum() < (own != found).sum()

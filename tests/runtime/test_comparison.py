@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.comparison import TokenComparison, action_errors, compare_tokens
+from runtime.comparison import TokenComparison, action_errors, compare_followed, compare_tokens
 
-D, L = 3, 4
+D, L, LEVELS = 3, 4, 3
 
 
 def compare(
@@ -20,7 +20,7 @@ def compare(
         found[0, latent, layer] = 1
     for latent, layer in near_ties:
         margins[0, latent, layer] = 1e-7
-    return compare_tokens(expected, found, margins, bounds, is_step_coupled=coupled)
+    return compare_tokens(expected, found, margins, bounds, num_levels=LEVELS, is_step_coupled=coupled)
 
 
 def counts(comparison: TokenComparison) -> tuple[list[int], list[int], list[int]]:
@@ -49,14 +49,16 @@ def test_a_difference_within_its_bound_is_a_near_tie() -> None:
 
 def test_a_margin_equal_to_its_bound_is_a_near_tie() -> None:
     one = np.ones((1, 1, 1))
-    found = compare_tokens(one.astype(int), 2 * one.astype(int), one, one, is_step_coupled=False)
+    found = compare_tokens(one.astype(int), 2 * one.astype(int), one, one, num_levels=LEVELS, is_step_coupled=False)
     assert (found.num_wrong, found.num_near_ties) == (0, 1)
 
 
 @pytest.mark.parametrize("margin", [np.nan, np.inf])
 def test_what_is_not_a_number_excuses_nothing(margin: float) -> None:
     one = np.ones((1, 1, 1))
-    found = compare_tokens(one.astype(int), 2 * one.astype(int), one * margin, one, is_step_coupled=False)
+    found = compare_tokens(
+        one.astype(int), 2 * one.astype(int), one * margin, one, num_levels=LEVELS, is_step_coupled=False
+    )
     assert found.num_wrong == 1
 
 
@@ -90,9 +92,9 @@ def test_batches_merge_into_the_whole(
     case: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], coupled: bool, data: st.DataObject
 ) -> None:
     cut = data.draw(st.integers(1, len(case[0]) - 1))
-    whole = compare_tokens(*case, is_step_coupled=coupled)
+    whole = compare_tokens(*case, num_levels=LEVELS, is_step_coupled=coupled)
     first, second = (
-        compare_tokens(*(part[piece] for part in case), is_step_coupled=coupled)
+        compare_tokens(*(part[piece] for part in case), num_levels=LEVELS, is_step_coupled=coupled)
         for piece in (slice(cut), slice(cut, None))
     )
     merged = first + second
@@ -105,7 +107,7 @@ def test_batches_merge_into_the_whole(
 def test_every_difference_is_counted_exactly_once(
     case: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], coupled: bool
 ) -> None:
-    found = compare_tokens(*case, is_step_coupled=coupled)
+    found = compare_tokens(*case, num_levels=LEVELS, is_step_coupled=coupled)
     assert found.num_wrong + found.num_near_ties + found.num_behind == (case[0] != case[1]).sum()
     assert found.num_steps == case[0].shape[0] * case[0].shape[1]
 
@@ -113,7 +115,7 @@ def test_every_difference_is_counted_exactly_once(
 def test_shapes_that_differ_are_refused() -> None:
     four, three = np.zeros((1, D, L)), np.zeros((1, D, L - 1))
     with pytest.raises(ValueError, match=r"\(1, 3, 3\).*expected one shape"):
-        compare_tokens(four.astype(int), three.astype(int), four, four, is_step_coupled=False)
+        compare_tokens(four.astype(int), three.astype(int), four, four, num_levels=LEVELS, is_step_coupled=False)
 
 
 def test_action_errors_are_in_normalised_units() -> None:
@@ -138,3 +140,29 @@ def test_no_actions_have_no_error() -> None:
 def test_actions_of_other_shapes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(1, 2\) and \(2, 1\)"):
         action_errors(np.zeros((1, 2)), np.zeros((2, 1)), 1.0)
+
+
+@pytest.mark.parametrize("value", [-1, LEVELS, np.iinfo(np.int32).min])
+@pytest.mark.parametrize("coupled", [False, True])
+def test_what_is_no_level_is_wrong_even_at_a_near_tie_and_behind_one(value: int, coupled: bool) -> None:
+    expected, found = np.zeros((1, 1, 2), np.int32), np.full((1, 1, 2), value)
+    ones = np.ones(expected.shape)
+    compared = compare_tokens(expected, found, 0 * ones, ones, num_levels=LEVELS, is_step_coupled=coupled)
+    assert counts(compared) == ([1, 1], [0, 0], [0, 0])
+
+
+def test_a_level_farther_off_than_the_neighbour_takes_a_bound_of_whole_bins() -> None:
+    expected, found = np.zeros((1, 1, 1), np.int32), np.full((1, 1, 1), 2)
+    for bound, wrong in ((0.5, 1), (1.0, 1), (1.2, 0), (np.inf, 0)):
+        one = np.full(expected.shape, 0.1)
+        compared = compare_tokens(
+            expected, found, one, np.full_like(one, bound), num_levels=LEVELS, is_step_coupled=False
+        )
+        assert (compared.num_wrong, compared.num_near_ties) == (wrong, 1 - wrong)
+
+
+def test_along_the_found_tokens_nothing_is_behind_anything() -> None:
+    expected, found = np.zeros((1, 1, 3), np.int32), np.ones((1, 1, 3), np.int32)
+    margins, bounds = np.array([[[0.0, 0.4, 0.0]]]), np.full((1, 1, 3), 0.1)
+    compared = compare_followed(expected, found, margins, bounds, num_levels=LEVELS)
+    assert counts(compared) == ([0, 1, 0], [1, 0, 1], [0, 0, 0])

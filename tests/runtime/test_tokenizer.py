@@ -57,7 +57,14 @@ def test_any_model_is_loaded_and_agrees_with_the_reference(
         tokens = tokenizer.encode(actions)
         assert tokens.dtype == np.int32
         assert tokens.shape == (7, recipe.chunk_length, recipe.config.latent_dim, depth)
-        compared = compare_tokens(expected, tokens, margins, bounds, is_step_coupled=tokenizer.model.is_step_coupled)
+        compared = compare_tokens(
+            expected,
+            tokens,
+            margins,
+            bounds,
+            num_levels=tokenizer.model.num_levels,
+            is_step_coupled=tokenizer.model.is_step_coupled,
+        )
         assert compared.num_wrong == 0, compared.first_wrong
         stats = None
         if recipe.mode.has_stats:
