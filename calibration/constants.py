@@ -11,6 +11,11 @@ So the first layers follow the data, and as many as the tanh range needs (four o
 end. With odd K these have a level at the data's centre: on the data they stay silent, off the data they catch up.
 An even K has no such level: an idle layer would put the data onto a bin edge, so there every layer covers the whole
 remaining residual. If K^L is too small for worst_case, the layers do the best they can and the bound says so.
+
+The constants are part of a tokenizer's identity, so they must not hang on the last bits of a latent, which differ
+between processors: a mean is rounded to a multiple of about 2^-16 of what its layer spans, which makes one that is
+mere rounding exactly 0, and a scale is rounded up to 16 significant bits. Later layers and the proof see the rounded
+ones.
 """
 
 import math
@@ -38,6 +43,8 @@ MINIMUM_STEPS = 2
 #: Covers the float64 roundings of the reference quantiser itself, L layers of numbers below 4.
 _FLOAT64_SLACK = 2.0**-46
 _MSE_ITERATIONS = 100
+#: Far above what processors disagree on, relative to a latent (1e-15), and far below what a bin can tell.
+_CONSTANT_BITS = 16
 
 
 class Objective(StrEnum):
@@ -140,13 +147,12 @@ def constants_of_latents(
     least_scale = NOISE_FACTOR * noise * (num_levels - 1) / 2
     means, scales = [], []
     for layer in range(num_layers):
-        mean, scale = _fit_to_data(residual, num_levels, config, is_first=layer == 0)
+        mean, scale = _fit_to_data(residual, num_levels, config, least_scale, is_first=layer == 0)
         if config.worst_case < 1:
             # What the layers that follow can still bring down to worst_case; with even K none of them may idle.
             reducible = config.worst_case * num_levels ** (num_layers - 1 - layer)
             allowed = reducible if num_levels % 2 else 0.0
-            mean, scale = _catch_up(mean, scale, lower, upper, allowed, num_levels)
-        mean, scale = mean.float().double(), _round_up(scale.clamp(min=least_scale))
+            mean, scale = _catch_up(mean, scale, lower, upper, allowed, num_levels, least_scale)
         means.append(mean)
         scales.append(scale)
         residual = residual - _nearest_level(residual, mean, scale, num_levels) * scale - mean
@@ -185,41 +191,49 @@ def worst_case_errors(constants: ConditioningConstants, num_levels: int) -> Tens
 
 
 def _fit_to_data(
-    residual: Tensor, num_levels: int, config: CalibrationConfig, *, is_first: bool
+    residual: Tensor, num_levels: int, config: CalibrationConfig, least_scale: float, *, is_first: bool
 ) -> tuple[Tensor, Tensor]:
-    """Mean and scale [D] that the residual [N, D] asks for; the scale is 0 where the residual is constant."""
+    """Mean and scale [D] that the residual [N, D] asks for, rounded, the scale not below `least_scale`."""
     ordered = residual.sort(dim=0).values
     # Outward: at most `tail` of the data lies beyond either end.
     tail = (1 - config.coverage) / 2 if config.objective is Objective.RANGE else 0.0
     beyond = int(tail * len(ordered))
     low, high = ordered[beyond], ordered[len(ordered) - 1 - beyond]
-    mean = ((low + high) / 2).float().double()
+    mean = _round_mean((low + high) / 2, ((high - low) / 2).clamp(min=least_scale))
     # K bins reach half a bin beyond the outermost levels.
     scale = torch.maximum(high - mean, mean - low) * (num_levels - 1) / num_levels
     if config.objective is Objective.MSE:
-        return _least_squares(residual, mean, scale, num_levels)
-    if is_first:
+        mean, scale = _least_squares(residual, mean, scale, num_levels)
+        scale = scale.clamp(min=least_scale)
+        mean = _round_mean(mean, scale)
+    elif is_first:
         # No latent leaves [-1, 1], so nothing is gained by reaching farther.
         enough = (1 + mean.abs()) * (num_levels - 1) / num_levels
         scale = torch.minimum(scale * (1 + config.headroom), enough)
-    return mean, scale
+    return mean, _round_up(scale.clamp(min=least_scale))
 
 
 def _catch_up(
-    mean: Tensor, scale: Tensor, lower: Tensor, upper: Tensor, allowed: float, num_levels: int
+    mean: Tensor,
+    scale: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    allowed: float,
+    num_levels: int,
+    least_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The data's mean and scale where they leave at most `allowed` of [lower, upper]; else 0 and what that takes.
 
     With mean 0 the data's residual, which is small by then, meets a level and stays as it is.
     """
-    least, most = _residual_interval(lower, upper, mean, scale.clamp(min=UNIT**2), num_levels)
+    least, most = _residual_interval(lower, upper, mean, scale, num_levels)
     suffices = torch.maximum(-least, most) <= allowed
     farthest = torch.maximum(-lower, upper)
     # Beyond the outermost level, at the scale, the residual goes on growing; K bins divide it by K at best.
     needed = farthest - (farthest / num_levels).clamp(min=allowed)
     covering = farthest * (num_levels - 1) / num_levels
     caught_up = torch.maximum(needed, torch.minimum(scale + mean.abs(), covering))
-    return torch.where(suffices, mean, 0.0), torch.where(suffices, scale, caught_up)
+    return torch.where(suffices, mean, 0.0), torch.where(suffices, scale, _round_up(caught_up.clamp(min=least_scale)))
 
 
 def _least_squares(residual: Tensor, mean: Tensor, scale: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
@@ -264,8 +278,15 @@ def _residual_interval(
     return least - _FLOAT64_SLACK, most + _FLOAT64_SLACK
 
 
+def _round_mean(mean: Tensor, span: Tensor) -> Tensor:
+    """To float32 multiples of the power of two about 2^-_CONSTANT_BITS of the span, kept in float64."""
+    quantum = torch.exp2(torch.frexp(span).exponent.double() - _CONSTANT_BITS)
+    return (torch.round(mean / quantum) * quantum).float().double()
+
+
 def _round_up(scale: Tensor) -> Tensor:
-    """To float32 numbers, kept in float64, none of them smaller than before."""
-    rounded = scale.float()
-    up = torch.nextafter(rounded, torch.full_like(rounded, torch.inf))
-    return torch.where(rounded.double() < scale, up, rounded).double()
+    """To _CONSTANT_BITS significant bits, none smaller than before; kept in float64."""
+    # A scale is often an earlier, rounded one divided by K, which may be such a number but for its last bits: it must
+    # not depend on these whether it is rounded up.
+    mantissa, exponent = torch.frexp(scale * (1 + 2.0 ** (-_CONSTANT_BITS - 8)))
+    return torch.ldexp(torch.ceil(torch.ldexp(mantissa, torch.tensor(_CONSTANT_BITS))), exponent - _CONSTANT_BITS)

@@ -19,9 +19,15 @@ from typing import Any
 import torch
 
 from calibration.constants import CalibrationConfig, Granularity, Objective, fit_constants, worst_case_errors
-from calibration.data import calibration_episodes, judging_episodes, selection_of
+from calibration.data import (
+    calibration_dataset,
+    calibration_episodes,
+    few_steps_warning,
+    judging_episodes,
+    selection_of,
+)
 from calibration.errors import CalibrationError
-from calibration.recovered import RecoveredConfig, Target, Weighting, fit_recovered_details
+from calibration.recovered import RecoveredConfig, Target, Weighting, default_prefixes, fit_recovered_details
 from calibration.report import (
     CalibrationReport,
     format_report,
@@ -30,22 +36,13 @@ from calibration.report import (
     report_recovered,
     write_report,
 )
-from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
-from rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
-from rfsq_ref.errors import CheckpointError, DataError
-
-#: What a draft model predicts (design section 2).
-COARSE_LAYERS = 3
+from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, check_output, load_checkpoint, save_checkpoint
+from rfsq_ref.data import ActionDataset
 
 
 class Method(StrEnum):
     CALIBRATED = "calibrated"
     RECOVERED = "recovered"
-
-
-def default_prefixes(num_layers: int) -> tuple[int, ...]:
-    """The coarse layers and all of them."""
-    return tuple(sorted({min(COARSE_LAYERS, num_layers), num_layers}))
 
 
 def calibrate(checkpoint: Checkpoint, dataset: ActionDataset, config: CalibrationConfig) -> Checkpoint:
@@ -60,20 +57,24 @@ def calibrate(checkpoint: Checkpoint, dataset: ActionDataset, config: Calibratio
 def recover(
     checkpoint: Checkpoint, dataset: ActionDataset, prefixes: tuple[int, ...], config: RecoveredConfig
 ) -> Checkpoint:
-    """The checkpoint with recovered decoders and, under `recovered`, their provenance; earlier ones are replaced."""
+    """The checkpoint with recovered decoders and, under `recovered`, their provenance; earlier ones are replaced.
+
+    provenance["recovered"]["remark"]: str, what a person should know about the fit; mostly empty.
+    """
     episodes = calibration_episodes(checkpoint, dataset)
     fits = fit_recovered_details(checkpoint, episodes, prefixes, config)
     facts = _provenance(checkpoint, dataset, episodes, asdict(config)) | {
         "prefixes": {
             str(prefix): {
                 "rank": fit.regression.rank,
-                "unknowns": fit.decoder.matrix.shape[1],
+                "unknowns": fit.unknowns,
                 "condition": fit.regression.condition,
                 "refinements": fit.refinements,
                 "worst_case_latent_error": recovered_latent_reach(fit.decoder, checkpoint.config.num_levels) + 1,
             }
             for prefix, fit in fits.items()
-        }
+        },
+        "remark": "\n".join(fit.remark for fit in fits.values() if fit.remark),
     }
     decoders = {prefix: fit.decoder for prefix, fit in fits.items()}
     return checkpoint.with_fit(recovered=decoders, provenance={Method.RECOVERED.value: facts})
@@ -177,21 +178,23 @@ def main(arguments: list[str] | None = None) -> int:
     # Sums come out in one order, whatever the machine has: the same data give the same constants.
     torch.set_num_threads(1)
     try:
+        check_output(output)
         checkpoint = load_checkpoint(options.checkpoint, use_layernorm=options.use_layernorm)
-        dataset = (
-            load_actions(options.calibration_data, key=options.key)
-            if options.calibration_data
-            else load_demonstrations()
-        )
+        dataset = calibration_dataset(checkpoint, options.calibration_data, key=options.key)
         fitted = _fit(options, checkpoint, dataset)
         report = _judge(method, fitted, dataset)
         provenance: dict[str, Any] = fitted.provenance[method.value]
         data = provenance["data"]
         print(f"fitted on {data['episodes']} episodes ({data['steps']} steps) of {data['source']}: {data['selection']}")
+        for remark in (few_steps_warning(calibration_episodes(checkpoint, dataset)), provenance.get("remark")):
+            if remark:
+                print(remark)
         print(format_report(report))
-        save_checkpoint(fitted, output)
+        # The checkpoint last: where it is, everything else went well.
         write_report(report, report_dir, provenance)
-    except (DataError, CheckpointError, CalibrationError) as error:
+        save_checkpoint(fitted, output)
+    # What our own errors are, and what a model of impossible sizes raises.
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {output} and {report_dir}")

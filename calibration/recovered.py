@@ -9,6 +9,9 @@ Per prefix of l layers an affine map z = M tokens + b (design section 3), fitted
    the squared error of the *action*, penalised for leaving the map of the first step. No affine map can undo a sigma
    that changes from step to step, but the decoder's hidden layer partly can once the map aims at actions. The latents
    it gives may then lie outside [-1, 1].
+
+The map is rounded to a multiple of about 2^-16 of its largest entry: the linear algebra differs between processors by
+1e-10 of it, and the map is part of a tokenizer's identity.
 """
 
 import math
@@ -31,12 +34,21 @@ from rfsq_ref.data import ActionDataset
 from rfsq_ref.errors import DataError
 from rfsq_ref.quantizer import Conditioning, Quantized
 
+#: What a draft model predicts (design section 2).
+COARSE_LAYERS = 3
 #: Relative decrease of the objective at which refining stops.
 _CONVERGED = 1e-4
 #: Damping relative to the mean diagonal of the normal matrix: where it starts, where a step is given up.
 _DAMPING_START, _DAMPING_MOST = 1e-4, 1e4
+#: Far above what processors disagree on and far below what the fit leaves: the action error stays the same.
+_MAP_BITS = 16
 #: `inverse-magnitude` takes no step for slower than this share of the mean squared action.
 _SLOWEST = 0.01
+
+
+def default_prefixes(num_layers: int) -> tuple[int, ...]:
+    """The coarse layers and all of them."""
+    return tuple(sorted({min(COARSE_LAYERS, num_layers), num_layers}))
 
 
 class Target(StrEnum):
@@ -91,6 +103,23 @@ class RecoveredFit:
     decoder: RecoveredDecoder
     refinements: int
 
+    @property
+    def unknowns(self) -> int:
+        """Columns of the map, the most that the rank can be."""
+        return self.decoder.matrix.shape[1]
+
+    @property
+    def remark(self) -> str:
+        """What a person should know about this fit; empty where the tokens determine the whole map."""
+        if self.regression.rank == self.unknowns:
+            return ""
+        return (
+            f"WARNING: the tokens of the calibration data determine {self.regression.rank} of {self.unknowns} columns "
+            f"of the map from {self.unknowns // len(self.decoder.offset)} layers. Tokens that never changed there, or "
+            "only together, are not told apart: actions unlike these data may decode wrongly; give more varied "
+            "episodes, unless some latents never change at all"
+        )
+
 
 def fit_recovered(
     checkpoint: Checkpoint,
@@ -116,8 +145,8 @@ def fit_recovered_details(
     """One fit per prefix, with rank and condition.
 
     weights: [N], not negative, one per step of the episodes in order; instead of config.weighting. Raises
-    CalibrationError for a checkpoint that is not `dynamic`, prefixes outside 1 ... L and unusable weights; DataError
-    for another action dimension, latents that are not finite, or no more steps than unknowns.
+    CalibrationError for a checkpoint that is not `dynamic`, prefixes outside 1 ... L, unusable weights, and tokens that
+    never change; DataError for another action dimension, latents that are not finite, or no more steps than unknowns.
     """
     wanted = sorted(set(prefixes))
     _check_checkpoint(checkpoint, wanted)
@@ -240,11 +269,16 @@ def _fit_prefix(
     worth = sigma / sigma[0]
     num_levels = model.config.num_levels
     regression = regress(tokens, target, worth, num_levels, shares=shares, ridge=config.ridge)
+    if not regression.rank:
+        raise CalibrationError(
+            f"all {len(tokens)} steps of the calibration data have the same tokens in the first {prefix} layers, so "
+            "every token would decode to one action; give episodes in which the robot moves"
+        )
     features, scale, shift = _features(tokens, worth, num_levels, shares)
     start = _coefficients(regression.decoder, scale, shift)
     wanted = (actions - model.offset) / model.units
     refined, refinements = _refine(model, features, wanted, shares, start, config)
-    return RecoveredFit(regression, _decoder(refined[:-1], refined[-1], scale, shift), refinements)
+    return RecoveredFit(regression, _rounded(_decoder(refined[:-1], refined[-1], scale, shift)), refinements)
 
 
 def _features(tokens: Tensor, worth: Tensor, num_levels: int, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,6 +295,16 @@ def _features(tokens: Tensor, worth: Tensor, num_levels: int, shares: Tensor) ->
 def _decoder(coefficients: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> RecoveredDecoder:
     """From the map of the features, coefficients [D * l, D], to that of the tokens."""
     return RecoveredDecoder((coefficients.T * scale).contiguous(), mean - coefficients.T @ shift)
+
+
+def _rounded(decoder: RecoveredDecoder) -> RecoveredDecoder:
+    """To multiples of a power of two about 2^-_MAP_BITS of the largest entry.
+
+    One for all entries, because every token has the same range: what counts is the absolute error of an entry.
+    """
+    largest = decoder.matrix.abs().max()
+    quantum = torch.exp2(torch.frexp(largest).exponent.double() - _MAP_BITS)
+    return RecoveredDecoder(*(torch.round(part / quantum) * quantum for part in (decoder.matrix, decoder.offset)))
 
 
 def _coefficients(decoder: RecoveredDecoder, scale: Tensor, shift: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""The identity of a tokenizer: two with the same fingerprint give the same tokens and actions."""
+"""The identity of a tokenizer: two with the same fingerprint give the same tokens and, of all layers, the same actions.
+
+From a prefix of the layers too, except that a `recovered` decoder of a prefix is a fit of its own.
+"""
 
 import hashlib
 import json
@@ -15,7 +18,9 @@ _SCHEME = "rfsq-fingerprint-1"
 def fingerprint(checkpoint: Checkpoint, mode: DeployMode) -> str:
     """SHA-256 over grid, sizes, mode, weights, fitted constants and normaliser, as 64 hexadecimal digits.
 
-    Chunk length, prefixes and precision do not count: they change neither what a token means nor how it is decoded.
+    Chunk length and precision do not count: they change neither what a token means nor how it is decoded. Nor do the
+    decoders of prefixes: which are built is a choice of the bundle, and a policy keeps its tokens when one is added or
+    fitted anew.
     """
     tensors: dict[str, Tensor] = dict(checkpoint.weights)
     if mode is DeployMode.CALIBRATED and checkpoint.constants is not None:

@@ -13,15 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from calibration.recovered import default_prefixes
 from rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq_ref.quantizer import SIGMA_EPSILON, Conditioning
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
-
-
-#: The coarse layers L0-L2 that a draft model predicts (design section 2).
-DRAFT_LAYERS = 3
 
 
 class DeployMode(StrEnum):
@@ -182,12 +179,12 @@ def middle_level(num_levels: int) -> int:
 
 
 def choose_prefixes(requested: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
-    """Sorted, without repetition, always with the full depth; ValueError outside 1 ... L.
+    """Sorted, without repetition, always with the full depth; by default the coarse layers too.
 
-    None asks for the layers that a draft model predicts, where the model has as many.
+    Raises ValueError outside 1 ... L.
     """
     if requested is None:
-        requested = [layers for layers in (DRAFT_LAYERS,) if layers <= num_layers]
+        return default_prefixes(num_layers)
     wrong = [prefix for prefix in requested if not 1 <= prefix <= num_layers]
     if wrong:
         raise ValueError(f"prefixes {wrong} are not between 1 and the model's {num_layers} layers")

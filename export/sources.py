@@ -9,13 +9,21 @@ from pathlib import Path
 import numpy as np
 
 from calibration.constants import CalibrationConfig
-from calibration.data import Selection, judging_episodes, selection_of
+from calibration.data import (
+    Selection,
+    calibration_dataset,
+    calibration_episodes,
+    embedded_demonstrations,
+    few_steps_warning,
+    judging_episodes,
+    selection_of,
+)
 from calibration.fit import calibrate, recover
 from calibration.recovered import RecoveredConfig
 from export.plan import DeployMode
 from rfsq_ref.checkpoints import Checkpoint, load_checkpoint
-from rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
-from rfsq_ref.errors import CheckpointError, DataError
+from rfsq_ref.data import ActionDataset
+from rfsq_ref.errors import CheckpointError
 from rfsq_ref.normaliser import read_normaliser
 from rfsq_ref.quantizer import Conditioning
 from runtime.golden import Float32Array
@@ -67,35 +75,42 @@ def choose_mode(checkpoint: Checkpoint, requested: DeployMode | None) -> DeployM
 
 @dataclass(frozen=True)
 class BuildData:
-    """dataset: None without data; held_out: steps float32 [N, A] to judge on, none without data."""
+    """dataset: None without data; held_out: steps float32 [N, A] to judge on, none without data; description: what a
+    person should know about the data, a line or more; judged_on: what held_out is, empty without data."""
 
     dataset: ActionDataset | None
     held_out: Float32Array
     description: str
+    judged_on: str
 
 
 def load_build_data(checkpoint: Checkpoint, path: Path | None, *, key: str | None = None, is_needed: bool) -> BuildData:
-    """Episodes for calibration and for the gates.
+    """Episodes for calibration and for the gates; without a path the embedded ones, for their own checkpoints only.
 
-    The embedded demonstrations serve only checkpoints that were trained on them: constants fitted to another robot's
-    actions would be wrong without anyone noticing. Raises DataError.
+    is_needed: whether something will be fitted to them. Raises DataError.
     """
-    if path is not None:
-        dataset = load_actions(path, key=key)
+    if path is None and not is_needed:
+        dataset = embedded_demonstrations(checkpoint)
     else:
-        dataset = load_demonstrations()
-        if selection_of(checkpoint, dataset) is not Selection.TRAINING_SPLIT:
-            if is_needed:
-                trained_on = checkpoint.provenance.get("data", "not recorded")
-                raise DataError(
-                    f"the checkpoint was not trained on the embedded demonstrations (its data: {trained_on}), so they "
-                    "cannot calibrate it; give episodes of its own robot: --calibration-data FILE"
-                )
-            none = np.empty((0, checkpoint.config.action_dim), np.float32)
-            return BuildData(None, none, "none given: gates run on random actions alone")
+        dataset = calibration_dataset(checkpoint, path, key=key)
+    if dataset is None:
+        none = np.empty((0, checkpoint.config.action_dim), np.float32)
+        return BuildData(None, none, "none given: gates run on random actions alone", "")
     held_out = judging_episodes(checkpoint, dataset).steps()[:_MOST_HELD_OUT]
-    selection = selection_of(checkpoint, dataset).value
-    return BuildData(dataset, held_out, f"{dataset.source}: {len(dataset.episodes)} episodes; {selection}")
+    selection = selection_of(checkpoint, dataset)
+    lines = [f"{dataset.source}: {len(dataset.episodes)} episodes; {selection.value}"]
+    if not is_needed:
+        lines.append("nothing is fitted to them: what the mode needs is already in the checkpoint, the data only judge")
+    elif warning := few_steps_warning(calibration_episodes(checkpoint, dataset)):
+        lines.append(warning)
+    return BuildData(dataset, held_out, "\n".join(lines), _judged_on(selection, is_needed=is_needed))
+
+
+def _judged_on(selection: Selection, *, is_needed: bool) -> str:
+    if selection is not Selection.ALL:
+        return "held-out episodes"
+    # What an earlier fit saw of them is not known.
+    return f"{'the calibration data themselves' if is_needed else 'all episodes given'}, too few to split"
 
 
 def needs_fit(checkpoint: Checkpoint, mode: DeployMode, prefixes: Sequence[int]) -> bool:

@@ -6,6 +6,7 @@ latent dimension `hidden_dim`.
 """
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -22,12 +23,14 @@ import torch
 from torch import Tensor
 
 from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
-from rfsq_ref.errors import CheckpointError, DataError
+from rfsq_ref.errors import CheckpointError
 from rfsq_ref.normaliser import Normaliser, normaliser_from_json
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
 
 FORMAT = "rfsq-checkpoint"
 FORMAT_VERSION = 1
+#: Of our own format; any other is taken for a torch file.
+SUFFIX = ".safetensors"
 ASSETS = Path(__file__).resolve().parent / "assets"
 #: The embedded checkpoints, trained by `python rfsq_ref/train.py` on the embedded demonstrations.
 NAIVE_CHECKPOINT = ASSETS / "naive.safetensors"
@@ -36,9 +39,11 @@ ROBUST_CHECKPOINT = ASSETS / "robust.safetensors"
 _WEIGHTS = tuple(
     f"{part}.{index}.{kind}" for part in ("encoder", "decoder") for index in (0, 2) for kind in ("weight", "bias")
 )
-_BOUNDARIES = re.compile(r"rfsq\.layers\.(\d+)\.boundaries")
-_RECOVERED = re.compile(r"recovered\.(\d+)\.(?:matrix|offset)")
-_UNUSED_LAYERNORM = re.compile(r"rfsq\.layers\.\d+\.layernorm\.(weight|bias)")
+# Numbers as they are written, so that the name found is the name looked up.
+_NUMBER = "(0|[1-9][0-9]{0,8})"
+_BOUNDARIES = re.compile(rf"rfsq\.layers\.{_NUMBER}\.boundaries")
+_RECOVERED = re.compile(rf"recovered\.{_NUMBER}\.(?:matrix|offset)")
+_UNUSED_LAYERNORM = re.compile(rf"rfsq\.layers\.{_NUMBER}\.layernorm\.(weight|bias)")
 #: The published grid is a float32 linspace; anything further off than its rounding is another grid.
 _GRID_TOLERANCE = 1e-6
 
@@ -120,19 +125,35 @@ def load_checkpoint(path: str | Path, *, use_layernorm: bool | None = None) -> C
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}; train one with `python rfsq_ref/train.py`")
-    if path.suffix == ".safetensors":
-        checkpoint = _load_safetensors(path)
+    try:
+        # Once: what is hashed is what is parsed, even where the file is replaced meanwhile.
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+    if path.suffix == SUFFIX:
+        checkpoint = _load_safetensors(content, path)
         _check_agreement(use_layernorm, checkpoint.trained_with is Conditioning.DYNAMIC, path)
     else:
-        checkpoint = _load_published(path, use_layernorm)
-    return replace(checkpoint, provenance={**checkpoint.provenance, "checkpoint_sha256": file_sha256(path)})
+        checkpoint = _load_published(content, path, use_layernorm)
+    sha256 = hashlib.sha256(content).hexdigest()
+    return replace(checkpoint, provenance={**checkpoint.provenance, "checkpoint_sha256": sha256})
+
+
+def check_output(path: str | Path) -> None:
+    """Raise CheckpointError for a name that load_checkpoint would take for another layout."""
+    if Path(path).suffix != SUFFIX:
+        raise CheckpointError(
+            f"{path} does not end with {SUFFIX!r}, and would not be read again as what it is; expected a name like "
+            f"{Path(path).stem}{SUFFIX}"
+        )
 
 
 def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
     """Write our own format, through a temporary sibling that is renamed: the old file stays whole until then.
 
-    Raises CheckpointError when the file cannot be written; nothing is left behind.
+    Raises CheckpointError when the name does not end with SUFFIX or the file cannot be written; nothing is left behind.
     """
+    check_output(path)
     tensors: dict[str, Tensor] = dict(checkpoint.weights)
     if checkpoint.constants is not None:
         tensors["calibrated.mean"] = checkpoint.constants.mean
@@ -164,17 +185,15 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
             temporary.unlink()
 
 
-def file_sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _load_safetensors(path: Path) -> Checkpoint:
+def _load_safetensors(content: bytes, path: Path) -> Checkpoint:
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  safe_open is no mapping
-    except (safetensors.SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
+        tensors = safetensors.torch.load(content)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}; copy or write it again") from error
+    except KeyError as error:
+        raise CheckpointError(f"{path} has tensors of type {error}, which torch lacks; expected float32") from error
+    # Only safe_open, which takes a path, gives the metadata; the layout is fixed: its length, then the JSON header.
+    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
     if FORMAT not in metadata:
         raise CheckpointError(f"{path} has no {FORMAT!r} header; expected a file written by this project")
     try:
@@ -189,7 +208,7 @@ def _load_safetensors(path: Path) -> Checkpoint:
             raise ValueError("trained_with is 'calibrated'; expected 'none' or 'dynamic'")
         if normaliser is not None and len(normaliser.scale) != config.action_dim:
             raise ValueError(f"normaliser for {len(normaliser.scale)} dimensions, action_dim {config.action_dim}")
-    except (KeyError, TypeError, ValueError, DataError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path} has a broken header: {error!r}; save the checkpoint again") from error
@@ -216,8 +235,8 @@ def _load_safetensors(path: Path) -> Checkpoint:
     return Checkpoint(config, trained_with, weights, constants, recovered, normaliser, provenance)
 
 
-def _load_published(path: Path, use_layernorm: bool | None) -> Checkpoint:
-    content = _torch_load(path)
+def _load_published(data: bytes, path: Path, use_layernorm: bool | None) -> Checkpoint:
+    content = _torch_load(data, path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict or a dict with one")
     keys = [key for key in ("model_state_dict", "model") if key in content]
@@ -227,6 +246,8 @@ def _load_published(path: Path, use_layernorm: bool | None) -> Checkpoint:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
     ):
         raise CheckpointError(f"{path} has no state dict of tensors; found the keys {sorted(map(str, content))}")
+    for name, tensor in state.items():
+        _check_stored(name, tensor, path)
     if len(keys) == 2:
         _check_same_states(content, keys, path)
         remarks.append("holds both 'model_state_dict' and 'model', with equal tensors")
@@ -251,22 +272,42 @@ def _load_published(path: Path, use_layernorm: bool | None) -> Checkpoint:
     return Checkpoint(config, trained_with, weights, provenance=provenance, remarks=tuple(remarks))
 
 
-def _torch_load(path: Path) -> Any:
+def _torch_load(data: bytes, path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is not a plain weights file (it holds objects that only running code could "
             "rebuild, or is no checkpoint at all). Save the state dict alone and try again. "
-            f"Reason: {_first_line(error)}"
+            f"Reason: {_reason(error)}"
         ) from error
     # The parser raises nearly anything on damaged bytes: RuntimeError, EOFError, KeyError, struct.error, ...
     except Exception as error:
-        raise CheckpointError(f"{path} is not a checkpoint torch can read: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint torch can read; expected a file written by torch.save, or a {SUFFIX} file of "
+            f"this project under that suffix: check that it is the right file and whole ({_reason(error)})"
+        ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or repr(error)).splitlines()[0][:200]
+def _reason(error: Exception) -> str:
+    """One line: what torch does not support, where it says so below its advice, else what it says first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "unsupported" in line.lower()] or lines or ["no message"]
+    return f"{type(error).__name__}: {telling[0][:200]}"
+
+
+def _check_stored(name: str, tensor: Tensor, path: Path) -> None:
+    """Refuse tensors that are not plain numbers in the file, so that any later check costs no more than the file."""
+    if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
+        kind = "meta" if tensor.is_meta else "quantised" if tensor.is_quantized else str(tensor.layout)
+        raise CheckpointError(
+            f"{path}: {name!r} is a {kind} tensor; expected plain numbers: save the state dict of the dense model"
+        )
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise CheckpointError(
+            f"{path}: {name!r} has shape {tuple(tensor.shape)}, more numbers than the file holds for it; save a "
+            "contiguous copy"
+        )
 
 
 def _check_same_states(content: Mapping[str, Any], keys: list[str], path: Path) -> None:
@@ -277,6 +318,8 @@ def _check_same_states(content: Mapping[str, Any], keys: list[str], path: Path) 
         and all(
             isinstance(second[name], Tensor)
             and second[name].dtype is tensor.dtype
+            and second[name].layout is tensor.layout
+            and second[name].device == tensor.device
             and torch.equal(second[name], tensor)
             for name, tensor in first.items()
         )
@@ -320,7 +363,14 @@ def _infer_config(tensors: Mapping[str, Any], stated: Mapping[str, Any], path: P
         "num_levels": "num_levels",
     }
     for theirs, ours in names.items():
-        if theirs in stated and stated[theirs] != getattr(inferred, ours):
+        if theirs not in stated:
+            continue
+        if not isinstance(stated[theirs], int):
+            raise CheckpointError(
+                f"{path}: its config has a {type(stated[theirs]).__name__} as {theirs}; expected the integer "
+                f"{getattr(inferred, ours)}, which its tensors have: save the config with plain numbers"
+            )
+        if stated[theirs] != getattr(inferred, ours):
             raise CheckpointError(
                 f"{path}: its config says {theirs} = {stated[theirs]}, its tensors have {getattr(inferred, ours)}; "
                 "the file was put together from two models"
@@ -329,12 +379,20 @@ def _infer_config(tensors: Mapping[str, Any], stated: Mapping[str, Any], path: P
 
 
 def _take_grids(tensors: dict[str, Any], config: ModelConfig, path: Path) -> None:
-    expected = torch.linspace(-1, 1, config.num_levels, dtype=torch.float64)
+    expected = torch.linspace(-1, 1, config.num_levels)
     for layer in range(config.num_layers):
         grid = tensors.pop(f"rfsq.layers.{layer}.boundaries")
-        if grid.shape != expected.shape or not (grid.double() - expected).abs().max() <= _GRID_TOLERANCE:
+        if grid.shape != expected.shape or not grid.is_floating_point():
             raise CheckpointError(
-                f"{path}: the grid of layer {layer} is {grid.tolist()}; expected linspace(-1, 1, {config.num_levels})"
+                f"{path}: the grid of layer {layer} is of shape {tuple(grid.shape)} and type {grid.dtype}; expected "
+                f"linspace(-1, 1, {config.num_levels}) as floating-point numbers"
+            )
+        # A model saved in half precision has the grid rounded to it.
+        deviation = float((grid.double() - expected.to(grid.dtype).double()).abs().max())
+        if not deviation <= _GRID_TOLERANCE:
+            raise CheckpointError(
+                f"{path}: the grid of layer {layer} is off by {deviation:.3g}; expected linspace(-1, 1, "
+                f"{config.num_levels}), the only grid this project decodes"
             )
 
 
@@ -377,7 +435,8 @@ def _training_conditioning(stated: Any, given: bool | None, path: Path) -> Condi
             "tensors look the same either way; pass use_layernorm (--use-layernorm or --no-use-layernorm)"
         )
     if stated is not None and not isinstance(stated, bool):
-        raise CheckpointError(f"{path}: its config says use_layernorm = {stated!r}; expected True or False")
+        shown = repr(stated) if isinstance(stated, str | int | float) else f"a {type(stated).__name__}"
+        raise CheckpointError(f"{path}: its config says use_layernorm = {shown}; expected True or False")
     if stated is not None:
         _check_agreement(given, stated, path)
     return Conditioning.DYNAMIC if (given if stated is None else stated) else Conditioning.NONE

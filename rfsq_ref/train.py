@@ -23,7 +23,7 @@ from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq_ref.checkpoints import Checkpoint, checkpoint_of, save_checkpoint
+from rfsq_ref.checkpoints import Checkpoint, check_output, checkpoint_of, save_checkpoint
 from rfsq_ref.data import ActionDataset, load_actions, load_demonstrations, split_episodes
 from rfsq_ref.errors import CheckpointError, DataError
 from rfsq_ref.normaliser import NormaliserKind, fit_normaliser
@@ -192,6 +192,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.output or Path("build/checkpoints") / f"{'robust' if options.use_layernorm else 'naive'}.safetensors"
     )
     try:
+        # Not after an hour of training.
+        check_output(output)
         dataset = load_actions(options.data, key=options.key) if options.data else load_demonstrations()
         config = TrainConfig(**{name: getattr(options, name) for name in TrainConfig.__dataclass_fields__})
         print(

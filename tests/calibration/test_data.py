@@ -1,11 +1,21 @@
 """Which episodes a fit may see."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from calibration.data import Selection, calibration_episodes, judging_episodes, selection_of
+from calibration.data import (
+    FEW_STEPS,
+    Selection,
+    calibration_dataset,
+    calibration_episodes,
+    embedded_demonstrations,
+    few_steps_warning,
+    judging_episodes,
+    selection_of,
+)
 from rfsq_ref.checkpoints import Checkpoint
 from rfsq_ref.data import ActionDataset, EpisodeSplit
 from rfsq_ref.errors import DataError
@@ -42,6 +52,28 @@ def test_data_of_too_few_episodes_are_used_whole(robust: Checkpoint, demonstrati
     assert selection_of(robust, other) is Selection.ALL
     assert calibration_episodes(robust, other) is judging_episodes(robust, other) is other
     assert selection_of(robust, demonstrations.select(range(4))) is Selection.OTHER_SPLIT
+
+
+def test_the_embedded_demonstrations_serve_only_their_own_checkpoints(
+    robust: Checkpoint, naive: Checkpoint, demonstrations: ActionDataset, tmp_path: Path
+) -> None:
+    for own in (robust, naive):
+        assert calibration_dataset(own, None).sha256 == demonstrations.sha256
+        assert embedded_demonstrations(own) is not None
+    foreign = replace(robust, provenance={})
+    assert embedded_demonstrations(foreign) is None
+    with pytest.raises(DataError, match=r"not trained on the embedded .*not recorded.*--calibration-data FILE"):
+        calibration_dataset(foreign, None)
+    np.savez(tmp_path / "own.npz", moves=np.zeros((4, 9, 7)), rest=np.zeros(3))
+    assert calibration_dataset(foreign, tmp_path / "own.npz", key="moves").num_steps == 36
+
+
+def test_few_steps_are_warned_of() -> None:
+    def steps(number: int) -> ActionDataset:
+        return ActionDataset((np.zeros((number, 7), np.float32),), ("a",), ("",), "made up")
+
+    assert few_steps_warning(steps(FEW_STEPS)) == ""
+    assert few_steps_warning(steps(FEW_STEPS - 1)).startswith("WARNING: only 199 steps to calibrate on; expected 200")
 
 
 @pytest.mark.parametrize("choose", [calibration_episodes, judging_episodes])

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,16 @@ import torch
 
 from calibration.constants import worst_case_errors
 from calibration.data import Selection
-from calibration.fit import default_prefixes, main
-from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
+from calibration.fit import main
+from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
+from rfsq_ref.checkpoints import (
+    NAIVE_CHECKPOINT,
+    ROBUST_CHECKPOINT,
+    Checkpoint,
+    checkpoint_of,
+    load_checkpoint,
+    save_checkpoint,
+)
 from rfsq_ref.data import ActionDataset
 from rfsq_ref.quantizer import Conditioning
 
@@ -82,6 +91,7 @@ def test_recovered_tokens_decode_from_the_written_file(tmp_path: Path, test_acti
     facts = found.provenance["recovered"]["prefixes"]["2"]
     assert (facts["rank"], facts["unknowns"], facts["refinements"]) == (32, 32, 1)
     assert facts["condition"] > 1
+    assert found.provenance["recovered"]["remark"] == ""
 
 
 def test_both_fits_live_in_one_checkpoint(tmp_path: Path) -> None:
@@ -167,6 +177,59 @@ def test_wrong_action_dimension_is_an_error(tmp_path: Path, capsys: pytest.Captu
     assert "6 action dimensions, the checkpoint 7" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("num_layers", "expected"), [(1, (1,)), (2, (2,)), (3, (3,)), (8, (3, 8))])
-def test_default_prefixes_are_coarse_and_all(num_layers: int, expected: tuple[int, ...]) -> None:
-    assert default_prefixes(num_layers) == expected
+def test_the_embedded_demonstrations_calibrate_no_checkpoint_of_another_robot(
+    tmp_path: Path, robust: Checkpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = tmp_path / "foreign.safetensors"
+    save_checkpoint(replace(robust, provenance={"data": {"source": "a lab"}}), foreign)
+    assert run(tmp_path / "out", "--checkpoint", foreign) == 2
+    assert "its data: {'source': 'a lab'}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path / "out", "--checkpoint", foreign, "--calibration-data", save_actions(tmp_path / "o.npz")) == 0
+
+
+def test_a_fit_that_the_data_hardly_determine_is_remarked_upon(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two_poses = np.zeros((4, 40, 7), np.float32)
+    two_poses[:, ::2, 0] = 1
+    np.savez(tmp_path / "poses.npz", actions=two_poses)
+    arguments = ("--method", "recovered", "--prefixes", "1", "--calibration-data", tmp_path / "poses.npz")
+    assert run(tmp_path, *arguments) == 0
+    printed = capsys.readouterr().out
+    remark = fitted(tmp_path).provenance["recovered"]["remark"]
+    assert remark.startswith("WARNING: the tokens of the calibration data determine 1 of 16 columns")
+    assert remark in printed
+    assert "WARNING: only 120 steps to calibrate on" in printed
+
+
+def test_actions_that_never_change_recover_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "still.npz", actions=np.zeros((4, 60, 7), np.float32))
+    arguments = ("--method", "recovered", "--prefixes", "1", "--calibration-data", tmp_path / "still.npz")
+    assert run(tmp_path, *arguments) == 2
+    assert "give episodes in which the robot moves" in capsys.readouterr().err
+    assert not (tmp_path / "fitted.safetensors").exists()
+
+
+def test_a_robust_checkpoint_with_one_latent_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ModelConfig(action_dim=7, latent_dim=1, hidden_width=2, num_layers=2, num_levels=3)
+    naive = checkpoint_of(ActionAutoencoder(sizes, Conditioning.NONE), {})
+    save_checkpoint(replace(naive, trained_with=Conditioning.DYNAMIC), tmp_path / "one.safetensors")
+    arguments = ("--checkpoint", tmp_path / "one.safetensors", "--calibration-data", save_actions(tmp_path / "o.npz"))
+    assert run(tmp_path, *arguments) == 2
+    assert "error: conditioning 'dynamic' needs latent_dim >= 2" in capsys.readouterr().err
+
+
+def test_an_output_that_could_not_be_read_again_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "--output", tmp_path / "fitted.pt") == 2
+    assert "fitted.pt does not end with '.safetensors'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_that_cannot_be_written_leaves_no_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    assert run(tmp_path, "--report-dir", tmp_path / "file" / "report") == 2
+    assert "choose a writable --report-dir" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -138,11 +138,12 @@ def test_provenance_and_remarks_do_not_count(checkpoint: Checkpoint, mode: Deplo
     assert fingerprint(other, mode) == fingerprint(checkpoint, mode)
 
 
-def test_prefixes_do_not_count() -> None:
-    """The decoder of a prefix is an approximation of the same tokens' meaning."""
+def test_recovered_decoders_of_prefixes_do_not_count_neither_added_nor_dropped_nor_fitted_anew() -> None:
+    """A policy keeps its tokens whatever becomes of these, so they part no policy from its tokenizer."""
     shape = (SIZES.latent_dim, SIZES.latent_dim)
     one_more = {**CHECKPOINT.recovered, 1: RecoveredDecoder(torch.zeros(shape).double(), torch.zeros(4).double())}
-    for recovered in (one_more, {3: CHECKPOINT.recovered[3]}):
+    other_two = {**CHECKPOINT.recovered, 2: replace(CHECKPOINT.recovered[2], offset=torch.ones(4).double())}
+    for recovered in (one_more, other_two, {3: CHECKPOINT.recovered[3]}):
         other = replace(CHECKPOINT, recovered=recovered)
         assert fingerprint(other, DeployMode.RECOVERED) == fingerprint(CHECKPOINT, DeployMode.RECOVERED)
 

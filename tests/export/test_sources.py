@@ -119,6 +119,7 @@ def test_embedded_checkpoints_are_judged_on_the_embedded_test_episodes(
     np.testing.assert_array_equal(data.held_out, split.test.steps())
     assert data.dataset is not None
     assert Selection.TRAINING_SPLIT.value in data.description
+    assert data.judged_on == "held-out episodes"
 
 
 @pytest.mark.parametrize("provenance", [{}, {"data": {"sha256": "0" * 64}}, {"data": {}}, {"data": "a robot's"}])
@@ -136,6 +137,7 @@ def test_a_checkpoint_that_needs_no_data_is_built_without(robust: Checkpoint) ->
     assert data.held_out.shape == (0, 7)
     assert data.held_out.dtype == np.float32
     assert "random actions alone" in data.description
+    assert data.judged_on == ""
 
 
 @pytest.mark.parametrize("is_needed", [True, False])
@@ -148,10 +150,29 @@ def test_data_that_is_given_is_taken_and_its_test_episodes_are_held_out(
     assert 0 < len(data.held_out) < data.dataset.num_steps
     assert "own.npz: 20 episodes" in data.description
     assert Selection.OTHER_SPLIT.value in data.description
+    assert ("the data only judge" in data.description) is not is_needed
+    assert "WARNING" not in data.description
+    assert data.judged_on == "held-out episodes"
 
     fitted = fit_for(stranger, DeployMode.CALIBRATED, (3, 8), data.dataset)
     seen = fitted.provenance["calibrated"]["data"]["steps"]
     assert seen + len(data.held_out) == data.dataset.num_steps
+
+
+def test_episodes_too_few_to_hold_any_out_are_not_called_held_out(robust: Checkpoint, tmp_path: Path) -> None:
+    path = write_episodes(tmp_path / "own.npz", 7, episodes=3)
+    judged_on = {is_needed: load_build_data(robust, path, is_needed=is_needed).judged_on for is_needed in (True, False)}
+    assert judged_on == {
+        True: "the calibration data themselves, too few to split",
+        False: "all episodes given, too few to split",
+    }
+
+
+def test_a_fit_to_very_few_steps_is_warned_of_on_a_line_of_its_own(robust: Checkpoint, tmp_path: Path) -> None:
+    path = write_episodes(tmp_path / "own.npz", 7, episodes=3)
+    _, warning = load_build_data(robust, path, is_needed=True).description.splitlines()
+    assert warning.startswith("WARNING: only 150 steps to calibrate on; expected 200")
+    assert "WARNING" not in load_build_data(robust, path, is_needed=False).description
 
 
 def test_data_of_another_action_dimension_is_refused(robust: Checkpoint, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 How published files are read stands in test_published_model.py.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -24,7 +25,6 @@ from rfsq_ref.checkpoints import (
     FORMAT,
     Checkpoint,
     checkpoint_of,
-    file_sha256,
     load_checkpoint,
     save_checkpoint,
 )
@@ -90,7 +90,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
         "epoch": 3,
         "training": {"seed": 0},
         "calibration": "made up",
-        "checkpoint_sha256": file_sha256(tmp_path / "new folder" / "model.safetensors"),
+        "checkpoint_sha256": hashlib.sha256((tmp_path / "new folder" / "model.safetensors").read_bytes()).hexdigest(),
     }
 
 
@@ -145,13 +145,53 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-@pytest.mark.parametrize("place", ["file/model.safetensors", "file/deeper/model.safetensors", "folder"])
+@pytest.mark.parametrize("place", ["file/model.safetensors", "file/deeper/model.safetensors", "a.safetensors"])
 def test_an_unwritable_place_is_refused_and_left_as_it_was(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    (tmp_path / "folder" / "full").mkdir(parents=True)
+    (tmp_path / "a.safetensors" / "full").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="cannot write"):
         save_checkpoint(fitted(), tmp_path / place)
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["file", "folder", "folder/full"]
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+    assert found == ["a.safetensors", "a.safetensors/full", "file"]
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model", "model.safetensors.bak"])
+def test_a_name_under_which_it_could_not_be_read_again_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"does not end with '.safetensors'.*expected a name like"):
+        save_checkpoint(fitted(), tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_weights_and_hash_are_of_the_same_file_even_where_it_is_replaced_meanwhile(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"model{suffix}"
+    if suffix == ".pt":
+        torch.save(published_content(), path)
+    else:
+        save_checkpoint(fitted(), path)
+    whole = path.read_bytes()
+    reads = []
+
+    def read_and_replace(file: Path) -> bytes:
+        reads.append(file)
+        with file.open("r+b") as stream:
+            content = stream.read()
+            stream.truncate(10)
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_and_replace)
+    assert load_checkpoint(path).provenance["checkpoint_sha256"] == hashlib.sha256(whole).hexdigest()
+    assert reads == [path]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+    save_checkpoint(fitted(), tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").chmod(0)
+    with pytest.raises(CheckpointError, match=r"cannot read .*check its permissions"):
+        load_checkpoint(tmp_path / "model.safetensors")
 
 
 # What a checkpoint makes ---------------------------------------------------------------------------------------------
@@ -226,6 +266,8 @@ def rewritten(
         (lambda t: t.pop("recovered.1.offset"), "lacks the tensor 'recovered.1.offset'"),
         (lambda t: t.update({"encoder.4.bias": torch.zeros(3)}), "does not know: .*encoder.4.bias"),
         (lambda t: t.update({"recovered.all.matrix": torch.zeros(3)}), "does not know: .*recovered.all.matrix"),
+        (lambda t: t.update({"recovered.03.matrix": t.pop("recovered.3.matrix")}), "lacks the tensor 'recovered.3.m"),
+        (lambda t: t.update({"recovered.٣.matrix": torch.zeros(4, 12)}), "does not know"),
         (lambda t: t.update({"recovered.4.matrix": torch.zeros(4, 16)}), "decoder for 4 layers; the model has 3"),
         (lambda t: t["decoder.0.weight"].fill_(torch.nan), "32 values that are NaN or infinite"),
         (lambda t: t["recovered.3.matrix"][0].fill_(torch.inf), "12 values that are NaN or infinite"),
@@ -256,6 +298,7 @@ def test_tensors_that_do_not_fit_are_refused(
         (lambda h: h["normaliser"].update(kind="none"), "broken header"),
         (lambda h: h["normaliser"].update(offset=[0.0] * 4, scale=[1.0] * 4), "normaliser for 4 dimensions"),
         (lambda h: h.update(provenance=["a fact"]), "broken header"),
+        (lambda h: h.update(version=[99]), "format version"),
     ],
 )
 def test_headers_that_do_not_fit_are_refused(
@@ -269,6 +312,27 @@ def test_safetensors_of_somebody_else_are_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="no 'rfsq-checkpoint' header"):
         load_checkpoint(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ('{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}', "tensors of type 'F4', which torch lacks"),
+        ('{"__metadata__": null, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', "no 'rfsq-checkpoint'"),
+    ],
+)
+def test_unusual_safetensors_are_refused(header: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"\0")
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(path)
+
+
+def test_a_header_of_bottomless_json_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(1)}, path, metadata={FORMAT: "[" * 100_000})
+    with pytest.raises(CheckpointError, match="broken header"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 8, 9, 500, -1])
@@ -321,7 +385,7 @@ def test_a_malicious_pickle_is_refused_and_not_executed(writer: str, inside: str
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content, protocol=2))
-    with pytest.raises(CheckpointError, match="refused: it is not a plain weights file"):
+    with pytest.raises(CheckpointError, match=r"refused: it is not a plain weights file.*[Uu]nsupported"):
         load_checkpoint(path, use_layernorm=True)
     assert not payload.witness.exists()
     # The payload does work, so that the check above can fail.
@@ -332,8 +396,20 @@ def test_a_malicious_pickle_is_refused_and_not_executed(writer: str, inside: str
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x80\x02", b"PK\x03\x04", bytes(1000), b"\x93NUMPY\x01\x00"])
 def test_files_that_are_no_checkpoints_are_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(content)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(
+        CheckpointError, match=r"is not a checkpoint torch can read; expected a file|Reason: Unpickling"
+    ):
         load_checkpoint(tmp_path / "model.pt", use_layernorm=True)
+
+
+def test_the_message_names_what_a_malicious_pickle_asked_for(tmp_path: Path) -> None:
+    class Command:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.system, ("false",)
+
+    with pytest.raises(CheckpointError, match=r"Reason: UnpicklingError: .*unsupported GLOBAL \w+.system") as refused:
+        load_checkpoint(saved(published_content(optimizer=Command()), tmp_path))
+    assert "\n" not in str(refused.value)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -382,9 +458,28 @@ def test_torch_files_that_hold_something_else_are_refused(content: Any, message:
         (lambda t: t.pop("rfsq.layers.7.boundaries"), "config says num_layers = 8, its tensors have 7"),
         (lambda t: t.pop("rfsq.layers.2.boundaries"), r"quantiser layers \[0, 1, 3, .*without gaps"),
         (lambda t: [t.pop(f"rfsq.layers.{n}.boundaries") for n in range(8)], r"quantiser layers \[\]"),
-        (lambda t: t["rfsq.layers.1.boundaries"].mul_(1.01), "grid of layer 1 is"),
-        (lambda t: t["rfsq.layers.0.boundaries"].fill_(torch.nan), "grid of layer 0 is"),
-        (lambda t: t.update({"rfsq.layers.3.boundaries": torch.linspace(-1, 1, 9)}), "grid of layer 3 is"),
+        (lambda t: t["rfsq.layers.1.boundaries"].mul_(1.01), "grid of layer 1 is off by 0.01"),
+        (lambda t: t["rfsq.layers.0.boundaries"].fill_(torch.nan), "grid of layer 0 is off by nan"),
+        (
+            lambda t: t.update({"rfsq.layers.3.boundaries": torch.linspace(-1, 1, 9)}),
+            r"grid of layer 3 is of shape \(9",
+        ),
+        (
+            lambda t: t.update({"rfsq.layers.3.boundaries": torch.arange(7)}),
+            r"grid of layer 3 is of .* type torch.int64",
+        ),
+        (lambda t: t.update({"rfsq.layers.01.boundaries": t.pop("rfsq.layers.1.boundaries")}), "without gaps"),
+        (lambda t: t.update({"rfsq.layers.٣.boundaries": t.pop("rfsq.layers.3.boundaries")}), "without gaps"),
+        (lambda t: t.update({"rfsq.layers.00.boundaries": t["rfsq.layers.0.boundaries"]}), "does not know"),
+        (lambda t: t.update({f"rfsq.layers.{'9' * 5000}.boundaries": torch.zeros(7)}), "does not know"),
+        (lambda t: t.update({"decoder.0.bias": t["decoder.0.bias"].to("meta")}), "'decoder.0.bias' is a meta tensor"),
+        (lambda t: t.update({"decoder.0.bias": t["decoder.0.bias"].to_sparse()}), "is a torch.sparse_coo tensor"),
+        (lambda t: t.update({"decoder.0.bias": t["decoder.0.bias"].cfloat()}), "expected floating point"),
+        (
+            lambda t: t.update({"encoder.0.weight": torch.zeros(1).expand(2**28, 7)}),
+            r"shape \(268435456, 7\), more numbers than the file holds",
+        ),
+        (lambda t: t.update({"rfsq.layers.0.boundaries": torch.zeros(1).expand(2**40)}), "more numbers than the file"),
         (lambda t: t.update({"rfsq.layers.0.boundaries": torch.zeros(1)}), "num_levels is 1"),
         (lambda t: t.update({"head.weight": torch.zeros(3)}), r"does not know: \['head.weight'\]"),
         (lambda t: t.update({"decoder.2.bias": torch.zeros(8)}), r"shape \(8,\); expected \(7,\)"),
@@ -397,6 +492,17 @@ def test_published_tensors_that_do_not_fit_are_refused(
     content = published_content()
     change(content["model_state_dict"])
     with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(saved(content, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(torch.tensor(8), "Tensor"), (torch.tensor([8, 8]), "Tensor"), (None, "NoneType"), ("8", "str"), (8.0, "float")],
+)
+def test_a_config_value_that_is_no_integer_is_refused(value: Any, found: str, tmp_path: Path) -> None:
+    content = published_content()
+    content["config"] = content["config"] | {"num_layers": value}
+    with pytest.raises(CheckpointError, match=f"config has a {found} as num_layers; expected the integer 8"):
         load_checkpoint(saved(content, tmp_path))
 
 
@@ -415,17 +521,32 @@ def test_a_config_that_does_not_clearly_say_how_it_was_trained_is_refused(tmp_pa
     content["config"] = content["config"] | {"use_layernorm": "False"}
     with pytest.raises(CheckpointError, match="use_layernorm = 'False'; expected True or False"):
         load_checkpoint(saved(content, tmp_path))
+    content["config"] = content["config"] | {"use_layernorm": torch.tensor(True)}
+    with pytest.raises(CheckpointError, match="use_layernorm = a Tensor; expected True or False"):
+        load_checkpoint(saved(content, tmp_path))
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.to_sparse, lambda tensor: tensor.to("meta")])
+def test_two_states_of_which_one_is_no_plain_tensors_are_refused(
+    change: Callable[[Tensor], Tensor], tmp_path: Path
+) -> None:
+    content = published_content()
+    content["model"] = {name: change(tensor) for name, tensor in content["model_state_dict"].items()}
+    with pytest.raises(CheckpointError, match="they differ"):
+        load_checkpoint(saved(content, tmp_path))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_other_floating_types_become_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     content = published_content()
     state = content["model_state_dict"]
-    content["model_state_dict"] = {
-        name: tensor if name.startswith("rfsq.") else tensor.to(dtype) for name, tensor in state.items()
-    }
+    # The whole model, its grid included.
+    content["model_state_dict"] = {name: tensor.to(dtype) for name, tensor in state.items()}
     weights = load_checkpoint(saved(content, tmp_path)).weights
     assert all(torch.equal(tensor, state[name].to(dtype).float()) for name, tensor in weights.items())
+    content["model_state_dict"]["rfsq.layers.2.boundaries"][1] += 0.01
+    with pytest.raises(CheckpointError, match="grid of layer 2 is off by"):
+        load_checkpoint(saved(content, tmp_path))
 
 
 def test_a_published_checkpoint_can_be_saved_as_our_own(tmp_path: Path) -> None:

@@ -195,6 +195,7 @@ def test_the_command_trains_a_naive_checkpoint_with_a_normaliser(
         (["--latent-dim", "1"], "latent_dim >= 2"),
         (["--key", "velocities"], "no 'velocities'"),
         (["--output", "actions.npz/model.safetensors"], "cannot write"),
+        (["--output", "model.pt"], "does not end with"),
     ],
 )
 def test_errors_are_explained_and_exit_with_2(
