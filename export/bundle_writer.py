@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -24,6 +25,8 @@ from runtime.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, ma
 _STAGED = "staged"
 # In there: the bundle in the making, and the one that it replaces, set aside for a moment.
 _NEW, _OLD = "new", "old"
+# Linux's own numbers: paths as they are, and both names trade places.
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class StagedBundle:
@@ -96,9 +99,8 @@ def stage_bundle(output: str | Path, *, overwrite: bool = False) -> Iterator[Sta
                 _remove_stale(output)
                 _check_output(output, overwrite)
                 workshop = Path(tempfile.mkdtemp(prefix=f".{output.name}.{_STAGED}-", dir=output.parent))
-                # After publishing, the bundle has left; before, it is not to be seen by anyone.
-                stack.callback(shutil.rmtree, workshop, ignore_errors=True)
                 stack.enter_context(_locked(workshop))
+                stack.callback(_clear_up, workshop, output)
             # A folder of its own, with the usual permissions: those of a temporary folder are for its owner alone.
             (workshop / _NEW).mkdir()
         except OSError as error:
@@ -109,10 +111,13 @@ def stage_bundle(output: str | Path, *, overwrite: bool = False) -> Iterator[Sta
         yield staged
         if not staged.is_sealed:
             raise ExportError(f"the bundle for {output} was not sealed, so it was not written")
-        with _locked(output.parent):
-            # Checked again: a build takes a while, and another one may have finished first.
-            _check_output(output, overwrite)
-            _publish(workshop, output)
+        try:
+            with _locked(output.parent):
+                # Checked again: a build takes a while, and another one may have finished first.
+                _check_output(output, overwrite)
+                _publish(workshop, output)
+        except OSError as error:
+            raise ExportError(f"{output} cannot be written: {error.strerror}; choose another --output") from error
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
@@ -145,7 +150,7 @@ def _files_of_bundle(folder: Path) -> Collection[str] | None:
     """What the manifest lists, of any schema version and however damaged the rest; None where it is not one of ours."""
     try:
         content = json.loads((folder / MANIFEST_NAME).read_bytes()) if (folder / MANIFEST_NAME).is_file() else None
-    except (ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or not {"schema_version", "manifest_sha256"} <= content.keys():
         return None
@@ -154,38 +159,49 @@ def _files_of_bundle(folder: Path) -> Collection[str] | None:
 
 
 def _publish(workshop: Path, output: Path) -> None:
-    """Rename onto `output`. A bundle that was there is set aside first, and put back where the rename fails."""
+    """Put the new bundle at `output`, and what was there where `_clear_up` finds it."""
     new, old = workshop / _NEW, workshop / _OLD
     for folder, _, _ in os.walk(new):
         _sync_folder(Path(folder))
-    try:
-        if output.exists() and any(output.iterdir()):
-            output.rename(old)
-        try:
-            # Onto nothing or an empty folder, which rename replaces.
-            new.rename(output)
-        except BaseException:
-            if old.exists():
-                old.rename(output)
-            raise
-    except OSError as error:
-        raise ExportError(f"{output} cannot be written: {error.strerror}; choose another --output") from error
+    if not (output.exists() and any(output.iterdir())):
+        # Onto nothing or an empty folder, which rename replaces.
+        new.rename(output)
+    elif not _exchange(new, output):
+        output.rename(old)
+        new.rename(output)
     _sync_folder(output.parent)
 
 
-def _remove_stale(output: Path) -> None:
-    """Clear up after builds of the same output that were killed.
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders, where system and file system can: then there is no moment without a bundle."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    names = (_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second))
+    return renameat2 is not None and renameat2(*names, _RENAME_EXCHANGE) == 0
 
-    A bundle that such a build had set aside, without putting the new one in place, is put back.
-    """
+
+def _remove_stale(output: Path) -> None:
+    """Clear up after builds of the same output that were killed."""
     # mkdtemp adds eight characters.
     pattern = re.compile(rf"\.{re.escape(output.name)}\.{_STAGED}-[a-z0-9_]{{8}}")
     for path in output.parent.iterdir():
-        if not pattern.fullmatch(path.name) or not _is_stale(path):
-            continue
-        if (path / _OLD).is_dir() and not output.exists():
-            (path / _OLD).rename(output)
-        shutil.rmtree(path, ignore_errors=True)
+        if pattern.fullmatch(path.name) and _is_stale(path):
+            _clear_up(path, output)
+
+
+def _clear_up(workshop: Path, output: Path) -> None:
+    """Remove a build's folder, once a bundle that was set aside without a new one in its place is back there.
+
+    Raises ExportError where it cannot be put back; then it stays where it is.
+    """
+    old = workshop / _OLD
+    try:
+        if old.is_dir() and not output.exists():
+            old.rename(output)
+    except OSError as error:
+        raise ExportError(
+            f"the bundle that was at {output} is now at {old} and cannot be put back: {error.strerror}; move it there"
+        ) from error
+    shutil.rmtree(workshop, ignore_errors=True)
 
 
 @contextlib.contextmanager

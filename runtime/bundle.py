@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -16,6 +17,7 @@ from runtime.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, Mo
 _COPY_AGAIN = "copy the bundle again or build it again with `python export/build_engine.py`"
 #: A manifest takes a few tens of KB; a larger file is something else and is not read.
 _MANIFEST_SIZE_LIMIT = 16 * 2**20
+_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,23 +37,36 @@ class Bundle:
 
     def unlisted_files(self) -> tuple[str, ...]:
         """Files in the folder that the manifest does not name: nothing reads them."""
-        found = (path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if not path.is_dir())
-        return tuple(sorted(set(found) - self._contents.keys() - {MANIFEST_NAME}))
+        return unlisted_files(self.folder, self._contents.keys())
 
 
 def open_bundle(path: str | Path) -> Bundle:
     """Read a bundle into memory and check it against its manifest; nothing in it is deserialised before.
 
-    Raises BundleError when it is missing, incomplete, altered, of another schema version, or not a bundle.
+    Raises BundleError when it is missing, incomplete, altered, of another schema version, not a bundle, or when its
+    manifest contradicts itself.
     """
     folder = Path(path)
     manifest = parse_manifest(_read_manifest(folder))
     contents: dict[str, bytes] = {}
     for name, entry in manifest.files.items():
         contents[name] = _read_checked(folder, name, entry)
+    check_manifest(manifest)
+    return Bundle(folder, manifest, MappingProxyType(contents))
+
+
+def unlisted_files(folder: Path, listed: Collection[str]) -> tuple[str, ...]:
+    """Files in `folder`, links included, that are neither the manifest nor listed in it."""
+    paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    found = {path.relative_to(folder).as_posix() for path in paths}
+    return tuple(sorted(found.difference(listed, {MANIFEST_NAME})))
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raises BundleError where the manifest contradicts itself: no build that passed its gates writes that."""
     _check_model(manifest.model)
     _check_references(manifest)
-    return Bundle(folder, manifest, MappingProxyType(contents))
+    _check_statements(manifest)
 
 
 def _read_manifest(folder: Path) -> str:
@@ -122,7 +137,8 @@ def _check_model(model: ModelEntry) -> None:
     """Sizes and units that a model can have: everything behind this relies on them."""
     sizes = ("chunk_length", "action_dim", "latent_dim", "hidden_width", "num_layers")
     problems = [f"{name} is {getattr(model, name)}" for name in sizes if getattr(model, name) < 1]
-    if model.num_levels < 2:
+    # Tokens are int32.
+    if not 2 <= model.num_levels <= 2**31:
         problems.append(f"num_levels is {model.num_levels}")
     ascending = tuple(sorted(set(model.prefixes)))
     if model.prefixes != ascending or not ascending or ascending[0] < 1 or ascending[-1] != model.num_layers:
@@ -133,7 +149,8 @@ def _check_model(model: ModelEntry) -> None:
             problems.append(f"{name} are {list(values)} for {model.action_dim} dimensions")
     if not all(unit > 0 for unit in model.action_units):
         problems.append(f"action_units are {list(model.action_units)}, not all positive")
-    if not 0 < model.action_limit < math.inf:
+    # The limit becomes a float32, against which float32 actions are held.
+    if not 0 < model.action_limit <= _FLOAT32_MAX:
         problems.append(f"action_limit is {model.action_limit}")
     if problems:
         raise BundleError(f"{MANIFEST_NAME} describes no possible model: {'; '.join(problems)}; build the bundle again")
@@ -164,3 +181,21 @@ def _check_references(manifest: Manifest) -> None:
                 f"{engine.file} was compiled from {engine.graph} with sha256 {engine.onnx_sha256}, which is not in "
                 "this bundle: graph and engine do not belong together; build the bundle again"
             )
+
+
+def _check_statements(manifest: Manifest) -> None:
+    problems = []
+    if not re.fullmatch("[0-9a-f]{64}", manifest.fingerprint):
+        problems.append(f"the fingerprint is {manifest.fingerprint!r}, not 64 lowercase hexadecimal digits")
+    for entry in manifest.parity:
+        if not (entry.value <= entry.limit and math.isfinite(entry.value) and math.isfinite(entry.limit)):
+            problems.append(f"the gate {entry.gate!r} of {entry.backend} did not pass: {entry.value} > {entry.limit}")
+    for engine in manifest.engines:
+        least, optimum, most = engine.profile
+        if not 1 <= least <= optimum <= most:
+            problems.append(f"{engine.file} is tuned for batches {list(engine.profile)}, not 1 or more and ascending")
+    if problems:
+        raise BundleError(
+            f"{MANIFEST_NAME} states what no build that passed its gates writes: {'; '.join(problems)}; build the "
+            "bundle again"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -25,8 +26,12 @@ Int32Array = npt.NDArray[np.int32]
 
 #: The earliest time that a zip can state: the same bytes at any time.
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
+#: The system that a zip states as its maker: the same on all.
+_ZIP_UNIX = 3
 #: Chunks that are also run in batches of 1 and 2: what can go wrong there is the batch, not the numbers.
 _SMALL_BATCH_CHUNKS = 64
+#: Standard deviations of a count of rare events, sqrt(count) each, that a sample of them may lie above its share.
+_SCATTER = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +56,11 @@ class Golden:
     flip_tolerance: float
 
     def every(self, stride: int) -> Golden:
-        """Every stride-th chunk, with the same limits."""
+        """Every stride-th chunk. The cap shrinks in proportion, but for the scatter of a count so small."""
+        share = self.near_tie_cap * len(self.actions[::stride]) / len(self.actions)
         return replace(
             self,
+            near_tie_cap=min(self.near_tie_cap, math.ceil(share + _SCATTER * math.sqrt(share))),
             actions=self.actions[::stride],
             tokens=self.tokens[::stride],
             margins=self.margins[::stride],
@@ -115,24 +122,23 @@ def write_golden(golden: Golden) -> bytes:
         for name in sorted(arrays):
             member = io.BytesIO()
             np.lib.format.write_array(member, np.asarray(arrays[name], order="C"), version=(1, 0), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy", _ZIP_EPOCH), member.getvalue())
+            entry = zipfile.ZipInfo(f"{name}.npy", _ZIP_EPOCH)
+            entry.create_system = _ZIP_UNIX
+            archive.writestr(entry, member.getvalue())
     return output.getvalue()
 
 
 def read_golden(content: bytes, model: ModelEntry) -> Golden:
     """Golden vectors that fit `model`, as read-only arrays.
 
-    Raises BundleError for anything but what `write_golden` writes: other members, shapes, types, or values that make
-    no sense. Shapes are judged by their headers, before anything is allocated.
+    Raises BundleError for anything but the very bytes that `write_golden` writes, and for values that make no sense.
+    Headers are compared with the ones they must be, never interpreted.
     """
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise ValueError("its members are compressed")
-            members = {member.filename: archive.read(member) for member in archive.infolist()}
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        members = _read_members(content)
+    except Exception as error:  # Whatever zipfile trips over in bytes that someone made for that purpose
         raise _malformed(f"is not an .npz that the build writes: {error}") from error
-    expected = _expected_arrays(model, _num_chunks(members))
+    expected = _expected_arrays(model, _num_chunks(members, model))
     if members.keys() != expected.keys():
         missing, unknown = sorted(expected.keys() - members.keys()), sorted(members.keys() - expected.keys())
         raise _malformed(f"lacks {missing} and has the unknown members {unknown}")
@@ -151,7 +157,23 @@ def read_golden(content: bytes, model: ModelEntry) -> Golden:
         flip_tolerance=float(arrays["flip_tolerance"]),
     )
     _check_values(golden, model)
+    if write_golden(golden) != content:
+        raise _malformed("holds more than its arrays, or in another form than the build writes")
     return golden
+
+
+def _read_members(content: bytes) -> dict[str, bytes]:
+    """Raises ValueError, or whatever zipfile raises, unless they lie there one by one as they are."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its members are compressed")
+        # Else a few bytes could be read again and again.
+        if len({entry.filename for entry in entries}) != len(entries):
+            raise ValueError("it has members of the same name")
+        if sum(entry.file_size for entry in entries) > len(content):
+            raise ValueError("its members are larger than itself")
+        return {entry.filename: archive.read(entry) for entry in entries}
 
 
 def replay(golden: Golden, model: ModelEntry, backend: Backend) -> ReplayResult:
@@ -187,7 +209,12 @@ def _replay_batches(golden: Golden, model: ModelEntry, backend: Backend, batch_s
         yield Check(f"encode, {label}", np.inf, 0, str(error))
         return
     comparison = compare_tokens(
-        golden.tokens, tokens, golden.margins, golden.bounds, is_step_coupled=model.is_step_coupled
+        golden.tokens,
+        tokens,
+        golden.margins,
+        golden.bounds,
+        num_levels=model.num_levels,
+        is_step_coupled=model.is_step_coupled,
     )
     yield from _token_checks(comparison, golden.near_tie_cap, label)
     if stats is not None and golden.stats is not None:
@@ -293,38 +320,38 @@ def _expected_arrays(model: ModelEntry, num_chunks: int) -> dict[str, tuple[type
     return {f"{name}.npy": entry for name, entry in arrays.items()}
 
 
-def _num_chunks(members: Mapping[str, bytes]) -> int:
+def _num_chunks(members: Mapping[str, bytes], model: ModelEntry) -> int:
     if "actions.npy" not in members:
         raise _malformed("lacks actions.npy")
-    shape, _, _, _ = _read_header("actions.npy", members["actions.npy"])
-    if not shape or shape[0] < 1:
-        raise _malformed(f"has actions of shape {list(shape)}; expected at least one chunk")
-    return shape[0]
+    chunk = (model.chunk_length, model.action_dim)
+    # A header is as long for any number of chunks.
+    size = len(members["actions.npy"]) - len(_header(np.float32, (1, *chunk)))
+    num_chunks, rest = divmod(size, np.dtype(np.float32).itemsize * math.prod(chunk))
+    if num_chunks < 1 or rest:
+        raise _malformed(f"has {size} bytes of actions; expected one or more whole chunks of float32{list(chunk)}")
+    return num_chunks
 
 
-def _read_header(name: str, content: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
-    """Shape, whether in Fortran order, dtype, and where the data begin."""
-    stream = io.BytesIO(content)
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version != (1, 0):
-            raise ValueError(f"array format {version}")
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-    except ValueError as error:
-        raise _malformed(f"has an unreadable member {name}: {error}") from error
-    return shape, is_fortran, dtype, stream.tell()
+def _header(dtype: type[np.generic], shape: tuple[int, ...]) -> bytes:
+    """What stands before the data of such an array."""
+    stream = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
 
 
 def _read_array(name: str, content: bytes, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    found_shape, is_fortran, found_dtype, start = _read_header(name, content)
-    if (found_shape, is_fortran, found_dtype) != (shape, False, np.dtype(dtype)):
+    header = _header(dtype, shape)
+    if not content.startswith(header):
         raise _malformed(
-            f"has {name} as {found_dtype}{list(found_shape)}; the manifest's model needs {np.dtype(dtype)}{list(shape)}"
+            f"has {name} that begins with {content[: len(header)]!r}; the manifest's model needs "
+            f"{np.dtype(dtype)}{list(shape)}"
         )
-    size = len(content) - start
-    if size != np.dtype(dtype).itemsize * int(np.prod(shape)):
-        raise _malformed(f"has {size} bytes of data in {name}, not as many as {np.dtype(dtype)}{list(shape)} takes")
-    return np.frombuffer(content, dtype, offset=start).reshape(shape)
+    # Python's numbers do not overflow.
+    size, needed = len(content) - len(header), np.dtype(dtype).itemsize * math.prod(shape)
+    if size != needed:
+        raise _malformed(f"has {size} bytes of data in {name}; {np.dtype(dtype)}{list(shape)} takes {needed}")
+    return np.frombuffer(content, dtype, offset=len(header)).reshape(shape)
 
 
 def _check_values(golden: Golden, model: ModelEntry) -> None:
@@ -338,7 +365,9 @@ def _check_values(golden: Golden, model: ModelEntry) -> None:
         "bounds that are negative or not a number": bool((golden.bounds >= 0).all()),
         "stats that are not finite": golden.stats is None or bool(np.isfinite(golden.stats).all()),
         "decoded actions that are not finite": all(np.isfinite(actions).all() for actions in golden.decoded.values()),
-        "a negative near_tie_cap": golden.near_tie_cap >= 0,
+        "a near_tie_cap that is negative or above the number of tokens": (
+            0 <= golden.near_tie_cap <= golden.tokens.size
+        ),
         "a flip_tolerance that is negative or not finite": 0 <= golden.flip_tolerance < np.inf,
     }
     broken = [rule for rule, holds in rules.items() if not holds]

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from runtime.bundle import Bundle, open_bundle
+from runtime.console import prepare_console, printable
 from runtime.errors import TokenizerError
 from runtime.manifest import EngineEntry, GraphEntry, TensorEntry
 
@@ -29,9 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         bundle = open_bundle(options.bundle)
     except TokenizerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
-    print(json.dumps(describe(bundle), indent=1, ensure_ascii=False) if options.json else "\n".join(overview(bundle)))
+    if options.json:
+        print(json.dumps(describe(bundle), indent=1))
+    else:
+        # Line by line: a name with a line end in it must not look like two lines of ours.
+        print("\n".join(printable(line.replace("\n", "\\n")) for line in overview(bundle)))
     return 0
 
 
@@ -61,10 +66,9 @@ def overview(bundle: Bundle) -> Iterator[str]:
         yield from (f"  {line}" for line in _engine(engine))
     yield "parity with PyTorch float64" if manifest.parity else "parity: nothing was proven when this was built"
     for entry in manifest.parity:
-        sign, relation = ("✓", "≤") if entry.value <= entry.limit else ("✗", ">")
         detail = f" ({entry.detail})" if entry.detail else ""
-        measured = f"{entry.value:.4g} {relation} {entry.limit:.4g} over {entry.steps} steps"
-        yield f"  {sign} {entry.backend}, {entry.gate}: {measured}{detail}"
+        measured = f"{entry.value:.4g} ≤ {entry.limit:.4g} over {entry.steps} steps"
+        yield f"  ✓ {entry.backend}, {entry.gate}: {measured}{detail}"
     yield "files, sizes and sha256 as in the manifest"
     for file, listed in sorted(manifest.files.items()):
         yield f"  {listed.size:>12,} bytes  {listed.sha256[:16]}…  {file}"
@@ -118,4 +122,5 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 if __name__ == "__main__":
+    prepare_console()
     sys.exit(main())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,8 @@ _BOUND_BATCHES = 4
 #: Binding arrays of the caller costs 35 us, copying through bound buffers 1 us per 10 KB: above this, bind.
 _COPY_LIMIT_BYTES = 256 * 2**10
 _ORT_TYPES = {"float32": "tensor(float)", "int32": "tensor(int32)"}
+#: In every graph that keeps weights in another file, whichever kind of tensor it is: the key of the file's name.
+_EXTERNAL_DATA = b"location"
 _LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging.CRITICAL)
 
 _Array = npt.NDArray[Any]
@@ -32,9 +36,11 @@ _Array = npt.NDArray[Any]
 class OrtBackend:
     """Deterministic: one thread by default, so every sum is taken in one order.
 
+    May be called from threads and signal handlers at once; a child of fork opens sessions of its own at its first call.
+
     num_threads: on two cores, two take a third off batches of thousands of chunks and add a third to a single one.
     Raises BackendUnavailableError where ONNX Runtime refuses a graph, BundleError where a graph is not what the
-    manifest describes.
+    manifest describes or keeps weights in another file.
     """
 
     def __init__(self, bundle: Bundle, *, num_threads: int = 1) -> None:
@@ -71,10 +77,14 @@ class _BoundGraph:
 
     def __init__(self, bundle: Bundle, entry: GraphEntry, num_threads: int) -> None:
         self._inputs, self._outputs = entry.inputs, entry.outputs
-        try:
-            self._session: Any = ort.InferenceSession(
-                bundle.content(entry.file), _session_options(num_threads), providers=["CPUExecutionProvider"]
+        self._content, self._num_threads = bundle.content(entry.file), num_threads
+        if _EXTERNAL_DATA in self._content:
+            raise BundleError(
+                f"{entry.file} names another file to read weights from, which nobody has hashed; expected a graph "
+                "that holds all its weights: build the bundle again"
             )
+        try:
+            self._session: Any = self._open_session()
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise BackendUnavailableError(
                 f"ONNX Runtime {ort.__version__} refuses {entry.file}: {error}; build the bundle again or install the "
@@ -83,27 +93,34 @@ class _BoundGraph:
         _check_tensors(entry.file, entry.inputs, self._session.get_inputs())
         _check_tensors(entry.file, entry.outputs, self._session.get_outputs())
         self._bound: dict[tuple[tuple[int, ...], bool], _Buffers] = {}
-        # Buffers are shared by all callers.
+        # Held by the one caller that uses the buffers.
         self._lock = threading.Lock()
+        _OPEN_GRAPHS.add(self)
 
     def run(self, source: _Array, source_stats: _Array | None, target: _Array, target_stats: _Array | None) -> None:
         """target_stats may be left out where the graph gives them."""
         # Written out, because every call and every loop here costs as much as a node of the graph.
+        lock = self._lock
         try:
-            with self._lock:
-                buffers = self._bound.get((source.shape, target_stats is None))
-                if buffers is None:
-                    buffers = self._make_buffers(source, source_stats, target, target_stats)
-                if buffers is not None:
-                    buffers.source[...] = source
-                    if source_stats is not None:
-                        buffers.source_stats[...] = source_stats
-                    self._session.run_with_iobinding(buffers.binding)
-                    target[...] = buffers.target
-                    if target_stats is not None:
-                        target_stats[...] = buffers.target_stats
-                    return
-            self._session.run_with_iobinding(self._bind(source, source_stats, target, target_stats))
+            # Without waiting: the holder may be the very thread that a signal handler has interrupted.
+            if lock.acquire(False):
+                try:
+                    buffers = self._bound.get((source.shape, target_stats is None))
+                    if buffers is None:
+                        buffers = self._make_buffers(source, source_stats, target, target_stats)
+                    if buffers is not None:
+                        buffers.source[...] = source
+                        if source_stats is not None:
+                            buffers.source_stats[...] = source_stats
+                        buffers.session.run_with_iobinding(buffers.binding)
+                        target[...] = buffers.target
+                        if target_stats is not None:
+                            target_stats[...] = buffers.target_stats
+                        return
+                finally:
+                    lock.release()
+            session = self._session_here()
+            session.run_with_iobinding(self._bind(session, source, source_stats, target, target_stats))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise InferenceError(f"ONNX Runtime {ort.__version__} failed: {error}") from error
 
@@ -115,15 +132,27 @@ class _BoundGraph:
             None if array is None else np.zeros_like(array) for array in arrays
         ]
         assert source is not None
-        buffers = _Buffers(source, source_stats, target, target_stats, self._bind(*own))
+        session = self._session_here()
+        buffers = _Buffers(source, source_stats, target, target_stats, session, self._bind(session, *own))
         self._bound[source.shape, target_stats is None] = buffers
         if len(self._bound) > _BOUND_BATCHES:
             del self._bound[next(iter(self._bound))]
         return buffers
 
-    def _bind(self, *arrays: _Array | None) -> Any:
+    def _open_session(self) -> Any:
+        return ort.InferenceSession(
+            self._content, _session_options(self._num_threads), providers=["CPUExecutionProvider"]
+        )
+
+    def _session_here(self) -> Any:
+        """This process's own, opened at its first use in a child of fork."""
+        if self._session is None:
+            self._session = self._open_session()
+        return self._session
+
+    def _bind(self, session: Any, *arrays: _Array | None) -> Any:
         """A binding to the memory of source, its stats, target and its stats, which has to outlive it."""
-        binding = self._session.io_binding()
+        binding = session.io_binding()
         inputs = [array for array in arrays[:2] if array is not None]
         outputs = [array for array in arrays[2:] if array is not None]
         for entry, array in zip(self._inputs, inputs, strict=True):
@@ -132,10 +161,30 @@ class _BoundGraph:
             binding.bind_output(entry.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         return binding
 
+    def start_anew(self) -> None:
+        """With another lock, session and buffers; whoever holds the old ones goes on with them."""
+        _ABANDONED.append((self._session, self._bound))
+        self._lock = threading.Lock()
+        self._session, self._bound = None, {}
+
     def close(self) -> None:
-        with self._lock:
-            self._bound.clear()
-            self._session = None
+        _OPEN_GRAPHS.discard(self)
+        self._session, self._bound, self._content = None, {}, b""
+
+
+_OPEN_GRAPHS: weakref.WeakSet[_BoundGraph] = weakref.WeakSet()
+#: Kept from being freed, which might wait for a lock of theirs.
+_ABANDONED: list[Any] = []
+
+
+def _start_anew() -> None:
+    """In a child of fork: locks, ONNX Runtime's own too, may have been held by threads that the child does not have."""
+    for graph in list(_OPEN_GRAPHS):
+        graph.start_anew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -146,6 +195,7 @@ class _Buffers:
     source_stats: Any
     target: Any
     target_stats: Any
+    session: Any
     binding: Any
 
 
@@ -157,6 +207,9 @@ def _session_options(num_threads: int) -> Any:
     # A spinning thread takes a core from the controller between two chunks.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    # Only ONNX, only from the hashed bytes: never a format with rules of its own, never weights from a folder.
+    options.add_session_config_entry("session.load_model_format", "ONNX")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     return options
 
 

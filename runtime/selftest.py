@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from runtime.backends import PREFERENCE, create_backend
 from runtime.bundle import Bundle, open_bundle
+from runtime.console import prepare_console, printable
 from runtime.errors import BackendUnavailableError, TokenizerError
 from runtime.golden import Golden, read_golden, replay
 from runtime.manifest import GOLDEN_NAME
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0 if _passes(options.backend, bundle, golden) else 1
         verdicts = _test_all(bundle, golden)
     except TokenizerError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     return 0 if all(verdicts) else 1
 
@@ -56,7 +57,7 @@ def _test_all(bundle: Bundle, golden: Golden) -> list[bool]:
         try:
             verdicts.append(_passes(name, bundle, golden))
         except BackendUnavailableError as error:
-            print(f"– {name}: not tested: {error}")
+            print(f"– {name}: not tested: {printable(str(error))}")
     if not verdicts:
         raise BackendUnavailableError(f"no backend can be used for {bundle.folder} here; the lines above say why")
     return verdicts
@@ -79,4 +80,5 @@ def _passes(name: str, bundle: Bundle, golden: Golden) -> bool:
 
 
 if __name__ == "__main__":
+    prepare_console()
     sys.exit(main())

@@ -23,6 +23,14 @@ _INT32 = np.dtype(np.int32)
 _TOKEN_TYPES = (_INT32, np.dtype(np.int64), np.dtype(np.uint8))
 _UNSIGNED = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in _TOKEN_TYPES}
 
+#: No |mean| and no sigma of a `dynamic` layer comes near it. Layer 0 takes tanh's values: within 1 of 0, over a range
+#: of at most 2. A layer takes the mean away and then moves, in units of sigma, what lies inside the grid's [-1, 1] to
+#: within half a bin of 0, and what lies beyond nearer to 0 by 1. So with 3 levels or more no range is wider than the
+#: one before, and nothing is farther from 0 than that range is wide: |mean| <= 2; and sigma, unbiased over 2 latents or
+#: more, is at most range / sqrt(2) + 1e-5. Twice 2 leaves room for rounding, and for 2 levels, whose half a bin is a
+#: whole sigma.
+_STATS_LIMIT = 4.0
+
 STATS_NEEDED = (
     "tokens of a `dynamic` bundle cannot be decoded alone: every layer was normalised by a mean and a sigma of its own "
     "step, which do not travel with the tokens. Pass the stats that encode_with_stats returned, or build a bundle "
@@ -72,11 +80,7 @@ class InputValidator:
             self._check_shape("tokens", array, "B, T, D, l", self._tokens_tail, is_prefix=True)
             array = _native("tokens", array, _TOKEN_TYPES)
         if array.shape[3] not in self._prefixes:
-            raise UnbuiltPrefixError(
-                f"tokens have {array.shape[3]} layers (shape {list(array.shape)}); this bundle decodes "
-                f"{_listed(self._model.prefixes)}: slice tokens[..., :l] to one of them, or build the bundle with "
-                f"`--prefixes {array.shape[3]}`"
-            )
+            self._refuse_prefix(array)
         if not array.flags.c_contiguous:
             array = np.ascontiguousarray(array)
         # As unsigned numbers, negative ones are the largest: one pass finds both kinds of wrong value.
@@ -85,7 +89,10 @@ class InputValidator:
         return array if array.dtype == _INT32 else array.astype(_INT32)
 
     def stats(self, stats: object, tokens: Int32Array) -> Float32Array | None:
-        """float32 [B, T, l, 2], finite, for `dynamic` bundles; None for all others. Raises InvalidInputError."""
+        """float32 [B, T, l, 2] that encoding can give, for `dynamic` bundles; None for all others.
+
+        Raises InvalidInputError.
+        """
         if not self._model.has_stats:
             if stats is None:
                 return None
@@ -103,27 +110,37 @@ class InputValidator:
                 f"shape {list(tokens.shape)}: slice tokens[..., :l] and stats[..., :l, :] alike"
             )
         array = np.ascontiguousarray(_native("stats", array, (_FLOAT32,)), _FLOAT32)
-        if not np.isfinite(array).all():
-            index = _first(~np.isfinite(array))
-            raise InvalidInputError(f"stats{list(index)} is {array[index]}; expected finite numbers")
+        # Written so that NaN is refused.
+        possible = np.abs(array) <= _STATS_LIMIT
+        possible[..., 1] &= array[..., 1] > 0
+        if not possible.all():
+            index = _first(~possible)
+            expected_number = (
+                f"a sigma above 0 and at most {_STATS_LIMIT:g}" if index[-1] else f"a mean of at most ±{_STATS_LIMIT:g}"
+            )
+            raise InvalidInputError(
+                f"stats{list(index)} is {array[index]}; expected {expected_number}: latents lie between -1 and 1, so "
+                "no encoder gives it; pass the stats that encode_with_stats returned"
+            )
         return array
 
     def output(self, name: str, out: object, dtype: type[_Scalar], shape: tuple[int, ...], *inputs: _Array) -> None:
         """Raises InvalidInputError unless results can be written straight into `out`, which shares no memory."""
-        array = _as_array(name, out)
-        if array.dtype != dtype or array.shape != shape:
+        # Unlike an input, it must not be converted: the results would be lost with the converted array.
+        if type(out) is not np.ndarray or out.dtype != dtype or out.shape != shape:
+            found = f"{out.dtype}{list(out.shape)}" if type(out) is np.ndarray else f"a {_kind(out)}"
             raise InvalidInputError(
-                f"{name} is {array.dtype}{list(array.shape)}; expected {np.dtype(dtype)}{list(shape)}: "
+                f"{name} is {found}; expected a numpy.ndarray {np.dtype(dtype)}{list(shape)}: allocate it with "
                 f"np.empty({list(shape)}, np.{np.dtype(dtype)})"
             )
-        flags = array.flags
+        flags = out.flags
         if not (flags.writeable and flags.c_contiguous and flags.aligned):
             raise InvalidInputError(
                 f"{name} is {'not writable' if not flags.writeable else 'not C-contiguous and aligned'}; expected an "
                 "array that results can be written into directly: allocate it with np.empty"
             )
         for given in inputs:
-            if np.may_share_memory(array, given):
+            if np.may_share_memory(out, given):
                 raise InvalidInputError(
                     f"{name} overlaps the memory of an input or of another output; give it memory of its own"
                 )
@@ -147,6 +164,18 @@ class InputValidator:
             "beyond that float32 overflows inside the encoder"
         )
 
+    def _refuse_prefix(self, tokens: _Array) -> None:
+        layers, model = tokens.shape[3], self._model
+        can_be_built = 1 <= layers <= model.num_layers
+        raise UnbuiltPrefixError(
+            f"tokens have {layers} layers (shape {list(tokens.shape)}); this bundle decodes {_listed(model.prefixes)}: "
+            + (
+                f"slice tokens[..., :l] to one of them, or build the bundle with `--prefixes {layers}`"
+                if can_be_built
+                else f"pass the first so many of the model's {model.num_layers} layers, tokens[..., :l]"
+            )
+        )
+
     def _refuse_tokens(self, tokens: _Array) -> None:
         highest = self._model.num_levels - 1
         index = _first((tokens < 0) | (tokens > highest))
@@ -158,9 +187,12 @@ class InputValidator:
 def _as_array(name: str, value: object) -> _Array:
     # Subclasses bring rules of their own: a masked array hides the very values that have to be checked.
     if type(value) is not np.ndarray:
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise InvalidInputError(f"{name} is a {kind}; expected a numpy.ndarray: pass np.asarray({name})")
+        raise InvalidInputError(f"{name} is a {_kind(value)}; expected a numpy.ndarray: pass np.asarray({name})")
     return value
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _native(name: str, array: _Array, accepted: tuple[np.dtype[Any], ...]) -> _Array:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from export import bundle_writer
 from export.bundle_writer import StagedBundle, stage_bundle
 from export.errors import ExportError
 from runtime import ActionTokenizer
@@ -40,10 +41,12 @@ def test_a_sealed_bundle_appears_when_the_block_ends(tmp_path: Path) -> None:
     with stage_bundle(output) as staged:
         fill(staged)
         assert not output.exists()
-        assert staged.folder.parent == output.parent
-        assert str(os.getpid()) in staged.folder.name
+        assert staged.folder.parent.parent == output.parent
         ActionTokenizer.load(staged.folder).close()
     assert siblings(output.parent) == ["bundle"]
+    # What anyone may enter that the user's other folders are for.
+    (tmp_path / "usual").mkdir()
+    assert output.stat().st_mode == (tmp_path / "usual").stat().st_mode
     assert bundle_files(output) == sorted([*GRAPHS, "golden.npz", MANIFEST_NAME])
     ActionTokenizer.load(output).close()
 
@@ -114,7 +117,9 @@ def test_a_manifest_that_could_not_be_read_back_is_refused(tmp_path: Path) -> No
         (replace(MANIFEST, model=replace(MANIFEST.model, action_limit=1)), r"action_limit is 1; expected float"),
         (replace(MANIFEST, provenance={"loss": float("nan")}), "cannot be read back"),
         (replace(MANIFEST, provenance={"path": Path("x")}), "cannot be read back"),
-        (replace(MANIFEST, model=replace(MANIFEST.model, latent_dim=9)), r"golden\.npz has tokens\.npy"),
+        (replace(MANIFEST, model=replace(MANIFEST.model, latent_dim=9)), "states the tensors"),
+        (replace(MANIFEST, model=replace(MANIFEST.model, num_levels=2)), r"golden\.npz has tokens outside"),
+        (replace(MANIFEST, fingerprint="f9"), "64 lowercase hexadecimal digits"),
     ):
         with pytest.raises(ExportError, match=message), stage_bundle(tmp_path / "bundle") as staged:
             fill(staged, manifest)
@@ -125,7 +130,6 @@ def test_a_manifest_that_could_not_be_read_back_is_refused(tmp_path: Path) -> No
 
 def test_a_bundle_that_is_there_is_replaced_only_when_asked(tmp_path: Path) -> None:
     output = write_bundle(tmp_path / "bundle", Recipe(seed=7))
-    (output / "left over").write_text("x", encoding="utf-8")
     fingerprint = open_bundle(output).manifest.fingerprint
     with pytest.raises(ExportError, match=r"already holds a bundle; .*--overwrite"), stage_bundle(output):
         pytest.fail("started")
@@ -134,8 +138,46 @@ def test_a_bundle_that_is_there_is_replaced_only_when_asked(tmp_path: Path) -> N
         fill(staged)
         assert open_bundle(output).manifest.fingerprint == fingerprint
     assert open_bundle(output).manifest.fingerprint == MANIFEST.fingerprint
-    assert open_bundle(output).unlisted_files() == ()
     assert siblings(tmp_path) == ["bundle"]
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "not JSON", "[" * 100_000, '{"name": "web app", "schema_version": 3}'])
+def test_a_folder_with_another_kind_of_manifest_is_never_replaced(text: str, tmp_path: Path) -> None:
+    make_folder(tmp_path / "bundle")
+    (tmp_path / "bundle" / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    with (
+        pytest.raises(ExportError, match="not empty and no bundle"),
+        stage_bundle(tmp_path / "bundle", overwrite=True),
+    ):
+        pytest.fail("started")
+    assert siblings(tmp_path / "bundle") == [MANIFEST_NAME, "precious"]
+
+
+def test_files_that_the_manifest_does_not_list_are_named_and_kept(tmp_path: Path) -> None:
+    output = write_bundle(tmp_path / "bundle", Recipe())
+    make_folder(output / "notes")
+    (output / "link").symlink_to("..")
+    with (
+        pytest.raises(ExportError, match="does not list: link, notes/precious; move them elsewhere"),
+        stage_bundle(output, overwrite=True),
+    ):
+        pytest.fail("started")
+    assert (output / "notes" / "precious").exists()
+
+
+def test_a_damaged_bundle_and_one_of_another_version_are_replaced(tmp_path: Path) -> None:
+    output = write_bundle(tmp_path / "bundle", Recipe(seed=7))
+    (output / "encoder.onnx").unlink()
+    (output / "golden.npz").write_bytes(b"damaged")
+    text = (output / MANIFEST_NAME).read_text(encoding="utf-8")
+    (output / MANIFEST_NAME).write_text(text.replace('"schema_version": 1', '"schema_version": 99'), encoding="utf-8")
+    write_bundle(output, Recipe(), overwrite=True)
+    ActionTokenizer.load(output).close()
+
+
+def test_the_root_is_no_output() -> None:
+    with pytest.raises(ExportError, match="/ is no place for a bundle; choose a folder in it"), stage_bundle("/"):
+        pytest.fail("started")
 
 
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
@@ -164,7 +206,7 @@ def test_anything_else_is_never_replaced(make: Callable[[Path], None], tmp_path:
     make(tmp_path / "bundle")
     before = siblings(tmp_path)
     with (
-        pytest.raises(ExportError, match=r"is not a folder|not empty and no bundle"),
+        pytest.raises(ExportError, match=r"is not a folder|is a link; give the folder|not empty and no bundle"),
         stage_bundle(tmp_path / "bundle", overwrite=True),
     ):
         pytest.fail("started")
@@ -185,6 +227,34 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> Non
     assert siblings(tmp_path) == ["bundle"]
 
 
+def test_no_moment_is_without_a_bundle_where_the_system_can_exchange_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "first" / "a").mkdir(parents=True)
+    (tmp_path / "second").mkdir()
+    if not bundle_writer._exchange(tmp_path / "first", tmp_path / "second"):
+        pytest.skip("cannot exchange folders here")
+    assert (siblings(tmp_path / "first"), siblings(tmp_path / "second")) == ([], ["a"])
+    output = write_bundle(tmp_path / "bundle", Recipe(seed=7))
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: pytest.fail("moved") if self == output else rename(self, to))
+    write_bundle(output, Recipe(), overwrite=True)
+    ActionTokenizer.load(output).close()
+    assert siblings(tmp_path) == ["bundle", "first", "second"]
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_an_overwritten_bundle_is_gone_and_nothing_else_left(
+    can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(bundle_writer, "_exchange", lambda *_: False)
+    output = write_bundle(tmp_path / "bundle", Recipe(seed=7))
+    write_bundle(output, Recipe(has_engine=False), overwrite=True)
+    assert open_bundle(output).unlisted_files() == ()
+    assert siblings(tmp_path) == ["bundle"]
+
+
 def test_the_old_bundle_comes_back_when_the_new_one_cannot_be_put_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,16 +263,44 @@ def test_the_old_bundle_comes_back_when_the_new_one_cannot_be_put_in_place(
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if ".staged-" in self.name:
+        if target == output and self.name == "new":
             raise OSError(28, "No space left on device")
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
+    monkeypatch.setattr(bundle_writer, "_exchange", lambda *_: False)
     with (
         pytest.raises(ExportError, match="cannot be written: No space left on device"),
         stage_bundle(output, overwrite=True) as staged,
     ):
         fill(staged)
+    assert open_bundle(output).manifest.fingerprint == fingerprint
+    assert siblings(tmp_path) == ["bundle"]
+
+
+def test_an_old_bundle_that_cannot_be_put_back_is_kept_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = write_bundle(tmp_path / "bundle", Recipe(seed=7))
+    fingerprint = open_bundle(output).manifest.fingerprint
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == output:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        patch.setattr(bundle_writer, "_exchange", lambda *_: False)
+        with (
+            pytest.raises(ExportError, match=r"is now at .*/old and cannot be put back: Input/output error"),
+            stage_bundle(output, overwrite=True) as staged,
+        ):
+            fill(staged)
+    # The next build puts it back.
+    with pytest.raises(ExportError, match="already holds a bundle"), stage_bundle(output):
+        pytest.fail("started")
     assert open_bundle(output).manifest.fingerprint == fingerprint
     assert siblings(tmp_path) == ["bundle"]
 
@@ -257,12 +355,16 @@ def start_stuck(output: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_killed_build_leaves_no_bundle_and_the_next_one_clears_up(tmp_path: Path) -> None:
-    output = tmp_path / "bundle"
-    process = start_stuck(output)
+def kill(process: subprocess.Popen[str]) -> None:
     process.kill()
     process.wait()
-    assert siblings(tmp_path) == [f".bundle.staged-{process.pid}"]
+
+
+def test_a_killed_build_leaves_no_bundle_and_the_next_one_clears_up(tmp_path: Path) -> None:
+    output = tmp_path / "bundle"
+    kill(start_stuck(output))
+    (left,) = siblings(tmp_path)
+    assert left.startswith(".bundle.staged-")
     write_bundle(output, Recipe())
     assert siblings(tmp_path) == ["bundle"]
 
@@ -274,36 +376,57 @@ def test_an_interrupted_build_clears_up_itself(tmp_path: Path) -> None:
     assert siblings(tmp_path) == []
 
 
-def test_a_build_that_still_runs_is_left_alone(tmp_path: Path) -> None:
+def test_a_build_that_still_runs_is_left_alone_whatever_its_process_number(tmp_path: Path) -> None:
+    """In two containers that share a volume both may be process 1; here this very process begins two builds."""
     process = start_stuck(tmp_path / "bundle")
     try:
-        write_bundle(tmp_path / "bundle", Recipe())
-        assert siblings(tmp_path) == [f".bundle.staged-{process.pid}", "bundle"]
+        with stage_bundle(tmp_path / "bundle") as staged:
+            write_bundle(tmp_path / "bundle", Recipe(seed=7))
+            assert len(siblings(tmp_path)) == 3
+            fill(staged)
+            # It can be published yet.
+            (tmp_path / "bundle").rename(tmp_path / "other")
     finally:
-        process.kill()
-        process.wait()
+        kill(process)
+    assert open_bundle(tmp_path / "bundle").manifest.fingerprint == MANIFEST.fingerprint
 
 
-def dead_pid() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+KILLED_BETWEEN = """
+import os, sys
+from pathlib import Path
+from tests.bundles import Recipe, write_bundle
+from export import bundle_writer
+bundle_writer._exchange = lambda *_: False
+rename = Path.rename
+def rename_and_die(self, target):
+    rename(self, target)
+    os.kill(os.getpid(), 9)
+Path.rename = rename_and_die
+write_bundle(Path(sys.argv[1]), Recipe(), overwrite=True)
+"""
 
 
-def test_a_bundle_set_aside_by_a_killed_build_comes_back(tmp_path: Path) -> None:
-    aside = write_bundle(tmp_path / "bundle", Recipe(seed=7))
-    fingerprint = open_bundle(aside).manifest.fingerprint
-    aside.rename(tmp_path / f".bundle.replaced-{dead_pid()}")
-    with pytest.raises(ExportError, match="already holds a bundle"), stage_bundle(tmp_path / "bundle") as staged:
-        fill(staged)
-    assert open_bundle(tmp_path / "bundle").manifest.fingerprint == fingerprint
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_bundle_set_aside_by_a_killed_build_comes_back(overwrite: bool, tmp_path: Path) -> None:
+    output = write_bundle(tmp_path / "bundle", Recipe(seed=7))
+    fingerprint = open_bundle(output).manifest.fingerprint
+    result = subprocess.run([sys.executable, "-c", KILLED_BETWEEN, str(output)], cwd=ROOT, check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert not output.exists()
+    if overwrite:
+        with pytest.raises(ZeroDivisionError), stage_bundle(output, overwrite=True):
+            raise ZeroDivisionError
+    else:
+        with pytest.raises(ExportError, match="already holds a bundle"), stage_bundle(output):
+            pytest.fail("started")
+    assert open_bundle(output).manifest.fingerprint == fingerprint
     assert siblings(tmp_path) == ["bundle"]
 
 
 def test_only_what_builds_of_this_output_left_is_removed(tmp_path: Path) -> None:
-    pid = dead_pid()
-    kept = {f".other.staged-{pid}", ".bundle.staged-notes", f"bundle.staged-{pid}", f".bundle.staged-{pid}.txt"}
-    for name in kept:
+    kept = {".other.staged-abcdefgh", ".bundle.staged-notes", "bundle.staged-abcdefgh", ".bundle.staged-abcdefgh.txt"}
+    for name in (*kept, ".bundle.staged-abcdefgh"):
         (tmp_path / name).mkdir()
+    (tmp_path / ".bundle.staged-linktous").symlink_to(".other.staged-abcdefgh")
     write_bundle(tmp_path / "bundle", Recipe())
-    assert set(siblings(tmp_path)) == {*kept, "bundle"}
+    assert set(siblings(tmp_path)) == {*kept, "bundle", ".bundle.staged-linktous"}

@@ -1,7 +1,13 @@
 """Which backends there are, how `auto` chooses among them, and what ONNX Runtime's own one promises."""
 
 import logging
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +17,15 @@ import onnxruntime as ort
 import pytest
 
 from export.plan import DeployMode
-from runtime import ActionTokenizer, BackendUnavailableError, InferenceError, SelfTestError, backends, ort_backend
+from runtime import (
+    ActionTokenizer,
+    BackendUnavailableError,
+    BundleError,
+    InferenceError,
+    SelfTestError,
+    backends,
+    ort_backend,
+)
 from runtime.backends import Backend, available, create_backend
 from runtime.bundle import Bundle, open_bundle
 from tests.bundles import Recipe, deploy, export_graphs, random_actions, write_bundle
@@ -173,6 +187,170 @@ def test_more_threads_give_the_same_tokens(bundle: Path) -> None:
     ort_backend.OrtBackend(open_bundle(bundle), num_threads=1).encode_into(actions, one, None)
     ort_backend.OrtBackend(open_bundle(bundle), num_threads=2).encode_into(actions, two, None)
     np.testing.assert_array_equal(one, two)
+
+
+# --- weights from elsewhere -------------------------------------------------------------------------------------------
+
+
+def with_external_weights(onnx_bytes: bytes, location: Path, folder: Path) -> bytes:
+    """The same graph, but for one weight that is now in the file `folder / location`."""
+    graph = onnx.load_model_from_string(onnx_bytes)
+    tensor = next(tensor for tensor in graph.graph.initializer if tensor.name == "inner.weight")
+    (folder / location).write_bytes(tensor.raw_data)
+    entries = {"location": str(location), "offset": "0", "length": str(len(tensor.raw_data))}
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=value)
+    return bytes(graph.SerializeToString())
+
+
+@pytest.mark.parametrize("is_absolute", [False, True])
+@pytest.mark.parametrize("is_marker_known", [False, True])
+def test_weights_outside_the_hashed_bytes_are_refused(
+    is_marker_known: bool, is_absolute: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their marker and, should that miss them, by ONNX Runtime's own setting."""
+    deployed = deploy(Recipe())
+    location = tmp_path / "weights" if is_absolute else Path("weights")
+    encoder = with_external_weights(export_graphs(deployed)["encoder.onnx"], location, tmp_path)
+    deployed.graphs["encoder.onnx"] = encoder
+    folder = write_bundle(tmp_path / "bundle", deployed)
+    monkeypatch.chdir(tmp_path)
+    # The attack works where nothing is done about it.
+    if not is_absolute:
+        ort.InferenceSession(encoder, providers=["CPUExecutionProvider"])
+    if is_marker_known:
+        expected, message = BundleError, "encoder.onnx names another file to read weights from"
+    else:
+        monkeypatch.setattr(ort_backend, "_EXTERNAL_DATA", b"never in a graph")
+        expected, message = BackendUnavailableError, "refuses encoder.onnx"
+    for backend in ("auto", "onnxruntime"):
+        with pytest.raises(expected, match=message):
+            ActionTokenizer.load(folder, backend=backend)
+
+
+# --- threads, forks and signals ---------------------------------------------------------------------------------------
+
+
+def waits_no_longer_than(seconds: float, pid: int) -> bool:
+    """Whether the child ended by itself, with status 0."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return status == 0
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return False
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+@pytest.mark.parametrize("batch", [2, 5000], ids=["bound buffers", "bound to the caller's arrays"])
+def test_a_child_forked_while_other_threads_encode_encodes_too(batch: int, tokenizer: ActionTokenizer) -> None:
+    actions = random_actions(Recipe(), batch)
+    expected = tokenizer.encode(actions)
+    stop = threading.Event()
+
+    def spin() -> None:
+        while not stop.is_set():
+            tokenizer.encode(actions)
+
+    threads = [threading.Thread(target=spin) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(30):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    same = all((tokenizer.encode(actions) == expected).all() for _ in range(3))
+                    os._exit(0 if same else 1)
+                finally:
+                    os._exit(2)
+            assert waits_no_longer_than(20, pid)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def test_a_child_that_forks_while_it_holds_the_buffers_goes_on(bundle: Path) -> None:
+    """As from a signal handler: the child returns into the very call that was interrupted."""
+    backend = ort_backend.OrtBackend(open_bundle(bundle))
+    graph, actions = backend._encoder, random_actions(Recipe(), 1)
+    expected, found = np.empty((2, 1, 2, 4, 3), np.int32)
+    backend.encode_into(actions, expected, None)
+
+    class Forking(np.ndarray):
+        def __setitem__(self, index: Any, value: Any) -> None:
+            self.pid = os.fork()
+            super().__setitem__(index, value)
+
+    (buffers,) = graph._bound.values()
+    forking = buffers.source.view(Forking)
+    graph._bound = {key: replace(buffers, source=forking) for key in graph._bound}
+    backend.encode_into(actions, found, None)
+    if forking.pid == 0:
+        try:
+            backend.encode_into(actions, found, None)
+            os._exit(0 if (found == expected).all() and not graph._lock.locked() else 1)
+        finally:
+            os._exit(2)
+    assert waits_no_longer_than(20, forking.pid)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_call_within_a_call_does_not_wait_for_it(bundle: Path) -> None:
+    """As from a signal handler, which runs in the thread that it interrupts."""
+    backend = ort_backend.OrtBackend(open_bundle(bundle))
+    tokens, expected, found = np.zeros((1, 2, 4, 3), np.int32), *np.empty((2, 1, 2, 3), np.float32)
+    backend.decode_into(tokens, None, expected)
+    with backend._decoders[3]._lock:
+        backend.decode_into(tokens, None, found)
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_a_signal_handler_may_decode_whatever_it_interrupts(tokenizer: ActionTokenizer) -> None:
+    tokens, out = np.zeros((1, 2, 4, 3), np.int32), np.empty((1, 2, 3), np.float32)
+    expected, handled = tokenizer.decode(tokens), 0
+
+    def handle(*_arguments: Any) -> None:
+        nonlocal handled
+        tokenizer.decode_into(tokens, out)
+        handled += 1
+
+    previous = signal.signal(signal.SIGALRM, handle)
+    try:
+        for delay in np.random.default_rng(0).uniform(1e-6, 6e-5, 2000):
+            signal.setitimer(signal.ITIMER_REAL, delay)
+            np.testing.assert_array_equal(tokenizer.decode(tokens), expected)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert handled > 100
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_closing_while_others_encode_harms_nobody(bundle: Path) -> None:
+    actions = random_actions(Recipe(), 1)
+    for _ in range(10):
+        backend = ort_backend.OrtBackend(open_bundle(bundle))
+
+        def spin(backend: Backend) -> None:
+            tokens = np.empty((1, 2, 4, 3), np.int32)
+            while True:
+                backend.encode_into(actions, tokens, None)
+
+        with ThreadPoolExecutor(3) as pool:
+            spinning = [pool.submit(spin, backend) for _ in range(3)]
+            time.sleep(0.01)
+            backend.close()
+            assert all(isinstance(future.exception(), InferenceError) for future in spinning)
+
+
+# --- messages of the library ------------------------------------------------------------------------------------------
 
 
 def test_a_library_that_fails_while_it_runs_is_quoted(bundle: Path) -> None:

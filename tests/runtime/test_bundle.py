@@ -177,27 +177,49 @@ def change_model(**changes: Any) -> Callable[[Manifest], Manifest]:
     return lambda manifest: replace(manifest, model=replace(manifest.model, **changes))
 
 
+def change_engine(**changes: Any) -> Callable[[Manifest], Manifest]:
+    return lambda manifest: replace(manifest, engines=(replace(manifest.engines[0], **changes),))
+
+
+def change_parity(**changes: Any) -> Callable[[Manifest], Manifest]:
+    return lambda manifest: replace(manifest, parity=(replace(manifest.parity[0], **changes),))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (change_model(chunk_length=0), "chunk_length is 0"),
         (change_model(num_levels=1), "num_levels is 1"),
+        (change_model(num_levels=2**70), "num_levels is 1180591620717411303424"),
         (change_model(prefixes=(3, 2)), r"prefixes are \[3, 2\] for 3 layers"),
         (change_model(prefixes=(2,)), r"prefixes are \[2\] for 3 layers"),
         (change_model(action_units=(1.0, 0.0, 1.0)), "not all positive"),
         (change_model(action_units=(1.0,)), r"action_units are \[1.0\] for 3 dimensions"),
+        (change_model(action_units=(1.0, -1.0, 1.0)), "not all positive"),
+        (change_model(action_offset=(0.0, 0.0)), r"action_offset are \[0.0, 0.0\] for 3 dimensions"),
+        (change_model(hidden_width=0), "hidden_width is 0"),
+        (change_model(prefixes=(0, 3)), r"prefixes are \[0, 3\] for 3 layers"),
+        (change_model(prefixes=(2, 2, 3)), r"prefixes are \[2, 2, 3\] for 3 layers"),
         (change_model(action_limit=0.0), "action_limit is 0.0"),
+        (change_model(action_limit=3.5e38), r"action_limit is 3.5e\+38"),
+        (change_model(action_dim=2**62, action_units=(), action_offset=()), "for 4611686018427387904 dimensions"),
+        (lambda manifest: replace(manifest, fingerprint="zz"), "the fingerprint is 'zz', not 64 lowercase"),
+        (lambda manifest: replace(manifest, fingerprint="A" * 64), "not 64 lowercase"),
+        (lambda manifest: replace(manifest, fingerprint="0" * 64 + "\n"), "not 64 lowercase"),
+        (change_parity(value=5.0, limit=0.0), "the gate 'encoder: wrong tokens' of onnxruntime did not pass: 5.0 > 0"),
+        (change_engine(profile=(0, 1, 64)), r"tuned for batches \[0, 1, 64\], not 1 or more and ascending"),
+        (change_engine(profile=(1, 128, 64)), r"tuned for batches \[1, 128, 64\]"),
         (change_model(latent_dim=5), r"states the tensors"),
         (change_model(mode="dynamic"), r"states the tensors"),
         (change_model(num_levels=3), r"tokens outside 0 \.\.\. 2"),
         (lambda manifest: replace(manifest, graphs=manifest.graphs[1:]), "lists the graphs"),
         (lambda manifest: replace(manifest, graphs=(*manifest.graphs, manifest.graphs[0])), "lists the graphs"),
         (
-            lambda manifest: replace(manifest, engines=(replace(manifest.engines[0], onnx_sha256="0" * 64),)),
+            change_engine(onnx_sha256="0" * 64),
             "graph and engine do not belong together",
         ),
         (
-            lambda manifest: replace(manifest, engines=(replace(manifest.engines[0], file="elsewhere.engine"),)),
+            change_engine(file="elsewhere.engine"),
             r"refers to elsewhere\.engine but lists no hash",
         ),
         (
@@ -213,6 +235,11 @@ def test_consistent_manifests_of_impossible_bundles_are_refused(
 ) -> None:
     rewrite(altered, change)
     refuse(altered, message)
+
+
+def test_the_action_limit_may_be_all_that_float32_holds(altered: Path) -> None:
+    rewrite(altered, change_model(action_limit=float(np.finfo(np.float32).max)))
+    ActionTokenizer.load(altered).close()
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
 """The robot's scripts: what they print and return, and that they need numpy and the backend alone."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from runtime import inspect_bundle, selftest
 from runtime.bundle import open_bundle
-from runtime.manifest import MANIFEST_NAME
+from runtime.manifest import MANIFEST_NAME, manifest_text, parse_manifest
 from tests.bundles import Recipe, deploy, write_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -60,6 +63,34 @@ def test_scripts_run_from_any_folder(script: str, bundle: Path, tmp_path: Path) 
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert open_bundle(bundle).manifest.fingerprint in result.stdout
+
+
+@pytest.mark.parametrize("script", ["selftest.py", "inspect_bundle.py"])
+def test_scripts_print_on_any_terminal(script: str, bundle: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "runtime" / script), str(bundle)],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert rb"\u2713 onnxruntime" in result.stdout
+
+
+@pytest.mark.parametrize("script", ["selftest.py", "inspect_bundle.py"])
+def test_scripts_end_quietly_when_the_reader_of_a_pipe_has_left(script: str, bundle: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "runtime" / script), str(bundle)],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (-signal.SIGPIPE, b"")
 
 
 # --- selftest ---------------------------------------------------------------------------------------------------------
@@ -128,6 +159,31 @@ def test_inspection_shows_what_is_in_the_bundle(altered: Path, capsys: pytest.Ca
     ):
         assert part in printed
     assert "✓ validated" not in printed
+
+
+def test_inspection_obeys_no_control_characters(altered: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = altered / MANIFEST_NAME
+    manifest = parse_manifest(path.read_text(encoding="utf-8"))
+    hostile = "\x1b[2J\r\n✓ all is well\x9b\u202e"
+    manifest = replace(
+        manifest,
+        engines=(replace(manifest.engines[0], detail=hostile),),
+        parity=(replace(manifest.parity[0], detail=hostile),),
+        tools={hostile: hostile},
+        provenance={hostile: hostile},
+    )
+    path.write_text(manifest_text(manifest), encoding="utf-8")
+    (altered / hostile).write_text("x", encoding="utf-8")
+    for options in ([], ["--json"]):
+        assert inspect_bundle.main([str(altered), *options]) == 0
+        printed = capsys.readouterr().out
+        assert all(character.isprintable() for character in printed.replace("\n", ""))
+        assert not any(line.startswith("✓") for line in printed.splitlines())
+    (altered / hostile).unlink()
+    path.write_text(manifest_text(replace(manifest, files={hostile: manifest.files["golden.npz"]})), encoding="utf-8")
+    for script in (inspect_bundle, selftest):
+        assert script.main([str(altered)]) == 2
+        assert all(character.isprintable() for character in capsys.readouterr().err.replace("\n", ""))
 
 
 def test_inspection_as_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -256,6 +257,12 @@ def test_another_fingerprint_is_refused(expected: str, bundle: Path) -> None:
     with pytest.raises(
         FingerprintError, match=r"the bundle's fingerprint is .*load the bundle that belongs to the policy"
     ):
+        ActionTokenizer.load(bundle, expect_fingerprint=expected)
+
+
+@pytest.mark.parametrize("expected", [12345678, b"0" * 64, ["0" * 64]])
+def test_a_fingerprint_that_is_no_text_is_refused(expected: Any, bundle: Path) -> None:
+    with pytest.raises(InvalidInputError, match=f"expect_fingerprint is a {type(expected).__name__}; expected a str"):
         ActionTokenizer.load(bundle, expect_fingerprint=expected)
 
 
