@@ -16,7 +16,6 @@ if not __package__:
 import argparse
 import contextlib
 import importlib.metadata
-import io
 import platform
 import signal
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +41,7 @@ from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq_ref.quantizer import Conditioning
 from runtime.backends import create_backend
 from runtime.bundle import open_bundle
+from runtime.console import escape_what_cannot_be_shown
 from runtime.errors import TokenizerError
 from runtime.golden import Golden, ReplayResult, replay
 from runtime.manifest import SCHEMA_VERSION, EngineEntry, GraphEntry, Manifest, ModelEntry, ParityEntry, graph_tensors
@@ -52,6 +52,8 @@ _TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "polygraphy")
 _ALWAYS = "onnxruntime"
 
 
+#: A person, the system, a closed terminal, a reader that has left.
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 #: What a person gave or the machine lacks, each with a message that says so. ValueError is the base of the errors of
 #: checkpoints, data and calibration.
 _UNUSABLE = (EngineBuildError, ExportError, TokenizerError, ValueError)
@@ -117,11 +119,15 @@ def build(config: BuildConfig) -> BuildResult:
         is_fit_needed = needs_fit(checkpoint, mode, prefixes)
         with steps.step("load action data") as step:
             data = load_build_data(checkpoint, config.calibration_data, key=config.key, is_needed=is_fit_needed)
-            step.note(data.description)
+            for line in data.description.splitlines():
+                step.note(line)
         with steps.step("calibrate") as step:
             if is_fit_needed and data.dataset is not None:
                 checkpoint = fit_for(checkpoint, mode, prefixes, data.dataset)
-                step.note(f"{mode.value!r}, fitted on {checkpoint.provenance[mode.value]['data']['steps']} steps")
+                facts = checkpoint.provenance[mode.value]
+                step.note(f"{mode.value!r}, fitted on {facts['data']['steps']} steps")
+                for line in facts.get("remark", "").splitlines():
+                    step.note(line)
             else:
                 step.skip("nothing to fit")
         reference = Reference(checkpoint, mode, prefixes)
@@ -168,7 +174,7 @@ def build(config: BuildConfig) -> BuildResult:
                 step.fail(f"{conclusion}: {len(problems)} gates are red")
             else:
                 step.note(conclusion)
-        print(_closing_tables(parity, quality))
+        print(_closing_tables(parity, quality, data.judged_on))
         require_none(problems)
         staged.seal(replace(manifest, parity=parity))
     print(f"\n✓ {config.output} is built and validated, fingerprint {manifest.fingerprint[:16]}")
@@ -277,7 +283,7 @@ def _tool_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _TOOLS}}
 
 
-def _closing_tables(parity: Sequence[ParityEntry], quality: Mapping[str, float]) -> str:
+def _closing_tables(parity: Sequence[ParityEntry], quality: Mapping[str, float], judged_on: str) -> str:
     gates = [
         (
             f"{'✓' if entry.value <= entry.limit else '✗'} {entry.backend}, {entry.gate}",
@@ -291,7 +297,7 @@ def _closing_tables(parity: Sequence[ParityEntry], quality: Mapping[str, float])
     parts += [f"{entry.gate}: {entry.detail}" for entry in parity if entry.detail]
     if quality:
         rows = [(name, f"{value:.3e}") for name, value in quality.items()]
-        parts.append(table(("held-out episodes, decoded from", "action MSE"), rows))
+        parts.append(table((f"{judged_on}, decoded from", "action MSE"), rows))
     return "\n" + "\n\n".join(parts)
 
 
@@ -344,9 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse_arguments(arguments)
     # For matrices this small more threads are slower.
     torch.set_num_threads(1)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that cannot show a ✓ is no reason to fail.
-        sys.stdout.reconfigure(errors="replace")
+    escape_what_cannot_be_shown()
     with _clean_ends():
         try:
             build(config)
@@ -364,10 +368,11 @@ def _clean_ends() -> Iterator[None]:
     """A build that is told to end, by a person or by the system, cleans up after itself as one that fails does."""
 
     def end(number: int, _frame: object) -> NoReturn:
-        print(f"ended by {signal.Signals(number).name}", file=sys.stderr)
+        if number != signal.SIGPIPE:
+            print(f"ended by {signal.Signals(number).name}", file=sys.stderr)
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {number: signal.signal(number, end) for number in _ENDING}
     try:
         yield
     finally:

@@ -48,7 +48,7 @@ def parity_sections(
     around = centres + _SPREAD * (high - low) * random.standard_normal(centres.shape)
     uniform = random.uniform(low, high, (max(num_steps - len(episodes) - near, chunk_length), len(low)))
     return (
-        Section("held-out episodes", as_chunks(episodes, chunk_length)),
+        Section("episodes", as_chunks(episodes, chunk_length)),
         Section("around them", as_chunks(around, chunk_length)),
         Section("uniform random", as_chunks(uniform, chunk_length)),
         Section(EDGES, as_chunks(edge_steps(model, low, high, limit, random), chunk_length)),

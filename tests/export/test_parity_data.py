@@ -94,7 +94,7 @@ def test_without_episodes_random_actions_take_their_place(mode: DeployMode) -> N
         section.name: section
         for section in parity_sections(model_of(mode), none, chunk_length=8, limit=LIMIT, num_steps=500)
     }
-    assert sections["held-out episodes"].num_steps == sections["around them"].num_steps == 0
+    assert sections["episodes"].num_steps == sections["around them"].num_steps == 0
     assert sections["uniform random"].num_steps >= 500
     assert sections[EDGES].num_steps > 500
 
