@@ -35,7 +35,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "== installing [$(EXTRAS)] into $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
-	@$(RUN) -m pip install --progress-bar on --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@$(RUN) -m pip install --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 clean:

@@ -9,10 +9,10 @@ import numpy as np
 
 from export.parity_data import EDGES, Section
 from export.reference import Answers, Reference
-from runtime.backends import Backend
 from runtime.comparison import TokenComparison, action_errors
+from runtime.contract import Backend, Float32Array, Float64Array, Int32Array
 from runtime.gates import GATES
-from runtime.golden import Float32Array, Float64Array, Golden, Int32Array
+from runtime.golden import Golden
 from runtime.manifest import ModelEntry, ParityEntry
 
 #: Control steps judged at once: large enough to be fast, small enough that float64 margins stay in a few hundred MB.

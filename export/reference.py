@@ -15,8 +15,9 @@ from export.plan import DeployMode
 from rfsq_ref.checkpoints import Checkpoint
 from rfsq_ref.rounding import token_error_bounds
 from runtime.comparison import TokenComparison, compare_followed
+from runtime.contract import Float32Array, Float64Array, Int32Array
 from runtime.gates import GATES
-from runtime.golden import Float32Array, Float64Array, Golden, Int32Array
+from runtime.golden import Golden
 
 #: Hundreds of flips of torch float32 stand behind the largest one's error; another implementation flips others.
 _FLIP_ROOM = 10.0

@@ -26,7 +26,7 @@ from rfsq_ref.data import ActionDataset
 from rfsq_ref.errors import CheckpointError
 from rfsq_ref.normaliser import read_normaliser
 from rfsq_ref.quantizer import Conditioning
-from runtime.golden import Float32Array
+from runtime.contract import Float32Array
 
 #: Held-out steps that the gates look at; more are drawn around them and at random.
 _MOST_HELD_OUT = 20_000

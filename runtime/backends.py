@@ -1,4 +1,4 @@
-"""What every backend does, which there are, and how the best one that works here is chosen."""
+"""Which backends there are, and how the best one that works here is chosen."""
 
 from __future__ import annotations
 
@@ -6,38 +6,13 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 from runtime.bundle import Bundle
+from runtime.contract import Backend
 from runtime.errors import BackendUnavailableError, SelfTestError, TokenizerError
-from runtime.golden import Float32Array, Golden, Int32Array, replay
+from runtime.golden import Golden, replay
 
 _LOG = logging.getLogger(__name__)
-
-
-class Backend(Protocol):
-    """Runs encoder and decoders of one bundle.
-
-    Arrays are C-contiguous, of exactly these types, and hold legal values: the caller has validated them. Both methods
-    fill arrays of the caller, may be called from any thread, and raise InferenceError where the library fails.
-    """
-
-    @property
-    def name(self) -> str:
-        """As in the registry."""
-
-    @property
-    def description(self) -> str:
-        """Library, version and device, for logs and reports."""
-
-    def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
-        """actions [B, T, A] -> tokens [B, T, D, L] and, where wanted, stats [B, T, L, 2] (`dynamic` bundles)."""
-
-    def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
-        """tokens [B, T, D, l], l a built prefix, and stats [B, T, l, 2] of `dynamic` bundles -> actions [B, T, A]."""
-
-    def close(self) -> None:
-        """Free what the library holds; the backend cannot be used afterwards."""
 
 
 BackendFactory = Callable[[Bundle], Backend]

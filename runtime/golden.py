@@ -7,22 +7,16 @@ import math
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.comparison import ActionError, TokenComparison, action_errors, compare_tokens
+from runtime.contract import Backend, Float32Array, Float64Array, Int32Array
 from runtime.errors import BundleError, TokenizerError
 from runtime.gates import GATES
 from runtime.manifest import GOLDEN_NAME, ModelEntry
-
-if TYPE_CHECKING:
-    from runtime.backends import Backend
-
-Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
-Int32Array = npt.NDArray[np.int32]
 
 #: The earliest time that a zip can state: the same bytes at any time.
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)

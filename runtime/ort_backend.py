@@ -15,8 +15,8 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from runtime.bundle import Bundle
+from runtime.contract import Float32Array, Int32Array
 from runtime.errors import BackendUnavailableError, BundleError, InferenceError
-from runtime.golden import Float32Array, Int32Array
 from runtime.manifest import GraphEntry, TensorEntry
 
 _LOG = logging.getLogger(__name__)

@@ -8,10 +8,11 @@ from typing import Self
 
 import numpy as np
 
-from runtime.backends import Backend, select_backend
+from runtime.backends import select_backend
 from runtime.bundle import open_bundle
+from runtime.contract import Backend, Float32Array, Int32Array
 from runtime.errors import FingerprintError, InvalidInputError, TokenizerError
-from runtime.golden import Float32Array, Int32Array, read_golden
+from runtime.golden import read_golden
 from runtime.manifest import GOLDEN_NAME, Manifest, ModelEntry
 from runtime.validation import InputValidator
 

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from runtime.contract import Float32Array, Int32Array
 from runtime.errors import InvalidInputError, UnbuiltPrefixError
-from runtime.golden import Float32Array, Int32Array
 from runtime.manifest import ModelEntry
 
 _Array = npt.NDArray[Any]

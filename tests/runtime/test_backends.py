@@ -26,8 +26,9 @@ from runtime import (
     backends,
     ort_backend,
 )
-from runtime.backends import Backend, available, create_backend
+from runtime.backends import available, create_backend
 from runtime.bundle import Bundle, open_bundle
+from runtime.contract import Backend
 from tests.bundles import Recipe, deploy, export_graphs, random_actions, write_bundle
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from export.plan import DeployMode
-from runtime.backends import Backend, create_backend
+from runtime.backends import create_backend
 from runtime.bundle import open_bundle
+from runtime.contract import Backend
 from runtime.errors import BundleError, InferenceError
 from runtime.gates import GATES
 from runtime.golden import Golden, read_golden, replay, write_golden

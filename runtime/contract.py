@@ -1,0 +1,37 @@
+"""The one contract of all backends, and the arrays that they exchange with the rest."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+Int32Array = npt.NDArray[np.int32]
+
+
+class Backend(Protocol):
+    """Runs encoder and decoders of one bundle.
+
+    Arrays are C-contiguous, of exactly these types, and hold legal values: the caller has validated them. Both methods
+    fill arrays of the caller, may be called from any thread, and raise InferenceError where the library fails.
+    """
+
+    @property
+    def name(self) -> str:
+        """As in the registry."""
+
+    @property
+    def description(self) -> str:
+        """Library, version and device, for logs and reports."""
+
+    def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
+        """actions [B, T, A] -> tokens [B, T, D, L] and, where wanted, stats [B, T, L, 2] (`dynamic` bundles)."""
+
+    def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
+        """tokens [B, T, D, l], l a built prefix, and stats [B, T, l, 2] of `dynamic` bundles -> actions [B, T, A]."""
+
+    def close(self) -> None:
+        """Free what the library holds; the backend cannot be used afterwards."""
