@@ -17,7 +17,9 @@ import argparse
 import contextlib
 import importlib.metadata
 import platform
+import re
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NoReturn
@@ -50,6 +52,8 @@ from runtime.trt_api import TENSORRT_BACKENDS, available_tensorrt
 #: Packages whose version can change what is built.
 _TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "polygraphy")
 _ALWAYS = "onnxruntime"
+#: Minutes of motion at any control rate; the golden vectors of longer chunks would take a robot seconds to load.
+_LONGEST_CHUNK = 1024
 
 
 #: A person, the system, a closed terminal, a reader that has left.
@@ -84,6 +88,16 @@ class BuildConfig:
         for name in ("chunk_length", "parity_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.chunk_length > _LONGEST_CHUNK:
+            raise ValueError(f"chunk_length is {self.chunk_length}; expected at most {_LONGEST_CHUNK} steps")
+        wrong = [name for name in self.compute_capabilities if not re.fullmatch(r"\d+\.\d", name)]
+        if wrong:
+            raise ValueError(f"compute capabilities {wrong} are none; expected numbers such as 8.9")
+        if self.compute_capabilities and self.backends is not None and not set(self.backends) & set(TENSORRT_BACKENDS):
+            raise ValueError(
+                f"compute capabilities {list(self.compute_capabilities)} are for {' and '.join(TENSORRT_BACKENDS)}, "
+                f"and only {', '.join(self.backends)} is asked for; leave one of the two flags out"
+            )
         unknown = set(self.backends or ()) - {_ALWAYS, *TENSORRT_BACKENDS}
         if unknown:
             known = ", ".join((_ALWAYS, *TENSORRT_BACKENDS))
@@ -357,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except GateError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        except _UNUSABLE as error:
+        except (*_UNUSABLE, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
     return 0
@@ -372,7 +386,13 @@ def _clean_ends() -> Iterator[None]:
             print(f"ended by {signal.Signals(number).name}", file=sys.stderr)
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in _ENDING}
+    if threading.current_thread() is not threading.main_thread():
+        # Python hands signals to the main thread alone: whoever calls from another decides what they do.
+        yield
+        return
+    # What nohup or a shell has told the process to ignore stays ignored; SIGPIPE is ignored by Python itself.
+    taken = [n for n in _ENDING if n == signal.SIGPIPE or signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in taken}
     try:
         yield
     finally:

@@ -21,6 +21,8 @@ from polygraphy.comparator import Comparator
 from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
+# Before Polygraphy opens ONNX Runtime: switches its telemetry off.
+import runtime.ort_backend  # noqa: F401
 from runtime.comparison import action_errors, compare_tokens
 from runtime.gates import GATES
 from runtime.golden import Golden

@@ -17,8 +17,8 @@ from runtime.manifest import ModelEntry, ParityEntry
 
 #: Control steps judged at once: large enough to be fast, small enough that float64 margins stay in a few hundred MB.
 _BATCH_STEPS = 8192
-#: Chunks of each section that travel with the bundle as golden vectors; the edges travel whole.
-_GOLDEN_CHUNKS = 48
+#: Control steps of each section that travel with the bundle as golden vectors; the edges travel whole.
+_GOLDEN_STEPS = 384
 
 
 def batches(reference: Reference, sections: Sequence[Section]) -> Iterator[Answers]:
@@ -31,7 +31,8 @@ def batches(reference: Reference, sections: Sequence[Section]) -> Iterator[Answe
 
 def golden_vectors(reference: Reference, sections: Sequence[Section]) -> Golden:
     """What the robot replays: the first chunks of every section and all of the edges."""
-    parts = [section.actions if section.name == EDGES else section.actions[:_GOLDEN_CHUNKS] for section in sections]
+    chunks = max(_GOLDEN_STEPS // sections[0].actions.shape[1], 1)
+    parts = [section.actions if section.name == EDGES else section.actions[:chunks] for section in sections]
     return reference.answer(np.concatenate(parts)).golden
 
 

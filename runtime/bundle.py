@@ -15,6 +15,8 @@ from runtime.errors import BundleError
 from runtime.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, ModelEntry, graph_tensors, parse_manifest
 
 _COPY_AGAIN = "copy the bundle again or build it again with `python export/build_engine.py`"
+#: A build may put a new bundle in place while its files are read one by one: then it is read again, so often at most.
+_READS = 4
 #: A manifest takes a few tens of KB; a larger file is something else and is not read.
 _MANIFEST_SIZE_LIMIT = 16 * 2**20
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
@@ -47,7 +49,18 @@ def open_bundle(path: str | Path) -> Bundle:
     manifest contradicts itself.
     """
     folder = Path(path)
-    manifest = parse_manifest(_read_manifest(folder))
+    for _ in range(_READS):
+        text = _read_manifest(folder)
+        try:
+            return _read_bundle(folder, text)
+        except BundleError:
+            if _read_manifest(folder) == text:
+                raise
+    raise BundleError(f"{folder} was replaced {_READS} times while it was read; load it when the builds have ended")
+
+
+def _read_bundle(folder: Path, manifest_text: str) -> Bundle:
+    manifest = parse_manifest(manifest_text)
     contents: dict[str, bytes] = {}
     for name, entry in manifest.files.items():
         contents[name] = _read_checked(folder, name, entry)

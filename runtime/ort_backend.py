@@ -1,4 +1,7 @@
-"""ONNX Runtime on the CPU, with inputs and outputs bound once per batch size."""
+"""ONNX Runtime on the CPU, with inputs and outputs bound once per batch size.
+
+Importing this module switches ONNX Runtime's telemetry off, unless the process has imported onnxruntime before.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+# From 1.32 on its import alone starts a thread that keeps a database in the home folder and reports to its maker.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 import onnxruntime as ort
 
 from runtime.bundle import Bundle

@@ -728,6 +728,15 @@ BAD_INPUT = {
     "profile out of order": (fixed("--profile", "5", "1", "1"), "expected 1 <= minimum <= optimum <= maximum"),
     "profile of zero": (fixed("--profile", "0", "1", "1"), "expected 1 <= minimum"),
     "no steps to judge": (fixed("--parity-steps", "0"), "parity_steps is 0; expected at least 1"),
+    "endless chunks": (fixed("--chunk-length", "100000"), "chunk_length is 100000; expected at most 1024"),
+    "no compute capability": (
+        fixed("--compute-capabilities", "7.5x"),
+        "'7.5x'. are none; expected numbers",
+    ),
+    "compute capability for nothing": (
+        fixed("--compute-capabilities", "8.9", "--backends", "onnxruntime"),
+        "only onnxruntime is asked for; leave one of the two flags out",
+    ),
     "empty chunks": (fixed("--chunk-length", "0"), "chunk_length is 0; expected at least 1"),
     "unknown argument": (fixed("--precision", "fp8"), "unrecognized arguments"),
 }
@@ -860,6 +869,23 @@ def test_a_build_that_is_interrupted_before_there_was_a_bundle_leaves_nothing(sm
     process.send_signal(signal.SIGINT)
     process.communicate()
     assert process.returncode != 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_the_caller_ignores_stays_ignored(number: signal.Signals, small: Path, tmp_path: Path) -> None:
+    """As nohup and shells with background jobs ask for."""
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        process = start(tmp_path / "bundle", small)
+    finally:
+        signal.signal(number, before)
+    process.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
 
 

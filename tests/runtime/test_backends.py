@@ -3,6 +3,8 @@
 import logging
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -376,3 +378,12 @@ def test_messages_of_onnxruntime_go_to_logging(
     ]
     assert any("left_over" in text for text in warned)
     assert capfd.readouterr().err == ""
+
+
+def test_onnx_runtime_reports_to_nobody(bundle: Path, tmp_path: Path) -> None:
+    """From 1.32 on its import alone would start a thread that keeps a database in the home folder."""
+    code = f"from runtime import ActionTokenizer; ActionTokenizer.load({str(bundle)!r}, backend='onnxruntime')"
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    home = {"HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], env={**environment, **home}, check=True)
+    assert list(tmp_path.iterdir()) == []

@@ -442,3 +442,22 @@ def test_the_model_entry_says_which_modes_have_stats(bundle: Path) -> None:
         "calibrated": (False, False),
         "recovered": (False, True),
     }
+
+
+def test_a_bundle_that_is_replaced_while_it_is_read_is_read_again(
+    bundle_of: Callable[[Recipe], Path], altered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A build renames whole folders; a reader opens file by file."""
+    other, reads = bundle_of(Recipe(seed=7)), []
+    read_bytes = Path.read_bytes
+
+    def replace_then_read(path: Path) -> bytes:
+        reads.append(path.name)
+        if reads.count("golden.npz") == 1 and path.name == "golden.npz":
+            shutil.copytree(other, altered, dirs_exist_ok=True)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", replace_then_read)
+    found = open_bundle(altered)
+    assert found.manifest == open_bundle(other).manifest
+    assert found.content("golden.npz") == read_bytes(other / "golden.npz")
