@@ -52,10 +52,8 @@ from runtime.trt_api import TENSORRT_BACKENDS, available_tensorrt
 #: Packages whose version can change what is built.
 _TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "polygraphy")
 _ALWAYS = "onnxruntime"
-#: Minutes of motion at any control rate; the golden vectors of longer chunks would take a robot seconds to load.
+#: Far beyond any policy's chunks; the golden vectors of longer ones would take a robot seconds to load.
 _LONGEST_CHUNK = 1024
-
-
 #: A person, the system, a closed terminal, a reader that has left.
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 #: What a person gave or the machine lacks, each with a message that says so. ValueError is the base of the errors of
@@ -65,9 +63,12 @@ _UNUSABLE = (EngineBuildError, ExportError, TokenizerError, ValueError)
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build. prefixes: None for 3 where the model has as many layers, and L; backends: None for
-    ONNX Runtime and every TensorRT that is installed; conditioning: None for
-    `calibrated` with a robust checkpoint and `none` with a naive one; use_layernorm: for files that do not say it."""
+    """What to build.
+
+    prefixes: None for 3 where the model has as many layers, and L; backends: None for ONNX Runtime and every TensorRT
+    that is installed; conditioning: None for `calibrated` with a robust checkpoint and `none` with a naive one;
+    use_layernorm: for files that do not say it.
+    """
 
     checkpoint: Path = ROBUST_CHECKPOINT
     output: Path = Path("build/bundle")
@@ -106,7 +107,7 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """quality: action MSE in normalised units on `data`, by what was decoded; empty without data."""
+    """quality: action MSE in normalised units on the data judged on, by what was decoded; empty without data."""
 
     output: Path
     manifest: Manifest
