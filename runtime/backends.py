@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from runtime.bundle import Bundle
 from runtime.contract import Backend
@@ -39,18 +38,6 @@ def _open_onnxruntime(bundle: Bundle) -> Backend:
 FACTORIES: dict[str, BackendFactory] = {"onnxruntime": _open_onnxruntime}
 
 
-@dataclass(frozen=True)
-class Availability:
-    """obstacle: why the backend cannot be used with a bundle here, empty where it can."""
-
-    name: str
-    obstacle: str
-
-    @property
-    def is_usable(self) -> bool:
-        return not self.obstacle
-
-
 def create_backend(name: str, bundle: Bundle) -> Backend:
     """The backend `name` for a bundle, not yet tested: see `select_backend`.
 
@@ -62,19 +49,6 @@ def create_backend(name: str, bundle: Bundle) -> Backend:
     if name in PREFERENCE:
         raise BackendUnavailableError(f"this runtime cannot run {name!r} yet; it runs {', '.join(FACTORIES)}")
     raise BackendUnavailableError(f"no backend {name!r}; there are {', '.join(('auto', *PREFERENCE))}")
-
-
-def available(bundle: Bundle) -> tuple[Availability, ...]:
-    """Every backend in order of preference, with what stands in its way here; opens each to find out."""
-    found = []
-    for name in PREFERENCE:
-        obstacle = ""
-        try:
-            create_backend(name, bundle).close()
-        except TokenizerError as error:
-            obstacle = str(error)
-        found.append(Availability(name, obstacle))
-    return tuple(found)
 
 
 def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:

@@ -28,7 +28,7 @@ from runtime import (
     backends,
     ort_backend,
 )
-from runtime.backends import available, create_backend
+from runtime.backends import create_backend
 from runtime.bundle import Bundle, open_bundle
 from runtime.contract import Backend
 from tests.bundles import Recipe, deploy, export_graphs, random_actions, write_bundle
@@ -129,15 +129,6 @@ def test_a_missing_package_is_named_with_its_cure(bundle: Path, monkeypatch: pyt
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     with pytest.raises(BackendUnavailableError, match="onnxruntime is not installed; install it with: pip install"):
         ActionTokenizer.load(bundle, backend="onnxruntime")
-
-
-def test_available_lists_every_backend_with_what_is_in_its_way(bundle: Path) -> None:
-    found = {entry.name: entry for entry in available(open_bundle(bundle))}
-    assert tuple(found) == backends.PREFERENCE
-    assert found["onnxruntime"].is_usable
-    assert found["onnxruntime"].obstacle == ""
-    assert not found["tensorrt"].is_usable
-    assert "cannot run 'tensorrt' yet" in found["tensorrt"].obstacle
 
 
 def test_what_fails_during_the_self_test_is_closed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
