@@ -191,9 +191,9 @@ def build(config: BuildConfig) -> BuildResult:
                 step.note(conclusion)
         print(_closing_tables(parity, quality, data.judged_on))
         require_none(problems)
-        staged.seal(replace(manifest, parity=parity))
+        manifest = staged.seal(replace(manifest, parity=parity))
     print(f"\n✓ {config.output} is built and validated, fingerprint {manifest.fingerprint[:16]}")
-    return BuildResult(config.output, open_bundle(config.output).manifest, quality)
+    return BuildResult(config.output, manifest, quality)
 
 
 def write_graphs(

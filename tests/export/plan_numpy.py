@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from hypothesis import strategies as st
 
 from export.plan import Affine, AffineQuantizer, DecoderPlan, DeployMode, EncoderPlan
 from rfsq_ref.autoencoder import ModelConfig
-from tests.bundles import Recipe
+from rfsq_ref.rounding import token_error_bounds
+from runtime.comparison import TokenComparison, compare_tokens
+from tests.bundles import Deployed, Recipe
 
 Array = npt.NDArray[Any]
 Product = Callable[[Array, Array], Array]
@@ -125,3 +128,20 @@ def recipes(draw: st.DrawFn, modes: list[DeployMode] = MODES) -> Recipe:
 def is_step_coupled(mode: DeployMode) -> bool:
     """Whether one flip moves the later layers of all latents of its step: where these are normalised together."""
     return mode in (DeployMode.DYNAMIC, DeployMode.RECOVERED)
+
+
+def check_tokens(deployed: Deployed, actions: np.ndarray, found: np.ndarray) -> TokenComparison:
+    """No token of actions [N, T, A] is wrong, and few are near-ties, or the bounds would excuse everything."""
+    recipe = deployed.recipe
+    tokens, margins, bounds = token_error_bounds(deployed.reference, torch.from_numpy(actions).double())
+    compared = compare_tokens(
+        tokens.numpy(),
+        found,
+        margins.numpy(),
+        bounds.numpy(),
+        num_levels=recipe.config.num_levels,
+        is_step_coupled=is_step_coupled(recipe.mode),
+    )
+    assert compared.num_wrong == 0, compared.first_wrong
+    assert compared.num_near_ties <= 2 + found.size / 200
+    return compared

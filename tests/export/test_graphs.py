@@ -19,10 +19,9 @@ from hypothesis import given, settings
 from export.graphs import BATCH, IR_VERSION, OPSET
 from export.plan import DeployMode
 from rfsq_ref.autoencoder import ModelConfig
-from rfsq_ref.rounding import token_error_bounds
-from runtime.comparison import action_errors, compare_tokens
+from runtime.comparison import action_errors
 from tests.bundles import Deployed, Recipe, deploy, export_graphs, random_actions, reference_decode
-from tests.export.plan_numpy import MODES, is_step_coupled, recipes
+from tests.export.plan_numpy import MODES, check_tokens, recipes
 
 ROOT = Path(__file__).parents[2]
 
@@ -155,20 +154,10 @@ RUNTIMES = [OnnxRuntime, ReferenceEvaluator]
 
 def check_encoder(deployed: Deployed, runtime: type, content: bytes, actions: np.ndarray) -> None:
     recipe, inputs = deployed.recipe, torch.from_numpy(actions).double()
-    tokens, margins, bounds = token_error_bounds(deployed.reference, inputs)
     found, *stats = runtime(content).run({"actions": actions})
 
     assert found.dtype == np.int32
-    compared = compare_tokens(
-        tokens.numpy(),
-        found,
-        margins.numpy(),
-        bounds.numpy(),
-        num_levels=recipe.config.num_levels,
-        is_step_coupled=is_step_coupled(recipe.mode),
-    )
-    assert compared.num_wrong == 0, compared.first_wrong
-    assert compared.num_near_ties <= 2 + found.size / 200
+    compared = check_tokens(deployed, actions, found)
     assert len(stats) == (recipe.mode is DeployMode.DYNAMIC)
     if stats:
         expected = deployed.reference.encode(inputs)[1].numpy()
