@@ -12,7 +12,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from typing import Any
 
@@ -27,6 +27,7 @@ from calibration.data import (
     selection_of,
 )
 from calibration.errors import CalibrationError
+from calibration.readout import DEFAULT_READOUT, ReadoutConfig, fit_readout
 from calibration.recovered import RecoveredConfig, Target, Weighting, default_prefixes, fit_recovered_details
 from calibration.report import (
     CalibrationReport,
@@ -45,13 +46,28 @@ class Method(StrEnum):
     RECOVERED = "recovered"
 
 
-def calibrate(checkpoint: Checkpoint, dataset: ActionDataset, config: CalibrationConfig) -> Checkpoint:
-    """The checkpoint with conditioning constants and, under `calibrated`, their provenance."""
+def calibrate(
+    checkpoint: Checkpoint,
+    dataset: ActionDataset,
+    config: CalibrationConfig,
+    readout: ReadoutConfig | None = DEFAULT_READOUT,
+) -> Checkpoint:
+    """The checkpoint with conditioning constants, a readout and, under `calibrated`, their provenance.
+
+    Earlier ones are replaced; readout None keeps the decoder as it was trained.
+    """
     episodes = calibration_episodes(checkpoint, dataset)
     constants = fit_constants(checkpoint, episodes, config)
     bound = float(worst_case_errors(constants, checkpoint.config.num_levels)[-1])
-    facts = _provenance(checkpoint, dataset, episodes, asdict(config)) | {"worst_case_latent_error": bound}
-    return checkpoint.with_fit(constants=constants, provenance={Method.CALIBRATED.value: facts})
+    facts = _provenance(checkpoint, dataset, episodes, asdict(config)) | {
+        "worst_case_latent_error": bound,
+        "readout_ridge": readout.ridge if readout else None,
+    }
+    return replace(checkpoint, readout=None).with_fit(
+        constants=constants,
+        readout=fit_readout(checkpoint, episodes, readout) if readout else None,
+        provenance={Method.CALIBRATED.value: facts},
+    )
 
 
 def recover(
@@ -130,6 +146,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--worst-case", type=float,
         help=f"latent error to aim at for any latent in [-1, 1] (default {calibrated.worst_case:g}; 1: data alone)",
     )  # fmt: skip
+    group.add_argument(
+        "--readout-ridge",
+        type=float,
+        help=f"penalty on changing the decoder's last layer (default {DEFAULT_READOUT.ridge:g})",
+    )
+    group.add_argument(
+        "--no-readout", action="store_true", default=None, help="leave the decoder's last layer as it was trained"
+    )
     group = parser.add_argument_group("recovered")
     group.add_argument("--prefixes", type=int, nargs="+", help="layers to decode (default: 3 and all)")
     group.add_argument("--ridge", type=float, help=f"penalty on the map (default {recovered.ridge:g})")
@@ -152,14 +176,16 @@ def _given(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
 
 
 def _fit(options: argparse.Namespace, checkpoint: Checkpoint, dataset: ActionDataset) -> Checkpoint:
-    of_calibrated = _given(options, list(CalibrationConfig.__dataclass_fields__))
+    of_calibrated = _given(options, [*CalibrationConfig.__dataclass_fields__, "readout_ridge", "no_readout"])
     of_recovered = _given(options, [*RecoveredConfig.__dataclass_fields__, "prefixes"])
     unused = of_recovered if options.method is Method.CALIBRATED else of_calibrated
     if unused:
         flags = ", ".join("--" + name.replace("_", "-") for name in unused)
         raise CalibrationError(f"{flags} given, which method {options.method.value!r} does not use; drop it")
     if options.method is Method.CALIBRATED:
-        return calibrate(checkpoint, dataset, CalibrationConfig(**of_calibrated))
+        ridge = of_calibrated.pop("readout_ridge", DEFAULT_READOUT.ridge)
+        readout = None if of_calibrated.pop("no_readout", False) else ReadoutConfig(ridge)
+        return calibrate(checkpoint, dataset, CalibrationConfig(**of_calibrated), readout)
     prefixes = tuple(of_recovered.pop("prefixes", default_prefixes(checkpoint.config.num_layers)))
     return recover(checkpoint, dataset, prefixes, RecoveredConfig(**of_recovered))
 

@@ -54,8 +54,9 @@ class LayerReport:
 class CalibrationReport:
     """Rows of all layers, and mean squared action errors to compare them with.
 
-    autoencoder_mse: without a quantiser; trained_mse: the forward pass of training, for `dynamic` with its side
-    information, by prefix; published_mse: grid values summed, mean and sigma dropped.
+    autoencoder_mse: without a quantiser, as trained; readout_mse: the same through the readout, where there is one;
+    trained_mse: the forward pass of training, for `dynamic` with its side information, by prefix; published_mse: grid
+    values summed, mean and sigma dropped.
     """
 
     method: str
@@ -63,6 +64,7 @@ class CalibrationReport:
     num_episodes: int
     num_steps: int
     autoencoder_mse: float
+    readout_mse: float | None
     trained_mse: tuple[float, ...]
     published_mse: float
     layers: tuple[LayerReport, ...]
@@ -111,6 +113,7 @@ def _report(
 ) -> CalibrationReport:
     actions = reference_actions(checkpoint, episodes)
     trained = checkpoint.model(dtype=torch.float64)
+    with_readout = checkpoint.readout is not None and model.conditioning is Conditioning.CALIBRATED
     with torch.no_grad():
         latents = reference_latents(model, actions)
         steps = list(model.quantizer.layers(latents))
@@ -119,8 +122,8 @@ def _report(
         _, _, bounds = token_error_bounds(model, actions)
         published, stats = trained.encode(actions)
 
-        def action_mse(decoded: Tensor) -> float:
-            return _mean_square(model.decode_latents(decoded) - actions)
+        def action_mse(decoded: Tensor, decoder: ActionAutoencoder = trained) -> float:
+            return _mean_square(decoder.decode_latents(decoded) - actions)
 
         rows = []
         for layer, step in enumerate(steps):
@@ -137,7 +140,7 @@ def _report(
                     bin_width=_bin_width(model, layer, step),
                     levels_used=_levels_used(step.tokens, checkpoint.config.num_levels),
                     latent_mse=None if decoded is None else _mean_square(decoded - latents),
-                    action_mse=None if decoded is None else action_mse(decoded),
+                    action_mse=None if decoded is None else action_mse(decoded, model),
                     worst_case=worst_case.get(prefix),
                     noise_bound=_finite(float(bounds[..., layer].median())),
                     flipped=float((float32_tokens[..., layer] != step.tokens).double().mean()),
@@ -155,6 +158,7 @@ def _report(
             num_episodes=len(episodes.episodes),
             num_steps=episodes.num_steps,
             autoencoder_mse=action_mse(latents),
+            readout_mse=action_mse(latents, model) if with_readout else None,
             trained_mse=trained_mse,
             published_mse=action_mse(published_dequantize(trained.quantizer, published)),
             layers=tuple(rows),
@@ -210,6 +214,7 @@ def format_report(report: CalibrationReport) -> str:
         )
     lines += [
         f"action MSE without a quantiser                    {report.autoencoder_mse:.3e}",
+        f"the same, last decoder layer refitted             {_number(report.readout_mse)}",
         f"action MSE of the trained forward pass            {report.trained_mse[-1]:.3e}",
         f"action MSE of the published decode_from_indices   {report.published_mse:.3e}",
     ]

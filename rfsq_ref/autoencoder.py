@@ -51,6 +51,17 @@ class RecoveredDecoder:
 
 
 @dataclass(frozen=True)
+class Readout:
+    """The decoder's last layer, refitted to latents of the `calibrated` conditioning (calibration.readout).
+
+    weight: float32 [A, hidden_width]; bias: float32 [A].
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+
+@dataclass(frozen=True)
 class Reconstruction:
     """actions [..., A]; latents [..., D] as decoded; tokens int64 [..., D, L]; stats [..., L, 2] (`dynamic` only)."""
 

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
+from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, Readout, RecoveredDecoder
 from rfsq_ref.errors import CheckpointError
 from rfsq_ref.normaliser import Normaliser, normaliser_from_json
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
@@ -52,15 +52,17 @@ _GRID_TOLERANCE = 1e-6
 class Checkpoint:
     """A trained model and what was fitted to it afterwards.
 
-    trained_with: the conditioning of the training forward pass (`none` or `dynamic`); weights: float32 tensors
-    by the names of ActionAutoencoder's state dict; constants and recovered: what calibration fitted, if it did;
-    provenance: JSON-like facts; remarks: what a person should know about how the file was read.
+    trained_with: the conditioning of the training forward pass (`none` or `dynamic`); weights: float32 tensors by the
+    names of ActionAutoencoder's state dict; constants, readout and recovered: what calibration fitted, if it did, the
+    readout for the `calibrated` conditioning alone; provenance: JSON-like facts; remarks: what a person should know
+    about how the file was read.
     """
 
     config: ModelConfig
     trained_with: Conditioning
     weights: Mapping[str, Tensor]
     constants: ConditioningConstants | None = None
+    readout: Readout | None = None
     recovered: Mapping[int, RecoveredDecoder] = field(default_factory=dict)
     normaliser: Normaliser | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -91,13 +93,17 @@ class Checkpoint:
             recovered=self.recovered if conditioning is Conditioning.DYNAMIC else None,
             normaliser=self.normaliser,
         )
-        model.load_state_dict(dict(self.weights))
+        weights = dict(self.weights)
+        if conditioning is Conditioning.CALIBRATED and self.readout is not None:
+            weights |= {"decoder.2.weight": self.readout.weight, "decoder.2.bias": self.readout.bias}
+        model.load_state_dict(weights)
         return model.to(dtype).eval()
 
     def with_fit(
         self,
         *,
         constants: ConditioningConstants | None = None,
+        readout: Readout | None = None,
         recovered: Mapping[int, RecoveredDecoder] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> "Checkpoint":
@@ -105,6 +111,7 @@ class Checkpoint:
         return replace(
             self,
             constants=constants or self.constants,
+            readout=readout or self.readout,
             recovered=recovered if recovered is not None else self.recovered,
             provenance={**self.provenance, **(provenance or {})},
         )
@@ -158,6 +165,9 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
     if checkpoint.constants is not None:
         tensors["calibrated.mean"] = checkpoint.constants.mean
         tensors["calibrated.scale"] = checkpoint.constants.scale
+    if checkpoint.readout is not None:
+        tensors["readout.weight"] = checkpoint.readout.weight
+        tensors["readout.bias"] = checkpoint.readout.bias
     for prefix, recovered in checkpoint.recovered.items():
         tensors[f"recovered.{prefix}.matrix"] = recovered.matrix
         tensors[f"recovered.{prefix}.offset"] = recovered.offset
@@ -220,6 +230,12 @@ def _load_safetensors(content: bytes, path: Path) -> Checkpoint:
             constants = ConditioningConstants(mean, scale)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
+    readout = None
+    if "readout.weight" in tensors or "readout.bias" in tensors:
+        shape = (config.action_dim, config.hidden_width)
+        readout = Readout(
+            _take(tensors, "readout.weight", shape, path), _take(tensors, "readout.bias", shape[:1], path)
+        )
     recovered = {}
     for prefix in sorted({int(match[1]) for name in tensors if (match := _RECOVERED.fullmatch(name))}):
         if not 1 <= prefix <= config.num_layers:
@@ -232,7 +248,7 @@ def _load_safetensors(content: bytes, path: Path) -> Checkpoint:
     weights = _take_weights(tensors, config, path)
     if tensors:
         raise CheckpointError(f"{path} has tensors this code does not know: {sorted(tensors)}")
-    return Checkpoint(config, trained_with, weights, constants, recovered, normaliser, provenance)
+    return Checkpoint(config, trained_with, weights, constants, readout, recovered, normaliser, provenance)
 
 
 def _load_published(data: bytes, path: Path, use_layernorm: bool | None) -> Checkpoint:

@@ -297,7 +297,9 @@ def test_mse_has_no_larger_squared_error_than_range(seed: int, num_levels: int) 
     latents = some_latents(seed, 3)
     errors = []
     for objective in (Objective.MSE, Objective.RANGE):
-        config = CalibrationConfig(objective=objective, headroom=0, worst_case=DATA_ALONE)
+        config = CalibrationConfig(
+            objective=objective, granularity=Granularity.LATENT, headroom=0, worst_case=DATA_ALONE
+        )
         constants = constants_of_latents(latents, 1, num_levels, config)
         errors.append((brute_force_layers(latents.numpy(), constants, num_levels)[0][1] ** 2).mean(axis=0))
     # The floor under the scale, 1e-6, is all that mse may lose.

@@ -56,8 +56,8 @@ def test_defaults_fit_the_embedded_checkpoint(
         "config": {
             "objective": "range",
             "coverage": 1.0,
-            "granularity": "latent",
-            "headroom": 0.25,
+            "granularity": "layer",
+            "headroom": 0.1,
             "worst_case": 4e-4,
         },
         "data": {
@@ -68,6 +68,7 @@ def test_defaults_fit_the_embedded_checkpoint(
             "steps": 3295,
         },
         "worst_case_latent_error": float(worst_case_errors(calibrated.constants, 7)[-1]),
+        "readout_ridge": 1e-4,
     }
     report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     assert report["provenance"] == found.provenance["calibrated"]
@@ -77,6 +78,17 @@ def test_defaults_fit_the_embedded_checkpoint(
     printed = capsys.readouterr().out
     assert "fitted on 19 episodes (3295 steps) of demonstrations.npz: part of the training data" in printed
     assert "judged on 19 episodes (3336 steps)" in printed
+
+
+def test_without_a_readout_the_decoder_stays_as_it_was_trained(tmp_path: Path) -> None:
+    assert run(tmp_path) == 0
+    assert run(tmp_path, "--checkpoint", tmp_path / "fitted.safetensors", "--no-readout") == 0
+    found = fitted(tmp_path)
+    assert found.readout is None
+    assert found.provenance["calibrated"]["readout_ridge"] is None
+    report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    assert report["readout_mse"] is None
+    assert report["layers"][-1]["action_mse"] == pytest.approx(report["autoencoder_mse"], rel=0.05)
 
 
 def test_recovered_tokens_decode_from_the_written_file(tmp_path: Path, test_actions: torch.Tensor) -> None:

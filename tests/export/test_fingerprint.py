@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from export.fingerprint import fingerprint
 from export.plan import DeployMode
-from rfsq_ref.autoencoder import ModelConfig, RecoveredDecoder
+from rfsq_ref.autoencoder import ModelConfig, Readout, RecoveredDecoder
 from rfsq_ref.checkpoints import Checkpoint, checkpoint_of, load_checkpoint, save_checkpoint
 from rfsq_ref.normaliser import Normaliser, NormaliserKind
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
@@ -29,7 +29,10 @@ def make_checkpoint(sizes: ModelConfig = SIZES) -> Checkpoint:
     shape = (sizes.num_layers, sizes.latent_dim)
     torch.manual_seed(0)
     constants = ConditioningConstants(torch.randn(shape), torch.rand(shape) + 0.5)
-    return replace(checkpoint, constants=constants, recovered=dict(model.recovered), normaliser=NORMALISER)
+    readout = Readout(torch.randn(sizes.action_dim, sizes.hidden_width), torch.randn(sizes.action_dim))
+    return replace(
+        checkpoint, constants=constants, readout=readout, recovered=dict(model.recovered), normaliser=NORMALISER
+    )
 
 
 CHECKPOINT = make_checkpoint()
@@ -156,3 +159,12 @@ def test_the_order_of_weights_and_their_layout_in_memory_do_not_count() -> None:
     assert not all(tensor.is_contiguous() for tensor in weights.values())
     other = replace(CHECKPOINT, weights=weights)
     assert fingerprint(other, DeployMode.CALIBRATED) == fingerprint(CHECKPOINT, DeployMode.CALIBRATED)
+
+
+@given(st.sampled_from(["weight", "bias"]), st.integers(0, 1000))
+def test_the_readout_counts_where_it_decodes(name: str, index: int) -> None:
+    readout = replace(CHECKPOINT.readout, **{name: flip_last_bit(getattr(CHECKPOINT.readout, name), index)})
+    other = replace(CHECKPOINT, readout=readout)
+    for mode in (DeployMode.CALIBRATED, DeployMode.DYNAMIC, DeployMode.RECOVERED):
+        same = fingerprint(other, mode) == fingerprint(CHECKPOINT, mode)
+        assert same == (mode is not DeployMode.CALIBRATED)

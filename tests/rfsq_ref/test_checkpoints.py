@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfsq_ref.autoencoder import ModelConfig, RecoveredDecoder
+from rfsq_ref.autoencoder import ModelConfig, Readout, RecoveredDecoder
 from rfsq_ref.checkpoints import (
     FORMAT,
     Checkpoint,
@@ -49,11 +49,18 @@ def recovered_for(config: ModelConfig, *prefixes: int) -> dict[int, RecoveredDec
     }
 
 
+def readout_for(config: ModelConfig) -> Readout:
+    generator = torch.Generator().manual_seed(1)
+    shape = (config.action_dim, config.hidden_width)
+    return Readout(torch.randn(shape, generator=generator), torch.randn(shape[0], generator=generator))
+
+
 def fitted(config: ModelConfig = SMALL) -> Checkpoint:
     """A checkpoint that carries all there is."""
     model = make_model(config, Conditioning.DYNAMIC, normaliser=some_normaliser(config.action_dim))
     return checkpoint_of(model, {"epoch": 3, "training": {"seed": 0}}).with_fit(
         constants=shrinking_constants(config.num_layers, config.latent_dim, config.num_levels),
+        readout=readout_for(config),
         recovered=recovered_for(config, 1, config.num_layers),
         provenance={"calibration": "made up"},
     )
@@ -72,6 +79,10 @@ def assert_same(found: Checkpoint, expected: Checkpoint) -> None:
     if found.constants is not None and expected.constants is not None:
         assert torch.equal(found.constants.mean, expected.constants.mean)
         assert torch.equal(found.constants.scale, expected.constants.scale)
+    assert (found.readout is None) == (expected.readout is None)
+    if found.readout is not None and expected.readout is not None:
+        assert torch.equal(found.readout.weight, expected.readout.weight)
+        assert torch.equal(found.readout.bias, expected.readout.bias)
     assert found.recovered.keys() == expected.recovered.keys()
     for prefix, decoder in expected.recovered.items():
         assert found.recovered[prefix].matrix.dtype is torch.float64
@@ -238,8 +249,19 @@ def test_a_later_fit_replaces_only_what_it_gives() -> None:
     second = first.with_fit(constants=constants, provenance={"calibration": "again"})
     assert second.constants is constants
     assert second.recovered is first.recovered
+    assert second.readout is first.readout
     assert second.provenance == {**first.provenance, "calibration": "again"}
     assert first.with_fit(recovered={}).recovered == {}
+
+
+def test_the_readout_serves_the_calibrated_conditioning_alone() -> None:
+    checkpoint = fitted()
+    assert checkpoint.readout is not None
+    calibrated, dynamic = (checkpoint.model(mode) for mode in (Conditioning.CALIBRATED, Conditioning.DYNAMIC))
+    assert torch.equal(calibrated.state_dict()["decoder.2.weight"], checkpoint.readout.weight)
+    assert torch.equal(calibrated.state_dict()["decoder.2.bias"], checkpoint.readout.bias)
+    for name, tensor in checkpoint.weights.items():
+        assert torch.equal(dynamic.state_dict()[name], tensor)
 
 
 # Damaged files of our own --------------------------------------------------------------------------------------------
