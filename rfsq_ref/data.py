@@ -435,18 +435,37 @@ def _read_columns(path: Path, key: str) -> tuple[_AnyArray, _AnyArray, _AnyArray
                 ("task_index", np.full_like(rows, _NO_TASK)),
             )
         ]
-        return _action_rows(table.column(key), path, key), integers[0], integers[1], integers[2]
+        episode, frame, task = integers
+        column = table.column(key)
+        if not len(column):
+            raise DataError(f"{path.name} has no rows; expected at least one step: remove the file")
+        missing = _missing_rows(column)
+        if missing.size:
+            row = int(missing[0])
+            raise DataError(
+                f"{path.name}: column {key!r} has a missing value in episode {episode[row]}, step "
+                f"{int(((episode == episode[row]) & (frame < frame[row])).sum())} (row {row} of the file); expected "
+                "an action in every row: repair or drop this episode"
+            )
+        return _action_rows(column, path, key), episode, frame, task
+
+
+def _missing_rows(column: Any) -> _AnyArray:
+    """Rows without an action or with one that lacks a number: pandas writes NaN so."""
+    compute = _optional("pyarrow.compute")
+    rows: _AnyArray = np.flatnonzero(column.is_null().to_numpy())
+    if hasattr(column.type, "value_type"):
+        numbers = column.combine_chunks()
+        parents = compute.list_parent_indices(numbers).to_numpy()
+        rows = np.union1d(rows, parents[numbers.flatten().is_null().to_numpy(zero_copy_only=False)])
+    return rows
 
 
 def _action_rows(column: Any, path: Path, key: str) -> _AnyArray:
-    """A column of equally long lists or of plain numbers, as [N, A]."""
-    if not len(column):
-        raise DataError(f"{path.name} has no rows; expected at least one step: remove the file")
+    """A column of equally long lists or of plain numbers, none missing, as [N, A]."""
     # LeRobot writes a one-dimensional action as a plain number.
     is_list = hasattr(column.type, "value_type")
     values = column.combine_chunks().flatten() if is_list else column.combine_chunks()
-    if column.null_count or values.null_count:
-        raise DataError(f"{path.name}: column {key!r} has missing values; expected an action in every row")
     if is_list:
         lengths = np.unique(_optional("pyarrow.compute").list_value_length(column).to_numpy())
         if len(lengths) > 1:

@@ -23,6 +23,8 @@ class NormaliserKind(StrEnum):
 
 #: `quantile` maps these two quantiles onto -1 and 1, as the OpenVLA and pi0 data statistics do.
 QUANTILES = (0.01, 0.99)
+#: One float32 step of a number of this size, 1e-6, is as much rounding as a normalised action may have by itself.
+_FAR = 16.0
 
 
 @dataclass(frozen=True)
@@ -69,8 +71,8 @@ def fit_normaliser(
 ) -> Normaliser:
     """Fit to actions [N, A]; `untouched` dimensions (the gripper, last by default) keep offset 0 and scale 1.
 
-    A dimension that does not move by more than float32 can tell gets scale 1, so that it stays finite. The numbers
-    are float32-exact, because engines fold float32 numbers.
+    A dimension that does not move by more than float32 can tell gets scale 1, so that it stays finite, or more where it
+    rests far from zero. The numbers are float32-exact, because engines fold float32 numbers.
     """
     values = actions.astype(np.float64)
     if kind is NormaliserKind.MEAN_STD:
@@ -80,7 +82,8 @@ def fit_normaliser(
         low, high = np.quantile(values, bounds, axis=0)
         offset, scale = (low + high) / 2, (high - low) / 2
     float32 = np.finfo(np.float32)
-    scale = np.where(scale > np.maximum(float32.eps * np.abs(offset), float32.tiny), scale, 1.0)
+    moves = scale > np.maximum(float32.eps * np.abs(offset), float32.tiny)
+    scale = np.where(moves, scale, np.maximum(1.0, np.abs(offset) / _FAR))
     for dimension in untouched:
         offset[dimension], scale[dimension] = 0.0, 1.0
     return Normaliser(kind, _float32_tuple(offset), _float32_tuple(scale))

@@ -2,8 +2,15 @@
 """Train a Robust RFSQ (or naive) action autoencoder by the published recipe.
 
 AdamW at 1e-3 with a cosine schedule, batches of 64 steps, mean squared error through the straight-through
-quantiser. The weights with the lowest validation error are kept. On the CPU the same seed, data and torch
-version give the same weights.
+quantiser. The weights with the lowest validation error are kept, and training stops early when that error has not
+improved for `patience` epochs. On the CPU the same seed, data and torch version give the same weights; on a GPU the
+same GPU model and CUDA version must be added, and the weights differ from the CPU's.
+
+Patience and the cosine schedule work against each other: most of the gain comes at the end, when the learning rate is
+small, and a run that stops early never gets there. On the embedded demonstrations (100 epochs, 3 seeds of either kind)
+the error paused for 16 epochs at most before it fell again, so that the default of 25 leaves these runs as they
+are; a patience of 5 costs robust training a factor of 4 to 11, one of 10 a factor of 1.9 to 5. It is for runs that
+overfit or stall; where time is short, lower `epochs` instead: the schedule follows.
 """
 
 import sys
@@ -14,25 +21,44 @@ if not __package__:
 
 import argparse
 import copy
+import json
 import math
-from dataclasses import asdict, dataclass
+import os
+import platform
+import statistics
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq_ref.checkpoints import Checkpoint, check_output, checkpoint_of, save_checkpoint
-from rfsq_ref.data import ActionDataset, load_actions, load_demonstrations, split_episodes
+from rfsq_ref.checkpoints import SUFFIX, Checkpoint, check_output, checkpoint_of, save_checkpoint
+from rfsq_ref.data import ActionDataset, FloatArray, load_actions, load_demonstrations, split_episodes
 from rfsq_ref.errors import CheckpointError, DataError
 from rfsq_ref.normaliser import NormaliserKind, fit_normaliser
 from rfsq_ref.quantizer import Conditioning
 
+HISTORY_FORMAT = "rfsq-training-history"
+HISTORY_VERSION = 1
+#: Largest action and smallest half range of a moving dimension that the published recipe, which does not normalise,
+#: learns well: beyond 2 the error of one dimension drowns the others, below 0.1 it is drowned.
+UNNORMALISED_LIMIT, UNNORMALISED_RANGE = 2.0, 0.1
+
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """use_layernorm: `dynamic` conditioning (Robust RFSQ) or `none` (naive); num_episodes: 0 = all for training."""
+    """use_layernorm: `dynamic` conditioning (Robust RFSQ) or `none` (naive); num_episodes: 0 = all for training.
+
+    patience: stop after so many epochs without a lower validation error, 0 = never; it belongs to a long run: with
+    the cosine schedule the last epochs gain most. device: as torch names it, "cpu" or "cuda".
+    """
 
     use_layernorm: bool = True
     epochs: int = 100
@@ -45,13 +71,16 @@ class TrainConfig:
     num_layers: int = 8
     num_levels: int = 7
     normaliser: NormaliserKind | None = None
+    patience: int = 25
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.num_episodes < 0:
-            raise ValueError(f"num_episodes is {self.num_episodes}; expected 0 (all) or more")
+        for name, nothing in (("num_episodes", "all"), ("patience", "never stop early")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 ({nothing}) or more")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; expected more than 0")
 
@@ -67,15 +96,43 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class TrainResult:
+    """history: one record per epoch that ran, fewer than asked for when training stopped early."""
+
     checkpoint: Checkpoint
     history: tuple[EpochRecord, ...]
+
+
+def suggested_normaliser(dataset: ActionDataset) -> NormaliserKind | None:
+    """`min-max` where the training episodes are not of about unit size, None where the published recipe fits.
+
+    `min-max`, because a dimension that rarely moves has quantiles without a range between them.
+    """
+    steps = split_episodes(dataset).train.steps()
+    fits = (np.abs(steps).max(axis=0) <= UNNORMALISED_LIMIT) & ~_moves_less_than(steps, UNNORMALISED_RANGE)
+    return None if fits.all() else NormaliserKind.MIN_MAX
+
+
+def _untouched(steps: FloatArray) -> tuple[int, ...]:
+    """The last dimension where it is a gripper command that has unit size already, like -1 and 1 or 0 and 1."""
+    last = steps[:, -1:]
+    return (-1,) if np.abs(last).max() <= 1 and not _moves_less_than(last, 0.5).any() else ()
+
+
+def _moves_less_than(steps: FloatArray, half_range: float) -> npt.NDArray[np.bool_]:
+    """bool [A]: dimensions that move, but not as much; one that never moves needs no precision."""
+    ranges = steps.max(axis=0).astype(np.float64) - steps.min(axis=0)
+    moves_less: npt.NDArray[np.bool_] = (ranges > 0) & (ranges < 2 * half_range)
+    return moves_less
 
 
 def train(dataset: ActionDataset, config: TrainConfig, *, show_progress: bool = False) -> TrainResult:
     """Train on the training episodes of `split_episodes(dataset)`, choose the epoch by its validation episodes.
 
-    Deterministic for a given seed. Raises DataError when there are too few episodes, ValueError when it diverges.
+    A normaliser leaves the last dimension as it is where that is a gripper command of unit size. Deterministic for a
+    given seed; on a GPU after `make_deterministic`. Raises DataError when there are too few episodes, ValueError when
+    the device is not there or training diverges.
     """
+    device = _device(config.device)
     split = split_episodes(dataset)
     episodes = split.train
     if config.num_episodes:
@@ -85,35 +142,38 @@ def train(dataset: ActionDataset, config: TrainConfig, *, show_progress: bool = 
                 "lower --num-episodes"
             )
         episodes = episodes.select(range(config.num_episodes))
-    normaliser = fit_normaliser(episodes.steps(), config.normaliser) if config.normaliser else None
+    actions = episodes.steps()
+    normaliser = fit_normaliser(actions, config.normaliser, _untouched(actions)) if config.normaliser else None
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     sizes = ModelConfig(
         episodes.action_dim, config.latent_dim, config.hidden_width, config.num_layers, config.num_levels
     )
     conditioning = Conditioning.DYNAMIC if config.use_layernorm else Conditioning.NONE
-    model = ActionAutoencoder(sizes, conditioning, normaliser=normaliser)
+    model = ActionAutoencoder(sizes, conditioning, normaliser=normaliser).to(device)
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=config.epochs)
-    steps, validation = torch.from_numpy(episodes.steps().copy()), torch.from_numpy(split.validation.steps().copy())
+    steps, validation = torch.from_numpy(actions).to(device), torch.from_numpy(split.validation.steps()).to(device)
 
     history: list[EpochRecord] = []
+    chosen = EpochRecord(0, math.inf, math.inf)
     best = copy.deepcopy(model.state_dict())
     with tqdm(range(1, config.epochs + 1), unit="epoch", disable=not show_progress) as progress:
         for epoch in progress:
             train_mse = _train_epoch(model, optimiser, steps, config.batch_size, generator)
             schedule.step()
             record = EpochRecord(epoch, train_mse, _evaluate(model, validation))
-            if not history or record.validation_mse < min(past.validation_mse for past in history):
-                best = copy.deepcopy(model.state_dict())
             history.append(record)
+            if record.validation_mse < chosen.validation_mse:
+                chosen, best = record, copy.deepcopy(model.state_dict())
+            elif config.patience and epoch - chosen.epoch >= config.patience:
+                break
             progress.set_postfix(train=f"{record.train_mse:.2e}", validation=f"{record.validation_mse:.2e}")
     model.load_state_dict(best)
-    chosen = min(history, key=lambda record: record.validation_mse)
-    if not math.isfinite(chosen.validation_mse):
+    if not chosen.epoch:
         raise ValueError(
-            f"training diverged: validation MSE {chosen.validation_mse} in epoch {chosen.epoch}; lower the learning "
-            f"rate (--learning-rate, now {config.learning_rate})"
+            f"training diverged: validation MSE {history[-1].validation_mse} in epoch {history[-1].epoch}; lower the "
+            f"learning rate (--learning-rate, now {config.learning_rate})"
         )
     provenance = {
         "training": {**asdict(config), "normaliser": config.normaliser.value if config.normaliser else None},
@@ -127,6 +187,30 @@ def train(dataset: ActionDataset, config: TrainConfig, *, show_progress: bool = 
     return TrainResult(checkpoint_of(model, provenance), tuple(history))
 
 
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device is {name!r}, which torch does not know; expected cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device is {name!r}; expected cpu or cuda, the ones this training was tried on")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {name!r}, but torch {torch.__version__} finds {torch.cuda.device_count()} CUDA GPUs here; "
+            "use cpu, or one that is there"
+        )
+    return device
+
+
+def make_deterministic() -> None:
+    """Set torch up, for this whole process, so that one seed gives one result; call it before any work on a GPU."""
+    # One thread: sums come out in one order, and for matrices this small more threads are slower.
+    torch.set_num_threads(1)
+    # Without it cuBLAS has no deterministic results, and torch refuses to use it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
 def _train_epoch(
     model: ActionAutoencoder,
     optimiser: torch.optim.Optimizer,
@@ -137,7 +221,7 @@ def _train_epoch(
     model.train()
     total = 0.0
     for batch in torch.split(torch.randperm(len(steps), generator=generator), batch_size):
-        actions = steps[batch]
+        actions = steps[batch.to(steps.device)]
         loss = _normalised_mse(model, actions)
         optimiser.zero_grad()
         torch.autograd.backward(loss)
@@ -156,6 +240,116 @@ def _normalised_mse(model: ActionAutoencoder, actions: Tensor) -> Tensor:
     return mse_loss(model(actions).actions / model.units, actions / model.units)
 
 
+# Learning curves -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainingHistory:
+    """A learning curve as it is kept beside its checkpoint.
+
+    training: the TrainConfig, the seed among it; data: source, sha256 and training_steps; versions: of python, numpy
+    and torch; kept_epoch: whose weights the checkpoint has, counted from 1; epochs: all that ran.
+    """
+
+    training: Mapping[str, Any]
+    data: Mapping[str, Any]
+    versions: Mapping[str, str]
+    kept_epoch: int
+    epochs: tuple[EpochRecord, ...]
+
+
+def history_of(result: TrainResult) -> TrainingHistory:
+    facts = result.checkpoint.provenance
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": facts["torch"]}
+    return TrainingHistory(facts["training"], facts["data"], versions, facts["epoch"], result.history)
+
+
+def history_path(checkpoint: Path) -> Path:
+    """NAME.history.json beside NAME.safetensors; the drawing is NAME.history.png."""
+    return checkpoint.with_suffix(".history.json")
+
+
+def load_history(path: str | Path) -> TrainingHistory:
+    """Read a NAME.history.json. Raises CheckpointError for anything else."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if (content.pop("format"), content.pop("version")) != (HISTORY_FORMAT, HISTORY_VERSION):
+            raise ValueError(f"expected format {HISTORY_FORMAT!r}, version {HISTORY_VERSION}")
+        epochs = tuple(EpochRecord(**record) for record in content.pop("epochs"))
+        history = TrainingHistory(epochs=epochs, **content)
+        if history.kept_epoch not in {record.epoch for record in epochs}:
+            raise ValueError(f"kept_epoch {history.kept_epoch!r} is none of the {len(epochs)} epochs")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is no learning curve of this project: {error!r}; give the NAME.history.json that training wrote "
+            "beside its checkpoint"
+        ) from error
+    return history
+
+
+def save_result(result: TrainResult, output: Path) -> None:
+    """Write the checkpoint, NAME.history.json and NAME.history.png, each to a temporary sibling that is renamed.
+
+    The checkpoint comes last: where it is, its curve is too. Raises CheckpointError.
+    """
+    check_output(output)
+    history = history_of(result)
+    content = {"format": HISTORY_FORMAT, "version": HISTORY_VERSION, **asdict(history)}
+    text = json.dumps(content, indent=1) + "\n"
+    path = history_path(output)
+    _write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    _write_whole(path.with_suffix(".png"), lambda temporary: _draw(history, output.stem, temporary))
+    save_checkpoint(result.checkpoint, output)
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
+    finally:
+        # Where the folder itself is the trouble, looking for the file fails as well.
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _draw(history: TrainingHistory, name: str, path: Path) -> None:
+    # Training needs no matplotlib, and the simulator's environment has none.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.1, 0.11, 0.88, 0.81))
+    epochs = [record.epoch for record in history.epochs]
+    axes.set_yscale("log")
+    axes.plot(epochs, [record.train_mse for record in history.epochs], color="#8a8a8a", label="training episodes")
+    axes.plot(
+        epochs, [record.validation_mse for record in history.epochs], color="#1f6fb4", linewidth=2,
+        label="validation episodes",
+    )  # fmt: skip
+    kept = next(record for record in history.epochs if record.epoch == history.kept_epoch)
+    axes.plot(
+        [kept.epoch], [kept.validation_mse], "o", color="#d9730d", markersize=8,
+        label=f"kept: epoch {kept.epoch}, {kept.validation_mse:.2e}",
+    )  # fmt: skip
+    axes.set_title(f"{name}, seed {history.training['seed']}, {history.data['source']}", loc="left", fontsize=11)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("MSE, normalised action units")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
+    axes.legend(frameon=False)
+    # Without the version matplotlib would write, equal curves are equal files.
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+# Command line --------------------------------------------------------------------------------------------------------
+
+
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
@@ -166,7 +360,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
+    parser.add_argument(
+        "--patience", type=int, default=TrainConfig.patience,
+        help="epochs without a lower validation error before training stops, 0 = never "
+        f"(default {TrainConfig.patience})",
+    )  # fmt: skip
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
+    seeds.add_argument("--seeds", type=int, nargs="+", help="train once for each, into NAME-seedS.safetensors")
+    parser.add_argument("--device", default=TrainConfig.device, help="cpu (default; as fast for this model) or cuda")
     parser.add_argument("--latent-dim", type=int, default=16)
     parser.add_argument("--hidden-width", type=int, default=64)
     parser.add_argument("--num-layers", type=int, default=8)
@@ -174,8 +376,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="action data; the embedded demonstrations by default")
     parser.add_argument("--key", help="name of the action array or column in --data, when it is not the usual one")
     parser.add_argument(
-        "--normaliser", type=NormaliserKind, choices=list(NormaliserKind),
-        help="train on normalised actions (all dimensions but the last, the gripper)",
+        "--normaliser", choices=["auto", "none", *(kind.value for kind in NormaliserKind)], default="auto",
+        help="train on normalised actions; a gripper of unit size (last dimension) stays as it is. auto (default): "
+        "min-max where the actions are not of about unit size, else none",
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, help="default: build/checkpoints/robust.safetensors or naive.safetensors"
@@ -183,34 +386,54 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def chosen_normaliser(name: str, dataset: ActionDataset) -> NormaliserKind | None:
+    """What `auto`, `none` or a kind's name means for this dataset. ValueError for other names."""
+    if name == "auto":
+        return suggested_normaliser(dataset)
+    return None if name == "none" else NormaliserKind(name)
+
+
+def describe(dataset: ActionDataset, config: TrainConfig) -> str:
+    """What is about to be trained on, and how its actions are normalised."""
+    text = (
+        f"training on {dataset.source}: {len(dataset.episodes)} episodes, {dataset.num_steps} steps, split by episode"
+    )
+    return text + (f"; actions normalised ({config.normaliser})" if config.normaliser else "")
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    # One thread: sums come out in one order, and for matrices this small more threads are slower.
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
-    output = (
-        options.output or Path("build/checkpoints") / f"{'robust' if options.use_layernorm else 'naive'}.safetensors"
-    )
+    make_deterministic()
+    name = f"{'robust' if options.use_layernorm else 'naive'}{SUFFIX}"
+    output: Path = options.output or Path("build/checkpoints") / name
+    seeds: list[int] = options.seeds or [options.seed]
+    outputs = [output.with_stem(f"{output.stem}-seed{seed}") if options.seeds else output for seed in seeds]
+    errors = []
     try:
         # Not after an hour of training.
         check_output(output)
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"--seeds {' '.join(map(str, seeds))} has one twice; equal runs would pass for a spread")
         dataset = load_actions(options.data, key=options.key) if options.data else load_demonstrations()
-        config = TrainConfig(**{name: getattr(options, name) for name in TrainConfig.__dataclass_fields__})
-        print(
-            f"training on {dataset.source}: {len(dataset.episodes)} episodes, {dataset.num_steps} steps, "
-            "split by episode"
-        )
-        result = train(dataset, config, show_progress=True)
-        save_checkpoint(result.checkpoint, output)
+        given = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
+        config = TrainConfig(**{**given, "normaliser": chosen_normaliser(options.normaliser, dataset)})
+        print(describe(dataset, config))
+        for seed, path in zip(seeds, outputs, strict=True):
+            result = train(dataset, replace(config, seed=seed), show_progress=True)
+            save_result(result, path)
+            kept = result.checkpoint.provenance
+            errors.append(float(kept["validation_mse"]))
+            print(
+                f"seed {seed}: kept epoch {kept['epoch']} of {len(result.history)}, train MSE {kept['train_mse']:.3e}, "
+                f"validation MSE {kept['validation_mse']:.3e}"
+            )
+            print(f"wrote {path} and {history_path(path).name}")
     except (DataError, CheckpointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    chosen = result.checkpoint.provenance
-    print(
-        f"kept epoch {chosen['epoch']}: train MSE {chosen['train_mse']:.3e}, "
-        f"validation MSE {chosen['validation_mse']:.3e}"
-    )
-    print(f"wrote {output}")
+    if len(errors) > 1:
+        mean, deviation = statistics.mean(errors), statistics.stdev(errors)
+        print(f"{len(errors)} seeds: validation MSE {mean:.3e}, standard deviation {deviation:.1e}")
     return 0
 
 

@@ -532,11 +532,36 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "missing action": (
         lambda tmp: parquet(tmp / "a.parquet", action=[[1.0], None], episode_index=[0, 0]),
-        "has missing values",
+        "has a missing value in episode 0, step 1 \\(row 1",
     ),
     "missing number": (
         lambda tmp: parquet(tmp / "a.parquet", action=[[1.0], [None]], episode_index=[0, 0]),
-        "has missing values",
+        "has a missing value in episode 0, step 1 \\(row 1",
+    ),
+    "missing number in a later episode": (
+        lambda tmp: parquet(
+            tmp / "a.parquet",
+            action=pa.array([[1.0, 2.0], [3.0, 4.0], [5.0, None], [7.0, 8.0]], pa.list_(pa.float32(), 2)),
+            episode_index=[3, 8, 8, 8],
+            frame_index=[0, 40, 30, 20],
+        ),
+        r"missing value in episode 8, step 1 \(row 2 of the file\)",
+    ),
+    "NaN in LeRobot": (
+        lambda tmp: write_lerobot_v2(tmp / "a", broken(np.nan)),
+        "'episode_3', step 2, dimension 1: nan",
+    ),
+    "NaN in npz": (
+        lambda tmp: ours(tmp / "a.npz", actions=np.concatenate(broken(np.nan))),
+        "'episode_3', step 2, dimension 1: nan",
+    ),
+    "bytes in HDF5": (
+        lambda tmp: write_hdf5(tmp / "a.h5", [np.zeros((3, 7), np.uint8)]),
+        r"'demo_0': dtype uint8; expected floating-point actions: convert them with \.astype",
+    ),
+    "integers in Parquet": (
+        lambda tmp: parquet(tmp / "a.parquet", action=[[0, 255]], episode_index=[0]),
+        r"'episode_0': dtype int64; expected floating-point actions: convert them with \.astype",
     ),
     "no rows": (
         lambda tmp: parquet(tmp / "a.parquet", action=pa.array([], pa.list_(pa.float32())), episode_index=[]),

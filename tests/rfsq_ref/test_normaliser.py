@@ -66,6 +66,14 @@ def test_a_dimension_that_never_moves_keeps_its_unit(kind: NormaliserKind, value
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_one_float32_step_of_a_dimension_that_rests_far_from_zero_is_small_in_its_unit(kind: NormaliserKind) -> None:
+    actions = ACTIONS.copy()
+    actions[:, 1] = 255.0
+    normaliser = fit_normaliser(actions, kind)
+    assert np.spacing(np.float32(255.0)) / normaliser.scale[1] < 2e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_numbers_are_exact_in_float32(kind: NormaliserKind) -> None:
     normaliser = fit_normaliser(ACTIONS, kind)
     for number in normaliser.offset + normaliser.scale:

@@ -1,20 +1,43 @@
-"""What `rfsq_ref.train` promises: the same seed gives the same weights, and the best epoch is kept."""
+"""What `rfsq_ref.train` promises: the same seed gives the same weights, the best epoch is kept and its curve too, and
+data of other robots go all the way from the file to decoded tokens."""
 
+import json
+import statistics
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import h5py
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rfsq_ref.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
-from rfsq_ref.data import ActionDataset, load_actions, split_episodes
-from rfsq_ref.errors import DataError
+from calibration.constants import CalibrationConfig
+from calibration.fit import calibrate, recover
+from calibration.recovered import RecoveredConfig
+from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
+from rfsq_ref.data import ActionDataset, FloatArray, load_actions, split_episodes
+from rfsq_ref.errors import CheckpointError, DataError
 from rfsq_ref.normaliser import NormaliserKind, fit_normaliser
 from rfsq_ref.quantizer import Conditioning
-from rfsq_ref.train import TrainConfig, main, train
+from rfsq_ref.train import (
+    EpochRecord,
+    TrainConfig,
+    TrainResult,
+    history_of,
+    history_path,
+    load_history,
+    main,
+    save_result,
+    suggested_normaliser,
+    train,
+)
 
 SCRIPT = Path(__file__).parents[2] / "rfsq_ref" / "train.py"
 QUICK = TrainConfig(epochs=3, learning_rate=1e-2, hidden_width=16, latent_dim=6, num_layers=4)
@@ -124,7 +147,8 @@ def test_more_episodes_than_there_are_is_refused() -> None:
 def test_a_normaliser_is_fitted_to_the_training_episodes_and_travels_with_the_weights() -> None:
     data = smooth_episodes(offset=4.0)
     checkpoint = train(data, replace(QUICK, epochs=12, normaliser=NormaliserKind.MIN_MAX)).checkpoint
-    expected = fit_normaliser(split_episodes(data).train.steps(), NormaliserKind.MIN_MAX)
+    # The last dimension, between 3.2 and 4.8, is no gripper command of unit size either.
+    expected = fit_normaliser(split_episodes(data).train.steps(), NormaliserKind.MIN_MAX, untouched=())
     assert checkpoint.normaliser == expected
     assert checkpoint.provenance["training"]["normaliser"] == "min-max"
     # The errors count in the normalised units.
@@ -141,11 +165,341 @@ def test_a_diverged_training_gives_no_checkpoint() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("epochs", 0), ("batch_size", 0), ("num_episodes", -1), ("learning_rate", 0.0), ("learning_rate", float("nan"))],
+    [
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("num_episodes", -1),
+        ("patience", -1),
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}; expected"):
         TrainConfig(**{name: value})  # type: ignore[arg-type]
+
+
+# Early stopping ------------------------------------------------------------------------------------------------------
+
+FEW = smooth_episodes(count=5, steps=4)
+
+
+def epochs_before_stopping(errors: list[float], patience: int) -> int:
+    """How many epochs run: the first after which the lowest error is `patience` epochs old, else all."""
+    for count in range(1, len(errors) + 1):
+        if patience and count - 1 - int(np.argmin(errors[:count])) >= patience:
+            return count
+    return len(errors)
+
+
+def train_with(errors: list[float], patience: int) -> TrainResult:
+    """Real training steps, but these validation errors."""
+    script = iter(errors)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rfsq_ref.train._evaluate", lambda *_: next(script))
+        return train(FEW, replace(QUICK, epochs=len(errors), patience=patience))
+
+
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, 0.5]), min_size=1, max_size=10), st.integers(0, 4))
+def test_training_stops_when_the_validation_error_has_not_fallen_for_so_many_epochs(
+    errors: list[float], patience: int
+) -> None:
+    count = epochs_before_stopping(errors, patience)
+    stopped = train_with(errors, patience)
+    assert [record.validation_mse for record in stopped.history] == errors[:count]
+    assert stopped.checkpoint.provenance["epoch"] == 1 + int(np.argmin(errors[:count]))
+    # The schedule knows nothing of the patience: what ran is the beginning of the whole run.
+    assert train_with(errors, 0).history[:count] == stopped.history
+
+
+def test_the_default_patience_leaves_the_embedded_recipe_as_it_is() -> None:
+    """They kept epoch 100 and 91 of 100; a stop would have to come before either."""
+    for path in (ROBUST_CHECKPOINT, NAIVE_CHECKPOINT):
+        provenance = load_checkpoint(path).provenance
+        assert provenance["training"]["epochs"] - provenance["epoch"] < TrainConfig().patience
+    assert {name: value for name, value in asdict(TrainConfig()).items() if name not in ("patience", "device")} == (
+        load_checkpoint(ROBUST_CHECKPOINT).provenance["training"]
+    )
+
+
+# Devices -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:99", "CUDA GPUs here; use cpu"), ("meta", "expected cpu or cuda"), ("abacus", "torch does not know")],
+)
+def test_a_device_that_is_not_there_is_refused(device: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"device is '{device}'.*{message}"):
+        train(DATA, replace(QUICK, device=device))
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_gives_nearly_the_same_model_and_repeats(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU here")
+    on_cpu = train(DATA, QUICK).history
+    arguments = [sys.executable, str(SCRIPT), "--data", str(write_data(tmp_path)), "--device", "cuda", "--epochs", "2"]
+    for name in ("first", "second"):
+        output = tmp_path / f"{name}.safetensors"
+        subprocess.run([*arguments, "--output", str(output)], cwd=tmp_path, check=True)
+    assert (tmp_path / "first.safetensors").read_bytes() == (tmp_path / "second.safetensors").read_bytes()
+    on_gpu = train(DATA, replace(QUICK, device="cuda")).history
+    assert on_gpu[0].validation_mse == pytest.approx(on_cpu[0].validation_mse, rel=0.05)
+
+
+# Learning curves -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def result() -> TrainResult:
+    return train(DATA, replace(QUICK, epochs=5, seed=3))
+
+
+def test_the_learning_curve_is_kept_beside_the_checkpoint(result: TrainResult, tmp_path: Path) -> None:
+    save_result(result, tmp_path / "folder" / "model.safetensors")
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == [
+        "model.history.json", "model.history.png", "model.safetensors",
+    ]  # fmt: skip
+    history = load_history(history_path(tmp_path / "folder" / "model.safetensors"))
+    checkpoint = load_checkpoint(tmp_path / "folder" / "model.safetensors")
+    assert history == history_of(result)
+    assert history.epochs == result.history
+    assert history.training == checkpoint.provenance["training"]
+    assert history.training["seed"] == 3
+    assert history.data["sha256"] == DATA.sha256
+    assert history.versions["torch"] == torch.__version__
+    assert history.kept_epoch == 1 + int(np.argmin([record.validation_mse for record in history.epochs]))
+
+
+def test_equal_trainings_write_equal_curves(result: TrainResult, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        save_result(result, tmp_path / name / "model.safetensors")
+    for file in ("model.history.json", "model.history.png", "model.safetensors"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
+
+
+def test_the_drawing_is_a_png_in_which_the_curve_can_be_seen(result: TrainResult, tmp_path: Path) -> None:
+    from matplotlib.image import imread
+
+    save_result(result, tmp_path / "model.safetensors")
+    pixels = imread(tmp_path / "model.history.png")
+    assert pixels.shape[0] >= 400
+    # Its orange point: the kept epoch.
+    orange = (np.abs(pixels[..., :3] - np.array([0xD9, 0x73, 0x0D]) / 255) < 0.02).all(axis=-1)
+    assert orange.sum() > 20
+
+
+def test_a_curve_that_cannot_be_written_leaves_nothing_behind(
+    result: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*No space left on device; choose"):
+        save_result(result, tmp_path / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.history.json"]
+
+
+GOOD = {
+    "format": "rfsq-training-history", "version": 1, "training": {"seed": 0}, "data": {}, "versions": {},
+    "kept_epoch": 1, "epochs": [{"epoch": 1, "train_mse": 0.5, "validation_mse": 0.25}],
+}  # fmt: skip
+
+
+def test_a_curve_reads_back(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(GOOD))
+    assert load_history(tmp_path / "a.json").epochs == (EpochRecord(1, 0.5, 0.25),)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "", "[]", "{}", json.dumps({**GOOD, "version": 2}), json.dumps({**GOOD, "kept_epoch": 2}),
+        json.dumps({**GOOD, "epochs": [{"epoch": 1}]}), json.dumps({**GOOD, "more": 1}), None,
+    ],
+    ids=["empty", "list", "no fields", "other version", "kept no epoch", "broken record", "unknown field", "missing"],
+)  # fmt: skip
+def test_a_file_that_is_no_curve_is_refused(content: str | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"a\.json is no learning curve.*give the NAME\.history\.json"):
+        load_history(tmp_path / "a.json")
+
+
+# Data of other robots, from the file to decoded tokens ---------------------------------------------------------------
+
+
+def metres_and_radians(unit: FloatArray) -> FloatArray:
+    """Positions to 5 cm, angles to half a turn."""
+    half = unit.shape[1] // 2
+    return np.concatenate([0.05 * unit[:, :half], 3.1 * unit[:, half:]], axis=1)
+
+
+def bytes_as_numbers(unit: FloatArray) -> FloatArray:
+    return np.round((unit + 1) * 127.5).astype(np.float32)
+
+
+def with_last(unit: FloatArray, value: float) -> FloatArray:
+    """A gripper that never moves."""
+    return np.concatenate([unit[:, :-1], np.full_like(unit[:, -1:], value)], axis=1)
+
+
+RANGES: dict[str, Callable[[FloatArray], FloatArray]] = {
+    "metres and radians": metres_and_radians,
+    "0 to 255": bytes_as_numbers,
+    "gripper always open": lambda unit: with_last(unit, -1.0),
+    "gripper always at 255": lambda unit: with_last(unit, 255.0),
+    "middle never moves": lambda unit: np.where(np.arange(unit.shape[1]) == 1, np.float32(0.3), unit),
+}
+
+
+def write_npz(folder: Path, episodes: list[FloatArray]) -> Path:
+    path = folder / "robot.npz"
+    np.savez(path, actions=np.concatenate(episodes), episode_ends=np.cumsum([len(episode) for episode in episodes]))
+    return path
+
+
+def write_robomimic(folder: Path, episodes: list[FloatArray]) -> Path:
+    path = folder / "robot.hdf5"
+    with h5py.File(path, "w") as file:
+        file.create_group("data").attrs["env_args"] = json.dumps({"env_name": "Lift"})
+        for index, episode in enumerate(episodes):
+            file[f"data/demo_{index}/actions"] = episode.astype(np.float64)
+            file[f"data/demo_{index}/obs/robot0_eef_pos"] = np.zeros((len(episode), 3))
+    return path
+
+
+def write_lerobot(folder: Path, episodes: list[FloatArray]) -> Path:
+    """Version 2: one Parquet file per episode."""
+    (folder / "robot/meta").mkdir(parents=True)
+    (folder / "robot/data/chunk-000").mkdir(parents=True)
+    (folder / "robot/meta/tasks.jsonl").write_text('{"task_index": 0, "task": "lift the cube"}\n')
+    for index, episode in enumerate(episodes):
+        table = pa.table(
+            {
+                "action": pa.array(episode.tolist(), pa.list_(pa.float32())),
+                "episode_index": np.full(len(episode), index),
+                "frame_index": np.arange(len(episode)),
+                "task_index": np.zeros(len(episode), np.int64),
+            }
+        )
+        pq.write_table(table, folder / f"robot/data/chunk-000/episode_{index:06d}.parquet")
+    return folder / "robot"
+
+
+WRITERS = {"npz": write_npz, "robomimic": write_robomimic, "LeRobot": write_lerobot}
+
+
+def unit_episodes(action_dim: int, lengths: list[int]) -> list[FloatArray]:
+    """Two hidden rhythms, mixed into every dimension, within [-1, 1]."""
+    generator = np.random.default_rng(0)
+    mixing = generator.uniform(-0.5, 0.5, (2, action_dim))
+    phases = generator.uniform(0, 6, (len(lengths), 2))
+    return [
+        (np.sin(np.arange(length)[:, None] / 5 + phase) @ mixing).astype(np.float32)
+        for length, phase in zip(lengths, phases, strict=True)
+    ]
+
+
+LONG = [70] * 14
+# Shorter than a chunk of 8 steps.
+SHORT = [5, 3, 7, 1] * 16
+
+
+def relative_error(checkpoint: Checkpoint, data: ActionDataset, conditioning: Conditioning, prefix: int) -> float:
+    """Mean squared error of test actions decoded from tokens alone, in units of each moving dimension's variance."""
+    actions = torch.from_numpy(split_episodes(data).test.steps())
+    model = checkpoint.model(conditioning)
+    with torch.no_grad():
+        tokens, _ = model.encode(actions)
+        decoded = model.decode(tokens[..., :prefix])
+    assert decoded.shape == actions.shape
+    assert decoded.isfinite().all()
+    moves = actions.amax(0) > actions.amin(0)
+    return float(((decoded - actions).square().mean(0)[moves] / actions.var(0)[moves]).mean())
+
+
+OTHER_ROBOTS = [
+    *(
+        (writer, 4, LONG, name)
+        for writer, name in zip(["npz", "robomimic", "LeRobot", "npz", "LeRobot"], RANGES, strict=True)
+    ),
+    *(
+        (writer, 14, LONG, name)
+        for writer, name in zip(["robomimic", "npz", "npz", "LeRobot", "npz"], RANGES, strict=True)
+    ),
+    *((writer, 7, SHORT, "metres and radians") for writer in WRITERS),
+]
+
+
+@pytest.mark.parametrize(("writer", "action_dim", "lengths", "name"), OTHER_ROBOTS)
+def test_data_of_another_robot_go_from_the_file_to_decoded_tokens(
+    writer: str, action_dim: int, lengths: list[int], name: str, tmp_path: Path
+) -> None:
+    episodes = [RANGES[name](episode) for episode in unit_episodes(action_dim, lengths)]
+    data = load_actions(WRITERS[writer](tmp_path, episodes))
+    assert (len(data.episodes), data.action_dim) == (len(lengths), action_dim)
+    config = TrainConfig(epochs=8, learning_rate=1e-2, latent_dim=6, num_layers=4, batch_size=32)
+    checkpoint = train(data, replace(config, normaliser=suggested_normaliser(data))).checkpoint
+    save_checkpoint(checkpoint, tmp_path / "model.safetensors")
+    checkpoint = calibrate(load_checkpoint(tmp_path / "model.safetensors"), data, CalibrationConfig())
+    checkpoint = recover(checkpoint, data, (2, 4), RecoveredConfig(refine_steps=0))
+    # Predicting the mean would give 1; a few epochs give much less.
+    assert relative_error(checkpoint, data, Conditioning.CALIBRATED, 4) < 0.15
+    assert relative_error(checkpoint, data, Conditioning.DYNAMIC, 4) < 0.5
+    assert relative_error(checkpoint, data, Conditioning.DYNAMIC, 2) < 0.5
+
+
+@pytest.mark.parametrize("kind", NormaliserKind)
+def test_any_normaliser_serves_bytes_and_a_gripper_that_never_moves(kind: NormaliserKind) -> None:
+    episodes = [with_last(bytes_as_numbers(episode), 255.0) for episode in unit_episodes(4, LONG)]
+    data = replace(smooth_episodes(count=len(LONG)), episodes=tuple(episodes))
+    checkpoint = train(data, replace(QUICK, epochs=8, normaliser=kind)).checkpoint
+    checkpoint = calibrate(checkpoint, data, CalibrationConfig())
+    assert relative_error(checkpoint, data, Conditioning.CALIBRATED, 4) < 0.15
+
+
+@given(scale=st.floats(1e-3, 1e3), offset=st.floats(-10, 10))
+def test_a_normaliser_is_suggested_exactly_where_the_units_are_far_from_one(scale: float, offset: float) -> None:
+    data = smooth_episodes(count=8, steps=30)
+    scaled = replace(data, episodes=tuple((episode * scale + offset).astype(np.float32) for episode in data.episodes))
+    steps = split_episodes(scaled).train.steps().astype(np.float64)
+    far = np.abs(steps).max() > 2 or (np.ptp(steps, axis=0) < 0.2).any()
+    assert suggested_normaliser(scaled) == (NormaliserKind.MIN_MAX if far else None)
+
+
+def test_no_normaliser_is_suggested_for_the_embedded_demonstrations(demonstrations: ActionDataset) -> None:
+    assert suggested_normaliser(demonstrations) is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "touched"), [(-1, 1, False), (0, 1, False), (1, 1, False), (0, 255, True), (0, 0.08, True)]
+)
+def test_a_gripper_keeps_its_units_where_they_are_those_of_a_command(low: float, high: float, touched: bool) -> None:
+    episodes = tuple(
+        np.concatenate([episode[:, :-1], np.where(episode[:, -1:] > 0, high, low)], axis=1) for episode in DATA.episodes
+    )
+    data = replace(DATA, episodes=episodes)
+    normaliser = train(data, replace(QUICK, epochs=1, normaliser=NormaliserKind.MIN_MAX)).checkpoint.normaliser
+    assert normaliser is not None
+    expected = ((low + high) / 2, (high - low) / 2) if touched else (0.0, 1.0)
+    assert (normaliser.offset[-1], normaliser.scale[-1]) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_nan_is_refused_by_episode_and_step_before_anything_is_trained(
+    writer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    episodes = unit_episodes(4, LONG)
+    episodes[5][33, 2] = np.nan
+    path = WRITERS[writer](tmp_path, episodes)
+    assert run_main(["--data", str(path), "--output", "model.safetensors"], tmp_path, monkeypatch) == 2
+    name = "demo_5" if writer == "robomimic" else "episode_5"
+    assert f"episode '{name}', step 33, dimension 2: nan" in capsys.readouterr().err
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 # Command line --------------------------------------------------------------------------------------------------------
@@ -183,6 +537,36 @@ def test_the_command_trains_a_naive_checkpoint_with_a_normaliser(
     assert checkpoint.trained_with is Conditioning.NONE
     assert checkpoint.normaliser is not None
     assert checkpoint.normaliser.kind is NormaliserKind.QUANTILE
+    assert (
+        load_history(tmp_path / "build" / "checkpoints" / "naive.history.json").training
+        == (checkpoint.provenance["training"])
+    )
+
+
+def test_several_seeds_give_several_checkpoints_and_their_spread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_main(["--seeds", "4", "0", "7", "--output", "out/m.safetensors"], tmp_path, monkeypatch) == 0
+    assert not (tmp_path / "out/m.safetensors").exists()
+    errors = []
+    for seed in (4, 0, 7):
+        checkpoint = load_checkpoint(tmp_path / f"out/m-seed{seed}.safetensors")
+        assert checkpoint.provenance["training"]["seed"] == seed
+        assert load_history(tmp_path / f"out/m-seed{seed}.history.json").training["seed"] == seed
+        errors.append(checkpoint.provenance["validation_mse"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f"validation MSE {statistics.mean(errors):.3e}, standard deviation {statistics.stdev(errors):.1e}" in last
+
+
+@pytest.mark.parametrize(("choice", "kind"), [("auto", NormaliserKind.MIN_MAX), ("none", None)])
+def test_the_command_normalises_actions_in_other_units_unless_told_not_to(
+    choice: str, kind: NormaliserKind | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_npz(tmp_path, [0.01 * episode for episode in DATA.episodes])
+    arguments = ["--data", str(path), "--normaliser", choice, "--output", "m.safetensors"]
+    assert run_main(arguments, tmp_path, monkeypatch) == 0
+    normaliser = load_checkpoint(tmp_path / "m.safetensors").normaliser
+    assert (normaliser and normaliser.kind) == kind
 
 
 @pytest.mark.parametrize(
@@ -196,6 +580,8 @@ def test_the_command_trains_a_naive_checkpoint_with_a_normaliser(
         (["--key", "velocities"], "no 'velocities'"),
         (["--output", "actions.npz/model.safetensors"], "cannot write"),
         (["--output", "model.pt"], "does not end with"),
+        (["--seeds", "1", "1"], "--seeds 1 1 has one twice"),
+        (["--device", "cuda:99"], "CUDA GPUs here"),
     ],
 )
 def test_errors_are_explained_and_exit_with_2(
