@@ -6,9 +6,9 @@ BUNDLE := build/bundle
 
 # TensorRT-RTX wheels exist for these machines alone; elsewhere the bundle is built without its engines.
 ifeq ($(shell uname -sm),Linux x86_64)
-EXTRAS ?= export,tensorrt-rtx,dev
+EXTRAS ?= export,evidence,tensorrt-rtx,dev
 else
-EXTRAS ?= export,dev
+EXTRAS ?= export,evidence,dev
 endif
 
 .PHONY: engine test lint benchmark clean

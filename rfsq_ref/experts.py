@@ -229,12 +229,15 @@ class NutAssemblySquareExpert(Expert):
     """Thread the square nut over the square peg: 6.75 mm of play on each side."""
 
     task = "NutAssemblySquare"
+    nut: ClassVar[str] = "SquareNut"
     # The arena fixes the peg and does not observe it.
     peg: ClassVar[Array] = np.array([0.23, 0.10, 0.0])
     peg_top: ClassVar[float] = 0.95
     handle: ClassVar[Array] = np.array([0.054, 0.0, 0.0])
     # The peg is square, but with the handle pointing away from the robot the arm is stretched to its limit.
     handle_yaws: ClassVar[tuple[float, ...]] = (0.5 * np.pi, np.pi, 1.5 * np.pi)
+    # How well the nut is aligned above the peg before it is lowered, in m and rad.
+    aligned: ClassVar[tuple[float, float]] = (0.004, 0.06)
 
     def plan(self, rng: np.random.Generator) -> tuple[Phase, ...]:
         along = np.array([rng.uniform(-0.004, 0.008), 0.0, 0.0]) + self.handle
@@ -252,7 +255,7 @@ class NutAssemblySquareExpert(Expert):
             Phase("grasp", self._handle(along, grasp), True, min_steps=10, max_steps=14, noise=0.4),
             Phase("lift", relative(rise), True, 0.02, 0.3, speed=0.8),
             Phase("transport", self._over_peg(far, tilt), True, 0.025, 0.2),
-            Phase("align above", self._over_peg(near), True, 0.004, 0.06, min_steps=4, noise=0.25),
+            Phase("align above", self._over_peg(near), True, *self.aligned, min_steps=4, noise=0.25),
             Phase(
                 "insert",
                 self._over_peg(low),
@@ -260,7 +263,7 @@ class NutAssemblySquareExpert(Expert):
                 max_steps=60,
                 speed=0.5,
                 noise=0.4,
-                until=lambda now: bool(now["SquareNut_pos"][2] < low[2] + 0.003),
+                until=lambda now: bool(now[f"{self.nut}_pos"][2] < low[2] + 0.003),
             ),
             Phase("release", relative(np.zeros(3)), False, min_steps=12, max_steps=14, noise=0.3),
             Phase("retreat", relative(np.array([0.0, 0.0, 0.1])), False, 0.03, 0.3, max_steps=40, speed=0.8),
@@ -268,21 +271,38 @@ class NutAssemblySquareExpert(Expert):
 
     def _handle(self, along: Array, offset: Array, tilt: Array | None = None) -> Target:
         def target(now: Observation, start: Observation) -> Pose:
-            rotation = quaternion_matrix(now["SquareNut_quat"])
+            rotation = quaternion_matrix(now[f"{self.nut}_quat"])
             heading = nearest_yaw(yaw_of(rotation) + np.pi / 2, gripper_yaw(start), np.pi)
-            return Pose(now["SquareNut_pos"] + rotation @ along + offset, tilted(pointing_down(heading), tilt))
+            return Pose(now[f"{self.nut}_pos"] + rotation @ along + offset, tilted(pointing_down(heading), tilt))
 
         return target
 
     def _over_peg(self, offset: Array, tilt: Array | None = None) -> Target:
         def target(now: Observation, start: Observation) -> Pose:
-            begun = yaw_of(quaternion_matrix(start["SquareNut_quat"]))
+            begun = yaw_of(quaternion_matrix(start[f"{self.nut}_quat"]))
             goal = min(
                 (nearest_yaw(yaw, begun, 2 * np.pi) for yaw in self.handle_yaws), key=lambda yaw: abs(yaw - begun)
             )
-            return held_pose(now, "SquareNut", self.peg + offset, goal, 2 * np.pi, tilt)
+            return held_pose(now, self.nut, self.peg + offset, goal, 2 * np.pi, tilt)
 
         return target
+
+
+class NutAssemblyTightExpert(NutAssemblySquareExpert):
+    """The square nut over a thicker square peg, 2 mm of play on each side: aligned more finely before it is lowered."""
+
+    task = "NutAssemblyTight"
+    play: ClassVar[float] = 0.002
+    aligned = (0.0015, 0.02)
+
+
+class NutAssemblyRoundExpert(NutAssemblySquareExpert):
+    """Thread the round nut over the round peg: 11.2 mm of play on each side."""
+
+    task = "NutAssemblyRound"
+    nut = "RoundNut"
+    peg: ClassVar[Array] = np.array([0.23, -0.10, 0.0])
+    handle: ClassVar[Array] = np.array([0.06, 0.0, 0.0])
 
 
 class PickPlaceCanExpert(Expert):
@@ -298,6 +318,7 @@ class PickPlaceCanExpert(Expert):
         grasp = np.array([0.0, 0.0, rng.uniform(0.016, 0.024)])
         rise = np.array([0.0, 0.0, rng.uniform(0.17, 0.23)])
         spot = self.corner + np.append(rng.uniform(0.045, 0.08, 2), 0.0)
+        self.spot = spot
         over = np.array([0.0, 0.0, rng.uniform(0.97, 1.01)])
         down = np.array([0.0, 0.0, rng.uniform(0.868, 0.876)])
         place_yaw = np.pi / 2 + rng.uniform(-0.8, 0.8)
@@ -405,6 +426,11 @@ class DoorExpert(Expert):
 EXPERTS: dict[str, type[Expert]] = {
     expert.task: expert for expert in (LiftExpert, StackExpert, NutAssemblySquareExpert, PickPlaceCanExpert, DoorExpert)
 }
+"""Experts of the demonstrations. Their order decides the seeds: a new one goes to the end."""
+HELD_OUT_EXPERTS: dict[str, type[Expert]] = {
+    expert.task: expert for expert in (NutAssemblyTightExpert, NutAssemblyRoundExpert)
+}
+"""Experts of tasks that the demonstrations do not hold, so that no tokenizer has seen them."""
 
 
 def above(name: str, offset: Array, symmetry: float, tilt: Array | None = None) -> Target:

@@ -1,5 +1,6 @@
 """The main job, end to end: from a checkpoint to a bundle that a robot can use, or to nothing at all."""
 
+import copy
 import importlib.util
 import json
 import os
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from calibration.constants import CalibrationConfig
+from calibration.fit import calibrate
 from export import build_engine as job
 from export.build_engine import BuildConfig, BuildResult, build, main, parse_arguments
 from export.errors import GateError
@@ -23,7 +26,7 @@ from export.plan import DeployMode
 from export.trt_builder import Profile
 from rfsq_ref.autoencoder import ModelConfig
 from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
-from rfsq_ref.data import EpisodeSplit, chunk
+from rfsq_ref.data import EpisodeSplit, chunk, load_actions
 from rfsq_ref.normaliser import Normaliser, NormaliserKind
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from runtime import ActionTokenizer
@@ -220,9 +223,13 @@ def test_any_action_in_the_range_has_latents_within_a_thousandth(
 
 
 def test_the_quality_that_a_build_reports_is_the_quality_that_it_has(
-    built: BuildResult, tokenizer: ActionTokenizer, author: ActionRFSQAE, split: EpisodeSplit
+    built: BuildResult, tokenizer: ActionTokenizer, author: ActionRFSQAE, calibrated: Checkpoint, split: EpisodeSplit
 ) -> None:
     steps = split.test.steps()
+    # By the published code, with the one layer that calibration refits.
+    assert calibrated.readout is not None
+    author = copy.deepcopy(author)
+    author.decoder[2].load_state_dict({"weight": calibrated.readout.weight, "bias": calibrated.readout.bias})
     assert built.quality["autoencoder without quantiser"] == pytest.approx(mse_of_prefix(author, steps, 0), rel=1e-4)
     whole = steps[: len(steps) // 8 * 8].reshape(-1, 8, 7)
     tokens = tokenizer.encode(whole)
@@ -307,7 +314,7 @@ def test_a_person_sees_a_line_per_step_and_a_table(tmp_path: Path, capsys: pytes
         "parity gates",
     ]
     assert re.search(r"^✓ onnxruntime, decode 8 layers: action error +\S+ +1e-05 +\d+$", output, re.MULTILINE)
-    assert re.search(r"^tokens of 8 layers +\d\.\d{3}e-05$", output, re.MULTILINE)
+    assert re.search(r"^tokens of 8 layers +\d\.\d{3}e-06$", output, re.MULTILINE)
     fingerprint = open_bundle(tmp_path / "b").manifest.fingerprint
     assert output.endswith(f"is built and validated, fingerprint {fingerprint[:16]}\n")
 
@@ -363,6 +370,13 @@ def test_a_model_of_other_sizes_and_units_builds_from_its_published_file(tmp_pat
         actions = NORMALISER.restore(normalised).astype(np.float32)
         tokens = tokenizer.encode(actions)
         assert tokens.shape == (500, 3, 6, 5)
+        fitted = calibrate(
+            replace(load_checkpoint(tmp_path / "model.pt"), normaliser=NORMALISER),
+            load_actions(tmp_path / "episodes.npz"),
+            CalibrationConfig(),
+        )
+        assert fitted.readout is not None
+        model.decoder[2].load_state_dict({"weight": fitted.readout.weight, "bias": fitted.readout.bias})
         with torch.no_grad():
             unquantised = model.decoder(model.encoder(torch.from_numpy(NORMALISER.normalise(actions)).float())).numpy()
         errors = [

@@ -105,6 +105,10 @@ class Case:
 
 @pytest.fixture(scope="module")
 def case(calibrated: Checkpoint, split: EpisodeSplit) -> Case:
+    """With the readout in its place, where a test can spoil it like any other weight."""
+    assert calibrated.readout is not None
+    readout = {"decoder.2.weight": calibrated.readout.weight, "decoder.2.bias": calibrated.readout.bias}
+    calibrated = replace(calibrated, weights={**calibrated.weights, **readout}, readout=None)
     return Case.of(calibrated, DeployMode.CALIBRATED, split.test.steps(), PREFIXES)
 
 

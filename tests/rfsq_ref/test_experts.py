@@ -10,10 +10,12 @@ from hypothesis import strategies as st
 from rfsq_ref.experts import (
     ACTION_DIM,
     EXPERTS,
+    HELD_OUT_EXPERTS,
     POSITION_UNIT,
     ROTATION_UNIT,
     Expert,
     LiftExpert,
+    NutAssemblySquareExpert,
     OrnsteinUhlenbeck,
     Style,
     about_z,
@@ -37,6 +39,9 @@ def half_turn_about_x() -> list[float]:
     return [1.0, 0.0, 0.0, 0.0]
 
 
+ALL_EXPERTS = {**EXPERTS, **HELD_OUT_EXPERTS}
+
+
 def still_observation() -> dict[str, Any]:
     """Of a scene with every object, in which nothing is reached and nothing moves."""
     objects = {}
@@ -45,6 +50,7 @@ def still_observation() -> dict[str, Any]:
         ("cubeA", [0.1, 0.0, 0.82]),
         ("cubeB", [-0.1, 0.1, 0.82]),
         ("SquareNut", [0.1, 0.1, 0.83]),
+        ("RoundNut", [0.1, -0.1, 0.83]),
         ("Can", [0.1, -0.2, 0.86]),
     ):
         objects |= {f"{name}_pos": np.array(place), f"{name}_quat": np.array([0.0, 0.0, 0.0, 1.0])}
@@ -70,24 +76,24 @@ def act_until_done(expert: Expert, observation: dict[str, Any], seed: int = 0) -
 # Experts -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", EXPERTS)
+@pytest.mark.parametrize("task", ALL_EXPERTS)
 def test_actions_are_float32_in_the_unit_box_and_episodes_end(task: str) -> None:
-    actions = act_until_done(EXPERTS[task](), still_observation())
+    actions = act_until_done(ALL_EXPERTS[task](), still_observation())
     assert actions.dtype == np.float32
     assert actions.shape[1] == ACTION_DIM
     assert np.abs(actions).max() <= 1.0
 
 
-@pytest.mark.parametrize("task", EXPERTS)
+@pytest.mark.parametrize("task", ALL_EXPERTS)
 def test_the_same_seed_drives_the_same_way(task: str) -> None:
-    first, again, other = (act_until_done(EXPERTS[task](), still_observation(), seed) for seed in (3, 3, 4))
+    first, again, other = (act_until_done(ALL_EXPERTS[task](), still_observation(), seed) for seed in (3, 3, 4))
     np.testing.assert_array_equal(first, again)
     assert first.shape != other.shape or (first != other).any()
 
 
-@pytest.mark.parametrize("task", EXPERTS)
+@pytest.mark.parametrize("task", ALL_EXPERTS)
 def test_the_gripper_opens_first_and_closes_later(task: str) -> None:
-    gripper = act_until_done(EXPERTS[task](noise_scale=0.0), still_observation())[:, -1]
+    gripper = act_until_done(ALL_EXPERTS[task](noise_scale=0.0), still_observation())[:, -1]
     assert gripper[0] < -0.5
     assert gripper.max() > 0.5
 
@@ -123,6 +129,23 @@ def quaternion_of(rotation: np.ndarray) -> np.ndarray:
         ]
     )
     return np.linalg.eigh(matrix)[1][:, -1]
+
+
+def test_experts_of_unseen_tasks_are_not_among_those_of_the_demonstrations() -> None:
+    """Their place among EXPERTS decides the seeds of the embedded demonstrations."""
+    assert list(EXPERTS) == ["Lift", "Stack", "NutAssemblySquare", "PickPlaceCan", "Door"]
+    assert set(HELD_OUT_EXPERTS) == {"NutAssemblyTight", "NutAssemblyRound"}
+
+
+@pytest.mark.parametrize("task", HELD_OUT_EXPERTS)
+def test_experts_of_unseen_nuts_plan_as_the_one_of_the_square_nut(task: str) -> None:
+    known, unseen = NutAssemblySquareExpert(), HELD_OUT_EXPERTS[task]()
+    for expert in (known, unseen):
+        expert.reset(np.random.default_rng(2))
+    assert known.style.position_gain == unseen.style.position_gain
+    assert [phase.name for phase in known._phases] == [phase.name for phase in unseen._phases]
+    tolerances = {phase.name: phase.position_tolerance for phase in unseen._phases}
+    assert tolerances["align above"] == unseen.aligned[0] <= known.aligned[0]
 
 
 def test_acting_before_a_reset_is_refused() -> None:

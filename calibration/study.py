@@ -1,0 +1,480 @@
+#!/usr/bin/env python3
+"""Measure what each choice in calibration is worth, on episodes that no choice has seen.
+
+For every checkpoint (usually the training seeds of one recipe) constants and readout are fitted to calibration
+episodes and judged on the test episodes. Each number is a mean with its spread over the checkpoints.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import math
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from calibration.constants import (
+    MINIMUM_STEPS,
+    CalibrationConfig,
+    Granularity,
+    Objective,
+    fit_constants,
+    worst_case_errors,
+)
+from calibration.data import (
+    MINIMUM_EPISODES,
+    calibration_dataset,
+    calibration_episodes,
+    judging_episodes,
+    reference_actions,
+    reference_latents,
+)
+from calibration.errors import CalibrationError
+from calibration.readout import DEFAULT_READOUT, ReadoutConfig, fit_readout
+from calibration.study_report import format_study, write_study
+from calibration.study_result import (
+    EpisodesRow,
+    LayerRow,
+    ReadoutRow,
+    SettingRow,
+    StudyResult,
+    TaskRow,
+    rounded,
+    spread,
+    spreads,
+)
+from rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
+from rfsq_ref.data import ActionDataset
+from rfsq_ref.errors import DataError
+from rfsq_ref.quantizer import Conditioning, ConditioningConstants
+
+#: Random choices of calibration episodes for every number of them.
+SUBSETS = 5
+#: A layer pays on the data when it takes at least this share off the action MSE, ...
+PAYS_ON_DATA = 0.05
+#: ... and off the data when it takes at least this share off the bound on the latent error.
+PAYS_IN_WORST_CASE = 0.5
+_DEFAULT_CONFIG = CalibrationConfig()
+#: Settings that are also fitted to single tasks and to few episodes.
+_COMPARED: tuple[dict[str, Any], ...] = (
+    {"granularity": Granularity.LATENT, "headroom": 0.25},
+    {"granularity": Granularity.LATENT, "headroom": 0.5},
+    {"granularity": Granularity.LAYER, "headroom": 0.1},
+)
+_CHANGES: tuple[dict[str, Any], ...] = (
+    *({"granularity": granularity} for granularity in Granularity),
+    *_COMPARED,
+    *({"headroom": headroom} for headroom in (0.0, 0.1, 0.25, 0.5)),
+    *({"objective": objective} for objective in Objective),
+    *({"coverage": coverage} for coverage in (0.9, 0.99, 0.999, 1.0)),
+    *({"worst_case": bound} for bound in (1e-4, 4e-4, 1e-2, 1.0)),
+)
+_RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+_FOLDS = 5
+_RANDOM_ACTIONS = 2000
+_SEED = 0
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """What `calibrate` can be told."""
+
+    name: str = "default"
+    config: CalibrationConfig = _DEFAULT_CONFIG
+    readout: ReadoutConfig | None = DEFAULT_READOUT
+
+
+_DEFAULT = _Setting()
+_READOUT_OFF = _Setting("readout off", readout=None)
+
+
+@dataclass(frozen=True, eq=False)
+class _Bench:
+    """One checkpoint, the episodes to fit to and to test on, and random actions, float64 [N, A]."""
+
+    checkpoint: Checkpoint
+    calibration: ActionDataset
+    test: ActionDataset
+    random: Tensor
+
+    def fit(self, setting: _Setting, episodes: ActionDataset | None = None) -> ActionAutoencoder:
+        """The float64 model that `calibrate` would give, fitted to all calibration episodes or to these."""
+        return _calibrated(self.fitted(setting, episodes or self.calibration))
+
+    def fitted(self, setting: _Setting, episodes: ActionDataset) -> Checkpoint:
+        """Without what was fitted to the checkpoint before."""
+        return replace(self.checkpoint, readout=None).with_fit(
+            constants=fit_constants(self.checkpoint, episodes, setting.config),
+            readout=fit_readout(self.checkpoint, episodes, setting.readout) if setting.readout else None,
+        )
+
+    def test_actions(self, task: str | None = None) -> Tensor:
+        """Float64 [N, A], of all test episodes or of one task."""
+        return reference_actions(self.checkpoint, self.test if task is None else _of_tasks(self.test, [task]))
+
+
+@torch.no_grad()
+def study(
+    checkpoints: Sequence[Checkpoint], dataset: ActionDataset, *, subsets: int = SUBSETS, show_progress: bool = False
+) -> StudyResult:
+    """Measure settings, unseen tasks, number of episodes, readouts and the worth of layers.
+
+    checkpoints: of one size, fitted or not; their own constants and readouts are not used. Sections for which the
+    dataset has too few episodes or tasks are left out with a reason. Raises CalibrationError for no checkpoints or
+    different ones, DataError for another action dimension, and where no episode can be held back for the test.
+    """
+    start = time.monotonic()
+    benches = _benches(checkpoints, dataset)
+    calibration, test = benches[0].calibration, benches[0].test
+    reasons = {"tasks": _too_few_tasks(calibration, test), "episodes": _too_few_episodes(calibration)}
+    omitted = {section: reason for section, reason in reasons.items() if reason}
+    tasks = [] if "tasks" in omitted else sorted({*calibration.tasks} & {*test.tasks})
+    counts = [] if "episodes" in omitted else _episode_counts(len(calibration.episodes))
+
+    def progress(items: Sequence[_Item], section: str) -> Iterable[_Item]:
+        shown: Iterable[_Item] = tqdm(items, desc=section, disable=None if show_progress else True, leave=False)
+        return shown
+
+    compared = _compared()
+    choices = [(setting, count) for setting in compared for count in counts]
+    return StudyResult(
+        source=dataset.source,
+        data_sha256=dataset.sha256,
+        checkpoints=tuple(_label(checkpoint, place) for place, checkpoint in enumerate(checkpoints)),
+        default={**asdict(_DEFAULT.config), "readout_ridge": DEFAULT_READOUT.ridge},
+        calibration_episodes=len(calibration.episodes),
+        calibration_steps=calibration.num_steps,
+        test_episodes=len(test.episodes),
+        test_steps=test.num_steps,
+        unquantised=spread([_unquantised(bench.fit(_READOUT_OFF), bench.test_actions()) for bench in benches]),
+        unquantised_readout=spread([_unquantised(bench.fit(_DEFAULT), bench.test_actions()) for bench in benches]),
+        settings=tuple(_setting_row(benches, setting) for setting in progress(_settings(), "settings")),
+        tasks=tuple(_task_row(benches, setting, tasks) for setting in progress(compared if tasks else [], "tasks")),
+        episodes=tuple(_episodes_row(benches, *choice, subsets) for choice in progress(choices, "episodes")),
+        readout=tuple(_readout_row(benches, ridge, tasks) for ridge in progress([None, *_RIDGES], "readout")),
+        layers=_layer_rows(benches),
+        omitted=omitted,
+        torch=str(torch.__version__),
+        seconds=round(time.monotonic() - start, 1),
+    )
+
+
+# What is measured ----------------------------------------------------------------------------------------------------
+
+
+def _benches(checkpoints: Sequence[Checkpoint], dataset: ActionDataset) -> list[_Bench]:
+    if not checkpoints:
+        raise CalibrationError("no checkpoint to study; expected at least one, or better three training seeds")
+    sizes = {checkpoint.config for checkpoint in checkpoints}
+    if len(sizes) > 1:
+        raise CalibrationError(
+            f"checkpoints of {len(sizes)} sizes ({', '.join(map(str, sizes))}); expected one size: study them apart"
+        )
+    if len(dataset.episodes) < MINIMUM_EPISODES:
+        raise DataError(
+            f"{dataset.source} has {len(dataset.episodes)} episodes; expected {MINIMUM_EPISODES} or more, because some "
+            "must be held back for the test: give more episodes"
+        )
+    benches = [_bench(checkpoint, dataset) for checkpoint in checkpoints]
+    if len({(bench.calibration.sha256, bench.test.sha256) for bench in benches}) > 1:
+        raise CalibrationError(
+            f"some of the checkpoints were trained on {dataset.source} and some were not, so that they cannot share "
+            "their test episodes; study them apart"
+        )
+    return benches
+
+
+def _bench(checkpoint: Checkpoint, dataset: ActionDataset) -> _Bench:
+    calibration, test = calibration_episodes(checkpoint, dataset), judging_episodes(checkpoint, dataset)
+    # Refuses actions that the checkpoint cannot take; fitting does so for the calibration episodes.
+    reference_latents(checkpoint.model(dtype=torch.float64), reference_actions(checkpoint, test))
+    recorded = reference_actions(checkpoint, calibration)
+    low, high = recorded.amin(dim=0), recorded.amax(dim=0)
+    generator = torch.Generator().manual_seed(_SEED)
+    shares = torch.rand(_RANDOM_ACTIONS, len(low), generator=generator, dtype=torch.float64)
+    return _Bench(checkpoint, calibration, test, low + shares * (high - low))
+
+
+def _label(checkpoint: Checkpoint, place: int) -> str:
+    training = checkpoint.provenance.get("training")
+    seed = training.get("seed") if isinstance(training, Mapping) else None
+    name = f"checkpoint {place}" if seed is None else f"seed {seed}"
+    sha256 = checkpoint.provenance.get("checkpoint_sha256")
+    return f"{name}, sha256 {sha256}" if isinstance(sha256, str) else name
+
+
+def _too_few_episodes(calibration: ActionDataset) -> str:
+    if len(calibration.episodes) < 2:
+        return "one calibration episode alone, so there is no smaller number of them"
+    return _too_short(calibration)
+
+
+def _too_few_tasks(calibration: ActionDataset, test: ActionDataset) -> str:
+    shared = {*calibration.tasks} & {*test.tasks}
+    if len(shared) < 2:
+        named = ", ".join(sorted(task or "unnamed" for task in shared)) or "none"
+        return f"tasks with both calibration and test episodes: {named}; two are needed"
+    return _too_short(calibration)
+
+
+def _too_short(calibration: ActionDataset) -> str:
+    for name, episode in zip(calibration.names, calibration.episodes, strict=True):
+        if len(episode) < MINIMUM_STEPS:
+            return f"calibration episode {name!r} has {len(episode)} steps, too few to be fitted to alone"
+    return ""
+
+
+def _episode_counts(total: int) -> list[int]:
+    """1, 2, 4, ... and all."""
+    return [2**power for power in range(total.bit_length()) if 2**power < total] + [total]
+
+
+def _settings() -> list[_Setting]:
+    """The default, each choice changed alone, the compared ones, and the decoder as it was trained."""
+    return [*_distinct(_CHANGES), _READOUT_OFF]
+
+
+def _compared() -> list[_Setting]:
+    return [*_distinct(_COMPARED), _READOUT_OFF]
+
+
+def _distinct(changes: Iterable[Mapping[str, Any]]) -> list[_Setting]:
+    """The default first, and each change of it that changes it."""
+    found = {_DEFAULT.config: _DEFAULT}
+    for change in changes:
+        config = replace(_DEFAULT.config, **change)
+        found.setdefault(config, _Setting(", ".join(_named(*choice) for choice in change.items()), config))
+    return list(found.values())
+
+
+def _named(choice: str, value: object) -> str:
+    if choice == "worst_case":
+        return "worst case off" if value == 1 else f"worst case {value:g}"
+    return f"{choice} {value:g}" if isinstance(value, float) else f"{choice} {value}"
+
+
+# How it is measured --------------------------------------------------------------------------------------------------
+
+
+def _setting_row(benches: Sequence[_Bench], setting: _Setting) -> SettingRow:
+    models = [(bench, bench.fit(setting)) for bench in benches]
+    errors = [_errors(model, bench.test_actions()) for bench, model in models]
+    return SettingRow(
+        setting=setting.name,
+        action_mse=spreads([[_mean_square(error) for error in of_prefixes] for of_prefixes in errors]),
+        max_error=spreads([[float(error.abs().max()) for error in of_prefixes] for of_prefixes in errors]),
+        random=spreads([_added(model, bench.random) for bench, model in models]),
+        worst_case=spreads([_worst_case(model) for _, model in models]),
+    )
+
+
+def _task_row(benches: Sequence[_Bench], setting: _Setting, tasks: Sequence[str]) -> TaskRow:
+    seen, unseen, other = [], [], []
+    for bench in benches:
+        everything = bench.fit(setting)
+        tested = {task: bench.test_actions(task) for task in tasks}
+        floors = {task: _unquantised(everything, actions) for task, actions in tested.items()}
+        for task in tasks:
+            without = bench.fit(setting, _without(bench.calibration, task))
+            alone = bench.fit(setting, _of_tasks(bench.calibration, [task]))
+            seen.append(_excess(everything, tested[task], floors[task]))
+            unseen.append(_excess(without, tested[task], floors[task]))
+            other += [_excess(alone, tested[name], floors[name]) for name in tasks if name != task]
+    return TaskRow(setting.name, spreads(seen), spreads(unseen), spreads(other))
+
+
+def _episodes_row(benches: Sequence[_Bench], setting: _Setting, count: int, subsets: int) -> EpisodesRow:
+    total = len(benches[0].calibration.episodes)
+    # The same choices for every setting.
+    generator = torch.Generator().manual_seed(_SEED + count)
+    choices = [torch.randperm(total, generator=generator)[:count] for _ in range(subsets if count < total else 1)]
+    found = [
+        _action_mse(bench.fit(setting, bench.calibration.select(chosen.tolist())), bench.test_actions())
+        for bench in benches
+        for chosen in choices
+    ]
+    return EpisodesRow(setting.name, count, spreads(found))
+
+
+def _readout_row(benches: Sequence[_Bench], ridge: float | None, tasks: Sequence[str]) -> ReadoutRow:
+    cross_validated, test, random, unseen, other = [], [], [], [], []
+    for bench in benches:
+        trained = bench.fitted(_READOUT_OFF, bench.calibration)
+        as_trained = _calibrated(trained)
+        squares = [
+            _unquantised(_with_readout(trained, ridge, kept), reference_actions(trained, held_out)) * held_out.num_steps
+            for kept, held_out in _folds(bench.calibration)
+        ]
+        cross_validated.append(sum(squares) / bench.calibration.num_steps)
+        everything = _with_readout(trained, ridge, bench.calibration)
+        test.append(_unquantised(everything, bench.test_actions()))
+        random.append(_unquantised(everything, bench.random) / _unquantised(as_trained, bench.random))
+        tested = {task: bench.test_actions(task) for task in tasks}
+        floors = {task: _unquantised(as_trained, actions) for task, actions in tested.items()}
+        for task in tasks:
+            without = _with_readout(trained, ridge, _without(bench.calibration, task))
+            alone = _with_readout(trained, ridge, _of_tasks(bench.calibration, [task]))
+            unseen.append(_unquantised(without, tested[task]) / floors[task])
+            other += [_unquantised(alone, tested[name]) / floors[name] for name in tasks if name != task]
+    return ReadoutRow(
+        ridge=ridge,
+        cross_validated=spread(cross_validated) if len(benches[0].calibration.episodes) > 1 else None,
+        test=spread(test),
+        random=spread(random),
+        unseen=spread(unseen) if tasks else None,
+        other=spread(other) if tasks else None,
+    )
+
+
+def _layer_rows(benches: Sequence[_Bench]) -> tuple[LayerRow, ...]:
+    models = [(bench, bench.fit(_DEFAULT)) for bench in benches]
+    gains = spreads([_gains(_action_mse(model, bench.test_actions())) for bench, model in models])
+    # Before the first layer, latents in [-1, 1] are known to within 1.
+    bounds = spreads([_gains([1.0, *_worst_case(model)]) for _, model in models])
+    used = spreads([_levels_used(model, bench.test_actions()) for bench, model in models])
+    sizes = benches[0].checkpoint.config
+    return tuple(
+        LayerRow(
+            layer=layer,
+            bits=rounded((layer + 1) * sizes.latent_dim * math.log2(sizes.num_levels)),
+            gain=gains[layer - 1] if layer else None,
+            worst_case_gain=bounds[layer],
+            levels_used=used[layer],
+            pays_on_data=not layer or 1 - 1 / gains[layer - 1].mean >= PAYS_ON_DATA,
+            pays_in_worst_case=1 - 1 / bounds[layer].mean >= PAYS_IN_WORST_CASE,
+        )
+        for layer in range(sizes.num_layers)
+    )
+
+
+def _calibrated(checkpoint: Checkpoint) -> ActionAutoencoder:
+    return checkpoint.model(Conditioning.CALIBRATED, dtype=torch.float64)
+
+
+def _with_readout(trained: Checkpoint, ridge: float | None, episodes: ActionDataset) -> ActionAutoencoder:
+    return _calibrated(
+        replace(trained, readout=fit_readout(trained, episodes, ReadoutConfig(ridge)) if ridge else None)
+    )
+
+
+def _errors(model: ActionAutoencoder, actions: Tensor) -> list[Tensor]:
+    """Action errors [N, A] of decoding the first 1 ... L layers."""
+    tokens, _ = model.encode(actions)
+    return [model.decode(tokens[..., :prefix]) - actions for prefix in range(1, model.config.num_layers + 1)]
+
+
+def _action_mse(model: ActionAutoencoder, actions: Tensor) -> list[float]:
+    return [_mean_square(error) for error in _errors(model, actions)]
+
+
+def _excess(model: ActionAutoencoder, actions: Tensor, floor: float) -> list[float]:
+    return [value / floor for value in _action_mse(model, actions)]
+
+
+def _unquantised(model: ActionAutoencoder, actions: Tensor) -> float:
+    """Action MSE without the quantiser; above 0, because ratios are taken of it."""
+    error = model.decode_latents(model.encode_latents(actions)) - actions
+    return max(_mean_square(error), sys.float_info.min)
+
+
+def _added(model: ActionAutoencoder, actions: Tensor) -> list[float]:
+    """Mean squared action difference that quantising makes, per prefix."""
+    unquantised = model.decode_latents(model.encode_latents(actions)) - actions
+    return [_mean_square(error - unquantised) for error in _errors(model, actions)]
+
+
+def _worst_case(model: ActionAutoencoder) -> list[float]:
+    constants = ConditioningConstants(model.quantizer.mean, model.quantizer.scale)
+    bounds: list[float] = worst_case_errors(constants, model.config.num_levels).tolist()
+    return bounds
+
+
+def _gains(values: Sequence[float]) -> list[float]:
+    """Factors by which each value is smaller than the one before."""
+    return [before / max(after, sys.float_info.min) for before, after in pairwise(values)]
+
+
+def _levels_used(model: ActionAutoencoder, actions: Tensor) -> list[float]:
+    tokens, _ = model.encode(actions)
+    used = torch.stack([(tokens == level).any(dim=0) for level in range(model.config.num_levels)])
+    shares: list[float] = used.double().mean(dim=(0, 1)).tolist()
+    return shares
+
+
+def _of_tasks(episodes: ActionDataset, tasks: Collection[str]) -> ActionDataset:
+    return episodes.select(index for index, task in enumerate(episodes.tasks) if task in tasks)
+
+
+def _without(episodes: ActionDataset, task: str) -> ActionDataset:
+    return _of_tasks(episodes, {*episodes.tasks} - {task})
+
+
+def _folds(episodes: ActionDataset) -> Iterator[tuple[ActionDataset, ActionDataset]]:
+    """Every episode is once among those left out, which come second; none for a single episode."""
+    total = len(episodes.episodes)
+    folds = min(_FOLDS, total) if total > 1 else 0
+    for fold in range(folds):
+        kept, held_out = ([index for index in range(total) if (index % folds == fold) is out] for out in (False, True))
+        yield episodes.select(kept), episodes.select(held_out)
+
+
+def _mean_square(error: Tensor) -> float:
+    return float(error.square().mean())
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--checkpoint", type=Path, nargs="+", action="extend",
+        help="one or more, usually the training seeds of one recipe; default: the embedded robust one",
+    )  # fmt: skip
+    parser.add_argument("--data", type=Path, help="action data; the embedded demonstrations by default")
+    parser.add_argument("--key", help="name of the action array or column in --data, when it is not the usual one")
+    parser.add_argument(
+        "--use-layernorm", action=argparse.BooleanOptionalAction, default=None,
+        help="how checkpoints that do not say it were trained: Robust RFSQ, or naive",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/reports/calibration"), help="folder; default: %(default)s"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    # Sums come out in one order, whatever the machine has: the same data give the same numbers.
+    torch.set_num_threads(1)
+    try:
+        checkpoints = [
+            load_checkpoint(path, use_layernorm=options.use_layernorm)
+            for path in options.checkpoint or [ROBUST_CHECKPOINT]
+        ]
+        dataset = calibration_dataset(checkpoints[0], options.data, key=options.key)
+        result = study(checkpoints, dataset, show_progress=True)
+        print(format_study(result))
+        write_study(result, options.output)
+    # What our own errors are, and what a model of impossible sizes raises.
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\nwrote {options.output} in {result.seconds:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

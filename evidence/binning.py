@@ -1,0 +1,87 @@
+"""Per-dimension uniform bins, as RT-2 and OpenVLA turn actions into tokens."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from evidence.errors import EvidenceError
+from rfsq_ref.data import FloatArray
+from rfsq_ref.normaliser import QUANTILES
+
+Float64Array = npt.NDArray[np.float64]
+_MOST_BITS = 24
+
+
+class BinRange(StrEnum):
+    """What the bins of a dimension cover: 1st to 99th percentile (OpenVLA, clipped) or all of it (RT-2)."""
+
+    QUANTILE = "1-99 %"
+    FULL = "min-max"
+
+
+@dataclass(frozen=True, eq=False)
+class BinCodec:
+    """One token of 2^bits uniform bins per action dimension; decodes to the middle of the bin.
+
+    low, high: float64 [A], where the bins begin and end in the robot's own units; outside actions are clipped. Equal
+    ones (a dimension that never moves) decode to that value. Bins nest: the first k of a token's bits, decoded to
+    the middle of what they leave open, are exactly the codec of 2^k bins, so every coarser setting is also a prefix.
+
+    RT-2 and OpenVLA use 256 bins. OpenVLA takes 256 edges, thus 255 bins of which the edges are such percentiles.
+    """
+
+    name: str
+    low: Float64Array
+    high: Float64Array
+    bits: int
+    series: str = "bins"
+    family: str = "bins"
+    partial: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.bits <= _MOST_BITS:
+            raise EvidenceError(f"{self.bits} bits per bin token; expected 1 to {_MOST_BITS}")
+        if self.low.shape != self.high.shape or self.low.ndim != 1 or not (self.low <= self.high).all():
+            raise EvidenceError(f"bins from {self.low} to {self.high}; expected two [A], the second nowhere lower")
+
+    def tokens(self, actions: FloatArray) -> npt.NDArray[np.int64]:
+        """float32 [..., A] to tokens [..., A], each 0 ... 2^bits - 1."""
+        span = self.high - self.low
+        share = (actions.astype(np.float64) - self.low) / np.where(span > 0, span, 1.0)
+        bins = 1 << self.bits
+        return np.clip(np.floor(share * bins), 0, bins - 1).astype(np.int64)
+
+    def decode(self, tokens: npt.NDArray[np.int64]) -> FloatArray:
+        """tokens [..., A] to actions float32 [..., A]."""
+        middle = (tokens + 0.5) / (1 << self.bits)
+        return (self.low + middle * (self.high - self.low)).astype(np.float32)
+
+    def reconstruct(self, chunks: FloatArray) -> FloatArray:
+        """See Codec; chunks of any length."""
+        return self.decode(self.tokens(chunks))
+
+    def bits_per_step(self, chunks: FloatArray) -> float:
+        """A tokens of `bits` bits."""
+        return float(self.bits * chunks.shape[-1])
+
+
+def fit_bins(steps: FloatArray, kind: BinRange, bits: int) -> BinCodec:
+    """Bins over training actions [N, A]."""
+    low, high = action_range(steps, kind)
+    return BinCodec(f"{1 << bits} bins, {kind.value}", low, high, bits, f"bins, {kind.value}")
+
+
+def action_range(steps: FloatArray, kind: BinRange) -> tuple[Float64Array, Float64Array]:
+    """Low and high of each dimension of [N, A]: float64 [A] each.
+
+    A dimension whose percentiles coincide although it moves (a gripper that rarely closes) gets its full range.
+    """
+    values = steps.astype(np.float64)
+    full = values.min(axis=0), values.max(axis=0)
+    if kind is BinRange.FULL:
+        return full
+    low, high = np.quantile(values, QUANTILES, axis=0)
+    moves = high > low
+    return np.where(moves, low, full[0]), np.where(moves, high, full[1])

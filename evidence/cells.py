@@ -1,0 +1,108 @@
+"""The codecs that the closed loop compares, one cell of its table each."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from calibration.constants import CalibrationConfig
+from calibration.fit import calibrate, recover
+from calibration.recovered import RecoveredConfig, default_prefixes
+from evidence.codecs import Codec, RawCodec, RfsqCodec
+from evidence.errors import EvidenceError
+from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
+from rfsq_ref.data import ActionDataset, FloatArray, chunk, load_demonstrations, split_episodes
+from rfsq_ref.quantizer import Conditioning
+
+RAW = "raw"
+#: How many layers of the calibrated tokens are decoded, beside all of them.
+CALIBRATED_PREFIXES = (1, 2, 3, 5)
+#: Peers are taken at the setting nearest to this many layers of ours, the coarse tokens.
+LIKE_BITS_LAYERS = 3
+#: Bins as RT-2 and OpenVLA have them.
+BIN_BITS = 8
+_FINGERPRINT_CHUNKS = 64
+
+
+def codecs(*, peers: bool = False, seed: int = 0, cache: Path = Path("build/evidence/models")) -> dict[str, Codec]:
+    """Cell names and their codecs, from the embedded checkpoints and demonstrations; float32 models.
+
+    peers: also the methods of others, trained by `seed` where `cache` does not hold them; they need the chunk length
+    of 8 steps. Fitting the recovered decoder takes tens of seconds. Raises CheckpointError or DataError for damaged
+    files.
+    """
+    dataset = load_demonstrations()
+    robust = load_checkpoint(ROBUST_CHECKPOINT)
+    found = {**rfsq_cells(load_checkpoint(NAIVE_CHECKPOINT), robust, dataset)}
+    if peers:
+        from evidence.peers import peer_codecs
+
+        chunks = chunk(split_episodes(dataset).test.steps(), 8)
+        like = found[calibrated_name(LIKE_BITS_LAYERS, robust.config.num_layers)].bits_per_step(chunks)
+        found |= choose_peers(peer_codecs(dataset, 8, seed=seed, cache=cache), chunks, like)
+    return found
+
+
+def rfsq_cells(naive: Checkpoint, robust: Checkpoint, dataset: ActionDataset) -> dict[str, Codec]:
+    """Raw actions, and every way of decoding tokens alone: naive, published, recovered, calibrated by layers."""
+    layers = robust.config.num_layers
+    calibrated = calibrate(robust, dataset, CalibrationConfig()).model(Conditioning.CALIBRATED)
+    recovered = recover(robust, dataset, default_prefixes(layers), RecoveredConfig()).model()
+    published = robust.model()
+    found: list[Codec] = [
+        RawCodec(RAW),
+        RfsqCodec("naive", naive.model(), naive.config.num_layers),
+        RfsqCodec("published decoder", published, layers, published=True),
+        RfsqCodec("recovered decoder", recovered, layers),
+    ]
+    for prefix in [*(prefix for prefix in CALIBRATED_PREFIXES if prefix < layers), layers]:
+        found.append(RfsqCodec(calibrated_name(prefix, layers), calibrated, prefix))
+    return {codec.name: codec for codec in found}
+
+
+def calibrated_name(prefix: int, num_layers: int) -> str:
+    """The cell of the first `prefix` layers."""
+    if prefix == num_layers:
+        return "calibrated, all"
+    return "calibrated, L0" if prefix == 1 else f"calibrated, L0-L{prefix - 1}"
+
+
+def choose_peers(peers: list[Codec], chunks: FloatArray, like_bits: float) -> dict[str, Codec]:
+    """Of every family the whole codec whose bits per step are nearest to `like_bits`, and the bins of 8 bits.
+
+    `chunks`, float32 [B, T, A], are what bits per step are counted on; of equally near ones the better one there wins.
+    """
+    families: dict[str, list[tuple[float, float, int, Codec]]] = {}
+    chosen: dict[str, Codec] = {}
+    for index, peer in enumerate(peers):
+        if getattr(peer, "partial", False):
+            continue
+        bits = peer.bits_per_step(chunks)
+        error = float(np.mean((peer.reconstruct(chunks) - chunks) ** 2))
+        family = str(getattr(peer, "family", peer.name))
+        families.setdefault(family, []).append((abs(bits - like_bits), error, index, peer))
+        if getattr(peer, "bits", None) == BIN_BITS:
+            chosen[peer.name] = peer
+    for settings in families.values():
+        nearest = min(settings)[-1]
+        chosen[nearest.name] = nearest
+    return chosen
+
+
+def fingerprint(codec: Codec) -> str:
+    """What the codec does to the first chunks of the demonstrations, as a hash: another codec has another one.
+
+    Of the result's bytes, so it also differs between processors that round differently, as trajectories do.
+    """
+    steps = load_demonstrations().steps()
+    chunks = chunk(np.ascontiguousarray(steps[: 8 * _FINGERPRINT_CHUNKS]), 8)
+    return hashlib.sha256(codec.reconstruct(chunks).tobytes()).hexdigest()[:16]
+
+
+def select(found: Mapping[str, Codec], names: tuple[str, ...]) -> dict[str, Codec]:
+    """The cells of these names, all of them if there are none. Raises EvidenceError for a name that is no cell."""
+    unknown = [name for name in names if name not in found]
+    if unknown:
+        raise EvidenceError(f"no cells named {unknown}; expected some of {list(found)}")
+    return {name: found[name] for name in names or found}

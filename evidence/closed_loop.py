@@ -1,0 +1,174 @@
+"""The control loop of a vision-language-action policy: look, plan a chunk of actions, execute it open loop, look again.
+
+The policy is a scripted expert. It plans by driving the simulation ahead in closed loop; then the simulation is rewound
+and gets the planned actions as the codec gives them back. So every codec stands between the same policy and the same
+robot, and with raw actions the robot does exactly what was planned.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evidence.codecs import Codec
+from rfsq_ref.experts import (
+    Expert,
+    NutAssemblySquareExpert,
+    PickPlaceCanExpert,
+    StackExpert,
+    gripper_position,
+    gripper_rotation,
+    rotation_vector,
+)
+
+Array = NDArray[np.float64]
+Observation = Mapping[str, Any]
+
+#: Half the height of both nuts of robosuite, in m.
+NUT_HALF_HEIGHT = 0.01
+
+
+class World(Protocol):
+    """What is controlled: evidence.simulation.Simulation, or a stand-in."""
+
+    def reset(self) -> Observation: ...
+    def step(self, action: NDArray[np.float32]) -> Observation: ...
+    def save(self) -> Any: ...
+    def restore(self, snapshot: Any) -> None: ...
+    def succeeded(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Of one error over the steps of an episode."""
+
+    mean: float
+    p95: float
+    max: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Spread":
+        return cls(float(np.mean(values)), float(np.percentile(values, 95)), float(np.max(values)))
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """What came of one episode.
+
+    success: robosuite's check at the end; reached: whether it held after any step. tracking_mm, tracking_deg: after
+    every step, from where the gripper is to where the raw actions of the same chunk would have put it.
+    precision_mm: see `precision`; None where the episode never came to the point at which it is measured.
+    """
+
+    success: bool
+    reached: bool
+    steps: int
+    tracking_mm: Spread
+    tracking_deg: Spread
+    precision_mm: float | None
+
+
+def run_episode(world: World, expert: Expert, codec: Codec, rng: np.random.Generator, chunk: int) -> EpisodeResult:
+    """Drive `world` from its beginning until the expert is done; `chunk` actions are executed between two looks.
+
+    The expert sees every real observation, one per step, so that its phases follow what has happened and not what was
+    planned; its noise is a sequence of its own, so that step n has the same noise whatever the codec. Decoded actions
+    are clipped to the action range, as the controller does it.
+    """
+    expert.reset(rng)
+    observation = world.reset()
+    observations, phases = [observation], [expert.phase]
+    millimetres: list[float] = []
+    degrees: list[float] = []
+    reached = False
+    while not expert.done and len(millimetres) < expert.max_steps:
+        planned, foreseen = plan(world, expert, observation, chunk)
+        decoded = codec.reconstruct(planned[np.newaxis])[0]
+        for action, expected in zip(np.clip(decoded, -1.0, 1.0), foreseen, strict=True):
+            # Only what it remembers counts: its phase, its gripper, its noise.
+            expert.act(observation)
+            observation = world.step(action)
+            observations.append(observation)
+            phases.append(expert.phase)
+            millimetres.append(1e3 * float(np.linalg.norm(gripper_position(observation) - gripper_position(expected))))
+            turn = rotation_vector(gripper_rotation(observation) @ gripper_rotation(expected).T)
+            degrees.append(float(np.degrees(np.linalg.norm(turn))))
+            reached = reached or world.succeeded()
+            if expert.done or len(millimetres) >= expert.max_steps:
+                break
+    return EpisodeResult(
+        success=world.succeeded(),
+        reached=reached,
+        steps=len(millimetres),
+        tracking_mm=Spread.of(millimetres),
+        tracking_deg=Spread.of(degrees),
+        precision_mm=precision(expert, observations, phases),
+    )
+
+
+def plan(
+    world: World, expert: Expert, observation: Observation, chunk: int
+) -> tuple[NDArray[np.float32], list[Observation]]:
+    """The actions float32 [chunk, 7] that the expert would take from here, and what it would see after each.
+
+    Neither the world nor the expert is changed.
+    """
+    snapshot = world.save()
+    planner = copy.deepcopy(expert)
+    actions: list[NDArray[np.float32]] = []
+    foreseen: list[Observation] = []
+    for _ in range(chunk):
+        actions.append(planner.act(observation))
+        observation = world.step(actions[-1])
+        foreseen.append(observation)
+    world.restore(snapshot)
+    return np.stack(actions), foreseen
+
+
+def precision(expert: Expert, observations: list[Observation], phases: list[str]) -> float | None:
+    """How far off the goal the task was done, in mm; None where that cannot be said.
+
+    Stack: horizontal distance of the cubes' centres at the end. Nuts: horizontal distance from the nut to the axis of
+    its peg when, being lowered, its bottom first passes the top of the peg. Can: horizontal distance at the end from
+    where the expert meant to put it. `phases[n]` is the phase of the expert when it had given action n - 1.
+    """
+    measure = _PRECISIONS.get(expert.task)
+    return None if measure is None else measure(expert, observations, phases)
+
+
+def _stack_precision(expert: Expert, observations: list[Observation], phases: list[str]) -> float | None:
+    del expert, phases
+    return _horizontal_mm(observations[-1]["cubeA_pos"], observations[-1]["cubeB_pos"])
+
+
+def _nut_precision(expert: Expert, observations: list[Observation], phases: list[str]) -> float | None:
+    assert isinstance(expert, NutAssemblySquareExpert)
+    for observation, phase in zip(observations, phases, strict=True):
+        nut = observation[f"{expert.nut}_pos"]
+        if phase == "insert" and nut[2] - NUT_HALF_HEIGHT <= expert.peg_top:
+            return _horizontal_mm(nut, expert.peg)
+    return None
+
+
+def _can_precision(expert: Expert, observations: list[Observation], phases: list[str]) -> float | None:
+    del phases
+    assert isinstance(expert, PickPlaceCanExpert)
+    return _horizontal_mm(observations[-1]["Can_pos"], expert.spot)
+
+
+def _horizontal_mm(first: Any, second: Any) -> float:
+    return 1e3 * float(np.linalg.norm(np.asarray(first)[:2] - np.asarray(second)[:2]))
+
+
+_PRECISIONS: dict[str, Callable[[Expert, list[Observation], list[str]], float | None]] = {
+    StackExpert.task: _stack_precision,
+    "NutAssemblySquare": _nut_precision,
+    "NutAssemblyTight": _nut_precision,
+    "NutAssemblyRound": _nut_precision,
+    PickPlaceCanExpert.task: _can_precision,
+}
+#: Tasks whose success can be judged again at any tolerance.
+PRECISION_TASKS = tuple(_PRECISIONS)

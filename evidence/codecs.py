@@ -1,0 +1,86 @@
+"""One contract for every way of turning action chunks into tokens and back: ours, the published one, the peers."""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq_ref.data import FloatArray
+from rfsq_ref.quantizer import Conditioning, published_dequantize
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """One setting of one method: a coarser prefix or another number of bins is another codec.
+
+    A codec is fitted or trained before it becomes one, and has no state that a call would change.
+    """
+
+    @property
+    def name(self) -> str:
+        """Method and setting, as a table shows them: "calibrated L0-L2"."""
+        ...
+
+    def reconstruct(self, chunks: FloatArray) -> FloatArray:
+        """Encode and decode: float32 [B, T, A] to float32 [B, T, A], both in the robot's own units."""
+        ...
+
+    def bits_per_step(self, chunks: FloatArray) -> float:
+        """Mean bits that the tokens of one step need as a policy emits them: log2 of the vocabulary per token."""
+        ...
+
+
+@dataclass(frozen=True)
+class RfsqCodec:
+    """The first `prefix` layers of an RFSQ checkpoint's tokens, decoded by one of the ways there are.
+
+    with_stats: the mean and sigma of every layer travel beside the tokens (`dynamic` only), at 64 bits a layer;
+    published: decoded as the published `decode_from_indices` does.
+    """
+
+    name: str
+    model: ActionAutoencoder
+    prefix: int
+    with_stats: bool = False
+    published: bool = False
+
+    def reconstruct(self, chunks: FloatArray) -> FloatArray:
+        """See Codec. Raises NotDecodableError where tokens alone do not decode."""
+        model = self.model
+        with torch.no_grad():
+            actions = torch.from_numpy(chunks).to(model.offset.dtype)
+            tokens, stats = model.encode(actions)
+            tokens = tokens[..., : self.prefix]
+            if self.published:
+                decoded = model.decode_latents(published_dequantize(model.quantizer, tokens))
+            else:
+                decoded = model.decode(
+                    tokens, stats[..., : self.prefix, :] if self.with_stats and stats is not None else None
+                )
+        result: FloatArray = decoded.float().numpy()
+        return result
+
+    def bits_per_step(self, chunks: FloatArray) -> float:
+        """D * l tokens of log2 K bits, and two float32 numbers a layer where statistics travel too."""
+        del chunks
+        sizes = self.model.config
+        per_layer: float = sizes.latent_dim * math.log2(sizes.num_levels)
+        if self.with_stats and self.model.conditioning is Conditioning.DYNAMIC:
+            per_layer += 64.0
+        return self.prefix * per_layer
+
+
+@dataclass(frozen=True)
+class RawCodec:
+    """No tokens at all: the actions as they are."""
+
+    name: str = "raw actions"
+
+    def reconstruct(self, chunks: FloatArray) -> FloatArray:
+        return chunks
+
+    def bits_per_step(self, chunks: FloatArray) -> float:
+        """float32 numbers."""
+        return float(32 * chunks.shape[-1])

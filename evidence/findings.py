@@ -1,0 +1,154 @@
+"""What the numbers say, in sentences: each claim is computed, and says so where it does not hold."""
+
+from collections.abc import Sequence
+
+from evidence.results import CodecReport, DataFacts, Finding, Metrics, ReportRow, SchemeReport
+
+#: How the comparison calls the robust autoencoder whose last layer calibration has refitted.
+REFITTED = "robust autoencoder, readout refitted"
+#: Less action MSE than naive by this share at least, in the worst pairing of seeds.
+REQUIRED_IMPROVEMENT = 0.30
+#: Layers count as doing nothing where they change the error by less than this share.
+_NOTHING = 0.01
+#: Calibrated tokens may cost this share of the unquantised autoencoder's error.
+_CALIBRATION_COST = 0.05
+
+
+def improvement_over_naive(schemes: Sequence[SchemeReport]) -> float:
+    """1 - worst calibrated action MSE / best naive action MSE over the seeds, all layers."""
+    by_name = {report.scheme: report for report in schemes}
+    worst = max(_mse(by_name["calibrated"]))
+    return 1 - worst / min(_mse(by_name["naive"]))
+
+
+def find(schemes: Sequence[SchemeReport], unquantised: dict[str, Metrics], data: DataFacts) -> tuple[Finding, ...]:
+    """The claims that this project makes about its tokens, checked over all seeds."""
+    by_name = {report.scheme: report for report in schemes}
+    naive, published, calibrated = (by_name[name] for name in ("naive", "published", "calibrated"))
+    improvement = improvement_over_naive(schemes)
+    change = max(
+        abs(after / before - 1)
+        for row in naive.prefixes[1:]
+        for before, after in zip(_values(naive.prefixes[0]), _values(row), strict=True)
+    )
+    cost = [
+        found / least - 1
+        for found, least in zip(_mse(calibrated), unquantised[REFITTED]["action_mse"].values, strict=True)
+    ]
+    coarse = [
+        with_stats / alone
+        for with_stats, alone in zip(_values(by_name["dynamic"].groups[0]), _values(calibrated.groups[0]), strict=True)
+    ]
+    found = [
+        Finding(
+            f"calibrated tokens have more than {REQUIRED_IMPROVEMENT:.0%} less error than naive ones",
+            f"{improvement:.1%} less: worst calibrated seed {max(_mse(calibrated)):.2e}, best naive seed "
+            f"{min(_mse(naive)):.2e}",
+            improvement > REQUIRED_IMPROVEMENT,
+        ),
+        Finding(
+            f"naive layers behind {naive.prefixes[0].label} do nothing",
+            f"they change the error by {change:.2%} at most",
+            change < _NOTHING,
+        ),
+        Finding(
+            "published tokens alone, decoded as published, are worse than decoding zeros",
+            f"best seed {min(_mse(published)):.2e}; zeros {data.action_mean_square:.2e}",
+            min(_mse(published)) > data.action_mean_square,
+        ),
+        Finding(
+            f"calibrated tokens alone cost at most {_CALIBRATION_COST:.0%} over their decoder without a quantiser",
+            f"{max(cost):+.1%} in the worst seed",
+            max(cost) <= _CALIBRATION_COST,
+        ),
+        Finding(
+            f"calibrated {calibrated.groups[0].label} beat dynamic ones with their side information",
+            f"{min(coarse):.1f} to {max(coarse):.1f} times less error",
+            min(coarse) > 1,
+        ),
+    ]
+    names = [row.label for row in naive.prefixes]
+    pairs = [
+        (max(_values(ours)), min(_values(theirs)))
+        for ours, theirs in zip(calibrated.prefixes, naive.prefixes, strict=False)
+    ]
+    if len(pairs) > 1:
+        measured = ", ".join(
+            f"{name} {ours:.1e} against {theirs:.1e}" for name, (ours, theirs) in zip(names[:3], pairs, strict=False)
+        )
+        claim = "calibrated tokens beat naive ones from two layers on, in the worst pair of seeds"
+        found.append(Finding(claim, measured, all(ours < theirs for ours, theirs in pairs[1:])))
+    # Too few calibration steps determine no recovered decoder.
+    if "recovered" in by_name:
+        gain = [bad / good for bad, good in zip(_mse(published), _mse(by_name["recovered"]), strict=True)]
+        claim = "the recovered decoder makes the same tokens usable"
+        found.append(Finding(claim, f"{min(gain):,.0f} times less error at least", min(gain) > 1))
+    return tuple(found)
+
+
+def judge_peers(schemes: Sequence[SchemeReport], peers: Sequence[CodecReport]) -> tuple[str, ...]:
+    """Where peers win and where calibrated tokens do, at each of three budgets and at equal error."""
+    if not peers:
+        return ()
+    calibrated = {report.scheme: report for report in schemes}["calibrated"]
+    families = tuple(dict.fromkeys(peer.family for peer in peers))
+    sentences = []
+    labels = [row.label for row in calibrated.prefixes]
+    budgets = {row.label: row for row in (calibrated.prefixes[0], calibrated.groups[0], calibrated.groups[-1])}
+    for row in budgets.values():
+        layers = 1 + labels.index(row.label)
+        budget, ours = layers * calibrated.bits_per_layer, row.metrics["action_mse"].mean
+        rivals = [best for family in families if (best := _best_within(peers, family, budget)) is not None]
+        better = [peer for peer in rivals if _peer_mse(peer) < ours]
+        worse = [peer for peer in rivals if _peer_mse(peer) >= ours]
+        parts = [f"At {budget:.0f} bits per step (calibrated {row.label}: {ours:.2e})"]
+        if better:
+            parts.append("less error: " + ", ".join(_described(peer) for peer in better))
+        if worse:
+            parts.append("more error: " + ", ".join(_described(peer) for peer in worse))
+        absent = [family for family in families if family not in {peer.family for peer in rivals}]
+        if absent:
+            parts.append("no setting within the budget: " + ", ".join(absent))
+        sentences.append("; ".join(parts) + ".")
+    target = calibrated.groups[-1].metrics["action_mse"].mean
+    needed = [
+        min((peer for peer in peers if peer.family == family and _peer_mse(peer) <= target), key=_bits, default=None)
+        for family in families
+    ]
+    reached = [f"{peer.family} {_bits(peer):.0f} bits ({peer.name})" for peer in needed if peer is not None]
+    missed = [family for family, peer in zip(families, needed, strict=True) if peer is None]
+    least = min(
+        (layers + 1) * calibrated.bits_per_layer
+        for layers, row in enumerate(calibrated.prefixes)
+        if row.metrics["action_mse"].mean <= target * 1.0001
+    )
+    sentence = f"For the error of all calibrated layers ({target:.2e}, reached with {least:.0f} bits per step)"
+    sentence += " peers need: " + ", ".join(reached) if reached else " no peer setting is good enough"
+    sentences.append(sentence + (f"; not reached by {', '.join(missed)}" if reached and missed else "") + ".")
+    return tuple(sentences)
+
+
+def _best_within(peers: Sequence[CodecReport], family: str, budget: float) -> CodecReport | None:
+    # A setting that misses the budget by rounding is still at that budget.
+    affordable = [peer for peer in peers if peer.family == family and _bits(peer) <= 1.005 * budget]
+    return min(affordable, key=_peer_mse, default=None)
+
+
+def _described(peer: CodecReport) -> str:
+    return f"{peer.family} {_peer_mse(peer):.2e} ({peer.name}, {_bits(peer):.0f} bits)"
+
+
+def _bits(peer: CodecReport) -> float:
+    return peer.metrics["bits_per_step"].mean
+
+
+def _peer_mse(peer: CodecReport) -> float:
+    return peer.metrics["action_mse"].mean
+
+
+def _values(row: ReportRow) -> tuple[float, ...]:
+    return row.metrics["action_mse"].values
+
+
+def _mse(report: SchemeReport) -> tuple[float, ...]:
+    return _values(report.groups[-1])

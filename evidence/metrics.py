@@ -1,0 +1,109 @@
+"""What an error costs: in normalised units, millimetres, degrees and wrong gripper commands; and what tokens hold."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy.spatial.transform import Rotation
+
+from evidence.errors import EvidenceError
+
+Array = npt.NDArray[np.float64]
+
+#: dx dy dz, a rotation vector, a gripper command.
+ARM_DIMENSIONS = 7
+
+
+@dataclass(frozen=True)
+class OscPose:
+    """Units of the OSC_POSE delta controller (design section 2), one arm or several of 7 dimensions each.
+
+    position_m: metres that one action unit of dx, dy or dz asks for; rotation_rad: radians of the rotation vector;
+    the gripper command's sign opens or closes.
+    """
+
+    position_m: float = 0.05
+    rotation_rad: float = 0.5
+
+    def arms(self, actions: npt.NDArray[np.floating]) -> Array:
+        """[N, arms * 7] to [N, arms, 7]. Raises EvidenceError for another number of dimensions."""
+        if actions.shape[-1] % ARM_DIMENSIONS:
+            raise EvidenceError(
+                f"{actions.shape[-1]} action dimensions are no OSC_POSE actions; expected 7 for each arm "
+                "(dx dy dz droll dpitch dyaw gripper): leave --osc-pose out"
+            )
+        return actions.astype(np.float64).reshape(len(actions), -1, ARM_DIMENSIONS)
+
+
+@dataclass(frozen=True)
+class ActionErrors:
+    """Over all steps (and arms). action_mse and max_error in normalised units; None where no OSC_POSE units apply.
+
+    position_mm, rotation_deg: mean distance between the motion asked for and the one decoded, and its 99th
+    percentile; gripper_sign_errors: share of steps that open instead of closing or the reverse.
+    """
+
+    action_mse: float
+    max_error: float
+    position_mm: float | None = None
+    position_mm_p99: float | None = None
+    rotation_deg: float | None = None
+    rotation_deg_p99: float | None = None
+    gripper_sign_errors: float | None = None
+
+
+def action_errors(
+    expected: npt.NDArray[np.floating], decoded: npt.NDArray[np.floating], units: Array, physical: OscPose | None
+) -> ActionErrors:
+    """expected, decoded: [N, A] in the robot's own units; units: [A], what counts as 1 in each dimension."""
+    difference = (decoded.astype(np.float64) - expected.astype(np.float64)) / units
+    mse, largest = float(np.mean(difference**2)), float(np.abs(difference).max())
+    if physical is None:
+        return ActionErrors(mse, largest)
+    wanted, found = physical.arms(expected), physical.arms(decoded)
+    position = 1e3 * physical.position_m * np.linalg.norm(found[..., :3] - wanted[..., :3], axis=-1)
+    rotation = rotation_distance_deg(physical.rotation_rad * wanted[..., 3:6], physical.rotation_rad * found[..., 3:6])
+    flipped = (wanted[..., 6] > 0) != (found[..., 6] > 0)
+    return ActionErrors(
+        action_mse=mse,
+        max_error=largest,
+        position_mm=float(position.mean()),
+        position_mm_p99=float(np.quantile(position, 0.99)),
+        rotation_deg=float(rotation.mean()),
+        rotation_deg_p99=float(np.quantile(rotation, 0.99)),
+        gripper_sign_errors=float(flipped.mean()),
+    )
+
+
+def rotation_distance_deg(first: Array, second: Array) -> Array:
+    """Angle of the rotation between two rotation vectors [..., 3] in rad; [...] in degrees, at most 180."""
+    relative = Rotation.from_rotvec(first.reshape(-1, 3)).inv() * Rotation.from_rotvec(second.reshape(-1, 3))
+    angle: Array = np.degrees(relative.magnitude()).reshape(first.shape[:-1])
+    return angle
+
+
+def level_counts(tokens: npt.NDArray[np.integer], num_levels: int) -> npt.NDArray[np.int64]:
+    """How often each latent of a layer takes each level: tokens [N, D] to [D, K]."""
+    return np.stack([np.bincount(column, minlength=num_levels) for column in tokens.T])
+
+
+def entropy_bits(counts: npt.NDArray[np.integer]) -> Array:
+    """Shannon's -Σ p log2 p of counts [..., K] along the last axis, in bits; what a token holds, at most log2 K."""
+    share = counts / counts.sum(axis=-1, keepdims=True)
+    logarithm = np.log2(share, out=np.zeros_like(share), where=share > 0)
+    # The sum of one level alone is -0.
+    bits: Array = np.maximum(-(share * logarithm).sum(axis=-1), 0.0)
+    return bits
+
+
+def units_of(actions: npt.NDArray[np.float32]) -> Array:
+    """What counts as 1 in each dimension of actions [N, A]: 1 where all lie in [-1, 1] as controllers take them.
+
+    Elsewhere half the range, so that metres, radians and counts weigh alike; 1 for a dimension that never moves.
+    """
+    if np.abs(actions).max() <= 1:
+        return np.ones(actions.shape[1])
+    values = actions.astype(np.float64)
+    half = (values.max(axis=0) - values.min(axis=0)) / 2
+    resolution = np.finfo(np.float32).eps * np.abs(values).max(axis=0)
+    return np.where(half > np.maximum(resolution, np.finfo(np.float32).tiny), half, 1.0)

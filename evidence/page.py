@@ -1,0 +1,113 @@
+"""The report as one HTML page that needs nothing else: no network, no scripts, figures as SVG."""
+
+import html
+from collections.abc import Mapping, Sequence
+
+from evidence.results import Comparison
+from evidence.tables import Table, findings_table, layer_table, peer_table, summary_table
+
+_CAPTIONS = {
+    "error by layer": "Error of decoding the first layers alone. Bands span the training seeds.",
+    "residual decay": "What is left for each layer. A flat line means that a layer had no effect.",
+    "level use": "Share of each grid level, lowest to highest, and the entropy of the layer's tokens for one step.",
+    "error histograms": "Absolute error of single action values, all layers decoded, over all seeds.",
+    "trajectories": "One held-out episode. The axes follow what was recorded: a decoding far off leaves them.",
+    "learning curves": "Weights are kept where the validation error is lowest (dots).",
+    "peers": "Lower and farther left is better. Hollow squares decode a part of another setting's tokens.",
+}
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2.5em auto; padding: 0 1.2em; }
+h1 { font-size: 1.6em; margin-bottom: .2em; } h2 { font-size: 1.15em; margin: 2.2em 0 .5em; }
+p.lead { font-size: 1.1em; } .muted { color: #666; }
+figure { margin: 1em 0; } figcaption { color: #555; font-size: .92em; }
+svg { max-width: 100%; height: auto; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .82em; font-variant-numeric: tabular-nums; margin: .8em 0; }
+caption { text-align: left; color: #555; padding-bottom: .3em; }
+th, td { padding: .25em .55em; border-bottom: 1px solid #e3e3e3; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; }
+table.findings td { text-align: left; white-space: normal; } code { font-size: .95em; }
+.holds { color: #1b7a43; font-weight: 600; } .FAILS { color: #b3261e; font-weight: 600; }
+details summary { cursor: pointer; margin: .4em 0; }
+"""
+
+
+def page(comparison: Comparison, drawn: Mapping[str, str], sections: Sequence[tuple[str, str]] = ()) -> str:
+    """HTML of the whole report. drawn: SVG by the names of evidence.plots.figures; sections: further ones, (title,
+    HTML), behind the comparison's own."""
+    parts = [
+        f"<h1>What robust tokens keep and naive tokens lose</h1>\n<p class=lead>{_lead(comparison)}</p>",
+        f"<p class=muted>{html.escape(_data(comparison))}</p>",
+        _findings(comparison),
+        *(f"<p class=muted>{html.escape(remark)}</p>" for remark in comparison.remarks),
+        "<h2>All, coarse and fine layers</h2>\n" + summary_table(comparison).html(),
+        "<p class=muted>Fine layers alone: the coarse ones at their mean over the calibration episodes.</p>",
+        *(f"<h2>{name.capitalize()}</h2>\n{_figure(name, drawn[name])}" for name in drawn if name != "peers"),
+        "<h2>Layer by layer</h2>",
+        *(_details(layer_table(report, comparison)) for report in comparison.schemes),
+    ]
+    if "peers" in drawn:
+        verdict = "".join(f"<li>{html.escape(sentence)}</li>\n" for sentence in comparison.peer_verdict)
+        parts += [
+            f"<h2>Peers at equal bits</h2>\n<ul>\n{verdict}</ul>\n{_figure('peers', drawn['peers'])}",
+            _details(peer_table(comparison)),
+        ]
+    parts += [f"<h2>{html.escape(title)}</h2>\n{content}" for title, content in sections]
+    parts.append(f"<h2>Made from</h2>\n{_provenance(comparison).html()}")
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Robust RFSQ: the evidence</title>\n<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _lead(comparison: Comparison) -> str:
+    naive, calibrated = (comparison.scheme(name).groups[-1].metrics for name in ("naive", "calibrated"))
+    sentence = (
+        f"Calibrated robust tokens have {comparison.improvement:.1%} less action error than naive ones "
+        f"(mean squared error {calibrated['action_mse'].mean:.1e} against {naive['action_mse'].mean:.1e}), "
+        "decoded from tokens alone."
+    )
+    if "position_mm" in calibrated:
+        sentence += (
+            f" In the robot's units: {calibrated['position_mm'].mean:.2f} mm against "
+            f"{naive['position_mm'].mean:.2f} mm per step."
+        )
+    return sentence
+
+
+def _data(comparison: Comparison) -> str:
+    data = comparison.data
+    return (
+        f"{data.source}: {sum(data.episodes.values())} episodes, {sum(data.steps.values())} steps, "
+        f"{data.action_dim} action dimensions; judged on {data.episodes['test']} episodes ({data.steps['test']} steps) "
+        "that nothing was trained, chosen or calibrated on."
+    )
+
+
+def _findings(comparison: Comparison) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(claim)}</td><td>{html.escape(measured)}</td><td class={state}>{state}</td></tr>\n"
+        for claim, measured, state in findings_table(comparison).rows
+    )
+    return f"<table class=findings><tbody>\n{rows}</tbody></table>"
+
+
+def _figure(name: str, drawing: str) -> str:
+    return f"<figure>{drawing}<figcaption>{html.escape(_CAPTIONS[name])}</figcaption></figure>"
+
+
+def _details(table: Table) -> str:
+    return f"<details><summary>{html.escape(table.title.replace('`', ''))}</summary>{table.html()}</details>"
+
+
+def _provenance(comparison: Comparison) -> Table:
+    facts = {
+        "data sha256": comparison.data.sha256,
+        "seeds": " ".join(map(str, comparison.seeds)),
+        **comparison.settings,
+        **comparison.versions,
+        **{f"checkpoint {name}": sha256 for name, sha256 in comparison.checkpoints.items()},
+    }
+    return Table("", ("fact", "value"), tuple(facts.items()))

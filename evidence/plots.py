@@ -1,0 +1,236 @@
+"""The figures of a comparison, as matplotlib figures and as SVG for the page."""
+
+import io
+from collections.abc import Sequence
+from itertools import cycle
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from evidence.results import CodecReport, Comparison, SchemeReport, Spread
+
+INK, GRID = "#222222", "#e3e3e3"
+SCHEME_COLOURS = {
+    "naive": "#d9730d",
+    "dynamic": "#8a8a8a",
+    "published": "#b3261e",
+    "recovered": "#2a8c55",
+    "calibrated": "#1f6fb4",
+}
+_PEER_COLOURS = ("#7b4fa3", "#c39bd3", "#b58900", "#e0c060", "#0f8b8d", "#76c7c7", "#c2185b")
+_DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
+_TINY = 1e-12
+
+
+def figures(comparison: Comparison) -> dict[str, Figure]:
+    """By name, in the order of the page."""
+    drawn = {
+        "error by layer": error_by_layer(comparison),
+        "residual decay": residual_decay(comparison),
+        "level use": level_use(comparison),
+        "error histograms": error_histograms(comparison),
+        "trajectories": trajectories(comparison),
+    }
+    if comparison.curves:
+        drawn["learning curves"] = learning_curves(comparison)
+    if comparison.peers:
+        drawn["peers"] = peers(comparison)
+    return drawn
+
+
+def svg(figure: Figure) -> str:
+    """As an <svg> element; equal figures give equal text."""
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "rfsq", "svg.fonttype": "path"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def error_by_layer(comparison: Comparison) -> Figure:
+    """Action MSE of every prefix, a band from the lowest to the highest seed."""
+    figure, axes = _figure(8.2, 4.6)
+    axes.set_yscale("log")
+    for report in comparison.schemes:
+        _line(axes, report.scheme, [row.metrics["action_mse"] for row in report.prefixes])
+    for (name, metrics), style in zip(comparison.unquantised.items(), (":", "--", "-."), strict=False):
+        axes.axhline(metrics["action_mse"].mean, color=INK, linestyle=style, linewidth=1, label=f"{name}, no quantiser")
+    _layers(axes, comparison.schemes[0], "decoded up to layer")
+    _finish(axes, "Action MSE, held-out episodes")
+    return figure
+
+
+def residual_decay(comparison: Comparison) -> Figure:
+    """Standard deviation of what every layer is given; published and recovered tokens are those of `dynamic`."""
+    figure, axes = _figure(8.2, 4.2)
+    axes.set_yscale("log")
+    for report in comparison.schemes:
+        if report.scheme not in ("published", "recovered"):
+            _line(axes, report.scheme, [row.metrics["residual_std"] for row in report.prefixes])
+    _layers(axes, comparison.schemes[0], "layer")
+    _finish(axes, "Residual standard deviation at the layer's input")
+    return figure
+
+
+def level_use(comparison: Comparison) -> Figure:
+    """How often each level is used: one small chart per layer, a row per kind of tokens."""
+    reports = [report for report in comparison.schemes if report.scheme not in ("published", "recovered")]
+    count = max(len(report.prefixes) for report in reports)
+    figure = Figure(figsize=(1.35 * count + 0.8, 1.35 * len(reports) + 0.7), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(reports), count, squeeze=False, sharey=True)
+    for line, report in zip(grid, reports, strict=True):
+        for layer, axes in enumerate(line):
+            if layer >= len(report.prefixes):
+                axes.set_axis_off()
+                continue
+            row = report.prefixes[layer]
+            shares = [share.mean for share in row.level_share]
+            axes.bar(range(len(shares)), shares, color=SCHEME_COLOURS[report.scheme], width=0.85)
+            axes.set_ylim(0, 1)
+            axes.set_xticks([])
+            axes.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(labelsize=8, colors=INK)
+            axes.set_title(f"L{layer}  {row.metrics['entropy_bits'].mean:.0f} bits", fontsize=8.5, color=INK)
+        line[0].set_ylabel(report.scheme, fontsize=9.5, color=INK)
+    return figure
+
+
+def error_histograms(comparison: Comparison) -> Figure:
+    """Where the absolute errors of single action values lie, all layers decoded."""
+    figure, axes = _figure(8.2, 4.2)
+    axes.set_xscale("log")
+    for report in comparison.schemes:
+        axes.stairs(
+            [100 * share for share in report.error_share], comparison.error_edges, color=SCHEME_COLOURS[report.scheme],
+            linewidth=1.8, label=report.scheme,
+        )  # fmt: skip
+    axes.set_ylabel("% of action values", color=INK, fontsize=9)
+    axes.set_xlabel("|error|, normalised units", color=INK, fontsize=9)
+    _finish(axes, "Absolute error of all layers")
+    return figure
+
+
+def trajectories(comparison: Comparison) -> Figure:
+    """One held-out episode: recorded, and decoded by the schemes whose tokens travel alone."""
+    trajectory = comparison.trajectory
+    recorded = np.array(trajectory.recorded)
+    shown = (
+        "naive, all layers",
+        "published, all layers",
+        "recovered, all layers",
+        "calibrated, L0",
+        "calibrated, all layers",
+    )
+    columns = min(recorded.shape[1], 4)
+    rows = -(-recorded.shape[1] // columns)
+    figure = Figure(figsize=(3.4 * columns, 2.1 * rows + 0.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for dimension, axes in enumerate(grid.flat):
+        if dimension >= recorded.shape[1]:
+            axes.set_axis_off()
+            continue
+        for name in shown:
+            if name in trajectory.decoded:
+                values = np.array(trajectory.decoded[name])[:, dimension]
+                scheme = name.split(",")[0]
+                axes.plot(
+                    values, color=SCHEME_COLOURS[scheme], linewidth=1.1, alpha=0.9, label=name,
+                    linestyle=":" if name.endswith("L0") else "-",
+                )  # fmt: skip
+        axes.plot(recorded[:, dimension], color=INK, linewidth=0.9, linestyle="--", label="recorded")
+        low, high = recorded[:, dimension].min(), recorded[:, dimension].max()
+        margin = 0.25 * max(high - low, 0.2 * float(np.abs(recorded).max()), _TINY)
+        # What is published runs far out of the picture.
+        axes.set_ylim(low - margin, high + margin)
+        named = recorded.shape[1] == len(_DIMENSIONS)
+        axes.set_title(_DIMENSIONS[dimension] if named else f"dimension {dimension}", fontsize=9, color=INK, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8, colors=INK)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    return figure
+
+
+def learning_curves(comparison: Comparison) -> Figure:
+    """Training and validation error of every training; a dot where the weights were kept."""
+    figure, axes = _figure(8.2, 4.4)
+    axes.set_yscale("log")
+    for name, curve in comparison.curves.items():
+        colour = SCHEME_COLOURS["naive" if name.startswith("naive") else "calibrated"]
+        epochs = range(1, len(curve.train) + 1)
+        axes.plot(epochs, curve.train, color=colour, linewidth=0.8, linestyle=":")
+        axes.plot(epochs, curve.validation, color=colour, linewidth=1.1, label=f"{name}, validation")
+        axes.plot(curve.kept_epoch, curve.validation[curve.kept_epoch - 1], color=colour, marker="o", markersize=5)
+    axes.set_xlabel("epoch", color=INK, fontsize=9)
+    _finish(axes, "Mean squared error in training (dotted) and on validation episodes")
+    return figure
+
+
+def peers(comparison: Comparison) -> Figure:
+    """Action MSE, and millimetres where they apply, against bits per step."""
+    metrics = [("action_mse", "Action MSE")]
+    if comparison.data.physical:
+        metrics.append(("position_mm", "Mean position error, mm"))
+    figure = Figure(figsize=(6.4 * len(metrics), 5.0), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, title) in zip(figure.subplots(1, len(metrics), squeeze=False).flat, metrics, strict=True):
+        axes.set_yscale("log")
+        axes.set_xscale("log")
+        series = dict.fromkeys(peer.series for peer in comparison.peers)
+        for joined, colour in zip(series, cycle(_PEER_COLOURS)):
+            _peer_curve(axes, [peer for peer in comparison.peers if peer.series == joined], name, colour)
+        for report in comparison.schemes:
+            if report.scheme != "published":
+                bits = [layers * report.bits_per_layer for layers in range(1, len(report.prefixes) + 1)]
+                values = [row.metrics[name] for row in report.prefixes]
+                axes.plot(
+                    bits, [value.mean for value in values], color=SCHEME_COLOURS[report.scheme], marker="o",
+                    markersize=4, linewidth=2.2 if report.scheme == "calibrated" else 1.3, label=report.scheme,
+                )  # fmt: skip
+        axes.set_xlabel("bits per step", color=INK, fontsize=9)
+        _finish(axes, title)
+    return figure
+
+
+def _peer_curve(axes: Axes, points: Sequence[CodecReport], metric: str, colour: str) -> None:
+    """One series; hollow where a part of another setting's tokens is decoded."""
+    bits = [peer.metrics["bits_per_step"].mean for peer in points]
+    values = [max(peer.metrics[metric].mean, _TINY) for peer in points]
+    axes.plot(bits, values, color=colour, linewidth=1.1, label=points[0].series)
+    for peer, place, value in zip(points, bits, values, strict=True):
+        axes.plot(place, value, color=colour, marker="s", markersize=4, fillstyle="none" if peer.partial else "full")
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()
+
+
+def _line(axes: Axes, scheme: str, values: Sequence[Spread]) -> None:
+    places = range(len(values))
+    colour = SCHEME_COLOURS[scheme]
+    axes.plot(places, [max(value.mean, _TINY) for value in values], color=colour, marker="o", markersize=4,
+              linewidth=2 if scheme == "calibrated" else 1.4, label=scheme)  # fmt: skip
+    low, high = ([max(edge(value.values), _TINY) for value in values] for edge in (min, max))
+    axes.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _layers(axes: Axes, report: SchemeReport, title: str) -> None:
+    axes.set_xticks(range(len(report.prefixes)), [f"L{layer}" for layer in range(len(report.prefixes))])
+    axes.set_xlabel(title, color=INK, fontsize=9)
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title, loc="left", color=INK, fontsize=10.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9)
+    axes.legend(fontsize=8.5, frameon=False, labelcolor=INK, ncols=2)

@@ -1,0 +1,164 @@
+"""`python rfsq_ref/compare.py`: what a person asks for, and the files that answer."""
+
+import argparse
+import html
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from calibration.study import study
+from calibration.study_report import markdown, write_study
+from evidence.comparison import ComparisonConfig, compare
+from evidence.findings import REQUIRED_IMPROVEMENT
+from evidence.metrics import OscPose
+from evidence.page import page
+from evidence.plots import figures, svg
+from evidence.results import Comparison, write_json, write_text
+from evidence.rollout_report import conclusions, demonstrations_of, read_report, tables_of
+from evidence.tables import Table, findings_table, inline_html, layer_table, peer_table, summary_table
+from evidence.training import CACHE, SEEDS, trained_checkpoint
+from rfsq_ref.checkpoints import Checkpoint, load_checkpoint
+from rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
+from rfsq_ref.normaliser import NormaliserKind
+from rfsq_ref.train import chosen_normaliser
+
+COMPARISON_JSON, COMPARISON_TEXT, REPORT_HTML, FIGURES = "comparison.json", "comparison.txt", "report.html", "figures"
+DEFAULT_OUTPUT = Path("build/evidence")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="compare.py",
+        description="Compare naive and robust tokens, and peers at equal bits, on held-out episodes.",
+        epilog="exit status: 0 = calibrated tokens have more than 30 % less error than naive ones, 1 = not, 2 = error",
+    )
+    given = parser.add_argument_group("checkpoints", "what is not given is trained, one for each seed")
+    given.add_argument("--naive", type=Path, nargs="+", default=[], metavar="F")
+    given.add_argument("--robust", type=Path, nargs="+", default=[], metavar="F")
+    parser.add_argument("--data", type=Path, help="action data; the embedded demonstrations by default")
+    parser.add_argument("--key", help="name of the action array or column in --data, when it is not the usual one")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=100, help="of every training (default %(default)s)")
+    parser.add_argument(
+        "--normaliser", choices=["auto", "none", *(kind.value for kind in NormaliserKind)], default="auto",
+        help="of every training; auto: min-max for actions that are not of about unit size",
+    )  # fmt: skip
+    parser.add_argument("--chunk-length", type=int, default=8, help="steps of a chunk, T (default %(default)s)")
+    parser.add_argument(
+        "--osc-pose", action=argparse.BooleanOptionalAction, default=None,
+        help="report mm and degrees as of the OSC_POSE controller (default: for the embedded demonstrations)",
+    )  # fmt: skip
+    units = OscPose()
+    parser.add_argument("--position-unit", type=float, default=units.position_m, help="m (default %(default)s)")
+    parser.add_argument("--rotation-unit", type=float, default=units.rotation_rad, help="rad (default %(default)s)")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--calibration-study", action=argparse.BooleanOptionalAction, default=True,
+        help="measure the choices of calibration too",
+    )  # fmt: skip
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="trained models (default %(default)s)")
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder (default %(default)s)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        dataset = load_actions(options.data, key=options.key) if options.data else load_demonstrations()
+        config = ComparisonConfig(
+            seeds=tuple(options.seeds),
+            epochs=options.epochs,
+            normaliser=chosen_normaliser(options.normaliser, dataset),
+            chunk_length=options.chunk_length,
+            physical=_physical(options),
+            with_peers=options.peers,
+            workers=options.workers,
+            cache=options.cache,
+        )
+        print(
+            f"comparing on {dataset.source}: {len(dataset.episodes)} episodes, {dataset.num_steps} steps; "
+            "what is not at hand is trained first, some minutes",
+            flush=True,
+        )
+        robust = _load(options.robust)
+        comparison = compare(dataset, config, naive=_load(options.naive), robust=robust, show_progress=True)
+        text = as_text(comparison)
+        print(text)
+        sections = []
+        if options.calibration_study:
+            sections.append(_calibration(dataset, config, robust, options.output))
+        sections += _closed_loop(options.output, comparison)
+        write_report(comparison, text, sections, options.output)
+    # What our own errors are, and what a model of impossible sizes raises.
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {REPORT_HTML}, {COMPARISON_TEXT}, {COMPARISON_JSON} and more into {options.output}")
+    return 0 if comparison.improvement > REQUIRED_IMPROVEMENT else 1
+
+
+def write_report(comparison: Comparison, text: str, sections: Sequence[tuple[str, str]], folder: Path) -> None:
+    """Page, figures and text, and the JSON last: where it is, everything else is too. Raises EvidenceError."""
+    drawn = {name: svg(figure) for name, figure in figures(comparison).items()}
+    for name, drawing in drawn.items():
+        write_text(folder / FIGURES / f"{name.replace(' ', '-')}.svg", drawing)
+    write_text(folder / REPORT_HTML, page(comparison, drawn, sections))
+    write_text(folder / COMPARISON_TEXT, text + "\n")
+    write_json(comparison, folder / COMPARISON_JSON)
+
+
+def as_text(comparison: Comparison) -> str:
+    """Everything, for a terminal."""
+    parts = [summary_table(comparison).text()]
+    parts += [layer_table(report, comparison).text() for report in comparison.schemes]
+    if comparison.peers:
+        parts += [peer_table(comparison).text(), "\n".join(comparison.peer_verdict)]
+    parts.append(findings_table(comparison).text())
+    parts += comparison.remarks
+    return "\n\n".join(parts)
+
+
+def _calibration(
+    dataset: ActionDataset, config: ComparisonConfig, robust: Sequence[Checkpoint], folder: Path
+) -> tuple[str, str]:
+    """What the calibration choices are worth for the same checkpoints: files, and a section of the page."""
+    chosen = robust or [
+        trained_checkpoint(dataset, config.training(use_layernorm=True, seed=seed), config.cache)[0]
+        for seed in config.seeds
+    ]
+    result = study(chosen, dataset, show_progress=True)
+    write_study(result, folder)
+    return "Calibration choices", "\n".join(_as_html(name, text) for name, text in markdown(result).items())
+
+
+def _closed_loop(folder: Path, comparison: Comparison) -> list[tuple[str, str]]:
+    """A section on the closed loop, where it has been run on the same demonstrations and its results lie here."""
+    path = folder / "rollout.json"
+    if not path.exists():
+        return []
+    if demonstrations_of(path) != comparison.data.sha256:
+        return []
+    reports = read_report(path)
+    tables = "\n".join(table.html() for table in tables_of(reports).values())
+    said = "".join(
+        f"<li>{html.escape(f'{task}: ' + ' '.join(conclusions(found)))}</li>" for task, found in reports.items()
+    )
+    return [("Closed loop", f"{tables}\n<ul>{said}</ul>")]
+
+
+def _as_html(title: str, text: str) -> str:
+    try:
+        return Table.of_markdown(title, text).html()
+    except ValueError:
+        return f"<p>{inline_html(text)}</p>"
+
+
+def _load(paths: list[Path]) -> list[Checkpoint]:
+    return [load_checkpoint(path) for path in paths]
+
+
+def _physical(options: argparse.Namespace) -> OscPose | None:
+    wanted = options.data is None if options.osc_pose is None else options.osc_pose
+    return OscPose(options.position_unit, options.rotation_unit) if wanted else None

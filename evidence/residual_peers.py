@@ -1,0 +1,361 @@
+"""ResidualFSQ and ResidualVQ of vector-quantize-pytorch in our autoencoder's place of the quantiser.
+
+Encoder, decoder, data, split and the choice of the epoch are those of `rfsq_ref.train`; the quantiser is the library's.
+"""
+
+import copy
+import hashlib
+import json
+import math
+import os
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss, pad
+from tqdm import tqdm
+from vector_quantize_pytorch import ResidualFSQ, ResidualVQ
+
+from evidence.errors import EvidenceError
+from rfsq_ref.data import ActionDataset, FloatArray, split_episodes
+from rfsq_ref.normaliser import Normaliser, NormaliserKind, fit_normaliser
+from rfsq_ref.train import suggested_normaliser
+
+FORMAT = "rfsq-evidence-peer"
+#: To be raised when a change here changes what comes out of training.
+RECIPE = 1
+#: Of the learning rate, once k-means has fitted the codebooks to a trained encoder.
+_FINE_TUNING_SHARE = 1 / 3
+
+
+class ResidualFamily(StrEnum):
+    """The library's class."""
+
+    FSQ = "ResidualFSQ"
+    VQ = "ResidualVQ"
+
+
+@dataclass(frozen=True)
+class ResidualConfig:
+    """num_quantizers: residual layers; the rest of the sizes and the recipe follow `rfsq_ref.train`.
+
+    levels: of each of the D latents, one ResidualFSQ per `len(levels)` latents (ResidualFSQ only); codebook_size:
+    entries of each codebook over all D latents, decay: of their moving averages (ResidualVQ only).
+    epochs: end to end; unquantised_epochs: before them without the quantiser, whose codebooks k-means then fits.
+    """
+
+    family: ResidualFamily
+    num_quantizers: int
+    seed: int = 0
+    levels: tuple[int, ...] = (7, 7, 7, 7)
+    codebook_size: int = 512
+    decay: float = 0.8
+    epochs: int = 100
+    unquantised_epochs: int = 0
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    quantize_dropout: bool = False
+    tanh: bool = False
+    latent_dim: int = 16
+    hidden_width: int = 64
+
+    @property
+    def title(self) -> str:
+        return self.family.value + (" with dropout" if self.quantize_dropout else "")
+
+    def __post_init__(self) -> None:
+        for name in ("num_quantizers", "codebook_size", "epochs", "batch_size", "latent_dim", "hidden_width"):
+            if getattr(self, name) < 1:
+                raise EvidenceError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.family is ResidualFamily.FSQ and (not self.levels or self.latent_dim % len(self.levels)):
+            raise EvidenceError(f"{self.latent_dim} latents do not divide into groups of {len(self.levels)} levels")
+
+    @property
+    def bits_per_quantizer(self) -> float:
+        """Of one step."""
+        if self.family is ResidualFamily.VQ:
+            return math.log2(self.codebook_size)
+        return self.latent_dim / len(self.levels) * sum(map(math.log2, self.levels))
+
+
+class ResidualAutoencoder(nn.Module):
+    """Linear(A, 64)-Mish-Linear(64, D), the library's quantiser, Linear(D, 64)-Mish-Linear(64, A).
+
+    ResidualFSQ bounds its input itself, ResidualVQ needs no bound: without `tanh` the encoder ends linear. Takes and
+    gives the robot's own units: (actions - offset) / units is what the network sees.
+    """
+
+    offset: Tensor
+    units: Tensor
+
+    def __init__(self, config: ResidualConfig, action_dim: int, normaliser: Normaliser | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = nn.Sequential(
+            nn.Linear(action_dim, config.hidden_width),
+            nn.Mish(),
+            nn.Linear(config.hidden_width, config.latent_dim),
+            nn.Tanh() if config.tanh else nn.Identity(),
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(config.latent_dim, config.hidden_width),
+            nn.Mish(),
+            nn.Linear(config.hidden_width, action_dim),
+        )
+        self.quantizer: nn.Module
+        if config.family is ResidualFamily.FSQ:
+            # GroupedResidualFSQ has nothing to learn and treats its groups alike: one ResidualFSQ with the groups as
+            # its sequence axis is the same, and faster.
+            self.quantizer = ResidualFSQ(
+                levels=list(config.levels),
+                num_quantizers=config.num_quantizers,
+                quantize_dropout=config.quantize_dropout,
+            )
+            self._group = len(config.levels)
+        else:
+            self.quantizer = ResidualVQ(
+                dim=config.latent_dim,
+                num_quantizers=config.num_quantizers,
+                codebook_size=config.codebook_size,
+                decay=config.decay,
+                kmeans_init=True,
+                quantize_dropout=config.quantize_dropout,
+            )
+            self._group = config.latent_dim
+        self.register_buffer("offset", torch.tensor(normaliser.offset if normaliser else (0.0,) * action_dim))
+        self.register_buffer("units", torch.tensor(normaliser.scale if normaliser else (1.0,) * action_dim))
+
+    def encode_latents(self, actions: Tensor) -> Tensor:
+        """actions [N, A] to latents [N, D]."""
+        latents: Tensor = self.encoder((actions - self.offset) / self.units)
+        return latents
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """latents [N, D] to actions [N, A]."""
+        actions: Tensor = self.decoder(latents) * self.units + self.offset
+        return actions
+
+    def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """latents [N, D] to quantised latents [N, D], indices [N, D / group, quantisers] and commitment loss []."""
+        quantized, indices, *losses = self.quantizer(latents.reshape(len(latents), -1, self._group))
+        return quantized.reshape(latents.shape), indices, losses[0].sum() if losses else latents.new_zeros(())
+
+    def dequantize(self, indices: Tensor) -> Tensor:
+        """indices [N, D / group, l] of the first l quantisers to latents [N, D]."""
+        # -1 is the library's mark for a quantiser that is left out.
+        filled = pad(indices, (0, self.config.num_quantizers - indices.shape[-1]), value=-1)
+        latents: Tensor = self.quantizer.get_codes_from_indices(filled).sum(dim=0)  # type: ignore[operator]
+        return latents.flatten(1)
+
+    def forward(self, actions: Tensor) -> tuple[Tensor, Tensor]:
+        """actions [N, A] through the quantiser and back, and the commitment loss []."""
+        quantized, _, loss = self.quantize(self.encode_latents(actions))
+        return self.decode_latents(quantized), loss
+
+
+@dataclass(frozen=True, eq=False)
+class ResidualCodec:
+    """The first `prefix` quantisers of a trained ResidualAutoencoder; each step is coded on its own."""
+
+    name: str
+    model: ResidualAutoencoder
+    prefix: int
+
+    @property
+    def family(self) -> str:
+        return self.model.config.family.value
+
+    @property
+    def series(self) -> str:
+        """What one curve is drawn through."""
+        return self.model.config.title
+
+    @property
+    def partial(self) -> bool:
+        return self.prefix < self.model.config.num_quantizers
+
+    def tokens(self, chunks: FloatArray) -> Tensor:
+        """float32 [B, T, A] to indices int64 [B * T, groups, prefix]."""
+        with torch.no_grad():
+            # A copy: datasets are read-only, and torch has no tensors that are.
+            steps = torch.from_numpy(chunks.reshape(-1, chunks.shape[-1]).copy())
+            return self.model.quantize(self.model.encode_latents(steps))[1][..., : self.prefix]
+
+    def reconstruct(self, chunks: FloatArray) -> FloatArray:
+        """See Codec; chunks of any length."""
+        tokens = self.tokens(chunks)
+        with torch.no_grad():
+            decoded: FloatArray = self.model.decode_latents(self.model.dequantize(tokens)).numpy()
+        return decoded.reshape(chunks.shape)
+
+    def bits_per_step(self, chunks: FloatArray) -> float:
+        """log2 of the codebook for each token."""
+        del chunks
+        return self.prefix * self.model.config.bits_per_quantizer
+
+
+def residual_codecs(model: ResidualAutoencoder) -> list[ResidualCodec]:
+    """One codec for every prefix of the quantisers."""
+    count = model.config.num_quantizers
+    title = model.config.title
+    return [ResidualCodec(f"{title}, {prefix} of {count}", model, prefix) for prefix in range(1, count + 1)]
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def train_residual(
+    dataset: ActionDataset, config: ResidualConfig, *, show_progress: bool = False
+) -> ResidualAutoencoder:
+    """Train on the training episodes of `split_episodes(dataset)`, keep the epoch with the lowest validation error.
+
+    Actions that are not of about unit size are normalised by their minimum and maximum. Deterministic for a given
+    seed. Raises DataError for too few episodes, EvidenceError when it diverges.
+    """
+    split = split_episodes(dataset)
+    actions, validation = (torch.from_numpy(part.steps()) for part in (split.train, split.validation))
+    normaliser = None
+    if suggested_normaliser(dataset):
+        normaliser = fit_normaliser(split.train.steps(), NormaliserKind.MIN_MAX, untouched=())
+    torch.manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(config.seed)
+    model = ResidualAutoencoder(config, dataset.action_dim, normaliser)
+    total = config.unquantised_epochs + config.epochs
+    with tqdm(total=total, unit="epoch", desc=config.family.value, disable=not show_progress) as progress:
+        for quantised, epochs in ((False, config.unquantised_epochs), (True, config.epochs)):
+            if quantised and config.family is ResidualFamily.VQ:
+                _fit_codebooks(model, actions)
+            rate = config.learning_rate * (_FINE_TUNING_SHARE if quantised and config.unquantised_epochs else 1.0)
+            _fit(model, actions, validation, generator, epochs, rate, quantised, progress)
+    return model.eval()
+
+
+def _fit_codebooks(model: ResidualAutoencoder, actions: Tensor) -> None:
+    # The library's k-means on all training steps: a first batch of 64 would give 64 different entries.
+    model.train()
+    with torch.no_grad():
+        model(actions)
+
+
+def _fit(
+    model: ResidualAutoencoder,
+    actions: Tensor,
+    validation: Tensor,
+    generator: torch.Generator,
+    epochs: int,
+    learning_rate: float,
+    quantised: bool,
+    progress: "tqdm[None]",
+) -> None:
+    if not epochs:
+        return
+    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs)
+    lowest, best = math.inf, copy.deepcopy(model.state_dict())
+    for _ in range(epochs):
+        model.train()
+        for batch in torch.split(torch.randperm(len(actions), generator=generator), model.config.batch_size):
+            error, commitment = _losses(model, actions[batch], quantised)
+            optimiser.zero_grad()
+            torch.autograd.backward(error + commitment)
+            optimiser.step()
+        schedule.step()
+        model.eval()
+        with torch.no_grad():
+            found = float(_losses(model, validation, quantised)[0])
+        if found < lowest:
+            lowest, best = found, copy.deepcopy(model.state_dict())
+        progress.set_postfix(validation=f"{found:.2e}")
+        progress.update()
+    if not math.isfinite(lowest):
+        raise EvidenceError(
+            f"{model.config.family.value} diverged in training: no finite validation error in {epochs} epochs; lower "
+            f"the learning rate (now {learning_rate}) or normalise the data"
+        )
+    model.load_state_dict(best)
+
+
+def _losses(model: ResidualAutoencoder, actions: Tensor, quantised: bool) -> tuple[Tensor, Tensor]:
+    """Mean squared error in normalised units, and commitment loss."""
+    if quantised:
+        decoded, commitment = model(actions)
+    else:
+        decoded, commitment = model.decode_latents(model.encode_latents(actions)), actions.new_zeros(())
+    return mse_loss(decoded / model.units, actions / model.units), commitment
+
+
+# Cache ---------------------------------------------------------------------------------------------------------------
+
+
+def trained_residual(
+    dataset: ActionDataset, config: ResidualConfig, cache: Path, *, show_progress: bool = False
+) -> ResidualAutoencoder:
+    """As train_residual, or from an earlier run's file. Raises EvidenceError for a file that is not that run's."""
+    path = cached_residual_path(dataset, config, cache)
+    if not path.is_file():
+        _save(train_residual(dataset, config, show_progress=show_progress), _identity(dataset, config), path)
+    return _load(path, dataset, config)
+
+
+def cached_residual_path(dataset: ActionDataset, config: ResidualConfig, cache: Path) -> Path:
+    """Where a trained peer is kept; the name carries a hash of all that decides its weights."""
+    digest = hashlib.sha256(_identity(dataset, config).encode()).hexdigest()[:12]
+    return cache / f"{config.family.value}-seed{config.seed}-{digest}.safetensors"
+
+
+def _identity(dataset: ActionDataset, config: ResidualConfig) -> str:
+    return json.dumps([RECIPE, dataset.sha256, asdict(config)], sort_keys=True)
+
+
+def _save(model: ResidualAutoencoder, identity: str, path: Path) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    header = json.dumps({"identity": identity, "sha256": _digest(tensors)})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata={FORMAT: header}))
+        temporary.replace(path)
+    except OSError as error:
+        raise EvidenceError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
+    finally:
+        # Where the folder itself is the trouble, looking for the file fails as well.
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def _load(path: Path, dataset: ActionDataset, config: ResidualConfig) -> ResidualAutoencoder:
+    advice = "delete it, and it is trained again"
+    try:
+        content = path.read_bytes()
+        tensors = safetensors.torch.load(content)
+        # The layout is fixed: the header's length, then the header as JSON.
+        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
+        header = json.loads(metadata[FORMAT])
+        identity, sha256 = header["identity"], header["sha256"]
+    except OSError as error:
+        raise EvidenceError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise EvidenceError(f"{path} is no whole file of a trained peer ({error!r}): {advice}") from error
+    if identity != _identity(dataset, config):
+        raise EvidenceError(f"{path} holds another peer: {identity}; expected {_identity(dataset, config)}: {advice}")
+    if sha256 != _digest(tensors):
+        raise EvidenceError(f"{path} was changed after it was written: its weights have another hash: {advice}")
+    model = ResidualAutoencoder(config, dataset.action_dim)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise EvidenceError(f"{path} does not fit this model ({error}): {advice}") from error
+    return model.eval()
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)};".encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()

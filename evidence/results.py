@@ -1,0 +1,201 @@
+"""What a comparison found: frozen, written as JSON and read back as the same types."""
+
+import json
+import os
+import statistics
+import types
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from evidence.errors import EvidenceError
+
+FORMAT = "rfsq-comparison"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One number over the seeds. deviation: standard deviation with n - 1, 0 for a single seed."""
+
+    mean: float
+    deviation: float
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Raises statistics.StatisticsError where there are none."""
+        mean = statistics.fmean(values)
+        return cls(mean, statistics.stdev(values) if len(values) > 1 else 0.0, tuple(values))
+
+
+Metrics = dict[str, Spread]
+
+
+@dataclass(frozen=True)
+class ReportRow:
+    """Layers of a scheme; metrics by the names of ActionErrors and LayerUse, and latent_mse; level_share: [K]."""
+
+    label: str
+    metrics: Metrics
+    level_share: tuple[Spread, ...]
+
+
+@dataclass(frozen=True)
+class SchemeReport:
+    """See evidence.schemes. bits_per_layer: tokens, and side information where it must travel; error_share: see
+    Comparison.error_edges."""
+
+    scheme: str
+    checkpoints: tuple[str, ...]
+    bits_per_layer: float
+    prefixes: tuple[ReportRow, ...]
+    groups: tuple[ReportRow, ...]
+    error_share: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class CodecReport:
+    """A peer's setting. series: of settings that one curve joins;
+    partial: decodes a part of another's tokens; metrics: of ActionErrors, and bits_per_step."""
+
+    family: str
+    series: str
+    name: str
+    partial: bool
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean squared errors of a training in normalised units, by epoch; the weights of kept_epoch (from 1) stay."""
+
+    train: tuple[float, ...]
+    validation: tuple[float, ...]
+    kept_epoch: int
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One held-out episode: actions as recorded and by label as decoded, [steps][A]."""
+
+    episode: str
+    recorded: tuple[tuple[float, ...], ...]
+    decoded: dict[str, tuple[tuple[float, ...], ...]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A claim, what was measured, and whether it holds."""
+
+    claim: str
+    measured: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What was trained and judged on. action_mean_square: of the judged actions, the error of decoding zeros."""
+
+    source: str
+    sha256: str
+    action_dim: int
+    episodes: dict[str, int]
+    steps: dict[str, int]
+    action_mean_square: float
+    physical: dict[str, float] | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """unquantised: errors of the autoencoders alone; curves: of what was trained, by the names in checkpoints;
+    error_edges: edges of the bins of |error| in normalised units that error_share counts; remarks: what is missing
+    and why."""
+
+    data: DataFacts
+    seeds: tuple[int, ...]
+    settings: dict[str, str]
+    versions: dict[str, str]
+    checkpoints: dict[str, str]
+    curves: dict[str, Curve]
+    unquantised: dict[str, Metrics]
+    schemes: tuple[SchemeReport, ...]
+    peers: tuple[CodecReport, ...]
+    error_edges: tuple[float, ...]
+    trajectory: Trajectory
+    improvement: float
+    findings: tuple[Finding, ...]
+    remarks: tuple[str, ...]
+    peer_verdict: tuple[str, ...]
+
+    def scheme(self, name: str) -> SchemeReport:
+        """By name. Raises KeyError."""
+        return {report.scheme: report for report in self.schemes}[name]
+
+
+def write_json(comparison: Comparison, path: Path) -> None:
+    """Strict JSON through a temporary sibling. Raises EvidenceError where it cannot be written."""
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(comparison)}
+    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Through a temporary sibling: the old file stays whole until the new one is. Raises EvidenceError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        # Where the folder itself is the trouble, looking for the file fails as well.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise EvidenceError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
+
+
+def read_json(path: Path) -> Comparison:
+    """What write_json wrote. Raises EvidenceError for anything else."""
+    content = read_json_object(path, FORMAT, FORMAT_VERSION, "python rfsq_ref/compare.py")
+    try:
+        comparison: Comparison = typed(Comparison, content)
+    except (TypeError, ValueError, KeyError) as error:
+        raise EvidenceError(f"{path} is damaged: {error}; write it anew with `python rfsq_ref/compare.py`") from error
+    return comparison
+
+
+def read_json_object(path: Path, expected: str, expected_version: int, command: str) -> dict[str, Any]:
+    """A JSON object of ours, without its format and version. Raises EvidenceError; `command` writes it anew."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EvidenceError(f"cannot read {path}: {error}; write it with `{command}`") from error
+    found = (content.pop("format", None), content.pop("format_version", None)) if isinstance(content, dict) else None
+    if found != (expected, expected_version):
+        raise EvidenceError(
+            f"{path} is {found}; expected {(expected, expected_version)}: write it anew with `{command}`"
+        )
+    result: dict[str, Any] = content
+    return result
+
+
+def typed(kind: Any, value: Any) -> Any:
+    """JSON values as the annotated type: dataclasses, tuples, dicts by text, optional ones, and plain values."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        if not isinstance(value, Mapping) or set(value) != {found.name for found in fields(kind)}:
+            raise ValueError(f"{value!r:.80} is no {getattr(kind, '__name__', kind)}")
+        return kind(**{name: typed(hints[name], found) for name, found in value.items()})  # type: ignore[operator]
+    if origin is tuple:
+        return tuple(typed(arguments[0], found) for found in value)
+    if origin is dict:
+        return {name: typed(arguments[1], found) for name, found in value.items()}
+    if origin in (Union, types.UnionType):
+        return None if value is None else typed(next(part for part in arguments if part is not type(None)), value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind):
+        raise ValueError(f"{value!r:.80} is no {kind.__name__}")
+    return value

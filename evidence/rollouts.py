@@ -1,0 +1,170 @@
+"""Run the closed loop: every task, every scene, every cell; one process per core; resumable."""
+
+import hashlib
+import multiprocessing
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evidence.cells import codecs, fingerprint, select
+from evidence.closed_loop import run_episode
+from evidence.codecs import Codec
+from evidence.episodes import Episode, Identity, open_episodes
+from evidence.errors import EvidenceError
+from evidence.simulation import TASKS, Simulation, simulator_versions
+from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT
+from rfsq_ref.data import load_demonstrations
+
+#: To be raised when a change to the simulation, the loop or the experts changes what comes out of an episode.
+LOOP_VERSION = 1
+#: Two that forgive centimetres, and two that punish millimetres.
+DEFAULT_TASKS = ("Stack", "NutAssemblySquare", "NutAssemblyTight", "PickPlaceCan")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """tasks and cells: what to run, all cells if none are named; episodes: per task and cell; chunk: actions executed
+    between two looks; peers: run the methods of others too; restart_changed: take back the episodes of cells whose
+    codec is another one now; output: folder of the episodes."""
+
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+    cells: tuple[str, ...] = ()
+    episodes: int = 50
+    seed: int = 0
+    chunk: int = 8
+    workers: int = 2
+    peers: bool = False
+    restart_changed: bool = False
+    output: Path = Path("build/evidence/rollout")
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "chunk", "workers"):
+            if getattr(self, name) < 1:
+                raise EvidenceError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.seed < 0:
+            raise EvidenceError(f"seed is {self.seed}; expected 0 or more")
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if unknown or not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise EvidenceError(f"tasks are {list(self.tasks)}; expected different ones of {list(TASKS)}")
+        if self.peers and self.chunk != 8:
+            raise EvidenceError(
+                f"chunk is {self.chunk}; the peers are trained for chunks of 8 steps: leave --peers out"
+            )
+
+    @property
+    def file(self) -> Path:
+        return self.output / "episodes.jsonl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One episode to run."""
+
+    task: str
+    cell: str
+    index: int
+    seed: int
+
+
+def seed_of(seed: int, task: str, index: int) -> int:
+    """Of the scene and the expert; the same in every cell, another one than any demonstration's."""
+    return int(np.random.SeedSequence((seed, index, *task.encode())).generate_state(1, np.uint32)[0])
+
+
+def jobs_of(config: RolloutConfig, cells: Iterable[str], done: set[tuple[str, str, int]]) -> list[Job]:
+    """What is still to be done, scene by scene, so that at any time all cells have about as many episodes."""
+    names = tuple(cells)
+    return [
+        Job(task, cell, index, seed_of(config.seed, task, index))
+        for index in range(config.episodes)
+        for task in config.tasks
+        for cell in names
+        if (task, cell, index) not in done
+    ]
+
+
+def identity_of(config: RolloutConfig) -> Identity:
+    """Raises SimulatorError where the simulator is missing."""
+    return Identity(
+        loop_version=LOOP_VERSION,
+        seed=config.seed,
+        chunk=config.chunk,
+        versions=simulator_versions(),
+        hashes={
+            "demonstrations": load_demonstrations().sha256,
+            "naive": hashlib.sha256(NAIVE_CHECKPOINT.read_bytes()).hexdigest(),
+            "robust": hashlib.sha256(ROBUST_CHECKPOINT.read_bytes()).hexdigest(),
+        },
+    )
+
+
+def run_rollouts(config: RolloutConfig) -> list[Episode]:
+    """Run what is missing; all episodes of the file, also those of cells that were not asked for.
+
+    Raises SimulatorError without a simulator, EvidenceError where the file belongs to another run.
+    """
+    torch.set_num_threads(1)
+    with open_episodes(config.file, identity_of(config)) as file:
+        print("fitting the decoders", file=sys.stderr, flush=True)
+        chosen = select(codecs(peers=config.peers), config.cells)
+        fingerprints = {name: fingerprint(codec) for name, codec in chosen.items()}
+        for name, found in fingerprints.items():
+            file.check_codec(name, found, restart=config.restart_changed)
+        jobs = jobs_of(config, chosen, {episode.key for episode in file.episodes})
+        for episode in _progress(_run(jobs, chosen, fingerprints, config), len(jobs)):
+            file.append(episode)
+        return file.episodes
+
+
+def _run(
+    jobs: list[Job], chosen: dict[str, Codec], fingerprints: dict[str, str], config: RolloutConfig
+) -> Iterator[Episode]:
+    if not jobs:
+        return
+    # Spawned workers start clean: a forked one would share the simulator's native state.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(config.workers, _start_worker, (chosen, fingerprints, config.chunk)) as pool:
+        yield from pool.imap_unordered(_run_job, jobs)
+
+
+def _progress(episodes: Iterator[Episode], total: int) -> Iterator[Episode]:
+    from tqdm import tqdm
+
+    yield from tqdm(episodes, total=total, unit="episode", desc="closed loop", mininterval=5.0, smoothing=0.1)
+
+
+class _Worker:
+    """What a worker process keeps between jobs."""
+
+    def __init__(self, chosen: dict[str, Codec], fingerprints: dict[str, str], chunk: int) -> None:
+        self._codecs, self._fingerprints, self._chunk = chosen, fingerprints, chunk
+        self._simulation: Simulation | None = None
+
+    def run(self, job: Job) -> Episode:
+        simulation = self._simulation
+        if simulation is None or (simulation.task, simulation.seed) != (job.task, job.seed):
+            if simulation is not None:
+                simulation.close()
+            simulation = self._simulation = Simulation(job.task, job.seed)
+        expert, rng = TASKS[job.task](), np.random.default_rng(job.seed)
+        result = run_episode(simulation, expert, self._codecs[job.cell], rng, self._chunk)
+        return Episode(job.task, job.cell, self._fingerprints[job.cell], job.index, job.seed, result)
+
+
+_worker: _Worker | None = None
+
+
+def _start_worker(chosen: dict[str, Codec], fingerprints: dict[str, str], chunk: int) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    _worker = _Worker(chosen, fingerprints, chunk)
+
+
+def _run_job(job: Job) -> Episode:
+    if _worker is None:
+        raise RuntimeError("the worker was not started with its codecs")
+    return _worker.run(job)

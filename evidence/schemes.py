@@ -1,0 +1,245 @@
+"""The five ways of using an RFSQ checkpoint that are compared, layer by layer, on the float64 reference.
+
+`naive`: no normalisation. `dynamic`: Robust RFSQ whose side information travels beside the tokens. `published`: the
+same tokens alone, decoded as `decode_from_indices` does. `recovered`: the same tokens alone through the recovered
+decoder. `calibrated`: tokens of the calibrated conditioning, alone.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from calibration.recovered import COARSE_LAYERS
+from evidence.errors import EvidenceError
+from evidence.metrics import ActionErrors, Array, OscPose, action_errors, entropy_bits, level_counts
+from rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq_ref.checkpoints import Checkpoint
+from rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantize
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """actions [N, A] float64 on their way through the encoder and every layer; see LayerStep."""
+
+    actions: Tensor
+    latents: Tensor
+    steps: tuple[LayerStep, ...]
+
+    @property
+    def tokens(self) -> Tensor:
+        """int64 [N, D, L]."""
+        return torch.stack([step.tokens for step in self.steps], dim=-1)
+
+    @property
+    def stats(self) -> Tensor | None:
+        """float64 [N, L, 2], `dynamic` only."""
+        stats = [step.stats for step in self.steps if step.stats is not None]
+        return torch.stack(stats, dim=-2) if stats else None
+
+
+@dataclass(frozen=True)
+class LayerUse:
+    """residual_std: of what the layer, or the first of several, is given, over all steps and latents.
+
+    level_share: [K], how often each level is used; entropy_bits: of one step's tokens of these layers, each latent
+    and layer by its own frequencies, coded on its own.
+    """
+
+    residual_std: float
+    level_share: tuple[float, ...]
+    entropy_bits: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """Some layers of a scheme. label: "L0", "L0–L2", …; latent_mse: against the latents that were encoded."""
+
+    label: str
+    use: LayerUse
+    latent_mse: float
+    errors: ActionErrors
+
+
+@dataclass(frozen=True)
+class SchemeResult:
+    """prefixes: decoded from the layers 0 … l for every l, with the use of layer l alone; groups: coarse, fine and all
+    layers, fine ones decoded with the coarse ones at their mean; bits_per_layer: of one step; absolute_errors: [N, A]
+    of decoding all layers, in normalised units."""
+
+    scheme: str
+    bits_per_layer: float
+    prefixes: tuple[Row, ...]
+    groups: tuple[Row, ...]
+    absolute_errors: npt.NDArray[np.float64]
+
+
+class Scheme(ABC):
+    """How tokens become latents; decoding from there is the same for all."""
+
+    name: ClassVar[str]
+    conditioning: ClassVar[Conditioning]
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """The checkpoint must carry what the scheme needs: constants, or recovered decoders of every prefix."""
+        self.model: ActionAutoencoder = checkpoint.model(self.conditioning, dtype=torch.float64)
+
+    def encode(self, actions: npt.NDArray[np.float32]) -> Encoded:
+        """actions float32 [N, A]."""
+        with torch.no_grad():
+            exact = torch.tensor(actions, dtype=torch.float64)
+            latents = self.model.encode_latents(exact)
+            return Encoded(exact, latents, tuple(self.model.quantizer.layers(latents)))
+
+    @property
+    def bits_per_layer(self) -> float:
+        """Of one step: what must travel for the decoder to work."""
+        sizes = self.model.config
+        return sizes.latent_dim * math.log2(sizes.num_levels)
+
+    @abstractmethod
+    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
+        """Latents [N, D] from the first layers alone."""
+
+    def rest(self, encoded: Encoded, layers: int, typical: Encoded) -> Tensor:
+        """Latents [N, D] from all but the first layers, which are taken at their mean over `typical` episodes."""
+        parts = [self.part(step) for step in encoded.steps]
+        usual = [self.part(step).mean(dim=0) for step in typical.steps]
+        return torch.stack(parts[layers:]).sum(dim=0) + torch.stack(usual[:layers]).sum(dim=0)
+
+    def part(self, step: LayerStep) -> Tensor:
+        """What one layer adds to the latents [N, D]."""
+        return step.dequantised
+
+
+class Naive(Scheme):
+    name = "naive"
+    conditioning = Conditioning.NONE
+
+    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
+        return self.model.dequantize(encoded.tokens[..., :layers])
+
+
+class Dynamic(Scheme):
+    name = "dynamic"
+    conditioning = Conditioning.DYNAMIC
+
+    @property
+    def bits_per_layer(self) -> float:
+        # Mean and sigma as float32.
+        return super().bits_per_layer + 64.0
+
+    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
+        stats = encoded.stats
+        assert stats is not None
+        return self.model.dequantize(encoded.tokens[..., :layers], stats[..., :layers, :])
+
+
+class Published(Scheme):
+    name = "published"
+    conditioning = Conditioning.DYNAMIC
+
+    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
+        return published_dequantize(self.model.quantizer, encoded.tokens[..., :layers])
+
+    def part(self, step: LayerStep) -> Tensor:
+        return step.grid_values
+
+
+class Recovered(Scheme):
+    name = "recovered"
+    conditioning = Conditioning.DYNAMIC
+
+    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
+        return self.model.dequantize(encoded.tokens[..., :layers])
+
+    def rest(self, encoded: Encoded, layers: int, typical: Encoded) -> Tensor:
+        tokens = encoded.tokens.double()
+        tokens[..., :layers] = typical.tokens[..., :layers].double().mean(dim=0)
+        return self.model.recovered[tokens.shape[-1]].latents(tokens)
+
+
+class Calibrated(Scheme):
+    name = "calibrated"
+    conditioning = Conditioning.CALIBRATED
+
+    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
+        return self.model.dequantize(encoded.tokens[..., :layers])
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What every scheme is judged on. judged, typical: actions float32 [N, A], held out and calibration episodes."""
+
+    judged: npt.NDArray[np.float32]
+    typical: npt.NDArray[np.float32]
+    units: Array
+    physical: OscPose | None
+
+    def errors(self, decoded: Tensor) -> ActionErrors:
+        """decoded: [N, A], for the judged actions."""
+        return action_errors(self.judged, decoded.numpy(), self.units, self.physical)
+
+    def unquantised(self, model: ActionAutoencoder) -> ActionErrors:
+        """A float64 autoencoder alone, without its quantiser."""
+        with torch.no_grad():
+            return self.errors(model.decode_latents(model.encode_latents(torch.from_numpy(self.judged).double())))
+
+    def result(self, scheme: Scheme) -> SchemeResult:
+        """All rows of a scheme. Raises EvidenceError for actions that the model cannot take."""
+        with torch.no_grad():
+            encoded, typical = scheme.encode(self.judged), scheme.encode(self.typical)
+            if not torch.isfinite(encoded.latents).all():
+                raise EvidenceError(
+                    f"{scheme.name}: latents are not finite; expected actions of the size the checkpoint was trained "
+                    "on: rescale the data or train with --normaliser min-max"
+                )
+            count = len(encoded.steps)
+            coarse = min(COARSE_LAYERS, count)
+            uses = [self._use(scheme, encoded, range(layer, layer + 1)) for layer in range(count)]
+            prefixes = [
+                self._row(scheme, label(0, layer + 1), uses[layer], encoded, scheme.prefix(encoded, layer + 1))
+                for layer in range(count)
+            ]
+            groups = [(range(coarse), scheme.prefix(encoded, coarse)), (range(count), scheme.prefix(encoded, count))]
+            if coarse < count:
+                groups.insert(1, (range(coarse, count), scheme.rest(encoded, coarse, typical)))
+            whole = scheme.model.decode_latents(scheme.prefix(encoded, count))
+            difference = (whole.numpy() - self.judged.astype(np.float64)) / self.units
+            return SchemeResult(
+                scheme.name,
+                scheme.bits_per_layer,
+                tuple(prefixes),
+                tuple(
+                    self._row(
+                        scheme, label(layers.start, layers.stop), self._use(scheme, encoded, layers), encoded, latents
+                    )
+                    for layers, latents in groups
+                ),
+                np.abs(difference),
+            )
+
+    def _row(self, scheme: Scheme, name: str, use: LayerUse, encoded: Encoded, latents: Tensor) -> Row:
+        error = float((latents - encoded.latents).square().mean())
+        return Row(name, use, error, self.errors(scheme.model.decode_latents(latents)))
+
+    def _use(self, scheme: Scheme, encoded: Encoded, layers: Sequence[int]) -> LayerUse:
+        levels = scheme.model.config.num_levels
+        counts = np.stack([level_counts(encoded.steps[layer].tokens.numpy(), levels) for layer in layers])
+        share = counts.sum(axis=(0, 1)) / counts.sum()
+        return LayerUse(
+            residual_std=float(encoded.steps[layers[0]].residual.std(correction=0)),
+            level_share=tuple(map(float, share)),
+            entropy_bits=float(entropy_bits(counts).sum()),
+        )
+
+
+def label(start: int, stop: int) -> str:
+    """ "L0", or "L0–L2" for the layers start … stop - 1."""
+    return f"L{start}" if stop == start + 1 else f"L{start}–L{stop - 1}"

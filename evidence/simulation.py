@@ -1,0 +1,257 @@
+"""A simulated Panda arm (robosuite) that can be rewound, and that runs faster than robosuite without another outcome.
+
+robosuite spends half of its time outside the physics: on observations nobody reads, on rewards, on asking for the same
+names and matrices several times. Here the first of the 25 physics steps of a control step is robosuite's own, which
+sets the controller's goal; the other 24 compute the same torques with the same functions, without the detours.
+tests/evidence/test_simulation.py holds both against each other, bit for bit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS, Expert, NutAssemblyTightExpert
+from rfsq_ref.generate_demonstrations import SimulatorError, check_simulator, make_environment
+
+Array = NDArray[np.float64]
+
+#: Every task that can be rolled out, with the expert that solves it.
+TASKS: dict[str, type[Expert]] = {**EXPERTS, **HELD_OUT_EXPERTS}
+#: What experts and measures read; everything else that robosuite observes is switched off.
+OBSERVED = (
+    "robot0_eef_pos",
+    "robot0_eef_quat_site",
+    *(
+        f"{body}_{part}"
+        for body in ("cube", "cubeA", "cubeB", "SquareNut", "RoundNut", "Can")
+        for part in ("pos", "quat")
+    ),
+    "door_pos",
+    "handle_pos",
+    "handle_qpos",
+    "hinge_qpos",
+)
+#: Half the width of the square hole in robosuite's square nut, in m.
+_HALF_HOLE = 0.02275
+
+
+def simulator_versions() -> dict[str, str]:
+    """Versions of everything that decides a trajectory. Raises SimulatorError where the simulator is missing."""
+    versions = check_simulator()
+    try:
+        return {**versions, **{name: version(name) for name in ("torch", "numba", "scipy")}}
+    except PackageNotFoundError as error:
+        raise SimulatorError(
+            f"{error.name} is not installed beside the simulator; run: pip install {error.name}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that decides what happens next: MuJoCo's integration state and what robosuite's objects remember."""
+
+    physics: Array
+    step: int
+    time: float
+    gripper: Array
+    controllers: tuple[dict[str, Any], ...]
+    observables: tuple[tuple[float, float, Any, bool], ...]
+
+
+class Simulation:
+    """One episode of one task, that can be driven again and again from its beginning, or from any saved state.
+
+    Results are the same on the same kind of processor; another one rounds differently.
+    """
+
+    def __init__(self, task: str, seed: int) -> None:
+        """Raises SimulatorError where the simulator is missing, or its controller is not the one known here."""
+        check_simulator()
+        import mujoco
+
+        if task == NutAssemblyTightExpert.task:
+            _register_tight_task()
+        self.task, self.seed = task, seed
+        self._mujoco = mujoco
+        self._parts = mujoco.mjtState.mjSTATE_INTEGRATION
+        self._environment = environment = make_environment(task, seed)
+        environment.reset()
+        robot = environment.robots[0]
+        self._model, self._data = environment.sim.model._model, environment.sim.data._data
+        self._arm = robot.composite_controller.part_controllers["right"]
+        self._controllers = (self._arm, robot.composite_controller.part_controllers["right_gripper"])
+        self._gripper = robot.gripper["right"]
+        _check_controller(self._arm)
+        self._site = self._model.site(self._arm.ref_name).id
+        self._joints: Any = self._arm.qvel_index
+        self._actuators = np.asarray(robot._ref_actuators_indexes_dict["right"])
+        self._limits = environment.sim.model.actuator_ctrlrange[self._actuators].T
+        for name, observable in environment._observables.items():
+            if name not in OBSERVED and observable.is_enabled():
+                observable.set_enabled(False)
+        self._seen = [seen for seen in environment._observables.values() if seen.is_enabled()]
+        self._beginning = self.save()
+
+    def reset(self) -> dict[str, Any]:
+        """Back to the beginning of the episode; the first observation."""
+        self.restore(self._beginning)
+        return self._observe()
+
+    def step(self, action: NDArray[np.float32]) -> dict[str, Any]:
+        """Execute one action [7], clipped to [-1, 1] by the controller, for 50 ms; what is seen then."""
+        environment = self._environment
+        environment.timestep += 1
+        self._mujoco.mj_step1(self._model, self._data)
+        environment._pre_action(action, True)
+        self._mujoco.mj_step2(self._model, self._data)
+        environment._update_observables()
+        self._hold_goal(int(environment.control_timestep / environment.model_timestep) - 1)
+        environment.cur_time += environment.control_timestep
+        return self._observe()
+
+    def succeeded(self) -> bool:
+        """robosuite's own word on whether the task is solved now."""
+        return bool(self._environment._check_success())
+
+    def save(self) -> Snapshot:
+        """A copy of the present state."""
+        physics = np.empty(self._mujoco.mj_stateSize(self._model, self._parts))
+        self._mujoco.mj_getState(self._model, self._data, physics, self._parts)
+        environment = self._environment
+        return Snapshot(
+            physics,
+            environment.timestep,
+            environment.cur_time,
+            np.array(self._gripper.current_action),
+            tuple(_copies(vars(controller)) for controller in self._controllers),
+            tuple(
+                (
+                    seen._time_since_last_sample,
+                    seen._current_delay,
+                    np.copy(seen._current_observed_value),
+                    seen._sampled,
+                )
+                for seen in self._seen
+            ),
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Rewind to the state in which `snapshot` was taken; go on with `step`.
+
+        What MuJoCo derives from its state (body positions, contacts) is computed anew by the next step.
+        """
+        self._mujoco.mj_setState(self._model, self._data, snapshot.physics, self._parts)
+        environment = self._environment
+        environment.timestep, environment.cur_time = snapshot.step, snapshot.time
+        self._gripper.current_action = np.copy(snapshot.gripper)
+        for controller, remembered in zip(self._controllers, snapshot.controllers, strict=True):
+            vars(controller).update(_copies(remembered))
+        for seen, (time, delay, value, sampled) in zip(self._seen, snapshot.observables, strict=True):
+            seen._time_since_last_sample, seen._current_delay = time, delay
+            seen._current_observed_value, seen._sampled = np.copy(value), sampled
+
+    def close(self) -> None:
+        self._environment.close()
+
+    def _observe(self) -> dict[str, Any]:
+        return {seen.name: seen.obs for seen in self._seen}
+
+    def _hold_goal(self, steps: int) -> None:
+        """`steps` physics steps towards the goal that is set.
+
+        The torques of robosuite's OperationalSpaceController.run_controller, operation for operation. The gripper's
+        command stays as the first physics step set it, and the base of the arm does not move.
+        """
+        from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error
+
+        mujoco, model, data, arm = self._mujoco, self._model, self._data, self._arm
+        joints, lower, upper = self._joints, self._limits[0], self._limits[1]
+        goal_position = arm.origin_pos + np.dot(arm.origin_ori, arm.goal_pos)
+        goal_rotation = np.dot(arm.origin_ori, arm.goal_ori)
+        stiffness, damping = arm.kp, arm.kd
+        jacobian_position, jacobian_rotation = np.zeros((3, model.nv)), np.zeros((3, model.nv))
+        full_mass = np.zeros((model.nv, model.nv))
+        site_position, site_rotation = data.site_xpos[self._site], data.site_xmat[self._site].reshape(3, 3)
+        cache = self._environment._obs_cache
+        timestep = self._environment.model_timestep
+        for _ in range(steps):
+            mujoco.mj_step1(model, data)
+            mujoco.mj_jacSite(model, data, jacobian_position, jacobian_rotation, self._site)
+            mujoco.mj_fullM(model, full_mass, data.qM)
+            velocity = data.qvel
+            # Indexed one after the other as robosuite does it: the memory order that results decides the rounding.
+            mass = full_mass[joints, :][:, joints]
+            j_position, j_rotation = arm.J_pos, arm.J_ori
+            j_position[:, :] = jacobian_position[:, joints]
+            j_rotation[:, :] = jacobian_rotation[:, joints]
+            arm.J_full[:3], arm.J_full[3:] = j_position, j_rotation
+            rotation = np.array(site_rotation)
+            force = (goal_position - site_position) * stiffness[0:3]
+            force += -np.dot(jacobian_position, velocity) * damping[0:3]
+            torque = orientation_error(goal_rotation, rotation) * stiffness[3:6]
+            torque += -np.dot(jacobian_rotation, velocity) * damping[3:6]
+            _, lambda_position, lambda_rotation, nullspace = opspace_matrices(mass, arm.J_full, j_position, j_rotation)
+            wrench = np.concatenate([np.dot(lambda_position, force), np.dot(lambda_rotation, torque)])
+            torques = np.dot(arm.J_full.T, wrench) + data.qfrc_bias[joints]
+            torques += nullspace_torques(
+                mass, nullspace, arm.initial_joint, data.qpos[arm.qpos_index], velocity[joints]
+            )
+            data.ctrl[self._actuators] = np.minimum(np.maximum(torques, lower), upper)
+            mujoco.mj_step2(model, data)
+            for seen in self._seen:
+                seen.update(timestep=timestep, obs_cache=cache)
+
+
+def _copies(remembered: Mapping[str, Any]) -> dict[str, Any]:
+    """What a controller remembers: its arrays, its flags, and which of them are not set yet."""
+    return {
+        name: np.copy(value) if isinstance(value, np.ndarray) else value
+        for name, value in remembered.items()
+        if isinstance(value, np.ndarray | bool | None)
+    }
+
+
+def _check_controller(arm: Any) -> None:
+    expected = {
+        "impedance_mode": "fixed",
+        "input_type": "delta",
+        "input_ref_frame": "base",
+        "uncoupling": True,
+        "use_ori": True,
+        "interpolator_pos": None,
+        "interpolator_ori": None,
+        "lite_physics": True,
+    }
+    found = {name: getattr(arm, name, "missing") for name in expected}
+    if found != expected:
+        raise SimulatorError(
+            f"the arm's controller is {found}; expected {expected}; install the versions of pip install '.[sim]'"
+        )
+
+
+def _register_tight_task() -> None:
+    """Make robosuite know NutAssemblyTight: NutAssemblySquare with a thicker peg."""
+    from robosuite.environments.base import REGISTERED_ENVS
+    from robosuite.environments.manipulation.nut_assembly import NutAssemblySquare
+
+    if NutAssemblyTightExpert.task in REGISTERED_ENVS:
+        return
+
+    def edit_model_xml(self: Any, xml: str) -> str:
+        tree = ElementTree.fromstring(NutAssemblySquare.edit_model_xml(self, xml))
+        geoms = tree.findall(".//body[@name='peg1']/geom")
+        if not geoms:
+            raise SimulatorError("the arena has no peg named peg1; install the versions of pip install '.[sim]'")
+        half_width = _HALF_HOLE - NutAssemblyTightExpert.play
+        for geom in geoms:
+            height = geom.attrib["size"].split()[2]
+            geom.set("size", f"{half_width} {half_width} {height}")
+        return ElementTree.tostring(tree, encoding="unicode")
+
+    # robosuite registers every class that is derived from one of its environments.
+    type(NutAssemblySquare)(NutAssemblyTightExpert.task, (NutAssemblySquare,), {"edit_model_xml": edit_model_xml})

@@ -1,0 +1,187 @@
+"""A comparison as tables: for the terminal, for Markdown, for the page."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evidence.results import CodecReport, Comparison, Metrics, ReportRow, SchemeReport, Spread
+
+#: What a reader sees of each scheme.
+SCHEME_TITLES = {
+    "naive": "naive",
+    "dynamic": "robust `dynamic`, side information beside the tokens",
+    "published": "the same tokens alone, published `decode_from_indices`",
+    "recovered": "the same tokens alone, `recovered` decoder",
+    "calibrated": "robust `calibrated`, tokens alone",
+}
+_PHYSICAL = (
+    ("position mm", "position_mm"),
+    ("p99 mm", "position_mm_p99"),
+    ("rotation °", "rotation_deg"),
+    ("p99 °", "rotation_deg_p99"),
+    ("gripper sign", "gripper_sign_errors"),
+)
+_NONE = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are text already; the first column is left-aligned, the others right."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of_markdown(cls, title: str, text: str) -> "Table":
+        """The inverse of `markdown`. Raises ValueError for text that is no pipe table."""
+        lines = text.splitlines()
+        if len(lines) < 2 or not all(line.startswith("| ") for index, line in enumerate(lines) if index != 1):
+            raise ValueError(f"{text!r:.60} is no pipe table")
+        header, _, *rows = (tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines)
+        return cls(title, header, tuple(rows))
+
+    def text(self) -> str:
+        """For a terminal."""
+        lines = [tuple(cell.replace("`", "") for cell in line) for line in (self.header, *self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
+        formatted = [
+            "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
+            for cells in (list(zip(line, widths, strict=True)) for line in lines)
+        ]
+        return "\n".join([self.title, "-" * len(formatted[0]), *formatted])
+
+    def markdown(self) -> str:
+        """A pipe table without the title."""
+        alignment = "|" + "|".join(["---", *["--:"] * (len(self.header) - 1)]) + "|"
+        lines = ["| " + " | ".join(line) + " |" for line in (self.header, *self.rows)]
+        return "\n".join([lines[0], alignment, *lines[1:]])
+
+    def html(self) -> str:
+        """A <table> with its title as caption."""
+        head = "".join(f"<th>{inline_html(cell)}</th>" for cell in self.header)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{inline_html(cell)}</td>" for cell in row) + "</tr>\n" for row in self.rows
+        )
+        return (
+            f"<div class=wide><table><caption>{inline_html(self.title)}</caption>\n<thead><tr>{head}</tr></thead>\n"
+            f"<tbody>\n{body}</tbody></table></div>"
+        )
+
+
+def summary_table(comparison: Comparison) -> Table:
+    """Every scheme with all, coarse and fine layers; the autoencoders without a quantiser below."""
+    physical = [(title, name) for title, name in _PHYSICAL if comparison.data.physical]
+    rows = []
+    for report in comparison.schemes:
+        for row in sorted(report.groups, key=lambda row: row is not report.groups[-1]):
+            bits = _group_layers(report, row) * report.bits_per_layer
+            rows.append((SCHEME_TITLES[report.scheme], row.label, f"{bits:.0f}", *_errors(row.metrics, physical)))
+    for kind, metrics in comparison.unquantised.items():
+        rows.append((f"{kind}, no quantiser", _NONE, _NONE, *_errors(metrics, physical)))
+    header = ("decoding", "layers", "bits/step", "action MSE", "max error", *(title for title, _ in physical))
+    return Table(f"Held-out episodes, {_spread_words(comparison)}", header, tuple(rows))
+
+
+def layer_table(report: SchemeReport, comparison: Comparison) -> Table:
+    """One scheme layer by layer: what the layer is given and holds, and the error of decoding up to it."""
+    physical = [(title, name) for title, name in _PHYSICAL if comparison.data.physical]
+    header = (
+        "layer", "residual std", "levels used, lowest … highest", "entropy bits", "decoded", "latent MSE", "action MSE",
+        "max error", *(title for title, _ in physical),
+    )  # fmt: skip
+    rows = []
+    for layer, row in enumerate(report.prefixes):
+        rows.append(
+            (f"L{layer}", *_use(row), row.label, number(row.metrics["latent_mse"]), *_errors(row.metrics, physical))
+        )
+    for row in report.groups:
+        rows.append(
+            (
+                row.label,
+                *_use(row),
+                f"{row.label} alone",
+                number(row.metrics["latent_mse"]),
+                *_errors(row.metrics, physical),
+            )
+        )
+    return Table(f"{SCHEME_TITLES[report.scheme]}, layer by layer", header, tuple(rows))
+
+
+def peer_table(comparison: Comparison) -> Table:
+    """Peers and ours by bits per step."""
+    physical = [(title, name) for title, name in _PHYSICAL[:2] if comparison.data.physical]
+    lines: list[tuple[float, tuple[str, ...]]] = []
+    for peer in comparison.peers:
+        name = f"{peer.family}: {peer.name}" + (" (partial)" if peer.partial else "")
+        lines.append((peer.metrics["bits_per_step"].mean, (name, bits_text(peer), *_errors(peer.metrics, physical))))
+    for report in comparison.schemes:
+        if report.scheme != "published":
+            for layers, row in enumerate(report.prefixes, start=1):
+                bits = layers * report.bits_per_layer
+                lines.append(
+                    (bits, (f"**{report.scheme} {row.label}**", f"{bits:.1f}", *_errors(row.metrics, physical)))
+                )
+    header = ("tokenizer", "bits/step", "action MSE", "max error", *(title for title, _ in physical))
+    ordered = tuple(line for _, line in sorted(lines, key=lambda line: line[0]))
+    return Table(f"By bits per step, {_spread_words(comparison)}", header, ordered)
+
+
+def findings_table(comparison: Comparison) -> Table:
+    """Each claim, what was measured, and whether it holds."""
+    rows = tuple((found.claim, found.measured, "holds" if found.holds else "FAILS") for found in comparison.findings)
+    return Table("What the numbers say", ("claim", "measured", ""), rows)
+
+
+def number(spread: Spread) -> str:
+    """Mean and standard deviation over the seeds, the mean alone where there is one seed or all agree."""
+    mean, deviation = spread.mean, spread.deviation
+    if not deviation:
+        return _plain(mean, 3) if mean == 0 or 1e-3 <= abs(mean) < 1e4 else f"{mean:.2e}"
+    if 1e-2 <= abs(mean) < 1e4:
+        return f"{_plain(mean, 3)} ± {_plain(deviation, 1)}"
+    exponent = int(f"{mean:.2e}".split("e")[1])
+    return f"({mean / 10.0**exponent:.2f} ± {deviation / 10.0**exponent:.2f})e{exponent}"
+
+
+def _plain(value: float, digits: int) -> str:
+    """So many significant digits, without an exponent."""
+    return np.format_float_positional(value, precision=digits, unique=False, fractional=False, trim="-")
+
+
+def bits_text(peer: CodecReport) -> str:
+    """Bits per step; the spread only where it depends on the seed."""
+    bits = peer.metrics["bits_per_step"]
+    return f"{bits.mean:.1f}" if bits.deviation < 0.05 else f"{bits.mean:.1f} ± {bits.deviation:.1f}"
+
+
+def _errors(metrics: Metrics, physical: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    return tuple(number(metrics[name]) for name in ("action_mse", "max_error", *(name for _, name in physical)))
+
+
+def _use(row: ReportRow) -> tuple[str, str, str]:
+    shares = " ".join(f"{100 * share.mean:.0f}" for share in row.level_share)
+    return number(row.metrics["residual_std"]), f"{shares} %", number(row.metrics["entropy_bits"])
+
+
+def _group_layers(report: SchemeReport, row: ReportRow) -> int:
+    """How many layers a group has, from the prefix labels."""
+    labels = [prefix.label for prefix in report.prefixes]
+    return (
+        labels.index(row.label) + 1 if row.label in labels else len(labels) - labels.index(report.groups[0].label) - 1
+    )
+
+
+def _spread_words(comparison: Comparison) -> str:
+    counts = {len(report.checkpoints) for report in comparison.schemes}
+    return "one checkpoint each, no spread" if counts == {1} else "mean ± standard deviation over the training seeds"
+
+
+def inline_html(cell: str) -> str:
+    """Escaped, with `code` and **bold** as Markdown has them."""
+    parts = html.escape(cell).split("`")
+    coded = "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
+    pieces = coded.split("**")
+    return "".join(f"<b>{piece}</b>" if index % 2 else piece for index, piece in enumerate(pieces))

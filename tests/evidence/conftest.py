@@ -1,0 +1,49 @@
+"""A small robot that is nothing like the embedded one, and a comparison on it, made once."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibration.recovered import RecoveredConfig
+from evidence.comparison import ComparisonConfig, compare
+from evidence.results import Comparison
+from rfsq_ref.data import ActionDataset
+from rfsq_ref.normaliser import NormaliserKind
+
+
+def robot_dataset(action_dim: int = 4, episodes: int = 32, seed: int = 0) -> ActionDataset:
+    """Smooth motions in odd units: metres, radians, a 0 … 255 count, and a last dimension that never moves."""
+    rng = np.random.default_rng(seed)
+    scale = np.resize([0.05, 3.0, 255.0], action_dim)
+    found = []
+    for index in range(episodes):
+        # The first episode is shorter than a chunk.
+        steps = 5 if index == 0 else int(rng.integers(30, 60))
+        phase, speed = rng.uniform(0, 6, action_dim), rng.uniform(0.05, 0.2, action_dim)
+        actions = scale * np.sin(phase + speed * np.arange(steps)[:, None]) + 0.01 * scale * rng.normal(
+            size=(steps, action_dim)
+        )
+        actions[:, -1] = 0.5
+        found.append(actions.astype(np.float32))
+    names = tuple(f"episode {index}" for index in range(episodes))
+    return ActionDataset(tuple(found), names, ("",) * episodes, "robot.npz")
+
+
+@pytest.fixture(scope="session")
+def robot() -> ActionDataset:
+    return robot_dataset()
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory: pytest.TempPathFactory) -> ComparisonConfig:
+    cache: Path = tmp_path_factory.mktemp("models")
+    return ComparisonConfig(
+        seeds=(0, 1), epochs=3, normaliser=NormaliserKind.MIN_MAX, with_peers=False, workers=1,
+        recovered=RecoveredConfig(refine_steps=0), cache=cache,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def comparison(robot: ActionDataset, small_config: ComparisonConfig) -> Comparison:
+    return compare(robot, small_config)

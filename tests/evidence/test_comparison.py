@@ -1,0 +1,182 @@
+"""Everything from a dataset to a comparison, on a robot that the project has never seen."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evidence.codecs import Codec, RawCodec, RfsqCodec
+from evidence.comparison import ComparisonConfig, compare, judge_codec, padded_chunks
+from evidence.errors import EvidenceError
+from evidence.metrics import OscPose, units_of
+from evidence.results import Comparison
+from evidence.training import trained_checkpoint
+from rfsq_ref.checkpoints import Checkpoint
+from rfsq_ref.data import ActionDataset, EpisodeSplit, split_episodes
+from rfsq_ref.errors import CheckpointError, DataError
+from rfsq_ref.quantizer import Conditioning
+from tests.evidence.conftest import robot_dataset
+
+
+def test_every_scheme_is_there_with_a_value_for_each_seed(comparison: Comparison) -> None:
+    assert [report.scheme for report in comparison.schemes] == [
+        "naive", "dynamic", "published", "recovered", "calibrated"
+    ]  # fmt: skip
+    for report in comparison.schemes:
+        assert len(report.checkpoints) == 2
+        for row in report.prefixes + report.groups:
+            assert all(len(spread.values) == 2 for spread in row.metrics.values())
+            assert len(row.level_share) == 7
+
+
+def test_units_that_are_not_osc_pose_get_no_millimetres(comparison: Comparison) -> None:
+    assert comparison.data.physical is None
+    assert "position_mm" not in comparison.schemes[0].groups[0].metrics
+
+
+def test_it_says_what_it_was_made_from(comparison: Comparison, robot: ActionDataset) -> None:
+    assert comparison.data.sha256 == robot.sha256
+    assert sum(comparison.data.episodes.values()) == len(robot.episodes)
+    assert set(comparison.checkpoints) == {"naive seed 0", "naive seed 1", "robust seed 0", "robust seed 1"}
+    assert {len(sha256) for sha256 in comparison.checkpoints.values()} == {64}
+    assert comparison.versions["torch"] == torch.__version__
+
+
+def test_rows_of_a_seed_are_those_of_its_checkpoint(
+    comparison: Comparison, robot: ActionDataset, small_config: ComparisonConfig
+) -> None:
+    """The naive row again, by hand, from the checkpoint in the cache."""
+    training = small_config.training(use_layernorm=False, seed=1)
+    checkpoint, history = trained_checkpoint(robot, training, small_config.cache)
+    judged = split_episodes(robot).test.steps()
+    model = checkpoint.model()
+    with torch.no_grad():
+        decoded = model(torch.from_numpy(judged)).actions.numpy()
+    expected = np.mean(((decoded - judged) / units_of(robot.steps())) ** 2)
+
+    assert comparison.scheme("naive").groups[-1].metrics["action_mse"].values[1] == pytest.approx(expected, rel=1e-4)
+    assert comparison.curves["naive seed 1"].validation == tuple(epoch.validation_mse for epoch in history.epochs)
+
+
+def test_shares_of_the_errors_add_up(comparison: Comparison) -> None:
+    for report in comparison.schemes:
+        assert sum(report.error_share) == pytest.approx(1.0)
+
+
+def test_given_checkpoints_are_used_instead_of_trained_ones(
+    robot: ActionDataset, small_config: ComparisonConfig
+) -> None:
+    """Of another training than this comparison's seeds, so trained anew they would have another hash."""
+    other = replace(small_config, epochs=2)
+    given = [
+        trained_checkpoint(robot, other.training(use_layernorm=robust, seed=7), small_config.cache)[0]
+        for robust in (False, True)
+    ]
+
+    found = compare(robot, small_config, naive=given[:1], robust=given[1:])
+
+    assert set(found.checkpoints.values()) == {checkpoint.provenance["checkpoint_sha256"] for checkpoint in given}
+    assert found.scheme("naive").groups[-1].metrics["action_mse"].deviation == 0.0
+    assert not found.curves
+
+
+def test_more_processes_change_nothing(
+    comparison: Comparison, robot: ActionDataset, small_config: ComparisonConfig
+) -> None:
+    assert compare(robot, replace(small_config, workers=2)) == comparison
+
+
+def test_too_few_steps_for_a_recovered_decoder_leave_the_rest(small_config: ComparisonConfig) -> None:
+    found = compare(robot_dataset(episodes=8), replace(small_config, seeds=(0,)))
+
+    assert [report.scheme for report in found.schemes] == ["naive", "dynamic", "published", "calibrated"]
+    assert "no recovered decoder" in found.remarks[0]
+    assert "give more calibration data" in found.remarks[0]
+
+
+def test_swapped_checkpoints_are_refused(robust: Checkpoint, demonstrations: ActionDataset) -> None:
+    with pytest.raises(CheckpointError, match=r"given as naive was trained.*'dynamic'.*swap --naive and --robust"):
+        compare(demonstrations, ComparisonConfig(), naive=[robust])
+
+
+def test_checkpoints_of_another_robot_are_refused(
+    robust: Checkpoint, naive: Checkpoint, small_config: ComparisonConfig, robot: ActionDataset
+) -> None:
+    with pytest.raises(DataError, match="4 action dimensions, the checkpoint 7"):
+        compare(robot, small_config, naive=[naive], robust=[robust])
+
+
+def test_osc_pose_units_need_seven_dimensions(small_config: ComparisonConfig, robot: ActionDataset) -> None:
+    with pytest.raises(EvidenceError, match="4 action dimensions are no OSC_POSE actions"):
+        compare(robot, replace(small_config, physical=OscPose()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seeds": ()}, "seeds"),
+        ({"seeds": (1, 1)}, "different"),
+        ({"epochs": 0}, "epochs"),
+        ({"workers": 0}, "workers"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(EvidenceError, match=message):
+        replace(ComparisonConfig(), **change)
+
+
+def test_too_few_episodes_are_refused_with_what_is_needed(small_config: ComparisonConfig) -> None:
+    with pytest.raises(DataError, match="2 episodes; 4 are needed"):
+        compare(robot_dataset(episodes=2), small_config)
+
+
+# Codecs --------------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_filled_chunks_hold_every_step_and_repeat_the_last(steps: int, length: int) -> None:
+    episode = np.arange(2.0 * steps, dtype=np.float32).reshape(steps, 2)
+
+    chunks = padded_chunks(episode, length)
+
+    assert chunks.shape[1] == length
+    flat = chunks.reshape(-1, 2)
+    assert np.array_equal(flat[:steps], episode)
+    assert (flat[steps:] == episode[-1]).all()
+
+
+def test_no_tokens_make_no_error(split: EpisodeSplit) -> None:
+    found = judge_codec(RawCodec(), split.test, 8, np.ones(7), OscPose())
+
+    assert found.errors.max_error == 0.0
+    assert found.bits_per_step == 7 * 32
+
+
+def test_filling_is_not_judged() -> None:
+    """An episode shorter than a chunk counts with its own steps alone."""
+
+    class SpoilsTheEnd(RawCodec):
+        def reconstruct(self, chunks: np.ndarray) -> np.ndarray:
+            spoilt = chunks.copy()
+            spoilt[:, 5:] = 1e3
+            return spoilt
+
+    short = ActionDataset((np.zeros((5, 3), np.float32),), ("short",), ("",), "short.npz")
+
+    assert judge_codec(SpoilsTheEnd(), short, 8, np.ones(3), None).errors.max_error == 0.0
+
+
+def test_a_codec_is_the_model_that_is_deployed(robust: Checkpoint, split: EpisodeSplit) -> None:
+    model = robust.model(Conditioning.DYNAMIC)
+    codec = RfsqCodec("dynamic", model, 8, with_stats=True)
+    chunks = padded_chunks(split.test.episodes[0], 8)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(chunks)).actions.numpy()
+
+    assert isinstance(codec, Codec)
+    assert np.abs(codec.reconstruct(chunks) - expected).max() < 1e-5
+    assert codec.bits_per_step(chunks) == pytest.approx(8 * (16 * np.log2(7) + 64))
+    assert RfsqCodec("published", model, 3, published=True).bits_per_step(chunks) == pytest.approx(48 * np.log2(7))

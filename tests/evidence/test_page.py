@@ -1,0 +1,136 @@
+"""What a person sees: tables for terminal, Markdown and page, and one page that needs nothing else."""
+
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from evidence.page import page
+from evidence.plots import error_by_layer, figures, svg
+from evidence.results import Comparison, Spread
+from evidence.tables import Table, findings_table, layer_table, number, peer_table, summary_table
+from tests.evidence.test_findings import peer
+
+TABLE = Table("Title", ("name", "value"), (("`code` a", "1.5"), ("**bold** <b>", "22")))
+
+
+@pytest.fixture(scope="module")
+def with_peers(comparison: Comparison) -> Comparison:
+    return replace(comparison, peers=(peer("bins", 42.0, 1e-4), peer("bins", 84.0, 1e-6)), peer_verdict=("bins & us",))
+
+
+def test_text_lines_up() -> None:
+    assert TABLE.text().splitlines() == [
+        "Title",
+        "-------------------",
+        "name          value",
+        "code a          1.5",
+        "**bold** <b>     22",
+    ]
+
+
+def test_markdown_is_a_pipe_table() -> None:
+    assert TABLE.markdown().splitlines()[:3] == ["| name | value |", "|---|--:|", "| `code` a | 1.5 |"]
+
+
+def test_html_is_escaped() -> None:
+    assert "<code>code</code> a" in TABLE.html()
+    assert "<b>bold</b> &lt;b&gt;" in TABLE.html()
+
+
+@pytest.mark.parametrize(
+    ("spread", "text"),
+    [
+        (Spread.of([1.5e-5]), "1.50e-05"),
+        (Spread.of([0.25]), "0.25"),
+        (Spread.of([0.0]), "0"),
+        (Spread.of([1.5e-5, 1.7e-5]), "(1.60 ± 0.14)e-5"),
+        (Spread.of([0.25, 0.27]), "0.26 ± 0.01"),
+    ],
+)
+def test_numbers_show_their_spread(spread: Spread, text: str) -> None:
+    assert number(spread) == text
+
+
+def test_summary_has_three_rows_for_every_scheme_and_the_autoencoders(comparison: Comparison) -> None:
+    rows = summary_table(comparison).rows
+
+    assert len(rows) == 5 * 3 + 3
+    assert [row[1] for row in rows[:3]] == ["L0–L7", "L0–L2", "L3–L7"]
+    assert [row[2] for row in rows[:3]] == ["359", "135", "225"]
+
+
+def test_a_scheme_has_a_row_for_every_layer_and_group(comparison: Comparison) -> None:
+    table = layer_table(comparison.scheme("calibrated"), comparison)
+
+    assert [row[0] for row in table.rows] == [f"L{layer}" for layer in range(8)] + ["L0–L2", "L3–L7", "L0–L7"]
+
+
+def test_peers_and_ours_are_sorted_by_bits(with_peers: Comparison) -> None:
+    bits = [float(row[1]) for row in peer_table(with_peers).rows]
+
+    assert bits == sorted(bits)
+    assert {42.0, 84.0} < set(bits)
+
+
+@pytest.fixture(scope="module")
+def drawn(with_peers: Comparison) -> dict[str, str]:
+    return {name: svg(figure) for name, figure in figures(with_peers).items()}
+
+
+class _Reader(HTMLParser):
+    """Tags that were opened and never closed, and everything that would be loaded from elsewhere."""
+
+    VOID = frozenset({"meta", "br", "hr", "img", "link", "path", "use", "stop", "rect"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loaded: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.loaded += [
+            value or ""
+            for name, value in attributes
+            if name in ("src", "href", "xlink:href") and value and value[0] != "#"
+        ]
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_is_whole_and_loads_nothing(with_peers: Comparison, drawn: dict[str, str]) -> None:
+    content = page(with_peers, drawn, [("Further", "<p>section</p>")])
+    reader = _Reader()
+    reader.feed(content)
+
+    assert reader.open == []
+    assert reader.loaded == []
+    assert "url(http" not in content
+    assert "<script" not in content
+    assert content.count("<svg") == 7
+
+
+def test_the_page_shows_every_table_and_where_it_comes_from(with_peers: Comparison, drawn: dict[str, str]) -> None:
+    reader = _Reader()
+    reader.feed(page(with_peers, drawn))
+
+    for row in (*summary_table(with_peers).rows, *findings_table(with_peers).rows):
+        assert re.sub("[`*]", "", row[0]) in reader.text
+    assert "bins & us" in reader.text
+    assert with_peers.data.sha256 in reader.text
+    assert all(sha256 in reader.text for sha256 in with_peers.checkpoints.values())
+
+
+def test_equal_figures_are_equal_text(comparison: Comparison) -> None:
+    first, second = (svg(error_by_layer(comparison)) for _ in range(2))
+
+    assert first == second

@@ -1,0 +1,152 @@
+"""`python rfsq_ref/compare.py` as a person runs it, on the files of robots it has never seen."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from evidence.report import main
+from evidence.results import Comparison, read_json
+from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT
+from rfsq_ref.data import ActionDataset
+from tests.evidence.conftest import robot_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+#: Everything that takes long is left out.
+QUICK = ["--no-peers", "--no-calibration-study", "--seeds", "0", "--epochs", "2", "--workers", "1"]
+
+
+def write_npz(path: Path, dataset: ActionDataset) -> None:
+    ends = np.cumsum([len(episode) for episode in dataset.episodes])
+    np.savez(path, actions=dataset.steps(), episode_ends=ends)
+
+
+def write_hdf5(path: Path, dataset: ActionDataset) -> None:
+    with h5py.File(path, "w") as file:
+        for index, episode in enumerate(dataset.episodes):
+            file[f"data/demo_{index}/actions"] = episode
+
+
+def write_parquet(path: Path, dataset: ActionDataset) -> None:
+    table = {
+        "action": [step.tolist() for episode in dataset.episodes for step in episode],
+        "episode_index": [index for index, episode in enumerate(dataset.episodes) for _ in episode],
+        "frame_index": [step for episode in dataset.episodes for step in range(len(episode))],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "action_dim"),
+    [("robot.npz", write_npz, 4), ("robot.hdf5", write_hdf5, 14), ("robot.parquet", write_parquet, 4)],
+)
+def test_any_robots_file_gives_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, write: object, action_dim: int
+) -> None:
+    """Other ranges, 4 and 14 dimensions, one that never moves, and an episode shorter than a chunk."""
+    write(tmp_path / name, robot_dataset(action_dim))  # type: ignore[operator]
+    arguments = ["--data", tmp_path / name, "--output", tmp_path / "report", "--cache", tmp_path / "cache", *QUICK]
+
+    status = main(list(map(str, arguments)))
+
+    comparison = read_json(tmp_path / "report" / "comparison.json")
+    assert status == (0 if comparison.improvement > 0.3 else 1)
+    assert comparison.data.action_dim == action_dim
+    assert comparison.settings["normaliser"] == "min-max"
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {
+        "comparison.json", "comparison.txt", "report.html", "figures"
+    }  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "robust calibrated, tokens alone" in printed
+    assert printed.count("layer by layer") == len(comparison.schemes)
+
+
+def test_a_nan_is_refused_with_its_episode_and_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    episodes = {f"episode_{index}": np.zeros((20, 4), np.float32) for index in range(5)}
+    episodes["episode_3"][7, 2] = np.nan
+    with h5py.File(tmp_path / "bad.hdf5", "w") as file:
+        for index, episode in enumerate(episodes.values()):
+            file[f"data/demo_{index}/actions"] = episode
+
+    assert main(["--data", str(tmp_path / "bad.hdf5"), "--output", str(tmp_path / "report"), *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert "demo_3" in error
+    assert "step 7" in error
+    assert not (tmp_path / "report").exists()
+
+
+def test_status_1_says_that_calibrated_tokens_did_not_improve(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def found(improvement: float) -> object:
+        changed = Comparison(**{**vars(comparison), "improvement": improvement})
+        return lambda *_, **__: changed
+
+    statuses = {}
+    for improvement in (0.31, 0.30, -1.0):
+        monkeypatch.setattr("evidence.report.compare", found(improvement))
+        monkeypatch.setattr("evidence.report.write_report", lambda *_: None)
+        statuses[improvement] = main(["--output", str(tmp_path), *QUICK])
+    assert statuses == {0.31: 0, 0.30: 1, -1.0: 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "1", "1"], "expected different ones"),
+        (["--workers", "0"], "workers is 0"),
+        (["--naive", str(ROBUST_CHECKPOINT)], "swap --naive and --robust"),
+        (["--robust", "nowhere.safetensors"], "no checkpoint at nowhere.safetensors"),
+        (["--data", "nowhere.npz"], "nowhere.npz"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_is_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([*QUICK, "--output", str(tmp_path / "report"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_the_script_runs_from_anywhere_on_given_checkpoints(tmp_path: Path) -> None:
+    """The embedded demonstrations and checkpoints: the numbers that the README shows, for one seed."""
+    command = [sys.executable, str(ROOT / "rfsq_ref" / "compare.py"), "--naive", str(NAIVE_CHECKPOINT), "--robust",
+               str(ROBUST_CHECKPOINT), "--output", "report", "--no-peers", "--no-calibration-study"]  # fmt: skip
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    assert finished.returncode == 0, finished.stderr
+    found = json.loads((tmp_path / "report" / "comparison.json").read_text())
+    assert found["data"]["physical"] == {"position_m": 0.05, "rotation_rad": 0.5}
+    schemes = {scheme["scheme"]: scheme["groups"][-1]["metrics"] for scheme in found["schemes"]}
+    assert schemes["naive"]["action_mse"]["mean"] == pytest.approx(1.003e-3, rel=1e-3)
+    assert schemes["dynamic"]["action_mse"]["mean"] == pytest.approx(4.905e-6, rel=1e-3)
+    assert schemes["published"]["action_mse"]["mean"] == pytest.approx(12.92, rel=1e-3)
+    assert schemes["recovered"]["action_mse"]["mean"] == pytest.approx(1.517e-4, rel=2e-3)
+    assert schemes["calibrated"]["action_mse"]["mean"] == pytest.approx(3.30e-6, rel=2e-3)
+    assert all(finding["holds"] for finding in found["findings"])
+
+
+def test_a_section_on_the_closed_loop_is_shown_for_the_same_demonstrations(
+    comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evidence.report.compare", lambda *_, **__: comparison)
+    rate = {"successes": 3, "n": 4, "rate": 0.75, "low": 0.3, "high": 0.95}
+    cell = {"codec": "c", "success": rate, "reached": rate, "steps": 9.0, "tracking_mm": [1.0, 2.0, 3.0],
+            "tracking_deg": [0.1, 0.2, 0.3], "precision_mm": None, "tolerances": []}  # fmt: skip
+    task = {"cells": {"raw": cell}, "separated_by_success": None, "separating_mm": None, "layers_needed": None}
+    shown = {}
+    for sha256 in (comparison.data.sha256, "another"):
+        content = {"format": "rfsq-rollout-report", "format_version": 1, "tasks": {"Stack": task},
+                   "run": {"hashes": {"demonstrations": sha256}}}  # fmt: skip
+        (tmp_path / "rollout.json").write_text(json.dumps(content))
+        sections: list[tuple[str, str]] = []
+        monkeypatch.setattr("evidence.report.write_report", lambda *found, kept=sections: kept.extend(found[2]))
+        main(["--output", str(tmp_path), *QUICK])
+        shown[sha256] = "75% (30% … 95%)" in "".join(content for _, content in sections)
+    assert shown == {comparison.data.sha256: True, "another": False}

@@ -1,0 +1,154 @@
+"""What `evidence.rollouts` promises: the same scenes in every cell, what is done stays done, and sound settings."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evidence import rollouts
+from evidence.closed_loop import EpisodeResult, Spread
+from evidence.codecs import RawCodec
+from evidence.episodes import Episode, Identity, read_episodes
+from evidence.errors import EvidenceError
+from evidence.rollouts import DEFAULT_TASKS, Job, RolloutConfig, jobs_of, run_rollouts, seed_of
+from evidence.simulation import TASKS
+from rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS
+from rfsq_ref.generate_demonstrations import SimulatorError, attempt_of
+
+IDENTITY = Identity(1, 0, 8, {"robosuite": "1.5.2"}, {})
+CONFIG = RolloutConfig(tasks=("Stack", "Door"), episodes=3)
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Instead of processes and a simulator: what was run, and after how many episodes the process is killed."""
+    state: dict[str, Any] = {"run": [], "kill_after": None}
+
+    def run(jobs: list[Job], chosen: Any, fingerprints: dict[str, str], config: Any) -> Iterator[Episode]:
+        del chosen, config
+        for number, job in enumerate(jobs):
+            if number == state["kill_after"]:
+                raise Killed
+            state["run"].append(job)
+            spread = Spread(0.0, 0.0, 0.0)
+            result = EpisodeResult(job.seed % 2 == 0, True, job.seed % 97, spread, spread, 1.0)
+            yield Episode(job.task, job.cell, fingerprints[job.cell], job.index, job.seed, result)
+
+    monkeypatch.setattr(rollouts, "_run", run)
+    monkeypatch.setattr(rollouts, "_progress", lambda episodes, _total: episodes)
+    monkeypatch.setattr(rollouts, "identity_of", lambda config: replace(IDENTITY, seed=config.seed, chunk=config.chunk))
+    monkeypatch.setattr(rollouts, "codecs", lambda **_: {name: RawCodec(name) for name in ("a", "b")})
+    monkeypatch.setattr(rollouts, "fingerprint", lambda codec: f"of {codec.name}")
+    return state
+
+
+def test_every_cell_has_the_same_scenes_and_tasks_do_not_share_them() -> None:
+    jobs = jobs_of(CONFIG, ("a", "b"), set())
+    seeds = {cell: [(job.task, job.seed) for job in jobs if job.cell == cell] for cell in ("a", "b")}
+    assert seeds["a"] == seeds["b"]
+    assert len({job.seed for job in jobs}) == 6
+    alone = jobs_of(replace(CONFIG, tasks=("Door",)), ("b",), set())
+    assert {(job.index, job.seed) for job in alone} == {(job.index, job.seed) for job in jobs if job.task == "Door"}
+
+
+def test_no_scene_is_one_of_the_demonstrations() -> None:
+    """With seed 0, whose first attempts made them."""
+    shown = {attempt_of(0, task, index).seed for task in EXPERTS for index in range(75)}
+    assert shown.isdisjoint(seed_of(0, task, index) for task in TASKS for index in range(200))
+
+
+def test_scenes_go_first_so_that_a_stopped_run_has_all_cells_alike() -> None:
+    jobs = jobs_of(CONFIG, ("a", "b"), set())
+    assert [job.index for job in jobs] == sorted(job.index for job in jobs)
+    assert [(job.task, job.cell) for job in jobs[:4]] == [("Stack", "a"), ("Stack", "b"), ("Door", "a"), ("Door", "b")]
+
+
+def test_a_killed_run_goes_on_where_it_was_and_ends_as_if_it_had_not_been(
+    workers: dict[str, Any], tmp_path: Path
+) -> None:
+    straight = run_rollouts(replace(CONFIG, output=tmp_path / "straight"))
+    for kill_after in (0, 5, 2, None):
+        workers |= {"run": [], "kill_after": kill_after}
+        config = replace(CONFIG, output=tmp_path / "killed")
+        if kill_after is None:
+            resumed = run_rollouts(config)
+            assert len(workers["run"]) == 12 - 7
+        else:
+            with pytest.raises(Killed):
+                run_rollouts(config)
+    assert sorted(resumed, key=lambda episode: episode.key) == sorted(straight, key=lambda episode: episode.key)
+    workers["run"] = []
+    run_rollouts(replace(CONFIG, output=tmp_path / "killed"))
+    assert workers["run"] == []
+
+
+def test_cells_and_episodes_can_be_added_later(workers: dict[str, Any], tmp_path: Path) -> None:
+    run_rollouts(replace(CONFIG, output=tmp_path, cells=("a",), episodes=2))
+    run_rollouts(replace(CONFIG, output=tmp_path))
+    keys = [(job.task, job.cell, job.index) for job in workers["run"]]
+    assert len(keys) == len(set(keys)) == 12
+    assert len(read_episodes(tmp_path / "episodes.jsonl")[1]) == 12
+
+
+def test_a_codec_that_has_changed_is_refused_before_anything_runs(
+    workers: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(CONFIG, output=tmp_path)
+    run_rollouts(config)
+    monkeypatch.setattr(rollouts, "fingerprint", lambda codec: "other" if codec.name == "b" else f"of {codec.name}")
+    workers["run"] = []
+    with pytest.raises(EvidenceError, match="'b' with codec of b, now it is other"):
+        run_rollouts(config)
+    assert workers["run"] == []
+    run_rollouts(replace(config, restart_changed=True))
+    assert {job.cell for job in workers["run"]} == {"b"}
+    assert len(workers["run"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"episodes": 0}, "episodes is 0; expected at least 1"),
+        ({"chunk": 0}, "chunk is 0"),
+        ({"workers": -1}, "workers is -1"),
+        ({"seed": -1}, "seed is -1; expected 0 or more"),
+        ({"tasks": ("Cooking",)}, r"tasks are \['Cooking'\]; expected different ones of"),
+        ({"tasks": ()}, "tasks are"),
+        ({"tasks": ("Lift", "Lift")}, "tasks are"),
+        ({"peers": True, "chunk": 4}, "the peers are trained for chunks of 8 steps"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(EvidenceError, match=message):
+        RolloutConfig(**settings)
+
+
+def test_by_default_there_are_four_tasks_two_of_which_no_centimetre_forgives() -> None:
+    assert len(DEFAULT_TASKS) >= 4
+    assert set(DEFAULT_TASKS) <= set(TASKS)
+    assert {"NutAssemblySquare", "NutAssemblyTight"} <= set(DEFAULT_TASKS)
+    assert set(HELD_OUT_EXPERTS).isdisjoint(EXPERTS)
+
+
+def test_without_the_simulator_the_run_says_what_to_install(tmp_path: Path) -> None:
+    if find_spec("robosuite"):
+        pytest.skip("the simulator is installed here")
+    with pytest.raises(SimulatorError, match=r"pip install '\.\[sim\]'"):
+        run_rollouts(replace(CONFIG, output=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_number_of_workers_gives_the_same_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("robosuite", reason="the simulator is not installed here: pip install '.[sim]'")
+    monkeypatch.setattr(rollouts, "codecs", lambda **_: {name: RawCodec(name) for name in ("a", "b")})
+    config = RolloutConfig(tasks=("Lift",), episodes=1)
+    found = [run_rollouts(replace(config, workers=workers, output=tmp_path / str(workers))) for workers in (1, 2)]
+    assert sorted(map(str, found[0])) == sorted(map(str, found[1]))
+    assert all(episode.result.tracking_mm.max == 0.0 for episode in found[0])

@@ -1,0 +1,112 @@
+"""The five schemes, row by row, against the independent published model and against plain sums."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from calibration.constants import CalibrationConfig
+from calibration.fit import calibrate, recover
+from calibration.recovered import RecoveredConfig
+from evidence.metrics import OscPose
+from evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, SchemeResult, label
+from rfsq_ref.checkpoints import Checkpoint
+from rfsq_ref.data import ActionDataset, EpisodeSplit
+from rfsq_ref.quantizer import Conditioning
+from tests.rfsq_ref.published_model import ActionRFSQAE
+
+
+@pytest.fixture(scope="module")
+def judge(split: EpisodeSplit) -> Judge:
+    return Judge(split.test.steps(), split.calibration.steps(), np.ones(7), OscPose())
+
+
+@pytest.fixture(scope="module")
+def calibrated(robust: Checkpoint, demonstrations: ActionDataset) -> Checkpoint:
+    return calibrate(robust, demonstrations, CalibrationConfig())
+
+
+@pytest.fixture(scope="module")
+def result(judge: Judge, calibrated: Checkpoint) -> SchemeResult:
+    return judge.result(Calibrated(calibrated))
+
+
+def test_rows_are_every_prefix_and_three_groups(result: SchemeResult) -> None:
+    assert [row.label for row in result.prefixes[:3]] == ["L0", "L0–L1", "L0–L2"]
+    assert [row.label for row in result.groups] == ["L0–L2", "L3–L7", "L0–L7"]
+    assert result.groups[0].errors == result.prefixes[2].errors
+    assert result.groups[2].errors == result.prefixes[-1].errors
+    assert label(3, 8) == "L3–L7"
+
+
+def test_a_layer_is_given_what_the_prefix_before_it_left(result: SchemeResult) -> None:
+    """For calibrated tokens the error of a prefix is the residual about its mean, and the mean is nearly nothing."""
+    for row, after in zip(result.prefixes[:3], result.prefixes[1:4], strict=True):
+        assert row.latent_mse**0.5 == pytest.approx(after.use.residual_std, rel=0.05)
+
+
+def test_entropy_of_a_group_is_that_of_its_layers(result: SchemeResult) -> None:
+    bits = [row.use.entropy_bits for row in result.prefixes]
+
+    assert result.groups[2].use.entropy_bits == pytest.approx(sum(bits))
+    assert max(bits) <= 16 * np.log2(7)
+    assert result.bits_per_layer == pytest.approx(16 * np.log2(7))
+
+
+def test_level_shares_add_up_to_one(result: SchemeResult) -> None:
+    for row in result.prefixes + result.groups:
+        assert sum(row.use.level_share) == pytest.approx(1.0)
+
+
+def test_fine_layers_alone_say_next_to_nothing(result: SchemeResult, judge: Judge) -> None:
+    """With the coarse layers at their mean, what is left is about the spread of the actions themselves."""
+    spread = float(((judge.judged - judge.judged.mean(axis=0)) ** 2).mean())
+
+    assert result.groups[1].errors.action_mse == pytest.approx(spread, rel=0.3)
+
+
+def test_naive_layers_behind_the_first_do_nothing(judge: Judge, naive: Checkpoint) -> None:
+    errors = [row.errors.action_mse for row in judge.result(Naive(naive)).prefixes]
+
+    assert errors == pytest.approx([errors[0]] * len(errors), rel=1e-9)
+
+
+def test_dynamic_and_published_rows_equal_the_published_code(judge: Judge, robust: Checkpoint) -> None:
+    """The forward pass with side information, and `decode_from_indices`, by an implementation of its own."""
+    published = ActionRFSQAE(use_layernorm=True)
+    published.load_state_dict(dict(robust.weights), strict=False)
+    actions = torch.from_numpy(judge.judged)
+    with torch.no_grad():
+        forward, tokens = published(actions)
+        decoded = published.decode_from_indices(tokens)
+
+    def mse(found: torch.Tensor) -> float:
+        return float((found.double() - actions.double()).square().mean())
+
+    assert judge.result(Dynamic(robust)).groups[-1].errors.action_mse == pytest.approx(mse(forward), rel=1e-3)
+    assert judge.result(Published(robust)).groups[-1].errors.action_mse == pytest.approx(mse(decoded), rel=1e-3)
+
+
+def test_published_is_worse_than_zeros_and_recovered_is_not(
+    judge: Judge, robust: Checkpoint, demonstrations: ActionDataset
+) -> None:
+    fitted = recover(robust, demonstrations, (1, 2, 3), RecoveredConfig(refine_steps=1))
+    # Three layers are a model of their own here, so that fitting takes a second.
+    sizes = replace(fitted.config, num_layers=3)
+    three = replace(fitted, config=sizes)
+
+    recovered = judge.result(Recovered(three)).groups[-1].errors.action_mse
+    published = judge.result(Published(three)).groups[-1].errors.action_mse
+    zeros = float((judge.judged.astype(np.float64) ** 2).mean())
+
+    assert published > zeros > 100 * recovered
+
+
+def test_the_unquantised_autoencoder_is_the_model_without_its_quantiser(judge: Judge, robust: Checkpoint) -> None:
+    model = robust.model(Conditioning.DYNAMIC)
+    with torch.no_grad():
+        decoded = model.decoder(model.encoder(torch.from_numpy(judge.judged)))
+    expected = float(((decoded.numpy() - judge.judged) ** 2).mean())
+
+    assert judge.unquantised(robust.model(dtype=torch.float64)).action_mse == pytest.approx(expected, rel=1e-4)
