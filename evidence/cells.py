@@ -9,6 +9,7 @@ import numpy as np
 from calibration.constants import CalibrationConfig
 from calibration.fit import calibrate, recover
 from calibration.recovered import RecoveredConfig, default_prefixes
+from evidence.binning import BinRange
 from evidence.codecs import Codec, RawCodec, RfsqCodec
 from evidence.errors import EvidenceError
 from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
@@ -20,8 +21,12 @@ RAW = "raw"
 CALIBRATED_PREFIXES = (1, 2, 3, 5)
 #: Peers are taken at the setting nearest to this many layers of ours, the coarse tokens.
 LIKE_BITS_LAYERS = 3
-#: Bins as RT-2 and OpenVLA have them.
-BIN_BITS = 8
+#: Bins as OpenVLA has them: a cell of its own, whatever its bits.
+OPENVLA_BINS = f"256 bins, {BinRange.QUANTILE.value}"
+#: Whose first layers are a codec as good as a whole one, as ours are; FAST's first tokens are a part of one.
+PREFIX_FAMILIES = ("ResidualFSQ", "ResidualVQ")
+#: Bits within this share of each other count as equally near.
+_SAME_BITS = 0.05
 _FINGERPRINT_CHUNKS = 64
 
 
@@ -38,7 +43,8 @@ def codecs(*, peers: bool = False, seed: int = 0, cache: Path = Path("build/evid
     if peers:
         from evidence.peers import peer_codecs
 
-        chunks = chunk(split_episodes(dataset).test.steps(), 8)
+        # Chosen by what is not reported: the test episodes are.
+        chunks = chunk(split_episodes(dataset).validation.steps(), 8)
         like = found[calibrated_name(LIKE_BITS_LAYERS, robust.config.num_layers)].bits_per_step(chunks)
         found |= choose_peers(peer_codecs(dataset, 8, seed=seed, cache=cache), chunks, like)
     return found
@@ -69,24 +75,26 @@ def calibrated_name(prefix: int, num_layers: int) -> str:
 
 
 def choose_peers(peers: list[Codec], chunks: FloatArray, like_bits: float) -> dict[str, Codec]:
-    """Of every family the whole codec whose bits per step are nearest to `like_bits`, and the bins of 8 bits.
+    """Of every family the codec at about `like_bits` bits per step, and OpenVLA's bins.
 
-    `chunks`, float32 [B, T, A], are what bits per step are counted on; of equally near ones the better one there wins.
+    chunks: float32 [B, T, A] of the validation episodes. Of those of a family whose bits are within 5 % of the bits of
+    the nearest, the one with the lowest mean square error on `chunks` is taken. Prefixes compete where they are a
+    setting of the method (PREFIX_FAMILIES), other partial codecs do not.
     """
-    families: dict[str, list[tuple[float, float, int, Codec]]] = {}
+    families: dict[str, list[tuple[float, Codec]]] = {}
     chosen: dict[str, Codec] = {}
-    for index, peer in enumerate(peers):
-        if getattr(peer, "partial", False):
-            continue
-        bits = peer.bits_per_step(chunks)
-        error = float(np.mean((peer.reconstruct(chunks) - chunks) ** 2))
+    for peer in peers:
         family = str(getattr(peer, "family", peer.name))
-        families.setdefault(family, []).append((abs(bits - like_bits), error, index, peer))
-        if getattr(peer, "bits", None) == BIN_BITS:
+        if getattr(peer, "partial", False) and family not in PREFIX_FAMILIES:
+            continue
+        families.setdefault(family, []).append((peer.bits_per_step(chunks), peer))
+        if peer.name == OPENVLA_BINS:
             chosen[peer.name] = peer
     for settings in families.values():
-        nearest = min(settings)[-1]
-        chosen[nearest.name] = nearest
+        nearest, _ = min(settings, key=lambda setting: abs(setting[0] - like_bits))
+        alike = [peer for bits, peer in settings if abs(bits - nearest) <= _SAME_BITS * nearest]
+        best = min(alike, key=lambda peer: float(np.mean((peer.reconstruct(chunks) - chunks) ** 2)))
+        chosen[best.name] = best
     return chosen
 
 

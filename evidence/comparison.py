@@ -1,12 +1,13 @@
 """Compare on held-out episodes: train what is missing, fit, judge, and bring the seeds together.
 
-One job per checkpoint and per seed of the peers, spread over processes; what a job gives depends on nothing but its
-own arguments, so the number of processes changes nothing.
+One job per checkpoint and per seed of the peers, spread over processes. A job computes on one thread and depends on
+nothing but its own arguments, so the number of processes changes nothing.
 """
 
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -40,11 +41,11 @@ from evidence.results import (
 from evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, Row, Scheme, SchemeResult
 from evidence.training import CACHE, SEEDS, trained_checkpoint
 from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset, FloatArray, split_episodes
+from rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes
 from rfsq_ref.errors import CheckpointError, DataError
 from rfsq_ref.normaliser import NormaliserKind
 from rfsq_ref.quantizer import Conditioning
-from rfsq_ref.train import TrainConfig, TrainingHistory
+from rfsq_ref.train import TrainConfig, TrainingHistory, make_deterministic
 
 #: Bins of |error|, in normalised units: a fifth of a decade wide.
 ERROR_EDGES = tuple(10.0 ** (exponent / 5) for exponent in range(-40, 11))
@@ -92,6 +93,10 @@ class _CheckpointResult:
     decoded: dict[str, Array]
     remark: str
 
+    def scheme(self, name: str) -> SchemeResult:
+        """Raises StopIteration for a scheme it does not have."""
+        return next(result for result in self.schemes if result.scheme == name)
+
 
 @dataclass(frozen=True)
 class _CodecResult:
@@ -116,9 +121,10 @@ def compare(
     Checkpoints that are given may have been trained on other data; they are then calibrated on these. Raises
     DataError, CheckpointError or EvidenceError where something does not fit.
     """
-    _check_kind(naive, Conditioning.NONE)
-    _check_kind(robust, Conditioning.DYNAMIC)
     # Not after minutes of training.
+    _check_given("naive", naive, Conditioning.NONE)
+    _check_given("robust", robust, Conditioning.DYNAMIC)
+    split_episodes(dataset)
     for checkpoint in (*naive, *robust):
         judging_episodes(checkpoint, dataset)
     if config.physical:
@@ -141,17 +147,26 @@ def compare(
         for kind in ("naive", "robust")
     }
     peers = [found for found in results.values() if isinstance(found, list)]
-    return _together(dataset, config, by_kind, peers)
+    seeds = config.seeds if config.with_peers or not (naive and robust) else ()
+    return _together(dataset, config, seeds, by_kind, peers)
 
 
-def _check_kind(given: Sequence[Checkpoint], expected: Conditioning) -> None:
+def _check_given(kind: str, given: Sequence[Checkpoint], expected: Conditioning) -> None:
+    """Raises CheckpointError for checkpoints that cannot stand in one row."""
     for checkpoint in given:
         if checkpoint.trained_with is not expected:
             raise CheckpointError(
-                f"a checkpoint given as {'naive' if expected is Conditioning.NONE else 'robust'} was trained with "
-                f"conditioning {checkpoint.trained_with.value!r}; expected {expected.value!r}: swap --naive and "
-                "--robust"
+                f"a checkpoint given as {kind} was trained with {checkpoint.trained_with.value!r}; expected "
+                f"{expected.value!r}: swap --naive and --robust"
             )
+        if checkpoint.config != given[0].config:
+            raise CheckpointError(
+                f"{kind} checkpoints have the sizes {given[0].config} and {checkpoint.config}; expected the same, as "
+                "their errors are averaged: compare them one by one"
+            )
+    hashes = [checkpoint.provenance["checkpoint_sha256"] for checkpoint in given]
+    if len(set(hashes)) < len(hashes):
+        raise CheckpointError(f"one {kind} checkpoint is given twice; expected different ones, as they give the spread")
 
 
 def _run(
@@ -159,25 +174,28 @@ def _run(
 ) -> dict[str, object]:
     """Results in the order of the jobs."""
     if workers == 1:
+        make_deterministic()
         return {name: work(*arguments) for name, (work, arguments) in tqdm(jobs.items(), disable=not show_progress)}
     results: dict[str, object] = {}
     # Spawned: a forked process would share torch's threads.
     with (
-        ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _start_worker) as pool,
+        ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), make_deterministic) as pool,
         tqdm(total=len(jobs), unit="job", disable=not show_progress) as progress,
     ):
         futures = {pool.submit(work, *arguments): name for name, (work, arguments) in jobs.items()}
-        for future in as_completed(futures):
-            results[futures[future]] = future.result()
-            progress.set_postfix_str(futures[future])
-            progress.update()
+        try:
+            for future in as_completed(futures):
+                results[futures[future]] = future.result()
+                progress.set_postfix_str(futures[future])
+                progress.update()
+        except BrokenProcessPool as error:
+            raise EvidenceError(
+                "a worker process was killed, perhaps for want of memory; start again (what is trained is kept), with "
+                "fewer --workers if it happens again"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
     return {name: results[name] for name in jobs}
-
-
-def _start_worker() -> None:
-    # One thread: sums come out in one order, and for matrices this small more threads are slower.
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
 
 
 # One checkpoint ------------------------------------------------------------------------------------------------------
@@ -205,7 +223,7 @@ def _checkpoint_job(
             schemes.insert(2, Recovered(recover(checkpoint, dataset, tuple(prefixes), config.recovered)))
         except DataError as error:
             # Few data calibrate, but do not determine a dense map: everything else can still be compared.
-            remark = f"no recovered decoder: {error}"
+            remark = f"no recovered decoder, so no such row: {error}"
     judged = judging_episodes(checkpoint, dataset)
     judge = Judge(
         judged.steps(), calibration_episodes(checkpoint, dataset).steps(), units_of(dataset.steps()), config.physical
@@ -259,6 +277,8 @@ def judge_codec(
     """Every step of these episodes, the last chunk of each filled up with its last action; filling is not judged."""
     filled = [padded_chunks(episode, chunk_length) for episode in judged.episodes]
     chunks = np.concatenate(filled)
+    # Filling is cheap to code, so that only whole chunks tell what a step takes.
+    whole = np.concatenate([chunk(episode, chunk_length) for episode in judged.episodes])
     decoded = codec.reconstruct(chunks)
     found: list[FloatArray] = []
     for episode, part in zip(
@@ -270,7 +290,7 @@ def judge_codec(
         series=str(getattr(codec, "series", codec.name)),
         name=codec.name,
         partial=bool(getattr(codec, "partial", False)),
-        bits_per_step=codec.bits_per_step(chunks),
+        bits_per_step=codec.bits_per_step(whole if len(whole) else chunks),
         errors=action_errors(judged.steps(), np.concatenate(found), units, physical),
     )
 
@@ -287,14 +307,15 @@ def padded_chunks(episode: FloatArray, length: int) -> FloatArray:
 def _together(
     dataset: ActionDataset,
     config: ComparisonConfig,
+    seeds: tuple[int, ...],
     by_kind: dict[str, list[_CheckpointResult]],
     peers: list[list[_CodecResult]],
 ) -> Comparison:
     first = {kind: found[0] for kind, found in by_kind.items()}
     schemes = tuple(
-        _scheme_report(kind, [checkpoint.schemes[index] for checkpoint in found], found)
+        _scheme_report(kind, [checkpoint.scheme(name) for checkpoint in found], found)
         for kind, found in by_kind.items()
-        for index in range(len(found[0].schemes))
+        for name in _common_schemes(found)
     )
     reports = tuple(
         CodecReport(
@@ -315,7 +336,7 @@ def _together(
     data = _data_facts(dataset, config)
     return Comparison(
         data=data,
-        seeds=config.seeds,
+        seeds=seeds,
         settings={
             "epochs": str(config.epochs),
             "chunk_length": str(config.chunk_length),
@@ -345,6 +366,12 @@ def _together(
 
 def _settings(fields: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items())
+
+
+def _common_schemes(checkpoints: Sequence[_CheckpointResult]) -> list[str]:
+    """Those that every checkpoint has; a remark says why one is missing."""
+    names = [{result.scheme for result in checkpoint.schemes} for checkpoint in checkpoints]
+    return [result.scheme for result in checkpoints[0].schemes if result.scheme in set.intersection(*names)]
 
 
 def _scheme_report(
@@ -388,14 +415,15 @@ def _data_facts(dataset: ActionDataset, config: ComparisonConfig) -> DataFacts:
     parts = {
         "train": split.train, "validation": split.validation, "calibration": split.calibration, "test": split.test
     }  # fmt: skip
-    normalised = split.test.steps().astype(np.float64) / units_of(dataset.steps())
+    mean = split.train.steps().astype(np.float64).mean(axis=0)
+    from_mean = (split.test.steps().astype(np.float64) - mean) / units_of(dataset.steps())
     return DataFacts(
         source=dataset.source,
         sha256=dataset.sha256,
         action_dim=dataset.action_dim,
         episodes={name: len(part.episodes) for name, part in parts.items()},
         steps={name: part.num_steps for name, part in parts.items()},
-        action_mean_square=float(np.mean(normalised**2)),
+        mean_action_mse=float(np.mean(from_mean**2)),
         physical=asdict(config.physical) if config.physical else None,
     )
 

@@ -15,6 +15,7 @@ import argparse
 import re
 from collections.abc import Mapping
 
+from calibration.errors import CalibrationError
 from calibration.study_report import markdown
 from calibration.study_result import result_from_json
 from evidence.errors import EvidenceError
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{path.relative_to(ROOT)} is out of date" + ("" if options.check else ": written anew"))
                 if not options.check:
                     write_text(path, new)
-    except EvidenceError as error:
+    except (EvidenceError, CalibrationError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 1 if outdated else 0

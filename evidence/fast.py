@@ -82,8 +82,9 @@ class FastCodec:
         return self.decode(self.tokens(chunks), chunks.shape[1])
 
     def bits_per_step(self, chunks: FloatArray) -> float:
-        """Mean number of tokens of a chunk, times log2 of the vocabulary, over its steps.
+        """All tokens of B chunks of T steps, times log2 of the vocabulary, over B * T steps.
 
+        Every step of a chunk counts, filled-up ones too: over M real steps it is this times B * T / M.
         Tokens are as many as a chunk needs; where they end follows from what they say, so no end marker is counted.
         """
         count = float(np.mean([len(ids) for ids in self.tokens(chunks)]))

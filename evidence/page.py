@@ -82,7 +82,7 @@ def _data(comparison: Comparison) -> str:
     return (
         f"{data.source}: {sum(data.episodes.values())} episodes, {sum(data.steps.values())} steps, "
         f"{data.action_dim} action dimensions; judged on {data.episodes['test']} episodes ({data.steps['test']} steps) "
-        "that nothing was trained, chosen or calibrated on."
+        "of the test split, which nothing that is trained or fitted here sees."
     )
 
 

@@ -7,21 +7,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from calibration.errors import CalibrationError
 from calibration.study import study
 from calibration.study_report import markdown, write_study
 from evidence.comparison import ComparisonConfig, compare
+from evidence.errors import EvidenceError
 from evidence.findings import REQUIRED_IMPROVEMENT
 from evidence.metrics import OscPose
 from evidence.page import page
 from evidence.plots import figures, svg
-from evidence.results import Comparison, write_json, write_text
+from evidence.results import Comparison, check_writable, write_json, write_text
 from evidence.rollout_report import conclusions, demonstrations_of, read_report, tables_of
 from evidence.tables import Table, findings_table, inline_html, layer_table, peer_table, summary_table
 from evidence.training import CACHE, SEEDS, trained_checkpoint
 from rfsq_ref.checkpoints import Checkpoint, load_checkpoint
 from rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
+from rfsq_ref.errors import CheckpointError, DataError, NotDecodableError
 from rfsq_ref.normaliser import NormaliserKind
-from rfsq_ref.train import chosen_normaliser
+from rfsq_ref.train import chosen_normaliser, make_deterministic
 
 COMPARISON_JSON, COMPARISON_TEXT, REPORT_HTML, FIGURES = "comparison.json", "comparison.txt", "report.html", "figures"
 DEFAULT_OUTPUT = Path("build/evidence")
@@ -65,7 +68,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    make_deterministic()
     try:
+        check_writable(options.output)
         dataset = load_actions(options.data, key=options.key) if options.data else load_demonstrations()
         config = ComparisonConfig(
             seeds=tuple(options.seeds),
@@ -85,14 +90,16 @@ def main(arguments: list[str] | None = None) -> int:
         robust = _load(options.robust)
         comparison = compare(dataset, config, naive=_load(options.naive), robust=robust, show_progress=True)
         text = as_text(comparison)
-        print(text)
+        print(text, flush=True)
+        # First without what may still fail: an hour of training is not lost to a damaged file beside it.
+        write_report(comparison, text, [], options.output)
         sections = []
         if options.calibration_study:
             sections.append(_calibration(dataset, config, robust, options.output))
         sections += _closed_loop(options.output, comparison)
-        write_report(comparison, text, sections, options.output)
-    # What our own errors are, and what a model of impossible sizes raises.
-    except ValueError as error:
+        if sections:
+            write_report(comparison, text, sections, options.output)
+    except (DataError, CheckpointError, NotDecodableError, CalibrationError, EvidenceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {REPORT_HTML}, {COMPARISON_TEXT}, {COMPARISON_JSON} and more into {options.output}")

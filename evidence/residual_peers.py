@@ -11,6 +11,7 @@ import os
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 
 import safetensors
@@ -27,8 +28,6 @@ from rfsq_ref.normaliser import Normaliser, NormaliserKind, fit_normaliser
 from rfsq_ref.train import suggested_normaliser
 
 FORMAT = "rfsq-evidence-peer"
-#: To be raised when a change here changes what comes out of training.
-RECIPE = 1
 #: Of the learning rate, once k-means has fitted the codebooks to a trained encoder.
 _FINE_TUNING_SHARE = 1 / 3
 
@@ -38,6 +37,10 @@ class ResidualFamily(StrEnum):
 
     FSQ = "ResidualFSQ"
     VQ = "ResidualVQ"
+
+
+#: To be raised when a change here changes what comes out of a family's training.
+RECIPES = {ResidualFamily.FSQ: 1, ResidualFamily.VQ: 2}
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,7 @@ def train_residual(
 ) -> ResidualAutoencoder:
     """Train on the training episodes of `split_episodes(dataset)`, keep the epoch with the lowest validation error.
 
+    What a phase starts from is kept as well, where all of its epochs are worse: k-means' codebooks before fine-tuning.
     Actions that are not of about unit size are normalised by their minimum and maximum. Deterministic for a given
     seed. Raises DataError for too few episodes, EvidenceError when it diverges.
     """
@@ -257,22 +261,26 @@ def _fit(
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs)
     lowest, best = math.inf, copy.deepcopy(model.state_dict())
-    for _ in range(epochs):
-        model.train()
-        for batch in torch.split(torch.randperm(len(actions), generator=generator), model.config.batch_size):
-            error, commitment = _losses(model, actions[batch], quantised)
-            optimiser.zero_grad()
-            torch.autograd.backward(error + commitment)
-            optimiser.step()
-        schedule.step()
+    errors = []
+    for epoch in range(epochs + 1):
+        # What training starts from is a candidate too: right after k-means it may be the best there is.
+        if epoch:
+            model.train()
+            for batch in torch.split(torch.randperm(len(actions), generator=generator), model.config.batch_size):
+                error, commitment = _losses(model, actions[batch], quantised)
+                optimiser.zero_grad()
+                torch.autograd.backward(error + commitment)
+                optimiser.step()
+            schedule.step()
+            progress.update()
         model.eval()
         with torch.no_grad():
             found = float(_losses(model, validation, quantised)[0])
+        errors.append(found)
         if found < lowest:
             lowest, best = found, copy.deepcopy(model.state_dict())
         progress.set_postfix(validation=f"{found:.2e}")
-        progress.update()
-    if not math.isfinite(lowest):
+    if not any(map(math.isfinite, errors[1:])):
         raise EvidenceError(
             f"{model.config.family.value} diverged in training: no finite validation error in {epochs} epochs; lower "
             f"the learning rate (now {learning_rate}) or normalise the data"
@@ -309,12 +317,12 @@ def cached_residual_path(dataset: ActionDataset, config: ResidualConfig, cache: 
 
 
 def _identity(dataset: ActionDataset, config: ResidualConfig) -> str:
-    return json.dumps([RECIPE, dataset.sha256, asdict(config)], sort_keys=True)
+    return json.dumps([RECIPES[config.family], dataset.sha256, asdict(config)], sort_keys=True)
 
 
 def _save(model: ResidualAutoencoder, identity: str, path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    header = json.dumps({"identity": identity, "sha256": _digest(tensors)})
+    header = json.dumps({"identity": identity, "sha256": _digest(tensors), "made_with": _versions()})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -326,6 +334,10 @@ def _save(model: ResidualAutoencoder, identity: str, path: Path) -> None:
         # Where the folder itself is the trouble, looking for the file fails as well.
         with suppress(OSError):
             temporary.unlink()
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "vector-quantize-pytorch")}
 
 
 def _load(path: Path, dataset: ActionDataset, config: ResidualConfig) -> ResidualAutoencoder:

@@ -97,14 +97,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What was trained and judged on. action_mean_square: of the judged actions, the error of decoding zeros."""
+    """What was trained and judged on. mean_action_mse: error of always decoding the mean
+    training action."""
 
     source: str
     sha256: str
     action_dim: int
     episodes: dict[str, int]
     steps: dict[str, int]
-    action_mean_square: float
+    mean_action_mse: float
     physical: dict[str, float] | None
 
 
@@ -139,6 +140,13 @@ def write_json(comparison: Comparison, path: Path) -> None:
     """Strict JSON through a temporary sibling. Raises EvidenceError where it cannot be written."""
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(comparison)}
     write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def check_writable(folder: Path) -> None:
+    """Raises EvidenceError where nothing could be written, before hours are spent on it; makes no folder."""
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise EvidenceError(f"cannot write into {folder}: {existing} is no writable folder; choose another --output")
 
 
 def write_text(path: Path, text: str) -> None:

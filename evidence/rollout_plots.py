@@ -1,5 +1,7 @@
 """The picture of a closed-loop run."""
 
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ from matplotlib.figure import Figure
 
 from evidence.cells import RAW
 from evidence.errors import EvidenceError
-from evidence.rollout_report import POOLED, TOLERANCES, TaskReport
+from evidence.rollout_report import POOLED, TOLERANCES, TaskReport, cells_of
 
 _COLOURS = {RAW: "#222222", "naive": "#d9730d", "published decoder": "#b3261e", "recovered decoder": "#2a8c55"}
 _BLUES = ("#a9cdec", "#7db3e0", "#4d94cf", "#2f7dc0", "#1f6fb4")
@@ -22,22 +24,28 @@ def draw(reports: dict[str, TaskReport], path: Path) -> None:
     Written through a temporary sibling. Raises EvidenceError where it cannot be written.
     """
     tasks = {task: report for task, report in reports.items() if task != POOLED}
-    colours = _colours(list(dict.fromkeys(cell for report in tasks.values() for cell in report.cells)))
+    cells = cells_of(tasks)
+    colours = _colours(cells)
     figure = Figure(figsize=(max(6.4, 4.2 * len(tasks)), 8.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = np.atleast_2d(figure.subplots(2, len(tasks), squeeze=False))
     for column, (task, report) in enumerate(tasks.items()):
-        _success(axes[0, column], task, report, colours, named=column == 0)
+        _success(axes[0, column], task, report, cells, colours, named=column == 0)
         _tolerance(axes[1, column], report, colours)
-    handles, labels = axes[1, 0].get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    temporary = path.with_name(f".{path.name}.tmp")
+    lines = {line.get_label(): line for axis in axes[1] for line in axis.get_legend_handles_labels()[0]}
+    if lines:
+        figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(temporary, format="png", dpi=110)
         temporary.replace(path)
     except OSError as error:
         raise EvidenceError(f"cannot write {path}: {error.strerror}; choose another --results") from error
+    finally:
+        # Where the folder itself is the trouble, looking for the file fails as well.
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _colours(cells: list[str]) -> dict[str, str]:
@@ -48,16 +56,19 @@ def _colours(cells: list[str]) -> dict[str, str]:
     }
 
 
-def _success(axes: Axes, task: str, report: TaskReport, colours: dict[str, str], *, named: bool) -> None:
-    cells = list(report.cells)
+def _success(
+    axes: Axes, task: str, report: TaskReport, cells: list[str], colours: dict[str, str], *, named: bool
+) -> None:
     for row, cell in enumerate(cells):
+        if cell not in report.cells:
+            continue
         rate = report.cells[cell].success
         axes.plot([100 * rate.low, 100 * rate.high], [row, row], color=colours[cell], linewidth=2)
         axes.plot([100 * rate.rate], [row], "o", color=colours[cell])
     axes.set_yticks(range(len(cells)), cells if named else [""] * len(cells), fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(cells) - 0.5, -0.5)
     axes.set_xlim(-3, 103)
-    axes.set_title(task, fontsize=10)
+    axes.set_title(report.title(task), fontsize=10)
     axes.set_xlabel("success in %, 95 % Wilson interval", fontsize=8)
     axes.grid(axis="x", color="#e3e3e3")
 
@@ -70,8 +81,8 @@ def _tolerance(axes: Axes, report: TaskReport, colours: dict[str, str]) -> None:
     for cell, found in measured.items():
         rates = [100 * rate.rate for rate in found.tolerances]
         axes.plot(TOLERANCES, rates, color=colours[cell], label=cell, linewidth=1.5)
-    if report.separating_mm is not None:
-        axes.axvline(report.separating_mm, color="#222222", linestyle=":", linewidth=1)
+    for tolerance in report.separating_mm:
+        axes.axvline(tolerance, color="#222222", linestyle=":", linewidth=1)
     axes.set_xscale("log")
     axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
     axes.minorticks_off()

@@ -1,9 +1,10 @@
-"""What a closed-loop run found: success with Wilson intervals, tracking, precision, the tolerance that separates."""
+"""What a closed-loop run found: success with intervals, paired by scene, tracking, and success by tolerance."""
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -19,16 +20,21 @@ from evidence.simulation import TASKS
 from evidence.tables import Table
 
 FORMAT = "rfsq-rollout-report"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _COMMAND = "python rfsq_ref/rollout.py --report-only"
 CONFIDENCE = 0.95
 #: In mm; chosen before any result was seen.
 TOLERANCES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 50.0)
+#: Of each task and cell in a whole run; with fewer the report says that it is unfinished.
+SCENES = 50
+#: The loss of success against raw actions that "enough layers" excludes.
+MARGIN = 0.10
 #: The two that the tolerance has to separate, and the cells that are counted in layers, coarsest first.
 NAIVE, CALIBRATED = "naive", "calibrated, all"
 CALIBRATED_LAYERS = ("calibrated, L0", "calibrated, L0-L1", "calibrated, L0-L2", "calibrated, L0-L4", CALIBRATED)
 #: All tasks in one row, where every cell has the same scenes.
 POOLED = "all tasks"
+_NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,40 @@ class Rate:
 
 
 @dataclass(frozen=True)
+class Paired:
+    """Success of one cell less that of another, on the same n scenes.
+
+    gained, lost: scenes that only the one, and that only the other solved; difference, with its 95 % interval
+    [low, high]; p_value: of the exact McNemar test.
+    """
+
+    n: int
+    gained: int
+    lost: int
+    difference: float
+    low: float
+    high: float
+    p_value: float
+
+    @classmethod
+    def of(cls, one: Sequence[bool], other: Sequence[bool]) -> "Paired":
+        """Of whether each scene was solved, in the same order. Raises ValueError for different or no scenes."""
+        pairs = list(zip(one, other, strict=True))
+        gained, lost = pairs.count((True, False)), pairs.count((False, True))
+        interval = newcombe_paired(pairs.count((True, True)), gained, lost, pairs.count((False, False)))
+        return cls(len(pairs), gained, lost, (gained - lost) / len(pairs), *interval, mcnemar(gained, lost))
+
+    def __str__(self) -> str:
+        p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
+        return f"{_points(self.difference)} [{_points(self.low)}, {_points(self.high)}], {p}"
+
+
+def _points(share: float) -> str:
+    """Percentage points, with their sign and without a negative zero."""
+    return f"{round(100 * share):+d}".replace("-", "−")
+
+
+@dataclass(frozen=True)
 class CellReport:
     """One cell of one task.
 
@@ -74,15 +114,32 @@ class CellReport:
 
 @dataclass(frozen=True)
 class TaskReport:
-    """cells by name. separated_by_success: the intervals of naive and calibrated do not overlap; separating_mm: the
-    largest of TOLERANCES at which they do not, None if there is none; layers_needed: the fewest calibrated layers, as a
-    cell's name, whose interval overlaps that of raw actions, None if there is none. Each also None where a cell it
-    needs was not run."""
+    """All cells on the same scenes.
+
+    planned: scenes of the whole run; separated_by_success: the Wilson intervals of naive and calibrated do not overlap;
+    separating_mm: those of TOLERANCES at which they do not overlap and calibrated solves more, naive_ahead_mm: and
+    naive solves more; against_naive: all calibrated layers less naive; against_raw: calibrated cells less raw, by cell;
+    layers_needed: the fewest calibrated layers, as a cell's name, that exclude a loss of more than MARGIN against raw.
+    Each None or empty where a cell it needs was not run, or there is none.
+    """
 
     cells: dict[str, CellReport]
+    planned: int
     separated_by_success: bool | None
-    separating_mm: float | None
+    separating_mm: tuple[float, ...]
+    naive_ahead_mm: tuple[float, ...]
+    against_naive: Paired | None
+    against_raw: dict[str, Paired]
     layers_needed: str | None
+
+    @property
+    def n(self) -> int:
+        """Scenes that are compared."""
+        return next(iter(self.cells.values())).success.n
+
+    def title(self, task: str) -> str:
+        """For the head of a column."""
+        return f"{task} (n = {self.n})"
 
 
 def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
@@ -99,6 +156,46 @@ def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[floa
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided p-value of the exact McNemar test: `gained` of gained + lost discordant pairs under Binomial(·, 1/2).
+
+    Q. McNemar, Note on the Sampling Error of the Difference between Correlated Proportions or Percentages,
+    Psychometrika 12 (1947), 153-157; 1 where no pair is discordant.
+    """
+    discordant = gained + lost
+    tail = sum(math.comb(discordant, count) for count in range(min(gained, lost) + 1))
+    return min(1.0, tail / 2.0 ** (discordant - 1))
+
+
+def newcombe_paired(
+    both: int, gained: int, lost: int, neither: int, confidence: float = CONFIDENCE
+) -> tuple[float, float]:
+    """Interval of the paired difference (gained - lost) / n of two success rates, from counts of pairs.
+
+    Method 10 of R. G. Newcombe, Improved Confidence Intervals for the Difference between Binomial Proportions Based on
+    Paired Data, Statistics in Medicine 17 (1998), 2635-2650: the Wilson intervals of both rates, squared and added with
+    their correlation phi, whose numerator, where positive, is made smaller by n/2 but not below 0; phi is 0 where all
+    or none are solved. Raises ValueError where there are no pairs.
+    """
+    n = both + gained + lost + neither
+    first, second = both + gained, both + lost
+    low_1, high_1 = wilson(first, n, confidence)
+    low_2, high_2 = wilson(second, n, confidence)
+    p_1, p_2 = first / n, second / n
+    covariance: float = both * neither - gained * lost
+    if covariance > 0:
+        covariance = max(0.0, covariance - n / 2)
+    margins = first * (n - first) * second * (n - second)
+    phi = covariance / math.sqrt(margins) if margins else 0.0
+
+    def added(one: float, other: float) -> float:
+        # Rounding may leave a negative nothing.
+        return math.sqrt(max(0.0, one * one - 2 * phi * one * other + other * other))
+
+    difference = (gained - lost) / n
+    return difference - added(p_1 - low_1, high_2 - p_2), difference + added(high_1 - p_1, p_2 - low_2)
 
 
 def solved_within(episodes: Sequence[Episode], tolerance: float) -> Rate:
@@ -140,32 +237,35 @@ def _quantiles(values: Sequence[float]) -> tuple[float, float, float, float]:
     return float(middle), float(p90), float(p95), float(largest)
 
 
-def separating_tolerance(naive: CellReport, calibrated: CellReport) -> float | None:
-    """The largest of TOLERANCES at which calibrated solves more and the intervals do not overlap; in mm."""
-    apart = [
+def tolerances_ahead(one: CellReport, other: CellReport) -> tuple[float, ...]:
+    """Those of TOLERANCES, in mm, at which `one` solves more than `other` and the intervals do not overlap."""
+    return tuple(
         tolerance
-        for tolerance, worse, better in zip(TOLERANCES, naive.tolerances, calibrated.tolerances, strict=False)
+        for tolerance, better, worse in zip(TOLERANCES, one.tolerances, other.tolerances, strict=False)
         if better.low > worse.high
-    ]
-    return max(apart, default=None)
+    )
 
 
 def task_report(episodes: Sequence[Episode]) -> TaskReport:
-    """Of the episodes of one task, or of several with the same cells; at least one."""
+    """Of the episodes of one task, or of several with the same cells; the same scenes in every cell, at least one."""
     by_cell: dict[str, list[Episode]] = {}
-    for episode in sorted(episodes, key=lambda episode: (_place(episode.cell), episode.index)):
+    for episode in sorted(episodes, key=lambda episode: (_place(episode.cell), episode.task, episode.index)):
         by_cell.setdefault(episode.cell, []).append(episode)
     cells = {cell: cell_report(found) for cell, found in by_cell.items()}
-    naive, calibrated, raw = (cells.get(name) for name in (NAIVE, CALIBRATED, RAW))
+    solved = {cell: [episode.result.success for episode in found] for cell, found in by_cell.items()}
+    naive, calibrated = cells.get(NAIVE), cells.get(CALIBRATED)
+    against_raw = {
+        name: Paired.of(solved[name], solved[RAW]) for name in CALIBRATED_LAYERS if name in cells and RAW in cells
+    }
     return TaskReport(
         cells=cells,
+        planned=SCENES * len({episode.task for episode in episodes}),
         separated_by_success=not naive.success.overlaps(calibrated.success) if naive and calibrated else None,
-        separating_mm=separating_tolerance(naive, calibrated) if naive and calibrated else None,
-        layers_needed=None
-        if raw is None
-        else next(
-            (name for name in CALIBRATED_LAYERS if name in cells and cells[name].success.overlaps(raw.success)), None
-        ),
+        separating_mm=tolerances_ahead(calibrated, naive) if naive and calibrated else (),
+        naive_ahead_mm=tolerances_ahead(naive, calibrated) if naive and calibrated else (),
+        against_naive=Paired.of(solved[CALIBRATED], solved[NAIVE]) if naive and calibrated else None,
+        against_raw=against_raw,
+        layers_needed=next((name for name, paired in against_raw.items() if paired.low > -MARGIN), None),
     )
 
 
@@ -208,8 +308,8 @@ def table(reports: dict[str, TaskReport]) -> str:
     for task, report in reports.items():
         lines += [
             "",
-            f"{task:<30}{'success [95 %]':<28}{'steps':>6}{'tracking mm: mean, p95, max':>30}{'deg: mean':>11}"
-            f"{'off by mm: p50, p95':>22}",
+            f"{report.title(task):<30}{'success [95 %]':<28}{'steps':>6}{'tracking mm: mean, p95, max':>30}"
+            f"{'deg: mean':>11}{'off by mm: p50, p95':>22}",
         ]
         for cell, found in report.cells.items():
             tracking = "{:.2f} {:7.2f} {:7.1f}".format(*found.tracking_mm)
@@ -225,66 +325,120 @@ def table(reports: dict[str, TaskReport]) -> str:
 def conclusions(report: TaskReport) -> list[str]:
     """What the intervals say about naive, calibrated and raw, in words."""
     found: list[str] = []
-    if report.separated_by_success is not None:
-        word = "separates" if report.separated_by_success else "does not separate"
-        found.append(f"Success {word} naive from all calibrated layers.")
-        if all(cell.tolerances for cell in report.cells.values()):
-            found.append(
-                "At no tolerance do their intervals come apart."
-                if report.separating_mm is None
-                else f"Asked for {report.separating_mm:g} mm or less, calibrated solves more: the intervals come apart."
-            )
-    if RAW in report.cells and any(name in report.cells for name in CALIBRATED_LAYERS):
+    if report.n < report.planned:
+        found.append(f"Unfinished: {report.n} of {report.planned} scenes.")
+    if report.against_naive is not None:
+        naive, calibrated = report.cells[NAIVE], report.cells[CALIBRATED]
+        apart = "come apart" if report.separated_by_success else "overlap"
         found.append(
-            "No number of calibrated layers reaches the interval of raw actions."
+            f"Solved by naive {naive.success.successes}, by all calibrated layers {calibrated.success.successes} of "
+            f"{report.n}: the intervals {apart}, difference on the same scenes in points {report.against_naive} (exact "
+            "McNemar test)."
+        )
+        if naive.tolerances and calibrated.tolerances:
+            found.append(_tolerance_words(report))
+    if report.against_raw:
+        margin = f"a loss of more than {100 * MARGIN:.0f} points of success to raw actions (95 %, paired)"
+        found.append(
+            f"With no number of calibrated layers do these scenes exclude {margin}."
             if report.layers_needed is None
-            else f"Fewest layers whose interval overlaps that of raw actions: {report.layers_needed}."
+            else f"Fewest layers with which these scenes exclude {margin}: {report.layers_needed}."
         )
     return found
+
+
+def _tolerance_words(report: TaskReport) -> str:
+    tried = f"{len(TOLERANCES)} tolerances tried"
+    said = [
+        f"{name} solves more within {_spans(tolerances)}"
+        for name, tolerances in (("calibrated", report.separating_mm), ("naive", report.naive_ahead_mm))
+        if tolerances
+    ]
+    if not said:
+        return f"At none of the {tried} do their intervals come apart."
+    return f"With intervals apart, {' and '.join(said)} ({tried}, not corrected for their number)."
+
+
+def _spans(tolerances: Sequence[float]) -> str:
+    """In words: neighbours among TOLERANCES are joined; "2 mm alone", "1 mm and 2 to 5 mm"."""
+    spans: list[list[float]] = []
+    for tolerance in tolerances:
+        if spans and TOLERANCES.index(tolerance) == TOLERANCES.index(spans[-1][-1]) + 1:
+            spans[-1].append(tolerance)
+        else:
+            spans.append([tolerance])
+    words = [f"{span[0]:g}" + (f" to {span[-1]:g}" if len(span) > 1 else "") + " mm" for span in spans]
+    if len(tolerances) == 1:
+        return f"{words[0]} alone"
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def cells_of(reports: Mapping[str, TaskReport]) -> list[str]:
+    """The cells of any task, in the order of the method."""
+    return sorted({cell for report in reports.values() for cell in report.cells}, key=_place)
 
 
 def tables_of(reports: dict[str, TaskReport]) -> dict[str, Table]:
-    """Success by task, tracking and precision over all of them, and success by tolerance where tasks are pooled."""
-    cells = list(next(iter(reports.values())).cells)
+    """Success by task, its paired differences, and tracking and success by tolerance where tasks are pooled, or by
+    task where they are not. A cell that a task does not have is "–" there."""
+    columns = tuple(report.title(task) for task, report in reports.items())
     success = [
-        (cell, *(f"{found.rate:.0%} ({found.low:.0%} … {found.high:.0%})" for found in _successes(reports, cell)))
-        for cell in cells
-    ]
-    n = next(iter(next(iter(reports.values())).cells.values())).success.n
-    found = {"success": Table(f"Solved, of {n} scenes a task", ("cell", *reports), tuple(success))}
-    widest = reports[POOLED] if POOLED in reports else next(iter(reports.values()))
-    accuracy = [
         (
             cell,
-            *(f"{value:.2f}" for value in report.tracking_mm),
-            f"{report.tracking_deg[0]:.2f}",
-            *(("–", "–") if report.precision_mm is None else (f"{report.precision_mm[i]:.1f}" for i in (0, 2))),
+            *(
+                f"{found.success.rate:.0%} ({found.success.low:.0%} … {found.success.high:.0%})" if found else _NONE
+                for found in (report.cells.get(cell) for report in reports.values())
+            ),
         )
-        for cell, report in widest.cells.items()
+        for cell in cells_of(reports)
     ]
-    header: tuple[str, ...] = (
-        "cell",
-        "tracking mm, mean",
-        "p95",
-        "largest",
-        "tracking °, mean",
-        "off the goal by mm, median",
-        "p95",
-    )
+    found = {"success": Table("Solved, with 95 % Wilson intervals", ("cell", *columns), tuple(success))}
+    paired = [(f"{CALIBRATED} less naive", *(_text(report.against_naive) for report in reports.values()))]
+    paired += [
+        (f"{cell} less raw", *(_text(report.against_raw.get(cell)) for report in reports.values()))
+        for cell in CALIBRATED_LAYERS
+    ]
+    paired = [row for row in paired if set(row[1:]) != {_NONE}]
+    if paired:
+        title = "Difference of success on the same scenes in points, 95 % interval (Newcombe), exact McNemar test"
+        found["paired"] = Table(title, ("cells", *columns), tuple(paired))
+    shown = {POOLED: reports[POOLED]} if POOLED in reports else reports
+    first = next(report.title(task) for task, report in shown.items()) if len(shown) == 1 else "task, cell"
+    rows = [
+        (cell if len(shown) == 1 else f"{report.title(task)}, {cell}", measured)
+        for task, report in shown.items()
+        for cell, measured in report.cells.items()
+    ]
+    accuracy = [
+        (
+            name,
+            *(f"{value:.2f}" for value in measured.tracking_mm),
+            f"{measured.tracking_deg[0]:.2f}",
+            *(
+                (_NONE, _NONE)
+                if measured.precision_mm is None
+                else (f"{measured.precision_mm[index]:.1f}" for index in (0, 2))
+            ),
+        )
+        for name, measured in rows
+    ]
+    header = (
+        first, "tracking mm, mean", "p95", "largest", "tracking °, mean", "off the goal by mm, median", "p95",
+    )  # fmt: skip
     found["tracking"] = Table(
         "How far the arm is from where the raw actions would have put it", header, tuple(accuracy)
     )
-    if all(report.tolerances for report in widest.cells.values()):
-        tolerant = [
-            (cell, *(f"{rate.rate:.0%}" for rate in report.tolerances)) for cell, report in widest.cells.items()
-        ]
-        header = ("cell", *(f"{tolerance:g} mm" for tolerance in TOLERANCES))
-        found["tolerance"] = Table("Solved and at least so precise", header, tuple(tolerant))
+    tolerant = [
+        (name, *(f"{rate.rate:.0%}" for rate in measured.tolerances)) for name, measured in rows if measured.tolerances
+    ]
+    if tolerant:
+        by_tolerance = (first, *(f"{tolerance:g} mm" for tolerance in TOLERANCES))
+        found["tolerance"] = Table("Solved and at least so precise", by_tolerance, tuple(tolerant))
     return found
 
 
-def _successes(reports: dict[str, TaskReport], cell: str) -> list[Rate]:
-    return [report.cells[cell].success for report in reports.values()]
+def _text(paired: Paired | None) -> str:
+    return _NONE if paired is None else str(paired)
 
 
 def read_report(path: Path) -> dict[str, TaskReport]:
@@ -316,19 +470,20 @@ def content_of(identity: Identity, reports: dict[str, TaskReport]) -> dict[str, 
 
 
 def write_report(episodes: Path, folder: Path) -> str:
-    """rollout.json and rollout.png in `folder` from a file of episodes, also an unfinished one; the table as text.
+    """rollout.png and rollout.json in `folder` from a file of episodes, also an unfinished one; the table as text.
 
+    The JSON comes last: where it is, the picture is too, unless matplotlib is missing.
     Raises EvidenceError where there are no episodes, or the folder cannot be written.
     """
     identity, found = read_episodes(episodes)
     reports = reports_of(found)
-    content = content_of(identity, reports)
-    write_text(folder / "rollout.json", json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-    try:
-        import matplotlib as _  # noqa: F401
-    except ImportError:
-        return table(reports) + "\n\nno picture: matplotlib is not installed here; --report-only elsewhere draws it"
-    from evidence.rollout_plots import draw
+    text = table(reports)
+    if find_spec("matplotlib"):
+        from evidence.rollout_plots import draw
 
-    draw(reports, folder / "rollout.png")
-    return table(reports)
+        draw(reports, folder / "rollout.png")
+    else:
+        text += "\n\nno picture: matplotlib is not installed here; --report-only elsewhere draws it"
+    content = json.dumps(content_of(identity, reports), indent=1, allow_nan=False, ensure_ascii=False)
+    write_text(folder / "rollout.json", content + "\n")
+    return text

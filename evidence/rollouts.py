@@ -4,7 +4,10 @@ import hashlib
 import multiprocessing
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -105,7 +108,7 @@ def identity_of(config: RolloutConfig) -> Identity:
 def run_rollouts(config: RolloutConfig) -> list[Episode]:
     """Run what is missing; all episodes of the file, also those of cells that were not asked for.
 
-    Raises SimulatorError without a simulator, EvidenceError where the file belongs to another run.
+    Raises SimulatorError without a simulator, EvidenceError where the file belongs to another run or a worker dies.
     """
     torch.set_num_threads(1)
     with open_episodes(config.file, identity_of(config)) as file:
@@ -123,12 +126,34 @@ def run_rollouts(config: RolloutConfig) -> list[Episode]:
 def _run(
     jobs: list[Job], chosen: dict[str, Codec], fingerprints: dict[str, str], config: RolloutConfig
 ) -> Iterator[Episode]:
+    """In any order, each as soon as it is done. Raises EvidenceError when a worker process dies."""
     if not jobs:
         return
     # Spawned workers start clean: a forked one would share the simulator's native state.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(config.workers, _start_worker, (chosen, fingerprints, config.chunk)) as pool:
-        yield from pool.imap_unordered(_run_job, jobs)
+    executor = ProcessPoolExecutor(
+        config.workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(chosen, fingerprints, config.chunk),
+    )
+    waiting, running = iter(jobs), set[Future[Episode]]()
+    try:
+        while True:
+            # Few at a time: what has been handed over is driven to its end even when the run is stopped.
+            running |= {executor.submit(_run_job, job) for job in islice(waiting, 2 * config.workers - len(running))}
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            # What a worker finished before another died is kept.
+            for future in sorted(done, key=lambda future: future.exception() is not None):
+                yield future.result()
+    except BrokenProcessPool as error:
+        raise EvidenceError(
+            "a worker process died, perhaps for want of memory; finished episodes are kept: start again, and it goes "
+            "on where it was, with fewer --workers if it happens again"
+        ) from error
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def _progress(episodes: Iterator[Episode], total: int) -> Iterator[Episode]:

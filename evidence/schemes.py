@@ -207,9 +207,10 @@ class Judge:
                 self._row(scheme, label(0, layer + 1), uses[layer], encoded, scheme.prefix(encoded, layer + 1))
                 for layer in range(count)
             ]
-            groups = [(range(coarse), scheme.prefix(encoded, coarse)), (range(count), scheme.prefix(encoded, count))]
+            groups = [(range(count), scheme.prefix(encoded, count))]
             if coarse < count:
-                groups.insert(1, (range(coarse, count), scheme.rest(encoded, coarse, typical)))
+                fine = (range(coarse, count), scheme.rest(encoded, coarse, typical))
+                groups = [(range(coarse), scheme.prefix(encoded, coarse)), fine, *groups]
             whole = scheme.model.decode_latents(scheme.prefix(encoded, count))
             difference = (whole.numpy() - self.judged.astype(np.float64)) / self.units
             return SchemeResult(

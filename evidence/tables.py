@@ -21,7 +21,7 @@ _PHYSICAL = (
     ("p99 mm", "position_mm_p99"),
     ("rotation °", "rotation_deg"),
     ("p99 °", "rotation_deg_p99"),
-    ("gripper sign", "gripper_sign_errors"),
+    ("wrong gripper sign, share", "gripper_sign_errors"),
 )
 _NONE = "–"
 
@@ -89,9 +89,10 @@ def layer_table(report: SchemeReport, comparison: Comparison) -> Table:
     """One scheme layer by layer: what the layer is given and holds, and the error of decoding up to it."""
     physical = [(title, name) for title, name in _PHYSICAL if comparison.data.physical]
     header = (
-        "layer", "residual std", "levels used, lowest … highest", "entropy bits", "decoded", "latent MSE", "action MSE",
-        "max error", *(title for title, _ in physical),
+        "layer", "residual std at the input", "levels used, lowest … highest", "entropy, bits/step", "decoded",
+        "latent MSE", "action MSE", "max error", *(title for title, _ in physical),
     )  # fmt: skip
+    prefixes = [row.label for row in report.prefixes]
     rows = []
     for layer, row in enumerate(report.prefixes):
         rows.append(
@@ -102,7 +103,7 @@ def layer_table(report: SchemeReport, comparison: Comparison) -> Table:
             (
                 row.label,
                 *_use(row),
-                f"{row.label} alone",
+                row.label if row.label in prefixes else f"{row.label}, {report.groups[0].label} at their mean",
                 number(row.metrics["latent_mse"]),
                 *_errors(row.metrics, physical),
             )

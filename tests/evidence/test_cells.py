@@ -1,17 +1,19 @@
 """What `evidence.cells` promises: every way of decoding tokens is a cell, and a cell can be told from another."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from evidence import cells
+from evidence.binning import BinRange, fit_bins
 from evidence.cells import RAW, choose_peers, fingerprint, rfsq_cells, select
 from evidence.codecs import Codec, RawCodec, RfsqCodec
 from evidence.errors import EvidenceError
 from evidence.rollout_report import CALIBRATED_LAYERS, NAIVE
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset, chunk
+from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
+from rfsq_ref.data import ActionDataset, chunk, split_episodes
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,6 @@ class Peer:
     family: str
     rate: float
     partial: bool = False
-    bits: int | None = None
     error: float = 0.0
 
     def reconstruct(self, chunks: np.ndarray) -> np.ndarray:
@@ -79,18 +80,57 @@ def test_codecs_that_do_something_else_have_another_fingerprint(found: dict[str,
     assert fingerprint(found[RAW]) == fingerprint(RawCodec("another name"))
 
 
-def test_of_every_family_the_nearest_whole_codec_is_taken_and_the_bins_of_eight_bits() -> None:
+CHUNKS = np.zeros((1, 8, 7), np.float32)
+
+
+def test_of_every_family_the_nearest_codec_is_taken_and_the_bins_of_openvla() -> None:
     peers = [
-        Peer("bins 256", "bins", 56.0, bits=8),
-        Peer("bins 2^19, worse", "bins", 133.0, bits=19, error=0.1),
-        Peer("bins 2^19", "bins", 133.0, bits=19),
+        Peer("256 bins, 1-99 %", "bins", 56.0, error=0.5),
+        Peer("256 bins, min-max", "bins", 56.0, error=0.4),
+        Peer("2^19 bins, worse", "bins", 133.0, error=0.1),
+        Peer("2^19 bins", "bins", 133.0),
         Peer("fast fine", "FAST", 180.0),
-        Peer("fast coarse", "FAST", 110.0),
-        Peer("fast part", "FAST", 134.0, partial=True),
+        Peer("fast coarse", "FAST", 110.0, error=0.3),
+        Peer("fast, first tokens", "FAST", 134.0, partial=True),
+        Peer("fsq, 3 of 3", "ResidualFSQ", 134.8, error=0.2),
         Peer("vq", "ResidualVQ", 20.0),
     ]
-    chosen = choose_peers(list(peers), np.zeros((1, 8, 7), np.float32), 134.8)
-    assert set(chosen) == {"bins 256", "bins 2^19", "fast coarse", "vq"}
+    chosen = choose_peers(list(peers), CHUNKS, 134.8)
+    assert set(chosen) == {"256 bins, 1-99 %", "2^19 bins", "fast coarse", "fsq, 3 of 3", "vq"}
+    assert all(name == codec.name for name, codec in chosen.items())
+
+
+def test_residual_peers_compete_with_their_prefixes_too_as_ours_is_one() -> None:
+    peers = [
+        Peer("fsq, 3 of 3", "ResidualFSQ", 134.8, error=0.2),
+        Peer("fsq, 3 of 8", "ResidualFSQ", 134.8, partial=True, error=0.1),
+        Peer("fsq, 8 of 8", "ResidualFSQ", 359.0),
+        Peer("vq, 15 of 15", "ResidualVQ", 135.0, error=0.3),
+        Peer("vq, 14 of 15", "ResidualVQ", 129.0, partial=True, error=0.2),
+        Peer("vq, 13 of 15", "ResidualVQ", 117.0, partial=True, error=0.1),
+    ]
+    # 129 bits are within 5 % of 135 and the better codec, 117 are not.
+    assert set(choose_peers(list(peers), CHUNKS, 134.8)) == {"fsq, 3 of 8", "vq, 14 of 15"}
+
+
+def test_the_names_that_are_looked_for_are_those_of_the_peers(demonstrations: ActionDataset) -> None:
+    residual_peers = pytest.importorskip("evidence.residual_peers")
+    assert set(cells.PREFIX_FAMILIES) == {family.value for family in residual_peers.ResidualFamily}
+    assert fit_bins(demonstrations.steps(), BinRange.QUANTILE, 8).name == cells.OPENVLA_BINS
+
+
+def test_peers_are_chosen_on_the_validation_episodes(
+    monkeypatch: pytest.MonkeyPatch, demonstrations: ActionDataset, tmp_path: Path
+) -> None:
+    peers = pytest.importorskip("evidence.peers")
+    like = RfsqCodec("calibrated, L0-L2", load_checkpoint(ROBUST_CHECKPOINT).model(), 3)
+    seen: list[np.ndarray] = []
+    monkeypatch.setattr(cells, "rfsq_cells", lambda *_: {like.name: like})
+    monkeypatch.setattr(peers, "peer_codecs", lambda *_, **__: [])
+    monkeypatch.setattr(cells, "choose_peers", lambda _, chunks, bits: seen.extend((chunks, bits)) or {})
+    cells.codecs(peers=True, cache=tmp_path)
+    assert np.array_equal(seen[0], chunk(split_episodes(demonstrations).validation.steps(), 8))
+    assert seen[1] == pytest.approx(3 * 16 * np.log2(7))
 
 
 def test_cells_are_chosen_by_name_and_unknown_ones_refused() -> None:

@@ -1,6 +1,7 @@
 """Everything from a dataset to a comparison, on a robot that the project has never seen."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -84,9 +85,10 @@ def test_given_checkpoints_are_used_instead_of_trained_ones(
 
 
 def test_more_processes_change_nothing(
-    comparison: Comparison, robot: ActionDataset, small_config: ComparisonConfig
+    comparison: Comparison, robot: ActionDataset, small_config: ComparisonConfig, tmp_path: Path
 ) -> None:
-    assert compare(robot, replace(small_config, workers=2)) == comparison
+    """With a cache of their own, so that they train anew."""
+    assert compare(robot, replace(small_config, workers=2, cache=tmp_path)) == comparison
 
 
 def test_too_few_steps_for_a_recovered_decoder_leave_the_rest(small_config: ComparisonConfig) -> None:
@@ -95,6 +97,55 @@ def test_too_few_steps_for_a_recovered_decoder_leave_the_rest(small_config: Comp
     assert [report.scheme for report in found.schemes] == ["naive", "dynamic", "published", "calibrated"]
     assert "no recovered decoder" in found.remarks[0]
     assert "give more calibration data" in found.remarks[0]
+
+
+def test_a_scheme_that_one_checkpoint_lacks_is_left_out_of_all(
+    small_config: ComparisonConfig, robot: ActionDataset
+) -> None:
+    """Not averaged with another scheme in its place."""
+    few = robot_dataset(episodes=8)
+    at_home, abroad = (
+        trained_checkpoint(data, small_config.training(use_layernorm=True, seed=0), small_config.cache)[0]
+        for data in (few, robot)
+    )
+
+    both, alone = (compare(few, small_config, robust=given) for given in ([at_home, abroad], [abroad]))
+
+    assert "recovered" in {report.scheme for report in alone.schemes}
+    assert "recovered" not in {report.scheme for report in both.schemes}
+    assert both.remarks
+    values = both.scheme("calibrated").groups[-1].metrics["action_mse"].values
+    assert values[1:] == alone.scheme("calibrated").groups[-1].metrics["action_mse"].values
+
+
+def test_one_layer_has_no_groups_and_no_claim_about_others(
+    robot: ActionDataset, small_config: ComparisonConfig
+) -> None:
+    given = {
+        robust: trained_checkpoint(
+            robot, replace(small_config.training(use_layernorm=robust, seed=0), num_layers=1), small_config.cache
+        )[0]
+        for robust in (False, True)
+    }
+
+    found = compare(robot, small_config, naive=[given[False]], robust=[given[True]])
+
+    assert [row.label for row in found.scheme("calibrated").groups] == ["L0"]
+    assert found.seeds == ()
+
+
+def test_checkpoints_that_cannot_stand_in_one_row_are_refused(
+    robot: ActionDataset, small_config: ComparisonConfig
+) -> None:
+    training = small_config.training(use_layernorm=True, seed=0)
+    eight, four = (
+        trained_checkpoint(robot, replace(training, num_layers=layers), small_config.cache)[0] for layers in (8, 4)
+    )
+
+    with pytest.raises(CheckpointError, match=r"num_layers=8.*num_layers=4.*compare them one by one"):
+        compare(robot, small_config, robust=[eight, four])
+    with pytest.raises(CheckpointError, match="given twice"):
+        compare(robot, small_config, robust=[eight, eight])
 
 
 def test_swapped_checkpoints_are_refused(robust: Checkpoint, demonstrations: ActionDataset) -> None:

@@ -96,6 +96,17 @@ def test_bits_are_the_tokens_of_a_chunk_over_its_steps(fitted: FastCodec) -> Non
     assert not fitted.partial
 
 
+def test_bits_of_a_step_times_all_steps_are_the_bits_of_all_tokens(fitted: FastCodec) -> None:
+    """Chunks of different cost, as real ones and those filled up with one action are."""
+    still = np.repeat(_motions(5)[:, :1], _LENGTH, axis=1)
+    parts = [_motions(20), still]
+
+    bits = [fitted.bits_per_step(part) * len(part) * _LENGTH for part in parts]
+
+    assert bits[0] / 20 > 2 * bits[1] / 5
+    assert fitted.bits_per_step(np.concatenate(parts)) * 25 * _LENGTH == pytest.approx(sum(bits))
+
+
 def test_the_first_tokens_hold_the_lowest_frequencies(fitted: FastCodec) -> None:
     chunks = _motions(50)
     first = fitted.first_tokens(2)

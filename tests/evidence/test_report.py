@@ -13,7 +13,7 @@ import pytest
 
 from evidence.report import main
 from evidence.results import Comparison, read_json
-from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT
+from rfsq_ref.checkpoints import ROBUST_CHECKPOINT
 from rfsq_ref.data import ActionDataset
 from tests.evidence.conftest import robot_dataset
 
@@ -47,10 +47,18 @@ def write_parquet(path: Path, dataset: ActionDataset) -> None:
     [("robot.npz", write_npz, 4), ("robot.hdf5", write_hdf5, 14), ("robot.parquet", write_parquet, 4)],
 )
 def test_any_robots_file_gives_a_report(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, write: object, action_dim: int
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    write: object,
+    action_dim: int,
 ) -> None:
     """Other ranges, 4 and 14 dimensions, one that never moves, and an episode shorter than a chunk."""
     write(tmp_path / name, robot_dataset(action_dim))  # type: ignore[operator]
+    # Drawing takes longest, and does not depend on the file's format.
+    if name != "robot.npz":
+        monkeypatch.setattr("evidence.report.figures", lambda _: {})
     arguments = ["--data", tmp_path / name, "--output", tmp_path / "report", "--cache", tmp_path / "cache", *QUICK]
 
     status = main(list(map(str, arguments)))
@@ -59,9 +67,9 @@ def test_any_robots_file_gives_a_report(
     assert status == (0 if comparison.improvement > 0.3 else 1)
     assert comparison.data.action_dim == action_dim
     assert comparison.settings["normaliser"] == "min-max"
-    assert {path.name for path in (tmp_path / "report").iterdir()} == {
-        "comparison.json", "comparison.txt", "report.html", "figures"
-    }  # fmt: skip
+    files = {path.name for path in (tmp_path / "report").iterdir()}
+    assert files - {"figures"} == {"comparison.json", "comparison.txt", "report.html"}
+    assert ("figures" in files) == (name == "robot.npz")
     printed = capsys.readouterr().out
     assert "robust calibrated, tokens alone" in printed
     assert printed.count("layer by layer") == len(comparison.schemes)
@@ -104,6 +112,7 @@ def test_status_1_says_that_calibrated_tokens_did_not_improve(
         (["--naive", str(ROBUST_CHECKPOINT)], "swap --naive and --robust"),
         (["--robust", "nowhere.safetensors"], "no checkpoint at nowhere.safetensors"),
         (["--data", "nowhere.npz"], "nowhere.npz"),
+        (["--output", "/dev/null/report"], "no writable folder"),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_anything_is_trained(
@@ -114,22 +123,15 @@ def test_what_cannot_be_compared_is_said_before_anything_is_trained(
     assert not (tmp_path / "report").exists()
 
 
-def test_the_script_runs_from_anywhere_on_given_checkpoints(tmp_path: Path) -> None:
-    """The embedded demonstrations and checkpoints: the numbers that the README shows, for one seed."""
-    command = [sys.executable, str(ROOT / "rfsq_ref" / "compare.py"), "--naive", str(NAIVE_CHECKPOINT), "--robust",
-               str(ROBUST_CHECKPOINT), "--output", "report", "--no-peers", "--no-calibration-study"]  # fmt: skip
-    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
+    write_npz(tmp_path / "robot.npz", robot_dataset(episodes=8))
+    command = [sys.executable, str(ROOT / "rfsq_ref" / "compare.py"), "--data", "robot.npz", "--output", "report"]
+    finished = subprocess.run([*command, *QUICK], cwd=tmp_path, capture_output=True, text=True, check=False)
 
-    assert finished.returncode == 0, finished.stderr
-    found = json.loads((tmp_path / "report" / "comparison.json").read_text())
-    assert found["data"]["physical"] == {"position_m": 0.05, "rotation_rad": 0.5}
-    schemes = {scheme["scheme"]: scheme["groups"][-1]["metrics"] for scheme in found["schemes"]}
-    assert schemes["naive"]["action_mse"]["mean"] == pytest.approx(1.003e-3, rel=1e-3)
-    assert schemes["dynamic"]["action_mse"]["mean"] == pytest.approx(4.905e-6, rel=1e-3)
-    assert schemes["published"]["action_mse"]["mean"] == pytest.approx(12.92, rel=1e-3)
-    assert schemes["recovered"]["action_mse"]["mean"] == pytest.approx(1.517e-4, rel=2e-3)
-    assert schemes["calibrated"]["action_mse"]["mean"] == pytest.approx(3.30e-6, rel=2e-3)
-    assert all(finding["holds"] for finding in found["findings"])
+    assert finished.returncode in (0, 1), finished.stderr
+    assert finished.stdout.endswith("into report\n")
+    assert read_json(tmp_path / "report" / "comparison.json").data.source == "robot.npz"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["build", "report", "robot.npz"]
 
 
 def test_a_section_on_the_closed_loop_is_shown_for_the_same_demonstrations(

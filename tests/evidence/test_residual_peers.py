@@ -1,5 +1,6 @@
 """ResidualFSQ and ResidualVQ: the library's own decoding, greedy search written out, a cache that trusts nothing."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 from vector_quantize_pytorch import GroupedResidualFSQ
 
+from evidence import residual_peers
 from evidence.codecs import Codec
 from evidence.errors import EvidenceError
 from evidence.residual_peers import (
@@ -170,6 +172,17 @@ def test_fourteen_dimensions_with_one_that_never_moves(config: ResidualConfig) -
     assert all(np.isfinite(codec.reconstruct(_chunks(dataset))).all() for codec in residual_codecs(model))
 
 
+def test_fine_tuning_that_only_does_harm_leaves_the_codebooks_of_k_means(
+    robot: ActionDataset, models: dict[ResidualFamily, ResidualAutoencoder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residual_peers, "_FINE_TUNING_SHARE", 1e4)
+
+    found, tuned = train_residual(robot, _VQ), models[ResidualFamily.VQ]
+
+    chunks, units = _chunks(robot), found.units.numpy()
+    assert _mse(residual_codecs(found)[-1], chunks, units) < 3 * _mse(residual_codecs(tuned)[-1], chunks, units)
+
+
 def test_a_training_that_diverges_says_so(robot: ActionDataset) -> None:
     with pytest.raises(EvidenceError, match="diverged"):
         train_residual(robot, replace(_FSQ, epochs=1, learning_rate=1e30))
@@ -202,6 +215,24 @@ def test_a_cached_model_is_the_trained_one_and_is_not_trained_again(
     chunks = _chunks(robot)
     for first, second in zip(residual_codecs(models[config.family]), residual_codecs(loaded), strict=True):
         np.testing.assert_array_equal(first.reconstruct(chunks), second.reconstruct(chunks))
+
+
+def test_a_file_says_which_versions_made_it(cached: Path) -> None:
+    with safetensors.safe_open(cached, framework="pt") as file:
+        header = json.loads(file.metadata()[FORMAT])
+
+    assert header["made_with"]["torch"] == torch.__version__
+    assert header["made_with"].keys() == {"torch", "vector-quantize-pytorch"}
+
+
+def test_a_recipe_that_changed_for_one_family_leaves_the_others_files_valid(
+    robot: ActionDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [cached_residual_path(robot, config, Path("cache")) for config in (_FSQ, _VQ)]
+    monkeypatch.setitem(residual_peers.RECIPES, ResidualFamily.VQ, 1000)
+    after = [cached_residual_path(robot, config, Path("cache")) for config in (_FSQ, _VQ)]
+
+    assert [old == new for old, new in zip(before, after, strict=True)] == [True, False]
 
 
 def test_the_name_tells_data_settings_and_seeds_apart(robot: ActionDataset) -> None:

@@ -145,6 +145,28 @@ def test_without_the_simulator_the_run_says_what_to_install(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_worker_that_dies_ends_the_run_with_what_was_done_and_says_to_start_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A pool would wait for it for ever. Expressions are the jobs: what a worker evaluates must be found there."""
+    monkeypatch.setattr(rollouts, "_run_job", eval)
+    jobs: list[Any] = ["1 + 1", "2 + 1", "__import__('os').kill(__import__('os').getpid(), 9)", *["4 + 1"] * 50]
+    found: list[Any] = []
+    with pytest.raises(EvidenceError, match="a worker process died.*start again, and it goes on where it was"):
+        for result in rollouts._run(jobs, {}, {}, replace(CONFIG, workers=1)):
+            found.append(result)  # noqa: PERF402 - extend would lose what came before the error
+    assert found == [2, 3]
+
+
+def test_workers_do_every_job_once_and_a_failing_one_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollouts, "_run_job", eval)
+    jobs: list[Any] = [f"{number} + 1" for number in range(20)]
+    found: list[Any] = list(rollouts._run(jobs, {}, {}, replace(CONFIG, workers=2)))
+    assert sorted(found) == list(range(1, 21))
+    with pytest.raises(ZeroDivisionError):
+        list(rollouts._run(["1 / 0", *jobs], {}, {}, replace(CONFIG, workers=1)))
+
+
 def test_any_number_of_workers_gives_the_same_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("robosuite", reason="the simulator is not installed here: pip install '.[sim]'")
     monkeypatch.setattr(rollouts, "codecs", lambda **_: {name: RawCodec(name) for name in ("a", "b")})

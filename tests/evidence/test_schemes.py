@@ -54,6 +54,18 @@ def test_entropy_of_a_group_is_that_of_its_layers(result: SchemeResult) -> None:
     assert result.bits_per_layer == pytest.approx(16 * np.log2(7))
 
 
+def test_the_embedded_checkpoints_have_the_errors_that_were_measured_at_every_build(
+    result: SchemeResult, judge: Judge, naive: Checkpoint, robust: Checkpoint
+) -> None:
+    """A change here is a change of what users get."""
+    found = {scheme.name: judge.result(scheme) for scheme in (Naive(naive), Dynamic(robust), Published(robust))}
+    errors = {name: rows.groups[-1].errors.action_mse for name, rows in found.items()}
+
+    assert errors == pytest.approx({"naive": 1.003e-3, "dynamic": 4.905e-6, "published": 12.92}, rel=1e-3)
+    assert result.groups[-1].errors.action_mse == pytest.approx(3.30e-6, rel=2e-3)
+    assert result.groups[0].errors.action_mse == pytest.approx(5.33e-6, rel=2e-3)
+
+
 def test_level_shares_add_up_to_one(result: SchemeResult) -> None:
     for row in result.prefixes + result.groups:
         assert sum(row.use.level_share) == pytest.approx(1.0)
