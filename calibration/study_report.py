@@ -22,15 +22,46 @@ _NONE = "–"
 
 @dataclass(frozen=True)
 class _Table:
-    title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
 
-def markdown(result: StudyResult) -> dict[str, str]:
-    """The defaults in a line, and tables by name: settings, readout, episodes, tasks, layers.
+def titles(result: StudyResult) -> dict[str, str]:
+    """What each part of `markdown` shows, by the same names: a sentence for a caption, plain text."""
+    coarse, count = _prefix_name(_coarse(result), result), len(result.checkpoints)
+    over = f"over {count} checkpoints" if count > 1 else "of one checkpoint"
+    return {
+        "defaults": "What calibration does unless it is told otherwise",
+        "settings": (
+            "Settings, each with one choice other than the default: errors on the test episodes by the layers decoded "
+            f"({coarse}: these alone; all: every layer), what quantising adds to the squared error of actions drawn "
+            f"evenly from the recorded ranges, and the bound on the latent error; mean ± standard deviation {over}, "
+            "of the bound the highest"
+        ),
+        "readout": (
+            "Readouts by their ridge, without a quantiser: action MSE on calibration episodes left out of the fit and "
+            f"on the test episodes, mean ± standard deviation {over}; then action MSE as a multiple of that of the "
+            "decoder as trained, below 1x the readout helps"
+        ),
+        "episodes": (
+            "Number of calibration episodes: action MSE on the test episodes, mean (lowest … highest) over random "
+            f"choices of episodes and {over}"
+        ),
+        "tasks": (
+            "Fitted to these tasks, tested on one: action MSE as a multiple of that of the unquantised autoencoder "
+            f"with the setting's own readout, mean over tasks and {over}"
+        ),
+        "layers": (
+            "Layers: what each one brings in the default setting, decoded with all before it. It pays on the data "
+            "where it lowers the action MSE by 5 % or more, in the worst case where it halves the bound on the latent "
+            "error of any latent in [-1, 1]"
+        ),
+    }
 
-    In place of a table that could not be measured stands the reason.
+
+def markdown(result: StudyResult) -> dict[str, str]:
+    """The defaults in a line, and tables by name: settings, readout, episodes, tasks, layers; `titles` has their
+    captions. In place of a table that could not be measured stands the reason.
     """
     found = {"defaults": _defaults(result)}
     for name, table in _tables(result).items():
@@ -48,6 +79,7 @@ def format_study(result: StudyResult) -> str:
         f"action MSE without a quantiser, decoder as trained  {_both(result.unquantised)}\n"
         f"action MSE without a quantiser, with the readout    {_both(result.unquantised_readout)}"
     ]
+    captions = titles(result)
     for name, table in _tables(result).items():
         if table is None:
             parts.append(f"{name}: not measured: {result.omitted[name]}")
@@ -57,7 +89,7 @@ def format_study(result: StudyResult) -> str:
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
             for line in (table.header, *table.rows)
         )
-        parts.append("\n".join((table.title, *lines)))
+        parts.append("\n".join((captions[name], *lines)))
     return "\n\n".join(parts)
 
 
@@ -118,11 +150,11 @@ def _settings_table(result: StudyResult) -> _Table:
     prefixes = sorted({1, min(2, coarse), coarse, len(result.layers)})
     header = (
         "setting",
-        *(f"MSE {_prefix_name(prefix, result)}" for prefix in prefixes),
-        f"largest error {coarse_name}",
-        f"random {coarse_name}",
-        "random all",
-        "worst case all",
+        *(f"action MSE, {_prefix_name(prefix, result)}" for prefix in prefixes),
+        f"largest action error, {coarse_name}",
+        f"added MSE on random actions, {coarse_name}",
+        "added MSE on random actions, all",
+        "bound on the latent error, all",
     )
     rows = (
         (
@@ -135,15 +167,19 @@ def _settings_table(result: StudyResult) -> _Table:
         )
         for row in result.settings
     )
-    title = (
-        "Settings: action MSE by prefix, largest |action error|; squared error that quantising adds on random actions; "
-        "bound on the latent error"
-    )
-    return _Table(title, header, tuple(rows))
+    return _Table(header, tuple(rows))
 
 
 def _readout_table(result: StudyResult) -> _Table:
-    header = ("ridge", "cross-validated MSE", "test MSE", "random", "unseen task", "another task alone")
+    header = (
+        "ridge",
+        "cross-validated action MSE",
+        "test action MSE",
+        *(
+            f"{what}, over decoder as trained"
+            for what in ("random actions", "unseen task", "fitted to another task alone")
+        ),
+    )
     rows = (
         (
             "readout off" if row.ridge is None else f"{row.ridge:.0e}".replace("e-0", "e-"),
@@ -155,8 +191,7 @@ def _readout_table(result: StudyResult) -> _Table:
         )
         for row in result.readout
     )
-    title = "Readouts without a quantiser: action MSE; then MSE over that of the decoder as trained, mean (worst)"
-    return _Table(title, header, tuple(rows))
+    return _Table(header, tuple(rows))
 
 
 def _episodes_table(result: StudyResult) -> _Table:
@@ -165,17 +200,16 @@ def _episodes_table(result: StudyResult) -> _Table:
     settings, counts = _names(result.episodes), sorted({count for _, count in rows})
     columns = [(setting, coarse) for setting in settings[:-1]]
     columns += [(setting, len(result.layers)) for setting in (settings[0], settings[-1])]
-    header = ("episodes", *(f"{setting}, {_prefix_name(prefix, result)}" for setting, prefix in columns))
+    header = ("episodes", *(f"action MSE, {setting}, {_prefix_name(prefix, result)}" for setting, prefix in columns))
     cells = (
         (str(count), *(_range(rows[setting, count].action_mse[prefix - 1]) for setting, prefix in columns))
         for count in counts
     )
-    title = "Number of calibration episodes: action MSE, mean (lowest … highest) over choices and checkpoints"
-    return _Table(title, header, tuple(cells))
+    return _Table(header, tuple(cells))
 
 
 def _tasks_table(result: StudyResult) -> _Table:
-    kinds = ("every task", "all but the tested", "another task alone")
+    kinds = ("fitted to every task", "to all but the tested", "to another task alone")
     prefixes = (_coarse(result), len(result.layers))
     header = ("setting", *(f"{kind}, {_prefix_name(prefix, result)}" for prefix in prefixes for kind in kinds))
     rows = (
@@ -185,25 +219,21 @@ def _tasks_table(result: StudyResult) -> _Table:
         )
         for row in result.tasks
     )
-    title = (
-        "Fitted to these tasks, tested on one: action MSE over that of the unquantised autoencoder with the same "
-        "readout, mean (worst) over tasks and checkpoints"
-    )
-    return _Table(title, header, tuple(rows))
+    return _Table(header, tuple(rows))
 
 
 def _layers_table(result: StudyResult) -> _Table:
     default, trained = result.settings[0], result.settings[-1]
     header = (
-        "up to",
+        "up to layer",
         "bits per step",
         "action MSE",
-        "falls by",
+        "action MSE falls by a factor of",
         f"action MSE, {trained.setting}",
-        "worst case",
-        "falls by",
-        "levels used",
-        "pays",
+        "bound on the latent error",
+        "bound falls by a factor of",
+        "levels used in the test episodes",
+        "pays on",
     )
     rows = (
         (
@@ -219,12 +249,12 @@ def _layers_table(result: StudyResult) -> _Table:
         )
         for row in result.layers
     )
-    return _Table("Layers: what each brings in the default setting", header, tuple(rows))
+    return _Table(header, tuple(rows))
 
 
 def _pays(row: LayerRow) -> str:
     where = (("data", row.pays_on_data), ("worst case", row.pays_in_worst_case))
-    return ", ".join(name for name, pays in where if pays) or "no"
+    return ", ".join(name for name, pays in where if pays) or "neither"
 
 
 def _names(rows: Sequence[EpisodesRow]) -> list[str]:
@@ -265,7 +295,7 @@ def _range(value: Spread) -> str:
 
 def _worst(value: Spread) -> str:
     """Mean and highest of ratios."""
-    return f"{value.mean:.2f}x ({value.high:.2f})"
+    return f"{value.mean:.2f}x (worst {value.high:.2f}x)"
 
 
 # Picture -------------------------------------------------------------------------------------------------------------

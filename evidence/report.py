@@ -9,7 +9,7 @@ from pathlib import Path
 
 from calibration.errors import CalibrationError
 from calibration.study import study
-from calibration.study_report import markdown, write_study
+from calibration.study_report import markdown, titles, write_study
 from evidence.comparison import ComparisonConfig, compare
 from evidence.errors import EvidenceError
 from evidence.findings import REQUIRED_IMPROVEMENT
@@ -137,7 +137,9 @@ def _calibration(
     ]
     result = study(chosen, dataset, show_progress=True)
     write_study(result, folder)
-    return "Calibration choices", "\n".join(_as_html(name, text) for name, text in markdown(result).items())
+    return "Calibration choices", "\n".join(
+        _as_html(title, text) for title, text in zip(titles(result).values(), markdown(result).values(), strict=True)
+    )
 
 
 def _closed_loop(folder: Path, comparison: Comparison) -> list[tuple[str, str]]:

@@ -89,7 +89,7 @@ class Paired:
 
 def _points(share: float) -> str:
     """Percentage points, with their sign and without a negative zero."""
-    return f"{round(100 * share):+d}".replace("-", "−")
+    return f"{round(100 * share, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ faster than one CPU core, and its weights differ from the CPU's in their last di
 """
 
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 if not __package__:
     # Not in place of the first entry, as elsewhere: in Modal's container the packages lie beside this file.
@@ -20,8 +20,9 @@ from typing import Any, Literal
 
 import modal
 
-from rfsq_ref.checkpoints import SUFFIX
+from rfsq_ref.checkpoints import SUFFIX, check_output
 from rfsq_ref.data import load_actions, load_demonstrations
+from rfsq_ref.errors import CheckpointError
 from rfsq_ref.train import (
     TrainConfig,
     chosen_normaliser,
@@ -50,14 +51,26 @@ image = (
 )
 
 
+def check_on_volume(output: str) -> None:
+    """Raise CheckpointError for a checkpoint that would not be on the volume, and would be lost with the container."""
+    path = PurePosixPath(output)
+    if path.is_absolute() or ".." in path.parts:
+        raise CheckpointError(
+            f"output {output!r} would leave the volume, and be lost; expected a path relative to it, without '..', "
+            f"such as checkpoints/{path.stem or 'robust'}{SUFFIX}"
+        )
+    check_output(path.name)
+
+
 @app.function(image=image, gpu=GPU, volumes={str(VOLUME_PATH): volume}, timeout=TIMEOUT_S)
 def train_remote(config: TrainConfig, normaliser: str, data: str, key: str, output: str) -> dict[str, Any]:
     """Train, and write the checkpoint and its learning curve to the volume.
 
     normaliser: as `--normaliser` of rfsq_ref/train.py; data and output: relative to the volume, data "" for the
     embedded demonstrations; key: of the action array, "" for the usual one. Returns the checkpoint's provenance.
-    Raises what loading, training and saving raise.
+    Raises what loading, training and saving raise, and before them CheckpointError for an output off the volume.
     """
+    check_on_volume(output)
     make_deterministic()
     dataset = load_actions(VOLUME_PATH / data, key=key or None) if data else load_demonstrations()
     config = replace(config, normaliser=chosen_normaliser(normaliser, dataset))
@@ -87,6 +100,8 @@ def main(
     """Modal makes the command line from these parameters: a bool would be a flag that takes no True or False."""
     robust = use_layernorm == "True"
     output = output or f"checkpoints/{'robust' if robust else 'naive'}{SUFFIX}"
+    # Here as well, before a GPU is started.
+    check_on_volume(output)
     config = TrainConfig(
         use_layernorm=robust,
         num_episodes=num_episodes,

@@ -23,7 +23,7 @@ from calibration.fit import calibrate
 from calibration.readout import DEFAULT_READOUT, ReadoutConfig, fit_readout
 from calibration.report import CalibrationReport, report_calibrated
 from calibration.study import main, study
-from calibration.study_report import draw_study, format_study, markdown
+from calibration.study_report import draw_study, format_study, markdown, titles
 from calibration.study_result import Spread, StudyResult, result_from_json, result_to_json, spread
 from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq_ref.checkpoints import Checkpoint, checkpoint_of, save_checkpoint
@@ -336,6 +336,7 @@ def test_without_tasks_their_section_says_why() -> None:
     assert all(row.unseen is None and row.other is None for row in result.readout)
     assert result.episodes
     assert markdown(result)["tasks"].startswith("Not measured: ")
+    assert titles(result).keys() == markdown(result).keys()
     assert "tasks: not measured" in format_study(result)
     draw_study(result)
 
@@ -412,9 +413,21 @@ def test_tables_are_rectangular_and_show_the_numbers(result: StudyResult) -> Non
     assert mean == pytest.approx(whole.mean, rel=5e-3)
     assert deviation == pytest.approx(whole.deviation, rel=5e-3)
     coarse = result.tasks[0].other[2]
-    shown = re.fullmatch(r"(.*)x \((.*)\)", _first_row(tables["tasks"])[3])
+    shown = re.fullmatch(r"(.*)x \(worst (.*)x\)", _first_row(tables["tasks"])[3])
     assert shown is not None
     assert [float(shown[1]), float(shown[2])] == pytest.approx([coarse.mean, coarse.high], abs=5e-3)
+
+
+def test_every_table_has_a_caption_and_columns_of_its_own(result: StudyResult) -> None:
+    captions = titles(result)
+    assert captions.keys() == markdown(result).keys()
+    assert len(set(captions.values())) == len(captions)
+    for name, table in markdown(result).items():
+        header = table.splitlines()[0].split(" | ")
+        assert len(set(header)) == len(header), name
+        # The text for the terminal has the caption above the table.
+        assert name == "defaults" or f"{captions[name]}\n" in format_study(result)
+    assert "over 2 checkpoints" in captions["settings"]
 
 
 def _first_row(table: str) -> list[str]:
@@ -441,7 +454,7 @@ def test_command_writes_json_and_picture(tmp_path: Path, capsys: pytest.CaptureF
     written = result_from_json((folder / "calibration.json").read_text(encoding="utf-8"))
     assert all(re.fullmatch(r"checkpoint \d, sha256 [0-9a-f]{64}", label) for label in written.checkpoints)
     assert matplotlib.image.imread(folder / "calibration.png").std() > 0
-    assert "Settings: action MSE by prefix" in capsys.readouterr().out
+    assert "Settings, each with one choice" in capsys.readouterr().out
 
 
 def test_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

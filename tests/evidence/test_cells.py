@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from calibration.recovered import RecoveredConfig
 from evidence import cells
 from evidence.binning import BinRange, fit_bins
 from evidence.cells import RAW, choose_peers, fingerprint, rfsq_cells, select
@@ -36,14 +38,11 @@ class Peer:
 def found(robust: Checkpoint, naive: Checkpoint, demonstrations: ActionDataset) -> dict[str, Codec]:
     patch = pytest.MonkeyPatch()
     # The full fit takes tens of seconds; a short one gives the same cells.
-    patch.setattr(cells, "RecoveredConfig", lambda: cells_recovered(refine_steps=0))
+    patch.setattr(cells, "RecoveredConfig", lambda: RecoveredConfig(refine_steps=0))
     try:
         return rfsq_cells(naive, robust, demonstrations.select(range(0, 125, 3)))
     finally:
         patch.undo()
-
-
-cells_recovered = cells.RecoveredConfig
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +123,18 @@ def test_peers_are_chosen_on_the_validation_episodes(
 ) -> None:
     peers = pytest.importorskip("evidence.peers")
     like = RfsqCodec("calibrated, L0-L2", load_checkpoint(ROBUST_CHECKPOINT).model(), 3)
-    seen: list[np.ndarray] = []
+    seen: list[Any] = []
+
+    def chosen(*arguments: Any) -> dict[str, Codec]:
+        seen.extend(arguments)
+        return {}
+
     monkeypatch.setattr(cells, "rfsq_cells", lambda *_: {like.name: like})
     monkeypatch.setattr(peers, "peer_codecs", lambda *_, **__: [])
-    monkeypatch.setattr(cells, "choose_peers", lambda _, chunks, bits: seen.extend((chunks, bits)) or {})
+    monkeypatch.setattr(cells, "choose_peers", chosen)
     cells.codecs(peers=True, cache=tmp_path)
-    assert np.array_equal(seen[0], chunk(split_episodes(demonstrations).validation.steps(), 8))
-    assert seen[1] == pytest.approx(3 * 16 * np.log2(7))
+    assert np.array_equal(seen[1], chunk(split_episodes(demonstrations).validation.steps(), 8))
+    assert seen[2] == pytest.approx(3 * 16 * np.log2(7))
 
 
 def test_cells_are_chosen_by_name_and_unknown_ones_refused() -> None:

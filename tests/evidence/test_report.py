@@ -141,10 +141,11 @@ def test_a_section_on_the_closed_loop_is_shown_for_the_same_demonstrations(
     rate = {"successes": 3, "n": 4, "rate": 0.75, "low": 0.3, "high": 0.95}
     cell = {"codec": "c", "success": rate, "reached": rate, "steps": 9.0, "tracking_mm": [1.0, 2.0, 3.0],
             "tracking_deg": [0.1, 0.2, 0.3], "precision_mm": None, "tolerances": []}  # fmt: skip
-    task = {"cells": {"raw": cell}, "separated_by_success": None, "separating_mm": None, "layers_needed": None}
+    task = {"cells": {"raw": cell}, "planned": 50, "separated_by_success": None, "separating_mm": [],
+            "naive_ahead_mm": [], "against_naive": None, "against_raw": {}, "layers_needed": None}  # fmt: skip
     shown = {}
     for sha256 in (comparison.data.sha256, "another"):
-        content = {"format": "rfsq-rollout-report", "format_version": 1, "tasks": {"Stack": task},
+        content = {"format": "rfsq-rollout-report", "format_version": 2, "tasks": {"Stack": task},
                    "run": {"hashes": {"demonstrations": sha256}}}  # fmt: skip
         (tmp_path / "rollout.json").write_text(json.dumps(content))
         sections: list[tuple[str, str]] = []

@@ -13,7 +13,6 @@ from scipy.stats import binomtest, multinomial
 from evidence.closed_loop import EpisodeResult, Spread
 from evidence.episodes import Episode, Identity, open_episodes
 from evidence.errors import EvidenceError
-from evidence.rollouts import RolloutConfig
 from evidence.rollout_report import (
     CALIBRATED_LAYERS,
     MARGIN,
@@ -34,6 +33,7 @@ from evidence.rollout_report import (
     wilson,
     write_report,
 )
+from evidence.rollouts import RolloutConfig
 
 IDENTITY = Identity(1, 0, 8, {"robosuite": "1.5.2"}, {"robust": "ab"})
 EXACT = Spread(0.0, 0.0, 0.0)
@@ -131,6 +131,11 @@ def test_scenes_are_paired_one_by_one() -> None:
         Paired.of([True], [True, False])
 
 
+def test_no_difference_has_no_negative_zero() -> None:
+    assert str(Paired.of([True] * 50, [True] * 50)) == "+0.0 [−7.1, +7.1], p = 1.000"
+    assert str(Paired.of([False] * 30, [True] * 30)).endswith("p < 0.001")
+
+
 def test_pooled_scenes_are_paired_within_their_task() -> None:
     found = [
         *episodes("naive", [1.0] * 4, failed=(0, 1)),
@@ -190,9 +195,8 @@ def test_a_single_tolerance_is_not_called_a_range(naive: list[float | None], wor
 
 
 def test_tolerances_with_a_gap_are_listed() -> None:
-    naive = episodes("naive", [2.5] * 25 + [4.5] * 25)
-    calibrated = episodes("calibrated, all", [1.9] * 25 + [3.5] * 25)
-    report = reports_of(naive + calibrated)["Stack"]
+    found = episodes("naive", [*[2.5] * 25, *[4.5] * 25]) + episodes("calibrated, all", [*[1.9] * 25, *[3.5] * 25])
+    report = reports_of(found)["Stack"]
     assert report.separating_mm == (2.0, 4.0)
     assert "within 2 mm and 4 mm (14" in table({"Stack": report})
 
@@ -327,7 +331,7 @@ def test_tables_say_how_many_scenes_each_column_has() -> None:
         "calibrated, L0 less raw",
         "calibrated, all less raw",
     ]
-    assert re.fullmatch(r"−20 \[−\d+, \+\d+\], p = 0\.500", tables["paired"].rows[1][2])
+    assert re.fullmatch(r"−20\.0 \[−\d+\.\d, \+\d+\.\d\], p = 0\.500", tables["paired"].rows[1][2])
     assert tables["tracking"].header[0] == tables["tolerance"].header[0] == "all tasks (n = 20)"
 
 

@@ -846,7 +846,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
 def start(output: Path, checkpoint: Path) -> subprocess.Popen[str]:
     """A build far larger than the test is patient, stopped at a moment when files are written already."""
     arguments = ("--output", output, "--overwrite", "--checkpoint", checkpoint, "--parity-steps", 3_000_000)
-    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background of a shell, an interrupt is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("✓ export ONNX"):

@@ -349,7 +349,14 @@ with stage_bundle(sys.argv[1], overwrite=True) as staged:
 
 
 def start_stuck(output: Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", STUCK, str(output)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(output)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Where the tests run in the background of a shell, an interrupt is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     return process

@@ -18,7 +18,7 @@ import torch
 
 from rfsq_ref.checkpoints import load_checkpoint, save_checkpoint
 from rfsq_ref.data import load_actions
-from rfsq_ref.errors import DataError
+from rfsq_ref.errors import CheckpointError, DataError
 from rfsq_ref.train import TrainConfig, history_of, load_history, train
 
 modal = pytest.importorskip("modal", reason="modal is not installed: pip install '.[dev]'")
@@ -73,6 +73,26 @@ def test_what_cannot_be_trained_leaves_no_checkpoint(volume: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.npz does not exist"):
         train_modal.train_remote.local(QUICK, "auto", "data/nowhere.npz", "", "m.safetensors")
     assert not (volume / "m.safetensors").exists()
+
+
+@pytest.mark.parametrize("output", ["/tmp/m.safetensors", "../m.safetensors", "checkpoints/../../m.safetensors"])
+def test_an_output_off_the_volume_is_refused_before_anything_is_trained(
+    output: str, volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(*_: Any) -> None:
+        raise AssertionError("it was trained")
+
+    monkeypatch.setattr(train_modal, "train", trained)
+    message = (
+        r"would leave the volume, and be lost; expected a path relative to it.* such as checkpoints/m\.safetensors"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        train_modal.train_remote.local(QUICK, "none", "data/robot.npz", "", output)
+    with pytest.raises(CheckpointError, match=r"does not end with '\.safetensors'"):
+        train_modal.train_remote.local(QUICK, "none", "data/robot.npz", "", "checkpoints/m.pt")
+    with pytest.raises(CheckpointError, match=message):
+        called_with(monkeypatch, output=output)
+    assert [path.name for path in volume.rglob("*") if path.is_file()] == ["robot.npz"]
 
 
 # The command line ----------------------------------------------------------------------------------------------------
