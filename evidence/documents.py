@@ -20,7 +20,8 @@ from calibration.study_report import markdown
 from calibration.study_result import result_from_json
 from evidence.errors import EvidenceError
 from evidence.results import Comparison, read_json, write_text
-from evidence.rollout_report import conclusions, read_report, tables_of
+from evidence.rollout_files import read_report
+from evidence.rollout_report import conclusions, tables_of
 from evidence.tables import Table, layer_table, number, peer_table, summary_table
 
 ROOT = Path(__file__).resolve().parent.parent

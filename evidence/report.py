@@ -17,7 +17,8 @@ from evidence.metrics import OscPose
 from evidence.page import page
 from evidence.plots import figures, svg
 from evidence.results import Comparison, check_writable, write_json, write_text
-from evidence.rollout_report import conclusions, demonstrations_of, read_report, tables_of
+from evidence.rollout_files import demonstrations_of, read_report
+from evidence.rollout_report import conclusions, tables_of
 from evidence.tables import Table, findings_table, inline_html, layer_table, peer_table, summary_table
 from evidence.training import CACHE, SEEDS, trained_checkpoint
 from rfsq_ref.checkpoints import Checkpoint, load_checkpoint

@@ -1,28 +1,18 @@
 """What a closed-loop run found: success with intervals, paired by scene, tracking, and success by tolerance."""
 
-import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
-from pathlib import Path
-from statistics import NormalDist
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from evidence.cells import RAW
 from evidence.closed_loop import PRECISION_TASKS
-from evidence.episodes import Episode, Identity, read_episodes
+from evidence.episodes import Episode
 from evidence.errors import EvidenceError
-from evidence.results import read_json_object, typed, write_text
+from evidence.rollout_statistics import Paired, Rate
 from evidence.simulation import TASKS
 from evidence.tables import Table
 
-FORMAT = "rfsq-rollout-report"
-FORMAT_VERSION = 2
-_COMMAND = "python rfsq_ref/rollout.py --report-only"
-CONFIDENCE = 0.95
 #: In mm; chosen before any result was seen.
 TOLERANCES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 50.0)
 #: Of each task and cell in a whole run; with fewer the report says that it is unfinished.
@@ -35,61 +25,6 @@ CALIBRATED_LAYERS = ("calibrated, L0", "calibrated, L0-L1", "calibrated, L0-L2",
 #: All tasks in one row, where every cell has the same scenes.
 POOLED = "all tasks"
 _NONE = "–"
-
-
-@dataclass(frozen=True)
-class Rate:
-    """successes of n, with the Wilson interval [low, high]."""
-
-    successes: int
-    n: int
-    rate: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, successes: int, n: int) -> "Rate":
-        return cls(successes, n, successes / n, *wilson(successes, n))
-
-    def overlaps(self, other: "Rate") -> bool:
-        return self.low <= other.high and other.low <= self.high
-
-    def __str__(self) -> str:
-        return f"{self.successes}/{self.n} {100 * self.rate:5.1f} % [{100 * self.low:4.1f}, {100 * self.high:5.1f}]"
-
-
-@dataclass(frozen=True)
-class Paired:
-    """Success of one cell less that of another, on the same n scenes.
-
-    gained, lost: scenes that only the one, and that only the other solved; difference, with its 95 % interval
-    [low, high]; p_value: of the exact McNemar test.
-    """
-
-    n: int
-    gained: int
-    lost: int
-    difference: float
-    low: float
-    high: float
-    p_value: float
-
-    @classmethod
-    def of(cls, one: Sequence[bool], other: Sequence[bool]) -> "Paired":
-        """Of whether each scene was solved, in the same order. Raises ValueError for different or no scenes."""
-        pairs = list(zip(one, other, strict=True))
-        gained, lost = pairs.count((True, False)), pairs.count((False, True))
-        interval = newcombe_paired(pairs.count((True, True)), gained, lost, pairs.count((False, False)))
-        return cls(len(pairs), gained, lost, (gained - lost) / len(pairs), *interval, mcnemar(gained, lost))
-
-    def __str__(self) -> str:
-        p = "p < 0.001" if self.p_value < 0.001 else f"p = {self.p_value:.3f}"
-        return f"{_points(self.difference)} [{_points(self.low)}, {_points(self.high)}], {p}"
-
-
-def _points(share: float) -> str:
-    """Percentage points, with their sign and without a negative zero."""
-    return f"{round(100 * share, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -140,62 +75,6 @@ class TaskReport:
     def title(self, task: str) -> str:
         """For the head of a column."""
         return f"{task} (n = {self.n})"
-
-
-def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Interval of a success rate: those p whose score test does not refuse `successes` of `n`.
-
-    E. B. Wilson, Probable Inference, the Law of Succession, and Statistical Inference, JASA 22 (1927), 209-212:
-    (p + z²/2n ± z sqrt(p(1-p)/n + z²/4n²)) / (1 + z²/n). Raises ValueError unless 0 <= successes <= n and n > 0.
-    """
-    if not 0 <= successes <= n or n == 0:
-        raise ValueError(f"{successes} successes of {n}; expected between 0 and n, and n above 0")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p = successes / n
-    middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-def mcnemar(gained: int, lost: int) -> float:
-    """Two-sided p-value of the exact McNemar test: `gained` of gained + lost discordant pairs under Binomial(·, 1/2).
-
-    Q. McNemar, Note on the Sampling Error of the Difference between Correlated Proportions or Percentages,
-    Psychometrika 12 (1947), 153-157; 1 where no pair is discordant.
-    """
-    discordant = gained + lost
-    tail = sum(math.comb(discordant, count) for count in range(min(gained, lost) + 1))
-    return min(1.0, tail / 2.0 ** (discordant - 1))
-
-
-def newcombe_paired(
-    both: int, gained: int, lost: int, neither: int, confidence: float = CONFIDENCE
-) -> tuple[float, float]:
-    """Interval of the paired difference (gained - lost) / n of two success rates, from counts of pairs.
-
-    Method 10 of R. G. Newcombe, Improved Confidence Intervals for the Difference between Binomial Proportions Based on
-    Paired Data, Statistics in Medicine 17 (1998), 2635-2650: the Wilson intervals of both rates, squared and added with
-    their correlation phi, whose numerator, where positive, is made smaller by n/2 but not below 0; phi is 0 where all
-    or none are solved. Raises ValueError where there are no pairs.
-    """
-    n = both + gained + lost + neither
-    first, second = both + gained, both + lost
-    low_1, high_1 = wilson(first, n, confidence)
-    low_2, high_2 = wilson(second, n, confidence)
-    p_1, p_2 = first / n, second / n
-    covariance: float = both * neither - gained * lost
-    if covariance > 0:
-        covariance = max(0.0, covariance - n / 2)
-    margins = first * (n - first) * second * (n - second)
-    phi = covariance / math.sqrt(margins) if margins else 0.0
-
-    def added(one: float, other: float) -> float:
-        # Rounding may leave a negative nothing.
-        return math.sqrt(max(0.0, one * one - 2 * phi * one * other + other * other))
-
-    difference = (gained - lost) / n
-    return difference - added(p_1 - low_1, high_2 - p_2), difference + added(high_1 - p_1, p_2 - low_2)
 
 
 def solved_within(episodes: Sequence[Episode], tolerance: float) -> Rate:
@@ -439,51 +318,3 @@ def tables_of(reports: dict[str, TaskReport]) -> dict[str, Table]:
 
 def _text(paired: Paired | None) -> str:
     return _NONE if paired is None else str(paired)
-
-
-def read_report(path: Path) -> dict[str, TaskReport]:
-    """The reports that write_report wrote. Raises EvidenceError for anything else."""
-    content = read_json_object(path, FORMAT, FORMAT_VERSION, _COMMAND)
-    try:
-        reports: dict[str, TaskReport] = typed(dict[str, TaskReport], content["tasks"])
-    except (TypeError, ValueError, KeyError) as error:
-        raise EvidenceError(f"{path} is damaged: {error}; write it anew with rollout.py --report-only") from error
-    return reports
-
-
-def demonstrations_of(path: Path) -> str:
-    """Hash of the demonstrations that the codecs of a report were fitted to. Raises EvidenceError."""
-    content = read_json_object(path, FORMAT, FORMAT_VERSION, _COMMAND)
-    return str(content["run"]["hashes"]["demonstrations"])
-
-
-def content_of(identity: Identity, reports: dict[str, TaskReport]) -> dict[str, Any]:
-    """As it is written to JSON."""
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "confidence": CONFIDENCE,
-        "tolerances_mm": list(TOLERANCES),
-        "run": asdict(identity),
-        "tasks": {task: asdict(report) for task, report in reports.items()},
-    }
-
-
-def write_report(episodes: Path, folder: Path) -> str:
-    """rollout.png and rollout.json in `folder` from a file of episodes, also an unfinished one; the table as text.
-
-    The JSON comes last: where it is, the picture is too, unless matplotlib is missing.
-    Raises EvidenceError where there are no episodes, or the folder cannot be written.
-    """
-    identity, found = read_episodes(episodes)
-    reports = reports_of(found)
-    text = table(reports)
-    if find_spec("matplotlib"):
-        from evidence.rollout_plots import draw
-
-        draw(reports, folder / "rollout.png")
-    else:
-        text += "\n\nno picture: matplotlib is not installed here; --report-only elsewhere draws it"
-    content = json.dumps(content_of(identity, reports), indent=1, allow_nan=False, ensure_ascii=False)
-    write_text(folder / "rollout.json", content + "\n")
-    return text

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.report_only:
             run_rollouts(config)
         # Drawing needs matplotlib, running does not.
-        from evidence.rollout_report import write_report
+        from evidence.rollout_files import write_report
 
         print(write_report(config.file, options.results))
     except (SimulatorError, EvidenceError, CheckpointError, DataError) as error:

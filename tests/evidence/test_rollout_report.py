@@ -13,26 +13,21 @@ from scipy.stats import binomtest, multinomial
 from evidence.closed_loop import EpisodeResult, Spread
 from evidence.episodes import Episode, Identity, open_episodes
 from evidence.errors import EvidenceError
+from evidence.rollout_files import read_report, write_report
 from evidence.rollout_report import (
     CALIBRATED_LAYERS,
     MARGIN,
     POOLED,
     SCENES,
     TOLERANCES,
-    Paired,
-    Rate,
     common_scenes,
     conclusions,
-    mcnemar,
-    newcombe_paired,
-    read_report,
     reports_of,
     solved_within,
     table,
     tables_of,
-    wilson,
-    write_report,
 )
+from evidence.rollout_statistics import Paired, Rate, mcnemar, newcombe_paired, wilson
 from evidence.rollouts import RolloutConfig
 
 IDENTITY = Identity(1, 0, 8, {"robosuite": "1.5.2"}, {"robust": "ab"})

@@ -1,0 +1,65 @@
+"""The report of a closed-loop run as files: rollout.json and rollout.png."""
+
+import json
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from evidence.episodes import Identity, read_episodes
+from evidence.errors import EvidenceError
+from evidence.results import read_json_object, typed, write_text
+from evidence.rollout_report import TOLERANCES, TaskReport, reports_of, table
+from evidence.rollout_statistics import CONFIDENCE
+
+FORMAT = "rfsq-rollout-report"
+FORMAT_VERSION = 2
+_COMMAND = "python rfsq_ref/rollout.py --report-only"
+
+
+def read_report(path: Path) -> dict[str, TaskReport]:
+    """The reports that write_report wrote. Raises EvidenceError for anything else."""
+    content = read_json_object(path, FORMAT, FORMAT_VERSION, _COMMAND)
+    try:
+        reports: dict[str, TaskReport] = typed(dict[str, TaskReport], content["tasks"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise EvidenceError(f"{path} is damaged: {error}; write it anew with rollout.py --report-only") from error
+    return reports
+
+
+def demonstrations_of(path: Path) -> str:
+    """Hash of the demonstrations that the codecs of a report were fitted to. Raises EvidenceError."""
+    content = read_json_object(path, FORMAT, FORMAT_VERSION, _COMMAND)
+    return str(content["run"]["hashes"]["demonstrations"])
+
+
+def content_of(identity: Identity, reports: dict[str, TaskReport]) -> dict[str, Any]:
+    """As it is written to JSON."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "confidence": CONFIDENCE,
+        "tolerances_mm": list(TOLERANCES),
+        "run": asdict(identity),
+        "tasks": {task: asdict(report) for task, report in reports.items()},
+    }
+
+
+def write_report(episodes: Path, folder: Path) -> str:
+    """rollout.png and rollout.json in `folder` from a file of episodes, also an unfinished one; the table as text.
+
+    The JSON comes last: where it is, the picture is too, unless matplotlib is missing.
+    Raises EvidenceError where there are no episodes, or the folder cannot be written.
+    """
+    identity, found = read_episodes(episodes)
+    reports = reports_of(found)
+    text = table(reports)
+    if find_spec("matplotlib"):
+        from evidence.rollout_plots import draw
+
+        draw(reports, folder / "rollout.png")
+    else:
+        text += "\n\nno picture: matplotlib is not installed here; --report-only elsewhere draws it"
+    content = json.dumps(content_of(identity, reports), indent=1, allow_nan=False, ensure_ascii=False)
+    write_text(folder / "rollout.json", content + "\n")
+    return text
