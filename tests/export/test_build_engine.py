@@ -843,16 +843,18 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
 # --- builds that end in the middle ------------------------------------------------------------------------------------
 
 
-def start(output: Path, checkpoint: Path) -> subprocess.Popen[str]:
-    """A build far larger than the test is patient, stopped at a moment when files are written already."""
+def start(output: Path, checkpoint: Path, interrupt: int | signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
+    """A build far larger than the test is patient, stopped at a moment when files are written already.
+
+    interrupt: what SIGINT finds in it. Where the tests run in the background of a shell, it would inherit SIG_IGN.
+    """
     arguments = ("--output", output, "--overwrite", "--checkpoint", checkpoint, "--parity-steps", 3_000_000)
     process = subprocess.Popen(
         command(*arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Where the tests run in the background of a shell, an interrupt is ignored, and children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupt),
     )
     assert process.stdout is not None
     for line in process.stdout:
@@ -898,7 +900,7 @@ def test_a_signal_that_the_caller_ignores_stays_ignored(number: signal.Signals, 
     """As nohup and shells with background jobs ask for."""
     before = signal.signal(number, signal.SIG_IGN)
     try:
-        process = start(tmp_path / "bundle", small)
+        process = start(tmp_path / "bundle", small, interrupt=signal.SIG_IGN)
     finally:
         signal.signal(number, before)
     process.send_signal(number)
