@@ -1,8 +1,6 @@
 """The calibration study for people: tables as text and as Markdown, a picture, and the files."""
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from calibration.errors import CalibrationError
 from calibration.recovered import COARSE_LAYERS
 from calibration.study_result import EpisodesRow, LayerRow, Spread, Spreads, StudyResult, result_to_json
+from rfsq_ref.files import replacing
 
 RESULT_JSON = "calibration.json"
 RESULT_PNG = "calibration.png"
@@ -96,27 +95,15 @@ def format_study(result: StudyResult) -> str:
 def write_study(result: StudyResult, folder: Path) -> None:
     """calibration.json and calibration.png into a folder, made if missing. CalibrationError if it cannot be written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(folder / RESULT_PNG) as path:
+        with replacing(folder / RESULT_PNG) as path:
             # Without the version matplotlib would write, equal results are equal files.
             draw_study(result).savefig(path, format="png", metadata={"Software": None})
-        with _replacing(folder / RESULT_JSON) as path:
+        with replacing(folder / RESULT_JSON) as path:
             path.write_text(result_to_json(result), encoding="utf-8")
     except OSError as error:
         raise CalibrationError(
             f"cannot write the study to {folder}: {error.strerror}; choose a writable --output"
         ) from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling that takes the file's place when all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # Tables --------------------------------------------------------------------------------------------------------------

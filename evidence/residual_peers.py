@@ -7,8 +7,6 @@ import copy
 import hashlib
 import json
 import math
-import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib.metadata import version
@@ -24,6 +22,7 @@ from vector_quantize_pytorch import ResidualFSQ, ResidualVQ
 
 from evidence.errors import EvidenceError
 from rfsq_ref.data import ActionDataset, FloatArray, split_episodes
+from rfsq_ref.files import replacing
 from rfsq_ref.normaliser import Normaliser, NormaliserKind, fit_normaliser
 from rfsq_ref.train import suggested_normaliser
 
@@ -323,17 +322,11 @@ def _identity(dataset: ActionDataset, config: ResidualConfig) -> str:
 def _save(model: ResidualAutoencoder, identity: str, path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     header = json.dumps({"identity": identity, "sha256": _digest(tensors), "made_with": _versions()})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata={FORMAT: header}))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_bytes(safetensors.torch.save(tensors, metadata={FORMAT: header}))
     except OSError as error:
         raise EvidenceError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
-    finally:
-        # Where the folder itself is the trouble, looking for the file fails as well.
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _versions() -> dict[str, str]:

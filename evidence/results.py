@@ -5,12 +5,12 @@ import os
 import statistics
 import types
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from evidence.errors import EvidenceError
+from rfsq_ref.files import replacing
 
 FORMAT = "rfsq-comparison"
 FORMAT_VERSION = 1
@@ -151,15 +151,10 @@ def check_writable(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Through a temporary sibling: the old file stays whole until the new one is. Raises EvidenceError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as error:
-        # Where the folder itself is the trouble, looking for the file fails as well.
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise EvidenceError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
 
 

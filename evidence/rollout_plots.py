@@ -1,7 +1,5 @@
 """The picture of a closed-loop run."""
 
-import os
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ from matplotlib.figure import Figure
 from evidence.cells import RAW
 from evidence.errors import EvidenceError
 from evidence.rollout_report import POOLED, TOLERANCES, TaskReport, cells_of
+from rfsq_ref.files import replacing
 
 _COLOURS = {RAW: "#222222", "naive": "#d9730d", "published decoder": "#b3261e", "recovered decoder": "#2a8c55"}
 _BLUES = ("#a9cdec", "#7db3e0", "#4d94cf", "#2f7dc0", "#1f6fb4")
@@ -35,17 +34,11 @@ def draw(reports: dict[str, TaskReport], path: Path) -> None:
     lines = {line.get_label(): line for axis in axes[1] for line in axis.get_legend_handles_labels()[0]}
     if lines:
         figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png", dpi=110)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=110)
     except OSError as error:
         raise EvidenceError(f"cannot write {path}: {error.strerror}; choose another --results") from error
-    finally:
-        # Where the folder itself is the trouble, looking for the file fails as well.
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def _colours(cells: list[str]) -> dict[str, str]:

@@ -8,11 +8,9 @@ latent dimension `hidden_dim`.
 import hashlib
 import io
 import json
-import os
 import pickle
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from torch import Tensor
 
 from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, Readout, RecoveredDecoder
 from rfsq_ref.errors import CheckpointError
+from rfsq_ref.files import replacing
 from rfsq_ref.normaliser import Normaliser, normaliser_from_json
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
 
@@ -180,19 +179,15 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
         "provenance": dict(checkpoint.provenance),
     }
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        # Not save_file: it makes a private file (0600), whatever the umask.
-        temporary.write_bytes(safetensors.torch.save(contiguous, metadata={FORMAT: json.dumps(header, sort_keys=True)}))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            # Not save_file: it makes a private file (0600), whatever the umask.
+            temporary.write_bytes(
+                safetensors.torch.save(contiguous, metadata={FORMAT: json.dumps(header, sort_keys=True)})
+            )
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
-    finally:
-        # Where the folder itself is the trouble, looking for the file fails as well.
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _load_safetensors(content: bytes, path: Path) -> Checkpoint:

@@ -27,7 +27,6 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -42,6 +41,7 @@ from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq_ref.checkpoints import SUFFIX, Checkpoint, check_output, checkpoint_of, save_checkpoint
 from rfsq_ref.data import ActionDataset, FloatArray, load_actions, load_demonstrations, split_episodes
 from rfsq_ref.errors import CheckpointError, DataError
+from rfsq_ref.files import replacing
 from rfsq_ref.normaliser import NormaliserKind, fit_normaliser
 from rfsq_ref.quantizer import Conditioning
 
@@ -304,17 +304,11 @@ def save_result(result: TrainResult, output: Path) -> None:
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            write(temporary)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
-    finally:
-        # Where the folder itself is the trouble, looking for the file fails as well.
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _draw(history: TrainingHistory, name: str, path: Path) -> None:
