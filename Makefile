@@ -6,7 +6,7 @@ BUNDLE := build/bundle
 
 # TensorRT-RTX wheels exist for these machines alone; elsewhere the bundle is built without its engines.
 ifeq ($(shell uname -sm),Linux x86_64)
-EXTRAS ?= export,evidence,tensorrt-rtx,dev
+EXTRAS ?= export,evidence,tensorrt-rtx,gpu,dev
 else
 EXTRAS ?= export,evidence,dev
 endif
@@ -29,7 +29,7 @@ lint: $(VENV)/installed
 
 benchmark: engine
 	@echo "== measuring $(BUNDLE)"
-	@$(RUN) tests/benchmarks/bench_runtime.py $(BUNDLE)
+	@$(RUN) runtime/bench.py $(BUNDLE) --output build/bench
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "== installing [$(EXTRAS)] into $(VENV)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -10,14 +11,18 @@ from runtime.bundle import Bundle
 from runtime.contract import Backend
 from runtime.errors import BackendUnavailableError, SelfTestError, TokenizerError
 from runtime.golden import Golden, replay
+from runtime.trt_api import TENSORRT_BACKENDS, available_tensorrt
 
 _LOG = logging.getLogger(__name__)
 
 
 BackendFactory = Callable[[Bundle], Backend]
 
-#: `auto` takes the first of these that works: the fastest decoder first (design section 8).
-PREFERENCE = ("cuda", "c", "tensorrt-rtx", "tensorrt", "onnxruntime")
+#: `auto` takes the first of these that works: the fastest decoder first (design section 8). ONNX Runtime on the GPU
+#: comes last: a single chunk takes it longer than on the processor.
+PREFERENCE = ("cuda", "c", "tensorrt-rtx", "tensorrt", "onnxruntime", "onnxruntime-cuda")
+#: Those that take arrays of the GPU where they lie.
+GPU_BACKENDS = (*TENSORRT_BACKENDS, "onnxruntime-cuda")
 
 
 def _open_onnxruntime(bundle: Bundle) -> Backend:
@@ -34,8 +39,38 @@ def _open_onnxruntime(bundle: Bundle) -> Backend:
     return OrtBackend(bundle)
 
 
+def _open_onnxruntime_cuda(bundle: Bundle) -> Backend:
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise BackendUnavailableError("onnxruntime is not installed; install it with: pip install onnxruntime-gpu")
+    try:
+        from runtime.ort_cuda_backend import OrtCudaBackend
+    except ImportError as error:
+        raise _cuda_python_missing(error) from error
+    return OrtCudaBackend(bundle)
+
+
+def _open_tensorrt(name: str, bundle: Bundle) -> Backend:
+    if name not in available_tensorrt():
+        raise BackendUnavailableError(f"{name} is not installed; install it with: pip install '.[{name},gpu]'")
+    try:
+        from runtime.trt_backend import TrtBackend
+    except ImportError as error:
+        raise _cuda_python_missing(error) from error
+    return TrtBackend(bundle, name)
+
+
+def _cuda_python_missing(error: ImportError) -> BackendUnavailableError:
+    return BackendUnavailableError(
+        f"what a backend on the GPU needs does not load: {error}; install cuda-python with: pip install '.[gpu]'"
+    )
+
+
 #: Every backend that this runtime can run.
-FACTORIES: dict[str, BackendFactory] = {"onnxruntime": _open_onnxruntime}
+FACTORIES: dict[str, BackendFactory] = {
+    "onnxruntime": _open_onnxruntime,
+    "onnxruntime-cuda": _open_onnxruntime_cuda,
+    **{name: functools.partial(_open_tensorrt, name) for name in TENSORRT_BACKENDS},
+}
 
 
 def create_backend(name: str, bundle: Bundle) -> Backend:

@@ -12,7 +12,16 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from runtime.errors import BundleError
-from runtime.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, ModelEntry, graph_tensors, parse_manifest
+from runtime.manifest import (
+    GOLDEN_NAME,
+    GRAPH_FORMS,
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    ModelEntry,
+    graph_tensors,
+    parse_manifest,
+)
 
 _COPY_AGAIN = "copy the bundle again or build it again with `python export/build_engine.py`"
 #: A build may put a new bundle in place while its files are read one by one: then it is read again, so often at most.
@@ -172,12 +181,14 @@ def _check_model(model: ModelEntry) -> None:
 def _check_references(manifest: Manifest) -> None:
     """Whatever the manifest refers to is among its files, and engines were compiled from the graphs they name."""
     named = [GOLDEN_NAME, *(entry.file for entry in manifest.graphs), *(entry.file for entry in manifest.engines)]
+    named += [entry.kernel_cache for entry in manifest.engines if entry.kernel_cache]
     unlisted = sorted(set(named) - manifest.files.keys())
     if unlisted:
         raise BundleError(f"{MANIFEST_NAME} refers to {', '.join(unlisted)} but lists no hash for them; build it again")
     model = manifest.model
-    wanted = [("encoder", model.num_layers), *(("decoder", prefix) for prefix in model.prefixes)]
-    found = [(entry.role, entry.prefix) for entry in manifest.graphs]
+    parts = [("encoder", model.num_layers), *(("decoder", prefix) for prefix in model.prefixes)]
+    wanted = [(*part, form) for part in parts for form in GRAPH_FORMS]
+    found = [(entry.role, entry.prefix, entry.form) for entry in manifest.graphs]
     if sorted(found) != sorted(wanted):
         raise BundleError(f"{MANIFEST_NAME} lists the graphs {sorted(found)}; the model needs {sorted(wanted)}")
     for entry in manifest.graphs:
@@ -207,6 +218,13 @@ def _check_statements(manifest: Manifest) -> None:
         least, optimum, most = engine.profile
         if not 1 <= least <= optimum <= most:
             problems.append(f"{engine.file} is tuned for batches {list(engine.profile)}, not 1 or more and ascending")
+        measured = (engine.precision == "fp32", engine.device != "")
+        if measured != (engine.status == "validated",) * 2:
+            problems.append(
+                f"{engine.file} is {engine.status!r} with precision {engine.precision!r} on the GPU {engine.device!r}"
+            )
+        if engine.kernel_cache and not engine.device:
+            problems.append(f"{engine.file} has kernels in {engine.kernel_cache}, compiled for no GPU that is named")
     if problems:
         raise BundleError(
             f"{MANIFEST_NAME} states what no build that passed its gates writes: {'; '.join(problems)}; build the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,27 @@ import numpy.typing as npt
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Int32Array = npt.NDArray[np.int32]
+
+
+class GpuArrayLike(Protocol):
+    """An array on the GPU, as torch, CuPy and JAX give it; DLPack alone will do at run time."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+class BoundCall(Protocol):
+    """A call on fixed arrays of the GPU, captured where the engine can: calling it allocates nothing.
+
+    It keeps the arrays and the engine alive until it is closed. The arrays may be written between calls, in the order
+    of the stream that it was bound to.
+    """
+
+    def __call__(self) -> None:
+        """Put the work on the stream; it may not be done when this returns. Raises InferenceError."""
+
+    def close(self) -> None:
+        """Wait for the stream and let everything go; it cannot be called afterwards."""
 
 
 class Backend(Protocol):

@@ -31,3 +31,7 @@ class SelfTestError(TokenizerError):
 
 class InferenceError(TokenizerError):
     """A backend that failed while it ran; the message quotes it. The output is not to be used."""
+
+
+class OutOfGpuMemoryError(InferenceError):
+    """A GPU without room for what a call needs."""

@@ -16,9 +16,12 @@ from typing import Any, Literal, TypeVar
 
 from runtime.errors import BundleError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 GOLDEN_NAME = "golden.npz"
+
+GraphForm = Literal["gemm", "gemm_marked", "reduce"]
+GRAPH_FORMS: tuple[GraphForm, ...] = typing.get_args(GraphForm)
 
 _T = TypeVar("_T")
 
@@ -34,11 +37,16 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class GraphEntry:
-    """An ONNX file; prefix: the layers l that a decoder takes, L for the encoder."""
+    """An ONNX file; prefix: the layers l that a decoder takes, L for the encoder.
+
+    form: how the linear layers are written: `gemm` for ONNX Runtime on the CPU, `gemm_marked` for it on the GPU,
+    `reduce` for TensorRT (`export/graphs.py` says why).
+    """
 
     file: str
     role: Literal["encoder", "decoder"]
     prefix: int
+    form: GraphForm
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
 
@@ -48,8 +56,10 @@ class EngineEntry:
     """An engine compiled from `graph`.
 
     Runs only with this version of its library and, where compute_capabilities are named, on those GPUs. profile: the
-    smallest, tuned for and largest batch B. status: `validated` where the parity gates ran on it, `built` where it was
-    inspected but could not be run; detail says why.
+    smallest, tuned for and largest batch B. status: `validated` where the parity gates ran on it, on the GPU `device`;
+    `built` where it was inspected but could not be run, and device is empty; detail says more. precision: what the
+    gates measured, not what was asked for. kernel_cache: a file with kernels that TensorRT-RTX compiled for `device`,
+    or empty.
     """
 
     backend: str
@@ -60,6 +70,9 @@ class EngineEntry:
     file: str
     profile: tuple[int, int, int]
     status: Literal["validated", "built"]
+    precision: Literal["fp32", "not measured"]
+    device: str
+    kernel_cache: str
     detail: str
 
 
@@ -136,12 +149,17 @@ class Manifest:
     provenance: dict[str, Any]
     files: dict[str, FileEntry]
 
-    def graph(self, role: Literal["encoder", "decoder"], prefix: int) -> GraphEntry:
+    def graph(self, role: Literal["encoder", "decoder"], prefix: int, form: GraphForm = "gemm") -> GraphEntry:
         """Raises BundleError where there is none."""
         for entry in self.graphs:
-            if (entry.role, entry.prefix) == (role, prefix):
+            if (entry.role, entry.prefix, entry.form) == (role, prefix, form):
                 return entry
-        raise BundleError(f"the bundle has no {role} for {prefix} layers; build it again")
+        raise BundleError(f"the bundle has no {role} for {prefix} layers in the form {form!r}; build it again")
+
+    def graphs_of(self, form: GraphForm) -> tuple[GraphEntry, ...]:
+        """The encoder, then a decoder for each of the model's prefixes."""
+        decoders = (self.graph("decoder", prefix, form) for prefix in self.model.prefixes)
+        return (self.graph("encoder", self.model.num_layers, form), *decoders)
 
 
 def graph_tensors(

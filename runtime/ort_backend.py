@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,9 @@ _EXTERNAL_DATA = b"location"
 _LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging.CRITICAL)
 
 _Array = npt.NDArray[Any]
+Providers = Sequence[tuple[str, dict[str, str]]]
+
+_CPU_PROVIDERS: Providers = (("CPUExecutionProvider", {}),)
 
 
 class OrtBackend:
@@ -51,13 +54,13 @@ class OrtBackend:
     """
 
     def __init__(self, bundle: Bundle, *, num_threads: int = 1) -> None:
+        self._open(bundle, bundle.manifest.graphs_of("gemm"), num_threads, _CPU_PROVIDERS)
+
+    def _open(self, bundle: Bundle, graphs: Sequence[GraphEntry], num_threads: int, providers: Providers) -> None:
         _forward_messages()
-        model = bundle.manifest.model
-        self._encoder = _BoundGraph(bundle, bundle.manifest.graph("encoder", model.num_layers), num_threads)
-        self._decoders = {
-            prefix: _BoundGraph(bundle, bundle.manifest.graph("decoder", prefix), num_threads)
-            for prefix in model.prefixes
-        }
+        encoder, *decoders = graphs
+        self._encoder = BoundGraph(bundle, encoder, num_threads, providers)
+        self._decoders = {entry.prefix: BoundGraph(bundle, entry, num_threads, providers) for entry in decoders}
 
     @property
     def name(self) -> str:
@@ -79,11 +82,13 @@ class OrtBackend:
             decoder.close()
 
 
-class _BoundGraph:
+class BoundGraph:
     """One session, with an input and an output, and statistics beside one of them in `dynamic` bundles."""
 
-    def __init__(self, bundle: Bundle, entry: GraphEntry, num_threads: int) -> None:
-        self._inputs, self._outputs = entry.inputs, entry.outputs
+    def __init__(self, bundle: Bundle, entry: GraphEntry, num_threads: int, providers: Providers) -> None:
+        self._inputs, self._outputs, self._providers = entry.inputs, entry.outputs, providers
+        # Input for another device is copied there when it is bound, not when the graph runs.
+        self._can_keep_bindings = providers is _CPU_PROVIDERS
         self._content, self._num_threads = bundle.content(entry.file), num_threads
         if _EXTERNAL_DATA in self._content:
             raise BundleError(
@@ -92,6 +97,8 @@ class _BoundGraph:
             )
         try:
             self._session: Any = self._open_session()
+        except BackendUnavailableError:
+            raise
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise BackendUnavailableError(
                 f"ONNX Runtime {ort.__version__} refuses {entry.file}: {error}; build the bundle again or install the "
@@ -133,6 +140,8 @@ class _BoundGraph:
 
     def _make_buffers(self, *arrays: _Array | None) -> _Buffers | None:
         """Buffers like `arrays`, kept in place of the oldest; None where copying would cost more than binding."""
+        if not self._can_keep_bindings:
+            return None
         if sum(array.nbytes for array in arrays if array is not None) > _COPY_LIMIT_BYTES:
             return None
         source, source_stats, target, target_stats = own = [
@@ -147,9 +156,20 @@ class _BoundGraph:
         return buffers
 
     def _open_session(self) -> Any:
-        return ort.InferenceSession(
-            self._content, _session_options(self._num_threads), providers=["CPUExecutionProvider"]
-        )
+        options = _session_options(self._num_threads)
+        wanted = self._providers[0][0]
+        if wanted != "CPUExecutionProvider":
+            # What ONNX Runtime cannot place on the GPU is an error, not a slow session.
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        session = ort.InferenceSession(self._content, options, providers=list(self._providers))
+        found = session.get_providers()[0]
+        if found != wanted:
+            # A GPU that is not there is a warning to ONNX Runtime.
+            raise BackendUnavailableError(
+                f"ONNX Runtime {ort.__version__} runs on {found} instead of {wanted}: it finds no usable GPU or not "
+                "the CUDA libraries that it needs; check nvidia-smi and its log"
+            )
+        return session
 
     def _session_here(self) -> Any:
         """This process's own, opened at its first use in a child of fork."""
@@ -168,6 +188,22 @@ class _BoundGraph:
             binding.bind_output(entry.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         return binding
 
+    def bind_device(self, addresses: Sequence[int], batch: int) -> Callable[[], None]:
+        """A call on memory of CUDA's device 0, inputs first, for a session on it; it returns when the work is done."""
+        session = self._session_here()
+        binding = session.io_binding()
+        binders = [binding.bind_input] * len(self._inputs) + [binding.bind_output] * len(self._outputs)
+        for bind, entry, address in zip(binders, (*self._inputs, *self._outputs), addresses, strict=True):
+            bind(entry.name, "cuda", 0, np.dtype(entry.dtype).type, (batch, *entry.shape[1:]), address)
+
+        def run() -> None:
+            try:
+                session.run_with_iobinding(binding)
+            except Exception as error:  # ONNX Runtime's exceptions share no base class
+                raise InferenceError(f"ONNX Runtime {ort.__version__} failed: {error}") from error
+
+        return run
+
     def start_anew(self) -> None:
         """With another lock, session and buffers; whoever holds the old ones goes on with them."""
         _ABANDONED.append((self._session, self._bound))
@@ -179,7 +215,7 @@ class _BoundGraph:
         self._session, self._bound, self._content = None, {}, b""
 
 
-_OPEN_GRAPHS: weakref.WeakSet[_BoundGraph] = weakref.WeakSet()
+_OPEN_GRAPHS: weakref.WeakSet[BoundGraph] = weakref.WeakSet()
 #: Kept from being freed, which might wait for a lock of theirs.
 _ABANDONED: list[Any] = []
 

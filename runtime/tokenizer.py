@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self, cast, overload
 
 import numpy as np
 
-from runtime.backends import select_backend
+from runtime.backends import GPU_BACKENDS, select_backend
 from runtime.bundle import open_bundle
-from runtime.contract import Backend, Float32Array, Int32Array
+from runtime.contract import Backend, BoundCall, Float32Array, GpuArrayLike, Int32Array
 from runtime.errors import FingerprintError, InvalidInputError, TokenizerError
 from runtime.golden import read_golden
 from runtime.manifest import GOLDEN_NAME, Manifest, ModelEntry
-from runtime.validation import InputValidator
+from runtime.validation import InputValidator, is_gpu_array
+
+if TYPE_CHECKING:
+    from runtime.gpu_arrays import GpuResult
+    from runtime.gpu_calls import GpuCalls
 
 
 class ActionTokenizer:
@@ -22,12 +26,19 @@ class ActionTokenizer:
 
     Actions are in physical units. Every method may be called from any thread. Wrong input raises InvalidInputError
     before anything is computed or written; a library that fails while it runs raises InferenceError.
+
+    With a backend on the GPU, arrays of the GPU (torch, CuPy, JAX: `__cuda_array_interface__` or DLPack) are taken too
+    and used where they lie, in the order of a stream: `stream`, a cudaStream_t or a stream of torch, CuPy or
+    cuda.core; else the one that the arrays name; else CUDA's default stream. Such calls return before the work is
+    done. Their shapes and types are checked as everywhere, but the host does not read their values: a token that is no
+    level makes all actions of its step NaN, an action that is not finite makes all tokens of its step -1.
     """
 
     def __init__(self, manifest: Manifest, backend: Backend) -> None:
         self._manifest = manifest
         self._backend = backend
         self._validator = InputValidator(manifest.model)
+        self._gpu_calls: GpuCalls | None = None
         self._is_closed = False
 
     @classmethod
@@ -74,61 +85,121 @@ class ActionTokenizer:
         """What runs the graphs; its `description` names library, version and device."""
         return self._backend
 
-    def encode(self, actions: Float32Array) -> Int32Array:
-        """actions float32 [B, T, A] -> tokens int32 [B, T, D, L]."""
-        actions = self._validator.actions(actions)
-        tokens = np.empty(self._tokens_shape(actions), np.int32)
-        self._encode(actions, tokens, None)
+    @overload
+    def encode(self, actions: Float32Array) -> Int32Array: ...
+
+    @overload
+    def encode(self, actions: GpuArrayLike, *, stream: object = None) -> GpuResult: ...
+
+    def encode(self, actions: object, *, stream: object = None) -> Int32Array | GpuResult:
+        """actions float32 [B, T, A] -> tokens int32 [B, T, D, L], on the GPU where the actions are."""
+        if is_gpu_array(actions):
+            return self._on_gpu().encode(actions, stream)
+        valid = self._validator.actions(actions)
+        tokens = np.empty(self._tokens_shape(valid), np.int32)
+        self._encode(valid, tokens, None)
         return tokens
 
-    def encode_with_stats(self, actions: Float32Array) -> tuple[Int32Array, Float32Array]:
+    @overload
+    def encode_with_stats(self, actions: Float32Array) -> tuple[Int32Array, Float32Array]: ...
+
+    @overload
+    def encode_with_stats(self, actions: GpuArrayLike, *, stream: object = None) -> tuple[GpuResult, GpuResult]: ...
+
+    def encode_with_stats(
+        self, actions: object, *, stream: object = None
+    ) -> tuple[Int32Array, Float32Array] | tuple[GpuResult, GpuResult]:
         """For `dynamic` bundles: tokens int32 [B, T, D, L] and stats float32 [B, T, L, 2], which decoding needs.
 
         stats hold mean and sigma of every step and layer, in latent units. Raises InvalidInputError for other bundles.
         """
         self._require_stats()
-        actions = self._validator.actions(actions)
-        tokens = np.empty(self._tokens_shape(actions), np.int32)
-        stats = np.empty(self._stats_shape(actions), np.float32)
-        self._encode(actions, tokens, stats)
+        if is_gpu_array(actions):
+            return self._on_gpu().encode_with_stats(actions, stream)
+        valid = self._validator.actions(actions)
+        tokens = np.empty(self._tokens_shape(valid), np.int32)
+        stats = np.empty(self._stats_shape(valid), np.float32)
+        self._encode(valid, tokens, stats)
         return tokens, stats
 
-    def encode_into(self, actions: Float32Array, out: Int32Array, stats_out: Float32Array | None = None) -> None:
+    def encode_into(
+        self, actions: object, out: object, stats_out: object | None = None, *, stream: object = None
+    ) -> None:
         """Like `encode`, into C-contiguous int32 [B, T, D, L] and, for `dynamic` bundles, float32 [B, T, L, 2].
 
         Allocates no array after the first call with a batch size where actions are C-contiguous float32: only numpy's
         and Python's small change, about 1 KB whatever the batch.
         """
-        valid = self._validator.actions(actions)
-        self._validator.output("out", out, np.int32, self._tokens_shape(valid), actions)
         if stats_out is not None:
             self._require_stats()
-            self._validator.output("stats_out", stats_out, np.float32, self._stats_shape(valid), actions, out)
-        self._encode(valid, out, stats_out)
+        if is_gpu_array(actions):
+            self._on_gpu().encode_into(actions, out, stats_out, stream)
+            return
+        valid = self._validator.actions(actions)
+        # The array as it was given: a copy that validation made shares no memory with anything.
+        source = cast(Float32Array, actions)
+        tokens = self._validator.output("out", out, np.int32, self._tokens_shape(valid), source)
+        stats = None
+        if stats_out is not None:
+            shape = self._stats_shape(valid)
+            stats = self._validator.output("stats_out", stats_out, np.float32, shape, source, tokens)
+        self._encode(valid, tokens, stats)
 
-    def decode(self, tokens: Int32Array, stats: Float32Array | None = None) -> Float32Array:
+    def bind_encode(
+        self, actions: object, out: object, stats_out: object | None = None, *, stream: object = None
+    ) -> BoundCall:
+        """`encode_into` on these arrays of the GPU, captured as a graph: what it returns is called as often as wanted.
+
+        Runs once, and waits for the stream to do so.
+        """
+        if stats_out is not None:
+            self._require_stats()
+        return self._on_gpu().bind_encode(actions, out, stats_out, stream)
+
+    @overload
+    def decode(self, tokens: Int32Array, stats: Float32Array | None = None) -> Float32Array: ...
+
+    @overload
+    def decode(self, tokens: GpuArrayLike, stats: object | None = None, *, stream: object = None) -> GpuResult: ...
+
+    def decode(self, tokens: object, stats: object | None = None, *, stream: object = None) -> Float32Array | GpuResult:
         """tokens int32 (int64, uint8) [B, T, D, l], l a built prefix -> actions float32 [B, T, A].
 
         stats: float32 [B, T, l, 2], needed by `dynamic` bundles and refused by all others. Raises UnbuiltPrefixError
         for an l that was not built.
         """
-        tokens = self._validator.tokens(tokens)
-        stats = self._validator.stats(stats, tokens)
-        actions = np.empty(self._actions_shape(tokens), np.float32)
-        self._decode(tokens, stats, actions)
+        if is_gpu_array(tokens):
+            return self._on_gpu().decode(tokens, stats, stream)
+        valid = self._validator.tokens(tokens)
+        valid_stats = self._validator.stats(stats, valid)
+        actions = np.empty(self._actions_shape(valid), np.float32)
+        self._decode(valid, valid_stats, actions)
         return actions
 
-    def decode_into(self, tokens: Int32Array, out: Float32Array, stats: Float32Array | None = None) -> None:
+    def decode_into(self, tokens: object, out: object, stats: object | None = None, *, stream: object = None) -> None:
         """Like `decode`, into C-contiguous float32 [B, T, A].
 
         Allocates no array after the first call with a batch size where tokens are C-contiguous int32: only numpy's
         and Python's small change, about 1 KB whatever the batch.
         """
+        if is_gpu_array(tokens):
+            self._on_gpu().decode_into(tokens, out, stats, stream)
+            return
         valid = self._validator.tokens(tokens)
         valid_stats = self._validator.stats(stats, valid)
-        inputs = (tokens,) if stats is None else (tokens, stats)
-        self._validator.output("out", out, np.float32, self._actions_shape(valid), *inputs)
-        self._decode(valid, valid_stats, out)
+        # The arrays as they were given: a copy that validation made shares no memory with anything.
+        inputs = cast(tuple[Int32Array, ...], (tokens,) if stats is None else (tokens, stats))
+        actions = self._validator.output("out", out, np.float32, self._actions_shape(valid), *inputs)
+        self._decode(valid, valid_stats, actions)
+
+    def bind_decode(
+        self, tokens: object, out: object, stats: object | None = None, *, stream: object = None
+    ) -> BoundCall:
+        """`decode_into` on these arrays of the GPU, captured as a graph: what it returns is called as often as wanted.
+
+        Runs once, and waits for the stream to do so.
+        """
+        return self._on_gpu().bind_decode(tokens, out, stats, stream)
 
     def warmup(self, batch: int = 1) -> None:
         """Run encoder and every decoder once, so that the first real call with this B is as fast as the others."""
@@ -157,6 +228,20 @@ class ActionTokenizer:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _on_gpu(self) -> GpuCalls:
+        self._require_open()
+        if self._gpu_calls is None:
+            if self._backend.name not in GPU_BACKENDS:
+                raise InvalidInputError(
+                    f"the arrays lie on the GPU, and the backend {self._backend.name!r} takes numpy arrays alone; load "
+                    f"the bundle with one of {', '.join(GPU_BACKENDS)}, or pass numpy arrays"
+                )
+            # Here, because they need cuda-python.
+            from runtime.gpu_calls import GpuCalls, TakesGpuArrays
+
+            self._gpu_calls = GpuCalls(self.model, cast(TakesGpuArrays, self._backend))
+        return self._gpu_calls
 
     def _encode(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         self._require_open()

@@ -18,7 +18,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any, Literal
 
-from runtime.errors import BackendUnavailableError, BundleError
+from runtime.errors import BackendUnavailableError, BundleError, InferenceError, OutOfGpuMemoryError
 
 _LOG = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ class TrtApi:
             try:
                 runtime = self.module.Runtime(self.logger)
             except (TypeError, RuntimeError) as error:
-                raise NoDeviceError(self._no_device(_quote(messages) or str(error))) from error
+                raise NoDeviceError(self._no_device(quote(messages) or str(error))) from error
         # Version-compatible engines carry a library that would be loaded and run: code of the bundle's author.
         if hasattr(runtime, "engine_host_code_allowed"):
             runtime.engine_host_code_allowed = False
@@ -257,11 +257,56 @@ class TrtApi:
         if engine is not None:
             return engine
         if _lacks_device(messages):
-            raise NoDeviceError(self._no_device(_quote(messages)))
+            raise NoDeviceError(self._no_device(quote(messages)))
         raise EngineRefusedError(
-            f"{self.flavour.tag} refuses the engine of {len(serialized)} bytes: {_quote(messages)}; build it again "
+            f"{self.flavour.tag} refuses the engine of {len(serialized)} bytes: {quote(messages)}; build it again "
             "with this version and for this GPU"
         )
+
+    def create_context(self, engine: Any, kernel_cache: Any | None) -> Any:
+        """A new `IExecutionContext`; kernel_cache: of `create_kernel_cache` for this engine, or None.
+
+        Raises OutOfGpuMemoryError, or InferenceError with TensorRT's own words.
+        """
+        with self.collect_messages() as messages:
+            config = self._runtime_config(engine)
+            if config is not None and kernel_cache is not None:
+                config.set_runtime_cache(kernel_cache)
+            context = engine.create_execution_context() if config is None else engine.create_execution_context(config)
+        if context is None:
+            reason = quote(messages)
+            kind = OutOfGpuMemoryError if re.search("out of memory", reason, re.IGNORECASE) else InferenceError
+            raise kind(f"{self.flavour.tag} could not make an engine ready: {reason}")
+        return context
+
+    def create_kernel_cache(self, engine: Any, content: bytes) -> Any | None:
+        """TensorRT-RTX compiles kernels when an engine first runs; with this cache, only the first time ever.
+
+        content: what `kernel_cache_content` gave, whose hash the caller has checked, or nothing to begin anew. None
+        where the library has no such cache. Raises EngineRefusedError for content that it does not accept.
+        """
+        config = self._runtime_config(engine)
+        if config is None or not hasattr(config, "create_runtime_cache"):
+            return None
+        kernel_cache = config.create_runtime_cache()
+        with self.collect_messages() as messages:
+            is_accepted = not content or kernel_cache.deserialize(content)
+        if not is_accepted:
+            raise EngineRefusedError(f"{self.flavour.tag} refuses the cache of compiled kernels: {quote(messages)}")
+        return kernel_cache
+
+    def kernel_cache_content(self, kernel_cache: Any) -> bytes:
+        """What `create_kernel_cache` takes: the kernels compiled so far."""
+        return bytes(kernel_cache.serialize())
+
+    def _runtime_config(self, engine: Any) -> Any | None:
+        """An `IRuntimeConfig` that compiles kernels for a shape before it first runs, never while it runs."""
+        strategies = getattr(self.module, "DynamicShapesKernelSpecializationStrategy", None)
+        if strategies is None:
+            return None
+        config = engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        return config
 
     def engine_tensors(self, engine: Any) -> tuple[EngineTensor, ...]:
         """Inputs and outputs of an `ICudaEngine`, in its order, with the shapes of its first profile."""
@@ -299,7 +344,8 @@ def _dtype_name(dtype: Any) -> str:
     return _DTYPES.get(dtype.name, str(dtype.name).lower())
 
 
-def _quote(messages: Sequence[LogMessage]) -> str:
+def quote(messages: Sequence[LogMessage]) -> str:
+    """Its errors, each once."""
     return " | ".join(dict.fromkeys(message.text for message in messages if message.is_error))
 
 

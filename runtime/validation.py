@@ -21,6 +21,8 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 _FLOAT32 = np.dtype(np.float32)
 _INT32 = np.dtype(np.int32)
 _TOKEN_TYPES = (_INT32, np.dtype(np.int64), np.dtype(np.uint8))
+#: What DLPack calls memory of a CUDA device.
+_DLPACK_CUDA = 2
 _UNSIGNED = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in _TOKEN_TYPES}
 
 #: No |mean| and no sigma of a `dynamic` layer comes near it. Layer 0 takes tanh's values: within 1 of 0, over a range
@@ -37,6 +39,17 @@ STATS_NEEDED = (
     "whose tokens decode on their own: `python export/build_engine.py --conditioning calibrated` (new tokens, exact) "
     "or `--conditioning recovered` (the same tokens, approximate)"
 )
+
+
+def is_gpu_array(value: object) -> bool:
+    """Whether `value` says, by one of the two common protocols, that it lies on a GPU."""
+    if type(value) is np.ndarray:
+        return False
+    where = getattr(value, "__dlpack_device__", None)
+    if where is not None:
+        return int(where()[0]) == _DLPACK_CUDA
+    # Asked of the type, because making the description takes torch several microseconds.
+    return hasattr(type(value), "__cuda_array_interface__")
 
 
 class InputValidator:
@@ -124,8 +137,10 @@ class InputValidator:
             )
         return array
 
-    def output(self, name: str, out: object, dtype: type[_Scalar], shape: tuple[int, ...], *inputs: _Array) -> None:
-        """Raises InvalidInputError unless results can be written straight into `out`, which shares no memory."""
+    def output(
+        self, name: str, out: object, dtype: type[_Scalar], shape: tuple[int, ...], *inputs: _Array
+    ) -> npt.NDArray[_Scalar]:
+        """`out`; raises InvalidInputError unless results can be written straight into it, without touching `inputs`."""
         # Unlike an input, it must not be converted: the results would be lost with the converted array.
         if type(out) is not np.ndarray or out.dtype != dtype or out.shape != shape:
             found = f"{out.dtype}{list(out.shape)}" if type(out) is np.ndarray else f"a {_kind(out)}"
@@ -144,6 +159,7 @@ class InputValidator:
                 raise InvalidInputError(
                     f"{name} overlaps the memory of an input or of another output; give it memory of its own"
                 )
+        return out
 
     def _check_shape(
         self, name: str, array: _Array, letters: str, tail: tuple[int, int], *, is_prefix: bool = False

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from export.bundle_writer import stage_bundle
-from export.graphs import decoder_graph, encoder_graph
+from export.graphs import LinearForm, decoder_graph, encoder_graph
 from export.plan import DeployMode, action_limit, choose_prefixes, plan_decoder, plan_encoder
 from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
 from rfsq_ref.normaliser import Normaliser, NormaliserKind
@@ -81,7 +81,7 @@ def write_bundle(output: Path, deployed: Deployed | Recipe, *, overwrite: bool =
         staged.write_golden(golden_vectors(deployed))
         manifest = make_manifest(deployed)
         if deployed.recipe.has_engine:
-            engine = engine_entry(graphs["decoder.onnx"])
+            engine = engine_entry(graphs["reduce/decoder.onnx"])
             staged.write(engine.file, ENGINE)
             manifest = replace(manifest, engines=(engine,))
         staged.seal(manifest)
@@ -111,11 +111,19 @@ def random_model(recipe: Recipe) -> ActionAutoencoder:
 def export_graphs(deployed: Deployed) -> dict[str, bytes]:
     """File name to ONNX bytes."""
     recipe, model = deployed.recipe, deployed.exported
-    graphs = {"encoder.onnx": encoder_graph(plan_encoder(model, recipe.mode, recipe.chunk_length))}
-    for prefix in deployed.prefixes:
-        plan = plan_decoder(model, recipe.mode, recipe.chunk_length, prefix)
-        graphs[_decoder_file(deployed, prefix)] = decoder_graph(plan)
+    encoder = plan_encoder(model, recipe.mode, recipe.chunk_length)
+    graphs = {}
+    for form in LinearForm:
+        graphs[graph_file("encoder.onnx", form)] = encoder_graph(encoder, form)
+        for prefix in deployed.prefixes:
+            decoder = plan_decoder(model, recipe.mode, recipe.chunk_length, prefix)
+            graphs[graph_file(_decoder_file(deployed, prefix), form)] = decoder_graph(decoder, form)
     return graphs
+
+
+def graph_file(name: str, form: LinearForm) -> str:
+    """Where a bundle keeps the graph."""
+    return name if form is LinearForm.GEMM else f"{form.value}/{name}"
 
 
 def random_actions(recipe: Recipe, num_chunks: int, *, seed: int = 1) -> np.ndarray:
@@ -178,12 +186,12 @@ def make_manifest(deployed: Deployed) -> Manifest:
         action_units=tuple(model.units.tolist()),
         action_offset=tuple(model.offset.tolist()),
     )
+    named = [("encoder.onnx", "encoder", entry.num_layers)]
+    named += [(_decoder_file(deployed, prefix), "decoder", prefix) for prefix in entry.prefixes]
     graphs = [
-        GraphEntry("encoder.onnx", "encoder", entry.num_layers, *graph_tensors(entry, "encoder", entry.num_layers))
-    ]
-    graphs += [
-        GraphEntry(_decoder_file(deployed, prefix), "decoder", prefix, *graph_tensors(entry, "decoder", prefix))
-        for prefix in entry.prefixes
+        GraphEntry(graph_file(file, form), role, prefix, form.value, *graph_tensors(entry, role, prefix))
+        for form in LinearForm
+        for file, role, prefix in named
     ]
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -204,11 +212,14 @@ def engine_entry(onnx_bytes: bytes) -> EngineEntry:
         backend="tensorrt-rtx",
         version="1.6.1.120",
         compute_capabilities=("8.9",),
-        graph="decoder.onnx",
+        graph="reduce/decoder.onnx",
         onnx_sha256=hashlib.sha256(onnx_bytes).hexdigest(),
         file="engines/tensorrt-rtx-1.6.1.120-sm89/decoder.engine",
         profile=(1, 1, 64),
         status="built",
+        precision="not measured",
+        device="",
+        kernel_cache="",
         detail="inspected (network) but not run: no GPU",
     )
 

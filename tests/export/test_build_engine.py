@@ -14,14 +14,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
 from calibration.constants import CalibrationConfig
 from calibration.fit import calibrate
-from export import build_engine as job
-from export.build_engine import BuildConfig, BuildResult, build, main, parse_arguments
+from export import engines, pipeline
+from export.build_engine import main, parse_arguments
 from export.errors import GateError
+from export.graphs import LinearForm
+from export.pipeline import BuildConfig, BuildResult, build
 from export.plan import DeployMode
 from export.trt_builder import Profile
 from rfsq_ref.autoencoder import ModelConfig
@@ -32,15 +35,13 @@ from rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from runtime import ActionTokenizer
 from runtime.bundle import open_bundle
 from runtime.manifest import MANIFEST_NAME, Manifest
-from tests.bundles import bundle_files
+from tests.bundles import bundle_files, graph_file
+from tests.export.machine import needs_no_gpu, needs_rtx
 from tests.rfsq_ref.published_model import ActionRFSQAE
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "export" / "build_engine.py"
 STEPS = 4000
-
-RTX = next((name for name in ("tensorrt_rtx", "tensorrt_rtx_bindings") if importlib.util.find_spec(name)), None)
-needs_rtx = pytest.mark.skipif(RTX is None, reason="TensorRT-RTX is not importable: pip install '.[tensorrt-rtx]'")
 
 
 def config(output: Path, **options: object) -> BuildConfig:
@@ -151,9 +152,10 @@ def mse_of_prefix(author: ActionRFSQAE, actions: np.ndarray, layers: int) -> flo
 
 def test_the_default_build_makes_a_bundle_that_a_robot_can_load(built: BuildResult, tokenizer: ActionTokenizer) -> None:
     manifest = built.manifest
-    assert bundle_files(built.output) == sorted(
-        ["encoder.onnx", "decoder.onnx", "decoder_l3.onnx", "golden.npz", MANIFEST_NAME]
-    )
+    graphs = [
+        graph_file(name, form) for name in ("encoder.onnx", "decoder.onnx", "decoder_l3.onnx") for form in LinearForm
+    ]
+    assert bundle_files(built.output) == sorted([*graphs, "golden.npz", MANIFEST_NAME])
     assert (manifest.model.mode, manifest.model.chunk_length, tokenizer.prefixes) == ("calibrated", 8, (3, 8))
     assert manifest.engines == ()
     assert tokenizer.fingerprint == manifest.fingerprint
@@ -466,15 +468,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_engines(manifest: Manifest, folder: Path, profile: tuple[int, int, int], target: str) -> None:
-    assert {engine.graph for engine in manifest.engines} == {graph.file for graph in manifest.graphs}
+    assert [engine.graph for engine in manifest.engines] == [graph.file for graph in manifest.graphs_of("reduce")]
     for engine in manifest.engines:
         # Nothing here has run it: that is said, and not a word more.
         assert engine.status == "built"
-        assert engine.detail.startswith("inspected (")
-        assert "but not run: " in engine.detail
+        assert (engine.precision, engine.device, engine.kernel_cache) == ("not measured", "", "")
+        assert re.fullmatch(r"inspected \((engine|network|none)\), not run", engine.detail)
         assert engine.profile == profile
         assert engine.onnx_sha256 == manifest.files[engine.graph].sha256
-        stem = engine.graph.removesuffix(".onnx")
+        stem = engine.graph.removeprefix("reduce/").removesuffix(".onnx")
         expected = f"engines/{engine.backend}-{engine.version}-{target}/{stem}-{engine.onnx_sha256[:12]}.engine"
         assert engine.file == expected
         assert (folder / engine.file).stat().st_size == manifest.files[engine.file].size > 1000
@@ -482,6 +484,7 @@ def check_engines(manifest: Manifest, folder: Path, profile: tuple[int, int, int
 
 
 @needs_rtx
+@needs_no_gpu
 def test_engines_are_built_and_reported_as_not_run(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -489,11 +492,14 @@ def test_engines_are_built_and_reported_as_not_run(
     result = build(config(tmp_path / "bundle", checkpoint=small, **options))
     check_engines(result.manifest, result.output, (1, 4, 64), "default")
     assert {engine.compute_capabilities for engine in result.manifest.engines} == {()}
-    assert re.search(r"target default; NOT run on this machine: \S", capsys.readouterr().out)
+    output = capsys.readouterr().out
+    assert re.search(r"built for tensorrt-rtx \S+, target default$", output, re.MULTILINE)
+    assert re.search(r"^ +NOT run: tensorrt-rtx: \S", output, re.MULTILINE)
     ActionTokenizer.load(result.output).close()
 
 
 @needs_rtx
+@needs_no_gpu
 def test_engines_for_chosen_gpus_carry_them_in_their_names(small: Path, tmp_path: Path) -> None:
     options = {"backends": ("tensorrt-rtx",), "compute_capabilities": ("8.9", "12.0"), "parity_steps": 500}
     result = build(config(tmp_path / "bundle", checkpoint=small, **options))
@@ -515,9 +521,11 @@ def test_an_engine_that_is_not_what_was_asked_for_ends_the_build(
         engine = build_one(request)
         return replace(engine, serialized=engine.serialized[: len(engine.serialized) // 2])
 
-    build_one = job.build_engine
-    monkeypatch.setattr(job, "build_engine", truncated)
-    with pytest.raises(GateError, match=r"tensorrt-rtx, encoder\.onnx: the engine has sha256 .* altered or cut short"):
+    build_one = engines.build_engine
+    monkeypatch.setattr(engines, "build_engine", truncated)
+    with pytest.raises(
+        GateError, match=r"tensorrt-rtx, reduce/encoder\.onnx: the engine has sha256 .* altered or cut short"
+    ):
         build(config(tmp_path / "bundle", checkpoint=small, backends=("tensorrt-rtx",), parity_steps=500))
     assert list(tmp_path.iterdir()) == []
 
@@ -551,9 +559,9 @@ def crooked(plan):
 
 @pytest.fixture
 def perturbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, decoder = job.encoder_graph, job.decoder_graph
-    monkeypatch.setattr(job, "encoder_graph", lambda plan: encoder(crooked(plan)))
-    monkeypatch.setattr(job, "decoder_graph", lambda plan: decoder(lean(plan)))
+    encoder, decoder = pipeline.encoder_graph, pipeline.decoder_graph
+    monkeypatch.setattr(pipeline, "encoder_graph", lambda plan, form: encoder(crooked(plan), form))
+    monkeypatch.setattr(pipeline, "decoder_graph", lambda plan, form: decoder(lean(plan), form))
 
 
 def build_arguments(output: Path) -> list[str]:
@@ -565,11 +573,12 @@ def test_red_gates_are_all_shown_and_leave_no_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The check of graphs would find it first.
-    monkeypatch.setattr(job, "cross_check", lambda *_: [])
+    monkeypatch.setattr(pipeline, "cross_check", lambda *_: [])
     assert main(build_arguments(tmp_path / "bundle")) == 1
     captured = capsys.readouterr()
 
-    assert re.search(r"^✗ parity gates .* \d+ gates are red$", captured.out, re.MULTILINE)
+    assert re.search(r"^✗ parity gates .*$", captured.out, re.MULTILINE)
+    assert re.search(r"^ +\d+ steps against PyTorch float64: \d+ gates are red$", captured.out, re.MULTILINE)
     for gate in ("encode: wrong tokens", "decode 3 layers: action error", "decode 8 layers: action error"):
         assert re.search(rf"^✗ onnxruntime, {gate} ", captured.out, re.MULTILINE)
         assert re.search(rf"^  onnxruntime, {gate}: \S+ over \d+ steps; expected at most", captured.err, re.MULTILINE)
@@ -800,6 +809,29 @@ def test_a_backend_that_is_not_installed_is_refused(
     assert main([*arguments, "--backends", "tensorrt"]) == 2
     assert re.search(r"error: .*tensorrt.*install", capsys.readouterr().err)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(
+    "CUDAExecutionProvider" in onnxruntime.get_available_providers(), reason="ONNX Runtime has CUDA here"
+)
+def test_onnxruntime_without_cuda_is_refused_where_it_was_asked_for(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Asked for by name; a build that takes what there is goes on without it."""
+    arguments = ["--checkpoint", str(small), "--output", str(tmp_path / "bundle"), "--parity-steps", "500"]
+    assert main([*arguments, "--backends", "onnxruntime-cuda"]) == 2
+    assert re.search(r"^error: .*built without CUDA; install onnxruntime-gpu", capsys.readouterr().err, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_rtx
+def test_a_build_says_which_backends_did_not_run(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    result = build(config(tmp_path / "bundle", checkpoint=small, backends=None, parity_steps=500))
+    assert "onnxruntime-cuda" not in {entry.backend for entry in result.manifest.parity}
+    assert "NOT run: onnxruntime-cuda: ONNX Runtime " in capsys.readouterr().out
 
 
 def test_an_output_that_is_there_is_kept_unless_told_otherwise(

@@ -15,7 +15,7 @@ from export.bundle_writer import StagedBundle, stage_bundle
 from export.errors import ExportError
 from runtime import ActionTokenizer
 from runtime.bundle import open_bundle
-from runtime.manifest import MANIFEST_NAME, Manifest
+from runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 from tests.bundles import Recipe, bundle_files, deploy, export_graphs, golden_vectors, make_manifest, write_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -165,12 +165,18 @@ def test_files_that_the_manifest_does_not_list_are_named_and_kept(tmp_path: Path
     assert (output / "notes" / "precious").exists()
 
 
+def with_other_version(text: str) -> str:
+    version = f'"schema_version": {SCHEMA_VERSION}'
+    assert version in text
+    return text.replace(version, '"schema_version": 99')
+
+
 def test_a_damaged_bundle_and_one_of_another_version_are_replaced(tmp_path: Path) -> None:
     output = write_bundle(tmp_path / "bundle", Recipe(seed=7))
     (output / "encoder.onnx").unlink()
     (output / "golden.npz").write_bytes(b"damaged")
     text = (output / MANIFEST_NAME).read_text(encoding="utf-8")
-    (output / MANIFEST_NAME).write_text(text.replace('"schema_version": 1', '"schema_version": 99'), encoding="utf-8")
+    (output / MANIFEST_NAME).write_text(with_other_version(text), encoding="utf-8")
     write_bundle(output, Recipe(), overwrite=True)
     ActionTokenizer.load(output).close()
 

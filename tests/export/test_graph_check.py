@@ -9,10 +9,11 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from export.graph_check import check_graph, cross_check
+from export.graphs import LinearForm
 from export.plan import DeployMode
 from runtime.golden import Golden
 from runtime.manifest import GraphEntry, Manifest, TensorEntry
-from tests.bundles import Deployed, Recipe, deploy, export_graphs, golden_vectors, make_manifest
+from tests.bundles import Deployed, Recipe, deploy, export_graphs, golden_vectors, graph_file, make_manifest
 from tests.export.plan_numpy import MODES
 
 
@@ -40,7 +41,7 @@ def calibrated_graphs() -> Graphs:
     return Graphs(DeployMode.CALIBRATED)
 
 
-FILES = ["encoder.onnx", "decoder.onnx", "decoder_l2.onnx"]
+FILES = [graph_file(name, form) for form in LinearForm for name in ("encoder.onnx", "decoder.onnx", "decoder_l2.onnx")]
 
 
 def altered(content: bytes, change: Callable[[onnx.ModelProto], object]) -> bytes:
@@ -167,12 +168,12 @@ def test_changed_weights_are_noticed_by_both_runtimes(graphs: Graphs, file: str,
         f"{file} on ONNX Runtime",
         f"{file} on onnx reference evaluator",
     ]
-    measured = "wrong tokens, first token [" if file == "encoder.onnx" else "action error "
+    measured = "wrong tokens, first token [" if file.endswith("encoder.onnx") else "action error "
     assert all(measured in problem for problem in problems)
 
 
 def test_weights_that_are_no_numbers_are_noticed(graphs: Graphs) -> None:
-    for file in ("decoder.onnx", "decoder_l2.onnx"):
+    for file in (file for file in FILES if not file.endswith("encoder.onnx")):
         problems = graphs.cross_check(file, altered(graphs.contents[file], scale_weight("outer.weight", np.nan)))
         assert len(problems) == 2
         assert all("action error inf, expected at most 1e-05" in problem for problem in problems)

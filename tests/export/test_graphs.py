@@ -15,12 +15,22 @@ import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from export.graphs import BATCH, IR_VERSION, OPSET
+from export.graphs import BATCH, IR_VERSION, OPSET, LinearForm
 from export.plan import DeployMode
 from rfsq_ref.autoencoder import ModelConfig
 from runtime.comparison import action_errors
-from tests.bundles import Deployed, Recipe, deploy, export_graphs, random_actions, reference_decode
+from tests.bundles import (
+    Deployed,
+    Recipe,
+    deploy,
+    export_graphs,
+    graph_file,
+    make_manifest,
+    random_actions,
+    reference_decode,
+)
 from tests.export.plan_numpy import MODES, check_tokens, recipes
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +59,7 @@ def test_two_processes_in_two_folders_write_the_same_bytes(tmp_path: Path) -> No
     processes = [start_hashing(tmp_path / f"folder {seed}", seed) for seed in ("1", "4242")]
     first, second = (process.communicate()[0].splitlines() for process in processes)
 
-    assert len(first) == 3 * len(MODES)
+    assert len(first) == 3 * len(LinearForm) * len(MODES)
     assert len({line.split()[-1] for line in first}) == len(first)
     assert first == second
 
@@ -71,14 +81,14 @@ def fields(message: google.protobuf.message.Message) -> Iterator[tuple[str, obje
 
 @pytest.mark.parametrize("mode", MODES)
 def test_a_graph_holds_nothing_that_is_not_the_model(mode: DeployMode) -> None:
-    for content in export_graphs(deploy(Recipe(mode=mode))).values():
+    for file, content in export_graphs(deploy(Recipe(mode=mode))).items():
         model = onnx.load_model_from_string(content)
         found = list(fields(model))
         names = {name for name, _ in found}
         assert {"node", "initializer", "op_type"} <= names
         assert not names & {"doc_string", "metadata_props", "external_data", "data_location", "functions"}
         texts = [value for _, value in found if isinstance(value, str)]
-        assert "Gemm" in texts
+        assert ("Gemm" in texts) == (not file.startswith("reduce/"))
         assert not [text for text in texts if "/" in text or "\\" in text or ".py" in text]
         assert (model.producer_name, model.producer_version, model.model_version) == ("rfsq-deploy", "", 0)
         assert str(ROOT).encode() not in content
@@ -116,12 +126,12 @@ def test_only_the_batch_is_dynamic_and_it_is_named(mode: DeployMode) -> None:
         for file, graph in ((file, onnx.load_model_from_string(content).graph) for file, content in graphs.items())
     }
     number, integer = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
-    expected = {
+    expected: dict[str, object] = {
         file: {"actions": (number, [BATCH, 6, 3]), "tokens": (integer, [BATCH, 6, 4, prefix])}
         | ({"stats": (number, [BATCH, 6, prefix, 2])} if mode is DeployMode.DYNAMIC else {})
         for file, prefix in (("encoder.onnx", 5), ("decoder_l2.onnx", 2), ("decoder.onnx", 5))
     }
-    assert shapes == expected
+    assert shapes == {graph_file(file, form): tensors for form in LinearForm for file, tensors in expected.items()}
 
 
 def dims(value: onnx.ValueInfoProto) -> list[onnx.TensorShapeProto.Dimension]:
@@ -180,22 +190,24 @@ def check_decoder(deployed: Deployed, runtime: type, content: bytes, prefix: int
     assert worst.value <= 1e-5, worst
 
 
+@pytest.mark.parametrize("form", LinearForm)
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @given(recipe=recipes())
 @settings(max_examples=25)
-def test_both_runtimes_give_the_references_answers(runtime: type, recipe: Recipe) -> None:
+def test_both_runtimes_give_the_references_answers(runtime: type, form: LinearForm, recipe: Recipe) -> None:
     deployed = deploy(recipe)
     graphs = export_graphs(deployed)
-    check_encoder(deployed, runtime, graphs["encoder.onnx"], random_actions(recipe, 40))
+    check_encoder(deployed, runtime, graphs[graph_file("encoder.onnx", form)], random_actions(recipe, 40))
     for prefix in deployed.prefixes:
         file = "decoder.onnx" if prefix == recipe.config.num_layers else f"decoder_l{prefix}.onnx"
-        check_decoder(deployed, runtime, graphs[file], prefix, 40)
+        check_decoder(deployed, runtime, graphs[graph_file(file, form)], prefix, 40)
 
 
+@pytest.mark.parametrize("form", LinearForm)
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("gain", [1.0, 10.0, 40.0, 100.0, 1e4, 1e18])
-def test_no_sum_is_too_large_for_mish(mode: DeployMode, gain: float, runtime: type) -> None:
+def test_no_sum_is_too_large_for_mish(mode: DeployMode, gain: float, runtime: type, form: LinearForm) -> None:
     """exp of a hidden unit overflows float32 from 88 on, its square from 44: no token and no action may do that."""
     recipe = Recipe(mode=mode)
     deployed = deploy(recipe)
@@ -207,25 +219,29 @@ def test_no_sum_is_too_large_for_mish(mode: DeployMode, gain: float, runtime: ty
     deployed.exported = deployed.reference
     graphs = export_graphs(deployed)
     for prefix, file in ((2, "decoder_l2.onnx"), (3, "decoder.onnx")):
-        check_decoder(deployed, runtime, graphs[file], prefix, 50)
-    check_encoder(deployed, runtime, graphs["encoder.onnx"], random_actions(recipe, 50))
+        check_decoder(deployed, runtime, graphs[graph_file(file, form)], prefix, 50)
+    check_encoder(deployed, runtime, graphs[graph_file("encoder.onnx", form)], random_actions(recipe, 50))
 
 
+@pytest.mark.parametrize("form", LinearForm)
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("batch", [1, 2, 257])
-def test_any_batch_is_taken(mode: DeployMode, batch: int, runtime: type) -> None:
+def test_any_batch_is_taken(mode: DeployMode, batch: int, runtime: type, form: LinearForm) -> None:
     recipe = Recipe(mode=mode)
     deployed = deploy(recipe)
     graphs = export_graphs(deployed)
-    check_encoder(deployed, runtime, graphs["encoder.onnx"], random_actions(recipe, batch))
-    check_decoder(deployed, runtime, graphs["decoder.onnx"], 3, batch)
+    check_encoder(deployed, runtime, graphs[graph_file("encoder.onnx", form)], random_actions(recipe, batch))
+    check_decoder(deployed, runtime, graphs[graph_file("decoder.onnx", form)], 3, batch)
 
 
+@pytest.mark.parametrize("form", LinearForm)
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("num_levels", [2, 4, 5, 6, 8])
-def test_a_latent_on_an_edge_goes_to_the_lower_level(mode: DeployMode, num_levels: int, runtime: type) -> None:
+def test_a_latent_on_an_edge_goes_to_the_lower_level(
+    mode: DeployMode, num_levels: int, runtime: type, form: LinearForm
+) -> None:
     """Zero weights make every latent exactly zero, which is an edge where K is even; sigma is zero in `dynamic`."""
     recipe = Recipe(mode=mode, config=ModelConfig(3, 4, 8, 3, num_levels))
     deployed = deploy(recipe)
@@ -233,19 +249,20 @@ def test_a_latent_on_an_edge_goes_to_the_lower_level(mode: DeployMode, num_level
         parameter.zero_()
     deployed.exported.quantizer.mean.zero_()
     actions = random_actions(recipe, 3)
-    found = runtime(export_graphs(deployed)["encoder.onnx"]).run({"actions": actions})[0]
+    found = runtime(export_graphs(deployed)[graph_file("encoder.onnx", form)]).run({"actions": actions})[0]
 
     assert (found[..., 0] == (num_levels - 1) // 2).all()
     np.testing.assert_array_equal(found, deployed.exported.encode(torch.from_numpy(actions).double())[0].numpy())
 
 
+@pytest.mark.parametrize("form", LinearForm)
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("mode", MODES)
-def test_steps_of_a_chunk_do_not_touch_each_other(mode: DeployMode, runtime: type) -> None:
+def test_steps_of_a_chunk_do_not_touch_each_other(mode: DeployMode, runtime: type, form: LinearForm) -> None:
     """A token that changes in one step changes that step's action alone."""
     recipe = Recipe(mode=mode, chunk_length=5)
     deployed = deploy(recipe)
-    session = runtime(export_graphs(deployed)["decoder.onnx"])
+    session = runtime(export_graphs(deployed)[graph_file("decoder.onnx", form)])
     feed = {"tokens": np.full((2, 5, 4, 3), 2, np.int32)}
     if mode is DeployMode.DYNAMIC:
         feed["stats"] = np.full((2, 5, 3, 2), 0.25, np.float32)
@@ -256,10 +273,13 @@ def test_steps_of_a_chunk_do_not_touch_each_other(mode: DeployMode, runtime: typ
     assert np.argwhere((before != after).any(-1)).tolist() == [[1, 3]]
 
 
+@pytest.mark.parametrize("form", LinearForm)
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("latents", ["all zero", "all alike", "one apart"])
 @pytest.mark.parametrize("mode", list(DeployMode))
-def test_latents_that_never_change_are_coded_alike(mode: DeployMode, latents: str, runtime: type) -> None:
+def test_latents_that_never_change_are_coded_alike(
+    mode: DeployMode, latents: str, runtime: type, form: LinearForm
+) -> None:
     """sigma = 0 for `dynamic`: only its epsilon is left to divide by."""
     deployed = deploy(Recipe(mode=mode))
     output = deployed.exported.encoder[2]
@@ -268,4 +288,174 @@ def test_latents_that_never_change_are_coded_alike(mode: DeployMode, latents: st
     if latents == "one apart":
         output.bias[0] = 0.75
     deployed.reference.load_state_dict(deployed.exported.state_dict())
-    check_encoder(deployed, runtime, export_graphs(deployed)["encoder.onnx"], random_actions(deployed.recipe, 16))
+    check_encoder(
+        deployed,
+        runtime,
+        export_graphs(deployed)[graph_file("encoder.onnx", form)],
+        random_actions(deployed.recipe, 16),
+    )
+
+
+# --- the forms for GPUs -----------------------------------------------------------------------------------------------
+
+#: Forms whose inputs may never have been in the hands of a host.
+MARKED = [form for form in LinearForm if form.is_marked]
+#: What GPU libraries run in TF32 unless they are told otherwise, and TensorRT-RTX whatever it is told.
+PRODUCTS = {"Gemm", "MatMul", "Einsum", "Conv", "MatMulInteger", "QLinearMatMul"}
+
+
+@given(recipes())
+@settings(max_examples=30)
+def test_the_form_for_tensorrt_has_no_matrix_product(recipe: Recipe) -> None:
+    operators = {
+        file: {node.op_type for node in onnx.load_model_from_string(content).graph.node}
+        for file, content in export_graphs(deploy(recipe)).items()
+    }
+    assert not [file for file, found in operators.items() if file.startswith("reduce/") and found & PRODUCTS]
+    assert all(found & PRODUCTS for file, found in operators.items() if not file.startswith("reduce/"))
+
+
+def wrong_numbers(highest: int) -> list[int]:
+    return [-1, highest + 1, 255, -(2**31), 2**31 - 1]
+
+
+@pytest.mark.parametrize("form", MARKED)
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_illegal_token_marks_its_step_and_no_other(
+    mode: DeployMode, layers: int, runtime: type, form: LinearForm
+) -> None:
+    """All actions of the step are NaN, which no controller takes for a motion; every other action is as it was."""
+    config = ModelConfig(action_dim=3, latent_dim=4, hidden_width=8, num_layers=layers, num_levels=5)
+    recipe = Recipe(mode=mode, config=config, chunk_length=3, prefixes=())
+    session = runtime(export_graphs(deploy(recipe))[graph_file("decoder.onnx", form)])
+    random = np.random.default_rng(3)
+    tokens = random.integers(5, size=(4, 3, 4, layers), dtype=np.int32)
+    feed = {"tokens": tokens}
+    if mode is DeployMode.DYNAMIC:
+        feed["stats"] = random.uniform(0.1, 0.5, (4, 3, layers, 2)).astype(np.float32)
+    (before,) = session.run(feed)
+    assert np.isfinite(before).all()
+    for place in np.ndindex(4, layers):
+        for number in wrong_numbers(4):
+            step = (int(random.integers(4)), int(random.integers(3)))
+            wrong = tokens.copy()
+            wrong[(*step, *place)] = number
+            (found,) = session.run({**feed, "tokens": wrong})
+            is_marked = np.isnan(found)
+            assert is_marked[step].all(), (number, place)
+            assert np.argwhere(is_marked.any(-1)).tolist() == [list(step)]
+            is_marked[step] = True
+            np.testing.assert_array_equal(found[~is_marked], before[~is_marked])
+
+
+@pytest.mark.parametrize("form", MARKED)
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@given(recipe=recipes())
+@settings(max_examples=15)
+def test_the_lowest_and_the_highest_level_are_legal(runtime: type, form: LinearForm, recipe: Recipe) -> None:
+    deployed, config = deploy(recipe), recipe.config
+    session = runtime(export_graphs(deployed)[graph_file("decoder.onnx", form)])
+    shape = (1, recipe.chunk_length, config.latent_dim, config.num_layers)
+    for level, is_legal in ((-1, False), (0, True), (config.num_levels - 1, True), (config.num_levels, False)):
+        feed = {"tokens": np.full(shape, level, np.int32)}
+        if recipe.mode is DeployMode.DYNAMIC:
+            feed["stats"] = np.full((*shape[:2], config.num_layers, 2), 0.25, np.float32)
+        (found,) = session.run(feed)
+        assert np.isnan(found).all() == (not is_legal)
+        assert np.isfinite(found).all() == is_legal
+
+
+@pytest.mark.parametrize("form", MARKED)
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_an_action_that_is_no_number_marks_its_step_and_no_other(
+    mode: DeployMode, layers: int, runtime: type, form: LinearForm
+) -> None:
+    """All tokens of the step are -1, which no decoder takes for a level; every other token is as it was."""
+    config = ModelConfig(action_dim=3, latent_dim=4, hidden_width=8, num_layers=layers, num_levels=5)
+    recipe = Recipe(mode=mode, config=config, chunk_length=3, prefixes=())
+    session = runtime(export_graphs(deploy(recipe))[graph_file("encoder.onnx", form)])
+    random = np.random.default_rng(4)
+    actions = random_actions(recipe, 4)
+    before, *stats_before = session.run({"actions": actions})
+    assert ((before >= 0) & (before <= 4)).all()
+    for dimension in range(3):
+        for value in (np.nan, np.inf, -np.inf):
+            step = (int(random.integers(4)), int(random.integers(3)))
+            wrong = actions.copy()
+            wrong[(*step, dimension)] = value
+            found, *stats = session.run({"actions": wrong})
+            check_marked(found, before, step)
+            for one, other in zip(stats, stats_before, strict=True):
+                np.testing.assert_array_equal(
+                    np.delete(one.reshape(12, -1), step[0] * 3 + step[1], 0),
+                    np.delete(other.reshape(12, -1), step[0] * 3 + step[1], 0),
+                )
+
+
+@pytest.mark.parametrize("form", MARKED)
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@given(recipe=recipes(), place=st.integers(0, 99), sign=st.sampled_from([-1, 1]))
+@settings(max_examples=15)
+def test_tokens_are_marked_beyond_the_limit_that_hosts_hold_actions_against(
+    runtime: type, form: LinearForm, recipe: Recipe, place: int, sign: int
+) -> None:
+    """Whatever the sizes: with a single hidden unit even an infinite action has a latent like any other."""
+    deployed = deploy(recipe)
+    limit = np.float32(make_manifest(deployed).model.action_limit)
+    session = runtime(export_graphs(deployed)[graph_file("encoder.onnx", form)])
+    actions = random_actions(recipe, 2)
+    before = session.run({"actions": actions})[0]
+    shape = (recipe.chunk_length, recipe.config.action_dim)
+    step, dimension = np.unravel_index(place % (shape[0] * shape[1]), shape)
+    beyond = (np.nextafter(limit, np.float32(np.inf)), 3 * limit, np.finfo(np.float32).max, np.float32(np.inf))
+    for value in (limit, *beyond):
+        wrong = actions.copy()
+        wrong[1, step, dimension] = sign * value
+        with np.errstate(all="ignore"):
+            found = session.run({"actions": wrong})[0]
+        if value > limit:
+            check_marked(found, before, (1, int(step)))
+        else:
+            assert ((found >= 0) & (found < recipe.config.num_levels)).all()
+
+
+def check_marked(found: np.ndarray, before: np.ndarray, step: tuple[int, int]) -> None:
+    assert found.dtype == np.int32
+    assert (found[step] == -1).all(), found[step]
+    others = np.ones(found.shape[:2], bool)
+    others[step] = False
+    np.testing.assert_array_equal(found[others], before[others])
+
+
+@pytest.mark.parametrize("form", MARKED)
+@pytest.mark.parametrize("mode", [DeployMode.NONE, DeployMode.CALIBRATED, DeployMode.RECOVERED])
+def test_what_the_encoder_marks_the_decoder_marks(mode: DeployMode, form: LinearForm) -> None:
+    """On its way through tokens, a step that is not a number stays one."""
+    recipe = Recipe(mode=mode)
+    graphs = export_graphs(deploy(recipe))
+    actions = random_actions(recipe, 3)
+    actions[1, 0, 2] = np.nan
+    (tokens,) = OnnxRuntime(graphs[graph_file("encoder.onnx", form)]).run({"actions": actions})
+    (decoded,) = OnnxRuntime(graphs[graph_file("decoder.onnx", form)]).run({"tokens": tokens})
+    assert (
+        np.argwhere(np.isnan(decoded).all(-1)).tolist() == np.argwhere(np.isnan(decoded).any(-1)).tolist() == [[1, 0]]
+    )
+
+
+@pytest.mark.parametrize("form", MARKED)
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_statistics_that_are_no_numbers_do_not_become_a_motion(runtime: type, form: LinearForm) -> None:
+    recipe = Recipe(mode=DeployMode.DYNAMIC)
+    session = runtime(export_graphs(deploy(recipe))[graph_file("decoder.onnx", form)])
+    feed = {"tokens": np.ones((2, 2, 4, 3), np.int32), "stats": np.full((2, 2, 3, 2), 0.25, np.float32)}
+    for part, value in ((0, np.nan), (1, np.nan), (0, np.inf), (1, np.inf)):
+        stats = feed["stats"].copy()
+        stats[1, 0, 2, part] = value
+        with np.errstate(all="ignore"):
+            (found,) = session.run({**feed, "stats": stats})
+        assert not np.isfinite(found[1, 0]).all()
+        assert np.isfinite(np.delete(found.reshape(4, 3), 2, 0)).all()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.graphs import decoder_graph, encoder_graph
+from export.graphs import LinearForm, decoder_graph, encoder_graph
 from export.parity import Judge, batches, failures, golden_vectors
 from export.parity_data import EDGES, Section, parity_sections
 from export.plan import DeployMode, action_limit, plan_decoder, plan_encoder
@@ -68,15 +68,15 @@ class Case:
         checkpoint = replace(self.checkpoint, **changes)
         return Reference(checkpoint, self.reference.mode, self.reference.prefixes).model
 
-    def backend(self, model: ActionAutoencoder | None = None) -> OrtBackend:
-        """The robot's own, on graphs of the model: the reference's by default."""
+    def backend(self, model: ActionAutoencoder | None = None, form: LinearForm = LinearForm.GEMM) -> OrtBackend:
+        """The robot's own, on graphs of the model: the reference's by default. It takes either form for its own."""
         model, mode = model or self.reference.model, self.reference.mode
-        contents = {"encoder.onnx": encoder_graph(plan_encoder(model, mode, CHUNK))}
-        graphs = [GraphEntry("encoder.onnx", "encoder", 8, *graph_tensors(self.model, "encoder", 8))]
+        contents = {"encoder.onnx": encoder_graph(plan_encoder(model, mode, CHUNK), form)}
+        graphs = [GraphEntry("encoder.onnx", "encoder", 8, "gemm", *graph_tensors(self.model, "encoder", 8))]
         for prefix in self.reference.prefixes:
             file = f"decoder_l{prefix}.onnx"
-            contents[file] = decoder_graph(plan_decoder(model, mode, CHUNK, prefix))
-            graphs.append(GraphEntry(file, "decoder", prefix, *graph_tensors(self.model, "decoder", prefix)))
+            contents[file] = decoder_graph(plan_decoder(model, mode, CHUNK, prefix), form)
+            graphs.append(GraphEntry(file, "decoder", prefix, "gemm", *graph_tensors(self.model, "decoder", prefix)))
         manifest = Manifest(SCHEMA_VERSION, "0" * 64, self.model, tuple(graphs), (), (), {}, {}, {})
         return OrtBackend(Bundle(Path("in memory"), manifest, contents))
 
@@ -125,8 +125,9 @@ def either(request: pytest.FixtureRequest, case: Case, dynamic: Case) -> Case:
 # --- green ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_robots_own_code_passes_every_gate(either: Case) -> None:
-    entries = either.judge(either.backend())
+@pytest.mark.parametrize("form", LinearForm)
+def test_the_robots_own_code_passes_every_gate(either: Case, form: LinearForm) -> None:
+    entries = either.judge(either.backend(form=form))
     assert failures(entries) == []
     names = [WRONG, NEAR_TIES, *([STATS] if either.model.has_stats else []), COARSE, FULL]
     assert [entry.gate for entry in entries] == names

@@ -25,8 +25,14 @@ FILES = (
     "decoder_l2.onnx",
     "encoder.onnx",
     "engines/tensorrt-rtx-1.6.1.120-sm89/decoder.engine",
+    "gemm_marked/decoder.onnx",
+    "gemm_marked/decoder_l2.onnx",
+    "gemm_marked/encoder.onnx",
     "golden.npz",
     MANIFEST_NAME,
+    "reduce/decoder.onnx",
+    "reduce/decoder_l2.onnx",
+    "reduce/encoder.onnx",
 )
 
 
@@ -67,7 +73,7 @@ def rehash(folder: Path) -> None:
 def test_a_bundle_holds_these_files_and_opens(bundle: Path) -> None:
     assert tuple(bundle_files(bundle)) == FILES
     opened = open_bundle(bundle)
-    for file in FILES[:-1]:
+    for file in set(FILES) - {MANIFEST_NAME}:
         assert opened.content(file) == (bundle / file).read_bytes()
 
 
@@ -149,7 +155,7 @@ def test_what_runs_is_what_was_hashed_whatever_happens_on_disk_later(altered: Pa
     ("old", "new", "message"),
     [
         ('"latent_dim": 4', '"latent_dim": 5', "altered after it was written"),
-        ('"schema_version": 1', '"schema_version": 2', "schema version 2"),
+        ('"schema_version": 2', '"schema_version": 1', "schema version 1; this runtime reads 2"),
         ("{\n", '{\n "surprise": 1,\n', r"unknown keys \['surprise'\]"),
     ],
 )
@@ -185,6 +191,20 @@ def change_parity(**changes: Any) -> Callable[[Manifest], Manifest]:
     return lambda manifest: replace(manifest, parity=(replace(manifest.parity[0], **changes),))
 
 
+def without_form(form: str) -> Callable[[Manifest], Manifest]:
+    return lambda manifest: replace(manifest, graphs=tuple(entry for entry in manifest.graphs if entry.form != form))
+
+
+def with_form(old: str, new: str) -> Callable[[Manifest], Manifest]:
+    def change(manifest: Manifest) -> Manifest:
+        return replace(
+            manifest,
+            graphs=tuple(replace(entry, form=new if entry.form == old else entry.form) for entry in manifest.graphs),
+        )
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -213,6 +233,24 @@ def change_parity(**changes: Any) -> Callable[[Manifest], Manifest]:
         (change_model(mode="dynamic"), r"states the tensors"),
         (change_model(num_levels=3), r"tokens outside 0 \.\.\. 2"),
         (lambda manifest: replace(manifest, graphs=manifest.graphs[1:]), "lists the graphs"),
+        (without_form("gemm"), r"lists the graphs \[.*\]; the model needs \[.*\('encoder', 3, 'gemm'\)"),
+        (without_form("gemm_marked"), r"lists the graphs .*; the model needs .*'gemm_marked'\)"),
+        (without_form("reduce"), r"lists the graphs .*; the model needs .*'reduce'\)"),
+        (with_form("reduce", "gemm"), "lists the graphs"),
+        (change_engine(status="validated"), "is 'validated' with precision 'not measured' on the GPU ''"),
+        (change_engine(status="validated", precision="fp32"), "is 'validated' with precision 'fp32' on the GPU ''"),
+        (
+            change_engine(status="validated", device="H100"),
+            "is 'validated' with precision 'not measured' on the GPU 'H",
+        ),
+        (change_engine(precision="fp32"), "is 'built' with precision 'fp32' on the GPU ''"),
+        (change_engine(device="H100"), "is 'built' with precision 'not measured' on the GPU 'H100'"),
+        (
+            change_engine(status="validated", precision="fp32", device="H100", kernel_cache="engines/x.kernels"),
+            r"refers to engines/x\.kernels but lists no hash",
+        ),
+        (change_engine(kernel_cache="golden.npz"), r"has kernels in golden\.npz, compiled for no GPU that is named"),
+        (change_engine(graph="decoder.onnx"), "graph and engine do not belong together"),
         (lambda manifest: replace(manifest, graphs=(*manifest.graphs, manifest.graphs[0])), "lists the graphs"),
         (
             change_engine(onnx_sha256="0" * 64),
@@ -235,6 +273,16 @@ def test_consistent_manifests_of_impossible_bundles_are_refused(
 ) -> None:
     rewrite(altered, change)
     refuse(altered, message)
+
+
+def test_a_validated_engine_with_its_device_and_kernels_is_accepted(altered: Path) -> None:
+    kernels = "engines/decoder.engine.kernels"
+    (altered / kernels).write_bytes(b"kernels")
+    entry = FileEntry(hashlib.sha256(b"kernels").hexdigest(), 7)
+    change = change_engine(status="validated", precision="fp32", device="H100", kernel_cache=kernels)
+    rewrite(altered, lambda manifest: replace(change(manifest), files={**manifest.files, kernels: entry}))
+    opened = open_bundle(altered)
+    assert opened.content(opened.manifest.engines[0].kernel_cache) == b"kernels"
 
 
 def test_the_action_limit_may_be_all_that_float32_holds(altered: Path) -> None:

@@ -55,8 +55,8 @@ def with_content(**changes: Any) -> str:
     ("text", "message"),
     [
         (with_content(surprise=1), r"unknown keys \['surprise'\]"),
-        (with_content(schema_version=2), r"schema version 2; this runtime reads 1"),
-        (with_content(schema_version=True), "schema_version is True; expected int"),
+        (with_content(schema_version=1), r"schema version 1; this runtime reads 2: build the bundle again with this"),
+        (with_content(schema_version=2.0), "schema_version is 2.0; expected int"),
         (with_content(fingerprint=7), r"manifest\.json\.fingerprint is 7; expected str"),
         (with_content(graphs={}), r"manifest\.json\.graphs is {}; expected tuple"),
         (with_content(model=None), r"manifest\.json\.model is None; expected an object"),
@@ -64,7 +64,7 @@ def with_content(**changes: Any) -> str:
         (with_content(), "was altered after it was written"),
         ("[]", "schema version 'list'"),
         ("[" * 100_000, "is not JSON"),
-        ('{"schema_version": 1, "schema_version": NaN}', "NaN is no JSON number"),
+        ('{"schema_version": 2, "schema_version": NaN}', "NaN is no JSON number"),
         (with_content(provenance={"half": "\ud800"}), "holds what no build writes"),
         (TEXT.replace(f"{MANIFEST.model.action_limit}", "1e999"), "holds what no build writes"),
     ],
@@ -81,8 +81,24 @@ def test_a_mode_that_does_not_exist_is_refused() -> None:
 
 def test_the_graph_of_a_prefix_is_found_or_missed_by_name() -> None:
     assert MANIFEST.graph("decoder", 2).file == "decoder_l2.onnx"
-    with pytest.raises(BundleError, match="no decoder for 1 layers"):
+    assert MANIFEST.graph("decoder", 2, "reduce").file == "reduce/decoder_l2.onnx"
+    with pytest.raises(BundleError, match="no decoder for 1 layers in the form 'gemm'"):
         MANIFEST.graph("decoder", 1)
+    lacking = replace(MANIFEST, graphs=tuple(entry for entry in MANIFEST.graphs if entry.form != "reduce"))
+    with pytest.raises(BundleError, match="no decoder for 3 layers in the form 'reduce'"):
+        lacking.graph("decoder", 3, "reduce")
+
+
+@pytest.mark.parametrize(("form", "folder"), [("gemm", ""), ("gemm_marked", "gemm_marked/"), ("reduce", "reduce/")])
+def test_the_graphs_of_a_form_come_in_one_order_whatever_the_manifests(form: str, folder: str) -> None:
+    names = [f"{folder}{name}.onnx" for name in ("encoder", "decoder_l2", "decoder")]
+    for graphs in (MANIFEST.graphs, MANIFEST.graphs[::-1]):
+        assert [entry.file for entry in replace(MANIFEST, graphs=graphs).graphs_of(form)] == names
+
+
+def test_a_form_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(BundleError, match=r"graphs\[0\]\.form is 'sparse'; expected one of gemm, gemm_marked, reduce"):
+        parse_manifest(TEXT.replace('"form": "gemm"', '"form": "sparse"', 1))
 
 
 def test_stats_belong_to_dynamic_models_alone() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import inspect_bundle, selftest
+from runtime import inspect_bundle, ort_backend, selftest
 from runtime.bundle import open_bundle
 from runtime.manifest import MANIFEST_NAME, manifest_text, parse_manifest
 from tests.bundles import Recipe, deploy, write_bundle
@@ -93,30 +93,65 @@ def test_scripts_end_quietly_when_the_reader_of_a_pipe_has_left(script: str, bun
     assert (result.returncode, result.stderr) == (-signal.SIGPIPE, b"")
 
 
+def test_a_robot_without_cuda_python_loads_on_the_processor_and_says_what_the_gpu_needs(bundle: Path) -> None:
+    printed = isolated(
+        f"""
+sys.modules["cuda"] = None
+from runtime import ActionTokenizer, BackendUnavailableError
+print(ActionTokenizer.load({str(bundle)!r}).backend.name)
+try:
+    ActionTokenizer.load({str(bundle)!r}, backend="onnxruntime-cuda")
+except BackendUnavailableError as error:
+    print(error)
+"""
+    )
+    name, message = printed.splitlines()
+    assert name == "onnxruntime"
+    assert message.startswith("what a backend on the GPU needs does not load: ")
+    assert message.endswith("install cuda-python with: pip install '.[gpu]'")
+
+
 # --- selftest ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else is installed where these tests run makes no difference: ONNX Runtime on the CPU is the one backend."""
+    monkeypatch.setattr(ort_backend.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr("runtime.backends.available_tensorrt", lambda: ())
+
+
+@pytest.mark.usefixtures("without_gpu")
 def test_selftest_shows_every_check_beside_its_limit(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert selftest.main([str(bundle)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("✓ 5 files")
-    assert "– tensorrt: not tested: this runtime cannot run 'tensorrt' yet; it runs onnxruntime" in lines
+    assert lines[1].startswith("✓ 11 files")
+    for line in (
+        "– c: not tested: this runtime cannot run 'c' yet; it runs onnxruntime, onnxruntime-cuda, tensorrt, ",
+        "– tensorrt: not tested: tensorrt is not installed; install it with: pip install '.[tensorrt,gpu]'",
+        "– onnxruntime-cuda: not tested: ONNX Runtime ",
+    ):
+        assert [found for found in lines if found.startswith(line)], line
     checks = [line for line in lines if line.startswith("  ✓")]
     assert "  ✓ encode, batch 6: wrong tokens: 0 ≤ 0" in checks
     assert sum("decode 2 layers" in line and line.split(": ")[-1].endswith("≤ 1e-05") for line in checks) == 3
     assert "✗" not in "".join(lines)
 
 
+@pytest.mark.usefixtures("without_gpu")
 def test_selftest_of_one_backend(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert selftest.main([str(bundle), "--backend", "onnxruntime"]) == 0
     assert "not tested" not in capsys.readouterr().out
     assert selftest.main([str(bundle), "--backend", "tensorrt"]) == 2
-    assert capsys.readouterr().err.startswith("error: this runtime cannot run 'tensorrt' yet")
+    assert capsys.readouterr().err.startswith("error: tensorrt is not installed; install it with: pip install ")
+    assert selftest.main([str(bundle), "--backend", "onnxruntime-cuda"]) == 2
+    assert capsys.readouterr().err.endswith("was built without CUDA; install onnxruntime-gpu in its place\n")
     with pytest.raises(SystemExit) as caught:
         selftest.main([str(bundle), "--backend", "guess"])
     assert caught.value.code == 2
 
 
+@pytest.mark.usefixtures("without_gpu")
 def test_selftest_shows_all_failures_and_returns_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     deployed = deploy(Recipe(seed=0))
     deployed.exported = deploy(Recipe(seed=1)).reference
@@ -128,7 +163,7 @@ def test_selftest_shows_all_failures_and_returns_1(tmp_path: Path, capsys: pytes
             assert any(
                 line.startswith(f"  ✗ decode {prefix} layers, batch {batch}: max |action error|") for line in lines
             )
-    assert lines[-1].startswith("✗ onnxruntime: 9 of ")
+    assert any(line.startswith("✗ onnxruntime: 9 of 12 checks ") for line in lines)
 
 
 def test_selftest_without_any_backend_returns_2(
@@ -150,8 +185,9 @@ def test_inspection_shows_what_is_in_the_bundle(altered: Path, capsys: pytest.Ca
         "mode         calibrated: Robust RFSQ with constant mean and scale",
         "T 2, A 3, D 4, L 3, K 5, hidden 8; decodes 2, 3 layers",
         "encoder.onnx: encoder, actions float32[B, 2, 3] -> tokens int32[B, 2, 4, 3]",
+        "reduce/encoder.onnx: encoder, actions float32[B, 2, 3] -> tokens int32[B, 2, 4, 3]",
         "decoder_l2.onnx: decoder of 2 layers, tokens int32[B, 2, 4, 2] -> actions float32[B, 2, 3]",
-        "tensorrt-rtx 1.6.1.120, compute capability 8.9, from decoder.onnx, B 1 ... 64, tuned for 1",
+        "tensorrt-rtx 1.6.1.120, compute capability 8.9, from reduce/decoder.onnx, B 1 ... 64, tuned for 1",
         "– built, NOT validated: it was never run (inspected (network) but not run: no GPU)",
         "✓ onnxruntime, encoder: wrong tokens: 0 ≤ 0 over 120000 steps",
         "not listed in the manifest, never read: notes.txt",

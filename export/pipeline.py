@@ -1,0 +1,279 @@
+"""The steps of a build: calibrate, export, compile, prove, then write the bundle all at once."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from export.bundle_writer import StagedBundle, stage_bundle
+from export.engines import compile_graphs, opened_backends, with_measurements
+from export.errors import require_none
+from export.fingerprint import fingerprint
+from export.graph_check import check_graph, cross_check
+from export.graphs import LinearForm, decoder_graph, encoder_graph
+from export.parity import Judge, batches, failures, golden_vectors
+from export.parity_data import Section, parity_sections
+from export.plan import DeployMode, action_limit, choose_prefixes, plan_decoder, plan_encoder
+from export.progress import StepList, table
+from export.reference import Reference
+from export.sources import choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
+from export.trt_builder import Profile
+from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
+from rfsq_ref.quantizer import Conditioning
+from runtime.bundle import open_bundle
+from runtime.contract import Backend
+from runtime.golden import Golden, replay
+from runtime.manifest import SCHEMA_VERSION, GraphEntry, Manifest, ModelEntry, ParityEntry, graph_tensors
+from runtime.trt_api import TENSORRT_BACKENDS
+
+#: Packages whose version can change what is built.
+_TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "polygraphy")
+ALWAYS = "onnxruntime"
+KNOWN_BACKENDS = (ALWAYS, "onnxruntime-cuda", *TENSORRT_BACKENDS)
+#: Far beyond any policy's chunks; the golden vectors of longer ones would take a robot seconds to load.
+_LONGEST_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What to build.
+
+    prefixes: None for 3 where the model has as many layers, and L; backends: None for ONNX Runtime, on the GPU too
+    where it can, and every TensorRT that is installed; conditioning: None for `calibrated` with a robust checkpoint
+    and `none` with a naive one;
+    use_layernorm: for files that do not say it.
+    """
+
+    checkpoint: Path = ROBUST_CHECKPOINT
+    output: Path = Path("build/bundle")
+    overwrite: bool = False
+    conditioning: DeployMode | None = None
+    use_layernorm: bool | None = None
+    normaliser: Path | None = None
+    calibration_data: Path | None = None
+    key: str | None = None
+    prefixes: tuple[int, ...] | None = None
+    chunk_length: int = 8
+    backends: tuple[str, ...] | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    profile: Profile = field(default_factory=lambda: Profile(1, 1, 4096))
+    parity_steps: int = 120_000
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_length", "parity_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.chunk_length > _LONGEST_CHUNK:
+            raise ValueError(f"chunk_length is {self.chunk_length}; expected at most {_LONGEST_CHUNK} steps")
+        wrong = [name for name in self.compute_capabilities if not re.fullmatch(r"\d+\.\d", name)]
+        if wrong:
+            raise ValueError(f"compute capabilities {wrong} are none; expected numbers such as 8.9")
+        if self.compute_capabilities and self.backends is not None and not set(self.backends) & set(TENSORRT_BACKENDS):
+            raise ValueError(
+                f"compute capabilities {list(self.compute_capabilities)} are for {' and '.join(TENSORRT_BACKENDS)}, "
+                f"and only {', '.join(self.backends)} is asked for; leave one of the two flags out"
+            )
+        unknown = set(self.backends or ()) - set(KNOWN_BACKENDS)
+        if unknown:
+            raise ValueError(f"backends {sorted(unknown)} are not known; there are {', '.join(KNOWN_BACKENDS)}")
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """quality: action MSE in normalised units on the data judged on, by what was decoded; empty without data."""
+
+    output: Path
+    manifest: Manifest
+    quality: Mapping[str, float]
+
+
+def build(config: BuildConfig) -> BuildResult:
+    """Build, prove and write a bundle; prints a line per step.
+
+    Raises CheckpointError, DataError, ValueError, ExportError or TokenizerError for what cannot be built, GateError
+    for what was built and is not right. The output is complete afterwards, or as it was before.
+    """
+    steps = StepList()
+    with stage_bundle(config.output, overwrite=config.overwrite) as staged:
+        with steps.step("load checkpoint") as step:
+            checkpoint = open_checkpoint(
+                config.checkpoint, use_layernorm=config.use_layernorm, normaliser_file=config.normaliser
+            )
+            mode = choose_mode(checkpoint, config.conditioning)
+            prefixes = choose_prefixes(config.prefixes, checkpoint.config.num_layers)
+            step.note(f"{config.checkpoint.name}: {_describe(checkpoint)}; deployed as {mode.value!r}")
+            for remark in checkpoint.remarks:
+                step.note(remark)
+        is_fit_needed = needs_fit(checkpoint, mode, prefixes)
+        with steps.step("load action data") as step:
+            data = load_build_data(checkpoint, config.calibration_data, key=config.key, is_needed=is_fit_needed)
+            for line in data.description.splitlines():
+                step.note(line)
+        with steps.step("calibrate") as step:
+            if is_fit_needed and data.dataset is not None:
+                checkpoint = fit_for(checkpoint, mode, prefixes, data.dataset)
+                facts = checkpoint.provenance[mode.value]
+                step.note(f"{mode.value!r}, fitted on {facts['data']['steps']} steps")
+                for line in facts.get("remark", "").splitlines():
+                    step.note(line)
+            else:
+                step.skip("nothing to fit")
+        reference = Reference(checkpoint, mode, prefixes)
+        with steps.step("export ONNX") as step:
+            graphs, model_entry = write_graphs(config, checkpoint, reference, staged)
+            step.note(", ".join(f"{entry.file} {len(content) / 1000:.0f} kB" for entry, content in graphs))
+        sections = parity_sections(
+            reference.model,
+            data.held_out,
+            chunk_length=config.chunk_length,
+            limit=model_entry.action_limit,
+            num_steps=config.parity_steps,
+        )
+        with steps.step("write golden vectors") as step:
+            golden = golden_vectors(reference, sections)
+            staged.write_golden(golden)
+            step.note(f"{golden.actions.shape[0]} chunks of {config.chunk_length} steps")
+        with steps.step("cross-check graphs") as step:
+            for entry, content in graphs:
+                require_none(cross_check(entry, content, golden, model_entry))
+            step.note("ONNX Runtime and the onnx reference evaluator agree with PyTorch (through Polygraphy)")
+        built = compile_graphs(
+            [(entry, content) for entry, content in graphs if entry.form == LinearForm.REDUCE.value],
+            config.backends,
+            config.profile,
+            config.compute_capabilities,
+            staged,
+            steps,
+        )
+        quality = reference.action_mse(data.held_out)
+        manifest = Manifest(
+            schema_version=SCHEMA_VERSION,
+            fingerprint=fingerprint(checkpoint, mode),
+            model=model_entry,
+            graphs=tuple(entry for entry, _ in graphs),
+            engines=built,
+            parity=(),
+            tools=_tool_versions(),
+            provenance={
+                "checkpoint": {**checkpoint.provenance, "file": config.checkpoint.name},
+                "data": data.description,
+                "action_mse": quality,
+            },
+            files={},
+        )
+        staged.seal(manifest)
+        with opened_backends(open_bundle(staged.folder), config.backends) as (backends, absent):
+            with steps.step("parity gates") as step:
+                parity, problems = prove(staged, golden, reference, sections, backends)
+                for backend in backends:
+                    step.note(f"{backend.name}: {backend.description}")
+                for line in absent:
+                    step.note(f"NOT run: {line}")
+                conclusion = f"{parity[0].steps} steps against PyTorch float64"
+                if problems:
+                    step.fail(f"{conclusion}: {len(problems)} gates are red")
+                else:
+                    step.note(conclusion)
+            print(_closing_tables(parity, quality, data.judged_on))
+            require_none(problems)
+            engines = with_measurements(built, backends, staged)
+        manifest = staged.seal(replace(manifest, parity=parity, engines=engines))
+    print(f"\n✓ {config.output} is built and validated, fingerprint {manifest.fingerprint[:16]}")
+    return BuildResult(config.output, manifest, quality)
+
+
+def write_graphs(
+    config: BuildConfig, checkpoint: Checkpoint, reference: Reference, staged: StagedBundle
+) -> tuple[list[tuple[GraphEntry, bytes]], ModelEntry]:
+    """Encoder and one decoder per prefix in every form, checked and written; with what the runtime has to know."""
+    model, mode, sizes = reference.model, reference.mode, checkpoint.config
+    plan = plan_encoder(model, mode, config.chunk_length)
+    contents: list[tuple[str, Literal["encoder", "decoder"], int, LinearForm, bytes]] = []
+    for form in LinearForm:
+        folder = "" if form is LinearForm.GEMM else f"{form.value}/"
+        contents.append((f"{folder}encoder.onnx", "encoder", sizes.num_layers, form, encoder_graph(plan, form)))
+        for prefix in reference.prefixes:
+            name = "decoder.onnx" if prefix == sizes.num_layers else f"decoder_l{prefix}.onnx"
+            decoder = decoder_graph(plan_decoder(model, mode, config.chunk_length, prefix), form)
+            contents.append((folder + name, "decoder", prefix, form, decoder))
+    entry = ModelEntry(
+        mode=mode.value,
+        chunk_length=config.chunk_length,
+        action_dim=sizes.action_dim,
+        latent_dim=sizes.latent_dim,
+        hidden_width=sizes.hidden_width,
+        num_layers=sizes.num_layers,
+        num_levels=sizes.num_levels,
+        prefixes=reference.prefixes,
+        action_limit=action_limit(plan),
+        action_units=tuple(map(float, model.units)),
+        action_offset=tuple(map(float, model.offset)),
+    )
+    graphs = []
+    for name, role, prefix, form, content in contents:
+        graph = GraphEntry(name, role, prefix, form.value, *graph_tensors(entry, role, prefix))
+        require_none(check_graph(graph, content))
+        graphs.append((graph, content))
+        staged.write(name, content)
+    return graphs, entry
+
+
+def prove(
+    staged: StagedBundle,
+    golden: Golden,
+    reference: Reference,
+    sections: Sequence[Section],
+    backends: Sequence[Backend],
+) -> tuple[tuple[ParityEntry, ...], list[str]]:
+    """Run the backends through all gates, on the staged bundle as the robot would open it; a line for every red one."""
+    model = open_bundle(staged.folder).manifest.model
+    judges = [Judge(backend, reference, model) for backend in backends]
+    total = sum(section.num_steps for section in sections)
+    with tqdm(total=total, desc="  parity", unit="step", unit_scale=True, leave=False, disable=None) as progress:
+        for answers in batches(reference, sections):
+            for judge in judges:
+                judge.judge(answers)
+            progress.update(answers.float32.num_steps)
+    parity = tuple(entry for judge in judges for entry in judge.entries())
+    problems = failures(parity)
+    for backend in backends:
+        problems += [f"{backend.name}, golden vectors: {check}" for check in replay(golden, model, backend).failures]
+    return parity, problems
+
+
+def _describe(checkpoint: Checkpoint) -> str:
+    sizes = checkpoint.config
+    kind = "robust" if checkpoint.trained_with is Conditioning.DYNAMIC else "naive"
+    return (
+        f"{kind}, A {sizes.action_dim}, D {sizes.latent_dim}, L {sizes.num_layers}, K {sizes.num_levels}, "
+        f"hidden {sizes.hidden_width}"
+    )
+
+
+def _tool_versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _TOOLS}}
+
+
+def _closing_tables(parity: Sequence[ParityEntry], quality: Mapping[str, float], judged_on: str) -> str:
+    gates = [
+        (
+            f"{'✓' if entry.value <= entry.limit else '✗'} {entry.backend}, {entry.gate}",
+            f"{entry.value:.4g}",
+            f"{entry.limit:.4g}",
+            f"{entry.steps}",
+        )
+        for entry in parity
+    ]
+    parts = [table(("gate", "measured", "limit", "steps"), gates)]
+    parts += [f"{entry.gate}: {entry.detail}" for entry in parity if entry.detail]
+    if quality:
+        rows = [(name, f"{value:.3e}") for name, value in quality.items()]
+        parts.append(table((f"{judged_on}, decoded from", "action MSE"), rows))
+    return "\n" + "\n\n".join(parts)

@@ -1,0 +1,28 @@
+"""What tests of builds ask of the machine they run on."""
+
+import importlib.util
+
+import pytest
+
+from runtime.errors import BackendUnavailableError
+from runtime.trt_api import available_tensorrt
+
+needs_rtx = pytest.mark.skipif(
+    "tensorrt-rtx" not in available_tensorrt(), reason="TensorRT-RTX is not importable: pip install '.[tensorrt-rtx]'"
+)
+
+
+def has_gpu() -> bool:
+    """Whether what is built here is also run here."""
+    if importlib.util.find_spec("cuda") is None:
+        return False
+    from runtime.cuda_api import open_device
+
+    try:
+        open_device()
+    except BackendUnavailableError:
+        return False
+    return True
+
+
+needs_no_gpu = pytest.mark.skipif(has_gpu(), reason="there is a GPU here: tests/gpu adds engines for it")
