@@ -1,0 +1,338 @@
+#!/usr/bin/env python3
+"""Measure every backend that works here: latency, jitter, throughput, cold start and memory. Judges nothing.
+
+The exit status is 0, or 2 where nothing could be measured: no bundle, an altered one, or no backend for it.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.backends import GPU_BACKENDS, PREFERENCE, select_backend
+from runtime.bench_calls import Batch, host_figures, random_batch
+from runtime.bench_peers import Peers, open_peers
+from runtime.bench_report import Report, report_text, write_report
+from runtime.bench_start import Start, StartError, measure_start
+from runtime.bench_timing import Bandwidth, Figure, Row, bandwidths_of, measure, summarise
+from runtime.bundle import Bundle, open_bundle
+from runtime.console import prepare_console, printable
+from runtime.errors import BackendUnavailableError, InferenceError, TokenizerError
+from runtime.golden import read_golden
+from runtime.manifest import GOLDEN_NAME
+from runtime.tokenizer import ActionTokenizer
+
+#: What takes arrays to the GPU and back.
+_ON_GPU = (*GPU_BACKENDS, "onnxruntime-cuda")
+_LIBRARIES = (
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13-libs",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """batches: numbers of chunks B; rounds: of up to 100 calls of each figure; starts: processes for the cold start."""
+
+    bundle: Path
+    backends: tuple[str, ...] = PREFERENCE
+    batches: tuple[int, ...] = (1, 4096)
+    rounds: int = 100
+    starts: int = 5
+    has_peers: bool = False
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse_arguments(arguments)
+    config = Config(
+        bundle=options.bundle,
+        backends=tuple(dict.fromkeys(options.backends)),
+        batches=tuple(dict.fromkeys(options.batch)),
+        rounds=options.rounds,
+        starts=options.starts,
+        has_peers=options.peers,
+    )
+    try:
+        if options.output is not None:
+            # Before minutes are spent on figures that nobody could keep.
+            options.output.mkdir(parents=True, exist_ok=True)
+        report = bench(config, _show_progress)
+        print(report_text(report), end="")
+        if options.output is not None:
+            print("\n".join(printable(line) for line in write_report(report, options.output)))
+    except TokenizerError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write to {options.output}: {error.strerror}; choose another folder", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    defaults = Config(Path())
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("bundle", type=Path, help="folder written by `python export/build_engine.py`")
+    parser.add_argument(
+        "--backends", nargs="+", choices=PREFERENCE, default=list(PREFERENCE), help="default: every one that works here"
+    )
+    parser.add_argument(
+        "--batch", nargs="+", type=_positive, default=list(defaults.batches), help="chunks a call, default: 1 4096"
+    )
+    parser.add_argument(
+        "--rounds", type=_positive, default=defaults.rounds, help="of up to 100 calls of each figure, default: 100"
+    )
+    parser.add_argument(
+        "--starts", type=_natural, default=defaults.starts, help="processes for the cold start, 0 for none, default: 5"
+    )
+    parser.add_argument("--peers", action="store_true", help="torch eager and compiled as well; needs torch")
+    parser.add_argument("--output", type=Path, help="folder for bench.json, bench.txt and bench.png")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too small; expected at least 1")
+    return number
+
+
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is negative; expected 0 or more")
+    return number
+
+
+def _show_progress(text: str) -> None:
+    # Not through a pipe or into a log: it is rewritten in place.
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def bench(config: Config, show: Callable[[str], None] = lambda _text: None) -> Report:
+    """Measure what works here. Raises BundleError, and BackendUnavailableError where no backend works at all."""
+    bundle = open_bundle(config.bundle)
+    missing: dict[str, str] = {}
+    remarks: list[str] = []
+    with contextlib.ExitStack() as scope:
+        show("opening backends")
+        tokenizers = _open_all(scope, bundle, config.backends, missing)
+        starts = _starts(bundle, tokenizers, config.starts, missing, show)
+        gpu = _open_gpu(missing, is_needed=any(t.backend.name in _ON_GPU for t in tokenizers) or config.has_peers)
+        trivial = _trivial_kernel(scope, gpu, missing)
+        peers = _open_peers(scope, bundle, config, gpu, missing, show)
+        if peers is not None:
+            missing.update(peers.unavailable)
+            remarks += peers.remarks
+        rows: list[Row] = []
+        bandwidths: list[Bandwidth] = []
+        for batch in config.batches:
+            with contextlib.ExitStack() as arrays:
+                figures = list(_figures(arrays, tokenizers, batch, gpu, trivial, missing))
+                figures += [figure for figure in peers.figures if figure.batch == batch] if peers else []
+
+                def on_round(number: int, batch: int = batch) -> None:
+                    show(f"{batch} chunks: round {number + 1} of {config.rounds}")
+
+                taken, failed = measure(figures, config.rounds, on_round)
+            missing.update(failed)
+            rows += summarise(taken, bundle.manifest.model.chunk_length)
+            bandwidths += bandwidths_of(taken)
+        show("")
+        if not rows:
+            reasons = "\n".join(f"  {name}: {reason}" for name, reason in missing.items())
+            raise BackendUnavailableError(f"every call of every backend failed with {bundle.folder} here:\n{reasons}")
+        model = bundle.manifest.model
+        return Report(
+            machine=machine_facts(gpu, {} if peers is None else peers.versions),
+            bundle={
+                "bundle": str(bundle.folder),
+                "fingerprint": bundle.manifest.fingerprint,
+                "model": f"{model.mode}, T {model.chunk_length}, A {model.action_dim}, D {model.latent_dim}, "
+                f"L {model.num_layers}, K {model.num_levels}, hidden {model.hidden_width}",
+            },
+            backends={tokenizer.backend.name: tokenizer.backend.description for tokenizer in tokenizers},
+            starts=tuple(starts),
+            rows=tuple(rows),
+            bandwidths=tuple(bandwidths),
+            missing=missing,
+            remarks=tuple(remarks),
+        )
+
+
+def _open_all(
+    scope: contextlib.ExitStack, bundle: Bundle, names: Sequence[str], missing: dict[str, str]
+) -> list[ActionTokenizer]:
+    """Those that give the right answers; there is no point in how fast wrong ones come."""
+    golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model)
+    tokenizers = []
+    for name in names:
+        try:
+            backend = select_backend(name, bundle, golden)
+        except TokenizerError as error:
+            missing[name] = str(error)
+            continue
+        tokenizers.append(scope.enter_context(ActionTokenizer(bundle.manifest, backend)))
+    if not tokenizers:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in missing.items())
+        raise BackendUnavailableError(f"no backend can be measured with {bundle.folder} here:\n{reasons}")
+    return tokenizers
+
+
+def _starts(
+    bundle: Bundle,
+    tokenizers: Sequence[ActionTokenizer],
+    processes: int,
+    missing: dict[str, str],
+    show: Callable[[str], None],
+) -> Iterator[Start]:
+    if not processes:
+        return
+    for tokenizer in tokenizers:
+        name = tokenizer.backend.name
+        show(f"cold start of {name}")
+        try:
+            yield measure_start(bundle.folder, name, processes)
+        except StartError as error:
+            missing[f"cold start of {name}"] = str(error)
+
+
+def _open_gpu(missing: dict[str, str], *, is_needed: bool) -> Any:
+    """The module `bench_gpu`, or None where it has nothing to measure or no way to."""
+    if not is_needed:
+        return None
+    try:
+        from runtime import bench_gpu
+
+        bench_gpu.open_device()
+    except (ImportError, BackendUnavailableError) as error:
+        missing["floor and bandwidth of the GPU"] = str(error)
+        return None
+    return bench_gpu
+
+
+def _trivial_kernel(scope: contextlib.ExitStack, gpu: Any, missing: dict[str, str]) -> Callable[[], None] | None:
+    if gpu is None:
+        return None
+    try:
+        call: Callable[[], None] = gpu.trivial_kernel(scope)
+    except InferenceError as error:
+        missing["floor: a captured graph with one trivial kernel"] = str(error)
+        return None
+    return call
+
+
+def _open_peers(
+    scope: contextlib.ExitStack,
+    bundle: Bundle,
+    config: Config,
+    gpu: Any,
+    missing: dict[str, str],
+    show: Callable[[str], None],
+) -> Peers | None:
+    if not config.has_peers:
+        return None
+    show("starting the peers")
+    try:
+        floor = "" if gpu is None else gpu.TRIVIAL_KERNEL
+        return scope.enter_context(open_peers(bundle.manifest.model, config.batches, floor))
+    except BackendUnavailableError as error:
+        missing["peers"] = str(error)
+        return None
+
+
+def _figures(
+    scope: contextlib.ExitStack,
+    tokenizers: Sequence[ActionTokenizer],
+    size: int,
+    gpu: Any,
+    trivial: Callable[[], None] | None,
+    missing: dict[str, str],
+) -> Iterator[Figure]:
+    """The floors first, then backend by backend."""
+    batches = []
+    for tokenizer in tokenizers:
+        try:
+            batches.append((tokenizer, random_batch(tokenizer, size)))
+        except InferenceError as error:
+            missing[f"{tokenizer.backend.name}, batch {size}"] = str(error)
+    if gpu is not None and trivial is not None:
+        yield gpu.trivial_figure(trivial, size)
+    if gpu is not None and batches:
+        yield from _gpu_figures(scope, *batches[0], gpu, missing)
+    for tokenizer, batch in batches:
+        name = tokenizer.backend.name
+        yield from host_figures(tokenizer, batch, has_copies=name in _ON_GPU)
+        if gpu is not None and name in GPU_BACKENDS:
+            try:
+                yield from gpu.device_figures(scope, tokenizer, batch)
+            except InferenceError as error:
+                missing[f"{name}, device, batch {size}"] = str(error)
+
+
+def _gpu_figures(
+    scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batch: Batch, gpu: Any, missing: dict[str, str]
+) -> Iterator[Figure]:
+    """Copies alone; and bandwidth, which a single chunk has no use for."""
+    try:
+        yield from gpu.floor_figures(scope, tokenizer.model, batch)
+        if batch.size > 1:
+            yield from gpu.copy_figures(scope, batch.size)
+    except InferenceError as error:
+        missing[f"copies, batch {batch.size}"] = str(error)
+
+
+def machine_facts(gpu: Any, versions: dict[str, str]) -> dict[str, str]:
+    """What the figures depend on beside the bundle."""
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "CPU": f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores usable",
+        "load before": " ".join(f"{load:.2f}" for load in os.getloadavg()),
+    }
+    if gpu is not None:
+        device = gpu.open_device()
+        facts["GPU"] = f"{device}, {device.memory / 1e9:.0f} GB"
+        facts["driver"] = f"{_driver_version()}, CUDA {device.driver}"
+    found = {"Python": platform.python_version(), **versions}
+    for library in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[library] = importlib.metadata.version(library)
+    return {**facts, "system": platform.platform(), "versions": ", ".join(f"{n} {v}" for n, v in found.items())}
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(("model name", "Hardware")):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _driver_version() -> str:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "version not told"
+    return next((word for word in text.split() if word.count(".") >= 1 and word[0].isdigit()), "version not told")
+
+
+if __name__ == "__main__":
+    prepare_console()
+    sys.exit(main())
