@@ -1,0 +1,117 @@
+"""On the GPU the engines are the reference: every gate, over a million steps; and a TF32 engine turns them red."""
+
+from pathlib import Path
+
+import pytest
+
+from export import pipeline
+from export.engines import opened_backends
+from export.errors import GateError
+from export.graphs import LinearForm
+from export.parity import Judge, batches, failures
+from export.parity_data import parity_sections
+from export.pipeline import BuildConfig, build
+from export.plan import DeployMode
+from export.reference import Reference
+from export.sources import fit_for, load_build_data, open_checkpoint
+from rfsq_ref.checkpoints import ROBUST_CHECKPOINT
+from runtime.backends import create_backend
+from runtime.bundle import Bundle, open_bundle
+from tests.gpu.conftest import TENSORRT
+
+STEPS = 1_000_000
+
+
+@pytest.fixture(scope="module")
+def reference(bundle: Bundle) -> Reference:
+    checkpoint = open_checkpoint(ROBUST_CHECKPOINT, use_layernorm=None, normaliser_file=None)
+    prefixes = bundle.manifest.model.prefixes
+    data = load_build_data(checkpoint, None, key=None, is_needed=True)
+    assert data.dataset is not None
+    return Reference(
+        fit_for(checkpoint, DeployMode.CALIBRATED, prefixes, data.dataset), DeployMode.CALIBRATED, prefixes
+    )
+
+
+def test_every_backend_passes_every_gate_over_a_million_steps(
+    bundle: Bundle, reference: Reference, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All at once, because the reference in float64 takes longer than all of them."""
+    checkpoint = open_checkpoint(ROBUST_CHECKPOINT, use_layernorm=None, normaliser_file=None)
+    held_out = load_build_data(checkpoint, None, key=None, is_needed=True).held_out
+    model = bundle.manifest.model
+    sections = parity_sections(
+        reference.model, held_out, chunk_length=model.chunk_length, limit=model.action_limit, num_steps=STEPS
+    )
+    with opened_backends(bundle, None) as (backends, absent):
+        judges = [Judge(backend, reference, model) for backend in backends]
+        for answers in batches(reference, sections):
+            for judge in judges:
+                judge.judge(answers)
+    entries = [entry for judge in judges for entry in judge.entries()]
+    with capsys.disabled():
+        print()
+        for entry in entries:
+            print(f"  {entry.backend}, {entry.gate}: {entry.value:.4g} <= {entry.limit:.4g}, {entry.steps} steps")
+            if entry.detail:
+                print(f"    {entry.detail}")
+        for line in absent:
+            print(f"  not run: {line}")
+    assert {backend.name for backend in backends} >= {"onnxruntime", *TENSORRT}
+    assert all(entry.steps >= STEPS for entry in entries)
+    assert failures(entries) == []
+
+
+@pytest.mark.parametrize("mode", DeployMode)
+def test_every_mode_and_other_sizes_build_and_pass_on_this_gpu(mode: DeployMode, tmp_path: Path) -> None:
+    checkpoint = None
+    if mode is DeployMode.NONE:
+        from rfsq_ref.checkpoints import NAIVE_CHECKPOINT
+
+        checkpoint = NAIVE_CHECKPOINT
+    result = build(
+        BuildConfig(
+            **({} if checkpoint is None else {"checkpoint": checkpoint}),
+            output=tmp_path / "bundle",
+            conditioning=mode,
+            prefixes=(1, 5),
+            chunk_length=3,
+            backends=("onnxruntime", *TENSORRT),
+            parity_steps=30_000,
+        )
+    )
+    engines = result.manifest.engines
+    assert len(engines) == 4 * len(TENSORRT)
+    assert {(engine.status, engine.precision) for engine in engines} == {("validated", "fp32")}
+    assert {entry.backend for entry in result.manifest.parity} == {"onnxruntime", *TENSORRT}
+
+
+@pytest.mark.skipif("tensorrt-rtx" not in TENSORRT, reason="TensorRT obeys its TF32 flag; only TensorRT-RTX does not")
+def test_an_engine_that_computes_in_tf32_turns_the_gates_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products, which TensorRT-RTX computes in TF32 although it is told not to."""
+    encoder, decoder = pipeline.encoder_graph, pipeline.decoder_graph
+    monkeypatch.setattr(pipeline, "encoder_graph", lambda plan, _form: encoder(plan, LinearForm.GEMM))
+    monkeypatch.setattr(pipeline, "decoder_graph", lambda plan, _form: decoder(plan, LinearForm.GEMM))
+    config = BuildConfig(output=tmp_path / "bundle", backends=("onnxruntime", "tensorrt-rtx"), parity_steps=10_000)
+    with pytest.raises(GateError) as caught:
+        build(config)
+    assert "tensorrt-rtx, encode: wrong tokens" in str(caught.value)
+    assert "tensorrt-rtx, decode 8 layers: action error" in str(caught.value)
+    assert "\n  onnxruntime," not in str(caught.value)
+    assert not config.output.exists()
+
+
+def test_the_manifest_says_what_was_measured_and_where(bundle: Bundle) -> None:
+    from runtime.cuda_api import open_device
+
+    for engine in bundle.manifest.engines:
+        assert (engine.status, engine.precision, engine.device) == ("validated", "fp32", str(open_device()))
+        assert engine.kernel_cache in (*bundle.manifest.files, "")
+    gates = {(entry.backend, entry.gate) for entry in bundle.manifest.parity}
+    for name in TENSORRT:
+        assert (name, "encode: wrong tokens") in gates
+
+
+def test_what_is_built_from_a_sealed_bundle_opens_like_it(bundle_path: Path) -> None:
+    for name in TENSORRT:
+        create_backend(name, open_bundle(bundle_path)).close()
