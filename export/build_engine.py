@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backends",
         nargs="+",
-        help=f"onnxruntime is always built; of onnxruntime-cuda, {', '.join(TENSORRT_BACKENDS)} what is here",
+        help=f"onnxruntime is always built; of c, onnxruntime-cuda, {', '.join(TENSORRT_BACKENDS)} what is here",
     )
     parser.add_argument(
         "--compute-capabilities", nargs="+", help="such as 8.6 8.9; default: the library's portable target"

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from tqdm import tqdm
 
 from export.bundle_writer import StagedBundle
+from export.c_builder import compile_c
 from export.errors import require_none
 from export.progress import StepList
 from export.trt_builder import EngineRequest, Profile, build_engine, check_engine, inspect_engine
 from runtime.backends import create_backend
 from runtime.bundle import Bundle
+from runtime.c_backend import CBackend
 from runtime.contract import Backend
+from runtime.cpu_targets import host_targets
 from runtime.errors import BackendUnavailableError
-from runtime.manifest import EngineEntry, GraphEntry
+from runtime.manifest import C_SOURCE, EngineEntry, GraphEntry
 from runtime.trt_api import TENSORRT_BACKENDS, available_tensorrt, find_tensorrt
 
 #: What can run a bundle's graphs as they are: the first anywhere, the second where its library finds a GPU.
 _GRAPH_BACKENDS = ("onnxruntime", "onnxruntime-cuda")
+#: The largest batch of an engine that has no limit of its own.
+_ANY_BATCH = 2**31 - 1
 
 
 def compile_graphs(
@@ -52,9 +58,9 @@ def compile_graphs(
                     EngineEntry(
                         backend=backend,
                         version=built.version,
-                        compute_capabilities=targets,
-                        graph=graph.file,
-                        onnx_sha256=built.onnx_sha256,
+                        targets=targets,
+                        source=graph.file,
+                        source_sha256=built.onnx_sha256,
                         file=file,
                         profile=(profile.minimum, profile.optimum, profile.maximum),
                         status="built",
@@ -66,6 +72,37 @@ def compile_graphs(
                 )
                 step.note(f"{file.rpartition('/')[2]} {len(built.serialized) / 1e6:.1f} MB")
             step.note(f"built for {backend} {built.version}, target {target}")
+    return tuple(engines)
+
+
+def compile_source(header: str, source: str, staged: StagedBundle, steps: StepList) -> tuple[EngineEntry, ...]:
+    """Compile the generated C for every target that this machine can run: what cannot be proven here is not built.
+
+    Raises CBuildError.
+    """
+    engines = []
+    with steps.step("compile c") as step:
+        for target in host_targets():
+            library = compile_c(header, source, target)
+            file = f"engines/c/{target}/librfsq_tokenizer.so"
+            staged.write(file, library.content)
+            engines.append(
+                EngineEntry(
+                    backend="c",
+                    version=library.compiler,
+                    targets=(target,),
+                    source=C_SOURCE,
+                    source_sha256=hashlib.sha256(source.encode()).hexdigest(),
+                    file=file,
+                    profile=(1, 1, _ANY_BATCH),
+                    status="built",
+                    precision="not measured",
+                    device="",
+                    kernel_cache="",
+                    detail="compiled, not run",
+                )
+            )
+            step.note(f"{target} {len(library.content) / 1000:.0f} kB, {library.compiler}")
     return tuple(engines)
 
 
@@ -88,6 +125,7 @@ def opened_backends(bundle: Bundle, wanted: Sequence[str] | None) -> Iterator[tu
     engines = {entry.backend for entry in bundle.manifest.engines}
     always, *optional = (*_GRAPH_BACKENDS, *TENSORRT_BACKENDS)
     names = [always, *(name for name in optional if wanted is None or name in wanted)]
+    compiled = [entry.targets[0] for entry in bundle.manifest.engines if entry.backend == "c"]
     with contextlib.ExitStack() as stack:
         backends: list[Backend] = []
         absent: list[str] = []
@@ -100,6 +138,9 @@ def opened_backends(bundle: Bundle, wanted: Sequence[str] | None) -> Iterator[tu
                 if name == always or (name in _GRAPH_BACKENDS and wanted is not None):
                     raise
                 absent.append(f"{name}: {error}")
+        if wanted is None or "c" in wanted:
+            # Of this machine's own kinds all run, the lesser ones too.
+            backends += [CBackend(bundle, target) for target in host_targets() if target in compiled]
         yield backends, absent
 
 
@@ -112,6 +153,8 @@ def with_measurements(
     """
     measured = {}
     for backend in backends:
+        if isinstance(backend, CBackend):
+            measured[backend.entry.file] = _validated(backend.entry, backend, backend.entry.targets[0])
         if backend.name not in TENSORRT_BACKENDS:
             continue
         # Here, because it needs cuda-python, which a machine without a GPU need not have.
@@ -124,12 +167,11 @@ def with_measurements(
             kernel_cache = f"{entry.file}.kernels" if content else ""
             if content:
                 staged.write(kernel_cache, content)
-            measured[entry.file] = replace(
-                entry,
-                status="validated",
-                precision="fp32",
-                device=str(backend.device),
-                kernel_cache=kernel_cache,
-                detail=f"passed the gates through {backend.description}",
-            )
+            entry = _validated(entry, backend, str(backend.device))
+            measured[entry.file] = replace(entry, kernel_cache=kernel_cache)
     return tuple(measured.get(entry.file, entry) for entry in engines)
+
+
+def _validated(entry: EngineEntry, backend: Backend, device: str) -> EngineEntry:
+    detail = f"passed the gates through {backend.description}"
+    return replace(entry, status="validated", precision="fp32", device=device, detail=detail)

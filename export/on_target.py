@@ -1,4 +1,4 @@
-"""Engines for the GPU of this machine, added to a bundle that was built elsewhere: neither torch nor a checkpoint."""
+"""Engines for this machine, added to a bundle that was built elsewhere: needs neither torch nor a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,43 +6,48 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from export.bundle_writer import stage_bundle
-from export.engines import compile_graphs, opened_backends, with_measurements
+from export.c_builder import find_compiler
+from export.engines import compile_graphs, compile_source, opened_backends, with_measurements
 from export.errors import ExportError, require_none
 from export.progress import StepList
 from export.trt_builder import Profile
 from runtime.bundle import Bundle, open_bundle
 from runtime.contract import Backend
 from runtime.golden import Golden, read_golden, replay
-from runtime.manifest import GOLDEN_NAME, EngineEntry, Manifest, ParityEntry
+from runtime.manifest import C_HEADER, C_SOURCE, GOLDEN_NAME, EngineEntry, Manifest, ParityEntry
 from runtime.trt_api import TENSORRT_BACKENDS, available_tensorrt
+
+_ENGINES = ("c", *TENSORRT_BACKENDS)
 
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """bundle: the folder to add to; backends: None for every TensorRT that is installed; profile: batch sizes B."""
+    """bundle: the folder to add to; profile: batch sizes B.
+
+    backends: None for every TensorRT that is installed, and for C where there is a compiler.
+    """
 
     bundle: Path
     backends: tuple[str, ...] | None = None
     profile: Profile = field(default_factory=lambda: Profile(1, 1, 4096))
 
     def __post_init__(self) -> None:
-        unknown = set(self.backends or ()) - set(TENSORRT_BACKENDS)
+        unknown = set(self.backends or ()) - set(_ENGINES)
         if unknown:
-            raise ValueError(
-                f"backends {sorted(unknown)} have no engines to add; there are {', '.join(TENSORRT_BACKENDS)}"
-            )
+            raise ValueError(f"backends {sorted(unknown)} have no engines to add; there are {', '.join(_ENGINES)}")
 
 
 def add_engines(config: TargetConfig) -> Manifest:
-    """Compile the bundle's graphs for this GPU, replay the golden vectors on it, and replace the bundle as a whole.
+    """Compile graphs and C source for this machine, replay the golden vectors on it, and replace the bundle as a whole.
 
     The bundle is as it was unless every gate passed. Raises BundleError for no bundle, BackendUnavailableError
-    without TensorRT or a GPU, EngineBuildError, GateError.
+    without TensorRT or a GPU, EngineBuildError, CBuildError, GateError.
     """
-    backends = available_tensorrt() if config.backends is None else config.backends
+    backends = _present() if config.backends is None else config.backends
     if not backends:
         raise ExportError(
-            f"no TensorRT is installed here: install one with pip install '.[{TENSORRT_BACKENDS[1]},gpu]', or NVIDIA's"
+            "neither a C compiler nor a TensorRT is here: install gcc or clang for C, or TensorRT with "
+            f"pip install '.[{TENSORRT_BACKENDS[1]},gpu]'"
         )
     steps = StepList()
     with steps.step("open bundle") as step:
@@ -53,6 +58,9 @@ def add_engines(config: TargetConfig) -> Manifest:
     with stage_bundle(config.bundle, overwrite=True) as staged:
         graphs = [(graph, bundle.content(graph.file)) for graph in manifest.graphs_of("reduce")]
         added = compile_graphs(graphs, backends, config.profile, (), staged, steps)
+        if "c" in backends:
+            header, source = (bundle.content(file).decode() for file in (C_HEADER, C_SOURCE))
+            added += compile_source(header, source, staged, steps)
         replaced = {entry.file for entry in added}
         kept = [entry for entry in manifest.engines if entry.file not in replaced]
         dropped = {
@@ -65,7 +73,7 @@ def add_engines(config: TargetConfig) -> Manifest:
         with opened_backends(open_bundle(staged.folder), backends) as (opened, absent):
             if absent:
                 raise ExportError("engines were built but cannot run here, so none is added:\n  " + "\n  ".join(absent))
-            engines_here = [backend for backend in opened if backend.name in TENSORRT_BACKENDS]
+            engines_here = [backend for backend in opened if backend.name in backends]
             with steps.step("golden vectors") as step:
                 parity = [entry for backend in engines_here for entry in _replayed(golden, bundle, backend)]
                 for entry in parity:
@@ -79,8 +87,12 @@ def add_engines(config: TargetConfig) -> Manifest:
             before = [entry for entry in manifest.parity if entry.backend not in names]
             engines: tuple[EngineEntry, ...] = with_measurements(manifest.engines, engines_here, staged)
         manifest = staged.seal(replace(manifest, engines=engines, parity=(*before, *parity)))
-    print(f"\n✓ {config.bundle} has validated engines for {', '.join(sorted(names))} on this GPU")
+    print(f"\n✓ {config.bundle} has validated engines for {', '.join(sorted(names))} on this machine")
     return manifest
+
+
+def _present() -> tuple[str, ...]:
+    return (*(("c",) if find_compiler() is not None else ()), *available_tensorrt())
 
 
 def _replayed(golden: Golden, bundle: Bundle, backend: Backend) -> list[ParityEntry]:

@@ -13,14 +13,24 @@ from typing import Literal
 from tqdm import tqdm
 
 from export.bundle_writer import StagedBundle, stage_bundle
-from export.engines import compile_graphs, opened_backends, with_measurements
+from export.c_builder import find_compiler
+from export.c_source import c_tokenizer
+from export.engines import compile_graphs, compile_source, opened_backends, with_measurements
 from export.errors import require_none
 from export.fingerprint import fingerprint
 from export.graph_check import check_graph, cross_check
 from export.graphs import LinearForm, decoder_graph, encoder_graph
 from export.parity import Judge, batches, failures, golden_vectors
 from export.parity_data import Section, parity_sections
-from export.plan import DeployMode, action_limit, choose_prefixes, plan_decoder, plan_encoder
+from export.plan import (
+    DecoderPlan,
+    DeployMode,
+    EncoderPlan,
+    action_limit,
+    choose_prefixes,
+    plan_decoder,
+    plan_encoder,
+)
 from export.progress import StepList, table
 from export.reference import Reference
 from export.sources import choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
@@ -30,13 +40,22 @@ from rfsq_ref.quantizer import Conditioning
 from runtime.bundle import open_bundle
 from runtime.contract import Backend
 from runtime.golden import Golden, replay
-from runtime.manifest import SCHEMA_VERSION, GraphEntry, Manifest, ModelEntry, ParityEntry, graph_tensors
+from runtime.manifest import (
+    C_HEADER,
+    C_SOURCE,
+    SCHEMA_VERSION,
+    GraphEntry,
+    Manifest,
+    ModelEntry,
+    ParityEntry,
+    graph_tensors,
+)
 from runtime.trt_api import TENSORRT_BACKENDS
 
 #: Packages whose version can change what is built.
 _TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "polygraphy")
 ALWAYS = "onnxruntime"
-KNOWN_BACKENDS = (ALWAYS, "onnxruntime-cuda", *TENSORRT_BACKENDS)
+KNOWN_BACKENDS = (ALWAYS, "c", "onnxruntime-cuda", *TENSORRT_BACKENDS)
 #: Far beyond any policy's chunks; the golden vectors of longer ones would take a robot seconds to load.
 _LONGEST_CHUNK = 1024
 
@@ -127,8 +146,16 @@ def build(config: BuildConfig) -> BuildResult:
                 step.skip("nothing to fit")
         reference = Reference(checkpoint, mode, prefixes)
         with steps.step("export ONNX") as step:
-            graphs, model_entry = write_graphs(config, checkpoint, reference, staged)
+            encoder = plan_encoder(reference.model, mode, config.chunk_length)
+            decoders = [plan_decoder(reference.model, mode, config.chunk_length, prefix) for prefix in prefixes]
+            graphs, model_entry = write_graphs(checkpoint, reference, encoder, decoders, staged)
             step.note(", ".join(f"{entry.file} {len(content) / 1000:.0f} kB" for entry, content in graphs))
+        identity = fingerprint(checkpoint, mode)
+        with steps.step("generate C") as step:
+            generated = c_tokenizer(encoder, decoders, identity)
+            staged.write(C_HEADER, generated.header.encode())
+            staged.write(C_SOURCE, generated.source.encode())
+            step.note(f"{C_SOURCE} {len(generated.source) / 1000:.0f} kB")
         sections = parity_sections(
             reference.model,
             data.held_out,
@@ -152,10 +179,14 @@ def build(config: BuildConfig) -> BuildResult:
             staged,
             steps,
         )
+        if config.backends is None and find_compiler() is None:
+            print("  no C compiler is here: compile the generated C on the robot, with --from-bundle")
+        elif config.backends is None or "c" in config.backends:
+            built += compile_source(generated.header, generated.source, staged, steps)
         quality = reference.action_mse(data.held_out)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            fingerprint=fingerprint(checkpoint, mode),
+            fingerprint=identity,
             model=model_entry,
             graphs=tuple(entry for entry, _ in graphs),
             engines=built,
@@ -190,29 +221,31 @@ def build(config: BuildConfig) -> BuildResult:
 
 
 def write_graphs(
-    config: BuildConfig, checkpoint: Checkpoint, reference: Reference, staged: StagedBundle
+    checkpoint: Checkpoint,
+    reference: Reference,
+    encoder: EncoderPlan,
+    decoders: Sequence[DecoderPlan],
+    staged: StagedBundle,
 ) -> tuple[list[tuple[GraphEntry, bytes]], ModelEntry]:
     """Encoder and one decoder per prefix in every form, checked and written; with what the runtime has to know."""
-    model, mode, sizes = reference.model, reference.mode, checkpoint.config
-    plan = plan_encoder(model, mode, config.chunk_length)
+    model, sizes = reference.model, checkpoint.config
     contents: list[tuple[str, Literal["encoder", "decoder"], int, LinearForm, bytes]] = []
     for form in LinearForm:
         folder = "" if form is LinearForm.GEMM else f"{form.value}/"
-        contents.append((f"{folder}encoder.onnx", "encoder", sizes.num_layers, form, encoder_graph(plan, form)))
-        for prefix in reference.prefixes:
-            name = "decoder.onnx" if prefix == sizes.num_layers else f"decoder_l{prefix}.onnx"
-            decoder = decoder_graph(plan_decoder(model, mode, config.chunk_length, prefix), form)
-            contents.append((folder + name, "decoder", prefix, form, decoder))
+        contents.append((f"{folder}encoder.onnx", "encoder", sizes.num_layers, form, encoder_graph(encoder, form)))
+        for decoder in decoders:
+            name = "decoder.onnx" if decoder.prefix == sizes.num_layers else f"decoder_l{decoder.prefix}.onnx"
+            contents.append((folder + name, "decoder", decoder.prefix, form, decoder_graph(decoder, form)))
     entry = ModelEntry(
-        mode=mode.value,
-        chunk_length=config.chunk_length,
+        mode=reference.mode.value,
+        chunk_length=encoder.chunk_length,
         action_dim=sizes.action_dim,
         latent_dim=sizes.latent_dim,
         hidden_width=sizes.hidden_width,
         num_layers=sizes.num_layers,
         num_levels=sizes.num_levels,
-        prefixes=reference.prefixes,
-        action_limit=action_limit(plan),
+        prefixes=tuple(decoder.prefix for decoder in decoders),
+        action_limit=action_limit(encoder),
         action_units=tuple(map(float, model.units)),
         action_offset=tuple(map(float, model.offset)),
     )

@@ -89,13 +89,17 @@ class EncoderPlan:
 class DecoderPlan:
     """tokens [B, T, D, l] (and stats [B, T, l, 2]) -> first, Mish, second -> actions [B, T, A].
 
-    first takes the D * l tokens as numbers, except with stats: then it takes the D latents.
+    first takes the D * l tokens as numbers, except with stats: then it takes the D latents. `latents`, from tokens to
+    latents, and `hidden`, from latents on, are the same in two steps: one more layer for a library, a fifth of the
+    arithmetic for code that is generated. latents is None with stats.
     """
 
     chunk_length: int
     prefix: int
     latent_dim: int
     num_levels: int
+    latents: Affine | None
+    hidden: Affine
     first: Affine
     second: Affine
     has_stats: bool
@@ -124,8 +128,10 @@ def plan_decoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int, 
     """Fold a float64 reference model into a decoder of the first `prefix` layers."""
     _require(model, mode)
     weight, bias = _linear(model.decoder[0])
+    hidden, latents = _affine(weight, bias), None
     if not mode.has_stats:
         matrix, offset = token_map(model, prefix)
+        latents = _affine(matrix, offset)
         weight, bias = weight @ matrix, weight @ offset + bias
     last_weight, last_bias = _linear(model.decoder[2])
     units = _numpy(model.units)
@@ -134,6 +140,8 @@ def plan_decoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int, 
         prefix=prefix,
         latent_dim=model.config.latent_dim,
         num_levels=model.config.num_levels,
+        latents=latents,
+        hidden=hidden,
         first=_affine(weight, bias),
         second=_affine(last_weight * units[:, None], last_bias * units + _numpy(model.offset)),
         has_stats=mode.has_stats,

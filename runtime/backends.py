@@ -49,6 +49,12 @@ def _open_onnxruntime_cuda(bundle: Bundle) -> Backend:
     return OrtCudaBackend(bundle)
 
 
+def _open_c(bundle: Bundle) -> Backend:
+    from runtime.c_backend import CBackend
+
+    return CBackend(bundle)
+
+
 def _open_tensorrt(name: str, bundle: Bundle) -> Backend:
     if name not in available_tensorrt():
         raise BackendUnavailableError(f"{name} is not installed; install it with: pip install '.[{name},gpu]'")
@@ -67,6 +73,7 @@ def _cuda_python_missing(error: ImportError) -> BackendUnavailableError:
 
 #: Every backend that this runtime can run.
 FACTORIES: dict[str, BackendFactory] = {
+    "c": _open_c,
     "onnxruntime": _open_onnxruntime,
     "onnxruntime-cuda": _open_onnxruntime_cuda,
     **{name: functools.partial(_open_tensorrt, name) for name in TENSORRT_BACKENDS},

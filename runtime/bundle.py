@@ -198,11 +198,10 @@ def _check_references(manifest: Manifest) -> None:
                 f"{MANIFEST_NAME} states the tensors {entry.inputs} and {entry.outputs} for {entry.file}; the model "
                 f"needs {tensors[0]} and {tensors[1]}; build the bundle again"
             )
-    graphs = {entry.file for entry in manifest.graphs}
     for engine in manifest.engines:
-        if engine.graph not in graphs or engine.onnx_sha256 != manifest.files[engine.graph].sha256:
+        if engine.source not in manifest.files or engine.source_sha256 != manifest.files[engine.source].sha256:
             raise BundleError(
-                f"{engine.file} was compiled from {engine.graph} with sha256 {engine.onnx_sha256}, which is not in "
+                f"{engine.file} was compiled from {engine.source} with sha256 {engine.source_sha256}, which is not in "
                 "this bundle: graph and engine do not belong together; build the bundle again"
             )
 

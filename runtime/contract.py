@@ -36,8 +36,9 @@ class BoundCall(Protocol):
 class Backend(Protocol):
     """Runs encoder and decoders of one bundle.
 
-    Arrays are C-contiguous, of exactly these types, and hold legal values: the caller has validated them. Both methods
-    fill arrays of the caller, may be called from any thread, and raise InferenceError where the library fails.
+    Arrays are C-contiguous, of exactly these types, and hold legal values: the caller has validated them, except where
+    the backend checks values itself. Both methods fill arrays of the caller, may be called from any thread, and raise
+    InferenceError where the library fails.
     """
 
     @property
@@ -47,6 +48,10 @@ class Backend(Protocol):
     @property
     def description(self) -> str:
         """Library, version and device, for logs and reports."""
+
+    @property
+    def checks_values(self) -> bool:
+        """Whether it raises IllegalValueError, with nothing written, for values that the caller has not validated."""
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         """actions [B, T, A] -> tokens [B, T, D, L] and, where wanted, stats [B, T, L, 2] (`dynamic` bundles)."""

@@ -33,5 +33,9 @@ class InferenceError(TokenizerError):
     """A backend that failed while it ran; the message quotes it. The output is not to be used."""
 
 
+class IllegalValueError(InferenceError):
+    """Values that a backend has refused, with nothing written."""
+
+
 class OutOfGpuMemoryError(InferenceError):
     """A GPU without room for what a call needs."""

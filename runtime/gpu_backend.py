@@ -100,6 +100,10 @@ class GpuBackend:
     def description(self) -> str:
         return self._description
 
+    @property
+    def checks_values(self) -> bool:
+        return False
+
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         self._encoder.run_on_host((actions,), (tokens, stats))
 

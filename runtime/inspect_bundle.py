@@ -102,15 +102,11 @@ def _tensors(tensors: Sequence[TensorEntry]) -> str:
 
 
 def _engine(engine: EngineEntry) -> Iterator[str]:
-    target = (
-        f"compute capability {', '.join(engine.compute_capabilities)}"
-        if engine.compute_capabilities
-        else "the library's default GPUs"
-    )
+    target = f"for {', '.join(engine.targets)}" if engine.targets else "for the library's default GPUs"
     least, optimum, most = engine.profile
     yield f"{engine.file}"
     batch = f"B {least} ... {most}, tuned for {optimum}"
-    yield f"  {engine.backend} {engine.version}, {target}, from {engine.graph}, {batch}"
+    yield f"  {engine.backend} {engine.version}, {target}, from {engine.source}, {batch}"
     if engine.status == "validated":
         yield f"  ✓ validated: it passed the parity gates ({engine.detail})"
     else:

@@ -20,6 +20,9 @@ SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 GOLDEN_NAME = "golden.npz"
 
+#: The generated C source of a bundle, from which its `c` engines are compiled.
+C_HEADER, C_SOURCE = "engines/c/rfsq_tokenizer.h", "engines/c/rfsq_tokenizer.c"
+
 GraphForm = Literal["gemm", "gemm_marked", "reduce"]
 GRAPH_FORMS: tuple[GraphForm, ...] = typing.get_args(GraphForm)
 
@@ -53,10 +56,11 @@ class GraphEntry:
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """An engine compiled from `graph`.
+    """An engine compiled from `source`, a graph or source code in the bundle.
 
-    Runs only with this version of its library and, where compute_capabilities are named, on those GPUs. profile: the
-    smallest, tuned for and largest batch B. status: `validated` where the parity gates ran on it, on the GPU `device`;
+    Runs only with this version of its library and, where targets are named, on those: compute capabilities of GPUs
+    such as `8.9`, or the processor and its instructions such as `x86-64-v3`. profile: the smallest, tuned for and
+    largest batch B. status: `validated` where the parity gates ran on it, on the GPU or the kind of processor `device`;
     `built` where it was inspected but could not be run, and device is empty; detail says more. precision: what the
     gates measured, not what was asked for. kernel_cache: a file with kernels that TensorRT-RTX compiled for `device`,
     or empty.
@@ -64,9 +68,9 @@ class EngineEntry:
 
     backend: str
     version: str
-    compute_capabilities: tuple[str, ...]
-    graph: str
-    onnx_sha256: str
+    targets: tuple[str, ...]
+    source: str
+    source_sha256: str
     file: str
     profile: tuple[int, int, int]
     status: Literal["validated", "built"]

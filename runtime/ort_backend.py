@@ -70,6 +70,10 @@ class OrtBackend:
     def description(self) -> str:
         return f"ONNX Runtime {ort.__version__}, CPU"
 
+    @property
+    def checks_values(self) -> bool:
+        return False
+
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         self._encoder.run(actions, None, tokens, stats)
 

@@ -11,7 +11,7 @@ import numpy as np
 from runtime.backends import GPU_BACKENDS, select_backend
 from runtime.bundle import open_bundle
 from runtime.contract import Backend, BoundCall, Float32Array, GpuArrayLike, Int32Array
-from runtime.errors import FingerprintError, InvalidInputError, TokenizerError
+from runtime.errors import FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
 from runtime.golden import read_golden
 from runtime.manifest import GOLDEN_NAME, Manifest, ModelEntry
 from runtime.validation import InputValidator, is_gpu_array
@@ -38,6 +38,7 @@ class ActionTokenizer:
         self._manifest = manifest
         self._backend = backend
         self._validator = InputValidator(manifest.model)
+        self._must_check = not backend.checks_values
         self._gpu_calls: GpuCalls | None = None
         self._is_closed = False
 
@@ -95,7 +96,7 @@ class ActionTokenizer:
         """actions float32 [B, T, A] -> tokens int32 [B, T, D, L], on the GPU where the actions are."""
         if is_gpu_array(actions):
             return self._on_gpu().encode(actions, stream)
-        valid = self._validator.actions(actions)
+        valid = self._validator.actions(actions, has_values_to_check=self._must_check)
         tokens = np.empty(self._tokens_shape(valid), np.int32)
         self._encode(valid, tokens, None)
         return tokens
@@ -116,7 +117,7 @@ class ActionTokenizer:
         self._require_stats()
         if is_gpu_array(actions):
             return self._on_gpu().encode_with_stats(actions, stream)
-        valid = self._validator.actions(actions)
+        valid = self._validator.actions(actions, has_values_to_check=self._must_check)
         tokens = np.empty(self._tokens_shape(valid), np.int32)
         stats = np.empty(self._stats_shape(valid), np.float32)
         self._encode(valid, tokens, stats)
@@ -135,7 +136,7 @@ class ActionTokenizer:
         if is_gpu_array(actions):
             self._on_gpu().encode_into(actions, out, stats_out, stream)
             return
-        valid = self._validator.actions(actions)
+        valid = self._validator.actions(actions, has_values_to_check=self._must_check)
         # The array as it was given: a copy that validation made shares no memory with anything.
         source = cast(Float32Array, actions)
         tokens = self._validator.output("out", out, np.int32, self._tokens_shape(valid), source)
@@ -170,7 +171,7 @@ class ActionTokenizer:
         """
         if is_gpu_array(tokens):
             return self._on_gpu().decode(tokens, stats, stream)
-        valid = self._validator.tokens(tokens)
+        valid = self._validator.tokens(tokens, has_values_to_check=self._must_check)
         valid_stats = self._validator.stats(stats, valid)
         actions = np.empty(self._actions_shape(valid), np.float32)
         self._decode(valid, valid_stats, actions)
@@ -185,7 +186,7 @@ class ActionTokenizer:
         if is_gpu_array(tokens):
             self._on_gpu().decode_into(tokens, out, stats, stream)
             return
-        valid = self._validator.tokens(tokens)
+        valid = self._validator.tokens(tokens, has_values_to_check=self._must_check)
         valid_stats = self._validator.stats(stats, valid)
         # The arrays as they were given: a copy that validation made shares no memory with anything.
         inputs = cast(tuple[Int32Array, ...], (tokens,) if stats is None else (tokens, stats))
@@ -245,13 +246,25 @@ class ActionTokenizer:
 
     def _encode(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         self._require_open()
-        if actions.shape[0]:
+        if not actions.shape[0]:
+            return
+        try:
             self._backend.encode_into(actions, tokens, stats)
+        except IllegalValueError:
+            # Says which value it is, and where.
+            self._validator.actions(actions)
+            raise
 
     def _decode(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
         self._require_open()
-        if tokens.shape[0]:
+        if not tokens.shape[0]:
+            return
+        try:
             self._backend.decode_into(tokens, stats, actions)
+        except IllegalValueError:
+            # Says which value it is, and where.
+            self._validator.tokens(tokens)
+            raise
 
     def _require_open(self) -> None:
         if self._is_closed:

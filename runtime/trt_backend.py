@@ -58,18 +58,18 @@ def choose_engines(bundle: Bundle, api: TrtApi, device: GpuDevice) -> list[Engin
 
 
 def _fits(entry: EngineEntry, graph: GraphEntry, api: TrtApi, device: GpuDevice) -> bool:
-    targets = entry.compute_capabilities
+    targets = entry.targets
     return (
-        (entry.backend, entry.version, entry.graph) == (api.flavour.backend, api.flavour.version, graph.file)
+        (entry.backend, entry.version, entry.source) == (api.flavour.backend, api.flavour.version, graph.file)
         and (not targets or device.compute_capability in targets)
     )  # fmt: skip
 
 
 def _what_there_is(bundle: Bundle, graph: GraphEntry) -> str:
     found = [
-        f"{entry.backend} {entry.version} for {', '.join(entry.compute_capabilities) or 'any GPU of the library'}"
+        f"{entry.backend} {entry.version} for {', '.join(entry.targets) or 'any GPU of the library'}"
         for entry in bundle.manifest.engines
-        if entry.graph == graph.file
+        if entry.source == graph.file
     ]
     return f"it has {'; '.join(found)}" if found else "it has none at all"
 

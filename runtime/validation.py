@@ -64,10 +64,10 @@ class InputValidator:
         self._actions_tail = (model.chunk_length, model.action_dim)
         self._tokens_tail = (model.chunk_length, model.latent_dim)
 
-    def actions(self, actions: object) -> Float32Array:
+    def actions(self, actions: object, *, has_values_to_check: bool = True) -> Float32Array:
         """float32 [B, T, A], every |action| at most the model's limit; as a C-contiguous array of native order.
 
-        Raises InvalidInputError.
+        has_values_to_check: False where the backend does it, faster. Raises InvalidInputError.
         """
         array = _as_array("actions", actions)
         if array.dtype != _FLOAT32 or array.shape[1:] != self._actions_tail:
@@ -75,17 +75,17 @@ class InputValidator:
             array = _native("actions", array, (_FLOAT32,)).astype(_FLOAT32, copy=False)
         if not array.flags.c_contiguous:
             array = np.ascontiguousarray(array)
-        limit = self._action_limit
-        # A NaN is the maximum of any array that holds one, and no comparison with it is true.
-        if array.size and not (
-            np.maximum.reduce(array, axis=None) <= limit and np.minimum.reduce(array, axis=None) >= -limit
-        ):
-            self._refuse_actions(array)
+        if has_values_to_check and array.size:
+            limit = self._action_limit
+            # A NaN is the maximum of any array that holds one, and no comparison with it is true.
+            if not (np.maximum.reduce(array, axis=None) <= limit and np.minimum.reduce(array, axis=None) >= -limit):
+                self._refuse_actions(array)
         return array
 
-    def tokens(self, tokens: object) -> Int32Array:
+    def tokens(self, tokens: object, *, has_values_to_check: bool = True) -> Int32Array:
         """int32, int64 or uint8 [B, T, D, l], l a built prefix, values 0 ... K - 1; as C-contiguous native int32.
 
+        has_values_to_check: False where the backend does it, faster; those of other types are checked all the same.
         Raises InvalidInputError, UnbuiltPrefixError for another number of layers.
         """
         array = _as_array("tokens", tokens)
@@ -96,10 +96,15 @@ class InputValidator:
             self._refuse_prefix(array)
         if not array.flags.c_contiguous:
             array = np.ascontiguousarray(array)
+        is_int32 = array.dtype == _INT32
         # As unsigned numbers, negative ones are the largest: one pass finds both kinds of wrong value.
-        if array.size and np.maximum.reduce(array.view(_UNSIGNED[array.dtype]), axis=None) >= self._num_levels:
+        if (
+            (has_values_to_check or not is_int32)
+            and array.size
+            and np.maximum.reduce(array.view(_UNSIGNED[array.dtype]), axis=None) >= self._num_levels
+        ):
             self._refuse_tokens(array)
-        return array if array.dtype == _INT32 else array.astype(_INT32)
+        return array if is_int32 else array.astype(_INT32)
 
     def stats(self, stats: object, tokens: Int32Array) -> Float32Array | None:
         """float32 [B, T, l, 2] that encoding can give, for `dynamic` bundles; None for all others.

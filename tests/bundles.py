@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from export.bundle_writer import stage_bundle
+from export.c_builder import compile_c
+from export.c_source import CTokenizer, c_tokenizer
 from export.graphs import LinearForm, decoder_graph, encoder_graph
 from export.plan import DeployMode, action_limit, choose_prefixes, plan_decoder, plan_encoder
 from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
@@ -20,6 +22,8 @@ from rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq_ref.rounding import token_error_bounds
 from runtime.golden import Golden
 from runtime.manifest import (
+    C_HEADER,
+    C_SOURCE,
     SCHEMA_VERSION,
     EngineEntry,
     GraphEntry,
@@ -38,6 +42,7 @@ class Recipe:
     """What to build; equal recipes give equal bundles.
 
     pool: how many times more steps are drawn than become golden vectors; those closest to an edge of L0 are kept.
+    c_targets: what the generated C is compiled for; empty for the source alone, None for no C at all.
     """
 
     mode: DeployMode = DeployMode.CALIBRATED
@@ -48,6 +53,7 @@ class Recipe:
     pool: int = 1
     has_normaliser: bool = True
     has_engine: bool = True
+    c_targets: tuple[str, ...] | None = None
     seed: int = 0
 
 
@@ -84,6 +90,14 @@ def write_bundle(output: Path, deployed: Deployed | Recipe, *, overwrite: bool =
             engine = engine_entry(graphs["reduce/decoder.onnx"])
             staged.write(engine.file, ENGINE)
             manifest = replace(manifest, engines=(engine,))
+        if deployed.recipe.c_targets is not None:
+            generated = generate_c(deployed)
+            staged.write(C_HEADER, generated.header.encode())
+            staged.write(C_SOURCE, generated.source.encode())
+            for target in deployed.recipe.c_targets:
+                entry = c_entry(generated, target)
+                staged.write(entry.file, compile_c(generated.header, generated.source, target).content)
+                manifest = replace(manifest, engines=(*manifest.engines, entry))
         staged.seal(manifest)
     return output
 
@@ -195,7 +209,7 @@ def make_manifest(deployed: Deployed) -> Manifest:
     ]
     return Manifest(
         schema_version=SCHEMA_VERSION,
-        fingerprint=hashlib.sha256(repr(recipe).encode()).hexdigest(),
+        fingerprint=fingerprint_of(recipe),
         model=entry,
         graphs=tuple(graphs),
         engines=(),
@@ -211,9 +225,9 @@ def engine_entry(onnx_bytes: bytes) -> EngineEntry:
     return EngineEntry(
         backend="tensorrt-rtx",
         version="1.6.1.120",
-        compute_capabilities=("8.9",),
-        graph="reduce/decoder.onnx",
-        onnx_sha256=hashlib.sha256(onnx_bytes).hexdigest(),
+        targets=("8.9",),
+        source="reduce/decoder.onnx",
+        source_sha256=hashlib.sha256(onnx_bytes).hexdigest(),
         file="engines/tensorrt-rtx-1.6.1.120-sm89/decoder.engine",
         profile=(1, 1, 64),
         status="built",
@@ -222,6 +236,36 @@ def engine_entry(onnx_bytes: bytes) -> EngineEntry:
         kernel_cache="",
         detail="inspected (network) but not run: no GPU",
     )
+
+
+def generate_c(deployed: Deployed) -> CTokenizer:
+    """Source of encoder and decoders."""
+    recipe, model = deployed.recipe, deployed.exported
+    decoders = [plan_decoder(model, recipe.mode, recipe.chunk_length, prefix) for prefix in deployed.prefixes]
+    return c_tokenizer(plan_encoder(model, recipe.mode, recipe.chunk_length), decoders, fingerprint_of(recipe))
+
+
+def c_entry(generated: CTokenizer, target: str) -> EngineEntry:
+    """As a build records it that has compiled the source and run it."""
+    return EngineEntry(
+        backend="c",
+        version="a compiler",
+        targets=(target,),
+        source=C_SOURCE,
+        source_sha256=hashlib.sha256(generated.source.encode()).hexdigest(),
+        file=f"engines/c/{target}/librfsq_tokenizer.so",
+        profile=(1, 1, 2**31 - 1),
+        status="validated",
+        precision="fp32",
+        device=target,
+        kernel_cache="",
+        detail="passed the gates",
+    )
+
+
+def fingerprint_of(recipe: Recipe) -> str:
+    """Of 64 digits, as a real one."""
+    return hashlib.sha256(repr(recipe).encode()).hexdigest()
 
 
 def bundle_files(folder: Path) -> list[str]:

@@ -128,7 +128,7 @@ def test_out_of_memory_is_told_and_passes(tokenizer: ActionTokenizer) -> None:
 def test_an_engine_of_another_version_or_gpu_is_not_tried(bundle: Bundle, name: str) -> None:
     changes: tuple[tuple[str, dict[str, Any]], ...] = (
         ("9.9.9", {"version": "9.9.9"}),
-        ("5.0", {"compute_capabilities": ("5.0",)}),
+        ("5.0", {"targets": ("5.0",)}),
     )
     for found, change in changes:
         engines = tuple(replace(entry, **change) for entry in bundle.manifest.engines)

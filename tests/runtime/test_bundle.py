@@ -64,7 +64,7 @@ def rehash(folder: Path) -> None:
 
     def change(manifest: Manifest) -> Manifest:
         files = {file: entry(file) for file in manifest.files}
-        engines = tuple(replace(engine, onnx_sha256=files[engine.graph].sha256) for engine in manifest.engines)
+        engines = tuple(replace(engine, source_sha256=files[engine.source].sha256) for engine in manifest.engines)
         return replace(manifest, files=files, engines=engines)
 
     rewrite(folder, change)
@@ -250,10 +250,10 @@ def with_form(old: str, new: str) -> Callable[[Manifest], Manifest]:
             r"refers to engines/x\.kernels but lists no hash",
         ),
         (change_engine(kernel_cache="golden.npz"), r"has kernels in golden\.npz, compiled for no GPU that is named"),
-        (change_engine(graph="decoder.onnx"), "graph and engine do not belong together"),
+        (change_engine(source="decoder.onnx"), "graph and engine do not belong together"),
         (lambda manifest: replace(manifest, graphs=(*manifest.graphs, manifest.graphs[0])), "lists the graphs"),
         (
-            change_engine(onnx_sha256="0" * 64),
+            change_engine(source_sha256="0" * 64),
             "graph and engine do not belong together",
         ),
         (

@@ -27,9 +27,9 @@ def engine(graph: GraphEntry, **changes: object) -> EngineEntry:
     entry = EngineEntry(
         backend="tensorrt-rtx",
         version="1.6.1.120",
-        compute_capabilities=(),
-        graph=graph.file,
-        onnx_sha256="0" * 64,
+        targets=(),
+        source=graph.file,
+        source_sha256="0" * 64,
         file=f"engines/{graph.file}.engine",
         profile=(1, 1, 64),
         status="built",
@@ -64,7 +64,7 @@ def refusal(entries: list[EngineEntry], device: GpuDevice = H100) -> str:
 
 @pytest.mark.parametrize("targets", [(), ("9.0",), ("8.9", "9.0")])
 def test_engines_for_this_gpu_come_in_the_order_of_the_graphs(targets: tuple[str, ...]) -> None:
-    entries = engines(compute_capabilities=targets)
+    entries = engines(targets=targets)
     assert choose(entries) == choose(entries[::-1]) == entries
 
 
@@ -79,12 +79,12 @@ def test_engines_of_another_version_are_named() -> None:
 
 
 def test_engines_of_another_library_are_named() -> None:
-    entries = engines(backend="tensorrt", compute_capabilities=("9.0",))
+    entries = engines(backend="tensorrt", targets=("9.0",))
     assert "; it has tensorrt 1.6.1.120 for 9.0; " in refusal(entries)
 
 
 def test_engines_for_other_gpus_are_named() -> None:
-    entries = [*engines(compute_capabilities=("8.6", "8.9")), *engines(compute_capabilities=("12.0",), version="1.5.0")]
+    entries = [*engines(targets=("8.6", "8.9")), *engines(targets=("12.0",), version="1.5.0")]
     assert "; it has tensorrt-rtx 1.6.1.120 for 8.6, 8.9; tensorrt-rtx 1.5.0 for 12.0; " in refusal(entries)
     assert choose(entries, replace(H100, compute_capability="8.9")) == entries[:3]
 
@@ -100,7 +100,7 @@ def test_engines_of_graphs_in_another_form_do_not_count() -> None:
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_of_several_that_fit_the_one_validated_on_this_gpu_is_taken(order: int) -> None:
-    built = engines(compute_capabilities=("9.0",))
+    built = engines(targets=("9.0",))
     elsewhere = engines(status="validated", precision="fp32", device="NVIDIA H200, compute capability 9.0")
     here = engines(status="validated", precision="fp32", device=str(H100))
     assert choose([*built, *elsewhere, *here][::order]) == here

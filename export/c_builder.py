@@ -1,0 +1,71 @@
+"""Compiles the generated C source with this machine's compiler, for each level of its architecture."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.errors import ExportError
+
+HEADER_NAME, SOURCE_NAME = "rfsq_tokenizer.h", "rfsq_tokenizer.c"
+#: Flags that the source is exact and fast with. No sum is reordered and no value changes by them, but for a product and
+#: a sum that round once instead of twice; the others promise that nobody reads errno or floating-point exceptions.
+C_FLAGS = ("-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+
+_COMPILERS = ("cc", "gcc", "clang")
+_WARNINGS = ("-Wall", "-Wextra", "-Wpedantic", "-Werror")
+_TIMEOUT_S = 300
+
+
+class CBuildError(ExportError):
+    """A compiler that is missing or refuses the source; the message quotes it."""
+
+
+@dataclass(frozen=True)
+class CLibrary:
+    """A shared library. target: such as `x86-64-v3`; compiler: what it says of itself."""
+
+    target: str
+    compiler: str
+    content: bytes
+
+
+def find_compiler() -> str | None:
+    """`CC` from the environment, else the first C compiler on the path."""
+    wanted = os.environ.get("CC")
+    return shutil.which(wanted) if wanted else next(filter(None, map(shutil.which, _COMPILERS)), None)
+
+
+def compile_c(header: str, source: str, target: str, compiler: str | None = None) -> CLibrary:
+    """Compile for one target, with every warning an error. Raises CBuildError."""
+    compiler = compiler or find_compiler()
+    if compiler is None:
+        raise CBuildError("no C compiler is here: install gcc or clang, or name one in the environment as CC")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / HEADER_NAME).write_text(header, encoding="utf-8")
+        (folder / SOURCE_NAME).write_text(source, encoding="utf-8")
+        output = folder / "library.so"
+        machine = [f"-march={target}"] if target.startswith("x86-64") else []
+        command = [compiler, *C_FLAGS, *_WARNINGS, *machine, "-fPIC", "-shared", SOURCE_NAME, "-o", output.name]
+        _run(command, folder)
+        return CLibrary(target, _version(compiler), output.read_bytes())
+
+
+def _version(compiler: str) -> str:
+    lines = _run([compiler, "--version"], Path.cwd()).splitlines()
+    return lines[0].strip() if lines else Path(compiler).name
+
+
+def _run(command: list[str], folder: Path) -> str:
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CBuildError(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode:
+        raise CBuildError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr.strip()}")
+    return done.stdout

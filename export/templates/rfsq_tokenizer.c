@@ -1,0 +1,333 @@
+#include "rfsq_tokenizer.h"
+
+#include <math.h>
+#include <string.h>
+
+/*
+ * STEPS steps are computed at once, features side by side: [STEPS][features] everywhere. The features of a layer are the
+ * lanes, which a compiler turns into vector instructions of any width without reordering a sum; the steps are sums that
+ * are independent of each other, as many as a processor can have under way.
+ */
+enum { STEPS = 8, LANES = 8 };
+enum { T = RFSQ_CHUNK_LENGTH, A = RFSQ_ACTION_DIM, D = RFSQ_LATENT_DIM, L = RFSQ_NUM_LAYERS, K = RFSQ_NUM_LEVELS };
+
+/* Features up to a whole number of lanes; the tables below are filled up with zeros. */
+#define PADDED(features) (((features) + LANES - 1) / LANES * LANES)
+
+/* @TABLES@ */
+
+/* --- arithmetic -------------------------------------------------------------------------------------------------- */
+
+static inline float clamped(float x, float lowest, float highest)
+{
+    const float below = x < highest ? x : highest;
+    return below > lowest ? below : lowest;
+}
+
+/* The lowest whole number that is not below x, for |x| < 2^31. */
+static inline int32_t ceiling(float x)
+{
+    const int32_t toward_zero = (int32_t)x;
+    return toward_zero + ((float)toward_zero < x);
+}
+
+/* 2^n for whole n from -126 to 127. */
+static inline float power_of_two(int32_t n)
+{
+    const uint32_t bits = (uint32_t)(n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return power;
+}
+
+/* exp(x) - 1 = power * tail + (power - 1) for |x| <= 87; tail = exp(r) - 1 is accurate however small r is. */
+static inline float exp_tail(float x, float *power)
+{
+    /* Adding 1.5 * 2^23 rounds to a whole number. */
+    const float n = (x * 0x1.715476p+0f + 0x1.8p+23f) - 0x1.8p+23f;
+    /* ln 2 in two parts, of which the first has so few digits that n times it is exact. */
+    const float r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
+    /* Taylor's series: |r| <= ln 2 / 2, so what is left out is below 2^-27 of the tail. */
+    float sum = 1.0f / 40320;
+    sum = sum * r + 1.0f / 5040;
+    sum = sum * r + 1.0f / 720;
+    sum = sum * r + 1.0f / 120;
+    sum = sum * r + 1.0f / 24;
+    sum = sum * r + 1.0f / 6;
+    sum = sum * r + 0.5f;
+    *power = power_of_two((int32_t)n);
+    return sum * r * r + r;
+}
+
+/* exp(x) for -87 <= x <= 20: 2^n p(f) with whole n and n + f = x / ln 2, |f| <= 1/2. */
+static inline float exponential(float x)
+{
+    const float shifted = x * 0x1.715476p+0f + 0x1.8p+23f;
+    const float f = x * 0x1.715476p+0f - (shifted - 0x1.8p+23f);
+    const float square = f * f;
+    /* Fitted to 2^f with a relative error of at most 1.9e-9; in pairs, because the next step waits for the last. */
+    const float low = (0x1p+0f + 0x1.62e430p-1f * f) + square * (0x1.ebfbdap-3f + 0x1.c6aed4p-5f * f);
+    const float high = (0x1.3b2dbcp-7f + 0x1.5f456ap-10f * f) + square * 0x1.41d334p-13f;
+    /* The lowest bits of `shifted` are n; the shift drops all others. */
+    uint32_t bits;
+    memcpy(&bits, &shifted, sizeof bits);
+    bits = (bits + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return (low + square * square * high) * power;
+}
+
+/* x tanh(log(1 + exp(x))) = x n / (n + 2) with n = e (e + 2), e = exp(x); from x = 20 on the fraction is 1. */
+static inline void mish(int count, float *restrict values)
+{
+    /* In two loops: in one, GCC would compute each side of the limits on its own. */
+    float limited[STEPS * PADDED(H)];
+    for (int i = 0; i < count; ++i)
+        limited[i] = clamped(values[i], -87.0f, 20.0f);
+    for (int i = 0; i < count; ++i) {
+        const float e = exponential(limited[i]);
+        const float n = e * (e + 2);
+        values[i] *= n / (n + 2);
+    }
+}
+
+/* y[i] = x[2 i] + x[2 i + 1]. */
+static inline void add_pairs(int count, const float *restrict x, float *restrict y)
+{
+    for (int i = 0; i < count; ++i)
+        y[i] = x[2 * i] + x[2 * i + 1];
+}
+
+/* tanh(x) = m / (m + 2) with m = exp(2 x) - 1; from |x| = 10 on it is 1. */
+static inline void hyperbolic_tangent(int count, float *restrict values)
+{
+    for (int i = 0; i < count; ++i) {
+        float power;
+        const float tail = exp_tail(2 * clamped(values[i], -10.0f, 10.0f), &power);
+        const float m = power * tail + (power - 1);
+        values[i] = m / (m + 2);
+    }
+}
+
+/* y = weight x + bias for weight [inputs][P], bias [P], x [STEPS][stride], y [STEPS][P], with P = PADDED(outputs). */
+static inline void linear(int inputs, int stride, int outputs, const float *restrict weight,
+                          const float *restrict bias, const float *restrict x, float *restrict y)
+{
+    const int padded = PADDED(outputs);
+    for (int o = 0; o < padded; ++o) {
+        float sum0 = bias[o], sum1 = bias[o], sum2 = bias[o], sum3 = bias[o];
+        float sum4 = bias[o], sum5 = bias[o], sum6 = bias[o], sum7 = bias[o];
+        for (int i = 0; i < inputs; ++i) {
+            const float w = weight[i * padded + o];
+            sum0 += w * x[i];
+            sum1 += w * x[stride + i];
+            sum2 += w * x[2 * stride + i];
+            sum3 += w * x[3 * stride + i];
+            sum4 += w * x[4 * stride + i];
+            sum5 += w * x[5 * stride + i];
+            sum6 += w * x[6 * stride + i];
+            sum7 += w * x[7 * stride + i];
+        }
+        y[o] = sum0;
+        y[padded + o] = sum1;
+        y[2 * padded + o] = sum2;
+        y[3 * padded + o] = sum3;
+        y[4 * padded + o] = sum4;
+        y[5 * padded + o] = sum5;
+        y[6 * padded + o] = sum6;
+        y[7 * padded + o] = sum7;
+    }
+}
+
+/* --- encoder ----------------------------------------------------------------------------------------------------- */
+
+#if HAS_CONSTANT_BINS
+/* latents [STEPS][PADDED(D)] -> tokens [STEPS][D][L]: bins = remainder * ratio + shift, from the middle level on. */
+static inline void quantise(float *restrict latents, int32_t *restrict tokens)
+{
+    int32_t levels[L][STEPS * PADDED(D)];
+    for (int l = 0; l < L; ++l) {
+        /* In two loops: in one, GCC would compute each side of the limits on its own. */
+        float bins[STEPS * PADDED(D)], limited[STEPS * PADDED(D)];
+        for (int s = 0; s < STEPS; ++s)
+            for (int d = 0; d < PADDED(D); ++d) {
+                const int i = s * PADDED(D) + d;
+                bins[i] = latents[i] * BIN_RATIO[l][d] + BIN_SHIFT[l][d];
+                limited[i] = clamped(bins[i], -MIDDLE_LEVEL, K - 1 - MIDDLE_LEVEL);
+            }
+        for (int i = 0; i < STEPS * PADDED(D); ++i) {
+            const int32_t count = ceiling(limited[i]);
+            levels[l][i] = count + MIDDLE_LEVEL;
+            latents[i] = bins[i] - (float)count;
+        }
+    }
+    /* Written out layer by layer, so that a compiler interleaves whole vectors. */
+    for (int s = 0; s < STEPS; ++s)
+        for (int d = 0; d < D; ++d) {
+            int32_t *const token = tokens + (s * D + d) * L;
+#define LAYER(l) token[l] = levels[l][s * PADDED(D) + d];
+            EACH_LAYER(LAYER)
+#undef LAYER
+        }
+}
+#else
+/* The same with every layer's own mean and deviation: stats [STEPS][L][2], or NULL where nobody wants them. */
+static inline void quantise(const float *restrict latents, int32_t *restrict tokens, float *restrict stats)
+{
+    const float half_range = (K - 1) * 0.5f;
+    /* Sums run over the latents here, so the steps are the lanes. */
+    float residual[D][STEPS];
+    for (int d = 0; d < D; ++d)
+        for (int s = 0; s < STEPS; ++s)
+            residual[d][s] = latents[s * PADDED(D) + d];
+    for (int l = 0; l < L; ++l) {
+        float mean[STEPS] = {0}, squares[STEPS] = {0}, sigma[STEPS];
+        for (int d = 0; d < D; ++d)
+            for (int s = 0; s < STEPS; ++s)
+                mean[s] += residual[d][s];
+        for (int s = 0; s < STEPS; ++s)
+            mean[s] /= D;
+        for (int d = 0; d < D; ++d)
+            for (int s = 0; s < STEPS; ++s) {
+                residual[d][s] -= mean[s];
+                squares[s] += residual[d][s] * residual[d][s];
+            }
+        for (int s = 0; s < STEPS; ++s)
+            sigma[s] = sqrtf(squares[s] / (D - 1)) + SIGMA_EPSILON;
+        if (stats != NULL)
+            for (int s = 0; s < STEPS; ++s) {
+                stats[(s * L + l) * 2] = mean[s];
+                stats[(s * L + l) * 2 + 1] = sigma[s];
+            }
+        for (int d = 0; d < D; ++d)
+            for (int s = 0; s < STEPS; ++s) {
+                const float bins = residual[d][s] / sigma[s] * half_range + (half_range - 0.5f);
+                const int32_t level = ceiling(clamped(bins, 0.0f, K - 1));
+                tokens[(s * D + d) * L + l] = level;
+                residual[d][s] -= ((float)level * LEVEL_STEP - 1) * sigma[s];
+            }
+    }
+}
+#endif
+
+/* Whether every action is one that float32 can encode; not a number is neither above nor below anything. */
+static int are_legal_actions(size_t count, const float *restrict actions)
+{
+    int illegal = 0;
+    for (size_t i = 0; i < count; ++i)
+        illegal |= !(actions[i] <= RFSQ_ACTION_LIMIT) | !(actions[i] >= -RFSQ_ACTION_LIMIT);
+    return !illegal;
+}
+
+static void encode_block(const float *restrict actions, int32_t *restrict tokens, float *restrict stats)
+{
+    float hidden[STEPS * PADDED(H)], latents[STEPS * PADDED(D)];
+    linear(A, A, H, &ENCODER_FIRST_WEIGHT[0][0], ENCODER_FIRST_BIAS, actions, hidden);
+    mish(STEPS * PADDED(H), hidden);
+    linear(H, PADDED(H), D, &ENCODER_SECOND_WEIGHT[0][0], ENCODER_SECOND_BIAS, hidden, latents);
+    hyperbolic_tangent(STEPS * PADDED(D), latents);
+#if HAS_CONSTANT_BINS
+    (void)stats;
+    quantise(latents, tokens);
+#else
+    quantise(latents, tokens, stats);
+#endif
+}
+
+/* stats: [num_chunks][T][L][2], or NULL. */
+static int encode(const float *actions, size_t num_chunks, int32_t *tokens, float *stats)
+{
+    const size_t steps = num_chunks * T;
+    size_t step = 0;
+    if (!are_legal_actions(steps * A, actions))
+        return RFSQ_ILLEGAL_VALUE;
+    for (; step + STEPS <= steps; step += STEPS)
+        encode_block(actions + step * A, tokens + step * (D * L), stats == NULL ? NULL : stats + step * (L * 2));
+    if (step < steps) {
+        /* The last steps, filled up with zeros. */
+        const size_t left = steps - step;
+        float last_actions[STEPS * A] = {0}, last_stats[STEPS * L * 2];
+        int32_t last_tokens[STEPS * D * L];
+        memcpy(last_actions, actions + step * A, left * A * sizeof *actions);
+        encode_block(last_actions, last_tokens, stats == NULL ? NULL : last_stats);
+        memcpy(tokens + step * (D * L), last_tokens, left * (D * L) * sizeof *tokens);
+        if (stats != NULL)
+            memcpy(stats + step * (L * 2), last_stats, left * (L * 2) * sizeof *stats);
+    }
+    return RFSQ_OK;
+}
+
+/* --- decoders ---------------------------------------------------------------------------------------------------- */
+
+/* What differs between the decoders; to_latents: tokens [STEPS][D][layers] (and stats) -> latents [STEPS][PADDED(D)]. */
+struct decoder {
+    int layers;
+    void (*to_latents)(const int32_t *restrict tokens, const float *restrict stats, float *restrict latents);
+    const float *hidden_weight, *hidden_bias, *second_weight, *second_bias;
+};
+
+/* Negative tokens are the largest as unsigned numbers. */
+static int are_legal_tokens(size_t count, const int32_t *restrict tokens)
+{
+    int illegal = 0;
+    for (size_t i = 0; i < count; ++i)
+        illegal |= (uint32_t)tokens[i] >= (uint32_t)K;
+    return !illegal;
+}
+
+/* Whether an encoder can give them, generously: see the runtime's validation. */
+static inline int are_legal_stats(size_t count, const float *restrict stats)
+{
+    int illegal = 0;
+    for (size_t i = 0; i < count; ++i)
+        illegal |= !(stats[2 * i] >= -STATS_LIMIT) | !(stats[2 * i] <= STATS_LIMIT) | !(stats[2 * i + 1] > 0)
+            | !(stats[2 * i + 1] <= STATS_LIMIT);
+    return !illegal;
+}
+
+static inline void decode_block(const struct decoder decoder, const int32_t *restrict tokens,
+                                const float *restrict stats, float *restrict actions)
+{
+    float latents[STEPS * PADDED(D)], hidden[STEPS * PADDED(H)], outputs[STEPS * PADDED(A)];
+    decoder.to_latents(tokens, stats, latents);
+    linear(D, PADDED(D), H, decoder.hidden_weight, decoder.hidden_bias, latents, hidden);
+    mish(STEPS * PADDED(H), hidden);
+    linear(H, PADDED(H), A, decoder.second_weight, decoder.second_bias, hidden, outputs);
+    for (int s = 0; s < STEPS; ++s)
+        for (int a = 0; a < A; ++a)
+            actions[s * A + a] = outputs[s * PADDED(A) + a];
+}
+
+/* stats: [num_chunks][T][layers][2], or NULL. */
+static inline int decode(const struct decoder decoder, const int32_t *tokens, const float *stats, size_t num_chunks,
+                         float *actions)
+{
+    const size_t steps = num_chunks * T, tokens_a_step = (size_t)(D * decoder.layers);
+    const size_t stats_a_step = (size_t)(decoder.layers * 2);
+    size_t step = 0;
+    if (!are_legal_tokens(steps * tokens_a_step, tokens))
+        return RFSQ_ILLEGAL_VALUE;
+    if (stats != NULL && !are_legal_stats(steps * (size_t)decoder.layers, stats))
+        return RFSQ_ILLEGAL_VALUE;
+    for (; step + STEPS <= steps; step += STEPS)
+        decode_block(decoder, tokens + step * tokens_a_step, stats == NULL ? NULL : stats + step * stats_a_step,
+                     actions + step * A);
+    if (step < steps) {
+        /* The last steps, filled up with legal values. */
+        const size_t left = steps - step;
+        int32_t last_tokens[STEPS * D * L] = {0};
+        float last_stats[STEPS * L * 2], last_actions[STEPS * A];
+        memcpy(last_tokens, tokens + step * tokens_a_step, left * tokens_a_step * sizeof *tokens);
+        for (int i = 0; i < STEPS * L * 2; ++i)
+            last_stats[i] = 1;
+        if (stats != NULL)
+            memcpy(last_stats, stats + step * stats_a_step, left * stats_a_step * sizeof *stats);
+        decode_block(decoder, last_tokens, stats == NULL ? NULL : last_stats, last_actions);
+        memcpy(actions + step * A, last_actions, left * A * sizeof *actions);
+    }
+    return RFSQ_OK;
+}
+
+/* --- what the header declares ------------------------------------------------------------------------------------ */
+
+/* @FUNCTIONS@ */

@@ -1,0 +1,141 @@
+"""The generated C engine: compiled for this kind of processor, called where the arrays lie."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from runtime.bundle import Bundle
+from runtime.contract import Float32Array, Int32Array
+from runtime.cpu_targets import host_targets
+from runtime.errors import BackendUnavailableError, IllegalValueError
+from runtime.manifest import EngineEntry
+
+_byref, _size, _first_byte = ctypes.byref, ctypes.c_size_t, ctypes.c_char.from_buffer
+
+
+class CBackend:
+    """Encodes and decodes in the calling thread: no thread, no allocation, no state, safe in signal handlers and fork.
+
+    target: one of `cpu_targets.host_targets()`, None for the best that the bundle has. Raises BackendUnavailableError
+    where it has none for this machine, or the library does not load.
+    """
+
+    def __init__(self, bundle: Bundle, target: str | None = None) -> None:
+        model = bundle.manifest.model
+        self._entry = _choose_engine(bundle, host_targets() if target is None else (target,))
+        library = _load(bundle.content(self._entry.file), self._entry)
+        self._encode = _function(library, "rfsq_encode")
+        self._decoders = {prefix: _function(library, f"rfsq_decode_l{prefix}") for prefix in model.prefixes}
+        self._has_stats = model.has_stats
+
+    @property
+    def name(self) -> str:
+        return "c" if self._entry.targets[0] == host_targets()[0] else f"c {self._entry.targets[0]}"
+
+    @property
+    def entry(self) -> EngineEntry:
+        """What the manifest says of the engine."""
+        return self._entry
+
+    @property
+    def description(self) -> str:
+        return f"generated C for {self._entry.targets[0]}, {self._entry.version}"
+
+    @property
+    def checks_values(self) -> bool:
+        return True
+
+    def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
+        batch = _size(len(actions))
+        if self._has_stats:
+            pointer = None if stats is None else _pointer(stats)
+            status = self._encode(_pointer(actions), batch, _pointer(tokens), pointer)
+        else:
+            status = self._encode(_pointer(actions), batch, _pointer(tokens))
+        if status:
+            raise IllegalValueError("the C engine refuses the actions: not all are finite and within the model's limit")
+
+    def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
+        decode, batch = self._decoders[tokens.shape[3]], _size(len(tokens))
+        if stats is None:
+            status = decode(_pointer(tokens), batch, _pointer(actions))
+        else:
+            status = decode(_pointer(tokens), _pointer(stats), batch, _pointer(actions))
+        if status:
+            raise IllegalValueError("the C engine refuses the tokens, or their statistics: not all are legal")
+
+    def close(self) -> None:
+        """The library stays loaded: another thread may be in it, and it holds nothing."""
+
+
+def _choose_engine(bundle: Bundle, targets: Sequence[str]) -> EngineEntry:
+    engines = {entry.targets[0]: entry for entry in bundle.manifest.engines if entry.backend == "c"}
+    for target in targets:
+        if target in engines:
+            return engines[target]
+    found = f"it has engines for {', '.join(engines)}" if engines else "it has none"
+    raise BackendUnavailableError(
+        f"{bundle.folder} has no C engine for {' or '.join(targets)}: {found}; compile one for this machine, on it: "
+        f"python export/build_engine.py --from-bundle {bundle.folder}"
+    )
+
+
+def _load(content: bytes, entry: EngineEntry) -> ctypes.CDLL:
+    """The library of exactly these bytes, which were hashed: a file in the bundle may have changed since."""
+    try:
+        if hasattr(os, "memfd_create"):
+            return ctypes.CDLL(f"/proc/self/fd/{_in_memory(content)}")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / Path(entry.file).name
+            path.write_bytes(content)
+            return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BackendUnavailableError(
+            f"{entry.file} does not load here: {error}; compile it again on this machine with --from-bundle"
+        ) from error
+
+
+#: Descriptors that a library was loaded through.
+_LOADED: set[int] = set()
+
+
+def _in_memory(content: bytes) -> int:
+    """A descriptor of a file that is nowhere in the file system, where a mount could forbid to run it.
+
+    It stays open, and none is used twice: the loader takes a library of a name that it knows for the one it has loaded.
+    """
+    descriptor = os.memfd_create("rfsq_tokenizer", os.MFD_CLOEXEC)
+    while descriptor in _LOADED:
+        # Someone has closed the descriptor of a library; its number is its name all the same.
+        descriptor = os.dup(descriptor)
+    _LOADED.add(descriptor)
+    written = 0
+    while written < len(content):
+        written += os.write(descriptor, content[written:])
+    return descriptor
+
+
+def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
+    try:
+        function = getattr(library, name)
+    except AttributeError:
+        raise BackendUnavailableError(f"the C engine has no function {name}; compile it again") from None
+    # No argtypes: converting to them takes half a microsecond, and every argument has its C type already.
+    found: Callable[..., int] = function
+    return found
+
+
+def _pointer(array: npt.NDArray[Any]) -> Any:
+    """What passes as a pointer to the array's first byte; `array.ctypes` takes three times as long."""
+    try:
+        return _byref(_first_byte(array))  # type: ignore[arg-type]  # numpy's arrays are buffers to mypy from 3.12 on
+    except (TypeError, ValueError):
+        # Read-only, or empty.
+        return ctypes.c_void_p(array.ctypes.data)

@@ -1,0 +1,35 @@
+"""Which compiled C engines this processor can run: architecture and the vector instructions that it has."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+#: Flags of /proc/cpuinfo that the x86-64 levels of the System V ABI ask for, beyond the baseline; the best level first.
+_X86_LEVELS = {
+    "x86-64-v3": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"},
+    "x86-64": set[str](),
+}
+#: What platform.machine() says, and what we call it.
+_ARCHITECTURES = {"x86_64": "x86-64", "amd64": "x86-64", "aarch64": "aarch64", "arm64": "aarch64"}
+
+
+@cache
+def host_targets() -> tuple[str, ...]:
+    """Targets that run here, best first; the last is every machine's of this architecture. Such as `x86-64-v3`."""
+    architecture = _ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower())
+    if architecture != "x86-64":
+        return (architecture,)
+    flags = _cpu_flags()
+    return tuple(level for level, needed in _X86_LEVELS.items() if needed <= flags)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        # No Linux: only the baseline is certain.
+        return set()
+    lines = (line for line in text.splitlines() if line.startswith("flags"))
+    return set(next(lines, "").partition(":")[2].split())
