@@ -21,6 +21,8 @@ _TEMPLATE = Path(__file__).parent / "templates" / SOURCE_NAME
 #: As in the template.
 _LANES = 8
 _NUMBERS_A_LINE = 6
+#: Their tokens stay in the processor's first cache between check and arithmetic.
+_CHECKED_STEPS = 64
 #: Beyond it a float32 cannot count.
 _MOST_LEVELS = 2**24
 #: As the runtime validates them (`runtime/validation.py`).
@@ -198,14 +200,14 @@ def _to_latents(plan: DecoderPlan) -> str:
 
 
 def _sums_of_neighbours(source: str, count: int, start: str) -> list[str]:
-    """Statements that add up every `count` neighbours into latents: in pairs for as long as there is an even number."""
+    """Statements that add up every `count` neighbours into latents: halves for as long as there is an even number."""
     lines = []
     while count % 2 == 0:
         count //= 2
         sums = f"sums_of_{count}"
         lines += [
             f"    float {sums}[STEPS * D * {count}];",
-            f"    add_pairs(STEPS * D * {count}, {source}, {sums});",
+            f"    add_halves(STEPS * D, {count}, {source}, {sums});",
         ]
         source = sums
     terms = " + ".join([start, *(f"{source}[(s * D + d) * {count} + {n}]" for n in range(count))])
@@ -266,6 +268,7 @@ def _header(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerprint: 
             _define(
                 "ACTION_LIMIT", _number(action_limit(encoder)), "The largest |action|: beyond it float32 overflows."
             ),
+            _define("CHECKED_STEPS", _CHECKED_STEPS, "Steps whose values are all checked before any is computed with."),
             "",
             _documented(
                 "Encode actions.",
@@ -320,8 +323,9 @@ _HEADER_BEGIN = """\
  * Plain C11 without allocation or global state: every function may be called from any thread, a real-time one too.
  * No array may overlap another of the same call; none needs more alignment than its type.
  *
- * Every function returns RFSQ_OK, or RFSQ_ILLEGAL_VALUE with nothing written where a value is not legal: a token that
- * is no level, an action that is not finite or beyond RFSQ_ACTION_LIMIT, statistics that no encoder gives.
+ * Every function returns RFSQ_OK, or RFSQ_ILLEGAL_VALUE where a value is not legal: a token that is no level, an action
+ * that is not finite or beyond RFSQ_ACTION_LIMIT, statistics that no encoder gives. A call of at most
+ * RFSQ_CHECKED_STEPS steps then writes nothing; a longer one may have written whole blocks of so many steps before it.
  */
 #ifndef RFSQ_TOKENIZER_H
 #define RFSQ_TOKENIZER_H

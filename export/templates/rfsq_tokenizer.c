@@ -8,7 +8,7 @@
  * lanes, which a compiler turns into vector instructions of any width without reordering a sum; the steps are sums that
  * are independent of each other, as many as a processor can have under way.
  */
-enum { STEPS = 8, LANES = 8 };
+enum { STEPS = 8, LANES = 8, CHECKED_STEPS = RFSQ_CHECKED_STEPS };
 enum { T = RFSQ_CHUNK_LENGTH, A = RFSQ_ACTION_DIM, D = RFSQ_LATENT_DIM, L = RFSQ_NUM_LAYERS, K = RFSQ_NUM_LEVELS };
 
 /* Features up to a whole number of lanes; the tables below are filled up with zeros. */
@@ -91,11 +91,12 @@ static inline void mish(int count, float *restrict values)
     }
 }
 
-/* y[i] = x[2 i] + x[2 i + 1]. */
-static inline void add_pairs(int count, const float *restrict x, float *restrict y)
+/* Of every 2 * half neighbours in x the first half plus the second. */
+static inline void add_halves(int groups, int half, const float *restrict x, float *restrict y)
 {
-    for (int i = 0; i < count; ++i)
-        y[i] = x[2 * i] + x[2 * i + 1];
+    for (int g = 0; g < groups; ++g)
+        for (int i = 0; i < half; ++i)
+            y[g * half + i] = x[g * 2 * half + i] + x[g * 2 * half + half + i];
 }
 
 /* tanh(x) = m / (m + 2) with m = exp(2 x) - 1; from |x| = 10 on it is 1. */
@@ -238,21 +239,24 @@ static void encode_block(const float *restrict actions, int32_t *restrict tokens
 static int encode(const float *actions, size_t num_chunks, int32_t *tokens, float *stats)
 {
     const size_t steps = num_chunks * T;
-    size_t step = 0;
-    if (!are_legal_actions(steps * A, actions))
-        return RFSQ_ILLEGAL_VALUE;
-    for (; step + STEPS <= steps; step += STEPS)
-        encode_block(actions + step * A, tokens + step * (D * L), stats == NULL ? NULL : stats + step * (L * 2));
-    if (step < steps) {
-        /* The last steps, filled up with zeros. */
+    for (size_t step = 0; step < steps; step += STEPS) {
         const size_t left = steps - step;
-        float last_actions[STEPS * A] = {0}, last_stats[STEPS * L * 2];
-        int32_t last_tokens[STEPS * D * L];
-        memcpy(last_actions, actions + step * A, left * A * sizeof *actions);
-        encode_block(last_actions, last_tokens, stats == NULL ? NULL : last_stats);
-        memcpy(tokens + step * (D * L), last_tokens, left * (D * L) * sizeof *tokens);
-        if (stats != NULL)
-            memcpy(stats + step * (L * 2), last_stats, left * (L * 2) * sizeof *stats);
+        if (step % CHECKED_STEPS == 0
+            && !are_legal_actions((left < CHECKED_STEPS ? left : CHECKED_STEPS) * A, actions + step * A))
+            return RFSQ_ILLEGAL_VALUE;
+        float *const block_stats = stats == NULL ? NULL : stats + step * (L * 2);
+        if (left >= STEPS) {
+            encode_block(actions + step * A, tokens + step * (D * L), block_stats);
+        } else {
+            /* The last steps, filled up with zeros. */
+            float last_actions[STEPS * A] = {0}, last_stats[STEPS * L * 2];
+            int32_t last_tokens[STEPS * D * L];
+            memcpy(last_actions, actions + step * A, left * A * sizeof *actions);
+            encode_block(last_actions, last_tokens, stats == NULL ? NULL : last_stats);
+            memcpy(tokens + step * (D * L), last_tokens, left * (D * L) * sizeof *tokens);
+            if (stats != NULL)
+                memcpy(block_stats, last_stats, left * (L * 2) * sizeof *stats);
+        }
     }
     return RFSQ_OK;
 }
@@ -302,28 +306,31 @@ static inline void decode_block(const struct decoder decoder, const int32_t *res
 static inline int decode(const struct decoder decoder, const int32_t *tokens, const float *stats, size_t num_chunks,
                          float *actions)
 {
-    const size_t steps = num_chunks * T, tokens_a_step = (size_t)(D * decoder.layers);
-    const size_t stats_a_step = (size_t)(decoder.layers * 2);
-    size_t step = 0;
-    if (!are_legal_tokens(steps * tokens_a_step, tokens))
-        return RFSQ_ILLEGAL_VALUE;
-    if (stats != NULL && !are_legal_stats(steps * (size_t)decoder.layers, stats))
-        return RFSQ_ILLEGAL_VALUE;
-    for (; step + STEPS <= steps; step += STEPS)
-        decode_block(decoder, tokens + step * tokens_a_step, stats == NULL ? NULL : stats + step * stats_a_step,
-                     actions + step * A);
-    if (step < steps) {
-        /* The last steps, filled up with legal values. */
+    const size_t steps = num_chunks * T, layers = (size_t)decoder.layers;
+    for (size_t step = 0; step < steps; step += STEPS) {
         const size_t left = steps - step;
-        int32_t last_tokens[STEPS * D * L] = {0};
-        float last_stats[STEPS * L * 2], last_actions[STEPS * A];
-        memcpy(last_tokens, tokens + step * tokens_a_step, left * tokens_a_step * sizeof *tokens);
-        for (int i = 0; i < STEPS * L * 2; ++i)
-            last_stats[i] = 1;
-        if (stats != NULL)
-            memcpy(last_stats, stats + step * stats_a_step, left * stats_a_step * sizeof *stats);
-        decode_block(decoder, last_tokens, stats == NULL ? NULL : last_stats, last_actions);
-        memcpy(actions + step * A, last_actions, left * A * sizeof *actions);
+        const int32_t *const block_tokens = tokens + step * D * layers;
+        const float *const block_stats = stats == NULL ? NULL : stats + step * layers * 2;
+        if (step % CHECKED_STEPS == 0) {
+            const size_t checked = left < CHECKED_STEPS ? left : CHECKED_STEPS;
+            if (!are_legal_tokens(checked * D * layers, block_tokens)
+                || (stats != NULL && !are_legal_stats(checked * layers, block_stats)))
+                return RFSQ_ILLEGAL_VALUE;
+        }
+        if (left >= STEPS) {
+            decode_block(decoder, block_tokens, block_stats, actions + step * A);
+        } else {
+            /* The last steps, filled up with legal values. */
+            int32_t last_tokens[STEPS * D * L] = {0};
+            float last_stats[STEPS * L * 2], last_actions[STEPS * A];
+            memcpy(last_tokens, block_tokens, left * D * layers * sizeof *tokens);
+            for (int i = 0; i < STEPS * L * 2; ++i)
+                last_stats[i] = 1;
+            if (stats != NULL)
+                memcpy(last_stats, block_stats, left * layers * 2 * sizeof *stats);
+            decode_block(decoder, last_tokens, stats == NULL ? NULL : last_stats, last_actions);
+            memcpy(actions + step * A, last_actions, left * A * sizeof *actions);
+        }
     }
     return RFSQ_OK;
 }
