@@ -22,8 +22,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from export.errors import ExportError, GateError
-from export.trt_builder import EngineBuildError, Profile
+from export.batches import Profile
+from export.errors import EngineBuildError, ExportError, GateError
 from runtime.console import escape_what_cannot_be_shown
 from runtime.errors import TokenizerError
 from runtime.trt_api import TENSORRT_BACKENDS

@@ -14,8 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from export.c_builder import C_FLAGS, SOURCE_NAME
-from export.plan import Affine, AffineQuantizer, DecoderPlan, EncoderPlan, action_limit, middle_level
-from rfsq_ref.quantizer import SIGMA_EPSILON
+from export.plan import (
+    Affine,
+    AffineQuantizer,
+    DecoderPlan,
+    DynamicQuantizer,
+    EncoderPlan,
+    action_limit,
+    middle_level,
+)
+from runtime.validation import STATS_LIMIT
 
 _TEMPLATE = Path(__file__).parent / "templates" / SOURCE_NAME
 #: As in the template.
@@ -25,8 +33,6 @@ _NUMBERS_A_LINE = 6
 _CHECKED_STEPS = 64
 #: Beyond it a float32 cannot count.
 _MOST_LEVELS = 2**24
-#: As the runtime validates them (`runtime/validation.py`).
-_STATS_LIMIT = 4.0
 
 _Array = npt.NDArray[np.floating]
 
@@ -66,13 +72,14 @@ def decoder_name(prefix: int) -> str:
 
 def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
     has_constant_bins = isinstance(encoder.quantizer, AffineQuantizer)
+    epsilon = encoder.quantizer.epsilon if isinstance(encoder.quantizer, DynamicQuantizer) else 0.0
     width, half_range = encoder.first.weight.shape[0], (encoder.num_levels - 1) / 2
     lines = [
         f"enum {{ H = {width}, MIDDLE_LEVEL = {middle_level(encoder.num_levels)} }};",
         f"#define HAS_CONSTANT_BINS {int(has_constant_bins)}",
-        f"#define SIGMA_EPSILON {_number(SIGMA_EPSILON)}",
+        f"#define SIGMA_EPSILON {_number(epsilon)}",
         f"#define LEVEL_STEP {_number(1 / half_range)}",
-        f"#define STATS_LIMIT {_number(_STATS_LIMIT)}",
+        f"#define STATS_LIMIT {_number(STATS_LIMIT)}",
         "#define EACH_LAYER(LAYER) " + " ".join(f"LAYER({layer})" for layer in range(encoder.num_layers)),
         *_layer("ENCODER_FIRST", encoder.first),
         *_layer("ENCODER_SECOND", encoder.second),

@@ -9,11 +9,11 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
+from export.batches import Profile
 from export.bundle_writer import StagedBundle
-from export.c_builder import compile_c
+from export.c_builder import CBuildError, compile_c
 from export.errors import require_none
 from export.progress import StepList
-from export.trt_builder import EngineRequest, Profile, build_engine, check_engine, inspect_engine
 from runtime.backends import create_backend
 from runtime.bundle import Bundle
 from runtime.c_backend import CBackend
@@ -42,6 +42,11 @@ def compile_graphs(
     What comes out is inspected and recorded as built; whether it is right is for the gates to say.
     """
     wanted = available_tensorrt() if backends is None else backends
+    if not set(wanted) & set(TENSORRT_BACKENDS):
+        return ()
+    # Here, because it needs onnx and polygraphy, which a robot that compiles C alone need not have.
+    from export.trt_builder import EngineRequest, build_engine, check_engine, inspect_engine
+
     engines = []
     for backend in (name for name in TENSORRT_BACKENDS if name in wanted):
         with steps.step(f"compile {backend}") as step:
@@ -82,8 +87,16 @@ def compile_source(header: str, source: str, staged: StagedBundle, steps: StepLi
     """
     engines = []
     with steps.step("compile c") as step:
-        for target in host_targets():
-            library = compile_c(header, source, target)
+        *better, least = host_targets()
+        for target in (*better, least):
+            try:
+                library = compile_c(header, source, target)
+            except CBuildError as error:
+                if target == least:
+                    raise
+                # An old compiler may not know the level; every one knows the least.
+                step.note(f"NOT {target}: {str(error).splitlines()[-1]}")
+                continue
             file = f"engines/c/{target}/librfsq_tokenizer.so"
             staged.write(file, library.content)
             engines.append(
@@ -116,15 +129,17 @@ def _only_target(backend: str) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def opened_backends(bundle: Bundle, wanted: Sequence[str] | None) -> Iterator[tuple[list[Backend], list[str]]]:
+def opened_backends(
+    bundle: Bundle, wanted: Sequence[str] | None, *, required: Sequence[str] = ()
+) -> Iterator[tuple[list[Backend], list[str]]]:
     """Every backend that runs here, and a line for every one that does not; closed when the block ends.
 
-    wanted: None for all. Engines that are asked for may be for another machine, so only ONNX Runtime has to run.
-    Raises BackendUnavailableError where it does not, on the CPU or, where it is asked for, on the GPU.
+    wanted: None for all. Engines that are asked for may be for another machine. Raises BackendUnavailableError where
+    one that is required does not run.
     """
     engines = {entry.backend for entry in bundle.manifest.engines}
-    always, *optional = (*_GRAPH_BACKENDS, *TENSORRT_BACKENDS)
-    names = [always, *(name for name in optional if wanted is None or name in wanted)]
+    names = [name for name in (*_GRAPH_BACKENDS, *TENSORRT_BACKENDS) if wanted is None or name in wanted]
+    names += [name for name in required if name not in names]
     compiled = [entry.targets[0] for entry in bundle.manifest.engines if entry.backend == "c"]
     with contextlib.ExitStack() as stack:
         backends: list[Backend] = []
@@ -135,7 +150,7 @@ def opened_backends(bundle: Bundle, wanted: Sequence[str] | None) -> Iterator[tu
             try:
                 backends.append(stack.enter_context(contextlib.closing(create_backend(name, bundle))))
             except BackendUnavailableError as error:
-                if name == always or (name in _GRAPH_BACKENDS and wanted is not None):
+                if name in required:
                     raise
                 absent.append(f"{name}: {error}")
         if wanted is None or "c" in wanted:
@@ -147,14 +162,14 @@ def opened_backends(bundle: Bundle, wanted: Sequence[str] | None) -> Iterator[tu
 def with_measurements(
     engines: Sequence[EngineEntry], backends: Sequence[Backend], staged: StagedBundle
 ) -> tuple[EngineEntry, ...]:
-    """The entries of engines that have just passed the gates, as validated on this GPU; the others as they are.
+    """The entries of engines that have just passed the gates, as validated on what they ran on; the others as they are.
 
     Kernels that TensorRT-RTX compiled on the way are written beside their engine.
     """
     measured = {}
     for backend in backends:
         if isinstance(backend, CBackend):
-            measured[backend.entry.file] = _validated(backend.entry, backend, backend.entry.targets[0])
+            measured[backend.entry.file] = _validated(backend.entry, backend)
         if backend.name not in TENSORRT_BACKENDS:
             continue
         # Here, because it needs cuda-python, which a machine without a GPU need not have.
@@ -167,11 +182,11 @@ def with_measurements(
             kernel_cache = f"{entry.file}.kernels" if content else ""
             if content:
                 staged.write(kernel_cache, content)
-            entry = _validated(entry, backend, str(backend.device))
+            entry = _validated(entry, backend)
             measured[entry.file] = replace(entry, kernel_cache=kernel_cache)
     return tuple(measured.get(entry.file, entry) for entry in engines)
 
 
-def _validated(entry: EngineEntry, backend: Backend, device: str) -> EngineEntry:
+def _validated(entry: EngineEntry, backend: Backend) -> EngineEntry:
     detail = f"passed the gates through {backend.description}"
-    return replace(entry, status="validated", precision="fp32", device=device, detail=detail)
+    return replace(entry, status="validated", precision="fp32", device=backend.device, detail=detail)

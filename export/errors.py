@@ -7,6 +7,10 @@ class ExportError(RuntimeError):
     """A build that cannot go on; nothing is left behind at the output."""
 
 
+class EngineBuildError(RuntimeError):
+    """An engine that could not be built; the message quotes the parser or the builder."""
+
+
 class GateError(ExportError):
     """One or more gates or checks are red; the message lists them all."""
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from export.batches import Profile
 from export.bundle_writer import stage_bundle
 from export.c_builder import find_compiler
 from export.engines import compile_graphs, compile_source, opened_backends, with_measurements
 from export.errors import ExportError, require_none
 from export.progress import StepList
-from export.trt_builder import Profile
 from runtime.bundle import Bundle, open_bundle
 from runtime.contract import Backend
 from runtime.golden import Golden, read_golden, replay
@@ -61,11 +61,9 @@ def add_engines(config: TargetConfig) -> Manifest:
         if "c" in backends:
             header, source = (bundle.content(file).decode() for file in (C_HEADER, C_SOURCE))
             added += compile_source(header, source, staged, steps)
-        replaced = {entry.file for entry in added}
-        kept = [entry for entry in manifest.engines if entry.file not in replaced]
-        dropped = {
-            file for entry in manifest.engines if entry.file in replaced for file in (entry.file, entry.kernel_cache)
-        }
+        replaced = [entry for entry in manifest.engines if any(_takes_the_place(new, entry) for new in added)]
+        kept = [entry for entry in manifest.engines if entry not in replaced]
+        dropped = {file for entry in replaced for file in (entry.file, entry.kernel_cache)}
         for file in manifest.files.keys() - dropped:
             staged.write(file, bundle.content(file))
         manifest = replace(manifest, engines=(*kept, *added))
@@ -73,10 +71,8 @@ def add_engines(config: TargetConfig) -> Manifest:
         with opened_backends(open_bundle(staged.folder), backends) as (opened, absent):
             if absent:
                 raise ExportError("engines were built but cannot run here, so none is added:\n  " + "\n  ".join(absent))
-            # The first word: C for a lesser target has that in its name too.
-            engines_here = [backend for backend in opened if backend.name.split()[0] in backends]
             with steps.step("golden vectors") as step:
-                parity = [entry for backend in engines_here for entry in _replayed(golden, bundle, backend)]
+                parity = [entry for backend in opened for entry in _replayed(golden, bundle, backend)]
                 for entry in parity:
                     step.note(f"{entry.backend}, {entry.gate}: {entry.value:.4g}, limit {entry.limit:.4g}")
                 require_none(
@@ -84,12 +80,18 @@ def add_engines(config: TargetConfig) -> Manifest:
                     for entry in parity
                     if not entry.value <= entry.limit
                 )
-            names = {backend.name for backend in engines_here}
-            before = [entry for entry in manifest.parity if entry.backend not in names]
-            engines: tuple[EngineEntry, ...] = with_measurements(manifest.engines, engines_here, staged)
+            here = {(backend.name, backend.device) for backend in opened}
+            before = [entry for entry in manifest.parity if (entry.backend, entry.device) not in here]
+            engines: tuple[EngineEntry, ...] = with_measurements(manifest.engines, opened, staged)
         manifest = staged.seal(replace(manifest, engines=engines, parity=(*before, *parity)))
-    print(f"\n✓ {config.bundle} has validated engines for {', '.join(sorted(names))} on this machine")
+    print(f"\n✓ {config.bundle} has validated engines for {', '.join(sorted({name for name, _ in here}))} here")
     return manifest
+
+
+def _takes_the_place(new: EngineEntry, old: EngineEntry) -> bool:
+    """Whether the old engine is of no use beside the new one: else it might be the one that is run and proven."""
+    is_same_library = (new.backend, new.version, new.source) == (old.backend, old.version, old.source)
+    return new.file == old.file or (new.backend != "c" and is_same_library)
 
 
 def _present() -> tuple[str, ...]:
@@ -106,6 +108,7 @@ def _replayed(golden: Golden, bundle: Bundle, backend: Backend) -> list[ParityEn
             check.value,
             check.limit,
             check.detail or backend.description,
+            backend.device,
         )
         for check in replay(golden, bundle.manifest.model, backend).checks
     ]

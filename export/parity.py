@@ -93,7 +93,9 @@ class Judge:
         assert self.float32 is not None
 
         def entry(gate: str, value: float, limit: float, detail: str = "") -> ParityEntry:
-            return ParityEntry(self.backend.name, gate, self.steps, float(value), float(limit), detail)
+            return ParityEntry(
+                self.backend.name, gate, self.steps, float(value), float(limit), detail, self.backend.device
+            )
 
         near_ties = f"L0 to L{self.model.num_layers - 1}: {_counts(self.found)}; torch float32: {_counts(self.float32)}"
         return (

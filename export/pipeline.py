@@ -12,6 +12,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from export.batches import Profile
 from export.bundle_writer import StagedBundle, stage_bundle
 from export.c_builder import find_compiler
 from export.c_source import c_tokenizer
@@ -34,7 +35,6 @@ from export.plan import (
 from export.progress import StepList, table
 from export.reference import Reference
 from export.sources import choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
-from export.trt_builder import Profile
 from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq_ref.quantizer import Conditioning
 from runtime.bundle import open_bundle
@@ -200,7 +200,10 @@ def build(config: BuildConfig) -> BuildResult:
             files={},
         )
         staged.seal(manifest)
-        with opened_backends(open_bundle(staged.folder), config.backends) as (backends, absent):
+        with opened_backends(open_bundle(staged.folder), config.backends, required=_required(config)) as (
+            backends,
+            absent,
+        ):
             with steps.step("parity gates") as step:
                 parity, problems = prove(staged, golden, reference, sections, backends)
                 for backend in backends:
@@ -281,6 +284,11 @@ def prove(
     return parity, problems
 
 
+def _required(config: BuildConfig) -> tuple[str, ...]:
+    """What has to run on the machine that builds: engines may be for another, graphs are run as they are."""
+    return (ALWAYS, *(name for name in ("onnxruntime-cuda",) if name in (config.backends or ())))
+
+
 def _describe(checkpoint: Checkpoint) -> str:
     sizes = checkpoint.config
     kind = "robust" if checkpoint.trained_with is Conditioning.DYNAMIC else "naive"
@@ -297,7 +305,7 @@ def _tool_versions() -> dict[str, str]:
 def _closing_tables(parity: Sequence[ParityEntry], quality: Mapping[str, float], judged_on: str) -> str:
     gates = [
         (
-            f"{'✓' if entry.value <= entry.limit else '✗'} {entry.backend}, {entry.gate}",
+            f"{'✓' if entry.value <= entry.limit else '✗'} {entry.backend} ({entry.device}), {entry.gate}",
             f"{entry.value:.4g}",
             f"{entry.limit:.4g}",
             f"{entry.steps}",

@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import onnx
 
+from export.batches import Profile
+from export.errors import EngineBuildError
 from runtime.errors import BackendUnavailableError
 from runtime.trt_api import (
     EngineDescription,
@@ -35,26 +37,6 @@ from runtime.trt_api import (
 # The name under which Polygraphy looks for TensorRT-RTX, whatever the installed package is called.
 _POLYGRAPHY_RTX_MODULE = "tensorrt_rtx"
 _POLYGRAPHY_RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
-
-
-class EngineBuildError(RuntimeError):
-    """An engine that could not be built; the message quotes the parser or the builder."""
-
-
-@dataclass(frozen=True)
-class Profile:
-    """Batch sizes B of an engine: smallest, tuned for, largest. T is fixed in the graph."""
-
-    minimum: int
-    optimum: int
-    maximum: int
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.minimum <= self.optimum <= self.maximum:
-            raise ValueError(
-                f"profile has minimum {self.minimum}, optimum {self.optimum}, maximum {self.maximum}; "
-                "expected 1 <= minimum <= optimum <= maximum"
-            )
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 from runtime.bundle import Bundle
 from runtime.contract import Backend
-from runtime.errors import BackendUnavailableError, SelfTestError, TokenizerError
+from runtime.errors import BackendUnavailableError, InferenceError, SelfTestError, TokenizerError
 from runtime.golden import Golden, replay
-from runtime.trt_api import TENSORRT_BACKENDS, available_tensorrt
+from runtime.trt_api import TENSORRT_BACKENDS, EngineRefusedError, available_tensorrt
 
 _LOG = logging.getLogger(__name__)
 
@@ -105,11 +105,11 @@ def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
     for candidate in PREFERENCE:
         try:
             backend = _open_tested(candidate, bundle, golden)
-        except (BackendUnavailableError, SelfTestError) as error:
+        except (BackendUnavailableError, SelfTestError, InferenceError, EngineRefusedError) as error:
             obstacles[candidate] = error
-            _LOG.log(
-                logging.WARNING if isinstance(error, SelfTestError) else logging.DEBUG, "not %s: %s", candidate, error
-            )
+            # What is not there is no news; what is there and does not work is.
+            level = logging.DEBUG if isinstance(error, BackendUnavailableError) else logging.WARNING
+            _LOG.log(level, "not %s: %s", candidate, error)
             continue
         passed = "not self-tested" if golden is None else "passed its self-test"
         skipped = f"; not {', '.join(obstacles)}" if obstacles else ""

@@ -33,8 +33,6 @@ from runtime.golden import read_golden
 from runtime.manifest import GOLDEN_NAME
 from runtime.tokenizer import ActionTokenizer
 
-#: What takes arrays to the GPU and back.
-_ON_GPU = (*GPU_BACKENDS, "onnxruntime-cuda")
 _LIBRARIES = (
     "numpy",
     "onnxruntime",
@@ -135,7 +133,7 @@ def bench(config: Config, show: Callable[[str], None] = lambda _text: None) -> R
         show("opening backends")
         tokenizers = _open_all(scope, bundle, config.backends, missing)
         starts = _starts(bundle, tokenizers, config.starts, missing, show)
-        gpu = _open_gpu(missing, is_needed=any(t.backend.name in _ON_GPU for t in tokenizers) or config.has_peers)
+        gpu = _open_gpu(missing, is_needed=any(t.backend.name in GPU_BACKENDS for t in tokenizers) or config.has_peers)
         trivial = _trivial_kernel(scope, gpu, missing)
         peers = _open_peers(scope, bundle, config, gpu, missing, show)
         if peers is not None:
@@ -279,7 +277,7 @@ def _figures(
         yield from _gpu_figures(scope, *batches[0], gpu, missing)
     for tokenizer, batch in batches:
         name = tokenizer.backend.name
-        yield from host_figures(tokenizer, batch, has_copies=name in _ON_GPU)
+        yield from host_figures(tokenizer, batch, has_copies=name in GPU_BACKENDS)
         if gpu is not None and name in GPU_BACKENDS:
             try:
                 yield from gpu.device_figures(scope, tokenizer, batch)

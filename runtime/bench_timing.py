@@ -14,7 +14,7 @@ from runtime.errors import TokenizerError
 
 #: Of each figure in each round, but for slow calls: a round takes no figure longer than `_ROUND_US`.
 CALLS_PER_ROUND = 100
-_ROUND_US = 20e3
+_ROUND_US = 50e3
 #: A percentile is told where at least so many calls lie above it; from fewer it would be the maximum or chance.
 _LEAST_ABOVE = 1
 

@@ -217,6 +217,8 @@ def _check_statements(manifest: Manifest) -> None:
         least, optimum, most = engine.profile
         if not 1 <= least <= optimum <= most:
             problems.append(f"{engine.file} is tuned for batches {list(engine.profile)}, not 1 or more and ascending")
+        if engine.backend == "c" and len(engine.targets) != 1:
+            problems.append(f"{engine.file} is C for the targets {list(engine.targets)}, not for one")
         measured = (engine.precision == "fp32", engine.device != "")
         if measured != (engine.status == "validated",) * 2:
             problems.append(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,14 @@ class CBackend:
     def __init__(self, bundle: Bundle, target: str | None = None) -> None:
         model = bundle.manifest.model
         self._entry = _choose_engine(bundle, host_targets() if target is None else (target,))
-        library = _load(bundle.content(self._entry.file), self._entry)
+        library = _open(bundle, self._entry)
         self._encode = _function(library, "rfsq_encode")
         self._decoders = {prefix: _function(library, f"rfsq_decode_l{prefix}") for prefix in model.prefixes}
         self._has_stats = model.has_stats
 
     @property
     def name(self) -> str:
-        return "c" if self._entry.targets[0] == host_targets()[0] else f"c {self._entry.targets[0]}"
+        return "c"
 
     @property
     def entry(self) -> EngineEntry:
@@ -49,8 +51,13 @@ class CBackend:
         return f"generated C for {self._entry.targets[0]}, {self._entry.version}"
 
     @property
-    def checks_values(self) -> bool:
-        return True
+    def device(self) -> str:
+        return self._entry.targets[0]
+
+    @property
+    def checked_steps(self) -> int:
+        # RFSQ_CHECKED_STEPS of the generated header.
+        return 64
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         batch = _size(len(actions))
@@ -87,39 +94,40 @@ def _choose_engine(bundle: Bundle, targets: Sequence[str]) -> EngineEntry:
     )
 
 
-def _load(content: bytes, entry: EngineEntry) -> ctypes.CDLL:
-    """The library of exactly these bytes, which were hashed: a file in the bundle may have changed since."""
+def _open(bundle: Bundle, entry: EngineEntry) -> ctypes.CDLL:
     try:
-        if hasattr(os, "memfd_create"):
-            return ctypes.CDLL(f"/proc/self/fd/{_in_memory(content)}")
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / Path(entry.file).name
-            path.write_bytes(content)
-            return ctypes.CDLL(str(path))
+        return _load(bundle.content(entry.file))
     except OSError as error:
         raise BackendUnavailableError(
             f"{entry.file} does not load here: {error}; compile it again on this machine with --from-bundle"
         ) from error
 
 
-#: Descriptors that a library was loaded through.
-_LOADED: set[int] = set()
+@cache
+def _load(content: bytes) -> ctypes.CDLL:
+    """The library of exactly these bytes, which were hashed: a file in the bundle may have changed since.
 
-
-def _in_memory(content: bytes) -> int:
-    """A descriptor of a file that is nowhere in the file system, where a mount could forbid to run it.
-
-    It stays open, and none is used twice: the loader takes a library of a name that it knows for the one it has loaded.
+    Loaded once in a process, whatever opens it, and never unloaded. Raises OSError.
     """
+    if not hasattr(os, "memfd_create"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "librfsq_tokenizer.so"
+            path.write_bytes(content)
+            return ctypes.CDLL(str(path))
+    # Nowhere in the file system, where a mount could forbid to run it.
     descriptor = os.memfd_create("rfsq_tokenizer", os.MFD_CLOEXEC)
-    while descriptor in _LOADED:
-        # Someone has closed the descriptor of a library; its number is its name all the same.
-        descriptor = os.dup(descriptor)
-    _LOADED.add(descriptor)
-    written = 0
-    while written < len(content):
-        written += os.write(descriptor, content[written:])
-    return descriptor
+    try:
+        written = 0
+        while written < len(content):
+            written += os.write(descriptor, content[written:])
+        # The loader takes a name that it knows for the library that it has loaded by it, and numbers come again.
+        spelling = "./" * next(_SPELLINGS)
+        return ctypes.CDLL(f"/proc/self/fd/{spelling}{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
+_SPELLINGS = itertools.count()
 
 
 def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:

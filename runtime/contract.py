@@ -36,9 +36,9 @@ class BoundCall(Protocol):
 class Backend(Protocol):
     """Runs encoder and decoders of one bundle.
 
-    Arrays are C-contiguous, of exactly these types, and hold legal values: the caller has validated them, except where
-    the backend checks values itself. Both methods fill arrays of the caller, may be called from any thread, and raise
-    InferenceError where the library fails.
+    Arrays are C-contiguous, of exactly these types, and hold legal values: the caller has validated them, except in
+    calls of at most `checked_steps` steps. Both methods fill arrays of the caller, may be called from any thread, and
+    raise InferenceError where the library fails.
     """
 
     @property
@@ -50,8 +50,12 @@ class Backend(Protocol):
         """Library, version and device, for logs and reports."""
 
     @property
-    def checks_values(self) -> bool:
-        """Whether it raises IllegalValueError, with nothing written, for values that the caller has not validated."""
+    def device(self) -> str:
+        """What it runs on: a GPU, or a kind of processor."""
+
+    @property
+    def checked_steps(self) -> int:
+        """In calls of up to so many steps it checks the values itself: IllegalValueError, with nothing written."""
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         """actions [B, T, A] -> tokens [B, T, D, L] and, where wanted, stats [B, T, L, 2] (`dynamic` bundles)."""

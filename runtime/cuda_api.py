@@ -24,9 +24,10 @@ from runtime.errors import BackendUnavailableError, InferenceError, OutOfGpuMemo
 DEVICE = 0
 _HOST_TO_DEVICE = cudart.cudaMemcpyKind.cudaMemcpyHostToDevice
 _DEVICE_TO_HOST = cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost
-#: Other threads of the process go on with CUDA while one captures.
-_CAPTURE_MODE = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-_UNORDERED_EVENT = cudart.cudaEventDisableTiming
+#: Nobody else knows a stream that is captured, so nothing else has to hold still: no thread, no signal handler, and not
+#: the garbage collector, which may free memory at any moment.
+_CAPTURE_MODE = cudart.cudaStreamCaptureMode.cudaStreamCaptureModeRelaxed
+_NOT_CAPTURING = cudart.cudaStreamCaptureStatus.cudaStreamCaptureStatusNone
 _OUT_OF_MEMORY = cudart.cudaError_t.cudaErrorMemoryAllocation
 #: What cudaPointerGetAttributes calls memory that kernels can read at the speed of the GPU.
 _DEVICE_MEMORY = cudart.cudaMemoryType.cudaMemoryTypeDevice
@@ -86,13 +87,26 @@ def require_device() -> None:
         )
 
 
-@cache
+def require_not_capturing(stream: int) -> None:
+    """Raises InferenceError where someone is capturing the stream: what a call uses would not outlive their graph."""
+    if call(cudart.cudaStreamIsCapturing, stream) != _NOT_CAPTURING:
+        raise InferenceError(
+            "the stream is being captured into a graph, which this call cannot be part of; bind the arrays with "
+            "bind_encode or bind_decode before, and launch the bound call beside the graph"
+        )
+
+
 def open_device() -> GpuDevice:
     """CUDA's device 0. Raises BackendUnavailableError where there is none, or in a child of fork."""
     try:
         require_same_process()
     except InferenceError as error:
         raise BackendUnavailableError(str(error)) from error
+    return _device()
+
+
+@cache
+def _device() -> GpuDevice:
     status, count = cudart.cudaGetDeviceCount()
     if status or not count:
         reason = _describe(status) if status else "no device"
@@ -172,27 +186,6 @@ class Stream:
             cudart.cudaStreamDestroy(self._stream)
 
 
-class Event:
-    """A point in a stream that other streams can wait for."""
-
-    def __init__(self) -> None:
-        self._event = call(cudart.cudaEventCreateWithFlags, _UNORDERED_EVENT)
-
-    def record(self, stream: int) -> None:
-        call(cudart.cudaEventRecord, self._event, stream)
-
-    def make_wait(self, stream: int) -> None:
-        """What is put on `stream` from now on runs after what was recorded; at once where nothing was."""
-        call(cudart.cudaStreamWaitEvent, stream, self._event, 0)
-
-    def synchronize(self) -> None:
-        call(cudart.cudaEventSynchronize, self._event)
-
-    def close(self) -> None:
-        if is_usable():
-            cudart.cudaEventDestroy(self._event)
-
-
 class DeviceMemory:
     """Memory of the GPU, freed by `close`; `address` is a multiple of 256."""
 
@@ -236,8 +229,8 @@ def copy_to_host(target: int, source: int, num_bytes: int, stream: int) -> None:
 class CapturedGraph:
     """What `capture` recorded, launched as one."""
 
-    def __init__(self, executable: Any, num_nodes: int) -> None:
-        self._executable, self.num_nodes = executable, num_nodes
+    def __init__(self, executable: Any) -> None:
+        self._executable = executable
 
     def launch(self, stream: int) -> None:
         error = cudart.cudaGraphLaunch(self._executable, stream)[0]
@@ -255,9 +248,7 @@ def capture(stream: Stream, work: Callable[[], None]) -> CapturedGraph:
         work()
     graph = captured[0]
     try:
-        # The last value is the count in every version of cuda-python.
-        num_nodes = int(cudart.cudaGraphGetNodes(graph, 0)[-1])
-        return CapturedGraph(call(cudart.cudaGraphInstantiate, graph, 0), num_nodes)
+        return CapturedGraph(call(cudart.cudaGraphInstantiate, graph, 0))
     finally:
         cudart.cudaGraphDestroy(graph)
 

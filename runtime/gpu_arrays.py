@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from runtime.errors import InvalidInputError
 
 #: cudaStreamLegacy: the stream that torch and CuPy work on unless they are told otherwise.
 DEFAULT_STREAM = 1
+#: cudaStreamPerThread.
+_PER_THREAD_STREAM = 2
 #: What the widest load of a kernel needs.
 _ALIGNMENT = 16
 
@@ -46,7 +49,7 @@ class GpuResult:
     Its values are there once the stream of the call has come so far; `stream` is told to whoever takes the array.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike, stream: int) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike, stream: GpuStream) -> None:
         self.shape, self.dtype, self.stream = shape, np.dtype(dtype), stream
         self._memory = DeviceMemory(math.prod(shape) * self.dtype.itemsize)
 
@@ -58,7 +61,7 @@ class GpuResult:
             "typestr": self.dtype.str,
             "data": (self._memory.address, False),
             "strides": None,
-            "stream": self.stream,
+            "stream": self.stream.handle,
         }
 
     def __del__(self) -> None:
@@ -87,14 +90,31 @@ def _is_on_device(value: object, address: int) -> bool:
     return is_on_device(address) if where is None else int(where()[1]) == DEVICE
 
 
-def stream_of(stream: object, arrays: dict[str, GpuArray]) -> int:
-    """The stream to work on: the caller's, else the one the arrays name, else CUDA's default stream.
+@dataclass(frozen=True, slots=True)
+class GpuStream:
+    """A cudaStream_t, and the object that it belongs to, which must not go before it."""
+
+    handle: int
+    owner: object
+
+
+def stream_of(stream: object, arrays: dict[str, GpuArray]) -> GpuStream:
+    """The stream to work on: the caller's, else the one the arrays name, else the current one of their library.
 
     stream: None, a cudaStream_t as a number, or a stream of torch, CuPy or cuda.core. Raises InvalidInputError where
     an array names another stream: what is computed on that one might not be there yet.
     """
+    if isinstance(stream, GpuStream):
+        return stream
     named = {name: array.stream for name, array in arrays.items() if array.stream is not None}
-    handle = next(iter(named.values()), DEFAULT_STREAM) if stream is None else _stream_handle(stream)
+    if stream is None:
+        stream = next(iter(named.values()), None) or _current_stream(arrays)
+    handle = _stream_handle(stream)
+    if handle == _PER_THREAD_STREAM:
+        raise InvalidInputError(
+            "the stream is CUDA's per-thread default stream, which is another one in every thread; pass a stream of "
+            "your own"
+        )
     for name, other in named.items():
         if other != handle:
             raise InvalidInputError(
@@ -102,7 +122,15 @@ def stream_of(stream: object, arrays: dict[str, GpuArray]) -> int:
                 "not be there on the other yet; make the array's stream the current one, or wait for it and pass "
                 "the array from there"
             )
-    return handle
+    return GpuStream(handle, stream)
+
+
+def _current_stream(arrays: dict[str, GpuArray]) -> object:
+    """torch's tensors name no stream: what is theirs is the one that is current in torch."""
+    torch = sys.modules.get("torch")
+    if torch is not None and any(type(array.owner).__module__.startswith("torch") for array in arrays.values()):
+        return torch.cuda.current_stream(DEVICE)
+    return DEFAULT_STREAM
 
 
 def _stream_handle(stream: object) -> int:

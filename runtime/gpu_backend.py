@@ -25,18 +25,22 @@ from runtime.cuda_api import (
     capture,
     copy_to_device,
     copy_to_host,
+    is_usable,
     require_device,
+    require_not_capturing,
     synchronize_device,
     synchronize_stream,
 )
 from runtime.errors import InferenceError
-from runtime.gpu_arrays import GpuArray
+from runtime.gpu_arrays import GpuArray, GpuStream
 from runtime.manifest import GraphEntry, TensorEntry
 
 #: Batch sizes, and streams of callers, for which everything is kept ready; a robot uses one or two.
 _KEPT = 4
 #: What a kernel may write straight into the memory of the host: a copy of its own takes 8 us, whatever its size.
 _DIRECT_BYTES = 64 * 2**10
+#: So many chunks take a multiple of 64 bytes, whatever their size.
+_ALIGNED_CHUNKS = 16
 #: Larger batches of numpy arrays go through in slices, of which two are under way at a time.
 _SLICE_BYTES = 4 * 2**20
 
@@ -81,10 +85,11 @@ class GpuBackend:
         self,
         name: str,
         description: str,
+        device: str,
         entries: Sequence[GraphEntry],
         functions: Sequence[GpuFunction],
     ) -> None:
-        self._name, self._description = name, description
+        self._name, self._description, self._device = name, description, device
         self._runners = {
             (entry.role, entry.prefix): _Runner(entry, function)
             for entry, function in zip(entries, functions, strict=True)
@@ -101,8 +106,12 @@ class GpuBackend:
         return self._description
 
     @property
-    def checks_values(self) -> bool:
-        return False
+    def device(self) -> str:
+        return self._device
+
+    @property
+    def checked_steps(self) -> int:
+        return 0
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         self._encoder.run_on_host((actions,), (tokens, stats))
@@ -110,19 +119,19 @@ class GpuBackend:
     def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
         self._decoders[tokens.shape[3]].run_on_host((tokens,) if stats is None else (tokens, stats), (actions,))
 
-    def encode_on_gpu(self, arrays: Sequence[GpuArray], stream: int) -> None:
+    def encode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         """arrays: actions, tokens and, in `dynamic` bundles, stats. Returns before the work is done."""
         self._encoder.run_on_gpu(arrays, stream)
 
-    def decode_on_gpu(self, arrays: Sequence[GpuArray], stream: int) -> None:
+    def decode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         """arrays: tokens, in `dynamic` bundles stats, and actions. Returns before the work is done."""
         self._decoders[arrays[0].shape[3]].run_on_gpu(arrays, stream)
 
-    def bind_encode(self, arrays: Sequence[GpuArray], stream: int) -> CapturedCall:
+    def bind_encode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
         """`encode_on_gpu` on these arrays, captured."""
         return self._encoder.bind(arrays, stream)
 
-    def bind_decode(self, arrays: Sequence[GpuArray], stream: int) -> CapturedCall:
+    def bind_decode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
         """`decode_on_gpu` on these arrays, captured."""
         return self._decoders[arrays[0].shape[3]].bind(arrays, stream)
 
@@ -134,22 +143,25 @@ class GpuBackend:
 class CapturedCall:
     """A call on fixed arrays of the GPU, captured as a graph: calling it launches the graph and allocates nothing.
 
-    It keeps the arrays and the engine alive until it is closed. The arrays may be written between calls, in the order
-    of the stream that it was bound to.
+    It keeps the arrays, the stream and the engine alive until it is closed. The arrays may be written between calls, in
+    the order of the stream that it was bound to.
     """
 
-    def __init__(self, program: Program, graph: CapturedGraph, arrays: Sequence[GpuArray], stream: int) -> None:
-        self._program, self._graph, self._arrays, self.stream = program, graph, tuple(arrays), stream
+    def __init__(self, program: Program, graph: CapturedGraph, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
+        self._program, self._graph, self._arrays, self._stream = program, graph, tuple(arrays), stream
 
     def __call__(self) -> None:
         """Launch on the bound stream; returns before the work is done. Raises InferenceError."""
+        if not self._arrays:
+            raise InferenceError("this bound call was closed; bind the arrays again")
         require_device()
-        self._graph.launch(self.stream)
+        self._graph.launch(self._stream.handle)
 
     def close(self) -> None:
         """Wait for the stream, then free the graph. It cannot be called afterwards."""
-        if self._arrays:
-            synchronize_stream(self.stream)
+        # In a child of fork nothing of CUDA may be called, not even to free.
+        if self._arrays and is_usable():
+            synchronize_stream(self._stream.handle)
             self._graph.close()
             self._program.close()
             self._arrays = ()
@@ -265,15 +277,17 @@ class _Runner:
                 under_way, before = following, part
             under_way.finish([None if array is None else array[before] for array in outputs])
 
-    def run_on_gpu(self, arrays: Sequence[GpuArray], stream: int) -> None:
+    def run_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         require_device()
-        with self._programs.borrowed(stream) as program:
+        require_not_capturing(stream.handle)
+        with self._programs.borrowed(stream.handle) as program:
             for start, batch in _slices(arrays[0].shape[0], self._function.max_batch):
                 program.bind(batch, [array.address + start * _bytes_of_one(array) for array in arrays])
-                program.enqueue(stream)
+                program.enqueue(stream.handle)
 
-    def bind(self, arrays: Sequence[GpuArray], stream: int) -> CapturedCall:
+    def bind(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
         require_device()
+        require_not_capturing(stream.handle)
         batch = arrays[0].shape[0]
         if batch > self._function.max_batch:
             raise InferenceError(
@@ -283,7 +297,7 @@ class _Runner:
         try:
             program.bind(batch, [array.address for array in arrays])
             # The first run compiles kernels, which no capture allows; nothing else may use the arrays meanwhile.
-            synchronize_stream(stream)
+            synchronize_stream(stream.handle)
             program.enqueue(own_stream.handle)
             own_stream.synchronize()
             return CapturedCall(
@@ -298,7 +312,10 @@ class _Runner:
     def close(self) -> None:
         self._host_calls.close()
         self._programs.close()
-        self._function.close()
+        if is_usable():
+            self._function.close()
+        else:
+            _ABANDONED.append(self._function)
 
     def _new_host_call(self, batch: int) -> _HostCall:
         return _HostCall(self._entry, self._function.new_program(), batch)
@@ -361,24 +378,34 @@ class _HostCall:
                 array[...] = buffer
 
     def close(self) -> None:
+        if not is_usable():
+            _ABANDONED.append(self)
+            return
         # What failed may still be under way in memory that is about to be freed.
         with contextlib.suppress(InferenceError):
-            require_device()
             self._stream.synchronize()
         del self._inputs, self._outputs
         self._undo.close()
 
 
 def _close_idle_program(program: Program) -> None:
+    if not is_usable():
+        _ABANDONED.append(program)
+        return
     # The caller's stream may still be working with it.
     with contextlib.suppress(InferenceError):
-        require_device()
         synchronize_device()
     program.close()
 
 
+#: Kept from being freed in a child of fork, where nothing of CUDA may be called.
+_ABANDONED: list[object] = []
+
+
 def _slices(batch: int, most: int) -> Sequence[tuple[int, int]]:
     """Start and length of consecutive parts of at most `most`."""
+    # Every part begins as well aligned as the first: a chunk has a whole number of 4 bytes.
+    most = most // _ALIGNED_CHUNKS * _ALIGNED_CHUNKS or most
     return [(start, min(most, batch - start)) for start in range(0, batch, most)]
 
 

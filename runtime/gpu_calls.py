@@ -9,7 +9,7 @@ import numpy as np
 
 from runtime.contract import BoundCall
 from runtime.errors import InvalidInputError, UnbuiltPrefixError
-from runtime.gpu_arrays import GpuArray, GpuResult, gpu_array, stream_of
+from runtime.gpu_arrays import GpuArray, GpuResult, GpuStream, gpu_array, stream_of
 from runtime.manifest import ModelEntry
 from runtime.validation import STATS_NEEDED, is_gpu_array
 
@@ -20,13 +20,13 @@ _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
 class TakesGpuArrays(Protocol):
     """What a backend on the GPU has beside the contract of all backends; arrays in the order of its graphs."""
 
-    def encode_on_gpu(self, arrays: Sequence[GpuArray], stream: int) -> None: ...
+    def encode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None: ...
 
-    def decode_on_gpu(self, arrays: Sequence[GpuArray], stream: int) -> None: ...
+    def decode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None: ...
 
-    def bind_encode(self, arrays: Sequence[GpuArray], stream: int) -> BoundCall: ...
+    def bind_encode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> BoundCall: ...
 
-    def bind_decode(self, arrays: Sequence[GpuArray], stream: int) -> BoundCall: ...
+    def bind_decode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> BoundCall: ...
 
 
 class GpuCalls:
@@ -37,23 +37,23 @@ class GpuCalls:
 
     def encode(self, actions: object, stream: object) -> GpuResult:
         """actions float32 [B, T, A] -> tokens int32 [B, T, D, L]."""
-        return self._encode_new(actions, stream, has_stats=False)[0]
+        return self._encode_new(actions, stream)[0]
 
     def encode_with_stats(self, actions: object, stream: object) -> tuple[GpuResult, GpuResult]:
         """... and stats float32 [B, T, L, 2]."""
-        tokens, stats = self._encode_new(actions, stream, has_stats=True)
+        tokens, stats = self._encode_new(actions, stream)
         return tokens, stats
 
-    def _encode_new(self, actions: object, stream: object, *, has_stats: bool) -> tuple[GpuResult, ...]:
+    def _encode_new(self, actions: object, stream: object) -> tuple[GpuResult, ...]:
         source = self._actions("actions", actions)
-        handle = stream_of(stream, {"actions": source})
+        own = stream_of(stream, {"actions": source})
         shapes: list[tuple[tuple[int, ...], _DType]] = [
             (self._tokens_shape(source.shape[0], self._model.num_layers), _INT32)
         ]
-        if has_stats:
+        if self._model.has_stats:
             shapes.append((self._stats_shape(source.shape[0], self._model.num_layers), _FLOAT32))
-        results = tuple(GpuResult(shape, dtype, handle) for shape, dtype in shapes)
-        self.encode_into(source, results[0], results[1] if has_stats else None, handle)
+        results = tuple(GpuResult(shape, dtype, own) for shape, dtype in shapes)
+        self.encode_into(source, results[0], results[1] if self._model.has_stats else None, own)
         return results
 
     def encode_into(self, actions: object, out: object, stats_out: object | None, stream: object) -> None:
@@ -71,9 +71,9 @@ class GpuCalls:
     def decode(self, tokens: object, stats: object | None, stream: object) -> GpuResult:
         """tokens int32 [B, T, D, l] -> actions float32 [B, T, A]."""
         source = self._tokens("tokens", tokens)
-        handle = stream_of(stream, {"tokens": source})
-        actions = GpuResult(self._actions_shape(source.shape[0]), _FLOAT32, handle)
-        self.decode_into(source, actions, stats, handle)
+        own = stream_of(stream, {"tokens": source})
+        actions = GpuResult(self._actions_shape(source.shape[0]), _FLOAT32, own)
+        self.decode_into(source, actions, stats, own)
         return actions
 
     def decode_into(self, tokens: object, out: object, stats: object | None, stream: object) -> None:
@@ -90,20 +90,22 @@ class GpuCalls:
 
     def _encoding(
         self, actions: object, out: object, stats_out: object | None, stream: object
-    ) -> tuple[list[GpuArray], int]:
+    ) -> tuple[list[GpuArray], GpuStream]:
         source = self._actions("actions", actions)
         batch, layers = source.shape[0], self._model.num_layers
         named = {"actions": source, "out": _output("out", out, _INT32, self._tokens_shape(batch, layers))}
         if self._model.has_stats:
-            shape = self._stats_shape(batch, layers)
-            # The engine always gives them; without an array of the caller they go where nobody looks.
-            wanted = GpuResult(shape, _FLOAT32, stream_of(stream, named)) if stats_out is None else stats_out
-            named["stats_out"] = _output("stats_out", wanted, _FLOAT32, shape)
+            if stats_out is None:
+                raise InvalidInputError(
+                    "stats_out is missing: the engine of a `dynamic` bundle always gives statistics; pass a float32 "
+                    f"array {list(self._stats_shape(batch, layers))} on the GPU for them"
+                )
+            named["stats_out"] = _output("stats_out", stats_out, _FLOAT32, self._stats_shape(batch, layers))
         return _checked(named, ("actions",), stream)
 
     def _decoding(
         self, tokens: object, out: object, stats: object | None, stream: object
-    ) -> tuple[list[GpuArray], int]:
+    ) -> tuple[list[GpuArray], GpuStream]:
         source = self._tokens("tokens", tokens)
         batch, layers = source.shape[0], source.shape[3]
         named = {"tokens": source}
@@ -192,7 +194,7 @@ def _check_type(name: str, array: GpuArray, dtype: _DType) -> None:
 
 def _checked(
     named: dict[str, GpuArray], inputs: tuple[Literal["actions", "tokens", "stats"], ...], stream: object
-) -> tuple[list[GpuArray], int]:
+) -> tuple[list[GpuArray], GpuStream]:
     """The arrays in the engine's order, and the stream to work on."""
     outputs = [name for name in named if name not in inputs]
     for output in outputs:

@@ -113,7 +113,7 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class ParityEntry:
-    """What a gate measured: `value` against `limit` over `steps` control steps."""
+    """What a gate measured: `value` against `limit` over `steps` control steps, on `device`."""
 
     backend: str
     gate: str
@@ -121,6 +121,7 @@ class ParityEntry:
     value: float
     limit: float
     detail: str
+    device: str = ""
 
     def __post_init__(self) -> None:
         # A count is a number like any other to a gate, but JSON would spell it without a point.

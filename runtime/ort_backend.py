@@ -71,8 +71,12 @@ class OrtBackend:
         return f"ONNX Runtime {ort.__version__}, CPU"
 
     @property
-    def checks_values(self) -> bool:
-        return False
+    def device(self) -> str:
+        return "CPU"
+
+    @property
+    def checked_steps(self) -> int:
+        return 0
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         self._encoder.run(actions, None, tokens, stats)

@@ -8,8 +8,8 @@ import onnxruntime as ort
 
 from runtime.bundle import Bundle
 from runtime.cuda_api import open_device, synchronize_stream
-from runtime.errors import BackendUnavailableError
-from runtime.gpu_arrays import GpuArray
+from runtime.errors import BackendUnavailableError, InferenceError
+from runtime.gpu_arrays import GpuArray, GpuStream
 from runtime.ort_backend import BoundGraph, OrtBackend, Providers
 
 _PROVIDER = "CUDAExecutionProvider"
@@ -29,7 +29,7 @@ class OrtCudaBackend(OrtBackend):
             raise BackendUnavailableError(
                 f"ONNX Runtime {ort.__version__} was built without CUDA; install onnxruntime-gpu in its place"
             )
-        self._device = open_device()
+        self._gpu = open_device()
         # Finds CUDA's and cuDNN's libraries where pip has put them.
         preload = getattr(ort, "preload_dlls", None)
         if preload is not None:
@@ -42,35 +42,41 @@ class OrtCudaBackend(OrtBackend):
 
     @property
     def description(self) -> str:
-        return f"ONNX Runtime {ort.__version__}, {self._device}"
+        return f"ONNX Runtime {ort.__version__}, {self._gpu}"
 
-    def encode_on_gpu(self, arrays: Sequence[GpuArray], stream: int) -> None:
+    @property
+    def device(self) -> str:
+        return str(self._gpu)
+
+    def encode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         self.bind_encode(arrays, stream)()
 
-    def decode_on_gpu(self, arrays: Sequence[GpuArray], stream: int) -> None:
+    def decode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         self.bind_decode(arrays, stream)()
 
-    def bind_encode(self, arrays: Sequence[GpuArray], stream: int) -> OrtBoundCall:
+    def bind_encode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> OrtBoundCall:
         return _bind(self._encoder, arrays, stream)
 
-    def bind_decode(self, arrays: Sequence[GpuArray], stream: int) -> OrtBoundCall:
+    def bind_decode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> OrtBoundCall:
         return _bind(self._decoders[arrays[0].shape[3]], arrays, stream)
 
 
 class OrtBoundCall:
     """A call on fixed arrays of the GPU, which it keeps alive until it is closed."""
 
-    def __init__(self, run: Callable[[], None], arrays: Sequence[GpuArray], stream: int) -> None:
+    def __init__(self, run: Callable[[], None], arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         self._run, self._arrays, self._stream = run, tuple(arrays), stream
 
     def __call__(self) -> None:
-        synchronize_stream(self._stream)
+        if not self._arrays:
+            raise InferenceError("this bound call was closed; bind the arrays again")
+        synchronize_stream(self._stream.handle)
         self._run()
 
     def close(self) -> None:
         self._arrays = ()
 
 
-def _bind(graph: BoundGraph, arrays: Sequence[GpuArray], stream: int) -> OrtBoundCall:
+def _bind(graph: BoundGraph, arrays: Sequence[GpuArray], stream: GpuStream) -> OrtBoundCall:
     run = graph.bind_device([array.address for array in arrays], arrays[0].shape[0])
     return OrtBoundCall(run, arrays, stream)

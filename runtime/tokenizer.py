@@ -38,7 +38,7 @@ class ActionTokenizer:
         self._manifest = manifest
         self._backend = backend
         self._validator = InputValidator(manifest.model)
-        self._must_check = not backend.checks_values
+        self._unchecked_chunks = backend.checked_steps // manifest.model.chunk_length
         self._gpu_calls: GpuCalls | None = None
         self._is_closed = False
 
@@ -96,7 +96,7 @@ class ActionTokenizer:
         """actions float32 [B, T, A] -> tokens int32 [B, T, D, L], on the GPU where the actions are."""
         if is_gpu_array(actions):
             return self._on_gpu().encode(actions, stream)
-        valid = self._validator.actions(actions, has_values_to_check=self._must_check)
+        valid = self._validator.actions(actions, unchecked=self._unchecked_chunks)
         tokens = np.empty(self._tokens_shape(valid), np.int32)
         self._encode(valid, tokens, None)
         return tokens
@@ -117,7 +117,7 @@ class ActionTokenizer:
         self._require_stats()
         if is_gpu_array(actions):
             return self._on_gpu().encode_with_stats(actions, stream)
-        valid = self._validator.actions(actions, has_values_to_check=self._must_check)
+        valid = self._validator.actions(actions, unchecked=self._unchecked_chunks)
         tokens = np.empty(self._tokens_shape(valid), np.int32)
         stats = np.empty(self._stats_shape(valid), np.float32)
         self._encode(valid, tokens, stats)
@@ -136,7 +136,7 @@ class ActionTokenizer:
         if is_gpu_array(actions):
             self._on_gpu().encode_into(actions, out, stats_out, stream)
             return
-        valid = self._validator.actions(actions, has_values_to_check=self._must_check)
+        valid = self._validator.actions(actions, unchecked=self._unchecked_chunks)
         # The array as it was given: a copy that validation made shares no memory with anything.
         source = cast(Float32Array, actions)
         tokens = self._validator.output("out", out, np.int32, self._tokens_shape(valid), source)
@@ -171,7 +171,7 @@ class ActionTokenizer:
         """
         if is_gpu_array(tokens):
             return self._on_gpu().decode(tokens, stats, stream)
-        valid = self._validator.tokens(tokens, has_values_to_check=self._must_check)
+        valid = self._validator.tokens(tokens, unchecked=self._unchecked_chunks)
         valid_stats = self._validator.stats(stats, valid)
         actions = np.empty(self._actions_shape(valid), np.float32)
         self._decode(valid, valid_stats, actions)
@@ -186,7 +186,7 @@ class ActionTokenizer:
         if is_gpu_array(tokens):
             self._on_gpu().decode_into(tokens, out, stats, stream)
             return
-        valid = self._validator.tokens(tokens, has_values_to_check=self._must_check)
+        valid = self._validator.tokens(tokens, unchecked=self._unchecked_chunks)
         valid_stats = self._validator.stats(stats, valid)
         # The arrays as they were given: a copy that validation made shares no memory with anything.
         inputs = cast(tuple[Int32Array, ...], (tokens,) if stats is None else (tokens, stats))

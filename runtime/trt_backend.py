@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -10,7 +11,9 @@ from runtime.cuda_api import GpuDevice, open_device
 from runtime.errors import BackendUnavailableError, BundleError, InferenceError
 from runtime.gpu_backend import GpuBackend
 from runtime.manifest import EngineEntry, GraphEntry, TensorEntry
-from runtime.trt_api import EngineTensor, TrtApi, find_tensorrt, quote
+from runtime.trt_api import EngineRefusedError, EngineTensor, TrtApi, find_tensorrt, quote
+
+_LOG = logging.getLogger(__name__)
 
 #: The form that no TensorRT computes in TF32, and that marks illegal input (`export/graphs.py`).
 FORM: Final = "reduce"
@@ -24,19 +27,19 @@ class TrtBackend(GpuBackend):
     """
 
     def __init__(self, bundle: Bundle, backend: str) -> None:
-        api, self.device = find_tensorrt(backend), open_device()
+        api, gpu = find_tensorrt(backend), open_device()
         graphs = bundle.manifest.graphs_of(FORM)
-        entries = choose_engines(bundle, api, self.device)
+        entries = choose_engines(bundle, api, gpu)
         runtime = api.create_runtime()
         self.engines: list[TrtFunction] = []
         try:
             for graph, entry in zip(graphs, entries, strict=True):
-                self.engines.append(TrtFunction(api, runtime, bundle, graph, entry, self.device))
+                self.engines.append(TrtFunction(api, runtime, bundle, graph, entry, gpu))
         except BaseException:
             for engine in self.engines:
                 engine.close()
             raise
-        super().__init__(backend, f"{api.flavour.tag}, {self.device}", graphs, self.engines)
+        super().__init__(backend, f"{api.flavour.tag}, {gpu}", str(gpu), graphs, self.engines)
 
 
 def choose_engines(bundle: Bundle, api: TrtApi, device: GpuDevice) -> list[EngineEntry]:
@@ -86,7 +89,12 @@ class TrtFunction:
         # Kernels of another GPU would only be refused, or compiled again.
         is_of_device = bool(entry.kernel_cache) and entry.device == str(device)
         content = bundle.content(entry.kernel_cache) if is_of_device else b""
-        self._kernel_cache = api.create_kernel_cache(self._engine, content)
+        try:
+            self._kernel_cache = api.create_kernel_cache(self._engine, content)
+        except EngineRefusedError as error:
+            # It only saves time; a driver that was updated may want kernels of its own.
+            _LOG.warning("%s: %s; the kernels are compiled anew", entry.kernel_cache, error)
+            self._kernel_cache = api.create_kernel_cache(self._engine, b"")
         self._names = tuple(tensor.name for tensor in (*graph.inputs, *graph.outputs))
         self._tails = {tensor.name: tensor.shape[1:] for tensor in graph.inputs}
 

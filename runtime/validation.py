@@ -31,7 +31,7 @@ _UNSIGNED = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in _TOKEN_TYPES}
 #: one before, and nothing is farther from 0 than that range is wide: |mean| <= 2; and sigma, unbiased over 2 latents or
 #: more, is at most range / sqrt(2) + 1e-5. Twice 2 leaves room for rounding, and for 2 levels, whose half a bin is a
 #: whole sigma.
-_STATS_LIMIT = 4.0
+STATS_LIMIT = 4.0
 
 STATS_NEEDED = (
     "tokens of a `dynamic` bundle cannot be decoded alone: every layer was normalised by a mean and a sigma of its own "
@@ -64,28 +64,28 @@ class InputValidator:
         self._actions_tail = (model.chunk_length, model.action_dim)
         self._tokens_tail = (model.chunk_length, model.latent_dim)
 
-    def actions(self, actions: object, *, has_values_to_check: bool = True) -> Float32Array:
+    def actions(self, actions: object, *, unchecked: int = 0) -> Float32Array:
         """float32 [B, T, A], every |action| at most the model's limit; as a C-contiguous array of native order.
 
-        has_values_to_check: False where the backend does it, faster. Raises InvalidInputError.
+        unchecked: up to so many chunks the backend checks the values, faster. Raises InvalidInputError.
         """
         array = _as_array("actions", actions)
         if array.dtype != _FLOAT32 or array.shape[1:] != self._actions_tail:
             self._check_shape("actions", array, "B, T, A", self._actions_tail)
             array = _native("actions", array, (_FLOAT32,)).astype(_FLOAT32, copy=False)
-        if not array.flags.c_contiguous:
-            array = np.ascontiguousarray(array)
-        if has_values_to_check and array.size:
+        if not (array.flags.c_contiguous and array.flags.aligned):
+            array = np.require(array, requirements=["C", "A"])
+        if len(array) > unchecked and array.size:
             limit = self._action_limit
             # A NaN is the maximum of any array that holds one, and no comparison with it is true.
             if not (np.maximum.reduce(array, axis=None) <= limit and np.minimum.reduce(array, axis=None) >= -limit):
                 self._refuse_actions(array)
         return array
 
-    def tokens(self, tokens: object, *, has_values_to_check: bool = True) -> Int32Array:
+    def tokens(self, tokens: object, *, unchecked: int = 0) -> Int32Array:
         """int32, int64 or uint8 [B, T, D, l], l a built prefix, values 0 ... K - 1; as C-contiguous native int32.
 
-        has_values_to_check: False where the backend does it, faster; those of other types are checked all the same.
+        unchecked: up to so many chunks the backend checks the values, faster; of other types they are checked here.
         Raises InvalidInputError, UnbuiltPrefixError for another number of layers.
         """
         array = _as_array("tokens", tokens)
@@ -94,12 +94,12 @@ class InputValidator:
             array = _native("tokens", array, _TOKEN_TYPES)
         if array.shape[3] not in self._prefixes:
             self._refuse_prefix(array)
-        if not array.flags.c_contiguous:
-            array = np.ascontiguousarray(array)
+        if not (array.flags.c_contiguous and array.flags.aligned):
+            array = np.require(array, requirements=["C", "A"])
         is_int32 = array.dtype == _INT32
         # As unsigned numbers, negative ones are the largest: one pass finds both kinds of wrong value.
         if (
-            (has_values_to_check or not is_int32)
+            (len(array) > unchecked or not is_int32)
             and array.size
             and np.maximum.reduce(array.view(_UNSIGNED[array.dtype]), axis=None) >= self._num_levels
         ):
@@ -127,14 +127,14 @@ class InputValidator:
                 f"stats have shape {list(array.shape)}; expected [B, T, l, 2] = {list(expected)} beside tokens of "
                 f"shape {list(tokens.shape)}: slice tokens[..., :l] and stats[..., :l, :] alike"
             )
-        array = np.ascontiguousarray(_native("stats", array, (_FLOAT32,)), _FLOAT32)
+        array = np.require(_native("stats", array, (_FLOAT32,)), _FLOAT32, ["C", "A"])
         # Written so that NaN is refused.
-        possible = np.abs(array) <= _STATS_LIMIT
+        possible = np.abs(array) <= STATS_LIMIT
         possible[..., 1] &= array[..., 1] > 0
         if not possible.all():
             index = _first(~possible)
             expected_number = (
-                f"a sigma above 0 and at most {_STATS_LIMIT:g}" if index[-1] else f"a mean of at most ±{_STATS_LIMIT:g}"
+                f"a sigma above 0 and at most {STATS_LIMIT:g}" if index[-1] else f"a mean of at most ±{STATS_LIMIT:g}"
             )
             raise InvalidInputError(
                 f"stats{list(index)} is {array[index]}; expected {expected_number}: latents lie between -1 and 1, so "

@@ -11,10 +11,14 @@
 enum { STEPS = 8, LANES = 8, CHECKED_STEPS = RFSQ_CHECKED_STEPS };
 enum { T = RFSQ_CHUNK_LENGTH, A = RFSQ_ACTION_DIM, D = RFSQ_LATENT_DIM, L = RFSQ_NUM_LAYERS, K = RFSQ_NUM_LEVELS };
 
+_Static_assert(CHECKED_STEPS % STEPS == 0, "values are checked in whole blocks");
+
 /* Features up to a whole number of lanes; the tables below are filled up with zeros. */
 #define PADDED(features) (((features) + LANES - 1) / LANES * LANES)
 
 /* @TABLES@ */
+
+_Static_assert(sizeof ENCODER_FIRST_BIAS == PADDED(H) * sizeof(float), "the tables are padded as the code expects");
 
 /* --- arithmetic -------------------------------------------------------------------------------------------------- */
 

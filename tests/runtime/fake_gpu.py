@@ -143,6 +143,8 @@ class FakeCuda:
             "copy_to_device": copy,
             "copy_to_host": copy,
             "require_device": lambda: None,
+            "require_not_capturing": lambda _stream: None,
+            "is_usable": lambda: True,
             "synchronize_device": lambda: [cuda.synchronize(handle) for handle in list(cuda.streams)],
             "synchronize_stream": self.synchronize,
         }.items():

@@ -414,7 +414,7 @@ def test_every_backend_is_measured_or_listed_with_the_reason(bundle: Path) -> No
     report = bench.bench(bench.Config(bundle, batches=(1, 3), rounds=1, starts=0))
     assert "onnxruntime" in report.backends
     assert {*report.backends, *report.missing} >= set(BACKEND_NAMES)
-    assert "this runtime cannot run 'c' yet" in report.missing["c"]
+    assert "has no C engine" in report.missing["c"]
     measured = {(found.backend, found.operation, found.path, found.batch) for found in report.rows}
     assert measured >= {
         ("onnxruntime", operation, path, batch)
@@ -534,7 +534,7 @@ def test_peers_are_measured_in_turn_with_ours_and_this_process_stays_free_of_tor
     assert [(found.operation, found.path, found.batch) for found in peers] == [
         (operation, "host", 2) for operation in ("encode", "decode", "decode l2")
     ]
-    assert all(found.p50 > 0 and found.calls == CALLS_PER_ROUND for found in peers)
+    assert all(found.p50 > 0 and 1 <= found.calls <= CALLS_PER_ROUND for found in peers)
     assert "torch finds no GPU" in report.missing["torch.compile"]
     assert any("random weights" in remark for remark in report.remarks)
     assert f"torch {torch.__version__}" in report.machine["versions"]
@@ -942,7 +942,7 @@ def test_no_gpu_is_a_reason_and_no_failure(bench_gpu: Any, bundle: Path, monkeyp
         raise BackendUnavailableError("CUDA finds no usable GPU here")
 
     monkeypatch.setattr(bench_gpu, "open_device", fail)
-    monkeypatch.setattr(bench, "_ON_GPU", ("onnxruntime",))
+    monkeypatch.setattr(bench, "GPU_BACKENDS", ("onnxruntime",))
     report = bench.bench(bench.Config(bundle, ("onnxruntime",), (1,), rounds=1, starts=0))
     assert report.missing == {"floor and bandwidth of the GPU": "CUDA finds no usable GPU here"}
     assert {found.times_floor for found in report.rows} == {None}

@@ -18,12 +18,12 @@ from tests.runtime.fake_gpu import FakeCuda, FakeFunction, aligned, answer
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
 
 from runtime import gpu_backend
-from runtime.gpu_arrays import GpuArray
+from runtime.gpu_arrays import GpuArray, GpuStream
 from runtime.gpu_backend import GpuBackend
 
 #: Small enough that batches of a few chunks need slices: of 5 chunks for the encoder, of 8 for the decoder of 2 layers.
 SLICE_BYTES = 600
-CALLERS_STREAM = 7
+CALLERS_STREAM = GpuStream(7, object())
 
 
 class Bench:
@@ -33,7 +33,7 @@ class Bench:
         self.cuda, self.manifest = cuda, make_manifest(deploy(Recipe(mode=mode)))
         self.entries = self.manifest.graphs_of("reduce")
         self.functions = [FakeFunction(cuda, entry, max_batch) for entry in self.entries]
-        self.backend = GpuBackend("fake", "a fake", self.entries, self.functions)
+        self.backend = GpuBackend("fake", "a fake", "a GPU", self.entries, self.functions)
 
     def inputs(self, entry: GraphEntry, batch: int, seed: int = 0) -> list[np.ndarray]:
         random = np.random.default_rng(seed)
@@ -277,7 +277,7 @@ def test_arrays_of_the_gpu_are_used_where_they_lie_and_on_the_callers_stream(cud
         inputs, output = arrays_of(bench, entry, batch)
         call([on_gpu(array) for array in (*inputs, output)], CALLERS_STREAM)
         assert (output == 0).all(), "done before the caller's stream has come so far"
-        cuda.synchronize(CALLERS_STREAM)
+        cuda.synchronize(CALLERS_STREAM.handle)
         np.testing.assert_array_equal(output, answer(inputs, entry.outputs[0]))
     assert cuda.live == {}
 
@@ -292,17 +292,19 @@ def test_a_bound_call_is_captured_once_and_reads_its_arrays_anew(bench: Bench) -
         output.fill(-9)
         call()
         assert (output == -9).all()
-        bench.cuda.synchronize(CALLERS_STREAM)
+        bench.cuda.synchronize(CALLERS_STREAM.handle)
         np.testing.assert_array_equal(output, answer(inputs, entry.outputs[0]))
     assert (bench.cuda.open_graphs, bench.num_programs) == (1, 1)
     call.close()
     call.close()
     assert (bench.cuda.open_graphs, bench.num_programs) == (0, 0)
+    with pytest.raises(InferenceError, match="this bound call was closed"):
+        call()
 
 
 def test_a_bound_call_waits_for_what_the_caller_has_put_on_the_stream(bench: Bench) -> None:
     inputs, output = arrays_of(bench, bench.entries[0], 2)
-    bench.cuda.put(CALLERS_STREAM, lambda: inputs[0].fill(5))
+    bench.cuda.put(CALLERS_STREAM.handle, lambda: inputs[0].fill(5))
     bench.backend.bind_encode([on_gpu(array) for array in (*inputs, output)], CALLERS_STREAM)
     np.testing.assert_array_equal(output, answer([np.full_like(inputs[0], 5)], bench.entries[0].outputs[0]))
 

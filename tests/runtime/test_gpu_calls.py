@@ -1,5 +1,6 @@
 """Arrays of the GPU are checked before anything runs, by what they say of themselves: no GPU is needed."""
 
+import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from tests.runtime.fake_gpu import FakeArray, FakeCuda, aligned, gpu
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
 
 from runtime import gpu_arrays
-from runtime.gpu_arrays import DEFAULT_STREAM, GpuArray, GpuResult, gpu_array, stream_of
+from runtime.gpu_arrays import DEFAULT_STREAM, GpuArray, GpuResult, GpuStream, gpu_array, stream_of
 
 # --- one array --------------------------------------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ class OfOldCudaCore:
     ids=["none", "zero", "number", "torch", "torch's default", "CuPy", "CuPy's default", "cuda.core", "its first"],
 )
 def test_streams_of_every_library_are_understood(stream: object, handle: int) -> None:
-    assert stream_of(stream, {"actions": gpu_array("actions", gpu((1,)))}) == handle
+    assert stream_of(stream, {"actions": gpu_array("actions", gpu((1,)))}).handle == handle
 
 
 def test_a_stream_that_is_none_is_refused() -> None:
@@ -144,7 +145,27 @@ def test_a_stream_that_is_none_is_refused() -> None:
 
 def test_without_a_stream_of_the_caller_the_one_that_the_arrays_name_is_taken() -> None:
     arrays = {name: gpu_array(name, gpu((1,), stream=stream)) for name, stream in (("a", None), ("b", 9), ("c", 9))}
-    assert stream_of(None, arrays) == stream_of(9, arrays) == 9
+    assert stream_of(None, arrays).handle == stream_of(9, arrays).handle == 9
+
+
+def test_the_per_thread_default_stream_is_refused() -> None:
+    """Its handle means another stream in every thread, so nothing can be kept for it."""
+    for stream, arrays in ((2, {}), (None, {"a": gpu_array("a", gpu((1,), stream=2))})):
+        with pytest.raises(InvalidInputError, match="another one in every thread"):
+            stream_of(stream, arrays)
+
+
+def test_torchs_current_stream_is_that_of_tensors_which_name_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tensor(FakeArray):
+        __module__ = "torch"
+
+    current = SimpleNamespace(cuda_stream=77)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(current_stream=lambda _: current)))
+    tensor = gpu_array("a", Tensor(aligned((4,), np.float32)))
+    found = stream_of(None, {"a": tensor})
+    assert (found.handle, found.owner) == (77, current)
+    assert stream_of(5, {"a": tensor}).handle == 5
+    assert stream_of(None, {"a": gpu_array("a", gpu((1,)))}).handle == DEFAULT_STREAM
 
 
 def test_streams_that_differ_are_refused_naming_both() -> None:
@@ -163,14 +184,14 @@ B, T, A, D, L = 5, 2, 3, 4, 3
 class FakeBackend:
     """Notes what it is called with."""
 
-    name, description = "tensorrt-rtx", "a fake"
+    name, description, device, checked_steps = "tensorrt-rtx", "a fake", "a GPU", 0
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[GpuArray], int]] = []
 
-    def __getattr__(self, name: str) -> Callable[[Sequence[GpuArray], int], object]:
-        def note(arrays: Sequence[GpuArray], stream: int) -> object:
-            self.calls.append((name, list(arrays), stream))
+    def __getattr__(self, name: str) -> Callable[[Sequence[GpuArray], GpuStream], object]:
+        def note(arrays: Sequence[GpuArray], stream: GpuStream) -> object:
+            self.calls.append((name, list(arrays), stream.handle))
             return name
 
         if name not in ("encode_on_gpu", "decode_on_gpu", "bind_encode", "bind_decode"):
@@ -274,13 +295,12 @@ def test_the_memory_of_a_result_goes_with_it(calibrated: Opened, cuda: FakeCuda)
     assert cuda.live == {}
 
 
-def test_statistics_that_nobody_wants_have_a_place_all_the_same(dynamic: Opened) -> None:
-    dynamic.tokenizer.encode_into(actions(), tokens())
-    dynamic.tokenizer.bind_encode(actions(), tokens())
-    for _, arrays, _ in dynamic.backend.calls:
-        assert [array.shape for array in arrays] == [(B, T, A), (B, T, D, L), (B, T, L, 2)]
-        # Kept by whoever keeps the arrays, as a bound call does.
-        assert isinstance(arrays[2].owner, GpuResult)
+def test_statistics_have_to_have_a_place_where_nothing_is_allocated(dynamic: Opened) -> None:
+    for call in (dynamic.tokenizer.encode_into, dynamic.tokenizer.bind_encode):
+        with pytest.raises(InvalidInputError, match=r"stats_out is missing.*\[5, 2, 3, 2\]"):
+            call(actions(), tokens())
+    dynamic.tokenizer.encode(actions())
+    assert [array.shape for array in dynamic.backend.calls[0][1]] == [(B, T, A), (B, T, D, L), (B, T, L, 2)]
 
 
 @pytest.mark.parametrize("layers", [2, 3])

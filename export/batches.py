@@ -1,0 +1,19 @@
+"""Batch sizes that an engine is built for."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Batch sizes B of an engine: smallest, tuned for, largest. T is fixed in the graph."""
+
+    minimum: int
+    optimum: int
+    maximum: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+            raise ValueError(
+                f"profile has minimum {self.minimum}, optimum {self.optimum}, maximum {self.maximum}; "
+                "expected 1 <= minimum <= optimum <= maximum"
+            )
