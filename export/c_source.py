@@ -56,6 +56,8 @@ def c_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerpri
         )
     template = _TEMPLATE.read_text(encoding="utf-8")
     functions = [_encoder_function(encoder), *map(_decoder_function, decoders)]
+    if any("add_halves(" in function for function in functions):
+        functions.insert(0, _ADD_HALVES)
     source = template.replace("/* @TABLES@ */", "\n".join(_tables(encoder, decoders)))
     source = source.replace("/* @FUNCTIONS@ */", "\n".join(functions).rstrip())
     note = f"/* Generated, do not edit. Compile with {' '.join(C_FLAGS)} */\n"
@@ -146,11 +148,12 @@ def _encoder_function(plan: EncoderPlan) -> str:
 
 def _decoder_function(plan: DecoderPlan) -> str:
     name, stats = f"L{plan.prefix}", "stats" if plan.has_stats else "NULL"
+    check = "    if (stats == NULL)\n        return RFSQ_ILLEGAL_VALUE;\n" if plan.has_stats else ""
     return f"""\
 {_to_latents(plan)}
 {_decoder_signature(plan)}
 {{
-    const struct decoder decoder = {{
+{check}    const struct decoder decoder = {{
         {plan.prefix}, l{plan.prefix}_to_latents,
         &{name}_HIDDEN_WEIGHT[0][0], {name}_HIDDEN_BIAS, &{name}_SECOND_WEIGHT[0][0], {name}_SECOND_BIAS,
     }};
@@ -204,6 +207,17 @@ def _to_latents(plan: DecoderPlan) -> str:
             "",
         ]
     )
+
+
+_ADD_HALVES = """\
+/* Of every 2 * half neighbours in x the first half plus the second. */
+static inline void add_halves(int groups, int half, const float *restrict x, float *restrict y)
+{
+    for (int g = 0; g < groups; ++g)
+        for (int i = 0; i < half; ++i)
+            y[g * half + i] = x[g * 2 * half + i] + x[g * 2 * half + half + i];
+}
+"""
 
 
 def _sums_of_neighbours(source: str, count: int, start: str) -> list[str]:

@@ -86,21 +86,16 @@ static inline void mish(int count, float *restrict values)
 {
     /* In two loops: in one, GCC would compute each side of the limits on its own. */
     float limited[STEPS * PADDED(H)];
-    for (int i = 0; i < count; ++i)
-        limited[i] = clamped(values[i], -87.0f, 20.0f);
+    for (int i = 0; i < count; ++i) {
+        /* Below -87 the function is zero to float32, but e stays where it is there. */
+        values[i] = values[i] > -87.0f ? values[i] : -87.0f;
+        limited[i] = values[i] < 20.0f ? values[i] : 20.0f;
+    }
     for (int i = 0; i < count; ++i) {
         const float e = exponential(limited[i]);
         const float n = e * (e + 2);
         values[i] *= n / (n + 2);
     }
-}
-
-/* Of every 2 * half neighbours in x the first half plus the second. */
-static inline void add_halves(int groups, int half, const float *restrict x, float *restrict y)
-{
-    for (int g = 0; g < groups; ++g)
-        for (int i = 0; i < half; ++i)
-            y[g * half + i] = x[g * 2 * half + i] + x[g * 2 * half + half + i];
 }
 
 /* tanh(x) = m / (m + 2) with m = exp(2 x) - 1; from |x| = 10 on it is 1. */

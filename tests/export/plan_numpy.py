@@ -84,6 +84,8 @@ class PlanBackend:
 
     name = "numpy"
     description = "plans in numpy float32"
+    device = "numpy"
+    checked_steps = 0
 
     def __init__(self, encoder: EncoderPlan, decoders: dict[int, DecoderPlan], product: Product = exact) -> None:
         self._encoder, self._decoders, self._product = encoder, decoders, product

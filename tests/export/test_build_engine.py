@@ -20,13 +20,13 @@ import torch
 
 from calibration.constants import CalibrationConfig
 from calibration.fit import calibrate
-from export import engines, pipeline
+from export import engines, pipeline, trt_builder
+from export.batches import Profile
 from export.build_engine import main, parse_arguments
 from export.errors import GateError
 from export.graphs import LinearForm
 from export.pipeline import BuildConfig, BuildResult, build
 from export.plan import DeployMode
-from export.trt_builder import Profile
 from rfsq_ref.autoencoder import ModelConfig
 from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from rfsq_ref.data import EpisodeSplit, chunk, load_actions
@@ -34,7 +34,8 @@ from rfsq_ref.normaliser import Normaliser, NormaliserKind
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from runtime import ActionTokenizer
 from runtime.bundle import open_bundle
-from runtime.manifest import MANIFEST_NAME, Manifest
+from runtime.cpu_targets import host_targets
+from runtime.manifest import C_HEADER, C_SOURCE, MANIFEST_NAME, Manifest
 from tests.bundles import bundle_files, graph_file
 from tests.export.machine import needs_no_gpu, needs_rtx
 from tests.rfsq_ref.published_model import ActionRFSQAE
@@ -155,7 +156,7 @@ def test_the_default_build_makes_a_bundle_that_a_robot_can_load(built: BuildResu
     graphs = [
         graph_file(name, form) for name in ("encoder.onnx", "decoder.onnx", "decoder_l3.onnx") for form in LinearForm
     ]
-    assert bundle_files(built.output) == sorted([*graphs, "golden.npz", MANIFEST_NAME])
+    assert bundle_files(built.output) == sorted([*graphs, C_HEADER, C_SOURCE, "golden.npz", MANIFEST_NAME])
     assert (manifest.model.mode, manifest.model.chunk_length, tokenizer.prefixes) == ("calibrated", 8, (3, 8))
     assert manifest.engines == ()
     assert tokenizer.fingerprint == manifest.fingerprint
@@ -311,11 +312,12 @@ def test_a_person_sees_a_line_per_step_and_a_table(tmp_path: Path, capsys: pytes
         "load action data",
         "calibrate",
         "export ONNX",
+        "generate C",
         "write golden vectors",
         "cross-check graphs",
         "parity gates",
     ]
-    assert re.search(r"^✓ onnxruntime, decode 8 layers: action error +\S+ +1e-05 +\d+$", output, re.MULTILINE)
+    assert re.search(r"^✓ onnxruntime \(.*?\), decode 8 layers: action error +\S+ +1e-05 +\d+$", output, re.MULTILINE)
     assert re.search(r"^tokens of 8 layers +\d\.\d{3}e-06$", output, re.MULTILINE)
     fingerprint = open_bundle(tmp_path / "b").manifest.fingerprint
     assert output.endswith(f"is built and validated, fingerprint {fingerprint[:16]}\n")
@@ -468,16 +470,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def check_engines(manifest: Manifest, folder: Path, profile: tuple[int, int, int], target: str) -> None:
-    assert [engine.graph for engine in manifest.engines] == [graph.file for graph in manifest.graphs_of("reduce")]
+    assert [engine.source for engine in manifest.engines] == [graph.file for graph in manifest.graphs_of("reduce")]
     for engine in manifest.engines:
         # Nothing here has run it: that is said, and not a word more.
         assert engine.status == "built"
         assert (engine.precision, engine.device, engine.kernel_cache) == ("not measured", "", "")
         assert re.fullmatch(r"inspected \((engine|network|none)\), not run", engine.detail)
         assert engine.profile == profile
-        assert engine.onnx_sha256 == manifest.files[engine.graph].sha256
-        stem = engine.graph.removeprefix("reduce/").removesuffix(".onnx")
-        expected = f"engines/{engine.backend}-{engine.version}-{target}/{stem}-{engine.onnx_sha256[:12]}.engine"
+        assert engine.source_sha256 == manifest.files[engine.source].sha256
+        stem = engine.source.removeprefix("reduce/").removesuffix(".onnx")
+        expected = f"engines/{engine.backend}-{engine.version}-{target}/{stem}-{engine.source_sha256[:12]}.engine"
         assert engine.file == expected
         assert (folder / engine.file).stat().st_size == manifest.files[engine.file].size > 1000
     assert {entry.backend for entry in manifest.parity} == {"onnxruntime"}
@@ -491,7 +493,7 @@ def test_engines_are_built_and_reported_as_not_run(
     options = {"backends": ("tensorrt-rtx",), "profile": Profile(1, 4, 64), "parity_steps": 500}
     result = build(config(tmp_path / "bundle", checkpoint=small, **options))
     check_engines(result.manifest, result.output, (1, 4, 64), "default")
-    assert {engine.compute_capabilities for engine in result.manifest.engines} == {()}
+    assert {engine.targets for engine in result.manifest.engines} == {()}
     output = capsys.readouterr().out
     assert re.search(r"built for tensorrt-rtx \S+, target default$", output, re.MULTILINE)
     assert re.search(r"^ +NOT run: tensorrt-rtx: \S", output, re.MULTILINE)
@@ -504,13 +506,80 @@ def test_engines_for_chosen_gpus_carry_them_in_their_names(small: Path, tmp_path
     options = {"backends": ("tensorrt-rtx",), "compute_capabilities": ("8.9", "12.0"), "parity_steps": 500}
     result = build(config(tmp_path / "bundle", checkpoint=small, **options))
     check_engines(result.manifest, result.output, (1, 1, 4096), "sm89-sm120")
-    assert {engine.compute_capabilities for engine in result.manifest.engines} == {("8.9", "12.0")}
+    assert {engine.targets for engine in result.manifest.engines} == {("8.9", "12.0")}
 
 
 @needs_rtx
 def test_without_a_choice_engines_are_built_for_what_is_installed(small: Path, tmp_path: Path) -> None:
     result = build(config(tmp_path / "bundle", checkpoint=small, backends=None, parity_steps=500))
     assert "tensorrt-rtx" in {engine.backend for engine in result.manifest.engines}
+
+
+def test_c_is_compiled_for_every_target_of_this_processor_and_passes_every_gate(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = build(config(tmp_path / "bundle", checkpoint=small, backends=("c",), parity_steps=500))
+    assert [engine.targets for engine in result.manifest.engines] == [(target,) for target in host_targets()]
+    for engine in result.manifest.engines:
+        assert (engine.backend, engine.source, engine.status, engine.precision) == ("c", C_SOURCE, "validated", "fp32")
+        assert engine.source_sha256 == result.manifest.files[C_SOURCE].sha256
+        assert engine.device == engine.targets[0]
+    gates = {entry.gate for entry in result.manifest.parity if entry.backend == "onnxruntime"}
+    output = capsys.readouterr().out
+    for target in host_targets():
+        own = [entry for entry in result.manifest.parity if (entry.backend, entry.device) == ("c", target)]
+        assert {entry.gate for entry in own} == gates
+        assert re.search(rf"^✓ c \({target}\), encode: wrong tokens +0 ", output, re.MULTILINE)
+    with ActionTokenizer.load(result.output) as tokenizer:
+        assert tokenizer.backend.name == "c"
+    header = (result.output / C_HEADER).read_text(encoding="utf-8")
+    assert f'"{result.manifest.fingerprint}"' in header
+
+
+def test_builds_with_c_write_the_same_bytes(small: Path, tmp_path: Path) -> None:
+    options = {"checkpoint": small, "backends": ("c",), "parity_steps": 500}
+    trees = [tree(build(config(tmp_path / name, **options)).output) for name in ("one", "two")]
+    assert trees[0] == trees[1]
+
+
+def test_without_a_compiler_the_source_goes_along_alone(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pipeline, "find_compiler", lambda: None)
+    monkeypatch.setattr(engines, "available_tensorrt", lambda: ())
+    result = build(config(tmp_path / "bundle", checkpoint=small, backends=None, parity_steps=500))
+    assert "c" not in {engine.backend for engine in result.manifest.engines}
+    assert C_SOURCE in result.manifest.files
+    assert "no C compiler is here: compile the generated C on the robot, with --from-bundle" in capsys.readouterr().out
+
+
+def test_c_asked_for_without_a_compiler_is_refused(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "no compiler"))
+    arguments = ["--checkpoint", str(small), "--output", str(tmp_path / "bundle"), "--parity-steps", "500"]
+    assert main([*arguments, "--backends", "c"]) == 2
+    assert "no C compiler is here: install gcc or clang" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_c_that_leaves_the_reference_turns_the_gates_red(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate = pipeline.c_tokenizer
+
+    def wrong(encoder, decoders, identity):
+        return generate(crooked(encoder), [lean(decoder) for decoder in decoders], identity)
+
+    monkeypatch.setattr(pipeline, "c_tokenizer", wrong)
+    arguments = ["--checkpoint", str(small), "--output", str(tmp_path / "bundle"), "--parity-steps", str(STEPS)]
+    assert main([*arguments, "--backends", "c"]) == 1
+    captured = capsys.readouterr()
+    for gate in ("encode: wrong tokens", "decode 3 layers: action error", "decode 5 layers: action error"):
+        assert re.search(rf"^  c, {gate}: \S+ over \d+ steps; expected at most", captured.err, re.MULTILINE)
+        assert re.search(rf"^✓ onnxruntime \(.*?\), {gate} ", captured.out, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_rtx
@@ -521,8 +590,8 @@ def test_an_engine_that_is_not_what_was_asked_for_ends_the_build(
         engine = build_one(request)
         return replace(engine, serialized=engine.serialized[: len(engine.serialized) // 2])
 
-    build_one = engines.build_engine
-    monkeypatch.setattr(engines, "build_engine", truncated)
+    build_one = trt_builder.build_engine
+    monkeypatch.setattr(trt_builder, "build_engine", truncated)
     with pytest.raises(
         GateError, match=r"tensorrt-rtx, reduce/encoder\.onnx: the engine has sha256 .* altered or cut short"
     ):
@@ -580,9 +649,9 @@ def test_red_gates_are_all_shown_and_leave_no_bundle(
     assert re.search(r"^✗ parity gates .*$", captured.out, re.MULTILINE)
     assert re.search(r"^ +\d+ steps against PyTorch float64: \d+ gates are red$", captured.out, re.MULTILINE)
     for gate in ("encode: wrong tokens", "decode 3 layers: action error", "decode 8 layers: action error"):
-        assert re.search(rf"^✗ onnxruntime, {gate} ", captured.out, re.MULTILINE)
+        assert re.search(rf"^✗ onnxruntime \(.*?\), {gate} ", captured.out, re.MULTILINE)
         assert re.search(rf"^  onnxruntime, {gate}: \S+ over \d+ steps; expected at most", captured.err, re.MULTILINE)
-    assert re.search(r"^✓ onnxruntime, encode: near-tie flips ", captured.out, re.MULTILINE)
+    assert re.search(r"^✓ onnxruntime \(.*?\), encode: near-tie flips ", captured.out, re.MULTILINE)
     assert "golden vectors: ✗ encode, batch 1: wrong tokens" in captured.err
     assert captured.err.startswith("error: these checks failed, so nothing was written:")
     assert "is built and validated" not in captured.out

@@ -1,19 +1,26 @@
-"""Engines for the GPU of this machine, added to a bundle from elsewhere: what is refused, and what that leaves."""
+"""Engines for this machine, added to a bundle from elsewhere: what is added, what is refused, and what that leaves."""
 
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from export import engines
+from export.batches import Profile
 from export.build_engine import main, parse_arguments
+from export.bundle_writer import stage_bundle
+from export.c_builder import CLibrary
 from export.on_target import TargetConfig
-from export.trt_builder import Profile
+from runtime import ActionTokenizer
 from runtime.bundle import open_bundle
-from tests.bundles import Recipe, bundle_files, write_bundle
+from runtime.cpu_targets import host_targets
+from runtime.manifest import C_SOURCE, EngineEntry, Manifest
+from tests.bundles import Recipe, bundle_files, c_entry, deploy, generate_c, write_bundle
 from tests.export.machine import needs_no_gpu, needs_rtx
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +29,7 @@ RTX = "tensorrt-rtx"
 
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
-    return write_bundle(tmp_path / "bundle", Recipe())
+    return write_bundle(tmp_path / "bundle", Recipe(c_targets=()))
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -95,7 +102,7 @@ def test_every_flag_is_either_for_the_target_or_refused(capsys: pytest.CaptureFi
 @pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-cuda", "openvino"])
 def test_a_backend_without_engines_is_refused(backend: str, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(["--from-bundle", bundle, "--backends", backend], capsys)
-    assert f"backends ['{backend}'] have no engines to add; there are tensorrt, tensorrt-rtx" in message
+    assert f"backends ['{backend}'] have no engines to add; there are c, tensorrt, tensorrt-rtx" in message
 
 
 # --- bundles and machines that cannot be used -------------------------------------------------------------------------
@@ -115,14 +122,15 @@ def test_an_altered_bundle_is_refused_and_left_alone(bundle: Path, capsys: pytes
     assert tree(bundle) == before
 
 
-def test_without_any_tensorrt_its_installation_is_shown(
+def test_without_anything_to_build_engines_with_it_is_said_what_to_install(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("export.on_target.available_tensorrt", lambda: ())
+    monkeypatch.setattr("export.on_target.find_compiler", lambda: None)
     before = tree(bundle)
-    assert "no TensorRT is installed here: install one with pip install '.[tensorrt-rtx,gpu]'" in refused(
-        ["--from-bundle", bundle], capsys
-    )
+    message = refused(["--from-bundle", bundle], capsys)
+    assert "neither a C compiler nor a TensorRT is here: install gcc or clang for C, or TensorRT with pip" in message
+    assert "pip install '.[tensorrt-rtx,gpu]'" in message
     assert tree(bundle) == before
 
 
@@ -136,6 +144,92 @@ def test_without_a_gpu_nothing_is_added(bundle: Path, tmp_path: Path, capsys: py
     assert tree(bundle) == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert {entry.status for entry in open_bundle(bundle).manifest.engines} == {"built"}
+
+
+# --- C ----------------------------------------------------------------------------------------------------------------
+
+
+def c_engines(manifest: Manifest) -> list[EngineEntry]:
+    return [entry for entry in manifest.engines if entry.backend == "c"]
+
+
+@pytest.fixture
+def without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.on_target.available_tensorrt", lambda: ())
+
+
+@pytest.mark.usefixtures("without_tensorrt")
+def test_c_is_compiled_for_every_target_of_this_processor_and_proven(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = open_bundle(bundle).manifest
+    assert main(["--from-bundle", str(bundle)]) == 0
+    assert re.search(r"^✓ compile c ", capsys.readouterr().out, re.MULTILINE)
+    after = open_bundle(bundle).manifest
+    assert [entry.targets for entry in c_engines(after)] == [(target,) for target in host_targets()]
+    for entry in c_engines(after):
+        assert (entry.status, entry.precision, entry.device) == ("validated", "fp32", entry.targets[0])
+        assert entry.source_sha256 == before.files[C_SOURCE].sha256
+    proven = {(entry.backend, entry.device) for entry in after.parity if entry.backend == "c"}
+    assert proven == {("c", target) for target in host_targets()}
+    assert set(before.parity) < set(after.parity)
+    # All else is as it was.
+    assert [entry for entry in after.engines if entry.backend != "c"] == list(before.engines)
+    assert (after.fingerprint, after.model, after.graphs) == (before.fingerprint, before.model, before.graphs)
+    with ActionTokenizer.load(bundle) as tokenizer:
+        assert tokenizer.backend.name == "c"
+
+
+@pytest.mark.usefixtures("without_tensorrt")
+def test_adding_c_again_changes_nothing(bundle: Path) -> None:
+    assert main(["--from-bundle", str(bundle)]) == 0
+    first = tree(bundle)
+    assert main(["--from-bundle", str(bundle), "--backends", "c"]) == 0
+    assert tree(bundle) == first
+
+
+@pytest.mark.usefixtures("without_tensorrt")
+def test_engines_for_other_processors_stay(tmp_path: Path) -> None:
+    """As in a bundle that goes to several robots."""
+    bundle = write_bundle(tmp_path / "bundle", Recipe(c_targets=()))
+    strange = replace(c_entry(generate_c(deploy(Recipe(c_targets=()))), "riscv64"), file="engines/c/riscv64/x.so")
+    with stage_bundle(bundle, overwrite=True) as staged:
+        opened = open_bundle(bundle)
+        for file in opened.manifest.files:
+            staged.write(file, opened.content(file))
+        staged.write(strange.file, b"for another processor")
+        staged.seal(replace(opened.manifest, engines=(*opened.manifest.engines, strange)))
+    assert main(["--from-bundle", str(bundle)]) == 0
+    assert [entry.targets for entry in c_engines(open_bundle(bundle).manifest)] == [
+        ("riscv64",),
+        *((target,) for target in host_targets()),
+    ]
+
+
+@pytest.mark.usefixtures("without_tensorrt")
+def test_c_that_does_not_compile_or_is_wrong_leaves_the_bundle_as_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = write_bundle(tmp_path / "bundle", Recipe(c_targets=()))
+    before = tree(bundle)
+    real = engines.compile_c
+
+    def broken(header: str, source: str, target: str) -> CLibrary:
+        return real(header, f"{source}\nno C", target)
+
+    def wrong(header: str, source: str, target: str) -> CLibrary:
+        changed = re.sub(r"(ENCODER_FIRST_BIAS\[\d+\] = \{\s*)-?0x[^,]+", r"\g<1>3.0f", source)
+        assert changed != source
+        return real(header, changed, target)
+
+    monkeypatch.setattr(engines, "compile_c", broken)
+    assert "error: " in refused(["--from-bundle", bundle], capsys)
+    assert tree(bundle) == before
+    monkeypatch.setattr(engines, "compile_c", wrong)
+    assert main(["--from-bundle", str(bundle)]) == 1
+    assert re.search(r"c.*: .*wrong tokens", capsys.readouterr().err)
+    assert tree(bundle) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
 # --- what a robot has -------------------------------------------------------------------------------------------------
@@ -171,6 +265,12 @@ def test_the_guard_against_torch_works(tmp_path: Path) -> None:
     assert finished.returncode == 1
     assert "ImportError: the robot has no " in finished.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_c_is_compiled_without_torch(bundle: Path) -> None:
+    finished = without_torch("--from-bundle", bundle, "--backends", "c")
+    assert finished.returncode == 0, finished.stderr
+    assert [entry.status for entry in c_engines(open_bundle(bundle).manifest)] == ["validated"] * len(host_targets())
 
 
 @needs_rtx

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 from runtime import inspect_bundle, ort_backend, selftest
 from runtime.bundle import open_bundle
+from runtime.cpu_targets import host_targets
 from runtime.manifest import MANIFEST_NAME, manifest_text, parse_manifest
 from tests.bundles import Recipe, deploy, write_bundle
 
@@ -127,7 +129,8 @@ def test_selftest_shows_every_check_beside_its_limit(bundle: Path, capsys: pytes
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("✓ 11 files")
     for line in (
-        "– c: not tested: this runtime cannot run 'c' yet; it runs onnxruntime, onnxruntime-cuda, tensorrt, ",
+        "– cuda: not tested: this runtime cannot run 'cuda' yet; it runs c, onnxruntime, onnxruntime-cuda, tensorrt, ",
+        f"– c: not tested: {bundle} has no C engine for ",
         "– tensorrt: not tested: tensorrt is not installed; install it with: pip install '.[tensorrt,gpu]'",
         "– onnxruntime-cuda: not tested: ONNX Runtime ",
     ):
@@ -166,6 +169,31 @@ def test_selftest_shows_all_failures_and_returns_1(tmp_path: Path, capsys: pytes
     assert any(line.startswith("✗ onnxruntime: 9 of 12 checks ") for line in lines)
 
 
+@pytest.mark.usefixtures("without_gpu")
+def test_selftest_tests_the_c_engine_of_a_bundle_that_has_one(
+    bundle_of: Callable[[Recipe], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(bundle_of(Recipe(c_targets=(host_targets()[0],))))
+    assert selftest.main([folder]) == 0
+    assert "✓ c: " in capsys.readouterr().out
+    assert selftest.main([folder, "--backend", "c"]) == 0
+    assert inspect_bundle.main([folder]) == 0
+    printed = capsys.readouterr().out
+    assert f"c a compiler, for {host_targets()[0]}, from engines/c/rfsq_tokenizer.c, " in printed
+    assert "✓ validated: it passed the parity gates" in printed
+
+
+def test_loading_a_c_engine_needs_numpy_alone(bundle_of: Callable[[Recipe], Path]) -> None:
+    printed = isolated(
+        "sys.modules['onnxruntime'] = None\n"
+        "import numpy as np\n"
+        "from runtime import ActionTokenizer\n"
+        f"with ActionTokenizer.load({str(bundle_of(Recipe(c_targets=(host_targets()[0],))))!r}) as tokenizer:\n"
+        "    print(tokenizer.backend.name, tokenizer.encode(np.zeros((1, 2, 3), np.float32)).shape)\n"
+    )
+    assert printed == "c (1, 2, 4, 3)\n"
+
+
 def test_selftest_without_any_backend_returns_2(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,7 +215,7 @@ def test_inspection_shows_what_is_in_the_bundle(altered: Path, capsys: pytest.Ca
         "encoder.onnx: encoder, actions float32[B, 2, 3] -> tokens int32[B, 2, 4, 3]",
         "reduce/encoder.onnx: encoder, actions float32[B, 2, 3] -> tokens int32[B, 2, 4, 3]",
         "decoder_l2.onnx: decoder of 2 layers, tokens int32[B, 2, 4, 2] -> actions float32[B, 2, 3]",
-        "tensorrt-rtx 1.6.1.120, compute capability 8.9, from reduce/decoder.onnx, B 1 ... 64, tuned for 1",
+        "tensorrt-rtx 1.6.1.120, for 8.9, from reduce/decoder.onnx, B 1 ... 64, tuned for 1",
         "– built, NOT validated: it was never run (inspected (network) but not run: no GPU)",
         "✓ onnxruntime, encoder: wrong tokens: 0 ≤ 0 over 120000 steps",
         "not listed in the manifest, never read: notes.txt",
