@@ -19,7 +19,7 @@ engine: $(VENV)/installed
 
 test: $(VENV)/installed
 	@echo "== running all tests"
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/installed
 	@echo "== checking format, style and types"

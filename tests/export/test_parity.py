@@ -249,6 +249,7 @@ class Wrapped:
 
     name = "spoiled"
     description = "a right backend with spoiled answers"
+    device, checked_steps = "this test", 0
 
     def __init__(
         self,
@@ -390,6 +391,7 @@ class Encoded:
 
     name = "prepared"
     description = "prepared tokens"
+    device, checked_steps = "this test", 0
 
     def __init__(self, case: Case, tokens: Sequence[np.ndarray], stats: Sequence[np.ndarray] | None = None) -> None:
         self._right, self._tokens, self._stats = case.backend(), iter(tokens), iter(stats or ())
