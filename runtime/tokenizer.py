@@ -189,7 +189,7 @@ class ActionTokenizer:
         valid = self._validator.tokens(tokens, unchecked=self._unchecked_chunks)
         valid_stats = self._validator.stats(stats, valid)
         # The arrays as they were given: a copy that validation made shares no memory with anything.
-        inputs = cast(tuple[Int32Array, ...], (tokens,) if stats is None else (tokens, stats))
+        inputs = cast("tuple[Int32Array, ...]", (tokens,) if stats is None else (tokens, stats))
         actions = self._validator.output("out", out, np.float32, self._actions_shape(valid), *inputs)
         self._decode(valid, valid_stats, actions)
 
