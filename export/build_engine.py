@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Build a validated bundle from a trained checkpoint: calibrate, export, compile, prove, then write it all at once.
 
-Without arguments the embedded robust checkpoint is built into build/bundle. With --from-bundle, engines for the GPU
-of this machine are added to a bundle that was built elsewhere; that needs neither torch nor the checkpoint. The exit
+Without arguments the embedded robust checkpoint is built into build/bundle. With --from-bundle, engines for this
+machine are added to a bundle that was built elsewhere; that needs neither torch nor the checkpoint. The exit
 status is 0 for a bundle that passed every gate, 1 when a gate or a check failed, 2 for input that cannot be used; only
 0 leaves or changes a bundle.
 """
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--parity-steps", type=int, help="default: 120000")
     parser.add_argument(
-        "--from-bundle", type=Path, metavar="BUNDLE", help="add engines for the GPU of this machine to this bundle"
+        "--from-bundle", type=Path, metavar="BUNDLE", help="add engines for this machine to this bundle"
     )
     return parser
 

@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from export.errors import ExportError
+from runtime.manifest import C_HEADER, C_SOURCE
 
-HEADER_NAME, SOURCE_NAME = "rfsq_tokenizer.h", "rfsq_tokenizer.c"
+HEADER_NAME, SOURCE_NAME = (PurePosixPath(file).name for file in (C_HEADER, C_SOURCE))
 #: Flags that the source is exact and fast with. No sum is reordered and no value changes by them, but for a product and
 #: a sum that round once instead of twice; the others promise that nobody reads errno or floating-point exceptions.
 C_FLAGS = ("-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
@@ -46,7 +47,7 @@ def find_compiler() -> list[str] | None:
 
 
 def compile_c(header: str, source: str, target: str, compiler: list[str] | None = None) -> CLibrary:
-    """Compile for one target, Raises CBuildError."""
+    """Compile for one target. Raises CBuildError."""
     compiler = compiler or find_compiler()
     if compiler is None:
         raise CBuildError("no C compiler is here: install gcc or clang, or name one in the environment as CC")

@@ -23,14 +23,13 @@ from export.plan import (
     action_limit,
     middle_level,
 )
+from runtime.c_backend import CHECKED_STEPS
 from runtime.validation import STATS_LIMIT
 
 _TEMPLATE = Path(__file__).parent / "templates" / SOURCE_NAME
 #: As in the template.
 _LANES = 8
 _NUMBERS_A_LINE = 6
-#: Their tokens stay in the processor's first cache between check and arithmetic.
-_CHECKED_STEPS = 64
 #: Beyond it a float32 cannot count.
 _MOST_LEVELS = 2**24
 
@@ -289,7 +288,7 @@ def _header(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerprint: 
             _define(
                 "ACTION_LIMIT", _number(action_limit(encoder)), "The largest |action|: beyond it float32 overflows."
             ),
-            _define("CHECKED_STEPS", _CHECKED_STEPS, "Steps whose values are all checked before any is computed with."),
+            _define("CHECKED_STEPS", CHECKED_STEPS, "Steps whose values are all checked before any is computed with."),
             "",
             _documented(
                 "Encode actions.",

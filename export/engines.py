@@ -1,4 +1,4 @@
-"""TensorRT engines on their way into a bundle: compiled, opened as the robot would, and recorded as measured."""
+"""Engines on their way into a bundle: compiled, opened as the robot would, and recorded as measured."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from tqdm import tqdm
 
@@ -60,7 +61,7 @@ def compile_graphs(
                 file = f"engines/{backend}-{built.version}-{target}/{stem}-{built.onnx_sha256[:12]}.engine"
                 staged.write(file, built.serialized)
                 engines.append(
-                    EngineEntry(
+                    _unproven(
                         backend=backend,
                         version=built.version,
                         targets=targets,
@@ -68,10 +69,6 @@ def compile_graphs(
                         source_sha256=built.onnx_sha256,
                         file=file,
                         profile=(profile.minimum, profile.optimum, profile.maximum),
-                        status="built",
-                        precision="not measured",
-                        device="",
-                        kernel_cache="",
                         detail=f"inspected ({description.source}), not run",
                     )
                 )
@@ -100,7 +97,7 @@ def compile_source(header: str, source: str, staged: StagedBundle, steps: StepLi
             file = f"engines/c/{target}/librfsq_tokenizer.so"
             staged.write(file, library.content)
             engines.append(
-                EngineEntry(
+                _unproven(
                     backend="c",
                     version=library.compiler,
                     targets=(target,),
@@ -108,15 +105,16 @@ def compile_source(header: str, source: str, staged: StagedBundle, steps: StepLi
                     source_sha256=hashlib.sha256(source.encode()).hexdigest(),
                     file=file,
                     profile=(1, 1, _ANY_BATCH),
-                    status="built",
-                    precision="not measured",
-                    device="",
-                    kernel_cache="",
                     detail="compiled, not run",
                 )
             )
             step.note(f"{target} {len(library.content) / 1000:.0f} kB, {library.compiler}")
     return tuple(engines)
+
+
+def _unproven(**known: Any) -> EngineEntry:
+    """An engine that nothing has run yet."""
+    return EngineEntry(status="built", precision="not measured", device="", kernel_cache="", **known)
 
 
 def _only_target(backend: str) -> tuple[str, ...]:

@@ -65,9 +65,8 @@ class BuildConfig:
     """What to build.
 
     prefixes: None for 3 where the model has as many layers, and L; backends: None for ONNX Runtime, on the GPU too
-    where it can, and every TensorRT that is installed; conditioning: None for `calibrated` with a robust checkpoint
-    and `none` with a naive one;
-    use_layernorm: for files that do not say it.
+    where it can, every TensorRT that is installed, and C where there is a compiler; conditioning: None for
+    `calibrated` with a robust checkpoint and `none` with a naive one; use_layernorm: for files that do not say it.
     """
 
     checkpoint: Path = ROBUST_CHECKPOINT

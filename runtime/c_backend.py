@@ -19,6 +19,9 @@ from runtime.cpu_targets import host_targets
 from runtime.errors import BackendUnavailableError, IllegalValueError
 from runtime.manifest import EngineEntry
 
+#: Of so many steps the generated code checks all values before it computes: they stay in the processor's first cache.
+CHECKED_STEPS = 64
+
 _byref, _size, _first_byte = ctypes.byref, ctypes.c_size_t, ctypes.c_char.from_buffer
 
 
@@ -56,8 +59,7 @@ class CBackend:
 
     @property
     def checked_steps(self) -> int:
-        # RFSQ_CHECKED_STEPS of the generated header.
-        return 64
+        return CHECKED_STEPS
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         batch = _size(len(actions))

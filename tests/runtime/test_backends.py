@@ -32,6 +32,7 @@ from runtime.backends import create_backend
 from runtime.bundle import Bundle, open_bundle
 from runtime.contract import Backend
 from tests.bundles import Recipe, deploy, export_graphs, random_actions, write_bundle
+from tests.runtime.interrupts import check_decoding_in_signal_handlers
 
 
 class Borrowed:
@@ -311,24 +312,7 @@ def test_a_call_within_a_call_does_not_wait_for_it(bundle: Path) -> None:
 
 
 def test_a_signal_handler_may_decode_whatever_it_interrupts(tokenizer: ActionTokenizer) -> None:
-    tokens, out = np.zeros((1, 2, 4, 3), np.int32), np.empty((1, 2, 3), np.float32)
-    expected, handled = tokenizer.decode(tokens), 0
-
-    def handle(*_arguments: Any) -> None:
-        nonlocal handled
-        tokenizer.decode_into(tokens, out)
-        handled += 1
-
-    previous = signal.signal(signal.SIGALRM, handle)
-    try:
-        for delay in np.random.default_rng(0).uniform(1e-6, 6e-5, 2000):
-            signal.setitimer(signal.ITIMER_REAL, delay)
-            np.testing.assert_array_equal(tokenizer.decode(tokens), expected)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-    assert handled > 100
-    np.testing.assert_array_equal(out, expected)
+    check_decoding_in_signal_handlers(tokenizer)
 
 
 def test_closing_while_others_encode_harms_nobody(bundle: Path) -> None:

@@ -22,6 +22,7 @@ from runtime.c_backend import CBackend
 from runtime.cpu_targets import host_targets
 from runtime.manifest import C_HEADER
 from tests.bundles import Recipe, random_actions
+from tests.runtime.interrupts import check_decoding_in_signal_handlers
 
 BEST, LEAST = host_targets()[0], host_targets()[-1]
 RECIPE = Recipe(c_targets=(BEST,))
@@ -346,24 +347,7 @@ def test_a_child_forked_while_other_threads_encode_encodes_too(tokenizer: Action
 
 
 def test_a_signal_handler_may_decode_whatever_it_interrupts(tokenizer: ActionTokenizer) -> None:
-    tokens, out = np.zeros((1, 2, 4, 3), np.int32), np.empty((1, 2, 3), np.float32)
-    expected, handled = tokenizer.decode(tokens), 0
-
-    def handle(*_arguments: object) -> None:
-        nonlocal handled
-        tokenizer.decode_into(tokens, out)
-        handled += 1
-
-    previous = signal.signal(signal.SIGALRM, handle)
-    try:
-        for delay in np.random.default_rng(0).uniform(1e-6, 6e-5, 2000):
-            signal.setitimer(signal.ITIMER_REAL, delay)
-            np.testing.assert_array_equal(tokenizer.decode(tokens), expected)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
-    assert handled > 100
-    np.testing.assert_array_equal(out, expected)
+    check_decoding_in_signal_handlers(tokenizer)
 
 
 def test_who_closes_it_harms_nobody_who_still_encodes(opened: Bundle) -> None:
