@@ -28,6 +28,7 @@ from runtime.cuda_api import (
     is_usable,
     require_device,
     require_not_capturing,
+    require_same_process,
     synchronize_device,
     synchronize_stream,
 )
@@ -249,10 +250,10 @@ class _Runner:
         self._programs: _Kept[Program] = _Kept(lambda _stream: function.new_program(), _close_idle_program)
 
     def run_on_host(self, inputs: Sequence[_Array], outputs: Sequence[_Array | None]) -> None:
-        require_device()
         batch = len(inputs[0])
         if batch <= self._slice:
             # Written out: this is the call of the control loop, and a context manager takes a microsecond.
+            require_same_process()
             host_call = self._host_calls.take(batch)
             try:
                 host_call.start(inputs)
@@ -262,6 +263,7 @@ class _Runner:
                 raise
             self._host_calls.give_back(batch, host_call)
             return
+        require_device()
         # The last slice repeats chunks of the one before it, so that all are of one size.
         starts = [*range(0, batch - self._slice, self._slice), batch - self._slice]
         parts = [slice(start, start + self._slice) for start in starts]
@@ -318,6 +320,8 @@ class _Runner:
             _ABANDONED.append(self._function)
 
     def _new_host_call(self, batch: int) -> _HostCall:
+        # Once is enough: its stream, memory and graph are this device's, whichever is current when they are used.
+        require_device()
         return _HostCall(self._entry, self._function.new_program(), batch)
 
 
@@ -347,7 +351,7 @@ class _HostCall:
                 host.array.fill(0)
             program.bind(batch, [(host if gpu is None else gpu).address for host, gpu in (*inputs, *outputs)])
             self._inputs, self._outputs = ([host.array for host, _ in side] for side in (inputs, outputs))
-            handle = self._stream.handle
+            self._handle = handle = self._stream.handle
 
             def work() -> None:
                 for host, gpu in inputs:
@@ -366,9 +370,9 @@ class _HostCall:
             self._undo = undo.pop_all()
 
     def start(self, inputs: Sequence[_Array]) -> None:
-        for buffer, array in zip(self._inputs, inputs, strict=True):
+        for buffer, array in zip(self._inputs, inputs, strict=False):
             buffer[...] = array
-        self._graph.launch(self._stream.handle)
+        self._graph.launch(self._handle)
 
     def finish(self, outputs: Sequence[_Array | None]) -> None:
         """Wait, and copy into the arrays; None, or none at all, for an output that nobody wants."""
