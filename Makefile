@@ -11,7 +11,7 @@ else
 EXTRAS ?= export,evidence,dev
 endif
 
-.PHONY: engine test lint benchmark clean
+.PHONY: engine test lint benchmark time-c clean
 
 engine: $(VENV)/installed
 	@echo "== building the embedded checkpoint into $(BUNDLE)"
@@ -30,6 +30,21 @@ lint: $(VENV)/installed
 benchmark: engine
 	@echo "== measuring $(BUNDLE)"
 	@$(RUN) runtime/bench.py $(BUNDLE) --output build/bench
+
+# The generated C of a bundle, timed from C with the flags of its compiled engines, for the best level of this processor.
+C_FLAGS := -std=c11 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math
+ifeq ($(shell uname -m),x86_64)
+TIME_FLAGS ?= $(if $(shell grep -m1 avx512vl /proc/cpuinfo),-march=x86-64-v4,-march=x86-64-v3)
+endif
+TIME_PROGRAM ?= build/time_tokenizer
+
+time-c:
+	@test -f $(BUNDLE)/engines/c/rfsq_tokenizer.c || { echo "$(BUNDLE) has no engines/c: build it with make engine" >&2; exit 2; }
+	@mkdir -p $(dir $(TIME_PROGRAM))
+	@echo "== timing $(BUNDLE) with $(CC) $(C_FLAGS) $(TIME_FLAGS)"
+	@$(CC) $(C_FLAGS) $(TIME_FLAGS) -Wall -Wextra -Wpedantic -I $(BUNDLE)/engines/c \
+		examples/time_tokenizer.c $(BUNDLE)/engines/c/rfsq_tokenizer.c -o $(TIME_PROGRAM)
+	@$(TIME_PROGRAM) $(STEPS)
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "== installing [$(EXTRAS)] into $(VENV)"

@@ -29,6 +29,7 @@ from runtime.validation import STATS_LIMIT
 _TEMPLATE = Path(__file__).parent / "templates" / SOURCE_NAME
 #: As in the template.
 _LANES = 8
+_WIDE_LANES = 16
 _NUMBERS_A_LINE = 6
 #: Beyond it a float32 cannot count.
 _MOST_LEVELS = 2**24
@@ -55,8 +56,6 @@ def c_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerpri
         )
     template = _TEMPLATE.read_text(encoding="utf-8")
     functions = [_encoder_function(encoder), *map(_decoder_function, decoders)]
-    if any("add_halves(" in function for function in functions):
-        functions.insert(0, _ADD_HALVES)
     source = template.replace("/* @TABLES@ */", "\n".join(_tables(encoder, decoders)))
     source = source.replace("/* @FUNCTIONS@ */", "\n".join(functions).rstrip())
     note = f"/* Generated, do not edit. Compile with {' '.join(C_FLAGS)} */\n"
@@ -92,7 +91,11 @@ def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
         ]
     for decoder in decoders:
         name = f"L{decoder.prefix}"
-        lines += [*_layer(f"{name}_HIDDEN", decoder.hidden), *_layer(f"{name}_SECOND", decoder.second)]
+        lines += [
+            *_layer(f"{name}_HIDDEN", decoder.hidden, _WIDE_LANES),
+            _padded_table(f"{name}_SECOND_WEIGHT", decoder.second.weight, _WIDE_LANES),
+            _table(f"{name}_SECOND_BIAS", decoder.second.bias),
+        ]
     return lines
 
 
@@ -106,14 +109,14 @@ def _own_tokens(plan: DecoderPlan) -> _Array | None:
     return own
 
 
-def _layer(name: str, layer: Affine) -> list[str]:
+def _layer(name: str, layer: Affine, lanes: int = _LANES) -> list[str]:
     """Weight [inputs][outputs] and bias, outputs filled up to whole lanes."""
-    return [_padded_table(f"{name}_WEIGHT", layer.weight.T), _padded_table(f"{name}_BIAS", layer.bias)]
+    return [_padded_table(f"{name}_WEIGHT", layer.weight.T, lanes), _padded_table(f"{name}_BIAS", layer.bias, lanes)]
 
 
-def _padded_table(name: str, values: _Array) -> str:
+def _padded_table(name: str, values: _Array, lanes: int = _LANES) -> str:
     """With zeros behind every row, up to whole lanes."""
-    missing = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % _LANES)]
+    missing = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % lanes)]
     return _table(name, np.pad(values, missing))
 
 
@@ -121,9 +124,9 @@ def _table(name: str, values: _Array) -> str:
     """A constant array of one or two dimensions."""
     shape = "".join(f"[{size}]" for size in values.shape)
     if values.ndim == 1:
-        return f"static const float {name}{shape} = {{\n{_lines(values, ' ' * 4)}\n}};"
+        return f"static _Alignas(64) const float {name}{shape} = {{\n{_lines(values, ' ' * 4)}\n}};"
     rows = ",\n".join(f"    {{\n{_lines(row, ' ' * 8)}\n    }}" for row in values)
-    return f"static const float {name}{shape} = {{\n{rows}\n}};"
+    return f"static _Alignas(64) const float {name}{shape} = {{\n{rows}\n}};"
 
 
 def _lines(values: _Array, indent: str) -> str:
@@ -169,18 +172,14 @@ def _to_latents(plan: DecoderPlan) -> str:
         "float *restrict latents)\n{"
     )
     if plan.latents is None:
-        terms = [
-            f"sum += ((float)token[{layer}] * LEVEL_STEP - 1) * stat[{2 * layer + 1}] + stat[{2 * layer}];"
-            for layer in range(layers)
-        ]
-        return _per_latent(head, layers, f"const float *const stat = stats + s * {2 * layers};", "0", terms)
+        return _from_stats(head, layers)
     own = _own_tokens(plan)
     if own is None:
         return "\n".join(
             [
                 *_layer(name.upper(), plan.latents),
                 head,
-                f"    float levels[STEPS * D * {layers}];",
+                f"    _Alignas(64) float levels[STEPS * D * {layers}];",
                 "    (void)stats;",
                 f"    for (int i = 0; i < STEPS * D * {layers}; ++i)",
                 "        levels[i] = (float)tokens[i];",
@@ -196,7 +195,7 @@ def _to_latents(plan: DecoderPlan) -> str:
             _table(f"{name.upper()}_BIAS", plan.latents.bias),
             head,
             "    (void)stats;",
-            f"    float products[STEPS * D * {layers}];",
+            f"    _Alignas(64) float products[STEPS * D * {layers}];",
             "    for (int s = 0; s < STEPS; ++s)",
             f"        for (int i = 0; i < D * {layers}; ++i)",
             f"            products[s * (D * {layers}) + i] = {name.upper()}_WEIGHT[i] "
@@ -208,17 +207,6 @@ def _to_latents(plan: DecoderPlan) -> str:
     )
 
 
-_ADD_HALVES = """\
-/* Of every 2 * half neighbours in x the first half plus the second. */
-static inline void add_halves(int groups, int half, const float *restrict x, float *restrict y)
-{
-    for (int g = 0; g < groups; ++g)
-        for (int i = 0; i < half; ++i)
-            y[g * half + i] = x[g * 2 * half + i] + x[g * 2 * half + half + i];
-}
-"""
-
-
 def _sums_of_neighbours(source: str, count: int, start: str) -> list[str]:
     """Statements that add up every `count` neighbours into latents: halves for as long as there is an even number."""
     lines = []
@@ -226,7 +214,7 @@ def _sums_of_neighbours(source: str, count: int, start: str) -> list[str]:
         count //= 2
         sums = f"sums_of_{count}"
         lines += [
-            f"    float {sums}[STEPS * D * {count}];",
+            f"    _Alignas(64) float {sums}[STEPS * D * {count}];",
             f"    add_halves(STEPS * D, {count}, {source}, {sums});",
         ]
         source = sums
@@ -240,18 +228,26 @@ def _sums_of_neighbours(source: str, count: int, start: str) -> list[str]:
     ]
 
 
-def _per_latent(head: str, layers: int, preparation: str, start: str, terms: Sequence[str]) -> str:
-    """Sums over the layers, for every latent of every step; what pads the latents is zero."""
+def _from_stats(head: str, layers: int) -> str:
+    """Sums of sigma times what a token is above the middle, which is exact; the smallest first.
+
+    What pads the latents is zero.
+    """
+    means = " + ".join(f"stat[{2 * layer}]" for layer in reversed(range(layers)))
     lines = [
         head,
         "    memset(latents, 0, STEPS * PADDED(D) * sizeof *latents);",
         "    for (int s = 0; s < STEPS; ++s) {",
-        f"        {preparation}",
+        f"        const float *const stat = stats + s * {2 * layers};",
+        f"        const float means = {means};",
         "        for (int d = 0; d < D; ++d) {",
         f"            const int32_t *const token = tokens + (s * D + d) * {layers};",
-        f"            float sum = {start};",
-        *(f"            {term}" for term in terms),
-        "            latents[s * PADDED(D) + d] = sum;",
+        "            float sum = 0;",
+        *(
+            f"            sum += ((float)token[{layer}] - (K - 1) * 0.5f) * stat[{2 * layer + 1}];"
+            for layer in reversed(range(layers))
+        ),
+        "            latents[s * PADDED(D) + d] = sum * LEVEL_STEP + means;",
         "        }",
         "    }",
         "}",

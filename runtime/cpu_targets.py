@@ -7,8 +7,10 @@ from functools import cache
 from pathlib import Path
 
 #: Flags of /proc/cpuinfo that the x86-64 levels of the System V ABI ask for, beyond the baseline; the best level first.
+_V3 = {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
 _X86_LEVELS = {
-    "x86-64-v3": {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"},
+    "x86-64-v4": _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "x86-64-v3": _V3,
     "x86-64": set[str](),
 }
 #: What platform.machine() says, and what we call it.

@@ -9,6 +9,7 @@
  * are independent of each other, as many as a processor can have under way.
  */
 enum { STEPS = 8, LANES = 8, CHECKED_STEPS = RFSQ_CHECKED_STEPS };
+enum { CACHE_LINE = 64, FETCHED_STEPS = 16 };
 enum { T = RFSQ_CHUNK_LENGTH, A = RFSQ_ACTION_DIM, D = RFSQ_LATENT_DIM, L = RFSQ_NUM_LAYERS, K = RFSQ_NUM_LEVELS };
 
 _Static_assert(CHECKED_STEPS % STEPS == 0, "values are checked in whole blocks");
@@ -16,9 +17,20 @@ _Static_assert(CHECKED_STEPS % STEPS == 0, "values are checked in whole blocks")
 /* Features up to a whole number of lanes; the tables below are filled up with zeros. */
 #define PADDED(features) (((features) + LANES - 1) / LANES * LANES)
 
+/* The same for what is the inputs of a layer with few outputs, which are as many lanes as any processor has. */
+enum { WIDE_LANES = 16 };
+#define WIDE(features) (((features) + WIDE_LANES - 1) / WIDE_LANES * WIDE_LANES)
+
 /* @TABLES@ */
 
 _Static_assert(sizeof ENCODER_FIRST_BIAS == PADDED(H) * sizeof(float), "the tables are padded as the code expects");
+
+/* A hint alone: what it names need not be there. */
+#ifdef __GNUC__
+#define FETCH(address) __builtin_prefetch(address)
+#else
+#define FETCH(address) ((void)(address))
+#endif
 
 /* --- arithmetic -------------------------------------------------------------------------------------------------- */
 
@@ -63,7 +75,7 @@ static inline float exp_tail(float x, float *power)
     return sum * r * r + r;
 }
 
-/* exp(x) for -87 <= x <= 20: 2^n p(f) with whole n and n + f = x / ln 2, |f| <= 1/2. */
+/* exp(x) for -86 <= x <= 20: 2^n p(f) with whole n and n + f = x / ln 2, |f| <= 1/2. */
 static inline float exponential(float x)
 {
     const float shifted = x * 0x1.715476p+0f + 0x1.8p+23f;
@@ -72,27 +84,26 @@ static inline float exponential(float x)
     /* Fitted to 2^f with a relative error of at most 1.9e-9; in pairs, because the next step waits for the last. */
     const float low = (0x1p+0f + 0x1.62e430p-1f * f) + square * (0x1.ebfbdap-3f + 0x1.c6aed4p-5f * f);
     const float high = (0x1.3b2dbcp-7f + 0x1.5f456ap-10f * f) + square * 0x1.41d334p-13f;
-    /* The lowest bits of `shifted` are n; the shift drops all others. */
-    uint32_t bits;
-    memcpy(&bits, &shifted, sizeof bits);
-    bits = (bits + 127) << 23;
+    const float p = low + square * square * high;
+    /* The lowest bits of `shifted` are n; the shift drops all others, and the sum adds n to p's exponent. */
+    uint32_t bits, exponent;
+    memcpy(&exponent, &shifted, sizeof exponent);
+    memcpy(&bits, &p, sizeof bits);
+    bits += exponent << 23;
     float power;
     memcpy(&power, &bits, sizeof power);
-    return (low + square * square * high) * power;
+    return power;
 }
 
 /* x tanh(log(1 + exp(x))) = x n / (n + 2) with n = e (e + 2), e = exp(x); from x = 20 on the fraction is 1. */
 static inline void mish(int count, float *restrict values)
 {
-    /* In two loops: in one, GCC would compute each side of the limits on its own. */
-    float limited[STEPS * PADDED(H)];
+    /* A loop of its own: otherwise GCC would compute each side of the limits by itself. */
+    for (int i = 0; i < count; ++i)
+        /* Below -86 the function is zero to float32, but e stays where it is there. */
+        values[i] = values[i] > -86.0f ? values[i] : -86.0f;
     for (int i = 0; i < count; ++i) {
-        /* Below -87 the function is zero to float32, but e stays where it is there. */
-        values[i] = values[i] > -87.0f ? values[i] : -87.0f;
-        limited[i] = values[i] < 20.0f ? values[i] : 20.0f;
-    }
-    for (int i = 0; i < count; ++i) {
-        const float e = exponential(limited[i]);
+        const float e = exponential(values[i] < 20.0f ? values[i] : 20.0f);
         const float n = e * (e + 2);
         values[i] *= n / (n + 2);
     }
@@ -139,16 +150,66 @@ static inline void linear(int inputs, int stride, int outputs, const float *rest
     }
 }
 
+/* Of every 2 * half neighbours in x the first half plus the second. */
+static inline void add_halves(int groups, int half, const float *restrict x, float *restrict y)
+{
+    for (int g = 0; g < groups; ++g)
+        for (int i = 0; i < half; ++i)
+            y[g * half + i] = x[g * 2 * half + i] + x[g * 2 * half + half + i];
+}
+
+/*
+ * The same for few outputs of many inputs: y [STEPS][outputs], weight [outputs][P], x [STEPS][P] with P = WIDE(inputs).
+ * Here the inputs are the lanes: every WIDE_LANES-th goes into one sum, and the sums are added up in pairs, which is
+ * both faster than lanes without an output and closer to the exact sum than one behind the other.
+ */
+static inline void linear_to_few(int inputs, int outputs, const float *restrict weight, const float *restrict bias,
+                                 const float *restrict x, float *restrict y)
+{
+    enum { W = WIDE_LANES };
+    const int padded = WIDE(inputs);
+    _Alignas(64) float sums[STEPS * A * W], sums_of_8[STEPS * A * 8], sums_of_4[STEPS * A * 4], sums_of_2[STEPS * A * 2];
+    for (int o = 0; o < outputs; ++o)
+        for (int lane = 0; lane < W; ++lane) {
+            float sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0, sum4 = 0, sum5 = 0, sum6 = 0, sum7 = 0;
+            for (int i = 0; i < padded; i += W) {
+                const float w = weight[o * padded + i + lane];
+                sum0 += w * x[i + lane];
+                sum1 += w * x[padded + i + lane];
+                sum2 += w * x[2 * padded + i + lane];
+                sum3 += w * x[3 * padded + i + lane];
+                sum4 += w * x[4 * padded + i + lane];
+                sum5 += w * x[5 * padded + i + lane];
+                sum6 += w * x[6 * padded + i + lane];
+                sum7 += w * x[7 * padded + i + lane];
+            }
+            sums[o * W + lane] = sum0;
+            sums[(outputs + o) * W + lane] = sum1;
+            sums[(2 * outputs + o) * W + lane] = sum2;
+            sums[(3 * outputs + o) * W + lane] = sum3;
+            sums[(4 * outputs + o) * W + lane] = sum4;
+            sums[(5 * outputs + o) * W + lane] = sum5;
+            sums[(6 * outputs + o) * W + lane] = sum6;
+            sums[(7 * outputs + o) * W + lane] = sum7;
+        }
+    add_halves(STEPS * outputs, 8, sums, sums_of_8);
+    add_halves(STEPS * outputs, 4, sums_of_8, sums_of_4);
+    add_halves(STEPS * outputs, 2, sums_of_4, sums_of_2);
+    for (int s = 0; s < STEPS; ++s)
+        for (int o = 0; o < outputs; ++o)
+            y[s * outputs + o] = bias[o] + (sums_of_2[(s * outputs + o) * 2] + sums_of_2[(s * outputs + o) * 2 + 1]);
+}
+
 /* --- encoder ----------------------------------------------------------------------------------------------------- */
 
 #if HAS_CONSTANT_BINS
 /* latents [STEPS][PADDED(D)] -> tokens [STEPS][D][L]: bins = remainder * ratio + shift, from the middle level on. */
 static inline void quantise(float *restrict latents, int32_t *restrict tokens)
 {
-    int32_t levels[L][STEPS * PADDED(D)];
+    _Alignas(64) int32_t levels[L][STEPS * PADDED(D)];
     for (int l = 0; l < L; ++l) {
         /* In two loops: in one, GCC would compute each side of the limits on its own. */
-        float bins[STEPS * PADDED(D)], limited[STEPS * PADDED(D)];
+        _Alignas(64) float bins[STEPS * PADDED(D)], limited[STEPS * PADDED(D)];
         for (int s = 0; s < STEPS; ++s)
             for (int d = 0; d < PADDED(D); ++d) {
                 const int i = s * PADDED(D) + d;
@@ -176,12 +237,14 @@ static inline void quantise(const float *restrict latents, int32_t *restrict tok
 {
     const float half_range = (K - 1) * 0.5f;
     /* Sums run over the latents here, so the steps are the lanes. */
-    float residual[D][STEPS];
+    _Alignas(64) float residual[D][STEPS];
+    _Alignas(64) int32_t levels[L][D * STEPS], by_latent[D * STEPS * L];
     for (int d = 0; d < D; ++d)
         for (int s = 0; s < STEPS; ++s)
             residual[d][s] = latents[s * PADDED(D) + d];
     for (int l = 0; l < L; ++l) {
         float mean[STEPS] = {0}, squares[STEPS] = {0}, sigma[STEPS];
+        _Alignas(64) float limited[D * STEPS];
         for (int d = 0; d < D; ++d)
             for (int s = 0; s < STEPS; ++s)
                 mean[s] += residual[d][s];
@@ -199,14 +262,29 @@ static inline void quantise(const float *restrict latents, int32_t *restrict tok
                 stats[(s * L + l) * 2] = mean[s];
                 stats[(s * L + l) * 2 + 1] = sigma[s];
             }
+        /* In two loops: in one, GCC would compute each side of the limits on its own. */
         for (int d = 0; d < D; ++d)
             for (int s = 0; s < STEPS; ++s) {
                 const float bins = residual[d][s] / sigma[s] * half_range + (half_range - 0.5f);
-                const int32_t level = ceiling(clamped(bins, 0.0f, K - 1));
-                tokens[(s * D + d) * L + l] = level;
+                limited[d * STEPS + s] = clamped(bins, 0.0f, K - 1);
+            }
+        for (int d = 0; d < D; ++d)
+            for (int s = 0; s < STEPS; ++s) {
+                const int32_t level = ceiling(limited[d * STEPS + s]);
+                levels[l][d * STEPS + s] = level;
                 residual[d][s] -= ((float)level * LEVEL_STEP - 1) * sigma[s];
             }
     }
+    /* Written out layer by layer, so that a compiler interleaves whole vectors; then a latent's tokens move as one. */
+    for (int i = 0; i < D * STEPS; ++i) {
+        int32_t *const token = by_latent + i * L;
+#define LAYER(l) token[l] = levels[l][i];
+        EACH_LAYER(LAYER)
+#undef LAYER
+    }
+    for (int s = 0; s < STEPS; ++s)
+        for (int d = 0; d < D; ++d)
+            memcpy(tokens + (s * D + d) * L, by_latent + (d * STEPS + s) * L, L * sizeof *tokens);
 }
 #endif
 
@@ -221,7 +299,7 @@ static int are_legal_actions(size_t count, const float *restrict actions)
 
 static void encode_block(const float *restrict actions, int32_t *restrict tokens, float *restrict stats)
 {
-    float hidden[STEPS * PADDED(H)], latents[STEPS * PADDED(D)];
+    _Alignas(64) float hidden[STEPS * PADDED(H)], latents[STEPS * PADDED(D)];
     linear(A, A, H, &ENCODER_FIRST_WEIGHT[0][0], ENCODER_FIRST_BIAS, actions, hidden);
     mish(STEPS * PADDED(H), hidden);
     linear(H, PADDED(H), D, &ENCODER_SECOND_WEIGHT[0][0], ENCODER_SECOND_BIAS, hidden, latents);
@@ -291,14 +369,51 @@ static inline int are_legal_stats(size_t count, const float *restrict stats)
 static inline void decode_block(const struct decoder decoder, const int32_t *restrict tokens,
                                 const float *restrict stats, float *restrict actions)
 {
-    float latents[STEPS * PADDED(D)], hidden[STEPS * PADDED(H)], outputs[STEPS * PADDED(A)];
+    _Alignas(64) float latents[STEPS * PADDED(D)], hidden[STEPS * WIDE(H)];
     decoder.to_latents(tokens, stats, latents);
-    linear(D, PADDED(D), H, decoder.hidden_weight, decoder.hidden_bias, latents, hidden);
-    mish(STEPS * PADDED(H), hidden);
-    linear(H, PADDED(H), A, decoder.second_weight, decoder.second_bias, hidden, outputs);
-    for (int s = 0; s < STEPS; ++s)
-        for (int a = 0; a < A; ++a)
-            actions[s * A + a] = outputs[s * PADDED(A) + a];
+    linear(D, PADDED(D), WIDE(H), decoder.hidden_weight, decoder.hidden_bias, latents, hidden);
+    mish(STEPS * WIDE(H), hidden);
+    linear_to_few(H, A, decoder.second_weight, decoder.second_bias, hidden, actions);
+}
+
+/*
+ * At most CHECKED_STEPS steps, of which no action is written unless all are legal. Every block is checked right before it
+ * is computed with, so that its tokens come from memory once; those of FETCHED_STEPS later are on their way meanwhile.
+ * until_end: how many steps the arrays still hold.
+ */
+static inline int decode_checked(const struct decoder decoder, const int32_t *tokens, const float *stats,
+                                 size_t until_end, float *actions)
+{
+    const size_t steps = until_end < CHECKED_STEPS ? until_end : CHECKED_STEPS, layers = (size_t)decoder.layers;
+    _Alignas(64) float decoded[CHECKED_STEPS * A];
+    for (size_t step = 0; step < steps; step += STEPS) {
+        const size_t left = steps - step, count = left < STEPS ? left : STEPS;
+        const int32_t *block_tokens = tokens + step * D * layers;
+        const float *block_stats = stats == NULL ? NULL : stats + step * layers * 2;
+        int32_t last_tokens[STEPS * D * L];
+        float last_stats[STEPS * L * 2];
+        if (!are_legal_tokens(count * D * layers, block_tokens)
+            || (stats != NULL && !are_legal_stats(count * layers, block_stats)))
+            return RFSQ_ILLEGAL_VALUE;
+        if (until_end - step >= FETCHED_STEPS + STEPS)
+            for (size_t i = 0; i < STEPS * D * layers; i += CACHE_LINE / sizeof *tokens)
+                FETCH(block_tokens + FETCHED_STEPS * D * layers + i);
+        if (left < STEPS) {
+            /* Filled up with legal values. */
+            memset(last_tokens, 0, sizeof last_tokens);
+            memcpy(last_tokens, block_tokens, left * D * layers * sizeof *tokens);
+            block_tokens = last_tokens;
+            if (stats != NULL) {
+                for (int i = 0; i < STEPS * L * 2; ++i)
+                    last_stats[i] = 1;
+                memcpy(last_stats, block_stats, left * layers * 2 * sizeof *stats);
+                block_stats = last_stats;
+            }
+        }
+        decode_block(decoder, block_tokens, block_stats, decoded + step * A);
+    }
+    memcpy(actions, decoded, steps * A * sizeof *actions);
+    return RFSQ_OK;
 }
 
 /* stats: [num_chunks][T][layers][2], or NULL. */
@@ -306,32 +421,11 @@ static inline int decode(const struct decoder decoder, const int32_t *tokens, co
                          float *actions)
 {
     const size_t steps = num_chunks * T, layers = (size_t)decoder.layers;
-    for (size_t step = 0; step < steps; step += STEPS) {
-        const size_t left = steps - step;
-        const int32_t *const block_tokens = tokens + step * D * layers;
-        const float *const block_stats = stats == NULL ? NULL : stats + step * layers * 2;
-        if (step % CHECKED_STEPS == 0) {
-            const size_t checked = left < CHECKED_STEPS ? left : CHECKED_STEPS;
-            if (!are_legal_tokens(checked * D * layers, block_tokens)
-                || (stats != NULL && !are_legal_stats(checked * layers, block_stats)))
-                return RFSQ_ILLEGAL_VALUE;
-        }
-        if (left >= STEPS) {
-            decode_block(decoder, block_tokens, block_stats, actions + step * A);
-        } else {
-            /* The last steps, filled up with legal values. */
-            int32_t last_tokens[STEPS * D * L] = {0};
-            float last_stats[STEPS * L * 2], last_actions[STEPS * A];
-            memcpy(last_tokens, block_tokens, left * D * layers * sizeof *tokens);
-            for (int i = 0; i < STEPS * L * 2; ++i)
-                last_stats[i] = 1;
-            if (stats != NULL)
-                memcpy(last_stats, block_stats, left * layers * 2 * sizeof *stats);
-            decode_block(decoder, last_tokens, stats == NULL ? NULL : last_stats, last_actions);
-            memcpy(actions + step * A, last_actions, left * A * sizeof *actions);
-        }
-    }
-    return RFSQ_OK;
+    int status = RFSQ_OK;
+    for (size_t step = 0; step < steps && status == RFSQ_OK; step += CHECKED_STEPS)
+        status = decode_checked(decoder, tokens + step * D * layers, stats == NULL ? NULL : stats + step * layers * 2,
+                                steps - step, actions + step * A);
+    return status;
 }
 
 /* --- what the header declares ------------------------------------------------------------------------------------ */

@@ -24,7 +24,7 @@ from tests.export.c_library import FOLDER, compile_program, run, write_code
 from tests.export.plan_numpy import MODES, check_tokens
 
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic")
-V3 = "-march=x86-64-v3"
+V3, V4 = "-march=x86-64-v3", "-march=x86-64-v4"
 
 
 def needs(program: str, package: str) -> pytest.MarkDecorator:
@@ -48,8 +48,8 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> dict[DeployMode, tuple[De
 
 
 Codes = dict[DeployMode, tuple[Deployed, Path]]
-#: The baseline of this machine, and where it can be compiled for, x86-64-v3.
-MACHINES: list[tuple[str, ...]] = [(), (V3,)] if platform.machine() == "x86_64" else [()]
+#: The baseline of this machine, and where they can be compiled for, the levels above it.
+MACHINES: list[tuple[str, ...]] = [(), (V3,), (V4,)] if platform.machine() == "x86_64" else [()]
 
 
 @pytest.fixture(scope="module")
@@ -168,15 +168,29 @@ def test_layers_are_packed_multiply_adds_of_eight_steps(compiler: str, mode: Dep
     assert scalar <= (packed / 8 if compiler == "gcc" else 2 * packed), f"{scalar} scalar, {packed} packed"
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason=f"reads x86-64 instructions; this is {platform.machine()}")
+@needs("gcc", "gcc")
+@pytest.mark.parametrize("mode", MODES)
+def test_where_vectors_are_twice_as_long_all_of_their_length_is_used(mode: DeployMode, objects: Objects) -> None:
+    output = objects("gcc", mode, (V4,))[0]
+    text = run(["objdump", "--disassemble", "--no-show-raw-insn", output], output.parent)
+    wide = len(re.findall(r"\bvfn?madd\d+ps .*%zmm", text))
+    narrow = len(re.findall(r"\bvfn?madd\d+ps .*%[xy]mm", text))
+    assert wide >= 4 * 8
+    assert narrow <= wide / 4, f"{narrow} narrow, {wide} wide"
+
+
 # --- functions --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[(), (V3,)], ids=["baseline", "x86-64-v3"])
+@pytest.fixture(scope="module", params=[(), (V3,), (V4,)], ids=["baseline", "x86-64-v3", "x86-64-v4"])
 def functions(request: pytest.FixtureRequest, codes: Codes) -> ctypes.CDLL:
-    if request.param and "x86-64-v3" not in host_targets():
-        pytest.skip(f"not an x86-64-v3: {platform.machine()}")
+    for flag in request.param:
+        level = flag.removeprefix("-march=")
+        if level not in host_targets():
+            pytest.skip(f"not an {level}: {platform.machine()}")
     folder = codes[DeployMode.CALIBRATED][1]
-    name = f"functions{len(request.param)}.so"
+    name = f"functions{''.join(request.param)}.so"
     run(
         ["gcc", *C_FLAGS, *request.param, "-I.", "-fPIC", "-shared", FOLDER / "functions.c", "-o", name],
         folder,
@@ -292,8 +306,8 @@ def test_an_arm_processor_gives_the_same_answers(mode: DeployMode, codes: Codes)
 
 # --- how many instructions --------------------------------------------------------------------------------------------
 
-#: Instructions for one chunk of the default sizes, by the major version of gcc, 10 % above what was measured with
-#: -march=x86-64-v3. For a version that is not there, the test skips and says in its reason what it measured (-rs).
+#: Instructions for one chunk of the default sizes, by the major version of gcc, at most 10 % above what was measured
+#: with -march=x86-64-v3. For a version that is not there, the test skips and says in its reason what it measured (-rs).
 BUDGETS: dict[str, dict[str, dict[str, int]]] = json.loads((FOLDER / "budgets.json").read_text(encoding="utf-8"))
 
 

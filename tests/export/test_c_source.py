@@ -382,13 +382,15 @@ def test_the_text_holds_nothing_that_is_not_the_model(mode: DeployMode) -> None:
     assert f'#define RFSQ_FINGERPRINT "{fingerprint_of(Recipe(mode))}"' in generated.header
     assert not re.search(r"\b(malloc|calloc|alloca|printf|fopen|double)\b", generated.source)
     # No state: what is static is constant, or a function.
-    assert not re.search(r"^\s*static (?!const |inline |int |void )", generated.source, re.MULTILINE)
+    assert not re.search(r"^\s*static (?!_Alignas\(64\) const |inline |int |void )", generated.source, re.MULTILINE)
 
 
 def tables(source: str) -> dict[str, Array]:
     """Every constant array by its name, from the digits that stand there."""
     found = {}
-    for name, shape, body in re.findall(r"static const float (\w+)((?:\[\d+\])+) = \{(.*?)\n\};", source, re.DOTALL):
+    for name, shape, body in re.findall(
+        r"static _Alignas\(64\) const float (\w+)((?:\[\d+\])+) = \{(.*?)\n\};", source, re.DOTALL
+    ):
         sizes = [int(size) for size in re.findall(r"\d+", shape)]
         texts = re.findall(r"[^\s,{}]+", body)
         assert all(text.endswith("f") for text in texts)
@@ -399,13 +401,13 @@ def tables(source: str) -> dict[str, Array]:
     return found
 
 
-def is_padded(table: Array, expected: Array) -> bool:
-    """Whether the table holds exactly these numbers, and zeros behind its rows up to whole groups of eight."""
+def is_padded(table: Array, expected: Array, lanes: int = 8) -> bool:
+    """Whether the table holds exactly these numbers, and zeros behind its rows up to whole groups of `lanes`."""
     if table.size == expected.size:
         return bool(np.array_equal(table.ravel(), expected.ravel()))
     columns = expected.shape[-1]
     return (
-        table.shape == (*expected.shape[:-1], columns + -columns % 8)
+        table.shape == (*expected.shape[:-1], columns + -columns % lanes)
         and bool(np.array_equal(table[..., :columns], expected))
         and not table[..., columns:].any()
     )
@@ -427,9 +429,14 @@ def test_every_number_is_the_plans_own_to_the_last_bit(recipe: Recipe) -> None:
     deployed = deploy(recipe)
     encoder, decoders = plans(deployed)
     expected = {"ENCODER_FIRST": encoder.first, "ENCODER_SECOND": encoder.second}
-    for decoder in decoders:
-        expected |= {f"L{decoder.prefix}_HIDDEN": decoder.hidden, f"L{decoder.prefix}_SECOND": decoder.second}
     found = tables(generate_c(deployed).source)
+    for decoder in decoders:
+        name = f"L{decoder.prefix}"
+        assert is_padded(found.pop(f"{name}_HIDDEN_WEIGHT"), decoder.hidden.weight.T, 16), name
+        assert is_padded(found.pop(f"{name}_HIDDEN_BIAS"), decoder.hidden.bias, 16), name
+        # Its inputs are the lanes.
+        assert is_padded(found.pop(f"{name}_SECOND_WEIGHT"), decoder.second.weight, 16), name
+        np.testing.assert_array_equal(found.pop(f"{name}_SECOND_BIAS"), decoder.second.bias)
     for name, layer in expected.items():
         assert is_padded(found.pop(f"{name}_WEIGHT"), layer.weight.T), name
         assert is_padded(found.pop(f"{name}_BIAS"), layer.bias), name
