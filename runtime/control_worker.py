@@ -1,0 +1,224 @@
+"""What runs beside the loop: decoders that can be left behind, retries of failed ones, log lines and records."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.contract import Float32Array, Int32Array
+from runtime.control_config import ControlConfig, Status
+from runtime.control_health import Health
+from runtime.control_recorder import FlightRecorder, write_record
+from runtime.tokenizer import ActionTokenizer
+
+_LOG = logging.getLogger(__name__)
+#: A loop that fails again and again does not fill the disk.
+_MOST_RECORDS = 100
+_LONGEST_RETRY_S = 60.0
+
+
+class WarmTokenizer:
+    """A tokenizer that has decoded already, and what it answered then. `is_healthy` is cleared by the loop alone."""
+
+    def __init__(self, tokenizer: ActionTokenizer, index: int) -> None:
+        model = tokenizer.model
+        self.tokenizer, self.index, self.name = tokenizer, index, tokenizer.backend.name
+        self.is_healthy = True
+        self.out = np.zeros((1, model.chunk_length, model.action_dim), np.float32)
+        actions = np.zeros_like(self.out)
+        self.probe_stats: Float32Array | None = None
+        tokenizer.warmup()
+        if model.has_stats:
+            self.probe, self.probe_stats = tokenizer.encode_with_stats(actions)
+        else:
+            self.probe = tokenizer.encode(actions)
+        self.expected = tokenizer.decode(self.probe, self.probe_stats)
+
+    def works(self) -> bool:
+        """Whether it answers as at the start. Raises whatever it raises."""
+        found = self.tokenizer.decode(self.probe, self.probe_stats)
+        return bool(np.allclose(found, self.expected, rtol=1e-4, atol=1e-4))
+
+
+class DecodeWorker:
+    """Decodes in a thread of its own, so that the loop can stop waiting. Called by the loop alone.
+
+    Tokens are copied in: whoever is left behind still reads his copy, and writes into an array nobody else looks at.
+    """
+
+    def __init__(self, warm: WarmTokenizer) -> None:
+        model = warm.tokenizer.model
+        self.warm, self.is_pending = warm, False
+        self.error: BaseException | None = None
+        self._slots = {
+            prefix: np.zeros((1, model.chunk_length, model.latent_dim, prefix), np.int32)
+            for prefix in warm.tokenizer.prefixes
+        }
+        self._stats = {
+            prefix: np.zeros((1, model.chunk_length, prefix, 2), np.float32) for prefix in warm.tokenizer.prefixes
+        }
+        self._tokens: Int32Array = next(iter(self._slots.values()))
+        self._given_stats: Float32Array | None = None
+        self._go, self._done = threading.Lock(), threading.Lock()
+        self._go.acquire()
+        self._done.acquire()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name=f"control decode {warm.name}", daemon=True)
+        self._thread.start()
+
+    def settle(self) -> bool:
+        """Whether it is free again."""
+        if self.is_pending and self._done.acquire(False):
+            self.is_pending = False
+        return not self.is_pending
+
+    def decode(self, tokens: npt.NDArray[Any], stats: Float32Array | None, timeout_s: float) -> bool:
+        """Tokens of a legal shape; False if it has not ended in time, else look at `error` and `warm.out`."""
+        slot = self._slots[tokens.shape[3]]
+        np.copyto(slot, tokens, casting="unsafe")
+        self._tokens, self._given_stats = slot, None
+        if stats is not None:
+            self._given_stats = self._stats[tokens.shape[3]]
+            np.copyto(self._given_stats, stats)
+        self.error, self.is_pending = None, True
+        self._go.release()
+        if self._done.acquire(True, max(timeout_s, 0.0)):
+            self.is_pending = False
+            return True
+        return False
+
+    def close(self) -> None:
+        """A thread that hangs is left behind; it ends with the process."""
+        self._is_closed = True
+        if self.settle():
+            self._go.release()
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            self._go.acquire()
+            if self._is_closed:
+                return
+            try:
+                self.warm.tokenizer.decode_into(self._tokens, self.warm.out, self._given_stats)
+            except BaseException as error:  # handed to the loop, which says what it was
+                self.error = error
+            self._done.release()
+
+
+class Retrier:
+    """Tries a failed tokenizer again in a thread of its own, less and less often, until it answers as at the start."""
+
+    def __init__(self, warm: WarmTokenizer, config: ControlConfig, health: Health, is_free: Callable[[], bool]) -> None:
+        self._warm, self._first_s, self._health, self._is_free = warm, config.retry_after_s, health, is_free
+        self._failed, self._is_closed = threading.Event(), threading.Event()
+        threading.Thread(target=self._run, name=f"control retry {warm.name}", daemon=True).start()
+
+    def start(self) -> None:
+        self._failed.set()
+
+    def close(self) -> None:
+        self._is_closed.set()
+        self._failed.set()
+
+    def _run(self) -> None:
+        while True:
+            self._failed.wait()
+            self._failed.clear()
+            pause = self._first_s
+            while not self._warm.is_healthy and not self._is_closed.wait(pause):
+                pause = min(2 * pause, _LONGEST_RETRY_S)
+                if self._is_free() and self._succeeds():
+                    self._health.recoveries += 1
+                    self._warm.is_healthy = True
+                    _LOG.warning("backend %s answers again as at the start, and is used again", self._warm.name)
+            if self._is_closed.is_set():
+                return
+
+    def _succeeds(self) -> bool:
+        try:
+            return self._warm.works()
+        except Exception as error:  # whatever it is, it does not work yet
+            _LOG.info("backend %s still fails: %s", self._warm.name, error)
+            return False
+
+
+class Reporter:
+    """Writes log lines and flight records off the loop, which only appends to a queue of bounded length."""
+
+    def __init__(
+        self, config: ControlConfig, health: Health, recorder: FlightRecorder | None, meta: dict[str, Any]
+    ) -> None:
+        self._config, self._health, self._recorder, self._meta = config, health, recorder, meta
+        self._incidents: deque[tuple[Status, int, str, bool]] = deque(maxlen=256)
+        self._event = threading.Event()
+        self._is_closed = False
+        self._is_idle = threading.Event()
+        self._is_idle.set()
+        self._logged: dict[Status, float] = {}
+        self._suppressed: dict[Status, int] = {}
+        self._recorded = -float("inf")
+        self._records = 0
+        self._thread = threading.Thread(target=self._run, name="control reporter", daemon=True)
+        self._thread.start()
+
+    def incident(self, status: Status, tick: int, detail: str, is_held: bool) -> None:
+        self._is_idle.clear()
+        self._incidents.append((status, tick, detail, is_held))
+        self._event.set()
+
+    def flush(self, timeout_s: float = 10.0) -> bool:
+        """Wait until everything is reported; for tests and the end of a program."""
+        return self._is_idle.wait(timeout_s)
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._event.set()
+        self._thread.join(10.0)
+
+    def _run(self) -> None:
+        while True:
+            self._event.wait()
+            self._event.clear()
+            while self._incidents:
+                self._report(*self._incidents.popleft())
+            self._is_idle.set()
+            if self._is_closed:
+                return
+
+    def _report(self, status: Status, tick: int, detail: str, is_held: bool) -> None:
+        now = time.monotonic()
+        if now - self._logged.get(status, -float("inf")) < self._config.log_interval_s:
+            self._suppressed[status] = self._suppressed.get(status, 0) + 1
+        else:
+            self._logged[status] = now
+            more = self._suppressed.pop(status, 0)
+            suffix = f" ({more} more since the last line)" if more else ""
+            action = "standing still" if is_held else "service goes on"
+            _LOG.warning("tick %d: %s, %s: %s%s", tick, status.name, action, detail, suffix)
+        is_due = now - self._recorded >= self._config.record_interval_s and self._records < _MOST_RECORDS
+        if is_held and self._recorder is not None and self._config.record_folder is not None and is_due:
+            self._recorded = now
+            self._records += 1
+            self.write(Path(self._config.record_folder) / f"flight-{time.time_ns()}-tick{tick}.npz")
+
+    def write(self, path: Path) -> bool:
+        """The ring as it is now, to `path`; False, counted and logged, where the disk refuses."""
+        assert self._recorder is not None
+        try:
+            write_record(path, self._recorder.copy(), self._meta)
+        except OSError as error:
+            self._health.records_failed += 1
+            _LOG.error("the flight record %s cannot be written: %s; make room or change record_folder", path, error)
+            return False
+        self._health.records_written += 1
+        _LOG.warning("flight record: %s", path)
+        return True
