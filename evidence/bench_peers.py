@@ -202,7 +202,7 @@ def _captured_ways(
 ) -> Iterator[tuple[Literal["host", "device"], Callable[[], object]]]:
     on_gpu = source.to(device)
     # Compiles, on a stream of its own as torch asks for before a capture.
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):

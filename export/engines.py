@@ -6,14 +6,15 @@ import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from export.batches import Profile
 from export.bundle_writer import StagedBundle
 from export.c_builder import CBuildError, compile_c
-from export.errors import require_none
+from export.cuda_flags import CUDA_FLAGS
+from export.errors import EngineBuildError, require_none
 from export.progress import StepList
 from runtime.backends import create_backend
 from runtime.bundle import Bundle
@@ -21,11 +22,16 @@ from runtime.c_backend import CBackend
 from runtime.contract import Backend
 from runtime.cpu_targets import host_targets
 from runtime.errors import BackendUnavailableError
-from runtime.manifest import C_SOURCE, EngineEntry, GraphEntry
+from runtime.manifest import C_SOURCE, CUDA_SOURCE, EngineEntry, GraphEntry
 from runtime.trt_api import TENSORRT_BACKENDS, available_tensorrt, find_tensorrt
+
+if TYPE_CHECKING:
+    from runtime.cuda_api import GpuDevice
 
 #: What can run a bundle's graphs as they are: the first anywhere, the second where its library finds a GPU.
 _GRAPH_BACKENDS = ("onnxruntime", "onnxruntime-cuda")
+#: What runs engines of its own on a GPU.
+_GPU_ENGINES = ("cuda", *TENSORRT_BACKENDS)
 #: The largest batch of an engine that has no limit of its own.
 _ANY_BATCH = 2**31 - 1
 
@@ -112,6 +118,49 @@ def compile_source(header: str, source: str, staged: StagedBundle, steps: StepLi
     return tuple(engines)
 
 
+def find_gpu() -> GpuDevice | None:
+    """This machine's GPU, where there is one and cuda-python to use it."""
+    try:
+        from runtime.cuda_api import open_device
+
+        return open_device()
+    except (ImportError, BackendUnavailableError):
+        return None
+
+
+def compile_cuda(source: str, staged: StagedBundle, steps: StepList) -> tuple[EngineEntry, ...]:
+    """Compile the generated CUDA for this machine's GPU: what cannot be proven here is not built.
+
+    Raises BackendUnavailableError without a GPU, EngineBuildError where NVRTC is missing or refuses the source.
+    """
+    # Here, because they need cuda-python, which a machine without a GPU need not have.
+    from runtime.cuda_api import open_device
+    from runtime.cuda_kernels import KernelError, compile_kernels, nvrtc_version
+
+    with steps.step("compile cuda") as step:
+        gpu = open_device()
+        try:
+            version = nvrtc_version()
+            content = compile_kernels(source, CUDA_SOURCE.rpartition("/")[2], gpu.compute_capability, CUDA_FLAGS)
+        except KernelError as error:
+            raise EngineBuildError(str(error)) from error
+        file = f"engines/cuda/sm{gpu.compute_capability.replace('.', '')}/rfsq_tokenizer.cubin"
+        staged.write(file, content)
+        step.note(f"{file.rpartition('/')[2]} {len(content) / 1000:.0f} kB, {version}, {gpu}")
+    return (
+        _unproven(
+            backend="cuda",
+            version=version,
+            targets=(gpu.compute_capability,),
+            source=CUDA_SOURCE,
+            source_sha256=hashlib.sha256(source.encode()).hexdigest(),
+            file=file,
+            profile=(1, 1, _ANY_BATCH),
+            detail="compiled, not run",
+        ),
+    )
+
+
 def _unproven(**known: Any) -> EngineEntry:
     """An engine that nothing has run yet."""
     return EngineEntry(status="built", precision="not measured", device="", kernel_cache="", **known)
@@ -136,14 +185,14 @@ def opened_backends(
     one that is required does not run.
     """
     engines = {entry.backend for entry in bundle.manifest.engines}
-    names = [name for name in (*_GRAPH_BACKENDS, *TENSORRT_BACKENDS) if wanted is None or name in wanted]
+    names = [name for name in (*_GRAPH_BACKENDS, *_GPU_ENGINES) if wanted is None or name in wanted]
     names += [name for name in required if name not in names]
     compiled = [entry.targets[0] for entry in bundle.manifest.engines if entry.backend == "c"]
     with contextlib.ExitStack() as stack:
         backends: list[Backend] = []
         absent: list[str] = []
         for name in names:
-            if name in TENSORRT_BACKENDS and name not in engines:
+            if name in _GPU_ENGINES and name not in engines:
                 continue
             try:
                 backends.append(stack.enter_context(contextlib.closing(create_backend(name, bundle))))
@@ -168,11 +217,15 @@ def with_measurements(
     for backend in backends:
         if isinstance(backend, CBackend):
             measured[backend.entry.file] = _validated(backend.entry, backend)
-        if backend.name not in TENSORRT_BACKENDS:
+        if backend.name not in _GPU_ENGINES:
             continue
         # Here, because it needs cuda-python, which a machine without a GPU need not have.
+        from runtime.cuda_backend import CudaBackend
         from runtime.trt_backend import TrtBackend
 
+        if isinstance(backend, CudaBackend):
+            measured[backend.entry.file] = _validated(backend.entry, backend)
+            continue
         assert isinstance(backend, TrtBackend)
         for function in backend.engines:
             entry = function.entry

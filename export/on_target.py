@@ -8,23 +8,24 @@ from pathlib import Path
 from export.batches import Profile
 from export.bundle_writer import stage_bundle
 from export.c_builder import find_compiler
-from export.engines import compile_graphs, compile_source, opened_backends, with_measurements
+from export.engines import compile_cuda, compile_graphs, compile_source, find_gpu, opened_backends, with_measurements
 from export.errors import ExportError, require_none
 from export.progress import StepList
 from runtime.bundle import Bundle, open_bundle
 from runtime.contract import Backend
 from runtime.golden import Golden, read_golden, replay
-from runtime.manifest import C_HEADER, C_SOURCE, GOLDEN_NAME, EngineEntry, Manifest, ParityEntry
+from runtime.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, GOLDEN_NAME, EngineEntry, Manifest, ParityEntry
 from runtime.trt_api import TENSORRT_BACKENDS, available_tensorrt
 
-_ENGINES = ("c", *TENSORRT_BACKENDS)
+_ENGINES = ("c", "cuda", *TENSORRT_BACKENDS)
 
 
 @dataclass(frozen=True)
 class TargetConfig:
     """bundle: the folder to add to; profile: batch sizes B.
 
-    backends: None for every TensorRT that is installed, and for C where there is a compiler.
+    backends: None for every TensorRT that is installed, for C where there is a compiler, and for CUDA where there is
+    a GPU.
     """
 
     bundle: Path
@@ -61,6 +62,8 @@ def add_engines(config: TargetConfig) -> Manifest:
         if "c" in backends:
             header, source = (bundle.content(file).decode() for file in (C_HEADER, C_SOURCE))
             added += compile_source(header, source, staged, steps)
+        if "cuda" in backends:
+            added += compile_cuda(bundle.content(CUDA_SOURCE).decode(), staged, steps)
         replaced = [entry for entry in manifest.engines if any(_takes_the_place(new, entry) for new in added)]
         kept = [entry for entry in manifest.engines if entry not in replaced]
         dropped = {file for entry in replaced for file in (entry.file, entry.kernel_cache)}
@@ -91,11 +94,12 @@ def add_engines(config: TargetConfig) -> Manifest:
 def _takes_the_place(new: EngineEntry, old: EngineEntry) -> bool:
     """Whether the old engine is of no use beside the new one: else it might be the one that is run and proven."""
     is_same_library = (new.backend, new.version, new.source) == (old.backend, old.version, old.source)
-    return new.file == old.file or (new.backend != "c" and is_same_library)
+    return new.file == old.file or (new.backend not in ("c", "cuda") and is_same_library)
 
 
 def _present() -> tuple[str, ...]:
-    return (*(("c",) if find_compiler() is not None else ()), *available_tensorrt())
+    generated = (("c", find_compiler()), ("cuda", find_gpu()))
+    return (*(name for name, needed in generated if needed is not None), *available_tensorrt())
 
 
 def _replayed(golden: Golden, bundle: Bundle, backend: Backend) -> list[ParityEntry]:

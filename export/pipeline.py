@@ -16,7 +16,15 @@ from export.batches import Profile
 from export.bundle_writer import StagedBundle, stage_bundle
 from export.c_builder import find_compiler
 from export.c_source import c_tokenizer
-from export.engines import compile_graphs, compile_source, opened_backends, with_measurements
+from export.cuda_source import cuda_tokenizer
+from export.engines import (
+    compile_cuda,
+    compile_graphs,
+    compile_source,
+    find_gpu,
+    opened_backends,
+    with_measurements,
+)
 from export.errors import require_none
 from export.fingerprint import fingerprint
 from export.graph_check import check_graph, cross_check
@@ -43,6 +51,7 @@ from runtime.golden import Golden, replay
 from runtime.manifest import (
     C_HEADER,
     C_SOURCE,
+    CUDA_SOURCE,
     SCHEMA_VERSION,
     GraphEntry,
     Manifest,
@@ -55,7 +64,7 @@ from runtime.trt_api import TENSORRT_BACKENDS
 #: Packages whose version can change what is built.
 _TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "polygraphy")
 ALWAYS = "onnxruntime"
-KNOWN_BACKENDS = (ALWAYS, "c", "onnxruntime-cuda", *TENSORRT_BACKENDS)
+KNOWN_BACKENDS = (ALWAYS, "c", "cuda", "onnxruntime-cuda", *TENSORRT_BACKENDS)
 #: Far beyond any policy's chunks; the golden vectors of longer ones would take a robot seconds to load.
 _LONGEST_CHUNK = 1024
 
@@ -155,6 +164,10 @@ def build(config: BuildConfig) -> BuildResult:
             staged.write(C_HEADER, generated.header.encode())
             staged.write(C_SOURCE, generated.source.encode())
             step.note(f"{C_SOURCE} {len(generated.source) / 1000:.0f} kB")
+        with steps.step("generate CUDA") as step:
+            kernels = cuda_tokenizer(encoder, decoders)
+            staged.write(CUDA_SOURCE, kernels.encode())
+            step.note(f"{CUDA_SOURCE} {len(kernels) / 1000:.0f} kB")
         sections = parity_sections(
             reference.model,
             data.held_out,
@@ -182,6 +195,8 @@ def build(config: BuildConfig) -> BuildResult:
             print("  no C compiler is here: compile the generated C on the robot, with --from-bundle")
         elif config.backends is None or "c" in config.backends:
             built += compile_source(generated.header, generated.source, staged, steps)
+        if "cuda" in (config.backends or ()) or (config.backends is None and find_gpu() is not None):
+            built += compile_cuda(kernels, staged, steps)
         quality = reference.action_mse(data.held_out)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,

@@ -18,11 +18,11 @@ _LOG = logging.getLogger(__name__)
 
 BackendFactory = Callable[[Bundle], Backend]
 
-#: `auto` takes the first of these that works: the fastest decoder first (design section 8). ONNX Runtime on the GPU
-#: comes last: a single chunk takes it longer than on the processor.
-PREFERENCE = ("cuda", "c", "tensorrt-rtx", "tensorrt", "onnxruntime", "onnxruntime-cuda")
+#: `auto` takes the first of these that works: the fastest decoder of one chunk of numpy arrays first (docs/gpu.md).
+#: ONNX Runtime on the GPU comes last: a single chunk takes it longer than on the processor.
+PREFERENCE = ("c", "cuda", "tensorrt-rtx", "tensorrt", "onnxruntime", "onnxruntime-cuda")
 #: Those that take arrays of the GPU where they lie.
-GPU_BACKENDS = (*TENSORRT_BACKENDS, "onnxruntime-cuda")
+GPU_BACKENDS = ("cuda", *TENSORRT_BACKENDS, "onnxruntime-cuda")
 
 
 def _open_onnxruntime(bundle: Bundle) -> Backend:
@@ -55,6 +55,14 @@ def _open_c(bundle: Bundle) -> Backend:
     return CBackend(bundle)
 
 
+def _open_cuda(bundle: Bundle) -> Backend:
+    try:
+        from runtime.cuda_backend import CudaBackend
+    except ImportError as error:
+        raise _cuda_python_missing(error) from error
+    return CudaBackend(bundle)
+
+
 def _open_tensorrt(name: str, bundle: Bundle) -> Backend:
     if name not in available_tensorrt():
         raise BackendUnavailableError(f"{name} is not installed; install it with: pip install '.[{name},gpu]'")
@@ -74,6 +82,7 @@ def _cuda_python_missing(error: ImportError) -> BackendUnavailableError:
 #: Every backend that this runtime can run.
 FACTORIES: dict[str, BackendFactory] = {
     "c": _open_c,
+    "cuda": _open_cuda,
     "onnxruntime": _open_onnxruntime,
     "onnxruntime-cuda": _open_onnxruntime_cuda,
     **{name: functools.partial(_open_tensorrt, name) for name in TENSORRT_BACKENDS},
@@ -88,8 +97,6 @@ def create_backend(name: str, bundle: Bundle) -> Backend:
     factory = FACTORIES.get(name)
     if factory is not None:
         return factory(bundle)
-    if name in PREFERENCE:
-        raise BackendUnavailableError(f"this runtime cannot run {name!r} yet; it runs {', '.join(FACTORIES)}")
     raise BackendUnavailableError(f"no backend {name!r}; there are {', '.join(('auto', *PREFERENCE))}")
 
 

@@ -41,6 +41,7 @@ class GpuDevice:
     compute_capability: str
     memory: int
     driver: str
+    multiprocessors: int = 1
 
     def __str__(self) -> str:
         return f"{self.name}, compute capability {self.compute_capability}"
@@ -123,6 +124,7 @@ def _device() -> GpuDevice:
         compute_capability=f"{properties.major}.{properties.minor}",
         memory=int(properties.totalGlobalMem),
         driver=f"{version // 1000}.{version % 1000 // 10}",
+        multiprocessors=int(properties.multiProcessorCount),
     )
 
 

@@ -38,13 +38,15 @@ from runtime.manifest import GraphEntry, TensorEntry
 
 #: Batch sizes, and streams of callers, for which everything is kept ready; a robot uses one or two.
 _KEPT = 4
-#: What a kernel may write straight into the memory of the host: a copy of its own takes 8 us, whatever its size.
+#: What a kernel may write straight into the memory of the host, or read there: a copy of its own takes microseconds,
+#: whatever its size.
 _DIRECT_BYTES = 64 * 2**10
 #: So many chunks take a multiple of 64 bytes, whatever their size.
 _ALIGNED_CHUNKS = 16
 #: Larger batches of numpy arrays go through in slices, of which two are under way at a time.
 _SLICE_BYTES = 4 * 2**20
 
+_INT32 = np.dtype(np.int32)
 _Array = npt.NDArray[Any]
 _T = TypeVar("_T")
 
@@ -69,6 +71,10 @@ class GpuFunction(Protocol):
     def max_batch(self) -> int:
         """The most chunks that one program takes."""
 
+    @property
+    def reads_once(self) -> bool:
+        """Whether it reads each byte of its inputs once: then it may read them where the host has them."""
+
     def new_program(self) -> Program:
         """Independent of every other program. Raises InferenceError, OutOfGpuMemoryError where there is no room."""
 
@@ -79,7 +85,7 @@ class GpuFunction(Protocol):
 class GpuBackend:
     """A backend made of GPU functions. May be called from any thread, and from a signal handler.
 
-    functions: by role and prefix, as the graphs in `entries`.
+    functions: one for each graph in `entries`, which may come once for each type of tokens, int32 among them.
     """
 
     def __init__(
@@ -91,12 +97,14 @@ class GpuBackend:
         functions: Sequence[GpuFunction],
     ) -> None:
         self._name, self._description, self._device = name, description, device
-        self._runners = {
-            (entry.role, entry.prefix): _Runner(entry, function)
-            for entry, function in zip(entries, functions, strict=True)
+        runners = [(entry, _Runner(entry, function)) for entry, function in zip(entries, functions, strict=True)]
+        self._runners = [runner for _, runner in runners]
+        self._encoders = {_token_type(entry): runner for entry, runner in runners if entry.role == "encoder"}
+        self._typed_decoders = {
+            (entry.prefix, _token_type(entry)): runner for entry, runner in runners if entry.role == "decoder"
         }
-        self._encoder = next(runner for (role, _), runner in self._runners.items() if role == "encoder")
-        self._decoders = {prefix: runner for (role, prefix), runner in self._runners.items() if role == "decoder"}
+        self._encoder = self._encoders[_INT32]
+        self._decoders = {prefix: runner for (prefix, kind), runner in self._typed_decoders.items() if kind == _INT32}
 
     @property
     def name(self) -> str:
@@ -114,6 +122,10 @@ class GpuBackend:
     def checked_steps(self) -> int:
         return 0
 
+    @property
+    def token_types(self) -> tuple[np.dtype[Any], ...]:
+        return tuple(self._encoders)
+
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         self._encoder.run_on_host((actions,), (tokens, stats))
 
@@ -122,22 +134,25 @@ class GpuBackend:
 
     def encode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         """arrays: actions, tokens and, in `dynamic` bundles, stats. Returns before the work is done."""
-        self._encoder.run_on_gpu(arrays, stream)
+        self._encoders[arrays[1].dtype].run_on_gpu(arrays, stream)
 
     def decode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         """arrays: tokens, in `dynamic` bundles stats, and actions. Returns before the work is done."""
-        self._decoders[arrays[0].shape[3]].run_on_gpu(arrays, stream)
+        self._decoder_of(arrays).run_on_gpu(arrays, stream)
 
     def bind_encode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
         """`encode_on_gpu` on these arrays, captured."""
-        return self._encoder.bind(arrays, stream)
+        return self._encoders[arrays[1].dtype].bind(arrays, stream)
 
     def bind_decode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
         """`decode_on_gpu` on these arrays, captured."""
-        return self._decoders[arrays[0].shape[3]].bind(arrays, stream)
+        return self._decoder_of(arrays).bind(arrays, stream)
+
+    def _decoder_of(self, arrays: Sequence[GpuArray]) -> _Runner:
+        return self._typed_decoders[arrays[0].shape[3], arrays[0].dtype]
 
     def close(self) -> None:
-        for runner in self._runners.values():
+        for runner in self._runners:
             runner.close()
 
 
@@ -322,14 +337,15 @@ class _Runner:
     def _new_host_call(self, batch: int) -> _HostCall:
         # Once is enough: its stream, memory and graph are this device's, whichever is current when they are used.
         require_device()
-        return _HostCall(self._entry, self._function.new_program(), batch)
+        return _HostCall(self._entry, self._function, batch)
 
 
 class _HostCall:
     """One function at one batch size, from numpy arrays to numpy arrays: pinned memory, device memory, one graph."""
 
-    def __init__(self, entry: GraphEntry, program: Program, batch: int) -> None:
+    def __init__(self, entry: GraphEntry, function: GpuFunction, batch: int) -> None:
         with contextlib.ExitStack() as undo:
+            program = function.new_program()
             undo.callback(program.close)
             self._stream = Stream()
             undo.callback(self._stream.close)
@@ -343,8 +359,7 @@ class _HostCall:
                 undo.callback(gpu.close)
                 return host, gpu
 
-            # Inputs are copied at any size: kernels read them many times over.
-            inputs = [allocate(tensor, may_be_direct=False) for tensor in entry.inputs]
+            inputs = [allocate(tensor, may_be_direct=function.reads_once) for tensor in entry.inputs]
             outputs = [allocate(tensor, may_be_direct=True) for tensor in entry.outputs]
             for host, _ in inputs:
                 # Legal input, whatever the memory held.
@@ -411,6 +426,10 @@ def _slices(batch: int, most: int) -> Sequence[tuple[int, int]]:
     # Every part begins as well aligned as the first: a chunk has a whole number of 4 bytes.
     most = most // _ALIGNED_CHUNKS * _ALIGNED_CHUNKS or most
     return [(start, min(most, batch - start)) for start in range(0, batch, most)]
+
+
+def _token_type(entry: GraphEntry) -> np.dtype[Any]:
+    return np.dtype(next(tensor.dtype for tensor in (*entry.inputs, *entry.outputs) if tensor.name == "tokens"))
 
 
 def _bytes_per_chunk(tensor: TensorEntry) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -13,12 +13,16 @@ from runtime.gpu_arrays import GpuArray, GpuResult, GpuStream, gpu_array, stream
 from runtime.manifest import ModelEntry
 from runtime.validation import STATS_NEEDED, is_gpu_array
 
-_DType = np.dtype[np.float32] | np.dtype[np.int32]
+_DType = np.dtype[Any]
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
 
 
 class TakesGpuArrays(Protocol):
     """What a backend on the GPU has beside the contract of all backends; arrays in the order of its graphs."""
+
+    @property
+    def token_types(self) -> tuple[np.dtype[Any], ...]:
+        """Those that tokens may have; int32 is always one."""
 
     def encode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None: ...
 
@@ -93,7 +97,7 @@ class GpuCalls:
     ) -> tuple[list[GpuArray], GpuStream]:
         source = self._actions("actions", actions)
         batch, layers = source.shape[0], self._model.num_layers
-        named = {"actions": source, "out": _output("out", out, _INT32, self._tokens_shape(batch, layers))}
+        named = {"actions": source, "out": self._token_output(out, self._tokens_shape(batch, layers))}
         if self._model.has_stats:
             if stats_out is None:
                 raise InvalidInputError(
@@ -136,8 +140,13 @@ class GpuCalls:
                 f"{', '.join(map(str, self._model.prefixes))}: pass the first so many layers, or build the bundle "
                 "with --prefixes"
             )
-        _check_type(name, array, _INT32)
+        if array.dtype not in self._backend.token_types:
+            _check_type(name, array, _INT32)
         return array
+
+    def _token_output(self, value: object, shape: tuple[int, ...]) -> GpuArray:
+        array = _read("out", value)
+        return _output("out", array, array.dtype if array.dtype in self._backend.token_types else _INT32, shape)
 
     def _check_tail(self, array: GpuArray, name: str, letters: str, tail: tuple[int, ...]) -> None:
         if len(array.shape) != len(tail) + 1 or array.shape[1:] != tail:

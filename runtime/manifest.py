@@ -22,6 +22,8 @@ GOLDEN_NAME = "golden.npz"
 
 #: The generated C source of a bundle, from which its `c` engines are compiled.
 C_HEADER, C_SOURCE = "engines/c/rfsq_tokenizer.h", "engines/c/rfsq_tokenizer.c"
+#: The generated CUDA source, from which its `cuda` engines are compiled.
+CUDA_SOURCE = "engines/cuda/rfsq_tokenizer.cu"
 
 GraphForm = Literal["gemm", "gemm_marked", "reduce"]
 GRAPH_FORMS: tuple[GraphForm, ...] = typing.get_args(GraphForm)
@@ -34,7 +36,7 @@ class TensorEntry:
     """dtype in numpy's words; shape with -1 for the batch."""
 
     name: str
-    dtype: Literal["float32", "int32"]
+    dtype: Literal["float32", "int32", "uint8"]
     shape: tuple[int, ...]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 
 from runtime.bundle import Bundle
@@ -47,6 +49,10 @@ class OrtCudaBackend(OrtBackend):
     @property
     def device(self) -> str:
         return str(self._gpu)
+
+    @property
+    def token_types(self) -> tuple[np.dtype[Any], ...]:
+        return (np.dtype(np.int32),)
 
     def encode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         self.bind_encode(arrays, stream)()

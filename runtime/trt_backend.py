@@ -103,6 +103,10 @@ class TrtFunction:
         return self._entry.profile[2]
 
     @property
+    def reads_once(self) -> bool:
+        return False
+
+    @property
     def entry(self) -> EngineEntry:
         """What the manifest says of the engine."""
         return self._entry

@@ -35,7 +35,7 @@ from rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from runtime import ActionTokenizer
 from runtime.bundle import open_bundle
 from runtime.cpu_targets import host_targets
-from runtime.manifest import C_HEADER, C_SOURCE, MANIFEST_NAME, Manifest
+from runtime.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, MANIFEST_NAME, Manifest
 from tests.bundles import bundle_files, graph_file
 from tests.export.machine import needs_no_gpu, needs_rtx
 from tests.rfsq_ref.published_model import ActionRFSQAE
@@ -156,7 +156,7 @@ def test_the_default_build_makes_a_bundle_that_a_robot_can_load(built: BuildResu
     graphs = [
         graph_file(name, form) for name in ("encoder.onnx", "decoder.onnx", "decoder_l3.onnx") for form in LinearForm
     ]
-    assert bundle_files(built.output) == sorted([*graphs, C_HEADER, C_SOURCE, "golden.npz", MANIFEST_NAME])
+    assert bundle_files(built.output) == sorted([*graphs, C_HEADER, C_SOURCE, CUDA_SOURCE, "golden.npz", MANIFEST_NAME])
     assert (manifest.model.mode, manifest.model.chunk_length, tokenizer.prefixes) == ("calibrated", 8, (3, 8))
     assert manifest.engines == ()
     assert tokenizer.fingerprint == manifest.fingerprint
@@ -313,6 +313,7 @@ def test_a_person_sees_a_line_per_step_and_a_table(tmp_path: Path, capsys: pytes
         "calibrate",
         "export ONNX",
         "generate C",
+        "generate CUDA",
         "write golden vectors",
         "cross-check graphs",
         "parity gates",

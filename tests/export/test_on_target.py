@@ -102,7 +102,7 @@ def test_every_flag_is_either_for_the_target_or_refused(capsys: pytest.CaptureFi
 @pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-cuda", "openvino"])
 def test_a_backend_without_engines_is_refused(backend: str, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(["--from-bundle", bundle, "--backends", backend], capsys)
-    assert f"backends ['{backend}'] have no engines to add; there are c, tensorrt, tensorrt-rtx" in message
+    assert f"backends ['{backend}'] have no engines to add; there are c, cuda, tensorrt, tensorrt-rtx" in message
 
 
 # --- bundles and machines that cannot be used -------------------------------------------------------------------------

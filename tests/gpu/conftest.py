@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from runtime import ActionTokenizer
-from runtime.backends import create_backend
 from runtime.bundle import Bundle, open_bundle
 from runtime.errors import BackendUnavailableError
 from runtime.trt_api import available_tensorrt
@@ -16,7 +15,8 @@ from runtime.trt_api import available_tensorrt
 HERE = Path(__file__).parent
 #: Of the two TensorRTs, the ones that are installed here.
 TENSORRT = available_tensorrt()
-GPU_BACKENDS = (*TENSORRT, "onnxruntime-cuda")
+#: Those with engines of their own, which travel in a bundle.
+ENGINES = ("cuda", *TENSORRT)
 
 
 def missing() -> str:
@@ -58,7 +58,7 @@ def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from export.pipeline import BuildConfig, build
 
     output = tmp_path_factory.mktemp("gpu") / "bundle"
-    build(BuildConfig(output=output, backends=("onnxruntime", *TENSORRT), parity_steps=20_000))
+    build(BuildConfig(output=output, backends=("onnxruntime", *ENGINES), parity_steps=20_000))
     return output
 
 
@@ -67,18 +67,7 @@ def bundle(bundle_path: Path) -> Bundle:
     return open_bundle(bundle_path)
 
 
-@pytest.fixture(params=GPU_BACKENDS)
-def backend_name(request: pytest.FixtureRequest, bundle: Bundle) -> str:
-    """Each backend that runs on a GPU; ONNX Runtime's needs another package than the one for the CPU."""
-    name: str = request.param
-    try:
-        create_backend(name, bundle).close()
-    except BackendUnavailableError as error:
-        skip_or_fail(str(error))
-    return name
-
-
-@pytest.fixture(params=TENSORRT)
+@pytest.fixture(params=ENGINES)
 def tokenizer(request: pytest.FixtureRequest, bundle_path: Path) -> Iterator[ActionTokenizer]:
     """On an engine that takes arrays of the GPU."""
     with ActionTokenizer.load(bundle_path, backend=request.param) as opened:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from runtime import ActionTokenizer
+from runtime.backends import create_backend
 from runtime.bundle import Bundle
 from runtime.cuda_api import DeviceMemory, free_memory
 from runtime.errors import (
@@ -25,7 +26,7 @@ from runtime.errors import (
 )
 from runtime.trt_api import EngineRefusedError
 from runtime.trt_backend import TrtBackend
-from tests.gpu.conftest import TENSORRT
+from tests.gpu.conftest import ENGINES, TENSORRT
 from tests.gpu.test_arrays import cupy, random_actions
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +150,18 @@ def test_engines_and_kernels_that_tensorrt_does_not_accept_are_errors(bundle: Bu
             TrtBackend(other, name)
 
 
+def test_kernels_for_another_gpu_or_spoiled_ones_are_refused(bundle: Bundle) -> None:
+    (entry,) = (entry for entry in bundle.manifest.engines if entry.backend == "cuda")
+    moved = replace(bundle.manifest, engines=(replace(entry, targets=("5.0",)),))
+    with pytest.raises(BackendUnavailableError, match=r"compute capability 5\.0.*--from-bundle"):
+        create_backend("cuda", Bundle(bundle.folder, moved, bundle._contents))
+    content = bundle.content(entry.file)
+    for spoiled in (content[: len(content) // 2], b"not an engine"):
+        other = Bundle(bundle.folder, bundle.manifest, {**bundle._contents, entry.file: spoiled})
+        with pytest.raises(BackendUnavailableError, match="--from-bundle"):
+            create_backend("cuda", other)
+
+
 VISIBLE = """
 import sys
 from runtime import ActionTokenizer
@@ -162,7 +175,7 @@ except BackendUnavailableError as error:
 """
 
 
-@pytest.mark.parametrize("name", TENSORRT)
+@pytest.mark.parametrize("name", ENGINES)
 def test_without_the_gpu_auto_takes_the_processor_and_a_name_is_refused(bundle_path: Path, name: str) -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(
@@ -206,7 +219,7 @@ with ActionTokenizer.load(sys.argv[1], backend=sys.argv[2]) as parent:
 """
 
 
-@pytest.mark.parametrize("name", TENSORRT)
+@pytest.mark.parametrize("name", ENGINES)
 def test_a_child_of_fork_can_still_load_a_backend_on_the_processor(bundle_path: Path, name: str) -> None:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-c", FORK_THEN_LOAD, str(bundle_path), name]

@@ -12,8 +12,9 @@ import pytest
 from export.bundle_writer import stage_bundle
 from runtime import ActionTokenizer
 from runtime.bundle import Bundle, open_bundle
+from runtime.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE
 from tests.bundles import bundle_files
-from tests.gpu.conftest import TENSORRT
+from tests.gpu.conftest import ENGINES, TENSORRT
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,7 +41,8 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 def travelled(bundle: Bundle, tmp_path: Path) -> Path:
     """As it leaves a machine without TensorRT: graphs and golden vectors."""
     output = tmp_path / "bundle"
-    dropped = {file for file in bundle.manifest.files if file.startswith("engines/")}
+    sources = {C_HEADER, C_SOURCE, CUDA_SOURCE}
+    dropped = {file for file in bundle.manifest.files if file.startswith("engines/")} - sources
     with stage_bundle(output) as staged:
         for file in bundle.manifest.files.keys() - dropped:
             staged.write(file, bundle.content(file))
@@ -55,13 +57,13 @@ def test_engines_are_added_proven_and_recorded(travelled: Path) -> None:
     assert done.returncode == 0, done.stderr
     after = open_bundle(travelled).manifest
     assert (after.fingerprint, after.model, after.graphs) == (before.fingerprint, before.model, before.graphs)
-    assert {engine.backend for engine in after.engines} == set(TENSORRT)
+    assert {engine.backend for engine in after.engines} == {"c", *ENGINES}
     assert {(engine.status, engine.precision) for engine in after.engines} == {("validated", "fp32")}
-    proven = [entry for entry in after.parity if entry.backend in TENSORRT]
-    assert len(proven) >= 9 * len(TENSORRT)
+    proven = [entry for entry in after.parity if entry.backend in ENGINES]
+    assert len(proven) >= 9 * len(ENGINES)
     assert all(entry.value <= entry.limit for entry in proven)
     assert [entry for entry in after.parity if entry.backend == "onnxruntime"] == list(before.parity)
-    for name in TENSORRT:
+    for name in ("c", *ENGINES):
         ActionTokenizer.load(travelled, backend=name).close()
 
 

@@ -17,7 +17,7 @@ from export.sources import fit_for, load_build_data, open_checkpoint
 from rfsq_ref.checkpoints import ROBUST_CHECKPOINT
 from runtime.backends import create_backend
 from runtime.bundle import Bundle, open_bundle
-from tests.gpu.conftest import TENSORRT
+from tests.gpu.conftest import ENGINES, TENSORRT
 
 STEPS = 1_000_000
 
@@ -57,7 +57,7 @@ def test_every_backend_passes_every_gate_over_a_million_steps(
                 print(f"    {entry.detail}")
         for line in absent:
             print(f"  not run: {line}")
-    assert {backend.name for backend in backends} >= {"onnxruntime", *TENSORRT}
+    assert {backend.name for backend in backends} >= {"onnxruntime", "onnxruntime-cuda", *ENGINES}
     assert all(entry.steps >= STEPS for entry in entries)
     assert failures(entries) == []
 
@@ -76,14 +76,14 @@ def test_every_mode_and_other_sizes_build_and_pass_on_this_gpu(mode: DeployMode,
             conditioning=mode,
             prefixes=(1, 5),
             chunk_length=3,
-            backends=("onnxruntime", *TENSORRT),
+            backends=("onnxruntime", *ENGINES),
             parity_steps=30_000,
         )
     )
     engines = result.manifest.engines
-    assert len(engines) == 4 * len(TENSORRT)
+    assert len(engines) == 4 * len(TENSORRT) + 1
     assert {(engine.status, engine.precision) for engine in engines} == {("validated", "fp32")}
-    assert {entry.backend for entry in result.manifest.parity} == {"onnxruntime", *TENSORRT}
+    assert {entry.backend for entry in result.manifest.parity} == {"onnxruntime", *ENGINES}
 
 
 @pytest.mark.skipif("tensorrt-rtx" not in TENSORRT, reason="TensorRT obeys its TF32 flag; only TensorRT-RTX does not")
@@ -108,10 +108,10 @@ def test_the_manifest_says_what_was_measured_and_where(bundle: Bundle) -> None:
         assert (engine.status, engine.precision, engine.device) == ("validated", "fp32", str(open_device()))
         assert engine.kernel_cache in (*bundle.manifest.files, "")
     gates = {(entry.backend, entry.gate) for entry in bundle.manifest.parity}
-    for name in TENSORRT:
+    for name in ENGINES:
         assert (name, "encode: wrong tokens") in gates
 
 
 def test_what_is_built_from_a_sealed_bundle_opens_like_it(bundle_path: Path) -> None:
-    for name in TENSORRT:
+    for name in ENGINES:
         create_backend(name, open_bundle(bundle_path)).close()

@@ -195,6 +195,7 @@ class FakeFunction:
         self.max_batch, self._cuda, self._entry = max_batch, cuda, entry
         self.programs: list[FakeProgram] = []
         self.is_closed = False
+        self.reads_once = False
 
     def new_program(self) -> FakeProgram:
         self.programs.append(FakeProgram(self._cuda, self._entry, self.max_batch))

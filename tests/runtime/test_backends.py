@@ -82,7 +82,7 @@ def test_auto_takes_onnxruntime_where_nothing_else_can_run_and_says_why(
     assert len(chosen) == 1
     assert chosen[0].startswith("backend onnxruntime (ONNX Runtime")
     assert "passed its self-test" in chosen[0]
-    assert "not cuda: this runtime cannot run 'cuda' yet" in caplog.text
+    assert "not cuda: CUDA finds no usable GPU here" in caplog.text
 
 
 def test_auto_prefers_the_faster_one(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,16 +118,19 @@ def test_a_backend_asked_for_by_name_is_never_replaced(bundle: Path, monkeypatch
 
 
 def test_an_unknown_name_is_refused_naming_the_known_ones(bundle: Path) -> None:
-    with pytest.raises(BackendUnavailableError, match="no backend 'onnx'; there are auto, cuda, c, tensorrt-rtx"):
+    with pytest.raises(BackendUnavailableError, match="no backend 'onnx'; there are auto, c, cuda, tensorrt-rtx"):
         ActionTokenizer.load(bundle, backend="onnx")
 
 
 def test_auto_says_why_each_one_cannot_be_used(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "FACTORIES", {})
+    def refuse(_bundle: Bundle) -> Backend:
+        raise BackendUnavailableError("it is not here")
+
+    monkeypatch.setattr(backends, "FACTORIES", dict.fromkeys(backends.PREFERENCE, refuse))
     with pytest.raises(BackendUnavailableError) as caught:
         ActionTokenizer.load(bundle)
     for name in backends.PREFERENCE:
-        assert f"  {name}: this runtime cannot run" in str(caught.value)
+        assert f"  {name}: it is not here" in str(caught.value)
 
 
 def test_a_missing_package_is_named_with_its_cure(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,6 +185,7 @@ class FakeBackend:
     """Notes what it is called with."""
 
     name, description, device, checked_steps = "tensorrt-rtx", "a fake", "a GPU", 0
+    token_types: tuple[np.dtype, ...] = (np.dtype(np.int32),)
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[GpuArray], int]] = []

@@ -129,7 +129,7 @@ def test_selftest_shows_every_check_beside_its_limit(bundle: Path, capsys: pytes
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("✓ 11 files")
     for line in (
-        "– cuda: not tested: this runtime cannot run 'cuda' yet; it runs c, onnxruntime, onnxruntime-cuda, tensorrt, ",
+        "– cuda: not tested: CUDA finds no usable GPU here",
         f"– c: not tested: {bundle} has no C engine for ",
         "– tensorrt: not tested: tensorrt is not installed; install it with: pip install '.[tensorrt,gpu]'",
         "– onnxruntime-cuda: not tested: ONNX Runtime ",

@@ -1,0 +1,42 @@
+"""Numbers of a plan as C and CUDA spell them, for the generators of both."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from export.plan import DecoderPlan
+
+_NUMBERS_A_LINE = 6
+
+Array = npt.NDArray[np.floating]
+
+
+def table(kind: str, name: str, values: Array) -> str:
+    """A constant array of one or two dimensions. kind: what stands in front of its name."""
+    shape = "".join(f"[{size}]" for size in values.shape)
+    if values.ndim == 1:
+        return f"{kind} {name}{shape} = {{\n{_lines(values, ' ' * 4)}\n}};"
+    rows = ",\n".join(f"    {{\n{_lines(row, ' ' * 8)}\n    }}" for row in values)
+    return f"{kind} {name}{shape} = {{\n{rows}\n}};"
+
+
+def number(value: float) -> str:
+    """A float32, exactly."""
+    return f"{float(np.float32(value)).hex()}f"
+
+
+def own_tokens(plan: DecoderPlan) -> Array | None:
+    """Weights [D, l] where every latent depends on its own tokens alone, else None."""
+    assert plan.latents is not None
+    weight = plan.latents.weight.reshape(plan.latent_dim, plan.latent_dim, plan.prefix)
+    if weight[~np.eye(plan.latent_dim, dtype=bool)].any():
+        return None
+    own: Array = weight[np.arange(plan.latent_dim), np.arange(plan.latent_dim)]
+    return own
+
+
+def _lines(values: Array, indent: str) -> str:
+    numbers = [number(value) for value in values]
+    starts = range(0, len(numbers), _NUMBERS_A_LINE)
+    return ",\n".join(indent + ", ".join(numbers[start : start + _NUMBERS_A_LINE]) for start in starts)

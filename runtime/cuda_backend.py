@@ -1,0 +1,121 @@
+"""The generated CUDA engine: one fused kernel for each way, compiled for this kind of GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from runtime.bundle import Bundle
+from runtime.cuda_api import GpuDevice, open_device
+from runtime.cuda_kernels import KernelArguments, KernelLibrary
+from runtime.errors import BackendUnavailableError
+from runtime.gpu_backend import GpuBackend
+from runtime.kernel_names import TOKEN_TYPES, TokenType, kernel_name
+from runtime.manifest import EngineEntry, GraphEntry, ModelEntry, TensorEntry
+
+#: A grid has so many blocks at most, and a step may have one of its own.
+_MOST_STEPS = 2**31 - 1
+#: Up to so many steps a block for each is faster.
+_FEW_STEPS = 8192
+#: Blocks of the many kernels for each multiprocessor; each goes through many steps.
+_BLOCKS_EACH = 16
+
+
+class CudaBackend(GpuBackend):
+    """Raises BackendUnavailableError where there is no GPU, or no engine for it. Takes tokens as int32 and as uint8."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        gpu, model = open_device(), bundle.manifest.model
+        self._entry = _choose_engine(bundle, gpu)
+        self._library = KernelLibrary(bundle.content(self._entry.file))
+        try:
+            entries = [
+                _with_tokens(graph, token_type)
+                for token_type in TOKEN_TYPES
+                for graph in bundle.manifest.graphs_of("reduce")
+            ]
+            functions = [_CudaFunction(self._library, model, entry, gpu) for entry in entries]
+        except BaseException:
+            self._library.close()
+            raise
+        super().__init__("cuda", f"generated CUDA, {self._entry.version}, {gpu}", str(gpu), entries, functions)
+
+    @property
+    def entry(self) -> EngineEntry:
+        """What the manifest says of the engine."""
+        return self._entry
+
+    def close(self) -> None:
+        super().close()
+        self._library.close()
+
+
+def _choose_engine(bundle: Bundle, gpu: GpuDevice) -> EngineEntry:
+    engines = [entry for entry in bundle.manifest.engines if entry.backend == "cuda"]
+    for entry in engines:
+        if gpu.compute_capability in entry.targets:
+            return entry
+    targets = ", ".join(target for entry in engines for target in entry.targets)
+    found = f"it has kernels for compute capability {targets}" if engines else "it has none"
+    raise BackendUnavailableError(
+        f"{bundle.folder} has no CUDA kernels for {gpu}: {found}; compile them for this machine, on it: "
+        f"python export/build_engine.py --from-bundle {bundle.folder}"
+    )
+
+
+def _with_tokens(graph: GraphEntry, token_type: TokenType) -> GraphEntry:
+    def changed(tensor: TensorEntry) -> TensorEntry:
+        return replace(tensor, dtype=token_type) if tensor.name == "tokens" else tensor
+
+    return replace(graph, inputs=tuple(map(changed, graph.inputs)), outputs=tuple(map(changed, graph.outputs)))
+
+
+class _CudaFunction:
+    """The kernels of one encoder or decoder."""
+
+    def __init__(self, library: KernelLibrary, model: ModelEntry, entry: GraphEntry, gpu: GpuDevice) -> None:
+        tokens = next(tensor for tensor in (*entry.inputs, *entry.outputs) if tensor.name == "tokens")
+        prefix = entry.prefix if entry.role == "decoder" else None
+        self._few = library.kernel(kernel_name(prefix, tokens.dtype, "few"))
+        # Some sizes have none.
+        self._many = library.find(kernel_name(prefix, tokens.dtype, "many"))
+        self._most_blocks = gpu.multiprocessors * _BLOCKS_EACH
+        self.chunk_length, self.num_arguments = model.chunk_length, len(entry.inputs) + len(entry.outputs) + 1
+
+    @property
+    def max_batch(self) -> int:
+        return _MOST_STEPS // self.chunk_length
+
+    @property
+    def reads_once(self) -> bool:
+        return True
+
+    def new_program(self) -> _CudaProgram:
+        return _CudaProgram(self)
+
+    def close(self) -> None:
+        """The library is closed by the backend."""
+
+    def launch(self, steps: int, arguments: KernelArguments, stream: int) -> None:
+        if self._many is None or steps <= _FEW_STEPS:
+            self._few.launch(steps, arguments, stream)
+        else:
+            self._many.launch(min(-(-steps // self._many.threads), self._most_blocks), arguments, stream)
+
+
+class _CudaProgram:
+    """Needs no memory of its own."""
+
+    def __init__(self, function: _CudaFunction) -> None:
+        self._function, self._steps = function, 0
+        self._arguments = KernelArguments(function.num_arguments)
+
+    def bind(self, batch: int, addresses: Sequence[int]) -> None:
+        self._steps = batch * self._function.chunk_length
+        self._arguments.set((*addresses, self._steps))
+
+    def enqueue(self, stream: int) -> None:
+        self._function.launch(self._steps, self._arguments, stream)
+
+    def close(self) -> None:
+        """Holds nothing."""
