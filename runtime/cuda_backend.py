@@ -10,11 +10,13 @@ from runtime.cuda_api import GpuDevice, open_device
 from runtime.cuda_kernels import KernelArguments, KernelLibrary
 from runtime.errors import BackendUnavailableError
 from runtime.gpu_backend import GpuBackend
-from runtime.kernel_names import TOKEN_TYPES, TokenType, kernel_name
+from runtime.kernel_names import TokenType, kernel_name
 from runtime.manifest import EngineEntry, GraphEntry, ModelEntry, TensorEntry
 
 #: A grid has so many blocks at most, and a step may have one of its own.
 _MOST_STEPS = 2**31 - 1
+#: Of the kernels that an engine has, those that the gates prove.
+_OFFERED: tuple[TokenType, ...] = ("int32",)
 #: Up to so many steps a block for each is faster.
 _FEW_STEPS = 8192
 #: Blocks of the many kernels for each multiprocessor; each goes through many steps.
@@ -22,7 +24,7 @@ _BLOCKS_EACH = 16
 
 
 class CudaBackend(GpuBackend):
-    """Raises BackendUnavailableError where there is no GPU, or no engine for it. Takes tokens as int32 and as uint8."""
+    """Raises BackendUnavailableError where there is no GPU, or no engine for it."""
 
     def __init__(self, bundle: Bundle) -> None:
         gpu, model = open_device(), bundle.manifest.model
@@ -31,7 +33,7 @@ class CudaBackend(GpuBackend):
         try:
             entries = [
                 _with_tokens(graph, token_type)
-                for token_type in TOKEN_TYPES
+                for token_type in _OFFERED
                 for graph in bundle.manifest.graphs_of("reduce")
             ]
             functions = [_CudaFunction(self._library, model, entry, gpu) for entry in entries]
