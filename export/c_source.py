@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from export.c_builder import C_FLAGS, SOURCE_NAME
 from export.plan import (
@@ -23,6 +22,7 @@ from export.plan import (
     action_limit,
     middle_level,
 )
+from export.source_tables import Array, number, own_tokens, table
 from runtime.c_backend import CHECKED_STEPS
 from runtime.validation import STATS_LIMIT
 
@@ -30,11 +30,8 @@ _TEMPLATE = Path(__file__).parent / "templates" / SOURCE_NAME
 #: As in the template.
 _LANES = 8
 _WIDE_LANES = 16
-_NUMBERS_A_LINE = 6
 #: Beyond it a float32 cannot count.
 _MOST_LEVELS = 2**24
-
-_Array = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -77,9 +74,9 @@ def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
     lines = [
         f"enum {{ H = {width}, MIDDLE_LEVEL = {middle_level(encoder.num_levels)} }};",
         f"#define HAS_CONSTANT_BINS {int(has_constant_bins)}",
-        f"#define SIGMA_EPSILON {_number(epsilon)}",
-        f"#define LEVEL_STEP {_number(1 / half_range)}",
-        f"#define STATS_LIMIT {_number(STATS_LIMIT)}",
+        f"#define SIGMA_EPSILON {number(epsilon)}",
+        f"#define LEVEL_STEP {number(1 / half_range)}",
+        f"#define STATS_LIMIT {number(STATS_LIMIT)}",
         "#define EACH_LAYER(LAYER) " + " ".join(f"LAYER({layer})" for layer in range(encoder.num_layers)),
         *_layer("ENCODER_FIRST", encoder.first),
         *_layer("ENCODER_SECOND", encoder.second),
@@ -99,45 +96,19 @@ def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
     return lines
 
 
-def _own_tokens(plan: DecoderPlan) -> _Array | None:
-    """Weights [D, l] where every latent depends on its own tokens alone, else None."""
-    assert plan.latents is not None
-    weight = plan.latents.weight.reshape(plan.latent_dim, plan.latent_dim, plan.prefix)
-    if weight[~np.eye(plan.latent_dim, dtype=bool)].any():
-        return None
-    own: _Array = weight[np.arange(plan.latent_dim), np.arange(plan.latent_dim)]
-    return own
-
-
 def _layer(name: str, layer: Affine, lanes: int = _LANES) -> list[str]:
     """Weight [inputs][outputs] and bias, outputs filled up to whole lanes."""
     return [_padded_table(f"{name}_WEIGHT", layer.weight.T, lanes), _padded_table(f"{name}_BIAS", layer.bias, lanes)]
 
 
-def _padded_table(name: str, values: _Array, lanes: int = _LANES) -> str:
+def _padded_table(name: str, values: Array, lanes: int = _LANES) -> str:
     """With zeros behind every row, up to whole lanes."""
     missing = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % lanes)]
     return _table(name, np.pad(values, missing))
 
 
-def _table(name: str, values: _Array) -> str:
-    """A constant array of one or two dimensions."""
-    shape = "".join(f"[{size}]" for size in values.shape)
-    if values.ndim == 1:
-        return f"static _Alignas(64) const float {name}{shape} = {{\n{_lines(values, ' ' * 4)}\n}};"
-    rows = ",\n".join(f"    {{\n{_lines(row, ' ' * 8)}\n    }}" for row in values)
-    return f"static _Alignas(64) const float {name}{shape} = {{\n{rows}\n}};"
-
-
-def _lines(values: _Array, indent: str) -> str:
-    numbers = [_number(value) for value in values]
-    starts = range(0, len(numbers), _NUMBERS_A_LINE)
-    return ",\n".join(indent + ", ".join(numbers[start : start + _NUMBERS_A_LINE]) for start in starts)
-
-
-def _number(value: float) -> str:
-    """A float32 in C, exactly."""
-    return f"{float(np.float32(value)).hex()}f"
+def _table(name: str, values: Array) -> str:
+    return table("static _Alignas(64) const float", name, values)
 
 
 # --- functions --------------------------------------------------------------------------------------------------------
@@ -173,7 +144,7 @@ def _to_latents(plan: DecoderPlan) -> str:
     )
     if plan.latents is None:
         return _from_stats(head, layers)
-    own = _own_tokens(plan)
+    own = own_tokens(plan)
     if own is None:
         return "\n".join(
             [
@@ -282,7 +253,7 @@ def _header(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerprint: 
             _define("NUM_LAYERS", encoder.num_layers, "L: residual layers."),
             _define("NUM_LEVELS", encoder.num_levels, "K: tokens are 0 ... K - 1."),
             _define(
-                "ACTION_LIMIT", _number(action_limit(encoder)), "The largest |action|: beyond it float32 overflows."
+                "ACTION_LIMIT", number(action_limit(encoder)), "The largest |action|: beyond it float32 overflows."
             ),
             _define("CHECKED_STEPS", CHECKED_STEPS, "Steps whose values are all checked before any is computed with."),
             "",

@@ -9,6 +9,7 @@ import pytest
 from runtime import cpu_targets
 
 V3 = "fpu sse2 avx avx2 bmi1 bmi2 f16c fma abm movbe"
+V4 = V3 + " avx512f avx512bw avx512cd avx512dq avx512vl"
 
 TargetsOf = Callable[[str, str], tuple[str, ...]]
 
@@ -31,6 +32,10 @@ def test_a_processor_with_all_instructions_of_a_level_runs_it_and_what_is_below(
     machine: str, targets_of: TargetsOf
 ) -> None:
     assert targets_of(machine, V3) == ("x86-64-v3", "x86-64")
+
+
+def test_avx512_is_a_level_of_its_own(targets_of: TargetsOf) -> None:
+    assert targets_of("x86_64", V4) == ("x86-64-v4", "x86-64-v3", "x86-64")
 
 
 @pytest.mark.parametrize("missing", V3.split()[2:])
