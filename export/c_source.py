@@ -22,7 +22,7 @@ from export.plan import (
     action_limit,
     middle_level,
 )
-from export.source_tables import Array, number, own_tokens, table
+from export.source_tables import Array, number, own_tokens, require_countable, table
 from runtime.c_backend import CHECKED_STEPS
 from runtime.validation import STATS_LIMIT
 
@@ -30,8 +30,6 @@ _TEMPLATE = Path(__file__).parent / "templates" / SOURCE_NAME
 #: As in the template.
 _LANES = 8
 _WIDE_LANES = 16
-#: Beyond it a float32 cannot count.
-_MOST_LEVELS = 2**24
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,7 @@ def c_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerpri
 
     Raises ValueError where float32 cannot count the levels.
     """
-    if encoder.num_levels > _MOST_LEVELS:
-        raise ValueError(
-            f"{encoder.num_levels} levels are more than float32 can count; expected at most {_MOST_LEVELS}"
-        )
+    require_countable(encoder.num_levels)
     template = _TEMPLATE.read_text(encoding="utf-8")
     functions = [_encoder_function(encoder), *map(_decoder_function, decoders)]
     source = template.replace("/* @TABLES@ */", "\n".join(_tables(encoder, decoders)))

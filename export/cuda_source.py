@@ -20,15 +20,13 @@ from export.plan import (
     action_limit,
     middle_level,
 )
-from export.source_tables import Array, number, own_tokens, table
+from export.source_tables import Array, number, own_tokens, require_countable, table
 from runtime.kernel_names import TOKEN_TYPES, TokenType, kernel_name
 from runtime.validation import STATS_LIMIT
 
 _TEMPLATE = Path(__file__).parent / "templates" / "rfsq_tokenizer.cu"
 _WARP = 32
 _MOST_THREADS = 1024
-#: Beyond it a float32 cannot count.
-_MOST_LEVELS = 2**24
 #: Steps for each thread of the many kernels, measured: two share what is loaded, one leaves room for more threads,
 #: which is better where memory is waited for.
 _DECODED_STEPS: dict[TokenType, int] = {"int32": 1, "uint8": 2}
@@ -43,10 +41,7 @@ def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> str
 
     Raises ValueError where float32 cannot count the levels.
     """
-    if encoder.num_levels > _MOST_LEVELS:
-        raise ValueError(
-            f"{encoder.num_levels} levels are more than float32 can count; expected at most {_MOST_LEVELS}"
-        )
+    require_countable(encoder.num_levels)
     kernels = [kernel for token in TOKEN_TYPES for kernel in _encoder_kernels(encoder, token)]
     kernels += [kernel for decoder in decoders for token in TOKEN_TYPES for kernel in _decoder_kernels(decoder, token)]
     source = _TEMPLATE.read_text(encoding="utf-8")

@@ -8,6 +8,8 @@ import numpy.typing as npt
 from export.plan import DecoderPlan
 
 _NUMBERS_A_LINE = 6
+#: Beyond it a float32 cannot count.
+_MOST_LEVELS = 2**24
 
 Array = npt.NDArray[np.floating]
 
@@ -24,6 +26,12 @@ def table(kind: str, name: str, values: Array) -> str:
 def number(value: float) -> str:
     """A float32, exactly."""
     return f"{float(np.float32(value)).hex()}f"
+
+
+def require_countable(num_levels: int) -> None:
+    """Raises ValueError where float32 cannot count the levels."""
+    if num_levels > _MOST_LEVELS:
+        raise ValueError(f"{num_levels} levels are more than float32 can count; expected at most {_MOST_LEVELS}")
 
 
 def own_tokens(plan: DecoderPlan) -> Array | None:

@@ -33,8 +33,7 @@ class LatencyHistogram:
         """Negative times, of a clock that jumped back, count as 0."""
         if nanoseconds < 0:
             nanoseconds = 0
-        exponent = nanoseconds.bit_length() - _SUB_BITS - 1
-        index = nanoseconds if exponent < 0 else (exponent << _SUB_BITS) + (nanoseconds >> exponent)
+        index = _index_of(nanoseconds)
         counts = self._counts
         counts[index if index < _SUB * _OCTAVES else -1] += 1
         self.sum_ns += nanoseconds
@@ -153,8 +152,8 @@ class Health:
             ("records_failed", self.records_failed, "Flight records that could not be written."),
         ):
             lines += [*_family(name, "counter", text), f"rfsq_control_{name}_total {value}"]
-        lines += [*_family("latched", "gauge", "1 while the decoder stands still until reset."), ""]
-        lines[-1] = f"rfsq_control_latched {int(self.is_latched)}"
+        lines += _family("latched", "gauge", "1 while the decoder stands still until reset.")
+        lines.append(f"rfsq_control_latched {int(self.is_latched)}")
         cumulative, total = self.latency.cumulative(_BOUNDS_NS)
         lines += _family("latency_seconds", "histogram", "Duration of a tick in the decoder.", unit="seconds")
         lines += [
