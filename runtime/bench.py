@@ -25,7 +25,7 @@ from runtime.bench_calls import Batch, host_figures, random_batch
 from runtime.bench_peers import Peers, open_peers
 from runtime.bench_report import Report, report_text, write_report
 from runtime.bench_start import Start, StartError, measure_start
-from runtime.bench_timing import Bandwidth, Figure, Row, bandwidths_of, measure, summarise
+from runtime.bench_timing import Arithmetic, Bandwidth, Figure, Row, arithmetic_of, bandwidths_of, measure, summarise
 from runtime.bundle import Bundle, open_bundle
 from runtime.console import prepare_console, printable
 from runtime.errors import BackendUnavailableError, InferenceError, TokenizerError
@@ -141,6 +141,7 @@ def bench(config: Config, show: Callable[[str], None] = lambda _text: None) -> R
             remarks += peers.remarks
         rows: list[Row] = []
         bandwidths: list[Bandwidth] = []
+        arithmetic: list[Arithmetic] = []
         for batch in config.batches:
             with contextlib.ExitStack() as arrays:
                 figures = list(_figures(arrays, tokenizers, batch, gpu, trivial, missing))
@@ -153,6 +154,7 @@ def bench(config: Config, show: Callable[[str], None] = lambda _text: None) -> R
             missing.update(failed)
             rows += summarise(taken, bundle.manifest.model.chunk_length)
             bandwidths += bandwidths_of(taken)
+            arithmetic += arithmetic_of(taken)
         show("")
         if not rows:
             reasons = "\n".join(f"  {name}: {reason}" for name, reason in missing.items())
@@ -170,6 +172,7 @@ def bench(config: Config, show: Callable[[str], None] = lambda _text: None) -> R
             starts=tuple(starts),
             rows=tuple(rows),
             bandwidths=tuple(bandwidths),
+            arithmetic=tuple(arithmetic),
             missing=missing,
             remarks=tuple(remarks),
         )
@@ -231,7 +234,7 @@ def _trivial_kernel(scope: contextlib.ExitStack, gpu: Any, missing: dict[str, st
         return None
     try:
         call: Callable[[], None] = gpu.trivial_kernel(scope)
-    except InferenceError as error:
+    except TokenizerError as error:
         missing["floor: a captured graph with one trivial kernel"] = str(error)
         return None
     return call
@@ -288,13 +291,14 @@ def _figures(
 def _gpu_figures(
     scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batch: Batch, gpu: Any, missing: dict[str, str]
 ) -> Iterator[Figure]:
-    """Copies alone; and bandwidth, which a single chunk has no use for."""
+    """Copies alone; bandwidth and arithmetic, which a single chunk has no use for."""
     try:
         yield from gpu.floor_figures(scope, tokenizer.model, batch)
         if batch.size > 1:
             yield from gpu.copy_figures(scope, batch.size)
-    except InferenceError as error:
-        missing[f"copies, batch {batch.size}"] = str(error)
+            yield gpu.arithmetic_figure(scope, batch.size)
+    except TokenizerError as error:
+        missing[f"copies and arithmetic, batch {batch.size}"] = str(error)
 
 
 def machine_facts(gpu: Any, versions: dict[str, str]) -> dict[str, str]:

@@ -73,6 +73,20 @@ def host_figures(tokenizer: ActionTokenizer, batch: Batch, *, has_copies: bool) 
             yield figure(decode_name(model, prefix), path, call, _bytes(tokens, stats), decoded.nbytes)
 
 
+def operations_of(model: ModelEntry, prefix: int | None) -> int:
+    """Operations in float32 for one step, a fused multiply-add being two; prefix: None for encoding.
+
+    Counted as generated code does them: 8 for Mish, 20 for tanh, 5 for each token that is encoded.
+    """
+    action_dim, latent_dim, width = model.action_dim, model.latent_dim, model.hidden_width
+    layers = 2 * width * (action_dim + latent_dim) + 8 * width
+    if prefix is None:
+        return layers + 20 * latent_dim + 5 * latent_dim * model.num_layers
+    tokens = 2 * latent_dim * prefix
+    # A recovered decoder has a weight of every token for every latent.
+    return layers + tokens * (latent_dim if model.mode == "recovered" else 1)
+
+
 def copies_name(operation: str) -> str:
     """The floor of a call that brings arrays to the GPU and back."""
     return f"copies of {operation}"

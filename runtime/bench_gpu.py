@@ -6,21 +6,20 @@ Needs cuda-python; importing this module without it raises ImportError.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from cuda.bindings import driver, nvrtc
 from cuda.bindings import runtime as cudart
 
 from runtime import cuda_api
-from runtime.bench_calls import Batch, copies_name, decode_name
-from runtime.bench_timing import BANDWIDTH, Figure, time_calls
-from runtime.errors import InferenceError
+from runtime.bench_calls import Batch, copies_name, decode_name, operations_of
+from runtime.bench_timing import ARITHMETIC, BANDWIDTH, Figure, time_calls
+from runtime.cuda_kernels import KernelArguments, KernelLibrary, compile_kernels
 from runtime.gpu_arrays import GpuArray
+from runtime.gpu_calls import TakesGpuArrays
 from runtime.manifest import ModelEntry
 from runtime.tokenizer import ActionTokenizer
 
@@ -30,8 +29,31 @@ _PASSES = {"device to device": 2, "host to device": 1, "device to host": 1}
 #: Larger than every cache.
 _COPY_BYTES = 256 * 2**20
 
-_SOURCE = b'extern "C" __global__ void trivial(float* x) { x[threadIdx.x] += 1.0f; }'
 _THREADS = 32
+#: Enough independent sums in each of enough threads that a multiprocessor never waits for one.
+_ADDING_THREADS, _CHAINS, _BLOCKS_EACH = 256, 8, 8
+_ROUNDS = 32 * 1024
+_SOURCE = f"""
+extern "C" __global__ void __launch_bounds__({_THREADS}) trivial(float *x) {{ x[threadIdx.x] += 1.0f; }}
+
+extern "C" __global__ void __launch_bounds__({_ADDING_THREADS}) multiply_add(float *x)
+{{
+    float sums[{_CHAINS}], total = 0;
+    for (int i = 0; i < {_CHAINS}; ++i)
+        sums[i] = x[i] + threadIdx.x;
+    const float factor = x[0], term = x[1];
+#pragma unroll 16
+    for (int round = 0; round < {_ROUNDS}; ++round)
+#pragma unroll
+        for (int i = 0; i < {_CHAINS}; ++i)
+            sums[i] = fmaf(sums[i], factor, term);
+    for (int i = 0; i < {_CHAINS}; ++i)
+        total += sums[i];
+    /* Never true, but the compiler does not know. */
+    if (total == 1.25f)
+        x[0] = total;
+}}
+"""
 
 _Array = npt.NDArray[Any]
 
@@ -86,66 +108,62 @@ def _copies(scope: contextlib.ExitStack, bytes_in: Sequence[int], bytes_out: Seq
 
 
 def trivial_kernel(scope: contextlib.ExitStack) -> Callable[[], None]:
-    """A captured graph of one kernel that does next to nothing. Raises InferenceError where it cannot be made."""
+    """A captured graph of one kernel that does next to nothing. Raises KernelError, InferenceError."""
     stream, memory = _own(scope, cuda_api.Stream()), _memory(scope, _THREADS * 4)
-    image = np.frombuffer(_compile(cuda_api.open_device().compute_capability), np.uint8)
-    # The context of the runtime's API is current since memory was allocated.
-    module = _driver(driver.cuModuleLoadData, image.ctypes.data)
-    scope.callback(driver.cuModuleUnload, module)
-    kernel = _driver(driver.cuModuleGetFunction, module, b"trivial")
-    arguments = ((memory.address,), (ctypes.c_void_p,))
-
-    def work() -> None:
-        _driver(driver.cuLaunchKernel, kernel, 1, 1, 1, _THREADS, 1, 1, 0, stream.handle, arguments, 0)
-
+    work = _launch(scope, "trivial", 1, memory, stream)
     # The first launch may load code, which no capture allows.
     work()
     stream.synchronize()
     return _launch_and_wait(_own(scope, cuda_api.capture(stream, work)), stream)
 
 
-def _compile(compute_capability: str) -> bytes:
-    architecture = f"sm_{compute_capability.replace('.', '')}"
-    try:
-        program = _nvrtc(nvrtc.nvrtcCreateProgram, _SOURCE, b"trivial.cu", 0, [], [])
-        _nvrtc(nvrtc.nvrtcCompileProgram, program, 1, [f"--gpu-architecture={architecture}".encode()])
-        image = b" " * int(_nvrtc(nvrtc.nvrtcGetCUBINSize, program))
-        # Fills the bytes that it is given.
-        _nvrtc(nvrtc.nvrtcGetCUBIN, program, image)
-    except RuntimeError as error:  # What cuda-python raises where it does not find the library
-        raise InferenceError(
-            f"NVRTC cannot be used: {error}; install it with: pip install nvidia-cuda-nvrtc"
-        ) from error
-    return image
+def arithmetic_figure(scope: contextlib.ExitStack, batch: int) -> Figure:
+    """Fused multiply-adds alone, whose time gives their rate, to be timed in turn with the calls at `batch`.
+
+    Raises KernelError, InferenceError.
+    """
+    stream, memory = _own(scope, cuda_api.Stream()), _memory(scope, _CHAINS * 4)
+    blocks = cuda_api.open_device().multiprocessors * _BLOCKS_EACH
+    launch = _launch(scope, "multiply_add", blocks, memory, stream)
+
+    def call() -> None:
+        launch()
+        stream.synchronize()
+
+    operations = blocks * _ADDING_THREADS * _CHAINS * _ROUNDS * 2
+    take = functools.partial(time_calls, call)
+    return Figure(ARITHMETIC, "multiply and add", "floor", batch, take, operations=operations)
 
 
-def _nvrtc(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    error, *values = function(*arguments)
-    if error:
-        raise InferenceError(f"NVRTC failed to compile the trivial kernel: {error!r}")
-    return values[0] if values else None
-
-
-def _driver(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    error, *values = function(*arguments)
-    if error:
-        raise InferenceError(f"CUDA failed to run the trivial kernel: {error!r}")
-    return values[0] if values else None
+def _launch(
+    scope: contextlib.ExitStack, name: str, blocks: int, memory: cuda_api.DeviceMemory, stream: cuda_api.Stream
+) -> Callable[[], None]:
+    image = compile_kernels(_SOURCE, "floor.cu", cuda_api.open_device().compute_capability)
+    kernel, arguments = _own(scope, KernelLibrary(image)).kernel(name), KernelArguments(1)
+    arguments.set((memory.address,))
+    return functools.partial(kernel.launch, blocks, arguments, stream.handle)
 
 
 def device_figures(scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batch: Batch) -> Iterator[Figure]:
     """Encoding and every decoder bound to arrays of the GPU. Raises InferenceError for a batch too large to bind."""
     model, stream = tokenizer.model, _own(scope, cuda_api.Stream())
-    actions = _upload(scope, batch.actions, stream)
-    encoded, decoded = _upload(scope, batch.tokens, stream), _upload(scope, batch.actions, stream)
+    actions, decoded = (_upload(scope, batch.actions, stream) for _ in range(2))
     encoded_stats = None if batch.stats is None else _upload(scope, batch.stats, stream)
-    bound = _own(scope, tokenizer.bind_encode(actions, encoded, encoded_stats, stream=stream.handle))
-    yield _device_figure(tokenizer, "encode", batch, bound, stream, [actions], [encoded, encoded_stats])
-    for prefix in reversed(model.prefixes):
-        tokens, part = _upload(scope, batch.tokens_of(prefix), stream), batch.stats_of(prefix)
-        stats = None if part is None else _upload(scope, part, stream)
-        bound = _own(scope, tokenizer.bind_decode(tokens, decoded, stats, stream=stream.handle))
-        yield _device_figure(tokenizer, decode_name(model, prefix), batch, bound, stream, [tokens, stats], [decoded])
+    backend = tokenizer.backend
+    for kind in backend.token_types if isinstance(backend, TakesGpuArrays) else (np.dtype(np.int32),):
+        suffix = "" if kind == np.int32 else f", {kind} tokens"
+        encoded = _upload(scope, batch.tokens.astype(kind), stream)
+        bound = _own(scope, tokenizer.bind_encode(actions, encoded, encoded_stats, stream=stream.handle))
+        operations = operations_of(model, None) * batch.size * model.chunk_length
+        arrays = ([actions], [encoded, encoded_stats])
+        yield _device_figure(tokenizer, f"encode{suffix}", batch, bound, stream, *arrays, operations)
+        for prefix in reversed(model.prefixes):
+            tokens, part = _upload(scope, batch.tokens_of(prefix).astype(kind), stream), batch.stats_of(prefix)
+            stats = None if part is None else _upload(scope, part, stream)
+            bound = _own(scope, tokenizer.bind_decode(tokens, decoded, stats, stream=stream.handle))
+            operations = operations_of(model, prefix) * batch.size * model.chunk_length
+            name = decode_name(model, prefix) + suffix
+            yield _device_figure(tokenizer, name, batch, bound, stream, [tokens, stats], [decoded], operations)
 
 
 def _device_figure(
@@ -156,6 +174,7 @@ def _device_figure(
     stream: cuda_api.Stream,
     inputs: Sequence[GpuArray | None],
     outputs: Sequence[GpuArray | None],
+    operations: int,
 ) -> Figure:
     def call() -> None:
         bound()
@@ -171,6 +190,7 @@ def _device_figure(
         floor=TRIVIAL_KERNEL,
         bytes_in=bytes_in,
         bytes_out=bytes_out,
+        operations=operations,
     )
 
 

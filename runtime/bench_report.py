@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from runtime.bench_start import Start
-from runtime.bench_timing import Bandwidth, Row
+from runtime.bench_timing import Arithmetic, Bandwidth, Row
 from runtime.console import printable
 from runtime.errors import TokenizerError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _NOTHING = "–"
 _COLOURS = {"host": "#1f6fb4", "unchecked": "#1f6fb4", "device": "#2a8c55", "floor": "#b9b9b9"}
 _INK = "#222222"
@@ -33,6 +33,7 @@ class Report:
     starts: tuple[Start, ...]
     rows: tuple[Row, ...]
     bandwidths: tuple[Bandwidth, ...]
+    arithmetic: tuple[Arithmetic, ...]
     missing: Mapping[str, str]
     remarks: tuple[str, ...]
 
@@ -58,6 +59,7 @@ def read_report(text: str) -> Report:
                 "starts": tuple(Start(**entry) for entry in content["starts"]),
                 "rows": tuple(Row(**entry) for entry in content["rows"]),
                 "bandwidths": tuple(Bandwidth(**entry) for entry in content["bandwidths"]),
+                "arithmetic": tuple(Arithmetic(**entry) for entry in content["arithmetic"]),
                 "remarks": tuple(content["remarks"]),
             }
         )
@@ -94,6 +96,8 @@ def _lines(report: Report) -> Iterator[str]:
         if found:
             listed = ", ".join(f"{entry.way} {entry.bytes_per_second / 1e9:.1f} GB/s" for entry in found)
             yield f"copy bandwidth measured in the same rounds: {listed}"
+        for rate in (entry for entry in report.arithmetic if entry.batch == batch):
+            yield f"fp32 rate measured in the same rounds: {rate.operations_per_second / 1e12:.1f} TFLOP/s"
         yield ""
     yield from (f"- {remark}" for remark in (*_legend(report), *report.remarks))
 
@@ -121,6 +125,8 @@ def _legend(report: Report) -> Iterator[str]:
             "bandwidth: the time that a call's bytes alone need at the measured bandwidth, over p50; above 100 % the "
             "arrays stay in the GPU's cache"
         )
+    if any(row.roofline_share is not None for row in report.rows):
+        yield "roofline: the same for the bytes or the operations in float32, whichever take longer"
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,7 @@ _ROW_COLUMNS = (
     _Column("x floor", lambda row: _ratio(row.times_floor)),
     _Column("steps/s", lambda row: _count(row.steps_per_second)),
     _Column("bandwidth", lambda row: _percent(row.bandwidth_share)),
+    _Column("roofline", lambda row: _percent(row.roofline_share)),
 )
 _START_COLUMNS = (
     _Column("backend", lambda start: start.backend, is_left=True),

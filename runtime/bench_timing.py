@@ -20,6 +20,8 @@ _LEAST_ABOVE = 1
 
 #: The backend of figures that copy one large array of the GPU: they are told as bandwidth, not as rows.
 BANDWIDTH = "bandwidth"
+#: The backend of figures that do nothing but fused multiply-adds: they are told as a rate.
+ARITHMETIC = "fp32 arithmetic"
 
 #: `host`: numpy to numpy, checked, as a robot's program calls it; `unchecked`: the same without the checks; `device`:
 #: arrays that lie on the GPU, launch and synchronisation included; `floor`: what no call can do without.
@@ -31,7 +33,8 @@ class Figure:
     """What is timed, and what it is held against.
 
     take: times that many warm calls, float64 [calls] in microseconds; floor: the `operation` of the figure of the same
-    batch and of path `floor` that bounds this one; bytes_in, bytes_out: what a call reads and writes of its arrays.
+    batch and of path `floor` that bounds this one; bytes_in, bytes_out: what a call reads and writes of its arrays;
+    operations: in float32, a fused multiply-add being two.
     """
 
     backend: str
@@ -42,6 +45,7 @@ class Figure:
     floor: str = ""
     bytes_in: int = 0
     bytes_out: int = 0
+    operations: int = 0
 
     @property
     def label(self) -> str:
@@ -54,7 +58,8 @@ class Row:
 
     jitter: p99 - p50. A percentile that so few calls cannot tell is None, and jitter with it. times_floor: p50 over
     the floor's p50. steps_per_second: control steps by p50. bandwidth_share: the time that the bytes of the call alone
-    need at the measured copy bandwidth, over p50.
+    need at the measured copy bandwidth, over p50. roofline_share: the same of what takes longer, the bytes or the
+    operations at the measured rate.
     """
 
     backend: str
@@ -72,6 +77,7 @@ class Row:
     times_floor: float | None = None
     steps_per_second: float | None = None
     bandwidth_share: float | None = None
+    roofline_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,14 @@ class Bandwidth:
     way: str
     batch: int
     bytes_per_second: float
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What fused multiply-adds in float32 reached, two operations each, timed in turn with the calls at `batch`."""
+
+    batch: int
+    operations_per_second: float
 
 
 def time_calls(call: Callable[[], object], calls: int) -> Float64Array:
@@ -129,9 +143,10 @@ def summarise(taken: Mapping[Figure, Float64Array], chunk_length: int) -> list[R
     """A row for each figure, in order, with the ratio to its floor where that was measured."""
     floors = {(figure.operation, figure.batch): figure for figure in taken if figure.path == "floor"}
     bandwidths = {(found.way, found.batch): found.bytes_per_second / 1e6 for found in bandwidths_of(taken)}
+    rates = {found.batch: found.operations_per_second / 1e6 for found in arithmetic_of(taken)}
     rows = []
     for figure, samples in taken.items():
-        if figure.backend == BANDWIDTH:
+        if figure.backend in (BANDWIDTH, ARITHMETIC):
             continue
         row = _row(figure, samples)
         if figure.path != "floor":
@@ -139,7 +154,11 @@ def summarise(taken: Mapping[Figure, Float64Array], chunk_length: int) -> list[R
         floor = floors.get((figure.floor, figure.batch))
         if floor is not None:
             row = replace(row, floor=figure.floor, times_floor=row.p50 / float(np.median(taken[floor])))
-        rows.append(replace(row, bandwidth_share=_bandwidth_share(figure, row.p50, bandwidths)))
+        share = _bandwidth_share(figure, row.p50, bandwidths)
+        row = replace(row, bandwidth_share=share)
+        if figure.path == "device" and share is not None and figure.operations and figure.batch in rates:
+            row = replace(row, roofline_share=max(share, figure.operations / rates[figure.batch] / row.p50))
+        rows.append(row)
     return rows
 
 
@@ -149,6 +168,15 @@ def bandwidths_of(taken: Mapping[Figure, Float64Array]) -> list[Bandwidth]:
         Bandwidth(figure.operation, figure.batch, figure.bytes_in / float(np.median(samples)) * 1e6)
         for figure, samples in taken.items()
         if figure.backend == BANDWIDTH
+    ]
+
+
+def arithmetic_of(taken: Mapping[Figure, Float64Array]) -> list[Arithmetic]:
+    """What the figures of the backend `fp32 arithmetic` reached."""
+    return [
+        Arithmetic(figure.batch, figure.operations / float(np.median(samples)) * 1e6)
+        for figure, samples in taken.items()
+        if figure.backend == ARITHMETIC
     ]
 
 

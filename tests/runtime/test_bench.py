@@ -25,16 +25,19 @@ from hypothesis import strategies as st
 from evidence import bench_peers as torch_peers
 from export.plan import DeployMode
 from runtime import ActionTokenizer, bench
-from runtime.bench_calls import copies_name, host_figures, random_batch
+from runtime.bench_calls import copies_name, host_figures, operations_of, random_batch
 from runtime.bench_peers import open_peers
 from runtime.bench_report import Report, ReportError, read_report, report_json, report_png, report_text, write_report
 from runtime.bench_start import Start, StartError, measure_start
 from runtime.bench_timing import (
+    ARITHMETIC,
     BANDWIDTH,
     CALLS_PER_ROUND,
+    Arithmetic,
     Bandwidth,
     Figure,
     Row,
+    arithmetic_of,
     bandwidths_of,
     measure,
     percentile,
@@ -42,7 +45,7 @@ from runtime.bench_timing import (
     time_calls,
 )
 from runtime.errors import BackendUnavailableError, InferenceError
-from tests.bundles import SMALL, Recipe
+from tests.bundles import SMALL, Recipe, deploy, make_manifest
 from tests.rfsq_ref import published_model
 
 ROOT = Path(__file__).parents[2]
@@ -72,9 +75,10 @@ REPORT = Report(
     rows=(
         row(backend="floor", operation="trivial kernel", path="floor", p50=8.0, steps_per_second=None),
         row(path="device", floor="trivial kernel", times_floor=1.25),
-        row(batch=4096, calls=50, p99=None, p999=None, jitter=None, bandwidth_share=0.5),
+        row(batch=4096, calls=50, p99=None, p999=None, jitter=None, bandwidth_share=0.5, roofline_share=0.75),
     ),
     bandwidths=(Bandwidth("device to device", 4096, 4e12),),
+    arithmetic=(Arithmetic(4096, 65e12),),
     missing={"theirs": "not installed; install it"},
     remarks=("a remark",),
 )
@@ -178,6 +182,42 @@ def test_the_share_of_bandwidth_is_the_time_of_the_bytes_alone_over_the_median()
         "processor": None,
         "other batch": None,
     }
+    assert {found.roofline_share for found in rows} == {None}
+
+
+def test_the_share_of_the_roofline_is_the_larger_of_bytes_and_operations_over_the_median() -> None:
+    floors = [
+        figure(constant(10.0), "device to device", "floor", 64, backend=BANDWIDTH, bytes_in=4000),
+        figure(constant(2.0), "multiply and add", "floor", 64, backend=ARITHMETIC, operations=1000),
+    ]
+    calls = {
+        "bytes": figure(constant(10), path="device", batch=64, bytes_in=600, bytes_out=200, operations=500),
+        "operations": figure(constant(10), path="device", batch=64, bytes_in=600, bytes_out=200, operations=4000),
+        "not counted": figure(constant(10), path="device", batch=64, bytes_in=600, bytes_out=200),
+        "host": figure(constant(10), batch=64, bytes_in=600, operations=4000),
+        "other batch": figure(constant(10), path="device", batch=1, bytes_in=600, operations=4000),
+    }
+    taken, _ = measure([*floors, *calls.values()], rounds=1)
+    assert [(entry.batch, entry.operations_per_second) for entry in arithmetic_of(taken)] == [(64, pytest.approx(5e8))]
+    shares = dict(zip(calls, (row.roofline_share for row in summarise(taken, chunk_length=8)), strict=True))
+    assert shares == {
+        "bytes": pytest.approx(0.2),
+        "operations": pytest.approx(0.8),
+        "not counted": None,
+        "host": None,
+        "other batch": None,
+    }
+
+
+def test_operations_are_those_of_the_layers_and_of_every_token() -> None:
+    model = replace(
+        make_manifest(deploy(Recipe())).model, action_dim=7, latent_dim=16, hidden_width=64, num_layers=8, num_levels=7
+    )
+    layers = 2 * (7 * 64 + 64 * 16) + 8 * 64
+    assert operations_of(model, None) == layers + 16 * 20 + 128 * 5
+    assert operations_of(model, 8) == layers + 2 * 128
+    assert operations_of(model, 3) == layers + 2 * 48
+    assert operations_of(replace(model, mode="recovered"), 3) == layers + 2 * 48 * 16
 
 
 def test_timing_calls_once_for_every_figure_and_warms_up_before() -> None:
@@ -257,13 +297,14 @@ def test_a_report_survives_json() -> None:
 
 def test_the_json_has_this_form() -> None:
     content = json.loads(report_json(REPORT))
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert set(content) == {
-        "schema_version", "machine", "bundle", "backends", "starts", "rows", "bandwidths", "missing", "remarks",
+        "schema_version", "machine", "bundle", "backends", "starts", "rows", "bandwidths", "arithmetic", "missing",
+        "remarks",
     }  # fmt: skip
     assert set(content["rows"][0]) == {
         "backend", "operation", "path", "batch", "calls", "p50", "p90", "p99", "p999", "max", "jitter", "floor",
-        "times_floor", "steps_per_second", "bandwidth_share",
+        "times_floor", "steps_per_second", "bandwidth_share", "roofline_share",
     }  # fmt: skip
     assert content["rows"][2]["p999"] is None
 
@@ -273,7 +314,7 @@ def test_the_json_has_this_form() -> None:
     [
         lambda content: content.pop("rows"),
         lambda content: content["rows"][0].update(p50_ms=1),
-        lambda content: content.update(schema_version=2),
+        lambda content: content.update(schema_version=3),
     ],
 )
 def test_other_json_is_no_report(change: Callable[[dict[str, Any]], object]) -> None:
@@ -343,8 +384,10 @@ def test_the_table_has_one_line_for_each_figure_and_its_columns_are_aligned() ->
 def test_a_column_with_nothing_to_say_is_left_out_and_a_gap_is_a_dash() -> None:
     text = report_text(REPORT)
     large = text[text.index("4096 chunks a call") :].splitlines()
-    assert large[1].split() == ["backend", "call", "path", "calls", "p50", "p90", "max", "steps/s", "bandwidth"]
+    heads = ["backend", "call", "path", "calls", "p50", "p90", "max", "steps/s", "bandwidth", "roofline"]
+    assert large[1].split() == heads
     assert large[4] == "copy bandwidth measured in the same rounds: device to device 4000.0 GB/s"
+    assert large[5] == "fp32 rate measured in the same rounds: 65.0 TFLOP/s"
     [cold] = [line for line in text.splitlines() if line.startswith("ours ") and "0.500" in line]
     assert cold.split() == ["ours", "0.500", "0.100", "0.200", "0.150", "0.100", "0.0002", "70"]
 
@@ -665,7 +708,7 @@ class HostCuda:
         self._copy(kind.name.removeprefix("cudaMemcpy"), target, source, num_bytes, stream)
 
     def open_device(self) -> Any:
-        return SimpleNamespace(compute_capability="9.0")
+        return SimpleNamespace(compute_capability="9.0", multiprocessors=3)
 
     @property
     def num_open(self) -> int:
@@ -781,64 +824,80 @@ def test_device_calls_are_bound_to_arrays_that_lie_on_the_gpu(
     assert cuda.closed.index("Stream") > last
 
 
-def test_a_kernel_of_one_block_is_compiled_launched_once_and_captured(
-    bench_gpu: Any, cuda: HostCuda, monkeypatch: pytest.MonkeyPatch
+class FakeLibrary:
+    """Stands in for `KernelLibrary`: kernels that note their launches."""
+
+    def __init__(self, cuda: HostCuda) -> None:
+        self.cuda, self.launches = cuda, list[tuple[Any, ...]]()
+        self.is_closed = False
+
+    def __call__(self, image: bytes) -> FakeLibrary:
+        assert image == b"an image"
+        return self
+
+    def kernel(self, name: str) -> Any:
+        def launch(blocks: int, arguments: Any, stream: int) -> None:
+            assert not self.is_closed
+            [memory] = self.cuda.is_open["DeviceMemory"]
+            # The launch gets the address of the address of the first argument.
+            pointer = ctypes.c_void_p.from_address(arguments.address).value
+            assert ctypes.c_uint64.from_address(pointer).value == memory.address
+            self.launches.append((name, blocks, memory.num_bytes, stream))
+
+        return SimpleNamespace(launch=launch)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def library(bench_gpu: Any, cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> FakeLibrary:
+    fake = FakeLibrary(cuda)
+
+    def compile_kernels(source: str, _name: str, compute_capability: str) -> bytes:
+        assert "void __launch_bounds__(32) trivial(float *x)" in source
+        assert compute_capability == "9.0"
+        return b"an image"
+
+    monkeypatch.setattr(bench_gpu, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(bench_gpu, "KernelLibrary", fake)
+    return fake
+
+
+def test_a_kernel_of_one_block_is_launched_once_and_captured(
+    bench_gpu: Any, cuda: HostCuda, library: FakeLibrary
 ) -> None:
-    launches: list[tuple[Any, ...]] = []
-
-    def get_image(_program: object, image: bytes) -> tuple[int]:
-        assert len(image) == 9
-        return (0,)
-
-    compiled: list[list[bytes]] = []
-
-    def compile_program(_program: object, _count: int, options: list[bytes]) -> tuple[int]:
-        compiled.append(options)
-        return (0,)
-
-    monkeypatch.setattr(
-        bench_gpu,
-        "nvrtc",
-        SimpleNamespace(
-            nvrtcCreateProgram=lambda *_arguments: (0, "program"),
-            nvrtcCompileProgram=compile_program,
-            nvrtcGetCUBINSize=lambda _program: (0, 9),
-            nvrtcGetCUBIN=get_image,
-        ),
-    )
-    unloaded: list[str] = []
-    monkeypatch.setattr(
-        bench_gpu,
-        "driver",
-        SimpleNamespace(
-            cuModuleLoadData=lambda _address: (0, "module"),
-            cuModuleGetFunction=lambda module, name: (0, f"{module} {name.decode()}"),
-            cuLaunchKernel=lambda *arguments: (launches.append(arguments), (0,))[1],
-            cuModuleUnload=unloaded.append,
-        ),
-    )
     with contextlib.ExitStack() as scope:
         call = bench_gpu.trivial_kernel(scope)
-        assert len(launches) == 1
+        assert library.launches == [("trivial", 1, 32 * 4, 7)]
         call()
-        [memory] = cuda.is_open["DeviceMemory"]
-        kernel, *sizes, shared, stream, arguments, extra = launches[1]
-        assert (kernel, sizes, shared, stream, extra) == ("module trivial", [1, 1, 1, 32, 1, 1], 0, 7, 0)
-        assert arguments == ((memory.address,), (ctypes.c_void_p,))
-        assert memory.num_bytes == 32 * 4
-    assert compiled == [[b"--gpu-architecture=sm_90"]]
-    assert unloaded == ["module"]
+        assert library.launches == [("trivial", 1, 32 * 4, 7)] * 2
+    assert library.is_closed
     assert cuda.num_open == 0
 
 
-@pytest.mark.usefixtures("cuda")
-def test_without_nvrtc_it_is_said_what_to_install(bench_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_arguments: object) -> None:
-        raise RuntimeError("Failure finding libnvrtc")
+def test_the_rate_of_arithmetic_counts_two_operations_for_each_sum_of_each_thread(
+    bench_gpu: Any, cuda: HostCuda, library: FakeLibrary
+) -> None:
+    with contextlib.ExitStack() as scope:
+        found = bench_gpu.arithmetic_figure(scope, 64)
+        found.take(1)
+        blocks = 3 * 8
+        assert library.launches == [("multiply_add", blocks, 8 * 4, 7)] * 2
+        assert (found.backend, found.path, found.batch) == (ARITHMETIC, "floor", 64)
+        assert found.operations == blocks * 256 * 8 * 32 * 1024 * 2
+    assert cuda.num_open == 0
 
-    monkeypatch.setattr(bench_gpu, "nvrtc", SimpleNamespace(nvrtcCreateProgram=fail))
-    with contextlib.ExitStack() as scope, pytest.raises(InferenceError, match=r"libnvrtc; .*pip install nvidia-cuda-n"):
-        bench_gpu.trivial_kernel(scope)
+
+def test_the_kernels_that_are_measured_compile(bench_gpu: Any) -> None:
+    from runtime.cuda_kernels import KernelError, compile_kernels, nvrtc_version
+
+    try:
+        nvrtc_version()
+    except KernelError as error:
+        pytest.skip(str(error))
+    image = compile_kernels(bench_gpu._SOURCE, "floor.cu", "9.0")
+    assert b"multiply_add" in image
 
 
 def test_bandwidth_counts_bytes_read_and_written(
@@ -880,10 +939,11 @@ def gpu_backend(bench_gpu: Any, cuda: HostCuda, monkeypatch: pytest.MonkeyPatch)
                 raise InferenceError("so many chunks cannot be bound at once")
             return FakeBound(cuda)
 
-    device = SimpleNamespace(memory=8e10, driver="13.0", compute_capability="9.0")
+    device = SimpleNamespace(memory=8e10, driver="13.0", compute_capability="9.0", multiprocessors=3)
     monkeypatch.setattr(cuda, "open_device", lambda: device)
     monkeypatch.setattr(bench, "ActionTokenizer", Tokenizer)
     monkeypatch.setattr(bench_gpu, "_COPY_BYTES", 10_000)
+    monkeypatch.setattr(bench_gpu, "_launch", lambda *_arguments: lambda: None)
     monkeypatch.setattr("runtime.backends.FACTORIES", {"tensorrt-rtx": Borrowed, "onnxruntime": ort_backend.OrtBackend})
     yield bench_gpu
     assert cuda.num_open == 0
