@@ -7,6 +7,7 @@ and the kernels that `runtime/cuda_backend.py` launches behind it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,20 +21,20 @@ from export.plan import (
     action_limit,
     middle_level,
 )
-from export.source_tables import Array, number, own_tokens, require_countable, table
-from runtime.kernel_names import TOKEN_TYPES, TokenType, kernel_name
+from export.source_tables import Array, IntArray, number, own_tokens, require_countable, table
+from runtime.kernel_names import TOKEN_TYPES, TokenType, kernel_name, token_types
 from runtime.validation import STATS_LIMIT
 
 _TEMPLATE = Path(__file__).parent / "templates" / "rfsq_tokenizer.cu"
 _WARP = 32
 _MOST_THREADS = 1024
-#: Steps for each thread of the many kernels, measured: two share what is loaded, one leaves room for more threads,
-#: which is better where memory is waited for.
-_DECODED_STEPS: dict[TokenType, int] = {"int32": 1, "uint8": 2}
-_ENCODED_STEPS = 1
+_LOG2_E = float(np.log2(np.e))
 #: What static shared memory has, and what a thread's registers hold beside everything else.
 _SHARED_BYTES, _REGISTERS = 48 * 1024, 24
-_WARPS = 4
+#: Warps of a block of the many kernels: the first for which there is room.
+_WARPS = (8, 4)
+#: Up to so many hidden units the many kernels hold every weight in an instruction.
+_MOST_WRITTEN_OUT = 128
 
 
 def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> str:
@@ -42,8 +43,9 @@ def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> str
     Raises ValueError where float32 cannot count the levels.
     """
     require_countable(encoder.num_levels)
-    kernels = [kernel for token in TOKEN_TYPES for kernel in _encoder_kernels(encoder, token)]
-    kernels += [kernel for decoder in decoders for token in TOKEN_TYPES for kernel in _decoder_kernels(decoder, token)]
+    types = token_types(encoder.num_levels)
+    kernels = [kernel for token in types for kernel in _encoder_kernels(encoder, token)]
+    kernels += [kernel for decoder in decoders for token in types for kernel in _decoder_kernels(decoder, token)]
     source = _TEMPLATE.read_text(encoding="utf-8")
     source = source.replace("/* @SIZES@ */", "\n".join(_sizes(encoder, decoders)))
     source = source.replace("/* @TABLES@ */", "\n".join(_tables(encoder, decoders)))
@@ -62,8 +64,11 @@ def _sizes(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
     threads = min(-(-wanted // _WARP) * _WARP, _MOST_THREADS)
     epsilon = encoder.quantizer.epsilon if isinstance(encoder.quantizer, DynamicQuantizer) else 0.0
     has_many = any(_has_many(encoder, plan.prefix) for plan in decoders)
+    fitting = [n for n in _WARPS if _staged_bytes(action_dim, latent_dim, encoder.num_layers, n) <= _SHARED_BYTES]
     return [
         f"constexpr int A = {action_dim}, D = {latent_dim}, L = {encoder.num_layers}, K = {levels}, H = {width};",
+        f"constexpr int WARPS = {(fitting or _WARPS[-1:])[0]};",
+        f"constexpr int MOST_WRITTEN_OUT = {_MOST_WRITTEN_OUT};",
         f"constexpr int MIDDLE_LEVEL = {middle_level(levels)}, FEW_THREADS = {threads};",
         f"constexpr float ACTION_LIMIT = {number(action_limit(encoder))}, STATS_LIMIT = {number(STATS_LIMIT)};",
         f"[[maybe_unused]] constexpr float SIGMA_EPSILON = {number(epsilon)}, LEVEL_STEP = {number(2 / (levels - 1))};",
@@ -73,45 +78,123 @@ def _sizes(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
 
 
 def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
-    lines = [_rows("ENCODER_ROWS", encoder.first, encoder.second), _device("ENCODER_BIAS", encoder.second.bias)]
+    lines = [
+        _rows("ENCODER_ROWS", encoder.first, encoder.second),
+        _device("ENCODER_BIAS", encoder.second.bias),
+        "struct Encoder {",
+        f"    {_member('float', 'row(int h, int i)', 'ENCODER_ROWS[h][i]')}",
+        "};",
+    ]
     if isinstance(encoder.quantizer, AffineQuantizer):
         lines += [_device("BIN_RATIO", encoder.quantizer.ratio), _device("BIN_SHIFT", encoder.quantizer.shift)]
     return [*lines, *(line for decoder in decoders for line in _decoder(decoder))]
 
 
-def _rows(name: str, first: Affine, second: Affine) -> str:
-    """A hidden unit in each row: its weights, its bias, its weights in the next layer. Filled up to four parts."""
-    rows = np.hstack([first.weight, first.bias[:, None], second.weight.T])
+def _rows(name: str, first: Affine, second: Affine, scale: float = 1.0) -> str:
+    """A hidden unit in each row: its weights, its bias, its weights in the next layer. Filled up to four parts.
+
+    scale: what the hidden unit's sum is multiplied with, and its value as well.
+    """
+    inputs, outputs = (layer.weight.astype(np.float64) for layer in (first, second))
+    rows = np.hstack([inputs * scale, first.bias[:, None] * scale, outputs.T / scale]).astype(np.float32)
     return _device(name, np.pad(rows, [(0, -rows.shape[0] % 4), (0, -rows.shape[1] % 4)]))
 
 
-def _device(name: str, values: Array) -> str:
+def _device(name: str, values: Array | IntArray, c_type: str = "float") -> str:
     """Where an index is known to the compiler, the number itself is in the instruction."""
-    return table("alignas(16) __device__ constexpr float", name, values)
+    return table(f"alignas(16) __device__ constexpr {c_type}", name, values)
 
 
 def _decoder(plan: DecoderPlan) -> list[str]:
     """Its tables, and a struct through which the template reaches them."""
     name = f"L{plan.prefix}"
-    lines = [_rows(f"{name}_ROWS", plan.hidden, plan.second), _device(f"{name}_BIAS", plan.second.bias)]
-    kind, weight, bias = "STATISTICS", "0", "0"
-    if plan.latents is not None:
-        own = own_tokens(plan)
-        kind, weight, bias = "OWN_TOKENS", f"{name}_TOKEN_WEIGHT[i][j]", f"{name}_LATENT_BIAS[d]"
-        if own is None:
-            kind, own = "ALL_TOKENS", np.ascontiguousarray(plan.latents.weight.T)
-        lines += [_device(f"{name}_TOKEN_WEIGHT", own), _device(f"{name}_LATENT_BIAS", plan.latents.bias)]
-    return [
-        *lines,
-        f"struct {name} {{",
-        f"    static constexpr int LAYERS = {plan.prefix};",
-        f"    static constexpr Latents LATENTS = {kind};",
-        f"    static __device__ __forceinline__ const float *rows() {{ return &{name}_ROWS[0][0]; }}",
-        f"    static __device__ __forceinline__ float bias(int a) {{ return {name}_BIAS[a]; }}",
-        f"    static __device__ __forceinline__ float token_weight(int i, int j) {{ return {weight}; }}",
-        f"    static __device__ __forceinline__ float latent_bias(int d) {{ return {bias}; }}",
-        "};",
+    lines = [_rows(f"{name}_ROWS", plan.hidden, plan.second, _LOG2_E), _device(f"{name}_BIAS", plan.second.bias)]
+    kind, members, scale = "STATISTICS", [], "SCALED"
+    if plan.latents is not None and (own := own_tokens(plan)) is not None:
+        fixed = _fixed_point(own, plan.latents.bias, plan.num_levels)
+        kind, scale = "OWN_TOKENS", "SCALED_BELOW_40" if fixed.largest_sum(plan.hidden) < 40 else "SCALED"
+        lines += [
+            _device(f"{name}_TOKEN_WEIGHT", fixed.weight, "int"),
+            _device(f"{name}_LATENT_START", fixed.start, "int"),
+            _device(f"{name}_WORD_WEIGHT", fixed.words(), "int"),
+        ]
+        members = [
+            f"static constexpr float LATENT_STEP = {number(fixed.step)};",
+            _member("int", "fixed_weight(int d, int l)", f"{name}_TOKEN_WEIGHT[d][l]"),
+            _member("int", "latent_start(int d)", f"{name}_LATENT_START[d]"),
+            _member("int", "word_weight(int d, int i)", f"{name}_WORD_WEIGHT[d][i]"),
+        ]
+    elif plan.latents is not None:
+        kind = "ALL_TOKENS"
+        lines += [
+            _device(f"{name}_TOKEN_WEIGHT", np.ascontiguousarray(plan.latents.weight.T)),
+            _device(f"{name}_LATENT_BIAS", plan.latents.bias),
+        ]
+        members = [
+            _member("float", "token_weight(int i, int d)", f"{name}_TOKEN_WEIGHT[i][d]"),
+            _member("float", "latent_bias(int d)", f"{name}_LATENT_BIAS[d]"),
+        ]
+    members = [
+        f"static constexpr int LAYERS = {plan.prefix};",
+        f"static constexpr Latents LATENTS = {kind};",
+        f"static constexpr Scale SCALE = {scale};",
+        _member("const float *", "rows()", f"&{name}_ROWS[0][0]"),
+        _member("float", "row(int h, int i)", f"{name}_ROWS[h][i]"),
+        _member("float", "bias(int a)", f"{name}_BIAS[a]"),
+        *members,
     ]
+    return [*lines, f"struct {name} {{", *(f"    {member}" for member in members), "};"]
+
+
+def _member(c_type: str, signature: str, value: str) -> str:
+    return f"static __device__ __forceinline__ {c_type} {signature} {{ return {value}; }}"
+
+
+@dataclass(frozen=True, eq=False)
+class _FixedPoint:
+    """latents = step * (weight @ tokens + start), the integers exact in 32 bits; weight [D, l], start [D]."""
+
+    weight: IntArray
+    start: IntArray
+    step: float
+    num_levels: int
+
+    def words(self) -> IntArray:
+        """[D, 4 * n]: for each latent its weights for the four tokens of each of n words, byte by byte.
+
+        Tokens lie one after the other, so that a latent's may begin and end within a word: others' have no weight in
+        it. A weight is the sum of its bytes, of -128 ... 127, times 1, 256, 256² and 256³.
+        """
+        latent_dim, layers = self.weight.shape
+        num_words = max((layers * (d + 1) - 1) // 4 - layers * d // 4 + 1 for d in range(latent_dim))
+        padded = np.zeros((latent_dim, 4 * num_words), np.int64)
+        for d in range(latent_dim):
+            padded[d, layers * d % 4 :][:layers] = self.weight[d]
+        words, rest = np.zeros((latent_dim, num_words, 4), np.uint32), padded
+        for byte in range(4):
+            digits = (rest + 128) % 256 - 128
+            rest = (rest - digits) // 256
+            words[..., byte] = np.ascontiguousarray(digits.astype(np.int8)).view("<u4")
+        assert not rest.any()
+        return words.reshape(latent_dim, -1).view(np.int32).astype(np.int64)
+
+    def largest_sum(self, hidden: Affine) -> float:
+        """No hidden unit's sum is larger, whatever the legal tokens."""
+        highest = self.step * (np.maximum(self.weight, 0).sum(1) * (self.num_levels - 1.0) + self.start)
+        lowest = self.step * (np.minimum(self.weight, 0).sum(1) * (self.num_levels - 1.0) + self.start)
+        sums = np.maximum(hidden.weight * highest, hidden.weight * lowest).sum(1) + hidden.bias
+        return float(sums.max())
+
+
+def _fixed_point(weight: Array, bias: Array, num_levels: int) -> _FixedPoint:
+    """Two bits are kept back: so no sum of rounded weights overflows, and no weight's highest byte does."""
+    largest = np.abs(bias) + np.abs(weight.astype(np.float64)).sum(1) * (num_levels - 1)
+    exponent = int(np.clip(29 - np.ceil(np.log2(largest.max())), -60, 60)) if largest.any() else 0
+    fixed, start = (
+        np.rint(np.ldexp(values.astype(np.float64), exponent)).astype(np.int64) for values in (weight, bias)
+    )
+    assert (np.abs(start) + np.abs(fixed).sum(1) * (num_levels - 1)).max(initial=0) < 2**31
+    return _FixedPoint(fixed, start, 2.0**-exponent, num_levels)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -125,7 +208,7 @@ def _encoder_kernels(plan: EncoderPlan, token: TokenType) -> list[str]:
         _kernel(kernel_name(None, token, "few"), "FEW_THREADS", arguments, f"encode_few(actions, tokens, {passed})")
     ]
     if isinstance(plan.quantizer, AffineQuantizer) and _has_many(plan, plan.num_layers):
-        body = f"encode_many<{c_type}, {_ENCODED_STEPS}>(actions, tokens, steps)"
+        body = "encode_many(actions, tokens, steps)"
         kernels.append(_kernel(kernel_name(None, token, "many"), "WARP * WARPS", arguments, body))
     return kernels
 
@@ -137,7 +220,7 @@ def _decoder_kernels(plan: DecoderPlan, token: TokenType) -> list[str]:
     body = f"decode_few<{decoder}>(tokens, {passed}, actions)"
     kernels = [_kernel(kernel_name(plan.prefix, token, "few"), "FEW_THREADS", arguments, body)]
     if plan.latents is not None and own_tokens(plan) is not None and _has_many(plan, plan.prefix):
-        body = f"decode_many<{decoder}, {c_type}, {_DECODED_STEPS[token]}>(tokens, actions, steps)"
+        body = f"decode_many<{decoder}>(tokens, actions, steps)"
         kernels.append(_kernel(kernel_name(plan.prefix, token, "many"), "WARP * WARPS", arguments, body))
     return kernels
 
@@ -148,15 +231,16 @@ def _kernel(name: str, threads: str, arguments: str, body: str) -> str:
 
 def _has_many(plan: EncoderPlan | DecoderPlan, layers: int) -> bool:
     """Whether the sizes suit the many kernels; else the few kernels take batches of every size."""
-    decoded = plan.hidden if isinstance(plan, DecoderPlan) else plan.first
-    width = decoded.weight.shape[0]
     latent_dim = plan.latent_dim if isinstance(plan, DecoderPlan) else plan.second.weight.shape[0]
     action_dim = plan.second.weight.shape[0] if isinstance(plan, DecoderPlan) else plan.first.weight.shape[1]
-    row = -(-(action_dim + 1 + latent_dim) // 4) * 4
-    staged = max(latent_dim * layers // 4 | 1, action_dim) * _WARP * _WARPS
     return (
         plan.num_levels <= 128
         and latent_dim * layers % 4 == 0
         and latent_dim + action_dim <= _REGISTERS
-        and 4 * (-(-width // 4) * 4 * row + staged) <= _SHARED_BYTES
+        and _staged_bytes(action_dim, latent_dim, layers, _WARPS[-1]) <= _SHARED_BYTES
     )
+
+
+def _staged_bytes(action_dim: int, latent_dim: int, layers: int, warps: int) -> int:
+    """Rows of tokens with what separates them, in which actions are moved too."""
+    return 4 * max(latent_dim * layers // 4 + 4, action_dim) * _WARP * warps

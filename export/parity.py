@@ -10,7 +10,7 @@ import numpy as np
 from export.parity_data import EDGES, Section
 from export.reference import Answers, Reference
 from runtime.comparison import TokenComparison, action_errors
-from runtime.contract import Backend, Float32Array, Float64Array, Int32Array
+from runtime.contract import Backend, Float32Array, Float64Array, Int32Array, judged
 from runtime.gates import GATES
 from runtime.golden import Golden
 from runtime.manifest import ModelEntry, ParityEntry
@@ -38,11 +38,12 @@ def golden_vectors(reference: Reference, sections: Sequence[Section]) -> Golden:
 
 @dataclass
 class Judge:
-    """Collects what one backend gets wrong, batch by batch."""
+    """Collects what one backend, or a variant of it, gets wrong, batch by batch."""
 
     backend: Backend
     reference: Reference
     model: ModelEntry
+    variant: str = ""
     seed: int = 0
     steps: int = 0
     found: TokenComparison | None = None
@@ -92,9 +93,11 @@ class Judge:
         assert self.found is not None
         assert self.float32 is not None
 
+        prefix = f"{self.variant}, " if self.variant else ""
+
         def entry(gate: str, value: float, limit: float, detail: str = "") -> ParityEntry:
             return ParityEntry(
-                self.backend.name, gate, self.steps, float(value), float(limit), detail, self.backend.device
+                self.backend.name, prefix + gate, self.steps, float(value), float(limit), detail, self.backend.device
             )
 
         near_ties = f"L0 to L{self.model.num_layers - 1}: {_counts(self.found)}; torch float32: {_counts(self.float32)}"
@@ -103,10 +106,19 @@ class Judge:
             entry("encode: near-tie flips", self.found.num_near_ties, self.near_tie_cap, near_ties),
             *([entry("encode: stats error", self.stats_error, GATES.stats_error)] if self.model.has_stats else []),
             *(
-                entry(f"decode {prefix} layers: action error", error, GATES.action_error)
-                for prefix, error in sorted(self.decode_errors.items())
+                entry(f"decode {layers} layers: action error", error, GATES.action_error)
+                for layers, error in sorted(self.decode_errors.items())
             ),
         )
+
+
+def judges_of(backends: Sequence[Backend], reference: Reference, model: ModelEntry, *, seed: int = 0) -> list[Judge]:
+    """One for every backend and each of its variants."""
+    return [
+        Judge(judged_backend, reference, model, variant, seed)
+        for backend in backends
+        for variant, judged_backend in judged(backend).items()
+    ]
 
 
 def failures(entries: Sequence[ParityEntry]) -> list[str]:

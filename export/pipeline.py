@@ -29,7 +29,7 @@ from export.errors import require_none
 from export.fingerprint import fingerprint
 from export.graph_check import check_graph, cross_check
 from export.graphs import LinearForm, decoder_graph, encoder_graph
-from export.parity import Judge, batches, failures, golden_vectors
+from export.parity import batches, failures, golden_vectors, judges_of
 from export.parity_data import Section, parity_sections
 from export.plan import (
     DecoderPlan,
@@ -284,7 +284,7 @@ def prove(
 ) -> tuple[tuple[ParityEntry, ...], list[str]]:
     """Run the backends through all gates, on the staged bundle as the robot would open it; a line for every red one."""
     model = open_bundle(staged.folder).manifest.model
-    judges = [Judge(backend, reference, model) for backend in backends]
+    judges = judges_of(backends, reference, model)
     total = sum(section.num_steps for section in sections)
     with tqdm(total=total, desc="  parity", unit="step", unit_scale=True, leave=False, disable=None) as progress:
         for answers in batches(reference, sections):

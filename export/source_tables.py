@@ -12,9 +12,10 @@ _NUMBERS_A_LINE = 6
 _MOST_LEVELS = 2**24
 
 Array = npt.NDArray[np.floating]
+IntArray = npt.NDArray[np.int64]
 
 
-def table(kind: str, name: str, values: Array) -> str:
+def table(kind: str, name: str, values: Array | IntArray) -> str:
     """A constant array of one or two dimensions. kind: what stands in front of its name."""
     shape = "".join(f"[{size}]" for size in values.shape)
     if values.ndim == 1:
@@ -44,7 +45,7 @@ def own_tokens(plan: DecoderPlan) -> Array | None:
     return own
 
 
-def _lines(values: Array, indent: str) -> str:
-    numbers = [number(value) for value in values]
+def _lines(values: Array | IntArray, indent: str) -> str:
+    numbers = [str(value) if isinstance(value, np.integer) else number(value) for value in values]
     starts = range(0, len(numbers), _NUMBERS_A_LINE)
     return ",\n".join(indent + ", ".join(numbers[start : start + _NUMBERS_A_LINE]) for start in starts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -65,3 +66,17 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free what the library holds; the backend cannot be used afterwards."""
+
+
+@runtime_checkable
+class HasVariants(Protocol):
+    """A backend with kernels that its contract does not reach, such as those for tokens of another type."""
+
+    @property
+    def variants(self) -> Mapping[str, Backend]:
+        """By what they differ in; they are closed with the backend itself."""
+
+
+def judged(backend: Backend) -> dict[str, Backend]:
+    """What gates have to judge: the backend, without a name, and its variants."""
+    return {"": backend, **(backend.variants if isinstance(backend, HasVariants) else {})}

@@ -10,17 +10,13 @@ from runtime.cuda_api import GpuDevice, open_device
 from runtime.cuda_kernels import KernelArguments, KernelLibrary
 from runtime.errors import BackendUnavailableError
 from runtime.gpu_backend import GpuBackend
-from runtime.kernel_names import TokenType, kernel_name
+from runtime.kernel_names import TokenType, kernel_name, token_types
 from runtime.manifest import EngineEntry, GraphEntry, ModelEntry, TensorEntry
 
 #: A grid has so many blocks at most, and a step may have one of its own.
 _MOST_STEPS = 2**31 - 1
-#: Of the kernels that an engine has, those that the gates prove.
-_OFFERED: tuple[TokenType, ...] = ("int32",)
-#: Up to so many steps a block for each is faster.
+#: Up to so many steps a block for each is faster than a thread for each.
 _FEW_STEPS = 8192
-#: Blocks of the many kernels for each multiprocessor; each goes through many steps.
-_BLOCKS_EACH = 16
 
 
 class CudaBackend(GpuBackend):
@@ -33,10 +29,10 @@ class CudaBackend(GpuBackend):
         try:
             entries = [
                 _with_tokens(graph, token_type)
-                for token_type in _OFFERED
+                for token_type in token_types(model.num_levels)
                 for graph in bundle.manifest.graphs_of("reduce")
             ]
-            functions = [_CudaFunction(self._library, model, entry, gpu) for entry in entries]
+            functions = [_CudaFunction(self._library, model, entry) for entry in entries]
         except BaseException:
             self._library.close()
             raise
@@ -75,13 +71,12 @@ def _with_tokens(graph: GraphEntry, token_type: TokenType) -> GraphEntry:
 class _CudaFunction:
     """The kernels of one encoder or decoder."""
 
-    def __init__(self, library: KernelLibrary, model: ModelEntry, entry: GraphEntry, gpu: GpuDevice) -> None:
+    def __init__(self, library: KernelLibrary, model: ModelEntry, entry: GraphEntry) -> None:
         tokens = next(tensor for tensor in (*entry.inputs, *entry.outputs) if tensor.name == "tokens")
         prefix = entry.prefix if entry.role == "decoder" else None
         self._few = library.kernel(kernel_name(prefix, tokens.dtype, "few"))
         # Some sizes have none.
         self._many = library.find(kernel_name(prefix, tokens.dtype, "many"))
-        self._most_blocks = gpu.multiprocessors * _BLOCKS_EACH
         self.chunk_length, self.num_arguments = model.chunk_length, len(entry.inputs) + len(entry.outputs) + 1
 
     @property
@@ -102,7 +97,7 @@ class _CudaFunction:
         if self._many is None or steps <= _FEW_STEPS:
             self._few.launch(steps, arguments, stream)
         else:
-            self._many.launch(min(-(-steps // self._many.threads), self._most_blocks), arguments, stream)
+            self._many.launch(-(-steps // self._many.threads), arguments, stream)
 
 
 class _CudaProgram:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.comparison import ActionError, TokenComparison, action_errors, compare_tokens
-from runtime.contract import Backend, Float32Array, Float64Array, Int32Array
+from runtime.contract import Backend, Float32Array, Float64Array, Int32Array, judged
 from runtime.errors import BundleError, TokenizerError
 from runtime.gates import GATES
 from runtime.manifest import GOLDEN_NAME, ModelEntry
@@ -174,7 +174,8 @@ def replay(golden: Golden, model: ModelEntry, backend: Backend) -> ReplayResult:
     """Encode and decode all golden vectors at once, some also one by one and in pairs; hold every answer to GATES.
 
     Every batch size is judged against the reference, not against another batch size: a library may choose another
-    order of summation for another size. Collects all failures; a backend that raises fails that check.
+    order of summation for another size. The backend's variants are held to the same. Collects all failures; a backend
+    that raises fails that check.
     """
     num_chunks = len(golden.actions)
     # Evenly spread over all of them, so that every kind of input is among them.
@@ -183,16 +184,19 @@ def replay(golden: Golden, model: ModelEntry, backend: Backend) -> ReplayResult:
     return ReplayResult(
         tuple(
             check
+            for name, variant in judged(backend).items()
             for batch_size, vectors in runs.items()
-            for check in _replay_batches(vectors, model, backend, batch_size)
+            for check in _replay_batches(vectors, model, variant, batch_size, f", {name}" if name else "")
         )
     )
 
 
-def _replay_batches(golden: Golden, model: ModelEntry, backend: Backend, batch_size: int) -> Iterator[Check]:
+def _replay_batches(
+    golden: Golden, model: ModelEntry, backend: Backend, batch_size: int, variant: str
+) -> Iterator[Check]:
     tokens = np.full_like(golden.tokens, -1, subok=False)
     stats = None if golden.stats is None else np.full_like(golden.stats, np.nan)
-    label = f"batch {batch_size}"
+    label = f"batch {batch_size}{variant}"
     batches = [slice(start, start + batch_size) for start in range(0, len(golden.actions), batch_size)]
     # A backend gets what the tokenizer would give it: arrays of its own, writable and contiguous.
     inputs = golden.actions.copy()

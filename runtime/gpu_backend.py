@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from runtime.contract import Float32Array, Int32Array
+from runtime.contract import Backend, Float32Array, Int32Array
 from runtime.cuda_api import (
     CapturedGraph,
     DeviceMemory,
@@ -103,8 +103,7 @@ class GpuBackend:
         self._typed_decoders = {
             (entry.prefix, _token_type(entry)): runner for entry, runner in runners if entry.role == "decoder"
         }
-        self._encoder = self._encoders[_INT32]
-        self._decoders = {prefix: runner for (prefix, kind), runner in self._typed_decoders.items() if kind == _INT32}
+        self._encoder, self._decoders = self._encoders[_INT32], self._decoders_of(_INT32)
 
     @property
     def name(self) -> str:
@@ -125,6 +124,11 @@ class GpuBackend:
     @property
     def token_types(self) -> tuple[np.dtype[Any], ...]:
         return tuple(self._encoders)
+
+    @property
+    def variants(self) -> dict[str, Backend]:
+        """The kernels for tokens of other types, by the contract for int32, so that gates can judge them."""
+        return {f"{kind} tokens": _Variant(self, kind) for kind in self.token_types if kind != _INT32}
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         self._encoder.run_on_host((actions,), (tokens, stats))
@@ -151,9 +155,27 @@ class GpuBackend:
     def _decoder_of(self, arrays: Sequence[GpuArray]) -> _Runner:
         return self._typed_decoders[arrays[0].shape[3], arrays[0].dtype]
 
+    def _decoders_of(self, kind: np.dtype[Any]) -> dict[int, _Runner]:
+        return {prefix: runner for (prefix, other), runner in self._typed_decoders.items() if other == kind}
+
     def close(self) -> None:
         for runner in self._runners:
             runner.close()
+
+
+class _Variant(GpuBackend):
+    """The same runners, those for another type of tokens in front: what is legal has the same value in both."""
+
+    def __init__(self, whole: GpuBackend, kind: np.dtype[Any]) -> None:
+        vars(self).update(vars(whole))
+        self._encoder, self._decoders = whole._encoders[kind], whole._decoders_of(kind)
+
+    @property
+    def variants(self) -> dict[str, Backend]:
+        return {}
+
+    def close(self) -> None:
+        """Closed with the whole."""
 
 
 class CapturedCall:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +17,7 @@ _DType = np.dtype[Any]
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
 
 
+@runtime_checkable
 class TakesGpuArrays(Protocol):
     """What a backend on the GPU has beside the contract of all backends; arrays in the order of its graphs."""
 

@@ -14,6 +14,8 @@ import torch
 from export.bundle_writer import stage_bundle
 from export.c_builder import compile_c
 from export.c_source import CTokenizer, c_tokenizer
+from export.cuda_flags import CUDA_FLAGS
+from export.cuda_source import cuda_tokenizer
 from export.graphs import LinearForm, decoder_graph, encoder_graph
 from export.plan import DeployMode, action_limit, choose_prefixes, plan_decoder, plan_encoder
 from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
@@ -24,6 +26,7 @@ from runtime.golden import Golden
 from runtime.manifest import (
     C_HEADER,
     C_SOURCE,
+    CUDA_SOURCE,
     SCHEMA_VERSION,
     EngineEntry,
     GraphEntry,
@@ -43,6 +46,7 @@ class Recipe:
 
     pool: how many times more steps are drawn than become golden vectors; those closest to an edge of L0 are kept.
     c_targets: what the generated C is compiled for; empty for the source alone, None for no C at all.
+    compute_capability: of the GPU that the generated CUDA is compiled for; None for no CUDA at all.
     """
 
     mode: DeployMode = DeployMode.CALIBRATED
@@ -54,6 +58,7 @@ class Recipe:
     has_normaliser: bool = True
     has_engine: bool = True
     c_targets: tuple[str, ...] | None = None
+    compute_capability: str | None = None
     seed: int = 0
 
 
@@ -98,6 +103,12 @@ def write_bundle(output: Path, deployed: Deployed | Recipe, *, overwrite: bool =
                 entry = c_entry(generated, target)
                 staged.write(entry.file, compile_c(generated.header, generated.source, target).content)
                 manifest = replace(manifest, engines=(*manifest.engines, entry))
+        if deployed.recipe.compute_capability is not None:
+            source = generate_cuda(deployed)
+            staged.write(CUDA_SOURCE, source.encode())
+            entry = cuda_entry(source, deployed.recipe.compute_capability)
+            staged.write(entry.file, compile_cuda(source, deployed.recipe.compute_capability))
+            manifest = replace(manifest, engines=(*manifest.engines, entry))
         staged.seal(manifest)
     return output
 
@@ -258,6 +269,38 @@ def c_entry(generated: CTokenizer, target: str) -> EngineEntry:
         status="validated",
         precision="fp32",
         device=target,
+        kernel_cache="",
+        detail="passed the gates",
+    )
+
+
+def generate_cuda(deployed: Deployed) -> str:
+    """Source of encoder and decoders."""
+    recipe, model = deployed.recipe, deployed.exported
+    decoders = [plan_decoder(model, recipe.mode, recipe.chunk_length, prefix) for prefix in deployed.prefixes]
+    return cuda_tokenizer(plan_encoder(model, recipe.mode, recipe.chunk_length), decoders)
+
+
+def compile_cuda(source: str, compute_capability: str) -> bytes:
+    """Needs NVRTC, but no GPU."""
+    from runtime.cuda_kernels import compile_kernels
+
+    return compile_kernels(source, "rfsq_tokenizer.cu", compute_capability, CUDA_FLAGS)
+
+
+def cuda_entry(source: str, compute_capability: str) -> EngineEntry:
+    """As a build records it that has compiled the source and run it."""
+    return EngineEntry(
+        backend="cuda",
+        version="NVRTC",
+        targets=(compute_capability,),
+        source=CUDA_SOURCE,
+        source_sha256=hashlib.sha256(source.encode()).hexdigest(),
+        file=f"engines/cuda/sm{compute_capability.replace('.', '')}/rfsq_tokenizer.cubin",
+        profile=(1, 1, 2**31 - 1),
+        status="validated",
+        precision="fp32",
+        device="a GPU",
         kernel_cache="",
         detail="passed the gates",
     )

@@ -1,7 +1,7 @@
 /*
  * One kernel for each way and kind of token. The `few` kernels are for a control loop: a block for each step, threads
  * side by side, so that a chunk takes hardly longer than launching it. The `many` kernels are for data: every thread
- * has steps of its own, weights pass through shared memory once for all of them, and tokens are moved in whole lines.
+ * has a step of its own, weights are numbers in the instructions, and tokens are moved in whole lines.
  *
  * Both add up in the same order and say where a product and a sum round once (fmaf; compile with --fmad=false): a step
  * has the same bits, whichever kernel it went through.
@@ -13,16 +13,22 @@
 constexpr int QUARTER = (H + 3) / 4, PADDED_H = 4 * QUARTER;
 /* A hidden unit's weights side by side: [inputs][bias][outputs], filled up to whole vectors. */
 constexpr int ROW = (A + 1 + D + 3) / 4 * 4;
-constexpr int WARP = 32, WARPS = 4;
-constexpr unsigned ALL_LANES = 0xFFFFFFFFu, EVERY_BYTE = 0x01010101u, EVERY_SIGN = 0x80808080u;
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xFFFFFFFFu, EVERY_BIT = 0xFFFFFFFFu, EVERY_BYTE = 0x01010101u, EVERY_SIGN = 0x80808080u;
 /* What a token of a step becomes whose actions are illegal: -1, and 255 among bytes. */
 constexpr int ILLEGAL_TOKEN = -1;
+
+constexpr float LOG2_E = 0x1.715476p+0f;
 
 typedef unsigned char uint8;
 typedef long long Steps;
 
 /* How latents follow from tokens: each from its own, from all of the step, or with the step's statistics. */
 enum Latents { OWN_TOKENS, ALL_TOKENS, STATISTICS };
+
+/* Whether what Mish is given and gives is times log2(e), with which the weights before and behind it reckon; and whether
+ * it is known to stay below 40 without that, so that nothing overflows on the way. */
+enum Scale { PLAIN, SCALED, SCALED_BELOW_40 };
 
 /* @TABLES@ */
 
@@ -31,10 +37,11 @@ enum Latents { OWN_TOKENS, ALL_TOKENS, STATISTICS };
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7FFFFFFF); }
 
 /* x tanh(log(1 + exp(x))) = x n / (n + 2) with n = e (e + 2), e = exp(x); from x = 20 on the fraction is 1. */
-__device__ __forceinline__ float mish(float x)
+template <Scale SCALE> __device__ __forceinline__ float mish(float x)
 {
     float e, reciprocal;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(fminf(x, 20.0f) * 0x1.715476p+0f));
+    const float exponent = SCALE == SCALED_BELOW_40 ? x : SCALE == SCALED ? fminf(x, 29.0f) : fminf(x, 20.0f) * LOG2_E;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(exponent));
     const float n = e * (e + 2), divisor = n + 2;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(divisor));
     return x * (n * reciprocal);
@@ -119,7 +126,7 @@ __device__ __forceinline__ float weighted_sum(const float *weights, const float 
 
 /* One layer from `inputs` in shared memory to `hidden`, and the weights of the next to where `weighted_sum` wants them.
  * row: this thread's first, loaded before what it has to wait for. */
-template <int INPUTS, int OUTPUTS>
+template <int INPUTS, int OUTPUTS, Scale SCALE>
 __device__ __forceinline__ void hidden_layer(const float *rows, float (&row)[ROW], const float *inputs, float *hidden,
                                              float (*second)[PADDED_H + 4])
 {
@@ -133,8 +140,37 @@ __device__ __forceinline__ void hidden_layer(const float *rows, float (&row)[ROW
 #pragma unroll
         for (int o = 0; o < OUTPUTS; ++o)
             second[o][beside(h)] = row[INPUTS + 1 + o];
-        hidden[beside(h)] = mish(sum);
+        hidden[beside(h)] = mish<SCALE>(sum);
     }
+}
+
+/* Sums of sigma times what a token is above the middle, which is exact; the smallest first. */
+template <int LAYERS, class Token>
+__device__ __forceinline__ float latent_from_stats(const Token (&tokens)[LAYERS], const float *stats, bool &is_illegal)
+{
+    float sum = 0, means = 0;
+#pragma unroll
+    for (int l = LAYERS - 1; l >= 0; --l) {
+        is_illegal |= !are_legal_stats(stats[2 * l], stats[2 * l + 1]);
+        sum = fmaf((float)tokens[l] - (K - 1) * 0.5f, stats[2 * l + 1], sum);
+        means += stats[2 * l];
+    }
+    return fmaf(sum, LEVEL_STEP, means);
+}
+
+/* In four parts, which are added up together: smaller errors, and shorter to wait for. */
+template <class Decoder>
+__device__ __forceinline__ float latent_from_all(int d, const float *levels)
+{
+    constexpr int TOKENS = D * Decoder::LAYERS, PART = (TOKENS + 3) / 4;
+    float parts[4] = {};
+#pragma unroll 4
+    for (int i = 0; i < PART; ++i)
+#pragma unroll
+        for (int part = 0; part < 4; ++part)
+            if (part * PART + i < TOKENS)
+                parts[part] = fmaf(Decoder::token_weight(part * PART + i, d), levels[part * PART + i], parts[part]);
+    return ((parts[0] + parts[1]) + (parts[2] + parts[3])) + Decoder::latent_bias(d);
 }
 
 template <class Decoder, class Token>
@@ -151,35 +187,29 @@ __device__ __forceinline__ void decode_few(const Token *tokens, const float *sta
     for (int d = threadIdx.x; d < D; d += FEW_THREADS) {
         alignas(16) Token own[LAYERS];
         load_tokens<LAYERS>(tokens + (step * D + d) * LAYERS, own);
-        float sum = Decoder::LATENTS == STATISTICS ? 0 : Decoder::latent_bias(d);
+        unsigned sum = 0;
+        if constexpr (Decoder::LATENTS == OWN_TOKENS)
+            sum = Decoder::latent_start(d);
 #pragma unroll
         for (int l = 0; l < LAYERS; ++l) {
             is_illegal |= (unsigned)own[l] >= (unsigned)K;
-            const float level = (float)own[l];
-            if constexpr (Decoder::LATENTS == OWN_TOKENS) {
-                sum = fmaf(Decoder::token_weight(d, l), level, sum);
-            } else if constexpr (Decoder::LATENTS == ALL_TOKENS) {
-                levels[d * LAYERS + l] = level;
-            } else {
-                const float *const stat = stats + (step * LAYERS + l) * 2;
-                is_illegal |= !are_legal_stats(stat[0], stat[1]);
-                sum += fmaf(fmaf(level, LEVEL_STEP, -1.0f), stat[1], stat[0]);
-            }
+            if constexpr (Decoder::LATENTS == OWN_TOKENS)
+                sum += Decoder::fixed_weight(d, l) * (unsigned)own[l];
+            else if constexpr (Decoder::LATENTS == ALL_TOKENS)
+                levels[d * LAYERS + l] = (float)own[l];
         }
-        latents[d] = sum;
+        if constexpr (Decoder::LATENTS == OWN_TOKENS)
+            latents[d] = (float)(int)sum * Decoder::LATENT_STEP;
+        else if constexpr (Decoder::LATENTS == STATISTICS)
+            latents[d] = latent_from_stats(own, stats + step * (LAYERS * 2), is_illegal);
     }
     is_illegal = __syncthreads_or(is_illegal);
     if constexpr (Decoder::LATENTS == ALL_TOKENS) {
-        for (int d = threadIdx.x; d < D; d += FEW_THREADS) {
-            float sum = latents[d];
-#pragma unroll 8
-            for (int i = 0; i < D * LAYERS; ++i)
-                sum = fmaf(Decoder::token_weight(i, d), levels[i], sum);
-            latents[d] = sum;
-        }
+        for (int d = threadIdx.x; d < D; d += FEW_THREADS)
+            latents[d] = latent_from_all<Decoder>(d, levels);
         __syncthreads();
     }
-    hidden_layer<D, A>(Decoder::rows(), row, latents, hidden, second);
+    hidden_layer<D, A, Decoder::SCALE>(Decoder::rows(), row, latents, hidden, second);
     __syncthreads();
     for (int first = 0; first < A; first += FEW_THREADS / 4) {
         const int wanted = first + threadIdx.x / 4, a = wanted < A ? wanted : A - 1;
@@ -213,7 +243,7 @@ __device__ __forceinline__ void encode_few(const float *actions, Token *tokens, 
         inputs[a] = action;
     }
     is_illegal = __syncthreads_or(is_illegal);
-    hidden_layer<A, D>(&ENCODER_ROWS[0][0], row, inputs, hidden, second);
+    hidden_layer<A, D, PLAIN>(&ENCODER_ROWS[0][0], row, inputs, hidden, second);
     __syncthreads();
     for (int first = 0; first < D; first += FEW_THREADS / 4) {
         const int wanted = first + threadIdx.x / 4, d = wanted < D ? wanted : D - 1;
@@ -265,13 +295,23 @@ __device__ __forceinline__ void encode_few(const float *actions, Token *tokens, 
 /* --- many steps: some for each thread ----------------------------------------------------------------------------- */
 
 #if HAS_MANY
-/* Tokens pass through shared memory as bytes, a row of words for each of a warp's 32 steps. An odd number of words: so
- * the same word of all rows lies in different banks. */
+/* Tokens pass through shared memory as bytes, a row of words for each of a warp's 32 steps. Where a row has a multiple
+ * of four words, four are moved at once. A row has an odd number of such groups: so the same group of neighbouring rows
+ * lies in different banks. */
 template <int LAYERS> struct Bytes {
-    static constexpr int WORDS = D * LAYERS / 4, STRIDE = WORDS | 1;
+    static constexpr int WORDS = D * LAYERS / 4, GROUP = WORDS % 4 == 0 ? 4 : 1, GROUPS = WORDS / GROUP;
+    static constexpr int STRIDE = GROUP * (GROUPS | 1);
     static_assert(D * LAYERS % 4 == 0 && K <= 128, "the many kernels are for tokens in whole words");
-    static __device__ __forceinline__ int place(int word) { return word / WORDS * STRIDE + word % WORDS; }
 };
+
+template <int WORDS> struct Group;
+template <> struct Group<1> {
+    typedef unsigned type;
+};
+template <> struct Group<4> {
+    typedef uint4 type;
+};
+template <int LAYERS> using GroupOf = typename Group<Bytes<LAYERS>::GROUP>::type;
 
 /* Four tokens in a word; all marked as illegal where one does not fit. */
 __device__ __forceinline__ unsigned packed(int4 tokens)
@@ -280,6 +320,9 @@ __device__ __forceinline__ unsigned packed(int4 tokens)
         return EVERY_SIGN;
     return tokens.x | tokens.y << 8 | tokens.z << 16 | tokens.w << 24;
 }
+
+/* How __byte_perm replaces byte i of its first word by the lowest of the second, and all above it by anything. */
+__device__ constexpr unsigned PUT_BYTE[4] = {0x4444, 0x4440, 0x4410, 0x4210};
 
 /* Sign-extended, so that 255 is -1. */
 __device__ __forceinline__ int4 unpacked(unsigned word)
@@ -291,57 +334,65 @@ __device__ __forceinline__ int4 unpacked(unsigned word)
 template <int LAYERS>
 __device__ __forceinline__ void stage(const int *tokens, int valid, unsigned *rows)
 {
-    const int lane = threadIdx.x % WARP;
+    constexpr int WORDS = Bytes<LAYERS>::WORDS;
 #pragma unroll 8
-    for (int i = lane; i < WARP * Bytes<LAYERS>::WORDS; i += WARP)
-        rows[Bytes<LAYERS>::place(i)] =
-            i < valid * Bytes<LAYERS>::WORDS ? packed(__ldcs(reinterpret_cast<const int4 *>(tokens) + i)) : 0;
+    for (int i = threadIdx.x % WARP; i < WARP * WORDS; i += WARP)
+        rows[i / WORDS * Bytes<LAYERS>::STRIDE + i % WORDS] =
+            i < valid * WORDS ? packed(__ldcs(reinterpret_cast<const int4 *>(tokens) + i)) : 0;
 }
 
 template <int LAYERS>
 __device__ __forceinline__ void stage(const uint8 *tokens, int valid, unsigned *rows)
 {
-    const int lane = threadIdx.x % WARP;
-    if (valid == WARP) {
+    constexpr int GROUPS = Bytes<LAYERS>::GROUPS, GROUP = Bytes<LAYERS>::GROUP;
 #pragma unroll 8
-        for (int i = lane; i < WARP * Bytes<LAYERS>::WORDS / 4; i += WARP) {
-            const uint4 words = __ldcs(reinterpret_cast<const uint4 *>(tokens) + i);
-            rows[Bytes<LAYERS>::place(4 * i)] = words.x;
-            rows[Bytes<LAYERS>::place(4 * i + 1)] = words.y;
-            rows[Bytes<LAYERS>::place(4 * i + 2)] = words.z;
-            rows[Bytes<LAYERS>::place(4 * i + 3)] = words.w;
-        }
-        return;
+    for (int i = threadIdx.x % WARP; i < WARP * GROUPS; i += WARP) {
+        GroupOf<LAYERS> group = {};
+        if (i < valid * GROUPS)
+            group = __ldcs(reinterpret_cast<const GroupOf<LAYERS> *>(tokens) + i);
+        *reinterpret_cast<GroupOf<LAYERS> *>(rows + i / GROUPS * Bytes<LAYERS>::STRIDE + i % GROUPS * GROUP) = group;
     }
-    for (int i = lane; i < WARP * Bytes<LAYERS>::WORDS; i += WARP)
-        rows[Bytes<LAYERS>::place(i)] =
-            i < valid * Bytes<LAYERS>::WORDS ? reinterpret_cast<const unsigned *>(tokens)[i] : 0;
 }
 
 /* The way back. */
 template <int LAYERS>
 __device__ __forceinline__ void unstage(const unsigned *rows, int valid, int *tokens)
 {
+    constexpr int WORDS = Bytes<LAYERS>::WORDS;
 #pragma unroll 8
-    for (int i = threadIdx.x % WARP; i < WARP * Bytes<LAYERS>::WORDS; i += WARP)
-        if (i < valid * Bytes<LAYERS>::WORDS)
-            __stcs(reinterpret_cast<int4 *>(tokens) + i, unpacked(rows[Bytes<LAYERS>::place(i)]));
+    for (int i = threadIdx.x % WARP; i < WARP * WORDS; i += WARP)
+        if (i < valid * WORDS)
+            __stcs(reinterpret_cast<int4 *>(tokens) + i,
+                   unpacked(rows[i / WORDS * Bytes<LAYERS>::STRIDE + i % WORDS]));
 }
 
 template <int LAYERS>
 __device__ __forceinline__ void unstage(const unsigned *rows, int valid, uint8 *tokens)
 {
-    const int lane = threadIdx.x % WARP;
-    if (valid == WARP) {
+    constexpr int GROUPS = Bytes<LAYERS>::GROUPS, GROUP = Bytes<LAYERS>::GROUP;
 #pragma unroll 8
-        for (int i = lane; i < WARP * Bytes<LAYERS>::WORDS / 4; i += WARP)
-            __stcs(reinterpret_cast<uint4 *>(tokens) + i,
-                   make_uint4(rows[Bytes<LAYERS>::place(4 * i)], rows[Bytes<LAYERS>::place(4 * i + 1)],
-                              rows[Bytes<LAYERS>::place(4 * i + 2)], rows[Bytes<LAYERS>::place(4 * i + 3)]));
-        return;
-    }
-    for (int i = lane; i < valid * Bytes<LAYERS>::WORDS; i += WARP)
-        reinterpret_cast<unsigned *>(tokens)[i] = rows[Bytes<LAYERS>::place(i)];
+    for (int i = threadIdx.x % WARP; i < WARP * GROUPS; i += WARP)
+        if (i < valid * GROUPS)
+            __stcs(reinterpret_cast<GroupOf<LAYERS> *>(tokens) + i,
+                   *reinterpret_cast<const GroupOf<LAYERS> *>(rows + i / GROUPS * Bytes<LAYERS>::STRIDE
+                                                              + i % GROUPS * GROUP));
+}
+
+/* A row, from or to the registers of the thread that has its step. */
+template <int LAYERS>
+__device__ __forceinline__ void load_row_of_words(const unsigned *row, unsigned (&words)[Bytes<LAYERS>::WORDS])
+{
+#pragma unroll
+    for (int i = 0; i < Bytes<LAYERS>::GROUPS; ++i)
+        reinterpret_cast<GroupOf<LAYERS> *>(words)[i] = reinterpret_cast<const GroupOf<LAYERS> *>(row)[i];
+}
+
+template <int LAYERS>
+__device__ __forceinline__ void store_row_of_words(const unsigned (&words)[Bytes<LAYERS>::WORDS], unsigned *row)
+{
+#pragma unroll
+    for (int i = 0; i < Bytes<LAYERS>::GROUPS; ++i)
+        reinterpret_cast<GroupOf<LAYERS> *>(row)[i] = reinterpret_cast<const GroupOf<LAYERS> *>(words)[i];
 }
 
 __device__ __forceinline__ int valid_steps(Steps steps, Steps first)
@@ -350,158 +401,140 @@ __device__ __forceinline__ int valid_steps(Steps steps, Steps first)
     return left < 0 ? 0 : left < WARP ? (int)left : WARP;
 }
 
-/* sums += second * Mish(first * inputs + bias) for S steps at once, weights from shared memory. */
-template <int INPUTS, int OUTPUTS, int S>
-__device__ __forceinline__ void both_layers(const float (*rows)[ROW], const float (&inputs)[S][INPUTS],
-                                            float (&sums)[S][OUTPUTS])
+/* sums += second * Mish(first * inputs + bias); Layers::row has the weights. Written out for every
+ * hidden unit, unless there are so many that the code would leave its cache: then each weight is in an instruction. */
+template <class Layers, Scale SCALE, int INPUTS, int OUTPUTS>
+__device__ __forceinline__ void both_layers(const float (&inputs)[INPUTS], float (&sums)[OUTPUTS])
 {
+#pragma unroll (H <= MOST_WRITTEN_OUT ? 4 : 1)
     for (int quarter = 0; quarter < 4; ++quarter) {
-        float parts[S][OUTPUTS] = {};
-#pragma unroll (S == 1 ? 16 : 4)
-        for (int h = quarter * QUARTER; h < (quarter + 1) * QUARTER; ++h) {
-            alignas(16) float row[ROW];
-            load_row(rows[h], row);
+        float parts[OUTPUTS] = {};
+#pragma unroll (H <= MOST_WRITTEN_OUT ? QUARTER : 4)
+        for (int unit = 0; unit < QUARTER; ++unit) {
+            const int h = quarter * QUARTER + unit;
+            float sum = Layers::row(h, INPUTS);
 #pragma unroll
-            for (int s = 0; s < S; ++s) {
-                float sum = row[INPUTS];
-#pragma unroll
-                for (int i = 0; i < INPUTS; ++i)
-                    sum = fmaf(row[i], inputs[s][i], sum);
-                const float unit = mish(sum);
-#pragma unroll
-                for (int o = 0; o < OUTPUTS; ++o)
-                    parts[s][o] = fmaf(row[INPUTS + 1 + o], unit, parts[s][o]);
-            }
-        }
-#pragma unroll
-        for (int s = 0; s < S; ++s)
+            for (int i = 0; i < INPUTS; ++i)
+                sum = fmaf(Layers::row(h, i), inputs[i], sum);
+            sum = mish<SCALE>(sum);
 #pragma unroll
             for (int o = 0; o < OUTPUTS; ++o)
-                sums[s][o] += parts[s][o];
+                parts[o] = fmaf(Layers::row(h, INPUTS + 1 + o), sum, parts[o]);
+        }
+#pragma unroll
+        for (int o = 0; o < OUTPUTS; ++o)
+            sums[o] += parts[o];
     }
 }
 
-__device__ __forceinline__ void share_rows(const float *source, float (*rows)[ROW])
+/* Latent d, exact until it is rounded, from words of four tokens. */
+template <class Decoder>
+__device__ __forceinline__ float latent_from_words(int d, const unsigned (&words)[D * Decoder::LAYERS / 4])
 {
-    for (int i = threadIdx.x; i < PADDED_H * ROW / 4; i += WARP * WARPS)
-        reinterpret_cast<float4 *>(&rows[0][0])[i] = reinterpret_cast<const float4 *>(source)[i];
-    __syncthreads();
+    unsigned sum = 0;
+#pragma unroll
+    for (int n = 0; n < 4; ++n) {
+        int part = n == 0 ? Decoder::latent_start(d) : 0;
+#pragma unroll
+        for (int i = 0; i <= ((d + 1) * Decoder::LAYERS - 1) / 4 - d * Decoder::LAYERS / 4; ++i) {
+            const int weight = Decoder::word_weight(d, i * 4 + n);
+            if (weight != 0)
+                asm("dp4a.u32.s32 %0, %1, %2, %0;"
+                    : "+r"(part)
+                    : "r"(words[d * Decoder::LAYERS / 4 + i]), "r"(weight));
+        }
+        sum += (unsigned)part << 8 * n;
+    }
+    return (float)(int)sum * Decoder::LATENT_STEP;
 }
 
-template <class Decoder, class Token, int S>
+template <class Decoder, class Token>
 __device__ __forceinline__ void decode_many(const Token *tokens, float *actions, Steps steps)
 {
     constexpr int LAYERS = Decoder::LAYERS, STRIDE = Bytes<LAYERS>::STRIDE;
-    __shared__ alignas(16) float rows[PADDED_H][ROW];
-    __shared__ unsigned staged[WARPS][WARP * (STRIDE > A ? STRIDE : A)];
-    share_rows(Decoder::rows(), rows);
+    __shared__ alignas(16) unsigned staged[WARPS][WARP * (STRIDE > A ? STRIDE : A)];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     unsigned *const own = staged[warp];
-    for (Steps tile = (Steps)blockIdx.x * WARPS + warp; tile * (WARP * S) < steps; tile += (Steps)gridDim.x * WARPS) {
-        float latents[S][D], sums[S][A];
-        bool is_illegal[S];
+    const Steps first = ((Steps)blockIdx.x * WARPS + warp) * WARP;
+    const int valid = valid_steps(steps, first);
+    stage<LAYERS>(tokens + first * (D * LAYERS), valid, own);
+    __syncwarp();
+    alignas(16) unsigned words[Bytes<LAYERS>::WORDS];
+    load_row_of_words<LAYERS>(own + lane * STRIDE, words);
+    unsigned marks = 0;
+    /* Adding up to 127 + 128 - K sets the highest bit of what is K or more. */
 #pragma unroll
-        for (int s = 0; s < S; ++s) {
-            const Steps first = (tile * S + s) * WARP;
-            __syncwarp();
-            stage<LAYERS>(tokens + first * (D * LAYERS), valid_steps(steps, first), own);
-            __syncwarp();
-            unsigned marks = 0;
+    for (int w = 0; w < Bytes<LAYERS>::WORDS; ++w)
+        marks |= words[w] | (words[w] + (128 - K) * EVERY_BYTE);
+    const bool is_illegal = marks & EVERY_SIGN;
+    float latents[D], sums[A];
 #pragma unroll
-            for (int w = 0; w < Bytes<LAYERS>::WORDS; ++w) {
-                const unsigned word = own[lane * STRIDE + w];
-                /* Adding up to 127 + 128 - K sets the highest bit of what is K or more. */
-                marks |= word | (word + (128 - K) * EVERY_BYTE);
+    for (int d = 0; d < D; ++d)
+        latents[d] = latent_from_words<Decoder>(d, words);
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const int d = (4 * w + i) / LAYERS, l = (4 * w + i) % LAYERS;
-                    const float level = (float)((word >> 8 * i) & 255);
-                    latents[s][d] =
-                        fmaf(Decoder::token_weight(d, l), level, l == 0 ? Decoder::latent_bias(d) : latents[s][d]);
-                }
-            }
-            is_illegal[s] = marks & EVERY_SIGN;
+    for (int a = 0; a < A; ++a)
+        sums[a] = Decoder::bias(a);
+    both_layers<Decoder, Decoder::SCALE>(latents, sums);
+    float *const outputs = reinterpret_cast<float *>(own);
+    __syncwarp();
 #pragma unroll
-            for (int a = 0; a < A; ++a)
-                sums[s][a] = Decoder::bias(a);
-        }
-        both_layers(rows, latents, sums);
+    for (int a = 0; a < A; ++a)
+        outputs[lane * A + a] = is_illegal ? not_a_number() : sums[a];
+    __syncwarp();
 #pragma unroll
-        for (int s = 0; s < S; ++s) {
-            const Steps first = (tile * S + s) * WARP;
-            const int valid = valid_steps(steps, first);
-            float *const outputs = reinterpret_cast<float *>(own);
-            __syncwarp();
-#pragma unroll
-            for (int a = 0; a < A; ++a)
-                outputs[lane * A + a] = is_illegal[s] ? not_a_number() : sums[s][a];
-            __syncwarp();
-#pragma unroll
-            for (int i = lane; i < WARP * A; i += WARP)
-                if (i < valid * A)
-                    __stcs(actions + first * A + i, outputs[i]);
-        }
-    }
+    for (int i = lane; i < WARP * A; i += WARP)
+        if (i < valid * A)
+            __stcs(actions + first * A + i, outputs[i]);
 }
 
-template <class Token, int S>
+template <class Token>
 __device__ __forceinline__ void encode_many(const float *actions, Token *tokens, Steps steps)
 {
     constexpr int STRIDE = Bytes<L>::STRIDE;
-    __shared__ alignas(16) float rows[PADDED_H][ROW];
-    __shared__ unsigned staged[WARPS][WARP * (STRIDE > A ? STRIDE : A)];
-    share_rows(&ENCODER_ROWS[0][0], rows);
+    /* To a number this large a level can be added without a rounding: it then stands in the lowest byte. */
+    constexpr float LARGE = 0x1.8p+23f + MIDDLE_LEVEL;
+    __shared__ alignas(16) unsigned staged[WARPS][WARP * (STRIDE > A ? STRIDE : A)];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     unsigned *const own = staged[warp];
-    for (Steps tile = (Steps)blockIdx.x * WARPS + warp; tile * (WARP * S) < steps; tile += (Steps)gridDim.x * WARPS) {
-        float inputs[S][A], latents[S][D];
-        bool is_illegal[S];
+    const Steps first = ((Steps)blockIdx.x * WARPS + warp) * WARP;
+    const int valid = valid_steps(steps, first);
+    float *const given = reinterpret_cast<float *>(own);
 #pragma unroll
-        for (int s = 0; s < S; ++s) {
-            const Steps first = (tile * S + s) * WARP;
-            const int valid = valid_steps(steps, first);
-            float *const given = reinterpret_cast<float *>(own);
-            __syncwarp();
+    for (int i = lane; i < WARP * A; i += WARP)
+        given[i] = i < valid * A ? __ldcs(actions + first * A + i) : 0.0f;
+    __syncwarp();
+    float inputs[A], latents[D];
+    bool is_illegal = false;
 #pragma unroll
-            for (int i = lane; i < WARP * A; i += WARP)
-                given[i] = i < valid * A ? __ldcs(actions + first * A + i) : 0.0f;
-            __syncwarp();
-            is_illegal[s] = false;
+    for (int a = 0; a < A; ++a) {
+        inputs[a] = given[lane * A + a];
+        is_illegal |= !is_legal_action(inputs[a]);
+    }
 #pragma unroll
-            for (int a = 0; a < A; ++a) {
-                inputs[s][a] = given[lane * A + a];
-                is_illegal[s] |= !is_legal_action(inputs[s][a]);
-            }
+    for (int d = 0; d < D; ++d)
+        latents[d] = ENCODER_BIAS[d];
+    both_layers<Encoder, PLAIN>(inputs, latents);
+    __syncwarp();
+    alignas(16) unsigned words[Bytes<L>::WORDS];
 #pragma unroll
-            for (int d = 0; d < D; ++d)
-                latents[s][d] = ENCODER_BIAS[d];
-        }
-        both_layers(rows, inputs, latents);
+    for (int d = 0; d < D; ++d) {
+        float latent = hyperbolic_tangent(latents[d]);
 #pragma unroll
-        for (int s = 0; s < S; ++s) {
-            const Steps first = (tile * S + s) * WARP;
-            __syncwarp();
-            unsigned word = 0;
-#pragma unroll
-            for (int d = 0; d < D; ++d) {
-                float latent = hyperbolic_tangent(latents[s][d]);
-#pragma unroll
-                for (int l = 0; l < L; ++l) {
-                    const float bins = fmaf(latent, BIN_RATIO[l][d], BIN_SHIFT[l][d]);
-                    const float count = ceilf(fminf(fmaxf(bins, -MIDDLE_LEVEL), K - 1 - MIDDLE_LEVEL));
-                    latent = bins - count;
-                    const int i = d * L + l;
-                    word |= (unsigned)((int)count + MIDDLE_LEVEL) << 8 * (i % 4);
-                    if (i % 4 == 3) {
-                        own[lane * STRIDE + i / 4] = is_illegal[s] ? ALL_LANES : word;
-                        word = 0;
-                    }
-                }
-            }
-            __syncwarp();
-            unstage<L>(own, valid_steps(steps, first), tokens + first * (D * L));
+        for (int l = 0; l < L; ++l) {
+            const float bins = fmaf(latent, BIN_RATIO[l][d], BIN_SHIFT[l][d]);
+            const float level = __fadd_ru(fminf(fmaxf(bins, -MIDDLE_LEVEL), K - 1 - MIDDLE_LEVEL), LARGE);
+            latent = bins - (level - LARGE);
+            const int i = d * L + l;
+            words[i / 4] = i % 4 == 0 ? __float_as_uint(level)
+                                      : __byte_perm(words[i / 4], __float_as_uint(level), PUT_BYTE[i % 4]);
         }
     }
+#pragma unroll
+    for (int w = 0; w < Bytes<L>::WORDS; ++w)
+        words[w] = is_illegal ? EVERY_BIT : words[w];
+    store_row_of_words<L>(words, own + lane * STRIDE);
+    __syncwarp();
+    unstage<L>(own, valid, tokens + first * (D * L));
 }
 #endif
 

@@ -7,7 +7,7 @@ from export.cuda_source import cuda_tokenizer
 from export.plan import DeployMode, plan_decoder, plan_encoder
 from rfsq_ref.autoencoder import ModelConfig
 from runtime.errors import BackendUnavailableError
-from runtime.kernel_names import TOKEN_TYPES, kernel_name
+from runtime.kernel_names import kernel_name, token_types
 from tests.bundles import SMALL, Recipe, deploy
 
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
@@ -48,7 +48,7 @@ def test_every_mode_and_size_compiles_and_has_the_kernels_that_are_launched(mode
     config = SIZES[size]
     image = compiled(source(mode, config), "9.0")
     for prefix in (None, config.num_layers):
-        for token_type in TOKEN_TYPES:
+        for token_type in token_types(config.num_levels):
             assert kernel_name(prefix, token_type, "few").encode() in image
 
 
@@ -67,6 +67,12 @@ def test_kernels_for_many_steps_exist_where_the_sizes_suit_them() -> None:
         (DeployMode.CALIBRATED, "fine"),
     ):
         assert f" {kernel_name(None, 'int32', 'many')}(" not in source(mode, SIZES[size])
+
+
+def test_levels_that_no_byte_holds_beside_the_mark_have_no_kernels_for_bytes() -> None:
+    assert token_types(255) == ("int32", "uint8")
+    assert token_types(256) == ("int32",)
+    assert "uint8_few" not in source(DeployMode.CALIBRATED, SIZES["fine"])
 
 
 def test_a_source_that_does_not_compile_is_quoted() -> None:

@@ -1,5 +1,6 @@
 """On the GPU the engines are the reference: every gate, over a million steps; and a TF32 engine turns them red."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from export import pipeline
 from export.engines import opened_backends
 from export.errors import GateError
 from export.graphs import LinearForm
-from export.parity import Judge, batches, failures
+from export.parity import batches, failures, judges_of
 from export.parity_data import parity_sections
 from export.pipeline import BuildConfig, build
 from export.plan import DeployMode
@@ -20,6 +21,8 @@ from runtime.bundle import Bundle, open_bundle
 from tests.gpu.conftest import ENGINES, TENSORRT
 
 STEPS = 1_000_000
+#: Other steps: ten processes side by side, each with another seed, judge ten million.
+SEED = int(os.environ.get("RFSQ_PARITY_SEED", "0"))
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +44,15 @@ def test_every_backend_passes_every_gate_over_a_million_steps(
     held_out = load_build_data(checkpoint, None, key=None, is_needed=True).held_out
     model = bundle.manifest.model
     sections = parity_sections(
-        reference.model, held_out, chunk_length=model.chunk_length, limit=model.action_limit, num_steps=STEPS
+        reference.model,
+        held_out,
+        chunk_length=model.chunk_length,
+        limit=model.action_limit,
+        num_steps=STEPS,
+        seed=SEED,
     )
     with opened_backends(bundle, None) as (backends, absent):
-        judges = [Judge(backend, reference, model) for backend in backends]
+        judges = judges_of(backends, reference, model, seed=SEED)
         for answers in batches(reference, sections):
             for judge in judges:
                 judge.judge(answers)

@@ -5,11 +5,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from export.plan import DeployMode
+from runtime.contract import judged
 from runtime.errors import InferenceError
 from runtime.manifest import GraphEntry
 from tests.bundles import Recipe, deploy, make_manifest
@@ -150,6 +152,36 @@ def test_close_frees_everything(cuda: FakeCuda) -> None:
     bench.backend.close()
     assert (cuda.live, cuda.streams, cuda.open_graphs, bench.num_programs) == ({}, {}, 0, 0)
     assert all(function.is_closed for function in bench.functions)
+
+
+def test_tokens_of_another_type_go_through_functions_of_their_own(cuda: FakeCuda) -> None:
+    """The gates judge them through arrays of int32; on the GPU they are taken as they are."""
+    bench = Bench(cuda)
+    as_bytes = [
+        replace(
+            entry,
+            inputs=tuple(replace(t, dtype="uint8") if t.name == "tokens" else t for t in entry.inputs),
+            outputs=tuple(replace(t, dtype="uint8") if t.name == "tokens" else t for t in entry.outputs),
+        )
+        for entry in bench.entries
+    ]
+    functions = [FakeFunction(cuda, entry) for entry in (*bench.entries, *as_bytes)]
+    backend = GpuBackend("fake", "a fake", "a GPU", [*bench.entries, *as_bytes], functions)
+    assert backend.token_types == (np.dtype(np.int32), np.dtype(np.uint8))
+    assert list(backend.variants) == ["uint8 tokens"]
+    [variant] = backend.variants.values()
+    assert (variant.name, variant.device, judged(variant)) == ("fake", "a GPU", {"": variant})
+    (actions,) = bench.inputs(as_bytes[0], 3)
+    actions = actions % 2
+    tokens = np.empty((3, *as_bytes[0].outputs[0].shape[1:]), np.int32)
+    variant.encode_into(actions, tokens, None)
+    np.testing.assert_array_equal(tokens, answer([actions], as_bytes[0].outputs[0]))
+    # Its own function, and no other, was used.
+    assert [bool(function.programs) for function in functions] == [False] * 3 + [True] + [False] * 2
+    variant.close()
+    backend.close()
+    assert (cuda.live, cuda.streams, cuda.open_graphs) == ({}, {}, 0)
+    assert all(function.is_closed for function in functions)
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------
