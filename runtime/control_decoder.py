@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,18 +16,38 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.contract import Float32Array
+from runtime.control_backends import BackendChain
 from runtime.control_config import ControlConfig, OnFault, OutOfRange, Status
-from runtime.control_errors import ControlConfigError, ControlFaultError, WrongThreadError
+from runtime.control_errors import ControlConfigError, ControlFaultError, WrongThreadError, in_words
 from runtime.control_guard import ActionGuard
 from runtime.control_health import Health, HealthSnapshot
-from runtime.control_queue import ActionQueue
-from runtime.control_recorder import FELL_BACK, HELD, LATCHED, FlightRecorder
-from runtime.control_worker import DecodeWorker, Reporter, Retrier, WarmTokenizer
-from runtime.errors import InvalidInputError
+from runtime.control_queue import action_queue
+from runtime.control_recorder import (
+    ACCEPTED,
+    BEGUN,
+    FELL_BACK,
+    HELD,
+    INTERNAL,
+    LATCHED,
+    NO_NUMBER,
+    QUEUED,
+    RESET,
+    WRONG_NUMBER,
+    FlightRecorder,
+)
+from runtime.control_worker import Reporter, WarmTokenizer
 from runtime.tokenizer import ActionTokenizer
 
 _TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8))
-_NEVER = -(2**62)
+_NEVER = NO_NUMBER
+_MOST = 2**62
+# Bound names: Python finds a member of an enum more slowly than numpy adds seven numbers.
+_OK, _DEADLINE_MISS, _BAD_TOKEN, _NONFINITE = Status.OK, Status.DEADLINE_MISS, Status.BAD_TOKEN, Status.NONFINITE
+_OUT_OF_RANGE, _STALE, _NOT_READY = Status.OUT_OF_RANGE, Status.STALE, Status.NOT_READY
+_BACKEND_FAULT = Status.BACKEND_FAULT
+_thread, _now, _Array = threading.get_ident, time.monotonic_ns, np.ndarray
+_NONE_YET = "no chunk has been accepted since the start; send one"
+_RUN_OUT = "the last chunk has run out; expected a new one: look at the policy"
 
 
 class ControlResult:
@@ -73,6 +94,26 @@ class ControlResult:
         return f"ControlResult({self.status.name}{held}, {self.actions.tolist()}, {self.latency_us:.1f} us)"
 
 
+@dataclass(frozen=True)
+class LoopState:
+    """What a tick leaves to the next beside the queue, as a flight record has it.
+
+    start: tick of the first action of the chunk in service; layers, sequence, observed_ns: of the same chunk.
+    has_begun: a chunk has been accepted since the start; is_queued: something may be left of it.
+    """
+
+    tick: int
+    begin_ns: int
+    start: int
+    sequence: int
+    observed_ns: int
+    layers: int
+    faults: int
+    latched: Status | None
+    has_begun: bool
+    is_queued: bool
+
+
 class ControlDecoder:
     """One action per tick from chunks of tokens, with a status that says whether it can be trusted.
 
@@ -107,17 +148,17 @@ class ControlDecoder:
         self.config, self._clock = config, clock
         self._tokenizers = (tokenizer, *fallbacks)
         self._length, self._tail = model.chunk_length, (1, model.chunk_length, model.latent_dim)
-        self._prefixes, self._highest = frozenset(model.prefixes), model.num_levels - 1
+        self._layers_of = {(*self._tail, prefix): prefix for prefix in model.prefixes}
         self._guard = ActionGuard(config, model.chunk_length, position)
-        self._queue = ActionQueue(config, model.chunk_length)
-        self._target: Float32Array = np.zeros(model.action_dim, np.float32)
+        self._queue = action_queue(config, model.chunk_length)
         self.result = ControlResult(model.action_dim)
-        self._guard.hold(self.result.actions)
         self.health = Health()
         token_shape = (model.chunk_length, model.latent_dim, model.num_layers)
-        self._recorder = (
-            FlightRecorder(config.record_ticks, token_shape, model.action_dim) if config.record_ticks else None
-        )
+        self._recorder: FlightRecorder | None = None
+        if config.record_ticks:
+            self._recorder = FlightRecorder(
+                config.record_ticks, token_shape, model.action_dim, has_stats=model.has_stats
+            )
         self._meta: dict[str, Any] = {
             "config": config.to_values(),
             "fingerprint": tokenizer.fingerprint,
@@ -125,45 +166,39 @@ class ControlDecoder:
             "backends": [found.backend.name for found in self._tokenizers],
         }
         self._period_ns = max(1, round(config.period_s * 1e9))
+        self._half_period_ns = self._period_ns // 2
         self._stale_ns = round(config.stale_after_s * 1e9)
+        self._allowed_ns = None if config.deadline_us is None else int(config.deadline_us * 1000)
+        self._has_workers = config.use_worker
+        self._pauses_gc, self._raises = config.pause_gc, config.on_fault is OnFault.RAISE
+        self._stops, self._is_limiting = config.on_fault is OnFault.STOP, config.out_of_range is OutOfRange.LIMIT
         self._owner: int | None = None
-        self._warm: list[WarmTokenizer] = []
-        self._workers: list[DecodeWorker] = []
-        self._retriers: list[Retrier] = []
+        self._chain: BackendChain | None = None
         self._reporter: Reporter | None = None
-        self._deadline_ns = 0
-        self._tick, self._start, self._faults, self._layers, self._used = 0, 0, 0, 0, 0
-        self._sequence, self._observed, self._last_begin = -1, _NEVER, _NEVER
+        self._deadline_ns: int | None = None
+        self._used = 0
+        self._is_accepted = False
         self._latched: Status | None = None
-        self._last_status = Status.OK
-        self._has_chunk = self._was_limited = False
-        self._is_limiting = config.out_of_range is OutOfRange.LIMIT
+        self._last_status = _OK
         self._start_anew()
 
     def warmup(self) -> None:
         """Run everything once; the calling thread is the loop's from now on. Raises what a broken backend raises."""
-        if self._warm:
+        if self._chain is not None:
             raise ControlConfigError("warmup() was called before; expected once per decoder: call reset() to go on")
-        warm = [WarmTokenizer(tokenizer, index) for index, tokenizer in enumerate(self._tokenizers)]
-        self._owner = threading.get_ident()
-        health = Health()
-        if self.config.use_worker:
-            self._workers = [DecodeWorker(found) for found in warm]
-        self._warm, self.health = warm, health
-        position = self._guard.last.tolist()
-        for found in warm:
+        chain = BackendChain(self._tokenizers, self.config, self._guard, self._clock)
+        self._owner, self._chain = _thread(), chain
+        position = self._guard.last
+        for warm in chain.warm:
             # Ticks whose outcome is thrown away: every branch of a good one has run, every cache is filled.
             for _ in range(self._length + 2):
-                self._practise(found)
-        self._guard.reset(position)
-        self._start_anew()
-        self.health = health = Health()
-        health.backend = warm[0].name
-        self._reporter = Reporter(self.config, health, self._recorder, self._meta)
-        if len(warm) > 1 or self._workers:
-            self._retriers = [Retrier(found, self.config, health, self._freedom_of(found)) for found in warm]
+                self._practise(warm)
+        self.health = Health()
+        chain.start(self.health)
         if self._recorder is not None:
             self._recorder.written = 0
+        self.reset(position)
+        self._reporter = Reporter(self.config, self.health, self._recorder, self._meta)
 
     def step(
         self,
@@ -183,38 +218,21 @@ class ControlDecoder:
         Raises WrongThreadError from another thread, ControlFaultError where `on_fault` is `raise`; nothing else.
         """
         result = self.result
-        if threading.get_ident() != self._owner:
+        if _thread() != self._owner:
             return self._refuse_thread()
-        pauses = self.config.pause_gc and gc.isenabled()
+        pauses = self._pauses_gc and gc.isenabled()
         if pauses:
             gc.disable()
         try:
-            self.health.last_tick_ns = time.monotonic_ns()
-            begin = self._clock()
-            deadline_ns = self._deadline_of(deadline_us)
-            self._deadline_ns = 0 if deadline_ns is None else begin + deadline_ns
             try:
-                status = self._decide(begin, tokens, stats, sequence, observed_ns)
+                status = self._decide_in_time(tokens, stats, sequence, observed_ns, deadline_us)
             except Exception as error:  # nothing may leave the loop but an action that is safe
-                status = self._explain(Status.BACKEND_FAULT, f"{type(error).__name__}: {error}; report it as a bug")
-                result.is_held = True
-                self._queue.clear()
-            if not result.is_held and deadline_ns is not None and self._clock() > self._deadline_ns:
-                status = self._explain(
-                    Status.DEADLINE_MISS,
-                    f"the action was there after {(self._clock() - begin) / 1e3:.0f} us; expected "
-                    f"{deadline_ns / 1e3:.0f}: look at what else runs here, or raise deadline_us",
-                )
-                result.is_held = True
-            if result.is_held:
-                result.is_limited = False
-                self._guard.hold(result.actions)
-            self._guard.commit(result.actions)
-            self._finish(status, begin, tokens)
+                status = self._stand_still(error)
+            self._finish(status, tokens, stats, sequence, observed_ns)
         finally:
             if pauses:
                 gc.enable()
-        if result.is_held and self.config.on_fault is OnFault.RAISE and status is not Status.NOT_READY:
+        if self._raises and result.is_held and status is not _NOT_READY:
             raise ControlFaultError(f"{status.name}: {result.detail}")
         return result
 
@@ -223,11 +241,18 @@ class ControlDecoder:
 
         The next tick is NOT_READY until a chunk comes. Raises ControlConfigError for a position outside the limits.
         """
-        if self._owner is not None and threading.get_ident() != self._owner:
+        if self._owner is not None and _thread() != self._owner:
             self._refuse_thread()
         self._guard.reset(position)
-        self._guard.hold(self.result.actions)
         self._start_anew()
+        self._record(_NOT_READY, 0, RESET | HELD, None, None, NO_NUMBER, NO_NUMBER)
+
+    def resume(self, sent: Float32Array, state: LoopState) -> None:
+        """Go on as if `sent` had left last and the loop were in `state`; the queue stays. For replays."""
+        self._guard.resume(sent)
+        self._tick, self._last_begin, self._start, self._layers = state.tick, state.begin_ns, state.start, state.layers
+        self._sequence, self._observed, self._faults = state.sequence, state.observed_ns, state.faults
+        self._latched, self._has_begun, self._is_queued = state.latched, state.has_begun, state.is_queued
 
     def snapshot(self) -> HealthSnapshot:
         """Counters and latencies since `warmup()`; from any thread."""
@@ -249,14 +274,12 @@ class ControlDecoder:
 
     def close(self) -> None:
         """End the threads beside the loop; the tokenizers stay open."""
-        for retrier in self._retriers:
-            retrier.close()
-        for worker in self._workers:
-            worker.close()
+        self._owner = None
+        if self._chain is not None:
+            self._chain.close()
         if self._reporter is not None:
             self._reporter.close()
-        self._retriers, self._workers, self._reporter = [], [], None
-        self._owner = None
+            self._reporter = None
 
     def __enter__(self) -> Self:
         return self
@@ -268,116 +291,169 @@ class ControlDecoder:
 
     # --- one tick -----------------------------------------------------------------------------------------------------
 
+    def _decide_in_time(
+        self, tokens: object, stats: object, sequence: int | None, observed_ns: int | None, deadline_us: float | None
+    ) -> Status:
+        """Status and action of this tick, which is committed."""
+        result = self.result
+        result.detail = ""
+        result.is_held = result.fell_back = result.is_limited = self._is_accepted = False
+        self._begin = _NEVER
+        self.health.last_tick_ns = _now()
+        begin = self._begin = self._clock()
+        allowed_ns = self._allowed_ns if deadline_us is None else _nanoseconds(deadline_us)
+        self._deadline_ns = None if allowed_ns is None else begin + allowed_ns
+        status = self._decide(begin, tokens, stats, sequence, observed_ns)
+        if allowed_ns is not None and not result.is_held and (taken := self._clock() - begin) > allowed_ns:
+            result.is_held = True
+            status = self._explain(
+                _DEADLINE_MISS,
+                f"the action was there after {taken / 1e3:.0f} us; expected {max(allowed_ns, 0) / 1e3:.0f}: look at "
+                "what else runs here, or raise deadline_us",
+            )
+        if result.is_held:
+            result.is_limited = False
+            self._guard.hold(result.actions)
+        self._guard.commit()
+        return status
+
+    def _stand_still(self, error: Exception) -> Status:
+        """A tick on which the decoder itself has failed, or the clock that it was given."""
+        result = self.result
+        result.is_held, result.is_limited, result.fell_back = True, False, False
+        self._used = INTERNAL
+        self._drop(_BACKEND_FAULT)
+        self._guard.hold(result.actions)
+        self._guard.commit()
+        return self._explain(
+            _BACKEND_FAULT if self._latched is None else self._latched,
+            f"the decoder itself, or its clock, failed: {in_words(error)}; look at the clock, or report it as a bug",
+        )
+
     def _decide(
         self, begin: int, tokens: object, stats: object, sequence: int | None, observed_ns: int | None
     ) -> Status:
         """Status of this tick, and its action in `result.actions` unless `result.is_held`."""
-        result = self.result
-        result.detail, result.is_held, result.fell_back, result.is_limited = "", False, False, False
+        passed = begin - self._last_begin
         if self._latched is not None:
-            result.is_held = True
             self._tick += 1
-            self._last_begin = begin
-            return self._explain(
-                self._latched, "standing still after faults in a row; find the cause, then call reset()"
-            )
-        status, passed = Status.OK, begin - self._last_begin
-        if passed < 0 and self._last_begin != _NEVER:
-            self._last_begin, self._tick, result.is_held = begin, self._tick + 1, True
-            self._forget_order()
-            return self._explain(
-                Status.STALE,
-                f"the clock went back by {-passed / 1e9:.6f} s; expected a monotonic one: nothing that was observed "
-                "before can be dated",
-            )
+            self._last_begin, self.result.is_held = begin, True
+            return self._explain(self._latched, "standing still after a fault; find the cause, then call reset()")
         # Ticks are counted, for a clock that trembles repeats none and skips none; unless whole ones were missed.
-        missed = passed > self._period_ns + self._period_ns // 2 and self._last_begin != _NEVER
-        self._tick += (passed + self._period_ns // 2) // self._period_ns if missed else 1
+        self._tick += 1
+        if not 0 <= passed <= self._period_ns + self._half_period_ns and self._last_begin != _NEVER:
+            if passed < 0:
+                self._last_begin, self.result.is_held = begin, True
+                self._forget_order()
+                return self._explain(
+                    _STALE,
+                    f"the clock went back by {-passed / 1e9:.6f} s; expected a monotonic one: what was observed before "
+                    "cannot be dated",
+                )
+            self._tick += (passed + self._half_period_ns) // self._period_ns - 1
         self._last_begin = begin
+        status = _OK
         if tokens is not None:
             status = self._receive(begin, tokens, stats, sequence, observed_ns)
-            if status is not Status.OK:
+            if status is not _OK and not self._is_accepted:
                 self.health.refused_chunks += 1
-                if status is Status.DEADLINE_MISS or (status is not Status.STALE and not self._was_limited):
-                    result.is_held = True
-                    self._queue.clear()
+                if status is not _STALE:
+                    self.result.is_held = True
+                    self._drop(status)
                     return status
         return self._serve(begin, status)
 
     def _serve(self, begin: int, status: Status) -> Status:
+        """The action of this tick from what is queued; `status` is of the chunk that came on it."""
         result = self.result
-        if begin - self._observed > self._stale_ns and not self._queue.is_empty:
-            self._queue.clear()
-            status = self._explain(
-                Status.STALE,
-                f"the chunk was observed {(begin - self._observed) / 1e9:.3f} s ago; expected at most "
-                f"{self.config.stale_after_s:g}: look at the policy, or raise stale_after_s",
-            )
-        if not self._queue.take(self._tick, self._target):
+        if self._is_queued and begin - self._observed > self._stale_ns:
+            status = self._explain(_STALE, self._too_old(begin - self._observed))
             result.is_held = True
-            if status is not Status.OK:
-                return status
-            if not self._has_chunk:
-                return self._explain(Status.NOT_READY, "no chunk has come yet; send one")
-            return self._explain(Status.STALE, "the last chunk has run out; expected a new one: look at the policy")
-        if not self._guard.limit(self._target, result.actions):
+            self._drop(status)
+            return status
+        if not self._queue.take(self._tick, result.actions):
             result.is_held = True
-            self._queue.clear()
-            return self._explain(Status.NONFINITE, "the action is not finite; report it as a bug")
-        result.is_limited = result.actions.tobytes() != self._target.tobytes()
+            if status is _OK:
+                return self._explain(_STALE if self._has_begun else _NOT_READY, self._why_empty)
+            return self._explain(status, f"{result.detail}; and there is nothing else: {self._why_empty}")
+        try:
+            result.is_limited = self._guard.limit(result.actions)
+        except ValueError as error:
+            result.is_held = True
+            self._drop(_NONFINITE)
+            return self._explain(_NONFINITE, f"{error}; report it as a bug")
         return status
 
     def _receive(
         self, begin: int, tokens: object, stats: object, sequence: int | None, observed_ns: int | None
     ) -> Status:
-        """Check, decode and queue a chunk. STALE leaves the older chunk in service; so does a chunk that is limited."""
-        self._was_limited = False
-        if reason := self._wrong_form(tokens, sequence, observed_ns):
-            return self._explain(Status.BAD_TOKEN, reason)
-        assert isinstance(tokens, np.ndarray)
+        """Check, decode and queue a chunk. STALE leaves the older chunk in service."""
+        layers = self._layers_of.get(tokens.shape) if type(tokens) is _Array else None
+        if (
+            layers is None
+            or tokens.dtype not in _TOKEN_TYPES  # type: ignore[attr-defined]  # with layers it is an array
+            or (sequence is not None and _number(sequence) == WRONG_NUMBER)
+            or (observed_ns is not None and _number(observed_ns) == WRONG_NUMBER)
+        ):
+            return self._explain(_BAD_TOKEN, self._wrong_form(tokens, sequence, observed_ns))
+        assert isinstance(tokens, _Array)
         number = self._sequence + 1 if sequence is None else sequence
         observed = begin if observed_ns is None else observed_ns
-        layers = tokens.shape[3]
-        is_swap = number == self._sequence and observed == self._observed and layers > self._layers
+        is_swap = (
+            number == self._sequence
+            and layers > self._layers > 0
+            and (observed_ns is None or observed_ns == self._observed)
+        )
+        if is_swap:
+            observed = self._observed
         if reason := self._wrong_order(begin, number, observed, is_swap, observed_ns is not None):
-            return self._explain(Status.STALE, reason)
-        delay = (begin - observed + self._period_ns // 2) // self._period_ns
+            return self._explain(_STALE, reason)
+        delay = (begin - observed + self._half_period_ns) // self._period_ns
         if delay >= self._length:
             return self._explain(
-                Status.STALE,
+                _STALE,
                 f"the chunk comes {delay} ticks after its observation and has {self._length} actions; expected one "
                 "whose time has not passed: look at the policy's latency",
             )
         status, chunk = self._decode(tokens, stats)
-        if status is Status.OUT_OF_RANGE and self._is_limiting:
-            self._was_limited = True
-        elif status is not Status.OK:
+        if status is not _OK and not (status is _OUT_OF_RANGE and self._is_limiting):
             return status
-        assert chunk is not None
         start = self._start if is_swap else self._tick - max(delay, 0)
         self._queue.push(chunk, start, is_swap=is_swap and not self._queue.is_empty)
         self._start, self._sequence, self._observed, self._layers = start, number, observed, layers
-        self._has_chunk = True
+        self._is_accepted = self._has_begun = self._is_queued = True
+        self._why_empty = _RUN_OUT
         self.result.sequence = number
         self.health.chunks += 1
         return status
 
+    def _decode(self, tokens: npt.NDArray[Any], stats: object) -> tuple[Status, Float32Array]:
+        """On the first backend that works; where it fails, once on the next."""
+        chain, result = self._chain, self.result
+        assert chain is not None  # step has looked
+        status = chain.decode(tokens, stats, self._deadline_ns)
+        used = chain.used
+        result.backend, self._used = used.name, used.index
+        if status is not _OK or chain.fell_back:
+            result.detail, result.fell_back = chain.detail, chain.fell_back
+        return status, chain.chunk
+
     def _wrong_form(self, tokens: object, sequence: object, observed_ns: object) -> str:
-        """What is wrong with the arguments, or nothing."""
-        if type(tokens) is not np.ndarray:
+        """What is wrong with the arguments."""
+        if type(tokens) is not _Array:
             kind = f"{type(tokens).__module__}.{type(tokens).__qualname__}"
             return f"tokens is a {kind}; expected a numpy.ndarray: pass np.asarray(tokens)"
-        if tokens.ndim != 4 or tokens.shape[:3] != self._tail or tokens.shape[3] not in self._prefixes:
+        if tokens.shape not in self._layers_of:
             return (
                 f"tokens have shape {list(tokens.shape)}; expected {list(self._tail)} and one of the layers "
-                f"{sorted(self._prefixes)}: send what the policy gives for one chunk"
+                f"{sorted(self._layers_of.values())}: send what the policy gives for one chunk"
             )
         if tokens.dtype not in _TOKEN_TYPES:
             return f"tokens have type {tokens.dtype}; expected int32, int64 or uint8: send levels, not values"
-        for name, value in (("sequence", sequence), ("observed_ns", observed_ns)):
-            if value is not None and (type(value) is not int or abs(value) >= 2**62):
-                return f"{name} is {value!r}; expected an int below 2**62: correct what the policy sends"
-        return ""
+        is_first = sequence is not None and _number(sequence) == WRONG_NUMBER
+        name, value = ("sequence", sequence) if is_first else ("observed_ns", observed_ns)
+        found = "beyond it" if type(value) is int else f"a {type(value).__qualname__}"
+        return f"{name} is {found}; expected an int between -2**62 and 2**62: correct what the policy sends"
 
     def _wrong_order(self, begin: int, number: int, observed: int, is_swap: bool, is_dated: bool) -> str:
         """Why a chunk is not to be used, or nothing."""
@@ -387,207 +463,183 @@ class ControlDecoder:
                 "in both processes"
             )
         if begin - observed > self._stale_ns:
-            return (
-                f"the chunk was observed {(begin - observed) / 1e9:.3f} s ago; expected at most "
-                f"{self.config.stale_after_s:g}: look at the policy, or raise stale_after_s"
-            )
-        if is_swap or not self._has_chunk:
+            return self._too_old(begin - observed)
+        if is_swap or self._observed == _NEVER:
             return ""
         # A policy that was started anew counts from its beginning; it has looked later than the one before.
         is_restart = is_dated and observed > self._observed and self._is_drained()
         if number <= self._sequence and not is_restart:
             kind = "again" if number == self._sequence else "after a newer one"
-            return f"chunk {number} comes {kind}; expected above {self._sequence}: the newer one stays in service"
+            return f"chunk {number} comes {kind}; expected above {self._sequence}: look at the policy's order"
         if observed < self._observed:
             return (
-                f"chunk {number} was observed before chunk {self._sequence}, which came earlier; expected later: the "
-                "newer one stays in service"
+                f"chunk {number} was observed before chunk {self._sequence}, which came earlier; expected later: look "
+                "at the policy's order"
             )
         return ""
 
+    def _too_old(self, age_ns: int) -> str:
+        return (
+            f"the chunk was observed {age_ns / 1e9:.3f} s ago; expected at most {self.config.stale_after_s:g}: look at "
+            "the policy, or raise stale_after_s"
+        )
+
     def _is_drained(self) -> bool:
-        return self._queue.is_empty or self._tick - self._start >= self._length
-
-    # --- backends -----------------------------------------------------------------------------------------------------
-
-    def _decode(self, tokens: npt.NDArray[Any], stats: object) -> tuple[Status, Float32Array | None]:
-        """On the first backend that works; where it fails, once on the next."""
-        first = self._warm[0]
-        active = first if first.is_healthy else self._healthy(-1) or first
-        if self.health.backend != active.name:
-            self.health.backend = active.name
-        other = self._healthy(active.index) if len(self._warm) > 1 else None
-        status, chunk = self._decode_on(active, tokens, stats, has_other=other is not None)
-        is_backend = status in (Status.BACKEND_FAULT, Status.NONFINITE, Status.DEADLINE_MISS)
-        if is_backend and (len(self._warm) > 1 or self._workers):
-            active.is_healthy = False
-            self._retriers[active.index].start()
-        # Without time left, the next chunk goes to the other one.
-        is_late = bool(self._deadline_ns) and self._clock() >= self._deadline_ns
-        if is_backend and other is not None and not is_late:
-            reason = self.result.detail
-            self.health.fallbacks += 1
-            self.health.backend = other.name
-            status, chunk = self._decode_on(other, tokens, stats, has_other=False)
-            if status is Status.OK:
-                self.result.fell_back, self.result.backend = True, other.name
-                self.result.detail = f"{reason}; decoded on {other.name} instead"
-            elif status in (Status.BACKEND_FAULT, Status.NONFINITE, Status.DEADLINE_MISS):
-                other.is_healthy = False
-                self._retriers[other.index].start()
-        return status, chunk
-
-    def _healthy(self, beside: int) -> WarmTokenizer | None:
-        for warm in self._warm:
-            if warm.is_healthy and warm.index != beside:
-                return warm
-        return None
-
-    def _decode_on(
-        self, warm: WarmTokenizer, tokens: npt.NDArray[Any], stats: Any, *, has_other: bool
-    ) -> tuple[Status, Float32Array | None]:
-        self.result.backend, self._used = warm.name, warm.index
-        try:
-            if self._workers:
-                if not self._decode_in_worker(self._workers[warm.index], tokens, stats, has_other):
-                    return self._explain(
-                        Status.DEADLINE_MISS,
-                        f"backend {warm.name} has not answered in time, and may hang; expected within deadline_us: it "
-                        "is left behind until it answers",
-                    ), None
-            else:
-                warm.tokenizer.decode_into(tokens, warm.out, stats)
-        except InvalidInputError as error:
-            return self._explain(Status.BAD_TOKEN, str(error)), None
-        except Exception as error:  # whatever a library raises, the robot must not
-            return self._explain(Status.BACKEND_FAULT, f"{warm.name}: {type(error).__name__}: {error}"), None
-        chunk = warm.out[0]
-        status = self._guard.check_chunk(chunk)
-        if status is Status.NONFINITE:
-            self._explain(
-                status, f"backend {warm.name} made of legal tokens what is not finite; expected numbers: run selftest"
-            )
-        elif status is Status.OUT_OF_RANGE:
-            self._explain(status, "limited" if self._is_limiting else self._guard.first_outside(chunk))
-        return status, chunk
-
-    def _decode_in_worker(
-        self, worker: DecodeWorker, tokens: npt.NDArray[Any], stats: Float32Array | None, has_other: bool
-    ) -> bool:
-        """False if it is not done in time: half of the time, where another backend can use the rest."""
-        if not worker.settle():
-            return False
-        if tokens.dtype != np.int32 and not ((tokens >= 0) & (tokens <= self._highest)).all():
-            raise InvalidInputError(f"tokens are not all 0 ... {self._highest}; expected levels: look at the policy")
-        if stats is not None and (
-            type(stats) is not np.ndarray or stats.shape != (1, self._length, tokens.shape[3], 2)
-        ):
-            raise InvalidInputError("stats have a wrong form; expected float32 [1, T, l, 2] as encoding gave them")
-        left = (self._deadline_ns - self._clock()) / 1e9
-        if not worker.decode(tokens, stats, left / 2 if has_other else left):
-            return False
-        if worker.error is not None:
-            raise worker.error
-        return True
-
-    def _freedom_of(self, warm: WarmTokenizer) -> Callable[[], bool]:
-        if not self._workers:
-            return lambda: True
-        worker = self._workers[warm.index]
-        return lambda: not worker.is_pending
+        return not self._is_queued or self._tick - self._start >= self._length
 
     # --- the end of a tick --------------------------------------------------------------------------------------------
 
-    def _finish(self, status: Status, begin: int, tokens: object) -> None:
+    def _finish(self, status: Status, tokens: object, stats: object, sequence: object, observed_ns: object) -> None:
+        """Count, record, report. Whatever fails in it costs no action: that is chosen already."""
         result, health = self.result, self.health
-        is_fault = result.is_held and status is not Status.NOT_READY
-        self._faults = self._faults + 1 if is_fault else 0
-        if is_fault and self._latched is None:
+        failures = health.internal_faults
+        is_held = result.is_held
+        if is_held and status is not _NOT_READY:
+            self._faults += 1
             most = self.config.max_consecutive_faults
-            if self.config.on_fault is OnFault.STOP or (most and self._faults >= most):
+            if self._latched is None and (self._stops or (most and self._faults >= most)):
                 self._latched = status
-        result.status, result.tick = status, self._tick
-        result.is_latched = health.is_latched = self._latched is not None
-        result.latency_ns = latency = self._clock() - begin
+        else:
+            self._faults = 0
+        is_latched = self._latched is not None
+        result.status, result.tick, result.is_latched = status, self._tick, is_latched
+        health.is_latched = is_latched
         health.statuses[status] += 1
-        health.held += result.is_held
-        health.latency.add(latency)
+        health.held += is_held
+        latency = 0
+        try:
+            if self._begin != _NEVER:
+                latency = self._clock() - self._begin
+            health.latency.add(latency)
+        except Exception as error:  # see above
+            self._excuse("the clock or the histogram", error)
+        result.latency_ns = latency
         if self._recorder is not None:
-            flags = result.is_held * HELD + result.is_latched * LATCHED + result.fell_back * FELL_BACK
+            flags = is_held * HELD + is_latched * LATCHED + result.fell_back * FELL_BACK + self._is_accepted * ACCEPTED
+            self._record(status, latency, flags, tokens, stats, sequence, observed_ns)
+        is_broken = health.internal_faults != failures
+        if status is not _OK or result.fell_back or self._last_status is not _OK or is_broken or self._has_workers:
+            self._report(status, is_broken)
+
+    def _record(
+        self,
+        status: Status,
+        latency: int,
+        flags: int,
+        tokens: object,
+        stats: object,
+        sequence: object,
+        observed_ns: object,
+    ) -> None:
+        if self._recorder is None:
+            return
+        try:
             self._recorder.add(
-                result.actions,
+                self.result.actions,
                 tokens,
+                stats,
                 self._tick,
-                begin,
+                self._last_begin,
                 latency,
-                self._sequence,
-                self._observed,
                 status,
-                flags,
+                flags + self._is_queued * QUEUED + self._has_begun * BEGUN,
                 self._used,
                 self._faults,
+                self._sequence,
+                self._observed,
+                self._layers,
+                self._start,
+                NO_NUMBER if sequence is None else _number(sequence),
+                NO_NUMBER if observed_ns is None else _number(observed_ns),
             )
-        if self._workers:
-            for worker in self._workers:
-                worker.settle()
-        is_news = status is not self._last_status or result.fell_back
+        except Exception as error:  # a record is worth no tick
+            self._excuse("the flight recorder", error)
+
+    def _report(self, status: Status, is_broken: bool) -> None:
+        result = self.result
+        is_news = (status is not self._last_status and status not in (_OK, _NOT_READY)) or result.fell_back
         self._last_status = status
-        if is_news and (status not in (Status.OK, Status.NOT_READY) or result.fell_back):
-            health.incidents += 1
-            if self._reporter is not None:
+        try:
+            if self._chain is not None:
+                self._chain.settle()
+            self.health.incidents += is_news
+            if (is_news or is_broken) and self._reporter is not None:
                 self._reporter.incident(status, self._tick, result.detail, result.is_held)
+        except Exception as error:  # a log line is worth no tick
+            self._excuse("the reporter", error)
+
+    def _excuse(self, what: str, error: Exception) -> None:
+        self.health.internal_faults += 1
+        self.result.detail = f"{self.result.detail or 'the action is good'}; {what} failed: {in_words(error)}"
 
     def _explain(self, status: Status, detail: str) -> Status:
         self.result.detail = detail
         return status
 
-    def _deadline_of(self, deadline_us: object) -> int | None:
-        """In ns. What is no number above 0 is over at once: the loop asked for something, and nobody knows what."""
-        given = self.config.deadline_us if deadline_us is None else deadline_us
-        if given is None:
-            return None
-        if not isinstance(given, (int, float)) or not 0 < given < math.inf:
-            return 0
-        return int(given * 1000)
+    def _drop(self, why: Status) -> None:
+        """Nothing of what is queued is served any more."""
+        self._queue.clear()
+        self._is_queued = False
+        if self._has_begun:
+            self._why_empty = (
+                f"what was queued was dropped on tick {self._tick}, {why.name}; expected a new chunk since"
+            )
 
     def _refuse_thread(self) -> ControlResult:
         if self._owner is not None:
             raise WrongThreadError(
-                f"step or reset was called from thread {threading.get_ident()}; expected {self._owner}, which has "
-                "called warmup(): make one decoder per thread"
+                f"step or reset was called from thread {_thread()}; expected {self._owner}, which has called warmup(): "
+                "make one decoder per thread"
             )
-        self.result.detail = "the decoder is not warm; call warmup() in the thread of the loop"
-        self.health.statuses[Status.NOT_READY] += 1
-        return self.result
+        result = self.result
+        result.status, result.is_held, result.is_limited, result.fell_back = _NOT_READY, True, False, False
+        result.latency_ns = 0
+        result.detail = "the decoder is not warm, or closed; call warmup() in the thread of the loop"
+        self._guard.hold(result.actions)
+        self._guard.commit()
+        self.health.statuses[_NOT_READY] += 1
+        return result
 
     def _start_anew(self) -> None:
-        self._queue.clear()
-        self._tick, self._last_begin = 0, _NEVER
-        self._latched = None
-        self._faults = 0
-        self._last_status = Status.OK
-        self._has_chunk = self._was_limited = False
-        self._start = 0
+        result = self.result
+        self._tick = self._start = self._faults = 0
+        self._begin = self._last_begin = _NEVER
+        self._latched, self._last_status = None, _OK
+        self._has_begun, self._why_empty = False, _NONE_YET
         self._forget_order()
-        self.result.status, self.result.is_held, self.result.is_latched = Status.NOT_READY, True, False
-        self.result.sequence = -1
+        result.status, result.is_held, result.is_latched, result.is_limited = _NOT_READY, True, False, False
+        result.sequence = -1
         self.health.is_latched = False
+        # What was sent last, not a step further: the next action is compared to it.
+        result.actions[:] = self._guard.last
 
     def _forget_order(self) -> None:
-        self._queue.clear()
+        self._drop(_STALE)
         self._sequence, self._observed, self._layers = -1, _NEVER, 0
 
     def _practise(self, warm: WarmTokenizer) -> None:
-        healthy = [found.is_healthy for found in self._warm]
-        for found in self._warm:
+        assert self._chain is not None
+        healthy = [found.is_healthy for found in self._chain.warm]
+        for found in self._chain.warm:
             found.is_healthy = found is warm
-        begin = self._clock()
-        self._deadline_ns = begin + 10**10
         self._forget_order()
-        self._decide(begin, warm.probe, warm.probe_stats, None, None)
-        self._guard.hold(self.result.actions)
-        self._guard.commit(self.result.actions)
-        if self._recorder is not None:
-            self._recorder.add(self.result.actions, warm.probe, *([0] * 9))
-        for found, was in zip(self._warm, healthy, strict=True):
+        self._finish(
+            self._decide_in_time(warm.probe, warm.probe_stats, None, None, 1e7),
+            warm.probe,
+            warm.probe_stats,
+            None,
+            None,
+        )
+        for found, was in zip(self._chain.warm, healthy, strict=True):
             found.is_healthy = was
+
+
+def _nanoseconds(deadline_us: object) -> int:
+    """What is no number above 0 is over at once: the loop asked for something, and nobody knows what."""
+    if not isinstance(deadline_us, (int, float)) or not 0 < deadline_us < math.inf:
+        return -1
+    return int(deadline_us * 1000)
+
+
+def _number(value: object) -> int:
+    return value if type(value) is int and -_MOST < value < _MOST else WRONG_NUMBER

@@ -21,3 +21,11 @@ class RealtimeRefusedError(TokenizerError):
 
 class FlightRecordError(TokenizerError):
     """A flight record that is missing, damaged, or of another model."""
+
+
+def in_words(error: BaseException) -> str:
+    """Type and message; the type alone where asking for the message raises."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # an error made by a library may be broken itself
+        return type(error).__name__

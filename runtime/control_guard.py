@@ -1,8 +1,13 @@
-"""What may leave: finite, inside the limits, and near what was sent before. In place, over arrays made once."""
+"""What may leave: finite, inside the limits, and near what was sent before.
+
+A chunk is judged by numpy, over arrays made once; the few numbers of one action by Python, whose float64 holds them and
+their differences without rounding, in less time than numpy takes for the calls.
+"""
 
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,11 +17,11 @@ from runtime.control_config import ActionKind, ControlConfig, OutOfRange, Status
 from runtime.control_errors import ControlConfigError
 
 _FLOAT32 = np.float32
-# Bound names and positional `out`: looking up costs as much as the arithmetic on seven numbers. But for minimum and
-# maximum, which numpy lets find out for a microsecond that a positional `out` is deprecated there.
-_add, _subtract, _multiply = np.add, np.subtract, np.multiply
-_less_equal, _greater_equal, _both = np.less_equal, np.greater_equal, np.logical_and
-_minimum, _maximum, _copy = np.minimum, np.maximum, np.copyto
+# Bound names and positional `out`: looking up costs as much as the arithmetic on so few numbers.
+_less_equal, _greater_equal = np.less_equal, np.greater_equal
+# All have one value per dimension, and to be strict about it takes longer than two of them.
+_zip, _isnan = zip, math.isnan
+_OK, _NONFINITE, _OUT_OF_RANGE = Status.OK, Status.NONFINITE, Status.OUT_OF_RANGE
 
 
 class ActionGuard:
@@ -30,22 +35,29 @@ class ActionGuard:
         self._size = size
         self._low = np.array([_inside(value, math.inf) for value in config.action_low], _FLOAT32)
         self._high = np.array([_inside(value, -math.inf) for value in config.action_high], _FLOAT32)
+        # A row for each step: numpy takes three times as long where it has to repeat one.
+        self._lows = np.tile(self._low, (chunk_length, 1))
+        self._highs = np.tile(self._high, (chunk_length, 1))
+        # What float32 rounds away when an action is written is taken off before.
         margins = map(slew_margin, config.action_low, config.action_high)
         steps = [step - margin for step, margin in zip(config.max_relative_step, margins, strict=True)]
-        self._step = np.array([_inside(step, -math.inf) for step in steps], _FLOAT32)
-        keeps = [
+        backs = [-step for step in steps]
+        self._bounds = list(zip(steps, backs, self._low.tolist(), self._high.tolist(), strict=True))
+        self._keep = [
             kind is ActionKind.ABSOLUTE or index in config.gripper for index, kind in enumerate(config.action_kind)
         ]
-        self._needed = [index for index, kept in enumerate(keeps) if kept]
-        self._keep = np.array(keeps, _FLOAT32)
+        self._needed = [index for index, kept in enumerate(self._keep) if kept]
         self._limits_chunks = config.out_of_range is OutOfRange.LIMIT
-        self._below, self._above = np.empty(size, _FLOAT32), np.empty(size, _FLOAT32)
-        self._still = np.empty(size, _FLOAT32)
-        self._ones = np.ones(size, _FLOAT32)
-        self._is_low_enough = np.empty((chunk_length, size), np.bool_)
-        self._is_high_enough = np.empty((chunk_length, size), np.bool_)
+        # Results of comparisons, read as the bytes they are.
+        self._below, self._above = bytearray(chunk_length * size), bytearray(chunk_length * size)
+        self._is_below = np.frombuffer(self._below, np.bool_).reshape(chunk_length, size)
+        self._is_above = np.frombuffer(self._above, np.bool_).reshape(chunk_length, size)
         self._all_inside = b"\1" * (chunk_length * size)
-        self.last = np.zeros(size, _FLOAT32)
+        # Numbers of Python become float32 four times as fast packed as assigned.
+        self._rounded = np.zeros(size, _FLOAT32)
+        self._bytes, self._pack = self._rounded.data.cast("B"), struct.Struct(f"={size}f").pack_into
+        self._last = [0.0] * size
+        self._next = self._last
         if position is None and self._needed:
             raise ControlConfigError(
                 f"no position was given, and dimensions {self._needed} are absolute or grippers; expected the command "
@@ -53,14 +65,20 @@ class ActionGuard:
             )
         self.reset(position)
 
+    @property
+    def last(self) -> tuple[float, ...]:
+        """What was sent last, float32 in value."""
+        return tuple(self._last)
+
     def reset(self, position: Sequence[float] | None = None) -> None:
-        """Begin from `position`, the robot's present command; None for the last one sent. Motions begin at 0."""
-        values = self.last.astype(np.float64) if position is None else np.asarray(position, np.float64)
+        """Begin from `position`, the robot's present command, with motions at 0; None for the last action sent."""
+        values = np.array(self._last) if position is None else np.asarray(position, np.float64)
         if values.shape != (self._size,):
             raise ControlConfigError(
                 f"position has shape {list(values.shape)}; expected [{self._size}], one value per action dimension"
             )
-        values = np.where(self._keep > 0, values, 0.0)
+        if position is not None:
+            values = np.where(self._keep, values, 0.0)
         # float32 of a limit may lie beside it by a rounding.
         tolerance = np.spacing(np.maximum(np.abs(self._low), np.abs(self._high)))
         for index in self._needed:
@@ -70,23 +88,24 @@ class ActionGuard:
                     f"position[{index}] is {values[index]}; expected {low} to {high}, the limits of this dimension: "
                     "bring the robot inside them first, or correct action_low and action_high"
                 )
-        _copy(self.last, np.clip(values.astype(_FLOAT32), self._low, self._high))
+        self.resume(np.clip(values.astype(_FLOAT32), self._low, self._high))
+
+    def resume(self, sent: Float32Array) -> None:
+        """Go on after `sent`, an action that has left already."""
+        self._last = self._next = sent.tolist()
 
     def check_chunk(self, chunk: Float32Array) -> Status:
         """chunk [T, A]: OK, NONFINITE or OUT_OF_RANGE; the last is brought inside where the settings say so."""
-        inside = self._is_low_enough
-        _less_equal(chunk, self._high, inside)
-        _greater_equal(chunk, self._low, self._is_high_enough)
-        _both(inside, self._is_high_enough, inside)
+        _less_equal(chunk, self._highs, self._is_below)
+        _greater_equal(chunk, self._lows, self._is_above)
         # A NaN compares false.
-        if inside.tobytes() == self._all_inside:
-            return Status.OK
+        if self._below == self._all_inside and self._above == self._all_inside:
+            return _OK
         if not np.isfinite(chunk).all():
-            return Status.NONFINITE
+            return _NONFINITE
         if self._limits_chunks:
-            _maximum(chunk, self._low, out=chunk)
-            _minimum(chunk, self._high, out=chunk)
-        return Status.OUT_OF_RANGE
+            np.clip(chunk, self._low, self._high, out=chunk)
+        return _OUT_OF_RANGE
 
     def first_outside(self, chunk: Float32Array) -> str:
         """Which value was refused, in words."""
@@ -97,26 +116,43 @@ class ActionGuard:
             "look at the policy, or at action_low and action_high"
         )
 
-    def limit(self, target: Float32Array, out: Float32Array) -> bool:
-        """The allowed action nearest to `target` into `out`; False where that is not finite. `commit` what is sent."""
-        last, step, below, above = self.last, self._step, self._below, self._above
-        _subtract(last, step, below)
-        _maximum(below, self._low, out=below)
-        _add(last, step, above)
-        _minimum(above, self._high, out=above)
-        _maximum(target, below, out=out)
-        _minimum(out, above, out=out)
-        total = out.dot(self._ones)
-        return bool(total == total)
+    def limit(self, action: Float32Array) -> bool:
+        """Bring `action` to the nearest allowed one, in place; whether that changed it. `commit` what is sent.
 
-    def commit(self, sent: Float32Array) -> None:
-        """What was sent, to which the next action is compared."""
-        _copy(self.last, sent)
+        Raises ValueError for NaN, which is near to nothing.
+        """
+        values = action.tolist()
+        for value, before, (step, back, low, high) in _zip(values, self._last, self._bounds):
+            if not (low <= value <= high and back <= value - before <= step):
+                self._bring(values, action)
+                return True
+        self._next = values
+        return False
 
     def hold(self, out: Float32Array) -> None:
         """Stand still, as far as the slew limit lets a motion end at once: what is kept stays, motions go to 0."""
-        _multiply(self.last, self._keep, self._still)
-        self.limit(self._still, out)
+        self._bring([before if kept else 0.0 for before, kept in _zip(self._last, self._keep)], out)
+
+    def _bring(self, values: list[float], out: Float32Array) -> None:
+        """What is allowed and nearest to `values` into `out`."""
+        near = [
+            before + step if value - before > step else before + back if value - before < back else value
+            for value, before, (step, back, _, _) in _zip(values, self._last, self._bounds)
+        ]
+        # The last action is inside the limits: what moves towards them moves towards it.
+        allowed = [
+            low if value < low else high if value > high else value
+            for value, (_, _, low, high) in _zip(near, self._bounds)
+        ]
+        if _isnan(sum(allowed)):
+            raise ValueError(f"an action is {values}; expected numbers")
+        self._pack(self._bytes, 0, *allowed)
+        out[...] = self._rounded
+        self._next = self._rounded.tolist()
+
+    def commit(self) -> None:
+        """What was limited or held last has been sent: the next action is compared to it."""
+        self._last = self._next
 
 
 def _inside(value: float, towards: float) -> np.float32:

@@ -16,15 +16,16 @@ from runtime.control_config import Status
 _SUB_BITS = 6
 _SUB = 1 << _SUB_BITS
 _OCTAVES = 40
-#: Upper bounds of the buckets of the OpenMetrics text, in ns: from 1 us to 67 s, a factor of 2 each.
-_BOUNDS_NS = tuple(1024 << exponent for exponent in range(27))
+_LENGTH = _SUB * _OCTAVES
+#: Upper bounds of the buckets of the OpenMetrics text, in ns: from 1 us to 69 s, a factor of 2 each, where bins end.
+_BOUNDS_NS = tuple((1024 << exponent) - 1 for exponent in range(27))
 
 
 class LatencyHistogram:
     """Log-linear: exact to 64 ns, to 1.6 % above, up to days; as HdrHistogram counts, in one array made once."""
 
     def __init__(self) -> None:
-        self._counts = array("q", bytes(8 * _SUB * _OCTAVES))
+        self._counts = array("q", bytes(8 * _LENGTH))
         # An int of Python is written at once, which no array element of numpy is to a reader.
         self.sum_ns = 0
         self.max_ns = 0
@@ -34,8 +35,7 @@ class LatencyHistogram:
         if nanoseconds < 0:
             nanoseconds = 0
         index = _index_of(nanoseconds)
-        counts = self._counts
-        counts[index if index < _SUB * _OCTAVES else -1] += 1
+        self._counts[index if index < _LENGTH else -1] += 1
         self.sum_ns += nanoseconds
         if nanoseconds > self.max_ns:
             self.max_ns = nanoseconds
@@ -55,9 +55,9 @@ class LatencyHistogram:
         return float(min(upper_end(index), self.max_ns))
 
     def cumulative(self, bounds_ns: tuple[int, ...]) -> tuple[list[int], int]:
-        """How many were at most each bound (powers of 2, where bins end), and how many there are."""
+        """How many were at most each bound, the end of a bin, and how many there are."""
         running = np.cumsum(np.array(self._counts))
-        return [int(running[_index_of(bound) - 1]) for bound in bounds_ns], int(running[-1])
+        return [int(running[_index_of(bound)]) for bound in bounds_ns], int(running[-1])
 
 
 def _index_of(nanoseconds: int) -> int:
@@ -75,7 +75,11 @@ def upper_end(index: int) -> int:
 
 @dataclass(frozen=True)
 class HealthSnapshot:
-    """Counts since `warmup`; times in microseconds. held: ticks on which the robot was told to stand still."""
+    """Counts since `warmup`; times in microseconds.
+
+    held: ticks on which the robot was told to stand still. internal_faults: errors of clock, histogram, recorder or
+    reporter, which cost the robot no action.
+    """
 
     ticks: int
     statuses: dict[str, int]
@@ -87,6 +91,7 @@ class HealthSnapshot:
     incidents: int
     records_written: int
     records_failed: int
+    internal_faults: int
     is_latched: bool
     backend: str
     p50_us: float
@@ -109,6 +114,7 @@ class Health:
         self.incidents = 0
         self.records_written = 0
         self.records_failed = 0
+        self.internal_faults = 0
         self.is_latched = False
         self.backend = ""
         #: When the last tick began, on the monotonic clock of the system whatever clock the loop has; 0 for never.
@@ -127,6 +133,7 @@ class Health:
             incidents=self.incidents,
             records_written=self.records_written,
             records_failed=self.records_failed,
+            internal_faults=self.internal_faults,
             is_latched=self.is_latched,
             backend=self.backend,
             p50_us=latency.quantile(0.5) / 1e3,
@@ -150,6 +157,7 @@ class Health:
             ("incidents", self.incidents, "Runs of ticks with a status other than OK."),
             ("records_written", self.records_written, "Flight records written."),
             ("records_failed", self.records_failed, "Flight records that could not be written."),
+            ("internal_faults", self.internal_faults, "Errors of clock, histogram, recorder or reporter."),
         ):
             lines += [*_family(name, "counter", text), f"rfsq_control_{name}_total {value}"]
         lines += _family("latched", "gauge", "1 while the decoder stands still until reset.")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import os
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from runtime.control_errors import RealtimeRefusedError
+from runtime.control_errors import RealtimeRefusedError, in_words
 
+_LOG = logging.getLogger(__name__)
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
+Undo = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -31,11 +34,12 @@ class RealtimeConfig:
 
 @dataclass(frozen=True)
 class RealtimeSetting:
-    """One wish, and what became of it."""
+    """One wish, and what became of it. undo: takes back what was granted; `undo_realtime` calls it."""
 
     name: str
     is_granted: bool
     detail: str
+    undo: Undo | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{'✓' if self.is_granted else '✗'} {self.name}: {self.detail}"
@@ -44,13 +48,11 @@ class RealtimeSetting:
 def apply_realtime(config: RealtimeConfig) -> tuple[RealtimeSetting, ...]:
     """Apply to the calling thread, memory and garbage to the whole process; in the loop's thread, after `warmup()`.
 
-    Raises RealtimeRefusedError where something is refused that `is_required`.
+    Raises RealtimeRefusedError where something is refused that `is_required`; nothing is changed then.
     """
     settings = []
     if config.freeze_gc:
-        gc.collect()
-        gc.freeze()
-        settings.append(RealtimeSetting("freeze_gc", True, f"{gc.get_freeze_count()} objects"))
+        settings.append(_try("freeze_gc", _freeze, "leave freeze_gc out"))
     if config.lock_memory:
         settings.append(_try("lock_memory", _lock_memory, "raise `ulimit -l`, or grant CAP_IPC_LOCK"))
     if config.cpus:
@@ -61,33 +63,51 @@ def apply_realtime(config: RealtimeConfig) -> tuple[RealtimeSetting, ...]:
             _try("fifo_priority", lambda: _set_fifo(priority), "grant CAP_SYS_NICE, or rtprio in limits.conf")
         )
     if config.is_required and (refused := [setting for setting in settings if not setting.is_granted]):
+        undo_realtime(settings)
         raise RealtimeRefusedError("; ".join(f"{setting.name}: {setting.detail}" for setting in refused))
     return tuple(settings)
 
 
-def _try(name: str, apply: Callable[[], str], advice: str) -> RealtimeSetting:
+def undo_realtime(settings: Sequence[RealtimeSetting]) -> None:
+    """Take back what was granted, in the thread that asked for it; the last first. Raises OSError."""
+    for setting in reversed(settings):
+        if setting.undo is not None:
+            setting.undo()
+
+
+def _try(name: str, apply: Callable[[], tuple[str, Undo]], advice: str) -> RealtimeSetting:
     try:
-        return RealtimeSetting(name, True, apply())
+        detail, undo = apply()
     except (OSError, ValueError, OverflowError, AttributeError) as error:
         return RealtimeSetting(name, False, f"refused: {error}; {advice}")
+    return RealtimeSetting(name, True, detail, undo)
 
 
-def _lock_memory() -> str:
+def _freeze() -> tuple[str, Undo]:
+    gc.collect()
+    gc.freeze()
+    return f"{gc.get_freeze_count()} objects", gc.unfreeze
+
+
+def _lock_memory() -> tuple[str, Undo]:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
-    return "present and future pages"
+    return "present and future pages", libc.munlockall
 
 
-def _set_affinity(cpus: tuple[int, ...]) -> str:
+def _set_affinity(cpus: tuple[int, ...]) -> tuple[str, Undo]:
+    before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
-    return f"runs on {sorted(os.sched_getaffinity(0))}"
+    return f"runs on {sorted(os.sched_getaffinity(0))}", lambda: os.sched_setaffinity(0, before)
 
 
-def _set_fifo(priority: int) -> str:
+def _set_fifo(priority: int) -> tuple[str, Undo]:
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
     os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
-    return f"SCHED_FIFO {os.sched_getparam(0).sched_priority}"
+    detail = f"SCHED_FIFO {os.sched_getparam(0).sched_priority}"
+    return detail, lambda: os.sched_setscheduler(0, policy, parameters)
 
 
 class Watchdog:
@@ -97,8 +117,16 @@ class Watchdog:
     in a library which lets other threads run, as ctypes and ONNX Runtime do; not a stopped process.
     """
 
-    def __init__(self, last_tick_ns: Callable[[], int], timeout_s: float, on_silence: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        last_tick_ns: Callable[[], int],
+        timeout_s: float,
+        on_silence: Callable[[float], None],
+        *,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
         self._last_tick_ns, self._timeout_s, self._on_silence = last_tick_ns, timeout_s, on_silence
+        self._clock, self._reported = clock, 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="control watchdog", daemon=True)
 
@@ -106,15 +134,24 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
+        """May be called by `on_silence` too."""
         self._stop.set()
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
+    def look(self) -> bool:
+        """Once, as the thread does four times per timeout; whether it has called back."""
+        last = self._last_tick_ns()
+        silence_s = (self._clock() - last) / 1e9
+        if not last or last == self._reported or silence_s <= self._timeout_s:
+            return False
+        self._reported = last
+        self._on_silence(silence_s)
+        return True
+
     def _watch(self) -> None:
-        reported = 0
         while not self._stop.wait(self._timeout_s / 4):
-            last = self._last_tick_ns()
-            silence = (time.monotonic_ns() - last) / 1e9
-            if last and last != reported and silence > self._timeout_s:
-                reported = last
-                self._on_silence(silence)
+            try:
+                self.look()
+            except Exception as error:  # a watchdog whose callback fails still watches
+                _LOG.error("the watchdog's callback failed: %s", in_words(error))

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Run a decoder through many ticks, and through many faults, and say what it cost and whether anything unsafe left.
+"""Run a decoder through many ticks without a fault, and say what it costs and whether anything grows.
 
-`soak` prints latencies, growth of memory and what the guard and queue add; `campaign` injects faults of every kind it
-knows. The exit status is 0 when everything held, 1 when something did not, 2 when nothing could be run.
+Prints latencies, what `ControlDecoder` adds to the bare backend (measured in turn in the same run), how much memory
+grew, and every status that was not OK. The exit status is 0 when everything held, 1 when something did not, 2 when
+nothing could be run. `fault_campaign.py` is for faults.
 """
 
 import sys
@@ -12,331 +13,256 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import argparse
+import contextlib
 import gc
 import logging
+import os
 import time
 import tracemalloc
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from runtime.console import prepare_console, printable
 from runtime.contract import Float32Array, Int32Array
-from runtime.control_config import ActionKind, ControlConfig, Status
-from runtime.control_decoder import ControlDecoder, ControlResult
-from runtime.errors import InferenceError, TokenizerError
+from runtime.control_config import ActionKind, Status, Strategy
+from runtime.control_decoder import ControlDecoder
+from runtime.errors import TokenizerError
 from runtime.tokenizer import ActionTokenizer
+from runtime.trial_inputs import chunks_of, config_for, motion_of
 
-_PERIOD_S = 0.002
 #: RSS may grow by so much after warm-up.
-_RSS_LIMIT = 2**20
-_WARM_TICKS = 20_000
+RSS_LIMIT = 2**20
+#: Of the guard, the queue and the book-keeping, beside the backend.
+ADDED_LIMIT_US = 8.0
+#: What traced ticks may keep together: the numbers of the last one are other objects than those of the first.
+KEPT_LIMIT = 1024
+WARM_TICKS, TRACED_TICKS = 20_000, 10_000
+_CHUNKS = 64
+#: A worker that has no processor for so long is late; what else runs on the machine is no fault of the decoder.
+_WORKER_DEADLINE_US = 1e6
+
+
+@dataclass(frozen=True)
+class SoakReport:
+    """What a soak found. Times in microseconds: median, 99 %, 99.9 % and the longest.
+
+    added_us: median of the difference between the two, tick by tick. kept, transient: bytes that traced ticks have
+    kept, and the most that lived at once within them. others: how often which status but OK was given. limited: on
+    which part of the ticks the slew limit held the action back.
+    """
+
+    description: str
+    ticks: int
+    seconds: float
+    step_us: tuple[float, float, float, float]
+    bare_us: tuple[float, float, float, float]
+    added_us: float
+    rss_growth: int
+    kept: int
+    transient: int
+    traced_ticks: int
+    others: dict[str, int]
+    limited: float
+    has_worker: bool
+
+    @property
+    def ratio(self) -> float:
+        return self.step_us[0] / self.bare_us[0]
+
+    def verdicts(self) -> tuple[tuple[bool, str], ...]:
+        added = (
+            f"guard, queue and book-keeping add {self.added_us:.2f} us to the backend (median), {self.ratio:.1f} times"
+        )
+        others = ", ".join(f"{count} {name}" for name, count in self.others.items()) or "none"
+        return (
+            (
+                self.has_worker or self.added_us <= ADDED_LIMIT_US,
+                f"{added}; {'not judged: the worker is another thread' if self.has_worker else 'at most 8'}",
+            ),
+            (self.rss_growth < RSS_LIMIT, f"RSS grew by {self.rss_growth / 1024:.0f} KiB; below {RSS_LIMIT // 1024}"),
+            (
+                self.kept <= KEPT_LIMIT,
+                f"tracemalloc: {self.kept / self.traced_ticks:.3f} bytes kept per tick, {self.kept} after "
+                f"{self.traced_ticks} ticks; at most {KEPT_LIMIT}. At most {self.transient} at once within a tick",
+            ),
+            (not self.others, f"ticks with a status other than OK: {others}"),
+        )
+
+    @property
+    def holds(self) -> bool:
+        return all(is_right for is_right, _ in self.verdicts())
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.ticks} ticks on {self.description}:",
+            f"  a chunk on each, {self.seconds:.0f} s in all; the slew limit held {self.limited:.0%} of them back",
+        ]
+        for name, taken in (("step", self.step_us), ("tokenizer.decode_into", self.bare_us)):
+            p50, p99, p999, most = taken
+            lines.append(f"  {name:22} p50 {p50:.2f}  p99 {p99:.2f}  p99.9 {p999:.2f}  max {most:.0f} us")
+        return "\n".join((*lines, *(f"{'✓' if is_right else '✗'} {text}" for is_right, text in self.verdicts())))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--ticks", type=int, default=1_000_000, help="of the soak; 0 for none")
-    parser.add_argument("--faults", type=int, default=10_000, help="of the campaign; 0 for none")
+    parser.add_argument("--ticks", type=int, default=1_000_000)
+    parser.add_argument("--strategy", choices=[str(strategy) for strategy in Strategy], default="latest_only")
+    parser.add_argument("--worker", action="store_true", help="decode in another thread")
+    parser.add_argument("--fallback", metavar="BACKEND", help="another backend, warm beside the first")
+    parser.add_argument("--jumps", action="store_true", help="random actions, which the slew limit has to hold back")
+    parser.add_argument("--absolute", action="store_true", help="dimensions that are places, not motions")
     options = parser.parse_args(arguments)
+    if options.ticks < 1:
+        parser.error(f"--ticks is {options.ticks}; expected at least 1")
     logging.disable(logging.CRITICAL)
     try:
-        with ActionTokenizer.load(options.bundle, backend=options.backend) as tokenizer:
-            holds = [soak(tokenizer, options.ticks)] if options.ticks else []
-            if options.faults:
-                report = run_campaign(tokenizer, options.faults)
-                print(report)
-                holds.append(report.holds)
+        with contextlib.ExitStack() as stack:
+            tokenizer = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.backend))
+            fallback = None
+            if options.fallback:
+                fallback = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.fallback))
+            report = soak(
+                tokenizer,
+                options.ticks,
+                strategy=Strategy(options.strategy),
+                use_worker=options.worker,
+                fallback=fallback,
+                is_absolute=options.absolute,
+                jumps=options.jumps,
+            )
     except TokenizerError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
-    return 0 if all(holds) else 1
+    finally:
+        logging.disable(logging.NOTSET)
+    print(report)
+    return 0 if report.holds else 1
 
 
-def config_for(tokenizer: ActionTokenizer, limit: float, **changes: Any) -> ControlConfig:
-    """All deltas but the last dimension, a gripper."""
-    size = tokenizer.model.action_dim
-    values: dict[str, Any] = {
-        "period_s": _PERIOD_S,
-        "action_low": (-limit,) * size,
-        "action_high": (limit,) * size,
-        "max_relative_step": (limit / 4,) * size,
-        "action_kind": (ActionKind.DELTA,) * size,
-        "gripper": (size - 1,),
-        "max_consecutive_faults": 0,
-        **changes,
-    }
-    return ControlConfig(**values)
+def soak(
+    tokenizer: ActionTokenizer,
+    ticks: int,
+    *,
+    strategy: Strategy = Strategy.LATEST_ONLY,
+    use_worker: bool = False,
+    fallback: ActionTokenizer | None = None,
+    is_absolute: bool = False,
+    jumps: bool = False,
+    warm_ticks: int = WARM_TICKS,
+    traced_ticks: int = TRACED_TICKS,
+) -> SoakReport:
+    """A chunk on every tick, the dearest case, as fast as they are served.
 
-
-def chunks_of(tokenizer: ActionTokenizer, count: int) -> tuple[list[Int32Array], list[Float32Array | None], float]:
-    """Tokens of random actions, their stats, and a limit that no decoded action reaches."""
-    model = tokenizer.model
-    units = np.asarray(model.action_units)
-    rng = np.random.default_rng(0)
-    shape = (count, 1, model.chunk_length, model.action_dim)
-    actions = (rng.uniform(-0.5, 0.5, shape) * units + np.asarray(model.action_offset)).astype(np.float32)
-    tokens, stats, largest = [], [], 0.0
-    for chunk in actions:
-        pair = tokenizer.encode_with_stats(chunk) if model.has_stats else (tokenizer.encode(chunk), None)
-        tokens.append(pair[0])
-        stats.append(pair[1])
-        largest = max(largest, float(np.abs(tokenizer.decode(*pair)).max()))
-    return tokens, stats, 1.5 * largest
-
-
-def soak(tokenizer: ActionTokenizer, ticks: int) -> bool:
-    """A chunk on every tick, the dearest case; prints what it found."""
-    tokens, stats, limit = chunks_of(tokenizer, 16)
-    config = config_for(tokenizer, limit)
+    The actions are a smooth motion, or with `jumps` random ones, whose way to leave is the longest.
+    """
+    tokens, stats, limit = (chunks_of if jumps else motion_of)(tokenizer, _CHUNKS)
+    kind = ActionKind.ABSOLUTE if is_absolute else ActionKind.DELTA
+    config = config_for(
+        tokenizer,
+        limit,
+        strategy=strategy,
+        use_worker=use_worker,
+        deadline_us=_WORKER_DEADLINE_US if use_worker else None,
+        action_kind=(kind,) * tokenizer.model.action_dim,
+    )
+    fallbacks = () if fallback is None else (fallback,)
     position = (0.0,) * config.action_dim
     out = np.empty((1, tokenizer.model.chunk_length, config.action_dim), np.float32)
-    with ControlDecoder(tokenizer, config, position=position) as decoder:
+    # Filled: their pages are there before memory is measured.
+    bare, whole = np.ones(ticks, np.int64), np.ones(ticks, np.int64)
+    with ControlDecoder(tokenizer, config, fallbacks=fallbacks, position=position) as decoder:
         decoder.warmup()
-        clock, step = time.monotonic_ns, decoder.step
-        backend, whole = np.zeros(ticks, np.int64), np.zeros(ticks, np.int64)
-        backend[:], whole[:] = 1, 1  # pages are there before memory is measured
-        for tick in range(_WARM_TICKS):
-            step(tokens[tick & 15], stats=stats[tick & 15])
-        gc.collect()
-        statuses = list(decoder.health.statuses)
-        before = _rss()
-        for tick in range(ticks):
-            chunk, stat = tokens[tick & 15], stats[tick & 15]
-            begin = clock()
-            tokenizer.decode_into(chunk, out, stat)
-            middle = clock()
+        clock, step, decode = time.monotonic_ns, decoder.step, tokenizer.decode_into
+        for tick in range(warm_ticks):
+            chunk, stat = tokens[tick % _CHUNKS], stats[tick % _CHUNKS]
+            decode(chunk, out, stat)
             step(chunk, stats=stat)
-            whole[tick] = clock() - middle
-            backend[tick] = middle - begin
-        growth = _rss() - before
-        others = sum(decoder.health.statuses) - sum(statuses) - decoder.health.statuses[0] + statuses[0]
-        net, transient = _traced(decoder, tokens, stats)
-    added = float(np.median(whole - backend)) / 1e3
-    print(f"{ticks} ticks on {tokenizer.backend.description}, a chunk on each:")
-    for name, taken in (("step", whole), ("tokenizer.decode_into", backend)):
-        p50, p99, p999 = np.percentile(taken, (50, 99, 99.9)) / 1e3
-        print(f"  {name:22} p50 {p50:.1f}  p99 {p99:.1f}  p99.9 {p999:.1f}  max {taken.max() / 1e3:.1f} us")
-    verdicts = [
-        (added <= 8, f"guard, queue and book-keeping add {added:.2f} us (median) to the backend; at most 8"),
-        (growth < _RSS_LIMIT, f"RSS grew by {growth / 1024:.0f} KiB; below {_RSS_LIMIT // 1024}"),
-        (net <= 1024, f"tracemalloc: {net} bytes kept after 10,000 ticks, {transient} at most within them"),
-        (others == 0, f"{others} ticks with a status other than OK"),
-    ]
-    for is_right, text in verdicts:
-        print(f"{'✓' if is_right else '✗'} {text}")
-    return all(is_right for is_right, _ in verdicts)
+        gc.collect()
+        limited = 0
+        before, memory, started = list(decoder.health.statuses), _rss(), time.monotonic()
+        for tick in range(ticks):
+            chunk, stat = tokens[tick % _CHUNKS], stats[tick % _CHUNKS]
+            # Each goes first in turn: whatever the first one brings into the caches serves the second.
+            if tick & 1:
+                begin = clock()
+                decode(chunk, out, stat)
+                middle = clock()
+                result = step(chunk, stats=stat)
+                whole[tick] = clock() - middle
+                bare[tick] = middle - begin
+            else:
+                begin = clock()
+                result = step(chunk, stats=stat)
+                middle = clock()
+                decode(chunk, out, stat)
+                bare[tick] = clock() - middle
+                whole[tick] = middle - begin
+            limited += result.is_limited
+        seconds, growth = time.monotonic() - started, _rss() - memory
+        kept, transient = _traced(decoder, tokens, stats, traced_ticks)
+        after = list(decoder.health.statuses)
+    return SoakReport(
+        description=_describe(tokenizer, fallback, strategy, kind, use_worker),
+        ticks=ticks,
+        seconds=seconds,
+        step_us=_quantiles(whole),
+        bare_us=_quantiles(bare),
+        added_us=float(np.median(whole - bare)) / 1e3,
+        rss_growth=growth,
+        kept=kept,
+        transient=transient,
+        traced_ticks=traced_ticks,
+        others={
+            status.name: after[status] - before[status]
+            for status in Status
+            if status is not Status.OK and after[status] > before[status]
+        },
+        limited=limited / ticks,
+        has_worker=use_worker,
+    )
 
 
-def _traced(decoder: ControlDecoder, tokens: list[Int32Array], stats: list[Float32Array | None]) -> tuple[int, int]:
-    """Bytes that 10,000 ticks keep, and the most that lives at once within them."""
+def _traced(
+    decoder: ControlDecoder, tokens: list[Int32Array], stats: list[Float32Array | None], ticks: int
+) -> tuple[int, int]:
+    """Bytes that many ticks keep, and the most that lives at once within them."""
+    gc.collect()
     tracemalloc.start()
     try:
-        for tick in range(100):
-            decoder.step(tokens[tick & 15], stats=stats[tick & 15])
-        gc.collect()
+        # What a tick leaves to the next is traced too before anything is counted.
+        for tick in range(_CHUNKS * 16):
+            decoder.step(tokens[tick % _CHUNKS], stats=stats[tick % _CHUNKS])
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
-        for tick in range(10_000):
-            decoder.step(tokens[tick & 15], stats=stats[tick & 15])
+        for tick in range(ticks):
+            decoder.step(tokens[tick % _CHUNKS], stats=stats[tick % _CHUNKS])
         after, peak = tracemalloc.get_traced_memory()
         return after - before, peak - before
     finally:
         tracemalloc.stop()
 
 
+def _quantiles(nanoseconds: np.ndarray) -> tuple[float, float, float, float]:
+    p50, p99, p999, most = np.percentile(nanoseconds, (50, 99, 99.9, 100)) / 1e3
+    return float(p50), float(p99), float(p999), float(most)
+
+
 def _rss() -> int:
     with Path("/proc/self/statm").open(encoding="ascii") as file:
-        return int(file.read().split()[1]) * 4096
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-# --- faults -----------------------------------------------------------------------------------------------------------
-
-
-class FaultyBackend:
-    """A backend that obeys until told to fail; hands everything else through."""
-
-    def __init__(self, backend: Any) -> None:
-        self._backend, self.fault = backend, ""
-        self.clock: Callable[[int], None] = lambda _: None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
-
-    def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
-        if self.fault == "raises":
-            raise InferenceError("injected")
-        if self.fault == "raises what nobody knows":
-            raise RuntimeError("injected")
-        self._backend.decode_into(tokens, stats, actions)
-        if self.fault == "nan":
-            actions[0, -1, 0] = np.nan
-        elif self.fault == "inf":
-            actions[...] = np.inf
-        elif self.fault == "huge":
-            actions[0, 0, 0] = 1e6
-        elif self.fault == "slow":
-            self.clock(50_000_000)
-
-
-@dataclass(frozen=True)
-class CampaignReport:
-    """What a campaign found; `failures` says which fault was answered wrongly, and how."""
-
-    faults: int
-    kinds: Counter[str]
-    failures: tuple[str, ...]
-
-    @property
-    def holds(self) -> bool:
-        return not self.failures
-
-    def __str__(self) -> str:
-        lines = [f"{self.faults} faults of {len(self.kinds)} kinds:"]
-        lines += [f"  {name:34} {count}" for name, count in sorted(self.kinds.items())]
-        lines.append(f"{'✓' if self.holds else '✗'} {len(self.failures)} answered wrongly")
-        return "\n".join((*lines, *self.failures[:20]))
-
-
-class Campaign:
-    """One decoder, one fault after another; every action that leaves is checked against limits and slew."""
-
-    def __init__(self, tokenizer: ActionTokenizer, seed: int = 0) -> None:
-        self.rng = np.random.default_rng(seed)
-        self.now = 10**12
-        self.tokens, self.stats, limit = chunks_of(tokenizer, 16)
-        self.backend = FaultyBackend(tokenizer.backend)
-        self.backend.clock = self.advance
-        self.tokenizer = ActionTokenizer(tokenizer._manifest, self.backend)
-        self.config = config_for(tokenizer, limit, deadline_us=10_000.0, stale_after_s=0.05)
-        self.decoder = ControlDecoder(
-            self.tokenizer, self.config, position=(0.0,) * self.config.action_dim, clock=lambda: self.now
-        )
-        self.decoder.warmup()
-        self.last = np.zeros(self.config.action_dim, np.float32)
-        self.sequence = 0
-        self.unsafe: list[str] = []
-
-    def advance(self, nanoseconds: int) -> None:
-        self.now += nanoseconds
-
-    def tick(self, tokens: object = None, **options: Any) -> ControlResult:
-        self.now += round(_PERIOD_S * 1e9)
-        result = self.decoder.step(tokens, **options)
-        self._check(result)
-        return result
-
-    def good(self) -> ControlResult:
-        index = int(self.rng.integers(16))
-        self.sequence += 1
-        return self.tick(self.tokens[index], stats=self.stats[index], sequence=self.sequence)
-
-    def chunk(self) -> tuple[Int32Array, Float32Array | None]:
-        index = int(self.rng.integers(16))
-        return self.tokens[index].copy(), self.stats[index]
-
-    def _check(self, result: ControlResult) -> None:
-        sent = result.actions.astype(np.float64)
-        limit, slew = np.asarray(self.config.action_high), np.asarray(self.config.max_relative_step)
-        if not (np.abs(sent) <= limit).all() or not (np.abs(sent - self.last) <= slew).all():
-            self.unsafe.append(f"tick {result.tick}: {result} after {self.last.tolist()}")
-        self.last = result.actions.copy()
-
-
-def _bad_tokens(campaign: Campaign, change: Callable[[Any], Any]) -> ControlResult:
-    tokens, stats = campaign.chunk()
-    return campaign.tick(change(tokens), stats=stats, sequence=campaign.sequence + 1)
-
-
-def _with(tokens: Int32Array, value: int, place: int) -> Int32Array:
-    tokens.reshape(-1)[place % tokens.size] = value
-    return tokens
-
-
-def _backend_fault(campaign: Campaign, fault: str) -> ControlResult:
-    campaign.backend.fault = fault
-    try:
-        tokens, stats = campaign.chunk()
-        campaign.sequence += 1
-        return campaign.tick(tokens, stats=stats, sequence=campaign.sequence)
-    finally:
-        campaign.backend.fault = ""
-
-
-def _timed(campaign: Campaign, age_s: float, sequence: int) -> ControlResult:
-    tokens, stats = campaign.chunk()
-    observed = campaign.now + round(_PERIOD_S * 1e9) - round(age_s * 1e9)
-    return campaign.tick(tokens, stats=stats, sequence=campaign.sequence + sequence, observed_ns=observed)
-
-
-def _killed(campaign: Campaign) -> ControlResult:
-    campaign.good()
-    result = campaign.decoder.result
-    for _ in range(campaign.tokenizer.model.chunk_length):
-        result = campaign.tick()
-    return result
-
-
-def _jump(campaign: Campaign, seconds: float) -> ControlResult:
-    campaign.advance(round(seconds * 1e9))
-    return campaign.tick()
-
-
-_BAD, _STALE = Status.BAD_TOKEN, Status.STALE
-#: Name, the status it must be answered with, and how it is injected.
-FAULTS: tuple[tuple[str, Status, Callable[[Campaign], ControlResult]], ...] = (
-    ("token too high", _BAD, lambda c: _bad_tokens(c, lambda t: _with(t, 1000, int(c.rng.integers(2**20))))),
-    ("token too high by one", _BAD, lambda c: _bad_tokens(c, lambda t: _with(t, c.tokenizer.model.num_levels, 3))),
-    ("negative token", _BAD, lambda c: _bad_tokens(c, lambda t: _with(t, -1, int(c.rng.integers(2**20))))),
-    ("float tokens", _BAD, lambda c: _bad_tokens(c, lambda t: t.astype(np.float32))),
-    ("int64 that wraps to legal", _BAD, lambda c: _bad_tokens(c, lambda t: t.astype(np.int64) + 2**32)),
-    ("tokens without batch", _BAD, lambda c: _bad_tokens(c, lambda t: t[0])),
-    ("a step is missing", _BAD, lambda c: _bad_tokens(c, lambda t: t[:, :-1])),
-    ("two chunks", _BAD, lambda c: _bad_tokens(c, lambda t: np.concatenate((t, t)))),
-    ("no layers", _BAD, lambda c: _bad_tokens(c, lambda t: t[..., :0])),
-    ("a list", _BAD, lambda c: _bad_tokens(c, lambda t: t.tolist())),
-    ("no sequence number", _BAD, lambda c: c.tick(c.chunk()[0], sequence=1.5)),
-    ("backend raises", Status.BACKEND_FAULT, lambda c: _backend_fault(c, "raises")),
-    ("backend raises the unknown", Status.BACKEND_FAULT, lambda c: _backend_fault(c, "raises what nobody knows")),
-    ("backend gives NaN", Status.NONFINITE, lambda c: _backend_fault(c, "nan")),
-    ("backend gives infinity", Status.NONFINITE, lambda c: _backend_fault(c, "inf")),
-    ("action out of range", Status.OUT_OF_RANGE, lambda c: _backend_fault(c, "huge")),
-    ("backend is late", Status.DEADLINE_MISS, lambda c: _backend_fault(c, "slow")),
-    ("stale chunk", _STALE, lambda c: _timed(c, 0.2, 1)),
-    ("chunk whose time has passed", _STALE, lambda c: _timed(c, _PERIOD_S * c.tokenizer.model.chunk_length, 1)),
-    ("chunk from the future", _STALE, lambda c: _timed(c, -1.0, 1)),
-    ("duplicated chunk", _STALE, lambda c: _timed(c, 2 * _PERIOD_S, 0)),
-    ("reordered chunk", _STALE, lambda c: _timed(c, 3 * _PERIOD_S, -2)),
-    ("killed producer", _STALE, _killed),
-    ("clock jumps forward", _STALE, lambda c: _jump(c, 5.0)),
-    ("clock jumps back", _STALE, lambda c: _jump(c, -5.0)),
-)
-
-
-def run_campaign(tokenizer: ActionTokenizer, faults: int, seed: int = 0) -> CampaignReport:
-    """Faults of every kind in random order, each after normal service and before it."""
-    campaign = Campaign(tokenizer, seed)
-    kinds: Counter[str] = Counter()
-    failures = []
-    with campaign.decoder:
-        for _ in range(3):
-            campaign.good()
-        for number in range(faults):
-            choice = number if number < len(FAULTS) else int(campaign.rng.integers(len(FAULTS)))
-            name, expected, inject = FAULTS[choice]
-            found = inject(campaign).status
-            kinds[name] += 1
-            if found is not expected:
-                failures.append(f"{name}: {found.name}, expected {expected.name}: {campaign.decoder.result.detail}")
-            if (after := campaign.good()).status is not Status.OK:
-                failures.append(f"after {name}: {after}: {after.detail}")
-            for _ in range(int(campaign.rng.integers(3))):
-                campaign.tick()
-    return CampaignReport(faults, kinds, (*campaign.unsafe, *failures))
+def _describe(
+    tokenizer: ActionTokenizer, fallback: ActionTokenizer | None, strategy: Strategy, kind: ActionKind, use_worker: bool
+) -> str:
+    parts = [tokenizer.backend.description, strategy, kind]
+    parts += ["worker"] * use_worker
+    parts += [] if fallback is None else [f"falls back on {fallback.backend.description}"]
+    return ", ".join(map(str, parts))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ import numpy.typing as npt
 
 from runtime.contract import Float32Array, Int32Array
 from runtime.control_config import ControlConfig, Status
+from runtime.control_errors import in_words
 from runtime.control_health import Health
 from runtime.control_recorder import FlightRecorder, write_record
 from runtime.tokenizer import ActionTokenizer
 
+_NAN = float("nan")
 _LOG = logging.getLogger(__name__)
 #: A loop that fails again and again does not fill the disk.
 _MOST_RECORDS = 100
@@ -33,6 +35,8 @@ class WarmTokenizer:
         self.tokenizer, self.index, self.name = tokenizer, index, tokenizer.backend.name
         self.is_healthy = True
         self.out = np.zeros((1, model.chunk_length, model.action_dim), np.float32)
+        self.chunk: Float32Array = self.out[0]
+        self._values: Any = self.out.reshape(-1).data
         actions = np.zeros_like(self.out)
         self.probe_stats: Float32Array | None = None
         tokenizer.warmup()
@@ -41,6 +45,10 @@ class WarmTokenizer:
         else:
             self.probe = tokenizer.encode(actions)
         self.expected = tokenizer.decode(self.probe, self.probe_stats)
+
+    def spoil(self) -> None:
+        """A backend that returns without having written must not pass off the chunk before as this one."""
+        self._values[0] = self._values[-1] = _NAN
 
     def works(self) -> bool:
         """Whether it answers as at the start. Raises whatever it raises."""
@@ -161,8 +169,9 @@ class Reporter:
         self._incidents: deque[tuple[Status, int, str, bool]] = deque(maxlen=256)
         self._event = threading.Event()
         self._is_closed = False
-        self._is_idle = threading.Event()
-        self._is_idle.set()
+        # Incidents so far, and how many of them are reported.
+        self._asked = self._answered = 0
+        self._progress = threading.Condition()
         self._logged: dict[Status, float] = {}
         self._suppressed: dict[Status, int] = {}
         self._recorded = -float("inf")
@@ -171,13 +180,15 @@ class Reporter:
         self._thread.start()
 
     def incident(self, status: Status, tick: int, detail: str, is_held: bool) -> None:
-        self._is_idle.clear()
         self._incidents.append((status, tick, detail, is_held))
+        self._asked += 1
         self._event.set()
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until everything is reported; for tests and the end of a program."""
-        return self._is_idle.wait(timeout_s)
+        asked = self._asked
+        with self._progress:
+            return self._progress.wait_for(lambda: self._answered >= asked, timeout_s)
 
     def close(self) -> None:
         self._is_closed = True
@@ -188,9 +199,16 @@ class Reporter:
         while True:
             self._event.wait()
             self._event.clear()
+            asked = self._asked
             while self._incidents:
-                self._report(*self._incidents.popleft())
-            self._is_idle.set()
+                try:
+                    self._report(*self._incidents.popleft())
+                except Exception as error:  # the next incident is to be reported all the same
+                    self._health.internal_faults += 1
+                    _LOG.error("an incident cannot be reported: %s", in_words(error))
+            with self._progress:
+                self._answered = asked
+                self._progress.notify_all()
             if self._is_closed:
                 return
 

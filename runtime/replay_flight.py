@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Replay a flight record on a bundle: every chunk that was decoded is decoded again, through the same guard and queue.
+"""Replay a flight record on a bundle: each tick is decided again, from its tokens and what the tick before it left.
 
-Each tick starts from the action that was sent before it. What the backend or the clock did to a tick (BACKEND_FAULT,
-DEADLINE_MISS) is not in the tokens and not replayed. Compared from the tick on by which all chunks from before the
-record have run out. The exit status is 0 where nothing differs, 1 where something does, 2 where nothing is compared.
+What backends, clock and deadlines did is not in the tokens and taken from the record: a chunk that a backend has failed
+on fails again, an action that was late is late again; what follows from it is decided and compared. Where the ring had
+wrapped, the first ticks serve to fill the queue and are not compared; the last `record_ticks` always are. The exit
+status is 0 where nothing differs, 1 where something does, 2 where nothing is compared.
 """
 
 import sys
@@ -14,20 +15,39 @@ if not __package__:
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from runtime.console import prepare_console, printable
+from runtime.contract import Float32Array
+from runtime.control_backends import FAILURES
 from runtime.control_config import ControlConfig, Status
-from runtime.control_decoder import ControlDecoder
+from runtime.control_decoder import ControlDecoder, LoopState
 from runtime.control_errors import FlightRecordError
-from runtime.control_recorder import HELD, NO_TOKENS, FlightRecord, read_record
+from runtime.control_recorder import (
+    ACCEPTED,
+    BEGUN,
+    HELD,
+    INTERNAL,
+    LATCHED,
+    NO_NUMBER,
+    QUEUED,
+    RESET,
+    UNKEPT,
+    WRONG_NUMBER,
+    FlightRecord,
+    read_record,
+)
 from runtime.errors import TokenizerError
 from runtime.tokenizer import ActionTokenizer
 
 #: Of |action|, between backends and processors.
 _TOLERANCE = 1e-4
-_NOT_IN_TOKENS = (Status.BACKEND_FAULT, Status.DEADLINE_MISS, Status.NOT_READY)
+_LATE_NS = 10**12
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,53 +65,170 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TokenizerError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
-    print("\n".join(differences))
-    print(f"{'✗' if differences else '✓'} {compared} of {len(record)} ticks compared, {len(differences)} differ")
+    print("\n".join([*differences, f"{'✗' if differences else '✓'} {_summary(record, compared, differences)}"]))
     return 1 if differences else 0
 
 
 def replay(record: FlightRecord, tokenizer: ActionTokenizer) -> tuple[int, list[str]]:
     """How many ticks were compared, and a line for each that differs. Raises FlightRecordError for none."""
-    columns, now = record.columns, [0]
-    values = {**record.meta["config"], "record_ticks": 0, "use_worker": False, "max_consecutive_faults": 0}
-    values.update(on_fault="hold_last")
+    values = {**record.meta["config"], "record_ticks": 0, "use_worker": False, "record_folder": None}
+    values.update(on_fault="stop" if values.get("on_fault") == "stop" else "hold_last")
     values.pop("deadline_us", None)
     config = ControlConfig.from_values(values, "the record")
-    length = tokenizer.model.chunk_length
-    if len(record) <= length:
-        raise FlightRecordError(f"the record has {len(record)} ticks; expected more than the {length} of a chunk")
+    rows = [_Row(record, index) for index in range(len(record))]
+    if not rows or record.actions.shape[1] != config.action_dim:
+        raise FlightRecordError(
+            f"the record has actions {list(record.actions.shape)}; expected some, with {config.action_dim} dimensions"
+        )
+    position = np.clip(np.nan_to_num(record.actions[0]), config.action_low, config.action_high).tolist()
     compared, differences = 0, []
-    position = np.clip(record.actions[0], config.action_low, config.action_high).tolist()
-    with ControlDecoder(tokenizer, config, position=position, clock=lambda: now[0]) as decoder:
-        decoder.warmup()
-        for index in range(1, len(record)):
-            now[0] = int(columns["time_ns"][index])
-            status = Status(int(columns["status"][index]))
-            tokens = record.tokens_of(index)
-            is_given = columns["token_state"][index] != NO_TOKENS
-            decoder._guard.commit(record.actions[index - 1])
-            # The columns hold the chunk in service after the tick: a refused one's own numbers are not recorded.
-            is_accepted = is_given and int(columns["sequence"][index]) != int(columns["sequence"][index - 1])
-            result = decoder.step(
-                tokens if is_accepted else None,
-                sequence=int(columns["sequence"][index]),
-                observed_ns=int(columns["observed_ns"][index]),
-            )
-            was_held = bool(columns["flags"][index] & HELD)
-            if was_held and status not in (Status.STALE, Status.NOT_READY):
-                if status is not Status.DEADLINE_MISS:
-                    decoder._queue.clear()
+    with _Replay(tokenizer, config, position) as decoder:
+        # Nothing is known of the queue before the first row, but where the decoder was started on it.
+        known_from = 0
+        for before, row in pairwise(rows):
+            if before.has(RESET):
+                decoder.reset()
+                known_from = before.number
+            elif before is rows[0]:
+                known_from = before.number + tokenizer.model.chunk_length
+            if row.has(RESET):
                 continue
-            if index < length or status in _NOT_IN_TOKENS:
+            decoder.again(before, row)
+            if row.number < known_from:
                 continue
             compared += 1
-            distance = float(np.abs(result.actions - record.actions[index]).max())
-            if result.is_held != was_held or not distance <= _TOLERANCE:
-                differences.append(
-                    f"tick {columns['tick'][index]}: {status.name}, sent {record.actions[index].tolist()}; replayed "
-                    f"{result.status.name}, {result.actions.tolist()}"
-                )
+            if difference := row.difference(decoder):
+                differences.append(difference)
+    if not compared:
+        raise FlightRecordError(
+            f"the record has {len(record)} rows; expected more than the {tokenizer.model.chunk_length} ticks of a "
+            "chunk, or a start among them: nothing can be compared"
+        )
     return compared, differences
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One tick of a record."""
+
+    record: FlightRecord
+    index: int
+
+    def __getitem__(self, name: str) -> int:
+        return int(self.record.columns[name][self.index])
+
+    def has(self, flag: int) -> bool:
+        return bool(self["flags"] & flag)
+
+    @property
+    def number(self) -> int:
+        return self["tick"]
+
+    @property
+    def status(self) -> Status:
+        return Status(self["status"])
+
+    @property
+    def actions(self) -> Float32Array:
+        sent: Float32Array = self.record.actions[self.index]
+        return sent
+
+    @property
+    def state(self) -> LoopState:
+        """What it left to the next tick."""
+        return LoopState(
+            tick=self["tick"],
+            begin_ns=self["time_ns"],
+            start=self["start"],
+            sequence=self["sequence"],
+            observed_ns=self["observed_ns"],
+            layers=self["service_layers"],
+            faults=self["faults"],
+            latched=self.status if self.has(LATCHED) else None,
+            has_begun=self.has(BEGUN),
+            is_queued=self.has(QUEUED),
+        )
+
+    @property
+    def is_failure(self) -> bool:
+        """The chunk was refused for what a backend did, in time or at all."""
+        return self.status in FAILURES and not self.has(ACCEPTED)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of `step`; what did not fit into the record is wrong in another way."""
+        wrong = object()
+        tokens, stats = self.record.tokens_of(self.index), self.record.stats_of(self.index)
+        numbers = {
+            name: None if (value := self[f"given_{name}"]) == NO_NUMBER else wrong if value == WRONG_NUMBER else value
+            for name in ("sequence", "observed_ns")
+        }
+        return {
+            "tokens": wrong if self["token_state"] == UNKEPT else tokens,
+            "stats": wrong if self["stats_state"] == UNKEPT else stats,
+            "deadline_us": 1.0 if self.status is Status.DEADLINE_MISS else None,
+            **numbers,
+        }
+
+    def difference(self, decoder: ControlDecoder) -> str:
+        """From what the decoder has made of it, in words; empty for none."""
+        found = decoder.result
+        distance = float(np.abs(found.actions - self.actions).max())
+        is_same = (found.status, found.is_held, found.is_latched) == (self.status, self.has(HELD), self.has(LATCHED))
+        if is_same and distance <= _TOLERANCE:
+            return ""
+        return (
+            f"tick {self.number}: recorded {self.status.name}{_how(self.has(HELD))} {self.actions.tolist()}; replayed "
+            f"{found.status.name}{_how(found.is_held)} {found.actions.tolist()}"
+            + (f": {found.detail}" if found.detail else "")
+        )
+
+
+class _Replay(ControlDecoder):
+    """A decoder that lets its backend, its clock and itself fail where they did in the record."""
+
+    def __init__(self, tokenizer: ActionTokenizer, config: ControlConfig, position: Sequence[float]) -> None:
+        self._row: _Row | None = None
+        self._is_later = False
+        super().__init__(tokenizer, config, position=position, clock=self._read_clock)
+        self.warmup()
+
+    def again(self, before: _Row, row: _Row) -> None:
+        self.resume(before.actions, before.state)
+        self._row, self._is_later = row, False
+        self.step(**row.arguments)
+
+    def _read_clock(self) -> int:
+        if self._row is None:
+            return 0
+        if not self._is_later:
+            self._is_later = True
+            return self._row["time_ns"]
+        return self._row["time_ns"] + (_LATE_NS if self._row.status is Status.DEADLINE_MISS else 0)
+
+    def _decide(
+        self, begin: int, tokens: object, stats: object, sequence: int | None, observed_ns: int | None
+    ) -> Status:
+        if self._row is not None and self._row["backend"] == INTERNAL and self._row.status is Status.BACKEND_FAULT:
+            raise FlightRecordError("as recorded")
+        return super()._decide(begin, tokens, stats, sequence, observed_ns)
+
+    def _decode(self, tokens: npt.NDArray[Any], stats: object) -> tuple[Status, Float32Array]:
+        if self._row is None or not self._row.is_failure:
+            return super()._decode(tokens, stats)
+        self.result.detail = "as recorded"
+        return self._row.status, self.result.actions
+
+    def _report(self, status: Status, is_broken: bool) -> None:
+        """Nobody needs to hear of it again."""
+
+
+def _how(is_held: bool) -> str:
+    return ", held," if is_held else ""
+
+
+def _summary(record: FlightRecord, compared: int, differences: list[str]) -> str:
+    return f"{compared} of {len(record)} rows compared, {len(differences)} differ"
 
 
 if __name__ == "__main__":

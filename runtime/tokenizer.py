@@ -10,6 +10,7 @@ import numpy as np
 
 from runtime.backends import GPU_BACKENDS, select_backend
 from runtime.bundle import open_bundle
+from runtime.compatibility import INTEGRATION_PATHS
 from runtime.contract import Backend, BoundCall, Float32Array, GpuArrayLike, Int32Array
 from runtime.errors import FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
 from runtime.golden import read_golden
@@ -54,8 +55,8 @@ class ActionTokenizer:
         """Open the bundle at `path`: every file is hashed, then the golden vectors are replayed on the backend.
 
         backend: a name, or `auto` for the best one that works here. expect_fingerprint: of the tokenizer that the
-        policy was trained with, in full or its first digits (8 at least). verify: whether to replay the golden
-        vectors; hashes are always checked.
+        policy was trained with, in full or its first digits (8 at least); what to do with another, the error says.
+        verify: whether to replay the golden vectors; hashes are always checked.
 
         Raises BundleError for a bundle that is missing, incomplete or altered, FingerprintError for another tokenizer,
         BackendUnavailableError where no backend can be used, SelfTestError where its answers are wrong, and
@@ -70,6 +71,11 @@ class ActionTokenizer:
     def fingerprint(self) -> str:
         """Identity of grid, constants, weights and normaliser: the same fingerprint, the same meaning of tokens."""
         return self._manifest.fingerprint
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the bundle says of itself."""
+        return self._manifest
 
     @property
     def model(self) -> ModelEntry:
@@ -303,5 +309,6 @@ def _check_fingerprint(found: str, expected: str | None) -> None:
     if len(expected) < _LEAST_FINGERPRINT_DIGITS or not found.startswith(expected):
         raise FingerprintError(
             f"the bundle's fingerprint is {found}, expected {expected!r}: its tokens mean something else than those "
-            "the policy was trained on; load the bundle that belongs to the policy"
+            "the policy was trained on, or become other actions; load the bundle that belongs to the policy. Or:\n"
+            f"{INTEGRATION_PATHS}"
         )

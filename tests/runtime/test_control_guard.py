@@ -1,17 +1,16 @@
-"""Guard and queue against a specification in plain Python; settings that make no sense are refused."""
+"""The guard against bounds in plain Python; settings that make no sense, and places that cannot be, are refused."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from runtime.control_config import ControlConfig, Status
 from runtime.control_errors import ControlConfigError
 from runtime.control_guard import ActionGuard
-from runtime.control_queue import ActionQueue
 
 T = 3
 VALUES: dict[str, object] = {
@@ -24,7 +23,7 @@ VALUES: dict[str, object] = {
 }
 START = (0.0, 1.0, 0.1)
 NUMBERS = st.floats(-3, 3, width=32)
-CHUNKS = st.lists(st.lists(NUMBERS, min_size=3, max_size=3), min_size=T, max_size=T)
+ROW = st.lists(NUMBERS, min_size=3, max_size=3)
 
 
 class GuardMachine(RuleBasedStateMachine):
@@ -34,39 +33,78 @@ class GuardMachine(RuleBasedStateMachine):
         super().__init__()
         self.config = ControlConfig.from_values(VALUES)
         self.guard = ActionGuard(self.config, T, START)
-        self.out = np.zeros(3, np.float32)
-        self.before = self.sent = self.guard.last.copy()
+        self.before = self.sent = np.array(self.guard.last, np.float32)
 
-    def _commit(self) -> None:
-        self.guard.commit(self.out)
-        self.before, self.sent = self.sent, self.out.copy()
+    def _commit(self, out: np.ndarray) -> None:
+        self.guard.commit()
+        assert self.guard.last == tuple(out.tolist())
+        self.before, self.sent = self.sent, out
 
-    @rule(wanted_values=st.lists(NUMBERS, min_size=3, max_size=3))
-    def send(self, wanted_values: list[float]) -> None:
-        assert self.guard.limit(np.array(wanted_values, np.float32), self.out)
-        for index, wanted in enumerate(wanted_values):
-            step = self.config.max_relative_step[index]
-            low = max(self.config.action_low[index], float(self.sent[index]) - step)
-            high = min(self.config.action_high[index], float(self.sent[index]) + step)
-            assert self.out[index] == pytest.approx(min(max(wanted, low), high), abs=1e-5)
-        self._commit()
+    def _bounds(self, index: int) -> tuple[float, float]:
+        step = self.config.max_relative_step[index]
+        low = max(self.config.action_low[index], float(self.sent[index]) - step)
+        return low, min(self.config.action_high[index], float(self.sent[index]) + step)
+
+    @rule(wanted=ROW)
+    def send(self, wanted: list[float]) -> None:
+        out = np.array(wanted, np.float32)
+        is_limited = self.guard.limit(out)
+        assert is_limited is (out.tolist() != np.array(wanted, np.float32).tolist())
+        for index, value in enumerate(wanted):
+            low, high = self._bounds(index)
+            assert out[index] == pytest.approx(min(max(value, low), high), abs=1e-5)
+        self._commit(out)
+
+    @rule(wanted=ROW)
+    def think_again(self, wanted: list[float]) -> None:
+        """What was limited and not sent leaves nothing behind."""
+        self.guard.limit(np.array(wanted, np.float32))
+        assert self.guard.last == tuple(self.sent.tolist())
+
+    @rule(part=st.lists(st.floats(-1, 1), min_size=3, max_size=3))
+    def send_what_is_near(self, part: list[float]) -> None:
+        wanted = []
+        for index, share in enumerate(part):
+            low, high = self._bounds(index)
+            middle, half = (low + high) / 2, (high - low) / 2 * 0.999
+            wanted.append(middle + share * half)
+        out = np.array(wanted, np.float32)
+        assert not self.guard.limit(out)
+        assert out.tolist() == np.array(wanted, np.float32).tolist()
+        self._commit(out)
 
     @rule(place=st.integers(0, 2), value=st.sampled_from([np.nan, np.inf, -np.inf]))
     def refuse(self, place: int, value: float) -> None:
         target = self.sent.copy()
         target[place] = value
-        if np.isnan(value):
-            assert not self.guard.limit(target, self.out)
         chunk = np.tile(target, (T, 1))
         assert self.guard.check_chunk(chunk) is Status.NONFINITE
+        if np.isnan(value):
+            with pytest.raises(ValueError, match="expected numbers"):
+                self.guard.limit(target)
+            assert self.guard.last == tuple(self.sent.tolist())
+
+    @rule(wanted=ROW)
+    def one_that_changes_its_copy_changes_nothing(self, wanted: list[float]) -> None:
+        out = np.array(wanted, np.float32)
+        self.guard.limit(out)
+        self._commit(out.copy())
+        out[:] = 1e9
+        assert self.guard.last == tuple(self.sent.tolist())
 
     @rule()
     def hold(self) -> None:
-        self.guard.hold(self.out)
-        assert self.out[1] == self.sent[1]
-        assert self.out[2] == self.sent[2]
-        assert abs(self.out[0]) == pytest.approx(max(0.0, abs(float(self.sent[0])) - 0.3), abs=1e-5)
-        self._commit()
+        out = np.empty(3, np.float32)
+        self.guard.hold(out)
+        assert out[1] == self.sent[1]
+        assert out[2] == self.sent[2]
+        assert abs(out[0]) == pytest.approx(max(0.0, abs(float(self.sent[0])) - 0.3), abs=1e-5)
+        self._commit(out)
+
+    @rule()
+    def reset(self) -> None:
+        self.guard.reset()
+        assert self.guard.last == tuple(self.sent.tolist())
 
     @invariant()
     def inside(self) -> None:
@@ -76,83 +114,27 @@ class GuardMachine(RuleBasedStateMachine):
         assert (np.abs(sent - self.before) <= self.config.max_relative_step).all()
 
 
-class QueueMachine(RuleBasedStateMachine):
-    """Against lists of rows by tick."""
-
-    strategy = "latest_only"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.config = ControlConfig.from_values({**VALUES, "strategy": self.strategy, "ensemble_chunks": 2})
-        self.queue = ActionQueue(self.config, T)
-        self.tick = self.start = 0
-        self.chunks: list[dict[int, np.ndarray]] = []
-        self.blended: dict[int, np.ndarray] = {}
-        self.base: dict[int, np.ndarray] = {}
-
-    @rule(rows=CHUNKS, delay=st.integers(0, 2))
-    def push(self, rows: list[list[float]], delay: int) -> None:
-        self.start = max(self.start, self.tick - delay)
-        self.base = self.blended
-        self.chunks.append({})
-        self._put(rows, is_swap=False)
-
-    @rule(rows=CHUNKS)
-    def swap(self, rows: list[list[float]]) -> None:
-        if self.chunks:
-            self._put(rows, is_swap=True)
-
-    def _put(self, rows: list[list[float]], *, is_swap: bool) -> None:
-        chunk = {self.start + index: np.array(row, np.float32) for index, row in enumerate(rows)}
-        self.queue.push(np.array(rows, np.float32), self.start, is_swap=is_swap)
-        self.chunks[-1] = chunk
-        weight = np.array([0.7, 0.7, 1.0])
-        self.blended = {
-            tick: weight * row + (1 - weight) * self.base[tick] if tick in self.base else row
-            for tick, row in chunk.items()
-        }
-
-    @rule()
-    def clear(self) -> None:
-        self.queue.clear()
-        self.chunks, self.blended, self.base = [], {}, {}
-
-    @rule(ticks=st.integers(1, 4))
-    def wait(self, ticks: int) -> None:
-        self.tick += ticks
-
-    @invariant()
-    def serves_what_is_specified(self) -> None:
-        out = np.zeros(3, np.float32)
-        is_there = bool(self.chunks) and self.tick in self.chunks[-1]
-        assert self.queue.take(self.tick, out) is is_there
-        if is_there:
-            np.testing.assert_allclose(out, self._expected(), atol=1e-5)
-
-    def _expected(self) -> np.ndarray:
-        if self.strategy == "latest_only":
-            return self.chunks[-1][self.tick]
-        if self.strategy == "weighted_average":
-            return self.blended[self.tick]
-        rows = [chunk[self.tick] for chunk in self.chunks[-2:] if self.tick in chunk]
-        weights = np.exp(-self.config.ensemble_decay * np.arange(len(rows)))
-        mean = np.average(rows, axis=0, weights=weights)
-        mean[2] = rows[-1][2]
-        return np.asarray(mean)
+GuardMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestGuard = GuardMachine.TestCase
 
 
-class WeightedMachine(QueueMachine):
-    strategy = "weighted_average"
-
-
-class EnsembleMachine(QueueMachine):
-    strategy = "temporal_ensemble"
-
-
-for machine in (GuardMachine, QueueMachine, WeightedMachine, EnsembleMachine):
-    machine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
-TestGuard, TestLatestOnly = GuardMachine.TestCase, QueueMachine.TestCase
-TestWeightedAverage, TestTemporalEnsemble = WeightedMachine.TestCase, EnsembleMachine.TestCase
+@given(rows=st.lists(ROW, min_size=T, max_size=T), limits=st.booleans())
+def test_a_chunk_is_inside_is_refused_or_is_brought_inside(rows: list[list[float]], limits: bool) -> None:
+    config = ControlConfig.from_values({**VALUES, "out_of_range": "limit" if limits else "reject"})
+    guard = ActionGuard(config, T, START)
+    chunk = np.array(rows, np.float32)
+    before, low, high = chunk.astype(np.float64), np.array(config.action_low), np.array(config.action_high)
+    is_inside = bool(((before >= low) & (before <= high)).all())
+    status = guard.check_chunk(chunk)
+    assert status is (Status.OK if is_inside else Status.OUT_OF_RANGE)
+    if limits:
+        np.testing.assert_allclose(chunk, np.clip(before, low, high), atol=1e-7)
+        assert (chunk.astype(np.float64) <= high).all()
+    else:
+        np.testing.assert_array_equal(chunk, before)
+    if not is_inside and not limits:
+        step, index = next((s, i) for s in range(T) for i in range(3) if not low[i] <= before[s, i] <= high[i])
+        assert guard.first_outside(chunk).startswith(f"actions[{step}, {index}] is {chunk[step, index]}; expected")
 
 
 def test_settings_are_read_from_toml(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""Loops for tests: a clock that stands until it is moved, backends that obey until told to fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from runtime import ActionTokenizer, ControlDecoder
+from runtime.contract import Float32Array, Int32Array
+from runtime.control_config import ControlConfig
+from runtime.control_decoder import ControlResult
+from runtime.control_soak import chunks_of, config_for
+from runtime.errors import InferenceError
+from tests.bundles import Recipe, deploy, make_manifest
+
+PERIOD_NS = 2_000_000
+
+
+class Clock:
+    """Monotonic nanoseconds, moved by hand; `error` is raised in place of the time."""
+
+    def __init__(self) -> None:
+        self.now = 10**12
+        self.error: Exception | None = None
+
+    def __call__(self) -> int:
+        if self.error is not None:
+            raise self.error
+        return self.now
+
+
+class SwitchedBackend:
+    """`backend`, until `act` is set, which then runs in its place with the array to be filled."""
+
+    def __init__(self, backend: Any, name: str = "") -> None:
+        self._backend, self.name = backend, name or backend.name
+        self.act: Callable[[Float32Array], None] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
+        if self.act is None:
+            self._backend.decode_into(tokens, stats, actions)
+        else:
+            self.act(actions)
+
+
+class ScriptedBackend:
+    """Its tokens are zeros, and its actions whatever `rows` says; an error there is raised."""
+
+    name = description = device = "scripted"
+    checked_steps = 0
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self.rows: Any = np.zeros(shape)
+
+    def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
+        assert len(actions) == len(tokens)
+        assert stats is None
+        tokens[...] = 0
+
+    def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
+        assert tokens.dtype == np.int32
+        assert stats is None
+        if isinstance(self.rows, BaseException):
+            raise self.rows
+        actions[0] = self.rows
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def switched(tokenizer: ActionTokenizer, name: str = "") -> tuple[ActionTokenizer, SwitchedBackend]:
+    backend: Any = SwitchedBackend(tokenizer.backend, name)
+    return ActionTokenizer(tokenizer.manifest, backend), backend
+
+
+def scripted(recipe: Recipe) -> tuple[ActionTokenizer, ScriptedBackend]:
+    backend: Any = ScriptedBackend((recipe.chunk_length, recipe.config.action_dim))
+    return ActionTokenizer(make_manifest(deploy(recipe)), backend), backend
+
+
+def fails(_: Float32Array) -> None:
+    raise InferenceError("injected")
+
+
+def config_of(tokenizer: ActionTokenizer, **changes: Any) -> ControlConfig:
+    return config_for(tokenizer, chunks_of(tokenizer, 16)[2], **changes)
+
+
+def loop(
+    tokenizer: ActionTokenizer,
+    *,
+    fallbacks: tuple[ActionTokenizer, ...] = (),
+    clock: Callable[[], int] | None = None,
+    **changes: Any,
+) -> ControlDecoder:
+    """Not warm yet."""
+    config = config_of(tokenizer, **changes)
+    options: dict[str, Any] = {} if clock is None else {"clock": clock}
+    return ControlDecoder(tokenizer, config, fallbacks=fallbacks, position=(0.0,) * config.action_dim, **options)
+
+
+def check_safe(result: ControlResult, before: Float32Array, config: ControlConfig) -> None:
+    """Inside limits and slew, in float64."""
+    sent = result.actions.astype(np.float64)
+    assert (sent >= config.action_low).all()
+    assert (sent <= config.action_high).all()
+    assert (np.abs(sent - before) <= config.max_relative_step).all()
