@@ -1,0 +1,100 @@
+"""examples/control_loop.py, run as a user runs it: every fault, each with its answer and its verdicts."""
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from examples.fault_switch import FAULTS
+
+ROOT = Path(__file__).parents[2]
+#: What the arm needs: a bundle that really encodes its actions.
+BUILT = ROOT / "build" / "bundle"
+HAS_SIMULATOR = find_spec("robosuite") is not None
+needs_simulator = pytest.mark.skipif(not HAS_SIMULATOR, reason="the simulator is not installed here: .[sim]")
+ANSWERS = {
+    "none": "at the end it is served",
+    "bad": "answered by BAD_TOKEN",
+    "late": "answered by STALE",
+    "duplicate": "answered by STALE",
+    "reordered": "answered by STALE",
+    "killed": "at the end it stands still, with the gripper's last command",
+    "hang": "answered by STALE",
+    "backend": "answered by the spare backend",
+    "nan": "answered by NONFINITE",
+}
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of random weights: good enough for a robot that is none."""
+    pytest.importorskip("onnx", reason="bundles are built with .[export]")
+    from rfsq_ref.autoencoder import ModelConfig
+    from tests.bundles import Recipe, write_bundle
+
+    recipe = Recipe(config=ModelConfig(), chunk_length=8, prefixes=(3,), has_engine=False)
+    return write_bundle(tmp_path_factory.mktemp("bundle") / "bundle", recipe)
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "examples/control_loop.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+
+
+def assert_is_answered(found: subprocess.CompletedProcess[str], fault: str) -> None:
+    assert found.returncode == 0, found.stdout + found.stderr
+    (injected,) = re.findall(rf"^injected  {fault}(?: x(\d+))?: ", found.stdout, re.MULTILINE)
+    assert fault in ("none", "backend", "nan") or int(injected) > 0
+    assert re.search(r"^statuses  OK \d+", found.stdout, re.MULTILINE)
+    assert re.search(r"^✓ 0 of \d+ actions outside limits or slew$", found.stdout, re.MULTILINE)
+    assert f"✓ {ANSWERS[fault]}" in found.stdout
+    assert "✗" not in found.stdout
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_plain_loop_answers_every_fault(bundle: Path, fault: str) -> None:
+    assert_is_answered(run(bundle, "--seconds", 2, "--fault", fault), fault)
+
+
+def test_what_the_system_refuses_is_printed(bundle: Path) -> None:
+    found = run(bundle, "--seconds", 1.5, "--realtime")
+    assert found.returncode == 0, found.stdout + found.stderr
+    names = re.findall(r"^[✓✗] (freeze_gc|lock_memory|cpus|fifo_priority): ", found.stdout, re.MULTILINE)
+    assert names == ["freeze_gc", "lock_memory", "cpus", "fifo_priority"]
+
+
+def test_what_cannot_be_run_is_said(bundle: Path, tmp_path: Path) -> None:
+    for arguments, word in (([tmp_path], "manifest.json"), ([bundle, "--seconds", 1], "--seconds is 1")):
+        found = run(*arguments)
+        assert found.returncode == 2
+        assert word in found.stderr
+        assert "Traceback" not in found.stderr
+
+
+@pytest.mark.skipif(HAS_SIMULATOR, reason="the simulator is installed here")
+def test_without_the_simulator_it_says_what_to_install(bundle: Path) -> None:
+    found = run(bundle, "--robosuite")
+    assert found.returncode == 2
+    assert "pip install '.[sim]'" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+@needs_simulator
+@pytest.mark.skipif(not BUILT.is_dir(), reason="no build/bundle here: make engine")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_arm_answers_every_fault(fault: str) -> None:
+    found = run(BUILT, "--robosuite", "--fault", fault)
+    assert_is_answered(found, fault)
+    # With the policy goes the plan: it is enough that the arm stands still.
+    assert fault == "killed" or "✓ Lift: solved at the end" in found.stdout
+
+
+@needs_simulator
+@pytest.mark.skipif(not BUILT.is_dir(), reason="no build/bundle here: make engine")
+def test_an_unknown_task_is_said() -> None:
+    found = run(BUILT, "--robosuite", "--task", "Juggle")
+    assert found.returncode == 2
+    assert "expected one of Lift" in found.stderr
