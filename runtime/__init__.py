@@ -1,5 +1,6 @@
 """What runs on the robot: numpy plus the one backend in use."""
 
+from runtime.compatibility import require_compatible
 from runtime.control_config import ControlConfig, Status
 from runtime.control_decoder import ControlDecoder, ControlResult
 from runtime.control_errors import ControlConfigError, ControlFaultError, RealtimeRefusedError, WrongThreadError
@@ -8,12 +9,15 @@ from runtime.errors import (
     BackendUnavailableError,
     BundleError,
     FingerprintError,
+    IncompatibleTokensError,
     InferenceError,
     InvalidInputError,
+    MalformedIdsError,
     SelfTestError,
     TokenizerError,
     UnbuiltPrefixError,
 )
+from runtime.token_ids import PartialTokens, TokenVocabulary
 from runtime.tokenizer import ActionTokenizer
 
 __all__ = [
@@ -26,15 +30,20 @@ __all__ = [
     "ControlFaultError",
     "ControlResult",
     "FingerprintError",
+    "IncompatibleTokensError",
     "InferenceError",
     "InvalidInputError",
+    "MalformedIdsError",
+    "PartialTokens",
     "RealtimeConfig",
     "RealtimeRefusedError",
     "SelfTestError",
     "Status",
+    "TokenVocabulary",
     "TokenizerError",
     "UnbuiltPrefixError",
     "Watchdog",
     "WrongThreadError",
     "apply_realtime",
+    "require_compatible",
 ]

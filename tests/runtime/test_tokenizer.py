@@ -1,5 +1,6 @@
 """`ActionTokenizer` gives the reference's answers for any sizes and mode, whoever calls it and how often."""
 
+import re
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -258,6 +259,21 @@ def test_another_fingerprint_is_refused(expected: str, bundle: Path) -> None:
         FingerprintError, match=r"the bundle's fingerprint is .*load the bundle that belongs to the policy"
     ):
         ActionTokenizer.load(bundle, expect_fingerprint=expected)
+
+
+def test_the_refusal_names_the_three_ways_with_their_commands(bundle: Path) -> None:
+    with pytest.raises(FingerprintError) as caught:
+        ActionTokenizer.load(bundle, expect_fingerprint="0" * 64)
+    text = str(caught.value)
+    for way, command in (
+        ("(A) retrain the policy", "python runtime/tokenize_dataset.py "),
+        ("(B) keep the policy and replace the decoder alone", "python export/build_engine.py --checkpoint "),
+        ("(C) evaluate first", "python runtime/compat.py OLD NEW --data F"),
+    ):
+        assert text.index(way) < text.index(command)
+    for script in re.findall(r"python (\S+\.py)", text):
+        assert (Path(__file__).parents[2] / script).is_file(), script
+    assert max(map(len, text.splitlines()[1:])) <= 120
 
 
 @pytest.mark.parametrize("expected", [12345678, b"0" * 64, ["0" * 64]])
