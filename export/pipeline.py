@@ -46,6 +46,7 @@ from export.sources import choose_mode, fit_for, load_build_data, needs_fit, ope
 from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq_ref.quantizer import Conditioning
 from runtime.bundle import open_bundle
+from runtime.checkpoint_layouts import HASHES_KEY, weight_hashes
 from runtime.contract import Backend
 from runtime.golden import Golden, replay
 from runtime.manifest import (
@@ -207,7 +208,11 @@ def build(config: BuildConfig) -> BuildResult:
             parity=(),
             tools=_tool_versions(),
             provenance={
-                "checkpoint": {**checkpoint.provenance, "file": config.checkpoint.name},
+                "checkpoint": {
+                    **checkpoint.provenance,
+                    "file": config.checkpoint.name,
+                    HASHES_KEY: weight_hashes({name: part.numpy() for name, part in checkpoint.tensors().items()}),
+                },
                 "data": data.description,
                 "action_mse": quality,
             },

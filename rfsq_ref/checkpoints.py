@@ -98,6 +98,20 @@ class Checkpoint:
         model.load_state_dict(weights)
         return model.to(dtype).eval()
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, by the names of our own format."""
+        tensors: dict[str, Tensor] = dict(self.weights)
+        if self.constants is not None:
+            tensors["calibrated.mean"] = self.constants.mean
+            tensors["calibrated.scale"] = self.constants.scale
+        if self.readout is not None:
+            tensors["readout.weight"] = self.readout.weight
+            tensors["readout.bias"] = self.readout.bias
+        for prefix, recovered in self.recovered.items():
+            tensors[f"recovered.{prefix}.matrix"] = recovered.matrix
+            tensors[f"recovered.{prefix}.offset"] = recovered.offset
+        return tensors
+
     def with_fit(
         self,
         *,
@@ -160,16 +174,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | Path) -> None:
     Raises CheckpointError when the name does not end with SUFFIX or the file cannot be written; nothing is left behind.
     """
     check_output(path)
-    tensors: dict[str, Tensor] = dict(checkpoint.weights)
-    if checkpoint.constants is not None:
-        tensors["calibrated.mean"] = checkpoint.constants.mean
-        tensors["calibrated.scale"] = checkpoint.constants.scale
-    if checkpoint.readout is not None:
-        tensors["readout.weight"] = checkpoint.readout.weight
-        tensors["readout.bias"] = checkpoint.readout.bias
-    for prefix, recovered in checkpoint.recovered.items():
-        tensors[f"recovered.{prefix}.matrix"] = recovered.matrix
-        tensors[f"recovered.{prefix}.offset"] = recovered.offset
+    tensors = checkpoint.tensors()
     header = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
