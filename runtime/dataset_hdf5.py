@@ -1,0 +1,145 @@
+"""robomimic and LIBERO: HDF5 files with data/demo_N/actions, in one file or a folder of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.dataset_errors import SourceError
+from runtime.dataset_steps import (
+    EpisodeTable,
+    Int64Array,
+    SourceFile,
+    Steps,
+    as_float32,
+    check_start,
+    check_width,
+    lengths_to_starts,
+    natural,
+    optional,
+    readable,
+    source_file,
+)
+
+HDF5_SUFFIXES = (".hdf5", ".h5")
+_KIND = "an HDF5 file"
+
+
+@dataclass(frozen=True, eq=False)
+class Hdf5Source:
+    """file_of_episode: int64 [E]; demonstrations: their names in the files, [E]; both in the order of the steps."""
+
+    name: str
+    root: Path
+    key: str
+    paths: tuple[Path, ...]
+    files: tuple[SourceFile, ...]
+    file_of_episode: Int64Array
+    demonstrations: tuple[str, ...]
+    table: EpisodeTable
+
+    @property
+    def num_steps(self) -> int:
+        return int(self.table.starts[-1])
+
+    @property
+    def stated_lengths(self) -> Int64Array | None:
+        return None
+
+    def open(self, width: int) -> _Hdf5Reader:
+        return _Hdf5Reader(self, width)
+
+    def check(self) -> None:
+        """Nothing to do: HDF5 checks what it has sums for on the way."""
+
+    def file_of(self, row: int) -> str:
+        episode = int(np.searchsorted(self.table.starts, row, side="right")) - 1
+        return f"{self.files[self.file_of_episode[episode]].name}, data/{self.demonstrations[episode]}"
+
+    def episode_names(self, episodes: Int64Array) -> list[str]:
+        return [
+            f"{Path(self.files[self.file_of_episode[number]].name).stem}/{self.demonstrations[number]}"
+            for number in episodes.tolist()
+        ]
+
+
+def open_hdf5(path: Path, key: str | None) -> Hdf5Source:
+    """One file, or a folder of them in natural order; episodes are numbered on from 0 as they come."""
+    key = key or "actions"
+    paths = [path]
+    if path.is_dir():
+        found = (file for file in path.iterdir() if file.suffix.lower() in HDF5_SUFFIXES)
+        paths = sorted(found, key=lambda file: natural(file.name))
+    names: list[str] = []
+    lengths: list[int] = []
+    owners: list[int] = []
+    for index, file in enumerate(paths):
+        for name, length in _demonstrations(file, key):
+            names.append(name)
+            lengths.append(length)
+            owners.append(index)
+    table = EpisodeTable(lengths_to_starts(np.array(lengths)), np.arange(len(lengths), dtype=np.int64))
+    root = path if path.is_dir() else path.parent
+    files = tuple(source_file(file, root) for file in paths)
+    return Hdf5Source(path.name, root, key, tuple(paths), files, np.array(owners), tuple(names), table)
+
+
+def _demonstrations(path: Path, key: str) -> Sequence[tuple[str, int]]:
+    h5py = optional("h5py")
+    check_start(path, _KIND, b"\x89HDF")
+    with readable(path.name, _KIND), h5py.File(path, "r") as file:
+        group = file.get("data")
+        if not isinstance(group, h5py.Group) or not len(group):
+            raise SourceError(f"{path.name} holds {', '.join(file) or 'nothing'}; expected data/demo_N/actions")
+        found = []
+        for name in sorted(group, key=natural):
+            members = group[name] if isinstance(group[name], h5py.Group) else {}
+            actions = members.get(key)
+            if not isinstance(actions, h5py.Dataset):
+                raise SourceError(
+                    f"{path.name}, data/{name} has no {key!r}; found {', '.join(members) or 'nothing'}: name the "
+                    "action array with --key"
+                )
+            if actions.dtype.kind != "f" or actions.ndim != 2 or not len(actions):
+                raise SourceError(
+                    f"{path.name}, data/{name}/{key} is {actions.dtype} {list(actions.shape)}; expected floating-point "
+                    "numbers [steps, action dimensions], at least one step"
+                )
+            found.append((name, len(actions)))
+        return found
+
+
+class _Hdf5Reader:
+    def __init__(self, source: Hdf5Source, width: int) -> None:
+        self._source, self._width = source, width
+        self._h5py = optional("h5py")
+        self._file: Any = None
+        self._file_index = -1
+
+    def read(self, start: int, stop: int) -> Steps:
+        source, starts = self._source, self._source.table.starts
+        actions = np.empty((stop - start, self._width), np.float32)
+        row = start
+        while row < stop:
+            episode = int(np.searchsorted(starts, row, side="right")) - 1
+            index, first = int(source.file_of_episode[episode]), int(starts[episode])
+            end = min(stop, int(starts[episode + 1]))
+            with readable(source.file_of(row), _KIND):
+                if index != self._file_index:
+                    self.close()
+                    self._file = self._h5py.File(source.paths[index], "r")
+                    self._file_index = index
+                dataset = self._file[f"data/{source.demonstrations[episode]}/{source.key}"]
+                check_width(dataset.shape[1], self._width, source.file_of(row))
+                actions[row - start : end - start] = as_float32(dataset[row - first : end - first])
+            row = end
+        return source.table.steps(actions, start)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file, self._file_index = None, -1

@@ -1,0 +1,182 @@
+#!/usr/bin/env python3
+"""Turn a dataset of demonstrations into tokens, or tokens back into actions; go on where a killed run was.
+
+IN: LeRobot v2 or v3, robomimic or LIBERO HDF5, .npz; or, with --decode, what this script wrote. OUT: a folder, Parquet
+or Zarr by its name; with --decode Parquet, .npz or .hdf5. The exit status is 0, 2 where input or output cannot be used,
+130 when interrupted.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import os
+from collections.abc import Sequence
+from typing import cast
+
+from runtime.console import prepare_console, printable
+from runtime.dataset_errors import OutputError, TokenDatasetError
+from runtime.dataset_files import FileFormat, write_file
+from runtime.dataset_finish import complete
+from runtime.dataset_format import PART_STEPS, Compression, DatasetInfo, Storage, Verification
+from runtime.dataset_job import Job, begin, load_records, locked, output_errors, plan, was_finished
+from runtime.dataset_parts import run_local
+from runtime.dataset_progress import Progress, duration
+from runtime.dataset_reader import check_fingerprint, open_token_dataset
+from runtime.dataset_sources import open_source
+from runtime.dataset_steps import Source
+from runtime.errors import TokenizerError
+from runtime.tokenizer import ActionTokenizer
+
+_FORMATS = {".parquet": "parquet", ".zarr": "zarr", ".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5"}
+_ENCODED, _DECODED = ("parquet", "zarr"), ("parquet", "npz", "hdf5")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        convert(options)
+    except TokenizerError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("input", type=Path, metavar="IN", help="demonstrations; with --decode, a dataset of tokens")
+    parser.add_argument("output", type=Path, metavar="OUT", help="what to write: NAME.parquet, NAME.zarr, …")
+    parser.add_argument("--bundle", type=Path, required=True, help="folder written by `python export/build_engine.py`")
+    parser.add_argument("--decode", action="store_true", help="tokens to actions")
+    parser.add_argument("--format", choices=sorted({*_ENCODED, *_DECODED}), help="default: by the name of OUT")
+    parser.add_argument("--key", help="action array or column (default: actions, action)")
+    parser.add_argument("--expect-fingerprint", metavar="F", help="refuse any other tokenizer")
+    parser.add_argument("--backend", default="auto", help="default: the best that works here")
+    parser.add_argument("--compression", choices=("zstd", "none"), default="zstd")
+    parser.add_argument("--steps-per-file", type=int, default=PART_STEPS, metavar="N", help="default: %(default)s")
+    parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local")
+    parser.add_argument("--ray-address", metavar="ADDRESS", help="a running cluster (default: one is started here)")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT once the new one is verified")
+    parser.add_argument("--restart", action="store_true", help="discard what an earlier run has left unfinished")
+    return parser
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return count
+
+
+def convert(options: argparse.Namespace) -> None:
+    """Raises TokenizerError, before anything is written where that can be known."""
+    kind = _format(options)
+    given, made = options.input.resolve(), options.output.resolve()
+    if given == made or given in made.parents or made in given.parents:
+        raise OutputError(f"OUT, {options.output}, is IN or lies in it, or IN in it; give a place of its own")
+    with ActionTokenizer.load(
+        options.bundle, backend=options.backend, expect_fingerprint=options.expect_fingerprint
+    ) as tokenizer:
+        source: Source
+        if options.decode:
+            dataset = open_token_dataset(options.input)
+            check_fingerprint(dataset.folder, dataset.info, tokenizer.fingerprint)
+            if dataset.info.content != "tokens":
+                raise TokenDatasetError(f"{options.input} holds {dataset.info.content}; expected tokens to decode")
+            if kind in ("npz", "hdf5"):
+                print(f"{options.input}: {dataset.num_steps:,} steps; {tokenizer.backend.description}")
+                progress = Progress(dataset.num_steps)
+                verification = write_file(
+                    dataset, tokenizer, options.output, cast(FileFormat, kind), progress, overwrite=options.overwrite
+                )
+                _report_decoded(options.output, progress, verification)
+                return
+            source = dataset
+        else:
+            source = open_source(options.input, options.key)
+        job = plan(
+            source,
+            tokenizer,
+            options.bundle,
+            options.output,
+            key=options.key or "",
+            content="actions" if options.decode else "tokens",
+            storage=cast(Storage, kind),
+            compression=cast(Compression, options.compression),
+            steps_per_file=options.steps_per_file,
+        )
+        with output_errors(job), locked(job):
+            _run(job, tokenizer, options)
+
+
+def _format(options: argparse.Namespace) -> str:
+    kind = options.format or _FORMATS.get(options.output.suffix.lower())
+    allowed = _DECODED if options.decode else _ENCODED
+    if kind not in allowed:
+        found = f"the format {kind!r}" if kind else f"{options.output.name}, whose name tells no format"
+        raise OutputError(
+            f"OUT is {found}; {'actions' if options.decode else 'tokens'} are written as {', '.join(allowed)}: name "
+            "OUT so, or give --format"
+        )
+    return str(kind)
+
+
+def _run(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace) -> None:
+    if was_finished(job):
+        print(f"✓ {job.output} was finished by an earlier run")
+        return
+    done = begin(job, overwrite=options.overwrite, restart=options.restart)
+    missing = [part for part in range(job.num_parts) if part not in done]
+    steps_done = sum(stop - start for start, stop in map(job.rows, done))
+    print(f"{options.input}: {job.source.num_steps:,} steps in {job.num_parts} parts; {tokenizer.backend.description}")
+    if done:
+        print(f"going on: {len(done)} parts, {steps_done:,} steps, were finished by an earlier run")
+    job.source.check()
+    progress = Progress(job.source.num_steps, steps_done)
+    if missing and options.engine == "ray":
+        from runtime.dataset_ray import run_ray
+
+        run_ray(job, missing, options.workers, options.ray_address, progress)
+    elif missing:
+        run_local(job, tokenizer, missing, min(options.workers, len(missing)), progress)
+    progress.finish()
+    info = complete(job, tokenizer, load_records(job), overwrite=options.overwrite)
+    if options.decode:
+        _report_decoded(job.output, progress, info.verification)
+    else:
+        _report_encoded(job, info, progress)
+
+
+def _report_encoded(job: Job, info: DatasetInfo, progress: Progress) -> None:
+    size = sum(entry.size for entry in info.files.values())
+    print(f"✓ {_speed(progress)}")
+    print(
+        f"✓ verified: {info.verification.steps:,} steps read back equal what the tokenizer gives; decoded they are off "
+        f"by {info.verification.mean_error:.3g} on average, {info.verification.max_error:.3g} at most"
+    )
+    print(
+        f"✓ {job.output}: {info.num_steps:,} steps of {info.num_episodes:,} episodes, {size / info.num_steps:.1f} "
+        f"bytes a step, fingerprint {info.fingerprint[:16]}, source {info.source.sha256[:16]}"
+    )
+
+
+def _report_decoded(output: Path, progress: Progress, verification: Verification) -> None:
+    print(f"✓ {_speed(progress)}")
+    print(f"✓ verified: {verification.steps:,} steps read back equal what the tokenizer gives")
+    print(f"✓ {output}")
+
+
+def _speed(progress: Progress) -> str:
+    return f"{progress.steps:,} steps in {duration(progress.seconds)}, {progress.rate / 1e6:.2f} million steps/s"
+
+
+if __name__ == "__main__":
+    prepare_console()
+    sys.exit(main())

@@ -1,0 +1,835 @@
+"""The command: what it writes, that nothing interrupts it for good, and what it refuses."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.parquet as pq
+import pytest
+import zarr
+
+from rfsq_ref.data import load_actions
+from runtime import ActionTokenizer, tokenize_dataset
+from runtime.cpu_targets import host_targets
+from runtime.dataset_errors import IllegalActionError, OutputError, SourceError, TokenDatasetError
+from runtime.dataset_format import INFO_NAME, SCHEMA_VERSION
+from runtime.dataset_job import begin, locked, plan
+from runtime.dataset_progress import Progress, duration
+from runtime.dataset_ray import RayWorker, raise_refusal
+from runtime.dataset_reader import open_token_dataset
+from runtime.dataset_sources import open_source
+from runtime.errors import BackendUnavailableError, FingerprintError, TokenizerError
+from tests.bundles import Recipe
+from tests.runtime.dataset_samples import (
+    LAYOUTS,
+    lerobot_table,
+    random_episodes,
+    write_layout,
+    write_lerobot_v3,
+    write_npz,
+)
+
+ROOT = Path(__file__).parents[2]
+#: The smallest parts that there are, so that little data makes several.
+PART = 8192
+LENGTHS = (9000, 1, 4000, 7000)
+SHAPE = (4, 3)  # D, L of the small bundles
+
+
+@pytest.fixture(scope="session")
+def c_bundle(bundle_of: Callable[[Recipe], Path]) -> Path:
+    return bundle_of(Recipe(c_targets=(host_targets()[0],)))
+
+
+@pytest.fixture(scope="session")
+def episodes() -> list[np.ndarray]:
+    return random_episodes(LENGTHS)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory, episodes: list[np.ndarray]) -> Path:
+    """LeRobot v3, 20,001 steps; not to be changed."""
+    return write_lerobot_v3(tmp_path_factory.mktemp("source") / "demonstrations", episodes)
+
+
+@pytest.fixture(scope="session")
+def expected(c_bundle: Path, episodes: list[np.ndarray]) -> np.ndarray:
+    """uint8 [N, D, L]: what the tokenizer gives for the steps, chunk by chunk."""
+    steps = np.concatenate(episodes)
+    with ActionTokenizer.load(c_bundle) as tokenizer:
+        return tokenizer.encode(np.concatenate([steps, steps[-1:]]).reshape(-1, 2, 3)).reshape(-1, *SHAPE)[:-1]
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory, source: Path, c_bundle: Path) -> Path:
+    """A dataset of tokens in three parts; not to be changed."""
+    output = tmp_path_factory.mktemp("tokens") / "tokens.parquet"
+    run(source, output, c_bundle)
+    return output
+
+
+@pytest.fixture
+def altered(tokens: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    copy = tmp_path / "altered"
+    for name in files(tokens):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_bytes((tokens / name).read_bytes())
+    return copy
+
+
+def arguments(source: Path, output: Path, bundle: Path, *options: str) -> list[str]:
+    return [str(source), str(output), "--bundle", str(bundle), "--steps-per-file", str(PART), *options]
+
+
+def run(source: Path, output: Path, bundle: Path, *options: str) -> None:
+    assert tokenize_dataset.main(arguments(source, output, bundle, *options)) == 0
+
+
+def refusal(*given: str, kind: type[TokenizerError]) -> str:
+    """The message; the exit status and the error's type are checked."""
+    with pytest.raises(kind) as caught:
+        tokenize_dataset.convert(tokenize_dataset.parser().parse_args(given))
+    assert tokenize_dataset.main(given) == 2
+    return str(caught.value)
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Hashes by name, of everything in the folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_parquet_has_a_row_for_every_step(tokens: Path, expected: np.ndarray) -> None:
+    table = pyarrow.dataset.dataset(tokens / "data").to_table()
+    column = table.column("tokens").combine_chunks()
+    assert column.type == pa.binary(12)
+    found = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, *SHAPE)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(table.column("episode_index").to_numpy(), np.repeat(np.arange(4), LENGTHS))
+    np.testing.assert_array_equal(table.column("frame_index").to_numpy(), np.concatenate(list(map(np.arange, LENGTHS))))
+    assert sorted(files(tokens)) == [
+        "data/chunk-000/file-000.parquet",
+        "data/chunk-000/file-001.parquet",
+        "data/chunk-000/file-002.parquet",
+        INFO_NAME,
+        "episodes.parquet",
+    ]
+
+
+def test_parquet_lists_its_episodes(tokens: Path) -> None:
+    assert pq.read_table(tokens / "episodes.parquet").to_pydict() == {
+        "episode_index": [0, 1, 2, 3],
+        "name": [f"episode_{number}" for number in range(4)],
+        "first_row": [0, 9000, 9001, 13001],
+        "num_steps": list(LENGTHS),
+    }
+
+
+def test_zarr_is_read_by_its_own_library(
+    source: Path, c_bundle: Path, expected: np.ndarray, tmp_path: Path, tokens: Path
+) -> None:
+    for compression in ("zstd", "none"):
+        output = tmp_path / f"{compression}.zarr"
+        run(source, output, c_bundle, "--compression", compression)
+        group = zarr.open_group(str(output), mode="r")
+        np.testing.assert_array_equal(group["data/tokens"][:], expected)
+        np.testing.assert_array_equal(group["data/tokens"][8190:8195], expected[8190:8195])
+        np.testing.assert_array_equal(group["data/episode_index"][:], np.repeat(np.arange(4), LENGTHS))
+        assert group["data/frame_index"][-1] == LENGTHS[-1] - 1
+        assert group["meta/episode_ends"][:].tolist() == np.cumsum(LENGTHS).tolist()
+        assert group["meta/episode_index"][:].tolist() == [0, 1, 2, 3]
+        assert [name.decode() for name in group["meta/episode_name"][:]] == [f"episode_{index}" for index in range(4)]
+        info = json.loads((tokens / INFO_NAME).read_text(encoding="utf-8"))
+        assert group.attrs["rfsq.fingerprint"] == info["fingerprint"]
+        assert group.attrs["rfsq.source_sha256"] == info["source"]["sha256"]
+        assert group.attrs["rfsq.model"] == info["model"]
+
+
+def test_metadata_say_what_the_tokens_mean(tokens: Path, c_bundle: Path, source: Path) -> None:
+    info = json.loads((tokens / INFO_NAME).read_text(encoding="utf-8"))
+    with ActionTokenizer.load(c_bundle) as tokenizer:
+        assert info["fingerprint"] == tokenizer.fingerprint
+        assert info["made_with"]["device"] == tokenizer.backend.description
+    assert info["schema_version"] == SCHEMA_VERSION
+    model = {
+        "mode": "calibrated",
+        "chunk_length": 2,
+        "action_dim": 3,
+        "latent_dim": 4,
+        "num_layers": 3,
+        "num_levels": 5,
+    }
+    assert info["model"] == model
+    assert "byte d * num_layers + l" in info["ordering"]
+    assert (info["num_steps"], info["num_episodes"]) == (20_001, 4)
+    assert info["source"]["name"] == source.name
+    assert 0 < info["verification"]["mean_error"] < info["verification"]["max_error"]
+    # A file that was taken out of its folder still says it.
+    metadata = pq.read_metadata(tokens / "data/chunk-000/file-001.parquet").metadata
+    assert metadata[b"rfsq.fingerprint"].decode() == info["fingerprint"]
+    assert metadata[b"rfsq.schema_version"].decode() == str(SCHEMA_VERSION)
+    assert json.loads(metadata[b"rfsq.model"]) == model
+    assert metadata[b"rfsq.first_row"] == b"8192"
+    assert {b"rfsq.ordering", b"rfsq.source_sha256"} <= metadata.keys()
+
+
+def test_the_source_hash_is_that_of_the_steps(tokens: Path, episodes: list[np.ndarray]) -> None:
+    steps = np.concatenate(episodes)
+    number = np.repeat(np.arange(4), LENGTHS)
+    frame = np.concatenate(list(map(np.arange, LENGTHS)))
+    digests = [
+        hashlib.sha256(b"".join(part[row : row + PART].tobytes() for part in (steps, number, frame))).digest()
+        for row in range(0, len(steps), PART)
+    ]
+    info = json.loads((tokens / INFO_NAME).read_text(encoding="utf-8"))
+    assert info["source"]["sha256"] == hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_tokens_and_the_same_source_hash(
+    layout: str, c_bundle: Path, tokens: Path, episodes: list[np.ndarray], tmp_path: Path
+) -> None:
+    run(write_layout(layout, tmp_path, episodes), tmp_path / "out.parquet", c_bundle)
+    for name in ("data/chunk-000/file-000.parquet", "data/chunk-000/file-002.parquet"):
+        assert (tmp_path / "out.parquet" / name).read_bytes() == (tokens / name).read_bytes()
+    found, expected = (open_token_dataset(folder).info for folder in (tmp_path / "out.parquet", tokens))
+    assert found.source.sha256 == expected.source.sha256
+
+
+@pytest.mark.parametrize("workers", ["1", "3"])
+@pytest.mark.parametrize("backend", ["c", "onnxruntime"])
+def test_the_number_of_workers_changes_no_byte(
+    workers: str, backend: str, source: Path, c_bundle: Path, tmp_path: Path
+) -> None:
+    run(source, tmp_path / "one.parquet", c_bundle, "--backend", backend)
+    run(source, tmp_path / "other.parquet", c_bundle, "--backend", backend, "--workers", workers)
+    assert files(tmp_path / "one.parquet") == files(tmp_path / "other.parquet")
+
+
+def test_memory_does_not_grow_with_the_dataset(c_bundle: Path, tmp_path: Path) -> None:
+    peaks = []
+    for steps in (1_500_000, 6_000_000):
+        np.savez(tmp_path / "x.npz", actions=np.resize(random_episodes([10_000])[0], (steps, 3)))
+        # Not getrusage, which begins with the memory of the process that starts this one.
+        code = (
+            "import re, sys; from runtime.tokenize_dataset import main; assert main(sys.argv[1:]) == 0; "
+            "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
+        )
+        given = [str(tmp_path / "x.npz"), str(tmp_path / f"{steps}.parquet"), "--bundle", str(c_bundle)]
+        result = subprocess.run(
+            [sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        peaks.append(int(result.stdout.split()[-1]) / 1024)
+    # The actions alone grew by 54 MB, the tokens by as much.
+    assert peaks[1] - peaks[0] < 30
+    assert peaks[1] < 500
+
+
+def test_the_command_needs_numpy_pyarrow_and_the_backend_alone(
+    source: Path, c_bundle: Path, tokens: Path, tmp_path: Path
+) -> None:
+    others = ("torch", "onnx", "onnxruntime", "polygraphy", "zarr", "tqdm", "ray", "h5py", "rfsq_ref", "export")
+    code = (
+        f"import sys\nfor name in {others}:\n    sys.modules[name] = None\n"
+        "from runtime.tokenize_dataset import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    given = arguments(source, tmp_path / "out.parquet", c_bundle)
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *given], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert files(tmp_path / "out.parquet") == files(tokens)
+    given += ["--restart", "--engine", "ray"]
+    given[1] = str(tmp_path / "ray.parquet")
+    result = subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "error: --engine ray needs Ray, which cannot be imported" in result.stderr
+
+
+# --- killed -----------------------------------------------------------------------------------------------------------
+
+#: Runs the command again and again in forked children, each killed before another operation on files of the output.
+EVERY_OPERATION = """
+import hashlib, json, os, shutil, sys
+from pathlib import Path
+from typing import Any
+import h5py, numpy, pyarrow, pyarrow.parquet, pyarrow.types, pyarrow.compute
+from runtime.tokenize_dataset import main
+from runtime import c_backend
+
+arguments, output, prepare = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "open"}
+
+def child(fatal):
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    seen = 0
+    def hook(event, given):
+        nonlocal seen
+        if event not in CHANGES or not str(given[0]).startswith(str(output.parent)):
+            return
+        if event != "open" or given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            seen += 1
+            if seen == fatal:
+                os.kill(os.getpid(), 9)
+    sys.addaudithook(hook)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os._exit(main(arguments))
+
+def files():
+    found = sorted(path for path in output.parent.rglob("*") if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+def fresh():
+    shutil.rmtree(output.parent, ignore_errors=True)
+    output.parent.mkdir()
+    if prepare.exists():
+        shutil.copytree(prepare, output)
+
+fresh()
+# Here, so that every child finds loaded what it needs.
+assert main(arguments) == 0
+expected, fatal = files(), int(sys.argv[4])
+killed = 0
+while True:
+    fresh()
+    status = child(fatal)
+    if status == 0:
+        break
+    assert status == -9, status
+    # 2: all was done but for an empty folder, so that the output exists.
+    assert child(0) in (0, 2), f"not finished after a kill before change {fatal}"
+    assert files() == expected, f"other files after a kill before change {fatal}"
+    killed += 1
+    fatal += int(sys.argv[5])
+print(killed)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "every"), [("x.parquet", [], 1), ("x.zarr", [], 4), ("x.parquet", ["--overwrite"], 2)]
+)
+def test_killed_before_any_change_to_a_file_it_goes_on_to_the_same_result(
+    name: str, options: list[str], every: int, source: Path, c_bundle: Path, tokens: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out" / name
+    given = json.dumps(arguments(source, output, c_bundle, "--workers", "1", *options))
+    # A dataset to be replaced must be another one, or nobody would see whether it was.
+    old = tmp_path / "old"
+    if options:
+        run(write_npz(tmp_path / "old.npz", random_episodes([40])), old, c_bundle, "--format", "parquet")
+    result = subprocess.run(
+        [sys.executable, "-c", EVERY_OPERATION, given, str(output), str(old), "1", str(every)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) >= 15
+    if name == "x.parquet" and not options:
+        assert files(output) == files(tokens)
+
+
+@pytest.fixture(scope="session")
+def long_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200,000 steps in 25 parts; not to be changed."""
+    return write_npz(tmp_path_factory.mktemp("long") / "long.npz", random_episodes([700] * 286)[:286])
+
+
+@pytest.fixture(scope="session")
+def long_tokens(tmp_path_factory: pytest.TempPathFactory, long_source: Path, c_bundle: Path) -> Path:
+    output = tmp_path_factory.mktemp("long_tokens") / "long.parquet"
+    run(long_source, output, c_bundle)
+    return output
+
+
+def start(*given: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "runtime/tokenize_dataset.py"), *given],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished_parts(output: Path) -> int:
+    return len(list(output.with_name(output.name + ".partial").glob("*/done/*.json")))
+
+
+def test_ten_kills_at_random_moments_change_no_byte(
+    long_source: Path, long_tokens: Path, c_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.parquet"
+    given = arguments(long_source, output, c_bundle)
+    rng, kills = random.Random(0), 0
+    while kills < 10:
+        before = finished_parts(output)
+        process = start(*given)
+        # Killed while it works: after its next part, and somewhat later.
+        while process.poll() is None and finished_parts(output) == before:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.003))
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+        if output.exists():
+            # It was too fast: as good as any other, and begun again.
+            assert files(output) == files(long_tokens)
+            shutil.rmtree(output)
+    process = start(*given)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    assert files(output) == files(long_tokens)
+    assert not output.with_name("out.parquet.partial").exists()
+
+
+def test_a_damaged_part_of_an_earlier_run_is_made_anew(
+    source: Path, c_bundle: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_dataset, "complete", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert tokenize_dataset.main(arguments(source, output, c_bundle)) == 130
+    (part,) = output.with_name("out.parquet.partial").glob("*/data/data/chunk-000/file-001.parquet")
+    part.write_bytes(part.read_bytes()[:-1000])
+    run(source, output, c_bundle)
+    assert files(output) == files(tokens)
+
+
+@pytest.mark.parametrize("left", [b"", b"{}", b'{"part": 1'])
+def test_what_a_power_cut_leaves_is_made_anew_or_refused(
+    left: bytes, source: Path, c_bundle: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.parquet"
+    given = arguments(source, output, c_bundle)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_dataset, "complete", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert tokenize_dataset.main(given) == 130
+    (record,) = output.with_name("out.parquet.partial").glob("*/done/000000001.json")
+    record.write_bytes(left)
+    identity = output.with_name("out.parquet.partial") / "job.json"
+    content = identity.read_bytes()
+    identity.write_bytes(left)
+    assert "--restart" in refusal(*given, kind=OutputError)
+    identity.write_bytes(content)
+    run(source, output, c_bundle)
+    assert files(output) == files(tokens)
+
+
+def test_a_source_that_changes_meanwhile_is_refused(
+    c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_npz(tmp_path / "x.npz", random_episodes(LENGTHS))
+    run_local = tokenize_dataset.run_local
+
+    def change_at_the_end(*given: Any) -> None:
+        run_local(*given)
+        os.utime(source)
+
+    monkeypatch.setattr(tokenize_dataset, "run_local", change_at_the_end)
+    output = tmp_path / "out.parquet"
+    given = arguments(source, output, c_bundle, "--restart")
+    assert "x.npz has changed while it was read" in refusal(*given, kind=SourceError)
+    assert not output.exists()
+
+
+def test_another_job_does_not_go_on_in_its_place(
+    source: Path, c_bundle: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.parquet"
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_dataset, "complete", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert tokenize_dataset.main(arguments(source, output, c_bundle)) == 130
+    other = arguments(source, output, c_bundle, "--compression", "none")
+    assert "another job, which differs in compression" in refusal(*other, kind=OutputError)
+    moved = write_lerobot_v3(tmp_path / source.name, random_episodes(LENGTHS, seed=1))
+    other = arguments(moved, output, c_bundle)
+    assert "another job, which differs in source" in refusal(*other, kind=OutputError)
+    run(source, output, c_bundle, "--restart")
+    assert files(output) == files(tokens)
+
+
+def test_two_processes_do_not_work_at_one_output(source: Path, c_bundle: Path, tmp_path: Path) -> None:
+    import fcntl
+
+    partial = tmp_path / "out.parquet.partial"
+    partial.mkdir()
+    with (partial / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        message = refusal(*arguments(source, tmp_path / "out.parquet", c_bundle), kind=OutputError)
+    assert "is in use: another process is making" in message
+    run(source, tmp_path / "out.parquet", c_bundle)
+
+
+def test_an_output_that_exists_is_replaced_on_request_alone(source: Path, c_bundle: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.parquet"
+    output.mkdir()
+    (output / "mine.txt").write_text("x", encoding="utf-8")
+    given = arguments(source, output, c_bundle)
+    assert "exists; give another name, or --overwrite" in refusal(*given, kind=OutputError)
+    # Nor what is no dataset.
+    assert "is not a dataset that was written here" in refusal(*given, "--overwrite", kind=OutputError)
+    assert list(tmp_path.rglob("*")) == [output, output / "mine.txt"]
+    (output / "mine.txt").rename(output / INFO_NAME)
+    run(source, output, c_bundle, "--overwrite")
+    assert open_token_dataset(output).num_steps == 20_001
+
+
+def test_an_output_in_its_input_is_refused(source: Path, tokens: Path, c_bundle: Path) -> None:
+    before = files(source), files(tokens)
+    for given, made in ((source, source / "x.parquet"), (source, source.parent), (tokens, tokens)):
+        options = ["--decode"] if given is tokens else []
+        options += ["--overwrite", "--format", "parquet"]
+        message = refusal(*arguments(given, made, c_bundle, *options), kind=OutputError)
+        assert "is IN or lies in it, or IN in it" in message
+    assert (files(source), files(tokens)) == before
+
+
+def test_a_full_disk_is_said_and_the_job_goes_on_when_there_is_room(source: Path, bundle: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.parquet"
+    code = (
+        "import json, resource, signal, sys; from runtime.tokenize_dataset import main; "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); "
+        "sys.exit(main(json.loads(sys.argv[1])))"
+    )
+    given = json.dumps(arguments(source, output, bundle))
+    result = subprocess.run([sys.executable, "-c", code, given], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 2, result.stderr
+    expected = "error: .*out.parquet.partial cannot be written: .* make room or choose another place"
+    assert re.search(expected, result.stderr)
+    run(source, output, bundle)
+    run(source, tmp_path / "other.parquet", bundle)
+    assert files(output) == files(tmp_path / "other.parquet")
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.4e38])
+def test_an_illegal_action_is_refused_with_file_episode_and_step(value: float, c_bundle: Path, tmp_path: Path) -> None:
+    episodes = random_episodes(LENGTHS)
+    episodes[2][1234, 1] = value
+    folder = write_lerobot_v3(tmp_path / "x", episodes)
+    message = refusal(*arguments(folder, tmp_path / "out.parquet", c_bundle), kind=IllegalActionError)
+    assert message.startswith(
+        f"data/chunk-000/file-001.parquet, episode 2, step 1234, dimension 1: {np.float32(value)};"
+    )
+    assert not (tmp_path / "out.parquet").exists()
+
+
+@pytest.mark.parametrize("place", [100, PART - 1, PART, LENGTHS[0] - 1])
+def test_steps_out_of_order_are_refused(place: int, c_bundle: Path, tmp_path: Path) -> None:
+    table = lerobot_table(random_episodes(LENGTHS))
+    order = np.arange(len(table))
+    order[[place, place + 1]] = order[[place + 1, place]]
+    pq.write_table(table.take(order), tmp_path / "x.parquet")
+    given = arguments(tmp_path / "x.parquet", tmp_path / "out.parquet", c_bundle)
+    assert "; expected ascending episodes, each in one piece" in refusal(*given, kind=SourceError)
+
+
+def test_other_lengths_than_stated_are_refused(c_bundle: Path, tmp_path: Path) -> None:
+    folder = write_lerobot_v3(tmp_path / "x", random_episodes([50, 60]))
+    path = folder / "meta/episodes/chunk-000/file-000.parquet"
+    pq.write_table(pa.table({"episode_index": [0, 1], "length": [60, 50]}), path)
+    given = arguments(folder, tmp_path / "out.parquet", c_bundle)
+    assert "episode 0 has 50 steps where 60 are stated" in refusal(*given, kind=SourceError)
+
+
+def test_unfit_bundles_and_options_are_refused(
+    source: Path, bundle_of: Callable[[Recipe], Path], c_bundle: Path, tmp_path: Path
+) -> None:
+    from export.plan import DeployMode
+
+    dynamic = bundle_of(Recipe(mode=DeployMode.DYNAMIC))
+    output = tmp_path / "out.parquet"
+    assert "tokens of a `dynamic` bundle mean nothing" in refusal(
+        *arguments(source, output, dynamic), kind=TokenizerError
+    )
+    given = arguments(source, output, c_bundle, "--expect-fingerprint", "0" * 64)
+    assert "expected '0000" in refusal(*given, kind=FingerprintError)
+    assert "--steps-per-file is 1000" in refusal(
+        *arguments(source, output, c_bundle), "--steps-per-file", "1000", kind=TokenizerError
+    )
+    assert "whose name tells no format; tokens are written as parquet, zarr" in refusal(
+        *arguments(source, tmp_path / "out", c_bundle), kind=OutputError
+    )
+    assert "is the format 'npz'; tokens are written as parquet, zarr" in refusal(
+        *arguments(source, tmp_path / "out.npz", c_bundle), kind=OutputError
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- back to actions --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("storage", ["parquet", "zarr"])
+@pytest.mark.parametrize("name", ["actions.npz", "actions.hdf5", "actions.parquet"])
+def test_tokens_become_the_actions_that_the_tokenizer_gives(
+    storage: str, name: str, source: Path, c_bundle: Path, expected: np.ndarray, tmp_path: Path
+) -> None:
+    encoded, output = tmp_path / f"tokens.{storage}", tmp_path / name
+    run(source, encoded, c_bundle)
+    run(encoded, output, c_bundle, "--decode")
+    with ActionTokenizer.load(c_bundle) as tokenizer:
+        padded = np.concatenate([expected, expected[-1:]]).reshape(-1, 2, *SHAPE)
+        actions = tokenizer.decode(padded).reshape(-1, 3)[:-1]
+    # In a layout that everything here reads.
+    read = load_actions(output)
+    assert [len(episode) for episode in read.episodes] == list(LENGTHS)
+    np.testing.assert_array_equal(read.steps(), actions)
+
+
+def test_decoded_files_are_whole_and_the_same_each_time(tokens: Path, c_bundle: Path, tmp_path: Path) -> None:
+    for suffix in ("npz", "hdf5"):
+        output = tmp_path / f"x.{suffix}"
+        run(tokens, output, c_bundle, "--decode")
+        first = output.read_bytes()
+        given = arguments(tokens, output, c_bundle, "--decode")
+        assert "exists; give another name, or --overwrite" in refusal(*given, kind=OutputError)
+        run(tokens, output, c_bundle, "--decode", "--overwrite")
+        assert output.read_bytes() == first
+        run(tokens, tmp_path / suffix, c_bundle, "--decode", "--format", suffix)
+        assert (tmp_path / suffix).read_bytes() == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hdf5", "npz", "x.hdf5", "x.npz"]
+
+
+def test_decoded_hdf5_bears_the_numbers_of_the_episodes(c_bundle: Path, tmp_path: Path) -> None:
+    table = lerobot_table(random_episodes([30, 40]), first=7)
+    pq.write_table(table, tmp_path / "x.parquet")
+    run(tmp_path / "x.parquet", tmp_path / "tokens.parquet", c_bundle)
+    run(tmp_path / "tokens.parquet", tmp_path / "x.hdf5", c_bundle, "--decode")
+    with h5py.File(tmp_path / "x.hdf5") as file:
+        assert {name: len(file[f"data/{name}/actions"]) for name in file["data"]} == {"demo_7": 30, "demo_8": 40}
+
+
+def test_tokens_of_another_tokenizer_are_refused(
+    tokens: Path, bundle_of: Callable[[Recipe], Path], tmp_path: Path
+) -> None:
+    other = bundle_of(Recipe(seed=1))
+    message = refusal(*arguments(tokens, tmp_path / "x.npz", other, "--decode"), kind=FingerprintError)
+    for part in ("have the fingerprint", "expected", "use the bundle that made them", "(A) retrain", "(C) evaluate"):
+        assert part in message
+    with pytest.raises(FingerprintError):
+        open_token_dataset(tokens, expect_fingerprint="0" * 64)
+    fingerprint = open_token_dataset(tokens).info.fingerprint
+    assert open_token_dataset(tokens, expect_fingerprint=fingerprint[:8]).num_steps == 20_001
+    with pytest.raises(FingerprintError):
+        open_token_dataset(tokens, expect_fingerprint=fingerprint[:7])
+
+
+def test_another_schema_version_is_refused(altered: Path, c_bundle: Path, tmp_path: Path) -> None:
+    path = altered / INFO_NAME
+    text = path.read_text(encoding="utf-8")
+    for version in ("0", "2", "true", '"1"', "null", "1.5"):
+        path.write_text(text.replace('"schema_version": 1', f'"schema_version": {version}'), encoding="utf-8")
+        message = refusal(*arguments(altered, tmp_path / "x.npz", c_bundle, "--decode"), kind=TokenDatasetError)
+        assert f"has schema version {json.loads(version)!r}; this runtime reads 1" in message
+
+
+@pytest.mark.parametrize("name", ["data/chunk-000/file-001.parquet", "episodes.parquet"])
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing"])
+def test_truncated_altered_and_missing_files_are_refused(
+    name: str, damage: str, altered: Path, c_bundle: Path, tmp_path: Path
+) -> None:
+    path = altered / name
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[:-100])
+    elif damage == "changed":
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    for output in ("x.npz", "x.parquet"):
+        message = refusal(*arguments(altered, tmp_path / output, c_bundle, "--decode"), kind=TokenDatasetError)
+        assert name in message
+        assert "copy the dataset again, or tokenise the source again" in message
+        assert not (tmp_path / output).exists()
+
+
+def test_truncated_and_missing_chunks_of_zarr_are_refused(source: Path, c_bundle: Path, tmp_path: Path) -> None:
+    run(source, tmp_path / "x.zarr", c_bundle)
+    for name in ("data/tokens/1.0.0", "data/frame_index/2", "meta/episode_ends/0", "data/tokens/.zarray"):
+        path = tmp_path / "x.zarr" / name
+        content = path.read_bytes()
+        for damaged in (content[:-1], bytes(len(content)), None):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            if damaged == bytes(len(content)) and ".z" in name:
+                continue  # The description of an array is for others: nothing here reads it.
+            given = arguments(tmp_path / "x.zarr", tmp_path / "x.npz", c_bundle, "--decode")
+            assert name in refusal(*given, kind=TokenDatasetError)
+            path.write_bytes(content)
+
+
+def test_an_altered_description_is_refused(altered: Path, c_bundle: Path, tmp_path: Path) -> None:
+    path = altered / INFO_NAME
+    text = path.read_text(encoding="utf-8")
+    for changed in (
+        text.replace('"num_steps": 20001', '"num_steps": 20000'),
+        text.replace('"latent_dim": 4', '"latent_dim": 12').replace('"num_layers": 3', '"num_layers": 1'),
+        text.replace('"schema_version": 1', '"schema_version": 1, "more": 2'),
+        text[:-40],
+        text + " ",
+        "[]",
+        "",
+    ):
+        path.write_text(changed, encoding="utf-8")
+        refusal(*arguments(altered, tmp_path / "x.npz", c_bundle, "--decode"), kind=TokenDatasetError)
+
+
+def test_what_is_no_token_dataset_is_refused(tokens: Path, source: Path, c_bundle: Path, tmp_path: Path) -> None:
+    def message(path: Path) -> str:
+        return refusal(*arguments(path, tmp_path / "x.npz", c_bundle, "--decode"), kind=TokenDatasetError)
+
+    assert "is no token dataset: expected a folder with dataset.json, found a folder without it" in message(source)
+    assert "found nothing" in message(tmp_path / "nothing")
+    assert "found a file" in message(tokens / INFO_NAME)
+    (tmp_path / "begun.parquet.partial").mkdir()
+    assert "is not finished: run the command that was making it again" in message(tmp_path / "begun.parquet")
+    run(tokens, tmp_path / "actions.parquet", c_bundle, "--decode")
+    assert "holds actions; expected tokens" in message(tmp_path / "actions.parquet")
+
+
+# --- shown ------------------------------------------------------------------------------------------------------------
+
+
+def test_progress_tells_rate_and_time_left() -> None:
+    now = iter([0.0, 0.0, 2.0, 2.0])
+    progress = Progress(10_000_000, 4_000_000, clock=lambda: next(now, 2.0))
+    progress.begin()
+    progress.add(2_000_000)
+    assert progress.line() == "6,000,000 of 10,000,000 steps, 60.0%, 1.00 million steps/s, 4 s left"
+    assert Progress(10, clock=lambda: 0.0).line() == "0 of 10 steps, 0.0%, 0.00 million steps/s, time left unknown"
+    assert [duration(seconds) for seconds in (59.4, 60, 3599, 7320)] == [
+        "59 s",
+        "1 min 00 s",
+        "59 min 59 s",
+        "2 h 02 min",
+    ]
+
+
+def test_the_command_says_what_it_did(
+    source: Path, c_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(source, tmp_path / "out.zarr", c_bundle)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r".*: 20,001 steps in 3 parts; generated C for .*", lines[0])
+    assert re.fullmatch(r"✓ 20,001 steps in \d+ s, \d+\.\d\d million steps/s", lines[1])
+    assert re.fullmatch(r"✓ verified: 4,096 steps read back equal .* by \S+ on average, \S+ at most", lines[2])
+    assert re.fullmatch(
+        r"✓ .*out.zarr: 20,001 steps of 4 episodes, .* fingerprint [0-9a-f]{16}, source [0-9a-f]{16}", lines[3]
+    )
+
+
+def test_verification_finds_tokens_that_are_not_those_of_the_source(
+    source: Path, c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from runtime.dataset_coding import StepCoder
+
+    encode = StepCoder.encode
+
+    def wrong(self: StepCoder, actions: np.ndarray) -> np.ndarray:
+        tokens = encode(self, actions)
+        tokens[0, 0] ^= 1
+        return tokens
+
+    monkeypatch.setattr(StepCoder, "encode", wrong)
+    message = refusal(*arguments(source, tmp_path / "out.parquet", c_bundle), kind=TokenizerError)
+    assert "what was read back at row 0 is not what the tokenizer gives" in message
+    assert not (tmp_path / "out.parquet").exists()
+
+
+def test_what_the_document_shows_runs(tokens: Path, tmp_path: Path) -> None:
+    text = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(shown) >= 2
+    (tmp_path / "tokens.parquet").symlink_to(tokens)
+    fingerprint = open_token_dataset(tokens).info.fingerprint
+    for code in shown:
+        code = code.replace("a5546f0dfd1c81aa", fingerprint)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout
+
+
+# --- Ray --------------------------------------------------------------------------------------------------------------
+
+
+def workers_at(partial: Path, driver: int) -> Iterator[int]:
+    """Processes that are writing a part: their numbers are in the names of what they write."""
+    for path in partial.glob("*/scratch/*"):
+        number = int(path.name.split(".")[0])
+        if number != driver:
+            yield number
+
+
+def test_ray_gives_the_same_bytes_with_workers_killed(c_bundle: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
+    source = write_npz(tmp_path / "x.npz", [np.resize(random_episodes([10_000])[0], (1_500_000, 3))])
+    run(source, tmp_path / "local.parquet", c_bundle)
+    output = tmp_path / "ray.parquet"
+    process = start(*arguments(source, output, c_bundle, "--engine", "ray", "--workers", "2"))
+    killed: set[int] = set()
+    while process.poll() is None and len(killed) < 2:
+        for worker in set(workers_at(tmp_path / "ray.parquet.partial", process.pid)) - killed:
+            os.kill(worker, signal.SIGKILL)
+            killed.add(worker)
+            break
+        time.sleep(0.002)
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    assert len(killed) == 2
+    assert files(output) == files(tmp_path / "local.parquet")
+
+
+def test_a_worker_of_ray_hands_its_refusal_on_to_the_command(c_bundle: Path, bundle: Path, tmp_path: Path) -> None:
+    episodes = random_episodes(LENGTHS)
+    episodes[3][5, 0] = np.nan
+    source = open_source(write_npz(tmp_path / "x.npz", episodes))
+    with ActionTokenizer.load(c_bundle) as tokenizer:
+        job = plan(source, tokenizer, c_bundle, tmp_path / "out.parquet", steps_per_file=PART)
+    with locked(job):
+        begin(job, overwrite=False, restart=False)
+        worker = RayWorker(pickle.dumps(job))
+        raise_refusal(worker({"part": 0}))
+        with pytest.raises(IllegalActionError, match=r"^x.npz, episode 3, step 5, dimension 0: nan; expected"):
+            raise_refusal(worker({"part": 1}))
+        # A machine on which the bundle is another, or has no engine of the job's kind.
+        other = RayWorker(pickle.dumps(dataclasses.replace(job, bundle=bundle)))
+        with pytest.raises(TokenizerError):
+            raise_refusal(other({"part": 0}))
+        unlike = dataclasses.replace(job.made_with, device="generated C for another processor")
+        unlike_worker = RayWorker(pickle.dumps(dataclasses.replace(job, made_with=unlike)))
+        with pytest.raises(BackendUnavailableError, match="the job began with generated C for another processor"):
+            raise_refusal(unlike_worker({"part": 0}))
