@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from runtime.bundle import Bundle
@@ -23,11 +26,13 @@ from runtime.manifest import EngineEntry
 CHECKED_STEPS = 64
 
 _byref, _size, _first_byte = ctypes.byref, ctypes.c_size_t, ctypes.c_char.from_buffer
+_Array = npt.NDArray[Any]
 
 
 class CBackend:
-    """Encodes and decodes in the calling thread: no thread, no allocation, no state, safe in signal handlers and fork.
+    """Encodes and decodes in the calling thread: no thread, no lock, no allocation, safe in signal handlers and fork.
 
+    Arrays that come again, as those of a control loop do, come for half the price: their arguments are made once.
     target: one of `cpu_targets.host_targets()`, None for the best that the bundle has. Raises BackendUnavailableError
     where it has none for this machine, or the library does not load.
     """
@@ -39,6 +44,10 @@ class CBackend:
         self._encode = _function(library, "rfsq_encode")
         self._decoders = {prefix: _function(library, f"rfsq_decode_l{prefix}") for prefix in model.prefixes}
         self._has_stats = model.has_stats
+        # The last call of each kind is held as soon as its arrays have come twice in a row.
+        nothing = np.empty(0, np.float32)
+        self._encoding = self._decoding = _HeldCall(int, (), nothing, nothing, None)
+        self._encoded = self._decoded = (0, 0)
 
     @property
     def name(self) -> str:
@@ -62,26 +71,80 @@ class CBackend:
         return CHECKED_STEPS
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
-        batch = _size(len(actions))
-        if self._has_stats:
-            pointer = None if stats is None else _pointer(stats)
-            status = self._encode(_pointer(actions), batch, _pointer(tokens), pointer)
+        held = self._encoding
+        # Written out, here and below: this is the call of the control loop.
+        if (
+            held.source() is actions
+            and held.target() is tokens
+            and held.stats() is stats
+            and held.shape == actions.shape
+        ):
+            status = held.call()
         else:
-            status = self._encode(_pointer(actions), batch, _pointer(tokens))
+            batch, pair = _size(len(actions)), (id(actions), id(tokens))
+            if self._has_stats:
+                pointer = None if stats is None else _pointer(stats)
+                status = self._encode(_pointer(actions), batch, _pointer(tokens), pointer)
+            else:
+                status = self._encode(_pointer(actions), batch, _pointer(tokens))
+            if pair == self._encoded:
+                arguments = (actions, batch, tokens, stats) if self._has_stats else (actions, batch, tokens)
+                self._encoding = _HeldCall(self._encode, arguments, actions, tokens, stats)
+            self._encoded = pair
         if status:
             raise IllegalValueError("the C engine refuses the actions: not all are finite and within the model's limit")
 
     def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
-        decode, batch = self._decoders[tokens.shape[3]], _size(len(tokens))
-        if stats is None:
-            status = decode(_pointer(tokens), batch, _pointer(actions))
+        held = self._decoding
+        if (
+            held.source() is tokens
+            and held.target() is actions
+            and held.stats() is stats
+            and held.shape == tokens.shape
+        ):
+            status = held.call()
         else:
-            status = decode(_pointer(tokens), _pointer(stats), batch, _pointer(actions))
+            decode, batch, pair = self._decoders[tokens.shape[3]], _size(len(tokens)), (id(tokens), id(actions))
+            if stats is None:
+                status = decode(_pointer(tokens), batch, _pointer(actions))
+            else:
+                status = decode(_pointer(tokens), _pointer(stats), batch, _pointer(actions))
+            if pair == self._decoded:
+                arguments = (tokens, batch, actions) if stats is None else (tokens, stats, batch, actions)
+                self._decoding = _HeldCall(decode, arguments, tokens, actions, stats)
+            self._decoded = pair
         if status:
             raise IllegalValueError("the C engine refuses the tokens, or their statistics: not all are legal")
 
     def close(self) -> None:
         """The library stays loaded: another thread may be in it, and it holds nothing."""
+
+
+class _HeldCall:
+    """A call with its arguments made, and the arrays it is for.
+
+    The arrays are referenced weakly: they may go, and while they are here numpy resizes nothing that is referenced so,
+    whatever it is told, so that the addresses stay true.
+    """
+
+    __slots__ = ("call", "shape", "source", "stats", "target")
+
+    def __init__(
+        self,
+        function: Callable[..., int],
+        arguments: Sequence[Any],
+        source: _Array,
+        target: _Array,
+        stats: _Array | None,
+    ) -> None:
+        self.source: Callable[[], _Array | None] = weakref.ref(source)
+        self.target: Callable[[], _Array | None] = weakref.ref(target)
+        self.stats: Callable[[], _Array | None] = type(None) if stats is None else weakref.ref(stats)
+        self.shape = source.shape
+        self.call = functools.partial(
+            function,
+            *(ctypes.c_void_p(part.ctypes.data) if isinstance(part, np.ndarray) else part for part in arguments),
+        )
 
 
 def _choose_engine(bundle: Bundle, targets: Sequence[str]) -> EngineEntry:
@@ -142,7 +205,7 @@ def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
     return found
 
 
-def _pointer(array: npt.NDArray[Any]) -> Any:
+def _pointer(array: _Array) -> Any:
     """What passes as a pointer to the array's first byte; `array.ctypes` takes three times as long."""
     try:
         return _byref(_first_byte(array))  # type: ignore[arg-type]  # numpy's arrays are buffers to mypy from 3.12 on

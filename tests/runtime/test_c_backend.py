@@ -1,10 +1,12 @@
 """The C engine behind the tokenizer: which library is called, with which arrays, and what it leaves alone."""
 
+import gc
 import os
 import signal
 import threading
 import time
 import tracemalloc
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,6 +22,7 @@ from runtime.backends import create_backend
 from runtime.bundle import Bundle, open_bundle
 from runtime.c_backend import CBackend
 from runtime.cpu_targets import host_targets
+from runtime.errors import IllegalValueError
 from runtime.manifest import C_HEADER
 from tests.bundles import Recipe, random_actions
 from tests.runtime.interrupts import check_decoding_in_signal_handlers
@@ -185,6 +188,95 @@ def test_calls_leave_nothing_behind(tokenizer: ActionTokenizer) -> None:
         tracemalloc.stop()
     # One object of any kind for each call would be at least 16,000.
     assert grown < 2000
+
+
+# --- the same arrays again: arguments are made once -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [DeployMode.CALIBRATED, DeployMode.DYNAMIC])
+def test_the_same_arrays_again_are_read_anew(mode: DeployMode, bundle_of: BundleOf) -> None:
+    recipe = replace(RECIPE, mode=mode)
+    backend = CBackend(open_bundle(bundle_of(recipe)))
+    has_stats = mode is DeployMode.DYNAMIC
+    actions, tokens, out = np.empty((3, 2, 3), np.float32), np.empty((3, 2, 4, 3), np.int32), np.empty((3, 2, 3), "f4")
+    stats = np.empty((3, 2, 3, 2), np.float32) if has_stats else None
+    for seed in range(6):
+        actions[...] = random_actions(recipe, 3, seed=seed)
+        backend.encode_into(actions, tokens, stats)
+        backend.decode_into(tokens, stats, out)
+        # Through other arrays, which have never come before.
+        other, fresh = np.empty_like(tokens), None if stats is None else np.empty_like(stats)
+        backend.encode_into(actions.copy(), other, fresh)
+        again = np.empty_like(out)
+        backend.decode_into(other, fresh, again)
+        assert (tokens == other).all()
+        np.testing.assert_array_equal(out, again)
+        if stats is not None:
+            np.testing.assert_array_equal(stats, fresh)
+            # Without statistics it is another call, though actions and tokens are the same.
+            backend.encode_into(actions, tokens, None)
+
+
+def test_arrays_take_turns(backend: CBackend) -> None:
+    """As the two of a double buffer do, or those of two robots."""
+    sets = [(random_actions(RECIPE, 2, seed=seed), np.empty((2, 2, 4, 3), np.int32)) for seed in range(3)]
+    expected = []
+    for actions, _ in sets:
+        fresh = np.empty((2, 2, 4, 3), np.int32)
+        backend.encode_into(actions.copy(), fresh, None)
+        expected.append(fresh)
+    for turn in (0, 0, 0, 1, 1, 0, 2, 1, 1, 1, 0, 2, 2, 2, 0):
+        actions, tokens = sets[turn]
+        tokens.fill(-7)
+        backend.encode_into(actions, tokens, None)
+        assert (tokens == expected[turn]).all()
+
+
+def test_an_array_that_changes_its_shape_is_another_call(backend: CBackend) -> None:
+    """48 tokens are two chunks of all layers, or three of the first two."""
+    tokens, out = np.zeros((2, 2, 4, 3), np.int32), np.empty((3, 2, 3), np.float32)
+    tokens[...] = np.random.default_rng(0).integers(5, size=tokens.shape)
+    for _ in range(3):
+        backend.decode_into(tokens, None, out)
+    whole = out.copy()
+    tokens.shape = (3, 2, 4, 2)
+    backend.decode_into(tokens, None, out)
+    expected = np.empty_like(out)
+    backend.decode_into(tokens.copy(), None, expected)
+    np.testing.assert_array_equal(out, expected)
+    assert not np.array_equal(out[:2], whole[:2])
+
+
+def test_what_is_held_keeps_no_array_alive_and_lets_none_move(backend: CBackend) -> None:
+    tokens, out = np.zeros((1, 2, 4, 3), np.int32), np.empty((1, 2, 3), np.float32)
+    for _ in range(3):
+        backend.decode_into(tokens, None, out)
+    with pytest.raises(ValueError, match="cannot resize"):
+        tokens.resize((1000, 2, 4, 3), refcheck=False)
+    watched = weakref.ref(tokens)
+    del tokens
+    gc.collect()
+    assert watched() is None
+    # Another may come to lie where it lay, under its identity.
+    for _ in range(50):
+        later = np.full((1, 2, 4, 3), 1, np.int32)
+        backend.decode_into(later, None, out)
+        expected = np.empty_like(out)
+        backend.decode_into(later, None, expected)
+        np.testing.assert_array_equal(out, expected)
+        del later
+
+
+def test_illegal_values_are_refused_the_third_time_too(backend: CBackend) -> None:
+    tokens, out = np.zeros((1, 2, 4, 3), np.int32), np.empty((1, 2, 3), np.float32)
+    for _ in range(3):
+        backend.decode_into(tokens, None, out)
+    tokens[0, 1, 2, 0] = 99
+    out.fill(77)
+    for _ in range(3):
+        with pytest.raises(IllegalValueError):
+            backend.decode_into(tokens, None, out)
+    assert (out == 77).all()
 
 
 # --- libraries --------------------------------------------------------------------------------------------------------
