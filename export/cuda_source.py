@@ -33,6 +33,10 @@ _LOG2_E = float(np.log2(np.e))
 _SHARED_BYTES, _REGISTERS = 48 * 1024, 24
 #: Warps of a block of the many kernels: the first for which there is room.
 _WARPS = (8, 4)
+#: What a byte of the many kernels holds beside the mark of what is illegal.
+_MOST_LEVELS_OF_MANY = 128
+#: Below it, SCALED_BELOW_40 of the template overflows nowhere; rounding is added to what is compared with it.
+_MOST_BELOW_40 = 40.0
 #: Up to so many hidden units the many kernels hold every weight in an instruction.
 _MOST_WRITTEN_OUT = 128
 
@@ -40,7 +44,7 @@ _MOST_WRITTEN_OUT = 128
 def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> str:
     """decoders: of ascending prefixes, the last of all layers.
 
-    Raises ValueError where float32 cannot count the levels.
+    Raises ValueError for levels that float32 cannot count, and for numbers that it does not hold.
     """
     require_countable(encoder.num_levels)
     types = token_types(encoder.num_levels)
@@ -63,11 +67,11 @@ def _sizes(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
     wanted = max(width, 4 * max(action_dim, latent_dim))
     threads = min(-(-wanted // _WARP) * _WARP, _MOST_THREADS)
     epsilon = encoder.quantizer.epsilon if isinstance(encoder.quantizer, DynamicQuantizer) else 0.0
-    has_many = any(_has_many(encoder, plan.prefix) for plan in decoders)
+    has_many = _encodes_many(encoder) or any(map(_decodes_many, decoders))
     fitting = [n for n in _WARPS if _staged_bytes(action_dim, latent_dim, encoder.num_layers, n) <= _SHARED_BYTES]
     return [
         f"constexpr int A = {action_dim}, D = {latent_dim}, L = {encoder.num_layers}, K = {levels}, H = {width};",
-        f"constexpr int WARPS = {(fitting or _WARPS[-1:])[0]};",
+        f"constexpr int WARPS = {(fitting or _WARPS[-1:])[0]}, SHARED_BYTES = {_SHARED_BYTES};",
         f"constexpr int MOST_WRITTEN_OUT = {_MOST_WRITTEN_OUT};",
         f"constexpr int MIDDLE_LEVEL = {middle_level(levels)}, FEW_THREADS = {threads};",
         f"constexpr float ACTION_LIMIT = {number(action_limit(encoder))}, STATS_LIMIT = {number(STATS_LIMIT)};",
@@ -95,8 +99,8 @@ def _rows(name: str, first: Affine, second: Affine, scale: float = 1.0) -> str:
 
     scale: what the hidden unit's sum is multiplied with, and its value as well.
     """
-    inputs, outputs = (layer.weight.astype(np.float64) for layer in (first, second))
-    rows = np.hstack([inputs * scale, first.bias[:, None] * scale, outputs.T / scale]).astype(np.float32)
+    inputs, bias, outputs = (part.astype(np.float64) for part in (first.weight, first.bias, second.weight))
+    rows = np.hstack([inputs * scale, bias[:, None] * scale, outputs.T / scale]).astype(np.float32)
     return _device(name, np.pad(rows, [(0, -rows.shape[0] % 4), (0, -rows.shape[1] % 4)]))
 
 
@@ -111,19 +115,23 @@ def _decoder(plan: DecoderPlan) -> list[str]:
     lines = [_rows(f"{name}_ROWS", plan.hidden, plan.second, _LOG2_E), _device(f"{name}_BIAS", plan.second.bias)]
     kind, members, scale = "STATISTICS", [], "SCALED"
     if plan.latents is not None and (own := own_tokens(plan)) is not None:
-        fixed = _fixed_point(own, plan.latents.bias, plan.num_levels)
-        kind, scale = "OWN_TOKENS", "SCALED_BELOW_40" if fixed.largest_sum(plan.hidden) < 40 else "SCALED"
+        fixed = fixed_point(own, plan.latents.bias, plan.num_levels)
+        kind, scale = "OWN_TOKENS", "SCALED_BELOW_40" if fixed.largest_sum(plan.hidden) < _MOST_BELOW_40 else "SCALED"
+        signed = "int" if fixed.bits == 32 else "long long"
         lines += [
-            _device(f"{name}_TOKEN_WEIGHT", fixed.weight, "int"),
-            _device(f"{name}_LATENT_START", fixed.start, "int"),
-            _device(f"{name}_WORD_WEIGHT", fixed.words(), "int"),
+            _device(f"{name}_TOKEN_WEIGHT", fixed.weight, signed),
+            _device(f"{name}_LATENT_START", fixed.start, signed),
         ]
         members = [
+            f"typedef {signed} Signed;",
+            f"typedef unsigned {signed} Unsigned;",
             f"static constexpr float LATENT_STEP = {number(fixed.step)};",
-            _member("int", "fixed_weight(int d, int l)", f"{name}_TOKEN_WEIGHT[d][l]"),
-            _member("int", "latent_start(int d)", f"{name}_LATENT_START[d]"),
-            _member("int", "word_weight(int d, int i)", f"{name}_WORD_WEIGHT[d][i]"),
+            _member(signed, "fixed_weight(int d, int l)", f"{name}_TOKEN_WEIGHT[d][l]"),
+            _member(signed, "latent_start(int d)", f"{name}_LATENT_START[d]"),
         ]
+        if _decodes_many(plan):
+            lines.append(_device(f"{name}_WORD_WEIGHT", fixed.words(), "int"))
+            members.append(_member("int", "word_weight(int d, int i)", f"{name}_WORD_WEIGHT[d][i]"))
     elif plan.latents is not None:
         kind = "ALL_TOKENS"
         lines += [
@@ -151,13 +159,14 @@ def _member(c_type: str, signature: str, value: str) -> str:
 
 
 @dataclass(frozen=True, eq=False)
-class _FixedPoint:
-    """latents = step * (weight @ tokens + start), the integers exact in 32 bits; weight [D, l], start [D]."""
+class FixedPoint:
+    """latents = step * (weight @ tokens + start), exact in whole numbers of `bits` bits; weight [D, l], start [D]."""
 
     weight: IntArray
     start: IntArray
     step: float
     num_levels: int
+    bits: int
 
     def words(self) -> IntArray:
         """[D, 4 * n]: for each latent its weights for the four tokens of each of n words, byte by byte.
@@ -167,10 +176,10 @@ class _FixedPoint:
         """
         latent_dim, layers = self.weight.shape
         num_words = max((layers * (d + 1) - 1) // 4 - layers * d // 4 + 1 for d in range(latent_dim))
-        padded = np.zeros((latent_dim, 4 * num_words), np.int64)
+        rest = np.zeros((latent_dim, 4 * num_words), np.int64)
         for d in range(latent_dim):
-            padded[d, layers * d % 4 :][:layers] = self.weight[d]
-        words, rest = np.zeros((latent_dim, num_words, 4), np.uint32), padded
+            rest[d, layers * d % 4 :][:layers] = self.weight[d]
+        words = np.zeros((latent_dim, num_words, 4), np.uint32)
         for byte in range(4):
             digits = (rest + 128) % 256 - 128
             rest = (rest - digits) // 256
@@ -179,22 +188,34 @@ class _FixedPoint:
         return words.reshape(latent_dim, -1).view(np.int32).astype(np.int64)
 
     def largest_sum(self, hidden: Affine) -> float:
-        """No hidden unit's sum is larger, whatever the legal tokens."""
+        """No hidden unit's sum is larger, whatever the legal tokens and however float32 rounds on the way."""
         highest = self.step * (np.maximum(self.weight, 0).sum(1) * (self.num_levels - 1.0) + self.start)
         lowest = self.step * (np.minimum(self.weight, 0).sum(1) * (self.num_levels - 1.0) + self.start)
-        sums = np.maximum(hidden.weight * highest, hidden.weight * lowest).sum(1) + hidden.bias
-        return float(sums.max())
+        weight, bias = hidden.weight.astype(np.float64), hidden.bias.astype(np.float64)
+        sums = np.maximum(weight * highest, weight * lowest).sum(1) + bias
+        # One rounding for each latent, each product's weight and each sum; twice as much is certain.
+        terms = (np.abs(weight) * np.maximum(np.abs(highest), np.abs(lowest))).sum(1) + np.abs(bias)
+        return float((sums + terms * (weight.shape[1] + 3) * 2.0**-23).max())
 
 
-def _fixed_point(weight: Array, bias: Array, num_levels: int) -> _FixedPoint:
-    """Two bits are kept back: so no sum of rounded weights overflows, and no weight's highest byte does."""
-    largest = np.abs(bias) + np.abs(weight.astype(np.float64)).sum(1) * (num_levels - 1)
-    exponent = int(np.clip(29 - np.ceil(np.log2(largest.max())), -60, 60)) if largest.any() else 0
-    fixed, start = (
-        np.rint(np.ldexp(values.astype(np.float64), exponent)).astype(np.int64) for values in (weight, bias)
-    )
-    assert (np.abs(start) + np.abs(fixed).sum(1) * (num_levels - 1)).max(initial=0) < 2**31
-    return _FixedPoint(fixed, start, 2.0**-exponent, num_levels)
+def fixed_point(weight: Array, bias: Array, num_levels: int) -> FixedPoint:
+    """Two bits are kept back: so no sum of rounded weights overflows, and no weight's highest byte does.
+
+    A rounded weight is wrong by up to half a step, times the token. So that it is times how far the token lies from the
+    middle, what that makes at the middle goes into `start`. With more levels than the many kernels take, 32 bits would
+    be too few even so.
+    """
+    bits = 32 if num_levels <= _MOST_LEVELS_OF_MANY else 64
+    exact, middle = weight.astype(np.float64), (num_levels - 1) / 2
+    largest = (np.abs(bias) + np.abs(exact).sum(1) * (num_levels - 1)).max()
+    exponent = bits - 3 - int(np.ceil(np.log2(largest))) if largest > 0 else 0
+    # The step has to be a float32 itself; latents below 2^-97 alone lose digits by that.
+    exponent = int(np.clip(exponent, -126, 126))
+    fixed = np.rint(np.ldexp(exact, exponent))
+    start = np.rint(np.ldexp(bias.astype(np.float64), exponent) + (np.ldexp(exact, exponent) - fixed).sum(1) * middle)
+    # What rounding adds is far below one of the two bits.
+    assert (np.abs(start) + np.abs(fixed).sum(1) * (num_levels - 1)).max() < 2.0 ** (bits - 2)
+    return FixedPoint(fixed.astype(np.int64), start.astype(np.int64), 2.0**-exponent, num_levels, bits)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -207,8 +228,8 @@ def _encoder_kernels(plan: EncoderPlan, token: TokenType) -> list[str]:
     kernels = [
         _kernel(kernel_name(None, token, "few"), "FEW_THREADS", arguments, f"encode_few(actions, tokens, {passed})")
     ]
-    if isinstance(plan.quantizer, AffineQuantizer) and _has_many(plan, plan.num_layers):
-        body = "encode_many(actions, tokens, steps)"
+    if _encodes_many(plan):
+        body = "encode_many<L>(actions, tokens, steps)"
         kernels.append(_kernel(kernel_name(None, token, "many"), "WARP * WARPS", arguments, body))
     return kernels
 
@@ -219,7 +240,7 @@ def _decoder_kernels(plan: DecoderPlan, token: TokenType) -> list[str]:
     arguments = f"const {c_type} *tokens, {stats}float *actions, Steps steps"
     body = f"decode_few<{decoder}>(tokens, {passed}, actions)"
     kernels = [_kernel(kernel_name(plan.prefix, token, "few"), "FEW_THREADS", arguments, body)]
-    if plan.latents is not None and own_tokens(plan) is not None and _has_many(plan, plan.prefix):
+    if _decodes_many(plan):
         body = f"decode_many<{decoder}>(tokens, actions, steps)"
         kernels.append(_kernel(kernel_name(plan.prefix, token, "many"), "WARP * WARPS", arguments, body))
     return kernels
@@ -229,12 +250,22 @@ def _kernel(name: str, threads: str, arguments: str, body: str) -> str:
     return f'extern "C" __global__ void __launch_bounds__({threads}) {name}({arguments})\n{{\n    {body};\n}}\n'
 
 
-def _has_many(plan: EncoderPlan | DecoderPlan, layers: int) -> bool:
+def _encodes_many(plan: EncoderPlan) -> bool:
+    latent_dim, action_dim = plan.second.weight.shape[0], plan.first.weight.shape[1]
+    return isinstance(plan.quantizer, AffineQuantizer) and _suits_many(
+        action_dim, latent_dim, plan.num_layers, plan.num_levels
+    )
+
+
+def _decodes_many(plan: DecoderPlan) -> bool:
+    is_own = plan.latents is not None and own_tokens(plan) is not None
+    return is_own and _suits_many(plan.second.weight.shape[0], plan.latent_dim, plan.prefix, plan.num_levels)
+
+
+def _suits_many(action_dim: int, latent_dim: int, layers: int, num_levels: int) -> bool:
     """Whether the sizes suit the many kernels; else the few kernels take batches of every size."""
-    latent_dim = plan.latent_dim if isinstance(plan, DecoderPlan) else plan.second.weight.shape[0]
-    action_dim = plan.second.weight.shape[0] if isinstance(plan, DecoderPlan) else plan.first.weight.shape[1]
     return (
-        plan.num_levels <= 128
+        num_levels <= _MOST_LEVELS_OF_MANY
         and latent_dim * layers % 4 == 0
         and latent_dim + action_dim <= _REGISTERS
         and _staged_bytes(action_dim, latent_dim, layers, _WARPS[-1]) <= _SHARED_BYTES

@@ -119,23 +119,36 @@ def compile_source(header: str, source: str, staged: StagedBundle, steps: StepLi
 
 
 def find_gpu() -> GpuDevice | None:
-    """This machine's GPU, where there is one and cuda-python to use it."""
+    """This machine's GPU, where there is one, with cuda-python to use it and NVRTC to compile for it."""
     try:
         from runtime.cuda_api import open_device
+        from runtime.cuda_kernels import KernelError, nvrtc_version
 
-        return open_device()
+        gpu = open_device()
     except (ImportError, BackendUnavailableError):
         return None
+    try:
+        nvrtc_version()
+    except KernelError as error:
+        print(f"  the generated CUDA is not compiled for {gpu}: {error}")
+        return None
+    return gpu
 
 
 def compile_cuda(source: str, staged: StagedBundle, steps: StepList) -> tuple[EngineEntry, ...]:
     """Compile the generated CUDA for this machine's GPU: what cannot be proven here is not built.
 
-    Raises BackendUnavailableError without a GPU, EngineBuildError where NVRTC is missing or refuses the source.
+    Raises BackendUnavailableError without a GPU or cuda-python, EngineBuildError where NVRTC is missing or refuses the
+    source.
     """
     # Here, because they need cuda-python, which a machine without a GPU need not have.
-    from runtime.cuda_api import open_device
-    from runtime.cuda_kernels import KernelError, compile_kernels, nvrtc_version
+    try:
+        from runtime.cuda_api import open_device
+        from runtime.cuda_kernels import KernelError, compile_kernels, nvrtc_version
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"the generated CUDA cannot be compiled: {error}; install cuda-python and NVRTC with: pip install '.[gpu]'"
+        ) from error
 
     with steps.step("compile cuda") as step:
         gpu = open_device()

@@ -25,7 +25,11 @@ def table(kind: str, name: str, values: Array | IntArray) -> str:
 
 
 def number(value: float) -> str:
-    """A float32, exactly."""
+    """A float32, exactly. Raises ValueError for what is none, or beyond it."""
+    if not abs(float(value)) <= float(np.finfo(np.float32).max):
+        raise ValueError(
+            f"a constant of the tokenizer is {value:g}, which float32 does not hold; the training diverged"
+        )
     return f"{float(np.float32(value)).hex()}f"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +68,6 @@ class Backend(Protocol):
         """Free what the library holds; the backend cannot be used afterwards."""
 
 
-@runtime_checkable
 class HasVariants(Protocol):
     """A backend with kernels that its contract does not reach, such as those for tokens of another type."""
 
@@ -79,4 +78,6 @@ class HasVariants(Protocol):
 
 def judged(backend: Backend) -> dict[str, Backend]:
     """What gates have to judge: the backend, without a name, and its variants."""
-    return {"": backend, **(backend.variants if isinstance(backend, HasVariants) else {})}
+    # Of the class: a wrapper that hands unknown names on is judged itself, and not what it wraps.
+    has_variants = hasattr(type(backend), "variants")
+    return {"": backend, **(cast(HasVariants, backend).variants if has_variants else {})}

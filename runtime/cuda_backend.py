@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from runtime.bundle import Bundle
+from runtime.contract import Backend
 from runtime.cuda_api import GpuDevice, open_device
 from runtime.cuda_kernels import KernelArguments, KernelLibrary
 from runtime.errors import BackendUnavailableError
@@ -16,7 +18,7 @@ from runtime.manifest import EngineEntry, GraphEntry, ModelEntry, TensorEntry
 #: A grid has so many blocks at most, and a step may have one of its own.
 _MOST_STEPS = 2**31 - 1
 #: Up to so many steps a block for each is faster than a thread for each.
-_FEW_STEPS = 8192
+FEW_STEPS = 8192
 
 
 class CudaBackend(GpuBackend):
@@ -26,17 +28,27 @@ class CudaBackend(GpuBackend):
         gpu, model = open_device(), bundle.manifest.model
         self._entry = _choose_engine(bundle, gpu)
         self._library = KernelLibrary(bundle.content(self._entry.file))
+        graphs = bundle.manifest.graphs_of("reduce")
+        names = ("cuda", f"generated CUDA, {self._entry.version}, {gpu}", str(gpu))
         try:
-            entries = [
-                _with_tokens(graph, token_type)
+            functions = [
+                CudaFunction(self._library, model, with_tokens(graph, token_type))
                 for token_type in token_types(model.num_levels)
-                for graph in bundle.manifest.graphs_of("reduce")
+                for graph in graphs
             ]
-            functions = [_CudaFunction(self._library, model, entry) for entry in entries]
+            super().__init__(*names, [function.entry for function in functions], functions)
+            self._variants = {
+                variant: GpuBackend(*names, [function.entry for function in chosen], chosen)
+                for variant, chosen in variants_of(functions).items()
+            }
         except BaseException:
             self._library.close()
             raise
-        super().__init__("cuda", f"generated CUDA, {self._entry.version}, {gpu}", str(gpu), entries, functions)
+
+    @property
+    def variants(self) -> Mapping[str, Backend]:
+        """The kernels that numpy arrays do not reach, or not in calls as small as those of gates."""
+        return self._variants
 
     @property
     def entry(self) -> EngineEntry:
@@ -44,6 +56,8 @@ class CudaBackend(GpuBackend):
         return self._entry
 
     def close(self) -> None:
+        for variant in self._variants.values():
+            variant.close()
         super().close()
         self._library.close()
 
@@ -61,14 +75,30 @@ def _choose_engine(bundle: Bundle, gpu: GpuDevice) -> EngineEntry:
     )
 
 
-def _with_tokens(graph: GraphEntry, token_type: TokenType) -> GraphEntry:
+def variants_of(functions: Sequence[CudaFunction]) -> dict[str, list[CudaFunction]]:
+    """What gates judge beside the functions themselves: tokens of other types, and kernels for many steps.
+
+    Numpy arrays go through in slices that may be too small for these, and gates judge less at a time.
+    """
+    variants = {}
+    for token_type in dict.fromkeys(function.token_type for function in functions):
+        own = [function for function in functions if function.token_type == token_type]
+        if token_type != "int32":
+            variants[f"{token_type} tokens"] = [function.with_few_steps(FEW_STEPS) for function in own]
+        if any(function.has_many for function in own):
+            name = "many steps" if token_type == "int32" else f"{token_type} tokens, many steps"
+            variants[name] = [function.with_few_steps(0) for function in own]
+    return variants
+
+
+def with_tokens(graph: GraphEntry, token_type: TokenType) -> GraphEntry:
     def changed(tensor: TensorEntry) -> TensorEntry:
         return replace(tensor, dtype=token_type) if tensor.name == "tokens" else tensor
 
     return replace(graph, inputs=tuple(map(changed, graph.inputs)), outputs=tuple(map(changed, graph.outputs)))
 
 
-class _CudaFunction:
+class CudaFunction:
     """The kernels of one encoder or decoder."""
 
     def __init__(self, library: KernelLibrary, model: ModelEntry, entry: GraphEntry) -> None:
@@ -77,7 +107,19 @@ class _CudaFunction:
         self._few = library.kernel(kernel_name(prefix, tokens.dtype, "few"))
         # Some sizes have none.
         self._many = library.find(kernel_name(prefix, tokens.dtype, "many"))
+        self._few_steps = FEW_STEPS
+        self.entry, self.token_type = entry, tokens.dtype
         self.chunk_length, self.num_arguments = model.chunk_length, len(entry.inputs) + len(entry.outputs) + 1
+
+    @property
+    def has_many(self) -> bool:
+        return self._many is not None
+
+    def with_few_steps(self, few_steps: int) -> CudaFunction:
+        """Another, of the same kernels: the one for many steps, where there is one, beyond so many."""
+        function = copy.copy(self)
+        function._few_steps = few_steps
+        return function
 
     @property
     def max_batch(self) -> int:
@@ -94,7 +136,7 @@ class _CudaFunction:
         """The library is closed by the backend."""
 
     def launch(self, steps: int, arguments: KernelArguments, stream: int) -> None:
-        if self._many is None or steps <= _FEW_STEPS:
+        if self._many is None or steps <= self._few_steps:
             self._few.launch(steps, arguments, stream)
         else:
             self._many.launch(-(-steps // self._many.threads), arguments, stream)
@@ -103,7 +145,7 @@ class _CudaFunction:
 class _CudaProgram:
     """Needs no memory of its own."""
 
-    def __init__(self, function: _CudaFunction) -> None:
+    def __init__(self, function: CudaFunction) -> None:
         self._function, self._steps = function, 0
         self._arguments = KernelArguments(function.num_arguments)
 

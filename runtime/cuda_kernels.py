@@ -26,16 +26,20 @@ def compile_kernels(source: str, name: str, compute_capability: str, options: Se
     flags = [f"--gpu-architecture=sm_{compute_capability.replace('.', '')}", "--std=c++17", *options]
     try:
         program = _nvrtc(nvrtc.nvrtcCreateProgram, source.encode(), name.encode(), 0, [], [])
-        (error,) = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])
-        if error:
-            log = b" " * int(_nvrtc(nvrtc.nvrtcGetProgramLogSize, program))
-            _nvrtc(nvrtc.nvrtcGetProgramLog, program, log)
-            text = log.decode(errors="replace").strip("\0 \n")
-            raise KernelError(f"NVRTC refuses {name} for compute capability {compute_capability}: {error!r}\n{text}")
-        image = b" " * int(_nvrtc(nvrtc.nvrtcGetCUBINSize, program))
-        # Fills the bytes that it is given.
-        _nvrtc(nvrtc.nvrtcGetCUBIN, program, image)
-        _nvrtc(nvrtc.nvrtcDestroyProgram, program)
+        try:
+            (error,) = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])
+            if error:
+                log = b" " * int(_nvrtc(nvrtc.nvrtcGetProgramLogSize, program))
+                _nvrtc(nvrtc.nvrtcGetProgramLog, program, log)
+                text = log.decode(errors="replace").strip("\0 \n")
+                raise KernelError(
+                    f"NVRTC refuses {name} for compute capability {compute_capability}: {error!r}\n{text}"
+                )
+            image = b" " * int(_nvrtc(nvrtc.nvrtcGetCUBINSize, program))
+            # Fills the bytes that it is given.
+            _nvrtc(nvrtc.nvrtcGetCUBIN, program, image)
+        finally:
+            nvrtc.nvrtcDestroyProgram(program)
     except RuntimeError as error:  # What cuda-python raises where it does not find the library
         raise KernelError(f"NVRTC cannot be used: {error}; install it with: pip install '.[gpu]'") from error
     return image

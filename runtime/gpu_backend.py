@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from runtime.contract import Backend, Float32Array, Int32Array
+from runtime.contract import Float32Array, Int32Array
 from runtime.cuda_api import (
     CapturedGraph,
     DeviceMemory,
@@ -41,12 +41,11 @@ _KEPT = 4
 #: What a kernel may write straight into the memory of the host, or read there: a copy of its own takes microseconds,
 #: whatever its size.
 _DIRECT_BYTES = 64 * 2**10
-#: So many chunks take a multiple of 64 bytes, whatever their size.
+#: So many chunks take a multiple of 16 bytes, whatever their size: what the widest load of a kernel needs.
 _ALIGNED_CHUNKS = 16
 #: Larger batches of numpy arrays go through in slices, of which two are under way at a time.
 _SLICE_BYTES = 4 * 2**20
 
-_INT32 = np.dtype(np.int32)
 _Array = npt.NDArray[Any]
 _T = TypeVar("_T")
 
@@ -85,7 +84,8 @@ class GpuFunction(Protocol):
 class GpuBackend:
     """A backend made of GPU functions. May be called from any thread, and from a signal handler.
 
-    functions: one for each graph in `entries`, which may come once for each type of tokens, int32 among them.
+    functions: one for each graph in `entries`, which may come once for each type of tokens. Arrays of the host go
+    through those of the first type: what is legal has the same value in all.
     """
 
     def __init__(
@@ -103,7 +103,9 @@ class GpuBackend:
         self._typed_decoders = {
             (entry.prefix, _token_type(entry)): runner for entry, runner in runners if entry.role == "decoder"
         }
-        self._encoder, self._decoders = self._encoders[_INT32], self._decoders_of(_INT32)
+        first = _token_type(entries[0])
+        self._encoder = self._encoders[first]
+        self._decoders = {prefix: runner for (prefix, kind), runner in self._typed_decoders.items() if kind == first}
 
     @property
     def name(self) -> str:
@@ -124,11 +126,6 @@ class GpuBackend:
     @property
     def token_types(self) -> tuple[np.dtype[Any], ...]:
         return tuple(self._encoders)
-
-    @property
-    def variants(self) -> dict[str, Backend]:
-        """The kernels for tokens of other types, by the contract for int32, so that gates can judge them."""
-        return {f"{kind} tokens": _Variant(self, kind) for kind in self.token_types if kind != _INT32}
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         self._encoder.run_on_host((actions,), (tokens, stats))
@@ -155,27 +152,9 @@ class GpuBackend:
     def _decoder_of(self, arrays: Sequence[GpuArray]) -> _Runner:
         return self._typed_decoders[arrays[0].shape[3], arrays[0].dtype]
 
-    def _decoders_of(self, kind: np.dtype[Any]) -> dict[int, _Runner]:
-        return {prefix: runner for (prefix, other), runner in self._typed_decoders.items() if other == kind}
-
     def close(self) -> None:
         for runner in self._runners:
             runner.close()
-
-
-class _Variant(GpuBackend):
-    """The same runners, those for another type of tokens in front: what is legal has the same value in both."""
-
-    def __init__(self, whole: GpuBackend, kind: np.dtype[Any]) -> None:
-        vars(self).update(vars(whole))
-        self._encoder, self._decoders = whole._encoders[kind], whole._decoders_of(kind)
-
-    @property
-    def variants(self) -> dict[str, Backend]:
-        return {}
-
-    def close(self) -> None:
-        """Closed with the whole."""
 
 
 class CapturedCall:
@@ -445,7 +424,7 @@ _ABANDONED: list[object] = []
 
 def _slices(batch: int, most: int) -> Sequence[tuple[int, int]]:
     """Start and length of consecutive parts of at most `most`."""
-    # Every part begins as well aligned as the first: a chunk has a whole number of 4 bytes.
+    # Every part begins aligned, as the first does.
     most = most // _ALIGNED_CHUNKS * _ALIGNED_CHUNKS or most
     return [(start, min(most, batch - start)) for start in range(0, batch, most)]
 

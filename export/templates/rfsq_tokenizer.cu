@@ -36,15 +36,33 @@ enum Scale { PLAIN, SCALED, SCALED_BELOW_40 };
 
 __device__ __forceinline__ float not_a_number() { return __int_as_float(0x7FFFFFFF); }
 
+/* One instruction each: 2^x and 1 / x within two units of the last place, what is below 2^-126 as 0. */
+__device__ __forceinline__ float power_of_two(float x)
+{
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
+    return x;
+}
+
+__device__ __forceinline__ float reciprocal(float x)
+{
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));
+    return x;
+}
+
+/* sum + the products of four tokens and four weights, bytes without and with a sign. */
+__device__ __forceinline__ int add_products(unsigned tokens, int weights, int sum)
+{
+    asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(tokens), "r"(weights));
+    return sum;
+}
+
 /* x tanh(log(1 + exp(x))) = x n / (n + 2) with n = e (e + 2), e = exp(x); from x = 20 on the fraction is 1. */
 template <Scale SCALE> __device__ __forceinline__ float mish(float x)
 {
-    float e, reciprocal;
     const float exponent = SCALE == SCALED_BELOW_40 ? x : SCALE == SCALED ? fminf(x, 29.0f) : fminf(x, 20.0f) * LOG2_E;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(exponent));
-    const float n = e * (e + 2), divisor = n + 2;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(divisor));
-    return x * (n * reciprocal);
+    const float e = power_of_two(exponent);
+    const float n = e * (e + 2);
+    return x * (n * reciprocal(n + 2));
 }
 
 /* tanh(x) = m / (m + 2) with m = exp(2 x) - 1 = 2^n exp(r) - 1; from |x| = 10 on it is 1. */
@@ -109,14 +127,26 @@ __device__ __forceinline__ void load_tokens(const Token *source, Token (&tokens)
 /* Where hidden unit h lies in shared memory: those that four threads add up side by side. */
 __device__ __forceinline__ int beside(int h) { return h % QUARTER * 4 + h / QUARTER; }
 
-/* bias + weights * hidden; four neighbouring threads have the same arguments, and all threads of a warp take part. */
-__device__ __forceinline__ float weighted_sum(const float *weights, const float *hidden, float bias)
+/* Whether the next layer's weights have room in shared memory beside `others` numbers, what aligns them, and the hidden
+ * units. */
+__device__ constexpr bool have_room(int outputs, int others)
 {
+    return (int)sizeof(float) * (outputs * (PADDED_H + 4) + PADDED_H + others + 4) <= SHARED_BYTES;
+}
+
+/* bias + weights * hidden; four neighbouring threads have the same arguments, and all threads of a warp take part.
+ * second: the weights, from `hidden_layer`; where they had no room they are read from `rows`. */
+template <int INPUTS, bool HAVE_ROOM>
+__device__ __forceinline__ float weighted_sum(const float *rows, const float (*second)[PADDED_H + 4], int output,
+                                              const float *hidden, float bias)
+{
+    constexpr int STRIDE = HAVE_ROOM ? 4 : ROW;
     const int quarter = threadIdx.x % 4;
+    const float *weights = HAVE_ROOM ? second[output] + quarter : rows + quarter * QUARTER * ROW + INPUTS + 1 + output;
     float part = 0;
-#pragma unroll
+#pragma unroll 32
     for (int i = 0; i < QUARTER; ++i)
-        part = fmaf(weights[i * 4 + quarter], hidden[i * 4 + quarter], part);
+        part = fmaf(weights[i * STRIDE], hidden[i * 4 + quarter], part);
     float sum = bias;
 #pragma unroll
     for (int q = 0; q < 4; ++q)
@@ -124,9 +154,9 @@ __device__ __forceinline__ float weighted_sum(const float *weights, const float 
     return sum;
 }
 
-/* One layer from `inputs` in shared memory to `hidden`, and the weights of the next to where `weighted_sum` wants them.
- * row: this thread's first, loaded before what it has to wait for. */
-template <int INPUTS, int OUTPUTS, Scale SCALE>
+/* One layer from `inputs` in shared memory to `hidden`, and the weights of the next to where `weighted_sum` wants them,
+ * if they have room. row: this thread's first, loaded before what it has to wait for. */
+template <int INPUTS, int OUTPUTS, bool HAVE_ROOM, Scale SCALE>
 __device__ __forceinline__ void hidden_layer(const float *rows, float (&row)[ROW], const float *inputs, float *hidden,
                                              float (*second)[PADDED_H + 4])
 {
@@ -137,11 +167,25 @@ __device__ __forceinline__ void hidden_layer(const float *rows, float (&row)[ROW
 #pragma unroll
         for (int i = 0; i < INPUTS; ++i)
             sum = fmaf(row[i], inputs[i], sum);
+        if constexpr (HAVE_ROOM) {
 #pragma unroll
-        for (int o = 0; o < OUTPUTS; ++o)
-            second[o][beside(h)] = row[INPUTS + 1 + o];
+            for (int o = 0; o < OUTPUTS; ++o)
+                second[o][beside(h)] = row[INPUTS + 1 + o];
+        }
         hidden[beside(h)] = mish<SCALE>(sum);
     }
+}
+
+/* Exact until it is rounded: unsigned sums may run over on the way, the result does not. */
+template <class Decoder, class Token>
+__device__ __forceinline__ float latent_from_own(int d, const Token (&tokens)[Decoder::LAYERS])
+{
+    typedef typename Decoder::Unsigned Unsigned;
+    Unsigned sum = Decoder::latent_start(d);
+#pragma unroll
+    for (int l = 0; l < Decoder::LAYERS; ++l)
+        sum += (Unsigned)Decoder::fixed_weight(d, l) * (Unsigned)tokens[l];
+    return (float)(typename Decoder::Signed)sum * Decoder::LATENT_STEP;
 }
 
 /* Sums of sigma times what a token is above the middle, which is exact; the smallest first. */
@@ -177,8 +221,10 @@ template <class Decoder, class Token>
 __device__ __forceinline__ void decode_few(const Token *tokens, const float *stats, float *actions)
 {
     constexpr int LAYERS = Decoder::LAYERS;
-    __shared__ alignas(16) float latents[D], levels[Decoder::LATENTS == ALL_TOKENS ? D * LAYERS : 1];
-    __shared__ float hidden[PADDED_H], second[A][PADDED_H + 4];
+    constexpr int LEVELS = Decoder::LATENTS == ALL_TOKENS ? D * LAYERS : 1;
+    constexpr bool HAVE_ROOM = have_room(A, D + LEVELS);
+    alignas(16) __shared__ float latents[D];
+    __shared__ float levels[LEVELS], hidden[PADDED_H], second[HAVE_ROOM ? A : 1][PADDED_H + 4];
     const Steps step = blockIdx.x;
     alignas(16) float row[ROW];
     if (threadIdx.x < PADDED_H)
@@ -187,19 +233,14 @@ __device__ __forceinline__ void decode_few(const Token *tokens, const float *sta
     for (int d = threadIdx.x; d < D; d += FEW_THREADS) {
         alignas(16) Token own[LAYERS];
         load_tokens<LAYERS>(tokens + (step * D + d) * LAYERS, own);
-        unsigned sum = 0;
-        if constexpr (Decoder::LATENTS == OWN_TOKENS)
-            sum = Decoder::latent_start(d);
 #pragma unroll
         for (int l = 0; l < LAYERS; ++l) {
             is_illegal |= (unsigned)own[l] >= (unsigned)K;
-            if constexpr (Decoder::LATENTS == OWN_TOKENS)
-                sum += Decoder::fixed_weight(d, l) * (unsigned)own[l];
-            else if constexpr (Decoder::LATENTS == ALL_TOKENS)
+            if constexpr (Decoder::LATENTS == ALL_TOKENS)
                 levels[d * LAYERS + l] = (float)own[l];
         }
         if constexpr (Decoder::LATENTS == OWN_TOKENS)
-            latents[d] = (float)(int)sum * Decoder::LATENT_STEP;
+            latents[d] = latent_from_own<Decoder>(d, own);
         else if constexpr (Decoder::LATENTS == STATISTICS)
             latents[d] = latent_from_stats(own, stats + step * (LAYERS * 2), is_illegal);
     }
@@ -209,11 +250,11 @@ __device__ __forceinline__ void decode_few(const Token *tokens, const float *sta
             latents[d] = latent_from_all<Decoder>(d, levels);
         __syncthreads();
     }
-    hidden_layer<D, A, Decoder::SCALE>(Decoder::rows(), row, latents, hidden, second);
+    hidden_layer<D, A, HAVE_ROOM, Decoder::SCALE>(Decoder::rows(), row, latents, hidden, second);
     __syncthreads();
     for (int first = 0; first < A; first += FEW_THREADS / 4) {
         const int wanted = first + threadIdx.x / 4, a = wanted < A ? wanted : A - 1;
-        const float sum = weighted_sum(second[a], hidden, Decoder::bias(a));
+        const float sum = weighted_sum<D, HAVE_ROOM>(Decoder::rows(), second, a, hidden, Decoder::bias(a));
         if (wanted < A && threadIdx.x % 4 == 0)
             actions[step * A + a] = is_illegal ? not_a_number() : sum;
     }
@@ -222,7 +263,8 @@ __device__ __forceinline__ void decode_few(const Token *tokens, const float *sta
 template <class Token>
 __device__ __forceinline__ void encode_few(const float *actions, Token *tokens, float *stats)
 {
-    __shared__ float inputs[A], hidden[PADDED_H], second[D][PADDED_H + 4];
+    constexpr bool HAVE_ROOM = have_room(D, A + D);
+    __shared__ float inputs[A], hidden[PADDED_H], second[HAVE_ROOM ? D : 1][PADDED_H + 4];
     const Steps step = blockIdx.x;
     alignas(16) float row[ROW];
     if (threadIdx.x < PADDED_H)
@@ -243,11 +285,12 @@ __device__ __forceinline__ void encode_few(const float *actions, Token *tokens, 
         inputs[a] = action;
     }
     is_illegal = __syncthreads_or(is_illegal);
-    hidden_layer<A, D, PLAIN>(&ENCODER_ROWS[0][0], row, inputs, hidden, second);
+    hidden_layer<A, D, HAVE_ROOM, PLAIN>(&ENCODER_ROWS[0][0], row, inputs, hidden, second);
     __syncthreads();
     for (int first = 0; first < D; first += FEW_THREADS / 4) {
         const int wanted = first + threadIdx.x / 4, d = wanted < D ? wanted : D - 1;
-        float latent = hyperbolic_tangent(weighted_sum(second[d], hidden, ENCODER_BIAS[d]));
+        const float sum = weighted_sum<A, HAVE_ROOM>(&ENCODER_ROWS[0][0], second, d, hidden, ENCODER_BIAS[d]);
+        float latent = hyperbolic_tangent(sum);
 #if HAS_CONSTANT_BINS
         Token *const own = tokens + (step * D + d) * L;
 #pragma unroll
@@ -427,7 +470,7 @@ __device__ __forceinline__ void both_layers(const float (&inputs)[INPUTS], float
     }
 }
 
-/* Latent d, exact until it is rounded, from words of four tokens. */
+/* Latent d, the same as `latent_from_own`, from words of four tokens. */
 template <class Decoder>
 __device__ __forceinline__ float latent_from_words(int d, const unsigned (&words)[D * Decoder::LAYERS / 4])
 {
@@ -437,11 +480,9 @@ __device__ __forceinline__ float latent_from_words(int d, const unsigned (&words
         int part = n == 0 ? Decoder::latent_start(d) : 0;
 #pragma unroll
         for (int i = 0; i <= ((d + 1) * Decoder::LAYERS - 1) / 4 - d * Decoder::LAYERS / 4; ++i) {
-            const int weight = Decoder::word_weight(d, i * 4 + n);
-            if (weight != 0)
-                asm("dp4a.u32.s32 %0, %1, %2, %0;"
-                    : "+r"(part)
-                    : "r"(words[d * Decoder::LAYERS / 4 + i]), "r"(weight));
+            const int weights = Decoder::word_weight(d, i * 4 + n);
+            if (weights != 0)
+                part = add_products(words[d * Decoder::LAYERS / 4 + i], weights, part);
         }
         sum += (unsigned)part << 8 * n;
     }
@@ -452,7 +493,7 @@ template <class Decoder, class Token>
 __device__ __forceinline__ void decode_many(const Token *tokens, float *actions, Steps steps)
 {
     constexpr int LAYERS = Decoder::LAYERS, STRIDE = Bytes<LAYERS>::STRIDE;
-    __shared__ alignas(16) unsigned staged[WARPS][WARP * (STRIDE > A ? STRIDE : A)];
+    alignas(16) __shared__ unsigned staged[WARPS][WARP * (STRIDE > A ? STRIDE : A)];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     unsigned *const own = staged[warp];
     const Steps first = ((Steps)blockIdx.x * WARPS + warp) * WARP;
@@ -487,13 +528,14 @@ __device__ __forceinline__ void decode_many(const Token *tokens, float *actions,
             __stcs(actions + first * A + i, outputs[i]);
 }
 
-template <class Token>
+template <int LAYERS, class Token>
 __device__ __forceinline__ void encode_many(const float *actions, Token *tokens, Steps steps)
 {
-    constexpr int STRIDE = Bytes<L>::STRIDE;
+    static_assert(LAYERS == L, "a parameter only so that nothing of this is looked at where its sizes do not suit");
+    constexpr int STRIDE = Bytes<LAYERS>::STRIDE;
     /* To a number this large a level can be added without a rounding: it then stands in the lowest byte. */
     constexpr float LARGE = 0x1.8p+23f + MIDDLE_LEVEL;
-    __shared__ alignas(16) unsigned staged[WARPS][WARP * (STRIDE > A ? STRIDE : A)];
+    alignas(16) __shared__ unsigned staged[WARPS][WARP * (STRIDE > A ? STRIDE : A)];
     const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     unsigned *const own = staged[warp];
     const Steps first = ((Steps)blockIdx.x * WARPS + warp) * WARP;
@@ -515,7 +557,7 @@ __device__ __forceinline__ void encode_many(const float *actions, Token *tokens,
         latents[d] = ENCODER_BIAS[d];
     both_layers<Encoder, PLAIN>(inputs, latents);
     __syncwarp();
-    alignas(16) unsigned words[Bytes<L>::WORDS];
+    alignas(16) unsigned words[Bytes<LAYERS>::WORDS];
 #pragma unroll
     for (int d = 0; d < D; ++d) {
         float latent = hyperbolic_tangent(latents[d]);
@@ -530,11 +572,11 @@ __device__ __forceinline__ void encode_many(const float *actions, Token *tokens,
         }
     }
 #pragma unroll
-    for (int w = 0; w < Bytes<L>::WORDS; ++w)
+    for (int w = 0; w < Bytes<LAYERS>::WORDS; ++w)
         words[w] = is_illegal ? EVERY_BIT : words[w];
-    store_row_of_words<L>(words, own + lane * STRIDE);
+    store_row_of_words<LAYERS>(words, own + lane * STRIDE);
     __syncwarp();
-    unstage<L>(own, valid, tokens + first * (D * L));
+    unstage<LAYERS>(own, valid, tokens + first * (D * L));
 }
 #endif
 

@@ -146,6 +146,8 @@ def test_the_gates_judge_these_kernels_too(bundle_path: Path) -> None:
     proven = {entry.gate for entry in open_bundle(bundle_path).manifest.parity if entry.backend == "cuda"}
     assert proven >= {"encode: wrong tokens", "uint8 tokens, encode: wrong tokens"}
     assert {"decode 8 layers: action error", "uint8 tokens, decode 8 layers: action error"} <= proven
+    # Gates judge no more steps at once than the kernels for few take.
+    assert {"many steps, encode: wrong tokens", "uint8 tokens, many steps, decode 8 layers: action error"} <= proven
 
 
 @pytest.mark.parametrize("backend", [*TENSORRT, "onnxruntime-cuda"])

@@ -155,7 +155,7 @@ def test_close_frees_everything(cuda: FakeCuda) -> None:
 
 
 def test_tokens_of_another_type_go_through_functions_of_their_own(cuda: FakeCuda) -> None:
-    """The gates judge them through arrays of int32; on the GPU they are taken as they are."""
+    """Arrays of the host through those of the first type, whatever it is; on the GPU they are taken as they are."""
     bench = Bench(cuda)
     as_bytes = [
         replace(
@@ -168,18 +168,26 @@ def test_tokens_of_another_type_go_through_functions_of_their_own(cuda: FakeCuda
     functions = [FakeFunction(cuda, entry) for entry in (*bench.entries, *as_bytes)]
     backend = GpuBackend("fake", "a fake", "a GPU", [*bench.entries, *as_bytes], functions)
     assert backend.token_types == (np.dtype(np.int32), np.dtype(np.uint8))
-    assert list(backend.variants) == ["uint8 tokens"]
-    [variant] = backend.variants.values()
-    assert (variant.name, variant.device, judged(variant)) == ("fake", "a GPU", {"": variant})
+    assert judged(backend) == {"": backend}
+    for entry, function in zip((bench.entries[0], as_bytes[0]), (functions[0], functions[3]), strict=True):
+        inputs, output = arrays_of(bench, entry, 3)
+        inputs[0] %= 2
+        backend.encode_on_gpu([on_gpu(array) for array in (*inputs, output)], CALLERS_STREAM)
+        cuda.synchronize(CALLERS_STREAM.handle)
+        np.testing.assert_array_equal(output, answer(inputs, entry.outputs[0]))
+        # Its own function, and no other, was used.
+        assert [used for used in functions if used.programs][-1] is function
+    functions += [FakeFunction(cuda, entry) for entry in as_bytes]
+    alone = GpuBackend("fake", "a fake", "a GPU", as_bytes, functions[6:])
     (actions,) = bench.inputs(as_bytes[0], 3)
     actions = actions % 2
     tokens = np.empty((3, *as_bytes[0].outputs[0].shape[1:]), np.int32)
-    variant.encode_into(actions, tokens, None)
+    alone.encode_into(actions, tokens, None)
     np.testing.assert_array_equal(tokens, answer([actions], as_bytes[0].outputs[0]))
-    # Its own function, and no other, was used.
-    assert [bool(function.programs) for function in functions] == [False] * 3 + [True] + [False] * 2
-    variant.close()
+    assert [bool(function.programs) for function in functions] == [True, False, False] * 3
+    alone.close()
     backend.close()
+    cuda.streams.pop(CALLERS_STREAM.handle)
     assert (cuda.live, cuda.streams, cuda.open_graphs) == ({}, {}, 0)
     assert all(function.is_closed for function in functions)
 

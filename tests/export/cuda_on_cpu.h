@@ -1,0 +1,181 @@
+/*
+ * As much of CUDA as the generated kernels use, on a processor: the threads of a block are coroutines, one after the
+ * other from barrier to barrier. So they run in the same order every time, in another if told to: with a barrier too few
+ * the two differ. Needs ucontext, of glibc.
+ */
+#include <math.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <memory>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
+struct alignas(16) float4 { float x, y, z, w; };
+
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+
+/* --- arithmetic -------------------------------------------------------------------------------------------------- */
+
+template <class To, class From> To same_bits(From value)
+{
+    static_assert(sizeof(To) == sizeof(From), "bits are neither made up nor lost");
+    To result;
+    memcpy(&result, &value, sizeof result);
+    return result;
+}
+
+inline float __int_as_float(int bits) { return same_bits<float>(bits); }
+inline unsigned __float_as_uint(float value) { return same_bits<unsigned>(value); }
+
+/* Rounded up: what the nearest lacks, which is exact, says whether that is the next one. */
+inline float __fadd_ru(float a, float b)
+{
+    const float sum = a + b, part = sum - a, rest = (a - (sum - part)) + (b - part);
+    return rest > 0 ? nextafterf(sum, INFINITY) : sum;
+}
+
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector)
+{
+    const unsigned long long bytes = (unsigned long long)high << 32 | low;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i)
+        result |= (unsigned)(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return result;
+}
+
+template <class T> T __ldcs(const T *source) { return *source; }
+template <class T> void __stcs(T *target, T value) { *target = value; }
+
+/* What stands for the instructions of PTX. */
+inline float flushed(float value) { return fabsf(value) < 0x1p-126f ? copysignf(0, value) : value; }
+inline float ptx_ex2(float x) { return flushed(exp2f(flushed(x))); }
+inline float ptx_rcp(float x) { return flushed(1 / flushed(x)); }
+
+inline int ptx_dp4a(unsigned tokens, int weights, int sum)
+{
+    unsigned total = (unsigned)sum;
+    for (int i = 0; i < 4; ++i)
+        total += (tokens >> 8 * i & 255) * (unsigned)(signed char)(weights >> 8 * i);
+    return (int)total;
+}
+
+/* --- threads ------------------------------------------------------------------------------------------------------ */
+
+struct Barrier {
+    unsigned size = 0, arrived = 0, times_passed = 0;
+    bool any = false, any_before = false;
+};
+
+struct Thread {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    bool is_done;
+};
+
+struct { unsigned x; } threadIdx, blockIdx;
+
+static constexpr unsigned WARP_SIZE = 32, STACK_BYTES = 256 * 1024;
+static ucontext_t scheduler;
+static std::vector<Thread> threads;
+static std::vector<Barrier> warps;
+static std::vector<float> exchanged;
+static Barrier block;
+static unsigned num_events;
+static void *kernel;
+static void *const *arguments;
+static unsigned num_arguments;
+
+static void wait_at(Barrier &barrier)
+{
+    const unsigned before = barrier.times_passed, own = threadIdx.x;
+    if (++barrier.arrived == barrier.size) {
+        barrier.any_before = barrier.any;
+        barrier.arrived = 0, barrier.any = false, ++barrier.times_passed, ++num_events;
+    }
+    while (barrier.times_passed == before)
+        swapcontext(&threads[own].context, &scheduler);
+}
+
+inline void __syncthreads() { wait_at(block); }
+inline void __syncwarp() { wait_at(warps[threadIdx.x / WARP_SIZE]); }
+
+inline int __syncthreads_or(int value)
+{
+    block.any |= value != 0;
+    wait_at(block);
+    return block.any_before;
+}
+
+inline float __shfl_sync(unsigned, float value, int lane, int width)
+{
+    exchanged[threadIdx.x] = value;
+    __syncwarp();
+    const float result = exchanged[threadIdx.x / width * width + lane];
+    __syncwarp();
+    return result;
+}
+
+static void run_thread()
+{
+    void *const *a = arguments;
+    if (num_arguments == 3)
+        ((void (*)(void *, void *, long long))kernel)(a[0], a[1], (long long)a[2]);
+    else
+        ((void (*)(void *, void *, void *, long long))kernel)(a[0], a[1], a[2], (long long)a[3]);
+    threads[threadIdx.x].is_done = true;
+    ++num_events;
+    for (const unsigned own = threadIdx.x;;)
+        swapcontext(&threads[own].context, &scheduler);
+}
+
+/* False where some threads wait at a barrier that others never reach. */
+static bool run_block(unsigned size, bool is_backwards)
+{
+    block = {size};
+    warps.assign(size / WARP_SIZE, {WARP_SIZE});
+    exchanged.assign(size, 0);
+    for (auto &thread : threads) {
+        thread.is_done = false;
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack.get();
+        thread.context.uc_stack.ss_size = STACK_BYTES;
+        makecontext(&thread.context, run_thread, 0);
+    }
+    for (unsigned before = num_events - 1; before != num_events;) {
+        before = num_events;
+        for (unsigned i = 0; i < size; ++i) {
+            threadIdx.x = is_backwards ? size - 1 - i : i;
+            if (!threads[threadIdx.x].is_done)
+                swapcontext(&scheduler, &threads[threadIdx.x].context);
+        }
+    }
+    for (const auto &thread : threads)
+        if (!thread.is_done)
+            return false;
+    return true;
+}
+
+extern "C" bool run_kernel(void *function, unsigned blocks, unsigned size, bool is_backwards, void *const *values,
+                           unsigned num_values)
+{
+    kernel = function, arguments = values, num_arguments = num_values;
+    threads.resize(size);
+    for (auto &thread : threads)
+        if (!thread.stack)
+            thread.stack.reset(new char[STACK_BYTES]);
+    for (unsigned i = 0; i < blocks; ++i) {
+        blockIdx.x = is_backwards ? blocks - 1 - i : i;
+        if (!run_block(size, is_backwards))
+            return false;
+    }
+    return true;
+}

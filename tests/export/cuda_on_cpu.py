@@ -1,0 +1,107 @@
+"""The generated CUDA of random models, run on the processor: a C++ compiler takes the kernels as they are."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from pathlib import Path
+
+import numpy as np
+
+from runtime.kernel_names import KernelKind, kernel_name
+from tests.bundles import Deployed, generate_cuda
+from tests.export.c_library import run
+from tests.runtime.fake_gpu import aligned
+
+#: The kernels look at the same bits as different types, as CUDA allows; and what is shared by a block is static here,
+#: and must not be one with that of another model's kernels in the same process.
+FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique", "-w", "-shared", "-fPIC")
+#: What no processor has, and what stands for it.
+INSTRUCTIONS = {
+    'asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));': "x = ptx_ex2(x);",
+    'asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(x) : "f"(x));': "x = ptx_rcp(x);",
+    'asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(sum) : "r"(tokens), "r"(weights));': (
+        "sum = ptx_dp4a(tokens, weights, sum);"
+    ),
+}
+#: Stands behind every output, and has to stand there afterwards.
+GUARD, GUARD_BYTES = 77, 256
+
+
+class CudaOnCpu:
+    """encode and decode by one kind of kernel. is_backwards: blocks and threads take their turns from the last on.
+
+    flags: more for the compiler; without: what to leave out of the source.
+    """
+
+    def __init__(self, folder: Path, deployed: Deployed, *, flags: tuple[str, ...] = (), without: str = "") -> None:
+        self._recipe = deployed.recipe
+        self.source = source = generate_cuda(deployed)
+        for found, replacement in INSTRUCTIONS.items():
+            assert source.count(found) == 1, found
+            source = source.replace(found, replacement)
+        source = source.replace(without, "") if without else source
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "kernels.cpp").write_text(f'#include "cuda_on_cpu.h"\n{source}', encoding="utf-8")
+        run(["g++", *FLAGS, *flags, "-I", Path(__file__).parent, "kernels.cpp", "-o", "kernels.so"], folder)
+        self._library = ctypes.CDLL(str(folder / "kernels.so"))
+        self._library.run_kernel.restype = ctypes.c_bool
+
+    def has(self, prefix: int | None, token_type: str, kind: KernelKind) -> bool:
+        return f" {kernel_name(prefix, token_type, kind)}(" in self.source
+
+    def encode(
+        self, actions: np.ndarray, token_type: str, kind: KernelKind, *, is_backwards: bool = False
+    ) -> tuple[np.ndarray, np.ndarray | None]:
+        """actions [S, A] -> tokens [S, D, L] and, of a `dynamic` model, stats [S, L, 2]."""
+        sizes = self._recipe.config
+        shapes: list[tuple[tuple[int, ...], str]] = [
+            ((len(actions), sizes.latent_dim, sizes.num_layers), token_type),
+            *([((len(actions), sizes.num_layers, 2), "float32")] if self._recipe.mode.has_stats else []),
+        ]
+        tokens, *stats = self._run(kernel_name(None, token_type, kind), [actions], shapes, is_backwards)
+        return tokens, stats[0] if stats else None
+
+    def decode(
+        self, tokens: np.ndarray, stats: np.ndarray | None, kind: KernelKind, *, is_backwards: bool = False
+    ) -> np.ndarray:
+        """tokens [S, D, l] (and stats [S, l, 2]) -> actions [S, A]."""
+        name = kernel_name(tokens.shape[-1], tokens.dtype.name, kind)
+        inputs = [tokens] if stats is None else [tokens, stats]
+        shape = (len(tokens), self._recipe.config.action_dim)
+        [actions] = self._run(name, inputs, [(shape, "float32")], is_backwards)
+        return actions
+
+    def _run(
+        self, name: str, inputs: list[np.ndarray], shapes: list[tuple[tuple[int, ...], str]], is_backwards: bool
+    ) -> list[np.ndarray]:
+        steps = len(inputs[0])
+        # As the runtime launches them: a block for each step, or a thread.
+        threads = self._constant("WARPS") * 32 if name.endswith("many") else self._constant("FEW_THREADS")
+        blocks = -(-steps // threads) if name.endswith("many") else steps
+        sizes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes]
+        written = [aligned((size + GUARD_BYTES,), np.uint8) for size in sizes]
+        for memory in written:
+            memory.fill(GUARD)
+        arrays = [*map(_copied, inputs), *written]
+        values = (ctypes.c_void_p * (len(arrays) + 1))(*(array.ctypes.data for array in arrays), steps)
+        kernel = ctypes.cast(self._library[name], ctypes.c_void_p)
+        assert self._library.run_kernel(kernel, blocks, threads, is_backwards, values, len(values)), "threads wait"
+        for memory, size in zip(written, sizes, strict=True):
+            assert (memory[size:] == GUARD).all(), "written beyond the end"
+        return [
+            memory[:size].view(dtype).reshape(shape)
+            for memory, size, (shape, dtype) in zip(written, sizes, shapes, strict=True)
+        ]
+
+    def _constant(self, name: str) -> int:
+        found = re.search(rf"\b{name} = (\d+)", self.source)
+        assert found is not None
+        return int(found[1])
+
+
+def _copied(array: np.ndarray) -> np.ndarray:
+    """Where arrays of the GPU lie: at a multiple of 256 bytes."""
+    copy = aligned(array.shape, array.dtype)
+    copy[...] = array
+    return copy
