@@ -108,10 +108,15 @@ def compare_config(config: object, model: ModelEntry) -> list[str]:
     ]
 
 
+def is_grid(name: str) -> bool:
+    """Whether this is the published name of a quantiser layer's grid."""
+    return _GRID.fullmatch(name) is not None
+
+
 def compare_state(
     state: Mapping[str, _Array], hashes: Mapping[str, str], model: ModelEntry, *, resolution: float
 ) -> StateComparison:
-    """state: float32 arrays by name; hashes: the bundle's; resolution: eps of the type that the file keeps them in.
+    """state: float32 arrays by name; hashes: the bundle's; resolution: eps of the type that the file keeps grids in.
 
     Grids, which are the same for everybody, and what calibration fitted may be left out: a published file has the
     ones, a file of ours the others.
@@ -132,7 +137,7 @@ def compare_state(
             )
         elif name in grids and not np.allclose(array, grid, rtol=0, atol=max(_GRID_TOLERANCE, resolution)):
             differences.append(f"{name} is not linspace(-1, 1, {model.num_levels})")
-    layers = sum(1 for name in found if _GRID.fullmatch(name))
+    layers = sum(map(is_grid, found))
     if layers not in (0, model.num_layers):
         differences.append(f"it has {layers} quantiser layers, the bundle's model {model.num_layers}")
     return StateComparison(

@@ -6,7 +6,8 @@ OLD is the bundle that the policy was trained with, NEW the one that would repla
 `dynamic` for a robust one as published.
 
 The exit status is 0 when they are interchangeable, 1 when NEW can replace the decoder of OLD, 2 when the policy has to
-be trained again, and 3 when nothing could be compared. What the manifests do not prove counts only with --force.
+be trained again, or NEW to be built otherwise, and 3 when nothing could be compared. What the manifests do not prove
+counts only with --force.
 """
 
 import sys
@@ -19,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -87,10 +89,9 @@ class Measurement:
     decodings: tuple[Decoding, ...]
     remarks: tuple[str, ...]
 
-    @property
-    def has_same_tokens(self) -> bool:
-        """As far as float32 rounding lets tokens be the same."""
-        return bool(self.equal) and self.differing <= 1 + FLIPPED_STEPS * self.steps
+    def has_same_tokens(self, *, spare: int = 0) -> bool:
+        """As far as float32 rounding lets tokens be the same; spare: steps that may differ beside, of however few."""
+        return bool(self.equal) and self.differing <= spare + FLIPPED_STEPS * self.steps
 
     def crossed(self, tokens: str) -> list[Decoding]:
         """Tokens of one bundle, decoded by the other."""
@@ -324,9 +325,10 @@ def _conclude(
 ) -> Verdict:
     """What is proven, if the measurement bears it out; with force what is measured."""
     on_data = f"on {measurement.steps:,} steps"
-    is_same_measured = measurement.has_same_tokens and old.num_layers == new.num_layers
+    has_same_depth = old.num_layers == new.num_layers
+    is_same_measured = has_same_depth and measurement.has_same_tokens()
     if compatibility.proof:
-        if not is_same_measured:
+        if not (has_same_depth and measurement.has_same_tokens(spare=1)):
             return Verdict(
                 NOT_COMPATIBLE,
                 f"contradiction: the manifests have {compatibility.proof}, but {measurement.differing:,} of "
@@ -345,6 +347,12 @@ def _conclude(
             f"NEW cannot decode for this policy: {'; '.join(compatibility.obstacles)}; its tokens are the same "
             f"({ground})",
         )
+    rebuilt = tuple(_rebuilt(old, new))
+    if rebuilt:
+        return Verdict(
+            NOT_COMPATIBLE,
+            f"build NEW again before it stands in for OLD: {'; '.join(rebuilt)}. Its tokens are the same ({ground})",
+        )
     crossed = measurement.crossed("OLD")
     if max(entry.from_own for entry in (*crossed, *measurement.crossed("NEW"))) <= SAME_ACTION:
         return Verdict(INTERCHANGEABLE, f"interchangeable ({ground})")
@@ -353,6 +361,15 @@ def _conclude(
         f"the decoder can be replaced, the policy stays: the tokens are the same ({ground}), and NEW decodes them with "
         f"action MSE {crossed[-1].mse:.3g}",
     )
+
+
+def _rebuilt(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
+    """What a policy of `old` sends and `new` refuses, though it means the same: a line and an option for each."""
+    if old.chunk_length != new.chunk_length:
+        yield f"it takes chunks of {new.chunk_length} steps, not of {old.chunk_length} (--chunk-length)"
+    missing = sorted({*old.prefixes} - {*new.prefixes})
+    if missing:
+        yield f"it does not decode {_listed(missing)} layers (--prefixes)"
 
 
 # Showing -------------------------------------------------------------------------------------------------------------
@@ -403,4 +420,10 @@ def _listed(numbers: Sequence[int]) -> str:
 
 if __name__ == "__main__":
     prepare_console()
-    sys.exit(main())
+    try:
+        status = main()
+    except Exception:
+        # Python's own status for it, 1, says here that the decoder can be replaced.
+        traceback.print_exc()
+        status = NOT_COMPARED
+    sys.exit(status)

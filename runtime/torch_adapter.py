@@ -20,8 +20,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 
 from runtime.backends import GPU_BACKENDS, PREFERENCE
 from runtime.checkpoint_layouts import (
+    StateComparison,
     compare_config,
     compare_state,
+    is_grid,
     recorded_hashes,
     states_in,
 )
@@ -78,8 +80,14 @@ class ActionRFSQAE(nn.Module):
     config calls hidden_dim; use_layernorm: whether residuals are normalised, by constants or otherwise.
     """
 
-    def __init__(self, engines: _Engines) -> None:
-        """Use `from_bundle`."""
+    def __init__(self, engines: object = None, *_sizes: object, **_settings: object) -> None:
+        """Use `from_bundle`; the published model's arguments are taken to say so."""
+        if not isinstance(engines, _Engines):
+            raise InvalidInputError(
+                "this ActionRFSQAE has no sizes or weights to choose: it is opened from a bundle, which brings both, "
+                "with ActionRFSQAE.from_bundle(PATH); a checkpoint becomes one by `python export/build_engine.py "
+                "--checkpoint FILE --output PATH`"
+            )
         super().__init__()
         self._engines = engines
         model = engines.model
@@ -90,7 +98,7 @@ class ActionRFSQAE(nn.Module):
         self.num_levels: int = model.num_levels
         self.use_layernorm: bool = model.mode != "none"
         # Policy code asks the first parameter for the model's device and type. Without numbers: nothing can be learnt.
-        self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.anchor = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
         self.rfsq = _Quantiser(engines.model)
         self.eval()
 
@@ -210,9 +218,6 @@ class ActionRFSQAE(nn.Module):
         del assign
         if not isinstance(state_dict, Mapping):
             raise InvalidInputError(f"state_dict is a {type(state_dict).__qualname__}; expected a dict of tensors")
-        own = {name: value for name, value in state_dict.items() if name == FINGERPRINT_KEY}
-        if own:
-            state_dict = own
         problems = compare_config(state_dict.get("config"), self._engines.model)
         missing: list[str] = []
         unexpected: list[str] = []
@@ -220,6 +225,12 @@ class ActionRFSQAE(nn.Module):
             problems += self._compare(state, missing, unexpected, strict=strict)
         if problems:
             raise FingerprintError(self._refusal(problems))
+        if any(map(self._speaks_otherwise, states_in(state_dict))):
+            _LOG.warning(
+                "%s has calibrated tokens, which mean something else than those that this checkpoint made as "
+                "published: a policy has to be trained on them",
+                self._engines.path,
+            )
         return _IncompatibleKeys(missing, unexpected)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -238,7 +249,10 @@ class ActionRFSQAE(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """As a part of a policy whose state is loaded: torch raises RuntimeError with what is added to error_msgs."""
+        """As a part of a policy whose state is loaded: torch raises RuntimeError with what is added to error_msgs.
+
+        The policy learnt the tokens of the tokenizer that was saved with it, so the right weights are not enough.
+        """
         del local_metadata, strict
         state = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         if not state:
@@ -251,33 +265,53 @@ class ActionRFSQAE(nn.Module):
         unexpected_keys += [prefix + name for name in unexpected]
         if problems:
             error_msgs.append(self._refusal(problems))
+        elif self._speaks_otherwise(state):
+            error_msgs.append(
+                "this policy was saved with the published tokenizer, and calibrated tokens, which "
+                f"{self._engines.path} ({self.fingerprint}) has, mean something else: take a `recovered` bundle; or, "
+                f"to train the policy on calibrated tokens, leave out what begins with {prefix!r} and load with "
+                "strict=False"
+            )
 
     def _compare(
         self, state: Mapping[str, Any], missing: list[str], unexpected: list[str], *, strict: bool
     ) -> list[str]:
-        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        if FINGERPRINT_KEY in tensors:
-            found = bytes(tensors[FINGERPRINT_KEY].cpu().to(torch.uint8).flatten().tolist()).hex()
-            return [] if found == self.fingerprint else [f"it was saved with the tokenizer {found}"]
+        tensors = {name: value for name, value in state.items() if isinstance(name, str) and _is_plain(value)}
         if len(tensors) < len(state):
             others = sorted(str(name) for name in state if name not in tensors)
-            return [f"it is no state dict of tensors: {', '.join(others[:8])} are none"]
-        hashes = recorded_hashes(self._engines.on_host.manifest)
-        if hashes is None:
-            return [
-                "the bundle does not say which tensors it was built from: leave load_state_dict out, since the bundle "
-                "brings its weights, or build it again"
-            ]
-        floats = [value.dtype for value in tensors.values() if value.is_floating_point()]
-        compared = compare_state(
-            {name: value.detach().cpu().float().numpy() for name, value in tensors.items()},
-            hashes,
-            self._engines.model,
-            resolution=max((torch.finfo(dtype).eps for dtype in floats), default=0.0),
-        )
+            return [f"it is no state dict of plain tensors: {', '.join(others[:8])} are none"]
+        if FINGERPRINT_KEY in tensors:
+            compared = self._compare_fingerprint(tensors)
+        else:
+            hashes = recorded_hashes(self._engines.on_host.manifest)
+            if hashes is None:
+                return [
+                    "the bundle does not say which tensors it was built from: leave load_state_dict out, since the "
+                    "bundle brings its weights, or build it again"
+                ]
+            grids = [value.dtype for name, value in tensors.items() if is_grid(name) and value.is_floating_point()]
+            compared = compare_state(
+                {name: value.detach().cpu().float().numpy() for name, value in tensors.items()},
+                hashes,
+                self._engines.model,
+                resolution=max((torch.finfo(dtype).eps for dtype in grids), default=0.0),
+            )
         missing += compared.missing
         unexpected += compared.unexpected
         return compared.problems(strict=strict)
+
+    def _compare_fingerprint(self, tensors: Mapping[str, Tensor]) -> StateComparison:
+        found = bytes(tensors[FINGERPRINT_KEY].cpu().to(torch.uint8).flatten().tolist()).hex()
+        return StateComparison(
+            missing=(),
+            unexpected=tuple(sorted(tensors.keys() - {FINGERPRINT_KEY})),
+            differences=() if found == self.fingerprint else (f"it was saved with the tokenizer {found}",),
+        )
+
+    def _speaks_otherwise(self, state: Mapping[str, Any]) -> bool:
+        """Whether a model of this state, as published, makes other tokens than the bundle."""
+        is_published = FINGERPRINT_KEY not in state and "calibrated.mean" not in state
+        return is_published and self._engines.model.mode == "calibrated"
 
     def _refusal(self, problems: Sequence[str]) -> str:
         model = self._engines.model
@@ -323,6 +357,12 @@ class CodedLatents:
 
     def to(self, device: torch.device | str) -> CodedLatents:
         return CodedLatents(self.indices.to(device))
+
+    def view(self, *shape: int) -> CodedLatents:
+        """Of steps: the last axis stays D. Published code has them in a row, `view(-1, D)`, before its decoder."""
+        return CodedLatents(self.indices.reshape(*shape, self.indices.shape[-1]))
+
+    reshape = view
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(
@@ -468,13 +508,22 @@ class _Call:
             check(InputValidator(replace(self.tokenizer.model, chunk_length=leading[1])), given.numpy())
 
 
+def _is_plain(value: object) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta and not value.is_quantized
+
+
 def _checked_tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise InvalidInputError(
             f"{name} is a {type(value).__module__}.{type(value).__qualname__}; expected a torch.Tensor: for numpy "
             "arrays there is runtime.ActionTokenizer"
         )
-    if value.layout is not torch.strided or value.is_meta or value.is_quantized:
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        raise InvalidInputError(
+            f"{name} is being traced, and of a bundle only the results of this one call would be recorded: leave the "
+            "tokenizer out of torch.jit.trace and torch.onnx.export; bundles hold its graphs as ONNX"
+        )
+    if not _is_plain(value):
         kind = "on the meta device" if value.is_meta else "quantised" if value.is_quantized else str(value.layout)
         raise InvalidInputError(f"{name} is {kind}; expected a plain dense tensor")
     return value

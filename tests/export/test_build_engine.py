@@ -34,6 +34,7 @@ from rfsq_ref.normaliser import Normaliser, NormaliserKind
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from runtime import ActionTokenizer
 from runtime.bundle import open_bundle
+from runtime.checkpoint_layouts import recorded_hashes, weight_hashes
 from runtime.cpu_targets import host_targets
 from runtime.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, MANIFEST_NAME, Manifest
 from tests.bundles import bundle_files, graph_file
@@ -187,6 +188,20 @@ def test_provenance_tells_where_everything_came_from_without_a_path(built: Build
     text = (built.output / MANIFEST_NAME).read_text(encoding="utf-8")
     assert str(ROOT) not in text
     assert str(Path.home()) not in text
+
+
+def test_the_hash_of_every_tensor_of_the_checkpoint_is_in_the_manifest(built: BuildResult, robust: Checkpoint) -> None:
+    recorded = recorded_hashes(built.manifest)
+    assert recorded is not None
+    weights = weight_hashes({name: tensor.numpy() for name, tensor in robust.weights.items()})
+    assert {name: recorded[name] for name in weights} == weights
+    # What this build fitted stands beside.
+    assert recorded.keys() - weights.keys() == {
+        "calibrated.mean",
+        "calibrated.scale",
+        "readout.weight",
+        "readout.bias",
+    }
 
 
 def test_tokens_alone_are_within_five_percent_of_not_quantising(

@@ -60,11 +60,11 @@ def built_from(sha256: str = "ab" * 32, **tensors: str) -> dict[str, Any]:
     return {"checkpoint": {"checkpoint_sha256": sha256, "tensors": hashes}}
 
 
-def unquantised_by_constants(recipe: Recipe) -> Deployed:
+def unquantised_by_constants(recipe: Recipe, scale: float = 1) -> Deployed:
     """`calibrated`, with the constants that naive tokens have: mean 0 and scale 1."""
     naive = deploy(recipe).reference
     shape = (recipe.config.num_layers, recipe.config.latent_dim)
-    constants = ConditioningConstants(torch.zeros(shape), torch.ones(shape))
+    constants = ConditioningConstants(torch.zeros(shape), torch.full(shape, scale))
     model = ActionAutoencoder(recipe.config, Conditioning.CALIBRATED, constants=constants, normaliser=naive.normaliser)
     model.load_state_dict(naive.state_dict())
     model.double().eval().requires_grad_(False)
@@ -255,15 +255,13 @@ def test_two_dynamic_bundles_are_decoded_crosswise_with_the_stats_of_the_encoder
     assert len(found.measurement.crossed("OLD")) == len(found.measurement.crossed("NEW")) == 2
 
 
-def test_the_measurement_decides_when_it_is_forced(
-    bundle_of: BundleOf, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Chunks of another length: the same tokens in an encoder with other bytes."""
-    old, new = bundle_of(Recipe()), bundle_of(Recipe(chunk_length=3))
+def test_the_measurement_decides_when_it_is_forced(bundle_of: BundleOf, data: Path, tmp_path: Path) -> None:
+    """Constants a millionth apart: the same tokens in an encoder with other bytes."""
+    old = bundle_of(Recipe(mode=DeployMode.NONE))
+    new = write_bundle(tmp_path / "near", unquantised_by_constants(Recipe(mode=DeployMode.NONE), scale=1 + 1e-6))
     status, found = run(old, new, data)
     assert status == 2
     assert "But all tokens agree on 61 steps; --force takes that for enough" in found.verdict.text
-    assert "T is 2 in OLD, 3 in NEW: compared step by step" in capsys.readouterr().out
     status, found = run(old, new, data, "--force")
     assert status == 0
     assert "interchangeable (not proven, the same on 61 steps)" in found.verdict.text
@@ -273,6 +271,33 @@ def test_the_measurement_decides_when_it_is_forced(
     # It does not decide against what it finds.
     naive = Recipe(mode=DeployMode.NONE)
     assert run(bundle_of(naive), bundle_of(Recipe()), data, "--force")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chunk_length": 3}, "it takes chunks of 3 steps, not of 2 (--chunk-length)"),
+        ({"prefixes": ()}, "it does not decode 2 layers (--prefixes)"),
+    ],
+)
+def test_a_bundle_that_refuses_what_the_policy_sends_does_not_stand_in(
+    changes: dict[str, Any], message: str, bundle_of: BundleOf, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever its tokens mean."""
+    old, new = bundle_of(Recipe()), bundle_of(replace(Recipe(), **changes))
+    status, found = run(old, new, data, "--force")
+    assert status == 2
+    assert found.verdict.text.startswith(f"build NEW again before it stands in for OLD: {message}. Its tokens are the")
+    assert ("T is 2 in OLD, 3 in NEW: compared step by step" in capsys.readouterr().out) == ("chunk_length" in changes)
+    # Prefixes that NEW decodes beside are welcome.
+    assert run(new, old, data, "--force")[0] == (0 if "prefixes" in changes else 2)
+
+
+def test_other_tokens_of_a_few_steps_are_not_taken_for_rounding(bundle_of: BundleOf, tmp_path: Path) -> None:
+    one_step = tmp_path / "one.npz"
+    np.savez(one_step, actions=random_actions(Recipe(), 1).reshape(-1, 3)[:1])
+    status, found = run(bundle_of(Recipe()), bundle_of(Recipe(seed=1)), one_step, "--force")
+    assert (status, found.measurement.differing) == (2, 1)
 
 
 def test_a_layer_that_one_has_alone_is_no_agreement(bundle_of: BundleOf, data: Path) -> None:
@@ -333,13 +358,14 @@ def test_what_can_be_compared_is_and_what_cannot_is_said(
 
 
 def test_rounding_at_the_edge_of_a_bin_makes_no_other_token() -> None:
-    def measured(steps: int, differing: int, *equal: float) -> bool:
-        return compat.Measurement(steps, equal, differing, (), ()).has_same_tokens
+    def measured(steps: int, differing: int, *equal: float, spare: int = 0) -> bool:
+        return compat.Measurement(steps, equal, differing, (), ()).has_same_tokens(spare=spare)
 
-    assert measured(10_000, 51, 0.999)
-    assert not measured(10_000, 52, 0.999)
-    assert measured(10, 1, 0.999)
-    assert not measured(10, 2, 0.999)
+    assert measured(10_000, 50, 0.999)
+    assert not measured(10_000, 51, 0.999)
+    assert not measured(10, 1, 0.999)
+    assert measured(10, 1, 0.999, spare=1)
+    assert not measured(10, 2, 0.999, spare=1)
     assert not measured(0, 0)
 
 
@@ -393,6 +419,20 @@ def test_without_an_answer_the_status_is_3(
     with pytest.raises(SystemExit) as caught:
         compat.main([str(bundle)])
     assert caught.value.code == 3
+
+
+def test_an_unforeseen_failure_is_no_verdict(bundle: Path, data: Path) -> None:
+    """Python ends with status 1 where nothing catches an error, and 1 is a verdict here."""
+    script = ROOT / "runtime" / "compat.py"
+    code = (
+        "import runpy, sys, runtime.compatibility\n"
+        "runtime.compatibility.compare_manifests = None\n"
+        f"sys.argv = {[str(script), str(bundle), str(bundle), '--data', str(data)]}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == compat.NOT_COMPARED
+    assert "TypeError: 'NoneType' object is not callable" in done.stderr
 
 
 @pytest.mark.parametrize("suffix", ["npy", "hdf5", "parquet"])

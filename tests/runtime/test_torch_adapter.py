@@ -328,6 +328,18 @@ def test_leading_axes_may_be_any_as_in_the_published_model(leading: list[int], s
     assert torch.equal(adapter.decode_from_indices(codes), recon)
 
 
+def test_tensors_may_lie_as_policy_code_leaves_them(decodable: Pair) -> None:
+    """One action held for a chunk, by `expand`; logits of layer heads, [B, L, T * D, K], permuted to codes."""
+    held = chunks_of(decodable.deployed.recipe)[:1, :1].expand(4, 2, 3)
+    assert 0 in held.stride()
+    recon, codes = decodable.adapter(held)
+    assert torch.equal(codes, decodable.adapter.encode(held.contiguous()))
+    by_layer = codes.flatten(1, 2).permute(0, 2, 1).contiguous()
+    permuted = F.one_hot(by_layer).argmax(-1).permute(0, 2, 1).view(4, 2, 4, 3)
+    assert not permuted.is_contiguous()
+    assert torch.equal(decodable.adapter.decode_from_indices(permuted), recon)
+
+
 def test_what_fills_the_last_chunk_up_is_never_seen(calibrated: Pair) -> None:
     x = chunks_of(replace(PUBLISHED, chunk_length=7), 3)
     recon, codes = calibrated.adapter(x)
@@ -578,6 +590,26 @@ def test_copies_share_the_engines_and_what_is_pickled_opens_the_same_bundle(
         pickle.loads(content)  # noqa: S301  written right here
 
 
+def decode_steps_in_a_row(model: Any, indices: Tensor) -> Tensor:
+    """What the published decode_from_indices does, as code does that has it copied."""
+    z_flat = model.rfsq.decode_from_indices(indices).view(-1, model.hidden_dim)
+    return model.decoder(z_flat).view(*indices.shape[:2], -1)
+
+
+def test_latents_may_be_put_in_a_row_step_by_step(decodable: Pair) -> None:
+    codes = decodable.adapter.encode(chunks_of(decodable.deployed.recipe))
+    for indices in (codes, codes[..., :2]):
+        expected = decodable.adapter.decode_from_indices(indices)
+        assert torch.equal(decode_steps_in_a_row(decodable.adapter, indices), expected)
+    assert decode_steps_in_a_row(decodable.published, codes).shape == (6, 2, 3)
+    latents = decodable.adapter.rfsq.decode_from_indices(codes)
+    assert torch.equal(
+        decodable.adapter.decoder(latents.reshape(6, 2, 4)), decodable.adapter.decode_from_indices(codes)
+    )
+    with pytest.raises(InvalidInputError, match="expected codes"):
+        decodable.adapter.decoder(latents.view(-1, 8))
+
+
 def test_latents_of_codes_are_for_the_decoder_and_no_numbers(calibrated: Pair) -> None:
     recon, codes = calibrated.adapter(chunks_of(PUBLISHED))
     latents = calibrated.adapter.rfsq.decode_from_indices(codes)
@@ -595,6 +627,18 @@ def test_it_may_be_called_from_compiled_code(calibrated: Pair) -> None:
     x = chunks_of(PUBLISHED)
     compiled = torch.compile(lambda actions: calibrated.adapter(actions)[0] * 2, backend="eager")
     assert torch.equal(compiled(x), calibrated.adapter(x)[0] * 2)
+
+
+def test_a_trace_would_record_one_answer_for_all_and_is_refused(calibrated: Pair) -> None:
+    x = chunks_of(PUBLISHED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for traced in (calibrated.adapter, nn.Sequential(calibrated.adapter)):
+            with pytest.raises(InvalidInputError, match="x is being traced"):
+                torch.jit.trace(traced, x)
+            with pytest.raises(InvalidInputError, match="x is being traced"):
+                torch.onnx.export(traced, (x,), io.BytesIO(), dynamo=False)
+    calibrated.adapter(x)
 
 
 # --- state dicts ------------------------------------------------------------------------------------------------------
@@ -681,6 +725,25 @@ def test_names_that_are_missing_or_unknown_pass_where_the_caller_is_not_strict(c
     assert (result.missing_keys, result.unexpected_keys) == (["decoder.2.bias"], ["head.weight"])
 
 
+def test_that_calibrated_tokens_are_others_is_said_when_the_published_checkpoint_is_loaded(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    pair.adapter.load_state_dict(pair.published.state_dict())
+    is_calibrated = pair.deployed.recipe.mode is DeployMode.CALIBRATED
+    assert ("a policy has to be trained on them" in caplog.text) == is_calibrated
+    caplog.clear()
+    pair.adapter.load_state_dict(pair.adapter.state_dict())
+    assert caplog.text == ""
+
+
+def test_one_coarse_tensor_does_not_excuse_another_grid(calibrated: Pair) -> None:
+    state = calibrated.published.state_dict()
+    state["rfsq.layers.0.boundaries"] = state["rfsq.layers.0.boundaries"] + 1e-3
+    state["rfsq.layers.0.layernorm.weight"] = torch.ones(1).bfloat16()
+    with pytest.raises(FingerprintError, match=r"rfsq\.layers\.0\.boundaries is not linspace"):
+        calibrated.adapter.load_state_dict(state)
+
+
 def test_a_checkpoint_in_half_precision_is_the_one_of_a_bundle_built_from_it(calibrated: Pair, tmp_path: Path) -> None:
     half = {name: tensor.half() for name, tensor in calibrated.published.state_dict().items()}
     weights = {name: tensor for name, tensor in half.items() if not name.startswith("rfsq.")}
@@ -717,6 +780,8 @@ def test_a_bundle_that_does_not_say_what_it_was_built_from_accepts_nothing(
         ({}, FingerprintError, "it lacks decoder.0.bias"),
         ({"model": {}}, FingerprintError, "it lacks decoder.0.bias"),
         ([], InvalidInputError, "state_dict is a list"),
+        ({1: torch.zeros(1)}, FingerprintError, "plain tensors: 1 are none"),
+        ({"a": torch.zeros(1, device="meta"), "b": torch.zeros(1).to_sparse()}, FingerprintError, "a, b are none"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(content: Any, error: type[Exception], words: str, calibrated: Pair) -> None:
@@ -728,7 +793,12 @@ def test_its_own_state_is_the_fingerprint(calibrated: Pair, pair_of: Callable[[R
     state = saved(calibrated.adapter.state_dict())
     assert list(state) == [FINGERPRINT_KEY]
     assert bytes(state[FINGERPRINT_KEY].tolist()).hex() == calibrated.adapter.fingerprint
-    calibrated.adapter.load_state_dict(state)
+    for content in (state, {"model": state, "epoch": 3}, {FINGERPRINT_KEY: state[FINGERPRINT_KEY].half()}):
+        calibrated.adapter.load_state_dict(content)
+    beside = state | {"encoder.0.weight": torch.zeros(1)}
+    with pytest.raises(FingerprintError, match=r"unknown tensors encoder\.0\.weight"):
+        calibrated.adapter.load_state_dict(beside)
+    assert calibrated.adapter.load_state_dict(beside, strict=False).unexpected_keys == ["encoder.0.weight"]
     other = pair_of(replace(PUBLISHED, mode=DeployMode.NONE)).adapter
     with pytest.raises(FingerprintError, match=f"it was saved with the tokenizer {calibrated.adapter.fingerprint}"):
         other.load_state_dict(state)
@@ -747,7 +817,14 @@ def test_a_policys_checkpoint_says_which_tokenizer_it_belongs_to(
         policy(other).load_state_dict(state)
     # One that was saved with the published model inside.
     before = nn.ModuleDict({"tokenizer": calibrated.published, "head": nn.Linear(2, 2)}).state_dict()
-    policy(calibrated).load_state_dict(before)
+    same_tokens = pair_of(replace(PUBLISHED, mode=DeployMode.RECOVERED))
+    policy(same_tokens).load_state_dict(
+        {**before, **same_tokens.published.state_dict(prefix="tokenizer.")}  # type: ignore[no-untyped-call]
+    )
+    with pytest.raises(RuntimeError, match=r"calibrated tokens, which .* mean something else.*`recovered`"):
+        policy(calibrated).load_state_dict(before)
+    head = {name: tensor for name, tensor in before.items() if not name.startswith("tokenizer.")}
+    policy(calibrated).load_state_dict(head, strict=False)
     strange = pair_of(replace(PUBLISHED, seed=3))
     with pytest.raises(RuntimeError, match=r"encoder\.0\.weight has other numbers"):
         policy(strange).load_state_dict(before)
@@ -764,6 +841,29 @@ def test_another_fingerprint_than_the_policys_is_refused(calibrated: Pair) -> No
     assert ActionRFSQAE.from_bundle(calibrated.path, expect_fingerprint=fingerprint).fingerprint == fingerprint
     with pytest.raises(FingerprintError):
         ActionRFSQAE.from_bundle(calibrated.path, expect_fingerprint="0" * 64)
+
+
+def test_the_published_models_arguments_are_answered_with_what_to_call() -> None:
+    make: Any = ActionRFSQAE
+    for call in (
+        lambda: make(action_dim=7, hidden_dim=16, num_layers=8, num_levels=7, use_layernorm=True),
+        lambda: make(7, 16, 8, 7),
+        make,
+    ):
+        with pytest.raises(InvalidInputError, match=r"ActionRFSQAE\.from_bundle\(PATH\).*build_engine\.py"):
+            call()
+
+
+def test_the_first_parameter_is_float32_whatever_torchs_default_is(calibrated: Pair) -> None:
+    """As transformers sets it while a policy is loaded."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        adapter = ActionRFSQAE.from_bundle(calibrated.path)
+        found = adapter(chunks_of(PUBLISHED))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert next(adapter.parameters()).dtype is torch.float32
+    assert all(map(torch.equal, found, calibrated.adapter(chunks_of(PUBLISHED))))
 
 
 def test_what_is_no_bundle_and_no_backend_is_refused(calibrated: Pair, tmp_path: Path) -> None:
