@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -56,11 +57,6 @@ class BackendChain:
             retrier.close()
         for worker in self._workers:
             worker.close()
-
-    def settle(self) -> None:
-        """See which of those that were left behind are free again."""
-        for worker in self._workers:
-            worker.settle()
 
     def decode(self, tokens: npt.NDArray[Any], stats: object, deadline_ns: int | None) -> Status:
         """Tokens of a legal form."""
@@ -136,17 +132,13 @@ class BackendChain:
     def _explain(self, status: Status, warm: WarmTokenizer) -> None:
         if status is _NONFINITE:
             self.detail = f"backend {warm.name} made of legal tokens what is not finite; expected numbers: run selftest"
-        elif self._is_limiting:
-            self.detail = "actions outside the limits were brought inside; look at the policy, or at the limits"
         else:
-            self.detail = self._guard.first_outside(warm.chunk)
+            self.detail = self._guard.outside
 
     def _decode_in_worker(
         self, worker: DecodeWorker, tokens: npt.NDArray[Any], stats: Any, deadline_ns: int | None, has_other: bool
     ) -> bool:
         """False if it is not done in time: half of the time, where another backend can use the rest."""
-        if not worker.settle():
-            return False
         if tokens.dtype != np.int32 and not ((tokens >= 0) & (tokens <= self._highest)).all():
             raise InvalidInputError(f"tokens are not all 0 ... {self._highest}; expected levels: look at the policy")
         if stats is not None and not (
@@ -155,10 +147,15 @@ class BackendChain:
             and stats.shape == (1, self._length, tokens.shape[3], 2)
         ):
             raise InvalidInputError("stats have a wrong form; expected float32 [1, T, l, 2] as encoding gave them")
-        worker.warm.spoil()
         assert deadline_ns is not None  # without one there is no worker
         left = (deadline_ns - self._clock()) / 1e9
-        if not worker.decode(tokens, stats, left / 2 if has_other else left):
+        end = time.monotonic() + (left / 2 if has_other else left)
+        # One that was left behind may answer meanwhile.
+        if not worker.wait_until(end):
+            return False
+        worker.warm.spoil()
+        worker.ask(tokens, stats)
+        if not worker.wait_until(end):
             return False
         if worker.error is not None:
             # SystemExit and the like are of the worker's thread, and end no loop.

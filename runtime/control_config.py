@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tomllib
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
@@ -13,6 +12,9 @@ from typing import Any, Self
 import numpy as np
 
 from runtime.control_errors import ControlConfigError
+
+#: Sums and differences of a few such numbers are float32 still.
+_LARGEST = float(np.finfo(np.float32).max) / 4
 
 
 class Status(IntEnum):
@@ -145,17 +147,19 @@ class ControlConfig:
 
     def _check_numbers(self) -> None:
         for name in ("period_s", "stale_after_s", "retry_after_s", "record_interval_s", "log_interval_s"):
-            _require(name, getattr(self, name), "a finite number above 0", lambda value: 0 < value < math.inf)
+            _require(name, getattr(self, name), "from 1e-06 to 1e+06 seconds", lambda value: 1e-6 <= value <= 1e6)
         if self.deadline_us is not None:
-            _require("deadline_us", self.deadline_us, "a finite number above 0", lambda value: 0 < value < math.inf)
+            _require("deadline_us", self.deadline_us, "above 0, at most 1e+09", lambda value: 0 < value <= 1e9)
         _require("new_weight", self.new_weight, "more than 0, at most 1", lambda value: 0 < value <= 1)
         _require("ensemble_decay", self.ensemble_decay, "from 0 to 10", lambda value: 0 <= value <= 10)
-        for name, least in (("max_consecutive_faults", 0), ("record_ticks", 0), ("ensemble_chunks", 1)):
+        for name, least, most in (
+            ("max_consecutive_faults", 0, 1_000_000),
+            ("record_ticks", 0, 1_000_000),
+            ("ensemble_chunks", 1, 256),
+        ):
             value = getattr(self, name)
-            if type(value) is not int or not least <= value <= 1_000_000:
-                raise ControlConfigError(
-                    f"{name} is {value!r}; expected an integer from {least} to 1000000: correct it"
-                )
+            if type(value) is not int or not least <= value <= most:
+                raise ControlConfigError(f"{name} is {value!r}; expected an integer from {least} to {most}: correct it")
         for name in ("use_worker", "pause_gc"):
             if type(getattr(self, name)) is not bool:
                 raise ControlConfigError(f"{name} is {getattr(self, name)!r}; expected true or false: correct it")
@@ -177,9 +181,8 @@ class ControlConfig:
                     f"{name} has {len(getattr(self, name))} values and action_low {size}; expected one per action "
                     "dimension in both: complete them"
                 )
-        if len(set(self.gripper)) != len(self.gripper) or not all(
-            type(index) is int and 0 <= index < size for index in self.gripper
-        ):
+        are_dimensions = all(type(index) is int and 0 <= index < size for index in self.gripper)
+        if not are_dimensions or len(set(self.gripper)) != len(self.gripper):
             raise ControlConfigError(
                 f"gripper is {list(self.gripper)}; expected different dimensions from 0 to {size - 1}: correct it"
             )
@@ -187,8 +190,7 @@ class ControlConfig:
             self._check_dimension(index, self.action_low[index], self.action_high[index])
 
     def _check_dimension(self, index: int, low: float, high: float) -> None:
-        largest = float(np.finfo(np.float32).max) / 4
-        if not (-largest <= low < high <= largest):
+        if not (-_LARGEST <= low < high <= _LARGEST):
             raise ControlConfigError(
                 f"dimension {index} has the limits {low} to {high}; expected finite ones, the lower below the upper: "
                 "correct action_low and action_high"
@@ -222,6 +224,8 @@ def _numbers(name: str, value: object) -> tuple[float, ...]:
     for index, number in enumerate(values):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise ControlConfigError(f"{name}[{index}] is {number!r}; expected a number: correct it")
+        if isinstance(number, int) and abs(number) > _LARGEST:
+            raise ControlConfigError(f"{name}[{index}] is an integer beyond float32; expected a number of an action")
     return tuple(map(float, values))
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,10 @@ from runtime.tokenizer import ActionTokenizer
 _TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8))
 _NEVER = NO_NUMBER
 _MOST = 2**62
+#: Nobody waits longer for an action.
+_LONGEST_US = 1e9
+#: In place of a thread: the decoder was inherited by fork, its threads were not.
+_FORKED = 0
 # Bound names: Python finds a member of an enum more slowly than numpy adds seven numbers.
 _OK, _DEADLINE_MISS, _BAD_TOKEN, _NONFINITE = Status.OK, Status.DEADLINE_MISS, Status.BAD_TOKEN, Status.NONFINITE
 _OUT_OF_RANGE, _STALE, _NOT_READY = Status.OUT_OF_RANGE, Status.STALE, Status.NOT_READY
@@ -117,8 +123,9 @@ class LoopState:
 class ControlDecoder:
     """One action per tick from chunks of tokens, with a status that says whether it can be trusted.
 
-    For one thread: the one that calls `warmup()`. From another, `step` and `reset` raise WrongThreadError; `health`,
-    `snapshot()` and `openmetrics()` may be read from any. One decoder per robot and process.
+    For one thread: the one that calls `warmup()`. From another, and in a child of fork, `step` and `reset` raise
+    WrongThreadError; `health`, `snapshot()` and `openmetrics()` may be read from any. One decoder per robot and
+    process, and not within itself: a signal's handler may raise, and calls neither `step` nor `reset`.
 
     fallbacks: tokenizers of the same bundle on other backends, tried in this order. position: the command that the
     robot obeys now, needed where a dimension is absolute or a gripper. clock: monotonic nanoseconds.
@@ -169,7 +176,6 @@ class ControlDecoder:
         self._half_period_ns = self._period_ns // 2
         self._stale_ns = round(config.stale_after_s * 1e9)
         self._allowed_ns = None if config.deadline_us is None else int(config.deadline_us * 1000)
-        self._has_workers = config.use_worker
         self._pauses_gc, self._raises = config.pause_gc, config.on_fault is OnFault.RAISE
         self._stops, self._is_limiting = config.on_fault is OnFault.STOP, config.out_of_range is OutOfRange.LIMIT
         self._owner: int | None = None
@@ -177,7 +183,7 @@ class ControlDecoder:
         self._reporter: Reporter | None = None
         self._deadline_ns: int | None = None
         self._used = 0
-        self._is_accepted = False
+        self._is_accepted = self._is_deciding = False
         self._latched: Status | None = None
         self._last_status = _OK
         self._start_anew()
@@ -185,9 +191,10 @@ class ControlDecoder:
     def warmup(self) -> None:
         """Run everything once; the calling thread is the loop's from now on. Raises what a broken backend raises."""
         if self._chain is not None:
-            raise ControlConfigError("warmup() was called before; expected once per decoder: call reset() to go on")
-        chain = BackendChain(self._tokenizers, self.config, self._guard, self._clock)
-        self._owner, self._chain = _thread(), chain
+            raise ControlConfigError(
+                "warmup() was called before; expected once per decoder: call reset() to go on, or make another one"
+            )
+        self._chain = chain = BackendChain(self._tokenizers, self.config, self._guard, self._clock)
         position = self._guard.last
         for warm in chain.warm:
             # Ticks whose outcome is thrown away: every branch of a good one has run, every cache is filled.
@@ -199,6 +206,8 @@ class ControlDecoder:
             self._recorder.written = 0
         self.reset(position)
         self._reporter = Reporter(self.config, self.health, self._recorder, self._meta)
+        self._owner = _thread()
+        _WARM.add(self)
 
     def step(
         self,
@@ -215,20 +224,29 @@ class ControlDecoder:
         sequence: of the chunk, counting up; the same one with more layers replaces a draft by its full decode.
         observed_ns: when the policy looked, on this decoder's clock: action i is for that time + i periods.
 
-        Raises WrongThreadError from another thread, ControlFaultError where `on_fault` is `raise`; nothing else.
+        Raises WrongThreadError from another thread, ControlFaultError where `on_fault` is `raise`, and what a signal's
+        handler raises, as KeyboardInterrupt; nothing else. `result` is safe to be sent after each.
         """
         result = self.result
         if _thread() != self._owner:
             return self._refuse_thread()
         pauses = self._pauses_gc and gc.isenabled()
-        if pauses:
-            gc.disable()
         try:
+            if pauses:
+                gc.disable()
             try:
                 status = self._decide_in_time(tokens, stats, sequence, observed_ns, deadline_us)
             except Exception as error:  # nothing may leave the loop but an action that is safe
                 status = self._stand_still(error)
             self._finish(status, tokens, stats, sequence, observed_ns)
+            self._is_deciding = False
+        except BaseException as error:
+            # Anything may be half done: what is queued, and what is in `result`.
+            if not self._is_deciding:
+                self._guard.commit()
+            self._is_deciding = False
+            result.status, result.is_latched = self._stand_still(error), self._latched is not None
+            raise
         finally:
             if pauses:
                 gc.enable()
@@ -273,7 +291,10 @@ class ControlDecoder:
         return self._reporter is None or self._reporter.flush(timeout_s)
 
     def close(self) -> None:
-        """End the threads beside the loop; the tokenizers stay open."""
+        """End the threads beside the loop; the tokenizers stay open. Closing twice is harmless.
+
+        A thread that hangs in a backend is left behind in it: do not close that one's tokenizer then.
+        """
         self._owner = None
         if self._chain is not None:
             self._chain.close()
@@ -294,8 +315,11 @@ class ControlDecoder:
     def _decide_in_time(
         self, tokens: object, stats: object, sequence: int | None, observed_ns: int | None, deadline_us: float | None
     ) -> Status:
-        """Status and action of this tick, which is committed."""
+        """Status and action of this tick."""
         result = self.result
+        # Not before: while the last tick had not returned, it might have been broken off.
+        self._guard.commit()
+        self._is_deciding = True
         result.detail = ""
         result.is_held = result.fell_back = result.is_limited = self._is_accepted = False
         self._begin = _NEVER
@@ -304,30 +328,47 @@ class ControlDecoder:
         allowed_ns = self._allowed_ns if deadline_us is None else _nanoseconds(deadline_us)
         self._deadline_ns = None if allowed_ns is None else begin + allowed_ns
         status = self._decide(begin, tokens, stats, sequence, observed_ns)
-        if allowed_ns is not None and not result.is_held and (taken := self._clock() - begin) > allowed_ns:
-            result.is_held = True
-            status = self._explain(
-                _DEADLINE_MISS,
-                f"the action was there after {taken / 1e3:.0f} us; expected {max(allowed_ns, 0) / 1e3:.0f}: look at "
-                "what else runs here, or raise deadline_us",
-            )
+        if not result.is_held:
+            # Now that the action is there, is it in time still?
+            taken = self._clock() - begin
+            is_late = allowed_ns is not None and taken > allowed_ns
+            if is_late or begin + taken - self._observed > self._stale_ns:
+                result.is_held = True
+                status = self._explain_late(taken, deadline_us) if is_late else self._grow_old(begin + taken)
         if result.is_held:
             result.is_limited = False
             self._guard.hold(result.actions)
-        self._guard.commit()
         return status
 
-    def _stand_still(self, error: Exception) -> Status:
-        """A tick on which the decoder itself has failed, or the clock that it was given."""
+    def _explain_late(self, taken_ns: int, deadline_us: object) -> Status:
+        allowed_us = self.config.deadline_us if deadline_us is None else deadline_us
+        if not isinstance(allowed_us, (int, float)) or _nanoseconds(allowed_us) < 0:
+            found = allowed_us if isinstance(allowed_us, (int, float)) else f"a {type(allowed_us).__qualname__}"
+            return self._explain(_DEADLINE_MISS, f"deadline_us is {found}; expected a number above 0: correct it")
+        return self._explain(
+            _DEADLINE_MISS,
+            f"the action was there after {taken_ns / 1e3:.0f} us; expected {allowed_us:.0f}: look at what else runs "
+            "here, or raise deadline_us",
+        )
+
+    def _grow_old(self, now: int) -> Status:
+        """What is in service is too old."""
+        status = self._explain(_STALE, self._too_old(now - self._observed))
+        self._drop(status)
+        return status
+
+    def _stand_still(self, error: BaseException) -> Status:
+        """A tick on which the decoder itself has failed, or the clock that it was given, or which was broken off."""
         result = self.result
         result.is_held, result.is_limited, result.fell_back = True, False, False
         self._used = INTERNAL
         self._drop(_BACKEND_FAULT)
         self._guard.hold(result.actions)
-        self._guard.commit()
+        what, advice = "the decoder itself, or its clock, failed", "look at the clock, or report it as a bug"
+        if not isinstance(error, Exception):
+            what, advice = "the tick was broken off", "it was raised from outside; send this action, or stop the robot"
         return self._explain(
-            _BACKEND_FAULT if self._latched is None else self._latched,
-            f"the decoder itself, or its clock, failed: {in_words(error)}; look at the clock, or report it as a bug",
+            _BACKEND_FAULT if self._latched is None else self._latched, f"{what}: {in_words(error)}; {advice}"
         )
 
     def _decide(
@@ -367,10 +408,8 @@ class ControlDecoder:
         """The action of this tick from what is queued; `status` is of the chunk that came on it."""
         result = self.result
         if self._is_queued and begin - self._observed > self._stale_ns:
-            status = self._explain(_STALE, self._too_old(begin - self._observed))
             result.is_held = True
-            self._drop(status)
-            return status
+            return self._grow_old(begin)
         if not self._queue.take(self._tick, result.actions):
             result.is_held = True
             if status is _OK:
@@ -518,7 +557,7 @@ class ControlDecoder:
             flags = is_held * HELD + is_latched * LATCHED + result.fell_back * FELL_BACK + self._is_accepted * ACCEPTED
             self._record(status, latency, flags, tokens, stats, sequence, observed_ns)
         is_broken = health.internal_faults != failures
-        if status is not _OK or result.fell_back or self._last_status is not _OK or is_broken or self._has_workers:
+        if status is not _OK or result.fell_back or self._last_status is not _OK or is_broken:
             self._report(status, is_broken)
 
     def _record(
@@ -560,8 +599,6 @@ class ControlDecoder:
         is_news = (status is not self._last_status and status not in (_OK, _NOT_READY)) or result.fell_back
         self._last_status = status
         try:
-            if self._chain is not None:
-                self._chain.settle()
             self.health.incidents += is_news
             if (is_news or is_broken) and self._reporter is not None:
                 self._reporter.incident(status, self._tick, result.detail, result.is_held)
@@ -586,6 +623,11 @@ class ControlDecoder:
             )
 
     def _refuse_thread(self) -> ControlResult:
+        if self._owner == _FORKED:
+            raise WrongThreadError(
+                f"process {os.getpid()} has inherited this decoder by fork, and not its threads; expected the process "
+                "that has called warmup(): make one decoder per process"
+            )
         if self._owner is not None:
             raise WrongThreadError(
                 f"step or reset was called from thread {_thread()}; expected {self._owner}, which has called warmup(): "
@@ -595,9 +637,10 @@ class ControlDecoder:
         result.status, result.is_held, result.is_limited, result.fell_back = _NOT_READY, True, False, False
         result.latency_ns = 0
         result.detail = "the decoder is not warm, or closed; call warmup() in the thread of the loop"
-        self._guard.hold(result.actions)
         self._guard.commit()
+        self._guard.hold(result.actions)
         self.health.statuses[_NOT_READY] += 1
+        self.health.held += 1
         return result
 
     def _start_anew(self) -> None:
@@ -634,11 +677,23 @@ class ControlDecoder:
             found.is_healthy = was
 
 
+#: Those that a child of fork inherits.
+_WARM: weakref.WeakSet[ControlDecoder] = weakref.WeakSet()
+
+
+def _disown() -> None:
+    for decoder in list(_WARM):
+        decoder._owner = _FORKED
+
+
+os.register_at_fork(after_in_child=_disown)
+
+
 def _nanoseconds(deadline_us: object) -> int:
     """What is no number above 0 is over at once: the loop asked for something, and nobody knows what."""
     if not isinstance(deadline_us, (int, float)) or not 0 < deadline_us < math.inf:
         return -1
-    return int(deadline_us * 1000)
+    return int(min(deadline_us, _LONGEST_US) * 1000)
 
 
 def _number(value: object) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from runtime.contract import Float32Array
+from runtime.contract import Float32Array, Float64Array
 from runtime.control_config import ActionKind, ControlConfig, OutOfRange, Status, slew_margin
 from runtime.control_errors import ControlConfigError
 
@@ -26,6 +26,8 @@ _OK, _NONFINITE, _OUT_OF_RANGE = Status.OK, Status.NONFINITE, Status.OUT_OF_RANG
 
 class ActionGuard:
     """Holds the last action sent, to which every next one is compared. For one thread.
+
+    `limit` and `hold` choose what may be sent next, as often as a tick changes its mind; `commit` says that it was.
 
     position: the command that the robot obeys before the first tick; needed where a dimension is absolute or a gripper.
     """
@@ -53,6 +55,8 @@ class ActionGuard:
         self._is_below = np.frombuffer(self._below, np.bool_).reshape(chunk_length, size)
         self._is_above = np.frombuffer(self._above, np.bool_).reshape(chunk_length, size)
         self._all_inside = b"\1" * (chunk_length * size)
+        #: Of the chunk that was out of range last: which value, in words.
+        self.outside = ""
         # Numbers of Python become float32 four times as fast packed as assigned.
         self._rounded = np.zeros(size, _FLOAT32)
         self._bytes, self._pack = self._rounded.data.cast("B"), struct.Struct(f"={size}f").pack_into
@@ -67,12 +71,12 @@ class ActionGuard:
 
     @property
     def last(self) -> tuple[float, ...]:
-        """What was sent last, float32 in value."""
-        return tuple(self._last)
+        """What was chosen last, float32 in value."""
+        return tuple(self._next)
 
     def reset(self, position: Sequence[float] | None = None) -> None:
         """Begin from `position`, the robot's present command, with motions at 0; None for the last action sent."""
-        values = np.array(self._last) if position is None else np.asarray(position, np.float64)
+        values = np.array(self._next) if position is None else _as_numbers(position)
         if values.shape != (self._size,):
             raise ControlConfigError(
                 f"position has shape {list(values.shape)}; expected [{self._size}], one value per action dimension"
@@ -95,7 +99,10 @@ class ActionGuard:
         self._last = self._next = sent.tolist()
 
     def check_chunk(self, chunk: Float32Array) -> Status:
-        """chunk [T, A]: OK, NONFINITE or OUT_OF_RANGE; the last is brought inside where the settings say so."""
+        """chunk [T, A]: OK, NONFINITE or OUT_OF_RANGE, of which `outside` then tells.
+
+        What is out of range is brought inside where the settings say so.
+        """
         _less_equal(chunk, self._highs, self._is_below)
         _greater_equal(chunk, self._lows, self._is_above)
         # A NaN compares false.
@@ -103,21 +110,19 @@ class ActionGuard:
             return _OK
         if not np.isfinite(chunk).all():
             return _NONFINITE
+        is_outside = ~(self._is_below & self._is_above)
+        step, index = divmod(int(is_outside.argmax()), self._size)
+        self.outside = (
+            f"actions[{step}, {index}] is {chunk[step, index]}; expected {self._low[index]} to {self._high[index]}"
+            f"{', and was brought there' if self._limits_chunks else ''}: look at the policy, or at action_low and "
+            "action_high"
+        )
         if self._limits_chunks:
             np.clip(chunk, self._low, self._high, out=chunk)
         return _OUT_OF_RANGE
 
-    def first_outside(self, chunk: Float32Array) -> str:
-        """Which value was refused, in words."""
-        outside = ~((chunk <= self._high) & (chunk >= self._low))
-        step, index = (int(part) for part in np.unravel_index(int(outside.argmax()), outside.shape))
-        return (
-            f"actions[{step}, {index}] is {chunk[step, index]}; expected {self._low[index]} to {self._high[index]}: "
-            "look at the policy, or at action_low and action_high"
-        )
-
     def limit(self, action: Float32Array) -> bool:
-        """Bring `action` to the nearest allowed one, in place; whether that changed it. `commit` what is sent.
+        """Bring `action` to the nearest allowed one, in place; whether that changed it.
 
         Raises ValueError for NaN, which is near to nothing.
         """
@@ -135,15 +140,11 @@ class ActionGuard:
 
     def _bring(self, values: list[float], out: Float32Array) -> None:
         """What is allowed and nearest to `values` into `out`."""
-        near = [
-            before + step if value - before > step else before + back if value - before < back else value
-            for value, before, (step, back, _, _) in _zip(values, self._last, self._bounds)
-        ]
-        # The last action is inside the limits: what moves towards them moves towards it.
-        allowed = [
-            low if value < low else high if value > high else value
-            for value, (_, _, low, high) in _zip(near, self._bounds)
-        ]
+        allowed = []
+        for value, before, (step, back, low, high) in _zip(values, self._last, self._bounds):
+            near = before + step if value > before + step else before + back if value < before + back else value
+            # The last action is inside the limits: what moves towards them moves towards it.
+            allowed.append(low if near < low else high if near > high else near)
         if _isnan(sum(allowed)):
             raise ValueError(f"an action is {values}; expected numbers")
         self._pack(self._bytes, 0, *allowed)
@@ -151,8 +152,17 @@ class ActionGuard:
         self._next = self._rounded.tolist()
 
     def commit(self) -> None:
-        """What was limited or held last has been sent: the next action is compared to it."""
+        """What was chosen last has been sent: the next action is compared to it."""
         self._last = self._next
+
+
+def _as_numbers(position: Sequence[float]) -> Float64Array:
+    try:
+        return np.asarray(position, np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ControlConfigError(
+            f"position is no list of numbers: {error}; expected one value per action dimension"
+        ) from error
 
 
 def _inside(value: float, towards: float) -> np.float32:

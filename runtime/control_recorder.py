@@ -76,12 +76,16 @@ class FlightRecorder:
         self._actions = np.zeros((size, action_dim), np.float32)
         self._tokens = np.zeros((size, steps * latents * layers), np.int32)
         self._stats = np.zeros((size, steps * layers * 2 * has_stats), np.float32)
-        # Views made once, by shape: indexing makes a new one each time.
+        # By shape its number of layers, and views made once: indexing makes a new one each time.
         self._action_rows = list(self._actions)
-        self._token_rows = _rows_by_shape(self._tokens, [(1, steps, latents, count) for count in range(1, layers + 1)])
-        self._stats_rows = _rows_by_shape(
-            self._stats, [(1, steps, count, 2) for count in range(1, layers * has_stats + 1)]
-        )
+        self._token_rows = {
+            (shape := (1, steps, latents, count)): (count, _rows_of(self._tokens, shape))
+            for count in range(1, layers + 1)
+        }
+        self._stats_rows = {
+            (shape := (1, steps, count, 2)): (count, _rows_of(self._stats, shape))
+            for count in range(1, layers * has_stats + 1)
+        }
         self._shape = token_shape
         self.written = 0
 
@@ -91,15 +95,18 @@ class FlightRecorder:
         token_state = layers = stats_state = ABSENT
         if tokens is not None:
             token_state = UNKEPT
-            rows = self._token_rows.get(tokens.shape) if isinstance(tokens, _Array) else None
-            if rows is not None and (legal := _as_int32(tokens)) is not None:
-                rows[index][...] = legal
-                token_state, layers = KEPT, legal.shape[3]
+            found = self._token_rows.get(tokens.shape) if isinstance(tokens, _Array) else None
+            if found is not None:
+                legal = tokens if tokens.dtype is _INT32 else _as_int32(tokens)
+                if legal is not None:
+                    layers, rows = found
+                    rows[index][...] = legal
+                    token_state = KEPT
         if stats is not None and tokens is not None:
             stats_state = UNKEPT
-            rows = self._stats_rows.get(stats.shape) if isinstance(stats, _Array) else None
-            if rows is not None and stats.dtype == _FLOAT32 and stats.shape[2] == layers:
-                rows[index][...] = stats
+            found = self._stats_rows.get(stats.shape) if isinstance(stats, _Array) else None
+            if found is not None and found[0] == layers and stats.dtype == _FLOAT32:
+                found[1][index][...] = stats
                 stats_state = KEPT
         self._pack(self._bytes, index * self._stride, *numbers, token_state, layers, stats_state)
         self._action_rows[index][...] = actions
@@ -154,16 +161,14 @@ class FlightRecord:
 
 
 def _as_int32(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int32] | None:
-    if tokens.dtype is _INT32:
-        return tokens
     if tokens.dtype.kind not in "iu":
         return None
     # Wrapped around, an illegal token of another type could become a legal one.
     return np.clip(tokens.astype(np.int64), -1, 2**31 - 1).astype(np.int32)
 
 
-def _rows_by_shape(ring: npt.NDArray[Any], shapes: list[tuple[int, ...]]) -> dict[tuple[int, ...], list[Any]]:
-    return {shape: [row[: math.prod(shape)].reshape(shape) for row in ring] for shape in shapes}
+def _rows_of(ring: npt.NDArray[Any], shape: tuple[int, ...]) -> list[npt.NDArray[Any]]:
+    return [row[: math.prod(shape)].reshape(shape) for row in ring]
 
 
 def write_record(path: Path, arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any]) -> None:

@@ -25,6 +25,8 @@ _LOG = logging.getLogger(__name__)
 #: A loop that fails again and again does not fill the disk.
 _MOST_RECORDS = 100
 _LONGEST_RETRY_S = 60.0
+#: A retry takes as long as a decode, unless it hangs.
+_CLOSE_S = 1.0
 
 
 class WarmTokenizer:
@@ -64,7 +66,9 @@ class DecodeWorker:
 
     def __init__(self, warm: WarmTokenizer) -> None:
         model = warm.tokenizer.model
-        self.warm, self.is_pending = warm, False
+        self.warm = warm
+        # Numbers, and not whether a lock is held: an exception from a signal's handler may come between any two steps.
+        self._asked = self._answered = 0
         self.error: BaseException | None = None
         self._slots = {
             prefix: np.zeros((1, model.chunk_length, model.latent_dim, prefix), np.int32)
@@ -82,36 +86,41 @@ class DecodeWorker:
         self._thread = threading.Thread(target=self._run, name=f"control decode {warm.name}", daemon=True)
         self._thread.start()
 
-    def settle(self) -> bool:
-        """Whether it is free again."""
-        if self.is_pending and self._done.acquire(False):
-            self.is_pending = False
-        return not self.is_pending
+    @property
+    def is_pending(self) -> bool:
+        """Whether it has not answered yet; may be asked from any thread."""
+        return self._asked != self._answered
 
-    def decode(self, tokens: npt.NDArray[Any], stats: Float32Array | None, timeout_s: float) -> bool:
-        """Tokens of a legal shape; False if it has not ended in time, else look at `error` and `warm.out`."""
+    def wait_until(self, end_s: float) -> bool:
+        """Whether it has answered, by `time.monotonic()` until then; look at `error` and `warm.out`."""
+        while self.is_pending:
+            if not self._done.acquire(True, max(end_s - time.monotonic(), 0.0)):
+                return not self.is_pending
+        return True
+
+    def ask(self, tokens: npt.NDArray[Any], stats: Float32Array | None) -> None:
+        """Tokens of a legal shape; while nothing is pending."""
         slot = self._slots[tokens.shape[3]]
         np.copyto(slot, tokens, casting="unsafe")
         self._tokens, self._given_stats = slot, None
         if stats is not None:
             self._given_stats = self._stats[tokens.shape[3]]
             np.copyto(self._given_stats, stats)
-        self.error, self.is_pending = None, True
+        self.error = None
+        self._asked += 1
         self._go.release()
-        if self._done.acquire(True, max(timeout_s, 0.0)):
-            self.is_pending = False
-            return True
-        return False
 
     def close(self) -> None:
-        """A thread that hangs is left behind; it ends with the process."""
+        """A thread that hangs is left behind; it ends when its backend answers, or with the process."""
+        if self._is_closed:
+            return
         self._is_closed = True
-        if self.settle():
+        if not self.is_pending:
             self._go.release()
             self._thread.join()
 
     def _run(self) -> None:
-        while True:
+        while not self._is_closed:
             self._go.acquire()
             if self._is_closed:
                 return
@@ -119,7 +128,10 @@ class DecodeWorker:
                 self.warm.tokenizer.decode_into(self._tokens, self.warm.out, self._given_stats)
             except BaseException as error:  # handed to the loop, which says what it was
                 self.error = error
-            self._done.release()
+            self._answered = self._asked
+            # Nobody else releases it. It is free still where nobody has waited for the last answer.
+            if self._done.locked():
+                self._done.release()
 
 
 class Retrier:
@@ -128,14 +140,17 @@ class Retrier:
     def __init__(self, warm: WarmTokenizer, config: ControlConfig, health: Health, is_free: Callable[[], bool]) -> None:
         self._warm, self._first_s, self._health, self._is_free = warm, config.retry_after_s, health, is_free
         self._failed, self._is_closed = threading.Event(), threading.Event()
-        threading.Thread(target=self._run, name=f"control retry {warm.name}", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=f"control retry {warm.name}", daemon=True)
+        self._thread.start()
 
     def start(self) -> None:
         self._failed.set()
 
     def close(self) -> None:
+        """One that hangs in its backend is left behind."""
         self._is_closed.set()
         self._failed.set()
+        self._thread.join(_CLOSE_S)
 
     def _run(self) -> None:
         while True:

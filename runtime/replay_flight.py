@@ -204,7 +204,10 @@ class _Replay(ControlDecoder):
         if not self._is_later:
             self._is_later = True
             return self._row["time_ns"]
-        return self._row["time_ns"] + (_LATE_NS if self._row.status is Status.DEADLINE_MISS else 0)
+        if self._row.status is Status.DEADLINE_MISS:
+            return self._row["time_ns"] + _LATE_NS
+        # Of a chunk that became old while it was decoded; otherwise it decides nothing.
+        return self._row["time_ns"] + self._row["latency_ns"] * (self._row.status is Status.STALE)
 
     def _decide(
         self, begin: int, tokens: object, stats: object, sequence: int | None, observed_ns: int | None

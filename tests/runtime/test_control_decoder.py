@@ -1,18 +1,21 @@
 """`ControlDecoder` in a loop: right status, safe action, back in service; never an error that was not asked for."""
 
 import gc
+import os
+import sys
 import threading
 import time
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime import ActionTokenizer, ControlDecoder, ControlFaultError, Status, WrongThreadError
+from runtime import ActionTokenizer, ControlDecoder, ControlFaultError, Status, WrongThreadError, control_soak
 from runtime.control_health import LatencyHistogram
 from runtime.control_recorder import FlightRecorder, read_record
 from runtime.control_soak import chunks_of
@@ -20,6 +23,7 @@ from tests.runtime.control_loops import PERIOD_NS, Clock, check_safe, loop, swit
 
 #: By so many bytes what 1,500 ticks keep may differ: the numbers of the last one are not always equally many.
 _KEPT = 512
+_RUNTIME = str(Path(control_soak.__file__).parent)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +49,37 @@ def test_once_closed_it_stands_still(tokenizer: ActionTokenizer, tokens: Any) ->
         result = decoder.step(tokens)
         assert (result.status, result.is_held) == (Status.NOT_READY, True)
         assert not result.actions[:2].any()
+
+
+def test_closing_ends_every_thread_and_can_be_repeated(tokenizer: ActionTokenizer, tokens: Any) -> None:
+    before = threading.active_count()
+    decoder = loop(tokenizer, fallbacks=(tokenizer,), use_worker=True, deadline_us=60e6)
+    decoder.warmup()
+    assert decoder.step(tokens).status is Status.OK
+    assert threading.active_count() == before + 5
+    for _ in range(3):
+        decoder.close()
+        assert threading.active_count() == before
+    decoder.step(tokens)
+    assert decoder.snapshot().held == 1
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_child_of_fork_is_refused(tokenizer: ActionTokenizer, tokens: Any) -> None:
+    with loop(tokenizer, use_worker=True, deadline_us=60e6) as decoder:
+        decoder.warmup()
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                decoder.step(tokens)
+            except WrongThreadError as error:
+                decoder.close()
+                code = 0 if f"process {os.getpid()} has inherited this decoder by fork" in str(error) else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert decoder.step(tokens).status is Status.OK
 
 
 @pytest.mark.parametrize("how", ["stop", "hold_last", "raise"])
@@ -134,6 +169,115 @@ def test_a_fault_leaves_a_flight_record_and_a_full_disk_leaves_the_loop_alone(
         assert decoder.step(tokens).status is Status.OK
 
 
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("deadline_us", "status"), [(None, Status.STALE), (1000.0, Status.DEADLINE_MISS)])
+def test_what_becomes_old_while_it_is_decoded_is_not_served(
+    tokenizer: ActionTokenizer, tokens: Any, deadline_us: float | None, status: Status
+) -> None:
+    clock = Clock()
+    slow, backend = switched(tokenizer)
+
+    def take_long(actions: Any) -> None:
+        clock.now += 10**10
+        actions.fill(0.0)
+
+    with loop(slow, clock=clock, stale_after_s=0.1, deadline_us=deadline_us) as decoder:
+        decoder.warmup()
+        backend.act = take_long
+        result = decoder.step(tokens)
+        assert (result.status, result.is_held) == (status, True)
+        assert "10.000 s ago" in result.detail if deadline_us is None else "after 10000000 us" in result.detail
+        backend.act = None
+        clock.now += PERIOD_NS
+        assert decoder.step().is_held
+        assert decoder.step(tokens).status is Status.OK
+
+
+@pytest.mark.parametrize(
+    ("deadline_us", "found"),
+    [(0, "0"), (-1.0, "-1.0"), (float("nan"), "nan"), ("soon", "a str"), (np.float32(5000), "a float32")],
+)
+def test_a_deadline_that_is_none_is_named(
+    tokenizer: ActionTokenizer, tokens: Any, deadline_us: Any, found: str
+) -> None:
+    with loop(tokenizer) as decoder:
+        decoder.warmup()
+        result = decoder.step(tokens, deadline_us=deadline_us)
+        assert (result.status, result.is_held) == (Status.DEADLINE_MISS, True)
+        assert result.detail == f"deadline_us is {found}; expected a number above 0: correct it"
+        assert decoder.step(tokens, deadline_us=1e300).status is Status.OK
+
+
+# --- a signal comes ---------------------------------------------------------------------------------------------------
+
+
+def _interrupt(call: Callable[[], Any], at: int) -> bool:
+    """Raise KeyboardInterrupt before the line number `at` that `call` runs below `step`; whether there was one."""
+    left = at
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal left
+        is_below = frame.f_code.co_filename.startswith(_RUNTIME) and frame.f_code is not ControlDecoder.step.__code__
+        if event == "line" and is_below:
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("strategy", ["latest_only", "weighted_average", "temporal_ensemble"])
+def test_a_tick_that_is_broken_off_anywhere_leaves_a_safe_action_and_no_half_chunk(
+    tokenizer: ActionTokenizer, strategy: str
+) -> None:
+    first, second, third = chunks_of(tokenizer, 3)[0]
+    clock, at = Clock(), 0
+    with loop(tokenizer, clock=clock, strategy=strategy) as decoder:
+        decoder.warmup()
+        last = np.zeros(tokenizer.model.action_dim, np.float32)
+
+        def tick(tokens: Any = None) -> Any:
+            nonlocal last
+            clock.now += PERIOD_NS
+            try:
+                return decoder.step(tokens)
+            finally:
+                check_safe(decoder.result, last, decoder.config)
+                last = decoder.result.actions.copy()
+
+        is_interrupted = True
+        while is_interrupted:
+            at += 1
+            decoder.reset()
+            assert tick(first).status is Status.OK
+            is_interrupted = _interrupt(lambda: tick(second), at)
+            if is_interrupted:
+                result = decoder.result
+                assert (result.status, result.is_held) == (Status.BACKEND_FAULT, True), at
+                assert "the tick was broken off: KeyboardInterrupt" in result.detail
+                assert tick().is_held, at
+            assert gc.isenabled()
+            assert tick(third).status is Status.OK
+        limits = np.array(decoder.config.max_relative_step)
+        last[:] = 0.0
+        decoder.reset(last)
+        expected = np.clip(tokenizer.decode(third)[0, 0], -limits, limits)
+        np.testing.assert_allclose(tick(third).actions, expected, atol=1e-6)
+    # Every line of a tick has been it.
+    assert at > 100
+
+
 # --- the decoder's own parts fail -------------------------------------------------------------------------------------
 
 
@@ -171,7 +315,8 @@ def test_a_clock_that_raises_at_the_end_of_a_tick_costs_the_latency_alone(
 
     def clock() -> int:
         readings.append(len(readings))
-        if is_armed and len(readings) == 2:
+        # At the beginning, when the action is there, and at the end.
+        if is_armed and len(readings) == 3:
             raise RuntimeError("injected")
         return 10**12
 

@@ -1,6 +1,7 @@
 """The guard against bounds in plain Python; settings that make no sense, and places that cannot be, are refused."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,11 +56,14 @@ class GuardMachine(RuleBasedStateMachine):
             assert out[index] == pytest.approx(min(max(value, low), high), abs=1e-5)
         self._commit(out)
 
-    @rule(wanted=ROW)
-    def think_again(self, wanted: list[float]) -> None:
-        """What was limited and not sent leaves nothing behind."""
+    @rule(wanted=ROW, instead=st.none() | ROW)
+    def think_again(self, wanted: list[float], instead: list[float] | None) -> None:
+        """What was chosen and not sent leaves nothing behind."""
         self.guard.limit(np.array(wanted, np.float32))
-        assert self.guard.last == tuple(self.sent.tolist())
+        if instead is None:
+            self.hold()
+        else:
+            self.send(instead)
 
     @rule(part=st.lists(st.floats(-1, 1), min_size=3, max_size=3))
     def send_what_is_near(self, part: list[float]) -> None:
@@ -130,11 +134,13 @@ def test_a_chunk_is_inside_is_refused_or_is_brought_inside(rows: list[list[float
     if limits:
         np.testing.assert_allclose(chunk, np.clip(before, low, high), atol=1e-7)
         assert (chunk.astype(np.float64) <= high).all()
+        assert is_inside or guard.outside.startswith("actions[")
+        assert ("and was brought there" in guard.outside) is not is_inside
     else:
         np.testing.assert_array_equal(chunk, before)
-    if not is_inside and not limits:
+    if not is_inside:
         step, index = next((s, i) for s in range(T) for i in range(3) if not low[i] <= before[s, i] <= high[i])
-        assert guard.first_outside(chunk).startswith(f"actions[{step}, {index}] is {chunk[step, index]}; expected")
+        assert guard.outside.startswith(f"actions[{step}, {index}] is {np.float32(before[step, index])}; expected")
 
 
 def test_settings_are_read_from_toml(tmp_path: Path) -> None:
@@ -148,7 +154,19 @@ def test_settings_are_read_from_toml(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"speed": 1}, "unknown keys speed"),
-        ({"period_s": 0}, "period_s is 0; expected a finite number above 0"),
+        ({"period_s": 0}, "period_s is 0; expected from 1e-06 to 1e\\+06 seconds"),
+        ({"period_s": 1e300}, "period_s is 1e\\+300; expected from"),
+        ({"stale_after_s": float("nan")}, "stale_after_s is nan"),
+        ({"deadline_us": 0}, "deadline_us is 0; expected above 0, at most"),
+        ({"deadline_us": 1e18}, "deadline_us is 1e\\+18"),
+        ({"action_low": [-(10**400), -2.0, 0.0]}, r"action_low\[0\] is an integer beyond float32"),
+        ({"action_low": ["-1", -2.0, 0.0]}, r"action_low\[0\] is '-1'; expected a number"),
+        ({"action_low": -1.0}, "action_low is -1.0; expected a list"),
+        ({"action_kind": [["delta"], "delta", "delta"]}, r"action_kind is \['delta'\]; expected one of"),
+        ({"gripper": [[2]]}, r"gripper is \[\[2\]\]; expected different dimensions"),
+        ({"gripper": [2, 2]}, "expected different dimensions"),
+        ({"ensemble_chunks": 257}, "expected an integer from 1 to 256"),
+        ({"record_folder": 1}, "record_folder is 1"),
         ({"action_low": [0.1, -2.0, 0.0]}, "expected 0 among them"),
         ({"action_high": [1.0, 2.0]}, "action_high has 2 values and action_low 3"),
         ({"action_high": [1.0, float("nan"), 0.1]}, "dimension 1 has the limits"),
@@ -164,7 +182,10 @@ def test_settings_that_make_no_sense_are_refused(change: dict[str, object], mess
         ControlConfig.from_values({**VALUES, **change})
 
 
-@pytest.mark.parametrize("position", [None, (0.0, 2.5, 0.0), (0.0, float("nan"), 0.0), (0.0, 0.0)])
-def test_a_robot_whose_place_is_not_known_is_not_moved(position: tuple[float, ...] | None) -> None:
+@pytest.mark.parametrize(
+    "position",
+    [None, (0.0, 2.5, 0.0), (0.0, float("nan"), 0.0), (0.0, 0.0), "abc", (0.0, "x", 0.0), (0.0, 10**400, 0.0), 1.0],
+)
+def test_a_robot_whose_place_is_not_known_is_not_moved(position: Any) -> None:
     with pytest.raises(ControlConfigError, match="position"):
         ActionGuard(ControlConfig.from_values(VALUES), T, position)

@@ -20,7 +20,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = ControlConfig.from_values({**VALUES, "strategy": self.strategy, "ensemble_chunks": 2})
+        self.config = ControlConfig.from_values({**VALUES, "strategy": self.strategy, "ensemble_chunks": 3})
         self.queue = action_queue(self.config, T)
         self.tick = self.start = 0
         self.chunks: list[dict[int, np.ndarray]] = []
@@ -29,7 +29,8 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(rows=CHUNKS, delay=st.integers(0, 2))
     def push(self, rows: list[list[float]], delay: int) -> None:
-        self.start = max(self.start, self.tick - delay)
+        # A newer chunk may begin before an older one: ticks and delays are rounded.
+        self.start = self.tick - delay
         self.base = self.blended
         self.chunks.append({})
         self._put(rows, is_swap=False)
@@ -71,7 +72,7 @@ class QueueMachine(RuleBasedStateMachine):
             return self.chunks[-1][self.tick]
         if self.strategy == "weighted_average":
             return self.blended[self.tick]
-        rows = [chunk[self.tick] for chunk in self.chunks[-2:] if self.tick in chunk]
+        rows = [chunk[self.tick] for chunk in self.chunks[-3:] if self.tick in chunk]
         weights = np.exp(-self.config.ensemble_decay * np.arange(len(rows)))
         mean = np.average(rows, axis=0, weights=weights)
         mean[2] = rows[-1][2]

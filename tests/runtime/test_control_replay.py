@@ -79,6 +79,7 @@ class Flight:
             lambda: self.tick(deadline_us=-1.0),
             lambda: self.backend_fails(fails),
             lambda: self.backend_fails(lambda actions: actions.fill(np.nan)),
+            lambda: self.backend_fails(self.take_long),
             self.clock_fails,
             self.decoder.reset,
         ]
@@ -88,6 +89,11 @@ class Flight:
         self.backend.act = act
         self.chunk()
         self.backend.act = None
+
+    def take_long(self, actions: Any) -> None:
+        """Until the chunk is too old."""
+        self.clock.now += 10**10
+        actions.fill(0.0)
 
     def clock_fails(self) -> None:
         self.clock.error = RuntimeError("injected")

@@ -1,6 +1,7 @@
 """The soak: short ones of every setup hold but for what a busy machine decides, and what grows or fails is found."""
 
 import math
+import mmap
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -89,10 +90,14 @@ def test_a_status_that_is_not_ok_is_found(tokenizer: ActionTokenizer, monkeypatc
 
 
 def test_what_a_tick_keeps_is_found(tokenizer: ActionTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    step, kept = ControlDecoder.step, []
+    step, kept, pages = ControlDecoder.step, [], []
 
     def keeping(self: ControlDecoder, tokens: Any, **options: Any) -> Any:
         kept.append(b"x" * (5000 + len(kept) % 7))
+        # Of the system, for Python may have enough left of what was freed before.
+        if len(kept) % 1000 == 0:
+            pages.append(mmap.mmap(-1, RSS_LIMIT))
+            pages[-1].write(bytes(RSS_LIMIT))
         return step(self, tokens, **options)
 
     monkeypatch.setattr(ControlDecoder, "step", keeping)

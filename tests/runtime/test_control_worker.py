@@ -15,7 +15,7 @@ from runtime import ActionTokenizer, ControlConfigError, ControlDecoder, Status
 from runtime.control_config import ControlConfig
 from runtime.control_health import Health
 from runtime.control_soak import chunks_of
-from runtime.control_worker import Reporter
+from runtime.control_worker import DecodeWorker, Reporter, WarmTokenizer
 from tests.runtime.control_loops import PERIOD_NS, Clock, check_safe, config_of, fails, loop, switched
 
 #: No test waits so long, unless something is broken.
@@ -184,25 +184,50 @@ def test_a_backend_that_hangs_is_left_behind_until_it_answers(tokenizer: ActionT
         pair.main.act = lambda _: free.wait(_PATIENCE_S) and None
         try:
             # Half of the time is for the other one.
-            found = pair.step(pair.tokens, deadline_us=2e6)
+            found = pair.step(pair.tokens, deadline_us=4e5)
             if has_spare:
                 assert found == ("OK", "spare", True)
                 assert pair.step() == ("OK", "spare", False)
             else:
                 assert found == ("BACKEND_FAULT", "spare", False)
                 assert "main has not answered in time" in pair.decoder.result.detail
-                # It is not waited for again.
-                assert pair.step() == ("DEADLINE_MISS", "main", False)
+                # Nor the next time.
+                assert pair.step(pair.tokens, deadline_us=2e5) == ("DEADLINE_MISS", "main", False)
         finally:
             pair.main.act = None
             free.set()
 
-        def is_back() -> bool:
-            pair.step(None)
-            return pair.decoder.snapshot().recoveries >= 1
+        # Whether or not ticks go on.
+        _wait(lambda: pair.decoder.snapshot().recoveries >= 1)
+        assert pair.step() == ("OK", "main", False)
 
-        _wait(is_back)
-        _wait(lambda: pair.step() == ("OK", "main", False))
+
+def test_one_that_was_left_behind_and_answers_within_the_next_deadline_serves_the_next_chunk(
+    tokenizer: ActionTokenizer,
+) -> None:
+    free = threading.Event()
+    with Pair(tokenizer, use_worker=True, deadline_us=60e6) as pair:
+        pair.spare.act = fails
+        pair.main.act = lambda _: free.wait(_PATIENCE_S) and None
+        assert pair.step(pair.tokens, deadline_us=2e5) == ("BACKEND_FAULT", "spare", False)
+        pair.main.act = None
+        release = threading.Timer(0.1, free.set)
+        release.start()
+        assert pair.step() == ("OK", "main", False)
+        release.join()
+
+
+def test_answers_that_nobody_waits_for_disturb_no_later_one(tokenizer: ActionTokenizer) -> None:
+    worker = DecodeWorker(WarmTokenizer(tokenizer, 0))
+    tokens = chunks_of(tokenizer, 4)[0]
+    for chunk in tokens[:3]:
+        worker.ask(chunk, None)
+        _wait(lambda: not worker.is_pending)
+    for chunk in tokens:
+        worker.ask(chunk, None)
+        assert worker.wait_until(time.monotonic() + _PATIENCE_S)
+        np.testing.assert_array_equal(worker.warm.out, tokenizer.decode(chunk))
+    worker.close()
 
 
 def test_what_ends_a_thread_ends_no_loop(tokenizer: ActionTokenizer) -> None:
