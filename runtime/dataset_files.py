@@ -14,10 +14,12 @@ from runtime.dataset_coding import StepCoder
 from runtime.dataset_errors import OutputError
 from runtime.dataset_finish import verify_actions
 from runtime.dataset_format import SCHEMA_VERSION, Verification
+from runtime.dataset_job import discard, locked, output_errors, partial_folder, refuse_begun
 from runtime.dataset_progress import Progress
 from runtime.dataset_reader import TokenDataset
 from runtime.dataset_sources import open_source
 from runtime.dataset_steps import AnyArray, Int64Array, optional
+from runtime.dataset_writers import sync
 from runtime.tokenizer import ActionTokenizer
 
 FileFormat = Literal["npz", "hdf5"]
@@ -35,24 +37,27 @@ def write_file(
     progress: Progress,
     *,
     overwrite: bool,
+    restart: bool,
 ) -> Verification:
     """Actions of all steps in physical units, with their episodes. A killed run is begun again from the start."""
+    output = output.resolve()
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists; give another name, or --overwrite to replace it once all is verified")
     if output.is_dir():
         raise OutputError(f"{output} is a folder; give the name of a file")
-    temporary = output.with_name(f"{output.name}.partial.{kind}")
+    partial = partial_folder(output)
+    temporary = partial / f"decoded.{kind}"
     write = _write_npz if kind == "npz" else _write_hdf5
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with output_errors(partial), locked(partial):
+        if restart:
+            discard(partial)
+        refuse_begun(partial)
         write(dataset, tokenizer, temporary, progress)
         progress.finish()
         verification = _verify(dataset, tokenizer, temporary)
+        sync(temporary)
         temporary.replace(output)
-    except OSError as error:
-        raise OutputError(f"{output} cannot be written: {error}; make room or choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        sync(output.parent)
     return verification
 
 
@@ -102,7 +107,7 @@ def _member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: 
 def _write_hdf5(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, progress: Progress) -> None:
     """data/demo_N/actions, N being the episode's number."""
     table, h5py = dataset.episodes(), optional("h5py")
-    with h5py.File(path, "w") as file:
+    with _hdf5_errors(), h5py.File(path, "w") as file:
         group = file.create_group("data")
         group.attrs["total"] = dataset.num_steps
         group.attrs["rfsq.fingerprint"] = tokenizer.fingerprint
@@ -110,6 +115,15 @@ def _write_hdf5(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, p
         demonstrations = _Demonstrations(group.create_group, table.starts, table.numbers, tokenizer.model.action_dim)
         for start, actions in _slices(dataset, tokenizer, progress):
             demonstrations.write(start, actions)
+
+
+@contextmanager
+def _hdf5_errors() -> Iterator[None]:
+    """What a full disk refuses when the file is closed, h5py raises as a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
 
 
 class _Demonstrations:

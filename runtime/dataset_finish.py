@@ -79,20 +79,25 @@ def _episodes(job: Job, records: list[PartRecord]) -> EpisodeTable:
     begins = np.concatenate([[0], np.flatnonzero(~is_same) + 1])
     lengths = np.add.reduceat(count, begins)
     numbers = episode[begins]
-    stated = job.source.stated_lengths
-    if stated is not None and not np.array_equal(stated, lengths):
+    found, stated = EpisodeTable(lengths_to_starts(lengths), numbers), job.source.stated_episodes
+    if stated is not None and not (
+        np.array_equal(stated.numbers, found.numbers) and np.array_equal(stated.starts, found.starts)
+    ):
         raise SourceError(
-            f"{job.source.name} states {len(stated)} episodes, its steps make {len(lengths)}"
-            + _first_difference(stated, lengths, numbers)
+            f"{job.source.name} states {len(stated.numbers)} episodes, its steps make {len(numbers)}"
+            + _first_difference(stated, found)
             + "; expected the same: copy the dataset again"
         )
-    return EpisodeTable(lengths_to_starts(lengths), numbers)
+    return found
 
 
-def _first_difference(stated: AnyArray, found: AnyArray, numbers: AnyArray) -> str:
-    for number, one, other in zip(numbers.tolist(), stated.tolist(), found.tolist(), strict=False):
-        if one != other:
-            return f", and episode {number} has {other} steps where {one} are stated"
+def _first_difference(stated: EpisodeTable, found: EpisodeTable) -> str:
+    rows = (zip(table.numbers.tolist(), np.diff(table.starts).tolist(), strict=True) for table in (stated, found))
+    for (number, steps), (found_number, found_steps) in zip(*rows, strict=False):
+        if number != found_number:
+            return f", and episode {found_number} stands where {number} is stated"
+        if steps != found_steps:
+            return f", and episode {number} has {found_steps} steps where {steps} are stated"
     return ""
 
 
@@ -100,10 +105,11 @@ def _first_difference(stated: AnyArray, found: AnyArray, numbers: AnyArray) -> s
 
 
 def sample_windows(num_steps: int) -> list[tuple[int, int]]:
-    """Slices that cover the beginning, the end, and places between."""
-    size = min(_WINDOW_STEPS, num_steps)
-    starts = sorted({int(start) for start in np.linspace(0, num_steps - size, _WINDOWS)})
-    return [(start, start + size) for start in starts]
+    """Slices that cover the beginning, the end, and places between; all of what is not longer than they are."""
+    if num_steps <= _WINDOWS * _WINDOW_STEPS:
+        return [(start, min(start + _WINDOW_STEPS, num_steps)) for start in range(0, num_steps, _WINDOW_STEPS)]
+    starts = np.linspace(0, num_steps - _WINDOW_STEPS, _WINDOWS).astype(int).tolist()
+    return [(start, start + _WINDOW_STEPS) for start in starts]
 
 
 def _verify(job: Job, tokenizer: ActionTokenizer, written: TokenDataset) -> Verification:

@@ -47,7 +47,7 @@ class Hdf5Source:
         return int(self.table.starts[-1])
 
     @property
-    def stated_lengths(self) -> Int64Array | None:
+    def stated_episodes(self) -> None:
         return None
 
     def open(self, width: int) -> _Hdf5Reader:

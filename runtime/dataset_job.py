@@ -2,8 +2,8 @@
 
 While it runs everything lies in `OUT.partial`: `job.json` (what the job is), `lock`, and in a folder named after the
 job `scratch/` (files being written), `done/` (one record for each finished part) and `data/`, which becomes OUT by a
-rename when all of it is verified. So a worker that outlives its killed job spoils no other: it writes into the folder
-of its own job, and nothing but the bytes that belong there.
+rename when all of it is verified and on the disk. So a worker that outlives its killed job spoils no other: it writes
+into the folder of its own job, and nothing but the bytes that belong there.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -34,10 +35,14 @@ from runtime.dataset_format import (
     block_steps,
 )
 from runtime.dataset_steps import Source, optional
-from runtime.dataset_writers import Layout, hash_file, put, spelled
+from runtime.dataset_writers import Layout, hash_file, put, spelled, sync
 from runtime.errors import BackendUnavailableError, InvalidInputError, TokenizerError
 from runtime.manifest import FileEntry
 from runtime.tokenizer import ActionTokenizer
+
+_IDENTITY_NAME = "job.json"
+#: What lies in a folder of an unfinished job; network file systems keep an open file that was removed under `.nfs…`.
+_OWN_NAMES = re.compile(r"lock|job\.json|[0-9a-f]{16}|decoded\.(npz|hdf5)|\.nfs.*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +63,7 @@ class Job:
 
     @property
     def partial(self) -> Path:
-        return self.output.with_name(self.output.name + ".partial")
+        return partial_folder(self.output)
 
     @cached_property
     def work(self) -> Path:
@@ -126,7 +131,9 @@ class PartRecord:
     runs: tuple[Run, ...]
 
     def text(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self)).encode()
+        # Not dataclasses.asdict of the whole: it copies every run by itself, which takes longer than all else here.
+        files = {name: dataclasses.asdict(entry) for name, entry in self.files.items()}
+        return json.dumps({"part": self.part, "files": files, "digests": self.digests, "runs": self.runs}).encode()
 
     @classmethod
     def parse(cls, text: bytes) -> PartRecord:
@@ -175,7 +182,7 @@ def plan(
         storage=storage,
         compression=compression,
         steps_per_file=steps_per_file,
-        output=output.absolute(),
+        output=output.resolve(),
     )
     reader = source.open(job.source_width)
     try:
@@ -215,13 +222,21 @@ def open_tokenizer(job: Job) -> ActionTokenizer:
 # The folder of a job in progress --------------------------------------------------------------------------------------
 
 
+def partial_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
 @contextmanager
-def locked(job: Job) -> Iterator[None]:
-    """The one process that works at this output; the lock ends with the process, however that ends."""
-    path = job.partial / "lock"
+def locked(partial: Path) -> Iterator[None]:
+    """The one process that works at this output; the lock ends with the process, however that ends.
+
+    Raises OutputError where the folder holds what was not written here: it is emptied, and taken away at the end.
+    """
+    path = partial / "lock"
     while True:
         try:
-            job.partial.mkdir(parents=True, exist_ok=True)
+            partial.mkdir(parents=True, exist_ok=True)
+            _refuse_foreign(partial)
             file = path.open("ab")
         except FileNotFoundError:
             continue  # The job that held it has just ended and taken the folder away.
@@ -230,7 +245,7 @@ def locked(job: Job) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise OutputError(
-                    f"{job.partial} is in use: another process is making {job.output}; wait for it"
+                    f"{partial} is in use: another process is making the same output; wait for it"
                 ) from None
             try:
                 is_current = os.path.samestat(path.stat(), os.fstat(file.fileno()))
@@ -241,9 +256,18 @@ def locked(job: Job) -> Iterator[None]:
                     yield
                 finally:
                     # Refused before anything was begun: leave nothing behind.
-                    if job.partial.exists() and not (job.partial / "job.json").exists():
-                        shutil.rmtree(job.partial, ignore_errors=True)
+                    if partial.exists() and not (partial / _IDENTITY_NAME).exists():
+                        shutil.rmtree(partial, ignore_errors=True)
                 return
+
+
+def _refuse_foreign(partial: Path) -> None:
+    foreign = sorted(path.name for path in partial.iterdir() if not _OWN_NAMES.fullmatch(path.name))
+    if foreign:
+        raise OutputError(
+            f"{partial} is where the work is done, but it holds {', '.join(foreign[:5])}, which was not written here; "
+            "move it elsewhere, or give another OUT"
+        )
 
 
 def begin(job: Job, *, overwrite: bool, restart: bool) -> set[int]:
@@ -251,16 +275,20 @@ def begin(job: Job, *, overwrite: bool, restart: bool) -> set[int]:
 
     Raises OutputError where the output exists, or another job was begun in its place.
     """
+    # A run that was killed between the two renames of finish().
+    for replaced in job.partial.glob("*/replaced"):
+        if not job.output.exists():
+            replaced.rename(job.output)
     if job.output.exists():
         _refuse_existing(job, overwrite=overwrite)
-    layout, identity = job.layout, job.partial / "job.json"
+    layout, identity = job.layout, job.partial / _IDENTITY_NAME
     if restart:
-        _discard(job.partial)
+        discard(job.partial)
     if identity.is_file():
         _check_same(job, _read_identity(identity))
     else:
         # Nothing was begun yet: job.json is written before any part.
-        _discard(job.partial)
+        discard(job.partial)
     # What another process may still be writing can no longer come between: its files have lost their folder.
     shutil.rmtree(layout.scratch, ignore_errors=True)
     for folder in (layout.data, layout.scratch, job.work / "done"):
@@ -285,9 +313,9 @@ def load_records(job: Job) -> list[PartRecord]:
     return [PartRecord.parse(path.read_bytes()) for path in sorted((job.work / "done").iterdir())]
 
 
-def _discard(partial: Path) -> None:
+def discard(partial: Path) -> None:
     """Empty the folder; what it was goes first, so that nothing of it is used after a kill."""
-    (partial / "job.json").unlink(missing_ok=True)
+    (partial / _IDENTITY_NAME).unlink(missing_ok=True)
     _clear(partial, keep=("lock",))
 
 
@@ -301,20 +329,33 @@ def _clear(partial: Path, keep: Collection[str]) -> None:
             path.unlink()
 
 
+def refuse_begun(partial: Path) -> None:
+    """Raises OutputError where a job is to go on here."""
+    if (partial / _IDENTITY_NAME).exists():
+        raise OutputError(
+            f"{partial} holds the beginning of another job; go on with that, or discard it with --restart"
+        )
+
+
 def finish(job: Job, *, overwrite: bool) -> None:
     """Put the data in place; killed between any two of these lines, the job ends the same when it is run again."""
+    # After a power cut, too, OUT is complete or not there. Parts need no more than their hashes until then, and waiting
+    # for the disk at each would make the whole as slow as whatever else is written to it.
+    for path in (*job.layout.data.rglob("*"), job.layout.data):
+        sync(path)
     if job.output.exists():
         _refuse_existing(job, overwrite=overwrite)
         replaced = job.work / "replaced"
         shutil.rmtree(replaced, ignore_errors=True)
         job.output.rename(replaced)
     job.layout.data.rename(job.output)
+    sync(job.output.parent)
     _clean_up(job.partial)
 
 
 def was_finished(job: Job) -> bool:
     """Whether an earlier run of this job was killed when all but cleaning up was done, which is made up for here."""
-    identity = job.partial / "job.json"
+    identity = job.partial / _IDENTITY_NAME
     if not (job.output.is_dir() and identity.is_file()) or any(job.partial.glob("*/data")):
         return False
     is_same = bool(_read_identity(identity) == json.loads(spelled(job.identity())))
@@ -324,8 +365,8 @@ def was_finished(job: Job) -> bool:
 
 def _clean_up(partial: Path) -> None:
     """Take the folder away; what it was goes last, so that a run after a kill knows that the job was finished."""
-    _clear(partial, keep=("lock", "job.json"))
-    (partial / "job.json").unlink()
+    _clear(partial, keep=("lock", _IDENTITY_NAME))
+    (partial / _IDENTITY_NAME).unlink()
     # What a worker that outlived its job may still write here is of no use to anyone.
     shutil.rmtree(partial, ignore_errors=True)
 
@@ -333,11 +374,29 @@ def _clean_up(partial: Path) -> None:
 def _refuse_existing(job: Job, *, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(f"{job.output} exists; give another name, or --overwrite to replace it once all is verified")
-    if not (job.output / INFO_NAME).is_file():
+    written = _written_files(job.output)
+    if not written:
         raise OutputError(
-            f"{job.output} is not a dataset that was written here: it has no {INFO_NAME}; give another name, or remove "
-            "it yourself"
+            f"{job.output} is not a dataset that was written here: it has no {INFO_NAME} that lists its files; give "
+            "another name, or remove it yourself"
         )
+    found = (path for path in job.output.rglob("*") if path.is_symlink() or not path.is_dir())
+    foreign = sorted({path.relative_to(job.output).as_posix() for path in found} - written)
+    if foreign:
+        raise OutputError(
+            f"{job.output} also holds {', '.join(foreign[:5])}, which {INFO_NAME} does not list and which would be "
+            "lost; move it elsewhere, or give another name"
+        )
+
+
+def _written_files(folder: Path) -> set[str]:
+    """What `dataset.json` lists, itself included, whatever its schema version; nothing where it is not one of ours."""
+    try:
+        content = json.loads((folder / INFO_NAME).read_bytes())
+    except (OSError, ValueError):
+        return set()
+    is_ours = isinstance(content, dict) and "dataset_sha256" in content and isinstance(content.get("files"), dict)
+    return {INFO_NAME, *content["files"]} if is_ours else set()
 
 
 def save_record(job: Job, record: PartRecord) -> None:
@@ -377,7 +436,7 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def output_errors(job: Job) -> Iterator[None]:
+def output_errors(partial: Path) -> Iterator[None]:
     """What the file system refuses, as an OutputError."""
     try:
         yield
@@ -385,6 +444,6 @@ def output_errors(job: Job) -> Iterator[None]:
         raise
     except OSError as error:
         raise OutputError(
-            f"{job.partial} cannot be written: {error}; make room or choose another place, and run the command again "
+            f"{partial} cannot be written: {error}; make room or choose another place, and run the command again "
             "to go on"
         ) from error

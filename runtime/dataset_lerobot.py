@@ -13,6 +13,7 @@ import numpy as np
 from runtime.dataset_errors import SourceError
 from runtime.dataset_steps import (
     AnyArray,
+    EpisodeTable,
     Int64Array,
     SourceFile,
     Steps,
@@ -44,7 +45,7 @@ class ParquetSource:
     paths: tuple[Path, ...]
     files: tuple[SourceFile, ...]
     first_rows: Int64Array
-    stated_lengths: Int64Array | None
+    stated_episodes: EpisodeTable | None
 
     @property
     def num_steps(self) -> int:
@@ -54,7 +55,7 @@ class ParquetSource:
         return _ParquetReader(self, width)
 
     def check(self) -> None:
-        """Nothing to do: every page is decoded on the way."""
+        """Nothing to do: every page is decoded, and held against its sum where it has one, on the way."""
 
     def file_of(self, row: int) -> str:
         return self.files[int(np.searchsorted(self.first_rows, row, side="right")) - 1].name
@@ -74,10 +75,10 @@ def open_parquet(path: Path, key: str | None) -> ParquetSource:
     paths = parquet_files(path) if is_folder else [path]
     rows = [_rows(file, key) for file in paths]
     first_rows = lengths_to_starts(np.array(rows))
-    lengths = _stated_lengths(path / "meta", int(first_rows[-1])) if is_folder else None
+    stated = _stated_episodes(path / "meta", int(first_rows[-1])) if is_folder else None
     root = path if is_folder else path.parent
     files = tuple(source_file(file, root) for file in paths)
-    return ParquetSource(path.name, root, key, tuple(paths), files, first_rows, lengths)
+    return ParquetSource(path.name, root, key, tuple(paths), files, first_rows, stated)
 
 
 def _rows(path: Path, key: str) -> int:
@@ -107,8 +108,8 @@ def _rows(path: Path, key: str) -> int:
 # meta/ ----------------------------------------------------------------------------------------------------------------
 
 
-def _stated_lengths(meta: Path, found_steps: int) -> Int64Array | None:
-    """Steps of every episode by meta/episodes*; raises SourceError where meta/ contradicts the files."""
+def _stated_episodes(meta: Path, found_steps: int) -> EpisodeTable | None:
+    """All episodes by meta/episodes*; raises SourceError where meta/ contradicts the files."""
     info = meta / "info.json"
     stated: dict[str, Any] = {}
     if info.is_file():
@@ -119,10 +120,10 @@ def _stated_lengths(meta: Path, found_steps: int) -> Int64Array | None:
             raise SourceError(
                 f"meta/info.json states the layout {version}; expected v2 or v3: convert the dataset with LeRobot"
             )
-    lengths = _lengths(meta)
+    episodes = _listed(meta)
     counts = {
         "meta/info.json (total_frames)": stated.get("total_frames"),
-        "meta/episodes": None if lengths is None else int(lengths.sum()),
+        "meta/episodes": None if episodes is None else int(episodes.starts[-1]),
     }
     for where, count in counts.items():
         if count is not None and count != found_steps:
@@ -130,15 +131,15 @@ def _stated_lengths(meta: Path, found_steps: int) -> Int64Array | None:
                 f"{where} states {count} steps, the files in data/ have {found_steps}; expected the same: files are "
                 "missing, or were not finished; copy the dataset again"
             )
-    if lengths is not None and stated.get("total_episodes", len(lengths)) != len(lengths):
+    if episodes is not None and stated.get("total_episodes", len(episodes.numbers)) != len(episodes.numbers):
         raise SourceError(
-            f"meta/info.json states {stated['total_episodes']} episodes, meta/episodes lists {len(lengths)}; expected "
-            "the same: copy the dataset again"
+            f"meta/info.json states {stated['total_episodes']} episodes, meta/episodes lists {len(episodes.numbers)}; "
+            "expected the same: copy the dataset again"
         )
-    return lengths
+    return episodes
 
 
-def _lengths(meta: Path) -> Int64Array | None:
+def _listed(meta: Path) -> EpisodeTable | None:
     listed = meta / "episodes.jsonl"
     numbers: list[int] = []
     lengths: list[int] = []
@@ -160,7 +161,7 @@ def _lengths(meta: Path) -> Int64Array | None:
     if not numbers:
         return None
     order = np.argsort(np.array(numbers), kind="stable")
-    return np.array(lengths, np.int64)[order]
+    return EpisodeTable(lengths_to_starts(np.array(lengths)[order]), np.array(numbers, np.int64)[order])
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -205,7 +206,11 @@ class _ParquetReader:
             self.close()
             # Not mapped: mapped pages would count as memory of this process.
             self._file = self._parquet.ParquetFile(
-                self._source.paths[index], buffer_size=_BUFFER_BYTES, pre_buffer=False, memory_map=False
+                self._source.paths[index],
+                buffer_size=_BUFFER_BYTES,
+                pre_buffer=False,
+                memory_map=False,
+                page_checksum_verification=True,
             )
             self._file_index = index
             groups = self._file.metadata

@@ -31,6 +31,7 @@ from runtime.dataset_steps import (
 # In order of preference; the names with a slash are those of diffusion-policy replay buffers.
 _ACTION_NAMES = ("actions", "action", "data/actions", "data/action", "data")
 _END_NAMES = ("episode_ends", "meta/episode_ends")
+_NUMBERS_NAME = "episode_index"
 _SLICE_STEPS = 1 << 20
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
@@ -45,6 +46,7 @@ class _Array:
     dtype: np.dtype[np.generic]
     begins: int
     is_compressed: bool
+    is_fortran: bool
 
     @property
     def width(self) -> int:
@@ -58,13 +60,14 @@ class _Array:
 
 @dataclass(frozen=True, eq=False)
 class NpzSource:
-    """arrays: one after the other they are the steps; first_rows: int64 [arrays + 1]."""
+    """arrays: one after the other they are the steps; first_rows: int64 [arrays + 1]; members: all that is read."""
 
     name: str
     path: Path
     files: tuple[SourceFile, ...]
     arrays: tuple[_Array, ...]
     first_rows: Int64Array
+    members: tuple[str, ...]
     table: EpisodeTable
 
     @property
@@ -76,7 +79,7 @@ class NpzSource:
         return int(self.first_rows[-1])
 
     @property
-    def stated_lengths(self) -> Int64Array | None:
+    def stated_episodes(self) -> None:
         return None
 
     def open(self, width: int) -> _NpzReader:
@@ -89,8 +92,8 @@ class NpzSource:
         if self.path.suffix.lower() != ".npz":
             return
         with readable(self.name, "a .npz file"), zipfile.ZipFile(self.path) as archive:
-            for array in self.arrays:
-                with archive.open(array.member) as member:
+            for name in self.members:
+                with archive.open(name) as member:
                     while member.read(1 << 20):
                         pass
 
@@ -117,13 +120,20 @@ def open_npz(path: Path, key: str | None) -> NpzSource:
     chosen = _choose(arrays, key, path.name)
     for array in chosen:
         _check_actions(array, path.name)
+        if len(chosen) > 1 and len(array.shape) != 2:
+            raise SourceError(
+                f"{path.name}: {array.name!r} is one of {len(chosen)} arrays of episodes and has the shape "
+                f"{list(array.shape)}; expected [steps, A]: join them into one [episodes, steps, A]"
+            )
     first_rows = lengths_to_starts(np.array([array.rows for array in chosen]))
-    files = (source_file(path, path.parent),)
+    files, numbering = (source_file(path, path.parent),), None
     if len(chosen) > 1:
         table = EpisodeTable(first_rows, np.arange(len(chosen), dtype=np.int64))
     else:
-        table = _table(path, chosen[0], arrays)
-    return NpzSource(path.name, path, files, chosen, first_rows, table)
+        numbering = _numbering(chosen[0], arrays)
+        table = _table(path, chosen[0], numbering)
+    members = tuple(array.member for array in (*chosen, numbering) if array is not None)
+    return NpzSource(path.name, path, files, chosen, first_rows, members, table)
 
 
 def _npy_array(path: Path) -> dict[str, _Array]:
@@ -139,31 +149,31 @@ def _npz_arrays(path: Path) -> dict[str, _Array]:
     with readable(path.name, "a .npz file"), zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for info in archive.infolist():
             name = info.filename.removesuffix(".npy")
+            if name in found:
+                raise SourceError(f"{path.name} holds {name!r} twice; expected every array once: save it anew")
             with archive.open(info) as member:
                 array = _header(member, name, info.filename, info.file_size, is_compressed=True)
             if info.compress_type == zipfile.ZIP_STORED:
                 file.seek(info.header_offset)
                 fields = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
                 data = info.header_offset + _LOCAL_HEADER.size + fields[-2] + fields[-1]
-                array = _Array(name, array.member, array.shape, array.dtype, data + array.begins, False)
+                array = _Array(
+                    name, array.member, array.shape, array.dtype, data + array.begins, False, array.is_fortran
+                )
             found[name] = array
     return found
 
 
 def _header(file: IO[bytes], name: str, member: str, size: int, *, is_compressed: bool) -> _Array:
-    """Raises SourceError for what is pickled, transposed or cut off."""
+    """Raises SourceError for what is cut off."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(file)
     begins = file.tell()
-    if dtype.hasobject:
-        raise SourceError(f"{name!r} holds Python objects, which could run code; save plain arrays")
-    if is_fortran and len(shape) > 1:
-        raise SourceError(f"{name!r} is stored column by column; save np.ascontiguousarray of it, to be read in slices")
     expected = begins + math.prod(shape) * dtype.itemsize
-    if size != expected:
+    if size != expected and not dtype.hasobject:
         raise SourceError(f"{name!r} has {size} bytes; expected {expected} for its shape {list(shape)}: copy it again")
-    return _Array(name, member, shape, dtype, begins, is_compressed)
+    return _Array(name, member, shape, dtype, begins, is_compressed, is_fortran)
 
 
 def _choose(arrays: Mapping[str, _Array], key: str | None, source: str) -> tuple[_Array, ...]:
@@ -181,25 +191,37 @@ def _choose(arrays: Mapping[str, _Array], key: str | None, source: str) -> tuple
 
 
 def _check_actions(array: _Array, source: str) -> None:
+    if array.dtype.hasobject:
+        raise SourceError(f"{source}: {array.name!r} holds Python objects, which could run code; save plain arrays")
     if array.dtype.kind != "f" or len(array.shape) not in (2, 3) or not all(array.shape):
         raise SourceError(
             f"{source}: {array.name!r} is {array.dtype} {list(array.shape)}; expected floating-point numbers [N, A] or "
             "[episodes, steps, A], not empty: convert it, or name another array with --key"
         )
+    if array.is_fortran:
+        raise SourceError(
+            f"{source}: {array.name!r} is stored column by column; save np.ascontiguousarray of it, to be read in "
+            "slices"
+        )
 
 
-def _table(path: Path, actions: _Array, arrays: Mapping[str, _Array]) -> EpisodeTable:
-    ends = next((arrays[end] for end in _END_NAMES if end in arrays), None)
+def _numbering(actions: _Array, arrays: Mapping[str, _Array]) -> _Array | None:
+    """What cuts the steps into episodes, where anything does."""
+    if len(actions.shape) == 3:
+        return None
+    return next((arrays[name] for name in (*_END_NAMES, _NUMBERS_NAME) if name in arrays), None)
+
+
+def _table(path: Path, actions: _Array, numbering: _Array | None) -> EpisodeTable:
     if len(actions.shape) == 3:
         starts = np.arange(actions.shape[0] + 1, dtype=np.int64) * actions.shape[1]
-    elif ends is not None:
-        starts = _starts_by_ends(
-            np.concatenate([np.empty(0, np.int64), *_integers(path, ends)]), actions.rows, path.name
-        )
-    elif "episode_index" in arrays:
-        return _table_by_numbers(path, arrays["episode_index"], actions.rows)
-    else:
+    elif numbering is None:
         starts = np.array([0, actions.rows], np.int64)
+    elif numbering.name == _NUMBERS_NAME:
+        return _table_by_numbers(path, numbering, actions.rows)
+    else:
+        ends = np.concatenate([np.empty(0, np.int64), *_integers(path, numbering)])
+        starts = _starts_by_ends(ends, actions.rows, path.name)
     return EpisodeTable(starts, np.arange(len(starts) - 1, dtype=np.int64))
 
 

@@ -146,7 +146,7 @@ def run_local(job: Job, tokenizer: ActionTokenizer, parts: Sequence[int], worker
                         part = next(waiting, None)
                     if part is None:
                         return
-                    with output_errors(job):
+                    with output_errors(job.partial):
                         maker.make(part, progress.add, stopping.is_set)
             finally:
                 maker.close()

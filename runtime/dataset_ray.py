@@ -81,7 +81,7 @@ class RayWorker:
         start, stop = self._job.rows(part)
         found = {"part": part, "steps": stop - start, "kind": "", "error": ""}
         try:
-            with output_errors(self._job):
+            with output_errors(self._job.partial):
                 if self._maker is None:
                     self._maker = PartMaker(self._job, open_tokenizer(self._job))
                 self._maker.make(part, lambda _: None, lambda: False)

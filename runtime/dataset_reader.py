@@ -83,8 +83,8 @@ class TokenDataset:
         return tuple(source_file(self.folder / name, self.folder) for name in self.info.files)
 
     @property
-    def stated_lengths(self) -> Int64Array | None:
-        return np.diff(self.episodes().starts)
+    def stated_episodes(self) -> EpisodeTable:
+        return self.episodes()
 
     def open(self, width: int) -> DatasetReader:
         if width != self.info.width:

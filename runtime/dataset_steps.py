@@ -67,8 +67,8 @@ class Source(Protocol):
     def files(self) -> tuple[SourceFile, ...]: ...
 
     @property
-    def stated_lengths(self) -> Int64Array | None:
-        """Steps of every episode in order, where the dataset says so beside its steps."""
+    def stated_episodes(self) -> EpisodeTable | None:
+        """All episodes in order, where the dataset says so beside its steps."""
 
     def open(self, width: int) -> StepReader:
         """A reader that refuses values of another width."""
@@ -108,7 +108,8 @@ def source_file(path: Path, root: Path) -> SourceFile:
 def check_unchanged(source: Source) -> None:
     """Raises SourceError where a file is not the one that was opened."""
     for file in source.files:
-        if source_file(source.root / file.name, source.root) != file:
+        path = source.root / file.name
+        if not path.exists() or source_file(path, source.root) != file:
             raise SourceError(
                 f"{file.name} has changed while it was read; expected the same size and time to the end: run the "
                 "command again with --restart when nothing writes to it"

@@ -70,6 +70,15 @@ def put(content: bytes, target: Path, scratch: Path) -> FileEntry:
     return FileEntry(hashlib.sha256(content).hexdigest(), len(content))
 
 
+def sync(path: Path) -> None:
+    """Force a file's content, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def scratch_file(scratch: Path, name: str) -> Path:
     """A name that no other process or thread uses; the process is in it for whoever looks on."""
     return scratch / f"{os.getpid()}.{os.urandom(8).hex()}.{name}"

@@ -22,7 +22,16 @@ from runtime.dataset_errors import OutputError, TokenDatasetError
 from runtime.dataset_files import FileFormat, write_file
 from runtime.dataset_finish import complete
 from runtime.dataset_format import PART_STEPS, Compression, DatasetInfo, Storage, Verification
-from runtime.dataset_job import Job, begin, load_records, locked, output_errors, plan, was_finished
+from runtime.dataset_job import (
+    Job,
+    begin,
+    load_records,
+    locked,
+    output_errors,
+    partial_folder,
+    plan,
+    was_finished,
+)
 from runtime.dataset_parts import run_local
 from runtime.dataset_progress import Progress, duration
 from runtime.dataset_reader import check_fingerprint, open_token_dataset
@@ -69,17 +78,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return count
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
 
 
 def convert(options: argparse.Namespace) -> None:
     """Raises TokenizerError, before anything is written where that can be known."""
     kind = _format(options)
     given, made = options.input.resolve(), options.output.resolve()
-    if given == made or given in made.parents or made in given.parents:
+    inside = {given, *given.parents}
+    if given in made.parents or made in inside or partial_folder(made) in inside:
         raise OutputError(f"OUT, {options.output}, is IN or lies in it, or IN in it; give a place of its own")
     with ActionTokenizer.load(
         options.bundle, backend=options.backend, expect_fingerprint=options.expect_fingerprint
@@ -94,7 +103,13 @@ def convert(options: argparse.Namespace) -> None:
                 print(f"{options.input}: {dataset.num_steps:,} steps; {tokenizer.backend.description}")
                 progress = Progress(dataset.num_steps)
                 verification = write_file(
-                    dataset, tokenizer, options.output, cast(FileFormat, kind), progress, overwrite=options.overwrite
+                    dataset,
+                    tokenizer,
+                    options.output,
+                    cast(FileFormat, kind),
+                    progress,
+                    overwrite=options.overwrite,
+                    restart=options.restart,
                 )
                 _report_decoded(options.output, progress, verification)
                 return
@@ -112,7 +127,7 @@ def convert(options: argparse.Namespace) -> None:
             compression=cast(Compression, options.compression),
             steps_per_file=options.steps_per_file,
         )
-        with output_errors(job), locked(job):
+        with output_errors(job.partial), locked(job.partial):
             _run(job, tokenizer, options)
 
 

@@ -186,6 +186,44 @@ def test_arrays_that_are_no_actions_are_refused(tmp_path: Path) -> None:
     assert "has no action array; found nothing" in refusal(path)
 
 
+def test_arrays_that_nobody_reads_may_be_anything(tmp_path: Path) -> None:
+    (episode,) = random_episodes([6])
+    more = {"notes": np.array({"by": "me"}, dtype=object), "states": np.asfortranarray(np.zeros((6, 3)))}
+    np.savez(tmp_path / "x.npz", actions=episode, **more)
+    (steps,) = read(tmp_path / "x.npz", [(0, 6)])
+    np.testing.assert_array_equal(steps.values, episode)
+
+
+def test_numbered_arrays_of_several_episodes_each_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", a_0=np.zeros((2, 4, 3)), a_1=np.zeros((2, 4, 3)))
+    assert "'a_0' is one of 2 arrays of episodes and has the shape [2, 4, 3]" in refusal(tmp_path / "x.npz")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_an_archive_with_an_array_twice_is_refused(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "x.npz", random_episodes([6]))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("actions.npy", archive.read("actions.npy"))
+    assert "holds 'actions' twice" in refusal(path)
+
+
+def test_sums_of_episode_numbers_and_of_parquet_pages_are_checked(tmp_path: Path) -> None:
+    episodes = random_episodes([6000, 5000])
+    path = write_npz(tmp_path / "x.npz", episodes, numbered=True)
+    content = path.read_bytes()
+    # The last step of the first episode becomes the first of the second: plausible but for the sum.
+    at = content.rindex(np.array([0, 1], "<i8").tobytes())
+    path.write_bytes(content[:at] + np.array([1, 1], "<i8").tobytes() + content[at + 16 :])
+    assert "Bad CRC-32" in refusal(path)
+    path = tmp_path / "x.parquet"
+    plain = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    pq.write_table(lerobot_table(episodes), path, **plain)
+    content = bytearray(path.read_bytes())
+    content[content.index(episodes[0][100].tobytes())] ^= 1
+    path.write_bytes(content)
+    assert "CRC checksum verification failed" in refusal(path)
+
+
 @pytest.mark.parametrize("ends", [[3, 5], [3, 3, 6], [4, 2, 6], [], [7]])
 def test_ends_that_do_not_cut_the_steps_are_refused(ends: list[int], tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", actions=np.zeros((6, 3)), episode_ends=np.array(ends, np.int64))

@@ -1,20 +1,13 @@
 """The command: what it writes, that nothing interrupts it for good, and what it refuses."""
 
-import dataclasses
 import hashlib
 import json
 import os
-import pickle
-import random
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
@@ -25,17 +18,15 @@ import pytest
 import zarr
 
 from rfsq_ref.data import load_actions
-from runtime import ActionTokenizer, tokenize_dataset
+from runtime import ActionTokenizer
 from runtime.cpu_targets import host_targets
 from runtime.dataset_errors import IllegalActionError, OutputError, SourceError, TokenDatasetError
 from runtime.dataset_format import INFO_NAME, SCHEMA_VERSION
-from runtime.dataset_job import begin, locked, plan
 from runtime.dataset_progress import Progress, duration
-from runtime.dataset_ray import RayWorker, raise_refusal
 from runtime.dataset_reader import open_token_dataset
-from runtime.dataset_sources import open_source
-from runtime.errors import BackendUnavailableError, FingerprintError, TokenizerError
+from runtime.errors import FingerprintError, TokenizerError
 from tests.bundles import Recipe
+from tests.runtime.dataset_command import LENGTHS, PART, ROOT, arguments, files, refusal, run
 from tests.runtime.dataset_samples import (
     LAYOUTS,
     lerobot_table,
@@ -45,11 +36,8 @@ from tests.runtime.dataset_samples import (
     write_npz,
 )
 
-ROOT = Path(__file__).parents[2]
-#: The smallest parts that there are, so that little data makes several.
-PART = 8192
-LENGTHS = (9000, 1, 4000, 7000)
-SHAPE = (4, 3)  # D, L of the small bundles
+#: D, L of the small bundles.
+SHAPE = (4, 3)
 
 
 @pytest.fixture(scope="session")
@@ -92,31 +80,6 @@ def altered(tokens: Path, tmp_path: Path) -> Path:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         (copy / name).write_bytes((tokens / name).read_bytes())
     return copy
-
-
-def arguments(source: Path, output: Path, bundle: Path, *options: str) -> list[str]:
-    return [str(source), str(output), "--bundle", str(bundle), "--steps-per-file", str(PART), *options]
-
-
-def run(source: Path, output: Path, bundle: Path, *options: str) -> None:
-    assert tokenize_dataset.main(arguments(source, output, bundle, *options)) == 0
-
-
-def refusal(*given: str, kind: type[TokenizerError]) -> str:
-    """The message; the exit status and the error's type are checked."""
-    with pytest.raises(kind) as caught:
-        tokenize_dataset.convert(tokenize_dataset.parser().parse_args(given))
-    assert tokenize_dataset.main(given) == 2
-    return str(caught.value)
-
-
-def files(folder: Path) -> dict[str, str]:
-    """Hashes by name, of everything in the folder."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -269,265 +232,6 @@ def test_the_command_needs_numpy_pyarrow_and_the_backend_alone(
     assert "error: --engine ray needs Ray, which cannot be imported" in result.stderr
 
 
-# --- killed -----------------------------------------------------------------------------------------------------------
-
-#: Runs the command again and again in forked children, each killed before another operation on files of the output.
-EVERY_OPERATION = """
-import hashlib, json, os, shutil, sys
-from pathlib import Path
-from typing import Any
-import h5py, numpy, pyarrow, pyarrow.parquet, pyarrow.types, pyarrow.compute
-from runtime.tokenize_dataset import main
-from runtime import c_backend
-
-arguments, output, prepare = json.loads(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
-CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "open"}
-
-def child(fatal):
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    seen = 0
-    def hook(event, given):
-        nonlocal seen
-        if event not in CHANGES or not str(given[0]).startswith(str(output.parent)):
-            return
-        if event != "open" or given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            seen += 1
-            if seen == fatal:
-                os.kill(os.getpid(), 9)
-    sys.addaudithook(hook)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os._exit(main(arguments))
-
-def files():
-    found = sorted(path for path in output.parent.rglob("*") if path.is_file())
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
-
-def fresh():
-    shutil.rmtree(output.parent, ignore_errors=True)
-    output.parent.mkdir()
-    if prepare.exists():
-        shutil.copytree(prepare, output)
-
-fresh()
-# Here, so that every child finds loaded what it needs.
-assert main(arguments) == 0
-expected, fatal = files(), int(sys.argv[4])
-killed = 0
-while True:
-    fresh()
-    status = child(fatal)
-    if status == 0:
-        break
-    assert status == -9, status
-    # 2: all was done but for an empty folder, so that the output exists.
-    assert child(0) in (0, 2), f"not finished after a kill before change {fatal}"
-    assert files() == expected, f"other files after a kill before change {fatal}"
-    killed += 1
-    fatal += int(sys.argv[5])
-print(killed)
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "every"), [("x.parquet", [], 1), ("x.zarr", [], 4), ("x.parquet", ["--overwrite"], 2)]
-)
-def test_killed_before_any_change_to_a_file_it_goes_on_to_the_same_result(
-    name: str, options: list[str], every: int, source: Path, c_bundle: Path, tokens: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "out" / name
-    given = json.dumps(arguments(source, output, c_bundle, "--workers", "1", *options))
-    # A dataset to be replaced must be another one, or nobody would see whether it was.
-    old = tmp_path / "old"
-    if options:
-        run(write_npz(tmp_path / "old.npz", random_episodes([40])), old, c_bundle, "--format", "parquet")
-    result = subprocess.run(
-        [sys.executable, "-c", EVERY_OPERATION, given, str(output), str(old), "1", str(every)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert int(result.stdout.split()[-1]) >= 15
-    if name == "x.parquet" and not options:
-        assert files(output) == files(tokens)
-
-
-@pytest.fixture(scope="session")
-def long_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200,000 steps in 25 parts; not to be changed."""
-    return write_npz(tmp_path_factory.mktemp("long") / "long.npz", random_episodes([700] * 286)[:286])
-
-
-@pytest.fixture(scope="session")
-def long_tokens(tmp_path_factory: pytest.TempPathFactory, long_source: Path, c_bundle: Path) -> Path:
-    output = tmp_path_factory.mktemp("long_tokens") / "long.parquet"
-    run(long_source, output, c_bundle)
-    return output
-
-
-def start(*given: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "runtime/tokenize_dataset.py"), *given],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finished_parts(output: Path) -> int:
-    return len(list(output.with_name(output.name + ".partial").glob("*/done/*.json")))
-
-
-def test_ten_kills_at_random_moments_change_no_byte(
-    long_source: Path, long_tokens: Path, c_bundle: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "out.parquet"
-    given = arguments(long_source, output, c_bundle)
-    rng, kills = random.Random(0), 0
-    while kills < 10:
-        before = finished_parts(output)
-        process = start(*given)
-        # Killed while it works: after its next part, and somewhat later.
-        while process.poll() is None and finished_parts(output) == before:
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.003))
-        process.kill()
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-        if output.exists():
-            # It was too fast: as good as any other, and begun again.
-            assert files(output) == files(long_tokens)
-            shutil.rmtree(output)
-    process = start(*given)
-    printed, _ = process.communicate()
-    assert process.returncode == 0, printed
-    assert files(output) == files(long_tokens)
-    assert not output.with_name("out.parquet.partial").exists()
-
-
-def test_a_damaged_part_of_an_earlier_run_is_made_anew(
-    source: Path, c_bundle: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "out.parquet"
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenize_dataset, "complete", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert tokenize_dataset.main(arguments(source, output, c_bundle)) == 130
-    (part,) = output.with_name("out.parquet.partial").glob("*/data/data/chunk-000/file-001.parquet")
-    part.write_bytes(part.read_bytes()[:-1000])
-    run(source, output, c_bundle)
-    assert files(output) == files(tokens)
-
-
-@pytest.mark.parametrize("left", [b"", b"{}", b'{"part": 1'])
-def test_what_a_power_cut_leaves_is_made_anew_or_refused(
-    left: bytes, source: Path, c_bundle: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "out.parquet"
-    given = arguments(source, output, c_bundle)
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenize_dataset, "complete", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert tokenize_dataset.main(given) == 130
-    (record,) = output.with_name("out.parquet.partial").glob("*/done/000000001.json")
-    record.write_bytes(left)
-    identity = output.with_name("out.parquet.partial") / "job.json"
-    content = identity.read_bytes()
-    identity.write_bytes(left)
-    assert "--restart" in refusal(*given, kind=OutputError)
-    identity.write_bytes(content)
-    run(source, output, c_bundle)
-    assert files(output) == files(tokens)
-
-
-def test_a_source_that_changes_meanwhile_is_refused(
-    c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = write_npz(tmp_path / "x.npz", random_episodes(LENGTHS))
-    run_local = tokenize_dataset.run_local
-
-    def change_at_the_end(*given: Any) -> None:
-        run_local(*given)
-        os.utime(source)
-
-    monkeypatch.setattr(tokenize_dataset, "run_local", change_at_the_end)
-    output = tmp_path / "out.parquet"
-    given = arguments(source, output, c_bundle, "--restart")
-    assert "x.npz has changed while it was read" in refusal(*given, kind=SourceError)
-    assert not output.exists()
-
-
-def test_another_job_does_not_go_on_in_its_place(
-    source: Path, c_bundle: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = tmp_path / "out.parquet"
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenize_dataset, "complete", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert tokenize_dataset.main(arguments(source, output, c_bundle)) == 130
-    other = arguments(source, output, c_bundle, "--compression", "none")
-    assert "another job, which differs in compression" in refusal(*other, kind=OutputError)
-    moved = write_lerobot_v3(tmp_path / source.name, random_episodes(LENGTHS, seed=1))
-    other = arguments(moved, output, c_bundle)
-    assert "another job, which differs in source" in refusal(*other, kind=OutputError)
-    run(source, output, c_bundle, "--restart")
-    assert files(output) == files(tokens)
-
-
-def test_two_processes_do_not_work_at_one_output(source: Path, c_bundle: Path, tmp_path: Path) -> None:
-    import fcntl
-
-    partial = tmp_path / "out.parquet.partial"
-    partial.mkdir()
-    with (partial / "lock").open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        message = refusal(*arguments(source, tmp_path / "out.parquet", c_bundle), kind=OutputError)
-    assert "is in use: another process is making" in message
-    run(source, tmp_path / "out.parquet", c_bundle)
-
-
-def test_an_output_that_exists_is_replaced_on_request_alone(source: Path, c_bundle: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out.parquet"
-    output.mkdir()
-    (output / "mine.txt").write_text("x", encoding="utf-8")
-    given = arguments(source, output, c_bundle)
-    assert "exists; give another name, or --overwrite" in refusal(*given, kind=OutputError)
-    # Nor what is no dataset.
-    assert "is not a dataset that was written here" in refusal(*given, "--overwrite", kind=OutputError)
-    assert list(tmp_path.rglob("*")) == [output, output / "mine.txt"]
-    (output / "mine.txt").rename(output / INFO_NAME)
-    run(source, output, c_bundle, "--overwrite")
-    assert open_token_dataset(output).num_steps == 20_001
-
-
-def test_an_output_in_its_input_is_refused(source: Path, tokens: Path, c_bundle: Path) -> None:
-    before = files(source), files(tokens)
-    for given, made in ((source, source / "x.parquet"), (source, source.parent), (tokens, tokens)):
-        options = ["--decode"] if given is tokens else []
-        options += ["--overwrite", "--format", "parquet"]
-        message = refusal(*arguments(given, made, c_bundle, *options), kind=OutputError)
-        assert "is IN or lies in it, or IN in it" in message
-    assert (files(source), files(tokens)) == before
-
-
-def test_a_full_disk_is_said_and_the_job_goes_on_when_there_is_room(source: Path, bundle: Path, tmp_path: Path) -> None:
-    output = tmp_path / "out.parquet"
-    code = (
-        "import json, resource, signal, sys; from runtime.tokenize_dataset import main; "
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); "
-        "sys.exit(main(json.loads(sys.argv[1])))"
-    )
-    given = json.dumps(arguments(source, output, bundle))
-    result = subprocess.run([sys.executable, "-c", code, given], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 2, result.stderr
-    expected = "error: .*out.parquet.partial cannot be written: .* make room or choose another place"
-    assert re.search(expected, result.stderr)
-    run(source, output, bundle)
-    run(source, tmp_path / "other.parquet", bundle)
-    assert files(output) == files(tmp_path / "other.parquet")
-
-
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
@@ -559,6 +263,14 @@ def test_other_lengths_than_stated_are_refused(c_bundle: Path, tmp_path: Path) -
     pq.write_table(pa.table({"episode_index": [0, 1], "length": [60, 50]}), path)
     given = arguments(folder, tmp_path / "out.parquet", c_bundle)
     assert "episode 0 has 50 steps where 60 are stated" in refusal(*given, kind=SourceError)
+    pq.write_table(pa.table({"episode_index": [0, 7], "length": [50, 60]}), path)
+    assert "episode 1 stands where 7 is stated" in refusal(*given, kind=SourceError)
+
+
+@pytest.mark.parametrize("steps", [1, 511, 513, 4095, 4097])
+def test_the_verification_counts_every_step_once(steps: int, c_bundle: Path, tmp_path: Path) -> None:
+    run(write_npz(tmp_path / "x.npz", random_episodes([steps])), tmp_path / "x.parquet", c_bundle)
+    assert open_token_dataset(tmp_path / "x.parquet").info.verification.steps == min(steps, 4096)
 
 
 def test_unfit_bundles_and_options_are_refused(
@@ -781,55 +493,3 @@ def test_what_the_document_shows_runs(tokens: Path, tmp_path: Path) -> None:
         )
         assert result.returncode == 0, result.stderr
         assert result.stdout
-
-
-# --- Ray --------------------------------------------------------------------------------------------------------------
-
-
-def workers_at(partial: Path, driver: int) -> Iterator[int]:
-    """Processes that are writing a part: their numbers are in the names of what they write."""
-    for path in partial.glob("*/scratch/*"):
-        number = int(path.name.split(".")[0])
-        if number != driver:
-            yield number
-
-
-def test_ray_gives_the_same_bytes_with_workers_killed(c_bundle: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
-    source = write_npz(tmp_path / "x.npz", [np.resize(random_episodes([10_000])[0], (1_500_000, 3))])
-    run(source, tmp_path / "local.parquet", c_bundle)
-    output = tmp_path / "ray.parquet"
-    process = start(*arguments(source, output, c_bundle, "--engine", "ray", "--workers", "2"))
-    killed: set[int] = set()
-    while process.poll() is None and len(killed) < 2:
-        for worker in set(workers_at(tmp_path / "ray.parquet.partial", process.pid)) - killed:
-            os.kill(worker, signal.SIGKILL)
-            killed.add(worker)
-            break
-        time.sleep(0.002)
-    printed, _ = process.communicate()
-    assert process.returncode == 0, printed
-    assert len(killed) == 2
-    assert files(output) == files(tmp_path / "local.parquet")
-
-
-def test_a_worker_of_ray_hands_its_refusal_on_to_the_command(c_bundle: Path, bundle: Path, tmp_path: Path) -> None:
-    episodes = random_episodes(LENGTHS)
-    episodes[3][5, 0] = np.nan
-    source = open_source(write_npz(tmp_path / "x.npz", episodes))
-    with ActionTokenizer.load(c_bundle) as tokenizer:
-        job = plan(source, tokenizer, c_bundle, tmp_path / "out.parquet", steps_per_file=PART)
-    with locked(job):
-        begin(job, overwrite=False, restart=False)
-        worker = RayWorker(pickle.dumps(job))
-        raise_refusal(worker({"part": 0}))
-        with pytest.raises(IllegalActionError, match=r"^x.npz, episode 3, step 5, dimension 0: nan; expected"):
-            raise_refusal(worker({"part": 1}))
-        # A machine on which the bundle is another, or has no engine of the job's kind.
-        other = RayWorker(pickle.dumps(dataclasses.replace(job, bundle=bundle)))
-        with pytest.raises(TokenizerError):
-            raise_refusal(other({"part": 0}))
-        unlike = dataclasses.replace(job.made_with, device="generated C for another processor")
-        unlike_worker = RayWorker(pickle.dumps(dataclasses.replace(job, made_with=unlike)))
-        with pytest.raises(BackendUnavailableError, match="the job began with generated C for another processor"):
-            raise_refusal(unlike_worker({"part": 0}))
