@@ -45,7 +45,7 @@ def golden_vectors(reference: Reference, sections: Sequence[Section]) -> Golden:
     # A flip has a limit of its own.
     error = np.where(answers.float32.flipped, 0, answers.round_trip).max(-1)
     kept = error <= GATES.action_error / _ROUND_TRIP_ROOM
-    return reference.answer(answers.golden.actions[kept]).golden
+    return answers.golden if kept.all() else reference.answer(answers.golden.actions[kept]).golden
 
 
 @dataclass

@@ -187,13 +187,7 @@ class _ParquetReader:
                 batch = self._take(min(stop, int(self._source.first_rows[index + 1])) - start)
                 parts.append(self._steps(batch, self._source.files[index].name))
             start += len(parts[-1])
-        if len(parts) == 1:
-            return parts[0]
-        return Steps(
-            np.concatenate([part.values for part in parts]),
-            np.concatenate([part.episode for part in parts]),
-            np.concatenate([part.frame for part in parts]),
-        )
+        return Steps.joined(parts)
 
     def close(self) -> None:
         if self._file is not None:

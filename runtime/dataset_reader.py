@@ -170,13 +170,7 @@ class DatasetReader:
             rows = slice(start - index * size, end - index * size)
             parts.append(Steps(block.values[rows], block.episode[rows], block.frame[rows]))
             start = end
-        if len(parts) == 1:
-            return parts[0]
-        return Steps(
-            np.concatenate([part.values for part in parts]),
-            np.concatenate([part.episode for part in parts]),
-            np.concatenate([part.frame for part in parts]),
-        )
+        return Steps.joined(parts)
 
     def close(self) -> None:
         if self._file is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,17 @@ class Steps:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Steps]) -> Steps:
+        """One after the other; a single one as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([part.values for part in parts]),
+            np.concatenate([part.episode for part in parts]),
+            np.concatenate([part.frame for part in parts]),
+        )
 
 
 class StepReader(Protocol):

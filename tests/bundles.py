@@ -17,7 +17,7 @@ from export.c_source import CTokenizer, c_tokenizer
 from export.cuda_flags import CUDA_FLAGS
 from export.cuda_source import cuda_tokenizer
 from export.graphs import LinearForm, decoder_graph, encoder_graph
-from export.plan import DeployMode, action_limit, choose_prefixes, plan_decoder, plan_encoder
+from export.plan import DecoderPlan, DeployMode, EncoderPlan, action_limit, choose_prefixes, plan_decoder, plan_encoder
 from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
 from rfsq_ref.normaliser import Normaliser, NormaliserKind
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
@@ -249,11 +249,15 @@ def engine_entry(onnx_bytes: bytes) -> EngineEntry:
     )
 
 
-def generate_c(deployed: Deployed) -> CTokenizer:
-    """Source of encoder and decoders."""
+def _plans(deployed: Deployed) -> tuple[EncoderPlan, list[DecoderPlan]]:
     recipe, model = deployed.recipe, deployed.exported
     decoders = [plan_decoder(model, recipe.mode, recipe.chunk_length, prefix) for prefix in deployed.prefixes]
-    return c_tokenizer(plan_encoder(model, recipe.mode, recipe.chunk_length), decoders, fingerprint_of(recipe))
+    return plan_encoder(model, recipe.mode, recipe.chunk_length), decoders
+
+
+def generate_c(deployed: Deployed) -> CTokenizer:
+    """Source of encoder and decoders."""
+    return c_tokenizer(*_plans(deployed), fingerprint_of(deployed.recipe))
 
 
 def c_entry(generated: CTokenizer, target: str) -> EngineEntry:
@@ -276,9 +280,7 @@ def c_entry(generated: CTokenizer, target: str) -> EngineEntry:
 
 def generate_cuda(deployed: Deployed) -> str:
     """Source of encoder and decoders."""
-    recipe, model = deployed.recipe, deployed.exported
-    decoders = [plan_decoder(model, recipe.mode, recipe.chunk_length, prefix) for prefix in deployed.prefixes]
-    return cuda_tokenizer(plan_encoder(model, recipe.mode, recipe.chunk_length), decoders)
+    return cuda_tokenizer(*_plans(deployed))
 
 
 def compile_cuda(source: str, compute_capability: str) -> bytes:

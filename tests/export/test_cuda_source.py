@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.cuda_flags import CUDA_FLAGS
-from export.cuda_source import FixedPoint, cuda_tokenizer, fixed_point
-from export.plan import Affine, DeployMode, plan_decoder, plan_encoder
+from export.cuda_source import FixedPoint, fixed_point
+from export.plan import Affine, DeployMode
 from export.source_tables import number
 from rfsq_ref.autoencoder import ModelConfig
 from runtime.errors import BackendUnavailableError
 from runtime.kernel_names import kernel_name, token_types
-from tests.bundles import SMALL, Recipe, deploy
+from tests.bundles import SMALL, Recipe, compile_cuda, deploy, generate_cuda
 
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
 
@@ -38,8 +37,7 @@ SIZES = {
 
 def source(mode: DeployMode, config: ModelConfig) -> str:
     layers = (max(1, config.num_layers - 1), config.num_layers)
-    model = deploy(Recipe(mode=mode, config=config, prefixes=layers)).reference
-    return cuda_tokenizer(plan_encoder(model, mode, 2), [plan_decoder(model, mode, 2, layer) for layer in layers])
+    return generate_cuda(deploy(Recipe(mode=mode, config=config, prefixes=layers)))
 
 
 @pytest.fixture(autouse=True)
@@ -50,15 +48,11 @@ def nvrtc() -> None:
         pytest.skip(str(error))
 
 
-def compiled(text: str, compute_capability: str) -> bytes:
-    return compile_kernels(text, "rfsq_tokenizer.cu", compute_capability, CUDA_FLAGS)
-
-
 @pytest.mark.parametrize("mode", DeployMode)
 @pytest.mark.parametrize("size", SIZES)
 def test_every_mode_and_size_compiles_and_has_the_kernels_that_are_launched(mode: DeployMode, size: str) -> None:
     config = SIZES[size]
-    image = compiled(source(mode, config), "9.0")
+    image = compile_cuda(source(mode, config), "9.0")
     for prefix in (None, config.num_layers):
         for token_type in token_types(config.num_levels):
             assert kernel_name(prefix, token_type, "few").encode() in image
@@ -67,7 +61,7 @@ def test_every_mode_and_size_compiles_and_has_the_kernels_that_are_launched(mode
 @pytest.mark.parametrize("compute_capability", ["7.5", "8.0", "8.7", "8.9", "9.0", "10.0", "12.0"])
 def test_it_compiles_for_every_kind_of_gpu(compute_capability: str) -> None:
     """8.7 is the Jetson Orin's."""
-    assert compiled(source(DeployMode.CALIBRATED, SIZES["published"]), compute_capability)[:4] == b"\x7fELF"
+    assert compile_cuda(source(DeployMode.CALIBRATED, SIZES["published"]), compute_capability)[:4] == b"\x7fELF"
 
 
 def test_kernels_for_many_steps_exist_where_the_sizes_suit_them() -> None:
@@ -93,7 +87,7 @@ def test_a_source_that_does_not_compile_is_quoted() -> None:
 
 
 def test_an_image_that_was_cut_off_never_reaches_the_driver() -> None:
-    image = compiled(source(DeployMode.CALIBRATED, SMALL), "9.0")
+    image = compile_cuda(source(DeployMode.CALIBRATED, SMALL), "9.0")
     for spoiled in (image[: len(image) // 2], image[:-1], image[:40], b"", b"not an engine"):
         with pytest.raises(BackendUnavailableError, match="no image of CUDA kernels"):
             KernelLibrary(spoiled)

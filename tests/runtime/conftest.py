@@ -8,6 +8,7 @@ import pytest
 
 from export.plan import DeployMode
 from runtime import ActionTokenizer
+from runtime.cpu_targets import host_targets
 from tests.bundles import Recipe, write_bundle
 
 
@@ -28,6 +29,12 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Pa
 def bundle(bundle_of: Callable[[Recipe], Path]) -> Path:
     """`calibrated`, small; not to be changed."""
     return bundle_of(Recipe())
+
+
+@pytest.fixture(scope="session")
+def c_bundle(bundle_of: Callable[[Recipe], Path]) -> Path:
+    """The same with generated C, compiled for this processor; not to be changed."""
+    return bundle_of(Recipe(c_targets=(host_targets()[0],)))
 
 
 @pytest.fixture

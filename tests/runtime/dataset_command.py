@@ -24,6 +24,17 @@ def run(source: Path, output: Path, bundle: Path, *options: str) -> None:
     assert tokenize_dataset.main(arguments(source, output, bundle, *options)) == 0
 
 
+def interrupt_at_the_end(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part is made; then somebody presses Ctrl-C."""
+
+    def interrupted(*_given: object, **_options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_dataset, "complete", interrupted)
+        assert tokenize_dataset.main(given) == 130
+
+
 def refusal(*given: str, kind: type[TokenizerError]) -> str:
     """The message; the exit status and the error's type are checked."""
     with pytest.raises(kind) as caught:

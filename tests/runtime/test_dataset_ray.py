@@ -5,30 +5,23 @@ import os
 import pickle
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from runtime import ActionTokenizer
-from runtime.cpu_targets import host_targets
 from runtime.dataset_errors import IllegalActionError
 from runtime.dataset_job import begin, locked, plan
 from runtime.dataset_ray import RayWorker, raise_refusal
 from runtime.dataset_sources import open_source
 from runtime.errors import BackendUnavailableError, TokenizerError
-from tests.bundles import Recipe
 from tests.runtime.dataset_command import LENGTHS, PART, arguments, files, run, start
 from tests.runtime.dataset_samples import (
     random_episodes,
     write_npz,
 )
-
-
-@pytest.fixture(scope="session")
-def c_bundle(bundle_of: Callable[[Recipe], Path]) -> Path:
-    return bundle_of(Recipe(c_targets=(host_targets()[0],)))
 
 
 def workers_at(partial: Path, driver: int) -> Iterator[int]:

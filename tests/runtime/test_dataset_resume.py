@@ -9,29 +9,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime import tokenize_dataset
-from runtime.cpu_targets import host_targets
 from runtime.dataset_errors import OutputError, SourceError
 from runtime.dataset_format import INFO_NAME
 from runtime.dataset_reader import open_token_dataset
-from tests.bundles import Recipe
-from tests.runtime.dataset_command import LENGTHS, ROOT, arguments, files, refusal, run, start
+from tests.runtime.dataset_command import LENGTHS, ROOT, arguments, files, interrupt_at_the_end, refusal, run, start
 from tests.runtime.dataset_samples import (
     random_episodes,
     write_lerobot_v3,
     write_npz,
 )
-
-
-@pytest.fixture(scope="session")
-def c_bundle(bundle_of: Callable[[Recipe], Path]) -> Path:
-    return bundle_of(Recipe(c_targets=(host_targets()[0],)))
 
 
 @pytest.fixture(scope="session")
@@ -181,9 +173,7 @@ def test_a_damaged_part_of_an_earlier_run_is_made_anew(
     source: Path, c_bundle: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out.parquet"
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenize_dataset, "complete", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert tokenize_dataset.main(arguments(source, output, c_bundle)) == 130
+    interrupt_at_the_end(arguments(source, output, c_bundle), monkeypatch)
     (part,) = output.with_name("out.parquet.partial").glob("*/data/data/chunk-000/file-001.parquet")
     part.write_bytes(part.read_bytes()[:-1000])
     run(source, output, c_bundle)
@@ -196,9 +186,7 @@ def test_what_a_power_cut_leaves_is_made_anew_or_refused(
 ) -> None:
     output = tmp_path / "out.parquet"
     given = arguments(source, output, c_bundle)
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenize_dataset, "complete", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert tokenize_dataset.main(given) == 130
+    interrupt_at_the_end(given, monkeypatch)
     (record,) = output.with_name("out.parquet.partial").glob("*/done/000000001.json")
     record.write_bytes(left)
     identity = output.with_name("out.parquet.partial") / "job.json"
@@ -231,9 +219,7 @@ def test_another_job_does_not_go_on_in_its_place(
     source: Path, c_bundle: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out.parquet"
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenize_dataset, "complete", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert tokenize_dataset.main(arguments(source, output, c_bundle)) == 130
+    interrupt_at_the_end(arguments(source, output, c_bundle), monkeypatch)
     other = arguments(source, output, c_bundle, "--compression", "none")
     assert "another job, which differs in compression" in refusal(*other, kind=OutputError)
     moved = write_lerobot_v3(tmp_path / source.name, random_episodes(LENGTHS, seed=1))
@@ -362,9 +348,7 @@ def test_decoding_into_a_file_does_not_discard_a_job_that_is_to_go_on(
     source: Path, c_bundle: Path, tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenize_dataset, "complete", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
-        assert tokenize_dataset.main(arguments(source, output, c_bundle, "--format", "parquet")) == 130
+    interrupt_at_the_end(arguments(source, output, c_bundle, "--format", "parquet"), monkeypatch)
     given = arguments(tokens, output, c_bundle, "--decode", "--format", "npz")
     assert "holds the beginning of another job" in refusal(*given, kind=OutputError)
     assert finished_parts(output) == 3

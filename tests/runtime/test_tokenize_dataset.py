@@ -19,7 +19,6 @@ import zarr
 
 from rfsq_ref.data import load_actions
 from runtime import ActionTokenizer
-from runtime.cpu_targets import host_targets
 from runtime.dataset_errors import IllegalActionError, OutputError, SourceError, TokenDatasetError
 from runtime.dataset_format import INFO_NAME, SCHEMA_VERSION
 from runtime.dataset_progress import Progress, duration
@@ -38,11 +37,6 @@ from tests.runtime.dataset_samples import (
 
 #: D, L of the small bundles.
 SHAPE = (4, 3)
-
-
-@pytest.fixture(scope="session")
-def c_bundle(bundle_of: Callable[[Recipe], Path]) -> Path:
-    return bundle_of(Recipe(c_targets=(host_targets()[0],)))
 
 
 @pytest.fixture(scope="session")

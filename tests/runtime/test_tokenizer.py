@@ -11,37 +11,15 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from export.plan import DeployMode
-from rfsq_ref.autoencoder import ModelConfig
 from rfsq_ref.rounding import token_error_bounds
 from runtime import ActionTokenizer, FingerprintError, InvalidInputError, SelfTestError, TokenizerError
 from runtime.comparison import action_errors, compare_tokens
 from runtime.gates import GATES
 from runtime.manifest import ModelEntry
 from tests.bundles import Recipe, deploy, random_actions, reference_decode, write_bundle
-
-
-@st.composite
-def recipes(draw: st.DrawFn) -> Recipe:
-    mode = draw(st.sampled_from(list(DeployMode)))
-    config = ModelConfig(
-        action_dim=draw(st.integers(1, 9)),
-        latent_dim=draw(st.integers(2 if mode.conditioning.value == "dynamic" else 1, 20)),
-        hidden_width=draw(st.integers(1, 70)),
-        num_layers=draw(st.integers(1, 6)),
-        num_levels=draw(st.integers(2, 17)),
-    )
-    return Recipe(
-        mode,
-        config,
-        chunk_length=draw(st.integers(1, 9)),
-        prefixes=tuple(draw(st.sets(st.integers(1, config.num_layers), max_size=2))),
-        num_chunks=draw(st.integers(1, 5)),
-        has_normaliser=draw(st.booleans()),
-        seed=draw(st.integers(0, 1000)),
-    )
+from tests.strategies import recipes
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -41,6 +41,7 @@ from runtime.torch_adapter import FINGERPRINT_KEY, ActionRFSQAE, narrowed
 from tests.bundles import Deployed, Recipe, deploy, random_actions, reference_decode, write_bundle
 from tests.rfsq_ref.published_model import ActionRFSQAE as PublishedActionRFSQAE
 from tests.runtime.published_policy import act, act_through_rfsq, train_policy
+from tests.strategies import recipes
 
 ROOT = Path(__file__).parents[2]
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -185,27 +186,6 @@ def test_where_the_published_decoding_is_right_ours_is_the_same(pair_of: Callabl
 
 
 # --- forward, encode and decode equal the reference -------------------------------------------------------------------
-
-
-@st.composite
-def recipes(draw: st.DrawFn) -> Recipe:
-    mode = draw(st.sampled_from(list(DeployMode)))
-    config = ModelConfig(
-        action_dim=draw(st.integers(1, 9)),
-        latent_dim=draw(st.integers(2 if mode.conditioning.value == "dynamic" else 1, 20)),
-        hidden_width=draw(st.integers(1, 70)),
-        num_layers=draw(st.integers(1, 6)),
-        num_levels=draw(st.integers(2, 17)),
-    )
-    return Recipe(
-        mode,
-        config,
-        chunk_length=draw(st.integers(1, 9)),
-        prefixes=tuple(draw(st.sets(st.integers(1, config.num_layers), max_size=2))),
-        num_chunks=draw(st.integers(1, 5)),
-        has_normaliser=draw(st.booleans()),
-        seed=draw(st.integers(0, 1000)),
-    )
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
