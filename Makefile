@@ -11,7 +11,7 @@ else
 EXTRAS ?= export,evidence,dev
 endif
 
-.PHONY: engine test lint benchmark time-c clean
+.PHONY: engine test mutants lint benchmark time-c clean
 
 engine: $(VENV)/installed
 	@echo "== building the embedded checkpoint into $(BUNDLE)"
@@ -20,6 +20,11 @@ engine: $(VENV)/installed
 test: $(VENV)/installed
 	@echo "== running all tests"
 	@$(RUN) -m pytest -n auto --dist loadfile
+
+# What would the tests miss? All modules take about an hour; MODULES=runtime/golden.py or SAMPLE=50 is for in between.
+mutants: $(VENV)/installed
+	@echo "== putting faults into the modules that safety rests on"
+	@$(RUN) -m tests.mutants $(MODULES) $(if $(SAMPLE),--sample $(SAMPLE))
 
 lint: $(VENV)/installed
 	@echo "== checking format, style and types"
