@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from examples.fault_switch import FAULTS
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 #: What the arm needs: a bundle that really encodes its actions.
@@ -41,7 +42,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "examples/control_loop.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE)
 
 
 def assert_is_answered(found: subprocess.CompletedProcess[str], fault: str) -> None:

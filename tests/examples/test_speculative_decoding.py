@@ -21,6 +21,7 @@ from rfsq_ref.autoencoder import ModelConfig
 from rfsq_ref.data import ActionDataset, EpisodeSplit
 from runtime.torch_adapter import ActionRFSQAE
 from tests.bundles import Recipe, write_bundle
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 RANDOM = Recipe(config=ModelConfig(), chunk_length=8, prefixes=(3,), has_engine=False)
@@ -61,7 +62,7 @@ def quick(folder: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
     bundle = folder / "bundle"
     command = ["export/build_engine.py", "--output", str(bundle), "--backends", "onnxruntime", "--parity-steps", "2000"]
     built = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE
     )
     assert built.returncode == 0, built.stdout + built.stderr
     return bundle, run(bundle, "--quick")
@@ -69,7 +70,7 @@ def quick(folder: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "examples/speculative_decoding.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE)
 
 
 def row(output: str, name: str) -> list[float]:

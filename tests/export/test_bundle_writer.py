@@ -350,7 +350,7 @@ from export.bundle_writer import stage_bundle
 with stage_bundle(sys.argv[1], overwrite=True) as staged:
     staged.write("encoder.onnx", b"x")
     print("ready", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 

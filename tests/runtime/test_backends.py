@@ -2,11 +2,9 @@
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -32,6 +30,7 @@ from runtime.backends import create_backend
 from runtime.bundle import Bundle, open_bundle
 from runtime.contract import Backend
 from tests.bundles import Recipe, deploy, export_graphs, random_actions, write_bundle
+from tests.processes import ends_well
 from tests.runtime.interrupts import check_decoding_in_signal_handlers
 
 
@@ -235,19 +234,6 @@ def test_weights_outside_the_hashed_bytes_are_refused(
 # --- threads, forks and signals ---------------------------------------------------------------------------------------
 
 
-def waits_no_longer_than(seconds: float, pid: int) -> bool:
-    """Whether the child ended by itself, with status 0."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found, status = os.waitpid(pid, os.WNOHANG)
-        if found:
-            return status == 0
-        time.sleep(0.001)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return False
-
-
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 @pytest.mark.parametrize("batch", [2, 5000], ids=["bound buffers", "bound to the caller's arrays"])
 def test_a_child_forked_while_other_threads_encode_encodes_too(batch: int, tokenizer: ActionTokenizer) -> None:
@@ -271,7 +257,7 @@ def test_a_child_forked_while_other_threads_encode_encodes_too(batch: int, token
                     os._exit(0 if same else 1)
                 finally:
                     os._exit(2)
-            assert waits_no_longer_than(20, pid)
+            assert ends_well(pid)
     finally:
         stop.set()
         for thread in threads:
@@ -300,7 +286,7 @@ def test_a_child_that_forks_while_it_holds_the_buffers_goes_on(bundle: Path) -> 
             os._exit(0 if (found == expected).all() and not graph._lock.locked() else 1)
         finally:
             os._exit(2)
-    assert waits_no_longer_than(20, forking.pid)
+    assert ends_well(forking.pid)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -321,16 +307,18 @@ def test_a_signal_handler_may_decode_whatever_it_interrupts(tokenizer: ActionTok
 def test_closing_while_others_encode_harms_nobody(bundle: Path) -> None:
     actions = random_actions(Recipe(), 1)
     for _ in range(10):
-        backend = ort_backend.OrtBackend(open_bundle(bundle))
+        backend, under_way = ort_backend.OrtBackend(open_bundle(bundle)), threading.Barrier(4)
 
-        def spin(backend: Backend) -> None:
+        def spin(backend: Backend, under_way: threading.Barrier) -> None:
             tokens = np.empty((1, 2, 4, 3), np.int32)
+            backend.encode_into(actions, tokens, None)
+            under_way.wait()
             while True:
                 backend.encode_into(actions, tokens, None)
 
         with ThreadPoolExecutor(3) as pool:
-            spinning = [pool.submit(spin, backend) for _ in range(3)]
-            time.sleep(0.01)
+            spinning = [pool.submit(spin, backend, under_way) for _ in range(3)]
+            under_way.wait()
             backend.close()
             assert all(isinstance(future.exception(), InferenceError) for future in spinning)
 

@@ -172,6 +172,10 @@ def test_into_writes_what_the_others_return(tokenizer: ActionTokenizer, dynamic_
     np.testing.assert_array_equal(tokens, dynamic_tokenizer.encode(actions))
 
 
+#: Chunks of `Recipe` for which buffers are kept yet: so large that one array is more than all else that Python does.
+LARGEST_COPIED = 2000
+
+
 def peak_bytes(call: Callable[[], object]) -> int:
     """Above what was allocated before, over a few calls."""
     call()
@@ -189,8 +193,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
 
 
 def test_into_allocates_no_arrays_after_the_first_call(tokenizer: ActionTokenizer) -> None:
-    batch = 500
-    actions = random_actions(Recipe(), batch)
+    actions = random_actions(Recipe(), LARGEST_COPIED)
     tokens, decoded = tokenizer.encode(actions), np.empty_like(actions)
     smallest = actions.nbytes
     assert peak_bytes(lambda: tokenizer.decode_into(tokens, decoded)) < smallest / 4
@@ -201,8 +204,9 @@ def test_into_allocates_no_arrays_after_the_first_call(tokenizer: ActionTokenize
 
 def test_a_warm_tokenizer_makes_no_new_buffers(bundle: Path) -> None:
     with ActionTokenizer.load(bundle, verify=False) as fresh:
-        fresh.warmup(500)
-        tokens, decoded = np.zeros((500, 2, 4, 3), np.int32), np.empty((500, 2, 3), np.float32)
+        fresh.warmup(LARGEST_COPIED)
+        tokens = np.zeros((LARGEST_COPIED, 2, 4, 3), np.int32)
+        decoded = np.empty((LARGEST_COPIED, 2, 3), np.float32)
         tracemalloc.start()
         try:
             before = tracemalloc.get_traced_memory()[0]
