@@ -11,7 +11,7 @@ else
 EXTRAS ?= export,evidence,dev
 endif
 
-.PHONY: engine test mutants lint benchmark time-c clean
+.PHONY: engine test quick mutants lint benchmark time-c clean
 
 engine: $(VENV)/installed
 	@echo "== building the embedded checkpoint into $(BUNDLE)"
@@ -19,7 +19,12 @@ engine: $(VENV)/installed
 
 test: $(VENV)/installed
 	@echo "== running all tests"
-	@$(RUN) -m pytest -n auto --dist loadfile
+	@$(RUN) -m pytest -n auto --dist worksteal $(TEST_FLAGS)
+
+# For work in between: what a few seconds can tell. `make test` decides.
+quick: $(VENV)/installed
+	@echo "== running the quick tests"
+	@$(RUN) -m pytest -n auto --dist worksteal -m "not slow" $(TEST_FLAGS)
 
 # What would the tests miss? All modules take about an hour; MODULES=runtime/golden.py or SAMPLE=50 is for in between.
 mutants: $(VENV)/installed

@@ -1,5 +1,6 @@
 """For all rooms: how tests run, and the embedded checkpoints and demonstrations, read once."""
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import settings
 from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq_ref.data import ActionDataset, EpisodeSplit, load_demonstrations, split_episodes
 
-# Small matrices: more threads only wait for each other, and for whatever else runs.
+# Small matrices: more threads only wait for each other, and for whatever else runs. In processes that tests start, too.
 torch.set_num_threads(1)
+os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 # No test judges time.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
