@@ -46,10 +46,10 @@ LIBRARIES = (
 )  # fmt: skip
 
 _CONTROL = "tests/runtime/test_control_*.py"
-_BUNDLE = tuple(
-    f"tests/runtime/test_{name}.py" for name in ("bundle", "manifest", "golden", "validation", "tokenizer")
+_BUNDLE = tuple(f"tests/runtime/test_{name}.py" for name in ("bundle", "manifest", "golden", "validation", "tokenizer"))
+_REFERENCE = tuple(
+    f"tests/rfsq_ref/test_{name}.py" for name in ("quantizer", "rounding", "rounding_numbers", "autoencoder")
 )
-_REFERENCE = tuple(f"tests/rfsq_ref/test_{name}.py" for name in ("quantizer", "rounding", "autoencoder"))
 #: Patterns of the tests that a module answers to.
 TESTS: dict[str, tuple[str, ...]] = {
     "runtime/control_guard.py": (_CONTROL,),
@@ -72,8 +72,11 @@ class CannotJudgeError(Exception):
 
 @dataclass(frozen=True)
 class Mutant:
+    """source: of the module, with the mutation in it."""
+
     module: str
     mutation: Mutation
+    source: str
     tests: dict[str, Test]
     reason: str = ""
 
@@ -162,9 +165,12 @@ def _mutants(options: argparse.Namespace, work: Path) -> list[Mutant]:
             every = random.Random(f"{options.seed} {module}").sample(every, options.sample)
         tests, imported = covered[module]
         found += [
-            Mutant(module, mutation, _tests_of(module, mutation, tests, imported), reasons.get(_key(mutation), ""))
+            Mutant(
+                module, mutation, mutation.apply(source), _tests_of(module, mutation, tests, imported),
+                reasons.get(_key(mutation), ""),
+            )
             for mutation in every
-        ]
+        ]  # fmt: skip
     return found
 
 
@@ -259,7 +265,7 @@ def _run_mutant(mutant: Mutant, work: Path, place: int) -> int:
     if not mutant.tests:
         return 0
     source = work / f"mutant-{place}.py"
-    source.write_text(mutant.mutation.apply((ROOT / mutant.module).read_text()))
+    source.write_text(mutant.source)
     module = mutant.module.removesuffix(".py").replace("/", ".")
     os.environ["RFSQ_MUTANT"] = f"{module}:{source}"
     os.environ["PYTHONPATH"] = str(HOOK)

@@ -207,7 +207,8 @@ def _replacements(node: ast.expr) -> Iterator[str]:
         changed_logic = copy.deepcopy(node)
         changed_logic.op = ast.Or() if isinstance(node.op, ast.And) else ast.And()
         yield f"({ast.unparse(changed_logic)})"
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not | ast.USub | ast.Invert):
+    elif isinstance(node, ast.UnaryOp) and not isinstance(node.operand, ast.Constant):
+        # -1 is a constant, and as an index often the same as 1.
         yield f"({ast.unparse(node.operand)})"
     elif isinstance(node, ast.Call):
         changed_call = copy.deepcopy(node)
