@@ -16,10 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from export.errors import ExportError
-from runtime.bundle import check_file_name, check_manifest, unlisted_files
+from runtime.bundle import MANIFEST_SIZE_LIMIT, check_file_name, check_manifest, unlisted_files
 from runtime.errors import BundleError
 from runtime.golden import Golden, read_golden, write_golden
 from runtime.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, manifest_text, parse_manifest
+from runtime.reading import read_file
 
 # A build works in a hidden folder beside the output, whose lock it holds: a later build can tell what a dead one left.
 _STAGED = "staged"
@@ -73,7 +74,7 @@ class StagedBundle:
             check_manifest(parse_manifest(text))
             if self._golden is not None:
                 read_golden(self._golden, sealed.model)
-        except (ValueError, TypeError, BundleError) as error:
+        except (ValueError, TypeError, RecursionError, BundleError) as error:
             raise ExportError(f"the bundle cannot be read back: {error}") from error
         _write_synced(self.folder / MANIFEST_NAME, text.encode())
         self._is_sealed = True
@@ -149,7 +150,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
 def _files_of_bundle(folder: Path) -> Collection[str] | None:
     """What the manifest lists, of any schema version and however damaged the rest; None where it is not one of ours."""
     try:
-        content = json.loads((folder / MANIFEST_NAME).read_bytes()) if (folder / MANIFEST_NAME).is_file() else None
+        content = json.loads(read_file(folder / MANIFEST_NAME, MANIFEST_SIZE_LIMIT))
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or not {"schema_version", "manifest_sha256"} <= content.keys():

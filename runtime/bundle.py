@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -22,12 +21,15 @@ from runtime.manifest import (
     graph_tensors,
     parse_manifest,
 )
+from runtime.reading import OpenFolder, UnfitFileError
 
 _COPY_AGAIN = "copy the bundle again or build it again with `python export/build_engine.py`"
 #: A build may put a new bundle in place while its files are read one by one: then it is read again, so often at most.
 _READS = 4
-#: A manifest takes a few tens of KB; a larger file is something else and is not read.
-_MANIFEST_SIZE_LIMIT = 16 * 2**20
+#: A manifest takes a few tens of KB; a larger file is something else and is not read: in memory it takes 25 times that.
+MANIFEST_SIZE_LIMIT = 4 * 2**20
+#: A bundle is held in memory. Engines that bring their library take some 100 MB, all others and golden vectors a few.
+_FILE_SIZE_LIMIT, _TOTAL_SIZE_LIMIT, _MOST_FILES = 2**29, 2**30, 1000
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
@@ -59,21 +61,26 @@ def open_bundle(path: str | Path) -> Bundle:
     """
     folder = Path(path)
     for _ in range(_READS):
-        text = _read_manifest(folder)
-        try:
-            return _read_bundle(folder, text)
-        except BundleError:
-            if _read_manifest(folder) == text:
-                raise
+        with _open_folder(folder) as opened:
+            text = _read_manifest(folder, opened)
+            try:
+                return _read_bundle(folder, opened, text)
+            except BundleError:
+                # Another folder may stand there now, or another bundle may have been copied into this one.
+                if opened.is_still_there() and _read_manifest(folder, opened) == text:
+                    raise
     raise BundleError(f"{folder} was replaced {_READS} times while it was read; load it when the builds have ended")
 
 
-def _read_bundle(folder: Path, manifest_text: str) -> Bundle:
+def _read_bundle(folder: Path, opened: OpenFolder, manifest_text: str) -> Bundle:
     manifest = parse_manifest(manifest_text)
-    contents: dict[str, bytes] = {}
-    for name, entry in manifest.files.items():
-        contents[name] = _read_checked(folder, name, entry)
     check_manifest(manifest)
+    contents: dict[str, bytes] = {}
+    kept: dict[str, bytes] = {}
+    for name, entry in manifest.files.items():
+        content = _read_checked(folder, opened, name, entry)
+        # The same content under many names takes its room once.
+        contents[name] = kept.setdefault(entry.sha256, content)
     return Bundle(folder, manifest, MappingProxyType(contents))
 
 
@@ -86,62 +93,71 @@ def unlisted_files(folder: Path, listed: Collection[str]) -> tuple[str, ...]:
 
 def check_manifest(manifest: Manifest) -> None:
     """Raises BundleError where the manifest contradicts itself: no build that passed its gates writes that."""
+    _check_files(manifest.files)
     _check_model(manifest.model)
     _check_references(manifest)
     _check_statements(manifest)
 
 
-def _read_manifest(folder: Path) -> str:
+def _open_folder(folder: Path) -> OpenFolder:
     try:
-        if not folder.is_dir():
-            found = "a file, not a folder" if folder.exists() else "nothing"
-            raise BundleError(
-                f"no bundle at {folder}: found {found}; give the folder that `python export/build_engine.py` wrote"
-            )
-        path = folder / MANIFEST_NAME
-        if not path.is_file():
-            raise BundleError(
-                f"{folder} is not a bundle: it has no file {MANIFEST_NAME}; give the folder that "
-                "`python export/build_engine.py` wrote"
-            )
-        size = path.stat().st_size
-        if size > _MANIFEST_SIZE_LIMIT:
-            raise BundleError(f"{path} has {size} bytes, more than any manifest; {_COPY_AGAIN}")
-        # Not read_text: it would turn line ends of other systems into ours before the spelling is checked.
-        return path.read_bytes().decode("utf-8")
+        if folder.is_dir():
+            return OpenFolder(folder)
+        found = "a file, not a folder" if folder.exists() else "nothing"
+    except (OSError, ValueError) as error:
+        # Beside the system's refusals: names that it cannot represent.
+        raise BundleError(f"{folder} cannot be read: {error}; check its permissions") from error
+    raise BundleError(
+        f"no bundle at {folder}: found {found}; give the folder that `python export/build_engine.py` wrote"
+    )
+
+
+def _read_manifest(folder: Path, opened: OpenFolder) -> str:
+    try:
+        with opened.opened(MANIFEST_NAME) as (stream, size):
+            if size > MANIFEST_SIZE_LIMIT:
+                raise BundleError(
+                    f"{MANIFEST_NAME} in {folder} has {size} bytes, more than any manifest; {_COPY_AGAIN}"
+                )
+            # Decoded here: as text, line ends of other systems would become ours before the spelling is checked.
+            return stream.read(size).decode("utf-8")
+    except FileNotFoundError:
+        raise BundleError(
+            f"{folder} is not a bundle: it has no file {MANIFEST_NAME}; give the folder that "
+            "`python export/build_engine.py` wrote"
+        ) from None
     except UnicodeDecodeError as error:
         raise BundleError(f"{MANIFEST_NAME} in {folder} is not UTF-8 text: {error}; {_COPY_AGAIN}") from error
     except OSError as error:
-        raise BundleError(f"{folder} cannot be read: {error}; check its permissions") from error
+        raise _unreadable(MANIFEST_NAME, folder, error) from error
 
 
-def _read_checked(folder: Path, name: str, entry: FileEntry) -> bytes:
+def _read_checked(folder: Path, opened: OpenFolder, name: str, entry: FileEntry) -> bytes:
     """The file's bytes, with the size and hash that the manifest states."""
-    check_file_name(name)
-    path = folder.joinpath(name)
     try:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise BundleError(f"{name} is a link that leads out of {folder}; {_COPY_AGAIN}")
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise BundleError(f"{name} in {folder} is not a regular file; {_COPY_AGAIN}")
-        if status.st_size != entry.size:
-            raise BundleError(
-                f"{name} in {folder} has {status.st_size} bytes, the manifest states {entry.size}: it is truncated or "
-                f"was altered; {_COPY_AGAIN}"
-            )
-        content = path.read_bytes()
+        with opened.opened(name) as (stream, size):
+            if size != entry.size:
+                raise BundleError(
+                    f"{name} in {folder} has {size} bytes, the manifest states {entry.size}: it is truncated or was "
+                    f"altered; {_COPY_AGAIN}"
+                )
+            content = stream.read(size)
     except FileNotFoundError:
         raise BundleError(f"{name} is missing from {folder}; {_COPY_AGAIN}") from None
-    except (OSError, ValueError, RuntimeError) as error:
-        # Beside the system's refusals: names it cannot represent, and links that turn in a circle.
-        raise BundleError(f"{name} in {folder} cannot be read: {error}; check its permissions") from error
+    except (OSError, ValueError) as error:
+        # Beside the system's refusals: names that it cannot represent.
+        raise _unreadable(name, folder, error) from error
     found = hashlib.sha256(content).hexdigest()
     if found != entry.sha256:
         raise BundleError(
             f"{name} in {folder} has sha256 {found}, the manifest states {entry.sha256}: it was altered; {_COPY_AGAIN}"
         )
     return content
+
+
+def _unreadable(name: str, folder: Path, error: Exception) -> BundleError:
+    next_step = _COPY_AGAIN if isinstance(error, UnfitFileError) else "check its permissions"
+    return BundleError(f"{name} in {folder} cannot be read: {error}; {next_step}")
 
 
 def check_file_name(name: str) -> None:
@@ -153,6 +169,19 @@ def check_file_name(name: str) -> None:
         or PurePosixPath(name).is_absolute()
     ):
         raise BundleError(f"{name!r} may lie outside the bundle; expected a plain path in it with forward slashes")
+
+
+def _check_files(files: Mapping[str, FileEntry]) -> None:
+    """Names inside the bundle, and no more of them, nor larger ones, than a machine can hold in memory."""
+    for name in files:
+        check_file_name(name)
+    sizes = [entry.size for entry in files.values()]
+    largest, total = max(sizes, default=0), sum(sizes)
+    if min(sizes, default=0) < 0 or largest > _FILE_SIZE_LIMIT or total > _TOTAL_SIZE_LIMIT or len(sizes) > _MOST_FILES:
+        raise BundleError(
+            f"{MANIFEST_NAME} lists {len(sizes)} files of {total} bytes, the largest of {largest}; expected at most "
+            f"{_MOST_FILES}, {_TOTAL_SIZE_LIMIT} and {_FILE_SIZE_LIMIT}: build the bundle with fewer engines"
+        )
 
 
 def _check_model(model: ModelEntry) -> None:

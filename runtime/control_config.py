@@ -12,7 +12,10 @@ from typing import Any, Self
 import numpy as np
 
 from runtime.control_errors import ControlConfigError
+from runtime.reading import read_file
 
+#: Settings take a few KB.
+_SIZE_LIMIT = 2**20
 #: Sums and differences of a few such numbers are float32 still.
 _LARGEST = float(np.finfo(np.float32).max) / 4
 
@@ -105,8 +108,8 @@ class ControlConfig:
     def from_toml(cls, path: str | Path) -> Self:
         """Raises ControlConfigError for a file that cannot be read, unknown keys and values that make no sense."""
         try:
-            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            values = tomllib.loads(read_file(path, _SIZE_LIMIT).decode("utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise ControlConfigError(f"{path} cannot be read as TOML: {error}; see docs/control_loop.md") from error
         return cls.from_values(values, str(path))
 

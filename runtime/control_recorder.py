@@ -19,6 +19,7 @@ import numpy.typing as npt
 from runtime.contract import Float32Array
 from runtime.control_config import Status
 from runtime.control_errors import FlightRecordError
+from runtime.reading import regular_file
 
 SCHEMA = 2
 #: Of tokens and stats of a tick: none came; they are in the record; they came but are no array that fits into it.
@@ -50,10 +51,12 @@ _NUMBERS = {
     "layers": np.int16,
     "stats_state": np.int8,
 }
+#: Of a record's arrays: what a million ticks take.
+_SIZE_LIMIT = 2**32
 #: What reading a file that is none, or a damaged one, raises.
 _DAMAGE = (
     *(OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, NotImplementedError, RuntimeError),
-    *(struct.error, zipfile.BadZipFile, zlib.error),
+    *(struct.error, zipfile.BadZipFile, zlib.error, MemoryError),
 )
 _INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
 _Array = np.ndarray
@@ -190,7 +193,10 @@ def write_record(path: Path, arrays: dict[str, npt.NDArray[Any]], meta: dict[str
 def read_record(path: str | Path) -> FlightRecord:
     """Raises FlightRecordError for a file that is missing, damaged or no flight record."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with regular_file(path) as (stream, _), np.load(stream, allow_pickle=False) as file:
+            size = sum(member.file_size for member in file.zip.infolist())
+            if size > _SIZE_LIMIT:
+                raise ValueError(f"its arrays take {size} bytes; expected at most {_SIZE_LIMIT}")
             arrays = {name: file[name] for name in file.files}
         meta = json.loads(arrays.pop("meta").tobytes())
         schema = meta["schema"]

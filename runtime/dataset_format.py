@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from runtime.dataset_errors import TokenDatasetError
 from runtime.manifest import FileEntry, ModelEntry
+from runtime.reading import read_file
 
 #: Rises with every change of meaning or layout; another one is refused.
 SCHEMA_VERSION = 1
@@ -134,9 +135,7 @@ def read_info(folder: Path) -> DatasetInfo:
             "that `python runtime/tokenize_dataset.py` wrote"
         )
     try:
-        if path.stat().st_size > _INFO_SIZE_LIMIT:
-            raise TokenDatasetError(f"{path} has {path.stat().st_size} bytes, more than any; copy the dataset again")
-        return parse_info(path.read_bytes().decode("utf-8"), path)
+        return parse_info(read_file(path, _INFO_SIZE_LIMIT).decode("utf-8"), path)
     except (OSError, UnicodeDecodeError) as error:
         raise TokenDatasetError(f"{path} cannot be read: {error}; copy the dataset again") from error
 

@@ -26,7 +26,10 @@ from runtime.dataset_steps import (
     readable,
     source_file,
 )
+from runtime.reading import read_file
 
+#: meta/info.json takes a few KB.
+_META_SIZE_LIMIT = 2**26
 _KIND = "a Parquet file"
 _NUMBERING = ("episode_index", "frame_index")
 _VERSIONS = ("v2.", "v3.")
@@ -114,7 +117,7 @@ def _stated_episodes(meta: Path, found_steps: int) -> EpisodeTable | None:
     stated: dict[str, Any] = {}
     if info.is_file():
         with readable(info.name, "JSON"):
-            stated = json.loads(info.read_text(encoding="utf-8"))
+            stated = json.loads(read_file(info, _META_SIZE_LIMIT))
             version = str(stated.get("codebase_version", "v2."))
         if not version.startswith(_VERSIONS):
             raise SourceError(

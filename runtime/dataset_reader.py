@@ -25,6 +25,7 @@ from runtime.dataset_steps import (
 from runtime.dataset_writers import hash_file, unpack
 from runtime.errors import FingerprintError
 from runtime.manifest import FileEntry
+from runtime.reading import read_file
 
 _AGAIN = "copy the dataset again, or tokenise the source again"
 
@@ -120,7 +121,7 @@ class TokenDataset:
     def content(self, name: str) -> bytes:
         """A file's bytes, with the hash that `dataset.json` states."""
         self.verify(name)
-        return (self.folder / name).read_bytes()
+        return read_file(self.folder / name, self.info.files[name].size)
 
     def verify(self, name: str) -> None:
         """Once for each file; raises TokenDatasetError."""

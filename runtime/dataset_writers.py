@@ -17,6 +17,7 @@ from runtime.dataset_errors import OutputError
 from runtime.dataset_format import Compression, Content, Storage, part_name
 from runtime.dataset_steps import AnyArray, Int64Array, Steps, optional
 from runtime.manifest import FileEntry
+from runtime.reading import regular_file
 
 _ZSTD_LEVEL = 1
 #: So many steps of tokens are turned at once: they stay in the processor's first cache.
@@ -86,7 +87,7 @@ def scratch_file(scratch: Path, name: str) -> Path:
 
 def hash_file(path: Path) -> FileEntry:
     digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
+    with regular_file(path) as (file, _):
         while content := file.read(_HASHED_BYTES):
             digest.update(content)
             size += len(content)

@@ -44,6 +44,12 @@ def altered(bundle: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def altered_once(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One copy for the many examples of a property, which put back what they change."""
+    return Path(shutil.copytree(bundle, tmp_path_factory.mktemp("altered") / "bundle"))
+
+
+@pytest.fixture(scope="session")
 def tokenizer(bundle: Path) -> Iterator[ActionTokenizer]:
     with ActionTokenizer.load(bundle) as loaded:
         yield loaded

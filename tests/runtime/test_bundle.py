@@ -1,6 +1,7 @@
 """A bundle is opened whole and unaltered, or not at all; `load` and `selftest` refuse alike."""
 
 import hashlib
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -14,11 +15,11 @@ import pytest
 from onnx import numpy_helper
 
 from export.plan import DeployMode
-from runtime import ActionTokenizer, BundleError, SelfTestError, selftest
-from runtime.bundle import open_bundle
+from runtime import ActionTokenizer, BundleError, SelfTestError, reading, selftest
+from runtime.bundle import check_manifest, open_bundle
 from runtime.errors import TokenizerError
 from runtime.manifest import MANIFEST_NAME, FileEntry, Manifest, ModelEntry, manifest_text, parse_manifest
-from tests.bundles import Recipe, bundle_files, deploy, export_graphs, write_bundle
+from tests.bundles import Recipe, bundle_files, deploy, export_graphs, make_manifest, write_bundle
 
 FILES = (
     "decoder.onnx",
@@ -300,15 +301,103 @@ def test_names_that_may_lead_outside_are_refused(name: str, altered: Path) -> No
     refuse(altered, "may lie outside the bundle")
 
 
-def test_links_are_followed_inside_the_bundle_alone(altered: Path) -> None:
-    outside = altered.parent / "outside.onnx"
-    shutil.move(altered / "encoder.onnx", outside)
-    (altered / "encoder.onnx").symlink_to(outside)
-    refuse(altered, r"encoder\.onnx is a link that leads out of")
-    shutil.move(outside, altered / "renamed.onnx")
-    (altered / "encoder.onnx").unlink()
-    (altered / "encoder.onnx").symlink_to("renamed.onnx")
+@pytest.mark.parametrize("has_folders", [True, False], ids=["opened relative to a folder", "opened by path"])
+def test_no_link_in_a_bundle_is_followed(
+    has_folders: bool, altered: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_HAS_FOLDERS", has_folders)
     ActionTokenizer.load(altered).close()
+    shutil.move(altered / "encoder.onnx", altered / "renamed.onnx")
+    (altered / "encoder.onnx").symlink_to("renamed.onnx")
+    refuse(altered, r"encoder\.onnx in .* cannot be read: encoder\.onnx is a link, .*copy the bundle again")
+    (altered / "encoder.onnx").unlink()
+    shutil.move(altered / "renamed.onnx", altered / "encoder.onnx")
+    shutil.rmtree(altered / "reduce")
+    (altered / "reduce").symlink_to(bundle / "reduce")
+    refuse(altered, r"reduce/\w+\.onnx in .* cannot be read: reduce is a link, which may lead anywhere")
+
+
+@pytest.mark.parametrize("file", [MANIFEST_NAME, "golden.npz"])
+@pytest.mark.parametrize("has_folders", [True, False], ids=["opened relative to a folder", "opened by path"])
+def test_a_pipe_in_the_place_of_a_file_does_not_hang(
+    has_folders: bool, file: str, altered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "_HAS_FOLDERS", has_folders)
+    (altered / file).unlink()
+    os.mkfifo(altered / file)
+    refuse(altered, "is not a regular file")
+
+
+def test_a_pipe_that_comes_between_looking_and_opening_does_not_hang(
+    altered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For systems that cannot open relative to a folder: the file is looked at first."""
+    monkeypatch.setattr(reading, "_HAS_FOLDERS", False)
+    open_file, target = os.open, altered / "golden.npz"
+
+    def swap_then_open(path: Any, flags: int, **options: Any) -> int:
+        if path == target and target.is_file():
+            target.rename(altered / "aside")
+            os.mkfifo(target)
+        return open_file(path, flags, **options)
+
+    monkeypatch.setattr(os, "open", swap_then_open)
+    refuse(altered, "it was replaced while it was opened")
+
+
+def sparse(path: Path, size: int) -> None:
+    with path.open("r+b") as file:
+        file.truncate(size)
+
+
+def test_a_file_of_terabytes_is_refused_unread(altered: Path) -> None:
+    sparse(altered / "encoder.onnx", 2**43)
+    refuse(altered, rf"encoder\.onnx in .* has {2**43} bytes, the manifest states")
+    sparse(altered / MANIFEST_NAME, 2**43)
+    refuse(altered, rf"has {2**43} bytes, more than any manifest")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([2**29 + 1], f"the largest of {2**29 + 1}; expected at most 1000, {2**30} and {2**29}"),
+        ([2**43], f"the largest of {2**43}"),
+        ([2**29, 2**29], rf"lists 13 files of 1\d+ bytes, the largest of {2**29};"),
+        ([-1], "lists 12 files"),
+        ([1] * 1000, "lists 1011 files"),
+    ],
+)
+def test_no_more_is_read_than_a_machine_can_hold(sizes: list[int], message: str, altered: Path) -> None:
+    entries = {f"engines/{number}": FileEntry("0" * 64, size) for number, size in enumerate(sizes)}
+    rewrite(altered, lambda manifest: replace(manifest, files={**manifest.files, **entries}))
+    for file in (altered / "encoder.onnx", altered / "decoder.onnx"):
+        file.unlink()
+    refuse(altered, message)
+
+
+def test_as_much_as_is_allowed_is_allowed() -> None:
+    manifest = make_manifest(deploy(Recipe()))
+    listed = {
+        "golden.npz": FileEntry("0" * 64, 2**29),
+        **{
+            entry.file: FileEntry("0" * 64, 2**29 // 9 if entry is manifest.graphs[0] else 0)
+            for entry in manifest.graphs
+        },
+    }
+    more = {f"engines/{number}": FileEntry("0" * 64, 0) for number in range(1000 - len(listed))}
+    rest = FileEntry("0" * 64, 2**30 - sum(entry.size for entry in listed.values()))
+    check_manifest(replace(manifest, files={**listed, **more, "engines/0": rest}))
+
+
+def test_the_same_content_under_many_names_takes_its_room_once(altered: Path) -> None:
+    content = (altered / "golden.npz").read_bytes()
+    names = [f"engines/{number}" for number in range(5)]
+    for name in names:
+        os.link(altered / "golden.npz", altered / name)
+    entry = FileEntry(hashlib.sha256(content).hexdigest(), len(content))
+    rewrite(altered, lambda manifest: replace(manifest, files={**manifest.files, **dict.fromkeys(names, entry)}))
+    opened = open_bundle(altered)
+    assert len({id(opened.content(name)) for name in (*names, "golden.npz")}) == 1
 
 
 def test_a_bundle_that_is_itself_behind_a_link_opens(bundle: Path, tmp_path: Path) -> None:
@@ -351,14 +440,14 @@ def test_links_in_a_circle_are_refused(altered: Path) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_unreadable_files_are_refused(file: str, altered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Root may read everything, so the refusal is played."""
-    read_bytes = Path.read_bytes
+    open_file = os.open
 
-    def refuse_one(self: Path) -> bytes:
-        if self == altered / file:
+    def refuse_one(path: Any, flags: int, **options: Any) -> int:
+        if "dir_fd" in options and str(path) == file.rpartition("/")[2]:
             raise PermissionError(13, "Permission denied")
-        return read_bytes(self)
+        return open_file(path, flags, **options)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse_one)
+    monkeypatch.setattr(os, "open", refuse_one)
     refuse(altered, "cannot be read: .*Permission denied; check its permissions")
 
 
@@ -492,20 +581,61 @@ def test_the_model_entry_says_which_modes_have_stats(bundle: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("way", ["copied over", "renamed over", "the same bundle anew"])
 def test_a_bundle_that_is_replaced_while_it_is_read_is_read_again(
-    bundle_of: Callable[[Recipe], Path], altered: Path, monkeypatch: pytest.MonkeyPatch
+    way: str, bundle_of: Callable[[Recipe], Path], bundle: Path, altered: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A build renames whole folders; a reader opens file by file."""
-    other, reads = bundle_of(Recipe(seed=7)), []
-    read_bytes = Path.read_bytes
+    other, reads = bundle if way == "the same bundle anew" else bundle_of(Recipe(seed=7)), []
+    opened = reading.OpenFolder.opened
 
-    def replace_then_read(path: Path) -> bytes:
-        reads.append(path.name)
-        if reads.count("golden.npz") == 1 and path.name == "golden.npz":
-            shutil.copytree(other, altered, dirs_exist_ok=True)
-        return read_bytes(path)
+    def replace_then_open(self: Any, name: str) -> Any:
+        reads.append(name)
+        if reads.count("golden.npz") == 1 and name == "golden.npz":
+            if way == "copied over":
+                shutil.copytree(other, altered, dirs_exist_ok=True)
+            else:
+                shutil.rmtree(altered)
+                shutil.copytree(other, altered)
+        return opened(self, name)
 
-    monkeypatch.setattr(Path, "read_bytes", replace_then_read)
+    monkeypatch.setattr(reading.OpenFolder, "opened", replace_then_open)
     found = open_bundle(altered)
+    assert reads.count("golden.npz") == 2
     assert found.manifest == open_bundle(other).manifest
-    assert found.content("golden.npz") == read_bytes(other / "golden.npz")
+    assert found.content("golden.npz") == (other / "golden.npz").read_bytes()
+
+
+def test_a_folder_that_is_swapped_while_it_is_read_does_not_mix(
+    bundle_of: Callable[[Recipe], Path], altered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever takes its name, the folder that was opened is read to its end."""
+    original, other = open_bundle(altered), bundle_of(Recipe(seed=7))
+    opened = reading.OpenFolder.opened
+
+    def swap_then_open(self: Any, name: str) -> Any:
+        if name == "golden.npz":
+            altered.rename(altered.with_name("aside"))
+            shutil.copytree(other, altered)
+        return opened(self, name)
+
+    monkeypatch.setattr(reading.OpenFolder, "opened", swap_then_open)
+    found = open_bundle(altered)
+    assert found.manifest == original.manifest
+    assert all(found.content(name) == original.content(name) for name in found.manifest.files)
+
+
+def test_a_bundle_that_is_replaced_all_the_time_is_given_up(
+    bundle_of: Callable[[Recipe], Path], altered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = itertools.cycle([bundle_of(Recipe(seed=7)), bundle_of(Recipe())])
+    opened = reading.OpenFolder.opened
+
+    def replace_then_open(self: Any, name: str) -> Any:
+        if name == "golden.npz":
+            shutil.copytree(next(others), altered, dirs_exist_ok=True)
+        return opened(self, name)
+
+    monkeypatch.setattr(reading.OpenFolder, "opened", replace_then_open)
+    with pytest.raises(BundleError, match="was replaced 4 times while it was read"):
+        open_bundle(altered)

@@ -63,6 +63,9 @@ def with_content(**changes: Any) -> str:
         (with_content(files={"encoder.onnx": {"size": 1}}), r"files\['encoder.onnx'\] lacks the keys \['sha256'\]"),
         (with_content(), "was altered after it was written"),
         ("[]", "schema version 'list'"),
+        (with_content(provenance={"deep": json.loads("[" * 600 + "]" * 600)}), "nests deeper than 32 levels"),
+        (with_content(schema_version=json.loads("[" * 900 + "]" * 900)), "nests deeper than 32 levels"),
+        (with_content(schema_version=[7] * 1000), r"schema version \[7, 7, .{180,200}… *; this runtime reads 2"),
         ("[" * 100_000, "is not JSON"),
         ('{"schema_version": 2, "schema_version": NaN}', "NaN is no JSON number"),
         (with_content(provenance={"half": "\ud800"}), "holds what no build writes"),
@@ -72,6 +75,15 @@ def with_content(**changes: Any) -> str:
 def test_other_content_is_refused_by_name(text: str, message: str) -> None:
     with pytest.raises(BundleError, match=message):
         parse_manifest(text)
+
+
+def test_provenance_may_nest_as_deep_as_the_limit() -> None:
+    # The manifest itself and the provenance are two levels; what is empty has none.
+    deepest = json.loads("[" * 30 + "]" * 30)
+    manifest = replace(MANIFEST, provenance={"deep": deepest})
+    assert parse_manifest(manifest_text(manifest)) == manifest
+    with pytest.raises(BundleError, match="nests deeper"):
+        parse_manifest(manifest_text(replace(MANIFEST, provenance={"deep": [deepest]})))
 
 
 def test_a_mode_that_does_not_exist_is_refused() -> None:

@@ -1,0 +1,135 @@
+"""The one way to read files that somebody else may have made: opened once, regular, and never more than expected.
+
+What stands under a name may change between two looks at it, and may be a pipe that never answers, a link to elsewhere
+or a sparse file of terabytes. So a file is opened first, without waiting, and everything is asked of what was opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+#: Where the system lacks a flag, what is opened is compared with what the name showed before.
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
+_FOLDER = getattr(os, "O_DIRECTORY", 0)
+_PLAIN = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+#: A pipe without a writer opens at once, and no terminal becomes the process's own.
+_FILE = _PLAIN | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+_HAS_FOLDERS = bool(_NO_FOLLOW and _FOLDER and {os.open, os.stat} <= os.supports_dir_fd)
+
+
+class UnfitFileError(OSError):
+    """What stands there is no regular file, is a link, or is larger than allowed; nothing was read."""
+
+
+def read_file(path: str | Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes, links followed. Raises OSError."""
+    with regular_file(path) as (stream, size):
+        if size > most:
+            raise UnfitFileError(f"it has {size} bytes; expected at most {most}")
+        # Bounded too while somebody writes to it.
+        return stream.read(most)
+
+
+@contextlib.contextmanager
+def regular_file(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
+    """A regular file, links followed, and its size in bytes. Raises OSError."""
+    with _regular(os.open(path, _FILE)) as found:
+        yield found
+
+
+class OpenFolder:
+    """A folder that stays the one that was opened, whatever takes its name meanwhile. Nothing in it is followed."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises OSError."""
+        self._path = path
+        self._descriptor = os.open(path, _PLAIN | _FOLDER) if _HAS_FOLDERS else None
+        self._status = path.stat() if self._descriptor is None else os.fstat(self._descriptor)
+
+    def is_still_there(self) -> bool:
+        """Whether the name still leads to this folder."""
+        try:
+            return os.path.samestat(self._path.stat(), self._status)
+        except OSError:
+            return False
+
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
+        """A regular file by its path in the folder, with forward slashes, and its size in bytes. Raises OSError."""
+        *parents, last = name.split("/")
+        with contextlib.ExitStack() as stack:
+            if self._descriptor is None:
+                descriptor = self._open_by_path(name)
+            else:
+                folder = self._descriptor
+                for parent in parents:
+                    folder = _open_at(parent, _PLAIN | _FOLDER, folder)
+                    stack.callback(os.close, folder)
+                descriptor = _open_at(last, _FILE, folder)
+            yield stack.enter_context(_regular(descriptor))
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open_by_path(self, name: str) -> int:
+        """For systems that open nothing relative to a folder: what was opened must be what was no link before."""
+        path = self._path
+        for part in name.split("/"):
+            path = path / part
+            before = path.lstat()
+            _refuse_link(before, part)
+        # Not so much as opened: there may be no way to open it without waiting.
+        _refuse_irregular(before)
+        descriptor = os.open(path, _FILE)
+        if not os.path.samestat(os.fstat(descriptor), before):
+            os.close(descriptor)
+            raise UnfitFileError("it was replaced while it was opened")
+        return descriptor
+
+
+def _open_at(name: str, flags: int, folder: int) -> int:
+    try:
+        return os.open(name, flags | _NO_FOLLOW, dir_fd=folder)
+    except OSError:
+        # Systems differ in what they call a link that is not followed.
+        _refuse_link(os.stat(name, dir_fd=folder, follow_symlinks=False), name)
+        raise
+
+
+@contextlib.contextmanager
+def _regular(descriptor: int) -> Iterator[tuple[BinaryIO, int]]:
+    """Takes the descriptor over; its size is what it was at this moment."""
+    try:
+        status = os.fstat(descriptor)
+        _refuse_irregular(status)
+        stream = os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    with stream:
+        yield stream, status.st_size
+
+
+def _refuse_link(status: os.stat_result, name: str) -> None:
+    if stat.S_ISLNK(status.st_mode):
+        raise UnfitFileError(f"{name} is a link, which may lead anywhere; put in its place what it leads to")
+
+
+def _refuse_irregular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise UnfitFileError("it is not a regular file")
