@@ -14,6 +14,7 @@ from runtime.contract import Backend, Float32Array, Float64Array, Int32Array, ju
 from runtime.gates import GATES
 from runtime.golden import Golden
 from runtime.manifest import ModelEntry, ParityEntry
+from runtime.refusal import judge_refusal
 
 #: Control steps judged at once: large enough to be fast, small enough that float64 margins stay in a few hundred MB.
 _BATCH_STEPS = 8192
@@ -120,6 +121,10 @@ class Judge:
             *(
                 entry(f"decode {layers} layers: action error", error, GATES.action_error)
                 for layers, error in sorted(self.decode_errors.items())
+            ),
+            *(
+                entry(verdict.gate, verdict.accepted, GATES.illegal_values, verdict.first)
+                for verdict in judge_refusal(self.model, self.backend, is_thorough=True)
             ),
         )
 

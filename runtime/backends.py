@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from runtime.bundle import Bundle
 from runtime.contract import Backend
+from runtime.cpu_targets import host_targets
 from runtime.errors import BackendUnavailableError, InferenceError, SelfTestError, TokenizerError
 from runtime.golden import Golden, replay
 from runtime.trt_api import TENSORRT_BACKENDS, EngineRefusedError, available_tensorrt
@@ -121,11 +122,25 @@ def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
         passed = "not self-tested" if golden is None else "passed its self-test"
         skipped = f"; not {', '.join(obstacles)}" if obstacles else ""
         _LOG.info("backend %s (%s): %s, best of what works here%s", candidate, backend.description, passed, skipped)
+        _warn_of_less(bundle, backend, obstacles.get("c"))
         return backend
     reasons = "\n".join(f"  {candidate}: {error}" for candidate, error in obstacles.items())
     wrong = any(isinstance(error, SelfTestError) for error in obstacles.values())
     kind = SelfTestError if wrong else BackendUnavailableError
     raise kind(f"no backend works for {bundle.folder} on this machine:\n{reasons}")
+
+
+def _warn_of_less(bundle: Bundle, backend: Backend, obstacle: TokenizerError | None) -> None:
+    """Where this processor could run better code than it does. obstacle: what kept the C engine from being used."""
+    best = host_targets()[0]
+    if isinstance(obstacle, BackendUnavailableError):
+        _LOG.warning("%s takes the place of the C engine, which is faster: %s", backend.name, obstacle)
+    elif backend.name == "c" and backend.device != best:
+        _LOG.warning(
+            "the C engine is for %s, and this processor runs %s: compile one for it, on this machine: "
+            "python export/build_engine.py --from-bundle %s",
+            *(backend.device, best, bundle.folder),
+        )
 
 
 def _open_tested(name: str, bundle: Bundle, golden: Golden | None) -> Backend:

@@ -38,8 +38,8 @@ class Backend(Protocol):
     """Runs encoder and decoders of one bundle.
 
     Arrays are C-contiguous, of exactly these types, and hold legal values: the caller has validated them, except in
-    calls of at most `checked_steps` steps. Both methods fill arrays of the caller, may be called from any thread, and
-    raise InferenceError where the library fails.
+    calls of at most `checked_steps` steps. What a backend promises of illegal values, gates judge (`refusal.py`). Both
+    methods fill arrays of the caller, may be called from any thread, and raise InferenceError where the library fails.
     """
 
     @property
@@ -66,6 +66,18 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Free what the library holds; the backend cannot be used afterwards."""
+
+
+class MarksIllegalValues(Protocol):
+    """A backend whose host does not read values of the GPU: what is illegal there is marked.
+
+    All actions of a step with a token that is no level become NaN; all tokens of a step with an action that is not
+    finite, or beyond the limit, become -1, which is 255 among bytes.
+    """
+
+    @property
+    def token_types(self) -> tuple[np.dtype[Any], ...]:
+        """The first is that of numpy arrays on their way through."""
 
 
 class HasVariants(Protocol):

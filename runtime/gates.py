@@ -19,6 +19,10 @@ class Gates:
     # terms in float32 stay near 1e-6; TF32 is at 3e-4. A robot resolves about 1e-4 of its range.
     action_error: float = 1e-5
 
+    # Illegal values that a backend takes for legal ones, or does not mark, where it promises to check them. Nobody else
+    # looks at these values: each one could reach a robot as a motion.
+    illegal_values: int = 0
+
     # Largest |error| of mean and sigma in latent units (tanh range), `dynamic` only. Both are sums of D latents that
     # are themselves good to about 1e-6 in float32.
     stats_error: float = 1e-5

@@ -17,6 +17,7 @@ from runtime.contract import Backend, Float32Array, Float64Array, Int32Array, ju
 from runtime.errors import BundleError, TokenizerError
 from runtime.gates import GATES
 from runtime.manifest import GOLDEN_NAME, ModelEntry
+from runtime.refusal import judge_refusal
 
 #: The earliest time that a zip can state: the same bytes at any time.
 _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -174,7 +175,8 @@ def replay(golden: Golden, model: ModelEntry, backend: Backend) -> ReplayResult:
     """Encode and decode all golden vectors at once, some also one by one and in pairs; hold every answer to GATES.
 
     Every batch size is judged against the reference, not against another batch size: a library may choose another
-    order of summation for another size. The backend's variants are held to the same. Collects all failures; a backend
+    order of summation for another size. The backend's variants are held to the same, and illegal values are refused or
+    marked where a backend promises that. Collects all failures; a backend
     that raises fails that check.
     """
     num_chunks = len(golden.actions)
@@ -188,7 +190,17 @@ def replay(golden: Golden, model: ModelEntry, backend: Backend) -> ReplayResult:
             for batch_size, vectors in runs.items()
             for check in _replay_batches(vectors, model, variant, batch_size, f", {name}" if name else "")
         )
+        + tuple(check for name, variant in judged(backend).items() for check in _refusal_checks(model, variant, name))
     )
+
+
+def _refusal_checks(model: ModelEntry, backend: Backend, variant: str) -> Iterator[Check]:
+    try:
+        for verdict in judge_refusal(model, backend):
+            label = f"{variant}, {verdict.gate}" if variant else verdict.gate
+            yield Check(label, verdict.accepted, GATES.illegal_values, verdict.first)
+    except TokenizerError as error:
+        yield Check("illegal values", np.inf, GATES.illegal_values, str(error))
 
 
 def _replay_batches(

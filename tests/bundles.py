@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -64,12 +64,16 @@ class Recipe:
 
 @dataclass
 class Deployed:
-    """What goes into a bundle, open to be changed before it is written: graphs from one model, golden from another."""
+    """What goes into a bundle, open to be changed before it is written: graphs from one model, golden from another.
+
+    alter_c: what becomes of the generated C source before it is compiled.
+    """
 
     recipe: Recipe
     reference: ActionAutoencoder
     exported: ActionAutoencoder
     graphs: dict[str, bytes] = field(default_factory=dict)
+    alter_c: Callable[[str], str] = str
 
     @property
     def prefixes(self) -> tuple[int, ...]:
@@ -257,7 +261,8 @@ def _plans(deployed: Deployed) -> tuple[EncoderPlan, list[DecoderPlan]]:
 
 def generate_c(deployed: Deployed) -> CTokenizer:
     """Source of encoder and decoders."""
-    return c_tokenizer(*_plans(deployed), fingerprint_of(deployed.recipe))
+    generated = c_tokenizer(*_plans(deployed), fingerprint_of(deployed.recipe))
+    return replace(generated, source=deployed.alter_c(generated.source))
 
 
 def c_entry(generated: CTokenizer, target: str) -> EngineEntry:

@@ -29,6 +29,7 @@ from runtime import (
 from runtime.backends import create_backend
 from runtime.bundle import Bundle, open_bundle
 from runtime.contract import Backend
+from runtime.cpu_targets import host_targets
 from tests.bundles import Recipe, deploy, export_graphs, random_actions, write_bundle
 from tests.processes import ends_well
 from tests.runtime.interrupts import check_decoding_in_signal_handlers
@@ -98,9 +99,38 @@ def test_auto_passes_over_one_that_fails_its_self_test(
     with ActionTokenizer.load(bundle) as tokenizer:
         assert tokenizer.backend.name == "onnxruntime"
     assert [backend.is_closed for backend in made] == [True]
-    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warned) == 1
-    assert "✗ decode 3 layers" in warned[0]
+    assert len(warnings_of(caplog)) == 2
+    assert "✗ decode 3 layers" in warnings_of(caplog)[0]
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_auto_warns_where_the_bundle_has_no_engine_for_this_processor(
+    bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ActionTokenizer.load(bundle).close()
+    (warned,) = warnings_of(caplog)
+    assert warned.startswith(f"onnxruntime takes the place of the C engine, which is faster: {bundle} has no C engine")
+    assert warned.endswith(f"python export/build_engine.py --from-bundle {bundle}")
+    # Whoever names a backend knows why.
+    caplog.clear()
+    ActionTokenizer.load(bundle, backend="onnxruntime").close()
+    assert warnings_of(caplog) == []
+
+
+def test_auto_warns_where_the_engine_is_for_a_lesser_processor(
+    c_bundle: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ActionTokenizer.load(c_bundle).close()
+    assert warnings_of(caplog) == []
+    (own, *_) = host_targets()
+    for module in ("backends", "c_backend"):
+        monkeypatch.setattr(f"runtime.{module}.host_targets", lambda: ("x86-64-v9", own))
+    ActionTokenizer.load(c_bundle).close()
+    (warned,) = warnings_of(caplog)
+    assert warned.startswith(f"the C engine is for {own}, and this processor runs x86-64-v9: compile one for it")
 
 
 def test_a_backend_asked_for_by_name_is_never_replaced(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

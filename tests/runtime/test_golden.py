@@ -70,7 +70,7 @@ def npy(array: Any, **options: Any) -> bytes:
 class Wrapper:
     """A backend that answers as another does, but for what a test changes."""
 
-    name, description = "wrapper", "a backend that is wrong on purpose"
+    name, description, device, checked_steps = "wrapper", "a backend that is wrong on purpose", "this test", 0
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
