@@ -41,7 +41,7 @@ class StagedBundle:
 
     @property
     def is_sealed(self) -> bool:
-        """Whether a manifest describes everything that was written."""
+        """Whether a manifest describes everything that was written, and that it is proven."""
         return self._is_sealed
 
     def write(self, file: str, content: bytes) -> None:
@@ -62,22 +62,22 @@ class StagedBundle:
         self.write(GOLDEN_NAME, content)
         self._golden = content
 
-    def seal(self, manifest: Manifest) -> Manifest:
+    def seal(self, manifest: Manifest, *, is_proven: bool = True) -> Manifest:
         """Write the manifest, its `files` filled in from what was written; again, to replace it.
 
-        Returns the manifest as written. Raises ExportError where the runtime would refuse it, or the golden vectors
-        with it.
+        is_proven: False before the gates have run; then it opens for them alone, and is not sealed. Returns the
+        manifest as written. Raises ExportError where the runtime would refuse it, or the golden vectors with it.
         """
         sealed = replace(manifest, files=dict(self._files))
         try:
             text = manifest_text(sealed)
-            check_manifest(parse_manifest(text))
+            check_manifest(parse_manifest(text), is_proven=is_proven)
             if self._golden is not None:
                 read_golden(self._golden, sealed.model)
         except (ValueError, TypeError, RecursionError, BundleError) as error:
             raise ExportError(f"the bundle cannot be read back: {error}") from error
         _write_synced(self.folder / MANIFEST_NAME, text.encode())
-        self._is_sealed = True
+        self._is_sealed = is_proven
         return sealed
 
 

@@ -218,8 +218,10 @@ def build(config: BuildConfig) -> BuildResult:
             },
             files={},
         )
-        staged.seal(manifest)
-        with opened_backends(open_bundle(staged.folder), config.backends, required=_required(config)) as (
+        staged.seal(manifest, is_proven=False)
+        with opened_backends(
+            open_bundle(staged.folder, is_proven=False), config.backends, required=_required(config)
+        ) as (
             backends,
             absent,
         ):
@@ -288,7 +290,7 @@ def prove(
     backends: Sequence[Backend],
 ) -> tuple[tuple[ParityEntry, ...], list[str]]:
     """Run the backends through all gates, on the staged bundle as the robot would open it; a line for every red one."""
-    model = open_bundle(staged.folder).manifest.model
+    model = open_bundle(staged.folder, is_proven=False).manifest.model
     judges = judges_of(backends, reference, model)
     total = sum(section.num_steps for section in sections)
     with tqdm(total=total, desc="  parity", unit="step", unit_scale=True, leave=False, disable=None) as progress:

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from runtime.errors import BundleError
+from runtime.gates import highest_limit, missing_gates
 from runtime.manifest import (
     GOLDEN_NAME,
     GRAPH_FORMS,
@@ -30,6 +31,13 @@ _READS = 4
 MANIFEST_SIZE_LIMIT = 4 * 2**20
 #: A bundle is held in memory. Engines that bring their library take some 100 MB, all others and golden vectors a few.
 _FILE_SIZE_LIMIT, _TOTAL_SIZE_LIMIT, _MOST_FILES = 2**29, 2**30, 1000
+#: What every build runs, and the device that it runs on.
+GRAPHS_PROVEN_ON = ("onnxruntime", "CPU")
+#: Physical units per normalised one, from picometres in metres to encoders of many turns. Errors are judged in
+#: normalised units: with units too large, no error would be one.
+_LEAST_UNIT, _LARGEST_UNIT = 1e-12, 1e12
+#: Float32 has 24 bits: farther from zero than so many units, two neighbours are a unit apart.
+_MOST_OFFSET = 2.0**24
 _FLOAT32_MAX = (2 - 2**-23) * 2.0**127
 
 
@@ -53,18 +61,18 @@ class Bundle:
         return unlisted_files(self.folder, self._contents.keys())
 
 
-def open_bundle(path: str | Path) -> Bundle:
+def open_bundle(path: str | Path, *, is_proven: bool = True) -> Bundle:
     """Read a bundle into memory and check it against its manifest; nothing in it is deserialised before.
 
-    Raises BundleError when it is missing, incomplete, altered, of another schema version, not a bundle, or when its
-    manifest contradicts itself.
+    is_proven: False for what a build opens to run its gates. Raises BundleError when it is missing, incomplete,
+    altered, of another schema version, not a bundle, or when its manifest contradicts itself.
     """
     folder = Path(path)
     for _ in range(_READS):
         with _open_folder(folder) as opened:
             text = _read_manifest(folder, opened)
             try:
-                return _read_bundle(folder, opened, text)
+                return _read_bundle(folder, opened, text, is_proven)
             except BundleError:
                 # Another folder may stand there now, or another bundle may have been copied into this one.
                 if opened.is_still_there() and _read_manifest(folder, opened) == text:
@@ -72,9 +80,9 @@ def open_bundle(path: str | Path) -> Bundle:
     raise BundleError(f"{folder} was replaced {_READS} times while it was read; load it when the builds have ended")
 
 
-def _read_bundle(folder: Path, opened: OpenFolder, manifest_text: str) -> Bundle:
+def _read_bundle(folder: Path, opened: OpenFolder, manifest_text: str, is_proven: bool) -> Bundle:
     manifest = parse_manifest(manifest_text)
-    check_manifest(manifest)
+    check_manifest(manifest, is_proven=is_proven)
     contents: dict[str, bytes] = {}
     kept: dict[str, bytes] = {}
     for name, entry in manifest.files.items():
@@ -91,12 +99,17 @@ def unlisted_files(folder: Path, listed: Collection[str]) -> tuple[str, ...]:
     return tuple(sorted(found.difference(listed, {MANIFEST_NAME})))
 
 
-def check_manifest(manifest: Manifest) -> None:
-    """Raises BundleError where the manifest contradicts itself: no build that passed its gates writes that."""
+def check_manifest(manifest: Manifest, *, is_proven: bool = True) -> None:
+    """Raises BundleError where the manifest contradicts itself: no build that passed its gates writes that.
+
+    is_proven: False for the manifest of a build whose gates have still to run.
+    """
     _check_files(manifest.files)
     _check_model(manifest.model)
     _check_references(manifest)
     _check_statements(manifest)
+    if is_proven:
+        _check_parity(manifest)
 
 
 def _open_folder(folder: Path) -> OpenFolder:
@@ -198,11 +211,16 @@ def _check_model(model: ModelEntry) -> None:
         values = getattr(model, name)
         if len(values) != model.action_dim or not all(map(math.isfinite, values)):
             problems.append(f"{name} are {list(values)} for {model.action_dim} dimensions")
-    if not all(unit > 0 for unit in model.action_units):
-        problems.append(f"action_units are {list(model.action_units)}, not all positive")
+    if not all(_LEAST_UNIT <= unit <= _LARGEST_UNIT for unit in model.action_units):
+        problems.append(
+            f"action_units are {list(model.action_units)}, not all between {_LEAST_UNIT:g} and {_LARGEST_UNIT:g}"
+        )
+    ranges = list(zip(model.action_offset, model.action_units, strict=False))
+    if not all(abs(offset) <= _MOST_OFFSET * unit for offset, unit in ranges):
+        problems.append(f"action_offset are {list(model.action_offset)}, where float32 does not tell units apart")
     # The limit becomes a float32, against which float32 actions are held.
-    if not 0 < model.action_limit <= _FLOAT32_MAX:
-        problems.append(f"action_limit is {model.action_limit}")
+    if not max((abs(offset) + unit for offset, unit in ranges), default=0) <= model.action_limit <= _FLOAT32_MAX:
+        problems.append(f"action_limit is {model.action_limit}, not beyond the range of the units and in float32")
     if problems:
         raise BundleError(f"{MANIFEST_NAME} describes no possible model: {'; '.join(problems)}; build the bundle again")
 
@@ -239,9 +257,6 @@ def _check_statements(manifest: Manifest) -> None:
     problems = []
     if not re.fullmatch("[0-9a-f]{64}", manifest.fingerprint):
         problems.append(f"the fingerprint is {manifest.fingerprint!r}, not 64 lowercase hexadecimal digits")
-    for entry in manifest.parity:
-        if not (entry.value <= entry.limit and math.isfinite(entry.value) and math.isfinite(entry.limit)):
-            problems.append(f"the gate {entry.gate!r} of {entry.backend} did not pass: {entry.value} > {entry.limit}")
     for engine in manifest.engines:
         least, optimum, most = engine.profile
         if not 1 <= least <= optimum <= most:
@@ -260,3 +275,29 @@ def _check_statements(manifest: Manifest) -> None:
             f"{MANIFEST_NAME} states what no build that passed its gates writes: {'; '.join(problems)}; build the "
             "bundle again"
         )
+
+
+def _check_parity(manifest: Manifest) -> None:
+    """What the manifest calls proven has passed every gate, and none of them was wider than this project's."""
+    model = manifest.model
+    tokens_per_step = model.latent_dim * model.num_layers
+    problems = []
+    gates: dict[tuple[str, str], list[str]] = {}
+    for entry in manifest.parity:
+        highest = highest_limit(entry.gate, entry.steps, tokens_per_step)
+        if highest is None or entry.steps < 1:
+            problems.append(f"{entry.gate!r} of {entry.backend}, over {entry.steps} steps, is no gate")
+        elif not 0 <= entry.value <= entry.limit <= highest:
+            problems.append(
+                f"the gate {entry.gate!r} of {entry.backend} did not pass: {entry.value:g} of {entry.limit:g}, where "
+                f"at most {highest:g} may be allowed"
+            )
+        gates.setdefault((entry.backend, entry.device), []).append(entry.gate)
+    # The graphs are run as they are, whatever engines there are beside them.
+    proven = {GRAPHS_PROVEN_ON, *((entry.backend, entry.device) for entry in manifest.engines if entry.device)}
+    for backend, device in sorted(proven):
+        missing = missing_gates(gates.get((backend, device), ()), model.prefixes, has_stats=model.has_stats)
+        if missing:
+            problems.append(f"{backend} on {device} lacks the gates {', '.join(missing)}")
+    if problems:
+        raise BundleError(f"{MANIFEST_NAME} calls proven what is not: {'; '.join(problems)}; build the bundle again")

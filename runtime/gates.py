@@ -1,5 +1,7 @@
 """The parity gates' limits: every number that decides whether an engine is equal to the reference."""
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -15,6 +17,10 @@ class Gates:
     # other; twice is room for that, while TF32 (thousands of times the rounding) exceeds it a hundredfold.
     near_tie_ratio: float = 2.0
 
+    # Whatever torch's float32 has: the largest share of all tokens that may be near-tie flips. Models have about 5e-5;
+    # where float32 decides one token of twenty by its rounding, the tokens of the last layers mean nothing.
+    near_tie_share: float = 0.05
+
     # Largest |action error| in normalised units (the scale the decoder was trained on, about [-1, 1]). Two layers of 64
     # terms in float32 stay near 1e-6; TF32 is at 3e-4. A robot resolves about 1e-4 of its range.
     action_error: float = 1e-5
@@ -23,9 +29,43 @@ class Gates:
     # looks at these values: each one could reach a robot as a motion.
     illegal_values: int = 0
 
+    # Largest |action error|, in normalised units, of a step with a near-tie flip, whatever the model's coding error:
+    # the other side of a tie codes the same action. Ranges are about [-1, 1], or a few deviations wide.
+    flip_error: float = 10.0
+
     # Largest |error| of mean and sigma in latent units (tanh range), `dynamic` only. Both are sums of D latents that
     # are themselves good to about 1e-6 in float32.
     stats_error: float = 1e-5
 
 
 GATES = Gates()
+
+
+def highest_limit(gate: str, num_steps: int, tokens_per_step: int) -> float | None:
+    """The highest limit that a manifest may state for a gate that was run on so many control steps.
+
+    gate: as the build and the replay of golden vectors name it. None for a name that is none of a gate.
+    """
+    limits = {
+        "wrong tokens": GATES.wrong_tokens,
+        # Beside the share, one in each step: many are chosen because they lie on a border.
+        "near-tie flips": num_steps * (1 + GATES.near_tie_share * tokens_per_step),
+        "stats error": GATES.stats_error,
+        "action error": GATES.action_error,
+        "illegal values accepted": GATES.illegal_values,
+        "illegal values not marked": GATES.illegal_values,
+    }
+    if re.search(r": max \|action error\| of \d+ steps with a near-tie flip$", gate):
+        return GATES.flip_error
+    found = re.search(r": (?:max \|)?([^:|]+)\|?$", gate)
+    return limits.get(found[1]) if found else None
+
+
+def missing_gates(found: Iterable[str], prefixes: Iterable[int], *, has_stats: bool) -> list[str]:
+    """Which of the gates that every engine has to pass are not among these."""
+    needed = ["encode: wrong tokens", "encode: near-tie flips"]
+    needed += ["encode: stats error"] if has_stats else []
+    needed += [f"decode {prefix} layers: action error" for prefix in prefixes]
+    # The replay says in between in which batches, and of which variant.
+    bare = {re.sub(r"^golden vectors, |, batch [^:]*|max \||\|$", "", gate) for gate in found}
+    return [gate for gate in needed if gate not in bare]

@@ -25,6 +25,8 @@ _ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 _ZIP_UNIX = 3
 #: Chunks that are also run in batches of 1 and 2: what can go wrong there is the batch, not the numbers.
 _SMALL_BATCH_CHUNKS = 64
+#: Of a unit: what inputs reach at least that are drawn from a range of about two units.
+_SPANNED_UNITS = 0.1
 #: Standard deviations of a count of rare events, sqrt(count) each, that a sample of them may lie above its share.
 _SCATTER = 3
 
@@ -367,6 +369,7 @@ def _read_array(name: str, content: bytes, dtype: type[np.generic], shape: tuple
 def _check_values(golden: Golden, model: ModelEntry) -> None:
     """A golden vector that cannot fail is no test: every number must be one that the reference can give."""
     rules = {
+        "actions that do not span the model's action_units": _spans_units(golden, model),
         "actions beyond the model's action_limit": bool((np.abs(golden.actions) <= model.action_limit).all()),
         f"tokens outside 0 ... {model.num_levels - 1}": bool(
             ((golden.tokens >= 0) & (golden.tokens < model.num_levels)).all()
@@ -383,6 +386,15 @@ def _check_values(golden: Golden, model: ModelEntry) -> None:
     broken = [rule for rule, holds in rules.items() if not holds]
     if broken:
         raise _malformed(f"has {'; '.join(broken)}")
+
+
+def _spans_units(golden: Golden, model: ModelEntry) -> bool:
+    """Whether one in ten inputs, in every dimension, is some part of a unit away from the middle of the range.
+
+    Builds cover the range. With units far too large no error, in units, would be one.
+    """
+    distance = np.abs(golden.actions.reshape(-1, model.action_dim) - np.array(model.action_offset))
+    return bool((np.quantile(distance, 0.9, axis=0) >= _SPANNED_UNITS * np.array(model.action_units)).all())
 
 
 def _malformed(problem: str) -> BundleError:

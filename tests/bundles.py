@@ -22,6 +22,7 @@ from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecode
 from rfsq_ref.normaliser import Normaliser, NormaliserKind
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq_ref.rounding import token_error_bounds
+from runtime.gates import missing_gates
 from runtime.golden import Golden
 from runtime.manifest import (
     C_HEADER,
@@ -113,6 +114,10 @@ def write_bundle(output: Path, deployed: Deployed | Recipe, *, overwrite: bool =
             entry = cuda_entry(source, deployed.recipe.compute_capability)
             staged.write(entry.file, compile_cuda(source, deployed.recipe.compute_capability))
             manifest = replace(manifest, engines=(*manifest.engines, entry))
+        for entry in manifest.engines:
+            if entry.device:
+                proofs = proven(entry.backend, entry.device, manifest.model)
+                manifest = replace(manifest, parity=(*manifest.parity, *proofs))
         staged.seal(manifest)
     return output
 
@@ -228,11 +233,17 @@ def make_manifest(deployed: Deployed) -> Manifest:
         model=entry,
         graphs=tuple(graphs),
         engines=(),
-        parity=(ParityEntry("onnxruntime", "encoder: wrong tokens", 120_000, 0, 0, ""),),
+        parity=proven("onnxruntime", "CPU", entry),
         tools={"numpy": np.__version__},
         provenance={"checkpoint": {"file": "random"}},
         files={},
     )
+
+
+def proven(backend: str, device: str, model: ModelEntry) -> tuple[ParityEntry, ...]:
+    """What a build records that has run all gates."""
+    gates = missing_gates((), model.prefixes, has_stats=model.has_stats)
+    return tuple(ParityEntry(backend, gate, 120_000, 0, 0, "", device) for gate in gates)
 
 
 def engine_entry(onnx_bytes: bytes) -> EngineEntry:

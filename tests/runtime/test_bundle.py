@@ -19,7 +19,7 @@ from runtime import ActionTokenizer, BundleError, SelfTestError, reading, selfte
 from runtime.bundle import check_manifest, open_bundle
 from runtime.errors import TokenizerError
 from runtime.manifest import MANIFEST_NAME, FileEntry, Manifest, ModelEntry, manifest_text, parse_manifest
-from tests.bundles import Recipe, bundle_files, deploy, export_graphs, make_manifest, write_bundle
+from tests.bundles import Recipe, bundle_files, deploy, export_graphs, make_manifest, proven, write_bundle
 
 FILES = (
     "decoder.onnx",
@@ -189,7 +189,7 @@ def change_engine(**changes: Any) -> Callable[[Manifest], Manifest]:
 
 
 def change_parity(**changes: Any) -> Callable[[Manifest], Manifest]:
-    return lambda manifest: replace(manifest, parity=(replace(manifest.parity[0], **changes),))
+    return lambda manifest: replace(manifest, parity=(replace(manifest.parity[0], **changes), *manifest.parity[1:]))
 
 
 def without_form(form: str) -> Callable[[Manifest], Manifest]:
@@ -214,9 +214,21 @@ def with_form(old: str, new: str) -> Callable[[Manifest], Manifest]:
         (change_model(num_levels=2**70), "num_levels is 1180591620717411303424"),
         (change_model(prefixes=(3, 2)), r"prefixes are \[3, 2\] for 3 layers"),
         (change_model(prefixes=(2,)), r"prefixes are \[2\] for 3 layers"),
-        (change_model(action_units=(1.0, 0.0, 1.0)), "not all positive"),
+        (change_model(action_units=(1.0, 0.0, 1.0)), "not all between 1e-12 and 1e"),
+        (change_model(action_units=(1e30, 1.0, 1.0)), r"action_units are \[1e\+30, 1.0, 1.0\], not all between"),
+        (change_model(action_units=(1e12, 1e12, 1.1e12)), "not all between"),
+        (
+            change_model(action_units=(1e12, 1e3, 1.0)),
+            "golden.npz has actions that do not span the model's action_units",
+        ),
+        (
+            change_model(action_units=(1.0, 1.0, 30.0)),
+            "golden.npz has actions that do not span the model's action_units",
+        ),
+        (change_model(action_offset=(2.0**26, 0.0, 0.0)), "where float32 does not tell units apart"),
+        (change_model(action_limit=1.0), "action_limit is 1.0, not beyond the range of the units"),
         (change_model(action_units=(1.0,)), r"action_units are \[1.0\] for 3 dimensions"),
-        (change_model(action_units=(1.0, -1.0, 1.0)), "not all positive"),
+        (change_model(action_units=(1.0, -1.0, 1.0)), "not all between"),
         (change_model(action_offset=(0.0, 0.0)), r"action_offset are \[0.0, 0.0\] for 3 dimensions"),
         (change_model(hidden_width=0), "hidden_width is 0"),
         (change_model(prefixes=(0, 3)), r"prefixes are \[0, 3\] for 3 layers"),
@@ -227,7 +239,39 @@ def with_form(old: str, new: str) -> Callable[[Manifest], Manifest]:
         (lambda manifest: replace(manifest, fingerprint="zz"), "the fingerprint is 'zz', not 64 lowercase"),
         (lambda manifest: replace(manifest, fingerprint="A" * 64), "not 64 lowercase"),
         (lambda manifest: replace(manifest, fingerprint="0" * 64 + "\n"), "not 64 lowercase"),
-        (change_parity(value=5.0, limit=0.0), "the gate 'encoder: wrong tokens' of onnxruntime did not pass: 5.0 > 0"),
+        (lambda manifest: replace(manifest, parity=()), "onnxruntime on CPU lacks the gates encode: wrong tokens, "),
+        (
+            change_parity(value=5.0),
+            "the gate 'encode: wrong tokens' of onnxruntime did not pass: 5 of 0, where at most 0",
+        ),
+        (change_parity(value=-1.0), "did not pass: -1 of 0"),
+        (change_parity(limit=1.0), "did not pass: 0 of 1, where at most 0 may be allowed"),
+        (change_parity(device="a toaster"), "onnxruntime on CPU lacks the gates encode: wrong tokens; build"),
+        (change_parity(backend="c"), "onnxruntime on CPU lacks the gates encode: wrong tokens; build"),
+        (
+            change_parity(gate="encode: all is well"),
+            "'encode: all is well' of onnxruntime, over 120000 steps, is no gate",
+        ),
+        (change_parity(gate="encode: near-tie flips", limit=1e30), r"did not pass: 0 of 1e\+30, where at most 192000"),
+        (change_parity(gate="uint8 tokens, decode 3 layers: action error", limit=1.1e-5), r"at most 1e-05 may be"),
+        (
+            change_parity(gate="golden vectors, decode 3 layers, batch 2: max |action error|", limit=1.0),
+            "at most 1e-05",
+        ),
+        (change_parity(gate="encode: stats error", limit=1.0), "at most 1e-05 may be"),
+        (
+            change_parity(
+                gate="golden vectors, encode and decode, batch 2: max |action error| of 3 steps with a near-tie flip",
+                limit=1e30,
+            ),
+            "at most 10 may be",
+        ),
+        (change_parity(steps=0), "over 0 steps, is no gate"),
+        (change_parity(gate="x" * 40 + ": wrong tokens", limit=1e30), "at most 0 may be"),
+        (
+            change_engine(status="validated", precision="fp32", device="H100"),
+            "tensorrt-rtx on H100 lacks the gates enc",
+        ),
         (change_engine(profile=(0, 1, 64)), r"tuned for batches \[0, 1, 64\], not 1 or more and ascending"),
         (change_engine(profile=(1, 128, 64)), r"tuned for batches \[1, 128, 64\]"),
         (change_model(latent_dim=5), r"states the tensors"),
@@ -281,7 +325,14 @@ def test_a_validated_engine_with_its_device_and_kernels_is_accepted(altered: Pat
     (altered / kernels).write_bytes(b"kernels")
     entry = FileEntry(hashlib.sha256(b"kernels").hexdigest(), 7)
     change = change_engine(status="validated", precision="fp32", device="H100", kernel_cache=kernels)
-    rewrite(altered, lambda manifest: replace(change(manifest), files={**manifest.files, kernels: entry}))
+    rewrite(
+        altered,
+        lambda manifest: replace(
+            change(manifest),
+            files={**manifest.files, kernels: entry},
+            parity=(*manifest.parity, *proven("tensorrt-rtx", "H100", manifest.model)),
+        ),
+    )
     opened = open_bundle(altered)
     assert opened.content(opened.manifest.engines[0].kernel_cache) == b"kernels"
 
