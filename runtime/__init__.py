@@ -8,6 +8,7 @@ from runtime.control_realtime import RealtimeConfig, Watchdog, apply_realtime
 from runtime.errors import (
     BackendUnavailableError,
     BundleError,
+    CannotCopyError,
     FingerprintError,
     IncompatibleTokensError,
     InferenceError,
@@ -24,6 +25,7 @@ __all__ = [
     "ActionTokenizer",
     "BackendUnavailableError",
     "BundleError",
+    "CannotCopyError",
     "ControlConfig",
     "ControlConfigError",
     "ControlDecoder",

@@ -32,6 +32,13 @@ class Status(IntEnum):
     NOT_READY = 6
     BACKEND_FAULT = 7
 
+    # Words where one is written; IntEnum would write the number.
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(int(self) if spec.endswith(("b", "d", "o", "x")) else self.name, spec)
+
 
 class OnFault(StrEnum):
     """HOLD_LAST stands still and goes on with the next good chunk; STOP stands still until `reset()`."""

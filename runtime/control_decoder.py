@@ -38,6 +38,7 @@ from runtime.control_recorder import (
     FlightRecorder,
 )
 from runtime.control_worker import Reporter, WarmTokenizer
+from runtime.errors import CannotCopyError
 from runtime.tokenizer import ActionTokenizer
 
 _TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8))
@@ -301,6 +302,21 @@ class ControlDecoder:
         if self._reporter is not None:
             self._reporter.close()
             self._reporter = None
+
+    def __repr__(self) -> str:
+        state = "not warm"
+        if self._chain is not None:
+            state = "closed" if self._reporter is None else f"tick {self._tick}, {self.result.status}"
+        return f"{type(self).__name__}({state}, {self.config.strategy}, {', '.join(map(repr, self._tokenizers))})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Before `warmup()` a copy is made of the same parts, from the same position. Raises CannotCopyError."""
+        if self._chain is not None:
+            raise CannotCopyError(
+                "a decoder that has been warmed up cannot be copied or pickled: it has threads, and one robot's last "
+                "command; make another one, or copy it before warmup()"
+            )
+        return _made_again, (type(self), self._tokenizers, self.config, self._guard.last, self._clock)
 
     def __enter__(self) -> Self:
         return self
@@ -675,6 +691,16 @@ class ControlDecoder:
         )
         for found, was in zip(self._chain.warm, healthy, strict=True):
             found.is_healthy = was
+
+
+def _made_again(
+    kind: type[ControlDecoder],
+    tokenizers: tuple[ActionTokenizer, ...],
+    config: ControlConfig,
+    position: tuple[float, ...],
+    clock: Callable[[], int],
+) -> ControlDecoder:
+    return kind(tokenizers[0], config, fallbacks=tokenizers[1:], position=position, clock=clock)
 
 
 #: Those that a child of fork inherits.

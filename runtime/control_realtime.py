@@ -10,8 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 from runtime.control_errors import RealtimeRefusedError, in_words
+from runtime.errors import CannotCopyError
 
 _LOG = logging.getLogger(__name__)
 _MCL_CURRENT, _MCL_FUTURE = 1, 2
@@ -138,6 +140,11 @@ class Watchdog:
         self._stop.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
+
+    def __reduce__(self) -> NoReturn:
+        raise CannotCopyError(
+            "a watchdog is a thread, and cannot be copied or pickled: make one in the process of the loop"
+        )
 
     def look(self) -> bool:
         """Once, as the thread does four times per timeout; whether it has called back."""

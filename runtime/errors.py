@@ -74,6 +74,10 @@ class SelfTestError(TokenizerError):
     """A backend whose answers to the golden vectors are not those of the reference."""
 
 
+class CannotCopyError(TokenizerError, TypeError):
+    """Something that belongs to one process: it can be neither copied nor pickled."""
+
+
 class InferenceError(TokenizerError):
     """A backend that failed while it ran; the message quotes it. The output is not to be used."""
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, cast, overload
+from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from runtime.backends import GPU_BACKENDS, select_backend
 from runtime.bundle import open_bundle
 from runtime.compatibility import INTEGRATION_PATHS
 from runtime.contract import Backend, BoundCall, Float32Array, GpuArrayLike, Int32Array
-from runtime.errors import FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
+from runtime.errors import CannotCopyError, FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
 from runtime.golden import read_golden
 from runtime.manifest import GOLDEN_NAME, Manifest, ModelEntry
 from runtime.validation import InputValidator, is_gpu_array
@@ -20,6 +21,16 @@ from runtime.validation import InputValidator, is_gpu_array
 if TYPE_CHECKING:
     from runtime.gpu_arrays import GpuResult
     from runtime.gpu_calls import GpuCalls
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a tokenizer was loaded as, from an absolute folder: so its copies are loaded too."""
+
+    folder: Path
+    backend: str
+    fingerprint: str
+    verify: bool
 
 
 class ActionTokenizer:
@@ -33,6 +44,9 @@ class ActionTokenizer:
     cuda.core; else the one that the arrays name; else CUDA's default stream. Such calls return before the work is
     done. Their shapes and types are checked as everywhere, but the host does not read their values: a token that is no
     level makes all actions of its step NaN, an action that is not finite makes all tokens of its step -1.
+
+    A copy, pickled or not, opens the bundle again: by the same absolute path, on the same backend, and only where it
+    has the same fingerprint. It raises what `load` raises. Each copy is closed for itself.
     """
 
     def __init__(self, manifest: Manifest, backend: Backend) -> None:
@@ -42,6 +56,7 @@ class ActionTokenizer:
         self._unchecked_chunks = backend.checked_steps // manifest.model.chunk_length
         self._gpu_calls: GpuCalls | None = None
         self._is_closed = False
+        self._origin: _Origin | None = None
 
     @classmethod
     def load(
@@ -65,7 +80,36 @@ class ActionTokenizer:
         bundle = open_bundle(path)
         _check_fingerprint(bundle.manifest.fingerprint, expect_fingerprint)
         golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model) if verify else None
-        return cls(bundle.manifest, select_backend(backend, bundle, golden))
+        tokenizer = cls(bundle.manifest, select_backend(backend, bundle, golden))
+        tokenizer._origin = _Origin(bundle.folder.absolute(), tokenizer.backend.name, tokenizer.fingerprint, verify)
+        return tokenizer
+
+    def __getstate__(self) -> dict[str, Any]:
+        """How to open the bundle again, and what a subclass has added. Raises CannotCopyError."""
+        if self._is_closed:
+            raise CannotCopyError("this tokenizer was closed, and cannot be copied or pickled: load the bundle again")
+        if self._origin is None:
+            raise CannotCopyError(
+                "this tokenizer was made around a backend, and cannot be copied or pickled: there is no bundle to open "
+                "again; expected one that ActionTokenizer.load has opened"
+            )
+        return {name: value for name, value in vars(self).items() if name not in _OPENED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        origin: _Origin = state["_origin"]
+        try:
+            opened = ActionTokenizer.load(
+                origin.folder,
+                backend=origin.backend,
+                expect_fingerprint=origin.fingerprint,
+                verify=origin.verify,
+            )
+        except TokenizerError as error:
+            raise type(error)(
+                f"a copied or pickled tokenizer opens its bundle again, {origin.folder} with the fingerprint "
+                f"{origin.fingerprint} on {origin.backend!r}, and it cannot be opened here: {error}"
+            ) from error
+        vars(self).update(vars(opened) | state)
 
     @property
     def fingerprint(self) -> str:
@@ -228,6 +272,16 @@ class ActionTokenizer:
             self._is_closed = True
             self._backend.close()
 
+    def __repr__(self) -> str:
+        model, origin = self.model, self._origin
+        folder = "no bundle" if origin is None else repr(str(origin.folder))
+        return (
+            f"{type(self).__name__}({folder}, {model.mode}, fingerprint {self.fingerprint[:16]}, "
+            f"T={model.chunk_length} A={model.action_dim} D={model.latent_dim} L={model.num_layers} "
+            f"K={model.num_levels}, prefixes {list(self.prefixes)}, backend {self._backend.name}"
+            f"{', closed' if self._is_closed else ''})"
+        )
+
     def __enter__(self) -> Self:
         return self
 
@@ -295,6 +349,8 @@ class ActionTokenizer:
         return (tokens.shape[0], model.chunk_length, model.action_dim)
 
 
+#: What `load` makes anew; all else that an instance has is of a subclass, and goes with its copies.
+_OPENED = frozenset({"_manifest", "_backend", "_validator", "_unchecked_chunks", "_gpu_calls", "_is_closed"})
 _LEAST_FINGERPRINT_DIGITS = 8
 
 
