@@ -39,7 +39,7 @@ lint: $(VENV)/installed
 
 benchmark: engine
 	@echo "== measuring $(BUNDLE)"
-	@$(RUN) runtime/bench.py $(BUNDLE) --output build/bench
+	@$(RUN) runtime/bench.py $(BUNDLE) --output build/bench --overwrite
 
 # The generated C of a bundle, timed from C with the flags of its compiled engines, for the best level of this processor.
 C_FLAGS := -std=c11 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math

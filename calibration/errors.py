@@ -1,5 +1,7 @@
 """Errors of calibration: each message says what was found, what was expected and what to do next."""
 
+from rfsq_ref.errors import UnusableError
 
-class CalibrationError(ValueError):
+
+class CalibrationError(UnusableError):
     """A fit that does not suit the checkpoint, or settings that make no sense."""

@@ -10,6 +10,10 @@ from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    from runtime.console import explain_missing_packages
+
+    explain_missing_packages()
 
 import argparse
 from dataclasses import asdict, replace
@@ -34,11 +38,14 @@ from calibration.report import (
     format_report,
     recovered_latent_reach,
     report_calibrated,
+    report_files,
     report_recovered,
     write_report,
 )
 from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, check_output, load_checkpoint, save_checkpoint
 from rfsq_ref.data import ActionDataset
+from rfsq_ref.errors import OutputError, UnusableError
+from runtime.paths import refuse_existing
 
 
 class Method(StrEnum):
@@ -127,6 +134,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--output", type=Path, help="default: build/checkpoints/NAME-METHOD.safetensors")
     parser.add_argument("--report-dir", type=Path, help="default: build/reports/NAME-METHOD")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint and a report that are there")
     calibrated, recovered = CalibrationConfig(), RecoveredConfig()
     group = parser.add_argument_group("calibrated")
     group.add_argument(
@@ -205,6 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     try:
         check_output(output)
+        # Not after the work.
+        refuse_existing([output, *report_files(report_dir)], overwrite=options.overwrite, error=OutputError)
         checkpoint = load_checkpoint(options.checkpoint, use_layernorm=options.use_layernorm)
         dataset = calibration_dataset(checkpoint, options.calibration_data, key=options.key)
         fitted = _fit(options, checkpoint, dataset)
@@ -219,8 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         # The checkpoint last: where it is, everything else went well.
         write_report(report, report_dir, provenance)
         save_checkpoint(fitted, output)
-    # What our own errors are, and what a model of impossible sizes raises.
-    except ValueError as error:
+    except UnusableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {output} and {report_dir}")

@@ -231,6 +231,11 @@ def report_to_json(report: CalibrationReport, provenance: dict[str, Any] | None 
     return json.dumps(fields, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
+def report_files(folder: Path) -> tuple[Path, ...]:
+    """What write_report writes."""
+    return folder / REPORT_JSON, folder / REPORT_PNG
+
+
 def write_report(report: CalibrationReport, folder: Path, provenance: dict[str, Any] | None = None) -> None:
     """report.json and report.png into a folder, made if missing. CalibrationError if it cannot be written."""
     try:

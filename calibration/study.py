@@ -14,6 +14,10 @@ from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    from runtime.console import explain_missing_packages
+
+    explain_missing_packages()
 
 import argparse
 import math
@@ -45,7 +49,7 @@ from calibration.data import (
 )
 from calibration.errors import CalibrationError
 from calibration.readout import DEFAULT_READOUT, ReadoutConfig, fit_readout
-from calibration.study_report import format_study, write_study
+from calibration.study_report import format_study, study_files, write_study
 from calibration.study_result import (
     EpisodesRow,
     LayerRow,
@@ -60,8 +64,9 @@ from calibration.study_result import (
 from rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq_ref.data import ActionDataset
-from rfsq_ref.errors import DataError
+from rfsq_ref.errors import DataError, OutputError, UnusableError
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from runtime.paths import refuse_existing
 
 #: Random choices of calibration episodes for every number of them.
 SUBSETS = 5
@@ -456,6 +461,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, default=Path("build/reports/calibration"), help="folder; default: %(default)s"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a study that is there")
     return parser.parse_args(arguments)
 
 
@@ -464,6 +470,8 @@ def main(arguments: list[str] | None = None) -> int:
     # Sums come out in one order, whatever the machine has: the same data give the same numbers.
     torch.set_num_threads(1)
     try:
+        # Not after minutes of fitting.
+        refuse_existing(study_files(options.output), overwrite=options.overwrite, error=OutputError)
         checkpoints = [
             load_checkpoint(path, use_layernorm=options.use_layernorm)
             for path in options.checkpoint or [ROBUST_CHECKPOINT]
@@ -472,8 +480,7 @@ def main(arguments: list[str] | None = None) -> int:
         result = study(checkpoints, dataset, show_progress=True)
         print(format_study(result))
         write_study(result, options.output)
-    # What our own errors are, and what a model of impossible sizes raises.
-    except ValueError as error:
+    except UnusableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"\nwrote {options.output} in {result.seconds:.0f} s")

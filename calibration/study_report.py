@@ -92,6 +92,11 @@ def format_study(result: StudyResult) -> str:
     return "\n\n".join(parts)
 
 
+def study_files(folder: Path) -> tuple[Path, ...]:
+    """What write_study writes."""
+    return folder / RESULT_JSON, folder / RESULT_PNG
+
+
 def write_study(result: StudyResult, folder: Path) -> None:
     """calibration.json and calibration.png into a folder, made if missing. CalibrationError if it cannot be written."""
     try:

@@ -1,5 +1,7 @@
 """Errors of the evidence."""
 
+from rfsq_ref.errors import UnusableError
 
-class EvidenceError(ValueError):
+
+class EvidenceError(UnusableError):
     """Something cannot be compared as asked; the message says what to do."""

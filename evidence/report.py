@@ -7,11 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from calibration.errors import CalibrationError
 from calibration.study import study
-from calibration.study_report import markdown, titles, write_study
+from calibration.study_report import markdown, study_files, titles, write_study
 from evidence.comparison import ComparisonConfig, compare
-from evidence.errors import EvidenceError
 from evidence.findings import REQUIRED_IMPROVEMENT
 from evidence.metrics import OscPose
 from evidence.page import page
@@ -23,9 +21,10 @@ from evidence.tables import Table, findings_table, inline_html, layer_table, pee
 from evidence.training import CACHE, SEEDS, trained_checkpoint
 from rfsq_ref.checkpoints import Checkpoint, load_checkpoint
 from rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
-from rfsq_ref.errors import CheckpointError, DataError, NotDecodableError
+from rfsq_ref.errors import OutputError, UnusableError
 from rfsq_ref.normaliser import NormaliserKind
 from rfsq_ref.train import chosen_normaliser, make_deterministic
+from runtime.paths import refuse_existing
 
 COMPARISON_JSON, COMPARISON_TEXT, REPORT_HTML, FIGURES = "comparison.json", "comparison.txt", "report.html", "figures"
 DEFAULT_OUTPUT = Path("build/evidence")
@@ -64,6 +63,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="trained models (default %(default)s)")
     parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder (default %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a comparison that is there")
     return parser.parse_args(arguments)
 
 
@@ -72,6 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     make_deterministic()
     try:
         check_writable(options.output)
+        # Not after an hour of training.
+        refuse_existing(_written(options), overwrite=options.overwrite, error=OutputError)
         dataset = load_actions(options.data, key=options.key) if options.data else load_demonstrations()
         config = ComparisonConfig(
             seeds=tuple(options.seeds),
@@ -100,11 +102,18 @@ def main(arguments: list[str] | None = None) -> int:
         sections += _closed_loop(options.output, comparison)
         if sections:
             write_report(comparison, text, sections, options.output)
-    except (DataError, CheckpointError, NotDecodableError, CalibrationError, EvidenceError) as error:
+    except UnusableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {REPORT_HTML}, {COMPARISON_TEXT}, {COMPARISON_JSON} and more into {options.output}")
     return 0 if comparison.improvement > REQUIRED_IMPROVEMENT else 1
+
+
+def _written(options: argparse.Namespace) -> list[Path]:
+    """Everything that this command writes into its folder."""
+    folder: Path = options.output
+    written = [folder / name for name in (REPORT_HTML, FIGURES, COMPARISON_TEXT, COMPARISON_JSON)]
+    return [*written, *study_files(folder)] if options.calibration_study else written
 
 
 def write_report(comparison: Comparison, text: str, sections: Sequence[tuple[str, str]], folder: Path) -> None:

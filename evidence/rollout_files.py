@@ -45,6 +45,11 @@ def content_of(identity: Identity, reports: dict[str, TaskReport]) -> dict[str, 
     }
 
 
+def report_files(folder: Path) -> tuple[Path, ...]:
+    """What write_report writes."""
+    return folder / "rollout.json", folder / "rollout.png"
+
+
 def write_report(episodes: Path, folder: Path) -> str:
     """rollout.png and rollout.json in `folder` from a file of episodes, also an unfinished one; the table as text.
 

@@ -13,6 +13,10 @@ from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    from runtime.console import explain_missing_packages
+
+    explain_missing_packages()
 
 import argparse
 import logging
@@ -45,7 +49,7 @@ def main() -> int:
     logging.basicConfig(format="%(message)s")
     try:
         return 0 if run(options) else 1
-    except (TokenizerError, ImportError) as error:
+    except TokenizerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

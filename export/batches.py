@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from export.errors import BuildInputError
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -13,7 +15,7 @@ class Profile:
 
     def __post_init__(self) -> None:
         if not 1 <= self.minimum <= self.optimum <= self.maximum:
-            raise ValueError(
+            raise BuildInputError(
                 f"profile has minimum {self.minimum}, optimum {self.optimum}, maximum {self.maximum}; "
                 "expected 1 <= minimum <= optimum <= maximum"
             )

@@ -14,6 +14,10 @@ from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    from runtime.console import explain_missing_packages
+
+    explain_missing_packages()
 
 import argparse
 import contextlib
@@ -23,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from export.batches import Profile
-from export.errors import EngineBuildError, ExportError, GateError
+from export.errors import BuildInputError, EngineBuildError, ExportError, GateError
 from runtime.console import escape_what_cannot_be_shown
 from runtime.errors import TokenizerError
 from runtime.trt_api import TENSORRT_BACKENDS
@@ -34,9 +38,8 @@ if TYPE_CHECKING:
 
 #: A person, the system, a closed terminal, a reader that has left.
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
-#: What a person gave or the machine lacks, each with a message that says so. ValueError is the base of the errors of
-#: checkpoints, data and calibration.
-_UNUSABLE = (EngineBuildError, ExportError, TokenizerError, ValueError)
+#: What a person gave or the machine lacks, each with a message that says so.
+_UNUSABLE = (EngineBuildError, ExportError, TokenizerError)
 _MODES = ("none", "dynamic", "calibrated", "recovered")
 
 
@@ -60,7 +63,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> BuildConfig | Tar
         if "conditioning" in given:
             given["conditioning"] = DeployMode(given["conditioning"])
         return BuildConfig(**given)
-    except ValueError as error:
+    except BuildInputError as error:
         parser.error(str(error))
 
 
@@ -70,7 +73,7 @@ def _target_config(given: dict[str, Any]) -> TargetConfig:
     others = sorted(given.keys() - {"from_bundle", "backends", "profile"})
     if others:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in others)
-        raise ValueError(f"{flags} cannot be changed in a bundle that is built; leave them out with --from-bundle")
+        raise BuildInputError(f"{flags} cannot be changed in a bundle that is built; leave them out with --from-bundle")
     return TargetConfig(**{"bundle" if name == "from_bundle" else name: value for name, value in given.items()})
 
 
@@ -132,10 +135,14 @@ def _run(config: BuildConfig | TargetConfig) -> None:
     import torch
 
     from export.pipeline import build
+    from rfsq_ref.errors import UnusableError
 
     # For matrices this small more threads are slower.
     torch.set_num_threads(1)
-    build(config)
+    try:
+        build(config)
+    except UnusableError as error:
+        raise ExportError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ class CTokenizer:
 def c_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerprint: str) -> CTokenizer:
     """decoders: of ascending prefixes, the last of all layers.
 
-    Raises ValueError where float32 cannot count the levels.
+    Raises BuildInputError where float32 cannot count the levels.
     """
     require_countable(encoder.num_levels)
     template = _TEMPLATE.read_text(encoding="utf-8")

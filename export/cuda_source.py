@@ -44,7 +44,7 @@ _MOST_WRITTEN_OUT = 128
 def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> str:
     """decoders: of ascending prefixes, the last of all layers.
 
-    Raises ValueError for levels that float32 cannot count, and for numbers that it does not hold.
+    Raises BuildInputError for levels that float32 cannot count, and for numbers that it does not hold.
     """
     require_countable(encoder.num_levels)
     types = token_types(encoder.num_levels)

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from export.batches import Profile
 from export.bundle_writer import StagedBundle
 from export.c_builder import CBuildError, compile_c
@@ -57,7 +55,7 @@ def compile_graphs(
     engines = []
     for backend in (name for name in TENSORRT_BACKENDS if name in wanted):
         with steps.step(f"compile {backend}") as step:
-            for graph, content in tqdm(graphs, desc=f"  {backend}", unit="engine", leave=False, disable=None):
+            for graph, content in graphs:
                 built = build_engine(EngineRequest(backend, content, profile, tuple(compute_capabilities)))
                 require_none(f"{backend}, {graph.file}: {problem}" for problem in check_engine(built, content))
                 description = inspect_engine(built)

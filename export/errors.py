@@ -7,6 +7,10 @@ class ExportError(RuntimeError):
     """A build that cannot go on; nothing is left behind at the output."""
 
 
+class BuildInputError(ExportError, ValueError):
+    """Settings that make no sense, or a model that no engine can hold."""
+
+
 class EngineBuildError(RuntimeError):
     """An engine that could not be built; the message quotes the parser or the builder."""
 

@@ -9,7 +9,7 @@ from export.batches import Profile
 from export.bundle_writer import stage_bundle
 from export.c_builder import find_compiler
 from export.engines import compile_cuda, compile_graphs, compile_source, find_gpu, opened_backends, with_measurements
-from export.errors import ExportError, require_none
+from export.errors import BuildInputError, ExportError, require_none
 from export.progress import StepList
 from runtime.bundle import Bundle, open_bundle
 from runtime.contract import Backend
@@ -35,7 +35,7 @@ class TargetConfig:
     def __post_init__(self) -> None:
         unknown = set(self.backends or ()) - set(_ENGINES)
         if unknown:
-            raise ValueError(f"backends {sorted(unknown)} have no engines to add; there are {', '.join(_ENGINES)}")
+            raise BuildInputError(f"backends {sorted(unknown)} have no engines to add; there are {', '.join(_ENGINES)}")
 
 
 def add_engines(config: TargetConfig) -> Manifest:

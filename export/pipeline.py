@@ -25,7 +25,7 @@ from export.engines import (
     opened_backends,
     with_measurements,
 )
-from export.errors import require_none
+from export.errors import BuildInputError, require_none
 from export.fingerprint import fingerprint
 from export.graph_check import check_graph, cross_check
 from export.graphs import LinearForm, decoder_graph, encoder_graph
@@ -97,20 +97,20 @@ class BuildConfig:
     def __post_init__(self) -> None:
         for name in ("chunk_length", "parity_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+                raise BuildInputError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.chunk_length > _LONGEST_CHUNK:
-            raise ValueError(f"chunk_length is {self.chunk_length}; expected at most {_LONGEST_CHUNK} steps")
+            raise BuildInputError(f"chunk_length is {self.chunk_length}; expected at most {_LONGEST_CHUNK} steps")
         wrong = [name for name in self.compute_capabilities if not re.fullmatch(r"\d+\.\d", name)]
         if wrong:
-            raise ValueError(f"compute capabilities {wrong} are none; expected numbers such as 8.9")
+            raise BuildInputError(f"compute capabilities {wrong} are none; expected numbers such as 8.9")
         if self.compute_capabilities and self.backends is not None and not set(self.backends) & set(TENSORRT_BACKENDS):
-            raise ValueError(
+            raise BuildInputError(
                 f"compute capabilities {list(self.compute_capabilities)} are for {' and '.join(TENSORRT_BACKENDS)}, "
                 f"and only {', '.join(self.backends)} is asked for; leave one of the two flags out"
             )
         unknown = set(self.backends or ()) - set(KNOWN_BACKENDS)
         if unknown:
-            raise ValueError(f"backends {sorted(unknown)} are not known; there are {', '.join(KNOWN_BACKENDS)}")
+            raise BuildInputError(f"backends {sorted(unknown)} are not known; there are {', '.join(KNOWN_BACKENDS)}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class BuildResult:
 def build(config: BuildConfig) -> BuildResult:
     """Build, prove and write a bundle; prints a line per step.
 
-    Raises CheckpointError, DataError, ValueError, ExportError or TokenizerError for what cannot be built, GateError
+    Raises UnusableError, ExportError or TokenizerError for what cannot be built, GateError
     for what was built and is not right. The output is complete afterwards, or as it was before.
     """
     steps = StepList()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from calibration.recovered import default_prefixes
+from export.errors import BuildInputError
 from rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq_ref.quantizer import SIGMA_EPSILON, Conditioning
 
@@ -152,7 +153,7 @@ def action_limit(plan: EncoderPlan) -> float:
     """The largest |action| for which no float32 sum in the encoder can overflow, whatever the signs: physical units.
 
     Above it an infinity less an infinity would be NaN, and a NaN has no token. Half of float32's range is kept back
-    for the roundings. ValueError where nothing is left of it.
+    for the roundings. BuildInputError where nothing is left of it.
     """
     first, second = (
         (np.abs(layer.weight.astype(np.float64)), np.abs(layer.bias.astype(np.float64)))
@@ -163,7 +164,7 @@ def action_limit(plan: EncoderPlan) -> float:
     rests = np.concatenate((first[1], second[0] @ (first[1] + 0.31) + second[1]))
     limit = float(((np.finfo(np.float32).max / 2 - rests) / np.maximum(slopes, 1)).min())
     if not limit > 0:
-        raise ValueError(
+        raise BuildInputError(
             f"the encoder's biases overflow float32 whatever the action: sums reach {rests.max():.3g}; the training "
             "diverged, or the normaliser is not the one of this checkpoint"
         )
@@ -189,13 +190,13 @@ def middle_level(num_levels: int) -> int:
 def choose_prefixes(requested: Sequence[int] | None, num_layers: int) -> tuple[int, ...]:
     """Sorted, without repetition, always with the full depth; by default the coarse layers too.
 
-    Raises ValueError outside 1 ... L.
+    Raises BuildInputError outside 1 ... L.
     """
     if requested is None:
         return default_prefixes(num_layers)
     wrong = [prefix for prefix in requested if not 1 <= prefix <= num_layers]
     if wrong:
-        raise ValueError(f"prefixes {wrong} are not between 1 and the model's {num_layers} layers")
+        raise BuildInputError(f"prefixes {wrong} are not between 1 and the model's {num_layers} layers")
     return tuple(sorted({*requested, num_layers}))
 
 
@@ -226,10 +227,10 @@ def _linear(layer: nn.Module) -> tuple[Float64Array, Float64Array]:
 
 
 def _affine(weight: Float64Array, bias: Float64Array) -> Affine:
-    """ValueError for numbers beyond float32."""
+    """BuildInputError for numbers beyond float32."""
     largest = max(float(np.abs(weight).max()), float(np.abs(bias).max()))
     if not largest <= float(np.finfo(np.float32).max):
-        raise ValueError(
+        raise BuildInputError(
             f"a layer has numbers up to {largest:.3g} once the normaliser is folded in, too large for float32; the "
             "normaliser's scale or offset is not the one of this checkpoint"
         )

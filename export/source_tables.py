@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from export.errors import BuildInputError
 from export.plan import DecoderPlan
 
 _NUMBERS_A_LINE = 6
@@ -25,18 +26,18 @@ def table(kind: str, name: str, values: Array | IntArray) -> str:
 
 
 def number(value: float) -> str:
-    """A float32, exactly. Raises ValueError for what is none, or beyond it."""
+    """A float32, exactly. Raises BuildInputError for what is none, or beyond it."""
     if not abs(float(value)) <= float(np.finfo(np.float32).max):
-        raise ValueError(
+        raise BuildInputError(
             f"a constant of the tokenizer is {value:g}, which float32 does not hold; the training diverged"
         )
     return f"{float(np.float32(value)).hex()}f"
 
 
 def require_countable(num_levels: int) -> None:
-    """Raises ValueError where float32 cannot count the levels."""
+    """Raises BuildInputError where float32 cannot count the levels."""
     if num_levels > _MOST_LEVELS:
-        raise ValueError(f"{num_levels} levels are more than float32 can count; expected at most {_MOST_LEVELS}")
+        raise BuildInputError(f"{num_levels} levels are more than float32 can count; expected at most {_MOST_LEVELS}")
 
 
 def own_tokens(plan: DecoderPlan) -> Array | None:

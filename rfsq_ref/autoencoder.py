@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rfsq_ref.errors import NotDecodableError
+from rfsq_ref.errors import NotDecodableError, SettingsError
 from rfsq_ref.normaliser import Normaliser
 from rfsq_ref.quantizer import DYNAMIC_NEEDS_STATS, Conditioning, ConditioningConstants, ResidualQuantizer
 
@@ -31,7 +31,7 @@ class ModelConfig:
         ):
             size = getattr(self, name)
             if not isinstance(size, int) or size < least:
-                raise ValueError(f"{name} is {size!r}; expected an integer of at least {least}")
+                raise SettingsError(f"{name} is {size!r}; expected an integer of at least {least}")
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,9 @@ class ActionAutoencoder(nn.Module):
     ) -> None:
         super().__init__()
         if conditioning is Conditioning.DYNAMIC and config.latent_dim < 2:
-            raise ValueError("conditioning 'dynamic' needs latent_dim >= 2: one latent has no standard deviation")
+            raise SettingsError("conditioning 'dynamic' needs latent_dim >= 2: one latent has no standard deviation")
         if normaliser is not None and len(normaliser.scale) != config.action_dim:
-            raise ValueError(f"normaliser for {len(normaliser.scale)} dimensions, model for {config.action_dim}")
+            raise SettingsError(f"normaliser for {len(normaliser.scale)} dimensions, model for {config.action_dim}")
         self.config = config
         self.encoder = nn.Sequential(
             nn.Linear(config.action_dim, config.hidden_width),

@@ -12,6 +12,10 @@ from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    from runtime.console import explain_missing_packages
+
+    explain_missing_packages()
 
 import argparse
 import json
@@ -29,7 +33,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rfsq_ref.errors import OutputError, SettingsError, UnusableError
 from rfsq_ref.experts import ACTION_DIM, EXPERTS, POSITION_UNIT, ROTATION_UNIT
+from runtime.paths import refuse_existing
 
 GENERATOR_VERSION = 1
 CONTROL_FREQUENCY = 20
@@ -39,7 +45,7 @@ MAX_ATTEMPTS_PER_EPISODE = 3
 ACTION_NAMES = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 
 
-class SimulatorError(RuntimeError):
+class SimulatorError(UnusableError):
     """The simulator is missing, has a version it does not work with, or cannot give what was asked for."""
 
 
@@ -52,16 +58,17 @@ class GenerationConfig:
     output: Path = DEFAULT_OUTPUT
     workers: int = 2
     tasks: tuple[str, ...] = tuple(EXPERTS)
+    overwrite: bool = False
 
     def __post_init__(self) -> None:
         for name in ("episodes_per_task", "workers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+                raise SettingsError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; expected 0 or more")
+            raise SettingsError(f"seed is {self.seed}; expected 0 or more")
         unknown = [task for task in self.tasks if task not in EXPERTS]
         if unknown or not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise ValueError(f"tasks are {list(self.tasks)}; expected different ones of {list(EXPERTS)}")
+            raise SettingsError(f"tasks are {list(self.tasks)}; expected different ones of {list(EXPERTS)}")
 
 
 @dataclass(frozen=True)
@@ -251,7 +258,8 @@ def table(config: GenerationConfig, attempts: Sequence[Episode]) -> str:
 
 
 def generate(config: GenerationConfig) -> list[Episode]:
-    """Generate, save, and return all attempts, the failed ones too."""
+    """Generate, save, and return all attempts, the failed ones too. Raises SimulatorError, OutputError."""
+    refuse_existing([config.output], overwrite=config.overwrite, error=OutputError)
     versions = check_simulator()
     attempts = collect(config)
     arrays = arrays_of(config, attempts, versions)
@@ -267,12 +275,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> GenerationConfig:
     parser.add_argument("--episodes-per-task", type=int, default=defaults.episodes_per_task, metavar="N")
     parser.add_argument("--seed", type=int, default=defaults.seed, metavar="S")
     parser.add_argument("--output", type=Path, default=defaults.output, metavar="F")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file that is there")
     parser.add_argument("--workers", type=int, default=defaults.workers, metavar="W")
     parser.add_argument("--tasks", nargs="+", default=list(defaults.tasks), metavar="TASK", help=", ".join(EXPERTS))
     parsed = parser.parse_args(arguments)
     try:
         return GenerationConfig(**{**vars(parsed), "tasks": tuple(parsed.tasks)})
-    except ValueError as error:
+    except SettingsError as error:
         parser.error(str(error))
 
 
@@ -280,9 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = parse_arguments(arguments)
     try:
         attempts = generate(config)
-    except SimulatorError as error:
+    except UnusableError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     print(table(config, attempts))
     print(f"{config.output} ({config.output.stat().st_size / 1e6:.2f} MB)")
     return 0

@@ -10,7 +10,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
-from rfsq_ref.errors import NotDecodableError
+from rfsq_ref.errors import NotDecodableError, SettingsError
 
 #: Added to the unbiased standard deviation of a step's latents, as in the published model.
 SIGMA_EPSILON = 1e-5
@@ -36,12 +36,12 @@ class ConditioningConstants:
 
     def __post_init__(self) -> None:
         if self.mean.ndim != 2 or self.mean.shape != self.scale.shape:
-            raise ValueError(
+            raise SettingsError(
                 f"conditioning constants have shapes {tuple(self.mean.shape)} and {tuple(self.scale.shape)}; "
                 "expected [num_layers, latent_dim] for both"
             )
         if not (torch.isfinite(self.mean).all() and torch.isfinite(self.scale).all() and (self.scale > 0).all()):
-            raise ValueError("conditioning constants must be finite and every scale positive; calibrate again")
+            raise SettingsError("conditioning constants must be finite and every scale positive; calibrate again")
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class ResidualQuantizer(nn.Module):
             zeros = torch.zeros(num_layers, latent_dim)
             constants = ConditioningConstants(zeros, torch.ones_like(zeros))
         if constants.mean.shape != (num_layers, latent_dim):
-            raise ValueError(
+            raise SettingsError(
                 f"conditioning constants have shape {tuple(constants.mean.shape)}; this quantiser needs "
                 f"[num_layers, latent_dim] = {(num_layers, latent_dim)}: calibrate this checkpoint"
             )

@@ -12,15 +12,19 @@ from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    from runtime.console import explain_missing_packages
+
+    explain_missing_packages()
 
 import argparse
 from collections.abc import Sequence
 
-from evidence.errors import EvidenceError
+from evidence.rollout_files import report_files, write_report
 from evidence.rollouts import RolloutConfig, run_rollouts
 from evidence.simulation import TASKS
-from rfsq_ref.errors import CheckpointError, DataError
-from rfsq_ref.generate_demonstrations import SimulatorError
+from rfsq_ref.errors import OutputError, UnusableError
+from runtime.paths import refuse_existing
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -37,6 +41,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--workers", type=int, default=defaults.workers, metavar="W")
     parser.add_argument("--output", type=Path, default=defaults.output, metavar="DIR", help="where episodes are kept")
     parser.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR", help="for the report")
+    parser.add_argument("--overwrite", action="store_true", help="replace the report that is there; episodes stay")
     parser.add_argument("--restart-changed", action="store_true", help="drive cells whose codec has changed anew")
     parser.add_argument("--report-only", action="store_true", help="report the episodes that are there")
     return parser.parse_args(arguments)
@@ -62,13 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         config = config_of(options)
+        # Not after hours of driving.
+        refuse_existing(report_files(options.results), overwrite=options.overwrite, error=OutputError)
         if not options.report_only:
             run_rollouts(config)
-        # Drawing needs matplotlib, running does not.
-        from evidence.rollout_files import write_report
-
         print(write_report(config.file, options.results))
-    except (SimulatorError, EvidenceError, CheckpointError, DataError) as error:
+    except UnusableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

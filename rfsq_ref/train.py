@@ -18,6 +18,10 @@ from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":
+    from runtime.console import explain_missing_packages
+
+    explain_missing_packages()
 
 import argparse
 import copy
@@ -28,6 +32,7 @@ import platform
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -40,10 +45,11 @@ from tqdm import tqdm
 from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq_ref.checkpoints import SUFFIX, Checkpoint, check_output, checkpoint_of, save_checkpoint
 from rfsq_ref.data import ActionDataset, FloatArray, load_actions, load_demonstrations, split_episodes
-from rfsq_ref.errors import CheckpointError, DataError
+from rfsq_ref.errors import CheckpointError, DataError, OutputError, SettingsError, TrainingError, UnusableError
 from rfsq_ref.files import replacing
 from rfsq_ref.normaliser import NormaliserKind, fit_normaliser
 from rfsq_ref.quantizer import Conditioning
+from runtime.paths import refuse_existing
 
 HISTORY_FORMAT = "rfsq-training-history"
 HISTORY_VERSION = 1
@@ -77,12 +83,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+                raise SettingsError(f"{name} is {getattr(self, name)}; expected at least 1")
         for name, nothing in (("num_episodes", "all"), ("patience", "never stop early")):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 ({nothing}) or more")
+                raise SettingsError(f"{name} is {getattr(self, name)}; expected 0 ({nothing}) or more")
         if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; expected more than 0")
+            raise SettingsError(f"learning_rate is {self.learning_rate}; expected more than 0")
+        if not -(2**63) <= self.seed < 2**64:
+            raise SettingsError(f"seed is {self.seed}; expected one of 64 bits")
 
 
 @dataclass(frozen=True)
@@ -129,8 +137,8 @@ def train(dataset: ActionDataset, config: TrainConfig, *, show_progress: bool = 
     """Train on the training episodes of `split_episodes(dataset)`, choose the epoch by its validation episodes.
 
     A normaliser leaves the last dimension as it is where that is a gripper command of unit size. Deterministic for a
-    given seed; on a GPU after `make_deterministic`. Raises DataError when there are too few episodes, ValueError when
-    the device is not there or training diverges.
+    given seed; on a GPU after `make_deterministic`. Raises DataError when there are too few episodes, SettingsError
+    when the device is not there, TrainingError when training diverges.
     """
     device = _device(config.device)
     split = split_episodes(dataset)
@@ -171,7 +179,7 @@ def train(dataset: ActionDataset, config: TrainConfig, *, show_progress: bool = 
             progress.set_postfix(train=f"{record.train_mse:.2e}", validation=f"{record.validation_mse:.2e}")
     model.load_state_dict(best)
     if not chosen.epoch:
-        raise ValueError(
+        raise TrainingError(
             f"training diverged: validation MSE {history[-1].validation_mse} in epoch {history[-1].epoch}; lower the "
             f"learning rate (--learning-rate, now {config.learning_rate})"
         )
@@ -191,11 +199,11 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device is {name!r}, which torch does not know; expected cpu or cuda") from error
+        raise SettingsError(f"device is {name!r}, which torch does not know; expected cpu or cuda") from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device is {name!r}; expected cpu or cuda, the ones this training was tried on")
+        raise SettingsError(f"device is {name!r}; expected cpu or cuda, the ones this training was tried on")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
+        raise SettingsError(
             f"device is {name!r}, but torch {torch.__version__} finds {torch.cuda.device_count()} CUDA GPUs here; "
             "use cpu, or one that is there"
         )
@@ -288,10 +296,16 @@ def load_history(path: str | Path) -> TrainingHistory:
     return history
 
 
-def save_result(result: TrainResult, output: Path) -> None:
-    """Write the checkpoint, NAME.history.json and NAME.history.png, each to a temporary sibling that is renamed.
+def result_files(output: Path) -> tuple[Path, ...]:
+    """What save_result may write."""
+    return output, history_path(output), history_path(output).with_suffix(".png")
 
-    The checkpoint comes last: where it is, its curve is too. Raises CheckpointError.
+
+def save_result(result: TrainResult, output: Path) -> None:
+    """Write the checkpoint, NAME.history.json and, where matplotlib is installed, NAME.history.png.
+
+    Each goes to a temporary sibling that is renamed, the checkpoint last: where it is, its curve is too. Raises
+    CheckpointError.
     """
     check_output(output)
     history = history_of(result)
@@ -299,7 +313,8 @@ def save_result(result: TrainResult, output: Path) -> None:
     text = json.dumps(content, indent=1) + "\n"
     path = history_path(output)
     _write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    _write_whole(path.with_suffix(".png"), lambda temporary: _draw(history, output.stem, temporary))
+    if find_spec("matplotlib"):
+        _write_whole(path.with_suffix(".png"), lambda temporary: _draw(history, output.stem, temporary))
     save_checkpoint(result.checkpoint, output)
 
 
@@ -377,6 +392,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, help="default: build/checkpoints/robust.safetensors or naive.safetensors"
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there, and its curve")
     return parser.parse_args(arguments)
 
 
@@ -406,8 +422,12 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # Not after an hour of training.
         check_output(output)
+        written = [file for path in outputs for file in result_files(path)]
+        refuse_existing(written, overwrite=options.overwrite, error=OutputError)
         if len(set(seeds)) < len(seeds):
-            raise ValueError(f"--seeds {' '.join(map(str, seeds))} has one twice; equal runs would pass for a spread")
+            raise SettingsError(
+                f"--seeds {' '.join(map(str, seeds))} has one twice; equal runs would pass for a spread"
+            )
         dataset = load_actions(options.data, key=options.key) if options.data else load_demonstrations()
         given = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
         config = TrainConfig(**{**given, "normaliser": chosen_normaliser(options.normaliser, dataset)})
@@ -422,7 +442,9 @@ def main(arguments: list[str] | None = None) -> int:
                 f"validation MSE {kept['validation_mse']:.3e}"
             )
             print(f"wrote {path} and {history_path(path).name}")
-    except (DataError, CheckpointError, ValueError) as error:
+            if not find_spec("matplotlib"):
+                print("no drawing of the curve: matplotlib is not installed; pip install '.[export]'")
+    except UnusableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if len(errors) > 1:

@@ -22,16 +22,18 @@ import modal
 
 from rfsq_ref.checkpoints import SUFFIX, check_output
 from rfsq_ref.data import load_actions, load_demonstrations
-from rfsq_ref.errors import CheckpointError
+from rfsq_ref.errors import CheckpointError, OutputError
 from rfsq_ref.train import (
     TrainConfig,
     chosen_normaliser,
     describe,
     history_path,
     make_deterministic,
+    result_files,
     save_result,
     train,
 )
+from runtime.paths import refuse_existing
 
 VOLUME_NAME = "rfsq-training"
 #: Where the container sees the volume.
@@ -47,7 +49,7 @@ image = (
     # The caller's versions, but not its build of them ("+cpu").
     .pip_install(*(f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES))
     # With the embedded demonstrations, which are no Python files.
-    .add_local_python_source("rfsq_ref", ignore=["**/*.safetensors"])
+    .add_local_python_source("rfsq_ref", "runtime", ignore=["**/*.safetensors"])
 )
 
 
@@ -63,14 +65,18 @@ def check_on_volume(output: str) -> None:
 
 
 @app.function(image=image, gpu=GPU, volumes={str(VOLUME_PATH): volume}, timeout=TIMEOUT_S)
-def train_remote(config: TrainConfig, normaliser: str, data: str, key: str, output: str) -> dict[str, Any]:
+def train_remote(
+    config: TrainConfig, normaliser: str, data: str, key: str, output: str, overwrite: bool = False
+) -> dict[str, Any]:
     """Train, and write the checkpoint and its learning curve to the volume.
 
     normaliser: as `--normaliser` of rfsq_ref/train.py; data and output: relative to the volume, data "" for the
     embedded demonstrations; key: of the action array, "" for the usual one. Returns the checkpoint's provenance.
-    Raises what loading, training and saving raise, and before them CheckpointError for an output off the volume.
+    Raises what loading, training and saving raise, and before them CheckpointError for an output
+    off the volume and OutputError for one that is there.
     """
     check_on_volume(output)
+    refuse_existing(result_files(VOLUME_PATH / output), overwrite=overwrite, error=OutputError)
     make_deterministic()
     dataset = load_actions(VOLUME_PATH / data, key=key or None) if data else load_demonstrations()
     config = replace(config, normaliser=chosen_normaliser(normaliser, dataset))
@@ -96,6 +102,7 @@ def main(
     data: str = "",
     key: str = "",
     output: str = "",
+    overwrite: bool = False,
 ) -> None:
     """Modal makes the command line from these parameters: a bool would be a flag that takes no True or False."""
     robust = use_layernorm == "True"
@@ -112,7 +119,7 @@ def main(
         seed=seed,
         device="cuda",
     )
-    kept = train_remote.remote(config, normaliser, data, key, output)
+    kept = train_remote.remote(config, normaliser, data, key, output, overwrite)
     print(
         f"kept epoch {kept['epoch']}: train MSE {kept['train_mse']:.3e}, validation MSE {kept['validation_mse']:.3e}\n"
         f"fetch it:  modal volume get {VOLUME_NAME} {output} .\n"

@@ -23,7 +23,7 @@ from typing import Any
 from runtime.backends import GPU_BACKENDS, PREFERENCE, select_backend
 from runtime.bench_calls import Batch, host_figures, random_batch
 from runtime.bench_peers import Peers, open_peers
-from runtime.bench_report import Report, report_text, write_report
+from runtime.bench_report import Report, report_files, report_text, write_report
 from runtime.bench_start import Start, StartError, measure_start
 from runtime.bench_timing import Arithmetic, Bandwidth, Figure, Row, arithmetic_of, bandwidths_of, measure, summarise
 from runtime.bundle import Bundle, open_bundle
@@ -31,6 +31,7 @@ from runtime.console import prepare_console, printable
 from runtime.errors import BackendUnavailableError, InferenceError, TokenizerError
 from runtime.golden import read_golden
 from runtime.manifest import GOLDEN_NAME
+from runtime.paths import refuse_existing
 from runtime.tokenizer import ActionTokenizer
 
 _LIBRARIES = (
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.output is not None:
             # Before minutes are spent on figures that nobody could keep.
+            refuse_existing(report_files(options.output), overwrite=options.overwrite)
             options.output.mkdir(parents=True, exist_ok=True)
         report = bench(config, _show_progress)
         print(report_text(report), end="")
@@ -101,6 +103,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--peers", action="store_true", help="torch eager and compiled as well; needs torch")
     parser.add_argument("--output", type=Path, help="folder for bench.json, bench.txt and bench.png")
+    parser.add_argument("--overwrite", action="store_true", help="replace figures that are there")
     return parser.parse_args(arguments)
 
 

@@ -196,6 +196,11 @@ def _table(columns: Sequence[_Column], entries: Sequence[object]) -> Iterator[st
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
+def report_files(folder: Path) -> tuple[Path, ...]:
+    """What write_report may write."""
+    return tuple(folder / f"bench.{suffix}" for suffix in ("json", "txt", "png"))
+
+
 def write_report(report: Report, folder: Path) -> list[str]:
     """bench.json, bench.txt and, where matplotlib is installed, bench.png; each is whole or not there.
 

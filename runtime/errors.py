@@ -9,6 +9,10 @@ class InvalidInputError(TokenizerError, ValueError):
     """Actions, tokens or statistics with a wrong rank, shape, type or value."""
 
 
+class OutputExistsError(TokenizerError):
+    """Output that is there already and may not be replaced."""
+
+
 class UnbuiltPrefixError(InvalidInputError):
     """Tokens with a number of layers for which the bundle has no decoder."""
 

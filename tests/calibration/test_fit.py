@@ -82,7 +82,7 @@ def test_defaults_fit_the_embedded_checkpoint(
 
 def test_without_a_readout_the_decoder_stays_as_it_was_trained(tmp_path: Path) -> None:
     assert run(tmp_path) == 0
-    assert run(tmp_path, "--checkpoint", tmp_path / "fitted.safetensors", "--no-readout") == 0
+    assert run(tmp_path, "--checkpoint", tmp_path / "fitted.safetensors", "--no-readout", "--overwrite") == 0
     found = fitted(tmp_path)
     assert found.readout is None
     assert found.provenance["calibrated"]["readout_ridge"] is None
@@ -108,7 +108,7 @@ def test_recovered_tokens_decode_from_the_written_file(tmp_path: Path, test_acti
 
 def test_both_fits_live_in_one_checkpoint(tmp_path: Path) -> None:
     assert run(tmp_path, "--method", "recovered", "--prefixes", "1", "--refine-steps", "0") == 0
-    assert run(tmp_path, "--checkpoint", tmp_path / "fitted.safetensors") == 0
+    assert run(tmp_path, "--checkpoint", tmp_path / "fitted.safetensors", "--overwrite") == 0
     found = fitted(tmp_path)
     assert found.constants is not None
     assert sorted(found.recovered) == [1]

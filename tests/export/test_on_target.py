@@ -235,7 +235,7 @@ def test_c_that_does_not_compile_or_is_wrong_leaves_the_bundle_as_it_was(
 # --- what a robot has -------------------------------------------------------------------------------------------------
 
 #: What adding engines must do without; the reference, the calibration and the export of graphs need it.
-ABSENT = ("torch", "safetensors", "rfsq_ref", "calibration", "h5py", "pyarrow")
+ABSENT = ("torch", "safetensors", "rfsq_ref", "calibration", "h5py", "pyarrow", "tqdm", "matplotlib", "scipy")
 
 GUARDED = f"""
 import importlib.abc, sys

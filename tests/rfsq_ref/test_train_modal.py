@@ -18,7 +18,7 @@ import torch
 
 from rfsq_ref.checkpoints import load_checkpoint, save_checkpoint
 from rfsq_ref.data import load_actions
-from rfsq_ref.errors import CheckpointError, DataError
+from rfsq_ref.errors import CheckpointError, DataError, OutputError
 from rfsq_ref.train import TrainConfig, history_of, load_history, train
 
 modal = pytest.importorskip("modal", reason="modal is not installed: pip install '.[dev]'")
@@ -95,6 +95,16 @@ def test_an_output_off_the_volume_is_refused_before_anything_is_trained(
     assert [path.name for path in volume.rglob("*") if path.is_file()] == ["robot.npz"]
 
 
+def test_a_checkpoint_on_the_volume_is_replaced_only_when_that_is_asked_for(volume: Path) -> None:
+    (volume / "m.history.json").write_text("an hour of work")
+    arguments = (replace(QUICK, epochs=1), "none", "data/robot.npz", "", "m.safetensors")
+    with pytest.raises(OutputError, match=r"m\.history\.json exists; give another name, or --overwrite"):
+        train_modal.train_remote.local(*arguments)
+    assert [path.name for path in volume.glob("m.*")] == ["m.history.json"]
+    train_modal.train_remote.local(*arguments, overwrite=True)
+    assert (volume / "m.safetensors").exists()
+
+
 # The command line ----------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +128,7 @@ def test_the_options_become_the_settings_of_a_training_on_a_gpu(
 ) -> None:
     config, *others = called_with(monkeypatch, use_layernorm="True", num_episodes=50, epochs=100)
     assert config == TrainConfig(use_layernorm=True, num_episodes=50, epochs=100, device="cuda")
-    assert others == ["auto", "", "", "checkpoints/robust.safetensors"]
+    assert others == ["auto", "", "", "checkpoints/robust.safetensors", False]
     output = capsys.readouterr().out
     assert "kept epoch 7: train MSE 1.000e-03, validation MSE 2.000e-03" in output
     assert "modal volume get rfsq-training checkpoints/robust.safetensors ." in output
@@ -127,10 +137,17 @@ def test_the_options_become_the_settings_of_a_training_on_a_gpu(
 
 def test_naive_training_and_own_data_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     config, *others = called_with(
-        monkeypatch, use_layernorm="False", data="data/a.h5", key="act", normaliser="quantile", seed=3, patience=0
+        monkeypatch,
+        use_layernorm="False",
+        data="data/a.h5",
+        key="act",
+        normaliser="quantile",
+        seed=3,
+        patience=0,
+        overwrite=True,
     )
     assert config == TrainConfig(use_layernorm=False, seed=3, patience=0, device="cuda")
-    assert others == ["quantile", "data/a.h5", "act", "checkpoints/naive.safetensors"]
+    assert others == ["quantile", "data/a.h5", "act", "checkpoints/naive.safetensors", True]
 
 
 def test_use_layernorm_takes_true_and_false_as_words() -> None:
@@ -140,6 +157,7 @@ def test_use_layernorm_takes_true_and_false_as_words() -> None:
     assert hints["use_layernorm"] == typing.Literal["True", "False"]
     del hints["return"]
     del hints["use_layernorm"]
+    assert hints.pop("overwrite") is bool, "a flag, as in rfsq_ref/train.py"
     assert set(hints.values()) <= {str, int, float}, "Modal parses no others"
     assert all(parameter.default is not parameter.empty for parameter in inspect.signature(entry).parameters.values())
 
@@ -157,7 +175,8 @@ def test_the_defaults_are_those_of_the_training_here() -> None:
 
 
 def test_it_imports_as_modal_lays_the_files_out_in_its_container(tmp_path: Path) -> None:
-    """`modal run FILE` imports the file by its bare name, from a folder that holds the package beside it."""
+    """`modal run FILE` imports the file by its bare name, from a folder that holds the packages beside it."""
+    shutil.copytree(ROOT / "runtime", tmp_path / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "rfsq_ref", tmp_path / "rfsq_ref", ignore=shutil.ignore_patterns("assets", "__pycache__"))
     shutil.copy(ROOT / "rfsq_ref/train_modal.py", tmp_path)
     code = "import train_modal, rfsq_ref; print(rfsq_ref.__file__); print(train_modal.train_remote.local.__name__)"

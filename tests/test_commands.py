@@ -1,0 +1,311 @@
+"""What every command promises: a missing package and existing output end it with status 2, a bug with a traceback."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from calibration import fit, study
+from evidence import report
+from export import build_engine
+from rfsq_ref import generate_demonstrations, rollout, train
+from runtime import bench
+from runtime.console import EXTRAS
+from runtime.errors import OutputExistsError
+from runtime.paths import refuse_existing, shortlist
+from tests.bundles import Recipe, write_bundle
+
+ROOT = Path(__file__).parents[1]
+#: What a robot or a fresh environment may lack.
+OPTIONAL = (
+    "torch",
+    "tqdm",
+    "h5py",
+    "pyarrow",
+    "matplotlib",
+    "scipy",
+    "tokenizers",
+    "safetensors",
+    "onnx",
+    "polygraphy",
+)
+
+#: Every import is looked up as usual, but for those packages: as where they are not installed.
+_HIDING = """
+import importlib.machinery, sys
+hidden = {hidden!r}
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] in hidden:
+            return None
+        return importlib.machinery.PathFinder.find_spec(name, path, target)
+sys.meta_path[:] = [
+    Finder if finder is importlib.machinery.PathFinder else finder
+    for finder in sys.meta_path
+    if isinstance(finder, type) and finder.__module__.startswith("_frozen_importlib")
+]
+"""
+
+
+def run_without(
+    hidden: tuple[str, ...], folder: Path, script: str, *arguments: object
+) -> subprocess.CompletedProcess[str]:
+    """The script as a person runs it, in an environment that lacks `hidden`."""
+    (folder / "sitecustomize.py").write_text(_HIDING.format(hidden=hidden))
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def scripts() -> list[Path]:
+    """Every file that a person runs."""
+    rooms = ("rfsq_ref", "calibration", "evidence", "export", "runtime", "examples")
+    found = [path for room in rooms for path in sorted((ROOT / room).glob("*.py"))]
+    return [path for path in found if path.read_text().startswith("#!")]
+
+
+# Missing packages ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("rfsq_ref/train.py", []),
+        ("rfsq_ref/compare.py", []),
+        ("rfsq_ref/rollout.py", []),
+        ("calibration/fit.py", []),
+        ("calibration/study.py", []),
+        ("evidence/documents.py", ["--check"]),
+        ("export/build_engine.py", []),
+        ("examples/speculative_decoding.py", ["bundle"]),
+    ],
+)
+def test_a_command_without_its_packages_says_what_to_install(script: str, arguments: list[str], tmp_path: Path) -> None:
+    done = run_without(OPTIONAL, tmp_path, script, *arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    found = re.fullmatch(r"error: this command needs (\w+), which cannot be imported \(.*\); pip install '(.*)'", line)
+    assert found is not None, line
+    assert found[1] in OPTIONAL
+    assert found[2] == EXTRAS[found[1]]
+    assert {path.name for path in tmp_path.iterdir()} <= {"sitecustomize.py", "__pycache__"}
+
+
+@pytest.mark.parametrize(
+    ("script", "package"), [("calibration/fit.py", "matplotlib"), ("export/build_engine.py", "tqdm")]
+)
+def test_one_missing_package_is_enough(script: str, package: str, tmp_path: Path) -> None:
+    done = run_without((package,), tmp_path, script)
+    assert done.returncode == 2, done.stderr
+    assert f"this command needs {package}, which cannot be imported" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "before", "status"),
+    [
+        ("runtime/tokenize_dataset.py", ["--bundle", "BUNDLE", "OUT.parquet"], 2),
+        # Its statuses 1 and 2 are verdicts.
+        ("runtime/compat.py", ["BUNDLE", "BUNDLE", "--data"], 3),
+    ],
+)
+def test_data_whose_package_is_missing_are_no_verdict(
+    script: str, before: list[str], status: int, bundle: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "episodes.hdf5"
+    data.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64))
+    arguments = [str(bundle) if argument == "BUNDLE" else argument for argument in before]
+    if "OUT.parquet" in arguments:
+        arguments.insert(arguments.index("OUT.parquet"), str(data))
+    else:
+        arguments.append(str(data))
+    done = run_without(("h5py",), tmp_path, script, *arguments)
+    assert done.returncode == status, done.stderr
+    assert "needs h5py, which cannot be imported" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_engine_is_added_on_a_robot_that_has_numpy_alone(bundle: Path, tmp_path: Path) -> None:
+    hidden = (*OPTIONAL, "rfsq_ref", "calibration", "evidence")
+    done = run_without(hidden, tmp_path, "export/build_engine.py", "--from-bundle", bundle, "--backends", "c")
+    assert done.returncode == 0, done.stderr
+    assert run_without(hidden, tmp_path, "runtime/selftest.py", bundle, "--backend", "c").returncode == 0
+
+
+def test_a_training_without_matplotlib_keeps_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "find_spec", lambda _: None)
+    arguments = ["--epochs", "1", "--num-episodes", "1", "--hidden-width", "8"]
+    assert train.main([*arguments, "--output", str(tmp_path / "m.safetensors")]) == 0
+    assert "no drawing of the curve: matplotlib is not installed" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"m.safetensors", "m.history.json"}
+
+
+def test_a_module_of_ours_that_is_missing_is_a_bug(tmp_path: Path) -> None:
+    done = run_without(("calibration",), tmp_path, "calibration/fit.py")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_every_script_explains_what_is_missing() -> None:
+    silent = [
+        path.name
+        for path in scripts()
+        if not re.search(r"^    (explain_missing_packages|prepare_console)\(\)", path.read_text(), re.MULTILINE)
+    ]
+    # Started by another script alone, which reads what they say.
+    assert silent == ["bench_peers.py", "bench_first_result.py"]
+
+
+def test_what_a_message_advises_to_install_brings_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    offered = {".": project["dependencies"], **project["optional-dependencies"]}
+    for package, advice in EXTRAS.items():
+        extras = advice.removeprefix(".").strip("[]").split(",") if advice != "." else ["."]
+        brought = [re.split(r"[><=~\[]", wanted)[0] for extra in extras for wanted in offered[extra]]
+        assert package.replace("_", "-") in brought
+
+
+# Bugs ----------------------------------------------------------------------------------------------------------------
+
+
+def broken(*_: object, **__: object) -> None:
+    raise ValueError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "arguments"),
+    [
+        (train, "train", []),
+        (fit, "load_checkpoint", []),
+        (study, "study", []),
+        (report, "compare", ["--no-peers"]),
+        (rollout, "run_rollouts", []),
+        (generate_demonstrations, "generate", []),
+        (build_engine, "_run", []),
+        (build_engine, "parse_arguments", []),
+    ],
+)
+def test_a_bug_does_not_pass_for_a_fault_of_the_input(
+    module: Any, name: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, name, broken)
+    if module is rollout:
+        arguments = [*arguments, "--results", str(tmp_path)]
+    with pytest.raises(ValueError, match="a bug"):
+        module.main(arguments)
+
+
+def test_a_bug_in_the_settings_of_a_build_is_no_fault_of_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.pipeline.BuildConfig", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        build_engine.main([])
+
+
+# Output --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.history.json", "m.history.png"])
+def test_a_training_replaces_nothing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_refusal(train.main, ["--output", tmp_path / "m.safetensors"], tmp_path / name, capsys)
+
+
+def test_trainings_of_several_seeds_replace_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--output", tmp_path / "m.safetensors", "--seeds", 0, 1]
+    check_refusal(train.main, arguments, tmp_path / "m-seed1.safetensors", capsys)
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "report/report.json", "report/report.png"])
+def test_a_fit_replaces_nothing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--output", tmp_path / "m.safetensors", "--report-dir", tmp_path / "report"]
+    check_refusal(fit.main, arguments, tmp_path / name, capsys)
+
+
+@pytest.mark.parametrize(
+    ("main", "flag", "name"),
+    [
+        (study.main, "--output", "calibration.json"),
+        (study.main, "--output", "calibration.png"),
+        (report.main, "--output", "comparison.json"),
+        (report.main, "--output", "report.html"),
+        (report.main, "--output", "calibration.json"),
+        (rollout.main, "--results", "rollout.json"),
+    ],
+)
+def test_a_report_replaces_nothing(
+    main: Callable[[list[str]], int], flag: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_refusal(main, [flag, tmp_path], tmp_path / name, capsys)
+
+
+def test_generated_demonstrations_replace_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_refusal(generate_demonstrations.main, ["--output", tmp_path / "d.npz"], tmp_path / "d.npz", capsys)
+
+
+def test_figures_of_a_bench_replace_nothing(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    check_refusal(bench.main, [bundle, "--output", tmp_path / "o"], tmp_path / "o" / "bench.txt", capsys)
+
+
+def check_refusal(
+    main: Callable[[list[str]], int], arguments: list[object], there: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Status 2 and a message at once, and the file that is there is as it was."""
+    there.parent.mkdir(exist_ok=True)
+    there.write_text("an hour of work")
+    assert main([str(argument) for argument in arguments]) == 2
+    captured = capsys.readouterr()
+    assert f"error: {there} exists; give another name, or --overwrite to replace it" in captured.err
+    assert captured.out == ""
+    assert there.read_text() == "an hour of work"
+
+
+def test_overwrite_replaces_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--epochs", "1", "--num-episodes", "1", "--hidden-width", "8", "--output", "m.safetensors"]
+    assert train.main(arguments) == 0
+    first = Path("m.safetensors").read_bytes()
+    assert train.main([*arguments, "--seed", "1"]) == 2
+    assert Path("m.safetensors").read_bytes() == first
+    assert train.main([*arguments, "--seed", "1", "--overwrite"]) == 0
+    assert Path("m.safetensors").read_bytes() != first
+
+
+def test_every_command_with_an_output_knows_the_rule() -> None:
+    writing = [path for path in (*scripts(), ROOT / "evidence" / "report.py") if '"--output"' in path.read_text()]
+    assert len(writing) >= 7
+    assert [path.name for path in writing if '"--overwrite"' not in path.read_text()] == []
+
+
+def test_what_is_there_is_named_whatever_it_is(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    paths = [tmp_path / name for name in ("folder", "link", "free")]
+    refuse_existing(paths, overwrite=True)
+    refuse_existing(paths[2:], overwrite=False)
+    with pytest.raises(OutputExistsError, match=r"folder, .*link exist; give another name, or --overwrite to replace"):
+        refuse_existing(paths, overwrite=False)
+
+
+def test_a_long_list_is_cut_short() -> None:
+    assert shortlist(range(7)) == "0, 1, 2, 3, 4, 5, 6"
+    assert shortlist(range(43)) == "0, 1, 2, 3, 4, 5 and 37 more"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return write_bundle(tmp_path / "bundle", Recipe(c_targets=()))
