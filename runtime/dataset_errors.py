@@ -19,5 +19,9 @@ class TokenDatasetError(DatasetError):
     """A token dataset that is unfinished, truncated, altered or of another schema version."""
 
 
+class VerificationError(DatasetError):
+    """What was read back is not what was to be written: none of the work can be trusted."""
+
+
 class OutputError(DatasetError):
     """An output that exists, belongs to another job, or cannot be written."""

@@ -14,7 +14,8 @@ from runtime.dataset_coding import StepCoder
 from runtime.dataset_errors import OutputError
 from runtime.dataset_finish import verify_actions
 from runtime.dataset_format import SCHEMA_VERSION, Verification
-from runtime.dataset_job import discard, locked, output_errors, partial_folder, refuse_begun
+from runtime.dataset_job import partial_folder
+from runtime.dataset_partial import discard, locked, output_errors, work_folder
 from runtime.dataset_progress import Progress
 from runtime.dataset_reader import TokenDataset
 from runtime.dataset_sources import open_source
@@ -41,24 +42,29 @@ def write_file(
 ) -> Verification:
     """Actions of all steps in physical units, with their episodes. A killed run is begun again from the start."""
     output = output.resolve()
-    if output.exists() and not overwrite:
-        raise OutputError(f"{output} exists; give another name, or --overwrite to replace it once all is verified")
-    if output.is_dir():
-        raise OutputError(f"{output} is a folder; give the name of a file")
     partial = partial_folder(output)
-    temporary = partial / f"decoded.{kind}"
     write = _write_npz if kind == "npz" else _write_hdf5
-    with output_errors(partial), locked(partial):
+    with output_errors(partial), locked(output):
+        _refuse_existing(output, overwrite=overwrite)
         if restart:
             discard(partial)
-        refuse_begun(partial)
+        temporary = work_folder(partial, "decoded") / f"decoded.{kind}"
         write(dataset, tokenizer, temporary, progress)
         progress.finish()
         verification = _verify(dataset, tokenizer, temporary)
         sync(temporary)
+        # Again: it takes a while, and another one may have come to be there.
+        _refuse_existing(output, overwrite=overwrite)
         temporary.replace(output)
         sync(output.parent)
     return verification
+
+
+def _refuse_existing(output: Path, *, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        raise OutputError(f"{output} exists; give another name, or --overwrite to replace it once all is verified")
+    if output.is_dir():
+        raise OutputError(f"{output} is a folder; give the name of a file")
 
 
 def _verify(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path) -> Verification:

@@ -9,7 +9,7 @@ from collections.abc import Collection
 
 import numpy as np
 
-from runtime.dataset_errors import DatasetError, SourceError
+from runtime.dataset_errors import SourceError, VerificationError
 from runtime.dataset_format import (
     EPISODES_NAME,
     INFO_NAME,
@@ -21,11 +21,21 @@ from runtime.dataset_format import (
     info_text,
     part_metadata,
 )
-from runtime.dataset_job import Job, PartRecord, finish
-from runtime.dataset_parts import out_of_order
+from runtime.dataset_job import Job
+from runtime.dataset_partial import finish
+from runtime.dataset_parts import out_of_order, parts_of_another_source
 from runtime.dataset_reader import TokenDataset
-from runtime.dataset_steps import AnyArray, EpisodeTable, StepReader, check_unchanged, lengths_to_starts, optional
-from runtime.dataset_writers import hash_file, put, scratch_file, spelled, zarr_array
+from runtime.dataset_record import PartRecord
+from runtime.dataset_steps import (
+    AnyArray,
+    EpisodeTable,
+    StepReader,
+    has_changed,
+    lengths_to_starts,
+    optional,
+    touched_file,
+)
+from runtime.dataset_writers import hash_file, move, put, scratch_file, spelled, zarr_array
 from runtime.manifest import FileEntry
 from runtime.tokenizer import ActionTokenizer
 
@@ -33,7 +43,8 @@ _WINDOWS, _WINDOW_STEPS = 8, 512
 
 
 def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecord], *, overwrite: bool) -> DatasetInfo:
-    """Raises SourceError where the source changed or states other episodes, DatasetError where the sample fails."""
+    """records: of all parts. Raises SourceError where the source changed or states other episodes, VerificationError
+    where the sample fails."""
     ordered = sorted(records, key=lambda record: record.part)
     table = _episodes(job, ordered)
     digests = b"".join(bytes.fromhex(digest) for record in ordered for digest in record.digests)
@@ -60,8 +71,10 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
     info = dataclasses.replace(info, verification=verification)
     write = _write_parquet_episodes if job.storage == "parquet" else _write_zarr_tables
     info = dataclasses.replace(info, files={**files, **write(job, info, table)})
-    check_unchanged(job.source)
-    put(info_text(info).encode(), job.layout.data / INFO_NAME, job.layout.scratch)
+    touched = touched_file(job.source)
+    if touched is not None and parts_of_another_source(job, ordered):
+        raise has_changed(touched)
+    put(info_text(info).encode(), job.layout.data, INFO_NAME, job.layout.scratch)
     finish(job, overwrite=overwrite)
     return info
 
@@ -161,19 +174,19 @@ def _check_numbering(
     episode: AnyArray, frame: AnyArray, read_episode: AnyArray, read_frame: AnyArray, row: int
 ) -> None:
     if not (np.array_equal(episode, read_episode) and np.array_equal(frame, read_frame)):
-        raise DatasetError(f"episodes and steps read back from row {row} on are not those of the source; {_AGAIN}")
+        raise VerificationError(f"episodes and steps read back from row {row} on are not those of the source; {_AGAIN}")
 
 
 def _check_equal(expected: AnyArray, found: AnyArray, row: int) -> None:
     wrong = np.flatnonzero((expected != found).any(axis=1))
     if wrong.size:
-        raise DatasetError(
+        raise VerificationError(
             f"what was read back at row {row + wrong[0]} is not what the tokenizer gives for it; {_AGAIN}"
         )
 
 
 _AGAIN = (
-    "the source changed while it was read, or memory or disk cannot be trusted: run the command again with --restart"
+    "the source changed while it was read, or memory or disk cannot be trusted: run the command again, it begins anew"
 )
 
 
@@ -192,7 +205,7 @@ def _write_parquet_episodes(job: Job, info: DatasetInfo, table: EpisodeTable) ->
     temporary = scratch_file(job.layout.scratch, EPISODES_NAME)
     parquet.write_table(arrow.table(columns).replace_schema_metadata(metadata), temporary)
     entry = hash_file(temporary)
-    temporary.replace(job.layout.data / EPISODES_NAME)
+    move(temporary, job.layout.data, EPISODES_NAME)
     return {EPISODES_NAME: entry}
 
 
@@ -224,4 +237,4 @@ def _write_zarr_tables(job: Job, info: DatasetInfo, table: EpisodeTable) -> dict
     contents = {name: spelled(content) for name, content in metadata.items()}
     contents[".zmetadata"] = spelled({"zarr_consolidated_format": 1, "metadata": metadata})
     contents |= {f"{name}/0": values.tobytes() for name, values in arrays.items()}
-    return {name: put(content, job.layout.data / name, job.layout.scratch) for name, content in contents.items()}
+    return {name: put(content, job.layout.data, name, job.layout.scratch) for name, content in contents.items()}

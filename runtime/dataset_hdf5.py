@@ -18,10 +18,12 @@ from runtime.dataset_steps import (
     as_float32,
     check_start,
     check_width,
+    is_hidden,
     lengths_to_starts,
     natural,
     optional,
     readable,
+    shown_name,
     source_file,
 )
 
@@ -62,18 +64,20 @@ class Hdf5Source:
 
     def episode_names(self, episodes: Int64Array) -> list[str]:
         return [
-            f"{Path(self.files[self.file_of_episode[number]].name).stem}/{self.demonstrations[number]}"
+            f"{shown_name(Path(self.files[self.file_of_episode[number]].name).with_suffix(''))}/{self.demonstrations[number]}"
             for number in episodes.tolist()
         ]
+
+
+def hdf5_files(folder: Path) -> list[Path]:
+    found = (path for path in folder.iterdir() if path.suffix.lower() in HDF5_SUFFIXES and not is_hidden(path.name))
+    return sorted(found, key=lambda path: natural(path.name))
 
 
 def open_hdf5(path: Path, key: str | None) -> Hdf5Source:
     """One file, or a folder of them in natural order; episodes are numbered on from 0 as they come."""
     key = key or "actions"
-    paths = [path]
-    if path.is_dir():
-        found = (file for file in path.iterdir() if file.suffix.lower() in HDF5_SUFFIXES)
-        paths = sorted(found, key=lambda file: natural(file.name))
+    paths = hdf5_files(path) if path.is_dir() else [path]
     names: list[str] = []
     lengths: list[int] = []
     owners: list[int] = []
@@ -85,7 +89,7 @@ def open_hdf5(path: Path, key: str | None) -> Hdf5Source:
     table = EpisodeTable(lengths_to_starts(np.array(lengths)), np.arange(len(lengths), dtype=np.int64))
     root = path if path.is_dir() else path.parent
     files = tuple(source_file(file, root) for file in paths)
-    return Hdf5Source(path.name, root, key, tuple(paths), files, np.array(owners), tuple(names), table)
+    return Hdf5Source(shown_name(path), root, key, tuple(paths), files, np.array(owners), tuple(names), table)
 
 
 def _demonstrations(path: Path, key: str) -> Sequence[tuple[str, int]]:

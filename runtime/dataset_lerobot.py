@@ -20,10 +20,12 @@ from runtime.dataset_steps import (
     as_float32,
     check_start,
     check_width,
+    is_hidden,
     lengths_to_starts,
     natural,
     optional,
     readable,
+    shown_name,
     source_file,
 )
 from runtime.reading import read_file
@@ -67,8 +69,9 @@ class ParquetSource:
         return [f"episode_{number}" for number in episodes.tolist()]
 
 
-def parquet_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("data/*/*.parquet"), key=lambda path: natural(path.relative_to(folder).as_posix()))
+def parquet_files(folder: Path, pattern: str = "data/*/*.parquet") -> list[Path]:
+    names = (path.relative_to(folder).as_posix() for path in folder.glob(pattern))
+    return [folder / name for name in sorted(names, key=natural) if not is_hidden(name)]
 
 
 def open_parquet(path: Path, key: str | None) -> ParquetSource:
@@ -81,7 +84,7 @@ def open_parquet(path: Path, key: str | None) -> ParquetSource:
     stated = _stated_episodes(path / "meta", int(first_rows[-1])) if is_folder else None
     root = path if is_folder else path.parent
     files = tuple(source_file(file, root) for file in paths)
-    return ParquetSource(path.name, root, key, tuple(paths), files, first_rows, stated)
+    return ParquetSource(shown_name(path), root, key, tuple(paths), files, first_rows, stated)
 
 
 def _rows(path: Path, key: str) -> int:
@@ -155,7 +158,7 @@ def _listed(meta: Path) -> EpisodeTable | None:
                     lengths.append(int(entry["length"]))
     else:
         parquet = None
-        for path in sorted(meta.glob("episodes/*/*.parquet"), key=lambda path: natural(path.as_posix())):
+        for path in parquet_files(meta, "episodes/*/*.parquet"):
             parquet = parquet or optional("pyarrow.parquet")
             with readable(path.name, _KIND):
                 table = parquet.ParquetFile(path).read(columns=["episode_index", "length"])
@@ -163,8 +166,10 @@ def _listed(meta: Path) -> EpisodeTable | None:
                 lengths += table.column("length").to_pylist()
     if not numbers:
         return None
-    order = np.argsort(np.array(numbers), kind="stable")
-    return EpisodeTable(lengths_to_starts(np.array(lengths)[order]), np.array(numbers, np.int64)[order])
+    with readable("meta/episodes", "integers"):
+        listed_numbers, listed_lengths = np.array(numbers, np.int64), np.array(lengths, np.int64)
+    order = np.argsort(listed_numbers, kind="stable")
+    return EpisodeTable(lengths_to_starts(listed_lengths[order]), listed_numbers[order])
 
 
 # Reading --------------------------------------------------------------------------------------------------------------

@@ -22,9 +22,11 @@ from runtime.dataset_steps import (
     as_float32,
     check_start,
     check_width,
+    is_hidden,
     lengths_to_starts,
     natural,
     readable,
+    shown_name,
     source_file,
 )
 
@@ -133,7 +135,7 @@ def open_npz(path: Path, key: str | None) -> NpzSource:
         numbering = _numbering(chosen[0], arrays)
         table = _table(path, chosen[0], numbering)
     members = tuple(array.member for array in (*chosen, numbering) if array is not None)
-    return NpzSource(path.name, path, files, chosen, first_rows, members, table)
+    return NpzSource(shown_name(path), path, files, chosen, first_rows, members, table)
 
 
 def _npy_array(path: Path) -> dict[str, _Array]:
@@ -148,6 +150,8 @@ def _npz_arrays(path: Path) -> dict[str, _Array]:
     found = {}
     with readable(path.name, "a .npz file"), zipfile.ZipFile(path) as archive, path.open("rb") as file:
         for info in archive.infolist():
+            if is_hidden(info.filename):
+                continue
             name = info.filename.removesuffix(".npy")
             if name in found:
                 raise SourceError(f"{path.name} holds {name!r} twice; expected every array once: save it anew")

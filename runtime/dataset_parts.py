@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from runtime.dataset_coding import StepCoder
 from runtime.dataset_errors import IllegalActionError, SourceError
 from runtime.dataset_format import HASH_STEPS, part_metadata
-from runtime.dataset_job import Job, PartRecord, Run, output_errors, save_record
+from runtime.dataset_job import Job
+from runtime.dataset_partial import output_errors, save_record
 from runtime.dataset_progress import Progress
+from runtime.dataset_record import PartRecord, Run
 from runtime.dataset_steps import AnyArray, Steps
 from runtime.dataset_writers import part_writer
 from runtime.errors import InvalidInputError
@@ -121,6 +123,23 @@ def _digests(steps: Steps) -> list[str]:
 
 def _bytes(values: AnyArray) -> memoryview:
     return memoryview(np.ascontiguousarray(values)).cast("B")  # type: ignore[arg-type]  # a buffer to mypy from 3.12 on
+
+
+def parts_of_another_source(job: Job, records: Iterable[PartRecord]) -> set[int]:
+    """Those whose steps in the source are no longer the ones they were made from. Raises SourceError."""
+    found = set()
+    reader = job.source.open(job.source_width)
+    try:
+        for record in records:
+            start, stop = job.rows(record.part)
+            digests: list[str] = []
+            for row in range(start, stop, job.layout.block_steps):
+                digests += _digests(reader.read(row, min(row + job.layout.block_steps, stop)))
+            if tuple(digests) != record.digests:
+                found.add(record.part)
+    finally:
+        reader.close()
+    return found
 
 
 def out_of_order(where: str, before: tuple[int, int], after: tuple[int, int]) -> SourceError:

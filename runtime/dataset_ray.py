@@ -10,7 +10,8 @@ from typing import Any
 
 from runtime import dataset_errors, errors
 from runtime.dataset_errors import DatasetError
-from runtime.dataset_job import Job, open_tokenizer, output_errors
+from runtime.dataset_job import Job, open_tokenizer
+from runtime.dataset_partial import output_errors
 from runtime.dataset_parts import PartMaker
 from runtime.dataset_progress import Progress
 from runtime.errors import TokenizerError

@@ -20,6 +20,7 @@ from runtime.dataset_steps import (
     lengths_to_starts,
     optional,
     readable,
+    shown_name,
     source_file,
 )
 from runtime.dataset_writers import hash_file, unpack
@@ -38,6 +39,13 @@ def open_token_dataset(path: str | Path, *, expect_fingerprint: str | None = Non
     tokens of another tokenizer.
     """
     folder = Path(path).absolute()
+    try:
+        return _open(folder, expect_fingerprint)
+    except OSError as error:
+        raise TokenDatasetError(f"{folder} cannot be read: {error}; check its permissions, or {_AGAIN}") from error
+
+
+def _open(folder: Path, expect_fingerprint: str | None) -> TokenDataset:
     info = read_info(folder)
     if expect_fingerprint is not None:
         check_fingerprint(folder, info, expect_fingerprint)
@@ -69,7 +77,7 @@ class TokenDataset:
 
     @property
     def name(self) -> str:
-        return self.folder.name
+        return shown_name(self.folder)
 
     @property
     def root(self) -> Path:

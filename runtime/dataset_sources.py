@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from runtime.dataset_errors import SourceError
-from runtime.dataset_hdf5 import HDF5_SUFFIXES, open_hdf5
+from runtime.dataset_hdf5 import HDF5_SUFFIXES, hdf5_files, open_hdf5
 from runtime.dataset_lerobot import open_parquet, parquet_files
 from runtime.dataset_npz import open_npz
-from runtime.dataset_steps import Source
+from runtime.dataset_steps import Source, is_hidden
 
 _EXPECTED = (
     "expected .npz, .npy, .hdf5, .h5, .parquet, a folder of HDF5 files, or a LeRobot v2 or v3 folder "
@@ -36,9 +36,10 @@ def _open(path: Path, key: str | None) -> Source:
     if path.is_dir():
         if parquet_files(path):
             return open_parquet(path, key)
-        if any(file.suffix.lower() in HDF5_SUFFIXES for file in path.iterdir()):
+        if hdf5_files(path):
             return open_hdf5(path, key)
-        listed = ", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing"
+        names = (file.name for file in path.iterdir())
+        listed = ", ".join(sorted(name for name in names if not is_hidden(name))[:10]) or "nothing"
         raise SourceError(f"folder {path} holds {listed}; {_EXPECTED}")
     if suffix == ".parquet":
         return open_parquet(path, key)

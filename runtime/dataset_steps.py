@@ -21,11 +21,16 @@ AnyArray = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class SourceFile:
-    """As it was when a job began: another size or time means that it has changed."""
+    """As it was when a job began: another size or time of writing means that it has changed.
+
+    stamp: device, inode and the time of the last change of any kind, which nothing can set back. It also changes where
+    the file was only moved, copied or linked to, so then the steps themselves have to be compared.
+    """
 
     name: str
     size: int
     mtime_ns: int
+    stamp: tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,20 +116,51 @@ def lengths_to_starts(lengths: AnyArray) -> Int64Array:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
+def shown_name(path: Path) -> str:
+    """The name as text that any file can hold: bytes that are no UTF-8 are escaped."""
+    return path.name.encode("utf-8", "backslashreplace").decode()
+
+
 def source_file(path: Path, root: Path) -> SourceFile:
     status = path.stat()
-    return SourceFile(path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns)
+    stamp = (status.st_dev, status.st_ino, status.st_ctime_ns)
+    return SourceFile(path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns, stamp)
 
 
-def check_unchanged(source: Source) -> None:
-    """Raises SourceError where a file is not the one that was opened."""
+def has_changed(file: SourceFile) -> SourceError:
+    return SourceError(
+        f"{file.name} has changed while it was read; expected the same to the end: run the command again when nothing "
+        "writes to it"
+    )
+
+
+def touched_file(source: Source) -> SourceFile | None:
+    """One that may have changed, only its steps can tell; None where all are untouched.
+
+    Raises SourceError where a file is certainly not the one that was opened.
+    """
+    touched = None
     for file in source.files:
-        path = source.root / file.name
-        if not path.exists() or source_file(path, source.root) != file:
-            raise SourceError(
-                f"{file.name} has changed while it was read; expected the same size and time to the end: run the "
-                "command again with --restart when nothing writes to it"
-            )
+        try:
+            found = source_file(source.root / file.name, source.root)
+        except FileNotFoundError as error:
+            raise has_changed(file) from error
+        if (found.size, found.mtime_ns) != (file.size, file.mtime_ns):
+            raise has_changed(file)
+        if found.stamp != file.stamp:
+            touched = touched or file
+    return touched
+
+
+_HIDDEN = ("Thumbs.db", "desktop.ini", "__MACOSX")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether no one means this file as data, by its path in a dataset: what systems and editors leave everywhere.
+
+    `._x` and `.DS_Store` of macOS, `.ipynb_checkpoints`, `.nfs…`, `Thumbs.db` and the like.
+    """
+    return any((part.startswith(".") and part != ".") or part in _HIDDEN for part in name.split("/"))
 
 
 def as_float32(values: AnyArray) -> npt.NDArray[np.float32]:
@@ -167,6 +203,9 @@ def readable(name: str, kind: str) -> Iterator[None]:
 
 def check_start(path: Path, kind: str, magic: bytes) -> None:
     """Refuse what is clearly something else, before a parser guesses."""
+    # A pipe, say, would be waited for.
+    if not path.is_file():
+        raise SourceError(f"{path.name} is no regular file; expected {kind}")
     with path.open("rb") as file:
         start = file.read(32)
     if not start:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -62,13 +63,32 @@ def part_writer(layout: Layout, index: int, first_row: int) -> PartWriter:
     return ParquetPart(layout, index) if layout.storage == "parquet" else ZarrPart(layout, first_row)
 
 
-def put(content: bytes, target: Path, scratch: Path) -> FileEntry:
-    """Write a file whole or not at all."""
-    temporary = scratch_file(scratch, target.name)
+def part_files(layout: Layout, index: int, rows: tuple[int, int]) -> set[str]:
+    """The names of a part's files; rows: its first, and the one after its last."""
+    if layout.storage == "parquet":
+        return {part_name(index)}
+    chunks = range(rows[0] // layout.block_steps, -(-rows[1] // layout.block_steps))
+    return {name for chunk in chunks for name in _chunk_names(layout, chunk)}
+
+
+def put(content: bytes, folder: Path, name: str, scratch: Path) -> FileEntry:
+    """Write a file whole or not at all. Raises OSError, FileNotFoundError where `folder` is gone."""
+    temporary = scratch_file(scratch, Path(name).name)
     temporary.write_bytes(content)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary.replace(target)
+    move(temporary, folder, name)
     return FileEntry(hashlib.sha256(content).hexdigest(), len(content))
+
+
+def move(temporary: Path, folder: Path, name: str) -> None:
+    """To `name` in `folder`, which is not made: a worker that outlives its job must not lay its folder out again."""
+    target = folder / name
+    for parent in reversed(Path(name).parents[:-1]):
+        (folder / parent).mkdir(exist_ok=True)
+    temporary.replace(target)
+
+
+#: What a file system answers that keeps no names to be forced to the disk, as some on networks do.
+_NOTHING_TO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 def sync(path: Path) -> None:
@@ -76,6 +96,9 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOTHING_TO_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(handle)
 
@@ -141,9 +164,7 @@ class ParquetPart:
         self._writer.add_key_value_metadata(metadata)
         self._writer.close()
         entry = hash_file(self._temporary)
-        target = self._layout.data / self._name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary.replace(target)
+        move(self._temporary, self._layout.data, self._name)
         return {self._name: entry}
 
     def abandon(self) -> None:
@@ -166,14 +187,14 @@ class ZarrPart:
 
     def write(self, block: Steps) -> None:
         steps = self._layout.block_steps
-        tokens = f"data/tokens/{self._chunk}" + ".0" * len(self._layout.shape)
-        for name, content in (
-            (tokens, turned(block.values, self._layout.shape, steps)),
-            (f"data/episode_index/{self._chunk}", padded(block.episode, steps)),
-            (f"data/frame_index/{self._chunk}", padded(block.frame, steps)),
-        ):
+        contents = (
+            turned(block.values, self._layout.shape, steps),
+            padded(block.episode, steps),
+            padded(block.frame, steps),
+        )
+        for name, content in zip(_chunk_names(self._layout, self._chunk), contents, strict=True):
             packed = pack(content, self._layout.compression)
-            self._files[name] = put(packed, self._layout.data / name, self._layout.scratch)
+            self._files[name] = put(packed, self._layout.data, name, self._layout.scratch)
         self._chunk += 1
 
     def close(self, metadata: Mapping[str, str]) -> dict[str, FileEntry]:
@@ -182,6 +203,15 @@ class ZarrPart:
 
     def abandon(self) -> None:
         """Whole chunks may stay: they will be written again, the same."""
+
+
+def _chunk_names(layout: Layout, chunk: int) -> tuple[str, str, str]:
+    """Of tokens, episodes and frames."""
+    return (
+        f"data/tokens/{chunk}" + ".0" * len(layout.shape),
+        f"data/episode_index/{chunk}",
+        f"data/frame_index/{chunk}",
+    )
 
 
 def turned(values: AnyArray, shape: tuple[int, ...], steps: int) -> AnyArray:

@@ -22,17 +22,9 @@ from runtime.dataset_errors import OutputError, TokenDatasetError
 from runtime.dataset_files import FileFormat, write_file
 from runtime.dataset_finish import complete
 from runtime.dataset_format import PART_STEPS, Compression, DatasetInfo, Storage, Verification
-from runtime.dataset_job import (
-    Job,
-    begin,
-    load_records,
-    locked,
-    output_errors,
-    partial_folder,
-    plan,
-    was_finished,
-)
-from runtime.dataset_parts import run_local
+from runtime.dataset_job import Job, partial_folder, plan
+from runtime.dataset_partial import Begun, begin, give_up, load_records, locked, output_errors, was_finished
+from runtime.dataset_parts import parts_of_another_source, run_local
 from runtime.dataset_progress import Progress, duration
 from runtime.dataset_reader import check_fingerprint, open_token_dataset
 from runtime.dataset_sources import open_source
@@ -59,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("input", type=Path, metavar="IN", help="demonstrations; with --decode, a dataset of tokens")
-    parser.add_argument("output", type=Path, metavar="OUT", help="what to write: NAME.parquet, NAME.zarr, …")
-    parser.add_argument("--bundle", type=Path, required=True, help="folder written by `python export/build_engine.py`")
+    parser.add_argument("input", type=_path, metavar="IN", help="demonstrations; with --decode, a dataset of tokens")
+    parser.add_argument("output", type=_path, metavar="OUT", help="what to write: NAME.parquet, NAME.zarr, …")
+    parser.add_argument("--bundle", type=_path, required=True, help="folder written by `python export/build_engine.py`")
     parser.add_argument("--decode", action="store_true", help="tokens to actions")
     parser.add_argument("--format", choices=sorted({*_ENCODED, *_DECODED}), help="default: by the name of OUT")
     parser.add_argument("--key", help="action array or column (default: actions, action)")
@@ -77,6 +69,14 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _path(text: str) -> Path:
+    # The shell leaves the tilde of `--bundle=~/bundle` to us.
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
@@ -86,7 +86,12 @@ def _count(text: str) -> int:
 def convert(options: argparse.Namespace) -> None:
     """Raises TokenizerError, before anything is written where that can be known."""
     kind = _format(options)
-    given, made = options.input.resolve(), options.output.resolve()
+    try:
+        given, made = options.input.resolve(), options.output.resolve()
+        str(made).encode()
+    # A circle of links is a RuntimeError until Python 3.12; Parquet's library takes no other names than UTF-8.
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:
+        raise OutputError(f"IN or OUT is no path to work with: {error}; give another one") from error
     inside = {given, *given.parents}
     if given in made.parents or made in inside or partial_folder(made) in inside:
         raise OutputError(f"OUT, {options.output}, is IN or lies in it, or IN in it; give a place of its own")
@@ -100,7 +105,7 @@ def convert(options: argparse.Namespace) -> None:
             if dataset.info.content != "tokens":
                 raise TokenDatasetError(f"{options.input} holds {dataset.info.content}; expected tokens to decode")
             if kind in ("npz", "hdf5"):
-                print(f"{options.input}: {dataset.num_steps:,} steps; {tokenizer.backend.description}")
+                _say(f"{options.input}: {dataset.num_steps:,} steps; {tokenizer.backend.description}")
                 progress = Progress(dataset.num_steps)
                 verification = write_file(
                     dataset,
@@ -127,7 +132,7 @@ def convert(options: argparse.Namespace) -> None:
             compression=cast(Compression, options.compression),
             steps_per_file=options.steps_per_file,
         )
-        with output_errors(job.partial), locked(job.partial):
+        with output_errors(job.partial), locked(job.output):
             _run(job, tokenizer, options)
 
 
@@ -145,15 +150,30 @@ def _format(options: argparse.Namespace) -> str:
 
 def _run(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace) -> None:
     if was_finished(job):
-        print(f"✓ {job.output} was finished by an earlier run")
+        _say(f"✓ {job.output} was finished by an earlier run")
         return
-    done = begin(job, overwrite=options.overwrite, restart=options.restart)
+    begun = begin(job, overwrite=options.overwrite, restart=options.restart)
+    if begun.replaced:
+        _say(f"{begun.replaced}; what it is to be made of has changed since: beginning anew")
+    try:
+        with output_errors(job.partial):
+            _make(job, tokenizer, options, begun)
+    except TokenizerError as error:
+        give_up(job, error)
+        raise
+
+
+def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, begun: Begun) -> None:
+    job.source.check()
+    done = begun.done
+    if done and begun.is_touched:
+        _say("the source may have changed meanwhile: comparing its steps with those of the finished parts")
+        done -= parts_of_another_source(job, load_records(job, done))
     missing = [part for part in range(job.num_parts) if part not in done]
     steps_done = sum(stop - start for start, stop in map(job.rows, done))
-    print(f"{options.input}: {job.source.num_steps:,} steps in {job.num_parts} parts; {tokenizer.backend.description}")
+    _say(f"{options.input}: {job.source.num_steps:,} steps in {job.num_parts} parts; {tokenizer.backend.description}")
     if done:
-        print(f"going on: {len(done)} parts, {steps_done:,} steps, were finished by an earlier run")
-    job.source.check()
+        _say(f"going on: {len(done)} parts, {steps_done:,} steps, were finished by an earlier run")
     progress = Progress(job.source.num_steps, steps_done)
     if missing and options.engine == "ray":
         from runtime.dataset_ray import run_ray
@@ -162,7 +182,7 @@ def _run(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace) -> N
     elif missing:
         run_local(job, tokenizer, missing, min(options.workers, len(missing)), progress)
     progress.finish()
-    info = complete(job, tokenizer, load_records(job), overwrite=options.overwrite)
+    info = complete(job, tokenizer, load_records(job, range(job.num_parts)), overwrite=options.overwrite)
     if options.decode:
         _report_decoded(job.output, progress, info.verification)
     else:
@@ -171,21 +191,25 @@ def _run(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace) -> N
 
 def _report_encoded(job: Job, info: DatasetInfo, progress: Progress) -> None:
     size = sum(entry.size for entry in info.files.values())
-    print(f"✓ {_speed(progress)}")
-    print(
+    _say(f"✓ {_speed(progress)}")
+    _say(
         f"✓ verified: {info.verification.steps:,} steps read back equal what the tokenizer gives; decoded they are off "
         f"by {info.verification.mean_error:.3g} on average, {info.verification.max_error:.3g} at most"
     )
-    print(
+    _say(
         f"✓ {job.output}: {info.num_steps:,} steps of {info.num_episodes:,} episodes, {size / info.num_steps:.1f} "
         f"bytes a step, fingerprint {info.fingerprint[:16]}, source {info.source.sha256[:16]}"
     )
 
 
 def _report_decoded(output: Path, progress: Progress, verification: Verification) -> None:
-    print(f"✓ {_speed(progress)}")
-    print(f"✓ verified: {verification.steps:,} steps read back equal what the tokenizer gives")
-    print(f"✓ {output}")
+    _say(f"✓ {_speed(progress)}")
+    _say(f"✓ verified: {verification.steps:,} steps read back equal what the tokenizer gives")
+    _say(f"✓ {output}")
+
+
+def _say(text: str) -> None:
+    print(printable(text))
 
 
 def _speed(progress: Progress) -> str:

@@ -13,7 +13,8 @@ import pytest
 
 from runtime import ActionTokenizer
 from runtime.dataset_errors import IllegalActionError
-from runtime.dataset_job import begin, locked, plan
+from runtime.dataset_job import plan
+from runtime.dataset_partial import begin, locked
 from runtime.dataset_ray import RayWorker, raise_refusal
 from runtime.dataset_sources import open_source
 from runtime.errors import BackendUnavailableError, TokenizerError
@@ -57,7 +58,7 @@ def test_a_worker_of_ray_hands_its_refusal_on_to_the_command(c_bundle: Path, bun
     source = open_source(write_npz(tmp_path / "x.npz", episodes))
     with ActionTokenizer.load(c_bundle) as tokenizer:
         job = plan(source, tokenizer, c_bundle, tmp_path / "out.parquet", steps_per_file=PART)
-    with locked(job.partial):
+    with locked(job.output):
         begin(job, overwrite=False, restart=False)
         worker = RayWorker(pickle.dumps(job))
         raise_refusal(worker({"part": 0}))

@@ -1,0 +1,60 @@
+"""Which folders were made here: known by a secret that lies in them, never by a name alone.
+
+Whoever clears up after a killed run must not take a stranger's folder for its own. So a folder that is worked in gets a
+marker with a random key, and what is made in it bears names that only this key gives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+_TEXT = "made by rfsq-deploy for work in progress, key {key} check {check}\n"
+_PATTERN = re.compile(_TEXT.format(key="([0-9a-f]{32})", check="([0-9a-f]{16})"))
+_SIZE_LIMIT = 1024
+_SUM_DIGITS = 16
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """key: 32 hexadecimal digits, another for every folder."""
+
+    key: str
+
+    @classmethod
+    def begin(cls, marker: Path) -> Ownership:
+        """Write the marker, and have it on the disk before anything is made beside it. Raises OSError."""
+        ownership = cls(os.urandom(16).hex())
+        with marker.open("wb") as file:
+            file.write(_TEXT.format(key=ownership.key, check=ownership._sum("marker")).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        return ownership
+
+    @classmethod
+    def read(cls, marker: Path) -> Ownership | None:
+        """None where the marker is missing, or none of ours. Raises OSError."""
+        # A pipe, say, is no marker, and reading it would wait for ever.
+        if marker.is_symlink() or not marker.is_file():
+            return None
+        with marker.open("rb") as file:
+            text = file.read(_SIZE_LIMIT)
+        found = _PATTERN.fullmatch(text.decode("ascii", "replace"))
+        ownership = None if found is None else cls(found[1])
+        return ownership if found and ownership and found[2] == ownership._sum("marker") else None
+
+    def name(self, what: str) -> str:
+        """What to call the entry for `what`: hexadecimal digits or a word."""
+        return f"{what}-{self._sum(what)}"
+
+    def owns(self, name: str) -> bool:
+        """Whether this key gave the name."""
+        what, _, found = name.rpartition("-")
+        return hmac.compare_digest(os.fsencode(found), self._sum(what).encode())
+
+    def _sum(self, what: str) -> str:
+        return hmac.new(self.key.encode(), os.fsencode(what), hashlib.sha256).hexdigest()[:_SUM_DIGITS]
