@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 
 from rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq_ref.rounding import token_error_bounds
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -20,6 +21,11 @@ _NEAR_TIES = 512
 _SPREAD = 0.05
 #: Halving an interval of float32 numbers this often leaves neighbours.
 _BISECTIONS = 40
+#: Neighbours of a step that are tried, by so many float32 numbers away in each dimension.
+_NEIGHBOURS, _REACH = 4096, 3
+#: Float32's errors have about a fortieth of their bound as standard deviation: as far from an edge as this share of it,
+#: one step in six flips, and more do where errors are larger.
+_SHARE_OF_BOUND = 1 / 16
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,8 @@ def edge_steps(
             *(signs * size for size in (least, 7 * least, tiny / 2, tiny)),
             *huge,
             lone,
-            near_tie_steps(model, low, high, random),
+            near_ties := near_tie_steps(model, low, high, random),
+            neighbours_at_rounding_distance(model, near_ties[::2], random),
         ]
     ).astype(np.float32)
 
@@ -111,6 +118,48 @@ def near_tie_steps(
             same = (tokens(middle) == of_first).flatten(1).all(1)[:, None]
             first, second = torch.where(same, middle, first), torch.where(same, second, middle)
     return torch.cat((first, second)).numpy()
+
+
+def neighbours_at_rounding_distance(
+    model: ActionAutoencoder, steps: Float32Array, random: np.random.Generator
+) -> Float32Array:
+    """For each of the steps [N, A] a float32 action beside it that lies as far from an edge as float32 rounds.
+
+    Where joints rest far from zero, float32 actions lie so far apart that hardly any on a line comes near an edge: a
+    count of flips would be one of chance. Among the neighbours in all dimensions there are some. Which they are follows
+    from how far each dimension's next number moves the value that is decided on.
+    """
+    # Edges of the first layers up to one drawn at random, or the narrow bins of the last would take them all.
+    depth = torch.from_numpy(random.integers(1, model.config.num_layers + 1, len(steps)))
+    ignored = (torch.arange(model.config.num_layers) >= depth[:, None])[:, None, :]
+    half_range = (model.config.num_levels - 1) / 2
+
+    def bins(actions: Float32Array) -> torch.Tensor:
+        """What is decided on, [N, D, L], in bin widths: edges lie at 0 ... K - 2."""
+        latents = model.encode_latents(torch.from_numpy(actions).double())
+        layers = [step.conditioned for step in model.quantizer.layers(latents)]
+        return (torch.stack(layers, -1) + 1) * half_range - 0.5
+
+    with torch.no_grad():
+        here = bins(steps)
+        distances = here - here.round().clamp(0, model.config.num_levels - 2)
+        nearest = distances.abs().masked_fill(ignored, torch.inf).flatten(1).argmin(1, keepdim=True)
+
+        def of_nearest(values: torch.Tensor) -> npt.NDArray[np.float64]:
+            found: npt.NDArray[np.float64] = values.flatten(1).gather(1, nearest).numpy()
+            return found
+
+        effects = []
+        for dimension in range(steps.shape[1]):
+            moved = steps.copy()
+            moved[:, dimension] += np.spacing(np.abs(moved[:, dimension]))
+            effects.append(of_nearest(bins(moved) - here))
+        bounds = token_error_bounds(model, torch.from_numpy(steps).double())[2]
+    moves = random.integers(-_REACH, _REACH + 1, (_NEIGHBOURS, steps.shape[1]))
+    wanted = of_nearest(bounds) * random.uniform(-_SHARE_OF_BOUND, _SHARE_OF_BOUND, (len(steps), 1))
+    missed = np.abs(of_nearest(distances) + np.hstack(effects) @ moves.T - wanted)
+    neighbours: Float32Array = (steps + moves[missed.argmin(1)] * np.spacing(np.abs(steps))).astype(np.float32)
+    return neighbours
 
 
 def as_chunks(steps: npt.NDArray[np.floating], chunk_length: int) -> Float32Array:

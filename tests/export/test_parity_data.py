@@ -6,11 +6,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.parity_data import EDGES, as_chunks, edge_steps, near_tie_steps, parity_sections
+from export.parity_data import (
+    EDGES,
+    as_chunks,
+    edge_steps,
+    near_tie_steps,
+    neighbours_at_rounding_distance,
+    parity_sections,
+)
 from export.plan import DeployMode
 from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq_ref.checkpoints import Checkpoint
 from rfsq_ref.quantizer import Conditioning
+from rfsq_ref.rounding import token_error_bounds
 from tests.bundles import Recipe, random_model
 from tests.export.plan_numpy import MODES
 
@@ -196,6 +204,30 @@ def test_near_tie_steps_come_in_pairs_from_both_sides_of_an_edge(mode: DeployMod
 def test_near_tie_steps_of_the_embedded_model_all_come_in_such_pairs(calibrated: Checkpoint) -> None:
     model = calibrated.model(Conditioning.CALIBRATED, dtype=torch.float64).requires_grad_(False)
     assert share_across_an_edge(model) > 0.99
+
+
+@pytest.mark.parametrize("ratio", [0.0, 20.0, 1000.0])
+@pytest.mark.parametrize("mode", [DeployMode.NONE, DeployMode.CALIBRATED, DeployMode.DYNAMIC])
+def test_some_steps_lie_as_far_from_an_edge_as_float32_rounds_however_far_joints_rest_from_zero(
+    mode: DeployMode, ratio: float, calibrated: Checkpoint, naive: Checkpoint
+) -> None:
+    checkpoint = naive if mode is DeployMode.NONE else calibrated
+    model = checkpoint.model(mode.conditioning, dtype=torch.float64).requires_grad_(False)
+    model.units.copy_(torch.linspace(0.3, 2.0, 7))
+    model.offset.copy_((model.units * ratio).float())
+    low, high = (model.offset.numpy() + sign * model.units.numpy() for sign in (-1, 1))
+    random = np.random.default_rng(0)
+    pairs = near_tie_steps(model, low, high, random)[::2]
+    steps = neighbours_at_rounding_distance(model, pairs, random)
+
+    assert steps.dtype == np.float32
+    assert (np.abs(steps - pairs) <= 4 * np.spacing(np.abs(pairs))).all()
+    _, margins, bounds = token_error_bounds(model, torch.from_numpy(steps).double())
+    shares = (margins / bounds).flatten(1).amin(1)
+    # Near enough to flip, and enough of them that their number is not one of chance; not on the edge itself, where any
+    # implementation flips half of them, a bad one no more than a good one.
+    assert (shares < 1 / 8).double().mean() > 0.6
+    assert 1 / 200 < shares.median() < 1 / 16
 
 
 # --- chunks -----------------------------------------------------------------------------------------------------------
