@@ -30,6 +30,7 @@ _TEMPLATE = Path(__file__).parent / "templates" / SOURCE_NAME
 #: As in the template.
 _LANES = 8
 _WIDE_LANES = 16
+_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
     width, half_range = encoder.first.weight.shape[0], (encoder.num_levels - 1) / 2
     lines = [
         f"enum {{ H = {width}, MIDDLE_LEVEL = {middle_level(encoder.num_levels)} }};",
+        f"#define HAS_OFFSET {int(encoder.offset.any())}",
         f"#define HAS_CONSTANT_BINS {int(has_constant_bins)}",
         f"#define SIGMA_EPSILON {number(epsilon)}",
         f"#define LEVEL_STEP {number(1 / half_range)}",
@@ -81,6 +83,9 @@ def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
             _padded_table("BIN_RATIO", encoder.quantizer.ratio),
             _padded_table("BIN_SHIFT", encoder.quantizer.shift),
         ]
+    if encoder.offset.any():
+        # Of every step that is computed at once, so that one loop runs over all of them.
+        lines.append(_table("OFFSETS", np.tile(encoder.offset, _STEPS)))
     for decoder in decoders:
         name = f"L{decoder.prefix}"
         lines += [

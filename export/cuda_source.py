@@ -76,6 +76,7 @@ def _sizes(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
         f"constexpr int MIDDLE_LEVEL = {middle_level(levels)}, FEW_THREADS = {threads};",
         f"constexpr float ACTION_LIMIT = {number(action_limit(encoder))}, STATS_LIMIT = {number(STATS_LIMIT)};",
         f"[[maybe_unused]] constexpr float SIGMA_EPSILON = {number(epsilon)}, LEVEL_STEP = {number(2 / (levels - 1))};",
+        f"#define HAS_OFFSET {int(encoder.offset.any())}",
         f"#define HAS_CONSTANT_BINS {int(isinstance(encoder.quantizer, AffineQuantizer))}",
         f"#define HAS_MANY {int(has_many)}",
     ]
@@ -89,6 +90,8 @@ def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
         f"    {_member('float', 'row(int h, int i)', 'ENCODER_ROWS[h][i]')}",
         "};",
     ]
+    if encoder.offset.any():
+        lines.append(_device("OFFSET", encoder.offset))
     if isinstance(encoder.quantizer, AffineQuantizer):
         lines += [_device("BIN_RATIO", encoder.quantizer.ratio), _device("BIN_SHIFT", encoder.quantizer.shift)]
     return [*lines, *(line for decoder in decoders for line in _decoder(decoder))]

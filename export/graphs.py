@@ -139,6 +139,8 @@ def encoder_graph(plan: EncoderPlan, form: LinearForm = LinearForm.GEMM) -> byte
     if form.is_marked:
         # An infinite sum can end as a latent like any other; a NaN reaches every latent of its step.
         flat = build.where_within(flat, action_limit(plan), flat, math.nan, "steps.or_mark")
+    if plan.offset.any():
+        flat = build.apply("Sub", [flat, build.constant("offset", plan.offset)], "steps.from_offset")
     hidden = build.mish(build.linear(flat, plan.first, "inner"), "hidden")
     latents = build.apply("Tanh", [build.linear(hidden, plan.second, "outer")], "latents")
     columns = build.reshape(latents, (-1, latent_dim, 1), "latents.columns")
@@ -177,7 +179,10 @@ def decoder_graph(plan: DecoderPlan, form: LinearForm = LinearForm.GEMM) -> byte
         flat = build.reshape(numbers, (-1, plan.latent_dim * plan.prefix), "levels.flat")
     largest = math.inf if plan.has_stats else _largest_sum(plan.first, plan.num_levels - 1)
     hidden = build.mish(build.linear(flat, plan.first, "inner"), "hidden", largest=largest)
-    build.reshape(build.linear(hidden, plan.second, "outer"), (-1, plan.chunk_length, action_dim), "actions")
+    outer = build.linear(hidden, plan.second, "outer")
+    if plan.offset.any():
+        outer = build.apply("Add", [outer, build.constant("offset", plan.offset)], "outer.with_offset")
+    build.reshape(outer, (-1, plan.chunk_length, action_dim), "actions")
     return build.model("decoder", inputs, [_value("actions", TensorProto.FLOAT, plan.chunk_length, action_dim)])
 
 

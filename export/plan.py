@@ -1,7 +1,11 @@
 """The deployed arithmetic, described once: what every emitter (ONNX now, C and CUDA later) writes down.
 
-Everything that is constant at run time is folded in float64 and rounded to float32 once: the normaliser into the
-first and last linear layer, the token decoding into the decoder's first linear layer (design section 3).
+Everything that is constant at run time is folded in float64 and rounded to float32 once: the normaliser's units into
+the first and last linear layer, the token decoding into the decoder's first linear layer (design section 3).
+
+The normaliser's offset is folded into nothing. A bias that held it would be as large as the offset, and so would be the
+rounding errors of every sum with it, whatever the units: an encoder flips tokens, and a decoder loses digits, where
+joints rest far from zero. So it is taken off first, which is exact near the offset, and added last, which rounds once.
 """
 
 from collections.abc import Sequence
@@ -75,11 +79,16 @@ class DynamicQuantizer:
 
 @dataclass(frozen=True)
 class EncoderPlan:
-    """actions [B, T, A] -> first, Mish, second, tanh -> L layers -> tokens [B, T, D, L] (and stats [B, T, L, 2])."""
+    """actions [B, T, A] - offset -> first, Mish, second, tanh -> L layers -> tokens [B, T, D, L].
+
+    And stats [B, T, L, 2] where it has them. offset: float32 [A] in physical units; emitters leave it out where it is
+    zero in every dimension.
+    """
 
     chunk_length: int
     num_layers: int
     num_levels: int
+    offset: Float32Array
     first: Affine
     second: Affine
     quantizer: AffineQuantizer | DynamicQuantizer
@@ -88,7 +97,7 @@ class EncoderPlan:
 
 @dataclass(frozen=True)
 class DecoderPlan:
-    """tokens [B, T, D, l] (and stats [B, T, l, 2]) -> first, Mish, second -> actions [B, T, A].
+    """tokens [B, T, D, l] (and stats [B, T, l, 2]) -> first, Mish, second -> + offset -> actions [B, T, A].
 
     first takes the D * l tokens as numbers, except with stats: then it takes the D latents. `latents`, from tokens to
     latents, and `hidden`, from latents on, are the same in two steps: one more layer for a library, a fifth of the
@@ -103,6 +112,7 @@ class DecoderPlan:
     hidden: Affine
     first: Affine
     second: Affine
+    offset: Float32Array
     has_stats: bool
 
 
@@ -112,14 +122,14 @@ def plan_encoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int) 
     quantizer: AffineQuantizer | DynamicQuantizer = DynamicQuantizer(SIGMA_EPSILON)
     if model.conditioning is not Conditioning.DYNAMIC:
         quantizer = _affine_quantizer(model)
-    first, second = _linear(model.encoder[0]), _linear(model.encoder[2])
-    weight = first[0] / _numpy(model.units)
+    weight, bias = _linear(model.encoder[0])
     return EncoderPlan(
         chunk_length=chunk_length,
         num_layers=model.config.num_layers,
         num_levels=model.config.num_levels,
-        first=_affine(weight, first[1] - weight @ _numpy(model.offset)),
-        second=_affine(*second),
+        offset=_offset(model),
+        first=_affine(weight / _numpy(model.units), bias),
+        second=_affine(*_linear(model.encoder[2])),
         quantizer=quantizer,
         has_stats=mode.has_stats,
     )
@@ -144,7 +154,8 @@ def plan_decoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int, 
         latents=latents,
         hidden=hidden,
         first=_affine(weight, bias),
-        second=_affine(last_weight * units[:, None], last_bias * units + _numpy(model.offset)),
+        second=_affine(last_weight * units[:, None], last_bias * units),
+        offset=_offset(model),
         has_stats=mode.has_stats,
     )
 
@@ -159,14 +170,17 @@ def action_limit(plan: EncoderPlan) -> float:
         (np.abs(layer.weight.astype(np.float64)), np.abs(layer.bias.astype(np.float64)))
         for layer in (plan.first, plan.second)
     )
-    # |Mish(x)| <= max(|x|, 0.31), so both layers together are bounded by slope * |action| + rest.
-    slopes = np.concatenate((first[0].sum(1), second[0] @ first[0].sum(1)))
-    rests = np.concatenate((first[1], second[0] @ (first[1] + 0.31) + second[1]))
+    offset = np.abs(plan.offset.astype(np.float64))
+    inner = first[0] @ offset + first[1]
+    # |Mish(x)| <= max(|x|, 0.31), so both layers together are bounded by slope * |action| + rest, and what is left
+    # without the offset by |action| + |offset|.
+    slopes = np.concatenate((np.ones_like(offset), first[0].sum(1), second[0] @ first[0].sum(1)))
+    rests = np.concatenate((offset, inner, second[0] @ (inner + 0.31) + second[1]))
     limit = float(((np.finfo(np.float32).max / 2 - rests) / np.maximum(slopes, 1)).min())
     if not limit > 0:
         raise BuildInputError(
-            f"the encoder's biases overflow float32 whatever the action: sums reach {rests.max():.3g}; the training "
-            "diverged, or the normaliser is not the one of this checkpoint"
+            f"the normaliser's offset or the encoder's biases overflow float32 whatever the action: sums reach "
+            f"{rests.max():.3g}; the training diverged, or the normaliser is not the one of this checkpoint"
         )
     return float(10.0 ** np.floor(np.log10(limit)))
 
@@ -226,13 +240,18 @@ def _linear(layer: nn.Module) -> tuple[Float64Array, Float64Array]:
     return _numpy(layer.weight), _numpy(layer.bias)
 
 
+def _offset(model: ActionAutoencoder) -> Float32Array:
+    """Exactly: a model holds it as float32."""
+    return np.ascontiguousarray(_numpy(model.offset), np.float32)
+
+
 def _affine(weight: Float64Array, bias: Float64Array) -> Affine:
     """BuildInputError for numbers beyond float32."""
     largest = max(float(np.abs(weight).max()), float(np.abs(bias).max()))
     if not largest <= float(np.finfo(np.float32).max):
         raise BuildInputError(
             f"a layer has numbers up to {largest:.3g} once the normaliser is folded in, too large for float32; the "
-            "normaliser's scale or offset is not the one of this checkpoint"
+            "normaliser's scale is not the one of this checkpoint"
         )
     return Affine(np.ascontiguousarray(weight, np.float32), np.ascontiguousarray(bias, np.float32))
 

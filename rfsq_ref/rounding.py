@@ -10,9 +10,9 @@ So variances, in units of u^2, are carried through the model to first order, wit
 at the step at hand. A bound that holds for certain, without this model, would excuse two of three tokens of the last
 `dynamic` layer.
 
-Covered are the model as PyTorch runs it in float32 and the deployment graph: normaliser and constants folded and
-rounded once, Mish as x n / (n + 2), layers counted in bins. Sums may be taken in any order that does not depend on
-their terms. Not covered, and meant to be found out: TF32, half precision, perturbed weights.
+Covered are the model as PyTorch runs it in float32 and the deployment graph: the offset taken off first, units and
+constants folded and rounded once, Mish as x n / (n + 2), layers counted in bins. Sums may be taken in any order that
+does not depend on their terms. Not covered, and meant to be found out: TF32, half precision, perturbed weights.
 """
 
 from collections.abc import Iterator
@@ -150,10 +150,10 @@ def _latent_noise(model: ActionAutoencoder, actions: Tensor) -> _Noise:
     assert isinstance(first, nn.Linear)
     assert isinstance(second, nn.Linear)
     weight = first.weight / model.units
-    inner = (actions - model.offset) @ weight.T + first.bias
-    # Taking off the offset may round what the offset cancels: its size counts as well as the action's.
-    sizes = actions.abs() + model.offset.abs()
-    squares = sizes**2 @ (weight**2).T + first.bias**2
+    # Whoever takes the offset off before anything is summed rounds no more than what is left of the action.
+    from_offset = actions - model.offset
+    inner = from_offset @ weight.T + first.bias
+    squares = from_offset**2 @ (weight**2).T + first.bias**2
     # Besides the sum, every term sees a product, the offset, the unit, and a weight that was rounded when folded.
     inner_variance = summation_variance(first.in_features + 1, inner, squares) + 4 * squares + _UNDERFLOW**2
     hidden = model.encoder[1](inner)
@@ -175,7 +175,7 @@ def _latent_noise(model: ActionAutoencoder, actions: Tensor) -> _Noise:
     slope = 1 - torch.tanh((outer.abs() - outer_error).clamp(min=0)) ** 2
     shared = max(1.0, second.out_features / DEVIATIONS**2)
     largest = torch.maximum(
-        (sizes @ weight.abs().T + first.bias.abs()).amax(-1, keepdim=True),
+        (from_offset.abs() @ weight.abs().T + first.bias.abs()).amax(-1, keepdim=True),
         (hidden.abs() @ second.weight.abs().T + second.bias.abs()).amax(-1, keepdim=True),
     )
     return _Noise(

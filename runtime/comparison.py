@@ -144,7 +144,8 @@ def _sorted(
 
 @dataclass(frozen=True)
 class ActionError:
-    """The largest |difference| in normalised units, infinite for NaN; where, and what stood there in physical units."""
+    """The largest |difference| beyond what `found` had to be rounded by, in normalised units, infinite for NaN; where,
+    and what stood there in physical units."""
 
     value: float
     index: tuple[int, ...]
@@ -164,6 +165,11 @@ def action_errors(
 ) -> ActionError:
     """The worst of actions [..., A] in physical units; units [A]: physical units per normalised unit.
 
+    What is judged is the number that was computed, as far as its float32 can tell: the one nearest to `expected` of all
+    that round to `found`. A joint that rests a thousand units from zero has float32 positions 6e-5 of a unit apart; the
+    last rounding to one of them, up to half of that, is not an error of who decodes. An error before that rounding is
+    seen whole: among many actions some lie where it carries them across to the next float32.
+
     Raises ValueError when the shapes differ.
     """
     if expected.shape != found.shape:
@@ -172,10 +178,22 @@ def action_errors(
         return ActionError(0.0, (), 0.0, 0.0)
     # Infinities subtract to NaN, which counts as infinite below.
     with np.errstate(invalid="ignore"):
-        errors = np.abs(found.astype(np.float64) - expected) / np.asarray(units, np.float64)
+        differences = np.abs(found.astype(np.float64) - expected)
+        errors = np.maximum(differences - _half_step(found, expected), 0) / np.asarray(units, np.float64)
     errors[np.isnan(errors)] = np.inf
     index = _unravel(int(errors.argmax()), errors.shape)
     return ActionError(float(errors[index]), index, float(expected[index]), float(found[index]))
+
+
+def _half_step(
+    found: npt.NDArray[np.floating[Any]], expected: npt.NDArray[np.floating[Any]]
+) -> npt.NDArray[np.float64]:
+    """How far the numbers that round to `found` reach towards `expected`; same shape. 0 beside infinity."""
+    towards = np.where(expected > found, np.inf, -np.inf).astype(found.dtype)
+    with np.errstate(over="ignore"):
+        neighbours = np.nextafter(found, towards).astype(np.float64)
+    steps = np.abs(neighbours - found)
+    return np.asarray(np.where(np.isfinite(steps), steps / 2, 0.0))
 
 
 def _differs_before(differs: npt.NDArray[np.bool_], is_step_coupled: bool) -> npt.NDArray[np.bool_]:

@@ -22,7 +22,10 @@ class Gates:
     near_tie_share: float = 0.05
 
     # Largest |action error| in normalised units (the scale the decoder was trained on, about [-1, 1]). Two layers of 64
-    # terms in float32 stay near 1e-6; TF32 is at 3e-4. A robot resolves about 1e-4 of its range.
+    # terms in float32 stay near 1e-6; TF32 is at 3e-4. A robot resolves about 1e-4 of its range. It judges what was
+    # computed, not the last rounding of it to a float32 in physical units, which no implementation can avoid: half a
+    # step of float32, 3e-5 where a joint rests a thousand units from zero, at most 3e-8 where actions are in [-1, 1]
+    # (`action_errors` says how).
     action_error: float = 1e-5
 
     # Illegal values that a backend takes for legal ones, or does not mark, where it promises to check them. Nobody else

@@ -24,6 +24,9 @@ enum { WIDE_LANES = 16 };
 /* @TABLES@ */
 
 _Static_assert(sizeof ENCODER_FIRST_BIAS == PADDED(H) * sizeof(float), "the tables are padded as the code expects");
+#if HAS_OFFSET
+_Static_assert(sizeof OFFSETS == STEPS * A * sizeof(float), "the tables are repeated as the code expects");
+#endif
 
 /* A hint alone: what it names need not be there. */
 #ifdef __GNUC__
@@ -300,7 +303,15 @@ static int are_legal_actions(size_t count, const float *restrict actions)
 static void encode_block(const float *restrict actions, int32_t *restrict tokens, float *restrict stats)
 {
     _Alignas(64) float hidden[STEPS * PADDED(H)], latents[STEPS * PADDED(D)];
-    linear(A, A, H, &ENCODER_FIRST_WEIGHT[0][0], ENCODER_FIRST_BIAS, actions, hidden);
+#if HAS_OFFSET
+    /* Before any sum: near the offset this is exact, and what a sum of large numbers would lose is still there. */
+    _Alignas(64) float from_offset[STEPS * A];
+    for (int i = 0; i < STEPS * A; ++i)
+        from_offset[i] = actions[i] - OFFSETS[i];
+#else
+    const float *const from_offset = actions;
+#endif
+    linear(A, A, H, &ENCODER_FIRST_WEIGHT[0][0], ENCODER_FIRST_BIAS, from_offset, hidden);
     mish(STEPS * PADDED(H), hidden);
     linear(H, PADDED(H), D, &ENCODER_SECOND_WEIGHT[0][0], ENCODER_SECOND_BIAS, hidden, latents);
     hyperbolic_tangent(STEPS * PADDED(D), latents);
@@ -374,6 +385,11 @@ static inline void decode_block(const struct decoder decoder, const int32_t *res
     linear(D, PADDED(D), WIDE(H), decoder.hidden_weight, decoder.hidden_bias, latents, hidden);
     mish(STEPS * WIDE(H), hidden);
     linear_to_few(H, A, decoder.second_weight, decoder.second_bias, hidden, actions);
+#if HAS_OFFSET
+    /* Behind all sums: one rounding of a number as large as the action. */
+    for (int i = 0; i < STEPS * A; ++i)
+        actions[i] += OFFSETS[i];
+#endif
 }
 
 /*

@@ -87,6 +87,25 @@ __device__ __forceinline__ float hyperbolic_tangent(float x)
     return m / (m + 2);
 }
 
+/* Action a without the offset of its dimension, before any sum: near the offset this is exact, and what a sum of large
+ * numbers would lose is still there. */
+__device__ __forceinline__ float from_offset(float action, int a)
+{
+#if HAS_OFFSET
+    action -= OFFSET[a];
+#endif
+    return action;
+}
+
+/* The way back, behind all sums: one rounding of a number as large as the action. */
+__device__ __forceinline__ float to_action(float sum, int a)
+{
+#if HAS_OFFSET
+    sum += OFFSET[a];
+#endif
+    return sum;
+}
+
 __device__ __forceinline__ bool is_legal_action(float action) { return fabsf(action) <= ACTION_LIMIT; }
 
 /* Whether an encoder can give them, generously: see the runtime's validation. */
@@ -256,7 +275,7 @@ __device__ __forceinline__ void decode_few(const Token *tokens, const float *sta
         const int wanted = first + threadIdx.x / 4, a = wanted < A ? wanted : A - 1;
         const float sum = weighted_sum<D, HAVE_ROOM>(Decoder::rows(), second, a, hidden, Decoder::bias(a));
         if (wanted < A && threadIdx.x % 4 == 0)
-            actions[step * A + a] = is_illegal ? not_a_number() : sum;
+            actions[step * A + a] = is_illegal ? not_a_number() : to_action(sum, a);
     }
 }
 
@@ -282,7 +301,7 @@ __device__ __forceinline__ void encode_few(const float *actions, Token *tokens, 
     for (int a = threadIdx.x; a < A; a += FEW_THREADS) {
         const float action = actions[step * A + a];
         is_illegal |= !is_legal_action(action);
-        inputs[a] = action;
+        inputs[a] = from_offset(action, a);
     }
     is_illegal = __syncthreads_or(is_illegal);
     hidden_layer<A, D, HAVE_ROOM, PLAIN>(&ENCODER_ROWS[0][0], row, inputs, hidden, second);
@@ -520,7 +539,7 @@ __device__ __forceinline__ void decode_many(const Token *tokens, float *actions,
     __syncwarp();
 #pragma unroll
     for (int a = 0; a < A; ++a)
-        outputs[lane * A + a] = is_illegal ? not_a_number() : sums[a];
+        outputs[lane * A + a] = is_illegal ? not_a_number() : to_action(sums[a], a);
     __syncwarp();
 #pragma unroll
     for (int i = lane; i < WARP * A; i += WARP)
@@ -549,8 +568,9 @@ __device__ __forceinline__ void encode_many(const float *actions, Token *tokens,
     bool is_illegal = false;
 #pragma unroll
     for (int a = 0; a < A; ++a) {
-        inputs[a] = given[lane * A + a];
-        is_illegal |= !is_legal_action(inputs[a]);
+        const float action = given[lane * A + a];
+        is_illegal |= !is_legal_action(action);
+        inputs[a] = from_offset(action, a);
     }
 #pragma unroll
     for (int d = 0; d < D; ++d)

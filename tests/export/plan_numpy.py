@@ -34,7 +34,7 @@ def encode(
     plan: EncoderPlan, actions: Array, *, dtype: type = np.float64, product: Product = exact
 ) -> tuple[Array, Array | None]:
     """actions [..., A] -> tokens int32 [..., D, L] and, where the plan has them, stats [..., L, 2]."""
-    hidden = mish(linear(actions.astype(dtype), plan.first, product))
+    hidden = mish(linear(actions.astype(dtype) - plan.offset.astype(dtype), plan.first, product))
     latents = np.tanh(linear(hidden, plan.second, product))
     if isinstance(plan.quantizer, AffineQuantizer):
         return _affine_tokens(plan, plan.quantizer, latents), None
@@ -76,7 +76,7 @@ def decode(
         inputs = (grid[tokens] * sigma + mean).sum(-1)
     else:
         inputs = tokens.reshape(*tokens.shape[:-2], -1).astype(dtype)
-    return linear(mish(linear(inputs, plan.first, product)), plan.second, product)
+    return linear(mish(linear(inputs, plan.first, product)), plan.second, product) + plan.offset.astype(dtype)
 
 
 class PlanBackend:

@@ -3,6 +3,7 @@
 Float32 comes in several forms: the model as PyTorch runs it, and the deployment graphs as ONNX Runtime runs them.
 """
 
+import copy
 from functools import cache
 from itertools import permutations
 
@@ -115,6 +116,36 @@ def test_the_bound_holds_for_every_size(
     actions = random_actions(300, config.action_dim, seed) * model.units + model.offset
     assert (latent_ratios(reference, model, actions) <= 1).all()
     assert {verdict.wrong for verdict in verdicts(reference, model, actions)} == {0}
+
+
+def far_from_zero(conditioning: Conditioning, ratio: float, dtype: torch.dtype) -> ActionAutoencoder:
+    """The embedded model for joints that rest `ratio` units from zero, one of them at zero."""
+    model = copy.deepcopy(embedded(conditioning, dtype))
+    model.units.copy_(torch.linspace(0.3, 2.0, 7))
+    model.offset.copy_((model.units * ratio * torch.tensor([1, -1, 1, 0, -1, 1, 1])).float())
+    return model
+
+
+@pytest.mark.parametrize("conditioning", MODES)
+@pytest.mark.parametrize("ratio", [4.0, 1000.0])
+def test_the_bound_holds_however_far_joints_rest_from_zero(conditioning: Conditioning, ratio: float) -> None:
+    reference, model = (far_from_zero(conditioning, ratio, dtype) for dtype in (torch.float64, torch.float32))
+    actions = random_actions(4000) * model.units + model.offset
+    assert (latent_ratios(reference, model, actions) <= 1).all()
+    for verdict in verdicts(reference, model, actions):
+        assert verdict.wrong == 0
+        assert verdict.closest < 0.6
+
+
+@pytest.mark.parametrize("conditioning", MODES)
+def test_the_bound_is_as_narrow_far_from_zero_as_it_is_there(conditioning: Conditioning) -> None:
+    """What is left of an action without its offset decides, not how large both are."""
+    far, near = (far_from_zero(conditioning, ratio, torch.float64) for ratio in (1000.0, 0.0))
+    actions = (random_actions(500) * far.units + far.offset).float().double()
+    for expected, found in zip(
+        token_error_bounds(near, actions - far.offset), token_error_bounds(far, actions), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("conditioning", MODES)

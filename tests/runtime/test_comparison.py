@@ -127,6 +127,50 @@ def test_action_errors_are_in_normalised_units() -> None:
     assert str(worst) == "action [0, 1, 0] is 0.5, expected 0"
 
 
+#: Of a joint that rests at zero, and of one a thousand units from there: one float32 is 6e-5 from the next.
+RESTS = [0.0, 1.0, 1000.0, -1024.0, 1e30]
+
+
+@given(
+    st.sampled_from(RESTS),
+    st.floats(-1, 1, allow_subnormal=False),
+    st.floats(-1e-3, 1e-3, allow_subnormal=False),
+)
+def test_rounding_to_float32_is_no_error_and_never_hides_more_than_itself(
+    rest: float, value: float, error: float
+) -> None:
+    expected = np.array([rest + value])
+    computed = expected + error
+    found = computed.astype(np.float32)
+    judged = action_errors(expected, found, 0.5).value * 0.5
+    difference, step = float(np.abs(found - expected)[0]), float(np.spacing(np.abs(found))[0])
+    assert judged <= float(np.abs(computed - expected)[0])
+    assert difference - step / 2 <= judged <= difference
+    assert action_errors(expected, expected.astype(np.float32), 0.5).value == 0
+
+
+@pytest.mark.parametrize("rest", RESTS[:4])
+@pytest.mark.parametrize("error", [2e-5, -2e-5])
+def test_an_error_before_the_rounding_is_seen_whole_among_many_actions(rest: float, error: float) -> None:
+    expected = rest + np.random.default_rng(0).uniform(-1, 1, 10_000)
+    judged = action_errors(expected, (expected + error).astype(np.float32), 1.0).value
+    assert 0.95 * abs(error) <= judged <= abs(error) * (1 + 1e-6)
+
+
+def test_the_float32_next_to_the_right_one_is_an_error() -> None:
+    right = np.float32([1000, -1000, 1, 1, 0, 1e-45])
+    for away in (np.inf, -np.inf):
+        found = np.nextafter(right, np.float32(away))
+        for one, other in zip(right, found, strict=True):
+            half = abs(float(one) - float(other)) / 2
+            assert action_errors(np.float64([one]), np.array([other]), 1.0).value == half
+
+
+def test_the_largest_float32_is_no_excuse_for_what_is_larger() -> None:
+    largest = np.finfo(np.float32).max
+    assert action_errors(np.array([2.0 * float(largest)]), np.array([largest]), 1.0).value == float(largest)
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_are_infinitely_wrong(value: float) -> None:
     worst = action_errors(np.zeros((1, 2)), np.array([[9.0, value]]), 1.0)
