@@ -28,14 +28,16 @@ def embedded_demonstrations(checkpoint: Checkpoint) -> ActionDataset | None:
     return dataset if selection_of(checkpoint, dataset) is Selection.TRAINING_SPLIT else None
 
 
-def calibration_dataset(checkpoint: Checkpoint, path: Path | None, *, key: str | None = None) -> ActionDataset:
+def calibration_dataset(
+    checkpoint: Checkpoint, path: Path | None, *, key: str | None = None, filter_key: str | None = None
+) -> ActionDataset:
     """Actions from a file, or the embedded demonstrations.
 
     These serve only checkpoints that were trained on them: what is fitted to another robot's actions would be wrong
     without anyone noticing. Raises DataError.
     """
     if path is not None:
-        return load_actions(path, key=key)
+        return load_actions(path, key=key, filter_key=filter_key)
     dataset = embedded_demonstrations(checkpoint)
     if dataset is None:
         trained_on = checkpoint.provenance.get("data", "not recorded")

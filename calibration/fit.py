@@ -127,11 +127,16 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "Default: the embedded demonstrations",
     )  # fmt: skip
     parser.add_argument("--key", help="name of the action array or column, when it is not the usual one")
+    parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
     parser.add_argument("--method", type=Method, choices=list(Method), default=Method.CALIBRATED)
     parser.add_argument(
         "--use-layernorm", action=argparse.BooleanOptionalAction, default=None,
         help="how a checkpoint that does not say it was trained: Robust RFSQ, or naive",
     )  # fmt: skip
+    parser.add_argument(
+        "--weights",
+        help="which model of a checkpoint that holds several, such as ema; default: the model, no average",
+    )
     parser.add_argument("--output", type=Path, help="default: build/checkpoints/NAME-METHOD.safetensors")
     parser.add_argument("--report-dir", type=Path, help="default: build/reports/NAME-METHOD")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint and a report that are there")
@@ -215,8 +220,12 @@ def main(arguments: list[str] | None = None) -> int:
         check_output(output)
         # Not after the work.
         refuse_existing([output, *report_files(report_dir)], overwrite=options.overwrite, error=OutputError)
-        checkpoint = load_checkpoint(options.checkpoint, use_layernorm=options.use_layernorm)
-        dataset = calibration_dataset(checkpoint, options.calibration_data, key=options.key)
+        checkpoint = load_checkpoint(options.checkpoint, use_layernorm=options.use_layernorm, weights=options.weights)
+        for line in checkpoint.remarks:
+            print(line)
+        dataset = calibration_dataset(
+            checkpoint, options.calibration_data, key=options.key, filter_key=options.filter_key
+        )
         fitted = _fit(options, checkpoint, dataset)
         report = _judge(method, fitted, dataset)
         provenance: dict[str, Any] = fitted.provenance[method.value]

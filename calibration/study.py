@@ -454,10 +454,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--data", type=Path, help="action data; the embedded demonstrations by default")
     parser.add_argument("--key", help="name of the action array or column in --data, when it is not the usual one")
+    parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
     parser.add_argument(
         "--use-layernorm", action=argparse.BooleanOptionalAction, default=None,
         help="how checkpoints that do not say it were trained: Robust RFSQ, or naive",
     )  # fmt: skip
+    parser.add_argument(
+        "--weights",
+        help="which model of checkpoints that hold several, such as ema; default: the model, no average",
+    )
     parser.add_argument(
         "--output", type=Path, default=Path("build/reports/calibration"), help="folder; default: %(default)s"
     )
@@ -473,10 +478,12 @@ def main(arguments: list[str] | None = None) -> int:
         # Not after minutes of fitting.
         refuse_existing(study_files(options.output), overwrite=options.overwrite, error=OutputError)
         checkpoints = [
-            load_checkpoint(path, use_layernorm=options.use_layernorm)
+            load_checkpoint(path, use_layernorm=options.use_layernorm, weights=options.weights)
             for path in options.checkpoint or [ROBUST_CHECKPOINT]
         ]
-        dataset = calibration_dataset(checkpoints[0], options.data, key=options.key)
+        for remark in dict.fromkeys(remark for checkpoint in checkpoints for remark in checkpoint.remarks):
+            print(remark)
+        dataset = calibration_dataset(checkpoints[0], options.data, key=options.key, filter_key=options.filter_key)
         result = study(checkpoints, dataset, show_progress=True)
         print(format_study(result))
         write_study(result, options.output)

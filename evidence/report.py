@@ -39,8 +39,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     given = parser.add_argument_group("checkpoints", "what is not given is trained, one for each seed")
     given.add_argument("--naive", type=Path, nargs="+", default=[], metavar="F")
     given.add_argument("--robust", type=Path, nargs="+", default=[], metavar="F")
+    given.add_argument(
+        "--weights", help="which model of checkpoints that hold several, such as ema; default: the model, no average"
+    )
     parser.add_argument("--data", type=Path, help="action data; the embedded demonstrations by default")
     parser.add_argument("--key", help="name of the action array or column in --data, when it is not the usual one")
+    parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=100, help="of every training (default %(default)s)")
     parser.add_argument(
@@ -74,7 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
         check_writable(options.output)
         # Not after an hour of training.
         refuse_existing(_written(options), overwrite=options.overwrite, error=OutputError)
-        dataset = load_actions(options.data, key=options.key) if options.data else load_demonstrations()
+        dataset = (
+            load_actions(options.data, key=options.key, filter_key=options.filter_key)
+            if options.data
+            else load_demonstrations()
+        )
         config = ComparisonConfig(
             seeds=tuple(options.seeds),
             epochs=options.epochs,
@@ -90,8 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
             "what is not at hand is trained first, some minutes",
             flush=True,
         )
-        robust = _load(options.robust)
-        comparison = compare(dataset, config, naive=_load(options.naive), robust=robust, show_progress=True)
+        naive, robust = (_load(paths, options.weights) for paths in (options.naive, options.robust))
+        comparison = compare(dataset, config, naive=naive, robust=robust, show_progress=True)
         text = as_text(comparison)
         print(text, flush=True)
         # First without what may still fail: an hour of training is not lost to a damaged file beside it.
@@ -174,8 +182,13 @@ def _as_html(title: str, text: str) -> str:
         return f"<p>{inline_html(text)}</p>"
 
 
-def _load(paths: list[Path]) -> list[Checkpoint]:
-    return [load_checkpoint(path) for path in paths]
+def _load(paths: list[Path], weights: str | None) -> list[Checkpoint]:
+    """Says what is remarkable about each."""
+    checkpoints = [load_checkpoint(path, weights=weights) for path in paths]
+    for path, checkpoint in zip(paths, checkpoints, strict=True):
+        for remark in checkpoint.remarks:
+            print(f"{path.name}: {remark}")
+    return checkpoints
 
 
 def _physical(options: argparse.Namespace) -> OscPose | None:

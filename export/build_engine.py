@@ -85,9 +85,14 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="how a checkpoint was trained that does not say it: with normalised residuals, or not",
     )
+    parser.add_argument(
+        "--weights",
+        help="which model of a checkpoint that holds several, such as ema; default: the model, no average",
+    )
     parser.add_argument("--normaliser", type=Path, help="JSON with kind, offset and scale, folded into the engines")
     parser.add_argument("--calibration-data", type=Path, help="episodes of the checkpoint's robot")
     parser.add_argument("--key", help="name of the action array or column in --calibration-data")
+    parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
     parser.add_argument("--output", type=Path, help="default: build/bundle")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     parser.add_argument("--conditioning", choices=_MODES, help="default: calibrated if robust")

@@ -20,6 +20,7 @@ from runtime.bundle import MANIFEST_SIZE_LIMIT, check_file_name, check_manifest,
 from runtime.errors import BundleError
 from runtime.golden import Golden, read_golden, write_golden
 from runtime.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, manifest_text, parse_manifest
+from runtime.paths import as_path
 from runtime.reading import read_file
 
 # A build works in a hidden folder beside the output, whose lock it holds: a later build can tell what a dead one left.
@@ -82,14 +83,14 @@ class StagedBundle:
 
 
 @contextlib.contextmanager
-def stage_bundle(output: str | Path, *, overwrite: bool = False) -> Iterator[StagedBundle]:
+def stage_bundle(output: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[StagedBundle]:
     """A bundle that appears at `output` when the block ends, sealed and without an exception; else nothing does.
 
     overwrite: whether a bundle that is there is replaced; never anything but a bundle or an empty folder, and no bundle
     with files that its manifest does not list. Raises ExportError where `output` is taken or cannot be written, and
     where the block ends unsealed.
     """
-    output = Path(os.path.abspath(output))  # noqa: PTH100 - keeps a link a link; only `..` is taken out
+    output = Path(os.path.abspath(as_path(output, "the output", ExportError)))  # noqa: PTH100 - keeps a link a link; only `..` is taken out
     if not output.name:
         raise ExportError(f"{output} is no place for a bundle; choose a folder in it as --output")
     with contextlib.ExitStack() as stack:

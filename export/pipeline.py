@@ -76,7 +76,8 @@ class BuildConfig:
 
     prefixes: None for 3 where the model has as many layers, and L; backends: None for ONNX Runtime, on the GPU too
     where it can, every TensorRT that is installed, and C where there is a compiler; conditioning: None for
-    `calibrated` with a robust checkpoint and `none` with a naive one; use_layernorm: for files that do not say it.
+    `calibrated` with a robust checkpoint and `none` with a naive one; use_layernorm: for files that do not say it;
+    weights: the model in a checkpoint that holds several.
     """
 
     checkpoint: Path = ROBUST_CHECKPOINT
@@ -84,9 +85,11 @@ class BuildConfig:
     overwrite: bool = False
     conditioning: DeployMode | None = None
     use_layernorm: bool | None = None
+    weights: str | None = None
     normaliser: Path | None = None
     calibration_data: Path | None = None
     key: str | None = None
+    filter_key: str | None = None
     prefixes: tuple[int, ...] | None = None
     chunk_length: int = 8
     backends: tuple[str, ...] | None = None
@@ -132,7 +135,10 @@ def build(config: BuildConfig) -> BuildResult:
     with stage_bundle(config.output, overwrite=config.overwrite) as staged:
         with steps.step("load checkpoint") as step:
             checkpoint = open_checkpoint(
-                config.checkpoint, use_layernorm=config.use_layernorm, normaliser_file=config.normaliser
+                config.checkpoint,
+                use_layernorm=config.use_layernorm,
+                weights=config.weights,
+                normaliser_file=config.normaliser,
             )
             mode = choose_mode(checkpoint, config.conditioning)
             prefixes = choose_prefixes(config.prefixes, checkpoint.config.num_layers)
@@ -141,7 +147,13 @@ def build(config: BuildConfig) -> BuildResult:
                 step.note(remark)
         is_fit_needed = needs_fit(checkpoint, mode, prefixes)
         with steps.step("load action data") as step:
-            data = load_build_data(checkpoint, config.calibration_data, key=config.key, is_needed=is_fit_needed)
+            data = load_build_data(
+                checkpoint,
+                config.calibration_data,
+                key=config.key,
+                filter_key=config.filter_key,
+                is_needed=is_fit_needed,
+            )
             for line in data.description.splitlines():
                 step.note(line)
         with steps.step("calibrate") as step:

@@ -33,13 +33,13 @@ _MOST_HELD_OUT = 20_000
 
 
 def open_checkpoint(
-    path: Path, *, use_layernorm: bool | None = None, normaliser_file: Path | None = None
+    path: Path, *, use_layernorm: bool | None = None, weights: str | None = None, normaliser_file: Path | None = None
 ) -> Checkpoint:
     """A checkpoint of any layout, with the normaliser it was trained behind where it does not bring one.
 
     Raises CheckpointError or DataError.
     """
-    checkpoint = load_checkpoint(path, use_layernorm=use_layernorm)
+    checkpoint = load_checkpoint(path, use_layernorm=use_layernorm, weights=weights)
     if normaliser_file is None:
         return checkpoint
     normaliser = read_normaliser(normaliser_file)
@@ -84,7 +84,14 @@ class BuildData:
     judged_on: str
 
 
-def load_build_data(checkpoint: Checkpoint, path: Path | None, *, key: str | None = None, is_needed: bool) -> BuildData:
+def load_build_data(
+    checkpoint: Checkpoint,
+    path: Path | None,
+    *,
+    key: str | None = None,
+    filter_key: str | None = None,
+    is_needed: bool,
+) -> BuildData:
     """Episodes for calibration and for the gates; without a path the embedded ones, for their own checkpoints only.
 
     is_needed: whether something will be fitted to them. Raises DataError.
@@ -92,7 +99,7 @@ def load_build_data(checkpoint: Checkpoint, path: Path | None, *, key: str | Non
     if path is None and not is_needed:
         dataset = embedded_demonstrations(checkpoint)
     else:
-        dataset = calibration_dataset(checkpoint, path, key=key)
+        dataset = calibration_dataset(checkpoint, path, key=key, filter_key=filter_key)
     if dataset is None:
         none = np.empty((0, checkpoint.config.action_dim), np.float32)
         return BuildData(None, none, "none given: gates run on random actions alone", "")

@@ -1,19 +1,20 @@
 """Robot action data: read it episode by episode from the usual formats, and split it by episode.
 
-`.npz` and `.npy`, `.pt`, HDF5 as robomimic and LIBERO write it, LeRobot v2 and v3. Nothing here unpickles: what a
-file holds besides plain arrays is refused. Everything but numpy is imported only when a file needs it.
+`.npz` and `.npy`, `.pt`, HDF5 in the layouts of runtime/hdf5_layouts.py, LeRobot v2 and v3. Nothing here unpickles:
+what a file holds besides plain arrays is refused. Everything but numpy is imported only when a file needs it.
 """
 
 import hashlib
 import importlib
 import json
 import math
+import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rfsq_ref.errors import DataError
+from runtime.dataset_errors import SourceError
+from runtime.hdf5_layouts import find_episodes
+from runtime.paths import as_path, shortlist
 
 FloatArray = npt.NDArray[np.float32]
 _AnyArray = npt.NDArray[Any]
@@ -140,17 +144,25 @@ class _Episode(NamedTuple):
     actions: _AnyArray
 
 
-def load_actions(path: str | Path, *, key: str | None = None) -> ActionDataset:
+def load_actions(
+    path: str | os.PathLike[str], *, key: str | None = None, filter_key: str | None = None
+) -> ActionDataset:
     """Read every episode of a file or folder.
 
-    path: .npz, .npy, .pt, .hdf5, .h5, .parquet, a folder of HDF5 files (one task each, as LIBERO has them) or a LeRobot
-    v2 or v3 dataset folder. key: the action array or column where its name is not `actions` or `action`.
+    path: .npz, .npy, .pt, .hdf5, .h5, .parquet, a folder of HDF5 files (as LIBERO and ALOHA have them) or a LeRobot
+    v2 or v3 dataset folder. key: the action array or column where its name is not `actions` or `action`. filter_key: of
+    robomimic's HDF5 files, such as `train`, to read the episodes alone that it lists.
     Raises DataError for everything that cannot be used as it is, missing files and packages included.
     """
-    path = Path(path)
+    path = as_path(path, "the data", DataError)
     if not path.exists():
         raise DataError(f"{path} does not exist; give an action file ({', '.join(_READERS)}) or a folder of them")
-    reader = _read_folder if path.is_dir() else _READERS.get(path.suffix.lower())
+    suffix = path.suffix.lower()
+    reader = _read_folder if path.is_dir() else _READERS.get(suffix)
+    if filter_key and (path.is_dir() or suffix in _HDF5_SUFFIXES):
+        reader = partial(_read_folder if path.is_dir() else _read_hdf5, filter_key=filter_key)
+    elif filter_key:
+        raise DataError(f"{path.name} is no HDF5 file, and has no filter keys; leave --filter-key (filter_key=) out")
     if reader is None:
         raise DataError(
             f"{path.name} has the suffix {path.suffix!r}; expected one of {', '.join(_READERS)}, or a folder"
@@ -158,7 +170,7 @@ def load_actions(path: str | Path, *, key: str | None = None) -> ActionDataset:
     found = reader(path, key)
     return ActionDataset(
         tuple(episode.actions for episode in found),
-        tuple(episode.name for episode in found),
+        tuple(episode.name or path.stem for episode in found),
         tuple(episode.task for episode in found),
         path.name or path.absolute().name,
     )
@@ -221,7 +233,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _missing(source: str, key: str | None, found: Iterable[object]) -> DataError:
     wanted = repr(key) if key else "action array"
-    listed = ", ".join(map(str, found)) or "nothing"
+    listed = shortlist(found) or "nothing"
     return DataError(f"{source} has no {wanted}; found {listed}; expected `actions`: name the right one with key=")
 
 
@@ -349,37 +361,42 @@ def _task(names: Mapping[int, str], index: int) -> str:
 # HDF5 and LeRobot ----------------------------------------------------------------------------------------------------
 
 
-def _read_folder(path: Path, key: str | None) -> list[_Episode]:
-    if files := sorted(path.glob("data/*/*.parquet")):
+def _read_folder(path: Path, key: str | None, filter_key: str | None = None) -> list[_Episode]:
+    if not filter_key and (files := sorted(path.glob("data/*/*.parquet"))):
         return _from_parquet(files, path, key)
     files = sorted(
         (file for file in path.iterdir() if file.suffix.lower() in _HDF5_SUFFIXES), key=lambda file: _natural(file.name)
     )
     if files:
         return [
-            episode._replace(name=f"{file.stem}/{episode.name}") for file in files for episode in _read_hdf5(file, key)
+            episode._replace(name=f"{file.stem}/{episode.name}".rstrip("/"))
+            for file in files
+            for episode in _read_hdf5(file, key, filter_key)
         ]
-    listed = ", ".join(sorted(file.name for file in path.iterdir())[:10]) or "nothing"
+    listed = shortlist(sorted(file.name for file in path.iterdir())) or "nothing"
     raise DataError(
         f"folder {path.name} holds {listed}; expected HDF5 files, or a LeRobot dataset "
         "(data/chunk-000/*.parquet and meta/)"
     )
 
 
-def _read_hdf5(path: Path, key: str | None) -> list[_Episode]:
+def _read_hdf5(path: Path, key: str | None, filter_key: str | None = None) -> list[_Episode]:
     h5py = _optional("h5py")
     with _readable(path, "an HDF5 file"), h5py.File(path, "r") as file:
-        if not isinstance(demonstrations := file.get("data"), h5py.Group):
-            raise DataError(f"{path.name} holds {', '.join(file) or 'nothing'}; expected data/demo_N/actions")
-        task = _hdf5_task(demonstrations.attrs, path)
-        found = []
-        for name in sorted(demonstrations, key=_natural):
-            demonstration = demonstrations[name]
-            members = demonstration if isinstance(demonstration, h5py.Group) else {}
-            if not isinstance(actions := members.get(key or "actions"), h5py.Dataset):
-                raise _missing(f"{path.name}, data/{name}", key, members)
-            found.append(_Episode(name, task, actions[()]))
-        return found
+        try:
+            episodes = find_episodes(file, path.name, (h5py.Group, h5py.Dataset), key, filter_key)
+        except SourceError as error:
+            raise DataError(str(error)) from error
+        attributes = file["data"].attrs if "data" in file else file.attrs
+        return [
+            # ALOHA's episodes of one task lie in a folder.
+            _Episode(
+                found.name,
+                _hdf5_task(attributes, path if found.name else path.absolute().parent),
+                file[found.place][()],
+            )
+            for found in episodes
+        ]
 
 
 def _hdf5_task(attributes: Mapping[str, Any], path: Path) -> str:
@@ -422,7 +439,7 @@ def _read_columns(path: Path, key: str) -> tuple[_AnyArray, _AnyArray, _AnyArray
         for needed in (key, "episode_index"):
             if needed not in columns:
                 raise DataError(
-                    f"{path.name} has no column {needed!r}; found {', '.join(columns)}; expected LeRobot columns: name "
+                    f"{path.name} has no column {needed!r}; found {shortlist(columns)}; expected LeRobot columns: name "
                     "the action column with key="
                 )
         table = file.read(columns=[key, *({"episode_index", "frame_index", "task_index"} & set(columns))])
@@ -487,7 +504,7 @@ def _lerobot_tasks(meta: Path) -> dict[int, str]:
             table = file.read()
             texts = [name for name in _TASK_COLUMNS if name in table.column_names]
             if not texts or "task_index" not in table.column_names:
-                raise DataError(f"{path.name} has {', '.join(table.column_names)}; expected task_index and task")
+                raise DataError(f"{path.name} has {shortlist(table.column_names)}; expected task_index and task")
             return dict(zip(table.column("task_index").to_pylist(), table.column(texts[0]).to_pylist(), strict=True))
     return {}
 

@@ -49,7 +49,7 @@ from rfsq_ref.errors import CheckpointError, DataError, OutputError, SettingsErr
 from rfsq_ref.files import replacing
 from rfsq_ref.normaliser import NormaliserKind, fit_normaliser
 from rfsq_ref.quantizer import Conditioning
-from runtime.paths import refuse_existing
+from runtime.paths import as_path, refuse_existing
 
 HISTORY_FORMAT = "rfsq-training-history"
 HISTORY_VERSION = 1
@@ -277,9 +277,9 @@ def history_path(checkpoint: Path) -> Path:
     return checkpoint.with_suffix(".history.json")
 
 
-def load_history(path: str | Path) -> TrainingHistory:
+def load_history(path: str | os.PathLike[str]) -> TrainingHistory:
     """Read a NAME.history.json. Raises CheckpointError for anything else."""
-    path = Path(path)
+    path = as_path(path, "the learning curve", CheckpointError)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if (content.pop("format"), content.pop("version")) != (HISTORY_FORMAT, HISTORY_VERSION):
@@ -307,7 +307,7 @@ def save_result(result: TrainResult, output: Path) -> None:
     Each goes to a temporary sibling that is renamed, the checkpoint last: where it is, its curve is too. Raises
     CheckpointError.
     """
-    check_output(output)
+    output = check_output(output)
     history = history_of(result)
     content = {"format": HISTORY_FORMAT, "version": HISTORY_VERSION, **asdict(history)}
     text = json.dumps(content, indent=1) + "\n"
@@ -384,6 +384,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-levels", type=int, default=7)
     parser.add_argument("--data", type=Path, help="action data; the embedded demonstrations by default")
     parser.add_argument("--key", help="name of the action array or column in --data, when it is not the usual one")
+    parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
     parser.add_argument(
         "--normaliser", choices=["auto", "none", *(kind.value for kind in NormaliserKind)], default="auto",
         help="train on normalised actions; a gripper of unit size (last dimension) stays as it is. auto (default): "
@@ -428,7 +429,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise SettingsError(
                 f"--seeds {' '.join(map(str, seeds))} has one twice; equal runs would pass for a spread"
             )
-        dataset = load_actions(options.data, key=options.key) if options.data else load_demonstrations()
+        dataset = (
+            load_actions(options.data, key=options.key, filter_key=options.filter_key)
+            if options.data
+            else load_demonstrations()
+        )
         given = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
         config = TrainConfig(**{**given, "normaliser": chosen_normaliser(options.normaliser, dataset)})
         print(describe(dataset, config))

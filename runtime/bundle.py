@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from runtime.manifest import (
     graph_tensors,
     parse_manifest,
 )
+from runtime.paths import as_path
 from runtime.reading import OpenFolder, UnfitFileError
 
 _COPY_AGAIN = "copy the bundle again or build it again with `python export/build_engine.py`"
@@ -61,13 +63,14 @@ class Bundle:
         return unlisted_files(self.folder, self._contents.keys())
 
 
-def open_bundle(path: str | Path, *, is_proven: bool = True) -> Bundle:
+def open_bundle(path: str | os.PathLike[str], *, is_proven: bool = True) -> Bundle:
     """Read a bundle into memory and check it against its manifest; nothing in it is deserialised before.
 
     is_proven: False for what a build opens to run its gates. Raises BundleError when it is missing, incomplete,
-    altered, of another schema version, not a bundle, or when its manifest contradicts itself.
+    altered, of another schema version, not a bundle, or when its manifest contradicts itself; InvalidInputError for a
+    path that is none.
     """
-    folder = Path(path)
+    folder = as_path(path, "the bundle")
     for _ in range(_READS):
         with _open_folder(folder) as opened:
             text = _read_manifest(folder, opened)

@@ -17,8 +17,6 @@ import numpy.typing as npt
 
 from runtime.manifest import Manifest, ModelEntry
 
-#: Keys under which training scripts keep the state dict; a file may have both, or be one itself.
-STATE_KEYS = ("model_state_dict", "model")
 #: In the manifest's provenance of the checkpoint: name to SHA-256, as `weight_hashes` gives them.
 HASHES_KEY = "tensors"
 
@@ -80,12 +78,6 @@ def weight_shapes(model: ModelEntry) -> dict[str, tuple[int, ...]]:
         for name, size in sizes.items()
         for kind in ("weight", "bias")
     }
-
-
-def states_in(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The state dicts in what a training script saved; more than one must all be the same."""
-    wrapped = [content[key] for key in STATE_KEYS if isinstance(content.get(key), Mapping)]
-    return wrapped or [content]
 
 
 def compare_config(config: object, model: ModelEntry) -> list[str]:

@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from runtime.dataset_steps import Source
 from runtime.errors import InvalidInputError, TokenizerError
 from runtime.gates import GATES
 from runtime.manifest import ModelEntry
+from runtime.paths import as_path
 from runtime.tokenizer import ActionTokenizer
 
 INTERCHANGEABLE, DECODER_CAN_BE_REPLACED, NOT_COMPATIBLE, NOT_COMPARED = range(4)
@@ -120,7 +122,7 @@ class Comparison:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse_arguments(arguments)
     try:
-        source = open_source(options.data, options.key)
+        source = open_source(options.data, options.key, options.filter_key)
         found = compare(options.old, options.new, source, backend=options.backend, force=options.force)
     except TokenizerError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
@@ -148,6 +150,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--data", type=Path, required=True, help="recorded actions in robot units: .npz, .npy, HDF5 or LeRobot"
     )
     parser.add_argument("--key", help="name of the action array or column in --data")
+    parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
     parser.add_argument("--backend", choices=("auto", *PREFERENCE), default="auto", help="default: auto")
     parser.add_argument("--force", action="store_true", help="let the measurement decide what is not proven")
     parser.add_argument("--json", action="store_true", help="all of it as JSON")
@@ -155,7 +158,12 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def compare(
-    old: str | Path, new: str | Path, source: Source, *, backend: str = "auto", force: bool = False
+    old: str | os.PathLike[str],
+    new: str | os.PathLike[str],
+    source: Source,
+    *,
+    backend: str = "auto",
+    force: bool = False,
 ) -> Comparison:
     """Two bundles on recorded actions. force: let the measurement decide what the manifests do not prove.
 
@@ -163,8 +171,8 @@ def compare(
     not take.
     """
     with contextlib.ExitStack() as stack:
-        before = stack.enter_context(contextlib.closing(_Side("OLD", Path(old), backend)))
-        after = stack.enter_context(contextlib.closing(_Side("NEW", Path(new), backend)))
+        before = stack.enter_context(contextlib.closing(_Side("OLD", as_path(old, "OLD"), backend)))
+        after = stack.enter_context(contextlib.closing(_Side("NEW", as_path(new, "NEW"), backend)))
         compatibility = compare_manifests(before.tokenizer.manifest, after.tokenizer.manifest)
         measurement = _measure(before, after, source)
         verdict = _conclude(compatibility, measurement, before.model, after.model, force=force)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from runtime.checkpoint_layouts import recorded_hashes
-from runtime.errors import IncompatibleTokensError
+from runtime.errors import IncompatibleTokensError, InvalidInputError
 from runtime.manifest import GRAPH_FORMS, Manifest, ModelEntry
 
 #: Who makes tokens that follow no constants of the bundle, but the step's own mean and deviation.
@@ -49,6 +50,21 @@ class Compatibility:
     def is_proven(self) -> bool:
         """Whether `new` may decode the tokens of `old`."""
         return bool(self.proof) and not self.obstacles
+
+
+def matches_fingerprint(found: str, expected: object) -> bool:
+    """Whether `expected` is the fingerprint `found` or its first digits. InvalidInputError for what can be neither."""
+    if not isinstance(expected, str):
+        raise InvalidInputError(
+            f"expect_fingerprint is a {type(expected).__qualname__}; expected a str of 8 to 64 hexadecimal digits, as "
+            "`tokenizer.fingerprint` gives it"
+        )
+    if not re.fullmatch("[0-9a-f]{8,64}", expected):
+        raise InvalidInputError(
+            f"expect_fingerprint is {expected!r:.70}, of {len(expected)} characters; expected a str of 8 to 64 "
+            "hexadecimal digits in lower case, as `tokenizer.fingerprint` gives it: fewer fit too many tokenizers"
+        )
+    return found.startswith(expected)
 
 
 def compare_manifests(old: Manifest, new: Manifest) -> Compatibility:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
 from dataclasses import dataclass
 from enum import IntEnum, StrEnum
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from runtime.control_errors import ControlConfigError
+from runtime.paths import as_path
 from runtime.reading import read_file
 
 #: Settings take a few KB.
@@ -112,13 +113,22 @@ class ControlConfig:
         self._check_dimensions()
 
     @classmethod
-    def from_toml(cls, path: str | Path) -> Self:
+    def from_toml(cls, path: str | os.PathLike[str]) -> Self:
         """Raises ControlConfigError for a file that cannot be read, unknown keys and values that make no sense."""
+        file = as_path(path, "the settings", ControlConfigError)
         try:
-            values = tomllib.loads(read_file(path, _SIZE_LIMIT).decode("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ControlConfigError(f"{path} cannot be read as TOML: {error}; see docs/control_loop.md") from error
-        return cls.from_values(values, str(path))
+            values = tomllib.loads(read_file(file, _SIZE_LIMIT).decode("utf-8"))
+        except FileNotFoundError:
+            raise ControlConfigError(
+                f"{file} does not exist; give a TOML file with the settings of the loop: see docs/control_loop.md"
+            ) from None
+        except OSError as error:
+            raise ControlConfigError(
+                f"{file} cannot be read: {error}; expected a TOML file: check what it is and its permissions"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise ControlConfigError(f"{file} is no TOML: {error}; see docs/control_loop.md") from error
+        return cls.from_values(values, str(file))
 
     @classmethod
     def from_values(cls, values: dict[str, Any], source: str = "the settings") -> Self:

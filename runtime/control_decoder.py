@@ -10,7 +10,6 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,6 +38,7 @@ from runtime.control_recorder import (
 )
 from runtime.control_worker import Reporter, WarmTokenizer
 from runtime.errors import CannotCopyError
+from runtime.paths import as_path
 from runtime.tokenizer import ActionTokenizer
 
 _TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8))
@@ -281,11 +281,11 @@ class ControlDecoder:
         """The same as OpenMetrics text; from any thread."""
         return self.health.openmetrics()
 
-    def write_flight_record(self, path: str | Path) -> bool:
+    def write_flight_record(self, path: str | os.PathLike[str]) -> bool:
         """The last ticks to `path`, now; not from the loop. False where the disk refuses, which is logged."""
         if self._reporter is None or self._recorder is None:
             raise ControlConfigError("there is no flight record; call warmup(), with record_ticks above 0")
-        return self._reporter.write(Path(path))
+        return self._reporter.write(as_path(path, "the flight record"))
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until log lines and records are written; not from the loop."""

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from runtime.contract import Float32Array
 from runtime.control_config import Status
 from runtime.control_errors import FlightRecordError
+from runtime.paths import as_path
 from runtime.reading import regular_file
 
 SCHEMA = 2
@@ -190,8 +191,11 @@ def write_record(path: Path, arrays: dict[str, npt.NDArray[Any]], meta: dict[str
             temporary.unlink()
 
 
-def read_record(path: str | Path) -> FlightRecord:
+def read_record(path: str | os.PathLike[str]) -> FlightRecord:
     """Raises FlightRecordError for a file that is missing, damaged or no flight record."""
+    path = as_path(path, "the flight record", FlightRecordError)
+    if not path.exists():
+        raise FlightRecordError(f"{path} does not exist; pass a .npz that a decoder wrote")
     try:
         with regular_file(path) as (stream, _), np.load(stream, allow_pickle=False) as file:
             size = sum(member.file_size for member in file.zip.infolist())
@@ -209,7 +213,7 @@ def read_record(path: str | Path) -> FlightRecord:
     raise FlightRecordError(f"{path} has schema {schema}; expected {SCHEMA}: replay it with the version it is of")
 
 
-def _checked(path: str | Path, meta: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> FlightRecord:
+def _checked(path: Path, meta: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> FlightRecord:
     steps, latents, layers = meta["token_shape"]
     columns = {name: arrays[name].astype(kind, casting="same_kind") for name, kind in _NUMBERS.items()}
     actions, tokens, stats = arrays["actions"], arrays["tokens"], arrays["stats"]

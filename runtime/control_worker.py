@@ -18,6 +18,7 @@ from runtime.control_config import ControlConfig, Status
 from runtime.control_errors import in_words
 from runtime.control_health import Health
 from runtime.control_recorder import FlightRecorder, write_record
+from runtime.paths import as_path
 from runtime.tokenizer import ActionTokenizer
 
 _NAN = float("nan")
@@ -241,7 +242,7 @@ class Reporter:
         if is_held and self._recorder is not None and self._config.record_folder is not None and is_due:
             self._recorded = now
             self._records += 1
-            self.write(Path(self._config.record_folder) / f"flight-{time.time_ns()}-tick{tick}.npz")
+            self.write(as_path(self._config.record_folder) / f"flight-{time.time_ns()}-tick{tick}.npz")
 
     def write(self, path: Path) -> bool:
         """The ring as it is now, to `path`; False, counted and logged, where the disk refuses."""

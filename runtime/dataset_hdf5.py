@@ -1,4 +1,4 @@
-"""robomimic and LIBERO: HDF5 files with data/demo_N/actions, in one file or a folder of them."""
+"""HDF5 files of demonstrations in every layout of runtime/hdf5_layouts.py, one file or a folder of them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from runtime.dataset_steps import (
     shown_name,
     source_file,
 )
+from runtime.hdf5_layouts import EXPECTED, FoundEpisode, find_episodes
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
 _KIND = "an HDF5 file"
@@ -33,15 +34,14 @@ _KIND = "an HDF5 file"
 
 @dataclass(frozen=True, eq=False)
 class Hdf5Source:
-    """file_of_episode: int64 [E]; demonstrations: their names in the files, [E]; both in the order of the steps."""
+    """file_of_episode: int64 [E]; episodes: where they are in the files, [E]; both in the order of the steps."""
 
     name: str
     root: Path
-    key: str
     paths: tuple[Path, ...]
     files: tuple[SourceFile, ...]
     file_of_episode: Int64Array
-    demonstrations: tuple[str, ...]
+    episodes: tuple[FoundEpisode, ...]
     table: EpisodeTable
 
     @property
@@ -60,11 +60,12 @@ class Hdf5Source:
 
     def file_of(self, row: int) -> str:
         episode = int(np.searchsorted(self.table.starts, row, side="right")) - 1
-        return f"{self.files[self.file_of_episode[episode]].name}, data/{self.demonstrations[episode]}"
+        return f"{self.files[self.file_of_episode[episode]].name}, {self.episodes[episode].place.rpartition('/')[0]}"
 
     def episode_names(self, episodes: Int64Array) -> list[str]:
         return [
-            f"{shown_name(Path(self.files[self.file_of_episode[number]].name).with_suffix(''))}/{self.demonstrations[number]}"
+            f"{shown_name(Path(self.files[self.file_of_episode[number]].name).with_suffix(''))}/"
+            f"{self.episodes[number].name}".rstrip("/")
             for number in episodes.tolist()
         ]
 
@@ -74,46 +75,38 @@ def hdf5_files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: natural(path.name))
 
 
-def open_hdf5(path: Path, key: str | None) -> Hdf5Source:
+def open_hdf5(path: Path, key: str | None, filter_key: str | None = None) -> Hdf5Source:
     """One file, or a folder of them in natural order; episodes are numbered on from 0 as they come."""
-    key = key or "actions"
     paths = hdf5_files(path) if path.is_dir() else [path]
-    names: list[str] = []
+    episodes: list[FoundEpisode] = []
     lengths: list[int] = []
     owners: list[int] = []
     for index, file in enumerate(paths):
-        for name, length in _demonstrations(file, key):
-            names.append(name)
+        for episode, length in _demonstrations(file, key, filter_key):
+            episodes.append(episode)
             lengths.append(length)
             owners.append(index)
     table = EpisodeTable(lengths_to_starts(np.array(lengths)), np.arange(len(lengths), dtype=np.int64))
     root = path if path.is_dir() else path.parent
     files = tuple(source_file(file, root) for file in paths)
-    return Hdf5Source(shown_name(path), root, key, tuple(paths), files, np.array(owners), tuple(names), table)
+    return Hdf5Source(shown_name(path), root, tuple(paths), files, np.array(owners), tuple(episodes), table)
 
 
-def _demonstrations(path: Path, key: str) -> Sequence[tuple[str, int]]:
+def _demonstrations(path: Path, key: str | None, filter_key: str | None) -> Sequence[tuple[FoundEpisode, int]]:
     h5py = optional("h5py")
     check_start(path, _KIND, b"\x89HDF")
     with readable(path.name, _KIND), h5py.File(path, "r") as file:
-        group = file.get("data")
-        if not isinstance(group, h5py.Group) or not len(group):
-            raise SourceError(f"{path.name} holds {', '.join(file) or 'nothing'}; expected data/demo_N/actions")
         found = []
-        for name in sorted(group, key=natural):
-            members = group[name] if isinstance(group[name], h5py.Group) else {}
-            actions = members.get(key)
-            if not isinstance(actions, h5py.Dataset):
-                raise SourceError(
-                    f"{path.name}, data/{name} has no {key!r}; found {', '.join(members) or 'nothing'}: name the "
-                    "action array with --key"
-                )
+        for episode in find_episodes(file, path.name, (h5py.Group, h5py.Dataset), key, filter_key):
+            actions = file[episode.place]
             if actions.dtype.kind != "f" or actions.ndim != 2 or not len(actions):
                 raise SourceError(
-                    f"{path.name}, data/{name}/{key} is {actions.dtype} {list(actions.shape)}; expected floating-point "
+                    f"{path.name}, {episode.place} is {actions.dtype} {list(actions.shape)}; expected floating-point "
                     "numbers [steps, action dimensions], at least one step"
                 )
-            found.append((name, len(actions)))
+            found.append((episode, len(actions)))
+        if not found:
+            raise SourceError(f"{path.name} holds no episodes; {EXPECTED}")
         return found
 
 
@@ -137,7 +130,7 @@ class _Hdf5Reader:
                     self.close()
                     self._file = self._h5py.File(source.paths[index], "r")
                     self._file_index = index
-                dataset = self._file[f"data/{source.demonstrations[episode]}/{source.key}"]
+                dataset = self._file[source.episodes[episode].place]
                 check_width(dataset.shape[1], self._width, source.file_of(row))
                 actions[row - start : end - start] = as_float32(dataset[row - first : end - first])
             row = end

@@ -28,6 +28,7 @@ from runtime.dataset_steps import (
     shown_name,
     source_file,
 )
+from runtime.paths import shortlist
 from runtime.reading import read_file
 
 #: meta/info.json takes a few KB.
@@ -96,7 +97,7 @@ def _rows(path: Path, key: str) -> int:
         for needed in (key, *_NUMBERING):
             if schema.get_field_index(needed) < 0:
                 raise SourceError(
-                    f"{path.name} has no column {needed!r}; found {', '.join(schema.names)}; expected LeRobot columns: "
+                    f"{path.name} has no column {needed!r}; found {shortlist(schema.names)}; expected LeRobot columns: "
                     "name the action column with --key"
                 )
         kind = schema.field(key).type

@@ -29,6 +29,7 @@ from runtime.dataset_steps import (
     shown_name,
     source_file,
 )
+from runtime.paths import shortlist
 
 # In order of preference; the names with a slash are those of diffusion-policy replay buffers.
 _ACTION_NAMES = ("actions", "action", "data/actions", "data/action", "data")
@@ -188,7 +189,7 @@ def _choose(arrays: Mapping[str, _Array], key: str | None, source: str) -> tuple
     if name is None or name not in arrays:
         wanted = f"array {key!r}" if key else "action array"
         raise SourceError(
-            f"{source} has no {wanted}; found {', '.join(names) or 'nothing'}; expected `actions`: name the right one "
+            f"{source} has no {wanted}; found {shortlist(names) or 'nothing'}; expected `actions`: name the right one "
             "with --key"
         )
     return (arrays[name],)

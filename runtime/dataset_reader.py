@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.compatibility import INTEGRATION_PATHS
+from runtime.compatibility import INTEGRATION_PATHS, matches_fingerprint
 from runtime.dataset_errors import SourceError, TokenDatasetError
 from runtime.dataset_format import DatasetInfo, part_name, read_info
 from runtime.dataset_steps import (
@@ -26,19 +27,20 @@ from runtime.dataset_steps import (
 from runtime.dataset_writers import hash_file, unpack
 from runtime.errors import FingerprintError
 from runtime.manifest import FileEntry
+from runtime.paths import as_path
 from runtime.reading import read_file
 
 _AGAIN = "copy the dataset again, or tokenise the source again"
 
 
-def open_token_dataset(path: str | Path, *, expect_fingerprint: str | None = None) -> TokenDataset:
+def open_token_dataset(path: str | os.PathLike[str], *, expect_fingerprint: str | None = None) -> TokenDataset:
     """Open a folder that `tokenize_dataset.py` wrote: the sizes of all files are checked, their hashes when read.
 
     expect_fingerprint: of the tokenizer that the tokens are for, in full or its first digits (8 at least). Raises
     TokenDatasetError for what is unfinished, truncated, altered or of another schema version, FingerprintError for
     tokens of another tokenizer.
     """
-    folder = Path(path).absolute()
+    folder = as_path(path, "the dataset").absolute()
     try:
         return _open(folder, expect_fingerprint)
     except OSError as error:
@@ -59,7 +61,7 @@ def _open(folder: Path, expect_fingerprint: str | None) -> TokenDataset:
 
 
 def check_fingerprint(folder: Path, info: DatasetInfo, expected: str) -> None:
-    if len(expected) < 8 or not info.fingerprint.startswith(expected):
+    if not matches_fingerprint(info.fingerprint, expected):
         raise FingerprintError(
             f"the tokens in {folder} have the fingerprint {info.fingerprint}, expected {expected!r}: they mean "
             "something else to that tokenizer, and would become other actions; use the bundle that made them. Or:\n"

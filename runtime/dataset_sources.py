@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from runtime.dataset_errors import SourceError
@@ -9,6 +10,7 @@ from runtime.dataset_hdf5 import HDF5_SUFFIXES, hdf5_files, open_hdf5
 from runtime.dataset_lerobot import open_parquet, parquet_files
 from runtime.dataset_npz import open_npz
 from runtime.dataset_steps import Source, is_hidden
+from runtime.paths import as_path, shortlist
 
 _EXPECTED = (
     "expected .npz, .npy, .hdf5, .h5, .parquet, a folder of HDF5 files, or a LeRobot v2 or v3 folder "
@@ -16,35 +18,37 @@ _EXPECTED = (
 )
 
 
-def open_source(path: str | Path, key: str | None = None) -> Source:
+def open_source(path: str | os.PathLike[str], key: str | None = None, filter_key: str | None = None) -> Source:
     """Read tables of contents, no actions. key: the action array or column, where its name is not the usual one.
 
-    Raises SourceError.
+    filter_key: of robomimic's HDF5 files, to take the episodes alone that it lists. Raises SourceError.
     """
     # Absolute, since workers elsewhere open it too.
-    path = Path(path).absolute()
+    path = as_path(path, "the data", SourceError).absolute()
     try:
-        return _open(path, key)
+        return _open(path, key, filter_key)
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error}; check its permissions") from error
 
 
-def _open(path: Path, key: str | None) -> Source:
+def _open(path: Path, key: str | None, filter_key: str | None) -> Source:
     if not path.exists():
         raise SourceError(f"{path} does not exist; {_EXPECTED}")
     suffix = path.suffix.lower()
+    if filter_key and suffix not in HDF5_SUFFIXES and not path.is_dir():
+        raise SourceError(f"{path.name} is no HDF5 file, and has no filter keys; leave --filter-key out")
     if path.is_dir():
-        if parquet_files(path):
+        if parquet_files(path) and not filter_key:
             return open_parquet(path, key)
         if hdf5_files(path):
-            return open_hdf5(path, key)
+            return open_hdf5(path, key, filter_key)
         names = (file.name for file in path.iterdir())
-        listed = ", ".join(sorted(name for name in names if not is_hidden(name))[:10]) or "nothing"
+        listed = shortlist(sorted(name for name in names if not is_hidden(name))) or "nothing"
         raise SourceError(f"folder {path} holds {listed}; {_EXPECTED}")
     if suffix == ".parquet":
         return open_parquet(path, key)
     if suffix in HDF5_SUFFIXES:
-        return open_hdf5(path, key)
+        return open_hdf5(path, key, filter_key)
     if suffix in (".npz", ".npy"):
         return open_npz(path, key)
     raise SourceError(f"{path.name} has the suffix {path.suffix!r}; {_EXPECTED}")

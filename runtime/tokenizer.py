@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +12,7 @@ import numpy as np
 
 from runtime.backends import GPU_BACKENDS, select_backend
 from runtime.bundle import open_bundle
-from runtime.compatibility import INTEGRATION_PATHS
+from runtime.compatibility import INTEGRATION_PATHS, matches_fingerprint
 from runtime.contract import Backend, BoundCall, Float32Array, GpuArrayLike, Int32Array
 from runtime.errors import CannotCopyError, FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
 from runtime.golden import read_golden
@@ -61,7 +62,7 @@ class ActionTokenizer:
     @classmethod
     def load(
         cls,
-        path: str | Path,
+        path: str | os.PathLike[str],
         *,
         backend: str = "auto",
         expect_fingerprint: str | None = None,
@@ -75,7 +76,7 @@ class ActionTokenizer:
 
         Raises BundleError for a bundle that is missing, incomplete or altered, FingerprintError for another tokenizer,
         BackendUnavailableError where no backend can be used, SelfTestError where its answers are wrong, and
-        InvalidInputError where expect_fingerprint is no text.
+        InvalidInputError where expect_fingerprint is no text or too short, or where `path` is no path.
         """
         bundle = open_bundle(path)
         _check_fingerprint(bundle.manifest.fingerprint, expect_fingerprint)
@@ -351,18 +352,10 @@ class ActionTokenizer:
 
 #: What `load` makes anew; all else that an instance has is of a subclass, and goes with its copies.
 _OPENED = frozenset({"_manifest", "_backend", "_validator", "_unchecked_chunks", "_gpu_calls", "_is_closed"})
-_LEAST_FINGERPRINT_DIGITS = 8
 
 
 def _check_fingerprint(found: str, expected: str | None) -> None:
-    if expected is None:
-        return
-    if not isinstance(expected, str):
-        raise InvalidInputError(
-            f"expect_fingerprint is a {type(expected).__qualname__}; expected a str of hexadecimal digits, as "
-            "`tokenizer.fingerprint` gives it"
-        )
-    if len(expected) < _LEAST_FINGERPRINT_DIGITS or not found.startswith(expected):
+    if expected is not None and not matches_fingerprint(found, expected):
         raise FingerprintError(
             f"the bundle's fingerprint is {found}, expected {expected!r}: its tokens mean something else than those "
             "the policy was trained on, or become other actions; load the bundle that belongs to the policy. Or:\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,8 +26,8 @@ from runtime.checkpoint_layouts import (
     compare_state,
     is_grid,
     recorded_hashes,
-    states_in,
 )
+from runtime.checkpoint_states import states_in
 from runtime.errors import (
     BackendUnavailableError,
     FingerprintError,
@@ -35,6 +36,7 @@ from runtime.errors import (
     SelfTestError,
 )
 from runtime.manifest import ModelEntry
+from runtime.paths import as_path
 from runtime.tokenizer import ActionTokenizer
 from runtime.trt_api import EngineRefusedError
 from runtime.validation import InputValidator
@@ -103,14 +105,16 @@ class ActionRFSQAE(nn.Module):
         self.eval()
 
     @classmethod
-    def from_bundle(cls, path: str | Path, backend: str = "auto", expect_fingerprint: str | None = None) -> Self:
+    def from_bundle(
+        cls, path: str | os.PathLike[str], backend: str = "auto", expect_fingerprint: str | None = None
+    ) -> Self:
         """Open and verify the bundle at `path`; raises what `ActionTokenizer.load` raises.
 
         backend: `auto` for the best one that works here, and once tensors of a GPU come, or the module is moved there,
         for the best of those that take them; a name for that one alone. A backend on the CPU serves tensors of the GPU
         too: they are copied to it and back. expect_fingerprint: of the tokenizer that the policy was trained with.
         """
-        return cls(_Engines(Path(path), backend, expect_fingerprint))
+        return cls(_Engines(as_path(path, "the bundle"), backend, expect_fingerprint))
 
     @property
     def fingerprint(self) -> str:

@@ -63,9 +63,11 @@ def test_backends_and_batch_sizes_can_be_chosen() -> None:
 OTHERS = {
     "--checkpoint": ["x.pt"],
     "--use-layernorm": [],
+    "--weights": ["ema"],
     "--normaliser": ["x.json"],
     "--calibration-data": ["x.npz"],
     "--key": ["x"],
+    "--filter-key": ["x"],
     "--output": ["elsewhere"],
     "--overwrite": [],
     "--conditioning": ["dynamic"],

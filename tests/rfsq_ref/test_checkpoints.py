@@ -336,7 +336,7 @@ def test_headers_that_do_not_fit_are_refused(
 
 def test_safetensors_of_somebody_else_are_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="no 'rfsq-checkpoint' header"):
+    with pytest.raises(CheckpointError, match=r"not an RFSQ autoencoder.*found \['weight'\]"):
         load_checkpoint(tmp_path / "other.safetensors")
 
 
@@ -344,7 +344,10 @@ def test_safetensors_of_somebody_else_are_refused(tmp_path: Path) -> None:
     ("header", "message"),
     [
         ('{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}', "tensors of type 'F4', which torch lacks"),
-        ('{"__metadata__": null, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}', "no 'rfsq-checkpoint'"),
+        (
+            '{"__metadata__": null, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}',
+            "not an RFSQ autoencoder",
+        ),
     ],
 )
 def test_unusual_safetensors_are_refused(header: str, message: str, tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_hdf5_without_demonstrations_is_refused(tmp_path: Path) -> None:
     write_hdf5(path, random_episodes([4]))
     with h5py.File(path, "a") as file:
         file["data/demo_1/states"] = np.zeros((3, 3))
-    assert "x.hdf5, data/demo_1 has no 'actions'; found states" in refusal(path)
+    assert "x.hdf5, data/demo_1 has no action array; found states" in refusal(path)
     with h5py.File(path, "a") as file:
         file["data/demo_1/actions"] = np.zeros((3, 3), np.int64)
     assert "x.hdf5, data/demo_1/actions is int64 [3, 3]; expected floating-point" in refusal(path)

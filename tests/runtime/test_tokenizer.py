@@ -235,7 +235,7 @@ def test_the_expected_fingerprint_may_be_given_in_full_or_by_its_first_digits(bu
         ActionTokenizer.load(bundle, expect_fingerprint=expected).close()
 
 
-@pytest.mark.parametrize("expected", ["0" * 64, "", "a"])
+@pytest.mark.parametrize("expected", ["0" * 64, "0" * 8])
 def test_another_fingerprint_is_refused(expected: str, bundle: Path) -> None:
     with pytest.raises(
         FingerprintError, match=r"the bundle's fingerprint is .*load the bundle that belongs to the policy"
@@ -267,7 +267,7 @@ def test_a_fingerprint_that_is_no_text_is_refused(expected: Any, bundle: Path) -
 def test_first_digits_that_are_too_few_are_refused_even_if_right(bundle: Path) -> None:
     with ActionTokenizer.load(bundle) as tokenizer:
         fingerprint = tokenizer.fingerprint
-    with pytest.raises(FingerprintError):
+    with pytest.raises(InvalidInputError, match="of 7 characters; expected a str of 8 to 64 hexadecimal digits"):
         ActionTokenizer.load(bundle, expect_fingerprint=fingerprint[:7])
 
 
