@@ -20,13 +20,14 @@ from runtime.bundle import MANIFEST_SIZE_LIMIT, check_file_name, check_manifest,
 from runtime.errors import BundleError
 from runtime.golden import Golden, read_golden, write_golden
 from runtime.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, manifest_text, parse_manifest
+from runtime.ownership import Ownership
 from runtime.paths import as_path
 from runtime.reading import read_file
 
 # A build works in a hidden folder beside the output, whose lock it holds: a later build can tell what a dead one left.
 _STAGED = "staged"
-# In there: the bundle in the making, and the one that it replaces, set aside for a moment.
-_NEW, _OLD = "new", "old"
+# In there: what tells that it is a build's, the bundle in the making, and the one that it replaces, set aside.
+_MARKER, _NEW, _OLD = "owner", "new", "old"
 # Linux's own numbers: paths as they are, and both names trade places.
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -103,6 +104,7 @@ def stage_bundle(output: str | os.PathLike[str], *, overwrite: bool = False) -> 
                 workshop = Path(tempfile.mkdtemp(prefix=f".{output.name}.{_STAGED}-", dir=output.parent))
                 stack.enter_context(_locked(workshop))
                 stack.callback(_clear_up, workshop, output)
+                Ownership.begin(workshop / _MARKER)
             # A folder of its own, with the usual permissions: those of a temporary folder are for its owner alone.
             (workshop / _NEW).mkdir()
         except OSError as error:
@@ -182,12 +184,18 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _remove_stale(output: Path) -> None:
-    """Clear up after builds of the same output that were killed."""
+    """Clear up after builds of the same output that were killed: their marker tells, a name alone does not."""
     # mkdtemp adds eight characters.
     pattern = re.compile(rf"\.{re.escape(output.name)}\.{_STAGED}-[a-z0-9_]{{8}}")
     for path in output.parent.iterdir():
-        if pattern.fullmatch(path.name) and _is_stale(path):
+        if not pattern.fullmatch(path.name) or not _is_stale(path):
+            continue
+        if Ownership.read(path / _MARKER) is not None:
             _clear_up(path, output)
+        else:
+            # Killed before it had its marker, it is empty; what is not stays.
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _clear_up(workshop: Path, output: Path) -> None:

@@ -12,7 +12,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     The folder is made if missing; until the end the old file stays whole. Raises OSError.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

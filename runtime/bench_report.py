@@ -220,7 +220,7 @@ def write_report(report: Report, folder: Path) -> list[str]:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     try:
         temporary.write_bytes(content)
         temporary.replace(path)

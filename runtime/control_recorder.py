@@ -177,7 +177,7 @@ def _rows_of(ring: npt.NDArray[Any], shape: tuple[int, ...]) -> list[npt.NDArray
 
 def write_record(path: Path, arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any]) -> None:
     """Whole or not at all. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     text = np.frombuffer(json.dumps({"schema": SCHEMA, **meta}).encode(), np.uint8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

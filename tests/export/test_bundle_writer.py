@@ -382,6 +382,18 @@ def test_a_killed_build_leaves_no_bundle_and_the_next_one_clears_up(tmp_path: Pa
     assert siblings(tmp_path) == ["bundle"]
 
 
+def test_a_strangers_folder_with_the_name_of_a_dead_build_is_left_alone(tmp_path: Path) -> None:
+    strange = tmp_path / ".bundle.staged-abcd0123"
+    for name in ("new", "old"):
+        (strange / name).mkdir(parents=True)
+        (strange / name / "1.jpg").write_bytes(b"x")
+    empty = tmp_path / ".bundle.staged-abcd4567"
+    empty.mkdir()
+    write_bundle(tmp_path / "bundle", Recipe())
+    assert siblings(tmp_path) == [strange.name, "bundle"]
+    assert [(strange / name / "1.jpg").read_bytes() for name in ("new", "old")] == [b"x", b"x"]
+
+
 def test_an_interrupted_build_clears_up_itself(tmp_path: Path) -> None:
     process = start_stuck(tmp_path / "bundle")
     process.send_signal(signal.SIGINT)

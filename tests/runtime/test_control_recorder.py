@@ -1,5 +1,6 @@
 """The flight recorder: what came is in it whatever it was, and what is read back is whole or refused."""
 
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -196,3 +197,10 @@ def test_a_record_of_another_version_says_so(tmp_path: Path) -> None:
     write_record(path, {}, {"schema": 1})
     with pytest.raises(FlightRecordError, match="has schema 1; expected 2"):
         read_record(path)
+
+
+def test_a_file_that_bears_a_temporary_name_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / f".x.npz.{os.getpid()}.tmp"
+    other.write_bytes(b"mine")
+    _write(_recorder(), tmp_path / "x.npz")
+    assert other.read_bytes() == b"mine"
