@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from rfsq_ref.errors import DataError
 from runtime.dataset_errors import SourceError
+from runtime.dataset_steps import is_hidden
 from runtime.hdf5_layouts import find_episodes
 from runtime.paths import as_path, shortlist
 
@@ -106,11 +107,21 @@ class ActionDataset:
 
 def _checked(actions: _AnyArray, label: str) -> FloatArray:
     """The same actions as ActionDataset keeps them, or DataError."""
+    if isinstance(actions, np.ma.MaskedArray):
+        raise DataError(
+            f"{label}: a masked array, whose hidden values are no actions; expected all of them: repair or drop this "
+            "episode"
+        )
     actions = np.asarray(actions)
-    if actions.dtype.kind != "f":
+    if actions.dtype.kind in "iu":
         raise DataError(
             f"{label}: dtype {actions.dtype}; expected floating-point actions: convert them with "
             ".astype(np.float32) if these are actions, or name the action array with key="
+        )
+    if actions.dtype.kind != "f":
+        raise DataError(
+            f"{label}: dtype {actions.dtype}, not real numbers; expected floating-point actions [steps, action "
+            "dimensions]: save them as such, or name the action array with key="
         )
     if actions.ndim != 2:
         raise DataError(f"{label}: shape {actions.shape}; expected [steps, action dimensions]")
@@ -279,7 +290,7 @@ def _read_pt(path: Path, key: str | None) -> list[_Episode]:
 
 def _from_arrays(arrays: Mapping[str, _AnyArray], key: str | None, source: str) -> list[_Episode]:
     """Episodes from one action array, [N, A] or [episodes, steps, A], or from 2-D arrays numbered under one name."""
-    names = sorted(arrays, key=_natural)
+    names = sorted((name for name in arrays if not is_hidden(name)), key=_natural)
     name = key or next((name for name in _ACTION_NAMES if name in names), names[0] if len(names) == 1 else None)
     if name is None and len({name.rstrip("0123456789") for name in names}) == 1:
         return [_Episode(name, "", arrays[name]) for name in names]
@@ -362,10 +373,12 @@ def _task(names: Mapping[int, str], index: int) -> str:
 
 
 def _read_folder(path: Path, key: str | None, filter_key: str | None = None) -> list[_Episode]:
-    if not filter_key and (files := sorted(path.glob("data/*/*.parquet"))):
+    files = sorted(file for file in path.glob("data/*/*.parquet") if not is_hidden(file.relative_to(path).as_posix()))
+    if files and not filter_key:
         return _from_parquet(files, path, key)
     files = sorted(
-        (file for file in path.iterdir() if file.suffix.lower() in _HDF5_SUFFIXES), key=lambda file: _natural(file.name)
+        (file for file in path.iterdir() if file.suffix.lower() in _HDF5_SUFFIXES and not is_hidden(file.name)),
+        key=lambda file: _natural(file.name),
     )
     if files:
         return [
@@ -373,7 +386,7 @@ def _read_folder(path: Path, key: str | None, filter_key: str | None = None) -> 
             for file in files
             for episode in _read_hdf5(file, key, filter_key)
         ]
-    listed = shortlist(sorted(file.name for file in path.iterdir())) or "nothing"
+    listed = shortlist(sorted(file.name for file in path.iterdir() if not is_hidden(file.name))) or "nothing"
     raise DataError(
         f"folder {path.name} holds {listed}; expected HDF5 files, or a LeRobot dataset "
         "(data/chunk-000/*.parquet and meta/)"

@@ -563,6 +563,11 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda tmp: parquet(tmp / "a.parquet", action=[[0, 255]], episode_index=[0]),
         r"'episode_0': dtype int64; expected floating-point actions: convert them with \.astype",
     ),
+    # Not with the advice to convert, which numpy cannot follow there.
+    "nested lists in Parquet": (
+        lambda tmp: parquet(tmp / "a.parquet", action=[[[0.0, 1.0]], [[0.0, 1.0]]], episode_index=[0, 0]),
+        r"dtype object, not real numbers; expected floating-point actions \[steps, action dimensions\]: save them",
+    ),
     "no rows": (
         lambda tmp: parquet(tmp / "a.parquet", action=pa.array([], pa.list_(pa.float32())), episode_index=[]),
         "has no rows",
@@ -581,7 +586,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "damaged task list": (lambda tmp: lerobot_with_bad_tasks(tmp / "a", "{"), r"tasks\.jsonl cannot be read"),
     "task list without numbers": (lambda tmp: lerobot_with_bad_tasks(tmp / "a", '{"task": "x"}'), "task_index"),
-    "strings": (lambda tmp: npz(tmp / "a.npz", actions=np.array([["a", "b"]])), "dtype <U1; expected floating-point"),
+    "strings": (
+        lambda tmp: npz(tmp / "a.npz", actions=np.array([["a", "b"]])),
+        "dtype <U1, not real numbers; expected floating-point",
+    ),
     "tokens instead of actions": (lambda tmp: npz(tmp / "a.npz", actions=np.zeros((3, 7), int)), "dtype int64"),
     "complex": (lambda tmp: npz(tmp / "a.npz", actions=np.zeros((3, 7), complex)), "dtype complex128"),
     "NaN": (
@@ -796,3 +804,9 @@ def test_every_part_of_the_embedded_demonstrations_has_every_task() -> None:
     dataset = load_demonstrations()
     for part in parts_of(split_episodes(dataset)):
         assert set(part.tasks) == set(dataset.tasks)
+
+
+def test_values_that_a_mask_hides_are_no_actions() -> None:
+    masked = np.ma.masked_array(np.zeros((3, 2)), mask=[[False, True]] * 3)
+    with pytest.raises(DataError, match="a masked array, whose hidden values are no actions"):
+        ActionDataset((masked,), ("a",), ("",), "here")

@@ -114,6 +114,43 @@ def test_other_floating_point_numbers_are_rounded(kind: str, tmp_path: Path) -> 
         np.testing.assert_array_equal(steps.values, actions.astype(np.float32))
 
 
+def leave_debris(folder: Path) -> None:
+    """Beside every file and folder, what macOS, Windows, Jupyter and network file systems leave."""
+    for path in [*folder.rglob("*")]:
+        path.with_name(f"._{path.name}").write_bytes(b"\x00\x05\x16\x07 AppleDouble")
+        (path.parent / ".ipynb_checkpoints").mkdir(exist_ok=True)
+        if path.is_file():
+            (path.parent / ".ipynb_checkpoints" / path.name).write_bytes(path.read_bytes())
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", ".nfs0000000000000001.parquet", "._x.hdf5"):
+        (folder / name).write_bytes(b"x")
+
+
+@pytest.mark.parametrize("layout", ["lerobot_v2", "lerobot_v3", "libero"])
+def test_what_systems_leave_beside_files_is_not_read(layout: str, tmp_path: Path) -> None:
+    episodes = random_episodes(LENGTHS)
+    path = write_layout(layout, tmp_path, episodes)
+    leave_debris(path)
+    np.testing.assert_array_equal(read(path, [(0, sum(LENGTHS))])[0].values, np.concatenate(episodes))
+    np.testing.assert_array_equal(load_actions(path).steps(), np.concatenate(episodes))
+
+
+@pytest.mark.parametrize("name", ["stored.npz", "arrays.npz"])
+def test_what_macos_packs_into_an_archive_is_not_read(name: str, tmp_path: Path) -> None:
+    episodes = random_episodes(LENGTHS)
+    path = write_layout(name, tmp_path, episodes)
+    with zipfile.ZipFile(path, "a") as archive:
+        for member in archive.namelist():
+            archive.writestr(f"__MACOSX/._{member}", b"\x00\x05\x16\x07 AppleDouble")
+    np.testing.assert_array_equal(read(path, [(0, sum(LENGTHS))])[0].values, np.concatenate(episodes))
+    np.testing.assert_array_equal(load_actions(path).steps(), np.concatenate(episodes))
+
+
+def test_a_folder_of_nothing_else_is_refused_and_they_are_not_listed(tmp_path: Path) -> None:
+    (tmp_path / "._x.hdf5").write_bytes(b"x")
+    (tmp_path / ".DS_Store").write_bytes(b"x")
+    assert "holds nothing; expected" in refusal(tmp_path)
+
+
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
@@ -309,6 +346,22 @@ def test_a_folder_that_lacks_what_meta_states_is_refused(write: object, tmp_path
     assert open_source(folder).num_steps == 27
     write_info(folder, "v3.0", episodes, total_episodes=5)
     assert "states 5 episodes, meta/episodes lists 4" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "listed", [{"episode_index": [2**70], "length": [1]}, {"episode_index": [None], "length": [27]}]
+)
+def test_numbers_of_episodes_that_are_none_are_refused(listed: dict[str, list[object]], tmp_path: Path) -> None:
+    folder = write_lerobot_v2(tmp_path / "x", random_episodes(LENGTHS))
+    line = {name: values[0] for name, values in listed.items()}
+    (folder / "meta/episodes.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    assert "cannot be read as" in refusal(folder)
+    (folder / "meta/episodes.jsonl").unlink()
+    (folder / "meta/episodes/chunk-000").mkdir(parents=True)
+    number = listed["episode_index"][0]
+    table = pa.table({"episode_index": pa.array([None if number is None else 0.5]), "length": listed["length"]})
+    pq.write_table(table, folder / "meta/episodes/chunk-000/file-000.parquet")
+    refusal(folder)
 
 
 def test_other_versions_of_lerobot_are_refused(tmp_path: Path) -> None:
