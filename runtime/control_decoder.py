@@ -40,6 +40,7 @@ from runtime.control_worker import Reporter, WarmTokenizer
 from runtime.errors import CannotCopyError
 from runtime.paths import as_path
 from runtime.tokenizer import ActionTokenizer
+from runtime.validation import as_array_advice, kind_of
 
 _TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8))
 _NEVER = NO_NUMBER
@@ -496,8 +497,8 @@ class ControlDecoder:
     def _wrong_form(self, tokens: object, sequence: object, observed_ns: object) -> str:
         """What is wrong with the arguments."""
         if type(tokens) is not _Array:
-            kind = f"{type(tokens).__module__}.{type(tokens).__qualname__}"
-            return f"tokens is a {kind}; expected a numpy.ndarray: pass np.asarray(tokens)"
+            advice = as_array_advice("tokens", tokens, is_float=False)
+            return f"tokens is a {kind_of(tokens)}; expected a numpy.ndarray{advice}"
         if tokens.shape not in self._layers_of:
             return (
                 f"tokens have shape {list(tokens.shape)}; expected {list(self._tail)} and one of the layers "

@@ -158,6 +158,8 @@ class ActionGuard:
 
 def _as_numbers(position: Sequence[float]) -> Float64Array:
     try:
+        if isinstance(position, np.ma.MaskedArray):
+            raise TypeError("what a mask hides is no value")
         return np.asarray(position, np.float64)
     except (TypeError, ValueError, OverflowError) as error:
         raise ControlConfigError(

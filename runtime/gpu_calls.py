@@ -11,7 +11,7 @@ from runtime.contract import BoundCall
 from runtime.errors import InvalidInputError, UnbuiltPrefixError
 from runtime.gpu_arrays import GpuArray, GpuResult, GpuStream, gpu_array, stream_of
 from runtime.manifest import ModelEntry
-from runtime.validation import STATS_NEEDED, is_gpu_array
+from runtime.validation import STATS_NEEDED, is_gpu_array, type_advice
 
 _DType = np.dtype[Any]
 _FLOAT32, _INT32 = np.dtype(np.float32), np.dtype(np.int32)
@@ -196,9 +196,9 @@ def _output(name: str, value: object, dtype: _DType, shape: tuple[int, ...]) -> 
 
 def _check_type(name: str, array: GpuArray, dtype: _DType) -> None:
     if array.dtype != dtype:
+        advice = type_advice(array.dtype, np.dtype(dtype), f".to(torch.{dtype}) or .astype(cupy.{dtype})")
         raise InvalidInputError(
-            f"{name} have type {array.dtype}; expected {dtype}: nothing is converted on the GPU unasked, convert "
-            f"with .to(torch.{dtype}) or .astype(cupy.{dtype})"
+            f"{name} have type {array.dtype}; expected {dtype}: nothing is converted on the GPU unasked, {advice}"
         )
 
 

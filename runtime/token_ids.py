@@ -33,6 +33,7 @@ from runtime.errors import (
     VocabularyError,
     WrongLayerError,
 )
+from runtime.validation import as_array_advice
 
 if TYPE_CHECKING:
     from runtime.tokenizer import ActionTokenizer
@@ -339,7 +340,9 @@ class TokenVocabulary:
 def _ids(ids: object) -> npt.NDArray[Any]:
     """int64 or int32 [B, n] in this machine's byte order."""
     if type(ids) is not np.ndarray:
-        raise IdTypeError(f"ids is a {type(ids).__qualname__}; expected a numpy.ndarray: pass np.asarray(ids)")
+        raise IdTypeError(
+            f"ids is a {type(ids).__qualname__}; expected a numpy.ndarray{as_array_advice('ids', ids, is_float=False)}"
+        )
     native = ids.dtype.newbyteorder("=")
     if native not in _ID_TYPES:
         raise IdTypeError(f"ids have type {ids.dtype}; expected int64 or int32: they are numbers of a vocabulary")

@@ -148,7 +148,7 @@ class InputValidator:
         """`out`; raises InvalidInputError unless results can be written straight into it, without touching `inputs`."""
         # Unlike an input, it must not be converted: the results would be lost with the converted array.
         if type(out) is not np.ndarray or out.dtype != dtype or out.shape != shape:
-            found = f"{out.dtype}{list(out.shape)}" if type(out) is np.ndarray else f"a {_kind(out)}"
+            found = f"{out.dtype}{list(out.shape)}" if type(out) is np.ndarray else f"a {kind_of(out)}"
             raise InvalidInputError(
                 f"{name} is {found}; expected a numpy.ndarray {np.dtype(dtype)}{list(shape)}: allocate it with "
                 f"np.empty({list(shape)}, np.{np.dtype(dtype)})"
@@ -174,7 +174,7 @@ class InputValidator:
         expected = ["B", *map(str, tail)] + (["l"] if is_prefix else [])
         if array.ndim != len(expected) or tuple(array.shape[1:3]) != tail:
             hint = ""
-            if array.ndim == len(expected) - 1:
+            if array.ndim == len(expected) - 1 and tuple(array.shape[:2]) == tail:
                 hint = f"; for a single chunk pass {name}[None]"
             raise InvalidInputError(
                 f"{name} have shape {list(array.shape)}; expected [{letters}] = [{', '.join(expected)}]{hint}"
@@ -190,10 +190,11 @@ class InputValidator:
     def _refuse_prefix(self, tokens: _Array) -> None:
         layers, model = tokens.shape[3], self._model
         can_be_built = 1 <= layers <= model.num_layers
+        slicing = "slice tokens[..., :l] to one of them, or " if layers > min(model.prefixes) else ""
         raise UnbuiltPrefixError(
             f"tokens have {layers} layers (shape {list(tokens.shape)}); this bundle decodes {_listed(model.prefixes)}: "
             + (
-                f"slice tokens[..., :l] to one of them, or build the bundle with `--prefixes {layers}`"
+                f"{slicing}build the bundle with `--prefixes {layers}`"
                 if can_be_built
                 else f"pass the first so many of the model's {model.num_layers} layers, tokens[..., :l]"
             )
@@ -210,12 +211,30 @@ class InputValidator:
 def _as_array(name: str, value: object) -> _Array:
     # Subclasses bring rules of their own: a masked array hides the very values that have to be checked.
     if type(value) is not np.ndarray:
-        raise InvalidInputError(f"{name} is a {_kind(value)}; expected a numpy.ndarray: pass np.asarray({name})")
+        advice = as_array_advice(name, value, is_float=name != "tokens")
+        raise InvalidInputError(f"{name} is a {kind_of(value)}; expected a numpy.ndarray{advice}")
     return value
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def as_array_advice(name: str, value: object, *, is_float: bool) -> str:
+    """How `value` becomes an array, as the end of a message; nothing where only the caller can know.
+
+    Whole numbers keep their type, for rounding them unseen would make other tokens of them.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        # numpy.asarray would give the values that the mask hides.
+        return f": what its mask hides is no value; leave those chunks out, or choose values with {name}.filled"
+    if any(f"{base.__module__}.{base.__qualname__}" == "torch.Tensor" for base in type(value).__mro__):
+        return f": pass {name}.detach().cpu(){'.float()' if is_float else ''}.numpy()"
+    if is_gpu_array(value):
+        return f": copy it from the GPU, {name}.get() where it is CuPy's"
+    if isinstance(value, list | tuple | np.ndarray) or hasattr(value, "__array__"):
+        return f": pass np.asarray({name}{', np.float32' if is_float else ''})"
+    return ""
 
 
 def _native(name: str, array: _Array, accepted: tuple[np.dtype[Any], ...]) -> _Array:
@@ -223,10 +242,19 @@ def _native(name: str, array: _Array, accepted: tuple[np.dtype[Any], ...]) -> _A
     native = array.dtype.newbyteorder("=")
     if native not in accepted:
         raise InvalidInputError(
-            f"{name} have type {array.dtype}; expected {_listed(accepted)}: convert with "
-            f"{name}.astype(np.{accepted[0]})"
+            f"{name} have type {array.dtype}; expected {_listed(accepted)}: "
+            + type_advice(array.dtype, accepted[0], f"{name}.astype(np.{accepted[0]})")
         )
     return array.astype(native, copy=False)
+
+
+def type_advice(found: np.dtype[Any], wanted: np.dtype[Any], conversion: str) -> str:
+    """The end of a message: `conversion` only where it is right whatever the values are."""
+    if found.kind in "iu" or (found.kind == "f" and wanted.kind == "f"):
+        return f"convert with {conversion}"
+    if found.kind in "fc":
+        return "a fraction is lost in conversion; pass the whole numbers that the tokenizer or the policy gave"
+    return f"these are no plain numbers; make them anew as np.{wanted}"
 
 
 def _listed(values: tuple[object, ...]) -> str:

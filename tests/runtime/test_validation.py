@@ -1,6 +1,8 @@
 """Wrong arrays are refused by name and place before anything is written; odd but right ones work."""
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis.extra import numpy as hnp
 
 from rfsq_ref.quantizer import Conditioning, ResidualQuantizer
 from runtime import ActionTokenizer, InvalidInputError, UnbuiltPrefixError
+from runtime.validation import InputValidator
 from tests.bundles import Recipe, random_actions
 
 # The small bundle: A 3, D 4, L 3, K 5, T 2, prefixes 2 and 3.
@@ -37,9 +40,12 @@ def changed(array: np.ndarray, index: tuple[int, ...], value: float) -> np.ndarr
         (ACTIONS[:, :1], r"shape \[5, 1, 3\]; expected \[B, T, A\] = \[B, 2, 3\]"),
         (ACTIONS[..., :2], r"shape \[5, 2, 2\]; expected"),
         (np.float32(1), r"actions is a numpy.float32; expected a numpy.ndarray"),
-        (ACTIONS.tolist(), r"actions is a builtins.list; expected a numpy.ndarray: pass np.asarray\(actions\)"),
+        (
+            ACTIONS.tolist(),
+            r"actions is a builtins.list; expected a numpy.ndarray: pass np.asarray\(actions, np.float32\)",
+        ),
         (None, "actions is a builtins.NoneType"),
-        (np.ma.masked_array(ACTIONS), "actions is a numpy.ma.MaskedArray"),
+        (np.ma.masked_array(ACTIONS), "MaskedArray; expected a numpy.ndarray: what its mask hides is no value"),
         (ACTIONS.astype(np.float64), r"type float64; expected float32: convert with actions.astype\(np.float32\)"),
         (ACTIONS.astype(np.float16), "type float16; expected float32"),
         (ACTIONS.astype(int), "type int64; expected float32"),
@@ -71,7 +77,7 @@ def test_wrong_actions(actions: Any, message: str, tokenizer: ActionTokenizer) -
         (TOKENS[:, :, :3], r"shape \[5, 2, 3, 3\]; expected"),
         (
             TOKENS.astype(np.float32),
-            r"type float32; expected int32, int64 or uint8: convert with tokens.astype\(np.int32\)",
+            "type float32; expected int32, int64 or uint8: a fraction is lost in conversion",
         ),
         (TOKENS.astype(bool), "type bool; expected int32"),
         (TOKENS.astype(np.int16), "type int16; expected int32"),
@@ -91,6 +97,93 @@ def test_wrong_tokens(tokens: Any, message: str, tokenizer: ActionTokenizer) -> 
     with pytest.raises(InvalidInputError, match=message):
         tokenizer.decode_into(tokens, out)
     assert (out == 9).all()
+
+
+class Exporting:
+    """An array of another library that numpy understands."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        del copy
+        return self.array.astype(dtype or self.array.dtype)
+
+
+def advice(call: Callable[[Any], object], given: Any) -> str:
+    with pytest.raises(InvalidInputError) as caught:
+        call(given)
+    found = re.search(r": (?:pass|convert with) (.*)$", str(caught.value))
+    return found[1] if found else ""
+
+
+@pytest.mark.parametrize("name", ["actions", "tokens"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda array: array.tolist(),
+        lambda array: tuple(array.tolist()),
+        Exporting,
+        lambda array: array.view(type("Subclass", (np.ndarray,), {})),
+        torch.from_numpy,
+        lambda array: torch.from_numpy(array).to(torch.bfloat16 if array.dtype == np.float32 else torch.int64),
+        lambda array: torch.nn.Parameter(torch.from_numpy(array), requires_grad=array.dtype == np.float32),
+        lambda array: array.astype(np.float64 if array.dtype == np.float32 else np.int16),
+        lambda array: array.astype(np.float16 if array.dtype == np.float32 else np.uint64),
+    ],
+)
+def test_what_a_message_advises_works(make: Callable[[np.ndarray], Any], name: str, tokenizer: ActionTokenizer) -> None:
+    call, array = (tokenizer.encode, ACTIONS) if name == "actions" else (tokenizer.decode, TOKENS)
+    given = make(array)
+    repaired = eval(advice(call, given), {"np": np, name: given})  # noqa: S307  # a message of ours
+    assert repaired.shape == array.shape
+    np.testing.assert_allclose(repaired, array, rtol=0.01, atol=0.01)
+    call(repaired)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        np.ma.masked_array,
+        lambda array: array.astype(object),
+        lambda array: array.astype(str),
+        lambda array: array.astype(np.complex64),
+        lambda array: array > 0,
+        lambda _: None,
+        lambda _: "tokens",
+        lambda _: {},
+    ],
+)
+@pytest.mark.parametrize("name", ["actions", "tokens"])
+def test_no_conversion_is_advised_where_it_would_hide_what_is_wrong(
+    make: Callable[[np.ndarray], Any], name: str, tokenizer: ActionTokenizer
+) -> None:
+    call, array = (tokenizer.encode, ACTIONS) if name == "actions" else (tokenizer.decode, TOKENS)
+    assert advice(call, make(array)) == ""
+
+
+def test_fractions_are_not_advised_to_become_tokens(tokenizer: ActionTokenizer) -> None:
+    assert advice(tokenizer.decode, TOKENS + 0.5) == ""
+    assert advice(tokenizer.decode, (TOKENS + 0.5).tolist()) == "np.asarray(tokens)"
+
+
+def test_slicing_is_advised_where_there_is_enough_to_slice(tokenizer: ActionTokenizer) -> None:
+    for prefixes, layers, is_advised in (((2, 3), 1, False), ((1, 3), 2, True)):
+        validator = InputValidator(replace(tokenizer.model, prefixes=prefixes))
+        with pytest.raises(UnbuiltPrefixError) as caught:
+            validator.tokens(np.zeros((1, 2, 4, layers), np.int32))
+        assert ("slice tokens" in str(caught.value)) == is_advised
+
+
+def test_a_single_chunk_is_guessed_only_from_its_shape(tokenizer: ActionTokenizer) -> None:
+    for call, chunk, other in (
+        (tokenizer.encode, ACTIONS[0], ACTIONS[:, 0]),
+        (tokenizer.decode, TOKENS[0], TOKENS[:, 0]),
+    ):
+        for array, is_guessed in ((chunk, True), (other, False)):
+            with pytest.raises(InvalidInputError) as caught:
+                call(array)
+            assert ("for a single chunk pass" in str(caught.value)) == is_guessed
 
 
 @pytest.mark.parametrize("layers", [0, 1, 4])
