@@ -15,6 +15,7 @@ from export.bundle_writer import StagedBundle, stage_bundle
 from export.errors import ExportError
 from runtime import ActionTokenizer
 from runtime.bundle import open_bundle
+from runtime.errors import BundleError
 from runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 from tests.bundles import Recipe, bundle_files, deploy, export_graphs, golden_vectors, make_manifest, write_bundle
 
@@ -63,11 +64,27 @@ def test_the_manifest_lists_what_was_written(tmp_path: Path) -> None:
 
 def test_sealing_again_replaces_the_manifest(tmp_path: Path) -> None:
     with stage_bundle(tmp_path / "bundle") as staged:
-        fill(staged, replace(MANIFEST, parity=()))
-        assert open_bundle(staged.folder).manifest.parity == ()
+        fill(staged)
+        staged.seal(replace(MANIFEST, tools={}))
+        assert open_bundle(staged.folder).manifest.tools == {}
         sealed = staged.seal(MANIFEST)
     assert open_bundle(tmp_path / "bundle").manifest == sealed
-    assert sealed.parity == MANIFEST.parity
+    assert sealed.tools == MANIFEST.tools
+
+
+def test_a_bundle_opens_for_its_gates_and_for_nothing_else_before_they_have_run(tmp_path: Path) -> None:
+    unproven = replace(MANIFEST, parity=())
+    with stage_bundle(tmp_path / "bundle") as staged:
+        fill(staged)
+        staged.seal(unproven, is_proven=False)
+        assert not staged.is_sealed
+        assert open_bundle(staged.folder, is_proven=False).manifest.parity == ()
+        with pytest.raises(BundleError, match="onnxruntime on CPU lacks the gates encode: wrong tokens"):
+            open_bundle(staged.folder)
+        with pytest.raises(ExportError, match="onnxruntime on CPU lacks the gates"):
+            staged.seal(unproven)
+        staged.seal(MANIFEST)
+        assert staged.is_sealed
 
 
 def test_equal_content_gives_equal_bytes(tmp_path: Path) -> None:

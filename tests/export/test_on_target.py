@@ -20,7 +20,7 @@ from runtime import ActionTokenizer
 from runtime.bundle import open_bundle
 from runtime.cpu_targets import host_targets
 from runtime.manifest import C_SOURCE, EngineEntry, Manifest
-from tests.bundles import Recipe, bundle_files, c_entry, deploy, generate_c, write_bundle
+from tests.bundles import Recipe, bundle_files, c_entry, deploy, generate_c, proven, write_bundle
 from tests.export.machine import needs_no_gpu, needs_rtx
 
 ROOT = Path(__file__).parents[2]
@@ -200,7 +200,9 @@ def test_engines_for_other_processors_stay(tmp_path: Path) -> None:
         for file in opened.manifest.files:
             staged.write(file, opened.content(file))
         staged.write(strange.file, b"for another processor")
-        staged.seal(replace(opened.manifest, engines=(*opened.manifest.engines, strange)))
+        proofs = proven("c", "riscv64", opened.manifest.model)
+        engines = (*opened.manifest.engines, strange)
+        staged.seal(replace(opened.manifest, engines=engines, parity=(*opened.manifest.parity, *proofs)))
     assert main(["--from-bundle", str(bundle)]) == 0
     assert [entry.targets for entry in c_engines(open_bundle(bundle).manifest)] == [
         ("riscv64",),

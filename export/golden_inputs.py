@@ -1,0 +1,279 @@
+"""Inputs that show a wrong constant: just outside float32's tolerance of a bin's edge, where the constant moves most.
+
+A constant that is off by a relative error e moves a value in front of the quantiser by e times the value's sensitivity
+to it. A token shows that where the value lies nearer to an edge than it is moved, and farther than float32 may move it
+by rounding. So for every layer and latent steps are sought close to an edge, on either side, and of these the ones are
+kept that are most sensitive to some constant. Decoders answer without steps: there the most sensitive tokens are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from export.plan import AffineQuantizer, DeployMode, middle_level, plan_encoder, token_map
+from rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq_ref.quantizer import Conditioning
+from rfsq_ref.rounding import token_error_bounds
+from runtime.contract import Float32Array, Float64Array
+from runtime.gates import GATES
+
+#: The relative error of one constant that has to show wherever it can.
+ERROR = 1e-4
+#: Steps that edges are sought between: of the range, and of ones so many times as wide, where activations are extreme.
+_WIDTHS = (1.0, 1.0, 2.0, 4.0)
+_POOL = 4096
+#: Edges that are sought for each layer and latent, and for all of them together; and numbers that are held for them.
+_EDGES_EACH, _EDGES, _MOST_NUMBERS = 16, 1024, 20_000_000
+#: How far from its edge a value is put, in tolerances: rounding never explains that it is on the other side.
+_DISTANCE = 1.1
+_FARTHEST = 2.0
+_BISECTIONS = 32
+#: A constant is seen to by a step that shows it with so much to spare, where there is one.
+_ROOM = 3.0
+
+
+@dataclass(frozen=True)
+class _Edges:
+    """Steps [N, A] close to an edge; of each the latent and the layer that are, and the bounds there, in bin widths."""
+
+    steps: Float32Array
+    latent: npt.NDArray[np.int64]
+    layer: npt.NDArray[np.int64]
+
+
+def sensitive_steps(
+    model: ActionAutoencoder,
+    mode: DeployMode,
+    prefixes: Sequence[int],
+    low: Float64Array,
+    high: Float64Array,
+    limit: float,
+    random: np.random.Generator,
+) -> Float32Array:
+    """Steps [N, A], none of which is there in vain; low, high [A]: the range; limit: the largest |action|."""
+    pool = _pool(low, high, limit, random)
+    found = _steps_at_edges(model, pool, random)
+    effects = _encoder_effects(model, mode, found)
+    chosen = found.steps[_cover(effects)]
+    decoded = [_cover(_decoder_effects(model, pool, prefix)) for prefix in prefixes] if not mode.has_stats else []
+    return np.concatenate([chosen, *(pool[steps] for steps in decoded)])
+
+
+def _pool(low: Float64Array, high: Float64Array, limit: float, random: np.random.Generator) -> Float32Array:
+    middle, half = (low + high) / 2, (high - low) / 2
+    parts = [middle + width * half * random.uniform(-1, 1, (_POOL // len(_WIDTHS), len(low))) for width in _WIDTHS]
+    return np.clip(np.concatenate(parts), -limit, limit).astype(np.float32)
+
+
+# --- steps at edges ---------------------------------------------------------------------------------------------------
+
+
+def _steps_at_edges(model: ActionAutoencoder, pool: Float32Array, random: np.random.Generator) -> _Edges:
+    """On both sides of an edge, `_DISTANCE` tolerances away from it, where float32 has steps so close."""
+    first, second, latent, layer = _pairs(model, pool, random)
+    near, far = _bisected(model, first, second, latent, layer)
+    sides = []
+    for inner, outer in ((near, first), (far, second)):
+        _, _, bounds = token_error_bounds(model, torch.from_numpy(inner).double())
+        tolerance = bounds.numpy()[np.arange(len(inner)), latent, layer]
+        sides.append(_moved_out(model, inner, outer, latent, layer, tolerance))
+    steps, latent, layer = np.concatenate(sides), np.tile(latent, 2), np.tile(layer, 2)
+    _, margins, bounds = token_error_bounds(model, torch.from_numpy(steps).double())
+    rows = np.arange(len(steps))
+    margin, bound = margins.numpy()[rows, latent, layer], bounds.numpy()[rows, latent, layer]
+    # A near-tie in an earlier layer would excuse what happens behind it.
+    earlier = (margins <= bounds).numpy() & (np.arange(bounds.shape[-1]) < layer[:, None, None])
+    is_coupled = model.conditioning is Conditioning.DYNAMIC
+    is_single = ~(earlier.any((-2, -1)) if is_coupled else earlier[rows, latent].any(-1))
+    kept = is_single & (margin > bound) & (margin <= _FARTHEST * bound)
+    return _Edges(steps[kept], latent[kept], layer[kept])
+
+
+def _pairs(
+    model: ActionAutoencoder, pool: Float32Array, random: np.random.Generator
+) -> tuple[Float32Array, Float32Array, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Steps of the pool that one latent's tokens of the first layers agree on, and those of the next layer do not."""
+    with torch.no_grad():
+        tokens = model.encode(torch.from_numpy(pool).double())[0].numpy()
+    latents, layers = tokens.shape[1:]
+    constants = sum(part.numel() for part in model.encoder.parameters()) + 2 * latents * layers
+    most = min(_EDGES_EACH, max(min(_EDGES, _MOST_NUMBERS // constants) // (latents * layers), 2))
+    pairs: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int, int]] = []
+    for latent in range(latents):
+        # Of the tokens so far, shortened to one number; two that are confused make a useless pair.
+        before = np.zeros(len(pool), np.int64)
+        for layer in range(layers):
+            own = tokens[:, latent, layer]
+            order = np.lexsort((random.random(len(pool)), own, before))
+            places = np.flatnonzero((before[order[1:]] == before[order[:-1]]) & (own[order[1:]] != own[order[:-1]]))
+            places = random.permutation(places)[:most]
+            pairs.append((order[places], order[places + 1], latent, layer))
+            before = np.unique(before * model.config.num_levels + own, return_inverse=True)[1]
+    first, second = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
+    latent, layer = (np.concatenate([np.full(len(pair[0]), pair[side], np.int64) for pair in pairs]) for side in (2, 3))
+    return pool[first], pool[second], latent, layer
+
+
+def _bisected(
+    model: ActionAutoencoder,
+    first: Float32Array,
+    second: Float32Array,
+    latent: npt.NDArray[np.int64],
+    layer: npt.NDArray[np.int64],
+) -> tuple[Float32Array, Float32Array]:
+    """Neighbours on the way from `first` to `second`, on either side of where the latent's tokens change."""
+    considered = torch.arange(model.config.num_layers) <= torch.from_numpy(layer)[:, None]
+    rows = torch.arange(len(first))
+
+    def tokens(steps: Tensor) -> Tensor:
+        return model.encode(steps.double())[0][rows, torch.from_numpy(latent)] * considered
+
+    near, far = torch.from_numpy(first), torch.from_numpy(second)
+    with torch.no_grad():
+        own = tokens(near)
+        for _ in range(_BISECTIONS):
+            middle = ((near.double() + far.double()) / 2).float()
+            same = (tokens(middle) == own).all(1)[:, None]
+            near, far = torch.where(same, middle, near), torch.where(same, far, middle)
+    return near.numpy(), far.numpy()
+
+
+def _moved_out(
+    model: ActionAutoencoder,
+    inner: Float32Array,
+    outer: Float32Array,
+    latent: npt.NDArray[np.int64],
+    layer: npt.NDArray[np.int64],
+    tolerance: Float64Array,
+) -> Float32Array:
+    """From the edge towards `outer`, just so far that the margin is beyond the tolerance."""
+    wanted = torch.from_numpy(_DISTANCE * tolerance)
+    rows, latents, layers = torch.arange(len(inner)), torch.from_numpy(latent), torch.from_numpy(layer)
+
+    def is_outside(steps: Tensor) -> Tensor:
+        conditioned = [part.conditioned for part in model.quantizer.layers(model.encode_latents(steps.double()))]
+        margins = model.quantizer.decision_margins(torch.stack(conditioned, -1)[rows, latents, layers])
+        return (margins > wanted)[:, None]
+
+    near, far = torch.from_numpy(inner), torch.from_numpy(outer)
+    with torch.no_grad():
+        for _ in range(_BISECTIONS):
+            middle = ((near.double() + far.double()) / 2).float()
+            outside = is_outside(middle)
+            near, far = torch.where(outside, near, middle), torch.where(outside, middle, far)
+    return far.numpy()
+
+
+# --- what a constant moves --------------------------------------------------------------------------------------------
+
+
+def _encoder_effects(model: ActionAutoencoder, mode: DeployMode, found: _Edges) -> Float32Array:
+    """[constants, N]: how often over the margin a step's value is moved across its edge by `ERROR` of one constant.
+
+    Twice as many rows as constants: one too large, and one too small.
+    """
+    with torch.no_grad():
+        first, second = model.encoder[0], model.encoder[2]
+        inputs = (torch.from_numpy(found.steps).double() - model.offset) / model.units
+        before = first(inputs)
+        hidden = model.encoder[1](before)
+        latents = torch.tanh(second(hidden))
+        tokens = model.quantizer.quantize(latents).tokens
+    before.requires_grad_(True)
+    (slope,) = torch.autograd.grad(model.encoder[1](before).sum(), before)
+    rows = torch.arange(len(latents))
+    latents.requires_grad_(True)
+    conditioned = torch.stack([part.conditioned for part in model.quantizer.layers(latents, tokens)], -1)
+    values = (conditioned[rows, torch.from_numpy(found.latent), torch.from_numpy(found.layer)] + 1) * (
+        (model.config.num_levels - 1) / 2
+    )
+    (by_latent,) = torch.autograd.grad(values.sum(), latents)
+    with torch.no_grad():
+        # By what goes into tanh, and into Mish.
+        outer = by_latent * (1 - latents**2)
+        inner = (outer @ second.weight) * slope
+        effects = [
+            torch.einsum("nh,na,ha->han", inner, inputs, first.weight).flatten(0, 1),
+            (inner * first.bias).T,
+            torch.einsum("nd,nh,dh->dhn", outer, hidden, second.weight).flatten(0, 1),
+            (outer * second.bias).T,
+        ]
+        values = values.detach()
+        edge = torch.clamp(torch.round(values - 0.5), 0, model.config.num_levels - 2) + 0.5
+        plan = plan_encoder(model, mode, 1)
+        if isinstance(plan.quantizer, AffineQuantizer):
+            counts = tokens.numpy() - middle_level(model.config.num_levels)
+            effects.append(torch.from_numpy(_bin_effects(plan.quantizer, latents.numpy(), counts, found)))
+        towards = ERROR * torch.cat(effects) / (edge - values)
+    return torch.cat((towards, -towards)).float().numpy()
+
+
+def _bin_effects(
+    quantizer: AffineQuantizer, latents: Float64Array, counts: npt.NDArray[np.int64], found: _Edges
+) -> Float64Array:
+    """[2 L D, N]: of every ratio, then of every shift, on the value that lies at an edge; counts [N, D, L]."""
+    ratio, shift = quantizer.ratio.astype(np.float64), quantizer.shift.astype(np.float64)
+    rows = np.arange(len(latents))
+    effects = np.zeros((2, *ratio.shape, len(latents)))
+    rest = latents
+    for layer in range(len(ratio)):
+        behind = np.where(found.layer >= layer, _product(ratio, layer, found), 0)
+        effects[0, layer, found.latent, rows] = (rest * ratio[layer])[rows, found.latent] * behind
+        effects[1, layer, found.latent, rows] = shift[layer][found.latent] * behind
+        rest = rest * ratio[layer] + shift[layer] - counts[..., layer]
+    return effects.reshape(-1, len(latents))
+
+
+def _product(ratio: Float64Array, layer: int, found: _Edges) -> Float64Array:
+    """[N]: of the ratios of the layers behind `layer`, up to the one that lies at an edge."""
+    own = ratio[:, found.latent]
+    inside = (np.arange(len(ratio))[:, None] > layer) & (np.arange(len(ratio))[:, None] <= found.layer)
+    return np.asarray(np.where(inside, own, 1).prod(0))
+
+
+@torch.no_grad()
+def _decoder_effects(model: ActionAutoencoder, pool: Float32Array, prefix: int) -> Float32Array:
+    """[constants, N]: how often over the gate the action of a step's tokens is moved by `ERROR` of one constant."""
+    first, second = model.decoder[0], model.decoder[2]
+    matrix, offset = (torch.from_numpy(part) for part in token_map(model, prefix))
+    tokens = model.encode(torch.from_numpy(pool).double())[0][..., :prefix].flatten(1).double()
+    latents = tokens @ matrix.T + offset
+    before = (latents @ first.weight.T + first.bias).requires_grad_(True)
+    with torch.enable_grad():
+        hidden = model.decoder[1](before)
+        (slope,) = torch.autograd.grad(hidden.sum(), before)
+    # The dimension that a hidden unit, or a latent, moves most.
+    by_hidden = slope.abs() * second.weight.abs().amax(0)
+    by_latent = torch.einsum("ah,nh,hd->nad", second.weight, slope, first.weight).abs().amax(1)
+    effects = [
+        torch.einsum("nd,nk,dk->dkn", by_latent, tokens, matrix.abs())[matrix != 0],
+        (by_latent * offset.abs()).T,
+        torch.einsum("nh,nd,hd->hdn", by_hidden, latents.abs(), first.weight.abs()).flatten(0, 1),
+        (by_hidden * first.bias.abs()).T,
+        torch.einsum("nh,ah->ahn", hidden.detach().abs(), second.weight.abs()).flatten(0, 1),
+        second.bias.abs()[:, None].expand(-1, len(pool)),
+    ]
+    return (ERROR / GATES.action_error * torch.cat(effects)).float().numpy()
+
+
+def _cover(effects: Float32Array) -> npt.NDArray[np.int64]:
+    """Few steps that show every constant that any step shows, with `_ROOM` to spare where one has it."""
+    best = effects.max(1, initial=0)
+    shown = best > 1
+    suits = effects[shown] >= np.minimum(best[shown], _ROOM)[:, None]
+    counts = suits.sum(0)
+    is_open = np.ones(len(suits), np.bool_)
+    chosen = []
+    while is_open.any():
+        step = int(counts.argmax())
+        new = is_open & suits[:, step]
+        chosen.append(step)
+        counts = counts - suits[new].sum(0)
+        is_open &= ~new
+    return np.array(sorted(chosen), np.int64)
