@@ -59,8 +59,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "runtime/bundle.py": _BUNDLE,
     "runtime/manifest.py": (*_BUNDLE, "tests/export/test_bundle_writer.py"),
     "runtime/golden.py": (*_BUNDLE, "tests/export/test_parity.py"),
-    "runtime/gates.py": ("tests/runtime/test_golden.py", "tests/export/test_parity.py"),
-    "export/parity.py": ("tests/export/test_parity.py", "tests/export/test_parity_data.py"),
+    "runtime/gates.py": ("tests/runtime/test_gates.py",),
+    "export/parity.py": ("tests/export/test_parity*.py",),
     "rfsq_ref/quantizer.py": _REFERENCE,
     "rfsq_ref/rounding.py": _REFERENCE,
 }

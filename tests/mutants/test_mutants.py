@@ -45,7 +45,16 @@ def test_each_kind_of_fault_is_made(source: str, expected: set[str]) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["'''Docstring.'''", "x: Literal[1]", "assert a < 1", "@f(1)\nclass A: pass", "f'{a:.1f}'", "import a", "x = None"],
+    [
+        "'''Docstring.'''",
+        "x: Literal[1]",
+        "assert a < 1",
+        "@f(1)\nclass A: pass",
+        "f'{a:.1f}'",
+        "import a",
+        "x = None",
+        "x = zip(a, b, strict=True)",
+    ],
 )
 def test_what_no_behaviour_follows_from_is_left_alone(source: str) -> None:
     assert mutations(source) == []
