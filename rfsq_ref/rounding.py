@@ -134,8 +134,7 @@ def _require_float64(model: ActionAutoencoder, actions: Tensor) -> None:
 
 
 def _blocks(actions: Tensor) -> tuple[Tensor, ...]:
-    flat = actions.reshape(-1, actions.shape[-1])
-    return flat.chunk(-(-len(flat) // _BLOCK) or 1)
+    return actions.reshape(-1, actions.shape[-1]).split(_BLOCK)
 
 
 def _followed_blocks(actions: Tensor, follow: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -236,9 +235,7 @@ def _dynamic_layers(model: ActionAutoencoder, noise: _Noise, follow: Tensor | No
 
         own = centred.diagonal(dim1=-2, dim2=-1)
         own = own - 2 * step.conditioned * shared + step.conditioned**2 * (sigma_variance + sigma_rounding)
-        bound = _bin_bound(
-            quantizer, step.conditioned, (own.clamp(min=0) + mean_variance + deviation**2 + _UNDERFLOW**2) / scale**2
-        )
+        bound = _bin_bound(quantizer, step.conditioned, (own.clamp(min=0) + mean_variance + deviation**2) / scale**2)
         # sigma may be smaller by its own error, a second-order effect; half of sigma is beyond any such analysis.
         share = DEVIATIONS * UNIT * (sigma_variance + sigma_rounding).sqrt() / scale
         bound = torch.where(share < 0.5, bound / (1 - share), torch.inf)
