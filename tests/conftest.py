@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,35 @@ from hypothesis import settings
 from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq_ref.data import ActionDataset, EpisodeSplit, load_demonstrations, split_episodes
 
+HERE = Path(__file__).parent
 # Small matrices: more threads only wait for each other, and for whatever else runs. In processes that tests start, too.
 torch.set_num_threads(1)
 os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
 # No test judges time.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+#: Left out by `make quick` as a whole: they build bundles, compile, train, or run the whole system. Single tests that
+#: take long are marked where they stand.
+SLOW = frozenset(
+    {
+        "calibration/test_fit.py", "calibration/test_report.py", "calibration/test_study.py",
+        "evidence/test_comparison.py", "evidence/test_rollouts.py",
+        "examples/test_control_loop.py",
+        "export/test_build_engine.py", "export/test_c_compilers.py", "export/test_c_timing.py",
+        "export/test_cuda_on_cpu.py", "export/test_example.py", "export/test_on_target.py",
+        "rfsq_ref/test_generate_demonstrations.py", "rfsq_ref/test_rounding.py", "rfsq_ref/test_train.py",
+        "runtime/test_control_campaign.py", "runtime/test_control_replay.py", "runtime/test_control_soak.py",
+        "runtime/test_dataset_ray.py", "runtime/test_dataset_resume.py", "runtime/test_scripts.py",
+        "runtime/test_tokenize_dataset.py",
+    }
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.relative_to(HERE).as_posix() in SLOW:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

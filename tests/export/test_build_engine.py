@@ -1012,15 +1012,17 @@ def test_a_build_that_is_interrupted_before_there_was_a_bundle_leaves_nothing(sm
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
-def test_a_signal_that_the_caller_ignores_stays_ignored(number: signal.Signals, small: Path, tmp_path: Path) -> None:
+def test_signals_that_the_caller_ignores_stay_ignored(small: Path, tmp_path: Path) -> None:
     """As nohup and shells with background jobs ask for."""
-    before = signal.signal(number, signal.SIG_IGN)
+    ignored = (signal.SIGHUP, signal.SIGINT)
+    before = [signal.signal(number, signal.SIG_IGN) for number in ignored]
     try:
         process = start(tmp_path / "bundle", small, interrupt=signal.SIG_IGN)
     finally:
-        signal.signal(number, before)
-    process.send_signal(number)
+        for number, handler in zip(ignored, before, strict=True):
+            signal.signal(number, handler)
+    for number in ignored:
+        process.send_signal(number)
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     process.terminate()

@@ -189,6 +189,14 @@ def test_tokens_of_every_integer_type_decode(conditioning: Conditioning, dtype: 
     assert torch.equal(quantizer.dequantize(tokens.to(dtype)), quantizer.dequantize(tokens))
 
 
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_a_single_step_is_coded_as_in_a_batch(conditioning: Conditioning) -> None:
+    quantizer, latents = make_quantizer(conditioning), latents_of(0, count=3)
+    batch, single = quantizer.quantize(latents), quantizer.quantize(latents[1])
+    assert torch.equal(single.tokens, batch.tokens[1])
+    torch.testing.assert_close(quantizer.dequantize(single.tokens, single.stats), batch.latents[1])
+
+
 def test_dynamic_stats_are_the_mean_and_sigma_of_every_layer() -> None:
     quantizer = make_quantizer(Conditioning.DYNAMIC)
     latents = latents_of(4)
@@ -233,6 +241,14 @@ def test_the_published_decoding_drops_means_and_sigmas() -> None:
     torch.testing.assert_close(published_dequantize(quantizer, tokens), expected)
 
 
+def test_what_travels_in_files_is_called_as_it_always_was() -> None:
+    assert [conditioning.value for conditioning in Conditioning] == ["none", "dynamic", "calibrated"]
+    # As in the published model.
+    assert SIGMA_EPSILON == 1e-5
+    # Constants travel beside the weights, under names of their own.
+    assert not make_quantizer(Conditioning.CALIBRATED).state_dict()
+
+
 # Conditionings -------------------------------------------------------------------------------------------------------
 
 
@@ -265,9 +281,17 @@ def test_the_straight_through_gradient_is_the_identity(conditioning: Conditionin
     torch.testing.assert_close(quantized.latents.detach(), quantizer.quantize(latents.detach()).latents)
 
 
+def with_one(value: float, numbers: Tensor) -> Tensor:
+    numbers[3, 5] = value
+    return numbers
+
+
 @pytest.mark.parametrize(
     ("mean", "scale"),
     [
+        (with_one(torch.nan, torch.zeros(8, 16)), torch.ones(8, 16)),
+        (torch.zeros(8, 16), with_one(torch.inf, torch.ones(8, 16))),
+        (torch.zeros(8, 16), with_one(0, torch.ones(8, 16))),
         (torch.zeros(8, 16), torch.zeros(8, 16)),
         (torch.zeros(8, 16), -torch.ones(8, 16)),
         (torch.full((8, 16), torch.nan), torch.ones(8, 16)),
@@ -275,8 +299,11 @@ def test_the_straight_through_gradient_is_the_identity(conditioning: Conditionin
         (torch.zeros(8, 16), torch.ones(8, 15)),
         (torch.zeros(16), torch.ones(16)),
     ],
-    ids=["zero scale", "negative scale", "NaN", "infinite", "other shape", "one axis"],
-)
+    ids=[
+        "one NaN", "one infinite", "one zero", "zero scale", "negative scale", "NaN", "infinite", "other shape",
+        "one axis",
+    ],
+)  # fmt: skip
 def test_constants_that_make_no_sense_are_refused(mean: Tensor, scale: Tensor) -> None:
     with pytest.raises(ValueError, match="conditioning constants"):
         ConditioningConstants(mean, scale)
