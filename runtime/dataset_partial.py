@@ -54,9 +54,9 @@ def locked(output: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if not (partial / _IDENTITY_NAME).exists():
-                # Nobody needs it any more; and what cannot be taken away must not hide why the work ended.
-                with suppress(OSError):
+            # What cannot be taken away, though nobody needs it any more, must not hide why the work ended.
+            with suppress(OSError):
+                if not (partial / _IDENTITY_NAME).exists():
                     _take_away(partial)
     finally:
         os.close(descriptor)
@@ -110,8 +110,7 @@ def _claim(partial: Path) -> None:
     if ownership is not None:
         known = (LOCK_NAME, _IDENTITY_NAME)
         _refuse_foreign(partial, [name for name in entries if name not in known and not ownership.owns(name)])
-    elif entries == [LOCK_NAME] and lock.is_file() and not lock.stat().st_size:
-        # New, or left by a run that was killed before it had written anything.
+    elif entries == [LOCK_NAME] and Ownership.is_unfinished(lock):
         Ownership.begin(lock)
     else:
         _refuse_foreign(partial, entries)
@@ -168,13 +167,14 @@ def begin(job: Job, *, overwrite: bool, restart: bool) -> Begun:
     if not restart and (job.partial / _IDENTITY_NAME).is_file():
         earlier = _read_identity(job.partial)
         different = _differences(job, earlier)
-        if different and not earlier["refused"]:
+        why = f"was refused ({earlier['refused']})" if earlier["refused"] else "had finished no part"
+        if different and not earlier["refused"] and any(job.partial.glob("*/done/*.json")):
             raise OutputError(
                 f"{job.partial} holds the beginning of another job, which differs in {different}; go on with what it "
                 "was begun with, or discard it with --restart"
             )
         if different:
-            replaced, earlier = f"an earlier run was refused ({earlier['refused']})", None
+            replaced, earlier = f"an earlier run {why}", None
     if earlier is None:
         discard(job.partial)
     # What another process may still be writing can no longer come between: its files have lost their folder.

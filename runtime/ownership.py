@@ -10,10 +10,12 @@ import hashlib
 import hmac
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 _TEXT = "made by rfsq-deploy for work in progress, key {key} check {check}\n"
+_BEGINNING = _TEXT.partition("{")[0].encode()
 _PATTERN = re.compile(_TEXT.format(key="([0-9a-f]{32})", check="([0-9a-f]{16})"))
 _SIZE_LIMIT = 1024
 _SUM_DIGITS = 16
@@ -29,23 +31,31 @@ class Ownership:
     def begin(cls, marker: Path) -> Ownership:
         """Write the marker, and have it on the disk before anything is made beside it. Raises OSError."""
         ownership = cls(os.urandom(16).hex())
-        with marker.open("wb") as file:
-            file.write(_TEXT.format(key=ownership.key, check=ownership._sum("marker")).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with marker.open("wb") as file:
+                file.write(_TEXT.format(key=ownership.key, check=ownership._sum("marker")).encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            # A part of a marker would be nobody's.
+            with suppress(OSError):
+                marker.unlink()
+            raise
         return ownership
 
     @classmethod
     def read(cls, marker: Path) -> Ownership | None:
         """None where the marker is missing, or none of ours. Raises OSError."""
-        # A pipe, say, is no marker, and reading it would wait for ever.
-        if marker.is_symlink() or not marker.is_file():
-            return None
-        with marker.open("rb") as file:
-            text = file.read(_SIZE_LIMIT)
-        found = _PATTERN.fullmatch(text.decode("ascii", "replace"))
+        found = _PATTERN.fullmatch((_content(marker) or b"").decode("ascii", "replace"))
         ownership = None if found is None else cls(found[1])
         return ownership if found and ownership and found[2] == ownership._sum("marker") else None
+
+    @classmethod
+    def is_unfinished(cls, marker: Path) -> bool:
+        """Whether `begin` was killed in it, or lost its power: it is empty, or a part. Raises OSError."""
+        text = _content(marker)
+        is_part = text is not None and (not text.strip(b"\0") or text.startswith(_BEGINNING))
+        return is_part and cls.read(marker) is None
 
     def name(self, what: str) -> str:
         """What to call the entry for `what`: hexadecimal digits or a word."""
@@ -58,3 +68,11 @@ class Ownership:
 
     def _sum(self, what: str) -> str:
         return hmac.new(self.key.encode(), os.fsencode(what), hashlib.sha256).hexdigest()[:_SUM_DIGITS]
+
+
+def _content(marker: Path) -> bytes | None:
+    """None where there is no file. A pipe, say, is no marker, and reading it would wait for ever."""
+    if marker.is_symlink() or not marker.is_file():
+        return None
+    with marker.open("rb") as file:
+        return file.read(_SIZE_LIMIT)

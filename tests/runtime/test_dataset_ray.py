@@ -35,7 +35,7 @@ def workers_at(partial: Path, driver: int) -> Iterator[int]:
 
 def test_ray_gives_the_same_bytes_with_workers_killed(c_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
-    source = write_npz(tmp_path / "x.npz", [np.resize(random_episodes([10_000])[0], (1_500_000, 3))])
+    source = write_npz(tmp_path / "x.npz", [np.resize(random_episodes([10_000])[0], (800_000, 3))])
     run(source, tmp_path / "local.parquet", c_bundle)
     output = tmp_path / "ray.parquet"
     process = start(*arguments(source, output, c_bundle, "--engine", "ray", "--workers", "2"))

@@ -1,5 +1,6 @@
 """A folder is ours by the secret in it, and by nothing that anyone would write by chance."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -42,5 +43,30 @@ def test_an_altered_truncated_or_missing_marker_is_none(tmp_path: Path) -> None:
         assert Ownership.read(path) is None
     path.unlink()
     assert Ownership.read(path) is None
+    assert not Ownership.is_unfinished(path)
     path.mkdir()
+    assert not Ownership.is_unfinished(path)
     assert Ownership.read(path) is None
+
+
+def test_a_marker_that_was_not_written_to_its_end_is_known(tmp_path: Path) -> None:
+    path = tmp_path / "marker"
+    Ownership.begin(path)
+    content = path.read_bytes()
+    assert not Ownership.is_unfinished(path)
+    for part in (b"", bytes(len(content)), content[:-1], content[:50]):
+        path.write_bytes(part)
+        assert Ownership.is_unfinished(path)
+    for other in (b"mine", content[:10], b"\0x"):
+        path.write_bytes(other)
+        assert not Ownership.is_unfinished(path)
+
+
+def test_a_marker_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(OSError, match="No space"):
+        Ownership.begin(tmp_path / "marker")
+    assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -188,7 +187,7 @@ def test_the_number_of_workers_changes_no_byte(
 
 def test_memory_does_not_grow_with_the_dataset(c_bundle: Path, tmp_path: Path) -> None:
     peaks = []
-    for steps in (1_500_000, 6_000_000):
+    for steps in (500_000, 3_500_000):
         np.savez(tmp_path / "x.npz", actions=np.resize(random_episodes([10_000])[0], (steps, 3)))
         # Not getrusage, which begins with the memory of the process that starts this one.
         code = (
@@ -200,7 +199,7 @@ def test_memory_does_not_grow_with_the_dataset(c_bundle: Path, tmp_path: Path) -
             [sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True, check=True
         )
         peaks.append(int(result.stdout.split()[-1]) / 1024)
-    # The actions alone grew by 54 MB, the tokens by as much.
+    # The actions alone grew by 36 MB, the tokens by as much.
     assert peaks[1] - peaks[0] < 30
     assert peaks[1] < 500
 
@@ -473,17 +472,16 @@ def test_verification_finds_tokens_that_are_not_those_of_the_source(
     assert not (tmp_path / "out.parquet").exists()
 
 
-def test_what_the_document_shows_runs(tokens: Path, tmp_path: Path) -> None:
+def test_what_the_document_shows_runs(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     text = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
     shown = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len(shown) >= 2
     (tmp_path / "tokens.parquet").symlink_to(tokens)
+    monkeypatch.chdir(tmp_path)
     fingerprint = open_token_dataset(tokens).info.fingerprint
     for code in shown:
-        code = code.replace("a5546f0dfd1c81aa", fingerprint)
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        result = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0, result.stderr
-        assert result.stdout
+        # Here: another process would have to begin with importing torch.
+        exec(code.replace("a5546f0dfd1c81aa", fingerprint), {"__name__": "shown"})
+        assert capsys.readouterr().out
