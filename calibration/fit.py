@@ -45,6 +45,7 @@ from calibration.report import (
 from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, check_output, load_checkpoint, save_checkpoint
 from rfsq_ref.data import ActionDataset
 from rfsq_ref.errors import OutputError, UnusableError
+from runtime.console import path_argument
 from runtime.paths import refuse_existing
 
 
@@ -120,9 +121,11 @@ def _provenance(
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, default=ROBUST_CHECKPOINT, help="default: the embedded robust one")
     parser.add_argument(
-        "--calibration-data", type=Path,
+        "--checkpoint", type=path_argument, default=ROBUST_CHECKPOINT, help="default: the embedded robust one"
+    )
+    parser.add_argument(
+        "--calibration-data", type=path_argument,
         help="action data; of the checkpoint's training data only the calibration episodes are used. "
         "Default: the embedded demonstrations",
     )  # fmt: skip
@@ -137,8 +140,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--weights",
         help="which model of a checkpoint that holds several, such as ema; default: the model, no average",
     )
-    parser.add_argument("--output", type=Path, help="default: build/checkpoints/NAME-METHOD.safetensors")
-    parser.add_argument("--report-dir", type=Path, help="default: build/reports/NAME-METHOD")
+    parser.add_argument("--output", type=path_argument, help="default: build/checkpoints/NAME-METHOD.safetensors")
+    parser.add_argument("--report-dir", type=path_argument, help="default: build/reports/NAME-METHOD")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint and a report that are there")
     calibrated, recovered = CalibrationConfig(), RecoveredConfig()
     group = parser.add_argument_group("calibrated")

@@ -66,6 +66,7 @@ from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq_ref.data import ActionDataset
 from rfsq_ref.errors import DataError, OutputError, UnusableError
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from runtime.console import path_argument
 from runtime.paths import refuse_existing
 
 #: Random choices of calibration episodes for every number of them.
@@ -449,10 +450,10 @@ def _mean_square(error: Tensor) -> float:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--checkpoint", type=Path, nargs="+", action="extend",
+        "--checkpoint", type=path_argument, nargs="+", action="extend",
         help="one or more, usually the training seeds of one recipe; default: the embedded robust one",
     )  # fmt: skip
-    parser.add_argument("--data", type=Path, help="action data; the embedded demonstrations by default")
+    parser.add_argument("--data", type=path_argument, help="action data; the embedded demonstrations by default")
     parser.add_argument("--key", help="name of the action array or column in --data, when it is not the usual one")
     parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
     parser.add_argument(
@@ -464,7 +465,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="which model of checkpoints that hold several, such as ema; default: the model, no average",
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("build/reports/calibration"), help="folder; default: %(default)s"
+        "--output", type=path_argument, default=Path("build/reports/calibration"), help="folder; default: %(default)s"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a study that is there")
     return parser.parse_args(arguments)

@@ -24,6 +24,7 @@ from rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
 from rfsq_ref.errors import OutputError, UnusableError
 from rfsq_ref.normaliser import NormaliserKind
 from rfsq_ref.train import chosen_normaliser, make_deterministic
+from runtime.console import path_argument
 from runtime.paths import refuse_existing
 
 COMPARISON_JSON, COMPARISON_TEXT, REPORT_HTML, FIGURES = "comparison.json", "comparison.txt", "report.html", "figures"
@@ -37,12 +38,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="exit status: 0 = calibrated tokens have more than 30 % less error than naive ones, 1 = not, 2 = error",
     )
     given = parser.add_argument_group("checkpoints", "what is not given is trained, one for each seed")
-    given.add_argument("--naive", type=Path, nargs="+", default=[], metavar="F")
-    given.add_argument("--robust", type=Path, nargs="+", default=[], metavar="F")
+    given.add_argument("--naive", type=path_argument, nargs="+", default=[], metavar="F")
+    given.add_argument("--robust", type=path_argument, nargs="+", default=[], metavar="F")
     given.add_argument(
         "--weights", help="which model of checkpoints that hold several, such as ema; default: the model, no average"
     )
-    parser.add_argument("--data", type=Path, help="action data; the embedded demonstrations by default")
+    parser.add_argument("--data", type=path_argument, help="action data; the embedded demonstrations by default")
     parser.add_argument("--key", help="name of the action array or column in --data, when it is not the usual one")
     parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="default: %(default)s")
@@ -65,8 +66,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="measure the choices of calibration too",
     )  # fmt: skip
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="trained models (default %(default)s)")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder (default %(default)s)")
+    parser.add_argument("--cache", type=path_argument, default=CACHE, help="trained models (default %(default)s)")
+    parser.add_argument("--output", type=path_argument, default=DEFAULT_OUTPUT, help="folder (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace a comparison that is there")
     return parser.parse_args(arguments)
 

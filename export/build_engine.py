@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from export.batches import Profile
 from export.errors import BuildInputError, EngineBuildError, ExportError, GateError
-from runtime.console import escape_what_cannot_be_shown
+from runtime.console import escape_what_cannot_be_shown, path_argument
 from runtime.errors import TokenizerError
 from runtime.trt_api import TENSORRT_BACKENDS
 
@@ -79,7 +79,7 @@ def _target_config(given: dict[str, Any]) -> TargetConfig:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], argument_default=argparse.SUPPRESS)
-    parser.add_argument("--checkpoint", type=Path, help="default: the embedded robust one")
+    parser.add_argument("--checkpoint", type=path_argument, help="default: the embedded robust one")
     parser.add_argument(
         "--use-layernorm",
         action=argparse.BooleanOptionalAction,
@@ -89,11 +89,13 @@ def _parser() -> argparse.ArgumentParser:
         "--weights",
         help="which model of a checkpoint that holds several, such as ema; default: the model, no average",
     )
-    parser.add_argument("--normaliser", type=Path, help="JSON with kind, offset and scale, folded into the engines")
-    parser.add_argument("--calibration-data", type=Path, help="episodes of the checkpoint's robot")
+    parser.add_argument(
+        "--normaliser", type=path_argument, help="JSON with kind, offset and scale, folded into the engines"
+    )
+    parser.add_argument("--calibration-data", type=path_argument, help="episodes of the checkpoint's robot")
     parser.add_argument("--key", help="name of the action array or column in --calibration-data")
     parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
-    parser.add_argument("--output", type=Path, help="default: build/bundle")
+    parser.add_argument("--output", type=path_argument, help="default: build/bundle")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     parser.add_argument("--conditioning", choices=_MODES, help="default: calibrated if robust")
     parser.add_argument("--prefixes", type=int, nargs="+", help="default: 3; the full depth is always built")
@@ -111,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--parity-steps", type=int, help="default: 120000")
     parser.add_argument(
-        "--from-bundle", type=Path, metavar="BUNDLE", help="add engines for this machine to this bundle"
+        "--from-bundle", type=path_argument, metavar="BUNDLE", help="add engines for this machine to this bundle"
     )
     return parser
 

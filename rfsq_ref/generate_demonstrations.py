@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from rfsq_ref.errors import OutputError, SettingsError, UnusableError
 from rfsq_ref.experts import ACTION_DIM, EXPERTS, POSITION_UNIT, ROTATION_UNIT
+from runtime.console import path_argument
 from runtime.paths import refuse_existing
 
 GENERATOR_VERSION = 1
@@ -274,7 +275,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> GenerationConfig:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--episodes-per-task", type=int, default=defaults.episodes_per_task, metavar="N")
     parser.add_argument("--seed", type=int, default=defaults.seed, metavar="S")
-    parser.add_argument("--output", type=Path, default=defaults.output, metavar="F")
+    parser.add_argument("--output", type=path_argument, default=defaults.output, metavar="F")
     parser.add_argument("--overwrite", action="store_true", help="replace the file that is there")
     parser.add_argument("--workers", type=int, default=defaults.workers, metavar="W")
     parser.add_argument("--tasks", nargs="+", default=list(defaults.tasks), metavar="TASK", help=", ".join(EXPERTS))

@@ -1,16 +1,17 @@
 """Per-dimension affine normalisation of actions: normalised = (physical - offset) / scale."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from rfsq_ref.errors import DataError
+from runtime.paths import as_path
 
 
 class NormaliserKind(StrEnum):
@@ -100,8 +101,9 @@ def normaliser_from_json(fields: Mapping[str, Any]) -> Normaliser:
         raise DataError(f'normaliser needs "kind" ({kinds}), "offset" and "scale": {error!r}') from error
 
 
-def read_normaliser(path: Path) -> Normaliser:
-    """From a JSON file with `kind`, `offset` and `scale`."""
+def read_normaliser(path: str | os.PathLike[str]) -> Normaliser:
+    """From a JSON file with `kind`, `offset` and `scale`. Raises DataError."""
+    path = as_path(path, "the normaliser", DataError)
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

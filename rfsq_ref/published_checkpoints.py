@@ -19,6 +19,7 @@ from torch import Tensor
 from rfsq_ref.autoencoder import ModelConfig
 from rfsq_ref.errors import CheckpointError, SettingsError
 from rfsq_ref.quantizer import Conditioning
+from runtime.checkpoint_layouts import WEIGHTS_KEY
 from runtime.checkpoint_states import DEFAULTS, FoundState, find_states, is_average
 from runtime.paths import shortlist
 
@@ -77,8 +78,8 @@ def published_model(
     trained_with = _training_conditioning(stated.get("use_layernorm"), use_layernorm, path)
     is_wrapped = state.label != ""
     provenance = {key: content[key] for key in _FACTS if is_wrapped and isinstance(content.get(key), int | float)}
-    if is_wrapped and state.label not in DEFAULTS:
-        provenance["weights"] = state.label
+    if weights is not None or state.label not in DEFAULTS:
+        provenance[WEIGHTS_KEY] = state.label
     return PublishedModel(config, trained_with, taken, provenance, tuple(remarks))
 
 

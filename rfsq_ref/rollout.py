@@ -24,6 +24,7 @@ from evidence.rollout_files import report_files, write_report
 from evidence.rollouts import RolloutConfig, run_rollouts
 from evidence.simulation import TASKS
 from rfsq_ref.errors import OutputError, UnusableError
+from runtime.console import path_argument
 from runtime.paths import refuse_existing
 
 
@@ -39,8 +40,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--chunk", type=int, default=defaults.chunk, metavar="N", help="actions executed between two looks"
     )
     parser.add_argument("--workers", type=int, default=defaults.workers, metavar="W")
-    parser.add_argument("--output", type=Path, default=defaults.output, metavar="DIR", help="where episodes are kept")
-    parser.add_argument("--results", type=Path, default=Path("docs/results"), metavar="DIR", help="for the report")
+    parser.add_argument(
+        "--output", type=path_argument, default=defaults.output, metavar="DIR", help="where episodes are kept"
+    )
+    parser.add_argument(
+        "--results", type=path_argument, default=Path("docs/results"), metavar="DIR", help="for the report"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the report that is there; episodes stay")
     parser.add_argument("--restart-changed", action="store_true", help="drive cells whose codec has changed anew")
     parser.add_argument("--report-only", action="store_true", help="report the episodes that are there")

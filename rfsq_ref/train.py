@@ -49,6 +49,7 @@ from rfsq_ref.errors import CheckpointError, DataError, OutputError, SettingsErr
 from rfsq_ref.files import replacing
 from rfsq_ref.normaliser import NormaliserKind, fit_normaliser
 from rfsq_ref.quantizer import Conditioning
+from runtime.console import path_argument
 from runtime.paths import as_path, refuse_existing
 
 HISTORY_FORMAT = "rfsq-training-history"
@@ -382,7 +383,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--hidden-width", type=int, default=64)
     parser.add_argument("--num-layers", type=int, default=8)
     parser.add_argument("--num-levels", type=int, default=7)
-    parser.add_argument("--data", type=Path, help="action data; the embedded demonstrations by default")
+    parser.add_argument("--data", type=path_argument, help="action data; the embedded demonstrations by default")
     parser.add_argument("--key", help="name of the action array or column in --data, when it is not the usual one")
     parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
     parser.add_argument(
@@ -391,7 +392,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "min-max where the actions are not of about unit size, else none",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path, help="default: build/checkpoints/robust.safetensors or naive.safetensors"
+        "--output", type=path_argument, help="default: build/checkpoints/robust.safetensors or naive.safetensors"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there, and its curve")
     return parser.parse_args(arguments)

@@ -27,7 +27,7 @@ from runtime.bench_report import Report, report_files, report_text, write_report
 from runtime.bench_start import Start, StartError, measure_start
 from runtime.bench_timing import Arithmetic, Bandwidth, Figure, Row, arithmetic_of, bandwidths_of, measure, summarise
 from runtime.bundle import Bundle, open_bundle
-from runtime.console import prepare_console, printable
+from runtime.console import path_argument, prepare_console, printable
 from runtime.errors import BackendUnavailableError, InferenceError, TokenizerError
 from runtime.golden import read_golden
 from runtime.manifest import GOLDEN_NAME
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     defaults = Config(Path())
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("bundle", type=Path, help="folder written by `python export/build_engine.py`")
+    parser.add_argument("bundle", type=path_argument, help="folder written by `python export/build_engine.py`")
     parser.add_argument(
         "--backends", nargs="+", choices=PREFERENCE, default=list(PREFERENCE), help="default: every one that works here"
     )
@@ -102,7 +102,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--starts", type=_natural, default=defaults.starts, help="processes for the cold start, 0 for none, default: 5"
     )
     parser.add_argument("--peers", action="store_true", help="torch eager and compiled as well; needs torch")
-    parser.add_argument("--output", type=Path, help="folder for bench.json, bench.txt and bench.png")
+    parser.add_argument("--output", type=path_argument, help="folder for bench.json, bench.txt and bench.png")
     parser.add_argument("--overwrite", action="store_true", help="replace figures that are there")
     return parser.parse_args(arguments)
 

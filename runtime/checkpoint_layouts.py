@@ -19,6 +19,8 @@ from runtime.manifest import Manifest, ModelEntry
 
 #: In the manifest's provenance of the checkpoint: name to SHA-256, as `weight_hashes` gives them.
 HASHES_KEY = "tensors"
+#: There too: the label of the model that was chosen, where it was not the model itself.
+WEIGHTS_KEY = "weights"
 
 _GRID = re.compile(r"rfsq\.layers\.(0|[1-9][0-9]*)\.boundaries")
 # Created by some versions of the published model and never used by its forward pass.
@@ -63,6 +65,13 @@ def recorded_hashes(manifest: Manifest) -> dict[str, str] | None:
     if not isinstance(hashes, dict) or not shapes.keys() <= hashes.keys():
         return None
     return {name: str(value) for name, value in hashes.items()}
+
+
+def recorded_weights(manifest: Manifest) -> str | None:
+    """Which model of a file that holds several the bundle was built from; None for the model itself."""
+    checkpoint = manifest.provenance.get("checkpoint")
+    label = checkpoint.get(WEIGHTS_KEY) if isinstance(checkpoint, dict) else None
+    return None if label is None else str(label)
 
 
 def weight_shapes(model: ModelEntry) -> dict[str, tuple[int, ...]]:

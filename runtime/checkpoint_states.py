@@ -66,10 +66,14 @@ def find_states(content: Mapping[Any, Any]) -> tuple[FoundState, ...]:
     )
 
 
-def states_in(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The states that the model itself may be in, by published names; more than one must all be the same."""
+def states_in(content: Mapping[str, Any], weights: str | None = None) -> list[Mapping[str, Any]]:
+    """The states that the model may be in, by published names; more than one must all be the same.
+
+    weights: the label that a build has taken, None where it took the model itself.
+    """
     found = find_states(content)
-    chosen = [state for state in found if state.label in DEFAULTS] or list(found)
+    chosen = [state for state in found if state.label == weights]
+    chosen = chosen or [state for state in found if state.label in DEFAULTS] or list(found)
     if chosen:
         return [{**state.tensors, **state.others} for state in chosen]
     return [content[key] for key in DEFAULTS if isinstance(content.get(key), Mapping)] or [content]

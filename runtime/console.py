@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
+from pathlib import Path
 from types import TracebackType
+
+from runtime.paths import as_path
 
 #: What installs a package that a command may lack, by the name that is imported.
 EXTRAS = {
@@ -26,6 +30,11 @@ def prepare_console() -> None:
     explain_missing_packages()
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def path_argument(text: str) -> Path:
+    """For argparse: a path with `~` expanded, which a shell leaves as it is in `--output=~/x`."""
+    return as_path(text, "it", argparse.ArgumentTypeError)
 
 
 def explain_missing_packages() -> None:

@@ -195,7 +195,7 @@ def read_record(path: str | os.PathLike[str]) -> FlightRecord:
     """Raises FlightRecordError for a file that is missing, damaged or no flight record."""
     path = as_path(path, "the flight record", FlightRecordError)
     if not path.exists():
-        raise FlightRecordError(f"{path} does not exist; pass a .npz that a decoder wrote")
+        raise FlightRecordError(f"{path} is no flight record: it does not exist; pass a .npz that a decoder wrote")
     try:
         with regular_file(path) as (stream, _), np.load(stream, allow_pickle=False) as file:
             size = sum(member.file_size for member in file.zip.infolist())

@@ -26,6 +26,7 @@ from runtime.checkpoint_layouts import (
     compare_state,
     is_grid,
     recorded_hashes,
+    recorded_weights,
 )
 from runtime.checkpoint_states import states_in
 from runtime.errors import (
@@ -225,11 +226,12 @@ class ActionRFSQAE(nn.Module):
         problems = compare_config(state_dict.get("config"), self._engines.model)
         missing: list[str] = []
         unexpected: list[str] = []
-        for state in states_in(state_dict):
+        states = states_in(state_dict, recorded_weights(self._engines.on_host.manifest))
+        for state in states:
             problems += self._compare(state, missing, unexpected, strict=strict)
         if problems:
             raise FingerprintError(self._refusal(problems))
-        if any(map(self._speaks_otherwise, states_in(state_dict))):
+        if any(map(self._speaks_otherwise, states)):
             _LOG.warning(
                 "%s has calibrated tokens, which mean something else than those that this checkpoint made as "
                 "published: a policy has to be trained on them",

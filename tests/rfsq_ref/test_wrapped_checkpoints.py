@@ -226,7 +226,9 @@ def test_two_trained_models_are_chosen_between_by_name(
     content = {"model_state_dict": model.state_dict(), "model": averaged}
     with pytest.raises(CheckpointError, match=r"they differ: it is not clear which .*Choose with --weights"):
         load_saved(content, tmp_path)
-    assert_weights(load_saved(content, tmp_path, weights="model"), averaged)
+    chosen = load_saved(content, tmp_path, weights="model")
+    assert_weights(chosen, averaged)
+    assert chosen.provenance["weights"] == "model"
     others = {"first": model.state_dict(), "second": averaged}
     with pytest.raises(CheckpointError, match="holds 2 models: 'first', 'second'; choose one of them with --weights"):
         load_saved(others, tmp_path)

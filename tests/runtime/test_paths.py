@@ -123,7 +123,7 @@ def test_a_missing_file_of_settings_is_said_to_be_missing(tmp_path: Path) -> Non
 
 
 def test_a_missing_flight_record_is_said_to_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(FlightRecordError, match=r"does not exist; pass a \.npz"):
+    with pytest.raises(FlightRecordError, match=r"is no flight record: it does not exist; pass a \.npz"):
         read_record(tmp_path / "flight.npz")
 
 

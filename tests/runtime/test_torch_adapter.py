@@ -81,14 +81,15 @@ def published_twin(deployed: Deployed) -> PublishedActionRFSQAE:
     return model.eval()
 
 
-def with_hashes(source: Path, output: Path, weights: dict[str, Tensor]) -> Path:
+def with_hashes(source: Path, output: Path, tensors: dict[str, Tensor], **facts: str) -> Path:
     """The bundle at `source`, saying which tensors it was built from."""
     bundle = open_bundle(source)
-    hashes = weight_hashes({name: tensor.float().numpy() for name, tensor in weights.items()})
+    hashes = weight_hashes({name: tensor.float().numpy() for name, tensor in tensors.items()})
     with stage_bundle(output) as staged:
         for file in bundle.manifest.files:
             staged.write(file, bundle.content(file))
-        staged.seal(replace(bundle.manifest, provenance={"checkpoint": {"file": "policy.pt", HASHES_KEY: hashes}}))
+        checkpoint = {"file": "policy.pt", HASHES_KEY: hashes, **facts}
+        staged.seal(replace(bundle.manifest, provenance={"checkpoint": checkpoint}))
     return output
 
 
@@ -632,6 +633,9 @@ def saved(content: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
+WRAPPED = ("compiled", "lightning", "average")
+
+
 def layout(name: str, model: PublishedActionRFSQAE) -> Any:
     state = model.state_dict()
     return {
@@ -641,13 +645,27 @@ def layout(name: str, model: PublishedActionRFSQAE) -> Any:
         "state dict": state,
         "unused layer norms": state | {f"rfsq.layers.{layer}.layernorm.weight": torch.ones(1) for layer in range(3)},
         "our own": {name: tensor for name, tensor in state.items() if not name.startswith("rfsq.")},
+        "compiled": {"model": {f"_orig_mod.{name}": tensor for name, tensor in state.items()}},
+        "lightning": {"state_dict": {f"model.module.{name}": tensor for name, tensor in state.items()}, "epoch": 3},
+        "average": {"model": state, "ema": {name: tensor + 1 for name, tensor in state.items()}},
     }[name]
 
 
-@pytest.mark.parametrize("name", ["trained", "model key", "both keys", "state dict", "unused layer norms", "our own"])
+@pytest.mark.parametrize(
+    "name", ["trained", "model key", "both keys", "state dict", "unused layer norms", "our own", *WRAPPED]
+)
 def test_the_checkpoint_that_the_bundle_was_built_from_is_accepted(name: str, pair: Pair) -> None:
     result = pair.adapter.load_state_dict(saved(layout(name, pair.published)))
     assert (result.missing_keys, result.unexpected_keys) == ([], [])
+
+
+def test_a_bundle_of_the_average_accepts_the_average_in_the_file(calibrated: Pair, tmp_path: Path) -> None:
+    content = saved({"model": layout("average", calibrated.published)["ema"], "ema": calibrated.published.state_dict()})
+    weights = calibrated.deployed.reference.state_dict()
+    adapter = ActionRFSQAE.from_bundle(with_hashes(calibrated.path, tmp_path / "b", weights, weights="ema"))
+    assert adapter.load_state_dict(content).missing_keys == []
+    with pytest.raises(FingerprintError, match="has other numbers"):
+        calibrated.adapter.load_state_dict(content)
 
 
 @pytest.mark.parametrize("tensor", ["encoder.0.weight", "encoder.2.bias", "decoder.0.weight", "decoder.2.weight"])
