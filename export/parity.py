@@ -20,8 +20,6 @@ from runtime.refusal import judge_refusal
 _BATCH_STEPS = 8192
 #: Control steps of each section that travel with the bundle as golden vectors; the edges travel whole.
 _GOLDEN_STEPS = 384
-#: So much better than the gate torch float32 has to be: another implementation rounds otherwise.
-_ROUND_TRIP_ROOM = 4
 
 
 def batches(reference: Reference, sections: Sequence[Section]) -> Iterator[Answers]:
@@ -35,17 +33,14 @@ def batches(reference: Reference, sections: Sequence[Section]) -> Iterator[Answe
 def golden_vectors(reference: Reference, sections: Sequence[Section]) -> Golden:
     """What the robot replays: the first chunks of every section and all of the edges.
 
-    But for chunks whose statistics float32 cannot give, in a `dynamic` model: far beyond the range sums cancel, their
-    rounding grows from layer to layer, and what that decodes to tells nothing of an engine.
+    But for chunks whose statistics float32 cannot give, in a `dynamic` model.
     """
     chunks = max(_GOLDEN_STEPS // sections[0].actions.shape[1], 1)
     parts = [section.actions if section.name == EDGES else section.actions[:chunks] for section in sections]
     answers = reference.answer(np.concatenate(parts))
     if answers.golden.stats is None:
         return answers.golden
-    # A flip has a limit of its own.
-    error = np.where(answers.float32.flipped, 0, answers.round_trip).max(-1)
-    kept = error <= GATES.action_error / _ROUND_TRIP_ROOM
+    kept = answers.has_float32_stats.all(-1)
     return answers.golden if kept.all() else reference.answer(answers.golden.actions[kept]).golden
 
 
@@ -81,7 +76,7 @@ class Judge:
         self.near_tie_cap += golden.near_tie_cap
         if stats is not None and golden.stats is not None:
             # Behind a flip the statistics are those of another residual.
-            steady = ~(golden.tokens != tokens).any(axis=(-2, -1))
+            steady = ~(golden.tokens != tokens).any(axis=(-2, -1)) & answers.has_float32_stats
             self.stats_error = max(self.stats_error, action_errors(golden.stats[steady], stats[steady], 1.0).value)
         for prefix, expected in golden.decoded.items():
             self._judge_decoding(prefix, golden.tokens, golden.stats, expected)
