@@ -165,6 +165,8 @@ def action_errors(
 ) -> ActionError:
     """The worst of actions [..., A] in physical units; units [A]: physical units per normalised unit.
 
+    found: in the type in which they were decoded, float32 for every backend.
+
     What is judged is the number that was computed, as far as its float32 can tell: the one nearest to `expected` of all
     that round to `found`. A joint that rests a thousand units from zero has float32 positions 6e-5 of a unit apart; the
     last rounding to one of them, up to half of that, is not an error of who decodes. An error before that rounding is

@@ -261,11 +261,13 @@ def _round_trip_checks(
     if isinstance(decoded, TokenizerError):
         yield Check(gate, np.inf, GATES.action_error, str(decoded))
         return
-    # A flipped step is judged by its own limit; the reference's value in its place adds no error to the first check.
-    kept = np.where(flipped[..., None], expected, decoded)
+    # A flipped step is judged by its own limit; the reference's value in its place adds no error to the first check. In
+    # the type that a backend gives, by which it is judged.
+    right = expected.astype(np.float32)
+    kept = np.where(flipped[..., None], right, decoded)
     yield _action_check(gate, action_errors(expected, kept, model.action_units), GATES.action_error)
     if flipped.any():
-        swapped = np.where(flipped[..., None], decoded, expected)
+        swapped = np.where(flipped[..., None], decoded, right)
         yield _action_check(
             f"encode and decode, {label}: max |action error| of {int(flipped.sum())} steps with a near-tie flip",
             action_errors(expected, swapped, model.action_units),

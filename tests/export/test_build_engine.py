@@ -23,6 +23,7 @@ from calibration.fit import calibrate
 from export import engines, pipeline, trt_builder
 from export.batches import Profile
 from export.build_engine import main, parse_arguments
+from export.c_builder import find_compiler
 from export.errors import GateError
 from export.graphs import LinearForm
 from export.pipeline import BuildConfig, BuildResult, build
@@ -355,16 +356,16 @@ def other_model(*, use_layernorm: bool = True, seed: int = 0, gain: float = 2.0)
     return model.eval()
 
 
-def write_other(folder: Path, model: ActionRFSQAE) -> list[str]:
+def write_other(folder: Path, model: ActionRFSQAE, normaliser: Normaliser = NORMALISER) -> list[str]:
     """A checkpoint, its normaliser and its data; the arguments that name them."""
     np.savez(
         folder / "episodes.npz",
         **{
-            name: NORMALISER.restore(actions).astype(np.float32)
+            name: normaliser.restore(actions).astype(np.float32)
             for name, actions in np.load(write_episodes(folder / "normalised.npz", 4)).items()
         },
     )
-    (folder / "normaliser.json").write_text(json.dumps(NORMALISER.to_json()), encoding="utf-8")
+    (folder / "normaliser.json").write_text(json.dumps(normaliser.to_json()), encoding="utf-8")
     published(folder / "model.pt", model)
     return [
         "--checkpoint", str(folder / "model.pt"),
@@ -406,6 +407,23 @@ def test_a_model_of_other_sizes_and_units_builds_from_its_published_file(tmp_pat
     # What five layers of five levels can tell, in normalised units; and more layers tell more.
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-5
+
+
+#: Joints that rest at 0, 20, 100 and 1,000 times what they move by.
+FAR = Normaliser(NormaliserKind.MIN_MAX, (0.0, -60.0, 25.0, 100.0), (2.0, 3.0, 0.25, 0.1))
+
+
+def test_a_robot_whose_joints_rest_far_from_zero_builds(tmp_path: Path) -> None:
+    arguments = write_other(tmp_path, other_model(), FAR)
+    backends = ["onnxruntime", *(["c"] if find_compiler() else [])]
+    output = tmp_path / "bundle"
+    assert main([*arguments, "--output", str(output), "--parity-steps", str(STEPS), "--backends", *backends]) == 0
+    parity = open_bundle(output).manifest.parity
+    assert {entry.backend for entry in parity} == set(backends)
+    assert {entry.value for entry in parity if entry.gate == "encode: wrong tokens"} == {0}
+    # The robot's own check of it, on its own golden vectors.
+    with ActionTokenizer.load(output) as tokenizer:
+        assert tokenizer.model.action_offset == tuple(map(float, np.float32(FAR.offset)))
 
 
 @pytest.mark.parametrize("mode", [DeployMode.DYNAMIC, DeployMode.RECOVERED, DeployMode.CALIBRATED])
