@@ -27,11 +27,14 @@ from runtime.gates import GATES
 ERROR = 1e-4
 #: Steps that edges are sought between: of the range, and of ones so many times as wide, where activations are extreme.
 _WIDTHS = (1.0, 1.0, 2.0, 4.0)
-_POOL = 4096
+#: So many steps at most, and at least where a build is asked for few steps.
+_POOL = (512, 4096)
 #: Edges that are sought for each layer and latent, and for all of them together; and numbers that are held for them.
-_EDGES_EACH, _EDGES, _MOST_NUMBERS = 16, 1024, 20_000_000
+_EDGES_EACH, _EDGES, _MOST_NUMBERS = 16, (256, 1024), 20_000_000
+#: Of so many steps that a build judges, one more edge is sought, and 4 more steps to seek it between.
+_STEPS_PER_EDGE = 100
 #: How far from its edge a value is put, in tolerances: rounding never explains that it is on the other side.
-_DISTANCE = 1.1
+_DISTANCE = 1.02
 _FARTHEST = 2.0
 _BISECTIONS = 32
 #: A constant is seen to by a step that shows it with so much to spare, where there is one.
@@ -40,7 +43,7 @@ _ROOM = 3.0
 
 @dataclass(frozen=True)
 class _Edges:
-    """Steps [N, A] close to an edge; of each the latent and the layer that are, and the bounds there, in bin widths."""
+    """Steps [N, A] close to an edge between two bins; of each the latent and the layer that the edge is of."""
 
     steps: Float32Array
     latent: npt.NDArray[np.int64]
@@ -49,61 +52,72 @@ class _Edges:
 
 def sensitive_steps(
     model: ActionAutoencoder,
-    mode: DeployMode,
     prefixes: Sequence[int],
     low: Float64Array,
     high: Float64Array,
+    *,
     limit: float,
+    num_steps: int,
     random: np.random.Generator,
 ) -> Float32Array:
-    """Steps [N, A], none of which is there in vain; low, high [A]: the range; limit: the largest |action|."""
-    pool = _pool(low, high, limit, random)
-    found = _steps_at_edges(model, pool, random)
-    effects = _encoder_effects(model, mode, found)
-    chosen = found.steps[_cover(effects)]
-    decoded = [_cover(_decoder_effects(model, pool, prefix)) for prefix in prefixes] if not mode.has_stats else []
+    """Steps [N, A], none of which is there in vain.
+
+    prefixes: of the decoders; low, high [A]: the range; limit: the largest |action|; num_steps: that the build judges.
+    """
+    edges = num_steps // _STEPS_PER_EDGE
+    pool = _pool(low, high, limit, int(np.clip(4 * edges, *_POOL)), random)
+    found = _steps_at_edges(model, pool, int(np.clip(edges, *_EDGES)), random)
+    chosen = np.unique(found.steps[_cover(_encoder_effects(model, found))], axis=0)
+    # With statistics of their own, tokens alone decode to nothing.
+    is_decoded = model.conditioning is not Conditioning.DYNAMIC or model.recovered
+    decoded = [_cover(_decoder_effects(model, pool, prefix)) for prefix in prefixes] if is_decoded else []
     return np.concatenate([chosen, *(pool[steps] for steps in decoded)])
 
 
-def _pool(low: Float64Array, high: Float64Array, limit: float, random: np.random.Generator) -> Float32Array:
+def _pool(low: Float64Array, high: Float64Array, limit: float, size: int, random: np.random.Generator) -> Float32Array:
     middle, half = (low + high) / 2, (high - low) / 2
-    parts = [middle + width * half * random.uniform(-1, 1, (_POOL // len(_WIDTHS), len(low))) for width in _WIDTHS]
+    parts = [middle + width * half * random.uniform(-1, 1, (size // len(_WIDTHS), len(low))) for width in _WIDTHS]
     return np.clip(np.concatenate(parts), -limit, limit).astype(np.float32)
 
 
 # --- steps at edges ---------------------------------------------------------------------------------------------------
 
 
-def _steps_at_edges(model: ActionAutoencoder, pool: Float32Array, random: np.random.Generator) -> _Edges:
+def _steps_at_edges(
+    model: ActionAutoencoder, pool: Float32Array, num_edges: int, random: np.random.Generator
+) -> _Edges:
     """On both sides of an edge, `_DISTANCE` tolerances away from it, where float32 has steps so close."""
-    first, second, latent, layer = _pairs(model, pool, random)
+    first, second, latent, layer = _pairs(model, pool, num_edges, random)
     near, far = _bisected(model, first, second, latent, layer)
     sides = []
     for inner, outer in ((near, first), (far, second)):
         _, _, bounds = token_error_bounds(model, torch.from_numpy(inner).double())
         tolerance = bounds.numpy()[np.arange(len(inner)), latent, layer]
         sides.append(_moved_out(model, inner, outer, latent, layer, tolerance))
-    steps, latent, layer = np.concatenate(sides), np.tile(latent, 2), np.tile(layer, 2)
-    _, margins, bounds = token_error_bounds(model, torch.from_numpy(steps).double())
+    steps, latent = np.concatenate(sides), np.tile(latent, 2)
+    _, margins, bounds = (part.numpy() for part in token_error_bounds(model, torch.from_numpy(steps).double()))
+    # A near-tie in an earlier layer would excuse what happens behind it; of any latent, where they move each other.
+    is_tie = margins <= bounds
+    if model.conditioning is Conditioning.DYNAMIC:
+        is_tie = is_tie.any(1, keepdims=True) | np.zeros_like(is_tie)
     rows = np.arange(len(steps))
-    margin, bound = margins.numpy()[rows, latent, layer], bounds.numpy()[rows, latent, layer]
-    # A near-tie in an earlier layer would excuse what happens behind it.
-    earlier = (margins <= bounds).numpy() & (np.arange(bounds.shape[-1]) < layer[:, None, None])
-    is_coupled = model.conditioning is Conditioning.DYNAMIC
-    is_single = ~(earlier.any((-2, -1)) if is_coupled else earlier[rows, latent].any(-1))
-    kept = is_single & (margin > bound) & (margin <= _FARTHEST * bound)
-    return _Edges(steps[kept], latent[kept], layer[kept])
+    is_behind = np.zeros((len(steps), is_tie.shape[-1]), np.bool_)
+    is_behind[:, 1:] = np.logical_or.accumulate(is_tie[rows, latent], 1)[:, :-1]
+    margin, bound = margins[rows, latent], bounds[rows, latent]
+    # Edges of other layers may lie in the same place.
+    found, layer = np.nonzero(~is_behind & (margin > bound) & (margin <= _FARTHEST * bound))
+    return _Edges(steps[found], latent[found], layer)
 
 
 def _pairs(
-    model: ActionAutoencoder, pool: Float32Array, random: np.random.Generator
+    model: ActionAutoencoder, pool: Float32Array, num_edges: int, random: np.random.Generator
 ) -> tuple[Float32Array, Float32Array, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Steps of the pool that one latent's tokens of the first layers agree on, and those of the next layer do not."""
     with torch.no_grad():
         tokens = model.encode(torch.from_numpy(pool).double())[0].numpy()
     latents, layers = tokens.shape[1:]
     constants = sum(part.numel() for part in model.encoder.parameters()) + 2 * latents * layers
-    most = min(_EDGES_EACH, max(min(_EDGES, _MOST_NUMBERS // constants) // (latents * layers), 2))
+    most = min(_EDGES_EACH, max(min(num_edges, _MOST_NUMBERS // constants) // (latents * layers), 2))
     pairs: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int, int]] = []
     for latent in range(latents):
         # Of the tokens so far, shortened to one number; two that are confused make a useless pair.
@@ -173,7 +187,7 @@ def _moved_out(
 # --- what a constant moves --------------------------------------------------------------------------------------------
 
 
-def _encoder_effects(model: ActionAutoencoder, mode: DeployMode, found: _Edges) -> Float32Array:
+def _encoder_effects(model: ActionAutoencoder, found: _Edges) -> Float32Array:
     """[constants, N]: how often over the margin a step's value is moved across its edge by `ERROR` of one constant.
 
     Twice as many rows as constants: one too large, and one too small.
@@ -206,7 +220,7 @@ def _encoder_effects(model: ActionAutoencoder, mode: DeployMode, found: _Edges) 
         ]
         values = values.detach()
         edge = torch.clamp(torch.round(values - 0.5), 0, model.config.num_levels - 2) + 0.5
-        plan = plan_encoder(model, mode, 1)
+        plan = plan_encoder(model, DeployMode(model.conditioning.value), 1)
         if isinstance(plan.quantizer, AffineQuantizer):
             counts = tokens.numpy() - middle_level(model.config.num_levels)
             effects.append(torch.from_numpy(_bin_effects(plan.quantizer, latents.numpy(), counts, found)))
@@ -242,6 +256,13 @@ def _decoder_effects(model: ActionAutoencoder, pool: Float32Array, prefix: int) 
     """[constants, N]: how often over the gate the action of a step's tokens is moved by `ERROR` of one constant."""
     first, second = model.decoder[0], model.decoder[2]
     matrix, offset = (torch.from_numpy(part) for part in token_map(model, prefix))
+    # In one step and in two: engines have either.
+    constants = (
+        first.weight.shape[0] * (matrix.shape[1] + 1)
+        + matrix.numel()
+        + sum(part.numel() for part in model.decoder.parameters())
+    )
+    pool = pool[: max(_MOST_NUMBERS // constants, 64)]
     tokens = model.encode(torch.from_numpy(pool).double())[0][..., :prefix].flatten(1).double()
     latents = tokens @ matrix.T + offset
     before = (latents @ first.weight.T + first.bias).requires_grad_(True)
@@ -251,7 +272,10 @@ def _decoder_effects(model: ActionAutoencoder, pool: Float32Array, prefix: int) 
     # The dimension that a hidden unit, or a latent, moves most.
     by_hidden = slope.abs() * second.weight.abs().amax(0)
     by_latent = torch.einsum("ah,nh,hd->nad", second.weight, slope, first.weight).abs().amax(1)
+    folded = first.weight @ matrix
     effects = [
+        torch.einsum("nh,nk,hk->hkn", by_hidden, tokens, folded.abs()).flatten(0, 1),
+        (by_hidden * (first.weight @ offset + first.bias).abs()).T,
         torch.einsum("nd,nk,dk->dkn", by_latent, tokens, matrix.abs())[matrix != 0],
         (by_latent * offset.abs()).T,
         torch.einsum("nh,nd,hd->hdn", by_hidden, latents.abs(), first.weight.abs()).flatten(0, 1),

@@ -19,7 +19,7 @@ from runtime.refusal import judge_refusal
 #: Control steps judged at once: large enough to be fast, small enough that float64 margins stay in a few hundred MB.
 _BATCH_STEPS = 8192
 #: Control steps of each section that travel with the bundle as golden vectors; the edges travel whole.
-_GOLDEN_STEPS = 384
+_GOLDEN_STEPS = 192
 
 
 def batches(reference: Reference, sections: Sequence[Section]) -> Iterator[Answers]:

@@ -1,13 +1,15 @@
-"""What engines are judged on: held-out episodes, their surroundings, random actions, edges of the input range."""
+"""What engines are judged on: held-out episodes, their surroundings, random actions, edges of ranges and of bins."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from export.golden_inputs import sensitive_steps
 from rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq_ref.rounding import token_error_bounds
 
@@ -41,11 +43,19 @@ class Section:
 
 
 def parity_sections(
-    model: ActionAutoencoder, episodes: Float32Array, *, chunk_length: int, limit: float, num_steps: int, seed: int = 0
+    model: ActionAutoencoder,
+    episodes: Float32Array,
+    *,
+    chunk_length: int,
+    limit: float,
+    num_steps: int,
+    prefixes: Sequence[int] = (),
+    seed: int = 0,
 ) -> tuple[Section, ...]:
     """Sections of at least `num_steps` control steps together.
 
-    model: the float64 reference; episodes: steps [N, A] it was not fitted to; limit: the largest |action| allowed.
+    model: the float64 reference; episodes: steps [N, A] it was not fitted to; limit: the largest |action| allowed;
+    prefixes: of the decoders whose constants the edges shall show too.
     """
     random = np.random.default_rng(seed)
     low, high = _range(model, episodes)
@@ -53,11 +63,13 @@ def parity_sections(
     centres = episodes[random.integers(max(len(episodes), 1), size=near)]
     around = centres + _SPREAD * (high - low) * random.standard_normal(centres.shape)
     uniform = random.uniform(low, high, (max(num_steps - len(episodes) - near, chunk_length), len(low)))
+    edges = edge_steps(model, low, high, limit, random)
+    sensitive = sensitive_steps(model, prefixes, low, high, limit=limit, num_steps=num_steps, random=random)
     return (
         Section("episodes", as_chunks(episodes, chunk_length)),
         Section("around them", as_chunks(around, chunk_length)),
         Section("uniform random", as_chunks(uniform, chunk_length)),
-        Section(EDGES, as_chunks(edge_steps(model, low, high, limit, random), chunk_length)),
+        Section(EDGES, as_chunks(np.concatenate((edges, sensitive)), chunk_length)),
     )
 
 

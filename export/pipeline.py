@@ -187,6 +187,7 @@ def build(config: BuildConfig) -> BuildResult:
             chunk_length=config.chunk_length,
             limit=model_entry.action_limit,
             num_steps=config.parity_steps,
+            prefixes=prefixes,
         )
         with steps.step("write golden vectors") as step:
             golden = golden_vectors(reference, sections)

@@ -471,7 +471,7 @@ def test_what_lies_behind_a_flip_is_judged_along_the_flip(either: Case, value: i
 
 def test_golden_vectors_hold_the_start_of_every_section_and_all_edges(case: Case) -> None:
     golden = golden_vectors(case.reference, case.sections)
-    parts = [section.actions if section.name == EDGES else section.actions[:48] for section in case.sections]
+    parts = [section.actions if section.name == EDGES else section.actions[:24] for section in case.sections]
     np.testing.assert_array_equal(golden.actions, np.concatenate(parts))
     assert set(golden.decoded) == set(PREFIXES)
     assert golden.near_tie_cap > 0
