@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -212,7 +211,7 @@ def _check_model(model: ModelEntry) -> None:
         problems.append(f"prefixes are {list(model.prefixes)} for {model.num_layers} layers")
     for name in ("action_units", "action_offset"):
         values = getattr(model, name)
-        if len(values) != model.action_dim or not all(map(math.isfinite, values)):
+        if len(values) != model.action_dim:
             problems.append(f"{name} are {list(values)} for {model.action_dim} dimensions")
     if not all(_LEAST_UNIT <= unit <= _LARGEST_UNIT for unit in model.action_units):
         problems.append(

@@ -264,7 +264,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return {key: _build(arguments[1], entry, f"{where}[{_shown(key)}]") for key, entry in value.items()}
     # bool is an int to isinstance.
-    if isinstance(kind, type) and type(value) is kind:
+    if type(value) is kind:
         return value
     name = kind if isinstance(kind, types.GenericAlias) else getattr(kind, "__name__", kind)
     raise BundleError(f"{where} is {_shown(value)}; expected {name}")

@@ -295,6 +295,9 @@ def with_form(old: str, new: str) -> Callable[[Manifest], Manifest]:
             r"refers to engines/x\.kernels but lists no hash",
         ),
         (change_engine(kernel_cache="golden.npz"), r"has kernels in golden\.npz, compiled for no GPU that is named"),
+        (change_engine(source="nowhere.onnx"), "graph and engine do not belong together"),
+        (change_engine(backend="c", targets=()), r"is C for the targets \[\], not for one"),
+        (change_engine(backend="c", targets=("x86-64", "x86-64-v3")), "not for one"),
         (change_engine(source="decoder.onnx"), "graph and engine do not belong together"),
         (lambda manifest: replace(manifest, graphs=(*manifest.graphs, manifest.graphs[0])), "lists the graphs"),
         (
@@ -335,6 +338,62 @@ def test_a_validated_engine_with_its_device_and_kernels_is_accepted(altered: Pat
     )
     opened = open_bundle(altered)
     assert opened.content(opened.manifest.engines[0].kernel_cache) == b"kernels"
+
+
+@pytest.mark.parametrize("num_levels", [2, 2**31])
+def test_levels_may_be_as_few_and_as_many_as_int32_tells_apart(num_levels: int) -> None:
+    manifest = complete_manifest()
+    check_manifest(replace(manifest, model=replace(manifest.model, num_levels=num_levels)))
+    for wrong in (1, 2**31 + 1):
+        with pytest.raises(BundleError, match=f"num_levels is {wrong}"):
+            check_manifest(replace(manifest, model=replace(manifest.model, num_levels=wrong)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"action_units": (1e-12, 1e12, 1.0), "action_offset": (0.0, 0.0, 2.0**24)},
+        {"action_offset": (0.0, 0.0, -(2.0**24)), "action_units": (1.0, 1.0, 1.0)},
+        {"action_limit": 3.0, "action_offset": (-2.0, 0.0, 1.0), "action_units": (1.0, 3.0, 2.0)},
+    ],
+)
+def test_units_offset_and_limit_may_be_at_their_limits(changes: dict[str, Any]) -> None:
+    manifest = complete_manifest()
+    check_manifest(replace(manifest, model=replace(manifest.model, **changes)))
+
+
+@pytest.mark.parametrize("targets", [(), ("8.9", "9.0")])
+def test_engines_for_gpus_may_be_for_any_number_of_targets(targets: tuple[str, ...], altered: Path) -> None:
+    rewrite(altered, change_engine(targets=targets))
+    assert open_bundle(altered).manifest.engines[0].targets == targets
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_parity(gate="encode: near-tie flips", value=192_000.0, limit=192_000.0),
+        change_parity(gate="uint8 tokens, decode 2 layers: action error", value=1e-5, limit=1e-5),
+        change_parity(gate="golden vectors, decode 2 layers: illegal values accepted"),
+        change_parity(steps=1),
+    ],
+)
+def test_gates_may_be_as_wide_as_this_projects(change: Callable[[Manifest], Manifest]) -> None:
+    manifest = complete_manifest()
+    check_manifest(replace(manifest, parity=(*change(manifest).parity[:1], *manifest.parity)))
+
+
+def complete_manifest() -> Manifest:
+    manifest = make_manifest(deploy(Recipe()))
+    names = ["golden.npz", *(entry.file for entry in manifest.graphs)]
+    return replace(manifest, files=dict.fromkeys(names, FileEntry("0" * 64, 1)))
+
+
+def test_a_manifest_may_have_the_largest_size(altered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (altered / MANIFEST_NAME).stat().st_size
+    monkeypatch.setattr("runtime.bundle.MANIFEST_SIZE_LIMIT", size)
+    open_bundle(altered)
+    monkeypatch.setattr("runtime.bundle.MANIFEST_SIZE_LIMIT", size - 1)
+    refuse(altered, f"has {size} bytes, more than any manifest")
 
 
 def test_the_action_limit_may_be_all_that_float32_holds(altered: Path) -> None:

@@ -17,7 +17,7 @@ from runtime.bundle import open_bundle
 from runtime.contract import Backend
 from runtime.errors import BundleError, InferenceError
 from runtime.gates import GATES
-from runtime.golden import Golden, read_golden, replay, write_golden
+from runtime.golden import Check, Golden, read_golden, replay, write_golden
 from runtime.manifest import GOLDEN_NAME, ModelEntry
 from tests.bundles import Recipe
 
@@ -347,6 +347,41 @@ def test_what_is_not_written_is_wrong(case: tuple[Golden, ModelEntry, Backend]) 
     failed = replay(golden, model, Silent(backend)).failures
     assert {check.gate.split(":")[0] for check in failed} >= {"encode, batch 1", "decode 3 layers, batch 6"}
     assert all(check.value > check.limit for check in failed)
+
+
+def test_what_a_decoder_does_not_write_is_infinitely_wrong(case: tuple[Golden, ModelEntry, Backend]) -> None:
+    golden, model, backend = case
+
+    class Silent(Wrapper):
+        def decode_into(self, tokens: Any, stats: Any, actions: Any) -> None:
+            """Writes nothing."""
+
+    failed = [check for check in replay(golden, model, Silent(backend)).failures if check.gate.startswith("decode")]
+    assert len(failed) == 3 * len(model.prefixes)
+    assert all(check.value == np.inf for check in failed)
+
+
+def test_a_backend_gets_arrays_that_it_may_write_to(case: tuple[Golden, ModelEntry, Backend]) -> None:
+    golden, model, backend = case
+
+    class Strict(Wrapper):
+        def encode_into(self, actions: Any, tokens: Any, stats: Any) -> None:
+            assert all(part is None or part.flags.carray for part in (actions, tokens, stats))
+            super().encode_into(actions, tokens, stats)
+            actions.fill(np.nan)
+
+        def decode_into(self, tokens: Any, stats: Any, actions: Any) -> None:
+            assert all(part is None or part.flags.carray for part in (tokens, stats, actions))
+            super().decode_into(tokens, stats, actions)
+
+    assert replay(golden, model, Strict(backend)).passed
+
+
+@pytest.mark.parametrize(("value", "passes"), [(1.0, True), (0.0, True), (1.0000001, False), (np.nan, False)])
+def test_a_check_passes_up_to_its_limit(value: float, passes: bool) -> None:
+    check = Check("a gate", value, 1.0)
+    assert check.passed == passes
+    assert str(check).startswith("✓" if passes else "✗")
 
 
 def test_all_failures_are_collected_when_a_backend_raises(case: tuple[Golden, ModelEntry, Backend]) -> None:

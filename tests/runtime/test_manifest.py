@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runtime.errors import BundleError
 from runtime.manifest import ParityEntry, graph_tensors, manifest_text, parse_manifest
-from tests.bundles import Recipe, deploy, make_manifest
+from tests.bundles import Recipe, deploy, engine_entry, make_manifest
 
 MANIFEST = make_manifest(deploy(Recipe()))
 TEXT = manifest_text(MANIFEST)
@@ -60,6 +60,12 @@ def with_content(**changes: Any) -> str:
         (with_content(fingerprint=7), r"manifest\.json\.fingerprint is 7; expected str"),
         (with_content(graphs={}), r"manifest\.json\.graphs is {}; expected tuple"),
         (with_content(model=None), r"manifest\.json\.model is None; expected an object"),
+        (with_content(schema_version=True), "schema version True"),
+        (TEXT.replace('"chunk_length": 2', '"chunk_length": true'), r"model\.chunk_length is True; expected int"),
+        (TEXT.replace('"num_levels": 5', '"num_levels": 5.0'), r"model\.num_levels is 5\.0; expected int"),
+        (with_content(parity=[1]), r"parity\[0\] is 1; expected an object"),
+        (with_content(tools=[]), r"tools is \[\]; expected dict"),
+        (with_content(tools={"numpy": 2}), r"tools\['numpy'\] is 2; expected str"),
         (with_content(files={"encoder.onnx": {"size": 1}}), r"files\['encoder.onnx'\] lacks the keys \['sha256'\]"),
         (with_content(), "was altered after it was written"),
         ("[]", "schema version 'list'"),
@@ -123,3 +129,11 @@ def test_stats_belong_to_dynamic_models_alone() -> None:
         ("stats", (-1, 2, 2, 2)),
         ("actions", (-1, 2, 3)),
     ]
+
+
+@pytest.mark.parametrize("profile", [[], [1, 2], [1, 2, 3, 4]])
+def test_a_tuple_of_another_length_is_refused(profile: list[int]) -> None:
+    with_engine = json.loads(manifest_text(replace(MANIFEST, engines=(engine_entry(b""),))))
+    with_engine["engines"][0]["profile"] = profile
+    with pytest.raises(BundleError, match=r"engines\[0\]\.profile is .*; expected tuple"):
+        parse_manifest(json.dumps(with_engine))

@@ -1,5 +1,6 @@
 """Wrong arrays are refused by name and place before anything is written; odd but right ones work."""
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -36,6 +37,7 @@ def changed(array: np.ndarray, index: tuple[int, ...], value: float) -> np.ndarr
     ("actions", "message"),
     [
         (ACTIONS[0], r"actions have shape \[2, 3\]; expected \[B, T, A\] = \[B, 2, 3\]; for a single chunk pass"),
+        (ACTIONS[..., None], r"actions have shape \[5, 2, 3, 1\]; expected"),
         (ACTIONS[None], r"actions have shape \[1, 5, 2, 3\]; expected"),
         (ACTIONS[:, :1], r"shape \[5, 1, 3\]; expected \[B, T, A\] = \[B, 2, 3\]"),
         (ACTIONS[..., :2], r"shape \[5, 2, 2\]; expected"),
@@ -74,6 +76,8 @@ def test_wrong_actions(actions: Any, message: str, tokenizer: ActionTokenizer) -
         ),
         (TOKENS[None], r"shape \[1, 5, 2, 4, 3\]; expected"),
         (TOKENS[:, :1], r"shape \[5, 1, 4, 3\]; expected"),
+        (TOKENS[..., None], r"shape \[5, 2, 4, 3, 1\]; expected"),
+        (TOKENS[..., 0], r"shape \[5, 2, 4\]; expected"),
         (TOKENS[:, :, :3], r"shape \[5, 2, 3, 3\]; expected"),
         (
             TOKENS.astype(np.float32),
@@ -324,6 +328,44 @@ def test_any_layout_works(layout: str, tokenizer: ActionTokenizer, dynamic_token
     np.testing.assert_array_equal(
         dynamic_tokenizer.decode(arrange(TOKENS), arrange(STATS)), dynamic_tokenizer.decode(plain(TOKENS), plain(STATS))
     )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_backend_gets_contiguous_aligned_arrays_of_native_order(layout: str, tokenizer: ActionTokenizer) -> None:
+    validator, arrange = InputValidator(tokenizer.model), LAYOUTS[layout]
+    found = [validator.actions(arrange(ACTIONS))]
+    found += [validator.tokens(arrange(TOKENS.astype(dtype))) for dtype in (np.int32, np.int64, np.uint8)]
+    for array in found:
+        assert array.flags.c_contiguous
+        assert array.flags.aligned
+        assert array.dtype in (np.dtype(np.float32), np.dtype(np.int32))
+        assert array.dtype.isnative
+
+
+@pytest.mark.parametrize("batch", [4, 5, 6])
+def test_values_are_left_to_the_backend_up_to_the_chunks_that_it_checks(batch: int, tokenizer: ActionTokenizer) -> None:
+    validator = InputValidator(tokenizer.model)
+    actions = np.full((batch, 2, 3), np.nan, np.float32)
+    tokens = np.full((batch, 2, 4, 3), 5, np.int32)
+    calls = [lambda: validator.actions(actions, unchecked=5), lambda: validator.tokens(tokens, unchecked=5)]
+    for call in calls:
+        with pytest.raises(InvalidInputError) if batch > 5 else contextlib.nullcontext():
+            call()
+    # Of other types the backend never sees them.
+    for dtype in (np.int64, np.uint8):
+        with pytest.raises(InvalidInputError, match="is 5; expected 0"):
+            validator.tokens(tokens.astype(dtype), unchecked=5)
+
+
+def test_an_output_is_apart_from_an_input_only_where_their_memory_is(tokenizer: ActionTokenizer) -> None:
+    validator = InputValidator(tokenizer.model)
+    owner = np.zeros((5, 2, 3), np.float32)
+    shared = {"the very same": (owner, owner), "a view of it": (owner[:], owner), "seen by it": (owner, owner[:])}
+    for out, source in shared.values():
+        with pytest.raises(InvalidInputError, match="out overlaps the memory"):
+            validator.output("out", out, np.float32, (5, 2, 3), source)
+    for out, source in ((owner, ACTIONS.copy()), (owner[:], ACTIONS[:]), (owner, ACTIONS[:])):
+        assert validator.output("out", out, np.float32, (5, 2, 3), source) is out
 
 
 def test_inputs_are_never_changed(tokenizer: ActionTokenizer) -> None:
