@@ -118,6 +118,11 @@ class ActionTokenizer:
         return self._manifest.fingerprint
 
     @property
+    def folder(self) -> Path | None:
+        """Where the bundle was loaded from, absolute; None for a tokenizer that was made around a backend."""
+        return None if self._origin is None else self._origin.folder
+
+    @property
     def manifest(self) -> Manifest:
         """What the bundle says of itself."""
         return self._manifest
@@ -274,8 +279,8 @@ class ActionTokenizer:
             self._backend.close()
 
     def __repr__(self) -> str:
-        model, origin = self.model, self._origin
-        folder = "no bundle" if origin is None else repr(str(origin.folder))
+        model = self.model
+        folder = "no bundle" if self.folder is None else repr(str(self.folder))
         return (
             f"{type(self).__name__}({folder}, {model.mode}, fingerprint {self.fingerprint[:16]}, "
             f"T={model.chunk_length} A={model.action_dim} D={model.latent_dim} L={model.num_layers} "

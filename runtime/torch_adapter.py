@@ -1,7 +1,7 @@
 """`ActionRFSQAE`, what policy code calls: the published model's interface, backed by a bundle.
 
-The one module here that imports torch, and nothing here imports it: whoever wants it has torch. It does no arithmetic
-of its own; tensors go to an `ActionTokenizer`, on the CPU as numpy views, on the GPU where they lie.
+Nothing here imports it: whoever wants it has torch. It does no arithmetic of its own; tensors go to an
+`ActionTokenizer`, on the CPU as numpy views, on the GPU where they lie (`runtime.torch_calls`).
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from runtime.backends import GPU_BACKENDS, PREFERENCE
 from runtime.checkpoint_layouts import (
     StateComparison,
     compare_config,
@@ -30,62 +27,42 @@ from runtime.checkpoint_layouts import (
 )
 from runtime.checkpoint_states import states_in
 from runtime.errors import (
-    BackendUnavailableError,
     FingerprintError,
-    InferenceError,
     InvalidInputError,
-    SelfTestError,
 )
 from runtime.manifest import ModelEntry
 from runtime.paths import as_path
 from runtime.tokenizer import ActionTokenizer
-from runtime.trt_api import EngineRefusedError
+from runtime.torch_calls import CPU, Call, Engines, checked_indices, checked_tensor, is_plain
 from runtime.validation import InputValidator
 
 _LOG = logging.getLogger(__name__)
 
-#: The only entry of the adapter's own state dict: the fingerprint's 32 bytes.
+#: The only entry of the adapter's own state dict: the fingerprint's 32 bytes, as float32 numbers.
 FINGERPRINT_KEY = "tokenizer_fingerprint"
-
-_TAKEN_BY_TOKENIZER = (torch.int32, torch.int64, torch.uint8)
-_WIDER = {
-    torch.int8: torch.int32,
-    torch.int16: torch.int32,
-    torch.uint16: torch.int32,
-    torch.uint32: torch.int64,
-    # What int64 cannot hold becomes negative: no level before, no level after.
-    torch.uint64: torch.int64,
-}
-#: What the widest load of a kernel needs.
-_ALIGNMENT = 16
-_CPU = torch.device("cpu")
-#: The GPU that backends work on.
-_DEVICE = 0
-
-_NOT_DECODABLE = (
-    "tokens of a `dynamic` bundle cannot be decoded alone: every layer was normalised by a mean and a sigma of its own "
-    "step, which do not travel with the tokens; the published decode_from_indices left them out, and was wrong by "
-    "orders of magnitude. Reconstructions come from forward; to decode tokens, build the bundle anew: `python "
-    "export/build_engine.py --conditioning recovered` (the same tokens, approximate, for a policy that speaks them "
-    "already) or `--conditioning calibrated` (new tokens, exact, for a policy to be trained)"
-)
+#: Whoever averages the weights of policies averages these numbers too, and each may be off by so much then. That all 32
+#: of another fingerprint are so near has a chance of (9 / 256)^32.
+_ROUNDING = 4
 
 
 class ActionRFSQAE(nn.Module):
     """The published model's calls on a bundle: B any batch size, T any length, both may be 0; other leading axes too.
 
-    Frozen: results carry no graph, and `train`, `half` and the like change nothing. Tensors may lie anywhere, and
-    results lie where the input did. On the CPU wrong values raise InvalidInputError; on the GPU the host does not read
-    them: a token that is no level makes the actions of its step NaN, an action that is not finite makes the tokens of
-    its step -1.
+    Frozen: results carry no graph, and `train`, `half` and the like change nothing. The only state is the fingerprint,
+    a buffer: where the policy's checkpoint brings another one, loading it or the first call raises FingerprintError.
+    Tensors may lie anywhere, and results lie where the input did. On the CPU wrong values raise InvalidInputError; on
+    the GPU the host does not read them: a token that is no level makes the actions of its step NaN, an action that is
+    not finite makes the tokens of its step -1.
 
     action_dim A, num_layers L, num_levels K as published; hidden_dim and latent_dim are both D, which the published
     config calls hidden_dim; use_layernorm: whether residuals are normalised, by constants or otherwise.
     """
 
+    tokenizer_fingerprint: Tensor
+
     def __init__(self, engines: object = None, *_sizes: object, **_settings: object) -> None:
         """Use `from_bundle`; the published model's arguments are taken to say so."""
-        if not isinstance(engines, _Engines):
+        if not isinstance(engines, Engines):
             raise InvalidInputError(
                 "this ActionRFSQAE has no sizes or weights to choose: it is opened from a bundle, which brings both, "
                 "with ActionRFSQAE.from_bundle(PATH); a checkpoint becomes one by `python export/build_engine.py "
@@ -100,8 +77,11 @@ class ActionRFSQAE(nn.Module):
         self.num_layers: int = model.num_layers
         self.num_levels: int = model.num_levels
         self.use_layernorm: bool = model.mode != "none"
-        # Policy code asks the first parameter for the model's device and type. Without numbers: nothing can be learnt.
-        self.anchor = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
+        # What is made in that mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.register_buffer(FINGERPRINT_KEY, engines.numbers.clone())
+        #: The buffer on a GPU that was found right last, and which version of it.
+        self._known: tuple[Tensor | None, int] = (None, 0)
         self.rfsq = _Quantiser(engines.model)
         self.eval()
 
@@ -115,7 +95,7 @@ class ActionRFSQAE(nn.Module):
         for the best of those that take them; a name for that one alone. A backend on the CPU serves tensors of the GPU
         too: they are copied to it and back. expect_fingerprint: of the tokenizer that the policy was trained with.
         """
-        return cls(_Engines(as_path(path, "the bundle"), backend, expect_fingerprint))
+        return cls(Engines(as_path(path, "the bundle"), backend, expect_fingerprint))
 
     @property
     def fingerprint(self) -> str:
@@ -125,6 +105,7 @@ class ActionRFSQAE(nn.Module):
     @property
     def tokenizer(self) -> ActionTokenizer:
         """What numpy arrays go to."""
+        self._require_own()
         return self._engines.on_host
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +119,7 @@ class ActionRFSQAE(nn.Module):
                 "x requires a gradient, and a bundle has none: what it gives would count as constant, unnoticed. Pass "
                 "x.detach(), or call under torch.no_grad(); for codes alone call encode"
             )
-        call = self._engines.call_for(x)
+        call = self._call_for(x)
         codes, stats = self._encode(call, x)
         actions = call.empty((*codes.shape[:2], self.action_dim), torch.float32)
         call.tokenizer.decode_into(call.array(codes), call.array(actions), call.array(stats), stream=call.stream())
@@ -147,7 +128,7 @@ class ActionRFSQAE(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """actions float32 [B, T, A] -> codes int64 [B, T, D, L], with no gradient, whatever `x` requires."""
         x = self._checked_actions(x)
-        call = self._engines.call_for(x)
+        call = self._call_for(x)
         return call.result(self._encode(call, x)[0]).long()
 
     def decode_from_indices(self, indices: Tensor) -> Tensor:
@@ -156,8 +137,8 @@ class ActionRFSQAE(nn.Module):
         `codes[..., :3]` is a prefix, as it lies. Raises InvalidInputError for a `dynamic` bundle, whose tokens do not
         decode alone, and UnbuiltPrefixError for an l that was not built.
         """
-        indices = _checked_indices(indices, self._engines.model)
-        call = self._engines.call_for(indices, trailing=2)
+        indices = checked_indices(indices, self._engines.model)
+        call = self._call_for(indices, trailing=2)
         tokens = call.tokens(indices, self.num_levels)
         chunks = call.chunks(tokens)
         actions = call.empty((*chunks.shape[:2], self.action_dim), torch.float32)
@@ -178,7 +159,7 @@ class ActionRFSQAE(nn.Module):
         return self.decode_from_indices(latents.indices)
 
     def _checked_actions(self, value: object) -> Tensor:
-        x = _checked_tensor("x", value)
+        x = checked_tensor("x", value)
         if x.ndim < 1 or x.shape[-1] != self.action_dim:
             raise InvalidInputError(f"x has shape {list(x.shape)}; expected actions [B, T, {self.action_dim}]")
         if x.dtype is not torch.float32:
@@ -188,7 +169,12 @@ class ActionRFSQAE(nn.Module):
             )
         return x
 
-    def _encode(self, call: _Call, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _call_for(self, tensor: Tensor, trailing: int = 1) -> Call:
+        """trailing: how many axes a step has."""
+        self._require_own()
+        return self._engines.call_for(tensor, trailing)
+
+    def _encode(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens int32 and, for `dynamic` bundles, stats of whole chunks."""
         chunks, model = call.chunks(x.detach()), self._engines.model
         tokens = call.empty((*chunks.shape[:2], model.latent_dim, model.num_layers), torch.int32)
@@ -203,6 +189,21 @@ class ActionRFSQAE(nn.Module):
         return tokens, stats
 
     # What a torch module is asked beside ------------------------------------------------------------------------------
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """First one without numbers, for policy code asks it for the model's device and type.
+
+        The policy around has none of it: nothing there can unfreeze it, and nobody waits for its gradient.
+        """
+        if recurse:
+            device = self.tokenizer_fingerprint.device
+            yield nn.Parameter(torch.empty(0, dtype=torch.float32, device=device), requires_grad=False)
+        yield from super().parameters(recurse)
+
+    def reset_parameters(self) -> None:
+        """As torch and transformers call it where a module's tensors are new: the fingerprint is the bundle's again."""
+        with torch.no_grad():
+            self.tokenizer_fingerprint.copy_(self._engines.numbers)
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Raises InvalidInputError for True."""
@@ -237,13 +238,8 @@ class ActionRFSQAE(nn.Module):
                 "published: a policy has to be trained on them",
                 self._engines.path,
             )
+        self._keep_own(state_dict)
         return _IncompatibleKeys(missing, unexpected)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """The fingerprint alone, as a tensor: a policy's checkpoint then says which tokenizer it belongs to."""
-        del keep_vars
-        content = bytearray.fromhex(self.fingerprint)
-        destination[prefix + FINGERPRINT_KEY] = torch.frombuffer(content, dtype=torch.uint8).to(self.anchor.device)
 
     def _load_from_state_dict(
         self,
@@ -278,11 +274,13 @@ class ActionRFSQAE(nn.Module):
                 f"to train the policy on calibrated tokens, leave out what begins with {prefix!r} and load with "
                 "strict=False"
             )
+        else:
+            self._keep_own(state)
 
     def _compare(
         self, state: Mapping[str, Any], missing: list[str], unexpected: list[str], *, strict: bool
     ) -> list[str]:
-        tensors = {name: value for name, value in state.items() if isinstance(name, str) and _is_plain(value)}
+        tensors = {name: value for name, value in state.items() if isinstance(name, str) and is_plain(value)}
         if len(tensors) < len(state):
             others = sorted(str(name) for name in state if name not in tensors)
             return [f"it is no state dict of plain tensors: {', '.join(others[:8])} are none"]
@@ -307,12 +305,53 @@ class ActionRFSQAE(nn.Module):
         return compared.problems(strict=strict)
 
     def _compare_fingerprint(self, tensors: Mapping[str, Tensor]) -> StateComparison:
-        found = bytes(tensors[FINGERPRINT_KEY].cpu().to(torch.uint8).flatten().tolist()).hex()
         return StateComparison(
             missing=(),
             unexpected=tuple(sorted(tensors.keys() - {FINGERPRINT_KEY})),
-            differences=() if found == self.fingerprint else (f"it was saved with the tokenizer {found}",),
+            differences=self._differences(tensors[FINGERPRINT_KEY]),
         )
+
+    def _differences(self, numbers: Tensor) -> tuple[str, ...]:
+        """What sets these apart from the own fingerprint: one line, or none."""
+        own, found = self._engines.numbers, numbers.detach().cpu().float()
+        if found.shape == own.shape and bool(((found - own).abs() <= _ROUNDING).all()):
+            return ()
+        levels = [round(number) if math.isfinite(number) else -1 for number in found.flatten().tolist()]
+        if len(levels) != len(own) or not all(0 <= level <= 255 for level in levels):
+            return (
+                f"its {FINGERPRINT_KEY} holds none: the checkpoint is damaged, or of a policy without a tokenizer, and "
+                "what loaded it has left this memory unwritten; then call reset_parameters() on the tokenizer",
+            )
+        return (f"it was saved with the tokenizer {bytes(levels).hex()}",)
+
+    def _require_own(self) -> None:
+        """For what came without `load_state_dict`: transformers, accelerate and others put tensors where they find one.
+
+        A GPU is waited for once, and again after somebody has written there.
+        """
+        numbers = self.tokenizer_fingerprint
+        if numbers.is_cpu and numbers.dtype is torch.float32 and torch.equal(numbers, self._engines.numbers):
+            return
+        if numbers.is_meta:
+            raise InvalidInputError(
+                "the tokenizer lies on the meta device, where a policy is before its checkpoint is loaded; load it, or "
+                "call to_empty(device=...) on the policy"
+            )
+        version = 0 if numbers.is_inference() else numbers._version
+        if not numbers.is_cpu and numbers is self._known[0] and version == self._known[1]:
+            return
+        if differences := self._differences(numbers):
+            raise FingerprintError(self._refusal(differences))
+        self._known = numbers, version
+
+    def _keep_own(self, state: Mapping[str, Any]) -> None:
+        """After a state that was found to be the bundle's: it may have been none, or another's, before."""
+        given = state.get(FINGERPRINT_KEY)
+        if self.tokenizer_fingerprint.is_meta:
+            self.tokenizer_fingerprint = torch.empty_like(
+                self._engines.numbers, device=given.device if isinstance(given, Tensor) else CPU
+            )
+        self.reset_parameters()
 
     def _speaks_otherwise(self, state: Mapping[str, Any]) -> bool:
         """Whether a model of this state, as published, makes other tokens than the bundle."""
@@ -331,12 +370,14 @@ class ActionRFSQAE(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves to another device, and never to another type."""
+        """Moves to another device, and never to another type; numbers stay, where `to_empty` loses them too."""
+        before = self.tokenizer_fingerprint
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.anchor.data = self.anchor.data.float()
-        if self.anchor.is_cuda:
+        device = self.tokenizer_fingerprint.device
+        self.tokenizer_fingerprint = (self._engines.numbers.clone() if before.is_meta else before).to(device)
+        if device.type == "cuda":
             # Now rather than at the first call, which is somebody's loop.
-            self._engines.tokenizer_for(self.anchor.device)
+            self._engines.tokenizer_for(device)
         return self
 
     def extra_repr(self) -> str:
@@ -385,176 +426,4 @@ class _Quantiser:
 
     def decode_from_indices(self, indices: Tensor) -> CodedLatents:
         """The first half of `ActionRFSQAE.decode_from_indices`, for `decoder`."""
-        return CodedLatents(_checked_indices(indices, self._model))
-
-
-class _Engines:
-    """A bundle on the backend asked for and, with `auto`, on one more that takes tensors of the GPU once they come.
-
-    Copies are the same object, and what is pickled opens the bundle again, which must still be the same tokenizer.
-    """
-
-    def __init__(self, path: Path, backend: str, expect_fingerprint: str | None) -> None:
-        self.path, self._backend = path, backend
-        self.on_host = ActionTokenizer.load(path, backend=backend, expect_fingerprint=expect_fingerprint)
-        self.model, self.fingerprint = self.on_host.model, self.on_host.fingerprint
-        # What was found for each device that tensors came from.
-        self._on_gpu: dict[torch.device, ActionTokenizer | None] = {}
-        self._lock = threading.Lock()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> _Engines:
-        return self
-
-    def __reduce__(self) -> tuple[type[_Engines], tuple[Path, str, str]]:
-        return _Engines, (self.path.absolute(), self._backend, self.fingerprint)
-
-    def tokenizer_for(self, device: torch.device) -> tuple[ActionTokenizer, bool]:
-        """The tokenizer for tensors there, and whether it takes them where they lie."""
-        if device.type == "cpu":
-            return self.on_host, True
-        with self._lock:
-            if device not in self._on_gpu:
-                self._on_gpu[device] = self._open_for(device)
-            found = self._on_gpu[device]
-        return (self.on_host, False) if found is None else (found, True)
-
-    def call_for(self, tensor: Tensor, trailing: int = 1) -> _Call:
-        """trailing: how many axes a step has."""
-        tokenizer, is_in_place = self.tokenizer_for(tensor.device)
-        return _Call(tokenizer, tensor.shape[: tensor.ndim - trailing], tensor.device, is_in_place)
-
-    def _open_for(self, device: torch.device) -> ActionTokenizer | None:
-        obstacles = []
-        if device.type != "cuda" or device.index != _DEVICE:
-            obstacles.append(f"backends work on cuda:{_DEVICE} alone; choose the GPU with CUDA_VISIBLE_DEVICES")
-        elif self.on_host.backend.name in GPU_BACKENDS:
-            return self.on_host
-        elif self._backend != "auto":
-            obstacles.append(f"{self._backend!r} was asked for, and runs on the CPU")
-        for name in () if obstacles else (name for name in PREFERENCE if name in GPU_BACKENDS):
-            try:
-                opened = ActionTokenizer.load(self.path, backend=name, expect_fingerprint=self.fingerprint)
-            except (BackendUnavailableError, SelfTestError, InferenceError, EngineRefusedError) as error:
-                obstacles.append(f"{name}: {error}")
-                continue
-            _LOG.info("tensors on %s go to %s (%s)", device, name, opened.backend.description)
-            return opened
-        _LOG.warning(
-            "tensors on %s are copied to the CPU and back, since none takes them there:\n  %s",
-            device,
-            "\n  ".join(obstacles),
-        )
-        return None
-
-
-class _Call:
-    """One call: steps with leading axes of any shape, as the whole chunks that a tokenizer takes, and back.
-
-    Every step is coded on its own, so any T can be cut into the bundle's: the last chunk is filled up with zeros, which
-    are legal as actions and as tokens. is_whole: whether the tensors are chunks already; work_device: where they are
-    worked on, the CPU where the tokenizer does not take them in place.
-    """
-
-    __slots__ = ("_is_on_gpu", "_leading", "_num_steps", "device", "is_whole", "tokenizer", "work_device")
-
-    def __init__(
-        self, tokenizer: ActionTokenizer, leading: torch.Size, device: torch.device, is_in_place: bool
-    ) -> None:
-        self.tokenizer, self.device, self._leading = tokenizer, device, leading
-        self.work_device = device if is_in_place else _CPU
-        self._is_on_gpu = self.work_device.type == "cuda"
-        self._num_steps = math.prod(leading)
-        self.is_whole = len(leading) == 2 and leading[1] == tokenizer.model.chunk_length
-
-    def chunks(self, tensor: Tensor) -> Tensor:
-        """[*leading, ...] -> [N, T, ...] on the device of the work."""
-        chunks = tensor if self.work_device == self.device else tensor.to(self.work_device)
-        if not self.is_whole:
-            length, trailing = self.tokenizer.model.chunk_length, tensor.shape[len(self._leading) :]
-            padding = -self._num_steps % length
-            steps = chunks.reshape(self._num_steps, *trailing)
-            if padding:
-                steps = torch.cat((steps, steps.new_zeros((padding, *trailing))))
-            chunks = steps.reshape(len(steps) // length, length, *trailing)
-        # On the CPU any strides will do: the tokenizer makes its own copy where it has to.
-        if self._is_on_gpu:
-            chunks = chunks.contiguous()
-            chunks = chunks.clone() if chunks.data_ptr() % _ALIGNMENT else chunks
-        return chunks
-
-    def result(self, chunks: Tensor) -> Tensor:
-        """[N, T, ...] -> [*leading, ...] where the input lies."""
-        if not self.is_whole:
-            chunks = chunks.flatten(0, 1)[: self._num_steps].reshape(*self._leading, *chunks.shape[2:])
-        return chunks if self.work_device == self.device else chunks.to(self.device)
-
-    def stream(self) -> object:
-        """The one that torch works on there."""
-        return torch.cuda.current_stream(self.work_device) if self._is_on_gpu else None
-
-    def array(self, tensor: Tensor | None) -> Any:
-        """What the tokenizer takes: memory of the CPU as a numpy view, memory of the GPU as it is."""
-        return tensor if tensor is None or self._is_on_gpu else tensor.numpy()
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """For results, on the device of the work."""
-        return torch.empty(shape, dtype=dtype, device=self.work_device)
-
-    def tokens(self, indices: Tensor, num_levels: int) -> Tensor:
-        """In a type that the tokenizer takes."""
-        if self._is_on_gpu:
-            return narrowed(indices, num_levels)
-        return indices if indices.dtype in _TAKEN_BY_TOKENIZER else indices.to(_WIDER[indices.dtype])
-
-    def refuse_in_place(self, check: Callable[[InputValidator, Any], object], tensor: Tensor) -> None:
-        """For values that were refused in cut-up chunks: refuse them where they are in the tensor that was given."""
-        if not self.is_whole and not self._is_on_gpu:
-            leading = self._leading if len(self._leading) == 2 else (1, self._num_steps)
-            given = tensor.detach().to(_CPU).reshape(*leading, *tensor.shape[len(self._leading) :])
-            check(InputValidator(replace(self.tokenizer.model, chunk_length=leading[1])), given.numpy())
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta and not value.is_quantized
-
-
-def _checked_tensor(name: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise InvalidInputError(
-            f"{name} is a {type(value).__module__}.{type(value).__qualname__}; expected a torch.Tensor: for numpy "
-            "arrays there is runtime.ActionTokenizer"
-        )
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        raise InvalidInputError(
-            f"{name} is being traced, and of a bundle only the results of this one call would be recorded: leave the "
-            "tokenizer out of torch.jit.trace and torch.onnx.export; bundles hold its graphs as ONNX"
-        )
-    if not _is_plain(value):
-        kind = "on the meta device" if value.is_meta else "quantised" if value.is_quantized else str(value.layout)
-        raise InvalidInputError(f"{name} is {kind}; expected a plain dense tensor")
-    return value
-
-
-def _checked_indices(value: object, model: ModelEntry) -> Tensor:
-    if model.has_stats:
-        raise InvalidInputError(_NOT_DECODABLE)
-    indices = _checked_tensor("indices", value)
-    if indices.dtype not in (*_TAKEN_BY_TOKENIZER, *_WIDER):
-        raise InvalidInputError(
-            f"indices have type {indices.dtype}; expected integers, levels 0 ... {model.num_levels - 1}: take the "
-            "argmax of logits, over their last axis"
-        )
-    if indices.ndim < 2 or indices.shape[-2] != model.latent_dim:
-        raise InvalidInputError(
-            f"indices have shape {list(indices.shape)}; expected codes [B, T, {model.latent_dim}, l]"
-        )
-    return indices
-
-
-def narrowed(indices: Tensor, num_levels: int) -> Tensor:
-    """As int32, without making a level of what is none: int32 would take the lower digits of int64 alone."""
-    if indices.dtype in (torch.uint32, torch.uint64):
-        indices = indices.to(torch.int64)
-    if indices.dtype is torch.int64:
-        indices = indices.clamp(-1, num_levels)
-    return indices.to(torch.int32)
+        return CodedLatents(checked_indices(indices, self._model))

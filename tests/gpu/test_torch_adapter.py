@@ -399,6 +399,6 @@ def test_its_state_travels_with_the_module(adapter: ActionRFSQAE) -> None:
     adapter.to("cuda")
     state = adapter.state_dict()
     assert state[FINGERPRINT_KEY].is_cuda
-    assert bytes(state[FINGERPRINT_KEY].tolist()).hex() == adapter.fingerprint
+    assert bytes(map(int, state[FINGERPRINT_KEY])).hex() == adapter.fingerprint
     adapter.load_state_dict(state)
     adapter.cpu().load_state_dict(state)

@@ -30,14 +30,15 @@ from export.plan import DeployMode
 from rfsq_ref.autoencoder import ModelConfig
 from rfsq_ref.rounding import token_error_bounds
 from runtime import ActionTokenizer, BundleError, FingerprintError, InvalidInputError, UnbuiltPrefixError
-from runtime import torch_adapter as adapter_module
+from runtime import torch_calls as calls_module
 from runtime.bundle import open_bundle
 from runtime.checkpoint_layouts import HASHES_KEY, weight_hashes
 from runtime.comparison import action_errors, compare_tokens
 from runtime.cpu_targets import host_targets
 from runtime.errors import BackendUnavailableError
 from runtime.gates import GATES
-from runtime.torch_adapter import FINGERPRINT_KEY, ActionRFSQAE, narrowed
+from runtime.torch_adapter import FINGERPRINT_KEY, ActionRFSQAE
+from runtime.torch_calls import narrowed
 from tests.bundles import Deployed, Recipe, deploy, random_actions, reference_decode, write_bundle
 from tests.rfsq_ref.published_model import ActionRFSQAE as PublishedActionRFSQAE
 from tests.runtime.published_policy import act, act_through_rfsq, train_policy
@@ -478,7 +479,7 @@ def test_tensors_of_the_cpu_go_to_the_tokenizer_as_they_lie(calibrated: Pair, mo
             taken.append(tokens.ctypes.data)
             super().decode_into(tokens, *arguments, **options)
 
-    monkeypatch.setattr(adapter_module, "ActionTokenizer", Spy)
+    monkeypatch.setattr(calls_module, "ActionTokenizer", Spy)
     adapter = ActionRFSQAE.from_bundle(calibrated.path)
     x = chunks_of(PUBLISHED)
     codes = adapter.encode(x)
@@ -790,7 +791,7 @@ def test_what_is_no_state_dict_is_refused(content: Any, error: type[Exception], 
 def test_its_own_state_is_the_fingerprint(calibrated: Pair, pair_of: Callable[[Recipe], Pair]) -> None:
     state = saved(calibrated.adapter.state_dict())
     assert list(state) == [FINGERPRINT_KEY]
-    assert bytes(state[FINGERPRINT_KEY].tolist()).hex() == calibrated.adapter.fingerprint
+    assert bytes(map(int, state[FINGERPRINT_KEY])).hex() == calibrated.adapter.fingerprint
     for content in (state, {"model": state, "epoch": 3}, {FINGERPRINT_KEY: state[FINGERPRINT_KEY].half()}):
         calibrated.adapter.load_state_dict(content)
     beside = state | {"encoder.0.weight": torch.zeros(1)}
@@ -897,7 +898,7 @@ def test_auto_opens_a_backend_that_takes_tensors_of_the_gpu_once_they_come(
                 raise BackendUnavailableError("no kernels for this GPU")
             return ActionTokenizer.load(path, backend="onnxruntime", expect_fingerprint=expect_fingerprint)
 
-    monkeypatch.setattr(adapter_module, "ActionTokenizer", Loader)
+    monkeypatch.setattr(calls_module, "ActionTokenizer", Loader)
     engines = ActionRFSQAE.from_bundle(calibrated.path)._engines
     assert [name for name, _ in opened] == ["auto"]
     first, second = (engines.tokenizer_for(GPU) for _ in range(2))
@@ -914,8 +915,8 @@ def test_where_no_backend_takes_tensors_of_the_gpu_they_are_copied_and_that_is_s
 ) -> None:
     """The bundle has no kernels, or the caller named a backend on the CPU."""
     engines = ActionRFSQAE.from_bundle(calibrated.path, backend=backend)._engines
-    monkeypatch.setattr(adapter_module, "GPU_BACKENDS", ("cuda",))
-    with caplog.at_level(logging.WARNING, "runtime.torch_adapter"):
+    monkeypatch.setattr(calls_module, "GPU_BACKENDS", ("cuda",))
+    with caplog.at_level(logging.WARNING, "runtime.torch_calls"):
         for _ in range(2):
             assert engines.tokenizer_for(GPU) == (engines.on_host, False)
     (record,) = caplog.records
@@ -928,7 +929,7 @@ def test_a_backend_on_the_gpu_serves_the_first_gpu_in_place_and_others_by_copies
 ) -> None:
     """With a backend that is on the GPU by name alone."""
     engines = ActionRFSQAE.from_bundle(calibrated.path, backend="onnxruntime")._engines
-    monkeypatch.setattr(adapter_module, "GPU_BACKENDS", ("onnxruntime",))
+    monkeypatch.setattr(calls_module, "GPU_BACKENDS", ("onnxruntime",))
     assert engines.tokenizer_for(GPU) == (engines.on_host, True)
     for other in (torch.device("cuda", 1), torch.device("mps", 0)):
         assert engines.tokenizer_for(other) == (engines.on_host, False)
@@ -937,7 +938,7 @@ def test_a_backend_on_the_gpu_serves_the_first_gpu_in_place_and_others_by_copies
 # --- torch stays optional ---------------------------------------------------------------------------------------------
 
 
-def test_the_adapter_alone_imports_torch_and_nothing_here_imports_the_adapter() -> None:
+def test_the_adapter_and_its_calls_alone_import_torch_and_nothing_here_imports_the_adapter() -> None:
     importers: dict[str, set[str]] = {"torch": set(), "runtime.torch_adapter": set()}
     for file in (ROOT / "runtime").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -947,7 +948,7 @@ def test_the_adapter_alone_imports_torch_and_nothing_here_imports_the_adapter() 
             for importer in importers:
                 if any(f"{name}.".startswith(f"{importer}.") for name in names):
                     importers[importer].add(file.name)
-    assert importers == {"torch": {"torch_adapter.py"}, "runtime.torch_adapter": set()}
+    assert importers == {"torch": {"torch_adapter.py", "torch_calls.py"}, "runtime.torch_adapter": set()}
 
 
 def test_importing_runtime_does_not_import_torch_and_the_adapter_says_what_is_missing() -> None:
