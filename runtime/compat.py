@@ -36,6 +36,7 @@ from runtime.contract import Float32Array, Float64Array, Int32Array
 from runtime.dataset_sources import open_source
 from runtime.dataset_steps import Source
 from runtime.errors import InvalidInputError, TokenizerError
+from runtime.fidelity import Fidelity, FidelitySums
 from runtime.gates import GATES
 from runtime.manifest import ModelEntry
 from runtime.paths import as_path
@@ -66,7 +67,8 @@ class BundleFacts:
 class Decoding:
     """What the decoder of one bundle makes of the first `layers` layers of the tokens of one.
 
-    mse, largest: action error against the data in normalised units of OLD; the same in robot units with `_units`.
+    mse, largest: action error against the data in normalised units of OLD; the same in robot units with `_units`;
+    fidelity: for each dimension.
     from_own: largest |difference|, normalised, to what the bundle that made the tokens decodes them to.
     """
 
@@ -78,6 +80,7 @@ class Decoding:
     mse_units: float
     largest_units: float
     from_own: float
+    fidelity: Fidelity
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,11 @@ class Measurement:
     def has_same_tokens(self, *, spare: int = 0) -> bool:
         """As far as float32 rounding lets tokens be the same; spare: steps that may differ beside, of however few."""
         return bool(self.equal) and self.differing <= spare + FLIPPED_STEPS * self.steps
+
+    def whole(self) -> list[Decoding]:
+        """Each bundle's own tokens, as many layers as both decode."""
+        own = {entry.tokens: entry for entry in self.decodings if entry.tokens == entry.decoder}
+        return list(own.values())
 
     def crossed(self, tokens: str) -> list[Decoding]:
         """Tokens of one bundle, decoded by the other."""
@@ -231,6 +239,7 @@ class _Sums:
         # Normalised, and in robot units.
         self._squares, self._largest, self._count = np.zeros(2), np.zeros(2), 0
         self._from_own = 0.0
+        self._fidelity = FidelitySums(len(units))
 
     def add(self, actions: Float32Array, decoded: Float32Array, own: Float32Array) -> None:
         errors = np.abs(decoded.astype(np.float64) - actions)
@@ -238,13 +247,16 @@ class _Sums:
         self._squares += [np.square(each).sum() for each in scaled]
         self._largest = np.maximum(self._largest, [each.max() for each in scaled])
         self._count += errors.size
+        self._fidelity.add(actions, decoded)
         apart = np.abs(decoded.astype(np.float64) - own) / self._units
         self._from_own = max(self._from_own, float(apart.max()))
 
     def decoding(self, tokens: str, decoder: str, layers: int) -> Decoding:
         mse, mse_units = map(float, self._squares / self._count)
         largest, largest_units = map(float, self._largest)
-        return Decoding(tokens, decoder, layers, mse, largest, mse_units, largest_units, self._from_own)
+        return Decoding(
+            tokens, decoder, layers, mse, largest, mse_units, largest_units, self._from_own, self._fidelity.result()
+        )
 
 
 def _measure(old: _Side, new: _Side, source: Source) -> Measurement:
@@ -367,7 +379,7 @@ def _conclude(
     return Verdict(
         DECODER_CAN_BE_REPLACED,
         f"the decoder can be replaced, the policy stays: the tokens are the same ({ground}), and NEW decodes them with "
-        f"action MSE {crossed[-1].mse:.3g}",
+        f"action MSE {crossed[-1].mse:.3g} (normalised units²)",
     )
 
 
@@ -398,6 +410,8 @@ def overview(found: Comparison) -> Iterator[str]:
         yield f"steps with a token that differs  {measured.differing:,} of {measured.steps:,}"
     if measured.decodings:
         yield from _table(measured.decodings, has_units=any(map(_has_normaliser, (found.old, found.new))))
+        for entry in measured.whole():
+            yield from entry.fidelity.text(f"{entry.tokens}, its own tokens, {entry.layers} layers").splitlines()
     yield f"{'✗' if found.verdict.status == NOT_COMPATIBLE else '✓'} {found.verdict.text}"
     if found.verdict.status == NOT_COMPATIBLE:
         yield "  docs/integration.md has the ways from here"
@@ -406,8 +420,8 @@ def overview(found: Comparison) -> Iterator[str]:
 
 
 def _table(decodings: Sequence[Decoding], *, has_units: bool) -> Iterator[str]:
-    heads = ["tokens of", "decoder of", "layers", "action MSE", "largest error"]
-    heads += ["MSE, robot units", "largest, robot units"] if has_units else []
+    heads = ["tokens of", "decoder of", "layers", "action MSE, normalised units²", "largest error, normalised"]
+    heads += ["MSE, robot units²", "largest, robot units"] if has_units else []
     rows = [[*heads, "from own decoder"]]
     for entry in decodings:
         numbers = [entry.mse, entry.largest] + ([entry.mse_units, entry.largest_units] if has_units else [])
