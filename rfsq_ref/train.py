@@ -116,9 +116,13 @@ def suggested_normaliser(dataset: ActionDataset) -> NormaliserKind | None:
 
     `min-max`, because a dimension that rarely moves has quantiles without a range between them.
     """
-    steps = split_episodes(dataset).train.steps()
-    fits = (np.abs(steps).max(axis=0) <= UNNORMALISED_LIMIT) & ~_moves_less_than(steps, UNNORMALISED_RANGE)
-    return None if fits.all() else NormaliserKind.MIN_MAX
+    is_large, is_narrow = _unfit(split_episodes(dataset).train.steps())
+    return NormaliserKind.MIN_MAX if (is_large | is_narrow).any() else None
+
+
+def _unfit(steps: FloatArray) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """bool [A] each: dimensions that reach too far for the published recipe, and those that move too little."""
+    return np.abs(steps).max(axis=0) > UNNORMALISED_LIMIT, _moves_less_than(steps, UNNORMALISED_RANGE)
 
 
 def _untouched(steps: FloatArray) -> tuple[int, ...]:
@@ -349,7 +353,7 @@ def _draw(history: TrainingHistory, name: str, path: Path) -> None:
     )  # fmt: skip
     axes.set_title(f"{name}, seed {history.training['seed']}, {history.data['source']}", loc="left", fontsize=11)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("MSE, normalised action units")
+    axes.set_ylabel("MSE, normalised units²")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
     axes.legend(frameon=False)
@@ -405,12 +409,40 @@ def chosen_normaliser(name: str, dataset: ActionDataset) -> NormaliserKind | Non
     return None if name == "none" else NormaliserKind(name)
 
 
-def describe(dataset: ActionDataset, config: TrainConfig) -> str:
-    """What is about to be trained on, and how its actions are normalised."""
-    text = (
-        f"training on {dataset.source}: {len(dataset.episodes)} episodes, {dataset.num_steps} steps, split by episode"
+def describe(dataset: ActionDataset, normaliser: str) -> str:
+    """What is about to be trained on, and how its actions are normalised, by the name that was given, and why."""
+    return (
+        f"training on {dataset.source}: {len(dataset.episodes)} episodes, {dataset.num_steps} steps, split by episode\n"
+        f"{describe_normaliser(dataset, normaliser)}"
     )
-    return text + (f"; actions normalised ({config.normaliser})" if config.normaliser else "")
+
+
+def describe_normaliser(dataset: ActionDataset, name: str) -> str:
+    """What `auto` has chosen for this dataset and why, or what was asked for."""
+    chosen = chosen_normaliser(name, dataset) or "none"
+    if name != "auto":
+        return f"normaliser: {chosen}, as asked"
+    is_large, is_narrow = _unfit(split_episodes(dataset).train.steps())
+    reasons = [
+        f"{_dimensions(found)} {what}"
+        for found, what in (
+            (is_large, f"beyond {UNNORMALISED_LIMIT:g}"),
+            (is_narrow, f"within less than {2 * UNNORMALISED_RANGE:g}"),
+        )
+        if found.any()
+    ]
+    if not reasons:
+        return (
+            f"normaliser: {chosen}, chosen by auto: all actions lie within {UNNORMALISED_LIMIT:g} and every dimension "
+            f"that moves spans {2 * UNNORMALISED_RANGE:g} or more, as the published recipe expects"
+        )
+    return f"normaliser: {chosen}, chosen by auto: the training actions move {' and '.join(reasons)}"
+
+
+def _dimensions(found: npt.NDArray[np.bool_], most: int = 6) -> str:
+    numbers = np.flatnonzero(found).tolist()
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return f"in dimension {', '.join(map(str, numbers[:most]))}{more}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -437,7 +469,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         given = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
         config = TrainConfig(**{**given, "normaliser": chosen_normaliser(options.normaliser, dataset)})
-        print(describe(dataset, config))
+        print(describe(dataset, options.normaliser))
         for seed, path in zip(seeds, outputs, strict=True):
             result = train(dataset, replace(config, seed=seed), show_progress=True)
             save_result(result, path)
@@ -445,7 +477,7 @@ def main(arguments: list[str] | None = None) -> int:
             errors.append(float(kept["validation_mse"]))
             print(
                 f"seed {seed}: kept epoch {kept['epoch']} of {len(result.history)}, train MSE {kept['train_mse']:.3e}, "
-                f"validation MSE {kept['validation_mse']:.3e}"
+                f"validation MSE {kept['validation_mse']:.3e} (normalised units²)"
             )
             print(f"wrote {path} and {history_path(path).name}")
             if not find_spec("matplotlib"):
@@ -455,7 +487,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if len(errors) > 1:
         mean, deviation = statistics.mean(errors), statistics.stdev(errors)
-        print(f"{len(errors)} seeds: validation MSE {mean:.3e}, standard deviation {deviation:.1e}")
+        print(f"{len(errors)} seeds: validation MSE {mean:.3e}, standard deviation {deviation:.1e} (normalised units²)")
     return 0
 
 

@@ -80,7 +80,7 @@ def train_remote(
     make_deterministic()
     dataset = load_actions(VOLUME_PATH / data, key=key or None) if data else load_demonstrations()
     config = replace(config, normaliser=chosen_normaliser(normaliser, dataset))
-    print(describe(dataset, config))
+    print(describe(dataset, normaliser))
     result = train(dataset, config)
     save_result(result, VOLUME_PATH / output)
     # A call on this machine writes to a plain folder, and has no volume to commit.

@@ -30,6 +30,8 @@ from rfsq_ref.train import (
     EpochRecord,
     TrainConfig,
     TrainResult,
+    describe,
+    describe_normaliser,
     history_of,
     history_path,
     load_history,
@@ -473,6 +475,21 @@ def test_a_normaliser_is_suggested_exactly_where_the_units_are_far_from_one(scal
 
 def test_no_normaliser_is_suggested_for_the_embedded_demonstrations(demonstrations: ActionDataset) -> None:
     assert suggested_normaliser(demonstrations) is None
+
+
+def test_training_says_which_normaliser_auto_chose_and_why(demonstrations: ActionDataset) -> None:
+    assert describe_normaliser(demonstrations, "auto").startswith("normaliser: none, chosen by auto: all actions lie")
+    data = smooth_episodes(count=8, steps=30)
+    units = np.ones(data.action_dim)
+    units[0], units[1] = 100.0, 1e-3
+    scaled = replace(data, episodes=tuple((episode * units).astype(np.float32) for episode in data.episodes))
+    said = describe_normaliser(scaled, "auto")
+    assert said == (
+        "normaliser: min-max, chosen by auto: the training actions move in dimension 0 beyond 2 and in dimension 1 "
+        "within less than 0.2"
+    )
+    assert describe_normaliser(scaled, "none") == "normaliser: none, as asked"
+    assert said in describe(scaled, "auto")
 
 
 @pytest.mark.parametrize(
