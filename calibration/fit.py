@@ -24,6 +24,7 @@ import torch
 
 from calibration.constants import CalibrationConfig, Granularity, Objective, fit_constants, worst_case_errors
 from calibration.data import (
+    Selection,
     calibration_dataset,
     calibration_episodes,
     few_steps_warning,
@@ -31,7 +32,7 @@ from calibration.data import (
     selection_of,
 )
 from calibration.errors import CalibrationError
-from calibration.readout import DEFAULT_READOUT, ReadoutConfig, fit_readout
+from calibration.readout import DEFAULT_READOUT, ReadoutChoice, ReadoutConfig, fit_readout
 from calibration.recovered import RecoveredConfig, Target, Weighting, default_prefixes, fit_recovered_details
 from calibration.report import (
     CalibrationReport,
@@ -58,24 +59,24 @@ def calibrate(
     checkpoint: Checkpoint,
     dataset: ActionDataset,
     config: CalibrationConfig,
-    readout: ReadoutConfig | None = DEFAULT_READOUT,
+    readout: ReadoutConfig = DEFAULT_READOUT,
 ) -> Checkpoint:
-    """The checkpoint with conditioning constants, a readout and, under `calibrated`, their provenance.
+    """The checkpoint with conditioning constants, a readout where one is kept and, under `calibrated`, provenance.
 
-    Earlier ones are replaced; readout None keeps the decoder as it was trained.
+    Earlier ones are replaced. provenance["calibrated"]["remark"]: str, what became of the readout, and why.
     """
     episodes = calibration_episodes(checkpoint, dataset)
     constants = fit_constants(checkpoint, episodes, config)
     bound = float(worst_case_errors(constants, checkpoint.config.num_levels)[-1])
+    fitted = replace(checkpoint, readout=None).with_fit(constants=constants)
+    is_training_data = selection_of(checkpoint, dataset) is Selection.TRAINING_SPLIT
+    fit = fit_readout(fitted, episodes, readout, is_training_data=is_training_data)
     facts = _provenance(checkpoint, dataset, episodes, asdict(config)) | {
         "worst_case_latent_error": bound,
-        "readout_ridge": readout.ridge if readout else None,
+        "readout": fit.facts(readout),
+        "remark": fit.remark,
     }
-    return replace(checkpoint, readout=None).with_fit(
-        constants=constants,
-        readout=fit_readout(checkpoint, episodes, readout) if readout else None,
-        provenance={Method.CALIBRATED.value: facts},
-    )
+    return fitted.with_fit(readout=fit.readout, provenance={Method.CALIBRATED.value: facts})
 
 
 def recover(
@@ -94,6 +95,7 @@ def recover(
                 "unknowns": fit.unknowns,
                 "condition": fit.regression.condition,
                 "refinements": fit.refinements,
+                "ridge": fit.ridge,
                 "worst_case_latent_error": recovered_latent_reach(fit.decoder, checkpoint.config.num_levels) + 1,
             }
             for prefix, fit in fits.items()
@@ -163,16 +165,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help=f"latent error to aim at for any latent in [-1, 1] (default {calibrated.worst_case:g}; 1: data alone)",
     )  # fmt: skip
     group.add_argument(
-        "--readout-ridge",
-        type=float,
-        help=f"penalty on changing the decoder's last layer (default {DEFAULT_READOUT.ridge:g})",
-    )
+        "--readout", type=ReadoutChoice, choices=list(ReadoutChoice),
+        help="refit the decoder's last layer: auto (default) where it wins on calibration episodes left out of the fit",
+    )  # fmt: skip
     group.add_argument(
-        "--no-readout", action="store_true", default=None, help="leave the decoder's last layer as it was trained"
+        "--readout-ridge", type=float, help="penalty on changing the decoder's last layer (default: cross-validated)"
     )
     group = parser.add_argument_group("recovered")
     group.add_argument("--prefixes", type=int, nargs="+", help="layers to decode (default: 3 and all)")
-    group.add_argument("--ridge", type=float, help=f"penalty on the map (default {recovered.ridge:g})")
+    group.add_argument("--ridge", type=float, help="penalty on the map (default: cross-validated)")
     group.add_argument(
         "--refine-steps", type=int, help=f"most Gauss-Newton steps, 0 = none (default {recovered.refine_steps})"
     )
@@ -192,15 +193,16 @@ def _given(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
 
 
 def _fit(options: argparse.Namespace, checkpoint: Checkpoint, dataset: ActionDataset) -> Checkpoint:
-    of_calibrated = _given(options, [*CalibrationConfig.__dataclass_fields__, "readout_ridge", "no_readout"])
+    of_calibrated = _given(options, [*CalibrationConfig.__dataclass_fields__, "readout", "readout_ridge"])
     of_recovered = _given(options, [*RecoveredConfig.__dataclass_fields__, "prefixes"])
     unused = of_recovered if options.method is Method.CALIBRATED else of_calibrated
     if unused:
         flags = ", ".join("--" + name.replace("_", "-") for name in unused)
         raise CalibrationError(f"{flags} given, which method {options.method.value!r} does not use; drop it")
     if options.method is Method.CALIBRATED:
-        ridge = of_calibrated.pop("readout_ridge", DEFAULT_READOUT.ridge)
-        readout = None if of_calibrated.pop("no_readout", False) else ReadoutConfig(ridge)
+        readout = ReadoutConfig(
+            of_calibrated.pop("readout", DEFAULT_READOUT.choice), of_calibrated.pop("readout_ridge", None)
+        )
         return calibrate(checkpoint, dataset, CalibrationConfig(**of_calibrated), readout)
     prefixes = tuple(of_recovered.pop("prefixes", default_prefixes(checkpoint.config.num_layers)))
     return recover(checkpoint, dataset, prefixes, RecoveredConfig(**of_recovered))

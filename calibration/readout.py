@@ -2,68 +2,299 @@
 
 In training the decoder sees latents behind the quantiser of the training forward pass, and learns to undo what that
 quantiser does to them on average. The calibrated conditioning does something else to them, nearly nothing, so the
-lesson is in the way: the same decoder, its last layer refitted to latents that are not quantised, has several times
-less action error (docs/calibration.md). That costs no bits and no time: the layer keeps its place and size.
+lesson is in the way: the same decoder, its last layer refitted to latents that are not quantised, can have several
+times less action error (docs/calibration.md). That costs no bits and no time: the layer keeps its place and size.
 
-Ridge regression towards the trained layer. With hidden activations h = [mish(W1 z + b1), 1] [N, H + 1] of the latents z
-and the trained layer's error e [N, A] in normalised units, the change of [W2, b2] is e^T h (h^T h + N ridge I)^-1
-(Hoerl and Kennard, Technometrics 12, 1970, with the prior mean moved from zero to the trained layer). The penalty keeps
-directions that the calibration actions do not show as they were trained.
+The fit is a least squares problem that is shrunk towards the trained layer, in what it gives: with activations
+h = [mish(W1 z + b1), 1] [N, H + 1] of the calibration episodes, the trained layer's error e [N, A] in normalised units
+and activations a [M, H + 1] of random actions from the whole range of the robot, the change of [W2, b2] minimises
+|e - h change^T|^2 / N + ridge |a change^T|^2 / M. What the episodes do not show stays as it was trained. A plain ridge
+on the weights loses on tasks that were not recorded.
+
+Few episodes, or ones of a single kind, can still make it worse. So `auto` keeps a refit only where it wins on episodes
+that were left out of it: see `_wins`. The episodes that judge a checkpoint play no part in this.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from calibration.data import reference_actions, reference_latents
+from calibration.data import episode_folds, is_certain_gain, reference_actions, reference_latents
 from calibration.errors import CalibrationError
-from rfsq_ref.autoencoder import Readout
+from calibration.recovered import default_prefixes
+from rfsq_ref.autoencoder import ActionAutoencoder, Readout
 from rfsq_ref.checkpoints import Checkpoint
 from rfsq_ref.data import ActionDataset
+from rfsq_ref.quantizer import Conditioning
 
+#: What cross-validation chooses from, and what one episode alone gets where a refit is asked for.
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+LONE_RIDGE = 0.1
+#: Episodes are left out in tenths, so that a fit is nearly the one that is kept, and in halves, which asks more of it.
+_FOLDS = (10, 2)
+#: Random actions, and the penalty on the weights themselves, as a share of that on what they give for random actions:
+#: for activations that none of these has.
+_RANDOM_ACTIONS, _WEIGHT_PENALTY = 1000, 1e-3
+_SEED = 0
+#: Share of their squared error that random actions must gain where the episodes are not of the training data. Episodes
+#: unlike the training data gain on themselves and lose elsewhere, which leaving some of them out does not show; what
+#: random actions gain shows that the layer as it was trained was not yet the best for what it was trained on.
+_RANDOM_GAIN = 0.02
 #: As in calibration.recovered: far above what processors disagree on, far below what the fit leaves.
 _READOUT_BITS = 16
 
 
+class ReadoutChoice(StrEnum):
+    """Refit the last layer where cross-validation says that it wins, always, or never."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 @dataclass(frozen=True)
 class ReadoutConfig:
-    """ridge: penalty on the squared change of the layer, positive.
+    """ridge: penalty on changing what the layer gives, positive; None: the one with the lowest cross-validated error.
 
-    The default has the lowest cross-validated error on the embedded calibration episodes over three training seeds. At
-    1e-6 and below, a fit to one task alone makes some other tasks several times worse (docs/calibration.md).
+    choice is taken as text, too.
     """
 
-    ridge: float = 1e-4
+    choice: ReadoutChoice = ReadoutChoice.AUTO
+    ridge: float | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.ridge) and self.ridge > 0):
-            raise CalibrationError(f"readout ridge is {self.ridge}; expected a small positive number, like 1e-4")
+        try:
+            object.__setattr__(self, "choice", ReadoutChoice(self.choice))
+        except ValueError as error:
+            raise CalibrationError(f"{error}; expected readout {', '.join(ReadoutChoice)}") from error
+        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge > 0):
+            raise CalibrationError(f"readout ridge is {self.ridge}; expected a small positive number, like 1e-2")
+        if self.ridge is not None and self.choice is ReadoutChoice.OFF:
+            raise CalibrationError(f"readout ridge is {self.ridge} with readout off; leave one of the two out")
 
 
 DEFAULT_READOUT = ReadoutConfig()
+READOUT_OFF = ReadoutConfig(ReadoutChoice.OFF)
 
 
-def fit_readout(checkpoint: Checkpoint, episodes: ActionDataset, config: ReadoutConfig = ReadoutConfig()) -> Readout:
+@dataclass(frozen=True)
+class ReadoutFit:
+    """readout: None where the layer stays as it was trained; ridge: of what was tried last, None where nothing was.
+
+    cross_validated: squared action error on episodes left out of the fit, over that of the layer as it was trained,
+    the larger one of tenths and halves; None with a single episode.
+    """
+
+    readout: Readout | None
+    ridge: float | None
+    cross_validated: float | None
+    remark: str
+
+    def facts(self, config: ReadoutConfig) -> dict[str, Any]:
+        """For provenance."""
+        ratio = self.cross_validated
+        is_number = ratio is not None and math.isfinite(ratio)
+        return {
+            "choice": config.choice.value,
+            "kept": self.readout is not None,
+            "ridge": self.ridge,
+            # What lies behind differs between processors.
+            "cross_validated_ratio": float(f"{ratio:.4g}") if is_number else None,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _View:
+    """The last layer's work on one kind of latents, an episode each: activations [n, H + 1], trained errors [n, A].
+
+    weights: [2, A], of a dimension's squared error: alike in normalised units, and alike in the robot's.
+    """
+
+    activations: tuple[Tensor, ...]
+    errors: tuple[Tensor, ...]
+    weights: Tensor
+
+    def squares(self, episode: int, change: Tensor) -> Tensor:
+        """Squared error of an episode once the layer is changed by [H + 1, A]: [2], one for each weighting."""
+        return self.weights @ (self.errors[episode] - self.activations[episode] @ change).square().sum(dim=0)
+
+    def trained_squares(self) -> Tensor:
+        """The same without a change, [2, episodes]."""
+        return torch.stack([self.weights @ error.square().sum(dim=0) for error in self.errors], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """exact: latents that are not quantised, fitted to; decoded: those of tokens; random: random actions, of the whole
+    range and of its inner half, as two episodes."""
+
+    exact: _View
+    decoded: tuple[_View, ...]
+    random: _View
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self.exact.errors)
+
+    def solve(self, episodes: Sequence[int], ridges: Sequence[float]) -> list[Tensor]:
+        """Changes [H + 1, A] fitted to these episodes, one per ridge."""
+        features = torch.cat([self.exact.activations[index] for index in episodes])
+        errors = torch.cat([self.exact.errors[index] for index in episodes])
+        random = torch.cat(self.random.activations)
+        penalty = random.T @ random / len(random)
+        penalty.diagonal().add_(_WEIGHT_PENALTY * penalty.diagonal().mean())
+        normal, target = features.T @ features / len(features), features.T @ errors / len(features)
+        return [torch.cholesky_solve(target, torch.linalg.cholesky(normal + ridge * penalty)) for ridge in ridges]
+
+    def spares_random(self, change: Tensor, least_gain: float) -> bool:
+        """Whether random actions of both kinds gain as much, as a share of their squared error."""
+        changed = torch.stack([self.random.squares(half, change) for half in range(2)], dim=1)
+        return bool((changed <= (1 - least_gain) * self.random.trained_squares()).all())
+
+
+@torch.no_grad()
+def fit_readout(
+    checkpoint: Checkpoint,
+    episodes: ActionDataset,
+    config: ReadoutConfig = DEFAULT_READOUT,
+    *,
+    is_training_data: bool = False,
+) -> ReadoutFit:
     """Fit to the float64 reference's unquantised latents of these episodes; one readout serves every prefix.
 
-    Raises DataError for another action dimension or latents that are not finite.
+    is_training_data: whether they are a part of what the checkpoint was trained on, so that they are like it. Where
+    the checkpoint has conditioning constants, a refit must not lose on the tokens of the first layer, of the coarse
+    ones and of all, either. Raises DataError for another action dimension or latents that are not finite.
     """
-    actions = reference_actions(checkpoint, episodes)
-    model = checkpoint.model(dtype=torch.float64)
-    hidden, last = model.decoder[:2], model.decoder[2]
+    if config.choice is ReadoutChoice.OFF:
+        return ReadoutFit(None, None, None, "")
+    problem = _problem(checkpoint, episodes)
+    is_wanted = config.choice is ReadoutChoice.ON
+    everything = range(problem.num_episodes)
+    if problem.num_episodes < 2:
+        ridge = config.ridge or LONE_RIDGE
+        if is_wanted:
+            return ReadoutFit(_changed(checkpoint, problem.solve(everything, [ridge])[0]), ridge, None, "")
+        return ReadoutFit(
+            None,
+            None,
+            None,
+            "the decoder's last layer stays as it was trained: with one calibration episode no other can say whether "
+            "refitting it helps; give two or more, or --readout on",
+        )
+    ridges = RIDGES if config.ridge is None else (config.ridge,)
+    least_gain = 0.0 if is_training_data else _RANDOM_GAIN
+    candidates = _cross_validated(problem, ridges)
+    changes = dict(zip(ridges, problem.solve(everything, ridges), strict=True))
+    passed = [found for found in candidates if found.wins and problem.spares_random(changes[found.ridge], least_gain)]
+    best = min(passed or candidates, key=lambda found: found.ratio)
+    if passed or is_wanted:
+        return ReadoutFit(_changed(checkpoint, changes[best.ridge]), best.ridge, best.ratio, _remark(best, True))
+    return ReadoutFit(None, best.ridge, best.ratio, _remark(best, False))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    ridge: float
+    ratio: float
+    wins: bool
+
+
+def _cross_validated(problem: _Problem, ridges: Sequence[float]) -> list[_Candidate]:
+    """What each ridge is worth on episodes that were left out of its fit."""
+    views = (problem.exact, *problem.decoded)
+    before = torch.stack([view.trained_squares() for view in views])
+    ratios, wins = [0.0] * len(ridges), [True] * len(ridges)
+    for most in _FOLDS:
+        after = torch.empty(len(ridges), *before.shape, dtype=torch.float64)
+        for kept, left_out in episode_folds(problem.num_episodes, most):
+            for place, change in enumerate(problem.solve(kept, ridges)):
+                for number, view in enumerate(views):
+                    for index in left_out:
+                        after[place, number, :, index] = view.squares(index, change)
+        least = max(float(before[0, 0].sum()), torch.finfo(torch.float64).tiny)
+        for place, found in enumerate(after):
+            ratios[place] = max(ratios[place], float(found[0, 0].sum()) / least)
+            wins[place] &= _wins(before, found)
+    return [_Candidate(*found) for found in zip(ridges, ratios, wins, strict=True)]
+
+
+def _wins(before: Tensor, after: Tensor) -> bool:
+    """Whether a change helps, by squared errors [views, 2, episodes] of episodes left out of its fit.
+
+    The gain on unquantised latents must be certain. In the robot's units, and decoded from tokens, whose own error
+    hides part of the gain, it must not lose.
+    """
+    return is_certain_gain(before[0, 0], after[0, 0]) and bool((after.sum(dim=-1) <= before.sum(dim=-1)).all())
+
+
+def _problem(checkpoint: Checkpoint, episodes: ActionDataset) -> _Problem:
+    has_constants = checkpoint.constants is not None
+    model = checkpoint.model(Conditioning.CALIBRATED if has_constants else None, dtype=torch.float64)
+    # The layer as it was trained, whatever was fitted before.
+    last = checkpoint.model(dtype=torch.float64).decoder[2]
     assert isinstance(last, nn.Linear)
-    with torch.no_grad():
-        activations = hidden(reference_latents(model, actions))
-        error = (actions - model.offset) / model.units - last(activations)
+    lengths = [len(episode) for episode in episodes.episodes]
+    actions = reference_actions(checkpoint, episodes)
+    latents = reference_latents(model, actions)
+
+    weights = torch.stack((torch.ones_like(model.units), model.units.square()))
+
+    def view(latents: Tensor, actions: Tensor, lengths: Sequence[int]) -> _View:
+        activations = model.decoder[:2](latents)
+        errors = (actions - model.offset) / model.units - last(activations)
         features = torch.cat((activations, torch.ones_like(activations[:, :1])), dim=1)
-        normal = features.T @ features / len(features)
-        normal.diagonal().add_(config.ridge)
-        change = torch.cholesky_solve(features.T @ error / len(features), torch.linalg.cholesky(normal)).T
-        change = _rounded(change)
-        weight, bias = last.weight + change[:, :-1], last.bias + change[:, -1]
+        return _View(features.split(list(lengths)), errors.split(list(lengths)), weights)
+
+    def of_tokens() -> Iterator[_View]:
+        tokens = model.quantizer.quantize(latents).tokens
+        for prefix in sorted({1, *default_prefixes(model.config.num_layers)}):
+            yield view(model.quantizer.dequantize(tokens[..., :prefix], None), actions, lengths)
+
+    drawn = _random_actions(model, actions)
+    return _Problem(
+        exact=view(latents, actions, lengths),
+        decoded=tuple(of_tokens()) if has_constants else (),
+        random=view(reference_latents(model, drawn), drawn, [_RANDOM_ACTIONS, _RANDOM_ACTIONS]),
+    )
+
+
+def _random_actions(model: ActionAutoencoder, actions: Tensor) -> Tensor:
+    """Float64 [2 _RANDOM_ACTIONS, A], evenly from the range that the checkpoint was trained for, so far as it is known,
+    then from its inner half.
+
+    The normaliser knows it. A checkpoint without one takes actions of about unit size around zero: as far as the
+    largest of these.
+    """
+    generator = torch.Generator().manual_seed(_SEED)
+    shares = 2 * torch.rand(_RANDOM_ACTIONS, actions.shape[1], generator=generator, dtype=torch.float64) - 1
+    reach = actions.abs().amax(dim=0) if model.normaliser is None else model.units
+    return model.offset + torch.cat((shares, shares / 2)) * reach
+
+
+def _changed(checkpoint: Checkpoint, change: Tensor) -> Readout:
+    """The trained layer, changed by [H + 1, A], which is rounded first."""
+    rounded = _rounded(change).T
+    weight = checkpoint.weights["decoder.2.weight"].double() + rounded[:, :-1]
+    bias = checkpoint.weights["decoder.2.bias"].double() + rounded[:, -1]
     return Readout(weight.float().contiguous(), bias.float().contiguous())
+
+
+def _remark(best: _Candidate, is_kept: bool) -> str:
+    measured = (
+        f"{best.ratio:.3g} times the squared error on calibration episodes left out of the fit (ridge {best.ridge:g})"
+    )
+    if is_kept:
+        return f"the decoder's last layer is refitted: {measured}"
+    return (
+        f"the decoder's last layer stays as it was trained: refitting it does not surely win, {measured}; "
+        "--readout on refits it all the same"
+    )
 
 
 def _rounded(change: Tensor) -> Tensor:

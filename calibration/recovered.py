@@ -1,22 +1,26 @@
 """The `recovered` decoder: published tokens of a `dynamic` checkpoint, decoded without their side information.
 
-Per prefix of l layers an affine map z = M tokens + b (design section 3), fitted in two steps:
+Per prefix of l layers an affine map z = M tokens + b (design section 3), fitted in steps:
 
-1. ridge regression of the latents on features: the grid level of a token times the mean sigma of its layer, which is
-   what the token is worth on average. One penalty on these features trusts the fine layers, which mean little without
-   their own sigma, less than the coarse ones;
-2. Gauss-Newton with Levenberg-Marquardt damping (Nocedal and Wright, Numerical Optimization, 2nd ed., chapter 10) on
-   the squared error of the *action*, penalised for leaving the map of the first step. No affine map can undo a sigma
+1. the mean map: every layer's mean and sigma at their means over the calibration steps, 2 l numbers in all;
+2. ridge regression of what the mean map leaves of the latents, on features: the grid level of a token times the mean
+   sigma of its layer, which is what the token is worth on average. One penalty on these features trusts the fine
+   layers, which mean little without their own sigma, less than the coarse ones, and shrinks towards the mean map;
+3. Gauss-Newton with Levenberg-Marquardt damping (Nocedal and Wright, Numerical Optimization, 2nd ed., chapter 10) on
+   the squared error of the *action*, penalised for leaving the map of the second step. No affine map can undo a sigma
    that changes from step to step, but the decoder's hidden layer partly can once the map aims at actions. The latents
    it gives may then lie outside [-1, 1].
+
+A dense map has hundreds of numbers per latent, which few episodes do not determine. So the ridge is chosen, and the
+second and third step are kept, by the action error on episodes that were left out; without that the mean map stays.
 
 The map is rounded to a multiple of about 2^-16 of its largest entry: the linear algebra differs between processors by
 1e-10 of it, and the map is part of a tokenizer's identity.
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
@@ -26,7 +30,7 @@ from torch import Tensor
 from torch.nn.functional import mish, softplus
 from tqdm import tqdm
 
-from calibration.data import reference_actions, reference_latents
+from calibration.data import episode_folds, is_certain_gain, reference_actions, reference_latents
 from calibration.errors import CalibrationError
 from rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
 from rfsq_ref.checkpoints import Checkpoint
@@ -42,6 +46,13 @@ _CONVERGED = 1e-4
 _DAMPING_START, _DAMPING_MOST = 1e-4, 1e4
 #: Far above what processors disagree on and far below what the fit leaves: the action error stays the same.
 _MAP_BITS = 16
+#: What cross-validation chooses from.
+_RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0)
+#: Parts that episodes are left out in: five for the regression, two for Gauss-Newton, a fit of which takes seconds.
+_FOLDS, _REFINED_FOLDS = 5, 2
+#: Tried for Gauss-Newton beside the ridge of the regression: smaller ones gain little on the embedded calibration
+#: episodes, and send the latents far outside [-1, 1].
+_REFINED_RIDGE = 1e-6
 #: `inverse-magnitude` takes no step for slower than this share of the mean squared action.
 _SLOWEST = 0.01
 
@@ -67,19 +78,17 @@ class Weighting(StrEnum):
 
 @dataclass(frozen=True)
 class RecoveredConfig:
-    """ridge: penalty on the squared map, in both steps; refine_steps: most Gauss-Newton steps, 0 = latents alone.
-
-    The default ridge is the largest whose cross-validated action error on the embedded calibration episodes is within
-    5 % of the lowest, for 3 and for 8 layers: smaller ones gain little and send the latents far outside [-1, 1].
+    """ridge: penalty on the squared distance from the map of the step before; None: cross-validated, and what does not
+    win on episodes left out of the fit is left out of the map; refine_steps: most Gauss-Newton steps, 0 = none.
     """
 
-    ridge: float = 1e-6
+    ridge: float | None = None
     refine_steps: int = 5
     target: Target = Target.DEQUANTISED
     weighting: Weighting = Weighting.UNIFORM
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.ridge) and self.ridge >= 0):
+        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge >= 0):
             raise CalibrationError(f"ridge is {self.ridge}; expected 0 or a small positive number, like 1e-6")
         if self.refine_steps < 0:
             raise CalibrationError(f"refine_steps is {self.refine_steps}; expected 0 (no refining) or more")
@@ -97,11 +106,13 @@ class Regression:
 
 @dataclass(frozen=True)
 class RecoveredFit:
-    """regression: the first step; decoder: after `refinements` accepted Gauss-Newton steps."""
+    """regression: the second step; decoder: after `refinements` accepted Gauss-Newton steps; ridge: None where the mean
+    map stays."""
 
     regression: Regression
     decoder: RecoveredDecoder
     refinements: int
+    ridge: float | None
 
     @property
     def unknowns(self) -> int:
@@ -111,6 +122,12 @@ class RecoveredFit:
     @property
     def remark(self) -> str:
         """What a person should know about this fit; empty where the tokens determine the whole map."""
+        if self.ridge is None:
+            return (
+                f"WARNING: tokens of {self.unknowns // len(self.decoder.offset)} layers are decoded with the mean side "
+                "information alone: no fitted map surely wins on calibration episodes left out of the fit; give more "
+                "episodes"
+            )
         if self.regression.rank == self.unknowns:
             return ""
         return (
@@ -162,7 +179,8 @@ def fit_recovered_details(
     quantized = model.quantizer.quantize(latents)
     target = quantized.latents if config.target is Target.DEQUANTISED else latents
     shares = _step_shares(model, actions, config.weighting, weights)
-    return {prefix: _fit_prefix(model, quantized, actions, target, shares, prefix, config) for prefix in wanted}
+    data = _Data(quantized, actions, target, shares, tuple(map(len, episodes.episodes)))
+    return {prefix: _fit_prefix(model, data, prefix, config) for prefix in wanted}
 
 
 def regress(
@@ -188,35 +206,6 @@ def regress(
     rank = int(kept.sum())
     condition = float(singular[0] / singular[rank - 1]) if rank else 1.0
     return Regression(_decoder(coefficients, mean, scale, shift), rank, condition)
-
-
-def cross_validate(
-    checkpoint: Checkpoint,
-    episodes: ActionDataset,
-    prefix: int,
-    config: RecoveredConfig = RecoveredConfig(),
-    *,
-    folds: int = 5,
-) -> float:
-    """Mean squared action error, in normalised units, on episodes that were left out of the fit in turn.
-
-    DataError for fewer episodes than folds, and as `fit_recovered`.
-    """
-    total = len(episodes.episodes)
-    if not 2 <= folds <= total:
-        raise DataError(
-            f"{total} episodes for {folds} folds; expected 2 folds or more, each with an episode of its own"
-        )
-    model = checkpoint.model(dtype=torch.float64).requires_grad_(False)
-    squares = 0.0
-    for fold in range(folds):
-        kept = episodes.select(index for index in range(total) if index % folds != fold)
-        left_out = reference_actions(checkpoint, episodes.select(range(fold, total, folds)))
-        decoder = fit_recovered(checkpoint, kept, [prefix], config)[prefix]
-        tokens, _ = model.encode(left_out)
-        error = (model.decode_latents(decoder.latents(tokens[..., :prefix])) - left_out) / model.units
-        squares += float(error.square().sum())
-    return squares / (episodes.num_steps * episodes.action_dim)
 
 
 def _check_checkpoint(checkpoint: Checkpoint, prefixes: list[int]) -> None:
@@ -254,31 +243,126 @@ def _step_shares(
     return chosen / chosen.sum()
 
 
-def _fit_prefix(
-    model: ActionAutoencoder,
-    quantized: Quantized,
-    actions: Tensor,
-    target: Tensor,
-    shares: Tensor,
-    prefix: int,
-    config: RecoveredConfig,
-) -> RecoveredFit:
-    assert quantized.stats is not None
-    tokens = quantized.tokens[..., :prefix]
-    sigma = quantized.stats[:, :prefix, 1].mean(dim=0)
-    worth = sigma / sigma[0]
-    num_levels = model.config.num_levels
-    regression = regress(tokens, target, worth, num_levels, shares=shares, ridge=config.ridge)
-    if not regression.rank:
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """Steps of whole episodes: quantized, actions, target and shares have one row per step, lengths one per episode."""
+
+    quantized: Quantized
+    actions: Tensor
+    target: Tensor
+    shares: Tensor
+    lengths: tuple[int, ...]
+
+    def select(self, episodes: Sequence[int]) -> "_Data":
+        """Some of the episodes; the shares of their steps stay what they are of the whole."""
+        starts = np.cumsum((0, *self.lengths))
+        rows = torch.cat([torch.arange(starts[index], starts[index + 1]) for index in episodes])
+        assert self.quantized.stats is not None
+        return _Data(
+            Quantized(self.quantized.latents[rows], self.quantized.tokens[rows], self.quantized.stats[rows]),
+            self.actions[rows],
+            self.target[rows],
+            self.shares[rows],
+            tuple(self.lengths[index] for index in episodes),
+        )
+
+    def whole(self) -> "_Data":
+        """With shares that add up to 1."""
+        return replace(self, shares=self.shares / self.shares.sum())
+
+    def squares(self, model: ActionAutoencoder, decoder: RecoveredDecoder, prefix: int) -> Tensor:
+        """Weighted squared action error, in normalised units, of each episode."""
+        decoded = model.decode_latents(decoder.latents(self.quantized.tokens[..., :prefix]))
+        error = ((decoded - self.actions) / model.units).square().sum(dim=-1) * self.shares
+        return torch.stack([part.sum() for part in error.split(list(self.lengths))])
+
+
+def _fit_prefix(model: ActionAutoencoder, data: _Data, prefix: int, config: RecoveredConfig) -> RecoveredFit:
+    tokens = data.quantized.tokens[..., :prefix]
+    if (tokens == tokens[:1]).all():
         raise CalibrationError(
             f"all {len(tokens)} steps of the calibration data have the same tokens in the first {prefix} layers, so "
             "every token would decode to one action; give episodes in which the robot moves"
         )
-    features, scale, shift = _features(tokens, worth, num_levels, shares)
-    start = _coefficients(regression.decoder, scale, shift)
-    wanted = (actions - model.offset) / model.units
-    refined, refinements = _refine(model, features, wanted, shares, start, config)
-    return RecoveredFit(regression, _rounded(_decoder(refined[:-1], refined[-1], scale, shift)), refinements)
+    ridge, refine_steps = config.ridge, config.refine_steps
+    if ridge is None:
+        ridge, refine_steps = _cross_validated(model, data, prefix, refine_steps)
+    if ridge is None:
+        return RecoveredFit(_regression(model, data, prefix, 0.0), _rounded(_mean_map(model, data, prefix)), 0, None)
+    regression = _regression(model, data, prefix, ridge)
+    decoder, refinements = _refined(model, data, prefix, regression.decoder, ridge, refine_steps)
+    return RecoveredFit(regression, _rounded(decoder), refinements, ridge)
+
+
+def _cross_validated(model: ActionAutoencoder, data: _Data, prefix: int, refine_steps: int) -> tuple[float | None, int]:
+    """The ridge, None where the mean map stays, and how often to refine."""
+    if len(data.lengths) < 2:
+        return None, 0
+
+    def left_out(most: int, fit: Callable[[_Data], RecoveredDecoder]) -> Tensor:
+        """Squared errors [episodes], each by a map that was fitted without it."""
+        found = torch.empty(len(data.lengths), dtype=torch.float64)
+        for kept, judged in episode_folds(len(data.lengths), most):
+            found[judged] = data.select(judged).squares(model, fit(data.select(kept).whole()), prefix)
+        return found
+
+    def regressed(ridge: float) -> Callable[[_Data], RecoveredDecoder]:
+        return lambda kept: _regression(model, kept, prefix, ridge).decoder
+
+    by_ridge = {ridge: left_out(_FOLDS, regressed(ridge)) for ridge in _RIDGES}
+    ridge = min(by_ridge, key=lambda ridge: float(by_ridge[ridge].sum()))
+    if not is_certain_gain(left_out(_FOLDS, lambda kept: _mean_map(model, kept, prefix)), by_ridge[ridge]):
+        return None, 0
+    if not refine_steps:
+        return ridge, 0
+
+    def refined(ridge: float) -> Callable[[_Data], RecoveredDecoder]:
+        return lambda kept: _refined(model, kept, prefix, regressed(ridge)(kept), ridge, refine_steps)[0]
+
+    before = left_out(_REFINED_FOLDS, regressed(ridge))
+    # Aimed at actions, a map can do with less of a penalty than one that is aimed at latents.
+    after = {each: left_out(_REFINED_FOLDS, refined(each)) for each in (ridge, _REFINED_RIDGE)}
+    best = min(after, key=lambda each: float(after[each].sum()))
+    return (best, refine_steps) if is_certain_gain(before, after[best]) else (ridge, 0)
+
+
+def _mean_map(model: ActionAutoencoder, data: _Data, prefix: int) -> RecoveredDecoder:
+    """Mean and sigma of every layer at their means, the same for all latents."""
+    assert data.quantized.stats is not None
+    mean, sigma = (data.shares @ data.quantized.stats[:, :prefix].flatten(1)).reshape(prefix, 2).T
+    latent_dim = model.config.latent_dim
+    matrix = torch.zeros(latent_dim, latent_dim, prefix, dtype=torch.float64)
+    matrix[range(latent_dim), range(latent_dim)] = sigma * 2 / (model.config.num_levels - 1)
+    return RecoveredDecoder(matrix.flatten(1), (mean - sigma).sum().expand(latent_dim).contiguous())
+
+
+def _regression(model: ActionAutoencoder, data: _Data, prefix: int, ridge: float) -> Regression:
+    """The mean map, and what it leaves regressed."""
+    tokens = data.quantized.tokens[..., :prefix]
+    mean_map = _mean_map(model, data, prefix)
+    left = data.target - mean_map.latents(tokens)
+    found = regress(tokens, left, _worth(data, prefix), model.config.num_levels, shares=data.shares, ridge=ridge)
+    decoder = RecoveredDecoder(mean_map.matrix + found.decoder.matrix, mean_map.offset + found.decoder.offset)
+    return Regression(decoder, found.rank, found.condition)
+
+
+def _refined(
+    model: ActionAutoencoder, data: _Data, prefix: int, start: RecoveredDecoder, ridge: float, steps: int
+) -> tuple[RecoveredDecoder, int]:
+    """After the accepted Gauss-Newton steps, and how many there were."""
+    tokens = data.quantized.tokens[..., :prefix]
+    features, scale, shift = _features(tokens, _worth(data, prefix), model.config.num_levels, data.shares)
+    wanted = (data.actions - model.offset) / model.units
+    begin = _coefficients(start, scale, shift)
+    refined, refinements = _refine(model, features, wanted, data.shares, begin, ridge, steps)
+    return _decoder(refined[:-1], refined[-1], scale, shift), refinements
+
+
+def _worth(data: _Data, prefix: int) -> Tensor:
+    """[l]: what a level of each layer is worth on average, over that of the first."""
+    assert data.quantized.stats is not None
+    sigma = data.quantized.stats[:, :prefix, 1].mean(dim=0)
+    return sigma / sigma[0]
 
 
 def _features(tokens: Tensor, worth: Tensor, num_levels: int, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -314,11 +398,17 @@ def _coefficients(decoder: RecoveredDecoder, scale: Tensor, shift: Tensor) -> Te
 
 
 def _refine(
-    model: ActionAutoencoder, features: Tensor, wanted: Tensor, shares: Tensor, start: Tensor, config: RecoveredConfig
+    model: ActionAutoencoder,
+    features: Tensor,
+    wanted: Tensor,
+    shares: Tensor,
+    start: Tensor,
+    ridge: float,
+    steps: int,
 ) -> tuple[Tensor, int]:
     """Coefficients [P, D] after the Gauss-Newton steps, and how many there were; P = D * l + 1, the mean last."""
     features = torch.cat((features, torch.ones_like(features[:, :1])), dim=1)
-    penalty = torch.full_like(start, config.ridge)
+    penalty = torch.full_like(start, ridge)
     penalty[-1] = 0
 
     def objective(coefficients: Tensor) -> float:
@@ -326,7 +416,7 @@ def _refine(
         return float(shares @ error.square().mean(dim=-1) + (penalty * (coefficients - start).square()).sum())
 
     coefficients, value, damping = start, objective(start), _DAMPING_START
-    for step in tqdm(range(config.refine_steps), desc="  recover", unit="step", leave=False, disable=None):
+    for step in tqdm(range(steps), desc="  recover", unit="step", leave=False, disable=None):
         normal, gradient = _normal_equations(model, features, wanted, shares, coefficients)
         # Flattened as [D, P], the order of the normal matrix.
         gradient = (gradient - penalty * (coefficients - start)).T.flatten()
@@ -348,7 +438,7 @@ def _refine(
         coefficients, value, damping = candidate, next_value, damping / 100
         if gained < _CONVERGED * value:
             return coefficients, step + 1
-    return coefficients, config.refine_steps
+    return coefficients, steps
 
 
 def _normal_equations(

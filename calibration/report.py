@@ -20,6 +20,7 @@ from rfsq_ref.checkpoints import Checkpoint
 from rfsq_ref.data import ActionDataset
 from rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantize
 from rfsq_ref.rounding import token_error_bounds
+from runtime.fidelity import Fidelity, fidelity
 
 REPORT_JSON = "report.json"
 REPORT_PNG = "report.png"
@@ -52,11 +53,11 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """Rows of all layers, and mean squared action errors to compare them with.
+    """Rows of all layers, and mean squared action errors in robot units² to compare them with.
 
     autoencoder_mse: without a quantiser, as trained; readout_mse: the same through the readout, where there is one;
     trained_mse: the forward pass of training, for `dynamic` with its side information, by prefix; published_mse: grid
-    values summed, mean and sigma dropped.
+    values summed, mean and sigma dropped; fidelity: of the deepest prefix that decodes.
     """
 
     method: str
@@ -68,6 +69,7 @@ class CalibrationReport:
     trained_mse: tuple[float, ...]
     published_mse: float
     layers: tuple[LayerReport, ...]
+    fidelity: Fidelity
 
 
 def report_calibrated(checkpoint: Checkpoint, episodes: ActionDataset) -> CalibrationReport:
@@ -125,12 +127,13 @@ def _report(
         def action_mse(decoded: Tensor, decoder: ActionAutoencoder = trained) -> float:
             return _mean_square(decoder.decode_latents(decoded) - actions)
 
-        rows = []
+        rows: list[LayerReport] = []
+        deepest = latents
         for layer, step in enumerate(steps):
             prefix = layer + 1
             decoded = None
             if model.conditioning is not Conditioning.DYNAMIC or prefix in model.recovered:
-                decoded = model.dequantize(tokens[..., :prefix])
+                decoded = deepest = model.dequantize(tokens[..., :prefix])
             rows.append(
                 LayerReport(
                     layer=layer,
@@ -162,6 +165,7 @@ def _report(
             trained_mse=trained_mse,
             published_mse=action_mse(published_dequantize(trained.quantizer, published)),
             layers=tuple(rows),
+            fidelity=fidelity(actions.numpy(), model.decode_latents(deepest).numpy()),
         )
 
 
@@ -202,7 +206,8 @@ def format_report(report: CalibrationReport) -> str:
         f"{'latent MSE':>10}  {'action MSE':>10}  {'worst case':>10}  {'noise/bin':>9}  {'flipped':>8}"
     )
     lines = [
-        f"{report.method}, judged on {report.num_episodes} episodes ({report.num_steps} steps) of {report.source}",
+        f"{report.method}, judged on {report.num_episodes} episodes ({report.num_steps} steps) of {report.source}; "
+        "action MSE in robot units², latents have no unit",
         header,
     ]
     for row in report.layers:
@@ -213,10 +218,11 @@ def format_report(report: CalibrationReport) -> str:
             f"{_number(row.worst_case):>10}  {_number(row.noise_bound):>9}  {row.flipped:8.4%}"
         )
     lines += [
-        f"action MSE without a quantiser                    {report.autoencoder_mse:.3e}",
-        f"the same, last decoder layer refitted             {_number(report.readout_mse)}",
-        f"action MSE of the trained forward pass            {report.trained_mse[-1]:.3e}",
-        f"action MSE of the published decode_from_indices   {report.published_mse:.3e}",
+        f"autoencoder as trained, no quantiser, action MSE  {report.autoencoder_mse:.3e}",
+        f"readout refitted, no quantiser                    {_number(report.readout_mse)}",
+        f"trained forward pass                              {report.trained_mse[-1]:.3e}",
+        f"published decode_from_indices                     {report.published_mse:.3e}",
+        report.fidelity.text("decoded from all layers"),
     ]
     return "\n".join(lines)
 
@@ -301,7 +307,7 @@ def _draw_errors(axes: Axes, report: CalibrationReport) -> None:
         axes.axhline(report.autoencoder_mse, color=_GREEN, linestyle="--", linewidth=1.2, label="without quantiser")
     if report.published_mse > 0:
         axes.axhline(report.published_mse, color=_ORANGE, linestyle=":", linewidth=1.5, label="published decoding")
-    _caption(axes, "Action MSE of a prefix ending with the layer", columns=2)
+    _caption(axes, "Action MSE of a prefix, robot units²", columns=2)
 
 
 def _draw_scales(axes: Axes, report: CalibrationReport) -> None:

@@ -41,14 +41,17 @@ from calibration.constants import (
 )
 from calibration.data import (
     MINIMUM_EPISODES,
+    Selection,
     calibration_dataset,
     calibration_episodes,
+    episode_folds,
     judging_episodes,
     reference_actions,
     reference_latents,
+    selection_of,
 )
 from calibration.errors import CalibrationError
-from calibration.readout import DEFAULT_READOUT, ReadoutConfig, fit_readout
+from calibration.readout import DEFAULT_READOUT, READOUT_OFF, RIDGES, ReadoutChoice, ReadoutConfig, fit_readout
 from calibration.study_report import format_study, study_files, write_study
 from calibration.study_result import (
     EpisodesRow,
@@ -61,7 +64,7 @@ from calibration.study_result import (
     spread,
     spreads,
 )
-from rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq_ref.autoencoder import ActionAutoencoder, Readout
 from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq_ref.data import ActionDataset
 from rfsq_ref.errors import DataError, OutputError, UnusableError
@@ -90,7 +93,6 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     *({"coverage": coverage} for coverage in (0.9, 0.99, 0.999, 1.0)),
     *({"worst_case": bound} for bound in (1e-4, 4e-4, 1e-2, 1.0)),
 )
-_RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
 _FOLDS = 5
 _RANDOM_ACTIONS = 2000
 _SEED = 0
@@ -103,21 +105,25 @@ class _Setting:
 
     name: str = "default"
     config: CalibrationConfig = _DEFAULT_CONFIG
-    readout: ReadoutConfig | None = DEFAULT_READOUT
+    readout: ReadoutConfig = DEFAULT_READOUT
 
 
 _DEFAULT = _Setting()
-_READOUT_OFF = _Setting("readout off", readout=None)
+_READOUT_OFF = _Setting("readout off", readout=READOUT_OFF)
 
 
 @dataclass(frozen=True, eq=False)
 class _Bench:
-    """One checkpoint, the episodes to fit to and to test on, and random actions, float64 [N, A]."""
+    """One checkpoint, the episodes to fit to and to test on, and random actions, float64 [N, A].
+
+    is_training_data: whether the episodes are a part of what the checkpoint was trained on.
+    """
 
     checkpoint: Checkpoint
     calibration: ActionDataset
     test: ActionDataset
     random: Tensor
+    is_training_data: bool
 
     def fit(self, setting: _Setting, episodes: ActionDataset | None = None) -> ActionAutoencoder:
         """The float64 model that `calibrate` would give, fitted to all calibration episodes or to these."""
@@ -125,10 +131,13 @@ class _Bench:
 
     def fitted(self, setting: _Setting, episodes: ActionDataset) -> Checkpoint:
         """Without what was fitted to the checkpoint before."""
-        return replace(self.checkpoint, readout=None).with_fit(
-            constants=fit_constants(self.checkpoint, episodes, setting.config),
-            readout=fit_readout(self.checkpoint, episodes, setting.readout) if setting.readout else None,
-        )
+        constants = fit_constants(self.checkpoint, episodes, setting.config)
+        fitted = replace(self.checkpoint, readout=None).with_fit(constants=constants)
+        return fitted.with_fit(readout=self.readout(fitted, episodes, setting.readout))
+
+    def readout(self, fitted: Checkpoint, episodes: ActionDataset, config: ReadoutConfig) -> Readout | None:
+        """For a checkpoint with constants."""
+        return fit_readout(fitted, episodes, config, is_training_data=self.is_training_data).readout
 
     def test_actions(self, task: str | None = None) -> Tensor:
         """Float64 [N, A], of all test episodes or of one task."""
@@ -163,7 +172,7 @@ def study(
         source=dataset.source,
         data_sha256=dataset.sha256,
         checkpoints=tuple(_label(checkpoint, place) for place, checkpoint in enumerate(checkpoints)),
-        default={**asdict(_DEFAULT.config), "readout_ridge": DEFAULT_READOUT.ridge},
+        default={**asdict(_DEFAULT.config), "readout": DEFAULT_READOUT.choice.value},
         calibration_episodes=len(calibration.episodes),
         calibration_steps=calibration.num_steps,
         test_episodes=len(test.episodes),
@@ -173,7 +182,7 @@ def study(
         settings=tuple(_setting_row(benches, setting) for setting in progress(_settings(), "settings")),
         tasks=tuple(_task_row(benches, setting, tasks) for setting in progress(compared if tasks else [], "tasks")),
         episodes=tuple(_episodes_row(benches, *choice, subsets) for choice in progress(choices, "episodes")),
-        readout=tuple(_readout_row(benches, ridge, tasks) for ridge in progress([None, *_RIDGES], "readout")),
+        readout=tuple(_readout_row(benches, ridge, tasks) for ridge in progress([None, *RIDGES], "readout")),
         layers=_layer_rows(benches),
         omitted=omitted,
         torch=str(torch.__version__),
@@ -214,7 +223,8 @@ def _bench(checkpoint: Checkpoint, dataset: ActionDataset) -> _Bench:
     low, high = recorded.amin(dim=0), recorded.amax(dim=0)
     generator = torch.Generator().manual_seed(_SEED)
     shares = torch.rand(_RANDOM_ACTIONS, len(low), generator=generator, dtype=torch.float64)
-    return _Bench(checkpoint, calibration, test, low + shares * (high - low))
+    is_training_data = selection_of(checkpoint, dataset) is Selection.TRAINING_SPLIT
+    return _Bench(checkpoint, calibration, test, low + shares * (high - low), is_training_data)
 
 
 def _label(checkpoint: Checkpoint, place: int) -> str:
@@ -324,18 +334,19 @@ def _readout_row(benches: Sequence[_Bench], ridge: float | None, tasks: Sequence
         trained = bench.fitted(_READOUT_OFF, bench.calibration)
         as_trained = _calibrated(trained)
         squares = [
-            _unquantised(_with_readout(trained, ridge, kept), reference_actions(trained, held_out)) * held_out.num_steps
+            _unquantised(_with_readout(bench, trained, ridge, kept), reference_actions(trained, held_out))
+            * held_out.num_steps
             for kept, held_out in _folds(bench.calibration)
         ]
         cross_validated.append(sum(squares) / bench.calibration.num_steps)
-        everything = _with_readout(trained, ridge, bench.calibration)
+        everything = _with_readout(bench, trained, ridge, bench.calibration)
         test.append(_unquantised(everything, bench.test_actions()))
         random.append(_unquantised(everything, bench.random) / _unquantised(as_trained, bench.random))
         tested = {task: bench.test_actions(task) for task in tasks}
         floors = {task: _unquantised(as_trained, actions) for task, actions in tested.items()}
         for task in tasks:
-            without = _with_readout(trained, ridge, _without(bench.calibration, task))
-            alone = _with_readout(trained, ridge, _of_tasks(bench.calibration, [task]))
+            without = _with_readout(bench, trained, ridge, _without(bench.calibration, task))
+            alone = _with_readout(bench, trained, ridge, _of_tasks(bench.calibration, [task]))
             unseen.append(_unquantised(without, tested[task]) / floors[task])
             other += [_unquantised(alone, tested[name]) / floors[name] for name in tasks if name != task]
     return ReadoutRow(
@@ -373,10 +384,11 @@ def _calibrated(checkpoint: Checkpoint) -> ActionAutoencoder:
     return checkpoint.model(Conditioning.CALIBRATED, dtype=torch.float64)
 
 
-def _with_readout(trained: Checkpoint, ridge: float | None, episodes: ActionDataset) -> ActionAutoencoder:
-    return _calibrated(
-        replace(trained, readout=fit_readout(trained, episodes, ReadoutConfig(ridge)) if ridge else None)
-    )
+def _with_readout(
+    bench: _Bench, trained: Checkpoint, ridge: float | None, episodes: ActionDataset
+) -> ActionAutoencoder:
+    config = READOUT_OFF if ridge is None else ReadoutConfig(ReadoutChoice.ON, ridge)
+    return _calibrated(replace(trained, readout=bench.readout(trained, episodes, config)))
 
 
 def _errors(model: ActionAutoencoder, actions: Tensor) -> list[Tensor]:
@@ -432,12 +444,9 @@ def _without(episodes: ActionDataset, task: str) -> ActionDataset:
 
 
 def _folds(episodes: ActionDataset) -> Iterator[tuple[ActionDataset, ActionDataset]]:
-    """Every episode is once among those left out, which come second; none for a single episode."""
-    total = len(episodes.episodes)
-    folds = min(_FOLDS, total) if total > 1 else 0
-    for fold in range(folds):
-        kept, held_out = ([index for index in range(total) if (index % folds == fold) is out] for out in (False, True))
-        yield episodes.select(kept), episodes.select(held_out)
+    """As episode_folds."""
+    for kept, left_out in episode_folds(len(episodes.episodes), _FOLDS):
+        yield episodes.select(kept), episodes.select(left_out)
 
 
 def _mean_square(error: Tensor) -> float:

@@ -33,18 +33,18 @@ def titles(result: StudyResult) -> dict[str, str]:
         "defaults": "What calibration does unless it is told otherwise",
         "settings": (
             "Settings, each with one choice other than the default: errors on the test episodes by the layers decoded "
-            f"({coarse}: these alone; all: every layer), what quantising adds to the squared error of actions drawn "
-            f"evenly from the recorded ranges, and the bound on the latent error; mean ± standard deviation {over}, "
-            "of the bound the highest"
+            f"({coarse}: these alone; all: every layer), MSE in robot units², what quantising adds to the squared "
+            "error of actions drawn evenly from the recorded ranges, and the bound on the latent error; mean ± "
+            f"standard deviation {over}, of the bound the highest"
         ),
         "readout": (
-            "Readouts by their ridge, without a quantiser: action MSE on calibration episodes left out of the fit and "
-            f"on the test episodes, mean ± standard deviation {over}; then action MSE as a multiple of that of the "
-            "decoder as trained, below 1x the readout helps"
+            "Readouts by their ridge, without a quantiser: action MSE in robot units² on calibration episodes left out "
+            f"of the fit and on the test episodes, mean ± standard deviation {over}; then action MSE as a multiple of "
+            "that of the decoder as trained, below 1x the readout helps"
         ),
         "episodes": (
-            "Number of calibration episodes: action MSE on the test episodes, mean (lowest … highest) over random "
-            f"choices of episodes and {over}"
+            "Number of calibration episodes: action MSE in robot units² on the test episodes, mean (lowest … highest) "
+            f"over random choices of episodes and {over}"
         ),
         "tasks": (
             "Fitted to these tasks, tested on one: action MSE as a multiple of that of the unquantised autoencoder "
@@ -74,9 +74,9 @@ def format_study(result: StudyResult) -> str:
     parts = [
         f"{count} checkpoint{'s' if count > 1 else ''}, fitted on {result.calibration_episodes} episodes "
         f"({result.calibration_steps} steps), judged on {result.test_episodes} others ({result.test_steps} steps) of "
-        f"{result.source}\n{_defaults(result)}\n"
-        f"action MSE without a quantiser, decoder as trained  {_both(result.unquantised)}\n"
-        f"action MSE without a quantiser, with the readout    {_both(result.unquantised_readout)}"
+        f"{result.source}; MSE in robot units²\n{_defaults(result)}\n"
+        f"autoencoder as trained, no quantiser, action MSE  {_both(result.unquantised)}\n"
+        f"readout refitted, no quantiser                    {_both(result.unquantised_readout)}"
     ]
     captions = titles(result)
     for name, table in _tables(result).items():
@@ -334,14 +334,14 @@ def _draw_settings(axes: Axes, result: StudyResult) -> None:
     axes.set_yticks(places, [row.setting for row in result.settings])
     axes.invert_yaxis()
     axes.grid(axis="x", color="#e3e3e3", linewidth=0.7)
-    _caption(axes, "Action MSE by setting")
+    _caption(axes, "Action MSE in robot units², by setting")
 
 
 def _draw_layers(axes: Axes, result: StudyResult) -> None:
     default, trained = result.settings[0], result.settings[-1]
     bits = [row.bits for row in result.layers]
     lines: list[tuple[str, str, Spreads]] = [
-        ("action MSE", _BLUE, default.action_mse),
+        ("action MSE, robot units²", _BLUE, default.action_mse),
         (f"action MSE, {trained.setting}", _GREY, trained.action_mse),
         ("bound on the latent error in [−1, 1]", _ORANGE, default.worst_case),
     ]
@@ -372,7 +372,7 @@ def _draw_episodes(axes: Axes, result: StudyResult) -> None:
     axes.set_xticks(counts, list(map(str, counts)))
     axes.minorticks_off()
     axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
-    _caption(axes, "Action MSE by number of calibration episodes")
+    _caption(axes, "Action MSE in robot units², by number of calibration episodes")
 
 
 def _draw_readout(axes: Axes, result: StudyResult) -> None:

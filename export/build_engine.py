@@ -41,6 +41,7 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 #: What a person gave or the machine lacks, each with a message that says so.
 _UNUSABLE = (EngineBuildError, ExportError, TokenizerError)
 _MODES = ("none", "dynamic", "calibrated", "recovered")
+_READOUTS = ("auto", "on", "off")
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> BuildConfig | TargetConfig:
@@ -57,9 +58,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> BuildConfig | Tar
         if "from_bundle" in given:
             return _target_config(given)
         # Here, because a robot that adds engines has no torch.
+        from calibration.readout import ReadoutChoice
         from export.pipeline import BuildConfig
         from export.plan import DeployMode
 
+        if "readout" in given:
+            given["readout"] = ReadoutChoice(given["readout"])
         if "conditioning" in given:
             given["conditioning"] = DeployMode(given["conditioning"])
         return BuildConfig(**given)
@@ -98,6 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=path_argument, help="default: build/bundle")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     parser.add_argument("--conditioning", choices=_MODES, help="default: calibrated if robust")
+    parser.add_argument(
+        "--readout",
+        choices=_READOUTS,
+        help="refit the decoder's last layer for calibrated tokens; default: auto, where it wins on calibration "
+        "episodes left out of the fit",
+    )
     parser.add_argument("--prefixes", type=int, nargs="+", help="default: 3; the full depth is always built")
     parser.add_argument("--chunk-length", type=int, help="T, default: 8")
     parser.add_argument(

@@ -12,6 +12,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from calibration.readout import ReadoutChoice, ReadoutConfig
 from export.batches import Profile
 from export.bundle_writer import StagedBundle, stage_bundle
 from export.c_builder import find_compiler
@@ -48,6 +49,7 @@ from rfsq_ref.quantizer import Conditioning
 from runtime.bundle import open_bundle
 from runtime.checkpoint_layouts import HASHES_KEY, weight_hashes
 from runtime.contract import Backend
+from runtime.fidelity import Fidelity
 from runtime.golden import Golden, replay
 from runtime.manifest import (
     C_HEADER,
@@ -90,6 +92,7 @@ class BuildConfig:
     calibration_data: Path | None = None
     key: str | None = None
     filter_key: str | None = None
+    readout: ReadoutChoice = ReadoutChoice.AUTO
     prefixes: tuple[int, ...] | None = None
     chunk_length: int = 8
     backends: tuple[str, ...] | None = None
@@ -118,11 +121,15 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """quality: action MSE in normalised units on the data judged on, by what was decoded; empty without data."""
+    """quality: action MSE in normalised units on the data judged on, by what was decoded; empty without data.
+
+    fidelity: of all layers, for each dimension in the robot's units; None without data.
+    """
 
     output: Path
     manifest: Manifest
     quality: Mapping[str, float]
+    fidelity: Fidelity | None
 
 
 def build(config: BuildConfig) -> BuildResult:
@@ -146,6 +153,12 @@ def build(config: BuildConfig) -> BuildResult:
             for remark in checkpoint.remarks:
                 step.note(remark)
         is_fit_needed = needs_fit(checkpoint, mode, prefixes)
+        if config.readout is not ReadoutChoice.AUTO and not (is_fit_needed and mode is DeployMode.CALIBRATED):
+            raise BuildInputError(
+                f"readout {config.readout.value!r} is asked for, but nothing is calibrated here: the mode is "
+                f"{mode.value!r}" + ("" if is_fit_needed else " and the checkpoint has what it needs") + "; leave "
+                "--readout out, or calibrate anew with calibration/fit.py --readout"
+            )
         with steps.step("load action data") as step:
             data = load_build_data(
                 checkpoint,
@@ -158,7 +171,7 @@ def build(config: BuildConfig) -> BuildResult:
                 step.note(line)
         with steps.step("calibrate") as step:
             if is_fit_needed and data.dataset is not None:
-                checkpoint = fit_for(checkpoint, mode, prefixes, data.dataset)
+                checkpoint = fit_for(checkpoint, mode, prefixes, data.dataset, ReadoutConfig(config.readout))
                 facts = checkpoint.provenance[mode.value]
                 step.note(f"{mode.value!r}, fitted on {facts['data']['steps']} steps")
                 for line in facts.get("remark", "").splitlines():
@@ -211,7 +224,7 @@ def build(config: BuildConfig) -> BuildResult:
             built += compile_source(generated.header, generated.source, staged, steps)
         if "cuda" in (config.backends or ()) or (config.backends is None and find_gpu() is not None):
             built += compile_cuda(kernels, staged, steps)
-        quality = reference.action_mse(data.held_out)
+        quality, verdict = reference.action_mse(data.held_out), reference.fidelity(data.held_out)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             fingerprint=identity,
@@ -249,12 +262,12 @@ def build(config: BuildConfig) -> BuildResult:
                     step.fail(f"{conclusion}: {len(problems)} gates are red")
                 else:
                     step.note(conclusion)
-            print(_closing_tables(parity, quality, data.judged_on))
+            print(_closing_tables(parity, quality, verdict, data.judged_on))
             require_none(problems)
             engines = with_measurements(built, backends, staged)
         manifest = staged.seal(replace(manifest, parity=parity, engines=engines))
     print(f"\n✓ {config.output} is built and validated, fingerprint {manifest.fingerprint[:16]}")
-    return BuildResult(config.output, manifest, quality)
+    return BuildResult(config.output, manifest, quality, verdict)
 
 
 def write_graphs(
@@ -336,7 +349,9 @@ def _tool_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _TOOLS}}
 
 
-def _closing_tables(parity: Sequence[ParityEntry], quality: Mapping[str, float], judged_on: str) -> str:
+def _closing_tables(
+    parity: Sequence[ParityEntry], quality: Mapping[str, float], verdict: Fidelity | None, judged_on: str
+) -> str:
     gates = [
         (
             f"{'✓' if entry.value <= entry.limit else '✗'} {entry.backend} ({entry.device}), {entry.gate}",
@@ -350,5 +365,7 @@ def _closing_tables(parity: Sequence[ParityEntry], quality: Mapping[str, float],
     parts += [f"{entry.gate}: {entry.detail}" for entry in parity if entry.detail]
     if quality:
         rows = [(name, f"{value:.3e}") for name, value in quality.items()]
-        parts.append(table((f"{judged_on}, decoded from", "action MSE"), rows))
+        parts.append(table((f"{judged_on}, decoded from", "action MSE, normalised units²"), rows))
+    if verdict is not None:
+        parts.append(verdict.text(f"{judged_on}, all layers"))
     return "\n" + "\n\n".join(parts)

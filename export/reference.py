@@ -16,6 +16,7 @@ from rfsq_ref.checkpoints import Checkpoint
 from rfsq_ref.rounding import token_error_bounds
 from runtime.comparison import TokenComparison, compare_followed
 from runtime.contract import Float32Array, Float64Array, Int32Array
+from runtime.fidelity import Fidelity, fidelity
 from runtime.gates import GATES
 from runtime.golden import Golden
 
@@ -56,6 +57,8 @@ class Reference:
         self.prefixes = tuple(prefixes)
         self.model = checkpoint.model(mode.conditioning, dtype=torch.float64)
         self._float32_model = checkpoint.model(mode.conditioning)
+        self._is_refitted = checkpoint.readout is not None and mode is DeployMode.CALIBRATED
+        self._trained_decoder = checkpoint.model(dtype=torch.float64).decode_latents
 
     @torch.no_grad()
     def answer(self, actions: Float32Array) -> Answers:
@@ -135,8 +138,18 @@ class Reference:
 
         latents = self.model.encode_latents(torch.from_numpy(actions).double())
         quantised = self.model.quantizer.quantize(latents)
-        errors = {"autoencoder without quantiser": mse(self.model.decode_latents(latents).numpy())}
+        errors = {"autoencoder as trained, no quantiser": mse(self._trained_decoder(latents).numpy())}
+        if self._is_refitted:
+            errors["readout refitted, no quantiser"] = mse(self.model.decode_latents(latents).numpy())
         for prefix in self.prefixes:
             stats = quantised.stats[..., :prefix, :] if self.mode.has_stats and quantised.stats is not None else None
             errors[f"tokens of {prefix} layers"] = mse(self.decode(quantised.tokens[..., :prefix], stats))
         return errors
+
+    @torch.no_grad()
+    def fidelity(self, actions: Float32Array) -> Fidelity | None:
+        """What all layers make of steps [N, A], for each dimension in the robot's units; None without any."""
+        if not len(actions):
+            return None
+        tokens, stats = self.model.encode(torch.from_numpy(actions).double())
+        return fidelity(actions, self.decode(tokens, stats if self.mode.has_stats else None))

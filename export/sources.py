@@ -19,6 +19,7 @@ from calibration.data import (
     selection_of,
 )
 from calibration.fit import calibrate, recover
+from calibration.readout import DEFAULT_READOUT, ReadoutConfig
 from calibration.recovered import RecoveredConfig
 from export.plan import DeployMode
 from rfsq_ref.checkpoints import Checkpoint, load_checkpoint
@@ -127,11 +128,17 @@ def needs_fit(checkpoint: Checkpoint, mode: DeployMode, prefixes: Sequence[int])
     return mode is DeployMode.RECOVERED and not set(prefixes) <= checkpoint.recovered.keys()
 
 
-def fit_for(checkpoint: Checkpoint, mode: DeployMode, prefixes: tuple[int, ...], dataset: ActionDataset) -> Checkpoint:
+def fit_for(
+    checkpoint: Checkpoint,
+    mode: DeployMode,
+    prefixes: tuple[int, ...],
+    dataset: ActionDataset,
+    readout: ReadoutConfig = DEFAULT_READOUT,
+) -> Checkpoint:
     """The checkpoint with what its mode needs, by the default settings; `calibration/fit.py` has them all as flags.
 
     Raises DataError or CalibrationError.
     """
     if mode is DeployMode.CALIBRATED:
-        return calibrate(checkpoint, dataset, CalibrationConfig())
+        return calibrate(checkpoint, dataset, CalibrationConfig(), readout)
     return recover(checkpoint, dataset, prefixes, RecoveredConfig())

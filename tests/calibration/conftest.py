@@ -5,7 +5,7 @@ import torch
 
 from calibration.constants import fit_constants
 from calibration.data import reference_actions
-from calibration.recovered import fit_recovered
+from calibration.recovered import RecoveredConfig, fit_recovered
 from rfsq_ref.checkpoints import Checkpoint
 from rfsq_ref.data import EpisodeSplit
 
@@ -17,7 +17,7 @@ def calibrated(robust: Checkpoint, split: EpisodeSplit) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def recovered(robust: Checkpoint, split: EpisodeSplit) -> Checkpoint:
-    return robust.with_fit(recovered=fit_recovered(robust, split.calibration, [3, 8]))
+    return robust.with_fit(recovered=fit_recovered(robust, split.calibration, [3, 8], RecoveredConfig(1e-6)))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """`python calibration/fit.py`, from checkpoint to checkpoint."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -52,6 +53,7 @@ def test_defaults_fit_the_embedded_checkpoint(
     assert calibrated.constants is not None
     assert torch.equal(found.constants.scale, calibrated.constants.scale)
     assert torch.equal(found.constants.mean, calibrated.constants.mean)
+    facts, remark = (found.provenance["calibrated"][name] for name in ("readout", "remark"))
     assert found.provenance["calibrated"] == {
         "config": {
             "objective": "range",
@@ -68,8 +70,13 @@ def test_defaults_fit_the_embedded_checkpoint(
             "steps": 3295,
         },
         "worst_case_latent_error": float(worst_case_errors(calibrated.constants, 7)[-1]),
-        "readout_ridge": 1e-4,
+        "readout": facts,
+        "remark": remark,
     }
+    assert facts["choice"] == "auto"
+    assert facts["kept"]
+    assert facts["cross_validated_ratio"] < 0.5
+    assert "the decoder's last layer is refitted" in remark
     report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     assert report["provenance"] == found.provenance["calibrated"]
     # Judged on the test part, not on what was fitted.
@@ -78,14 +85,32 @@ def test_defaults_fit_the_embedded_checkpoint(
     printed = capsys.readouterr().out
     assert "fitted on 19 episodes (3295 steps) of demonstrations.npz: part of the training data" in printed
     assert "judged on 19 episodes (3336 steps)" in printed
+    assert re.search(r"^autoencoder as trained, no quantiser, action MSE  1\.5\d+e-05$", printed, re.MULTILINE)
+    assert re.search(r"^readout refitted, no quantiser +\d", printed, re.MULTILINE)
+    # Each dimension in the robot's units, and nothing to warn of.
+    assert re.search(r"^dimension 6, robot units .*%$", printed, re.MULTILINE)
+    assert "WARNING" not in printed
+
+
+def test_a_fit_that_does_not_surely_win_is_not_kept_but_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So large a penalty wins next to nothing."""
+    data = save_actions(tmp_path / "other.npz", steps=20)
+    assert run(tmp_path, "--calibration-data", data, "--readout-ridge", "1e6") == 0
+    assert fitted(tmp_path).readout is None
+    printed = capsys.readouterr().out
+    assert "stays as it was trained: refitting it does not surely win" in printed
+    assert run(tmp_path, "--calibration-data", data, "--readout", "on") == 0
+    assert fitted(tmp_path).readout is not None
 
 
 def test_without_a_readout_the_decoder_stays_as_it_was_trained(tmp_path: Path) -> None:
     assert run(tmp_path) == 0
-    assert run(tmp_path, "--checkpoint", tmp_path / "fitted.safetensors", "--no-readout", "--overwrite") == 0
+    assert run(tmp_path, "--checkpoint", tmp_path / "fitted.safetensors", "--readout", "off", "--overwrite") == 0
     found = fitted(tmp_path)
     assert found.readout is None
-    assert found.provenance["calibrated"]["readout_ridge"] is None
+    assert found.provenance["calibrated"]["readout"]["choice"] == "off"
     report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
     assert report["readout_mse"] is None
     assert report["layers"][-1]["action_mse"] == pytest.approx(report["autoencoder_mse"], rel=0.05)

@@ -9,13 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from calibration import readout as module
 from calibration.constants import CalibrationConfig
+from calibration.data import is_certain_gain
 from calibration.errors import CalibrationError
 from calibration.fit import calibrate
-from calibration.readout import ReadoutConfig, fit_readout
+from calibration.readout import DEFAULT_READOUT, READOUT_OFF, RIDGES, ReadoutChoice, ReadoutConfig, fit_readout
 from rfsq_ref.autoencoder import ModelConfig
 from rfsq_ref.checkpoints import Checkpoint, checkpoint_of
-from rfsq_ref.data import ActionDataset, EpisodeSplit
+from rfsq_ref.data import ActionDataset, EpisodeSplit, split_episodes
 from rfsq_ref.errors import DataError
 from rfsq_ref.quantizer import Conditioning
 from tests.rfsq_ref.models import make_model
@@ -39,22 +41,32 @@ def hidden(checkpoint: Checkpoint, actions: np.ndarray) -> np.ndarray:
     return np.column_stack([mish(layer("decoder.0", latents)), np.ones(len(actions))])
 
 
+def on(ridge: float | None = None) -> ReadoutConfig:
+    return ReadoutConfig(ReadoutChoice.ON, ridge)
+
+
 @pytest.mark.parametrize("ridge", [1e-6, 1e-4, 1.0])
-def test_it_is_the_ridge_regression_towards_the_trained_layer(
+def test_it_is_least_squares_shrunk_towards_what_the_trained_layer_gives(
     robust: Checkpoint, split: EpisodeSplit, ridge: float
 ) -> None:
-    """Against the augmented least squares problem [h; sqrt(N ridge) I] dV = [e; 0], by another solver."""
+    """Against the augmented problem [h; sqrt(N ridge / M) a; sqrt(N ridge 1e-3 |a|^2) I] dV = [e; 0; 0]."""
     actions = split.calibration.steps()
     features = hidden(robust, actions)
+    model = robust.model(dtype=torch.float64)
+    random = hidden(robust, module._random_actions(model, torch.from_numpy(actions).double()).numpy())
     trained = np.column_stack([robust.weights["decoder.2.weight"], robust.weights["decoder.2.bias"]]).astype(np.float64)
-    penalty = np.sqrt(len(actions) * ridge) * np.eye(features.shape[1])
+    penalty = np.vstack(
+        [np.sqrt(len(actions) * ridge / len(random)) * random,
+         np.sqrt(len(actions) * ridge * 1e-3 * np.square(random).mean()) * np.eye(features.shape[1])]
+    )  # fmt: skip
     error = np.vstack([actions - features @ trained.T, np.zeros((len(penalty), actions.shape[1]))])
     change, *_ = np.linalg.lstsq(np.vstack([features, penalty]), error, rcond=None)
 
-    found = fit_readout(robust, split.calibration, ReadoutConfig(ridge))
+    found = fit_readout(robust, split.calibration, on(ridge)).readout
 
+    assert found is not None
     expected = trained + change.T
-    tolerance = 2.0**-15 * np.abs(change).max()
+    tolerance = 2.0**-14 * np.abs(change).max()
     assert np.abs(found.weight.numpy() - expected[:, :-1]).max() < tolerance
     assert np.abs(found.bias.numpy() - expected[:, -1]).max() < tolerance
 
@@ -100,44 +112,111 @@ def test_actions_unlike_the_calibration_data_hardly_lose(robust: Checkpoint, dem
 
 @given(st.integers(1, 40))
 def test_the_more_ridge_the_nearer_to_the_trained_layer(exponent: int) -> None:
-    """A property of ridge regression, on latents of the smallest model there is."""
-    checkpoint = _tiny()
-    episodes = ActionDataset((np.random.default_rng(0).uniform(-1, 1, (50, 2)).astype(np.float32),), ("",), ("",), "")
-    ridges = (2.0**-exponent, 2.0 ** (1 - exponent))
-    moved = [
-        float(
-            (
-                fit_readout(checkpoint, episodes, ReadoutConfig(ridge)).weight - checkpoint.weights["decoder.2.weight"]
-            ).norm()
-        )
-        for ridge in ridges
-    ]
-    assert moved[1] <= moved[0] * (1 + 1e-3)
+    """In what the layer gives for random actions, on latents of the smallest model there is."""
+    checkpoint, episodes = _tiny(), _random_episodes(1)
+    trained = checkpoint.model(dtype=torch.float64)
+    actions = torch.from_numpy(episodes.steps()).double()
+    random = module._random_actions(trained, actions)
+    moved = []
+    for ridge in (2.0**-exponent, 2.0 ** (1 - exponent)):
+        readout = fit_readout(checkpoint, episodes, on(ridge)).readout
+        assert readout is not None
+        weights = {**checkpoint.weights, "decoder.2.weight": readout.weight, "decoder.2.bias": readout.bias}
+        model = replace(checkpoint, weights=weights).model(dtype=torch.float64)
+        with torch.no_grad():
+            change = model.decoder(model.encode_latents(random)) - trained.decoder(trained.encode_latents(random))
+            penalised = readout.weight - checkpoint.weights["decoder.2.weight"]
+            bias = readout.bias - checkpoint.weights["decoder.2.bias"]
+        size = float(np.square(hidden(checkpoint, random.numpy())).mean())
+        moved.append(mean_square(change) * 2 + 1e-3 * size * float(penalised.square().sum() + bias.square().sum()))
+    assert moved[1] <= moved[0] * (1 + 1e-3) + 1e-12
 
 
-def test_one_step_is_enough_and_a_decoder_that_is_right_stays(robust: Checkpoint, split: EpisodeSplit) -> None:
-    single = ActionDataset((split.calibration.episodes[0][:1],), ("one",), ("",), "one.npz")
-    assert torch.isfinite(fit_readout(robust, single).weight).all()
-
+def test_a_decoder_that_is_right_stays() -> None:
     checkpoint = _tiny()
     model = checkpoint.model(dtype=torch.float64)
-    with torch.no_grad():
-        # Actions that the trained decoder gives back exactly: zero weights, and its bias everywhere.
-        fixed = torch.zeros(5, 2, dtype=torch.float64)
+    # Actions that the trained decoder gives back exactly: zero weights, and its bias everywhere.
+    fixed = np.zeros((5, 2), np.float32)
     still = replace(
         checkpoint,
         weights={**checkpoint.weights, "decoder.2.weight": torch.zeros_like(model.decoder[2].weight).float(),
                  "decoder.2.bias": torch.zeros(2)},
     )  # fmt: skip
-    readout = fit_readout(still, ActionDataset((fixed.float().numpy(),), ("",), ("",), ""))
+    episodes = ActionDataset((fixed, fixed), ("", ""), ("", ""), "")
+    readout = fit_readout(still, episodes, on()).readout
+    assert readout is not None
     assert not readout.weight.any()
     assert not readout.bias.any()
+    # Nothing is won, so nothing is changed.
+    assert fit_readout(still, episodes).readout is None
+
+
+# Where it is kept ----------------------------------------------------------------------------------------------------
+
+
+def test_one_episode_has_no_other_to_validate_on_and_keeps_the_trained_layer(
+    robust: Checkpoint, split: EpisodeSplit
+) -> None:
+    lone = split.calibration.select([0])
+    fit = fit_readout(robust, lone)
+    assert fit.readout is None
+    assert "with one calibration episode no other can say whether" in fit.remark
+    asked = fit_readout(robust, lone, on())
+    assert asked.readout is not None
+    assert torch.isfinite(asked.readout.weight).all()
+
+
+def test_off_keeps_the_trained_layer_and_on_refits_what_auto_would_not(robust: Checkpoint, split: EpisodeSplit) -> None:
+    assert fit_readout(robust, split.calibration, READOUT_OFF).readout is None
+    # So large a penalty wins next to nothing.
+    checkpoint, episodes, ridge = _tiny(), _random_episodes(4), 1e6
+    refused = fit_readout(checkpoint, episodes, ReadoutConfig(ReadoutChoice.AUTO, ridge))
+    assert refused.readout is None
+    assert "stays as it was trained" in refused.remark
+    assert fit_readout(checkpoint, episodes, on(ridge)).readout is not None
+
+
+def test_it_is_kept_where_it_wins_and_says_by_how_much(robust: Checkpoint, split: EpisodeSplit) -> None:
+    fit = fit_readout(robust, split.calibration, is_training_data=True)
+    assert fit.readout is not None
+    assert fit.cross_validated is not None
+    assert fit.cross_validated < 0.5
+    assert f"{fit.cross_validated:.3g} times the squared error" in fit.remark
+    assert fit.facts(DEFAULT_READOUT)["ridge"] in RIDGES
+
+
+def test_gains_that_a_few_episodes_make_are_luck() -> None:
+    before = torch.ones(6)
+    assert is_certain_gain(before, before - 0.1 - 0.01 * torch.arange(6))
+    lucky = before.clone()
+    lucky[0] = 0
+    assert not is_certain_gain(before, lucky)
+    assert not is_certain_gain(before, before)
+    # Two episodes must agree closely.
+    assert not is_certain_gain(torch.ones(2), torch.tensor([0.9, 0.5]))
+    assert is_certain_gain(torch.ones(2), torch.tensor([0.6, 0.5]))
+
+
+def test_the_choice_does_not_look_at_episodes_that_judge(robust: Checkpoint, demonstrations: ActionDataset) -> None:
+    """Other test episodes, the same fit."""
+    fitted = calibrate(robust, demonstrations, CalibrationConfig())
+    judged = {*split_episodes(demonstrations).test.names}
+    spoilt = tuple(
+        np.flip(episode, 0).copy() if name in judged else episode
+        for name, episode in zip(demonstrations.names, demonstrations.episodes, strict=True)
+    )
+    other = replace(demonstrations, episodes=spoilt)
+    recorded = {**robust.provenance, "data": {**robust.provenance["data"], "sha256": other.sha256}}
+    again = calibrate(replace(robust, provenance=recorded), other, CalibrationConfig())
+    assert fitted.readout is not None
+    assert again.readout is not None
+    assert torch.equal(fitted.readout.weight, again.readout.weight)
 
 
 @pytest.mark.parametrize("ridge", [0.0, -1e-4, float("nan"), float("inf")])
 def test_a_ridge_that_is_no_penalty_is_refused(ridge: float) -> None:
     with pytest.raises(CalibrationError, match="expected a small positive number"):
-        ReadoutConfig(ridge)
+        ReadoutConfig(ridge=ridge)
 
 
 def test_another_robot_is_refused(robust: Checkpoint) -> None:
@@ -147,3 +226,9 @@ def test_another_robot_is_refused(robust: Checkpoint) -> None:
 
 def _tiny() -> Checkpoint:
     return checkpoint_of(make_model(ModelConfig(2, 3, 4, 2, 5), Conditioning.DYNAMIC), {})
+
+
+def _random_episodes(count: int) -> ActionDataset:
+    generator = np.random.default_rng(0)
+    episodes = tuple(generator.uniform(-1, 1, (50, 2)).astype(np.float32) for _ in range(count))
+    return ActionDataset(episodes, ("",) * count, ("",) * count, "")

@@ -20,7 +20,7 @@ from calibration.constants import CalibrationConfig, fit_constants
 from calibration.data import calibration_episodes, judging_episodes, reference_actions
 from calibration.errors import CalibrationError
 from calibration.fit import calibrate
-from calibration.readout import DEFAULT_READOUT, ReadoutConfig, fit_readout
+from calibration.readout import DEFAULT_READOUT, READOUT_OFF, ReadoutChoice, ReadoutConfig, fit_readout
 from calibration.report import CalibrationReport, report_calibrated
 from calibration.study import main, study
 from calibration.study_report import draw_study, format_study, markdown, titles
@@ -33,7 +33,7 @@ from rfsq_ref.quantizer import Conditioning
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TASKS = ("Door", "Lift")
-RIDGES = (1e-8, DEFAULT_READOUT.ridge, 1e-2)
+RIDGES = (1e-8, 1e-4, 1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def dataset(demonstrations: ActionDataset) -> ActionDataset:
 def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_RANDOM_ACTIONS", 20)
-        patch.setattr(module, "_RIDGES", RIDGES)
+        patch.setattr(module, "RIDGES", RIDGES)
         # No test looks at how well `mse` converges.
         patch.setattr(constants, "_MSE_ITERATIONS", 3)
         yield
@@ -78,7 +78,7 @@ def reports(robust: Checkpoint, other: Checkpoint, dataset: ActionDataset) -> li
 
 
 def _reports(
-    checkpoints: Sequence[Checkpoint], dataset: ActionDataset, readout: ReadoutConfig | None
+    checkpoints: Sequence[Checkpoint], dataset: ActionDataset, readout: ReadoutConfig
 ) -> list[CalibrationReport]:
     return [
         report_calibrated(
@@ -119,8 +119,9 @@ def _mse(
 ) -> float:
     """Action MSE of constants and readout fitted to these episodes, by the public functions alone; prefix None: without
     the quantiser."""
-    readout = fit_readout(checkpoint, fitted, ReadoutConfig(ridge)) if ridge else None
-    calibrated = checkpoint.with_fit(constants=fit_constants(checkpoint, fitted), readout=readout)
+    calibrated = checkpoint.with_fit(constants=fit_constants(checkpoint, fitted))
+    config = ReadoutConfig(ReadoutChoice.ON, ridge) if ridge else READOUT_OFF
+    calibrated = calibrated.with_fit(readout=fit_readout(calibrated, fitted, config).readout)
     model = calibrated.model(Conditioning.CALIBRATED, dtype=torch.float64)
     actions = reference_actions(checkpoint, tested)
     with torch.no_grad():
@@ -164,7 +165,7 @@ def test_readout_off_is_the_decoder_as_it_was_trained(
 
 def test_a_fitted_checkpoint_gives_the_same_numbers(robust: Checkpoint, dataset: ActionDataset) -> None:
     """Its own constants and readout are not used, for what is called `as trained` least of all."""
-    fitted = calibrate(robust, dataset, CalibrationConfig(headroom=1.0), ReadoutConfig(1e-2))
+    fitted = calibrate(robust, dataset, CalibrationConfig(headroom=1.0), ReadoutConfig(ReadoutChoice.ON, 1e-2))
     first, second = (module._benches([checkpoint], dataset) for checkpoint in (robust, fitted))
     with torch.no_grad():
         for setting in module._compared():
@@ -267,7 +268,6 @@ def test_readouts_are_judged_on_episodes_that_they_were_not_fitted_to(
     trained = result.readout[0]
     assert trained.test == result.unquantised
     assert (trained.random.mean, trained.unseen, trained.other) == (1, Spread(1, 0, 1, 1, 4), Spread(1, 0, 1, 1, 4))
-    assert next(row.test for row in result.readout if row.ridge == DEFAULT_READOUT.ridge) == result.unquantised_readout
 
 
 @torch.no_grad()
@@ -402,7 +402,7 @@ def test_tables_are_rectangular_and_show_the_numbers(result: StudyResult) -> Non
     tables = markdown(result)
     defaults = tables.pop("defaults")
     assert f"headroom `{CalibrationConfig().headroom}`" in defaults
-    assert f"readout ridge `{DEFAULT_READOUT.ridge}`" in defaults
+    assert f"readout `{DEFAULT_READOUT.choice.value}`" in defaults
     assert list(tables) == ["settings", "readout", "episodes", "tasks", "layers"]
     for table in tables.values():
         assert len({line.count("|") for line in table.splitlines()}) == 1
@@ -484,7 +484,7 @@ def test_every_number_in_the_documents_prose_is_measured(shipped: StudyResult) -
 
 
 def test_shipped_result_is_of_these_defaults_and_data(shipped: StudyResult, demonstrations: ActionDataset) -> None:
-    assert shipped.default == {**asdict(CalibrationConfig()), "readout_ridge": DEFAULT_READOUT.ridge}
+    assert shipped.default == {**asdict(CalibrationConfig()), "readout": DEFAULT_READOUT.choice.value}
     assert shipped.data_sha256 == demonstrations.sha256
     assert len(shipped.checkpoints) == 3
     assert shipped.omitted == {}
@@ -499,9 +499,7 @@ def test_shipped_result_bears_out_the_defaults(shipped: StudyResult) -> None:
     assert shipped.settings[0].worst_case[-1].high <= CalibrationConfig().worst_case * 1.001
     # Tasks that nothing was fitted to lose least in the default.
     assert all(default.other[2].high < row.other[2].high for row in shipped.tasks[1:-1])
-    readouts = [row for row in shipped.readout if row.ridge is not None and row.cross_validated is not None]
-    best = min(readouts, key=lambda row: row.cross_validated.mean if row.cross_validated else math.inf)
-    assert best.ridge == DEFAULT_READOUT.ridge
-    chosen = next(row for row in readouts if row.ridge == DEFAULT_READOUT.ridge)
-    assert chosen.unseen is not None
-    assert chosen.unseen.high < 1
+    # What cross-validation chooses is no worse than any single ridge by much, and better than none.
+    readouts = [row.test.mean for row in shipped.readout if row.ridge is not None]
+    assert min(readouts) <= shipped.unquantised_readout.mean <= 2 * min(readouts)
+    assert shipped.unquantised_readout.mean < shipped.unquantised.mean / 3
