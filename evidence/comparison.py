@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from calibration.constants import CalibrationConfig
 from calibration.data import calibration_episodes, judging_episodes
-from calibration.fit import calibrate, recover
+from calibration.fit import Method, calibrate, recover
+from calibration.readout import DEFAULT_READOUT, ReadoutChoice, ReadoutConfig
 from calibration.recovered import RecoveredConfig
 from evidence.codecs import Codec
 from evidence.errors import EvidenceError
@@ -46,6 +47,7 @@ from rfsq_ref.errors import CheckpointError, DataError
 from rfsq_ref.normaliser import NormaliserKind
 from rfsq_ref.quantizer import Conditioning
 from rfsq_ref.train import TrainConfig, TrainingHistory, make_deterministic
+from runtime.fidelity import fidelity
 
 #: Bins of |error|, in normalised units: a fifth of a decade wide.
 ERROR_EDGES = tuple(10.0 ** (exponent / 5) for exponent in range(-40, 11))
@@ -66,6 +68,7 @@ class ComparisonConfig:
     with_peers: bool = True
     calibrated: CalibrationConfig = field(default_factory=CalibrationConfig)
     recovered: RecoveredConfig = field(default_factory=RecoveredConfig)
+    readout: ReadoutConfig = DEFAULT_READOUT
     workers: int = max(1, os.cpu_count() or 1)
     cache: Path = CACHE
 
@@ -83,7 +86,8 @@ class ComparisonConfig:
 
 @dataclass(frozen=True)
 class _CheckpointResult:
-    """What one checkpoint gives; decoded: by label, the trajectory's steps [n, A]; remark: what is missing and why."""
+    """What one checkpoint gives; decoded: by label, the trajectory's steps [n, A]; remarks: what is missing
+    and why, and how good the tokens are; is_refitted: whether calibration kept a readout."""
 
     name: str
     sha256: str
@@ -91,7 +95,8 @@ class _CheckpointResult:
     unquantised: dict[str, ActionErrors]
     schemes: tuple[SchemeResult, ...]
     decoded: dict[str, Array]
-    remark: str
+    remarks: tuple[str, ...]
+    is_refitted: bool
 
     def scheme(self, name: str) -> SchemeResult:
         """Raises StopIteration for a scheme it does not have."""
@@ -212,35 +217,52 @@ def _checkpoint_job(
         checkpoint, history = trained_checkpoint(dataset, training, config.cache)
         curve = _curve(history)
     sha256 = str(checkpoint.provenance["checkpoint_sha256"])
-    remark = ""
+    name = f"seed {source}" if isinstance(source, int) else sha256[:12]
+    remarks, is_refitted = [], False
     if kind == "naive":
         schemes: list[Scheme] = [Naive(checkpoint)]
     else:
-        checkpoint = calibrate(checkpoint, dataset, config.calibrated)
+        checkpoint = calibrate(checkpoint, dataset, config.calibrated, config.readout)
+        is_refitted = checkpoint.readout is not None
+        if not is_refitted and config.readout.choice is ReadoutChoice.AUTO:
+            remarks.append(f"robust {name}: {checkpoint.provenance[Method.CALIBRATED.value]['remark']}")
         schemes = [Dynamic(checkpoint), Published(checkpoint), Calibrated(checkpoint)]
         try:
             prefixes = range(1, checkpoint.config.num_layers + 1)
             schemes.insert(2, Recovered(recover(checkpoint, dataset, tuple(prefixes), config.recovered)))
         except DataError as error:
             # Few data calibrate, but do not determine a dense map: everything else can still be compared.
-            remark = f"no recovered decoder, so no such row: {error}"
+            remarks.append(f"no recovered decoder, so no such row: {error}")
     judged = judging_episodes(checkpoint, dataset)
     judge = Judge(
         judged.steps(), calibration_episodes(checkpoint, dataset).steps(), units_of(dataset.steps()), config.physical
     )
     unquantised = {f"{kind} autoencoder": judge.unquantised(checkpoint.model(dtype=torch.float64))}
     if kind == "robust":
+        # Where no refit was kept, that of the autoencoder as trained: seeds that have one share a row with it.
         unquantised[REFITTED] = judge.unquantised(checkpoint.model(Conditioning.CALIBRATED, dtype=torch.float64))
+        remarks += _verdict(schemes[-1], judged.steps(), name)
     example = judged.episodes[0][:_TRAJECTORY_STEPS]
     return _CheckpointResult(
-        name=f"seed {source}" if isinstance(source, int) else sha256[:12],
+        name=name,
         sha256=sha256,
         curve=curve,
         unquantised=unquantised,
         schemes=tuple(judge.result(scheme) for scheme in schemes),
         decoded={name: values for scheme in schemes for name, values in _decoded(scheme, example).items()},
-        remark=remark,
+        remarks=tuple(remarks),
+        is_refitted=is_refitted,
     )
+
+
+def _verdict(scheme: Scheme, actions: FloatArray, name: str) -> list[str]:
+    """How well all layers decode each dimension, in the robot's units, and a warning where that is poor."""
+    encoded = scheme.encode(actions)
+    with torch.no_grad():
+        decoded = scheme.model.decode_latents(scheme.prefix(encoded, len(encoded.steps))).numpy()
+    found = fidelity(actions, decoded)
+    label = f"{scheme.name} tokens of {name}, all layers"
+    return [f"{label}, {found.summary}", *([f"{label}: {found.warning}"] if found.warning else [])]
 
 
 def _curve(history: TrainingHistory) -> Curve:
@@ -332,6 +354,7 @@ def _together(
         name: _metrics([found.unquantised[name] for found in results])
         for results in by_kind.values()
         for name in results[0].unquantised
+        if name != REFITTED or any(found.is_refitted for found in results)
     }
     data = _data_facts(dataset, config)
     return Comparison(
@@ -342,6 +365,7 @@ def _together(
             "chunk_length": str(config.chunk_length),
             "normaliser": config.normaliser.value if config.normaliser else "none",
             "calibration": _settings(asdict(config.calibrated)),
+            "readout": config.readout.choice.value,
             "recovered": _settings(asdict(config.recovered)),
         },
         versions={name: version(name) for name in _PACKAGES},
@@ -359,7 +383,7 @@ def _together(
         trajectory=_trajectory(dataset, {**first["naive"].decoded, **first["robust"].decoded}),
         improvement=improvement_over_naive(schemes),
         findings=find(schemes, unquantised, data),
-        remarks=tuple(dict.fromkeys(found.remark for found in by_kind["robust"] if found.remark)),
+        remarks=tuple(dict.fromkeys(remark for found in by_kind["robust"] for remark in found.remarks)),
         peer_verdict=judge_peers(schemes, reports),
     )
 

@@ -26,7 +26,7 @@ from evidence.errors import EvidenceError
 from evidence.results import Comparison, read_json, write_text
 from evidence.rollout_files import read_report
 from evidence.rollout_report import conclusions, tables_of
-from evidence.tables import Table, layer_table, number, peer_table, summary_table
+from evidence.tables import UNQUANTISED_TITLES, Table, layer_table, number, peer_table, summary_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -97,14 +97,15 @@ def _short_table(comparison: Comparison) -> Table:
     for kind, metrics in comparison.unquantised.items():
         rows.append(
             (
-                f"{kind}, no quantiser",
+                UNQUANTISED_TITLES.get(kind, f"{kind}, no quantiser"),
                 number(metrics["action_mse"]),
                 "–",
                 number(metrics["position_mm"]),
             )
         )
     coarse_label = comparison.schemes[0].groups[0].label
-    return Table("", ("checkpoint and decoding", "all layers", coarse_label, "position error, mm"), tuple(rows))
+    header = ("action MSE, normalised units²", "all layers", coarse_label, "position error, mm")
+    return Table("", header, tuple(rows))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from evidence.results import CodecReport, DataFacts, Finding, Metrics, ReportRow, SchemeReport
 
-#: How the comparison calls the robust autoencoder whose last layer calibration has refitted.
-REFITTED = "robust autoencoder, readout refitted"
+#: How the comparison calls the robust autoencoder, and the one whose last layer calibration has refitted.
+AS_TRAINED, REFITTED = "robust autoencoder", "robust autoencoder, readout refitted"
 #: Less action MSE than naive by this share at least, in the worst pairing of seeds.
 REQUIRED_IMPROVEMENT = 0.30
 #: Layers count as doing nothing where they change the error by less than this share.
@@ -21,6 +21,34 @@ def improvement_over_naive(schemes: Sequence[SchemeReport]) -> float:
     return 1 - worst / min(_mse(by_name["naive"]))
 
 
+def compared(share: float) -> str:
+    """A share of error that is taken away, in words: "12.0% less", "3.0% more" where it is negative, or "no less"."""
+    return "no less" if not round(share, 3) else f"{abs(share):.1%} {'less' if share > 0 else 'more'}"
+
+
+def times(low: float, high: float | None = None) -> str:
+    """Ratios of errors in words, from the lowest to the highest: how many times less the second has, or more."""
+    high = low if high is None else high
+    word = "less" if low > 1 else "more"
+    if low <= 1 <= high:
+        return f"from {_digits(1 / low)} times more to {_digits(high)} times less error"
+    first, last = (low, high) if low > 1 else (1 / high, 1 / low)
+    return f"{_digits(first)}{'' if first == last else f' to {_digits(last)}'} times {word} error"
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def title(improvement: float) -> str:
+    """The headline of the page, as the figures have it."""
+    if improvement > 0:
+        return "What robust tokens keep and naive tokens lose"
+    if improvement < 0:
+        return "Robust tokens lose to naive ones here"
+    return "Robust tokens and naive ones are alike here"
+
+
 def find(schemes: Sequence[SchemeReport], unquantised: dict[str, Metrics], data: DataFacts) -> tuple[Finding, ...]:
     """The claims that this project makes about its tokens, checked over all seeds."""
     by_name = {report.scheme: report for report in schemes}
@@ -34,10 +62,9 @@ def find(schemes: Sequence[SchemeReport], unquantised: dict[str, Metrics], data:
         ),
         default=0.0,
     )
-    cost = [
-        found / least - 1
-        for found, least in zip(_mse(calibrated), unquantised[REFITTED]["action_mse"].values, strict=True)
-    ]
+    # Where no refit was kept, the decoder is that of the autoencoder as it was trained.
+    decoder = unquantised[REFITTED if REFITTED in unquantised else AS_TRAINED]
+    cost = [found / least - 1 for found, least in zip(_mse(calibrated), decoder["action_mse"].values, strict=True)]
     coarse = [
         with_stats / alone
         for with_stats, alone in zip(_values(by_name["dynamic"].groups[0]), _values(calibrated.groups[0]), strict=True)
@@ -45,8 +72,8 @@ def find(schemes: Sequence[SchemeReport], unquantised: dict[str, Metrics], data:
     found = [
         Finding(
             f"calibrated tokens have more than {REQUIRED_IMPROVEMENT:.0%} less error than naive ones",
-            f"{improvement:.1%} less: worst calibrated seed {max(_mse(calibrated)):.2e}, best naive seed "
-            f"{min(_mse(naive)):.2e}",
+            f"{compared(improvement)}; MSE in normalised units²: worst calibrated seed {max(_mse(calibrated)):.2e}, "
+            f"best naive seed {min(_mse(naive)):.2e}",
             improvement > REQUIRED_IMPROVEMENT,
         ),
         Finding(
@@ -56,7 +83,7 @@ def find(schemes: Sequence[SchemeReport], unquantised: dict[str, Metrics], data:
         ),
         Finding(
             "published tokens alone, decoded as published, are worse than always decoding the mean action",
-            f"best seed {min(_mse(published)):.2e}; mean action {data.mean_action_mse:.2e}",
+            f"MSE in normalised units²: best seed {min(_mse(published)):.2e}; mean action {data.mean_action_mse:.2e}",
             min(_mse(published)) > data.mean_action_mse,
         ),
         Finding(
@@ -66,7 +93,7 @@ def find(schemes: Sequence[SchemeReport], unquantised: dict[str, Metrics], data:
         ),
         Finding(
             f"calibrated {calibrated.groups[0].label} beat dynamic ones with their side information",
-            f"{min(coarse):.1f} to {max(coarse):.1f} times less error",
+            times(min(coarse), max(coarse)),
             min(coarse) > 1,
         ),
     ]
@@ -79,6 +106,7 @@ def find(schemes: Sequence[SchemeReport], unquantised: dict[str, Metrics], data:
         measured = ", ".join(
             f"{name} {ours:.1e} against {theirs:.1e}" for name, (ours, theirs) in zip(names[:3], pairs, strict=False)
         )
+        measured = f"MSE in normalised units²: {measured}"
         claim = "calibrated tokens beat naive ones from two layers on, in the worst pair of seeds"
         found.append(Finding(claim, measured, all(ours < theirs for ours, theirs in pairs[1:])))
     # Too few calibration steps determine no recovered decoder.
@@ -86,7 +114,7 @@ def find(schemes: Sequence[SchemeReport], unquantised: dict[str, Metrics], data:
         recovered = _mse(by_name["recovered"])
         gain = [bad / good for bad, good in zip(_mse(published), recovered, strict=True)]
         claim = "the recovered decoder makes the same tokens better than naive ones"
-        measured = f"worst seed {max(recovered):.2e}, {min(gain):,.0f} times less than published decoding at least"
+        measured = f"worst seed {max(recovered):.2e} normalised units²; {times(min(gain))} than published decoding"
         found.append(Finding(claim, measured, max(recovered) < min(_mse(naive))))
     return tuple(found)
 
@@ -106,7 +134,7 @@ def judge_peers(schemes: Sequence[SchemeReport], peers: Sequence[CodecReport]) -
         rivals = [best for family in families if (best := _best_within(peers, family, budget)) is not None]
         better = [peer for peer in rivals if _peer_mse(peer) < ours]
         worse = [peer for peer in rivals if _peer_mse(peer) >= ours]
-        parts = [f"At {budget:.0f} bits per step (calibrated {row.label}: {ours:.2e})"]
+        parts = [f"At {budget:.0f} bits per step (MSE in normalised units², calibrated {row.label}: {ours:.2e})"]
         if better:
             parts.append("less error: " + ", ".join(_described(peer) for peer in better))
         if worse:
@@ -127,7 +155,7 @@ def judge_peers(schemes: Sequence[SchemeReport], peers: Sequence[CodecReport]) -
         for layers, row in enumerate(calibrated.prefixes)
         if row.metrics["action_mse"].mean <= target * 1.0001
     )
-    sentence = f"For the error of all calibrated layers ({target:.2e}, reached with {least:.0f} bits per step)"
+    sentence = f"For the MSE of all calibrated layers ({target:.2e} normalised units², with {least:.0f} bits per step)"
     sentence += " peers need: " + ", ".join(reached) if reached else " no peer setting is good enough"
     sentences.append(sentence + (f"; not reached by {', '.join(missed)}" if reached and missed else "") + ".")
     return tuple(sentences)

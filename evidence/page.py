@@ -3,6 +3,7 @@
 import html
 from collections.abc import Mapping, Sequence
 
+from evidence.findings import compared, title
 from evidence.results import Comparison
 from evidence.tables import Table, findings_table, layer_table, peer_table, summary_table
 
@@ -36,7 +37,7 @@ def page(comparison: Comparison, drawn: Mapping[str, str], sections: Sequence[tu
     """HTML of the whole report. drawn: SVG by the names of evidence.plots.figures; sections: further ones, (title,
     HTML), behind the comparison's own."""
     parts = [
-        f"<h1>What robust tokens keep and naive tokens lose</h1>\n<p class=lead>{_lead(comparison)}</p>",
+        f"<h1>{title(comparison.improvement)}</h1>\n<p class=lead>{_lead(comparison)}</p>",
         f"<p class=muted>{html.escape(_data(comparison))}</p>",
         _findings(comparison),
         *(f"<p class=muted>{html.escape(remark)}</p>" for remark in comparison.remarks),
@@ -52,7 +53,7 @@ def page(comparison: Comparison, drawn: Mapping[str, str], sections: Sequence[tu
             f"<h2>Peers at equal bits</h2>\n<ul>\n{verdict}</ul>\n{_figure('peers', drawn['peers'])}",
             _details(peer_table(comparison)),
         ]
-    parts += [f"<h2>{html.escape(title)}</h2>\n{content}" for title, content in sections]
+    parts += [f"<h2>{html.escape(heading)}</h2>\n{content}" for heading, content in sections]
     parts.append(f"<h2>Made from</h2>\n{_provenance(comparison).html()}")
     body = "\n".join(parts)
     return (
@@ -65,9 +66,9 @@ def page(comparison: Comparison, drawn: Mapping[str, str], sections: Sequence[tu
 def _lead(comparison: Comparison) -> str:
     naive, calibrated = (comparison.scheme(name).groups[-1].metrics for name in ("naive", "calibrated"))
     sentence = (
-        f"Calibrated robust tokens have {comparison.improvement:.1%} less action error than naive ones "
-        f"(mean squared error {calibrated['action_mse'].mean:.1e} against {naive['action_mse'].mean:.1e}), "
-        "decoded from tokens alone."
+        f"Calibrated robust tokens have {compared(comparison.improvement)} action error than naive ones, their worst "
+        f"seed against the best (mean squared error in normalised units {calibrated['action_mse'].mean:.1e} against "
+        f"{naive['action_mse'].mean:.1e}), decoded from tokens alone."
     )
     if "position_mm" in calibrated:
         sentence += (

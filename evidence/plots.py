@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from evidence.results import CodecReport, Comparison, SchemeReport, Spread
+from evidence.tables import UNQUANTISED_TITLES
 
 INK, GRID = "#222222", "#e3e3e3"
 SCHEME_COLOURS = {
@@ -57,9 +58,10 @@ def error_by_layer(comparison: Comparison) -> Figure:
     for report in comparison.schemes:
         _line(axes, report.scheme, [row.metrics["action_mse"] for row in report.prefixes])
     for (name, metrics), style in zip(comparison.unquantised.items(), (":", "--", "-."), strict=False):
-        axes.axhline(metrics["action_mse"].mean, color=INK, linestyle=style, linewidth=1, label=f"{name}, no quantiser")
+        label = UNQUANTISED_TITLES.get(name, f"{name}, no quantiser")
+        axes.axhline(metrics["action_mse"].mean, color=INK, linestyle=style, linewidth=1, label=label)
     _layers(axes, comparison.schemes[0], "decoded up to layer")
-    _finish(axes, "Action MSE, held-out episodes")
+    _finish(axes, "Action MSE in normalised units², held-out episodes")
     return figure
 
 
@@ -168,13 +170,13 @@ def learning_curves(comparison: Comparison) -> Figure:
         axes.plot(epochs, curve.validation, color=colour, linewidth=1.1, label=f"{name}, validation")
         axes.plot(curve.kept_epoch, curve.validation[curve.kept_epoch - 1], color=colour, marker="o", markersize=5)
     axes.set_xlabel("epoch", color=INK, fontsize=9)
-    _finish(axes, "Mean squared error in training (dotted) and on validation episodes")
+    _finish(axes, "MSE in normalised units², in training (dotted) and on validation episodes")
     return figure
 
 
 def peers(comparison: Comparison) -> Figure:
     """Action MSE, and millimetres where they apply, against bits per step."""
-    metrics = [("action_mse", "Action MSE")]
+    metrics = [("action_mse", "Action MSE, normalised units²")]
     if comparison.data.physical:
         metrics.append(("position_mm", "Mean position error, mm"))
     figure = Figure(figsize=(6.4 * len(metrics), 5.0), dpi=110, layout="constrained")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from calibration.readout import ReadoutChoice, ReadoutConfig
 from calibration.study import study
 from calibration.study_report import markdown, study_files, titles, write_study
 from evidence.comparison import ComparisonConfig, compare
@@ -23,7 +24,7 @@ from rfsq_ref.checkpoints import Checkpoint, load_checkpoint
 from rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
 from rfsq_ref.errors import OutputError, UnusableError
 from rfsq_ref.normaliser import NormaliserKind
-from rfsq_ref.train import chosen_normaliser, make_deterministic
+from rfsq_ref.train import chosen_normaliser, describe_normaliser, make_deterministic
 from runtime.console import path_argument
 from runtime.paths import refuse_existing
 
@@ -51,6 +52,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--normaliser", choices=["auto", "none", *(kind.value for kind in NormaliserKind)], default="auto",
         help="of every training; auto: min-max for actions that are not of about unit size",
+    )  # fmt: skip
+    parser.add_argument(
+        "--readout", type=ReadoutChoice, choices=list(ReadoutChoice), default=ReadoutChoice.AUTO,
+        help="refit the decoder's last layer for calibrated tokens: auto (default) where it wins on calibration "
+        "episodes left out of the fit",
     )  # fmt: skip
     parser.add_argument("--chunk-length", type=int, default=8, help="steps of a chunk, T (default %(default)s)")
     parser.add_argument(
@@ -91,12 +97,13 @@ def main(arguments: list[str] | None = None) -> int:
             chunk_length=options.chunk_length,
             physical=_physical(options),
             with_peers=options.peers,
+            readout=ReadoutConfig(options.readout),
             workers=options.workers,
             cache=options.cache,
         )
         print(
             f"comparing on {dataset.source}: {len(dataset.episodes)} episodes, {dataset.num_steps} steps; "
-            "what is not at hand is trained first, some minutes",
+            f"what is not at hand is trained first, some minutes\n{describe_normaliser(dataset, options.normaliser)}",
             flush=True,
         )
         naive, robust = (_load(paths, options.weights) for paths in (options.naive, options.robust))

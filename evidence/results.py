@@ -113,7 +113,7 @@ class DataFacts:
 class Comparison:
     """unquantised: errors of the autoencoders alone; curves: of what was trained, by the names in checkpoints;
     error_edges: edges of the bins of |error| in normalised units that error_share counts; remarks: what is missing
-    and why."""
+    and why, and how good the tokens are in the robot's units."""
 
     data: DataFacts
     seeds: tuple[int, ...]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evidence.results import CodecReport, Comparison, Metrics, ReportRow, SchemeReport, Spread
+from evidence.findings import AS_TRAINED, REFITTED
+from evidence.results import CodecReport, Comparison, Finding, Metrics, ReportRow, SchemeReport, Spread
 
 #: What a reader sees of each scheme.
 SCHEME_TITLES = {
@@ -16,6 +17,10 @@ SCHEME_TITLES = {
     "recovered": "the same tokens alone, `recovered` decoder",
     "calibrated": "robust `calibrated`, tokens alone",
 }
+UNQUANTISED_TITLES = {
+    AS_TRAINED: "robust autoencoder as trained, no quantiser",
+    REFITTED: "robust autoencoder, readout refitted, no quantiser",
+}
 _PHYSICAL = (
     ("position mm", "position_mm"),
     ("p99 mm", "position_mm_p99"),
@@ -24,6 +29,7 @@ _PHYSICAL = (
     ("wrong gripper sign, share", "gripper_sign_errors"),
 )
 _NONE = "–"
+_MSE, _LARGEST = "action MSE, normalised units²", "max error, normalised units"
 
 
 @dataclass(frozen=True)
@@ -80,8 +86,8 @@ def summary_table(comparison: Comparison) -> Table:
             bits = _group_layers(report, row) * report.bits_per_layer
             rows.append((SCHEME_TITLES[report.scheme], row.label, f"{bits:.0f}", *_errors(row.metrics, physical)))
     for kind, metrics in comparison.unquantised.items():
-        rows.append((f"{kind}, no quantiser", _NONE, _NONE, *_errors(metrics, physical)))
-    header = ("decoding", "layers", "bits/step", "action MSE", "max error", *(title for title, _ in physical))
+        rows.append((UNQUANTISED_TITLES.get(kind, f"{kind}, no quantiser"), _NONE, _NONE, *_errors(metrics, physical)))
+    header = ("decoding", "layers", "bits/step", _MSE, _LARGEST, *(title for title, _ in physical))
     return Table(f"Held-out episodes, {_spread_words(comparison)}", header, tuple(rows))
 
 
@@ -90,7 +96,7 @@ def layer_table(report: SchemeReport, comparison: Comparison) -> Table:
     physical = [(title, name) for title, name in _PHYSICAL if comparison.data.physical]
     header = (
         "layer", "residual std at the input", "levels used, lowest … highest", "entropy, bits/step", "decoded",
-        "latent MSE", "action MSE", "max error", *(title for title, _ in physical),
+        "latent MSE", _MSE, _LARGEST, *(title for title, _ in physical),
     )  # fmt: skip
     prefixes = [row.label for row in report.prefixes]
     rows = []
@@ -125,15 +131,20 @@ def peer_table(comparison: Comparison) -> Table:
                 lines.append(
                     (bits, (f"**{report.scheme} {row.label}**", f"{bits:.1f}", *_errors(row.metrics, physical)))
                 )
-    header = ("tokenizer", "bits/step", "action MSE", "max error", *(title for title, _ in physical))
+    header = ("tokenizer", "bits/step", _MSE, _LARGEST, *(title for title, _ in physical))
     ordered = tuple(line for _, line in sorted(lines, key=lambda line: line[0]))
     return Table(f"By bits per step, {_spread_words(comparison)}", header, ordered)
 
 
 def findings_table(comparison: Comparison) -> Table:
     """Each claim, what was measured, and whether it holds."""
-    rows = tuple((found.claim, found.measured, "holds" if found.holds else "FAILS") for found in comparison.findings)
+    rows = tuple((said(found), found.measured, "holds" if found.holds else "FAILS") for found in comparison.findings)
     return Table("What the numbers say", ("claim", "measured", ""), rows)
+
+
+def said(finding: Finding) -> str:
+    """The claim as the figures have it."""
+    return finding.claim if finding.holds else f"NOT so: {finding.claim}"
 
 
 def number(spread: Spread) -> str:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from evidence.findings import REFITTED, find, improvement_over_naive, judge_peers
+from evidence.findings import REFITTED, compared, find, improvement_over_naive, judge_peers, times, title
 from evidence.results import CodecReport, Comparison, ReportRow, SchemeReport, Spread
 
 
@@ -94,3 +94,29 @@ def test_peers_that_win_are_named_first(comparison: Comparison) -> None:
 
 def test_without_peers_there_is_no_verdict(comparison: Comparison) -> None:
     assert judge_peers(comparison.schemes, ()) == ()
+
+
+@pytest.mark.parametrize(
+    ("share", "words"), [(0.481, "48.1% less"), (-0.481, "48.1% more"), (0.0, "no less"), (1e-5, "no less")]
+)
+def test_a_share_says_which_way_it_goes(share: float, words: str) -> None:
+    assert compared(share) == words
+
+
+@pytest.mark.parametrize(
+    ("ratios", "words"),
+    [
+        ((118.9, 153.5), "118.9 to 153.5 times less error"),
+        ((0.25, 0.5), "2.0 to 4.0 times more error"),
+        ((0.5, 4.0), "from 2.0 times more to 4.0 times less error"),
+        ((81_630.0,), "81,630 times less error"),
+    ],
+)
+def test_a_ratio_says_which_way_it_goes(ratios: tuple[float, ...], words: str) -> None:
+    assert times(*ratios) == words
+
+
+def test_the_headline_follows_from_the_figures() -> None:
+    assert "naive tokens lose" in title(0.9)
+    assert "lose to naive" in title(-0.5)
+    assert "alike" in title(0.0)

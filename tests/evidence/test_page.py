@@ -134,3 +134,21 @@ def test_equal_figures_are_equal_text(comparison: Comparison) -> None:
     first, second = (svg(error_by_layer(comparison)) for _ in range(2))
 
     assert first == second
+
+
+def test_the_page_says_so_where_robust_tokens_lose(comparison: Comparison) -> None:
+    """Headline, lead and claims follow from the figures."""
+    lost = replace(
+        comparison,
+        improvement=-0.481,
+        findings=tuple(replace(finding, holds=False) for finding in comparison.findings),
+    )
+    drawn = {name: svg(figure) for name, figure in figures(lost).items()}
+    text = page(lost, drawn)
+    assert "<h1>Robust tokens lose to naive ones here</h1>" in text
+    assert "48.1% more action error than naive ones" in text
+    assert "-48.1" not in text
+    assert "−48.1" not in text
+    claims = re.findall(r"<tr><td>(.*?)</td>", text[text.index("class=findings") : text.index("</table>")])
+    assert claims
+    assert all(claim.startswith("NOT so: ") for claim in claims)
