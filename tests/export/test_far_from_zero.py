@@ -1,12 +1,14 @@
 """Joints that rest far from zero, in units of their own movement: every engine is as good there as it is at zero."""
 
 import platform
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from rfsq_ref.checkpoints import Checkpoint
 from rfsq_ref.data import EpisodeSplit
 from rfsq_ref.normaliser import Normaliser, NormaliserKind
 from rfsq_ref.quantizer import Conditioning
-from tests.bundles import Deployed, Recipe
+from tests.bundles import Deployed, Recipe, deploy, export_graphs, generate_c, generate_cuda
 from tests.export.c_library import OK, Library
 from tests.export.cuda_on_cpu import CudaOnCpu
 from tests.export.plan_numpy import MODES, PlanBackend
@@ -214,6 +216,21 @@ def test_other_units_change_no_token_and_scale_every_action(
     (tokens, decoded), (other_tokens, other_decoded) = results
     np.testing.assert_array_equal(tokens, other_tokens)
     np.testing.assert_array_equal(decoded, other_decoded)
+
+
+# --- and costs nothing where there is no offset -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_nothing_is_subtracted_or_added_where_there_is_no_offset(mode: DeployMode) -> None:
+    for has_normaliser in (True, False):
+        deployed = deploy(Recipe(mode, has_normaliser=has_normaliser))
+        for content in export_graphs(deployed).values():
+            graph = onnx.load_model_from_string(content).graph
+            assert sum("offset" in node.input for node in graph.node) == has_normaliser
+        for source in (generate_c(deployed).source, generate_cuda(deployed)):
+            assert f"#define HAS_OFFSET {int(has_normaliser)}\n" in source
+            assert bool(re.search(r"float OFFSETS?\[\d+\] = ", source)) == has_normaliser
 
 
 # --- red --------------------------------------------------------------------------------------------------------------
