@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import safetensors
@@ -18,13 +19,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, pad
 from tqdm import tqdm
-from vector_quantize_pytorch import ResidualFSQ, ResidualVQ
 
 from evidence.errors import EvidenceError
 from rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 from rfsq_ref.files import replacing
 from rfsq_ref.normaliser import Normaliser, NormaliserKind, fit_normaliser
 from rfsq_ref.train import suggested_normaliser
+
+# To import it takes longer than torch and all of ours together: only who makes a model does, and everyone is told here.
+if find_spec("vector_quantize_pytorch") is None:
+    raise ModuleNotFoundError("No module named 'vector_quantize_pytorch'", name="vector_quantize_pytorch")
 
 FORMAT = "rfsq-evidence-peer"
 #: Of the learning rate, once k-means has fitted the codebooks to a trained encoder.
@@ -96,6 +100,8 @@ class ResidualAutoencoder(nn.Module):
     units: Tensor
 
     def __init__(self, config: ResidualConfig, action_dim: int, normaliser: Normaliser | None = None) -> None:
+        from vector_quantize_pytorch import ResidualFSQ, ResidualVQ
+
         super().__init__()
         self.config = config
         self.encoder = nn.Sequential(

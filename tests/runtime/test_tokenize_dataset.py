@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
-import zarr
 
 from rfsq_ref.data import load_actions
 from runtime import ActionTokenizer
@@ -110,6 +109,8 @@ def test_zarr_is_read_by_its_own_library(
     for compression in ("zstd", "none"):
         output = tmp_path / f"{compression}.zarr"
         run(source, output, c_bundle, "--compression", compression)
+        import zarr
+
         group = zarr.open_group(str(output), mode="r")
         np.testing.assert_array_equal(group["data/tokens"][:], expected)
         np.testing.assert_array_equal(group["data/tokens"][8190:8195], expected[8190:8195])
