@@ -56,7 +56,7 @@ def test_every_backend_passes_every_gate_over_a_million_steps(
         for answers in batches(reference, sections):
             for judge in judges:
                 judge.judge(answers)
-    entries = [entry for judge in judges for entry in judge.entries()]
+        entries = [entry for judge in judges for entry in judge.entries()]
     with capsys.disabled():
         print()
         for entry in entries:
