@@ -1,4 +1,4 @@
-"""A policy around the adapter, and what processes do with it that train together: spawned ones import this module."""
+"""A policy around the adapter, and what two processes do with it that train together."""
 
 from __future__ import annotations
 

@@ -303,13 +303,14 @@ def test_a_policy_whose_parameters_were_all_unfrozen_is_trained(policy: Policy, 
 
 
 def test_two_processes_train_it_together_by_ddp_and_fsdp(bundle: Path, other: Path, tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    # Spawned ones would import torch first, which takes longer than all they do.
+    context = multiprocessing.get_context("fork")
     shared = (tmp_path / "meeting", bundle, other, tmp_path / "report")
-    processes = [context.Process(target=train_together, args=(rank, *shared)) for rank in (0, 1)]
+    processes = [context.Process(target=train_together, args=(rank, *shared), daemon=True) for rank in (0, 1)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join()
+        process.join(300)
     assert [process.exitcode for process in processes] == [0, 0]
     for rank, judged in ((0, "own tokenizer"), (1, "another tokenizer refused, 2 named")):
         found = (tmp_path / f"report.{rank}").read_text().splitlines()
