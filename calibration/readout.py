@@ -249,7 +249,7 @@ def _problem(checkpoint: Checkpoint, episodes: ActionDataset) -> _Problem:
         activations = model.decoder[:2](latents)
         errors = (actions - model.offset) / model.units - last(activations)
         features = torch.cat((activations, torch.ones_like(activations[:, :1])), dim=1)
-        return _View(features.split(list(lengths)), errors.split(list(lengths)), weights)
+        return _View(torch.split(features, list(lengths)), torch.split(errors, list(lengths)), weights)
 
     def of_tokens() -> Iterator[_View]:
         tokens = model.quantizer.quantize(latents).tokens

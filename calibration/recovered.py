@@ -274,7 +274,7 @@ class _Data:
         """Weighted squared action error, in normalised units, of each episode."""
         decoded = model.decode_latents(decoder.latents(self.quantized.tokens[..., :prefix]))
         error = ((decoded - self.actions) / model.units).square().sum(dim=-1) * self.shares
-        return torch.stack([part.sum() for part in error.split(list(self.lengths))])
+        return torch.stack([part.sum() for part in torch.split(error, list(self.lengths))])
 
 
 def _fit_prefix(model: ActionAutoencoder, data: _Data, prefix: int, config: RecoveredConfig) -> RecoveredFit:

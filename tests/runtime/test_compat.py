@@ -389,9 +389,9 @@ def test_robot_units_are_shown_where_there_is_a_normaliser(
 ) -> None:
     plain = bundle_of(Recipe(has_normaliser=False))
     compat.main([str(plain), str(plain), "--data", str(data)])
-    assert "robot units" not in capsys.readouterr().out
+    assert "MSE, robot units²" not in capsys.readouterr().out
     compat.main([str(plain), str(bundle_of(Recipe())), "--data", str(data)])
-    assert "robot units" in capsys.readouterr().out
+    assert "MSE, robot units²" in capsys.readouterr().out
 
 
 def test_without_an_answer_the_status_is_3(
