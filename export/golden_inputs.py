@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.plan import AffineQuantizer, DeployMode, middle_level, plan_encoder, token_map
 from rfsq_ref.autoencoder import ActionAutoencoder
@@ -91,8 +91,8 @@ def _steps_at_edges(
     near, far = _bisected(model, first, second, latent, layer)
     sides = []
     for inner, outer in ((near, first), (far, second)):
-        _, _, bounds = token_error_bounds(model, torch.from_numpy(inner).double())
-        tolerance = bounds.numpy()[np.arange(len(inner)), latent, layer]
+        _, _, explained = token_error_bounds(model, torch.from_numpy(inner).double())
+        tolerance = explained.numpy()[np.arange(len(inner)), latent, layer]
         sides.append(_moved_out(model, inner, outer, latent, layer, tolerance))
     steps, latent = np.concatenate(sides), np.tile(latent, 2)
     _, margins, bounds = (part.numpy() for part in token_error_bounds(model, torch.from_numpy(steps).double()))
@@ -118,20 +118,20 @@ def _pairs(
     latents, layers = tokens.shape[1:]
     constants = sum(part.numel() for part in model.encoder.parameters()) + 2 * latents * layers
     most = min(_EDGES_EACH, max(min(num_edges, _MOST_NUMBERS // constants) // (latents * layers), 2))
-    pairs: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int, int]] = []
+    pairs: list[npt.NDArray[np.int64]] = []
     for latent in range(latents):
-        # Of the tokens so far, shortened to one number; two that are confused make a useless pair.
+        # The tokens so far, as one number.
         before = np.zeros(len(pool), np.int64)
         for layer in range(layers):
             own = tokens[:, latent, layer]
             order = np.lexsort((random.random(len(pool)), own, before))
             places = np.flatnonzero((before[order[1:]] == before[order[:-1]]) & (own[order[1:]] != own[order[:-1]]))
             places = random.permutation(places)[:most]
-            pairs.append((order[places], order[places + 1], latent, layer))
+            which = np.full((2, len(places)), [[latent], [layer]], np.int64)
+            pairs.append(np.stack((order[places], order[places + 1], *which)))
             before = np.unique(before * model.config.num_levels + own, return_inverse=True)[1]
-    first, second = (np.concatenate([pair[side] for pair in pairs]) for side in (0, 1))
-    latent, layer = (np.concatenate([np.full(len(pair[0]), pair[side], np.int64) for pair in pairs]) for side in (2, 3))
-    return pool[first], pool[second], latent, layer
+    first, second, of_latent, of_layer = np.concatenate(pairs, axis=1)
+    return pool[first], pool[second], of_latent, of_layer
 
 
 def _bisected(
@@ -193,7 +193,7 @@ def _encoder_effects(model: ActionAutoencoder, found: _Edges) -> Float32Array:
     Twice as many rows as constants: one too large, and one too small.
     """
     with torch.no_grad():
-        first, second = model.encoder[0], model.encoder[2]
+        first, second = _linear_layers(model.encoder)
         inputs = (torch.from_numpy(found.steps).double() - model.offset) / model.units
         before = first(inputs)
         hidden = model.encoder[1](before)
@@ -254,7 +254,7 @@ def _product(ratio: Float64Array, layer: int, found: _Edges) -> Float64Array:
 @torch.no_grad()
 def _decoder_effects(model: ActionAutoencoder, pool: Float32Array, prefix: int) -> Float32Array:
     """[constants, N]: how often over the gate the action of a step's tokens is moved by `ERROR` of one constant."""
-    first, second = model.decoder[0], model.decoder[2]
+    first, second = _linear_layers(model.decoder)
     matrix, offset = (torch.from_numpy(part) for part in token_map(model, prefix))
     # In one step and in two: engines have either.
     constants = (
@@ -284,6 +284,13 @@ def _decoder_effects(model: ActionAutoencoder, pool: Float32Array, prefix: int) 
         second.bias.abs()[:, None].expand(-1, len(pool)),
     ]
     return (ERROR / GATES.action_error * torch.cat(effects)).float().numpy()
+
+
+def _linear_layers(part: nn.Sequential) -> tuple[nn.Linear, nn.Linear]:
+    first, second = part[0], part[2]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
+    return first, second
 
 
 def _cover(effects: Float32Array) -> npt.NDArray[np.int64]:
