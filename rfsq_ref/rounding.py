@@ -134,7 +134,7 @@ def _require_float64(model: ActionAutoencoder, actions: Tensor) -> None:
 
 
 def _blocks(actions: Tensor) -> tuple[Tensor, ...]:
-    return actions.reshape(-1, actions.shape[-1]).split(_BLOCK)
+    return torch.split(actions.reshape(-1, actions.shape[-1]), _BLOCK)
 
 
 def _followed_blocks(actions: Tensor, follow: Tensor | None) -> tuple[Tensor | None, ...]:
