@@ -94,6 +94,8 @@ def _drive_episode(
 ) -> None:
     sent, served, first = start_of(episode), None, None
     decoder.reset(sent.tolist())
+    # The motions that were sent last go on.
+    sent = decoder.result.actions
     witness = Witness(CONFIG, tuple(sent.tolist()))
     for tick, wanted in enumerate(episode):
         clock.now_ns = clock.at(tick)

@@ -2,9 +2,10 @@
 
 from runtime.compatibility import require_compatible
 from runtime.control_config import ControlConfig, Status
-from runtime.control_decoder import ControlDecoder, ControlResult
+from runtime.control_decoder import ControlDecoder
 from runtime.control_errors import ControlConfigError, ControlFaultError, RealtimeRefusedError, WrongThreadError
 from runtime.control_realtime import RealtimeConfig, Watchdog, apply_realtime
+from runtime.control_result import ControlResult
 from runtime.errors import (
     BackendUnavailableError,
     BundleError,

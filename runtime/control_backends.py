@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.control_config import ControlConfig, OutOfRange, Status
-from runtime.control_errors import in_words
+from runtime.control_errors import in_words, is_from_outside, message_of
 from runtime.control_guard import ActionGuard
 from runtime.control_health import Health
 from runtime.control_worker import DecodeWorker, Retrier, WarmTokenizer
@@ -62,6 +62,9 @@ class BackendChain:
         """Tokens of a legal form."""
         self.fell_back, active = False, self.warm[0]
         if not active.is_healthy:
+            # Again: the tick that has found it failing may have been broken off before it said so.
+            if self._retriers:
+                self._retriers[active.index].start()
             # Where none works there is nothing to lose.
             active = self._beside(active) or active
         health = self._health
@@ -106,9 +109,13 @@ class BackendChain:
         self, warm: WarmTokenizer, tokens: npt.NDArray[Any], stats: Any, deadline_ns: int | None, *, has_other: bool
     ) -> Status:
         self.used = warm
+        left_s = 0.0 if deadline_ns is None else (deadline_ns - self._clock()) / 1e9
         try:
             if self._workers:
-                if not self._decode_in_worker(self._workers[warm.index], tokens, stats, deadline_ns, has_other):
+                # Half of the time, where another backend can use the rest.
+                if not self._decode_in_worker(
+                    self._workers[warm.index], tokens, stats, left_s / 2 if has_other else left_s
+                ):
                     self.detail = (
                         f"backend {warm.name} has not answered in time, and may hang; expected within deadline_us: it "
                         "is left behind until it answers"
@@ -118,9 +125,11 @@ class BackendChain:
                 warm.spoil()
                 warm.tokenizer.decode_into(tokens, warm.out, stats)
         except InvalidInputError as error:
-            self.detail = str(error)
+            self.detail = message_of(error)
             return _BAD_TOKEN
-        except Exception as error:  # whatever a library raises, the robot must not
+        except BaseException as error:  # whatever a library raises, the robot must not
+            if is_from_outside(error):
+                raise
             self.detail = f"{warm.name}: {in_words(error)}"
             return _BACKEND_FAULT
         self.chunk = warm.chunk
@@ -135,10 +144,8 @@ class BackendChain:
         else:
             self.detail = self._guard.outside
 
-    def _decode_in_worker(
-        self, worker: DecodeWorker, tokens: npt.NDArray[Any], stats: Any, deadline_ns: int | None, has_other: bool
-    ) -> bool:
-        """False if it is not done in time: half of the time, where another backend can use the rest."""
+    def _decode_in_worker(self, worker: DecodeWorker, tokens: npt.NDArray[Any], stats: Any, left_s: float) -> bool:
+        """False if it is not done in time."""
         if tokens.dtype != np.int32 and not ((tokens >= 0) & (tokens <= self._highest)).all():
             raise InvalidInputError(f"tokens are not all 0 ... {self._highest}; expected levels: look at the policy")
         if stats is not None and not (
@@ -147,12 +154,12 @@ class BackendChain:
             and stats.shape == (1, self._length, tokens.shape[3], 2)
         ):
             raise InvalidInputError("stats have a wrong form; expected float32 [1, T, l, 2] as encoding gave them")
-        assert deadline_ns is not None  # without one there is no worker
-        left = (deadline_ns - self._clock()) / 1e9
-        end = time.monotonic() + (left / 2 if has_other else left)
-        # One that was left behind may answer meanwhile.
-        if not worker.wait_until(end):
-            return False
+        end = time.monotonic() + left_s
+        if worker.is_pending:
+            # One that was left behind may answer meanwhile, or has not been woken by a tick that was broken off.
+            worker.wake()
+            if not worker.wait_until(end):
+                return False
         worker.warm.spoil()
         worker.ask(tokens, stats)
         if not worker.wait_until(end):

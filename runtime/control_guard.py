@@ -25,9 +25,10 @@ _OK, _NONFINITE, _OUT_OF_RANGE = Status.OK, Status.NONFINITE, Status.OUT_OF_RANG
 
 
 class ActionGuard:
-    """Holds the last action sent, to which every next one is compared. For one thread.
+    """Chooses what may be sent next, compared to what was sent last; as often as a tick changes its mind. For one
+    thread.
 
-    `limit` and `hold` choose what may be sent next, as often as a tick changes its mind; `commit` says that it was.
+    `limit` and `hold` leave their choice in `values` and `actions`; whoever sends it says so in `sent`.
 
     position: the command that the robot obeys before the first tick; needed where a dimension is absolute or a gripper.
     """
@@ -58,31 +59,32 @@ class ActionGuard:
         #: Of the chunk that was out of range last: which value, in words.
         self.outside = ""
         # Numbers of Python become float32 four times as fast packed as assigned.
-        self._rounded = np.zeros(size, _FLOAT32)
-        self._bytes, self._pack = self._rounded.data.cast("B"), struct.Struct(f"={size}f").pack_into
-        self._last = [0.0] * size
-        self._next = self._last
+        self._rounded, self._float32s = np.zeros(size, _FLOAT32), struct.Struct(f"={size}f")
+        self._bytes, self._pack = self._rounded.data.cast("B"), self._float32s.pack_into
         if position is None and self._needed:
             raise ControlConfigError(
                 f"no position was given, and dimensions {self._needed} are absolute or grippers; expected the command "
                 "that the robot obeys now, for standing still means to repeat it: pass position"
             )
-        self.reset(position)
+        #: What was sent last, float32 in value.
+        self.sent = [0.0] * size
+        self.sent = self.start(position)
+        #: The choice; `actions` is a new array each time.
+        self.values, self.actions = self.sent, self._rounded.copy()
 
-    @property
-    def last(self) -> tuple[float, ...]:
-        """What was chosen last, float32 in value."""
-        return tuple(self._next)
+    def start(self, position: Sequence[float] | None = None) -> list[float]:
+        """From where to begin: `position` is the robot's present command, None for the last action sent.
 
-    def reset(self, position: Sequence[float] | None = None) -> None:
-        """Begin from `position`, the robot's present command, with motions at 0; None for the last action sent."""
-        values = np.array(self._next) if position is None else _as_numbers(position)
+        Motions are those sent last: they end as fast as the slew limit allows, there as everywhere.
+        """
+        if position is None:
+            return self.sent
+        values = _as_numbers(position)
         if values.shape != (self._size,):
             raise ControlConfigError(
                 f"position has shape {list(values.shape)}; expected [{self._size}], one value per action dimension"
             )
-        if position is not None:
-            values = np.where(self._keep, values, 0.0)
+        values = np.where(self._keep, values, self.sent)
         # float32 of a limit may lie beside it by a rounding.
         tolerance = np.spacing(np.maximum(np.abs(self._low), np.abs(self._high)))
         for index in self._needed:
@@ -92,11 +94,8 @@ class ActionGuard:
                     f"position[{index}] is {values[index]}; expected {low} to {high}, the limits of this dimension: "
                     "bring the robot inside them first, or correct action_low and action_high"
                 )
-        self.resume(np.clip(values.astype(_FLOAT32), self._low, self._high))
-
-    def resume(self, sent: Float32Array) -> None:
-        """Go on after `sent`, an action that has left already."""
-        self._last = self._next = sent.tolist()
+        start: list[float] = np.clip(values.astype(_FLOAT32), self._low, self._high).tolist()
+        return start
 
     def check_chunk(self, chunk: Float32Array) -> Status:
         """chunk [T, A]: OK, NONFINITE or OUT_OF_RANGE, of which `outside` then tells.
@@ -122,38 +121,43 @@ class ActionGuard:
         return _OUT_OF_RANGE
 
     def limit(self, action: Float32Array) -> bool:
-        """Bring `action` to the nearest allowed one, in place; whether that changed it.
+        """Choose the allowed action that is nearest to `action`; whether that is another one.
 
         Raises ValueError for NaN, which is near to nothing.
         """
         values = action.tolist()
-        for value, before, (step, back, low, high) in _zip(values, self._last, self._bounds):
+        for value, before, (step, back, low, high) in _zip(values, self.sent, self._bounds):
             if not (low <= value <= high and back <= value - before <= step):
-                self._bring(values, action)
+                self._choose(self._nearest(values, self.sent))
                 return True
-        self._next = values
+        self.values, self.actions = values, action.copy()
         return False
 
-    def hold(self, out: Float32Array) -> None:
+    def hold(self) -> None:
         """Stand still, as far as the slew limit lets a motion end at once: what is kept stays, motions go to 0."""
-        self._bring([before if kept else 0.0 for before, kept in _zip(self._last, self._keep)], out)
+        self._choose(self._still_after(self.sent))
 
-    def _bring(self, values: list[float], out: Float32Array) -> None:
-        """What is allowed and nearest to `values` into `out`."""
+    def held_after(self, sent: list[float]) -> list[float]:
+        """What `hold` would choose after `sent`, float32 in value; nothing is chosen."""
+        return list(self._float32s.unpack(self._float32s.pack(*self._still_after(sent))))
+
+    def _still_after(self, sent: list[float]) -> list[float]:
+        return self._nearest([before if kept else 0.0 for before, kept in _zip(sent, self._keep)], sent)
+
+    def _nearest(self, values: list[float], sent: list[float]) -> list[float]:
+        """What is allowed after `sent`, and nearest to `values`."""
         allowed = []
-        for value, before, (step, back, low, high) in _zip(values, self._last, self._bounds):
+        for value, before, (step, back, low, high) in _zip(values, sent, self._bounds):
             near = before + step if value > before + step else before + back if value < before + back else value
             # The last action is inside the limits: what moves towards them moves towards it.
             allowed.append(low if near < low else high if near > high else near)
         if _isnan(sum(allowed)):
             raise ValueError(f"an action is {values}; expected numbers")
-        self._pack(self._bytes, 0, *allowed)
-        out[...] = self._rounded
-        self._next = self._rounded.tolist()
+        return allowed
 
-    def commit(self) -> None:
-        """What was chosen last has been sent: the next action is compared to it."""
-        self._last = self._next
+    def _choose(self, allowed: list[float]) -> None:
+        self._pack(self._bytes, 0, *allowed)
+        self.values, self.actions = self._rounded.tolist(), self._rounded.copy()
 
 
 def _as_numbers(position: Sequence[float]) -> Float64Array:

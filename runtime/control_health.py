@@ -77,8 +77,9 @@ def upper_end(index: int) -> int:
 class HealthSnapshot:
     """Counts since `warmup`; times in microseconds.
 
-    held: ticks on which the robot was told to stand still. internal_faults: errors of clock, histogram, recorder or
-    reporter, which cost the robot no action.
+    held: ticks on which the robot was told to stand still. missed_ticks: those whose time passed without a call,
+    because the loop was late or slow: their actions were left out. internal_faults: errors of clock, histogram,
+    recorder or reporter, which cost the robot no action.
     """
 
     ticks: int
@@ -86,6 +87,7 @@ class HealthSnapshot:
     held: int
     chunks: int
     refused_chunks: int
+    missed_ticks: int
     fallbacks: int
     recoveries: int
     incidents: int
@@ -109,6 +111,7 @@ class Health:
         self.held = 0
         self.chunks = 0
         self.refused_chunks = 0
+        self.missed_ticks = 0
         self.fallbacks = 0
         self.recoveries = 0
         self.incidents = 0
@@ -128,6 +131,7 @@ class Health:
             held=self.held,
             chunks=self.chunks,
             refused_chunks=self.refused_chunks,
+            missed_ticks=self.missed_ticks,
             fallbacks=self.fallbacks,
             recoveries=self.recoveries,
             incidents=self.incidents,
@@ -152,6 +156,7 @@ class Health:
             ("held_ticks", self.held, "Ticks on which the robot was told to stand still."),
             ("chunks", self.chunks, "Chunks of tokens that were accepted."),
             ("refused_chunks", self.refused_chunks, "Chunks of tokens that were refused."),
+            ("missed_ticks", self.missed_ticks, "Ticks whose time passed without a call; their actions were left out."),
             ("fallbacks", self.fallbacks, "Changes to another backend because one failed."),
             ("recoveries", self.recoveries, "Backends that work again."),
             ("incidents", self.incidents, "Runs of ticks with a status other than OK."),

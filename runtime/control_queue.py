@@ -1,7 +1,6 @@
 """One action per tick from chunks of T: what was decoded, where on the tick line it lies, and how chunks are joined.
 
-Arrays, and views of their rows, are made once: to index makes a new view each time. To assign to one takes half as long
-as to call numpy.copyto.
+Arrays, and views of their rows, are made once: to index makes a new view each time.
 """
 
 from __future__ import annotations
@@ -12,9 +11,6 @@ import numpy as np
 
 from runtime.contract import Float32Array
 from runtime.control_config import ControlConfig, Strategy
-
-_add, _multiply = np.add, np.multiply
-_LONG_AGO = -(2**62)
 
 
 def action_queue(config: ControlConfig, chunk_length: int) -> ActionQueue:
@@ -27,101 +23,49 @@ class ActionQueue:
     """Serves the newest chunk, whose row i is for tick start + i. For one thread."""
 
     def __init__(self, config: ControlConfig, chunk_length: int) -> None:
-        self._length, self._grippers = chunk_length, config.gripper
+        self._length = chunk_length
         self._start: int | None = None
+        #: Of what has a part in the action taken last: when the oldest of it was observed.
+        self.first_observed_ns = 0
         self._chunk = np.zeros((chunk_length, config.action_dim), np.float32)
         self._rows = list(self._chunk)
-
-    @property
-    def is_empty(self) -> bool:
-        return self._start is None
 
     def clear(self) -> None:
         self._start = None
 
-    def push(self, chunk: Float32Array, start: int, *, is_swap: bool = False) -> None:  # noqa: ARG002  # others need it
+    def push(self, chunk: Float32Array, start: int, observed_ns: int, *, is_swap: bool = False) -> None:  # noqa: ARG002  # others need it
         """Take in a copy of chunk [T, A]. start: of its first row, at most the tick that is taken next.
 
-        is_swap: it is the newest chunk again, decoded better.
+        observed_ns: at least that of the chunk before. is_swap: it is the newest chunk again, decoded better.
         """
         self._chunk[...] = chunk
-        self._start = start
+        self._start, self.first_observed_ns = start, observed_ns
 
-    def take(self, tick: int, out: Float32Array) -> bool:
-        """The action of this tick into `out`; False where the newest chunk has none."""
+    def take(self, tick: int, oldest_ns: int) -> Float32Array | None:  # noqa: ARG002  # others need it
+        """The action of this tick, to be read before the next call; None where the newest chunk has none.
+
+        oldest_ns: what was observed before is too old to have a part in it. Whether the newest chunk is, the caller
+        knows; ticks and oldest_ns grow from call to call until `clear`.
+        """
         start = self._start
         if start is None or not 0 <= tick - start < self._length:
-            return False
-        out[...] = self._rows[tick - start]
-        return True
+            return None
+        return self._rows[tick - start]
 
 
-class WeightedQueue(ActionQueue):
-    """Joins the newest chunk, where they overlap, with what would have been served without it; but for grippers: half
-    open is no mean of open and closed.
+#: A chunk that has something to say: its slot, the tick from which on it has no more, and when it was observed.
+_Part = tuple[int, int, int]
+
+
+class EnsembleQueue(ActionQueue):
+    """Averages what the last chunks say of a tick, the oldest weighted most, as ACT does; but for grippers: half open
+    is no mean of open and closed.
     """
 
     def __init__(self, config: ControlConfig, chunk_length: int) -> None:
         super().__init__(config, chunk_length)
-        #: What was served before the newest chunk, so that a better decode joins it anew.
-        self._old = np.zeros_like(self._chunk)
-        self._old_rows, self._old_start = list(self._old), self._start
-        new_weight = np.full_like(self._chunk, config.new_weight)
-        new_weight[:, list(config.gripper)] = 1.0
-        old_weight = (1.0 - new_weight).astype(np.float32)
-        scratch = np.empty_like(self._chunk)
-        # By how many ticks the newest begins later, a negative number if earlier: what is joined with what.
-        shifts = [*range(chunk_length), *range(1 - chunk_length, 0)]
-        self._joins, self._old_joins = (
-            [_Join(old, new, new_weight, old_weight, scratch, shift) for shift in shifts]
-            for old, new in ((self._old, self._chunk), (self._chunk, self._old))
-        )
-
-    def clear(self) -> None:
-        self._start = self._old_start = None
-
-    def push(self, chunk: Float32Array, start: int, *, is_swap: bool = False) -> None:
-        if not is_swap:
-            self._chunk, self._old = self._old, self._chunk
-            self._rows, self._old_rows = self._old_rows, self._rows
-            self._joins, self._old_joins = self._old_joins, self._joins
-            self._old_start = self._start
-        self._start, old_start = start, self._old_start
-        if old_start is None or not -self._length < start - old_start < self._length:
-            self._chunk[...] = chunk
-            return
-        join = self._joins[start - old_start]
-        _multiply(chunk, join.new_weight, self._chunk)
-        _multiply(join.old, join.old_weight, join.part)
-        _add(join.fresh, join.part, join.fresh)
-
-
-class _Join:
-    """Views of where a chunk that begins `shift` ticks later than the old one overlaps it; beside, its weight is 1."""
-
-    def __init__(
-        self,
-        old: Float32Array,
-        new: Float32Array,
-        new_weight: Float32Array,
-        old_weight: Float32Array,
-        scratch: Float32Array,
-        shift: int,
-    ) -> None:
-        length = len(new)
-        fresh, past = slice(max(-shift, 0), length - max(shift, 0)), slice(max(shift, 0), length + min(shift, 0))
-        self.old, self.fresh = old[past], new[fresh]
-        self.old_weight, self.part = old_weight[fresh], scratch[fresh]
-        self.new_weight = np.ones_like(new_weight)
-        self.new_weight[fresh] = new_weight[fresh]
-
-
-class EnsembleQueue(ActionQueue):
-    """Averages what the last chunks say of a tick, the oldest weighted most, as ACT does; but for grippers."""
-
-    def __init__(self, config: ControlConfig, chunk_length: int) -> None:
-        super().__init__(config, chunk_length)
-        count = config.ensemble_chunks
+        self._grippers = config.gripper
+        count = self._count(config)
         # By tick, modulo T, then by chunk: what all chunks say of a tick lies together.
         ring = np.zeros((chunk_length, count, config.action_dim), np.float32)
         self._says, self._by_slot = list(ring), [list(row) for row in ring]
@@ -129,50 +73,97 @@ class EnsembleQueue(ActionQueue):
         self._places = [
             [(ring[first:, slot], ring[:first, slot]) for first in range(chunk_length)] for slot in range(count)
         ]
-        self._starts = [_LONG_AGO] * count
-        #: By the slot of the newest: all of them, the oldest first.
-        self._orders = [[(newest + 1 + age) % count for age in range(count)] for newest in range(count)]
-        self._newest = 0
-        weights = [math.exp(-config.ensemble_decay * index) for index in range(count)]
+        #: The oldest first; the newest is the last.
+        self._parts: list[_Part] = []
+        #: The tick from which on one of them has nothing to say any more.
+        self._first_end = 0
+        #: Whether they end in the order in which they came.
+        self._is_sorted = True
         #: By number of chunks, of the oldest first; their sum is 1.
-        self._shares = [[weight / sum(weights[:found]) for weight in weights[:found]] for found in range(count + 1)]
-        # The same twice over, and by the slot of the newest which part of it says slot by slot what that one gets.
+        self._shares = [np.array(self._shares_of(config, number), np.float32) for number in range(count + 1)]
+        # The same twice over, so that by the slot of the newest a part of it says slot by slot what that one gets.
+        turned = [np.tile(np.append(np.zeros(count - len(shares), np.float32), shares), 2) for shares in self._shares]
         self._turned = [
-            np.array(2 * ([0.0] * (count - found) + shares), np.float32) for found, shares in enumerate(self._shares)
+            [shares[count - 1 - newest : 2 * count - 1 - newest] for newest in range(count)] for shares in turned
         ]
-        self._turns = [slice(count - 1 - newest, 2 * count - 1 - newest) for newest in range(count)]
         self._share = np.zeros(count, np.float32)
+        self._newest = 0
+        self._out = np.zeros(config.action_dim, np.float32)
+
+    def _count(self, config: ControlConfig) -> int:
+        return config.ensemble_chunks
+
+    def _shares_of(self, config: ControlConfig, number: int) -> list[float]:
+        weights = [math.exp(-config.ensemble_decay * age) for age in range(number)]
+        return [weight / sum(weights) for weight in weights]
+
+    def _remaining(self, tick: int, oldest_ns: int) -> list[_Part]:
+        """Those that still have a part in the mean; the newest has."""
+        *others, newest = self._parts
+        return [*(part for part in others if part[1] > tick and part[2] >= oldest_ns), newest]
 
     def clear(self) -> None:
         self._start = None
-        for slot in range(len(self._starts)):
-            self._starts[slot] = _LONG_AGO
+        self._parts, self._is_sorted = [], True
 
-    def push(self, chunk: Float32Array, start: int, *, is_swap: bool = False) -> None:
+    def push(self, chunk: Float32Array, start: int, observed_ns: int, *, is_swap: bool = False) -> None:
         if not is_swap:
-            self._newest = (self._newest + 1) % len(self._starts)
+            self._newest = slot = (self._newest + 1) % len(self._turned[0])
+            parts, end = self._parts, start + self._length
+            if parts and parts[0][0] == slot:
+                del parts[0]
+            if parts and parts[-1][1] > end:
+                self._is_sorted = False
+            parts.append((slot, end, observed_ns))
+            self._settle(parts)
         first = start % self._length
-        end, beginning = self._places[self._newest][first]
-        end[...] = chunk[: self._length - first]
+        rest, beginning = self._places[self._newest][first]
+        rest[...] = chunk[: self._length - first]
         beginning[...] = chunk[self._length - first :]
-        self._start = self._starts[self._newest] = start
+        self._start = start
 
-    def take(self, tick: int, out: Float32Array) -> bool:
-        start, length, starts = self._start, self._length, self._starts
-        if start is None or not 0 <= tick - start < length:
-            return False
-        place, newest, passed = tick % length, self._newest, tick - length
-        order = self._orders[newest]
-        found = [slot for slot in order if starts[slot] > passed]
-        number = len(found)
-        if found[0] == order[-number]:
-            share = self._turned[number][self._turns[newest]]
+    def take(self, tick: int, oldest_ns: int) -> Float32Array | None:
+        start = self._start
+        if start is None or not 0 <= tick - start < self._length:
+            return None
+        if tick >= self._first_end or oldest_ns > self.first_observed_ns:
+            self._settle(self._remaining(tick, oldest_ns))
+        place, out = tick % self._length, self._out
+        self._share.dot(self._says[place], out)
+        for index in self._grippers:
+            out[index] = self._by_slot[place][self._newest][index]
+        return out
+
+    def _settle(self, parts: list[_Part]) -> None:
+        """From now on these are averaged, the oldest first."""
+        self._parts, number = parts, len(parts)
+        oldest, self._first_end, self.first_observed_ns = parts[0]
+        if not self._is_sorted:
+            self._first_end = min([end for _, end, _ in parts])
+        newest, count = self._newest, len(self._turned[0])
+        if (newest - oldest) % count == number - 1:
+            self._share = self._turned[number][newest]
         else:
             # One between them began so early that it has ended before an older one.
-            share = self._share
-            share[:] = 0
-            share[found] = self._shares[number]
-        share.dot(self._says[place], out)
-        for index in self._grippers:
-            out[index] = self._by_slot[place][newest][index]
-        return True
+            self._share = np.zeros(count, np.float32)
+            self._share[[slot for slot, _, _ in parts]] = self._shares[number]
+
+
+class WeightedQueue(EnsembleQueue):
+    """Joins the newest chunk, where they overlap, with what would have been served without it; but for grippers."""
+
+    def _count(self, config: ControlConfig) -> int:  # noqa: ARG002
+        # No more chunks than ticks can speak of one tick, for there is at most one per tick.
+        return self._length
+
+    def _shares_of(self, config: ControlConfig, number: int) -> list[float]:
+        new, old = config.new_weight, 1 - config.new_weight
+        return [(new if age else 1.0) * old ** (number - 1 - age) for age in range(number)]
+
+    def _remaining(self, tick: int, oldest_ns: int) -> list[_Part]:
+        """Those after the last that has nothing to say: without it nothing would have been served."""
+        first = 0
+        for place, part in enumerate(self._parts[:-1], start=1):
+            if part[1] <= tick or part[2] < oldest_ns:
+                first = place
+        return self._parts[first:]

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime.contract import Float32Array, Int32Array
+from runtime.comparison import action_errors
+from runtime.contract import Float32Array, Float64Array, Int32Array
 from runtime.control_config import ControlConfig, Status
 from runtime.control_errors import in_words
 from runtime.control_health import Health
 from runtime.control_recorder import FlightRecorder, write_record
+from runtime.gates import GATES
+from runtime.golden import replay
 from runtime.paths import as_path
 from runtime.tokenizer import ActionTokenizer
 
@@ -28,10 +31,12 @@ _MOST_RECORDS = 100
 _LONGEST_RETRY_S = 60.0
 #: A retry takes as long as a decode, unless it hangs.
 _CLOSE_S = 1.0
+#: Chunks that a failed backend has to decode rightly before it is used again.
+_PROBES = 16
 
 
 class WarmTokenizer:
-    """A tokenizer that has decoded already, and what it answered then. `is_healthy` is cleared by the loop alone."""
+    """A tokenizer that has decoded already. `is_healthy` is cleared by the loop alone."""
 
     def __init__(self, tokenizer: ActionTokenizer, index: int) -> None:
         model = tokenizer.model
@@ -39,24 +44,50 @@ class WarmTokenizer:
         self.is_healthy = True
         self.out = np.zeros((1, model.chunk_length, model.action_dim), np.float32)
         self.chunk: Float32Array = self.out[0]
-        self._values: Any = self.out.reshape(-1).data
-        actions = np.zeros_like(self.out)
-        self.probe_stats: Float32Array | None = None
         tokenizer.warmup()
-        if model.has_stats:
-            self.probe, self.probe_stats = tokenizer.encode_with_stats(actions)
-        else:
-            self.probe = tokenizer.encode(actions)
-        self.expected = tokenizer.decode(self.probe, self.probe_stats)
+        self.probe, self.probe_stats = self._encode(np.zeros_like(self.out))
+        golden = tokenizer.golden
+        # Not all of them: other threads have to wait for Python's lock meanwhile.
+        self._golden = None if golden is None else golden.every(-(-len(golden.actions) // _PROBES))
+        self._answers = [] if golden is not None else self._answer_probes()
 
     def spoil(self) -> None:
-        """A backend that returns without having written must not pass off the chunk before as this one."""
-        self._values[0] = self._values[-1] = _NAN
+        """A backend that returns without having written all of it must not pass off the chunk before as this one."""
+        self.out.fill(_NAN)
 
     def works(self) -> bool:
-        """Whether it answers as at the start. Raises whatever it raises."""
-        found = self.tokenizer.decode(self.probe, self.probe_stats)
-        return bool(np.allclose(found, self.expected, rtol=1e-4, atol=1e-4))
+        """Whether it answers as the reference does; without golden vectors, as it did at the start.
+
+        Raises whatever it raises.
+        """
+        model = self.tokenizer.model
+        if self._golden is not None:
+            return replay(self._golden, model, self.tokenizer.backend).passed
+        return all(
+            action_errors(expected, self.tokenizer.decode(tokens, stats), model.action_units).value
+            <= GATES.action_error
+            for tokens, stats, expected in self._answers
+        )
+
+    def _answer_probes(self) -> list[tuple[Int32Array, Float32Array | None, Float64Array]]:
+        """What it makes of chunks from all over the range, cut after every prefix."""
+        model = self.tokenizer.model
+        shape = (_PROBES, 1, model.chunk_length, model.action_dim)
+        chunks = np.random.default_rng(0).uniform(-1, 1, shape) * model.action_units + model.action_offset
+        answers = []
+        for chunk in chunks.astype(np.float32):
+            tokens, stats = self._encode(chunk)
+            for prefix in model.prefixes:
+                part = np.ascontiguousarray(tokens[..., :prefix])
+                part_stats = None if stats is None else np.ascontiguousarray(stats[:, :, :prefix])
+                expected = self.tokenizer.decode(part, part_stats).astype(np.float64)
+                answers.append((part, part_stats, expected))
+        return answers
+
+    def _encode(self, actions: Float32Array) -> tuple[Int32Array, Float32Array | None]:
+        if self.tokenizer.model.has_stats:
+            return self.tokenizer.encode_with_stats(actions)
+        return self.tokenizer.encode(actions), None
 
 
 class DecodeWorker:
@@ -109,7 +140,12 @@ class DecodeWorker:
             np.copyto(self._given_stats, stats)
         self.error = None
         self._asked += 1
-        self._go.release()
+        self.wake()
+
+    def wake(self) -> None:
+        """Once more, where something is pending: harmless for one that is awake."""
+        if self._go.locked():
+            self._go.release()
 
     def close(self) -> None:
         """A thread that hangs is left behind; it ends when its backend answers, or with the process."""
@@ -117,7 +153,7 @@ class DecodeWorker:
             return
         self._is_closed = True
         if not self.is_pending:
-            self._go.release()
+            self.wake()
             self._thread.join()
 
     def _run(self) -> None:
@@ -125,6 +161,8 @@ class DecodeWorker:
             self._go.acquire()
             if self._is_closed:
                 return
+            if not self.is_pending:
+                continue
             try:
                 self.warm.tokenizer.decode_into(self._tokens, self.warm.out, self._given_stats)
             except BaseException as error:  # handed to the loop, which says what it was
@@ -136,7 +174,7 @@ class DecodeWorker:
 
 
 class Retrier:
-    """Tries a failed tokenizer again in a thread of its own, less and less often, until it answers as at the start."""
+    """Tries a failed tokenizer again in a thread of its own, less and less often, until it answers rightly."""
 
     def __init__(self, warm: WarmTokenizer, config: ControlConfig, health: Health, is_free: Callable[[], bool]) -> None:
         self._warm, self._first_s, self._health, self._is_free = warm, config.retry_after_s, health, is_free
@@ -163,15 +201,15 @@ class Retrier:
                 if self._is_free() and self._succeeds():
                     self._health.recoveries += 1
                     self._warm.is_healthy = True
-                    _LOG.warning("backend %s answers again as at the start, and is used again", self._warm.name)
+                    _LOG.warning("backend %s answers rightly again, and is used again", self._warm.name)
             if self._is_closed.is_set():
                 return
 
     def _succeeds(self) -> bool:
         try:
             return self._warm.works()
-        except Exception as error:  # whatever it is, it does not work yet
-            _LOG.info("backend %s still fails: %s", self._warm.name, error)
+        except BaseException as error:  # whatever it is, it does not work yet, and ends no thread of ours
+            _LOG.info("backend %s still fails: %s", self._warm.name, in_words(error))
             return False
 
 

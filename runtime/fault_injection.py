@@ -117,7 +117,7 @@ class FaultyBackend:
 def faulty(tokenizer: ActionTokenizer, **options: Any) -> tuple[ActionTokenizer, FaultyBackend]:
     """`tokenizer` again, on its own backend in a FaultyBackend, made with `options`. Close one of the two."""
     backend: Any = FaultyBackend(tokenizer.backend, **options)
-    return ActionTokenizer(tokenizer.manifest, backend), backend
+    return ActionTokenizer(tokenizer.manifest, backend, tokenizer.golden), backend
 
 
 def with_nan_weights(bundle: Bundle, name: str) -> Backend:

@@ -102,7 +102,7 @@ def _masked(tokens: Any, rig: Rig) -> Any:
 
 def _number(name: str) -> Inject:
     def inject(rig: Rig) -> Answer:
-        wrong = (1.5, "1", 2**70, -(2**70), math.nan, True, [1], np.int64(1))
+        wrong = (1.5, "1", 2**70, -(2**70), math.nan, True, [1], np.float64(1))
         chunk = rig.pick()
         options: dict[str, Any] = {name: wrong[int(rig.rng.integers(len(wrong)))]}
         return rig.tick(chunk.tokens, stats=chunk.stats, **{"sequence": rig.sequence + 1, **options})

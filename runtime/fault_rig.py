@@ -12,8 +12,9 @@ import numpy as np
 
 from runtime.contract import Backend, Float32Array, Float64Array, Int32Array
 from runtime.control_config import ActionKind, ControlConfig, OnFault, OutOfRange, Status, Strategy
-from runtime.control_decoder import ControlDecoder, ControlResult
+from runtime.control_decoder import ControlDecoder
 from runtime.control_errors import ControlFaultError
+from runtime.control_result import ControlResult
 from runtime.fault_injection import Fault, faulty
 from runtime.tokenizer import ActionTokenizer
 from runtime.trial_inputs import chunks_of, config_for

@@ -26,7 +26,7 @@ from runtime.console import prepare_console, printable
 from runtime.contract import Float32Array
 from runtime.control_backends import FAILURES
 from runtime.control_config import ControlConfig, Status
-from runtime.control_decoder import ControlDecoder, LoopState
+from runtime.control_decoder import ControlDecoder
 from runtime.control_errors import FlightRecordError
 from runtime.control_recorder import (
     ACCEPTED,
@@ -42,6 +42,7 @@ from runtime.control_recorder import (
     FlightRecord,
     read_record,
 )
+from runtime.control_result import InService, LoopState
 from runtime.errors import TokenizerError
 from runtime.tokenizer import ActionTokenizer
 
@@ -137,12 +138,8 @@ class _Row:
     def state(self) -> LoopState:
         """What it left to the next tick."""
         return LoopState(
-            tick=self["tick"],
-            begin_ns=self["time_ns"],
-            start=self["start"],
-            sequence=self["sequence"],
-            observed_ns=self["observed_ns"],
-            layers=self["service_layers"],
+            line=(self["tick"], self["time_ns"]),
+            service=InService(self["start"], self["sequence"], self["observed_ns"], self["service_layers"]),
             faults=self["faults"],
             latched=self.status if self.has(LATCHED) else None,
             has_begun=self.has(BEGUN),
@@ -192,6 +189,10 @@ class _Replay(ControlDecoder):
         self._is_later = False
         super().__init__(tokenizer, config, position=position, clock=self._read_clock)
         self.warmup()
+        # Nobody needs to hear of it again.
+        if self._books.reporter is not None:
+            self._books.reporter.close()
+            self._books.reporter = None
 
     def again(self, before: _Row, row: _Row) -> None:
         self.resume(before.actions, before.state)
@@ -209,21 +210,16 @@ class _Replay(ControlDecoder):
         # Of a chunk that became old while it was decoded; otherwise it decides nothing.
         return self._row["time_ns"] + self._row["latency_ns"] * (self._row.status is Status.STALE)
 
-    def _decide(
-        self, begin: int, tokens: object, stats: object, sequence: int | None, observed_ns: int | None
-    ) -> Status:
+    def _decide(self, begin: int, tokens: object, stats: object, stamps: tuple[int, int]) -> Status:
         if self._row is not None and self._row["backend"] == INTERNAL and self._row.status is Status.BACKEND_FAULT:
             raise FlightRecordError("as recorded")
-        return super()._decide(begin, tokens, stats, sequence, observed_ns)
+        return super()._decide(begin, tokens, stats, stamps)
 
     def _decode(self, tokens: npt.NDArray[Any], stats: object) -> tuple[Status, Float32Array]:
         if self._row is None or not self._row.is_failure:
             return super()._decode(tokens, stats)
-        self.result.detail = "as recorded"
-        return self._row.status, self.result.actions
-
-    def _report(self, status: Status, is_broken: bool) -> None:
-        """Nobody needs to hear of it again."""
+        self._out.detail = "as recorded"
+        return self._row.status, self._row.actions
 
 
 def _how(is_held: bool) -> str:

@@ -15,7 +15,7 @@ from runtime.bundle import open_bundle
 from runtime.compatibility import INTEGRATION_PATHS, matches_fingerprint
 from runtime.contract import Backend, BoundCall, Float32Array, GpuArrayLike, Int32Array
 from runtime.errors import CannotCopyError, FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
-from runtime.golden import read_golden
+from runtime.golden import Golden, read_golden
 from runtime.manifest import GOLDEN_NAME, Manifest, ModelEntry
 from runtime.validation import InputValidator, is_gpu_array
 
@@ -50,8 +50,10 @@ class ActionTokenizer:
     has the same fingerprint. It raises what `load` raises. Each copy is closed for itself.
     """
 
-    def __init__(self, manifest: Manifest, backend: Backend) -> None:
+    def __init__(self, manifest: Manifest, backend: Backend, golden: Golden | None = None) -> None:
         self._manifest = manifest
+        #: What the backend was tested with; None where it was not.
+        self.golden = golden
         self._backend = backend
         self._validator = InputValidator(manifest.model)
         self._unchecked_chunks = backend.checked_steps // manifest.model.chunk_length
@@ -81,7 +83,7 @@ class ActionTokenizer:
         bundle = open_bundle(path)
         _check_fingerprint(bundle.manifest.fingerprint, expect_fingerprint)
         golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model) if verify else None
-        tokenizer = cls(bundle.manifest, select_backend(backend, bundle, golden))
+        tokenizer = cls(bundle.manifest, select_backend(backend, bundle, golden), golden)
         tokenizer._origin = _Origin(bundle.folder.absolute(), tokenizer.backend.name, tokenizer.fingerprint, verify)
         return tokenizer
 
@@ -356,7 +358,7 @@ class ActionTokenizer:
 
 
 #: What `load` makes anew; all else that an instance has is of a subclass, and goes with its copies.
-_OPENED = frozenset({"_manifest", "_backend", "_validator", "_unchecked_chunks", "_gpu_calls", "_is_closed"})
+_OPENED = frozenset({"_manifest", "golden", "_backend", "_validator", "_unchecked_chunks", "_gpu_calls", "_is_closed"})
 
 
 def _check_fingerprint(found: str, expected: str | None) -> None:

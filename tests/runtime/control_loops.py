@@ -10,7 +10,7 @@ import numpy as np
 from runtime import ActionTokenizer, ControlDecoder
 from runtime.contract import Float32Array, Int32Array
 from runtime.control_config import ControlConfig
-from runtime.control_decoder import ControlResult
+from runtime.control_result import ControlResult
 from runtime.control_soak import chunks_of, config_for
 from runtime.errors import InferenceError
 from tests.bundles import Recipe, deploy, make_manifest
@@ -75,7 +75,7 @@ class ScriptedBackend:
 
 def switched(tokenizer: ActionTokenizer, name: str = "") -> tuple[ActionTokenizer, SwitchedBackend]:
     backend: Any = SwitchedBackend(tokenizer.backend, name)
-    return ActionTokenizer(tokenizer.manifest, backend), backend
+    return ActionTokenizer(tokenizer.manifest, backend, tokenizer.golden), backend
 
 
 def scripted(recipe: Recipe) -> tuple[ActionTokenizer, ScriptedBackend]:

@@ -50,17 +50,19 @@ class Newest:
 
 class Specification:
     def __init__(self, rules: Rules, position: Row) -> None:
-        self.rules = rules
+        self.rules, self.sent = rules, [0.0] * len(position)
         self.reset(position)
 
     def reset(self, position: Row | None) -> None:
-        """None: the last action that was sent still holds."""
+        """None: the last action that was sent still holds; motions do whatever the position."""
         if position is not None:
-            self.sent = [p if keep else 0.0 for p, (*_, keep) in zip(position, self.rules.dimensions, strict=True)]
+            places = zip(position, self.sent, self.rules.dimensions, strict=True)
+            self.sent = [place if keep else sent for place, sent, (*_, keep) in places]
         self.tick, self.before, self.faults = 0, None, 0
         self.latched: str | None = None
         self.newest: Newest | None = None
         self.lines: list[Line] = []
+        self.observed: list[int] = []
         self.has_begun = False
 
     def step(self, now: int, chunk: Chunk | None) -> tuple[str, bool]:
@@ -80,12 +82,16 @@ class Specification:
 
     def _decide(self, now: int, chunk: Chunk | None) -> tuple[str, Row | None]:
         passed = Fraction(0 if self.before is None else now - self.before, self.rules.period)
-        self.tick += _round(passed) if passed > Fraction(3, 2) and self.latched is None else 1
         if self.latched is not None:
+            self.tick += 1
             return self.latched, None
+        self.tick += max(1, math.ceil(passed - Fraction(1, 2)))
         if passed < 0:
             self.newest, self.lines = None, []
             return "STALE", None
+        if self.newest is not None and self.lines:
+            due = self.newest.start + (now - self.newest.observed) // self.rules.period
+            self.tick = max(self.tick, due)
         status = "OK" if chunk is None else self._receive(now, chunk)
         if status not in ("OK", "STALE", "LIMITED"):
             self.lines = []
@@ -93,7 +99,7 @@ class Specification:
         if self.newest is not None and self.lines and now - self.newest.observed > self.rules.stale:
             self.lines = []
             return "STALE", None
-        row = self._served()
+        row = self._served(now)
         if row is None and status == "OK":
             return ("STALE" if self.has_begun else "NOT_READY"), None
         return "OUT_OF_RANGE" if status == "LIMITED" else status, row
@@ -114,7 +120,12 @@ class Specification:
         if inside != chunk.rows and not self.rules.brings_inside:
             return "OUT_OF_RANGE"
         line = {newest.start + index: row for index, row in enumerate(inside)}
-        self.lines = [*(self.lines[:-1] if is_swap else self.lines), line]
+        if is_swap and self.lines:
+            self.lines[-1] = line
+        else:
+            # `observed` of the lines that there are.
+            self.observed = [*self.observed[len(self.observed) - len(self.lines) :], newest.observed]
+            self.lines = [*self.lines, line]
         self.newest, self.has_begun = newest, True
         return "OK" if inside == chunk.rows else "LIMITED"
 
@@ -139,14 +150,15 @@ class Specification:
         is_late = age > rules.stale or _round(Fraction(age, rules.period)) >= rules.length
         return None if is_late or -age > rules.period else (newest, is_swap)
 
-    def _served(self) -> Row | None:
+    def _served(self, now: int) -> Row | None:
         if not self.lines or self.tick not in self.lines[-1]:
             return None
         if self.rules.strategy == "latest_only":
             return self.lines[-1][self.tick]
         if self.rules.strategy == "weighted_average":
-            return self._joined(len(self.lines) - 1)
-        rows = [line[self.tick] for line in self.lines[-self.rules.ensemble :] if self.tick in line]
+            return self._joined(len(self.lines) - 1, now)
+        lines = zip(self.lines[-self.rules.ensemble :], self.observed[-self.rules.ensemble :], strict=True)
+        rows = [line[self.tick] for line, observed in lines if self.tick in line and now - observed <= self.rules.stale]
         weights = [math.exp(-self.rules.decay * age) for age in range(len(rows))]
         mean = [
             sum(w * v for w, v in zip(weights, column, strict=True)) / sum(weights)
@@ -154,11 +166,11 @@ class Specification:
         ]
         return [rows[-1][index] if index in self.rules.grippers else value for index, value in enumerate(mean)]
 
-    def _joined(self, index: int) -> Row | None:
+    def _joined(self, index: int, now: int) -> Row | None:
         """With what would have been served without chunk `index`."""
-        if index < 0 or self.tick not in self.lines[index]:
+        if index < 0 or self.tick not in self.lines[index] or now - self.observed[index] > self.rules.stale:
             return None
-        row, older = self.lines[index][self.tick], self._joined(index - 1)
+        row, older = self.lines[index][self.tick], self._joined(index - 1, now)
         if older is None:
             return row
         weights = [1.0 if index in self.rules.grippers else self.rules.new_weight for index in range(len(row))]

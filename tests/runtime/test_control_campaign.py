@@ -106,7 +106,7 @@ def _answering(change: Callable[[Any], None]) -> Sabotage:
 
 
 def _set(name: str, value: object, when: Callable[[Any], bool] = lambda _: True) -> Sabotage:
-    return _answering(lambda result: setattr(result, name, value) if when(result) else None)
+    return _answering(lambda result: setattr(result.shown, name, value) if when(result) else None)
 
 
 def _with(kind: type, name: str, replacement: Any) -> Sabotage:
@@ -115,7 +115,7 @@ def _with(kind: type, name: str, replacement: Any) -> Sabotage:
 
 def _pass_on(self: Any, action: Any) -> bool:
     """A guard that is bypassed."""
-    self._next = action.tolist()
+    self.values, self.actions = action.tolist(), action.copy()
     return False
 
 

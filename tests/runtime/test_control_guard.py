@@ -34,12 +34,13 @@ class GuardMachine(RuleBasedStateMachine):
         super().__init__()
         self.config = ControlConfig.from_values(VALUES)
         self.guard = ActionGuard(self.config, T, START)
-        self.before = self.sent = np.array(self.guard.last, np.float32)
+        self.before = self.sent = np.array(self.guard.sent, np.float32)
 
-    def _commit(self, out: np.ndarray) -> None:
-        self.guard.commit()
-        assert self.guard.last == tuple(out.tolist())
+    def _send(self) -> None:
+        out = self.guard.actions
+        assert self.guard.values == out.tolist()
         self.before, self.sent = self.sent, out
+        self.guard.sent = self.guard.values
 
     def _bounds(self, index: int) -> tuple[float, float]:
         step = self.config.max_relative_step[index]
@@ -48,13 +49,14 @@ class GuardMachine(RuleBasedStateMachine):
 
     @rule(wanted=ROW)
     def send(self, wanted: list[float]) -> None:
-        out = np.array(wanted, np.float32)
-        is_limited = self.guard.limit(out)
-        assert is_limited is (out.tolist() != np.array(wanted, np.float32).tolist())
+        given = np.array(wanted, np.float32)
+        is_limited = self.guard.limit(given)
+        assert given.tolist() == np.array(wanted, np.float32).tolist()
+        assert is_limited is (self.guard.values != given.tolist())
         for index, value in enumerate(wanted):
             low, high = self._bounds(index)
-            assert out[index] == pytest.approx(min(max(value, low), high), abs=1e-5)
-        self._commit(out)
+            assert self.guard.values[index] == pytest.approx(min(max(value, low), high), abs=1e-5)
+        self._send()
 
     @rule(wanted=ROW, instead=st.none() | ROW)
     def think_again(self, wanted: list[float], instead: list[float] | None) -> None:
@@ -74,8 +76,8 @@ class GuardMachine(RuleBasedStateMachine):
             wanted.append(middle + share * half)
         out = np.array(wanted, np.float32)
         assert not self.guard.limit(out)
-        assert out.tolist() == np.array(wanted, np.float32).tolist()
-        self._commit(out)
+        assert self.guard.values == out.tolist()
+        self._send()
 
     @rule(place=st.integers(0, 2), value=st.sampled_from([np.nan, np.inf, -np.inf]))
     def refuse(self, place: int, value: float) -> None:
@@ -86,29 +88,40 @@ class GuardMachine(RuleBasedStateMachine):
         if np.isnan(value):
             with pytest.raises(ValueError, match="expected numbers"):
                 self.guard.limit(target)
-            assert self.guard.last == tuple(self.sent.tolist())
 
-    @rule(wanted=ROW)
-    def one_that_changes_its_copy_changes_nothing(self, wanted: list[float]) -> None:
-        out = np.array(wanted, np.float32)
-        self.guard.limit(out)
-        self._commit(out.copy())
-        out[:] = 1e9
-        assert self.guard.last == tuple(self.sent.tolist())
+    @rule(wanted=ROW, is_held=st.booleans())
+    def one_that_changes_its_copy_changes_nothing(self, wanted: list[float], is_held: bool) -> None:
+        if is_held:
+            self.guard.hold()
+        else:
+            self.guard.limit(np.array(wanted, np.float32))
+        given = self.guard.actions
+        self._send()
+        self.sent = given.copy()
+        given[:] = 1e9
+        given.flags.writeable = False
+        self.hold()
 
     @rule()
     def hold(self) -> None:
-        out = np.empty(3, np.float32)
-        self.guard.hold(out)
+        after = self.guard.held_after(self.guard.sent)
+        self.guard.hold()
+        out = self.guard.actions
+        assert out.tolist() == after
         assert out[1] == self.sent[1]
         assert out[2] == self.sent[2]
         assert abs(out[0]) == pytest.approx(max(0.0, abs(float(self.sent[0])) - 0.3), abs=1e-5)
-        self._commit(out)
+        self._send()
 
-    @rule()
-    def reset(self) -> None:
-        self.guard.reset()
-        assert self.guard.last == tuple(self.sent.tolist())
+    @rule(place=st.none() | st.floats(-2, 2, width=32))
+    def start_anew(self, place: float | None) -> None:
+        """Motions are those that were sent, also where a place is given."""
+        position = None if place is None else (0.5, place, 0.0)
+        values = self.guard.start(position)
+        assert values == (self.sent.tolist() if place is None else [float(self.sent[0]), place, 0.0])
+        self.guard.sent = values
+        self.sent = np.array(values, np.float32)
+        self.before = self.sent
 
     @invariant()
     def inside(self) -> None:
@@ -189,3 +202,13 @@ def test_settings_that_make_no_sense_are_refused(change: dict[str, object], mess
 def test_a_robot_whose_place_is_not_known_is_not_moved(position: Any) -> None:
     with pytest.raises(ControlConfigError, match="position"):
         ActionGuard(ControlConfig.from_values(VALUES), T, position)
+
+
+def test_a_dimension_that_may_not_stand_still_is_refused_where_standing_still_is_0() -> None:
+    for low, high in ((0.0, 1.0), (-1.0, 0.0)):
+        ControlConfig.from_values({**VALUES, "action_low": [low, -2.0, 0.0], "action_high": [high, 2.0, 0.1]})
+    # Of places and grippers it is the last command.
+    ControlConfig.from_values({**VALUES, "action_low": [-1.0, 0.5, 0.05]})
+    for low, high in ((0.01, 1.0), (-1.0, -0.01)):
+        with pytest.raises(ControlConfigError, match="expected 0 among them"):
+            ControlConfig.from_values({**VALUES, "action_low": [low, -2.0, 0.0], "action_high": [high, 2.0, 0.1]})

@@ -39,6 +39,7 @@ def _check_text(text: str, health: Health, snapshot: HealthSnapshot, latencies: 
         ("held_ticks", snapshot.held),
         ("chunks", snapshot.chunks),
         ("refused_chunks", snapshot.refused_chunks),
+        ("missed_ticks", snapshot.missed_ticks),
         ("fallbacks", snapshot.fallbacks),
         ("recoveries", snapshot.recoveries),
         ("incidents", snapshot.incidents),

@@ -13,8 +13,12 @@ from tests.runtime.test_control_guard import ROW, VALUES, T
 CHUNKS = st.lists(ROW, min_size=T, max_size=T)
 
 
+#: How old what is averaged may be, in ticks.
+STALE = 2
+
+
 class QueueMachine(RuleBasedStateMachine):
-    """Against lists of rows by tick."""
+    """Against lists of rows by tick. A chunk was observed so many ticks before it came, never before an older one."""
 
     strategy = "latest_only"
 
@@ -22,17 +26,16 @@ class QueueMachine(RuleBasedStateMachine):
         super().__init__()
         self.config = ControlConfig.from_values({**VALUES, "strategy": self.strategy, "ensemble_chunks": 3})
         self.queue = action_queue(self.config, T)
-        self.tick = self.start = 0
-        self.chunks: list[dict[int, np.ndarray]] = []
-        self.blended: dict[int, np.ndarray] = {}
-        self.base: dict[int, np.ndarray] = {}
+        self.tick = self.observed = 0
+        #: When it was observed, and what it says by tick.
+        self.chunks: list[tuple[int, dict[int, np.ndarray]]] = []
 
-    @rule(rows=CHUNKS, delay=st.integers(0, 2))
-    def push(self, rows: list[list[float]], delay: int) -> None:
+    @rule(rows=CHUNKS, delay=st.integers(0, 2), age=st.integers(0, STALE))
+    def push(self, rows: list[list[float]], delay: int, age: int) -> None:
+        self.tick += 1
         # A newer chunk may begin before an older one: ticks and delays are rounded.
-        self.start = self.tick - delay
-        self.base = self.blended
-        self.chunks.append({})
+        self.start, self.observed = self.tick - delay, max(self.observed, self.tick - age)
+        self.chunks.append((0, {}))
         self._put(rows, is_swap=False)
 
     @rule(rows=CHUNKS)
@@ -41,19 +44,14 @@ class QueueMachine(RuleBasedStateMachine):
             self._put(rows, is_swap=True)
 
     def _put(self, rows: list[list[float]], *, is_swap: bool) -> None:
-        chunk = {self.start + index: np.array(row, np.float32) for index, row in enumerate(rows)}
-        self.queue.push(np.array(rows, np.float32), self.start, is_swap=is_swap)
-        self.chunks[-1] = chunk
-        weight = np.array([0.7, 0.7, 1.0])
-        self.blended = {
-            tick: weight * row + (1 - weight) * self.base[tick] if tick in self.base else row
-            for tick, row in chunk.items()
-        }
+        self.queue.push(np.array(rows, np.float32), self.start, self.observed, is_swap=is_swap)
+        line = {self.start + index: np.array(row, np.float32) for index, row in enumerate(rows)}
+        self.chunks[-1] = self.observed, line
 
     @rule()
     def clear(self) -> None:
         self.queue.clear()
-        self.chunks, self.blended, self.base = [], {}, {}
+        self.chunks = []
 
     @rule(ticks=st.integers(1, 4))
     def wait(self, ticks: int) -> None:
@@ -61,18 +59,28 @@ class QueueMachine(RuleBasedStateMachine):
 
     @invariant()
     def serves_what_is_specified(self) -> None:
-        out = np.zeros(3, np.float32)
-        is_there = bool(self.chunks) and self.tick in self.chunks[-1]
-        assert self.queue.take(self.tick, out) is is_there
-        if is_there:
-            np.testing.assert_allclose(out, self._expected(), atol=1e-5)
+        found = self.queue.take(self.tick, self.tick - STALE)
+        is_there = bool(self.chunks) and self.tick in self.chunks[-1][1]
+        assert (found is not None) is is_there
+        if found is not None:
+            np.testing.assert_allclose(found, self._expected(), atol=1e-5)
+            assert self.queue.first_observed_ns >= min(self.tick - STALE, self.observed)
 
     def _expected(self) -> np.ndarray:
+        *others, (_, newest) = self.chunks
+        rows = [
+            line[self.tick] if self.tick in line and observed >= self.tick - STALE else None
+            for observed, line in others
+        ]
+        rows.append(newest[self.tick])
         if self.strategy == "latest_only":
-            return self.chunks[-1][self.tick]
+            return rows[-1]
         if self.strategy == "weighted_average":
-            return self.blended[self.tick]
-        rows = [chunk[self.tick] for chunk in self.chunks[-3:] if self.tick in chunk]
+            mean, weight = None, np.array([0.7, 0.7, 1.0])
+            for row in rows:
+                mean = row if row is None or mean is None else weight * row + (1 - weight) * mean
+            return np.asarray(mean)
+        rows = [row for row in rows[-3:] if row is not None]
         weights = np.exp(-self.config.ensemble_decay * np.arange(len(rows)))
         mean = np.average(rows, axis=0, weights=weights)
         mean[2] = rows[-1][2]
@@ -94,40 +102,55 @@ TestLatestOnly, TestWeightedAverage, TestTemporalEnsemble = (
 )
 
 
-def _queue(strategy: str) -> ActionQueue:
-    return action_queue(ControlConfig.from_values({**VALUES, "strategy": strategy, "new_weight": 0.75}), T)
+def _queue(strategy: str, **changes: object) -> ActionQueue:
+    values = {**VALUES, "strategy": strategy, "new_weight": 0.75, **changes}
+    return action_queue(ControlConfig.from_values(values), T)
 
 
-def _served(queue: ActionQueue, tick: int) -> list[float] | None:
-    out = np.full(3, np.nan, np.float32)
-    return out.tolist() if queue.take(tick, out) else None
+def _served(queue: ActionQueue, tick: int, oldest: int = 0) -> list[float] | None:
+    found = queue.take(tick, oldest)
+    return None if found is None else found.tolist()
 
 
 @pytest.mark.parametrize("shift", [-2, -1, 0, 1, 2])
 def test_chunks_are_averaged_where_they_overlap_whichever_begins_first(shift: int) -> None:
-    queue = _queue("weighted_average")
-    queue.push(np.zeros((T, 3), np.float32), 10)
-    queue.push(np.ones((T, 3), np.float32), 10 + shift)
     for tick in range(6, 16):
-        is_new, is_old = 0 <= tick - 10 - shift < T, 0 <= tick - 10 < T
+        queue = _queue("weighted_average")
+        queue.push(np.zeros((T, 3), np.float32), 10, 0)
+        queue.push(np.ones((T, 3), np.float32), 10 + shift, 0)
+        is_new, is_old = 0 <= tick - 10 - shift < T, tick - 10 < T
+        # What has not begun is never asked for.
+        if is_new and tick < 10:
+            continue
         expected = None if not is_new else [0.75, 0.75, 1.0] if is_old else [1.0, 1.0, 1.0]
         assert _served(queue, tick) == expected, tick
 
 
 def test_a_better_decode_takes_the_place_of_its_draft_in_the_average() -> None:
     queue = _queue("weighted_average")
-    queue.push(np.zeros((T, 3), np.float32), 0)
-    queue.push(np.full((T, 3), 9.0, np.float32), 1)
-    queue.push(np.ones((T, 3), np.float32), 1, is_swap=True)
+    queue.push(np.zeros((T, 3), np.float32), 0, 0)
+    queue.push(np.full((T, 3), 9.0, np.float32), 1, 0)
+    queue.push(np.ones((T, 3), np.float32), 1, 0, is_swap=True)
     assert _served(queue, 1) == [0.75, 0.75, 1.0]
+
+
+@pytest.mark.parametrize(("strategy", "both"), [("weighted_average", 0.75), ("temporal_ensemble", 0.5)])
+def test_what_is_too_old_has_no_part_in_an_average_any_more(strategy: str, both: float) -> None:
+    queue = _queue(strategy, ensemble_decay=0.0)
+    queue.push(np.zeros((T, 3), np.float32), 0, 100)
+    queue.push(np.ones((T, 3), np.float32), 1, 200)
+    assert _served(queue, 1, 100) == [both, both, 1.0]
+    assert queue.first_observed_ns == 100
+    assert _served(queue, 1, 101) == [1.0, 1.0, 1.0]
+    assert queue.first_observed_ns == 200
+    # The newest is the caller's affair.
+    assert _served(queue, 1, 201) == [1.0, 1.0, 1.0]
 
 
 def test_the_queue_keeps_a_copy() -> None:
     queue, chunk = _queue("latest_only"), np.ones((T, 3), np.float32)
-    queue.push(chunk, 0)
+    queue.push(chunk, 0, 0)
     chunk[:] = 9
     assert _served(queue, 0) == [1.0, 1.0, 1.0]
-    assert not queue.is_empty
     queue.clear()
-    assert queue.is_empty
     assert _served(queue, 0) is None

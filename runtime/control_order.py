@@ -1,0 +1,122 @@
+"""Which chunk may be used, and for which ticks its actions are; where it may not, why, in words."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from runtime.control_clock import stamp
+from runtime.control_config import ControlConfig
+from runtime.control_recorder import NO_NUMBER, WRONG_NUMBER
+from runtime.control_result import InService
+from runtime.manifest import ModelEntry
+from runtime.validation import as_array_advice, kind_of
+
+TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8))
+_Array = np.ndarray
+
+
+_new = tuple.__new__
+
+
+class ChunkOrder:
+    """Times in nanoseconds of the loop's clock; ticks are counted by the loop."""
+
+    def __init__(self, config: ControlConfig, model: ModelEntry) -> None:
+        self.period_ns = max(1, round(config.period_s * 1e9))
+        self._half_period_ns = self.period_ns // 2
+        self.stale_ns = round(config.stale_after_s * 1e9)
+        self._stale_s = config.stale_after_s
+        self._length, self._tail = model.chunk_length, (1, model.chunk_length, model.latent_dim)
+        #: Legal shapes of tokens.
+        self.layers_of = {(*self._tail, prefix): prefix for prefix in model.prefixes}
+
+    def next_tick(self, begin: int, line: tuple[int, int], service: InService | None) -> int:
+        """The number of the tick that begins now. line: number and beginning of the last one.
+
+        Ticks are counted, for a clock that trembles repeats no action and skips none; but where more than 1.5 periods
+        have passed, whole ones are missed, and no action of the chunk in `service` is served a whole period late.
+        """
+        tick, last = line
+        tick += max(1, (begin - last + self._half_period_ns - 1) // self.period_ns)
+        if service is None:
+            return tick
+        return max(tick, service.start + (begin - service.observed_ns) // self.period_ns)
+
+    def place(
+        self,
+        begin: int,
+        tick: int,
+        layers: int,
+        service: InService,
+        stamps: tuple[int, int],
+        is_drained: bool,
+    ) -> InService | str:
+        """The chunk that arrives on this tick, dated; or why it is not to be used.
+
+        One with the number of that in service and more layers is its full decode, and lies where that lies. stamps:
+        its sequence and observed_ns, NO_NUMBER for none. is_drained: nothing is left of the one in service.
+        """
+        number, observed = stamps
+        if number == NO_NUMBER:
+            number = service.sequence + 1
+        is_swap = (
+            number == service.sequence
+            and layers > service.layers > 0
+            and (observed == NO_NUMBER or observed == service.observed_ns)
+        )
+        is_dated = observed != NO_NUMBER
+        if is_swap:
+            observed = service.observed_ns
+        elif not is_dated:
+            observed = begin
+        age = begin - observed
+        if age > self.stale_ns:
+            return self.too_old(age)
+        if age < -self.period_ns:
+            return (
+                f"the chunk was observed {-age / 1e9:.3f} s from now; expected the past: use one clock in both "
+                "processes"
+            )
+        if not is_swap and service.observed_ns != NO_NUMBER:
+            # A policy that was started anew counts from its beginning; it has looked later than the one before.
+            is_restart = is_dated and observed > service.observed_ns and is_drained
+            if number <= service.sequence and not is_restart:
+                kind = "again" if number == service.sequence else "after a newer one"
+                return f"chunk {number} comes {kind}; expected above {service.sequence}: look at the policy's order"
+            if observed < service.observed_ns:
+                return (
+                    f"chunk {number} was observed before chunk {service.sequence}, which came earlier; expected later: "
+                    "look at the policy's order"
+                )
+        delay = (age + self._half_period_ns) // self.period_ns
+        if delay >= self._length:
+            return (
+                f"the chunk comes {delay} ticks after its observation and has {self._length} actions; expected one "
+                "whose time has not passed: look at the policy's latency"
+            )
+        start = service.start if is_swap else tick - delay if delay > 0 else tick
+        return _new(InService, (start, number, observed, layers))
+
+    def too_old(self, age_ns: int) -> str:
+        return (
+            f"the chunk was observed {age_ns / 1e9:.3f} s ago; expected at most {self._stale_s:g}: look at the policy, "
+            "or raise stale_after_s"
+        )
+
+    def wrong_form(self, tokens: object, sequence: object, observed_ns: object) -> str:
+        """What is wrong with the arguments, of which one is."""
+        if type(tokens) is not _Array:
+            advice = as_array_advice("tokens", tokens, is_float=False)
+            return f"tokens is a {kind_of(tokens)}; expected a numpy.ndarray{advice}"
+        if tokens.shape not in self.layers_of:
+            return (
+                f"tokens have shape {list(tokens.shape)}; expected {list(self._tail)} and one of the layers "
+                f"{sorted(self.layers_of.values())}: send what the policy gives for one chunk"
+            )
+        if tokens.dtype not in TOKEN_TYPES:
+            return f"tokens have type {tokens.dtype}; expected int32, int64 or uint8: send levels, not values"
+        is_first = stamp(sequence) == WRONG_NUMBER
+        name, value = ("sequence", sequence) if is_first else ("observed_ns", observed_ns)
+        is_int = type(value) is int or isinstance(value, np.integer)
+        found = "beyond it" if is_int else f"a {type(value).__qualname__}"
+        return f"{name} is {found}; expected an int between -2**62 and 2**62: correct what the policy sends"

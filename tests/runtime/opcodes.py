@@ -1,0 +1,87 @@
+"""Exceptions that break in before any bytecode that is chosen, one after another."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import runtime
+
+_RUNTIME = str(Path(runtime.__file__).parent)
+
+
+class Breaker:
+    """Raises `error` before the bytecode number `at[0]` that runs in `runtime`, before the `at[1]`-th after it, ...
+
+    A function that was given to sys.settrace and raises is taken out. So each frame holds it with a `_Return`, whose
+    end, when it is taken out, puts another one in its place. places: where it has raised, as code and offset.
+    """
+
+    def __init__(self, at: Sequence[int], error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.left, self._error, self._is_on = list(at), error, False
+        self.places: list[tuple[str, int]] = []
+        self._raised_in: FrameType | None = None
+
+    def run(self, call: Callable[[], Any]) -> BaseException | None:
+        """What has left `call`."""
+        before, self._is_on = sys.gettrace(), True
+        sys.settrace(self._enter)
+        try:
+            call()
+        except BaseException as error:
+            return error
+        finally:
+            self._is_on = False
+            sys.settrace(before)
+        return None
+
+    def _enter(self, frame: FrameType, _event: str, _: object) -> Any:
+        return self._watch(frame) if frame.f_code.co_filename.startswith(_RUNTIME) else None
+
+    def _watch(self, frame: FrameType) -> Any:
+        frame.f_trace_lines, frame.f_trace_opcodes = False, True
+        return partial(_look, _Return(self, frame))
+
+    def go_on(self, frame: FrameType) -> None:
+        # Not of one that has come to its own end.
+        if frame is not self._raised_in:
+            return
+        self._raised_in = None
+        if self._is_on and self.left:
+            sys.settrace(self._enter)
+            frame.f_trace = self._watch(frame)
+
+    def is_due(self, frame: FrameType) -> bool:
+        if not self.left:
+            return False
+        self.left[0] -= 1
+        if self.left[0] > 0:
+            return False
+        del self.left[0]
+        self._raised_in = frame
+        self.places.append((frame.f_code.co_name, frame.f_lasti))
+        return True
+
+    def error(self) -> BaseException:
+        return self._error(f"number {len(self.places)}")
+
+
+class _Return:
+    def __init__(self, breaker: Breaker, frame: FrameType) -> None:
+        self.breaker, self._frame = breaker, frame
+
+    def __del__(self) -> None:
+        self.breaker.go_on(self._frame)
+
+
+def _look(token: _Return, frame: FrameType, event: str, _: object) -> Any:
+    if event == "opcode" and token.breaker.is_due(frame):
+        error = token.breaker.error()
+        # Else the traceback keeps it.
+        del token
+        raise error
+    return frame.f_trace

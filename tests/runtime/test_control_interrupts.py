@@ -1,0 +1,164 @@
+"""A tick that is broken off before any of its bytecodes, by one or two exceptions, leaves a robot that stands still."""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime import ActionTokenizer, ControlDecoder, ControlFaultError, Status
+from runtime.control_soak import chunks_of
+from tests.runtime.control_loops import PERIOD_NS, Clock, check_safe, loop, switched
+from tests.runtime.opcodes import Breaker
+
+#: In front of its first line, and at its very end, a tick cannot know that it is broken off: by as many bytecodes.
+_BESIDE_THE_TICK = 7
+
+
+class Scene:
+    """Ticks of one decoder, each checked in float64 against what was sent before it."""
+
+    def __init__(self, decoder: ControlDecoder, clock: Clock, chunks: list[Any]) -> None:
+        self.decoder, self._clock, self.chunks = decoder, clock, chunks
+        self.sent = np.zeros(decoder.config.action_dim, np.float32)
+
+    def tick(self, tokens: Any = None) -> Any:
+        self._clock.now += PERIOD_NS
+        # The safe action is in `result`.
+        with contextlib.suppress(ControlFaultError):
+            self.decoder.step(tokens)
+        return self.see()
+
+    def see(self) -> Any:
+        """What `result` says is what is sent."""
+        result = self.decoder.result
+        check_safe(result, self.sent, self.decoder.config)
+        self.sent = result.actions.copy()
+        return result
+
+    def serve(self) -> None:
+        assert self.tick(self.chunks[0]).status is Status.OK
+
+    #: How often it was not held, for not one line of the tick had run, or all.
+    beside = 0
+
+    def break_off(self, what: Callable[["Scene"], object], at: list[int]) -> Breaker:
+        """One tick, broken off; then the next ones go on."""
+        before = self.decoder.result.shown
+        self._clock.now += PERIOD_NS
+        breaker = Breaker(at)
+        error = breaker.run(lambda: what(self))
+        if not breaker.places:
+            assert error is None or isinstance(error, ControlFaultError)
+            return breaker
+        result = self.see()
+        if result.is_held:
+            assert result.status is not Status.OK
+        else:
+            # It had not begun, and all is as it was; or it was whole. No second one was left to come.
+            assert [name for name, _ in breaker.places] == ["step"]
+            assert result.shown is before or result.tick == before.tick + 1
+            self.beside += 1
+        assert self.tick().is_held or not result.is_held, breaker.places
+        assert self.tick(self.chunks[2]).status is Status.OK, breaker.places
+        assert gc.isenabled()
+        return breaker
+
+
+def _chunk(scene: Scene) -> None:
+    scene.decoder.step(scene.chunks[1])
+
+
+def _nothing(scene: Scene) -> None:
+    scene.decoder.step()
+
+
+def _bad(scene: Scene) -> None:
+    scene.decoder.step(scene.chunks[1] - 100)
+
+
+def _broken_before(scene: Scene) -> None:
+    """The tick after one that was broken off."""
+    scene.decoder.step(scene.chunks[1])
+
+
+@pytest.fixture
+def scene_of(tokenizer: ActionTokenizer) -> Iterator[Callable[..., Scene]]:
+    decoders: list[ControlDecoder] = []
+
+    def make(*, has_spare: bool = False, **changes: Any) -> Scene:
+        clock = Clock()
+        main, backend = switched(tokenizer, "main")
+        spares = (switched(tokenizer, "spare")[0],) if has_spare else ()
+        decoder = loop(main, fallbacks=spares, clock=clock, retry_after_s=1e5, **changes)
+        decoders.append(decoder)
+        decoder.warmup()
+        scene = Scene(decoder, clock, chunks_of(tokenizer, 3)[0])
+        scene.backend = backend  # type: ignore[attr-defined]
+        return scene
+
+    yield make
+    for decoder in decoders:
+        decoder.close()
+
+
+SCENES: dict[str, tuple[Callable[[Scene], None], dict[str, Any]]] = {
+    "latest_only": (_chunk, {}),
+    "weighted_average": (_chunk, {"strategy": "weighted_average"}),
+    "temporal_ensemble": (_chunk, {"strategy": "temporal_ensemble"}),
+    "no chunk": (_nothing, {}),
+    "bad tokens": (_bad, {}),
+    "bad tokens, raise": (_bad, {"on_fault": "raise"}),
+    "worker": (_chunk, {"use_worker": True, "deadline_us": 60e6}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SCENES))
+def test_a_tick_that_is_broken_off_before_any_bytecode_stands_still(scene_of: Any, name: str) -> None:
+    what, changes = SCENES[name]
+    scene, number = scene_of(**changes), 0
+    while True:
+        number += 1
+        scene.serve()
+        if not scene.break_off(what, [number]).places:
+            break
+    assert number > 500
+    assert scene.beside <= _BESIDE_THE_TICK
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(SCENES))
+def test_a_tick_that_is_broken_off_twice_stands_still(scene_of: Any, name: str) -> None:
+    """The second exception comes before any bytecode of what is done about the first."""
+    what, changes = SCENES[name]
+    scene, first, twice = scene_of(**changes), 1, 0
+    is_over = False
+    while not is_over:
+        second = 1 + first % 13
+        while True:
+            scene.serve()
+            breaker = scene.break_off(what, [first, second])
+            is_over = not breaker.places
+            if len(breaker.places) < 2:
+                break
+            twice += 1
+            second += 13
+        first += 61
+    assert twice > 50
+    assert scene.beside <= _BESIDE_THE_TICK
+
+
+def test_a_tick_after_a_broken_one_that_is_broken_off_too_stands_still(scene_of: Any) -> None:
+    scene, number = scene_of(), 0
+    scene.serve()
+    while True:
+        number += 5
+        scene._clock.now += PERIOD_NS
+        assert Breaker([200]).run(lambda: scene.decoder.step(scene.chunks[1])) is not None
+        assert scene.see().is_held
+        if not scene.break_off(_broken_before, [number]).places:
+            break
+    assert scene.beside <= 1
