@@ -22,6 +22,7 @@ GOOD = SoakReport(
     step_us=(9.0, 12.0, 20.0, 900.0),
     bare_us=(3.0, 4.0, 8.0, 500.0),
     added_us=6.0,
+    plain_us=2.5,
     rss_growth=0,
     kept=0,
     transient=1500,
@@ -111,7 +112,9 @@ def test_what_a_tick_keeps_is_found(tokenizer: ActionTokenizer, monkeypatch: pyt
     ("change", "holds"),
     [
         ({}, True),
-        ({"added_us": 8.1}, False),
+        ({"added_us": 25.1}, False),
+        # A machine that is ten times as slow.
+        ({"added_us": 60.0, "plain_us": 25.0}, True),
         ({"added_us": 30.0, "has_worker": True}, True),
         ({"rss_growth": 2**20}, False),
         ({"kept": 1025}, False),
@@ -125,13 +128,13 @@ def test_each_limit_can_be_missed(change: dict[str, Any], holds: bool) -> None:
 
 
 def test_the_report_states_difference_and_ratio() -> None:
-    assert "add 6.00 us to the backend (median), 3.0 times" in str(GOOD)
+    assert "add 6.00 us to the backend (median), 3.0 times; 2.40 times what limits and slew" in str(GOOD)
     assert "p50 9.00  p99 12.00  p99.9 20.00  max 900 us" in str(GOOD)
 
 
 def test_the_command(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     # How fast this machine is decides nothing here.
-    monkeypatch.setattr(control_soak, "ADDED_LIMIT_US", math.inf)
+    monkeypatch.setattr(control_soak, "ADDED_LIMIT", math.inf)
     monkeypatch.setattr(control_soak, "soak", partial(soak, warm_ticks=500, traced_ticks=1000))
     options = [
         "--ticks",
