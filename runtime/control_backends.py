@@ -154,6 +154,9 @@ class BackendChain:
             and stats.shape == (1, self._length, tokens.shape[3], 2)
         ):
             raise InvalidInputError("stats have a wrong form; expected float32 [1, T, l, 2] as encoding gave them")
+        if left_s <= 0:
+            # Whether it answered at once was chance.
+            return False
         end = time.monotonic() + left_s
         if worker.is_pending:
             # One that was left behind may answer meanwhile, or has not been woken by a tick that was broken off.
