@@ -15,7 +15,7 @@ from runtime import ControlConfig, TokenizerError
 try:
     check_simulator()
 except SimulatorError as error:
-    raise ImportError(str(error)) from error
+    raise ImportError(str(error), name="robosuite") from error
 
 PERIOD_S = 0.05
 #: In a second, told to stand still: this controller aims from where the arm is, and so sinks under what it carries.

@@ -468,5 +468,9 @@ def test_it_runs_from_any_folder_and_imports_neither_torch_nor_onnx(bundle: Path
         result = subprocess.run(
             [sys.executable, "-W", "error", *arguments], cwd=folder, capture_output=True, text=True, check=False
         )
-        assert (result.returncode, result.stderr) == (0, "")
+        assert result.returncode == 0
+        # This bundle has no C engine, and that is all there is to say.
+        assert [line.partition(":")[0] for line in result.stderr.splitlines()] == [
+            "onnxruntime takes the place of the C engine, which is faster"
+        ] * 2
         assert "✓ interchangeable" in result.stdout
