@@ -135,7 +135,7 @@ class ControlDecoder:
                 "warmup() was called before; expected once per decoder: call reset() to go on, or make another one"
             )
         self._chain = chain = BackendChain(self._tokenizers, self.config, self._guard, self._clock)
-        start = self._guard.sent
+        start = self.result.shown.values
         for warm in chain.warm:
             # Ticks whose outcome is thrown away: every branch of a good one has run, every cache is filled.
             for _ in range(self._length + 2):
@@ -290,10 +290,7 @@ class ControlDecoder:
     def _make_up_for(self, broken: BrokenOff) -> Outcome:
         """The last tick was broken off, and what was shown of it is taken as sent; nothing half done is served."""
         self._drop(_BACKEND_FAULT)
-        sent = Outcome(broken.values)
-        sent.status, sent.is_latched, sent.detail = broken.status, broken.is_latched, broken.detail
-        sent.tick, sent.sequence, sent.backend = broken.tick, broken.sequence, broken.backend
-        sent.rows = broken.before.rows
+        sent = broken.settled()
         self._still = BrokenOff(self._guard.held_after, sent)
         self.result.shown = sent
         self._books.make_up_for(sent, self._state)

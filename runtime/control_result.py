@@ -7,6 +7,7 @@ that nobody sees; and one assignment shows it when it is whole.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -102,6 +103,14 @@ class BrokenOff:
     def backend(self) -> str:
         return self.before.backend
 
+    def settled(self) -> Outcome:
+        """The same as an outcome of its own, which needs no decoder any more."""
+        sent = Outcome(self.values)
+        sent.status, sent.is_latched, sent.detail = self.status, self.is_latched, self.detail
+        sent.tick, sent.sequence, sent.backend = self.tick, self.sequence, self.backend
+        sent.rows = self.before.rows
+        return sent
+
 
 class ControlResult:
     """One tick. There is one object for all of them, valid until the next `step`; `actions` are a new array."""
@@ -111,6 +120,12 @@ class ControlResult:
     def __init__(self, shown: Outcome) -> None:
         #: Everything below in one piece: to assign it is to publish.
         self.shown: Outcome | BrokenOff = shown
+
+    def __reduce__(self) -> tuple[type[ControlResult], tuple[Outcome]]:
+        """A copy keeps this tick, whatever the decoder does next."""
+        # An outcome that was shown is filled again on the tick after the next.
+        shown = self.shown
+        return type(self), (shown.settled() if isinstance(shown, BrokenOff) else copy.copy(shown),)
 
     @property
     def actions(self) -> Float32Array:

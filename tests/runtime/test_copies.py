@@ -39,6 +39,7 @@ from runtime import (
 from runtime import tokenizer as tokenizer_module
 from runtime.backends import FACTORIES
 from runtime.control_config import ActionKind
+from runtime.control_result import BrokenOff, Outcome
 from runtime.errors import SequenceTooShortError
 from tests.bundles import Recipe, random_actions, write_bundle
 from tests.runtime.control_loops import loop, scripted
@@ -76,20 +77,26 @@ CONFIG = ControlConfig(0.002, (-1.0,), (1.0,), (0.5,), (ActionKind.DELTA,))
 VOCABULARY = TokenVocabulary(3, 5, 4, 2, offset=100, special_ids=(("eos", 1),))
 
 
-def result() -> ControlResult:
-    made = ControlResult(3)
-    made.actions[:] = (1, 2, 3)
+def outcome(*values: float) -> Outcome:
+    made = Outcome([*values])
     made.status, made.detail, made.tick = Status.STALE, "too old", 7
     return made
+
+
+def result() -> ControlResult:
+    return ControlResult(outcome(1, 2, 3))
+
+
+def told(made: ControlResult) -> list[Any]:
+    """All that a result says."""
+    names = sorted(name for name, value in vars(ControlResult).items() if isinstance(value, property))
+    return [value.tolist() if name == "actions" else value for name in names for value in [getattr(made, name)]]
 
 
 #: What each public class says of itself, once for the original and once for the copy.
 SAMPLES: dict[type[Any], tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     ControlConfig: (lambda: CONFIG, lambda config: config),
-    ControlResult: (
-        result,
-        lambda made: [getattr(made, name) for name in ControlResult.__slots__ if name != "actions"],
-    ),
+    ControlResult: (result, told),
     PartialTokens: (
         lambda: VOCABULARY.to_tokens(VOCABULARY.to_ids(np.ones((2, 2, 4, 3), np.int32))[:, :16], partial="prefix"),
         lambda part: (part.tokens.tolist(), part.whole.tolist(), part.used),
@@ -120,10 +127,18 @@ def test_a_copy_says_the_same(kind: type[Any], copier: Copier) -> None:
     assert said(copied) == said(sample)
 
 
-@pytest.mark.parametrize("copier", [pickled, copy.deepcopy])
-def test_a_copied_result_outlives_the_next_tick(copier: Copier) -> None:
-    kept, live = copier(made := result()), made
-    live.actions[:] = 0
+@pytest.mark.parametrize("copier", [pickled, copy.deepcopy, copy.copy])
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_a_copied_result_outlives_the_next_tick(copier: Copier, is_broken: bool) -> None:
+    live = result()
+    if is_broken:
+        live.shown = BrokenOff(lambda values: [value / 2 for value in values], outcome(2, 4, 6))
+    said = told(live)
+    kept = copier(live)
+    if isinstance(live.shown, Outcome):
+        live.shown.values, live.shown.actions, live.shown.tick = [0, 0, 0], np.zeros(3, np.float32), 9
+    live.shown = outcome(0, 0, 0)
+    assert told(kept) == said
     assert kept.actions.tolist() == [1, 2, 3]
 
 
