@@ -282,11 +282,10 @@ def _check_statements(manifest: Manifest) -> None:
 def _check_parity(manifest: Manifest) -> None:
     """What the manifest calls proven has passed every gate, and none of them was wider than this project's."""
     model = manifest.model
-    tokens_per_step = model.latent_dim * model.num_layers
     problems = []
     gates: dict[tuple[str, str], list[str]] = {}
     for entry in manifest.parity:
-        highest = highest_limit(entry.gate, entry.steps, tokens_per_step)
+        highest = highest_limit(entry.gate, entry.steps, model.latent_dim, model.num_layers)
         if highest is None or entry.steps < 1:
             problems.append(f"{entry.gate!r} of {entry.backend}, over {entry.steps} steps, is no gate")
         elif not 0 <= entry.value <= entry.limit <= highest:

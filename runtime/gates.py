@@ -44,15 +44,16 @@ class Gates:
 GATES = Gates()
 
 
-def highest_limit(gate: str, num_steps: int, tokens_per_step: int) -> float | None:
+def highest_limit(gate: str, num_steps: int, latent_dim: int, num_layers: int) -> float | None:
     """The highest limit that a manifest may state for a gate that was run on so many control steps.
 
     gate: as the build and the replay of golden vectors name it. None for a name that is none of a gate.
     """
     limits = {
         "wrong tokens": GATES.wrong_tokens,
-        # Beside the share, one in each step: many are chosen because they lie on a border.
-        "near-tie flips": num_steps * (1 + GATES.near_tie_share * tokens_per_step),
+        # Beside the share, every layer of one latent in each step: many steps are chosen because they lie on a border,
+        # and layers that say the same flip together.
+        "near-tie flips": num_steps * num_layers * (GATES.near_tie_ratio + GATES.near_tie_share * latent_dim),
         "stats error": GATES.stats_error,
         "action error": GATES.action_error,
         "illegal values accepted": GATES.illegal_values,

@@ -172,6 +172,9 @@ def golden_vectors(deployed: Deployed) -> Golden:
     actions = random_actions(recipe, recipe.num_chunks * recipe.pool)
     if recipe.pool > 1:
         actions = closest_to_edges(model, actions, len(actions) // recipe.pool)
+    if len(actions) < 10:
+        # So few may all lie in the middle of the range, where no unit can be judged.
+        actions[0] = (model.offset + 1.4 * model.units).numpy()
     inputs = torch.from_numpy(actions).double()
     tokens, margins, bounds = token_error_bounds(model, inputs)
     stats = model.encode(inputs)[1] if recipe.mode.has_stats else None

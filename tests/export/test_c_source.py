@@ -449,6 +449,9 @@ def test_every_number_is_the_plans_own_to_the_last_bit(recipe: Recipe) -> None:
     if isinstance(encoder.quantizer, AffineQuantizer):
         assert is_padded(found.pop("BIN_RATIO"), encoder.quantizer.ratio)
         assert is_padded(found.pop("BIN_SHIFT"), encoder.quantizer.shift)
+    if encoder.offset.any():
+        # For every step of a block, so that one loop runs over all of them.
+        np.testing.assert_array_equal(found.pop("OFFSETS"), np.tile(encoder.offset, 8))
     assert found == {}
 
 

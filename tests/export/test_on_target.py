@@ -68,6 +68,7 @@ OTHERS = {
     "--calibration-data": ["x.npz"],
     "--key": ["x"],
     "--filter-key": ["x"],
+    "--readout": ["off"],
     "--output": ["elsewhere"],
     "--overwrite": [],
     "--conditioning": ["dynamic"],

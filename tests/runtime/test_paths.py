@@ -115,7 +115,7 @@ def stage_and_leave(home: Path) -> None:
 def test_a_missing_file_of_settings_is_said_to_be_missing(tmp_path: Path) -> None:
     with pytest.raises(ControlConfigError, match=r"loop\.toml does not exist; give a TOML file"):
         ControlConfig.from_toml(tmp_path / "loop.toml")
-    with pytest.raises(ControlConfigError, match="cannot be read: Is a directory; expected a TOML file"):
+    with pytest.raises(ControlConfigError, match="cannot be read: it is not a regular file; expected a TOML file"):
         ControlConfig.from_toml(tmp_path)
     (tmp_path / "bad.toml").write_text("period_s = ")
     with pytest.raises(ControlConfigError, match=r"bad\.toml is no TOML"):

@@ -303,8 +303,9 @@ def test_a_policy_whose_parameters_were_all_unfrozen_is_trained(policy: Policy, 
 
 
 def test_two_processes_train_it_together_by_ddp_and_fsdp(bundle: Path, other: Path, tmp_path: Path) -> None:
-    # Spawned ones would import torch first, which takes longer than all they do.
-    context = multiprocessing.get_context("fork")
+    # Spawned ones would import torch first, which takes longer than all they do; but with a GPU, autograd may have
+    # threads here that a child of fork would miss.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     shared = (tmp_path / "meeting", bundle, other, tmp_path / "report")
     processes = [context.Process(target=train_together, args=(rank, *shared), daemon=True) for rank in (0, 1)]
     for process in processes:

@@ -21,7 +21,7 @@ from runtime.dataset_errors import IllegalActionError, OutputError, SourceError,
 from runtime.dataset_format import INFO_NAME, SCHEMA_VERSION
 from runtime.dataset_progress import Progress, duration
 from runtime.dataset_reader import open_token_dataset
-from runtime.errors import FingerprintError, TokenizerError
+from runtime.errors import FingerprintError, InvalidInputError, TokenizerError
 from tests.bundles import Recipe
 from tests.runtime.dataset_command import LENGTHS, PART, ROOT, arguments, files, refusal, run
 from tests.runtime.dataset_samples import (
@@ -345,7 +345,7 @@ def test_tokens_of_another_tokenizer_are_refused(
         open_token_dataset(tokens, expect_fingerprint="0" * 64)
     fingerprint = open_token_dataset(tokens).info.fingerprint
     assert open_token_dataset(tokens, expect_fingerprint=fingerprint[:8]).num_steps == 20_001
-    with pytest.raises(FingerprintError):
+    with pytest.raises(InvalidInputError, match="of 7 characters"):
         open_token_dataset(tokens, expect_fingerprint=fingerprint[:7])
 
 
