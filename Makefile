@@ -11,6 +11,9 @@ else
 EXTRAS ?= export,evidence,dev
 endif
 
+# Modules and the assertions of tests are compiled once, not by every process that tests start.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: engine test quick mutants lint benchmark time-c clean
 
 engine: $(VENV)/installed

@@ -31,13 +31,13 @@ from runtime.control_config import ActionKind, OnFault, OutOfRange, Status, Stra
 from runtime.errors import TokenizerError
 from runtime.fault_injection import with_nan_weights
 from runtime.fault_kinds import Kind, is_in_time, kinds_with
-from runtime.fault_rig import Answer, Rig, Setup
+from runtime.fault_rig import PATIENCE_S, Answer, Rig, Setup
 from runtime.fault_system import SystemReport, run_system_faults
 from runtime.tokenizer import ActionTokenizer
 
 _SHOWN = 20
 #: A thread that is free to go on has gone on after so long.
-_THREAD_S, _RECOVERY_S = 0.02, 5.0
+_THREAD_S, _RECOVERY_S = 0.02, PATIENCE_S
 _DROPPED = (Status.BAD_TOKEN, Status.NONFINITE, Status.OUT_OF_RANGE, Status.BACKEND_FAULT)
 
 #: Every strategy with and without a worker and a fallback, for all action kinds and both ways to go on after a fault;

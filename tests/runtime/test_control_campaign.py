@@ -1,4 +1,4 @@
-"""The fault campaign: 10,000 faults are answered rightly, and a decoder that answers wrongly is found out."""
+"""The fault campaign: faults of every kind are answered rightly, and a decoder that answers wrongly is found out."""
 
 import mmap
 import subprocess
@@ -27,6 +27,8 @@ from runtime.fault_rig import Setup
 from runtime.fault_system import run_system_faults
 from tests.bundles import Recipe
 
+#: About forty in each setup, so that each of these sees most kinds.
+FAULTS = 3000
 Sabotage = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -48,21 +50,22 @@ def fallback(both: Path) -> Iterator[ActionTokenizer]:
         yield loaded
 
 
-def test_ten_thousand_faults_in_every_setup_are_answered_rightly(
+def test_faults_of_every_kind_in_every_setup_are_answered_rightly(
     both: Path, main_one: ActionTokenizer, fallback: ActionTokenizer
 ) -> None:
-    report = run_campaign(main_one, 10_000, fallback=fallback, nan_backends=nan_backends_of(both))
+    """Of each kind as many as tell; `runtime/fault_campaign.py BUNDLE` injects 10,000."""
+    report = run_campaign(main_one, FAULTS, fallback=fallback, nan_backends=nan_backends_of(both))
     print(report)
     assert report.holds, str(report)
-    assert report.faults == 10_000
+    assert report.faults == FAULTS
     assert report.answered.keys() == {
         *(kind.name for kind in KINDS),
         "NaN weights in c",
         "NaN weights in onnxruntime",
     }
     common = {kind.name for kind in KINDS if not kind.is_rare}
-    assert min(sum(report.answered[name].values()) for name in common) > 100
-    assert min(sum(answers.values()) for answers in report.answered.values()) >= 30
+    assert min(sum(report.answered[name].values()) for name in common) > 30
+    assert min(sum(answers.values()) for answers in report.answered.values()) >= 10
     # Each status was seen, but that of a decoder without a chunk.
     seen = {answer.split()[0] for answers in report.answered.values() for answer in answers}
     assert seen == {status.name for status in Status} - {"NOT_READY"}

@@ -4,13 +4,21 @@ import ctypes
 import gc
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from runtime import RealtimeConfig, RealtimeRefusedError, Watchdog, apply_realtime
 from runtime.control_realtime import undo_realtime
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_again() -> Iterator[None]:
+    """What `undo_realtime` unfreezes is more than this module's."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 def _in_thread(call: Callable[[], Any]) -> Any:
