@@ -29,7 +29,10 @@
 #define LAYERS RFSQ_NUM_LAYERS
 #endif
 
-enum { SINGLE_CALLS = 100000, WARM_UP_CALLS = 2000, PASSES = 5, MOST_STEPS = 1000000000 };
+#ifndef SINGLE_CALLS
+#define SINGLE_CALLS 100000
+#endif
+enum { WARM_UP_CALLS = 2000, PASSES = 5, MOST_STEPS = 1000000000 };
 
 /* Numbers in one chunk. */
 #define T ((size_t)RFSQ_CHUNK_LENGTH)

@@ -81,7 +81,7 @@ def latent_ratios(reference: ActionAutoencoder, model: ActionAutoencoder, action
     "actions",
     [
         pytest.param(DEMONSTRATED, id="demonstrated"),
-        pytest.param(random_actions(50_000), id="random"),
+        pytest.param(random_actions(10_000), id="random"),
         pytest.param(torch.zeros(1, 7), id="zeros"),
         pytest.param(CORNERS, id="corners"),
         pytest.param(random_actions(2000, size=20.0), id="large"),
@@ -317,7 +317,7 @@ def test_following_its_own_tokens_changes_nothing(conditioning: Conditioning) ->
 @pytest.mark.parametrize("conditioning", [Conditioning.DYNAMIC, Conditioning.CALIBRATED])
 def test_along_float32_tokens_every_difference_is_a_near_tie_of_its_own(conditioning: Conditioning) -> None:
     """Also in the layers behind a flip, which are other tokens altogether."""
-    reference, actions = embedded(conditioning), random_actions(60_000, seed=9)
+    reference, actions = embedded(conditioning), random_actions(20_000, seed=9)
     found = embedded(conditioning, torch.float32).encode(actions)[0]
     own, _, _ = token_error_bounds(reference, actions.double())
     decisions, margins, bounds = token_error_bounds(reference, actions.double(), found)
