@@ -145,6 +145,7 @@ def test_tokens_are_those_of_the_published_model(seed: int, kind: bool, sizes: d
     assert_same_tokens(model, load_saved(layout("trained", model), tmp_path), actions_of(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [ROBUST_CHECKPOINT, NAIVE_CHECKPOINT], ids=["robust", "naive"])
 def test_embedded_checkpoints_give_the_published_tokens(path: Path, tmp_path: Path) -> None:
     embedded = load_checkpoint(path)

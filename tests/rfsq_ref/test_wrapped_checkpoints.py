@@ -73,6 +73,7 @@ def lightning(state: Mapping[str, Any], **others: Any) -> dict[str, Any]:
 # Names ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_compiled_model(model: ActionRFSQAE, tmp_path: Path) -> None:
     checkpoint = load_saved({"model": torch.compile(model).state_dict(), "config": model.config}, tmp_path)
     assert_weights(checkpoint, model.state_dict())

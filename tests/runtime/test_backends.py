@@ -264,6 +264,7 @@ def test_weights_outside_the_hashed_bytes_are_refused(
 # --- threads, forks and signals ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 @pytest.mark.parametrize("batch", [2, 5000], ids=["bound buffers", "bound to the caller's arrays"])
 def test_a_child_forked_while_other_threads_encode_encodes_too(batch: int, tokenizer: ActionTokenizer) -> None:

@@ -416,6 +416,7 @@ def _growth(run: Callable[[int], None]) -> float:
     return float(np.median(np.diff(found)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["latest_only", "weighted_average", "temporal_ensemble"])
 def test_what_is_kept_does_not_grow_with_ticks(tokenizer: ActionTokenizer, strategy: str) -> None:
     chunks = chunks_of(tokenizer, 16)[0]
@@ -433,6 +434,7 @@ def test_what_is_kept_does_not_grow_with_ticks(tokenizer: ActionTokenizer, strat
     assert abs(growth) <= _KEPT
 
 
+@pytest.mark.slow
 def test_memory_that_grows_with_ticks_is_found(tokenizer: ActionTokenizer, tokens: Any) -> None:
     """The test above is able to fail: one number kept per tick is more than it allows."""
     kept: list[int] = []

@@ -328,6 +328,7 @@ def _drive(folder: Path, start: Any, found: Any) -> None:
             found.put((decoder.health.statuses[Status.OK], total))
 
 
+@pytest.mark.slow
 def test_two_processes_each_with_its_own_decoder_run_at_once(bundle: Path) -> None:
     context: Any = multiprocessing.get_context("spawn")
     start, found = context.Barrier(2), context.Queue()

@@ -302,6 +302,7 @@ def test_a_tokenizer_around_a_backend_is_refused(copier: Copier) -> None:
         copier(tokenizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_pool_of_processes_encodes_and_refuses_as_this_one_does(
     method: str, loaded: ActionTokenizer, chunks: Any
@@ -324,6 +325,7 @@ def test_forked_workers_of_a_dataloader_encode(loaded: ActionTokenizer, chunks: 
     np.testing.assert_array_equal(np.concatenate(list(loader)), tokens)
 
 
+@pytest.mark.slow
 def test_spawned_workers_of_a_dataloader_encode(c_bundle: Path, chunks: Any) -> None:
     with ActionTokenizer.load(c_bundle) as tokenizer:
         loader = DataLoader(
@@ -332,6 +334,7 @@ def test_spawned_workers_of_a_dataloader_encode(c_bundle: Path, chunks: Any) -> 
         np.testing.assert_array_equal(np.concatenate(list(loader)), tokenizer.encode(chunks))
 
 
+@pytest.mark.slow
 def test_tasks_and_actors_of_ray_encode_and_refuse(c_bundle: Path, chunks: Any) -> None:
     ray.init(
         num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
