@@ -16,7 +16,7 @@ from tests.runtime.dataset_samples import random_episodes, write_hdf5, write_ler
 
 ERRORS = [errno.ENOSPC, errno.EACCES, errno.ESTALE, errno.EIO, errno.EROFS, errno.ENOENT]
 #: Set to 1 to have every single call fail, which takes minutes.
-EVERY = int(os.environ.get("RFSQ_FAULTS_EVERY", "11"))
+EVERY = int(os.environ.get("RFSQ_FAULTS_EVERY", "23"))
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None, reason="needs Linux and a C compiler, to refuse system calls"
