@@ -350,7 +350,7 @@ class ControlDecoder:
     def _grow_old(self, now: int) -> Status:
         """What is in service is too old."""
         self._drop(_STALE)
-        return self._hold(_STALE, self._order.too_old(now - self._state.service.observed_ns))
+        return self._hold(_STALE, self._order.too_old(now - self._state.service[1]))
 
     def _fail(self, error: Exception) -> None:
         """A tick on which the decoder itself has failed, or the clock that it was given."""
@@ -397,9 +397,12 @@ class ControlDecoder:
     def _serve(self, now: int, tick: int, status: Status) -> Status:
         """The action of this tick from what is queued; `status` is of the chunk that came on it."""
         out, state = self._out, self._state
-        if state.is_queued and now - state.service.observed_ns > self._stale_ns:
-            return self._grow_old(now)
-        action = self._queue.take(tick, now - self._stale_ns)
+        oldest = now - self._stale_ns
+        if state.is_queued:
+            _, observed, _, _ = state.service
+            if observed < oldest:
+                return self._grow_old(now)
+        action = self._queue.take(tick, oldest)
         if action is None:
             if status is _OK:
                 return self._hold(_STALE if state.has_begun else _NOT_READY, self._why_empty)
@@ -414,8 +417,9 @@ class ControlDecoder:
         if layers is None or tokens.dtype not in TOKEN_TYPES or WRONG_NUMBER in stamps:
             # What is wrong with it, says who has the arguments as they were given.
             return _BAD_TOKEN
-        service = state.service
-        is_drained = not state.is_queued or tick - service.start >= self._length
+        service, is_queued = state.service, state.is_queued
+        last_number, last_observed, _, last_start = service
+        is_drained = not is_queued or tick - last_start >= self._length
         placed = order.place(begin, tick, layers, service, stamps, is_drained)
         if isinstance(placed, str):
             self._out.detail = placed
@@ -423,12 +427,13 @@ class ControlDecoder:
         status, chunk = self._decode(tokens, stats)
         if status is not _OK and not (status is _OUT_OF_RANGE and self._is_limiting):
             return status
-        is_swap = state.is_queued and placed.sequence == service.sequence and placed.observed_ns == service.observed_ns
-        self._queue.push(chunk, placed.start, placed.observed_ns, is_swap=is_swap)
+        number, observed, _, start = placed
+        is_swap = is_queued and number == last_number and observed == last_observed
+        self._queue.push(chunk, start, observed, is_swap=is_swap)
         state.service = placed
         self._is_accepted = state.has_begun = state.is_queued = True
         self._why_empty = _RUN_OUT
-        self._out.sequence = placed.sequence
+        self._out.sequence = number
         self.health.chunks += 1
         return status
 

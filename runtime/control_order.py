@@ -15,9 +15,6 @@ TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8))
 _Array = np.ndarray
 
 
-_new = tuple.__new__
-
-
 class ChunkOrder:
     """Times in nanoseconds of the loop's clock; ticks are counted by the loop."""
 
@@ -37,10 +34,14 @@ class ChunkOrder:
         have passed, whole ones are missed, and no action of the chunk in `service` is served a whole period late.
         """
         tick, last = line
-        tick += max(1, (begin - last + self._half_period_ns - 1) // self.period_ns)
+        period = self.period_ns
+        passed = (begin - last + self._half_period_ns - 1) // period
+        tick += passed if passed > 1 else 1
         if service is None:
             return tick
-        return max(tick, service.start + (begin - service.observed_ns) // self.period_ns)
+        _, observed, _, start = service
+        due = start + (begin - observed) // period
+        return due if due > tick else tick
 
     def place(
         self,
@@ -57,16 +58,13 @@ class ChunkOrder:
         its sequence and observed_ns, NO_NUMBER for none. is_drained: nothing is left of the one in service.
         """
         number, observed = stamps
+        last_number, last_observed, last_layers, last_start = service
         if number == NO_NUMBER:
-            number = service.sequence + 1
-        is_swap = (
-            number == service.sequence
-            and layers > service.layers > 0
-            and (observed == NO_NUMBER or observed == service.observed_ns)
-        )
+            number = last_number + 1
         is_dated = observed != NO_NUMBER
+        is_swap = number == last_number and layers > last_layers > 0 and (not is_dated or observed == last_observed)
         if is_swap:
-            observed = service.observed_ns
+            observed = last_observed
         elif not is_dated:
             observed = begin
         age = begin - observed
@@ -77,15 +75,15 @@ class ChunkOrder:
                 f"the chunk was observed {-age / 1e9:.3f} s from now; expected the past: use one clock in both "
                 "processes"
             )
-        if not is_swap and service.observed_ns != NO_NUMBER:
+        if not is_swap and last_observed != NO_NUMBER:
             # A policy that was started anew counts from its beginning; it has looked later than the one before.
-            is_restart = is_dated and observed > service.observed_ns and is_drained
-            if number <= service.sequence and not is_restart:
-                kind = "again" if number == service.sequence else "after a newer one"
-                return f"chunk {number} comes {kind}; expected above {service.sequence}: look at the policy's order"
-            if observed < service.observed_ns:
+            is_restart = is_dated and observed > last_observed and is_drained
+            if number <= last_number and not is_restart:
+                kind = "again" if number == last_number else "after a newer one"
+                return f"chunk {number} comes {kind}; expected above {last_number}: look at the policy's order"
+            if observed < last_observed:
                 return (
-                    f"chunk {number} was observed before chunk {service.sequence}, which came earlier; expected later: "
+                    f"chunk {number} was observed before chunk {last_number}, which came earlier; expected later: "
                     "look at the policy's order"
                 )
         delay = (age + self._half_period_ns) // self.period_ns
@@ -94,8 +92,8 @@ class ChunkOrder:
                 f"the chunk comes {delay} ticks after its observation and has {self._length} actions; expected one "
                 "whose time has not passed: look at the policy's latency"
             )
-        start = service.start if is_swap else tick - delay if delay > 0 else tick
-        return _new(InService, (start, number, observed, layers))
+        start = last_start if is_swap else tick - delay if delay > 0 else tick
+        return number, observed, layers, start
 
     def too_old(self, age_ns: int) -> str:
         return (

@@ -42,7 +42,7 @@ from runtime.control_recorder import (
     FlightRecord,
     read_record,
 )
-from runtime.control_result import InService, LoopState
+from runtime.control_result import LoopState
 from runtime.errors import TokenizerError
 from runtime.tokenizer import ActionTokenizer
 
@@ -139,7 +139,7 @@ class _Row:
         """What it left to the next tick."""
         return LoopState(
             line=(self["tick"], self["time_ns"]),
-            service=InService(self["start"], self["sequence"], self["observed_ns"], self["service_layers"]),
+            service=(self["sequence"], self["observed_ns"], self["service_layers"], self["start"]),
             faults=self["faults"],
             latched=self.status if self.has(LATCHED) else None,
             has_begun=self.has(BEGUN),

@@ -205,10 +205,13 @@ def test_a_stack_without_room_costs_ticks_and_nothing_else(tokenizer: ActionToke
 
 
 def test_a_caller_who_spoils_what_he_was_given_spoils_his_copy(tokenizer: ActionTokenizer, tokens: Any) -> None:
-    with loop(tokenizer) as decoder, loop(tokenizer) as other:
+    # Both see the same times, however long this machine takes.
+    clock = Clock()
+    with loop(tokenizer, clock=clock) as decoder, loop(tokenizer, clock=clock) as other:
         decoder.warmup()
         other.warmup()
         for given in (tokens, None, tokens - 100, None, tokens):
+            clock.now += PERIOD_NS
             result = decoder.step(given)
             np.testing.assert_array_equal(result.actions, other.step(given).actions)
             result.actions[:] = 1e9

@@ -14,7 +14,8 @@ from tests.runtime.test_control_guard import VALUES
 
 T, P, STALE = 4, 1000, 3400
 NOW = 10**6
-SERVED = InService(start=90, sequence=7, observed_ns=NOW - 3 * P, layers=2)
+OBSERVED = NOW - 3 * P
+SERVED: InService = 7, OBSERVED, 2, 90
 NONE = NO_NUMBER
 
 
@@ -34,7 +35,7 @@ def test_ticks_are_missed_from_one_and_a_half_periods_on(order: ChunkOrder, pass
 @pytest.mark.parametrize(("late", "expected"), [(-P, 101), (0, 101), (P - 1, 101), (P, 102), (3 * P - 1, 103)])
 def test_no_row_is_served_a_whole_period_late(order: ChunkOrder, late: int, expected: int) -> None:
     # Row 11 of the chunk is due on tick 101.
-    service = InService(90, 1, NOW - 11 * P - late, 1)
+    service = (1, NOW - 11 * P - late, 1, 90)
     assert order.next_tick(NOW, (100, NOW - P), service) == expected
 
 
@@ -50,8 +51,7 @@ def _place(order: ChunkOrder, number: int, observed: int, *, layers: int = 2, **
 def test_a_chunk_begins_where_its_observation_was(order: ChunkOrder, age: int, start: int) -> None:
     observed = NOW - age
     found = _place(order, 5, observed, service=NONE_IN_SERVICE)
-    assert found == (start, 5, observed, 2)
-    assert isinstance(found, InService)
+    assert found == (5, observed, 2, start)
 
 
 @pytest.mark.parametrize(("age", "reason"), [(-P - 1, "s from now"), (STALE + 1, "s ago; expected at most 3.4e-06")])
@@ -62,34 +62,34 @@ def test_one_from_another_time_is_not_used(order: ChunkOrder, age: int, reason: 
 def test_one_of_which_nothing_is_left_is_not_used() -> None:
     config = ControlConfig.from_values({**VALUES, "period_s": P / 1e9, "stale_after_s": 1.0})
     order = ChunkOrder(config, make_manifest(deploy(Recipe(chunk_length=T))).model)
-    assert _place(order, 5, NOW - 3499, service=NONE_IN_SERVICE).start == 97
+    assert _place(order, 5, NOW - 3499, service=NONE_IN_SERVICE) == (5, NOW - 3499, 2, 97)
     assert "comes 4 ticks after" in _place(order, 5, NOW - 3500, service=NONE_IN_SERVICE)
     # The full decode of a draft lies where that lies.
-    late = SERVED._replace(observed_ns=NOW - 3500)
+    late = (7, NOW - 3500, 2, 90)
     assert "comes 4 ticks after" in _place(order, 7, NONE, layers=3, service=late)
 
 
 @pytest.mark.parametrize(
     ("number", "observed", "changes", "expected"),
     [
-        (NONE, NONE, {}, (100, 8, NOW, 2)),
-        (8, NOW, {}, (100, 8, NOW, 2)),
-        (8, SERVED.observed_ns, {}, (97, 8, SERVED.observed_ns, 2)),
-        (8, SERVED.observed_ns - 1, {}, "was observed before chunk 7"),
+        (NONE, NONE, {}, (8, NOW, 2, 100)),
+        (8, NOW, {}, (8, NOW, 2, 100)),
+        (8, OBSERVED, {}, (8, OBSERVED, 2, 97)),
+        (8, OBSERVED - 1, {}, "was observed before chunk 7"),
         (7, NOW, {}, "chunk 7 comes again; expected above 7"),
         (6, NOW, {}, "chunk 6 comes after a newer one"),
         # A draft's full decode: dated alike, or not dated; not with as few layers, and not after something else.
-        (7, NONE, {"layers": 3}, (90, 7, SERVED.observed_ns, 3)),
-        (7, SERVED.observed_ns, {"layers": 3}, (90, 7, SERVED.observed_ns, 3)),
-        (7, SERVED.observed_ns + 1, {"layers": 3}, "comes again"),
+        (7, NONE, {"layers": 3}, (7, OBSERVED, 3, 90)),
+        (7, OBSERVED, {"layers": 3}, (7, OBSERVED, 3, 90)),
+        (7, OBSERVED + 1, {"layers": 3}, "comes again"),
         (7, NONE, {"layers": 2}, "comes again"),
-        (7, NONE, {"layers": 3, "service": SERVED._replace(layers=0)}, "comes again"),
+        (7, NONE, {"layers": 3, "service": (7, OBSERVED, 0, 90)}, "comes again"),
         # A policy that counts from its beginning: when nothing is left, dated, and later.
-        (0, NOW, {"is_drained": True}, (100, 0, NOW, 2)),
-        (7, NOW, {"is_drained": True, "layers": 3}, (100, 7, NOW, 3)),
-        (0, SERVED.observed_ns, {"is_drained": True}, "after a newer one"),
+        (0, NOW, {"is_drained": True}, (0, NOW, 2, 100)),
+        (7, NOW, {"is_drained": True, "layers": 3}, (7, NOW, 3, 100)),
+        (0, OBSERVED, {"is_drained": True}, "after a newer one"),
         (0, NONE, {"is_drained": True}, "after a newer one"),
-        (-3, NOW, {"service": NONE_IN_SERVICE}, (100, -3, NOW, 2)),
+        (-3, NOW, {"service": NONE_IN_SERVICE}, (-3, NOW, 2, 100)),
     ],
 )
 def test_chunks_come_in_order(
