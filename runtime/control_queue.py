@@ -53,6 +53,7 @@ class ActionQueue:
         return self._rows[tick - start]
 
 
+_LONG_AGO = -(2**62)
 #: A chunk that has something to say: its slot, the tick from which on it has no more, and when it was observed.
 _Part = tuple[int, int, int]
 
@@ -65,13 +66,19 @@ class EnsembleQueue(ActionQueue):
     def __init__(self, config: ControlConfig, chunk_length: int) -> None:
         super().__init__(config, chunk_length)
         self._grippers = config.gripper
-        count = self._count(config)
-        # By tick, modulo T, then by chunk: what all chunks say of a tick lies together.
-        ring = np.zeros((chunk_length, count, config.action_dim), np.float32)
-        self._says, self._by_slot = list(ring), [list(row) for row in ring]
-        #: Of slot and first row, where a chunk goes: to the end of the ring, and on from its beginning.
+        self._most = count = self._count(config)
+        # By tick, then by chunk: what all chunks say of a tick lies together. Room for four, so that what is left of
+        # them has to be moved to the beginning once in two chunks' time.
+        self._room = 4 * chunk_length
+        self._lines = np.zeros((self._room, count, config.action_dim), np.float32)
+        self._says = list(self._lines)
+        self._last_first = self._room - chunk_length
+        #: The tick of the first line.
+        self._base = _LONG_AGO
+        #: Of slot and first line, where a chunk goes.
         self._places = [
-            [(ring[first:, slot], ring[:first, slot]) for first in range(chunk_length)] for slot in range(count)
+            [self._lines[first : first + chunk_length, slot] for first in range(self._last_first + 1)]
+            for slot in range(count)
         ]
         #: The oldest first; the newest is the last.
         self._parts: list[_Part] = []
@@ -89,6 +96,8 @@ class EnsembleQueue(ActionQueue):
         self._share = np.zeros(count, np.float32)
         self._newest = 0
         self._out = np.zeros(config.action_dim, np.float32)
+        # A single number is taken from these in half the time.
+        self._out_numbers, self._numbers = self._out.data, self._lines.data
 
     def _count(self, config: ControlConfig) -> int:
         return config.ensemble_chunks
@@ -104,23 +113,36 @@ class EnsembleQueue(ActionQueue):
 
     def clear(self) -> None:
         self._start = None
-        self._parts, self._is_sorted = [], True
+        self._parts, self._is_sorted, self._base = [], True, _LONG_AGO
 
     def push(self, chunk: Float32Array, start: int, observed_ns: int, *, is_swap: bool = False) -> None:
         if not is_swap:
-            self._newest = slot = (self._newest + 1) % len(self._turned[0])
-            parts, end = self._parts, start + self._length
+            self._newest = slot = (self._newest + 1) % self._most
+            parts, before = self._parts, self._start
             if parts and parts[0][0] == slot:
                 del parts[0]
-            if parts and parts[-1][1] > end:
+            if before is not None and start < before:
                 self._is_sorted = False
-            parts.append((slot, end, observed_ns))
+            parts.append((slot, start + self._length, observed_ns))
             self._settle(parts)
-        first = start % self._length
-        rest, beginning = self._places[self._newest][first]
-        rest[...] = chunk[: self._length - first]
-        beginning[...] = chunk[self._length - first :]
+        first = start - self._base
+        if first > self._last_first:
+            first = self._move_up(start)
+        self._places[self._newest][first][...] = chunk
         self._start = start
+
+    def _move_up(self, start: int) -> int:
+        """Make room for a chunk that begins on this tick; its first line.
+
+        The tick to be served next lies less than T after it, and so does the beginning of whatever comes later, before
+        or after that tick: what is to be kept is 2 T long, and T before it are enough.
+        """
+        length, first = self._length, start - self._base
+        self._base = start - length
+        left = min(2 * length, self._room - first)
+        if left > 0:
+            self._lines[length : length + left] = self._lines[first : first + left]
+        return length
 
     def take(self, tick: int, oldest_ns: int) -> Float32Array | None:
         start = self._start
@@ -128,25 +150,23 @@ class EnsembleQueue(ActionQueue):
             return None
         if tick >= self._first_end or oldest_ns > self.first_observed_ns:
             self._settle(self._remaining(tick, oldest_ns))
-        place, out = tick % self._length, self._out
-        self._share.dot(self._says[place], out)
+        line, out = tick - self._base, self._out
+        self._share.dot(self._says[line], out)
         for index in self._grippers:
-            out[index] = self._by_slot[place][self._newest][index]
+            self._out_numbers[index] = self._numbers[line, self._newest, index]
         return out
 
     def _settle(self, parts: list[_Part]) -> None:
         """From now on these are averaged, the oldest first."""
         self._parts, number = parts, len(parts)
-        oldest, self._first_end, self.first_observed_ns = parts[0]
-        if not self._is_sorted:
-            self._first_end = min([end for _, end, _ in parts])
-        newest, count = self._newest, len(self._turned[0])
-        if (newest - oldest) % count == number - 1:
-            self._share = self._turned[number][newest]
-        else:
-            # One between them began so early that it has ended before an older one.
-            self._share = np.zeros(count, np.float32)
-            self._share[[slot for slot, _, _ in parts]] = self._shares[number]
+        _, self._first_end, self.first_observed_ns = parts[0]
+        if self._is_sorted:
+            # They have ended in the order in which they came: those that are left came one after another.
+            self._share = self._turned[number][self._newest]
+            return
+        self._first_end = min([end for _, end, _ in parts])
+        self._share = np.zeros(self._most, np.float32)
+        self._share[[slot for slot, _, _ in parts]] = self._shares[number]
 
 
 class WeightedQueue(EnsembleQueue):
