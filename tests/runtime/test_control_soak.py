@@ -22,7 +22,8 @@ GOOD = SoakReport(
     step_us=(9.0, 12.0, 20.0, 900.0),
     bare_us=(3.0, 4.0, 8.0, 500.0),
     added_us=6.0,
-    plain_us=2.5,
+    quick_added_us=5.5,
+    line_us=4.0,
     rss_growth=0,
     kept=0,
     transient=1500,
@@ -112,10 +113,12 @@ def test_what_a_tick_keeps_is_found(tokenizer: ActionTokenizer, monkeypatch: pyt
     ("change", "holds"),
     [
         ({}, True),
-        ({"added_us": 25.1}, False),
+        ({"quick_added_us": 8.3}, False),
         # A machine that is ten times as slow.
-        ({"added_us": 60.0, "plain_us": 25.0}, True),
-        ({"added_us": 30.0, "has_worker": True}, True),
+        ({"quick_added_us": 55.0, "line_us": 40.0}, True),
+        # What the quickest do not see is the machine's.
+        ({"added_us": 60.0}, True),
+        ({"quick_added_us": 30.0, "has_worker": True}, True),
         ({"rss_growth": 2**20}, False),
         ({"kept": 1025}, False),
         ({"others": {"STALE": 1}}, False),
@@ -128,7 +131,7 @@ def test_each_limit_can_be_missed(change: dict[str, Any], holds: bool) -> None:
 
 
 def test_the_report_states_difference_and_ratio() -> None:
-    assert "add 6.00 us to the backend (median), 3.0 times; 2.40 times what limits and slew" in str(GOOD)
+    assert "add 6.00 us to the backend (median), 3.0 times; the quickest 1.38 times what a line of" in str(GOOD)
     assert "p50 9.00  p99 12.00  p99.9 20.00  max 900 us" in str(GOOD)
 
 
