@@ -167,9 +167,9 @@ class ControlDecoder:
         Raises WrongThreadError from another thread, ControlFaultError where `on_fault` is `raise`, and what a signal's
         handler raises, as KeyboardInterrupt; nothing else, whatever a backend, the clock or the decoder itself raises.
         `result` is safe to be sent after each: from its first line on a tick that is not whole stands still. The six
-        instructions that look up what was shown last and begin to watch, and the return, are beside the tick: broken off there, and where
-        the call begins or has returned, it has not begun or is whole, as `result.tick` tells: where that was sent
-        already, call again; else send it.
+        instructions that look up what was shown last and begin to watch, and the return, are beside the tick: broken
+        off there, or where the call begins or has returned, it has not begun or is whole. `result.tick` tells: where
+        that was sent already, call again; else send it.
         """
         sent = self.result.shown
         try:

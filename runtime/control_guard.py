@@ -33,6 +33,9 @@ class ActionGuard:
     position: the command that the robot obeys before the first tick; needed where a dimension is absolute or a gripper.
     """
 
+    #: Of the chunk that was out of range last: which value, in words.
+    outside: str
+
     def __init__(self, config: ControlConfig, chunk_length: int, position: Sequence[float] | None = None) -> None:
         size = config.action_dim
         self._size = size
@@ -56,8 +59,6 @@ class ActionGuard:
         self._is_below = np.frombuffer(self._below, np.bool_).reshape(chunk_length, size)
         self._is_above = np.frombuffer(self._above, np.bool_).reshape(chunk_length, size)
         self._all_inside = b"\1" * (chunk_length * size)
-        #: Of the chunk that was out of range last: which value, in words.
-        self.outside = ""
         # Numbers of Python become float32 four times as fast packed as assigned.
         self._rounded, self._float32s = np.zeros(size, _FLOAT32), struct.Struct(f"={size}f")
         self._bytes, self._pack = self._rounded.data.cast("B"), self._float32s.pack_into

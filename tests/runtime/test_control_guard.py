@@ -212,3 +212,20 @@ def test_a_dimension_that_may_not_stand_still_is_refused_where_standing_still_is
     for low, high in ((0.01, 1.0), (-1.0, -0.01)):
         with pytest.raises(ControlConfigError, match="expected 0 among them"):
             ControlConfig.from_values({**VALUES, "action_low": [low, -2.0, 0.0], "action_high": [high, 2.0, 0.1]})
+
+
+def test_only_the_place_of_what_is_kept_must_be_known_and_inside() -> None:
+    with pytest.raises(ControlConfigError, match=r"dimensions \[1, 2\] are absolute"):
+        ActionGuard(ControlConfig.from_values(VALUES), T)
+    guard = ActionGuard(ControlConfig.from_values(VALUES), T, (50.0, 1.0, 0.0))
+    assert guard.sent == [0.0, 1.0, 0.0]
+
+
+def test_a_place_is_outside_from_one_rounding_on() -> None:
+    guard = ActionGuard(ControlConfig.from_values(VALUES), T, START)
+    rounding = float(np.spacing(np.float32(2.0)))
+    for limit, away in ((-2.0, -rounding), (2.0, rounding)):
+        assert guard.start((0.0, limit + away, 0.1))[1] == limit
+        assert guard.start((0.0, limit - away, 0.1))[1] == limit - away
+        with pytest.raises(ControlConfigError, match=r"position\[1\]"):
+            guard.start((0.0, limit + 1.5 * away, 0.1))
