@@ -101,7 +101,7 @@ def test_a_fit_that_does_not_surely_win_is_not_kept_but_said(
     assert fitted(tmp_path).readout is None
     printed = capsys.readouterr().out
     assert "stays as it was trained: refitting it does not surely win" in printed
-    assert run(tmp_path, "--calibration-data", data, "--readout", "on") == 0
+    assert run(tmp_path, "--calibration-data", data, "--readout", "on", "--overwrite") == 0
     assert fitted(tmp_path).readout is not None
 
 

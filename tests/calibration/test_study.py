@@ -114,13 +114,16 @@ def _of_task(episodes: ActionDataset, task: str) -> ActionDataset:
     return episodes.select(index for index, name in enumerate(episodes.tasks) if name == task)
 
 
+def _of_ridge(ridge: float | None) -> ReadoutConfig:
+    return READOUT_OFF if ridge is None else ReadoutConfig(ReadoutChoice.ON, ridge)
+
+
 def _mse(
-    checkpoint: Checkpoint, fitted: ActionDataset, tested: ActionDataset, prefix: int | None, ridge: float | None = 1e-4
+    checkpoint: Checkpoint, fitted: ActionDataset, tested: ActionDataset, prefix: int | None, config: ReadoutConfig
 ) -> float:
     """Action MSE of constants and readout fitted to these episodes, by the public functions alone; prefix None: without
     the quantiser."""
     calibrated = checkpoint.with_fit(constants=fit_constants(checkpoint, fitted))
-    config = ReadoutConfig(ReadoutChoice.ON, ridge) if ridge else READOUT_OFF
     calibrated = calibrated.with_fit(readout=fit_readout(calibrated, fitted, config).readout)
     model = calibrated.model(Conditioning.CALIBRATED, dtype=torch.float64)
     actions = reference_actions(checkpoint, tested)
@@ -155,7 +158,7 @@ def test_default_setting_has_the_numbers_of_the_calibration_report(
 def test_readout_off_is_the_decoder_as_it_was_trained(
     result: StudyResult, robust: Checkpoint, other: Checkpoint, dataset: ActionDataset
 ) -> None:
-    trained = _reports([robust, other], dataset, None)
+    trained = _reports([robust, other], dataset, READOUT_OFF)
     row = result.settings[-1]
     assert row.setting == "readout off"
     for layer in range(8):
@@ -224,16 +227,16 @@ def test_tasks_are_seen_or_left_out_or_alone(
     result: StudyResult, robust: Checkpoint, other: Checkpoint, dataset: ActionDataset
 ) -> None:
     """Of two tasks, all but one is the other, which is the only one besides."""
-    for row, ridge in ((result.tasks[0], DEFAULT_READOUT.ridge), (result.tasks[-1], None)):
+    for row, config in ((result.tasks[0], DEFAULT_READOUT), (result.tasks[-1], READOUT_OFF)):
         for prefix in (3, 8):
             seen, unseen = [], []
             for checkpoint in (robust, other):
                 calibration, test = calibration_episodes(checkpoint, dataset), judging_episodes(checkpoint, dataset)
                 for tested, fitted in (TASKS, TASKS[::-1]):
                     judged = _of_task(test, tested)
-                    floor = _mse(checkpoint, calibration, judged, None, ridge)
-                    seen.append(_mse(checkpoint, calibration, judged, prefix, ridge) / floor)
-                    unseen.append(_mse(checkpoint, _of_task(calibration, fitted), judged, prefix, ridge) / floor)
+                    floor = _mse(checkpoint, calibration, judged, None, config)
+                    seen.append(_mse(checkpoint, calibration, judged, prefix, config) / floor)
+                    unseen.append(_mse(checkpoint, _of_task(calibration, fitted), judged, prefix, config) / floor)
             assert row.seen[prefix - 1].mean == pytest.approx(np.mean(seen), rel=1e-5)
             assert row.unseen[prefix - 1].mean == pytest.approx(np.mean(unseen), rel=1e-5)
             assert row.other[prefix - 1] == row.unseen[prefix - 1]
@@ -257,17 +260,18 @@ def test_readouts_are_judged_on_episodes_that_they_were_not_fitted_to(
         errors, alone = [], []
         for checkpoint in (robust, other):
             calibration, test = calibration_episodes(checkpoint, dataset), judging_episodes(checkpoint, dataset)
-            errors.append(_mse(checkpoint, calibration, test, None, row.ridge))
+            errors.append(_mse(checkpoint, calibration, test, None, _of_ridge(row.ridge)))
             for tested, fitted in (TASKS, TASKS[::-1]):
                 parts = _of_task(calibration, fitted), _of_task(test, tested)
-                alone.append(_mse(checkpoint, *parts, None, row.ridge) / _mse(checkpoint, *parts, None, None))
+                refitted, trained = (_mse(checkpoint, *parts, None, _of_ridge(each)) for each in (row.ridge, None))
+                alone.append(refitted / trained)
         assert row.test.mean == pytest.approx(np.mean(errors), rel=1e-5)
         assert row.other is not None
         assert row.other.mean == pytest.approx(np.mean(alone), rel=1e-5)
         assert row.other == row.unseen
-    trained = result.readout[0]
-    assert trained.test == result.unquantised
-    assert (trained.random.mean, trained.unseen, trained.other) == (1, Spread(1, 0, 1, 1, 4), Spread(1, 0, 1, 1, 4))
+    first = result.readout[0]
+    assert first.test == result.unquantised
+    assert (first.random.mean, first.unseen, first.other) == (1, Spread(1, 0, 1, 1, 4), Spread(1, 0, 1, 1, 4))
 
 
 @torch.no_grad()
@@ -282,7 +286,7 @@ def test_cross_validation_leaves_out_every_episode_once(robust: Checkpoint, data
     assert row.cross_validated is not None
     # Of episodes of one length, the mean over folds weighted by their episodes.
     weights = [len(held_out.episodes) for _, held_out in folds]
-    errors = [_mse(robust, kept, held_out, None, 1e-6) for kept, held_out in folds]
+    errors = [_mse(robust, kept, held_out, None, _of_ridge(1e-6)) for kept, held_out in folds]
     assert row.cross_validated.mean == pytest.approx(np.average(errors, weights=weights), rel=1e-5)
 
 

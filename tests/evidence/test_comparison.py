@@ -95,8 +95,8 @@ def test_too_few_steps_for_a_recovered_decoder_leave_the_rest(small_config: Comp
     found = compare(robot_dataset(episodes=8), replace(small_config, seeds=(0,)))
 
     assert [report.scheme for report in found.schemes] == ["naive", "dynamic", "published", "calibrated"]
-    assert "no recovered decoder" in found.remarks[0]
-    assert "give more calibration data" in found.remarks[0]
+    (missing,) = (remark for remark in found.remarks if "no recovered decoder" in remark)
+    assert "give more calibration data" in missing
 
 
 def test_a_scheme_that_one_checkpoint_lacks_is_left_out_of_all(
