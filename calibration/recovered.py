@@ -194,6 +194,13 @@ def regress(
     span, too.
     """
     shares = torch.full((len(tokens),), 1 / len(tokens), dtype=torch.float64) if shares is None else shares
+    return _regress(tokens, latents, worth, num_levels, shares, (ridge,))[0]
+
+
+def _regress(
+    tokens: Tensor, latents: Tensor, worth: Tensor, num_levels: int, shares: Tensor, ridges: Sequence[float]
+) -> list[Regression]:
+    """As `regress`, one for each ridge."""
     features, scale, shift = _features(tokens, worth, num_levels, shares)
     mean = shares @ latents
     root = shares.sqrt().unsqueeze(-1)
@@ -201,11 +208,15 @@ def regress(
     # numpy's rule for the rank of a matrix.
     tolerance = float(singular.max()) * max(features.shape) * torch.finfo(torch.float64).eps
     kept = singular > max(tolerance, torch.finfo(torch.float64).tiny)
-    filtered = torch.where(kept, singular / (singular.square() + ridge).where(kept, torch.ones(())), 0.0)
-    coefficients = right.T @ (filtered.unsqueeze(-1) * (left.T @ (root * (latents - mean))))
     rank = int(kept.sum())
     condition = float(singular[0] / singular[rank - 1]) if rank else 1.0
-    return Regression(_decoder(coefficients, mean, scale, shift), rank, condition)
+    projected = left.T @ (root * (latents - mean))
+    found = []
+    for ridge in ridges:
+        filtered = torch.where(kept, singular / (singular.square() + ridge).where(kept, torch.ones(())), 0.0)
+        coefficients = right.T @ (filtered.unsqueeze(-1) * projected)
+        found.append(Regression(_decoder(coefficients, mean, scale, shift), rank, condition))
+    return found
 
 
 def _check_checkpoint(checkpoint: Checkpoint, prefixes: list[int]) -> None:
@@ -288,8 +299,10 @@ def _fit_prefix(model: ActionAutoencoder, data: _Data, prefix: int, config: Reco
     if ridge is None:
         ridge, refine_steps = _cross_validated(model, data, prefix, refine_steps)
     if ridge is None:
-        return RecoveredFit(_regression(model, data, prefix, 0.0), _rounded(_mean_map(model, data, prefix)), 0, None)
-    regression = _regression(model, data, prefix, ridge)
+        return RecoveredFit(
+            _regressions(model, data, prefix, [0.0])[0], _rounded(_mean_map(model, data, prefix)), 0, None
+        )
+    regression = _regressions(model, data, prefix, [ridge])[0]
     decoder, refinements = _refined(model, data, prefix, regression.decoder, ridge, refine_steps)
     return RecoveredFit(regression, _rounded(decoder), refinements, ridge)
 
@@ -299,31 +312,38 @@ def _cross_validated(model: ActionAutoencoder, data: _Data, prefix: int, refine_
     if len(data.lengths) < 2:
         return None, 0
 
-    def left_out(most: int, fit: Callable[[_Data], RecoveredDecoder]) -> Tensor:
-        """Squared errors [episodes], each by a map that was fitted without it."""
-        found = torch.empty(len(data.lengths), dtype=torch.float64)
+    def left_out(most: int, fit: Callable[[_Data], list[RecoveredDecoder]]) -> Tensor:
+        """Squared errors [maps, episodes], each by a map that was fitted without it."""
+        by_episode: dict[int, Tensor] = {}
         for kept, judged in episode_folds(len(data.lengths), most):
-            found[judged] = data.select(judged).squares(model, fit(data.select(kept).whole()), prefix)
-        return found
+            tested = data.select(judged)
+            errors = torch.stack([tested.squares(model, one, prefix) for one in fit(data.select(kept).whole())], dim=1)
+            by_episode.update(zip(judged, errors, strict=True))
+        return torch.stack([by_episode[index] for index in range(len(data.lengths))], dim=1)
 
-    def regressed(ridge: float) -> Callable[[_Data], RecoveredDecoder]:
-        return lambda kept: _regression(model, kept, prefix, ridge).decoder
+    def mean_and_regressed(kept: _Data) -> list[RecoveredDecoder]:
+        regressions = _regressions(model, kept, prefix, _RIDGES)
+        return [_mean_map(model, kept, prefix), *(found.decoder for found in regressions)]
 
-    by_ridge = {ridge: left_out(_FOLDS, regressed(ridge)) for ridge in _RIDGES}
-    ridge = min(by_ridge, key=lambda ridge: float(by_ridge[ridge].sum()))
-    if not is_certain_gain(left_out(_FOLDS, lambda kept: _mean_map(model, kept, prefix)), by_ridge[ridge]):
+    mean, *by_ridge = left_out(_FOLDS, mean_and_regressed)
+    place = min(range(len(_RIDGES)), key=lambda place: float(by_ridge[place].sum()))
+    ridge = _RIDGES[place]
+    if not is_certain_gain(mean, by_ridge[place]):
         return None, 0
     if not refine_steps:
         return ridge, 0
-
-    def refined(ridge: float) -> Callable[[_Data], RecoveredDecoder]:
-        return lambda kept: _refined(model, kept, prefix, regressed(ridge)(kept), ridge, refine_steps)[0]
-
-    before = left_out(_REFINED_FOLDS, regressed(ridge))
     # Aimed at actions, a map can do with less of a penalty than one that is aimed at latents.
-    after = {each: left_out(_REFINED_FOLDS, refined(each)) for each in (ridge, _REFINED_RIDGE)}
-    best = min(after, key=lambda each: float(after[each].sum()))
-    return (best, refine_steps) if is_certain_gain(before, after[best]) else (ridge, 0)
+    tried = sorted({ridge, _REFINED_RIDGE}, reverse=True)
+
+    def regressed_and_refined(kept: _Data) -> list[RecoveredDecoder]:
+        starts = [found.decoder for found in _regressions(model, kept, prefix, tried)]
+        pairs = zip(starts, tried, strict=True)
+        refined = [_refined(model, kept, prefix, start, each, refine_steps)[0] for start, each in pairs]
+        return [starts[tried.index(ridge)], *refined]
+
+    before, *after = left_out(_REFINED_FOLDS, regressed_and_refined)
+    best = min(range(len(tried)), key=lambda place: float(after[place].sum()))
+    return (tried[best], refine_steps) if is_certain_gain(before, after[best]) else (ridge, 0)
 
 
 def _mean_map(model: ActionAutoencoder, data: _Data, prefix: int) -> RecoveredDecoder:
@@ -336,14 +356,18 @@ def _mean_map(model: ActionAutoencoder, data: _Data, prefix: int) -> RecoveredDe
     return RecoveredDecoder(matrix.flatten(1), (mean - sigma).sum().expand(latent_dim).contiguous())
 
 
-def _regression(model: ActionAutoencoder, data: _Data, prefix: int, ridge: float) -> Regression:
-    """The mean map, and what it leaves regressed."""
+def _regressions(model: ActionAutoencoder, data: _Data, prefix: int, ridges: Sequence[float]) -> list[Regression]:
+    """The mean map, and what it leaves regressed, one for each ridge."""
     tokens = data.quantized.tokens[..., :prefix]
     mean_map = _mean_map(model, data, prefix)
     left = data.target - mean_map.latents(tokens)
-    found = regress(tokens, left, _worth(data, prefix), model.config.num_levels, shares=data.shares, ridge=ridge)
-    decoder = RecoveredDecoder(mean_map.matrix + found.decoder.matrix, mean_map.offset + found.decoder.offset)
-    return Regression(decoder, found.rank, found.condition)
+    return [
+        replace(
+            found,
+            decoder=RecoveredDecoder(mean_map.matrix + found.decoder.matrix, mean_map.offset + found.decoder.offset),
+        )
+        for found in _regress(tokens, left, _worth(data, prefix), model.config.num_levels, data.shares, ridges)
+    ]
 
 
 def _refined(

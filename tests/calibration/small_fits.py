@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +26,14 @@ class SmallFit:
     held_out: ActionDataset
     config: TrainConfig
 
+    @cached_property
     def checkpoint(self) -> Checkpoint:
         return train(self.training, self.config).checkpoint
 
 
-def small_fit(seed: int, *, most_epochs: int = 30) -> SmallFit:
-    """A to 26 dimensions, T 4 to 20, 2 to 20 calibration episodes; the kind of data takes turns with the seed."""
+@cache
+def small_fit(seed: int) -> SmallFit:
+    """4 to 26 dimensions, T 4 to 20, 2 to 20 calibration episodes; the kind of data takes turns with the seed."""
     generator = np.random.default_rng(seed)
     kind = list(_KINDS)[seed % len(_KINDS)]
     action_dim = int(generator.integers(4, 27))
@@ -45,7 +48,7 @@ def small_fit(seed: int, *, most_epochs: int = 30) -> SmallFit:
 
     training = episodes(_TRAINING_EPISODES + int(generator.integers(0, 40)))
     config = TrainConfig(
-        epochs=int(generator.integers(2, most_epochs + 1)),
+        epochs=int(generator.integers(2, 31)),
         seed=seed,
         latent_dim=int(generator.integers(4, 17)),
         hidden_width=int(generator.choice([16, 32, 64])),
