@@ -67,7 +67,7 @@ def test_only_regular_files_are_read(name: str, pipe: Path) -> None:
 
 def test_every_reader_of_single_files_refuses_pipes_and_what_is_too_large(pipe: Path, huge: Path) -> None:
     for path in (pipe, huge):
-        with pytest.raises(ControlConfigError, match="cannot be read: it .*; expected a TOML file"):
+        with pytest.raises(ControlConfigError, match=r"cannot be read: it .*; expected a TOML file"):
             ControlConfig.from_toml(path)
         with pytest.raises(FlightRecordError, match="is no flight record"):
             read_record(path)
