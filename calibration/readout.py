@@ -45,8 +45,8 @@ _SEED = 0
 #: unlike the training data gain on themselves and lose elsewhere, which leaving some of them out does not show; what
 #: random actions gain shows that the layer as it was trained was not yet the best for what it was trained on.
 _RANDOM_GAIN = 0.02
-#: Share by which the error of tokens may grow: that of a single layer is a thousand times what a refit is about, and goes
-#: up and down by a hundredth of it.
+#: Share by which the error of tokens may grow: that of a single layer is a thousand times what a refit is about, and
+#: moves by a hundredth whatever is fitted.
 _TOKEN_LOSS = 0.01
 #: As in calibration.recovered: far above what processors disagree on, far below what the fit leaves.
 _READOUT_BITS = 16
