@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -12,6 +14,20 @@ from typing import Any
 import runtime
 
 _RUNTIME = str(Path(runtime.__file__).parent)
+
+
+def in_a_thread(test: Callable[..., None]) -> Callable[..., None]:
+    """The test in a thread of its own, whose end takes along what Python keeps of exceptions at such odd places.
+
+    A thread remembers what it was handling: tests that came later would see it behind all their exceptions.
+    """
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(test, *args, **kwargs).result()
+
+    return run
 
 
 class Breaker:

@@ -12,7 +12,7 @@ import pytest
 from runtime import ActionTokenizer, ControlDecoder, ControlFaultError, Status
 from runtime.control_soak import chunks_of
 from tests.runtime.control_loops import PERIOD_NS, Clock, check_safe, loop, switched
-from tests.runtime.opcodes import Breaker
+from tests.runtime.opcodes import Breaker, in_a_thread
 
 #: In `step`, before which instructions a tick that is broken off is not held: those that look up what was shown last,
 #: with the beginnings of both `try`, when nothing has begun; and the last one, when all is done. None of them calls
@@ -135,6 +135,7 @@ SCENES: dict[str, tuple[Callable[[Scene], None], dict[str, Any]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SCENES))
+@in_a_thread
 def test_a_tick_that_is_broken_off_before_any_bytecode_stands_still(scene_of: Any, name: str) -> None:
     what, changes = SCENES[name]
     scene, number = scene_of(**changes), 0
@@ -149,6 +150,7 @@ def test_a_tick_that_is_broken_off_before_any_bytecode_stands_still(scene_of: An
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(SCENES))
+@in_a_thread
 def test_a_tick_that_is_broken_off_twice_stands_still(scene_of: Any, name: str) -> None:
     """The second exception comes before any bytecode of what is done about the first."""
     what, changes = SCENES[name]
@@ -169,6 +171,7 @@ def test_a_tick_that_is_broken_off_twice_stands_still(scene_of: Any, name: str) 
     _check_beside(scene)
 
 
+@in_a_thread
 def test_a_tick_after_a_broken_one_that_is_broken_off_too_stands_still(scene_of: Any) -> None:
     scene, number = scene_of(), 0
     scene.serve()
