@@ -10,7 +10,6 @@ import json
 import math
 import os
 import pickle
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
@@ -23,7 +22,8 @@ import numpy.typing as npt
 
 from rfsq_ref.errors import DataError
 from runtime.dataset_errors import SourceError
-from runtime.dataset_steps import is_hidden
+from runtime.dataset_hdf5 import HDF5_SUFFIXES, hdf5_files
+from runtime.dataset_steps import is_hidden, natural
 from runtime.hdf5_layouts import find_episodes
 from runtime.paths import as_path, shortlist
 
@@ -36,7 +36,6 @@ DEMONSTRATIONS = Path(__file__).resolve().parent / "assets" / "demonstrations.np
 # In order of preference; the names with a slash are those of diffusion-policy replay buffers.
 _ACTION_NAMES = ("actions", "action", "data/actions", "data/action", "data")
 _END_NAMES = ("episode_ends", "meta/episode_ends")
-_HDF5_SUFFIXES = (".hdf5", ".h5")
 # pandas writes an index that bears no name under the second one; LeRobot keeps its task texts in the index.
 _TASK_COLUMNS = ("task", "__index_level_0__")
 _NO_TASK = -1
@@ -170,7 +169,7 @@ def load_actions(
         raise DataError(f"{path} does not exist; give an action file ({', '.join(_READERS)}) or a folder of them")
     suffix = path.suffix.lower()
     reader = _read_folder if path.is_dir() else _READERS.get(suffix)
-    if filter_key and (path.is_dir() or suffix in _HDF5_SUFFIXES):
+    if filter_key and (path.is_dir() or suffix in HDF5_SUFFIXES):
         reader = partial(_read_folder if path.is_dir() else _read_hdf5, filter_key=filter_key)
     elif filter_key:
         raise DataError(f"{path.name} is no HDF5 file, and has no filter keys; leave --filter-key (filter_key=) out")
@@ -237,11 +236,6 @@ def _optional(module: str) -> Any:
         ) from error
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts demo_2 before demo_10."""
-    return [(int(number or 0), text) for text, number in re.findall(r"(\D*)(\d*)", name)]
-
-
 def _missing(source: str, key: str | None, found: Iterable[object]) -> DataError:
     wanted = repr(key) if key else "action array"
     listed = shortlist(found) or "nothing"
@@ -290,7 +284,7 @@ def _read_pt(path: Path, key: str | None) -> list[_Episode]:
 
 def _from_arrays(arrays: Mapping[str, _AnyArray], key: str | None, source: str) -> list[_Episode]:
     """Episodes from one action array, [N, A] or [episodes, steps, A], or from 2-D arrays numbered under one name."""
-    names = sorted((name for name in arrays if not is_hidden(name)), key=_natural)
+    names = sorted((name for name in arrays if not is_hidden(name)), key=natural)
     name = key or next((name for name in _ACTION_NAMES if name in names), names[0] if len(names) == 1 else None)
     if name is None and len({name.rstrip("0123456789") for name in names}) == 1:
         return [_Episode(name, "", arrays[name]) for name in names]
@@ -376,11 +370,7 @@ def _read_folder(path: Path, key: str | None, filter_key: str | None = None) -> 
     files = sorted(file for file in path.glob("data/*/*.parquet") if not is_hidden(file.relative_to(path).as_posix()))
     if files and not filter_key:
         return _from_parquet(files, path, key)
-    files = sorted(
-        (file for file in path.iterdir() if file.suffix.lower() in _HDF5_SUFFIXES and not is_hidden(file.name)),
-        key=lambda file: _natural(file.name),
-    )
-    if files:
+    if files := hdf5_files(path):
         return [
             episode._replace(name=f"{file.stem}/{episode.name}".rstrip("/"))
             for file in files
@@ -526,7 +516,7 @@ _READERS: Mapping[str, Callable[[Path, str | None], list[_Episode]]] = {
     ".npz": _read_npz,
     ".npy": _read_npy,
     ".pt": _read_pt,
-    **dict.fromkeys(_HDF5_SUFFIXES, _read_hdf5),
+    **dict.fromkeys(HDF5_SUFFIXES, _read_hdf5),
     ".parquet": _read_parquet,
 }
 
