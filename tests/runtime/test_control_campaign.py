@@ -28,7 +28,7 @@ from runtime.fault_system import run_system_faults
 from tests.bundles import Recipe
 
 #: About forty in each setup, so that each of these sees most kinds.
-FAULTS = 3000
+FAULTS = 3200
 Sabotage = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -64,7 +64,7 @@ def test_faults_of_every_kind_in_every_setup_are_answered_rightly(
         "NaN weights in onnxruntime",
     }
     common = {kind.name for kind in KINDS if not kind.is_rare}
-    assert min(sum(report.answered[name].values()) for name in common) >= 30
+    assert min(sum(report.answered[name].values()) for name in common) > 30
     assert min(sum(answers.values()) for answers in report.answered.values()) >= 10
     # Each status was seen, but that of a decoder without a chunk.
     seen = {answer.split()[0] for answers in report.answered.values() for answer in answers}
