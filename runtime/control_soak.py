@@ -36,8 +36,8 @@ from runtime.trial_inputs import chunks_of, config_for, motion_of
 RSS_LIMIT = 2**20
 #: Guard, queue and book-keeping may take so many times as long as Python's own logging takes for one line, made and
 #: written to nowhere: both run through much of Python, and suffer nearly alike where others fill the caches. The
-#: quickest line took 3.9 us, so this is 8 us where nothing else runs. With five busy processes per core it was 2.01
-#: to 2.07; a few calls of numpy suffer less, and a limit of 10 times theirs was 23 us on a quiet machine.
+#: quickest line that was seen took 3.9 us, of which this is 8 us. On a loaded machine, the only one measured, 2.01 to
+#: 2.07 was found; a few calls of numpy suffer less from load.
 ADDED_LIMIT = 2.05
 #: What is judged is of the quickest twentieth: of the ticks that nobody has interrupted.
 _QUICKEST = 5
