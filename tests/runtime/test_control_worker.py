@@ -16,7 +16,7 @@ from runtime.control_config import ControlConfig
 from runtime.control_health import Health
 from runtime.control_soak import chunks_of
 from runtime.control_worker import DecodeWorker, Reporter, WarmTokenizer
-from tests.runtime.control_loops import PERIOD_NS, Clock, check_safe, config_of, fails, loop, switched
+from tests.runtime.control_loops import PERIOD_NS, Clock, check_safe, config_of, fails, hurry, loop, switched
 
 #: No test waits so long, unless something is broken.
 _PATIENCE_S = 60.0
@@ -176,23 +176,28 @@ def test_wrong_tokens_are_no_fault_of_a_backend(tokenizer: ActionTokenizer) -> N
 
 
 @pytest.mark.parametrize("has_spare", [True, False])
-def test_a_backend_that_hangs_is_left_behind_until_it_answers(tokenizer: ActionTokenizer, has_spare: bool) -> None:
+def test_a_backend_that_hangs_is_left_behind_until_it_answers(
+    tokenizer: ActionTokenizer, has_spare: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     free = threading.Event()
     with Pair(tokenizer, use_worker=True, deadline_us=60e6, retry_after_s=0.002) as pair:
         if not has_spare:
             pair.spare.act = fails
+        given = hurry(monkeypatch, lambda warm: warm.name == "main" and not free.is_set())
         pair.main.act = lambda _: free.wait(_PATIENCE_S) and None
         try:
+            found = pair.step()
             # Half of the time is for the other one.
-            found = pair.step(pair.tokens, deadline_us=4e5)
+            assert 0 < given[0] <= 30
             if has_spare:
                 assert found == ("OK", "spare", True)
                 assert pair.step() == ("OK", "spare", False)
             else:
                 assert found == ("BACKEND_FAULT", "spare", False)
                 assert "main has not answered in time" in pair.decoder.result.detail
-                # Nor the next time.
-                assert pair.step(pair.tokens, deadline_us=2e5) == ("DEADLINE_MISS", "main", False)
+                # Nor the next time, for which it has all of it.
+                assert pair.step() == ("DEADLINE_MISS", "main", False)
+                assert 30 < given[1] <= 60
         finally:
             pair.main.act = None
             free.set()
@@ -202,14 +207,33 @@ def test_a_backend_that_hangs_is_left_behind_until_it_answers(tokenizer: ActionT
         assert pair.step() == ("OK", "main", False)
 
 
+def test_a_backend_that_hangs_is_waited_for_until_the_deadline(tokenizer: ActionTokenizer) -> None:
+    free = threading.Event()
+    with Pair(tokenizer, use_worker=True, deadline_us=60e6) as pair:
+        pair.spare.act = fails
+        assert pair.step()[1] == "main"
+        pair.main.act = lambda _: free.wait(_PATIENCE_S) and None
+        try:
+            for _ in range(2):
+                before = time.monotonic()
+                assert pair.step(pair.tokens, deadline_us=2e4)[0] in ("BACKEND_FAULT", "DEADLINE_MISS")
+                assert "main has not answered in time" in pair.decoder.result.detail
+                assert time.monotonic() - before >= 0.01
+        finally:
+            pair.main.act = None
+            free.set()
+
+
 def test_one_that_was_left_behind_and_answers_within_the_next_deadline_serves_the_next_chunk(
-    tokenizer: ActionTokenizer,
+    tokenizer: ActionTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = threading.Event()
     with Pair(tokenizer, use_worker=True, deadline_us=60e6) as pair:
         pair.spare.act = fails
         pair.main.act = lambda _: free.wait(_PATIENCE_S) and None
-        assert pair.step(pair.tokens, deadline_us=2e6) == ("BACKEND_FAULT", "spare", False)
+        with monkeypatch.context() as patch:
+            hurry(patch, lambda warm: warm.name == "main")
+            assert pair.step() == ("BACKEND_FAULT", "spare", False)
         pair.main.act = None
         release = threading.Timer(0.1, free.set)
         release.start()
