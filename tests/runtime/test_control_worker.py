@@ -16,7 +16,8 @@ from runtime.control_config import ControlConfig
 from runtime.control_health import Health
 from runtime.control_soak import chunks_of
 from runtime.control_worker import DecodeWorker, Reporter, WarmTokenizer
-from tests.runtime.control_loops import PERIOD_NS, Clock, check_safe, config_of, fails, hurry, loop, switched
+from tests.runtime.control_loops import Clock, check_safe, config_of, fails, hurry, loop, switched
+from tests.runtime.driven import drive
 
 #: No test waits so long, unless something is broken.
 _PATIENCE_S = 60.0
@@ -337,26 +338,11 @@ def test_a_reporter_that_fails_once_still_reports(
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def _drive(folder: Path, start: Any, found: Any) -> None:
-    """In a process of its own: 500 ticks beside the other process."""
-    with ActionTokenizer.load(folder) as tokenizer:
-        tokens = chunks_of(tokenizer, 16)[0]
-        clock = Clock()
-        with loop(tokenizer, clock=clock) as decoder:
-            decoder.warmup()
-            start.wait(_PATIENCE_S)
-            total = 0.0
-            for tick in range(500):
-                clock.now += PERIOD_NS
-                total += float(np.abs(decoder.step(tokens[tick % 16]).actions).sum())
-            found.put((decoder.health.statuses[Status.OK], total))
-
-
 @pytest.mark.slow
 def test_two_processes_each_with_its_own_decoder_run_at_once(bundle: Path) -> None:
     context: Any = multiprocessing.get_context("spawn")
     start, found = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=_drive, args=(bundle, start, found)) for _ in range(2)]
+    processes = [context.Process(target=drive, args=(bundle, start, found)) for _ in range(2)]
     for process in processes:
         process.start()
     results = [found.get(timeout=120) for _ in processes]
