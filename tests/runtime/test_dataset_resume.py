@@ -45,6 +45,9 @@ import h5py, numpy, pyarrow, pyarrow.parquet, pyarrow.types, pyarrow.compute
 from runtime.tokenize_dataset import main
 from runtime import c_backend
 
+# With its first array pyarrow imports pandas, where there is one.
+pyarrow.array(numpy.zeros(1))
+
 def child(arguments, prepare=lambda: None):
     sys.stdout.flush()
     pid = os.fork()
