@@ -156,7 +156,7 @@ def test_a_training_without_matplotlib_keeps_its_model(
 
 
 def test_a_module_of_ours_that_is_missing_is_a_bug(tmp_path: Path) -> None:
-    done = run_without(("calibration",), tmp_path, "calibration/fit.py")
+    done = run_without(("calibration",), tmp_path, "evidence/documents.py")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 
