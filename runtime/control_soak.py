@@ -264,7 +264,7 @@ def _traced(
     tracemalloc.start(_FRAMES)
     try:
         # What a tick leaves to the next is traced too before anything is counted.
-        for tick in range(_CHUNKS * 4):
+        for tick in range(_CHUNKS * 8):
             decoder.step(tokens[tick % _CHUNKS], stats=stats[tick % _CHUNKS])
         before = tracemalloc.take_snapshot()
         tracemalloc.reset_peak()
