@@ -22,6 +22,7 @@ import pyarrow.parquet
 import pyarrow.types
 
 from runtime.tokenize_dataset import main
+from tests.runtime.dataset_command import open_once
 
 SHIM = ctypes.CDLL(None)
 # With its first array pyarrow imports pandas, where there is one: three times as long as all else that a child does.
@@ -99,9 +100,10 @@ def run(
 
 
 if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    open_once(given["arguments"])
     # A child that collects would copy all that is here.
     gc.collect()
     gc.freeze()
-    given = json.loads(sys.argv[1])
     paths = [Path(given.pop(name)) for name in ("output", "faulty", "before")]
     print(run(given.pop("arguments"), *paths, **given))

@@ -598,6 +598,7 @@ def perturb_one(layer: str) -> Callable[[str, np.ndarray], np.ndarray]:
     return edit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(DeployMode))
 @pytest.mark.parametrize("file", ["encoder.onnx", "decoder.onnx", "decoder_l2.onnx"])
 @pytest.mark.parametrize(

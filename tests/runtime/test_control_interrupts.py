@@ -190,6 +190,7 @@ def test_a_tick_that_is_broken_off_twice_stands_still(scene_of: Any, name: str) 
     _check_beside(scene)
 
 
+@pytest.mark.slow
 @in_a_thread
 def test_a_tick_after_a_broken_one_that_is_broken_off_too_stands_still(scene_of: Any) -> None:
     scene, number = scene_of(), 0

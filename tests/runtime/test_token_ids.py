@@ -491,12 +491,14 @@ def check_round_trips(num_sequences: int, rows: int, seed: int) -> int:
     return done
 
 
+@pytest.mark.slow
 def test_random_sequences_come_back_as_they_went_in() -> None:
     """Of 250 vocabularies; a million take some seconds: `check_round_trips(1_000_000, 4_000, seed=0)`."""
     # That one of 16 levels does not come in one place of a sequence has a chance of (15 / 16) ** 400 < 1e-11.
     assert check_round_trips(100_000, 400, seed=0) >= 100_000
 
 
+@pytest.mark.slow
 def test_malformed_sequences_are_refused_or_decoded_exactly_as_the_oracle_says() -> None:
     """A million take some minutes: `check_against_the_oracle(1_000_000, seed=1)`."""
     counts = check_against_the_oracle(20_000, seed=0)
