@@ -197,7 +197,7 @@ def inject(rig: Rig, kind: Kind) -> tuple[Answer, list[str]]:
     if (before := rig.good()).status is not Status.OK:
         problems.append(f"before it: {before}: {before.detail}")
     rig.idle(rig.length)
-    recoveries = rig.decoder.snapshot().recoveries
+    recoveries = rig.decoder.health.recoveries
     answer = kind.inject(rig)
     status, is_held, fell_back = kind.expected(rig.setup)
     latches = is_held and (kind.latches or rig.setup.on_fault is OnFault.STOP)
@@ -252,7 +252,7 @@ def _return_to_service(rig: Rig, kind: Kind, problems: list[str]) -> None:
 def _comes_back(rig: Rig, recoveries: int) -> bool:
     """While service goes on: the loop itself sees which of its threads are free again."""
     for _ in range(round(_RECOVERY_S / _THREAD_S)):
-        if rig.wait_until(lambda: rig.decoder.snapshot().recoveries >= recoveries, _THREAD_S):
+        if rig.wait_until(lambda: rig.decoder.health.recoveries >= recoveries, _THREAD_S):
             return True
         rig.send(rig.pick())
     return False

@@ -387,12 +387,12 @@ def _damage_bundles(
 
 
 def _fail_over(trial: _Trial, rig: Rig) -> None:
-    recoveries = rig.decoder.snapshot().recoveries
+    recoveries = rig.decoder.health.recoveries
     rig.backend.fault = Fault.RAISES
     answer = rig.send(rig.pick())
     rig.clear()
     trial.expect("a fallback", (answer.status, answer.fell_back), (Status.OK, True), answer.detail)
-    is_back = rig.wait_until(lambda: rig.decoder.snapshot().recoveries > recoveries)
+    is_back = rig.wait_until(lambda: rig.decoder.health.recoveries > recoveries)
     trial.expect("that the first one comes back", is_back, True)
 
 

@@ -34,8 +34,8 @@ SLOW = frozenset(
         "rfsq_ref/test_train.py", "rfsq_ref/test_train_modal.py", "runtime/test_bench.py",
         "runtime/test_control_campaign.py", "runtime/test_control_replay.py", "runtime/test_control_soak.py",
         "runtime/test_control_state_machine.py", "runtime/test_dataset_faults.py", "runtime/test_dataset_ray.py",
-        "runtime/test_dataset_resume.py", "runtime/test_policy_libraries.py", "runtime/test_scripts.py",
-        "runtime/test_tokenize_dataset.py",
+        "runtime/test_dataset_resume.py", "runtime/test_policy_libraries.py", "runtime/test_refusal.py",
+        "runtime/test_scripts.py", "runtime/test_tokenize_dataset.py",
     }
 )  # fmt: skip
 

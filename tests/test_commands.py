@@ -104,6 +104,7 @@ def test_a_command_without_its_packages_says_what_to_install(script: str, argume
     assert {path.name for path in tmp_path.iterdir()} <= {"sitecustomize.py", "__pycache__"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "package"), [("calibration/fit.py", "matplotlib"), ("export/build_engine.py", "tqdm")]
 )
@@ -114,6 +115,7 @@ def test_one_missing_package_is_enough(script: str, package: str, tmp_path: Path
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "before", "status"),
     [
@@ -138,6 +140,7 @@ def test_data_whose_package_is_missing_are_no_verdict(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_an_engine_is_added_on_a_robot_that_has_numpy_alone(bundle: Path, tmp_path: Path) -> None:
     hidden = (*OPTIONAL, "rfsq_ref", "calibration", "evidence")
     done = run_without(hidden, tmp_path, "export/build_engine.py", "--from-bundle", bundle, "--backends", "c")
@@ -156,7 +159,7 @@ def test_a_training_without_matplotlib_keeps_its_model(
 
 
 def test_a_module_of_ours_that_is_missing_is_a_bug(tmp_path: Path) -> None:
-    done = run_without(("calibration",), tmp_path, "calibration/fit.py")
+    done = run_without(("calibration",), tmp_path, "evidence/documents.py")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 
@@ -274,6 +277,7 @@ def check_refusal(
     assert there.read_text() == "an hour of work"
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = ["--epochs", "1", "--num-episodes", "1", "--hidden-width", "8", "--output", "m.safetensors"]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 
 from runtime import ActionTokenizer, ControlDecoder
 from runtime.contract import Float32Array, Int32Array
 from runtime.control_config import ControlConfig
 from runtime.control_result import ControlResult
 from runtime.control_soak import chunks_of, config_for
+from runtime.control_worker import DecodeWorker, WarmTokenizer
 from runtime.errors import InferenceError
 from tests.bundles import Recipe, deploy, make_manifest
+from tests.processes import PATIENCE
 
 PERIOD_NS = 2_000_000
 
@@ -46,6 +50,23 @@ class SwitchedBackend:
             self._backend.decode_into(tokens, stats, actions)
         else:
             self.act(actions)
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch, hangs: Callable[[WarmTokenizer], bool]) -> list[float]:
+    """Who waits for a backend that hangs has waited long enough at once; for others there is no hurry on any machine.
+
+    How many seconds each of the former was given is appended to the list.
+    """
+    wait, given = DecodeWorker.wait_until, list[float]()
+
+    def wait_until(worker: DecodeWorker, end_s: float) -> bool:
+        if not hangs(worker.warm):
+            return wait(worker, time.monotonic() + PATIENCE)
+        given.append(end_s - time.monotonic())
+        return wait(worker, 0.0)
+
+    monkeypatch.setattr(DecodeWorker, "wait_until", wait_until)
+    return given
 
 
 class ScriptedBackend:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime import tokenize_dataset
+from runtime import ActionTokenizer, tokenize_dataset
 from runtime.errors import TokenizerError
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +33,16 @@ def interrupt_at_the_end(given: list[str], monkeypatch: pytest.MonkeyPatch) -> N
     with monkeypatch.context() as patch:
         patch.setattr(tokenize_dataset, "complete", interrupted)
         assert tokenize_dataset.main(given) == 130
+
+
+def open_once(given: list[str]) -> None:
+    """For a process whose forked children run the command again and again: none of them disturbs the bundle."""
+    tokenizer = ActionTokenizer.load(given[given.index("--bundle") + 1])
+
+    def load(*_: object, **__: object) -> ActionTokenizer:
+        return tokenizer
+
+    tokenize_dataset.ActionTokenizer.load = load  # type: ignore[method-assign, assignment]
 
 
 def refusal(*given: str, kind: type[TokenizerError]) -> str:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -94,6 +95,7 @@ def mutated(folder: Path, data: st.DataObject) -> Any:
     return content
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=150)
 def test_a_consistent_manifest_of_anything_opens_or_is_refused(altered_once: Path, data: st.DataObject) -> None:
@@ -131,6 +133,7 @@ def test_any_splice_of_the_text_is_refused(start: int, length: int, inserted: by
         assert manifest_text(parse_manifest(text)) == text == TEXT
 
 
+@pytest.mark.slow
 @given(
     st.sampled_from([field.name for field in dataclasses.fields(ModelEntry)]),
     values,

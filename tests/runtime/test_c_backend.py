@@ -50,6 +50,7 @@ def tokenizer(bundle_of: BundleOf) -> ActionTokenizer:
 # --- answers ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(DeployMode))
 def test_auto_takes_it_first_and_it_passes_the_golden_vectors(mode: DeployMode, bundle_of: BundleOf) -> None:
     with ActionTokenizer.load(bundle_of(replace(RECIPE, mode=mode))) as tokenizer:
@@ -79,6 +80,7 @@ def test_its_answers_are_onnx_runtimes(mode: DeployMode, bundle_of: BundleOf) ->
             np.testing.assert_allclose(own.decode(part, side), other.decode(part, side), rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BEST == LEAST, reason=f"only {LEAST} runs here")
 def test_a_lesser_target_can_be_asked_for_and_says_so(bundle_of: BundleOf) -> None:
     opened = open_bundle(bundle_of(replace(RECIPE, c_targets=(LEAST, BEST))))
@@ -276,6 +278,7 @@ def test_illegal_values_are_refused_the_third_time_too(backend: CBackend) -> Non
 # --- libraries --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bundles_in_one_process_keep_to_their_own_libraries(bundle_of: BundleOf) -> None:
     """The loader takes a library for the one that it has loaded under the same name, and descriptors come again."""
     recipes = [replace(RECIPE, seed=seed) for seed in range(3)]
@@ -290,6 +293,7 @@ def test_bundles_in_one_process_keep_to_their_own_libraries(bundle_of: BundleOf)
         assert (tokenizer.encode(actions) == tokens).mean() > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="the system does not list descriptors")
 def test_loading_leaves_no_descriptor_open_and_loads_each_library_once(bundle_of: BundleOf) -> None:
     opened = open_bundle(bundle_of(replace(RECIPE, seed=8)))
@@ -309,6 +313,7 @@ def test_loading_leaves_no_descriptor_open_and_loads_each_library_once(bundle_of
     assert mappings() == once > 0
 
 
+@pytest.mark.slow
 def test_the_bytes_that_were_hashed_are_what_runs(bundle_of: BundleOf, tmp_path: Path) -> None:
     """Whatever becomes of the file afterwards."""
     recipe = replace(RECIPE, seed=7)
@@ -394,6 +399,7 @@ def test_threads_share_it_and_do_not_wait_for_each_other(backend: CBackend) -> N
                 np.testing.assert_array_equal(found, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 def test_a_child_forked_while_other_threads_encode_encodes_too(tokenizer: ActionTokenizer) -> None:
     actions = random_actions(RECIPE, 20)

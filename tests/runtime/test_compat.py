@@ -421,6 +421,7 @@ def test_without_an_answer_the_status_is_3(
     assert caught.value.code == 3
 
 
+@pytest.mark.slow
 def test_an_unforeseen_failure_is_no_verdict(bundle: Path, data: Path) -> None:
     """Python ends with status 1 where nothing catches an error, and 1 is a verdict here."""
     script = ROOT / "runtime" / "compat.py"
@@ -457,6 +458,7 @@ def test_every_format_of_demonstrations_is_read(suffix: str, bundle: Path, data:
     assert found.measurement.decodings[0].mse == pytest.approx(expected.measurement.decodings[0].mse, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_it_runs_from_any_folder_and_imports_neither_torch_nor_onnx(bundle: Path, data: Path, tmp_path: Path) -> None:
     absent = ("torch", "onnx", "export", "rfsq_ref", "h5py", "pyarrow")
     blocked = f"import sys\nfor name in {absent}:\n    sys.modules[name] = None\n"

@@ -26,6 +26,7 @@ from runtime.fault_kinds import KINDS
 from runtime.fault_rig import Setup
 from runtime.fault_system import run_system_faults
 from tests.bundles import Recipe
+from tests.runtime.control_loops import hurry
 
 #: About forty in each setup, so that each of these sees most kinds.
 FAULTS = 3200
@@ -51,9 +52,10 @@ def fallback(both: Path) -> Iterator[ActionTokenizer]:
 
 
 def test_faults_of_every_kind_in_every_setup_are_answered_rightly(
-    both: Path, main_one: ActionTokenizer, fallback: ActionTokenizer
+    both: Path, main_one: ActionTokenizer, fallback: ActionTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of each kind as many as tell; `runtime/fault_campaign.py BUNDLE` injects 10,000."""
+    hurry(monkeypatch, lambda warm: warm.tokenizer.backend.fault == Fault.HANGS)
     report = run_campaign(main_one, FAULTS, fallback=fallback, nan_backends=nan_backends_of(both))
     print(report)
     assert report.holds, str(report)

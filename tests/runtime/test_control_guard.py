@@ -132,6 +132,7 @@ class GuardMachine(RuleBasedStateMachine):
 
 
 GuardMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+GuardMachine.TestCase.pytestmark = [pytest.mark.slow]
 TestGuard = GuardMachine.TestCase
 
 

@@ -97,6 +97,7 @@ class EnsembleMachine(QueueMachine):
 
 for machine in (QueueMachine, WeightedMachine, EnsembleMachine):
     machine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+    machine.TestCase.pytestmark = [pytest.mark.slow]
 TestLatestOnly, TestWeightedAverage, TestTemporalEnsemble = (
     machine.TestCase for machine in (QueueMachine, WeightedMachine, EnsembleMachine)
 )

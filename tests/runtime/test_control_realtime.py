@@ -102,6 +102,7 @@ def test_what_is_refused_is_reported_with_what_to_do(monkeypatch: pytest.MonkeyP
     assert "Operation not permitted; grant CAP_SYS_NICE" in settings[2].detail
 
 
+@pytest.mark.slow
 def test_a_refusal_of_what_is_required_is_an_error_that_leaves_nothing_behind() -> None:
     cpu = min(os.sched_getaffinity(0))
 

@@ -16,7 +16,8 @@ from runtime.control_config import ControlConfig
 from runtime.control_health import Health
 from runtime.control_soak import chunks_of
 from runtime.control_worker import DecodeWorker, Reporter, WarmTokenizer
-from tests.runtime.control_loops import PERIOD_NS, Clock, check_safe, config_of, fails, loop, switched
+from tests.runtime.control_loops import Clock, check_safe, config_of, fails, hurry, loop, switched
+from tests.runtime.driven import drive
 
 #: No test waits so long, unless something is broken.
 _PATIENCE_S = 60.0
@@ -176,23 +177,28 @@ def test_wrong_tokens_are_no_fault_of_a_backend(tokenizer: ActionTokenizer) -> N
 
 
 @pytest.mark.parametrize("has_spare", [True, False])
-def test_a_backend_that_hangs_is_left_behind_until_it_answers(tokenizer: ActionTokenizer, has_spare: bool) -> None:
+def test_a_backend_that_hangs_is_left_behind_until_it_answers(
+    tokenizer: ActionTokenizer, has_spare: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     free = threading.Event()
     with Pair(tokenizer, use_worker=True, deadline_us=60e6, retry_after_s=0.002) as pair:
         if not has_spare:
             pair.spare.act = fails
+        given = hurry(monkeypatch, lambda warm: warm.name == "main" and not free.is_set())
         pair.main.act = lambda _: free.wait(_PATIENCE_S) and None
         try:
+            found = pair.step()
             # Half of the time is for the other one.
-            found = pair.step(pair.tokens, deadline_us=4e5)
+            assert 0 < given[0] <= 30
             if has_spare:
                 assert found == ("OK", "spare", True)
                 assert pair.step() == ("OK", "spare", False)
             else:
                 assert found == ("BACKEND_FAULT", "spare", False)
                 assert "main has not answered in time" in pair.decoder.result.detail
-                # Nor the next time.
-                assert pair.step(pair.tokens, deadline_us=2e5) == ("DEADLINE_MISS", "main", False)
+                # Nor the next time, for which it has all of it.
+                assert pair.step() == ("DEADLINE_MISS", "main", False)
+                assert 30 < given[1] <= 60
         finally:
             pair.main.act = None
             free.set()
@@ -202,14 +208,34 @@ def test_a_backend_that_hangs_is_left_behind_until_it_answers(tokenizer: ActionT
         assert pair.step() == ("OK", "main", False)
 
 
+def test_a_backend_that_hangs_is_waited_for_until_the_deadline(tokenizer: ActionTokenizer) -> None:
+    free = threading.Event()
+    main, backend = switched(tokenizer, "main")
+    tokens = chunks_of(tokenizer, 1)[0][0]
+    with loop(main, use_worker=True, deadline_us=60e6, retry_after_s=60.0) as decoder:
+        decoder.warmup()
+        backend.act = lambda _: free.wait(_PATIENCE_S) and None
+        try:
+            for _ in range(2):
+                before = time.monotonic()
+                assert decoder.step(tokens, deadline_us=2e4).status is Status.DEADLINE_MISS
+                assert "main has not answered in time" in decoder.result.detail
+                assert time.monotonic() - before >= 0.01
+        finally:
+            backend.act = None
+            free.set()
+
+
 def test_one_that_was_left_behind_and_answers_within_the_next_deadline_serves_the_next_chunk(
-    tokenizer: ActionTokenizer,
+    tokenizer: ActionTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = threading.Event()
     with Pair(tokenizer, use_worker=True, deadline_us=60e6) as pair:
         pair.spare.act = fails
         pair.main.act = lambda _: free.wait(_PATIENCE_S) and None
-        assert pair.step(pair.tokens, deadline_us=2e6) == ("BACKEND_FAULT", "spare", False)
+        with monkeypatch.context() as patch:
+            hurry(patch, lambda warm: warm.name == "main")
+            assert pair.step() == ("BACKEND_FAULT", "spare", False)
         pair.main.act = None
         release = threading.Timer(0.1, free.set)
         release.start()
@@ -313,26 +339,11 @@ def test_a_reporter_that_fails_once_still_reports(
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-def _drive(folder: Path, start: Any, found: Any) -> None:
-    """In a process of its own: 500 ticks beside the other process."""
-    with ActionTokenizer.load(folder) as tokenizer:
-        tokens = chunks_of(tokenizer, 16)[0]
-        clock = Clock()
-        with loop(tokenizer, clock=clock) as decoder:
-            decoder.warmup()
-            start.wait(_PATIENCE_S)
-            total = 0.0
-            for tick in range(500):
-                clock.now += PERIOD_NS
-                total += float(np.abs(decoder.step(tokens[tick % 16]).actions).sum())
-            found.put((decoder.health.statuses[Status.OK], total))
-
-
 @pytest.mark.slow
 def test_two_processes_each_with_its_own_decoder_run_at_once(bundle: Path) -> None:
     context: Any = multiprocessing.get_context("spawn")
     start, found = context.Barrier(2), context.Queue()
-    processes = [context.Process(target=_drive, args=(bundle, start, found)) for _ in range(2)]
+    processes = [context.Process(target=drive, args=(bundle, start, found)) for _ in range(2)]
     for process in processes:
         process.start()
     results = [found.get(timeout=120) for _ in processes]

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 from torch.utils.data import DataLoader
 
 import runtime
@@ -332,30 +331,6 @@ def test_spawned_workers_of_a_dataloader_encode(c_bundle: Path, chunks: Any) -> 
             Tokens(tokenizer, chunks), batch_size=3, num_workers=1, multiprocessing_context="spawn", collate_fn=stacked
         )
         np.testing.assert_array_equal(np.concatenate(list(loader)), tokenizer.encode(chunks))
-
-
-@pytest.mark.slow
-def test_tasks_and_actors_of_ray_encode_and_refuse(c_bundle: Path, chunks: Any) -> None:
-    ray.init(
-        num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
-    )
-    try:
-        with ActionTokenizer.load(c_bundle) as tokenizer:
-            handle = ray.put(tokenizer)
-            encode = ray.remote(ActionTokenizer.encode)
-            np.testing.assert_array_equal(ray.get(encode.remote(handle, chunks)), tokenizer.encode(chunks))
-            with pytest.raises(TokenizerError, match=r"actions\[0, 0, 0\] is nan"):
-                ray.get(encode.remote(handle, chunks * np.nan))
-
-        @ray.remote
-        def refuse() -> None:
-            raise SequenceTooShortError("sequence 3 has 5 ids", 3, 5)
-
-        with pytest.raises(SequenceTooShortError, match="sequence 3 has 5 ids") as caught:
-            ray.get(refuse.remote())
-        assert (caught.value.row, caught.value.position) == (3, 5)
-    finally:
-        ray.shutdown()
 
 
 # --- control decoders -------------------------------------------------------------------------------------------------

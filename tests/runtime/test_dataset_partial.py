@@ -327,6 +327,7 @@ any_json = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=any_json | st.binary())
 def test_a_job_description_of_another_shape_is_refused(content: Any, begun: list[str], tmp_path: Path) -> None:

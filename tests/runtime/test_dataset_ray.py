@@ -4,9 +4,10 @@ import dataclasses
 import os
 import pickle
 import signal
-import time
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +18,10 @@ from runtime.dataset_job import plan
 from runtime.dataset_partial import begin, locked
 from runtime.dataset_ray import RayWorker, raise_refusal
 from runtime.dataset_sources import open_source
-from runtime.errors import BackendUnavailableError, TokenizerError
-from tests.runtime.dataset_command import LENGTHS, PART, arguments, files, run, start
-from tests.runtime.dataset_samples import (
-    random_episodes,
-    write_npz,
-)
+from runtime.errors import BackendUnavailableError, SequenceTooShortError, TokenizerError
+from tests.bundles import Recipe, random_actions
+from tests.runtime.dataset_command import LENGTHS, PART, ROOT, files, run
+from tests.runtime.dataset_samples import random_episodes, write_npz
 
 
 def workers_at(partial: Path, driver: int) -> Iterator[int]:
@@ -33,23 +32,55 @@ def workers_at(partial: Path, driver: int) -> Iterator[int]:
             yield number
 
 
-def test_ray_gives_the_same_bytes_with_workers_killed(c_bundle: Path, tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
-    source = write_npz(tmp_path / "x.npz", [np.resize(random_episodes([10_000])[0], (800_000, 3))])
-    run(source, tmp_path / "local.parquet", c_bundle)
-    output = tmp_path / "ray.parquet"
-    process = start(*arguments(source, output, c_bundle, "--engine", "ray", "--workers", "2"))
-    killed: set[int] = set()
-    while process.poll() is None and len(killed) < 2:
-        for worker in set(workers_at(tmp_path / "ray.parquet.partial", process.pid)) - killed:
+def kill_two(partial: Path, killed: set[int], is_over: threading.Event) -> None:
+    while len(killed) < 2 and not is_over.wait(0.002):
+        for worker in set(workers_at(partial, os.getpid())) - killed:
             os.kill(worker, signal.SIGKILL)
             killed.add(worker)
             break
-        time.sleep(0.002)
-    printed, _ = process.communicate()
-    assert process.returncode == 0, printed
-    assert len(killed) == 2
-    assert files(output) == files(tmp_path / "local.parquet")
+
+
+def check_tasks(ray: Any, tokenizer: ActionTokenizer) -> None:
+    """Tokenizers and errors go to other processes and come back as they were."""
+    chunks = random_actions(Recipe(), 6)
+    handle = ray.put(tokenizer)
+    encode = ray.remote(ActionTokenizer.encode)
+    np.testing.assert_array_equal(ray.get(encode.remote(handle, chunks)), tokenizer.encode(chunks))
+    with pytest.raises(TokenizerError, match=r"actions\[0, 0, 0\] is nan"):
+        ray.get(encode.remote(handle, chunks * np.nan))
+
+    @ray.remote
+    def refuse() -> None:
+        raise SequenceTooShortError("sequence 3 has 5 ids", 3, 5)
+
+    with pytest.raises(SequenceTooShortError, match="sequence 3 has 5 ids") as caught:
+        ray.get(refuse.remote())
+    assert (caught.value.row, caught.value.position) == (3, 5)
+
+
+def test_ray_gives_the_same_bytes_with_workers_killed_and_its_tasks_encode_and_refuse(
+    c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one test, for Ray takes seconds to start and to end; the command starts it, and would end it."""
+    ray: Any = pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
+    source = write_npz(tmp_path / "x.npz", [np.resize(random_episodes([10_000])[0], (400_000, 3))])
+    run(source, tmp_path / "local.parquet", c_bundle)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    end, ends, killed, is_over = ray.shutdown, list[int](), set[int](), threading.Event()
+    monkeypatch.setattr(ray, "shutdown", lambda: ends.append(1))
+    killer = threading.Thread(target=kill_two, args=(tmp_path / "ray.parquet.partial", killed, is_over))
+    killer.start()
+    try:
+        run(source, tmp_path / "ray.parquet", c_bundle, "--engine", "ray", "--workers", "2")
+        assert len(killed) == 2
+        assert sum(ends) == 1
+        assert files(tmp_path / "ray.parquet") == files(tmp_path / "local.parquet")
+        with ActionTokenizer.load(c_bundle) as tokenizer:
+            check_tasks(ray, tokenizer)
+    finally:
+        is_over.set()
+        killer.join()
+        end()
 
 
 def test_a_worker_of_ray_hands_its_refusal_on_to_the_command(c_bundle: Path, bundle: Path, tmp_path: Path) -> None:

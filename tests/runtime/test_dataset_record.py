@@ -53,6 +53,7 @@ def test_a_record_of_another_job_is_refused() -> None:
         PartRecord.parse(RECORD.text("another"), WORK)
 
 
+@pytest.mark.slow
 @given(st.sampled_from(places(CONTENT)), any_json)
 def test_json_of_another_shape_is_refused(path: tuple[Any, ...], new: Any) -> None:
     content = changed(path, new)
@@ -62,6 +63,7 @@ def test_json_of_another_shape_is_refused(path: tuple[Any, ...], new: Any) -> No
         PartRecord.parse(json.dumps(content).encode(), WORK)
 
 
+@pytest.mark.slow
 @given(st.sampled_from([path for path in places(CONTENT) if path and path[0] != "sha256"]), any_json)
 def test_of_another_shape_it_is_refused_though_the_hash_was_made_anew(path: tuple[Any, ...], new: Any) -> None:
     """What passes is a record of the right types, which `check` judges."""

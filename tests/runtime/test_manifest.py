@@ -34,6 +34,7 @@ def test_no_character_can_change_unnoticed(position: int, character: str) -> Non
             parse_manifest(changed)
 
 
+@pytest.mark.slow
 def test_no_digit_can_change_unnoticed() -> None:
     for match in re.finditer(r"\d", TEXT):
         digit = str((int(match[0]) + 1) % 10)

@@ -271,6 +271,7 @@ def test_a_policy_made_in_inference_mode_can_be_loaded_outside_of_it(bundle: Pat
     assert torch.equal(adapter.encode(x), codes)
 
 
+@pytest.mark.slow
 def test_compiled_code_gets_the_same_answers_and_refusals(
     policy: Policy, x: Tensor, foreign: dict[str, Tensor]
 ) -> None:
@@ -302,6 +303,7 @@ def test_a_policy_whose_parameters_were_all_unfrozen_is_trained(policy: Policy, 
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_two_processes_train_it_together_by_ddp_and_fsdp(bundle: Path, other: Path, tmp_path: Path) -> None:
     # Spawned ones would import torch first, which takes longer than all they do; but with a GPU, autograd may have
     # threads here that a child of fork would miss.

@@ -470,14 +470,13 @@ def check_against_the_oracle(num_sequences: int, seed: int) -> dict[str, int]:
     return counts
 
 
-def check_round_trips(num_sequences: int, seed: int) -> int:
-    """Ids to tokens to ids, over vocabularies of all sizes; the number of sequences, at least `num_sequences`."""
+def check_round_trips(num_sequences: int, rows: int, seed: int) -> int:
+    """Ids to tokens to ids, `rows` for each vocabulary, of all sizes; how many there were, at least `num_sequences`."""
     rng, done = np.random.default_rng(seed), 0
     while done < num_sequences:
         layers, levels, latents, steps = (int(rng.integers(*ends)) for ends in ((1, 9), (2, 17), (1, 17), (1, 9)))
         order = ORDERS[int(rng.integers(2))]
         vocabulary = TokenVocabulary(layers, levels, latents, steps, int(rng.integers(2**40)), order)
-        rows = min(4000, num_sequences)
         # Ids first, made without the vocabulary's help: any level in the layer that its position asks for.
         at = np.arange(vocabulary.sequence_length) // latents
         layer = at // steps if order == "layer-major" else at % layers
@@ -492,10 +491,14 @@ def check_round_trips(num_sequences: int, seed: int) -> int:
     return done
 
 
-def test_a_million_random_sequences_come_back_as_they_went_in() -> None:
-    assert check_round_trips(1_000_000, seed=0) >= 1_000_000
+@pytest.mark.slow
+def test_random_sequences_come_back_as_they_went_in() -> None:
+    """Of 250 vocabularies; a million take some seconds: `check_round_trips(1_000_000, 4_000, seed=0)`."""
+    # That one of 16 levels does not come in one place of a sequence has a chance of (15 / 16) ** 400 < 1e-11.
+    assert check_round_trips(100_000, 400, seed=0) >= 100_000
 
 
+@pytest.mark.slow
 def test_malformed_sequences_are_refused_or_decoded_exactly_as_the_oracle_says() -> None:
     """A million take some minutes: `check_against_the_oracle(1_000_000, seed=1)`."""
     counts = check_against_the_oracle(20_000, seed=0)

@@ -22,6 +22,7 @@ from tests.bundles import Recipe, deploy, random_actions, reference_decode, writ
 from tests.strategies import recipes
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(recipe=recipes())
 def test_any_model_is_loaded_and_agrees_with_the_reference(

@@ -190,6 +190,7 @@ def test_where_the_published_decoding_is_right_ours_is_the_same(pair_of: Callabl
 # --- forward, encode and decode equal the reference -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(recipe=recipes(), batch=st.integers(0, 4), steps=st.integers(0, 20), integer=st.sampled_from(INTEGERS))
 def test_any_model_at_any_length_gives_the_references_answers(
@@ -605,6 +606,7 @@ def test_latents_of_codes_are_for_the_decoder_and_no_numbers(calibrated: Pair) -
         calibrated.adapter.decoder(torch.zeros(6, 2, 4))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_it_may_be_called_from_compiled_code(calibrated: Pair) -> None:
     x = chunks_of(PUBLISHED)
     compiled = torch.compile(lambda actions: calibrated.adapter(actions)[0] * 2, backend="eager")
@@ -872,6 +874,7 @@ def test_what_is_no_bundle_and_no_backend_is_refused(calibrated: Pair, tmp_path:
         ActionRFSQAE.from_bundle(calibrated.path, backend="abacus")
 
 
+@pytest.mark.slow
 def test_the_c_engine_gives_the_same_answers(bundle_of: Callable[[Recipe], Path], calibrated: Pair) -> None:
     adapter = ActionRFSQAE.from_bundle(bundle_of(replace(PUBLISHED, c_targets=host_targets()[:1])), backend="c")
     for steps in (2, 1, 9):
