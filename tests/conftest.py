@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,23 @@ SLOW = frozenset(
         "runtime/test_tokenize_dataset.py",
     }
 )  # fmt: skip
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make quick` does not even import them: what they test is slow to import, too."""
+    if config.option.markexpr != "not slow" or not collection_path.is_relative_to(HERE):
+        return None
+    return True if collection_path.relative_to(HERE).as_posix() in SLOW else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Imports make hundreds of thousands of objects that stay: to look for garbage among them is in vain."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 from torch.utils.data import DataLoader
 
 import runtime
@@ -336,6 +335,8 @@ def test_spawned_workers_of_a_dataloader_encode(c_bundle: Path, chunks: Any) -> 
 
 @pytest.mark.slow
 def test_tasks_and_actors_of_ray_encode_and_refuse(c_bundle: Path, chunks: Any) -> None:
+    import ray
+
     ray.init(
         num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
     )
