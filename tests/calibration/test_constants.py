@@ -87,6 +87,7 @@ def test_coarse_tokens_are_far_better_than_the_trained_ones_with_their_side_info
     assert mean_square(model.decode(tokens[..., :3]) - test_actions) < with_side_information / 40
 
 
+@pytest.mark.slow
 def test_no_latent_in_the_tanh_range_is_off_by_more_than_the_bound(calibrated: Checkpoint, bound: Tensor) -> None:
     assert calibrated.constants is not None
     sizes = calibrated.config
@@ -98,6 +99,7 @@ def test_no_latent_in_the_tanh_range_is_off_by_more_than_the_bound(calibrated: C
     assert error > 0.99 * bound[-1]
 
 
+@pytest.mark.slow
 def test_actions_unlike_any_demonstration_keep_their_latents(model: ActionAutoencoder, bound: Tensor) -> None:
     actions = torch.rand(20_000, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
     latents = model.encode_latents(actions)
@@ -132,6 +134,7 @@ def test_fit_is_deterministic(calibrated: Checkpoint, robust: Checkpoint, split:
     assert torch.equal(again.scale, calibrated.constants.scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", Objective)
 @pytest.mark.parametrize("name", ["robust", "naive"])
 def test_last_bits_of_the_latents_leave_the_constants_as_they_are(
@@ -200,7 +203,7 @@ def some_config(seed: int, **changes: object) -> CalibrationConfig:
 
 
 @given(sizes, seeds)
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 def test_constants_are_usable_for_any_size_and_any_latents(size: tuple[int, int, int], seed: int) -> None:
     num_layers, latent_dim, num_levels = size
     noise = 1e-6
@@ -215,7 +218,7 @@ def test_constants_are_usable_for_any_size_and_any_latents(size: tuple[int, int,
 
 
 @given(sizes, seeds)
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 def test_worst_case_bounds_every_latent_after_every_layer(size: tuple[int, int, int], seed: int) -> None:
     num_layers, latent_dim, num_levels = size
     generator = np.random.default_rng(seed)
@@ -265,7 +268,7 @@ def test_no_layer_spoils_what_the_layers_before_it_reached(num_levels: int) -> N
 
 
 @given(sizes, seeds)
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 def test_worst_case_aim_is_reached_where_there_are_enough_levels(size: tuple[int, int, int], seed: int) -> None:
     num_layers, latent_dim, num_levels = size
     config = some_config(seed, worst_case=1e-2)
@@ -277,7 +280,7 @@ def test_worst_case_aim_is_reached_where_there_are_enough_levels(size: tuple[int
 
 
 @given(sizes, seeds)
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 def test_range_clips_no_more_of_the_data_than_coverage_allows(size: tuple[int, int, int], seed: int) -> None:
     num_layers, latent_dim, num_levels = size
     latents = some_latents(seed, latent_dim)
