@@ -203,7 +203,7 @@ def some_config(seed: int, **changes: object) -> CalibrationConfig:
 
 
 @given(sizes, seeds)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=80)
 def test_constants_are_usable_for_any_size_and_any_latents(size: tuple[int, int, int], seed: int) -> None:
     num_layers, latent_dim, num_levels = size
     noise = 1e-6
@@ -218,7 +218,7 @@ def test_constants_are_usable_for_any_size_and_any_latents(size: tuple[int, int,
 
 
 @given(sizes, seeds)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=80)
 def test_worst_case_bounds_every_latent_after_every_layer(size: tuple[int, int, int], seed: int) -> None:
     num_layers, latent_dim, num_levels = size
     generator = np.random.default_rng(seed)
@@ -268,7 +268,7 @@ def test_no_layer_spoils_what_the_layers_before_it_reached(num_levels: int) -> N
 
 
 @given(sizes, seeds)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=80)
 def test_worst_case_aim_is_reached_where_there_are_enough_levels(size: tuple[int, int, int], seed: int) -> None:
     num_layers, latent_dim, num_levels = size
     config = some_config(seed, worst_case=1e-2)
@@ -280,7 +280,7 @@ def test_worst_case_aim_is_reached_where_there_are_enough_levels(size: tuple[int
 
 
 @given(sizes, seeds)
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=80)
 def test_range_clips_no_more_of_the_data_than_coverage_allows(size: tuple[int, int, int], seed: int) -> None:
     num_layers, latent_dim, num_levels = size
     latents = some_latents(seed, latent_dim)
