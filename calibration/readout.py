@@ -19,6 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -144,15 +145,20 @@ class _Problem:
     def num_episodes(self) -> int:
         return len(self.exact.errors)
 
+    @cached_property
+    def penalty(self) -> Tensor:
+        """[H + 1, H + 1]: what a change gives for random actions, and a little of the change itself."""
+        random = torch.cat(self.random.activations)
+        penalty = random.T @ random / len(random)
+        penalty.diagonal().add_(_WEIGHT_PENALTY * penalty.diagonal().mean())
+        return penalty
+
     def solve(self, episodes: Sequence[int], ridges: Sequence[float]) -> list[Tensor]:
         """Changes [H + 1, A] fitted to these episodes, one per ridge."""
         features = torch.cat([self.exact.activations[index] for index in episodes])
         errors = torch.cat([self.exact.errors[index] for index in episodes])
-        random = torch.cat(self.random.activations)
-        penalty = random.T @ random / len(random)
-        penalty.diagonal().add_(_WEIGHT_PENALTY * penalty.diagonal().mean())
         normal, target = features.T @ features / len(features), features.T @ errors / len(features)
-        return [torch.cholesky_solve(target, torch.linalg.cholesky(normal + ridge * penalty)) for ridge in ridges]
+        return [torch.cholesky_solve(target, torch.linalg.cholesky(normal + ridge * self.penalty)) for ridge in ridges]
 
     def spares_random(self, change: Tensor, least_gain: float) -> bool:
         """Whether random actions of both kinds gain as much, as a share of their squared error."""

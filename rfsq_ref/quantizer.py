@@ -122,7 +122,7 @@ class ResidualQuantizer(nn.Module):
         follow: tokens [..., D, L] of another implementation, taken off in place of this one's own decisions: each
         layer then decides on the residual that the other implementation saw, up to rounding.
         """
-        residual = latents
+        residual, grid, edges = latents, self.grid, self.edges
         for layer in range(self.num_layers):
             stats = None
             if self.conditioning is Conditioning.DYNAMIC:
@@ -133,8 +133,8 @@ class ResidualQuantizer(nn.Module):
                 mean, scale = self.mean[layer], self.scale[layer]
             conditioned = (residual - mean) / scale
             # `right=False` puts a value that lies on an edge into the lower bin: ties go to the lower index.
-            tokens = torch.bucketize(conditioned.contiguous(), self.edges, right=False)
-            grid_values = self.grid[tokens if follow is None else follow[..., layer]]
+            tokens = torch.bucketize(conditioned.contiguous(), edges, right=False)
+            grid_values = grid[tokens if follow is None else follow[..., layer]]
             dequantised = grid_values * scale + mean
             yield LayerStep(residual, conditioned, tokens, grid_values, dequantised, stats)
             residual = residual - dequantised

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,8 @@ SLOW = frozenset(
     {
         "calibration/test_fit.py", "calibration/test_report.py", "calibration/test_small_fits.py",
         "calibration/test_study.py", "evidence/test_comparison.py", "evidence/test_page.py",
-        "evidence/test_report.py", "evidence/test_rollouts.py", "examples/test_control_loop.py",
+        "evidence/test_peers.py", "evidence/test_report.py", "evidence/test_residual_peers.py",
+        "evidence/test_rollouts.py", "evidence/test_schemes.py", "examples/test_control_loop.py",
         "export/test_build_engine.py", "export/test_bundle_writer.py", "export/test_c_builder.py",
         "export/test_c_compilers.py", "export/test_c_source.py", "export/test_c_timing.py",
         "export/test_cuda_on_cpu.py", "export/test_example.py", "export/test_on_target.py",
@@ -38,6 +40,23 @@ SLOW = frozenset(
         "runtime/test_scripts.py", "runtime/test_tokenize_dataset.py",
     }
 )  # fmt: skip
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`make quick` does not even import them: what they test is slow to import, too."""
+    if config.option.markexpr != "not slow" or not collection_path.is_relative_to(HERE):
+        return None
+    return True if collection_path.relative_to(HERE).as_posix() in SLOW else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Imports make hundreds of thousands of objects that stay: to look for garbage among them is in vain."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -87,6 +87,7 @@ def test_coarse_tokens_are_far_better_than_the_trained_ones_with_their_side_info
     assert mean_square(model.decode(tokens[..., :3]) - test_actions) < with_side_information / 40
 
 
+@pytest.mark.slow
 def test_no_latent_in_the_tanh_range_is_off_by_more_than_the_bound(calibrated: Checkpoint, bound: Tensor) -> None:
     assert calibrated.constants is not None
     sizes = calibrated.config
@@ -98,6 +99,7 @@ def test_no_latent_in_the_tanh_range_is_off_by_more_than_the_bound(calibrated: C
     assert error > 0.99 * bound[-1]
 
 
+@pytest.mark.slow
 def test_actions_unlike_any_demonstration_keep_their_latents(model: ActionAutoencoder, bound: Tensor) -> None:
     actions = torch.rand(20_000, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 - 1
     latents = model.encode_latents(actions)
@@ -132,6 +134,7 @@ def test_fit_is_deterministic(calibrated: Checkpoint, robust: Checkpoint, split:
     assert torch.equal(again.scale, calibrated.constants.scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", Objective)
 @pytest.mark.parametrize("name", ["robust", "naive"])
 def test_last_bits_of_the_latents_leave_the_constants_as_they_are(

@@ -111,6 +111,7 @@ def test_actions_unlike_the_calibration_data_hardly_lose(robust: Checkpoint, dem
     assert errors[0] < 1.05 * errors[1]
 
 
+@pytest.mark.slow
 @given(st.integers(1, 40))
 def test_the_more_ridge_the_nearer_to_the_trained_layer(exponent: int) -> None:
     """In what the layer gives for random actions, on latents of the smallest model there is."""
@@ -198,6 +199,7 @@ def test_gains_that_a_few_episodes_make_are_luck() -> None:
     assert is_certain_gain(torch.ones(2), torch.tensor([0.6, 0.5]))
 
 
+@pytest.mark.slow
 def test_the_choice_does_not_look_at_episodes_that_judge(robust: Checkpoint, demonstrations: ActionDataset) -> None:
     """Other test episodes, the same fit."""
     fitted = calibrate(robust, demonstrations, CalibrationConfig())

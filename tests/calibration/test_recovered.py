@@ -53,6 +53,7 @@ def published(model: ActionAutoencoder, test_actions: Tensor) -> tuple[Tensor, T
     return tokens, stats
 
 
+@pytest.mark.slow
 def test_published_tokens_decode_within_ten_times_the_error_of_everything_else(
     model: ActionAutoencoder, published: tuple[Tensor, Tensor], test_actions: Tensor
 ) -> None:
@@ -62,6 +63,7 @@ def test_published_tokens_decode_within_ten_times_the_error_of_everything_else(
     assert mean_square(model.decode(tokens) - test_actions) <= 10 * (with_side_information + unquantised)
 
 
+@pytest.mark.slow
 def test_published_tokens_decode_ten_thousand_times_better_than_as_published(
     model: ActionAutoencoder, published: tuple[Tensor, Tensor], test_actions: Tensor
 ) -> None:
@@ -70,6 +72,7 @@ def test_published_tokens_decode_ten_thousand_times_better_than_as_published(
     assert mean_square(model.decode(tokens) - test_actions) <= as_published / 10_000
 
 
+@pytest.mark.slow
 def test_coarse_tokens_decode_better_than_with_their_side_information(
     model: ActionAutoencoder, published: tuple[Tensor, Tensor], test_actions: Tensor
 ) -> None:
@@ -78,6 +81,7 @@ def test_coarse_tokens_decode_better_than_with_their_side_information(
     assert mean_square(model.decode(tokens[..., :3]) - test_actions) < with_side_information / 2
 
 
+@pytest.mark.slow
 def test_unseen_kinds_of_actions_decode_better_than_by_regression_alone(
     recovered: Checkpoint, model: ActionAutoencoder, split: EpisodeSplit
 ) -> None:

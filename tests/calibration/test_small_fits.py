@@ -1,6 +1,6 @@
 """Nothing that is fitted may be worse than not fitting it, on episodes it was not fitted to: small fits, unlike data.
 
-All thirty, with a table: `pytest tests/calibration/test_small_fits.py -m slow -s`.
+With a table: `pytest tests/calibration/test_small_fits.py -s`.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,10 @@ from rfsq_ref.checkpoints import Checkpoint
 from rfsq_ref.quantizer import Conditioning
 from tests.calibration.small_fits import SmallFit, small_fit
 
-ALL = 30
-#: Among them those that lost most when every refit was kept; those that train longest are left to slow runs.
-FEW = (2, 3, 10, 17, 20, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (4, 5, 27)))
+#: Of thirty, without those that train longest. Of eleven faults put into the choice, these found all that thirty found.
+ALL = tuple(seed for seed in range(30) if seed not in (4, 13, 15, 18, 21, 27))
+#: Those that are trained in no time, of five kinds of data.
+FEW = (2, 3, 10, 17, 20)
 #: How much worse a fit may be on held-out episodes than none.
 WORST = 1.02
 
@@ -61,16 +62,10 @@ def readout_ratio(fit: SmallFit) -> tuple[float, ReadoutFit]:
     return max(ratios(with_readout, without, held_out(fit), prefixes)), found
 
 
-@pytest.mark.parametrize("seed", FEW)
-def test_the_default_readout_is_not_worse_than_the_trained_layer(seed: int) -> None:
-    assert readout_ratio(small_fit(seed))[0] <= WORST
-
-
-@pytest.mark.slow
-def test_the_default_readout_is_worse_in_none_of_thirty_and_better_in_most() -> None:
+def test_the_default_readout_is_worse_in_none_and_better_in_most() -> None:
     found = []
     print(f"\n{'':>4} {'data':20} {'A':>3} {'T':>3} {'episodes':>8} {'epochs':>6}  {'ridge':>6}  MSE over as trained")
-    for seed in range(ALL):
+    for seed in ALL:
         fit = small_fit(seed)
         ratio, readout = readout_ratio(fit)
         found.append(ratio)
@@ -80,7 +75,7 @@ def test_the_default_readout_is_worse_in_none_of_thirty_and_better_in_most() -> 
             f"{'-' if readout.readout is None else f'{readout.ridge:g}':>6}  {ratio:.3f}"
         )
     assert max(found) <= WORST
-    assert sum(ratio < 0.95 for ratio in found) > ALL / 2
+    assert sum(ratio < 0.95 for ratio in found) > len(ALL) / 2
 
 
 def plain_constants(checkpoint: Checkpoint) -> Checkpoint:
@@ -113,7 +108,7 @@ def mean_map(checkpoint: Checkpoint, fit: SmallFit, prefix: int) -> RecoveredDec
     return RecoveredDecoder(per_latent.flatten(1), (mean - sigma).sum().expand(sizes.latent_dim))
 
 
-@pytest.mark.parametrize("seed", [2, 3, 10, pytest.param(23, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed", [2, 3, 10, 23])
 def test_recovered_decoders_are_not_worse_than_mean_side_information(seed: int) -> None:
     fit = small_fit(seed)
     checkpoint = fit.checkpoint

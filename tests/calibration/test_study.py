@@ -79,6 +79,15 @@ def reports(robust: Checkpoint, other: Checkpoint, dataset: ActionDataset) -> li
     return _reports([robust, other], dataset, DEFAULT_READOUT)
 
 
+@pytest.fixture
+def few_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that are about something else."""
+    monkeypatch.setattr(module, "_CHANGES", module._COMPARED)
+
+
+has_few_settings = pytest.mark.usefixtures("few_settings")
+
+
 def _reports(
     checkpoints: Sequence[Checkpoint], dataset: ActionDataset, readout: ReadoutConfig
 ) -> list[CalibrationReport]:
@@ -335,6 +344,7 @@ def test_numbers_of_episodes_go_from_one_to_all(total: int) -> None:
 # What cannot be measured ---------------------------------------------------------------------------------------------
 
 
+@has_few_settings
 def test_without_tasks_their_section_says_why() -> None:
     result = study([_tiny()], _random_episodes([""] * 8), subsets=1)
     assert result.tasks == ()
@@ -347,6 +357,7 @@ def test_without_tasks_their_section_says_why() -> None:
     draw_study(result)
 
 
+@has_few_settings
 def test_with_one_calibration_episode_there_are_no_fewer() -> None:
     tiny, episodes = _tiny(), _random_episodes([""] * 4)
     recorded = {"data": {"sha256": episodes.sha256}}
@@ -360,6 +371,7 @@ def test_with_one_calibration_episode_there_are_no_fewer() -> None:
     draw_study(result)
 
 
+@has_few_settings
 def test_only_tasks_with_calibration_and_test_episodes_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = _random_episodes(["a", "b", "c"] * 2), _random_episodes(["b", "c", "d"])
     monkeypatch.setattr(module, "calibration_episodes", lambda *_: parts[0])
@@ -368,6 +380,7 @@ def test_only_tasks_with_calibration_and_test_episodes_are_tested(monkeypatch: p
     assert result.tasks[0].seen[0].count == result.tasks[0].other[0].count == 2
 
 
+@has_few_settings
 def test_an_episode_of_one_step_cannot_be_fitted_to_alone() -> None:
     result = study([_tiny()], _random_episodes(["a", "b"] * 8, steps=1), subsets=1)
     assert set(result.omitted) == {"episodes", "tasks"}
@@ -447,6 +460,7 @@ def test_text_names_what_was_measured(result: StudyResult) -> None:
         assert row.setting in text
 
 
+@has_few_settings
 def test_command_writes_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     episodes = _random_episodes(["a", "b"] * 3)
     data = tmp_path / "episodes.npz"

@@ -138,14 +138,13 @@ def test_equal_figures_are_equal_text(comparison: Comparison) -> None:
     assert first == second
 
 
-def test_the_page_says_so_where_robust_tokens_lose(comparison: Comparison) -> None:
+def test_the_page_says_so_where_robust_tokens_lose(comparison: Comparison, drawn: dict[str, str]) -> None:
     """Headline, lead and claims follow from the figures."""
     lost = replace(
         comparison,
         improvement=-0.481,
         findings=tuple(replace(finding, holds=False) for finding in comparison.findings),
     )
-    drawn = {name: svg(figure) for name, figure in figures(lost).items()}
     text = page(lost, drawn)
     assert "<h1>Robust tokens lose to naive ones here</h1>" in text
     assert "48.1% more action error than naive ones" in text

@@ -10,7 +10,6 @@ import numpy.typing as npt
 import pytest
 import safetensors.torch
 import torch
-from vector_quantize_pytorch import GroupedResidualFSQ
 
 from evidence import residual_peers
 from evidence.codecs import Codec
@@ -53,6 +52,8 @@ def _mse(codec: Codec, chunks: FloatArray, units: npt.NDArray[np.float32]) -> fl
 
 
 def test_groups_as_a_sequence_are_the_librarys_grouped_quantiser() -> None:
+    from vector_quantize_pytorch import GroupedResidualFSQ
+
     latents = 2 * torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     model = ResidualAutoencoder(replace(_FSQ, num_quantizers=4), action_dim=7).eval()
     grouped = GroupedResidualFSQ(dim=16, groups=4, levels=[7] * 4, num_quantizers=4).eval()

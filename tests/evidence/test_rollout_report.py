@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, multinomial
 
 from evidence.closed_loop import EpisodeResult, Spread
 from evidence.episodes import Episode, Identity, open_episodes
@@ -52,6 +51,8 @@ def episodes(
     st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.8, 0.95, 0.99])
 )
 def test_the_interval_is_that_of_scipy(counts: tuple[int, int], confidence: float) -> None:
+    from scipy.stats import binomtest
+
     found = wilson(*counts, confidence)
     expected = binomtest(*counts).proportion_ci(confidence, method="wilson")
     assert found == pytest.approx((expected.low, expected.high), abs=1e-12)
@@ -76,6 +77,8 @@ def test_intervals_overlap_both_ways_or_not_at_all(first: int, second: int) -> N
 
 @given(st.integers(0, 400), st.integers(0, 400))
 def test_mcnemar_is_the_binomial_test_of_the_discordant_pairs(gained: int, lost: int) -> None:
+    from scipy.stats import binomtest
+
     expected = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
     assert mcnemar(gained, lost) == pytest.approx(expected, rel=1e-9)
 
@@ -98,6 +101,8 @@ def test_the_paired_interval_is_the_published_one(
 @pytest.mark.parametrize("shares", [(0.9, 0.02, 0.06, 0.02), (0.4, 0.2, 0.2, 0.2), (0.7, 0.0, 0.1, 0.2)])
 def test_the_paired_interval_holds_the_true_difference_about_as_often_as_it_says(shares: tuple[float, ...]) -> None:
     """Over every possible table of 30 pairs, each with its probability."""
+    from scipy.stats import multinomial
+
     n = 30
     tables = [(a, b, c, n - a - b - c) for a in range(n + 1) for b in range(n + 1 - a) for c in range(n + 1 - a - b)]
     chances = multinomial.pmf(np.array(tables), n, np.array(shares))

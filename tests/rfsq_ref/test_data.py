@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rfsq_ref.data import (
@@ -775,6 +775,8 @@ def test_chunks_of_anything_else_are_refused(shape: tuple[int, ...], length: int
 # Round trips and the embedded file -----------------------------------------------------------------------------------
 
 
+# What one file in ten would show is missed once in seventy runs; no two runs draw the same.
+@settings(max_examples=40)
 @given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=14), action_dim=st.integers(1, 9), seed=seeds)
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], action_dim: int, seed: int) -> None:
     episodes = episodes_of(tuple(lengths), action_dim, seed)

@@ -1,5 +1,7 @@
 """The reference reads what the published training code saves, and gives the tokens that code gives."""
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,17 @@ OTHER_SIZES = {"action_dim": 4, "hidden_dim": 6, "num_layers": 5, "num_levels": 
 
 def published(*, robust: bool, seed: int = 0, **sizes: Any) -> ActionRFSQAE:
     """A model of the published kind, trained for a moment."""
+    return copy.deepcopy(_published(robust, seed, **sizes))
+
+
+@cache
+def _published(robust: bool, seed: int, **sizes: Any) -> ActionRFSQAE:
     torch.manual_seed(seed)
     model = ActionRFSQAE(use_layernorm=robust, **sizes)
     return train_a_little(model, DEMONSTRATED[:, : model.config["action_dim"]])
 
 
-def actions_of(model: ActionRFSQAE, chunks: int = 400) -> Tensor:
+def actions_of(model: ActionRFSQAE, chunks: int = 200) -> Tensor:
     """Chunks [B, 8, A], half demonstrated and half random."""
     action_dim = model.config["action_dim"]
     generator = torch.Generator().manual_seed(1)
@@ -139,7 +146,7 @@ def assert_same_tokens(model: ActionRFSQAE, checkpoint: Checkpoint, actions: Ten
 
 @pytest.mark.parametrize("sizes", [{}, OTHER_SIZES], ids=["default", "other"])
 @pytest.mark.parametrize("kind", [True, False], ids=["robust", "naive"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_tokens_are_those_of_the_published_model(seed: int, kind: bool, sizes: dict[str, int], tmp_path: Path) -> None:
     model = published(robust=kind, seed=seed, **sizes)
     assert_same_tokens(model, load_saved(layout("trained", model), tmp_path), actions_of(model))
@@ -151,7 +158,7 @@ def test_embedded_checkpoints_give_the_published_tokens(path: Path, tmp_path: Pa
     embedded = load_checkpoint(path)
     model = ActionRFSQAE(use_layernorm=embedded.trained_with is Conditioning.DYNAMIC)
     model.load_state_dict(dict(embedded.weights) | model.rfsq.state_dict(prefix="rfsq."))
-    assert_same_tokens(model, load_saved(layout("trained", model), tmp_path), actions_of(model, 2000))
+    assert_same_tokens(model, load_saved(layout("trained", model), tmp_path), actions_of(model, 1000))
 
 
 @pytest.mark.parametrize("kind", [True, False], ids=["robust", "naive"])

@@ -25,7 +25,9 @@ from rfsq_ref.rounding import latent_error_bound, summation_variance, token_erro
 from tests.rfsq_ref.models import configs, make_model, random_actions, shrinking_constants, some_normaliser
 from tests.rfsq_ref.near_ties import Judge, Verdict
 
-DEMONSTRATED = torch.from_numpy(load_demonstrations().steps())
+#: A third of the steps, a million tokens for each form of float32: the largest of so many errors, which is what the
+#: bound is held against, is expected a twentieth below the largest of three times as many.
+DEMONSTRATED = torch.from_numpy(load_demonstrations().steps()[::3])
 #: Deployed tokens of every conditioning; `recovered` is the dynamic encoder without its side information.
 MODES = {
     Conditioning.NONE: DeployMode.NONE,
@@ -81,13 +83,13 @@ def latent_ratios(reference: ActionAutoencoder, model: ActionAutoencoder, action
     "actions",
     [
         pytest.param(DEMONSTRATED, id="demonstrated"),
-        pytest.param(random_actions(10_000), id="random"),
+        pytest.param(random_actions(4000), id="random"),
         pytest.param(torch.zeros(1, 7), id="zeros"),
         pytest.param(CORNERS, id="corners"),
-        pytest.param(random_actions(2000, size=20.0), id="large"),
-        pytest.param(random_actions(2000, size=1e30), id="huge"),
-        pytest.param(random_actions(2000, size=1e-30), id="tiny"),
-        pytest.param(random_actions(2000, size=1e-40), id="subnormal"),
+        pytest.param(random_actions(1000, size=20.0), id="large"),
+        pytest.param(random_actions(1000, size=1e30), id="huge"),
+        pytest.param(random_actions(1000, size=1e-30), id="tiny"),
+        pytest.param(random_actions(1000, size=1e-40), id="subnormal"),
     ],
 )
 def test_float32_stays_inside_the_bound(conditioning: Conditioning, actions: Tensor) -> None:
@@ -99,7 +101,8 @@ def test_float32_stays_inside_the_bound(conditioning: Conditioning, actions: Ten
         assert verdict.closest < 0.6
 
 
-@settings(max_examples=60)
+# Of nine pairs of a conditioning and a gain, one is missed once in a hundred runs.
+@settings(max_examples=40)
 @given(
     configs(),
     st.sampled_from(list(MODES)),
@@ -130,7 +133,7 @@ def far_from_zero(conditioning: Conditioning, ratio: float, dtype: torch.dtype) 
 @pytest.mark.parametrize("ratio", [4.0, 1000.0])
 def test_the_bound_holds_however_far_joints_rest_from_zero(conditioning: Conditioning, ratio: float) -> None:
     reference, model = (far_from_zero(conditioning, ratio, dtype) for dtype in (torch.float64, torch.float32))
-    actions = random_actions(4000) * model.units + model.offset
+    actions = random_actions(2000) * model.units + model.offset
     assert (latent_ratios(reference, model, actions) <= 1).all()
     for verdict in verdicts(reference, model, actions):
         assert verdict.wrong == 0
@@ -150,7 +153,7 @@ def test_the_bound_is_as_narrow_far_from_zero_as_it_is_there(conditioning: Condi
 
 @pytest.mark.parametrize("conditioning", MODES)
 def test_the_bound_holds_for_any_order_of_the_hidden_units(conditioning: Conditioning) -> None:
-    reference, actions = embedded(conditioning), random_actions(4000, seed=5)
+    reference, actions = embedded(conditioning), random_actions(2000, seed=5)
     judge = Judge(reference, actions)
     for seed in range(5):
         order = torch.randperm(64, generator=torch.Generator().manual_seed(seed))
@@ -169,7 +172,7 @@ def test_the_bound_holds_for_any_order_of_the_hidden_units(conditioning: Conditi
 # It is close ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("actions", [DEMONSTRATED, random_actions(50_000)], ids=["demonstrated", "random"])
+@pytest.mark.parametrize("actions", [DEMONSTRATED, random_actions(10_000)], ids=["demonstrated", "random"])
 @pytest.mark.parametrize("conditioning", [Conditioning.NONE, Conditioning.DYNAMIC])
 def test_the_bound_is_within_a_small_factor_of_what_happens(conditioning: Conditioning, actions: Tensor) -> None:
     assert latent_ratios(embedded(conditioning), embedded(conditioning, torch.float32), actions).max() > 0.1
@@ -189,7 +192,7 @@ def errors_in_bounds(conditioning: Conditioning, actions: Tensor) -> Tensor:
     return (torch.stack(errors, -1) / bounds)[same].square().mean((0, 1)).sqrt()
 
 
-@pytest.mark.parametrize("actions", [DEMONSTRATED[:8000], random_actions(8000)], ids=["demonstrated", "random"])
+@pytest.mark.parametrize("actions", [DEMONSTRATED[:4000], random_actions(4000)], ids=["demonstrated", "random"])
 def test_the_dynamic_bound_is_as_close_in_the_last_layer_as_in_the_first(actions: Tensor) -> None:
     """Measured: 0.025 of the bound in layer 0, 0.023 in layer 7."""
     shares = errors_in_bounds(Conditioning.DYNAMIC, actions)
@@ -317,7 +320,7 @@ def test_following_its_own_tokens_changes_nothing(conditioning: Conditioning) ->
 @pytest.mark.parametrize("conditioning", [Conditioning.DYNAMIC, Conditioning.CALIBRATED])
 def test_along_float32_tokens_every_difference_is_a_near_tie_of_its_own(conditioning: Conditioning) -> None:
     """Also in the layers behind a flip, which are other tokens altogether."""
-    reference, actions = embedded(conditioning), random_actions(20_000, seed=9)
+    reference, actions = embedded(conditioning), random_actions(8000, seed=9)
     found = embedded(conditioning, torch.float32).encode(actions)[0]
     own, _, _ = token_error_bounds(reference, actions.double())
     decisions, margins, bounds = token_error_bounds(reference, actions.double(), found)

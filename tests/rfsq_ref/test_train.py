@@ -425,15 +425,14 @@ def relative_error(checkpoint: Checkpoint, data: ActionDataset, conditioning: Co
 
 
 OTHER_ROBOTS = [
+    # Every range once, every writer with few and with many dimensions.
     *(
-        (writer, 4, LONG, name)
-        for writer, name in zip(["npz", "robomimic", "LeRobot", "npz", "LeRobot"], RANGES, strict=True)
+        (writer, action_dim, LONG, name)
+        for (writer, action_dim), name in zip(
+            [("npz", 4), ("robomimic", 14), ("LeRobot", 4), ("npz", 14), ("LeRobot", 14)], RANGES, strict=True
+        )
     ),
-    *(
-        (writer, 14, LONG, name)
-        for writer, name in zip(["robomimic", "npz", "npz", "LeRobot", "npz"], RANGES, strict=True)
-    ),
-    *((writer, 7, SHORT, "metres and radians") for writer in WRITERS),
+    *((writer, 4, SHORT, "metres and radians") for writer in WRITERS),
 ]
 
 

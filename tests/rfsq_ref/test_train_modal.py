@@ -3,6 +3,7 @@
 Modal's local call runs the function here, without an account; the volume is then a plain folder.
 """
 
+import importlib
 import inspect
 import shutil
 import subprocess
@@ -21,17 +22,21 @@ from rfsq_ref.data import load_actions
 from rfsq_ref.errors import CheckpointError, DataError, OutputError
 from rfsq_ref.train import TrainConfig, history_of, load_history, train
 
-modal = pytest.importorskip("modal", reason="modal is not installed: pip install '.[dev]'")
-train_modal = pytest.importorskip("rfsq_ref.train_modal")
-
 ROOT = Path(__file__).parents[2]
 QUICK = TrainConfig(epochs=3, hidden_width=8, latent_dim=4, num_layers=3, learning_rate=1e-2)
 # Modal says that a call on this machine sees no volume: it is what these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:The train_remote function is executing locally")
 
 
+@pytest.fixture(scope="module")
+def train_modal() -> Any:
+    """Imported when it is needed: Modal takes half a second."""
+    pytest.importorskip("modal", reason="modal is not installed: pip install '.[dev]'")
+    return importlib.import_module("rfsq_ref.train_modal")
+
+
 @pytest.fixture
-def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def volume(train_modal: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in place of the volume, with data on it."""
     folder = tmp_path / "volume"
     (folder / "data").mkdir(parents=True)
@@ -45,7 +50,7 @@ def volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("use_layernorm", [True, False])
 def test_the_checkpoint_on_the_volume_is_that_of_the_training_here(
-    use_layernorm: bool, volume: Path, tmp_path: Path
+    train_modal: Any, use_layernorm: bool, volume: Path, tmp_path: Path
 ) -> None:
     config = replace(QUICK, use_layernorm=use_layernorm)
     facts = train_modal.train_remote.local(config, "none", "data/robot.npz", "", "checkpoints/m.safetensors")
@@ -56,20 +61,20 @@ def test_the_checkpoint_on_the_volume_is_that_of_the_training_here(
     assert facts == here.checkpoint.provenance
 
 
-def test_the_key_and_the_normaliser_are_passed_on(volume: Path) -> None:
+def test_the_key_and_the_normaliser_are_passed_on(train_modal: Any, volume: Path) -> None:
     train_modal.train_remote.local(QUICK, "auto", "data/robot.npz", "relative", "m.safetensors")
     normaliser = load_checkpoint(volume / "m.safetensors").normaliser
     assert normaliser is not None, "hundredths are not of unit size"
     assert max(normaliser.scale) < 0.011
 
 
-def test_without_data_it_trains_on_the_embedded_demonstrations(volume: Path) -> None:
+def test_without_data_it_trains_on_the_embedded_demonstrations(train_modal: Any, volume: Path) -> None:
     facts = train_modal.train_remote.local(replace(QUICK, epochs=1, num_episodes=1), "auto", "", "", "m.safetensors")
     assert facts["data"]["source"] == "demonstrations.npz"
     assert load_checkpoint(volume / "m.safetensors").config.action_dim == 7
 
 
-def test_what_cannot_be_trained_leaves_no_checkpoint(volume: Path) -> None:
+def test_what_cannot_be_trained_leaves_no_checkpoint(train_modal: Any, volume: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.npz does not exist"):
         train_modal.train_remote.local(QUICK, "auto", "data/nowhere.npz", "", "m.safetensors")
     assert not (volume / "m.safetensors").exists()
@@ -77,7 +82,7 @@ def test_what_cannot_be_trained_leaves_no_checkpoint(volume: Path) -> None:
 
 @pytest.mark.parametrize("output", ["/tmp/m.safetensors", "../m.safetensors", "checkpoints/../../m.safetensors"])
 def test_an_output_off_the_volume_is_refused_before_anything_is_trained(
-    output: str, volume: Path, monkeypatch: pytest.MonkeyPatch
+    train_modal: Any, output: str, volume: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def trained(*_: Any) -> None:
         raise AssertionError("it was trained")
@@ -91,11 +96,11 @@ def test_an_output_off_the_volume_is_refused_before_anything_is_trained(
     with pytest.raises(CheckpointError, match=r"does not end with '\.safetensors'"):
         train_modal.train_remote.local(QUICK, "none", "data/robot.npz", "", "checkpoints/m.pt")
     with pytest.raises(CheckpointError, match=message):
-        called_with(monkeypatch, output=output)
+        called_with(train_modal, monkeypatch, output=output)
     assert [path.name for path in volume.rglob("*") if path.is_file()] == ["robot.npz"]
 
 
-def test_a_checkpoint_on_the_volume_is_replaced_only_when_that_is_asked_for(volume: Path) -> None:
+def test_a_checkpoint_on_the_volume_is_replaced_only_when_that_is_asked_for(train_modal: Any, volume: Path) -> None:
     (volume / "m.history.json").write_text("an hour of work")
     arguments = (replace(QUICK, epochs=1), "none", "data/robot.npz", "", "m.safetensors")
     with pytest.raises(OutputError, match=r"m\.history\.json exists; give another name, or --overwrite"):
@@ -108,7 +113,7 @@ def test_a_checkpoint_on_the_volume_is_replaced_only_when_that_is_asked_for(volu
 # The command line ----------------------------------------------------------------------------------------------------
 
 
-def called_with(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, ...]:
+def called_with(train_modal: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, ...]:
     """What the local entry point, called as Modal's parser calls it, hands to the remote function."""
     calls: list[tuple[Any, ...]] = []
 
@@ -124,9 +129,9 @@ def called_with(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, .
 
 
 def test_the_options_become_the_settings_of_a_training_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    train_modal: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, *others = called_with(monkeypatch, use_layernorm="True", num_episodes=50, epochs=100)
+    config, *others = called_with(train_modal, monkeypatch, use_layernorm="True", num_episodes=50, epochs=100)
     assert config == TrainConfig(use_layernorm=True, num_episodes=50, epochs=100, device="cuda")
     assert others == ["auto", "", "", "checkpoints/robust.safetensors", False]
     output = capsys.readouterr().out
@@ -135,8 +140,9 @@ def test_the_options_become_the_settings_of_a_training_on_a_gpu(
     assert "modal volume get rfsq-training checkpoints/robust.history.json ." in output
 
 
-def test_naive_training_and_own_data_are_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_naive_training_and_own_data_are_asked_for_by_name(train_modal: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     config, *others = called_with(
+        train_modal,
         monkeypatch,
         use_layernorm="False",
         data="data/a.h5",
@@ -150,7 +156,7 @@ def test_naive_training_and_own_data_are_asked_for_by_name(monkeypatch: pytest.M
     assert others == ["quantile", "data/a.h5", "act", "checkpoints/naive.safetensors", True]
 
 
-def test_use_layernorm_takes_true_and_false_as_words() -> None:
+def test_use_layernorm_takes_true_and_false_as_words(train_modal: Any) -> None:
     """Modal makes a flag of a bool, and a choice of words of a Literal of strings."""
     entry = train_modal.main.info.raw_f
     hints = typing.get_type_hints(entry)
@@ -162,7 +168,7 @@ def test_use_layernorm_takes_true_and_false_as_words() -> None:
     assert all(parameter.default is not parameter.empty for parameter in inspect.signature(entry).parameters.values())
 
 
-def test_the_defaults_are_those_of_the_training_here() -> None:
+def test_the_defaults_are_those_of_the_training_here(train_modal: Any) -> None:
     defaults = {
         name: value.default for name, value in inspect.signature(train_modal.main.info.raw_f).parameters.items()
     }

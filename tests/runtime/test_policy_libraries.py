@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import Tensor
 
 from runtime import FingerprintError
 from runtime.torch_adapter import FINGERPRINT_KEY, ActionRFSQAE
@@ -21,34 +20,9 @@ from tests.runtime.policies import Policy
 KEY = f"tokenizer.{FINGERPRINT_KEY}"
 
 
-class VlaConfig(PretrainedConfig):
-    model_type = "vla"
-
-    def __init__(self, bundle: str = "", **settings: Any) -> None:
-        super().__init__(**settings)
-        self.bundle = bundle
-
-
-class Vla(PreTrainedModel):
-    config_class = VlaConfig
-
-    def __init__(self, config: VlaConfig) -> None:
-        super().__init__(config)
-        self.tokenizer = ActionRFSQAE.from_bundle(config.bundle)
-        self.head = nn.Linear(3, 3)
-        self.post_init()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.tokenizer(x)[0])
-
-
-class FineTuned(Vla):
-    """Begins from a base model without a tokenizer."""
-
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, ActionRFSQAE):
-            module.reset_parameters()
+@pytest.fixture(scope="module")
+def made() -> Any:
+    return importlib.import_module("tests.runtime.transformers_policies")
 
 
 @pytest.fixture(scope="session")
@@ -63,8 +37,8 @@ def x() -> Tensor:
 
 
 @pytest.fixture
-def saved(bundle: Path, tmp_path: Path) -> Path:
-    Vla(VlaConfig(str(bundle))).save_pretrained(tmp_path)
+def saved(made: Any, bundle: Path, tmp_path: Path) -> Path:
+    made.Vla(made.VlaConfig(str(bundle))).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -81,8 +55,8 @@ def check_both_named(error: BaseException, path: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"device_map": "cpu"}, {"device_map": "auto"}])
-def test_what_was_saved_is_loaded(options: dict[str, Any], saved: Path, bundle: Path, x: Tensor) -> None:
-    loaded, found = Vla.from_pretrained(saved, output_loading_info=True, **options)
+def test_what_was_saved_is_loaded(made: Any, options: dict[str, Any], saved: Path, bundle: Path, x: Tensor) -> None:
+    loaded, found = made.Vla.from_pretrained(saved, output_loading_info=True, **options)
     assert not any(found.values()), found
     adapter = ActionRFSQAE.from_bundle(bundle)
     assert torch.equal(loaded.tokenizer.encode(x), adapter.encode(x))
@@ -90,8 +64,10 @@ def test_what_was_saved_is_loaded(options: dict[str, Any], saved: Path, bundle: 
     assert loaded.half().tokenizer(x)[0].dtype is torch.float32
 
 
-def test_beside_another_bundle_the_first_call_is_refused(saved: Path, bundle: Path, other: Path, x: Tensor) -> None:
-    loaded = Vla.from_pretrained(saved, config=VlaConfig(str(other)))
+def test_beside_another_bundle_the_first_call_is_refused(
+    made: Any, saved: Path, bundle: Path, other: Path, x: Tensor
+) -> None:
+    loaded = made.Vla.from_pretrained(saved, config=made.VlaConfig(str(other)))
     codes = torch.zeros((1, 2, 4, 3), dtype=torch.int64)
     for call in (
         lambda: loaded(x),
@@ -103,19 +79,23 @@ def test_beside_another_bundle_the_first_call_is_refused(saved: Path, bundle: Pa
         check_both_named(caught.value, other, bundle)
 
 
-def test_a_base_model_without_a_tokenizer_is_a_start_where_the_policy_says_so(saved: Path, x: Tensor) -> None:
+def test_a_base_model_without_a_tokenizer_is_a_start_where_the_policy_says_so(
+    made: Any, saved: Path, x: Tensor
+) -> None:
     """In `_init_weights`, where transformers has modules begin that its checkpoint has not."""
     file = saved / "model.safetensors"
     state = safetensors.torch.load_file(file)
     del state[KEY]
     safetensors.torch.save_file(state, file, metadata={"format": "pt"})
-    loaded, found = FineTuned.from_pretrained(saved, output_loading_info=True)
+    loaded, found = made.FineTuned.from_pretrained(saved, output_loading_info=True)
     assert found["missing_keys"] == {KEY}
     loaded.tokenizer.encode(x)
 
 
-def test_what_begins_there_does_not_excuse_another_bundle(saved: Path, bundle: Path, other: Path, x: Tensor) -> None:
-    loaded = FineTuned.from_pretrained(saved, config=VlaConfig(str(other)))
+def test_what_begins_there_does_not_excuse_another_bundle(
+    made: Any, saved: Path, bundle: Path, other: Path, x: Tensor
+) -> None:
+    loaded = made.FineTuned.from_pretrained(saved, config=made.VlaConfig(str(other)))
     with pytest.raises(FingerprintError) as caught:
         loaded.tokenizer.encode(x)
     check_both_named(caught.value, other, bundle)
@@ -125,6 +105,8 @@ def test_what_begins_there_does_not_excuse_another_bundle(saved: Path, bundle: P
 
 
 def empty(path: Path, *, include_buffers: bool) -> Policy:
+    import accelerate
+
     with accelerate.init_empty_weights(include_buffers=include_buffers):
         return Policy(path)
 
@@ -134,6 +116,8 @@ def empty(path: Path, *, include_buffers: bool) -> Policy:
 def test_a_checkpoint_is_loaded_into_empty_weights_and_placed(
     device_map: dict[str, str] | None, include_buffers: bool, bundle: Path, other: Path, x: Tensor, tmp_path: Path
 ) -> None:
+    import accelerate
+
     def placed(trained_with: Path) -> Policy:
         file = tmp_path / "policy.safetensors"
         safetensors.torch.save_model(Policy(trained_with), file, metadata={"format": "pt"})

@@ -11,7 +11,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
@@ -78,6 +77,8 @@ def altered(tokens: Path, tmp_path: Path) -> Path:
 
 
 def test_parquet_has_a_row_for_every_step(tokens: Path, expected: np.ndarray) -> None:
+    import pyarrow.dataset
+
     table = pyarrow.dataset.dataset(tokens / "data").to_table()
     column = table.column("tokens").combine_chunks()
     assert column.type == pa.binary(12)
