@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -49,7 +49,7 @@ class Recorder:
     """Lines of `modules` that each test runs. Those of a fixture count for every test that uses it."""
 
     def __init__(self, root: Path, modules: Sequence[str]) -> None:
-        self._files = {str(root / module): module for module in modules}
+        self._of_file = {str(root / module): self._line_recorder(module) for module in modules}
         self.tests: dict[str, Test] = {}
         #: Run while the tests were collected: what stands outside of functions.
         self.imported: set[Line] = set()
@@ -97,17 +97,20 @@ class Recorder:
         )
 
     def _trace(self, frame: FrameType, _event: str, _argument: object) -> Any:
-        module = self._files.get(frame.f_code.co_filename)
-        if module is None:
-            return None
-        self._into[-1].add((module, frame.f_lineno))
+        record = self._of_file.get(frame.f_code.co_filename)
+        if record is not None:
+            record(frame, "line", None)
+        return record
 
-        def local(frame: FrameType, event: str, _argument: object) -> Any:
+    def _line_recorder(self, module: str) -> Callable[[FrameType, str, object], Any]:
+        """One for all calls: tests that count memory would see one that is made for each."""
+
+        def record(frame: FrameType, event: str, _argument: object) -> Any:
             if event == "line":
                 self._into[-1].add((module, frame.f_lineno))
-            return local
+            return record
 
-        return local
+        return record
 
 
 class Chosen:
