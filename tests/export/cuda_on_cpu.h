@@ -2,15 +2,14 @@
  * As much of CUDA as the generated kernels use, on a processor: the threads of a block are coroutines, one after the
  * other from barrier to barrier. So they run in the same order every time, in another if told to: with a barrier too few
  * the two differ. Needs ucontext, of glibc: it gives each its stack. From then on _longjmp changes between them, for
- * swapcontext asks the system for the signal mask each time, which takes longer than the kernels do.
+ * swapcontext asks the system for the signal mask each time, which takes longer than the kernels do. Nor are there
+ * headers of C++: a compiler takes longer for them than for the kernels.
  */
 #include <math.h>
 #include <setjmp.h>
+#include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
-
-#include <memory>
-#include <vector>
 
 #define __device__
 #define __global__
@@ -80,17 +79,17 @@ struct Barrier {
 struct Thread {
     ucontext_t context;
     jmp_buf place;
-    std::unique_ptr<char[]> stack;
+    void *stack;
     bool is_started, is_done;
 };
 
 struct { unsigned x; } threadIdx, blockIdx;
 
-static constexpr unsigned WARP_SIZE = 32, STACK_BYTES = 256 * 1024;
+static constexpr unsigned WARP_SIZE = 32, MOST_THREADS = 1024, STACK_BYTES = 256 * 1024;
 static jmp_buf scheduler;
-static std::vector<Thread> threads;
-static std::vector<Barrier> warps;
-static std::vector<float> exchanged;
+static Thread threads[MOST_THREADS];
+static Barrier warps[MOST_THREADS / WARP_SIZE];
+static float exchanged[MOST_THREADS];
 static Barrier block;
 static unsigned num_events;
 static void *kernel;
@@ -159,13 +158,14 @@ static void run_thread()
 
 static void start_threads(unsigned size)
 {
-    threads = std::vector<Thread>(size);
-    for (auto &thread : threads) {
-        thread.stack.reset(new char[STACK_BYTES]);
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.get();
-        thread.context.uc_stack.ss_size = STACK_BYTES;
-        makecontext(&thread.context, run_thread, 0);
+    for (Thread *thread = threads; thread != threads + size; ++thread) {
+        if (!thread->stack)
+            thread->stack = malloc(STACK_BYTES);
+        thread->is_started = false;
+        getcontext(&thread->context);
+        thread->context.uc_stack.ss_sp = thread->stack;
+        thread->context.uc_stack.ss_size = STACK_BYTES;
+        makecontext(&thread->context, run_thread, 0);
     }
 }
 
@@ -173,10 +173,8 @@ static void start_threads(unsigned size)
 static bool run_block(unsigned size, bool is_backwards)
 {
     block = {size};
-    warps.assign(size / WARP_SIZE, {WARP_SIZE});
-    exchanged.assign(size, 0);
-    for (auto &thread : threads)
-        thread.is_done = false;
+    for (unsigned i = 0; i < size; ++i)
+        threads[i].is_done = false, exchanged[i] = 0, warps[i / WARP_SIZE] = {WARP_SIZE};
     for (unsigned before = num_events - 1; before != num_events;) {
         before = num_events;
         for (unsigned i = 0; i < size; ++i) {
@@ -185,8 +183,8 @@ static bool run_block(unsigned size, bool is_backwards)
                 enter(threads[threadIdx.x]);
         }
     }
-    for (const auto &thread : threads)
-        if (!thread.is_done)
+    for (unsigned i = 0; i < size; ++i)
+        if (!threads[i].is_done)
             return false;
     return true;
 }
@@ -194,6 +192,8 @@ static bool run_block(unsigned size, bool is_backwards)
 extern "C" bool run_kernel(void *function, unsigned blocks, unsigned size, bool is_backwards, void *const *values,
                            unsigned num_values)
 {
+    if (size > MOST_THREADS || size % WARP_SIZE != 0)
+        return false;
     kernel = function, arguments = values, num_arguments = num_values;
     start_threads(size);
     for (unsigned i = 0; i < blocks; ++i) {
