@@ -1,15 +1,14 @@
 """What a fit is worth, layer by layer: a table to read, report.json and report.png."""
 
+from __future__ import annotations
+
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from calibration.constants import worst_case_errors
@@ -21,6 +20,10 @@ from rfsq_ref.data import ActionDataset
 from rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantize
 from rfsq_ref.rounding import token_error_bounds
 from runtime.fidelity import Fidelity, fidelity
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 REPORT_JSON = "report.json"
 REPORT_PNG = "report.png"
@@ -260,6 +263,10 @@ _INK, _BLUE, _ORANGE, _GREEN, _GREY = "#222222", "#1f6fb4", "#d9730d", "#2a8c55"
 
 def draw_report(report: CalibrationReport) -> Figure:
     """Three panels: action error by prefix, latent scales by layer, shares by layer."""
+    # A build draws nothing, and would wait for it longer than for any package but torch.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(13.5, 4.9), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
