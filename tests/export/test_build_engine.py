@@ -553,13 +553,6 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return published(tmp_path_factory.mktemp("small") / "naive.pt", other_model(use_layernorm=False))
 
 
-@pytest.fixture
-def one_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    """C is compiled for the best target alone, where a test is not about targets."""
-    best = host_targets()[:1]
-    monkeypatch.setattr(engines, "host_targets", lambda: best)
-
-
 def check_engines(manifest: Manifest, folder: Path, profile: tuple[int, int, int], target: str) -> None:
     assert [engine.source for engine in manifest.engines] == [graph.file for graph in manifest.graphs_of("reduce")]
     for engine in manifest.engines:
