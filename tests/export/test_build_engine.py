@@ -1089,13 +1089,16 @@ def test_a_build_that_is_told_to_end_leaves_everything_as_it_was(
         assert "encoder.onnx" in bundle_files(staged / "new")
         signal.raise_signal(number)
 
+    def missed(*_: object) -> None:
+        pytest.fail(f"the build does not take {number.name}")
+
     monkeypatch.setattr(pipeline, "golden_vectors", told_to_end)
     # Where the tests run in the background of a shell, they find it ignored.
-    earlier = signal.signal(number, signal.SIG_DFL)
+    earlier = signal.signal(number, missed)
     try:
         with pytest.raises(SystemExit) as ended:
             main([*build_arguments(output), "--checkpoint", str(small), "--overwrite"])
-        assert signal.getsignal(number) is signal.SIG_DFL
+        assert signal.getsignal(number) is missed
     finally:
         signal.signal(number, earlier)
     assert ended.value.code == 128 + number
