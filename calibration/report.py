@@ -1,5 +1,7 @@
 """What a fit is worth, layer by layer: a table to read, report.json and report.png."""
 
+from __future__ import annotations
+
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -259,9 +261,9 @@ def write_report(report: CalibrationReport, folder: Path, provenance: dict[str, 
 _INK, _BLUE, _ORANGE, _GREEN, _GREY = "#222222", "#1f6fb4", "#d9730d", "#2a8c55", "#8a8a8a"
 
 
-def draw_report(report: CalibrationReport) -> "Figure":
+def draw_report(report: CalibrationReport) -> Figure:
     """Three panels: action error by prefix, latent scales by layer, shares by layer."""
-    # Every build imports this module, and none draws.
+    # A build draws nothing, and would wait for it longer than for any package but torch.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -287,7 +289,7 @@ def draw_report(report: CalibrationReport) -> "Figure":
     return figure
 
 
-def _caption(axes: "Axes", title: str, columns: int) -> None:
+def _caption(axes: Axes, title: str, columns: int) -> None:
     """Title above, legend below the panel, where it hides no data."""
     axes.set_title(title, loc="left", color=_INK, fontsize=10.5)
     axes.legend(
@@ -301,7 +303,7 @@ def _points(values: list[float | None]) -> tuple[list[int], list[float]]:
     return [place for place, _ in found], [value for _, value in found]
 
 
-def _draw_errors(axes: "Axes", report: CalibrationReport) -> None:
+def _draw_errors(axes: Axes, report: CalibrationReport) -> None:
     axes.set_yscale("log")
     axes.plot(*_points(list(report.trained_mse)), color=_GREY, marker="s", markersize=4, label="trained forward pass")
     axes.plot(
@@ -315,7 +317,7 @@ def _draw_errors(axes: "Axes", report: CalibrationReport) -> None:
     _caption(axes, "Action MSE of a prefix, robot units²", columns=2)
 
 
-def _draw_scales(axes: "Axes", report: CalibrationReport) -> None:
+def _draw_scales(axes: Axes, report: CalibrationReport) -> None:
     axes.set_yscale("log")
     rows = report.layers
     axes.plot(*_points([row.worst_case for row in rows]), color=_ORANGE, marker="v", label="worst case in [−1, 1]")
@@ -328,7 +330,7 @@ def _draw_scales(axes: "Axes", report: CalibrationReport) -> None:
     _caption(axes, "Latent error after the layer", columns=2)
 
 
-def _draw_shares(axes: "Axes", report: CalibrationReport) -> None:
+def _draw_shares(axes: Axes, report: CalibrationReport) -> None:
     rows = report.layers
     places = range(len(rows))
     axes.bar(

@@ -16,6 +16,7 @@ import onnx
 import onnx.reference
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnx import InferShapes
+from polygraphy.backend.onnx.util import get_input_metadata
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.comparator import Comparator
 from polygraphy.exception import PolygraphyException
@@ -36,14 +37,13 @@ class _EvaluatorRunner(BaseRunner):  # type: ignore[misc]  # polygraphy has no t
 
     def __init__(self, onnx_bytes: bytes) -> None:
         super().__init__(name="onnx reference evaluator", prefix="onnx-reference")
-        self._onnx_bytes = onnx_bytes
+        self._model = onnx.load_model_from_string(onnx_bytes)
 
     def activate_impl(self) -> None:
-        self._evaluator = onnx.reference.ReferenceEvaluator(onnx.load_model_from_string(self._onnx_bytes))
+        self._evaluator = onnx.reference.ReferenceEvaluator(self._model)
 
     def get_input_metadata_impl(self) -> Any:
-        with OnnxrtRunner(SessionFromOnnx(self._onnx_bytes)) as runner:
-            return runner.get_input_metadata(use_numpy_dtypes=False)
+        return get_input_metadata(self._model.graph)
 
     def infer_impl(self, feed_dict: _Arrays) -> Any:
         started = time.perf_counter()

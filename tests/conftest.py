@@ -32,6 +32,7 @@ SLOW = frozenset(
         "export/test_build_engine.py", "export/test_bundle_writer.py", "export/test_c_builder.py",
         "export/test_c_compilers.py", "export/test_c_source.py", "export/test_c_timing.py",
         "export/test_cuda_on_cpu.py", "export/test_example.py", "export/test_on_target.py",
+        "export/test_same_bytes.py",
         "rfsq_ref/test_generate_demonstrations.py", "rfsq_ref/test_rollout.py", "rfsq_ref/test_rounding.py",
         "rfsq_ref/test_train.py", "rfsq_ref/test_train_modal.py", "runtime/test_bench.py",
         "runtime/test_control_campaign.py", "runtime/test_control_replay.py", "runtime/test_control_soak.py",

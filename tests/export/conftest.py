@@ -1,13 +1,22 @@
-"""The embedded robust checkpoint, calibrated once for all tests of this room."""
+"""For this room: the embedded robust checkpoint, calibrated once, and C for one target alone."""
 
 import pytest
 
 from calibration.constants import CalibrationConfig
 from calibration.fit import calibrate
+from export import engines
 from rfsq_ref.checkpoints import Checkpoint
 from rfsq_ref.data import ActionDataset
+from runtime.cpu_targets import host_targets
 
 
 @pytest.fixture(scope="session")
 def calibrated(robust: Checkpoint, demonstrations: ActionDataset) -> Checkpoint:
     return calibrate(robust, demonstrations, CalibrationConfig())
+
+
+@pytest.fixture
+def one_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C is compiled for the best target alone, where a test is not about targets."""
+    best = host_targets()[:1]
+    monkeypatch.setattr(engines, "host_targets", lambda: best)

@@ -1,14 +1,15 @@
 /*
  * As much of CUDA as the generated kernels use, on a processor: the threads of a block are coroutines, one after the
  * other from barrier to barrier. So they run in the same order every time, in another if told to: with a barrier too few
- * the two differ. Needs ucontext, of glibc.
+ * the two differ. Needs ucontext, of glibc: it gives each its stack. From then on _longjmp changes between them, for
+ * swapcontext asks the system for the signal mask each time, which takes longer than the kernels do. Nor are there
+ * headers of C++: a compiler takes longer for them than for the kernels.
  */
 #include <math.h>
+#include <setjmp.h>
+#include <stdlib.h>
 #include <string.h>
 #include <ucontext.h>
-
-#include <memory>
-#include <vector>
 
 #define __device__
 #define __global__
@@ -77,32 +78,50 @@ struct Barrier {
 
 struct Thread {
     ucontext_t context;
-    std::unique_ptr<char[]> stack;
-    bool is_done;
+    jmp_buf place;
+    void *stack;
+    bool is_started, is_done;
 };
 
 struct { unsigned x; } threadIdx, blockIdx;
 
-static constexpr unsigned WARP_SIZE = 32, STACK_BYTES = 256 * 1024;
-static ucontext_t scheduler;
-static std::vector<Thread> threads;
-static std::vector<Barrier> warps;
-static std::vector<float> exchanged;
+static constexpr unsigned WARP_SIZE = 32, MOST_THREADS = 1024, STACK_BYTES = 256 * 1024;
+static jmp_buf scheduler;
+static Thread threads[MOST_THREADS];
+static Barrier warps[MOST_THREADS / WARP_SIZE];
+static float exchanged[MOST_THREADS];
 static Barrier block;
 static unsigned num_events;
 static void *kernel;
 static void *const *arguments;
 static unsigned num_arguments;
 
+static void leave(Thread &thread)
+{
+    if (!_setjmp(thread.place))
+        _longjmp(scheduler, 1);
+}
+
+static void enter(Thread &thread)
+{
+    if (_setjmp(scheduler))
+        return;
+    if (thread.is_started)
+        _longjmp(thread.place, 1);
+    thread.is_started = true;
+    setcontext(&thread.context);
+}
+
 static void wait_at(Barrier &barrier)
 {
-    const unsigned before = barrier.times_passed, own = threadIdx.x;
+    const unsigned before = barrier.times_passed;
+    Thread &own = threads[threadIdx.x];
     if (++barrier.arrived == barrier.size) {
         barrier.any_before = barrier.any;
         barrier.arrived = 0, barrier.any = false, ++barrier.times_passed, ++num_events;
     }
     while (barrier.times_passed == before)
-        swapcontext(&threads[own].context, &scheduler);
+        leave(own);
 }
 
 inline void __syncthreads() { wait_at(block); }
@@ -126,40 +145,46 @@ inline float __shfl_sync(unsigned, float value, int lane, int width)
 
 static void run_thread()
 {
-    void *const *a = arguments;
-    if (num_arguments == 3)
-        ((void (*)(void *, void *, long long))kernel)(a[0], a[1], (long long)a[2]);
-    else
-        ((void (*)(void *, void *, void *, long long))kernel)(a[0], a[1], a[2], (long long)a[3]);
-    threads[threadIdx.x].is_done = true;
-    ++num_events;
-    for (const unsigned own = threadIdx.x;;)
-        swapcontext(&threads[own].context, &scheduler);
+    for (Thread &own = threads[threadIdx.x];; leave(own)) {
+        void *const *a = arguments;
+        if (num_arguments == 3)
+            ((void (*)(void *, void *, long long))kernel)(a[0], a[1], (long long)a[2]);
+        else
+            ((void (*)(void *, void *, void *, long long))kernel)(a[0], a[1], a[2], (long long)a[3]);
+        own.is_done = true;
+        ++num_events;
+    }
+}
+
+static void start_threads(unsigned size)
+{
+    for (Thread *thread = threads; thread != threads + size; ++thread) {
+        if (!thread->stack)
+            thread->stack = malloc(STACK_BYTES);
+        thread->is_started = false;
+        getcontext(&thread->context);
+        thread->context.uc_stack.ss_sp = thread->stack;
+        thread->context.uc_stack.ss_size = STACK_BYTES;
+        makecontext(&thread->context, run_thread, 0);
+    }
 }
 
 /* False where some threads wait at a barrier that others never reach. */
 static bool run_block(unsigned size, bool is_backwards)
 {
     block = {size};
-    warps.assign(size / WARP_SIZE, {WARP_SIZE});
-    exchanged.assign(size, 0);
-    for (auto &thread : threads) {
-        thread.is_done = false;
-        getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.get();
-        thread.context.uc_stack.ss_size = STACK_BYTES;
-        makecontext(&thread.context, run_thread, 0);
-    }
+    for (unsigned i = 0; i < size; ++i)
+        threads[i].is_done = false, exchanged[i] = 0, warps[i / WARP_SIZE] = {WARP_SIZE};
     for (unsigned before = num_events - 1; before != num_events;) {
         before = num_events;
         for (unsigned i = 0; i < size; ++i) {
             threadIdx.x = is_backwards ? size - 1 - i : i;
             if (!threads[threadIdx.x].is_done)
-                swapcontext(&scheduler, &threads[threadIdx.x].context);
+                enter(threads[threadIdx.x]);
         }
     }
-    for (const auto &thread : threads)
-        if (!thread.is_done)
+    for (unsigned i = 0; i < size; ++i)
+        if (!threads[i].is_done)
             return false;
     return true;
 }
@@ -167,11 +192,10 @@ static bool run_block(unsigned size, bool is_backwards)
 extern "C" bool run_kernel(void *function, unsigned blocks, unsigned size, bool is_backwards, void *const *values,
                            unsigned num_values)
 {
+    if (size > MOST_THREADS || size % WARP_SIZE != 0)
+        return false;
     kernel = function, arguments = values, num_arguments = num_values;
-    threads.resize(size);
-    for (auto &thread : threads)
-        if (!thread.stack)
-            thread.stack.reset(new char[STACK_BYTES]);
+    start_threads(size);
     for (unsigned i = 0; i < blocks; ++i) {
         blockIdx.x = is_backwards ? blocks - 1 - i : i;
         if (!run_block(size, is_backwards))

@@ -1,7 +1,9 @@
 """The main job, end to end: from a checkpoint to a bundle that a robot can use, or to nothing at all."""
 
+import contextlib
 import copy
 import importlib.util
+import io
 import json
 import os
 import pickle
@@ -21,11 +23,13 @@ import torch
 from calibration.constants import CalibrationConfig
 from calibration.fit import calibrate
 from calibration.readout import ReadoutChoice, ReadoutConfig
-from export import engines, pipeline, trt_builder
+from calibration.recovered import RecoveredConfig
+from export import engines, pipeline, sources, trt_builder
 from export.batches import Profile
 from export.build_engine import main, parse_arguments
 from export.c_builder import find_compiler
 from export.errors import GateError
+from export.fingerprint import fingerprint
 from export.graphs import LinearForm
 from export.pipeline import BuildConfig, BuildResult, build
 from export.plan import DeployMode
@@ -89,9 +93,24 @@ def write_episodes(path: Path, action_dim: int, *, episodes: int = 12, steps: in
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
+def printed() -> io.StringIO:
+    """What the build of `built` says."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def built(printed: io.StringIO, tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
     """The default: the embedded robust checkpoint, calibrated."""
-    return build(config(tmp_path_factory.mktemp("calibrated") / "bundle"))
+    with contextlib.redirect_stdout(printed):
+        return build(config(tmp_path_factory.mktemp("calibrated") / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def ready(calibrated: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with its constants in the file: nothing is left to be fitted."""
+    path = tmp_path_factory.mktemp("ready") / "calibrated.safetensors"
+    save_checkpoint(calibrated, path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +122,10 @@ def tokenizer(built: BuildResult) -> Iterator[ActionTokenizer]:
 @pytest.fixture(scope="module")
 def recovered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActionTokenizer]:
     output = tmp_path_factory.mktemp("recovered") / "bundle"
-    build(config(output, conditioning=DeployMode.RECOVERED))
+    with pytest.MonkeyPatch.context() as patch:
+        # Without searching for the best: that takes 15 seconds, and calibration's own tests judge it.
+        patch.setattr(sources, "RecoveredConfig", lambda: RecoveredConfig(ridge=1e-6, refine_steps=2))
+        build(config(output, conditioning=DeployMode.RECOVERED))
     with ActionTokenizer.load(output) as loaded:
         yield loaded
 
@@ -320,9 +342,8 @@ def test_the_default_arguments_are_those_of_make_engine() -> None:
     assert (defaults.conditioning, defaults.prefixes, defaults.backends) == (None, None, None)
 
 
-def test_a_person_sees_a_line_per_step_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--output", str(tmp_path / "b"), "--backends", "onnxruntime", "--parity-steps", "500"]) == 0
-    output = capsys.readouterr().out
+def test_a_person_sees_a_line_per_step_and_a_table(built: BuildResult, printed: io.StringIO) -> None:
+    output = printed.getvalue()
     titles = re.findall(r"^✓ ([a-zA-Z -]+?)  ", output, re.MULTILINE)
     assert titles == [
         "load checkpoint",
@@ -337,8 +358,7 @@ def test_a_person_sees_a_line_per_step_and_a_table(tmp_path: Path, capsys: pytes
     ]
     assert re.search(r"^✓ onnxruntime \(.*?\), decode 8 layers: action error +\S+ +1e-05 +\d+$", output, re.MULTILINE)
     assert re.search(r"^tokens of 8 layers +\d\.\d{3}e-06$", output, re.MULTILINE)
-    fingerprint = open_bundle(tmp_path / "b").manifest.fingerprint
-    assert output.endswith(f"is built and validated, fingerprint {fingerprint[:16]}\n")
+    assert output.endswith(f"is built and validated, fingerprint {built.manifest.fingerprint[:16]}\n")
 
 
 # --- other checkpoints ------------------------------------------------------------------------------------------------
@@ -375,16 +395,16 @@ def write_other(folder: Path, model: ActionRFSQAE, normaliser: Normaliser = NORM
     ]  # fmt: skip
 
 
-def test_a_model_of_other_sizes_and_units_builds_from_its_published_file(tmp_path: Path) -> None:
+def test_a_model_of_other_sizes_and_units_builds_from_its_published_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = other_model()
     arguments = write_other(tmp_path, model)
-    finished = run(
-        *arguments, "--chunk-length", 3, "--prefixes", 2, 4, "--readout", "on", "--output", "bundle",
-        "--parity-steps", STEPS, cwd=tmp_path,
-    )  # fmt: skip
-    assert "readout refitted, no quantiser" in finished.stdout
-    assert finished.returncode == 0, finished.stderr
-    assert "A 4, D 6, L 5, K 5, hidden 24; deployed as 'calibrated'" in finished.stdout
+    flags = ["--chunk-length", "3", "--prefixes", "2", "4", "--readout", "on"]
+    assert main([*build_arguments(tmp_path / "bundle"), *arguments, *flags]) == 0
+    output = capsys.readouterr().out
+    assert "readout refitted, no quantiser" in output
+    assert "A 4, D 6, L 5, K 5, hidden 24; deployed as 'calibrated'" in output
 
     with ActionTokenizer.load(tmp_path / "bundle") as tokenizer:
         assert tokenizer.prefixes == (2, 4, 5)
@@ -417,6 +437,7 @@ def test_a_model_of_other_sizes_and_units_builds_from_its_published_file(tmp_pat
 FAR = Normaliser(NormaliserKind.MIN_MAX, (0.0, -60.0, 25.0, 100.0), (2.0, 3.0, 0.25, 0.1))
 
 
+@pytest.mark.usefixtures("one_target")
 def test_a_robot_whose_joints_rest_far_from_zero_builds(tmp_path: Path) -> None:
     arguments = write_other(tmp_path, other_model(), FAR)
     backends = ["onnxruntime", *(["c"] if find_compiler() else [])]
@@ -491,7 +512,13 @@ def test_a_naive_published_file_builds_without_any_data(tmp_path: Path, capsys: 
 def test_a_bare_state_dict_builds_when_it_is_said_how_it_was_trained(tmp_path: Path) -> None:
     torch.save(other_model().state_dict(), tmp_path / "bare.pt")
     result = build(
-        config(tmp_path / "b", checkpoint=tmp_path / "bare.pt", use_layernorm=True, conditioning=DeployMode.DYNAMIC)
+        config(
+            tmp_path / "b",
+            checkpoint=tmp_path / "bare.pt",
+            use_layernorm=True,
+            conditioning=DeployMode.DYNAMIC,
+            parity_steps=1,
+        )
     )
     assert result.manifest.model.mode == "dynamic"
 
@@ -499,30 +526,22 @@ def test_a_bare_state_dict_builds_when_it_is_said_how_it_was_trained(tmp_path: P
 def test_constants_that_a_checkpoint_brings_are_kept(
     calibrated: Checkpoint, built: BuildResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_checkpoint(calibrated, tmp_path / "calibrated.safetensors")
-    result = build(config(tmp_path / "bundle", checkpoint=tmp_path / "calibrated.safetensors", parity_steps=500))
-    assert result.manifest.fingerprint == built.manifest.fingerprint
-    assert "nothing to fit" in capsys.readouterr().out
-
+    """Other ones than a fit would give."""
     constants = ConditioningConstants(calibrated.constants.mean, calibrated.constants.scale * 1.25)
-    save_checkpoint(replace(calibrated, constants=constants), tmp_path / "other.safetensors")
-    other = build(config(tmp_path / "other", checkpoint=tmp_path / "other.safetensors", parity_steps=500))
-    assert other.manifest.fingerprint != built.manifest.fingerprint
+    brought = replace(calibrated, constants=constants)
+    save_checkpoint(brought, tmp_path / "brought.safetensors")
+    result = build(config(tmp_path / "bundle", checkpoint=tmp_path / "brought.safetensors", parity_steps=1))
+    assert "nothing to fit" in capsys.readouterr().out
+    assert result.manifest.fingerprint == fingerprint(brought, DeployMode.CALIBRATED) != built.manifest.fingerprint
 
 
-@pytest.mark.parametrize("options", [{"chunk_length": 1}, {"chunk_length": 50}, {"prefixes": (1, 5)}])
 def test_chunk_length_and_prefixes_do_not_change_the_fingerprint(
-    options: dict, built: BuildResult, calibrated: Checkpoint, tmp_path: Path
+    built: BuildResult, ready: Path, tmp_path: Path
 ) -> None:
-    save_checkpoint(calibrated, tmp_path / "calibrated.safetensors")
-    result = build(
-        config(tmp_path / "bundle", checkpoint=tmp_path / "calibrated.safetensors", parity_steps=1, **options)
-    )
+    result = build(config(tmp_path / "bundle", checkpoint=ready, parity_steps=1, chunk_length=50, prefixes=(1, 5)))
     assert result.manifest.fingerprint == built.manifest.fingerprint
-    if "chunk_length" in options:
-        assert result.manifest.model.chunk_length == options["chunk_length"]
-    else:
-        assert result.manifest.model.prefixes == (1, 5, 8)
+    assert result.manifest.model.chunk_length == 50
+    assert result.manifest.model.prefixes == (1, 5, 8)
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------
@@ -575,15 +594,22 @@ def test_engines_for_chosen_gpus_carry_them_in_their_names(small: Path, tmp_path
 
 
 @needs_rtx
-def test_without_a_choice_engines_are_built_for_what_is_installed(small: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("one_target")
+def test_without_a_choice_engines_are_built_for_what_is_installed_and_it_is_said_what_did_not_run(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     result = build(config(tmp_path / "bundle", checkpoint=small, backends=None, parity_steps=500))
     assert "tensorrt-rtx" in {engine.backend for engine in result.manifest.engines}
+    assert "onnxruntime-cuda" not in {entry.backend for entry in result.manifest.parity}
+    assert "NOT run: onnxruntime-cuda: ONNX Runtime " in capsys.readouterr().out
 
 
 def test_c_is_compiled_for_every_target_of_this_processor_and_passes_every_gate(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = build(config(tmp_path / "bundle", checkpoint=small, backends=("c",), parity_steps=500))
+    options = {"checkpoint": small, "backends": ("c",), "parity_steps": 500}
+    result = build(config(tmp_path / "bundle", **options))
     assert [engine.targets for engine in result.manifest.engines] == [(target,) for target in host_targets()]
     for engine in result.manifest.engines:
         assert (engine.backend, engine.source, engine.status, engine.precision) == ("c", C_SOURCE, "validated", "fp32")
@@ -604,12 +630,8 @@ def test_c_is_compiled_for_every_target_of_this_processor_and_passes_every_gate(
         assert tokenizer.backend.name == "c"
     header = (result.output / C_HEADER).read_text(encoding="utf-8")
     assert f'"{result.manifest.fingerprint}"' in header
-
-
-def test_builds_with_c_write_the_same_bytes(small: Path, tmp_path: Path) -> None:
-    options = {"checkpoint": small, "backends": ("c",), "parity_steps": 500}
-    trees = [tree(build(config(tmp_path / name, **options)).output) for name in ("one", "two")]
-    assert trees[0] == trees[1]
+    # And another time the same bytes.
+    assert tree(build(config(tmp_path / "another", **options)).output) == tree(result.output)
 
 
 def test_without_a_compiler_the_source_goes_along_alone(
@@ -634,6 +656,7 @@ def test_c_asked_for_without_a_compiler_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("one_target")
 def test_c_that_leaves_the_reference_turns_the_gates_red(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -709,11 +732,11 @@ def build_arguments(output: Path) -> list[str]:
 
 @pytest.mark.usefixtures("perturbed")
 def test_red_gates_are_all_shown_and_leave_no_bundle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The check of graphs would find it first.
     monkeypatch.setattr(pipeline, "cross_check", lambda *_: [])
-    assert main(build_arguments(tmp_path / "bundle")) == 1
+    assert main([*build_arguments(tmp_path / "bundle"), "--checkpoint", str(ready)]) == 1
     captured = capsys.readouterr()
 
     assert re.search(r"^✗ parity gates .*$", captured.out, re.MULTILINE)
@@ -730,9 +753,9 @@ def test_red_gates_are_all_shown_and_leave_no_bundle(
 
 @pytest.mark.usefixtures("perturbed")
 def test_a_graph_that_leaves_the_reference_is_found_before_any_gate(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(build_arguments(tmp_path / "bundle")) == 1
+    assert main([*build_arguments(tmp_path / "bundle"), "--checkpoint", str(ready)]) == 1
     captured = capsys.readouterr()
     assert re.search(r"^✗ cross-check graphs ", captured.out, re.MULTILINE)
     assert "parity gates" not in captured.out
@@ -963,16 +986,6 @@ def test_onnxruntime_without_cuda_is_refused_where_it_was_asked_for(
     assert list(tmp_path.iterdir()) == []
 
 
-@needs_rtx
-def test_a_build_says_which_backends_did_not_run(
-    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    result = build(config(tmp_path / "bundle", checkpoint=small, backends=None, parity_steps=500))
-    assert "onnxruntime-cuda" not in {entry.backend for entry in result.manifest.parity}
-    assert "NOT run: onnxruntime-cuda: ONNX Runtime " in capsys.readouterr().out
-
-
 def test_an_output_that_is_there_is_kept_unless_told_otherwise(
     built: BuildResult, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1034,36 +1047,63 @@ def start(output: Path, checkpoint: Path, interrupt: int | signal.Handlers = sig
     raise AssertionError(f"the build ended by itself: {process.communicate()[1]}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_build_that_is_stopped_leaves_the_old_bundle_and_no_half_of_a_new_one(
-    number: signal.Signals, built: BuildResult, small: Path, tmp_path: Path
+def test_a_build_that_is_killed_leaves_the_old_bundle_and_the_next_one_clears_up(
+    built: BuildResult, small: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "bundle"
     before = copy_bundle(built.output, output)
     process = start(output, small)
     (staged,) = tmp_path.glob(".bundle.staged-*")
     assert "encoder.onnx" in bundle_files(staged / "new")
-    process.send_signal(number)
+    process.kill()
     process.communicate()
 
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert process.returncode == -signal.SIGKILL
     assert tree(output) == before
     ActionTokenizer.load(output).close()
     # Who is killed cannot clear up; nobody takes what is left for a bundle.
-    left = {"bundle", staged.name} if number == signal.SIGKILL else {"bundle"}
-    assert {path.name for path in tmp_path.iterdir()} == left
+    assert {path.name for path in tmp_path.iterdir()} == {"bundle", staged.name}
 
     build(config(output, overwrite=True, checkpoint=small, parity_steps=1))
     assert {path.name for path in tmp_path.iterdir()} == {"bundle"}
     assert open_bundle(output).manifest.model.mode == "none"
 
 
-def test_a_build_that_is_interrupted_before_there_was_a_bundle_leaves_nothing(small: Path, tmp_path: Path) -> None:
-    process = start(tmp_path / "bundle", small)
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode != 0
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("is_there", [True, False], ids=["over an old bundle", "where there was none"])
+def test_a_build_that_is_told_to_end_leaves_everything_as_it_was(
+    number: signal.Signals,
+    is_there: bool,
+    built: BuildResult,
+    small: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Told at a moment when files are written already; in a process of its own, the test below does it."""
+    output = tmp_path / "bundle"
+    before = copy_bundle(built.output, output) if is_there else {}
+
+    def told_to_end(*_: object) -> None:
+        (staged,) = tmp_path.glob(".bundle.staged-*")
+        assert "encoder.onnx" in bundle_files(staged / "new")
+        signal.raise_signal(number)
+
+    def missed(*_: object) -> None:
+        pytest.fail(f"the build does not take {number.name}")
+
+    monkeypatch.setattr(pipeline, "golden_vectors", told_to_end)
+    # Where the tests run in the background of a shell, they find it ignored.
+    earlier = signal.signal(number, missed)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main([*build_arguments(output), "--checkpoint", str(small), "--overwrite"])
+        assert signal.getsignal(number) is missed
+    finally:
+        signal.signal(number, earlier)
+    assert ended.value.code == 128 + number
+    assert f"ended by {number.name}" in capsys.readouterr().err
+    assert tree(tmp_path) == {f"bundle/{file}": content for file, content in before.items()}
 
 
 def test_signals_that_the_caller_ignores_stay_ignored(small: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A bundle appears at its output whole and sealed, or nothing changes there."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,16 @@ from runtime import ActionTokenizer
 from runtime.bundle import open_bundle
 from runtime.errors import BundleError
 from runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
-from tests.bundles import Recipe, bundle_files, deploy, export_graphs, golden_vectors, make_manifest, write_bundle
+from tests.bundles import (
+    Recipe,
+    bundle_files,
+    deploy,
+    export_graphs,
+    fingerprint_of,
+    golden_vectors,
+    make_manifest,
+    write_bundle,
+)
 
 ROOT = Path(__file__).parents[2]
 DEPLOYED = deploy(Recipe(has_engine=False))
@@ -448,13 +458,21 @@ write_bundle(Path(sys.argv[1]), Recipe(), overwrite=True)
 """
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_bundle_set_aside_by_a_killed_build_comes_back(overwrite: bool, tmp_path: Path) -> None:
-    output = write_bundle(tmp_path / "bundle", Recipe(seed=7))
-    fingerprint = open_bundle(output).manifest.fingerprint
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a build left that was killed between two renames."""
+    folder = tmp_path_factory.mktemp("killed")
+    output = write_bundle(folder / "bundle", Recipe(seed=7))
     result = subprocess.run([sys.executable, "-c", KILLED_BETWEEN, str(output)], cwd=ROOT, check=False)
     assert result.returncode == -signal.SIGKILL
     assert not output.exists()
+    return folder
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_bundle_set_aside_by_a_killed_build_comes_back(overwrite: bool, killed: Path, tmp_path: Path) -> None:
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True, symlinks=True)
+    output, fingerprint = tmp_path / "bundle", fingerprint_of(Recipe(seed=7))
     if overwrite:
         with pytest.raises(ZeroDivisionError), stage_bundle(output, overwrite=True):
             raise ZeroDivisionError

@@ -1,10 +1,6 @@
 """The generated C says nothing but the model: the reference's answers, on any sizes, and nothing where it refuses."""
 
-import hashlib
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -341,33 +337,6 @@ def test_statistics_that_no_encoder_gives_are_refused_and_nothing_is_written(pla
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
-
-HASHES = """
-import hashlib
-from export.plan import DeployMode
-from tests.bundles import Recipe, deploy, generate_c
-for mode in DeployMode:
-    generated = generate_c(deploy(Recipe(mode=mode)))
-    for text in (generated.header, generated.source):
-        print(mode.value, hashlib.sha256(text.encode()).hexdigest())
-"""
-
-
-def test_two_processes_in_two_folders_write_the_same_bytes(tmp_path: Path) -> None:
-    def start(seed: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1"}
-        folder = tmp_path / seed
-        folder.mkdir()
-        return subprocess.Popen(
-            [sys.executable, "-c", HASHES], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
-        )
-
-    processes = [start("1"), start("4242")]
-    first, second = (process.communicate()[0].splitlines() for process in processes)
-    assert len(set(first)) == 2 * len(MODES)
-    assert first == second
-    generated = generate_c(deploy(Recipe(MODES[0])))
-    assert first[1] == f"{MODES[0].value} {hashlib.sha256(generated.source.encode()).hexdigest()}"
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -24,7 +24,7 @@ from tests.bundles import Deployed, Recipe, deploy, export_graphs, generate_c, g
 from tests.export.c_library import OK, Library
 from tests.export.cuda_on_cpu import CudaOnCpu
 from tests.export.plan_numpy import MODES, PlanBackend
-from tests.export.test_parity import CHUNK, COARSE, FULL, NEAR_TIES, PREFIXES, WRONG, Case
+from tests.export.test_parity import CHUNK, COARSE, FULL, NEAR_TIES, PREFIXES, STEPS, WRONG, Case
 from tests.rfsq_ref.models import make_model, shrinking_constants
 
 RATIOS = [0, 4, 6, 10, 20, 100, 1000]
@@ -149,11 +149,12 @@ def judge_every_implementation(case: Case, folder: Path) -> None:
 def test_plans_and_graphs_pass_every_gate_wherever_all_joints_rest(
     ratio: float, calibrated: Checkpoint, split: EpisodeSplit
 ) -> None:
-    case = case_of(resting(calibrated, [ratio] * 7), DeployMode.CALIBRATED, split.test.steps()[:1000])
+    case = case_of(resting(calibrated, [ratio] * 7), DeployMode.CALIBRATED, split.test.steps()[: STEPS // 2])
     for backend in (case.numpy_backend(), case.backend(form=LinearForm.GEMM)):
         assert failures(case.judge(backend)) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "ratios"),
     [
@@ -170,9 +171,12 @@ def test_every_implementation_passes_every_gate(
     split: EpisodeSplit,
     tmp_path: Path,
 ) -> None:
-    judge_every_implementation(case_of(resting(checkpoint_of(mode), ratios), mode, split.test.steps()[:1000]), tmp_path)
+    judge_every_implementation(
+        case_of(resting(checkpoint_of(mode), ratios), mode, split.test.steps()[: STEPS // 2]), tmp_path
+    )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compilers")
 def test_a_humanoid_of_26_joints_passes_every_gate(tmp_path: Path) -> None:
     """Joint targets in radians: some joints swing around zero, others move by hundredths around a bent knee."""
@@ -183,7 +187,7 @@ def test_a_humanoid_of_26_joints_passes_every_gate(tmp_path: Path) -> None:
     rests = random.uniform(-2, 2, 26)
     checkpoint = Checkpoint(sizes, Conditioning.DYNAMIC, weights, constants=shrinking_constants(8, 16, 7))
     case = case_of(
-        resting(checkpoint, rests / scales, scales), DeployMode.CALIBRATED, random.uniform(-1, 1, (1000, 26))
+        resting(checkpoint, rests / scales, scales), DeployMode.CALIBRATED, random.uniform(-1, 1, (STEPS // 2, 26))
     )
     judge_every_implementation(case, tmp_path)
 
@@ -250,7 +254,7 @@ def with_offset_in_the_bias(plan: DecoderPlan) -> DecoderPlan:
 
 @pytest.fixture(scope="module")
 def far(calibrated: Checkpoint, split: EpisodeSplit) -> Case:
-    return case_of(resting(calibrated, [1000] * 7), DeployMode.CALIBRATED, split.test.steps()[:1000])
+    return case_of(resting(calibrated, [1000] * 7), DeployMode.CALIBRATED, split.test.steps()[: STEPS // 2])
 
 
 def folded_backend(case: Case) -> PlanBackend:
@@ -270,7 +274,7 @@ def test_an_offset_folded_into_biases_turns_the_gates_red(far: Case) -> None:
 
 @pytest.mark.parametrize("ratio", [10, 20])
 def test_so_it_does_nearer_to_zero(ratio: float, calibrated: Checkpoint, split: EpisodeSplit) -> None:
-    case = case_of(resting(calibrated, [ratio] * 7), DeployMode.CALIBRATED, split.test.steps()[:1000])
+    case = case_of(resting(calibrated, [ratio] * 7), DeployMode.CALIBRATED, split.test.steps()[: STEPS // 2])
     assert NEAR_TIES in case.red(folded_backend(case))
 
 

@@ -1,8 +1,7 @@
 """Graphs say nothing but the model: the same bytes anywhere, and the reference's answers on two runtimes."""
 
-import os
-import subprocess
-import sys
+import functools
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,32 +35,6 @@ from tests.export.plan_numpy import MODES, check_tokens, recipes
 ROOT = Path(__file__).parents[2]
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
-
-HASHES = """
-import hashlib
-from export.plan import DeployMode
-from tests.bundles import Recipe, deploy, export_graphs
-for mode in DeployMode:
-    for file, content in export_graphs(deploy(Recipe(mode=mode))).items():
-        print(mode.value, file, hashlib.sha256(content).hexdigest())
-"""
-
-
-def start_hashing(folder: Path, hash_seed: str) -> subprocess.Popen[str]:
-    folder.mkdir()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", HASHES], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
-    )
-
-
-def test_two_processes_in_two_folders_write_the_same_bytes(tmp_path: Path) -> None:
-    processes = [start_hashing(tmp_path / f"folder {seed}", seed) for seed in ("1", "4242")]
-    first, second = (process.communicate()[0].splitlines() for process in processes)
-
-    assert len(first) == 3 * len(LinearForm) * len(MODES)
-    assert len({line.split()[-1] for line in first}) == len(first)
-    assert first == second
 
 
 def test_other_weights_give_other_bytes() -> None:
@@ -160,6 +133,15 @@ class ReferenceEvaluator:
 
 
 RUNTIMES = [OnnxRuntime, ReferenceEvaluator]
+#: A model's graphs take longer to write than to run: tests go through these with graphs that are written once.
+EVERYWHERE = list(itertools.product(RUNTIMES, LinearForm))
+
+
+@functools.cache
+def exported(recipe: Recipe) -> tuple[Deployed, dict[str, bytes]]:
+    """The model of a recipe, which nobody changes, and its graphs."""
+    deployed = deploy(recipe)
+    return deployed, export_graphs(deployed)
 
 
 def check_encoder(deployed: Deployed, runtime: type, content: bytes, actions: np.ndarray) -> None:
@@ -190,24 +172,21 @@ def check_decoder(deployed: Deployed, runtime: type, content: bytes, prefix: int
     assert worst.value <= 1e-5, worst
 
 
-@pytest.mark.parametrize("form", LinearForm)
-@pytest.mark.parametrize("runtime", RUNTIMES)
 @given(recipe=recipes())
 @settings(max_examples=25)
-def test_both_runtimes_give_the_references_answers(runtime: type, form: LinearForm, recipe: Recipe) -> None:
+def test_both_runtimes_give_the_references_answers(recipe: Recipe) -> None:
     deployed = deploy(recipe)
     graphs = export_graphs(deployed)
-    check_encoder(deployed, runtime, graphs[graph_file("encoder.onnx", form)], random_actions(recipe, 40))
-    for prefix in deployed.prefixes:
-        file = "decoder.onnx" if prefix == recipe.config.num_layers else f"decoder_l{prefix}.onnx"
-        check_decoder(deployed, runtime, graphs[graph_file(file, form)], prefix, 40)
+    for runtime, form in EVERYWHERE:
+        check_encoder(deployed, runtime, graphs[graph_file("encoder.onnx", form)], random_actions(recipe, 40))
+        for prefix in deployed.prefixes:
+            file = "decoder.onnx" if prefix == recipe.config.num_layers else f"decoder_l{prefix}.onnx"
+            check_decoder(deployed, runtime, graphs[graph_file(file, form)], prefix, 40)
 
 
-@pytest.mark.parametrize("form", LinearForm)
-@pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("gain", [1.0, 10.0, 40.0, 100.0, 1e4, 1e18])
-def test_no_sum_is_too_large_for_mish(mode: DeployMode, gain: float, runtime: type, form: LinearForm) -> None:
+def test_no_sum_is_too_large_for_mish(mode: DeployMode, gain: float) -> None:
     """exp of a hidden unit overflows float32 from 88 on, its square from 44: no token and no action may do that."""
     recipe = Recipe(mode=mode)
     deployed = deploy(recipe)
@@ -218,30 +197,25 @@ def test_no_sum_is_too_large_for_mish(mode: DeployMode, gain: float, runtime: ty
         layer.weight.div_(gain)
     deployed.exported = deployed.reference
     graphs = export_graphs(deployed)
-    for prefix, file in ((2, "decoder_l2.onnx"), (3, "decoder.onnx")):
-        check_decoder(deployed, runtime, graphs[graph_file(file, form)], prefix, 50)
-    check_encoder(deployed, runtime, graphs[graph_file("encoder.onnx", form)], random_actions(recipe, 50))
+    for runtime, form in EVERYWHERE:
+        for prefix, file in ((2, "decoder_l2.onnx"), (3, "decoder.onnx")):
+            check_decoder(deployed, runtime, graphs[graph_file(file, form)], prefix, 50)
+        check_encoder(deployed, runtime, graphs[graph_file("encoder.onnx", form)], random_actions(recipe, 50))
 
 
-@pytest.mark.parametrize("form", LinearForm)
-@pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("batch", [1, 2, 257])
-def test_any_batch_is_taken(mode: DeployMode, batch: int, runtime: type, form: LinearForm) -> None:
+def test_any_batch_is_taken(mode: DeployMode, batch: int) -> None:
     recipe = Recipe(mode=mode)
-    deployed = deploy(recipe)
-    graphs = export_graphs(deployed)
-    check_encoder(deployed, runtime, graphs[graph_file("encoder.onnx", form)], random_actions(recipe, batch))
-    check_decoder(deployed, runtime, graphs[graph_file("decoder.onnx", form)], 3, batch)
+    deployed, graphs = exported(recipe)
+    for runtime, form in EVERYWHERE:
+        check_encoder(deployed, runtime, graphs[graph_file("encoder.onnx", form)], random_actions(recipe, batch))
+        check_decoder(deployed, runtime, graphs[graph_file("decoder.onnx", form)], 3, batch)
 
 
-@pytest.mark.parametrize("form", LinearForm)
-@pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("num_levels", [2, 4, 5, 6, 8])
-def test_a_latent_on_an_edge_goes_to_the_lower_level(
-    mode: DeployMode, num_levels: int, runtime: type, form: LinearForm
-) -> None:
+def test_a_latent_on_an_edge_goes_to_the_lower_level(mode: DeployMode, num_levels: int) -> None:
     """Zero weights make every latent exactly zero, which is an edge where K is even; sigma is zero in `dynamic`."""
     recipe = Recipe(mode=mode, config=ModelConfig(3, 4, 8, 3, num_levels))
     deployed = deploy(recipe)
@@ -249,10 +223,12 @@ def test_a_latent_on_an_edge_goes_to_the_lower_level(
         parameter.zero_()
     deployed.exported.quantizer.mean.zero_()
     actions = random_actions(recipe, 3)
-    found = runtime(export_graphs(deployed)[graph_file("encoder.onnx", form)]).run({"actions": actions})[0]
-
-    assert (found[..., 0] == (num_levels - 1) // 2).all()
-    np.testing.assert_array_equal(found, deployed.exported.encode(torch.from_numpy(actions).double())[0].numpy())
+    expected = deployed.exported.encode(torch.from_numpy(actions).double())[0].numpy()
+    graphs = export_graphs(deployed)
+    for runtime, form in EVERYWHERE:
+        found = runtime(graphs[graph_file("encoder.onnx", form)]).run({"actions": actions})[0]
+        assert (found[..., 0] == (num_levels - 1) // 2).all()
+        np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("form", LinearForm)
@@ -260,9 +236,8 @@ def test_a_latent_on_an_edge_goes_to_the_lower_level(
 @pytest.mark.parametrize("mode", MODES)
 def test_steps_of_a_chunk_do_not_touch_each_other(mode: DeployMode, runtime: type, form: LinearForm) -> None:
     """A token that changes in one step changes that step's action alone."""
-    recipe = Recipe(mode=mode, chunk_length=5)
-    deployed = deploy(recipe)
-    session = runtime(export_graphs(deployed)[graph_file("decoder.onnx", form)])
+    _, graphs = exported(Recipe(mode=mode, chunk_length=5))
+    session = runtime(graphs[graph_file("decoder.onnx", form)])
     feed = {"tokens": np.full((2, 5, 4, 3), 2, np.int32)}
     if mode is DeployMode.DYNAMIC:
         feed["stats"] = np.full((2, 5, 3, 2), 0.25, np.float32)
@@ -273,13 +248,9 @@ def test_steps_of_a_chunk_do_not_touch_each_other(mode: DeployMode, runtime: typ
     assert np.argwhere((before != after).any(-1)).tolist() == [[1, 3]]
 
 
-@pytest.mark.parametrize("form", LinearForm)
-@pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("latents", ["all zero", "all alike", "one apart"])
 @pytest.mark.parametrize("mode", list(DeployMode))
-def test_latents_that_never_change_are_coded_alike(
-    mode: DeployMode, latents: str, runtime: type, form: LinearForm
-) -> None:
+def test_latents_that_never_change_are_coded_alike(mode: DeployMode, latents: str) -> None:
     """sigma = 0 for `dynamic`: only its epsilon is left to divide by."""
     deployed = deploy(Recipe(mode=mode))
     output = deployed.exported.encoder[2]
@@ -288,18 +259,16 @@ def test_latents_that_never_change_are_coded_alike(
     if latents == "one apart":
         output.bias[0] = 0.75
     deployed.reference.load_state_dict(deployed.exported.state_dict())
-    check_encoder(
-        deployed,
-        runtime,
-        export_graphs(deployed)[graph_file("encoder.onnx", form)],
-        random_actions(deployed.recipe, 16),
-    )
+    graphs, actions = export_graphs(deployed), random_actions(deployed.recipe, 16)
+    for runtime, form in EVERYWHERE:
+        check_encoder(deployed, runtime, graphs[graph_file("encoder.onnx", form)], actions)
 
 
 # --- the forms for GPUs -----------------------------------------------------------------------------------------------
 
 #: Forms whose inputs may never have been in the hands of a host.
 MARKED = [form for form in LinearForm if form.is_marked]
+MARKED_EVERYWHERE = list(itertools.product(RUNTIMES, MARKED))
 #: What GPU libraries run in TF32 unless they are told otherwise, and TensorRT-RTX whatever it is told.
 PRODUCTS = {"Gemm", "MatMul", "Einsum", "Conv", "MatMulInteger", "QLinearMatMul"}
 
@@ -329,7 +298,7 @@ def test_an_illegal_token_marks_its_step_and_no_other(
     """All actions of the step are NaN, which no controller takes for a motion; every other action is as it was."""
     config = ModelConfig(action_dim=3, latent_dim=4, hidden_width=8, num_layers=layers, num_levels=5)
     recipe = Recipe(mode=mode, config=config, chunk_length=3, prefixes=())
-    session = runtime(export_graphs(deploy(recipe))[graph_file("decoder.onnx", form)])
+    session = runtime(exported(recipe)[1][graph_file("decoder.onnx", form)])
     random = np.random.default_rng(3)
     tokens = random.integers(5, size=(4, 3, 4, layers), dtype=np.int32)
     feed = {"tokens": tokens}
@@ -350,15 +319,14 @@ def test_an_illegal_token_marks_its_step_and_no_other(
             np.testing.assert_array_equal(found[~is_marked], before[~is_marked])
 
 
-@pytest.mark.parametrize("form", MARKED)
-@pytest.mark.parametrize("runtime", RUNTIMES)
 @given(recipe=recipes())
 @settings(max_examples=15)
-def test_the_lowest_and_the_highest_level_are_legal(runtime: type, form: LinearForm, recipe: Recipe) -> None:
-    deployed, config = deploy(recipe), recipe.config
-    session = runtime(export_graphs(deployed)[graph_file("decoder.onnx", form)])
+def test_the_lowest_and_the_highest_level_are_legal(recipe: Recipe) -> None:
+    config, graphs = recipe.config, export_graphs(deploy(recipe))
+    sessions = [runtime(graphs[graph_file("decoder.onnx", form)]) for runtime, form in MARKED_EVERYWHERE]
     shape = (1, recipe.chunk_length, config.latent_dim, config.num_layers)
-    for level, is_legal in ((-1, False), (0, True), (config.num_levels - 1, True), (config.num_levels, False)):
+    levels = ((-1, False), (0, True), (config.num_levels - 1, True), (config.num_levels, False))
+    for session, (level, is_legal) in itertools.product(sessions, levels):
         feed = {"tokens": np.full(shape, level, np.int32)}
         if recipe.mode is DeployMode.DYNAMIC:
             feed["stats"] = np.full((*shape[:2], config.num_layers, 2), 0.25, np.float32)
@@ -377,7 +345,7 @@ def test_an_action_that_is_no_number_marks_its_step_and_no_other(
     """All tokens of the step are -1, which no decoder takes for a level; every other token is as it was."""
     config = ModelConfig(action_dim=3, latent_dim=4, hidden_width=8, num_layers=layers, num_levels=5)
     recipe = Recipe(mode=mode, config=config, chunk_length=3, prefixes=())
-    session = runtime(export_graphs(deploy(recipe))[graph_file("encoder.onnx", form)])
+    session = runtime(exported(recipe)[1][graph_file("encoder.onnx", form)])
     random = np.random.default_rng(4)
     actions = random_actions(recipe, 4)
     before, *stats_before = session.run({"actions": actions})
@@ -396,23 +364,22 @@ def test_an_action_that_is_no_number_marks_its_step_and_no_other(
                 )
 
 
-@pytest.mark.parametrize("form", MARKED)
-@pytest.mark.parametrize("runtime", RUNTIMES)
 @given(recipe=recipes(), place=st.integers(0, 99), sign=st.sampled_from([-1, 1]))
 @settings(max_examples=15)
 def test_tokens_are_marked_beyond_the_limit_that_hosts_hold_actions_against(
-    runtime: type, form: LinearForm, recipe: Recipe, place: int, sign: int
+    recipe: Recipe, place: int, sign: int
 ) -> None:
     """Whatever the sizes: with a single hidden unit even an infinite action has a latent like any other."""
     deployed = deploy(recipe)
     limit = np.float32(make_manifest(deployed).model.action_limit)
-    session = runtime(export_graphs(deployed)[graph_file("encoder.onnx", form)])
+    graphs = export_graphs(deployed)
+    sessions = [runtime(graphs[graph_file("encoder.onnx", form)]) for runtime, form in MARKED_EVERYWHERE]
     actions = random_actions(recipe, 2)
-    before = session.run({"actions": actions})[0]
     shape = (recipe.chunk_length, recipe.config.action_dim)
     step, dimension = np.unravel_index(place % (shape[0] * shape[1]), shape)
     beyond = (np.nextafter(limit, np.float32(np.inf)), 3 * limit, np.finfo(np.float32).max, np.float32(np.inf))
-    for value in (limit, *beyond):
+    for session, value in itertools.product(sessions, (limit, *beyond)):
+        before = session.run({"actions": actions})[0]
         wrong = actions.copy()
         wrong[1, step, dimension] = sign * value
         with np.errstate(all="ignore"):
@@ -436,7 +403,7 @@ def check_marked(found: np.ndarray, before: np.ndarray, step: tuple[int, int]) -
 def test_what_the_encoder_marks_the_decoder_marks(mode: DeployMode, form: LinearForm) -> None:
     """On its way through tokens, a step that is not a number stays one."""
     recipe = Recipe(mode=mode)
-    graphs = export_graphs(deploy(recipe))
+    _, graphs = exported(recipe)
     actions = random_actions(recipe, 3)
     actions[1, 0, 2] = np.nan
     (tokens,) = OnnxRuntime(graphs[graph_file("encoder.onnx", form)]).run({"actions": actions})
@@ -450,7 +417,7 @@ def test_what_the_encoder_marks_the_decoder_marks(mode: DeployMode, form: Linear
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_statistics_that_are_no_numbers_do_not_become_a_motion(runtime: type, form: LinearForm) -> None:
     recipe = Recipe(mode=DeployMode.DYNAMIC)
-    session = runtime(export_graphs(deploy(recipe))[graph_file("decoder.onnx", form)])
+    session = runtime(exported(recipe)[1][graph_file("decoder.onnx", form)])
     feed = {"tokens": np.ones((2, 2, 4, 3), np.int32), "stats": np.full((2, 2, 3, 2), 0.25, np.float32)}
     for part, value in ((0, np.nan), (1, np.nan), (0, np.inf), (1, np.inf)):
         stats = feed["stats"].copy()

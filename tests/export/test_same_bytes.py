@@ -1,0 +1,44 @@
+"""Everything that is generated is the same to the byte in another process, another folder, with another hash seed."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from export.graphs import LinearForm
+from tests.bundles import Recipe, deploy, export_graphs, generate_c, generate_cuda
+from tests.export.plan_numpy import MODES
+
+ROOT = Path(__file__).parents[2]
+PRINT_HASHES = """
+import json
+from tests.export.test_same_bytes import hashes
+print(json.dumps(hashes()))
+"""
+
+
+def hashes() -> dict[str, str]:
+    """SHA-256 of every text and graph, in every mode."""
+    found = {}
+    for mode in MODES:
+        deployed = deploy(Recipe(mode=mode))
+        c = generate_c(deployed)
+        texts = {"header": c.header, "source": c.source, "CUDA": generate_cuda(deployed)}
+        contents = export_graphs(deployed) | {name: text.encode() for name, text in texts.items()}
+        found |= {f"{mode.value} {name}": hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    return found
+
+
+def test_two_processes_in_two_folders_write_the_same_bytes(tmp_path: Path) -> None:
+    """This one is the first."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "4242", "OMP_NUM_THREADS": "1"}
+    other = subprocess.run(
+        [sys.executable, "-c", PRINT_HASHES], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert other.returncode == 0, other.stderr
+    here = hashes()
+    assert len(here) == (3 * len(LinearForm) + 3) * len(MODES)
+    assert len(set(here.values())) == len(here)
+    assert json.loads(other.stdout) == here
