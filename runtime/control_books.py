@@ -39,6 +39,7 @@ class TickBooks:
     def close_tick(
         self,
         out: Outcome,
+        shown: int,
         state: LoopState,
         begin: int,
         is_accepted: bool,
@@ -47,7 +48,10 @@ class TickBooks:
         stats: object,
         stamps: tuple[int, int],
     ) -> None:
-        """Completes `out`, whose status and action are chosen. begin: NO_NUMBER where the clock has not said."""
+        """Completes `out`, whose status and action are chosen.
+
+        shown: number of the tick that was shown last. begin: NO_NUMBER where the clock has not said.
+        """
         health, status, is_held = self.health, out.status, out.is_held
         failures = health.internal_faults
         if is_held and status is not _NOT_READY:
@@ -56,7 +60,9 @@ class TickBooks:
                 state.latched = status
         else:
             state.faults = 0
-        out.tick = state.line[0]
+        # None is counted without a clock, but no two are shown under one number.
+        tick = state.line[0]
+        out.tick = tick if tick > shown else shown + 1
         out.is_latched = health.is_latched = state.latched is not None
         health.statuses[status] += 1
         if is_held:

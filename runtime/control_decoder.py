@@ -336,7 +336,9 @@ class ControlDecoder:
             out.is_limited = False
             guard.hold()
         out.values, out.actions = guard.values, guard.actions
-        self._books.close_tick(out, self._state, self._begin, self._is_accepted, self._used, tokens, stats, stamps)
+        self._books.close_tick(
+            out, sent.tick, self._state, self._begin, self._is_accepted, self._used, tokens, stats, stamps
+        )
         return out
 
     def _explain_late(self, taken_ns: int, deadline_us: object) -> Status:
@@ -369,11 +371,15 @@ class ControlDecoder:
     def _decide(self, begin: int, tokens: object, stats: object, stamps: tuple[int, int]) -> Status:
         """Status of this tick, and its action in the guard unless it is held."""
         state, order = self._state, self._order
-        tick, last = state.line
+        counted, last = state.line
+        # A tick that was broken off, or without a clock, has been shown under a number that no clock has given.
+        shown = self._still.before.tick
+        if shown > counted:
+            counted = shown
+        tick = counted + 1
         if state.latched is not None:
-            state.line = tick + 1, begin
+            state.line = tick, begin
             return self._hold(state.latched, "standing still after a fault; find the cause, then call reset()")
-        tick += 1
         if last != _NEVER:
             if begin < last:
                 state.line = tick, begin
@@ -383,8 +389,10 @@ class ControlDecoder:
                     f"the clock went back by {(last - begin) / 1e9:.6f} s; expected a monotonic one: what was observed "
                     "before cannot be dated",
                 )
-            tick = order.next_tick(begin, state.line, state.service if state.is_queued else None)
-            self.health.missed_ticks += tick - state.line[0] - 1
+            timed = order.next_tick(begin, state.line, state.service if state.is_queued else None)
+            if timed > tick:
+                self.health.missed_ticks += timed - tick
+                tick = timed
         state.line = tick, begin
         status = _OK
         if tokens is not None:

@@ -117,9 +117,11 @@ def test_what_a_backend_or_a_clock_raises_leaves_no_tick(
         result = decoder.step(tokens)
         assert (result.status, result.is_held) == (Status.BACKEND_FAULT, True)
         assert type(error).__name__ in result.detail
+        assert result.tick == 2
         is_broken, backend.act = False, None
         clock.now += PERIOD_NS
-        assert decoder.step(tokens).status is Status.OK
+        result = decoder.step(tokens)
+        assert (result.status, result.tick, decoder.health.missed_ticks) == (Status.OK, 3, 0)
 
 
 class _Handler:
