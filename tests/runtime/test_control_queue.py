@@ -116,8 +116,8 @@ def _served(queue: ActionQueue, tick: int, oldest: int = 0) -> list[float] | Non
 def test_chunks_are_averaged_where_they_overlap_whichever_begins_first(shift: int) -> None:
     for tick in range(6, 16):
         queue = _queue("weighted_average")
-        queue.push(np.zeros((T, 3), np.float32), 10, 0)
-        queue.push(np.ones((T, 3), np.float32), 10 + shift, 0)
+        queue.push(np.zeros((T, 3), np.float32), 10, 0, is_swap=False)
+        queue.push(np.ones((T, 3), np.float32), 10 + shift, 0, is_swap=False)
         is_new, is_old = 0 <= tick - 10 - shift < T, tick - 10 < T
         # What has not begun is never asked for.
         if is_new and tick < 10:
@@ -128,8 +128,8 @@ def test_chunks_are_averaged_where_they_overlap_whichever_begins_first(shift: in
 
 def test_a_better_decode_takes_the_place_of_its_draft_in_the_average() -> None:
     queue = _queue("weighted_average")
-    queue.push(np.zeros((T, 3), np.float32), 0, 0)
-    queue.push(np.full((T, 3), 9.0, np.float32), 1, 0)
+    queue.push(np.zeros((T, 3), np.float32), 0, 0, is_swap=False)
+    queue.push(np.full((T, 3), 9.0, np.float32), 1, 0, is_swap=False)
     queue.push(np.ones((T, 3), np.float32), 1, 0, is_swap=True)
     assert _served(queue, 1) == [0.75, 0.75, 1.0]
 
@@ -137,8 +137,8 @@ def test_a_better_decode_takes_the_place_of_its_draft_in_the_average() -> None:
 @pytest.mark.parametrize(("strategy", "both"), [("weighted_average", 0.75), ("temporal_ensemble", 0.5)])
 def test_what_is_too_old_has_no_part_in_an_average_any_more(strategy: str, both: float) -> None:
     queue = _queue(strategy, ensemble_decay=0.0)
-    queue.push(np.zeros((T, 3), np.float32), 0, 100)
-    queue.push(np.ones((T, 3), np.float32), 1, 200)
+    queue.push(np.zeros((T, 3), np.float32), 0, 100, is_swap=False)
+    queue.push(np.ones((T, 3), np.float32), 1, 200, is_swap=False)
     assert _served(queue, 1, 100) == [both, both, 1.0]
     assert queue.first_observed_ns == 100
     assert _served(queue, 1, 101) == [1.0, 1.0, 1.0]
@@ -149,7 +149,7 @@ def test_what_is_too_old_has_no_part_in_an_average_any_more(strategy: str, both:
 
 def test_the_queue_keeps_a_copy() -> None:
     queue, chunk = _queue("latest_only"), np.ones((T, 3), np.float32)
-    queue.push(chunk, 0, 0)
+    queue.push(chunk, 0, 0, is_swap=False)
     chunk[:] = 9
     assert _served(queue, 0) == [1.0, 1.0, 1.0]
     queue.clear()
