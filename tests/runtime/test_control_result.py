@@ -104,6 +104,7 @@ def test_how_long_it_took_is_in_nanoseconds_and_in_microseconds() -> None:
         made.clock.readings = [begin, begin + 1_000, begin + 2_500]
         result = made.tick(0.5)
         assert (result.latency_ns, result.latency_us) == (2_500, 2.5)
+        assert _said(copy.copy(result)) == _said(result)
         assert repr(result) == "ControlResult(OK, [0.5, 0.5, 0.5], 2.5 us)"
         assert repr(made.wrong()) == "ControlResult(BAD_TOKEN, held, [0.0, 0.0, 0.0], 0.0 us)"
 
@@ -126,3 +127,22 @@ def test_one_that_was_never_warm_may_be_closed_and_says_what_it_is(tokenizer: An
     decoder.close()
     assert repr(decoder) == f"ControlDecoder(not warm, latest_only, {tokenizer!r})"
     assert decoder.config == config_of(tokenizer)
+
+
+def test_who_looks_while_a_tick_is_under_way_sees_a_robot_that_stands_still() -> None:
+    """As a thread may that has to stop the robot, or a third exception that leaves no room for anything to be done."""
+    seen: list[dict[str, Any]] = []
+    with ScriptedLoop(max_relative_step=(0.25,) * 3) as made:
+        decode = made.backend.decode_into
+
+        def look(*arguments: Any) -> None:
+            seen.append(_said(made.decoder.result))
+            decode(*arguments)
+
+        made.backend.decode_into = look  # type: ignore[method-assign]
+        for wanted in (0.25, 0.5, 0.75, 0.5):
+            made.tick(wanted)
+    assert [found["tick"] for found in seen] == [1, 2, 3, 4]
+    assert [found["sequence"] for found in seen] == [-1, 0, 1, 2]
+    assert {(found["status"], found["is_held"]) for found in seen} == {(Status.BACKEND_FAULT, True)}
+    assert [found["actions"][0] for found in seen] == pytest.approx([0.0, 0.0, 0.25, 0.5], abs=1e-5)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from runtime import ActionTokenizer, ControlConfig, ControlConfigError, ControlDecoder, Status
+from runtime import ActionTokenizer, ControlConfig, ControlConfigError, ControlDecoder, ControlFaultError, Status
 from runtime.control_config import ActionKind
 from tests.bundles import Recipe
 from tests.runtime.control_loops import PERIOD_NS, ScriptedLoop, first_of, loop, scripted
@@ -193,6 +193,7 @@ def test_garbage_collection_is_left_as_it_was_found(pause_gc: bool, is_on: bool)
             seen.append(gc.isenabled())
             decode(*arguments)
 
+        made.tick(0.5)
         made.backend.decode_into = look  # type: ignore[method-assign]
         try:
             if not is_on:
@@ -241,3 +242,48 @@ def test_the_threads_beside_a_loop_end_with_its_block(tokenizer: ActionTokenizer
         decoder.step()
     assert decoder.step().detail.startswith("the decoder is not warm, or closed")
     assert repr(decoder).startswith("ControlDecoder(closed, ")
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), RecursionError()])
+@pytest.mark.parametrize("on_fault", ["hold_last", "raise"])
+def test_what_fails_in_the_decoder_itself_breaks_the_tick_off_and_leaves_it_only_where_asked(
+    error: Exception, on_fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    with ScriptedLoop(on_fault=on_fault, max_relative_step=(0.25,) * 3) as made:
+        for _ in range(2):
+            made.tick(0.5)
+        with monkeypatch.context() as patch:
+            patch.setattr(made.decoder._books, "close_tick", fail)
+            if on_fault == "raise":
+                with pytest.raises(ControlFaultError, match="^the tick was broken off$") as caught:
+                    made.tick(0.5)
+                assert caught.value.__cause__ is error
+            else:
+                assert made.tick(0.5) is made.decoder.result
+        result = made.decoder.result
+        assert (result.status, result.is_held, result.tick) == (Status.BACKEND_FAULT, True, 3)
+        assert first_of(result) == pytest.approx(0.25, abs=1e-5)
+        # The next one takes it as sent, and serves nothing of what was half done.
+        if on_fault == "hold_last":
+            assert made.tick().is_held
+        assert made.tick(0.5).status is Status.OK
+
+
+def test_a_stack_that_overflows_in_a_handler_leaves_no_tick() -> None:
+    def handle(*_: object) -> None:
+        raise RecursionError
+
+    with ScriptedLoop() as made:
+        made.tick(0.5)
+        previous, clock = signal.signal(signal.SIGTERM, handle), made.decoder._clock
+        try:
+            made.decoder._clock = lambda: signal.raise_signal(signal.SIGTERM) or 0
+            result = made.tick()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            made.decoder._clock = clock
+        assert (result.status, result.is_held) == (Status.BACKEND_FAULT, True)
+        assert made.tick(0.5).status is Status.OK
