@@ -46,7 +46,6 @@ LIBRARIES = (
 )  # fmt: skip
 
 _CONTROL = "tests/runtime/test_control_*.py"
-_COPIES = "tests/runtime/test_copies.py"
 _BUNDLE = tuple(f"tests/runtime/test_{name}.py" for name in ("bundle", "manifest", "golden", "validation", "tokenizer"))
 _REFERENCE = tuple(
     f"tests/rfsq_ref/test_{name}.py" for name in ("quantizer", "rounding", "rounding_numbers", "autoencoder")
@@ -55,8 +54,8 @@ _REFERENCE = tuple(
 TESTS: dict[str, tuple[str, ...]] = {
     "runtime/control_guard.py": (_CONTROL,),
     "runtime/control_queue.py": (_CONTROL,),
-    "runtime/control_decoder.py": (_CONTROL, _COPIES),
-    "runtime/control_result.py": (_CONTROL, _COPIES),
+    "runtime/control_decoder.py": (_CONTROL,),
+    "runtime/control_result.py": (_CONTROL,),
     "runtime/control_order.py": (_CONTROL,),
     "runtime/control_clock.py": (_CONTROL,),
     "runtime/control_books.py": (_CONTROL,),

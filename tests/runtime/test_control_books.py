@@ -123,3 +123,24 @@ def test_where_there_is_no_flight_record_none_is_written(tmp_path: Path) -> None
     with pytest.raises(ControlConfigError, match=reason):
         closed.decoder.write_flight_record(tmp_path / "flight.npz")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_tick_has_noted_itself_before_it_was_broken_off_is_struck_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("a bug")
+
+    with ScriptedLoop() as made:
+        made.tick(0.5)
+        with monkeypatch.context() as patch:
+            patch.setattr(made.decoder._books, "_report", fail)
+            assert made.wrong().status is Status.BACKEND_FAULT
+        made.tick()
+        record = _record(made, tmp_path)
+    assert _rows(record, "tick", "status", "backend") == [
+        (0, Status.NOT_READY, 0),
+        (1, Status.OK, 0),
+        (2, Status.BACKEND_FAULT, INTERNAL),
+        (3, Status.STALE, 0),
+    ]
