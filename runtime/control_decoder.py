@@ -47,7 +47,7 @@ from runtime.tokenizer import ActionTokenizer
 
 _NEVER = NO_NUMBER
 #: In place of a thread: the decoder was inherited by fork, its threads were not.
-_FORKED = 0
+_FORKED = object()
 # Bound names: Python finds a member of an enum more slowly than numpy adds seven numbers.
 _OK, _DEADLINE_MISS, _BAD_TOKEN, _NONFINITE = Status.OK, Status.DEADLINE_MISS, Status.BAD_TOKEN, Status.NONFINITE
 _OUT_OF_RANGE, _STALE, _NOT_READY = Status.OUT_OF_RANGE, Status.STALE, Status.NOT_READY
@@ -70,6 +70,12 @@ class ControlDecoder:
     fallbacks: tokenizers of the same bundle on other backends, tried in this order. position: the command that the
     robot obeys now, needed where a dimension is absolute or a gripper. clock: monotonic nanoseconds.
     """
+
+    #: Of the tick under way.
+    _out: Outcome
+    _begin: int
+    _used: int
+    _is_accepted: bool
 
     def __init__(
         self,
@@ -116,16 +122,15 @@ class ControlDecoder:
         self._allowed_ns = None if config.deadline_us is None else nanoseconds(config.deadline_us)
         self._pauses_gc, self._raises = config.pause_gc, config.on_fault is OnFault.RAISE
         self._is_limiting = config.out_of_range is OutOfRange.LIMIT
-        self._owner: int | None = None
+        self._owner: object = None
         self._chain: BackendChain | None = None
         self._deadline_ns: int | None = None
-        self._begin, self._used = _NEVER, 0
-        self._is_accepted = self._is_gc_paused = False
+        self._is_gc_paused = False
         # One is shown, the other is filled.
-        self._outcomes = Outcome(self._guard.sent), Outcome(self._guard.sent)
-        self._out = self._outcomes[0]
-        self._still = BrokenOff(self._guard.held_after, self._out)
-        self.result = ControlResult(self._out)
+        shown = Outcome(self._guard.sent)
+        self._outcomes = shown, Outcome(self._guard.sent)
+        self._still = BrokenOff(self._guard.held_after, shown)
+        self.result = ControlResult(shown)
         self._state, self._why_empty = LoopState(), _NONE_YET
 
     def warmup(self) -> None:
@@ -135,16 +140,18 @@ class ControlDecoder:
                 "warmup() was called before; expected once per decoder: call reset() to go on, or make another one"
             )
         self._chain = chain = BackendChain(self._tokenizers, self.config, self._guard, self._clock)
-        start = self.result.shown.values
         for warm in chain.warm:
-            # Ticks whose outcome is thrown away: every branch of a good one has run, every cache is filled.
-            for _ in range(self._length + 2):
+            for found in chain.warm:
+                found.is_healthy = found is warm
+            for _ in range(self._length):
                 self._practise(warm)
+        for found in chain.warm:
+            found.is_healthy = True
         self.health = self._books.health = Health()
         chain.start(self.health)
         if self._recorder is not None:
             self._recorder.written = 0
-        self._start_anew(start)
+        self._start_anew(self.result.shown.values)
         self._books.reporter = Reporter(self.config, self.health, self._recorder, self._meta)
         self._owner = _thread()
         _WARM.add(self)
@@ -511,16 +518,10 @@ class ControlDecoder:
         self._state.service = NONE_IN_SERVICE
 
     def _practise(self, warm: WarmTokenizer) -> None:
-        assert self._chain is not None
-        healthy = [found.is_healthy for found in self._chain.warm]
-        for found in self._chain.warm:
-            found.is_healthy = found is warm
-        self._forget_order()
+        """A tick that is thrown away: every branch of a good one has run, every cache is filled."""
         shown = self.result.shown
         assert isinstance(shown, Outcome)
-        self.result.shown = self._tick(shown, warm.probe, warm.probe_stats, None, None, 1e7)
-        for found, was in zip(self._chain.warm, healthy, strict=True):
-            found.is_healthy = was
+        self._tick(shown, warm.probe, warm.probe_stats, None, None, 1e7)
 
 
 def _made_again(

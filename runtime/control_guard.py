@@ -39,8 +39,8 @@ class ActionGuard:
     def __init__(self, config: ControlConfig, chunk_length: int, position: Sequence[float] | None = None) -> None:
         size = config.action_dim
         self._size = size
-        self._low = np.array([_inside(value, math.inf) for value in config.action_low], _FLOAT32)
-        self._high = np.array([_inside(value, -math.inf) for value in config.action_high], _FLOAT32)
+        self._low = np.array([_at_least(value) for value in config.action_low])
+        self._high = -np.array([_at_least(-value) for value in config.action_high])
         # A row for each step: numpy takes three times as long where it has to repeat one.
         self._lows = np.tile(self._low, (chunk_length, 1))
         self._highs = np.tile(self._high, (chunk_length, 1))
@@ -172,8 +172,7 @@ def _as_numbers(position: Sequence[float]) -> Float64Array:
         ) from error
 
 
-def _inside(value: float, towards: float) -> np.float32:
-    """`value` as float32, rounded towards the inside."""
-    rounded = np.float32(value)
-    is_outside = float(rounded) < value if towards > 0 else float(rounded) > value
-    return np.nextafter(rounded, np.float32(towards)) if is_outside else rounded
+def _at_least(value: float) -> np.float32:
+    """The lowest float32 that is not below `value`."""
+    rounded = _FLOAT32(value)
+    return rounded if float(rounded) >= value else np.nextafter(rounded, _FLOAT32(math.inf))

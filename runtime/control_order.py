@@ -19,7 +19,7 @@ class ChunkOrder:
     """Times in nanoseconds of the loop's clock; ticks are counted by the loop."""
 
     def __init__(self, config: ControlConfig, model: ModelEntry) -> None:
-        self.period_ns = max(1, round(config.period_s * 1e9))
+        self.period_ns = round(config.period_s * 1e9)
         self._half_period_ns = self.period_ns // 2
         self.stale_ns = round(config.stale_after_s * 1e9)
         self._stale_s = config.stale_after_s
@@ -35,8 +35,8 @@ class ChunkOrder:
         """
         tick, last = line
         period = self.period_ns
-        passed = (begin - last + self._half_period_ns - 1) // period
-        tick += passed if passed > 1 else 1
+        # Time does not go back here, and where none has passed it is a tick still.
+        tick += (begin - last + self._half_period_ns - 1) // period or 1
         if service is None:
             return tick
         _, observed, _, start = service

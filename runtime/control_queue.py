@@ -5,7 +5,9 @@ Arrays, and views of their rows, are made once: to index makes a new view each t
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 
 import numpy as np
 
@@ -22,18 +24,19 @@ def action_queue(config: ControlConfig, chunk_length: int) -> ActionQueue:
 class ActionQueue:
     """Serves the newest chunk, whose row i is for tick start + i. For one thread."""
 
+    #: Of what has a part in the action taken last: when the oldest of it was observed.
+    first_observed_ns: int
+
     def __init__(self, config: ControlConfig, chunk_length: int) -> None:
         self._length = chunk_length
         self._start: int | None = None
-        #: Of what has a part in the action taken last: when the oldest of it was observed.
-        self.first_observed_ns = 0
         self._chunk = np.zeros((chunk_length, config.action_dim), np.float32)
         self._rows = list(self._chunk)
 
     def clear(self) -> None:
         self._start = None
 
-    def push(self, chunk: Float32Array, start: int, observed_ns: int, *, is_swap: bool = False) -> None:  # noqa: ARG002  # others need it
+    def push(self, chunk: Float32Array, start: int, observed_ns: int, *, is_swap: bool) -> None:  # noqa: ARG002  # others need it
         """Take in a copy of chunk [T, A]. start: of its first row, at most the tick that is taken next.
 
         observed_ns: at least that of the chunk before. is_swap: it is the newest chunk again, decoded better.
@@ -53,7 +56,7 @@ class ActionQueue:
         return self._rows[tick - start]
 
 
-_LONG_AGO = -(2**62)
+_LONG_AGO = -sys.maxsize
 #: A chunk that has something to say: its slot, the tick from which on it has no more, and when it was observed.
 _Part = tuple[int, int, int]
 
@@ -63,41 +66,46 @@ class EnsembleQueue(ActionQueue):
     is no mean of open and closed.
     """
 
+    #: The oldest first; the newest is the last.
+    _parts: list[_Part]
+    #: Whether they end in the order in which they came.
+    _is_sorted: bool
+    #: The tick from which on one of them has nothing to say any more.
+    _first_end: int
+    #: The tick of the first line.
+    _base: int
+    #: The slot of the newest chunk, and by slot what each has of the mean.
+    _newest: int
+    _share: Float32Array
+
     def __init__(self, config: ControlConfig, chunk_length: int) -> None:
         super().__init__(config, chunk_length)
         self._grippers = config.gripper
         self._most = count = self._count(config)
+        self._slots = itertools.cycle(range(count))
         # By tick, then by chunk: what all chunks say of a tick lies together. Room for four, so that what is left of
         # them has to be moved to the beginning once in two chunks' time.
         self._room = 4 * chunk_length
         self._lines = np.zeros((self._room, count, config.action_dim), np.float32)
         self._says = list(self._lines)
         self._last_first = self._room - chunk_length
-        #: The tick of the first line.
-        self._base = _LONG_AGO
         #: Of slot and first line, where a chunk goes.
         self._places = [
             [self._lines[first : first + chunk_length, slot] for first in range(self._last_first + 1)]
             for slot in range(count)
         ]
-        #: The oldest first; the newest is the last.
-        self._parts: list[_Part] = []
-        #: The tick from which on one of them has nothing to say any more.
-        self._first_end = 0
-        #: Whether they end in the order in which they came.
-        self._is_sorted = True
         #: By number of chunks, of the oldest first; their sum is 1.
         self._shares = [np.array(self._shares_of(config, number), np.float32) for number in range(count + 1)]
         # The same twice over, so that by the slot of the newest a part of it says slot by slot what that one gets.
-        turned = [np.tile(np.append(np.zeros(count - len(shares), np.float32), shares), 2) for shares in self._shares]
+        padded = [np.append(np.zeros(count - len(shares), np.float32), shares) for shares in self._shares]
+        turned = [np.append(shares, shares) for shares in padded]
         self._turned = [
             [shares[count - 1 - newest : 2 * count - 1 - newest] for newest in range(count)] for shares in turned
         ]
-        self._share = np.zeros(count, np.float32)
-        self._newest = 0
         self._out = np.zeros(config.action_dim, np.float32)
         # A single number is taken from these in half the time.
         self._out_numbers, self._numbers = self._out.data, self._lines.data
+        self.clear()
 
     def _count(self, config: ControlConfig) -> int:
         return config.ensemble_chunks
@@ -115,9 +123,9 @@ class EnsembleQueue(ActionQueue):
         self._start = None
         self._parts, self._is_sorted, self._base = [], True, _LONG_AGO
 
-    def push(self, chunk: Float32Array, start: int, observed_ns: int, *, is_swap: bool = False) -> None:
+    def push(self, chunk: Float32Array, start: int, observed_ns: int, *, is_swap: bool) -> None:
         if not is_swap:
-            self._newest = slot = (self._newest + 1) % self._most
+            self._newest = slot = next(self._slots)
             parts, before = self._parts, self._start
             if parts and parts[0][0] == slot:
                 del parts[0]
@@ -134,14 +142,13 @@ class EnsembleQueue(ActionQueue):
     def _move_up(self, start: int) -> int:
         """Make room for a chunk that begins on this tick; its first line.
 
-        The tick to be served next lies less than T after it, and so does the beginning of whatever comes later, before
-        or after that tick: what is to be kept is 2 T long, and T before it are enough.
+        What comes later begins less than T before it, for the tick to be served next lies less than T after it: T lines
+        before it are enough. Of those from it on, what was said already is kept.
         """
-        length, first = self._length, start - self._base
+        length = self._length
+        kept = self._lines[start - self._base :]
         self._base = start - length
-        left = min(2 * length, self._room - first)
-        if left > 0:
-            self._lines[length : length + left] = self._lines[first : first + left]
+        self._lines[length : length + len(kept)] = kept
         return length
 
     def take(self, tick: int, oldest_ns: int) -> Float32Array | None:

@@ -39,7 +39,6 @@ class Outcome:
         "tick",
         "values",
     )
-    is_whole = True
 
     def __init__(self, values: list[float]) -> None:
         self.values = values
@@ -65,7 +64,6 @@ class BrokenOff:
     """
 
     __slots__ = ("_hold", "before", "detail")
-    is_whole = False
     is_held = True
     is_limited = fell_back = False
     latency_ns = 0

@@ -195,11 +195,13 @@ def _reasons(module: str) -> dict[tuple[str, str, str], str]:
 def _tests_of(module: str, mutation: Mutation, tests: dict[str, Test], imported: set[Line]) -> dict[str, Test]:
     """The quickest first, as many as fit into the budget."""
     lines = {(module, line) for line in range(mutation.first_line, mutation.last_line + 1)}
+    # What is made at import is used by whoever uses the module. What nobody was seen to run, a process may have run
+    # that a test has started.
+    is_for_all = lines & imported or not any(lines & test.lines for test in tests.values())
     chosen: dict[str, Test] = {}
     spent = 0.0
     for name, test in sorted(tests.items(), key=lambda named: named[1].cpu_seconds):
-        # What is made at import is used by whoever uses the module.
-        sees = lines & test.lines or (lines & imported and any(file == module for file, _ in test.lines))
+        sees = lines & test.lines or (is_for_all and any(file == module for file, _ in test.lines))
         if sees and (not chosen or spent + test.cpu_seconds <= BUDGET):
             chosen[name] = test
             spent += test.cpu_seconds

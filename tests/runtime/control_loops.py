@@ -23,13 +23,22 @@ PERIOD_NS = 2_000_000
 
 
 class Clock:
-    """Monotonic nanoseconds, moved by hand; `error` is raised in place of the time."""
+    """Monotonic nanoseconds, moved by hand; `error` is raised in place of the time.
+
+    readings: what it gives next, before it goes on as it was; an error there is raised.
+    """
 
     def __init__(self) -> None:
         self.now = 10**12
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
+        self.readings: list[int | BaseException] = []
 
     def __call__(self) -> int:
+        if self.readings:
+            found = self.readings.pop(0)
+            if isinstance(found, BaseException):
+                raise found
+            return found
         if self.error is not None:
             raise self.error
         return self.now
@@ -131,3 +140,56 @@ def check_safe(result: ControlResult, before: Float32Array, config: ControlConfi
     assert (sent >= config.action_low).all()
     assert (sent <= config.action_high).all()
     assert (np.abs(sent - before) <= config.max_relative_step).all()
+
+
+class ScriptedLoop:
+    """A warm decoder whose backend makes of a chunk what `tick` is told: three deltas, four actions, no slew limit."""
+
+    LENGTH, DRAFT, FULL = 4, 2, 3
+
+    def __init__(self, *, fallbacks: int = 0, **changes: Any) -> None:
+        recipe = Recipe(chunk_length=self.LENGTH)
+        tokenizer, self.backend = scripted(recipe)
+        self.spares = [scripted(recipe) for _ in range(fallbacks)]
+        self.clock = Clock()
+        values: dict[str, Any] = {
+            **{"period_s": PERIOD_NS / 1e9, "stale_after_s": 10 * PERIOD_NS / 1e9, "retry_after_s": 1e5},
+            **{"action_low": (-1.0,) * 3, "action_high": (1.0,) * 3, "max_relative_step": (float("inf"),) * 3},
+            **{"action_kind": ("delta",) * 3, **changes},
+        }
+        self.config = ControlConfig(**values)
+        spares = tuple(spare for spare, _ in self.spares)
+        self.decoder = ControlDecoder(tokenizer, self.config, fallbacks=spares, clock=self.clock)
+        self.decoder.warmup()
+
+    def __enter__(self) -> ScriptedLoop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.decoder.close()
+
+    def tick(
+        self, rows: Any = None, *, passed: float = 1.0, layers: int = FULL, fails: bool = False, **options: Any
+    ) -> ControlResult:
+        """rows: of the chunk that arrives, or a number for all of them, or an error to be raised; None for no chunk.
+
+        fails: the first backend does, and the others do not.
+        """
+        self.clock.now += round(passed * PERIOD_NS)
+        if rows is None:
+            return self.decoder.step(**options)
+        for backend in (self.backend, *(backend for _, backend in self.spares)):
+            backend.rows = rows if isinstance(rows, BaseException) else np.multiply(rows, np.ones((self.LENGTH, 3)))
+        if fails:
+            self.backend.rows = InferenceError("injected")
+        return self.decoder.step(np.zeros((1, self.LENGTH, 4, layers), np.int32), **options)
+
+    def wrong(self, **options: Any) -> ControlResult:
+        """Tokens that are none."""
+        self.clock.now += PERIOD_NS
+        return self.decoder.step("tokens", **options)
+
+
+def first_of(result: ControlResult) -> float:
+    """The first number of the action."""
+    return float(result.actions[0])

@@ -45,6 +45,8 @@ class Breaker:
     def run(self, call: Callable[[], Any]) -> BaseException | None:
         """What has left `call`."""
         before, self._is_on = sys.gettrace(), True
+        # Python 3.12 watches bytecodes only if a frame has asked for it before the function is set.
+        sys._getframe().f_trace_opcodes = True
         sys.settrace(self._enter)
         try:
             call()
@@ -59,8 +61,10 @@ class Breaker:
         return self._watch(frame) if frame.f_code.co_filename.startswith(_RUNTIME) else None
 
     def _watch(self, frame: FrameType) -> Any:
+        # In this order: Python 3.13 watches the bytecodes of a frame that has its function already.
+        frame.f_trace = watch = partial(_look, _Return(self, frame))
         frame.f_trace_lines, frame.f_trace_opcodes = False, True
-        return partial(_look, _Return(self, frame))
+        return watch
 
     def go_on(self, frame: FrameType) -> None:
         # Not of one that has come to its own end.
@@ -69,7 +73,7 @@ class Breaker:
         self._raised_in = None
         if self._is_on and self.left:
             sys.settrace(self._enter)
-            frame.f_trace = self._watch(frame)
+            self._watch(frame)
 
     def is_due(self, frame: FrameType) -> bool:
         if not self.left:

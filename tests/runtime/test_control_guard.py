@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from runtime.control_config import ControlConfig, Status
+from runtime.control_config import ControlConfig, Status, slew_margin
 from runtime.control_errors import ControlConfigError
 from runtime.control_guard import ActionGuard
 
@@ -149,7 +149,7 @@ def test_a_chunk_is_inside_is_refused_or_is_brought_inside(rows: list[list[float
         np.testing.assert_allclose(chunk, np.clip(before, low, high), atol=1e-7)
         assert (chunk.astype(np.float64) <= high).all()
         assert is_inside or guard.outside.startswith("actions[")
-        assert ("and was brought there" in guard.outside) is not is_inside
+        assert is_inside or "and was brought there" in guard.outside
     else:
         np.testing.assert_array_equal(chunk, before)
     if not is_inside:
@@ -194,6 +194,40 @@ def test_settings_are_read_from_toml(tmp_path: Path) -> None:
 def test_settings_that_make_no_sense_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ControlConfigError, match=message):
         ControlConfig.from_values({**VALUES, **change})
+
+
+@pytest.mark.parametrize(("low", "high"), [(-0.1, 0.1), (-0.3, 0.3), (-0.5, 0.5), (0.0, 0.7), (-0.7, 0.0)])
+def test_what_is_brought_inside_is_inside_the_limits_as_they_were_given(low: float, high: float) -> None:
+    """float32 of -0.1 lies below -0.1, that of -0.7 above; the nearest inside is at most one rounding away."""
+    values = {"action_low": [low], "action_high": [high], "max_relative_step": [9.0], "action_kind": ["delta"]}
+    config = ControlConfig.from_values({"period_s": 0.05, "out_of_range": "limit", **values})
+    guard, chunk = ActionGuard(config, 2), np.array([[-5.0], [5.0]], np.float32)
+    assert guard.check_chunk(chunk) is Status.OUT_OF_RANGE
+    for limit, found, away in ((low, float(chunk[0, 0]), -np.inf), (high, float(chunk[1, 0]), np.inf)):
+        assert low <= found <= high
+        beyond = float(np.nextafter(np.float32(found), np.float32(away)))
+        assert found == limit or not low <= beyond <= high
+
+
+def test_what_is_at_a_limit_or_a_whole_step_away_is_sent_as_it_is() -> None:
+    # A rounding is taken off the step: what is left is 0.25.
+    step = 0.25 + slew_margin(-1.0, 1.0)
+    values = {"action_low": [-1.0], "action_high": [1.0], "max_relative_step": [step], "action_kind": ["delta"]}
+    guard = ActionGuard(ControlConfig.from_values({"period_s": 0.05, **values}), 1)
+    beyond = 2.0**-20
+    for before, wanted, sent in (
+        *((0.875, 1.0, 1.0), (-0.875, -1.0, -1.0), (0.875, 1.0 + beyond, 1.0), (-0.875, -1.0 - beyond, -1.0)),
+        *((0.5, 0.75, 0.75), (0.5, 0.25, 0.25), (0.5, 0.75 + beyond, 0.75), (0.5, 0.25 - beyond, 0.25)),
+    ):
+        guard.sent = [before]
+        assert guard.limit(np.array([wanted], np.float32)) is (wanted != sent)
+        assert (guard.values, guard.actions.tolist()) == ([sent], [sent])
+
+
+def test_what_a_mask_hides_is_no_place() -> None:
+    position = np.ma.masked_array([0.0, 1.0, 0.05], [False, False, True])
+    with pytest.raises(ControlConfigError, match="position is no list of numbers: what a mask hides is no value; exp"):
+        ActionGuard(ControlConfig.from_values(VALUES), T, position)
 
 
 @pytest.mark.parametrize(

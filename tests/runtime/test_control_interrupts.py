@@ -210,3 +210,38 @@ def test_a_tick_after_a_broken_one_that_is_broken_off_too_stands_still(scene_of:
         if not scene.break_off(_broken_before, [number]).places:
             break
     _check_beside(scene)
+
+
+@pytest.mark.parametrize("after", ["service", "a broken tick"])
+@in_a_thread
+def test_a_reset_that_is_broken_off_before_any_bytecode_has_not_begun_or_stands_still(
+    scene_of: Any, after: str
+) -> None:
+    scene, number, begun = scene_of(), 0, 0
+    while True:
+        number += 1
+        scene.serve()
+        if after == "a broken tick":
+            scene._clock.now += PERIOD_NS
+            assert Breaker([200]).run(lambda: scene.decoder.step(scene.chunks[1])) is not None
+            assert scene.see().is_held
+        before = scene.decoder.result.shown
+        breaker = Breaker([number])
+        breaker.run(lambda: scene.decoder.reset())
+        # Where it has begun, ticks are counted anew.
+        scene.number = -1
+        result = scene.see()
+        if not breaker.places:
+            break
+        begun += result.shown is not before
+        if result.shown is before and not result.is_held:
+            # All is as it was.
+            assert scene.tick().status is Status.OK, breaker.places
+        else:
+            assert result.is_held, breaker.places
+            assert scene.tick().is_held, breaker.places
+            assert scene.tick().is_held, breaker.places
+        assert scene.tick(scene.chunks[2]).status is Status.OK, breaker.places
+    assert (result.status, result.tick) == (Status.NOT_READY, 0)
+    assert number > 100
+    assert begun > (50 if after == "service" else 0)

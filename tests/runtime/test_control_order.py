@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from runtime.control_clock import as_number, nanoseconds, stamp
 from runtime.control_config import ControlConfig
@@ -90,6 +92,11 @@ def test_one_of_which_nothing_is_left_is_not_used() -> None:
         (0, OBSERVED, {"is_drained": True}, "after a newer one"),
         (0, NONE, {"is_drained": True}, "after a newer one"),
         (-3, NOW, {"service": NONE_IN_SERVICE}, (-3, NOW, 2, 100)),
+        # Where none has come before, the first has the number 0, or whatever it has.
+        (NONE, NONE, {"service": NONE_IN_SERVICE}, (0, NOW, 2, 100)),
+        (-1, NONE, {"service": NONE_IN_SERVICE}, (-1, NOW, 2, 100)),
+        # A draft may have one layer.
+        (7, NONE, {"layers": 2, "service": (7, OBSERVED, 1, 90)}, (7, OBSERVED, 2, 90)),
     ],
 )
 def test_chunks_come_in_order(
@@ -111,3 +118,38 @@ def test_numbers_are_below_2_to_the_62() -> None:
         *(1000, 2500, 10**12),
         *(-1, -1, -1, -1),
     ]
+
+
+class _Wordy:
+    """No array, and not to be asked."""
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        (_Wordy(), "_Wordy; expected a numpy.ndarray"),
+        (
+            np.zeros((T, 4, 3), np.int32),
+            "tokens have shape [4, 4, 3]; expected [1, 4, 4] and one of the layers [2, 3]: send what the policy "
+            "gives for one chunk",
+        ),
+        (
+            np.zeros((1, T, 4, 1), np.int32),
+            "tokens have shape [1, 4, 4, 1]; expected [1, 4, 4] and one of the layers [2, 3]: send what the policy "
+            "gives for one chunk",
+        ),
+        (
+            np.zeros((1, T, 4, 3), np.float32),
+            "tokens have type float32; expected int32, int64 or uint8: send levels, not values",
+        ),
+    ],
+)
+def test_tokens_that_are_none_are_named(order: ChunkOrder, tokens: Any, found: str) -> None:
+    assert found in order.wrong_form(tokens, None, None)
+
+
+def test_how_another_array_becomes_one_of_tokens_is_said(order: ChunkOrder) -> None:
+    found = order.wrong_form(torch.zeros((1, T, 4, 3)), None, None)
+    assert found == "tokens is a torch.Tensor; expected a numpy.ndarray: pass tokens.detach().cpu().numpy()"
+    found = order.wrong_form([[0]], None, None)
+    assert found == "tokens is a builtins.list; expected a numpy.ndarray: pass np.asarray(tokens)"

@@ -1,5 +1,7 @@
 """The queue against lists of rows by tick."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -117,8 +119,8 @@ def _served(queue: ActionQueue, tick: int, oldest: int = 0) -> list[float] | Non
 def test_chunks_are_averaged_where_they_overlap_whichever_begins_first(shift: int) -> None:
     for tick in range(6, 16):
         queue = _queue("weighted_average")
-        queue.push(np.zeros((T, 3), np.float32), 10, 0)
-        queue.push(np.ones((T, 3), np.float32), 10 + shift, 0)
+        queue.push(np.zeros((T, 3), np.float32), 10, 0, is_swap=False)
+        queue.push(np.ones((T, 3), np.float32), 10 + shift, 0, is_swap=False)
         is_new, is_old = 0 <= tick - 10 - shift < T, tick - 10 < T
         # What has not begun is never asked for.
         if is_new and tick < 10:
@@ -129,8 +131,8 @@ def test_chunks_are_averaged_where_they_overlap_whichever_begins_first(shift: in
 
 def test_a_better_decode_takes_the_place_of_its_draft_in_the_average() -> None:
     queue = _queue("weighted_average")
-    queue.push(np.zeros((T, 3), np.float32), 0, 0)
-    queue.push(np.full((T, 3), 9.0, np.float32), 1, 0)
+    queue.push(np.zeros((T, 3), np.float32), 0, 0, is_swap=False)
+    queue.push(np.full((T, 3), 9.0, np.float32), 1, 0, is_swap=False)
     queue.push(np.ones((T, 3), np.float32), 1, 0, is_swap=True)
     assert _served(queue, 1) == [0.75, 0.75, 1.0]
 
@@ -138,8 +140,8 @@ def test_a_better_decode_takes_the_place_of_its_draft_in_the_average() -> None:
 @pytest.mark.parametrize(("strategy", "both"), [("weighted_average", 0.75), ("temporal_ensemble", 0.5)])
 def test_what_is_too_old_has_no_part_in_an_average_any_more(strategy: str, both: float) -> None:
     queue = _queue(strategy, ensemble_decay=0.0)
-    queue.push(np.zeros((T, 3), np.float32), 0, 100)
-    queue.push(np.ones((T, 3), np.float32), 1, 200)
+    queue.push(np.zeros((T, 3), np.float32), 0, 100, is_swap=False)
+    queue.push(np.ones((T, 3), np.float32), 1, 200, is_swap=False)
     assert _served(queue, 1, 100) == [both, both, 1.0]
     assert queue.first_observed_ns == 100
     assert _served(queue, 1, 101) == [1.0, 1.0, 1.0]
@@ -150,8 +152,57 @@ def test_what_is_too_old_has_no_part_in_an_average_any_more(strategy: str, both:
 
 def test_the_queue_keeps_a_copy() -> None:
     queue, chunk = _queue("latest_only"), np.ones((T, 3), np.float32)
-    queue.push(chunk, 0, 0)
+    queue.push(chunk, 0, 0, is_swap=False)
     chunk[:] = 9
     assert _served(queue, 0) == [1.0, 1.0, 1.0]
     queue.clear()
     assert _served(queue, 0) is None
+
+
+@pytest.mark.parametrize("strategy", ["weighted_average", "temporal_ensemble"])
+def test_wherever_chunks_begin_each_tick_is_of_those_that_speak_of_it(strategy: str) -> None:
+    """Four chunks in a row, each up to 9 T after the one before, or a little before it: every tick from each on."""
+    gaps = [-2, -1, 0, 1, 2, 3, *range(4, 9 * T)]
+    length, queue = 4, action_queue(ControlConfig.from_values({**VALUES, "strategy": strategy, "new_weight": 0.75}), 4)
+    for first, second, third in itertools.product(gaps, gaps[:8], [*gaps[:7], 11, 13, 17]):
+        queue.clear()
+        starts = list(itertools.accumulate((100, first, second, third)))
+        asked = 0
+        for number, start in enumerate(starts):
+            queue.push(np.full((length, 3), 2.0**number, np.float32), start, 0, is_swap=False)
+            last = start + length if number + 1 == len(starts) else max(start + 1, starts[number + 1])
+            for tick in range(max(asked, start), last):
+                said = [2.0**index if 0 <= tick - other < length else None for index, other in enumerate(starts)]
+                expected = _mean(strategy, said[: number + 1])
+                assert _first(queue, tick) == (None if expected is None else pytest.approx(expected)), (starts, tick)
+                asked = tick
+
+
+def _mean(strategy: str, said: list[float | None]) -> float | None:
+    """Of what the chunks say of a tick, in their order; None where the newest says nothing."""
+    if said[-1] is None:
+        return None
+    if strategy == "temporal_ensemble":
+        values = [value for value in said if value is not None]
+        return float(np.average(values, weights=np.exp(-0.01 * np.arange(len(values)))))
+    mean = None
+    for value in said:
+        mean = value if value is None or mean is None else 0.75 * value + 0.25 * mean
+    return mean
+
+
+def _first(queue: ActionQueue, tick: int) -> float | None:
+    found = queue.take(tick, 0)
+    return None if found is None else float(found[0])
+
+
+def test_what_is_just_young_enough_has_a_part_and_so_has_what_came_after_what_is_not() -> None:
+    queue = _queue("weighted_average")
+    for number, observed in enumerate((100, 200, 300)):
+        queue.push(np.full((T, 3), [1.0, 2.0, 4.0][number], np.float32), 0, observed, is_swap=False)
+    assert _first(queue, 0) == 0.75 * 4 + 0.25 * (0.75 * 2 + 0.25 * 1)
+    assert _first(queue, 1) == 0.75 * 4 + 0.25 * (0.75 * 2 + 0.25 * 1)
+    for tick, oldest, expected in ((1, 200, 0.75 * 4 + 0.25 * 2), (2, 201, 4.0)):
+        found = queue.take(tick, oldest)
+        assert found is not None
+        assert found[0] == expected

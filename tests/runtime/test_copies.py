@@ -41,7 +41,7 @@ from runtime.control_config import ActionKind
 from runtime.control_result import BrokenOff, Outcome
 from runtime.errors import SequenceTooShortError
 from tests.bundles import Recipe, random_actions, write_bundle
-from tests.runtime.control_loops import loop, scripted
+from tests.runtime.control_loops import scripted
 from tests.runtime.worker_datasets import Refusals, Tokens, stacked
 
 ROOT = Path(__file__).parents[2]
@@ -333,44 +333,6 @@ def test_spawned_workers_of_a_dataloader_encode(c_bundle: Path, chunks: Any) -> 
         np.testing.assert_array_equal(np.concatenate(list(loader)), tokenizer.encode(chunks))
 
 
-# --- control decoders -------------------------------------------------------------------------------------------------
-
-
-@COPIERS
-@pytest.mark.parametrize("changes", [{}, {"strategy": "temporal_ensemble", "use_worker": True, "deadline_us": 1e6}])
-def test_a_decoder_before_warmup_is_copied_as_it_was_made(
-    copier: Copier, changes: dict[str, Any], loaded: ActionTokenizer, chunks: Any
-) -> None:
-    tokens = loaded.encode(chunks[:1] * 0.1)
-    original = loop(loaded, fallbacks=(loaded,), **changes)
-    original.reset((0.0, 0.0, 0.25))
-    copied = copier(original)
-    assert type(copied) is ControlDecoder
-    assert copied.config == original.config
-    sent = []
-    for decoder in (original, copied):
-        with decoder:
-            decoder.warmup()
-            held = decoder.step().actions.tolist()
-            served = decoder.step(tokens)
-            sent.append((held, served.status, served.actions.tolist()))
-            assert decoder.snapshot().ticks == 2
-    assert sent[0] == sent[1]
-    assert sent[0][0][2] == 0.25
-    assert sent[0][1] is Status.OK
-
-
-@COPIERS
-def test_a_decoder_that_has_begun_is_refused(copier: Copier, loaded: ActionTokenizer) -> None:
-    decoder = loop(loaded)
-    with decoder:
-        decoder.warmup()
-        with pytest.raises(CannotCopyError, match=r"warmed up.*make another one, or copy it before warmup\(\)"):
-            copier(decoder)
-    with pytest.raises(CannotCopyError, match="warmed up"):
-        copier(decoder)
-
-
 # --- what they say of themselves --------------------------------------------------------------------------------------
 
 
@@ -385,18 +347,6 @@ def test_a_tokenizer_says_what_it_is(c_bundle: Path, monkeypatch: pytest.MonkeyP
     tokenizer.close()
     assert repr(tokenizer) == f"{said[:-1]}, closed)"
     assert repr(scripted(Recipe())[0]).startswith("ActionTokenizer(no bundle, calibrated, ")
-
-
-def test_a_decoder_says_what_it_does(loaded: ActionTokenizer, chunks: Any) -> None:
-    decoder = loop(loaded, fallbacks=(loaded,))
-    parts = f"latest_only, {loaded!r}, {loaded!r})"
-    assert repr(decoder) == f"ControlDecoder(not warm, {parts}"
-    with decoder:
-        decoder.warmup()
-        assert repr(decoder) == f"ControlDecoder(tick 0, NOT_READY, {parts}"
-        decoder.step(loaded.encode(chunks[:1] * 0.1))
-        assert repr(decoder) == f"ControlDecoder(tick 1, OK, {parts}"
-    assert repr(decoder) == f"ControlDecoder(closed, {parts}"
 
 
 @pytest.mark.parametrize("status", Status)
