@@ -320,9 +320,9 @@ def test_a_curve_reads_back(tmp_path: Path) -> None:
     "content",
     [
         "", "[]", "{}", json.dumps({**GOOD, "version": 2}), json.dumps({**GOOD, "kept_epoch": 2}),
-        json.dumps({**GOOD, "epochs": [{"epoch": 1}]}), json.dumps({**GOOD, "more": 1}), None,
+        json.dumps({**GOOD, "epochs": [{"epoch": 1}]}), json.dumps({**GOOD, "more": 1}), "[" * 100_000, None,
     ],
-    ids=["empty", "list", "no fields", "other version", "kept no epoch", "broken record", "unknown field", "missing"],
+    ids=["empty", "list", "no fields", "other version", "kept no epoch", "broken record", "unknown field", "deep", "missing"],
 )  # fmt: skip
 def test_a_file_that_is_no_curve_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
