@@ -24,7 +24,9 @@ from evidence.errors import EvidenceError
 from rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 from rfsq_ref.files import replacing
 from rfsq_ref.normaliser import Normaliser, NormaliserKind, fit_normaliser
+from rfsq_ref.tensor_files import hash_tensors, load_safetensors
 from rfsq_ref.train import suggested_normaliser
+from runtime.reading import parse_json
 
 # To import it takes longer than torch and all of ours together: only who makes a model does, and everyone is told here.
 if find_spec("vector_quantize_pytorch") is None:
@@ -327,7 +329,7 @@ def _identity(dataset: ActionDataset, config: ResidualConfig) -> str:
 
 def _save(model: ResidualAutoencoder, identity: str, path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    header = json.dumps({"identity": identity, "sha256": _digest(tensors), "made_with": _versions()})
+    header = json.dumps({"identity": identity, "sha256": hash_tensors(tensors), "made_with": _versions()})
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(safetensors.torch.save(tensors, metadata={FORMAT: header}))
@@ -343,10 +345,8 @@ def _load(path: Path, dataset: ActionDataset, config: ResidualConfig) -> Residua
     advice = "delete it, and it is trained again"
     try:
         content = path.read_bytes()
-        tensors = safetensors.torch.load(content)
-        # The layout is fixed: the header's length, then the header as JSON.
-        metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
-        header = json.loads(metadata[FORMAT])
+        tensors, metadata = load_safetensors(content)
+        header = parse_json(metadata[FORMAT])
         identity, sha256 = header["identity"], header["sha256"]
     except OSError as error:
         raise EvidenceError(f"cannot read {path}: {error.strerror}; check its permissions") from error
@@ -354,7 +354,7 @@ def _load(path: Path, dataset: ActionDataset, config: ResidualConfig) -> Residua
         raise EvidenceError(f"{path} is no whole file of a trained peer ({error!r}): {advice}") from error
     if identity != _identity(dataset, config):
         raise EvidenceError(f"{path} holds another peer: {identity}; expected {_identity(dataset, config)}: {advice}")
-    if sha256 != _digest(tensors):
+    if sha256 != hash_tensors(tensors):
         raise EvidenceError(f"{path} was changed after it was written: its weights have another hash: {advice}")
     model = ResidualAutoencoder(config, dataset.action_dim)
     try:
@@ -362,11 +362,3 @@ def _load(path: Path, dataset: ActionDataset, config: ResidualConfig) -> Residua
     except RuntimeError as error:
         raise EvidenceError(f"{path} does not fit this model ({error}): {advice}") from error
     return model.eval()
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)};".encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()

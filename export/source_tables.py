@@ -7,10 +7,10 @@ import numpy.typing as npt
 
 from export.errors import BuildInputError
 from export.plan import DecoderPlan
+from runtime.manifest import SIZE_LIMITS
 
 _NUMBERS_A_LINE = 6
-#: Beyond it a float32 cannot count.
-_MOST_LEVELS = 2**24
+_MOST_LEVELS = SIZE_LIMITS["num_levels"][1]
 
 Array = npt.NDArray[np.floating]
 IntArray = npt.NDArray[np.int64]

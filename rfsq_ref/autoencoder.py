@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from rfsq_ref.errors import NotDecodableError, SettingsError
 from rfsq_ref.normaliser import Normaliser
 from rfsq_ref.quantizer import DYNAMIC_NEEDS_STATS, Conditioning, ConditioningConstants, ResidualQuantizer
+from runtime.manifest import SIZE_LIMITS
+from runtime.paths import shown
 
 
 @dataclass(frozen=True)
@@ -22,16 +24,11 @@ class ModelConfig:
     num_levels: int = 7
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("action_dim", 1),
-            ("latent_dim", 1),
-            ("hidden_width", 1),
-            ("num_layers", 1),
-            ("num_levels", 2),
-        ):
-            size = getattr(self, name)
-            if not isinstance(size, int) or size < least:
-                raise SettingsError(f"{name} is {size!r}; expected an integer of at least {least}")
+        for name, size in vars(self).items():
+            least, most = SIZE_LIMITS[name]
+            # bool is an int to isinstance.
+            if type(size) is not int or not least <= size <= most:
+                raise SettingsError(f"{name} is {shown(size)}; expected an integer from {least} to {most}")
 
 
 @dataclass(frozen=True)

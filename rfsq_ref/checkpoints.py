@@ -27,7 +27,9 @@ from rfsq_ref.published_checkpoints import (
     take_weights,
 )
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
-from runtime.paths import as_path
+from rfsq_ref.tensor_files import hash_tensors, load_safetensors
+from runtime.paths import as_path, shown
+from runtime.reading import UnfitFileError, parse_json, read_file
 
 FORMAT = "rfsq-checkpoint"
 FORMAT_VERSION = 1
@@ -38,6 +40,10 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 NAIVE_CHECKPOINT = ASSETS / "naive.safetensors"
 ROBUST_CHECKPOINT = ASSETS / "robust.safetensors"
 
+#: In the header: the SHA-256 of all else in the file, for safetensors have no checksums.
+_HASH_KEY = "sha256"
+#: In bytes. A policy of 7 billion numbers with the tokenizer inside takes 28 GB.
+_SIZE_LIMIT = 2**35
 # Numbers as they are written, so that the name found is the name looked up.
 _RECOVERED = re.compile(r"recovered\.(0|[1-9][0-9]{0,8})\.(?:matrix|offset)")
 
@@ -142,11 +148,12 @@ def load_checkpoint(
     alone. `remarks` say what was not taken. Raises CheckpointError.
     """
     path = as_path(path, "the checkpoint", CheckpointError)
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}; train one with `python rfsq_ref/train.py`")
     try:
         # Once: what is hashed is what is parsed, even where the file is replaced meanwhile.
-        content = path.read_bytes()
+        content = read_file(path, _SIZE_LIMIT)
+    except (FileNotFoundError, NotADirectoryError, UnfitFileError) as error:
+        reason = f": {error}" if isinstance(error, UnfitFileError) else ""
+        raise CheckpointError(f"no checkpoint at {path}{reason}; train one with `python rfsq_ref/train.py`") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; check its permissions") from error
     metadata: Mapping[str, str] = {}
@@ -185,7 +192,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
     """
     path = check_output(path)
     tensors = checkpoint.tensors()
-    header = {
+    written = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "config": asdict(checkpoint.config),
@@ -193,6 +200,12 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
         "normaliser": checkpoint.normaliser.to_json() if checkpoint.normaliser else None,
         "provenance": dict(checkpoint.provenance),
     }
+    try:
+        # As it will be read: JSON turns all keys into text.
+        header = parse_json(json.dumps(written))
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be written: in its provenance, {error}; leave that out") from error
+    header[_HASH_KEY] = _hash(header, tensors)
     try:
         with replacing(path) as temporary:
             contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
@@ -204,37 +217,48 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
         raise CheckpointError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
 
 
+def _hash(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """header: without the hash."""
+    return hashlib.sha256((json.dumps(header, sort_keys=True) + hash_tensors(tensors)).encode()).hexdigest()
+
+
 def _read_safetensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     """Tensors and metadata, as they stand in the file."""
     try:
-        tensors = safetensors.torch.load(content)
+        return load_safetensors(content)
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{path} is not a whole safetensors file: {error}; copy or write it again") from error
     except KeyError as error:
         raise CheckpointError(f"{path} has tensors of type {error}, which torch lacks; expected float32") from error
-    # Only safe_open, which takes a path, gives the metadata; the layout is fixed: its length, then the JSON header.
-    metadata = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")]).get("__metadata__") or {}
-    return tensors, metadata
 
 
 def _own_checkpoint(tensors: dict[str, Tensor], written: str, path: Path) -> Checkpoint:
     """written: our header, as JSON."""
     try:
-        header = json.loads(written)
-        if header["version"] != FORMAT_VERSION:
-            raise CheckpointError(f"{path} has format version {header['version']}; this code reads {FORMAT_VERSION}")
+        header = parse_json(written)
+        version = header["version"]
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise CheckpointError(f"{path} has format version {shown(version)}; this code reads {FORMAT_VERSION}")
         config = ModelConfig(**header["config"])
         trained_with = Conditioning(header["trained_with"])
-        normaliser = normaliser_from_json(header["normaliser"]) if header["normaliser"] else None
+        normaliser = normaliser_from_json(header["normaliser"]) if header["normaliser"] is not None else None
         provenance = dict(header["provenance"])
+        # A bundle's manifest is to keep them: neither infinite numbers nor halves of surrogate pairs.
+        json.dumps(provenance, ensure_ascii=False, allow_nan=False).encode()
         if trained_with is Conditioning.CALIBRATED:
             raise ValueError("trained_with is 'calibrated'; expected 'none' or 'dynamic'")
         if normaliser is not None and len(normaliser.scale) != config.action_dim:
             raise ValueError(f"normaliser for {len(normaliser.scale)} dimensions, action_dim {config.action_dim}")
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path} has a broken header: {error!r}; save the checkpoint again") from error
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} has a broken header: {shown(error)}; save the checkpoint again") from error
+    # Files from before the hash was kept have none.
+    stated = header.pop(_HASH_KEY, None)
+    if stated is not None and stated != _hash(header, tensors):
+        raise CheckpointError(
+            f"{path} is damaged: its numbers have another SHA-256 than it states itself; copy it again"
+        )
     constants = None
     if "calibrated.mean" in tensors or "calibrated.scale" in tensors:
         shape = (config.num_layers, config.latent_dim)

@@ -26,6 +26,7 @@ from runtime.dataset_hdf5 import HDF5_SUFFIXES, hdf5_files
 from runtime.dataset_steps import is_hidden, natural
 from runtime.hdf5_layouts import find_episodes
 from runtime.paths import as_path, shortlist
+from runtime.reading import regular_file
 
 FloatArray = npt.NDArray[np.float32]
 _AnyArray = npt.NDArray[Any]
@@ -259,13 +260,15 @@ def _read_npy(path: Path, key: str | None) -> list[_Episode]:
 
 def _read_pt(path: Path, key: str | None) -> list[_Episode]:
     torch = _optional("torch")
+    # Not above: few formats need torch.
+    from rfsq_ref.tensor_files import load_torch
 
     def array(tensor: Any) -> _AnyArray:
         # numpy has no bfloat16
         return np.asarray((tensor.float() if tensor.dtype is torch.bfloat16 else tensor.detach()).numpy())
 
-    with _readable(path, "a .pt file of tensors"):
-        content = torch.load(path, weights_only=True, map_location="cpu")
+    with _readable(path, "a .pt file of tensors"), regular_file(path) as (stream, _):
+        content = load_torch(stream)
         if isinstance(content, Mapping):
             listed = content.get(key or next((name for name in _ACTION_NAMES if name in content), ""))
             if isinstance(listed, list | tuple):

@@ -1,8 +1,7 @@
 """Per-dimension affine normalisation of actions: normalised = (physical - offset) / scale."""
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -11,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rfsq_ref.errors import DataError
-from runtime.paths import as_path
+from runtime.paths import as_path, shortlist, shown
+from runtime.reading import read_json
 
 
 class NormaliserKind(StrEnum):
@@ -26,6 +26,8 @@ class NormaliserKind(StrEnum):
 QUANTILES = (0.01, 0.99)
 #: One float32 step of a number of this size, 1e-6, is as much rounding as a normalised action may have by itself.
 _FAR = 16.0
+#: In bytes. The numbers of the widest model take half of it.
+_SIZE_LIMIT = 2**22
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Normaliser:
             offset, scale = np.array(self.offset, np.float32), np.array(self.scale, np.float32)
         if not (np.isfinite(offset).all() and np.isfinite(scale).all() and (scale > 0).all()):
             raise DataError(
-                f"normaliser offset {self.offset} and scale {self.scale}; expected finite float32 numbers, and every "
-                "scale positive: fit it again or correct the file"
+                f"normaliser offset {shortlist(self.offset)} and scale {shortlist(self.scale)}; expected finite "
+                "float32 numbers, and every scale positive: fit it again or correct the file"
             )
 
     def normalise(self, actions: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -90,24 +92,40 @@ def fit_normaliser(
     return Normaliser(kind, _float32_tuple(offset), _float32_tuple(scale))
 
 
-def normaliser_from_json(fields: Mapping[str, Any]) -> Normaliser:
+def normaliser_from_json(fields: Any) -> Normaliser:
     """From `{"kind", "offset", "scale"}`; raises DataError naming what is missing or wrong."""
     try:
         return Normaliser(
-            NormaliserKind(fields["kind"]), tuple(map(float, fields["offset"])), tuple(map(float, fields["scale"]))
+            NormaliserKind(fields["kind"]),
+            _numbers("offset", fields["offset"]),
+            _numbers("scale", fields["scale"]),
         )
+    except DataError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         kinds = ", ".join(kind.value for kind in NormaliserKind)
-        raise DataError(f'normaliser needs "kind" ({kinds}), "offset" and "scale": {error!r}') from error
+        raise DataError(f'normaliser needs "kind" ({kinds}), "offset" and "scale": {shown(error)}') from error
+
+
+def _numbers(name: str, values: Any) -> tuple[float, ...]:
+    """A list of numbers alone: text and objects can be gone through as well."""
+    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
+        raise DataError(f'normaliser "{name}" is {shown(values)}; expected a list of numbers, one for each dimension')
+    try:
+        return tuple(map(float, values))
+    except OverflowError:
+        raise DataError(f'normaliser "{name}" has a number beyond float64; expected finite float32 numbers') from None
 
 
 def read_normaliser(path: str | os.PathLike[str]) -> Normaliser:
     """From a JSON file with `kind`, `offset` and `scale`. Raises DataError."""
     path = as_path(path, "the normaliser", DataError)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_json(path, _SIZE_LIMIT)
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a readable JSON file: {error}") from error
+        raise DataError(
+            f"{path} is not a readable JSON file: {error}; give a file with kind, offset and scale"
+        ) from error
     return normaliser_from_json(fields)
 
 

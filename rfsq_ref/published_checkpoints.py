@@ -8,6 +8,7 @@ latent dimension `hidden_dim`.
 import io
 import pickle
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,12 @@ from torch import Tensor
 
 from rfsq_ref.autoencoder import ModelConfig
 from rfsq_ref.errors import CheckpointError, SettingsError
+from rfsq_ref.left_statistics import left_statistics
 from rfsq_ref.quantizer import Conditioning
+from rfsq_ref.tensor_files import DamagedFileError, load_torch
 from runtime.checkpoint_layouts import WEIGHTS_KEY
-from runtime.checkpoint_states import DEFAULTS, FoundState, find_states, is_average
-from runtime.paths import shortlist
+from runtime.checkpoint_states import DEFAULTS, FoundState, find_gridless, find_states, is_average, is_tensor_name
+from runtime.paths import shortlist, shown
 
 _WEIGHTS = tuple(
     f"{part}.{index}.{kind}" for part in ("encoder", "decoder") for index in (0, 2) for kind in ("weight", "bias")
@@ -75,12 +78,22 @@ def published_model(
     require_known(tensors if weights is not None else {**tensors, **state.others}, path)
     if weights is not None and state.others:
         remarks.append(f"{len(state.others)} tensors around these weights not taken: {shortlist(sorted(state.others))}")
+    left = left_statistics(content, config.action_dim)
+    if left:
+        remarks.append(
+            f"not taken, though it may be a normaliser of the actions: {shortlist(left)}; where the model was trained "
+            "behind it, write it as JSON (kind, offset, scale) and give that with --normaliser"
+        )
     trained_with = _training_conditioning(stated.get("use_layernorm"), use_layernorm, path)
-    is_wrapped = state.label != ""
-    provenance = {key: content[key] for key in _FACTS if is_wrapped and isinstance(content.get(key), int | float)}
+    provenance = {key: content[key] for key in _FACTS if state.label != "" and _is_fact(content.get(key))}
     if weights is not None or state.label not in DEFAULTS:
         provenance[WEIGHTS_KEY] = state.label
     return PublishedModel(config, trained_with, taken, provenance, tuple(remarks))
+
+
+def _is_fact(value: object) -> bool:
+    """A number that JSON can keep: neither infinite nor of a thousand digits."""
+    return isinstance(value, int | float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _choose(content: Mapping[Any, Any], path: Path, wanted: str | None) -> tuple[FoundState, list[str]]:
@@ -151,11 +164,16 @@ def _remarks(content: Mapping[Any, Any], found: Sequence[FoundState], state: Fou
         yield f"weights taken: {_shown(state)}; not taken: {', '.join(map(_shown, different))}{names}"
     elif state.is_average:
         yield f"weights taken: {_shown(state)}, an average over the training by its name, and the only model here"
+    gridless = find_gridless(content)
+    if gridless:
+        yield f"not taken, for they have no quantiser: {', '.join(map(_shown, gridless))}"
     # Some averages are kept as a list without names.
     nameless = [
         key
         for key in content
-        if is_average(key) and not any(f"{entry.label}.".startswith(f"{key}.") for entry in found)
+        if is_average(key)
+        and not is_tensor_name(key)
+        and not any(f"{entry.label}.".startswith(f"{key}.") for entry in (*found, *gridless))
     ]
     if nameless and state.label != "":
         yield f"{_listed(nameless)} not taken: no tensors in it have the names of this model"
@@ -200,7 +218,9 @@ def _is_same(first: FoundState, second: FoundState) -> bool:
 
 def _torch_load(data: bytes, path: Path) -> Any:
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return load_torch(io.BytesIO(data))
+    except DamagedFileError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; copy or download it again") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is not a plain weights file (it holds objects that only running code could "
@@ -225,7 +245,8 @@ def _reason(error: Exception) -> str:
 def _check_stored(name: str, tensor: Tensor, path: Path) -> None:
     """Refuse tensors that are not plain numbers in the file, so that any later check costs no more than the file."""
     if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
-        kind = "meta" if tensor.is_meta else "quantised" if tensor.is_quantized else str(tensor.layout)
+        names = {"meta": tensor.is_meta, "nested": tensor.is_nested, "quantised": tensor.is_quantized}
+        kind = next((name for name, is_so in names.items() if is_so), str(tensor.layout))
         raise CheckpointError(
             f"{path}: {name!r} is a {kind} tensor; expected plain numbers: save the state dict of the dense model"
         )
@@ -270,15 +291,15 @@ def _infer_config(tensors: Mapping[str, Any], stated: Mapping[str, Any], path: P
     for theirs, ours in names.items():
         if theirs not in stated:
             continue
-        if not isinstance(stated[theirs], int):
+        if type(stated[theirs]) is not int:
             raise CheckpointError(
                 f"{path}: its config has a {type(stated[theirs]).__name__} as {theirs}; expected the integer "
                 f"{getattr(inferred, ours)}, which its tensors have: save the config with plain numbers"
             )
         if stated[theirs] != getattr(inferred, ours):
             raise CheckpointError(
-                f"{path}: its config says {theirs} = {stated[theirs]}, its tensors have {getattr(inferred, ours)}; "
-                "the file was put together from two models"
+                f"{path}: its config says {theirs} = {shown(stated[theirs])}, its tensors have "
+                f"{getattr(inferred, ours)}; the file was put together from two models"
             )
     return inferred
 
@@ -286,14 +307,15 @@ def _infer_config(tensors: Mapping[str, Any], stated: Mapping[str, Any], path: P
 def _take_grids(tensors: dict[str, Any], config: ModelConfig, path: Path) -> None:
     expected = torch.linspace(-1, 1, config.num_levels)
     for layer in range(config.num_layers):
-        grid = tensors.pop(f"rfsq.layers.{layer}.boundaries")
+        name = f"rfsq.layers.{layer}.boundaries"
+        grid = tensors.pop(name).detach()
         if grid.shape != expected.shape or not grid.is_floating_point():
             raise CheckpointError(
                 f"{path}: the grid of layer {layer} is of shape {tuple(grid.shape)} and type {grid.dtype}; expected "
                 f"linspace(-1, 1, {config.num_levels}) as floating-point numbers"
             )
         # A model saved in half precision has the grid rounded to it.
-        deviation = float((grid.double() - expected.to(grid.dtype).double()).abs().max())
+        deviation = float((_as_double(name, grid, path) - expected.to(grid.dtype).double()).abs().max())
         if not deviation <= _GRID_TOLERANCE:
             raise CheckpointError(
                 f"{path}: the grid of layer {layer} is off by {deviation:.3g}; expected linspace(-1, 1, "
@@ -332,11 +354,28 @@ def take(
         raise CheckpointError(f"{path}: {name!r} has shape {tuple(tensor.shape)}; expected {shape}")
     if not tensor.is_floating_point():
         raise CheckpointError(f"{path}: {name!r} has type {tensor.dtype}; expected floating point")
-    tensor = tensor.detach().to(dtype)
-    if not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
+    stored = _as_double(name, tensor.detach(), path)
+    taken = stored.to(dtype)
+    if not torch.isfinite(stored).all():
+        bad = int((~torch.isfinite(stored)).sum())
         raise CheckpointError(f"{path}: {name!r} has {bad} values that are NaN or infinite; the training diverged")
-    return tensor
+    if not torch.isfinite(taken).all():
+        bad = int((~torch.isfinite(taken)).sum())
+        raise CheckpointError(
+            f"{path}: {name!r} has {bad} values beyond {dtype}, up to {float(stored.abs().max()):.3g}, which "
+            f"{tensor.dtype} can hold; expected weights of a model that runs in {dtype}: train it in that type"
+        )
+    return taken
+
+
+def _as_double(name: str, tensor: Tensor, path: Path) -> Tensor:
+    """In a type in which torch tells infinities from numbers, which it does not in all of 8 bits."""
+    try:
+        return tensor.double()
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"{path}: {name!r} has type {tensor.dtype}, which torch does not compute with; save it as float32"
+        ) from error
 
 
 def _training_conditioning(stated: Any, given: bool | None, path: Path) -> Conditioning:
@@ -346,8 +385,8 @@ def _training_conditioning(stated: Any, given: bool | None, path: Path) -> Condi
             "tensors look the same either way; pass use_layernorm (--use-layernorm or --no-use-layernorm)"
         )
     if stated is not None and not isinstance(stated, bool):
-        shown = repr(stated) if isinstance(stated, str | int | float) else f"a {type(stated).__name__}"
-        raise CheckpointError(f"{path}: its config says use_layernorm = {shown}; expected True or False")
+        found = shown(stated) if isinstance(stated, str | int | float) else f"a {type(stated).__name__}"
+        raise CheckpointError(f"{path}: its config says use_layernorm = {found}; expected True or False")
     if stated is not None:
         check_agreement(given, stated, path)
     return Conditioning.DYNAMIC if (given if stated is None else stated) else Conditioning.NONE

@@ -51,9 +51,12 @@ from rfsq_ref.normaliser import NormaliserKind, fit_normaliser
 from rfsq_ref.quantizer import Conditioning
 from runtime.console import path_argument
 from runtime.paths import as_path, refuse_existing
+from runtime.reading import read_file
 
 HISTORY_FORMAT = "rfsq-training-history"
 HISTORY_VERSION = 1
+#: In bytes. A line of 100 for each of 100,000 epochs takes a sixth of it.
+_HISTORY_SIZE_LIMIT = 2**26
 #: Largest action and smallest half range of a moving dimension that the published recipe, which does not normalise,
 #: learns well: beyond 2 the error of one dimension drowns the others, below 0.1 it is drowned.
 UNNORMALISED_LIMIT, UNNORMALISED_RANGE = 2.0, 0.1
@@ -286,14 +289,15 @@ def load_history(path: str | os.PathLike[str]) -> TrainingHistory:
     """Read a NAME.history.json. Raises CheckpointError for anything else."""
     path = as_path(path, "the learning curve", CheckpointError)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # Not strictly: the curve of a training that diverged later on has NaN in it.
+        content = json.loads(read_file(path, _HISTORY_SIZE_LIMIT))
         if (content.pop("format"), content.pop("version")) != (HISTORY_FORMAT, HISTORY_VERSION):
             raise ValueError(f"expected format {HISTORY_FORMAT!r}, version {HISTORY_VERSION}")
         epochs = tuple(EpochRecord(**record) for record in content.pop("epochs"))
         history = TrainingHistory(epochs=epochs, **content)
         if history.kept_epoch not in {record.epoch for record in epochs}:
             raise ValueError(f"kept_epoch {history.kept_epoch!r} is none of the {len(epochs)} epochs")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no learning curve of this project: {error!r}; give the NAME.history.json that training wrote "
             "beside its checkpoint"

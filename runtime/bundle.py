@@ -16,6 +16,7 @@ from runtime.manifest import (
     GOLDEN_NAME,
     GRAPH_FORMS,
     MANIFEST_NAME,
+    SIZE_LIMITS,
     FileEntry,
     Manifest,
     ModelEntry,
@@ -201,11 +202,11 @@ def _check_files(files: Mapping[str, FileEntry]) -> None:
 
 def _check_model(model: ModelEntry) -> None:
     """Sizes and units that a model can have: everything behind this relies on them."""
-    sizes = ("chunk_length", "action_dim", "latent_dim", "hidden_width", "num_layers")
-    problems = [f"{name} is {getattr(model, name)}" for name in sizes if getattr(model, name) < 1]
-    # Tokens are int32.
-    if not 2 <= model.num_levels <= 2**31:
-        problems.append(f"num_levels is {model.num_levels}")
+    problems = [
+        f"{name} is {getattr(model, name)}, not from {least} to {most}"
+        for name, (least, most) in SIZE_LIMITS.items()
+        if not least <= getattr(model, name) <= most
+    ]
     ascending = tuple(sorted(set(model.prefixes)))
     if model.prefixes != ascending or not ascending or ascending[0] < 1 or ascending[-1] != model.num_layers:
         problems.append(f"prefixes are {list(model.prefixes)} for {model.num_layers} layers")

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.manifest import Manifest, ModelEntry
+from runtime.paths import shown
 
 #: In the manifest's provenance of the checkpoint: name to SHA-256, as `weight_hashes` gives them.
 HASHES_KEY = "tensors"
@@ -103,10 +104,18 @@ def compare_config(config: object, model: ModelEntry) -> list[str]:
     if model.mode != "calibrated":
         expected["use_layernorm"] = model.mode != "none"
     return [
-        f"its config says {name} = {config[name]!r}, the bundle ({model.mode}) has {value!r}"
+        f"its config says {name} = {shown(config[name])}, the bundle ({model.mode}) has {value!r}"
         for name, value in expected.items()
-        if name in config and config[name] != value
+        if name in config and not _is_equal(config[name], value)
     ]
+
+
+def _is_equal(found: object, expected: object) -> bool:
+    try:
+        return bool(found == expected)
+    except (RuntimeError, ValueError):
+        # Arrays and tensors of several numbers.
+        return False
 
 
 def is_grid(name: str) -> bool:

@@ -7,7 +7,7 @@ depth, and keep more than one model in a file.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,11 @@ class FoundState:
     counters: tuple[str, ...]
 
     @property
+    def has_grids(self) -> bool:
+        """Whether it has a quantiser; other models have an encoder as well."""
+        return _has_grids(self.tensors)
+
+    @property
     def is_average(self) -> bool:
         """Of the weights over the training, by its name."""
         return is_average(self.label)
@@ -54,15 +59,32 @@ def is_average(name: object) -> bool:
     return _AVERAGE.search(str(name)) is not None
 
 
+def is_tensor_name(name: object) -> bool:
+    """Whether this is a published name, whatever was put around it."""
+    return isinstance(name, str) and _split(name) is not None
+
+
 def find_states(content: Mapping[Any, Any]) -> tuple[FoundState, ...]:
-    """Every model in what a training script saved, in the order of the file; labels differ."""
+    """Every model in what a training script saved, in the order of the file; labels differ.
+
+    Where a model has grids, what lies in another dict without is none: whatever has an encoder would count.
+    """
+    found = _all_states(content)
+    return tuple(state for state in found if state.has_grids) or found
+
+
+def find_gridless(content: Mapping[Any, Any]) -> tuple[FoundState, ...]:
+    """What `find_states` leaves out, since it lacks the grids that another model has."""
+    found = _all_states(content)
+    return tuple(state for state in found if not state.has_grids) if any(state.has_grids for state in found) else ()
+
+
+def _all_states(content: Mapping[Any, Any]) -> tuple[FoundState, ...]:
     found = list(_states(content, (), set()))
-    # A dict that has no grid is a model only where none has: whatever has an encoder would count.
-    whole = [entry for entry in found if any(name.startswith("rfsq.") for name in entry[2].tensors)] or found
-    short = [".".join((*path, *(part for part in owner if part not in _WRAPPERS))) for path, owner, _ in whole]
+    short = [".".join((*path, *(part for part in owner if part not in _WRAPPERS))) for path, owner, _ in found]
     return tuple(
         replace(state, label=label if short.count(label) == 1 else ".".join((*path, *owner)))
-        for (path, owner, state), label in zip(whole, short, strict=True)
+        for (path, owner, state), label in zip(found, short, strict=True)
     )
 
 
@@ -95,18 +117,23 @@ def _states(
             # Of two spellings of one name the second is left over, and refused with what is not known.
             models.setdefault(owner, {}).setdefault(published, name)
             dropped.setdefault(owner, set()).add(around)
-    models = {owner: names for owner, names in models.items() if _is_model(names)}
+    # Beside a model with grids, another spelling of its names is left over like everything else that is not known.
+    models = {owner: names for owner, names in models.items() if _has_grids(names)} or {
+        owner: names for owner, names in models.items() if "encoder.0.weight" in names
+    }
     taken = {name for names in models.values() for name in names.values()}
     rest = {str(name): value for name, value in content.items() if name not in taken and not isinstance(value, Mapping)}
     counters = tuple(sorted(name for name in rest if name.rpartition(".")[2] in _COUNTERS))
     others = {name: value for name, value in rest.items() if name not in counters}
     for owner, names in models.items():
         tensors = {published: content[name] for published, name in names.items()}
-        yield path, owner, FoundState("", tensors, tuple(sorted(dropped[owner] - {""})), others, counters)
+        # What the file itself calls by a published name is not to be taken for the tensor that has it now.
+        beside = {f"{name} (a second one)" if name in tensors else name: value for name, value in others.items()}
+        yield path, owner, FoundState("", tensors, tuple(sorted(dropped[owner] - {""})), beside, counters)
 
 
-def _is_model(names: Mapping[str, str]) -> bool:
-    return "encoder.0.weight" in names or any(name.startswith("rfsq.") for name in names)
+def _has_grids(names: Iterable[str]) -> bool:
+    return any(name.startswith("rfsq.") for name in names)
 
 
 def _split(name: str) -> tuple[tuple[str, ...], str, str] | None:

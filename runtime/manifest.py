@@ -11,10 +11,13 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from runtime.errors import BundleError
+from runtime.paths import shown
+from runtime.reading import parse_json
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -28,9 +31,18 @@ CUDA_SOURCE = "engines/cuda/rfsq_tokenizer.cu"
 GraphForm = Literal["gemm", "gemm_marked", "reduce"]
 GRAPH_FORMS: tuple[GraphForm, ...] = typing.get_args(GraphForm)
 
-#: Provenance is the deepest, with about five.
-_MOST_LEVELS = 32
-_MOST_SHOWN = 200
+#: Least and largest sizes of a model; beyond 2**24, float32 does not tell the levels of a grid apart. A real model is
+#: far smaller, and a file that states more would take all memory before anything else is seen to be wrong with it.
+SIZE_LIMITS: Mapping[str, tuple[int, int]] = types.MappingProxyType(
+    {
+        "chunk_length": (1, 2**16),
+        "action_dim": (1, 2**16),
+        "latent_dim": (1, 2**16),
+        "hidden_width": (1, 2**16),
+        "num_layers": (1, 2**10),
+        "num_levels": (2, 2**24),
+    }
+)
 
 _T = TypeVar("_T")
 
@@ -196,14 +208,13 @@ def manifest_text(manifest: Manifest) -> str:
 def parse_manifest(text: str) -> Manifest:
     """Raises BundleError, saying what is wrong where, unless `text` is what `manifest_text` wrote."""
     try:
-        content = json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise BundleError(f"{MANIFEST_NAME} is not JSON: {error}; copy the bundle again or build it again") from error
-    _check_depth(content)
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         found = content.get("schema_version") if isinstance(content, dict) else type(content).__name__
         raise BundleError(
-            f"{MANIFEST_NAME} has schema version {_shown(found)}; this runtime reads {SCHEMA_VERSION}: build the "
+            f"{MANIFEST_NAME} has schema version {shown(found)}; this runtime reads {SCHEMA_VERSION}: build the "
             "bundle again with this version, or install the version that wrote it"
         )
     stated = content.pop("manifest_sha256", None)
@@ -215,34 +226,10 @@ def parse_manifest(text: str) -> Manifest:
         raise BundleError(f"{MANIFEST_NAME} holds what no build writes: {error}; build the bundle again") from error
     if canonical != text:
         raise BundleError(
-            f"{MANIFEST_NAME} was altered after it was written: its manifest_sha256 is {_shown(stated)}, or its "
+            f"{MANIFEST_NAME} was altered after it was written: its manifest_sha256 is {shown(stated)}, or its "
             "spelling is not the one written by the build; copy the bundle again or build it again"
         )
     return manifest
-
-
-def _check_depth(content: Any) -> None:
-    """Level by level: whatever calls itself for every level would overflow the stack."""
-    level = [content]
-    for _ in range(_MOST_LEVELS):
-        level = [
-            part
-            for node in level
-            if isinstance(node, dict | list)
-            for part in (node.values() if isinstance(node, dict) else node)
-        ]
-    if level:
-        raise BundleError(f"{MANIFEST_NAME} nests deeper than {_MOST_LEVELS} levels; build the bundle again")
-
-
-def _shown(value: Any) -> str:
-    """What stands in a message: of a long value the beginning."""
-    text = repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _build(kind: Any, value: Any, where: str) -> Any:
@@ -255,28 +242,28 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if origin is Literal:
         if value in arguments:
             return value
-        raise BundleError(f"{where} is {_shown(value)}; expected one of {', '.join(map(str, arguments))}")
+        raise BundleError(f"{where} is {shown(value)}; expected one of {', '.join(map(str, arguments))}")
     if origin is tuple and isinstance(value, list):
         kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
         if len(kinds) == len(value):
             parts = enumerate(zip(kinds, value, strict=True))
             return tuple(_build(part, entry, f"{where}[{index}]") for index, (part, entry) in parts)
     if origin is dict and isinstance(value, dict):
-        return {key: _build(arguments[1], entry, f"{where}[{_shown(key)}]") for key, entry in value.items()}
+        return {key: _build(arguments[1], entry, f"{where}[{shown(key)}]") for key, entry in value.items()}
     # bool is an int to isinstance.
     if type(value) is kind:
         return value
     name = kind if isinstance(kind, types.GenericAlias) else getattr(kind, "__name__", kind)
-    raise BundleError(f"{where} is {_shown(value)}; expected {name}")
+    raise BundleError(f"{where} is {shown(value)}; expected {name}")
 
 
 def _build_dataclass(kind: type[_T], value: Any, where: str) -> _T:
     if not isinstance(value, dict):
-        raise BundleError(f"{where} is {_shown(value)}; expected an object")
+        raise BundleError(f"{where} is {shown(value)}; expected an object")
     hints = typing.get_type_hints(kind)
     missing, unknown = sorted(hints.keys() - value.keys()), sorted(value.keys() - hints.keys())
     if missing or unknown:
         raise BundleError(
-            f"{where} lacks the keys {missing} and has the unknown keys {_shown(unknown)}; build the bundle again"
+            f"{where} lacks the keys {missing} and has the unknown keys {shown(unknown)}; build the bundle again"
         )
     return kind(**{name: _build(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})

@@ -47,3 +47,13 @@ def shortlist(names: Iterable[object], most: int = 6) -> str:
     more = len(listed) - most
     # Naming one more takes no more room than counting it.
     return ", ".join(listed) if more <= 1 else f"{', '.join(listed[:most])} and {more} more"
+
+
+def shown(value: object, most: int = 200) -> str:
+    """A value of a file as it stands in a message: of a long one the beginning."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python spells no integer of more than 4,300 digits.
+        return f"a value of type {type(value).__name__} with thousands of digits"
+    return text if len(text) <= most else f"{text[:most]}…"

@@ -7,12 +7,13 @@ or a sparse file of terabytes. So a file is opened first, without waiting, and e
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, NoReturn, Self
 
 #: Where the system lacks a flag, what is opened is compared with what the name showed before.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -20,6 +21,8 @@ _FOLDER = getattr(os, "O_DIRECTORY", 0)
 _PLAIN = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 #: A pipe without a writer opens at once, and no terminal becomes the process's own.
 _FILE = _PLAIN | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+#: The deepest JSON of ours is provenance, with about five.
+_MOST_LEVELS = 32
 _HAS_FOLDERS = bool(_NO_FOLLOW and _FOLDER and {os.open, os.stat} <= os.supports_dir_fd)
 
 
@@ -32,8 +35,23 @@ def read_file(path: str | Path, most: int) -> bytes:
     with regular_file(path) as (stream, size):
         if size > most:
             raise UnfitFileError(f"it has {size} bytes; expected at most {most}")
-        # Bounded too while somebody writes to it.
-        return stream.read(most)
+        # Bounded too while somebody writes to it; room for `most` would be taken at once.
+        return stream.read(size)
+
+
+def read_json(path: str | Path, most: int) -> Any:
+    """What `parse_json` finds in a regular file of at most `most` bytes. Raises OSError, ValueError."""
+    return parse_json(read_file(path, most))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON by the standard, without NaN and infinity, of at most 32 levels. Raises ValueError."""
+    try:
+        content = json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError(f"it nests deeper than {_MOST_LEVELS} levels") from None
+    _check_depth(content)
+    return content
 
 
 @contextlib.contextmanager
@@ -133,3 +151,21 @@ def _refuse_link(status: os.stat_result, name: str) -> None:
 def _refuse_irregular(status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise UnfitFileError("it is not a regular file")
+
+
+def _check_depth(content: Any) -> None:
+    """Level by level: whatever calls itself for every level would overflow the stack."""
+    level = [content]
+    for _ in range(_MOST_LEVELS):
+        level = [
+            part
+            for node in level
+            if isinstance(node, dict | list)
+            for part in (node.values() if isinstance(node, dict) else node)
+        ]
+    if level:
+        raise ValueError(f"it nests deeper than {_MOST_LEVELS} levels")
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")

@@ -294,8 +294,13 @@ class ActionRFSQAE(nn.Module):
                     "bundle brings its weights, or build it again"
                 ]
             grids = [value.dtype for name, value in tensors.items() if is_grid(name) and value.is_floating_point()]
+            try:
+                arrays = {name: value.detach().cpu().float().numpy() for name, value in tensors.items()}
+            except RuntimeError as error:
+                # Nested ones, and types that torch keeps but does not compute with.
+                return [f"it is no state dict of plain tensors: {error}"]
             compared = compare_state(
-                {name: value.detach().cpu().float().numpy() for name, value in tensors.items()},
+                arrays,
                 hashes,
                 self._engines.model,
                 resolution=max((torch.finfo(dtype).eps for dtype in grids), default=0.0),

@@ -857,6 +857,25 @@ def bad_normaliser(folder: Path) -> list[str]:
     return ["--normaliser", str(folder / "n.json")]
 
 
+def bottomless_normaliser(folder: Path) -> list[str]:
+    (folder / "n.json").write_text("[" * 100_000, encoding="utf-8")
+    return ["--normaliser", str(folder / "n.json")]
+
+
+def huge_normaliser(folder: Path) -> list[str]:
+    (folder / "n.json").write_text(json.dumps({"kind": "min-max", "offset": [10**400], "scale": [1]}))
+    return ["--normaliser", str(folder / "n.json")]
+
+
+def damaged(folder: Path) -> list[str]:
+    model = other_model()
+    path = published(folder / "damaged.pt", model)
+    content = bytearray(path.read_bytes())
+    content[content.index(model.state_dict()["decoder.2.weight"].numpy().tobytes()) + 3] ^= 2
+    path.write_bytes(content)
+    return ["--checkpoint", str(path)]
+
+
 def tiny_normaliser(folder: Path) -> list[str]:
     fields = {"kind": "min-max", "offset": [0] * 4, "scale": [1, 1, 1, 1e-40]}
     (folder / "n.json").write_text(json.dumps(fields), encoding="utf-8")
@@ -874,6 +893,13 @@ BAD_INPUT = {
     "not a checkpoint": (garbage, r"notes\.pt is (refused|not a checkpoint)"),
     "empty file": (empty, r"empty\.safetensors is not a whole safetensors file"),
     "truncated": (truncated, r"half\.pt is (refused|not a checkpoint)"),
+    "damaged": (damaged, r"damaged\.pt is damaged: the checksum of '\w+/data/\d+' in it is wrong"),
+    "normaliser without end": (
+        fixed("--normaliser", "/dev/zero"),
+        r"/dev/zero is not a readable JSON file: it is not a",
+    ),
+    "bottomless normaliser": (bottomless_normaliser, r"n\.json is not a readable JSON file: it nests deeper than 32"),
+    "huge normaliser": (huge_normaliser, 'normaliser "offset" has a number beyond float64'),
     "malicious": (malicious, r"evil\.pt is refused: it is not a plain weights file"),
     "plain pickle": (plain_pickle, r"evil\.pkl is refused"),
     "NaN weights": (

@@ -69,7 +69,8 @@ def test_a_normaliser_of_another_robot_is_refused(tmp_path: Path) -> None:
         ("not json", "is not a readable JSON file"),
         ("{}", 'normaliser needs "kind"'),
         ('{"kind": "min-max", "offset": [0], "scale": [0]}', "every scale positive"),
-        ('{"kind": "min-max", "offset": [NaN], "scale": [1]}', "expected finite"),
+        ('{"kind": "min-max", "offset": [NaN], "scale": [1]}', "NaN is no JSON number"),
+        ('{"kind": "min-max", "offset": [1e999], "scale": [1]}', "expected finite"),
         ("[1, 2]", 'normaliser needs "kind"'),
     ],
 )

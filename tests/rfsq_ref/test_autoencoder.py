@@ -128,7 +128,11 @@ def test_one_latent_has_no_deviation() -> None:
 
 
 @pytest.mark.parametrize("name", ["action_dim", "latent_dim", "hidden_width", "num_layers", "num_levels"])
-@pytest.mark.parametrize("size", [0, 3.0, "3"])
+@pytest.mark.parametrize(
+    "size",
+    [0, 3.0, "3", True, 2**24 + 1, 10**9, 10**5000],
+    ids=["zero", "float", "text", "bool", "large", "larger", "huge"],
+)
 def test_sizes_that_make_no_sense_are_refused(name: str, size: object) -> None:
     with pytest.raises(ValueError, match=f"{name} is .*; expected an integer"):
         ModelConfig(**{name: size})  # type: ignore[arg-type]

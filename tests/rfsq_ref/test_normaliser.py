@@ -1,6 +1,7 @@
 """What `rfsq_ref.normaliser` promises: each kind's range, the gripper left alone, nothing infinite."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,11 @@ def test_json_gives_back_the_same(kind: NormaliserKind, tmp_path: Path) -> None:
         ({"offset": [0.0, float("nan")]}, "finite"),
         ({"offset": [0.0, "left"]}, "offset"),
         ({"scale": 3}, "scale"),
+        ({"offset": "12"}, "\"offset\" is '12'; expected a list of numbers"),
+        ({"offset": {"0": 1, "1": 2}}, "expected a list of numbers"),
+        ({"offset": [True, 1.0]}, r'"offset" is \[True, 1.0\]; expected a list of numbers'),
+        ({"offset": ["0", "1"]}, "expected a list of numbers"),
+        ({"offset": [0, 10**400]}, '"offset" has a number beyond float64'),
     ],
 )
 def test_fields_that_make_no_sense_are_refused(change: dict[str, Any], message: str) -> None:
@@ -130,11 +136,28 @@ def test_missing_fields_are_named(missing: str) -> None:
         normaliser_from_json({name: value for name, value in FIELDS.items() if name != missing})
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe\x00", b'"text"'])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1, 2]", b"\xff\xfe\x00", b'"text"', b"[" * 100_000, b"1" * 5000])
 def test_files_that_hold_no_normaliser_are_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "normaliser.json").write_bytes(content)
     with pytest.raises(DataError):
         read_normaliser(tmp_path / "normaliser.json")
+
+
+def test_no_more_is_read_than_a_normaliser_can_take(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(DataError, match="is not a readable JSON file: it is not a regular file; give a file with"):
+            read_normaliser(path)
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**43)
+    with pytest.raises(DataError, match="it has 8796093022208 bytes; expected at most 4194304"):
+        read_normaliser(tmp_path / "sparse")
+
+
+def test_the_refusal_of_many_numbers_stays_short() -> None:
+    with pytest.raises(DataError) as refused:
+        normaliser_from_json(FIELDS | {"offset": [0.0] * 60_000, "scale": [-1.0] * 60_000})
+    assert len(str(refused.value)) < 1000
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

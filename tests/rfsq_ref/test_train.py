@@ -316,13 +316,22 @@ def test_a_curve_reads_back(tmp_path: Path) -> None:
     assert load_history(tmp_path / "a.json").epochs == (EpochRecord(1, 0.5, 0.25),)
 
 
+def test_the_curve_of_a_training_that_diverged_later_reads_back(tmp_path: Path) -> None:
+    diverged = {"epoch": 2, "train_mse": float("nan"), "validation_mse": float("inf")}
+    (tmp_path / "a.json").write_text(json.dumps({**GOOD, "epochs": [*GOOD["epochs"], diverged]}))
+    assert load_history(tmp_path / "a.json").epochs[1].validation_mse == float("inf")
+
+
 @pytest.mark.parametrize(
     "content",
     [
         "", "[]", "{}", json.dumps({**GOOD, "version": 2}), json.dumps({**GOOD, "kept_epoch": 2}),
-        json.dumps({**GOOD, "epochs": [{"epoch": 1}]}), json.dumps({**GOOD, "more": 1}), None,
+        json.dumps({**GOOD, "epochs": [{"epoch": 1}]}), json.dumps({**GOOD, "more": 1}), "[" * 100_000, None,
     ],
-    ids=["empty", "list", "no fields", "other version", "kept no epoch", "broken record", "unknown field", "missing"],
+    ids=[
+        "empty", "list", "no fields", "other version", "kept no epoch", "broken record", "unknown field", "deep",
+        "missing",
+    ],
 )  # fmt: skip
 def test_a_file_that_is_no_curve_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:

@@ -133,6 +133,43 @@ def test_a_name_in_two_spellings_is_refused(model: ActionRFSQAE, tmp_path: Path)
         load_saved(state, tmp_path)
 
 
+@pytest.mark.parametrize(("ours", "others"), [("module.", ""), ("", "_orig_mod."), ("", "module."), ("a.", "b.")])
+def test_a_second_spelling_without_grids_is_refused(
+    ours: str, others: str, model: ActionRFSQAE, averaged: dict[str, Tensor], tmp_path: Path
+) -> None:
+    bare = {f"{others}{name}": tensor for name, tensor in averaged.items() if not name.startswith("rfsq.")}
+    state = {**{f"{ours}{name}": tensor for name, tensor in model.state_dict().items()}, **bare}
+    with pytest.raises(CheckpointError, match=rf"does not know: \['{others}decoder.0.bias"):
+        load_saved({"model": state}, tmp_path)
+    # The adapter is to find them as well, and not in place of the model's.
+    (found,) = states_in({"model": state})
+    assert all(found[name] is tensor for name, tensor in zip(model.state_dict(), state.values(), strict=False))
+    assert len(found) == len(state)
+
+
+def test_a_model_without_grids_elsewhere_is_said_not_to_be_taken(
+    model: ActionRFSQAE, averaged: dict[str, Tensor], tmp_path: Path
+) -> None:
+    bare = {name: tensor for name, tensor in averaged.items() if not name.startswith("rfsq.")}
+    for place in ("ema", "vision"):
+        checkpoint = load_saved({"model": model.state_dict(), place: bare}, tmp_path)
+        assert_weights(checkpoint, model.state_dict())
+        assert checkpoint.remarks == (f"not taken, for they have no quantiser: '{place}'",)
+        with pytest.raises(CheckpointError, match=f"0 models under '{place}'"):
+            load_saved({"model": model.state_dict(), place: bare}, tmp_path, weights=place)
+
+
+def test_names_of_an_average_are_not_said_to_be_foreign(
+    model: ActionRFSQAE, averaged: dict[str, Tensor], tmp_path: Path
+) -> None:
+    state = {f"online.{name}": tensor for name, tensor in model.state_dict().items()}
+    state |= {f"ema.{name}": tensor for name, tensor in averaged.items()}
+    assert load_saved(state, tmp_path).remarks == (
+        "weights taken: 'online'; not taken: 'ema'; --weights ema takes those",
+        "taken off the names of tensors: 'online'",
+    )
+
+
 def test_a_refusal_names_a_few_tensors_alone(model: ActionRFSQAE, tmp_path: Path) -> None:
     vision = {f"vision.{index:02}.weight": torch.zeros(1) for index in range(43)}
     with pytest.raises(CheckpointError, match=r"'vision.05.weight' and 37 more\]$"):

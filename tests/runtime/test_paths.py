@@ -24,7 +24,7 @@ from runtime.dataset_errors import SourceError
 from runtime.dataset_reader import open_token_dataset
 from runtime.dataset_sources import open_source
 from runtime.errors import BundleError, TokenizerError
-from runtime.paths import as_path
+from runtime.paths import as_path, shown
 from runtime.torch_adapter import ActionRFSQAE
 
 
@@ -165,3 +165,10 @@ def test_another_tokenizer_is_still_another_tokenizer(bundle: Path) -> None:
 def test_a_bundle_that_is_not_there_is_no_wrong_path(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no bundle at"):
         ActionTokenizer.load(tmp_path / "nothing")
+
+
+def test_any_value_of_a_file_can_be_shown_in_a_message() -> None:
+    assert shown({"a": [1]}) == "{'a': [1]}"
+    assert shown("x" * 1000, most=5) == "'xxxx…"
+    assert shown(10**5000) == "a value of type int with thousands of digits"
+    assert shown([10**5000]) == "a value of type list with thousands of digits"

@@ -14,7 +14,7 @@ from runtime.control_recorder import read_record
 from runtime.dataset_errors import TokenDatasetError
 from runtime.dataset_format import INFO_NAME, read_info
 from runtime.dataset_writers import hash_file
-from runtime.reading import OpenFolder, UnfitFileError, read_file
+from runtime.reading import OpenFolder, UnfitFileError, parse_json, read_file, read_json
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_file_is_read_whole_up_to_the_limit(tmp_path: Path) -> None:
         read_file(tmp_path / "file", 4)
 
 
-def test_what_grows_while_it_is_read_is_read_no_further_than_allowed(
+def test_what_grows_while_it_is_read_is_read_no_further_than_it_went_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, look = tmp_path / "file", os.fstat
@@ -51,7 +51,7 @@ def test_what_grows_while_it_is_read_is_read_no_further_than_allowed(
         return found
 
     monkeypatch.setattr(os, "fstat", look_then_grow)
-    assert read_file(path, 6) == b"123456"
+    assert read_file(path, 6) == b"12345"
 
 
 @pytest.mark.parametrize("name", ["pipe", "folder", "/dev/zero"])
@@ -101,3 +101,30 @@ def test_a_flight_record_whose_header_promises_terabytes_is_refused(tmp_path: Pa
         np.lib.format.write_array_header_1_0(member, {"descr": "<i4", "fortran_order": False, "shape": (2**52,)})
     with pytest.raises(FlightRecordError, match="is no flight record: MemoryError"):
         read_record(tmp_path / "bomb.npz")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "nests deeper than 32 levels"),
+        ("[" * 33 + "]" * 33, "nests deeper than 32 levels"),
+        ('{"a": NaN}', "NaN is no JSON number"),
+        ("-Infinity", "-Infinity is no JSON number"),
+        ("1" * 5000, "4300 digits"),
+        (b"\xff", "invalid start byte"),
+        ("", "Expecting value"),
+    ],
+)
+def test_json_is_read_strictly_and_no_deeper_than_expected(text: str | bytes, message: str) -> None:
+    assert parse_json("[" * 31 + "1" + "]" * 31)[0][0] is not None
+    with pytest.raises(ValueError, match=message):
+        parse_json(text)
+
+
+def test_json_of_a_file_is_bounded_as_the_file_is(tmp_path: Path, pipe: Path) -> None:
+    (tmp_path / "file").write_text('{"a": [1]}')
+    assert read_json(tmp_path / "file", 10) == {"a": [1]}
+    with pytest.raises(UnfitFileError, match="it has 10 bytes; expected at most 9"):
+        read_json(tmp_path / "file", 9)
+    with pytest.raises(UnfitFileError, match="not a regular file"):
+        read_json(pipe, 9)

@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -709,6 +710,46 @@ def test_all_that_differs_is_told_at_once(calibrated: Pair) -> None:
         "it has the unknown tensors head.weight, rfsq.layers.3.boundaries",
     ):
         assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (10**5000, "a value of type int with thousands of digits"),
+        (torch.tensor([3, 4]), "tensor([3, 4])"),
+        (np.array([3, 4]), "array([3, 4])"),
+        ("x" * 10_000, f"'{'x' * 199}…"),
+    ],
+    ids=["huge", "tensor", "array", "text"],
+)
+def test_a_config_of_anything_is_compared(value: object, shown: str, calibrated: Pair) -> None:
+    content = {"model": calibrated.published.state_dict(), "config": {"action_dim": value}}
+    with pytest.raises(FingerprintError, match=re.escape(f"its config says action_dim = {shown}, the bundle (calib")):
+        calibrated.adapter.load_state_dict(content)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(8, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    ],
+    ids=["float4", "nested"],
+)
+def test_tensors_that_torch_does_not_compute_with_are_refused(tensor: torch.Tensor, calibrated: Pair) -> None:
+    state = calibrated.published.state_dict() | {"encoder.0.bias": tensor}
+    with pytest.raises(FingerprintError, match="it is no state dict of plain tensors"):
+        calibrated.adapter.load_state_dict(state)
+
+
+def test_a_second_spelling_of_the_weights_is_not_passed_over(calibrated: Pair) -> None:
+    state = calibrated.published.state_dict()
+    other = {name: tensor * 2 for name, tensor in state.items() if not name.startswith("rfsq.")}
+    with pytest.raises(FingerprintError, match=r"it has the unknown tensors decoder\.0\.bias \(a second one\), dec"):
+        calibrated.adapter.load_state_dict({f"module.{name}": tensor for name, tensor in state.items()} | other)
+    doubled = {f"module.{name}": tensor * 2 for name, tensor in state.items()}
+    with pytest.raises(FingerprintError, match=r"encoder\.0\.weight has other numbers"):
+        calibrated.adapter.load_state_dict(doubled | {name: state[name] for name in other})
 
 
 def test_a_config_of_the_other_kind_of_tokens_is_refused(pair_of: Callable[[Recipe], Pair]) -> None:
