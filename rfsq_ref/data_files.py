@@ -19,6 +19,7 @@ import numpy.typing as npt
 from runtime.array_layouts import (
     NUMBERS_NAME,
     Described,
+    are_comparable,
     begins_of_episodes,
     check_actions,
     choose_arrays,
@@ -95,7 +96,11 @@ def _read_npz(path: Path, key: str | None) -> list[Episode]:
     with opened(path, f"a {path.suffix.lower()} file") as file:
         loaded = np.load(file, allow_pickle=False)
         arrays = {"actions": loaded} if isinstance(loaded, np.ndarray) else loaded
-        chosen = choose_arrays(stored, key, path.name, lambda one, other: _are_equal([arrays[one]], [arrays[other]]))
+
+        def are_equal(one: str, other: str) -> bool:
+            return are_comparable(stored[one], stored[other]) and _are_equal([arrays[one]], [arrays[other]])
+
+        chosen = choose_arrays(stored, key, path.name, are_equal)
         return _from_arrays(arrays, stored, chosen, path.name)
 
 
@@ -148,8 +153,7 @@ def _all_tensors(values: Sequence[Any], kind: type, label: str) -> Sequence[Any]
 
 def _are_equal(ones: Sequence[_AnyArray], others: Sequence[_AnyArray]) -> bool:
     return len(ones) == len(others) and all(
-        one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
-        for one, other in zip(ones, others, strict=True)
+        are_comparable(one, other) and one.tobytes() == other.tobytes() for one, other in zip(ones, others, strict=True)
     )
 
 

@@ -65,6 +65,11 @@ def choose_arrays(
     return tuple(chosen)
 
 
+def are_comparable(one: Described, other: Described) -> bool:
+    """Whether two arrays of plain numbers or text, which may hold the same, are worth reading to see it."""
+    return one.dtype == other.dtype and not one.dtype.hasobject and one.shape == other.shape != ()
+
+
 def require_equal(
     wanted: Iterable[str], found: Collection[str], where: str, are_equal: Callable[[str, str], bool]
 ) -> list[str]:

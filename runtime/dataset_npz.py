@@ -15,6 +15,7 @@ import numpy as np
 
 from runtime.array_layouts import (
     NUMBERS_NAME,
+    are_comparable,
     begins_of_episodes,
     check_actions,
     choose_arrays,
@@ -189,11 +190,7 @@ def _header(file: IO[bytes], name: str, member: str, size: int, *, is_compressed
 
 
 def _are_equal(path: Path, one: StoredArray, other: StoredArray) -> bool:
-    if (
-        one.dtype.hasobject
-        or not one.shape
-        or any(getattr(one, what) != getattr(other, what) for what in ("dtype", "shape", "is_fortran"))
-    ):
+    if not are_comparable(one, other) or one.is_fortran != other.is_fortran:
         return False
     pairs = zip(_slices(path, one), _slices(path, other), strict=True)
     return all(mine.tobytes() == theirs.tobytes() for mine, theirs in pairs)
