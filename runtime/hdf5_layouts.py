@@ -46,30 +46,31 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
     h5py = optional("h5py")
     keys = (key,) if key else ACTION_NAMES
 
-    def array_in(group: Any, place: str) -> str | None:
-        """The name of the action array in a group at this place, if there is one."""
+    def array_in(group: Any, place: str) -> tuple[str, int] | None:
+        """Name and steps of the action array in a group at this place, if there is one."""
         arrays = {wanted: found for wanted in keys if isinstance(found := follow(group, wanted, name), h5py.Dataset)}
         for wanted, array in arrays.items():
             _check_actions(array, f"{name}, {place}{wanted}")
         same = require_equal(
             keys, arrays, f"{name}, {place}".rstrip(", /"), lambda one, other: _are_equal(arrays[one], arrays[other])
         )
-        return next(iter(same), None)
+        return (same[0], len(arrays[same[0]])) if same else None
 
     container, prefix = file, ""
     if isinstance(data := follow(file, "data", name), h5py.Group):
         container, prefix = data, "data/"
         members = sorted(container, key=natural)
     elif (whole := array_in(file, "")) is not None:
+        place, steps = whole
         ends = [end for end in _ENDS if end in set(file)]
         if ends:
             raise SourceError(
-                f"{name} has many episodes in one row ({whole} beside {', '.join(ends)}); expected one for each file "
+                f"{name} has many episodes in one row ({place} beside {', '.join(ends)}); expected one for each file "
                 "or group: cut them apart and save each as demo_N/actions"
             )
         if filter_key:
             raise SourceError(f"{name} is one episode, and has no filter keys; leave --filter-key out")
-        return [FoundEpisode("", whole, len(follow(file, whole, name)))]
+        return [FoundEpisode("", place, steps)]
     else:
         numbered = sorted((member for member in file if _NUMBERED.fullmatch(member)), key=natural)
         members = [member for member in numbered if isinstance(follow(file, member, name), h5py.Group)]
@@ -92,7 +93,8 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
                 f"{name}, {prefix}{member} has no {repr(key) if key else 'action array'}; found "
                 f"{shortlist(group) or 'nothing'}; expected `actions` or `action`: name the right one with --key (key=)"
             )
-        found_episodes.append(FoundEpisode(member, f"{prefix}{member}/{array}", len(follow(group, array, name))))
+        place, steps = array
+        found_episodes.append(FoundEpisode(member, f"{prefix}{member}/{place}", steps))
     return found_episodes
 
 

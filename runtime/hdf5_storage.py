@@ -28,8 +28,10 @@ def follow(group: Any, path: str, name: str) -> Any:
                 found = None
                 break
             place = places.pop()
-            kind = found.get(place, getlink=True)
-            if kind is None or isinstance(kind, h5py.SoftLink | h5py.ExternalLink):
+            # As `get` with `getlink` tells it, but faster.
+            links, encoded = found.id.links, place.encode("utf-8", "surrogateescape")
+            kind = links.get_info(encoded).type if links.exists(encoded) else None
+            if kind != h5py.h5l.TYPE_HARD:
                 break
             found = found[place]
         else:
@@ -38,11 +40,12 @@ def follow(group: Any, path: str, name: str) -> Any:
             if link:
                 raise SourceError(f"{link}, which is not in the file; expected what it leads to: write the file anew")
             return None
-        link = f"{name}, {found.name.rstrip('/')}/{place} is a link to {kind.path!r}".replace(", /", ", ")
-        if isinstance(kind, h5py.ExternalLink):
-            raise SourceError(f"{link} in another file, {kind.filename!r}; {_ONE_FILE}")
-        found = found.file["/"] if kind.path.startswith("/") else found
-        places += _parts(kind.path)
+        target = found.get(place, getlink=True)
+        link = f"{name}, {found.name.rstrip('/')}/{place} is a link to {target.path!r}".replace(", /", ", ")
+        if isinstance(target, h5py.ExternalLink):
+            raise SourceError(f"{link} in another file, {target.filename!r}; {_ONE_FILE}")
+        found = found.file["/"] if target.path.startswith("/") else found
+        places += _parts(target.path)
     raise SourceError(f"{link}, and so on without an end; expected an array or a group: write the file anew")
 
 
@@ -55,7 +58,8 @@ def require_stored(array: Any, where: str) -> None:
     """Raises SourceError for an array whose numbers are not all in the file: HDF5 would put zeros in their place."""
     if array.shape is None:
         raise SourceError(f"{where} is empty and has no shape; expected an array: remove it, or write the file anew")
-    if array.is_virtual or array.external:
+    settings = array.id.get_create_plist()
+    if settings.get_external_count() or array.is_virtual:
         sources = array.virtual_sources() if array.is_virtual else array.external
         names = sorted({source.file_name if array.is_virtual else str(source[0]) for source in sources})
         raise SourceError(f"{where} has its numbers elsewhere, in {', '.join(names)}; {_ONE_FILE}")
