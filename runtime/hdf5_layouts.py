@@ -122,6 +122,8 @@ def _filtered(file: Any, name: str, members: list[str], filter_key: str) -> list
             "--filter-key (filter_key=), or leave it out"
         )
     mask = follow(masks, wanted, name)
+    if not isinstance(mask, optional("h5py").Dataset):
+        raise SourceError(f"{name}, mask/{wanted} is a group; expected a list of names: choose another filter key")
     require_stored(mask, f"{name}, mask/{wanted}")
     listed = np.asarray(mask[()]).ravel().tolist()
     names = {entry.decode(errors="replace") if isinstance(entry, bytes) else str(entry) for entry in listed}

@@ -395,6 +395,19 @@ def test_however_numbers_are_stored_in_the_file_they_are_read(options: dict[str,
     np.testing.assert_array_equal(found[1], EPISODES[1])
 
 
+def test_a_filter_key_has_to_be_a_list_that_was_written(tmp_path: Path) -> None:
+    def write(file: h5py.File) -> None:
+        file["data/demo_1/actions"] = EPISODES[1]
+        file["mask/group/inner"] = np.zeros(3)
+        file.create_dataset("mask/unwritten", (2,), "S8")
+        file["mask/outside"] = h5py.ExternalLink("other.h5", "actions")
+
+    path = hdf5(tmp_path, write)
+    assert "x.hdf5, mask/group is a group; expected a list of names" in refusal(path, filter_key="group")
+    assert "x.hdf5, mask/unwritten has room for [2], but not all was written" in refusal(path, filter_key="unwritten")
+    assert "mask/outside is a link to 'actions' in another file" in refusal(path, filter_key="outside")
+
+
 # LeRobot --------------------------------------------------------------------------------------------------------------
 
 
