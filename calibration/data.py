@@ -21,6 +21,8 @@ MINIMUM_EPISODES = len(fields(SplitFractions))
 #: error of L0-L2 by the default fit is 1.8 times that of all 3295 steps when fitted to 200 consecutive steps, 3.8 times
 #: at 100 and 18 times at 30; with steps from all over, 1.03, 1.15 and 1.7 times (means of 8 choices for 3 seeds each).
 FEW_STEPS = 200
+#: As near to -1 or 1, a latent is that number in float32.
+_SATURATED = 2.0**-25
 
 
 def embedded_demonstrations(checkpoint: Checkpoint) -> ActionDataset | None:
@@ -140,7 +142,7 @@ def reference_actions(checkpoint: Checkpoint, episodes: ActionDataset) -> Tensor
 
 
 def reference_latents(model: ActionAutoencoder, actions: Tensor) -> Tensor:
-    """Latents [N, D] of a float64 model, not quantised. DataError unless finite."""
+    """Latents [N, D] of a float64 model, not quantised. DataError unless finite, and where most say nothing."""
     with torch.no_grad():
         latents = model.encode_latents(actions)
     if not torch.isfinite(latents).all():
@@ -148,6 +150,14 @@ def reference_latents(model: ActionAutoencoder, actions: Tensor) -> Tensor:
         raise DataError(
             f"{bad} of {len(latents)} steps have latents that are not finite; expected numbers in [-1, 1]: the actions "
             "are too large for this checkpoint, or it was trained in other units"
+        )
+    lost = int((1 - latents.abs() < _SATURATED).all(dim=-1).sum())
+    if 2 * lost > len(latents):
+        largest = float(((actions - model.offset) / model.units).abs().max())
+        raise DataError(
+            f"{lost} of {len(latents)} steps drive every latent to the end of its range, so nothing tells these "
+            f"actions apart; the largest is {largest:.3g} in the checkpoint's units, expected about 1: give actions in "
+            "the units it was trained on, or the normaliser it was trained behind (--normaliser FILE)"
         )
     return latents
 

@@ -241,7 +241,7 @@ def _bin_effects(
         effects[0, layer, found.latent, rows] = (rest * ratio[layer])[rows, found.latent] * behind
         effects[1, layer, found.latent, rows] = shift[layer][found.latent] * behind
         rest = rest * ratio[layer] + shift[layer] - counts[..., layer]
-    return effects.reshape(-1, len(latents))
+    return effects.reshape(2 * ratio.size, len(latents))
 
 
 def _product(ratio: Float64Array, layer: int, found: _Edges) -> Float64Array:

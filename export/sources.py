@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from calibration.constants import CalibrationConfig
 from calibration.data import (
@@ -16,6 +17,8 @@ from calibration.data import (
     embedded_demonstrations,
     few_steps_warning,
     judging_episodes,
+    reference_actions,
+    reference_latents,
     selection_of,
 )
 from calibration.fit import calibrate, recover
@@ -95,7 +98,7 @@ def load_build_data(
 ) -> BuildData:
     """Episodes for calibration and for the gates; without a path the embedded ones, for their own checkpoints only.
 
-    is_needed: whether something will be fitted to them. Raises DataError.
+    is_needed: whether something will be fitted to them. Raises DataError, also for actions far outside the model.
     """
     if path is None and not is_needed:
         dataset = embedded_demonstrations(checkpoint)
@@ -104,7 +107,10 @@ def load_build_data(
     if dataset is None:
         none = np.empty((0, checkpoint.config.action_dim), np.float32)
         return BuildData(None, none, "none given: gates run on random actions alone", "")
-    held_out = judging_episodes(checkpoint, dataset).steps()[:_MOST_HELD_OUT]
+    judging = judging_episodes(checkpoint, dataset)
+    # Of what a model cannot tell apart, float32 gives any tokens: gates would turn red, and say nothing of the data.
+    reference_latents(checkpoint.model(dtype=torch.float64), reference_actions(checkpoint, judging))
+    held_out = judging.steps()[:_MOST_HELD_OUT]
     selection = selection_of(checkpoint, dataset)
     lines = [f"{dataset.source}: {len(dataset.episodes)} episodes; {selection.value}"]
     if not is_needed:

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from runtime.dataset_errors import SourceError
 from runtime.dataset_steps import (
     EpisodeTable,
     Int64Array,
     SourceFile,
     Steps,
     as_float32,
-    check_start,
     check_width,
     is_hidden,
     lengths_to_starts,
     natural,
+    opened,
     optional,
     readable,
     shown_name,
     source_file,
 )
-from runtime.hdf5_layouts import EXPECTED, FoundEpisode, find_episodes
+from runtime.hdf5_layouts import FoundEpisode, find_episodes
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
-_KIND = "an HDF5 file"
+HDF5_KIND, HDF5_MAGIC = "an HDF5 file", b"\x89HDF"
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +80,9 @@ def open_hdf5(path: Path, key: str | None, filter_key: str | None = None) -> Hdf
     lengths: list[int] = []
     owners: list[int] = []
     for index, file in enumerate(paths):
-        for episode, length in _demonstrations(file, key, filter_key):
+        for episode in hdf5_episodes(file, key, filter_key):
             episodes.append(episode)
-            lengths.append(length)
+            lengths.append(episode.steps)
             owners.append(index)
     table = EpisodeTable(lengths_to_starts(np.array(lengths)), np.arange(len(lengths), dtype=np.int64))
     root = path if path.is_dir() else path.parent
@@ -92,22 +90,11 @@ def open_hdf5(path: Path, key: str | None, filter_key: str | None = None) -> Hdf
     return Hdf5Source(shown_name(path), root, tuple(paths), files, np.array(owners), tuple(episodes), table)
 
 
-def _demonstrations(path: Path, key: str | None, filter_key: str | None) -> Sequence[tuple[FoundEpisode, int]]:
+def hdf5_episodes(path: Path, key: str | None, filter_key: str | None = None) -> list[FoundEpisode]:
+    """Those of one file, in natural order. Raises SourceError."""
     h5py = optional("h5py")
-    check_start(path, _KIND, b"\x89HDF")
-    with readable(path.name, _KIND), h5py.File(path, "r") as file:
-        found = []
-        for episode in find_episodes(file, path.name, (h5py.Group, h5py.Dataset), key, filter_key):
-            actions = file[episode.place]
-            if actions.dtype.kind != "f" or actions.ndim != 2 or not len(actions):
-                raise SourceError(
-                    f"{path.name}, {episode.place} is {actions.dtype} {list(actions.shape)}; expected floating-point "
-                    "numbers [steps, action dimensions], at least one step"
-                )
-            found.append((episode, len(actions)))
-        if not found:
-            raise SourceError(f"{path.name} holds no episodes; {EXPECTED}")
-        return found
+    with opened(path, HDF5_KIND, HDF5_MAGIC), h5py.File(path, "r") as file:
+        return find_episodes(file, path.name, key, filter_key)
 
 
 class _Hdf5Reader:
@@ -125,11 +112,12 @@ class _Hdf5Reader:
             episode = int(np.searchsorted(starts, row, side="right")) - 1
             index, first = int(source.file_of_episode[episode]), int(starts[episode])
             end = min(stop, int(starts[episode + 1]))
-            with readable(source.file_of(row), _KIND):
-                if index != self._file_index:
-                    self.close()
+            if index != self._file_index:
+                self.close()
+                with opened(source.paths[index], HDF5_KIND, HDF5_MAGIC, name=source.files[index].name):
                     self._file = self._h5py.File(source.paths[index], "r")
-                    self._file_index = index
+                self._file_index = index
+            with readable(source.file_of(row), HDF5_KIND):
                 dataset = self._file[source.episodes[episode].place]
                 check_width(dataset.shape[1], self._width, source.file_of(row))
                 actions[row - start : end - start] = as_float32(dataset[row - first : end - first])

@@ -18,11 +18,12 @@ from runtime.dataset_steps import (
     SourceFile,
     Steps,
     as_float32,
-    check_start,
+    as_int64,
     check_width,
     is_hidden,
     lengths_to_starts,
     natural,
+    opened,
     optional,
     readable,
     shown_name,
@@ -33,7 +34,7 @@ from runtime.reading import read_file
 
 #: meta/info.json takes a few KB.
 _META_SIZE_LIMIT = 2**26
-_KIND = "a Parquet file"
+PARQUET_KIND, PARQUET_MAGIC = "a Parquet file", b"PAR1"
 _NUMBERING = ("episode_index", "frame_index")
 _VERSIONS = ("v2.", "v3.")
 _BATCH_STEPS = 65_536
@@ -82,44 +83,61 @@ def open_parquet(path: Path, key: str | None) -> ParquetSource:
     paths = parquet_files(path) if is_folder else [path]
     rows = [_rows(file, key) for file in paths]
     first_rows = lengths_to_starts(np.array(rows))
-    stated = _stated_episodes(path / "meta", int(first_rows[-1])) if is_folder else None
+    stated = stated_episodes(path / "meta", int(first_rows[-1])) if is_folder else None
     root = path if is_folder else path.parent
     files = tuple(source_file(file, root) for file in paths)
     return ParquetSource(shown_name(path), root, key, tuple(paths), files, first_rows, stated)
 
 
 def _rows(path: Path, key: str) -> int:
-    parquet, arrow_types = optional("pyarrow.parquet"), optional("pyarrow.types")
-    check_start(path, _KIND, b"PAR1")
+    parquet = optional("pyarrow.parquet")
+    with opened(path, PARQUET_KIND, PARQUET_MAGIC), parquet.ParquetFile(path) as file:
+        return check_columns(file, path.name, key, needed=_NUMBERING)
+
+
+def check_columns(file: Any, name: str, key: str, *, needed: Sequence[str]) -> int:
+    """The number of steps of an open Parquet file. needed: the columns that it must have beside the actions, `key`.
+
+    Raises SourceError.
+    """
+    arrow_types = optional("pyarrow.types")
     # Not metadata.schema: it and the metadata hold each other, and those of large files would fill the memory.
-    with readable(path.name, _KIND), parquet.ParquetFile(path) as file:
-        schema, rows = file.schema_arrow, file.metadata.num_rows
-        for needed in (key, *_NUMBERING):
-            if schema.get_field_index(needed) < 0:
-                raise SourceError(
-                    f"{path.name} has no column {needed!r}; found {shortlist(schema.names)}; expected LeRobot columns: "
-                    "name the action column with --key"
-                )
-        kind = schema.field(key).type
-        number = getattr(kind, "value_type", kind)
-        if not arrow_types.is_floating(number):
-            raise SourceError(f"{path.name}: column {key!r} is {kind}; expected lists of floating-point numbers")
-        for name in _NUMBERING:
-            if not arrow_types.is_integer(schema.field(name).type):
-                raise SourceError(f"{path.name}: column {name!r} is {schema.field(name).type}; expected integers")
-        if not rows:
-            raise SourceError(f"{path.name} has no rows; expected at least one step: remove the file")
-        return int(rows)
+    schema, rows = file.schema_arrow, file.metadata.num_rows
+    for column in (key, *needed):
+        if schema.get_field_index(column) < 0:
+            raise SourceError(
+                f"{name} has no column {column!r}; found {shortlist(schema.names)}; expected LeRobot columns: "
+                "name the action column with --key (key=)"
+            )
+    kind = schema.field(key).type
+    if not arrow_types.is_floating(getattr(kind, "value_type", kind)):
+        raise SourceError(
+            f"{name}: column {key!r} is {kind}; expected lists of floating-point numbers: convert them if these are "
+            "actions, or name another column with --key (key=)"
+        )
+    for column in _NUMBERING:
+        if column in schema.names and not arrow_types.is_integer(schema.field(column).type):
+            raise SourceError(f"{name}: column {column!r} is {schema.field(column).type}; expected integers")
+    if not rows:
+        raise SourceError(f"{name} has no rows; expected at least one step: remove the file")
+    return int(rows)
+
+
+def as_integers(column: Any, label: str, name: str) -> Int64Array:
+    """A column of integers, all there. Raises SourceError."""
+    if column.null_count:
+        raise SourceError(f"{name}: column {label!r} has a missing value; expected an integer in every row")
+    return as_int64(column.to_numpy(zero_copy_only=False), f"{name}: column {label!r}")
 
 
 # meta/ ----------------------------------------------------------------------------------------------------------------
 
 
-def _stated_episodes(meta: Path, found_steps: int) -> EpisodeTable | None:
+def stated_episodes(meta: Path, found_steps: int) -> EpisodeTable | None:
     """All episodes by meta/episodes*; raises SourceError where meta/ contradicts the files."""
     info = meta / "info.json"
     stated: dict[str, Any] = {}
-    if info.is_file():
+    if info.exists():
         with readable(info.name, "JSON"):
             stated = json.loads(read_file(info, _META_SIZE_LIMIT))
             version = str(stated.get("codebase_version", "v2."))
@@ -150,8 +168,8 @@ def _listed(meta: Path) -> EpisodeTable | None:
     listed = meta / "episodes.jsonl"
     numbers: list[int] = []
     lengths: list[int] = []
-    if listed.is_file():
-        with readable(listed.name, "JSON lines"), listed.open(encoding="utf-8") as lines:
+    if listed.exists():
+        with opened(listed, "JSON lines") as lines:
             for line in lines:
                 if line.strip():
                     entry = json.loads(line)
@@ -161,8 +179,8 @@ def _listed(meta: Path) -> EpisodeTable | None:
         parquet = None
         for path in parquet_files(meta, "episodes/*/*.parquet"):
             parquet = parquet or optional("pyarrow.parquet")
-            with readable(path.name, _KIND):
-                table = parquet.ParquetFile(path).read(columns=["episode_index", "length"])
+            with opened(path, PARQUET_KIND, PARQUET_MAGIC), parquet.ParquetFile(path) as file:
+                table = file.read(columns=["episode_index", "length"])
                 numbers += table.column("episode_index").to_pylist()
                 lengths += table.column("length").to_pylist()
     if not numbers:
@@ -191,7 +209,7 @@ class _ParquetReader:
         parts: list[Steps] = []
         while start < stop:
             index = int(np.searchsorted(self._source.first_rows, start, side="right")) - 1
-            with readable(self._source.files[index].name, _KIND):
+            with readable(self._source.files[index].name, PARQUET_KIND):
                 self._seek(index, start)
                 batch = self._take(min(stop, int(self._source.first_rows[index + 1])) - start)
                 parts.append(self._steps(batch, self._source.files[index].name))
@@ -208,13 +226,14 @@ class _ParquetReader:
         if index != self._file_index:
             self.close()
             # Not mapped: mapped pages would count as memory of this process.
-            self._file = self._parquet.ParquetFile(
-                self._source.paths[index],
-                buffer_size=_BUFFER_BYTES,
-                pre_buffer=False,
-                memory_map=False,
-                page_checksum_verification=True,
-            )
+            with opened(self._source.paths[index], PARQUET_KIND, PARQUET_MAGIC, name=self._source.files[index].name):
+                self._file = self._parquet.ParquetFile(
+                    self._source.paths[index],
+                    buffer_size=_BUFFER_BYTES,
+                    pre_buffer=False,
+                    memory_map=False,
+                    page_checksum_verification=True,
+                )
             self._file_index = index
             groups = self._file.metadata
             rows = [groups.row_group(group).num_rows for group in range(groups.num_row_groups)]
@@ -243,10 +262,7 @@ class _ParquetReader:
 
     def _steps(self, batch: Any, name: str) -> Steps:
         actions, episode, frame = (batch.column(column) for column in (self._source.key, *_NUMBERING))
-        for column, label in ((episode, "episode_index"), (frame, "frame_index")):
-            if column.null_count:
-                raise SourceError(f"{name}: column {label!r} has a missing value; expected an integer in every row")
-        numbers = [np.asarray(column.to_numpy(zero_copy_only=False), np.int64) for column in (episode, frame)]
+        numbers = [as_integers(column, label, name) for column, label in zip((episode, frame), _NUMBERING, strict=True)]
         return Steps(self._values(actions, numbers, name), *numbers)
 
     def _values(self, column: Any, numbers: Sequence[Int64Array], name: str) -> AnyArray:

@@ -6,12 +6,23 @@ import math
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from runtime.array_layouts import (
+    NUMBERS_NAME,
+    are_comparable,
+    begins_of_episodes,
+    check_actions,
+    choose_arrays,
+    require_agreement,
+    require_integers,
+    stated_starts,
+)
 from runtime.dataset_errors import SourceError
 from runtime.dataset_steps import (
     AnyArray,
@@ -20,27 +31,24 @@ from runtime.dataset_steps import (
     SourceFile,
     Steps,
     as_float32,
-    check_start,
+    as_int64,
     check_width,
     is_hidden,
     lengths_to_starts,
-    natural,
+    opened,
     readable,
     shown_name,
     source_file,
 )
-from runtime.paths import shortlist
+from runtime.reading import regular_file
 
-# In order of preference; the names with a slash are those of diffusion-policy replay buffers.
-_ACTION_NAMES = ("actions", "action", "data/actions", "data/action", "data")
-_END_NAMES = ("episode_ends", "meta/episode_ends")
-_NUMBERS_NAME = "episode_index"
+NPZ, NPY = "a .npz file", "a .npy file"
 _SLICE_STEPS = 1 << 20
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 
 @dataclass(frozen=True, eq=False)
-class _Array:
+class StoredArray:
     """An array in the file: `begins` is where its numbers start, in the member if compressed, else in the file."""
 
     name: str
@@ -68,7 +76,7 @@ class NpzSource:
     name: str
     path: Path
     files: tuple[SourceFile, ...]
-    arrays: tuple[_Array, ...]
+    arrays: tuple[StoredArray, ...]
     first_rows: Int64Array
     members: tuple[str, ...]
     table: EpisodeTable
@@ -94,7 +102,7 @@ class NpzSource:
         """The sums of the archive: slices are read past them."""
         if self.path.suffix.lower() != ".npz":
             return
-        with readable(self.name, "a .npz file"), zipfile.ZipFile(self.path) as archive:
+        with opened(self.path, NPZ, name=self.name) as file, zipfile.ZipFile(file) as archive:
             for name in self.members:
                 with archive.open(name) as member:
                     while member.read(1 << 20):
@@ -111,45 +119,47 @@ class NpzSource:
 
 
 def open_npz(path: Path, key: str | None) -> NpzSource:
-    """Episodes from one array, [N, A] or [episodes, steps, A], or from [steps, A] arrays numbered under one name."""
-    if path.suffix.lower() == ".npy":
-        if key is not None:
+    """Episodes of one array or of many, as runtime/array_layouts.py finds them."""
+    arrays = npz_arrays(path, key)
+    chosen = choose_arrays(arrays, key, path.name, lambda one, other: _are_equal(path, arrays[one], arrays[other]))
+    check_actions(arrays, chosen, path.name)
+    for name in chosen:
+        if arrays[name].is_fortran:
             raise SourceError(
-                f"{path.name} holds one array without a name, so --key {key} cannot be found; leave it out"
+                f"{path.name}: {name!r} is stored column by column; save np.ascontiguousarray of it, to be read in "
+                "slices"
             )
-        arrays = _npy_array(path)
-    else:
-        arrays = _npz_arrays(path)
-    chosen = _choose(arrays, key, path.name)
-    for array in chosen:
-        _check_actions(array, path.name)
-        if len(chosen) > 1 and len(array.shape) != 2:
-            raise SourceError(
-                f"{path.name}: {array.name!r} is one of {len(chosen)} arrays of episodes and has the shape "
-                f"{list(array.shape)}; expected [steps, A]: join them into one [episodes, steps, A]"
-            )
-    first_rows = lengths_to_starts(np.array([array.rows for array in chosen]))
-    files, numbering = (source_file(path, path.parent),), None
-    if len(chosen) > 1:
-        table = EpisodeTable(first_rows, np.arange(len(chosen), dtype=np.int64))
-    else:
-        numbering = _numbering(chosen[0], arrays)
-        table = _table(path, chosen[0], numbering)
-    members = tuple(array.member for array in (*chosen, numbering) if array is not None)
-    return NpzSource(shown_name(path), path, files, chosen, first_rows, members, table)
+    first_rows = lengths_to_starts(np.array([arrays[name].rows for name in chosen]))
+    stated = stated_starts(arrays, chosen, path.name, lambda name: np.concatenate([*_slices(path, arrays[name])]))
+    numbers = _numbers(path, arrays, int(first_rows[-1]))
+    if numbers is not None:
+        stated[NUMBERS_NAME] = numbers.starts
+    require_agreement(stated, path.name)
+    starts = next(iter(stated.values()), first_rows)
+    table = numbers if numbers is not None and len(chosen) == 1 else None
+    table = table or EpisodeTable(starts, np.arange(len(starts) - 1, dtype=np.int64))
+    members = tuple(array.member for name, array in arrays.items() if name in (*chosen, *stated))
+    files = (source_file(path, path.parent),)
+    return NpzSource(shown_name(path), path, files, tuple(arrays[name] for name in chosen), first_rows, members, table)
 
 
-def _npy_array(path: Path) -> dict[str, _Array]:
-    check_start(path, "a .npy file", b"\x93NUMPY")
-    with readable(path.name, "a .npy file"), path.open("rb") as file:
+def npz_arrays(path: Path, key: str | None = None) -> dict[str, StoredArray]:
+    """What a .npz or .npy file holds, by name; an array of a .npy file has none and is called `actions`.
+
+    Nothing but headers is read. Raises SourceError.
+    """
+    if path.suffix.lower() == ".npz":
+        return _archived(path)
+    if key:
+        raise SourceError(f"{path.name} holds one array without a name, so --key {key} cannot be found; leave key out")
+    with opened(path, NPY, b"\x93NUMPY") as file:
         array = _header(file, "actions", "", path.stat().st_size, is_compressed=False)
     return {"actions": array}
 
 
-def _npz_arrays(path: Path) -> dict[str, _Array]:
-    check_start(path, "a .npz file", b"PK")
-    found = {}
-    with readable(path.name, "a .npz file"), zipfile.ZipFile(path) as archive, path.open("rb") as file:
+def _archived(path: Path) -> dict[str, StoredArray]:
+    found: dict[str, StoredArray] = {}
+    with opened(path, NPZ, b"PK") as file, zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if is_hidden(info.filename):
                 continue
@@ -162,14 +172,12 @@ def _npz_arrays(path: Path) -> dict[str, _Array]:
                 file.seek(info.header_offset)
                 fields = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
                 data = info.header_offset + _LOCAL_HEADER.size + fields[-2] + fields[-1]
-                array = _Array(
-                    name, array.member, array.shape, array.dtype, data + array.begins, False, array.is_fortran
-                )
+                array = replace(array, begins=data + array.begins, is_compressed=False)
             found[name] = array
     return found
 
 
-def _header(file: IO[bytes], name: str, member: str, size: int, *, is_compressed: bool) -> _Array:
+def _header(file: IO[bytes], name: str, member: str, size: int, *, is_compressed: bool) -> StoredArray:
     """Raises SourceError for what is cut off."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -178,99 +186,37 @@ def _header(file: IO[bytes], name: str, member: str, size: int, *, is_compressed
     expected = begins + math.prod(shape) * dtype.itemsize
     if size != expected and not dtype.hasobject:
         raise SourceError(f"{name!r} has {size} bytes; expected {expected} for its shape {list(shape)}: copy it again")
-    return _Array(name, member, shape, dtype, begins, is_compressed, is_fortran)
+    return StoredArray(name, member, shape, dtype, begins, is_compressed, is_fortran)
 
 
-def _choose(arrays: Mapping[str, _Array], key: str | None, source: str) -> tuple[_Array, ...]:
-    names = sorted(arrays, key=natural)
-    name = key or next((name for name in _ACTION_NAMES if name in arrays), names[0] if len(names) == 1 else None)
-    if name is None and names and len({name.rstrip("0123456789") for name in names}) == 1:
-        return tuple(arrays[name] for name in names)
-    if name is None or name not in arrays:
-        wanted = f"array {key!r}" if key else "action array"
-        raise SourceError(
-            f"{source} has no {wanted}; found {shortlist(names) or 'nothing'}; expected `actions`: name the right one "
-            "with --key"
-        )
-    return (arrays[name],)
+def _are_equal(path: Path, one: StoredArray, other: StoredArray) -> bool:
+    if not are_comparable(one, other) or one.is_fortran != other.is_fortran:
+        return False
+    pairs = zip(_slices(path, one), _slices(path, other), strict=True)
+    return all(mine.tobytes() == theirs.tobytes() for mine, theirs in pairs)
 
 
-def _check_actions(array: _Array, source: str) -> None:
-    if array.dtype.hasobject:
-        raise SourceError(f"{source}: {array.name!r} holds Python objects, which could run code; save plain arrays")
-    if array.dtype.kind != "f" or len(array.shape) not in (2, 3) or not all(array.shape):
-        raise SourceError(
-            f"{source}: {array.name!r} is {array.dtype} {list(array.shape)}; expected floating-point numbers [N, A] or "
-            "[episodes, steps, A], not empty: convert it, or name another array with --key"
-        )
-    if array.is_fortran:
-        raise SourceError(
-            f"{source}: {array.name!r} is stored column by column; save np.ascontiguousarray of it, to be read in "
-            "slices"
-        )
+def _slices(path: Path, array: StoredArray) -> Iterator[AnyArray]:
+    """All of it, in slices of which the last may be shorter."""
+    with readable(path.name, NPZ), _Stream(path, array) as stream:
+        for start in range(0, max(array.rows, 1), _SLICE_STEPS):
+            yield stream.read(start, min(start + _SLICE_STEPS, array.rows))
 
 
-def _numbering(actions: _Array, arrays: Mapping[str, _Array]) -> _Array | None:
-    """What cuts the steps into episodes, where anything does."""
-    if len(actions.shape) == 3:
+def _numbers(path: Path, arrays: Mapping[str, StoredArray], steps: int) -> EpisodeTable | None:
+    """By one episode number for each step, where there are such, without holding them all."""
+    numbers = arrays.get(NUMBERS_NAME)
+    if numbers is None:
         return None
-    return next((arrays[name] for name in (*_END_NAMES, _NUMBERS_NAME) if name in arrays), None)
-
-
-def _table(path: Path, actions: _Array, numbering: _Array | None) -> EpisodeTable:
-    if len(actions.shape) == 3:
-        starts = np.arange(actions.shape[0] + 1, dtype=np.int64) * actions.shape[1]
-    elif numbering is None:
-        starts = np.array([0, actions.rows], np.int64)
-    elif numbering.name == _NUMBERS_NAME:
-        return _table_by_numbers(path, numbering, actions.rows)
-    else:
-        ends = np.concatenate([np.empty(0, np.int64), *_integers(path, numbering)])
-        starts = _starts_by_ends(ends, actions.rows, path.name)
-    return EpisodeTable(starts, np.arange(len(starts) - 1, dtype=np.int64))
-
-
-def _integers(path: Path, array: _Array) -> Iterator[Int64Array]:
-    """In slices, the last of which may be shorter."""
-    if array.dtype.kind not in "iu" or len(array.shape) != 1:
-        raise SourceError(
-            f"{path.name}: {array.name!r} is {array.dtype} {list(array.shape)}; expected integers in one dimension"
-        )
-    with readable(path.name, "a .npz file"), _Stream(path, array) as stream:
-        for start in range(0, array.rows, _SLICE_STEPS):
-            yield stream.read(start, min(start + _SLICE_STEPS, array.rows)).astype(np.int64)
-
-
-def _starts_by_ends(ends: Int64Array, steps: int, source: str) -> Int64Array:
-    starts = np.concatenate([np.zeros(1, np.int64), ends])
-    if not ends.size or ends[-1] != steps or (np.diff(starts) <= 0).any():
-        raise SourceError(
-            f"{source}: episode_ends of {ends.size} episodes for {steps} steps; expected the exclusive end of every "
-            "episode, ascending, each with at least one step, the last being the number of steps"
-        )
-    return starts
-
-
-def _table_by_numbers(path: Path, numbers: _Array, steps: int) -> EpisodeTable:
-    """From one episode number for each step, without holding them all."""
-    if numbers.shape != (steps,):
-        raise SourceError(f"{path.name}: {steps} steps, but episode_index {list(numbers.shape)}; expected one for each")
+    require_integers(NUMBERS_NAME, numbers, path.name, steps)
     starts: list[Int64Array] = []
     found: list[Int64Array] = []
-    last: Int64Array = np.empty(0, np.int64)
-    for index, part in enumerate(_integers(path, numbers)):
-        start = index * _SLICE_STEPS
-        before = np.concatenate([last if last.size else part[:1] - 1, part[:-1]])
-        begins = np.flatnonzero(part != before)
-        if (part < before).any():
-            row = start + int(np.argmax(part < before))
-            raise SourceError(
-                f"{path.name}: episode_index falls at step {row} of the file; expected ascending numbers, each episode "
-                "in one piece: sort the file by episode"
-            )
-        starts.append(begins + start)
-        found.append(part[begins])
-        last = part[-1:]
+    before: Int64Array | None = None
+    for index, values in enumerate(_slices(path, numbers)):
+        row, part = index * _SLICE_STEPS, as_int64(values, f"{path.name}: {NUMBERS_NAME}")
+        starts.append(begins_of_episodes(part, path.name, row, before))
+        found.append(part[starts[-1] - row])
+        before = part[-1:]
     return EpisodeTable(np.concatenate([*starts, np.array([steps])]), np.concatenate(found))
 
 
@@ -280,10 +226,13 @@ def _table_by_numbers(path: Path, numbers: _Array, steps: int) -> EpisodeTable:
 class _Stream:
     """One array's rows; forwards is cheap, backwards in a compressed one means to begin again."""
 
-    def __init__(self, path: Path, array: _Array) -> None:
+    def __init__(self, path: Path, array: StoredArray) -> None:
         self._array = array
-        self._archive = zipfile.ZipFile(path) if array.is_compressed else None
-        self._file: IO[bytes] = path.open("rb") if self._archive is None else self._archive.open(array.member)
+        with ExitStack() as stack:
+            file: IO[bytes] = stack.enter_context(regular_file(path))[0]
+            if array.is_compressed:
+                file = stack.enter_context(stack.enter_context(zipfile.ZipFile(file)).open(array.member))
+            self._file, self._stack = file, stack.pop_all()
 
     def read(self, start: int, stop: int) -> AnyArray:
         array = self._array
@@ -296,9 +245,7 @@ class _Stream:
         return values if len(array.shape) == 1 else values.reshape(-1, array.width)
 
     def close(self) -> None:
-        self._file.close()
-        if self._archive is not None:
-            self._archive.close()
+        self._stack.close()
 
     def __enter__(self) -> _Stream:
         return self
@@ -316,7 +263,7 @@ class _NpzReader:
     def read(self, start: int, stop: int) -> Steps:
         source, row = self._source, start
         actions = np.empty((stop - start, source.arrays[0].width), np.float32)
-        with readable(source.name, "a .npz file"):
+        with readable(source.name, NPZ):
             while row < stop:
                 index = int(np.searchsorted(source.first_rows, row, side="right")) - 1
                 first = int(source.first_rows[index])

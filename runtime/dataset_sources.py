@@ -36,7 +36,7 @@ def _open(path: Path, key: str | None, filter_key: str | None) -> Source:
         raise SourceError(f"{path} does not exist; {_EXPECTED}")
     suffix = path.suffix.lower()
     if filter_key and suffix not in HDF5_SUFFIXES and not path.is_dir():
-        raise SourceError(f"{path.name} is no HDF5 file, and has no filter keys; leave --filter-key out")
+        raise SourceError(f"{path.name} is no HDF5 file, and has no filter keys; leave --filter-key (filter_key=) out")
     if path.is_dir():
         if parquet_files(path) and not filter_key:
             return open_parquet(path, key)

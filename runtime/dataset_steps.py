@@ -5,15 +5,16 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.dataset_errors import DatasetError, SourceError
+from runtime.reading import UnfitFileError, regular_file
 
 Int64Array = npt.NDArray[np.int64]
 AnyArray = npt.NDArray[Any]
@@ -169,6 +170,13 @@ def as_float32(values: AnyArray) -> npt.NDArray[np.float32]:
         return np.ascontiguousarray(values, np.float32)
 
 
+def as_int64(values: AnyArray, label: str) -> Int64Array:
+    """Integers of any type. Raises SourceError for those that int64 has no room for: they would wrap around."""
+    if values.dtype.kind == "u" and values.size and values.max() > np.iinfo(np.int64).max:
+        raise SourceError(f"{label} holds {values.max()}; expected integers below 2**63: number from 0")
+    return values.astype(np.int64)
+
+
 def natural(name: str) -> list[tuple[int, str]]:
     """Sort key that puts demo_2 before demo_10."""
     return [(int(number or 0), text) for text, number in re.findall(r"(\D*)(\d*)", name)]
@@ -201,22 +209,34 @@ def readable(name: str, kind: str) -> Iterator[None]:
         ) from error
 
 
-def check_start(path: Path, kind: str, magic: bytes) -> None:
-    """Refuse what is clearly something else, before a parser guesses."""
-    # A pipe, say, would be waited for.
-    if not path.is_file():
-        raise SourceError(f"{path.name} is no regular file; expected {kind}")
-    with path.open("rb") as file:
-        start = file.read(32)
-    if not start:
-        raise SourceError(f"{path.name} is empty (0 bytes); expected {kind}: copy or download it again")
-    if start.startswith(b"version https://git-lfs"):
-        raise SourceError(f"{path.name} is a Git LFS pointer, not the data; fetch it with `git lfs pull`")
-    if not start.startswith(magic):
-        raise SourceError(
-            f"{path.name} starts with {start[: len(magic)]!r} instead of {magic!r}: not {kind} but a damaged file or "
-            "another format; save plain arrays"
-        )
+@contextmanager
+def opened(path: Path, kind: str, magic: bytes = b"", *, name: str = "") -> Iterator[BinaryIO]:
+    """A file of demonstrations, never waited for, of what is clearly no other kind: the one way to open any.
+
+    magic: its first bytes; name: for messages. Libraries that open a file by its name are called inside. Raises
+    SourceError, also for whatever is raised inside.
+    """
+    name = name or path.name
+    with readable(name, kind), ExitStack() as stack:
+        try:
+            file, _ = stack.enter_context(regular_file(path))
+        except UnfitFileError as error:
+            raise SourceError(f"{name} is no regular file; expected {kind}") from error
+        except OSError as error:
+            raise SourceError(f"{name} cannot be read: {error}; check its permissions") from error
+        start = file.read(max(32, len(magic)))
+        if not start:
+            raise SourceError(f"{name} is empty (0 bytes); expected {kind}: copy or download it again")
+        if start.startswith(b"version https://git-lfs"):
+            raise SourceError(f"{name} is a Git LFS pointer, not the data; fetch it with `git lfs pull`")
+        # Parsers guess: numpy takes any unknown bytes for a pickle and advises to allow it.
+        if not start.startswith(magic):
+            raise SourceError(
+                f"{name} starts with {start[: len(magic)]!r} instead of {magic!r}: not {kind} but a damaged file, "
+                "another format or a pickle, which could run code; save plain arrays"
+            )
+        file.seek(0)
+        yield file
 
 
 def check_width(found: int, expected: int, name: str) -> None:

@@ -47,9 +47,9 @@ class Fidelity:
         return (
             f"WARNING: decoded actions lose more than {POOR_SHARE:.0%} of the variance in {len(poor)} of "
             f"{len(self.rmse)} dimensions ({_listed([dimension for _, dimension in poor])}); worst is dimension "
-            f"{worst}: {share:.3%} of its variance, RMS error {self.rmse[worst]:.3g} where the actions deviate by "
-            f"{self.deviation[worst]:.3g}. The model does not know these actions well enough: train it longer, or on "
-            "actions like these (rfsq_ref/train.py)"
+            f"{worst}: {_percent(share)} of its variance, RMS error {self.rmse[worst]:.3g} where the actions deviate "
+            f"by {self.deviation[worst]:.3g}. The model does not know these actions well enough: train it longer, or "
+            "on actions like these (rfsq_ref/train.py)"
         )
 
     def text(self, title: str) -> str:
@@ -64,7 +64,7 @@ class Fidelity:
                     f"{error:.3g}",
                     f"{largest:.3g}",
                     f"{deviation:.3g}",
-                    "does not move" if share is None else f"{share:.3%}",
+                    "does not move" if share is None else _percent(share),
                 )
             )
         return "\n".join((*_aligned(rows), *filter(None, [self.warning])))
@@ -76,8 +76,8 @@ class Fidelity:
         lost, error, largest = (int(np.argmax(values)) for values in (shares, self.rmse, self.largest))
         return (
             f"in robot units: RMS error at most {self.rmse[error]:.3g} (dimension {error}), largest error "
-            f"{self.largest[largest]:.3g} (dimension {largest}); at most {shares[lost]:.3%} of a dimension's variance "
-            f"is lost (dimension {lost})"
+            f"{self.largest[largest]:.3g} (dimension {largest}); at most {_percent(shares[lost])} of a dimension's "
+            f"variance is lost (dimension {lost})"
         )
 
 
@@ -118,6 +118,11 @@ def fidelity(actions: Float32Array | Float64Array, decoded: Float32Array | Float
     sums = FidelitySums(actions.shape[-1])
     sums.add(actions, decoded)
     return sums.result()
+
+
+def _percent(share: float) -> str:
+    """Where hardly anything moves, what is lost may be any multiple of it: a few digits say that too."""
+    return f"{share:.3%}" if share < 10 else f"{100 * share:.3g}%"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -371,8 +371,11 @@ def test_another_action_dimension_is_refused(robust: Checkpoint) -> None:
 
 
 def test_actions_that_overflow_float32_are_refused(robust: Checkpoint) -> None:
-    with pytest.raises(DataError, match="overflow"):
-        fit_constants(robust, dataset_of(np.full((9, 7), 3e38, np.float32)))
+    actions = np.full((9, 7), 3e38, np.float32)
+    with pytest.raises(DataError, match="float32 may overflow"):
+        float32_noise(robust.model(dtype=torch.float64), torch.from_numpy(actions).double())
+    with pytest.raises(DataError, match="9 of 9 steps drive every latent to the end of its range"):
+        fit_constants(robust, dataset_of(actions))
 
 
 def test_latents_that_are_not_finite_are_refused() -> None:

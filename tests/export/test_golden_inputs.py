@@ -103,6 +103,15 @@ def chosen(model: ActionAutoencoder, prefixes: tuple[int, ...], num_steps: int =
     )
 
 
+def test_where_no_step_comes_near_an_edge_none_is_chosen_for_one() -> None:
+    deployed = deploy(Recipe(mode=DeployMode.CALIBRATED, config=ModelConfig(2, 3, 5, 3, 5), prefixes=(2,)))
+    middle, random = np.full(2, 1e6), np.random.default_rng(0)
+    steps = sensitive_steps(
+        deployed.reference, deployed.prefixes, middle - 1, middle + 1, limit=1e30, num_steps=500, random=random
+    )
+    assert steps.shape[1:] == (2,)
+
+
 def drawn(model: ActionAutoencoder, count: int) -> np.ndarray:
     """Steps that have nothing to do with how the others were found, over the range and beyond."""
     random, middle, half = np.random.default_rng(99), model.offset.numpy(), model.units.numpy()

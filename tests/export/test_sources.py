@@ -183,6 +183,21 @@ def test_data_of_another_action_dimension_is_refused(robust: Checkpoint, tmp_pat
         load_build_data(robust, write_episodes(tmp_path / "six.npz", 6), is_needed=True)
 
 
+@pytest.mark.parametrize("file", [ROBUST_CHECKPOINT, NAIVE_CHECKPOINT])
+@pytest.mark.parametrize("is_needed", [True, False])
+@pytest.mark.parametrize(("offset", "scale"), [(1e6, 1.0), (0.0, 1e30)])
+def test_actions_far_out_of_the_range_of_the_model_are_refused(
+    file: Path, is_needed: bool, offset: float, scale: float, tmp_path: Path
+) -> None:
+    walk = np.cumsum(np.random.default_rng(0).normal(0, 0.05, (5, 40, 7)), 1).clip(-1, 1)
+    np.savez(tmp_path / "far.npz", actions=(offset + scale * walk).astype(np.float32))
+    message = (
+        r"steps drive every latent to the end of its range, .*checkpoint's units, expected about 1.*--normaliser FILE"
+    )
+    with pytest.raises(DataError, match=message):
+        load_build_data(open_checkpoint(file), tmp_path / "far.npz", is_needed=is_needed)
+
+
 def test_the_key_names_the_array(robust: Checkpoint, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     np.savez(tmp_path / "two.npz", targets=random.uniform(-1, 1, (9, 7)), others=np.zeros((9, 3)))

@@ -128,7 +128,8 @@ def write_lerobot_v3(folder: Path, text_column: str = "__index_level_0__") -> Pa
     tasks = pa.table({"task_index": [1, 0], text_column: [TEXTS[1], TEXTS[0]]})
     pq.write_table(tasks, folder / "meta/tasks.parquet")
     (folder / "meta/episodes/chunk-000").mkdir(parents=True)
-    pq.write_table(pa.table({"episode_index": [0]}), folder / "meta/episodes/chunk-000/file-000.parquet")
+    listed = pa.table({"episode_index": range(len(EPISODES)), "length": LENGTHS})
+    pq.write_table(listed, folder / "meta/episodes/chunk-000/file-000.parquet")
     return folder
 
 
@@ -202,11 +203,10 @@ def test_three_dimensions_are_episodes_of_equal_length(
 
 SINGLE: dict[str, Callable[[Path], object]] = {
     "actions.npz": lambda path: np.savez(path, actions=EPISODES[0], states=np.zeros((9, 9))),
-    "only_array.npz": lambda path: np.savez(path, trajectory=EPISODES[0]),
+    "nameless.npz": lambda path: np.savez(path, EPISODES[0]),
     "two.npy": lambda path: np.save(path, np.asfortranarray(EPISODES[0])),
     "tensor.pt": lambda path: torch.save(torch.from_numpy(EPISODES[0]).requires_grad_(), path),
     "actions.pt": lambda path: torch.save({"actions": torch.from_numpy(EPISODES[0]), "x": torch.zeros(3)}, path),
-    "only_tensor.pt": lambda path: torch.save({"trajectory": torch.from_numpy(EPISODES[0])}, path),
     "big_endian.NPY": lambda path: path.open("wb").write(npy_bytes(EPISODES[0].astype(">f4"))),
 }
 
@@ -488,7 +488,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "half an hdf5": (lambda tmp: truncated(write_hdf5(tmp / "a.hdf5", EPISODES)), "cannot be read as an HDF5 file"),
     "pickle as npz": (lambda tmp: write_bytes(tmp / "a.npz", pickle.dumps([1])), "pickle, which could run code"),
     "pickle as npy": (lambda tmp: write_bytes(tmp / "a.npy", pickle.dumps([1])), "pickle, which could run code"),
-    "objects in npz": (lambda tmp: npz(tmp / "a.npz", actions=np.array([{}, 1], object)), "Object arrays cannot be"),
+    "objects in npz": (
+        lambda tmp: npz(tmp / "a.npz", actions=np.array([{}, 1], object)),
+        "'actions' holds Python objects, which could run code",
+    ),
     "objects in pt": (
         lambda tmp: torch_file(tmp / "a.pt", {"actions": Path("x")}),
         "more than tensors.*could run code",
@@ -512,11 +515,17 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
         "data/demo_0 has no action array; found act, obs",
     ),
     "no demos": (lambda tmp: write_hdf5(tmp / "a.h5", []), "holds no episodes"),
-    "one number per step": (lambda tmp: npz(tmp / "a.npz", actions=np.zeros(5)), r"shape \(5,\); expected \[N, A\]"),
-    "four dimensions": (lambda tmp: npz(tmp / "a.npz", actions=np.zeros((2,) * 4)), r"shape \(2, 2, 2, 2\)"),
+    "one number per step": (
+        lambda tmp: npz(tmp / "a.npz", actions=np.zeros(5)),
+        r"'actions' is float64 \[5\]; expected .*\[N, A\]",
+    ),
+    "four dimensions": (
+        lambda tmp: npz(tmp / "a.npz", actions=np.zeros((2,) * 4)),
+        r"'actions' is float64 \[2, 2, 2, 2\]; expected",
+    ),
     "wrong rank in a demo": (
         lambda tmp: write_hdf5(tmp / "a.h5", [np.zeros(5)]),
-        r"episode 'demo_0': shape \(5,\); expected \[steps",
+        r"a\.h5, data/demo_0/actions is float64 \[5\]; expected .*\[steps",
     ),
     "two action spaces": (
         lambda tmp: write_hdf5(tmp / "a.h5", [np.zeros((3, 7)), np.zeros((3, 7)), np.zeros((3, 6))]),
@@ -557,19 +566,20 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "bytes in HDF5": (
         lambda tmp: write_hdf5(tmp / "a.h5", [np.zeros((3, 7), np.uint8)]),
-        r"'demo_0': dtype uint8; expected floating-point actions: convert them with \.astype",
+        r"a\.h5, data/demo_0/actions is uint8 \[3, 7\]; expected floating-point .*: convert them with \.astype",
     ),
     "integers in Parquet": (
         lambda tmp: parquet(tmp / "a.parquet", action=[[0, 255]], episode_index=[0]),
-        r"'episode_0': dtype int64; expected floating-point actions: convert them with \.astype",
+        r"column 'action' is list<.*int64>; expected lists of floating-point numbers: convert them",
     ),
-    # Not with the advice to convert, which numpy cannot follow there.
     "nested lists in Parquet": (
         lambda tmp: parquet(tmp / "a.parquet", action=[[[0.0, 1.0]], [[0.0, 1.0]]], episode_index=[0, 0]),
-        r"dtype object, not real numbers; expected floating-point actions \[steps, action dimensions\]: save them",
+        r"column 'action' is list<.*list<.*double>>; expected lists of floating-point numbers",
     ),
     "no rows": (
-        lambda tmp: parquet(tmp / "a.parquet", action=pa.array([], pa.list_(pa.float32())), episode_index=[]),
+        lambda tmp: parquet(
+            tmp / "a.parquet", action=pa.array([], pa.list_(pa.float32())), episode_index=np.zeros(0, int)
+        ),
         "has no rows",
     ),
     "frame twice": (
@@ -578,20 +588,23 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "fractional episode number": (
         lambda tmp: parquet(tmp / "a.parquet", action=[[1.0]], episode_index=[0.5]),
-        "expected one integer per step",
+        "column 'episode_index' is double; expected integers",
     ),
     "episode numbers for other steps": (
         lambda tmp: npz(tmp / "a.npz", actions=EPISODES[0], episode_index=np.zeros(3, int)),
-        r"5 steps, but episode_index is int64 \(3,\)",
+        r"5 steps, but episode_index \[3\]; expected one for each",
     ),
     "damaged task list": (lambda tmp: lerobot_with_bad_tasks(tmp / "a", "{"), r"tasks\.jsonl cannot be read"),
     "task list without numbers": (lambda tmp: lerobot_with_bad_tasks(tmp / "a", '{"task": "x"}'), "task_index"),
     "strings": (
         lambda tmp: npz(tmp / "a.npz", actions=np.array([["a", "b"]])),
-        "dtype <U1, not real numbers; expected floating-point",
+        r"'actions' is <U1 \[1, 2\]; expected floating-point",
     ),
-    "tokens instead of actions": (lambda tmp: npz(tmp / "a.npz", actions=np.zeros((3, 7), int)), "dtype int64"),
-    "complex": (lambda tmp: npz(tmp / "a.npz", actions=np.zeros((3, 7), complex)), "dtype complex128"),
+    "tokens instead of actions": (
+        lambda tmp: npz(tmp / "a.npz", actions=np.zeros((3, 7), int)),
+        r"'actions' is int64 \[3, 7\]",
+    ),
+    "complex": (lambda tmp: npz(tmp / "a.npz", actions=np.zeros((3, 7), complex)), "'actions' is complex128"),
     "NaN": (
         lambda tmp: write_hdf5(tmp / "a.h5", broken(np.nan)),
         "episode 'demo_3', step 2, dimension 1: nan; expected finite",
@@ -606,16 +619,34 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "empty episode": (
         lambda tmp: ours(tmp / "a.npz", episode_ends=[5, 5, sum(LENGTHS)]),
-        r"episode 'episode_1': shape \(0, 7\) is empty",
+        "episode_ends of 3 episodes for 55 steps; .*each with at least one step",
     ),
-    "zero dimensions": (lambda tmp: npz(tmp / "a.npz", actions=np.zeros((3, 0))), r"shape \(3, 0\) is empty"),
-    "no steps": (lambda tmp: npz(tmp / "a.npz", actions=np.zeros((0, 7))), r"shape \(0, 7\) is empty"),
-    "no episodes": (lambda tmp: npz(tmp / "a.npz", actions=np.zeros((0, 5, 7))), "holds no episodes"),
-    "ends before the data's end": (lambda tmp: ours(tmp / "a.npz", episode_ends=[5, 8]), "from 5 to 8 for 55 steps"),
-    "starts before the data's start": (lambda tmp: ours(tmp / "a.npz", episode_ends=[-5, 55]), "run from -5 to 55"),
-    "descending ends": (lambda tmp: ours(tmp / "a.npz", episode_ends=[8, 5, 55]), "expected ascending integers"),
-    "fractional ends": (lambda tmp: ours(tmp / "a.npz", episode_ends=[8.0, 55.0]), "expected ascending integers"),
-    "no ends": (lambda tmp: ours(tmp / "a.npz", episode_ends=np.zeros(0, int)), "expected ascending integers"),
+    "zero dimensions": (
+        lambda tmp: npz(tmp / "a.npz", actions=np.zeros((3, 0))),
+        r"'actions' is float64 \[3, 0\]; expected .*, not empty",
+    ),
+    "no steps": (
+        lambda tmp: npz(tmp / "a.npz", actions=np.zeros((0, 7))),
+        r"'actions' is float64 \[0, 7\]; expected .*, not empty",
+    ),
+    "no episodes": (
+        lambda tmp: npz(tmp / "a.npz", actions=np.zeros((0, 5, 7))),
+        r"\[0, 5, 7\]; expected .*, not empty",
+    ),
+    "ends before the data's end": (
+        lambda tmp: ours(tmp / "a.npz", episode_ends=[5, 8]),
+        "episode_ends of 2 episodes for 55 steps; .*the last being the number of steps",
+    ),
+    "starts before the data's start": (
+        lambda tmp: ours(tmp / "a.npz", episode_ends=[-5, 55]),
+        "episode_ends of 2 episodes for 55 steps; .*each with at least one step",
+    ),
+    "descending ends": (
+        lambda tmp: ours(tmp / "a.npz", episode_ends=[8, 5, 55]),
+        "of 3 episodes for 55 steps; .*ascending",
+    ),
+    "fractional ends": (lambda tmp: ours(tmp / "a.npz", episode_ends=[8.0, 55.0]), r"float64 \[2\]; expected integers"),
+    "no ends": (lambda tmp: ours(tmp / "a.npz", episode_ends=np.zeros(0, int)), "episode_ends of 0 episodes"),
     "too few tasks": (lambda tmp: ours(tmp / "a.npz", task_index=[0]), "one integer for each of 12 episodes"),
 }
 

@@ -232,8 +232,8 @@ def test_arrays_that_nobody_reads_may_be_anything(tmp_path: Path) -> None:
 
 
 def test_numbered_arrays_of_several_episodes_each_are_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "x.npz", a_0=np.zeros((2, 4, 3)), a_1=np.zeros((2, 4, 3)))
-    assert "'a_0' is one of 2 arrays of episodes and has the shape [2, 4, 3]" in refusal(tmp_path / "x.npz")
+    np.savez(tmp_path / "x.npz", demo_0=np.zeros((2, 4, 3)), demo_1=np.zeros((2, 4, 3)))
+    assert "'demo_0' is one of 2 arrays of episodes and has the shape [2, 4, 3]" in refusal(tmp_path / "x.npz")
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

@@ -1,11 +1,13 @@
 """How well decoded actions match, in the robot's units, and when people are warned."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.fidelity import POOR_SHARE, FidelitySums, fidelity
+from runtime.fidelity import POOR_SHARE, Fidelity, FidelitySums, fidelity
 
 
 def some_actions(steps: int = 500) -> np.ndarray:
@@ -53,6 +55,14 @@ def test_a_dimension_that_rests_has_no_share_to_lose() -> None:
     assert found.rmse == (1.0,)
     assert found.warning == ""
     assert "does not move" in found.text("all layers")
+
+
+@given(st.floats(0, 1e300))
+def test_any_share_takes_little_room(share: float) -> None:
+    found = Fidelity(5, (share**0.5,), (1.0,), (1.0,))
+    (shown,) = re.findall(r"([0-9.e+-]+)%$", found.text("all layers").splitlines()[1])
+    assert len(shown) <= len("1.23e+100")
+    assert float(shown) == pytest.approx(100 * share, rel=0.01, abs=0.001)
 
 
 def test_batches_give_what_the_whole_gives() -> None:
