@@ -186,12 +186,12 @@ def build(config: BuildConfig) -> BuildResult:
             step.note(", ".join(f"{entry.file} {len(content) / 1000:.0f} kB" for entry, content in graphs))
         identity = fingerprint(checkpoint, mode)
         with steps.step("generate C") as step:
-            generated = c_tokenizer(encoder, decoders, identity)
+            generated = c_tokenizer(encoder, decoders, identity, mode)
             staged.write(C_HEADER, generated.header.encode())
             staged.write(C_SOURCE, generated.source.encode())
             step.note(f"{C_SOURCE} {len(generated.source) / 1000:.0f} kB")
         with steps.step("generate CUDA") as step:
-            kernels = cuda_tokenizer(encoder, decoders)
+            kernels = cuda_tokenizer(encoder, decoders, identity)
             staged.write(CUDA_SOURCE, kernels.encode())
             step.note(f"{CUDA_SOURCE} {len(kernels) / 1000:.0f} kB")
         sections = parity_sections(
