@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from export.errors import BuildInputError
 
+#: Engines count chunks in 32 bits.
+MOST_CHUNKS = 2**31 - 1
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -14,8 +17,8 @@ class Profile:
     maximum: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum <= MOST_CHUNKS:
             raise BuildInputError(
                 f"profile has minimum {self.minimum}, optimum {self.optimum}, maximum {self.maximum}; "
-                "expected 1 <= minimum <= optimum <= maximum"
+                f"expected 1 <= minimum <= optimum <= maximum <= {MOST_CHUNKS}"
             )

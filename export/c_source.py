@@ -17,6 +17,7 @@ from export.plan import (
     Affine,
     AffineQuantizer,
     DecoderPlan,
+    DeployMode,
     DynamicQuantizer,
     EncoderPlan,
     action_limit,
@@ -41,8 +42,10 @@ class CTokenizer:
     source: str
 
 
-def c_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerprint: str) -> CTokenizer:
-    """decoders: of ascending prefixes, the last of all layers.
+def c_tokenizer(
+    encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerprint: str, mode: DeployMode
+) -> CTokenizer:
+    """decoders: of ascending prefixes, the last of all layers; fingerprint and mode: stated in the files.
 
     Raises BuildInputError where float32 cannot count the levels.
     """
@@ -51,8 +54,8 @@ def c_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerpri
     functions = [_encoder_function(encoder), *map(_decoder_function, decoders)]
     source = template.replace("/* @TABLES@ */", "\n".join(_tables(encoder, decoders)))
     source = source.replace("/* @FUNCTIONS@ */", "\n".join(functions).rstrip())
-    note = f"/* Generated, do not edit. Compile with {' '.join(C_FLAGS)} */\n"
-    return CTokenizer(_header(encoder, decoders, fingerprint), note + source)
+    note = f"/* Generated, do not edit; fingerprint {fingerprint}. Compile with {' '.join(C_FLAGS)} */\n"
+    return CTokenizer(_header(encoder, decoders, fingerprint, mode), note + source)
 
 
 def decoder_name(prefix: int) -> str:
@@ -240,13 +243,14 @@ def _decoder_signature(plan: DecoderPlan) -> str:
 # --- header -----------------------------------------------------------------------------------------------------------
 
 
-def _header(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerprint: str) -> str:
+def _header(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerprint: str, mode: DeployMode) -> str:
     return "\n".join(
         [
             _HEADER_BEGIN,
             _define(
                 "FINGERPRINT", f'"{fingerprint}"', "Identity of weights, constants and normaliser: what tokens mean."
             ),
+            _define("MODE", f'"{mode.value}"', "How residuals are normalised."),
             _define("CHUNK_LENGTH", encoder.chunk_length, "T: control steps of a chunk."),
             _define("ACTION_DIM", encoder.first.weight.shape[1], "A: dimensions of an action."),
             _define("LATENT_DIM", encoder.second.weight.shape[0], "D: latent dimensions."),

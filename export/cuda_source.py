@@ -41,8 +41,8 @@ _MOST_BELOW_40 = 40.0
 _MOST_WRITTEN_OUT = 128
 
 
-def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> str:
-    """decoders: of ascending prefixes, the last of all layers.
+def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerprint: str) -> str:
+    """decoders: of ascending prefixes, the last of all layers; fingerprint: stated in the source.
 
     Raises BuildInputError for levels that float32 cannot count, and for numbers that it does not hold.
     """
@@ -54,7 +54,7 @@ def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> str
     source = source.replace("/* @SIZES@ */", "\n".join(_sizes(encoder, decoders)))
     source = source.replace("/* @TABLES@ */", "\n".join(_tables(encoder, decoders)))
     source = source.replace("/* @KERNELS@ */", "\n".join(kernels).rstrip())
-    return "/* Generated, do not edit. */\n" + source
+    return f"/* Generated, do not edit; fingerprint {fingerprint}. */\n{source}"
 
 
 # --- sizes and tables -------------------------------------------------------------------------------------------------

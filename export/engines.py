@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from export.batches import Profile
+from export.batches import MOST_CHUNKS, Profile
 from export.bundle_writer import StagedBundle
 from export.c_builder import CBuildError, compile_c
 from export.cuda_flags import CUDA_FLAGS
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 _GRAPH_BACKENDS = ("onnxruntime", "onnxruntime-cuda")
 #: What runs engines of its own on a GPU.
 _GPU_ENGINES = ("cuda", *TENSORRT_BACKENDS)
-#: The largest batch of an engine that has no limit of its own.
-_ANY_BATCH = 2**31 - 1
 
 
 def compile_graphs(
@@ -108,7 +106,7 @@ def compile_source(header: str, source: str, staged: StagedBundle, steps: StepLi
                     source=C_SOURCE,
                     source_sha256=hashlib.sha256(source.encode()).hexdigest(),
                     file=file,
-                    profile=(1, 1, _ANY_BATCH),
+                    profile=(1, 1, MOST_CHUNKS),
                     detail="compiled, not run",
                 )
             )
@@ -166,7 +164,7 @@ def compile_cuda(source: str, staged: StagedBundle, steps: StepList) -> tuple[En
             source=CUDA_SOURCE,
             source_sha256=hashlib.sha256(source.encode()).hexdigest(),
             file=file,
-            profile=(1, 1, _ANY_BATCH),
+            profile=(1, 1, MOST_CHUNKS),
             detail="compiled, not run",
         ),
     )

@@ -70,6 +70,8 @@ ALWAYS = "onnxruntime"
 KNOWN_BACKENDS = (ALWAYS, "c", "cuda", "onnxruntime-cuda", *TENSORRT_BACKENDS)
 #: Far beyond any policy's chunks; the golden vectors of longer ones would take a robot seconds to load.
 _LONGEST_CHUNK = 1024
+#: Hours of work on any machine, and a number that arrays are counted in.
+_MOST_PARITY_STEPS = 10**9
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class BuildConfig:
                 raise BuildInputError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.chunk_length > _LONGEST_CHUNK:
             raise BuildInputError(f"chunk_length is {self.chunk_length}; expected at most {_LONGEST_CHUNK} steps")
+        if self.parity_steps > _MOST_PARITY_STEPS:
+            raise BuildInputError(f"parity_steps is {self.parity_steps}; expected at most {_MOST_PARITY_STEPS}")
         wrong = [name for name in self.compute_capabilities if not re.fullmatch(r"\d+\.\d", name)]
         if wrong:
             raise BuildInputError(f"compute capabilities {wrong} are none; expected numbers such as 8.9")
@@ -186,12 +190,12 @@ def build(config: BuildConfig) -> BuildResult:
             step.note(", ".join(f"{entry.file} {len(content) / 1000:.0f} kB" for entry, content in graphs))
         identity = fingerprint(checkpoint, mode)
         with steps.step("generate C") as step:
-            generated = c_tokenizer(encoder, decoders, identity)
+            generated = c_tokenizer(encoder, decoders, identity, mode)
             staged.write(C_HEADER, generated.header.encode())
             staged.write(C_SOURCE, generated.source.encode())
             step.note(f"{C_SOURCE} {len(generated.source) / 1000:.0f} kB")
         with steps.step("generate CUDA") as step:
-            kernels = cuda_tokenizer(encoder, decoders)
+            kernels = cuda_tokenizer(encoder, decoders, identity)
             staged.write(CUDA_SOURCE, kernels.encode())
             step.note(f"{CUDA_SOURCE} {len(kernels) / 1000:.0f} kB")
         sections = parity_sections(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
+from runtime.contradictions import check_contents
 from runtime.errors import BundleError
 from runtime.gates import highest_limit, missing_gates
 from runtime.manifest import (
@@ -92,6 +93,7 @@ def _read_bundle(folder: Path, opened: OpenFolder, manifest_text: str, is_proven
         content = _read_checked(folder, opened, name, entry)
         # The same content under many names takes its room once.
         contents[name] = kept.setdefault(entry.sha256, content)
+    check_contents(manifest, contents)
     return Bundle(folder, manifest, MappingProxyType(contents))
 
 

@@ -40,6 +40,23 @@ class Gates:
     # are themselves good to about 1e-6 in float32.
     stats_error: float = 1e-5
 
+    # What golden vectors may say that float32's rounding moves a token by. In latents, which lie in [-1, 1], K - 1 bins
+    # of the first layer: two layers of 64 terms give 1e-5, and 3e-5 for actions far beyond the range, as a bound of 8
+    # standard deviations. Where TF32 rounds, it is 0.05. Wider bounds hide wrong tokens.
+    latent_bound: float = 2e-4
+
+    # How much more that may be, in bins, from layer to layer: bins get finer by K, and by so much more where constants
+    # or the statistics of a step are unlucky.
+    bound_growth: float = 4.0
+
+    # The share of a layer's tokens that may have a bound beyond that: steps whose latents are all alike, and actions at
+    # the limit, where float32 may overflow.
+    unlikely_bounds: float = 0.05
+
+    # The largest share of golden tokens, of all layers, that rounding may excuse. Where one token of twenty flips
+    # (near_tie_share), a bound of 8 standard deviations excuses about half; the models here have at most 4 in 100.
+    excused_share: float = 0.5
+
 
 GATES = Gates()
 
@@ -63,6 +80,16 @@ def highest_limit(gate: str, num_steps: int, latent_dim: int, num_layers: int) -
         return GATES.flip_error
     found = re.search(r": (?:max \|)?([^:|]+)\|?$", gate)
     return limits.get(found[1]) if found else None
+
+
+def highest_bounds(num_levels: int, num_layers: int) -> list[float]:
+    """For each layer, in its bins: what golden vectors may state as the bound of all but `unlikely_bounds` tokens."""
+    first = GATES.latent_bound * (num_levels - 1) / 2
+    growth = GATES.bound_growth * num_levels
+    bounds = [first]
+    while len(bounds) < num_layers:
+        bounds.append(bounds[-1] * growth)
+    return bounds
 
 
 def missing_gates(found: Iterable[str], prefixes: Iterable[int], *, has_stats: bool) -> list[str]:

@@ -33,7 +33,7 @@ from runtime.errors import (
     VocabularyError,
     WrongLayerError,
 )
-from runtime.validation import as_array_advice
+from runtime.validation import as_array_advice, kind_of
 
 if TYPE_CHECKING:
     from runtime.tokenizer import ActionTokenizer
@@ -45,6 +45,9 @@ ORDERS: tuple[Order, ...] = ("layer-major", "step-major")
 _ID_TYPES = (np.dtype(np.int64), np.dtype(np.int32))
 _TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8))
 _LARGEST_ID = 2**63 - 1
+_MOST_LEVELS = 2**31
+#: Of a chunk; a thousand is usual. What is held for each position takes 8 bytes.
+_MOST_IDS = 2**24
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +88,24 @@ class TokenVocabulary:
             value = getattr(self, name)
             if type(value) is not int or value < smallest:
                 raise VocabularyError(f"{name} is {value!r}; expected an int of at least {smallest}")
-        if self.order not in ORDERS:
+        if self.num_levels > _MOST_LEVELS:
+            raise VocabularyError(f"num_levels is {self.num_levels}; expected at most 2^31, for tokens are int32")
+        if self.sequence_length > _MOST_IDS:
+            raise VocabularyError(
+                f"a chunk would have {self.sequence_length} ids, T * D * L; expected at most {_MOST_IDS}: give the "
+                "sizes of the tokenizer's model"
+            )
+        if not isinstance(self.fingerprint, str):
+            raise VocabularyError(f"fingerprint is {self.fingerprint!r:.60}; expected a str, empty for none")
+        if not isinstance(self.order, str) or self.order not in ORDERS:
             raise VocabularyError(f"order is {self.order!r}; expected {' or '.join(map(repr, ORDERS))}")
         if self.ids.stop - 1 > _LARGEST_ID:
             raise VocabularyError(f"the last id would be {self.ids.stop - 1}, beyond int64; choose a smaller offset")
+        pairs: object = self.special_ids
+        if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) for pair in pairs):
+            raise VocabularyError(f"special_ids are {pairs!r:.60}; expected a name and an int in each pair")
         # JSON gives lists.
-        object.__setattr__(self, "special_ids", tuple(map(tuple, self.special_ids)))
+        object.__setattr__(self, "special_ids", tuple(map(tuple, pairs)))
         self._check_special_ids()
 
     def _check_special_ids(self) -> None:
@@ -121,8 +136,15 @@ class TokenVocabulary:
         order: Order = "layer-major",
         special_ids: Mapping[str, int] | None = None,
     ) -> Self:
-        """With the sizes and the fingerprint of this tokenizer."""
+        """With the sizes and the fingerprint of this tokenizer. InvalidInputError where it is none."""
+        # Here, because whoever only maps ids needs none.
+        from runtime.tokenizer import ActionTokenizer
+
+        if not isinstance(tokenizer, ActionTokenizer):
+            raise InvalidInputError(f"tokenizer is a {kind_of(tokenizer)}; expected an ActionTokenizer")
         model = tokenizer.model
+        if not isinstance(special_ids, Mapping | None):
+            raise VocabularyError(f"special_ids are {special_ids!r:.60}; expected a dict of names and ids")
         return cls(
             num_layers=model.num_layers,
             num_levels=model.num_levels,
@@ -151,8 +173,9 @@ class TokenVocabulary:
 
     def ids_at(self, position: int) -> range:
         """The K ids that may stand at this position, 0 ... n - 1: what a constrained sampler lets through."""
-        if not 0 <= position < self.sequence_length:
-            raise InvalidInputError(f"position is {position}; expected 0 ... {self.sequence_length - 1}")
+        is_whole = isinstance(position, int | np.integer) and not isinstance(position, bool)
+        if not is_whole or not 0 <= position < self.sequence_length:
+            raise InvalidInputError(f"position is {position!r:.60}; expected 0 ... {self.sequence_length - 1}")
         start = int(self._lowest[position])
         return range(start, start + self.num_levels)
 
@@ -184,8 +207,8 @@ class TokenVocabulary:
         Raises SequenceTooShortError, SequenceTooLongError, ForeignIdError, SpecialIdError or WrongLayerError for the
         first sequence that is malformed, at its first position that is wrong, and IdTypeError for another type.
         """
-        if partial not in (None, "prefix"):
-            raise InvalidInputError(f"partial is {partial!r}; expected 'prefix' or None")
+        if partial is not None and not (isinstance(partial, str) and partial == "prefix"):
+            raise InvalidInputError(f"partial is {partial!r:.60}; expected 'prefix' or None")
         array = _ids(ids)
         length = min(array.shape[1], self.sequence_length)
         # Modulo 2^64 the ids of a position are the K smallest numbers, and all others are larger.

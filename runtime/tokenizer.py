@@ -78,8 +78,11 @@ class ActionTokenizer:
 
         Raises BundleError for a bundle that is missing, incomplete or altered, FingerprintError for another tokenizer,
         BackendUnavailableError where no backend can be used, SelfTestError where its answers are wrong, and
-        InvalidInputError where expect_fingerprint is no text or too short, or where `path` is no path.
+        InvalidInputError where expect_fingerprint is no text or too short, where `path` is no path, or `backend` no
+        text.
         """
+        if not isinstance(backend, str):
+            raise InvalidInputError(f"backend is {backend!r:.60}; expected a name such as 'auto' or 'onnxruntime'")
         bundle = open_bundle(path)
         _check_fingerprint(bundle.manifest.fingerprint, expect_fingerprint)
         golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model) if verify else None
@@ -261,13 +264,20 @@ class ActionTokenizer:
         return self._on_gpu().bind_decode(tokens, out, stats, stream)
 
     def warmup(self, batch: int = 1) -> None:
-        """Run encoder and every decoder once, so that the first real call with this B is as fast as the others."""
-        if batch < 1:
-            raise InvalidInputError(f"batch is {batch}; expected at least 1")
+        """Run encoder and every decoder once, so that the first real call with this B is as fast as the others.
+
+        Raises InvalidInputError for what is no number of chunks, or of more than memory holds.
+        """
+        if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or not 1 <= batch <= _MOST_CHUNKS:
+            raise InvalidInputError(f"batch is {batch!r:.60}; expected an int from 1 to {_MOST_CHUNKS}")
         model = self.model
-        tokens = np.empty((batch, model.chunk_length, model.latent_dim, model.num_layers), np.int32)
-        actions = np.zeros((batch, model.chunk_length, model.action_dim), np.float32)
-        stats = np.empty(self._stats_shape(actions), np.float32) if model.has_stats else None
+        try:
+            actions = np.zeros((batch, model.chunk_length, model.action_dim), np.float32)
+            tokens = np.empty(self._tokens_shape(actions), np.int32)
+            stats = np.empty(self._stats_shape(actions), np.float32) if model.has_stats else None
+        except (MemoryError, ValueError) as error:
+            # ValueError: more bytes than numpy can count.
+            raise InvalidInputError(f"batch is {batch}, more chunks than memory holds here: {error}") from error
         self.encode_into(actions, tokens, stats)
         for prefix in self.prefixes:
             self.decode_into(
@@ -357,6 +367,8 @@ class ActionTokenizer:
         return (tokens.shape[0], model.chunk_length, model.action_dim)
 
 
+#: Backends count chunks in 32 bits.
+_MOST_CHUNKS = 2**31 - 1
 #: What `load` makes anew; all else that an instance has is of a subclass, and goes with its copies.
 _OPENED = frozenset({"_manifest", "golden", "_backend", "_validator", "_unchecked_chunks", "_gpu_calls", "_is_closed"})
 

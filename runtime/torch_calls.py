@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_interpreter_stack
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from runtime.backends import GPU_BACKENDS, PREFERENCE
 from runtime.errors import BackendUnavailableError, InferenceError, InvalidInputError, SelfTestError
@@ -37,6 +39,9 @@ _WIDER = {
 #: What the widest load of a kernel needs.
 _ALIGNMENT = 16
 CPU = torch.device("cpu")
+#: Of torch's modes, those in which tensors are stand-ins.
+_RECORDING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 #: The GPU that backends work on.
 _DEVICE = 0
 
@@ -178,24 +183,63 @@ class Call:
 
 
 def is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta and not value.is_quantized
+    """Whether it is a tensor whose numbers lie in memory as they are."""
+    return isinstance(value, Tensor) and _peculiarity(value) is None and not value.is_neg()
 
 
 def checked_tensor(name: str, value: object) -> Tensor:
+    """A tensor whose memory backends may read, now. Raises InvalidInputError for every other kind, by its name."""
     if not isinstance(value, Tensor):
         raise InvalidInputError(
             f"{name} is a {type(value).__module__}.{type(value).__qualname__}; expected a torch.Tensor: for numpy "
             "arrays there is runtime.ActionTokenizer"
         )
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+    if _is_recorded():
         raise InvalidInputError(
-            f"{name} is being traced, and of a bundle only the results of this one call would be recorded: leave the "
-            "tokenizer out of torch.jit.trace and torch.onnx.export; bundles hold its graphs as ONNX"
+            f"{name} is being traced, and of a bundle only the results of this one call would be recorded, or none: "
+            "leave the tokenizer out of torch.jit.trace, torch.export, torch.onnx.export and make_fx; bundles hold its "
+            "graphs as ONNX"
         )
-    if not is_plain(value):
-        kind = "on the meta device" if value.is_meta else "quantised" if value.is_quantized else str(value.layout)
-        raise InvalidInputError(f"{name} is {kind}; expected a plain dense tensor")
-    return value
+    if torch._C._are_functorch_transforms_active():
+        levels = ", ".join(level.key().name for level in get_interpreter_stack() or ())
+        raise InvalidInputError(
+            f"{name} is inside torch.func ({levels}), where tensors have no memory that a bundle could read or write: "
+            "call the tokenizer outside, on whole batches, and pass in what it gave"
+        )
+    if peculiarity := _peculiarity(value):
+        raise InvalidInputError(f"{name} is {peculiarity}; expected a plain dense tensor")
+    return value.resolve_neg() if value.is_neg() else value
+
+
+def _is_recorded() -> bool:
+    """Whether calls are recorded, or made of stand-ins, so that what a backend writes into memory is lost."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
+        # Other modes, those of profilers for instance, see each call and let it happen.
+        modes = [*map(torch._C._get_dispatch_mode, _RECORDING_MODES), get_proxy_mode()]
+        return any(mode is not None for mode in modes)
+    return False
+
+
+def _peculiarity(value: Tensor) -> str | None:
+    """What keeps the memory of a tensor from being its numbers; None where nothing does, but for a negative bit."""
+    kind = type(value)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"a {kind.__module__}.{kind.__qualname__}, which has no memory of its own"
+    if value.is_nested:
+        return "nested"
+    if value.layout is not torch.strided:
+        return str(value.layout)
+    if value.is_quantized:
+        return "quantised"
+    try:
+        if value.data_ptr() or not (value.is_meta or value.numel()):
+            return None
+    except RuntimeError:
+        # What a transform of torch.func has left.
+        return "without memory"
+    return "on the meta device" if value.is_meta else "without memory: it was freed, or never was"
 
 
 def checked_indices(value: object, model: ModelEntry) -> Tensor:

@@ -45,9 +45,13 @@ def is_gpu_array(value: object) -> bool:
     """Whether `value` says, by one of the two common protocols, that it lies on a GPU."""
     if type(value) is np.ndarray:
         return False
-    where = getattr(value, "__dlpack_device__", None)
-    if where is not None:
-        return int(where()[0]) == _DLPACK_CUDA
+    try:
+        where = getattr(value, "__dlpack_device__", None)
+        if where is not None:
+            return int(where()[0]) == _DLPACK_CUDA
+    except Exception:
+        # Whatever somebody's object raises that cannot say where it lies: then nothing shows that it is on a GPU.
+        return False
     # Asked of the type, because making the description takes torch several microseconds.
     return hasattr(type(value), "__cuda_array_interface__")
 
@@ -232,7 +236,7 @@ def as_array_advice(name: str, value: object, *, is_float: bool) -> str:
         return f": pass {name}.detach().cpu(){'.float()' if is_float else ''}.numpy()"
     if is_gpu_array(value):
         return f": copy it from the GPU, {name}.get() where it is CuPy's"
-    if isinstance(value, list | tuple | np.ndarray) or hasattr(value, "__array__"):
+    if isinstance(value, list | tuple | np.ndarray) or hasattr(type(value), "__array__"):
         return f": pass np.asarray({name}{', np.float32' if is_float else ''})"
     return ""
 

@@ -22,7 +22,7 @@ from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecode
 from rfsq_ref.normaliser import Normaliser, NormaliserKind
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq_ref.rounding import token_error_bounds
-from runtime.gates import missing_gates
+from runtime.gates import highest_limit, missing_gates
 from runtime.golden import Golden
 from runtime.manifest import (
     C_HEADER,
@@ -182,6 +182,10 @@ def golden_vectors(deployed: Deployed) -> Golden:
     decoded = {prefix: reference_decode(model, tokens[..., :prefix], rounded) for prefix in deployed.prefixes}
     unquantised = model.decode_latents(model.encode_latents(inputs)).numpy()
     coding_error = np.abs(decoded[recipe.config.num_layers] - unquantised) / model.units.numpy()
+    steps = actions[..., 0].size
+    most_flips = int(
+        highest_limit("encode: near-tie flips", steps, recipe.config.latent_dim, recipe.config.num_layers) or 0
+    )
     return Golden(
         actions=actions,
         tokens=tokens.numpy().astype(np.int32),
@@ -189,7 +193,7 @@ def golden_vectors(deployed: Deployed) -> Golden:
         bounds=bounds.numpy().astype(np.float32),
         stats=None if rounded is None else rounded.numpy(),
         decoded=decoded,
-        near_tie_cap=int((margins <= bounds).sum()),
+        near_tie_cap=min(int((margins <= bounds).sum()), most_flips),
         flip_tolerance=float(2 * coding_error.max() + 1e-5),
     )
 
@@ -275,7 +279,7 @@ def _plans(deployed: Deployed) -> tuple[EncoderPlan, list[DecoderPlan]]:
 
 def generate_c(deployed: Deployed) -> CTokenizer:
     """Source of encoder and decoders."""
-    generated = c_tokenizer(*_plans(deployed), fingerprint_of(deployed.recipe))
+    generated = c_tokenizer(*_plans(deployed), fingerprint_of(deployed.recipe), deployed.recipe.mode)
     return replace(generated, source=deployed.alter_c(generated.source))
 
 
@@ -299,7 +303,7 @@ def c_entry(generated: CTokenizer, target: str) -> EngineEntry:
 
 def generate_cuda(deployed: Deployed) -> str:
     """Source of encoder and decoders."""
-    return cuda_tokenizer(*_plans(deployed))
+    return cuda_tokenizer(*_plans(deployed), fingerprint_of(deployed.recipe))
 
 
 def compile_cuda(source: str, compute_capability: str) -> bytes:

@@ -937,6 +937,8 @@ BAD_INPUT = {
     ),
     "unknown conditioning": (fixed("--conditioning", "layernorm"), "--conditioning: invalid .*'layernorm'"),
     "profile out of order": (fixed("--profile", "5", "1", "1"), "expected 1 <= minimum <= optimum <= maximum"),
+    "profile of endless batches": (fixed("--profile", "1", "1", "9" * 20), "<= maximum <= 2147483647"),
+    "endless parity": (fixed("--parity-steps", "9" * 20), "parity_steps is 9+; expected at most 1000000000"),
     "profile of zero": (fixed("--profile", "0", "1", "1"), "expected 1 <= minimum"),
     "no steps to judge": (fixed("--parity-steps", "0"), "parity_steps is 0; expected at least 1"),
     "endless chunks": (fixed("--chunk-length", "100000"), "chunk_length is 100000; expected at most 1024"),

@@ -438,9 +438,9 @@ def test_numbers_that_are_neither_round_nor_normal_are_written_exactly() -> None
 
 def test_more_levels_than_float32_can_count_are_refused() -> None:
     encoder = plan_encoder(deploy(Recipe()).exported, DeployMode.CALIBRATED, 2)
-    c_tokenizer(replace(encoder, num_levels=2**24), [], "")
+    c_tokenizer(replace(encoder, num_levels=2**24), [], "", DeployMode.NONE)
     with pytest.raises(ValueError, match="16777217 levels are more than float32 can count; expected at most 16777216"):
-        c_tokenizer(replace(encoder, num_levels=2**24 + 1), [], "")
+        c_tokenizer(replace(encoder, num_levels=2**24 + 1), [], "", DeployMode.NONE)
 
 
 @pytest.mark.parametrize("mode", MODES)

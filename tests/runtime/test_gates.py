@@ -2,7 +2,7 @@
 
 import pytest
 
-from runtime.gates import GATES, Gates, highest_limit, missing_gates
+from runtime.gates import GATES, Gates, highest_bounds, highest_limit, missing_gates
 
 #: As `inspect_bundle.py` and `selftest.py` print them.
 HIGHEST = {
@@ -35,6 +35,10 @@ def test_the_limits_are_those_that_were_agreed_upon() -> None:
         illegal_values=0,
         flip_error=10.0,
         stats_error=1e-5,
+        latent_bound=2e-4,
+        bound_growth=4.0,
+        unlikely_bounds=0.05,
+        excused_share=0.5,
     )
     assert agreed == GATES
 
@@ -54,6 +58,10 @@ def test_no_manifest_may_state_more_than_this(gate: str) -> None:
 )  # fmt: skip
 def test_a_name_that_is_none_of_a_gate_has_no_limit(gate: str) -> None:
     assert highest_limit(gate, num_steps=192, latent_dim=7, num_layers=8) is None
+
+
+def test_the_bounds_of_a_layer_may_grow_by_its_levels() -> None:
+    assert highest_bounds(num_levels=7, num_layers=3) == pytest.approx([6e-4, 6e-4 * 28, 6e-4 * 28**2])
 
 
 def test_every_engine_has_to_pass_each_of_these() -> None:

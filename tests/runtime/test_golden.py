@@ -16,7 +16,7 @@ from runtime.backends import create_backend
 from runtime.bundle import open_bundle
 from runtime.contract import Backend
 from runtime.errors import BundleError, InferenceError
-from runtime.gates import GATES
+from runtime.gates import GATES, highest_bounds
 from runtime.golden import Check, Golden, read_golden, replay, write_golden
 from runtime.manifest import GOLDEN_NAME, ModelEntry
 from tests.bundles import Recipe
@@ -156,10 +156,14 @@ def test_pickles_are_refused_unread(golden: Golden, model: ModelEntry) -> None:
         ("margins.npy", np.full((6, 2, 4, 3), np.inf, np.float32), "margins that are negative or not finite"),
         ("bounds.npy", np.full((6, 2, 4, 3), np.nan, np.float32), "bounds that are negative or not a number"),
         ("decoded_3.npy", np.full((6, 2, 3), np.nan), "decoded actions that are not finite"),
-        ("near_tie_cap.npy", np.int64(-1), "a near_tie_cap that is negative or above the number of tokens"),
-        ("near_tie_cap.npy", np.int64(6 * 2 * 4 * 3 + 1), "a near_tie_cap that is negative or above"),
-        ("flip_tolerance.npy", np.float64(np.nan), "a flip_tolerance that is negative or not finite"),
-        ("flip_tolerance.npy", np.float64(np.inf), "a flip_tolerance that is negative or not finite"),
+        ("bounds.npy", np.full((6, 2, 4, 3), np.inf, np.float32), "bounds that float32's rounding does not explain"),
+        ("bounds.npy", np.full((6, 2, 4, 3), 50, np.float32), "bounds that float32's rounding does not explain"),
+        ("bounds.npy", np.full((6, 2, 4, 3), 1e-3, np.float32), "bounds that float32's rounding does not explain"),
+        ("near_tie_cap.npy", np.int64(-1), "a near_tie_cap of -1, not from 0 to 0"),
+        ("near_tie_cap.npy", np.int64(1), "a near_tie_cap of 1, not from 0 to 0"),
+        ("flip_tolerance.npy", np.float64(np.nan), "a flip_tolerance of nan, not from 0 to 10"),
+        ("flip_tolerance.npy", np.float64(10.1), "a flip_tolerance of 10.1, not from 0 to 10"),
+        ("flip_tolerance.npy", np.float64(1e300), r"a flip_tolerance of 1e\+300, not from 0 to 10"),
     ],
 )
 def test_members_that_do_not_fit_the_model_are_refused(
@@ -167,6 +171,43 @@ def test_members_that_do_not_fit_the_model_are_refused(
 ) -> None:
     with pytest.raises(BundleError, match=message):
         read_golden(archive_of({**members(write_golden(golden)), name: npy(array)}), model)
+
+
+@pytest.mark.parametrize("mode", list(DeployMode))
+def test_no_bounds_hide_a_first_layer_that_another_model_made(
+    mode: DeployMode, bundle_of: Callable[[Recipe], Path]
+) -> None:
+    """The widest bounds that are read, and the highest cap, against the encoder of another model."""
+    opened, other = open_bundle(bundle_of(Recipe(mode=mode))), open_bundle(bundle_of(Recipe(mode=mode, seed=9)))
+    model = opened.manifest.model
+    golden = read_golden(opened.content(GOLDEN_NAME), model)
+    widest = (0.99 * np.array(highest_bounds(model.num_levels, model.num_layers)) + 0 * golden.bounds).astype(
+        np.float32
+    )
+    excused = int((golden.margins <= widest).sum())
+    widened = replace(golden, bounds=widest, flip_tolerance=GATES.flip_error, near_tie_cap=excused)
+    widened = read_golden(write_golden(widened), model)
+    failed = replay(widened, model, create_backend("onnxruntime", other)).failures
+    assert any("wrong tokens" in check.gate for check in failed)
+
+
+def test_a_few_bounds_may_be_of_steps_that_float32_cannot_judge_but_no_more(golden: Golden, model: ModelEntry) -> None:
+    bounds = golden.bounds.copy()
+    # Of 48 tokens in a layer, one in twenty.
+    bounds[0, 0, :2, 0] = np.inf
+    assert read_golden(write_golden(replace(golden, bounds=bounds)), model).bounds[0, 0, 0, 0] == np.inf
+    bounds[0, 0, 2, 0] = np.inf
+    with pytest.raises(BundleError, match="bounds that float32's rounding does not explain"):
+        read_golden(write_golden(replace(golden, bounds=bounds)), model)
+
+
+def test_bounds_that_excuse_most_tokens_are_refused_in_layers_as_fine_as_rounding_too(
+    golden: Golden, model: ModelEntry
+) -> None:
+    margins = np.where(np.arange(3) == 0, golden.margins, 0).astype(np.float32)
+    altered = replace(golden, margins=margins)
+    with pytest.raises(BundleError, match="bounds that excuse 96 of 144 tokens"):
+        read_golden(write_golden(altered), model)
 
 
 def test_a_header_that_promises_more_than_there_is_is_refused(golden: Golden, model: ModelEntry) -> None:

@@ -222,7 +222,7 @@ def test_warmup_works_in_every_mode(mode: DeployMode, bundle_of: Callable[[Recip
     with ActionTokenizer.load(bundle_of(Recipe(mode=mode))) as tokenizer:
         tokenizer.warmup()
         tokenizer.warmup(3)
-        with pytest.raises(InvalidInputError, match="batch is 0; expected at least 1"):
+        with pytest.raises(InvalidInputError, match="batch is 0; expected an int from 1"):
             tokenizer.warmup(0)
 
 

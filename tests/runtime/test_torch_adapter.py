@@ -626,6 +626,135 @@ def test_a_trace_would_record_one_answer_for_all_and_is_refused(calibrated: Pair
     calibrated.adapter(x)
 
 
+def make_fx(function: Callable[[Tensor], Tensor], **settings: Any) -> Callable[[Tensor], Any]:
+    from torch.fx.experimental import proxy_tensor
+
+    return proxy_tensor.make_fx(function, **settings)
+
+
+def with_stand_ins(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def run(value: Tensor) -> Tensor:
+        with FakeTensorMode() as mode:
+            return function(mode.from_tensor(value))
+
+    return run
+
+
+def exported(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Any]:
+    class Called(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            return function(value)
+
+    return lambda value: torch.export.export(Called(), (value,), strict=False)
+
+
+TRANSFORMS: dict[str, tuple[Callable[[Any], Callable[[Tensor], Any]], str]] = {
+    "functionalize": (torch.func.functionalize, r"inside torch\.func \(Functionalize\)"),
+    "vmap": (torch.vmap, r"inside torch\.func \(Vmap\)"),
+    "grad": (torch.func.grad, r"inside torch\.func \(Grad\)"),
+    "jacfwd": (torch.func.jacfwd, r"inside torch\.func \(Vmap, Jvp\)"),
+    "make_fx": (make_fx, "being traced"),
+    "make_fx before dispatch": (lambda function: make_fx(function, pre_dispatch=True), "being traced"),
+    "make_fx with stand-ins": (lambda function: make_fx(function, tracing_mode="fake"), "being traced"),
+    "export": (exported, "being traced"),
+    "stand-ins": (with_stand_ins, "being traced"),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("is_given", [True, False], ids=["given", "from outside"])
+@pytest.mark.parametrize("call", ["encode", "decode_from_indices"])
+def test_transforms_are_refused_by_name_wherever_the_tensors_come_from(
+    call: str, is_given: bool, transform: str, calibrated: Pair
+) -> None:
+    """What a backend writes into memory, they do not see: codes would be whatever lay there before."""
+    x = chunks_of(PUBLISHED)
+    inner = x if call == "encode" else calibrated.adapter.encode(x)
+    transformed, message = TRANSFORMS[transform]
+
+    def called(outer: Tensor) -> Tensor:
+        return (outer.sum() + getattr(calibrated.adapter, call)(outer if is_given else inner)).sum()
+
+    # Gradients are of floats; what is made of other tensors has a float beside them.
+    outer = x if not is_given or call == "encode" or transform in ("grad", "jacfwd") else inner
+    with pytest.raises(InvalidInputError, match=f"(x|indices) is {message}"):
+        transformed(called)(outer)
+
+
+def test_modes_that_look_on_change_nothing(calibrated: Pair) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = chunks_of(PUBLISHED)
+    codes = calibrated.adapter.encode(x)
+    with FlopCounterMode(display=False):
+        assert torch.equal(calibrated.adapter.encode(x), codes)
+
+
+@pytest.mark.parametrize(
+    ("make", "sign"),
+    [
+        (lambda x: torch._neg_view(x), -1),
+        (lambda x: torch.complex(x, x).conj().imag, -1),
+        (lambda x: torch.complex(x, x).conj().real, 1),
+        (lambda x: torch.complex(x, x).imag, 1),
+    ],
+    ids=["a negative view", "imaginary parts of a conjugate", "real parts of a conjugate", "imaginary parts"],
+)
+def test_views_that_change_the_sign_are_taken_as_what_they_are(
+    make: Callable[[Tensor], Tensor], sign: int, calibrated: Pair
+) -> None:
+    x = chunks_of(PUBLISHED)
+    codes = calibrated.adapter.encode(sign * x)
+    assert torch.equal(calibrated.adapter.encode(make(x)), codes)
+    decoded = calibrated.adapter.decode_from_indices(codes)
+    assert torch.equal(calibrated.adapter.decode_from_indices(torch._neg_view(-codes)), decoded)
+
+
+def freed(x: Tensor) -> Tensor:
+    copy = x.clone()
+    copy.untyped_storage().resize_(0)
+    return copy
+
+
+def left_by_vmap(x: Tensor) -> Tensor:
+    left: list[Tensor] = []
+    torch.vmap(lambda part: left.append(part) or part)(x)  # type: ignore[func-returns-value]
+    return left[0]
+
+
+def masked(x: Tensor) -> Tensor:
+    return torch.masked.masked_tensor(x, x > 0)  # type: ignore[no-any-return]
+
+
+def nested(x: Tensor, layout: torch.layout = torch.strided) -> Tensor:
+    return torch.nested.nested_tensor(list(x), layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (nested, "nested"),
+        (lambda x: nested(x, torch.jagged), "NestedTensor, which has no memory"),
+        (lambda x: x.to_sparse(), r"torch\.sparse_coo"),
+        (lambda x: x.to_mkldnn(), r"torch\._mkldnn"),
+        (lambda x: x.to("meta"), "on the meta device"),
+        (lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), "quantised"),
+        (masked, "MaskedTensor, which has no memory"),
+        (lambda x: torch._efficientzerotensor(tuple(x.shape)), "without memory"),
+        (freed, "without memory"),
+        (left_by_vmap, "without memory"),
+    ],
+)
+def test_tensors_whose_memory_is_not_their_numbers_are_refused_by_name(
+    make: Callable[[Tensor], Tensor], message: str, calibrated: Pair
+) -> None:
+    tensor = make(chunks_of(PUBLISHED))
+    with pytest.raises(InvalidInputError, match=f"x is .*{message}"):
+        calibrated.adapter.encode(tensor)
+
+
 # --- state dicts ------------------------------------------------------------------------------------------------------
 
 
