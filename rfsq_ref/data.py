@@ -25,7 +25,7 @@ from runtime.dataset_errors import SourceError
 from runtime.dataset_hdf5 import HDF5_SUFFIXES, hdf5_files
 from runtime.dataset_steps import is_hidden, natural
 from runtime.hdf5_layouts import find_episodes
-from runtime.paths import as_path, shortlist
+from runtime.paths import as_path, counted, shortlist
 
 FloatArray = npt.NDArray[np.float32]
 _AnyArray = npt.NDArray[Any]
@@ -46,7 +46,8 @@ class ActionDataset:
     """Episodes of one action space.
 
     episodes: float32 [steps, A] each, finite, at least one step, C-contiguous and read-only (other floating-point
-    arrays are converted); names and tasks: one per episode, task "" when unknown; source: the file's or folder's name.
+    arrays are converted); names and tasks: one per episode, task "" when unknown; source: the file's or folder's name;
+    has_borders: False where the file does not say where episodes end, so that all its steps are taken for one.
     Raises DataError for episodes that cannot be made so.
     """
 
@@ -54,6 +55,7 @@ class ActionDataset:
     names: tuple[str, ...]
     tasks: tuple[str, ...]
     source: str
+    has_borders: bool = True
 
     def __post_init__(self) -> None:
         if not self.episodes:
@@ -89,6 +91,18 @@ class ActionDataset:
             digest.update(episode.astype("<f4", copy=False).tobytes())
         return digest.hexdigest()
 
+    @property
+    def missing_borders(self) -> str:
+        """What a person should know, and do, where has_borders is False; else empty."""
+        if self.has_borders:
+            return ""
+        return (
+            f"no episode_ends and no episode_index was found in {self.source}, so all {self.num_steps} steps count as "
+            "one episode. If they are several, say where each ends: numpy.savez(FILE, actions=actions, "
+            "episode_ends=ends), with the number of steps up to the end of each episode, or episode_index, the number "
+            "of each step's episode"
+        )
+
     def steps(self) -> FloatArray:
         """All episodes one after the other, float32 [num_steps, A]; a copy."""
         return np.concatenate(self.episodes)
@@ -101,6 +115,7 @@ class ActionDataset:
             tuple(self.names[index] for index in chosen),
             tuple(self.tasks[index] for index in chosen),
             self.source,
+            self.has_borders,
         )
 
 
@@ -152,6 +167,7 @@ class _Episode(NamedTuple):
     name: str
     task: str
     actions: _AnyArray
+    has_borders: bool = True
 
 
 def load_actions(
@@ -183,6 +199,7 @@ def load_actions(
         tuple(episode.name or path.stem for episode in found),
         tuple(episode.task for episode in found),
         path.name or path.absolute().name,
+        all(episode.has_borders for episode in found),
     )
 
 
@@ -297,6 +314,7 @@ def _from_arrays(arrays: Mapping[str, _AnyArray], key: str | None, source: str) 
             "array with key= or reshape it"
         )
     ends = next((arrays[end] for end in _END_NAMES if end in names), None)
+    has_borders = actions.ndim == 3 or ends is not None or "episode_index" in names
     if actions.ndim == 3:
         episodes = list(actions)
     elif ends is not None:
@@ -308,7 +326,8 @@ def _from_arrays(arrays: Mapping[str, _AnyArray], key: str | None, source: str) 
         episodes = [actions]
     tasks = _array_tasks(arrays, len(episodes), source)
     return [
-        _Episode(f"episode_{index}", task, rows) for index, (rows, task) in enumerate(zip(episodes, tasks, strict=True))
+        _Episode(f"episode_{index}", task, rows, has_borders)
+        for index, (rows, task) in enumerate(zip(episodes, tasks, strict=True))
     ]
 
 
@@ -564,8 +583,8 @@ def split_episodes(
     total = len(dataset.episodes)
     if total < len(shares):
         raise DataError(
-            f"{dataset.source} has {total} episodes; {len(shares)} are needed, one for each of train, validation, "
-            "calibration and test: record more"
+            f"{dataset.source} has {counted(total, 'episode')}; {len(shares)} are needed, one for each of train, "
+            f"validation, calibration and test: {dataset.missing_borders or 'record more'}"
         )
     by_task: dict[str, list[int]] = {}
     for index, task in enumerate(dataset.tasks):
