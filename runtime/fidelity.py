@@ -17,11 +17,10 @@ from runtime.contract import Float32Array, Float64Array
 #: Share of a dimension's variance that decoding may lose before people are warned. At 1 % the RMS error is a tenth of
 #: the standard deviation: as much as ten plain bins over an evenly filled range leave, 3.3 bits without any model.
 POOR_SHARE = 0.01
-#: What loses more than all of the variance does worse than always sending the mean.
-WORTHLESS_SHARE = 1.0
-#: A dimension whose standard deviation is a smaller share of its normaliser's unit is at rest. For a joint that was
-#: trained over a radian that is half a milliradian: what an encoder jitters by.
-REST_SHARE = 1e-3
+#: What loses more than all of the variance does worse than always sending the mean. Of actions far outside of what the
+#: model was trained for, half of it is enough: all of them decode to about the ends of its range, which of actions
+#: around zero keeps the sign.
+WORTHLESS_SHARE, OUTSIDE_SHARE = 1.0, 0.5
 #: In units of the normaliser, which maps what the model was trained on to about -1 to 1.
 _FAR = 5.0
 
@@ -62,9 +61,9 @@ class Fidelity:
 
     @cached_property
     def at_rest(self) -> tuple[bool, ...]:
-        """Whether a dimension moves by less than float32 can tell, or by next to nothing of its unit."""
+        """Whether a dimension moves by less than float32 can tell."""
         smallest = np.finfo(np.float32).eps * np.maximum(np.abs(self.low), np.abs(self.high))
-        return tuple((self.deviation <= np.maximum(smallest, REST_SHARE * np.array(self.unit))).tolist())
+        return tuple((self.deviation <= smallest).tolist())
 
     @cached_property
     def yardstick(self) -> tuple[float, ...]:
@@ -84,22 +83,18 @@ class Fidelity:
     def grades(self) -> tuple[Grade, ...]:
         """Of each dimension. One at rest is worthless where it is off by more than its unit, half of all that the model
         was trained for."""
-        rows = zip(self.yardstick, self.unit, self.at_rest, strict=True)
-        ends = (unit if rests else yardstick for yardstick, unit, rests in rows)
-        return tuple(
-            Grade.WORTHLESS if error**2 > WORTHLESS_SHARE * end**2 else Grade.POOR if share > POOR_SHARE else Grade.GOOD
-            for error, end, share in zip(self.rmse, ends, self.lost, strict=True)
-        )
+        return tuple(map(self._grade, range(len(self.rmse))))
 
     @property
     def grade(self) -> Grade:
         return max(self.grades, key=list(Grade).index)
 
-    @property
+    @cached_property
     def far_outside(self) -> tuple[int, ...]:
-        """Dimensions whose actions go far beyond what the normaliser maps to about -1 to 1."""
+        """Dimensions whose actions go far beyond what the normaliser maps to about -1 to 1, the farthest first."""
         low, high, unit, offset = map(np.array, (self.low, self.high, self.unit, self.offset))
-        return tuple(np.flatnonzero(np.maximum(offset - low, high - offset) > _FAR * unit).tolist())
+        reach = np.maximum(offset - low, high - offset) / unit
+        return tuple(place for place in np.argsort(-reach).tolist() if reach[place] > _FAR)
 
     @property
     def warning(self) -> str:
@@ -116,10 +111,10 @@ class Fidelity:
                 "like these (rfsq_ref/train.py)"
             )
         return (
-            f"WARNING: the tokens are worthless: always sending the mean would do better in {size}; {most}. "
-            f"{self._outside()}Check first that the actions are in the units that the model was trained in (radians or "
-            "degrees, 0..1 or 0..100), that the dimensions are in its order, and that they come from its robot. Only "
-            "where all that is right, train it longer, or on actions like these (rfsq_ref/train.py)"
+            f"WARNING: the tokens are worthless: always sending the mean would do better, or about as well, in {size}; "
+            f"{most}. {self._outside()}Check first that the actions are in the units that the model was trained in "
+            "(radians or degrees, 0..1 or 0..100), that the dimensions are in its order, and that they come from its "
+            "robot. Only where all that is right, train it longer, or on actions like these (rfsq_ref/train.py)"
         )
 
     def table(self, title: str) -> str:
@@ -146,16 +141,24 @@ class Fidelity:
     def summary(self) -> str:
         """The worst dimensions in a line."""
         lost, error, largest = (int(np.argmax(values)) for values in (self.lost, self.rmse, self.largest))
+        share = _share(self.lost[lost], "a dimension's variance")
         return (
             f"in robot units: RMS error at most {self.rmse[error]:.3g} (dimension {error}), largest error "
-            f"{self.largest[largest]:.3g} (dimension {largest}); at most {_share(self.lost[lost])} of a dimension's "
-            f"variance is lost (dimension {lost})"
+            f"{self.largest[largest]:.3g} (dimension {largest}); at most {share} is lost (dimension {lost})"
         )
 
     @property
     def line(self) -> str:
         """Grade and summary."""
         return f"{self.grade}; {self.summary}"
+
+    def _grade(self, dimension: int) -> Grade:
+        share = self.lost[dimension]
+        if self.at_rest[dimension]:
+            is_worthless = self.rmse[dimension] > self.unit[dimension]
+        else:
+            is_worthless = share > (OUTSIDE_SHARE if dimension in self.far_outside else WORTHLESS_SHARE)
+        return Grade.WORTHLESS if is_worthless else Grade.POOR if share > POOR_SHARE else Grade.GOOD
 
     def _worst_first(self, grade: Grade) -> list[int]:
         return sorted(
@@ -169,7 +172,7 @@ class Fidelity:
             return (
                 f"{error} where the actions rest at {self.low[dimension]:.3g}, judged as if they moved by {yardstick}"
             )
-        return f"{_share(self.lost[dimension])} of its variance, {error} where the actions deviate by {yardstick}"
+        return f"{_share(self.lost[dimension], 'its variance')}, {error} where the actions deviate by {yardstick}"
 
     def _outside(self) -> str:
         outside = self.far_outside
@@ -232,8 +235,10 @@ def fidelity(
     return sums.result()
 
 
-def _share(share: float) -> str:
-    return f"{share:.3%}" if share < 10 else f"{share:,.0f} times"
+def _share(share: float, whole: str = "") -> str:
+    """`2.000% of it`, `300 times it`."""
+    part, joint = (f"{share:.3%}", " of ") if share < 10 else (f"{share:,.0f} times", " ")
+    return part + (joint + whole if whole else "")
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

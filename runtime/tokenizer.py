@@ -91,7 +91,10 @@ class ActionTokenizer:
         tokenizer = cls(bundle.manifest, select_backend(backend, bundle, golden), golden)
         quality = bundle.manifest.quality
         if quality is not None and quality.fidelity.grade is Grade.WORTHLESS:
-            _LOG.warning("%s, %s of %s: %s", bundle.folder, quality.judged_on, quality.source, quality.fidelity.warning)
+            found = quality.fidelity.warning.removeprefix("WARNING: ")
+            _LOG.warning(
+                "%s, judged by the build on %s of %s: %s", bundle.folder, quality.judged_on, quality.source, found
+            )
         tokenizer._origin = _Origin(bundle.folder.absolute(), tokenizer.backend.name, tokenizer.fingerprint, verify)
         return tokenizer
 
