@@ -1,8 +1,9 @@
 """What tokens are worth: how well decoded actions match those that went in, by dimension, and a grade.
 
 Every dimension is judged by the share of its variance that decoding loses, in the robot's own units. One that is at
-rest has no variance to lose: it is held against the smallest motion of the others, or its normaliser's unit where that
-is smaller, so that a locked joint may not err by more than the joint that moves least.
+rest has no variance to lose: it is held against the motion that three quarters of the others exceed, or its normaliser's
+unit where that is smaller. So a locked joint may err by as much as the slower joints may, not by as much as a gripper
+that counts to 100, and one other joint that hardly moves does not decide.
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,12 +68,12 @@ class Fidelity:
 
     @cached_property
     def yardstick(self) -> tuple[float, ...]:
-        """What the RMS error is held against: the deviation, or for a dimension at rest the smallest one of those that
+        """What the RMS error is held against: the deviation, or for a dimension at rest the lower quartile of those that
         move, or its unit where that is smaller."""
-        moving = (value for value, rests in zip(self.deviation, self.at_rest, strict=True) if not rests)
-        least = min(moving, default=float("inf"))
+        moving = sorted(value for value, rests in zip(self.deviation, self.at_rest, strict=True) if not rests)
+        slow = moving[len(moving) // 4] if moving else float("inf")
         rows = zip(self.deviation, self.unit, self.at_rest, strict=True)
-        return tuple(min(least, unit) if rests else deviation for deviation, unit, rests in rows)
+        return tuple(min(slow, unit) if rests else deviation for deviation, unit, rests in rows)
 
     @cached_property
     def lost(self) -> tuple[float, ...]:
@@ -128,8 +129,8 @@ class Fidelity:
         lines = list(_aligned(rows))
         if any(self.at_rest):
             lines.append(
-                "* at rest: the error is held against the dimension that moves least, or the normaliser's unit where "
-                "that is smaller"
+                "* at rest: the error is held against the deviation that three quarters of the others exceed, or the "
+                "normaliser's unit where that is smaller"
             )
         return "\n".join(lines)
 

@@ -102,7 +102,7 @@ def test_what_is_many_times_the_variance_is_no_percentage() -> None:
 # At rest -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_dimension_at_rest_is_held_against_the_one_that_moves_least() -> None:
+def test_a_dimension_at_rest_is_held_against_the_slower_ones_that_move() -> None:
     """Of no variance no share can be lost; but a locked joint that trembles is no good joint."""
     actions = some_actions()
     actions[:, 1] = 300
@@ -114,6 +114,15 @@ def test_a_dimension_at_rest_is_held_against_the_one_that_moves_least() -> None:
         assert found.grades == (Grade.GOOD, grade, Grade.GOOD)
     assert "RMS error 61 where the actions rest at 300, judged as if they moved by 0.49" in found.warning
     assert "* at rest" in found.table("all layers")
+
+
+def test_neither_a_fast_dimension_nor_the_slowest_alone_decides_on_one_at_rest() -> None:
+    """Joints by radians, a gripper that counts to 100, a joint that only jitters, and one at rest."""
+    moves = np.array([0.2, 0.3, 45.0, 1e-5, 0.4, 0.0])
+    actions = np.random.default_rng(0).normal(0, 1, (500, 6)) * moves
+    found = fidelity(actions, actions + np.array([0, 0, 0, 0, 0, 0.03]), [1.0] * 6, [0.0] * 6)
+    assert found.yardstick[5] == pytest.approx(0.2, rel=0.1)
+    assert found.grades[5] is Grade.POOR
 
 
 def test_where_nothing_moves_it_is_held_against_the_units() -> None:
