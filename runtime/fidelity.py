@@ -1,9 +1,9 @@
 """What tokens are worth: how well decoded actions match those that went in, by dimension, and a grade.
 
 Every dimension is judged by the share of its variance that decoding loses, in the robot's own units. One that is at
-rest has no variance to lose: it is held against the motion that three quarters of the others exceed, or its normaliser's
-unit where that is smaller. So a locked joint may err by as much as the slower joints may, not by as much as a gripper
-that counts to 100, and one other joint that hardly moves does not decide.
+rest has no variance to lose: it is held against the motion that three quarters of the others exceed, or its
+normaliser's unit where that is smaller. So a locked joint may err by as much as the slower joints may, not by as much
+as a gripper that counts to 100, and one other joint that hardly moves does not decide.
 """
 
 from collections.abc import Iterator, Sequence
@@ -68,8 +68,8 @@ class Fidelity:
 
     @cached_property
     def yardstick(self) -> tuple[float, ...]:
-        """What the RMS error is held against: the deviation, or for a dimension at rest the lower quartile of those that
-        move, or its unit where that is smaller."""
+        """What the RMS error is held against: the deviation, or for a dimension at rest the lower quartile of those
+        that move, or its unit where that is smaller."""
         moving = sorted(value for value, rests in zip(self.deviation, self.at_rest, strict=True) if not rests)
         slow = moving[len(moving) // 4] if moving else float("inf")
         rows = zip(self.deviation, self.unit, self.at_rest, strict=True)
