@@ -47,6 +47,7 @@ from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, check_output, lo
 from rfsq_ref.data import ActionDataset
 from rfsq_ref.errors import OutputError, UnusableError
 from runtime.console import path_argument
+from runtime.fidelity import Grade
 from runtime.paths import counted, refuse_existing
 
 
@@ -248,6 +249,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {output} and {report_dir}")
+    if report.fidelity.grade is Grade.WORTHLESS:
+        # Once more, so that it is not the line above that stays in mind.
+        print(report.fidelity.warning)
     return 0
 
 

@@ -118,6 +118,17 @@ def test_a_fit_that_does_not_surely_win_is_not_kept_but_said(
 
 
 @has_blank_picture
+def test_worthless_tokens_have_the_last_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Degrees for a checkpoint that was trained in radians."""
+    actions = np.degrees(np.random.default_rng(0).uniform(-1, 1, (4, 100, 7))).astype(np.float32)
+    np.savez(tmp_path / "degrees.npz", actions=actions)
+    assert run(tmp_path, "--calibration-data", tmp_path / "degrees.npz", "--readout", "off") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("WARNING: the tokens are worthless")
+    assert "radians or degrees" in last
+
+
+@has_blank_picture
 def test_without_a_readout_the_decoder_stays_as_it_was_trained(tmp_path: Path) -> None:
     assert run(tmp_path) == 0
     assert run(tmp_path, "--checkpoint", tmp_path / "fitted.safetensors", "--readout", "off", "--overwrite") == 0
