@@ -13,6 +13,7 @@ from rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq_ref.checkpoints import Checkpoint
 from rfsq_ref.data import ActionDataset, SplitFractions, load_actions, load_demonstrations, split_episodes
 from rfsq_ref.errors import DataError
+from runtime.paths import counted
 
 #: One for each part of a split.
 MINIMUM_EPISODES = len(fields(SplitFractions))
@@ -51,6 +52,18 @@ def calibration_dataset(
     return dataset
 
 
+def data_warnings(checkpoint: Checkpoint, dataset: ActionDataset) -> tuple[str, ...]:
+    """What a person should know about what is fitted to these data, and about what judges the fit. Raises DataError."""
+    found = [few_steps_warning(calibration_episodes(checkpoint, dataset))]
+    if selection_of(checkpoint, dataset) is Selection.ALL:
+        found.append(
+            f"WARNING: {counted(len(dataset.episodes), 'episode')} cannot be split, so the verdict is of the very data "
+            "that are fitted to, and new ones may be worse: "
+            + (dataset.missing_borders or f"give {MINIMUM_EPISODES} episodes or more")
+        )
+    return tuple(filter(None, found))
+
+
 def few_steps_warning(episodes: ActionDataset) -> str:
     """What a person should know about a fit to these episodes; empty where there are enough steps."""
     if episodes.num_steps >= FEW_STEPS:
@@ -75,18 +88,31 @@ def is_certain_gain(before: Tensor, after: Tensor) -> bool:
     Otherwise a mean that a few of them make passes for one of all. The fewer there are, by more it must be, as
     Student's quantiles are.
     """
-    gain = before - after
+    return gain_certainty(before, after) > needed_certainty(len(before))
+
+
+def needed_certainty(episodes: int) -> float:
+    """How many standard errors a gain on so many episodes must be, two or more."""
     # About the quantile of 90 %: 3 for two episodes, 1.5 for five, 1.1 for twenty.
-    quantile = 1 + 2 / (len(gain) - 1)
-    return float(gain.sum()) > quantile * float(gain.std()) * math.sqrt(len(gain))
+    return 1 + 2 / (episodes - 1)
+
+
+def gain_certainty(before: Tensor, after: Tensor) -> float:
+    """How many standard errors the squared errors [episodes] fall by; infinite where all fall by exactly as much."""
+    gain = before - after
+    total, noise = float(gain.sum()), float(gain.std()) * math.sqrt(len(gain))
+    return total / noise if noise else math.copysign(math.inf, total) if total else 0.0
+
+
+_UNRECORDED = "in numbers or episode borders it is not the recorded training data"
 
 
 class Selection(StrEnum):
     """Which episodes of a dataset are taken, as provenance records it."""
 
     TRAINING_SPLIT = "part of the training data's split by episode"
-    OTHER_SPLIT = "part of a split by episode; the dataset is not the recorded training data"
-    ALL = "all episodes, too few to split; the dataset is not the recorded training data"
+    OTHER_SPLIT = f"part of a split by episode; {_UNRECORDED}"
+    ALL = f"all of it, too few episodes to split; {_UNRECORDED}"
 
 
 def selection_of(checkpoint: Checkpoint, dataset: ActionDataset) -> Selection:

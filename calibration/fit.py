@@ -27,7 +27,7 @@ from calibration.data import (
     Selection,
     calibration_dataset,
     calibration_episodes,
-    few_steps_warning,
+    data_warnings,
     judging_episodes,
     selection_of,
 )
@@ -47,7 +47,8 @@ from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, check_output, lo
 from rfsq_ref.data import ActionDataset
 from rfsq_ref.errors import OutputError, UnusableError
 from runtime.console import path_argument
-from runtime.paths import refuse_existing
+from runtime.fidelity import Grade
+from runtime.paths import counted, refuse_existing
 
 
 class Method(StrEnum):
@@ -235,8 +236,9 @@ def main(arguments: list[str] | None = None) -> int:
         report = _judge(method, fitted, dataset)
         provenance: dict[str, Any] = fitted.provenance[method.value]
         data = provenance["data"]
-        print(f"fitted on {data['episodes']} episodes ({data['steps']} steps) of {data['source']}: {data['selection']}")
-        for remark in (few_steps_warning(calibration_episodes(checkpoint, dataset)), provenance.get("remark")):
+        episodes = counted(data["episodes"], "episode")
+        print(f"fitted on {episodes} ({data['steps']} steps) of {data['source']}: {data['selection']}")
+        for remark in (*data_warnings(checkpoint, dataset), provenance.get("remark")):
             if remark:
                 print(remark)
         print(format_report(report))
@@ -247,6 +249,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"wrote {output} and {report_dir}")
+    if report.fidelity.grade is Grade.WORTHLESS:
+        # Once more, so that it is not the line above that stays in mind.
+        print(report.fidelity.warning)
     return 0
 
 

@@ -12,12 +12,12 @@ and activations a [M, H + 1] of random actions from the whole range of the robot
 on the weights loses on tasks that were not recorded.
 
 Few episodes, or ones of a single kind, can still make it worse. So `auto` keeps a refit only where it wins on episodes
-that were left out of it: see `_wins`. The episodes that judge a checkpoint play no part in this.
+that were left out of it: see `_Candidate.objection`. The episodes that judge a checkpoint play no part in this.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibration.data import episode_folds, is_certain_gain, reference_actions, reference_latents
+from calibration.data import episode_folds, gain_certainty, needed_certainty, reference_actions, reference_latents
 from calibration.errors import CalibrationError
 from calibration.recovered import default_prefixes
 from rfsq_ref.autoencoder import ActionAutoencoder, Readout
@@ -51,6 +51,9 @@ _RANDOM_GAIN = 0.02
 _TOKEN_LOSS = 0.01
 #: As in calibration.recovered: far above what processors disagree on, far below what the fit leaves.
 _READOUT_BITS = 16
+#: Of a view's two weightings.
+_WEIGHTINGS = ("normalised units", "the robot's units")
+_TINY = torch.finfo(torch.float64).tiny
 
 
 class ReadoutChoice(StrEnum):
@@ -116,8 +119,11 @@ class ReadoutFit:
 class _View:
     """The last layer's work on one kind of latents, an episode each: activations [n, H + 1], trained errors [n, A].
 
-    weights: [2, A], of a dimension's squared error: alike in normalised units, and alike in the robot's.
+    weights: [2, A], of a dimension's squared error: alike in normalised units, and alike in the robot's; name: for
+    messages.
     """
+
+    name: str
 
     activations: tuple[Tensor, ...]
     errors: tuple[Tensor, ...]
@@ -160,10 +166,10 @@ class _Problem:
         normal, target = features.T @ features / len(features), features.T @ errors / len(features)
         return [torch.cholesky_solve(target, torch.linalg.cholesky(normal + ridge * self.penalty)) for ridge in ridges]
 
-    def spares_random(self, change: Tensor, least_gain: float) -> bool:
-        """Whether random actions of both kinds gain as much, as a share of their squared error."""
+    def random_ratio(self, change: Tensor) -> float:
+        """Squared error of random actions once the layer is changed, over that before: the larger one of both kinds."""
         changed = torch.stack([self.random.squares(half, change) for half in range(2)], dim=1)
-        return bool((changed <= (1 - least_gain) * self.random.trained_squares()).all())
+        return float((changed / self.random.trained_squares().clamp(min=_TINY)).max())
 
 
 @torch.no_grad()
@@ -197,28 +203,75 @@ def fit_readout(
             "refitting it helps; give two or more, or --readout on",
         )
     ridges = RIDGES if config.ridge is None else (config.ridge,)
-    least_gain = 0.0 if is_training_data else _RANDOM_GAIN
-    candidates = _cross_validated(problem, ridges)
+    most_random = 1.0 if is_training_data else 1 - _RANDOM_GAIN
     changes = dict(zip(ridges, problem.solve(everything, ridges), strict=True))
-    passed = [found for found in candidates if found.wins and problem.spares_random(changes[found.ridge], least_gain)]
+    candidates = [
+        replace(found, random_ratio=problem.random_ratio(changes[found.ridge]), most_random=most_random)
+        for found in _cross_validated(problem, ridges)
+    ]
+    passed = [found for found in candidates if not found.objection]
     best = min(passed or candidates, key=lambda found: found.ratio)
     if passed or is_wanted:
-        return ReadoutFit(_changed(checkpoint, changes[best.ridge]), best.ridge, best.ratio, _remark(best, True))
-    return ReadoutFit(None, best.ridge, best.ratio, _remark(best, False))
+        return ReadoutFit(_changed(checkpoint, changes[best.ridge]), best.ridge, best.ratio, best.remark(is_kept=True))
+    return ReadoutFit(None, best.ridge, best.ratio, best.remark(is_kept=False))
 
 
 @dataclass(frozen=True)
 class _Candidate:
+    """What a ridge is worth. ratio: squared error on episodes left out, over that of the trained layer; certainty: the
+    gain over its standard error, of which `needed` are needed; lost: which of the other errors on episodes left out
+    grew, and by what; random_ratio: as ratio, of random actions, of which most_random is allowed."""
+
     ridge: float
     ratio: float
-    wins: bool
+    certainty: float
+    needed: float
+    lost: str
+    random_ratio: float = 0.0
+    most_random: float = 1.0
+
+    @property
+    def objection(self) -> str:
+        """The rule that refuses it, and by which figure; empty where all are kept."""
+        if not self.certainty > self.needed:
+            return (
+                f"over the episodes left out the gain is {self.certainty:.2g} times its standard error, and more than "
+                f"{self.needed:.2g} is asked for"
+            )
+        if self.lost:
+            return self.lost
+        if not self.random_ratio <= self.most_random:
+            return (
+                f"random actions from the range that the model was trained for would have {self.random_ratio:.3g} "
+                f"times their squared error, and {self.most_random:g} is the most that is allowed"
+            )
+        return ""
+
+    def remark(self, *, is_kept: bool) -> str:
+        """What became of the layer, by which rule, and by which figures."""
+        measured = (
+            f"{self.ratio:.3g} times the squared error on calibration episodes left out of the fit (ridge "
+            f"{self.ridge:g})"
+        )
+        if not is_kept:
+            return (
+                f"the decoder's last layer stays as it was trained: refitted it has {measured}, but {self.objection}; "
+                "--readout on refits it all the same"
+            )
+        if self.objection:
+            return f"the decoder's last layer is refitted, as --readout on asks for: {measured}; but {self.objection}"
+        return (
+            f"the decoder's last layer is refitted: {measured}; the gain is {self.certainty:.2g} times its standard "
+            f"error ({self.needed:.2g} is asked for), random actions have {self.random_ratio:.3g} times their squared "
+            f"error ({self.most_random:g} is allowed)"
+        )
 
 
 def _cross_validated(problem: _Problem, ridges: Sequence[float]) -> list[_Candidate]:
     """What each ridge is worth on episodes that were left out of its fit."""
     views = (problem.exact, *problem.decoded)
     before = torch.stack([view.trained_squares() for view in views])
-    ratios, wins = [0.0] * len(ridges), [True] * len(ridges)
+    ratios, certainties, lost = [0.0] * len(ridges), [math.inf] * len(ridges), [""] * len(ridges)
     for most in _FOLDS:
         after = torch.empty(len(ridges), *before.shape, dtype=torch.float64)
         for kept, left_out in episode_folds(problem.num_episodes, most):
@@ -226,22 +279,34 @@ def _cross_validated(problem: _Problem, ridges: Sequence[float]) -> list[_Candid
                 for number, view in enumerate(views):
                     for index in left_out:
                         after[place, number, :, index] = view.squares(index, change)
-        least = max(float(before[0, 0].sum()), torch.finfo(torch.float64).tiny)
+        least = max(float(before[0, 0].sum()), _TINY)
         for place, found in enumerate(after):
             ratios[place] = max(ratios[place], float(found[0, 0].sum()) / least)
-            wins[place] &= _wins(before, found)
-    return [_Candidate(*found) for found in zip(ridges, ratios, wins, strict=True)]
+            certainties[place] = min(certainties[place], gain_certainty(before[0, 0], found[0, 0]))
+            lost[place] = lost[place] or _lost(views, before, found)
+    needed = needed_certainty(problem.num_episodes)
+    return [
+        _Candidate(ridge, ratio, certainty, needed, what)
+        for ridge, ratio, certainty, what in zip(ridges, ratios, certainties, lost, strict=True)
+    ]
 
 
-def _wins(before: Tensor, after: Tensor) -> bool:
-    """Whether a change helps, by squared errors [views, 2, episodes] of episodes left out of its fit.
+def _lost(views: Sequence[_View], before: Tensor, after: Tensor) -> str:
+    """Which squared error [views, 2, episodes] of episodes left out grows by more than it may; empty where none does.
 
-    The gain on unquantised latents must be certain, and in the robot's units it must not lose. Decoded from tokens,
-    whose own error hides the gain, it must not lose more than chance does.
+    In the robot's units it must not grow at all. Decoded from tokens, whose own error hides the gain, it must not grow
+    by more than chance makes it.
     """
-    allowed = before.sum(dim=-1)
-    allowed[1:] *= 1 + _TOKEN_LOSS
-    return is_certain_gain(before[0, 0], after[0, 0]) and bool((after.sum(dim=-1) <= allowed).all())
+    for number, view in enumerate(views):
+        most = 1 + _TOKEN_LOSS if number else 1.0
+        for unit, was, is_now in zip(_WEIGHTINGS, before[number].sum(dim=-1), after[number].sum(dim=-1), strict=True):
+            if is_now > most * was:
+                ratio = float(is_now / was.clamp(min=_TINY))
+                return (
+                    f"in {unit}, decoded from {view.name} of episodes left out, it has {ratio:.4g} times the squared "
+                    f"error, and {most:g} is the most that is allowed"
+                )
+    return ""
 
 
 def _problem(checkpoint: Checkpoint, episodes: ActionDataset) -> _Problem:
@@ -256,22 +321,30 @@ def _problem(checkpoint: Checkpoint, episodes: ActionDataset) -> _Problem:
 
     weights = torch.stack((torch.ones_like(model.units), model.units.square()))
 
-    def view(latents: Tensor, actions: Tensor, lengths: Sequence[int]) -> _View:
+    def view(name: str, latents: Tensor, actions: Tensor, lengths: Sequence[int]) -> _View:
         activations = model.decoder[:2](latents)
         errors = (actions - model.offset) / model.units - last(activations)
         features = torch.cat((activations, torch.ones_like(activations[:, :1])), dim=1)
-        return _View(torch.split(features, list(lengths)), torch.split(errors, list(lengths)), weights)
+        return _View(name, torch.split(features, list(lengths)), torch.split(errors, list(lengths)), weights)
 
     def of_tokens() -> Iterator[_View]:
         tokens = model.quantizer.quantize(latents).tokens
         for prefix in sorted({1, *default_prefixes(model.config.num_layers)}):
-            yield view(model.quantizer.dequantize(tokens[..., :prefix], None), actions, lengths)
+            decoded = model.quantizer.dequantize(tokens[..., :prefix], None)
+            yield view(
+                f"the tokens of the first {prefix} layers" if prefix > 1 else "the tokens of the first layer",
+                decoded,
+                actions,
+                lengths,
+            )
 
     drawn = _random_actions(model, actions)
     return _Problem(
-        exact=view(latents, actions, lengths),
+        exact=view("latents that are not quantised", latents, actions, lengths),
         decoded=tuple(of_tokens()) if has_constants else (),
-        random=view(reference_latents(model, drawn), drawn, [_RANDOM_ACTIONS, _RANDOM_ACTIONS]),
+        random=view(
+            "latents of random actions", reference_latents(model, drawn), drawn, [_RANDOM_ACTIONS, _RANDOM_ACTIONS]
+        ),
     )
 
 
@@ -296,15 +369,16 @@ def _changed(checkpoint: Checkpoint, change: Tensor) -> Readout:
     return Readout(weight.float().contiguous(), bias.float().contiguous())
 
 
-def _remark(best: _Candidate, is_kept: bool) -> str:
-    measured = (
-        f"{best.ratio:.3g} times the squared error on calibration episodes left out of the fit (ridge {best.ridge:g})"
-    )
-    if is_kept:
-        return f"the decoder's last layer is refitted: {measured}"
+def held_out_warning(trained: float, refitted: float | None, judged_on: str) -> str:
+    """What a person should know of a refit that lost where it is judged; empty where it did not, or there is none.
+
+    trained, refitted: squared error of the layer as it was trained and as it was refitted, None without a refit.
+    """
+    if refitted is None or refitted <= trained:
+        return ""
     return (
-        f"the decoder's last layer stays as it was trained: refitting it does not surely win, {measured}; "
-        "--readout on refits it all the same"
+        f"the refitted readout lost on {judged_on}: action MSE {refitted:.3e}, as trained {trained:.3e} "
+        f"({refitted / max(trained, _TINY) - 1:+.1%}); --readout off keeps the trained layer"
     )
 
 

@@ -14,12 +14,14 @@ from torch import Tensor
 from calibration.constants import worst_case_errors
 from calibration.data import reference_actions, reference_latents
 from calibration.errors import CalibrationError
+from calibration.readout import held_out_warning
 from rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
 from rfsq_ref.checkpoints import Checkpoint
 from rfsq_ref.data import ActionDataset
 from rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantize
 from rfsq_ref.rounding import token_error_bounds
 from runtime.fidelity import Fidelity, fidelity
+from runtime.paths import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -168,7 +170,9 @@ def _report(
             trained_mse=trained_mse,
             published_mse=action_mse(published_dequantize(trained.quantizer, published)),
             layers=tuple(rows),
-            fidelity=fidelity(actions.numpy(), model.decode_latents(deepest).numpy()),
+            fidelity=fidelity(
+                actions.numpy(), model.decode_latents(deepest).numpy(), model.units.tolist(), model.offset.tolist()
+            ),
         )
 
 
@@ -209,8 +213,8 @@ def format_report(report: CalibrationReport) -> str:
         f"{'latent MSE':>10}  {'action MSE':>10}  {'worst case':>10}  {'noise/bin':>9}  {'flipped':>8}"
     )
     lines = [
-        f"{report.method}, judged on {report.num_episodes} episodes ({report.num_steps} steps) of {report.source}; "
-        "action MSE in robot units², latents have no unit",
+        f"{report.method}, judged on {counted(report.num_episodes, 'episode')} ({report.num_steps} steps) of "
+        f"{report.source}; action MSE in robot units², latents have no unit",
         header,
     ]
     for row in report.layers:
@@ -225,6 +229,7 @@ def format_report(report: CalibrationReport) -> str:
         f"readout refitted, no quantiser                    {_number(report.readout_mse)}",
         f"trained forward pass                              {report.trained_mse[-1]:.3e}",
         f"published decode_from_indices                     {report.published_mse:.3e}",
+        *filter(None, [held_out_warning(report.autoencoder_mse, report.readout_mse, "the episodes that judge")]),
         report.fidelity.text("decoded from all layers"),
     ]
     return "\n".join(lines)

@@ -260,9 +260,9 @@ def _verdict(scheme: Scheme, actions: FloatArray, name: str) -> list[str]:
     encoded = scheme.encode(actions)
     with torch.no_grad():
         decoded = scheme.model.decode_latents(scheme.prefix(encoded, len(encoded.steps))).numpy()
-    found = fidelity(actions, decoded)
+    found = fidelity(actions, decoded, scheme.model.units.tolist(), scheme.model.offset.tolist())
     label = f"{scheme.name} tokens of {name}, all layers"
-    return [f"{label}, {found.summary}", *([f"{label}: {found.warning}"] if found.warning else [])]
+    return [f"{label}, {found.line}", *([f"{label}: {found.warning}"] if found.warning else [])]
 
 
 def _curve(history: TrainingHistory) -> Curve:

@@ -12,7 +12,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from calibration.readout import ReadoutChoice, ReadoutConfig
+from calibration.readout import ReadoutChoice, ReadoutConfig, held_out_warning
 from export.batches import Profile
 from export.bundle_writer import StagedBundle, stage_bundle
 from export.c_builder import find_compiler
@@ -42,7 +42,7 @@ from export.plan import (
     plan_encoder,
 )
 from export.progress import StepList, table
-from export.reference import Reference
+from export.reference import AS_TRAINED, REFITTED, Reference
 from export.sources import choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
 from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq_ref.quantizer import Conditioning
@@ -247,6 +247,7 @@ def build(config: BuildConfig) -> BuildResult:
                 "action_mse": quality,
             },
             files={},
+            quality=data.quality(verdict),
         )
         staged.seal(manifest, is_proven=False)
         with opened_backends(
@@ -271,6 +272,10 @@ def build(config: BuildConfig) -> BuildResult:
             engines = with_measurements(built, backends, staged)
         manifest = staged.seal(replace(manifest, parity=parity, engines=engines))
     print(f"\n✓ {config.output} is built and validated, fingerprint {manifest.fingerprint[:16]}")
+    if manifest.quality is not None:
+        print(f"what the tokens are worth: {manifest.quality.line}")
+        if warning := manifest.quality.fidelity.warning:
+            print(warning)
     return BuildResult(config.output, manifest, quality, verdict)
 
 
@@ -366,10 +371,21 @@ def _closing_tables(
         for entry in parity
     ]
     parts = [table(("gate", "measured", "limit", "steps"), gates)]
-    parts += [f"{entry.gate}: {entry.detail}" for entry in parity if entry.detail]
+    parts += _details(parity)
     if quality:
         rows = [(name, f"{value:.3e}") for name, value in quality.items()]
-        parts.append(table((f"{judged_on}, decoded from", "action MSE, normalised units²"), rows))
+        heads = (f"{judged_on}, decoded from", "action MSE, normalised units²")
+        remark = held_out_warning(quality[AS_TRAINED], quality.get(REFITTED), judged_on)
+        parts.append("\n".join((table(heads, rows), *filter(None, [remark]))))
     if verdict is not None:
-        parts.append(verdict.text(f"{judged_on}, all layers"))
+        parts.append(verdict.table(f"{judged_on}, all layers"))
     return "\n" + "\n\n".join(parts)
+
+
+def _details(parity: Sequence[ParityEntry]) -> list[str]:
+    """What the gates have to say beside their numbers, with the engines that it is about."""
+    engines: dict[str, list[str]] = {}
+    for entry in parity:
+        if entry.detail:
+            engines.setdefault(f"{entry.gate}: {entry.detail}", []).append(f"{entry.backend} ({entry.device})")
+    return [f"{', '.join(names)}, {text}" for text, names in engines.items()]

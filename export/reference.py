@@ -20,6 +20,8 @@ from runtime.fidelity import Fidelity, fidelity
 from runtime.gates import GATES
 from runtime.golden import Golden
 
+#: What an action error is of, without a quantiser.
+AS_TRAINED, REFITTED = "autoencoder as trained, no quantiser", "readout refitted, no quantiser"
 #: Hundreds of flips of torch float32 stand behind the largest one's error; another implementation flips others.
 _FLIP_ROOM = 10.0
 #: So much better than the gate torch float32 has to be: another implementation rounds otherwise.
@@ -138,9 +140,9 @@ class Reference:
 
         latents = self.model.encode_latents(torch.from_numpy(actions).double())
         quantised = self.model.quantizer.quantize(latents)
-        errors = {"autoencoder as trained, no quantiser": mse(self._trained_decoder(latents).numpy())}
+        errors = {AS_TRAINED: mse(self._trained_decoder(latents).numpy())}
         if self._is_refitted:
-            errors["readout refitted, no quantiser"] = mse(self.model.decode_latents(latents).numpy())
+            errors[REFITTED] = mse(self.model.decode_latents(latents).numpy())
         for prefix in self.prefixes:
             stats = quantised.stats[..., :prefix, :] if self.mode.has_stats and quantised.stats is not None else None
             errors[f"tokens of {prefix} layers"] = mse(self.decode(quantised.tokens[..., :prefix], stats))
@@ -152,4 +154,5 @@ class Reference:
         if not len(actions):
             return None
         tokens, stats = self.model.encode(torch.from_numpy(actions).double())
-        return fidelity(actions, self.decode(tokens, stats if self.mode.has_stats else None))
+        decoded = self.decode(tokens, stats if self.mode.has_stats else None)
+        return fidelity(actions, decoded, self.model.units.tolist(), self.model.offset.tolist())

@@ -13,9 +13,8 @@ from calibration.constants import CalibrationConfig
 from calibration.data import (
     Selection,
     calibration_dataset,
-    calibration_episodes,
+    data_warnings,
     embedded_demonstrations,
-    few_steps_warning,
     judging_episodes,
     reference_actions,
     reference_latents,
@@ -31,6 +30,9 @@ from rfsq_ref.errors import CheckpointError
 from rfsq_ref.normaliser import read_normaliser
 from rfsq_ref.quantizer import Conditioning
 from runtime.contract import Float32Array
+from runtime.fidelity import Fidelity
+from runtime.manifest import QualityEntry
+from runtime.paths import counted
 
 #: Held-out steps that the gates look at; more are drawn around them and at random.
 _MOST_HELD_OUT = 20_000
@@ -87,6 +89,12 @@ class BuildData:
     description: str
     judged_on: str
 
+    def quality(self, found: Fidelity | None) -> QualityEntry | None:
+        """For the manifest; found: on held_out."""
+        if found is None or self.dataset is None:
+            return None
+        return QualityEntry(self.judged_on, self.dataset.source, self.dataset.sha256, found)
+
 
 def load_build_data(
     checkpoint: Checkpoint,
@@ -112,11 +120,11 @@ def load_build_data(
     reference_latents(checkpoint.model(dtype=torch.float64), reference_actions(checkpoint, judging))
     held_out = judging.steps()[:_MOST_HELD_OUT]
     selection = selection_of(checkpoint, dataset)
-    lines = [f"{dataset.source}: {len(dataset.episodes)} episodes; {selection.value}"]
+    lines = [f"{dataset.source}: {counted(len(dataset.episodes), 'episode')}; {selection.value}"]
     if not is_needed:
         lines.append("nothing is fitted to them: what the mode needs is already in the checkpoint, the data only judge")
-    elif warning := few_steps_warning(calibration_episodes(checkpoint, dataset)):
-        lines.append(warning)
+    else:
+        lines += filter(None, data_warnings(checkpoint, dataset))
     return BuildData(dataset, held_out, "\n".join(lines), _judged_on(selection, is_needed=is_needed))
 
 

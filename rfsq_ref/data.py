@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rfsq_ref.data_files import read_episodes
 from rfsq_ref.errors import DataError
 from runtime.dataset_errors import DatasetError
-from runtime.paths import as_path
+from runtime.paths import as_path, counted
 
 FloatArray = npt.NDArray[np.float32]
 _AnyArray = npt.NDArray[Any]
@@ -32,7 +32,8 @@ class ActionDataset:
     """Episodes of one action space.
 
     episodes: float32 [steps, A] each, finite, at least one step, C-contiguous and read-only (other floating-point
-    arrays are converted); names and tasks: one per episode, task "" when unknown; source: the file's or folder's name.
+    arrays are converted); names and tasks: one per episode, task "" when unknown; source: the file's or folder's name;
+    has_borders: False where the file does not say where episodes end, so that all its steps are taken for one.
     Raises DataError for episodes that cannot be made so.
     """
 
@@ -40,6 +41,7 @@ class ActionDataset:
     names: tuple[str, ...]
     tasks: tuple[str, ...]
     source: str
+    has_borders: bool = True
 
     def __post_init__(self) -> None:
         if not self.episodes:
@@ -75,6 +77,18 @@ class ActionDataset:
             digest.update(episode.astype("<f4", copy=False).tobytes())
         return digest.hexdigest()
 
+    @property
+    def missing_borders(self) -> str:
+        """What a person should know, and do, where has_borders is False; else empty."""
+        if self.has_borders:
+            return ""
+        return (
+            f"no episode_ends and no episode_index was found in {self.source}, so all {self.num_steps} steps count as "
+            "one episode. If they are several, say where each ends: numpy.savez(FILE, actions=actions, "
+            "episode_ends=ends), with the number of steps up to the end of each episode, or episode_index, the number "
+            "of each step's episode"
+        )
+
     def steps(self) -> FloatArray:
         """All episodes one after the other, float32 [num_steps, A]; a copy."""
         return np.concatenate(self.episodes)
@@ -87,6 +101,7 @@ class ActionDataset:
             tuple(self.names[index] for index in chosen),
             tuple(self.tasks[index] for index in chosen),
             self.source,
+            self.has_borders,
         )
 
 
@@ -154,6 +169,7 @@ def load_actions(
         tuple(episode.name or path.stem for episode in found),
         tuple(episode.task for episode in found),
         path.name or path.absolute().name,
+        all(episode.has_borders for episode in found),
     )
 
 
@@ -205,8 +221,8 @@ def split_episodes(
     total = len(dataset.episodes)
     if total < len(shares):
         raise DataError(
-            f"{dataset.source} has {total} episodes; {len(shares)} are needed, one for each of train, validation, "
-            "calibration and test: record more"
+            f"{dataset.source} has {counted(total, 'episode')}; {len(shares)} are needed, one for each of train, "
+            f"validation, calibration and test: {dataset.missing_borders or 'record more'}"
         )
     by_task: dict[str, list[int]] = {}
     for index, task in enumerate(dataset.tasks):

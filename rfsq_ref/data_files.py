@@ -51,11 +51,13 @@ _NO_TASK = -1
 
 
 class Episode(NamedTuple):
-    """actions: as the file has them; name: "" where the file is the episode; task: "" where it is not known."""
+    """actions: as the file has them; name: "" where the file is the episode; task: "" where it is not known;
+    has_borders: False where the file does not say where episodes end."""
 
     name: str
     task: str
     actions: _AnyArray
+    has_borders: bool = True
 
 
 def read_episodes(path: Path, key: str | None, filter_key: str | None) -> list[Episode]:
@@ -182,7 +184,8 @@ def _from_arrays(
             parts = [rows[part] for part in _rows_by_episode(numbers, np.arange(steps), source).values()]
     names = chosen if len(chosen) > 1 else [f"episode_{index}" for index in range(len(parts))]
     tasks = _array_tasks(arrays, len(parts), source)
-    return [Episode(*found) for found in zip(names, tasks, parts, strict=True)]
+    has_borders = bool(stated) or numbers is not None
+    return [Episode(*found, has_borders) for found in zip(names, tasks, parts, strict=True)]
 
 
 def _rows_by_episode(episode: Int64Array, order: Int64Array, source: str) -> dict[int, npt.NDArray[np.intp]]:

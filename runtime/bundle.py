@@ -275,6 +275,10 @@ def _check_statements(manifest: Manifest) -> None:
             )
         if engine.kernel_cache and not engine.device:
             problems.append(f"{engine.file} has kernels in {engine.kernel_cache}, compiled for no GPU that is named")
+    if manifest.quality is not None and not manifest.quality.fidelity.is_possible(
+        manifest.model.action_units, manifest.model.action_offset
+    ):
+        problems.append("the quality is not that of this model's dimensions and units, or no errors can be so")
     if problems:
         raise BundleError(
             f"{MANIFEST_NAME} states what no build that passed its gates writes: {'; '.join(problems)}; build the "

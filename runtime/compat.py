@@ -234,12 +234,13 @@ def _steps(chunks: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
 class _Sums:
     """The errors of one decoding, added up."""
 
-    def __init__(self, units: Sequence[float]) -> None:
+    def __init__(self, units: Sequence[float], tokens: ModelEntry) -> None:
+        """units: normalised units of all; tokens: the model that made the tokens."""
         self._units: Float64Array = np.array(units)
         # Normalised, and in robot units.
         self._squares, self._largest, self._count = np.zeros(2), np.zeros(2), 0
         self._from_own = 0.0
-        self._fidelity = FidelitySums(len(units))
+        self._fidelity = FidelitySums(tokens.action_units, tokens.action_offset)
 
     def add(self, actions: Float32Array, decoded: Float32Array, own: Float32Array) -> None:
         errors = np.abs(decoded.astype(np.float64) - actions)
@@ -269,7 +270,7 @@ def _measure(old: _Side, new: _Side, source: Source) -> Measurement:
     # A bundle's own decoder first: the other is held against it.
     pairs = [(old, old), (new, new), *(((old, new), (new, old)) if corresponds else ())]
     sums = {
-        (tokens, decoder, layers): _Sums(old.model.action_units)
+        (tokens, decoder, layers): _Sums(old.model.action_units, tokens.model)
         for tokens, decoder in pairs
         if tokens.model.has_stats or not decoder.model.has_stats
         for layers in _common_prefixes(tokens.model, decoder.model)

@@ -36,6 +36,7 @@ from runtime.dataset_steps import (
     touched_file,
 )
 from runtime.dataset_writers import hash_file, move, put, scratch_file, spelled, zarr_array
+from runtime.fidelity import FidelitySums
 from runtime.manifest import FileEntry
 from runtime.tokenizer import ActionTokenizer
 
@@ -138,7 +139,7 @@ def _verify(job: Job, tokenizer: ActionTokenizer, written: TokenDataset) -> Veri
 
 def _verify_tokens(tokenizer: ActionTokenizer, source: StepReader, target: StepReader, num_steps: int) -> Verification:
     model = tokenizer.model
-    errors = []
+    total, sums = 0.0, FidelitySums(model.action_units, model.action_offset)
     for start, stop in sample_windows(num_steps):
         given, read = source.read(start, stop), target.read(start, stop)
         _check_numbering(given.episode, given.frame, read.episode, read.frame, start)
@@ -148,9 +149,10 @@ def _verify_tokens(tokenizer: ActionTokenizer, source: StepReader, target: StepR
         _check_equal(expected, read.values, start)
         stored = _chunks(read.values, model.chunk_length).reshape(tokens.shape)
         decoded = tokenizer.decode(stored).reshape(-1, model.action_dim)[: stop - start]
-        errors.append(np.abs(decoded.astype(np.float64) - given.values))
-    error = np.concatenate(errors)
-    return Verification(len(error), float(error.max()), float(error.mean()))
+        total += float(np.abs(decoded.astype(np.float64) - given.values).sum())
+        sums.add(given.values, decoded)
+    found = sums.result()
+    return Verification(found.steps, max(found.largest), total / (found.steps * model.action_dim), found)
 
 
 def verify_actions(tokenizer: ActionTokenizer, source: StepReader, target: StepReader, num_steps: int) -> Verification:

@@ -7,9 +7,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import UnionType
 from typing import Any, Literal, get_args, get_type_hints
 
 from runtime.dataset_errors import TokenDatasetError
+from runtime.fidelity import Fidelity
 from runtime.manifest import FileEntry, ModelEntry
 from runtime.reading import read_file
 
@@ -73,11 +75,13 @@ class Verification:
     """A sample read back from the files: tokens decoded and held against the actions they came from, in their units.
 
     For decoded actions: against what the tokenizer gives for the tokens again, where both errors must be 0.
+    fidelity: of tokens, what they are worth, by dimension; None in what was made before it was recorded.
     """
 
     steps: int
     max_error: float
     mean_error: float
+    fidelity: Fidelity | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,9 @@ def block_steps(steps_per_file: int) -> int:
 def info_text(info: DatasetInfo) -> str:
     """The one spelling of `dataset.json`, its own hash included."""
     content = dataclasses.asdict(info)
+    if info.verification.fidelity is None:
+        # As it was spelled before it was recorded.
+        del content["verification"]["fidelity"]
     digest = hashlib.sha256(_spelled(content).encode()).hexdigest()
     return _spelled({**content, "dataset_sha256": digest}) + "\n"
 
@@ -189,10 +196,16 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     """`value` from JSON as `kind`; anything else than what a job writes is refused by its place."""
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         hints = get_type_hints(kind)
-        if not isinstance(value, dict) or value.keys() != hints.keys():
+        needed = {name for name, hint in hints.items() if not isinstance(hint, UnionType)}
+        if not isinstance(value, dict) or not needed <= value.keys() <= hints.keys():
             found = sorted(value) if isinstance(value, dict) else type(value).__name__
             raise TokenDatasetError(f"{where} has {found}; expected the keys {sorted(hints)}: copy the dataset again")
-        return kind(**{name: _build(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+        return kind(**{name: _build(hints[name], part, f"{where}.{name}") for name, part in value.items()})
+    if isinstance(kind, UnionType):
+        # Such a key may be missing, but never holds nothing.
+        return _build(get_args(kind)[0], value, where)
+    if kind == tuple[float, ...] and isinstance(value, list):
+        return tuple(_build(float, entry, f"{where}[{place}]") for place, entry in enumerate(value))
     if kind == dict[str, FileEntry] and isinstance(value, dict):
         return {name: _build(FileEntry, entry, f"{where}[{name!r}]") for name, entry in value.items()}
     if value in get_args(kind) if get_args(kind) else isinstance(kind, type) and type(value) is kind:

@@ -58,6 +58,13 @@ def overview(bundle: Bundle) -> Iterator[str]:
     yield f"  actions      |action| at most {model.action_limit:g}, physical = normalised * units + offset"
     yield f"    units      {_numbers(model.action_units)}"
     yield f"    offset     {_numbers(model.action_offset)}"
+    if manifest.quality is None:
+        yield "what the tokens are worth: not recorded; build it with action data to know"
+    else:
+        quality = manifest.quality
+        yield f"what the tokens are worth: {quality.line}"
+        yield f"  judged by {quality.source}, sha256 {quality.sha256}"
+        yield from (f"  {line}" for line in quality.fidelity.text(f"{quality.judged_on}, all layers").splitlines())
     yield "graphs"
     for graph in manifest.graphs:
         yield f"  {_graph(graph)}"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from runtime.errors import BundleError
+from runtime.fidelity import Fidelity
 from runtime.paths import shown
 from runtime.reading import parse_json
 
@@ -148,6 +149,24 @@ class ParityEntry:
 
 
 @dataclass(frozen=True)
+class QualityEntry:
+    """What the tokens of all layers are worth, measured by the build.
+
+    judged_on: which part of the data; source: their name; sha256: of all of them, episode borders included.
+    """
+
+    judged_on: str
+    source: str
+    sha256: str
+    fidelity: Fidelity
+
+    @property
+    def line(self) -> str:
+        """Grade and worst dimensions, and by what they are known."""
+        return f"{self.fidelity.line}, on {self.fidelity.steps:,} steps of {self.source} ({self.judged_on})"
+
+
+@dataclass(frozen=True)
 class FileEntry:
     """sha256: 64 hexadecimal digits; size in bytes."""
 
@@ -159,7 +178,8 @@ class FileEntry:
 class Manifest:
     """files: every file of the bundle but the manifest, by its path inside the bundle, with forward slashes.
 
-    provenance: where checkpoint, constants and calibration data came from; free-form JSON.
+    provenance: where checkpoint, constants and calibration data came from; free-form JSON. quality: None where the
+    build had no data to judge by, or was made before builds recorded it.
     """
 
     schema_version: int
@@ -171,6 +191,7 @@ class Manifest:
     tools: dict[str, str]
     provenance: dict[str, Any]
     files: dict[str, FileEntry]
+    quality: QualityEntry | None = None
 
     def graph(self, role: Literal["encoder", "decoder"], prefix: int, form: GraphForm = "gemm") -> GraphEntry:
         """Raises BundleError where there is none."""
@@ -200,6 +221,9 @@ def graph_tensors(
 def manifest_text(manifest: Manifest) -> str:
     """The one spelling of a manifest, its own hash included."""
     content = dataclasses.asdict(manifest)
+    if manifest.quality is None:
+        # As older builds spelled it.
+        del content["quality"]
     body = json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
     digest = hashlib.sha256(body.encode()).hexdigest()
     return json.dumps({**content, "manifest_sha256": digest}, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
@@ -237,6 +261,9 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
+    if origin is types.UnionType and type(None) in arguments:
+        # Such a key may be missing, but never holds nothing.
+        return _build(arguments[0], value, where)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(typing.cast(type[Any], kind), value, where)
     if origin is Literal:
@@ -261,9 +288,10 @@ def _build_dataclass(kind: type[_T], value: Any, where: str) -> _T:
     if not isinstance(value, dict):
         raise BundleError(f"{where} is {shown(value)}; expected an object")
     hints = typing.get_type_hints(kind)
-    missing, unknown = sorted(hints.keys() - value.keys()), sorted(value.keys() - hints.keys())
+    needed = {name for name, hint in hints.items() if typing.get_origin(hint) is not types.UnionType}
+    missing, unknown = sorted(needed - value.keys()), sorted(value.keys() - hints.keys())
     if missing or unknown:
         raise BundleError(
             f"{where} lacks the keys {missing} and has the unknown keys {shown(unknown)}; build the bundle again"
         )
-    return kind(**{name: _build(hint, value[name], f"{where}.{name}") for name, hint in hints.items()})
+    return kind(**{name: _build(hints[name], part, f"{where}.{name}") for name, part in value.items()})

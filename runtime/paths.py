@@ -41,6 +41,11 @@ def refuse_existing(paths: Iterable[Path], *, overwrite: bool, error: type[Excep
         raise error(f"{shortlist(found)} {verb}; give another name, or --overwrite to replace {them}")
 
 
+def counted(number: int, what: str) -> str:
+    """`1 episode`, `2,000 episodes`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def shortlist(names: Iterable[object], most: int = 6) -> str:
     """The first few names, and how many more there are: a refusal must stay readable."""
     listed = [str(name) for name in names]

@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{bundle.folder}: {bundle.manifest.model.mode}, fingerprint {bundle.manifest.fingerprint}\n"
             f"✓ {len(bundle.manifest.files)} files, {num_bytes / 1e6:.1f} MB: sizes and sha256 as in the manifest"
         )
+        if bundle.manifest.quality is not None:
+            print(f"– what the tokens are worth, by the build: {printable(bundle.manifest.quality.line)}")
         if options.backend is not None:
             return 0 if _passes(options.backend, bundle, golden) else 1
         verdicts = _test_all(bundle, golden)

@@ -2,8 +2,8 @@
 """Turn a dataset of demonstrations into tokens, or tokens back into actions; go on where a killed run was.
 
 IN: LeRobot v2 or v3, robomimic or LIBERO HDF5, .npz; or, with --decode, what this script wrote. OUT: a folder, Parquet
-or Zarr by its name; with --decode Parquet, .npz or .hdf5. The exit status is 0, 2 where input or output cannot be used,
-130 when interrupted.
+or Zarr by its name; with --decode Parquet, .npz or .hdf5. The exit status is 0, 1 where OUT was written but its tokens
+are worthless, 2 where input or output cannot be used, 130 when interrupted.
 """
 
 import sys
@@ -21,7 +21,7 @@ from runtime.console import prepare_console, printable
 from runtime.dataset_errors import OutputError, TokenDatasetError
 from runtime.dataset_files import FileFormat, write_file
 from runtime.dataset_finish import complete
-from runtime.dataset_format import PART_STEPS, Compression, DatasetInfo, Storage, Verification
+from runtime.dataset_format import PART_STEPS, Compression, DatasetInfo, Storage, Verification, read_info
 from runtime.dataset_job import Job, partial_folder, plan
 from runtime.dataset_partial import Begun, begin, give_up, load_records, locked, output_errors, was_finished
 from runtime.dataset_parts import parts_of_another_source, run_local
@@ -30,6 +30,8 @@ from runtime.dataset_reader import check_fingerprint, open_token_dataset
 from runtime.dataset_sources import open_source
 from runtime.dataset_steps import Source
 from runtime.errors import TokenizerError
+from runtime.fidelity import Grade
+from runtime.paths import counted
 from runtime.tokenizer import ActionTokenizer
 
 _FORMATS = {".parquet": "parquet", ".zarr": "zarr", ".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5"}
@@ -39,14 +41,14 @@ _ENCODED, _DECODED = ("parquet", "zarr"), ("parquet", "npz", "hdf5")
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        convert(options)
+        verification = convert(options)
     except TokenizerError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    return 0
+    return 1 if _grade(verification) is Grade.WORTHLESS else 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -83,7 +85,7 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def convert(options: argparse.Namespace) -> None:
+def convert(options: argparse.Namespace) -> Verification:
     """Raises TokenizerError, before anything is written where that can be known."""
     kind = _format(options)
     try:
@@ -117,7 +119,7 @@ def convert(options: argparse.Namespace) -> None:
                     restart=options.restart,
                 )
                 _report_decoded(options.output, progress, verification)
-                return
+                return verification
             source = dataset
         else:
             source = open_source(options.input, options.key)
@@ -133,7 +135,9 @@ def convert(options: argparse.Namespace) -> None:
             steps_per_file=options.steps_per_file,
         )
         with output_errors(job.partial), locked(job.output):
-            _run(job, tokenizer, options)
+            verification = _run(job, tokenizer, options)
+    _report_worth(verification, job.output)
+    return verification
 
 
 def _format(options: argparse.Namespace) -> str:
@@ -148,22 +152,22 @@ def _format(options: argparse.Namespace) -> str:
     return str(kind)
 
 
-def _run(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace) -> None:
+def _run(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace) -> Verification:
     if was_finished(job):
         _say(f"✓ {job.output} was finished by an earlier run")
-        return
+        return read_info(job.output).verification
     begun = begin(job, overwrite=options.overwrite, restart=options.restart)
     if begun.replaced:
         _say(f"{begun.replaced}; what it is to be made of has changed since: beginning anew")
     try:
         with output_errors(job.partial):
-            _make(job, tokenizer, options, begun)
+            return _make(job, tokenizer, options, begun)
     except TokenizerError as error:
         give_up(job, error)
         raise
 
 
-def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, begun: Begun) -> None:
+def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, begun: Begun) -> Verification:
     job.source.check()
     done = begun.done
     if done and begun.is_touched:
@@ -171,9 +175,10 @@ def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, beg
         done -= parts_of_another_source(job, load_records(job, done))
     missing = [part for part in range(job.num_parts) if part not in done]
     steps_done = sum(stop - start for start, stop in map(job.rows, done))
-    _say(f"{options.input}: {job.source.num_steps:,} steps in {job.num_parts} parts; {tokenizer.backend.description}")
+    steps, parts = counted(job.source.num_steps, "step"), counted(job.num_parts, "part")
+    _say(f"{options.input}: {steps} in {parts}; {tokenizer.backend.description}")
     if done:
-        _say(f"going on: {len(done)} parts, {steps_done:,} steps, were finished by an earlier run")
+        _say(f"going on: {counted(len(done), 'part')}, {steps_done:,} steps, were finished by an earlier run")
     progress = Progress(job.source.num_steps, steps_done)
     if missing and options.engine == "ray":
         from runtime.dataset_ray import run_ray
@@ -187,19 +192,36 @@ def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, beg
         _report_decoded(job.output, progress, info.verification)
     else:
         _report_encoded(job, info, progress)
+    return info.verification
 
 
 def _report_encoded(job: Job, info: DatasetInfo, progress: Progress) -> None:
     size = sum(entry.size for entry in info.files.values())
     _say(f"✓ {_speed(progress)}")
+    _say(f"✓ verified: {info.verification.steps:,} steps read back equal what the tokenizer gives")
+    steps, episodes = counted(info.num_steps, "step"), counted(info.num_episodes, "episode")
     _say(
-        f"✓ verified: {info.verification.steps:,} steps read back equal what the tokenizer gives; decoded they are off "
-        f"by {info.verification.mean_error:.3g} on average, {info.verification.max_error:.3g} at most"
+        f"✓ {job.output}: {steps} of {episodes}, {size / info.num_steps:.1f} bytes a step, fingerprint "
+        f"{info.fingerprint[:16]}, source {info.source.sha256[:16]}"
     )
-    _say(
-        f"✓ {job.output}: {info.num_steps:,} steps of {info.num_episodes:,} episodes, {size / info.num_steps:.1f} "
-        f"bytes a step, fingerprint {info.fingerprint[:16]}, source {info.source.sha256[:16]}"
-    )
+
+
+def _report_worth(verification: Verification, output: Path) -> None:
+    """Of tokens: the grade in a line; where they are not good each dimension, and last what to do."""
+    found = verification.fidelity
+    if found is None:
+        return
+    if found.grade is not Grade.GOOD:
+        _say(found.table(f"{found.steps:,} steps of the source"))
+    _say(f"what the tokens are worth: {found.line}, on {found.steps:,} steps of the source")
+    if found.warning:
+        _say(found.warning)
+    if found.grade is Grade.WORTHLESS:
+        _say(f"WARNING: {output} is there all the same, and the exit status is 1: do not train a policy on it")
+
+
+def _grade(verification: Verification) -> Grade:
+    return Grade.GOOD if verification.fidelity is None else verification.fidelity.grade
 
 
 def _report_decoded(output: Path, progress: Progress, verification: Verification) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from runtime.bundle import open_bundle
 from runtime.compatibility import INTEGRATION_PATHS, matches_fingerprint
 from runtime.contract import Backend, BoundCall, Float32Array, GpuArrayLike, Int32Array
 from runtime.errors import CannotCopyError, FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
+from runtime.fidelity import Grade
 from runtime.golden import Golden, read_golden
 from runtime.manifest import GOLDEN_NAME, Manifest, ModelEntry
 from runtime.validation import InputValidator, is_gpu_array
@@ -22,6 +24,8 @@ from runtime.validation import InputValidator, is_gpu_array
 if TYPE_CHECKING:
     from runtime.gpu_arrays import GpuResult
     from runtime.gpu_calls import GpuCalls
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class ActionTokenizer:
 
         backend: a name, or `auto` for the best one that works here. expect_fingerprint: of the tokenizer that the
         policy was trained with, in full or its first digits (8 at least); what to do with another, the error says.
-        verify: whether to replay the golden vectors; hashes are always checked.
+        verify: whether to replay the golden vectors; hashes are always checked. A bundle whose build found its tokens
+        worthless is loaded with a warning in the log.
 
         Raises BundleError for a bundle that is missing, incomplete or altered, FingerprintError for another tokenizer,
         BackendUnavailableError where no backend can be used, SelfTestError where its answers are wrong, and
@@ -87,6 +92,12 @@ class ActionTokenizer:
         _check_fingerprint(bundle.manifest.fingerprint, expect_fingerprint)
         golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model) if verify else None
         tokenizer = cls(bundle.manifest, select_backend(backend, bundle, golden), golden)
+        quality = bundle.manifest.quality
+        if quality is not None and quality.fidelity.grade is Grade.WORTHLESS:
+            found = quality.fidelity.warning.removeprefix("WARNING: ")
+            _LOG.warning(
+                "%s, judged by the build on %s of %s: %s", bundle.folder, quality.judged_on, quality.source, found
+            )
         tokenizer._origin = _Origin(bundle.folder.absolute(), tokenizer.backend.name, tokenizer.fingerprint, verify)
         return tokenizer
 

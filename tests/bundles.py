@@ -22,6 +22,7 @@ from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecode
 from rfsq_ref.normaliser import Normaliser, NormaliserKind
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq_ref.rounding import token_error_bounds
+from runtime.fidelity import fidelity
 from runtime.gates import highest_limit, missing_gates
 from runtime.golden import Golden
 from runtime.manifest import (
@@ -34,6 +35,7 @@ from runtime.manifest import (
     Manifest,
     ModelEntry,
     ParityEntry,
+    QualityEntry,
     graph_tensors,
 )
 
@@ -46,6 +48,9 @@ class Recipe:
     """What to build; equal recipes give equal bundles.
 
     pool: how many times more steps are drawn than become golden vectors; those closest to an edge of L0 are kept.
+    knows_actions: whether the decoder's last layer is fitted, so that decoded actions resemble those that were encoded:
+    what a model with random weights alone gives is worthless.
+    error: what the manifest says of every action, in units of the normaliser; None where it says nothing.
     c_targets: what the generated C is compiled for; empty for the source alone, None for no C at all.
     compute_capability: of the GPU that the generated CUDA is compiled for; None for no CUDA at all.
     """
@@ -58,6 +63,8 @@ class Recipe:
     pool: int = 1
     has_normaliser: bool = True
     has_engine: bool = True
+    knows_actions: bool = False
+    error: float | None = None
     c_targets: tuple[str, ...] | None = None
     compute_capability: str | None = None
     seed: int = 0
@@ -114,6 +121,8 @@ def write_bundle(output: Path, deployed: Deployed | Recipe, *, overwrite: bool =
             entry = cuda_entry(source, deployed.recipe.compute_capability)
             staged.write(entry.file, compile_cuda(source, deployed.recipe.compute_capability))
             manifest = replace(manifest, engines=(*manifest.engines, entry))
+        if deployed.recipe.error is not None:
+            manifest = replace(manifest, quality=quality_of(manifest, deployed.recipe.error))
         for entry in manifest.engines:
             if entry.device:
                 proofs = proven(entry.backend, entry.device, manifest.model)
@@ -137,9 +146,21 @@ def random_model(recipe: Recipe) -> ActionAutoencoder:
         normaliser = Normaliser(NormaliserKind.MIN_MAX, tuple(offset.tolist()), tuple(scale.tolist()))
     model = ActionAutoencoder(config, conditioning, constants=constants, normaliser=normaliser).double().eval()
     model.requires_grad_(False)
+    if recipe.knows_actions:
+        _teach(model, recipe)
     if recipe.mode is DeployMode.RECOVERED:
         model.recovered = _recover(model, choose_prefixes(recipe.prefixes, config.num_layers))
     return model
+
+
+def _teach(model: ActionAutoencoder, recipe: Recipe) -> None:
+    """Fit the last layer to actions of the whole range, decoded from all layers."""
+    actions = torch.from_numpy(random_actions(recipe, 500, seed=2)).double().flatten(0, 1)
+    hidden = model.decoder[:2](model.dequantize(model.encode(actions)[0]))
+    features = torch.cat((hidden, torch.ones(len(hidden), 1)), dim=1)
+    solved = torch.linalg.lstsq(features, (actions - model.offset) / model.units).solution.float().double()
+    model.decoder[2].weight.copy_(solved[:-1].T)
+    model.decoder[2].bias.copy_(solved[-1])
 
 
 def export_graphs(deployed: Deployed) -> dict[str, bytes]:
@@ -210,6 +231,14 @@ def reference_decode(model: ActionAutoencoder, tokens: torch.Tensor, stats: torc
     """tokens [..., D, l] and all layers' stats [..., L, 2] to float64 actions [..., A]."""
     part = None if stats is None else stats[..., : tokens.shape[-1], :].double()
     return model.decode(tokens, part).numpy()
+
+
+def quality_of(manifest: Manifest, error: float = 0.01) -> QualityEntry:
+    """As if every action were decoded with this error, in units of the normaliser."""
+    unit, offset = (np.array(column) for column in (manifest.model.action_units, manifest.model.action_offset))
+    actions = offset + unit * np.linspace(-1, 1, 50)[:, None]
+    found = fidelity(actions, actions + error * unit, manifest.model.action_units, manifest.model.action_offset)
+    return QualityEntry("held-out episodes", "own.npz", "0" * 64, found)
 
 
 def make_manifest(deployed: Deployed) -> Manifest:

@@ -98,7 +98,7 @@ def test_defaults_fit_the_embedded_checkpoint(
     assert re.search(r"^autoencoder as trained, no quantiser, action MSE  1\.5\d+e-05$", printed, re.MULTILINE)
     assert re.search(r"^readout refitted, no quantiser +\d", printed, re.MULTILINE)
     # Each dimension in the robot's units, and nothing to warn of.
-    assert re.search(r"^dimension 6, robot units .*%$", printed, re.MULTILINE)
+    assert re.search(r"^dimension 6, robot units .*%  +good$", printed, re.MULTILINE)
     assert "WARNING" not in printed
 
 
@@ -111,9 +111,21 @@ def test_a_fit_that_does_not_surely_win_is_not_kept_but_said(
     assert run(tmp_path, "--calibration-data", data, "--readout-ridge", "1e6") == 0
     assert fitted(tmp_path).readout is None
     printed = capsys.readouterr().out
-    assert "stays as it was trained: refitting it does not surely win" in printed
+    assert "stays as it was trained: refitted it has 1 times the squared error" in printed
+    assert "random actions from the range that the model was trained for would have 1 times their squared" in printed
     assert run(tmp_path, "--calibration-data", data, "--readout", "on", "--overwrite") == 0
     assert fitted(tmp_path).readout is not None
+
+
+@has_blank_picture
+def test_worthless_tokens_have_the_last_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Degrees for a checkpoint that was trained in radians."""
+    actions = np.degrees(np.random.default_rng(0).uniform(-1, 1, (4, 100, 7))).astype(np.float32)
+    np.savez(tmp_path / "degrees.npz", actions=actions)
+    assert run(tmp_path, "--calibration-data", tmp_path / "degrees.npz", "--readout", "off") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("WARNING: the tokens are worthless")
+    assert "radians or degrees" in last
 
 
 @has_blank_picture

@@ -14,7 +14,15 @@ from calibration.constants import CalibrationConfig
 from calibration.data import is_certain_gain
 from calibration.errors import CalibrationError
 from calibration.fit import calibrate
-from calibration.readout import DEFAULT_READOUT, READOUT_OFF, RIDGES, ReadoutChoice, ReadoutConfig, fit_readout
+from calibration.readout import (
+    DEFAULT_READOUT,
+    READOUT_OFF,
+    RIDGES,
+    ReadoutChoice,
+    ReadoutConfig,
+    fit_readout,
+    held_out_warning,
+)
 from rfsq_ref.autoencoder import ModelConfig
 from rfsq_ref.checkpoints import Checkpoint, checkpoint_of
 from rfsq_ref.data import ActionDataset, EpisodeSplit, split_episodes
@@ -185,6 +193,60 @@ def test_it_is_kept_where_it_wins_and_says_by_how_much(robust: Checkpoint, split
     assert fit.cross_validated < 0.5
     assert f"{fit.cross_validated:.3g} times the squared error" in fit.remark
     assert fit.facts(DEFAULT_READOUT)["ridge"] in RIDGES
+
+
+def test_a_refusal_names_the_rule_and_its_figure(
+    robust: Checkpoint, split: EpisodeSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may win by far on episodes left out, and be refused all the same."""
+    monkeypatch.setattr(module, "_RANDOM_GAIN", 0.99)
+    fit = fit_readout(robust, split.calibration)
+    assert fit.readout is None
+    assert fit.cross_validated is not None
+    assert fit.cross_validated < 0.5
+    assert f"refitted it has {fit.cross_validated:.3g} times the squared error" in fit.remark
+    assert "but random actions from the range that the model was trained for would have" in fit.remark
+    assert "and 0.01 is the most that is allowed; --readout on refits it all the same" in fit.remark
+    assert "as --readout on asks for" in fit_readout(robust, split.calibration, on()).remark
+
+
+@pytest.mark.parametrize(
+    ("found", "rule"),
+    [
+        ({"certainty": 0.5}, "the gain is 0.5 times its standard error, and more than 1.5 is asked for"),
+        ({"lost": "in the robot's units it loses"}, "in the robot's units it loses"),
+        ({"random_ratio": 1.25}, "random actions from the range that the model was trained for would have 1.25 times"),
+    ],
+)
+def test_each_rule_refuses_in_words_of_its_own(found: dict[str, float | str], rule: str) -> None:
+    passes = module._Candidate(0.1, 0.5, certainty=3.0, needed=1.5, lost="", random_ratio=0.9)
+    assert passes.objection == ""
+    assert "the gain is 3 times its standard error (1.5 is asked for)" in passes.remark(is_kept=True)
+    refused = replace(passes, **found)
+    assert rule in refused.objection
+    assert rule in refused.remark(is_kept=False)
+
+
+def test_what_is_lost_on_episodes_left_out_is_named_by_what_it_was_decoded_from() -> None:
+    episodes = _random_episodes(4)
+    problem = module._problem(calibrate(_tiny(), episodes, CalibrationConfig(), READOUT_OFF), episodes)
+    views = (problem.exact, *problem.decoded)
+    before = torch.ones(len(views), 2, 4)
+    after = before.clone()
+    assert module._lost(views, before, after) == ""
+    after[1, 1] = 1.1
+    assert module._lost(views, before, after).startswith(
+        "in the robot's units, decoded from the tokens of the first layer of episodes left out, it has 1.1 times the "
+        "squared error, and 1.01 is the most"
+    )
+
+
+def test_a_refit_that_lost_where_it_is_judged_is_told() -> None:
+    assert held_out_warning(5.279e-2, 5.344e-2, "held-out episodes") == (
+        "the refitted readout lost on held-out episodes: action MSE 5.344e-02, as trained 5.279e-02 (+1.2%); --readout "
+        "off keeps the trained layer"
+    )
+    assert held_out_warning(2.0, 1.0, "held-out episodes") == held_out_warning(2.0, None, "held-out episodes") == ""
 
 
 def test_gains_that_a_few_episodes_make_are_luck() -> None:

@@ -22,7 +22,7 @@ import torch
 
 from calibration.constants import CalibrationConfig
 from calibration.fit import calibrate
-from calibration.readout import ReadoutChoice, ReadoutConfig
+from calibration.readout import ReadoutChoice, ReadoutConfig, held_out_warning
 from calibration.recovered import RecoveredConfig
 from export import engines, pipeline, sources, trt_builder
 from export.batches import Profile
@@ -31,8 +31,9 @@ from export.c_builder import find_compiler
 from export.errors import GateError
 from export.fingerprint import fingerprint
 from export.graphs import LinearForm
-from export.pipeline import BuildConfig, BuildResult, build
+from export.pipeline import BuildConfig, BuildResult, _closing_tables, build
 from export.plan import DeployMode
+from export.reference import AS_TRAINED, REFITTED
 from rfsq_ref.autoencoder import ModelConfig
 from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from rfsq_ref.data import EpisodeSplit, chunk, load_actions
@@ -42,7 +43,8 @@ from runtime import ActionTokenizer
 from runtime.bundle import open_bundle
 from runtime.checkpoint_layouts import recorded_hashes, weight_hashes
 from runtime.cpu_targets import host_targets
-from runtime.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, MANIFEST_NAME, Manifest
+from runtime.fidelity import Grade
+from runtime.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, MANIFEST_NAME, Manifest, ParityEntry
 from tests.bundles import bundle_files, graph_file
 from tests.export.machine import needs_no_gpu, needs_rtx
 from tests.rfsq_ref.published_model import ActionRFSQAE
@@ -477,10 +479,30 @@ def test_every_mode_builds_for_a_robust_model_of_other_sizes(
     # Nobody trained this model: it is built, and people are told.
     output = capsys.readouterr().out
     assert "action MSE, normalised units²" in output
-    assert re.search(r"^dimension 3, robot units +\S+ +\S+ +\S+ +\S+%$", output, re.MULTILINE)
-    assert "WARNING: decoded actions lose more than 1% of the variance in 4 of 4 dimensions" in output
+    assert re.search(r"^dimension 3, robot units +\S+ +\S+ +\S+ +\S+% +(poor|worthless)$", output, re.MULTILINE)
     assert result.fidelity is not None
-    assert result.fidelity.warning in output
+    assert result.fidelity.grade is not Grade.GOOD
+    # After the line that says that all went well, which else would be the last word.
+    *_, tick, line, warning = output.splitlines()
+    assert tick.startswith("✓ ")
+    quality = result.manifest.quality
+    assert quality is not None
+    assert line == f"what the tokens are worth: {quality.line}"
+    assert warning == result.fidelity.warning
+    assert (quality.source, quality.fidelity) == ("episodes.npz", result.fidelity)
+    # Which engine has the flips.
+    assert re.search(r"^onnxruntime \(CPU\), encode: near-tie flips: L0 to L4: ", output, re.MULTILINE)
+
+
+def test_the_closing_tables_name_the_engines_of_a_remark_and_a_refit_that_lost() -> None:
+    flips = ParityEntry("c", "encode: near-tie flips", 8, 3, 9, "L0 to L1: 2 1", "x86-64-v3")
+    parity = (flips, replace(flips, device="x86-64"), replace(flips, detail="L0 to L1: 3 0", device="x86-64-v4"))
+    text = _closing_tables(parity, {AS_TRAINED: 5.279e-2, REFITTED: 5.344e-2}, None, "held-out episodes")
+    assert "\nc (x86-64-v3), c (x86-64), encode: near-tie flips: L0 to L1: 2 1\n" in text
+    assert "\nc (x86-64-v4), encode: near-tie flips: L0 to L1: 3 0\n" in text
+    assert text.endswith(held_out_warning(5.279e-2, 5.344e-2, "held-out episodes"))
+    won = _closing_tables(parity, {AS_TRAINED: 2.0, REFITTED: 1.0}, None, "held-out episodes")
+    assert "lost on" not in won
 
 
 def test_a_readout_is_refused_where_nothing_is_calibrated(tmp_path: Path) -> None:

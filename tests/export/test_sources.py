@@ -173,9 +173,28 @@ def test_episodes_too_few_to_hold_any_out_are_not_called_held_out(robust: Checkp
 
 def test_a_fit_to_very_few_steps_is_warned_of_on_a_line_of_its_own(robust: Checkpoint, tmp_path: Path) -> None:
     path = write_episodes(tmp_path / "own.npz", 7, episodes=3)
-    _, warning = load_build_data(robust, path, is_needed=True).description.splitlines()
+    _, warning, unsplit = load_build_data(robust, path, is_needed=True).description.splitlines()
     assert warning.startswith("WARNING: only 150 steps to calibrate on; expected 200")
+    assert unsplit == (
+        "WARNING: 3 episodes cannot be split, so the verdict is of the very data that are fitted to, and new ones may "
+        "be worse: give 4 episodes or more"
+    )
     assert "WARNING" not in load_build_data(robust, path, is_needed=False).description
+
+
+def test_data_without_borders_between_episodes_are_warned_of_with_the_remedy(
+    robust: Checkpoint, tmp_path: Path
+) -> None:
+    path = tmp_path / "flat.npy"
+    np.save(path, np.random.default_rng(0).uniform(-1, 1, (1000, 7)).astype(np.float32))
+    first, warning = load_build_data(robust, path, is_needed=True).description.splitlines()
+    assert first.startswith("flat.npy: 1 episode; all of it, too few episodes to split; in numbers or episode borders")
+    assert warning.startswith("WARNING: 1 episode cannot be split, so the verdict is of the very data")
+    assert "no episode_ends and no episode_index was found in flat.npy, so all 1000 steps count as one" in warning
+    assert "episode_ends=ends" in warning
+    # The same numbers with borders.
+    np.savez(tmp_path / "ends.npz", actions=np.load(path), episode_ends=np.arange(100, 1001, 100))
+    assert "WARNING" not in load_build_data(robust, tmp_path / "ends.npz", is_needed=True).description
 
 
 def test_data_of_another_action_dimension_is_refused(robust: Checkpoint, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from rfsq_ref.data import (
     split_episodes,
 )
 from rfsq_ref.errors import DataError
+from runtime.paths import counted
 
 ROOT = Path(__file__).parents[2]
 # Twelve episodes, so that demo_10 and demo_11 show whether names are sorted as numbers.
@@ -782,8 +783,24 @@ def test_fractions_are_positive_and_add_up(fractions: tuple[float, float, float,
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_too_few_episodes_say_how_many_are_needed(count: int) -> None:
-    with pytest.raises(DataError, match=rf"made up has {count} episodes; 4 are needed"):
+    with pytest.raises(DataError, match=rf"made up has {counted(count, 'episode')}; 4 are needed.*record more"):
         split_episodes(dataset_of(["lift"] * count))
+
+
+def test_too_few_because_no_border_was_found_says_how_to_give_them(tmp_path: Path) -> None:
+    """One flat array is one episode only where the file does not say otherwise."""
+    actions = np.zeros((40, 3), np.float32)
+    np.savez(tmp_path / "flat.npz", actions=actions)
+    dataset = load_actions(tmp_path / "flat.npz")
+    assert not dataset.has_borders
+    with pytest.raises(DataError, match=r"flat\.npz has 1 episode; .*no episode_ends and no episode_index was found"):
+        split_episodes(dataset)
+    for borders in ({"episode_ends": np.array([40])}, {"episode_index": np.zeros(40, np.int64)}):
+        np.savez(tmp_path / "cut.npz", actions=actions, **borders)
+        dataset = load_actions(tmp_path / "cut.npz")
+        assert (dataset.has_borders, dataset.missing_borders) == (True, "")
+        with pytest.raises(DataError, match=r"cut\.npz has 1 episode; .*record more"):
+            split_episodes(dataset)
 
 
 # Chunks --------------------------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ def bundle(bundle_of: Callable[[Recipe], Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def c_bundle(bundle_of: Callable[[Recipe], Path]) -> Path:
-    """The same with generated C, compiled for this processor; not to be changed."""
-    return bundle_of(Recipe(c_targets=(host_targets()[0],)))
+    """One that knows its actions, with generated C, compiled for this processor; not to be changed."""
+    return bundle_of(Recipe(c_targets=(host_targets()[0],), knows_actions=True))
 
 
 @pytest.fixture

@@ -16,11 +16,10 @@ Episodes = Sequence[np.ndarray]
 
 
 def random_episodes(lengths: Sequence[int], width: int = 3, seed: int = 0) -> list[np.ndarray]:
-    """float32 [steps, width] each: steps that follow one another, as a robot's do."""
+    """float32 [steps, width] each: steps that follow one another, as a robot's do, and turn round at the ends."""
     rng = np.random.default_rng(seed)
-    return [
-        np.clip(np.cumsum(rng.normal(0, 0.1, (length, width)), axis=0), -1, 1).astype(np.float32) for length in lengths
-    ]
+    walks = (np.cumsum(rng.normal(0, 0.1, (length, width)), axis=0) for length in lengths)
+    return [(np.abs((walk - 1) % 4 - 2) - 1).astype(np.float32) for walk in walks]
 
 
 def lerobot_table(episodes: Episodes, first: int = 0, *, as_list: bool = False) -> pa.Table:

@@ -299,23 +299,23 @@ def test_an_output_in_its_input_is_refused(source: Path, tokens: Path, c_bundle:
 
 @pytest.mark.parametrize("name", ["out.parquet", "out.hdf5"])
 def test_a_full_disk_is_said_and_the_job_goes_on_when_there_is_room(
-    name: str, source: Path, bundle: Path, tmp_path: Path
+    name: str, source: Path, c_bundle: Path, tmp_path: Path
 ) -> None:
     output, options = tmp_path / name, []
     if name != "out.parquet":
-        run(source, tmp_path / "tokens.parquet", bundle)
+        run(source, tmp_path / "tokens.parquet", c_bundle)
         source, options = tmp_path / "tokens.parquet", ["--decode"]
     code = (
         "import json, resource, signal, sys; from runtime.tokenize_dataset import main; "
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); "
         "sys.exit(main(json.loads(sys.argv[1])))"
     )
-    given = json.dumps(arguments(source, output, bundle, *options))
+    given = json.dumps(arguments(source, output, c_bundle, *options))
     result = subprocess.run([sys.executable, "-c", code, given], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stderr
     assert re.search("error: .*partial cannot be written: .* make room or choose another place", result.stderr)
     assert not output.exists()
-    run(source, output, bundle, *options)
+    run(source, output, c_bundle, *options)
     assert output.exists()
 
 

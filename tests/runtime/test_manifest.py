@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from runtime.errors import BundleError
 from runtime.manifest import ParityEntry, graph_tensors, manifest_text, parse_manifest
-from tests.bundles import Recipe, deploy, engine_entry, make_manifest
+from tests.bundles import Recipe, deploy, engine_entry, make_manifest, quality_of
 
 MANIFEST = make_manifest(deploy(Recipe()))
 TEXT = manifest_text(MANIFEST)
@@ -19,6 +19,12 @@ TEXT = manifest_text(MANIFEST)
 
 def test_reading_gives_what_was_written() -> None:
     assert parse_manifest(TEXT) == MANIFEST
+
+
+def test_what_the_tokens_are_worth_is_read_back_and_may_be_missing() -> None:
+    assert "quality" not in json.loads(TEXT)
+    rated = replace(MANIFEST, quality=quality_of(MANIFEST))
+    assert parse_manifest(manifest_text(rated)) == rated
 
 
 def test_counts_are_numbers_like_any_other() -> None:
@@ -55,6 +61,7 @@ def with_content(**changes: Any) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        (with_content(quality=None), r"quality is None; expected an object"),
         (with_content(surprise=1), r"unknown keys \['surprise'\]"),
         (with_content(schema_version=1), r"schema version 1; this runtime reads 2: build the bundle again with this"),
         (with_content(schema_version=2.0), "schema_version is 2.0; expected int"),

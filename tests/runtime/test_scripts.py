@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -226,6 +227,24 @@ def test_inspection_shows_what_is_in_the_bundle(altered: Path, capsys: pytest.Ca
     ):
         assert part in printed
     assert "✓ validated" not in printed
+
+
+def test_inspection_and_selftest_show_what_the_tokens_are_worth(
+    bundle_of: Callable[[Recipe], Path], bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rated = str(bundle_of(Recipe(error=2.0)))
+    assert inspect_bundle.main([rated]) == 0
+    printed = capsys.readouterr().out
+    assert "what the tokens are worth: worthless; in robot units: RMS error at most" in printed
+    assert "on 50 steps of own.npz (held-out episodes)" in printed
+    assert re.search(r"^  dimension 2, robot units .* worthless$", printed, re.MULTILINE)
+    assert "  WARNING: the tokens are worthless" in printed
+    assert inspect_bundle.main([rated, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["quality"]["fidelity"]["steps"] == 50
+    assert selftest.main([rated]) == 0
+    assert "– what the tokens are worth, by the build: worthless; in robot units: " in capsys.readouterr().out
+    assert inspect_bundle.main([str(bundle)]) == 0
+    assert "what the tokens are worth: not recorded" in capsys.readouterr().out
 
 
 def test_inspection_obeys_no_control_characters(altered: Path, capsys: pytest.CaptureFixture[str]) -> None:

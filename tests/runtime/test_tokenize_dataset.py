@@ -1,5 +1,6 @@
 """The command: what it writes, that nothing interrupts it for good, and what it refuses."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -15,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from rfsq_ref.data import load_actions
-from runtime import ActionTokenizer
+from runtime import ActionTokenizer, dataset_partial, tokenize_dataset
 from runtime.dataset_errors import IllegalActionError, OutputError, SourceError, TokenDatasetError
-from runtime.dataset_format import INFO_NAME, SCHEMA_VERSION
+from runtime.dataset_format import INFO_NAME, SCHEMA_VERSION, info_text, parse_info
 from runtime.dataset_progress import Progress, duration
 from runtime.dataset_reader import open_token_dataset
 from runtime.errors import FingerprintError, InvalidInputError, TokenizerError
+from runtime.fidelity import Grade, fidelity
 from tests.bundles import Recipe
 from tests.runtime.dataset_command import LENGTHS, PART, ROOT, arguments, files, refusal, run
 from tests.runtime.dataset_samples import (
@@ -264,7 +266,8 @@ def test_other_lengths_than_stated_are_refused(c_bundle: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("steps", [1, 511, 513, 4095, 4097])
 def test_the_verification_counts_every_step_once(steps: int, c_bundle: Path, tmp_path: Path) -> None:
-    run(write_npz(tmp_path / "x.npz", random_episodes([steps])), tmp_path / "x.parquet", c_bundle)
+    actions = np.random.default_rng(0).uniform(-1, 1, (steps, 3)).astype(np.float32)
+    run(write_npz(tmp_path / "x.npz", [actions]), tmp_path / "x.parquet", c_bundle)
     assert open_token_dataset(tmp_path / "x.parquet").info.verification.steps == min(steps, 4096)
 
 
@@ -450,10 +453,66 @@ def test_the_command_says_what_it_did(
     lines = capsys.readouterr().out.splitlines()
     assert re.fullmatch(r".*: 20,001 steps in 3 parts; generated C for .*", lines[0])
     assert re.fullmatch(r"✓ 20,001 steps in \d+ s, \d+\.\d\d million steps/s", lines[1])
-    assert re.fullmatch(r"✓ verified: 4,096 steps read back equal .* by \S+ on average, \S+ at most", lines[2])
+    assert re.fullmatch(r"✓ verified: 4,096 steps read back equal what the tokenizer gives", lines[2])
     assert re.fullmatch(
         r"✓ .*out.zarr: 20,001 steps of 4 episodes, .* fingerprint [0-9a-f]{16}, source [0-9a-f]{16}", lines[3]
     )
+
+
+def test_poor_tokens_are_told_by_dimension_and_worthless_ones_end_red(
+    c_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same words as a build's, from what is decoded; and again where the same command is run again."""
+    steps = np.random.default_rng(3).uniform(-1, 1, (3000, 3)).astype(np.float32)
+    run(write_npz(tmp_path / "own.npz", [steps]), tmp_path / "poor.parquet", c_bundle)
+    with ActionTokenizer.load(c_bundle) as tokenizer:
+        model, decoded = tokenizer.model, tokenizer.decode(tokenizer.encode(steps.reshape(-1, 2, 3))).reshape(-1, 3)
+    found = fidelity(steps, decoded, model.action_units, model.action_offset)
+    assert found.grade is Grade.POOR
+    *_, line, warning = capsys.readouterr().out.splitlines()
+    assert line.startswith("what the tokens are worth: poor; in robot units: ")
+    assert warning == found.warning
+    recorded = open_token_dataset(tmp_path / "poor.parquet").info.verification.fidelity
+    assert recorded is not None
+    assert recorded.rmse == pytest.approx(found.rmse)
+    assert (recorded.largest, recorded.low, recorded.high) == (found.largest, found.low, found.high)
+
+    degrees = write_npz(tmp_path / "degrees.npz", [np.degrees(steps)])
+    given = arguments(degrees, tmp_path / "worthless.parquet", c_bundle)
+    assert tokenize_dataset.main(given) == 1
+    *_, warning, last = capsys.readouterr().out.splitlines()
+    assert warning.startswith(
+        "WARNING: the tokens are worthless: always sending the mean would do better, or about as "
+    )
+    assert "lie far outside of what the model was trained for" in warning
+    assert "radians or degrees" in warning
+    output = tmp_path / "worthless.parquet"
+    assert last == f"WARNING: {output} is there all the same, and the exit status is 1: do not train a policy on it"
+    assert (output / INFO_NAME).is_file()
+
+
+def test_worthless_tokens_end_red_where_an_earlier_run_has_made_them(
+    c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = np.degrees(np.random.default_rng(3).uniform(-1, 1, (300, 3))).astype(np.float32)
+    given = arguments(write_npz(tmp_path / "degrees.npz", [steps]), tmp_path / "out.parquet", c_bundle)
+    with monkeypatch.context() as patch:
+        # As if killed when all was done but cleaning up.
+        patch.setattr(dataset_partial, "_clean_up", lambda _: None)
+        assert tokenize_dataset.main(given) == 1
+    capsys.readouterr()
+    assert tokenize_dataset.main(given) == 1
+    printed = capsys.readouterr().out
+    assert "was finished by an earlier run" in printed
+    assert "WARNING: the tokens are worthless" in printed
+
+
+def test_a_dataset_of_before_the_verdict_was_recorded_is_read(tokens: Path) -> None:
+    info = open_token_dataset(tokens).info
+    before = dataclasses.replace(info, verification=dataclasses.replace(info.verification, fidelity=None))
+    text = info_text(before)
+    assert "fidelity" not in text
+    assert parse_info(text, tokens / INFO_NAME) == before
 
 
 def test_verification_finds_tokens_that_are_not_those_of_the_source(

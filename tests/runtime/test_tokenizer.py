@@ -1,9 +1,11 @@
 """`ActionTokenizer` gives the reference's answers for any sizes and mode, whoever calls it and how often."""
 
+import logging
 import re
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,19 @@ from hypothesis import HealthCheck, given, settings
 
 from export.plan import DeployMode
 from rfsq_ref.rounding import token_error_bounds
-from runtime import ActionTokenizer, FingerprintError, InvalidInputError, SelfTestError, TokenizerError
+from runtime import ActionTokenizer, BundleError, FingerprintError, InvalidInputError, SelfTestError, TokenizerError
+from runtime.bundle import check_manifest, open_bundle
 from runtime.comparison import action_errors, compare_tokens
 from runtime.gates import GATES
 from runtime.manifest import ModelEntry
-from tests.bundles import Recipe, deploy, random_actions, reference_decode, write_bundle
+from tests.bundles import (
+    Recipe,
+    deploy,
+    quality_of,
+    random_actions,
+    reference_decode,
+    write_bundle,
+)
 from tests.strategies import recipes
 
 
@@ -270,6 +280,28 @@ def test_first_digits_that_are_too_few_are_refused_even_if_right(bundle: Path) -
         fingerprint = tokenizer.fingerprint
     with pytest.raises(InvalidInputError, match="of 7 characters; expected a str of 8 to 64 hexadecimal digits"):
         ActionTokenizer.load(bundle, expect_fingerprint=fingerprint[:7])
+
+
+def test_a_bundle_of_worthless_tokens_is_loaded_with_a_warning(
+    bundle_of: Callable[[Recipe], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    for error, is_warned in ((0.01, False), (0.1, False), (2.0, True)):
+        caplog.clear()
+        with ActionTokenizer.load(bundle_of(Recipe(error=error))):
+            messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        found = [line for line in messages if "the tokens are" in line]
+        assert len(found) == is_warned
+        assert all("on held-out episodes of own.npz: the tokens are worthless" in line for line in found)
+
+
+def test_what_the_tokens_are_worth_is_refused_where_it_is_that_of_another_model(bundle: Path) -> None:
+    manifest = open_bundle(bundle).manifest
+    quality = quality_of(manifest)
+    check_manifest(replace(manifest, quality=quality), is_proven=False)
+    for wrong in ({"unit": (1.0, 1.0, 1.0)}, {"rmse": (0.1,)}, {"steps": 0}):
+        other = replace(quality, fidelity=replace(quality.fidelity, **wrong))
+        with pytest.raises(BundleError, match="the quality is not that of this model"):
+            check_manifest(replace(manifest, quality=other), is_proven=False)
 
 
 def test_without_verification_wrong_answers_go_unnoticed(tmp_path: Path) -> None:
