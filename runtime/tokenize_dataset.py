@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from typing import cast
 
-from runtime.console import prepare_console, printable
+from runtime.console import counted, duration, prepare_console, printable
 from runtime.dataset_errors import OutputError, TokenDatasetError
 from runtime.dataset_files import FileFormat, write_file
 from runtime.dataset_finish import complete
@@ -25,7 +25,7 @@ from runtime.dataset_format import PART_STEPS, Compression, DatasetInfo, Storage
 from runtime.dataset_job import Job, partial_folder, plan
 from runtime.dataset_partial import Begun, begin, give_up, load_records, locked, output_errors, was_finished
 from runtime.dataset_parts import parts_of_another_source, run_local
-from runtime.dataset_progress import Progress, duration
+from runtime.dataset_progress import Progress
 from runtime.dataset_reader import check_fingerprint, open_token_dataset
 from runtime.dataset_sources import open_source
 from runtime.dataset_steps import Source
@@ -105,7 +105,7 @@ def convert(options: argparse.Namespace) -> None:
             if dataset.info.content != "tokens":
                 raise TokenDatasetError(f"{options.input} holds {dataset.info.content}; expected tokens to decode")
             if kind in ("npz", "hdf5"):
-                _say(f"{options.input}: {dataset.num_steps:,} steps; {tokenizer.backend.description}")
+                _say(f"{options.input}: {counted(dataset.num_steps, 'step')}; {tokenizer.backend.description}")
                 progress = Progress(dataset.num_steps)
                 verification = write_file(
                     dataset,
@@ -171,9 +171,10 @@ def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, beg
         done -= parts_of_another_source(job, load_records(job, done))
     missing = [part for part in range(job.num_parts) if part not in done]
     steps_done = sum(stop - start for start, stop in map(job.rows, done))
-    _say(f"{options.input}: {job.source.num_steps:,} steps in {job.num_parts} parts; {tokenizer.backend.description}")
+    size = f"{counted(job.source.num_steps, 'step')} in {counted(job.num_parts, 'part')}"
+    _say(f"{options.input}: {size}; {tokenizer.backend.description}")
     if done:
-        _say(f"going on: {len(done)} parts, {steps_done:,} steps, were finished by an earlier run")
+        _say(f"going on: {counted(len(done), 'part')}, {counted(steps_done, 'step')}, finished by an earlier run")
     progress = Progress(job.source.num_steps, steps_done)
     if missing and options.engine == "ray":
         from runtime.dataset_ray import run_ray
@@ -197,8 +198,9 @@ def _report_encoded(job: Job, info: DatasetInfo, progress: Progress) -> None:
         f"by {info.verification.mean_error:.3g} on average, {info.verification.max_error:.3g} at most"
     )
     _say(
-        f"✓ {job.output}: {info.num_steps:,} steps of {info.num_episodes:,} episodes, {size / info.num_steps:.1f} "
-        f"bytes a step, fingerprint {info.fingerprint[:16]}, source {info.source.sha256[:16]}"
+        f"✓ {job.output}: {info.num_steps:,} steps of {counted(info.num_episodes, 'episode')}, "
+        f"{size / info.num_steps:.1f} bytes a step, fingerprint {info.fingerprint[:16]}, "
+        f"source {info.source.sha256[:16]}"
     )
 
 
@@ -213,7 +215,8 @@ def _say(text: str) -> None:
 
 
 def _speed(progress: Progress) -> str:
-    return f"{progress.steps:,} steps in {duration(progress.seconds)}, {progress.rate / 1e6:.2f} million steps/s"
+    speed = f", {progress.speed}" if progress.speed else ""
+    return f"{counted(progress.steps, 'step')} in {duration(progress.seconds)}{speed}"
 
 
 if __name__ == "__main__":
