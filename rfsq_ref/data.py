@@ -23,6 +23,7 @@ import numpy.typing as npt
 from rfsq_ref.errors import DataError
 from runtime.dataset_errors import SourceError
 from runtime.dataset_hdf5 import HDF5_SUFFIXES, hdf5_files
+from runtime.dataset_npz import OF_OBJECTS
 from runtime.dataset_steps import is_hidden, natural
 from runtime.hdf5_layouts import find_episodes
 from runtime.paths import as_path, shortlist
@@ -239,22 +240,35 @@ def _optional(module: str) -> Any:
 def _missing(source: str, key: str | None, found: Iterable[object]) -> DataError:
     wanted = repr(key) if key else "action array"
     listed = shortlist(found) or "nothing"
-    return DataError(f"{source} has no {wanted}; found {listed}; expected `actions`: name the right one with key=")
+    return DataError(
+        f"{source} has no {wanted}; found {listed}; expected `actions`: name the right one with --key (key=)"
+    )
 
 
 # numpy and torch files: named arrays ---------------------------------------------------------------------------------
 
 
 def _read_npz(path: Path, key: str | None) -> list[_Episode]:
-    with _readable(path, "a .npz file", b"PK"), np.load(path, allow_pickle=False) as arrays:
+    with _readable(path, "a .npz file", b"PK"), _plain(path.name), np.load(path, allow_pickle=False) as arrays:
         return _from_arrays(arrays, key, path.name)
 
 
 def _read_npy(path: Path, key: str | None) -> list[_Episode]:
     if key is not None:
         raise DataError(f"{path.name} holds one array without a name, so key={key!r} cannot be found; leave key out")
-    with _readable(path, "a .npy file", b"\x93NUMPY"):
+    with _readable(path, "a .npy file", b"\x93NUMPY"), _plain(path.name):
         return _from_arrays({"actions": np.load(path, allow_pickle=False)}, None, path.name)
+
+
+@contextmanager
+def _plain(source: str) -> Iterator[None]:
+    """An array of Python objects is no damage, and is not read: it could run code."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Object arrays cannot be loaded"):
+            raise
+        raise DataError(f"{source} {OF_OBJECTS}") from error
 
 
 def _read_pt(path: Path, key: str | None) -> list[_Episode]:
@@ -273,12 +287,24 @@ def _read_pt(path: Path, key: str | None) -> list[_Episode]:
         if isinstance(content, torch.Tensor):
             content = {"actions": content}
         elif isinstance(content, list | tuple):
+            others = sorted({type(part).__name__ for part in content if not isinstance(part, torch.Tensor)})
+            if others:
+                raise DataError(
+                    f"{path.name} holds a list with {', '.join(others)} in it; expected tensors alone, one [steps, A] "
+                    "for each episode: save such as [episode['action'] for episode in episodes]"
+                )
             content = {f"episode_{index}": tensor for index, tensor in enumerate(content)}
         if not isinstance(content, Mapping):
             raise DataError(
                 f"{path.name} holds a {type(content).__name__}; expected a tensor, a list or a dict of tensors"
             )
         tensors = {str(name): array(value) for name, value in content.items() if isinstance(value, torch.Tensor)}
+        if content and not tensors:
+            kinds = [f"{name} ({type(value).__name__})" for name, value in content.items()]
+            raise DataError(
+                f"{path.name} holds no tensor; found {shortlist(kinds)}; expected `actions`, a tensor or a list of "
+                "tensors"
+            )
         return _from_arrays(tensors, key, path.name)
 
 

@@ -33,6 +33,11 @@ from runtime.paths import shortlist
 
 # In order of preference; the names with a slash are those of diffusion-policy replay buffers.
 _ACTION_NAMES = ("actions", "action", "data/actions", "data/action", "data")
+#: Of an array whose numbers lie in other objects, as numpy makes of a list of episodes of different lengths.
+OF_OBJECTS = (
+    "is an array of Python objects, such as episodes of different lengths, and reading those could run code; expected "
+    "plain numbers: save one array [steps, A] for each episode with np.savez(path, demo_0=..., demo_1=...)"
+)
 _END_NAMES = ("episode_ends", "meta/episode_ends")
 _NUMBERS_NAME = "episode_index"
 _SLICE_STEPS = 1 << 20
@@ -197,7 +202,7 @@ def _choose(arrays: Mapping[str, _Array], key: str | None, source: str) -> tuple
 
 def _check_actions(array: _Array, source: str) -> None:
     if array.dtype.hasobject:
-        raise SourceError(f"{source}: {array.name!r} holds Python objects, which could run code; save plain arrays")
+        raise SourceError(f"{source}: {array.name!r} {OF_OBJECTS}")
     if array.dtype.kind != "f" or len(array.shape) not in (2, 3) or not all(array.shape):
         raise SourceError(
             f"{source}: {array.name!r} is {array.dtype} {list(array.shape)}; expected floating-point numbers [N, A] or "
