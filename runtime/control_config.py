@@ -115,7 +115,7 @@ class ControlConfig:
     stale_after_s: float = 0.5
     on_fault: OnFault = OnFault.HOLD_LAST
     out_of_range: OutOfRange = OutOfRange.REJECT
-    # A model of five episodes decoded grippers that stood at their limits up to 3.6 % outside.
+    # A model of twenty episodes decoded grippers that stood at their limits up to 3.6 % outside.
     range_tolerance: float | tuple[float, ...] = 0.05
     max_consecutive_faults: int = 50
     strategy: Strategy = Strategy.LATEST_ONLY
