@@ -180,12 +180,15 @@ def _run(
     """Results in the order of the jobs."""
     if workers == 1:
         make_deterministic()
-        return {name: work(*arguments) for name, (work, arguments) in tqdm(jobs.items(), disable=not show_progress)}
+        return {
+            name: work(*arguments)
+            for name, (work, arguments) in tqdm(jobs.items(), disable=None if show_progress else True)
+        }
     results: dict[str, object] = {}
     # Spawned: a forked process would share torch's threads.
     with (
         ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), make_deterministic) as pool,
-        tqdm(total=len(jobs), unit="job", disable=not show_progress) as progress,
+        tqdm(total=len(jobs), unit="job", disable=None if show_progress else True) as progress,
     ):
         futures = {pool.submit(work, *arguments): name for name, (work, arguments) in jobs.items()}
         try:

@@ -237,7 +237,7 @@ def train_residual(
     generator = torch.Generator().manual_seed(config.seed)
     model = ResidualAutoencoder(config, dataset.action_dim, normaliser)
     total = config.unquantised_epochs + config.epochs
-    with tqdm(total=total, unit="epoch", desc=config.family.value, disable=not show_progress) as progress:
+    with tqdm(total=total, unit="epoch", desc=config.family.value, disable=None if show_progress else True) as progress:
         for quantised, epochs in ((False, config.unquantised_epochs), (True, config.epochs)):
             if quantised and config.family is ResidualFamily.VQ:
                 _fit_codebooks(model, actions)

@@ -159,7 +159,8 @@ def _run(
 def _progress(episodes: Iterator[Episode], total: int) -> Iterator[Episode]:
     from tqdm import tqdm
 
-    yield from tqdm(episodes, total=total, unit="episode", desc="closed loop", mininterval=5.0, smoothing=0.1)
+    shown = {"unit": "episode", "desc": "closed loop", "mininterval": 5.0, "smoothing": 0.1}
+    yield from tqdm(episodes, total=total, disable=None, **shown)
 
 
 class _Worker:

@@ -30,7 +30,6 @@ CONFIG = ControlConfig.from_values(
         "action_kind": ["delta"] * 6 + ["absolute"],
         "gripper": [6],
         "stale_after_s": 0.5,
-        "out_of_range": "limit",
         "max_consecutive_faults": 40,
         "deadline_us": 10_000,
     }

@@ -27,6 +27,8 @@ CONFIG = ControlConfig.from_values(
         "action_kind": ["delta"] * 6 + ["absolute"],
         "gripper": [6],
         "out_of_range": "limit",
+        # So that `is_limited` tells of the slew limit alone.
+        "range_tolerance": 0,
     }
 )
 PERIOD_NS = round(CONFIG.period_s * 1e9)

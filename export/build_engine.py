@@ -123,7 +123,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--parity-steps", type=int, help="default: 120000")
     parser.add_argument(
-        "--from-bundle", type=path_argument, metavar="BUNDLE", help="add engines for this machine to this bundle"
+        "--from-bundle",
+        type=path_argument,
+        metavar="BUNDLE",
+        help="add engines for this machine to this bundle: those that can be proven here, or all of --backends",
     )
     return parser
 

@@ -187,8 +187,8 @@ def _only_target(backend: str) -> tuple[str, ...]:
 @contextlib.contextmanager
 def opened_backends(
     bundle: Bundle, wanted: Sequence[str] | None, *, required: Sequence[str] = ()
-) -> Iterator[tuple[list[Backend], list[str]]]:
-    """Every backend that runs here, and a line for every one that does not; closed when the block ends.
+) -> Iterator[tuple[list[Backend], dict[str, str]]]:
+    """Every backend that runs here, and why every other one does not; closed when the block ends.
 
     wanted: None for all. Engines that are asked for may be for another machine. Raises BackendUnavailableError where
     one that is required does not run.
@@ -199,7 +199,7 @@ def opened_backends(
     compiled = [entry.targets[0] for entry in bundle.manifest.engines if entry.backend == "c"]
     with contextlib.ExitStack() as stack:
         backends: list[Backend] = []
-        absent: list[str] = []
+        absent: dict[str, str] = {}
         for name in names:
             if name in _GPU_ENGINES and name not in engines:
                 continue
@@ -208,7 +208,7 @@ def opened_backends(
             except BackendUnavailableError as error:
                 if name in required:
                     raise
-                absent.append(f"{name}: {error}")
+                absent[name] = str(error)
         if wanted is None or "c" in wanted:
             # Of this machine's own kinds all run, the lesser ones too.
             backends += [CBackend(bundle, target) for target in host_targets() if target in compiled]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from export.batches import Profile
 from export.bundle_writer import stage_bundle
-from export.c_builder import find_compiler
+from export.c_builder import CBuildError, find_compiler
 from export.engines import compile_cuda, compile_graphs, compile_source, find_gpu, opened_backends, with_measurements
-from export.errors import BuildInputError, ExportError, require_none
+from export.errors import BuildInputError, EngineBuildError, ExportError, require_none
 from export.progress import StepList
 from runtime.bundle import Bundle, open_bundle
 from runtime.contract import Backend
+from runtime.errors import BackendUnavailableError
 from runtime.golden import Golden, read_golden, replay
 from runtime.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, GOLDEN_NAME, EngineEntry, Manifest, ParityEntry
 from runtime.trt_api import TENSORRT_BACKENDS, available_tensorrt
@@ -24,8 +26,8 @@ _ENGINES = ("c", "cuda", *TENSORRT_BACKENDS)
 class TargetConfig:
     """bundle: the folder to add to; profile: batch sizes B.
 
-    backends: None for every TensorRT that is installed, for C where there is a compiler, and for CUDA where there is
-    a GPU.
+    backends: all of them, or nothing is added; None for what can be proven here, of C, CUDA and every TensorRT that is
+    installed.
     """
 
     bundle: Path
@@ -38,18 +40,47 @@ class TargetConfig:
             raise BuildInputError(f"backends {sorted(unknown)} have no engines to add; there are {', '.join(_ENGINES)}")
 
 
+class _CannotRunError(ExportError):
+    """reasons: by backend, why its engines cannot be made or run here."""
+
+    def __init__(self, reasons: dict[str, str]) -> None:
+        super().__init__("\n  ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+        self.reasons = reasons
+
+
 def add_engines(config: TargetConfig) -> Manifest:
     """Compile graphs and C source for this machine, replay the golden vectors on it, and replace the bundle as a whole.
 
-    The bundle is as it was unless every gate passed. Raises BundleError for no bundle, BackendUnavailableError
-    without TensorRT or a GPU, EngineBuildError, CBuildError, GateError.
+    The bundle is as it was unless every gate passed. Raises BundleError for no bundle, GateError, and ExportError where
+    a backend that was asked for cannot be made or run here, or none can.
     """
-    backends = _present() if config.backends is None else config.backends
-    if not backends:
-        raise ExportError(
-            "neither a C compiler nor a TensorRT is here: install gcc or clang for C, or TensorRT with "
-            f"pip install '.[{TENSORRT_BACKENDS[1]},gpu]'"
-        )
+    backends, left_out = _present()
+    if config.backends is not None:
+        try:
+            return _add_all(config, config.backends)
+        except _CannotRunError as error:
+            others = [name for name in backends if name not in error.reasons]
+            advice = f"\nadd what can be proven here with --backends {' '.join(others)}" if others else ""
+            raise ExportError(f"no engine is added, for some cannot be made or run here:\n  {error}{advice}") from error
+    while backends:
+        try:
+            manifest = _add_all(config, backends)
+        except _CannotRunError as error:
+            # Once more without it: nothing that was not proven stays, nor takes the place of what was there.
+            left_out |= error.reasons
+            backends = tuple(name for name in backends if name not in error.reasons)
+        else:
+            for name, reason in left_out.items():
+                print(f"– {name} is left out: {reason}")
+            return manifest
+    raise ExportError(
+        f"no engine can be added here: install gcc or clang for C, or TensorRT with pip install "
+        f"'.[{TENSORRT_BACKENDS[1]},gpu]' on a machine with a GPU\n  {_CannotRunError(left_out)}"
+    )
+
+
+def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
+    """Raises _CannotRunError where not all of them can be made and run here."""
     steps = StepList()
     with steps.step("open bundle") as step:
         bundle = open_bundle(config.bundle)
@@ -58,12 +89,18 @@ def add_engines(config: TargetConfig) -> Manifest:
         step.note(f"{bundle.folder}: {manifest.model.mode}, fingerprint {manifest.fingerprint[:16]}")
     with stage_bundle(config.bundle, overwrite=True) as staged:
         graphs = [(graph, bundle.content(graph.file)) for graph in manifest.graphs_of("reduce")]
-        added = compile_graphs(graphs, backends, config.profile, (), staged, steps)
-        if "c" in backends:
-            header, source = (bundle.content(file).decode() for file in (C_HEADER, C_SOURCE))
-            added += compile_source(header, source, staged, steps)
-        if "cuda" in backends:
-            added += compile_cuda(bundle.content(CUDA_SOURCE).decode(), staged, steps)
+        added: tuple[EngineEntry, ...] = ()
+        for name in backends:
+            try:
+                if name == "c":
+                    header, source = (bundle.content(file).decode() for file in (C_HEADER, C_SOURCE))
+                    added += compile_source(header, source, staged, steps)
+                elif name == "cuda":
+                    added += compile_cuda(bundle.content(CUDA_SOURCE).decode(), staged, steps)
+                else:
+                    added += compile_graphs(graphs, (name,), config.profile, (), staged, steps)
+            except (BackendUnavailableError, CBuildError, EngineBuildError) as error:
+                raise _CannotRunError({name: str(error)}) from error
         replaced = [entry for entry in manifest.engines if any(_takes_the_place(new, entry) for new in added)]
         kept = [entry for entry in manifest.engines if entry not in replaced]
         dropped = {file for entry in replaced for file in (entry.file, entry.kernel_cache)}
@@ -73,7 +110,7 @@ def add_engines(config: TargetConfig) -> Manifest:
         staged.seal(manifest)
         with opened_backends(open_bundle(staged.folder), backends) as (opened, absent):
             if absent:
-                raise ExportError("engines were built but cannot run here, so none is added:\n  " + "\n  ".join(absent))
+                raise _CannotRunError(absent)
             with steps.step("golden vectors") as step:
                 parity = [entry for backend in opened for entry in _replayed(golden, bundle, backend)]
                 for entry in parity:
@@ -97,9 +134,31 @@ def _takes_the_place(new: EngineEntry, old: EngineEntry) -> bool:
     return new.file == old.file or (new.backend not in ("c", "cuda") and is_same_library)
 
 
-def _present() -> tuple[str, ...]:
-    generated = (("c", find_compiler()), ("cuda", find_gpu()))
-    return (*(name for name, needed in generated if needed is not None), *available_tensorrt())
+def _present() -> tuple[tuple[str, ...], dict[str, str]]:
+    """What can be compiled here and run, and why the rest of what is installed cannot."""
+    backends, left_out = list[str](), dict[str, str]()
+    if find_compiler() is None:
+        left_out["c"] = "no C compiler is here; install gcc or clang, or name one in the environment as CC"
+    else:
+        backends.append("c")
+    if reason := _why_no_gpu():
+        generated = ("cuda",) if importlib.util.find_spec("cuda") else ()
+        return tuple(backends), {**left_out, **dict.fromkeys((*generated, *available_tensorrt()), reason)}
+    if find_gpu() is not None:
+        backends.append("cuda")
+    return (*backends, *available_tensorrt()), left_out
+
+
+def _why_no_gpu() -> str:
+    """Empty where there is one."""
+    # Here, because it needs cuda-python, which a machine without a GPU need not have.
+    try:
+        from runtime.cuda_api import open_device
+
+        open_device()
+    except (ImportError, BackendUnavailableError) as error:
+        return str(error)
+    return ""
 
 
 def _replayed(golden: Golden, bundle: Bundle, backend: Backend) -> list[ParityEntry]:

@@ -260,8 +260,8 @@ def build(config: BuildConfig) -> BuildResult:
                 parity, problems = prove(staged, golden, reference, sections, backends)
                 for backend in backends:
                     step.note(f"{backend.name}: {backend.description}")
-                for line in absent:
-                    step.note(f"NOT run: {line}")
+                for name, reason in absent.items():
+                    step.note(f"NOT run: {name}: {reason}")
                 conclusion = f"{parity[0].steps} steps against PyTorch float64"
                 if problems:
                     step.fail(f"{conclusion}: {len(problems)} gates are red")

@@ -125,6 +125,13 @@ def _read_pt(path: Path, key: str | None) -> list[Episode]:
                 f"{path.name} is damaged or pickles more than tensors, which could run code; expected tensors alone: "
                 "save them in a list or dict with torch.save"
             ) from error
+        if isinstance(content, list | tuple):
+            others = sorted({type(part).__name__ for part in content if not isinstance(part, torch.Tensor)})
+            if others:
+                raise SourceError(
+                    f"{path.name} holds a list with {', '.join(others)} in it; expected tensors alone, one [steps, A] "
+                    "for each episode: save such as [episode['action'] for episode in episodes]"
+                )
         if isinstance(content, torch.Tensor | list | tuple):
             content = {"actions": content}
         if not isinstance(content, Mapping):
@@ -139,6 +146,12 @@ def _read_pt(path: Path, key: str | None) -> list[Episode]:
             elif isinstance(value, list | tuple) and any(isinstance(part, torch.Tensor) for part in value):
                 lists[str(name)] = [array(part) for part in _all_tensors(value, torch.Tensor, f"{path.name}: {name!r}")]
         parts = {**{name: [one] for name, one in arrays.items()}, **lists}
+        if content and not parts:
+            kinds = [f"{name} ({type(value).__name__})" for name, value in content.items()]
+            raise SourceError(
+                f"{path.name} holds no tensor; found {shortlist(kinds)}; expected `actions`, a tensor or a list of "
+                "tensors"
+            )
         chosen = choose_arrays(parts, key, path.name, lambda one, other: _are_equal(parts[one], parts[other]))
         if chosen[0] in lists:
             episodes = {f"episode_{place}": one for place, one in enumerate(lists[chosen[0]])}

@@ -191,7 +191,7 @@ def _progress(episodes: Iterable[Episode], total: int) -> Iterator[Episode]:
             print(f"{done}/{total} {episode.attempt.task} {len(episode.actions)} steps", file=sys.stderr, flush=True)
             yield episode
     else:
-        yield from tqdm(episodes, total=total, unit="episode", desc="demonstrations")
+        yield from tqdm(episodes, total=total, unit="episode", desc="demonstrations", disable=None)
 
 
 def arrays_of(

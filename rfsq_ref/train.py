@@ -50,7 +50,7 @@ from rfsq_ref.files import replacing
 from rfsq_ref.normaliser import NormaliserKind, fit_normaliser
 from rfsq_ref.quantizer import Conditioning
 from runtime.console import path_argument
-from runtime.paths import as_path, refuse_existing
+from runtime.paths import as_path, counted, refuse_existing
 from runtime.reading import read_file
 
 HISTORY_FORMAT = "rfsq-training-history"
@@ -174,7 +174,8 @@ def train(dataset: ActionDataset, config: TrainConfig, *, show_progress: bool = 
     history: list[EpochRecord] = []
     chosen = EpochRecord(0, math.inf, math.inf)
     best = copy.deepcopy(model.state_dict())
-    with tqdm(range(1, config.epochs + 1), unit="epoch", disable=not show_progress) as progress:
+    # None: on a terminal alone.
+    with tqdm(range(1, config.epochs + 1), unit="epoch", disable=None if show_progress else True) as progress:
         for epoch in progress:
             train_mse = _train_epoch(model, optimiser, steps, config.batch_size, generator)
             schedule.step()
@@ -416,7 +417,8 @@ def chosen_normaliser(name: str, dataset: ActionDataset) -> NormaliserKind | Non
 def describe(dataset: ActionDataset, normaliser: str) -> str:
     """What is about to be trained on, and how its actions are normalised, by the name that was given, and why."""
     return (
-        f"training on {dataset.source}: {len(dataset.episodes)} episodes, {dataset.num_steps} steps, split by episode\n"
+        f"training on {dataset.source}: {counted(len(dataset.episodes), 'episode')}, "
+        f"{counted(dataset.num_steps, 'step')}, split by episode\n"
         f"{describe_normaliser(dataset, normaliser)}"
     )
 
@@ -426,27 +428,40 @@ def describe_normaliser(dataset: ActionDataset, name: str) -> str:
     chosen = chosen_normaliser(name, dataset) or "none"
     if name != "auto":
         return f"normaliser: {chosen}, as asked"
-    is_large, is_narrow = _unfit(split_episodes(dataset).train.steps())
+    steps = split_episodes(dataset).train.steps()
+    is_large, is_narrow = _unfit(steps)
     reasons = [
-        f"{_dimensions(found)} {what}"
-        for found, what in (
-            (is_large, f"beyond {UNNORMALISED_LIMIT:g}"),
-            (is_narrow, f"within less than {2 * UNNORMALISED_RANGE:g}"),
+        f"{_of_dimensions(found, verb, verbs)} {what}"
+        for found, (verb, verbs, what) in (
+            (is_large, ("reaches", "reach", f"beyond {UNNORMALISED_LIMIT:g}")),
+            (is_narrow, ("spans", "span", f"less than {2 * UNNORMALISED_RANGE:g}")),
         )
         if found.any()
     ]
-    if not reasons:
-        return (
-            f"normaliser: {chosen}, chosen by auto: all actions lie within {UNNORMALISED_LIMIT:g} and every dimension "
-            f"that moves spans {2 * UNNORMALISED_RANGE:g} or more, as the published recipe expects"
-        )
-    return f"normaliser: {chosen}, chosen by auto: the training actions move {' and '.join(reasons)}"
+    why = (
+        f"{' and '.join(reasons)}, from its lowest to its highest action"
+        if is_narrow.any()
+        else reasons[0]
+        if reasons
+        else f"all actions lie within {UNNORMALISED_LIMIT:g} and every dimension that moves spans "
+        f"{2 * UNNORMALISED_RANGE:g} or more, as the published recipe expects"
+    )
+    parts = [f"normaliser: {chosen}, chosen by auto: {why}"]
+    if reasons:
+        last = ", but for the last, which has the unit size of a gripper command" if _untouched(steps) else ""
+        parts.append(f"every dimension is rescaled, those of unit size too{last}")
+    is_still = np.ptp(steps, axis=0) == 0
+    if is_still.any():
+        parts.append(_of_dimensions(is_still, "never moves", "never move"))
+    return "; ".join(parts)
 
 
-def _dimensions(found: npt.NDArray[np.bool_], most: int = 6) -> str:
+def _of_dimensions(found: npt.NDArray[np.bool_], verb: str, verbs: str, most: int = 6) -> str:
+    """Such as `dimension 3 never moves`; verbs: of several."""
     numbers = np.flatnonzero(found).tolist()
     more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
-    return f"in dimension {', '.join(map(str, numbers[:most]))}{more}"
+    listed = f"{', '.join(map(str, numbers[:most]))}{more}"
+    return f"dimension {listed} {verb}" if len(numbers) == 1 else f"dimensions {listed} {verbs}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -94,7 +94,11 @@ def check_actions(arrays: Mapping[str, Described], chosen: Sequence[str], source
     for name in chosen:
         array = arrays[name]
         if array.dtype.hasobject:
-            raise SourceError(f"{source}: {name!r} holds Python objects, which could run code; save plain arrays")
+            raise SourceError(
+                f"{source}: {name!r} is an array of Python objects, such as episodes of different lengths, and reading "
+                "those could run code; expected plain numbers: save one array [steps, A] for each episode with "
+                "np.savez(path, demo_0=..., demo_1=...)"
+            )
         if array.dtype.kind != "f" or len(array.shape) not in (2, 3) or not all(array.shape):
             raise SourceError(
                 f"{source}: {name!r} is {array.dtype} {list(array.shape)}; expected floating-point numbers [N, A] or "

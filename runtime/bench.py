@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """Measure every backend that works here: latency, jitter, throughput, cold start and memory. Judges nothing.
 
+It says first what it is about to do and how long that takes; --quick is for a first look.
 The exit status is 0, or 2 where nothing could be measured: no bundle, an altered one, or no backend for it.
 """
 
@@ -16,6 +17,7 @@ import datetime
 import importlib.metadata
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,13 +27,23 @@ from runtime.bench_calls import Batch, host_figures, random_batch
 from runtime.bench_peers import Peers, open_peers
 from runtime.bench_report import Report, report_files, report_text, write_report
 from runtime.bench_start import Start, StartError, measure_start
-from runtime.bench_timing import Arithmetic, Bandwidth, Figure, Row, arithmetic_of, bandwidths_of, measure, summarise
+from runtime.bench_timing import (
+    ROUND_SECONDS,
+    Arithmetic,
+    Bandwidth,
+    Figure,
+    Row,
+    arithmetic_of,
+    bandwidths_of,
+    measure,
+    summarise,
+)
 from runtime.bundle import Bundle, open_bundle
-from runtime.console import path_argument, prepare_console, printable
+from runtime.console import ProgressLine, duration, path_argument, prepare_console, printable
 from runtime.errors import BackendUnavailableError, InferenceError, TokenizerError
 from runtime.golden import read_golden
 from runtime.manifest import GOLDEN_NAME
-from runtime.paths import refuse_existing
+from runtime.paths import counted, refuse_existing
 from runtime.tokenizer import ActionTokenizer
 
 _LIBRARIES = (
@@ -57,14 +69,49 @@ class Config:
     has_peers: bool = False
 
 
+#: Rounds and starts of a first look: every percentile that is shown can still be told of a single chunk's calls.
+QUICK_ROUNDS, QUICK_STARTS = 10, 1
+#: A new process that loads a bundle and decodes takes about so long.
+_START_SECONDS = 0.5
+
+
+class Progress:
+    """What is about to be done and about how long it takes, and then how far it is."""
+
+    def __init__(self, line: ProgressLine | None = None) -> None:
+        self._line, self._what, self._started = line, "", 0.0
+
+    def begin(self, what: str) -> None:
+        """Said once, in a log too."""
+        if self._line is not None:
+            self._line.clear()
+            print(printable(what), file=sys.stderr, flush=True)
+
+    def show(self, text: str) -> None:
+        if self._line is not None:
+            self._line.show(text)
+
+    def show_round(self, what: str, number: int, rounds: int) -> None:
+        """number: of the round that begins, from 0 on; those before tell how long the rest takes."""
+        now = time.monotonic()
+        if not number:
+            self._started = now
+        left = f", {_about((now - self._started) / number * (rounds - number))} left" if number else ""
+        self.show(f"{what}: round {number + 1} of {rounds}{left}")
+
+    def end(self) -> None:
+        if self._line is not None:
+            self._line.clear()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse_arguments(arguments)
     config = Config(
         bundle=options.bundle,
         backends=tuple(dict.fromkeys(options.backends)),
         batches=tuple(dict.fromkeys(options.batch)),
-        rounds=options.rounds,
-        starts=options.starts,
+        rounds=options.rounds or (QUICK_ROUNDS if options.quick else Config.rounds),
+        starts=options.starts if options.starts is not None else (QUICK_STARTS if options.quick else Config.starts),
         has_peers=options.peers,
     )
     try:
@@ -72,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # Before minutes are spent on figures that nobody could keep.
             refuse_existing(report_files(options.output), overwrite=options.overwrite)
             options.output.mkdir(parents=True, exist_ok=True)
-        report = bench(config, _show_progress)
+        report = bench(config, Progress(ProgressLine()))
         print(report_text(report), end="")
         if options.output is not None:
             print("\n".join(printable(line) for line in write_report(report, options.output)))
@@ -96,10 +143,15 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--batch", nargs="+", type=_positive, default=list(defaults.batches), help="chunks a call, default: 1 4096"
     )
     parser.add_argument(
-        "--rounds", type=_positive, default=defaults.rounds, help="of up to 100 calls of each figure, default: 100"
+        "--rounds", type=_positive, help=f"of up to 100 calls of each figure, default: {defaults.rounds}"
     )
     parser.add_argument(
-        "--starts", type=_natural, default=defaults.starts, help="processes for the cold start, 0 for none, default: 5"
+        "--starts", type=_natural, help=f"processes for the cold start, 0 for none, default: {defaults.starts}"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"a first look: {QUICK_ROUNDS} rounds and {QUICK_STARTS} start, where these are not given",
     )
     parser.add_argument("--peers", action="store_true", help="torch eager and compiled as well; needs torch")
     parser.add_argument("--output", type=path_argument, help="folder for bench.json, bench.txt and bench.png")
@@ -121,24 +173,40 @@ def _natural(text: str) -> int:
     return number
 
 
-def _show_progress(text: str) -> None:
-    # Not through a pipe or into a log: it is rewritten in place.
-    if sys.stderr.isatty():
-        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+def _about(seconds: float) -> str:
+    return duration(seconds) if seconds < 1 else f"about {duration(seconds)}"
 
 
-def bench(config: Config, show: Callable[[str], None] = lambda _text: None) -> Report:
+def expectation(config: Config, tokenizers: Sequence[ActionTokenizer]) -> str:
+    """What is about to be done, and about how long it takes: a GPU's own figures and the peers' come on top."""
+    names = ", ".join(tokenizer.backend.name for tokenizer in tokenizers)
+    # Encoding and every decoder, with the tokenizer's checks and without.
+    figures = sum(2 * (1 + len(tokenizer.model.prefixes)) for tokenizer in tokenizers)
+    processes = (2 * config.starts + 1) * len(tokenizers) if config.starts else 0
+    seconds = processes * _START_SECONDS + len(config.batches) * config.rounds * figures * ROUND_SECONDS
+    starts = f"{counted(processes, 'new process', 'new processes')}, then " if processes else ""
+    chunks = " and ".join(counted(batch, "chunk") for batch in config.batches)
+    is_long = config.rounds > QUICK_ROUNDS
+    return (
+        f"measuring {names}: {starts}{counted(config.rounds, 'round')} of {counted(figures, 'figure')} with {chunks} a "
+        f"call: {_about(seconds)} where nothing else runs{'; --quick takes a tenth' if is_long else ''}"
+    )
+
+
+def bench(config: Config, progress: Progress | None = None) -> Report:
     """Measure what works here. Raises BundleError, and BackendUnavailableError where no backend works at all."""
+    progress = progress or Progress()
     bundle = open_bundle(config.bundle)
     missing: dict[str, str] = {}
     remarks: list[str] = []
     with contextlib.ExitStack() as scope:
-        show("opening backends")
+        progress.show("opening backends")
         tokenizers = _open_all(scope, bundle, config.backends, missing)
-        starts = _starts(bundle, tokenizers, config.starts, missing, show)
+        progress.begin(expectation(config, tokenizers))
+        starts = tuple(_starts(bundle, tokenizers, config.starts, missing, progress))
         gpu = _open_gpu(missing, is_needed=any(t.backend.name in GPU_BACKENDS for t in tokenizers) or config.has_peers)
         trivial = _trivial_kernel(scope, gpu, missing)
-        peers = _open_peers(scope, bundle, config, gpu, missing, show)
+        peers = _open_peers(scope, bundle, config, gpu, missing, progress)
         if peers is not None:
             missing.update(peers.unavailable)
             remarks += peers.remarks
@@ -151,14 +219,14 @@ def bench(config: Config, show: Callable[[str], None] = lambda _text: None) -> R
                 figures += [figure for figure in peers.figures if figure.batch == batch] if peers else []
 
                 def on_round(number: int, batch: int = batch) -> None:
-                    show(f"{batch} chunks: round {number + 1} of {config.rounds}")
+                    progress.show_round(f"{counted(batch, 'chunk')} a call", number, config.rounds)
 
                 taken, failed = measure(figures, config.rounds, on_round)
             missing.update(failed)
             rows += summarise(taken, bundle.manifest.model.chunk_length)
             bandwidths += bandwidths_of(taken)
             arithmetic += arithmetic_of(taken)
-        show("")
+        progress.end()
         if not rows:
             reasons = "\n".join(f"  {name}: {reason}" for name, reason in missing.items())
             raise BackendUnavailableError(f"every call of every backend failed with {bundle.folder} here:\n{reasons}")
@@ -172,7 +240,7 @@ def bench(config: Config, show: Callable[[str], None] = lambda _text: None) -> R
                 f"L {model.num_layers}, K {model.num_levels}, hidden {model.hidden_width}",
             },
             backends={tokenizer.backend.name: tokenizer.backend.description for tokenizer in tokenizers},
-            starts=tuple(starts),
+            starts=starts,
             rows=tuple(rows),
             bandwidths=tuple(bandwidths),
             arithmetic=tuple(arithmetic),
@@ -205,13 +273,13 @@ def _starts(
     tokenizers: Sequence[ActionTokenizer],
     processes: int,
     missing: dict[str, str],
-    show: Callable[[str], None],
+    progress: Progress,
 ) -> Iterator[Start]:
     if not processes:
         return
     for tokenizer in tokenizers:
         name = tokenizer.backend.name
-        show(f"cold start of {name}")
+        progress.show(f"cold start of {name}")
         try:
             yield measure_start(bundle.folder, name, processes)
         except StartError as error:
@@ -249,11 +317,11 @@ def _open_peers(
     config: Config,
     gpu: Any,
     missing: dict[str, str],
-    show: Callable[[str], None],
+    progress: Progress,
 ) -> Peers | None:
     if not config.has_peers:
         return None
-    show("starting the peers")
+    progress.show("starting the peers")
     try:
         floor = "" if gpu is None else gpu.TRIVIAL_KERNEL
         return scope.enter_context(open_peers(bundle.manifest.model, config.batches, floor))

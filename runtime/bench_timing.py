@@ -15,6 +15,8 @@ from runtime.errors import TokenizerError
 #: Of each figure in each round, but for slow calls: a round takes no figure longer than `_ROUND_US`.
 CALLS_PER_ROUND = 100
 _ROUND_US = 50e3
+#: What a figure takes in a round at most, the calls that are not timed included.
+ROUND_SECONDS = 1.1 * _ROUND_US / 1e6
 #: A percentile is told where at least so many calls lie above it; from fewer it would be the maximum or chance.
 _LEAST_ABOVE = 1
 

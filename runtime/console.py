@@ -1,10 +1,12 @@
-"""What the scripts share: output that any terminal can show, whatever a bundle says."""
+"""What the scripts share: output that any terminal can show, whatever a bundle says, and how far they are."""
 
 from __future__ import annotations
 
 import argparse
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -71,3 +73,47 @@ def printable(text: str) -> str:
     return "".join(
         character if character.isprintable() or character == "\n" else ascii(character)[1:-1] for character in text
     )
+
+
+class ProgressLine:
+    """How far a command is, on stderr: one line that is renewed on a terminal, one every ten seconds in a log."""
+
+    _TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._is_terminal = sys.stderr.isatty()
+        self._shown: float | None = None
+
+    def show(self, text: str) -> None:
+        """Print `text` where the last line is old enough."""
+        now = self._clock()
+        if self._shown is None:
+            # A terminal is told at once; a log has been told what begins.
+            self._shown = now - (self._TERMINAL_SECONDS if self._is_terminal else 0)
+        if now - self._shown < (self._TERMINAL_SECONDS if self._is_terminal else self._LOG_SECONDS):
+            return
+        self._shown = now
+        begin, end = ("\r\x1b[K", "") if self._is_terminal else ("", "\n")
+        print(f"{begin}{printable(text)}", end=end, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Make room for other lines."""
+        if self._is_terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Such as `59 s`, `1 min 00 s` and `2 h 02 min`."""
+    if seconds < 1:
+        return "less than 1 s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Such as `1 episode` and `22,016 steps`."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from runtime.contract import Float32Array, Float64Array
-from runtime.control_config import ActionKind, ControlConfig, OutOfRange, Status, slew_margin
+from runtime.control_config import ActionKind, ControlConfig, OutOfRange, Status, inside, slew_margin
 from runtime.control_errors import ControlConfigError
 
 _FLOAT32 = np.float32
@@ -39,14 +39,19 @@ class ActionGuard:
     def __init__(self, config: ControlConfig, chunk_length: int, position: Sequence[float] | None = None) -> None:
         size = config.action_dim
         self._size = size
-        self._low = np.array([_at_least(value) for value in config.action_low])
-        self._high = -np.array([_at_least(-value) for value in config.action_high])
+        self._low = np.array([inside(value, math.inf) for value in config.action_low], _FLOAT32)
+        self._high = np.array([inside(value, -math.inf) for value in config.action_high], _FLOAT32)
+        self._locked = list(config.locked)
+        self._tolerances = config.tolerances
+        lows, highs = self._tolerated(config)
         # A row for each step: numpy takes three times as long where it has to repeat one.
-        self._lows = np.tile(self._low, (chunk_length, 1))
-        self._highs = np.tile(self._high, (chunk_length, 1))
+        self._lows = np.tile(lows, (chunk_length, 1))
+        self._highs = np.tile(highs, (chunk_length, 1))
         # What float32 rounds away when an action is written is taken off before.
         margins = map(slew_margin, config.action_low, config.action_high)
         steps = [step - margin for step, margin in zip(config.max_relative_step, margins, strict=True)]
+        for index in self._locked:
+            steps[index] = math.inf
         backs = [-step for step in steps]
         self._bounds = list(zip(steps, backs, self._low.tolist(), self._high.tolist(), strict=True))
         self._keep = [
@@ -101,21 +106,25 @@ class ActionGuard:
     def check_chunk(self, chunk: Float32Array) -> Status:
         """chunk [T, A]: OK, NONFINITE or OUT_OF_RANGE, of which `outside` then tells.
 
-        What is out of range is brought inside where the settings say so.
+        What is within the tolerance stays: `limit` brings each action to the limit. What is further out is brought
+        inside here, where the settings say so. Locked dimensions get their value.
         """
         _less_equal(chunk, self._highs, self._is_below)
         _greater_equal(chunk, self._lows, self._is_above)
         # A NaN compares false.
         if self._below == self._all_inside and self._above == self._all_inside:
+            if self._locked:
+                chunk[:, self._locked] = self._low[self._locked]
             return _OK
         if not np.isfinite(chunk).all():
             return _NONFINITE
         is_outside = ~(self._is_below & self._is_above)
         step, index = divmod(int(is_outside.argmax()), self._size)
         self.outside = (
-            f"actions[{step}, {index}] is {chunk[step, index]}; expected {self._low[index]} to {self._high[index]}"
-            f"{', and was brought there' if self._limits_chunks else ''}: look at the policy, or at action_low and "
-            "action_high"
+            f"actions[{step}, {index}] is {chunk[step, index]}; expected {self._low[index]} to {self._high[index]}, "
+            f"or up to {self._tolerances[index]:.3g} outside (range_tolerance)"
+            f"{'; it was brought there' if self._limits_chunks else ''}: look at the policy, at action_low and "
+            "action_high, or raise range_tolerance"
         )
         if self._limits_chunks:
             np.clip(chunk, self._low, self._high, out=chunk)
@@ -156,6 +165,15 @@ class ActionGuard:
             raise ValueError(f"an action is {values}; expected numbers")
         return allowed
 
+    def _tolerated(self, config: ControlConfig) -> tuple[Float32Array, Float32Array]:
+        """float32 [A] each: between what is no fault. All that is finite is none where a dimension is locked."""
+        widths = zip(config.action_low, config.action_high, config.tolerances, strict=True)
+        bounds = [(inside(low - width, math.inf), inside(high + width, -math.inf)) for low, high, width in widths]
+        lows, highs = (np.array(side, _FLOAT32) for side in zip(*bounds, strict=True))
+        largest = np.finfo(_FLOAT32).max
+        lows[self._locked], highs[self._locked] = -largest, largest
+        return lows, highs
+
     def _choose(self, allowed: list[float]) -> None:
         self._pack(self._bytes, 0, *allowed)
         self.values, self.actions = self._rounded.tolist(), self._rounded.copy()
@@ -170,9 +188,3 @@ def _as_numbers(position: Sequence[float]) -> Float64Array:
         raise ControlConfigError(
             f"position is no list of numbers: {error}; expected one value per action dimension"
         ) from error
-
-
-def _at_least(value: float) -> np.float32:
-    """The lowest float32 that is not below `value`."""
-    rounded = _FLOAT32(value)
-    return rounded if float(rounded) >= value else np.nextafter(rounded, _FLOAT32(math.inf))

@@ -80,7 +80,8 @@ class EnsembleQueue(ActionQueue):
 
     def __init__(self, config: ControlConfig, chunk_length: int) -> None:
         super().__init__(config, chunk_length)
-        self._grippers = config.gripper
+        # What is locked has one value, which a mean could miss by a rounding.
+        self._unmixed = (*config.gripper, *config.locked)
         self._most = count = self._count(config)
         self._slots = itertools.cycle(range(count))
         # By tick, then by chunk: what all chunks say of a tick lies together. Room for four, so that what is left of
@@ -159,7 +160,7 @@ class EnsembleQueue(ActionQueue):
             self._settle(self._remaining(tick, oldest_ns))
         line, out = tick - self._base, self._out
         self._share.dot(self._says[line], out)
-        for index in self._grippers:
+        for index in self._unmixed:
             self._out_numbers[index] = self._numbers[line, self._newest, index]
         return out
 

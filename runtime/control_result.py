@@ -140,7 +140,7 @@ class ControlResult:
 
     @property
     def is_limited(self) -> bool:
-        """The slew limit holds `actions` back."""
+        """`actions` are not what was decoded: the slew limit holds them back, or the limits of a dimension."""
         return self.shown.is_limited
 
     @property
@@ -182,7 +182,8 @@ class ControlResult:
 
     def __repr__(self) -> str:
         held = ", held" if self.is_held else ""
-        return f"ControlResult({self.status.name}{held}, {self.actions.tolist()}, {self.latency_us:.1f} us)"
+        detail = f": {self.detail}" if self.detail else ""
+        return f"ControlResult({self.status.name}{held}, {self.actions.tolist()}, {self.latency_us:.1f} us{detail})"
 
 
 #: The chunk in service: its sequence, observed_ns and layers, 0 where there is none, and the tick of its first action.

@@ -41,9 +41,9 @@ def refuse_existing(paths: Iterable[Path], *, overwrite: bool, error: type[Excep
         raise error(f"{shortlist(found)} {verb}; give another name, or --overwrite to replace {them}")
 
 
-def counted(number: int, what: str) -> str:
-    """`1 episode`, `2,000 episodes`."""
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Such as `1 episode` and `22,016 steps`."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def shortlist(names: Iterable[object], most: int = 6) -> str:

@@ -72,7 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def replay(record: FlightRecord, tokenizer: ActionTokenizer) -> tuple[int, list[str]]:
     """How many ticks were compared, and a line for each that differs. Raises FlightRecordError for none."""
-    values = {**record.meta["config"], "record_ticks": 0, "use_worker": False, "record_folder": None}
+    # Of a record that does not say it, the decoder had no tolerance.
+    values = {
+        "range_tolerance": 0,
+        **record.meta["config"],
+        "record_ticks": 0,
+        "use_worker": False,
+        "record_folder": None,
+    }
     values.update(on_fault="stop" if values.get("on_fault") == "stop" else "hold_last")
     values.pop("deadline_us", None)
     config = ControlConfig.from_values(values, "the record")

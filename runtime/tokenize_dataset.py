@@ -17,7 +17,7 @@ import os
 from collections.abc import Sequence
 from typing import cast
 
-from runtime.console import prepare_console, printable
+from runtime.console import duration, prepare_console, printable
 from runtime.dataset_errors import OutputError, TokenDatasetError
 from runtime.dataset_files import FileFormat, write_file
 from runtime.dataset_finish import complete
@@ -25,7 +25,7 @@ from runtime.dataset_format import PART_STEPS, Compression, DatasetInfo, Storage
 from runtime.dataset_job import Job, partial_folder, plan
 from runtime.dataset_partial import Begun, begin, give_up, load_records, locked, output_errors, was_finished
 from runtime.dataset_parts import parts_of_another_source, run_local
-from runtime.dataset_progress import Progress, duration
+from runtime.dataset_progress import Progress
 from runtime.dataset_reader import check_fingerprint, open_token_dataset
 from runtime.dataset_sources import open_source
 from runtime.dataset_steps import Source
@@ -107,7 +107,7 @@ def convert(options: argparse.Namespace) -> Verification:
             if dataset.info.content != "tokens":
                 raise TokenDatasetError(f"{options.input} holds {dataset.info.content}; expected tokens to decode")
             if kind in ("npz", "hdf5"):
-                _say(f"{options.input}: {dataset.num_steps:,} steps; {tokenizer.backend.description}")
+                _say(f"{options.input}: {counted(dataset.num_steps, 'step')}; {tokenizer.backend.description}")
                 progress = Progress(dataset.num_steps)
                 verification = write_file(
                     dataset,
@@ -175,10 +175,10 @@ def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, beg
         done -= parts_of_another_source(job, load_records(job, done))
     missing = [part for part in range(job.num_parts) if part not in done]
     steps_done = sum(stop - start for start, stop in map(job.rows, done))
-    steps, parts = counted(job.source.num_steps, "step"), counted(job.num_parts, "part")
-    _say(f"{options.input}: {steps} in {parts}; {tokenizer.backend.description}")
+    size = f"{counted(job.source.num_steps, 'step')} in {counted(job.num_parts, 'part')}"
+    _say(f"{options.input}: {size}; {tokenizer.backend.description}")
     if done:
-        _say(f"going on: {counted(len(done), 'part')}, {steps_done:,} steps, were finished by an earlier run")
+        _say(f"going on: {counted(len(done), 'part')}, {counted(steps_done, 'step')}, finished by an earlier run")
     progress = Progress(job.source.num_steps, steps_done)
     if missing and options.engine == "ray":
         from runtime.dataset_ray import run_ray
@@ -235,7 +235,8 @@ def _say(text: str) -> None:
 
 
 def _speed(progress: Progress) -> str:
-    return f"{progress.steps:,} steps in {duration(progress.seconds)}, {progress.rate / 1e6:.2f} million steps/s"
+    speed = f", {progress.speed}" if progress.speed else ""
+    return f"{counted(progress.steps, 'step')} in {duration(progress.seconds)}{speed}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What every command promises: a missing package and existing output end it with status 2, a bug with a traceback."""
 
+import ast
 import os
 import re
 import subprocess
@@ -313,3 +314,25 @@ def test_a_long_list_is_cut_short() -> None:
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     return write_bundle(tmp_path / "bundle", Recipe(c_targets=()))
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda path: path.name
+)
+def test_a_document_names_no_fingerprint_for_the_next_fit_gives_another(path: Path) -> None:
+    """Who pastes what is shown would be refused; it is read from the bundle instead."""
+    text = path.read_text(encoding="utf-8")
+    assert re.findall(r"""expect_fingerprint=["'][0-9a-f]+|fingerprint [0-9a-f]{8,}""", text) == []
+
+
+def test_every_bar_is_for_a_terminal_alone() -> None:
+    """In a log file each step of one is a line of its own."""
+    rooms = ("rfsq_ref", "calibration", "evidence", "export", "runtime", "examples")
+    found = []
+    for path in (path for room in rooms for path in (ROOT / room).glob("*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "tqdm":
+                given = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "disable"]
+                found.append((path.name, call.lineno, *given))
+    assert found
+    assert [bar for bar in found if not (len(bar) == 3 and str(bar[2]).startswith("None"))] == []

@@ -137,9 +137,62 @@ def test_without_anything_to_build_engines_with_it_is_said_what_to_install(
     monkeypatch.setattr("export.on_target.available_tensorrt", lambda: ())
     monkeypatch.setattr("export.on_target.find_compiler", lambda: None)
     before = tree(bundle)
+    monkeypatch.setattr("export.on_target._why_no_gpu", lambda: "there is no GPU")
     message = refused(["--from-bundle", bundle], capsys)
-    assert "neither a C compiler nor a TensorRT is here: install gcc or clang for C, or TensorRT with pip" in message
+    assert "no engine can be added here: install gcc or clang for C, or TensorRT with pip" in message
     assert "pip install '.[tensorrt-rtx,gpu]'" in message
+    assert "c: no C compiler is here" in message
+    assert tree(bundle) == before
+
+
+@pytest.mark.usefixtures("one_target")
+def test_without_a_choice_what_cannot_be_proven_here_is_left_out_and_the_rest_is_kept(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX is installed, as `make engine` does, and there is no GPU."""
+    before = open_bundle(bundle).manifest
+    monkeypatch.setattr("export.on_target.available_tensorrt", lambda: (RTX,))
+    monkeypatch.setattr("export.on_target._why_no_gpu", lambda: "CUDA finds no usable GPU here")
+    assert main(["--from-bundle", str(bundle)]) == 0
+    out = capsys.readouterr().out
+    # Nor is it compiled first, which takes a while.
+    assert "compile tensorrt-rtx" not in out
+    assert re.search(r"^✓ .* has validated engines for c here\n", out, re.MULTILINE)
+    assert re.search(r"^– tensorrt-rtx is left out: CUDA finds no usable GPU here$", out, re.MULTILINE)
+    after = open_bundle(bundle).manifest
+    assert [entry.status for entry in c_engines(after)] == ["validated"]
+    assert [entry for entry in after.engines if entry.backend != "c"] == list(before.engines)
+
+
+@needs_rtx
+@needs_no_gpu
+@pytest.mark.usefixtures("one_target")
+def test_what_cannot_be_run_once_it_is_built_takes_the_place_of_nothing(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where TensorRT-RTX refuses the GPU that is there."""
+    before = open_bundle(bundle).manifest
+    monkeypatch.setattr("export.on_target._why_no_gpu", lambda: "")
+    monkeypatch.setattr("export.on_target.find_gpu", lambda: None)
+    assert main(["--from-bundle", str(bundle)]) == 0
+    out = capsys.readouterr().out
+    assert "compile tensorrt-rtx" in out
+    assert re.search(r"^– tensorrt-rtx is left out: .*no usable GPU here", out, re.MULTILINE)
+    after = open_bundle(bundle).manifest
+    assert [entry for entry in after.engines if entry.backend != "c"] == list(before.engines)
+    assert [entry.status for entry in c_engines(after)] == ["validated"]
+    assert before.files.items() <= after.files.items()
+
+
+@pytest.mark.usefixtures("without_tensorrt")
+def test_where_nothing_can_be_built_each_reason_is_told(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setattr("export.on_target._why_no_gpu", lambda: "there is no GPU")
+    before = tree(bundle)
+    message = refused(["--from-bundle", bundle], capsys)
+    assert re.search(r"(?s)no engine can be added here: .*\n  c: .*false.*ended with status 1", message)
     assert tree(bundle) == before
 
 
@@ -150,6 +203,7 @@ def test_without_a_gpu_nothing_is_added(bundle: Path, tmp_path: Path, capsys: py
     before = tree(bundle)
     message = refused(["--from-bundle", bundle, "--backends", RTX], capsys)
     assert re.search(r"error: .*no usable GPU here.*check the driver with nvidia-smi", message, re.DOTALL)
+    assert message.endswith("\nadd what can be proven here with --backends c\n")
     assert tree(bundle) == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert {entry.status for entry in open_bundle(bundle).manifest.engines} == {"built"}

@@ -74,10 +74,12 @@ def test_a_second_time_replaces_what_the_first_one_added(travelled: Path) -> Non
     assert set(bundle_files(travelled)) == first
 
 
-def test_without_a_gpu_the_bundle_stays_as_it_was(travelled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_that_are_asked_for_and_find_no_gpu_leave_the_bundle_as_it_was(
+    travelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = {file: (travelled / file).read_bytes() for file in bundle_files(travelled)}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    done = run("--from-bundle", travelled)
+    done = run("--from-bundle", travelled, "--backends", "c", *ENGINES)
     assert done.returncode == 2
     assert "GPU" in done.stderr
     assert {file: (travelled / file).read_bytes() for file in bundle_files(travelled)} == before

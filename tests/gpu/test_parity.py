@@ -63,8 +63,8 @@ def test_every_backend_passes_every_gate_over_a_million_steps(
             print(f"  {entry.backend}, {entry.gate}: {entry.value:.4g} <= {entry.limit:.4g}, {entry.steps} steps")
             if entry.detail:
                 print(f"    {entry.detail}")
-        for line in absent:
-            print(f"  not run: {line}")
+        for name, reason in absent.items():
+            print(f"  not run: {name}: {reason}")
     assert {backend.name for backend in backends} >= {"onnxruntime", "onnxruntime-cuda", *ENGINES}
     assert all(entry.steps >= STEPS for entry in entries)
     assert failures(entries) == []

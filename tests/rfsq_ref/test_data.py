@@ -489,10 +489,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "half an hdf5": (lambda tmp: truncated(write_hdf5(tmp / "a.hdf5", EPISODES)), "cannot be read as an HDF5 file"),
     "pickle as npz": (lambda tmp: write_bytes(tmp / "a.npz", pickle.dumps([1])), "pickle, which could run code"),
     "pickle as npy": (lambda tmp: write_bytes(tmp / "a.npy", pickle.dumps([1])), "pickle, which could run code"),
-    "objects in npz": (
-        lambda tmp: npz(tmp / "a.npz", actions=np.array([{}, 1], object)),
-        "'actions' holds Python objects, which could run code",
-    ),
+    "objects in npz": (lambda tmp: npz(tmp / "a.npz", actions=np.array([{}, 1], object)), "array of Python objects"),
     "objects in pt": (
         lambda tmp: torch_file(tmp / "a.pt", {"actions": Path("x")}),
         "more than tensors.*could run code",
@@ -504,7 +501,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "differently named arrays": (lambda tmp: npz(tmp / "a.npz", p_1=EPISODES[0], q_1=EPISODES[0]), "found p_1, q_1"),
     "no arrays": (lambda tmp: npz(tmp / "a.npz"), "found nothing|starts with"),
-    "no tensors": (lambda tmp: torch_file(tmp / "a.pt", {"fps": 20}), "found nothing"),
+    "no tensors": (lambda tmp: torch_file(tmp / "a.pt", {"fps": 20}), r"holds no tensor; found fps \(int\)"),
     "no action column": (
         lambda tmp: parquet(tmp / "a.parquet", state=[1.0], episode_index=[0]),
         "no column 'action'; found state, episode_index",
@@ -860,3 +857,41 @@ def test_values_that_a_mask_hides_are_no_actions() -> None:
     masked = np.ma.masked_array(np.zeros((3, 2)), mask=[[False, True]] * 3)
     with pytest.raises(DataError, match="a masked array, whose hidden values are no actions"):
         ActionDataset((masked,), ("a",), ("",), "here")
+
+
+def test_episodes_in_an_array_of_objects_are_refused_as_that_and_not_as_damage(tmp_path: Path) -> None:
+    """As numpy saves a list of episodes of different lengths."""
+    ragged = np.empty(2, object)
+    ragged[:] = [np.zeros((3, 2), np.float32), np.zeros((5, 2), np.float32)]
+    np.save(tmp_path / "a.npy", ragged)
+    np.savez(tmp_path / "a.npz", actions=ragged)
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(DataError) as caught:
+            load_actions(tmp_path / name)
+        assert str(caught.value).startswith(f"{name} is an array of Python objects, such as episodes of different ")
+        assert "np.savez(path, demo_0=..., demo_1=...)" in str(caught.value)
+        assert "undamaged" not in str(caught.value)
+    # What the message advises is read.
+    np.savez(tmp_path / "b.npz", demo_0=ragged[0], demo_1=ragged[1])
+    assert [len(episode) for episode in load_actions(tmp_path / "b.npz").episodes] == [3, 5]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            [{"action": torch.zeros(3, 2)}] * 2,
+            r"a list with dict in it; .*one \[steps, A\] for each episode: save such",
+        ),
+        ([torch.zeros(3, 2), [1.0]], "a list with list in it"),
+        (
+            {"episodes": [{"action": torch.zeros(3, 2)}], "fps": 30},
+            r"no tensor; found episodes \(list\), fps \(int\)",
+        ),
+        ({"states": torch.zeros(3, 2), "obs": torch.zeros(3, 2)}, r"found obs, states; .* with --key \(key=\)"),
+    ],
+)
+def test_what_a_torch_file_holds_instead_of_actions_is_told(content: Any, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(DataError, match=message):
+        load_actions(tmp_path / "a.pt")

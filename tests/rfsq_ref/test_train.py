@@ -493,11 +493,45 @@ def test_training_says_which_normaliser_auto_chose_and_why(demonstrations: Actio
     scaled = replace(data, episodes=tuple((episode * units).astype(np.float32) for episode in data.episodes))
     said = describe_normaliser(scaled, "auto")
     assert said == (
-        "normaliser: min-max, chosen by auto: the training actions move in dimension 0 beyond 2 and in dimension 1 "
-        "within less than 0.2"
+        "normaliser: min-max, chosen by auto: dimension 0 reaches beyond 2 and dimension 1 spans less than 0.2, from "
+        "its lowest to its highest action; every dimension is rescaled, those of unit size too, but for the last, "
+        "which has the unit size of a gripper command"
     )
     assert describe_normaliser(scaled, "none") == "normaliser: none, as asked"
     assert said in describe(scaled, "auto")
+
+
+def test_training_names_what_rests_far_away_what_never_moves_and_that_all_is_rescaled() -> None:
+    """A joint that rests at 3.1 and hardly moves both reaches far and spans little."""
+    data = smooth_episodes(count=8, steps=30)
+    episodes = []
+    for episode in data.episodes:
+        changed = episode.copy()
+        changed[:, 0] = 3.1 + 0.01 * changed[:, 0]
+        changed[:, 1] = 0.7
+        changed[:, -1] *= 100.0
+        episodes.append(changed)
+    said = describe_normaliser(replace(data, episodes=tuple(episodes)), "auto")
+    last = data.action_dim - 1
+    assert said == (
+        f"normaliser: min-max, chosen by auto: dimensions 0, {last} reach beyond 2 and dimension 0 spans less than "
+        "0.2, from its lowest to its highest action; every dimension is rescaled, those of unit size too; dimension 1 "
+        "never moves"
+    )
+    still = tuple(np.where(np.arange(data.action_dim) == 1, np.float32(0.5), episode) for episode in data.episodes)
+    assert describe_normaliser(replace(data, episodes=still), "auto").endswith(
+        "recipe expects; dimension 1 never moves"
+    )
+    assert "8 episodes, 240 steps" in describe(data, "auto")
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_a_bar_is_shown_on_a_terminal_alone(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    train(DATA, TrainConfig(epochs=1), show_progress=True)
+    assert bool(capsys.readouterr().err) is is_terminal
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ class Rules:
     ensemble: int
     stops: bool
     brings_inside: bool
+    #: How far outside is no fault, as a part of high - low.
+    tolerance: float
     most_faults: int
 
 
@@ -117,9 +119,14 @@ class Specification:
             return "NONFINITE"
         limits = [(low, high) for low, high, *_ in self.rules.dimensions]
         inside = [[min(max(v, a), b) for v, (a, b) in zip(row, limits, strict=True)] for row in chunk.rows]
-        if inside != chunk.rows and not self.rules.brings_inside:
+        is_far = any(
+            not low - self.rules.tolerance * (high - low) <= value <= high + self.rules.tolerance * (high - low)
+            for row in chunk.rows
+            for value, (low, high) in zip(row, limits, strict=True)
+        )
+        if is_far and not self.rules.brings_inside:
             return "OUT_OF_RANGE"
-        line = {newest.start + index: row for index, row in enumerate(inside)}
+        line = {newest.start + index: row for index, row in enumerate(inside if is_far else chunk.rows)}
         if is_swap and self.lines:
             self.lines[-1] = line
         else:
@@ -127,7 +134,7 @@ class Specification:
             self.observed = [*self.observed[len(self.observed) - len(self.lines) :], newest.observed]
             self.lines = [*self.lines, line]
         self.newest, self.has_begun = newest, True
-        return "OK" if inside == chunk.rows else "LIMITED"
+        return "LIMITED" if is_far else "OK"
 
     def _start_of(self, now: int, chunk: Chunk) -> tuple[Newest, bool] | None:
         """Where it belongs, and whether it replaces a draft of itself; None where it comes too late or in no order."""

@@ -511,6 +511,61 @@ def test_the_command_prints_and_writes_the_same_report(
     assert "cold start, medians of 1 new processes" in written
 
 
+def test_it_says_first_what_it_does_and_how_long_that_takes_and_then_how_far_it_is(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nobody looks at a terminal; that it is there before anything is measured is what counts."""
+    said: list[str] = []
+
+    def start(_folder: Path, backend: str, processes: int) -> Start:
+        said.append(capsys.readouterr().err)
+        return replace(REPORT.starts[0], backend=backend, processes=processes)
+
+    monkeypatch.setattr(bench, "measure_start", start)
+    assert bench.main([str(bundle), "--batch", "1", "2", "--rounds", "20", "--starts", "3"]) == 0
+    assert said == [
+        "measuring onnxruntime: 7 new processes, then 20 rounds of 6 figures with 1 chunk and 2 chunks a call: "
+        "about 17 s where nothing else runs; --quick takes a tenth\n"
+    ]
+
+
+def test_how_long_the_rest_takes_is_told_from_the_rounds_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    now = iter([100.0, 103.0, 106.0])
+    monkeypatch.setattr("runtime.bench.time.monotonic", lambda: next(now))
+    progress = bench.Progress(SimpleNamespace(show=shown.append))  # type: ignore[arg-type]
+    for number in range(3):
+        progress.show_round("1 chunk a call", number, 5)
+    assert shown == [
+        "1 chunk a call: round 1 of 5",
+        "1 chunk a call: round 2 of 5, about 12 s left",
+        "1 chunk a call: round 3 of 5, about 9 s left",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rounds", "starts"),
+    [
+        ([], 100, 5),
+        (["--quick"], 10, 1),
+        (["--quick", "--rounds", "3"], 3, 1),
+        (["--quick", "--starts", "0"], 10, 0),
+    ],
+)
+def test_a_first_look_has_fewer_rounds_and_starts(
+    arguments: list[str], rounds: int, starts: int, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bench.Config] = []
+
+    def measured(config: bench.Config, _progress: object) -> Report:
+        asked.append(config)
+        return REPORT
+
+    monkeypatch.setattr(bench, "bench", measured)
+    assert bench.main([str(bundle), *arguments]) == 0
+    assert [(config.rounds, config.starts) for config in asked] == [(rounds, starts)]
+
+
 def test_the_command_returns_2_where_nothing_can_be_measured(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -547,7 +602,8 @@ def test_the_script_runs_from_any_folder_without_torch_and_matplotlib_and_on_any
         capture_output=True,
         check=False,
     )
-    assert (result.returncode, result.stderr) == (0, b"")
+    said = b"measuring onnxruntime: 1 round of 6 figures with 1 chunk a call: less than 1 s where nothing else runs\n"
+    assert (result.returncode, result.stderr) == (0, said)
     assert b"no bench.png" in result.stdout
     assert (tmp_path / "out" / "bench.json").is_file()
 

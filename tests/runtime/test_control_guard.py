@@ -138,7 +138,8 @@ TestGuard = GuardMachine.TestCase
 
 @given(rows=st.lists(ROW, min_size=T, max_size=T), limits=st.booleans())
 def test_a_chunk_is_inside_is_refused_or_is_brought_inside(rows: list[list[float]], limits: bool) -> None:
-    config = ControlConfig.from_values({**VALUES, "out_of_range": "limit" if limits else "reject"})
+    changes = {"out_of_range": "limit" if limits else "reject", "range_tolerance": 0}
+    config = ControlConfig.from_values({**VALUES, **changes})
     guard = ActionGuard(config, T, START)
     chunk = np.array(rows, np.float32)
     before, low, high = chunk.astype(np.float64), np.array(config.action_low), np.array(config.action_high)
@@ -149,7 +150,7 @@ def test_a_chunk_is_inside_is_refused_or_is_brought_inside(rows: list[list[float
         np.testing.assert_allclose(chunk, np.clip(before, low, high), atol=1e-7)
         assert (chunk.astype(np.float64) <= high).all()
         assert is_inside or guard.outside.startswith("actions[")
-        assert is_inside or "and was brought there" in guard.outside
+        assert is_inside or "it was brought there" in guard.outside
     else:
         np.testing.assert_array_equal(chunk, before)
     if not is_inside:

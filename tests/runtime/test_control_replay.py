@@ -116,7 +116,8 @@ def _limits_that_some_chunks_exceed(tokenizer: ActionTokenizer) -> dict[str, tup
     tokens, _, _ = chunks_of(tokenizer, 16)
     limit = float(np.quantile([np.abs(tokenizer.decode(chunk)).max() for chunk in tokens], 0.7))
     size = tokenizer.model.action_dim
-    return {"action_low": (-limit,) * size, "action_high": (limit,) * size}
+    # So little that some of them are refused still, and others are brought to the limit.
+    return {"action_low": (-limit,) * size, "action_high": (limit,) * size, "range_tolerance": (0.001,) * size}
 
 
 def _ticks(record: FlightRecord) -> int:
@@ -171,6 +172,20 @@ def test_a_flight_with_faults_of_every_kind_is_replayed(
     if not changes:
         assert statuses == set(Status)
     assert bool((record.columns["flags"] & LATCHED).any()) is ("out_of_range" not in changes and bool(changes))
+
+
+def test_a_record_without_a_tolerance_is_replayed_without_one(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
+    limits = {**_limits_that_some_chunks_exceed(tokenizer), "range_tolerance": 0.0}
+    flight = Flight(tokenizer, tmp_path, **limits)
+    statuses = [flight.chunk() for _ in range(40)]
+    assert {Status.OK, Status.OUT_OF_RANGE} == set(statuses)
+    record = flight.record()
+    settings = record.meta["config"]
+    assert settings.pop("range_tolerance") == 0
+    assert replay(record, tokenizer) == (40, [])
+    # That the settings of a record decide, is seen where they are others.
+    settings["range_tolerance"] = 1.0
+    assert len(replay(record, tokenizer)[1]) == statuses.count(Status.OUT_OF_RANGE)
 
 
 def test_the_first_ticks_of_a_ring_that_has_wrapped_serve_to_fill_the_queue(bundle_of: Any, tmp_path: Path) -> None:

@@ -23,9 +23,11 @@ VALUES: dict[str, Any] = {
     "stale_after_s": 7.5 * PERIOD / 1e9,
     "ensemble_chunks": 3,
     "ensemble_decay": 0.5,
+    "range_tolerance": 0.0625,
     "record_ticks": 4,
     "log_interval_s": 1e6,
 }
+TOLERANCE = VALUES["range_tolerance"]
 START = [0.0, 1.0, 0.125]
 TOKENIZER, BACKEND = scripted(Recipe(chunk_length=T))
 TOKENS = {layers: np.zeros((1, T, 4, layers), np.int32) for layers in (DRAFT, FULL)}
@@ -83,6 +85,7 @@ class LoopMachine(RuleBasedStateMachine):
             ensemble=3,
             stops=on_fault == "stop",
             brings_inside=out_of_range == "limit",
+            tolerance=TOLERANCE,
             most_faults=most,
         )
         self.specified = Specification(rules, START)
@@ -159,12 +162,16 @@ class LoopMachine(RuleBasedStateMachine):
         rows=ROWS,
         step=st.integers(0, T - 1),
         place=st.integers(0, 2),
-        value=st.sampled_from([9.0, -9.0]),
+        share=st.sampled_from([9.0, 1.01, 0.99, 0.1]),
+        is_above=st.booleans(),
     )
     def a_chunk_outside_the_limits_comes(
-        self, passed: float, rows: list[Row], step: int, place: int, value: float
+        self, passed: float, rows: list[Row], step: int, place: int, share: float, is_above: bool
     ) -> None:
-        rows[step][place] = value
+        """By so many times the tolerance."""
+        low, high = VALUES["action_low"][place], VALUES["action_high"][place]
+        beyond = share * TOLERANCE * (high - low)
+        rows[step][place] = float(np.float32(high + beyond if is_above else low - beyond))
         self.number += 1
         self._tick(passed, Chunk(rows, FULL, self.number, self._observed(passed, 0.0)))
 

@@ -205,7 +205,9 @@ def test_what_is_no_dataset_is_refused(tmp_path: Path) -> None:
 
 def test_pickles_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", actions=np.array([{"a": 1}], dtype=object))
-    assert "'actions' holds Python objects, which could run code" in refusal(tmp_path / "x.npz")
+    assert "'actions' is an array of Python objects, such as episodes of different lengths" in refusal(
+        tmp_path / "x.npz"
+    )
 
 
 def test_arrays_that_are_no_actions_are_refused(tmp_path: Path) -> None:
