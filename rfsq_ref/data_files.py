@@ -95,6 +95,8 @@ def _optional(module: str) -> Any:
 def _read_npz(path: Path, key: str | None) -> list[Episode]:
     # Nothing is read before it is known to be plain numbers.
     stored = npz_arrays(path, key)
+    if path.suffix.lower() == ".npy":
+        check_actions(stored, tuple(stored), path.name)
     with opened(path, f"a {path.suffix.lower()} file") as file:
         loaded = np.load(file, allow_pickle=False)
         arrays = {"actions": loaded} if isinstance(loaded, np.ndarray) else loaded

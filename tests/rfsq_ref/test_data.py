@@ -868,7 +868,7 @@ def test_episodes_in_an_array_of_objects_are_refused_as_that_and_not_as_damage(t
     for name in ("a.npy", "a.npz"):
         with pytest.raises(DataError) as caught:
             load_actions(tmp_path / name)
-        assert str(caught.value).startswith(f"{name} is an array of Python objects, such as episodes of different ")
+        assert f"{name}: 'actions' is an array of Python objects, such as episodes of" in str(caught.value)
         assert "np.savez(path, demo_0=..., demo_1=...)" in str(caught.value)
         assert "undamaged" not in str(caught.value)
     # What the message advises is read.
