@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from export.batches import Profile
 from export.bundle_writer import stage_bundle
@@ -43,9 +45,13 @@ class TargetConfig:
 class _CannotRunError(ExportError):
     """reasons: by backend, why its engines cannot be made or run here."""
 
-    def __init__(self, reasons: dict[str, str]) -> None:
-        super().__init__("\n  ".join(f"{name}: {reason}" for name, reason in reasons.items()))
-        self.reasons = reasons
+    def __init__(self, message: str, reasons: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.reasons = reasons or {}
+
+    @classmethod
+    def of(cls, reasons: Mapping[str, str]) -> Self:
+        return cls(_listed(reasons), reasons)
 
 
 def add_engines(config: TargetConfig) -> Manifest:
@@ -67,7 +73,7 @@ def add_engines(config: TargetConfig) -> Manifest:
             manifest = _add_all(config, backends)
         except _CannotRunError as error:
             # Once more without it: nothing that was not proven stays, nor takes the place of what was there.
-            left_out |= error.reasons
+            left_out.update(error.reasons)
             backends = tuple(name for name in backends if name not in error.reasons)
         else:
             for name, reason in left_out.items():
@@ -75,8 +81,12 @@ def add_engines(config: TargetConfig) -> Manifest:
             return manifest
     raise ExportError(
         f"no engine can be added here: install gcc or clang for C, or TensorRT with pip install "
-        f"'.[{TENSORRT_BACKENDS[1]},gpu]' on a machine with a GPU\n  {_CannotRunError(left_out)}"
+        f"'.[{TENSORRT_BACKENDS[1]},gpu]' on a machine with a GPU\n  {_listed(left_out)}"
     )
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    return "\n  ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
@@ -100,7 +110,7 @@ def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
                 else:
                     added += compile_graphs(graphs, (name,), config.profile, (), staged, steps)
             except (BackendUnavailableError, CBuildError, EngineBuildError) as error:
-                raise _CannotRunError({name: str(error)}) from error
+                raise _CannotRunError.of({name: str(error)}) from error
         replaced = [entry for entry in manifest.engines if any(_takes_the_place(new, entry) for new in added)]
         kept = [entry for entry in manifest.engines if entry not in replaced]
         dropped = {file for entry in replaced for file in (entry.file, entry.kernel_cache)}
@@ -110,7 +120,7 @@ def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
         staged.seal(manifest)
         with opened_backends(open_bundle(staged.folder), backends) as (opened, absent):
             if absent:
-                raise _CannotRunError(absent)
+                raise _CannotRunError.of(absent)
             with steps.step("golden vectors") as step:
                 parity = [entry for backend in opened for entry in _replayed(golden, bundle, backend)]
                 for entry in parity:

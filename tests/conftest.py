@@ -72,6 +72,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_runtest_teardown() -> None:
+    # Training sets it for the whole process; what runs next is to find torch as its users do.
+    if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def demonstrations() -> ActionDataset:
     return load_demonstrations()

@@ -360,7 +360,9 @@ def test_a_person_sees_a_line_per_step_and_a_table(built: BuildResult, printed: 
     ]
     assert re.search(r"^✓ onnxruntime \(.*?\), decode 8 layers: action error +\S+ +1e-05 +\d+$", output, re.MULTILINE)
     assert re.search(r"^tokens of 8 layers +\d\.\d{3}e-06$", output, re.MULTILINE)
-    assert output.endswith(f"is built and validated, fingerprint {built.manifest.fingerprint[:16]}\n")
+    *_, done, worth = output.splitlines()
+    assert done.endswith(f"is built and validated, fingerprint {built.manifest.fingerprint[:16]}")
+    assert worth.startswith("what the tokens are worth: good; in robot units: RMS error at most ")
 
 
 # --- other checkpoints ------------------------------------------------------------------------------------------------
@@ -684,8 +686,8 @@ def test_c_that_leaves_the_reference_turns_the_gates_red(
 ) -> None:
     generate = pipeline.c_tokenizer
 
-    def wrong(encoder, decoders, identity):
-        return generate(crooked(encoder), [lean(decoder) for decoder in decoders], identity)
+    def wrong(encoder, decoders, *stated):
+        return generate(crooked(encoder), [lean(decoder) for decoder in decoders], *stated)
 
     monkeypatch.setattr(pipeline, "c_tokenizer", wrong)
     arguments = ["--checkpoint", str(small), "--output", str(tmp_path / "bundle"), "--parity-steps", str(STEPS)]
