@@ -61,14 +61,12 @@ def context() -> torch.Tensor:
     return torch.randn((12, EYES.size), generator=torch.Generator().manual_seed(6))
 
 
-@pytest.fixture(scope="module")
-def quick(folder: Path, robust: Checkpoint, split: EpisodeSplit) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A bundle of the embedded checkpoint, which really encodes the demonstrations, and the example on it."""
+@pytest.fixture
+def fitting(folder: Path, robust: Checkpoint, split: EpisodeSplit) -> Path:
+    """A bundle of the embedded checkpoint, which really encodes the demonstrations."""
     calibrated = robust.with_fit(constants=fit_constants(robust, split.calibration))
     model = calibrated.model(Conditioning.CALIBRATED, dtype=torch.float64).requires_grad_(False)
-    bundle = write_bundle(folder / "bundle", Deployed(RANDOM, model, model))
-    command = [sys.executable, "examples/speculative_decoding.py", str(bundle), "--quick"]
-    return bundle, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE)
+    return write_bundle(folder / "bundle", Deployed(RANDOM, model, model), overwrite=True)
 
 
 @pytest.fixture
@@ -185,10 +183,12 @@ def test_held_out_episodes_are_not_learnt(split: EpisodeSplit) -> None:
 
 
 @pytest.mark.slow
-def test_a_quick_run_accepts_serves_early_and_stays_inside(
-    quick: tuple[Path, subprocess.CompletedProcess[str]],
+def test_a_quick_run_accepts_serves_early_stays_inside_and_its_models_are_better_than_what_needs_none(
+    fitting: Path,
 ) -> None:
-    found = quick[1]
+    """In one test, for the run takes many seconds."""
+    command = [sys.executable, "examples/speculative_decoding.py", str(fitting), "--quick"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "✗" not in found.stdout
     assert "no claim about a large one" in found.stdout
@@ -203,10 +203,7 @@ def test_a_quick_run_accepts_serves_early_and_stays_inside(
     (lead,) = re.findall(r"^✓ [1-9]\d* chunks served early, ([\d.]+) ticks before", found.stdout, re.MULTILINE)
     assert float(lead) >= 1
 
-
-@pytest.mark.slow
-def test_models_are_better_than_what_needs_none(quick: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    output = quick[1].stdout
+    output = found.stdout
     usual = row(output, "most frequent token at each place")[0]
     again = re.findall(r"^last chunk once more +([\d.]+) ", output, re.MULTILINE)[0]
     draft, coarse, whole = (row(output, name)[0] for name in ("draft, L0–L2", "main, L0–L2", "main, all layers"))
@@ -217,7 +214,7 @@ def test_models_are_better_than_what_needs_none(quick: tuple[Path, subprocess.Co
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_numbers(
-    quick: tuple[Path, subprocess.CompletedProcess[str]],
+    fitting: Path,
     run: Callable[..., int],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -226,7 +223,7 @@ def test_the_same_seed_gives_the_same_numbers(
     monkeypatch.setattr("examples.speculative_decoding.latency_table", lambda *_, **__: None)
 
     def numbers() -> str:
-        run(quick[0], "--quick", "--epochs", 1)
+        run(fitting, "--quick", "--epochs", 1)
         output = capsys.readouterr().out
         assert "chunks served early" in output
         return re.sub(r" in \d+ s,", "", output)
