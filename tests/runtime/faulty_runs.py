@@ -80,7 +80,10 @@ def run(
     status, total = child(arguments, arm(0, 0, False), log)
     assert status == 0, log.read_text()
     expected, whole = files(output.parent), files(output)
-    for goes, (index, nth) in itertools.product(goes_on, enumerate(range(1, total + 1, every))):
+    calls = range(1, total + 1, every)
+    # Where all are tried, each goes on and does not; of a sample every other one goes on.
+    chosen = itertools.product(calls, goes_on) if every == 1 else zip(calls, itertools.cycle(goes_on), strict=False)
+    for index, (nth, goes) in enumerate(chosen):
         fresh()
         old = files(output)
         error = errors[index % len(errors)]
