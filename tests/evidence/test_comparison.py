@@ -1,6 +1,7 @@
 """Everything from a dataset to a comparison, on a robot that the project has never seen."""
 
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -85,9 +86,15 @@ def test_given_checkpoints_are_used_instead_of_trained_ones(
 
 
 def test_more_processes_change_nothing(
-    comparison: Comparison, robot: ActionDataset, small_config: ComparisonConfig, tmp_path: Path
+    comparison: Comparison,
+    robot: ActionDataset,
+    small_config: ComparisonConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With a cache of their own, so that they train anew."""
+    """With a cache of their own, so that they train anew. Forked, for torch has one thread here, and importing it anew
+    takes longest; that new processes do it too, the script shows in test_report."""
+    monkeypatch.setattr("evidence.comparison.get_context", lambda _: get_context("fork"))
     assert compare(robot, replace(small_config, workers=2, cache=tmp_path)) == comparison
 
 

@@ -136,10 +136,11 @@ def test_what_cannot_be_compared_is_said_before_anything_is_trained(
     assert not (tmp_path / "report").exists()
 
 
-def test_the_script_runs_from_anywhere(tmp_path: Path) -> None:
+def test_the_script_runs_from_anywhere_with_workers(tmp_path: Path) -> None:
     write_npz(tmp_path / "robot.npz", robot_dataset(episodes=8))
     command = [sys.executable, str(ROOT / "rfsq_ref" / "compare.py"), "--data", "robot.npz", "--output", "report"]
-    finished = subprocess.run([*command, *QUICK], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command += [*QUICK, "--workers", "2"]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
 
     assert finished.returncode in (0, 1), finished.stderr
     assert finished.stdout.endswith("into report\n")
