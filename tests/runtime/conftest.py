@@ -1,5 +1,6 @@
-"""Bundles that tests only read, built once; tests that alter one take a copy."""
+"""Bundles that tests only read, built once for all workers; tests that alter one take a copy."""
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,16 +11,18 @@ from export.plan import DeployMode
 from runtime import ActionTokenizer
 from runtime.cpu_targets import host_targets
 from tests.bundles import Recipe, write_bundle
+from tests.once import once
 
 
 @pytest.fixture(scope="session")
 def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
     """The bundle of a recipe; not to be changed."""
-    root, built = tmp_path_factory.mktemp("bundles"), {}
+    built: dict[Recipe, Path] = {}
 
     def get(recipe: Recipe) -> Path:
         if recipe not in built:
-            built[recipe] = write_bundle(root / str(len(built)), recipe)
+            name = f"bundle {hashlib.sha256(repr(recipe).encode()).hexdigest()}"
+            built[recipe] = once(tmp_path_factory, name, lambda path: write_bundle(path, recipe))
         return built[recipe]
 
     return get
