@@ -121,7 +121,7 @@ def recovered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActionTokeni
     with pytest.MonkeyPatch.context() as patch:
         # Without searching for the best: that takes 15 seconds, and calibration's own tests judge it.
         patch.setattr(sources, "RecoveredConfig", lambda: RecoveredConfig(ridge=1e-6, refine_steps=2))
-        build(config(output, conditioning=DeployMode.RECOVERED))
+        build(config(output, conditioning=DeployMode.RECOVERED, parity_steps=1))
     with ActionTokenizer.load(output) as loaded:
         yield loaded
 
@@ -129,7 +129,7 @@ def recovered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActionTokeni
 @pytest.fixture(scope="module")
 def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActionTokenizer]:
     output = tmp_path_factory.mktemp("dynamic") / "bundle"
-    build(config(output, conditioning=DeployMode.DYNAMIC))
+    build(config(output, conditioning=DeployMode.DYNAMIC, parity_steps=1))
     with ActionTokenizer.load(output) as loaded:
         yield loaded
 
@@ -137,7 +137,7 @@ def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActionTokenize
 @pytest.fixture(scope="module")
 def naive_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActionTokenizer]:
     output = tmp_path_factory.mktemp("naive") / "bundle"
-    build(config(output, checkpoint=NAIVE_CHECKPOINT))
+    build(config(output, checkpoint=NAIVE_CHECKPOINT, parity_steps=1))
     with ActionTokenizer.load(output) as loaded:
         yield loaded
 
@@ -634,7 +634,12 @@ def test_engines_are_built_and_reported_as_not_run(
 @needs_rtx
 @needs_no_gpu
 def test_engines_for_chosen_gpus_carry_them_in_their_names(small: Path, tmp_path: Path) -> None:
-    options = {"backends": ("tensorrt-rtx",), "compute_capabilities": ("8.9", "12.0"), "parity_steps": 500}
+    options = {
+        "backends": ("tensorrt-rtx",),
+        "compute_capabilities": ("8.9", "12.0"),
+        "prefixes": (5,),
+        "parity_steps": 500,
+    }
     result = build(config(tmp_path / "bundle", checkpoint=small, **options))
     check_engines(result.manifest, result.output, (1, 1, 4096), "sm89-sm120")
     assert {engine.targets for engine in result.manifest.engines} == {("8.9", "12.0")}
