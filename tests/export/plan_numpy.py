@@ -1,5 +1,6 @@
 """A second opinion on plans: their docstrings, evaluated in numpy, in any precision; and random models to plan."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,16 @@ class PlanBackend:
 
 
 MODES = list(DeployMode)
+#: One mode for every code that is generated: `none` has the code of `calibrated` with other numbers, which
+#: test_c_source.py and test_cuda_source.py see to.
+CODES = [mode for mode in MODES if mode is not DeployMode.NONE]
+
+
+def without_numbers(source: str) -> str:
+    """Generated code without its fingerprint, what its tables hold, and every other number of float32."""
+    code = re.sub(r"\b[0-9a-f]{64}\b", "", source)
+    code = re.sub(r"(?<= = \{\n).*?(?=\n\};)", "", code, flags=re.DOTALL)
+    return re.sub(r"-?0x[0-9a-f.]+p[-+]?\d+f", "", code)
 
 
 @st.composite

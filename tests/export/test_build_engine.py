@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -44,6 +45,7 @@ from runtime.bundle import open_bundle
 from runtime.checkpoint_layouts import recorded_hashes, weight_hashes
 from runtime.cpu_targets import host_targets
 from runtime.fidelity import Grade
+from runtime.golden import Golden
 from runtime.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, MANIFEST_NAME, Manifest, ParityEntry
 from tests.bundles import bundle_files, graph_file
 from tests.export.machine import needs_no_gpu, needs_rtx
@@ -108,14 +110,6 @@ def built(printed: io.StringIO, tmp_path_factory: pytest.TempPathFactory) -> Bui
 
 
 @pytest.fixture(scope="module")
-def ready(calibrated: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with its constants in the file: nothing is left to be fitted."""
-    path = tmp_path_factory.mktemp("ready") / "calibrated.safetensors"
-    save_checkpoint(calibrated, path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def tokenizer(built: BuildResult) -> Iterator[ActionTokenizer]:
     with ActionTokenizer.load(built.output) as loaded:
         yield loaded
@@ -127,7 +121,7 @@ def recovered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActionTokeni
     with pytest.MonkeyPatch.context() as patch:
         # Without searching for the best: that takes 15 seconds, and calibration's own tests judge it.
         patch.setattr(sources, "RecoveredConfig", lambda: RecoveredConfig(ridge=1e-6, refine_steps=2))
-        build(config(output, conditioning=DeployMode.RECOVERED))
+        build(config(output, conditioning=DeployMode.RECOVERED, parity_steps=1))
     with ActionTokenizer.load(output) as loaded:
         yield loaded
 
@@ -135,7 +129,7 @@ def recovered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActionTokeni
 @pytest.fixture(scope="module")
 def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActionTokenizer]:
     output = tmp_path_factory.mktemp("dynamic") / "bundle"
-    build(config(output, conditioning=DeployMode.DYNAMIC))
+    build(config(output, conditioning=DeployMode.DYNAMIC, parity_steps=1))
     with ActionTokenizer.load(output) as loaded:
         yield loaded
 
@@ -143,7 +137,7 @@ def dynamic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActionTokenize
 @pytest.fixture(scope="module")
 def naive_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ActionTokenizer]:
     output = tmp_path_factory.mktemp("naive") / "bundle"
-    build(config(output, checkpoint=NAIVE_CHECKPOINT))
+    build(config(output, checkpoint=NAIVE_CHECKPOINT, parity_steps=1))
     with ActionTokenizer.load(output) as loaded:
         yield loaded
 
@@ -325,17 +319,6 @@ def test_the_four_modes_are_four_tokenizers(
     assert len({each.fingerprint for each in (tokenizer, recovered, dynamic, naive_tokenizer)}) == 4
 
 
-def test_builds_from_two_folders_write_the_same_bytes(built: BuildResult, tmp_path: Path) -> None:
-    here = tmp_path / "another folder"
-    here.mkdir()
-    finished = run("--output", "some/bundle", "--parity-steps", STEPS, cwd=here)
-    assert finished.returncode == 0, finished.stderr
-    first, second = tree(built.output), tree(here / "some" / "bundle")
-    assert first.keys() == second.keys()
-    for file in first:
-        assert first[file] == second[file], file
-
-
 def test_the_default_arguments_are_those_of_make_engine() -> None:
     defaults = parse_arguments([])
     assert defaults == BuildConfig()
@@ -399,18 +382,32 @@ def write_other(folder: Path, model: ActionRFSQAE, normaliser: Normaliser = NORM
     ]  # fmt: skip
 
 
+OTHER_FLAGS = ("--chunk-length", "3", "--prefixes", "2", "4", "--readout", "on")
+
+
+@pytest.fixture(scope="module")
+def other_printed() -> io.StringIO:
+    """What the build of `other` says."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def other(other_printed: io.StringIO, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a robust model of other sizes, its data in units of its robot, and the bundle built from both."""
+    folder = tmp_path_factory.mktemp("other")
+    with contextlib.redirect_stdout(other_printed):
+        assert main([*build_arguments(folder / "bundle"), *write_other(folder, other_model()), *OTHER_FLAGS]) == 0
+    return folder
+
+
 def test_a_model_of_other_sizes_and_units_builds_from_its_published_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    other: Path, other_printed: io.StringIO
 ) -> None:
-    model = other_model()
-    arguments = write_other(tmp_path, model)
-    flags = ["--chunk-length", "3", "--prefixes", "2", "4", "--readout", "on"]
-    assert main([*build_arguments(tmp_path / "bundle"), *arguments, *flags]) == 0
-    output = capsys.readouterr().out
+    model, output = other_model(), other_printed.getvalue()
     assert "readout refitted, no quantiser" in output
     assert "A 4, D 6, L 5, K 5, hidden 24; deployed as 'calibrated'" in output
 
-    with ActionTokenizer.load(tmp_path / "bundle") as tokenizer:
+    with ActionTokenizer.load(other / "bundle") as tokenizer:
         assert tokenizer.prefixes == (2, 4, 5)
         assert tokenizer.model.action_units == NORMALISER.scale
         assert tokenizer.model.action_offset == NORMALISER.offset
@@ -419,8 +416,8 @@ def test_a_model_of_other_sizes_and_units_builds_from_its_published_file(
         tokens = tokenizer.encode(actions)
         assert tokens.shape == (500, 3, 6, 5)
         fitted = calibrate(
-            replace(load_checkpoint(tmp_path / "model.pt"), normaliser=NORMALISER),
-            load_actions(tmp_path / "episodes.npz"),
+            replace(load_checkpoint(other / "model.pt"), normaliser=NORMALISER),
+            load_actions(other / "episodes.npz"),
             CalibrationConfig(),
             ReadoutConfig(ReadoutChoice.ON),
         )
@@ -435,6 +432,19 @@ def test_a_model_of_other_sizes_and_units_builds_from_its_published_file(
     # What five layers of five levels can tell, in normalised units; and more layers tell more.
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < 1e-5
+
+
+def test_builds_from_two_folders_write_the_same_bytes(other: Path, tmp_path: Path) -> None:
+    """By another process, started in another folder: fitted on data, judged, and with golden vectors chosen from it."""
+    here = tmp_path / "another folder"
+    here.mkdir()
+    inputs = write_other(here, other_model())
+    finished = run("--output", "some/bundle", "--parity-steps", STEPS, *inputs, *OTHER_FLAGS, cwd=here)
+    assert finished.returncode == 0, finished.stderr
+    first, second = tree(other / "bundle"), tree(here / "some" / "bundle")
+    assert first.keys() == second.keys()
+    for file in first:
+        assert first[file] == second[file], file
 
 
 #: Joints that rest at 0, 20, 100 and 1,000 times what they move by.
@@ -547,25 +557,38 @@ def test_a_bare_state_dict_builds_when_it_is_said_how_it_was_trained(tmp_path: P
     assert result.manifest.model.mode == "dynamic"
 
 
+@pytest.fixture(scope="module")
+def fitted(other: Path) -> Checkpoint:
+    """The checkpoint of `other` with the constants of its build."""
+    checkpoint = replace(load_checkpoint(other / "model.pt"), normaliser=NORMALISER)
+    actions = load_actions(other / "episodes.npz")
+    return calibrate(checkpoint, actions, CalibrationConfig(), ReadoutConfig(ReadoutChoice.ON))
+
+
 def test_constants_that_a_checkpoint_brings_are_kept(
-    calibrated: Checkpoint, built: BuildResult, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fitted: Checkpoint, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Other ones than a fit would give."""
-    constants = ConditioningConstants(calibrated.constants.mean, calibrated.constants.scale * 1.25)
-    brought = replace(calibrated, constants=constants)
+    """Other ones than a fit would give, where there is data to fit them to."""
+    assert fitted.constants is not None
+    constants = ConditioningConstants(fitted.constants.mean, fitted.constants.scale * 1.25)
+    brought = replace(fitted, constants=constants)
     save_checkpoint(brought, tmp_path / "brought.safetensors")
-    result = build(config(tmp_path / "bundle", checkpoint=tmp_path / "brought.safetensors", parity_steps=1))
+    data = {"checkpoint": tmp_path / "brought.safetensors", "calibration_data": other / "episodes.npz"}
+    result = build(config(tmp_path / "bundle", **data, parity_steps=1))
     assert "nothing to fit" in capsys.readouterr().out
-    assert result.manifest.fingerprint == fingerprint(brought, DeployMode.CALIBRATED) != built.manifest.fingerprint
+    of_fit = open_bundle(other / "bundle").manifest.fingerprint
+    assert result.manifest.fingerprint == fingerprint(brought, DeployMode.CALIBRATED) != of_fit
 
 
 def test_chunk_length_and_prefixes_do_not_change_the_fingerprint(
-    built: BuildResult, ready: Path, tmp_path: Path
+    fitted: Checkpoint, other: Path, tmp_path: Path
 ) -> None:
-    result = build(config(tmp_path / "bundle", checkpoint=ready, parity_steps=1, chunk_length=50, prefixes=(1, 5)))
-    assert result.manifest.fingerprint == built.manifest.fingerprint
+    save_checkpoint(fitted, tmp_path / "fitted.safetensors")
+    options = {"checkpoint": tmp_path / "fitted.safetensors", "parity_steps": 1}
+    result = build(config(tmp_path / "bundle", **options, chunk_length=50, prefixes=(1, 3)))
+    assert result.manifest.fingerprint == open_bundle(other / "bundle").manifest.fingerprint
     assert result.manifest.model.chunk_length == 50
-    assert result.manifest.model.prefixes == (1, 5, 8)
+    assert result.manifest.model.prefixes == (1, 3, 5)
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------
@@ -611,7 +634,12 @@ def test_engines_are_built_and_reported_as_not_run(
 @needs_rtx
 @needs_no_gpu
 def test_engines_for_chosen_gpus_carry_them_in_their_names(small: Path, tmp_path: Path) -> None:
-    options = {"backends": ("tensorrt-rtx",), "compute_capabilities": ("8.9", "12.0"), "parity_steps": 500}
+    options = {
+        "backends": ("tensorrt-rtx",),
+        "compute_capabilities": ("8.9", "12.0"),
+        "prefixes": (5,),
+        "parity_steps": 500,
+    }
     result = build(config(tmp_path / "bundle", checkpoint=small, **options))
     check_engines(result.manifest, result.output, (1, 1, 4096), "sm89-sm120")
     assert {engine.targets for engine in result.manifest.engines} == {("8.9", "12.0")}
@@ -632,8 +660,7 @@ def test_without_a_choice_engines_are_built_for_what_is_installed_and_it_is_said
 def test_c_is_compiled_for_every_target_of_this_processor_and_passes_every_gate(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"checkpoint": small, "backends": ("c",), "parity_steps": 500}
-    result = build(config(tmp_path / "bundle", **options))
+    result = build(config(tmp_path / "bundle", checkpoint=small, backends=("c",), parity_steps=500))
     assert [engine.targets for engine in result.manifest.engines] == [(target,) for target in host_targets()]
     for engine in result.manifest.engines:
         assert (engine.backend, engine.source, engine.status, engine.precision) == ("c", C_SOURCE, "validated", "fp32")
@@ -654,8 +681,6 @@ def test_c_is_compiled_for_every_target_of_this_processor_and_passes_every_gate(
         assert tokenizer.backend.name == "c"
     header = (result.output / C_HEADER).read_text(encoding="utf-8")
     assert f'"{result.manifest.fingerprint}"' in header
-    # And another time the same bytes.
-    assert tree(build(config(tmp_path / "another", **options)).output) == tree(result.output)
 
 
 def test_without_a_compiler_the_source_goes_along_alone(
@@ -756,16 +781,16 @@ def build_arguments(output: Path) -> list[str]:
 
 @pytest.mark.usefixtures("perturbed")
 def test_red_gates_are_all_shown_and_leave_no_bundle(
-    ready: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The check of graphs would find it first.
     monkeypatch.setattr(pipeline, "cross_check", lambda *_: [])
-    assert main([*build_arguments(tmp_path / "bundle"), "--checkpoint", str(ready)]) == 1
+    assert main([*build_arguments(tmp_path / "bundle"), "--checkpoint", str(small)]) == 1
     captured = capsys.readouterr()
 
     assert re.search(r"^✗ parity gates .*$", captured.out, re.MULTILINE)
     assert re.search(r"^ +\d+ steps against PyTorch float64: \d+ gates are red$", captured.out, re.MULTILINE)
-    for gate in ("encode: wrong tokens", "decode 3 layers: action error", "decode 8 layers: action error"):
+    for gate in ("encode: wrong tokens", "decode 3 layers: action error", "decode 5 layers: action error"):
         assert re.search(rf"^✗ onnxruntime \(.*?\), {gate} ", captured.out, re.MULTILINE)
         assert re.search(rf"^  onnxruntime, {gate}: \S+ over \d+ steps; expected at most", captured.err, re.MULTILINE)
     assert re.search(r"^✓ onnxruntime \(.*?\), encode: near-tie flips ", captured.out, re.MULTILINE)
@@ -777,9 +802,9 @@ def test_red_gates_are_all_shown_and_leave_no_bundle(
 
 @pytest.mark.usefixtures("perturbed")
 def test_a_graph_that_leaves_the_reference_is_found_before_any_gate(
-    ready: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*build_arguments(tmp_path / "bundle"), "--checkpoint", str(ready)]) == 1
+    assert main([*build_arguments(tmp_path / "bundle"), "--checkpoint", str(small)]) == 1
     captured = capsys.readouterr()
     assert re.search(r"^✗ cross-check graphs ", captured.out, re.MULTILINE)
     assert "parity gates" not in captured.out
@@ -1079,19 +1104,10 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(
 # --- builds that end in the middle ------------------------------------------------------------------------------------
 
 
-def start(output: Path, checkpoint: Path, interrupt: int | signal.Handlers = signal.SIG_DFL) -> subprocess.Popen[str]:
-    """A build far larger than the test is patient, stopped at a moment when files are written already.
-
-    interrupt: what SIGINT finds in it. Where the tests run in the background of a shell, it would inherit SIG_IGN.
-    """
+def start(output: Path, checkpoint: Path) -> subprocess.Popen[str]:
+    """A build far larger than the test is patient, stopped at a moment when files are written already."""
     arguments = ("--output", output, "--overwrite", "--checkpoint", checkpoint, "--parity-steps", 1_000_000)
-    process = subprocess.Popen(
-        command(*arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupt),
-    )
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("✓ export ONNX"):
@@ -1132,7 +1148,7 @@ def test_a_build_that_is_told_to_end_leaves_everything_as_it_was(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Told at a moment when files are written already; in a process of its own, the test below does it."""
+    """Told at a moment when files are written already."""
     output = tmp_path / "bundle"
     before = copy_bundle(built.output, output) if is_there else {}
 
@@ -1158,23 +1174,27 @@ def test_a_build_that_is_told_to_end_leaves_everything_as_it_was(
     assert tree(tmp_path) == {f"bundle/{file}": content for file, content in before.items()}
 
 
-def test_signals_that_the_caller_ignores_stay_ignored(small: Path, tmp_path: Path) -> None:
-    """As nohup and shells with background jobs ask for."""
-    ignored = (signal.SIGHUP, signal.SIGINT)
-    before = [signal.signal(number, signal.SIG_IGN) for number in ignored]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_signals_that_the_caller_ignores_stay_ignored(
+    number: signal.Signals, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As nohup and shells with background jobs ask for: the build goes on, and leaves them ignored."""
+    choose, came = pipeline.golden_vectors, []
+
+    def told_to_end(*given: Any) -> Golden:
+        signal.raise_signal(number)
+        came.append(signal.getsignal(number))
+        return choose(*given)
+
+    monkeypatch.setattr(pipeline, "golden_vectors", told_to_end)
+    earlier = signal.signal(number, signal.SIG_IGN)
     try:
-        process = start(tmp_path / "bundle", small, interrupt=signal.SIG_IGN)
+        assert main([*build_arguments(tmp_path / "bundle"), "--checkpoint", str(small)]) == 0
+        assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        for number, handler in zip(ignored, before, strict=True):
-            signal.signal(number, handler)
-    for number in ignored:
-        process.send_signal(number)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1)
-    process.terminate()
-    process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert list(tmp_path.iterdir()) == []
+        signal.signal(number, earlier)
+    assert came == [signal.SIG_IGN]
+    assert open_bundle(tmp_path / "bundle").manifest.model.mode == "none"
 
 
 def test_the_published_files_used_here_are_read_as_what_they_are(small: Path) -> None:

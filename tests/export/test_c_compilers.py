@@ -21,7 +21,7 @@ from runtime.comparison import action_errors
 from runtime.cpu_targets import host_targets
 from tests.bundles import Deployed, Recipe, deploy, random_actions, reference_decode
 from tests.export.c_library import FOLDER, compile_program, run, write_code
-from tests.export.plan_numpy import MODES, check_tokens
+from tests.export.plan_numpy import CODES, check_tokens
 
 WARNINGS = ("-Wall", "-Wextra", "-Wpedantic")
 V3, V4 = "-march=x86-64-v3", "-march=x86-64-v4"
@@ -42,8 +42,8 @@ def default_sizes(mode: DeployMode = DeployMode.CALIBRATED) -> Recipe:
 
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory: pytest.TempPathFactory) -> dict[DeployMode, tuple[Deployed, Path]]:
-    """The default sizes in every mode: the model, and the folder with its code."""
-    models = {mode: deploy(default_sizes(mode)) for mode in MODES}
+    """The default sizes in every mode with a code of its own: the model, and the folder with its code."""
+    models = {mode: deploy(default_sizes(mode)) for mode in CODES}
     return {mode: (model, write_code(tmp_path_factory.mktemp(mode.value), model)) for mode, model in models.items()}
 
 
@@ -55,12 +55,12 @@ MACHINES: list[tuple[str, ...]] = [(), (V3,), (V4,)] if platform.machine() == "x
 BUILDS = [
     (compiler, mode, machine)
     for compiler in ("gcc", "clang")
-    for mode in MODES
+    for mode in CODES
     for machine in MACHINES
     if machine == MACHINES[-1] == ()
     or machine == (V3,)
     or (machine == (V4,) and (compiler == "gcc" or mode is DeployMode.DYNAMIC))
-    or (machine == () and (compiler == "gcc") == (mode in (DeployMode.NONE, DeployMode.DYNAMIC)))
+    or (machine == () and (compiler == "gcc") == (mode is DeployMode.DYNAMIC))
 ]
 
 
@@ -86,7 +86,7 @@ def machines_of(compiler: str, mode: DeployMode) -> list[tuple[str, ...]]:
     return [machine for own_compiler, own_mode, machine in BUILDS if (own_compiler, own_mode) == (compiler, mode)]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CODES)
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_no_compiler_has_anything_to_say(compiler: str, mode: DeployMode, objects: Objects) -> None:
     machines = machines_of(compiler, mode)
@@ -123,7 +123,7 @@ SANITIZERS = ("-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sa
 
 
 @needs("gcc", "gcc")
-@pytest.mark.parametrize(("mode", "chunk_length"), [*((mode, 3) for mode in MODES), (DeployMode.DYNAMIC, 8)])
+@pytest.mark.parametrize(("mode", "chunk_length"), [*((mode, 3) for mode in CODES), (DeployMode.DYNAMIC, 8)])
 def test_sanitizers_find_nothing(mode: DeployMode, chunk_length: int, tmp_path: Path) -> None:
     """In arrays of exactly their size, whole blocks and last steps, legal values and illegal ones.
 
@@ -153,7 +153,7 @@ def test_the_sanitizers_work(tmp_path: Path) -> None:
 # --- instructions -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CODES)
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_nothing_is_called_but_memcpy_and_the_like(compiler: str, mode: DeployMode, objects: Objects) -> None:
     """No libm, no allocator: what a real-time thread can be sure of."""
@@ -163,7 +163,7 @@ def test_nothing_is_called_but_memcpy_and_the_like(compiler: str, mode: DeployMo
         assert undefined <= {"memcpy", "memset", "memmove", "_GLOBAL_OFFSET_TABLE_"}
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CODES)
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_nothing_that_it_holds_can_be_written(compiler: str, mode: DeployMode, objects: Objects) -> None:
     """No global state: what could change has no byte."""
@@ -175,7 +175,7 @@ def test_nothing_that_it_holds_can_be_written(compiler: str, mode: DeployMode, o
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason=f"reads x86-64 instructions; this is {platform.machine()}")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CODES)
 @pytest.mark.parametrize("compiler", COMPILERS)
 def test_layers_are_packed_multiply_adds_of_eight_steps(compiler: str, mode: DeployMode, objects: Objects) -> None:
     output = objects(compiler, mode, (V3,))[0]
@@ -190,7 +190,7 @@ def test_layers_are_packed_multiply_adds_of_eight_steps(compiler: str, mode: Dep
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason=f"reads x86-64 instructions; this is {platform.machine()}")
 @needs("gcc", "gcc")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CODES)
 def test_where_vectors_are_twice_as_long_all_of_their_length_is_used(mode: DeployMode, objects: Objects) -> None:
     output = objects("gcc", mode, (V4,))[0]
     text = run(["objdump", "--disassemble", "--no-show-raw-insn", output], output.parent)
@@ -301,7 +301,7 @@ def run_driver(command: list[object], folder: Path, deployed: Deployed) -> tuple
 
 @needs("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross")
 @needs("qemu-aarch64", "qemu-user")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CODES)
 def test_an_arm_processor_gives_the_same_answers(mode: DeployMode, codes: Codes) -> None:
     deployed, folder = codes[mode]
     actions = random_actions(deployed.recipe, 101)
@@ -342,7 +342,7 @@ def count(program: Path, folder: Path, encodes: int, decodes: int) -> int:
 @needs_v3
 @needs("valgrind", "valgrind")
 @needs("gcc", "gcc")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CODES)
 def test_a_chunk_takes_no_more_instructions_than_its_budget(mode: DeployMode, codes: Codes) -> None:
     """Counted, not timed: the same on a busy machine."""
     version = run(["gcc", "-dumpversion"], Path.cwd()).strip().partition(".")[0]

@@ -18,11 +18,13 @@ from rfsq_ref.autoencoder import ModelConfig
 from runtime.comparison import action_errors
 from tests.bundles import Deployed, Recipe, deploy, fingerprint_of, generate_c, random_actions, reference_decode
 from tests.export.c_library import ILLEGAL_VALUE, OK, UNTOUCHED, Array, Library, plans
-from tests.export.plan_numpy import MODES, check_tokens, is_step_coupled
+from tests.export.plan_numpy import CODES, MODES, check_tokens, is_step_coupled, without_numbers
 
 ROOT = Path(__file__).parents[2]
-#: Compiles in a third of the time; vector instructions have tests of their own.
-QUICK = ("-std=c11", "-O1", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+#: Compiles in a sixth of the time; vector instructions have tests of their own.
+QUICK = ("-std=c11", "-O0", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+#: With the longest vectors of this processor.
+NATIVE = (*C_FLAGS, "-march=native")
 #: In normalised units; the gates allow ten times as much.
 DECODE_ERROR = 1e-6
 
@@ -117,13 +119,12 @@ def test_a_model_of_any_size_and_mode_gives_the_references_answers(
 
 
 SMALLEST = ModelConfig(action_dim=1, latent_dim=1, hidden_width=1, num_layers=1, num_levels=2)
-CONSTANT = [DeployMode.NONE, DeployMode.CALIBRATED]
 
 
 @pytest.mark.parametrize("chunk_length", [1, 3, 11])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CODES)
 def test_the_smallest_model_of_all(mode: DeployMode, chunk_length: int, library_of: LibraryOf) -> None:
-    config = SMALLEST if mode in CONSTANT else replace(SMALLEST, latent_dim=2)
+    config = SMALLEST if mode is DeployMode.CALIBRATED else replace(SMALLEST, latent_dim=2)
     library = library_of(Recipe(mode, config, chunk_length, prefixes=(), has_engine=False))
     check_encoder(library, random_actions(library.recipe, 200))
     check_decoders(library, 200)
@@ -133,16 +134,16 @@ def default_sizes(mode: DeployMode) -> Recipe:
     return Recipe(mode, ModelConfig(), chunk_length=8, prefixes=(1, 3), has_engine=False)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CODES)
 def test_the_default_sizes_as_they_are_deployed(mode: DeployMode, library_of: LibraryOf) -> None:
-    library = library_of(default_sizes(mode), C_FLAGS)
+    library = library_of(default_sizes(mode), NATIVE)
     _, tokens, _ = library.encode(random_actions(library.recipe, 200))
     assert len(np.unique(tokens)) >= 3
     check_encoder(library, random_actions(library.recipe, 200))
     check_decoders(library, 200)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CODES)
 @pytest.mark.parametrize("gain", [10.0, 100.0, 1e18])
 def test_no_sum_is_too_large_for_mish(gain: float, mode: DeployMode, tmp_path_factory: pytest.TempPathFactory) -> None:
     """exp of a hidden unit overflows float32 from 88 on, its square from 44: no token and no action may do that."""
@@ -157,7 +158,7 @@ def test_no_sum_is_too_large_for_mish(gain: float, mode: DeployMode, tmp_path_fa
     check_decoders(library, 50)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CODES)
 @pytest.mark.parametrize("num_levels", [2, 5, 8])
 def test_a_latent_on_an_edge_goes_to_the_lower_level(
     num_levels: int, mode: DeployMode, tmp_path_factory: pytest.TempPathFactory
@@ -172,7 +173,7 @@ def test_a_latent_on_an_edge_goes_to_the_lower_level(
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CODES)
 def test_the_largest_legal_actions_have_the_references_tokens(
     mode: DeployMode, sign: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -191,7 +192,7 @@ def test_the_largest_legal_actions_have_the_references_tokens(
 # --- batches and places -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CODES)
 def test_a_chunk_has_the_same_bits_whatever_stands_beside_it(mode: DeployMode, library_of: LibraryOf) -> None:
     """Whole blocks and the last few steps alike."""
     library = library_of(Recipe(mode, chunk_length=3), C_FLAGS)
@@ -219,10 +220,10 @@ def test_no_chunk_at_all_is_nothing_to_do(mode: DeployMode, library_of: LibraryO
     assert library.decode(tokens, stats)[0] == OK
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", CODES)
 def test_arrays_need_no_more_alignment_than_their_type(mode: DeployMode, library_of: LibraryOf) -> None:
     """All but the library's outputs, which stand like this in every test."""
-    library = library_of(default_sizes(mode), (*C_FLAGS, "-march=native"))
+    library = library_of(default_sizes(mode), NATIVE)
     aligned = random_actions(library.recipe, 5)
     actions = library.place(aligned.shape, np.float32)
     actions[...] = aligned
@@ -352,6 +353,16 @@ def test_the_text_holds_nothing_that_is_not_the_model(mode: DeployMode) -> None:
     assert not re.search(r"\b(malloc|calloc|alloca|printf|fopen|double)\b", generated.source)
     # No state: what is static is constant, or a function.
     assert not re.search(r"^\s*static (?!_Alignas\(64\) const |inline |int |void )", generated.source, re.MULTILINE)
+
+
+def test_the_code_of_none_is_that_of_calibrated_with_other_numbers() -> None:
+    """So that what is seen of one mode's code, by any compiler, holds for both."""
+    for recipe in (Recipe(), Recipe(config=ModelConfig(5, 3, 13, 3, 2)), default_sizes(DeployMode.CALIBRATED)):
+        none, calibrated, recovered = (
+            without_numbers(generate_c(deploy(replace(recipe, mode=mode))).source)
+            for mode in (DeployMode.NONE, DeployMode.CALIBRATED, DeployMode.RECOVERED)
+        )
+        assert none == calibrated != recovered
 
 
 def tables(source: str) -> dict[str, Array]:

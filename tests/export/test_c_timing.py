@@ -22,7 +22,8 @@ NUMBER = r"(\d[\d.e+]*)"
 
 
 def recipe_of(mode: DeployMode) -> Recipe:
-    return Recipe(mode, ModelConfig(), chunk_length=8, prefixes=(3,), c_targets=(), has_engine=False)
+    # The program sees of the sizes what the header says; small ones compile and run in a part of the time.
+    return Recipe(mode, ModelConfig(3, 4, 8, 8, 7), chunk_length=8, prefixes=(3,), c_targets=(), has_engine=False)
 
 
 def build(folder: Path, mode: DeployMode, compiler: str, flags: Sequence[str] = ()) -> Path:
@@ -54,12 +55,11 @@ def check(printed: str, recipe: Recipe, steps: int, calls: int = 100_000) -> Non
     assert sizes == [(name, size) for size in (1, 32, steps // 8) for name in ("encode", "decode")]
 
 
-# Every mode once, and by both compilers what the program itself has two of: with statistics and without. The tokenizer
-# of every mode by every compiler is in test_c_compilers.py.
+# By both compilers what the program itself has two of: with statistics and without. The tokenizer of every mode is
+# compiled by both in test_c_compilers.py.
 @pytest.mark.parametrize(
     ("mode", "compiler"),
     [
-        (DeployMode.NONE, "gcc"),
         (DeployMode.DYNAMIC, "gcc"),
         (DeployMode.DYNAMIC, "clang"),
         (DeployMode.CALIBRATED, "clang"),

@@ -16,6 +16,7 @@ from rfsq_ref.autoencoder import ModelConfig
 from runtime.errors import BackendUnavailableError
 from runtime.kernel_names import kernel_name, token_types
 from tests.bundles import SMALL, Recipe, compile_cuda, deploy, generate_cuda
+from tests.export.plan_numpy import CODES, without_numbers
 
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
 
@@ -48,10 +49,17 @@ def nvrtc() -> None:
         pytest.skip(str(error))
 
 
-#: `none` has the code of `calibrated`, with other numbers in its tables: seen once with sizes that suit vectors, and
-#: once with others.
-OTHERS = (DeployMode.DYNAMIC, DeployMode.CALIBRATED, DeployMode.RECOVERED)
-MODES = {size: (DeployMode.NONE, *OTHERS) if size in ("small", "odd") else OTHERS for size in SIZES}
+#: Every code of sizes that suit vectors and of sizes that do not; of the others, what layers and tokens of every code
+#: have in common, and one more of the codes.
+MODES = {
+    "published": CODES,
+    "small": CODES,
+    "odd": CODES,
+    "wide": (DeployMode.CALIBRATED, DeployMode.RECOVERED),
+    "wider than shared memory": (DeployMode.CALIBRATED, DeployMode.DYNAMIC),
+    "prefix in whole words": (DeployMode.CALIBRATED, DeployMode.RECOVERED),
+    "fine": (DeployMode.CALIBRATED, DeployMode.DYNAMIC),
+}
 
 
 @pytest.mark.parametrize(
@@ -64,20 +72,29 @@ MODES = {size: (DeployMode.NONE, *OTHERS) if size in ("small", "odd") else OTHER
 )
 def test_every_mode_and_size_compiles_and_has_the_kernels_that_are_launched(size: str, mode: DeployMode) -> None:
     config = SIZES[size]
-    image = compile_cuda(source(mode, config), "9.0")
+    # The least GPU has the largest kernels to hold.
+    image = compile_cuda(source(mode, config), "7.5" if size == "published" else "9.0")
     for prefix in (None, config.num_layers):
         for token_type in token_types(config.num_levels):
             assert kernel_name(prefix, token_type, "few").encode() in image
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compute_capability", ["7.5", "8.0", "8.7", "8.9", "9.0", "10.0", "12.0"])
+@pytest.mark.parametrize("compute_capability", ["8.0", "8.7", "8.9", "9.0", "10.0", "12.0"])
 def test_it_compiles_for_every_kind_of_gpu(compute_capability: str) -> None:
-    """8.7 is the Jetson Orin's. By every instruction, of kernels of both kinds; with large ones for the least GPU."""
-    config = SIZES["published"] if compute_capability == "7.5" else ModelConfig(3, 8, 20, 2, 7)
-    code = source(DeployMode.CALIBRATED, config)
+    """8.7 is the Jetson Orin's, and 7.5 is above. By every instruction, of kernels of both kinds."""
+    code = source(DeployMode.CALIBRATED, ModelConfig(3, 8, 20, 1, 7))
     assert all(f" {kernel_name(None, 'int32', kind)}(" in code for kind in ("few", "many"))
     assert compile_cuda(code, compute_capability)[:4] == b"\x7fELF"
+
+
+def test_the_code_of_none_is_that_of_calibrated_with_other_numbers() -> None:
+    for config in (SIZES[size] for size in ("published", "small", "odd", "fine")):
+        none, calibrated, recovered = (
+            without_numbers(source(mode, config))
+            for mode in (DeployMode.NONE, DeployMode.CALIBRATED, DeployMode.RECOVERED)
+        )
+        assert none == calibrated != recovered
 
 
 def test_kernels_for_many_steps_exist_where_the_sizes_suit_them() -> None:

@@ -190,6 +190,7 @@ def test_they_are_few_and_lie_on_either_side_of_edges_of_every_latent(reference:
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is here: apt-get install gcc")
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_target")
 def test_a_number_that_is_changed_in_the_c_source_fails_the_self_test(tmp_path: Path) -> None:
     recipe = Recipe(config=ModelConfig(2, 3, 5, 3, 5), c_targets=(host_targets()[-1],), has_engine=False)
     model = deploy(recipe).reference
