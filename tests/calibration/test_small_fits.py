@@ -19,8 +19,8 @@ from rfsq_ref.checkpoints import Checkpoint
 from rfsq_ref.quantizer import Conditioning
 from tests.calibration.small_fits import SmallFit, small_fit
 
-#: Of thirty, without those that train longest. Of eleven faults put into the choice, these found all that thirty found.
-ALL = tuple(seed for seed in range(30) if seed not in (4, 13, 15, 18, 21, 27))
+#: As many as were judged: a fault in the choice shows in a few of them alone.
+ALL = range(30)
 #: Those that are trained in no time, of five kinds of data.
 FEW = (2, 3, 10, 17, 20)
 #: How much worse a fit may be on held-out episodes than none.
