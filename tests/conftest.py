@@ -29,19 +29,20 @@ settings.load_profile("untimed")
 SLOW = frozenset(
     {
         "calibration/test_fit.py", "calibration/test_report.py", "calibration/test_small_fits.py",
-        "calibration/test_study.py", "evidence/test_comparison.py", "evidence/test_page.py",
-        "evidence/test_peers.py", "evidence/test_report.py", "evidence/test_residual_peers.py",
-        "evidence/test_rollouts.py", "evidence/test_schemes.py", "examples/test_control_loop.py",
-        "export/test_build_engine.py", "export/test_bundle_writer.py", "export/test_c_builder.py",
-        "export/test_c_compilers.py", "export/test_c_source.py", "export/test_c_timing.py",
-        "export/test_cuda_on_cpu.py", "export/test_example.py", "export/test_on_target.py",
-        "export/test_same_bytes.py",
-        "rfsq_ref/test_generate_demonstrations.py", "rfsq_ref/test_rollout.py", "rfsq_ref/test_rounding.py",
-        "rfsq_ref/test_train.py", "rfsq_ref/test_train_modal.py", "runtime/test_bench.py",
-        "runtime/test_control_campaign.py", "runtime/test_control_replay.py", "runtime/test_control_soak.py",
-        "runtime/test_control_state_machine.py", "runtime/test_dataset_faults.py", "runtime/test_dataset_ray.py",
-        "runtime/test_dataset_resume.py", "runtime/test_policy_libraries.py", "runtime/test_refusal.py",
-        "runtime/test_scripts.py", "runtime/test_tokenize_dataset.py",
+        "calibration/test_study.py", "evidence/test_cells.py", "evidence/test_comparison.py",
+        "evidence/test_findings.py", "evidence/test_page.py", "evidence/test_peers.py", "evidence/test_report.py",
+        "evidence/test_residual_peers.py", "evidence/test_rollouts.py", "evidence/test_schemes.py",
+        "examples/test_control_loop.py", "export/test_build_engine.py", "export/test_bundle_writer.py",
+        "export/test_c_builder.py", "export/test_c_compilers.py", "export/test_c_source.py",
+        "export/test_c_timing.py", "export/test_cuda_on_cpu.py", "export/test_example.py",
+        "export/test_far_from_zero.py", "export/test_golden_inputs.py", "export/test_on_target.py",
+        "export/test_same_bytes.py", "rfsq_ref/test_generate_demonstrations.py", "rfsq_ref/test_rollout.py",
+        "rfsq_ref/test_rounding.py", "rfsq_ref/test_train.py", "rfsq_ref/test_train_modal.py",
+        "runtime/test_bench.py", "runtime/test_control_campaign.py", "runtime/test_control_replay.py",
+        "runtime/test_control_soak.py", "runtime/test_control_state_machine.py", "runtime/test_dataset_faults.py",
+        "runtime/test_dataset_ray.py", "runtime/test_dataset_resume.py", "runtime/test_policies.py",
+        "runtime/test_policy_libraries.py", "runtime/test_refusal.py", "runtime/test_scripts.py",
+        "runtime/test_tokenize_dataset.py",
     }
 )  # fmt: skip
 
