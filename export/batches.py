@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 
 from export.errors import BuildInputError
-
-#: Engines count chunks in 32 bits.
-MOST_CHUNKS = 2**31 - 1
+from runtime.contract import MOST_CHUNKS
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from export.batches import MOST_CHUNKS, Profile
+from export.batches import Profile
 from export.bundle_writer import StagedBundle
 from export.c_builder import CBuildError, compile_c
 from export.cuda_flags import CUDA_FLAGS
@@ -17,7 +17,7 @@ from export.progress import StepList
 from runtime.backends import create_backend
 from runtime.bundle import Bundle
 from runtime.c_backend import CBackend
-from runtime.contract import Backend
+from runtime.contract import MOST_CHUNKS, Backend
 from runtime.cpu_targets import host_targets
 from runtime.errors import BackendUnavailableError
 from runtime.manifest import C_SOURCE, CUDA_SOURCE, EngineEntry, GraphEntry

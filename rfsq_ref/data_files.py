@@ -4,7 +4,6 @@ What a file holds is found and refused as runtime/dataset_sources.py does it, wh
 rows may also come in any order, and episodes have tasks. Everything but numpy is imported only when a file needs it.
 """
 
-import importlib
 import json
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from runtime.array_layouts import (
     require_integers,
     stated_starts,
 )
-from runtime.dataset_errors import DatasetError, SourceError
+from runtime.dataset_errors import SourceError
 from runtime.dataset_hdf5 import HDF5_KIND, HDF5_MAGIC, HDF5_SUFFIXES, hdf5_files
 from runtime.dataset_lerobot import (
     PARQUET_KIND,
@@ -38,12 +37,14 @@ from runtime.dataset_lerobot import (
     stated_episodes,
 )
 from runtime.dataset_npz import npz_arrays
-from runtime.dataset_steps import Int64Array, as_int64, is_hidden, opened
+from runtime.dataset_steps import Int64Array, as_int64, is_hidden, opened, optional
 from runtime.hdf5_layouts import find_episodes
 from runtime.hdf5_storage import follow
 from runtime.paths import shortlist
 
 _AnyArray = npt.NDArray[Any]
+#: Whoever reads whole files calibrates or trains with them: a robot reads in slices.
+_optional = partial(optional, extra="export")
 
 # pandas writes an index that bears no name under the second one; LeRobot keeps its task texts in the index.
 _TASK_COLUMNS = ("task", "__index_level_0__")
@@ -76,17 +77,6 @@ def read_episodes(path: Path, key: str | None, filter_key: str | None) -> list[E
             f"{path.name} has the suffix {path.suffix!r}; expected one of {', '.join(_READERS)}, or a folder"
         )
     return _READERS[suffix](path, key)
-
-
-def _optional(module: str) -> Any:
-    """Import a package that only some formats need."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise DatasetError(
-            f"this format needs {package}, which cannot be imported ({error}); pip install '.[export]'"
-        ) from error
 
 
 # numpy and torch files: named arrays ---------------------------------------------------------------------------------

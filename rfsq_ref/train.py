@@ -438,14 +438,12 @@ def describe_normaliser(dataset: ActionDataset, name: str) -> str:
         )
         if found.any()
     ]
-    why = (
-        f"{' and '.join(reasons)}, from its lowest to its highest action"
-        if is_narrow.any()
-        else reasons[0]
-        if reasons
-        else f"all actions lie within {UNNORMALISED_LIMIT:g} and every dimension that moves spans "
+    why = " and ".join(reasons) or (
+        f"all actions lie within {UNNORMALISED_LIMIT:g} and every dimension that moves spans "
         f"{2 * UNNORMALISED_RANGE:g} or more, as the published recipe expects"
     )
+    if is_narrow.any():
+        why += ", from its lowest to its highest action"
     parts = [f"normaliser: {chosen}, chosen by auto: {why}"]
     if reasons:
         last = ", but for the last, which has the unit size of a gripper command" if _untouched(steps) else ""

@@ -83,6 +83,7 @@ class ProgressLine:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._is_terminal = sys.stderr.isatty()
+        self._seconds = self._TERMINAL_SECONDS if self._is_terminal else self._LOG_SECONDS
         self._shown: float | None = None
 
     def show(self, text: str) -> None:
@@ -90,8 +91,8 @@ class ProgressLine:
         now = self._clock()
         if self._shown is None:
             # A terminal is told at once; a log has been told what begins.
-            self._shown = now - (self._TERMINAL_SECONDS if self._is_terminal else 0)
-        if now - self._shown < (self._TERMINAL_SECONDS if self._is_terminal else self._LOG_SECONDS):
+            self._shown = now - (self._seconds if self._is_terminal else 0)
+        if now - self._shown < self._seconds:
             return
         self._shown = now
         begin, end = ("\r\x1b[K", "") if self._is_terminal else ("", "\n")
@@ -112,8 +113,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def counted(number: int, noun: str, plural: str = "") -> str:
-    """Such as `1 episode` and `22,016 steps`."""
-    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"

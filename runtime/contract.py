@@ -11,6 +11,8 @@ import numpy.typing as npt
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Int32Array = npt.NDArray[np.int32]
+#: Backends count chunks in 32 bits.
+MOST_CHUNKS = 2**31 - 1
 
 
 class GpuArrayLike(Protocol):

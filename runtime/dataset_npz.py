@@ -42,7 +42,7 @@ from runtime.dataset_steps import (
 )
 from runtime.reading import regular_file
 
-NPZ, NPY = "a .npz file", "a .npy file"
+_NPZ, _NPY = "a .npz file", "a .npy file"
 _SLICE_STEPS = 1 << 20
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
@@ -102,7 +102,7 @@ class NpzSource:
         """The sums of the archive: slices are read past them."""
         if self.path.suffix.lower() != ".npz":
             return
-        with opened(self.path, NPZ, name=self.name) as file, zipfile.ZipFile(file) as archive:
+        with opened(self.path, _NPZ, name=self.name) as file, zipfile.ZipFile(file) as archive:
             for name in self.members:
                 with archive.open(name) as member:
                     while member.read(1 << 20):
@@ -152,14 +152,14 @@ def npz_arrays(path: Path, key: str | None = None) -> dict[str, StoredArray]:
         return _archived(path)
     if key:
         raise SourceError(f"{path.name} holds one array without a name, so --key {key} cannot be found; leave key out")
-    with opened(path, NPY, b"\x93NUMPY") as file:
+    with opened(path, _NPY, b"\x93NUMPY") as file:
         array = _header(file, "actions", "", path.stat().st_size, is_compressed=False)
     return {"actions": array}
 
 
 def _archived(path: Path) -> dict[str, StoredArray]:
     found: dict[str, StoredArray] = {}
-    with opened(path, NPZ, b"PK") as file, zipfile.ZipFile(file) as archive:
+    with opened(path, _NPZ, b"PK") as file, zipfile.ZipFile(file) as archive:
         for info in archive.infolist():
             if is_hidden(info.filename):
                 continue
@@ -198,7 +198,7 @@ def _are_equal(path: Path, one: StoredArray, other: StoredArray) -> bool:
 
 def _slices(path: Path, array: StoredArray) -> Iterator[AnyArray]:
     """All of it, in slices of which the last may be shorter."""
-    with readable(path.name, NPZ), _Stream(path, array) as stream:
+    with readable(path.name, _NPZ), _Stream(path, array) as stream:
         for start in range(0, max(array.rows, 1), _SLICE_STEPS):
             yield stream.read(start, min(start + _SLICE_STEPS, array.rows))
 
@@ -263,7 +263,7 @@ class _NpzReader:
     def read(self, start: int, stop: int) -> Steps:
         source, row = self._source, start
         actions = np.empty((stop - start, source.arrays[0].width), np.float32)
-        with readable(source.name, NPZ):
+        with readable(source.name, _NPZ):
             while row < stop:
                 index = int(np.searchsorted(source.first_rows, row, side="right")) - 1
                 first = int(source.first_rows[index])

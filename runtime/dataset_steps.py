@@ -182,14 +182,14 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(number or 0), text) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
-def optional(module: str) -> Any:
-    """Import a package that only datasets need."""
+def optional(module: str, extra: str = "datasets") -> Any:
+    """Import a package that only some files need; extra: what of this package brings it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
         raise DatasetError(
-            f"this needs {package}, which cannot be imported ({error}); pip install '.[datasets]'"
+            f"this needs {package}, which cannot be imported ({error}); pip install '.[{extra}]'"
         ) from error
 
 

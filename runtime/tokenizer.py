@@ -14,7 +14,7 @@ import numpy as np
 from runtime.backends import GPU_BACKENDS, select_backend
 from runtime.bundle import open_bundle
 from runtime.compatibility import INTEGRATION_PATHS, matches_fingerprint
-from runtime.contract import Backend, BoundCall, Float32Array, GpuArrayLike, Int32Array
+from runtime.contract import MOST_CHUNKS, Backend, BoundCall, Float32Array, GpuArrayLike, Int32Array
 from runtime.errors import CannotCopyError, FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
 from runtime.fidelity import Grade
 from runtime.golden import Golden, read_golden
@@ -279,8 +279,8 @@ class ActionTokenizer:
 
         Raises InvalidInputError for what is no number of chunks, or of more than memory holds.
         """
-        if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or not 1 <= batch <= _MOST_CHUNKS:
-            raise InvalidInputError(f"batch is {batch!r:.60}; expected an int from 1 to {_MOST_CHUNKS}")
+        if isinstance(batch, bool) or not isinstance(batch, int | np.integer) or not 1 <= batch <= MOST_CHUNKS:
+            raise InvalidInputError(f"batch is {batch!r:.60}; expected an int from 1 to {MOST_CHUNKS}")
         model = self.model
         try:
             actions = np.zeros((batch, model.chunk_length, model.action_dim), np.float32)
@@ -378,8 +378,6 @@ class ActionTokenizer:
         return (tokens.shape[0], model.chunk_length, model.action_dim)
 
 
-#: Backends count chunks in 32 bits.
-_MOST_CHUNKS = 2**31 - 1
 #: What `load` makes anew; all else that an instance has is of a subclass, and goes with its copies.
 _OPENED = frozenset({"_manifest", "golden", "_backend", "_validator", "_unchecked_chunks", "_gpu_calls", "_is_closed"})
 
