@@ -46,10 +46,18 @@ class _Profile:
 
 
 class Recorder:
-    """Lines of `modules` that each test runs. Those of a fixture count for every test that uses it."""
+    """Lines of `modules` that each test runs. Those of a fixture count for every test that uses it.
+
+    A test with the mark `own_trace` sets its own function for that, which no other sees past: it counts for all lines.
+    """
 
     def __init__(self, root: Path, modules: Sequence[str]) -> None:
         self._of_file = {str(root / module): self._line_recorder(module) for module in modules}
+        self._every = {
+            (module, number)
+            for module in modules
+            for number, _ in enumerate((root / module).read_text().splitlines(), start=1)
+        }
         self.tests: dict[str, Test] = {}
         #: Run while the tests were collected: what stands outside of functions.
         self.imported: set[Line] = set()
@@ -60,12 +68,20 @@ class Recorder:
         sys.settrace(self._trace)
         threading.settrace(self._trace)
 
+    def _stop(self) -> None:
+        sys.settrace(None)
+        threading.settrace(None)  # type: ignore[arg-type]  # Its stub lacks what its documentation names.
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         lines: set[Line] = set()
         self._into = [lines]
         begin, cpu = time.perf_counter(), _cpu_seconds()
-        self.start()  # A test may have ended tracing.
+        if item.get_closest_marker("own_trace") is None:
+            self.start()  # A test may have ended tracing.
+        else:
+            lines |= self._every
+            self._stop()
         try:
             return (yield)
         finally:

@@ -22,6 +22,9 @@ _BEFORE = ["RESUME", "LOAD_FAST", "LOAD_ATTR", "LOAD_ATTR", "STORE_FAST", "NOP",
 _AFTER = ["RETURN_VALUE"]
 
 
+pytestmark = pytest.mark.own_trace
+
+
 class Scene:
     """Ticks of one decoder, each checked in float64 against what was sent before it."""
 
