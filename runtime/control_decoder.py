@@ -302,7 +302,6 @@ class ControlDecoder:
         self._drop(_BACKEND_FAULT)
         sent = broken.settled()
         self._still = BrokenOff(self._guard.held_after, sent)
-        self.result.shown = sent
         self._books.make_up_for(sent, self._state)
         return sent
 

@@ -1,6 +1,7 @@
 """What is kept of every tick, in the flight record and in the counts, field by field."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -144,3 +145,62 @@ def test_what_a_tick_has_noted_itself_before_it_was_broken_off_is_struck_out(
         (2, Status.BACKEND_FAULT, INTERNAL),
         (3, Status.STALE, 0),
     ]
+
+
+def test_without_a_flight_record_a_loop_goes_on_after_a_tick_that_was_broken_off() -> None:
+    with ScriptedLoop(record_ticks=0) as made:
+        made.tick(0.5)
+        with pytest.raises(KeyboardInterrupt):
+            made.tick(KeyboardInterrupt())
+        result = made.tick(0.5)
+        assert (result.status, result.detail) == (Status.OK, "")
+        assert made.decoder.health.internal_faults == 0
+
+
+def test_only_what_is_new_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Status, int]] = []
+    with ScriptedLoop() as made:
+
+        def note(status: Status, tick: int, *_: Any) -> None:
+            seen.append((status, tick))
+
+        monkeypatch.setattr(made.decoder._books.reporter, "incident", note)
+        for rows in (None, 0.5, 0.5, 9.0, 9.0, 0.5, None, 9.0):
+            made.tick(rows)
+    assert seen == [(Status.OUT_OF_RANGE, 4), (Status.OUT_OF_RANGE, 8)]
+
+
+def test_a_tick_that_was_broken_off_has_missed_what_the_clock_says_once() -> None:
+    with ScriptedLoop() as made:
+        made.tick(0.5)
+        with pytest.raises(KeyboardInterrupt):
+            made.tick(KeyboardInterrupt(), passed=6.0)
+        assert made.tick(0.5).tick == 8
+        assert made.decoder.health.missed_ticks == 5
+
+
+def test_ticks_without_a_clock_make_up_for_none_that_is_missed() -> None:
+    with ScriptedLoop() as made:
+        made.tick(0.5)
+        made.clock.error = RuntimeError("injected")
+        for _ in range(3):
+            made.tick()
+        made.clock.error, made.clock.now = None, made.clock.now - 2 * PERIOD_NS
+        assert made.tick(0.5).tick == 5
+        assert made.decoder.health.missed_ticks == 0
+
+
+def test_why_a_tick_was_broken_off_is_not_said_of_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("a bug")
+
+    with ScriptedLoop() as made:
+        made.tick(0.5)
+        with pytest.raises(KeyboardInterrupt):
+            made.tick(KeyboardInterrupt("Ctrl-C"))
+        assert "Ctrl-C" in made.decoder.result.detail
+        made.tick(0.5)
+        monkeypatch.setattr(made.decoder._books, "close_tick", fail)
+        result = made.tick(0.5)
+        assert result.is_held
+        assert "Ctrl-C" not in result.detail

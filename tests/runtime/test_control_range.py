@@ -160,3 +160,20 @@ def test_the_guard_alone_leaves_what_is_near_to_each_tick() -> None:
     assert (chunk[:, 2] == 104.0).all()
     assert guard.limit(chunk[0])
     assert guard.values == [0.0, 0.0, 100.0]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_tolerance_ends_at_the_last_float32_that_is_within_it(sign: int) -> None:
+    limits = np.random.default_rng(0).uniform(0.5, 50.0, 50)
+    for limit in limits:
+        bounds = sorted((0.0, sign * float(limit)))
+        changes = {"action_low": (-1.0, -1.0, bounds[0]), "action_high": (1.0, 1.0, bounds[1])}
+        config = ControlConfig(**{**VALUES, **changes, "range_tolerance": 0.05})
+        last = np.float32(sign * 1.05 * limit)
+        # The nearest one may lie beyond.
+        if abs(float(last)) > config.tolerances[2] + float(limit):
+            last = np.nextafter(last, np.float32(0))
+        for value, status in ((last, Status.OK), (np.nextafter(last, np.float32(sign * np.inf)), Status.OUT_OF_RANGE)):
+            chunk = np.zeros((T, 3), np.float32)
+            chunk[:, 2] = value
+            assert ActionGuard(config, T, (0.0, 0.0, 0.0)).check_chunk(chunk) is status

@@ -207,6 +207,15 @@ def test_the_first_ticks_of_a_ring_that_has_wrapped_serve_to_fill_the_queue(bund
             replay(_first(record, 5), tokenizer)
 
 
+def test_a_ring_that_has_wrapped_keeps_the_latch(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
+    flight = Flight(tokenizer, tmp_path, record_ticks=20, on_fault="stop")
+    flight.chunk()
+    flight.tick(flight.tokens[0] - 100)
+    for _ in range(60):
+        flight.chunk()
+    assert replay(flight.record(), tokenizer) == (20, [])
+
+
 def _first(record: FlightRecord, count: int) -> FlightRecord:
     columns = {name: column[:count] for name, column in record.columns.items()}
     return FlightRecord(record.meta, columns, record.actions[:count], record.tokens[:count], record.stats[:count])
