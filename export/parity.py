@@ -51,8 +51,8 @@ class Judge:
     backend: Backend
     reference: Reference
     model: ModelEntry
-    variant: str = ""
-    seed: int = 0
+    variant: str
+    seed: int
     steps: int = 0
     found: TokenComparison | None = None
     float32: TokenComparison | None = None
@@ -79,18 +79,15 @@ class Judge:
             steady = ~(golden.tokens != tokens).any(axis=(-2, -1)) & answers.has_float32_stats
             self.stats_error = max(self.stats_error, action_errors(golden.stats[steady], stats[steady], 1.0).value)
         for prefix, expected in golden.decoded.items():
-            self._judge_decoding(prefix, golden.tokens, golden.stats, expected)
+            part = None if golden.stats is None else np.ascontiguousarray(golden.stats[..., :prefix, :])
+            self._judge_decoding(np.ascontiguousarray(golden.tokens[..., :prefix]), part, expected)
             # A policy may send tokens that no encoder gives.
             any_tokens = self._random.integers(self.model.num_levels, size=tokens.shape, dtype=np.int32)
-            self._judge_decoding(prefix, any_tokens, golden.stats, None)
+            any_tokens = np.ascontiguousarray(any_tokens[..., :prefix])
+            self._judge_decoding(any_tokens, part, self.reference.decode(any_tokens, part))
 
-    def _judge_decoding(
-        self, prefix: int, tokens: Int32Array, stats: Float32Array | None, expected: Float64Array | None
-    ) -> None:
-        tokens = np.ascontiguousarray(tokens[..., :prefix])
-        stats = None if stats is None else np.ascontiguousarray(stats[..., :prefix, :])
-        if expected is None:
-            expected = self.reference.decode(tokens, stats)
+    def _judge_decoding(self, tokens: Int32Array, stats: Float32Array | None, expected: Float64Array) -> None:
+        prefix = tokens.shape[-1]
         found = np.empty(expected.shape, np.float32)
         self.backend.decode_into(tokens, stats, found)
         worst = action_errors(expected, found, self.model.action_units).value

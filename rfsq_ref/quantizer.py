@@ -142,13 +142,11 @@ class ResidualQuantizer(nn.Module):
     def quantize(self, latents: Tensor) -> Quantized:
         """Tokens, side information and the dequantised sum of latents [..., D]."""
         steps = list(self.layers(latents))
-        stats = None
-        if self.conditioning is Conditioning.DYNAMIC:
-            stats = torch.stack([step.stats for step in steps if step.stats is not None], dim=-2)
+        stats = [step.stats for step in steps if step.stats is not None]
         return Quantized(
             latents=torch.stack([step.dequantised for step in steps]).sum(dim=0),
             tokens=torch.stack([step.tokens for step in steps], dim=-1),
-            stats=stats,
+            stats=torch.stack(stats, dim=-2) if stats else None,
         )
 
     def forward(self, latents: Tensor) -> Quantized:

@@ -272,7 +272,8 @@ def _bend(covariance: Tensor, raw: Tensor) -> Tensor:
 
     |d + e| - |d| differs from its first order by at most |e|^2 / (2 |d|), and is never more than |e|.
     """
-    spread = covariance.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).clamp(min=0) / (covariance.shape[-1] - 1)
+    variances = covariance.diagonal(dim1=-2, dim2=-1)
+    spread = variances.sum(-1, keepdim=True).clamp(min=0) / (variances.shape[-1] - 1)
     return torch.minimum(DEVIATIONS * UNIT * spread / (2 * raw), spread.sqrt())
 
 

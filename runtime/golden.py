@@ -19,8 +19,6 @@ from runtime.gates import GATES, highest_bounds, highest_limit
 from runtime.manifest import GOLDEN_NAME, ModelEntry
 from runtime.refusal import judge_refusal
 
-#: The earliest time that a zip can state: the same bytes at any time.
-_ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)
 #: The system that a zip states as its maker: the same on all.
 _ZIP_UNIX = 3
 #: Chunks that are also run in batches of 1 and 2: what can go wrong there is the batch, not the numbers.
@@ -74,7 +72,7 @@ class Check:
     gate: str
     value: float
     limit: float
-    detail: str = ""
+    detail: str
 
     @property
     def passed(self) -> bool:
@@ -117,11 +115,10 @@ def write_golden(golden: Golden) -> bytes:
     output = io.BytesIO()
     with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(arrays):
-            member = io.BytesIO()
-            np.lib.format.write_array(member, np.asarray(arrays[name], order="C"), version=(1, 0), allow_pickle=False)
-            entry = zipfile.ZipInfo(f"{name}.npy", _ZIP_EPOCH)
+            # Without a date an entry has the earliest that a zip can state.
+            entry = zipfile.ZipInfo(f"{name}.npy")
             entry.create_system = _ZIP_UNIX
-            archive.writestr(entry, member.getvalue())
+            archive.writestr(entry, _header(arrays[name].dtype, arrays[name].shape) + arrays[name].tobytes())
     return output.getvalue()
 
 
@@ -208,7 +205,7 @@ def _refusal_checks(model: ModelEntry, backend: Backend, variant: str) -> Iterat
 def _replay_batches(
     golden: Golden, model: ModelEntry, backend: Backend, batch_size: int, variant: str
 ) -> Iterator[Check]:
-    tokens = np.full_like(golden.tokens, -1, subok=False)
+    tokens = np.full(golden.tokens.shape, -1, np.int32)
     stats = None if golden.stats is None else np.full_like(golden.stats, np.nan)
     label = f"batch {batch_size}{variant}"
     batches = [slice(start, start + batch_size) for start in range(0, len(golden.actions), batch_size)]
@@ -218,7 +215,7 @@ def _replay_batches(
         for batch in batches:
             backend.encode_into(inputs[batch], tokens[batch], None if stats is None else stats[batch])
     except TokenizerError as error:
-        yield Check(f"encode, {label}", np.inf, 0, str(error))
+        yield Check(f"encode, {label}", np.inf, GATES.wrong_tokens, str(error))
         return
     comparison = compare_tokens(
         golden.tokens,
@@ -290,10 +287,8 @@ def _decode(
 
 
 def _token_checks(comparison: TokenComparison, near_tie_cap: int, label: str) -> Iterator[Check]:
-    detail = ""
-    if comparison.first_wrong is not None:
-        detail = f"{comparison.first_wrong}; per layer {comparison.wrong.tolist()}"
-    yield Check(f"encode, {label}: wrong tokens", comparison.num_wrong, GATES.wrong_tokens, detail)
+    where = f"{comparison.first_wrong}; per layer {comparison.wrong.tolist()}"
+    yield _located(f"encode, {label}: wrong tokens", comparison.num_wrong, GATES.wrong_tokens, where)
     detail = ""
     if comparison.num_near_ties:
         detail = f"per layer {comparison.near_ties.tolist()}, {comparison.num_behind} tokens behind them"
@@ -304,12 +299,18 @@ def _stats_check(expected: Float32Array, found: Float32Array, flipped: npt.NDArr
     # Behind a flip the statistics are those of another residual.
     kept = np.where(flipped[..., None, None], expected, found)
     errors = action_errors(expected, kept, 1.0)
-    detail = "" if errors.value <= GATES.stats_error else f"stats{list(errors.index)} is {errors.found:.9g}"
-    return Check(f"encode, {label}: max |stats error|", errors.value, GATES.stats_error, detail)
+    where = f"stats{list(errors.index)} is {errors.found:.9g}"
+    return _located(f"encode, {label}: max |stats error|", errors.value, GATES.stats_error, where)
 
 
 def _action_check(gate: str, error: ActionError, limit: float) -> Check:
-    return Check(gate, error.value, limit, "" if error.value <= limit else str(error))
+    return _located(gate, error.value, limit, str(error))
+
+
+def _located(gate: str, value: float, limit: float, where: str) -> Check:
+    """Says where, if it fails."""
+    check = Check(gate, value, limit, where)
+    return replace(check, detail="") if check.passed else check
 
 
 def _decoded_name(prefix: int) -> str:
@@ -346,7 +347,7 @@ def _num_chunks(members: Mapping[str, bytes], model: ModelEntry) -> int:
     return num_chunks
 
 
-def _header(dtype: type[np.generic], shape: tuple[int, ...]) -> bytes:
+def _header(dtype: npt.DTypeLike, shape: tuple[int, ...]) -> bytes:
     """What stands before the data of such an array."""
     stream = io.BytesIO()
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
@@ -416,8 +417,8 @@ def _spans_units(golden: Golden, model: ModelEntry) -> bool:
 
     Builds cover the range. With units far too large no error, in units, would be one.
     """
-    distance = np.abs(golden.actions.reshape(-1, model.action_dim) - np.array(model.action_offset))
-    return bool((np.quantile(distance, 0.9, axis=0) >= _SPANNED_UNITS * np.array(model.action_units)).all())
+    distance = np.abs(golden.actions - np.array(model.action_offset))
+    return bool((np.quantile(distance, 0.9, axis=(0, 1)) >= _SPANNED_UNITS * np.array(model.action_units)).all())
 
 
 def _malformed(problem: str) -> BundleError:

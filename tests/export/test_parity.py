@@ -87,7 +87,7 @@ class Case:
         return PlanBackend(plan_encoder(model, mode, CHUNK), decoders, product)
 
     def judge(self, backend: object) -> tuple[ParityEntry, ...]:
-        judge = Judge(backend, self.reference, self.model)
+        judge = Judge(backend, self.reference, self.model, variant="", seed=0)
         for answers in self.answers:
             judge.judge(answers)
         return judge.entries()
@@ -137,6 +137,7 @@ def test_the_robots_own_code_passes_every_gate(either: Case, form: LinearForm) -
     assert {(entry.backend, entry.steps) for entry in entries} == {("onnxruntime", steps)}
     # Nothing passes because nothing was measured.
     assert all(entry.value > 0 for entry in entries if entry.gate != WRONG)
+    assert {entry.detail for entry in entries if entry.gate != NEAR_TIES} == {""}
 
 
 def test_another_float32_implementation_passes_too(either: Case) -> None:
@@ -306,7 +307,7 @@ def test_statistics_that_are_no_number_are_noticed(dynamic: Case, value: float) 
 
 def test_statistics_that_are_a_little_off_are_noticed(dynamic: Case) -> None:
     def spoil(_actions: np.ndarray, _tokens: np.ndarray, stats: np.ndarray) -> None:
-        stats[..., 0, 1] += 3e-5
+        stats[..., 0, 1] += 1.5e-5
 
     assert STATS in dynamic.red(Wrapped(dynamic.backend(), encode=spoil))
 

@@ -10,6 +10,7 @@ from export.parity import batches, golden_vectors, judges_of
 from export.parity_data import EDGES, Section
 from export.reference import Answers
 from runtime.comparison import TokenComparison
+from runtime.errors import IllegalValueError
 from runtime.gates import GATES
 
 
@@ -77,6 +78,36 @@ def test_where_float32_decodes_otherwise_than_by_a_flip_a_chunk_does_not_travel(
     assert len(reference.asked) == 1
     reference = Recorder(round_trip=round_trip, flipped=flipped)
     assert len(golden_vectors(reference, [given]).actions) == 4
+
+
+@pytest.mark.parametrize("place", [3, 4, 5])
+def test_a_build_tries_illegal_values_everywhere_also_within_a_chunk(place: int) -> None:
+    """A robot tries one of these three places."""
+
+    class Blind:
+        name = device = "blind in one place"
+        checked_steps = 3
+
+        def encode_into(self, actions: np.ndarray, _tokens: np.ndarray, _stats: None) -> None:
+            if not (np.abs(np.delete(actions, place)) <= 1).all():
+                raise IllegalValueError
+
+        def decode_into(self, *_arrays: Any) -> None:
+            raise IllegalValueError
+
+    model: Any = SimpleNamespace(
+        chunk_length=3, action_dim=3, latent_dim=1, num_layers=2, num_levels=3, prefixes=(2,), action_limit=1.0,
+        has_stats=False,
+    )  # fmt: skip
+    backend: Any = Blind()
+    reference: Any = Recorder()
+    (judge,) = judges_of([backend], reference, model)
+    counts = np.zeros(2, np.int64)
+    judge.found = judge.float32 = TokenComparison(counts, counts, counts, np.zeros(3, bool), None)
+    _, _, encoding, decoding = judge.entries()
+    assert (encoding.gate, encoding.value) == ("encode: illegal values accepted", 1)
+    assert f"at [0, 1, {place - 3}] of [1, 3, 3] was accepted" in encoding.detail
+    assert (decoding.gate, decoding.value) == ("decode 2 layers: illegal values accepted", 0)
 
 
 def test_a_variant_of_a_backend_is_judged_by_itself_and_named() -> None:

@@ -63,7 +63,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "runtime/bundle.py": _BUNDLE,
     "runtime/manifest.py": (*_BUNDLE, "tests/export/test_bundle_writer.py"),
     "runtime/golden.py": (*_BUNDLE, "tests/export/test_parity.py"),
-    "runtime/gates.py": ("tests/runtime/test_gates.py",),
+    "runtime/gates.py": ("tests/runtime/test_gates.py", "tests/runtime/test_golden.py"),
     "export/parity.py": ("tests/export/test_parity*.py",),
     "rfsq_ref/quantizer.py": _REFERENCE,
     "rfsq_ref/rounding.py": _REFERENCE,

@@ -86,6 +86,7 @@ SETTINGS = {
     "close to zero, dynamic": Setting(Conditioning.DYNAMIC, bias=0.0, size=1e-6),
     "underflow": Setting(Conditioning.NONE, gain=0.5, bias=0.0, size=1e-42),
     "hardly any spread": Setting(Conditioning.DYNAMIC, bias=0.0, outer=3e-5, common=0.3),
+    "a spread of next to nothing": Setting(Conditioning.DYNAMIC, bias=0.0, outer=1e-60),
 }
 #: Of the latents, then of the tokens of each layer.
 NUMBERS: dict[str, list[float]] = {
@@ -103,6 +104,7 @@ NUMBERS: dict[str, list[float]] = {
     "close to zero, dynamic": [5.25121849e-05, 38.3988361, 85.3076433, 125.706422],
     "underflow": [1.64436026e-26, 35.0998575, 45.7820926, 42.142615],
     "hardly any spread": [10.6503487, 667340.139, 1332980.08, 1515659.34],
+    "a spread of next to nothing": [1.58294565e-26, 34.6410327, 78.378891, 130.523499],
 }
 
 

@@ -1,9 +1,10 @@
 """Golden vectors are written the same way every time, read strictly, and replayed without mercy."""
 
 import io
+import re
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,12 +54,27 @@ def members(content: bytes) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def archive_of(files: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+def archive_of(files: dict[str, bytes], deflated: Collection[str] = ()) -> bytes:
     output = io.BytesIO()
-    with zipfile.ZipFile(output, "w", compression) as archive:
+    with zipfile.ZipFile(output, "w") as archive:
         for name, content in files.items():
-            archive.writestr(name, content)
+            archive.writestr(name, content, zipfile.ZIP_DEFLATED if name in deflated else zipfile.ZIP_STORED)
     return output.getvalue()
+
+
+def with_chunks(golden: Golden, count: int) -> Golden:
+    """So many chunks: the first, or the same ones again and again."""
+
+    def resized(array: Any) -> Any:
+        return np.resize(array, (count, *array.shape[1:]))
+
+    arrays = ("actions", "tokens", "margins", "bounds")
+    return replace(
+        golden,
+        **{name: resized(getattr(golden, name)) for name in arrays},
+        stats=None if golden.stats is None else resized(golden.stats),
+        decoded={prefix: resized(actions) for prefix, actions in golden.decoded.items()},
+    )
 
 
 def npy(array: Any, **options: Any) -> bytes:
@@ -100,7 +116,15 @@ def test_numpy_reads_it_without_pickle(golden: Golden) -> None:
 def test_the_bytes_depend_on_the_content_alone(golden: Golden, monkeypatch: pytest.MonkeyPatch) -> None:
     first = write_golden(golden)
     monkeypatch.setattr("time.time", lambda: 2e9)
+    monkeypatch.setattr("sys.platform", "win32")
     assert write_golden(replace(golden, decoded=dict(reversed(golden.decoded.items())))) == first
+
+
+def test_every_member_says_that_it_is_as_old_as_a_zip_can_be_and_made_by_unix(golden: Golden) -> None:
+    """Other dates or systems are other bytes, which would not be read any more."""
+    with zipfile.ZipFile(io.BytesIO(write_golden(golden))) as archive:
+        stated = {(entry.date_time, entry.create_system) for entry in archive.infolist()}
+    assert stated == {((1980, 1, 1, 0, 0, 0), 3)}
 
 
 def test_what_is_read_cannot_be_changed(golden: Golden) -> None:
@@ -121,9 +145,13 @@ def test_truncation_anywhere_is_refused(golden: Golden, model: ModelEntry) -> No
             read_golden(content[:length], model)
 
 
-def test_compressed_members_are_refused_unread(golden: Golden, model: ModelEntry) -> None:
+def test_a_compressed_member_is_refused_unread(
+    golden: Golden, model: ModelEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = archive_of(members(write_golden(golden)), deflated=["tokens.npy"])
+    monkeypatch.setattr(zipfile.ZipFile, "read", lambda *_arguments: pytest.fail("read"))
     with pytest.raises(BundleError, match="compressed"):
-        read_golden(archive_of(members(write_golden(golden)), zipfile.ZIP_DEFLATED), model)
+        read_golden(content, model)
 
 
 def test_pickles_are_refused_unread(golden: Golden, model: ModelEntry) -> None:
@@ -173,6 +201,66 @@ def test_members_that_do_not_fit_the_model_are_refused(
         read_golden(archive_of({**members(write_golden(golden)), name: npy(array)}), model)
 
 
+LIMIT = np.float32(8)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("actions", LIMIT, None),
+        ("actions", -LIMIT, None),
+        ("actions", np.nextafter(LIMIT, np.inf), "actions beyond the model's action_limit"),
+        ("actions", np.nextafter(-LIMIT, -np.inf), "actions beyond the model's action_limit"),
+        ("tokens", 4, None),
+        ("tokens", 5, r"tokens outside 0 \.\.\. 4"),
+        ("margins", 0, None),
+        ("margins", -1e-9, "margins that are negative or not finite"),
+        ("margins", np.inf, "margins that are negative or not finite"),
+        ("bounds", 0, None),
+        ("bounds", -1e-9, "bounds that are negative or not a number"),
+        ("bounds", np.nan, "bounds that are negative or not a number"),
+        ("stats", 0, None),
+        ("stats", np.nan, "stats that are not finite"),
+        ("stats", -np.inf, "stats that are not finite"),
+        ("decoded", 0, None),
+        ("decoded", np.nan, "decoded actions that are not finite"),
+        ("flip_tolerance", 0, None),
+        ("flip_tolerance", 10, None),
+        ("flip_tolerance", 10.1, r"a flip_tolerance of 10\.1, not from 0 to 10"),
+    ],
+)
+def test_a_single_number_may_be_at_its_limit_and_not_beyond(
+    name: str, value: float, message: str | None, bundle_of: Callable[[Recipe], Path]
+) -> None:
+    opened = open_bundle(bundle_of(Recipe(mode=DeployMode.DYNAMIC)))
+    model = replace(opened.manifest.model, action_limit=float(LIMIT))
+    golden = read_golden(opened.content(GOLDEN_NAME), model)
+    if name == "flip_tolerance":
+        golden = replace(golden, flip_tolerance=value)
+    else:
+        array = (golden.decoded[3] if name == "decoded" else getattr(golden, name)).copy()
+        array.flat[array.size // 2] = value
+        golden = replace(golden, **{name: {**golden.decoded, 3: array} if name == "decoded" else array})
+    if message is None:
+        assert_equal(read_golden(write_golden(golden), model), golden)
+    else:
+        with pytest.raises(BundleError, match=rf"golden\.npz has {message}; copy"):
+            read_golden(write_golden(golden), model)
+
+
+@pytest.mark.parametrize(("distance", "passes"), [(1, True), (-1, True), (0.999, False), (-0.999, False)])
+def test_actions_reach_a_tenth_of_a_unit_from_the_middle(
+    distance: float, passes: bool, golden: Golden, model: ModelEntry
+) -> None:
+    model = replace(model, action_units=(10.0,) * 3, action_offset=(8.0,) * 3, action_limit=20.0)
+    content = write_golden(replace(golden, actions=np.full_like(golden.actions, 8 + distance)))
+    if passes:
+        read_golden(content, model)
+    else:
+        with pytest.raises(BundleError, match="has actions that do not span the model's action_units; copy"):
+            read_golden(content, model)
+
+
 @pytest.mark.parametrize("mode", list(DeployMode))
 def test_no_bounds_hide_a_first_layer_that_another_model_made(
     mode: DeployMode, bundle_of: Callable[[Recipe], Path]
@@ -191,23 +279,40 @@ def test_no_bounds_hide_a_first_layer_that_another_model_made(
     assert any("wrong tokens" in check.gate for check in failed)
 
 
-def test_a_few_bounds_may_be_of_steps_that_float32_cannot_judge_but_no_more(golden: Golden, model: ModelEntry) -> None:
+@pytest.mark.parametrize(("chunks", "most"), [(1, 1), (5, 2), (6, 2)])
+def test_a_few_bounds_may_be_of_steps_that_float32_cannot_judge_but_no_more(
+    chunks: int, most: int, golden: Golden, model: ModelEntry
+) -> None:
+    """Of the 8 tokens that each chunk has in a layer, one in twenty, and one of any number."""
+    golden = with_chunks(golden, chunks)
     bounds = golden.bounds.copy()
-    # Of 48 tokens in a layer, one in twenty.
-    bounds[0, 0, :2, 0] = np.inf
+    bounds[0, 0, :most, 0] = np.inf
     assert read_golden(write_golden(replace(golden, bounds=bounds)), model).bounds[0, 0, 0, 0] == np.inf
-    bounds[0, 0, 2, 0] = np.inf
+    bounds[0, 0, most, 0] = np.inf
     with pytest.raises(BundleError, match="bounds that float32's rounding does not explain"):
         read_golden(write_golden(replace(golden, bounds=bounds)), model)
+
+
+def test_every_bound_may_be_as_wide_as_float32_explains(golden: Golden, model: ModelEntry) -> None:
+    # With so many levels that is half a bin, a number that float32 has.
+    model = replace(model, num_levels=5001)
+    golden = replace(golden, margins=np.ones_like(golden.margins))
+    wide, wider = (np.where(np.arange(3) == 0, bound, golden.bounds) for bound in (0.5, np.float32(0.5000001)))
+    read_golden(write_golden(replace(golden, bounds=wide.astype(np.float32))), model)
+    with pytest.raises(BundleError, match="bounds that float32's rounding does not explain"):
+        read_golden(write_golden(replace(golden, bounds=wider.astype(np.float32))), model)
 
 
 def test_bounds_that_excuse_most_tokens_are_refused_in_layers_as_fine_as_rounding_too(
     golden: Golden, model: ModelEntry
 ) -> None:
-    margins = np.where(np.arange(3) == 0, golden.margins, 0).astype(np.float32)
-    altered = replace(golden, margins=margins)
-    with pytest.raises(BundleError, match="bounds that excuse 96 of 144 tokens"):
-        read_golden(write_golden(altered), model)
+    """A margin that is as wide as its bound is excused."""
+    margins = golden.margins.copy()
+    margins[:, :, :3, 1:] = golden.bounds[:, :, :3, 1:]  # 72 of 144
+    read_golden(write_golden(replace(golden, margins=margins)), model)
+    margins[0, 0, 3, 1] = golden.bounds[0, 0, 3, 1]
+    with pytest.raises(BundleError, match="bounds that excuse 73 of 144 tokens"):
+        read_golden(write_golden(replace(golden, margins=margins)), model)
 
 
 def test_a_header_that_promises_more_than_there_is_is_refused(golden: Golden, model: ModelEntry) -> None:
@@ -321,6 +426,9 @@ def test_missing_and_unknown_members_are_named(golden: Golden, model: ModelEntry
     files["surprise.npy"] = files.pop("bounds.npy")
     with pytest.raises(BundleError, match=r"lacks \['bounds.npy'\] and has the unknown members \['surprise.npy'\]"):
         read_golden(archive_of(files), model)
+    del files["actions.npy"]
+    with pytest.raises(BundleError, match=r"lacks actions\.npy; copy"):
+        read_golden(archive_of(files), model)
 
 
 def test_the_exported_model_passes(case: tuple[Golden, ModelEntry, Backend]) -> None:
@@ -338,9 +446,77 @@ def test_every_value_is_checked_and_in_batches_of_one_two_and_all(case: tuple[Go
         assert sum(f"decode {prefix} layers" in check.gate for check in result.checks) == 3
 
 
-def test_a_single_chunk_is_enough(case: tuple[Golden, ModelEntry, Backend]) -> None:
+@pytest.mark.parametrize(("chunks", "stride"), [(64, 1), (65, 2)])
+def test_a_few_dozen_chunks_from_all_over_run_in_small_batches(
+    chunks: int, stride: int, golden: Golden, model: ModelEntry, bundle: Path
+) -> None:
+    given: list[np.ndarray] = []
+
+    class Recording(Wrapper):
+        def encode_into(self, actions: Any, tokens: Any, stats: Any) -> None:
+            given.append(actions.copy())
+            super().encode_into(actions, tokens, stats)
+
+    many = with_chunks(golden, chunks)
+    assert replay(many, model, Recording(create_backend("onnxruntime", open_bundle(bundle)))).passed
+    sample = many.actions[::stride]
+    pairs = [sample[start : start + 2] for start in range(0, len(sample), 2)]
+    for found, expected in zip(given, [*sample[:, None], *pairs, many.actions], strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_single_chunk_is_enough_and_what_passes_says_no_more_than_its_name(
+    case: tuple[Golden, ModelEntry, Backend],
+) -> None:
     golden, model, backend = case
-    assert replay(golden.every(6), model, backend).passed
+    result = replay(golden.every(6), model, Wrapper(backend))
+    assert result.passed
+    stats = ["encode, batch 1: max |stats error|"] if model.has_stats else []
+    assert [(check.gate, check.detail) for check in result.checks] == [
+        (gate, "")
+        for gate in (
+            "encode, batch 1: wrong tokens",
+            "encode, batch 1: near-tie flips",
+            *stats,
+            "decode 2 layers, batch 1: max |action error|",
+            "decode 3 layers, batch 1: max |action error|",
+            "encode and decode, batch 1: max |action error|",
+        )
+    ]
+
+
+def test_checks_of_a_variant_say_so(golden: Golden, model: ModelEntry) -> None:
+    class Idle:
+        name, description, device, checked_steps = "idle", "a backend that does nothing", "this test", 2
+
+        def encode_into(self, *_arrays: Any) -> None:
+            """Writes nothing."""
+
+        decode_into = encode_into
+
+        def close(self) -> None:
+            """Holds nothing."""
+
+    class Varied(Idle):
+        variants = {"bytes": Idle()}  # noqa: RUF012
+
+    gates = [check.gate for check in replay(golden.every(6), model, Varied()).checks]
+    assert gates == [
+        "encode, batch 1: wrong tokens",
+        "encode, batch 1: near-tie flips",
+        "decode 2 layers, batch 1: max |action error|",
+        "decode 3 layers, batch 1: max |action error|",
+        "encode, batch 1, bytes: wrong tokens",
+        "encode, batch 1, bytes: near-tie flips",
+        "decode 2 layers, batch 1, bytes: max |action error|",
+        "decode 3 layers, batch 1, bytes: max |action error|",
+        "encode: illegal values accepted",
+        "decode 2 layers: illegal values accepted",
+        "decode 3 layers: illegal values accepted",
+        "bytes, encode: illegal values accepted",
+        "bytes, decode 2 layers: illegal values accepted",
+        "bytes, decode 3 layers: illegal values accepted",
+    ]
 
 
 def test_one_wrong_token_fails_and_is_named(case: tuple[Golden, ModelEntry, Backend]) -> None:
@@ -388,6 +564,7 @@ def test_what_is_not_written_is_wrong(case: tuple[Golden, ModelEntry, Backend]) 
     failed = replay(golden, model, Silent(backend)).failures
     assert {check.gate.split(":")[0] for check in failed} >= {"encode, batch 1", "decode 3 layers, batch 6"}
     assert all(check.value > check.limit for check in failed)
+    assert "is -1, expected" in failed[0].detail
 
 
 def test_what_a_decoder_does_not_write_is_infinitely_wrong(case: tuple[Golden, ModelEntry, Backend]) -> None:
@@ -418,11 +595,19 @@ def test_a_backend_gets_arrays_that_it_may_write_to(case: tuple[Golden, ModelEnt
     assert replay(golden, model, Strict(backend)).passed
 
 
-@pytest.mark.parametrize(("value", "passes"), [(1.0, True), (0.0, True), (1.0000001, False), (np.nan, False)])
-def test_a_check_passes_up_to_its_limit(value: float, passes: bool) -> None:
-    check = Check("a gate", value, 1.0)
-    assert check.passed == passes
-    assert str(check).startswith("✓" if passes else "✗")
+@pytest.mark.parametrize(
+    ("value", "detail", "line"),
+    [
+        (1.0, "", "✓ a gate: 1 ≤ 1"),
+        (0.0, "how many", "✓ a gate: 0 ≤ 1 (how many)"),
+        (1.0000001, "", "✗ a gate: 1 > 1"),
+        (np.nan, "where", "✗ a gate: nan > 1 (where)"),
+    ],
+)
+def test_a_check_passes_up_to_its_limit(value: float, detail: str, line: str) -> None:
+    check = Check("a gate", value, 1.0, detail)
+    assert check.passed == line.startswith("✓")
+    assert str(check) == line
 
 
 def test_all_failures_are_collected_when_a_backend_raises(case: tuple[Golden, ModelEntry, Backend]) -> None:
@@ -437,7 +622,27 @@ def test_all_failures_are_collected_when_a_backend_raises(case: tuple[Golden, Mo
     assert all("out of memory" in str(check) for check in failed)
 
 
-def test_wrong_stats_fail(bundle_of: Callable[[Recipe], Path]) -> None:
+def test_an_encoder_that_raises_fails_in_every_batch_and_with_illegal_values(
+    case: tuple[Golden, ModelEntry, Backend],
+) -> None:
+    golden, model, backend = case
+
+    class Broken(Wrapper):
+        #: It marks illegal values, or would.
+        token_types = (np.dtype(np.int32),)
+
+        def encode_into(self, *_arrays: Any) -> None:
+            raise InferenceError("out of memory")
+
+    gates = ["encode, batch 1", "encode, batch 2", "encode, batch 6", "illegal values"]
+    failed = replay(golden, model, Broken(backend)).failures
+    assert [str(check) for check in failed] == [f"✗ {gate}: inf > 0 (out of memory)" for gate in gates]
+
+
+@pytest.mark.parametrize(("excess", "passes"), [(0.9, True), (1.1, False)])
+def test_stats_may_be_off_by_the_limit_and_no_more(
+    excess: float, passes: bool, bundle_of: Callable[[Recipe], Path]
+) -> None:
     opened = open_bundle(bundle_of(Recipe(mode=DeployMode.DYNAMIC)))
     model = opened.manifest.model
     golden = read_golden(opened.content(GOLDEN_NAME), model)
@@ -445,10 +650,13 @@ def test_wrong_stats_fail(bundle_of: Callable[[Recipe], Path]) -> None:
     class OffStats(Wrapper):
         def encode_into(self, actions: Any, tokens: Any, stats: Any) -> None:
             super().encode_into(actions, tokens, stats)
-            stats[0, 0, 0, 1] += 1e-3
+            stats[0, 0, 0, 1] += excess * GATES.stats_error
 
     failed = replay(golden, model, OffStats(create_backend("onnxruntime", opened))).failures
-    assert any("max |stats error|" in check.gate and "stats[0, 0, 0, 1]" in check.detail for check in failed)
+    stats_failed = [check for check in failed if check.gate.endswith("max |stats error|")]
+    # In batches of one, two and all.
+    assert len(stats_failed) == (0 if passes else 3)
+    assert all(re.match(r"stats\[\d, 0, 0, 1\] is ", check.detail) for check in stats_failed)
 
 
 def flip_one(golden: Golden) -> tuple[Golden, tuple[int, ...]]:
@@ -475,7 +683,9 @@ def test_near_tie_flips_are_capped_and_judged_by_their_action(
             if len(actions) == len(golden.actions):
                 tokens[index] += 1 if tokens[index] == 0 else -1
 
-    failed = replay(golden, model, Flips(create_backend("onnxruntime", open_bundle(bundle)))).failures
-    assert len(failed) == len(expected)
-    for check, part in zip(failed, expected, strict=True):
+    result = replay(golden, model, Flips(create_backend("onnxruntime", open_bundle(bundle))))
+    assert len(result.failures) == len(expected)
+    for check, part in zip(result.failures, expected, strict=True):
         assert part in check.gate
+    details = {check.gate: check.detail for check in result.checks}
+    assert details["encode, batch 6: near-tie flips"] == "per layer [0, 0, 1], 0 tokens behind them"
