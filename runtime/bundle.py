@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
+import numpy as np
+
 from runtime.contradictions import check_contents
 from runtime.errors import BundleError
 from runtime.gates import highest_limit, missing_gates
@@ -41,7 +43,7 @@ GRAPHS_PROVEN_ON = ("onnxruntime", "CPU")
 _LEAST_UNIT, _LARGEST_UNIT = 1e-12, 1e12
 #: Float32 has 24 bits: farther from zero than so many units, two neighbours are a unit apart.
 _MOST_OFFSET = 2.0**24
-_FLOAT32_MAX = (2 - 2**-23) * 2.0**127
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +106,7 @@ def unlisted_files(folder: Path, listed: Collection[str]) -> tuple[str, ...]:
     return tuple(sorted(found.difference(listed, {MANIFEST_NAME})))
 
 
-def check_manifest(manifest: Manifest, *, is_proven: bool = True) -> None:
+def check_manifest(manifest: Manifest, *, is_proven: bool) -> None:
     """Raises BundleError where the manifest contradicts itself: no build that passed its gates writes that.
 
     is_proven: False for the manifest of a build whose gates have still to run.
@@ -122,8 +124,7 @@ def _open_folder(folder: Path) -> OpenFolder:
         if folder.is_dir():
             return OpenFolder(folder)
         found = "a file, not a folder" if folder.exists() else "nothing"
-    except (OSError, ValueError) as error:
-        # Beside the system's refusals: names that it cannot represent.
+    except OSError as error:
         raise BundleError(f"{folder} cannot be read: {error}; check its permissions") from error
     raise BundleError(
         f"no bundle at {folder}: found {found}; give the folder that `python export/build_engine.py` wrote"
@@ -194,11 +195,11 @@ def _check_files(files: Mapping[str, FileEntry]) -> None:
     for name in files:
         check_file_name(name)
     sizes = [entry.size for entry in files.values()]
-    largest, total = max(sizes, default=0), sum(sizes)
-    if min(sizes, default=0) < 0 or largest > _FILE_SIZE_LIMIT or total > _TOTAL_SIZE_LIMIT or len(sizes) > _MOST_FILES:
+    is_each_possible = all(0 <= size <= _FILE_SIZE_LIMIT for size in sizes)
+    if not is_each_possible or sum(sizes) > _TOTAL_SIZE_LIMIT or len(sizes) > _MOST_FILES:
         raise BundleError(
-            f"{MANIFEST_NAME} lists {len(sizes)} files of {total} bytes, the largest of {largest}; expected at most "
-            f"{_MOST_FILES}, {_TOTAL_SIZE_LIMIT} and {_FILE_SIZE_LIMIT}: build the bundle with fewer engines"
+            f"{MANIFEST_NAME} lists {len(sizes)} files of {sum(sizes)} bytes, the largest of {max(sizes)}; expected at "
+            f"most {_MOST_FILES}, {_TOTAL_SIZE_LIMIT} and {_FILE_SIZE_LIMIT}: build the bundle with fewer engines"
         )
 
 
@@ -224,7 +225,7 @@ def _check_model(model: ModelEntry) -> None:
     if not all(abs(offset) <= _MOST_OFFSET * unit for offset, unit in ranges):
         problems.append(f"action_offset are {list(model.action_offset)}, where float32 does not tell units apart")
     # The limit becomes a float32, against which float32 actions are held.
-    if not max((abs(offset) + unit for offset, unit in ranges), default=0) <= model.action_limit <= _FLOAT32_MAX:
+    if not all(abs(offset) + unit <= model.action_limit <= _FLOAT32_MAX for offset, unit in ranges):
         problems.append(f"action_limit is {model.action_limit}, not beyond the range of the units and in float32")
     if problems:
         raise BundleError(f"{MANIFEST_NAME} describes no possible model: {'; '.join(problems)}; build the bundle again")

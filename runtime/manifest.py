@@ -13,7 +13,7 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from runtime.errors import BundleError
 from runtime.fidelity import Fidelity
@@ -44,8 +44,6 @@ SIZE_LIMITS: Mapping[str, tuple[int, int]] = types.MappingProxyType(
         "num_levels": (2, 2**24),
     }
 )
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class ParityEntry:
     value: float
     limit: float
     detail: str
-    device: str = ""
+    device: str
 
     def __post_init__(self) -> None:
         # A count is a number like any other to a gate, but JSON would spell it without a point.
@@ -261,8 +259,8 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
-    if origin is types.UnionType and type(None) in arguments:
-        # Such a key may be missing, but never holds nothing.
+    if origin is types.UnionType:
+        # With None: such a key may be missing, but never holds nothing.
         return _build(arguments[0], value, where)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(typing.cast(type[Any], kind), value, where)
@@ -284,7 +282,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     raise BundleError(f"{where} is {shown(value)}; expected {name}")
 
 
-def _build_dataclass(kind: type[_T], value: Any, where: str) -> _T:
+def _build_dataclass(kind: type[Any], value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise BundleError(f"{where} is {shown(value)}; expected an object")
     hints = typing.get_type_hints(kind)

@@ -76,7 +76,7 @@ class InputValidator:
         array = _as_array("actions", actions)
         if array.dtype != _FLOAT32 or array.shape[1:] != self._actions_tail:
             self._check_shape("actions", array, "B, T, A", self._actions_tail)
-            array = _native("actions", array, (_FLOAT32,)).astype(_FLOAT32, copy=False)
+            array = _native("actions", array, (_FLOAT32,))
         if not (array.flags.c_contiguous and array.flags.aligned):
             array = np.require(array, requirements=["C", "A"])
         if len(array) > unchecked and array.size:
@@ -193,7 +193,7 @@ class InputValidator:
 
     def _refuse_prefix(self, tokens: _Array) -> None:
         layers, model = tokens.shape[3], self._model
-        can_be_built = 1 <= layers <= model.num_layers
+        can_be_built = layers in range(1, model.num_layers)
         slicing = "slice tokens[..., :l] to one of them, or " if layers > min(model.prefixes) else ""
         raise UnbuiltPrefixError(
             f"tokens have {layers} layers (shape {list(tokens.shape)}); this bundle decodes {_listed(model.prefixes)}: "

@@ -504,7 +504,7 @@ def test_batches_cover_every_step_once_and_in_order(case: Case) -> None:
 
 
 def test_nan_is_red() -> None:
-    entry = ParityEntry("onnxruntime", "some gate", 8, float("nan"), 1.0, "")
+    entry = ParityEntry("onnxruntime", "some gate", 8, float("nan"), 1.0, "", "CPU")
     assert failures((entry,)) == ["onnxruntime, some gate: nan over 8 steps; expected at most 1"]
     assert failures((replace(entry, value=1.0),)) == []
     assert failures((replace(entry, value=1.0000001, detail="why"),)) == [

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import pytest
 
 from export.plan import DeployMode
-from runtime.bundle import open_bundle
 from runtime.contradictions import check_contents
 from runtime.errors import BundleError
-from runtime.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, MANIFEST_NAME, Manifest, manifest_text, parse_manifest
+from runtime.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, Manifest
 from tests.bundles import Recipe, deploy, export_graphs, generate_c, generate_cuda, make_manifest
 
 OTHER = "de" * 32
@@ -149,12 +145,3 @@ def test_sources_that_were_generated_before_they_said_so_are_good() -> None:
     for file in (C_SOURCE, CUDA_SOURCE):
         parts.edit(file, f"; fingerprint {parts.manifest.fingerprint}.", ".")
     parts.check()
-
-
-def test_opening_a_bundle_asks_its_files(bundle_of: Callable[[Recipe], Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(bundle_of(Recipe(c_targets=())), tmp_path / "bundle"))
-    manifest = parse_manifest((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-    open_bundle(folder)
-    (folder / MANIFEST_NAME).write_text(manifest_text(replace(manifest, fingerprint=OTHER)), encoding="utf-8")
-    with pytest.raises(BundleError, match=r"are not of one bundle: .*RFSQ_FINGERPRINT"):
-        open_bundle(folder)

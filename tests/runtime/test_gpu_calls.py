@@ -10,7 +10,6 @@ import pytest
 
 from export.plan import DeployMode
 from runtime import ActionTokenizer, InvalidInputError, TokenizerError, UnbuiltPrefixError
-from runtime.validation import is_gpu_array
 from tests.bundles import Recipe, deploy, make_manifest
 from tests.runtime.fake_gpu import FakeArray, FakeCuda, aligned, gpu
 
@@ -75,23 +74,6 @@ def test_what_a_library_says_of_its_own_array_is_quoted(error: type[Exception]) 
 
     with pytest.raises(InvalidInputError, match=r"actions cannot be read on the GPU: Can't get .* requires grad"):
         gpu_array("actions", Graded())
-
-
-@pytest.mark.parametrize(
-    ("value", "is_gpu"),
-    [
-        (gpu((1,)), True),
-        (gpu((1,), device=3), True),
-        (gpu((1,), device=None), True),
-        (SimpleNamespace(__dlpack_device__=lambda: (2, 0)), True),
-        (SimpleNamespace(__dlpack_device__=lambda: (1, 0)), False),
-        (np.zeros(1), False),
-        ([1.0], False),
-        (None, False),
-    ],
-)
-def test_whether_something_lies_on_a_gpu_is_what_it_says(value: object, is_gpu: bool) -> None:
-    assert is_gpu_array(value) == is_gpu
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The manifest is read back only exactly as it was written."""
 
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -27,8 +28,22 @@ def test_what_the_tokens_are_worth_is_read_back_and_may_be_missing() -> None:
     assert parse_manifest(manifest_text(rated)) == rated
 
 
+def test_what_the_tokens_are_worth_says_by_what_it_is_known() -> None:
+    quality = quality_of(MANIFEST)
+    measured = replace(quality, fidelity=replace(quality.fidelity, steps=12_345))
+    assert re.fullmatch(r"good; in robot units: .*, on 12,345 steps of own\.npz \(held-out episodes\)", measured.line)
+
+
+def test_the_manifest_states_the_hash_of_all_its_other_lines() -> None:
+    text = manifest_text(replace(MANIFEST, provenance={"operator": "Jürgen"}))
+    (stated,) = re.findall('^ "manifest_sha256": "(.*)",$', text, re.MULTILINE)
+    assert text.endswith("\n}\n")
+    rest = text.replace(f' "manifest_sha256": "{stated}",\n', "").removesuffix("\n")
+    assert hashlib.sha256(rest.encode()).hexdigest() == stated
+
+
 def test_counts_are_numbers_like_any_other() -> None:
-    entry = ParityEntry("onnxruntime", "wrong tokens", 8, 0, 0, "")
+    entry = ParityEntry("onnxruntime", "wrong tokens", 8, 0, 0, "", "CPU")
     assert parse_manifest(manifest_text(replace(MANIFEST, parity=(entry,)))).parity == (entry,)
 
 
@@ -66,13 +81,16 @@ def with_content(**changes: Any) -> str:
         (with_content(schema_version=1), r"schema version 1; this runtime reads 2: build the bundle again with this"),
         (with_content(schema_version=2.0), "schema_version is 2.0; expected int"),
         (with_content(fingerprint=7), r"manifest\.json\.fingerprint is 7; expected str"),
-        (with_content(graphs={}), r"manifest\.json\.graphs is {}; expected tuple"),
+        (
+            with_content(graphs={}),
+            r"manifest\.json\.graphs is {}; expected tuple\[runtime\.manifest\.GraphEntry, \.\.\.\]",
+        ),
         (with_content(model=None), r"manifest\.json\.model is None; expected an object"),
         (with_content(schema_version=True), "schema version True"),
         (TEXT.replace('"chunk_length": 2', '"chunk_length": true'), r"model\.chunk_length is True; expected int"),
         (TEXT.replace('"num_levels": 5', '"num_levels": 5.0'), r"model\.num_levels is 5\.0; expected int"),
         (with_content(parity=[1]), r"parity\[0\] is 1; expected an object"),
-        (with_content(tools=[]), r"tools is \[\]; expected dict"),
+        (with_content(tools=[]), r"tools is \[\]; expected dict\[str, str\]"),
         (with_content(tools={"numpy": 2}), r"tools\['numpy'\] is 2; expected str"),
         (with_content(files={"encoder.onnx": {"size": 1}}), r"files\['encoder.onnx'\] lacks the keys \['sha256'\]"),
         (with_content(), "was altered after it was written"),
@@ -143,5 +161,5 @@ def test_stats_belong_to_dynamic_models_alone() -> None:
 def test_a_tuple_of_another_length_is_refused(profile: list[int]) -> None:
     with_engine = json.loads(manifest_text(replace(MANIFEST, engines=(engine_entry(b""),))))
     with_engine["engines"][0]["profile"] = profile
-    with pytest.raises(BundleError, match=r"engines\[0\]\.profile is .*; expected tuple"):
+    with pytest.raises(BundleError, match=r"engines\[0\]\.profile is .*; expected tuple\[int, int, int\]"):
         parse_manifest(json.dumps(with_engine))

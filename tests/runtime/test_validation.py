@@ -4,6 +4,7 @@ import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from hypothesis.extra import numpy as hnp
 
 from rfsq_ref.quantizer import Conditioning, ResidualQuantizer
 from runtime import ActionTokenizer, InvalidInputError, UnbuiltPrefixError
-from runtime.validation import InputValidator
+from runtime.validation import InputValidator, is_gpu_array
 from tests.bundles import Recipe, random_actions
+from tests.runtime.fake_gpu import gpu
 
 # The small bundle: A 3, D 4, L 3, K 5, T 2, prefixes 2 and 3.
 ACTIONS = random_actions(Recipe(), 5)
@@ -37,7 +39,7 @@ def changed(array: np.ndarray, index: tuple[int, ...], value: float) -> np.ndarr
     ("actions", "message"),
     [
         (ACTIONS[0], r"actions have shape \[2, 3\]; expected \[B, T, A\] = \[B, 2, 3\]; for a single chunk pass"),
-        (ACTIONS[..., None], r"actions have shape \[5, 2, 3, 1\]; expected"),
+        (ACTIONS[..., None], r"actions have shape \[5, 2, 3, 1\]; expected \[B, T, A\] = \[B, 2, 3\]$"),
         (ACTIONS[None], r"actions have shape \[1, 5, 2, 3\]; expected"),
         (ACTIONS[:, :1], r"shape \[5, 1, 3\]; expected \[B, T, A\] = \[B, 2, 3\]"),
         (ACTIONS[..., :2], r"shape \[5, 2, 2\]; expected"),
@@ -46,7 +48,7 @@ def changed(array: np.ndarray, index: tuple[int, ...], value: float) -> np.ndarr
             ACTIONS.tolist(),
             r"actions is a builtins.list; expected a numpy.ndarray: pass np.asarray\(actions, np.float32\)",
         ),
-        (None, "actions is a builtins.NoneType"),
+        (None, "actions is a builtins.NoneType; expected a numpy.ndarray$"),
         (np.ma.masked_array(ACTIONS), "MaskedArray; expected a numpy.ndarray: what its mask hides is no value"),
         (ACTIONS.astype(np.float64), r"type float64; expected float32: convert with actions.astype\(np.float32\)"),
         (ACTIONS.astype(np.float16), "type float16; expected float32"),
@@ -83,7 +85,10 @@ def test_wrong_actions(actions: Any, message: str, tokenizer: ActionTokenizer) -
             TOKENS.astype(np.float32),
             "type float32; expected int32, int64 or uint8: a fraction is lost in conversion",
         ),
-        (TOKENS.astype(bool), "type bool; expected int32"),
+        (
+            TOKENS.astype(bool),
+            "type bool; expected int32, int64 or uint8: these are no plain numbers; make them anew as np.int32",
+        ),
         (TOKENS.astype(np.int16), "type int16; expected int32"),
         (TOKENS.astype(np.uint64), "type uint64; expected int32"),
         (TOKENS.tolist(), "tokens is a builtins.list"),
@@ -171,12 +176,20 @@ def test_fractions_are_not_advised_to_become_tokens(tokenizer: ActionTokenizer) 
     assert advice(tokenizer.decode, (TOKENS + 0.5).tolist()) == "np.asarray(tokens)"
 
 
-def test_slicing_is_advised_where_there_is_enough_to_slice(tokenizer: ActionTokenizer) -> None:
-    for prefixes, layers, is_advised in (((2, 3), 1, False), ((1, 3), 2, True)):
-        validator = InputValidator(replace(tokenizer.model, prefixes=prefixes))
-        with pytest.raises(UnbuiltPrefixError) as caught:
-            validator.tokens(np.zeros((1, 2, 4, layers), np.int32))
-        assert ("slice tokens" in str(caught.value)) == is_advised
+@pytest.mark.parametrize(
+    ("prefixes", "layers", "advice"),
+    [
+        ((2, 3), 1, "2 or 3: build the bundle with `--prefixes 1`"),
+        ((1, 3), 2, "1 or 3: slice tokens[..., :l] to one of them, or build the bundle with `--prefixes 2`"),
+        ((3,), 2, "3: build the bundle with `--prefixes 2`"),
+    ],
+)
+def test_slicing_is_advised_where_there_is_enough_to_slice(
+    prefixes: tuple[int, ...], layers: int, advice: str, tokenizer: ActionTokenizer
+) -> None:
+    validator = InputValidator(replace(tokenizer.model, prefixes=prefixes))
+    with pytest.raises(UnbuiltPrefixError, match=f"this bundle decodes {re.escape(advice)}$"):
+        validator.tokens(np.zeros((1, 2, 4, layers), np.int32))
 
 
 def test_a_single_chunk_is_guessed_only_from_its_shape(tokenizer: ActionTokenizer) -> None:
@@ -263,6 +276,10 @@ def test_dynamic_tokens_alone_are_refused_naming_what_to_do(dynamic_tokenizer: A
         (STATS.astype(np.float64), "stats have type float64; expected float32"),
         (STATS.tolist(), "stats is a builtins.list"),
         (changed(STATS, (2, 1, 0, 1), np.nan), r"stats\[2, 1, 0, 1\] is nan; expected a sigma above 0 and at most 4"),
+        (
+            gpu(STATS.shape),
+            r"FakeArray; expected a numpy.ndarray: copy it from the GPU, stats.get\(\) where it is CuPy",
+        ),
         (changed(STATS, (0, 0, 2, 0), np.inf), r"stats\[0, 0, 2, 0\] is inf; expected a mean of at most ±4"),
         (changed(STATS, (4, 1, 1, 0), -4.5), r"stats\[4, 1, 1, 0\] is -4\.5; expected a mean"),
         (changed(STATS, (4, 1, 1, 1), 3e38), r"stats\[4, 1, 1, 1\] is 3.*e\+38; expected a sigma"),
@@ -299,6 +316,37 @@ def test_stats_are_refused_where_tokens_decode_on_their_own(tokenizer: ActionTok
         tokenizer.encode_with_stats(ACTIONS)
     with pytest.raises(InvalidInputError, match="a 'calibrated' bundle has no stats"):
         tokenizer.encode_into(ACTIONS, np.empty_like(TOKENS), np.empty_like(STATS))
+
+
+@pytest.mark.parametrize("extreme", [(-4, 4), (4, np.nextafter(np.float32(0), np.float32(1)))])
+def test_stats_up_to_the_limits_are_decoded(extreme: tuple[float, float], dynamic_tokenizer: ActionTokenizer) -> None:
+    stats = np.broadcast_to(np.float32(extreme), STATS.shape)
+    assert dynamic_tokenizer.decode(TOKENS, stats).shape == ACTIONS.shape
+
+
+# --- on the CPU or on a GPU -------------------------------------------------------------------------------------------
+
+
+def raising() -> tuple[int, int]:
+    raise BufferError("it lies nowhere")
+
+
+@pytest.mark.parametrize(
+    ("value", "is_gpu"),
+    [
+        (gpu((1,)), True),
+        (gpu((1,), device=3), True),
+        (gpu((1,), device=None), True),
+        (SimpleNamespace(__dlpack_device__=lambda: (2, 0)), True),
+        (SimpleNamespace(__dlpack_device__=lambda: (1, 0)), False),
+        (SimpleNamespace(__dlpack_device__=raising), False),
+        (np.zeros(1), False),
+        ([1.0], False),
+        (None, False),
+    ],
+)
+def test_whether_something_lies_on_a_gpu_is_what_it_says(value: object, is_gpu: bool) -> None:
+    assert is_gpu_array(value) is is_gpu
 
 
 # --- accepted ---------------------------------------------------------------------------------------------------------
@@ -342,6 +390,21 @@ def test_a_backend_gets_contiguous_aligned_arrays_of_native_order(layout: str, t
         assert array.dtype.isnative
 
 
+def test_what_is_right_already_is_not_copied(dynamic_tokenizer: ActionTokenizer) -> None:
+    validator = InputValidator(dynamic_tokenizer.model)
+    assert validator.actions(ACTIONS) is ACTIONS
+    assert validator.tokens(TOKENS) is TOKENS
+    assert validator.stats(STATS, TOKENS) is STATS
+
+
+def test_every_chunk_is_checked_unless_the_backend_does(tokenizer: ActionTokenizer) -> None:
+    validator = InputValidator(tokenizer.model)
+    with pytest.raises(InvalidInputError, match="is nan"):
+        validator.actions(np.full((1, 2, 3), np.nan, np.float32))
+    with pytest.raises(InvalidInputError, match="is 5"):
+        validator.tokens(np.full((1, 2, 4, 3), 5, np.int32))
+
+
 @pytest.mark.parametrize("batch", [4, 5, 6])
 def test_values_are_left_to_the_backend_up_to_the_chunks_that_it_checks(batch: int, tokenizer: ActionTokenizer) -> None:
     validator = InputValidator(tokenizer.model)
@@ -379,10 +442,11 @@ def test_inputs_are_never_changed(tokenizer: ActionTokenizer) -> None:
 def test_actions_up_to_the_limit_are_encoded(tokenizer: ActionTokenizer) -> None:
     limit = np.float32(tokenizer.model.action_limit)
     for sign in (-1, 1):
-        tokens = tokenizer.encode(np.full((1, 2, 3), sign * limit, np.float32))
+        at_limit = np.full((1, 2, 3), sign * limit, np.float32)
+        tokens = tokenizer.encode(at_limit)
         assert ((tokens >= 0) & (tokens < 5)).all()
-    with pytest.raises(InvalidInputError, match="expected finite numbers of at most"):
-        tokenizer.encode(np.full((1, 2, 3), np.nextafter(limit, np.float32(np.inf)), np.float32))
+        with pytest.raises(InvalidInputError, match=r"actions\[0, 1, 2\] is .*; expected finite numbers of at most"):
+            tokenizer.encode(changed(at_limit, (0, 1, 2), sign * np.nextafter(limit, np.float32(np.inf))))
 
 
 ANY_DTYPE = st.sampled_from([np.int8, np.int32, np.int64, np.uint8, np.uint32, np.float32, np.float64, np.bool_, ">i4"])
