@@ -174,36 +174,58 @@ class DecodeWorker:
                 self._done.release()
 
 
+class _Bell:
+    """Wakes one thread. May be rung by any, again and again, and by one whose signal's handlers raise.
+
+    threading.Event is locked for ever where such a handler comes within `set`: the next tick would hang in it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        # One call that is all or nothing.
+        try:
+            self._lock.release()
+        except RuntimeError:
+            """It rings already."""
+
+    def wait(self, timeout_s: float = -1) -> bool:
+        """Until it is rung, or has been since the last time; whether it was."""
+        return self._lock.acquire(True, timeout_s)
+
+
 class Retrier:
     """Tries a failed tokenizer again in a thread of its own, less and less often, until it answers rightly."""
 
     def __init__(self, warm: WarmTokenizer, config: ControlConfig, health: Health, is_free: Callable[[], bool]) -> None:
         self._warm, self._first_s, self._health, self._is_free = warm, config.retry_after_s, health, is_free
-        self._failed, self._is_closed = threading.Event(), threading.Event()
+        self._failed, self._end, self._is_closed = _Bell(), _Bell(), False
         self._thread = threading.Thread(target=self._run, name=f"control retry {warm.name}", daemon=True)
         self._thread.start()
 
     def start(self) -> None:
-        self._failed.set()
+        self._failed.ring()
 
     def close(self) -> None:
         """One that hangs in its backend is left behind."""
-        self._is_closed.set()
-        self._failed.set()
+        self._is_closed = True
+        self._end.ring()
+        self._failed.ring()
         self._thread.join(_CLOSE_S)
 
     def _run(self) -> None:
         while True:
             self._failed.wait()
-            self._failed.clear()
             pause = self._first_s
-            while not self._warm.is_healthy and not self._is_closed.wait(pause):
+            while not self._warm.is_healthy and not self._end.wait(pause):
                 pause = min(2 * pause, _LONGEST_RETRY_S)
                 if self._is_free() and self._succeeds():
                     self._health.recoveries += 1
                     self._warm.is_healthy = True
                     _LOG.warning("backend %s answers rightly again, and is used again", self._warm.name)
-            if self._is_closed.is_set():
+            if self._is_closed:
                 return
 
     def _succeeds(self) -> bool:
@@ -222,7 +244,7 @@ class Reporter:
     ) -> None:
         self._config, self._health, self._recorder, self._meta = config, health, recorder, meta
         self._incidents: deque[tuple[Status, int, str, bool]] = deque(maxlen=256)
-        self._event = threading.Event()
+        self._news = _Bell()
         self._is_closed = False
         # Incidents so far, and how many of them are reported.
         self._asked = self._answered = 0
@@ -237,7 +259,7 @@ class Reporter:
     def incident(self, status: Status, tick: int, detail: str, is_held: bool) -> None:
         self._incidents.append((status, tick, detail, is_held))
         self._asked += 1
-        self._event.set()
+        self._news.ring()
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until everything is reported; for tests and the end of a program."""
@@ -247,13 +269,12 @@ class Reporter:
 
     def close(self) -> None:
         self._is_closed = True
-        self._event.set()
+        self._news.ring()
         self._thread.join(10.0)
 
     def _run(self) -> None:
         while True:
-            self._event.wait()
-            self._event.clear()
+            self._news.wait()
             asked = self._asked
             while self._incidents:
                 try:

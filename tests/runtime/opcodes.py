@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import runtime
 
-_RUNTIME = str(Path(runtime.__file__).parent)
+#: Where exceptions break in. An Event or Condition of threading is broken for good by one: a tick is to use none.
+_WATCHED = str(Path(runtime.__file__).parent), threading.__file__
 
 
 def in_a_thread(test: Callable[..., None]) -> Callable[..., None]:
@@ -58,7 +61,7 @@ class Breaker:
         return None
 
     def _enter(self, frame: FrameType, _event: str, _: object) -> Any:
-        return self._watch(frame) if frame.f_code.co_filename.startswith(_RUNTIME) else None
+        return self._watch(frame) if frame.f_code.co_filename.startswith(_WATCHED) else None
 
     def _watch(self, frame: FrameType) -> Any:
         # In this order: Python 3.13 watches the bytecodes of a frame that has its function already.
@@ -88,6 +91,34 @@ class Breaker:
 
     def error(self) -> BaseException:
         return self._error(f"number {len(self.places)}")
+
+
+class Survey(Breaker):
+    """Breaks nothing off. seen: what ran, bytecode by bytecode."""
+
+    def __init__(self) -> None:
+        super().__init__([1])
+        self.seen: list[tuple[CodeType, int]] = []
+
+    @property
+    def has_threading(self) -> bool:
+        return any(code.co_filename == threading.__file__ for code, _ in self.seen)
+
+    def is_due(self, frame: FrameType) -> bool:
+        self.seen.append((frame.f_code, frame.f_lasti))
+        return False
+
+    def numbers(self, rounds: int) -> list[int]:
+        """Of bytecodes, from 1 on; of those that ran again and again, the first `rounds` times.
+
+        With those beside them: the next time it may be one more or less.
+        """
+        times, chosen = Counter[tuple[CodeType, int]](), set[int]()
+        for number, place in enumerate(self.seen, start=1):
+            times[place] += 1
+            if times[place] <= rounds:
+                chosen.update((number - 1, number, number + 1))
+        return sorted(chosen - {0})
 
 
 class _Return:
