@@ -4,9 +4,12 @@ import contextlib
 import dis
 import gc
 import itertools
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,9 @@ from tests.runtime.opcodes import Breaker, Survey, in_a_thread
 #: anything: but for RESUME, where the call begins, a signal's handler never runs there.
 _BEFORE = ["RESUME", "LOAD_FAST", "LOAD_ATTR", "LOAD_ATTR", "STORE_FAST", "NOP", "NOP"]
 _AFTER = ["RETURN_VALUE"]
+#: The instructions of `step`, by their offset.
+_STEP = {found.offset: found.opname for found in dis.get_instructions(ControlDecoder.step)}
+_BEFORE_OFFSETS = list(_STEP)[: len(_BEFORE)]
 #: Of a loop, as that over all signals which looks for their handlers, so many rounds are broken off.
 _ROUNDS = 3
 
@@ -126,11 +132,13 @@ class Scene:
                 assert result.tick > before.tick
                 self.after.add(offset)
         self._unlock()
+        # There is one result for all ticks.
+        was_held, was_latched = result.is_held, result.is_latched
         # Some loops go on at once, others with their next period.
         number, after_ns = self.number, PERIOD_NS // (1, 25)[sum(at) % 2]
         following = self.tick(after_ns=after_ns)
-        assert following.is_held or not result.is_held, breaker.places
-        assert following.is_latched or not result.is_latched, breaker.places
+        assert following.is_held or not was_held, breaker.places
+        assert following.is_latched or not was_latched, breaker.places
         assert self.number > number
         self.mend()
         assert self.tick(self.chunks[2]).status is Status.OK, breaker.places
@@ -140,11 +148,9 @@ class Scene:
 
 def _check_beside(scene: Scene) -> None:
     """What is not held is as short as can be, and named."""
-    names = {found.offset: found.opname for found in dis.get_instructions(ControlDecoder.step)}
-    first = list(names)[: len(_BEFORE)]
-    assert [names[offset] for offset in first] == _BEFORE
-    assert scene.before <= set(first)
-    assert {names[offset] for offset in scene.after} <= set(_AFTER)
+    assert [_STEP[offset] for offset in _BEFORE_OFFSETS] == _BEFORE
+    assert scene.before <= set(_BEFORE_OFFSETS)
+    assert {_STEP[offset] for offset in scene.after} <= set(_AFTER)
     assert len(scene.after) <= 1
 
 
@@ -378,3 +384,120 @@ def test_a_reset_that_is_broken_off_before_any_bytecode_has_not_begun_or_stands_
     assert (result.status, result.tick) == (Status.NOT_READY, 0)
     assert number > 100
     assert begun > (50 if after == "service" else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("then", ["reset", "step"])
+@in_a_thread
+def test_a_reset_that_is_broken_off_and_what_comes_next_too_have_not_begun_or_stand_still(
+    scene_of: Any, then: str
+) -> None:
+    scene, stride = scene_of(), 11 if then == "reset" else 61
+    first = second = pairs = 1
+    while True:
+        scene.serve()
+        before = scene.decoder.result.shown
+        one, two = Breaker([first]), Breaker([second])
+        one.run(lambda: scene.decoder.reset())
+        # Where it has begun, ticks are counted anew.
+        scene.number = -1
+        scene.see()
+        if not one.places:
+            break
+        if then == "reset":
+            two.run(lambda: scene.decoder.reset())
+            scene.number = -1
+        else:
+            scene.clock.now += PERIOD_NS
+            two.run(lambda: scene.decoder.step(scene.chunks[1]))
+        result = scene.see()
+        if two.places:
+            pairs += 1
+            was_held, is_as_before = result.is_held, result.shown is before
+            following = scene.tick(after_ns=PERIOD_NS // 25)
+            if was_held:
+                assert following.is_held, (one.places, two.places)
+            elif is_as_before:
+                assert following.status is Status.OK, (one.places, two.places)
+            else:
+                # The tick was whole.
+                ((name, offset),) = two.places
+                assert (name, _STEP[offset]) == ("step", *_AFTER)
+        assert scene.tick(scene.chunks[2]).status is Status.OK, (one.places, two.places)
+        first, second = (first, second + stride) if two.places else (first + 7, 1 + first % stride)
+    assert pairs > 200
+
+
+# --- real ones --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alarms() -> Iterator[None]:
+    """Nothing is left of them."""
+    numbers = signal.SIGALRM, signal.SIGTERM
+    previous = [signal.getsignal(number) for number in numbers]
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in zip(numbers, previous, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alarms")
+def test_signals_that_come_while_others_are_handled_leave_a_result_that_is_held_or_whole(scene_of: Any) -> None:
+    scene, random = scene_of(has_spare=True), np.random.default_rng(0)
+    raised: list[str] = []
+    has_begun = True
+
+    def is_in_a_tick(frame: FrameType | None) -> bool:
+        while frame is not None and frame.f_code is not ControlDecoder.step.__code__:
+            frame = frame.f_back
+        return frame is not None
+
+    def interrupt(_number: int, frame: FrameType | None) -> None:
+        if frame is None or not is_in_a_tick(frame) or len(raised) == 2:
+            return
+        nonlocal has_begun
+        if not raised:
+            has_begun = frame.f_code is not ControlDecoder.step.__code__ or frame.f_lasti not in _BEFORE_OFFSETS
+        raised.append("interrupt")
+        # Another alarm, while this one is handled by who was broken off; or another signal, while it is handled here.
+        if random.random() < 0.5:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 2e-5))
+            raise KeyboardInterrupt
+        try:
+            raise KeyboardInterrupt
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    def terminate(_number: int, frame: FrameType | None) -> None:
+        assert is_in_a_tick(frame)
+        raised.append("terminate")
+        sys.exit(15)
+
+    signal.signal(signal.SIGALRM, interrupt)
+    signal.signal(signal.SIGTERM, terminate)
+    broken, twice = 0, set[tuple[str, ...]]()
+    for number in range(4000):
+        if number % 8 == 0:
+            scene.mend()
+        scene.backends[0].act = fails if number % 8 == 5 else None
+        before, is_broken = scene.decoder.result.shown, False
+        scene.clock.now += PERIOD_NS
+        raised.clear()
+        try:
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-6, 1e-4))
+            scene.decoder.step((None, scene.chunks[1] - 100, *scene.chunks)[number % 5])
+        except (KeyboardInterrupt, SystemExit):
+            is_broken = True
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        result = scene.see()
+        if is_broken:
+            broken += 1
+            twice.add(tuple(raised))
+            assert result.is_held if has_begun else result.shown is before
+    assert broken > 100
+    assert {("interrupt", "interrupt"), ("interrupt", "terminate")} <= twice
+    scene.mend()
+    scene.serve()
+    assert gc.isenabled()
