@@ -24,3 +24,13 @@ def drive(folder: Path, start: Any, found: Any) -> None:
                 now += round(config.period_s * 1e9)
                 total += float(np.abs(decoder.step(tokens[tick % 16]).actions).sum())
             found.put((decoder.health.statuses[Status.OK], total))
+
+
+def serve(decoder: ControlDecoder, tokens: Any) -> tuple[Any, ...]:
+    """Settings, backends, and what is sent without a chunk and with one, of a decoder that came from elsewhere."""
+    with decoder:
+        before = repr(decoder)
+        decoder.warmup()
+        held = decoder.step().actions.tolist()
+        served = decoder.step(tokens)
+        return decoder.config, before, held, served.status, served.actions.tolist()

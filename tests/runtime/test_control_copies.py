@@ -1,12 +1,16 @@
 """A decoder that has not begun is copied as it was made, one that has begun is refused; each says what it is."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from runtime import ActionTokenizer, CannotCopyError, ControlDecoder, Status
+from tests.processes import PATIENCE
 from tests.runtime.control_loops import loop
+from tests.runtime.driven import serve
 from tests.runtime.test_copies import COPIERS, Copier, chunks, loaded
 
 __all__ = ["chunks", "loaded"]  # Fixtures.
@@ -34,6 +38,24 @@ def test_a_decoder_before_warmup_is_copied_as_it_was_made(
     assert sent[0] == sent[1]
     assert sent[0][0][2] == 0.25
     assert sent[0][1] is Status.OK
+
+
+@pytest.mark.slow
+def test_a_decoder_before_warmup_works_in_a_spawned_process_as_it_was_made(c_bundle: Path, chunks: Any) -> None:
+    changes: dict[str, Any] = {"strategy": "temporal_ensemble", "use_worker": True, "deadline_us": 60e6}
+    with (
+        ActionTokenizer.load(c_bundle, backend="c") as main,
+        ActionTokenizer.load(c_bundle, backend="onnxruntime") as spare,
+    ):
+        decoder = loop(main, fallbacks=(spare,), **changes)
+        decoder.reset((0.0, 0.0, 0.25))
+        tokens = main.encode(chunks[:1] * 0.1)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            sent = pool.submit(serve, decoder, tokens).result(PATIENCE)
+        assert sent == serve(decoder, tokens)
+    _, _, held, status, _ = sent
+    assert held[2] == 0.25
+    assert status is Status.OK
 
 
 @COPIERS
