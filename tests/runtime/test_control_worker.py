@@ -114,6 +114,45 @@ def test_a_backend_that_answers_something_else_than_at_the_start_is_not_used_aga
 
 
 @WORKERS
+def test_a_backend_that_comes_back_wrong_but_for_zeros_is_used_again_when_it_is_right(
+    tokenizer: ActionTokenizer, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retry has to find what a robot at rest would not."""
+    model = tokenizer.model
+    resting = tokenizer.decode(tokenizer.encode(np.zeros((1, model.chunk_length, model.action_dim), np.float32)))
+    works, tries = WarmTokenizer.works, list[bool]()
+
+    def decode_wrongly(tokens: Any, stats: Any, actions: Any) -> None:
+        tokenizer.backend.decode_into(tokens, stats, actions)
+        if not np.array_equal(actions, resting):
+            actions += np.float32(1e-3) * np.asarray(model.action_units, np.float32)
+
+    def try_again(warm: WarmTokenizer) -> bool:
+        tries.append(works(warm))
+        return tries[-1]
+
+    monkeypatch.setattr(WarmTokenizer, "works", try_again)
+    with Pair(tokenizer, retry_after_s=0.002, **changes) as pair:
+        pair.main.act = fails
+        assert pair.step() == ("OK", "spare", True)
+        pair.main.decode_into = decode_wrongly  # type: ignore[method-assign]
+        pair.main.act = None
+
+        def is_tried_again() -> bool:
+            assert pair.step() == ("OK", "spare", False)
+            return len(tries) >= 4
+
+        _wait(is_tried_again)
+        assert pair.step() == ("OK", "spare", False)
+        assert not any(tries)
+        assert pair.decoder.snapshot().recoveries == 0
+        del pair.main.decode_into
+        _wait(lambda: pair.step() == ("OK", "main", False))
+        assert pair.decoder.snapshot().recoveries == 1
+        assert tries.count(True) == 1
+
+
+@WORKERS
 def test_where_the_fallback_fails_too_the_robot_stands_still_and_goes_on_with_the_next_chunk(
     tokenizer: ActionTokenizer, changes: dict[str, Any]
 ) -> None:
