@@ -152,6 +152,15 @@ def test_a_backend_that_comes_back_wrong_but_for_zeros_is_used_again_when_it_is_
         assert tries.count(True) == 1
 
 
+def test_who_waits_to_try_again_does_not_wait_when_the_loop_is_closed(tokenizer: ActionTokenizer) -> None:
+    with Pair(tokenizer, retry_after_s=1e5) as pair:
+        pair.main.act = fails
+        assert pair.step() == ("OK", "spare", True)
+        chain: Any = pair.decoder._chain
+    _wait(lambda: not any(retrier._thread.is_alive() for retrier in chain._retriers))
+    pair.decoder.close()
+
+
 @WORKERS
 def test_where_the_fallback_fails_too_the_robot_stands_still_and_goes_on_with_the_next_chunk(
     tokenizer: ActionTokenizer, changes: dict[str, Any]
