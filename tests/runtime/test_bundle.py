@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -622,6 +623,30 @@ def test_the_same_content_under_many_names_takes_its_room_once(altered: Path) ->
     rewrite(altered, lambda manifest: replace(manifest, files={**manifest.files, **dict.fromkeys(names, entry)}))
     opened = open_bundle(altered)
     assert len({id(opened.content(name)) for name in (*names, "golden.npz")}) == 1
+
+
+def test_three_hundred_links_to_one_file_take_no_more_memory_than_one(altered: Path) -> None:
+    """Each is read and hashed, as it may be another file by then, and forgotten before the next."""
+    content = bytes(2**18)
+    names = [f"engines/{number}" for number in range(300)]
+    (altered / names[0]).write_bytes(content)
+    for name in names[1:]:
+        os.link(altered / names[0], altered / name)
+    entry = FileEntry(hashlib.sha256(content).hexdigest(), len(content))
+
+    def peak_with(*listed: str) -> int:
+        files = dict.fromkeys(listed, entry)
+        rewrite(altered, lambda manifest: replace(manifest, files={**manifest.files, **files}))
+        tracemalloc.start()
+        try:
+            open_bundle(altered)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    one, all_of_them = peak_with(names[0]), peak_with(*names)
+    # Of 300 files: the one that is read while another is kept, and the entries of a longer manifest.
+    assert all_of_them - one < 10 * len(content)
 
 
 def test_a_bundle_that_is_itself_behind_a_link_opens(bundle: Path, tmp_path: Path) -> None:
