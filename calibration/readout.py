@@ -369,15 +369,16 @@ def _changed(checkpoint: Checkpoint, change: Tensor) -> Readout:
     return Readout(weight.float().contiguous(), bias.float().contiguous())
 
 
-def held_out_warning(trained: float, refitted: float | None, judged_on: str) -> str:
+def held_out_warning(trained: float, refitted: float | None, judged_on: str, units: str) -> str:
     """What a person should know of a refit that lost where it is judged; empty where it did not, or there is none.
 
-    trained, refitted: squared error of the layer as it was trained and as it was refitted, None without a refit.
+    trained, refitted: squared error of the layer as it was trained and as it was refitted, None without a refit; units:
+    of both, squared.
     """
     if refitted is None or refitted <= trained:
         return ""
     return (
-        f"the refitted readout lost on {judged_on}: action MSE {refitted:.3e}, as trained {trained:.3e} "
+        f"the refitted readout lost on {judged_on}: action MSE {refitted:.3e} {units}, as trained {trained:.3e} "
         f"({refitted / max(trained, _TINY) - 1:+.1%}); --readout off keeps the trained layer"
     )
 

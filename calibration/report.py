@@ -208,6 +208,7 @@ def _levels_used(tokens: Tensor, num_levels: int) -> float:
 
 def format_report(report: CalibrationReport) -> str:
     """A table with a row per layer, and the errors to compare with below it."""
+    lost = held_out_warning(report.autoencoder_mse, report.readout_mse, "the episodes that judge", "robot units²")
     header = (
         f"{'layer':>5}  {'residual on the data':>22}  {'clipped':>8}  {'bin width':>9}  {'levels':>6}  "
         f"{'latent MSE':>10}  {'action MSE':>10}  {'worst case':>10}  {'noise/bin':>9}  {'flipped':>8}"
@@ -229,7 +230,7 @@ def format_report(report: CalibrationReport) -> str:
         f"readout refitted, no quantiser                    {_number(report.readout_mse)}",
         f"trained forward pass                              {report.trained_mse[-1]:.3e}",
         f"published decode_from_indices                     {report.published_mse:.3e}",
-        *filter(None, [held_out_warning(report.autoencoder_mse, report.readout_mse, "the episodes that judge")]),
+        *filter(None, [lost]),
         report.fidelity.text("decoded from all layers"),
     ]
     return "\n".join(lines)

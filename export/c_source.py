@@ -24,7 +24,7 @@ from export.plan import (
     middle_level,
 )
 from export.source_tables import Array, number, own_tokens, require_countable, table
-from runtime.c_backend import CHECKED_STEPS
+from runtime.contract import CHECKED_STEPS
 from runtime.validation import STATS_LIMIT
 
 _TEMPLATE = Path(__file__).parent / "templates" / SOURCE_NAME

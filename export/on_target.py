@@ -117,8 +117,8 @@ def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
         for file in manifest.files.keys() - dropped:
             staged.write(file, bundle.content(file))
         manifest = replace(manifest, engines=(*kept, *added))
-        staged.seal(manifest)
-        with opened_backends(open_bundle(staged.folder), backends) as (opened, absent):
+        staged.seal(manifest, is_proven=False)
+        with opened_backends(open_bundle(staged.folder, is_proven=False), backends) as (opened, absent):
             if absent:
                 raise _CannotRunError.of(absent)
             with steps.step("golden vectors") as step:

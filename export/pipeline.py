@@ -375,7 +375,7 @@ def _closing_tables(
     if quality:
         rows = [(name, f"{value:.3e}") for name, value in quality.items()]
         heads = (f"{judged_on}, decoded from", "action MSE, normalised units²")
-        remark = held_out_warning(quality[AS_TRAINED], quality.get(REFITTED), judged_on)
+        remark = held_out_warning(quality[AS_TRAINED], quality.get(REFITTED), judged_on, "normalised units²")
         parts.append("\n".join((table(heads, rows), *filter(None, [remark]))))
     if verdict is not None:
         parts.append(verdict.table(f"{judged_on}, all layers"))

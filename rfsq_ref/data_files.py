@@ -237,6 +237,10 @@ def _read_folder(path: Path, key: str | None, filter_key: str | None) -> list[Ep
             for file in files
             for episode in _read_hdf5(file, key, filter_key)
         ]
+    if filter_key:
+        raise SourceError(
+            f"folder {path.name} holds no HDF5 files, and has no filter keys; leave --filter-key (filter_key=) out"
+        )
     listed = shortlist(sorted(file.name for file in path.iterdir() if not is_hidden(file.name))) or "nothing"
     raise SourceError(
         f"folder {path.name} holds {listed}; expected HDF5 files, or a LeRobot dataset "

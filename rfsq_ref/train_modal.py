@@ -121,7 +121,8 @@ def main(
     )
     kept = train_remote.remote(config, normaliser, data, key, output, overwrite)
     print(
-        f"kept epoch {kept['epoch']}: train MSE {kept['train_mse']:.3e}, validation MSE {kept['validation_mse']:.3e}\n"
+        f"kept epoch {kept['epoch']}: train MSE {kept['train_mse']:.3e}, validation MSE {kept['validation_mse']:.3e} "
+        "(normalised units²)\n"
         f"fetch it:  modal volume get {VOLUME_NAME} {output} .\n"
         f"its curve: modal volume get {VOLUME_NAME} {history_path(Path(output)).as_posix()} ."
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from runtime.bundle import Bundle
 from runtime.contract import Backend
@@ -24,6 +24,8 @@ BackendFactory = Callable[[Bundle], Backend]
 PREFERENCE = ("c", "cuda", "tensorrt-rtx", "tensorrt", "onnxruntime", "onnxruntime-cuda")
 #: Those that take arrays of the GPU where they lie.
 GPU_BACKENDS = ("cuda", *TENSORRT_BACKENDS, "onnxruntime-cuda")
+#: Those of them that a bundle has engines for, each for its kind of GPU.
+_GPU_ENGINES = ("cuda", *TENSORRT_BACKENDS)
 
 
 def _open_onnxruntime(bundle: Bundle) -> Backend:
@@ -123,6 +125,7 @@ def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
         skipped = f"; not {', '.join(obstacles)}" if obstacles else ""
         _LOG.info("backend %s (%s): %s, best of what works here%s", candidate, backend.description, passed, skipped)
         _warn_of_less(bundle, backend, obstacles.get("c"))
+        _warn_of_idle_gpu(bundle, backend, obstacles)
         return backend
     reasons = "\n".join(f"  {candidate}: {error}" for candidate, error in obstacles.items())
     wrong = any(isinstance(error, SelfTestError) for error in obstacles.values())
@@ -141,6 +144,25 @@ def _warn_of_less(bundle: Bundle, backend: Backend, obstacle: TokenizerError | N
             "python export/build_engine.py --from-bundle %s",
             *(backend.device, best, bundle.folder),
         )
+
+
+def _warn_of_idle_gpu(bundle: Bundle, backend: Backend, obstacles: Mapping[str, TokenizerError]) -> None:
+    """Where there is a GPU, and what is taken is less than any engine for it would be."""
+    if not obstacles.keys() >= {*_GPU_ENGINES}:
+        return
+    try:
+        # Here, because it needs cuda-python, which a machine without a GPU need not have.
+        from runtime.cuda_api import open_device
+
+        gpu = open_device()
+    except (ImportError, BackendUnavailableError, InferenceError):
+        return
+    reasons = "; ".join(f"{name}: {str(obstacles[name]).splitlines()[0]}" for name in _GPU_ENGINES)
+    _LOG.warning(
+        "%s takes the place of an engine for %s, which is faster: build one for it, on this machine: "
+        "python export/build_engine.py --from-bundle %s (%s)",
+        *(backend.name, gpu, bundle.folder, reasons),
+    )
 
 
 def _open_tested(name: str, bundle: Bundle, golden: Golden | None) -> Backend:

@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime.contradictions import check_contents
 from runtime.errors import BundleError
-from runtime.gates import highest_limit, missing_gates
+from runtime.gates import highest_limit, missing_gates, promised_refusal
 from runtime.manifest import (
     GOLDEN_NAME,
     GRAPH_FORMS,
@@ -304,8 +304,15 @@ def _check_parity(manifest: Manifest) -> None:
         gates.setdefault((entry.backend, entry.device), []).append(entry.gate)
     # The graphs are run as they are, whatever engines there are beside them.
     proven = {GRAPHS_PROVEN_ON, *((entry.backend, entry.device) for entry in manifest.engines if entry.device)}
+    # No build leaves a C engine unproven, and it would run as it is on every processor of its kind.
+    proven |= {(entry.backend, entry.targets[0]) for entry in manifest.engines if entry.backend == "c"}
     for backend, device in sorted(proven):
-        missing = missing_gates(gates.get((backend, device), ()), model.prefixes, has_stats=model.has_stats)
+        missing = missing_gates(
+            gates.get((backend, device), ()),
+            model.prefixes,
+            has_stats=model.has_stats,
+            refusal=promised_refusal(backend, model.chunk_length),
+        )
         if missing:
             problems.append(f"{backend} on {device} lacks the gates {', '.join(missing)}")
     if problems:

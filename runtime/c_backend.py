@@ -17,13 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.bundle import Bundle
-from runtime.contract import Float32Array, Int32Array
+from runtime.contract import CHECKED_STEPS, Float32Array, Int32Array
 from runtime.cpu_targets import host_targets
 from runtime.errors import BackendUnavailableError, IllegalValueError
 from runtime.manifest import EngineEntry
-
-#: Of so many steps the generated code checks all values before it computes: they stay in the processor's first cache.
-CHECKED_STEPS = 64
 
 _byref, _size, _first_byte = ctypes.byref, ctypes.c_size_t, ctypes.c_char.from_buffer
 _Array = npt.NDArray[Any]

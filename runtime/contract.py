@@ -13,6 +13,8 @@ Float64Array = npt.NDArray[np.float64]
 Int32Array = npt.NDArray[np.int32]
 #: Backends count chunks in 32 bits.
 MOST_CHUNKS = 2**31 - 1
+#: Of so many steps the generated C checks all values before it computes: they stay in the processor's first cache.
+CHECKED_STEPS = 64
 
 
 class GpuArrayLike(Protocol):

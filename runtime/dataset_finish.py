@@ -49,7 +49,7 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
     ordered = sorted(records, key=lambda record: record.part)
     table = _episodes(job, ordered)
     digests = b"".join(bytes.fromhex(digest) for record in ordered for digest in record.digests)
-    source = SourceInfo(job.source.name, job.key, hashlib.sha256(digests).hexdigest())
+    source = SourceInfo(job.source.name, job.key, hashlib.sha256(digests).hexdigest(), job.filter_key or None)
     files = {name: entry for record in ordered for name, entry in record.files.items()}
     info = DatasetInfo(
         schema_version=SCHEMA_VERSION,

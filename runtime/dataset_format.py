@@ -54,11 +54,15 @@ class TokenModel:
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """sha256: over the sha256 of every HASH_STEPS steps: their values, then episodes, then frames, little-endian."""
+    """sha256: over the sha256 of every HASH_STEPS steps: their values, then episodes, then frames, little-endian.
+
+    filter_key: of a robomimic file, where not all of its episodes were taken.
+    """
 
     name: str
     key: str
     sha256: str
+    filter_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,8 @@ def info_text(info: DatasetInfo) -> str:
     if info.verification.fidelity is None:
         # As it was spelled before it was recorded.
         del content["verification"]["fidelity"]
+    if info.source.filter_key is None:
+        del content["source"]["filter_key"]
     digest = hashlib.sha256(_spelled(content).encode()).hexdigest()
     return _spelled({**content, "dataset_sha256": digest}) + "\n"
 

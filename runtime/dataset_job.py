@@ -36,6 +36,7 @@ class Job:
 
     source: Source
     key: str
+    filter_key: str
     bundle: Path
     fingerprint: str
     model: TokenModel
@@ -95,6 +96,8 @@ class Job:
             "source": {
                 "name": self.source.name,
                 "key": self.key,
+                # Jobs that were begun without one, before there were any, go on.
+                **({"filter_key": self.filter_key} if self.filter_key else {}),
                 "num_steps": self.source.num_steps,
                 "files": [
                     {"name": file.name, "size": file.size, "mtime_ns": file.mtime_ns} for file in self.source.files
@@ -129,6 +132,7 @@ def plan(
     output: Path,
     *,
     key: str = "",
+    filter_key: str = "",
     content: Content = "tokens",
     storage: Storage = "parquet",
     compression: Compression = "zstd",
@@ -150,6 +154,8 @@ def plan(
     job = Job(
         source=source,
         key=key,
+        # Both spellings choose the same episodes.
+        filter_key=filter_key.removeprefix("mask/"),
         bundle=bundle.absolute(),
         fingerprint=tokenizer.fingerprint,
         model=TokenModel.of(model),

@@ -42,6 +42,10 @@ def _open(path: Path, key: str | None, filter_key: str | None) -> Source:
             return open_parquet(path, key)
         if hdf5_files(path):
             return open_hdf5(path, key, filter_key)
+        if filter_key:
+            raise SourceError(
+                f"folder {path.name} holds no HDF5 files, and has no filter keys; leave --filter-key (filter_key=) out"
+            )
         names = (file.name for file in path.iterdir())
         listed = shortlist(sorted(name for name in names if not is_hidden(name))) or "nothing"
         raise SourceError(f"folder {path} holds {listed}; {_EXPECTED}")

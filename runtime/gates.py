@@ -1,8 +1,15 @@
 """The parity gates' limits: every number that decides whether an engine is equal to the reference."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from runtime.contract import CHECKED_STEPS
+
+#: What the gates are called that judge a backend's promise about illegal values (`refusal.py`).
+ACCEPTED, NOT_MARKED = "illegal values accepted", "illegal values not marked"
+#: Backends whose host does not read values of the GPU: they mark what is illegal, in calls of any size.
+MARKING_BACKENDS = ("cuda", "tensorrt-rtx", "tensorrt", "onnxruntime-cuda")
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,8 @@ def highest_limit(gate: str, num_steps: int, latent_dim: int, num_layers: int) -
         "near-tie flips": num_steps * num_layers * (GATES.near_tie_ratio + GATES.near_tie_share * latent_dim),
         "stats error": GATES.stats_error,
         "action error": GATES.action_error,
-        "illegal values accepted": GATES.illegal_values,
-        "illegal values not marked": GATES.illegal_values,
+        ACCEPTED: GATES.illegal_values,
+        NOT_MARKED: GATES.illegal_values,
     }
     if re.search(r": max \|action error\| of \d+ steps with a near-tie flip$", gate):
         return GATES.flip_error
@@ -92,11 +99,21 @@ def highest_bounds(num_levels: int, num_layers: int) -> list[float]:
     return bounds
 
 
-def missing_gates(found: Iterable[str], prefixes: Iterable[int], *, has_stats: bool) -> list[str]:
-    """Which of the gates that every engine has to pass are not among these."""
+def promised_refusal(backend: str, chunk_length: int) -> str:
+    """The gate that judges what this backend promises of illegal values; empty for one that promises nothing."""
+    if backend in MARKING_BACKENDS:
+        return NOT_MARKED
+    # The generated C leaves longer calls to the validator: of longer chunks, all.
+    return ACCEPTED if backend == "c" and chunk_length <= CHECKED_STEPS else ""
+
+
+def missing_gates(found: Iterable[str], prefixes: Sequence[int], *, has_stats: bool, refusal: str = "") -> list[str]:
+    """Which of the gates that every engine has to pass are not among these. refusal: see `promised_refusal`."""
     needed = ["encode: wrong tokens", "encode: near-tie flips"]
     needed += ["encode: stats error"] if has_stats else []
     needed += [f"decode {prefix} layers: action error" for prefix in prefixes]
+    if refusal:
+        needed += [f"encode: {refusal}", *(f"decode {prefix} layers: {refusal}" for prefix in prefixes)]
     # The replay says in between in which batches, and of which variant.
     bare = {re.sub(r"^golden vectors, |, batch [^:]*|max \||\|$", "", gate) for gate in found}
     return [gate for gate in needed if gate not in bare]

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from runtime.contract import Backend, MarksIllegalValues
 from runtime.errors import IllegalValueError, TokenizerError
+from runtime.gates import ACCEPTED, NOT_MARKED
 from runtime.manifest import ModelEntry
 from runtime.validation import STATS_LIMIT
 
@@ -134,7 +135,7 @@ def _judge_checks(call: _Call, batches: list[int], is_thorough: bool) -> Verdict
                 accepted += 1
                 first = first or f"a refused call of {batch} chunks has written into its output"
                 _fill(outputs, call.outputs)
-    return Verdict(f"{call.gate}: illegal values accepted", accepted, first)
+    return Verdict(f"{call.gate}: {ACCEPTED}", accepted, first)
 
 
 def _trials(array: _Array, values_at: Callable[[int], _Array], is_thorough: bool) -> Iterator[tuple[int, Any]]:
@@ -181,7 +182,7 @@ def _judge_marks(call: _Call, token_type: np.dtype[Any]) -> Verdict:
                 became = outputs[0].reshape(len(rows), -1)[step, 0]
                 problem = f"was {'marked' if is_legal[step] else 'not marked'} and became {became}"
                 first = _described(given[step], inputs[0], step * rows.shape[1] + int(places[step]), problem)
-    return Verdict(f"{call.gate}: illegal values not marked", accepted, first)
+    return Verdict(f"{call.gate}: {NOT_MARKED}", accepted, first)
 
 
 def _filled(parts: tuple[tuple[tuple[int, ...], _Array], ...], batch: int) -> list[_Array]:

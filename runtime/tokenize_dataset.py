@@ -29,7 +29,7 @@ from runtime.dataset_progress import Progress
 from runtime.dataset_reader import check_fingerprint, open_token_dataset
 from runtime.dataset_sources import open_source
 from runtime.dataset_steps import Source
-from runtime.errors import TokenizerError
+from runtime.errors import InvalidInputError, TokenizerError
 from runtime.fidelity import Grade
 from runtime.paths import counted
 from runtime.tokenizer import ActionTokenizer
@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--decode", action="store_true", help="tokens to actions")
     parser.add_argument("--format", choices=sorted({*_ENCODED, *_DECODED}), help="default: by the name of OUT")
     parser.add_argument("--key", help="action array or column (default: actions, action)")
+    parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
     parser.add_argument("--expect-fingerprint", metavar="F", help="refuse any other tokenizer")
     parser.add_argument("--backend", default="auto", help="default: the best that works here")
     parser.add_argument("--compression", choices=("zstd", "none"), default="zstd")
@@ -94,6 +95,10 @@ def convert(options: argparse.Namespace) -> Verification:
     # A circle of links is a RuntimeError until Python 3.12; Parquet's library takes no other names than UTF-8.
     except (OSError, RuntimeError, UnicodeEncodeError) as error:
         raise OutputError(f"IN or OUT is no path to work with: {error}; give another one") from error
+    if options.decode and options.filter_key is not None:
+        raise InvalidInputError(
+            "--filter-key chooses episodes of demonstrations, and --decode takes every token of IN; leave it out"
+        )
     inside = {given, *given.parents}
     if given in made.parents or made in inside or partial_folder(made) in inside:
         raise OutputError(f"OUT, {options.output}, is IN or lies in it, or IN in it; give a place of its own")
@@ -122,13 +127,14 @@ def convert(options: argparse.Namespace) -> Verification:
                 return verification
             source = dataset
         else:
-            source = open_source(options.input, options.key)
+            source = open_source(options.input, options.key, options.filter_key)
         job = plan(
             source,
             tokenizer,
             options.bundle,
             options.output,
             key=options.key or "",
+            filter_key=options.filter_key or "",
             content="actions" if options.decode else "tokens",
             storage=cast(Storage, kind),
             compression=cast(Compression, options.compression),

@@ -23,7 +23,7 @@ from rfsq_ref.normaliser import Normaliser, NormaliserKind
 from rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq_ref.rounding import token_error_bounds
 from runtime.fidelity import fidelity
-from runtime.gates import highest_limit, missing_gates
+from runtime.gates import highest_limit, missing_gates, promised_refusal
 from runtime.golden import Golden
 from runtime.manifest import (
     C_HEADER,
@@ -278,7 +278,8 @@ def make_manifest(deployed: Deployed) -> Manifest:
 
 def proven(backend: str, device: str, model: ModelEntry) -> tuple[ParityEntry, ...]:
     """What a build records that has run all gates."""
-    gates = missing_gates((), model.prefixes, has_stats=model.has_stats)
+    refusal = promised_refusal(backend, model.chunk_length)
+    gates = missing_gates((), model.prefixes, has_stats=model.has_stats, refusal=refusal)
     return tuple(ParityEntry(backend, gate, 120_000, 0, 0, "", device) for gate in gates)
 
 

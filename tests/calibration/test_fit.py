@@ -26,6 +26,8 @@ from rfsq_ref.checkpoints import (
 )
 from rfsq_ref.data import ActionDataset
 from rfsq_ref.quantizer import Conditioning
+from tests.rfsq_ref.published_model import ActionRFSQAE
+from tests.runtime.dataset_samples import write_robomimic
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,6 +97,7 @@ def test_defaults_fit_the_embedded_checkpoint(
     printed = capsys.readouterr().out
     assert "fitted on 19 episodes (3295 steps) of demonstrations.npz: part of the training data" in printed
     assert "judged on 19 episodes (3336 steps)" in printed
+    assert "demonstrations.npz; action MSE in robot units², latents have no unit\n" in printed
     assert re.search(r"^autoencoder as trained, no quantiser, action MSE  1\.5\d+e-05$", printed, re.MULTILINE)
     assert re.search(r"^readout refitted, no quantiser +\d", printed, re.MULTILINE)
     # Each dimension in the robot's units, and nothing to warn of.
@@ -126,6 +129,49 @@ def test_worthless_tokens_have_the_last_word(tmp_path: Path, capsys: pytest.Capt
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("WARNING: the tokens are worthless")
     assert "radians or degrees" in last
+
+
+@has_blank_picture
+def test_poor_tokens_are_warned_of_below_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Twice as far as the model was trained for."""
+    actions = 2 * np.random.default_rng(0).uniform(-1, 1, (4, 100, 7)).astype(np.float32)
+    np.savez(tmp_path / "wide.npz", actions=actions)
+    assert run(tmp_path, "--calibration-data", tmp_path / "wide.npz", "--readout", "off") == 0
+    *_, row, warning, wrote = capsys.readouterr().out.splitlines()
+    assert re.search("^dimension 6, robot units .*% +poor$", row)
+    assert warning.startswith("WARNING: the tokens are poor: decoded actions lose more than 1% of the variance in ")
+    assert wrote.startswith("wrote ")
+
+
+@has_blank_picture
+def test_the_weights_that_are_asked_for_are_fitted_and_it_is_said_what_was_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    models = {name: ActionRFSQAE(7, 4, 2, 5, use_layernorm=True, width=8).state_dict() for name in ("model", "ema")}
+    torch.save({**models, "config": {"use_layernorm": True}}, tmp_path / "trained.pt")
+    arguments = ("--checkpoint", tmp_path / "trained.pt", "--calibration-data", save_actions(tmp_path / "other.npz"))
+    for flags, taken, left in (((), "model", "ema"), (("--weights", "ema", "--overwrite"), "ema", "model")):
+        assert run(tmp_path, *arguments, *flags) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert f"weights taken: '{taken}'; not taken: '{left}'; --weights {left} takes those" in printed
+        found = fitted(tmp_path)
+        assert torch.equal(found.weights["encoder.0.weight"], models[taken]["encoder.0.weight"])
+    assert found.provenance["weights"] == "ema"
+    assert run(tmp_path, *arguments, "--weights", "teacher", "--overwrite") == 2
+    assert "has the weights 'model', 'ema': name one of them" in capsys.readouterr().err
+
+
+@has_blank_picture
+def test_the_episodes_of_a_filter_key_are_fitted_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    episodes = np.random.default_rng(0).uniform(-1, 1, (6, 40, 7)).astype(np.float32)
+    path = write_robomimic(tmp_path / "a.hdf5", list(episodes), train=[0, 1, 2, 4])
+    arguments = ("--calibration-data", path, "--readout", "off", "--filter-key", "train")
+    assert run(tmp_path, *arguments) == 0
+    found = fitted(tmp_path).provenance["calibrated"]["data"]
+    judged = re.search(r"judged on (\d) episode", capsys.readouterr().out)
+    assert judged
+    assert found["episodes"] + int(judged[1]) == 4
 
 
 @has_blank_picture

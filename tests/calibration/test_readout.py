@@ -242,11 +242,11 @@ def test_what_is_lost_on_episodes_left_out_is_named_by_what_it_was_decoded_from(
 
 
 def test_a_refit_that_lost_where_it_is_judged_is_told() -> None:
-    assert held_out_warning(5.279e-2, 5.344e-2, "held-out episodes") == (
-        "the refitted readout lost on held-out episodes: action MSE 5.344e-02, as trained 5.279e-02 (+1.2%); --readout "
-        "off keeps the trained layer"
+    assert held_out_warning(5.279e-2, 5.344e-2, "held-out episodes", "robot units²") == (
+        "the refitted readout lost on held-out episodes: action MSE 5.344e-02 robot units², as trained 5.279e-02 "
+        "(+1.2%); --readout off keeps the trained layer"
     )
-    assert held_out_warning(2.0, 1.0, "held-out episodes") == held_out_warning(2.0, None, "held-out episodes") == ""
+    assert {held_out_warning(2.0, refitted, "held-out episodes", "robot units²") for refitted in (1.0, None)} == {""}
 
 
 def test_gains_that_a_few_episodes_make_are_luck() -> None:

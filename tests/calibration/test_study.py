@@ -458,6 +458,12 @@ def test_text_names_what_was_measured(result: StudyResult) -> None:
     assert text.startswith("2 checkpoints, fitted on ")
     for row in result.settings:
         assert row.setting in text
+    assert "; MSE in robot units²\n" in text
+    trained, refitted = (
+        f"{found.mean:.2e}".replace("e-0", "e-") for found in (result.unquantised, result.unquantised_readout)
+    )
+    assert re.search(rf"^autoencoder as trained, no quantiser, action MSE +{trained} ± ", text, re.MULTILINE)
+    assert re.search(rf"^readout refitted, no quantiser +{refitted} ± ", text, re.MULTILINE)
 
 
 @has_few_settings

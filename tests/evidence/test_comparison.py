@@ -1,5 +1,6 @@
 """Everything from a dataset to a comparison, on a robot that the project has never seen."""
 
+import re
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -10,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calibration.readout import ReadoutChoice, ReadoutConfig
 from evidence.codecs import Codec, RawCodec, RfsqCodec
 from evidence.comparison import ComparisonConfig, compare, judge_codec, padded_chunks
 from evidence.errors import EvidenceError
+from evidence.findings import REFITTED
 from evidence.metrics import OscPose, units_of
 from evidence.results import Comparison
 from evidence.training import trained_checkpoint
@@ -85,6 +88,22 @@ def test_given_checkpoints_are_used_instead_of_trained_ones(
     assert not found.curves
 
 
+@pytest.mark.slow
+def test_a_refitted_readout_has_a_row_beside_the_autoencoder_as_trained(
+    small_config: ComparisonConfig, robot: ActionDataset
+) -> None:
+    found = {}
+    for choice in (ReadoutChoice.ON, ReadoutChoice.OFF):
+        config = replace(small_config, seeds=(0,), readout=ReadoutConfig(choice))
+        found[choice] = compare(robot, config)
+        assert found[choice].settings["readout"] == choice.value
+    on, off = found.values()
+    assert list(on.unquantised) == ["naive autoencoder", "robust autoencoder", "robust autoencoder, readout refitted"]
+    assert list(off.unquantised) == ["naive autoencoder", "robust autoencoder"]
+    assert on.unquantised["robust autoencoder"] == off.unquantised["robust autoencoder"]
+    assert on.unquantised[REFITTED]["action_mse"] != on.unquantised["robust autoencoder"]["action_mse"]
+
+
 def test_more_processes_change_nothing(
     comparison: Comparison,
     robot: ActionDataset,
@@ -139,6 +158,12 @@ def test_one_layer_has_no_groups_and_no_claim_about_others(
 
     assert [row.label for row in found.scheme("calibrated").groups] == ["L0"]
     assert found.seeds == ()
+    # So few levels are not enough, and it is said of which checkpoint.
+    label = f"calibrated tokens of {given[True].provenance['checkpoint_sha256'][:12]}, all layers"
+    (line,) = (remark for remark in found.remarks if remark.startswith(f"{label}, "))
+    (warning,) = (remark for remark in found.remarks if remark.startswith(f"{label}: "))
+    assert re.search(", (poor|worthless); in robot units: RMS error at most ", line)
+    assert re.search(": WARNING: the tokens are (poor|worthless): ", warning)
 
 
 def test_checkpoints_that_cannot_stand_in_one_row_are_refused(

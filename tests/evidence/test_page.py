@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 
+from evidence.findings import AS_TRAINED, REFITTED
 from evidence.page import page
 from evidence.plots import error_by_layer, figures, svg
 from evidence.results import Comparison, Spread
@@ -61,6 +62,17 @@ def test_summary_has_three_rows_for_every_scheme_and_the_autoencoders(comparison
     assert {"naive autoencoder", "robust autoencoder"} <= comparison.unquantised.keys()
     assert [row[1] for row in rows[:3]] == ["L0–L7", "L0–L2", "L3–L7"]
     assert [row[2] for row in rows[:3]] == ["359", "135", "225"]
+
+
+def test_the_autoencoder_is_named_as_trained_and_refitted(comparison: Comparison) -> None:
+    naive, trained = (comparison.unquantised[f"{kind} autoencoder"] for kind in ("naive", "robust"))
+    kept = replace(comparison, unquantised={"naive autoencoder": naive, AS_TRAINED: trained, REFITTED: naive})
+    rows = {row[0]: row[3] for row in summary_table(kept).rows[-3:]}
+    assert rows == {
+        "naive autoencoder, no quantiser": number(naive["action_mse"]),
+        "robust autoencoder as trained, no quantiser": number(trained["action_mse"]),
+        "robust autoencoder, readout refitted, no quantiser": number(naive["action_mse"]),
+    }
 
 
 def test_a_scheme_has_a_row_for_every_layer_and_group(comparison: Comparison) -> None:

@@ -1,6 +1,7 @@
 """`python rfsq_ref/compare.py` as a person runs it, on the files of robots it has never seen."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,12 +13,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from calibration.constants import CalibrationConfig
 from calibration.fit import recover
+from calibration.readout import ReadoutConfig
 from calibration.recovered import RecoveredConfig
-from evidence.report import main
+from evidence.report import as_text, main
 from evidence.results import Comparison, read_json
 from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq_ref.data import ActionDataset
+from rfsq_ref.errors import DataError
 from tests.evidence.conftest import robot_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,6 +90,35 @@ def test_any_robots_file_gives_a_report(
     printed = capsys.readouterr().out
     assert "robust calibrated, tokens alone" in printed
     assert printed.count("layer by layer") == len(comparison.schemes)
+
+
+@pytest.mark.parametrize("choice", ["auto", "on", "off"])
+def test_the_readout_that_is_asked_for_reaches_the_fit(
+    choice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fit(
+        _checkpoint: Checkpoint, _dataset: ActionDataset, _config: CalibrationConfig, readout: ReadoutConfig
+    ) -> None:
+        raise DataError(f"asked to fit a readout: {readout.choice.value}")
+
+    monkeypatch.setattr("evidence.comparison.calibrate", fit)
+    arguments = ["--robust", str(ROBUST_CHECKPOINT), "--output", str(tmp_path / "report"), "--readout", choice, *QUICK]
+    assert main(arguments) == 2
+    assert f"asked to fit a readout: {choice}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--readout", "always"])
+
+
+def test_the_text_grades_the_tokens_and_its_tables_have_units(comparison: Comparison) -> None:
+    text = as_text(comparison)
+    for seed in (0, 1):
+        label = f"calibrated tokens of seed {seed}, all layers"
+        assert re.search(rf"^{label}, good; in robot units: RMS error at most ", text, re.MULTILINE)
+    assert "WARNING" not in text
+    heads = [line for line in text.splitlines() if "action MSE" in line and "max error" in line]
+    # The summary, and each scheme layer by layer.
+    assert len(heads) == 1 + len(comparison.schemes)
+    assert all("action MSE, normalised units²" in line and "max error, normalised units" in line for line in heads)
 
 
 def test_a_nan_is_refused_with_its_episode_and_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -512,7 +512,7 @@ def test_the_closing_tables_name_the_engines_of_a_remark_and_a_refit_that_lost()
     text = _closing_tables(parity, {AS_TRAINED: 5.279e-2, REFITTED: 5.344e-2}, None, "held-out episodes")
     assert "\nc (x86-64-v3), c (x86-64), encode: near-tie flips: L0 to L1: 2 1\n" in text
     assert "\nc (x86-64-v4), encode: near-tie flips: L0 to L1: 3 0\n" in text
-    assert text.endswith(held_out_warning(5.279e-2, 5.344e-2, "held-out episodes"))
+    assert text.endswith(held_out_warning(5.279e-2, 5.344e-2, "held-out episodes", "normalised units²"))
     won = _closing_tables(parity, {AS_TRAINED: 2.0, REFITTED: 1.0}, None, "held-out episodes")
     assert "lost on" not in won
 
@@ -555,6 +555,21 @@ def test_a_bare_state_dict_builds_when_it_is_said_how_it_was_trained(tmp_path: P
         )
     )
     assert result.manifest.model.mode == "dynamic"
+
+
+def test_the_weights_that_are_asked_for_are_built_and_it_is_said_what_was_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, average = other_model(), other_model(seed=1)
+    published(tmp_path / "trained.pt", model, ema=average.state_dict())
+    arguments = ["--checkpoint", str(tmp_path / "trained.pt"), "--conditioning", "dynamic", "--parity-steps", "1"]
+    assert main([*build_arguments(tmp_path / "bundle"), *arguments, "--weights", "ema"]) == 0
+    said = "weights taken: 'ema'; not taken: 'model_state_dict'; --weights model_state_dict takes those"
+    assert said in capsys.readouterr().out
+    hashes = recorded_hashes(open_bundle(tmp_path / "bundle").manifest)
+    assert hashes
+    tensors = {name: tensor.numpy() for name, tensor in average.state_dict().items() if name in hashes}
+    assert weight_hashes(tensors).items() <= hashes.items()
 
 
 @pytest.fixture(scope="module")

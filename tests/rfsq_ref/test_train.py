@@ -2,6 +2,7 @@
 data of other robots go all the way from the file to decoded tokens."""
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -613,19 +614,39 @@ def test_several_seeds_give_several_checkpoints_and_their_spread(
         assert checkpoint.provenance["training"]["seed"] == seed
         assert load_history(tmp_path / f"out/m-seed{seed}.history.json").training["seed"] == seed
         errors.append(checkpoint.provenance["validation_mse"])
-    last = capsys.readouterr().out.splitlines()[-1]
+    *printed, last = capsys.readouterr().out.splitlines()
+    kept = [line for line in printed if ": kept epoch " in line]
+    assert len(kept) == 3
+    assert all(line.endswith("(normalised units²)") for line in (*kept, last))
     assert f"validation MSE {statistics.mean(errors):.3e}, standard deviation {statistics.stdev(errors):.1e}" in last
 
 
-@pytest.mark.parametrize(("choice", "kind"), [("auto", NormaliserKind.MIN_MAX), ("none", None)])
-def test_the_command_normalises_actions_in_other_units_unless_told_not_to(
-    choice: str, kind: NormaliserKind | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("choice", "kind", "said"),
+    [
+        (
+            "auto",
+            NormaliserKind.MIN_MAX,
+            r"normaliser: min-max, chosen by auto: dimensions .* span less than 0\.2, from its lowest to its highest",
+        ),
+        ("none", None, "normaliser: none, as asked$"),
+    ],
+)
+def test_the_command_normalises_actions_in_other_units_unless_told_not_to_and_says_why(
+    choice: str,
+    kind: NormaliserKind | None,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = write_npz(tmp_path, [0.01 * episode for episode in DATA.episodes])
     arguments = ["--data", str(path), "--normaliser", choice, "--output", "m.safetensors"]
     assert run_main(arguments, tmp_path, monkeypatch) == 0
     normaliser = load_checkpoint(tmp_path / "m.safetensors").normaliser
     assert (normaliser and normaliser.kind) == kind
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("normaliser: "))
+    assert re.match(said, line), line
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_the_options_become_the_settings_of_a_training_on_a_gpu(
     assert config == TrainConfig(use_layernorm=True, num_episodes=50, epochs=100, device="cuda")
     assert others == ["auto", "", "", "checkpoints/robust.safetensors", False]
     output = capsys.readouterr().out
-    assert "kept epoch 7: train MSE 1.000e-03, validation MSE 2.000e-03" in output
+    assert "kept epoch 7: train MSE 1.000e-03, validation MSE 2.000e-03 (normalised units²)\n" in output
     assert "modal volume get rfsq-training checkpoints/robust.safetensors ." in output
     assert "modal volume get rfsq-training checkpoints/robust.history.json ." in output
 

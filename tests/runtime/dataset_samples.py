@@ -85,6 +85,15 @@ def write_hdf5(path: Path, episodes: Episodes) -> Path:
     return path
 
 
+def write_robomimic(path: Path, episodes: Episodes, **filters: Sequence[int]) -> Path:
+    """With filter keys, each with the numbers of its episodes."""
+    write_hdf5(path, episodes)
+    with h5py.File(path, "a") as file:
+        for name, numbers in filters.items():
+            file[f"mask/{name}"] = np.array([f"demo_{number}".encode() for number in numbers])
+    return path
+
+
 def write_hdf5_folder(folder: Path, episodes: Episodes) -> Path:
     """A file for each task, as LIBERO."""
     folder.mkdir()

@@ -39,7 +39,7 @@ class Borrowed:
     """ONNX Runtime under another name, for choosing among."""
 
     def __init__(self, name: str, bundle: Bundle, *, is_wrong: bool = False) -> None:
-        self._backend = create_backend("onnxruntime", bundle)
+        self._backend = ort_backend.OrtBackend(bundle)
         self.name, self.description = name, f"borrowed {name}"
         self.device, self.checked_steps = "a borrowed processor", 0
         self.is_wrong, self.is_closed = is_wrong, False
@@ -92,6 +92,18 @@ def test_auto_prefers_the_faster_one(bundle: Path, monkeypatch: pytest.MonkeyPat
         assert tokenizer.backend.name == "c"
 
 
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this machine has."""
+    cuda_api = pytest.importorskip("runtime.cuda_api")
+
+    def find_none() -> None:
+        raise BackendUnavailableError("CUDA finds no usable GPU here")
+
+    monkeypatch.setattr(cuda_api, "open_device", find_none)
+
+
+@pytest.mark.usefixtures("no_gpu")
 def test_auto_passes_over_one_that_fails_its_self_test(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -107,6 +119,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_auto_warns_where_the_bundle_has_no_engine_for_this_processor(
     bundle: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -131,6 +144,70 @@ def test_auto_warns_where_the_engine_is_for_a_lesser_processor(
     ActionTokenizer.load(c_bundle).close()
     (warned,) = warnings_of(caplog)
     assert warned.startswith(f"the C engine is for {own}, and this processor runs x86-64-v9: compile one for it")
+
+
+def take_away(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """As where the bundle has no engine for the GPU, or its library is missing."""
+
+    def refused(name: str) -> Callable[[Bundle], Backend]:
+        def factory(_bundle: Bundle) -> Backend:
+            raise BackendUnavailableError(f"no engine of {name}\nand more")
+
+        return factory
+
+    for name in names:
+        monkeypatch.setitem(backends.FACTORIES, name, refused(name))
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that CUDA finds."""
+    cuda_api = pytest.importorskip("runtime.cuda_api")
+    device = cuda_api.GpuDevice("H100", "9.0", 2**36, "12.8", 132)
+    monkeypatch.setattr(cuda_api, "open_device", lambda: device)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("taken", ["onnxruntime", "onnxruntime-cuda"])
+def test_auto_warns_where_the_gpu_has_no_engine(
+    taken: str, bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    take_away(monkeypatch, "cuda", "tensorrt-rtx", "tensorrt", *(["onnxruntime"] if taken != "onnxruntime" else []))
+    made = offer(monkeypatch, taken)
+    ActionTokenizer.load(bundle).close()
+    assert [backend.name for backend in made] == [taken]
+    _, warned = warnings_of(caplog)
+    assert warned.startswith(f"{taken} takes the place of an engine for H100")
+    assert (
+        f"which is faster: build one for it, on this machine: python export/build_engine.py --from-bundle {bundle}"
+        in warned
+    )
+    assert "(cuda: no engine of cuda; tensorrt" in warned
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("taken", ["c", "cuda", "tensorrt-rtx", "tensorrt"])
+def test_auto_warns_of_no_gpu_where_an_engine_is_taken_for_it_or_a_faster_one(
+    taken: str, bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    take_away(monkeypatch, "c", "cuda", "tensorrt-rtx", "tensorrt")
+    offer(monkeypatch, taken)
+    ActionTokenizer.load(bundle).close()
+    assert not any("H100" in warned for warned in warnings_of(caplog))
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_auto_warns_of_no_gpu_where_there_is_none(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    take_away(monkeypatch, "cuda", "tensorrt-rtx", "tensorrt")
+    for is_installed in (True, False):
+        if not is_installed:
+            monkeypatch.setitem(sys.modules, "runtime.cuda_api", None)
+        caplog.clear()
+        ActionTokenizer.load(bundle).close()
+        (warned,) = warnings_of(caplog)
+        assert warned.startswith("onnxruntime takes the place of the C engine")
 
 
 def test_a_backend_asked_for_by_name_is_never_replaced(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,18 @@ from runtime import ActionTokenizer, BundleError, InvalidInputError, SelfTestErr
 from runtime.bundle import check_manifest, open_bundle
 from runtime.errors import TokenizerError
 from runtime.manifest import MANIFEST_NAME, FileEntry, Manifest, ModelEntry, manifest_text, parse_manifest
-from tests.bundles import Recipe, bundle_files, deploy, export_graphs, make_manifest, proven, write_bundle
+from tests.bundles import (
+    Recipe,
+    bundle_files,
+    c_entry,
+    deploy,
+    engine_entry,
+    export_graphs,
+    generate_c,
+    make_manifest,
+    proven,
+    write_bundle,
+)
 
 FILES = (
     "decoder.onnx",
@@ -344,6 +356,81 @@ def test_a_validated_engine_with_its_device_and_kernels_is_accepted(altered: Pat
     assert opened.content(opened.manifest.engines[0].kernel_cache) == b"kernels"
 
 
+def c_engine(chunk_length: int = 2, device: str = "x86-64") -> Manifest:
+    """As a build writes it that has run the engine."""
+    manifest = complete_manifest(chunk_length)
+    entry = replace(c_entry(generate_c(deploy(Recipe())), "x86-64"), device=device)
+    if not device:
+        entry = replace(entry, status="built", precision="not measured")
+    files = {entry.source: FileEntry(entry.source_sha256, 1), entry.file: FileEntry("1" * 64, 1)}
+    return replace(
+        manifest,
+        engines=(entry,),
+        files={**manifest.files, **files},
+        parity=(*manifest.parity, *proven("c", "x86-64", manifest.model)),
+    )
+
+
+def marking_engine(backend: str) -> Manifest:
+    """As a build writes it that has run the engine on a GPU."""
+    manifest = complete_manifest()
+    source = manifest.graphs[0].file
+    entry = replace(
+        engine_entry(b""),
+        backend=backend,
+        source=source,
+        source_sha256=manifest.files[source].sha256,
+        status="validated",
+        precision="fp32",
+        device="H100",
+    )
+    return replace(
+        manifest,
+        engines=(entry,),
+        files={**manifest.files, entry.file: FileEntry("1" * 64, 1)},
+        parity=(*manifest.parity, *proven(backend, "H100", manifest.model)),
+    )
+
+
+def without_gates(manifest: Manifest, part: str) -> Manifest:
+    parity = tuple(entry for entry in manifest.parity if part not in entry.gate)
+    assert len(parity) < len(manifest.parity)
+    return replace(manifest, parity=parity)
+
+
+def test_an_engine_whose_refusal_was_not_tested_is_refused() -> None:
+    check_manifest(c_engine(), is_proven=True)
+    with pytest.raises(BundleError, match=r"c on x86-64 lacks the gates encode: illegal values accepted, decode 2 lay"):
+        check_manifest(without_gates(c_engine(), "illegal values"), is_proven=True)
+    with pytest.raises(BundleError, match=r"c on x86-64 lacks the gates decode 3 layers: illegal values accepted; bui"):
+        check_manifest(without_gates(c_engine(), "3 layers: illegal values"), is_proven=True)
+
+
+def test_no_refusal_is_asked_for_of_chunks_that_the_validator_checks() -> None:
+    """The generated C checks calls of up to 64 steps."""
+    assert not any("illegal" in entry.gate for entry in c_engine(chunk_length=65).parity)
+    check_manifest(c_engine(chunk_length=65), is_proven=True)
+    with pytest.raises(BundleError, match="lacks the gates encode: illegal values accepted"):
+        check_manifest(without_gates(c_engine(chunk_length=64), "illegal values"), is_proven=True)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "tensorrt", "tensorrt-rtx"])
+def test_an_engine_whose_marks_were_not_tested_is_refused(backend: str) -> None:
+    check_manifest(marking_engine(backend), is_proven=True)
+    with pytest.raises(BundleError, match=rf"{backend} on H100 lacks the gates encode: illegal values not marked, dec"):
+        check_manifest(without_gates(marking_engine(backend), "illegal values"), is_proven=True)
+
+
+@pytest.mark.parametrize("device", ["x86-64", ""])
+def test_a_c_engine_that_passed_no_gate_is_refused_whatever_it_says_of_itself(device: str) -> None:
+    manifest = c_engine(device=device)
+    check_manifest(manifest, is_proven=True)
+    bare = replace(manifest, parity=tuple(entry for entry in manifest.parity if entry.backend != "c"))
+    check_manifest(bare, is_proven=False)
+    with pytest.raises(BundleError, match="c on x86-64 lacks the gates encode: wrong tokens, encode: near-tie flips"):
+        check_manifest(bare, is_proven=True)
+
+
 @pytest.mark.parametrize(
     ("name", "least", "most"),
     [
@@ -411,8 +498,8 @@ def test_gates_may_be_as_wide_as_this_projects(change: Callable[[Manifest], Mani
     check_manifest(replace(manifest, parity=(*change(manifest).parity[:1], *manifest.parity)), is_proven=True)
 
 
-def complete_manifest() -> Manifest:
-    manifest = make_manifest(deploy(Recipe()))
+def complete_manifest(chunk_length: int = 2) -> Manifest:
+    manifest = make_manifest(deploy(Recipe(chunk_length=chunk_length)))
     names = ["golden.npz", *(entry.file for entry in manifest.graphs)]
     return replace(manifest, files=dict.fromkeys(names, FileEntry("0" * 64, 1)))
 
@@ -536,6 +623,30 @@ def test_the_same_content_under_many_names_takes_its_room_once(altered: Path) ->
     rewrite(altered, lambda manifest: replace(manifest, files={**manifest.files, **dict.fromkeys(names, entry)}))
     opened = open_bundle(altered)
     assert len({id(opened.content(name)) for name in (*names, "golden.npz")}) == 1
+
+
+def test_three_hundred_links_to_one_file_take_no_more_memory_than_one(altered: Path) -> None:
+    """Each is read and hashed, as it may be another file by then, and forgotten before the next."""
+    content = bytes(2**18)
+    names = [f"engines/{number}" for number in range(300)]
+    (altered / names[0]).write_bytes(content)
+    for name in names[1:]:
+        os.link(altered / names[0], altered / name)
+    entry = FileEntry(hashlib.sha256(content).hexdigest(), len(content))
+
+    def peak_with(*listed: str) -> int:
+        files = dict.fromkeys(listed, entry)
+        rewrite(altered, lambda manifest: replace(manifest, files={**manifest.files, **files}))
+        tracemalloc.start()
+        try:
+            open_bundle(altered)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    one, all_of_them = peak_with(names[0]), peak_with(*names)
+    # Of 300 files: the one that is read while another is kept, and the entries of a longer manifest.
+    assert all_of_them - one < 10 * len(content)
 
 
 def test_a_bundle_that_is_itself_behind_a_link_opens(bundle: Path, tmp_path: Path) -> None:

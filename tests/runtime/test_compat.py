@@ -1,6 +1,8 @@
 """Whether one bundle can stand in for another: what the manifests prove, what is measured, and what is concluded."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from runtime.compatibility import compare_manifests
 from runtime.dataset_sources import open_source
 from runtime.manifest import MANIFEST_NAME, Manifest, manifest_text
 from tests.bundles import SMALL, Deployed, Recipe, deploy, random_actions, write_bundle
+from tests.runtime.dataset_samples import write_robomimic
 
 ROOT = Path(__file__).parents[2]
 BundleOf = Callable[[Recipe], Path]
@@ -458,6 +461,41 @@ def test_every_format_of_demonstrations_is_read(suffix: str, bundle: Path, data:
     assert found.measurement.decodings[0].mse == pytest.approx(expected.measurement.decodings[0].mse, rel=1e-6)
 
 
+def test_the_episodes_of_a_filter_key_are_compared_on(
+    bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    actions = np.load(data)["actions"]
+    path = write_robomimic(tmp_path / "a.hdf5", [actions[:40], actions[40:]], valid=[1])
+    command = [str(bundle), str(bundle), "--data", str(path), "--filter-key"]
+    assert compat.main([*command, "valid"]) == 0
+    assert "steps with a token that differs  0 of 21" in capsys.readouterr().out
+    assert compat.main([*command, "train"]) == 3
+    assert "has no filter key 'train'; found valid" in capsys.readouterr().err
+
+
+def test_each_bundle_has_a_verdict_and_errors_have_their_units(
+    bundle_of: BundleOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights alone know nothing of actions; with a fitted last layer they do, if poorly."""
+    known, unknown = bundle_of(Recipe(knows_actions=True)), bundle_of(Recipe())
+    path = tmp_path / "data.npz"
+    np.savez(path, actions=random_actions(Recipe(), 30).reshape(-1, 3))
+    compat.main([str(unknown), str(known), "--data", str(path)])
+    printed = capsys.readouterr().out
+    old, new = printed.split("OLD, its own tokens, 3 layers  ")[1].split("NEW, its own tokens, 3 layers  ")
+    units = [line.split("  ")[0] for line in old.splitlines()[1:4]]
+    assert units == [f"dimension {index}, robot units" for index in range(3)]
+    assert re.search(r"^dimension \d, robot units .* worthless$", old, re.MULTILINE)
+    assert "WARNING: the tokens are worthless: " in old
+    assert re.search(r"^dimension \d, robot units .* poor$", new, re.MULTILINE)
+    assert "WARNING: the tokens are poor: decoded actions lose more than 1% of the variance in " in new
+    assert "worthless" not in new
+    (heads,) = (line for line in printed.splitlines() if line.startswith("tokens of"))
+    assert [head for head in re.split("  +", heads) if "MSE" in head or "largest" in head] == [
+        "action MSE, normalised units²", "largest error, normalised", "MSE, robot units²", "largest, robot units",
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_it_runs_from_any_folder_and_imports_neither_torch_nor_onnx(bundle: Path, data: Path, tmp_path: Path) -> None:
     absent = ("torch", "onnx", "export", "rfsq_ref", "h5py", "pyarrow")
@@ -468,7 +506,12 @@ def test_it_runs_from_any_folder_and_imports_neither_torch_nor_onnx(bundle: Path
     script = [str(ROOT / "runtime" / "compat.py"), str(bundle), str(bundle), "--data", str(data)]
     for arguments, folder in ((["-c", code], ROOT), (script, tmp_path)):
         result = subprocess.run(
-            [sys.executable, "-W", "error", *arguments], cwd=folder, capture_output=True, text=True, check=False
+            [sys.executable, "-W", "error", *arguments],
+            cwd=folder,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert result.returncode == 0
         # This bundle has no C engine, and that is all there is to say.

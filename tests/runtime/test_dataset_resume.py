@@ -20,6 +20,7 @@ from tests.runtime.dataset_samples import (
     random_episodes,
     write_lerobot_v3,
     write_npz,
+    write_robomimic,
 )
 
 
@@ -251,6 +252,23 @@ def test_another_job_does_not_go_on_in_its_place(
     assert "another job, which differs in source" in refusal(*other, kind=OutputError)
     run(source, output, c_bundle, "--restart")
     assert files(output) == files(tokens)
+
+
+def test_other_episodes_of_a_file_do_not_go_on_in_its_place(
+    c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lists of the same number of steps, so that nothing else tells the two jobs apart."""
+    path = write_robomimic(tmp_path / "a.hdf5", random_episodes([40] * 4), train=[0, 2], valid=[1, 3])
+    output = tmp_path / "out.parquet"
+    interrupt_at_the_end(arguments(path, output, c_bundle, "--filter-key", "train"), monkeypatch)
+    message = refusal(*arguments(path, output, c_bundle, "--filter-key", "valid"), kind=OutputError)
+    assert re.search(
+        'another job, which differs in source .*"filter_key": "train".* now .*"filter_key": "valid"', message
+    )
+    assert "differs in source" in refusal(*arguments(path, output, c_bundle), kind=OutputError)
+    # The same list, spelled as it stands in the file.
+    run(path, output, c_bundle, "--filter-key", "mask/train")
+    assert open_token_dataset(output).info.source.filter_key == "train"
 
 
 def test_two_processes_do_not_work_at_one_output(source: Path, c_bundle: Path, tmp_path: Path) -> None:

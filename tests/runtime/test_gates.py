@@ -2,7 +2,8 @@
 
 import pytest
 
-from runtime.gates import GATES, Gates, highest_bounds, highest_limit, missing_gates
+from runtime.backends import GPU_BACKENDS
+from runtime.gates import GATES, Gates, highest_bounds, highest_limit, missing_gates, promised_refusal
 
 #: As `inspect_bundle.py` and `selftest.py` print them.
 HIGHEST = {
@@ -67,6 +68,23 @@ def test_the_bounds_of_a_layer_may_grow_by_its_levels() -> None:
 def test_every_engine_has_to_pass_each_of_these() -> None:
     assert missing_gates((), [3, 8], has_stats=False) == NEEDED
     assert missing_gates((), [3, 8], has_stats=True) == [*NEEDED[:2], "encode: stats error", *NEEDED[2:]]
+
+
+def test_what_promises_to_refuse_or_to_mark_illegal_values_has_to_be_judged_by_them() -> None:
+    refusals = [f"{part}: illegal values accepted" for part in ("encode", "decode 3 layers", "decode 8 layers")]
+    needed = [*NEEDED, *refusals]
+    assert missing_gates((), [3, 8], has_stats=False, refusal="illegal values accepted") == needed
+    found = [*NEEDED, "golden vectors, encode: illegal values accepted", *refusals[1:]]
+    assert missing_gates(found, [3, 8], has_stats=False, refusal="illegal values accepted") == []
+    # Of a variant, and of the other promise.
+    found = [*NEEDED, "uint8 tokens, encode: illegal values accepted", "encode: illegal values not marked"]
+    assert missing_gates(found, [3, 8], has_stats=False, refusal="illegal values accepted") == refusals
+
+
+def test_gpus_mark_and_generated_c_refuses_in_calls_of_up_to_64_steps() -> None:
+    assert {promised_refusal(backend, 1000) for backend in GPU_BACKENDS} == {"illegal values not marked"}
+    assert [promised_refusal("c", length) for length in (1, 64, 65)] == ["illegal values accepted"] * 2 + [""]
+    assert promised_refusal("onnxruntime", 1) == ""
 
 
 @pytest.mark.parametrize("without", NEEDED)

@@ -14,6 +14,7 @@ from rfsq_ref.data import load_actions
 from rfsq_ref.errors import DataError
 from runtime.dataset_errors import SourceError
 from runtime.dataset_sources import open_source
+from tests.runtime.dataset_samples import write_lerobot_v3
 
 LENGTHS = (4, 7, 2, 5, 3, 6, 1, 8, 9, 2, 3, 4)
 EPISODES = [
@@ -163,6 +164,13 @@ def test_filter_keys_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     for function, error in ((load_actions, DataError), (open_source, SourceError)):
         with pytest.raises(error, match="is no HDF5 file, and has no filter keys"):
             function(tmp_path / "a.npz", filter_key="train")  # type: ignore[operator]
+
+
+def test_a_lerobot_folder_has_no_filter_keys(tmp_path: Path) -> None:
+    folder = write_lerobot_v3(tmp_path / "demonstrations", EPISODES)
+    assert len(read_both(folder)[0]) == len(EPISODES)
+    message = refusal(folder, filter_key="train")
+    assert message.startswith("folder demonstrations holds no HDF5 files, and has no filter keys; leave --filter-key")
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ from export import c_builder, c_source
 from export.build_engine import main as build_engine
 from export.plan import DeployMode
 from runtime import ActionTokenizer, SelfTestError, selftest
-from runtime.backends import create_backend
+from runtime.backends import PREFERENCE, create_backend
 from runtime.bundle import open_bundle
 from runtime.contract import Backend
 from runtime.cpu_targets import host_targets
 from runtime.errors import InferenceError
+from runtime.gates import missing_gates, promised_refusal
 from runtime.manifest import ModelEntry
 from runtime.refusal import judge_refusal
 from tests.bundles import Recipe, deploy, write_bundle
@@ -221,6 +222,22 @@ def gates_of(backend: Marking) -> dict[str, str]:
     verdicts = judge_refusal(backend.model, backend)
     assert [verdict.gate.split(":")[0] for verdict in verdicts] == ["encode", "decode 2 layers", "decode 3 layers"]
     return {verdict.gate: verdict.first for verdict in verdicts if verdict.accepted}
+
+
+@pytest.mark.parametrize("name", PREFERENCE)
+def test_a_manifest_is_asked_for_what_the_backend_is_judged_by(name: str, marking: Marking) -> None:
+    """As far as the classes tell without a GPU."""
+    modules = {"cuda": "cuda_backend.CudaBackend", "onnxruntime-cuda": "ort_cuda_backend.OrtCudaBackend"}
+    modules |= dict.fromkeys(("tensorrt", "tensorrt-rtx"), "trt_backend.TrtBackend")
+    modules |= {"c": "c_backend.CBackend", "onnxruntime": "ort_backend.OrtBackend"}
+    module, _, kind = modules[name].partition(".")
+    backend_type = getattr(pytest.importorskip(f"runtime.{module}"), kind)
+    promised = promised_refusal(name, marking.model.chunk_length)
+    assert hasattr(backend_type, "token_types") == (promised == "illegal values not marked")
+    if hasattr(backend_type, "token_types"):
+        asked = missing_gates((), marking.model.prefixes, has_stats=False, refusal=promised)
+        judged = [verdict.gate for verdict in judge_refusal(marking.model, marking)]
+        assert [gate for gate in asked if "illegal" in gate] == judged
 
 
 @pytest.mark.parametrize("token_type", [np.int32, np.uint8])

@@ -32,6 +32,7 @@ from tests.runtime.dataset_samples import (
     write_layout,
     write_lerobot_v3,
     write_npz,
+    write_robomimic,
 )
 
 #: D, L of the small bundles.
@@ -126,6 +127,48 @@ def test_zarr_is_read_by_its_own_library(
         assert group.attrs["rfsq.fingerprint"] == info["fingerprint"]
         assert group.attrs["rfsq.source_sha256"] == info["source"]["sha256"]
         assert group.attrs["rfsq.model"] == info["model"]
+
+
+def test_a_filter_key_chooses_the_episodes_that_are_written(
+    episodes: list[np.ndarray], c_bundle: Path, tmp_path: Path
+) -> None:
+    short = [episode[:50] for episode in episodes]
+    path = write_robomimic(tmp_path / "a.hdf5", short, train=[3, 0], valid=[2])
+    run(path, tmp_path / "train.parquet", c_bundle, "--filter-key", "mask/train")
+    dataset = open_token_dataset(tmp_path / "train.parquet")
+    chosen = np.concatenate([short[0], short[3]])
+    with ActionTokenizer.load(c_bundle) as tokenizer:
+        np.testing.assert_array_equal(
+            pq.read_table(tmp_path / "train.parquet/data").column("tokens").to_pylist(),
+            [
+                step.astype(np.uint8).tobytes()
+                for step in tokenizer.encode(chosen.reshape(-1, 2, 3)).reshape(-1, *SHAPE)
+            ],
+        )
+    listed = pq.read_table(tmp_path / "train.parquet/episodes.parquet").to_pydict()
+    assert listed["name"] == ["a/demo_0", "a/demo_3"]
+    assert dataset.info.source.filter_key == "train"
+
+
+def test_a_filter_key_that_chooses_nothing_is_refused(
+    tokens: Path, episodes: list[np.ndarray], c_bundle: Path, tmp_path: Path
+) -> None:
+    path, output = write_robomimic(tmp_path / "a.hdf5", episodes[1:2], train=[0]), tmp_path / "out.parquet"
+    for given, message in (
+        ((path, output, c_bundle, "--filter-key", "test"), "has no filter key 'test'; found train"),
+        ((write_npz(tmp_path / "a.npz", episodes), output, c_bundle, "--filter-key", "train"), "leave --filter-key"),
+    ):
+        assert message in refusal(*arguments(*given), kind=SourceError)
+    decoded = arguments(tokens, output, c_bundle, "--decode", "--filter-key", "train")
+    assert "--decode takes every token of IN; leave it out" in refusal(*decoded, kind=InvalidInputError)
+    assert not output.exists()
+
+
+def test_where_all_episodes_are_taken_nothing_is_said_of_filter_keys(tokens: Path) -> None:
+    """So that what was written before there were any is read and spelled as ever."""
+    text = (tokens / INFO_NAME).read_text(encoding="utf-8")
+    assert "filter_key" not in text
+    assert parse_info(text, tokens / INFO_NAME).source.filter_key is None
 
 
 def test_metadata_say_what_the_tokens_mean(tokens: Path, c_bundle: Path, source: Path) -> None:
