@@ -29,7 +29,7 @@ quick: $(VENV)/installed
 	@echo "== running the quick tests"
 	@$(RUN) -m pytest -n auto --dist worksteal -m "not slow" $(TEST_FLAGS)
 
-# What would the tests miss? All modules take about an hour; MODULES=runtime/golden.py or SAMPLE=50 is for in between.
+# What would the tests miss? All modules take an hour; MODULES=runtime/bundle/golden.py or SAMPLE=50 is for in between.
 mutants: $(VENV)/installed
 	@echo "== putting faults into the modules that safety rests on"
 	@$(RUN) -m tests.mutants $(MODULES) $(if $(SAMPLE),--sample $(SAMPLE))

@@ -25,16 +25,16 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from calibration.data import reference_actions, reference_latents
-from calibration.errors import CalibrationError
-from rfsq_ref.autoencoder import ActionAutoencoder
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset
-from rfsq_ref.errors import DataError
-from rfsq_ref.quantizer import ConditioningConstants
-from rfsq_ref.rounding import UNIT, latent_error_bound
+from rfsq.calibration.data import reference_actions, reference_latents
+from rfsq.calibration.errors import CalibrationError
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.rfsq_ref.errors import DataError
+from rfsq.rfsq_ref.quantizer import ConditioningConstants
+from rfsq.rfsq_ref.rounding import UNIT, latent_error_bound
 
-#: Smallest bin width in units of the bound on the float32 error of a latent (rfsq_ref.rounding, 8 deviations of it).
+#: Smallest bin width in units of the bound on the float32 error of a latent (`rfsq_ref.rounding`, 8 deviations of it).
 #: Where the residual fills its bins evenly, 2 / 32 of the tokens lie within the bound of an edge; as the mean error is
 #: some 50 times smaller than the bound, about 1 / (50 * 32) of them flip, the 1e-3 that is tolerable.
 NOISE_FACTOR = 32.0

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rfsq_ref.autoencoder import ActionAutoencoder
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset, SplitFractions, load_actions, load_demonstrations, split_episodes
-from rfsq_ref.errors import DataError
-from runtime.paths import counted
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import ActionDataset, SplitFractions, load_actions, load_demonstrations, split_episodes
+from rfsq.rfsq_ref.errors import DataError
+from rfsq.runtime.bundle.paths import counted
 
 #: One for each part of a split.
 MINIMUM_EPISODES = len(fields(SplitFractions))

@@ -1,6 +1,6 @@
 """Errors of calibration: each message says what was found, what was expected and what to do next."""
 
-from rfsq_ref.errors import UnusableError
+from rfsq.rfsq_ref.errors import UnusableError
 
 
 class CalibrationError(UnusableError):

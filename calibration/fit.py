@@ -11,7 +11,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from runtime.console import explain_missing_packages
+    from rfsq.runtime.bundle.console import explain_missing_packages
 
     explain_missing_packages()
 
@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from calibration.constants import CalibrationConfig, Granularity, Objective, fit_constants, worst_case_errors
-from calibration.data import (
+from rfsq.calibration.constants import CalibrationConfig, Granularity, Objective, fit_constants, worst_case_errors
+from rfsq.calibration.data import (
     Selection,
     calibration_dataset,
     calibration_episodes,
@@ -31,10 +31,10 @@ from calibration.data import (
     judging_episodes,
     selection_of,
 )
-from calibration.errors import CalibrationError
-from calibration.readout import DEFAULT_READOUT, ReadoutChoice, ReadoutConfig, fit_readout
-from calibration.recovered import RecoveredConfig, Target, Weighting, default_prefixes, fit_recovered_details
-from calibration.report import (
+from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.readout import DEFAULT_READOUT, ReadoutChoice, ReadoutConfig, fit_readout
+from rfsq.calibration.recovered import RecoveredConfig, Target, Weighting, default_prefixes, fit_recovered_details
+from rfsq.calibration.report import (
     CalibrationReport,
     format_report,
     recovered_latent_reach,
@@ -43,12 +43,12 @@ from calibration.report import (
     report_recovered,
     write_report,
 )
-from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, check_output, load_checkpoint, save_checkpoint
-from rfsq_ref.data import ActionDataset
-from rfsq_ref.errors import OutputError, UnusableError
-from runtime.console import path_argument
-from runtime.fidelity import Grade
-from runtime.paths import counted, refuse_existing
+from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, check_output, load_checkpoint, save_checkpoint
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.rfsq_ref.errors import OutputError, UnusableError
+from rfsq.runtime.bundle.console import path_argument
+from rfsq.runtime.bundle.fidelity import Grade
+from rfsq.runtime.bundle.paths import counted, refuse_existing
 
 
 class Method(StrEnum):

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibration.data import episode_folds, gain_certainty, needed_certainty, reference_actions, reference_latents
-from calibration.errors import CalibrationError
-from calibration.recovered import default_prefixes
-from rfsq_ref.autoencoder import ActionAutoencoder, Readout
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset
-from rfsq_ref.quantizer import Conditioning
+from rfsq.calibration.data import episode_folds, gain_certainty, needed_certainty, reference_actions, reference_latents
+from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.recovered import default_prefixes
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, Readout
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.rfsq_ref.quantizer import Conditioning
 
 #: What cross-validation chooses from, and what one episode alone gets where a refit is asked for.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -49,7 +49,7 @@ _RANDOM_GAIN = 0.02
 #: Share by which the error of tokens may grow: that of a single layer is a thousand times what a refit is about, and
 #: moves by a hundredth whatever is fitted.
 _TOKEN_LOSS = 0.01
-#: As in calibration.recovered: far above what processors disagree on, far below what the fit leaves.
+#: As in rfsq.calibration.recovered: far above what processors disagree on, far below what the fit leaves.
 _READOUT_BITS = 16
 #: Of a view's two weightings.
 _WEIGHTINGS = ("normalised units", "the robot's units")

@@ -30,13 +30,13 @@ from torch import Tensor
 from torch.nn.functional import mish, softplus
 from tqdm import tqdm
 
-from calibration.data import episode_folds, is_certain_gain, reference_actions, reference_latents
-from calibration.errors import CalibrationError
-from rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset
-from rfsq_ref.errors import DataError
-from rfsq_ref.quantizer import Conditioning, Quantized
+from rfsq.calibration.data import episode_folds, is_certain_gain, reference_actions, reference_latents
+from rfsq.calibration.errors import CalibrationError
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.rfsq_ref.errors import DataError
+from rfsq.rfsq_ref.quantizer import Conditioning, Quantized
 
 #: What a draft model predicts (design section 2).
 COARSE_LAYERS = 3

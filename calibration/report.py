@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from calibration.constants import worst_case_errors
-from calibration.data import reference_actions, reference_latents
-from calibration.errors import CalibrationError
-from calibration.readout import held_out_warning
-from rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset
-from rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantize
-from rfsq_ref.rounding import token_error_bounds
-from runtime.fidelity import Fidelity, fidelity
-from runtime.paths import counted
+from rfsq.calibration.constants import worst_case_errors
+from rfsq.calibration.data import reference_actions, reference_latents
+from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.readout import held_out_warning
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantize
+from rfsq.rfsq_ref.rounding import token_error_bounds
+from rfsq.runtime.bundle.fidelity import Fidelity, fidelity
+from rfsq.runtime.bundle.paths import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

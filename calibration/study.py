@@ -15,7 +15,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from runtime.console import explain_missing_packages
+    from rfsq.runtime.bundle.console import explain_missing_packages
 
     explain_missing_packages()
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibration.constants import (
+from rfsq.calibration.constants import (
     MINIMUM_STEPS,
     CalibrationConfig,
     Granularity,
@@ -39,7 +39,7 @@ from calibration.constants import (
     fit_constants,
     worst_case_errors,
 )
-from calibration.data import (
+from rfsq.calibration.data import (
     MINIMUM_EPISODES,
     Selection,
     calibration_dataset,
@@ -50,10 +50,10 @@ from calibration.data import (
     reference_latents,
     selection_of,
 )
-from calibration.errors import CalibrationError
-from calibration.readout import DEFAULT_READOUT, READOUT_OFF, RIDGES, ReadoutChoice, ReadoutConfig, fit_readout
-from calibration.study_report import format_study, study_files, write_study
-from calibration.study_result import (
+from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.readout import DEFAULT_READOUT, READOUT_OFF, RIDGES, ReadoutChoice, ReadoutConfig, fit_readout
+from rfsq.calibration.study_report import format_study, study_files, write_study
+from rfsq.calibration.study_result import (
     EpisodesRow,
     LayerRow,
     ReadoutRow,
@@ -64,13 +64,13 @@ from calibration.study_result import (
     spread,
     spreads,
 )
-from rfsq_ref.autoencoder import ActionAutoencoder, Readout
-from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
-from rfsq_ref.data import ActionDataset
-from rfsq_ref.errors import DataError, OutputError, UnusableError
-from rfsq_ref.quantizer import Conditioning, ConditioningConstants
-from runtime.console import path_argument
-from runtime.paths import refuse_existing
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, Readout
+from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.rfsq_ref.errors import DataError, OutputError, UnusableError
+from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from rfsq.runtime.bundle.console import path_argument
+from rfsq.runtime.bundle.paths import refuse_existing
 
 #: Random choices of calibration episodes for every number of them.
 SUBSETS = 5

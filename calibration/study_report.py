@@ -9,10 +9,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from calibration.errors import CalibrationError
-from calibration.recovered import COARSE_LAYERS
-from calibration.study_result import EpisodesRow, LayerRow, Spread, Spreads, StudyResult, result_to_json
-from rfsq_ref.files import replacing
+from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.recovered import COARSE_LAYERS
+from rfsq.calibration.study_result import EpisodesRow, LayerRow, Spread, Spreads, StudyResult, result_to_json
+from rfsq.rfsq_ref.files import replacing
 
 RESULT_JSON = "calibration.json"
 RESULT_PNG = "calibration.png"

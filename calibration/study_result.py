@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from calibration.errors import CalibrationError
+from rfsq.calibration.errors import CalibrationError
 
 _DIGITS = 6
 

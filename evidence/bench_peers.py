@@ -22,9 +22,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rfsq_ref.autoencoder import ModelConfig
-from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, load_checkpoint
-from rfsq_ref.quantizer import SIGMA_EPSILON
+from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, load_checkpoint
+from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
 
 EAGER, COMPILED = "torch eager", "torch.compile"
 _Call = Callable[[Tensor], Tensor]
@@ -226,7 +226,7 @@ def _captured_ways(
 
 
 def time_calls(call: Callable[[], object], calls: int) -> list[float]:
-    """Microseconds of each call, after a tenth as many that are not timed, as `runtime/bench_timing.py` does it."""
+    """Microseconds of each call, after a tenth as many that are not timed, as `runtime/benchmark/timing.py` does it."""
     for _ in range(calls // 10 + 1):
         call()
     taken = []

@@ -6,9 +6,9 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from evidence.errors import EvidenceError
-from rfsq_ref.data import FloatArray
-from rfsq_ref.normaliser import QUANTILES
+from rfsq.evidence.errors import EvidenceError
+from rfsq.rfsq_ref.data import FloatArray
+from rfsq.rfsq_ref.normaliser import QUANTILES
 
 Float64Array = npt.NDArray[np.float64]
 _MOST_BITS = 24

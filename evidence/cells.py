@@ -6,15 +6,15 @@ from pathlib import Path
 
 import numpy as np
 
-from calibration.constants import CalibrationConfig
-from calibration.fit import calibrate, recover
-from calibration.recovered import RecoveredConfig, default_prefixes
-from evidence.binning import BinRange
-from evidence.codecs import Codec, RawCodec, RfsqCodec
-from evidence.errors import EvidenceError
-from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
-from rfsq_ref.data import ActionDataset, FloatArray, chunk, load_demonstrations, split_episodes
-from rfsq_ref.quantizer import Conditioning
+from rfsq.calibration.constants import CalibrationConfig
+from rfsq.calibration.fit import calibrate, recover
+from rfsq.calibration.recovered import RecoveredConfig, default_prefixes
+from rfsq.evidence.binning import BinRange
+from rfsq.evidence.codecs import Codec, RawCodec, RfsqCodec
+from rfsq.evidence.errors import EvidenceError
+from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
+from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, load_demonstrations, split_episodes
+from rfsq.rfsq_ref.quantizer import Conditioning
 
 RAW = "raw"
 #: How many layers of the calibrated tokens are decoded, beside all of them.
@@ -41,7 +41,7 @@ def codecs(*, peers: bool = False, seed: int = 0, cache: Path = Path("build/evid
     robust = load_checkpoint(ROBUST_CHECKPOINT)
     found = {**rfsq_cells(load_checkpoint(NAIVE_CHECKPOINT), robust, dataset)}
     if peers:
-        from evidence.peers import peer_codecs
+        from rfsq.evidence.peers import peer_codecs
 
         # Chosen by what is not reported: the test episodes are.
         chunks = chunk(split_episodes(dataset).validation.steps(), 8)

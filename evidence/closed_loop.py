@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from evidence.codecs import Codec
-from rfsq_ref.experts import (
+from rfsq.evidence.codecs import Codec
+from rfsq.rfsq_ref.experts import (
     Expert,
     NutAssemblySquareExpert,
     PickPlaceCanExpert,
@@ -32,7 +32,7 @@ NUT_HALF_HEIGHT = 0.01
 
 
 class World(Protocol):
-    """What is controlled: evidence.simulation.Simulation, or a stand-in."""
+    """What is controlled: rfsq.evidence.simulation.Simulation, or a stand-in."""
 
     def reset(self) -> Observation: ...
     def step(self, action: NDArray[np.float32]) -> Observation: ...

@@ -6,9 +6,9 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from rfsq_ref.autoencoder import ActionAutoencoder
-from rfsq_ref.data import FloatArray
-from rfsq_ref.quantizer import Conditioning, published_dequantize
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq.rfsq_ref.data import FloatArray
+from rfsq.rfsq_ref.quantizer import Conditioning, published_dequantize
 
 
 @runtime_checkable

@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from calibration.constants import CalibrationConfig
-from calibration.data import calibration_episodes, judging_episodes
-from calibration.fit import Method, calibrate, recover
-from calibration.readout import DEFAULT_READOUT, ReadoutChoice, ReadoutConfig
-from calibration.recovered import RecoveredConfig
-from evidence.codecs import Codec
-from evidence.errors import EvidenceError
-from evidence.findings import REFITTED, find, improvement_over_naive, judge_peers
-from evidence.metrics import ActionErrors, Array, OscPose, action_errors, units_of
-from evidence.peers import peer_codecs
-from evidence.results import (
+from rfsq.calibration.constants import CalibrationConfig
+from rfsq.calibration.data import calibration_episodes, judging_episodes
+from rfsq.calibration.fit import Method, calibrate, recover
+from rfsq.calibration.readout import DEFAULT_READOUT, ReadoutChoice, ReadoutConfig
+from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.evidence.codecs import Codec
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.findings import REFITTED, find, improvement_over_naive, judge_peers
+from rfsq.evidence.metrics import ActionErrors, Array, OscPose, action_errors, units_of
+from rfsq.evidence.peers import peer_codecs
+from rfsq.evidence.results import (
     CodecReport,
     Comparison,
     Curve,
@@ -39,15 +39,15 @@ from evidence.results import (
     Spread,
     Trajectory,
 )
-from evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, Row, Scheme, SchemeResult
-from evidence.training import CACHE, SEEDS, trained_checkpoint
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes
-from rfsq_ref.errors import CheckpointError, DataError
-from rfsq_ref.normaliser import NormaliserKind
-from rfsq_ref.quantizer import Conditioning
-from rfsq_ref.train import TrainConfig, TrainingHistory, make_deterministic
-from runtime.fidelity import fidelity
+from rfsq.evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, Row, Scheme, SchemeResult
+from rfsq.evidence.training import CACHE, SEEDS, trained_checkpoint
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes
+from rfsq.rfsq_ref.errors import CheckpointError, DataError
+from rfsq.rfsq_ref.normaliser import NormaliserKind
+from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.rfsq_ref.train import TrainConfig, TrainingHistory, make_deterministic
+from rfsq.runtime.bundle.fidelity import fidelity
 
 #: Bins of |error|, in normalised units: a fifth of a decade wide.
 ERROR_EDGES = tuple(10.0 ** (exponent / 5) for exponent in range(-40, 11))

@@ -11,7 +11,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from runtime.console import explain_missing_packages
+    from rfsq.runtime.bundle.console import explain_missing_packages
 
     explain_missing_packages()
 
@@ -19,14 +19,14 @@ import argparse
 import re
 from collections.abc import Mapping
 
-from calibration.errors import CalibrationError
-from calibration.study_report import markdown
-from calibration.study_result import result_from_json
-from evidence.errors import EvidenceError
-from evidence.results import Comparison, read_json, write_text
-from evidence.rollout_files import read_report
-from evidence.rollout_report import conclusions, tables_of
-from evidence.tables import UNQUANTISED_TITLES, Table, layer_table, number, peer_table, summary_table
+from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.study_report import markdown
+from rfsq.calibration.study_result import result_from_json
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.results import Comparison, read_json, write_text
+from rfsq.evidence.rollout_files import read_report
+from rfsq.evidence.rollout_report import conclusions, tables_of
+from rfsq.evidence.tables import UNQUANTISED_TITLES, Table, layer_table, number, peer_table, summary_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"

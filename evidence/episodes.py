@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from evidence.closed_loop import EpisodeResult, Spread
-from evidence.errors import EvidenceError
+from rfsq.evidence.closed_loop import EpisodeResult, Spread
+from rfsq.evidence.errors import EvidenceError
 
 FORMAT = "rfsq-rollout"
 _DROPPED = "dropped"

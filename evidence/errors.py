@@ -1,6 +1,6 @@
 """Errors of the evidence."""
 
-from rfsq_ref.errors import UnusableError
+from rfsq.rfsq_ref.errors import UnusableError
 
 
 class EvidenceError(UnusableError):

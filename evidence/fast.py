@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from evidence.binning import BinRange, Float64Array, action_range
-from rfsq_ref.data import FloatArray
+from rfsq.evidence.binning import BinRange, Float64Array, action_range
+from rfsq.rfsq_ref.data import FloatArray
 
 #: As the authors use; a scale with more than half as many different coefficients gets the next power of two.
 VOCABULARY = 1024

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from evidence.results import CodecReport, DataFacts, Finding, Metrics, ReportRow, SchemeReport
+from rfsq.evidence.results import CodecReport, DataFacts, Finding, Metrics, ReportRow, SchemeReport
 
 #: How the comparison calls the robust autoencoder, and the one whose last layer calibration has refitted.
 AS_TRAINED, REFITTED = "robust autoencoder", "robust autoencoder, readout refitted"

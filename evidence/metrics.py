@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.spatial.transform import Rotation
 
-from evidence.errors import EvidenceError
+from rfsq.evidence.errors import EvidenceError
 
 Array = npt.NDArray[np.float64]
 

@@ -3,9 +3,9 @@
 import html
 from collections.abc import Mapping, Sequence
 
-from evidence.findings import compared, title
-from evidence.results import Comparison
-from evidence.tables import Table, findings_table, layer_table, peer_table, summary_table
+from rfsq.evidence.findings import compared, title
+from rfsq.evidence.results import Comparison
+from rfsq.evidence.tables import Table, findings_table, layer_table, peer_table, summary_table
 
 _CAPTIONS = {
     "error by layer": "Error of decoding the first layers alone. Bands span the training seeds.",
@@ -38,7 +38,7 @@ details summary { cursor: pointer; margin: .4em 0; }
 
 
 def page(comparison: Comparison, drawn: Mapping[str, str], sections: Sequence[tuple[str, str]] = ()) -> str:
-    """HTML of the whole report. drawn: SVG by the names of evidence.plots.figures; sections: further ones, (title,
+    """HTML of the whole report. drawn: SVG by the names of rfsq.evidence.plots.figures; sections: further ones, (title,
     HTML), behind the comparison's own."""
     parts = [
         f"<h1>{title(comparison.improvement)}</h1>\n<p class=lead>{_lead(comparison)}</p>",

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from evidence.binning import BinRange, fit_bins
-from evidence.codecs import Codec
-from evidence.errors import EvidenceError
-from evidence.fast import FastCodec, fit_fast
-from evidence.residual_peers import ResidualConfig, ResidualFamily, residual_codecs, trained_residual
-from rfsq_ref.data import ActionDataset, FloatArray, split_episodes
+from rfsq.evidence.binning import BinRange, fit_bins
+from rfsq.evidence.codecs import Codec
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.fast import FastCodec, fit_fast
+from rfsq.evidence.residual_peers import ResidualConfig, ResidualFamily, residual_codecs, trained_residual
+from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 
 #: RT-2 and OpenVLA have 8 bits, 256 bins.
 BIN_BITS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 16)

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from evidence.results import CodecReport, Comparison, SchemeReport, Spread
-from evidence.tables import UNQUANTISED_TITLES
+from rfsq.evidence.results import CodecReport, Comparison, SchemeReport, Spread
+from rfsq.evidence.tables import UNQUANTISED_TITLES
 
 INK, GRID = "#222222", "#e3e3e3"
 SCHEME_COLOURS = {

@@ -7,26 +7,26 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from calibration.readout import ReadoutChoice, ReadoutConfig
-from calibration.study import study
-from calibration.study_report import markdown, study_files, titles, write_study
-from evidence.comparison import ComparisonConfig, compare
-from evidence.findings import REQUIRED_IMPROVEMENT
-from evidence.metrics import OscPose
-from evidence.page import page
-from evidence.plots import figures, svg
-from evidence.results import Comparison, check_writable, write_json, write_text
-from evidence.rollout_files import demonstrations_of, read_report
-from evidence.rollout_report import conclusions, tables_of
-from evidence.tables import Table, findings_table, inline_html, layer_table, peer_table, summary_table
-from evidence.training import CACHE, SEEDS, trained_checkpoint
-from rfsq_ref.checkpoints import Checkpoint, load_checkpoint
-from rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
-from rfsq_ref.errors import OutputError, UnusableError
-from rfsq_ref.normaliser import NormaliserKind
-from rfsq_ref.train import chosen_normaliser, describe_normaliser, make_deterministic
-from runtime.console import path_argument
-from runtime.paths import refuse_existing
+from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig
+from rfsq.calibration.study import study
+from rfsq.calibration.study_report import markdown, study_files, titles, write_study
+from rfsq.evidence.comparison import ComparisonConfig, compare
+from rfsq.evidence.findings import REQUIRED_IMPROVEMENT
+from rfsq.evidence.metrics import OscPose
+from rfsq.evidence.page import page
+from rfsq.evidence.plots import figures, svg
+from rfsq.evidence.results import Comparison, check_writable, write_json, write_text
+from rfsq.evidence.rollout_files import demonstrations_of, read_report
+from rfsq.evidence.rollout_report import conclusions, tables_of
+from rfsq.evidence.tables import Table, findings_table, inline_html, layer_table, peer_table, summary_table
+from rfsq.evidence.training import CACHE, SEEDS, trained_checkpoint
+from rfsq.rfsq_ref.checkpoints import Checkpoint, load_checkpoint
+from rfsq.rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
+from rfsq.rfsq_ref.errors import OutputError, UnusableError
+from rfsq.rfsq_ref.normaliser import NormaliserKind
+from rfsq.rfsq_ref.train import chosen_normaliser, describe_normaliser, make_deterministic
+from rfsq.runtime.bundle.console import path_argument
+from rfsq.runtime.bundle.paths import refuse_existing
 
 COMPARISON_JSON, COMPARISON_TEXT, REPORT_HTML, FIGURES = "comparison.json", "comparison.txt", "report.html", "figures"
 DEFAULT_OUTPUT = Path("build/evidence")
@@ -34,7 +34,6 @@ DEFAULT_OUTPUT = Path("build/evidence")
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="compare.py",
         description="Compare naive and robust tokens, and peers at equal bits, on held-out episodes.",
         epilog="exit status: 0 = calibrated tokens have more than 30 % less error than naive ones, 1 = not, 2 = error",
     )

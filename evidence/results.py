@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from evidence.errors import EvidenceError
-from rfsq_ref.files import replacing
+from rfsq.evidence.errors import EvidenceError
+from rfsq.rfsq_ref.files import replacing
 
 FORMAT = "rfsq-comparison"
 FORMAT_VERSION = 1
@@ -45,7 +45,7 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class SchemeReport:
-    """See evidence.schemes. bits_per_layer: tokens, and side information where it must travel; error_share: see
+    """See rfsq.evidence.schemes. bits_per_layer: tokens, and side information where it must travel; error_share: see
     Comparison.error_edges."""
 
     scheme: str

@@ -6,11 +6,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from evidence.episodes import Identity, read_episodes
-from evidence.errors import EvidenceError
-from evidence.results import read_json_object, typed, write_text
-from evidence.rollout_report import TOLERANCES, TaskReport, reports_of, table
-from evidence.rollout_statistics import CONFIDENCE
+from rfsq.evidence.episodes import Identity, read_episodes
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.results import read_json_object, typed, write_text
+from rfsq.evidence.rollout_report import TOLERANCES, TaskReport, reports_of, table
+from rfsq.evidence.rollout_statistics import CONFIDENCE
 
 FORMAT = "rfsq-rollout-report"
 FORMAT_VERSION = 2
@@ -60,7 +60,7 @@ def write_report(episodes: Path, folder: Path) -> str:
     reports = reports_of(found)
     text = table(reports)
     if find_spec("matplotlib"):
-        from evidence.rollout_plots import draw
+        from rfsq.evidence.rollout_plots import draw
 
         draw(reports, folder / "rollout.png")
     else:

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evidence.cells import codecs, fingerprint, select
-from evidence.closed_loop import run_episode
-from evidence.codecs import Codec
-from evidence.episodes import Episode, Identity, open_episodes
-from evidence.errors import EvidenceError
-from evidence.simulation import TASKS, Simulation, simulator_versions
-from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT
-from rfsq_ref.data import load_demonstrations
+from rfsq.evidence.cells import codecs, fingerprint, select
+from rfsq.evidence.closed_loop import run_episode
+from rfsq.evidence.codecs import Codec
+from rfsq.evidence.episodes import Episode, Identity, open_episodes
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.simulation import TASKS, Simulation, simulator_versions
+from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT
+from rfsq.rfsq_ref.data import load_demonstrations
 
 #: To be raised when a change to the simulation, the loop or the experts changes what comes out of an episode.
 LOOP_VERSION = 1

@@ -16,12 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from calibration.recovered import COARSE_LAYERS
-from evidence.errors import EvidenceError
-from evidence.metrics import ActionErrors, Array, OscPose, action_errors, entropy_bits, level_counts
-from rfsq_ref.autoencoder import ActionAutoencoder
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantize
+from rfsq.calibration.recovered import COARSE_LAYERS
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.metrics import ActionErrors, Array, OscPose, action_errors, entropy_bits, level_counts
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantize
 
 
 @dataclass(frozen=True)

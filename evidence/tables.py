@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evidence.findings import AS_TRAINED, REFITTED
-from evidence.results import CodecReport, Comparison, Finding, Metrics, ReportRow, SchemeReport, Spread
+from rfsq.evidence.findings import AS_TRAINED, REFITTED
+from rfsq.evidence.results import CodecReport, Comparison, Finding, Metrics, ReportRow, SchemeReport, Spread
 
 #: What a reader sees of each scheme.
 SCHEME_TITLES = {

@@ -6,21 +6,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rfsq_ref.checkpoints import (
+from rfsq.rfsq_ref.checkpoints import (
     NAIVE_CHECKPOINT,
     ROBUST_CHECKPOINT,
     SUFFIX,
     Checkpoint,
     load_checkpoint,
 )
-from rfsq_ref.data import ActionDataset
-from rfsq_ref.train import TrainConfig, TrainingHistory, history_path, load_history, save_result, train
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.rfsq_ref.train import TrainConfig, TrainingHistory, history_path, load_history, save_result, train
 
 #: Of everything that is trained, ours and the peers.
 SEEDS = (0, 1, 2)
 #: Where trained models are kept between runs.
 CACHE = Path("build/evidence/models")
-#: To be raised when the recipe in rfsq_ref.train changes what comes out of it.
+#: To be raised when the recipe in rfsq.rfsq_ref.train changes what comes out of it.
 RECIPE = 1
 
 

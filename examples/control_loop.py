@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from runtime.console import explain_missing_packages
+    from rfsq.runtime.bundle.console import explain_missing_packages
 
     explain_missing_packages()
 
@@ -29,9 +29,9 @@ from examples.fault_switch import FAULTS, FaultSwitch
 from examples.loop_report import Witness, report
 from examples.plain_robot import PlainRobot, SwingPolicy
 from examples.policy_process import policy_process, wait_until_ready
-from runtime import ActionTokenizer, ControlDecoder, RealtimeConfig, TokenizerError, apply_realtime
-from runtime.console import escape_what_cannot_be_shown
-from runtime.fault_injection import faulty
+from rfsq.runtime import ActionTokenizer, ControlDecoder, RealtimeConfig, TokenizerError, apply_realtime
+from rfsq.runtime.bundle.console import escape_what_cannot_be_shown
+from rfsq.runtime.qualification.injection import faulty
 
 
 def main() -> int:

@@ -2,8 +2,8 @@
 
 from multiprocessing.process import BaseProcess
 
-from runtime import Status
-from runtime.fault_injection import Fault, FaultyBackend
+from rfsq.runtime import Status
+from rfsq.runtime.qualification.injection import Fault, FaultyBackend
 
 FAULT_S = 0.25
 FAULTS = {

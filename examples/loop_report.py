@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from examples.fault_switch import FAULTS, FaultSwitch
-from runtime import ControlConfig, ControlDecoder, ControlResult, Status
+from rfsq.runtime import ControlConfig, ControlDecoder, ControlResult, Status
 
 #: Of the end of a run, in which it must go on or stand still.
 END_S = 0.25

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from evidence.closed_loop import plan
-from evidence.simulation import TASKS, Simulation
-from rfsq_ref.experts import gripper_position
-from rfsq_ref.generate_demonstrations import SimulatorError, check_simulator
-from runtime import ControlConfig, TokenizerError
+from rfsq.evidence.closed_loop import plan
+from rfsq.evidence.simulation import TASKS, Simulation
+from rfsq.rfsq_ref.experts import gripper_position
+from rfsq.rfsq_ref.generate_demonstrations import SimulatorError, check_simulator
+from rfsq.runtime import ControlConfig, TokenizerError
 
 try:
     check_simulator()

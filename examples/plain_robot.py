@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from runtime import ControlConfig
-from runtime.manifest import ModelEntry
+from rfsq.runtime import ControlConfig
+from rfsq.runtime.bundle.manifest import ModelEntry
 
 PERIOD_S = 0.002
 

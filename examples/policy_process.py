@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from runtime import ActionTokenizer, TokenizerError
+from rfsq.runtime import ActionTokenizer, TokenizerError
 
 #: What is seen -> actions float32 [T, A], from the moment of seeing on.
 Planner = Callable[[Any], npt.NDArray[np.float32]]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from examples.speculative_models import TokenModel
-from runtime.torch_adapter import ActionRFSQAE
+from rfsq.runtime.torch_adapter import ActionRFSQAE
 
 
 @dataclass(frozen=True, eq=False)

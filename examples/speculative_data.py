@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rfsq_ref.data import ActionDataset
-from runtime.torch_adapter import ActionRFSQAE
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.runtime.torch_adapter import ActionRFSQAE
 
 FloatArray = npt.NDArray[np.float32]
 #: Chunks looked back at.

@@ -16,7 +16,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from runtime.console import explain_missing_packages
+    from rfsq.runtime.bundle.console import explain_missing_packages
 
     explain_missing_packages()
 
@@ -34,10 +34,10 @@ from examples.speculative_latency import latency_table
 from examples.speculative_loop import CONFIG, drive
 from examples.speculative_models import Size, TokenModel, train
 from examples.speculative_report import acceptance_table, error_table, loop_table, verdicts
-from rfsq_ref.data import load_demonstrations, split_episodes
-from runtime import TokenizerError
-from runtime.console import escape_what_cannot_be_shown
-from runtime.torch_adapter import ActionRFSQAE
+from rfsq.rfsq_ref.data import load_demonstrations, split_episodes
+from rfsq.runtime import TokenizerError
+from rfsq.runtime.bundle.console import escape_what_cannot_be_shown
+from rfsq.runtime.torch_adapter import ActionRFSQAE
 
 COARSE = 3
 DRAFT, MAIN = Size(width=128, depth=2, epochs=60), Size(width=512, depth=2, epochs=60)

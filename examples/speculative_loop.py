@@ -14,8 +14,8 @@ from examples.loop_report import Witness
 from examples.speculative_acceptance import Speculation
 from examples.speculative_arrivals import Arrival, arrivals
 from examples.speculative_data import Eyes, start_of
-from rfsq_ref.data import ActionDataset
-from runtime import ActionTokenizer, ControlConfig, ControlDecoder
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.runtime import ActionTokenizer, ControlConfig, ControlDecoder
 
 #: 20 actions a second, as the demonstrations: six motions per tick, and a gripper's command, which stays.
 CONFIG = ControlConfig.from_values(

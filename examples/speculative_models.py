@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from examples.speculative_data import Windows
-from runtime.manifest import ModelEntry
+from rfsq.runtime.bundle.manifest import ModelEntry
 
 
 @dataclass(frozen=True)

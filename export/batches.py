@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from export.errors import BuildInputError
-from runtime.contract import MOST_CHUNKS
+from rfsq.export.errors import BuildInputError
+from rfsq.runtime.backends.contract import MOST_CHUNKS
 
 
 @dataclass(frozen=True)

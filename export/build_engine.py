@@ -15,7 +15,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from runtime.console import explain_missing_packages
+    from rfsq.runtime.bundle.console import explain_missing_packages
 
     explain_missing_packages()
 
@@ -26,15 +26,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from export.batches import Profile
-from export.errors import BuildInputError, EngineBuildError, ExportError, GateError
-from runtime.console import escape_what_cannot_be_shown, path_argument
-from runtime.errors import TokenizerError
-from runtime.trt_api import TENSORRT_BACKENDS
+from rfsq.export.batches import Profile
+from rfsq.export.errors import BuildInputError, EngineBuildError, ExportError, GateError
+from rfsq.runtime.backends.tensorrt_api import TENSORRT_BACKENDS
+from rfsq.runtime.bundle.console import escape_what_cannot_be_shown, path_argument
+from rfsq.runtime.bundle.errors import TokenizerError
 
 if TYPE_CHECKING:
-    from export.on_target import TargetConfig
-    from export.pipeline import BuildConfig
+    from rfsq.export.on_target import TargetConfig
+    from rfsq.export.pipeline import BuildConfig
 
 #: A person, the system, a closed terminal, a reader that has left.
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
@@ -58,9 +58,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> BuildConfig | Tar
         if "from_bundle" in given:
             return _target_config(given)
         # Here, because a robot that adds engines has no torch.
-        from calibration.readout import ReadoutChoice
-        from export.pipeline import BuildConfig
-        from export.plan import DeployMode
+        from rfsq.calibration.readout import ReadoutChoice
+        from rfsq.export.pipeline import BuildConfig
+        from rfsq.export.plan import DeployMode
 
         if "readout" in given:
             given["readout"] = ReadoutChoice(given["readout"])
@@ -72,7 +72,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> BuildConfig | Tar
 
 
 def _target_config(given: dict[str, Any]) -> TargetConfig:
-    from export.on_target import TargetConfig
+    from rfsq.export.on_target import TargetConfig
 
     others = sorted(given.keys() - {"from_bundle", "backends", "profile"})
     if others:
@@ -147,15 +147,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(config: BuildConfig | TargetConfig) -> None:
-    from export.on_target import TargetConfig, add_engines
+    from rfsq.export.on_target import TargetConfig, add_engines
 
     if isinstance(config, TargetConfig):
         add_engines(config)
         return
     import torch
 
-    from export.pipeline import build
-    from rfsq_ref.errors import UnusableError
+    from rfsq.export.pipeline import build
+    from rfsq.rfsq_ref.errors import UnusableError
 
     # For matrices this small more threads are slower.
     torch.set_num_threads(1)

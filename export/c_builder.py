@@ -10,8 +10,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from export.errors import ExportError
-from runtime.manifest import C_HEADER, C_SOURCE
+from rfsq.export.errors import ExportError
+from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE
 
 HEADER_NAME, SOURCE_NAME = (PurePosixPath(file).name for file in (C_HEADER, C_SOURCE))
 #: Flags that the source is exact and fast with. No sum is reordered and no value changes by them, but for a product and

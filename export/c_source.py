@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from export.c_builder import C_FLAGS, SOURCE_NAME
-from export.plan import (
+from rfsq.export.c_builder import C_FLAGS, SOURCE_NAME
+from rfsq.export.plan import (
     Affine,
     AffineQuantizer,
     DecoderPlan,
@@ -23,9 +23,9 @@ from export.plan import (
     action_limit,
     middle_level,
 )
-from export.source_tables import Array, number, own_tokens, require_countable, table
-from runtime.contract import CHECKED_STEPS
-from runtime.validation import STATS_LIMIT
+from rfsq.export.source_tables import Array, number, own_tokens, require_countable, table
+from rfsq.runtime.backends.contract import CHECKED_STEPS
+from rfsq.runtime.bundle.validation import STATS_LIMIT
 
 _TEMPLATE = Path(__file__).parent / "templates" / SOURCE_NAME
 #: As in the template.

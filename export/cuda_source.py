@@ -1,7 +1,7 @@
 """CUDA source of a tokenizer with the weights inside, from the same plans as the C source.
 
 The arithmetic is written once, in `templates/rfsq_tokenizer.cu`; what is generated are sizes and tables in front of it
-and the kernels that `runtime/cuda_backend.py` launches behind it.
+and the kernels that `runtime/backends/cuda.py` launches behind it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from export.plan import (
+from rfsq.export.plan import (
     Affine,
     AffineQuantizer,
     DecoderPlan,
@@ -21,9 +21,9 @@ from export.plan import (
     action_limit,
     middle_level,
 )
-from export.source_tables import Array, IntArray, number, own_tokens, require_countable, table
-from runtime.kernel_names import TOKEN_TYPES, TokenType, kernel_name, token_types
-from runtime.validation import STATS_LIMIT
+from rfsq.export.source_tables import Array, IntArray, number, own_tokens, require_countable, table
+from rfsq.runtime.bundle.kernel_names import TOKEN_TYPES, TokenType, kernel_name, token_types
+from rfsq.runtime.bundle.validation import STATS_LIMIT
 
 _TEMPLATE = Path(__file__).parent / "templates" / "rfsq_tokenizer.cu"
 _WARP = 32

@@ -8,23 +8,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from export.batches import Profile
-from export.bundle_writer import StagedBundle
-from export.c_builder import CBuildError, compile_c
-from export.cuda_flags import CUDA_FLAGS
-from export.errors import EngineBuildError, require_none
-from export.progress import StepList
-from runtime.backends import create_backend
-from runtime.bundle import Bundle
-from runtime.c_backend import CBackend
-from runtime.contract import MOST_CHUNKS, Backend
-from runtime.cpu_targets import host_targets
-from runtime.errors import BackendUnavailableError
-from runtime.manifest import C_SOURCE, CUDA_SOURCE, EngineEntry, GraphEntry
-from runtime.trt_api import TENSORRT_BACKENDS, available_tensorrt, find_tensorrt
+from rfsq.export.batches import Profile
+from rfsq.export.bundle_writer import StagedBundle
+from rfsq.export.c_builder import CBuildError, compile_c
+from rfsq.export.cuda_flags import CUDA_FLAGS
+from rfsq.export.errors import EngineBuildError, require_none
+from rfsq.export.progress import StepList
+from rfsq.runtime.backends.c import CBackend
+from rfsq.runtime.backends.contract import MOST_CHUNKS, Backend
+from rfsq.runtime.backends.cpu_targets import host_targets
+from rfsq.runtime.backends.registry import create_backend
+from rfsq.runtime.backends.tensorrt_api import TENSORRT_BACKENDS, available_tensorrt, find_tensorrt
+from rfsq.runtime.bundle.errors import BackendUnavailableError
+from rfsq.runtime.bundle.folder import Bundle
+from rfsq.runtime.bundle.manifest import C_SOURCE, CUDA_SOURCE, EngineEntry, GraphEntry
 
 if TYPE_CHECKING:
-    from runtime.cuda_api import GpuDevice
+    from rfsq.runtime.backends.gpu.driver import GpuDevice
 
 #: What can run a bundle's graphs as they are: the first anywhere, the second where its library finds a GPU.
 _GRAPH_BACKENDS = ("onnxruntime", "onnxruntime-cuda")
@@ -48,7 +48,7 @@ def compile_graphs(
     if not set(wanted) & set(TENSORRT_BACKENDS):
         return ()
     # Here, because it needs onnx and polygraphy, which a robot that compiles C alone need not have.
-    from export.trt_builder import EngineRequest, build_engine, check_engine, inspect_engine
+    from rfsq.export.trt_builder import EngineRequest, build_engine, check_engine, inspect_engine
 
     engines = []
     for backend in (name for name in TENSORRT_BACKENDS if name in wanted):
@@ -117,8 +117,8 @@ def compile_source(header: str, source: str, staged: StagedBundle, steps: StepLi
 def find_gpu() -> GpuDevice | None:
     """This machine's GPU, where there is one, with cuda-python to use it and NVRTC to compile for it."""
     try:
-        from runtime.cuda_api import open_device
-        from runtime.cuda_kernels import KernelError, nvrtc_version
+        from rfsq.runtime.backends.gpu.driver import open_device
+        from rfsq.runtime.backends.gpu.kernels import KernelError, nvrtc_version
 
         gpu = open_device()
     except (ImportError, BackendUnavailableError):
@@ -139,8 +139,8 @@ def compile_cuda(source: str, staged: StagedBundle, steps: StepList) -> tuple[En
     """
     # Here, because they need cuda-python, which a machine without a GPU need not have.
     try:
-        from runtime.cuda_api import open_device
-        from runtime.cuda_kernels import KernelError, compile_kernels, nvrtc_version
+        from rfsq.runtime.backends.gpu.driver import open_device
+        from rfsq.runtime.backends.gpu.kernels import KernelError, compile_kernels, nvrtc_version
     except ImportError as error:
         raise BackendUnavailableError(
             f"the generated CUDA cannot be compiled: {error}; install cuda-python and NVRTC with: pip install '.[gpu]'"
@@ -179,7 +179,7 @@ def _only_target(backend: str) -> tuple[str, ...]:
     """This machine's GPU for a library that builds for no other; empty for one with a portable target."""
     if find_tensorrt(backend).compute_capabilities:
         return ()
-    from runtime.cuda_api import open_device
+    from rfsq.runtime.backends.gpu.driver import open_device
 
     return (open_device().compute_capability,)
 
@@ -229,8 +229,8 @@ def with_measurements(
         if backend.name not in _GPU_ENGINES:
             continue
         # Here, because it needs cuda-python, which a machine without a GPU need not have.
-        from runtime.cuda_backend import CudaBackend
-        from runtime.trt_backend import TrtBackend
+        from rfsq.runtime.backends.cuda import CudaBackend
+        from rfsq.runtime.backends.tensorrt import TrtBackend
 
         if isinstance(backend, CudaBackend):
             measured[backend.entry.file] = _validated(backend.entry, backend)

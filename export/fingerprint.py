@@ -9,8 +9,8 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from export.plan import DeployMode
-from rfsq_ref.checkpoints import Checkpoint
+from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.checkpoints import Checkpoint
 
 _SCHEME = "rfsq-fingerprint-1"
 

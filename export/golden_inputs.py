@@ -16,12 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from export.plan import AffineQuantizer, DeployMode, middle_level, plan_encoder, token_map
-from rfsq_ref.autoencoder import ActionAutoencoder
-from rfsq_ref.quantizer import Conditioning
-from rfsq_ref.rounding import token_error_bounds
-from runtime.contract import Float32Array, Float64Array
-from runtime.gates import GATES
+from rfsq.export.plan import AffineQuantizer, DeployMode, middle_level, plan_encoder, token_map
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.rfsq_ref.rounding import token_error_bounds
+from rfsq.runtime.backends.contract import Float32Array, Float64Array
+from rfsq.runtime.bundle.gates import GATES
 
 #: The relative error of one constant that has to show wherever it can.
 ERROR = 1e-4

@@ -23,11 +23,11 @@ from polygraphy.exception import PolygraphyException
 from polygraphy.logger import G_LOGGER
 
 # Before Polygraphy opens ONNX Runtime: switches its telemetry off.
-import runtime.ort_backend  # noqa: F401
-from runtime.comparison import action_errors, compare_tokens
-from runtime.gates import GATES
-from runtime.golden import Golden
-from runtime.manifest import GraphEntry, ModelEntry
+import rfsq.runtime.backends.onnxruntime  # noqa: F401
+from rfsq.runtime.bundle.comparison import action_errors, compare_tokens
+from rfsq.runtime.bundle.gates import GATES
+from rfsq.runtime.bundle.golden import Golden
+from rfsq.runtime.bundle.manifest import GraphEntry, ModelEntry
 
 _Arrays = Mapping[str, npt.NDArray[Any]]
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.plan import (
+from rfsq.export.plan import (
     Affine,
     AffineQuantizer,
     DecoderPlan,

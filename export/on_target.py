@@ -8,18 +8,33 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
-from export.batches import Profile
-from export.bundle_writer import stage_bundle
-from export.c_builder import CBuildError, find_compiler
-from export.engines import compile_cuda, compile_graphs, compile_source, find_gpu, opened_backends, with_measurements
-from export.errors import BuildInputError, EngineBuildError, ExportError, require_none
-from export.progress import StepList
-from runtime.bundle import Bundle, open_bundle
-from runtime.contract import Backend
-from runtime.errors import BackendUnavailableError
-from runtime.golden import Golden, read_golden, replay
-from runtime.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, GOLDEN_NAME, EngineEntry, Manifest, ParityEntry
-from runtime.trt_api import TENSORRT_BACKENDS, available_tensorrt
+from rfsq.export.batches import Profile
+from rfsq.export.bundle_writer import stage_bundle
+from rfsq.export.c_builder import CBuildError, find_compiler
+from rfsq.export.engines import (
+    compile_cuda,
+    compile_graphs,
+    compile_source,
+    find_gpu,
+    opened_backends,
+    with_measurements,
+)
+from rfsq.export.errors import BuildInputError, EngineBuildError, ExportError, require_none
+from rfsq.export.progress import StepList
+from rfsq.runtime.backends.contract import Backend
+from rfsq.runtime.backends.tensorrt_api import TENSORRT_BACKENDS, available_tensorrt
+from rfsq.runtime.bundle.errors import BackendUnavailableError
+from rfsq.runtime.bundle.folder import Bundle, open_bundle
+from rfsq.runtime.bundle.golden import Golden, read_golden, replay
+from rfsq.runtime.bundle.manifest import (
+    C_HEADER,
+    C_SOURCE,
+    CUDA_SOURCE,
+    GOLDEN_NAME,
+    EngineEntry,
+    Manifest,
+    ParityEntry,
+)
 
 _ENGINES = ("c", "cuda", *TENSORRT_BACKENDS)
 
@@ -163,7 +178,7 @@ def _why_no_gpu() -> str:
     """Empty where there is one."""
     # Here, because it needs cuda-python, which a machine without a GPU need not have.
     try:
-        from runtime.cuda_api import open_device
+        from rfsq.runtime.backends.gpu.driver import open_device
 
         open_device()
     except (ImportError, BackendUnavailableError) as error:

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from export.parity_data import EDGES, Section
-from export.reference import Answers, Reference
-from runtime.comparison import TokenComparison, action_errors
-from runtime.contract import Backend, Float32Array, Float64Array, Int32Array, judged
-from runtime.gates import GATES
-from runtime.golden import Golden
-from runtime.manifest import ModelEntry, ParityEntry
-from runtime.refusal import judge_refusal
+from rfsq.export.parity_data import EDGES, Section
+from rfsq.export.reference import Answers, Reference
+from rfsq.runtime.backends.contract import Backend, Float32Array, Float64Array, Int32Array, judged
+from rfsq.runtime.backends.refusal import judge_refusal
+from rfsq.runtime.bundle.comparison import TokenComparison, action_errors
+from rfsq.runtime.bundle.gates import GATES
+from rfsq.runtime.bundle.golden import Golden
+from rfsq.runtime.bundle.manifest import ModelEntry, ParityEntry
 
 #: Control steps judged at once: large enough to be fast, small enough that float64 margins stay in a few hundred MB.
 _BATCH_STEPS = 8192

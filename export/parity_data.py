@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from export.golden_inputs import sensitive_steps
-from rfsq_ref.autoencoder import ActionAutoencoder
-from rfsq_ref.rounding import token_error_bounds
+from rfsq.export.golden_inputs import sensitive_steps
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq.rfsq_ref.rounding import token_error_bounds
 
 Float32Array = npt.NDArray[np.float32]
 

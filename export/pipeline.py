@@ -12,13 +12,13 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from calibration.readout import ReadoutChoice, ReadoutConfig, held_out_warning
-from export.batches import Profile
-from export.bundle_writer import StagedBundle, stage_bundle
-from export.c_builder import find_compiler
-from export.c_source import c_tokenizer
-from export.cuda_source import cuda_tokenizer
-from export.engines import (
+from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig, held_out_warning
+from rfsq.export.batches import Profile
+from rfsq.export.bundle_writer import StagedBundle, stage_bundle
+from rfsq.export.c_builder import find_compiler
+from rfsq.export.c_source import c_tokenizer
+from rfsq.export.cuda_source import cuda_tokenizer
+from rfsq.export.engines import (
     compile_cuda,
     compile_graphs,
     compile_source,
@@ -26,13 +26,13 @@ from export.engines import (
     opened_backends,
     with_measurements,
 )
-from export.errors import BuildInputError, require_none
-from export.fingerprint import fingerprint
-from export.graph_check import check_graph, cross_check
-from export.graphs import LinearForm, decoder_graph, encoder_graph
-from export.parity import batches, failures, golden_vectors, judges_of
-from export.parity_data import Section, parity_sections
-from export.plan import (
+from rfsq.export.errors import BuildInputError, require_none
+from rfsq.export.fingerprint import fingerprint
+from rfsq.export.graph_check import check_graph, cross_check
+from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
+from rfsq.export.parity import batches, failures, golden_vectors, judges_of
+from rfsq.export.parity_data import Section, parity_sections
+from rfsq.export.plan import (
     DecoderPlan,
     DeployMode,
     EncoderPlan,
@@ -41,17 +41,18 @@ from export.plan import (
     plan_decoder,
     plan_encoder,
 )
-from export.progress import StepList, table
-from export.reference import AS_TRAINED, REFITTED, Reference
-from export.sources import choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
-from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
-from rfsq_ref.quantizer import Conditioning
-from runtime.bundle import open_bundle
-from runtime.checkpoint_layouts import HASHES_KEY, weight_hashes
-from runtime.contract import Backend
-from runtime.fidelity import Fidelity
-from runtime.golden import Golden, replay
-from runtime.manifest import (
+from rfsq.export.progress import StepList, table
+from rfsq.export.reference import AS_TRAINED, REFITTED, Reference
+from rfsq.export.sources import choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
+from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
+from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.runtime.backends.contract import Backend
+from rfsq.runtime.backends.tensorrt_api import TENSORRT_BACKENDS
+from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
+from rfsq.runtime.bundle.fidelity import Fidelity
+from rfsq.runtime.bundle.folder import open_bundle
+from rfsq.runtime.bundle.golden import Golden, replay
+from rfsq.runtime.bundle.manifest import (
     C_HEADER,
     C_SOURCE,
     CUDA_SOURCE,
@@ -62,7 +63,6 @@ from runtime.manifest import (
     ParityEntry,
     graph_tensors,
 )
-from runtime.trt_api import TENSORRT_BACKENDS
 
 #: Packages whose version can change what is built.
 _TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "polygraphy")

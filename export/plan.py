@@ -17,10 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from calibration.recovered import default_prefixes
-from export.errors import BuildInputError
-from rfsq_ref.autoencoder import ActionAutoencoder
-from rfsq_ref.quantizer import SIGMA_EPSILON, Conditioning
+from rfsq.calibration.recovered import default_prefixes
+from rfsq.export.errors import BuildInputError
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON, Conditioning
 
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]

@@ -11,14 +11,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from export.plan import DeployMode
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.rounding import token_error_bounds
-from runtime.comparison import TokenComparison, compare_followed
-from runtime.contract import Float32Array, Float64Array, Int32Array
-from runtime.fidelity import Fidelity, fidelity
-from runtime.gates import GATES
-from runtime.golden import Golden
+from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.rounding import token_error_bounds
+from rfsq.runtime.backends.contract import Float32Array, Float64Array, Int32Array
+from rfsq.runtime.bundle.comparison import TokenComparison, compare_followed
+from rfsq.runtime.bundle.fidelity import Fidelity, fidelity
+from rfsq.runtime.bundle.gates import GATES
+from rfsq.runtime.bundle.golden import Golden
 
 #: What an action error is of, without a quantiser.
 AS_TRAINED, REFITTED = "autoencoder as trained, no quantiser", "readout refitted, no quantiser"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from export.errors import BuildInputError
-from export.plan import DecoderPlan
-from runtime.manifest import SIZE_LIMITS
+from rfsq.export.errors import BuildInputError
+from rfsq.export.plan import DecoderPlan
+from rfsq.runtime.bundle.manifest import SIZE_LIMITS
 
 _NUMBERS_A_LINE = 6
 _MOST_LEVELS = SIZE_LIMITS["num_levels"][1]

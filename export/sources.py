@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from calibration.constants import CalibrationConfig
-from calibration.data import (
+from rfsq.calibration.constants import CalibrationConfig
+from rfsq.calibration.data import (
     Selection,
     calibration_dataset,
     data_warnings,
@@ -20,19 +20,19 @@ from calibration.data import (
     reference_latents,
     selection_of,
 )
-from calibration.fit import calibrate, recover
-from calibration.readout import DEFAULT_READOUT, ReadoutConfig
-from calibration.recovered import RecoveredConfig
-from export.plan import DeployMode
-from rfsq_ref.checkpoints import Checkpoint, load_checkpoint
-from rfsq_ref.data import ActionDataset
-from rfsq_ref.errors import CheckpointError
-from rfsq_ref.normaliser import read_normaliser
-from rfsq_ref.quantizer import Conditioning
-from runtime.contract import Float32Array
-from runtime.fidelity import Fidelity
-from runtime.manifest import QualityEntry
-from runtime.paths import counted
+from rfsq.calibration.fit import calibrate, recover
+from rfsq.calibration.readout import DEFAULT_READOUT, ReadoutConfig
+from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.checkpoints import Checkpoint, load_checkpoint
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.rfsq_ref.errors import CheckpointError
+from rfsq.rfsq_ref.normaliser import read_normaliser
+from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.runtime.backends.contract import Float32Array
+from rfsq.runtime.bundle.fidelity import Fidelity
+from rfsq.runtime.bundle.manifest import QualityEntry
+from rfsq.runtime.bundle.paths import counted
 
 #: Held-out steps that the gates look at; more are drawn around them and at random.
 _MOST_HELD_OUT = 20_000

@@ -20,10 +20,9 @@ from typing import Any, Literal
 
 import onnx
 
-from export.batches import Profile
-from export.errors import EngineBuildError
-from runtime.errors import BackendUnavailableError
-from runtime.trt_api import (
+from rfsq.export.batches import Profile
+from rfsq.export.errors import EngineBuildError
+from rfsq.runtime.backends.tensorrt_api import (
     EngineDescription,
     EngineRefusedError,
     EngineTensor,
@@ -33,6 +32,7 @@ from runtime.trt_api import (
     find_tensorrt,
     read_engine,
 )
+from rfsq.runtime.bundle.errors import BackendUnavailableError
 
 # The name under which Polygraphy looks for TensorRT-RTX, whatever the installed package is called.
 _POLYGRAPHY_RTX_MODULE = "tensorrt_rtx"

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from rfsq_ref.errors import NotDecodableError, SettingsError
-from rfsq_ref.normaliser import Normaliser
-from rfsq_ref.quantizer import DYNAMIC_NEEDS_STATS, Conditioning, ConditioningConstants, ResidualQuantizer
-from runtime.manifest import SIZE_LIMITS
-from runtime.paths import shown
+from rfsq.rfsq_ref.errors import NotDecodableError, SettingsError
+from rfsq.rfsq_ref.normaliser import Normaliser
+from rfsq.rfsq_ref.quantizer import DYNAMIC_NEEDS_STATS, Conditioning, ConditioningConstants, ResidualQuantizer
+from rfsq.runtime.bundle.manifest import SIZE_LIMITS
+from rfsq.runtime.bundle.paths import shown
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class RecoveredDecoder:
 
 @dataclass(frozen=True)
 class Readout:
-    """The decoder's last layer, refitted to latents of the `calibrated` conditioning (calibration.readout).
+    """The decoder's last layer, refitted to latents of the `calibrated` conditioning (rfsq.calibration.readout).
 
     weight: float32 [A, hidden_width]; bias: float32 [A].
     """

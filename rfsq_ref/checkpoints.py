@@ -14,11 +14,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, Readout, RecoveredDecoder
-from rfsq_ref.errors import CheckpointError
-from rfsq_ref.files import replacing
-from rfsq_ref.normaliser import Normaliser, normaliser_from_json
-from rfsq_ref.published_checkpoints import (
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, Readout, RecoveredDecoder
+from rfsq.rfsq_ref.errors import CheckpointError
+from rfsq.rfsq_ref.files import replacing
+from rfsq.rfsq_ref.normaliser import Normaliser, normaliser_from_json
+from rfsq.rfsq_ref.published_checkpoints import (
     check_agreement,
     published_model,
     read_torch,
@@ -26,10 +26,10 @@ from rfsq_ref.published_checkpoints import (
     take,
     take_weights,
 )
-from rfsq_ref.quantizer import Conditioning, ConditioningConstants
-from rfsq_ref.tensor_files import hash_tensors, load_safetensors
-from runtime.paths import as_path, shown
-from runtime.reading import UnfitFileError, parse_json, read_file
+from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
+from rfsq.runtime.bundle.paths import as_path, shown
+from rfsq.runtime.bundle.reading import UnfitFileError, parse_json, read_file
 
 FORMAT = "rfsq-checkpoint"
 FORMAT_VERSION = 1

@@ -12,11 +12,11 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from runtime.console import explain_missing_packages
+    from rfsq.runtime.bundle.console import explain_missing_packages
 
     explain_missing_packages()
 
-from evidence.report import main
+from rfsq.evidence.report import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rfsq_ref.data_files import read_episodes
-from rfsq_ref.errors import DataError
-from runtime.dataset_errors import DatasetError
-from runtime.paths import as_path, counted
+from rfsq.rfsq_ref.data_files import read_episodes
+from rfsq.rfsq_ref.errors import DataError
+from rfsq.runtime.bundle.paths import as_path, counted
+from rfsq.runtime.datasets.errors import DatasetError
 
 FloatArray = npt.NDArray[np.float32]
 _AnyArray = npt.NDArray[Any]

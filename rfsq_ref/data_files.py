@@ -1,7 +1,8 @@
 """Files of robot actions, read whole: .npz and .npy, .pt, HDF5, LeRobot v2 and v3.
 
-What a file holds is found and refused as runtime/dataset_sources.py does it, which reads the same files in slices. Here
-rows may also come in any order, and episodes have tasks. Everything but numpy is imported only when a file needs it.
+What a file holds is found and refused as runtime/datasets/sources.py does it, which reads the same files in slices.
+Here rows may also come in any order, and episodes have tasks. Everything but numpy is imported only when a file needs
+it.
 """
 
 import json
@@ -15,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from runtime.array_layouts import (
+from rfsq.runtime.bundle.paths import shortlist
+from rfsq.runtime.datasets.array_layouts import (
     NUMBERS_NAME,
     Described,
     are_comparable,
@@ -26,9 +28,11 @@ from runtime.array_layouts import (
     require_integers,
     stated_starts,
 )
-from runtime.dataset_errors import SourceError
-from runtime.dataset_hdf5 import HDF5_KIND, HDF5_MAGIC, HDF5_SUFFIXES, hdf5_files
-from runtime.dataset_lerobot import (
+from rfsq.runtime.datasets.errors import SourceError
+from rfsq.runtime.datasets.hdf5 import HDF5_KIND, HDF5_MAGIC, HDF5_SUFFIXES, hdf5_files
+from rfsq.runtime.datasets.hdf5_layouts import find_episodes
+from rfsq.runtime.datasets.hdf5_storage import follow
+from rfsq.runtime.datasets.lerobot import (
     PARQUET_KIND,
     PARQUET_MAGIC,
     as_integers,
@@ -36,11 +40,8 @@ from runtime.dataset_lerobot import (
     parquet_files,
     stated_episodes,
 )
-from runtime.dataset_npz import npz_arrays
-from runtime.dataset_steps import Int64Array, as_int64, is_hidden, opened, optional
-from runtime.hdf5_layouts import find_episodes
-from runtime.hdf5_storage import follow
-from runtime.paths import shortlist
+from rfsq.runtime.datasets.npz import npz_arrays
+from rfsq.runtime.datasets.steps import Int64Array, as_int64, is_hidden, opened, optional
 
 _AnyArray = npt.NDArray[Any]
 #: Whoever reads whole files calibrates or trains with them: a robot reads in slices.
@@ -101,7 +102,7 @@ def _read_npz(path: Path, key: str | None) -> list[Episode]:
 def _read_pt(path: Path, key: str | None) -> list[Episode]:
     torch = _optional("torch")
     # Not above: few formats need torch.
-    from rfsq_ref.tensor_files import load_torch
+    from rfsq.rfsq_ref.tensor_files import load_torch
 
     def array(tensor: Any) -> _AnyArray:
         tensor = tensor.detach()

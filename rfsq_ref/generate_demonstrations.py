@@ -13,7 +13,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from runtime.console import explain_missing_packages
+    from rfsq.runtime.bundle.console import explain_missing_packages
 
     explain_missing_packages()
 
@@ -33,10 +33,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rfsq_ref.errors import OutputError, SettingsError, UnusableError
-from rfsq_ref.experts import ACTION_DIM, EXPERTS, POSITION_UNIT, ROTATION_UNIT
-from runtime.console import path_argument
-from runtime.paths import refuse_existing
+from rfsq.rfsq_ref.errors import OutputError, SettingsError, UnusableError
+from rfsq.rfsq_ref.experts import ACTION_DIM, EXPERTS, POSITION_UNIT, ROTATION_UNIT
+from rfsq.runtime.bundle.console import path_argument
+from rfsq.runtime.bundle.paths import refuse_existing
 
 GENERATOR_VERSION = 1
 CONTROL_FREQUENCY = 20

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rfsq_ref.errors import DataError
-from runtime.paths import as_path, shortlist, shown
-from runtime.reading import read_json
+from rfsq.rfsq_ref.errors import DataError
+from rfsq.runtime.bundle.paths import as_path, shortlist, shown
+from rfsq.runtime.bundle.reading import read_json
 
 
 class NormaliserKind(StrEnum):

@@ -17,14 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfsq_ref.autoencoder import ModelConfig
-from rfsq_ref.errors import CheckpointError, SettingsError
-from rfsq_ref.left_statistics import left_statistics
-from rfsq_ref.quantizer import Conditioning
-from rfsq_ref.tensor_files import DamagedFileError, load_torch
-from runtime.checkpoint_layouts import WEIGHTS_KEY
-from runtime.checkpoint_states import DEFAULTS, FoundState, find_gridless, find_states, is_average, is_tensor_name
-from runtime.paths import shortlist, shown
+from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.rfsq_ref.errors import CheckpointError, SettingsError
+from rfsq.rfsq_ref.left_statistics import left_statistics
+from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.rfsq_ref.tensor_files import DamagedFileError, load_torch
+from rfsq.runtime.bundle.checkpoint_layouts import WEIGHTS_KEY
+from rfsq.runtime.bundle.paths import shortlist, shown
+from rfsq.runtime.policy.checkpoint_states import (
+    DEFAULTS,
+    FoundState,
+    find_gridless,
+    find_states,
+    is_average,
+    is_tensor_name,
+)
 
 _WEIGHTS = tuple(
     f"{part}.{index}.{kind}" for part in ("encoder", "decoder") for index in (0, 2) for kind in ("weight", "bias")

@@ -10,7 +10,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
-from rfsq_ref.errors import NotDecodableError, SettingsError
+from rfsq.rfsq_ref.errors import NotDecodableError, SettingsError
 
 #: Added to the unbiased standard deviation of a step's latents, as in the published model.
 SIGMA_EPSILON = 1e-5

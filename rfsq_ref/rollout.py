@@ -13,19 +13,19 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from runtime.console import explain_missing_packages
+    from rfsq.runtime.bundle.console import explain_missing_packages
 
     explain_missing_packages()
 
 import argparse
 from collections.abc import Sequence
 
-from evidence.rollout_files import report_files, write_report
-from evidence.rollouts import RolloutConfig, run_rollouts
-from evidence.simulation import TASKS
-from rfsq_ref.errors import OutputError, UnusableError
-from runtime.console import path_argument
-from runtime.paths import refuse_existing
+from rfsq.evidence.rollout_files import report_files, write_report
+from rfsq.evidence.rollouts import RolloutConfig, run_rollouts
+from rfsq.evidence.simulation import TASKS
+from rfsq.rfsq_ref.errors import OutputError, UnusableError
+from rfsq.runtime.bundle.console import path_argument
+from rfsq.runtime.bundle.paths import refuse_existing
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from rfsq_ref.autoencoder import ActionAutoencoder
-from rfsq_ref.quantizer import SIGMA_EPSILON, Conditioning, ResidualQuantizer
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON, Conditioning, ResidualQuantizer
 
 #: Unit roundoff of float32.
 UNIT = 2.0**-24

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from runtime.reading import parse_json
+from rfsq.runtime.bundle.reading import parse_json
 
 _ARCHIVE = b"PK\x03\x04"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from runtime.console import explain_missing_packages
+    from rfsq.runtime.bundle.console import explain_missing_packages
 
     explain_missing_packages()
 
@@ -42,16 +42,16 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
-from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq_ref.checkpoints import SUFFIX, Checkpoint, check_output, checkpoint_of, save_checkpoint
-from rfsq_ref.data import ActionDataset, FloatArray, load_actions, load_demonstrations, split_episodes
-from rfsq_ref.errors import CheckpointError, DataError, OutputError, SettingsError, TrainingError, UnusableError
-from rfsq_ref.files import replacing
-from rfsq_ref.normaliser import NormaliserKind, fit_normaliser
-from rfsq_ref.quantizer import Conditioning
-from runtime.console import path_argument
-from runtime.paths import as_path, counted, refuse_existing
-from runtime.reading import read_file
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
+from rfsq.rfsq_ref.checkpoints import SUFFIX, Checkpoint, check_output, checkpoint_of, save_checkpoint
+from rfsq.rfsq_ref.data import ActionDataset, FloatArray, load_actions, load_demonstrations, split_episodes
+from rfsq.rfsq_ref.errors import CheckpointError, DataError, OutputError, SettingsError, TrainingError, UnusableError
+from rfsq.rfsq_ref.files import replacing
+from rfsq.rfsq_ref.normaliser import NormaliserKind, fit_normaliser
+from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.runtime.bundle.console import path_argument
+from rfsq.runtime.bundle.paths import as_path, counted, refuse_existing
+from rfsq.runtime.bundle.reading import read_file
 
 HISTORY_FORMAT = "rfsq-training-history"
 HISTORY_VERSION = 1

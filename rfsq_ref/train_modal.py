@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import modal
 
-from rfsq_ref.checkpoints import SUFFIX, check_output
-from rfsq_ref.data import load_actions, load_demonstrations
-from rfsq_ref.errors import CheckpointError, OutputError
-from rfsq_ref.train import (
+from rfsq.rfsq_ref.checkpoints import SUFFIX, check_output
+from rfsq.rfsq_ref.data import load_actions, load_demonstrations
+from rfsq.rfsq_ref.errors import CheckpointError, OutputError
+from rfsq.rfsq_ref.train import (
     TrainConfig,
     chosen_normaliser,
     describe,
@@ -33,7 +33,7 @@ from rfsq_ref.train import (
     save_result,
     train,
 )
-from runtime.paths import refuse_existing
+from rfsq.runtime.bundle.paths import refuse_existing
 
 VOLUME_NAME = "rfsq-training"
 #: Where the container sees the volume.

@@ -1,26 +1,37 @@
-"""What runs on the robot: numpy plus the one backend in use."""
+"""What runs on the robot: numpy plus the one backend in use.
 
-from runtime.compatibility import require_compatible
-from runtime.control_config import ControlConfig, Status
-from runtime.control_decoder import ControlDecoder
-from runtime.control_errors import ControlConfigError, ControlFaultError, RealtimeRefusedError, WrongThreadError
-from runtime.control_realtime import RealtimeConfig, Watchdog, apply_realtime
-from runtime.control_result import ControlResult
-from runtime.errors import (
-    BackendUnavailableError,
-    BundleError,
-    CannotCopyError,
-    FingerprintError,
-    IncompatibleTokensError,
-    InferenceError,
-    InvalidInputError,
-    MalformedIdsError,
-    SelfTestError,
-    TokenizerError,
-    UnbuiltPrefixError,
-)
-from runtime.token_ids import PartialTokens, TokenVocabulary
-from runtime.tokenizer import ActionTokenizer
+Installed it is `rfsq.runtime`; in a checkout, and where this folder was copied to, `runtime`. Each name below is loaded
+when it is first used.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .bundle.compatibility import require_compatible
+    from .bundle.errors import (
+        BackendUnavailableError,
+        BundleError,
+        CannotCopyError,
+        FingerprintError,
+        IncompatibleTokensError,
+        InferenceError,
+        InvalidInputError,
+        MalformedIdsError,
+        SelfTestError,
+        TokenizerError,
+        UnbuiltPrefixError,
+    )
+    from .control.config import ControlConfig, Status
+    from .control.decoder import ControlDecoder
+    from .control.errors import ControlConfigError, ControlFaultError, RealtimeRefusedError, WrongThreadError
+    from .control.realtime import RealtimeConfig, Watchdog, apply_realtime
+    from .control.result import ControlResult
+    from .policy.vocabulary import PartialTokens, TokenVocabulary
+    from .tokenizer import ActionTokenizer
 
 __all__ = [
     "ActionTokenizer",
@@ -50,3 +61,51 @@ __all__ = [
     "apply_realtime",
     "require_compatible",
 ]
+
+#: Name to its module.
+_MODULES = {
+    "ActionTokenizer": "tokenizer",
+    "BackendUnavailableError": "bundle.errors",
+    "BundleError": "bundle.errors",
+    "CannotCopyError": "bundle.errors",
+    "ControlConfig": "control.config",
+    "ControlConfigError": "control.errors",
+    "ControlDecoder": "control.decoder",
+    "ControlFaultError": "control.errors",
+    "ControlResult": "control.result",
+    "FingerprintError": "bundle.errors",
+    "IncompatibleTokensError": "bundle.errors",
+    "InferenceError": "bundle.errors",
+    "InvalidInputError": "bundle.errors",
+    "MalformedIdsError": "bundle.errors",
+    "PartialTokens": "policy.vocabulary",
+    "RealtimeConfig": "control.realtime",
+    "RealtimeRefusedError": "control.errors",
+    "SelfTestError": "bundle.errors",
+    "Status": "control.config",
+    "TokenVocabulary": "policy.vocabulary",
+    "TokenizerError": "bundle.errors",
+    "UnbuiltPrefixError": "bundle.errors",
+    "Watchdog": "control.realtime",
+    "WrongThreadError": "control.errors",
+    "apply_realtime": "control.realtime",
+    "require_compatible": "bundle.compatibility",
+}
+#: The same code under another name would have classes and errors of its own.
+_OTHER = "runtime" if __name__ == "rfsq.runtime" else "rfsq.runtime"
+if set(__all__) <= set(getattr(sys.modules.get(_OTHER), "__all__", ())):
+    raise ImportError(
+        f"{_OTHER} is imported already, and is the same code as {__name__}: use one of the two names everywhere"
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

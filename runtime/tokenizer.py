@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 import numpy as np
 
-from runtime.backends import GPU_BACKENDS, select_backend
-from runtime.bundle import open_bundle
-from runtime.compatibility import INTEGRATION_PATHS, matches_fingerprint
-from runtime.contract import MOST_CHUNKS, Backend, BoundCall, Float32Array, GpuArrayLike, Int32Array
-from runtime.errors import CannotCopyError, FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
-from runtime.fidelity import Grade
-from runtime.golden import Golden, read_golden
-from runtime.manifest import GOLDEN_NAME, Manifest, ModelEntry
-from runtime.validation import InputValidator, is_gpu_array
+from .backends.contract import MOST_CHUNKS, Backend, BoundCall, Float32Array, GpuArrayLike, Int32Array
+from .backends.registry import GPU_BACKENDS, select_backend
+from .bundle.compatibility import INTEGRATION_PATHS, matches_fingerprint
+from .bundle.errors import CannotCopyError, FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
+from .bundle.fidelity import Grade
+from .bundle.folder import open_bundle
+from .bundle.golden import Golden, read_golden
+from .bundle.manifest import GOLDEN_NAME, Manifest, ModelEntry
+from .bundle.validation import InputValidator, is_gpu_array
 
 if TYPE_CHECKING:
-    from runtime.gpu_arrays import GpuResult
-    from runtime.gpu_calls import GpuCalls
+    from .backends.gpu.arrays import GpuResult
+    from .backends.gpu.calls import GpuCalls
 
 _LOG = logging.getLogger(__name__)
 
@@ -328,7 +328,7 @@ class ActionTokenizer:
                     f"the bundle with one of {', '.join(GPU_BACKENDS)}, or pass numpy arrays"
                 )
             # Here, because they need cuda-python.
-            from runtime.gpu_calls import GpuCalls, TakesGpuArrays
+            from .backends.gpu.calls import GpuCalls, TakesGpuArrays
 
             self._gpu_calls = GpuCalls(self.model, cast(TakesGpuArrays, self._backend))
         return self._gpu_calls

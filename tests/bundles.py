@@ -11,21 +11,29 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export.bundle_writer import stage_bundle
-from export.c_builder import compile_c
-from export.c_source import CTokenizer, c_tokenizer
-from export.cuda_flags import CUDA_FLAGS
-from export.cuda_source import cuda_tokenizer
-from export.graphs import LinearForm, decoder_graph, encoder_graph
-from export.plan import DecoderPlan, DeployMode, EncoderPlan, action_limit, choose_prefixes, plan_decoder, plan_encoder
-from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
-from rfsq_ref.normaliser import Normaliser, NormaliserKind
-from rfsq_ref.quantizer import Conditioning, ConditioningConstants
-from rfsq_ref.rounding import token_error_bounds
-from runtime.fidelity import fidelity
-from runtime.gates import highest_limit, missing_gates, promised_refusal
-from runtime.golden import Golden
-from runtime.manifest import (
+from rfsq.export.bundle_writer import stage_bundle
+from rfsq.export.c_builder import compile_c
+from rfsq.export.c_source import CTokenizer, c_tokenizer
+from rfsq.export.cuda_flags import CUDA_FLAGS
+from rfsq.export.cuda_source import cuda_tokenizer
+from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
+from rfsq.export.plan import (
+    DecoderPlan,
+    DeployMode,
+    EncoderPlan,
+    action_limit,
+    choose_prefixes,
+    plan_decoder,
+    plan_encoder,
+)
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
+from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from rfsq.rfsq_ref.rounding import token_error_bounds
+from rfsq.runtime.bundle.fidelity import fidelity
+from rfsq.runtime.bundle.gates import highest_limit, missing_gates, promised_refusal
+from rfsq.runtime.bundle.golden import Golden
+from rfsq.runtime.bundle.manifest import (
     C_HEADER,
     C_SOURCE,
     CUDA_SOURCE,
@@ -338,7 +346,7 @@ def generate_cuda(deployed: Deployed) -> str:
 
 def compile_cuda(source: str, compute_capability: str) -> bytes:
     """Needs NVRTC, but no GPU."""
-    from runtime.cuda_kernels import compile_kernels
+    from rfsq.runtime.backends.gpu.kernels import compile_kernels
 
     return compile_kernels(source, "rfsq_tokenizer.cu", compute_capability, CUDA_FLAGS)
 

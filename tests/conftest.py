@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
-from rfsq_ref.data import ActionDataset, EpisodeSplit, load_demonstrations, split_episodes
+from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
+from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit, load_demonstrations, split_episodes
 
 HERE = Path(__file__).parent
 # Small matrices: more threads only wait for each other, and for whatever else runs. In processes that tests start, too.
@@ -38,11 +38,12 @@ SLOW = frozenset(
         "export/test_far_from_zero.py", "export/test_golden_inputs.py", "export/test_on_target.py",
         "export/test_same_bytes.py", "rfsq_ref/test_generate_demonstrations.py", "rfsq_ref/test_rollout.py",
         "rfsq_ref/test_rounding.py", "rfsq_ref/test_train.py", "rfsq_ref/test_train_modal.py",
-        "runtime/test_bench.py", "runtime/test_control_campaign.py", "runtime/test_control_replay.py",
-        "runtime/test_control_soak.py", "runtime/test_control_state_machine.py", "runtime/test_dataset_faults.py",
-        "runtime/test_dataset_ray.py", "runtime/test_dataset_resume.py", "runtime/test_policies.py",
-        "runtime/test_policy_libraries.py", "runtime/test_refusal.py", "runtime/test_scripts.py",
-        "runtime/test_tokenize_dataset.py",
+        "runtime/benchmark/test_bench.py", "runtime/qualification/test_campaign.py",
+        "runtime/qualification/test_replay.py", "runtime/qualification/test_soak.py",
+        "runtime/control/test_state_machine.py", "runtime/datasets/test_faults.py",
+        "runtime/datasets/test_ray.py", "runtime/datasets/test_resume.py", "runtime/policy/test_policies.py",
+        "runtime/policy/test_libraries.py", "runtime/backends/test_refusal.py", "runtime/test_scripts.py",
+        "runtime/datasets/test_tokenize.py",
     }
 )  # fmt: skip
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from export.plan import DeployMode
-from rfsq_ref.autoencoder import ModelConfig
+from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.autoencoder import ModelConfig
 from tests.bundles import Recipe
 
 

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from calibration import fit, study
-from evidence import report
-from export import build_engine
-from rfsq_ref import generate_demonstrations, rollout, train
-from runtime import bench
-from runtime.console import EXTRAS
-from runtime.errors import OutputExistsError
-from runtime.paths import refuse_existing, shortlist
+from rfsq.calibration import fit, study
+from rfsq.evidence import report
+from rfsq.export import build_engine
+from rfsq.rfsq_ref import generate_demonstrations, rollout, train
+from rfsq.runtime.benchmark import command as bench
+from rfsq.runtime.bundle.console import EXTRAS
+from rfsq.runtime.bundle.errors import OutputExistsError
+from rfsq.runtime.bundle.paths import refuse_existing, shortlist
 from tests.bundles import Recipe, write_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +44,7 @@ hidden = {hidden!r}
 class Finder:
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] in hidden:
+        if name in hidden:
             return None
         return importlib.machinery.PathFinder.find_spec(name, path, target)
 sys.meta_path[:] = [
@@ -72,7 +72,7 @@ def run_without(
 
 def scripts() -> list[Path]:
     """Every file that a person runs."""
-    rooms = ("rfsq_ref", "calibration", "evidence", "export", "runtime", "examples")
+    rooms = ("rfsq_ref", "calibration", "evidence", "export", "examples")
     found = [path for room in rooms for path in sorted((ROOT / room).glob("*.py"))]
     return [path for path in found if path.read_text().startswith("#!")]
 
@@ -143,7 +143,7 @@ def test_data_whose_package_is_missing_are_no_verdict(
 
 @pytest.mark.slow
 def test_an_engine_is_added_on_a_robot_that_has_numpy_alone(bundle: Path, tmp_path: Path) -> None:
-    hidden = (*OPTIONAL, "rfsq_ref", "calibration", "evidence")
+    hidden = (*OPTIONAL, "rfsq.rfsq_ref", "rfsq.calibration", "rfsq.evidence")
     done = run_without(hidden, tmp_path, "export/build_engine.py", "--from-bundle", bundle, "--backends", "c")
     assert done.returncode == 0, done.stderr
     assert run_without(hidden, tmp_path, "runtime/selftest.py", bundle, "--backend", "c").returncode == 0
@@ -160,7 +160,7 @@ def test_a_training_without_matplotlib_keeps_its_model(
 
 
 def test_a_module_of_ours_that_is_missing_is_a_bug(tmp_path: Path) -> None:
-    done = run_without(("calibration",), tmp_path, "evidence/documents.py")
+    done = run_without(("rfsq.calibration",), tmp_path, "evidence/documents.py")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
 
@@ -171,8 +171,8 @@ def test_every_script_explains_what_is_missing() -> None:
         for path in scripts()
         if not re.search(r"^    (explain_missing_packages|prepare_console)\(\)", path.read_text(), re.MULTILINE)
     ]
-    # Started by another script alone, which reads what they say.
-    assert silent == ["bench_peers.py", "bench_first_result.py"]
+    # Started by another script alone, which reads what it says.
+    assert silent == ["bench_peers.py"]
 
 
 def test_what_a_message_advises_to_install_brings_the_package() -> None:
@@ -216,7 +216,7 @@ def test_a_bug_does_not_pass_for_a_fault_of_the_input(
 
 
 def test_a_bug_in_the_settings_of_a_build_is_no_fault_of_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("export.pipeline.BuildConfig", broken)
+    monkeypatch.setattr("rfsq.export.pipeline.BuildConfig", broken)
     with pytest.raises(ValueError, match="a bug"):
         build_engine.main([])
 
@@ -327,7 +327,7 @@ def test_a_document_names_no_fingerprint_for_the_next_fit_gives_another(path: Pa
 
 def test_every_bar_is_for_a_terminal_alone() -> None:
     """In a log file each step of one is a line of its own."""
-    rooms = ("rfsq_ref", "calibration", "evidence", "export", "runtime", "examples")
+    rooms = ("rfsq_ref", "calibration", "evidence", "export", "examples")
     found = []
     for path in (path for room in rooms for path in (ROOT / room).glob("*.py")):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from calibration.constants import fit_constants
-from calibration.data import reference_actions
-from calibration.recovered import RecoveredConfig, fit_recovered
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import EpisodeSplit
+from rfsq.calibration.constants import fit_constants
+from rfsq.calibration.data import reference_actions
+from rfsq.calibration.recovered import RecoveredConfig, fit_recovered
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import EpisodeSplit
 
 
 @pytest.fixture(scope="session")

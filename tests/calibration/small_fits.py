@@ -7,9 +7,9 @@ from functools import cache, cached_property
 import numpy as np
 import numpy.typing as npt
 
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset
-from rfsq_ref.train import TrainConfig, suggested_normaliser, train
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.rfsq_ref.train import TrainConfig, suggested_normaliser, train
 
 Array = npt.NDArray[np.float64]
 _TRAINING_EPISODES, _HELD_OUT_EPISODES = 12, 12

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibration.constants import (
+from rfsq.calibration.constants import (
     NOISE_FACTOR,
     CalibrationConfig,
     Granularity,
@@ -23,13 +23,13 @@ from calibration.constants import (
     worst_case_errors,
     worst_case_residuals,
 )
-from calibration.data import reference_actions, reference_latents
-from calibration.errors import CalibrationError
-from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq_ref.checkpoints import Checkpoint, checkpoint_of
-from rfsq_ref.data import ActionDataset, EpisodeSplit
-from rfsq_ref.errors import DataError
-from rfsq_ref.quantizer import Conditioning, ConditioningConstants, ResidualQuantizer
+from rfsq.calibration.data import reference_actions, reference_latents
+from rfsq.calibration.errors import CalibrationError
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
+from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of
+from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit
+from rfsq.rfsq_ref.errors import DataError
+from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants, ResidualQuantizer
 
 Float64 = npt.NDArray[np.float64]
 #: A worst case at which the fit follows the data and nothing else.

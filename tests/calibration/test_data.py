@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.data import (
+from rfsq.calibration.data import (
     FEW_STEPS,
     Selection,
     calibration_dataset,
@@ -16,9 +16,9 @@ from calibration.data import (
     judging_episodes,
     selection_of,
 )
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset, EpisodeSplit
-from rfsq_ref.errors import DataError
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit
+from rfsq.rfsq_ref.errors import DataError
 
 
 def episode_hashes(dataset: ActionDataset) -> set[bytes]:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from calibration.constants import worst_case_errors
-from calibration.data import Selection
-from calibration.fit import main
-from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq_ref.checkpoints import (
+from rfsq.calibration.constants import worst_case_errors
+from rfsq.calibration.data import Selection
+from rfsq.calibration.fit import main
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
+from rfsq.rfsq_ref.checkpoints import (
     NAIVE_CHECKPOINT,
     ROBUST_CHECKPOINT,
     Checkpoint,
@@ -24,10 +24,10 @@ from rfsq_ref.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from rfsq_ref.data import ActionDataset
-from rfsq_ref.quantizer import Conditioning
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.rfsq_ref.quantizer import Conditioning
 from tests.rfsq_ref.published_model import ActionRFSQAE
-from tests.runtime.dataset_samples import write_robomimic
+from tests.runtime.datasets.samples import write_robomimic
 
 ROOT = Path(__file__).parents[2]
 
@@ -50,7 +50,7 @@ def save_actions(path: Path, episodes: int = 4, steps: int = 60, action_dim: int
 @pytest.fixture
 def blank_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the report takes several times as long as the fit that it is about."""
-    monkeypatch.setattr("calibration.report.draw_report", lambda _: Figure(figsize=(1, 1)))
+    monkeypatch.setattr("rfsq.calibration.report.draw_report", lambda _: Figure(figsize=(1, 1)))
 
 
 has_blank_picture = pytest.mark.usefixtures("blank_picture")

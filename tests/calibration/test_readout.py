@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibration import readout as module
-from calibration.constants import CalibrationConfig
-from calibration.data import is_certain_gain
-from calibration.errors import CalibrationError
-from calibration.fit import calibrate
-from calibration.readout import (
+from rfsq.calibration import readout as module
+from rfsq.calibration.constants import CalibrationConfig
+from rfsq.calibration.data import is_certain_gain
+from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.fit import calibrate
+from rfsq.calibration.readout import (
     DEFAULT_READOUT,
     READOUT_OFF,
     RIDGES,
@@ -23,11 +23,11 @@ from calibration.readout import (
     fit_readout,
     held_out_warning,
 )
-from rfsq_ref.autoencoder import ModelConfig
-from rfsq_ref.checkpoints import Checkpoint, checkpoint_of
-from rfsq_ref.data import ActionDataset, EpisodeSplit, split_episodes
-from rfsq_ref.errors import DataError
-from rfsq_ref.quantizer import Conditioning
+from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of
+from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit, split_episodes
+from rfsq.rfsq_ref.errors import DataError
+from rfsq.rfsq_ref.quantizer import Conditioning
 from tests.rfsq_ref.models import make_model
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from calibration.errors import CalibrationError
-from calibration.recovered import (
+from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.recovered import (
     RecoveredConfig,
     Target,
     Weighting,
@@ -20,11 +20,11 @@ from calibration.recovered import (
     fit_recovered_details,
     regress,
 )
-from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq_ref.checkpoints import Checkpoint, checkpoint_of
-from rfsq_ref.data import ActionDataset, EpisodeSplit
-from rfsq_ref.errors import DataError
-from rfsq_ref.quantizer import Conditioning, published_dequantize
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
+from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of
+from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit
+from rfsq.rfsq_ref.errors import DataError
+from rfsq.rfsq_ref.quantizer import Conditioning, published_dequantize
 
 NUM_LEVELS = 7
 #: Given, so that the fit is that of the formulas; what cross-validation makes of it is tested with small fits.

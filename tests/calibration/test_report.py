@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.constants import worst_case_errors
-from calibration.errors import CalibrationError
-from calibration.recovered import RecoveredConfig, fit_recovered
-from calibration.report import (
+from rfsq.calibration.constants import worst_case_errors
+from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.recovered import RecoveredConfig, fit_recovered
+from rfsq.calibration.report import (
     CalibrationReport,
     format_report,
     recovered_latent_reach,
@@ -22,11 +22,11 @@ from calibration.report import (
     report_to_json,
     write_report,
 )
-from rfsq_ref.autoencoder import RecoveredDecoder
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import EpisodeSplit
-from rfsq_ref.errors import CheckpointError
-from rfsq_ref.quantizer import Conditioning
+from rfsq.rfsq_ref.autoencoder import RecoveredDecoder
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import EpisodeSplit
+from rfsq.rfsq_ref.errors import CheckpointError
+from rfsq.rfsq_ref.quantizer import Conditioning
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from calibration.constants import CalibrationConfig, constants_of_latents, fit_constants
-from calibration.data import reference_actions
-from calibration.readout import ReadoutFit, fit_readout
-from calibration.recovered import default_prefixes, fit_recovered
-from rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.quantizer import Conditioning
+from rfsq.calibration.constants import CalibrationConfig, constants_of_latents, fit_constants
+from rfsq.calibration.data import reference_actions
+from rfsq.calibration.readout import ReadoutFit, fit_readout
+from rfsq.calibration.recovered import default_prefixes, fit_recovered
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.quantizer import Conditioning
 from tests.calibration.small_fits import SmallFit, small_fit
 
 #: As many as were judged: a fault in the choice shows in a few of them alone.

@@ -14,22 +14,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration import constants
-from calibration import study as module
-from calibration.constants import CalibrationConfig, fit_constants
-from calibration.data import calibration_episodes, judging_episodes, reference_actions
-from calibration.errors import CalibrationError
-from calibration.fit import calibrate
-from calibration.readout import DEFAULT_READOUT, READOUT_OFF, ReadoutChoice, ReadoutConfig, fit_readout
-from calibration.report import CalibrationReport, report_calibrated
-from calibration.study import main, study
-from calibration.study_report import draw_study, format_study, markdown, titles
-from calibration.study_result import Spread, StudyResult, result_from_json, result_to_json, spread
-from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq_ref.checkpoints import Checkpoint, checkpoint_of, save_checkpoint
-from rfsq_ref.data import ActionDataset
-from rfsq_ref.errors import DataError
-from rfsq_ref.quantizer import Conditioning
+from rfsq.calibration import constants
+from rfsq.calibration import study as module
+from rfsq.calibration.constants import CalibrationConfig, fit_constants
+from rfsq.calibration.data import calibration_episodes, judging_episodes, reference_actions
+from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.fit import calibrate
+from rfsq.calibration.readout import DEFAULT_READOUT, READOUT_OFF, ReadoutChoice, ReadoutConfig, fit_readout
+from rfsq.calibration.report import CalibrationReport, report_calibrated
+from rfsq.calibration.study import main, study
+from rfsq.calibration.study_report import draw_study, format_study, markdown, titles
+from rfsq.calibration.study_result import Spread, StudyResult, result_from_json, result_to_json, spread
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
+from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of, save_checkpoint
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.rfsq_ref.errors import DataError
+from rfsq.rfsq_ref.quantizer import Conditioning
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TASKS = ("Door", "Lift")
@@ -64,7 +64,7 @@ def quick() -> Iterator[None]:
         # No test looks at how well `mse` converges.
         patch.setattr(constants, "_MSE_ITERATIONS", 3)
         # Nor at which ridge `auto` chooses.
-        patch.setattr("calibration.readout.RIDGES", (1e-4, 1e-2))
+        patch.setattr("rfsq.calibration.readout.RIDGES", (1e-4, 1e-2))
         yield
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.recovered import RecoveredConfig
-from evidence.comparison import ComparisonConfig, compare
-from evidence.results import Comparison
-from rfsq_ref.data import ActionDataset
-from rfsq_ref.normaliser import NormaliserKind
+from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.evidence.comparison import ComparisonConfig, compare
+from rfsq.evidence.results import Comparison
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.rfsq_ref.normaliser import NormaliserKind
 
 
 def robot_dataset(action_dim: int = 4, episodes: int = 32, seed: int = 0) -> ActionDataset:

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from evidence.binning import BinCodec, BinRange, action_range, fit_bins
-from evidence.codecs import Codec
-from evidence.errors import EvidenceError
-from rfsq_ref.data import ActionDataset, FloatArray
-from rfsq_ref.normaliser import NormaliserKind, fit_normaliser
+from rfsq.evidence.binning import BinCodec, BinRange, action_range, fit_bins
+from rfsq.evidence.codecs import Codec
+from rfsq.evidence.errors import EvidenceError
+from rfsq.rfsq_ref.data import ActionDataset, FloatArray
+from rfsq.rfsq_ref.normaliser import NormaliserKind, fit_normaliser
 
 _VALUES = st.floats(-4, 4, width=32)
 _CHUNKS = arrays(np.float32, (3, 5, 2), elements=_VALUES)

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.recovered import RecoveredConfig
-from evidence import cells
-from evidence.binning import BinRange, fit_bins
-from evidence.cells import RAW, choose_peers, fingerprint, rfsq_cells, select
-from evidence.codecs import Codec, RawCodec, RfsqCodec
-from evidence.errors import EvidenceError
-from evidence.rollout_report import CALIBRATED_LAYERS, NAIVE
-from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
-from rfsq_ref.data import ActionDataset, chunk, split_episodes
+from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.evidence import cells
+from rfsq.evidence.binning import BinRange, fit_bins
+from rfsq.evidence.cells import RAW, choose_peers, fingerprint, rfsq_cells, select
+from rfsq.evidence.codecs import Codec, RawCodec, RfsqCodec
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.rollout_report import CALIBRATED_LAYERS, NAIVE
+from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
+from rfsq.rfsq_ref.data import ActionDataset, chunk, split_episodes
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def test_residual_peers_compete_with_their_prefixes_too_as_ours_is_one() -> None
 
 
 def test_the_names_that_are_looked_for_are_those_of_the_peers(demonstrations: ActionDataset) -> None:
-    residual_peers = pytest.importorskip("evidence.residual_peers")
+    residual_peers = pytest.importorskip("rfsq.evidence.residual_peers")
     assert set(cells.PREFIX_FAMILIES) == {family.value for family in residual_peers.ResidualFamily}
     assert fit_bins(demonstrations.steps(), BinRange.QUANTILE, 8).name == cells.OPENVLA_BINS
 
@@ -121,7 +121,7 @@ def test_the_names_that_are_looked_for_are_those_of_the_peers(demonstrations: Ac
 def test_peers_are_chosen_on_the_validation_episodes(
     monkeypatch: pytest.MonkeyPatch, demonstrations: ActionDataset, tmp_path: Path
 ) -> None:
-    peers = pytest.importorskip("evidence.peers")
+    peers = pytest.importorskip("rfsq.evidence.peers")
     like = RfsqCodec("calibrated, L0-L2", load_checkpoint(ROBUST_CHECKPOINT).model(), 3)
     seen: list[Any] = []
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from evidence.closed_loop import EpisodeResult, Spread, plan, precision, run_episode
-from evidence.codecs import RawCodec
-from rfsq_ref.experts import (
+from rfsq.evidence.closed_loop import EpisodeResult, Spread, plan, precision, run_episode
+from rfsq.evidence.codecs import RawCodec
+from rfsq.rfsq_ref.experts import (
     HELD_OUT_EXPERTS,
     POSITION_UNIT,
     ROTATION_UNIT,

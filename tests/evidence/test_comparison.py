@@ -11,18 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibration.readout import ReadoutChoice, ReadoutConfig
-from evidence.codecs import Codec, RawCodec, RfsqCodec
-from evidence.comparison import ComparisonConfig, compare, judge_codec, padded_chunks
-from evidence.errors import EvidenceError
-from evidence.findings import REFITTED
-from evidence.metrics import OscPose, units_of
-from evidence.results import Comparison
-from evidence.training import trained_checkpoint
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset, EpisodeSplit, split_episodes
-from rfsq_ref.errors import CheckpointError, DataError
-from rfsq_ref.quantizer import Conditioning
+from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig
+from rfsq.evidence.codecs import Codec, RawCodec, RfsqCodec
+from rfsq.evidence.comparison import ComparisonConfig, compare, judge_codec, padded_chunks
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.findings import REFITTED
+from rfsq.evidence.metrics import OscPose, units_of
+from rfsq.evidence.results import Comparison
+from rfsq.evidence.training import trained_checkpoint
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit, split_episodes
+from rfsq.rfsq_ref.errors import CheckpointError, DataError
+from rfsq.rfsq_ref.quantizer import Conditioning
 from tests.evidence.conftest import robot_dataset
 
 
@@ -113,7 +113,7 @@ def test_more_processes_change_nothing(
 ) -> None:
     """With a cache of their own, so that they train anew. Forked, for torch has one thread here, and importing it anew
     takes longest; that new processes do it too, the script shows in test_report."""
-    monkeypatch.setattr("evidence.comparison.get_context", lambda _: get_context("fork"))
+    monkeypatch.setattr("rfsq.evidence.comparison.get_context", lambda _: get_context("fork"))
     assert compare(robot, replace(small_config, workers=2, cache=tmp_path)) == comparison
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from evidence.documents import documents, rewritten, tables
-from evidence.errors import EvidenceError
+from rfsq.evidence.documents import documents, rewritten, tables
+from rfsq.evidence.errors import EvidenceError
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)

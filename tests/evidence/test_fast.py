@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from evidence.binning import Float64Array
-from evidence.codecs import Codec
-from evidence.fast import VOCABULARY, FastCodec, fit_fast
-from rfsq_ref.data import EpisodeSplit, FloatArray, chunk
+from rfsq.evidence.binning import Float64Array
+from rfsq.evidence.codecs import Codec
+from rfsq.evidence.fast import VOCABULARY, FastCodec, fit_fast
+from rfsq.rfsq_ref.data import EpisodeSplit, FloatArray, chunk
 
 _LENGTH = 8
 _CHUNKS = arrays(np.float32, (4, _LENGTH, 3), elements=st.floats(-1, 1, width=32))

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from evidence.findings import REFITTED, compared, find, improvement_over_naive, judge_peers, times, title
-from evidence.results import CodecReport, Comparison, ReportRow, SchemeReport, Spread
+from rfsq.evidence.findings import REFITTED, compared, find, improvement_over_naive, judge_peers, times, title
+from rfsq.evidence.results import CodecReport, Comparison, ReportRow, SchemeReport, Spread
 
 
 def with_errors(report: SchemeReport, errors: tuple[float, ...]) -> SchemeReport:

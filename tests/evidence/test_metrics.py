@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from evidence.errors import EvidenceError
-from evidence.metrics import (
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.metrics import (
     OscPose,
     action_errors,
     entropy_bits,

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evidence.binning import BinRange
-from evidence.codecs import Codec
-from evidence.errors import EvidenceError
-from evidence.peers import (
+from rfsq.evidence.binning import BinRange
+from rfsq.evidence.codecs import Codec
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.peers import (
     BIN_BITS,
     FAST_SCALES,
     PARTIAL_SCALE,
@@ -17,8 +17,8 @@ from evidence.peers import (
     residual_configs,
     training_chunks,
 )
-from evidence.residual_peers import ResidualFamily
-from rfsq_ref.data import ActionDataset, split_episodes
+from rfsq.evidence.residual_peers import ResidualFamily
+from rfsq.rfsq_ref.data import ActionDataset, split_episodes
 from tests.evidence.conftest import robot_dataset
 
 _CHUNK = 8

@@ -13,15 +13,15 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from calibration.constants import CalibrationConfig
-from calibration.fit import recover
-from calibration.readout import ReadoutConfig
-from calibration.recovered import RecoveredConfig
-from evidence.report import as_text, main
-from evidence.results import Comparison, read_json
-from rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
-from rfsq_ref.data import ActionDataset
-from rfsq_ref.errors import DataError
+from rfsq.calibration.constants import CalibrationConfig
+from rfsq.calibration.fit import recover
+from rfsq.calibration.readout import ReadoutConfig
+from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.evidence.report import as_text, main
+from rfsq.evidence.results import Comparison, read_json
+from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.rfsq_ref.errors import DataError
 from tests.evidence.conftest import robot_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +57,7 @@ def _leave_out_gauss_newton(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> Checkpoint:
         return recover(checkpoint, dataset, prefixes, replace(config, refine_steps=0))
 
-    monkeypatch.setattr("evidence.comparison.recover", regressed)
+    monkeypatch.setattr("rfsq.evidence.comparison.recover", regressed)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_any_robots_file_gives_a_report(
     write(tmp_path / name, robot_dataset(action_dim))  # type: ignore[operator]
     _leave_out_gauss_newton(monkeypatch)
     # Drawing takes long, and does not depend on the file's format: the script below draws.
-    monkeypatch.setattr("evidence.report.figures", lambda _: {})
+    monkeypatch.setattr("rfsq.evidence.report.figures", lambda _: {})
     arguments = ["--data", tmp_path / name, "--output", tmp_path / "report", "--cache", tmp_path / "cache", *QUICK]
 
     status = main(list(map(str, arguments)))
@@ -101,7 +101,7 @@ def test_the_readout_that_is_asked_for_reaches_the_fit(
     ) -> None:
         raise DataError(f"asked to fit a readout: {readout.choice.value}")
 
-    monkeypatch.setattr("evidence.comparison.calibrate", fit)
+    monkeypatch.setattr("rfsq.evidence.comparison.calibrate", fit)
     arguments = ["--robust", str(ROBUST_CHECKPOINT), "--output", str(tmp_path / "report"), "--readout", choice, *QUICK]
     assert main(arguments) == 2
     assert f"asked to fit a readout: {choice}" in capsys.readouterr().err
@@ -144,8 +144,8 @@ def test_status_1_says_that_calibrated_tokens_did_not_improve(
 
     statuses = {}
     for improvement in (0.31, 0.30, -1.0):
-        monkeypatch.setattr("evidence.report.compare", found(improvement))
-        monkeypatch.setattr("evidence.report.write_report", lambda *_: None)
+        monkeypatch.setattr("rfsq.evidence.report.compare", found(improvement))
+        monkeypatch.setattr("rfsq.evidence.report.write_report", lambda *_: None)
         statuses[improvement] = main(["--output", str(tmp_path), *QUICK])
     assert statuses == {0.31: 0, 0.30: 1, -1.0: 1}
 
@@ -187,7 +187,7 @@ def test_the_script_runs_from_anywhere_with_workers(tmp_path: Path) -> None:
 def test_a_section_on_the_closed_loop_is_shown_for_the_same_demonstrations(
     comparison: Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evidence.report.compare", lambda *_, **__: comparison)
+    monkeypatch.setattr("rfsq.evidence.report.compare", lambda *_, **__: comparison)
     rate = {"successes": 3, "n": 4, "rate": 0.75, "low": 0.3, "high": 0.95}
     cell = {"codec": "c", "success": rate, "reached": rate, "steps": 9.0, "tracking_mm": [1.0, 2.0, 3.0],
             "tracking_deg": [0.1, 0.2, 0.3], "precision_mm": None, "tolerances": []}  # fmt: skip
@@ -199,7 +199,7 @@ def test_a_section_on_the_closed_loop_is_shown_for_the_same_demonstrations(
                    "run": {"hashes": {"demonstrations": sha256}}}  # fmt: skip
         (tmp_path / "rollout.json").write_text(json.dumps(content))
         sections: list[tuple[str, str]] = []
-        monkeypatch.setattr("evidence.report.write_report", lambda *found, kept=sections: kept.extend(found[2]))
+        monkeypatch.setattr("rfsq.evidence.report.write_report", lambda *found, kept=sections: kept.extend(found[2]))
         main(["--output", str(tmp_path), *QUICK])
         shown[sha256] = "75% (30% … 95%)" in "".join(content for _, content in sections)
     assert shown == {comparison.data.sha256: True, "another": False}

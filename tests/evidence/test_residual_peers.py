@@ -11,10 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from evidence import residual_peers
-from evidence.codecs import Codec
-from evidence.errors import EvidenceError
-from evidence.residual_peers import (
+from rfsq.evidence import residual_peers
+from rfsq.evidence.codecs import Codec
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.residual_peers import (
     FORMAT,
     ResidualAutoencoder,
     ResidualConfig,
@@ -24,7 +24,7 @@ from evidence.residual_peers import (
     train_residual,
     trained_residual,
 )
-from rfsq_ref.data import ActionDataset, FloatArray, split_episodes
+from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 from tests.evidence.conftest import robot_dataset
 
 _FSQ = ResidualConfig(ResidualFamily.FSQ, num_quantizers=3, epochs=4, batch_size=64)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evidence.errors import EvidenceError
-from evidence.results import Comparison, Spread, read_json, write_json
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.results import Comparison, Spread, read_json, write_json
 
 
 def test_what_is_written_is_read_back_equal(comparison: Comparison, tmp_path: Path) -> None:

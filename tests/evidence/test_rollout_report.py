@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evidence.closed_loop import EpisodeResult, Spread
-from evidence.episodes import Episode, Identity, open_episodes
-from evidence.errors import EvidenceError
-from evidence.rollout_files import read_report, write_report
-from evidence.rollout_report import (
+from rfsq.evidence.closed_loop import EpisodeResult, Spread
+from rfsq.evidence.episodes import Episode, Identity, open_episodes
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.rollout_files import read_report, write_report
+from rfsq.evidence.rollout_report import (
     CALIBRATED_LAYERS,
     MARGIN,
     POOLED,
@@ -26,8 +26,8 @@ from evidence.rollout_report import (
     table,
     tables_of,
 )
-from evidence.rollout_statistics import Paired, Rate, mcnemar, newcombe_paired, wilson
-from evidence.rollouts import RolloutConfig
+from rfsq.evidence.rollout_statistics import Paired, Rate, mcnemar, newcombe_paired, wilson
+from rfsq.evidence.rollouts import RolloutConfig
 
 IDENTITY = Identity(1, 0, 8, {"robosuite": "1.5.2"}, {"robust": "ab"})
 EXACT = Spread(0.0, 0.0, 0.0)
@@ -353,7 +353,7 @@ def test_tasks_with_different_cells_have_dashes_where_one_is_missing(tmp_path: P
         "Stack (n = 3), raw", "Stack (n = 3), a peer", "Door (n = 2), raw", "Door (n = 2), naive",
     ]  # fmt: skip
     assert [row[0] for row in tables["tolerance"].rows] == ["Stack (n = 3), raw", "Stack (n = 3), a peer"]
-    from evidence.rollout_plots import draw
+    from rfsq.evidence.rollout_plots import draw
 
     draw(reports_of(found), tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from evidence import rollouts
-from evidence.closed_loop import EpisodeResult, Spread
-from evidence.codecs import RawCodec
-from evidence.episodes import Episode, Identity, read_episodes
-from evidence.errors import EvidenceError
-from evidence.rollouts import DEFAULT_TASKS, Job, RolloutConfig, jobs_of, run_rollouts, seed_of
-from evidence.simulation import TASKS
-from rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS
-from rfsq_ref.generate_demonstrations import SimulatorError, attempt_of
+from rfsq.evidence import rollouts
+from rfsq.evidence.closed_loop import EpisodeResult, Spread
+from rfsq.evidence.codecs import RawCodec
+from rfsq.evidence.episodes import Episode, Identity, read_episodes
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.rollouts import DEFAULT_TASKS, Job, RolloutConfig, jobs_of, run_rollouts, seed_of
+from rfsq.evidence.simulation import TASKS
+from rfsq.rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS
+from rfsq.rfsq_ref.generate_demonstrations import SimulatorError, attempt_of
 
 IDENTITY = Identity(1, 0, 8, {"robosuite": "1.5.2"}, {})
 CONFIG = RolloutConfig(tasks=("Stack", "Door"), episodes=3)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.constants import CalibrationConfig
-from calibration.fit import calibrate, recover
-from calibration.recovered import RecoveredConfig
-from evidence.metrics import OscPose
-from evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, SchemeResult, label
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset, EpisodeSplit
-from rfsq_ref.quantizer import Conditioning
+from rfsq.calibration.constants import CalibrationConfig
+from rfsq.calibration.fit import calibrate, recover
+from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.evidence.metrics import OscPose
+from rfsq.evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, SchemeResult, label
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit
+from rfsq.rfsq_ref.quantizer import Conditioning
 from tests.rfsq_ref.published_model import ActionRFSQAE
 
 

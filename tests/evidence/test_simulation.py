@@ -10,10 +10,10 @@ import pytest
 
 pytest.importorskip("robosuite", reason="the simulator is not installed here: pip install '.[sim]'")
 
-from evidence.closed_loop import plan
-from evidence.simulation import OBSERVED, TASKS, Simulation
-from rfsq_ref.experts import Expert, NutAssemblyTightExpert
-from rfsq_ref.generate_demonstrations import make_environment
+from rfsq.evidence.closed_loop import plan
+from rfsq.evidence.simulation import OBSERVED, TASKS, Simulation
+from rfsq.rfsq_ref.experts import Expert, NutAssemblyTightExpert
+from rfsq.rfsq_ref.generate_demonstrations import make_environment
 
 SEED = 5
 STEPS = 24

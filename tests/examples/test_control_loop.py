@@ -34,7 +34,7 @@ ANSWERS = {
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of random weights: good enough for a robot that is none."""
     pytest.importorskip("onnx", reason="bundles are built with .[export]")
-    from rfsq_ref.autoencoder import ModelConfig
+    from rfsq.rfsq_ref.autoencoder import ModelConfig
     from tests.bundles import Recipe, write_bundle
 
     recipe = Recipe(config=ModelConfig(), chunk_length=8, prefixes=(3,), has_engine=False)

@@ -14,18 +14,18 @@ import torch
 
 pytest.importorskip("onnx", reason="bundles are built with .[export]")
 
-from calibration.constants import fit_constants
 from examples.speculative_acceptance import Speculation
 from examples.speculative_arrivals import arrivals
 from examples.speculative_data import Eyes, cut_windows
 from examples.speculative_decoding import main
 from examples.speculative_models import Size, TokenModel
-from export.plan import DeployMode
-from rfsq_ref.autoencoder import ModelConfig
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset, EpisodeSplit
-from rfsq_ref.quantizer import Conditioning
-from runtime.torch_adapter import ActionRFSQAE
+from rfsq.calibration.constants import fit_constants
+from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit
+from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.runtime.policy.adapter import ActionRFSQAE
 from tests.bundles import Deployed, Recipe, write_bundle
 from tests.processes import PATIENCE
 

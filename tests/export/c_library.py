@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from export.c_builder import C_FLAGS, HEADER_NAME, SOURCE_NAME
-from export.c_source import decoder_name
-from export.plan import DecoderPlan, EncoderPlan, plan_decoder, plan_encoder
+from rfsq.export.c_builder import C_FLAGS, HEADER_NAME, SOURCE_NAME
+from rfsq.export.c_source import decoder_name
+from rfsq.export.plan import DecoderPlan, EncoderPlan, plan_decoder, plan_encoder
 from tests.bundles import Deployed, Recipe, generate_c
 
 Array = npt.NDArray[Any]

@@ -2,12 +2,12 @@
 
 import pytest
 
-from calibration.constants import CalibrationConfig
-from calibration.fit import calibrate
-from export import c_builder, engines
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import ActionDataset
-from runtime.cpu_targets import host_targets
+from rfsq.calibration.constants import CalibrationConfig
+from rfsq.calibration.fit import calibrate
+from rfsq.export import c_builder, engines
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.runtime.backends.cpu_targets import host_targets
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.kernel_names import KernelKind, kernel_name
+from rfsq.runtime.bundle.kernel_names import KernelKind, kernel_name
 from tests.bundles import Deployed, generate_cuda
 from tests.export.c_library import run
-from tests.runtime.fake_gpu import aligned
+from tests.runtime.backends.gpu.fake_gpu import aligned
 
 #: The kernels look at the same bits as different types, as CUDA allows; and what is shared by a block is static here,
 #: and must not be one with that of another model's kernels in the same process. Jumps lead from stack to stack, which

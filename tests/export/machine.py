@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 
-from runtime.errors import BackendUnavailableError
-from runtime.trt_api import available_tensorrt
+from rfsq.runtime.backends.tensorrt_api import available_tensorrt
+from rfsq.runtime.bundle.errors import BackendUnavailableError
 
 needs_rtx = pytest.mark.skipif(
     "tensorrt-rtx" not in available_tensorrt(), reason="TensorRT-RTX is not importable: pip install '.[tensorrt-rtx]'"
@@ -16,7 +16,7 @@ def has_gpu() -> bool:
     """Whether what is built here is also run here."""
     if importlib.util.find_spec("cuda") is None:
         return False
-    from runtime.cuda_api import open_device
+    from rfsq.runtime.backends.gpu.driver import open_device
 
     try:
         open_device()

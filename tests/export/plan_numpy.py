@@ -9,10 +9,10 @@ import numpy.typing as npt
 import torch
 from hypothesis import strategies as st
 
-from export.plan import Affine, AffineQuantizer, DecoderPlan, DeployMode, EncoderPlan
-from rfsq_ref.autoencoder import ModelConfig
-from rfsq_ref.rounding import token_error_bounds
-from runtime.comparison import TokenComparison, compare_tokens
+from rfsq.export.plan import Affine, AffineQuantizer, DecoderPlan, DeployMode, EncoderPlan
+from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.rfsq_ref.rounding import token_error_bounds
+from rfsq.runtime.bundle.comparison import TokenComparison, compare_tokens
 from tests.bundles import Deployed, Recipe
 
 Array = npt.NDArray[Any]

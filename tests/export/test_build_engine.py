@@ -21,32 +21,32 @@ import onnxruntime
 import pytest
 import torch
 
-from calibration.constants import CalibrationConfig
-from calibration.fit import calibrate
-from calibration.readout import ReadoutChoice, ReadoutConfig, held_out_warning
-from calibration.recovered import RecoveredConfig
-from export import engines, pipeline, sources, trt_builder
-from export.batches import Profile
-from export.build_engine import main, parse_arguments
-from export.c_builder import find_compiler
-from export.errors import GateError
-from export.fingerprint import fingerprint
-from export.graphs import LinearForm
-from export.pipeline import BuildConfig, BuildResult, _closing_tables, build
-from export.plan import DeployMode
-from export.reference import AS_TRAINED, REFITTED
-from rfsq_ref.autoencoder import ModelConfig
-from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
-from rfsq_ref.data import EpisodeSplit, chunk, load_actions
-from rfsq_ref.normaliser import Normaliser, NormaliserKind
-from rfsq_ref.quantizer import Conditioning, ConditioningConstants
-from runtime import ActionTokenizer
-from runtime.bundle import open_bundle
-from runtime.checkpoint_layouts import recorded_hashes, weight_hashes
-from runtime.cpu_targets import host_targets
-from runtime.fidelity import Grade
-from runtime.golden import Golden
-from runtime.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, MANIFEST_NAME, Manifest, ParityEntry
+from rfsq.calibration.constants import CalibrationConfig
+from rfsq.calibration.fit import calibrate
+from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig, held_out_warning
+from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.export import engines, pipeline, sources, trt_builder
+from rfsq.export.batches import Profile
+from rfsq.export.build_engine import main, parse_arguments
+from rfsq.export.c_builder import find_compiler
+from rfsq.export.errors import GateError
+from rfsq.export.fingerprint import fingerprint
+from rfsq.export.graphs import LinearForm
+from rfsq.export.pipeline import BuildConfig, BuildResult, _closing_tables, build
+from rfsq.export.plan import DeployMode
+from rfsq.export.reference import AS_TRAINED, REFITTED
+from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
+from rfsq.rfsq_ref.data import EpisodeSplit, chunk, load_actions
+from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.backends.cpu_targets import host_targets
+from rfsq.runtime.bundle.checkpoint_layouts import recorded_hashes, weight_hashes
+from rfsq.runtime.bundle.fidelity import Grade
+from rfsq.runtime.bundle.folder import open_bundle
+from rfsq.runtime.bundle.golden import Golden
+from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, MANIFEST_NAME, Manifest, ParityEntry
 from tests.bundles import bundle_files, graph_file
 from tests.export.machine import needs_no_gpu, needs_rtx
 from tests.rfsq_ref.published_model import ActionRFSQAE

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from export import bundle_writer
-from export.bundle_writer import StagedBundle, stage_bundle
-from export.errors import ExportError
-from runtime import ActionTokenizer
-from runtime.bundle import open_bundle
-from runtime.errors import BundleError
-from runtime.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
+from rfsq.export import bundle_writer
+from rfsq.export.bundle_writer import StagedBundle, stage_bundle
+from rfsq.export.errors import ExportError
+from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.bundle.errors import BundleError
+from rfsq.runtime.bundle.folder import open_bundle
+from rfsq.runtime.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
 from tests.bundles import (
     Recipe,
     bundle_files,
@@ -373,7 +373,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path: Path, monkeypatch:
 
 STUCK = """
 import sys, time
-from export.bundle_writer import stage_bundle
+from rfsq.export.bundle_writer import stage_bundle
 with stage_bundle(sys.argv[1], overwrite=True) as staged:
     staged.write("encoder.onnx", b"x")
     print("ready", flush=True)
@@ -447,7 +447,7 @@ KILLED_BETWEEN = """
 import os, sys
 from pathlib import Path
 from tests.bundles import Recipe, write_bundle
-from export import bundle_writer
+from rfsq.export import bundle_writer
 bundle_writer._exchange = lambda *_: False
 rename = Path.rename
 def rename_and_die(self, target):

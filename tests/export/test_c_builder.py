@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from export.c_builder import CBuildError, compile_c, find_compiler
-from runtime.cpu_targets import host_targets
+from rfsq.export.c_builder import CBuildError, compile_c, find_compiler
+from rfsq.runtime.backends.cpu_targets import host_targets
 from tests.bundles import Recipe, deploy, generate_c
 
 HOST = host_targets()[-1]

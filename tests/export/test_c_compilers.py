@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from export.c_builder import C_FLAGS, SOURCE_NAME
-from export.plan import DeployMode
-from rfsq_ref.autoencoder import ModelConfig
-from runtime.comparison import action_errors
-from runtime.cpu_targets import host_targets
+from rfsq.export.c_builder import C_FLAGS, SOURCE_NAME
+from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.runtime.backends.cpu_targets import host_targets
+from rfsq.runtime.bundle.comparison import action_errors
 from tests.bundles import Deployed, Recipe, deploy, random_actions, reference_decode
 from tests.export.c_library import FOLDER, compile_program, run, write_code
 from tests.export.plan_numpy import CODES, check_tokens

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.c_builder import C_FLAGS
-from export.c_source import c_tokenizer
-from export.plan import AffineQuantizer, DeployMode, action_limit, plan_encoder
-from rfsq_ref.autoencoder import ModelConfig
-from runtime.comparison import action_errors
+from rfsq.export.c_builder import C_FLAGS
+from rfsq.export.c_source import c_tokenizer
+from rfsq.export.plan import AffineQuantizer, DeployMode, action_limit, plan_encoder
+from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.runtime.bundle.comparison import action_errors
 from tests.bundles import Deployed, Recipe, deploy, fingerprint_of, generate_c, random_actions, reference_decode
 from tests.export.c_library import ILLEGAL_VALUE, OK, UNTOUCHED, Array, Library, plans
 from tests.export.plan_numpy import CODES, MODES, check_tokens, is_step_coupled, without_numbers

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from export.c_builder import C_FLAGS, SOURCE_NAME
-from export.plan import DeployMode
-from rfsq_ref.autoencoder import ModelConfig
+from rfsq.export.c_builder import C_FLAGS, SOURCE_NAME
+from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.autoencoder import ModelConfig
 from tests.bundles import Recipe, deploy, fingerprint_of, write_bundle
 from tests.export.c_library import run, write_code
 

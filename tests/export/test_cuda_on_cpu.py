@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from export.plan import DeployMode
-from rfsq_ref.autoencoder import ModelConfig
-from runtime.gates import GATES
-from runtime.kernel_names import KernelKind, token_types
+from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.runtime.bundle.gates import GATES
+from rfsq.runtime.bundle.kernel_names import KernelKind, token_types
 from tests.bundles import SMALL, Deployed, Recipe, deploy, random_actions, reference_decode
 from tests.export.cuda_on_cpu import CudaOnCpu
 from tests.export.plan_numpy import check_tokens

@@ -9,18 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.cuda_source import FixedPoint, fixed_point
-from export.plan import Affine, DeployMode
-from export.source_tables import number
-from rfsq_ref.autoencoder import ModelConfig
-from runtime.errors import BackendUnavailableError
-from runtime.kernel_names import kernel_name, token_types
+from rfsq.export.cuda_source import FixedPoint, fixed_point
+from rfsq.export.plan import Affine, DeployMode
+from rfsq.export.source_tables import number
+from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.runtime.bundle.errors import BackendUnavailableError
+from rfsq.runtime.bundle.kernel_names import kernel_name, token_types
 from tests.bundles import SMALL, Recipe, compile_cuda, deploy, generate_cuda
 from tests.export.plan_numpy import CODES, without_numbers
 
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
 
-from runtime.cuda_kernels import KernelError, KernelLibrary, compile_kernels, nvrtc_version
+from rfsq.runtime.backends.gpu.kernels import KernelError, KernelLibrary, compile_kernels, nvrtc_version
 
 #: Sizes that no vector divides, that need more threads than one warp, and tokens that no byte takes.
 SIZES = {

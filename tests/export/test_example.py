@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.c_builder import C_FLAGS, find_compiler
-from rfsq_ref.autoencoder import ModelConfig
-from runtime import ActionTokenizer
+from rfsq.export.c_builder import C_FLAGS, find_compiler
+from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.runtime import ActionTokenizer
 from tests.bundles import Recipe, random_actions, write_bundle
 
 ROOT = Path(__file__).parents[2]

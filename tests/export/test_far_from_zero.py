@@ -12,14 +12,14 @@ import onnx
 import pytest
 import torch
 
-from export.graphs import LinearForm
-from export.parity import failures
-from export.plan import DecoderPlan, DeployMode, EncoderPlan, plan_decoder, plan_encoder
-from rfsq_ref.autoencoder import ModelConfig, RecoveredDecoder
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import EpisodeSplit
-from rfsq_ref.normaliser import Normaliser, NormaliserKind
-from rfsq_ref.quantizer import Conditioning
+from rfsq.export.graphs import LinearForm
+from rfsq.export.parity import failures
+from rfsq.export.plan import DecoderPlan, DeployMode, EncoderPlan, plan_decoder, plan_encoder
+from rfsq.rfsq_ref.autoencoder import ModelConfig, RecoveredDecoder
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import EpisodeSplit
+from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.quantizer import Conditioning
 from tests.bundles import Deployed, Recipe, deploy, export_graphs, generate_c, generate_cuda
 from tests.export.c_library import OK, Library
 from tests.export.cuda_on_cpu import CudaOnCpu

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from export.fingerprint import fingerprint
-from export.plan import DeployMode
-from rfsq_ref.autoencoder import ModelConfig, Readout, RecoveredDecoder
-from rfsq_ref.checkpoints import Checkpoint, checkpoint_of, load_checkpoint, save_checkpoint
-from rfsq_ref.normaliser import Normaliser, NormaliserKind
-from rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from rfsq.export.fingerprint import fingerprint
+from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.autoencoder import ModelConfig, Readout, RecoveredDecoder
+from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of, load_checkpoint, save_checkpoint
+from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from tests.bundles import Recipe, random_model
 from tests.export.plan_numpy import MODES
 

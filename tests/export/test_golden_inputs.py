@@ -11,18 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.golden_inputs import ERROR, sensitive_steps
-from export.parity import golden_vectors
-from export.parity_data import EDGES, Section, as_chunks
-from export.plan import Affine, AffineQuantizer, DecoderPlan, DeployMode, EncoderPlan, plan_decoder, plan_encoder
-from export.reference import Reference
-from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq_ref.checkpoints import Checkpoint
-from runtime import ActionTokenizer, SelfTestError
-from runtime.comparison import action_errors, compare_tokens
-from runtime.cpu_targets import host_targets
-from runtime.gates import GATES
-from runtime.golden import Golden
+from rfsq.export.golden_inputs import ERROR, sensitive_steps
+from rfsq.export.parity import golden_vectors
+from rfsq.export.parity_data import EDGES, Section, as_chunks
+from rfsq.export.plan import Affine, AffineQuantizer, DecoderPlan, DeployMode, EncoderPlan, plan_decoder, plan_encoder
+from rfsq.export.reference import Reference
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.runtime import ActionTokenizer, SelfTestError
+from rfsq.runtime.backends.cpu_targets import host_targets
+from rfsq.runtime.bundle.comparison import action_errors, compare_tokens
+from rfsq.runtime.bundle.gates import GATES
+from rfsq.runtime.bundle.golden import Golden
 from tests.bundles import Recipe, deploy, write_bundle
 from tests.bundles import golden_vectors as answers_of
 from tests.export.plan_numpy import decode, encode

@@ -8,11 +8,11 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from export.graph_check import check_graph, cross_check
-from export.graphs import LinearForm
-from export.plan import DeployMode
-from runtime.golden import Golden
-from runtime.manifest import GraphEntry, Manifest, TensorEntry
+from rfsq.export.graph_check import check_graph, cross_check
+from rfsq.export.graphs import LinearForm
+from rfsq.export.plan import DeployMode
+from rfsq.runtime.bundle.golden import Golden
+from rfsq.runtime.bundle.manifest import GraphEntry, Manifest, TensorEntry
 from tests.bundles import Deployed, Recipe, deploy, export_graphs, golden_vectors, graph_file, make_manifest
 from tests.export.plan_numpy import MODES
 

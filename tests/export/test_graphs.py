@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.graphs import BATCH, IR_VERSION, OPSET, LinearForm
-from export.plan import DeployMode
-from rfsq_ref.autoencoder import ModelConfig
-from runtime.comparison import action_errors
+from rfsq.export.graphs import BATCH, IR_VERSION, OPSET, LinearForm
+from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.runtime.bundle.comparison import action_errors
 from tests.bundles import (
     Deployed,
     Recipe,

@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from export.graphs import LinearForm, decoder_graph, encoder_graph
-from export.parity import Judge, batches, failures, golden_vectors
-from export.parity_data import EDGES, Section, parity_sections
-from export.plan import DeployMode, action_limit, plan_decoder, plan_encoder
-from export.reference import Answers, Reference
-from rfsq_ref.autoencoder import ActionAutoencoder
-from rfsq_ref.checkpoints import Checkpoint
-from rfsq_ref.data import EpisodeSplit
-from rfsq_ref.quantizer import ConditioningConstants
-from rfsq_ref.rounding import token_error_bounds
-from runtime.bundle import Bundle
-from runtime.golden import replay
-from runtime.manifest import SCHEMA_VERSION, GraphEntry, Manifest, ModelEntry, ParityEntry, graph_tensors
-from runtime.ort_backend import OrtBackend
+from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
+from rfsq.export.parity import Judge, batches, failures, golden_vectors
+from rfsq.export.parity_data import EDGES, Section, parity_sections
+from rfsq.export.plan import DeployMode, action_limit, plan_decoder, plan_encoder
+from rfsq.export.reference import Answers, Reference
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.data import EpisodeSplit
+from rfsq.rfsq_ref.quantizer import ConditioningConstants
+from rfsq.rfsq_ref.rounding import token_error_bounds
+from rfsq.runtime.backends.onnxruntime import OrtBackend
+from rfsq.runtime.bundle.folder import Bundle
+from rfsq.runtime.bundle.golden import replay
+from rfsq.runtime.bundle.manifest import SCHEMA_VERSION, GraphEntry, Manifest, ModelEntry, ParityEntry, graph_tensors
 from tests.export.plan_numpy import PlanBackend, exact
 
 #: The edges, which tell most, come on top of the steps: 2,500 or more.

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from export.parity import batches, golden_vectors, judges_of
-from export.parity_data import EDGES, Section
-from export.reference import Answers
-from runtime.comparison import TokenComparison
-from runtime.errors import IllegalValueError
-from runtime.gates import GATES
+from rfsq.export.parity import batches, golden_vectors, judges_of
+from rfsq.export.parity_data import EDGES, Section
+from rfsq.export.reference import Answers
+from rfsq.runtime.bundle.comparison import TokenComparison
+from rfsq.runtime.bundle.errors import IllegalValueError
+from rfsq.runtime.bundle.gates import GATES
 
 
 def section(chunks: int, chunk_length: int, name: str = "some") -> Section:

@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export.plan import DeployMode, EncoderPlan, action_limit, choose_prefixes, plan_decoder, plan_encoder
-from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq_ref.errors import NotDecodableError
-from rfsq_ref.normaliser import Normaliser, NormaliserKind
-from rfsq_ref.quantizer import Conditioning, ConditioningConstants
-from runtime.comparison import action_errors
+from rfsq.export.plan import DeployMode, EncoderPlan, action_limit, choose_prefixes, plan_decoder, plan_encoder
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
+from rfsq.rfsq_ref.errors import NotDecodableError
+from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from rfsq.runtime.bundle.comparison import action_errors
 from tests.bundles import Deployed, Recipe, deploy, random_actions
 from tests.export.plan_numpy import MODES, check_tokens, decode, encode, recipes
 

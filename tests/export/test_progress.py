@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from export.progress import StepList, table
+from rfsq.export.progress import StepList, table
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:

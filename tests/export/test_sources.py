@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from calibration.data import Selection
-from calibration.recovered import RecoveredConfig
-from export import sources
-from export.plan import DeployMode
-from export.sources import choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
-from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, save_checkpoint
-from rfsq_ref.data import ActionDataset, EpisodeSplit
-from rfsq_ref.errors import CheckpointError, DataError
-from rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.calibration.data import Selection
+from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.export import sources
+from rfsq.export.plan import DeployMode
+from rfsq.export.sources import choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
+from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, save_checkpoint
+from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit
+from rfsq.rfsq_ref.errors import CheckpointError, DataError
+from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
 
 NORMALISER = Normaliser(NormaliserKind.QUANTILE, (0.5,) * 7, (2.0,) * 6 + (1.0,))
 

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.trt_builder import (
+from rfsq.export.trt_builder import (
     BuiltEngine,
     EngineBuildError,
     EngineRequest,
@@ -21,8 +21,8 @@ from export.trt_builder import (
     check_engine,
     inspect_engine,
 )
-from runtime.errors import BackendUnavailableError
-from runtime.trt_api import EngineRefusedError, EngineTensor, ProfileShapes, find_tensorrt
+from rfsq.runtime.backends.tensorrt_api import EngineRefusedError, EngineTensor, ProfileShapes, find_tensorrt
+from rfsq.runtime.bundle.errors import BackendUnavailableError
 
 RTX_NAMES = ("tensorrt_rtx", "tensorrt_rtx_bindings")
 RTX = next((name for name in RTX_NAMES if importlib.util.find_spec(name)), None)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime import ActionTokenizer
-from runtime.bundle import Bundle, open_bundle
-from runtime.errors import BackendUnavailableError
-from runtime.trt_api import available_tensorrt
+from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.backends.tensorrt_api import available_tensorrt
+from rfsq.runtime.bundle.errors import BackendUnavailableError
+from rfsq.runtime.bundle.folder import Bundle, open_bundle
 
 HERE = Path(__file__).parent
 #: Of the two TensorRTs, the ones that are installed here.
@@ -24,7 +24,7 @@ def missing() -> str:
     for package in ("cuda.bindings", "torch", "polygraphy"):
         if importlib.util.find_spec(package.partition(".")[0]) is None:
             return f"{package} is not installed"
-    from runtime.cuda_api import open_device
+    from rfsq.runtime.backends.gpu.driver import open_device
 
     try:
         open_device()
@@ -55,7 +55,7 @@ def gpu() -> None:
 @pytest.fixture(scope="session")
 def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded checkpoint with engines for every TensorRT here, all validated on this GPU."""
-    from export.pipeline import BuildConfig, build
+    from rfsq.export.pipeline import BuildConfig, build
 
     output = tmp_path_factory.mktemp("gpu") / "bundle"
     build(BuildConfig(output=output, backends=("onnxruntime", *ENGINES), parity_steps=20_000))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from runtime import ActionTokenizer
-from runtime.cuda_api import free_memory, synchronize_device
+from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.backends.gpu.driver import free_memory, synchronize_device
 
 BATCHES = (1, 2, 7, 300)
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from runtime import ActionTokenizer
-from runtime.errors import InvalidInputError
+from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.bundle.errors import InvalidInputError
 from tests.gpu.conftest import TENSORRT
 from tests.gpu.test_arrays import random_actions
 
@@ -141,7 +141,7 @@ def test_bytes_at_an_odd_address_are_refused(cuda: ActionTokenizer) -> None:
 
 
 def test_the_gates_judge_these_kernels_too(bundle_path: Path) -> None:
-    from runtime.bundle import open_bundle
+    from rfsq.runtime.bundle.folder import open_bundle
 
     proven = {entry.gate for entry in open_bundle(bundle_path).manifest.parity if entry.backend == "cuda"}
     assert proven >= {"encode: wrong tokens", "uint8 tokens, encode: wrong tokens"}

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.pipeline import BuildConfig, build
-from export.plan import DeployMode
-from rfsq_ref.data import load_demonstrations
-from rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.export.pipeline import BuildConfig, build
+from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.data import load_demonstrations
+from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
 from tests.gpu.conftest import ENGINES
 
 #: No power of two, so that folding them rounds.

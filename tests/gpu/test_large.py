@@ -5,8 +5,8 @@ import gc
 import numpy as np
 import torch
 
-from runtime import ActionTokenizer
-from runtime.cuda_api import free_memory, synchronize_device
+from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.backends.gpu.driver import free_memory, synchronize_device
 from tests.gpu.test_arrays import random_actions
 
 STEPS = 10_000_000

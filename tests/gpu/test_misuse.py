@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import torch
 
-from runtime import ActionTokenizer
-from runtime.backends import create_backend
-from runtime.bundle import Bundle
-from runtime.cuda_api import DeviceMemory, free_memory
-from runtime.errors import (
+from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.backends.gpu.driver import DeviceMemory, free_memory
+from rfsq.runtime.backends.registry import create_backend
+from rfsq.runtime.backends.tensorrt import TrtBackend
+from rfsq.runtime.backends.tensorrt_api import EngineRefusedError
+from rfsq.runtime.bundle.errors import (
     BackendUnavailableError,
     InferenceError,
     InvalidInputError,
     OutOfGpuMemoryError,
     UnbuiltPrefixError,
 )
-from runtime.trt_api import EngineRefusedError
-from runtime.trt_backend import TrtBackend
+from rfsq.runtime.bundle.folder import Bundle
 from tests.gpu.conftest import ENGINES, TENSORRT
 from tests.gpu.test_arrays import cupy, random_actions
 
@@ -164,8 +164,8 @@ def test_kernels_for_another_gpu_or_spoiled_ones_are_refused(bundle: Bundle) -> 
 
 VISIBLE = """
 import sys
-from runtime import ActionTokenizer
-from runtime.errors import BackendUnavailableError
+from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.bundle.errors import BackendUnavailableError
 with ActionTokenizer.load(sys.argv[1]) as tokenizer:
     print(tokenizer.backend.name)
 try:
@@ -208,7 +208,7 @@ def test_a_child_of_fork_is_told_and_the_parent_goes_on(tokenizer: ActionTokeniz
 
 FORK_THEN_LOAD = """
 import os, sys
-from runtime import ActionTokenizer
+from rfsq.runtime import ActionTokenizer
 with ActionTokenizer.load(sys.argv[1], backend=sys.argv[2]) as parent:
     child = os.fork()
     if child == 0:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from export.bundle_writer import stage_bundle
-from runtime import ActionTokenizer
-from runtime.bundle import Bundle, open_bundle
-from runtime.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE
+from rfsq.export.bundle_writer import stage_bundle
+from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.bundle.folder import Bundle, open_bundle
+from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE
 from tests.bundles import bundle_files
 from tests.gpu.conftest import ENGINES, TENSORRT
 
@@ -27,7 +27,7 @@ class Blocker:
             raise ImportError(f"{name} is not on the robot")
 sys.meta_path.insert(0, Blocker())
 sys.path.insert(0, sys.argv[1])
-from export.build_engine import main
+from rfsq.export.build_engine import main
 sys.exit(main(sys.argv[2:]))
 """
 
@@ -94,7 +94,7 @@ def test_graphs_that_do_not_give_the_golden_answers_are_not_added(travelled: Pat
             content = source.content(file)
             if file == "golden.npz":
                 # The steps in another order are other answers.
-                from runtime.golden import read_golden, write_golden
+                from rfsq.runtime.bundle.golden import read_golden, write_golden
 
                 golden = read_golden(content, source.manifest.model)
                 content = write_golden(replace(golden, actions=golden.actions[::-1].copy()))

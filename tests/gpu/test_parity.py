@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from export import pipeline
-from export.engines import opened_backends
-from export.errors import GateError
-from export.graphs import LinearForm
-from export.parity import batches, failures, judges_of
-from export.parity_data import parity_sections
-from export.pipeline import BuildConfig, build
-from export.plan import DeployMode
-from export.reference import Reference
-from export.sources import fit_for, load_build_data, open_checkpoint
-from rfsq_ref.checkpoints import ROBUST_CHECKPOINT
-from runtime.backends import create_backend
-from runtime.bundle import Bundle, open_bundle
+from rfsq.export import pipeline
+from rfsq.export.engines import opened_backends
+from rfsq.export.errors import GateError
+from rfsq.export.graphs import LinearForm
+from rfsq.export.parity import batches, failures, judges_of
+from rfsq.export.parity_data import parity_sections
+from rfsq.export.pipeline import BuildConfig, build
+from rfsq.export.plan import DeployMode
+from rfsq.export.reference import Reference
+from rfsq.export.sources import fit_for, load_build_data, open_checkpoint
+from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT
+from rfsq.runtime.backends.registry import create_backend
+from rfsq.runtime.bundle.folder import Bundle, open_bundle
 from tests.gpu.conftest import ENGINES, TENSORRT
 
 STEPS = 1_000_000
@@ -74,7 +74,7 @@ def test_every_backend_passes_every_gate_over_a_million_steps(
 def test_every_mode_and_other_sizes_build_and_pass_on_this_gpu(mode: DeployMode, tmp_path: Path) -> None:
     checkpoint = None
     if mode is DeployMode.NONE:
-        from rfsq_ref.checkpoints import NAIVE_CHECKPOINT
+        from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT
 
         checkpoint = NAIVE_CHECKPOINT
     result = build(
@@ -110,7 +110,7 @@ def test_an_engine_that_computes_in_tf32_turns_the_gates_red(tmp_path: Path, mon
 
 
 def test_the_manifest_says_what_was_measured_and_where(bundle: Bundle) -> None:
-    from runtime.cuda_api import open_device
+    from rfsq.runtime.backends.gpu.driver import open_device
 
     for engine in bundle.manifest.engines:
         assert (engine.status, engine.precision, engine.device) == ("validated", "fp32", str(open_device()))

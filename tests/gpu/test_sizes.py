@@ -5,15 +5,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from export.plan import DeployMode
-from rfsq_ref.autoencoder import ModelConfig
-from runtime.backends import create_backend
-from runtime.bundle import open_bundle
-from runtime.contract import judged
-from runtime.cuda_api import open_device
-from runtime.golden import read_golden, replay
-from runtime.kernel_names import kernel_name, token_types
-from runtime.manifest import GOLDEN_NAME
+from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.runtime.backends.contract import judged
+from rfsq.runtime.backends.gpu.driver import open_device
+from rfsq.runtime.backends.registry import create_backend
+from rfsq.runtime.bundle.folder import open_bundle
+from rfsq.runtime.bundle.golden import read_golden, replay
+from rfsq.runtime.bundle.kernel_names import kernel_name, token_types
+from rfsq.runtime.bundle.manifest import GOLDEN_NAME
 from tests.bundles import SMALL, Recipe, deploy, generate_cuda, write_bundle
 
 #: Sizes that no vector divides, that need more threads than one warp, one of everything, and levels that no byte holds.

@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.pipeline import BuildConfig, build
-from export.plan import DeployMode
-from runtime import ActionTokenizer
-from runtime.backends import GPU_BACKENDS
-from runtime.bundle import Bundle
-from runtime.comparison import action_errors, compare_tokens
-from runtime.cuda_api import free_memory
-from runtime.errors import InvalidInputError, UnbuiltPrefixError
-from runtime.gates import GATES
-from runtime.golden import Golden, read_golden
-from runtime.manifest import GOLDEN_NAME
-from runtime.torch_adapter import FINGERPRINT_KEY, ActionRFSQAE
+from rfsq.export.pipeline import BuildConfig, build
+from rfsq.export.plan import DeployMode
+from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.backends.gpu.driver import free_memory
+from rfsq.runtime.backends.registry import GPU_BACKENDS
+from rfsq.runtime.bundle.comparison import action_errors, compare_tokens
+from rfsq.runtime.bundle.errors import InvalidInputError, UnbuiltPrefixError
+from rfsq.runtime.bundle.folder import Bundle
+from rfsq.runtime.bundle.gates import GATES
+from rfsq.runtime.bundle.golden import Golden, read_golden
+from rfsq.runtime.bundle.manifest import GOLDEN_NAME
+from rfsq.runtime.policy.adapter import FINGERPRINT_KEY, ActionRFSQAE
 from tests.gpu.conftest import ENGINES
 from tests.gpu.test_arrays import random_actions
-from tests.runtime.published_policy import act, act_through_rfsq, train_policy
+from tests.runtime.policy.published import act, act_through_rfsq, train_policy
 
 #: Beside the bundle's own: a single step, a part of a chunk, several chunks and a part.
 LENGTHS = (8, 1, 3, 16, 29)

@@ -1,6 +1,6 @@
 """What would the tests miss? Puts one small fault after the other into the modules that safety rests on.
 
-    python -m tests.mutants [runtime/golden.py …] [--sample 100] [--jobs 2]
+    python -m tests.mutants [runtime/bundle/golden.py …] [--sample 100] [--jobs 2]
 
 For every module, the tests in `TESTS` run once, to learn which of them runs which line. Then, for each mutant, those
 that run the changed line, the quickest first, until one fails. Libraries are imported once: every mutant is a fork of
@@ -45,25 +45,28 @@ LIBRARIES = (
     "matplotlib.pyplot", "hypothesis.extra.numpy", "anyio.pytest_plugin", "xdist.plugin", "_pytest.pytester", "pdb",
 )  # fmt: skip
 
-_CONTROL = "tests/runtime/test_control_*.py"
-_BUNDLE = tuple(f"tests/runtime/test_{name}.py" for name in ("bundle", "manifest", "golden", "validation", "tokenizer"))
+_CONTROL = "tests/runtime/control/test_*.py"
+_BUNDLE = (
+    *(f"tests/runtime/bundle/test_{name}.py" for name in ("bundle", "manifest", "golden", "validation")),
+    "tests/runtime/test_tokenizer.py",
+)
 _REFERENCE = tuple(
     f"tests/rfsq_ref/test_{name}.py" for name in ("quantizer", "rounding", "rounding_numbers", "autoencoder")
 )
 #: Patterns of the tests that a module answers to.
 TESTS: dict[str, tuple[str, ...]] = {
-    "runtime/control_guard.py": (_CONTROL,),
-    "runtime/control_queue.py": (_CONTROL,),
-    "runtime/control_decoder.py": (_CONTROL,),
-    "runtime/control_result.py": (_CONTROL,),
-    "runtime/control_order.py": (_CONTROL,),
-    "runtime/control_clock.py": (_CONTROL,),
-    "runtime/control_books.py": (_CONTROL,),
-    "runtime/validation.py": _BUNDLE,
-    "runtime/bundle.py": _BUNDLE,
-    "runtime/manifest.py": (*_BUNDLE, "tests/export/test_bundle_writer.py"),
-    "runtime/golden.py": (*_BUNDLE, "tests/export/test_parity.py"),
-    "runtime/gates.py": ("tests/runtime/test_gates.py", "tests/runtime/test_golden.py"),
+    "runtime/control/guard.py": (_CONTROL,),
+    "runtime/control/queue.py": (_CONTROL,),
+    "runtime/control/decoder.py": (_CONTROL,),
+    "runtime/control/result.py": (_CONTROL,),
+    "runtime/control/order.py": (_CONTROL,),
+    "runtime/control/clock.py": (_CONTROL,),
+    "runtime/control/books.py": (_CONTROL,),
+    "runtime/bundle/validation.py": _BUNDLE,
+    "runtime/bundle/folder.py": _BUNDLE,
+    "runtime/bundle/manifest.py": (*_BUNDLE, "tests/export/test_bundle_writer.py"),
+    "runtime/bundle/golden.py": (*_BUNDLE, "tests/export/test_parity.py"),
+    "runtime/bundle/gates.py": ("tests/runtime/bundle/test_gates.py", "tests/runtime/bundle/test_golden.py"),
     "export/parity.py": ("tests/export/test_parity*.py",),
     "rfsq_ref/quantizer.py": _REFERENCE,
     "rfsq_ref/rounding.py": _REFERENCE,
@@ -272,7 +275,7 @@ def _run_mutant(mutant: Mutant, work: Path, place: int) -> int:
         return 0
     source = work / f"mutant-{place}.py"
     source.write_text(mutant.source)
-    module = mutant.module.removesuffix(".py").replace("/", ".")
+    module = "rfsq." + mutant.module.removesuffix(".py").replace("/", ".")
     os.environ["RFSQ_MUTANT"] = f"{module}:{source}"
     os.environ["PYTHONPATH"] = str(HOOK)
     sys.path.insert(0, str(HOOK))

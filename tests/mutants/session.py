@@ -52,7 +52,7 @@ class Recorder:
     """
 
     def __init__(self, root: Path, modules: Sequence[str]) -> None:
-        self._of_file = {str(root / module): self._line_recorder(module) for module in modules}
+        self._of_file = {str(root / "rfsq" / module): self._line_recorder(module) for module in modules}
         self._every = {
             (module, number)
             for module in modules

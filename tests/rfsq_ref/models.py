@@ -5,9 +5,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq_ref.normaliser import Normaliser, NormaliserKind
-from rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
+from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 
 CONDITIONINGS = list(Conditioning)
 DEFAULT = ModelConfig()

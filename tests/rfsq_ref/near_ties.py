@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rfsq_ref.autoencoder import ActionAutoencoder
-from rfsq_ref.quantizer import Conditioning
-from rfsq_ref.rounding import token_error_bounds
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.rfsq_ref.rounding import token_error_bounds
 
 
 @dataclass(frozen=True)

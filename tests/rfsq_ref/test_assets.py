@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from rfsq_ref.checkpoints import ASSETS, NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, load_checkpoint
-from rfsq_ref.data import DEMONSTRATIONS, load_demonstrations, split_episodes
-from rfsq_ref.experts import EXPERTS
-from rfsq_ref.quantizer import Conditioning, published_dequantize
+from rfsq.rfsq_ref.checkpoints import ASSETS, NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, load_checkpoint
+from rfsq.rfsq_ref.data import DEMONSTRATIONS, load_demonstrations, split_episodes
+from rfsq.rfsq_ref.experts import EXPERTS
+from rfsq.rfsq_ref.quantizer import Conditioning, published_dequantize
 
 DATA = load_demonstrations()
 CHECKPOINTS = pytest.mark.parametrize(

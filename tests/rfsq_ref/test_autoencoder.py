@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
-from rfsq_ref.errors import NotDecodableError
-from rfsq_ref.quantizer import Conditioning
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
+from rfsq.rfsq_ref.errors import NotDecodableError
+from rfsq.rfsq_ref.quantizer import Conditioning
 from tests.rfsq_ref.models import CONDITIONINGS, configs, make_model, random_actions, some_normaliser
 
 SMALL = ModelConfig(action_dim=3, latent_dim=4, hidden_width=8, num_layers=3, num_levels=5)

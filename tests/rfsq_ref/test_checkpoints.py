@@ -21,17 +21,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfsq_ref import checkpoints
-from rfsq_ref.autoencoder import ModelConfig, Readout, RecoveredDecoder
-from rfsq_ref.checkpoints import (
+from rfsq.rfsq_ref import checkpoints
+from rfsq.rfsq_ref.autoencoder import ModelConfig, Readout, RecoveredDecoder
+from rfsq.rfsq_ref.checkpoints import (
     FORMAT,
     Checkpoint,
     checkpoint_of,
     load_checkpoint,
     save_checkpoint,
 )
-from rfsq_ref.errors import CheckpointError
-from rfsq_ref.quantizer import Conditioning
+from rfsq.rfsq_ref.errors import CheckpointError
+from rfsq.rfsq_ref.quantizer import Conditioning
 from tests.rfsq_ref.models import configs, make_model, random_actions, shrinking_constants, some_normaliser
 from tests.rfsq_ref.published_model import ActionRFSQAE
 

@@ -23,7 +23,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rfsq_ref.data import (
+from rfsq.rfsq_ref.data import (
     DEMONSTRATIONS,
     ActionDataset,
     EpisodeSplit,
@@ -34,8 +34,8 @@ from rfsq_ref.data import (
     load_demonstrations,
     split_episodes,
 )
-from rfsq_ref.errors import DataError
-from runtime.paths import counted
+from rfsq.rfsq_ref.errors import DataError
+from rfsq.runtime.bundle.paths import counted
 
 ROOT = Path(__file__).parents[2]
 # Twelve episodes, so that demo_10 and demo_11 show whether names are sorted as numbers.
@@ -696,7 +696,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_reading_our_own_file_needs_numpy_alone() -> None:
     code = (
-        "import sys; from rfsq_ref.data import load_demonstrations, split_episodes\n"
+        "import sys; from rfsq.rfsq_ref.data import load_demonstrations, split_episodes\n"
         "split_episodes(load_demonstrations())\n"
         "print(sorted({'torch', 'h5py', 'pyarrow'} & set(sys.modules)))"
     )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfsq_ref.experts import (
+from rfsq.rfsq_ref.experts import (
     ACTION_DIM,
     EXPERTS,
     HELD_OUT_EXPERTS,

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rfsq_ref import generate_demonstrations as generator
-from rfsq_ref.data import load_actions
-from rfsq_ref.experts import EXPERTS
-from rfsq_ref.generate_demonstrations import (
+from rfsq.rfsq_ref import generate_demonstrations as generator
+from rfsq.rfsq_ref.data import load_actions
+from rfsq.rfsq_ref.experts import EXPERTS
+from rfsq.rfsq_ref.generate_demonstrations import (
     MAX_ATTEMPTS_PER_EPISODE,
     Attempt,
     Episode,

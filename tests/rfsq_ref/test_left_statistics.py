@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from rfsq_ref.checkpoints import load_checkpoint
-from rfsq_ref.left_statistics import left_statistics
+from rfsq.rfsq_ref.checkpoints import load_checkpoint
+from rfsq.rfsq_ref.left_statistics import left_statistics
 from tests.rfsq_ref.published_model import ActionRFSQAE
 
 SEVEN = torch.ones(7)

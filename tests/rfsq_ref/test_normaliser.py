@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from rfsq_ref.errors import DataError
-from rfsq_ref.normaliser import (
+from rfsq.rfsq_ref.errors import DataError
+from rfsq.rfsq_ref.normaliser import (
     QUANTILES,
     Normaliser,
     NormaliserKind,

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
-from rfsq_ref.data import load_demonstrations
-from rfsq_ref.errors import CheckpointError
-from rfsq_ref.quantizer import Conditioning, published_dequantize
+from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
+from rfsq.rfsq_ref.data import load_demonstrations
+from rfsq.rfsq_ref.errors import CheckpointError
+from rfsq.rfsq_ref.quantizer import Conditioning, published_dequantize
 from tests.rfsq_ref.near_ties import Judge
 from tests.rfsq_ref.published_model import ActionRFSQAE, train_a_little
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfsq_ref.errors import NotDecodableError
-from rfsq_ref.quantizer import (
+from rfsq.rfsq_ref.errors import NotDecodableError
+from rfsq.rfsq_ref.quantizer import (
     SIGMA_EPSILON,
     Conditioning,
     ConditioningConstants,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from evidence.closed_loop import EpisodeResult, Spread
-from evidence.episodes import Episode, Identity, open_episodes
-from evidence.rollouts import RolloutConfig
-from rfsq_ref.rollout import config_of, main, parse_arguments
+from rfsq.evidence.closed_loop import EpisodeResult, Spread
+from rfsq.evidence.episodes import Episode, Identity, open_episodes
+from rfsq.evidence.rollouts import RolloutConfig
+from rfsq.rfsq_ref.rollout import config_of, main, parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -15,13 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from export.graphs import LinearForm, encoder_graph
-from export.plan import DeployMode, plan_encoder
-from rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, load_checkpoint
-from rfsq_ref.data import load_demonstrations
-from rfsq_ref.quantizer import Conditioning, ConditioningConstants
-from rfsq_ref.rounding import latent_error_bound, summation_variance, token_error_bounds
+from rfsq.export.graphs import LinearForm, encoder_graph
+from rfsq.export.plan import DeployMode, plan_encoder
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
+from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, load_checkpoint
+from rfsq.rfsq_ref.data import load_demonstrations
+from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from rfsq.rfsq_ref.rounding import latent_error_bound, summation_variance, token_error_bounds
 from tests.rfsq_ref.models import configs, make_model, random_actions, shrinking_constants, some_normaliser
 from tests.rfsq_ref.near_ties import Judge, Verdict
 

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfsq_ref.autoencoder import ModelConfig
-from rfsq_ref.checkpoints import checkpoint_of, load_checkpoint, save_checkpoint
-from rfsq_ref.data import load_actions
-from rfsq_ref.errors import CheckpointError, DataError
-from rfsq_ref.quantizer import Conditioning
-from rfsq_ref.tensor_files import DamagedFileError, hash_tensors, load_torch
+from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.rfsq_ref.checkpoints import checkpoint_of, load_checkpoint, save_checkpoint
+from rfsq.rfsq_ref.data import load_actions
+from rfsq.rfsq_ref.errors import CheckpointError, DataError
+from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.rfsq_ref.tensor_files import DamagedFileError, hash_tensors, load_torch
 from tests.rfsq_ref.models import make_model
 from tests.rfsq_ref.published_model import ActionRFSQAE
 

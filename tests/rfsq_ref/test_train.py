@@ -19,15 +19,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.constants import CalibrationConfig
-from calibration.fit import calibrate, recover
-from calibration.recovered import RecoveredConfig
-from rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
-from rfsq_ref.data import ActionDataset, FloatArray, load_actions, split_episodes
-from rfsq_ref.errors import CheckpointError, DataError
-from rfsq_ref.normaliser import NormaliserKind, fit_normaliser
-from rfsq_ref.quantizer import Conditioning
-from rfsq_ref.train import (
+from rfsq.calibration.constants import CalibrationConfig
+from rfsq.calibration.fit import calibrate, recover
+from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
+from rfsq.rfsq_ref.data import ActionDataset, FloatArray, load_actions, split_episodes
+from rfsq.rfsq_ref.errors import CheckpointError, DataError
+from rfsq.rfsq_ref.normaliser import NormaliserKind, fit_normaliser
+from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.rfsq_ref.train import (
     EpochRecord,
     TrainConfig,
     TrainResult,
@@ -199,7 +199,7 @@ def train_with(errors: list[float], patience: int) -> TrainResult:
     """Real training steps, but these validation errors."""
     script = iter(errors)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rfsq_ref.train._evaluate", lambda *_: next(script))
+        patch.setattr("rfsq.rfsq_ref.train._evaluate", lambda *_: next(script))
         return train(FEW, replace(QUICK, epochs=len(errors), patience=patience))
 
 

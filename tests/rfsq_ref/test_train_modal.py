@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from rfsq_ref.checkpoints import load_checkpoint, save_checkpoint
-from rfsq_ref.data import load_actions
-from rfsq_ref.errors import CheckpointError, DataError, OutputError
-from rfsq_ref.train import TrainConfig, history_of, load_history, train
+from rfsq.rfsq_ref.checkpoints import load_checkpoint, save_checkpoint
+from rfsq.rfsq_ref.data import load_actions
+from rfsq.rfsq_ref.errors import CheckpointError, DataError, OutputError
+from rfsq.rfsq_ref.train import TrainConfig, history_of, load_history, train
 
 ROOT = Path(__file__).parents[2]
 QUICK = TrainConfig(epochs=3, hidden_width=8, latent_dim=4, num_layers=3, learning_rate=1e-2)
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The train_remote function is exe
 def train_modal() -> Any:
     """Imported when it is needed: Modal takes half a second."""
     pytest.importorskip("modal", reason="modal is not installed: pip install '.[dev]'")
-    return importlib.import_module("rfsq_ref.train_modal")
+    return importlib.import_module("rfsq.rfsq_ref.train_modal")
 
 
 @pytest.fixture

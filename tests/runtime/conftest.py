@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from export.plan import DeployMode
-from runtime import ActionTokenizer
-from runtime.cpu_targets import host_targets
+from rfsq.export.plan import DeployMode
+from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.backends.cpu_targets import host_targets
 from tests.bundles import Recipe, write_bundle
 from tests.once import once
 

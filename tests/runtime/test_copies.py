@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-import runtime
-from runtime import (
+from rfsq import runtime
+from rfsq.runtime import (
     ActionTokenizer,
     BackendUnavailableError,
     BundleError,
@@ -35,14 +35,14 @@ from runtime import (
     TokenVocabulary,
     Watchdog,
 )
-from runtime import tokenizer as tokenizer_module
-from runtime.backends import FACTORIES
-from runtime.control_config import ActionKind
-from runtime.control_result import BrokenOff, Outcome
-from runtime.errors import SequenceTooShortError
+from rfsq.runtime import tokenizer as tokenizer_module
+from rfsq.runtime.backends.registry import FACTORIES
+from rfsq.runtime.bundle.errors import SequenceTooShortError
+from rfsq.runtime.control.config import ActionKind
+from rfsq.runtime.control.result import BrokenOff, Outcome
 from tests.bundles import Recipe, random_actions, write_bundle
-from tests.runtime.control_loops import scripted
-from tests.runtime.worker_datasets import Refusals, Tokens, stacked
+from tests.runtime.control.loops import scripted
+from tests.runtime.policy.worker_datasets import Refusals, Tokens, stacked
 
 ROOT = Path(__file__).parents[2]
 ROOMS = ("runtime", "rfsq_ref", "calibration", "evidence", "export")
@@ -112,7 +112,7 @@ def test_no_public_class_is_left_out_here() -> None:
     public = {getattr(runtime, name) for name in runtime.__all__ if inspect.isclass(getattr(runtime, name))}
     errors = {kind for kind in public if issubclass(kind, Exception)}
     assert public - errors == SAMPLES.keys() | PROCESS_BOUND
-    assert errors <= {kind for kind in error_types() if kind.__module__.startswith("runtime.")}
+    assert errors <= {kind for kind in error_types() if kind.__module__.startswith("rfsq.runtime.")}
 
 
 @COPIERS
@@ -155,9 +155,13 @@ def error_types() -> list[type[Exception]]:
     """Every exception that a room defines."""
     found = []
     for room in ROOMS:
-        for file in sorted((ROOT / room).glob("*.py")):
+        for file in sorted((ROOT / room).glob("**/*.py")):
             names = re.findall(r"^class (\w+)\(.*(?:Error|Exception)\)", file.read_text(), re.MULTILINE)
-            module = importlib.import_module(f"{room}.{file.stem}") if names else None
+            module = (
+                importlib.import_module(".".join(("rfsq", *file.relative_to(ROOT).with_suffix("").parts)))
+                if names
+                else None
+            )
             found += [getattr(module, name) for name in names]
     return found
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime import ActionTokenizer
-from runtime.errors import IdTypeError, InvalidInputError, VocabularyError
-from runtime.token_ids import TokenVocabulary
+from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.bundle.errors import IdTypeError, InvalidInputError, VocabularyError
+from rfsq.runtime.policy.vocabulary import TokenVocabulary
 from tests.bundles import Recipe, random_actions
 
 

@@ -12,14 +12,25 @@ from pathlib import Path
 
 import pytest
 
-from runtime import inspect_bundle, ort_backend, selftest
-from runtime.bundle import open_bundle
-from runtime.cpu_targets import host_targets
-from runtime.manifest import MANIFEST_NAME, manifest_text, parse_manifest
+from rfsq.runtime.backends import onnxruntime as ort_backend
+from rfsq.runtime.backends.cpu_targets import host_targets
+from rfsq.runtime.bundle.folder import open_bundle
+from rfsq.runtime.bundle.manifest import MANIFEST_NAME, manifest_text, parse_manifest
+from rfsq.runtime.qualification import inspect as inspect_bundle
+from rfsq.runtime.qualification import selftest
 from tests.bundles import Recipe, deploy, write_bundle
 
 ROOT = Path(__file__).parents[2]
-FORBIDDEN = ("torch", "onnx", "polygraphy", "tensorrt", "tensorrt_rtx", "rfsq_ref", "calibration", "export")
+FORBIDDEN = (
+    "torch",
+    "onnx",
+    "polygraphy",
+    "tensorrt",
+    "tensorrt_rtx",
+    "rfsq.rfsq_ref",
+    "rfsq.calibration",
+    "rfsq.export",
+)
 
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -36,7 +47,10 @@ def isolated(code: str) -> str:
 
 
 def test_importing_runtime_imports_numpy_and_no_backend() -> None:
-    result = run("-c", "import sys, runtime; print(*sorted({name.split('.')[0] for name in sys.modules}))")
+    result = run(
+        "-c",
+        "import sys, runtime; runtime.ActionTokenizer; print(*sorted({name.split('.')[0] for name in sys.modules}))",
+    )
     loaded = set(result.stdout.split())
     assert {"numpy", "runtime"} <= loaded
     assert loaded.isdisjoint({*FORBIDDEN, "onnxruntime"})
@@ -56,7 +70,7 @@ def test_loading_encoding_and_decoding_need_numpy_and_the_backend_alone(bundle: 
 
 
 def test_selftest_needs_numpy_and_the_backend_alone(bundle: Path) -> None:
-    printed = isolated(f"from runtime.selftest import main\nsys.exit(main([{str(bundle)!r}]))")
+    printed = isolated(f"from rfsq.runtime.qualification.selftest import main\nsys.exit(main([{str(bundle)!r}]))")
     assert "✓ onnxruntime:" in printed
 
 
@@ -101,9 +115,9 @@ def test_a_robot_without_cuda_python_loads_on_the_processor_and_says_what_the_gp
         f"""
 sys.modules["cuda"] = None
 import logging
-from runtime import ActionTokenizer, BackendUnavailableError
+from rfsq.runtime import ActionTokenizer, BackendUnavailableError
 # Not that faster code could be had: another test has that.
-logging.getLogger("runtime").setLevel(logging.ERROR)
+logging.getLogger("rfsq.runtime").setLevel(logging.ERROR)
 print(ActionTokenizer.load({str(bundle)!r}).backend.name)
 try:
     ActionTokenizer.load({str(bundle)!r}, backend="onnxruntime-cuda")
@@ -124,7 +138,7 @@ except BackendUnavailableError as error:
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What else is installed where these tests run makes no difference: ONNX Runtime on the CPU is the one backend."""
     monkeypatch.setattr(ort_backend.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr("runtime.backends.available_tensorrt", lambda: ())
+    monkeypatch.setattr("rfsq.runtime.backends.registry.available_tensorrt", lambda: ())
 
 
 @pytest.mark.usefixtures("without_gpu")
@@ -201,7 +215,7 @@ def test_loading_a_c_engine_needs_numpy_alone(bundle_of: Callable[[Recipe], Path
 def test_selftest_without_any_backend_returns_2(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.backends.FACTORIES", {})
+    monkeypatch.setattr("rfsq.runtime.backends.registry.FACTORIES", {})
     assert selftest.main([str(bundle)]) == 2
     assert "no backend can be used" in capsys.readouterr().err
 

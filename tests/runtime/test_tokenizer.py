@@ -14,13 +14,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from export.plan import DeployMode
-from rfsq_ref.rounding import token_error_bounds
-from runtime import ActionTokenizer, BundleError, FingerprintError, InvalidInputError, SelfTestError, TokenizerError
-from runtime.bundle import check_manifest, open_bundle
-from runtime.comparison import action_errors, compare_tokens
-from runtime.gates import GATES
-from runtime.manifest import ModelEntry
+from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.rounding import token_error_bounds
+from rfsq.runtime import (
+    ActionTokenizer,
+    BundleError,
+    FingerprintError,
+    InvalidInputError,
+    SelfTestError,
+    TokenizerError,
+)
+from rfsq.runtime.bundle.comparison import action_errors, compare_tokens
+from rfsq.runtime.bundle.folder import check_manifest, open_bundle
+from rfsq.runtime.bundle.gates import GATES
+from rfsq.runtime.bundle.manifest import ModelEntry
 from tests.bundles import (
     Recipe,
     deploy,

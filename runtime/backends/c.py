@@ -1,0 +1,211 @@
+"""The generated C engine: compiled for this kind of processor, called where the arrays lie."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle.errors import BackendUnavailableError, IllegalValueError
+from ..bundle.folder import Bundle
+from ..bundle.manifest import EngineEntry
+from .contract import CHECKED_STEPS, Float32Array, Int32Array
+from .cpu_targets import host_targets
+
+_byref, _size, _first_byte = ctypes.byref, ctypes.c_size_t, ctypes.c_char.from_buffer
+_Array = npt.NDArray[Any]
+
+
+class CBackend:
+    """Encodes and decodes in the calling thread: no thread, no lock, no allocation, safe in signal handlers and fork.
+
+    Arrays that come again, as those of a control loop do, come for half the price: their arguments are made once.
+    target: one of `cpu_targets.host_targets()`, None for the best that the bundle has. Raises BackendUnavailableError
+    where it has none for this machine, or the library does not load.
+    """
+
+    def __init__(self, bundle: Bundle, target: str | None = None) -> None:
+        model = bundle.manifest.model
+        self._entry = _choose_engine(bundle, host_targets() if target is None else (target,))
+        library = _open(bundle, self._entry)
+        self._encode = _function(library, "rfsq_encode")
+        self._decoders = {prefix: _function(library, f"rfsq_decode_l{prefix}") for prefix in model.prefixes}
+        self._has_stats = model.has_stats
+        # The last call of each kind is held as soon as its arrays have come twice in a row.
+        nothing = np.empty(0, np.float32)
+        self._encoding = self._decoding = _HeldCall(int, (), nothing, nothing, None)
+        self._encoded = self._decoded = (0, 0)
+
+    @property
+    def name(self) -> str:
+        return "c"
+
+    @property
+    def entry(self) -> EngineEntry:
+        """What the manifest says of the engine."""
+        return self._entry
+
+    @property
+    def description(self) -> str:
+        return f"generated C for {self._entry.targets[0]}, {self._entry.version}"
+
+    @property
+    def device(self) -> str:
+        return self._entry.targets[0]
+
+    @property
+    def checked_steps(self) -> int:
+        return CHECKED_STEPS
+
+    def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
+        held = self._encoding
+        # Written out, here and below: this is the call of the control loop.
+        if (
+            held.source() is actions
+            and held.target() is tokens
+            and held.stats() is stats
+            and held.shape == actions.shape
+        ):
+            status = held.call()
+        else:
+            batch, pair = _size(len(actions)), (id(actions), id(tokens))
+            if self._has_stats:
+                pointer = None if stats is None else _pointer(stats)
+                status = self._encode(_pointer(actions), batch, _pointer(tokens), pointer)
+            else:
+                status = self._encode(_pointer(actions), batch, _pointer(tokens))
+            if pair == self._encoded:
+                arguments = (actions, batch, tokens, stats) if self._has_stats else (actions, batch, tokens)
+                self._encoding = _HeldCall(self._encode, arguments, actions, tokens, stats)
+            self._encoded = pair
+        if status:
+            raise IllegalValueError("the C engine refuses the actions: not all are finite and within the model's limit")
+
+    def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
+        held = self._decoding
+        if (
+            held.source() is tokens
+            and held.target() is actions
+            and held.stats() is stats
+            and held.shape == tokens.shape
+        ):
+            status = held.call()
+        else:
+            decode, batch, pair = self._decoders[tokens.shape[3]], _size(len(tokens)), (id(tokens), id(actions))
+            if stats is None:
+                status = decode(_pointer(tokens), batch, _pointer(actions))
+            else:
+                status = decode(_pointer(tokens), _pointer(stats), batch, _pointer(actions))
+            if pair == self._decoded:
+                arguments = (tokens, batch, actions) if stats is None else (tokens, stats, batch, actions)
+                self._decoding = _HeldCall(decode, arguments, tokens, actions, stats)
+            self._decoded = pair
+        if status:
+            raise IllegalValueError("the C engine refuses the tokens, or their statistics: not all are legal")
+
+    def close(self) -> None:
+        """The library stays loaded: another thread may be in it, and it holds nothing."""
+
+
+class _HeldCall:
+    """A call with its arguments made, and the arrays it is for.
+
+    The arrays are referenced weakly: they may go, and while they are here numpy resizes nothing that is referenced so,
+    whatever it is told, so that the addresses stay true.
+    """
+
+    __slots__ = ("call", "shape", "source", "stats", "target")
+
+    def __init__(
+        self,
+        function: Callable[..., int],
+        arguments: Sequence[Any],
+        source: _Array,
+        target: _Array,
+        stats: _Array | None,
+    ) -> None:
+        self.source: Callable[[], _Array | None] = weakref.ref(source)
+        self.target: Callable[[], _Array | None] = weakref.ref(target)
+        self.stats: Callable[[], _Array | None] = type(None) if stats is None else weakref.ref(stats)
+        self.shape = source.shape
+        self.call = functools.partial(
+            function,
+            *(ctypes.c_void_p(part.ctypes.data) if isinstance(part, np.ndarray) else part for part in arguments),
+        )
+
+
+def _choose_engine(bundle: Bundle, targets: Sequence[str]) -> EngineEntry:
+    engines = {entry.targets[0]: entry for entry in bundle.manifest.engines if entry.backend == "c"}
+    for target in targets:
+        if target in engines:
+            return engines[target]
+    found = f"it has engines for {', '.join(engines)}" if engines else "it has none"
+    raise BackendUnavailableError(
+        f"{bundle.folder} has no C engine for {' or '.join(targets)}: {found}; compile one for this machine, on it: "
+        f"python export/build_engine.py --from-bundle {bundle.folder}"
+    )
+
+
+def _open(bundle: Bundle, entry: EngineEntry) -> ctypes.CDLL:
+    try:
+        return _load(bundle.content(entry.file))
+    except OSError as error:
+        raise BackendUnavailableError(
+            f"{entry.file} does not load here: {error}; compile it again on this machine with --from-bundle"
+        ) from error
+
+
+@cache
+def _load(content: bytes) -> ctypes.CDLL:
+    """The library of exactly these bytes, which were hashed: a file in the bundle may have changed since.
+
+    Loaded once in a process, whatever opens it, and never unloaded. Raises OSError.
+    """
+    if not hasattr(os, "memfd_create"):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "librfsq_tokenizer.so"
+            path.write_bytes(content)
+            return ctypes.CDLL(str(path))
+    # Nowhere in the file system, where a mount could forbid to run it.
+    descriptor = os.memfd_create("rfsq_tokenizer", os.MFD_CLOEXEC)
+    try:
+        written = 0
+        while written < len(content):
+            written += os.write(descriptor, content[written:])
+        # The loader takes a name that it knows for the library that it has loaded by it, and numbers come again.
+        spelling = "./" * next(_SPELLINGS)
+        return ctypes.CDLL(f"/proc/self/fd/{spelling}{descriptor}")
+    finally:
+        os.close(descriptor)
+
+
+_SPELLINGS = itertools.count()
+
+
+def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
+    try:
+        function = getattr(library, name)
+    except AttributeError:
+        raise BackendUnavailableError(f"the C engine has no function {name}; compile it again") from None
+    # No argtypes: converting to them takes half a microsecond, and every argument has its C type already.
+    found: Callable[..., int] = function
+    return found
+
+
+def _pointer(array: _Array) -> Any:
+    """What passes as a pointer to the array's first byte; `array.ctypes` takes three times as long."""
+    try:
+        return _byref(_first_byte(array))  # type: ignore[arg-type]  # numpy's arrays are buffers to mypy from 3.12 on
+    except (TypeError, ValueError):
+        # Read-only, or empty.
+        return ctypes.c_void_p(array.ctypes.data)

@@ -1,0 +1,200 @@
+"""Arrays that lie on the GPU already: torch, CuPy, JAX and whatever else speaks their two common protocols.
+
+`__cuda_array_interface__` (version 3) and DLPack say where an array lies; nothing is copied, and no value is read.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...bundle.errors import InvalidInputError
+from .driver import DEVICE, DeviceMemory, is_on_device
+
+#: cudaStreamLegacy: the stream that torch and CuPy work on unless they are told otherwise.
+DEFAULT_STREAM = 1
+#: cudaStreamPerThread.
+_PER_THREAD_STREAM = 2
+#: What the widest load of a kernel needs.
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class GpuArray:
+    """A C-contiguous array on CUDA's device 0. `owner` keeps its memory; `stream` is the one it says it belongs to."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    is_writable: bool
+    stream: int | None
+    owner: object
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def overlaps(self, other: GpuArray) -> bool:
+        return self.address < other.address + other.num_bytes and other.address < self.address + self.num_bytes
+
+
+class GpuResult:
+    """An array of ours on the GPU, for `torch.as_tensor`, `cupy.asarray` and the like, which do not copy it.
+
+    Its values are there once the stream of the call has come so far; `stream` is told to whoever takes the array.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: npt.DTypeLike, stream: GpuStream) -> None:
+        self.shape, self.dtype, self.stream = shape, np.dtype(dtype), stream
+        self._memory = DeviceMemory(math.prod(shape) * self.dtype.itemsize)
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {
+            "version": 3,
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self._memory.address, False),
+            "strides": None,
+            "stream": self.stream.handle,
+        }
+
+    def __del__(self) -> None:
+        # cudaFree waits until nothing uses the memory any more.
+        memory = getattr(self, "_memory", None)
+        if memory is not None:
+            memory.close()
+
+
+def gpu_array(name: str, value: object) -> GpuArray:
+    """Where `value` lies. Raises InvalidInputError unless it is C-contiguous, aligned and on CUDA's device 0."""
+    try:
+        interface = getattr(value, "__cuda_array_interface__", None)
+        array = _from_dlpack(value) if interface is None else _from_interface(name, interface, value)
+    except InvalidInputError:
+        raise
+    except (RuntimeError, TypeError, ValueError, KeyError, BufferError) as error:
+        raise InvalidInputError(f"{name} cannot be read on the GPU: {error}") from error
+    if array.num_bytes:
+        _check_memory(name, array, _is_on_device(value, array.address))
+    return array
+
+
+def _is_on_device(value: object, address: int) -> bool:
+    where = getattr(value, "__dlpack_device__", None)
+    return is_on_device(address) if where is None else int(where()[1]) == DEVICE
+
+
+@dataclass(frozen=True, slots=True)
+class GpuStream:
+    """A cudaStream_t, and the object that it belongs to, which must not go before it."""
+
+    handle: int
+    owner: object
+
+
+def stream_of(stream: object, arrays: dict[str, GpuArray]) -> GpuStream:
+    """The stream to work on: the caller's, else the one the arrays name, else the current one of their library.
+
+    stream: None, a cudaStream_t as a number, or a stream of torch, CuPy or cuda.core. Raises InvalidInputError where
+    an array names another stream: what is computed on that one might not be there yet.
+    """
+    if isinstance(stream, GpuStream):
+        return stream
+    named = {name: array.stream for name, array in arrays.items() if array.stream is not None}
+    if stream is None:
+        stream = next(iter(named.values()), None) or _current_stream(arrays)
+    handle = _stream_handle(stream)
+    if handle == _PER_THREAD_STREAM:
+        raise InvalidInputError(
+            "the stream is CUDA's per-thread default stream, which is another one in every thread; pass a stream of "
+            "your own"
+        )
+    for name, other in named.items():
+        if other != handle:
+            raise InvalidInputError(
+                f"{name} belongs to the stream {other:#x}, this call works on {handle:#x}: what is written on one may "
+                "not be there on the other yet; make the array's stream the current one, or wait for it and pass "
+                "the array from there"
+            )
+    return GpuStream(handle, stream)
+
+
+def _current_stream(arrays: dict[str, GpuArray]) -> object:
+    """torch's tensors name no stream: what is theirs is the one that is current in torch."""
+    torch = sys.modules.get("torch")
+    if torch is not None and any(type(array.owner).__module__.startswith("torch") for array in arrays.values()):
+        return torch.cuda.current_stream(DEVICE)
+    return DEFAULT_STREAM
+
+
+def _stream_handle(stream: object) -> int:
+    if isinstance(stream, int):
+        return stream or DEFAULT_STREAM
+    for name in ("cuda_stream", "ptr"):
+        handle = getattr(stream, name, None)
+        if isinstance(handle, int):
+            return handle or DEFAULT_STREAM
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is not None:
+        # A method by the protocol, a property in its first version.
+        _, handle = protocol() if callable(protocol) else protocol
+        return int(handle) or DEFAULT_STREAM
+    raise InvalidInputError(
+        f"stream is a {type(stream).__qualname__}; expected a stream of torch, CuPy or cuda.core, or its handle as int"
+    )
+
+
+def _from_interface(name: str, interface: dict[str, Any], owner: object) -> GpuArray:
+    if interface.get("mask") is not None:
+        raise InvalidInputError(f"{name} has a mask; expected a plain array")
+    dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
+    address, is_read_only = interface["data"]
+    stream = interface.get("stream")
+    _check_strides(name, interface.get("strides"), shape, dtype.itemsize)
+    return GpuArray(int(address or 0), shape, dtype, not is_read_only, None if stream is None else int(stream), owner)
+
+
+def _from_dlpack(value: object) -> GpuArray:
+    # Here, because torch, CuPy and JAX all have the other protocol.
+    from cuda.core.utils import StridedMemoryView
+
+    # -1: no stream waits for another; `stream_of` decides about streams.
+    view = StridedMemoryView.from_dlpack(value, stream_ptr=-1)
+    dtype, shape = np.dtype(view.dtype), tuple(view.shape)
+    strides = None if view.strides is None else tuple(step * dtype.itemsize for step in view.strides)
+    _check_strides("array", strides, shape, dtype.itemsize)
+    # The view holds the array, and the array's memory as long.
+    return GpuArray(int(view.ptr), shape, dtype, not view.readonly, None, view)
+
+
+def _check_strides(name: str, strides: tuple[int, ...] | None, shape: tuple[int, ...], itemsize: int) -> None:
+    if strides is None or 0 in shape:
+        return
+    expected = itemsize
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        # Where there is one entry only, nobody takes the step to the next.
+        if size != 1 and stride != expected:
+            raise InvalidInputError(
+                f"{name} is not C-contiguous: shape {list(shape)}, strides {list(strides)} bytes; pass a contiguous "
+                "copy, `.contiguous()` in torch"
+            )
+        expected *= size
+
+
+def _check_memory(name: str, array: GpuArray, is_on_device: bool) -> None:
+    if array.address % _ALIGNMENT:
+        raise InvalidInputError(
+            f"{name} begins at the address {array.address:#x}, which is no multiple of {_ALIGNMENT}; pass an array "
+            "that begins where its memory begins, a `.clone()` of the slice in torch"
+        )
+    if not is_on_device:
+        raise InvalidInputError(
+            f"{name} does not lie in the memory of CUDA's device 0, on which this tokenizer works; move it there, or "
+            "choose the GPU with CUDA_VISIBLE_DEVICES"
+        )

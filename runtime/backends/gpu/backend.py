@@ -1,0 +1,441 @@
+"""What every engine on an NVIDIA GPU has in common: buffers, streams and captured graphs around it.
+
+An engine brings `GpuFunction`s; this module gives them the contract of a backend. Numpy arrays travel through pinned
+memory, and copy, engine and copy back are one captured graph. Arrays of the GPU are used where they lie.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ...bundle.errors import InferenceError
+from ...bundle.manifest import GraphEntry, TensorEntry
+from ..contract import Float32Array, Int32Array
+from .arrays import GpuArray, GpuStream
+from .driver import (
+    CapturedGraph,
+    DeviceMemory,
+    PinnedArray,
+    Stream,
+    capture,
+    copy_to_device,
+    copy_to_host,
+    is_usable,
+    require_device,
+    require_not_capturing,
+    require_same_process,
+    synchronize_device,
+    synchronize_stream,
+)
+
+#: Batch sizes, and streams of callers, for which everything is kept ready; a robot uses one or two.
+_KEPT = 4
+#: What a kernel may write straight into the memory of the host, or read there: a copy of its own takes microseconds,
+#: whatever its size.
+_DIRECT_BYTES = 64 * 2**10
+#: So many chunks take a multiple of 16 bytes, whatever their size: what the widest load of a kernel needs.
+_ALIGNED_CHUNKS = 16
+#: Larger batches of numpy arrays go through in slices, of which two are under way at a time.
+_SLICE_BYTES = 4 * 2**20
+
+_Array = npt.NDArray[Any]
+_T = TypeVar("_T")
+
+
+class Program(Protocol):
+    """One use of a function: everything that running it on given addresses needs, scratch memory included."""
+
+    def bind(self, batch: int, addresses: Sequence[int]) -> None:
+        """Take the addresses of all inputs, then all outputs, each for `batch` chunks."""
+
+    def enqueue(self, stream: int) -> None:
+        """Put the work on a stream. Raises InferenceError."""
+
+    def close(self) -> None:
+        """Free what it holds."""
+
+
+class GpuFunction(Protocol):
+    """An encoder or a decoder on the GPU."""
+
+    @property
+    def max_batch(self) -> int:
+        """The most chunks that one program takes."""
+
+    @property
+    def reads_once(self) -> bool:
+        """Whether it reads each byte of its inputs once: then it may read them where the host has them."""
+
+    def new_program(self) -> Program:
+        """Independent of every other program. Raises InferenceError, OutOfGpuMemoryError where there is no room."""
+
+    def close(self) -> None:
+        """Free what all programs share; they are closed before."""
+
+
+class GpuBackend:
+    """A backend made of GPU functions. May be called from any thread, and from a signal handler.
+
+    functions: one for each graph in `entries`, which may come once for each type of tokens. Arrays of the host go
+    through those of the first type: what is legal has the same value in all.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        description: str,
+        device: str,
+        entries: Sequence[GraphEntry],
+        functions: Sequence[GpuFunction],
+    ) -> None:
+        self._name, self._description, self._device = name, description, device
+        runners = [(entry, _Runner(entry, function)) for entry, function in zip(entries, functions, strict=True)]
+        self._runners = [runner for _, runner in runners]
+        self._encoders = {_token_type(entry): runner for entry, runner in runners if entry.role == "encoder"}
+        self._typed_decoders = {
+            (entry.prefix, _token_type(entry)): runner for entry, runner in runners if entry.role == "decoder"
+        }
+        first = _token_type(entries[0])
+        self._encoder = self._encoders[first]
+        self._decoders = {prefix: runner for (prefix, kind), runner in self._typed_decoders.items() if kind == first}
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def description(self) -> str:
+        return self._description
+
+    @property
+    def device(self) -> str:
+        return self._device
+
+    @property
+    def checked_steps(self) -> int:
+        return 0
+
+    @property
+    def token_types(self) -> tuple[np.dtype[Any], ...]:
+        return tuple(self._encoders)
+
+    def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
+        self._encoder.run_on_host((actions,), (tokens, stats))
+
+    def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
+        self._decoders[tokens.shape[3]].run_on_host((tokens,) if stats is None else (tokens, stats), (actions,))
+
+    def encode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
+        """arrays: actions, tokens and, in `dynamic` bundles, stats. Returns before the work is done."""
+        self._encoders[arrays[1].dtype].run_on_gpu(arrays, stream)
+
+    def decode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
+        """arrays: tokens, in `dynamic` bundles stats, and actions. Returns before the work is done."""
+        self._decoder_of(arrays).run_on_gpu(arrays, stream)
+
+    def bind_encode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
+        """`encode_on_gpu` on these arrays, captured."""
+        return self._encoders[arrays[1].dtype].bind(arrays, stream)
+
+    def bind_decode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
+        """`decode_on_gpu` on these arrays, captured."""
+        return self._decoder_of(arrays).bind(arrays, stream)
+
+    def _decoder_of(self, arrays: Sequence[GpuArray]) -> _Runner:
+        return self._typed_decoders[arrays[0].shape[3], arrays[0].dtype]
+
+    def close(self) -> None:
+        for runner in self._runners:
+            runner.close()
+
+
+class CapturedCall:
+    """A call on fixed arrays of the GPU, captured as a graph: calling it launches the graph and allocates nothing.
+
+    It keeps the arrays, the stream and the engine alive until it is closed. The arrays may be written between calls, in
+    the order of the stream that it was bound to.
+    """
+
+    def __init__(self, program: Program, graph: CapturedGraph, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
+        self._program, self._graph, self._arrays, self._stream = program, graph, tuple(arrays), stream
+
+    def __call__(self) -> None:
+        """Launch on the bound stream; returns before the work is done. Raises InferenceError."""
+        if not self._arrays:
+            raise InferenceError("this bound call was closed; bind the arrays again")
+        require_device()
+        self._graph.launch(self._stream.handle)
+
+    def close(self) -> None:
+        """Wait for the stream, then free the graph. It cannot be called afterwards."""
+        # In a child of fork nothing of CUDA may be called, not even to free.
+        if self._arrays and is_usable():
+            synchronize_stream(self._stream.handle)
+            self._graph.close()
+            self._program.close()
+            self._arrays = ()
+
+    def __del__(self) -> None:
+        # Its memory must not go while the graph is under way.
+        with contextlib.suppress(InferenceError):
+            self.close()
+
+
+class _Kept(Generic[_T]):
+    """Idle objects by key, for the last few keys.
+
+    Takes no lock: a signal handler may come while its own thread is in here. Whoever finds nothing idle makes
+    another; the list operations in between are atomic.
+    """
+
+    def __init__(self, make: Callable[[int], _T], close: Callable[[_T], None]) -> None:
+        self._make, self._close = make, close
+        self._idle: OrderedDict[int, list[_T]] = OrderedDict()
+        self._latest: int | None = None
+
+    @contextlib.contextmanager
+    def borrowed(self, key: int) -> Any:
+        item = self.take(key)
+        try:
+            yield item
+        except BaseException:
+            # In an unknown state: work of it may still be under way.
+            self._close(item)
+            raise
+        self.give_back(key, item)
+
+    def take(self, key: int) -> _T:
+        item = _popped(self._idle.get(key))
+        if item is not None:
+            return item
+        item = self._make(key)
+        self._idle.setdefault(key, [])
+        while len(self._idle) > _KEPT:
+            self._close_idle(self._idle.popitem(last=False)[1])
+        return item
+
+    def give_back(self, key: int, item: _T) -> None:
+        idle = self._idle.get(key)
+        if idle is None:
+            self._close(item)
+            return
+        idle.append(item)
+        if key != self._latest:
+            self._latest = key
+            with contextlib.suppress(KeyError):
+                # What is used stays; a control loop's batch size is used all the time.
+                self._idle.move_to_end(key)
+        if self._idle.get(key) is not idle:
+            # Another call has dropped the list meanwhile, and may have been through with it.
+            self._close_idle(idle)
+
+    def close(self) -> None:
+        while self._idle:
+            self._close_idle(self._idle.popitem()[1])
+
+    def _close_idle(self, items: list[_T]) -> None:
+        # Taken out one by one: another call may have found the list before it was dropped.
+        while (item := _popped(items)) is not None:
+            self._close(item)
+
+
+def _popped(items: list[_T] | None) -> _T | None:
+    """The last one, taken out; None where there is none, or another thread was faster."""
+    try:
+        return items.pop() if items else None
+    except IndexError:
+        return None
+
+
+class _Runner:
+    """One function with everything that is kept ready for it."""
+
+    def __init__(self, entry: GraphEntry, function: GpuFunction) -> None:
+        self._entry, self._function = entry, function
+        per_chunk = sum(_bytes_per_chunk(tensor) for tensor in (*entry.inputs, *entry.outputs))
+        self._slice = max(1, min(function.max_batch, _SLICE_BYTES // per_chunk))
+        self._host_calls: _Kept[_HostCall] = _Kept(self._new_host_call, _HostCall.close)
+        self._programs: _Kept[Program] = _Kept(lambda _stream: function.new_program(), _close_idle_program)
+
+    def run_on_host(self, inputs: Sequence[_Array], outputs: Sequence[_Array | None]) -> None:
+        batch = len(inputs[0])
+        if batch <= self._slice:
+            # Written out: this is the call of the control loop, and a context manager takes a microsecond.
+            require_same_process()
+            host_call = self._host_calls.take(batch)
+            try:
+                host_call.start(inputs)
+                host_call.finish(outputs)
+            except BaseException:
+                host_call.close()
+                raise
+            self._host_calls.give_back(batch, host_call)
+            return
+        require_device()
+        # The last slice repeats chunks of the one before it, so that all are of one size.
+        starts = [*range(0, batch - self._slice, self._slice), batch - self._slice]
+        parts = [slice(start, start + self._slice) for start in starts]
+        with self._host_calls.borrowed(self._slice) as first, self._host_calls.borrowed(self._slice) as second:
+            # While one slice is on the GPU, the processor fills or empties the pinned memory of the other.
+            calls = itertools.cycle((first, second))
+            under_way, before = next(calls), parts[0]
+            under_way.start([array[before] for array in inputs])
+            for part in parts[1:]:
+                following = next(calls)
+                following.start([array[part] for array in inputs])
+                under_way.finish([None if array is None else array[before] for array in outputs])
+                under_way, before = following, part
+            under_way.finish([None if array is None else array[before] for array in outputs])
+
+    def run_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
+        require_device()
+        require_not_capturing(stream.handle)
+        with self._programs.borrowed(stream.handle) as program:
+            for start, batch in _slices(arrays[0].shape[0], self._function.max_batch):
+                program.bind(batch, [array.address + start * _bytes_of_one(array) for array in arrays])
+                program.enqueue(stream.handle)
+
+    def bind(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
+        require_device()
+        require_not_capturing(stream.handle)
+        batch = arrays[0].shape[0]
+        if batch > self._function.max_batch:
+            raise InferenceError(
+                f"{batch} chunks cannot be bound at once, {self._function.max_batch} can; call without binding"
+            )
+        program, own_stream = self._function.new_program(), Stream()
+        try:
+            program.bind(batch, [array.address for array in arrays])
+            # The first run compiles kernels, which no capture allows; nothing else may use the arrays meanwhile.
+            synchronize_stream(stream.handle)
+            program.enqueue(own_stream.handle)
+            own_stream.synchronize()
+            return CapturedCall(
+                program, capture(own_stream, lambda: program.enqueue(own_stream.handle)), arrays, stream
+            )
+        except BaseException:
+            program.close()
+            raise
+        finally:
+            own_stream.close()
+
+    def close(self) -> None:
+        self._host_calls.close()
+        self._programs.close()
+        if is_usable():
+            self._function.close()
+        else:
+            _ABANDONED.append(self._function)
+
+    def _new_host_call(self, batch: int) -> _HostCall:
+        # Once is enough: its stream, memory and graph are this device's, whichever is current when they are used.
+        require_device()
+        return _HostCall(self._entry, self._function, batch)
+
+
+class _HostCall:
+    """One function at one batch size, from numpy arrays to numpy arrays: pinned memory, device memory, one graph."""
+
+    def __init__(self, entry: GraphEntry, function: GpuFunction, batch: int) -> None:
+        with contextlib.ExitStack() as undo:
+            program = function.new_program()
+            undo.callback(program.close)
+            self._stream = Stream()
+            undo.callback(self._stream.close)
+
+            def allocate(tensor: TensorEntry, *, may_be_direct: bool) -> tuple[PinnedArray, DeviceMemory | None]:
+                host = PinnedArray((batch, *tensor.shape[1:]), tensor.dtype)
+                undo.callback(host.close)
+                if may_be_direct and host.num_bytes <= _DIRECT_BYTES:
+                    return host, None
+                gpu = DeviceMemory(host.num_bytes)
+                undo.callback(gpu.close)
+                return host, gpu
+
+            inputs = [allocate(tensor, may_be_direct=function.reads_once) for tensor in entry.inputs]
+            outputs = [allocate(tensor, may_be_direct=True) for tensor in entry.outputs]
+            for host, _ in inputs:
+                # Legal input, whatever the memory held.
+                host.array.fill(0)
+            program.bind(batch, [(host if gpu is None else gpu).address for host, gpu in (*inputs, *outputs)])
+            self._inputs, self._outputs = ([host.array for host, _ in side] for side in (inputs, outputs))
+            self._handle = handle = self._stream.handle
+
+            def work() -> None:
+                for host, gpu in inputs:
+                    if gpu is not None:
+                        copy_to_device(gpu.address, host.address, host.num_bytes, handle)
+                program.enqueue(handle)
+                for host, gpu in outputs:
+                    if gpu is not None:
+                        copy_to_host(host.address, gpu.address, host.num_bytes, handle)
+
+            # The first run compiles kernels, which no capture allows.
+            work()
+            self._stream.synchronize()
+            self._graph = capture(self._stream, work)
+            undo.callback(self._graph.close)
+            self._undo = undo.pop_all()
+
+    def start(self, inputs: Sequence[_Array]) -> None:
+        for buffer, array in zip(self._inputs, inputs, strict=False):
+            buffer[...] = array
+        self._graph.launch(self._handle)
+
+    def finish(self, outputs: Sequence[_Array | None]) -> None:
+        """Wait, and copy into the arrays; None, or none at all, for an output that nobody wants."""
+        self._stream.synchronize()
+        for array, buffer in zip(outputs, self._outputs, strict=False):
+            if array is not None:
+                array[...] = buffer
+
+    def close(self) -> None:
+        if not is_usable():
+            _ABANDONED.append(self)
+            return
+        # What failed may still be under way in memory that is about to be freed.
+        with contextlib.suppress(InferenceError):
+            self._stream.synchronize()
+        del self._inputs, self._outputs
+        self._undo.close()
+
+
+def _close_idle_program(program: Program) -> None:
+    if not is_usable():
+        _ABANDONED.append(program)
+        return
+    # The caller's stream may still be working with it.
+    with contextlib.suppress(InferenceError):
+        synchronize_device()
+    program.close()
+
+
+#: Kept from being freed in a child of fork, where nothing of CUDA may be called.
+_ABANDONED: list[object] = []
+
+
+def _slices(batch: int, most: int) -> Sequence[tuple[int, int]]:
+    """Start and length of consecutive parts of at most `most`."""
+    # Every part begins aligned, as the first does.
+    most = most // _ALIGNED_CHUNKS * _ALIGNED_CHUNKS or most
+    return [(start, min(most, batch - start)) for start in range(0, batch, most)]
+
+
+def _token_type(entry: GraphEntry) -> np.dtype[Any]:
+    return np.dtype(next(tensor.dtype for tensor in (*entry.inputs, *entry.outputs) if tensor.name == "tokens"))
+
+
+def _bytes_per_chunk(tensor: TensorEntry) -> int:
+    return math.prod(tensor.shape[1:]) * np.dtype(tensor.dtype).itemsize
+
+
+def _bytes_of_one(array: GpuArray) -> int:
+    return array.num_bytes // array.shape[0]

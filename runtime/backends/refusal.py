@@ -1,0 +1,203 @@
+"""Whether a backend refuses what is illegal, or marks it, where it promises to: judged with illegal values themselves.
+
+For these calls nobody else looks at the values, and right answers to legal ones say nothing of them. A check may be
+missing for one kind of value, one element, one step, the last of a vector or one batch size, so values and places take
+turns; a call takes microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle.errors import IllegalValueError, TokenizerError
+from ..bundle.gates import ACCEPTED, NOT_MARKED
+from ..bundle.manifest import ModelEntry
+from ..bundle.validation import STATS_LIMIT
+from .contract import Backend, MarksIllegalValues
+
+_Array = npt.NDArray[Any]
+
+#: Stands in every output before a call, and no answer has it.
+_UNTOUCHED_TOKEN, _UNTOUCHED_ACTION = -(2**30) - 1, np.float32(-1.2345e-30)
+#: Chunks of a call that are to be marked: steps for many threads, and a last block that is not full.
+_MARKED_BATCHES = (1, 2, 37)
+#: Of three steps one is legal and must not be marked.
+_LEGAL_EVERY = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """gate: what was called; accepted: how many illegal values passed for legal ones; first: the first of them."""
+
+    gate: str
+    accepted: int
+    first: str
+
+
+def judge_refusal(model: ModelEntry, backend: Backend, *, is_thorough: bool = False) -> tuple[Verdict, ...]:
+    """A verdict for the encoder and each decoder of a backend that promises to check values; none for others.
+
+    is_thorough: in every place, as a build can afford; a robot waits a hundredth of a second for the others.
+    """
+    if hasattr(type(backend), "token_types"):
+        token_type = cast(MarksIllegalValues, backend).token_types[0]
+        return tuple(_judge_marks(call, token_type) for call in _calls(model, backend))
+    most = backend.checked_steps // model.chunk_length
+    if most == 0:
+        return ()
+    batches = sorted({size for size in (1, 2, 3, most - 1, most) if 1 <= size <= most})
+    return tuple(_judge_checks(call, batches, is_thorough) for call in _calls(model, backend))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One function of a backend. Each kind of input comes with its shape per chunk and the illegal values it may hold.
+
+    run takes the inputs, then the outputs; legal: what an input is filled with; outputs: shape per chunk and filling.
+    """
+
+    gate: str
+    run: Callable[..., None]
+    inputs: tuple[tuple[tuple[int, ...], _Array], ...]
+    outputs: tuple[tuple[tuple[int, ...], _Array], ...]
+    illegal: tuple[Callable[[int], _Array], ...]
+    is_mark: Callable[[_Array], npt.NDArray[np.bool_]]
+
+
+def _calls(model: ModelEntry, backend: Backend) -> Iterator[_Call]:
+    steps, levels = model.chunk_length, model.num_levels
+    actions = ((steps, model.action_dim), np.zeros((), np.float32))
+    limit = np.float32(model.action_limit)
+    beyond = np.nextafter(limit, np.float32(np.inf))
+    wrong_actions = np.array([np.nan, -np.nan, np.inf, -np.inf, beyond, -beyond], np.float32)
+    numbers = (levels, -1, 2**30, 2**31 - 1, -(2**31), 2**8 + 1, 2**16 + 1, -(2**16) + 1, levels + 1)
+    wrong_tokens = np.array(
+        sorted({number for number in numbers if number < 2**31 and not 0 <= number < levels}), np.int32
+    )
+    wide = np.nextafter(np.float32(STATS_LIMIT), np.float32(np.inf))
+    either = [np.nan, np.inf, -np.inf, wide, -wide]
+    # Mean and sigma take turns in memory.
+    wrong_stats = [np.array(either, np.float32), np.array([*either, 0.0, -0.0, -1e-45, -1.0], np.float32)]
+
+    def tokens(layers: int, filling: int) -> tuple[tuple[int, ...], _Array]:
+        return (steps, model.latent_dim, layers), np.array(filling, np.int32)
+
+    def stats(layers: int, filling: float) -> tuple[tuple[int, ...], _Array]:
+        return (steps, layers, 2), np.array(filling, np.float32)
+
+    yield _Call(
+        "encode",
+        backend.encode_into if model.has_stats else lambda actions, tokens: backend.encode_into(actions, tokens, None),
+        (actions,),
+        (tokens(model.num_layers, _UNTOUCHED_TOKEN), *([stats(model.num_layers, -1.0)] if model.has_stats else [])),
+        (lambda _place: wrong_actions,),
+        lambda tokens: (tokens < 0) | (tokens >= levels),
+    )
+    for prefix in model.prefixes:
+        yield _Call(
+            f"decode {prefix} layers",
+            backend.decode_into if model.has_stats else lambda tokens, out: backend.decode_into(tokens, None, out),
+            (tokens(prefix, 0), *([stats(prefix, 1.0)] if model.has_stats else [])),
+            ((actions[0], np.array(_UNTOUCHED_ACTION)),),
+            (lambda _place: wrong_tokens, lambda place: wrong_stats[place % 2]),
+            np.isnan,
+        )
+
+
+def _judge_checks(call: _Call, batches: list[int], is_thorough: bool) -> Verdict:
+    """One illegal value in each call, which has to raise and to write nothing."""
+    accepted, first = 0, ""
+    for batch in batches:
+        inputs, outputs = _filled(call.inputs, batch), _filled(call.outputs, batch)
+        for array, values_at in zip(inputs, call.illegal, strict=False):
+            flat, legal = array.reshape(-1), array.flat[0]
+            for place, value in _trials(array, values_at, is_thorough):
+                flat[place] = value
+                try:
+                    call.run(*inputs, *outputs)
+                except IllegalValueError:
+                    problem = ""
+                except TokenizerError as error:
+                    problem = f"raised {type(error).__name__}: {error}"
+                else:
+                    problem = f"was accepted and became {outputs[0].flat[place % outputs[0].size]}"
+                flat[place] = legal
+                if problem:
+                    accepted += 1
+                    first = first or _described(value, array, place, problem)
+                    _fill(outputs, call.outputs)
+            if any(not _is_untouched(out, filling) for out, (_, filling) in zip(outputs, call.outputs, strict=True)):
+                accepted += 1
+                first = first or f"a refused call of {batch} chunks has written into its output"
+                _fill(outputs, call.outputs)
+    return Verdict(f"{call.gate}: {ACCEPTED}", accepted, first)
+
+
+def _trials(array: _Array, values_at: Callable[[int], _Array], is_thorough: bool) -> Iterator[tuple[int, Any]]:
+    """Where, and what: all of the first and the last step, somewhere in every other, every value at both ends."""
+    steps = array.shape[0] * array.shape[1]
+    unit = array.size // steps
+    if is_thorough:
+        places = list(range(array.size))
+    else:
+        between = [step * unit + (step * 37 + unit // 2) % unit for step in range(1, steps - 1)]
+        places = [*range(unit), *between, *range(max((steps - 1) * unit, unit), array.size)]
+    for turn, place in enumerate(places):
+        values = values_at(place)
+        if place in (0, 1, array.size - 2, array.size - 1):
+            yield from ((place, value) for value in values)
+        else:
+            # Out of step with the layers, so that each of them gets every value.
+            yield place, values[(turn + turn // len(values)) % len(values)]
+
+
+def _judge_marks(call: _Call, token_type: np.dtype[Any]) -> Verdict:
+    """Illegal values in two of three steps, which have to be marked while the third is not."""
+    accepted, first = 0, ""
+    values = call.illegal[0](0)
+    if call.gate.startswith("decode"):
+        # -1 is the largest of unsigned tokens, and has to be no level there either.
+        fits = (values <= np.iinfo(token_type).max) & (values >= min(np.iinfo(token_type).min, -1))
+        values = values[fits]
+    for batch in _MARKED_BATCHES:
+        for turn in range(len(values)):
+            inputs, outputs = _filled(call.inputs, batch), _filled(call.outputs, batch)
+            rows = inputs[0].reshape(batch * inputs[0].shape[1], -1)
+            steps = np.arange(len(rows))
+            places = (steps * 5 + turn) % rows.shape[1]
+            is_legal = steps % _LEGAL_EVERY == turn % _LEGAL_EVERY
+            given = np.where(is_legal, rows[0, 0], values[(steps + turn) % len(values)])
+            rows[steps, places] = given
+            call.run(*inputs, *outputs)
+            marks = call.is_mark(outputs[0]).reshape(len(rows), -1)
+            wrong = np.where(is_legal, marks.any(-1), ~marks.all(-1))
+            accepted += int(wrong.sum())
+            if wrong.any() and not first:
+                step = int(wrong.argmax())
+                became = outputs[0].reshape(len(rows), -1)[step, 0]
+                problem = f"was {'marked' if is_legal[step] else 'not marked'} and became {became}"
+                first = _described(given[step], inputs[0], step * rows.shape[1] + int(places[step]), problem)
+    return Verdict(f"{call.gate}: {NOT_MARKED}", accepted, first)
+
+
+def _filled(parts: tuple[tuple[tuple[int, ...], _Array], ...], batch: int) -> list[_Array]:
+    return [np.full((batch, *shape), filling, filling.dtype) for shape, filling in parts]
+
+
+def _fill(arrays: list[_Array], parts: tuple[tuple[tuple[int, ...], _Array], ...]) -> None:
+    for array, (_, filling) in zip(arrays, parts, strict=True):
+        array[...] = filling
+
+
+def _is_untouched(array: _Array, filling: _Array) -> bool:
+    return bool((array == filling).all())
+
+
+def _described(value: Any, array: _Array, place: int, problem: str) -> str:
+    index = [int(part) for part in np.unravel_index(place, array.shape)]
+    return f"{value} at {index} of {list(array.shape)} {problem}"

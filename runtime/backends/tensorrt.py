@@ -1,0 +1,168 @@
+"""TensorRT and TensorRT-RTX engines of a bundle, behind the contract of GPU backends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Final
+
+from ..bundle.errors import BackendUnavailableError, BundleError, InferenceError
+from ..bundle.folder import Bundle
+from ..bundle.manifest import EngineEntry, GraphEntry, TensorEntry
+from .gpu.backend import GpuBackend
+from .gpu.driver import GpuDevice, open_device
+from .tensorrt_api import EngineRefusedError, EngineTensor, TrtApi, find_tensorrt, quote
+
+_LOG = logging.getLogger(__name__)
+
+#: The form that no TensorRT computes in TF32, and that marks illegal input (`export/graphs.py`).
+FORM: Final = "reduce"
+
+
+class TrtBackend(GpuBackend):
+    """`tensorrt` or `tensorrt-rtx` with the bundle's engines for the GPU that is here.
+
+    Raises BackendUnavailableError where there is no library, GPU or fitting engine, EngineRefusedError for an engine
+    that TensorRT rejects, BundleError for one that is not what the manifest describes.
+    """
+
+    def __init__(self, bundle: Bundle, backend: str) -> None:
+        api, gpu = find_tensorrt(backend), open_device()
+        graphs = bundle.manifest.graphs_of(FORM)
+        entries = choose_engines(bundle, api, gpu)
+        runtime = api.create_runtime()
+        self.engines: list[TrtFunction] = []
+        try:
+            for graph, entry in zip(graphs, entries, strict=True):
+                self.engines.append(TrtFunction(api, runtime, bundle, graph, entry, gpu))
+        except BaseException:
+            for engine in self.engines:
+                engine.close()
+            raise
+        super().__init__(backend, f"{api.flavour.tag}, {gpu}", str(gpu), graphs, self.engines)
+
+
+def choose_engines(bundle: Bundle, api: TrtApi, device: GpuDevice) -> list[EngineEntry]:
+    """For every graph the engine that this library and this GPU can run; one validated on this GPU where there is one.
+
+    Raises BackendUnavailableError, saying what there is and how to build what is missing.
+    """
+    chosen = []
+    for graph in bundle.manifest.graphs_of(FORM):
+        fitting = [entry for entry in bundle.manifest.engines if _fits(entry, graph, api, device)]
+        if not fitting:
+            raise BackendUnavailableError(
+                f"{bundle.folder} has no engine of {api.flavour.tag} from {graph.file} for {device}; "
+                f"{_what_there_is(bundle, graph)}; build engines for this machine, on it: "
+                f"python export/build_engine.py --from-bundle {bundle.folder}"
+            )
+        chosen.append(max(fitting, key=lambda entry: entry.device == str(device)))
+    return chosen
+
+
+def _fits(entry: EngineEntry, graph: GraphEntry, api: TrtApi, device: GpuDevice) -> bool:
+    targets = entry.targets
+    return (
+        (entry.backend, entry.version, entry.source) == (api.flavour.backend, api.flavour.version, graph.file)
+        and (not targets or device.compute_capability in targets)
+    )  # fmt: skip
+
+
+def _what_there_is(bundle: Bundle, graph: GraphEntry) -> str:
+    found = [
+        f"{entry.backend} {entry.version} for {', '.join(entry.targets) or 'any GPU of the library'}"
+        for entry in bundle.manifest.engines
+        if entry.source == graph.file
+    ]
+    return f"it has {'; '.join(found)}" if found else "it has none at all"
+
+
+class TrtFunction:
+    """One engine. Its kernels are compiled when the first program runs, and remembered in `kernel_cache`."""
+
+    def __init__(
+        self, api: TrtApi, runtime: Any, bundle: Bundle, graph: GraphEntry, entry: EngineEntry, device: GpuDevice
+    ) -> None:
+        self._api, self._runtime, self._entry = api, runtime, entry
+        self._engine = api.deserialize(runtime, bundle.content(entry.file))
+        _check_tensors(entry, graph, api.engine_tensors(self._engine))
+        # Kernels of another GPU would only be refused, or compiled again.
+        is_of_device = bool(entry.kernel_cache) and entry.device == str(device)
+        content = bundle.content(entry.kernel_cache) if is_of_device else b""
+        try:
+            self._kernel_cache = api.create_kernel_cache(self._engine, content)
+        except EngineRefusedError as error:
+            # It only saves time; a driver that was updated may want kernels of its own.
+            _LOG.warning("%s: %s; the kernels are compiled anew", entry.kernel_cache, error)
+            self._kernel_cache = api.create_kernel_cache(self._engine, b"")
+        self._names = tuple(tensor.name for tensor in (*graph.inputs, *graph.outputs))
+        self._tails = {tensor.name: tensor.shape[1:] for tensor in graph.inputs}
+
+    @property
+    def max_batch(self) -> int:
+        return self._entry.profile[2]
+
+    @property
+    def reads_once(self) -> bool:
+        return False
+
+    @property
+    def entry(self) -> EngineEntry:
+        """What the manifest says of the engine."""
+        return self._entry
+
+    def kernel_cache_content(self) -> bytes:
+        """The kernels compiled so far; empty where the library keeps none."""
+        return b"" if self._kernel_cache is None else self._api.kernel_cache_content(self._kernel_cache)
+
+    def new_program(self) -> TrtProgram:
+        context = self._api.create_context(self._engine, self._kernel_cache)
+        return TrtProgram(self._api, context, self._names, self._tails)
+
+    def close(self) -> None:
+        # In this order: TensorRT wants the runtime to outlive the engine.
+        self._kernel_cache = self._engine = self._runtime = None
+
+
+class TrtProgram:
+    """An execution context. A captured graph uses its memory, so it lives as long as the graph."""
+
+    def __init__(self, api: TrtApi, context: Any, names: Sequence[str], tails: dict[str, tuple[int, ...]]) -> None:
+        self._api, self._context, self._names, self._tails = api, context, names, tails
+        self._bound: tuple[int, tuple[int, ...]] | None = None
+
+    def bind(self, batch: int, addresses: Sequence[int]) -> None:
+        wanted = (batch, tuple(addresses))
+        if wanted == self._bound:
+            return
+        context, self._bound = self._context, None
+        with self._api.collect_messages() as messages:
+            is_bound = all(context.set_input_shape(name, (batch, *tail)) for name, tail in self._tails.items()) and all(
+                context.set_tensor_address(name, address) for name, address in zip(self._names, addresses, strict=True)
+            )
+        if not is_bound:
+            raise InferenceError(f"{self._api.flavour.tag} refuses a batch of {batch}: {quote(messages)}")
+        self._bound = wanted
+
+    def enqueue(self, stream: int) -> None:
+        with self._api.collect_messages() as messages:
+            is_enqueued = self._context.execute_async_v3(stream)
+        if not is_enqueued:
+            raise InferenceError(f"{self._api.flavour.tag} failed: {quote(messages)}")
+
+    def close(self) -> None:
+        self._context = None
+
+
+def _check_tensors(entry: EngineEntry, graph: GraphEntry, found: Sequence[EngineTensor]) -> None:
+    def described(tensors: Sequence[TensorEntry | EngineTensor]) -> list[tuple[str, str, tuple[int, ...]]]:
+        return sorted((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
+
+    stated, actual = described((*graph.inputs, *graph.outputs)), described(found)
+    profiles = {tensor.profile for tensor in found if tensor.profile is not None}
+    batches = {tuple(shape[0] for shape in (p.minimum, p.optimum, p.maximum)) for p in profiles}
+    if stated != actual or batches != {entry.profile}:
+        raise BundleError(
+            f"{entry.file} has the tensors {actual} for batches {sorted(batches)}; the manifest states {stated} for "
+            f"{entry.profile}; build the engines again"
+        )

@@ -1,0 +1,410 @@
+"""The one place that knows how TensorRT 10, TensorRT 11 and TensorRT-RTX differ.
+
+Differences are found by asking the library for the feature, never by comparing versions. Serves the export, which
+builds engines, and the robot, which runs them; needs nothing but the TensorRT Python package itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import logging
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal
+
+from ..bundle.errors import BackendUnavailableError, BundleError, InferenceError, OutOfGpuMemoryError
+
+_LOG = logging.getLogger(__name__)
+
+# The RTX wheels install the bindings alone; NVIDIA's own installers add the name without the suffix.
+_MODULES: dict[str, tuple[str, ...]] = {
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
+}
+TENSORRT_BACKENDS = tuple(_MODULES)
+
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "INT8": "int8",
+    "UINT8": "uint8",
+    "INT32": "int32",
+    "INT64": "int64",
+    "BOOL": "bool",
+}
+
+_LEVELS = {
+    "INTERNAL_ERROR": logging.CRITICAL,
+    "ERROR": logging.ERROR,
+    "WARNING": logging.WARNING,
+    "INFO": logging.DEBUG,
+    "VERBOSE": logging.DEBUG,
+}
+
+
+class EngineRefusedError(BundleError):
+    """A serialised engine that is altered or that TensorRT does not accept; the message quotes TensorRT."""
+
+
+class NoDeviceError(BackendUnavailableError):
+    """TensorRT is installed but finds no usable GPU or driver; the message quotes TensorRT."""
+
+
+@dataclass(frozen=True)
+class TensorRtFlavour:
+    """Which TensorRT this is: backend `tensorrt` or `tensorrt-rtx`, the Python module it came from, its version."""
+
+    backend: str
+    module_name: str
+    version: str
+
+    @property
+    def tag(self) -> str:
+        """Backend and version in one word fit for a file name: an engine runs only on the version that built it."""
+        return f"{self.backend}-{self.version}"
+
+
+@dataclass(frozen=True)
+class LogMessage:
+    """One message of TensorRT; `severity` is its own word, such as `WARNING`."""
+
+    severity: str
+    text: str
+
+    @property
+    def is_error(self) -> bool:
+        return self.severity in ("ERROR", "INTERNAL_ERROR")
+
+
+@dataclass(frozen=True)
+class ProfileShapes:
+    """The shapes one input may take: the smallest, the one tuned for, the largest."""
+
+    minimum: tuple[int, ...]
+    optimum: tuple[int, ...]
+    maximum: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class EngineTensor:
+    """An input or output: `dtype` in numpy's words, `shape` with -1 where dynamic, `profile` for inputs alone."""
+
+    name: str
+    mode: Literal["input", "output"]
+    dtype: str
+    shape: tuple[int, ...]
+    profile: ProfileShapes | None = None
+
+
+@dataclass(frozen=True)
+class EngineDescription:
+    """What could be learned about an engine, and from where.
+
+    `source` is `engine` when the serialised engine itself was read; `network` when only the network it was built from
+    is known; `none` when nothing is. For the last two, `obstacle` says why the engine itself could not be read.
+    """
+
+    flavour: TensorRtFlavour
+    source: Literal["engine", "network", "none"]
+    tensors: tuple[EngineTensor, ...]
+    obstacle: str = ""
+
+
+class _MessageHub:
+    """Hands each message of TensorRT to everyone who is collecting at that moment, and to Python's logging.
+
+    Collectors judge and quote what they collect, so while there is one the log has it for debugging alone.
+    """
+
+    def __init__(self) -> None:
+        self._collections: list[list[LogMessage]] = []
+
+    @contextlib.contextmanager
+    def collect(self) -> Iterator[list[LogMessage]]:
+        messages: list[LogMessage] = []
+        self._collections.append(messages)
+        try:
+            yield messages
+        finally:
+            self._collections = [kept for kept in self._collections if kept is not messages]
+
+    def emit(self, severity: str, text: str) -> None:
+        for messages in self._collections:
+            messages.append(LogMessage(severity, text))
+        level = logging.DEBUG if self._collections else _LEVELS.get(severity, logging.ERROR)
+        _LOG.log(level, "TensorRT %s: %s", severity, text)
+
+
+def _make_logger(module: Any, hub: _MessageHub) -> Any:
+    class ForwardingLogger(module.ILogger):  # type: ignore[misc]  # the vendor module has no types
+        def __init__(self) -> None:
+            # pybind11 rejects an object whose base was initialised through super().
+            module.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            # TensorRT calls this from C++ code that cannot take an exception: it would end the process.
+            with contextlib.suppress(Exception):
+                hub.emit(severity.name, text)
+
+    return ForwardingLogger()
+
+
+@dataclass(frozen=True, eq=False)
+class TrtApi:
+    """One TensorRT library, with the differences between its versions behind methods.
+
+    `module` is the vendor's Python module and `logger` the one `ILogger` to give to everything made from it.
+    """
+
+    flavour: TensorRtFlavour
+    module: Any
+    logger: Any
+    _hub: _MessageHub = field(repr=False)
+
+    def collect_messages(self) -> contextlib.AbstractContextManager[list[LogMessage]]:
+        """Within the `with` block, a list that grows by every message of TensorRT."""
+        return self._hub.collect()
+
+    # --- building -------------------------------------------------------------------------------------------------
+
+    @property
+    def has_strongly_typed_flag(self) -> bool:
+        """Whether strong typing has to be asked for; where the flag is absent it is the only way there is."""
+        return hasattr(self._network_flag_names, "STRONGLY_TYPED")
+
+    @property
+    def network_flags(self) -> int:
+        """Flags for `Builder.create_network`: the types in the graph are obeyed, not reinterpreted."""
+        return 1 << int(self._network_flag_names.STRONGLY_TYPED) if self.has_strongly_typed_flag else 0
+
+    @property
+    def _network_flag_names(self) -> Any:
+        return getattr(self.module, "NetworkDefinitionCreationFlag", None)
+
+    @property
+    def compute_capabilities(self) -> tuple[str, ...]:
+        """Targets that can be named, such as `8.9`, in rising order; empty if only the GPU present can be built for."""
+        members = getattr(getattr(self.module, "ComputeCapability", None), "__members__", {})
+        numbers = sorted(int(name[2:]) for name in members if re.fullmatch(r"SM\d{2,}", name))
+        return tuple(f"{number // 10}.{number % 10}" for number in numbers)
+
+    def check_compute_capabilities(self, wanted: Sequence[str]) -> None:
+        """Raises ValueError, naming the valid ones, unless an engine can be built for each of `wanted`."""
+        offered = self.compute_capabilities
+        unknown = [name for name in wanted if name not in offered]
+        if not unknown:
+            return
+        found = f"compute capability {', '.join(map(repr, unknown))} cannot be targeted by {self.flavour.tag}"
+        if offered:
+            raise ValueError(f"{found}; valid are {', '.join(offered)}, or none for the library's portable default")
+        raise ValueError(f"{found}: it builds for the GPU of this machine alone; name none and build on the target")
+
+    def apply_build_settings(self, config: Any, compute_capabilities: Sequence[str]) -> None:
+        """Sets on an `IBuilderConfig` what must hold for every engine: no TF32, and the targets asked for.
+
+        Raises ValueError for a target that the library does not offer or refuses.
+        """
+        tf32 = getattr(getattr(self.module, "BuilderFlag", None), "TF32", None)
+        if tf32 is not None:
+            config.clear_flag(tf32)
+        self.check_compute_capabilities(compute_capabilities)
+        if not compute_capabilities:
+            return
+        config.num_compute_capabilities = len(compute_capabilities)
+        for index, name in enumerate(compute_capabilities):
+            target = getattr(self.module.ComputeCapability, f"SM{name.replace('.', '')}")
+            if not config.set_compute_capability(target, index):
+                raise ValueError(f"{self.flavour.tag} refused compute capability {name!r}")
+
+    def network_tensors(self, network: Any, profile: Any) -> tuple[EngineTensor, ...]:
+        """Inputs and outputs of an `INetworkDefinition`, with the shapes held by an `IOptimizationProfile`."""
+        inputs = (network.get_input(index) for index in range(network.num_inputs))
+        outputs = (network.get_output(index) for index in range(network.num_outputs))
+        return (
+            *(_network_tensor(tensor, "input", _profile_shapes(profile.get_shape(tensor.name))) for tensor in inputs),
+            *(_network_tensor(tensor, "output", None) for tensor in outputs),
+        )
+
+    # --- running --------------------------------------------------------------------------------------------------
+
+    def create_runtime(self) -> Any:
+        """A new `Runtime` that refuses engines with host code inside. Raises NoDeviceError where there is no GPU."""
+        with self.collect_messages() as messages:
+            try:
+                runtime = self.module.Runtime(self.logger)
+            except (TypeError, RuntimeError) as error:
+                raise NoDeviceError(self._no_device(quote(messages) or str(error))) from error
+        # Version-compatible engines carry a library that would be loaded and run: code of the bundle's author.
+        if hasattr(runtime, "engine_host_code_allowed"):
+            runtime.engine_host_code_allowed = False
+        return runtime
+
+    def deserialize(self, runtime: Any, serialized: bytes) -> Any:
+        """The `ICudaEngine` of a serialised engine. Its bytes must have been hashed by the caller: they are code.
+
+        `runtime` has to outlive the engine. Raises EngineRefusedError when TensorRT rejects the bytes, NoDeviceError
+        when it could not judge them for want of a GPU.
+        """
+        with self.collect_messages() as messages:
+            engine = runtime.deserialize_cuda_engine(serialized)
+        if engine is not None:
+            return engine
+        if _lacks_device(messages):
+            raise NoDeviceError(self._no_device(quote(messages)))
+        raise EngineRefusedError(
+            f"{self.flavour.tag} refuses the engine of {len(serialized)} bytes: {quote(messages)}; build it again "
+            "with this version and for this GPU"
+        )
+
+    def create_context(self, engine: Any, kernel_cache: Any | None) -> Any:
+        """A new `IExecutionContext`; kernel_cache: of `create_kernel_cache` for this engine, or None.
+
+        Raises OutOfGpuMemoryError, or InferenceError with TensorRT's own words.
+        """
+        with self.collect_messages() as messages:
+            config = self._runtime_config(engine)
+            if config is not None and kernel_cache is not None:
+                config.set_runtime_cache(kernel_cache)
+            context = engine.create_execution_context() if config is None else engine.create_execution_context(config)
+        if context is None:
+            reason = quote(messages)
+            kind = OutOfGpuMemoryError if re.search("out of memory", reason, re.IGNORECASE) else InferenceError
+            raise kind(f"{self.flavour.tag} could not make an engine ready: {reason}")
+        return context
+
+    def create_kernel_cache(self, engine: Any, content: bytes) -> Any | None:
+        """TensorRT-RTX compiles kernels when an engine first runs; with this cache, only the first time ever.
+
+        content: what `kernel_cache_content` gave, whose hash the caller has checked, or nothing to begin anew. None
+        where the library has no such cache. Raises EngineRefusedError for content that it does not accept.
+        """
+        config = self._runtime_config(engine)
+        if config is None or not hasattr(config, "create_runtime_cache"):
+            return None
+        kernel_cache = config.create_runtime_cache()
+        with self.collect_messages() as messages:
+            is_accepted = not content or kernel_cache.deserialize(content)
+        if not is_accepted:
+            raise EngineRefusedError(f"{self.flavour.tag} refuses the cache of compiled kernels: {quote(messages)}")
+        return kernel_cache
+
+    def kernel_cache_content(self, kernel_cache: Any) -> bytes:
+        """What `create_kernel_cache` takes: the kernels compiled so far."""
+        return bytes(kernel_cache.serialize())
+
+    def _runtime_config(self, engine: Any) -> Any | None:
+        """An `IRuntimeConfig` that compiles kernels for a shape before it first runs, never while it runs."""
+        strategies = getattr(self.module, "DynamicShapesKernelSpecializationStrategy", None)
+        if strategies is None:
+            return None
+        config = engine.create_runtime_config()
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        return config
+
+    def engine_tensors(self, engine: Any) -> tuple[EngineTensor, ...]:
+        """Inputs and outputs of an `ICudaEngine`, in its order, with the shapes of its first profile."""
+        return tuple(
+            self._engine_tensor(engine, engine.get_tensor_name(index)) for index in range(engine.num_io_tensors)
+        )
+
+    def _engine_tensor(self, engine: Any, name: str) -> EngineTensor:
+        is_input = engine.get_tensor_mode(name) == self.module.TensorIOMode.INPUT
+        return EngineTensor(
+            name=name,
+            mode="input" if is_input else "output",
+            dtype=_dtype_name(engine.get_tensor_dtype(name)),
+            shape=tuple(engine.get_tensor_shape(name)),
+            profile=_profile_shapes(engine.get_tensor_profile_shape(name, 0)) if is_input else None,
+        )
+
+    def _no_device(self, reason: str) -> str:
+        # The one phrase of CUDA's that a person needs stands inside an account of where TensorRT was at that moment.
+        cause = re.search(r"\(cudaError \d+: ([^()]+)\)", reason)
+        reason = cause[1] if cause else reason
+        return f"{self.flavour.tag} finds no usable GPU here: {reason}; check the driver with nvidia-smi"
+
+
+def _network_tensor(tensor: Any, mode: Literal["input", "output"], profile: ProfileShapes | None) -> EngineTensor:
+    return EngineTensor(tensor.name, mode, _dtype_name(tensor.dtype), tuple(tensor.shape), profile)
+
+
+def _profile_shapes(shapes: Sequence[Sequence[int]]) -> ProfileShapes:
+    minimum, optimum, maximum = (tuple(shape) for shape in shapes)
+    return ProfileShapes(minimum, optimum, maximum)
+
+
+def _dtype_name(dtype: Any) -> str:
+    return _DTYPES.get(dtype.name, str(dtype.name).lower())
+
+
+def quote(messages: Sequence[LogMessage]) -> str:
+    """Its errors, each once."""
+    return " | ".join(dict.fromkeys(message.text for message in messages if message.is_error))
+
+
+def _lacks_device(messages: Sequence[LogMessage]) -> bool:
+    """Whether CUDA stopped TensorRT: its error comes first; after a faulty engine's own error it only follows."""
+    first = next((message.text for message in messages if message.is_error), "")
+    return re.search(r"cudaError|Cuda Runtime|CUDA (initialization|driver)", first) is not None
+
+
+def available_tensorrt() -> tuple[str, ...]:
+    """Backends whose package is installed. Cheap: nothing is imported, so a broken installation still counts."""
+    return tuple(backend for backend, names in _MODULES.items() if any(map(_is_installed, names)))
+
+
+def find_tensorrt(backend: str) -> TrtApi:
+    """The library behind backend `tensorrt` or `tensorrt-rtx`; the same object at every call.
+
+    Raises BackendUnavailableError for another name, and when the package is missing or does not load.
+    """
+    if backend not in _MODULES:
+        raise BackendUnavailableError(f"no TensorRT backend {backend!r}; there are {', '.join(_MODULES)}")
+    for name in filter(_is_installed, _MODULES[backend]):
+        try:
+            return _api_of(backend, importlib.import_module(name))
+        except (ImportError, OSError) as error:
+            raise BackendUnavailableError(
+                f"{name} is installed but does not load: {error}; {_cure(backend)}"
+            ) from error
+    raise BackendUnavailableError(f"found no package {' or '.join(_MODULES[backend])}; {_cure(backend)}")
+
+
+def _cure(backend: str) -> str:
+    return f"install it with: pip install '.[{backend}]'"
+
+
+def _is_installed(name: str) -> bool:
+    # find_spec raises ValueError for a module that was put into sys.modules by hand.
+    return sys.modules.get(name) is not None or importlib.util.find_spec(name) is not None
+
+
+@cache
+def _api_of(backend: str, module: ModuleType) -> TrtApi:
+    # Cached because TensorRT keeps the first logger it meets for the whole process and warns about any other.
+    hub = _MessageHub()
+    flavour = TensorRtFlavour(backend, module.__name__, str(vars(module).get("__version__", "unknown")))
+    return TrtApi(flavour, module, _make_logger(module, hub), hub)
+
+
+def read_engine(api: TrtApi, serialized: bytes) -> EngineDescription:
+    """What the serialised engine says of itself; the caller has hashed its bytes before.
+
+    TensorRT deserialises engines on a machine with a GPU alone. Without one it still refuses bytes with a wrong
+    header or length, but tells nothing about the tensors: then `source` is `none` and `obstacle` quotes it.
+    Raises EngineRefusedError for bytes that TensorRT rejects.
+    """
+    try:
+        # Bound to a name so that the runtime outlives the engine.
+        runtime = api.create_runtime()
+        engine = api.deserialize(runtime, serialized)
+    except NoDeviceError as error:
+        return EngineDescription(api.flavour, "none", (), str(error))
+    return EngineDescription(api.flavour, "engine", api.engine_tensors(engine))

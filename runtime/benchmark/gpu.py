@@ -1,0 +1,250 @@
+"""What only a GPU has: calls on arrays that lie there, the floor under every call, and copy bandwidth.
+
+Needs cuda-python; importing this module without it raises ImportError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from cuda.bindings import runtime as cudart
+
+from ..backends.gpu import driver as cuda_api
+from ..backends.gpu.arrays import GpuArray
+from ..backends.gpu.calls import TakesGpuArrays
+from ..backends.gpu.kernels import KernelArguments, KernelLibrary, compile_kernels
+from ..bundle.manifest import ModelEntry
+from ..tokenizer import ActionTokenizer
+from .calls import Batch, copies_name, decode_name, operations_of
+from .timing import ARITHMETIC, BANDWIDTH, Figure, time_calls
+
+TRIVIAL_KERNEL = "trivial kernel"
+#: The copies of which bandwidth is measured, and how often each byte passes the memory.
+_PASSES = {"device to device": 2, "host to device": 1, "device to host": 1}
+#: Larger than every cache.
+_COPY_BYTES = 256 * 2**20
+
+_THREADS = 32
+#: Enough independent sums in each of enough threads that a multiprocessor never waits for one.
+_ADDING_THREADS, _CHAINS, _BLOCKS_EACH = 256, 8, 8
+_ROUNDS = 32 * 1024
+_SOURCE = f"""
+extern "C" __global__ void __launch_bounds__({_THREADS}) trivial(float *x) {{ x[threadIdx.x] += 1.0f; }}
+
+extern "C" __global__ void __launch_bounds__({_ADDING_THREADS}) multiply_add(float *x)
+{{
+    float sums[{_CHAINS}], total = 0;
+    for (int i = 0; i < {_CHAINS}; ++i)
+        sums[i] = x[i] + threadIdx.x;
+    const float factor = x[0], term = x[1];
+#pragma unroll 16
+    for (int round = 0; round < {_ROUNDS}; ++round)
+#pragma unroll
+        for (int i = 0; i < {_CHAINS}; ++i)
+            sums[i] = fmaf(sums[i], factor, term);
+    for (int i = 0; i < {_CHAINS}; ++i)
+        total += sums[i];
+    /* Never true, but the compiler does not know. */
+    if (total == 1.25f)
+        x[0] = total;
+}}
+"""
+
+_Array = npt.NDArray[Any]
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_T = TypeVar("_T", bound=_Closable)
+
+
+def open_device() -> cuda_api.GpuDevice:
+    """Raises BackendUnavailableError where there is no GPU."""
+    return cuda_api.open_device()
+
+
+def floor_figures(scope: contextlib.ExitStack, model: ModelEntry, batch: Batch) -> Iterator[Figure]:
+    """Captured graphs of the copies alone, through pinned memory, one for each operation."""
+    tokens, stats = batch.tokens, batch.stats
+    operations: list[tuple[str, list[_Array | None], list[_Array | None]]] = [
+        ("encode", [batch.actions], [tokens, stats])
+    ]
+    for prefix in reversed(model.prefixes):
+        sources = [batch.tokens_of(prefix), batch.stats_of(prefix)]
+        operations.append((decode_name(model, prefix), sources, [batch.actions]))
+    for operation, sources, results in operations:
+        bytes_in, bytes_out = ([array.nbytes for array in side if array is not None] for side in (sources, results))
+        call = _copies(scope, bytes_in, bytes_out)
+        yield Figure(
+            backend="floor",
+            operation=copies_name(operation),
+            path="floor",
+            batch=batch.size,
+            take=functools.partial(time_calls, call),
+            bytes_in=sum(bytes_in),
+            bytes_out=sum(bytes_out),
+        )
+
+
+def _copies(scope: contextlib.ExitStack, bytes_in: Sequence[int], bytes_out: Sequence[int]) -> Callable[[], None]:
+    stream = _own(scope, cuda_api.Stream())
+    incoming = [(_own(scope, cuda_api.PinnedArray((size,), np.uint8)), _memory(scope, size)) for size in bytes_in]
+    outgoing = [(_own(scope, cuda_api.PinnedArray((size,), np.uint8)), _memory(scope, size)) for size in bytes_out]
+
+    def work() -> None:
+        for host, gpu in incoming:
+            cuda_api.copy_to_device(gpu.address, host.address, host.num_bytes, stream.handle)
+        for host, gpu in outgoing:
+            cuda_api.copy_to_host(host.address, gpu.address, host.num_bytes, stream.handle)
+
+    return _launch_and_wait(_own(scope, cuda_api.capture(stream, work)), stream)
+
+
+def trivial_kernel(scope: contextlib.ExitStack) -> Callable[[], None]:
+    """A captured graph of one kernel that does next to nothing. Raises KernelError, InferenceError."""
+    stream, memory = _own(scope, cuda_api.Stream()), _memory(scope, _THREADS * 4)
+    work = _launch(scope, "trivial", 1, memory, stream)
+    # The first launch may load code, which no capture allows.
+    work()
+    stream.synchronize()
+    return _launch_and_wait(_own(scope, cuda_api.capture(stream, work)), stream)
+
+
+def arithmetic_figure(scope: contextlib.ExitStack, batch: int) -> Figure:
+    """Fused multiply-adds alone, whose time gives their rate, to be timed in turn with the calls at `batch`.
+
+    Raises KernelError, InferenceError.
+    """
+    stream, memory = _own(scope, cuda_api.Stream()), _memory(scope, _CHAINS * 4)
+    blocks = cuda_api.open_device().multiprocessors * _BLOCKS_EACH
+    launch = _launch(scope, "multiply_add", blocks, memory, stream)
+
+    def call() -> None:
+        launch()
+        stream.synchronize()
+
+    operations = blocks * _ADDING_THREADS * _CHAINS * _ROUNDS * 2
+    take = functools.partial(time_calls, call)
+    return Figure(ARITHMETIC, "multiply and add", "floor", batch, take, operations=operations)
+
+
+def _launch(
+    scope: contextlib.ExitStack, name: str, blocks: int, memory: cuda_api.DeviceMemory, stream: cuda_api.Stream
+) -> Callable[[], None]:
+    image = compile_kernels(_SOURCE, "floor.cu", cuda_api.open_device().compute_capability)
+    kernel, arguments = _own(scope, KernelLibrary(image)).kernel(name), KernelArguments(1)
+    arguments.set((memory.address,))
+    return functools.partial(kernel.launch, blocks, arguments, stream.handle)
+
+
+def device_figures(scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batch: Batch) -> Iterator[Figure]:
+    """Encoding and every decoder bound to arrays of the GPU. Raises InferenceError for a batch too large to bind."""
+    model, stream = tokenizer.model, _own(scope, cuda_api.Stream())
+    actions, decoded = (_upload(scope, batch.actions, stream) for _ in range(2))
+    encoded_stats = None if batch.stats is None else _upload(scope, batch.stats, stream)
+    backend = tokenizer.backend
+    for kind in backend.token_types if isinstance(backend, TakesGpuArrays) else (np.dtype(np.int32),):
+        suffix = "" if kind == np.int32 else f", {kind} tokens"
+        encoded = _upload(scope, batch.tokens.astype(kind), stream)
+        bound = _own(scope, tokenizer.bind_encode(actions, encoded, encoded_stats, stream=stream.handle))
+        operations = operations_of(model, None) * batch.size * model.chunk_length
+        arrays = ([actions], [encoded, encoded_stats])
+        yield _device_figure(tokenizer, f"encode{suffix}", batch, bound, stream, *arrays, operations)
+        for prefix in reversed(model.prefixes):
+            tokens, part = _upload(scope, batch.tokens_of(prefix).astype(kind), stream), batch.stats_of(prefix)
+            stats = None if part is None else _upload(scope, part, stream)
+            bound = _own(scope, tokenizer.bind_decode(tokens, decoded, stats, stream=stream.handle))
+            operations = operations_of(model, prefix) * batch.size * model.chunk_length
+            name = decode_name(model, prefix) + suffix
+            yield _device_figure(tokenizer, name, batch, bound, stream, [tokens, stats], [decoded], operations)
+
+
+def _device_figure(
+    tokenizer: ActionTokenizer,
+    operation: str,
+    batch: Batch,
+    bound: Callable[[], None],
+    stream: cuda_api.Stream,
+    inputs: Sequence[GpuArray | None],
+    outputs: Sequence[GpuArray | None],
+    operations: int,
+) -> Figure:
+    def call() -> None:
+        bound()
+        stream.synchronize()
+
+    bytes_in, bytes_out = (sum(array.num_bytes for array in side if array is not None) for side in (inputs, outputs))
+    return Figure(
+        backend=tokenizer.backend.name,
+        operation=operation,
+        path="device",
+        batch=batch.size,
+        take=functools.partial(time_calls, call),
+        floor=TRIVIAL_KERNEL,
+        bytes_in=bytes_in,
+        bytes_out=bytes_out,
+        operations=operations,
+    )
+
+
+def copy_figures(scope: contextlib.ExitStack, batch: int) -> Iterator[Figure]:
+    """Copies of one large array, whose time gives the bandwidth, to be timed in turn with the calls at `batch`."""
+    stream = _own(scope, cuda_api.Stream())
+    first, second = _memory(scope, _COPY_BYTES), _memory(scope, _COPY_BYTES)
+    host = _own(scope, cuda_api.PinnedArray((_COPY_BYTES,), np.uint8))
+    ways = {
+        "device to device": (second.address, first.address, cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice),
+        "host to device": (first.address, host.address, cudart.cudaMemcpyKind.cudaMemcpyHostToDevice),
+        "device to host": (host.address, second.address, cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost),
+    }
+    for name, (target, source, kind) in ways.items():
+        call = functools.partial(_copy_and_wait, stream, target, source, kind)
+        take = functools.partial(time_calls, call)
+        yield Figure(BANDWIDTH, name, "floor", batch, take, bytes_in=_COPY_BYTES * _PASSES[name])
+
+
+def _copy_and_wait(stream: cuda_api.Stream, target: int, source: int, kind: Any) -> None:
+    cuda_api.call(cudart.cudaMemcpyAsync, target, source, _COPY_BYTES, kind, stream.handle)
+    stream.synchronize()
+
+
+def trivial_figure(call: Callable[[], None], batch: int) -> Figure:
+    """The floor of `device` calls, timed in turn with those at `batch`; the kernel itself has no batch."""
+    return Figure("floor", TRIVIAL_KERNEL, "floor", batch, functools.partial(time_calls, call))
+
+
+def _launch_and_wait(graph: cuda_api.CapturedGraph, stream: cuda_api.Stream) -> Callable[[], None]:
+    def call() -> None:
+        graph.launch(stream.handle)
+        stream.synchronize()
+
+    return call
+
+
+def _upload(scope: contextlib.ExitStack, array: _Array, stream: cuda_api.Stream) -> GpuArray:
+    memory = _memory(scope, array.nbytes)
+    pinned = cuda_api.PinnedArray(array.shape, array.dtype)
+    try:
+        pinned.array[...] = array
+        cuda_api.copy_to_device(memory.address, pinned.address, pinned.num_bytes, stream.handle)
+        stream.synchronize()
+    finally:
+        pinned.close()
+    return GpuArray(memory.address, array.shape, array.dtype, True, None, memory)
+
+
+def _memory(scope: contextlib.ExitStack, num_bytes: int) -> cuda_api.DeviceMemory:
+    return _own(scope, cuda_api.DeviceMemory(num_bytes))
+
+
+def _own(scope: contextlib.ExitStack, resource: _T) -> _T:
+    """Closed with everything else, the last first."""
+    scope.callback(resource.close)
+    return resource

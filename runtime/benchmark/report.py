@@ -1,0 +1,295 @@
+"""What a benchmark found: as tables for people, as JSON, and as a picture where matplotlib is installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle.console import printable
+from ..bundle.errors import TokenizerError
+from .start import Start
+from .timing import Arithmetic, Bandwidth, Row
+
+SCHEMA_VERSION = 2
+_NOTHING = "–"
+_COLOURS = {"host": "#1f6fb4", "unchecked": "#1f6fb4", "device": "#2a8c55", "floor": "#b9b9b9"}
+_INK = "#222222"
+
+
+@dataclass(frozen=True)
+class Report:
+    """machine: facts by name; bundle: what was measured; missing: what could not be, with the reason."""
+
+    machine: Mapping[str, str]
+    bundle: Mapping[str, str]
+    backends: Mapping[str, str]
+    starts: tuple[Start, ...]
+    rows: tuple[Row, ...]
+    bandwidths: tuple[Bandwidth, ...]
+    arithmetic: tuple[Arithmetic, ...]
+    missing: Mapping[str, str]
+    remarks: tuple[str, ...]
+
+
+class ReportError(TokenizerError):
+    """A text that is no report of this version."""
+
+
+def report_json(report: Report) -> str:
+    return json.dumps({"schema_version": SCHEMA_VERSION, **dataclasses.asdict(report)}, indent=1, ensure_ascii=False)
+
+
+def read_report(text: str) -> Report:
+    """The inverse of `report_json`. Raises ReportError."""
+    try:
+        content = json.loads(text)
+        version = content.pop("schema_version")
+        if version != SCHEMA_VERSION:
+            raise ReportError(f"the report has schema version {version}; expected {SCHEMA_VERSION}: measure again")
+        return Report(
+            **{
+                **content,
+                "starts": tuple(Start(**entry) for entry in content["starts"]),
+                "rows": tuple(Row(**entry) for entry in content["rows"]),
+                "bandwidths": tuple(Bandwidth(**entry) for entry in content["bandwidths"]),
+                "arithmetic": tuple(Arithmetic(**entry) for entry in content["arithmetic"]),
+                "remarks": tuple(content["remarks"]),
+            }
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"this is no report of runtime/bench.py: {error!r}; measure again") from error
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def report_text(report: Report) -> str:
+    """Every figure, in aligned tables."""
+    return "\n".join(printable(line) for line in _lines(report)) + "\n"
+
+
+def _lines(report: Report) -> Iterator[str]:
+    for facts in (report.bundle, report.machine, report.backends):
+        width = max(map(len, facts), default=0)
+        yield from (f"{name:{width}}  {value}" for name, value in facts.items())
+        yield ""
+    for name, reason in report.missing.items():
+        yield f"not measured: {name}: {' '.join(reason.split())}"
+    if report.missing:
+        yield ""
+    if report.starts:
+        yield f"cold start, medians of {report.starts[0].processes} new processes, files in the system's cache"
+        yield from _table(_START_COLUMNS, report.starts)
+        yield ""
+    for batch in dict.fromkeys(row.batch for row in report.rows):
+        rows = [row for row in report.rows if row.batch == batch]
+        yield f"{batch} {'chunk' if batch == 1 else 'chunks'} a call, microseconds, figures taken in turns"
+        yield from _table(_ROW_COLUMNS, rows)
+        found = [entry for entry in report.bandwidths if entry.batch == batch]
+        if found:
+            listed = ", ".join(f"{entry.way} {entry.bytes_per_second / 1e9:.1f} GB/s" for entry in found)
+            yield f"copy bandwidth measured in the same rounds: {listed}"
+        for rate in (entry for entry in report.arithmetic if entry.batch == batch):
+            yield f"fp32 rate measured in the same rounds: {rate.operations_per_second / 1e12:.1f} TFLOP/s"
+        yield ""
+    yield from (f"- {remark}" for remark in (*_legend(report), *report.remarks))
+
+
+def _legend(report: Report) -> Iterator[str]:
+    paths = {row.path for row in report.rows}
+    if "host" in paths:
+        yield (
+            "host: arrays of the processor in and out, checked by the tokenizer (torch checks nothing); copies to a "
+            "GPU and back are part of it"
+        )
+    if "unchecked" in paths:
+        yield "unchecked: the backend alone, without the tokenizer's checks"
+    if "device" in paths:
+        yield "device: arrays that lie on the GPU; launch of the captured graph and synchronisation"
+    yield "jitter: p99 - p50; a percentile that so few calls cannot tell is left out"
+    if any(row.times_floor is not None for row in report.rows):
+        yield (
+            "x floor: p50 over the floor's: of device calls a captured graph with one trivial kernel, of host calls a "
+            "captured graph with their copies alone; a kernel that writes into pinned memory saves the copy back and "
+            "can be below"
+        )
+    if any(row.bandwidth_share is not None for row in report.rows):
+        yield (
+            "bandwidth: the time that a call's bytes alone need at the measured bandwidth, over p50; above 100 % the "
+            "arrays stay in the GPU's cache"
+        )
+    if any(row.roofline_share is not None for row in report.rows):
+        yield "roofline: the same for the bytes or the operations in float32, whichever take longer"
+
+
+@dataclass(frozen=True)
+class _Column:
+    head: str
+    cell: Callable[[Any], str]
+    is_left: bool = False
+
+
+def _optional(show: Callable[[float], str]) -> Callable[[float | None], str]:
+    return lambda value: _NOTHING if value is None else show(value)
+
+
+_us = _optional(lambda value: f"{value:,.1f}")
+_megabytes = _optional(lambda value: f"{value / 1e6:,.0f}")
+_ratio = _optional(lambda value: f"{value:.2f}")
+_count = _optional(lambda value: f"{value:,.0f}")
+_percent = _optional(lambda value: f"{100 * value:.1f} %")
+
+_ROW_COLUMNS = (
+    _Column("backend", lambda row: row.backend, is_left=True),
+    _Column("call", lambda row: row.operation, is_left=True),
+    _Column("path", lambda row: row.path, is_left=True),
+    _Column("calls", lambda row: _count(row.calls)),
+    _Column("p50", lambda row: _us(row.p50)),
+    _Column("p90", lambda row: _us(row.p90)),
+    _Column("p99", lambda row: _us(row.p99)),
+    _Column("p99.9", lambda row: _us(row.p999)),
+    _Column("max", lambda row: _us(row.max)),
+    _Column("jitter", lambda row: _us(row.jitter)),
+    _Column("x floor", lambda row: _ratio(row.times_floor)),
+    _Column("steps/s", lambda row: _count(row.steps_per_second)),
+    _Column("bandwidth", lambda row: _percent(row.bandwidth_share)),
+    _Column("roofline", lambda row: _percent(row.roofline_share)),
+)
+_START_COLUMNS = (
+    _Column("backend", lambda start: start.backend, is_left=True),
+    _Column("first result s", lambda start: f"{start.first_result:.3f}"),
+    _Column("import numpy", lambda start: f"{start.import_numpy:.3f}"),
+    _Column("import runtime", lambda start: f"{start.import_runtime:.3f}"),
+    _Column("load", lambda start: f"{start.load:.3f}"),
+    _Column("load, hashed alone", lambda start: f"{start.load_hashed:.3f}"),
+    _Column("first decode", lambda start: f"{start.first_decode:.4f}"),
+    _Column("host MB", lambda start: _megabytes(start.host_memory)),
+    _Column("GPU MB", lambda start: _megabytes(start.gpu_memory)),
+)
+
+
+def _table(columns: Sequence[_Column], entries: Sequence[object]) -> Iterator[str]:
+    """A column that has nothing to say is left out."""
+    cells = {column: [column.cell(entry) for entry in entries] for column in columns}
+    cells = {column: shown for column, shown in cells.items() if set(shown) != {_NOTHING}}
+    widths = {column: max(len(column.head), *map(len, shown)) for column, shown in cells.items()}
+
+    def line(texts: Mapping[_Column, str]) -> str:
+        return "  ".join(
+            text.ljust(widths[column]) if column.is_left else text.rjust(widths[column])
+            for column, text in texts.items()
+        ).rstrip()
+
+    yield line({column: column.head for column in cells})
+    yield "-" * (sum(widths.values()) + 2 * (len(widths) - 1))
+    for index in range(len(entries)):
+        yield line({column: shown[index] for column, shown in cells.items()})
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def report_files(folder: Path) -> tuple[Path, ...]:
+    """What write_report may write."""
+    return tuple(folder / f"bench.{suffix}" for suffix in ("json", "txt", "png"))
+
+
+def write_report(report: Report, folder: Path) -> list[str]:
+    """bench.json, bench.txt and, where matplotlib is installed, bench.png; each is whole or not there.
+
+    Returns what there is to say. Raises OSError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    contents = {"bench.json": report_json(report).encode(), "bench.txt": report_text(report).encode()}
+    said = []
+    try:
+        contents["bench.png"] = report_png(report)
+    except ImportError as error:
+        said.append(f"no bench.png: {error}; install it with: pip install matplotlib")
+    for name, content in contents.items():
+        _replace(folder / name, content)
+        said.append(f"wrote {folder / name}")
+    return said
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def report_png(report: Report) -> bytes:
+    """Bars of p50 with whiskers to p99, a panel for each batch; `unchecked` is left out.
+
+    Raises ImportError without matplotlib.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    batches = list(dict.fromkeys(row.batch for row in report.rows))
+    panels = [_drawn(row for row in report.rows if row.batch == batch) for batch in batches]
+    heights = [len(rows) + 4 for rows in panels]
+    figure = Figure(figsize=(10, 0.22 * sum(heights) + 0.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(len(panels), squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, batch, rows in zip(all_axes, batches, panels, strict=True):
+        _draw(axes, rows)
+        axes.set_title(f"{batch} {'chunk' if batch == 1 else 'chunks'} a call", loc="left", fontsize=10)
+        axes.set_xlabel("microseconds: p50, whisker to p99", fontsize=9)
+    figure.suptitle(" · ".join(report.machine[name] for name in ("CPU", "GPU") if name in report.machine), fontsize=10)
+    output = io.BytesIO()
+    figure.savefig(output, format="png", dpi=130)
+    return output.getvalue()
+
+
+def _drawn(rows: Iterable[Row]) -> list[Row]:
+    """Floors first, then call by call, so that backends stand beside each other."""
+    kept = [row for row in rows if row.path != "unchecked"]
+    operations = list(dict.fromkeys(row.operation for row in kept))
+    return sorted(kept, key=lambda row: (row.path != "floor", operations.index(row.operation), row.path))
+
+
+def _draw(axes: Any, rows: Sequence[Row]) -> None:
+    labels = [" · ".join((row.operation, row.backend, row.path)).removesuffix(" · floor") for row in rows]
+    values = [row.p50 for row in rows]
+    above = [(row.max if row.p99 is None else row.p99) - row.p50 for row in rows]
+    places = range(len(rows))
+    colours = [_COLOURS[row.path] for row in rows]
+    whiskers = {"ecolor": _INK, "elinewidth": 0.8, "capsize": 2}
+    axes.barh(places, values, xerr=[[0] * len(rows), above], color=colours, height=0.7, error_kw=whiskers)
+    axes.margins(y=0.01)
+    axes.set_xscale("log")
+    # Bars on a logarithmic axis have no natural end: half of the shortest.
+    axes.set_xlim(left=min(values) / 2)
+    axes.set_yticks(places, labels, fontsize=8)
+    axes.invert_yaxis()
+    floors = {row.floor for row in rows if row.path == "device" and row.floor}
+    for row in rows:
+        if row.path == "floor" and row.operation in floors:
+            axes.axvline(row.p50, color=_INK, linestyle="--", linewidth=0.9)
+    for place, row in enumerate(rows):
+        axes.annotate(
+            f"{row.p50:,.1f}",
+            (row.p50, place),
+            (-3, 0),
+            textcoords="offset points",
+            fontsize=7,
+            color="white" if row.path != "floor" else _INK,
+            ha="right",
+            va="center",
+        )
+    axes.grid(axis="x", which="major", color="#e3e3e3", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)

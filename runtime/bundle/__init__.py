@@ -1,0 +1,1 @@
+"""What a bundle is: its files, what they promise, and the limits they are judged by."""

@@ -1,0 +1,123 @@
+"""What the scripts share: output that any terminal can show, whatever a bundle says, and how far they are."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+from .paths import as_path
+
+#: What installs a package that a command may lack, by the name that is imported.
+EXTRAS = {
+    **dict.fromkeys(
+        ("h5py", "matplotlib", "onnx", "polygraphy", "pyarrow", "safetensors", "torch", "tqdm"), ".[export]"
+    ),
+    **dict.fromkeys(("scipy", "tokenizers", "vector_quantize_pytorch"), ".[export,evidence]"),
+    **dict.fromkeys(("mujoco", "robosuite"), ".[sim]"),
+    **dict.fromkeys(("numpy", "onnxruntime"), "."),
+}
+
+
+def prepare_console() -> None:
+    """For a script of its own: no traceback for a terminal without ✓, nor where the reader of a pipe has left.
+
+    The process then ends as every other does, by SIGPIPE, with a status that is none of the script's own.
+    """
+    escape_what_cannot_be_shown()
+    explain_missing_packages()
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def run_command(module: str) -> NoReturn:
+    """For a script of its own: end with the status that `main` of `module` returns."""
+    prepare_console()
+    sys.exit(import_module(module).main())
+
+
+def path_argument(text: str) -> Path:
+    """For argparse: a path with `~` expanded, which a shell leaves as it is in `--output=~/x`."""
+    return as_path(text, "it", argparse.ArgumentTypeError)
+
+
+def explain_missing_packages() -> None:
+    """For a script of its own, before its imports: a missing package ends it with status 2 and what installs it.
+
+    Everything else that nobody catches stays a traceback with status 1, a module of ours that is missing among it.
+    """
+
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        package = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+        if package not in EXTRAS:
+            sys.__excepthook__(kind, error, trace)
+            return
+        print(
+            f"error: this command needs {package}, which cannot be imported ({error}); pip install '{EXTRAS[package]}'",
+            file=sys.stderr,
+        )
+        # Raised from here, it is what the process ends with.
+        raise SystemExit(2)
+
+    sys.excepthook = end
+
+
+def escape_what_cannot_be_shown() -> None:
+    """A terminal without ✓ gets an escape; not `?`, which would show ✓ and ✗ alike."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def printable(text: str) -> str:
+    """`text` with everything escaped that a terminal would obey instead of showing, but for line ends."""
+    return "".join(
+        character if character.isprintable() or character == "\n" else ascii(character)[1:-1] for character in text
+    )
+
+
+class ProgressLine:
+    """How far a command is, on stderr: one line that is renewed on a terminal, one every ten seconds in a log."""
+
+    _TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._is_terminal = sys.stderr.isatty()
+        self._seconds = self._TERMINAL_SECONDS if self._is_terminal else self._LOG_SECONDS
+        self._shown: float | None = None
+
+    def show(self, text: str) -> None:
+        """Print `text` where the last line is old enough."""
+        now = self._clock()
+        if self._shown is None:
+            # A terminal is told at once; a log has been told what begins.
+            self._shown = now - (self._seconds if self._is_terminal else 0)
+        if now - self._shown < self._seconds:
+            return
+        self._shown = now
+        begin, end = ("\r\x1b[K", "") if self._is_terminal else ("", "\n")
+        print(f"{begin}{printable(text)}", end=end, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Make room for other lines."""
+        if self._is_terminal:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Such as `59 s`, `1 min 00 s` and `2 h 02 min`."""
+    if seconds < 1:
+        return "less than 1 s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

@@ -1,0 +1,256 @@
+"""What tokens are worth: how well decoded actions match those that went in, by dimension, and a grade.
+
+Every dimension is judged by the share of its variance that decoding loses, in the robot's own units. One that is at
+rest has no variance to lose: it is held against the motion that three quarters of the others exceed, or its
+normaliser's unit where that is smaller. So a locked joint may err by as much as the slower joints may, not by as much
+as a gripper that counts to 100, and one other joint that hardly moves does not decide.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import numpy as np
+
+from ..backends.contract import Float32Array, Float64Array
+
+#: Share of a dimension's variance that decoding may lose before people are warned. At 1 % the RMS error is a tenth of
+#: the standard deviation: as much as ten plain bins over an evenly filled range leave, 3.3 bits without any model.
+POOR_SHARE = 0.01
+#: What loses more than all of the variance does worse than always sending the mean. Of actions far outside of what the
+#: model was trained for, half of it is enough: all of them decode to about the ends of its range, which of actions
+#: around zero keeps the sign.
+WORTHLESS_SHARE, OUTSIDE_SHARE = 1.0, 0.5
+#: In units of the normaliser, which maps what the model was trained on to about -1 to 1.
+_FAR = 5.0
+
+
+class Grade(StrEnum):
+    """Of a dimension, and of a verdict, which has that of its worst dimension."""
+
+    GOOD = "good"
+    POOR = "poor"
+    WORTHLESS = "worthless"
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One number per action dimension, in the robot's units. rmse: root mean squared error; largest: |error|;
+    deviation: standard deviation of the actions themselves; low, high: their range; unit, offset: the normaliser's,
+    physical = normalised * unit + offset."""
+
+    steps: int
+    rmse: tuple[float, ...]
+    largest: tuple[float, ...]
+    deviation: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    unit: tuple[float, ...]
+    offset: tuple[float, ...]
+
+    def is_possible(self, unit: Sequence[float], offset: Sequence[float]) -> bool:
+        """Whether these can be the errors of a model with this normaliser."""
+        sizes, ends = (self.rmse, self.largest, self.deviation), (self.low, self.high)
+        return (
+            (self.unit, self.offset) == (tuple(unit), tuple(offset))
+            and all(len(column) == len(self.unit) for column in (*sizes, *ends))
+            and all(value >= 0 for column in sizes for value in column)
+            and all(low <= high for low, high in zip(*ends, strict=True))
+            and self.steps > 0
+        )
+
+    @cached_property
+    def at_rest(self) -> tuple[bool, ...]:
+        """Whether a dimension moves by less than float32 can tell."""
+        smallest = np.finfo(np.float32).eps * np.maximum(np.abs(self.low), np.abs(self.high))
+        return tuple((self.deviation <= smallest).tolist())
+
+    @cached_property
+    def yardstick(self) -> tuple[float, ...]:
+        """What the RMS error is held against: the deviation, or for a dimension at rest the lower quartile of those
+        that move, or its unit where that is smaller."""
+        moving = sorted(value for value, rests in zip(self.deviation, self.at_rest, strict=True) if not rests)
+        slow = moving[len(moving) // 4] if moving else float("inf")
+        rows = zip(self.deviation, self.unit, self.at_rest, strict=True)
+        return tuple(min(slow, unit) if rests else deviation for deviation, unit, rests in rows)
+
+    @cached_property
+    def lost(self) -> tuple[float, ...]:
+        """Mean squared error over the square of the yardstick: of a dimension that moves, the share of its variance."""
+        return tuple((error / yardstick) ** 2 for error, yardstick in zip(self.rmse, self.yardstick, strict=True))
+
+    @cached_property
+    def grades(self) -> tuple[Grade, ...]:
+        """Of each dimension. One at rest is worthless where it is off by more than its unit, half of all that the model
+        was trained for."""
+        return tuple(map(self._grade, range(len(self.rmse))))
+
+    @property
+    def grade(self) -> Grade:
+        return max(self.grades, key=list(Grade).index)
+
+    @cached_property
+    def far_outside(self) -> tuple[int, ...]:
+        """Dimensions whose actions go far beyond what the normaliser maps to about -1 to 1, the farthest first."""
+        low, high, unit, offset = map(np.array, (self.low, self.high, self.unit, self.offset))
+        reach = np.maximum(offset - low, high - offset) / unit
+        return tuple(place for place in np.argsort(-reach).tolist() if reach[place] > _FAR)
+
+    @property
+    def warning(self) -> str:
+        """What a person should know, naming the worst dimensions; empty where all are good."""
+        if self.grade is Grade.GOOD:
+            return ""
+        found = self._worst_first(self.grade)
+        size = f"{len(found)} of {len(self.rmse)} dimensions ({_listed(found)})"
+        most = f"worst is dimension {found[0]}: {self._judged(found[0])}"
+        if self.grade is Grade.POOR:
+            return (
+                f"WARNING: the tokens are poor: decoded actions lose more than {POOR_SHARE:.0%} of the variance in "
+                f"{size}; {most}. The model does not know these actions well enough: train it longer, or on actions "
+                "like these (rfsq_ref/train.py)"
+            )
+        return (
+            f"WARNING: the tokens are worthless: always sending the mean would do better, or about as well, in {size}; "
+            f"{most}. {self._outside()}Check first that the actions are in the units that the model was trained in "
+            "(radians or degrees, 0..1 or 0..100), that the dimensions are in its order, and that they come from its "
+            "robot. Only where all that is right, train it longer, or on actions like these (rfsq_ref/train.py)"
+        )
+
+    def table(self, title: str) -> str:
+        """A row per dimension, and what the criterion is for those at rest."""
+        heads = ("RMS error", "largest error", "deviation of the data", "share of the variance lost", "verdict")
+        rows: list[tuple[str, ...]] = [(title, *heads)]
+        for dimension, grade in enumerate(self.grades):
+            numbers = (column[dimension] for column in (self.rmse, self.largest, self.deviation))
+            share = _share(self.lost[dimension]) + (" *" if self.at_rest[dimension] else "")
+            rows.append((f"dimension {dimension}, robot units", *(f"{value:.3g}" for value in numbers), share, grade))
+        lines = list(_aligned(rows))
+        if any(self.at_rest):
+            lines.append(
+                "* at rest: the error is held against the deviation that three quarters of the others exceed, or the "
+                "normaliser's unit where that is smaller"
+            )
+        return "\n".join(lines)
+
+    def text(self, title: str) -> str:
+        """The table, and the warning where there is one."""
+        return "\n".join((self.table(title), *filter(None, [self.warning])))
+
+    @property
+    def summary(self) -> str:
+        """The worst dimensions in a line."""
+        lost, error, largest = (int(np.argmax(values)) for values in (self.lost, self.rmse, self.largest))
+        share = _share(self.lost[lost], "a dimension's variance")
+        return (
+            f"in robot units: RMS error at most {self.rmse[error]:.3g} (dimension {error}), largest error "
+            f"{self.largest[largest]:.3g} (dimension {largest}); at most {share} is lost (dimension {lost})"
+        )
+
+    @property
+    def line(self) -> str:
+        """Grade and summary."""
+        return f"{self.grade}; {self.summary}"
+
+    def _grade(self, dimension: int) -> Grade:
+        share = self.lost[dimension]
+        if self.at_rest[dimension]:
+            is_worthless = self.rmse[dimension] > self.unit[dimension]
+        else:
+            is_worthless = share > (OUTSIDE_SHARE if dimension in self.far_outside else WORTHLESS_SHARE)
+        return Grade.WORTHLESS if is_worthless else Grade.POOR if share > POOR_SHARE else Grade.GOOD
+
+    def _worst_first(self, grade: Grade) -> list[int]:
+        return sorted(
+            (dimension for dimension, found in enumerate(self.grades) if found is grade),
+            key=lambda dimension: -self.lost[dimension],
+        )
+
+    def _judged(self, dimension: int) -> str:
+        error, yardstick = f"RMS error {self.rmse[dimension]:.3g}", f"{self.yardstick[dimension]:.3g}"
+        if self.at_rest[dimension]:
+            return (
+                f"{error} where the actions rest at {self.low[dimension]:.3g}, judged as if they moved by {yardstick}"
+            )
+        return f"{_share(self.lost[dimension], 'its variance')}, {error} where the actions deviate by {yardstick}"
+
+    def _outside(self) -> str:
+        outside = self.far_outside
+        if not outside:
+            return ""
+        low, high = (f"{self.offset[outside[0]] + side * self.unit[outside[0]]:.3g}" for side in (-1, 1))
+        return (
+            f"The data lie far outside of what the model was trained for in dimensions {_listed(outside)}: dimension "
+            f"{outside[0]} runs from {self.low[outside[0]]:.3g} to {self.high[outside[0]]:.3g}, the model knows about "
+            f"{low} to {high}. "
+        )
+
+
+class FidelitySums:
+    """Adds up steps in batches."""
+
+    def __init__(self, unit: Sequence[float], offset: Sequence[float]) -> None:
+        """unit, offset: the normaliser's, one number for each of A; 1 and 0 without one."""
+        self._unit, self._offset = tuple(map(float, unit)), tuple(map(float, offset))
+        self._steps = 0
+        self._squares, self._largest = np.zeros((2, len(self._unit)))
+        self._sums, self._sums_of_squares = np.zeros((2, len(self._unit)))
+        self._low, self._high = np.full((2, len(self._unit)), np.inf) * [[1], [-1]]
+        self._shift: Float64Array | None = None
+
+    def add(self, actions: Float32Array | Float64Array, decoded: Float32Array | Float64Array) -> None:
+        """Both [N, A] in the robot's units, N at least 1."""
+        exact = actions.astype(np.float64)
+        errors = np.abs(decoded.astype(np.float64) - exact)
+        # Sums of squares of what lies far from zero would cancel.
+        self._shift = exact[0] if self._shift is None else self._shift
+        moved = exact - self._shift
+        self._steps += len(exact)
+        self._squares += np.square(errors).sum(axis=0)
+        self._largest = np.maximum(self._largest, errors.max(axis=0))
+        self._sums += moved.sum(axis=0)
+        self._sums_of_squares += np.square(moved).sum(axis=0)
+        self._low = np.minimum(self._low, exact.min(axis=0))
+        self._high = np.maximum(self._high, exact.max(axis=0))
+
+    def result(self) -> Fidelity:
+        """Of at least one step."""
+        mean = self._sums / self._steps
+        deviation = np.sqrt(np.maximum(self._sums_of_squares / self._steps - np.square(mean), 0))
+        measured = (np.sqrt(self._squares / self._steps), self._largest, deviation, self._low, self._high)
+        columns = (*(tuple(map(float, column)) for column in measured), self._unit, self._offset)
+        return Fidelity(self._steps, *columns)
+
+
+def fidelity(
+    actions: Float32Array | Float64Array,
+    decoded: Float32Array | Float64Array,
+    unit: Sequence[float],
+    offset: Sequence[float],
+) -> Fidelity:
+    """Of actions [N, A], N at least 1, and what they are decoded to, in the robot's units; of a normaliser's A units
+    and offsets."""
+    sums = FidelitySums(unit, offset)
+    sums.add(actions, decoded)
+    return sums.result()
+
+
+def _share(share: float, whole: str = "") -> str:
+    """`2.000% of it`, `300 times it`; where hardly anything moves, any multiple, and a few digits say that too."""
+    times = f"{share:,.0f}" if share < 1e6 else f"{share:.3g}"
+    part, joint = (f"{share:.3%}", " of ") if share < 10 else (f"{times} times", " ")
+    return part + (joint + whole if whole else "")
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        yield "  ".join(
+            (first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)))
+        )
+
+
+def _listed(dimensions: Sequence[int], most: int = 6) -> str:
+    shown = ", ".join(map(str, dimensions[:most]))
+    return shown + (f" and {len(dimensions) - most} more" if len(dimensions) > most else "")

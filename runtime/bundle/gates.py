@@ -1,0 +1,119 @@
+"""The parity gates' limits: every number that decides whether an engine is equal to the reference."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ..backends.contract import CHECKED_STEPS
+
+#: What the gates are called that judge a backend's promise about illegal values (`refusal.py`).
+ACCEPTED, NOT_MARKED = "illegal values accepted", "illegal values not marked"
+#: Backends whose host does not read values of the GPU: they mark what is illegal, in calls of any size.
+MARKING_BACKENDS = ("cuda", "tensorrt-rtx", "tensorrt", "onnxruntime-cuda")
+
+
+@dataclass(frozen=True)
+class Gates:
+    """Limits that a backend's answers are held against; `found <= limit` passes."""
+
+    # Float32 rounding explains every difference that is a near-tie. Any other has a cause that must be found.
+    wrong_tokens: int = 0
+
+    # Flips at near-ties, as a multiple of those that torch's float32 has on the same data. Two correct float32
+    # implementations round independently, so one may flip where the other does not and the counts scatter around each
+    # other; twice is room for that, while TF32 (thousands of times the rounding) exceeds it a hundredfold.
+    near_tie_ratio: float = 2.0
+
+    # Whatever torch's float32 has: the largest share of all tokens that may be near-tie flips. Models have about 5e-5;
+    # where float32 decides one token of twenty by its rounding, the tokens of the last layers mean nothing.
+    near_tie_share: float = 0.05
+
+    # Largest |action error| in normalised units (the scale the decoder was trained on, about [-1, 1]). Two layers of 64
+    # terms in float32 stay near 1e-6; TF32 is at 3e-4. A robot resolves about 1e-4 of its range. It judges what was
+    # computed, not the last rounding of it to a float32 in physical units, which no implementation can avoid: half a
+    # step of float32, 3e-5 where a joint rests a thousand units from zero, at most 3e-8 where actions are in [-1, 1]
+    # (`action_errors` says how).
+    action_error: float = 1e-5
+
+    # Illegal values that a backend takes for legal ones, or does not mark, where it promises to check them. Nobody else
+    # looks at these values: each one could reach a robot as a motion.
+    illegal_values: int = 0
+
+    # Largest |action error|, in normalised units, of a step with a near-tie flip, whatever the model's coding error:
+    # the other side of a tie codes the same action. Ranges are about [-1, 1], or a few deviations wide.
+    flip_error: float = 10.0
+
+    # Largest |error| of mean and sigma in latent units (tanh range), `dynamic` only. Both are sums of D latents that
+    # are themselves good to about 1e-6 in float32.
+    stats_error: float = 1e-5
+
+    # What golden vectors may say that float32's rounding moves a token by. In latents, which lie in [-1, 1], K - 1 bins
+    # of the first layer: two layers of 64 terms give 1e-5, and 3e-5 for actions far beyond the range, as a bound of 8
+    # standard deviations. Where TF32 rounds, it is 0.05. Wider bounds hide wrong tokens.
+    latent_bound: float = 2e-4
+
+    # How much more that may be, in bins, from layer to layer: bins get finer by K, and by so much more where constants
+    # or the statistics of a step are unlucky.
+    bound_growth: float = 4.0
+
+    # The share of a layer's tokens that may have a bound beyond that: steps whose latents are all alike, and actions at
+    # the limit, where float32 may overflow.
+    unlikely_bounds: float = 0.05
+
+    # The largest share of golden tokens, of all layers, that rounding may excuse. Where one token of twenty flips
+    # (near_tie_share), a bound of 8 standard deviations excuses about half; the models here have at most 4 in 100.
+    excused_share: float = 0.5
+
+
+GATES = Gates()
+
+
+def highest_limit(gate: str, num_steps: int, latent_dim: int, num_layers: int) -> float | None:
+    """The highest limit that a manifest may state for a gate that was run on so many control steps.
+
+    gate: as the build and the replay of golden vectors name it. None for a name that is none of a gate.
+    """
+    limits = {
+        "wrong tokens": GATES.wrong_tokens,
+        # Beside the share, every layer of one latent in each step: many steps are chosen because they lie on a border,
+        # and layers that say the same flip together.
+        "near-tie flips": num_steps * num_layers * (GATES.near_tie_ratio + GATES.near_tie_share * latent_dim),
+        "stats error": GATES.stats_error,
+        "action error": GATES.action_error,
+        ACCEPTED: GATES.illegal_values,
+        NOT_MARKED: GATES.illegal_values,
+    }
+    if re.search(r": max \|action error\| of \d+ steps with a near-tie flip$", gate):
+        return GATES.flip_error
+    found = re.search(r": (?:max \|)?([^:|]+)\|?$", gate)
+    return limits.get(found[1]) if found else None
+
+
+def highest_bounds(num_levels: int, num_layers: int) -> list[float]:
+    """For each layer, in its bins: what golden vectors may state as the bound of all but `unlikely_bounds` tokens."""
+    first = GATES.latent_bound * (num_levels - 1) / 2
+    growth = GATES.bound_growth * num_levels
+    bounds = [first]
+    while len(bounds) < num_layers:
+        bounds.append(bounds[-1] * growth)
+    return bounds
+
+
+def promised_refusal(backend: str, chunk_length: int) -> str:
+    """The gate that judges what this backend promises of illegal values; empty for one that promises nothing."""
+    if backend in MARKING_BACKENDS:
+        return NOT_MARKED
+    # The generated C leaves longer calls to the validator: of longer chunks, all.
+    return ACCEPTED if backend == "c" and chunk_length <= CHECKED_STEPS else ""
+
+
+def missing_gates(found: Iterable[str], prefixes: Sequence[int], *, has_stats: bool, refusal: str = "") -> list[str]:
+    """Which of the gates that every engine has to pass are not among these. refusal: see `promised_refusal`."""
+    needed = ["encode: wrong tokens", "encode: near-tie flips"]
+    needed += ["encode: stats error"] if has_stats else []
+    needed += [f"decode {prefix} layers: action error" for prefix in prefixes]
+    if refusal:
+        needed += [f"encode: {refusal}", *(f"decode {prefix} layers: {refusal}" for prefix in prefixes)]
+    # The replay says in between in which batches, and of which variant.
+    bare = {re.sub(r"^golden vectors, |, batch [^:]*|max \||\|$", "", gate) for gate in found}
+    return [gate for gate in needed if gate not in bare]

@@ -1,0 +1,425 @@
+"""Golden vectors: inputs, what the reference in float64 made of them, and their replay through a backend."""
+
+from __future__ import annotations
+
+import io
+import math
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..backends.contract import Backend, Float32Array, Float64Array, Int32Array, judged
+from ..backends.refusal import judge_refusal
+from .comparison import ActionError, TokenComparison, action_errors, compare_tokens
+from .errors import BundleError, TokenizerError
+from .gates import GATES, highest_bounds, highest_limit
+from .manifest import GOLDEN_NAME, ModelEntry
+
+#: The system that a zip states as its maker: the same on all.
+_ZIP_UNIX = 3
+#: Chunks that are also run in batches of 1 and 2: what can go wrong there is the batch, not the numbers.
+_SMALL_BATCH_CHUNKS = 64
+#: Of a unit: what inputs reach at least that are drawn from a range of about two units.
+_SPANNED_UNITS = 0.1
+#: Standard deviations of a count of rare events, sqrt(count) each, that a sample of them may lie above its share.
+_SCATTER = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Golden:
+    """N chunks through the reference in float64.
+
+    actions: float32 [N, T, A] in physical units, the encoder's inputs; tokens: int32 [N, T, D, L]; margins, bounds:
+    float32 [N, T, D, L] in bin widths, the decision margins and how far float32 can move them; stats: float32
+    [N, T, L, 2], `dynamic` only; decoded: for every prefix l the reference's decoding of tokens[..., :l] (and
+    stats[..., :l, :]) in physical units, float64 [N, T, A]. near_tie_cap: how many near-tie flips are allowed;
+    flip_tolerance: how far, in normalised units, the full-depth decoding of a step with such a flip may lie from
+    decoded[L].
+    """
+
+    actions: Float32Array
+    tokens: Int32Array
+    margins: Float32Array
+    bounds: Float32Array
+    stats: Float32Array | None
+    decoded: Mapping[int, Float64Array]
+    near_tie_cap: int
+    flip_tolerance: float
+
+    def every(self, stride: int) -> Golden:
+        """Every stride-th chunk. The cap shrinks in proportion, but for the scatter of a count so small."""
+        share = self.near_tie_cap * len(self.actions[::stride]) / len(self.actions)
+        return replace(
+            self,
+            near_tie_cap=min(self.near_tie_cap, math.ceil(share + _SCATTER * math.sqrt(share))),
+            actions=self.actions[::stride],
+            tokens=self.tokens[::stride],
+            margins=self.margins[::stride],
+            bounds=self.bounds[::stride],
+            stats=None if self.stats is None else self.stats[::stride],
+            decoded={prefix: actions[::stride] for prefix, actions in self.decoded.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One gate on one kind of answer: passes where value <= limit."""
+
+    gate: str
+    value: float
+    limit: float
+    detail: str
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.limit
+
+    def __str__(self) -> str:
+        sign, relation = ("✓", "≤") if self.passed else ("✗", ">")
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{sign} {self.gate}: {self.value:.4g} {relation} {self.limit:.4g}{detail}"
+
+
+@dataclass(frozen=True)
+class ReplayResult:
+    """All checks in the order they ran; none is skipped because another failed."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if not check.passed)
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+
+def write_golden(golden: Golden) -> bytes:
+    """The bytes of an .npz: the same for the same content, at any time and with any zlib (nothing is compressed)."""
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "actions": golden.actions,
+        "tokens": golden.tokens,
+        "margins": golden.margins,
+        "bounds": golden.bounds,
+        "near_tie_cap": np.array(golden.near_tie_cap, np.int64),
+        "flip_tolerance": np.array(golden.flip_tolerance, np.float64),
+        **{_decoded_name(prefix): actions for prefix, actions in golden.decoded.items()},
+    }
+    if golden.stats is not None:
+        arrays["stats"] = golden.stats
+    output = io.BytesIO()
+    with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(arrays):
+            # Without a date an entry has the earliest that a zip can state.
+            entry = zipfile.ZipInfo(f"{name}.npy")
+            entry.create_system = _ZIP_UNIX
+            archive.writestr(entry, _header(arrays[name].dtype, arrays[name].shape) + arrays[name].tobytes())
+    return output.getvalue()
+
+
+def read_golden(content: bytes, model: ModelEntry) -> Golden:
+    """Golden vectors that fit `model`, as read-only arrays.
+
+    Raises BundleError for anything but the very bytes that `write_golden` writes, and for values that make no sense.
+    Headers are compared with the ones they must be, never interpreted.
+    """
+    try:
+        members = _read_members(content)
+    except Exception as error:  # Whatever zipfile trips over in bytes that someone made for that purpose
+        raise _malformed(f"is not an .npz that the build writes: {error}") from error
+    expected = _expected_arrays(model, _num_chunks(members, model))
+    if members.keys() != expected.keys():
+        missing, unknown = sorted(expected.keys() - members.keys()), sorted(members.keys() - expected.keys())
+        raise _malformed(f"lacks {missing} and has the unknown members {unknown}")
+    arrays = {
+        name.removesuffix(".npy"): _read_array(name, members[name], dtype, shape)
+        for name, (dtype, shape) in expected.items()
+    }
+    golden = Golden(
+        actions=arrays["actions"],
+        tokens=arrays["tokens"],
+        margins=arrays["margins"],
+        bounds=arrays["bounds"],
+        stats=arrays.get("stats"),
+        decoded={prefix: arrays[_decoded_name(prefix)] for prefix in model.prefixes},
+        near_tie_cap=int(arrays["near_tie_cap"]),
+        flip_tolerance=float(arrays["flip_tolerance"]),
+    )
+    _check_values(golden, model)
+    if write_golden(golden) != content:
+        raise _malformed("holds more than its arrays, or in another form than the build writes")
+    return golden
+
+
+def _read_members(content: bytes) -> dict[str, bytes]:
+    """Raises ValueError, or whatever zipfile raises, unless they lie there one by one as they are."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its members are compressed")
+        # Else a few bytes could be read again and again.
+        if len({entry.filename for entry in entries}) != len(entries):
+            raise ValueError("it has members of the same name")
+        if sum(entry.file_size for entry in entries) > len(content):
+            raise ValueError("its members are larger than itself")
+        return {entry.filename: archive.read(entry) for entry in entries}
+
+
+def replay(golden: Golden, model: ModelEntry, backend: Backend) -> ReplayResult:
+    """Encode and decode all golden vectors at once, some also one by one and in pairs; hold every answer to GATES.
+
+    Every batch size is judged against the reference, not against another batch size: a library may choose another
+    order of summation for another size. The backend's variants are held to the same, and illegal values are refused or
+    marked where a backend promises that. Collects all failures; a backend
+    that raises fails that check.
+    """
+    num_chunks = len(golden.actions)
+    # Evenly spread over all of them, so that every kind of input is among them.
+    sample = golden.every(-(-num_chunks // _SMALL_BATCH_CHUNKS))
+    runs = {1: sample, min(2, len(sample.actions)): sample, num_chunks: golden}
+    return ReplayResult(
+        tuple(
+            check
+            for name, variant in judged(backend).items()
+            for batch_size, vectors in runs.items()
+            for check in _replay_batches(vectors, model, variant, batch_size, f", {name}" if name else "")
+        )
+        + tuple(check for name, variant in judged(backend).items() for check in _refusal_checks(model, variant, name))
+    )
+
+
+def _refusal_checks(model: ModelEntry, backend: Backend, variant: str) -> Iterator[Check]:
+    try:
+        for verdict in judge_refusal(model, backend):
+            label = f"{variant}, {verdict.gate}" if variant else verdict.gate
+            yield Check(label, verdict.accepted, GATES.illegal_values, verdict.first)
+    except TokenizerError as error:
+        yield Check("illegal values", np.inf, GATES.illegal_values, str(error))
+
+
+def _replay_batches(
+    golden: Golden, model: ModelEntry, backend: Backend, batch_size: int, variant: str
+) -> Iterator[Check]:
+    tokens = np.full(golden.tokens.shape, -1, np.int32)
+    stats = None if golden.stats is None else np.full_like(golden.stats, np.nan)
+    label = f"batch {batch_size}{variant}"
+    batches = [slice(start, start + batch_size) for start in range(0, len(golden.actions), batch_size)]
+    # A backend gets what the tokenizer would give it: arrays of its own, writable and contiguous.
+    inputs = golden.actions.copy()
+    try:
+        for batch in batches:
+            backend.encode_into(inputs[batch], tokens[batch], None if stats is None else stats[batch])
+    except TokenizerError as error:
+        yield Check(f"encode, {label}", np.inf, GATES.wrong_tokens, str(error))
+        return
+    comparison = compare_tokens(
+        golden.tokens,
+        tokens,
+        golden.margins,
+        golden.bounds,
+        num_levels=model.num_levels,
+        is_step_coupled=model.is_step_coupled,
+    )
+    yield from _token_checks(comparison, golden.near_tie_cap, label)
+    if stats is not None and golden.stats is not None:
+        yield _stats_check(golden.stats, stats, comparison.flipped, label)
+    for prefix in model.prefixes:
+        reference = golden.stats if golden.stats is None else golden.stats[..., :prefix, :]
+        gate = f"decode {prefix} layers, {label}: max |action error|"
+        decoded = _decode(golden.tokens[..., :prefix], reference, golden, backend, batches)
+        if isinstance(decoded, TokenizerError):
+            yield Check(gate, np.inf, GATES.action_error, str(decoded))
+            continue
+        worst = action_errors(golden.decoded[prefix], decoded, model.action_units)
+        yield _action_check(gate, worst, GATES.action_error)
+    if comparison.num_wrong == 0:
+        yield from _round_trip_checks(golden, model, backend, batches, tokens, stats, comparison.flipped, label)
+
+
+def _round_trip_checks(
+    golden: Golden,
+    model: ModelEntry,
+    backend: Backend,
+    batches: list[slice],
+    tokens: Int32Array,
+    stats: Float32Array | None,
+    flipped: npt.NDArray[np.bool_],
+    label: str,
+) -> Iterator[Check]:
+    """The backend's own tokens, decoded: the only judge of what lies behind a near-tie flip."""
+    expected = golden.decoded[model.num_layers]
+    decoded = _decode(tokens, stats, golden, backend, batches)
+    gate = f"encode and decode, {label}: max |action error|"
+    if isinstance(decoded, TokenizerError):
+        yield Check(gate, np.inf, GATES.action_error, str(decoded))
+        return
+    # A flipped step is judged by its own limit; the reference's value in its place adds no error to the first check. In
+    # the type that a backend gives, by which it is judged.
+    right = expected.astype(np.float32)
+    kept = np.where(flipped[..., None], right, decoded)
+    yield _action_check(gate, action_errors(expected, kept, model.action_units), GATES.action_error)
+    if flipped.any():
+        swapped = np.where(flipped[..., None], decoded, right)
+        yield _action_check(
+            f"encode and decode, {label}: max |action error| of {int(flipped.sum())} steps with a near-tie flip",
+            action_errors(expected, swapped, model.action_units),
+            golden.flip_tolerance,
+        )
+
+
+def _decode(
+    tokens: Int32Array, stats: Float32Array | None, golden: Golden, backend: Backend, batches: list[slice]
+) -> Float32Array | TokenizerError:
+    actions = np.full(golden.actions.shape, np.nan, np.float32)
+    tokens = np.array(tokens, order="C")
+    stats = None if stats is None else np.array(stats, order="C")
+    try:
+        for batch in batches:
+            backend.decode_into(tokens[batch], None if stats is None else stats[batch], actions[batch])
+    except TokenizerError as error:
+        return error
+    return actions
+
+
+def _token_checks(comparison: TokenComparison, near_tie_cap: int, label: str) -> Iterator[Check]:
+    where = f"{comparison.first_wrong}; per layer {comparison.wrong.tolist()}"
+    yield _located(f"encode, {label}: wrong tokens", comparison.num_wrong, GATES.wrong_tokens, where)
+    detail = ""
+    if comparison.num_near_ties:
+        detail = f"per layer {comparison.near_ties.tolist()}, {comparison.num_behind} tokens behind them"
+    yield Check(f"encode, {label}: near-tie flips", comparison.num_near_ties, near_tie_cap, detail)
+
+
+def _stats_check(expected: Float32Array, found: Float32Array, flipped: npt.NDArray[np.bool_], label: str) -> Check:
+    # Behind a flip the statistics are those of another residual.
+    kept = np.where(flipped[..., None, None], expected, found)
+    errors = action_errors(expected, kept, 1.0)
+    where = f"stats{list(errors.index)} is {errors.found:.9g}"
+    return _located(f"encode, {label}: max |stats error|", errors.value, GATES.stats_error, where)
+
+
+def _action_check(gate: str, error: ActionError, limit: float) -> Check:
+    return _located(gate, error.value, limit, str(error))
+
+
+def _located(gate: str, value: float, limit: float, where: str) -> Check:
+    """Says where, if it fails."""
+    check = Check(gate, value, limit, where)
+    return replace(check, detail="") if check.passed else check
+
+
+def _decoded_name(prefix: int) -> str:
+    return f"decoded_{prefix}"
+
+
+def _expected_arrays(model: ModelEntry, num_chunks: int) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
+    """Member name to dtype and shape."""
+    steps = (num_chunks, model.chunk_length)
+    per_token = (*steps, model.latent_dim, model.num_layers)
+    arrays: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
+        "actions": (np.float32, (*steps, model.action_dim)),
+        "tokens": (np.int32, per_token),
+        "margins": (np.float32, per_token),
+        "bounds": (np.float32, per_token),
+        "near_tie_cap": (np.int64, ()),
+        "flip_tolerance": (np.float64, ()),
+        **{_decoded_name(prefix): (np.float64, (*steps, model.action_dim)) for prefix in model.prefixes},
+    }
+    if model.has_stats:
+        arrays["stats"] = (np.float32, (*steps, model.num_layers, 2))
+    return {f"{name}.npy": entry for name, entry in arrays.items()}
+
+
+def _num_chunks(members: Mapping[str, bytes], model: ModelEntry) -> int:
+    if "actions.npy" not in members:
+        raise _malformed("lacks actions.npy")
+    chunk = (model.chunk_length, model.action_dim)
+    # A header is as long for any number of chunks.
+    size = len(members["actions.npy"]) - len(_header(np.float32, (1, *chunk)))
+    num_chunks, rest = divmod(size, np.dtype(np.float32).itemsize * math.prod(chunk))
+    if num_chunks < 1 or rest:
+        raise _malformed(f"has {size} bytes of actions; expected one or more whole chunks of float32{list(chunk)}")
+    return num_chunks
+
+
+def _header(dtype: npt.DTypeLike, shape: tuple[int, ...]) -> bytes:
+    """What stands before the data of such an array."""
+    stream = io.BytesIO()
+    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(stream, {"descr": descr, "fortran_order": False, "shape": shape})
+    return stream.getvalue()
+
+
+def _read_array(name: str, content: bytes, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    header = _header(dtype, shape)
+    if not content.startswith(header):
+        raise _malformed(
+            f"has {name} that begins with {content[: len(header)]!r}; the manifest's model needs "
+            f"{np.dtype(dtype)}{list(shape)}"
+        )
+    # Python's numbers do not overflow.
+    size, needed = len(content) - len(header), np.dtype(dtype).itemsize * math.prod(shape)
+    if size != needed:
+        raise _malformed(f"has {size} bytes of data in {name}; {np.dtype(dtype)}{list(shape)} takes {needed}")
+    return np.frombuffer(content, dtype, offset=len(header)).reshape(shape)
+
+
+def _check_values(golden: Golden, model: ModelEntry) -> None:
+    """A golden vector that cannot fail is no test: every number must be one that the reference can give."""
+    excused = int((golden.margins <= golden.bounds).sum())
+    most_flips = _most_flips(golden, model, excused)
+    rules = {
+        "actions that do not span the model's action_units": _spans_units(golden, model),
+        "actions beyond the model's action_limit": bool((np.abs(golden.actions) <= model.action_limit).all()),
+        f"tokens outside 0 ... {model.num_levels - 1}": bool(
+            ((golden.tokens >= 0) & (golden.tokens < model.num_levels)).all()
+        ),
+        "margins that are negative or not finite": bool(((golden.margins >= 0) & np.isfinite(golden.margins)).all()),
+        "bounds that are negative or not a number": bool((golden.bounds >= 0).all()),
+        "stats that are not finite": golden.stats is None or bool(np.isfinite(golden.stats).all()),
+        "decoded actions that are not finite": all(np.isfinite(actions).all() for actions in golden.decoded.values()),
+        "bounds that float32's rounding does not explain": _are_of_rounding(golden, model),
+        f"bounds that excuse {excused} of {golden.tokens.size} tokens": (
+            excused <= GATES.excused_share * golden.tokens.size
+        ),
+        f"a near_tie_cap of {golden.near_tie_cap}, not from 0 to {most_flips}": 0 <= golden.near_tie_cap <= most_flips,
+        f"a flip_tolerance of {golden.flip_tolerance:g}, not from 0 to {GATES.flip_error:g}": (
+            0 <= golden.flip_tolerance <= GATES.flip_error
+        ),
+    }
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise _malformed(f"has {'; '.join(broken)}")
+
+
+def _are_of_rounding(golden: Golden, model: ModelEntry) -> bool:
+    beyond = golden.bounds > np.array(highest_bounds(model.num_levels, model.num_layers))
+    # One token of a few vectors is already a large share.
+    num_tokens = golden.tokens[..., 0].size
+    return bool((beyond.sum(axis=(0, 1, 2)) <= max(GATES.unlikely_bounds * num_tokens, 1)).all())
+
+
+def _most_flips(golden: Golden, model: ModelEntry, excused: int) -> int:
+    """No flip is without a near-tie, but those of later layers may follow it."""
+    steps = golden.actions[..., 0].size
+    highest = highest_limit("encode: near-tie flips", steps, model.latent_dim, model.num_layers)
+    assert highest is not None  # the name is a gate's
+    return int(min(highest, GATES.near_tie_ratio * model.num_layers * excused, golden.tokens.size))
+
+
+def _spans_units(golden: Golden, model: ModelEntry) -> bool:
+    """Whether one in ten inputs, in every dimension, is some part of a unit away from the middle of the range.
+
+    Builds cover the range. With units far too large no error, in units, would be one.
+    """
+    distance = np.abs(golden.actions - np.array(model.action_offset))
+    return bool((np.quantile(distance, 0.9, axis=(0, 1)) >= _SPANNED_UNITS * np.array(model.action_units)).all())
+
+
+def _malformed(problem: str) -> BundleError:
+    return BundleError(f"{GOLDEN_NAME} {problem}; copy the bundle again or build it again")

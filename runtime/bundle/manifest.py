@@ -1,0 +1,295 @@
+"""The bundle's table of contents: read strictly, written in one canonical form.
+
+Unknown keys, missing keys and wrong types are refused, and the text must be exactly what writing its content again
+would give. `manifest_sha256` covers all the rest, so no character of the file can change unnoticed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import BundleError
+from .fidelity import Fidelity
+from .paths import shown
+from .reading import parse_json
+
+SCHEMA_VERSION = 2
+MANIFEST_NAME = "manifest.json"
+GOLDEN_NAME = "golden.npz"
+
+#: The generated C source of a bundle, from which its `c` engines are compiled.
+C_HEADER, C_SOURCE = "engines/c/rfsq_tokenizer.h", "engines/c/rfsq_tokenizer.c"
+#: The generated CUDA source, from which its `cuda` engines are compiled.
+CUDA_SOURCE = "engines/cuda/rfsq_tokenizer.cu"
+
+GraphForm = Literal["gemm", "gemm_marked", "reduce"]
+GRAPH_FORMS: tuple[GraphForm, ...] = typing.get_args(GraphForm)
+
+#: Least and largest sizes of a model; beyond 2**24, float32 does not tell the levels of a grid apart. A real model is
+#: far smaller, and a file that states more would take all memory before anything else is seen to be wrong with it.
+SIZE_LIMITS: Mapping[str, tuple[int, int]] = types.MappingProxyType(
+    {
+        "chunk_length": (1, 2**16),
+        "action_dim": (1, 2**16),
+        "latent_dim": (1, 2**16),
+        "hidden_width": (1, 2**16),
+        "num_layers": (1, 2**10),
+        "num_levels": (2, 2**24),
+    }
+)
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """dtype in numpy's words; shape with -1 for the batch."""
+
+    name: str
+    dtype: Literal["float32", "int32", "uint8"]
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class GraphEntry:
+    """An ONNX file; prefix: the layers l that a decoder takes, L for the encoder.
+
+    form: how the linear layers are written: `gemm` for ONNX Runtime on the CPU, `gemm_marked` for it on the GPU,
+    `reduce` for TensorRT (`export/graphs.py` says why).
+    """
+
+    file: str
+    role: Literal["encoder", "decoder"]
+    prefix: int
+    form: GraphForm
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """An engine compiled from `source`, a graph or source code in the bundle.
+
+    Runs only with this version of its library and, where targets are named, on those: compute capabilities of GPUs
+    such as `8.9`, or the processor and its instructions such as `x86-64-v3`. profile: the smallest, tuned for and
+    largest batch B. status: `validated` where the parity gates ran on it, on the GPU or the kind of processor `device`;
+    `built` where it was inspected but could not be run, and device is empty; detail says more. precision: what the
+    gates measured, not what was asked for. kernel_cache: a file with kernels that TensorRT-RTX compiled for `device`,
+    or empty.
+    """
+
+    backend: str
+    version: str
+    targets: tuple[str, ...]
+    source: str
+    source_sha256: str
+    file: str
+    profile: tuple[int, int, int]
+    status: Literal["validated", "built"]
+    precision: Literal["fp32", "not measured"]
+    device: str
+    kernel_cache: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """Sizes and meaning of tokens and actions.
+
+    prefixes: built decoders, ascending, the last is num_layers. action_limit: the largest |action| (physical units)
+    for which no float32 intermediate can overflow. action_units: physical units per normalised unit, one for each of A.
+    """
+
+    mode: Literal["none", "dynamic", "calibrated", "recovered"]
+    chunk_length: int
+    action_dim: int
+    latent_dim: int
+    hidden_width: int
+    num_layers: int
+    num_levels: int
+    prefixes: tuple[int, ...]
+    action_limit: float
+    action_units: tuple[float, ...]
+    action_offset: tuple[float, ...]
+
+    @property
+    def has_stats(self) -> bool:
+        """Whether encoding gives, and decoding takes, mean and sigma of every layer (float32 [B, T, l, 2])."""
+        return self.mode == "dynamic"
+
+    @property
+    def is_step_coupled(self) -> bool:
+        """Whether a token depends on all latents of its step, so that one flip moves the later layers of them all."""
+        return self.mode in ("dynamic", "recovered")
+
+
+@dataclass(frozen=True)
+class ParityEntry:
+    """What a gate measured: `value` against `limit` over `steps` control steps, on `device`."""
+
+    backend: str
+    gate: str
+    steps: int
+    value: float
+    limit: float
+    detail: str
+    device: str
+
+    def __post_init__(self) -> None:
+        # A count is a number like any other to a gate, but JSON would spell it without a point.
+        object.__setattr__(self, "value", float(self.value))
+        object.__setattr__(self, "limit", float(self.limit))
+
+
+@dataclass(frozen=True)
+class QualityEntry:
+    """What the tokens of all layers are worth, measured by the build.
+
+    judged_on: which part of the data; source: their name; sha256: of all of them, episode borders included.
+    """
+
+    judged_on: str
+    source: str
+    sha256: str
+    fidelity: Fidelity
+
+    @property
+    def line(self) -> str:
+        """Grade and worst dimensions, and by what they are known."""
+        return f"{self.fidelity.line}, on {self.fidelity.steps:,} steps of {self.source} ({self.judged_on})"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """sha256: 64 hexadecimal digits; size in bytes."""
+
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """files: every file of the bundle but the manifest, by its path inside the bundle, with forward slashes.
+
+    provenance: where checkpoint, constants and calibration data came from; free-form JSON. quality: None where the
+    build had no data to judge by, or was made before builds recorded it.
+    """
+
+    schema_version: int
+    fingerprint: str
+    model: ModelEntry
+    graphs: tuple[GraphEntry, ...]
+    engines: tuple[EngineEntry, ...]
+    parity: tuple[ParityEntry, ...]
+    tools: dict[str, str]
+    provenance: dict[str, Any]
+    files: dict[str, FileEntry]
+    quality: QualityEntry | None = None
+
+    def graph(self, role: Literal["encoder", "decoder"], prefix: int, form: GraphForm = "gemm") -> GraphEntry:
+        """Raises BundleError where there is none."""
+        for entry in self.graphs:
+            if (entry.role, entry.prefix, entry.form) == (role, prefix, form):
+                return entry
+        raise BundleError(f"the bundle has no {role} for {prefix} layers in the form {form!r}; build it again")
+
+    def graphs_of(self, form: GraphForm) -> tuple[GraphEntry, ...]:
+        """The encoder, then a decoder for each of the model's prefixes."""
+        decoders = (self.graph("decoder", prefix, form) for prefix in self.model.prefixes)
+        return (self.graph("encoder", self.model.num_layers, form), *decoders)
+
+
+def graph_tensors(
+    model: ModelEntry, role: Literal["encoder", "decoder"], prefix: int
+) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
+    """Inputs and outputs that a graph of this model has, in this order."""
+    steps = (-1, model.chunk_length)
+    actions = TensorEntry("actions", "float32", (*steps, model.action_dim))
+    codes = [TensorEntry("tokens", "int32", (*steps, model.latent_dim, prefix))]
+    if model.has_stats:
+        codes.append(TensorEntry("stats", "float32", (*steps, prefix, 2)))
+    return ((actions,), tuple(codes)) if role == "encoder" else (tuple(codes), (actions,))
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """The one spelling of a manifest, its own hash included."""
+    content = dataclasses.asdict(manifest)
+    if manifest.quality is None:
+        # As older builds spelled it.
+        del content["quality"]
+    body = json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    digest = hashlib.sha256(body.encode()).hexdigest()
+    return json.dumps({**content, "manifest_sha256": digest}, sort_keys=True, indent=1, ensure_ascii=False) + "\n"
+
+
+def parse_manifest(text: str) -> Manifest:
+    """Raises BundleError, saying what is wrong where, unless `text` is what `manifest_text` wrote."""
+    try:
+        content = parse_json(text)
+    except ValueError as error:
+        raise BundleError(f"{MANIFEST_NAME} is not JSON: {error}; copy the bundle again or build it again") from error
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        found = content.get("schema_version") if isinstance(content, dict) else type(content).__name__
+        raise BundleError(
+            f"{MANIFEST_NAME} has schema version {shown(found)}; this runtime reads {SCHEMA_VERSION}: build the "
+            "bundle again with this version, or install the version that wrote it"
+        )
+    stated = content.pop("manifest_sha256", None)
+    manifest = typing.cast(Manifest, _build(Manifest, content, MANIFEST_NAME))
+    try:
+        canonical = manifest_text(manifest)
+    except ValueError as error:
+        # Numbers that overflow to infinity, halves of surrogate pairs: JSON that the build never writes.
+        raise BundleError(f"{MANIFEST_NAME} holds what no build writes: {error}; build the bundle again") from error
+    if canonical != text:
+        raise BundleError(
+            f"{MANIFEST_NAME} was altered after it was written: its manifest_sha256 is {shown(stated)}, or its "
+            "spelling is not the one written by the build; copy the bundle again or build it again"
+        )
+    return manifest
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` from JSON as `kind`: dataclasses, tuples, dicts, literals and plain types."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin is types.UnionType:
+        # With None: such a key may be missing, but never holds nothing.
+        return _build(arguments[0], value, where)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(typing.cast(type[Any], kind), value, where)
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise BundleError(f"{where} is {shown(value)}; expected one of {', '.join(map(str, arguments))}")
+    if origin is tuple and isinstance(value, list):
+        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+        if len(kinds) == len(value):
+            parts = enumerate(zip(kinds, value, strict=True))
+            return tuple(_build(part, entry, f"{where}[{index}]") for index, (part, entry) in parts)
+    if origin is dict and isinstance(value, dict):
+        return {key: _build(arguments[1], entry, f"{where}[{shown(key)}]") for key, entry in value.items()}
+    # bool is an int to isinstance.
+    if type(value) is kind:
+        return value
+    name = kind if isinstance(kind, types.GenericAlias) else getattr(kind, "__name__", kind)
+    raise BundleError(f"{where} is {shown(value)}; expected {name}")
+
+
+def _build_dataclass(kind: type[Any], value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise BundleError(f"{where} is {shown(value)}; expected an object")
+    hints = typing.get_type_hints(kind)
+    needed = {name for name, hint in hints.items() if typing.get_origin(hint) is not types.UnionType}
+    missing, unknown = sorted(needed - value.keys()), sorted(value.keys() - hints.keys())
+    if missing or unknown:
+        raise BundleError(
+            f"{where} lacks the keys {missing} and has the unknown keys {shown(unknown)}; build the bundle again"
+        )
+    return kind(**{name: _build(hints[name], part, f"{where}.{name}") for name, part in value.items()})

@@ -1,0 +1,64 @@
+"""Paths as people give them, and the one rule for files that are there already; the same for every room."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import InvalidInputError, OutputExistsError
+
+
+def as_path(path: str | os.PathLike[str], name: str = "path", error: type[Exception] = InvalidInputError) -> Path:
+    """`path` with `~` expanded; name: what the caller calls it.
+
+    Raises `error` for anything but text or a path-like object of text, and for text that is no path.
+    """
+    given = path.__fspath__() if isinstance(path, os.PathLike) else path
+    if not isinstance(given, str):
+        advice = ": decode it with os.fsdecode" if isinstance(given, bytes) else ""
+        raise error(f"{name} is {given!r:.60} ({type(given).__qualname__}); expected a str or a pathlib.Path{advice}")
+    if not given or "\0" in given:
+        raise error(f"{name} is {given!r:.60}; expected the name of a file or folder, such as 'build/bundle'")
+    try:
+        os.fsencode(given)
+        return Path(given).expanduser()
+    except UnicodeEncodeError:
+        raise error(f"{name} is {given!r:.60}; it has characters that no file name can have here") from None
+    except RuntimeError:
+        raise error(f"{name} is {given!r:.60}; no such user's home is known here: write the path in full") from None
+
+
+def refuse_existing(paths: Iterable[Path], *, overwrite: bool, error: type[Exception] = OutputExistsError) -> None:
+    """The rule of every command that writes: what is there stays, unless `--overwrite` is given.
+
+    Called before the work begins, with every file that it will write. Raises `error` where one is there.
+    """
+    # A link that leads nowhere would be replaced as well.
+    found = [] if overwrite else [str(path) for path in paths if os.path.lexists(path)]
+    if found:
+        verb, them = ("exists", "it") if len(found) == 1 else ("exist", "them")
+        raise error(f"{shortlist(found)} {verb}; give another name, or --overwrite to replace {them}")
+
+
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Such as `1 episode` and `22,016 steps`."""
+    return f"{number:,} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def shortlist(names: Iterable[object], most: int = 6) -> str:
+    """The first few names, and how many more there are: a refusal must stay readable."""
+    listed = [str(name) for name in names]
+    more = len(listed) - most
+    # Naming one more takes no more room than counting it.
+    return ", ".join(listed) if more <= 1 else f"{', '.join(listed[:most])} and {more} more"
+
+
+def shown(value: object, most: int = 200) -> str:
+    """A value of a file as it stands in a message: of a long one the beginning."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python spells no integer of more than 4,300 digits.
+        return f"a value of type {type(value).__name__} with thousands of digits"
+    return text if len(text) <= most else f"{text[:most]}…"

@@ -1,0 +1,270 @@
+"""Checks arrays before anything runs: wrong input is refused by name and place, and nothing is half-done.
+
+The usual array, of the right type and contiguous, costs two or three microseconds; words are made only on the way
+to an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ..backends.contract import Float32Array, Int32Array
+from .errors import InvalidInputError, UnbuiltPrefixError
+from .manifest import ModelEntry
+
+_Array = npt.NDArray[Any]
+_Scalar = TypeVar("_Scalar", bound=np.generic)
+
+_FLOAT32 = np.dtype(np.float32)
+_INT32 = np.dtype(np.int32)
+_TOKEN_TYPES = (_INT32, np.dtype(np.int64), np.dtype(np.uint8))
+#: What DLPack calls memory of a CUDA device.
+_DLPACK_CUDA = 2
+_UNSIGNED = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in _TOKEN_TYPES}
+
+#: No |mean| and no sigma of a `dynamic` layer comes near it. Layer 0 takes tanh's values: within 1 of 0, over a range
+#: of at most 2. A layer takes the mean away and then moves, in units of sigma, what lies inside the grid's [-1, 1] to
+#: within half a bin of 0, and what lies beyond nearer to 0 by 1. So with 3 levels or more no range is wider than the
+#: one before, and nothing is farther from 0 than that range is wide: |mean| <= 2; and sigma, unbiased over 2 latents or
+#: more, is at most range / sqrt(2) + 1e-5. Twice 2 leaves room for rounding, and for 2 levels, whose half a bin is a
+#: whole sigma.
+STATS_LIMIT = 4.0
+
+STATS_NEEDED = (
+    "tokens of a `dynamic` bundle cannot be decoded alone: every layer was normalised by a mean and a sigma of its own "
+    "step, which do not travel with the tokens. Pass the stats that encode_with_stats returned, or build a bundle "
+    "whose tokens decode on their own: `python export/build_engine.py --conditioning calibrated` (new tokens, exact) "
+    "or `--conditioning recovered` (the same tokens, approximate)"
+)
+
+
+def is_gpu_array(value: object) -> bool:
+    """Whether `value` says, by one of the two common protocols, that it lies on a GPU."""
+    if type(value) is np.ndarray:
+        return False
+    try:
+        where = getattr(value, "__dlpack_device__", None)
+        if where is not None:
+            return int(where()[0]) == _DLPACK_CUDA
+    except Exception:
+        # Whatever somebody's object raises that cannot say where it lies: then nothing shows that it is on a GPU.
+        return False
+    # Asked of the type, because making the description takes torch several microseconds.
+    return hasattr(type(value), "__cuda_array_interface__")
+
+
+class InputValidator:
+    """Validates the arrays that go in and out of one model."""
+
+    def __init__(self, model: ModelEntry) -> None:
+        self._model = model
+        self._num_levels = model.num_levels
+        self._prefixes = frozenset(model.prefixes)
+        # The limit as float32, the type of what is compared with it.
+        self._action_limit = float(np.float32(model.action_limit))
+        self._actions_tail = (model.chunk_length, model.action_dim)
+        self._tokens_tail = (model.chunk_length, model.latent_dim)
+
+    def actions(self, actions: object, *, unchecked: int = 0) -> Float32Array:
+        """float32 [B, T, A], every |action| at most the model's limit; as a C-contiguous array of native order.
+
+        unchecked: up to so many chunks the backend checks the values, faster. Raises InvalidInputError.
+        """
+        array = _as_array("actions", actions)
+        if array.dtype != _FLOAT32 or array.shape[1:] != self._actions_tail:
+            self._check_shape("actions", array, "B, T, A", self._actions_tail)
+            array = _native("actions", array, (_FLOAT32,))
+        if not (array.flags.c_contiguous and array.flags.aligned):
+            array = np.require(array, requirements=["C", "A"])
+        if len(array) > unchecked and array.size:
+            limit = self._action_limit
+            # A NaN is the maximum of any array that holds one, and no comparison with it is true.
+            if not (np.maximum.reduce(array, axis=None) <= limit and np.minimum.reduce(array, axis=None) >= -limit):
+                self._refuse_actions(array)
+        return array
+
+    def tokens(self, tokens: object, *, unchecked: int = 0) -> Int32Array:
+        """int32, int64 or uint8 [B, T, D, l], l a built prefix, values 0 ... K - 1; as C-contiguous native int32.
+
+        unchecked: up to so many chunks the backend checks the values, faster; of other types they are checked here.
+        Raises InvalidInputError, UnbuiltPrefixError for another number of layers.
+        """
+        array = _as_array("tokens", tokens)
+        if array.dtype != _INT32 or array.shape[1:3] != self._tokens_tail or array.ndim != 4:
+            self._check_shape("tokens", array, "B, T, D, l", self._tokens_tail, is_prefix=True)
+            array = _native("tokens", array, _TOKEN_TYPES)
+        if array.shape[3] not in self._prefixes:
+            self._refuse_prefix(array)
+        if not (array.flags.c_contiguous and array.flags.aligned):
+            array = np.require(array, requirements=["C", "A"])
+        is_int32 = array.dtype == _INT32
+        # As unsigned numbers, negative ones are the largest: one pass finds both kinds of wrong value.
+        if (
+            (len(array) > unchecked or not is_int32)
+            and array.size
+            and np.maximum.reduce(array.view(_UNSIGNED[array.dtype]), axis=None) >= self._num_levels
+        ):
+            self._refuse_tokens(array)
+        return array if is_int32 else array.astype(_INT32)
+
+    def stats(self, stats: object, tokens: Int32Array) -> Float32Array | None:
+        """float32 [B, T, l, 2] that encoding can give, for `dynamic` bundles; None for all others.
+
+        Raises InvalidInputError.
+        """
+        if not self._model.has_stats:
+            if stats is None:
+                return None
+            raise InvalidInputError(
+                f"stats were given, but tokens of a {self._model.mode!r} bundle are decoded without: its mean and "
+                "scale are constants in the decoder. Leave stats out"
+            )
+        if stats is None:
+            raise InvalidInputError(STATS_NEEDED)
+        array = _as_array("stats", stats)
+        expected = (*tokens.shape[:2], tokens.shape[3], 2)
+        if array.shape != expected:
+            raise InvalidInputError(
+                f"stats have shape {list(array.shape)}; expected [B, T, l, 2] = {list(expected)} beside tokens of "
+                f"shape {list(tokens.shape)}: slice tokens[..., :l] and stats[..., :l, :] alike"
+            )
+        array = np.require(_native("stats", array, (_FLOAT32,)), _FLOAT32, ["C", "A"])
+        # Written so that NaN is refused.
+        possible = np.abs(array) <= STATS_LIMIT
+        possible[..., 1] &= array[..., 1] > 0
+        if not possible.all():
+            index = _first(~possible)
+            expected_number = (
+                f"a sigma above 0 and at most {STATS_LIMIT:g}" if index[-1] else f"a mean of at most ±{STATS_LIMIT:g}"
+            )
+            raise InvalidInputError(
+                f"stats{list(index)} is {array[index]}; expected {expected_number}: latents lie between -1 and 1, so "
+                "no encoder gives it; pass the stats that encode_with_stats returned"
+            )
+        return array
+
+    def output(
+        self, name: str, out: object, dtype: type[_Scalar], shape: tuple[int, ...], *inputs: _Array
+    ) -> npt.NDArray[_Scalar]:
+        """`out`; raises InvalidInputError unless results can be written straight into it, without touching `inputs`."""
+        # Unlike an input, it must not be converted: the results would be lost with the converted array.
+        if type(out) is not np.ndarray or out.dtype != dtype or out.shape != shape:
+            found = f"{out.dtype}{list(out.shape)}" if type(out) is np.ndarray else f"a {kind_of(out)}"
+            raise InvalidInputError(
+                f"{name} is {found}; expected a numpy.ndarray {np.dtype(dtype)}{list(shape)}: allocate it with "
+                f"np.empty({list(shape)}, np.{np.dtype(dtype)})"
+            )
+        flags = out.flags
+        if not (flags.writeable and flags.c_contiguous and flags.aligned):
+            raise InvalidInputError(
+                f"{name} is {'not writable' if not flags.writeable else 'not C-contiguous and aligned'}; expected an "
+                "array that results can be written into directly: allocate it with np.empty"
+            )
+        for given in inputs:
+            # Arrays that own their memory share it with nobody but themselves, and asking numpy takes longer.
+            is_apart = flags.owndata and given.flags.owndata and out is not given
+            if not is_apart and np.may_share_memory(out, given):
+                raise InvalidInputError(
+                    f"{name} overlaps the memory of an input or of another output; give it memory of its own"
+                )
+        return out
+
+    def _check_shape(
+        self, name: str, array: _Array, letters: str, tail: tuple[int, int], *, is_prefix: bool = False
+    ) -> None:
+        expected = ["B", *map(str, tail)] + (["l"] if is_prefix else [])
+        if array.ndim != len(expected) or tuple(array.shape[1:3]) != tail:
+            hint = ""
+            if array.ndim == len(expected) - 1 and tuple(array.shape[:2]) == tail:
+                hint = f"; for a single chunk pass {name}[None]"
+            raise InvalidInputError(
+                f"{name} have shape {list(array.shape)}; expected [{letters}] = [{', '.join(expected)}]{hint}"
+            )
+
+    def _refuse_actions(self, actions: Float32Array) -> None:
+        index = _first(~(np.abs(actions) <= self._action_limit))
+        raise InvalidInputError(
+            f"actions{list(index)} is {actions[index]}; expected finite numbers of at most {self._action_limit:g}: "
+            "beyond that float32 overflows inside the encoder"
+        )
+
+    def _refuse_prefix(self, tokens: _Array) -> None:
+        layers, model = tokens.shape[3], self._model
+        can_be_built = layers in range(1, model.num_layers)
+        slicing = "slice tokens[..., :l] to one of them, or " if layers > min(model.prefixes) else ""
+        raise UnbuiltPrefixError(
+            f"tokens have {layers} layers (shape {list(tokens.shape)}); this bundle decodes {_listed(model.prefixes)}: "
+            + (
+                f"{slicing}build the bundle with `--prefixes {layers}`"
+                if can_be_built
+                else f"pass the first so many of the model's {model.num_layers} layers, tokens[..., :l]"
+            )
+        )
+
+    def _refuse_tokens(self, tokens: _Array) -> None:
+        highest = self._model.num_levels - 1
+        index = _first((tokens < 0) | (tokens > highest))
+        raise InvalidInputError(
+            f"tokens{list(index)} is {tokens[index]}; expected 0 ... {highest}, the {highest + 1} levels of this bundle"
+        )
+
+
+def _as_array(name: str, value: object) -> _Array:
+    # Subclasses bring rules of their own: a masked array hides the very values that have to be checked.
+    if type(value) is not np.ndarray:
+        advice = as_array_advice(name, value, is_float=name != "tokens")
+        raise InvalidInputError(f"{name} is a {kind_of(value)}; expected a numpy.ndarray{advice}")
+    return value
+
+
+def kind_of(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def as_array_advice(name: str, value: object, *, is_float: bool) -> str:
+    """How `value` becomes an array, as the end of a message; nothing where only the caller can know.
+
+    Whole numbers keep their type, for rounding them unseen would make other tokens of them.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        # numpy.asarray would give the values that the mask hides.
+        return f": what its mask hides is no value; leave those chunks out, or choose values with {name}.filled"
+    if any(f"{base.__module__}.{base.__qualname__}" == "torch.Tensor" for base in type(value).__mro__):
+        return f": pass {name}.detach().cpu(){'.float()' if is_float else ''}.numpy()"
+    if is_gpu_array(value):
+        return f": copy it from the GPU, {name}.get() where it is CuPy's"
+    if isinstance(value, list | tuple | np.ndarray) or hasattr(type(value), "__array__"):
+        return f": pass np.asarray({name}{', np.float32' if is_float else ''})"
+    return ""
+
+
+def _native(name: str, array: _Array, accepted: tuple[np.dtype[Any], ...]) -> _Array:
+    """In this machine's byte order, if the type is an accepted one in any order."""
+    native = array.dtype.newbyteorder("=")
+    if native not in accepted:
+        raise InvalidInputError(
+            f"{name} have type {array.dtype}; expected {_listed(accepted)}: "
+            + type_advice(array.dtype, accepted[0], f"{name}.astype(np.{accepted[0]})")
+        )
+    return array.astype(native, copy=False)
+
+
+def type_advice(found: np.dtype[Any], wanted: np.dtype[Any], conversion: str) -> str:
+    """The end of a message: `conversion` only where it is right whatever the values are."""
+    if found.kind in "iu" or (found.kind == "f" and wanted.kind == "f"):
+        return f"convert with {conversion}"
+    if found.kind in "fc":
+        return "a fraction is lost in conversion; pass the whole numbers that the tokenizer or the policy gave"
+    return f"these are no plain numbers; make them anew as np.{wanted}"
+
+
+def _listed(values: tuple[object, ...]) -> str:
+    *rest, last = map(str, values)
+    return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def _first(mask: npt.NDArray[np.bool_]) -> tuple[int, ...]:
+    return tuple(int(part) for part in np.unravel_index(int(mask.argmax()), mask.shape))

@@ -1,0 +1,1 @@
+"""The decoder inside an on-robot control loop."""

@@ -1,0 +1,179 @@
+"""The backends of one loop: the first that works decodes; where it fails, once the next within the same deadline."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle.errors import InferenceError, InvalidInputError
+from ..tokenizer import ActionTokenizer
+from .config import ControlConfig, OutOfRange, Status
+from .errors import in_words, is_from_outside, message_of
+from .guard import ActionGuard
+from .health import Health
+from .worker import DecodeWorker, Retrier, WarmTokenizer
+
+_OK, _DEADLINE_MISS, _BAD_TOKEN, _NONFINITE = Status.OK, Status.DEADLINE_MISS, Status.BAD_TOKEN, Status.NONFINITE
+_OUT_OF_RANGE, _BACKEND_FAULT = Status.OUT_OF_RANGE, Status.BACKEND_FAULT
+#: Of a backend, not of what it was given.
+FAILURES = frozenset((_BACKEND_FAULT, _NONFINITE, _DEADLINE_MISS))
+
+
+class BackendChain:
+    """Called by the loop alone. `decode` leaves `chunk`, `used`, `fell_back` and `detail` behind.
+
+    Whatever failed is tried again off the loop, and used again when it answers as at the start. Making one runs every
+    backend once and raises what a broken one raises.
+    """
+
+    def __init__(
+        self, tokenizers: Sequence[ActionTokenizer], config: ControlConfig, guard: ActionGuard, clock: Callable[[], int]
+    ) -> None:
+        model = tokenizers[0].model
+        self.warm = [WarmTokenizer(tokenizer, index) for index, tokenizer in enumerate(tokenizers)]
+        self._workers = [DecodeWorker(found) for found in self.warm] if config.use_worker else []
+        self._retriers: list[Retrier] = []
+        self._config, self._guard, self._clock = config, guard, clock
+        self._length, self._highest = model.chunk_length, model.num_levels - 1
+        self._is_limiting = config.out_of_range is OutOfRange.LIMIT
+        self._health = Health()
+        self.chunk = self.warm[0].chunk
+        self.used = self.warm[0]
+        self.fell_back, self.detail = False, ""
+
+    def start(self, health: Health) -> None:
+        """Report to `health` from now on, and retry what fails."""
+        self._health = health
+        health.backend = self.warm[0].name
+        if len(self.warm) > 1 or self._workers:
+            self._retriers = [Retrier(found, self._config, health, self._freedom_of(found)) for found in self.warm]
+
+    def close(self) -> None:
+        for retrier in self._retriers:
+            retrier.close()
+        for worker in self._workers:
+            worker.close()
+
+    def decode(self, tokens: npt.NDArray[Any], stats: object, deadline_ns: int | None) -> Status:
+        """Tokens of a legal form."""
+        self.fell_back, active = False, self.warm[0]
+        if not active.is_healthy:
+            # Again: the tick that has found it failing may have been broken off before it said so.
+            if self._retriers:
+                self._retriers[active.index].start()
+            # Where none works there is nothing to lose.
+            active = self._beside(active) or active
+        health = self._health
+        if health.backend is not active.name:
+            health.backend = active.name
+        other = self._beside(active) if self._workers else None
+        status = self._decode_on(active, tokens, stats, deadline_ns, has_other=other is not None)
+        if status in FAILURES:
+            return self._fall_back(active, status, tokens, stats, deadline_ns)
+        return status
+
+    def _fall_back(
+        self, failed: WarmTokenizer, status: Status, tokens: npt.NDArray[Any], stats: object, deadline_ns: int | None
+    ) -> Status:
+        self._retry(failed)
+        other, reason = self._beside(failed), self.detail
+        # Without time left, the next chunk goes to the other one.
+        if other is None or (deadline_ns is not None and self._clock() >= deadline_ns):
+            return status
+        self._health.fallbacks += 1
+        self._health.backend = other.name
+        status = self._decode_on(other, tokens, stats, deadline_ns, has_other=False)
+        if status in FAILURES:
+            self._retry(other)
+            self.detail = f"{reason}; {other.name} instead: {self.detail}"
+        elif status is _OK or (status is _OUT_OF_RANGE and self._is_limiting):
+            self.fell_back, self.detail = True, f"{reason}; decoded on {other.name} instead"
+        return status
+
+    def _retry(self, warm: WarmTokenizer) -> None:
+        if self._retriers:
+            warm.is_healthy = False
+            self._retriers[warm.index].start()
+
+    def _beside(self, warm: WarmTokenizer) -> WarmTokenizer | None:
+        for found in self.warm:
+            if found.is_healthy and found is not warm:
+                return found
+        return None
+
+    def _decode_on(
+        self, warm: WarmTokenizer, tokens: npt.NDArray[Any], stats: Any, deadline_ns: int | None, *, has_other: bool
+    ) -> Status:
+        self.used = warm
+        left_s = 0.0 if deadline_ns is None else (deadline_ns - self._clock()) / 1e9
+        try:
+            if self._workers:
+                # Half of the time, where another backend can use the rest.
+                if not self._decode_in_worker(
+                    self._workers[warm.index], tokens, stats, left_s / 2 if has_other else left_s
+                ):
+                    self.detail = (
+                        f"backend {warm.name} has not answered in time, and may hang; expected within deadline_us: it "
+                        "is left behind until it answers"
+                    )
+                    return _DEADLINE_MISS
+            else:
+                warm.spoil()
+                warm.tokenizer.decode_into(tokens, warm.out, stats)
+        except InvalidInputError as error:
+            self.detail = message_of(error)
+            return _BAD_TOKEN
+        except BaseException as error:  # whatever a library raises, the robot must not
+            if is_from_outside(error):
+                raise
+            self.detail = f"{warm.name}: {in_words(error)}"
+            return _BACKEND_FAULT
+        self.chunk = warm.chunk
+        status = self._guard.check_chunk(warm.chunk)
+        if status is not _OK:
+            self._explain(status, warm)
+        return status
+
+    def _explain(self, status: Status, warm: WarmTokenizer) -> None:
+        if status is _NONFINITE:
+            self.detail = f"backend {warm.name} made of legal tokens what is not finite; expected numbers: run selftest"
+        else:
+            self.detail = self._guard.outside
+
+    def _decode_in_worker(self, worker: DecodeWorker, tokens: npt.NDArray[Any], stats: Any, left_s: float) -> bool:
+        """False if it is not done in time."""
+        if tokens.dtype != np.int32 and not ((tokens >= 0) & (tokens <= self._highest)).all():
+            raise InvalidInputError(f"tokens are not all 0 ... {self._highest}; expected levels: look at the policy")
+        if stats is not None and not (
+            type(stats) is np.ndarray
+            and stats.dtype == np.float32
+            and stats.shape == (1, self._length, tokens.shape[3], 2)
+        ):
+            raise InvalidInputError("stats have a wrong form; expected float32 [1, T, l, 2] as encoding gave them")
+        if left_s <= 0:
+            # Whether it answered at once was chance.
+            return False
+        end = time.monotonic() + left_s
+        if worker.is_pending:
+            # One that was left behind may answer meanwhile, or has not been woken by a tick that was broken off.
+            worker.wake()
+            if not worker.wait_until(end):
+                return False
+        worker.warm.spoil()
+        worker.ask(tokens, stats)
+        if not worker.wait_until(end):
+            return False
+        if worker.error is not None:
+            # SystemExit and the like are of the worker's thread, and end no loop.
+            raise worker.error if isinstance(worker.error, Exception) else InferenceError(in_words(worker.error))
+        return True
+
+    def _freedom_of(self, warm: WarmTokenizer) -> Callable[[], bool]:
+        if not self._workers:
+            return lambda: True
+        worker = self._workers[warm.index]
+        return lambda: not worker.is_pending

@@ -1,0 +1,348 @@
+"""How a control loop is guarded: one frozen dataclass, from Python or TOML, checked before the robot moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import tomllib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+from typing import Any, Self, TypeVar, cast
+
+import numpy as np
+
+from ..bundle.paths import as_path
+from ..bundle.reading import read_file
+from .errors import ControlConfigError
+
+#: Settings take a few KB.
+_SIZE_LIMIT = 2**20
+#: Sums and differences of a few such numbers are float32 still.
+_LARGEST = float(np.finfo(np.float32).max) / 4
+_Kind = TypeVar("_Kind")
+
+
+class Status(IntEnum):
+    """How a tick went. Whatever it is, the actions beside it are inside limits and slew."""
+
+    OK = 0
+    DEADLINE_MISS = 1
+    BAD_TOKEN = 2
+    NONFINITE = 3
+    OUT_OF_RANGE = 4
+    STALE = 5
+    NOT_READY = 6
+    BACKEND_FAULT = 7
+
+    # Words where one is written; IntEnum would write the number.
+    def __str__(self) -> str:
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        return format(int(self) if spec.endswith(("b", "d", "o", "x")) else self.name, spec)
+
+
+class OnFault(StrEnum):
+    """HOLD_LAST stands still and goes on with the next good chunk; STOP stands still until `reset()`."""
+
+    HOLD_LAST = "hold_last"
+    STOP = "stop"
+    RAISE = "raise"
+
+
+class ActionKind(StrEnum):
+    """DELTA: a motion per tick, standing still is 0. ABSOLUTE: a place, standing still is the last one."""
+
+    DELTA = "delta"
+    ABSOLUTE = "absolute"
+
+
+class OutOfRange(StrEnum):
+    """Of a chunk further outside the limits than `range_tolerance`: REJECT refuses it, LIMIT serves it, brought inside
+    the limits, and says OUT_OF_RANGE at its arrival."""
+
+    REJECT = "reject"
+    LIMIT = "limit"
+
+
+class Strategy(StrEnum):
+    """What becomes of an older chunk when a newer one arrives."""
+
+    LATEST_ONLY = "latest_only"
+    WEIGHTED_AVERAGE = "weighted_average"
+    TEMPORAL_ENSEMBLE = "temporal_ensemble"
+
+
+def _lists_what_is_missing(kind: type[_Kind]) -> type[_Kind]:
+    """For a dataclass: to leave out a field raises ControlConfigError with all that are missing, not TypeError."""
+    signature, begin = inspect.signature(kind), cast(Callable[..., None], kind.__init__)
+
+    @functools.wraps(begin)
+    def checked(self: _Kind, *values: object, **named: object) -> None:
+        _require_all(kind, signature.bind_partial(*values, **named).arguments, kind.__name__)
+        begin(self, *values, **named)
+
+    kind.__init__ = checked  # type: ignore[assignment]
+    return kind
+
+
+@_lists_what_is_missing
+@dataclass(frozen=True)
+class ControlConfig:
+    """Settings of one loop; A values where a value per dimension is meant, as a list, a tuple or a numpy array.
+
+    action_low, action_high: what may leave, the robot's physical limits; equal for a dimension that is locked: it is
+    held there, whatever is decoded. max_relative_step: by how much an action may differ from the one sent before; inf
+    for no limit. range_tolerance: how far outside the limits an action may be decoded, as a part of high - low, one
+    number or one per dimension: what is sent is the limit then, and no fault, for tokens are not exact. action_kind:
+    per dimension; gripper: the dimensions whose last command is kept in a fault whatever their kind, and which are
+    never averaged. stale_after_s: from observation on. max_consecutive_faults: ticks in a row without service until the
+    decoder stands still until `reset()`; 0 for never. new_weight: of the newer chunk in `weighted_average`.
+    ensemble_decay, ensemble_chunks: m of exp(-m i), i = 0 for the oldest, and over how many chunks. deadline_us: None
+    for none. use_worker: decode in a thread, so that one that hangs can be left behind. record_ticks: length of the
+    flight recorder, 0 for none; record_folder: where it is written after a fault.
+    """
+
+    period_s: float
+    action_low: tuple[float, ...]
+    action_high: tuple[float, ...]
+    max_relative_step: tuple[float, ...]
+    action_kind: tuple[ActionKind, ...]
+    gripper: tuple[int, ...] = ()
+    stale_after_s: float = 0.5
+    on_fault: OnFault = OnFault.HOLD_LAST
+    out_of_range: OutOfRange = OutOfRange.REJECT
+    # A model of twenty episodes decoded grippers that stood at their limits up to 3.6 % outside.
+    range_tolerance: float | tuple[float, ...] = 0.05
+    max_consecutive_faults: int = 50
+    strategy: Strategy = Strategy.LATEST_ONLY
+    new_weight: float = 0.7
+    ensemble_decay: float = 0.01
+    ensemble_chunks: int = 8
+    deadline_us: float | None = None
+    use_worker: bool = False
+    retry_after_s: float = 1.0
+    pause_gc: bool = True
+    record_ticks: int = 512
+    record_folder: str | None = None
+    record_interval_s: float = 10.0
+    log_interval_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        self._coerce()
+        self._check_numbers()
+        self._check_dimensions()
+
+    @classmethod
+    def from_toml(cls, path: str | os.PathLike[str]) -> Self:
+        """Raises ControlConfigError for a file that cannot be read, unknown keys and values that make no sense."""
+        file = as_path(path, "the settings", ControlConfigError)
+        try:
+            values = tomllib.loads(read_file(file, _SIZE_LIMIT).decode("utf-8"))
+        except FileNotFoundError:
+            raise ControlConfigError(
+                f"{file} does not exist; give a TOML file with the settings of the loop: see docs/control_loop.md"
+            ) from None
+        except OSError as error:
+            raise ControlConfigError(
+                f"{file} cannot be read: {error}; expected a TOML file: check what it is and its permissions"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise ControlConfigError(f"{file} is no TOML: {error}; see docs/control_loop.md") from error
+        return cls.from_values(values, str(file))
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], source: str = "the settings") -> Self:
+        fields = dataclasses.fields(cls)
+        known = {field.name for field in fields}
+        if unknown := sorted(values.keys() - known):
+            raise ControlConfigError(
+                f"{source}: unknown keys {', '.join(unknown)}; expected some of {', '.join(sorted(known))}: correct "
+                "the spelling or take them out"
+            )
+        _require_all(cls, values.keys(), source)
+        return cls(**values)
+
+    def to_values(self) -> dict[str, Any]:
+        """As `from_values` takes them, JSON's types alone."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+            if value is not None
+        }
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.action_low)
+
+    @property
+    def locked(self) -> tuple[int, ...]:
+        """The dimensions that are held at one value."""
+        return tuple(index for index in range(self.action_dim) if self.action_low[index] == self.action_high[index])
+
+    @property
+    def tolerances(self) -> tuple[float, ...]:
+        """`range_tolerance` in the unit of each dimension."""
+        shares = self.range_tolerance
+        if not isinstance(shares, tuple):
+            shares = (shares,) * self.action_dim
+        return tuple(
+            share * (high - low) for share, low, high in zip(shares, self.action_low, self.action_high, strict=True)
+        )
+
+    def _coerce(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _of_python(getattr(self, field.name)))
+        if isinstance(self.range_tolerance, (list, tuple)):
+            object.__setattr__(self, "range_tolerance", _numbers("range_tolerance", self.range_tolerance))
+        for name in ("action_low", "action_high", "max_relative_step"):
+            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
+        kinds = _sequence("action_kind", self.action_kind)
+        object.__setattr__(self, "action_kind", tuple(_member("action_kind", ActionKind, kind) for kind in kinds))
+        object.__setattr__(self, "gripper", _sequence("gripper", self.gripper))
+        for name, kind in (("on_fault", OnFault), ("out_of_range", OutOfRange), ("strategy", Strategy)):
+            object.__setattr__(self, name, _member(name, kind, getattr(self, name)))
+
+    def _check_numbers(self) -> None:
+        for name in ("period_s", "stale_after_s", "retry_after_s", "record_interval_s", "log_interval_s"):
+            _require(name, getattr(self, name), "from 1e-06 to 1e+06 seconds", lambda value: 1e-6 <= value <= 1e6)
+        if self.deadline_us is not None:
+            _require("deadline_us", self.deadline_us, "above 0, at most 1e+09", lambda value: 0 < value <= 1e9)
+        _require("new_weight", self.new_weight, "more than 0, at most 1", lambda value: 0 < value <= 1)
+        _require("ensemble_decay", self.ensemble_decay, "from 0 to 10", lambda value: 0 <= value <= 10)
+        for name, least, most in (
+            ("max_consecutive_faults", 0, 1_000_000),
+            ("record_ticks", 0, 1_000_000),
+            ("ensemble_chunks", 1, 256),
+        ):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                raise ControlConfigError(f"{name} is {value!r}; expected an integer from {least} to {most}: correct it")
+        for name in ("use_worker", "pause_gc"):
+            if type(getattr(self, name)) is not bool:
+                raise ControlConfigError(f"{name} is {getattr(self, name)!r}; expected true or false: correct it")
+        if self.record_folder is not None and not isinstance(self.record_folder, str):
+            raise ControlConfigError(f"record_folder is {self.record_folder!r}; expected a path as text: correct it")
+        if self.use_worker and self.deadline_us is None:
+            raise ControlConfigError(
+                "use_worker is true without deadline_us; expected a deadline, for without one a decoder that hangs is "
+                "waited for: set deadline_us"
+            )
+
+    def _check_dimensions(self) -> None:
+        size = len(self.action_low)
+        if not size:
+            raise ControlConfigError("action_low is empty; expected one value per action dimension: set it")
+        shares = self.range_tolerance
+        for share in shares if isinstance(shares, tuple) else (shares,):
+            _require("range_tolerance", share, "from 0 to 1, a part of high - low", lambda value: 0 <= value <= 1)
+        per_dimension = ["range_tolerance"] if isinstance(shares, tuple) else []
+        for name in ("action_high", "max_relative_step", "action_kind", *per_dimension):
+            if len(getattr(self, name)) != size:
+                raise ControlConfigError(
+                    f"{name} has {len(getattr(self, name))} values and action_low {size}; expected one per action "
+                    "dimension in both: complete them"
+                )
+        are_dimensions = all(type(index) is int and 0 <= index < size for index in self.gripper)
+        if not are_dimensions or len(set(self.gripper)) != len(self.gripper):
+            raise ControlConfigError(
+                f"gripper is {list(self.gripper)}; expected different dimensions from 0 to {size - 1}: correct it"
+            )
+        for index in range(size):
+            self._check_dimension(index, self.action_low[index], self.action_high[index])
+        locked = self.locked
+        for name in ("action_low", "action_high"):
+            # As it can be sent; the limits of other dimensions are rounded to the inside where they are used.
+            limits = enumerate(getattr(self, name))
+            object.__setattr__(
+                self, name, tuple(float(np.float32(value)) if index in locked else value for index, value in limits)
+            )
+
+    def _check_dimension(self, index: int, low: float, high: float) -> None:
+        if not (-_LARGEST <= low <= high <= _LARGEST):
+            raise ControlConfigError(
+                f"dimension {index} has the limits {low} to {high}; expected finite ones, the lower below the upper, "
+                "or equal for a dimension that is locked: correct action_low and action_high"
+            )
+        if low < high and inside(low, np.inf) > inside(high, -np.inf):
+            raise ControlConfigError(
+                f"dimension {index} has the limits {low} to {high}, between which no float32 lies; expected equal ones "
+                "for a dimension that is locked, or wider ones: correct action_low and action_high"
+            )
+        if self.action_kind[index] is ActionKind.DELTA and index not in self.gripper and not low <= 0 <= high:
+            raise ControlConfigError(
+                f"dimension {index} is a delta with the limits {low} to {high}; expected 0 among them, for a robot "
+                "that may not stand still cannot be stopped: correct them, or its action_kind"
+            )
+        step, least = self.max_relative_step[index], slew_margin(low, high) * 4
+        if low == high and step >= 0:
+            # What is held in one place needs no room to move.
+            return
+        if not step > least:
+            raise ControlConfigError(
+                f"max_relative_step of dimension {index} is {step}; expected above {least:.2g}, four roundings of "
+                "float32 at these limits, or inf for none: raise it"
+            )
+
+
+def slew_margin(low: float, high: float) -> float:
+    """What float32 may round by between two actions inside these limits."""
+    return max(abs(low), abs(high)) * 2.0**-22
+
+
+def inside(value: float, towards: float) -> np.float32:
+    """`value` as float32, rounded towards the inside of limits, which lies towards `towards`."""
+    rounded = np.float32(value)
+    is_outside = float(rounded) < value if towards > 0 else float(rounded) > value
+    return np.nextafter(rounded, np.float32(towards)) if is_outside else rounded
+
+
+def _require_all(kind: type[Any], given: Collection[str], source: str) -> None:
+    needed = [field.name for field in dataclasses.fields(kind) if field.default is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in given]:
+        raise ControlConfigError(f"{source}: {', '.join(missing)} missing; there is no safe default: set them")
+
+
+def _of_python(value: object) -> object:
+    """Numbers and arrays of numpy as Python's own; everything else as it is."""
+    if isinstance(value, np.ndarray):
+        return _of_python(value.tolist())
+    if isinstance(value, np.generic):
+        # What is wider than Python's own float stays numpy's in `item`.
+        return float(value) if isinstance(value, np.floating) else value.item()
+    if isinstance(value, (list, tuple)):
+        return [_of_python(entry) for entry in value]
+    return value
+
+
+def _sequence(name: str, value: object) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ControlConfigError(f"{name} is {value!r}; expected a list, one entry per dimension: correct it")
+    return tuple(value)
+
+
+def _numbers(name: str, value: object) -> tuple[float, ...]:
+    values = _sequence(name, value)
+    for index, number in enumerate(values):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            raise ControlConfigError(f"{name}[{index}] is {number!r}; expected a number: correct it")
+        if isinstance(number, int) and abs(number) > _LARGEST:
+            raise ControlConfigError(f"{name}[{index}] is an integer beyond float32; expected a number of an action")
+    return tuple(map(float, values))
+
+
+def _member(name: str, kind: type[Any], value: object) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise ControlConfigError(
+            f"{name} is {value!r}; expected one of {', '.join([str(member) for member in kind])}: correct the spelling"
+        ) from None
+
+
+def _require(name: str, value: object, expected: str, is_right: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_right(value):
+        raise ControlConfigError(f"{name} is {value!r}; expected {expected}: correct it")

@@ -1,0 +1,120 @@
+"""Which chunk may be used, and for which ticks its actions are; where it may not, why, in words."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..bundle.manifest import ModelEntry
+from ..bundle.validation import as_array_advice, kind_of
+from .clock import stamp
+from .config import ControlConfig
+from .recorder import NO_NUMBER, WRONG_NUMBER
+from .result import InService
+
+TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8))
+_Array = np.ndarray
+
+
+class ChunkOrder:
+    """Times in nanoseconds of the loop's clock; ticks are counted by the loop."""
+
+    def __init__(self, config: ControlConfig, model: ModelEntry) -> None:
+        self.period_ns = round(config.period_s * 1e9)
+        self._half_period_ns = self.period_ns // 2
+        self.stale_ns = round(config.stale_after_s * 1e9)
+        self._stale_s = config.stale_after_s
+        self._length, self._tail = model.chunk_length, (1, model.chunk_length, model.latent_dim)
+        #: Legal shapes of tokens.
+        self.layers_of = {(*self._tail, prefix): prefix for prefix in model.prefixes}
+
+    def next_tick(self, begin: int, line: tuple[int, int], service: InService | None) -> int:
+        """The number of the tick that begins now. line: number and beginning of the last one.
+
+        Ticks are counted, for a clock that trembles repeats no action and skips none; but where more than 1.5 periods
+        have passed, whole ones are missed, and no action of the chunk in `service` is served a whole period late.
+        """
+        tick, last = line
+        period = self.period_ns
+        # Time does not go back here, and where none has passed it is a tick still.
+        tick += (begin - last + self._half_period_ns - 1) // period or 1
+        if service is None:
+            return tick
+        _, observed, _, start = service
+        due = start + (begin - observed) // period
+        return due if due > tick else tick
+
+    def place(
+        self,
+        begin: int,
+        tick: int,
+        layers: int,
+        service: InService,
+        stamps: tuple[int, int],
+        is_drained: bool,
+    ) -> InService | str:
+        """The chunk that arrives on this tick, dated; or why it is not to be used.
+
+        One with the number of that in service and more layers is its full decode, and lies where that lies. stamps:
+        its sequence and observed_ns, NO_NUMBER for none. is_drained: nothing is left of the one in service.
+        """
+        number, observed = stamps
+        last_number, last_observed, last_layers, last_start = service
+        if number == NO_NUMBER:
+            number = last_number + 1
+        is_dated = observed != NO_NUMBER
+        is_swap = number == last_number and layers > last_layers > 0 and (not is_dated or observed == last_observed)
+        if is_swap:
+            observed = last_observed
+        elif not is_dated:
+            observed = begin
+        age = begin - observed
+        if age > self.stale_ns:
+            return self.too_old(age)
+        if age < -self.period_ns:
+            return (
+                f"the chunk was observed {-age / 1e9:.3f} s from now; expected the past: use one clock in both "
+                "processes"
+            )
+        if not is_swap and last_observed != NO_NUMBER:
+            # A policy that was started anew counts from its beginning; it has looked later than the one before.
+            is_restart = is_dated and observed > last_observed and is_drained
+            if number <= last_number and not is_restart:
+                kind = "again" if number == last_number else "after a newer one"
+                return f"chunk {number} comes {kind}; expected above {last_number}: look at the policy's order"
+            if observed < last_observed:
+                return (
+                    f"chunk {number} was observed before chunk {last_number}, which came earlier; expected later: "
+                    "look at the policy's order"
+                )
+        delay = (age + self._half_period_ns) // self.period_ns
+        if delay >= self._length:
+            return (
+                f"the chunk comes {delay} ticks after its observation and has {self._length} actions; expected one "
+                "whose time has not passed: look at the policy's latency"
+            )
+        start = last_start if is_swap else tick - delay if delay > 0 else tick
+        return number, observed, layers, start
+
+    def too_old(self, age_ns: int) -> str:
+        return (
+            f"the chunk was observed {age_ns / 1e9:.3f} s ago; expected at most {self._stale_s:g}: look at the policy, "
+            "or raise stale_after_s"
+        )
+
+    def wrong_form(self, tokens: object, sequence: object, observed_ns: object) -> str:
+        """What is wrong with the arguments, of which one is."""
+        if type(tokens) is not _Array:
+            advice = as_array_advice("tokens", tokens, is_float=False)
+            return f"tokens is a {kind_of(tokens)}; expected a numpy.ndarray{advice}"
+        if tokens.shape not in self.layers_of:
+            return (
+                f"tokens have shape {list(tokens.shape)}; expected {list(self._tail)} and one of the layers "
+                f"{sorted(self.layers_of.values())}: send what the policy gives for one chunk"
+            )
+        if tokens.dtype not in TOKEN_TYPES:
+            return f"tokens have type {tokens.dtype}; expected int32, int64 or uint8: send levels, not values"
+        is_first = stamp(sequence) == WRONG_NUMBER
+        name, value = ("sequence", sequence) if is_first else ("observed_ns", observed_ns)
+        is_int = type(value) is int or isinstance(value, np.integer)
+        found = "beyond it" if is_int else f"a {type(value).__qualname__}"
+        return f"{name} is {found}; expected an int between -2**62 and 2**62: correct what the policy sends"

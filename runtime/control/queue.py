@@ -1,0 +1,197 @@
+"""One action per tick from chunks of T: what was decoded, where on the tick line it lies, and how chunks are joined.
+
+Arrays, and views of their rows, are made once: to index makes a new view each time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+
+import numpy as np
+
+from ..backends.contract import Float32Array
+from .config import ControlConfig, Strategy
+
+
+def action_queue(config: ControlConfig, chunk_length: int) -> ActionQueue:
+    """The queue of the strategy that the settings name."""
+    kinds = {Strategy.WEIGHTED_AVERAGE: WeightedQueue, Strategy.TEMPORAL_ENSEMBLE: EnsembleQueue}
+    return kinds.get(config.strategy, ActionQueue)(config, chunk_length)
+
+
+class ActionQueue:
+    """Serves the newest chunk, whose row i is for tick start + i. For one thread."""
+
+    #: Of what has a part in the action taken last: when the oldest of it was observed.
+    first_observed_ns: int
+
+    def __init__(self, config: ControlConfig, chunk_length: int) -> None:
+        self._length = chunk_length
+        self._start: int | None = None
+        self._chunk = np.zeros((chunk_length, config.action_dim), np.float32)
+        self._rows = list(self._chunk)
+
+    def clear(self) -> None:
+        self._start = None
+
+    def push(self, chunk: Float32Array, start: int, observed_ns: int, *, is_swap: bool) -> None:  # noqa: ARG002  # others need it
+        """Take in a copy of chunk [T, A]. start: of its first row, at most the tick that is taken next.
+
+        observed_ns: at least that of the chunk before. is_swap: it is the newest chunk again, decoded better.
+        """
+        self._chunk[...] = chunk
+        self._start, self.first_observed_ns = start, observed_ns
+
+    def take(self, tick: int, oldest_ns: int) -> Float32Array | None:  # noqa: ARG002  # others need it
+        """The action of this tick, to be read before the next call; None where the newest chunk has none.
+
+        oldest_ns: what was observed before is too old to have a part in it. Whether the newest chunk is, the caller
+        knows; ticks and oldest_ns grow from call to call until `clear`.
+        """
+        start = self._start
+        if start is None or not 0 <= tick - start < self._length:
+            return None
+        return self._rows[tick - start]
+
+
+_LONG_AGO = -sys.maxsize
+#: A chunk that has something to say: its slot, the tick from which on it has no more, and when it was observed.
+_Part = tuple[int, int, int]
+
+
+class EnsembleQueue(ActionQueue):
+    """Averages what the last chunks say of a tick, the oldest weighted most, as ACT does; but for grippers: half open
+    is no mean of open and closed.
+    """
+
+    #: The oldest first; the newest is the last.
+    _parts: list[_Part]
+    #: Whether they end in the order in which they came.
+    _is_sorted: bool
+    #: The tick from which on one of them has nothing to say any more.
+    _first_end: int
+    #: The tick of the first line.
+    _base: int
+    #: The slot of the newest chunk, and by slot what each has of the mean.
+    _newest: int
+    _share: Float32Array
+
+    def __init__(self, config: ControlConfig, chunk_length: int) -> None:
+        super().__init__(config, chunk_length)
+        # What is locked has one value, which a mean could miss by a rounding.
+        self._unmixed = (*config.gripper, *config.locked)
+        self._most = count = self._count(config)
+        self._slots = itertools.cycle(range(count))
+        # By tick, then by chunk: what all chunks say of a tick lies together. Room for four, so that what is left of
+        # them has to be moved to the beginning once in two chunks' time.
+        self._room = 4 * chunk_length
+        self._lines = np.zeros((self._room, count, config.action_dim), np.float32)
+        self._says = list(self._lines)
+        self._last_first = self._room - chunk_length
+        #: Of slot and first line, where a chunk goes.
+        self._places = [
+            [self._lines[first : first + chunk_length, slot] for first in range(self._last_first + 1)]
+            for slot in range(count)
+        ]
+        #: By number of chunks, of the oldest first; their sum is 1.
+        self._shares = [np.array(self._shares_of(config, number), np.float32) for number in range(count + 1)]
+        # The same twice over, so that by the slot of the newest a part of it says slot by slot what that one gets.
+        padded = [np.append(np.zeros(count - len(shares), np.float32), shares) for shares in self._shares]
+        turned = [np.append(shares, shares) for shares in padded]
+        self._turned = [
+            [shares[count - 1 - newest : 2 * count - 1 - newest] for newest in range(count)] for shares in turned
+        ]
+        self._out = np.zeros(config.action_dim, np.float32)
+        # A single number is taken from these in half the time.
+        self._out_numbers, self._numbers = self._out.data, self._lines.data
+        self.clear()
+
+    def _count(self, config: ControlConfig) -> int:
+        return config.ensemble_chunks
+
+    def _shares_of(self, config: ControlConfig, number: int) -> list[float]:
+        weights = [math.exp(-config.ensemble_decay * age) for age in range(number)]
+        return [weight / sum(weights) for weight in weights]
+
+    def _remaining(self, tick: int, oldest_ns: int) -> list[_Part]:
+        """Those that still have a part in the mean; the newest has."""
+        *others, newest = self._parts
+        return [*(part for part in others if part[1] > tick and part[2] >= oldest_ns), newest]
+
+    def clear(self) -> None:
+        self._start = None
+        self._parts, self._is_sorted, self._base = [], True, _LONG_AGO
+
+    def push(self, chunk: Float32Array, start: int, observed_ns: int, *, is_swap: bool) -> None:
+        if not is_swap:
+            self._newest = slot = next(self._slots)
+            parts, before = self._parts, self._start
+            if parts and parts[0][0] == slot:
+                del parts[0]
+            if before is not None and start < before:
+                self._is_sorted = False
+            parts.append((slot, start + self._length, observed_ns))
+            self._settle(parts)
+        first = start - self._base
+        if first > self._last_first:
+            first = self._move_up(start)
+        self._places[self._newest][first][...] = chunk
+        self._start = start
+
+    def _move_up(self, start: int) -> int:
+        """Make room for a chunk that begins on this tick; its first line.
+
+        What comes later begins less than T before it, for the tick to be served next lies less than T after it: T lines
+        before it are enough. Of those from it on, what was said already is kept.
+        """
+        length = self._length
+        kept = self._lines[start - self._base :]
+        self._base = start - length
+        self._lines[length : length + len(kept)] = kept
+        return length
+
+    def take(self, tick: int, oldest_ns: int) -> Float32Array | None:
+        start = self._start
+        if start is None or not 0 <= tick - start < self._length:
+            return None
+        if tick >= self._first_end or oldest_ns > self.first_observed_ns:
+            self._settle(self._remaining(tick, oldest_ns))
+        line, out = tick - self._base, self._out
+        self._share.dot(self._says[line], out)
+        for index in self._unmixed:
+            self._out_numbers[index] = self._numbers[line, self._newest, index]
+        return out
+
+    def _settle(self, parts: list[_Part]) -> None:
+        """From now on these are averaged, the oldest first."""
+        self._parts, number = parts, len(parts)
+        _, self._first_end, self.first_observed_ns = parts[0]
+        if self._is_sorted:
+            # They have ended in the order in which they came: those that are left came one after another.
+            self._share = self._turned[number][self._newest]
+            return
+        self._first_end = min([end for _, end, _ in parts])
+        self._share = np.zeros(self._most, np.float32)
+        self._share[[slot for slot, _, _ in parts]] = self._shares[number]
+
+
+class WeightedQueue(EnsembleQueue):
+    """Joins the newest chunk, where they overlap, with what would have been served without it; but for grippers."""
+
+    def _count(self, config: ControlConfig) -> int:  # noqa: ARG002
+        # No more chunks than ticks can speak of one tick, for there is at most one per tick.
+        return self._length
+
+    def _shares_of(self, config: ControlConfig, number: int) -> list[float]:
+        new, old = config.new_weight, 1 - config.new_weight
+        return [(new if age else 1.0) * old ** (number - 1 - age) for age in range(number)]
+
+    def _remaining(self, tick: int, oldest_ns: int) -> list[_Part]:
+        """Those after the last that has nothing to say: without it nothing would have been served."""
+        first = 0
+        for place, part in enumerate(self._parts[:-1], start=1):
+            if part[1] <= tick or part[2] < oldest_ns:
+                first = place
+        return self._parts[first:]

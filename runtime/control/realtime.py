@@ -1,0 +1,164 @@
+"""What the system can do for a loop to be on time: each wish is granted or refused, and either is reported."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from ..bundle.errors import CannotCopyError
+from .errors import RealtimeRefusedError, in_words
+
+_LOG = logging.getLogger(__name__)
+_MCL_CURRENT, _MCL_FUTURE = 1, 2
+Undo = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class RealtimeConfig:
+    """lock_memory: no page is ever swapped out. fifo_priority: 1 to 99, None to leave it. cpus: () to leave them.
+
+    freeze_gc: what exists now is never looked at by the garbage collector again. is_required: a refusal is an error.
+    """
+
+    lock_memory: bool = False
+    fifo_priority: int | None = None
+    cpus: tuple[int, ...] = ()
+    freeze_gc: bool = False
+    is_required: bool = False
+
+
+@dataclass(frozen=True)
+class RealtimeSetting:
+    """One wish, and what became of it. undo: takes back what was granted; `undo_realtime` calls it."""
+
+    name: str
+    is_granted: bool
+    detail: str
+    undo: Undo | None = field(default=None, repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return f"{'✓' if self.is_granted else '✗'} {self.name}: {self.detail}"
+
+
+def apply_realtime(config: RealtimeConfig) -> tuple[RealtimeSetting, ...]:
+    """Apply to the calling thread, memory and garbage to the whole process; in the loop's thread, after `warmup()`.
+
+    Raises RealtimeRefusedError where something is refused that `is_required`; nothing is changed then.
+    """
+    settings = []
+    if config.freeze_gc:
+        settings.append(_try("freeze_gc", _freeze, "leave freeze_gc out"))
+    if config.lock_memory:
+        settings.append(_try("lock_memory", _lock_memory, "raise `ulimit -l`, or grant CAP_IPC_LOCK"))
+    if config.cpus:
+        settings.append(_try("cpus", lambda: _set_affinity(config.cpus), "choose among os.sched_getaffinity(0)"))
+    if config.fifo_priority is not None:
+        priority = config.fifo_priority
+        settings.append(
+            _try("fifo_priority", lambda: _set_fifo(priority), "grant CAP_SYS_NICE, or rtprio in limits.conf")
+        )
+    if config.is_required and (refused := [setting for setting in settings if not setting.is_granted]):
+        undo_realtime(settings)
+        raise RealtimeRefusedError("; ".join(f"{setting.name}: {setting.detail}" for setting in refused))
+    return tuple(settings)
+
+
+def undo_realtime(settings: Sequence[RealtimeSetting]) -> None:
+    """Take back what was granted, in the thread that asked for it; the last first. Raises OSError."""
+    for setting in reversed(settings):
+        if setting.undo is not None:
+            setting.undo()
+
+
+def _try(name: str, apply: Callable[[], tuple[str, Undo]], advice: str) -> RealtimeSetting:
+    try:
+        detail, undo = apply()
+    except (OSError, ValueError, OverflowError, AttributeError) as error:
+        return RealtimeSetting(name, False, f"refused: {error}; {advice}")
+    return RealtimeSetting(name, True, detail, undo)
+
+
+def _freeze() -> tuple[str, Undo]:
+    gc.collect()
+    gc.freeze()
+    return f"{gc.get_freeze_count()} objects", gc.unfreeze
+
+
+def _lock_memory() -> tuple[str, Undo]:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlockall(_MCL_CURRENT | _MCL_FUTURE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return "present and future pages", libc.munlockall
+
+
+def _set_affinity(cpus: tuple[int, ...]) -> tuple[str, Undo]:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cpus)
+    return f"runs on {sorted(os.sched_getaffinity(0))}", lambda: os.sched_setaffinity(0, before)
+
+
+def _set_fifo(priority: int) -> tuple[str, Undo]:
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
+    detail = f"SCHED_FIFO {os.sched_getparam(0).sched_priority}"
+    return detail, lambda: os.sched_setscheduler(0, policy, parameters)
+
+
+class Watchdog:
+    """Calls back from a thread of its own when ticks stop for `timeout_s`; again only after they have gone on.
+
+    last_tick_ns: of `time.monotonic_ns`; 0 while there was none, for which nobody is called. It sees a loop that hangs
+    in a library which lets other threads run, as ctypes and ONNX Runtime do; not a stopped process.
+    """
+
+    def __init__(
+        self,
+        last_tick_ns: Callable[[], int],
+        timeout_s: float,
+        on_silence: Callable[[float], None],
+        *,
+        clock: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._last_tick_ns, self._timeout_s, self._on_silence = last_tick_ns, timeout_s, on_silence
+        self._clock, self._reported = clock, 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="control watchdog", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """May be called by `on_silence` too."""
+        self._stop.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __reduce__(self) -> NoReturn:
+        raise CannotCopyError(
+            "a watchdog is a thread, and cannot be copied or pickled: make one in the process of the loop"
+        )
+
+    def look(self) -> bool:
+        """Once, as the thread does four times per timeout; whether it has called back."""
+        last = self._last_tick_ns()
+        silence_s = (self._clock() - last) / 1e9
+        if not last or last == self._reported or silence_s <= self._timeout_s:
+            return False
+        self._reported = last
+        self._on_silence(silence_s)
+        return True
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._timeout_s / 4):
+            try:
+                self.look()
+            except Exception as error:  # a watchdog whose callback fails still watches
+                _LOG.error("the watchdog's callback failed: %s", in_words(error))

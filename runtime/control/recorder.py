@@ -1,0 +1,238 @@
+"""The flight recorder: the last ticks in a ring made once, written to .npz off the loop, read without pickle."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import zipfile
+import zlib
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..backends.contract import Float32Array
+from ..bundle.paths import as_path
+from ..bundle.reading import regular_file
+from .config import Status
+from .errors import FlightRecordError
+
+SCHEMA = 2
+#: Of tokens and stats of a tick: none came; they are in the record; they came but are no array that fits into it.
+ABSENT, KEPT, UNKEPT = 0, 1, 2
+#: Flags of a tick. ACCEPTED: its chunk. QUEUED: something may be served after it. BEGUN: a chunk has come since the
+#: start. RESET: no tick, but where the robot was when the decoder was started or reset.
+HELD, LATCHED, FELL_BACK, ACCEPTED, QUEUED, BEGUN, RESET = 1, 2, 4, 8, 16, 32, 64
+#: What was given for a number: nothing; something that is none.
+NO_NUMBER, WRONG_NUMBER = -(2**62), -(2**62) - 1
+#: In place of a backend: the decoder itself has failed.
+INTERNAL = -1
+_NUMBERS = {
+    "tick": np.int64,
+    "time_ns": np.int64,
+    "latency_ns": np.int64,
+    "status": np.int8,
+    "flags": np.int16,
+    "backend": np.int8,
+    "faults": np.int32,
+    # Of the chunk in service after the tick; start: the tick of its first action.
+    "sequence": np.int64,
+    "observed_ns": np.int64,
+    "service_layers": np.int16,
+    "start": np.int64,
+    # As the chunk of this tick was given, or refused.
+    "given_sequence": np.int64,
+    "given_observed_ns": np.int64,
+    "token_state": np.int8,
+    "layers": np.int16,
+    "stats_state": np.int8,
+}
+#: Of a record's arrays: what a million ticks take.
+_SIZE_LIMIT = 2**32
+#: What reading a file that is none, or a damaged one, raises.
+_DAMAGE = (
+    *(OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, NotImplementedError, RuntimeError),
+    *(struct.error, zipfile.BadZipFile, zlib.error, MemoryError),
+)
+_INT32, _FLOAT32 = np.dtype(np.int32), np.dtype(np.float32)
+_Array = np.ndarray
+
+
+class FlightRecorder:
+    """The loop writes; one other thread may copy at any time: rows overwritten while it copies are left out.
+
+    Keeps a chunk's length more than `ticks`: what comes before the first of them is needed to know what it had to do.
+    """
+
+    def __init__(self, ticks: int, token_shape: tuple[int, int, int], action_dim: int, *, has_stats: bool) -> None:
+        steps, latents, layers = token_shape
+        size = ticks + steps + 1
+        self._size = size
+        # One call packs a tick's numbers; assigning them to arrays one by one takes three times as long.
+        self._numbers = np.zeros((size, len(_NUMBERS)), np.int64)
+        self._bytes, self._stride = self._numbers.data.cast("B"), 8 * len(_NUMBERS)
+        self._pack = struct.Struct(f"={len(_NUMBERS)}q").pack_into
+        self._actions = np.zeros((size, action_dim), np.float32)
+        self._tokens = np.zeros((size, steps * latents * layers), np.int32)
+        self._stats = np.zeros((size, steps * layers * 2 * has_stats), np.float32)
+        # By shape its number of layers, and views made once: indexing makes a new one each time.
+        self._action_rows = list(self._actions)
+        self._token_rows = {
+            (shape := (1, steps, latents, count)): (count, _rows_of(self._tokens, shape))
+            for count in range(1, layers + 1)
+        }
+        self._stats_rows = {
+            (shape := (1, steps, count, 2)): (count, _rows_of(self._stats, shape))
+            for count in range(1, layers * has_stats + 1)
+        }
+        self._shape = token_shape
+        self.written = 0
+
+    def add(self, actions: Float32Array, tokens: Any, stats: Any, *numbers: int) -> None:
+        """numbers: the columns from `tick` to `given_observed_ns`, in their order."""
+        index = self.written % self._size
+        token_state = layers = stats_state = ABSENT
+        if tokens is not None:
+            token_state = UNKEPT
+            found = self._token_rows.get(tokens.shape) if isinstance(tokens, _Array) else None
+            if found is not None:
+                legal = tokens if tokens.dtype is _INT32 else _as_int32(tokens)
+                if legal is not None:
+                    layers, rows = found
+                    rows[index][...] = legal
+                    token_state = KEPT
+        if stats is not None and tokens is not None:
+            stats_state = UNKEPT
+            found = self._stats_rows.get(stats.shape) if isinstance(stats, _Array) else None
+            if found is not None and found[0] == layers and stats.dtype == _FLOAT32:
+                found[1][index][...] = stats
+                stats_state = KEPT
+        self._pack(self._bytes, index * self._stride, *numbers, token_state, layers, stats_state)
+        self._action_rows[index][...] = actions
+        self.written += 1
+
+    def copy(self) -> dict[str, npt.NDArray[Any]]:
+        """The ticks in their order."""
+        before = self.written
+        numbers = self._numbers.copy()
+        arrays: dict[str, npt.NDArray[Any]] = {
+            name: numbers[:, place].astype(kind) for place, (name, kind) in enumerate(_NUMBERS.items())
+        }
+        arrays.update(actions=self._actions.copy(), tokens=self._tokens.copy(), stats=self._stats.copy())
+        # The tick under way may have written into its row already.
+        overwritten = self.written + 1 - before
+        first = max(0, before - self._size + overwritten)
+        order = np.arange(first, before) % self._size
+        return {name: array[order] for name, array in arrays.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class FlightRecord:
+    """A record as read; `columns` by name, each with one entry per tick."""
+
+    meta: dict[str, Any]
+    columns: dict[str, npt.NDArray[Any]]
+    actions: Float32Array
+    tokens: npt.NDArray[np.int32]
+    stats: Float32Array
+
+    def __len__(self) -> int:
+        return len(self.actions)
+
+    def tokens_of(self, index: int) -> npt.NDArray[np.int32] | None:
+        """int32 [1, T, D, l] of the chunk that arrived on this tick, if it is in the record."""
+        if self.columns["token_state"][index] != KEPT:
+            return None
+        steps, latents, _ = self.meta["token_shape"]
+        layers = int(self.columns["layers"][index])
+        return self.tokens[index, : steps * latents * layers].reshape(1, steps, latents, layers).copy()
+
+    def stats_of(self, index: int) -> Float32Array | None:
+        """float32 [1, T, l, 2] that came with the chunk, if they are in the record."""
+        if self.columns["stats_state"][index] != KEPT:
+            return None
+        steps, layers = self.meta["token_shape"][0], int(self.columns["layers"][index])
+        return self.stats[index, : steps * layers * 2].reshape(1, steps, layers, 2).copy()
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """As `write_record` takes them."""
+        return {**self.columns, "actions": self.actions, "tokens": self.tokens, "stats": self.stats}
+
+
+def _as_int32(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int32] | None:
+    if tokens.dtype.kind not in "iu":
+        return None
+    # Wrapped around, an illegal token of another type could become a legal one.
+    return np.clip(tokens.astype(np.int64), -1, 2**31 - 1).astype(np.int32)
+
+
+def _rows_of(ring: npt.NDArray[Any], shape: tuple[int, ...]) -> list[npt.NDArray[Any]]:
+    return [row[: math.prod(shape)].reshape(shape) for row in ring]
+
+
+def write_record(path: Path, arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any]) -> None:
+    """Whole or not at all. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
+    text = np.frombuffer(json.dumps({"schema": SCHEMA, **meta}).encode(), np.uint8)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, **{"meta": text, **arrays})  # type: ignore[arg-type]  # no array is named allow_pickle
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def read_record(path: str | os.PathLike[str]) -> FlightRecord:
+    """Raises FlightRecordError for a file that is missing, damaged or no flight record."""
+    path = as_path(path, "the flight record", FlightRecordError)
+    if not path.exists():
+        raise FlightRecordError(f"{path} is no flight record: it does not exist; pass a .npz that a decoder wrote")
+    try:
+        with regular_file(path) as (stream, _), np.load(stream, allow_pickle=False) as file:
+            size = sum(member.file_size for member in file.zip.infolist())
+            if size > _SIZE_LIMIT:
+                raise ValueError(f"its arrays take {size} bytes; expected at most {_SIZE_LIMIT}")
+            arrays = {name: file[name] for name in file.files}
+        meta = json.loads(arrays.pop("meta").tobytes())
+        schema = meta["schema"]
+        if schema == SCHEMA:
+            return _checked(path, meta, arrays)
+    except _DAMAGE as error:
+        raise FlightRecordError(
+            f"{path} is no flight record: {type(error).__name__}: {error}; pass a .npz that a decoder wrote"
+        ) from error
+    raise FlightRecordError(f"{path} has schema {schema}; expected {SCHEMA}: replay it with the version it is of")
+
+
+def _checked(path: Path, meta: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> FlightRecord:
+    steps, latents, layers = meta["token_shape"]
+    columns = {name: arrays[name].astype(kind, casting="same_kind") for name, kind in _NUMBERS.items()}
+    actions, tokens, stats = arrays["actions"], arrays["tokens"], arrays["stats"]
+    ticks = len(actions)
+    is_whole = (
+        all(type(number) is int and number > 0 for number in (steps, latents, layers))
+        and isinstance(meta["config"], dict)
+        and isinstance(meta["fingerprint"], str)
+        and actions.ndim == 2
+        and actions.dtype == np.float32
+        and tokens.dtype == np.int32
+        and tokens.shape == (ticks, steps * latents * layers)
+        and stats.dtype == np.float32
+        and stats.shape in ((ticks, 0), (ticks, steps * layers * 2))
+        and all(column.shape == (ticks,) for column in columns.values())
+        and not np.any((columns["layers"] < 0) | (columns["layers"] > layers))
+        and not np.any((columns["status"] < 0) | (columns["status"] >= len(Status)))
+        and not (np.any(columns["stats_state"] == KEPT) and not stats.size)
+    )
+    if not is_whole:
+        raise FlightRecordError(f"{path} has arrays that do not fit together; it is damaged: take another record")
+    return FlightRecord(meta, columns, actions, tokens, stats)

@@ -1,0 +1,318 @@
+"""What runs beside the loop: decoders that can be left behind, retries of failed ones, log lines and records."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..backends.contract import Float32Array, Float64Array, Int32Array
+from ..bundle.comparison import action_errors
+from ..bundle.gates import GATES
+from ..bundle.golden import replay
+from ..bundle.paths import as_path
+from ..tokenizer import ActionTokenizer
+from .config import ControlConfig, Status
+from .errors import in_words
+from .health import Health
+from .recorder import FlightRecorder, write_record
+
+_LOG = logging.getLogger(__name__)
+#: A loop that fails again and again does not fill the disk.
+_MOST_RECORDS = 100
+_LONGEST_RETRY_S = 60.0
+#: A retry takes as long as a decode, unless it hangs.
+_CLOSE_S = 1.0
+#: Chunks that a failed backend has to decode rightly before it is used again.
+_PROBES = 16
+
+
+class WarmTokenizer:
+    """A tokenizer that has decoded already. `is_healthy` is cleared by the loop alone."""
+
+    def __init__(self, tokenizer: ActionTokenizer, index: int) -> None:
+        model = tokenizer.model
+        self.tokenizer, self.index, self.name = tokenizer, index, tokenizer.backend.name
+        self.is_healthy = True
+        self.out = np.zeros((1, model.chunk_length, model.action_dim), np.float32)
+        self.chunk: Float32Array = self.out[0]
+        # numpy's own `fill` takes more than twice as long.
+        self._bytes, self._spoilt = self.out.data.cast("B"), np.full_like(self.out, np.nan).tobytes()
+        tokenizer.warmup()
+        self.probe, self.probe_stats = self._encode(np.zeros_like(self.out))
+        golden = tokenizer.golden
+        # Not all of them: other threads have to wait for Python's lock meanwhile.
+        self._golden = None if golden is None else golden.every(-(-len(golden.actions) // _PROBES))
+        self._answers = [] if golden is not None else self._answer_probes()
+
+    def spoil(self) -> None:
+        """A backend that returns without having written all of it must not pass off the chunk before as this one."""
+        self._bytes[:] = self._spoilt
+
+    def works(self) -> bool:
+        """Whether it answers as the reference does; without golden vectors, as it did at the start.
+
+        Raises whatever it raises.
+        """
+        model = self.tokenizer.model
+        if self._golden is not None:
+            return replay(self._golden, model, self.tokenizer.backend).passed
+        return all(
+            action_errors(expected, self.tokenizer.decode(tokens, stats), model.action_units).value
+            <= GATES.action_error
+            for tokens, stats, expected in self._answers
+        )
+
+    def _answer_probes(self) -> list[tuple[Int32Array, Float32Array | None, Float64Array]]:
+        """What it makes of chunks from all over the range, cut after every prefix."""
+        model = self.tokenizer.model
+        shape = (_PROBES, 1, model.chunk_length, model.action_dim)
+        chunks = np.random.default_rng(0).uniform(-1, 1, shape) * model.action_units + model.action_offset
+        answers = []
+        for chunk in chunks.astype(np.float32):
+            tokens, stats = self._encode(chunk)
+            for prefix in model.prefixes:
+                part = np.ascontiguousarray(tokens[..., :prefix])
+                part_stats = None if stats is None else np.ascontiguousarray(stats[:, :, :prefix])
+                expected = self.tokenizer.decode(part, part_stats).astype(np.float64)
+                answers.append((part, part_stats, expected))
+        return answers
+
+    def _encode(self, actions: Float32Array) -> tuple[Int32Array, Float32Array | None]:
+        if self.tokenizer.model.has_stats:
+            return self.tokenizer.encode_with_stats(actions)
+        return self.tokenizer.encode(actions), None
+
+
+class DecodeWorker:
+    """Decodes in a thread of its own, so that the loop can stop waiting. Called by the loop alone.
+
+    Tokens are copied in: whoever is left behind still reads his copy, and writes into an array nobody else looks at.
+    """
+
+    def __init__(self, warm: WarmTokenizer) -> None:
+        model = warm.tokenizer.model
+        self.warm = warm
+        # Numbers, and not whether a lock is held: an exception from a signal's handler may come between any two steps.
+        self._asked = self._answered = 0
+        self.error: BaseException | None = None
+        self._slots = {
+            prefix: np.zeros((1, model.chunk_length, model.latent_dim, prefix), np.int32)
+            for prefix in warm.tokenizer.prefixes
+        }
+        self._stats = {
+            prefix: np.zeros((1, model.chunk_length, prefix, 2), np.float32) for prefix in warm.tokenizer.prefixes
+        }
+        self._tokens: Int32Array = next(iter(self._slots.values()))
+        self._given_stats: Float32Array | None = None
+        self._go, self._done = threading.Lock(), threading.Lock()
+        self._go.acquire()
+        self._done.acquire()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name=f"control decode {warm.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether it has not answered yet; may be asked from any thread."""
+        return self._asked != self._answered
+
+    def wait_until(self, end_s: float) -> bool:
+        """Whether it has answered, by `time.monotonic()` until then; look at `error` and `warm.out`."""
+        while self.is_pending:
+            if not self._done.acquire(True, max(end_s - time.monotonic(), 0.0)):
+                return not self.is_pending
+        return True
+
+    def ask(self, tokens: npt.NDArray[Any], stats: Float32Array | None) -> None:
+        """Tokens of a legal shape; while nothing is pending."""
+        slot = self._slots[tokens.shape[3]]
+        np.copyto(slot, tokens, casting="unsafe")
+        self._tokens, self._given_stats = slot, None
+        if stats is not None:
+            self._given_stats = self._stats[tokens.shape[3]]
+            np.copyto(self._given_stats, stats)
+        self.error = None
+        self._asked += 1
+        self.wake()
+
+    def wake(self) -> None:
+        """Once more, where something is pending: harmless for one that is awake."""
+        if self._go.locked():
+            self._go.release()
+
+    def close(self) -> None:
+        """A thread that hangs is left behind; it ends when its backend answers, or with the process."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        if not self.is_pending:
+            self.wake()
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            self._go.acquire()
+            if self._is_closed:
+                return
+            if not self.is_pending:
+                continue
+            try:
+                self.warm.tokenizer.decode_into(self._tokens, self.warm.out, self._given_stats)
+            except BaseException as error:  # handed to the loop, which says what it was
+                self.error = error
+            self._answered = self._asked
+            # Nobody else releases it. It is free still where nobody has waited for the last answer.
+            if self._done.locked():
+                self._done.release()
+
+
+class _Bell:
+    """Wakes one thread. May be rung by any, again and again, and by one whose signal's handlers raise.
+
+    threading.Event is locked for ever where such a handler comes within `set`: the next tick would hang in it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        # One call that is all or nothing.
+        try:
+            self._lock.release()
+        except RuntimeError:
+            """It rings already."""
+
+    def wait(self, timeout_s: float = -1) -> bool:
+        """Until it is rung, or has been since the last time; whether it was."""
+        return self._lock.acquire(True, timeout_s)
+
+
+class Retrier:
+    """Tries a failed tokenizer again in a thread of its own, less and less often, until it answers rightly."""
+
+    def __init__(self, warm: WarmTokenizer, config: ControlConfig, health: Health, is_free: Callable[[], bool]) -> None:
+        self._warm, self._first_s, self._health, self._is_free = warm, config.retry_after_s, health, is_free
+        self._failed, self._end, self._is_closed = _Bell(), _Bell(), False
+        self._thread = threading.Thread(target=self._run, name=f"control retry {warm.name}", daemon=True)
+        self._thread.start()
+
+    def start(self) -> None:
+        self._failed.ring()
+
+    def close(self) -> None:
+        """One that hangs in its backend is left behind."""
+        self._is_closed = True
+        self._end.ring()
+        self._failed.ring()
+        self._thread.join(_CLOSE_S)
+
+    def _run(self) -> None:
+        while True:
+            self._failed.wait()
+            pause = self._first_s
+            while not self._warm.is_healthy and not self._end.wait(pause):
+                pause = min(2 * pause, _LONGEST_RETRY_S)
+                if self._is_free() and self._succeeds():
+                    self._health.recoveries += 1
+                    self._warm.is_healthy = True
+                    _LOG.warning("backend %s answers rightly again, and is used again", self._warm.name)
+            if self._is_closed:
+                return
+
+    def _succeeds(self) -> bool:
+        try:
+            return self._warm.works()
+        except BaseException as error:  # whatever it is, it does not work yet, and ends no thread of ours
+            _LOG.info("backend %s still fails: %s", self._warm.name, in_words(error))
+            return False
+
+
+class Reporter:
+    """Writes log lines and flight records off the loop, which only appends to a queue of bounded length."""
+
+    def __init__(
+        self, config: ControlConfig, health: Health, recorder: FlightRecorder | None, meta: dict[str, Any]
+    ) -> None:
+        self._config, self._health, self._recorder, self._meta = config, health, recorder, meta
+        self._incidents: deque[tuple[Status, int, str, bool]] = deque(maxlen=256)
+        self._news = _Bell()
+        self._is_closed = False
+        # Incidents so far, and how many of them are reported.
+        self._asked = self._answered = 0
+        self._progress = threading.Condition()
+        self._logged: dict[Status, float] = {}
+        self._suppressed: dict[Status, int] = {}
+        self._recorded = -float("inf")
+        self._records = 0
+        self._thread = threading.Thread(target=self._run, name="control reporter", daemon=True)
+        self._thread.start()
+
+    def incident(self, status: Status, tick: int, detail: str, is_held: bool) -> None:
+        self._incidents.append((status, tick, detail, is_held))
+        self._asked += 1
+        self._news.ring()
+
+    def flush(self, timeout_s: float = 10.0) -> bool:
+        """Wait until everything is reported; for tests and the end of a program."""
+        asked = self._asked
+        with self._progress:
+            return self._progress.wait_for(lambda: self._answered >= asked, timeout_s)
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._news.ring()
+        self._thread.join(10.0)
+
+    def _run(self) -> None:
+        while True:
+            self._news.wait()
+            asked = self._asked
+            while self._incidents:
+                try:
+                    self._report(*self._incidents.popleft())
+                except Exception as error:  # the next incident is to be reported all the same
+                    self._health.internal_faults += 1
+                    _LOG.error("an incident cannot be reported: %s", in_words(error))
+            with self._progress:
+                self._answered = asked
+                self._progress.notify_all()
+            if self._is_closed:
+                return
+
+    def _report(self, status: Status, tick: int, detail: str, is_held: bool) -> None:
+        now = time.monotonic()
+        if now - self._logged.get(status, -float("inf")) < self._config.log_interval_s:
+            self._suppressed[status] = self._suppressed.get(status, 0) + 1
+        else:
+            self._logged[status] = now
+            more = self._suppressed.pop(status, 0)
+            suffix = f" ({more} more since the last line)" if more else ""
+            action = "standing still" if is_held else "service goes on"
+            _LOG.warning("tick %d: %s, %s: %s%s", tick, status.name, action, detail, suffix)
+        is_due = now - self._recorded >= self._config.record_interval_s and self._records < _MOST_RECORDS
+        if is_held and self._recorder is not None and self._config.record_folder is not None and is_due:
+            self._recorded = now
+            self._records += 1
+            self.write(as_path(self._config.record_folder) / f"flight-{time.time_ns()}-tick{tick}.npz")
+
+    def write(self, path: Path) -> bool:
+        """The ring as it is now, to `path`; False, counted and logged, where the disk refuses."""
+        assert self._recorder is not None
+        try:
+            write_record(path, self._recorder.copy(), self._meta)
+        except OSError as error:
+            self._health.records_failed += 1
+            _LOG.error("the flight record %s cannot be written: %s; make room or change record_folder", path, error)
+            return False
+        self._health.records_written += 1
+        _LOG.warning("flight record: %s", path)
+        return True

@@ -1,0 +1,1 @@
+"""Demonstrations of every format, encoded and decoded as a whole."""

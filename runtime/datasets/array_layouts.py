@@ -1,0 +1,186 @@
+"""Which arrays of a .npz, .npy or .pt file are actions, and where their episodes end. Nothing is guessed.
+
+- one array [N, A] under a name of actions, cut by `episode_ends` or `episode_index`, or one episode
+- one array [episodes, steps, A]
+- an array [steps, A] for each episode: demo_0, demo_1, ...
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..bundle.paths import shortlist
+from .errors import SourceError
+from .steps import AnyArray, Int64Array, as_int64, is_hidden, lengths_to_starts, natural
+
+#: The names with a slash are those of diffusion-policy replay buffers.
+_ACTION_NAMES = ("actions", "action", "data/actions", "data/action")
+#: Says so little that it counts only where none of the others is there.
+_VAGUE_NAME = "data"
+#: What numpy calls the array that nobody named.
+_NAMELESS = ["arr_0"]
+_EPISODE_NAMES = ("actions", "action", "episode", "ep", "demo", "traj", "trajectory")
+_END_NAMES = ("episode_ends", "meta/episode_ends")
+NUMBERS_NAME = "episode_index"
+
+
+class Described(Protocol):
+    """An array, or what is known of it before it is read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]: ...
+
+
+def choose_arrays(
+    names: Iterable[str], key: str | None, source: str, are_equal: Callable[[str, str], bool]
+) -> tuple[str, ...]:
+    """The name of the action array, or those of one array for each episode in natural order.
+
+    key: the array's name, or what numbered ones have in common; are_equal: whether two arrays hold the same.
+    Raises SourceError where none is named like actions, or several are that differ.
+    """
+    listed = sorted((name for name in names if not is_hidden(name)), key=natural)
+    chosen: Sequence[str]
+    if key:
+        chosen = [key] if key in listed else _numbered(listed, [key])
+    else:
+        chosen = require_equal(_ACTION_NAMES, listed, source, are_equal)[:1]
+        chosen = chosen or [name for name in listed if name == _VAGUE_NAME]
+        if not chosen and (listed == _NAMELESS or any(_numbered(listed, [one]) == listed for one in _EPISODE_NAMES)):
+            chosen = listed
+    if not chosen:
+        wanted = repr(key) if key else "action array"
+        raise SourceError(
+            f"{source} has no {wanted}; found {shortlist(listed) or 'nothing'}; expected `actions`, or one array for "
+            "each episode (demo_0, demo_1, ...): name the right one with --key (key=)"
+        )
+    return tuple(chosen)
+
+
+def are_comparable(one: Described, other: Described) -> bool:
+    """Whether two arrays of plain numbers or text, which may hold the same, are worth reading to see it."""
+    return one.dtype == other.dtype and not one.dtype.hasobject and one.shape == other.shape != ()
+
+
+def require_equal(
+    wanted: Iterable[str], found: Collection[str], where: str, are_equal: Callable[[str, str], bool]
+) -> list[str]:
+    """Those of the wanted names that are there. Raises SourceError unless they all hold the same."""
+    present = [name for name in wanted if name in found]
+    for name in present[1:]:
+        if not are_equal(present[0], name):
+            raise SourceError(
+                f"{where} has {present[0]!r} and {name!r}, which differ; expected one array of actions: name the right "
+                "one with --key (key=)"
+            )
+    return present
+
+
+def _numbered(names: Sequence[str], stems: Iterable[str]) -> list[str]:
+    pattern = re.compile(f"({'|'.join(map(re.escape, stems))})[_/]?[0-9]+")
+    return [name for name in names if pattern.fullmatch(name)]
+
+
+def check_actions(arrays: Mapping[str, Described], chosen: Sequence[str], source: str) -> None:
+    """Raises SourceError unless these are floating-point numbers, not empty, of the shapes that episodes have."""
+    for name in chosen:
+        array = arrays[name]
+        if array.dtype.hasobject:
+            raise SourceError(
+                f"{source}: {name!r} is an array of Python objects, such as episodes of different lengths, and reading "
+                "those could run code; expected plain numbers: save one array [steps, A] for each episode with "
+                "np.savez(path, demo_0=..., demo_1=...)"
+            )
+        if array.dtype.kind != "f" or len(array.shape) not in (2, 3) or not all(array.shape):
+            raise SourceError(
+                f"{source}: {name!r} is {array.dtype} {list(array.shape)}; expected floating-point numbers [N, A] or "
+                "[episodes, steps, A], not empty: convert them with .astype(np.float32) if these are actions, or name "
+                "another array with --key (key=)"
+            )
+        if len(chosen) > 1 and len(array.shape) != 2:
+            raise SourceError(
+                f"{source}: {name!r} is one of {len(chosen)} arrays of episodes and has the shape "
+                f"{list(array.shape)}; expected [steps, A]: join them into one [episodes, steps, A]"
+            )
+
+
+# Where episodes end ---------------------------------------------------------------------------------------------------
+
+
+def stated_starts(
+    arrays: Mapping[str, Described], chosen: Sequence[str], source: str, read: Callable[[str], AnyArray]
+) -> dict[str, Int64Array]:
+    """Where episodes begin, int64 [E + 1], by everything in the file that says it but `episode_index`.
+
+    read: an array's numbers by its name. Raises SourceError for what cuts no episodes of at least one step.
+    """
+    shapes = [arrays[name].shape for name in chosen]
+    steps = sum(int(np.prod(shape[:-1], dtype=object)) for shape in shapes)
+    stated = {}
+    if len(shapes) > 1:
+        stated["the arrays"] = lengths_to_starts(np.array([shape[0] for shape in shapes]))
+    elif len(shapes[0]) == 3:
+        starts = np.arange(shapes[0][0] + 1, dtype=np.int64) * shapes[0][1]
+        stated[f"the shape {list(shapes[0])} of {chosen[0]!r}"] = starts
+    for name in _END_NAMES:
+        if name in arrays:
+            require_integers(name, arrays[name], source)
+            stated[name] = _starts_by_ends(as_int64(read(name), f"{source}: {name!r}"), steps, f"{source}: {name}")
+    return stated
+
+
+def require_integers(name: str, array: Described, source: str, steps: int | None = None) -> None:
+    """steps: how many there are to be, where that is known. Raises SourceError."""
+    if array.dtype.kind not in "iu" or len(array.shape) != 1:
+        raise SourceError(
+            f"{source}: {name!r} is {array.dtype} {list(array.shape)}; expected integers in one dimension"
+        )
+    if steps is not None and array.shape != (steps,):
+        raise SourceError(f"{source}: {steps} steps, but {name} {list(array.shape)}; expected one for each")
+
+
+def _starts_by_ends(ends: Int64Array, steps: int, label: str) -> Int64Array:
+    starts = np.concatenate([np.zeros(1, np.int64), ends])
+    # Not by differences, which could be beyond int64.
+    if not ends.size or ends[-1] != steps or (starts[1:] <= starts[:-1]).any():
+        raise SourceError(
+            f"{label} of {ends.size} episodes for {steps} steps; expected the exclusive end of every episode, "
+            "ascending, each with at least one step, the last being the number of steps"
+        )
+    return starts
+
+
+def begins_of_episodes(numbers: Int64Array, source: str, row: int = 0, before: Int64Array | None = None) -> Int64Array:
+    """The rows at which episodes begin, by one episode number for each step, ascending.
+
+    row: of the first number; before: the number of the step before it, [1], where there is one. Raises SourceError.
+    """
+    # The first step of all begins one, whatever its number.
+    changes = np.concatenate([[True], numbers[1:] != numbers[:-1]])
+    falls = np.concatenate([[False], numbers[1:] < numbers[:-1]])
+    if before is not None and numbers.size:
+        changes[0], falls[0] = numbers[0] != before[0], numbers[0] < before[0]
+    if falls.any():
+        raise SourceError(
+            f"{source}: {NUMBERS_NAME} falls at step {row + int(np.argmax(falls))} of the file; expected ascending "
+            "numbers, each episode in one piece: sort the file by episode"
+        )
+    return np.flatnonzero(changes).astype(np.int64) + row
+
+
+def require_agreement(stated: Mapping[str, Int64Array], source: str) -> None:
+    """Raises SourceError where two statements of where episodes begin, each int64 [E + 1], contradict each other."""
+    for (name, starts), (other, others) in pairwise(stated.items()):
+        if not np.array_equal(starts, others):
+            raise SourceError(
+                f"{source}: {name} and {other} say different ends of episodes ({len(starts) - 1} and "
+                f"{len(others) - 1} episodes); expected the same: save the file without the wrong one"
+            )

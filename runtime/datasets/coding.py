@@ -1,0 +1,54 @@
+"""Steps to tokens and back, without regard to chunks: every step is coded on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from ..backends.contract import Float32Array
+from ..tokenizer import ActionTokenizer
+from .steps import AnyArray
+
+#: Steps that are coded at once: their tokens stay in the processor's second cache until they are bytes.
+_CODED_STEPS = 4096
+
+
+class StepCoder:
+    """For one thread: keeps the memory for one call."""
+
+    def __init__(self, tokenizer: ActionTokenizer) -> None:
+        self._tokenizer, self._model = tokenizer, tokenizer.model
+        model = self._model
+        batch = max(1, _CODED_STEPS // model.chunk_length)
+        self._tokens = np.empty((batch, model.chunk_length, model.latent_dim, model.num_layers), np.int32)
+
+    def encode(self, actions: Float32Array) -> npt.NDArray[np.uint8]:
+        """[n, A] -> [n, D*L]. Raises InvalidInputError for illegal actions."""
+        result = np.empty((len(actions), self._model.latent_dim * self._model.num_layers), np.uint8)
+        for rows, chunks in self._chunks(actions):
+            tokens = self._tokens[: len(chunks)]
+            self._tokenizer.encode_into(chunks, tokens)
+            # The levels were checked to fit into a byte.
+            np.copyto(result[rows], tokens.reshape(-1, result.shape[1])[: rows.stop - rows.start], casting="unsafe")
+        return result
+
+    def decode(self, tokens: AnyArray) -> Float32Array:
+        """[n, D*L] -> [n, A]. Raises InvalidInputError for illegal tokens."""
+        model = self._model
+        result = np.empty((len(tokens), model.action_dim), np.float32)
+        for rows, chunks in self._chunks(tokens):
+            actions = self._tokenizer.decode(chunks.reshape(*chunks.shape[:2], model.latent_dim, model.num_layers))
+            result[rows] = actions.reshape(-1, model.action_dim)[: rows.stop - rows.start]
+        return result
+
+    def _chunks(self, values: AnyArray) -> Iterator[tuple[slice, AnyArray]]:
+        """[n, W] as [B, T, W] for the tokenizer; the last chunk is filled up with zeros, whose results nobody reads."""
+        batch, length = self._tokens.shape[:2]
+        for start in range(0, len(values), batch * length):
+            part = values[start : start + batch * length]
+            rows = slice(start, start + len(part))
+            if missing := -len(part) % length:
+                part = np.concatenate([part, np.zeros((missing, values.shape[1]), values.dtype)])
+            yield rows, part.reshape(-1, length, values.shape[1])

@@ -1,0 +1,242 @@
+"""The end of a job: episodes, a sample read back from the files and verified, `dataset.json`, the last rename."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection
+
+import numpy as np
+
+from ..bundle.fidelity import FidelitySums
+from ..bundle.manifest import FileEntry
+from ..tokenizer import ActionTokenizer
+from .errors import SourceError, VerificationError
+from .format import (
+    EPISODES_NAME,
+    INFO_NAME,
+    ORDERING,
+    SCHEMA_VERSION,
+    DatasetInfo,
+    SourceInfo,
+    Verification,
+    info_text,
+    part_metadata,
+)
+from .job import Job
+from .partial import finish
+from .parts import out_of_order, parts_of_another_source
+from .reader import TokenDataset
+from .record import PartRecord
+from .steps import (
+    AnyArray,
+    EpisodeTable,
+    StepReader,
+    has_changed,
+    lengths_to_starts,
+    optional,
+    touched_file,
+)
+from .writers import hash_file, move, put, scratch_file, spelled, zarr_array
+
+_WINDOWS, _WINDOW_STEPS = 8, 512
+
+
+def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecord], *, overwrite: bool) -> DatasetInfo:
+    """records: of all parts. Raises SourceError where the source changed or states other episodes, VerificationError
+    where the sample fails."""
+    ordered = sorted(records, key=lambda record: record.part)
+    table = _episodes(job, ordered)
+    digests = b"".join(bytes.fromhex(digest) for record in ordered for digest in record.digests)
+    source = SourceInfo(job.source.name, job.key, hashlib.sha256(digests).hexdigest(), job.filter_key or None)
+    files = {name: entry for record in ordered for name, entry in record.files.items()}
+    info = DatasetInfo(
+        schema_version=SCHEMA_VERSION,
+        content=job.content,
+        storage=job.storage,
+        fingerprint=job.fingerprint,
+        model=job.model,
+        ordering=ORDERING,
+        num_steps=job.source.num_steps,
+        num_episodes=len(table.numbers),
+        steps_per_file=job.steps_per_file,
+        steps_per_block=job.layout.block_steps,
+        compression=job.compression,
+        source=source,
+        made_with=job.made_with,
+        verification=Verification(0, 0.0, 0.0),
+        files=files,
+    )
+    verification = _verify(job, tokenizer, TokenDataset(job.layout.data, info))
+    info = dataclasses.replace(info, verification=verification)
+    write = _write_parquet_episodes if job.storage == "parquet" else _write_zarr_tables
+    info = dataclasses.replace(info, files={**files, **write(job, info, table)})
+    touched = touched_file(job.source)
+    if touched is not None and parts_of_another_source(job, ordered):
+        raise has_changed(touched)
+    put(info_text(info).encode(), job.layout.data, INFO_NAME, job.layout.scratch)
+    finish(job, overwrite=overwrite)
+    return info
+
+
+def _episodes(job: Job, records: list[PartRecord]) -> EpisodeTable:
+    """The runs of all parts, joined where an episode goes on in the next part."""
+    runs = np.concatenate([np.array(record.runs, np.int64) for record in records])
+    episode, first, last, count = runs.T
+    is_same = np.diff(episode) == 0
+    wrong = np.flatnonzero((np.diff(episode) < 0) | (is_same & (first[1:] <= last[:-1])))
+    if wrong.size:
+        place = int(wrong[0])
+        before, after = (int(episode[place]), int(last[place])), (int(episode[place + 1]), int(first[place + 1]))
+        raise out_of_order(job.source.file_of(int(count[: place + 1].sum())), before, after)
+    begins = np.concatenate([[0], np.flatnonzero(~is_same) + 1])
+    lengths = np.add.reduceat(count, begins)
+    numbers = episode[begins]
+    found, stated = EpisodeTable(lengths_to_starts(lengths), numbers), job.source.stated_episodes
+    if stated is not None and not (
+        np.array_equal(stated.numbers, found.numbers) and np.array_equal(stated.starts, found.starts)
+    ):
+        raise SourceError(
+            f"{job.source.name} states {len(stated.numbers)} episodes, its steps make {len(numbers)}"
+            + _first_difference(stated, found)
+            + "; expected the same: copy the dataset again"
+        )
+    return found
+
+
+def _first_difference(stated: EpisodeTable, found: EpisodeTable) -> str:
+    rows = (zip(table.numbers.tolist(), np.diff(table.starts).tolist(), strict=True) for table in (stated, found))
+    for (number, steps), (found_number, found_steps) in zip(*rows, strict=False):
+        if number != found_number:
+            return f", and episode {found_number} stands where {number} is stated"
+        if steps != found_steps:
+            return f", and episode {number} has {found_steps} steps where {steps} are stated"
+    return ""
+
+
+# Verification ---------------------------------------------------------------------------------------------------------
+
+
+def sample_windows(num_steps: int) -> list[tuple[int, int]]:
+    """Slices that cover the beginning, the end, and places between; all of what is not longer than they are."""
+    if num_steps <= _WINDOWS * _WINDOW_STEPS:
+        return [(start, min(start + _WINDOW_STEPS, num_steps)) for start in range(0, num_steps, _WINDOW_STEPS)]
+    starts = np.linspace(0, num_steps - _WINDOW_STEPS, _WINDOWS).astype(int).tolist()
+    return [(start, start + _WINDOW_STEPS) for start in starts]
+
+
+def _verify(job: Job, tokenizer: ActionTokenizer, written: TokenDataset) -> Verification:
+    source, target = job.source.open(job.source_width), written.open(written.info.width)
+    try:
+        if job.content == "tokens":
+            return _verify_tokens(tokenizer, source, target, job.source.num_steps)
+        return verify_actions(tokenizer, source, target, job.source.num_steps)
+    finally:
+        source.close()
+        target.close()
+
+
+def _verify_tokens(tokenizer: ActionTokenizer, source: StepReader, target: StepReader, num_steps: int) -> Verification:
+    model = tokenizer.model
+    total, sums = 0.0, FidelitySums(model.action_units, model.action_offset)
+    for start, stop in sample_windows(num_steps):
+        given, read = source.read(start, stop), target.read(start, stop)
+        _check_numbering(given.episode, given.frame, read.episode, read.frame, start)
+        chunks = _chunks(given.values, model.chunk_length)
+        tokens = tokenizer.encode(chunks)
+        expected = tokens.reshape(-1, model.latent_dim * model.num_layers)[: stop - start]
+        _check_equal(expected, read.values, start)
+        stored = _chunks(read.values, model.chunk_length).reshape(tokens.shape)
+        decoded = tokenizer.decode(stored).reshape(-1, model.action_dim)[: stop - start]
+        total += float(np.abs(decoded.astype(np.float64) - given.values).sum())
+        sums.add(given.values, decoded)
+    found = sums.result()
+    return Verification(found.steps, max(found.largest), total / (found.steps * model.action_dim), found)
+
+
+def verify_actions(tokenizer: ActionTokenizer, source: StepReader, target: StepReader, num_steps: int) -> Verification:
+    """source: tokens; target: the actions written for them, with numbers of its own."""
+    model, steps = tokenizer.model, 0
+    for start, stop in sample_windows(num_steps):
+        chunks = _chunks(source.read(start, stop).values, model.chunk_length)
+        decoded = tokenizer.decode(chunks.reshape(*chunks.shape[:2], model.latent_dim, model.num_layers))
+        _check_equal(decoded.reshape(-1, model.action_dim)[: stop - start], target.read(start, stop).values, start)
+        steps += stop - start
+    return Verification(steps, 0.0, 0.0)
+
+
+def _chunks(values: AnyArray, length: int) -> AnyArray:
+    missing = -len(values) % length
+    filled = np.concatenate([values, np.zeros((missing, values.shape[1]), values.dtype)])
+    return filled.reshape(-1, length, values.shape[1])
+
+
+def _check_numbering(
+    episode: AnyArray, frame: AnyArray, read_episode: AnyArray, read_frame: AnyArray, row: int
+) -> None:
+    if not (np.array_equal(episode, read_episode) and np.array_equal(frame, read_frame)):
+        raise VerificationError(f"episodes and steps read back from row {row} on are not those of the source; {_AGAIN}")
+
+
+def _check_equal(expected: AnyArray, found: AnyArray, row: int) -> None:
+    wrong = np.flatnonzero((expected != found).any(axis=1))
+    if wrong.size:
+        raise VerificationError(
+            f"what was read back at row {row + wrong[0]} is not what the tokenizer gives for it; {_AGAIN}"
+        )
+
+
+_AGAIN = (
+    "the source changed while it was read, or memory or disk cannot be trusted: run the command again, it begins anew"
+)
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def _write_parquet_episodes(job: Job, info: DatasetInfo, table: EpisodeTable) -> dict[str, FileEntry]:
+    arrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
+    columns = {
+        "episode_index": arrow.array(table.numbers),
+        "name": arrow.array(job.source.episode_names(table.numbers)),
+        "first_row": arrow.array(table.starts[:-1]),
+        "num_steps": arrow.array(np.diff(table.starts)),
+    }
+    metadata = part_metadata(info.content, info.fingerprint, info.model, 0, info.source.sha256)
+    temporary = scratch_file(job.layout.scratch, EPISODES_NAME)
+    parquet.write_table(arrow.table(columns).replace_schema_metadata(metadata), temporary)
+    entry = hash_file(temporary)
+    move(temporary, job.layout.data, EPISODES_NAME)
+    return {EPISODES_NAME: entry}
+
+
+def _write_zarr_tables(job: Job, info: DatasetInfo, table: EpisodeTable) -> dict[str, FileEntry]:
+    """Groups, array descriptions and the arrays of meta/, one chunk each."""
+    model, steps, chunk = info.model, info.num_steps, info.steps_per_block
+    names = np.array([name.encode() for name in job.source.episode_names(table.numbers)], np.bytes_)
+    arrays: dict[str, AnyArray] = {
+        "meta/episode_ends": table.starts[1:].astype("<i8"),
+        "meta/episode_index": table.numbers.astype("<i8"),
+        "meta/episode_name": names,
+    }
+    shape = (model.latent_dim, model.num_layers)
+    metadata: dict[str, dict[str, object]] = {
+        ".zgroup": {"zarr_format": 2},
+        ".zattrs": {
+            **part_metadata(info.content, info.fingerprint, info.model, 0, info.source.sha256),
+            "rfsq.model": json.loads(json.dumps(dataclasses.asdict(info.model))),
+        },
+        "data/.zgroup": {"zarr_format": 2},
+        "meta/.zgroup": {"zarr_format": 2},
+        "data/tokens/.zarray": zarr_array((steps, *shape), (chunk, *shape), "|u1", info.compression, "F"),
+    }
+    for name in ("episode_index", "frame_index"):
+        metadata[f"data/{name}/.zarray"] = zarr_array((steps,), (chunk,), "<i8", info.compression)
+    for name, values in arrays.items():
+        described = zarr_array(values.shape, values.shape, values.dtype.str, "none")
+        metadata[f"{name}/.zarray"] = {**described, "fill_value": 0 if values.dtype.kind == "i" else None}
+    contents = {name: spelled(content) for name, content in metadata.items()}
+    contents[".zmetadata"] = spelled({"zarr_consolidated_format": 1, "metadata": metadata})
+    contents |= {f"{name}/0": values.tobytes() for name, values in arrays.items()}
+    return {name: put(content, job.layout.data, name, job.layout.scratch) for name, content in contents.items()}

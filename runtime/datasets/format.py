@@ -1,0 +1,219 @@
+"""How a converted dataset lies on disk, and what `dataset.json` says of it; read strictly, written in one spelling."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import UnionType
+from typing import Any, Literal, get_args, get_type_hints
+
+from ..bundle.fidelity import Fidelity
+from ..bundle.manifest import FileEntry, ModelEntry
+from ..bundle.reading import read_file
+from .errors import TokenDatasetError
+
+#: Rises with every change of meaning or layout; another one is refused.
+SCHEMA_VERSION = 1
+INFO_NAME = "dataset.json"
+EPISODES_NAME = "episodes.parquet"
+ORDERING = "one byte per token, latent by latent: byte d * num_layers + l of a step is layer l of latent d"
+
+Content = Literal["tokens", "actions"]
+Storage = Literal["parquet", "zarr"]
+Compression = Literal["zstd", "none"]
+
+#: Steps of one hash, and what files hold a multiple of.
+HASH_STEPS = 8192
+#: Steps of a row group of Parquet or a chunk of Zarr: what is read at once.
+BLOCK_STEPS = 65_536
+#: Steps of a part, which is made or remade as a whole.
+PART_STEPS = 262_144
+
+_INFO_SIZE_LIMIT = 64 * 2**20
+_FILES_PER_FOLDER = 1000
+
+
+@dataclass(frozen=True)
+class TokenModel:
+    """The sizes that give tokens and actions their shapes, as in the bundle."""
+
+    mode: str
+    chunk_length: int
+    action_dim: int
+    latent_dim: int
+    num_layers: int
+    num_levels: int
+
+    @classmethod
+    def of(cls, model: ModelEntry) -> TokenModel:
+        return cls(**{field.name: getattr(model, field.name) for field in dataclasses.fields(cls)})
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """sha256: over the sha256 of every HASH_STEPS steps: their values, then episodes, then frames, little-endian.
+
+    filter_key: of a robomimic file, where not all of its episodes were taken.
+    """
+
+    name: str
+    key: str
+    sha256: str
+    filter_key: str | None = None
+
+
+@dataclass(frozen=True)
+class MadeWith:
+    """Other tools may give other bytes, and another backend other tokens at near-ties."""
+
+    backend: str
+    device: str
+    pyarrow: str
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A sample read back from the files: tokens decoded and held against the actions they came from, in their units.
+
+    For decoded actions: against what the tokenizer gives for the tokens again, where both errors must be 0.
+    fidelity: of tokens, what they are worth, by dimension; None in what was made before it was recorded.
+    """
+
+    steps: int
+    max_error: float
+    mean_error: float
+    fidelity: Fidelity | None = None
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """files: every file but `dataset.json`, by its path inside the dataset, with forward slashes."""
+
+    schema_version: int
+    content: Content
+    storage: Storage
+    fingerprint: str
+    model: TokenModel
+    ordering: str
+    num_steps: int
+    num_episodes: int
+    steps_per_file: int
+    steps_per_block: int
+    compression: Compression
+    source: SourceInfo
+    made_with: MadeWith
+    verification: Verification
+    files: dict[str, FileEntry]
+
+    @property
+    def width(self) -> int:
+        """Values of one step."""
+        return self.model.action_dim if self.content == "actions" else self.model.latent_dim * self.model.num_layers
+
+
+def part_name(index: int) -> str:
+    """The Parquet file of a part, named as LeRobot v3 names its files."""
+    return f"data/chunk-{index // _FILES_PER_FOLDER:03d}/file-{index % _FILES_PER_FOLDER:03d}.parquet"
+
+
+def block_steps(steps_per_file: int) -> int:
+    return min(BLOCK_STEPS, steps_per_file)
+
+
+def info_text(info: DatasetInfo) -> str:
+    """The one spelling of `dataset.json`, its own hash included."""
+    content = dataclasses.asdict(info)
+    if info.verification.fidelity is None:
+        # As it was spelled before it was recorded.
+        del content["verification"]["fidelity"]
+    if info.source.filter_key is None:
+        del content["source"]["filter_key"]
+    digest = hashlib.sha256(_spelled(content).encode()).hexdigest()
+    return _spelled({**content, "dataset_sha256": digest}) + "\n"
+
+
+def read_info(folder: Path) -> DatasetInfo:
+    """Raises TokenDatasetError unless `folder` holds a finished dataset of this schema version."""
+    path = folder / INFO_NAME
+    if not path.is_file():
+        unfinished = folder.with_name(folder.name + ".partial")
+        if unfinished.is_dir():
+            raise TokenDatasetError(f"{folder} is not finished: run the command that was making it again, to go on")
+        found = "a file" if folder.is_file() else "a folder without it" if folder.is_dir() else "nothing"
+        raise TokenDatasetError(
+            f"{folder} is no token dataset: expected a folder with {INFO_NAME}, found {found}; give the whole folder "
+            "that `python runtime/tokenize_dataset.py` wrote"
+        )
+    try:
+        return parse_info(read_file(path, _INFO_SIZE_LIMIT).decode("utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenDatasetError(f"{path} cannot be read: {error}; copy the dataset again") from error
+
+
+def parse_info(text: str, path: Path) -> DatasetInfo:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise TokenDatasetError(f"{path} is not JSON: {error}; copy the dataset again") from error
+    found = content.get("schema_version") if isinstance(content, dict) else type(content).__name__
+    if found != SCHEMA_VERSION or isinstance(found, bool):
+        raise TokenDatasetError(
+            f"{path} has schema version {found!r}; this runtime reads {SCHEMA_VERSION}: tokenise the source again, or "
+            "use the version that wrote it"
+        )
+    stated = content.pop("dataset_sha256", None)
+    info: DatasetInfo = _build(DatasetInfo, content, path.name)
+    if info_text(info) != text:
+        raise TokenDatasetError(
+            f"{path} was altered after it was written: its dataset_sha256 is {stated}, or its spelling is not the one "
+            "written here; copy the dataset again"
+        )
+    for name in info.files:
+        if PurePosixPath(name).is_absolute() or ".." in name.split("/"):
+            raise TokenDatasetError(f"{path} lists {name!r}, which lies outside the dataset; copy the dataset again")
+    if info.ordering != ORDERING:
+        raise TokenDatasetError(f"{path} orders tokens as {info.ordering!r}; this runtime reads {ORDERING!r}")
+    return info
+
+
+def part_metadata(
+    content: Content, fingerprint: str, model: TokenModel, first_row: int, source_sha256: str
+) -> dict[str, str]:
+    """What the footer of every Parquet file says, so that one that was taken out of its folder is still known."""
+    return {
+        "rfsq.schema_version": str(SCHEMA_VERSION),
+        "rfsq.content": content,
+        "rfsq.fingerprint": fingerprint,
+        "rfsq.model": json.dumps(dataclasses.asdict(model), sort_keys=True),
+        "rfsq.ordering": ORDERING,
+        "rfsq.first_row": str(first_row),
+        "rfsq.source_sha256": source_sha256,
+    }
+
+
+def _spelled(content: dict[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False)
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """`value` from JSON as `kind`; anything else than what a job writes is refused by its place."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = get_type_hints(kind)
+        needed = {name for name, hint in hints.items() if not isinstance(hint, UnionType)}
+        if not isinstance(value, dict) or not needed <= value.keys() <= hints.keys():
+            found = sorted(value) if isinstance(value, dict) else type(value).__name__
+            raise TokenDatasetError(f"{where} has {found}; expected the keys {sorted(hints)}: copy the dataset again")
+        return kind(**{name: _build(hints[name], part, f"{where}.{name}") for name, part in value.items()})
+    if isinstance(kind, UnionType):
+        # Such a key may be missing, but never holds nothing.
+        return _build(get_args(kind)[0], value, where)
+    if kind == tuple[float, ...] and isinstance(value, list):
+        return tuple(_build(float, entry, f"{where}[{place}]") for place, entry in enumerate(value))
+    if kind == dict[str, FileEntry] and isinstance(value, dict):
+        return {name: _build(FileEntry, entry, f"{where}[{name!r}]") for name, entry in value.items()}
+    if value in get_args(kind) if get_args(kind) else isinstance(kind, type) and type(value) is kind:
+        return value
+    raise TokenDatasetError(f"{where} is {value!r}; expected {kind}: copy the dataset again")

@@ -1,0 +1,134 @@
+"""Where HDF5 files of demonstrations keep their episodes, as they are found in the wild.
+
+- robomimic, LIBERO, Isaac Lab: data/demo_N/actions, with filter keys such as mask/train
+- the same without the group: demo_N/action, and traj_N/actions, as ManiSkill writes it
+- ALOHA: one episode in a file, /action beside /observations
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..bundle.paths import shortlist
+from .array_layouts import require_equal
+from .errors import SourceError
+from .hdf5_storage import follow, require_stored
+from .steps import natural, optional
+
+#: How the action array is called, in order of preference, where nobody says it.
+ACTION_NAMES = ("actions", "action")
+EXPECTED = "expected data/demo_N/actions, demo_N/actions, traj_N/actions, or action beside observations"
+
+_NUMBERED = re.compile(r".*\d")
+# Where many episodes lie in one row, these say where they end.
+_ENDS = ("terminals", "timeouts", "dones", "episode_ends")
+
+
+@dataclass(frozen=True)
+class FoundEpisode:
+    """name: of its group, "" where the file is the episode; place: of the action array in the file; steps: its rows."""
+
+    name: str
+    place: str
+    steps: int
+
+
+def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str | None = None) -> list[FoundEpisode]:
+    """The episodes of an open file in natural order, at least one, with actions that can be read; none are read here.
+
+    name: of the file, for messages; key: of the action array, as a path within an episode; filter_key: of robomimic,
+    to take the episodes that it lists alone. Raises SourceError.
+    """
+    h5py = optional("h5py")
+    keys = (key,) if key else ACTION_NAMES
+
+    def array_in(group: Any, place: str) -> tuple[str, int] | None:
+        """Name and steps of the action array in a group at this place, if there is one."""
+        arrays = {wanted: found for wanted in keys if isinstance(found := follow(group, wanted, name), h5py.Dataset)}
+        for wanted, array in arrays.items():
+            _check_actions(array, f"{name}, {place}{wanted}")
+        same = require_equal(
+            keys, arrays, f"{name}, {place}".rstrip(", /"), lambda one, other: _are_equal(arrays[one], arrays[other])
+        )
+        return (same[0], len(arrays[same[0]])) if same else None
+
+    container, prefix = file, ""
+    if isinstance(data := follow(file, "data", name), h5py.Group):
+        container, prefix = data, "data/"
+        members = sorted(container, key=natural)
+    elif (whole := array_in(file, "")) is not None:
+        place, steps = whole
+        ends = [end for end in _ENDS if end in set(file)]
+        if ends:
+            raise SourceError(
+                f"{name} has many episodes in one row ({place} beside {', '.join(ends)}); expected one for each file "
+                "or group: cut them apart and save each as demo_N/actions"
+            )
+        if filter_key:
+            raise SourceError(f"{name} is one episode, and has no filter keys; leave --filter-key out")
+        return [FoundEpisode("", place, steps)]
+    else:
+        numbered = sorted((member for member in file if _NUMBERED.fullmatch(member)), key=natural)
+        members = [member for member in numbered if isinstance(follow(file, member, name), h5py.Group)]
+        if not any(array_in(follow(file, member, name), f"{member}/") for member in members):
+            found = f"; {members[0]} holds {shortlist(follow(file, members[0], name)) or 'nothing'}" if members else ""
+            raise SourceError(
+                f"{name} holds {shortlist(file) or 'nothing'}{found}; {EXPECTED}: name the action array with --key "
+                "(key=) where it is called otherwise"
+            )
+    chosen = members if filter_key is None else _filtered(file, name, members, filter_key)
+    if not chosen:
+        raise SourceError(f"{name} holds no episodes; {EXPECTED}")
+    found_episodes = []
+    for member in chosen:
+        found = follow(container, member, name)
+        group = found if isinstance(found, h5py.Group) else {}
+        array = array_in(group, f"{prefix}{member}/") if group else None
+        if array is None:
+            raise SourceError(
+                f"{name}, {prefix}{member} has no {repr(key) if key else 'action array'}; found "
+                f"{shortlist(group) or 'nothing'}; expected `actions` or `action`: name the right one with --key (key=)"
+            )
+        place, steps = array
+        found_episodes.append(FoundEpisode(member, f"{prefix}{member}/{place}", steps))
+    return found_episodes
+
+
+def _check_actions(array: Any, where: str) -> None:
+    require_stored(array, where)
+    if array.dtype.kind != "f" or array.ndim != 2 or not array.size:
+        raise SourceError(
+            f"{where} is {array.dtype} {list(array.shape)}; expected floating-point numbers [steps, action "
+            "dimensions], at least one step: convert them with .astype(np.float32) if these are actions, or name "
+            "another array with --key (key=)"
+        )
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+    return one.shape == other.shape and np.array_equal(one[()], other[()], equal_nan=True)
+
+
+def _filtered(file: Any, name: str, members: list[str], filter_key: str) -> list[str]:
+    """In natural order, as without a filter."""
+    masks = follow(file, "mask", name) or {}
+    wanted = filter_key.removeprefix("mask/")
+    if wanted not in list(masks):
+        raise SourceError(
+            f"{name} has no filter key {wanted!r}; found {shortlist(masks) or 'none'}: choose one of them with "
+            "--filter-key (filter_key=), or leave it out"
+        )
+    mask = follow(masks, wanted, name)
+    if not isinstance(mask, optional("h5py").Dataset):
+        raise SourceError(f"{name}, mask/{wanted} is a group; expected a list of names: choose another filter key")
+    require_stored(mask, f"{name}, mask/{wanted}")
+    listed = np.asarray(mask[()]).ravel().tolist()
+    names = {entry.decode(errors="replace") if isinstance(entry, bytes) else str(entry) for entry in listed}
+    missing = sorted(names.difference(members), key=natural)
+    if missing or not names:
+        found = f"lists {shortlist(missing)}, which are not in the file" if missing else "lists no episodes"
+        raise SourceError(f"{name}: the filter key {wanted!r} {found}; choose another, or write the file anew")
+    return [member for member in members if member in names]

@@ -1,0 +1,77 @@
+"""What lies in an HDF5 file itself: its library reads other files too, and gives zeros for what was never written."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .errors import SourceError
+from .steps import optional
+
+_MOST_LINKS = 16
+_ONE_FILE = (
+    "expected all in this file, since it alone is checked and recorded: where nothing is missing, copy all into a new "
+    "one with h5py (new[PLACE] = old[PLACE][()])"
+)
+
+
+def follow(group: Any, path: str, name: str) -> Any:
+    """The object at this path from a group, None where there is none; nothing outside of the file is opened.
+
+    name: of the file, for messages. Raises SourceError for a link to another file, and for one that leads nowhere.
+    """
+    h5py = optional("h5py")
+    found, places, link = group, _parts(path), ""
+    for _ in range(_MOST_LINKS):
+        while places:
+            if not isinstance(found, h5py.Group):
+                found = None
+                break
+            place = places.pop()
+            # As `get` with `getlink` tells it, but faster.
+            links, encoded = found.id.links, place.encode("utf-8", "surrogateescape")
+            kind = links.get_info(encoded).type if links.exists(encoded) else None
+            if kind != h5py.h5l.TYPE_HARD:
+                break
+            found = found[place]
+        else:
+            return found
+        if found is None or kind is None:
+            if link:
+                raise SourceError(f"{link}, which is not in the file; expected what it leads to: write the file anew")
+            return None
+        target = found.get(place, getlink=True)
+        link = f"{name}, {found.name.rstrip('/')}/{place} is a link to {target.path!r}".replace(", /", ", ")
+        if isinstance(target, h5py.ExternalLink):
+            raise SourceError(f"{link} in another file, {target.filename!r}; {_ONE_FILE}")
+        found = found.file["/"] if target.path.startswith("/") else found
+        places += _parts(target.path)
+    raise SourceError(f"{link}, and so on without an end; expected an array or a group: write the file anew")
+
+
+def _parts(path: str) -> list[str]:
+    """The last comes first."""
+    return [part for part in reversed(path.split("/")) if part not in ("", ".")]
+
+
+def require_stored(array: Any, where: str) -> None:
+    """Raises SourceError for an array whose numbers are not all in the file: HDF5 would put zeros in their place."""
+    if array.shape is None:
+        raise SourceError(f"{where} is empty and has no shape; expected an array: remove it, or write the file anew")
+    settings = array.id.get_create_plist()
+    if settings.get_external_count() or array.is_virtual:
+        sources = array.virtual_sources() if array.is_virtual else array.external
+        names = sorted({source.file_name if array.is_virtual else str(source[0]) for source in sources})
+        raise SourceError(f"{where} has its numbers elsewhere, in {', '.join(names)}; {_ONE_FILE}")
+    if not array.size:
+        return
+    if array.chunks is None:
+        missing = not array.id.get_storage_size()
+    else:
+        chunks = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunks, strict=True))
+        missing = array.id.get_num_chunks() < chunks
+    if missing:
+        raise SourceError(
+            f"{where} has room for {list(array.shape)}, but not all was written; expected every step: the recording "
+            "was not finished, remove this episode or record it again"
+        )

@@ -1,0 +1,201 @@
+"""A conversion as a job of parts: each is made whole or not at all, so that a killed job goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..bundle.errors import BackendUnavailableError, InvalidInputError
+from ..tokenizer import ActionTokenizer
+from .errors import OutputError
+from .format import (
+    BLOCK_STEPS,
+    HASH_STEPS,
+    Compression,
+    Content,
+    MadeWith,
+    Storage,
+    TokenModel,
+    block_steps,
+)
+from .ownership import Ownership
+from .steps import Source, optional
+from .writers import Layout, spelled
+
+#: In the folder of a job in progress: held by the process that works there, and the marker that the folder is ours.
+LOCK_NAME = "lock"
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What to make of which source; can be pickled, so that workers elsewhere do the same job."""
+
+    source: Source
+    key: str
+    filter_key: str
+    bundle: Path
+    fingerprint: str
+    model: TokenModel
+    made_with: MadeWith
+    content: Content
+    storage: Storage
+    compression: Compression
+    steps_per_file: int
+    output: Path
+
+    @property
+    def partial(self) -> Path:
+        return partial_folder(self.output)
+
+    @cached_property
+    def work(self) -> Path:
+        """The folder in `partial` that no other job uses; to be asked for first while `partial` is locked."""
+        digest = hashlib.sha256(spelled(self.identity())).hexdigest()[:16]
+        return self.partial / ownership_of(self.partial).name(digest)
+
+    @property
+    def num_parts(self) -> int:
+        return -(-self.source.num_steps // self.steps_per_file)
+
+    @property
+    def source_width(self) -> int:
+        """Values of a step in the source."""
+        model = self.model
+        return model.action_dim if self.content == "tokens" else model.latent_dim * model.num_layers
+
+    @property
+    def layout(self) -> Layout:
+        model = self.model
+        shape = (model.latent_dim, model.num_layers) if self.content == "tokens" else (model.action_dim,)
+        return Layout(
+            data=self.work / "data",
+            scratch=self.work / "scratch",
+            content=self.content,
+            storage=self.storage,
+            compression=self.compression,
+            shape=shape,
+            block_steps=block_steps(self.steps_per_file),
+        )
+
+    @property
+    def stamps(self) -> list[list[int]]:
+        """What may change though the source is the same, as JSON gives it back."""
+        return [list(file.stamp) for file in self.source.files]
+
+    def rows(self, part: int) -> tuple[int, int]:
+        start = part * self.steps_per_file
+        return start, min(start + self.steps_per_file, self.source.num_steps)
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a job to go on; the output's place is not part of it."""
+        return {
+            "source": {
+                "name": self.source.name,
+                "key": self.key,
+                # Jobs that were begun without one, before there were any, go on.
+                **({"filter_key": self.filter_key} if self.filter_key else {}),
+                "num_steps": self.source.num_steps,
+                "files": [
+                    {"name": file.name, "size": file.size, "mtime_ns": file.mtime_ns} for file in self.source.files
+                ],
+            },
+            "fingerprint": self.fingerprint,
+            "model": dataclasses.asdict(self.model),
+            "made_with": dataclasses.asdict(self.made_with),
+            "content": self.content,
+            "storage": self.storage,
+            "compression": self.compression,
+            "steps_per_file": self.steps_per_file,
+        }
+
+
+def partial_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".partial")
+
+
+def ownership_of(partial: Path) -> Ownership:
+    """Raises OutputError where the folder bears no marker of ours."""
+    found = Ownership.read(partial / LOCK_NAME)
+    if found is None:
+        raise OutputError(f"{partial} is no folder of a job: its {LOCK_NAME} is missing or was altered")
+    return found
+
+
+def plan(
+    source: Source,
+    tokenizer: ActionTokenizer,
+    bundle: Path,
+    output: Path,
+    *,
+    key: str = "",
+    filter_key: str = "",
+    content: Content = "tokens",
+    storage: Storage = "parquet",
+    compression: Compression = "zstd",
+    steps_per_file: int,
+) -> Job:
+    """Raises InvalidInputError for what this bundle, or no job, can do; SourceError where the first step is unfit."""
+    model = tokenizer.model
+    _check_model(tokenizer)
+    if (
+        steps_per_file < 1
+        or steps_per_file % HASH_STEPS
+        or (steps_per_file > BLOCK_STEPS and steps_per_file % BLOCK_STEPS)
+    ):
+        raise InvalidInputError(
+            f"--steps-per-file is {steps_per_file}; expected a multiple of {BLOCK_STEPS}, or of {HASH_STEPS} where it "
+            "is smaller than that"
+        )
+    made_with = MadeWith(tokenizer.backend.name, tokenizer.backend.description, optional("pyarrow").__version__)
+    job = Job(
+        source=source,
+        key=key,
+        # Both spellings choose the same episodes.
+        filter_key=filter_key.removeprefix("mask/"),
+        bundle=bundle.absolute(),
+        fingerprint=tokenizer.fingerprint,
+        model=TokenModel.of(model),
+        made_with=made_with,
+        content=content,
+        storage=storage,
+        compression=compression,
+        steps_per_file=steps_per_file,
+        output=output.resolve(),
+    )
+    reader = source.open(job.source_width)
+    try:
+        reader.read(0, 1)
+    finally:
+        reader.close()
+    return job
+
+
+def _check_model(tokenizer: ActionTokenizer) -> None:
+    """Raises InvalidInputError for a bundle whose tokens no dataset can hold alone."""
+    model = tokenizer.model
+    if model.has_stats:
+        raise InvalidInputError(
+            "tokens of a `dynamic` bundle mean nothing without the statistics of their own step, which no dataset of "
+            "tokens holds: build a bundle with `--conditioning recovered` (the same tokens, decoded on their own) or "
+            "`--conditioning calibrated`"
+        )
+    if model.num_levels > 256:
+        raise InvalidInputError(f"the bundle has {model.num_levels} levels; tokens of one byte hold at most 256")
+
+
+def open_tokenizer(job: Job) -> ActionTokenizer:
+    """For a worker of its own: exactly the tokenizer of the job. Raises BackendUnavailableError for a like one."""
+    made_with = job.made_with
+    tokenizer = ActionTokenizer.load(job.bundle, backend=made_with.backend, expect_fingerprint=job.fingerprint)
+    if tokenizer.backend.description != made_with.device:
+        found = tokenizer.backend.description
+        tokenizer.close()
+        raise BackendUnavailableError(
+            f"this machine would use {found}, the job began with {made_with.device}: tokens may differ at near-ties; "
+            "use machines of one kind, or `--backend onnxruntime` for all"
+        )
+    return tokenizer

@@ -1,0 +1,400 @@
+"""The folder of a job in progress: who works there, what is done, and how it becomes the output.
+
+Everything lies in `OUT.partial`: `lock`, which also marks the folder as ours, `job.json` (what the job is), and in a
+folder of the job's own `scratch/` (files being written), `done/` (one record for each finished part) and `data/`, which
+becomes OUT by a rename when all of it is verified and on the disk. So a worker that outlives its killed job spoils no
+other: it writes into the folder of its own job, and nothing but the bytes that belong there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bundle.errors import TokenizerError
+from .errors import OutputError, VerificationError
+from .format import HASH_STEPS, INFO_NAME
+from .job import LOCK_NAME, Job, ownership_of, partial_folder
+from .ownership import Ownership
+from .record import PartRecord
+from .steps import is_hidden
+from .writers import hash_file, part_files, put, spelled, sync
+
+_IDENTITY_NAME = "job.json"
+#: Somebody else's end takes the folder away between two steps here; not so often, unless the place itself is at fault.
+_LOCK_ATTEMPTS = 20
+#: What file managers and network file systems leave beside the files of a dataset.
+_WORTHLESS = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+")
+
+
+# The lock -------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """The one process that works at this output; the lock ends with the process, however that ends.
+
+    Raises OutputError where the folder holds what was not written here. Where nothing was begun in it, it is taken
+    away at the end.
+    """
+    partial = partial_folder(output)
+    descriptor = _lock(partial)
+    try:
+        _claim(partial)
+        _put_back(output, partial)
+        try:
+            yield
+        finally:
+            # What cannot be taken away, though nobody needs it any more, must not hide why the work ended.
+            with suppress(OSError):
+                if not (partial / _IDENTITY_NAME).exists():
+                    _take_away(partial)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(partial: Path) -> int:
+    """The open lock. Raises OutputError, OSError."""
+    if partial.is_symlink():
+        raise OutputError(f"{partial} is a link; remove it, since the work must be done on the file system of OUT")
+    failure: OSError | None = None
+    for _ in range(_LOCK_ATTEMPTS):
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            if LOCK_NAME not in (entries := _entries(partial)):
+                _refuse_foreign(partial, entries)
+            descriptor = os.open(partial / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except (FileNotFoundError, FileExistsError) as error:
+            # The job that held it may just have ended and taken the folder away.
+            failure = error
+            continue
+        try:
+            if _hold(descriptor, partial):
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+    raise failure or FileNotFoundError(f"{partial} is taken away again and again")
+
+
+def _hold(descriptor: int, partial: Path) -> bool:
+    """Whether it is held, and still the one that lies there."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise OutputError(f"{partial} is in use: another process is making the same output; wait for it") from None
+    except OSError as error:
+        raise OutputError(
+            f"{partial} cannot be locked: {error}; its file system must offer locks (flock): give an OUT elsewhere"
+        ) from error
+    try:
+        return os.path.samestat((partial / LOCK_NAME).stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _claim(partial: Path) -> None:
+    """Mark an empty folder as ours. Raises OutputError for one with anything that its marker does not vouch for."""
+    lock, entries = partial / LOCK_NAME, _entries(partial)
+    ownership = Ownership.read(lock)
+    if ownership is not None:
+        known = (LOCK_NAME, _IDENTITY_NAME)
+        _refuse_foreign(partial, [name for name in entries if name not in known and not ownership.owns(name)])
+    elif entries == [LOCK_NAME] and Ownership.is_unfinished(lock):
+        Ownership.begin(lock)
+    else:
+        _refuse_foreign(partial, entries)
+
+
+def _refuse_foreign(partial: Path, foreign: list[str]) -> None:
+    if foreign:
+        raise OutputError(
+            f"{partial} is where the work is done, but it holds {', '.join(foreign[:5])}, which was not written here; "
+            "move it elsewhere, or give another OUT"
+        )
+
+
+def _entries(partial: Path) -> list[str]:
+    return sorted(path.name for path in partial.iterdir() if not is_hidden(path.name))
+
+
+def _own_folders(partial: Path) -> list[Path]:
+    ownership = ownership_of(partial)
+    return [path for path in partial.iterdir() if ownership.owns(path.name)]
+
+
+def _put_back(output: Path, partial: Path) -> None:
+    """What a run had set aside that was killed between the two renames of finish()."""
+    for folder in _own_folders(partial):
+        if (folder / "replaced").exists() and not os.path.lexists(output):
+            (folder / "replaced").rename(output)
+
+
+# Beginning ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Begun:
+    """done: finished parts of an earlier run, read again and hashed.
+
+    is_touched: whether the source may have changed since they were made; replaced: why the work of an earlier run was
+    discarded, where it was.
+    """
+
+    done: frozenset[int]
+    is_touched: bool
+    replaced: str
+
+
+def begin(job: Job, *, overwrite: bool, restart: bool) -> Begun:
+    """Lay the folder out, or find what an earlier run of the same job has finished.
+
+    Raises OutputError where the output exists, or another job was begun in its place.
+    """
+    if job.output.exists():
+        _refuse_existing(job, overwrite=overwrite)
+    layout, earlier, replaced = job.layout, None, ""
+    if not restart and (job.partial / _IDENTITY_NAME).is_file():
+        earlier = _read_identity(job.partial)
+        different = _differences(job, earlier)
+        why = f"was refused ({earlier['refused']})" if earlier["refused"] else "had finished no part"
+        if different and not earlier["refused"] and any(job.partial.glob("*/done/*.json")):
+            raise OutputError(
+                f"{job.partial} holds the beginning of another job, which differs in {different}; go on with what it "
+                "was begun with, or discard it with --restart"
+            )
+        if different:
+            replaced, earlier = f"an earlier run {why}", None
+    if earlier is None:
+        discard(job.partial)
+    # What another process may still be writing can no longer come between: its files have lost their folder.
+    _remove(layout.scratch)
+    for folder in (layout.data, layout.scratch, job.work / "done"):
+        folder.mkdir(parents=True, exist_ok=True)
+    stamps = job.stamps if earlier is None else earlier["stamps"]
+    if earlier is None or earlier["refused"]:
+        _write_identity(job, stamps, "")
+    return Begun(frozenset(_finished_parts(job)), stamps != job.stamps, replaced)
+
+
+def discard(partial: Path) -> None:
+    """Remove the work; what it was goes first, so that nothing of it is used after a kill. Raises OSError."""
+    (partial / _IDENTITY_NAME).unlink(missing_ok=True)
+    for folder in _own_folders(partial):
+        _remove(folder)
+
+
+def work_folder(partial: Path, what: str) -> Path:
+    """A folder for something that is no job of parts. Raises OutputError where a job is to go on here."""
+    if (partial / _IDENTITY_NAME).exists():
+        raise OutputError(
+            f"{partial} holds the beginning of another job; go on with that, or discard it with --restart"
+        )
+    folder = partial / ownership_of(partial).name(what)
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def give_up(job: Job, error: TokenizerError) -> None:
+    """After a refusal: leave nothing that would stand in the way of the repaired command.
+
+    Parts that are done stay, since the same command may yet use them (a file server that was away for a moment); the
+    job says that it was refused, so that another one may take its place unasked.
+    """
+    # The refusal is what matters: where this fails, the next run says what to do.
+    with suppress(OSError, OutputError):
+        if isinstance(error, VerificationError) or not any((job.work / "done").iterdir()):
+            discard(job.partial)
+        elif not isinstance(error, OutputError):
+            _write_identity(job, _read_identity(job.partial)["stamps"], str(error))
+
+
+def _write_identity(job: Job, stamps: list[list[int]], refused: str) -> None:
+    content = {"identity": job.identity(), "stamps": stamps, "refused": refused}
+    put(spelled(content), job.partial, _IDENTITY_NAME, job.layout.scratch)
+
+
+def _read_identity(partial: Path) -> dict[str, Any]:
+    path = partial / _IDENTITY_NAME
+    try:
+        found = json.loads(path.read_bytes())
+        kinds = {name: type(value) for name, value in found.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise _damaged(path, str(error)) from error
+    if kinds != {"identity": dict, "stamps": list, "refused": str}:
+        raise _damaged(path, f"it holds {', '.join(map(str, kinds)) or 'nothing'}")
+    return dict(found)
+
+
+def _damaged(path: Path, reason: str) -> OutputError:
+    return OutputError(f"{path} is damaged: {reason}; discard what was begun with --restart")
+
+
+def _differences(job: Job, earlier: dict[str, Any]) -> str:
+    expected, found = json.loads(spelled(job.identity())), earlier["identity"]
+    different = [name for name, value in expected.items() if found.get(name) != value]
+    details = "; ".join(f"{name}: {_short(found.get(name))}, now {_short(expected[name])}" for name in different)
+    return f"{', '.join(different)} ({details})" if different else ""
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:120]}… (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------
+
+
+def save_record(job: Job, record: PartRecord) -> None:
+    put(record.text(job.work.name), job.work / "done", f"{record.part:09d}.json", job.layout.scratch)
+
+
+def load_records(job: Job, parts: Iterable[int]) -> list[PartRecord]:
+    """Of these parts, in their order. Raises OutputError where one is missing or was altered."""
+    try:
+        return [_record(job, part) for part in sorted(parts)]
+    except FileNotFoundError as error:
+        raise OutputError(f"{error.filename} is missing: it was removed while the job ran; run it again") from error
+
+
+def _record(job: Job, part: int) -> PartRecord:
+    path = _record_path(job, part)
+    start, stop = job.rows(part)
+    try:
+        record = PartRecord.parse(path.read_bytes(), job.work.name)
+        record.check(part, part_files(job.layout, part, (start, stop)), stop - start, -(-(stop - start) // HASH_STEPS))
+    except OutputError as error:
+        raise OutputError(f"{path}: {error}; run the command again, and the part is made anew") from error
+    return record
+
+
+def _record_path(job: Job, part: int) -> Path:
+    return job.work / "done" / f"{part:09d}.json"
+
+
+def _finished_parts(job: Job) -> Iterator[int]:
+    for part in range(job.num_parts):
+        try:
+            record = _record(job, part)
+        except FileNotFoundError:
+            continue
+        except OutputError:
+            # A power cut leaves such files, and so does a hand that should not be there: the part is made anew.
+            _record_path(job, part).unlink()
+            continue
+        if _is_whole(job, record):
+            yield part
+
+
+def _is_whole(job: Job, record: PartRecord) -> bool:
+    for name, entry in record.files.items():
+        path = job.layout.data / name
+        if not path.is_file() or hash_file(path) != entry:
+            return False
+    return True
+
+
+# The end --------------------------------------------------------------------------------------------------------------
+
+
+def finish(job: Job, *, overwrite: bool) -> None:
+    """Put the data in place; killed between any two of these lines, the job ends the same when it is run again."""
+    # After a power cut, too, OUT is complete or not there. Parts need no more than their hashes until then, and waiting
+    # for the disk at each would make the whole as slow as whatever else is written to it.
+    for path in (*job.layout.data.rglob("*"), job.layout.data):
+        sync(path)
+    if job.output.exists():
+        _refuse_existing(job, overwrite=overwrite)
+        _remove(job.work / "replaced")
+        job.output.rename(job.work / "replaced")
+    job.layout.data.rename(job.output)
+    sync(job.output.parent)
+    _clean_up(job.partial)
+
+
+def was_finished(job: Job) -> bool:
+    """Whether an earlier run of this job was killed when all but cleaning up was done, which is made up for here."""
+    if not (job.output.is_dir() and (job.partial / _IDENTITY_NAME).is_file()):
+        return False
+    if any((folder / "data").exists() for folder in _own_folders(job.partial)):
+        return False
+    is_same = not _differences(job, _read_identity(job.partial))
+    _clean_up(job.partial)
+    return is_same
+
+
+def _clean_up(partial: Path) -> None:
+    """Take the work away; what it was goes last, so that a run after a kill knows that the job was finished."""
+    # OUT is in its place: what cannot be taken away now is no reason to call that a failure, and the next run tries.
+    with suppress(OSError):
+        for folder in _own_folders(partial):
+            _remove(folder)
+        (partial / _IDENTITY_NAME).unlink()
+
+
+def _take_away(partial: Path) -> None:
+    """The folder, but for what was not written here; its lock is the last to go, since it tells whose the rest is."""
+    for folder in _own_folders(partial):
+        _remove(folder)
+    (partial / LOCK_NAME).unlink()
+    partial.rmdir()
+
+
+def _remove(folder: Path) -> None:
+    """Raises OSError where something of it is left."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if os.path.lexists(folder):
+        # Somebody was writing into it; or once more, to hear why not.
+        shutil.rmtree(folder)
+
+
+def _refuse_existing(job: Job, *, overwrite: bool) -> None:
+    if not overwrite:
+        raise OutputError(f"{job.output} exists; give another name, or --overwrite to replace it once all is verified")
+    written = _written_files(job.output)
+    if not written:
+        raise OutputError(
+            f"{job.output} is not a dataset that was written here: it has no {INFO_NAME} that lists its files; give "
+            "another name, or remove it yourself"
+        )
+    found = (path for path in job.output.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = {path.relative_to(job.output).as_posix() for path in found if not _WORTHLESS.fullmatch(path.name)}
+    if foreign := sorted(names - written):
+        raise OutputError(
+            f"{job.output} also holds {', '.join(foreign[:5])}, which {INFO_NAME} does not list and which would be "
+            "lost; move it elsewhere, or give another name"
+        )
+
+
+def _written_files(folder: Path) -> set[str]:
+    """What `dataset.json` lists, itself included, whatever its schema version; nothing where it is not one of ours."""
+    try:
+        content = json.loads((folder / INFO_NAME).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return set()
+    is_ours = isinstance(content, dict) and "dataset_sha256" in content and isinstance(content.get("files"), dict)
+    return {INFO_NAME, *content["files"]} if is_ours else set()
+
+
+@contextmanager
+def output_errors(partial: Path) -> Iterator[None]:
+    """What the file system refuses, as an OutputError."""
+    try:
+        yield
+    except TokenizerError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"{partial} cannot be written: {error}; make room or choose another place, and run the command again "
+            "to go on"
+        ) from error

@@ -1,0 +1,191 @@
+"""Makes the parts of a job: reads a block, codes it, writes it, and keeps no more than that."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from ..bundle.errors import InvalidInputError
+from ..tokenizer import ActionTokenizer
+from .coding import StepCoder
+from .errors import IllegalActionError, SourceError
+from .format import HASH_STEPS, part_metadata
+from .job import Job
+from .partial import output_errors, save_record
+from .progress import Progress
+from .record import PartRecord, Run
+from .steps import AnyArray, Steps
+from .writers import part_writer
+
+_WAIT_SECONDS = 0.1
+
+
+class Stopped(Exception):  # noqa: N818  # no error: another worker has one
+    """Work that was given up because it will not be used."""
+
+
+class PartMaker:
+    """For one thread: its own reader of the source. Parts in ascending order are the cheap ones."""
+
+    def __init__(self, job: Job, tokenizer: ActionTokenizer) -> None:
+        self._job, self._limit = job, np.float32(tokenizer.model.action_limit)
+        self._coder = StepCoder(tokenizer)
+        self._reader = job.source.open(job.source_width)
+
+    def make(self, part: int, on_steps: Callable[[int], None], is_stopped: Callable[[], bool]) -> PartRecord:
+        """Write the part and its record; `on_steps` hears of every block."""
+        job = self._job
+        start, stop = job.rows(part)
+        digests: list[str] = []
+        runs: list[Run] = []
+        writer = part_writer(job.layout, part, start)
+        try:
+            for row in range(start, stop, job.layout.block_steps):
+                if is_stopped():
+                    raise Stopped
+                steps = self._reader.read(row, min(row + job.layout.block_steps, stop))
+                digests += _digests(steps)
+                self._extend(runs, steps, row)
+                writer.write(Steps(self._code(steps, row), steps.episode, steps.frame))
+                on_steps(len(steps))
+            digest = hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
+            files = writer.close(part_metadata(job.content, job.fingerprint, job.model, start, digest))
+        except BaseException:
+            writer.abandon()
+            raise
+        record = PartRecord(part, files, tuple(digests), tuple(runs))
+        save_record(job, record)
+        return record
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _code(self, steps: Steps, first_row: int) -> AnyArray:
+        if self._job.content == "actions":
+            return self._coder.decode(steps.values)
+        try:
+            return self._coder.encode(steps.values)
+        except InvalidInputError:
+            self._refuse_illegal(steps, first_row)
+            raise
+
+    def _extend(self, runs: list[Run], steps: Steps, first_row: int) -> None:
+        """Add what the block has of every episode; raises SourceError for steps that are not in order."""
+        begins = np.concatenate([[0], np.flatnonzero(np.diff(steps.episode)) + 1])
+        ends = np.concatenate([begins[1:], [len(steps)]])
+        falls = np.flatnonzero((np.diff(steps.episode) == 0) & (np.diff(steps.frame) <= 0))
+        if falls.size:
+            row = int(falls[0])
+            self._refuse_order(
+                (int(steps.episode[row]), int(steps.frame[row])),
+                (int(steps.episode[row + 1]), int(steps.frame[row + 1])),
+                first_row + row + 1,
+            )
+        columns = (steps.episode[begins], steps.frame[begins], steps.frame[ends - 1], ends - begins)
+        for begin, (episode, first, last, count) in zip(
+            begins.tolist(), zip(*(column.tolist() for column in columns), strict=True), strict=True
+        ):
+            before = runs[-1] if runs else None
+            if before is None or before[0] < episode:
+                runs.append((episode, first, last, count))
+            elif before[0] == episode and before[2] < first:
+                runs[-1] = (episode, before[1], last, before[3] + count)
+            else:
+                self._refuse_order((before[0], before[2]), (episode, first), first_row + begin)
+
+    def _refuse_order(self, before: tuple[int, int], after: tuple[int, int], row: int) -> None:
+        raise out_of_order(self._job.source.file_of(row), before, after)
+
+    def _refuse_illegal(self, steps: Steps, first_row: int) -> None:
+        illegal = np.argwhere(~(np.abs(steps.values) <= self._limit))
+        if illegal.size:
+            row, dimension = (int(place) for place in illegal[0])
+            raise IllegalActionError(
+                f"{self._job.source.file_of(first_row + row)}, episode {steps.episode[row]}, step {steps.frame[row]}, "
+                f"dimension {dimension}: {steps.values[row, dimension]}; expected finite numbers of at most "
+                f"{float(self._limit):g}: repair or drop this episode"
+            )
+
+
+def _digests(steps: Steps) -> list[str]:
+    found = []
+    for start in range(0, len(steps), HASH_STEPS):
+        rows = slice(start, start + HASH_STEPS)
+        digest = hashlib.sha256(_bytes(steps.values[rows]))
+        for numbers in (steps.episode, steps.frame):
+            digest.update(_bytes(numbers[rows]))
+        found.append(digest.hexdigest())
+    return found
+
+
+def _bytes(values: AnyArray) -> memoryview:
+    return memoryview(np.ascontiguousarray(values)).cast("B")  # type: ignore[arg-type]  # a buffer to mypy from 3.12 on
+
+
+def parts_of_another_source(job: Job, records: Iterable[PartRecord]) -> set[int]:
+    """Those whose steps in the source are no longer the ones they were made from. Raises SourceError."""
+    found = set()
+    reader = job.source.open(job.source_width)
+    try:
+        for record in records:
+            start, stop = job.rows(record.part)
+            digests: list[str] = []
+            for row in range(start, stop, job.layout.block_steps):
+                digests += _digests(reader.read(row, min(row + job.layout.block_steps, stop)))
+            if tuple(digests) != record.digests:
+                found.add(record.part)
+    finally:
+        reader.close()
+    return found
+
+
+def out_of_order(where: str, before: tuple[int, int], after: tuple[int, int]) -> SourceError:
+    """before and after: episode and frame."""
+    return SourceError(
+        f"{where}: episode {after[0]}, step {after[1]} follows episode {before[0]}, step {before[1]}; expected "
+        "ascending episodes, each in one piece, with ascending steps: sort them, or remove the duplicate file or row"
+    )
+
+
+def run_local(job: Job, tokenizer: ActionTokenizer, parts: Sequence[int], workers: int, progress: Progress) -> None:
+    """Make these parts in so many threads of this process: what takes time in them needs no interpreter."""
+    waiting = iter(parts)
+    lock, stopping = threading.Lock(), threading.Event()
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            maker = PartMaker(job, tokenizer)
+            try:
+                while not stopping.is_set():
+                    with lock:
+                        part = next(waiting, None)
+                    if part is None:
+                        return
+                    with output_errors(job.partial):
+                        maker.make(part, progress.add, stopping.is_set)
+            finally:
+                maker.close()
+        except Stopped:
+            return
+        except BaseException as error:
+            errors.append(error)
+            stopping.set()
+
+    threads = [threading.Thread(target=work, name=f"part-maker-{index}") for index in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(_WAIT_SECONDS)
+                progress.show()
+    finally:
+        stopping.set()
+        for thread in threads:
+            thread.join()
+    if errors:
+        raise errors[0]

@@ -1,0 +1,72 @@
+"""How far a conversion is: one line, with rate and time left."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from ..bundle.console import ProgressLine, duration
+from ..bundle.paths import counted
+
+#: In a shorter time the rate is that of starting, and no more.
+_RATE_SECONDS = 1.0
+
+
+class Progress:
+    """Counts steps from any thread."""
+
+    def __init__(self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._before, self._done, self._clock = total, done, done, clock
+        self._lock = threading.Lock()
+        self._started = clock()
+        self._finished: float | None = None
+        self._shown = ProgressLine(clock)
+
+    def begin(self) -> None:
+        """Start the clock anew: what came before was no work on steps."""
+        self._started = self._clock()
+
+    def add(self, steps: int) -> None:
+        with self._lock:
+            self._done += steps
+
+    def line(self) -> str:
+        """The rate is that of this run; what an earlier run did counts as done alone."""
+        rate, done = self.rate, self._before + self.steps
+        left = f"{duration((self._total - done) / rate)} left" if rate > 0 else "time left unknown"
+        speed = f"{self.speed}, " if self.speed else ""
+        return f"{done:,} of {counted(self._total, 'step')}, {done / self._total:.1%}, {speed}{left}"
+
+    def show(self) -> None:
+        """Print the line where the last one is old enough."""
+        self._shown.show(self.line())
+
+    def finish(self) -> None:
+        """Stop the clock, and make room for other lines."""
+        self._finished = self._clock()
+        self._shown.clear()
+
+    @property
+    def steps(self) -> int:
+        """Of this run."""
+        with self._lock:
+            return self._done - self._before
+
+    @property
+    def seconds(self) -> float:
+        return (self._clock() if self._finished is None else self._finished) - self._started
+
+    @property
+    def rate(self) -> float:
+        """Steps a second, of this run."""
+        seconds = self.seconds
+        return self.steps / seconds if seconds > 0 else 0.0
+
+    @property
+    def speed(self) -> str:
+        """The rate in words; empty where too little was done to tell."""
+        rate = self.rate
+        if not rate or self.seconds < _RATE_SECONDS:
+            return ""
+        return f"{rate / 1e6:.2f} million steps/s" if rate >= 1e5 else f"{rate:,.0f} steps/s"

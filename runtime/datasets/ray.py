@@ -1,0 +1,103 @@
+"""The same job on a Ray Data cluster: each part is a row, made by whichever worker has time, again if one dies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+from ..bundle import errors
+from ..bundle.errors import TokenizerError
+from ..datasets import errors as dataset_errors
+from .errors import DatasetError
+from .job import Job, open_tokenizer
+from .partial import output_errors
+from .parts import PartMaker
+from .progress import Progress
+
+#: Rows are a few numbers: the least that Ray accepts.
+_OBJECT_STORE_BYTES = 80 * 2**20
+#: Of so many parts each is a task of its own; of more, several are one.
+_MOST_BLOCKS = 4096
+
+
+def run_ray(job: Job, parts: Sequence[int], workers: int, address: str | None, progress: Progress) -> None:
+    """Make these parts on the cluster at `address`, or on one started here with so many workers.
+
+    Source, bundle and output must lie where every machine sees them by the same paths. Parts are written as everywhere:
+    whole or not at all, so that one that is made twice is the same.
+    """
+    # Ray reports its use to its maker, unless told not to before it starts.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise DatasetError(
+            f"--engine ray needs Ray, which cannot be imported ({error}); pip install '.[ray]'"
+        ) from error
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        own = {"num_cpus": workers, "include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
+        try:
+            ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else own))
+        except (OSError, RuntimeError, ValueError) as error:
+            raise DatasetError(f"no Ray at {address or 'this machine'}: {error}; check --ray-address") from error
+    progress.begin()
+    try:
+        _run(ray, job, parts, workers, progress)
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+def _run(ray: Any, job: Job, parts: Sequence[int], workers: int, progress: Progress) -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    made = ray.data.from_items(
+        [{"part": part} for part in parts], override_num_blocks=min(len(parts), _MOST_BLOCKS)
+    ).map(
+        RayWorker,
+        fn_constructor_args=(pickle.dumps(job),),
+        compute=ray.data.ActorPoolStrategy(size=min(workers, len(parts))),
+        num_cpus=1,
+    )
+    for row in made.iter_rows():
+        raise_refusal(row)
+        progress.add(row["steps"])
+        progress.show()
+
+
+class RayWorker:
+    """One process of the cluster; opened at its first part, so that what it cannot do is said as everywhere else."""
+
+    def __init__(self, job: bytes) -> None:
+        self._job: Job = pickle.loads(job)  # noqa: S301  # the driver's own bytes, through Ray, which pickles everything
+        self._maker: PartMaker | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        part = int(row["part"])
+        start, stop = self._job.rows(part)
+        found = {"part": part, "steps": stop - start, "kind": "", "error": ""}
+        try:
+            with output_errors(self._job.partial):
+                if self._maker is None:
+                    self._maker = PartMaker(self._job, open_tokenizer(self._job))
+                self._maker.make(part, lambda _: None, lambda: False)
+        except TokenizerError as error:
+            return {**found, "kind": type(error).__name__, "error": str(error)}
+        return found
+
+
+def raise_refusal(row: dict[str, Any]) -> None:
+    """The worker's error, where it has one, as if it had been raised here."""
+    if not row["error"]:
+        return
+    for module in (dataset_errors, errors):
+        kind = getattr(module, row["kind"], None)
+        if isinstance(kind, type) and issubclass(kind, TokenizerError):
+            raise kind(row["error"])
+    raise DatasetError(row["error"])

@@ -1,0 +1,239 @@
+"""A converted dataset, opened and verified: for decoding, for training, for whoever must not misread tokens."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle.compatibility import INTEGRATION_PATHS, matches_fingerprint
+from ..bundle.errors import FingerprintError
+from ..bundle.manifest import FileEntry
+from ..bundle.paths import as_path
+from ..bundle.reading import read_file
+from .errors import SourceError, TokenDatasetError
+from .format import DatasetInfo, part_name, read_info
+from .steps import (
+    AnyArray,
+    EpisodeTable,
+    Int64Array,
+    SourceFile,
+    Steps,
+    lengths_to_starts,
+    optional,
+    readable,
+    shown_name,
+    source_file,
+)
+from .writers import hash_file, unpack
+
+_AGAIN = "copy the dataset again, or tokenise the source again"
+
+
+def open_token_dataset(path: str | os.PathLike[str], *, expect_fingerprint: str | None = None) -> TokenDataset:
+    """Open a folder that `tokenize_dataset.py` wrote: the sizes of all files are checked, their hashes when read.
+
+    expect_fingerprint: of the tokenizer that the tokens are for, in full or its first digits (8 at least). Raises
+    TokenDatasetError for what is unfinished, truncated, altered or of another schema version, FingerprintError for
+    tokens of another tokenizer.
+    """
+    folder = as_path(path, "the dataset").absolute()
+    try:
+        return _open(folder, expect_fingerprint)
+    except OSError as error:
+        raise TokenDatasetError(f"{folder} cannot be read: {error}; check its permissions, or {_AGAIN}") from error
+
+
+def _open(folder: Path, expect_fingerprint: str | None) -> TokenDataset:
+    info = read_info(folder)
+    if expect_fingerprint is not None:
+        check_fingerprint(folder, info, expect_fingerprint)
+    for name, entry in info.files.items():
+        file = folder / name
+        size = file.stat().st_size if file.is_file() else None
+        if size != entry.size:
+            found = "is missing" if size is None else f"has {size} bytes, it was written with {entry.size}"
+            raise TokenDatasetError(f"{name} in {folder} {found}: the dataset is truncated or was altered; {_AGAIN}")
+    return TokenDataset(folder, info)
+
+
+def check_fingerprint(folder: Path, info: DatasetInfo, expected: str) -> None:
+    if not matches_fingerprint(info.fingerprint, expected):
+        raise FingerprintError(
+            f"the tokens in {folder} have the fingerprint {info.fingerprint}, expected {expected!r}: they mean "
+            "something else to that tokenizer, and would become other actions; use the bundle that made them. Or:\n"
+            f"{INTEGRATION_PATHS}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDataset:
+    """Steps of a converted dataset, in slices. It is a source like any other: it can be decoded as a whole."""
+
+    folder: Path
+    info: DatasetInfo
+    _verified: dict[str, FileEntry] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        return shown_name(self.folder)
+
+    @property
+    def root(self) -> Path:
+        return self.folder
+
+    @property
+    def num_steps(self) -> int:
+        return self.info.num_steps
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]:
+        return tuple(source_file(self.folder / name, self.folder) for name in self.info.files)
+
+    @property
+    def stated_episodes(self) -> EpisodeTable:
+        return self.episodes()
+
+    def open(self, width: int) -> DatasetReader:
+        if width != self.info.width:
+            raise TokenDatasetError(f"{self.name} has {self.info.width} values for a step, expected {width}; {_AGAIN}")
+        return DatasetReader(self)
+
+    def check(self) -> None:
+        """Every file is hashed when it is read."""
+
+    def file_of(self, row: int) -> str:
+        return f"{self.name}, row {row}"
+
+    def episodes(self) -> EpisodeTable:
+        """Where every episode begins and ends, and its number."""
+        if self.info.storage == "zarr":
+            ends, numbers = (self._meta_array(name) for name in ("episode_ends", "episode_index"))
+            starts = np.concatenate([np.zeros(1, np.int64), ends])
+        else:
+            columns = self._episodes_table(["episode_index", "num_steps"])
+            numbers = columns.column("episode_index").to_numpy()
+            starts = lengths_to_starts(columns.column("num_steps").to_numpy())
+        return EpisodeTable(starts, numbers)
+
+    def episode_names(self, episodes: Int64Array) -> list[str]:
+        if self.info.storage == "zarr":
+            names = np.frombuffer(self.content("meta/episode_name/0"), self._name_type()).tolist()
+            found = [name.decode() for name in names]
+        else:
+            found = self._episodes_table(["name"]).column("name").to_pylist()
+        numbers = self.episodes().numbers
+        return [found[place] for place in np.searchsorted(numbers, episodes).tolist()]
+
+    def content(self, name: str) -> bytes:
+        """A file's bytes, with the hash that `dataset.json` states."""
+        self.verify(name)
+        return read_file(self.folder / name, self.info.files[name].size)
+
+    def verify(self, name: str) -> None:
+        """Once for each file; raises TokenDatasetError."""
+        expected = self.info.files.get(name)
+        if expected is None:
+            raise TokenDatasetError(f"{self.folder} lists no file {name!r}; {_AGAIN}")
+        if name in self._verified:
+            return
+        try:
+            found = hash_file(self.folder / name)
+        except OSError as error:
+            raise TokenDatasetError(f"{name} in {self.folder} cannot be read: {error}; {_AGAIN}") from error
+        if found != expected:
+            raise TokenDatasetError(
+                f"{name} in {self.folder} has {found.size} bytes and sha256 {found.sha256}, it was written with "
+                f"{expected.size} and {expected.sha256}: it is truncated or was altered; {_AGAIN}"
+            )
+        self._verified[name] = found
+
+    def _meta_array(self, name: str) -> Int64Array:
+        return np.frombuffer(self.content(f"meta/{name}/0"), "<i8")
+
+    def _name_type(self) -> str:
+        return f"S{self.info.files['meta/episode_name/0'].size // self.info.num_episodes}"
+
+    def _episodes_table(self, columns: list[str]) -> Any:
+        self.verify("episodes.parquet")
+        return optional("pyarrow.parquet").ParquetFile(self.folder / "episodes.parquet").read(columns)
+
+
+class DatasetReader:
+    """Keeps the last block: slices in ascending order read each once."""
+
+    def __init__(self, dataset: TokenDataset) -> None:
+        self._dataset, self._info = dataset, dataset.info
+        self._block: Steps | None = None
+        self._block_index = -1
+        self._file: Any = None
+        self._file_index = -1
+
+    def read(self, start: int, stop: int) -> Steps:
+        size, parts = self._info.steps_per_block, []
+        while start < stop:
+            index = start // size
+            block = self._read_block(index)
+            end = min(stop, index * size + len(block))
+            rows = slice(start - index * size, end - index * size)
+            parts.append(Steps(block.values[rows], block.episode[rows], block.frame[rows]))
+            start = end
+        return Steps.joined(parts)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file, self._file_index = None, -1
+
+    def _read_block(self, index: int) -> Steps:
+        if index != self._block_index or self._block is None:
+            read = self._read_parquet if self._info.storage == "parquet" else self._read_zarr
+            try:
+                with readable(self._dataset.name, f"a {self._info.storage} dataset"):
+                    self._block = read(index)
+            except SourceError as error:
+                raise TokenDatasetError(str(error)) from error
+            self._block_index = index
+            expected = min(self._info.steps_per_block, self._info.num_steps - index * self._info.steps_per_block)
+            if len(self._block) != expected:
+                raise TokenDatasetError(
+                    f"block {index} of {self._dataset.folder} has {len(self._block)} steps, expected {expected}; "
+                    f"{_AGAIN}"
+                )
+        return self._block
+
+    def _read_parquet(self, index: int) -> Steps:
+        part, group = divmod(index, self._info.steps_per_file // self._info.steps_per_block)
+        if part != self._file_index:
+            self.close()
+            name = part_name(part)
+            self._dataset.verify(name)
+            self._file = optional("pyarrow.parquet").ParquetFile(self._dataset.folder / name)
+            self._file_index = part
+        table = self._file.read_row_group(group, use_threads=False)
+        episode, frame, column = (table.column(place).combine_chunks() for place in range(3))
+        return Steps(_values(column, self._info), episode.to_numpy(), frame.to_numpy())
+
+    def _read_zarr(self, index: int) -> Steps:
+        info, steps = self._info, self._info.steps_per_block
+        model = info.model
+        rows = min(steps, info.num_steps - index * steps)
+        packed = self._dataset.content(f"data/tokens/{index}.0.0")
+        flat = np.frombuffer(unpack(packed, steps * info.width, info.compression), np.uint8)
+        # Order F: see turned().
+        tokens = flat.reshape(model.num_layers, model.latent_dim, steps)[..., :rows].T
+        numbers = []
+        for name in ("episode_index", "frame_index"):
+            packed = self._dataset.content(f"data/{name}/{index}")
+            numbers.append(np.frombuffer(unpack(packed, steps * 8, info.compression), "<i8")[:rows])
+        return Steps(np.ascontiguousarray(tokens).reshape(rows, info.width), *numbers)
+
+
+def _values(column: Any, info: DatasetInfo) -> AnyArray:
+    if info.content == "actions":
+        return np.asarray(column.flatten().to_numpy()).reshape(-1, info.width)
+    buffer = column.buffers()[1]
+    return np.frombuffer(buffer, np.uint8, len(column) * info.width, column.offset * info.width).reshape(-1, info.width)

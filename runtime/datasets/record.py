@@ -1,0 +1,87 @@
+"""What a finished part leaves for whoever goes on: its files, what they were made from, which steps they hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ..bundle.manifest import FileEntry
+from .errors import OutputError
+
+#: What a part has of one episode: its number, the first and the last frame, and the number of steps.
+Run = tuple[int, int, int, int]
+_INT64 = 2**63
+
+
+@dataclass(frozen=True)
+class PartRecord:
+    """A finished part. digests: sha256 of every HASH_STEPS steps of the source; runs: in their order."""
+
+    part: int
+    files: dict[str, FileEntry]
+    digests: tuple[str, ...]
+    runs: tuple[Run, ...]
+
+    def text(self, work: str) -> bytes:
+        """The one spelling, its own hash included. work: name of the job's folder, so that it fits no other job."""
+        # Not dataclasses.asdict of the whole: it copies every run by itself, which takes longer than all else here.
+        files = {name: dataclasses.asdict(entry) for name, entry in self.files.items()}
+        content = {"part": self.part, "files": files, "digests": self.digests, "runs": self.runs}
+        digest = hashlib.sha256(f"{work}\n{json.dumps(content)}".encode()).hexdigest()
+        return json.dumps({**content, "sha256": digest}).encode()
+
+    @classmethod
+    def parse(cls, text: bytes, work: str) -> PartRecord:
+        """Raises OutputError for anything but what `text` gives."""
+        try:
+            content = json.loads(text)
+            record = cls(
+                _integer(content["part"]),
+                {
+                    name: FileEntry(_hash(entry["sha256"]), _integer(entry["size"]))
+                    for name, entry in content["files"].items()
+                },
+                tuple(map(_hash, content["digests"])),
+                tuple(_run(run) for run in content["runs"]),
+            )
+            is_spelled_so = record.text(work) == text
+        # All that content of another shape can raise, deeply nested and non-ASCII text included.
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise OutputError(
+                f"a record of a finished part cannot be read ({type(error).__name__}: {error})"
+            ) from error
+        if not is_spelled_so:
+            raise OutputError("a record of a finished part was altered after it was written: its hash is another")
+        return record
+
+    def check(self, part: int, files: set[str], steps: int, digests: int) -> None:
+        """Raises OutputError unless it is about this part, its files, and so many steps and digests."""
+        counted = sum(run[3] for run in self.runs)
+        found = (self.part, set(self.files), counted, len(self.digests))
+        if found != (part, files, steps, digests):
+            raise OutputError(
+                f"the record of part {part} is about part {self.part}, {len(self.files)} files, {counted} steps and "
+                f"{len(self.digests)} digests; expected {len(files)} files, {steps} steps and {digests} digests"
+            )
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int or not -_INT64 <= value < _INT64:
+        raise TypeError(f"{value!r} is no integer of 64 bits")
+    return value
+
+
+def _hash(value: Any) -> str:
+    if not isinstance(value, str) or len(bytes.fromhex(value)) != hashlib.sha256().digest_size:
+        raise TypeError(f"{value!r} is no sha256")
+    return value
+
+
+def _run(values: Any) -> Run:
+    episode, first, last, count = map(_integer, values)
+    if count < 1 or last - first < count - 1:
+        raise ValueError(f"{count} steps from {first} to {last}")
+    return episode, first, last, count

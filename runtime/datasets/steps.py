@@ -1,0 +1,247 @@
+"""What all datasets have in common here: a long row of steps, each of one episode, read slice by slice."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..bundle.reading import UnfitFileError, regular_file
+from .errors import DatasetError, SourceError
+
+Int64Array = npt.NDArray[np.int64]
+AnyArray = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """As it was when a job began: another size or time of writing means that it has changed.
+
+    stamp: device, inode and the time of the last change of any kind, which nothing can set back. It also changes where
+    the file was only moved, copied or linked to, so then the steps themselves have to be compared.
+    """
+
+    name: str
+    size: int
+    mtime_ns: int
+    stamp: tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """values: actions float32 [n, A] or tokens uint8 [n, D*L]; episode and frame: int64 [n]."""
+
+    values: AnyArray
+    episode: Int64Array
+    frame: Int64Array
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Steps]) -> Steps:
+        """One after the other; a single one as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([part.values for part in parts]),
+            np.concatenate([part.episode for part in parts]),
+            np.concatenate([part.frame for part in parts]),
+        )
+
+
+class StepReader(Protocol):
+    """One reader for each thread. It remembers where it is: slices in ascending order are the cheap ones."""
+
+    def read(self, start: int, stop: int) -> Steps:
+        """Rows start ... stop - 1 of the whole dataset. Raises SourceError or TokenDatasetError."""
+
+    def close(self) -> None: ...
+
+
+class Source(Protocol):
+    """A dataset that was found whole by its tables of contents; can be pickled, and holds no step in memory."""
+
+    @property
+    def name(self) -> str:
+        """The file's or folder's name."""
+
+    @property
+    def num_steps(self) -> int: ...
+
+    @property
+    def root(self) -> Path:
+        """Where `files` lie."""
+
+    @property
+    def files(self) -> tuple[SourceFile, ...]: ...
+
+    @property
+    def stated_episodes(self) -> EpisodeTable | None:
+        """All episodes in order, where the dataset says so beside its steps."""
+
+    def open(self, width: int) -> StepReader:
+        """A reader that refuses values of another width."""
+
+    def check(self) -> None:
+        """Read through what only a whole pass can show to be damaged."""
+
+    def file_of(self, row: int) -> str:
+        """Where this step lies, for messages."""
+
+    def episode_names(self, episodes: Int64Array) -> list[str]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodeTable:
+    """Episodes that follow one another: starts int64 [E + 1], the last is the number of steps; numbers int64 [E]."""
+
+    starts: Int64Array
+    numbers: Int64Array
+
+    def steps(self, values: AnyArray, start: int) -> Steps:
+        """`values` of the rows from `start` on, with their episodes and frames."""
+        rows = np.arange(start, start + len(values), dtype=np.int64)
+        place = np.searchsorted(self.starts, rows, side="right") - 1
+        return Steps(values, self.numbers[place], rows - self.starts[place])
+
+
+def lengths_to_starts(lengths: AnyArray) -> Int64Array:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def shown_name(path: Path) -> str:
+    """The name as text that any file can hold: bytes that are no UTF-8 are escaped."""
+    return path.name.encode("utf-8", "backslashreplace").decode()
+
+
+def source_file(path: Path, root: Path) -> SourceFile:
+    status = path.stat()
+    stamp = (status.st_dev, status.st_ino, status.st_ctime_ns)
+    return SourceFile(path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns, stamp)
+
+
+def has_changed(file: SourceFile) -> SourceError:
+    return SourceError(
+        f"{file.name} has changed while it was read; expected the same to the end: run the command again when nothing "
+        "writes to it"
+    )
+
+
+def touched_file(source: Source) -> SourceFile | None:
+    """One that may have changed, only its steps can tell; None where all are untouched.
+
+    Raises SourceError where a file is certainly not the one that was opened.
+    """
+    touched = None
+    for file in source.files:
+        try:
+            found = source_file(source.root / file.name, source.root)
+        except FileNotFoundError as error:
+            raise has_changed(file) from error
+        if (found.size, found.mtime_ns) != (file.size, file.mtime_ns):
+            raise has_changed(file)
+        if found.stamp != file.stamp:
+            touched = touched or file
+    return touched
+
+
+_HIDDEN = ("Thumbs.db", "desktop.ini", "__MACOSX")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether no one means this file as data, by its path in a dataset: what systems and editors leave everywhere.
+
+    `._x` and `.DS_Store` of macOS, `.ipynb_checkpoints`, `.nfs…`, `Thumbs.db` and the like.
+    """
+    return any((part.startswith(".") and part != ".") or part in _HIDDEN for part in name.split("/"))
+
+
+def as_float32(values: AnyArray) -> npt.NDArray[np.float32]:
+    """Other floating-point numbers are rounded; those too large become infinite and are refused with the illegal."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values, np.float32)
+
+
+def as_int64(values: AnyArray, label: str) -> Int64Array:
+    """Integers of any type. Raises SourceError for those that int64 has no room for: they would wrap around."""
+    if values.dtype.kind == "u" and values.size and values.max() > np.iinfo(np.int64).max:
+        raise SourceError(f"{label} holds {values.max()}; expected integers below 2**63: number from 0")
+    return values.astype(np.int64)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts demo_2 before demo_10."""
+    return [(int(number or 0), text) for text, number in re.findall(r"(\D*)(\d*)", name)]
+
+
+def optional(module: str, extra: str = "datasets") -> Any:
+    """Import a package that only some files need; extra: what of this package brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise DatasetError(
+            f"this needs {package}, which cannot be imported ({error}); pip install '.[{extra}]'"
+        ) from error
+
+
+@contextmanager
+def readable(name: str, kind: str) -> Iterator[None]:
+    """Turn whatever a format's library raises on a damaged file into a SourceError."""
+    try:
+        yield
+    except DatasetError:
+        raise
+    # Parsers raise nearly anything on damaged bytes: zlib.error, BadZipFile, ArrowInvalid, KeyError, MemoryError, ...
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise SourceError(
+            f"{name} cannot be read as {kind} ({type(error).__name__}: {reason}); expected an undamaged file: copy it "
+            "again or save it anew"
+        ) from error
+
+
+@contextmanager
+def opened(path: Path, kind: str, magic: bytes = b"", *, name: str = "") -> Iterator[BinaryIO]:
+    """A file of demonstrations, never waited for, of what is clearly no other kind: the one way to open any.
+
+    magic: its first bytes; name: for messages. Libraries that open a file by its name are called inside. Raises
+    SourceError, also for whatever is raised inside.
+    """
+    name = name or path.name
+    with readable(name, kind), ExitStack() as stack:
+        try:
+            file, _ = stack.enter_context(regular_file(path))
+        except UnfitFileError as error:
+            raise SourceError(f"{name} is no regular file; expected {kind}") from error
+        except OSError as error:
+            raise SourceError(f"{name} cannot be read: {error}; check its permissions") from error
+        start = file.read(max(32, len(magic)))
+        if not start:
+            raise SourceError(f"{name} is empty (0 bytes); expected {kind}: copy or download it again")
+        if start.startswith(b"version https://git-lfs"):
+            raise SourceError(f"{name} is a Git LFS pointer, not the data; fetch it with `git lfs pull`")
+        # Parsers guess: numpy takes any unknown bytes for a pickle and advises to allow it.
+        if not start.startswith(magic):
+            raise SourceError(
+                f"{name} starts with {start[: len(magic)]!r} instead of {magic!r}: not {kind} but a damaged file, "
+                "another format or a pickle, which could run code; save plain arrays"
+            )
+        file.seek(0)
+        yield file
+
+
+def check_width(found: int, expected: int, name: str) -> None:
+    if found != expected:
+        raise SourceError(
+            f"{name} has {found} action dimensions; the bundle's model has {expected}: give demonstrations of the "
+            "robot that it was made for, or name another array with --key"
+        )

@@ -1,0 +1,434 @@
+"""`ActionRFSQAE`, what policy code calls: the published model's interface, backed by a bundle.
+
+Nothing here imports it: whoever wants it has torch. It does no arithmetic of its own; tensors go to an
+`ActionTokenizer`, on the CPU as numpy views, on the GPU where they lie (`runtime.policy.adapter_calls`).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from ..bundle.checkpoint_layouts import (
+    StateComparison,
+    compare_config,
+    compare_state,
+    is_grid,
+    recorded_hashes,
+    recorded_weights,
+)
+from ..bundle.errors import (
+    FingerprintError,
+    InvalidInputError,
+)
+from ..bundle.manifest import ModelEntry
+from ..bundle.paths import as_path
+from ..bundle.validation import InputValidator
+from ..tokenizer import ActionTokenizer
+from .adapter_calls import CPU, Call, Engines, checked_indices, checked_tensor, is_plain
+from .checkpoint_states import states_in
+
+_LOG = logging.getLogger(__name__)
+
+#: The only entry of the adapter's own state dict: the fingerprint's 32 bytes, as float32 numbers.
+FINGERPRINT_KEY = "tokenizer_fingerprint"
+#: Whoever averages the weights of policies averages these numbers too, and each may be off by so much then. That all 32
+#: of another fingerprint are so near has a chance of (9 / 256)^32.
+_ROUNDING = 4
+
+
+class ActionRFSQAE(nn.Module):
+    """The published model's calls on a bundle: B any batch size, T any length, both may be 0; other leading axes too.
+
+    Frozen: results carry no graph, and `train`, `half` and the like change nothing. The only state is the fingerprint,
+    a buffer: where the policy's checkpoint brings another one, loading it or the first call raises FingerprintError.
+    Tensors may lie anywhere, and results lie where the input did. On the CPU wrong values raise InvalidInputError; on
+    the GPU the host does not read them: a token that is no level makes the actions of its step NaN, an action that is
+    not finite makes the tokens of its step -1.
+
+    action_dim A, num_layers L, num_levels K as published; hidden_dim and latent_dim are both D, which the published
+    config calls hidden_dim; use_layernorm: whether residuals are normalised, by constants or otherwise.
+    """
+
+    tokenizer_fingerprint: Tensor
+
+    def __init__(self, engines: object = None, *_sizes: object, **_settings: object) -> None:
+        """Use `from_bundle`; the published model's arguments are taken to say so."""
+        if not isinstance(engines, Engines):
+            raise InvalidInputError(
+                "this ActionRFSQAE has no sizes or weights to choose: it is opened from a bundle, which brings both, "
+                "with ActionRFSQAE.from_bundle(PATH); a checkpoint becomes one by `python export/build_engine.py "
+                "--checkpoint FILE --output PATH`"
+            )
+        super().__init__()
+        self._engines = engines
+        model = engines.model
+        self.action_dim: int = model.action_dim
+        self.hidden_dim: int = model.latent_dim
+        self.latent_dim: int = model.latent_dim
+        self.num_layers: int = model.num_layers
+        self.num_levels: int = model.num_levels
+        self.use_layernorm: bool = model.mode != "none"
+        # What is made in that mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.register_buffer(FINGERPRINT_KEY, engines.numbers.clone())
+        #: The buffer on a GPU that was found right last, and which version of it.
+        self._known: tuple[Tensor | None, int] = (None, 0)
+        self.rfsq = _Quantiser(engines.model)
+        self.eval()
+
+    @classmethod
+    def from_bundle(
+        cls, path: str | os.PathLike[str], backend: str = "auto", expect_fingerprint: str | None = None
+    ) -> Self:
+        """Open and verify the bundle at `path`; raises what `ActionTokenizer.load` raises.
+
+        backend: `auto` for the best one that works here, and once tensors of a GPU come, or the module is moved there,
+        for the best of those that take them; a name for that one alone. A backend on the CPU serves tensors of the GPU
+        too: they are copied to it and back. expect_fingerprint: of the tokenizer that the policy was trained with.
+        """
+        return cls(Engines(as_path(path, "the bundle"), backend, expect_fingerprint))
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the tokenizer: the same fingerprint, the same meaning of tokens."""
+        return self._engines.fingerprint
+
+    @property
+    def tokenizer(self) -> ActionTokenizer:
+        """What numpy arrays go to."""
+        self._require_own()
+        return self._engines.on_host
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """actions float32 [B, T, A] -> what their codes decode to, float32 [B, T, A], and codes int64 [B, T, D, L].
+
+        Raises InvalidInputError where a gradient would have to flow to `x`: there is none.
+        """
+        x = self._checked_actions(x)
+        if x.requires_grad and torch.is_grad_enabled():
+            raise InvalidInputError(
+                "x requires a gradient, and a bundle has none: what it gives would count as constant, unnoticed. Pass "
+                "x.detach(), or call under torch.no_grad(); for codes alone call encode"
+            )
+        call = self._call_for(x)
+        codes, stats = self._encode(call, x)
+        actions = call.empty((*codes.shape[:2], self.action_dim), torch.float32)
+        call.tokenizer.decode_into(call.array(codes), call.array(actions), call.array(stats), stream=call.stream())
+        return call.result(actions), call.result(codes).long()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """actions float32 [B, T, A] -> codes int64 [B, T, D, L], with no gradient, whatever `x` requires."""
+        x = self._checked_actions(x)
+        call = self._call_for(x)
+        return call.result(self._encode(call, x)[0]).long()
+
+    def decode_from_indices(self, indices: Tensor) -> Tensor:
+        """codes of any integer type [B, T, D, l], l a built prefix -> actions float32 [B, T, A].
+
+        `codes[..., :3]` is a prefix, as it lies. Raises InvalidInputError for a `dynamic` bundle, whose tokens do not
+        decode alone, and UnbuiltPrefixError for an l that was not built.
+        """
+        indices = checked_indices(indices, self._engines.model)
+        call = self._call_for(indices, trailing=2)
+        tokens = call.tokens(indices, self.num_levels)
+        chunks = call.chunks(tokens)
+        actions = call.empty((*chunks.shape[:2], self.action_dim), torch.float32)
+        try:
+            call.tokenizer.decode_into(call.array(chunks), call.array(actions), stream=call.stream())
+        except InvalidInputError:
+            call.refuse_in_place(InputValidator.tokens, tokens)
+            raise
+        return call.result(actions)
+
+    def decoder(self, latents: CodedLatents) -> Tensor:
+        """The second half of `decode_from_indices`, on what `rfsq.decode_from_indices` gave."""
+        if not isinstance(latents, CodedLatents):
+            raise InvalidInputError(
+                f"latents are a {type(latents).__qualname__}; expected what rfsq.decode_from_indices returned: a "
+                "bundle decodes tokens in one step, and has no decoder of latents"
+            )
+        return self.decode_from_indices(latents.indices)
+
+    def _checked_actions(self, value: object) -> Tensor:
+        x = checked_tensor("x", value)
+        if x.ndim < 1 or x.shape[-1] != self.action_dim:
+            raise InvalidInputError(f"x has shape {list(x.shape)}; expected actions [B, T, {self.action_dim}]")
+        if x.dtype is not torch.float32:
+            raise InvalidInputError(
+                f"x has type {x.dtype}; expected torch.float32, in which a bundle computes, also where the policy "
+                "around it does not: pass x.float()"
+            )
+        return x
+
+    def _call_for(self, tensor: Tensor, trailing: int = 1) -> Call:
+        """trailing: how many axes a step has."""
+        self._require_own()
+        return self._engines.call_for(tensor, trailing)
+
+    def _encode(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens int32 and, for `dynamic` bundles, stats of whole chunks."""
+        chunks, model = call.chunks(x.detach()), self._engines.model
+        tokens = call.empty((*chunks.shape[:2], model.latent_dim, model.num_layers), torch.int32)
+        stats = None
+        if model.has_stats:
+            stats = call.empty((*chunks.shape[:2], model.num_layers, 2), torch.float32)
+        try:
+            call.tokenizer.encode_into(call.array(chunks), call.array(tokens), call.array(stats), stream=call.stream())
+        except InvalidInputError:
+            call.refuse_in_place(InputValidator.actions, x)
+            raise
+        return tokens, stats
+
+    # What a torch module is asked beside ------------------------------------------------------------------------------
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """First one without numbers, for policy code asks it for the model's device and type.
+
+        The policy around has none of it: nothing there can unfreeze it, and nobody waits for its gradient.
+        """
+        if recurse:
+            device = self.tokenizer_fingerprint.device
+            yield nn.Parameter(torch.empty(0, dtype=torch.float32, device=device), requires_grad=False)
+        yield from super().parameters(recurse)
+
+    def reset_parameters(self) -> None:
+        """As torch and transformers call it where a module's tensors are new: the fingerprint is the bundle's again."""
+        with torch.no_grad():
+            self.tokenizer_fingerprint.copy_(self._engines.numbers)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """Raises InvalidInputError for True."""
+        if requires_grad:
+            raise InvalidInputError(
+                "a bundle cannot be trained: its weights are compiled. Train the published model, and build a bundle "
+                "from its checkpoint with `python export/build_engine.py --checkpoint FILE`"
+            )
+        return super().requires_grad_(False)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Compare: the bundle brings its own weights, and a checkpoint can only be the one that they came from or not.
+
+        state_dict: a published state dict or the file around it ('model_state_dict' or 'model', with or without
+        'config'), or the adapter's own. strict: whether missing and unexpected names are refused; other numbers always
+        are. Raises FingerprintError with all that differs.
+        """
+        del assign
+        if not isinstance(state_dict, Mapping):
+            raise InvalidInputError(f"state_dict is a {type(state_dict).__qualname__}; expected a dict of tensors")
+        problems = compare_config(state_dict.get("config"), self._engines.model)
+        missing: list[str] = []
+        unexpected: list[str] = []
+        states = states_in(state_dict, recorded_weights(self._engines.on_host.manifest))
+        for state in states:
+            problems += self._compare(state, missing, unexpected, strict=strict)
+        if problems:
+            raise FingerprintError(self._refusal(problems))
+        if any(map(self._speaks_otherwise, states)):
+            _LOG.warning(
+                "%s has calibrated tokens, which mean something else than those that this checkpoint made as "
+                "published: a policy has to be trained on them",
+                self._engines.path,
+            )
+        self._keep_own(state_dict)
+        return _IncompatibleKeys(missing, unexpected)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As a part of a policy whose state is loaded: torch raises RuntimeError with what is added to error_msgs.
+
+        The policy learnt the tokens of the tokenizer that was saved with it, so the right weights are not enough.
+        """
+        del local_metadata, strict
+        state = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        if not state:
+            missing_keys.append(prefix + FINGERPRINT_KEY)
+            return
+        missing: list[str] = []
+        unexpected: list[str] = []
+        problems = self._compare(state, missing, unexpected, strict=False)
+        missing_keys += [prefix + name for name in missing]
+        unexpected_keys += [prefix + name for name in unexpected]
+        if problems:
+            error_msgs.append(self._refusal(problems))
+        elif self._speaks_otherwise(state):
+            error_msgs.append(
+                "this policy was saved with the published tokenizer, and calibrated tokens, which "
+                f"{self._engines.path} ({self.fingerprint}) has, mean something else: take a `recovered` bundle; or, "
+                f"to train the policy on calibrated tokens, leave out what begins with {prefix!r} and load with "
+                "strict=False"
+            )
+        else:
+            self._keep_own(state)
+
+    def _compare(
+        self, state: Mapping[str, Any], missing: list[str], unexpected: list[str], *, strict: bool
+    ) -> list[str]:
+        tensors = {name: value for name, value in state.items() if isinstance(name, str) and is_plain(value)}
+        if len(tensors) < len(state):
+            others = sorted(str(name) for name in state if name not in tensors)
+            return [f"it is no state dict of plain tensors: {', '.join(others[:8])} are none"]
+        if FINGERPRINT_KEY in tensors:
+            compared = self._compare_fingerprint(tensors)
+        else:
+            hashes = recorded_hashes(self._engines.on_host.manifest)
+            if hashes is None:
+                return [
+                    "the bundle does not say which tensors it was built from: leave load_state_dict out, since the "
+                    "bundle brings its weights, or build it again"
+                ]
+            grids = [value.dtype for name, value in tensors.items() if is_grid(name) and value.is_floating_point()]
+            try:
+                arrays = {name: value.detach().cpu().float().numpy() for name, value in tensors.items()}
+            except RuntimeError as error:
+                # Nested ones, and types that torch keeps but does not compute with.
+                return [f"it is no state dict of plain tensors: {error}"]
+            compared = compare_state(
+                arrays,
+                hashes,
+                self._engines.model,
+                resolution=max((torch.finfo(dtype).eps for dtype in grids), default=0.0),
+            )
+        missing += compared.missing
+        unexpected += compared.unexpected
+        return compared.problems(strict=strict)
+
+    def _compare_fingerprint(self, tensors: Mapping[str, Tensor]) -> StateComparison:
+        return StateComparison(
+            missing=(),
+            unexpected=tuple(sorted(tensors.keys() - {FINGERPRINT_KEY})),
+            differences=self._differences(tensors[FINGERPRINT_KEY]),
+        )
+
+    def _differences(self, numbers: Tensor) -> tuple[str, ...]:
+        """What sets these apart from the own fingerprint: one line, or none."""
+        own, found = self._engines.numbers, numbers.detach().cpu().float()
+        if found.shape == own.shape and bool(((found - own).abs() <= _ROUNDING).all()):
+            return ()
+        levels = [round(number) if math.isfinite(number) else -1 for number in found.flatten().tolist()]
+        if len(levels) != len(own) or not all(0 <= level <= 255 for level in levels):
+            return (
+                f"its {FINGERPRINT_KEY} holds none: the checkpoint is damaged, or of a policy without a tokenizer, and "
+                "what loaded it has left this memory unwritten; then call reset_parameters() on the tokenizer",
+            )
+        return (f"it was saved with the tokenizer {bytes(levels).hex()}",)
+
+    def _require_own(self) -> None:
+        """For what came without `load_state_dict`: transformers, accelerate and others put tensors where they find one.
+
+        A GPU is waited for once, and again after somebody has written there.
+        """
+        numbers = self.tokenizer_fingerprint
+        if numbers.is_cpu and numbers.dtype is torch.float32 and torch.equal(numbers, self._engines.numbers):
+            return
+        if numbers.is_meta:
+            raise InvalidInputError(
+                "the tokenizer lies on the meta device, where a policy is before its checkpoint is loaded; load it, or "
+                "call to_empty(device=...) on the policy"
+            )
+        version = 0 if numbers.is_inference() else numbers._version
+        if not numbers.is_cpu and numbers is self._known[0] and version == self._known[1]:
+            return
+        if differences := self._differences(numbers):
+            raise FingerprintError(self._refusal(differences))
+        self._known = numbers, version
+
+    def _keep_own(self, state: Mapping[str, Any]) -> None:
+        """After a state that was found to be the bundle's: it may have been none, or another's, before."""
+        given = state.get(FINGERPRINT_KEY)
+        if self.tokenizer_fingerprint.is_meta:
+            self.tokenizer_fingerprint = torch.empty_like(
+                self._engines.numbers, device=given.device if isinstance(given, Tensor) else CPU
+            )
+        self.reset_parameters()
+
+    def _speaks_otherwise(self, state: Mapping[str, Any]) -> bool:
+        """Whether a model of this state, as published, makes other tokens than the bundle."""
+        is_published = FINGERPRINT_KEY not in state and "calibrated.mean" not in state
+        return is_published and self._engines.model.mode == "calibrated"
+
+    def _refusal(self, problems: Sequence[str]) -> str:
+        model = self._engines.model
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        data = " --calibration-data EPISODES" if model.mode in ("calibrated", "recovered") else ""
+        return (
+            f"this state is not shown to be what {self._engines.path} ({self.fingerprint}) was built from:\n"
+            f"{lines}\n"
+            "load the bundle that belongs to it, or build one: `python export/build_engine.py --checkpoint FILE "
+            f"--conditioning {model.mode} --chunk-length {model.chunk_length}{data} --output DIR`"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves to another device, and never to another type; numbers stay, where `to_empty` loses them too."""
+        before = self.tokenizer_fingerprint
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        device = self.tokenizer_fingerprint.device
+        self.tokenizer_fingerprint = (self._engines.numbers.clone() if before.is_meta else before).to(device)
+        if device.type == "cuda":
+            # Now rather than at the first call, which is somebody's loop.
+            self._engines.tokenizer_for(device)
+        return self
+
+    def extra_repr(self) -> str:
+        model = self._engines.model
+        return (
+            f"{self._engines.path}, {model.mode}, fingerprint {self.fingerprint[:8]}, "
+            f"{self._engines.on_host.backend.name}"
+        )
+
+
+@dataclass(frozen=True)
+class CodedLatents:
+    """What stands for the latents [..., D] of tokens, for `decoder` alone: the bundle never makes them one by one."""
+
+    indices: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.indices.shape[:-1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.indices.device
+
+    def to(self, device: torch.device | str) -> CodedLatents:
+        return CodedLatents(self.indices.to(device))
+
+    def view(self, *shape: int) -> CodedLatents:
+        """Of steps: the last axis stays D. Published code has them in a row, `view(-1, D)`, before its decoder."""
+        return CodedLatents(self.indices.reshape(*shape, self.indices.shape[-1]))
+
+    reshape = view
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(
+            f"latents of a bundle have no {name!r}: they are no numbers, only what `decoder` takes; actions come from "
+            "decode_from_indices"
+        )
+
+
+class _Quantiser:
+    """The published model's `rfsq`, as far as decoding needs it; no module, since it has no state."""
+
+    def __init__(self, model: ModelEntry) -> None:
+        self._model = model
+
+    def decode_from_indices(self, indices: Tensor) -> CodedLatents:
+        """The first half of `ActionRFSQAE.decode_from_indices`, for `decoder`."""
+        return CodedLatents(checked_indices(indices, self._model))

@@ -1,0 +1,267 @@
+"""Where tensors of torch go: a bundle on the backends that take them, and calls in whole chunks.
+
+Beside `runtime.policy.adapter`, for which it is, the one module here that imports torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import get_interpreter_stack
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from ..backends.registry import GPU_BACKENDS, PREFERENCE
+from ..backends.tensorrt_api import EngineRefusedError
+from ..bundle.errors import BackendUnavailableError, InferenceError, InvalidInputError, SelfTestError
+from ..bundle.manifest import ModelEntry
+from ..bundle.validation import InputValidator
+from ..tokenizer import ActionTokenizer
+
+_LOG = logging.getLogger(__name__)
+
+_TAKEN_BY_TOKENIZER = (torch.int32, torch.int64, torch.uint8)
+_WIDER = {
+    torch.int8: torch.int32,
+    torch.int16: torch.int32,
+    torch.uint16: torch.int32,
+    torch.uint32: torch.int64,
+    # What int64 cannot hold becomes negative: no level before, no level after.
+    torch.uint64: torch.int64,
+}
+#: What the widest load of a kernel needs.
+_ALIGNMENT = 16
+CPU = torch.device("cpu")
+#: Of torch's modes, those in which tensors are stand-ins.
+_RECORDING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.FUNCTIONAL)
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+#: The GPU that backends work on.
+_DEVICE = 0
+
+_NOT_DECODABLE = (
+    "tokens of a `dynamic` bundle cannot be decoded alone: every layer was normalised by a mean and a sigma of its own "
+    "step, which do not travel with the tokens; the published decode_from_indices left them out, and was wrong by "
+    "orders of magnitude. Reconstructions come from forward; to decode tokens, build the bundle anew: `python "
+    "export/build_engine.py --conditioning recovered` (the same tokens, approximate, for a policy that speaks them "
+    "already) or `--conditioning calibrated` (new tokens, exact, for a policy to be trained)"
+)
+
+
+class Engines:
+    """A bundle on the backend asked for and, with `auto`, on one more that takes tensors of the GPU once they come.
+
+    Copies are the same object, and what is pickled opens the bundle again, which must still be the same tokenizer.
+    """
+
+    def __init__(self, path: str | Path, backend: str, expect_fingerprint: str | None) -> None:
+        self.on_host = ActionTokenizer.load(path, backend=backend, expect_fingerprint=expect_fingerprint)
+        assert self.on_host.folder is not None  # it was loaded
+        self.path, self._backend = self.on_host.folder, backend
+        self.model, self.fingerprint = self.on_host.model, self.on_host.fingerprint
+        #: The fingerprint as a state dict has it. On the CPU, also where a policy is built on the meta device.
+        self.numbers = torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.float32, device=CPU)
+        # What was found for each device that tensors came from.
+        self._on_gpu: dict[torch.device, ActionTokenizer | None] = {}
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Engines:
+        return self
+
+    def __reduce__(self) -> tuple[type[Engines], tuple[Path, str, str]]:
+        return Engines, (self.path, self._backend, self.fingerprint)
+
+    def tokenizer_for(self, device: torch.device) -> tuple[ActionTokenizer, bool]:
+        """The tokenizer for tensors there, and whether it takes them where they lie."""
+        if device.type == "cpu":
+            return self.on_host, True
+        with self._lock:
+            if device not in self._on_gpu:
+                self._on_gpu[device] = self._open_for(device)
+            found = self._on_gpu[device]
+        return (self.on_host, False) if found is None else (found, True)
+
+    def call_for(self, tensor: Tensor, trailing: int) -> Call:
+        tokenizer, is_in_place = self.tokenizer_for(tensor.device)
+        return Call(tokenizer, tensor.shape[: tensor.ndim - trailing], tensor.device, is_in_place)
+
+    def _open_for(self, device: torch.device) -> ActionTokenizer | None:
+        obstacles = []
+        if device.type != "cuda" or device.index != _DEVICE:
+            obstacles.append(f"backends work on cuda:{_DEVICE} alone; choose the GPU with CUDA_VISIBLE_DEVICES")
+        elif self.on_host.backend.name in GPU_BACKENDS:
+            return self.on_host
+        elif self._backend != "auto":
+            obstacles.append(f"{self._backend!r} was asked for, and runs on the CPU")
+        for name in () if obstacles else (name for name in PREFERENCE if name in GPU_BACKENDS):
+            try:
+                opened = ActionTokenizer.load(self.path, backend=name, expect_fingerprint=self.fingerprint)
+            except (BackendUnavailableError, SelfTestError, InferenceError, EngineRefusedError) as error:
+                obstacles.append(f"{name}: {error}")
+                continue
+            _LOG.info("tensors on %s go to %s (%s)", device, name, opened.backend.description)
+            return opened
+        _LOG.warning(
+            "tensors on %s are copied to the CPU and back, since none takes them there:\n  %s",
+            device,
+            "\n  ".join(obstacles),
+        )
+        return None
+
+
+class Call:
+    """One call: steps with leading axes of any shape, as the whole chunks that a tokenizer takes, and back.
+
+    Every step is coded on its own, so any T can be cut into the bundle's: the last chunk is filled up with zeros, which
+    are legal as actions and as tokens. is_whole: whether the tensors are chunks already; work_device: where they are
+    worked on, the CPU where the tokenizer does not take them in place.
+    """
+
+    __slots__ = ("_is_on_gpu", "_leading", "_num_steps", "device", "is_whole", "tokenizer", "work_device")
+
+    def __init__(
+        self, tokenizer: ActionTokenizer, leading: torch.Size, device: torch.device, is_in_place: bool
+    ) -> None:
+        self.tokenizer, self.device, self._leading = tokenizer, device, leading
+        self.work_device = device if is_in_place else CPU
+        self._is_on_gpu = self.work_device.type == "cuda"
+        self._num_steps = math.prod(leading)
+        self.is_whole = len(leading) == 2 and leading[1] == tokenizer.model.chunk_length
+
+    def chunks(self, tensor: Tensor) -> Tensor:
+        """[*leading, ...] -> [N, T, ...] on the device of the work."""
+        chunks = tensor if self.work_device == self.device else tensor.to(self.work_device)
+        if not self.is_whole:
+            length, trailing = self.tokenizer.model.chunk_length, tensor.shape[len(self._leading) :]
+            padding = -self._num_steps % length
+            steps = chunks.reshape(self._num_steps, *trailing)
+            if padding:
+                steps = torch.cat((steps, steps.new_zeros((padding, *trailing))))
+            chunks = steps.reshape(len(steps) // length, length, *trailing)
+        # On the CPU any strides will do: the tokenizer makes its own copy where it has to.
+        if self._is_on_gpu:
+            chunks = chunks.contiguous()
+            chunks = chunks.clone() if chunks.data_ptr() % _ALIGNMENT else chunks
+        return chunks
+
+    def result(self, chunks: Tensor) -> Tensor:
+        """[N, T, ...] -> [*leading, ...] where the input lies."""
+        if not self.is_whole:
+            chunks = chunks.flatten(0, 1)[: self._num_steps].reshape(*self._leading, *chunks.shape[2:])
+        return chunks if self.work_device == self.device else chunks.to(self.device)
+
+    def stream(self) -> object:
+        """The one that torch works on there."""
+        return torch.cuda.current_stream(self.work_device) if self._is_on_gpu else None
+
+    def array(self, tensor: Tensor | None) -> Any:
+        """What the tokenizer takes: memory of the CPU as a numpy view, memory of the GPU as it is."""
+        return tensor if tensor is None or self._is_on_gpu else tensor.numpy()
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """For results, on the device of the work."""
+        return torch.empty(shape, dtype=dtype, device=self.work_device)
+
+    def tokens(self, indices: Tensor, num_levels: int) -> Tensor:
+        """In a type that the tokenizer takes."""
+        if self._is_on_gpu:
+            return narrowed(indices, num_levels)
+        return indices if indices.dtype in _TAKEN_BY_TOKENIZER else indices.to(_WIDER[indices.dtype])
+
+    def refuse_in_place(self, check: Callable[[InputValidator, Any], object], tensor: Tensor) -> None:
+        """For values that were refused in cut-up chunks: refuse them where they are in the tensor that was given."""
+        if not self.is_whole and not self._is_on_gpu:
+            leading = self._leading if len(self._leading) == 2 else (1, self._num_steps)
+            given = tensor.detach().to(CPU).reshape(*leading, *tensor.shape[len(self._leading) :])
+            check(InputValidator(replace(self.tokenizer.model, chunk_length=leading[1])), given.numpy())
+
+
+def is_plain(value: object) -> bool:
+    """Whether it is a tensor whose numbers lie in memory as they are."""
+    return isinstance(value, Tensor) and _peculiarity(value) is None and not value.is_neg()
+
+
+def checked_tensor(name: str, value: object) -> Tensor:
+    """A tensor whose memory backends may read, now. Raises InvalidInputError for every other kind, by its name."""
+    if not isinstance(value, Tensor):
+        raise InvalidInputError(
+            f"{name} is a {type(value).__module__}.{type(value).__qualname__}; expected a torch.Tensor: for numpy "
+            "arrays there is runtime.ActionTokenizer"
+        )
+    if _is_recorded():
+        raise InvalidInputError(
+            f"{name} is being traced, and of a bundle only the results of this one call would be recorded, or none: "
+            "leave the tokenizer out of torch.jit.trace, torch.export, torch.onnx.export and make_fx; bundles hold its "
+            "graphs as ONNX"
+        )
+    if torch._C._are_functorch_transforms_active():
+        levels = ", ".join(level.key().name for level in get_interpreter_stack() or ())
+        raise InvalidInputError(
+            f"{name} is inside torch.func ({levels}), where tensors have no memory that a bundle could read or write: "
+            "call the tokenizer outside, on whole batches, and pass in what it gave"
+        )
+    if peculiarity := _peculiarity(value):
+        raise InvalidInputError(f"{name} is {peculiarity}; expected a plain dense tensor")
+    return value.resolve_neg() if value.is_neg() else value
+
+
+def _is_recorded() -> bool:
+    """Whether calls are recorded, or made of stand-ins, so that what a backend writes into memory is lost."""
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return True
+    if torch._C._len_torch_dispatch_stack() or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
+        # Other modes, those of profilers for instance, see each call and let it happen.
+        modes = [*map(torch._C._get_dispatch_mode, _RECORDING_MODES), get_proxy_mode()]
+        return any(mode is not None for mode in modes)
+    return False
+
+
+def _peculiarity(value: Tensor) -> str | None:
+    """What keeps the memory of a tensor from being its numbers; None where nothing does, but for a negative bit."""
+    kind = type(value)
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return f"a {kind.__module__}.{kind.__qualname__}, which has no memory of its own"
+    if value.is_nested:
+        return "nested"
+    if value.layout is not torch.strided:
+        return str(value.layout)
+    if value.is_quantized:
+        return "quantised"
+    try:
+        if value.data_ptr() or not (value.is_meta or value.numel()):
+            return None
+    except RuntimeError:
+        # What a transform of torch.func has left.
+        return "without memory"
+    return "on the meta device" if value.is_meta else "without memory: it was freed, or never was"
+
+
+def checked_indices(value: object, model: ModelEntry) -> Tensor:
+    if model.has_stats:
+        raise InvalidInputError(_NOT_DECODABLE)
+    indices = checked_tensor("indices", value)
+    if indices.dtype not in (*_TAKEN_BY_TOKENIZER, *_WIDER):
+        raise InvalidInputError(
+            f"indices have type {indices.dtype}; expected integers, levels 0 ... {model.num_levels - 1}: take the "
+            "argmax of logits, over their last axis"
+        )
+    if indices.ndim < 2 or indices.shape[-2] != model.latent_dim:
+        raise InvalidInputError(
+            f"indices have shape {list(indices.shape)}; expected codes [B, T, {model.latent_dim}, l]"
+        )
+    return indices
+
+
+def narrowed(indices: Tensor, num_levels: int) -> Tensor:
+    """As int32, without making a level of what is none: int32 would take the lower digits of int64 alone."""
+    if indices.dtype in (torch.uint32, torch.uint64):
+        indices = indices.to(torch.int64)
+    if indices.dtype is torch.int64:
+        indices = indices.clamp(-1, num_levels)
+    return indices.to(torch.int32)

@@ -1,0 +1,375 @@
+"""Tokens as ids of a flat vocabulary and back, for models that emit text-like ids.
+
+A token of layer l with level i has the id `offset + l * K + i`: every layer has K ids of its own, the same at every
+step and latent. A chunk is a sequence of n = T * D * L ids, in one of two orders:
+
+- `layer-major`: L0 of the whole chunk, then L1, and so on; within a layer step by step, within a step latent by
+  latent. Position (l * T + t) * D + d. The first l * T * D ids are the coarse prefix of l layers.
+- `step-major`: the first step with all its layers, then the second; within a step layer by layer, within a layer
+  latent by latent. Position (t * L + l) * D + d.
+
+So the layer at a position is known, and an id that belongs to another one is an error. Nothing is repaired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from ..backends.contract import Int32Array
+from ..bundle.errors import (
+    ForeignIdError,
+    IdTypeError,
+    InvalidInputError,
+    MalformedIdsError,
+    SequenceTooLongError,
+    SequenceTooShortError,
+    SpecialIdError,
+    VocabularyError,
+    WrongLayerError,
+)
+from ..bundle.validation import as_array_advice, kind_of
+
+if TYPE_CHECKING:
+    from ..tokenizer import ActionTokenizer
+
+Int64Array = npt.NDArray[np.int64]
+Order = Literal["layer-major", "step-major"]
+ORDERS: tuple[Order, ...] = ("layer-major", "step-major")
+
+_ID_TYPES = (np.dtype(np.int64), np.dtype(np.int32))
+_TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8))
+_LARGEST_ID = 2**63 - 1
+_MOST_LEVELS = 2**31
+#: Of a chunk; a thousand is usual. What is held for each position takes 8 bytes.
+_MOST_IDS = 2**24
+
+
+@dataclass(frozen=True, eq=False)
+class PartialTokens:
+    """What is whole in every sequence of a batch.
+
+    tokens: int32 [B, T, D, l] of the first l layers (`layer-major`), int32 [B, t, D, L] of the first t steps
+    (`step-major`). whole: int64 [B], the whole layers or steps of each sequence, of which tokens have the fewest.
+    used: how many ids of each sequence are in tokens; the rest of it was checked and left out.
+    """
+
+    tokens: Int32Array
+    whole: Int64Array
+    used: int
+
+
+@dataclass(frozen=True)
+class TokenVocabulary:
+    """Which ids the tokens of one tokenizer have, and in what order; the module's text defines both.
+
+    special_ids: names and ids that are no tokens (bos, eos, pad, ...). fingerprint: of the tokenizer, or empty.
+    VocabularyError for settings that make no sense. The vocabulary of a draft model that emits l layers is
+    `dataclasses.replace(vocabulary, num_layers=l)`: the same ids, and in `layer-major` the start of the same sequence.
+    """
+
+    num_layers: int
+    num_levels: int
+    latent_dim: int
+    chunk_length: int
+    offset: int = 0
+    order: Order = "layer-major"
+    special_ids: tuple[tuple[str, int], ...] = ()
+    fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        least = {"num_layers": 1, "num_levels": 2, "latent_dim": 1, "chunk_length": 1, "offset": 0}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if type(value) is not int or value < smallest:
+                raise VocabularyError(f"{name} is {value!r}; expected an int of at least {smallest}")
+        if self.num_levels > _MOST_LEVELS:
+            raise VocabularyError(f"num_levels is {self.num_levels}; expected at most 2^31, for tokens are int32")
+        if self.sequence_length > _MOST_IDS:
+            raise VocabularyError(
+                f"a chunk would have {self.sequence_length} ids, T * D * L; expected at most {_MOST_IDS}: give the "
+                "sizes of the tokenizer's model"
+            )
+        if not isinstance(self.fingerprint, str):
+            raise VocabularyError(f"fingerprint is {self.fingerprint!r:.60}; expected a str, empty for none")
+        if not isinstance(self.order, str) or self.order not in ORDERS:
+            raise VocabularyError(f"order is {self.order!r}; expected {' or '.join(map(repr, ORDERS))}")
+        if self.ids.stop - 1 > _LARGEST_ID:
+            raise VocabularyError(f"the last id would be {self.ids.stop - 1}, beyond int64; choose a smaller offset")
+        pairs: object = self.special_ids
+        if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) for pair in pairs):
+            raise VocabularyError(f"special_ids are {pairs!r:.60}; expected a name and an int in each pair")
+        # JSON gives lists.
+        object.__setattr__(self, "special_ids", tuple(map(tuple, pairs)))
+        self._check_special_ids()
+
+    def _check_special_ids(self) -> None:
+        names: dict[int, str] = {}
+        for pair in self.special_ids:
+            if tuple(map(type, pair)) != (str, int) or not 0 <= pair[1] <= _LARGEST_ID:
+                raise VocabularyError(f"special id {pair!r}; expected a name and an int from 0 to 2^63 - 1")
+            name, number = pair
+            if number in self.ids:
+                raise VocabularyError(
+                    f"special id {name!r} is {number}, which is the token of layer {self._layer_of(number)}, level "
+                    f"{(number - self.offset) % self.num_levels}: tokens have {self.ids.start} ... "
+                    f"{self.ids.stop - 1}; choose another id for it or another offset"
+                )
+            if number in names or name in names.values():
+                raise VocabularyError(
+                    f"special id {name!r} = {number} is given twice: {dict(self.special_ids)}; expected one id for "
+                    "each name and one name for each id"
+                )
+            names[number] = name
+
+    @classmethod
+    def from_tokenizer(
+        cls,
+        tokenizer: ActionTokenizer,
+        *,
+        offset: int = 0,
+        order: Order = "layer-major",
+        special_ids: Mapping[str, int] | None = None,
+    ) -> Self:
+        """With the sizes and the fingerprint of this tokenizer. InvalidInputError where it is none."""
+        # Here, because whoever only maps ids needs none.
+        from ..tokenizer import ActionTokenizer
+
+        if not isinstance(tokenizer, ActionTokenizer):
+            raise InvalidInputError(f"tokenizer is a {kind_of(tokenizer)}; expected an ActionTokenizer")
+        model = tokenizer.model
+        if not isinstance(special_ids, Mapping | None):
+            raise VocabularyError(f"special_ids are {special_ids!r:.60}; expected a dict of names and ids")
+        return cls(
+            num_layers=model.num_layers,
+            num_levels=model.num_levels,
+            latent_dim=model.latent_dim,
+            chunk_length=model.chunk_length,
+            offset=offset,
+            order=order,
+            special_ids=tuple((special_ids or {}).items()),
+            fingerprint=tokenizer.fingerprint,
+        )
+
+    @property
+    def ids(self) -> range:
+        """The ids of tokens: L * K of them, from the offset on."""
+        return range(self.offset, self.offset + self.num_layers * self.num_levels)
+
+    @property
+    def size(self) -> int:
+        """The largest id plus 1, special ones included: so many rows an embedding needs."""
+        return max(self.ids.stop, *(number + 1 for _, number in self.special_ids), 0)
+
+    @property
+    def sequence_length(self) -> int:
+        """Ids of a whole chunk, n = T * D * L."""
+        return self.chunk_length * self.latent_dim * self.num_layers
+
+    def ids_at(self, position: int) -> range:
+        """The K ids that may stand at this position, 0 ... n - 1: what a constrained sampler lets through."""
+        is_whole = isinstance(position, int | np.integer) and not isinstance(position, bool)
+        if not is_whole or not 0 <= position < self.sequence_length:
+            raise InvalidInputError(f"position is {position!r:.60}; expected 0 ... {self.sequence_length - 1}")
+        start = int(self._lowest[position])
+        return range(start, start + self.num_levels)
+
+    def to_ids(self, tokens: object) -> Int64Array:
+        """tokens int32 (int64, uint8) [B, T, D, L], each 0 ... K - 1 -> ids int64 [B, n]. InvalidInputError."""
+        array = self._tokens(tokens)
+        ids = np.empty((len(array), *self._grid), np.int64)
+        np.add(array.transpose(0, *self._to_grid), self._lowest.reshape(self._grid), out=ids)
+        return ids.reshape(len(array), self.sequence_length)
+
+    @overload
+    def to_tokens(self, ids: object) -> Int32Array: ...
+
+    @overload
+    def to_tokens(self, ids: object, *, partial: None) -> Int32Array: ...
+
+    @overload
+    def to_tokens(self, ids: object, *, partial: Literal["prefix"]) -> PartialTokens: ...
+
+    def to_tokens(self, ids: object, *, partial: Literal["prefix"] | None = None) -> Int32Array | PartialTokens:
+        """ids int64 (int32) [B, n] -> tokens int32 [B, T, D, L]; special ids are to be taken off before.
+
+        partial: `prefix` takes sequences that end early, with the array or with their first special id, behind which
+        only special ids may follow (eos, pad, pad ...). Their whole layers (`layer-major`) or whole steps
+        (`step-major`) become tokens; a sequence with none is too short. Everything else is an error there too, in the
+        part that is left out as well. A step is coded on its own: to decode t < T steps, fill the chunk with any
+        tokens and drop the actions of the filling.
+
+        Raises SequenceTooShortError, SequenceTooLongError, ForeignIdError, SpecialIdError or WrongLayerError for the
+        first sequence that is malformed, at its first position that is wrong, and IdTypeError for another type.
+        """
+        if partial is not None and not (isinstance(partial, str) and partial == "prefix"):
+            raise InvalidInputError(f"partial is {partial!r:.60}; expected 'prefix' or None")
+        array = _ids(ids)
+        length = min(array.shape[1], self.sequence_length)
+        # Modulo 2^64 the ids of a position are the K smallest numbers, and all others are larger.
+        levels = array[:, :length] - self._lowest[:length]
+        is_clean = levels.size == 0 or bool(np.maximum.reduce(levels.view(np.uint64), axis=None) < self.num_levels)
+        if partial is None:
+            if not is_clean or array.shape[1] != self.sequence_length:
+                self._refuse(array, levels)
+            return self._from_grid(levels, self._grid[0])
+        if is_clean and array.shape[1] <= self.sequence_length:
+            lengths = np.full(len(array), length)
+        else:
+            lengths = self._lengths(array, levels)
+        whole = lengths // self._unit
+        if not whole.all():
+            row = int(whole.argmin())
+            self._refuse_short(row, int(lengths[row]), partial)
+        count = int(whole.min(initial=length // self._unit))
+        used = count * self._unit
+        return PartialTokens(self._from_grid(levels[:, :used], count), whole, used)
+
+    # The sequence as a grid: layers, steps, latents or steps, layers, latents.
+
+    @property
+    def _grid(self) -> tuple[int, int, int]:
+        if self.order == "layer-major":
+            return (self.num_layers, self.chunk_length, self.latent_dim)
+        return (self.chunk_length, self.num_layers, self.latent_dim)
+
+    @property
+    def _to_grid(self) -> tuple[int, int, int]:
+        return (3, 1, 2) if self.order == "layer-major" else (1, 3, 2)
+
+    @property
+    def _unit(self) -> int:
+        """Ids of one layer or of one step, whichever is outermost."""
+        return self._grid[1] * self.latent_dim
+
+    @cached_property
+    def _lowest(self) -> Int64Array:
+        """The lowest id at each position, [n]."""
+        return self.offset + self.num_levels * self._layers(self.order)
+
+    def _layers(self, order: Order) -> Int64Array:
+        """The layer at each position, [n]."""
+        layers = np.arange(self.num_layers, dtype=np.int64)
+        if order == "layer-major":
+            return np.repeat(layers, self.chunk_length * self.latent_dim)
+        return np.tile(np.repeat(layers, self.latent_dim), self.chunk_length)
+
+    def _from_grid(self, levels: Int64Array, count: int) -> Int32Array:
+        """Levels [B, count * unit] as tokens."""
+        grid = levels.reshape(len(levels), count, *self._grid[1:])
+        back = (0, 2, 3, 1) if self.order == "layer-major" else (0, 1, 3, 2)
+        return grid.transpose(back).astype(np.int32, order="C")
+
+    def _layer_of(self, number: int) -> int:
+        return (number - self.offset) // self.num_levels
+
+    def _tokens(self, tokens: object) -> npt.NDArray[Any]:
+        expected = f"[B, T, D, L] = [B, {self.chunk_length}, {self.latent_dim}, {self.num_layers}]"
+        if type(tokens) is not np.ndarray:
+            raise InvalidInputError(f"tokens is a {type(tokens).__qualname__}; expected a numpy.ndarray {expected}")
+        if tokens.dtype.newbyteorder("=") not in _TOKEN_TYPES:
+            raise InvalidInputError(f"tokens have type {tokens.dtype}; expected int32, int64 or uint8 {expected}")
+        if tokens.ndim != 4 or tokens.shape[1:] != (self.chunk_length, self.latent_dim, self.num_layers):
+            raise InvalidInputError(
+                f"tokens have shape {list(tokens.shape)}; expected {expected}: for fewer layers use the vocabulary "
+                "dataclasses.replace(vocabulary, num_layers=l)"
+            )
+        if tokens.size and not (np.minimum.reduce(tokens, axis=None) >= 0 and tokens.max() < self.num_levels):
+            index = np.unravel_index(int(((tokens < 0) | (tokens >= self.num_levels)).argmax()), tokens.shape)
+            raise InvalidInputError(
+                f"tokens{list(map(int, index))} is {tokens[index]}; expected 0 ... {self.num_levels - 1}"
+            )
+        return tokens
+
+    # On the way to an error.
+
+    def _lengths(self, ids: npt.NDArray[Any], levels: Int64Array) -> Int64Array:
+        """How many ids each sequence has before it ends; refuses the first that does not end as it may."""
+        is_special = np.isin(ids, [number for _, number in self.special_ids])
+        width = ids.shape[1]
+        lengths: Int64Array = np.where(is_special.any(axis=1), is_special.argmax(axis=1), width)
+        positions = np.arange(width)
+        is_wrong = np.ones(ids.shape, np.bool_)
+        is_wrong[:, : levels.shape[1]] = levels.view(np.uint64) >= self.num_levels
+        is_wrong &= positions < lengths[:, None]
+        # What follows a special id and is none makes that one stand in the middle.
+        goes_on = ((positions > lengths[:, None]) & ~is_special).any(axis=1)
+        is_wrong[np.flatnonzero(goes_on), lengths[goes_on]] = True
+        too_short = lengths < self._unit
+        refused = is_wrong.any(axis=1) | too_short
+        if refused.any():
+            row = int(refused.argmax())
+            if is_wrong[row].any():
+                self._refuse_at(ids, row, int(is_wrong[row].argmax()))
+            self._refuse_short(row, int(lengths[row]), "prefix")
+        return lengths
+
+    def _refuse(self, ids: npt.NDArray[Any], levels: Int64Array) -> NoReturn:
+        """For the first malformed sequence, at its first wrong position."""
+        length = levels.shape[1]
+        if not len(ids):
+            kind = SequenceTooShortError if ids.shape[1] < self.sequence_length else SequenceTooLongError
+            raise kind(f"ids have shape {list(ids.shape)}; expected [B, n] = [B, {self.sequence_length}]", None, length)
+        is_wrong = levels.view(np.uint64) >= self.num_levels
+        # Where the width is wrong, the first sequence is malformed in any case.
+        row = 0 if ids.shape[1] != self.sequence_length else int(is_wrong.any(axis=1).argmax())
+        if is_wrong[row].any():
+            self._refuse_at(ids, row, int(is_wrong[row].argmax()))
+        if length < self.sequence_length:
+            self._refuse_short(row, length, None)
+        self._refuse_at(ids, row, length)
+
+    def _refuse_short(self, row: int, length: int, partial: str | None) -> NoReturn:
+        if partial is None:
+            expected = f"T * D * L = {self.sequence_length}; to take what is whole, pass partial='prefix'"
+        else:
+            expected = f"at least {self._unit}, one whole {self.order.partition('-')[0]}"
+        raise SequenceTooShortError(f"sequence {row} has {length} ids; expected {expected}", row, length)
+
+    def _refuse_at(self, ids: npt.NDArray[Any], row: int, position: int) -> NoReturn:
+        number = int(ids[row, position])
+        expected = f"nothing behind the {self.sequence_length} ids of a chunk"
+        if position < self.sequence_length:
+            allowed = self.ids_at(position)
+            layer = self._layer_of(allowed.start)
+            expected = f"{allowed.start} ... {allowed.stop - 1}, layer {layer} in {self.order} order"
+        name = next((name for name, special in self.special_ids if special == number), None)
+        error: type[MalformedIdsError]
+        if name is not None:
+            error, found = SpecialIdError, f"the special id {name!r}"
+            expected += ": take bos, eos and padding off before"
+        elif position >= self.sequence_length:
+            error, found = SequenceTooLongError, "one too many"
+        elif number in self.ids:
+            error, found = WrongLayerError, f"of layer {self._layer_of(number)}{self._other_order(ids[row])}"
+        else:
+            error, found = ForeignIdError, "no id of this vocabulary"
+        raise error(f"ids[{row}, {position}] is {number}, {found}; expected {expected}", row, position)
+
+    def _other_order(self, sequence: npt.NDArray[Any]) -> str:
+        """A remark where the whole sequence would be right in the other order."""
+        if len(sequence) != self.sequence_length:
+            return ""
+        other: Order = ORDERS[1 - ORDERS.index(self.order)]
+        layers = (sequence.astype(np.int64) - self.offset) // self.num_levels
+        return f" (the whole sequence is in {other} order)" if np.array_equal(layers, self._layers(other)) else ""
+
+
+def _ids(ids: object) -> npt.NDArray[Any]:
+    """int64 or int32 [B, n] in this machine's byte order."""
+    if type(ids) is not np.ndarray:
+        raise IdTypeError(
+            f"ids is a {type(ids).__qualname__}; expected a numpy.ndarray{as_array_advice('ids', ids, is_float=False)}"
+        )
+    native = ids.dtype.newbyteorder("=")
+    if native not in _ID_TYPES:
+        raise IdTypeError(f"ids have type {ids.dtype}; expected int64 or int32: they are numbers of a vocabulary")
+    if ids.ndim != 2:
+        hint = "; for a single sequence pass ids[None]" if ids.ndim == 1 else ""
+        raise IdTypeError(f"ids have shape {list(ids.shape)}; expected [B, n]{hint}")
+    return ids.astype(native, copy=False)

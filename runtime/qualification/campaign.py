@@ -1,0 +1,285 @@
+"""Inject faults of every kind into a decoder of this bundle, and say what was answered wrongly.
+
+Every setup of `ControlDecoder` in turn (strategies, worker, fallback, action kinds, what a fault does), on a clock of
+its own, and then what only real processes, disks and files can do. Prints how many faults of which kind there were. The
+exit status is 0 when every one was answered rightly, 1 when one was not, 2 when nothing could be run.
+"""
+
+import argparse
+import contextlib
+import itertools
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..backends.contract import Backend
+from ..backends.registry import PREFERENCE
+from ..bundle.console import prepare_console, printable
+from ..bundle.errors import TokenizerError
+from ..bundle.folder import open_bundle
+from ..control.config import ActionKind, OnFault, OutOfRange, Status, Strategy
+from ..tokenizer import ActionTokenizer
+from .injection import with_nan_weights
+from .kinds import Kind, is_in_time, kinds_with
+from .rig import PATIENCE_S, Answer, Rig, Setup
+from .system import SystemReport, run_system_faults
+
+_SHOWN = 20
+#: A thread that is free to go on has gone on after so long.
+_THREAD_S, _RECOVERY_S = 0.02, PATIENCE_S
+_DROPPED = (Status.BAD_TOKEN, Status.NONFINITE, Status.OUT_OF_RANGE, Status.BACKEND_FAULT)
+
+#: Every strategy with and without a worker and a fallback, for all action kinds and both ways to go on after a fault;
+#: and the settings that change what one status means.
+SETUPS: tuple[Setup, ...] = (
+    *itertools.starmap(
+        Setup,
+        itertools.product(
+            Strategy,
+            (False, True),
+            (False, True),
+            (ActionKind.DELTA, ActionKind.ABSOLUTE, None),
+            (OnFault.HOLD_LAST, OnFault.STOP),
+        ),
+    ),
+    *(Setup(has_fallback=has, on_fault=OnFault.RAISE, action_kind=None) for has in (False, True)),
+    *(Setup(strategy, out_of_range=OutOfRange.LIMIT, action_kind=None) for strategy in Strategy),
+)
+
+
+@dataclass(frozen=True)
+class CampaignReport:
+    """What a campaign found. answered: how often which answer was given, by kind. problems: what was wrong.
+
+    answer_us: how long the ticks took that noticed a fault, in real time: median, 99 % and longest, but for backends
+    that hang; longest_hang_s of those.
+    """
+
+    setups: int
+    answered: dict[str, Counter[str]]
+    problems: tuple[str, ...]
+    ticks: int
+    seconds: float
+    answer_us: tuple[float, float, float]
+    longest_hang_s: float
+
+    @property
+    def faults(self) -> int:
+        return sum(sum(answers.values()) for answers in self.answered.values())
+
+    @property
+    def holds(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.faults} faults of {len(self.answered)} kinds in {self.setups} setups, {self.ticks} ticks, "
+            f"{self.seconds:.1f} s:"
+        ]
+        for name, answers in sorted(self.answered.items()):
+            found = ", ".join(f"{answer} {count}" for answer, count in answers.most_common())
+            lines.append(f"  {name:42} {sum(answers.values()):5}  {found}")
+        p50, p99, most = self.answer_us
+        lines.append(f"a tick that notices a fault takes p50 {p50:.0f}  p99 {p99:.0f}  max {most:.0f} us")
+        lines.append(f"the longest tick with a backend that hangs took {self.longest_hang_s * 1e3:.0f} ms")
+        lines.append(f"{'✓' if self.holds else '✗'} {len(self.problems)} things were wrong")
+        return "\n".join((*lines, *self.problems[:_SHOWN]))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--backend", default="auto", help="the one that is made to fail; default: auto")
+    parser.add_argument("--fallback", help="another backend; default: the best other one that works here")
+    parser.add_argument("--faults", type=int, default=10_000, help="on the clock of its own; 0 for none")
+    parser.add_argument("--system", type=int, default=10, help="of each kind with real processes and files; 0 for none")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.faults < 0 or options.system < 0 or not options.faults + options.system:
+        parser.error("--faults and --system: expected numbers from 0 up, not both 0")
+    logging.disable(logging.CRITICAL)
+    reports: list[CampaignReport | SystemReport] = []
+    try:
+        with contextlib.ExitStack() as stack:
+            main_one = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.backend))
+            if options.faults:
+                fallback = stack.enter_context(_open_fallback(options.bundle, main_one, options.fallback))
+                nan_backends = nan_backends_of(options.bundle)
+                print(
+                    f"{main_one.backend.description}; falls back on {fallback.backend.description}; NaN weights in "
+                    f"{', '.join(nan_backends) or 'no backend'}",
+                    flush=True,
+                )
+                reports.append(
+                    run_campaign(
+                        main_one, options.faults, fallback=fallback, nan_backends=nan_backends, seed=options.seed
+                    )
+                )
+                print(reports[-1], flush=True)
+            if options.system:
+                reports.append(run_system_faults(options.bundle, options.system, backend=main_one.backend.name))
+                print(reports[-1])
+    except TokenizerError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    finally:
+        logging.disable(logging.NOTSET)
+    return 0 if all(report.holds for report in reports) else 1
+
+
+def run_campaign(
+    tokenizer: ActionTokenizer,
+    faults: int,
+    *,
+    fallback: ActionTokenizer | None = None,
+    nan_backends: dict[str, Backend] | None = None,
+    seed: int = 0,
+    setups: Sequence[Setup] = SETUPS,
+) -> CampaignReport:
+    """As many faults, in equal parts in every setup; kinds that take real time come once in each setup at most."""
+    begin = time.monotonic()
+    rng = np.random.default_rng(seed)
+    kinds = kinds_with(nan_backends or {})
+    deck = _deal(kinds, rng)
+    answered: dict[str, Counter[str]] = {}
+    problems: list[str] = []
+    ticks, longest = 0, 0.0
+    times: list[float] = []
+    for place, setup in enumerate(setups):
+        rig = Rig(tokenizer, setup, rng, fallback=fallback, nan_backends=nan_backends)
+        try:
+            done = 0
+            rare: set[str] = set()
+            while done < (place + 1) * faults // len(setups) - place * faults // len(setups):
+                kind = next(deck)
+                if not kind.applies(setup) or kind.name in rare:
+                    continue
+                if kind.is_rare:
+                    rare.add(kind.name)
+                answer, found = inject(rig, kind)
+                done += 1
+                answered.setdefault(kind.name, Counter())[str(answer)] += 1
+                problems += [f"{kind.name} ({setup}): {text}" for text in found]
+                if kind.is_rare:
+                    longest = max(longest, answer.seconds)
+                else:
+                    times.append(answer.seconds)
+            ticks += rig.decoder.snapshot().ticks
+        finally:
+            rig.close()
+    p50, p99, most = np.percentile(times or [0.0], (50, 99, 100)) * 1e6
+    return CampaignReport(
+        setups=len(setups),
+        answered=answered,
+        problems=tuple(problems),
+        ticks=ticks,
+        seconds=time.monotonic() - begin,
+        answer_us=(float(p50), float(p99), float(most)),
+        longest_hang_s=longest,
+    )
+
+
+def inject(rig: Rig, kind: Kind) -> tuple[Answer, list[str]]:
+    """One fault in the middle of service, its aftermath, and service again; the answer, and what was wrong."""
+    problems: list[str] = []
+    rig.check.problems.clear()
+    if (before := rig.good()).status is not Status.OK:
+        problems.append(f"before it: {before}: {before.detail}")
+    rig.idle(rig.length)
+    recoveries = rig.decoder.health.recoveries
+    answer = kind.inject(rig)
+    status, is_held, fell_back = kind.expected(rig.setup)
+    latches = is_held and (kind.latches or rig.setup.on_fault is OnFault.STOP)
+    expected = Answer(status, is_held, fell_back, latches, "", 0.0)
+    marks = kind.marks(rig.setup)
+    if str(answer) != str(expected):
+        marks = 0
+        problems.append(f"{answer}, expected {expected}: {answer.detail}")
+    if not is_in_time(kind, answer):
+        problems.append(f"answered after {answer.seconds:.3f} s")
+    _look_after(rig, answer, problems)
+    rig.clear()
+    _return_to_service(rig, kind, problems)
+    if marks and not _comes_back(rig, recoveries + marks):
+        problems.append("what had failed was not taken back")
+    return answer, problems + rig.check.problems
+
+
+def _look_after(rig: Rig, answer: Answer, problems: list[str]) -> None:
+    """What was queued before a refused chunk is not served after it, and what has latched stays so until `reset()`."""
+    # At once too: what was sent last still counts then.
+    if rig.rng.integers(2):
+        return
+    if answer.is_held and answer.status in _DROPPED:
+        after = rig.tick()
+        if not after.is_held:
+            problems.append(f"the tick after it: {after}")
+    rig.idle(1)
+    rig.clear()
+    if answer.is_latched:
+        refused = rig.good()
+        if not refused.is_held or refused.status is not answer.status:
+            problems.append(f"latched, and then {refused}")
+        rig.reset()
+        empty = rig.tick()
+        if (empty.status, empty.is_held) != (Status.NOT_READY, True):
+            problems.append(f"after reset: {empty}")
+
+
+def _return_to_service(rig: Rig, kind: Kind, problems: list[str]) -> None:
+    """On the first chunk; where a thread has to come back first, within as many ticks as a chunk has."""
+    for _ in range(rig.length if kind.takes_time else 1):
+        if rig.decoder.result.is_latched:
+            rig.reset()
+        after = rig.send(rig.pick())
+        if (after.status, after.is_held) == (Status.OK, False):
+            return
+        time.sleep(_THREAD_S)
+    problems.append(f"no service after it: {after}: {after.detail}")
+
+
+def _comes_back(rig: Rig, recoveries: int) -> bool:
+    """While service goes on: the loop itself sees which of its threads are free again."""
+    for _ in range(round(_RECOVERY_S / _THREAD_S)):
+        if rig.wait_until(lambda: rig.decoder.health.recoveries >= recoveries, _THREAD_S):
+            return True
+        rig.send(rig.pick())
+    return False
+
+
+def nan_backends_of(path: Path) -> dict[str, Backend]:
+    """Those of this machine's backends whose weights can be altered, with altered ones."""
+    bundle, found = open_bundle(path), {}
+    for name in ("onnxruntime", "c"):
+        with contextlib.suppress(TokenizerError):
+            found[name] = with_nan_weights(bundle, name)
+    return found
+
+
+def _open_fallback(path: Path, main_one: ActionTokenizer, wanted: str | None) -> ActionTokenizer:
+    for name in (wanted,) if wanted else PREFERENCE:
+        if name != main_one.backend.name or wanted:
+            try:
+                return ActionTokenizer.load(path, backend=name)
+            except TokenizerError:
+                if wanted:
+                    raise
+    return ActionTokenizer.load(path, backend=main_one.backend.name)
+
+
+def _deal(kinds: Sequence[Kind], rng: np.random.Generator) -> Iterator[Kind]:
+    """All kinds in random order, then all again."""
+    while True:
+        for index in rng.permutation(len(kinds)):
+            yield kinds[int(index)]
+
+
+if __name__ == "__main__":
+    prepare_console()
+    sys.exit(main())

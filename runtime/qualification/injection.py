@@ -1,0 +1,184 @@
+"""Backends that fail on purpose, to find out before the robot does what a loop makes of it.
+
+tokenizer, backend = faulty(ActionTokenizer.load("build/bundle"))
+decoder = ControlDecoder(tokenizer, config, position=position)
+decoder.warmup()
+backend.fault = Fault.NAN
+assert decoder.step(tokens).status is Status.NONFINITE
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from ..backends.contract import Backend, Float32Array, Int32Array
+from ..backends.registry import create_backend
+from ..bundle.errors import BackendUnavailableError, InferenceError
+from ..bundle.folder import Bundle
+from ..tokenizer import ActionTokenizer
+
+_NAN = struct.pack("<f", float("nan"))
+#: So many bytes of a table of weights are found again in a library and are no accident.
+_MARK = 16
+#: Of ONNX's protobuf: ModelProto.graph, GraphProto.initializer, TensorProto's data_type (FLOAT) and raw_data.
+_GRAPH, _INITIALIZER, _DATA_TYPE, _RAW_DATA, _FLOAT = 7, 5, 2, 9, 1
+
+
+class Fault(StrEnum):
+    """What a decoder call does in place of its work, or after it."""
+
+    NONE = ""
+    RAISES = "raises"
+    RAISES_UNKNOWN = "raises what nobody knows"
+    OUT_OF_MEMORY = "runs out of memory"
+    WRONG_SHAPE = "gives another shape"
+    HANGS = "hangs"
+    SLOW = "is slow"
+    NAN = "gives one NaN"
+    INF = "gives infinity"
+    HUGE = "gives a huge value"
+    WRITES_NOTHING = "writes nothing"
+
+
+class FaultyBackend:
+    """Decodes as `backend` does until `fault` is set, from any thread; everything else it hands through.
+
+    delay_s: of SLOW. pause: what SLOW waits with; pass what sets a clock of your own forward. A call that HANGS does so
+    until `release()` or `close()`, lets other threads run as ctypes and ONNX Runtime do, and then decodes.
+    """
+
+    def __init__(self, backend: Backend, *, pause: Callable[[float], None] = time.sleep, delay_s: float = 0.05) -> None:
+        self._backend, self._pause = backend, pause
+        self.fault, self.delay_s = Fault.NONE, delay_s
+        self.hanging = 0
+        self._counting, self._released = threading.Lock(), threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+    def replace(self, backend: Backend) -> Backend:
+        """Decode on `backend` from now on; the one before is returned, and stays open."""
+        before, self._backend = self._backend, backend
+        return before
+
+    def release(self) -> None:
+        """Let those go on that hang. The next HANGS hangs again."""
+        released, self._released = self._released, threading.Event()
+        released.set()
+
+    def close(self) -> None:
+        self.release()
+        self._backend.close()
+
+    def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
+        fault = self.fault
+        if fault == Fault.RAISES:
+            raise InferenceError("injected: the library failed")
+        if fault == Fault.RAISES_UNKNOWN:
+            raise RuntimeError("injected: an exception that no contract knows")
+        if fault == Fault.OUT_OF_MEMORY:
+            raise MemoryError("injected")
+        if fault == Fault.WRONG_SHAPE:
+            actions[...] = np.zeros((actions.shape[0], actions.shape[1] + 1, actions.shape[2]), np.float32)
+        if fault == Fault.WRITES_NOTHING:
+            return
+        if fault == Fault.HANGS:
+            self._hang()
+        elif fault == Fault.SLOW:
+            self._pause(self.delay_s)
+        self._backend.decode_into(tokens, stats, actions)
+        if fault == Fault.NAN:
+            actions[0, -1, 0] = np.nan
+        elif fault == Fault.INF:
+            actions[...] = np.inf
+        elif fault == Fault.HUGE:
+            actions[0, 0, 0] = 1e30
+
+    def _hang(self) -> None:
+        released = self._released
+        with self._counting:
+            self.hanging += 1
+        try:
+            released.wait()
+        finally:
+            with self._counting:
+                self.hanging -= 1
+
+
+def faulty(tokenizer: ActionTokenizer, **options: Any) -> tuple[ActionTokenizer, FaultyBackend]:
+    """`tokenizer` again, on its own backend in a FaultyBackend, made with `options`. Close one of the two."""
+    backend: Any = FaultyBackend(tokenizer.backend, **options)
+    return ActionTokenizer(tokenizer.manifest, backend, tokenizer.golden), backend
+
+
+def with_nan_weights(bundle: Bundle, name: str) -> Backend:
+    """The real backend `name`, `onnxruntime` or `c`, on the bundle's decoders with a NaN in every table of weights.
+
+    Nothing on disk is changed. Raises BackendUnavailableError where the backend is not there, or is another.
+    """
+    graphs = [entry.file for entry in bundle.manifest.graphs_of("gemm") if entry.role == "decoder"]
+    marks = [
+        bytes(bundle.content(file)[at : at + _MARK]) for file in graphs for at in weight_places(bundle.content(file))
+    ]
+    files = graphs
+    if name == "c":
+        files = [entry.file for entry in bundle.manifest.engines if entry.backend == "c"]
+    elif name != "onnxruntime":
+        raise BackendUnavailableError(f"no weights of {name!r} can be altered here; expected onnxruntime or c")
+    contents = {file: bundle.content(file) for file in bundle.manifest.files}
+    for file in files:
+        altered = bytearray(contents[file])
+        for mark in marks:
+            at = altered.find(mark)
+            while at >= 0:
+                altered[at : at + 4] = _NAN
+                at = altered.find(mark, at + 1)
+        contents[file] = bytes(altered)
+    return create_backend(name, replace(bundle, _contents=MappingProxyType(contents)))
+
+
+def weight_places(graph: bytes) -> list[int]:
+    """Where in an ONNX file its tables of at least 16 float32 begin; read without the library that a robot lacks."""
+    places = []
+    for _, model_start, model_end in _fields(graph, 0, len(graph), _GRAPH):
+        for _, start, end in _fields(graph, model_start, model_end, _INITIALIZER):
+            is_float = any(kind == _FLOAT for kind, _, _ in _fields(graph, start, end, _DATA_TYPE))
+            for _, data, data_end in _fields(graph, start, end, _RAW_DATA):
+                if is_float and data_end - data >= 4 * _MARK:
+                    places.append(data)
+    return places
+
+
+def _fields(data: bytes, start: int, end: int, wanted: int) -> Iterator[tuple[int, int, int]]:
+    """Value, start and end of the fields with number `wanted` in a protobuf message."""
+    while start < end:
+        key, start = _varint(data, start)
+        value, kind = 0, key & 7
+        if kind == 0:
+            value, after = _varint(data, start)
+        elif kind == 2:
+            length, start = _varint(data, start)
+            after = start + length
+        else:
+            after = start + {1: 8, 5: 4}[kind]
+        if key >> 3 == wanted:
+            yield value, start, after
+        start = after
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        value |= (data[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if data[at - 1] < 0x80:
+            return value, at

@@ -1,0 +1,119 @@
+"""Show what is in a bundle: model, graphs, engines, what was proven, and every file.
+
+Sizes and hashes are checked on the way; nothing is run. The exit status is 0, or 2 for a bundle that cannot be read.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..bundle.console import printable
+from ..bundle.errors import TokenizerError
+from ..bundle.folder import Bundle, open_bundle
+from ..bundle.manifest import EngineEntry, GraphEntry, TensorEntry
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("bundle", type=Path, help="folder written by `python export/build_engine.py`")
+    parser.add_argument("--json", action="store_true", help="the manifest and the unlisted files as JSON")
+    options = parser.parse_args(arguments)
+    try:
+        bundle = open_bundle(options.bundle)
+    except TokenizerError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps(describe(bundle), indent=1))
+    else:
+        # Line by line: a name with a line end in it must not look like two lines of ours.
+        print("\n".join(printable(line.replace("\n", "\\n")) for line in overview(bundle)))
+    return 0
+
+
+def describe(bundle: Bundle) -> dict[str, Any]:
+    """The manifest's content and `unlisted_files`, fit for JSON."""
+    return {**dataclasses.asdict(bundle.manifest), "unlisted_files": list(bundle.unlisted_files())}
+
+
+def overview(bundle: Bundle) -> Iterator[str]:
+    """Lines for people."""
+    manifest, model = bundle.manifest, bundle.manifest.model
+    yield f"{bundle.folder} (schema version {manifest.schema_version})"
+    yield f"  fingerprint  {manifest.fingerprint}"
+    yield f"  mode         {model.mode}: {_MODES[model.mode]}"
+    yield (
+        f"  sizes        T {model.chunk_length}, A {model.action_dim}, D {model.latent_dim}, L {model.num_layers}, "
+        f"K {model.num_levels}, hidden {model.hidden_width}; decodes {', '.join(map(str, model.prefixes))} layers"
+    )
+    yield f"  actions      |action| at most {model.action_limit:g}, physical = normalised * units + offset"
+    yield f"    units      {_numbers(model.action_units)}"
+    yield f"    offset     {_numbers(model.action_offset)}"
+    if manifest.quality is None:
+        yield "what the tokens are worth: not recorded; build it with action data to know"
+    else:
+        quality = manifest.quality
+        yield f"what the tokens are worth: {quality.line}"
+        yield f"  judged by {quality.source}, sha256 {quality.sha256}"
+        yield from (f"  {line}" for line in quality.fidelity.text(f"{quality.judged_on}, all layers").splitlines())
+    yield "graphs"
+    for graph in manifest.graphs:
+        yield f"  {_graph(graph)}"
+    yield "engines" if manifest.engines else "engines: none, the graphs are run as they are"
+    for engine in manifest.engines:
+        yield from (f"  {line}" for line in _engine(engine))
+    yield "parity with PyTorch float64"
+    for entry in manifest.parity:
+        detail = f" ({entry.detail})" if entry.detail else ""
+        measured = f"{entry.value:.4g} ≤ {entry.limit:.4g} over {entry.steps} steps"
+        yield f"  ✓ {entry.backend}, {entry.gate}: {measured}{detail}"
+    yield "files, sizes and sha256 as in the manifest"
+    for file, listed in sorted(manifest.files.items()):
+        yield f"  {listed.size:>12,} bytes  {listed.sha256[:16]}…  {file}"
+    for file in bundle.unlisted_files():
+        yield f"  not listed in the manifest, never read: {file}"
+    yield f"built with {', '.join(f'{name} {version}' for name, version in sorted(manifest.tools.items()))}"
+    yield "provenance"
+    yield from (
+        f"  {line}" for line in json.dumps(manifest.provenance, indent=1, ensure_ascii=False).splitlines()[1:-1]
+    )
+
+
+_MODES = {
+    "none": "naive RFSQ, tokens decode on their own",
+    "dynamic": "published Robust RFSQ, decoding needs the stats that encoding gives",
+    "calibrated": "Robust RFSQ with constant mean and scale, tokens decode on their own",
+    "recovered": "published Robust RFSQ tokens, decoded on their own by a fitted map",
+}
+
+
+def _graph(graph: GraphEntry) -> str:
+    what = graph.role if graph.role == "encoder" else f"decoder of {graph.prefix} layers"
+    return f"{graph.file}: {what}, {_tensors(graph.inputs)} -> {_tensors(graph.outputs)}"
+
+
+def _tensors(tensors: Sequence[TensorEntry]) -> str:
+    return ", ".join(
+        f"{tensor.name} {tensor.dtype}[{', '.join('B' if size == -1 else str(size) for size in tensor.shape)}]"
+        for tensor in tensors
+    )
+
+
+def _engine(engine: EngineEntry) -> Iterator[str]:
+    target = f"for {', '.join(engine.targets)}" if engine.targets else "for the library's default GPUs"
+    least, optimum, most = engine.profile
+    yield f"{engine.file}"
+    batch = f"B {least} ... {most}, tuned for {optimum}"
+    yield f"  {engine.backend} {engine.version}, {target}, from {engine.source}, {batch}"
+    if engine.status == "validated":
+        yield f"  ✓ validated: it passed the parity gates ({engine.detail})"
+    else:
+        yield f"  – built, NOT validated: it was never run ({engine.detail})"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.6g}" for value in values)

@@ -1,0 +1,384 @@
+"""The faults of a campaign: what each is, how it is injected, and the answer that is the right one."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..control.config import OutOfRange, Status
+from ..control.errors import WrongThreadError
+from ..control.realtime import Watchdog
+from .injection import Fault
+from .rig import MOST_FAULTS, PATIENCE_S, PERIOD_S, Answer, Rig, Setup
+
+Inject = Callable[[Rig], Answer]
+_SILENCE_S = 0.02
+#: Deadlines of ticks in which a backend hangs, waited for in full; with a fallback, which has half of it to answer in.
+_HANG_US, _HANG_WITH_FALLBACK_US = 4e4, 6e5
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of fault. `inject` returns the answer of the tick by which it must have been noticed.
+
+    is_held: whether that tick stands still. is_backend: a backend failed, so that another one answers where there is
+    one, and what failed is tried again. marks: so many backends have to come back. is_rare: takes long. takes_time: a
+    thread has to come back before service can.
+    """
+
+    name: str
+    status: Status
+    inject: Inject
+    is_held: bool = True
+    is_backend: bool = False
+    marks: Callable[[Setup], int] = lambda _: 0
+    applies: Callable[[Setup], bool] = lambda _: True
+    latches: bool = False
+    is_rare: bool = False
+    takes_time: bool = False
+
+    def expected(self, setup: Setup) -> tuple[Status, bool, bool]:
+        """Status, is_held, fell_back."""
+        if self.is_backend and setup.has_fallback:
+            return Status.OK, False, True
+        limits = self.status is Status.OUT_OF_RANGE and setup.out_of_range is OutOfRange.LIMIT
+        return self.status, self.is_held and not limits, False
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+def _tokens(name: str, change: Callable[[Any, Rig], Any]) -> Kind:
+    def inject(rig: Rig) -> Answer:
+        chunk = rig.pick()
+        return rig.send(chunk, tokens=change(chunk.tokens.copy(), rig))
+
+    return Kind(name, Status.BAD_TOKEN, inject)
+
+
+def _with(value: int) -> Callable[[Any, Rig], Any]:
+    def change(tokens: Any, rig: Rig) -> Any:
+        tokens.reshape(-1)[int(rig.rng.integers(tokens.size))] = value
+        return tokens
+
+    return change
+
+
+def _another_type(tokens: Any, rig: Rig) -> Any:
+    types = ("int8", "int16", "uint16", "uint32", "uint64", ">i4", "bool", "complex64", "S1")
+    return tokens.astype(types[int(rig.rng.integers(len(types)))])
+
+
+def _no_array(tokens: Any, rig: Rig) -> Any:
+    others = (tokens.tolist(), object(), "tokens", memoryview(tokens), 3, b"\0", tokens.flat, np.int32(1))
+    return others[int(rig.rng.integers(len(others)))]
+
+
+def _another_shape(tokens: Any, rig: Rig) -> Any:
+    others = (
+        tokens[0],
+        tokens[None],
+        tokens[:, :-1],
+        tokens[:, :, :-1],
+        tokens[..., :0],
+        tokens[:0],
+        tokens.reshape(-1),
+        np.concatenate((tokens, tokens)),
+        np.concatenate((tokens, tokens), axis=3),
+        np.int32(tokens.flat[0]).reshape(()),
+        np.swapaxes(tokens, 2, 3)[:, :, :, :, None],
+    )
+    return others[int(rig.rng.integers(len(others)))]
+
+
+def _masked(tokens: Any, rig: Rig) -> Any:
+    """Subclasses, which bring rules of their own; the illegal value is hidden."""
+    masked = np.ma.masked_array(_with(-1)(tokens, rig), mask=True)
+    return masked if rig.rng.integers(2) else masked.view(np.recarray)
+
+
+def _number(name: str) -> Inject:
+    def inject(rig: Rig) -> Answer:
+        wrong = (1.5, "1", 2**70, -(2**70), math.nan, True, [1], np.float64(1))
+        chunk = rig.pick()
+        options: dict[str, Any] = {name: wrong[int(rig.rng.integers(len(wrong)))]}
+        return rig.tick(chunk.tokens, stats=chunk.stats, **{"sequence": rig.sequence + 1, **options})
+
+    return inject
+
+
+def _stats(rig: Rig) -> Answer:
+    chunk = rig.pick()
+    stats: Any = chunk.stats
+    if stats is None:
+        # Another bundle's: this one's mean and scale are constants.
+        wrong: list[Any] = [np.ones((*chunk.tokens.shape[:2], chunk.tokens.shape[3], 2), np.float32)]
+    else:
+        wrong = [None, stats[:, :-1], stats.astype(np.float64), stats.tolist(), stats * -1]
+        for value in (math.nan, math.inf, -math.inf):
+            altered = stats.copy()
+            altered.reshape(-1)[int(rig.rng.integers(altered.size))] = value
+            wrong.append(altered)
+    return rig.send(chunk, stats=wrong[int(rig.rng.integers(len(wrong)))])
+
+
+def _until_latched(rig: Rig) -> Answer:
+    answers = [rig.send(chunk, tokens=chunk.tokens + 1000) for chunk in [rig.pick() for _ in range(MOST_FAULTS)]]
+    return answers[-1]
+
+
+# --- backends ---------------------------------------------------------------------------------------------------------
+
+
+def _failing(fault: Fault) -> Inject:
+    def inject(rig: Rig) -> Answer:
+        rig.backend.fault = fault
+        return rig.send(rig.pick())
+
+    return inject
+
+
+def _huge(rig: Rig) -> Answer:
+    rig.backend.fault = Fault.HUGE
+    chunk = rig.pick()
+    rows = chunk.rows.copy()
+    # As the fault does it: where such a chunk is limited and not refused, that is what is served.
+    rows[0, 0] = 1e30
+    return rig.send(replace(chunk, rows=rows))
+
+
+def _both_failing(rig: Rig) -> Answer:
+    rig.spare.fault = Fault.RAISES
+    return _failing(Fault.RAISES)(rig)
+
+
+def _nan_weights(name: str) -> Inject:
+    def inject(rig: Rig) -> Answer:
+        healthy = rig.backend.replace(rig.nan_backends[name])
+        try:
+            return rig.send(rig.pick())
+        finally:
+            rig.backend.replace(healthy)
+
+    return inject
+
+
+def _late(seconds: float) -> Inject:
+    def inject(rig: Rig) -> Answer:
+        rig.backend.fault, rig.backend.delay_s = Fault.SLOW, seconds
+        chunk = rig.pick()
+        answer = rig.send(chunk)
+        if seconds > 0:
+            rig.expect_service(chunk, 1 + round(seconds / PERIOD_S))
+        return answer
+
+    return inject
+
+
+def _hanging(rig: Rig) -> Answer:
+    """In a worker's thread; the next chunk comes while it still hangs."""
+    rig.backend.fault = Fault.HANGS
+    deadline_us = _HANG_WITH_FALLBACK_US if rig.setup.has_fallback else _HANG_US
+    answer = rig.send(rig.pick(), deadline_us=deadline_us)
+    again = rig.send(rig.pick(), deadline_us=deadline_us)
+    is_right = again.status is (Status.OK if rig.setup.has_fallback else Status.DEADLINE_MISS)
+    if not is_right and not answer.is_latched:
+        rig.check.problems.append(f"the chunk after a hanging one: {again}: {again.detail}")
+    return answer
+
+
+def _hanging_loop(rig: Rig) -> Answer:
+    """In the loop's own thread, which nobody can free but who hangs; the watchdog hears of it meanwhile."""
+    called = threading.Event()
+
+    def notice(_: float) -> None:
+        if rig.backend.hanging:
+            called.set()
+            rig.jump(PERIOD_S)
+            rig.backend.release()
+
+    watchdog = Watchdog(lambda: rig.decoder.health.last_tick_ns, _SILENCE_S, notice)
+    # Where nobody calls, the campaign goes on and says so.
+    timer = threading.Timer(PATIENCE_S / 2, rig.backend.release)
+    watchdog.start()
+    timer.start()
+    try:
+        rig.backend.fault = Fault.HANGS
+        chunk = rig.pick()
+        answer = rig.send(chunk)
+        rig.expect_service(chunk, 2)
+    finally:
+        watchdog.stop()
+        timer.cancel()
+    if not called.is_set():
+        rig.check.problems.append(f"no watchdog called while the loop hung: {answer}")
+    return answer
+
+
+# --- chunks and clocks ------------------------------------------------------------------------------------------------
+
+
+def _dated(age: Callable[[Rig], int], ahead: int = 1) -> Inject:
+    """A chunk of that age, beside one in service."""
+
+    def inject(rig: Rig) -> Answer:
+        rig.send(rig.pick())
+        return rig.send(rig.pick(), age=age(rig), sequence=rig.sequence + ahead)
+
+    return inject
+
+
+def _late_in_time(rig: Rig) -> Answer:
+    rig.send(rig.pick())
+    if rig.length == 1:
+        return rig.send(rig.pick())
+    rig.tick()
+    return rig.send(rig.pick(), age=1)
+
+
+def _same_again(rig: Rig) -> Answer:
+    chunk = rig.pick()
+    rig.send(chunk)
+    return rig.send(chunk, sequence=rig.sequence, age=1)
+
+
+def _reordered(rig: Rig) -> Answer:
+    rig.send(rig.pick(), sequence=rig.sequence + 2)
+    return rig.send(rig.pick(), sequence=rig.sequence - 1, age=2)
+
+
+def _draft_after_whole(rig: Rig) -> Answer:
+    rig.send(rig.pick())
+    return rig.send(rig.pick(rig.model.prefixes[0]), sequence=rig.sequence, age=1)
+
+
+def _no_more(rig: Rig) -> Answer:
+    rig.send(rig.pick())
+    answers = [rig.tick() for _ in range(rig.length)]
+    return answers[-1]
+
+
+def _jump(seconds: float) -> Inject:
+    def inject(rig: Rig) -> Answer:
+        rig.jump(seconds)
+        return rig.tick()
+
+    return inject
+
+
+def _back_within(rig: Rig) -> Answer:
+    _late(-50 * PERIOD_S)(rig)
+    rig.clear()
+    return rig.tick()
+
+
+def _no_clock(rig: Rig) -> Answer:
+    rig.is_clock_broken = True
+    return rig.send(rig.pick())
+
+
+def _no_deadline(rig: Rig) -> Answer:
+    wrong: tuple[Any, ...] = (math.nan, -1.0, 0, math.inf, "soon", -math.inf)
+    chunk = rig.pick()
+    answer = rig.send(chunk, deadline_us=wrong[int(rig.rng.integers(len(wrong)))])
+    if not rig.setup.use_worker:
+        rig.expect_service(chunk, 1)
+    return answer
+
+
+def _wrong_thread(rig: Rig) -> Answer:
+    refused = []
+
+    def step() -> None:
+        try:
+            rig.decoder.step(rig.pick().tokens)
+        except WrongThreadError as error:
+            refused.append(error)
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    thread.join()
+    if not refused:
+        rig.check.problems.append("another thread was not refused")
+    return rig.send(rig.pick())
+
+
+_FAULT, _STALE, _MISS = Status.BACKEND_FAULT, Status.STALE, Status.DEADLINE_MISS
+
+
+def _has_worker(setup: Setup) -> bool:
+    return setup.use_worker
+
+
+def _retried(setup: Setup) -> int:
+    return int(setup.use_worker or setup.has_fallback)
+
+
+def _backend(name: str, status: Status, inject: Inject, **options: Any) -> Kind:
+    return Kind(name, status, inject, is_backend=True, marks=_retried, **options)
+
+
+KINDS: tuple[Kind, ...] = (
+    _tokens("token too high by one", lambda tokens, rig: _with(rig.model.num_levels)(tokens, rig)),
+    _tokens("token far too high", _with(2**31 - 1)),
+    _tokens("negative token", _with(-1)),
+    _tokens("int64 tokens that wrap to legal ones", lambda tokens, _: tokens.astype(np.int64) + 2**32),
+    _tokens("uint8 token too high", lambda tokens, rig: _with(255)(tokens.astype(np.uint8), rig)),
+    _tokens(
+        "float tokens", lambda tokens, rig: tokens.astype((np.float16, np.float32, np.float64)[rig.rng.integers(3)])
+    ),
+    _tokens("NaN tokens", lambda tokens, _: np.full(tokens.shape, np.nan)),
+    _tokens("array of objects", lambda tokens, _: np.full(tokens.shape, None, object)),
+    _tokens("tokens of another type", _another_type),
+    _tokens("no array at all", _no_array),
+    _tokens("tokens of another shape", _another_shape),
+    _tokens("masked or record array", _masked),
+    Kind("sequence is no number", Status.BAD_TOKEN, _number("sequence")),
+    Kind("observed_ns is no number", Status.BAD_TOKEN, _number("observed_ns")),
+    Kind("stats missing, NaN or of another bundle", Status.BAD_TOKEN, _stats),
+    Kind("bad tokens until it latches", Status.BAD_TOKEN, _until_latched, latches=True),
+    _backend("backend raises", _FAULT, _failing(Fault.RAISES)),
+    _backend("backend raises what nobody knows", _FAULT, _failing(Fault.RAISES_UNKNOWN)),
+    _backend("backend runs out of memory", _FAULT, _failing(Fault.OUT_OF_MEMORY)),
+    _backend("backend gives another shape", _FAULT, _failing(Fault.WRONG_SHAPE)),
+    _backend("backend gives one NaN", Status.NONFINITE, _failing(Fault.NAN)),
+    _backend("backend gives infinity", Status.NONFINITE, _failing(Fault.INF)),
+    _backend("backend writes nothing", Status.NONFINITE, _failing(Fault.WRITES_NOTHING)),
+    Kind("backend gives a huge value", Status.OUT_OF_RANGE, _huge),
+    Kind("fallback fails too", _FAULT, _both_failing, marks=lambda _: 2, applies=lambda setup: setup.has_fallback),
+    Kind("backend is late", _MISS, _late(PERIOD_S)),
+    _backend("backend hangs, left behind", _MISS, _hanging, applies=_has_worker, is_rare=True, takes_time=True),
+    Kind("backend hangs the loop", _MISS, _hanging_loop, applies=lambda setup: not setup.use_worker, is_rare=True),
+    Kind("chunk from long ago", _STALE, _dated(lambda rig: 2 * rig.length + 2), is_held=False),
+    Kind("chunk whose time has passed", _STALE, _dated(lambda rig: rig.length), is_held=False),
+    Kind("chunk from the future", _STALE, _dated(lambda _: -10), is_held=False),
+    Kind("chunk late, but in time", Status.OK, _late_in_time, is_held=False),
+    Kind("duplicated chunk", _STALE, _same_again, is_held=False),
+    Kind("duplicated chunk, dated anew", _STALE, _dated(lambda _: 0, 0), is_held=False),
+    Kind("reordered chunks", _STALE, _reordered, is_held=False),
+    Kind("draft after its whole", _STALE, _draft_after_whole, is_held=False),
+    Kind("producer stops", _STALE, _no_more),
+    Kind("clock jumps forward", _STALE, _jump(50 * PERIOD_S)),
+    Kind("clock jumps back", _STALE, _jump(-50 * PERIOD_S)),
+    Kind("clock jumps forward within a tick", _MISS, _late(50 * PERIOD_S)),
+    Kind("clock jumps back within a tick", _STALE, _back_within),
+    Kind("clock raises", _FAULT, _no_clock),
+    Kind("deadline is no number", _MISS, _no_deadline, marks=lambda setup: int(setup.use_worker), takes_time=True),
+    Kind("another thread steps", Status.OK, _wrong_thread, is_held=False),
+)
+
+
+def kinds_with(nan_backends: dict[str, Any]) -> tuple[Kind, ...]:
+    """KINDS, and one for every real backend whose weights are NaN."""
+    added = (_backend(f"NaN weights in {name}", Status.NONFINITE, _nan_weights(name)) for name in nan_backends)
+    return (*KINDS, *added)
+
+
+def is_in_time(kind: Kind, answer: Answer) -> bool:
+    """In real time; the rest is the system's share, on a machine that does other things too."""
+    return not kind.is_rare or answer.seconds < PATIENCE_S

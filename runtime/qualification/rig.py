@@ -1,0 +1,310 @@
+"""A decoder on a clock of its own, between a source of good chunks and a check that trusts nothing of the decoder."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..backends.contract import Backend, Float32Array, Float64Array, Int32Array
+from ..control.config import ActionKind, ControlConfig, OnFault, OutOfRange, Status, Strategy
+from ..control.decoder import ControlDecoder
+from ..control.errors import ControlFaultError
+from ..control.result import ControlResult
+from ..tokenizer import ActionTokenizer
+from .injection import Fault, faulty
+from .trial_inputs import chunks_of, config_for
+
+#: A real wait for the worker's thread fits in many times over, on a machine that does other things too.
+#: On the rig's own clock, but a worker is waited for in real time: even the busiest machine answers in so many seconds.
+PERIOD_S, DEADLINE_S = 100.0, 80.0
+#: Real seconds after which something hangs.
+PATIENCE_S = 60.0
+PERIOD_NS = round(PERIOD_S * 1e9)
+#: Faults in a row until the decoder latches.
+MOST_FAULTS = 6
+_CHUNKS = 16
+#: Of the limit: by so much may two backends and two roundings differ.
+_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How one decoder of a campaign is set up. action_kind: None for delta and absolute in turn."""
+
+    strategy: Strategy = Strategy.LATEST_ONLY
+    use_worker: bool = False
+    has_fallback: bool = False
+    action_kind: ActionKind | None = ActionKind.DELTA
+    on_fault: OnFault = OnFault.HOLD_LAST
+    out_of_range: OutOfRange = OutOfRange.REJECT
+
+    def __str__(self) -> str:
+        parts = [self.strategy, self.action_kind or "mixed", self.on_fault, self.out_of_range]
+        parts += ["worker"] * self.use_worker + ["fallback"] * self.has_fallback
+        return ", ".join(str(part) for part in parts)
+
+    def config(self, tokenizer: ActionTokenizer, limit: float) -> ControlConfig:
+        size = tokenizer.model.action_dim
+        mixed = [ActionKind.DELTA, ActionKind.ABSOLUTE] * size
+        return config_for(
+            tokenizer,
+            limit,
+            period_s=PERIOD_S,
+            deadline_us=DEADLINE_S * 1e6,
+            # Longer than a chunk, so that one that has run out and one that is old are two things.
+            stale_after_s=2 * tokenizer.model.chunk_length * PERIOD_S,
+            strategy=self.strategy,
+            use_worker=self.use_worker,
+            action_kind=tuple(mixed[:size] if self.action_kind is None else [self.action_kind] * size),
+            on_fault=self.on_fault,
+            out_of_range=self.out_of_range,
+            max_consecutive_faults=MOST_FAULTS,
+            retry_after_s=0.001,
+            record_interval_s=1e-3,
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a tick was answered with; a copy, for the decoder has one result for all ticks."""
+
+    status: Status
+    is_held: bool
+    fell_back: bool
+    is_latched: bool
+    detail: str
+    seconds: float
+
+    def __str__(self) -> str:
+        flags = [name for name in ("is_held", "fell_back", "is_latched") if getattr(self, name)]
+        return " ".join((self.status.name, *flags))
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Tokens, and what they decode to while nothing is broken."""
+
+    tokens: Int32Array
+    stats: Float32Array | None
+    rows: Float64Array
+
+
+class SafetyCheck:
+    """Limits, slew and standing still from the settings alone, in float64; `problems` says what was wrong."""
+
+    def __init__(self, config: ControlConfig, position: tuple[float, ...]) -> None:
+        self.low, self.high = np.array(config.action_low), np.array(config.action_high)
+        self.step = np.array(config.max_relative_step)
+        self._keeps = np.array(
+            [kind is ActionKind.ABSOLUTE or index in config.gripper for index, kind in enumerate(config.action_kind)]
+        )
+        self._tolerance = _TOLERANCE * np.maximum(np.abs(self.low), np.abs(self.high))
+        self.last = np.array(position, np.float64)
+        self.problems: list[str] = []
+
+    def __call__(self, result: ControlResult, wanted: tuple[Float64Array, Float64Array] | None) -> None:
+        """wanted: between what the action that is due lies before limits and slew, where that is known."""
+        sent, last = result.actions.astype(np.float64), self.last
+        near = np.clip(np.zeros_like(last), last - self.step, last + self.step)
+        still = np.where(self._keeps, last, near)
+        tests = {
+            "not finite": np.isfinite(sent),
+            "outside the limits": (sent >= self.low) & (sent <= self.high),
+            "further than the slew limit": np.abs(sent - last) <= self.step,
+        }
+        if result.is_held:
+            tests["not standing still"] = np.abs(sent - still) <= self._tolerance
+        elif wanted is not None:
+            lowest, highest = np.maximum(self.low, last - self.step), np.minimum(self.high, last + self.step)
+            is_low_enough = sent <= np.clip(wanted[1], lowest, highest) + self._tolerance
+            is_high_enough = sent >= np.clip(wanted[0], lowest, highest) - self._tolerance
+            tests["not the action of this tick"] = is_low_enough & is_high_enough
+        for what, is_right in tests.items():
+            if not is_right.all():
+                self.problems.append(f"{what}: {sent.tolist()} after {last.tolist()} ({result})")
+        self.last = sent
+
+
+class Rig:
+    """Serves good chunks to one decoder, one tick after another, and checks every action that leaves.
+
+    nan_backends: real backends whose weights are NaN, by name.
+    """
+
+    def __init__(
+        self,
+        tokenizer: ActionTokenizer,
+        setup: Setup,
+        rng: np.random.Generator,
+        *,
+        fallback: ActionTokenizer | None = None,
+        nan_backends: dict[str, Backend] | None = None,
+        **changes: Any,
+    ) -> None:
+        self.setup, self.rng, self.nan_backends = setup, rng, nan_backends or {}
+        self.model = tokenizer.model
+        self.length = self.model.chunk_length
+        self._due = self.now = 10**15
+        self.is_clock_broken = False
+        tokens, stats, limit = chunks_of(tokenizer, _CHUNKS)
+        self.chunks = {
+            layers: [self._cut(tokenizer, pair, layers) for pair in zip(tokens, stats, strict=True)]
+            for layers in self.model.prefixes
+        }
+        self.config = setup.config(tokenizer, limit)
+        if changes:
+            self.config = ControlConfig.from_values({**self.config.to_values(), **changes})
+        main, self.backend = faulty(tokenizer, pause=self.jump, delay_s=PERIOD_S)
+        spare, self.spare = faulty(fallback or tokenizer, pause=self.jump, delay_s=PERIOD_S)
+        position = (0.0,) * self.config.action_dim
+        self.decoder = ControlDecoder(
+            main,
+            self.config,
+            fallbacks=(spare,) if setup.has_fallback else (),
+            position=position,
+            clock=self._clock,
+        )
+        self.decoder.warmup()
+        self.check = SafetyCheck(self.config, position)
+        self.sequence = 0
+        self._observed = 0
+        #: The chunk in service and when it was observed; None where that is not known, or where there is none.
+        self._serving: tuple[Chunk, int] | None = None
+        #: Those accepted last, of which averages are made.
+        self._accepted: deque[tuple[Chunk, int]] = deque(maxlen=2 * self.config.ensemble_chunks)
+
+    def close(self) -> None:
+        self.clear()
+        self.decoder.close()
+
+    def clear(self) -> None:
+        """The fault is over."""
+        self.is_clock_broken = False
+        for backend in (self.backend, self.spare):
+            backend.fault, backend.delay_s = Fault.NONE, PERIOD_S
+            backend.release()
+
+    def jump(self, seconds: float) -> None:
+        """The clock, in place of time that passes."""
+        self.now += round(seconds * 1e9)
+        self._due += round(seconds * 1e9)
+
+    @property
+    def next_ns(self) -> int:
+        """When the next tick begins."""
+        return self._due + PERIOD_NS
+
+    def pick(self, layers: int | None = None) -> Chunk:
+        chunks = self.chunks[layers or self.model.num_layers]
+        return chunks[int(self.rng.integers(len(chunks)))]
+
+    def tick(self, tokens: object = None, *, serves: tuple[Chunk, int] | None = None, **options: Any) -> Answer:
+        """serves: the chunk that is in service from now on, if this tick accepts it."""
+        self._due += PERIOD_NS
+        self.now = begun = self._due
+        begin, is_raised = time.monotonic(), False
+        try:
+            result = self.decoder.step(tokens, **options)
+        except ControlFaultError:
+            result, is_raised = self.decoder.result, True
+        seconds = time.monotonic() - begin
+        if is_raised != (result.is_held and self.config.on_fault is OnFault.RAISE and result.status != 6):
+            self.check.problems.append(f"{result} was {'' if is_raised else 'not '}raised")
+        if serves is not None and not result.is_held and result.status is not Status.STALE:
+            self._serve(serves)
+        elif result.is_held:
+            self._serving = None
+        self.check(result, self._wanted(begun))
+        return Answer(result.status, result.is_held, result.fell_back, result.is_latched, result.detail, seconds)
+
+    def send(self, chunk: Chunk, *, sequence: int | None = None, age: int = 0, **options: Any) -> Answer:
+        """A good chunk that was observed `age` periods before this tick; accepted unless something is broken."""
+        number = self.sequence + 1 if sequence is None else sequence
+        observed = self.next_ns - age * PERIOD_NS
+        options = {"stats": chunk.stats, "sequence": number, "observed_ns": observed, **options}
+        answer = self.tick(options.pop("tokens", chunk.tokens), serves=(chunk, observed), **options)
+        if not answer.is_held and answer.status is not Status.STALE:
+            self.sequence, self._observed = number, observed
+        return answer
+
+    def good(self) -> Answer:
+        """As policies send: at once, after a delay, or a draft and then the whole."""
+        way, age = int(self.rng.integers(4)), 1 + int(self.rng.integers(2))
+        if way == 0 and age < self.length and self._observed < self.next_ns - age * PERIOD_NS:
+            return self.send(self.pick(), age=age)
+        if way == 1 and len(self.model.prefixes) > 1 and self.length > 1:
+            index = int(self.rng.integers(_CHUNKS))
+            draft = self.send(self.chunks[self.model.prefixes[0]][index])
+            if draft.status is not Status.OK:
+                return draft
+            return self.send(self.chunks[self.model.num_layers][index], sequence=self.sequence, age=1)
+        return self.send(self.pick())
+
+    def idle(self, most: int) -> None:
+        """Up to so many ticks without a chunk; of one that is served, not to its end."""
+        if self._serving is not None:
+            most = min(most, self.length - 1 - round((self._due - self._serving[1]) / PERIOD_NS))
+        for _ in range(int(self.rng.integers(max(most, 0) + 1))):
+            self.tick()
+
+    def expect_service(self, chunk: Chunk, age_ticks: int) -> None:
+        """`chunk` was taken in by a tick that was held, `age_ticks` before the next: it is served from there on."""
+        self.sequence += 1
+        self._serve((chunk, self.next_ns - age_ticks * PERIOD_NS))
+
+    def reset(self) -> None:
+        self.decoder.reset()
+        self._serving, self._observed = None, 0
+        self._accepted.clear()
+
+    def wait_until(self, is_so: Callable[[], bool], timeout_s: float = PATIENCE_S) -> bool:
+        """For what goes on beside the loop, in real time."""
+        end = time.monotonic() + timeout_s
+        while not is_so():
+            if time.monotonic() > end:
+                return False
+            time.sleep(2e-4)
+        return True
+
+    def _clock(self) -> int:
+        """Time passes, if little, between two looks at it."""
+        if self.is_clock_broken:
+            raise OSError("injected: the clock cannot be read")
+        self.now += 1000
+        return self.now
+
+    def _serve(self, serves: tuple[Chunk, int]) -> None:
+        self._serving = serves
+        self._accepted.append(serves)
+
+    def _wanted(self, now: int) -> tuple[Float64Array, Float64Array] | None:
+        """Of averages it is known between what they lie."""
+        if self._serving is None:
+            return None
+        newest = self._row(*self._serving, now)
+        if newest is None:
+            # Nothing is due any more, and no action is right.
+            nothing = np.full(self.model.action_dim, np.nan)
+            return nothing, nothing
+        if self.setup.strategy is Strategy.LATEST_ONLY:
+            return newest, newest
+        rows = [row for accepted in self._accepted if (row := self._row(*accepted, now)) is not None]
+        low, high = np.min(rows, axis=0), np.max(rows, axis=0)
+        grippers = list(self.config.gripper)
+        low[grippers] = high[grippers] = newest[grippers]
+        return low, high
+
+    def _row(self, chunk: Chunk, observed: int, now: int) -> Float64Array | None:
+        index = round((now - observed) / PERIOD_NS)
+        return chunk.rows[index] if 0 <= index < self.length else None
+
+    @staticmethod
+    def _cut(tokenizer: ActionTokenizer, pair: tuple[Int32Array, Float32Array | None], layers: int) -> Chunk:
+        tokens = np.ascontiguousarray(pair[0][..., :layers])
+        stats = None if pair[1] is None else np.ascontiguousarray(pair[1][:, :, :layers])
+        return Chunk(tokens, stats, tokenizer.decode(tokens, stats)[0].astype(np.float64))

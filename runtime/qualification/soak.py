@@ -1,0 +1,304 @@
+"""Run a decoder through many ticks without a fault, and say what it costs and whether anything grows.
+
+Prints latencies, what `ControlDecoder` adds to the bare backend (measured in turn in the same run), how much memory
+grew, and every status that was not OK. The exit status is 0 when everything held, 1 when something did not, 2 when
+nothing could be run. `fault_campaign.py` is for faults.
+"""
+
+import argparse
+import contextlib
+import gc
+import logging
+import os
+import sys
+import time
+import tracemalloc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..backends.contract import Float32Array, Int32Array
+from ..bundle.console import prepare_console, printable
+from ..bundle.errors import TokenizerError
+from ..control.config import ActionKind, Status, Strategy
+from ..control.decoder import ControlDecoder
+from ..tokenizer import ActionTokenizer
+from .trial_inputs import chunks_of, config_for, motion_of
+
+#: RSS may grow by so much after warm-up.
+RSS_LIMIT = 2**20
+#: Guard, queue and book-keeping may take so many times as long as Python's own logging takes for one line, made and
+#: written to nowhere: both run through much of Python, and suffer nearly alike where others fill the caches. The
+#: quickest line that was seen took 3.9 us, of which this is 8 us. On a loaded machine, the only one measured, 2.01 to
+#: 2.07 was found; a few calls of numpy suffer less from load.
+ADDED_LIMIT = 2.05
+#: What is judged is of the quickest twentieth: of the ticks that nobody has interrupted.
+_QUICKEST = 5
+#: What traced ticks may keep together: the numbers of the last one are other objects than those of the first.
+KEPT_LIMIT = 1024
+#: What is kept is ours if one of so many innermost calls is. Each one more makes a traced tick a quarter slower.
+_FRAMES = 4
+WARM_TICKS, TRACED_TICKS = 20_000, 10_000
+_CHUNKS = 64
+#: A worker that has no processor for so long is late; what else runs on the machine is no fault of the decoder.
+_WORKER_DEADLINE_US = 1e6
+
+
+@dataclass(frozen=True)
+class SoakReport:
+    """What a soak found. Times in microseconds: median, 99 %, 99.9 % and the longest.
+
+    added_us: median of the difference between the two, tick by tick. quick_added_us, line_us: 5 % quantiles of what
+    judges it, the difference and one line of logging, measured in turn with them. kept, transient: bytes that traced
+    ticks have kept, and the most that lived at once within them. others: how often which status but OK was given.
+    limited: on which part of the ticks the slew limit held the action back.
+    """
+
+    description: str
+    ticks: int
+    seconds: float
+    step_us: tuple[float, float, float, float]
+    bare_us: tuple[float, float, float, float]
+    added_us: float
+    quick_added_us: float
+    line_us: float
+    rss_growth: int
+    kept: int
+    transient: int
+    traced_ticks: int
+    others: dict[str, int]
+    limited: float
+    has_worker: bool
+
+    @property
+    def ratio(self) -> float:
+        return self.step_us[0] / self.bare_us[0]
+
+    def verdicts(self) -> tuple[tuple[bool, str], ...]:
+        cost = self.quick_added_us / self.line_us
+        judged = "not judged: the worker is another thread" if self.has_worker else f"at most {ADDED_LIMIT:g}"
+        added = (
+            f"guard, queue and book-keeping add {self.added_us:.2f} us to the backend (median), {self.ratio:.1f} "
+            f"times; the quickest {cost:.2f} times what a line of logging takes, {self.line_us:.2f} us"
+        )
+        others = ", ".join(f"{count} {name}" for name, count in self.others.items()) or "none"
+        return (
+            (
+                self.has_worker or cost <= ADDED_LIMIT,
+                f"{added}; {judged}",
+            ),
+            (self.rss_growth < RSS_LIMIT, f"RSS grew by {self.rss_growth / 1024:.0f} KiB; below {RSS_LIMIT // 1024}"),
+            (
+                self.kept <= KEPT_LIMIT,
+                f"tracemalloc: {self.kept / self.traced_ticks:.3f} bytes kept per tick, {self.kept} after "
+                f"{self.traced_ticks} ticks; at most {KEPT_LIMIT}. At most {self.transient} at once within a tick",
+            ),
+            (not self.others, f"ticks with a status other than OK: {others}"),
+        )
+
+    @property
+    def holds(self) -> bool:
+        return all(is_right for is_right, _ in self.verdicts())
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.ticks} ticks on {self.description}:",
+            f"  a chunk on each, {self.seconds:.0f} s in all; the slew limit held {self.limited:.0%} of them back",
+        ]
+        for name, taken in (("step", self.step_us), ("tokenizer.decode_into", self.bare_us)):
+            p50, p99, p999, most = taken
+            lines.append(f"  {name:22} p50 {p50:.2f}  p99 {p99:.2f}  p99.9 {p999:.2f}  max {most:.0f} us")
+        return "\n".join((*lines, *(f"{'✓' if is_right else '✗'} {text}" for is_right, text in self.verdicts())))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--ticks", type=int, default=1_000_000)
+    parser.add_argument("--strategy", choices=[str(strategy) for strategy in Strategy], default="latest_only")
+    parser.add_argument("--worker", action="store_true", help="decode in another thread")
+    parser.add_argument("--fallback", metavar="BACKEND", help="another backend, warm beside the first")
+    parser.add_argument("--jumps", action="store_true", help="random actions, which the slew limit has to hold back")
+    parser.add_argument("--absolute", action="store_true", help="dimensions that are places, not motions")
+    options = parser.parse_args(arguments)
+    if options.ticks < 1:
+        parser.error(f"--ticks is {options.ticks}; expected at least 1")
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.ExitStack() as stack:
+            tokenizer = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.backend))
+            fallback = None
+            if options.fallback:
+                fallback = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.fallback))
+            report = soak(
+                tokenizer,
+                options.ticks,
+                strategy=Strategy(options.strategy),
+                use_worker=options.worker,
+                fallback=fallback,
+                is_absolute=options.absolute,
+                jumps=options.jumps,
+            )
+    except TokenizerError as error:
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        return 2
+    finally:
+        logging.disable(logging.NOTSET)
+    print(report)
+    return 0 if report.holds else 1
+
+
+def soak(
+    tokenizer: ActionTokenizer,
+    ticks: int,
+    *,
+    strategy: Strategy = Strategy.LATEST_ONLY,
+    use_worker: bool = False,
+    fallback: ActionTokenizer | None = None,
+    is_absolute: bool = False,
+    jumps: bool = False,
+    warm_ticks: int = WARM_TICKS,
+    traced_ticks: int = TRACED_TICKS,
+) -> SoakReport:
+    """A chunk on every tick, the dearest case, as fast as they are served.
+
+    The actions are a smooth motion, or with `jumps` random ones, whose way to leave is the longest.
+    """
+    tokens, stats, limit = (chunks_of if jumps else motion_of)(tokenizer, _CHUNKS)
+    kind = ActionKind.ABSOLUTE if is_absolute else ActionKind.DELTA
+    config = config_for(
+        tokenizer,
+        limit,
+        strategy=strategy,
+        use_worker=use_worker,
+        deadline_us=_WORKER_DEADLINE_US if use_worker else None,
+        action_kind=(kind,) * tokenizer.model.action_dim,
+    )
+    fallbacks = () if fallback is None else (fallback,)
+    position = (0.0,) * config.action_dim
+    out = np.empty((1, tokenizer.model.chunk_length, config.action_dim), np.float32)
+    # Filled: their pages are there before memory is measured.
+    bare, whole, line = (np.ones(ticks, np.int64) for _ in range(3))
+    log = _line()
+    with ControlDecoder(tokenizer, config, fallbacks=fallbacks, position=position) as decoder:
+        decoder.warmup()
+        clock, step, decode = time.monotonic_ns, decoder.step, tokenizer.decode_into
+        for tick in range(warm_ticks):
+            chunk, stat = tokens[tick % _CHUNKS], stats[tick % _CHUNKS]
+            decode(chunk, out, stat)
+            step(chunk, stats=stat)
+        gc.collect()
+        limited = 0
+        before, memory, started = list(decoder.health.statuses), _rss(), time.monotonic()
+        for tick in range(ticks):
+            chunk, stat = tokens[tick % _CHUNKS], stats[tick % _CHUNKS]
+            # Each goes first in turn: whatever the first one brings into the caches serves the second.
+            if tick & 1:
+                begin = clock()
+                decode(chunk, out, stat)
+                middle = clock()
+                result = step(chunk, stats=stat)
+                whole[tick] = clock() - middle
+                bare[tick] = middle - begin
+            else:
+                begin = clock()
+                result = step(chunk, stats=stat)
+                middle = clock()
+                decode(chunk, out, stat)
+                bare[tick] = clock() - middle
+                whole[tick] = middle - begin
+            begin = clock()
+            log(tick)
+            line[tick] = clock() - begin
+            limited += result.is_limited
+        seconds, growth = time.monotonic() - started, _rss() - memory
+        kept, transient = _traced(decoder, tokens, stats, traced_ticks)
+        after = list(decoder.health.statuses)
+    return SoakReport(
+        description=_describe(tokenizer, fallback, strategy, kind, use_worker),
+        ticks=ticks,
+        seconds=seconds,
+        step_us=_quantiles(whole),
+        bare_us=_quantiles(bare),
+        added_us=float(np.median(whole - bare)) / 1e3,
+        quick_added_us=float(np.percentile(whole, _QUICKEST) - np.percentile(bare, _QUICKEST)) / 1e3,
+        line_us=float(np.percentile(line, _QUICKEST)) / 1e3,
+        rss_growth=growth,
+        kept=kept,
+        transient=transient,
+        traced_ticks=traced_ticks,
+        others={
+            status.name: after[status] - before[status]
+            for status in Status
+            if status is not Status.OK and after[status] > before[status]
+        },
+        limited=limited / ticks,
+        has_worker=use_worker,
+    )
+
+
+def _line() -> Callable[[int], str]:
+    """One line of logging, by nobody's logger: the settings of the program do not matter."""
+    logger = logging.Logger("soak")
+    text_of = logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s").format
+
+    def line(tick: int) -> str:
+        return text_of(logger.makeRecord("soak", logging.INFO, "soak", 1, "tick %d: %s", (tick, "served"), None))
+
+    return line
+
+
+def _traced(
+    decoder: ControlDecoder, tokens: list[Int32Array], stats: list[Float32Array | None], ticks: int
+) -> tuple[int, int]:
+    """Bytes that many ticks keep, and the most that lives at once within them."""
+    gc.collect()
+    tracemalloc.start(_FRAMES)
+    try:
+        # What a tick leaves to the next is traced too before anything is counted.
+        for tick in range(_CHUNKS * 8):
+            decoder.step(tokens[tick % _CHUNKS], stats=stats[tick % _CHUNKS])
+        before = tracemalloc.take_snapshot()
+        tracemalloc.reset_peak()
+        total = tracemalloc.get_traced_memory()[0]
+        for tick in range(ticks):
+            decoder.step(tokens[tick % _CHUNKS], stats=stats[tick % _CHUNKS])
+        peak = tracemalloc.get_traced_memory()[1]
+        after = tracemalloc.take_snapshot()
+    finally:
+        tracemalloc.stop()
+    return _bytes_of_ours(after) - _bytes_of_ours(before), peak - total
+
+
+def _bytes_of_ours(snapshot: tracemalloc.Snapshot) -> int:
+    """What calls through this package have allocated, but for the counting: other threads do other things meanwhile."""
+    ours = tracemalloc.Filter(True, str(Path(__file__).parents[1] / "*"), all_frames=True)
+    counting = tracemalloc.Filter(False, tracemalloc.__file__, all_frames=True)
+    return sum(trace.size for trace in snapshot.filter_traces((ours, counting)).traces)
+
+
+def _quantiles(nanoseconds: np.ndarray) -> tuple[float, float, float, float]:
+    p50, p99, p999, most = np.percentile(nanoseconds, (50, 99, 99.9, 100)) / 1e3
+    return float(p50), float(p99), float(p999), float(most)
+
+
+def _rss() -> int:
+    with Path("/proc/self/statm").open(encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _describe(
+    tokenizer: ActionTokenizer, fallback: ActionTokenizer | None, strategy: Strategy, kind: ActionKind, use_worker: bool
+) -> str:
+    parts = [tokenizer.backend.description, strategy, kind]
+    parts += ["worker"] * use_worker
+    parts += [] if fallback is None else [f"falls back on {fallback.backend.description}"]
+    return ", ".join(map(str, parts))
+
+
+if __name__ == "__main__":
+    prepare_console()
+    sys.exit(main())

@@ -1,0 +1,417 @@
+"""Faults that need a real process, disk or file, on POSIX: what a decoder makes of them while it serves.
+
+Nothing of the bundle that is tried is changed: files are damaged in a copy of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..bundle.errors import TokenizerError
+from ..control.config import Status
+from ..control.recorder import read_record
+from ..tokenizer import ActionTokenizer
+from .injection import Fault
+from .rig import Answer, Chunk, Rig, Setup
+
+_SHOWN = 20
+_PAGE = 4096
+_DISK_BYTES = 2**18
+_HEADER = struct.Struct("<q")
+#: Sends the messages that it is given, again and again, as fast as somebody reads.
+_PRODUCER = """
+import os, sys
+messages = memoryview(sys.stdin.buffer.read())
+while True:
+    sent = 0
+    while sent < len(messages):
+        sent += os.write(1, messages[sent:])
+"""
+_MESSAGES = 64
+
+
+@dataclass(frozen=True)
+class SystemReport:
+    """What was tried how often, what was wrong, and how the disk was filled."""
+
+    counts: Counter[str]
+    problems: tuple[str, ...]
+    disk: str
+    seconds: float
+
+    @property
+    def holds(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.counts.total()} faults with real processes, files and disks ({self.disk}), {self.seconds:.1f} s:"
+        ]
+        lines += [f"  {name:60} {count}" for name, count in sorted(self.counts.items())]
+        lines.append(f"{'✓' if self.holds else '✗'} {len(self.problems)} things were wrong")
+        return "\n".join((*lines, *self.problems[:_SHOWN]))
+
+
+class _Trial:
+    """Counts faults and collects what was wrong with each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.problems: list[str] = []
+
+    @contextlib.contextmanager
+    def fault(self, name: str, rig: Rig) -> Iterator[None]:
+        self.counts[name] += 1
+        self._name = name
+        yield
+        self.problems += [f"{name}: {problem}" for problem in rig.check.problems]
+        rig.check.problems.clear()
+
+    def expect(self, what: str, found: object, expected: object, detail: str = "") -> None:
+        if found != expected:
+            self.problems.append(f"{self._name}: {what} is {found}; expected {expected}{detail and ': ' + detail}")
+
+    def expect_answer(self, what: str, answer: Answer, status: Status, *, is_held: bool) -> None:
+        self.expect(what, (answer.status, answer.is_held), (status, is_held), answer.detail)
+
+
+def run_system_faults(path: Path, times: int, *, backend: str = "auto", seed: int = 0) -> SystemReport:
+    """Every kind so often. Raises TokenizerError where the bundle at `path` cannot be opened."""
+    begin, trial, rng = time.monotonic(), _Trial(), np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        with ActionTokenizer.load(path, backend=backend) as tokenizer:
+            _stop_producers(trial, tokenizer, times, rng)
+            disk = _fill_disks(trial, tokenizer, times, rng, Path(folder) / "disk")
+            _lose_folders(trial, tokenizer, times, rng, Path(folder) / "flights")
+        for name in ("c", "onnxruntime"):
+            _damage_bundles(trial, path, Path(folder) / name, name, times, rng)
+    return SystemReport(trial.counts, tuple(trial.problems), disk, time.monotonic() - begin)
+
+
+# --- the producer -----------------------------------------------------------------------------------------------------
+
+
+class _Producer:
+    """A process that writes messages of odd length into a pipe of one page: while nobody reads, it is amid one."""
+
+    def __init__(self, chunks: list[Chunk]) -> None:
+        self.chunks, self._received = chunks, b""
+        messages = [
+            _HEADER.pack(number) + chunks[number % len(chunks)].tokens.tobytes() + b"." for number in range(_MESSAGES)
+        ]
+        self._length = len(messages[0])
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _PRODUCER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._descriptor = self._process.stdout.fileno()
+        os.set_blocking(self._descriptor, False)
+        # Linux's F_SETPIPE_SZ; elsewhere pipes keep their size.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self._descriptor, getattr(fcntl, "F_SETPIPE_SZ", 1031), _PAGE)
+        self._process.stdin.write(b"".join(messages))
+        self._process.stdin.close()
+
+    def poll(self) -> tuple[int, Chunk] | None:
+        """The next whole message, if it is here; the loop never waits."""
+        while len(self._received) < self._length:
+            try:
+                read = os.read(self._descriptor, self._length - len(self._received))
+            except BlockingIOError:
+                return None
+            if not read:
+                return None
+            self._received += read
+        message, self._received = self._received, b""
+        (number,) = _HEADER.unpack_from(message)
+        return number, self.chunks[number % len(self.chunks)]
+
+    def wait_for(self, rig: Rig) -> tuple[int, Chunk] | None:
+        found: list[tuple[int, Chunk]] = []
+
+        def is_here() -> bool:
+            found.extend(filter(None, [self.poll()]))
+            return bool(found)
+
+        return found[0] if rig.wait_until(is_here) else None
+
+    def signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> int:
+        """By SIGKILL; the exit status."""
+        # Its next write finds no room after so long, and waits.
+        time.sleep(0.005)
+        self._process.kill()
+        return self._process.wait()
+
+    def end(self) -> int:
+        """How many bytes of a message have come to which the rest never will."""
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        return len(self._received)
+
+
+def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer, times: int, rng: np.random.Generator) -> None:
+    rig = Rig(tokenizer, Setup(), rng)
+    chunks = rig.chunks[rig.model.num_layers]
+
+    def serve(found: tuple[int, Chunk] | None) -> None:
+        trial.expect("a message", found is not None, True)
+        if found is not None:
+            trial.expect_answer("a chunk", rig.send(found[1], sequence=found[0]), Status.OK, is_held=False)
+
+    try:
+        for _ in range(times):
+            producer = _Producer(chunks)
+            with trial.fault("producer stopped in the middle of a message (SIGSTOP)", rig):
+                # The numbers begin anew: a policy that was started again.
+                for _ in range(1 + int(rng.integers(3))):
+                    serve(producer.wait_for(rig))
+                producer.signal(signal.SIGSTOP)
+                _run_out(trial, rig, producer, serve)
+                producer.signal(signal.SIGCONT)
+                serve(producer.wait_for(rig))
+            with trial.fault("producer killed in the middle of a message (SIGKILL)", rig):
+                trial.expect("its exit status", producer.kill(), -signal.SIGKILL)
+                _run_out(trial, rig, producer, serve)
+                trial.expect("that a part of a message was left", producer.end() > 0, True)
+    finally:
+        rig.close()
+
+
+def _run_out(trial: _Trial, rig: Rig, producer: _Producer, serve: Callable[[tuple[int, Chunk] | None], None]) -> None:
+    """Serve what has come whole, and then what is queued, to its end."""
+    while (found := producer.poll()) is not None:
+        serve(found)
+    for _ in range(rig.length - 1):
+        trial.expect_answer("a tick after it", rig.tick(), Status.OK, is_held=False)
+    trial.expect_answer("the tick after the last action", rig.tick(), Status.STALE, is_held=True)
+
+
+# --- the recorder's disk ----------------------------------------------------------------------------------------------
+
+
+def _fill_disks(trial: _Trial, tokenizer: ActionTokenizer, times: int, rng: np.random.Generator, place: Path) -> str:
+    place.mkdir()
+    with _small_disk(place) as (disk, fill, free):
+        for _ in range(times):
+            rig = Rig(tokenizer, Setup(), rng, record_folder=str(place / "flights"))
+            try:
+                with trial.fault("disk full for the flight record", rig):
+                    (place / "flights").mkdir(exist_ok=True)
+                    fill()
+                    _record(trial, rig, failed=1, written=0)
+                    free()
+                    trial.expect("what it left", list((place / "flights").iterdir()), [])
+                    _record(trial, rig, failed=1, written=1)
+            finally:
+                rig.close()
+            shutil.rmtree(place / "flights")
+    return disk
+
+
+@contextlib.contextmanager
+def _small_disk(place: Path) -> Iterator[tuple[str, Callable[[], None], Callable[[], None]]]:
+    """A small file system where one can be mounted, else a limit to the size of files; how to fill and free it."""
+    filler = place / "filler"
+
+    def fill() -> None:
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(_PAGE))
+        trial_file = place / "one more"
+        try:
+            trial_file.write_bytes(bytes(1))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+        else:
+            raise OSError(f"{place} is not full")
+        finally:
+            trial_file.unlink(missing_ok=True)
+
+    command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(place)]
+    try:
+        is_mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    except OSError:
+        is_mounted = False
+    if is_mounted:
+        try:
+            yield f"a tmpfs of {_DISK_BYTES // 1024} KiB, filled", fill, filler.unlink
+        finally:
+            subprocess.run(["umount", "--lazy", str(place)], capture_output=True, check=True)
+        return
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield (
+            "RLIMIT_FSIZE of 64 bytes, for no tmpfs can be mounted",
+            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1])),
+            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before),
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def _lose_folders(
+    trial: _Trial, tokenizer: ActionTokenizer, times: int, rng: np.random.Generator, folder: Path
+) -> None:
+    for _ in range(times):
+        rig = Rig(tokenizer, Setup(), rng, record_folder=str(folder))
+        try:
+            with trial.fault("the recorder's folder removed", rig):
+                _record(trial, rig, failed=0, written=1)
+                shutil.rmtree(folder, ignore_errors=True)
+                _record(trial, rig, failed=0, written=2)
+                trial.expect("how many records are there", len(list(folder.glob("*"))), 1)
+            with trial.fault("the recorder's folder replaced by a file", rig):
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.write_bytes(b"")
+                _record(trial, rig, failed=1, written=2)
+                folder.unlink()
+                _record(trial, rig, failed=1, written=3)
+        finally:
+            rig.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _record(trial: _Trial, rig: Rig, *, failed: int, written: int) -> None:
+    """A fault that is worth a record, in the middle of service; so many of each there are afterwards."""
+    # Of two records within record_interval_s only the first is written.
+    time.sleep(2 * rig.config.record_interval_s)
+    trial.expect_answer("a chunk before it", rig.send(rig.pick()), Status.OK, is_held=False)
+    chunk = rig.pick()
+    trial.expect_answer("its tick", rig.send(chunk, tokens=chunk.tokens - 1000), Status.BAD_TOKEN, is_held=True)
+    # The loop does not wait for the disk.
+    trial.expect_answer("the tick after it", rig.send(rig.pick()), Status.OK, is_held=False)
+    trial.expect("that all is reported", rig.decoder.flush(), True)
+    found = rig.decoder.snapshot()
+    trial.expect("records failed and written", (found.records_failed, found.records_written), (failed, written))
+    for file in Path(rig.config.record_folder or "").glob("*.npz"):
+        read_record(file)
+
+
+# --- the bundle's files -----------------------------------------------------------------------------------------------
+
+
+def _remove(folder: Path) -> None:
+    for file in _files(folder):
+        file.unlink()
+
+
+def _truncate(folder: Path) -> None:
+    """In place: whoever had mapped a page of it dies of SIGBUS."""
+    for file in _files(folder):
+        os.truncate(file, file.stat().st_size // 2)
+
+
+def _empty(folder: Path) -> None:
+    for file in _files(folder):
+        os.truncate(file, 0)
+
+
+def _overwrite(folder: Path) -> None:
+    """In place: whoever had mapped it runs what is written now."""
+    for file in _files(folder):
+        size = file.stat().st_size
+        with file.open("r+b") as stream:
+            stream.write(b"\xcc" * size)
+
+
+def _replace(folder: Path) -> None:
+    for file in _files(folder):
+        other = file.with_name("another")
+        other.write_bytes(b"another file")
+        other.replace(file)
+
+
+_DAMAGES: tuple[tuple[str, Callable[[Path], None]], ...] = (
+    ("removed", _remove),
+    ("truncated in place", _truncate),
+    ("emptied in place", _empty),
+    ("overwritten in place", _overwrite),
+    ("replaced", _replace),
+    ("removed with their folder", shutil.rmtree),
+)
+
+
+def _damage_bundles(
+    trial: _Trial, source: Path, folder: Path, backend: str, times: int, rng: np.random.Generator
+) -> None:
+    """Every file of the bundle at once, the running library included; the decoder, and what it falls back on, go on."""
+    shutil.copytree(source, folder)
+    try:
+        tokenizer = ActionTokenizer.load(folder, backend=backend)
+        fallback = ActionTokenizer.load(folder, backend="onnxruntime")
+    except TokenizerError:
+        # Not for this machine, or not in this bundle.
+        return
+    with tokenizer, fallback:
+        rig = Rig(tokenizer, Setup(has_fallback=True), rng, fallback=fallback)
+        chunk = rig.pick()
+        before = tokenizer.decode(chunk.tokens, chunk.stats)
+        try:
+            for name, damage in _DAMAGES * times:
+                with trial.fault(f"files of {backend}'s bundle {name}", rig):
+                    trial.expect_answer("a chunk before it", rig.send(rig.pick()), Status.OK, is_held=False)
+                    damage(folder)
+                    for _ in range(3):
+                        trial.expect_answer("a chunk", rig.send(rig.pick()), Status.OK, is_held=False)
+                    after = tokenizer.decode(chunk.tokens, chunk.stats)
+                    trial.expect("that its answers are the same bits", after.tobytes() == before.tobytes(), True)
+                    _fail_over(trial, rig)
+                    trial.expect("what is mapped of it", _mapped(folder), [])
+                    trial.expect("that it is opened again", _opens(folder, backend), False)
+                shutil.rmtree(folder, ignore_errors=True)
+                shutil.copytree(source, folder)
+        finally:
+            rig.close()
+
+
+def _fail_over(trial: _Trial, rig: Rig) -> None:
+    recoveries = rig.decoder.health.recoveries
+    rig.backend.fault = Fault.RAISES
+    answer = rig.send(rig.pick())
+    rig.clear()
+    trial.expect("a fallback", (answer.status, answer.fell_back), (Status.OK, True), answer.detail)
+    is_back = rig.wait_until(lambda: rig.decoder.health.recoveries > recoveries)
+    trial.expect("that the first one comes back", is_back, True)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def _mapped(folder: Path) -> list[str]:
+    """Files below `folder` that are in this process's memory, where the system tells."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    return sorted({line.split(maxsplit=5)[5] for line in maps.splitlines() if str(folder.resolve()) in line})
+
+
+def _opens(folder: Path, backend: str) -> bool:
+    try:
+        ActionTokenizer.load(folder, backend=backend).close()
+    except TokenizerError:
+        return False
+    return True

@@ -1,0 +1,100 @@
+"""Which kernel of the generated CUDA is launched for how many steps, and which gates judge: no GPU is needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from rfsq.runtime.bundle.kernel_names import token_types
+from tests.bundles import Recipe, deploy, make_manifest
+
+pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
+
+from rfsq.runtime.backends.cuda import FEW_STEPS, CudaFunction, variants_of, with_tokens
+from rfsq.runtime.backends.gpu.kernels import KernelArguments
+from rfsq.runtime.bundle.errors import BackendUnavailableError
+
+THREADS = 256
+
+
+@dataclass
+class FakeKernel:
+    name: str
+    launches: list[tuple[str, int]]
+    threads: int = THREADS
+
+    def launch(self, blocks: int, _arguments: KernelArguments, _stream: int) -> None:
+        self.launches.append((self.name, blocks))
+
+
+@dataclass
+class FakeLibrary:
+    """Has every kernel but those whose name holds one of `missing`."""
+
+    missing: tuple[str, ...] = ()
+    launches: list[tuple[str, int]] = field(default_factory=list)
+
+    def find(self, name: str) -> FakeKernel | None:
+        return None if any(part in name for part in self.missing) else FakeKernel(name, self.launches)
+
+    def kernel(self, name: str) -> FakeKernel:
+        found = self.find(name)
+        if found is None:
+            raise BackendUnavailableError(f"the engine has no kernel {name}")
+        return found
+
+
+def functions_of(library: FakeLibrary) -> list[CudaFunction]:
+    manifest = make_manifest(deploy(Recipe()))
+    return [
+        CudaFunction(cast(Any, library), manifest.model, with_tokens(graph, token_type))
+        for token_type in token_types(manifest.model.num_levels)
+        for graph in manifest.graphs_of("reduce")
+    ]
+
+
+def launched(function: CudaFunction, steps: int, library: FakeLibrary) -> tuple[str, int]:
+    program = function.new_program()
+    assert steps % function.chunk_length == 0
+    program.bind(steps // function.chunk_length, [16] * (function.num_arguments - 1))
+    program.enqueue(1)
+    return library.launches.pop()
+
+
+def test_many_steps_take_threads_and_few_take_blocks() -> None:
+    library = FakeLibrary()
+    encoder = functions_of(library)[0]
+    assert launched(encoder, FEW_STEPS, library) == ("encode_int32_few", FEW_STEPS)
+    assert launched(encoder, FEW_STEPS + 2, library) == ("encode_int32_many", FEW_STEPS // THREADS + 1)
+
+
+def test_sizes_without_kernels_for_many_steps_take_blocks_for_any_number() -> None:
+    library = FakeLibrary(missing=("many",))
+    functions = functions_of(library)
+    assert launched(functions[0], 2**31 - 2, library) == ("encode_int32_few", 2**31 - 2)
+    assert list(variants_of(functions)) == ["uint8 tokens"]
+
+
+def test_every_kernel_is_judged_in_batches_as_small_as_those_of_gates() -> None:
+    """Gates judge 8,192 steps at a time, golden vectors are fewer: neither would reach the kernels for more."""
+    library = FakeLibrary(missing=("decode_l2_int32_many",))
+    functions = functions_of(library)
+    variants = variants_of(functions)
+    assert list(variants) == ["many steps", "uint8 tokens", "uint8 tokens, many steps"]
+    judged = {"": [function for function in functions if function.token_type == "int32"], **variants}
+    names = {name: [launched(function, 2, library)[0] for function in functions] for name, functions in judged.items()}
+    assert names == {
+        "": ["encode_int32_few", "decode_l2_int32_few", "decode_l3_int32_few"],
+        "many steps": ["encode_int32_many", "decode_l2_int32_few", "decode_l3_int32_many"],
+        "uint8 tokens": ["encode_uint8_few", "decode_l2_uint8_few", "decode_l3_uint8_few"],
+        "uint8 tokens, many steps": ["encode_uint8_many", "decode_l2_uint8_many", "decode_l3_uint8_many"],
+    }
+    # What the tokenizer runs is as it was.
+    assert launched(functions[0], 2, library) == ("encode_int32_few", 2)
+
+
+def test_an_engine_of_another_template_is_refused_by_the_kernel_that_it_lacks() -> None:
+    with pytest.raises(BackendUnavailableError, match="no kernel decode_l3_uint8_few"):
+        functions_of(FakeLibrary(missing=("l3_uint8",)))

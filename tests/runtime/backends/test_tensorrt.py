@@ -1,0 +1,111 @@
+"""Which of a bundle's engines this library and this GPU can run: decided by the manifest alone, without either."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rfsq.runtime import BackendUnavailableError
+from rfsq.runtime.backends.tensorrt_api import TensorRtFlavour
+from rfsq.runtime.bundle.folder import Bundle
+from rfsq.runtime.bundle.manifest import EngineEntry, GraphEntry
+from tests.bundles import Recipe, deploy, make_manifest
+
+pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
+
+from rfsq.runtime.backends.gpu.driver import GpuDevice
+from rfsq.runtime.backends.tensorrt import choose_engines
+
+MANIFEST = make_manifest(deploy(Recipe()))
+GRAPHS = MANIFEST.graphs_of("reduce")
+H100 = GpuDevice("NVIDIA H100", "9.0", 80 * 10**9, "13.0")
+API = SimpleNamespace(flavour=TensorRtFlavour("tensorrt-rtx", "tensorrt_rtx", "1.6.1.120"))
+
+
+def engine(graph: GraphEntry, **changes: object) -> EngineEntry:
+    entry = EngineEntry(
+        backend="tensorrt-rtx",
+        version="1.6.1.120",
+        targets=(),
+        source=graph.file,
+        source_sha256="0" * 64,
+        file=f"engines/{graph.file}.engine",
+        profile=(1, 1, 64),
+        status="built",
+        precision="not measured",
+        device="",
+        kernel_cache="",
+        detail="",
+    )
+    return replace(entry, **changes)
+
+
+def engines(**changes: object) -> list[EngineEntry]:
+    """One for every graph."""
+    return [engine(graph, **changes) for graph in GRAPHS]
+
+
+def choose(entries: list[EngineEntry], device: GpuDevice = H100) -> list[EngineEntry]:
+    bundle = Bundle(Path("some/bundle"), replace(MANIFEST, engines=tuple(entries)), {})
+    return choose_engines(bundle, API, device)  # type: ignore[arg-type]
+
+
+def refusal(entries: list[EngineEntry], device: GpuDevice = H100) -> str:
+    with pytest.raises(BackendUnavailableError) as caught:
+        choose(entries, device)
+    message = str(caught.value)
+    # Whatever is missing, the cure is the same.
+    assert message.endswith(
+        "build engines for this machine, on it: python export/build_engine.py --from-bundle some/bundle"
+    )
+    return message
+
+
+@pytest.mark.parametrize("targets", [(), ("9.0",), ("8.9", "9.0")])
+def test_engines_for_this_gpu_come_in_the_order_of_the_graphs(targets: tuple[str, ...]) -> None:
+    entries = engines(targets=targets)
+    assert choose(entries) == choose(entries[::-1]) == entries
+
+
+def test_without_engines_the_way_to_some_is_shown() -> None:
+    message = refusal([])
+    assert "some/bundle has no engine of tensorrt-rtx-1.6.1.120 from reduce/encoder.onnx" in message
+    assert "for NVIDIA H100, compute capability 9.0; it has none at all; " in message
+
+
+def test_engines_of_another_version_are_named() -> None:
+    assert "; it has tensorrt-rtx 1.5.0.114 for any GPU of the library; " in refusal(engines(version="1.5.0.114"))
+
+
+def test_engines_of_another_library_are_named() -> None:
+    entries = engines(backend="tensorrt", targets=("9.0",))
+    assert "; it has tensorrt 1.6.1.120 for 9.0; " in refusal(entries)
+
+
+def test_engines_for_other_gpus_are_named() -> None:
+    entries = [*engines(targets=("8.6", "8.9")), *engines(targets=("12.0",), version="1.5.0")]
+    assert "; it has tensorrt-rtx 1.6.1.120 for 8.6, 8.9; tensorrt-rtx 1.5.0 for 12.0; " in refusal(entries)
+    assert choose(entries, replace(H100, compute_capability="8.9")) == entries[:3]
+
+
+def test_one_graph_without_an_engine_is_one_too_many() -> None:
+    assert "from reduce/decoder.onnx for NVIDIA H100" in refusal(engines()[:-1])
+
+
+def test_engines_of_graphs_in_another_form_do_not_count() -> None:
+    entries = [engine(graph) for graph in (*MANIFEST.graphs_of("gemm"), *MANIFEST.graphs_of("gemm_marked"))]
+    assert "it has none at all" in refusal(entries)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_several_that_fit_the_one_validated_on_this_gpu_is_taken(order: int) -> None:
+    built = engines(targets=("9.0",))
+    elsewhere = engines(status="validated", precision="fp32", device="NVIDIA H200, compute capability 9.0")
+    here = engines(status="validated", precision="fp32", device=str(H100))
+    assert choose([*built, *elsewhere, *here][::order]) == here
+
+
+def test_of_several_that_fit_one_validated_on_another_gpu_will_do() -> None:
+    elsewhere = engines(status="validated", precision="fp32", device="NVIDIA H200, compute capability 9.0")
+    assert choose(elsewhere) == elsewhere

@@ -1,0 +1,206 @@
+"""The flight recorder: what came is in it whatever it was, and what is read back is whole or refused."""
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rfsq.runtime.control.errors import FlightRecordError
+from rfsq.runtime.control.recorder import ABSENT, KEPT, UNKEPT, FlightRecorder, read_record, write_record
+
+SHAPE = (2, 3, 4)
+ACTIONS = np.array([0.5, -1.0], np.float32)
+NUMBERS = 13
+META = {"config": {}, "fingerprint": "f", "token_shape": SHAPE}
+
+
+def _recorder(ticks: int = 8, *, has_stats: bool = False) -> FlightRecorder:
+    return FlightRecorder(ticks, SHAPE, 2, has_stats=has_stats)
+
+
+def _write(recorder: FlightRecorder, path: Path) -> Path:
+    write_record(path, recorder.copy(), META)
+    return path
+
+
+def _numbers(tick: int) -> list[int]:
+    return [tick, *([0] * (NUMBERS - 1))]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (np.arange(24, dtype=np.int32).reshape(1, 2, 3, 4), np.arange(24)),
+        (np.arange(18, dtype=np.uint8).reshape(1, 2, 3, 3), np.arange(18)),
+        (np.arange(24, dtype=np.uint8).reshape(1, 2, 4, 3).transpose(0, 1, 3, 2), None),
+        (np.full((1, 2, 3, 1), 2**32 + 1, np.int64), np.full(6, 2**31 - 1)),
+        (np.full((1, 2, 3, 1), -(2**32) + 1, np.int64), np.full(6, -1)),
+        (np.full((1, 2, 3, 1), 2**64 - 1, np.uint64), np.full(6, -1)),
+        (np.full((1, 2, 3, 2), 3, ">i4"), np.full(12, 3)),
+    ],
+)
+def test_tokens_of_every_integer_type_are_kept_and_illegal_ones_stay_illegal(
+    tmp_path: Path, tokens: Any, expected: Any
+) -> None:
+    recorder = _recorder()
+    recorder.add(ACTIONS, tokens, None, *_numbers(7))
+    record = read_record(_write(recorder, tmp_path / "flight.npz"))
+    found = record.tokens_of(0)
+    assert found is not None
+    assert found.shape == tokens.shape
+    np.testing.assert_array_equal(found.reshape(-1), tokens.reshape(-1) if expected is None else expected)
+    assert record.columns["tick"].tolist() == [7]
+    np.testing.assert_array_equal(record.actions, [ACTIONS])
+
+
+@pytest.mark.parametrize(
+    "tokens", [np.zeros((1, 2, 3, 4), np.float32), np.zeros((1, 2, 3, 5), np.int32), np.zeros((2, 3, 4)), [[1]], "x", 3]
+)
+def test_what_does_not_fit_is_recorded_as_such(tmp_path: Path, tokens: Any) -> None:
+    recorder = _recorder(has_stats=True)
+    recorder.add(ACTIONS, tokens, tokens, *_numbers(0))
+    recorder.add(ACTIONS, None, None, *_numbers(1))
+    record = read_record(_write(recorder, tmp_path / "flight.npz"))
+    assert record.columns["token_state"].tolist() == [UNKEPT, ABSENT]
+    assert record.columns["stats_state"].tolist() == [UNKEPT, ABSENT]
+    assert record.tokens_of(0) is None
+    assert record.stats_of(0) is None
+
+
+def test_stats_are_kept_beside_their_tokens(tmp_path: Path) -> None:
+    recorder, tokens = _recorder(has_stats=True), np.ones((1, 2, 3, 3), np.int32)
+    stats = np.arange(12, dtype=np.float32).reshape(1, 2, 3, 2)
+    recorder.add(ACTIONS, tokens, stats, *_numbers(0))
+    recorder.add(ACTIONS, tokens, stats[:, :, :2], *_numbers(1))
+    recorder.add(ACTIONS, tokens, stats.astype(np.float64), *_numbers(2))
+    record = read_record(_write(recorder, tmp_path / "flight.npz"))
+    assert record.columns["stats_state"].tolist() == [KEPT, UNKEPT, UNKEPT]
+    np.testing.assert_array_equal(record.stats_of(0), stats)  # type: ignore[arg-type]  # it is there
+
+
+def test_the_last_ticks_and_what_they_need_are_kept_in_order() -> None:
+    recorder = _recorder(8)
+    for tick in range(100):
+        recorder.add(ACTIONS * tick, None, None, *_numbers(tick))
+        ticks = recorder.copy()["tick"].tolist()
+        # The row that the tick under way may be writing is left out.
+        assert ticks == list(range(max(0, tick + 1 - (8 + 2)), tick + 1))
+    np.testing.assert_array_equal(recorder.copy()["actions"][-1], ACTIONS * 99)
+
+
+def test_a_copy_made_while_the_loop_writes_holds_whole_rows() -> None:
+    recorder, is_over = _recorder(64), threading.Event()
+
+    def write() -> None:
+        tick = 0
+        while not is_over.is_set():
+            tokens = np.full((1, *SHAPE), tick, np.int32)
+            recorder.add(np.full(2, tick, np.float32), tokens, None, *_numbers(tick))
+            tick = (tick + 1) % 2**20
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        for _ in range(300):
+            copied = recorder.copy()
+            ticks = copied["tick"]
+            assert (np.diff(ticks) == 1).all()
+            np.testing.assert_array_equal(copied["actions"], np.repeat(ticks[:, None], 2, 1))
+            assert (copied["tokens"] == ticks[:, None]).all()
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def test_a_record_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, path = _recorder(), tmp_path / "flights" / "flight.npz"
+    recorder.add(ACTIONS, None, None, *_numbers(0))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rfsq.runtime.control.recorder.os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            _write(recorder, path)
+    assert list(path.parent.iterdir()) == []
+    _write(recorder, path)
+    assert list(path.parent.iterdir()) == [path]
+    assert len(read_record(path)) == 1
+
+
+@pytest.mark.parametrize("place", range(40))
+def test_a_damaged_record_is_refused_or_reads_as_a_record(tmp_path: Path, place: int) -> None:
+    recorder = _recorder()
+    for tick in range(5):
+        recorder.add(ACTIONS, np.ones((1, *SHAPE), np.int32), None, *_numbers(tick))
+    path = _write(recorder, tmp_path / "flight.npz")
+    content = bytearray(path.read_bytes())
+    rng = np.random.default_rng(place)
+    if place % 4 == 0:
+        content = content[: int(rng.integers(len(content)))]
+    else:
+        for _ in range(place):
+            content[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
+    path.write_bytes(content)
+    try:
+        record = read_record(path)
+    except FlightRecordError:
+        return
+    assert len(record) == 5
+    record.tokens_of(0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"layers": np.array([9], np.int16)},
+        {"status": np.array([8], np.int8)},
+        {"tick": np.array([0, 1])},
+        {"tick": np.array([0.5])},
+        {"tick": np.array(["a"])},
+        {"actions": np.zeros((1, 2))},
+        {"tokens": np.zeros((1, 7), np.int32)},
+        {"stats_state": np.array([KEPT], np.int8)},
+        {"tokens": np.array([None], object)},
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    recorder, path = _recorder(), tmp_path / "flight.npz"
+    recorder.add(ACTIONS, None, None, *_numbers(0))
+    write_record(path, {**recorder.copy(), **change}, META)
+    with pytest.raises(FlightRecordError, match=r"flight\.npz"):
+        read_record(path)
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ({**META, "token_shape": [2, 3]}, "no flight record"),
+        ({**META, "config": 3}, "damaged"),
+        ({}, "no flight record"),
+    ],
+)
+def test_a_record_without_what_a_replay_needs_is_refused(tmp_path: Path, meta: dict[str, Any], message: str) -> None:
+    recorder, path = _recorder(), tmp_path / "flight.npz"
+    recorder.add(ACTIONS, None, None, *_numbers(0))
+    write_record(path, recorder.copy(), meta)
+    with pytest.raises(FlightRecordError, match=message):
+        read_record(path)
+
+
+def test_a_record_of_another_version_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "flight.npz"
+    write_record(path, {}, {"schema": 1})
+    with pytest.raises(FlightRecordError, match="has schema 1; expected 2"):
+        read_record(path)
+
+
+def test_a_file_that_bears_a_temporary_name_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / f".x.npz.{os.getpid()}.tmp"
+    other.write_bytes(b"mine")
+    _write(_recorder(), tmp_path / "x.npz")
+    assert other.read_bytes() == b"mine"

@@ -1,0 +1,310 @@
+"""Flight records replayed: what the decoder did comes out again, and what it did not do is found, with its tick."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rfsq.runtime import ActionTokenizer, Status
+from rfsq.runtime.control.errors import FlightRecordError
+from rfsq.runtime.control.recorder import HELD, LATCHED, RESET, FlightRecord, read_record, write_record
+from rfsq.runtime.qualification.replay import main, replay
+from rfsq.runtime.qualification.soak import chunks_of
+from tests.bundles import Recipe
+from tests.runtime.control.loops import PERIOD_NS, Clock, fails, loop, switched
+
+STRATEGIES = pytest.mark.parametrize("strategy", ["latest_only", "weighted_average", "temporal_ensemble"])
+
+
+class Flight:
+    """A loop under way, by a clock of its own; `record()` is what it leaves."""
+
+    def __init__(self, tokenizer: ActionTokenizer, folder: Path, **changes: Any) -> None:
+        self.tokenizer, self.path = tokenizer, folder / "flight.npz"
+        self.tokens, self.stats, _ = chunks_of(tokenizer, 16)
+        self.rng, self.clock, self.sequence = np.random.default_rng(0), Clock(), 0
+        broken, self.backend = switched(tokenizer)
+        self.decoder = loop(broken, clock=self.clock, **{"record_ticks": 400, **changes})
+        self.decoder.warmup()
+
+    def tick(self, *arguments: Any, passed: float = 1.0, **options: Any) -> Status:
+        self.clock.now += round(passed * PERIOD_NS)
+        return self.decoder.step(*arguments, **options).status
+
+    def chunk(self, layers: int = 0, delay: float = 0.0, **options: Any) -> Status:
+        """The next one, of as many layers; 0 for all."""
+        index = int(self.rng.integers(16))
+        self.sequence += 1
+        return self._send(index, layers, {"sequence": self.sequence, "observed_ns": self._observed(delay), **options})
+
+    def swap(self) -> tuple[Status, Status]:
+        """A draft, and on the next tick its full decode."""
+        index, draft = int(self.rng.integers(16)), self.tokenizer.prefixes[0]
+        self.sequence += 1
+        options = {"sequence": self.sequence, "observed_ns": self._observed(0)}
+        return self._send(index, draft, options), self._send(index, 0, options)
+
+    def _send(self, index: int, layers: int, options: dict[str, Any]) -> Status:
+        tokens, stats = self.tokens[index], self.stats[index]
+        layers = layers or tokens.shape[3]
+        part = None if stats is None else np.ascontiguousarray(stats[:, :, :layers])
+        return self.tick(np.ascontiguousarray(tokens[..., :layers]), **{"stats": part, **options})
+
+    def _observed(self, delay: float) -> int:
+        return self.clock.now + round((1 - delay) * PERIOD_NS)
+
+    def fault(self) -> None:
+        """One of many, each once and again."""
+        index = int(self.rng.integers(16))
+        tokens, stats = self.tokens[index], self.stats[index]
+        wrong: list[Callable[[], object]] = [
+            lambda: self.tick(tokens - 100, stats=stats),
+            lambda: self.tick(tokens.astype(np.float32), stats=stats),
+            lambda: self.tick(tokens[0], stats=stats),
+            lambda: self.tick(tokens.tolist(), stats=stats),
+            lambda: self.tick(tokens, stats="stats"),
+            lambda: self.tick(tokens, stats=stats, sequence=1.5),
+            lambda: self.tick(tokens, stats=stats, observed_ns="now"),
+            lambda: self.chunk(delay=-5.0),
+            lambda: self.chunk(delay=100.0),
+            lambda: self.chunk(sequence=self.sequence - 2),
+            lambda: self.chunk(sequence=self.sequence),
+            lambda: self.tick(passed=-3.0),
+            lambda: self.tick(passed=4.2),
+            lambda: self.tick(passed=500.0),
+            lambda: self.chunk(deadline_us="soon"),
+            lambda: self.tick(deadline_us=-1.0),
+            lambda: self.backend_fails(fails),
+            lambda: self.backend_fails(lambda actions: actions.fill(np.nan)),
+            lambda: self.backend_fails(self.take_long),
+            self.clock_fails,
+            self.decoder.reset,
+        ]
+        wrong[int(self.rng.integers(len(wrong)))]()
+
+    def backend_fails(self, act: Callable[[Any], None]) -> None:
+        self.backend.act = act
+        self.chunk()
+        self.backend.act = None
+
+    def take_long(self, actions: Any) -> None:
+        """Until the chunk is too old."""
+        self.clock.now += 10**10
+        actions.fill(0.0)
+
+    def clock_fails(self) -> None:
+        self.clock.error = RuntimeError("injected")
+        self.chunk()
+        self.clock.error = None
+
+    def record(self) -> FlightRecord:
+        assert self.decoder.write_flight_record(self.path)
+        self.decoder.close()
+        return read_record(self.path)
+
+
+def _altered(record: FlightRecord, index: int, by: float = 0.01) -> FlightRecord:
+    actions = record.actions.copy()
+    actions[index, 0] += by
+    return replace(record, actions=actions)
+
+
+def _limits_that_some_chunks_exceed(tokenizer: ActionTokenizer) -> dict[str, tuple[float, ...]]:
+    tokens, _, _ = chunks_of(tokenizer, 16)
+    limit = float(np.quantile([np.abs(tokenizer.decode(chunk)).max() for chunk in tokens], 0.7))
+    size = tokenizer.model.action_dim
+    # So little that some of them are refused still, and others are brought to the limit.
+    return {"action_low": (-limit,) * size, "action_high": (limit,) * size, "range_tolerance": (0.001,) * size}
+
+
+def _ticks(record: FlightRecord) -> int:
+    """Rows that are ticks."""
+    return int(((record.columns["flags"] & RESET) == 0).sum())
+
+
+@STRATEGIES
+@pytest.mark.parametrize("mode", ["calibrated", "dynamic"])
+def test_every_tick_from_the_start_on_is_compared(
+    tokenizer: ActionTokenizer, dynamic_tokenizer: ActionTokenizer, tmp_path: Path, strategy: str, mode: str
+) -> None:
+    flight = Flight(dynamic_tokenizer if mode == "dynamic" else tokenizer, tmp_path, strategy=strategy)
+    for _ in range(30):
+        assert flight.chunk() is Status.OK
+        assert flight.swap() == (Status.OK, Status.OK)
+        assert flight.chunk(delay=1.2) is Status.OK
+        flight.tick()
+    record = flight.record()
+    assert (record.stats.size > 0) is (mode == "dynamic")
+    assert replay(record, flight.tokenizer) == (150, [])
+
+
+@STRATEGIES
+@pytest.mark.parametrize(
+    "changes", [{}, {"out_of_range": "limit"}, {"on_fault": "stop"}, {"max_consecutive_faults": 2}]
+)
+def test_a_flight_with_faults_of_every_kind_is_replayed(
+    bundle_of: Any, tmp_path: Path, strategy: str, changes: dict[str, Any]
+) -> None:
+    with ActionTokenizer.load(bundle_of(Recipe(chunk_length=5))) as tokenizer:
+        limits = _limits_that_some_chunks_exceed(tokenizer)
+        flight = Flight(tokenizer, tmp_path, strategy=strategy, stale_after_s=0.02, **limits, **changes)
+        statuses = set()
+        for number in range(350):
+            if number % 3 == 2:
+                flight.fault()
+            elif number % 3 == 1:
+                flight.swap()
+            else:
+                flight.chunk(delay=float(flight.rng.uniform(0, 3)))
+            statuses.add(flight.decoder.result.status)
+            if flight.decoder.result.is_latched and number % 5 == 0:
+                flight.decoder.reset()
+        # More ticks than the ring holds: it begins in the middle of a chunk.
+        assert sum(flight.decoder.health.statuses) > 400
+        record = flight.record()
+        compared, differences = replay(record, tokenizer)
+    assert differences == []
+    # All that were asked for; those before serve to fill the queue.
+    assert compared >= 400 - int(((record.columns["flags"] & RESET) != 0).sum())
+    if not changes:
+        assert statuses == set(Status)
+    assert bool((record.columns["flags"] & LATCHED).any()) is ("out_of_range" not in changes and bool(changes))
+
+
+def test_a_record_without_a_tolerance_is_replayed_without_one(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
+    limits = {**_limits_that_some_chunks_exceed(tokenizer), "range_tolerance": 0.0}
+    flight = Flight(tokenizer, tmp_path, **limits)
+    statuses = [flight.chunk() for _ in range(40)]
+    assert {Status.OK, Status.OUT_OF_RANGE} == set(statuses)
+    record = flight.record()
+    settings = record.meta["config"]
+    assert settings.pop("range_tolerance") == 0
+    assert replay(record, tokenizer) == (40, [])
+    # That the settings of a record decide, is seen where they are others.
+    settings["range_tolerance"] = 1.0
+    assert len(replay(record, tokenizer)[1]) == statuses.count(Status.OUT_OF_RANGE)
+
+
+def test_the_first_ticks_of_a_ring_that_has_wrapped_serve_to_fill_the_queue(bundle_of: Any, tmp_path: Path) -> None:
+    with ActionTokenizer.load(bundle_of(Recipe(chunk_length=5))) as tokenizer:
+        flight = Flight(tokenizer, tmp_path, record_ticks=20, strategy="weighted_average")
+        for _ in range(60):
+            flight.chunk()
+            flight.tick()
+        record = flight.record()
+        assert len(record) == 20 + 5
+        assert replay(record, tokenizer) == (20, [])
+        ticks = record.columns["tick"]
+        # One that was altered is found among those compared, the first as well as the last.
+        for index in (5, 15, len(record) - 1):
+            compared, differences = replay(_altered(record, index), tokenizer)
+            assert compared == 20
+            assert differences[0].startswith(f"tick {ticks[index]}: recorded OK")
+        with pytest.raises(FlightRecordError, match="nothing can be compared"):
+            replay(_first(record, 5), tokenizer)
+
+
+def test_a_ring_that_has_wrapped_keeps_the_latch(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
+    flight = Flight(tokenizer, tmp_path, record_ticks=20, on_fault="stop")
+    flight.chunk()
+    flight.tick(flight.tokens[0] - 100)
+    for _ in range(60):
+        flight.chunk()
+    assert replay(flight.record(), tokenizer) == (20, [])
+
+
+def _first(record: FlightRecord, count: int) -> FlightRecord:
+    columns = {name: column[:count] for name, column in record.columns.items()}
+    return FlightRecord(record.meta, columns, record.actions[:count], record.tokens[:count], record.stats[:count])
+
+
+@pytest.mark.parametrize("kind", ["refused chunk", "late", "backend", "clock", "run out", "latched"])
+def test_a_tick_on_which_the_robot_stood_still_is_compared_too(
+    tokenizer: ActionTokenizer, tmp_path: Path, kind: str
+) -> None:
+    flight = Flight(tokenizer, tmp_path, on_fault="stop" if kind == "latched" else "hold_last")
+    for _ in range(10):
+        flight.chunk()
+    if kind == "refused chunk":
+        flight.tick(flight.tokens[0] - 100)
+    elif kind == "late":
+        flight.chunk(deadline_us=-1.0)
+    elif kind == "backend":
+        flight.backend_fails(fails)
+    elif kind == "clock":
+        flight.clock_fails()
+    elif kind == "run out":
+        flight.tick(passed=3.0)
+    else:
+        flight.tick(flight.tokens[0] - 100)
+        flight.tick()
+    status = flight.decoder.result.status
+    record = flight.record()
+    index = len(record) - 1
+    assert record.columns["flags"][index] & HELD
+    assert replay(record, tokenizer) == (_ticks(record), [])
+    altered = replay(_altered(record, index), tokenizer)[1]
+    assert [text.partition(" [")[0] for text in altered] == [
+        f"tick {record.columns['tick'][index]}: recorded {status.name}, held,"
+    ]
+
+
+def test_a_backend_that_gave_something_else_is_found(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
+    flight = Flight(tokenizer, tmp_path)
+    flight.chunk()
+    flight.backend_fails(lambda actions: actions.fill(1e9))
+    flight.chunk()
+    (difference,) = replay(flight.record(), tokenizer)[1]
+    assert difference.startswith("tick 2: recorded OUT_OF_RANGE, held, ")
+    assert "; replayed OK [" in difference
+
+
+def test_statuses_that_were_altered_are_found(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
+    flight = Flight(tokenizer, tmp_path)
+    for _ in range(10):
+        flight.chunk()
+    record = flight.record()
+    for status in (Status.BAD_TOKEN, Status.STALE, Status.NONFINITE):
+        columns = {name: column.copy() for name, column in record.columns.items()}
+        columns["status"][5] = status
+        (difference,) = replay(replace(record, columns=columns), tokenizer)[1]
+        assert difference.startswith(f"tick 5: recorded {status.name} ")
+
+
+def test_the_command_says_what_differs(
+    tokenizer: ActionTokenizer,
+    bundle: Path,
+    bundle_of: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flight = Flight(tokenizer, tmp_path)
+    for _ in range(10):
+        flight.chunk()
+    flight.tick(flight.tokens[0] - 100)
+    record = flight.record()
+    assert main([str(flight.path), str(bundle)]) == 0
+    assert capsys.readouterr().out == "✓ 11 of 12 rows compared, 0 differ\n"
+    altered = tmp_path / "altered.npz"
+    write_record(altered, _altered(record, 7).arrays(), record.meta)
+    assert main([str(altered), str(bundle)]) == 1
+    out = capsys.readouterr().out
+    assert out.startswith("tick 7: recorded OK")
+    assert "✗ 11 of 12 rows compared, " in out
+    for arguments, message in (
+        ([tmp_path / "none.npz", bundle], "is no flight record"),
+        ([flight.path, bundle_of(Recipe(seed=5))], "fingerprint"),
+    ):
+        assert main(list(map(str, arguments))) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_record_of_another_robot_is_refused(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
+    flight = Flight(tokenizer, tmp_path)
+    flight.chunk()
+    record = flight.record()
+    with pytest.raises(FlightRecordError, match="expected some, with 3 dimensions"):
+        replay(replace(record, actions=record.actions[:, :2]), tokenizer)
