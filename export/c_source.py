@@ -24,7 +24,7 @@ from rfsq.export.plan import (
     middle_level,
 )
 from rfsq.export.source_tables import Array, number, own_tokens, require_countable, table
-from rfsq.runtime.backends.contract import CHECKED_STEPS
+from rfsq.runtime.bundle.gates import CHECKED_STEPS
 from rfsq.runtime.bundle.validation import STATS_LIMIT
 
 _TEMPLATE = Path(__file__).parent / "templates" / SOURCE_NAME

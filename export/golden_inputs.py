@@ -20,7 +20,7 @@ from rfsq.export.plan import AffineQuantizer, DeployMode, middle_level, plan_enc
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.rounding import token_error_bounds
-from rfsq.runtime.backends.contract import Float32Array, Float64Array
+from rfsq.runtime.bundle.arrays import Float32Array, Float64Array
 from rfsq.runtime.bundle.gates import GATES
 
 #: The relative error of one constant that has to show wherever it can.

@@ -22,10 +22,11 @@ from rfsq.export.engines import (
 from rfsq.export.errors import BuildInputError, EngineBuildError, ExportError, require_none
 from rfsq.export.progress import StepList
 from rfsq.runtime.backends.contract import Backend
+from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.backends.tensorrt_api import TENSORRT_BACKENDS, available_tensorrt
 from rfsq.runtime.bundle.errors import BackendUnavailableError
 from rfsq.runtime.bundle.folder import Bundle, open_bundle
-from rfsq.runtime.bundle.golden import Golden, read_golden, replay
+from rfsq.runtime.bundle.golden import Golden, read_golden
 from rfsq.runtime.bundle.manifest import (
     C_HEADER,
     C_SOURCE,

@@ -9,8 +9,9 @@ import numpy as np
 
 from rfsq.export.parity_data import EDGES, Section
 from rfsq.export.reference import Answers, Reference
-from rfsq.runtime.backends.contract import Backend, Float32Array, Float64Array, Int32Array, judged
+from rfsq.runtime.backends.contract import Backend, judged
 from rfsq.runtime.backends.refusal import judge_refusal
+from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, Int32Array
 from rfsq.runtime.bundle.comparison import TokenComparison, action_errors
 from rfsq.runtime.bundle.gates import GATES
 from rfsq.runtime.bundle.golden import Golden

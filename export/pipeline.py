@@ -47,11 +47,12 @@ from rfsq.export.sources import choose_mode, fit_for, load_build_data, needs_fit
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.runtime.backends.contract import Backend
+from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.backends.tensorrt_api import TENSORRT_BACKENDS
 from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
 from rfsq.runtime.bundle.fidelity import Fidelity
 from rfsq.runtime.bundle.folder import open_bundle
-from rfsq.runtime.bundle.golden import Golden, replay
+from rfsq.runtime.bundle.golden import Golden
 from rfsq.runtime.bundle.manifest import (
     C_HEADER,
     C_SOURCE,

@@ -14,7 +14,7 @@ from torch import Tensor
 from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.rounding import token_error_bounds
-from rfsq.runtime.backends.contract import Float32Array, Float64Array, Int32Array
+from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, Int32Array
 from rfsq.runtime.bundle.comparison import TokenComparison, compare_followed
 from rfsq.runtime.bundle.fidelity import Fidelity, fidelity
 from rfsq.runtime.bundle.gates import GATES

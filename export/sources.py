@@ -29,7 +29,7 @@ from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.rfsq_ref.normaliser import read_normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning
-from rfsq.runtime.backends.contract import Float32Array
+from rfsq.runtime.bundle.arrays import Float32Array
 from rfsq.runtime.bundle.fidelity import Fidelity
 from rfsq.runtime.bundle.manifest import QualityEntry
 from rfsq.runtime.bundle.paths import counted

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 import numpy as np
 
-from .backends.contract import MOST_CHUNKS, Backend, BoundCall, Float32Array, GpuArrayLike, Int32Array
+from .backends.contract import MOST_CHUNKS, Backend, BoundCall, GpuArrayLike
 from .backends.registry import GPU_BACKENDS, select_backend
+from .bundle.arrays import Float32Array, Int32Array
 from .bundle.compatibility import INTEGRATION_PATHS, matches_fingerprint
 from .bundle.errors import CannotCopyError, FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
 from .bundle.fidelity import Grade

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.errors import BackendUnavailableError, IllegalValueError
 from ..bundle.folder import Bundle
+from ..bundle.gates import CHECKED_STEPS
 from ..bundle.manifest import EngineEntry
-from .contract import CHECKED_STEPS, Float32Array, Int32Array
 from .cpu_targets import host_targets
 
 _byref, _size, _first_byte = ctypes.byref, ctypes.c_size_t, ctypes.c_char.from_buffer

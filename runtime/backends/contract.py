@@ -1,4 +1,4 @@
-"""The one contract of all backends, and the arrays that they exchange with the rest."""
+"""The one contract of all backends."""
 
 from __future__ import annotations
 
@@ -6,15 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
 import numpy as np
-import numpy.typing as npt
 
-Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
-Int32Array = npt.NDArray[np.int32]
+from ..bundle.arrays import Float32Array, Int32Array
+
 #: Backends count chunks in 32 bits.
 MOST_CHUNKS = 2**31 - 1
-#: Of so many steps the generated C checks all values before it computes: they stay in the processor's first cache.
-CHECKED_STEPS = 64
 
 
 class GpuArrayLike(Protocol):

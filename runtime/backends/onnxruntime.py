@@ -21,10 +21,10 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 
+from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.errors import BackendUnavailableError, BundleError, InferenceError
 from ..bundle.folder import Bundle
 from ..bundle.manifest import GraphEntry, TensorEntry
-from .contract import Float32Array, Int32Array
 
 _LOG = logging.getLogger(__name__)
 

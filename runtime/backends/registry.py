@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping
 
 from ..bundle.errors import BackendUnavailableError, InferenceError, SelfTestError, TokenizerError
 from ..bundle.folder import Bundle
-from ..bundle.golden import Golden, replay
+from ..bundle.golden import Golden
 from .contract import Backend
 from .cpu_targets import host_targets
+from .replay import replay
 from .tensorrt_api import TENSORRT_BACKENDS, EngineRefusedError, available_tensorrt
 
 _LOG = logging.getLogger(__name__)

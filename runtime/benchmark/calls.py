@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..backends.contract import Float32Array, Int32Array
+from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.manifest import ModelEntry
 from ..tokenizer import ActionTokenizer
 from .timing import CallPath, Figure, time_calls

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.contract import Float64Array
+from ..bundle.arrays import Float64Array
 from ..bundle.errors import BackendUnavailableError, InferenceError
 from ..bundle.manifest import ModelEntry
 from .calls import copies_name, decode_name

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from ..backends.contract import Float64Array
+from ..bundle.arrays import Float64Array
 from ..bundle.errors import TokenizerError
 
 #: Of each figure in each round, but for slow calls: a round takes no figure longer than `_ROUND_US`.

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..backends.contract import Float32Array, Float64Array
+from .arrays import Float32Array, Float64Array
 
 #: Share of a dimension's variance that decoding may lose before people are warned. At 1 % the RMS error is a tenth of
 #: the standard deviation: as much as ten plain bins over an evenly filled range leave, 3.3 bits without any model.

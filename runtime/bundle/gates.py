@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from ..backends.contract import CHECKED_STEPS
-
+#: Of so many steps the generated C checks all values before it computes: they stay in the processor's first cache.
+CHECKED_STEPS = 64
 #: What the gates are called that judge a backend's promise about illegal values (`refusal.py`).
 ACCEPTED, NOT_MARKED = "illegal values accepted", "illegal values not marked"
 #: Backends whose host does not read values of the GPU: they mark what is illegal, in calls of any size.

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.contract import Float32Array, Int32Array
+from .arrays import Float32Array, Int32Array
 from .errors import InvalidInputError, UnbuiltPrefixError
 from .manifest import ModelEntry
 

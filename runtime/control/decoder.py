@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.contract import Float32Array
+from ..bundle.arrays import Float32Array
 from ..bundle.errors import CannotCopyError
 from ..bundle.paths import as_path
 from ..tokenizer import ActionTokenizer

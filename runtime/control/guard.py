@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..backends.contract import Float32Array, Float64Array
+from ..bundle.arrays import Float32Array, Float64Array
 from .config import ActionKind, ControlConfig, OutOfRange, Status, inside, slew_margin
 from .errors import ControlConfigError
 

@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 
-from ..backends.contract import Float32Array
+from ..bundle.arrays import Float32Array
 from .config import ControlConfig, Strategy
 
 

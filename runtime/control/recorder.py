@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.contract import Float32Array
+from ..bundle.arrays import Float32Array
 from ..bundle.paths import as_path
 from ..bundle.reading import regular_file
 from .config import Status

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..backends.contract import Float32Array
+from ..bundle.arrays import Float32Array
 from .config import Status
 from .recorder import NO_NUMBER
 

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.contract import Float32Array, Float64Array, Int32Array
+from ..backends.replay import replay
+from ..bundle.arrays import Float32Array, Float64Array, Int32Array
 from ..bundle.comparison import action_errors
 from ..bundle.gates import GATES
-from ..bundle.golden import replay
 from ..bundle.paths import as_path
 from ..tokenizer import ActionTokenizer
 from .config import ControlConfig, Status

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.contract import Float32Array
+from ..bundle.arrays import Float32Array
 from ..tokenizer import ActionTokenizer
 from .steps import AnyArray
 

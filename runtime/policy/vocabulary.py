@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.contract import Int32Array
+from ..bundle.arrays import Int32Array
 from ..bundle.errors import (
     ForeignIdError,
     IdTypeError,

@@ -24,8 +24,8 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.contract import Float32Array, Float64Array, Int32Array
 from ..backends.registry import PREFERENCE
+from ..bundle.arrays import Float32Array, Float64Array, Int32Array
 from ..bundle.compatibility import Compatibility, compare_manifests
 from ..bundle.console import printable
 from ..bundle.errors import InvalidInputError, TokenizerError

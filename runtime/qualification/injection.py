@@ -20,8 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.contract import Backend, Float32Array, Int32Array
+from ..backends.contract import Backend
 from ..backends.registry import create_backend
+from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.errors import BackendUnavailableError, InferenceError
 from ..bundle.folder import Bundle
 from ..tokenizer import ActionTokenizer

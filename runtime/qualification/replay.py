@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..backends.contract import Float32Array
+from ..bundle.arrays import Float32Array
 from ..bundle.console import printable
 from ..bundle.errors import TokenizerError
 from ..control.chain import FAILURES

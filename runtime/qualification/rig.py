@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.contract import Backend, Float32Array, Float64Array, Int32Array
+from ..backends.contract import Backend
+from ..bundle.arrays import Float32Array, Float64Array, Int32Array
 from ..control.config import ActionKind, ControlConfig, OnFault, OutOfRange, Status, Strategy
 from ..control.decoder import ControlDecoder
 from ..control.errors import ControlFaultError

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..backends.registry import PREFERENCE, create_backend
+from ..backends.replay import replay
 from ..bundle.console import printable
 from ..bundle.errors import BackendUnavailableError, TokenizerError
 from ..bundle.folder import Bundle, open_bundle
-from ..bundle.golden import Golden, read_golden, replay
+from ..bundle.golden import Golden, read_golden
 from ..bundle.manifest import GOLDEN_NAME
 
 

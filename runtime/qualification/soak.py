@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..backends.contract import Float32Array, Int32Array
+from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.console import prepare_console, printable
 from ..bundle.errors import TokenizerError
 from ..control.config import ActionKind, Status, Strategy

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backends.contract import Float32Array, Float64Array, Int32Array
+from ..bundle.arrays import Float32Array, Float64Array, Int32Array
 from ..control.config import ActionKind, ControlConfig
 from ..tokenizer import ActionTokenizer
 

@@ -21,8 +21,8 @@ from rfsq.rfsq_ref.data import EpisodeSplit
 from rfsq.rfsq_ref.quantizer import ConditioningConstants
 from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.runtime.backends.onnxruntime import OrtBackend
+from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.folder import Bundle
-from rfsq.runtime.bundle.golden import replay
 from rfsq.runtime.bundle.manifest import SCHEMA_VERSION, GraphEntry, Manifest, ModelEntry, ParityEntry, graph_tensors
 from tests.export.plan_numpy import PlanBackend, exact
 

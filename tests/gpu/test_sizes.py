@@ -10,8 +10,9 @@ from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.runtime.backends.contract import judged
 from rfsq.runtime.backends.gpu.driver import open_device
 from rfsq.runtime.backends.registry import create_backend
+from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.folder import open_bundle
-from rfsq.runtime.bundle.golden import read_golden, replay
+from rfsq.runtime.bundle.golden import read_golden
 from rfsq.runtime.bundle.kernel_names import kernel_name, token_types
 from rfsq.runtime.bundle.manifest import GOLDEN_NAME
 from tests.bundles import SMALL, Recipe, deploy, generate_cuda, write_bundle

@@ -16,9 +16,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from ...bundle.arrays import Float32Array, Int32Array
 from ...bundle.errors import InferenceError
 from ...bundle.manifest import GraphEntry, TensorEntry
-from ..contract import Float32Array, Int32Array
 from .arrays import GpuArray, GpuStream
 from .driver import (
     CapturedGraph,

@@ -83,7 +83,7 @@ def with_content(**changes: Any) -> str:
         (with_content(fingerprint=7), r"manifest\.json\.fingerprint is 7; expected str"),
         (
             with_content(graphs={}),
-            r"manifest\.json\.graphs is {}; expected tuple\[runtime\.manifest\.GraphEntry, \.\.\.\]",
+            r"manifest\.json\.graphs is {}; expected tuple\[rfsq\.runtime\.bundle\.manifest\.GraphEntry, \.\.\.\]",
         ),
         (with_content(model=None), r"manifest\.json\.model is None; expected an object"),
         (with_content(schema_version=True), "schema version True"),

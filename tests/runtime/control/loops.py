@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rfsq.runtime import ActionTokenizer, ControlDecoder
-from rfsq.runtime.backends.contract import Float32Array, Int32Array
+from rfsq.runtime.bundle.arrays import Float32Array, Int32Array
 from rfsq.runtime.bundle.errors import InferenceError
 from rfsq.runtime.control.config import ControlConfig
 from rfsq.runtime.control.result import ControlResult

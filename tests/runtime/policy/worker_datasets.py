@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from rfsq.runtime import ActionTokenizer
-from rfsq.runtime.backends.contract import Float32Array, Int32Array
+from rfsq.runtime.bundle.arrays import Float32Array, Int32Array
 
 
 @dataclass
