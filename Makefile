@@ -35,10 +35,11 @@ mutants: $(VENV)/installed
 	@$(RUN) -m tests.mutants $(MODULES) $(if $(SAMPLE),--sample $(SAMPLE))
 
 lint: $(VENV)/installed
-	@echo "== checking format, style and types"
+	@echo "== checking format, style, types and arrows"
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
+	@PYTHONPATH=. $(VENV)/bin/lint-imports --no-cache
 
 benchmark: engine
 	@echo "== measuring $(BUNDLE)"

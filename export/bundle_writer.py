@@ -20,9 +20,9 @@ from rfsq.runtime.bundle.errors import BundleError
 from rfsq.runtime.bundle.folder import MANIFEST_SIZE_LIMIT, check_file_name, check_manifest, unlisted_files
 from rfsq.runtime.bundle.golden import Golden, read_golden, write_golden
 from rfsq.runtime.bundle.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, manifest_text, parse_manifest
+from rfsq.runtime.bundle.ownership import Ownership
 from rfsq.runtime.bundle.paths import as_path
 from rfsq.runtime.bundle.reading import read_file
-from rfsq.runtime.datasets.ownership import Ownership
 
 # A build works in a hidden folder beside the output, whose lock it holds: a later build can tell what a dead one left.
 _STAGED = "staged"

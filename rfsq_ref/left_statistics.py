@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rfsq.runtime.policy.checkpoint_states import is_tensor_name
+from rfsq.runtime.bundle.checkpoint_states import is_tensor_name
 
 # Words of a name, whatever joins them: `action_mean`, `norm_stats`, `normalizer.std`, `unnormalize_outputs`.
 _WORD = re.compile(

@@ -23,8 +23,7 @@ from rfsq.rfsq_ref.left_statistics import left_statistics
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.tensor_files import DamagedFileError, load_torch
 from rfsq.runtime.bundle.checkpoint_layouts import WEIGHTS_KEY
-from rfsq.runtime.bundle.paths import shortlist, shown
-from rfsq.runtime.policy.checkpoint_states import (
+from rfsq.runtime.bundle.checkpoint_states import (
     DEFAULTS,
     FoundState,
     find_gridless,
@@ -32,6 +31,7 @@ from rfsq.runtime.policy.checkpoint_states import (
     is_average,
     is_tensor_name,
 )
+from rfsq.runtime.bundle.paths import shortlist, shown
 
 _WEIGHTS = tuple(
     f"{part}.{index}.{kind}" for part in ("encoder", "decoder") for index in (0, 2) for kind in ("weight", "bias")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.errors import BackendUnavailableError, InvalidInputError
+from ..bundle.ownership import Ownership
 from ..tokenizer import ActionTokenizer
 from .errors import OutputError
 from .format import (
@@ -22,7 +23,6 @@ from .format import (
     TokenModel,
     block_steps,
 )
-from .ownership import Ownership
 from .steps import Source, optional
 from .writers import Layout, spelled
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.errors import TokenizerError
+from ..bundle.ownership import Ownership
 from .errors import OutputError, VerificationError
 from .format import HASH_STEPS, INFO_NAME
 from .job import LOCK_NAME, Job, ownership_of, partial_folder
-from .ownership import Ownership
 from .record import PartRecord
 from .steps import is_hidden
 from .writers import hash_file, part_files, put, spelled, sync

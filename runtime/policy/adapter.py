@@ -25,6 +25,7 @@ from ..bundle.checkpoint_layouts import (
     recorded_hashes,
     recorded_weights,
 )
+from ..bundle.checkpoint_states import states_in
 from ..bundle.errors import (
     FingerprintError,
     InvalidInputError,
@@ -34,7 +35,6 @@ from ..bundle.paths import as_path
 from ..bundle.validation import InputValidator
 from ..tokenizer import ActionTokenizer
 from .adapter_calls import CPU, Call, Engines, checked_indices, checked_tensor, is_plain
-from .checkpoint_states import states_in
 
 _LOG = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from rfsq.rfsq_ref.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.errors import CheckpointError
-from rfsq.runtime.policy.checkpoint_states import find_states, is_average, states_in
+from rfsq.runtime.bundle.checkpoint_states import find_states, is_average, states_in
 from tests.rfsq_ref.published_model import ActionRFSQAE
 
 

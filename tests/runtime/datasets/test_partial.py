@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from rfsq.runtime.bundle.errors import TokenizerError
+from rfsq.runtime.bundle.ownership import Ownership
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import IllegalActionError, OutputError, SourceError, VerificationError
-from rfsq.runtime.datasets.ownership import Ownership
 from rfsq.runtime.datasets.partial import locked
 from rfsq.runtime.datasets.reader import open_token_dataset
 from rfsq.runtime.datasets.writers import move, put, sync

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfsq.runtime.datasets.ownership import Ownership
+from rfsq.runtime.bundle.ownership import Ownership
 
 
 def test_a_marker_is_read_back_and_no_two_are_alike(tmp_path: Path) -> None:
