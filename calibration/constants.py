@@ -191,7 +191,7 @@ def worst_case_residuals(
 def worst_case_errors(constants: ConditioningConstants, num_levels: int) -> Tensor:
     """Largest latent error that decoding the first 1 ... L layers can leave, over [-1, 1], float64 [L].
 
-    A prefix of l < L layers adds mean[l] (design section 3), which the bound takes into account.
+    A prefix of l < L layers adds mean[l] (docs/architecture.md), which the bound takes into account.
     """
     residuals = worst_case_residuals(constants, num_levels)
     added = torch.cat((constants.mean[1:].double(), torch.zeros_like(constants.mean[:1], dtype=torch.float64)))
@@ -263,7 +263,7 @@ def _least_squares(residual: Tensor, mean: Tensor, scale: Tensor, num_levels: in
 
 
 def _nearest_level(residual: Tensor, mean: Tensor, scale: Tensor, num_levels: int) -> Tensor:
-    """Grid value in [-1, 1] nearest to (residual - mean) / scale, the lower one on a tie (design section 3)."""
+    """Grid value in [-1, 1] nearest to (residual - mean) / scale, the lower one on a tie (docs/architecture.md)."""
     half_levels = (num_levels - 1) / 2
     index = torch.ceil(((residual - mean) / scale + 1) * half_levels - 0.5).clamp(0, num_levels - 1)
     return index / half_levels - 1

@@ -1,6 +1,6 @@
 """The `recovered` decoder: published tokens of a `dynamic` checkpoint, decoded without their side information.
 
-Per prefix of l layers an affine map z = M tokens + b (design section 3), fitted in steps:
+Per prefix of l layers an affine map z = M tokens + b (docs/architecture.md), fitted in steps:
 
 1. the mean map: every layer's mean and sigma at their means over the calibration steps, 2 l numbers in all;
 2. ridge regression of what the mean map leaves of the latents, on features: the grid level of a token times the mean
@@ -38,7 +38,7 @@ from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.quantizer import Conditioning, Quantized
 
-#: What a draft model predicts (design section 2).
+#: What a draft model predicts.
 COARSE_LAYERS = 3
 #: Relative decrease of the objective at which refining stops.
 _CONVERGED = 1e-4

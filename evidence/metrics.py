@@ -16,7 +16,7 @@ ARM_DIMENSIONS = 7
 
 @dataclass(frozen=True)
 class OscPose:
-    """Units of the OSC_POSE delta controller (design section 2), one arm or several of 7 dimensions each.
+    """Units of the OSC_POSE delta controller, one arm or several of 7 dimensions each.
 
     position_m: metres that one action unit of dx, dy or dz asks for; rotation_rad: radians of the rotation vector;
     the gripper command's sign opens or closes.

@@ -1,7 +1,7 @@
 """ONNX graphs of a plan: few nodes, opset 18, the same bytes from any folder and at any time.
 
 Every graph exists in several forms (`LinearForm`), because none is right everywhere: TensorRT-RTX computes a matrix
-product in TF32 even when told not to (design section 7), and a CPU computes anything else at half the speed.
+product in TF32 even when told not to (docs/architecture.md), and a CPU computes anything else at half the speed.
 """
 
 import math

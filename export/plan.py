@@ -1,7 +1,7 @@
 """The deployed arithmetic, described once: what every emitter (ONNX now, C and CUDA later) writes down.
 
 Everything that is constant at run time is folded in float64 and rounded to float32 once: the normaliser's units into
-the first and last linear layer, the token decoding into the decoder's first linear layer (design section 3).
+the first and last linear layer, the token decoding into the decoder's first linear layer (docs/architecture.md).
 
 The normaliser's offset is folded into nothing. A bias that held it would be as large as the offset, and so would be the
 rounding errors of every sum with it, whatever the units: an encoder flips tokens, and a decoder loses digits, where
@@ -61,7 +61,7 @@ class AffineQuantizer:
     v_{l+1} = (v_l - count_l) * ratio_{l+1} + shift_{l+1}. ratio, shift: float32 [L, D].
 
     With the width w = 2 s / (K - 1) and the middle level's value c = m - s + w h of every layer, these are the formulas
-    of design section 3: v = (r - c) / w - 1/2, so that ceil gives ties to the lower level; ratio_0 = 1 / w_0,
+    of docs/architecture.md: v = (r - c) / w - 1/2, so that ceil gives ties to the lower level; ratio_0 = 1 / w_0,
     ratio_l = w_{l-1} / w_l; shift_0 = -c_0 / w_0 - 1/2, shift_l = -c_l / w_l - 1/2 + ratio_l / 2. Five operations a
     layer, and none of them adds what is large and takes it off again.
     """

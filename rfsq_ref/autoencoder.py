@@ -33,7 +33,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class RecoveredDecoder:
-    """Latents from the tokens of a prefix of l layers: z = matrix @ tokens.flatten() + offset (design section 3).
+    """Latents from the tokens of a prefix of l layers: z = matrix @ tokens.flatten() + offset (docs/architecture.md).
 
     matrix: float64 [D, D * l], the last axis ordered as tokens [D, l]; offset: float64 [D].
     """

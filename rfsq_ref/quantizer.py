@@ -1,6 +1,6 @@
 """Residual finite scalar quantiser with three conditionings of the residual.
 
-Formulas: design section 3; residual FSQ with normalised residuals is arXiv 2508.15860.
+Formulas: docs/architecture.md; residual FSQ with normalised residuals is arXiv 2508.15860.
 """
 
 from collections.abc import Iterator
@@ -159,7 +159,7 @@ class ResidualQuantizer(nn.Module):
         """Latents [..., D] from the first l layers, tokens [..., D, l] with 1 <= l <= L.
 
         stats: [..., l, 2], needed by `dynamic` and by nothing else. A `calibrated` prefix adds the mean of
-        what is missing, mean[l] (design section 3). Raises NotDecodableError without the needed stats, ValueError for
+        what is missing, mean[l] (docs/architecture.md). Raises NotDecodableError without needed stats, ValueError for
         tokens of another shape or outside 0 ... K - 1.
         """
         prefix = tokens.shape[-1]

@@ -1,4 +1,4 @@
-"""Compares answers with the reference's, telling float32 near-ties from wrong tokens (design section 6)."""
+"""Compares answers with the reference's, telling float32 near-ties from wrong tokens (docs/architecture.md)."""
 
 from __future__ import annotations
 

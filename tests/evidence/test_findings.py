@@ -21,7 +21,7 @@ def with_errors(report: SchemeReport, errors: tuple[float, ...]) -> SchemeReport
     return replace(report, prefixes=prefixes, groups=groups)
 
 
-#: As the design measured them, one number for each prefix.
+#: Measured once, one number for each prefix.
 PATTERN = {
     "naive": (6e-4,) * 8,
     "dynamic": (1e-2, 1e-3, 1.1e-4, 5e-5, 2e-5, 1e-5, 7e-6, 5.5e-6),

@@ -68,7 +68,7 @@ def test_a_calibrated_prefix_adds_the_mean_of_the_first_missing_layer(recipe: Re
     prefix = data.draw(st.integers(1, sizes.num_layers))
     tokens = np.random.default_rng(0).integers(sizes.num_levels, size=(50, sizes.latent_dim, prefix))
     mean, scale = model.quantizer.mean.numpy(), model.quantizer.scale.numpy()
-    # z[d] = sum over l of (2 s / (K - 1)) i + (m - s), as the design has it.
+    # z[d] = sum over l of (2 s / (K - 1)) i + (m - s).
     latents = (tokens * (2 * scale[:prefix] / (sizes.num_levels - 1)).T + (mean - scale)[:prefix].T).sum(-1)
     if prefix < sizes.num_layers:
         latents += mean[prefix]

@@ -1,4 +1,4 @@
-"""Tells tokens that float32 may decide either way from tokens that are wrong (design section 6)."""
+"""Tells tokens that float32 may decide either way from tokens that are wrong (docs/architecture.md)."""
 
 from dataclasses import dataclass
 

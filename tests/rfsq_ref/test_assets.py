@@ -80,7 +80,7 @@ def test_embedded_checkpoints_reach_the_error_they_record(path: Path, conditioni
 
 
 def test_the_published_decoding_of_the_robust_checkpoint_is_useless() -> None:
-    """Why calibration exists (design section 3)."""
+    """Why calibration exists (docs/architecture.md)."""
     model = load_checkpoint(ROBUST_CHECKPOINT).model()
     actions = torch.from_numpy(split_episodes(DATA).test.steps().copy())
     with torch.no_grad():
