@@ -35,9 +35,12 @@ from rfsq.rfsq_ref.train import (
 )
 from rfsq.runtime.bundle.paths import refuse_existing
 
+_ROOT = Path(__file__).resolve().parent.parent
 VOLUME_NAME = "rfsq-training"
 #: Where the container sees the volume.
 VOLUME_PATH = Path("/rfsq-training")
+#: Where the container's Python finds the package.
+PACKAGE_PATH = "/root/rfsq"
 GPU = "L4"
 TIMEOUT_S = 2 * 60 * 60
 PACKAGES = ("torch", "numpy", "safetensors", "h5py", "pyarrow", "matplotlib", "tqdm")
@@ -48,8 +51,10 @@ image = (
     modal.Image.debian_slim(python_version=f"{sys.version_info.major}.{sys.version_info.minor}")
     # The caller's versions, but not its build of them ("+cpu").
     .pip_install(*(f"{name}=={version(name).partition('+')[0]}" for name in PACKAGES))
-    # With the embedded demonstrations, which are no Python files.
-    .add_local_python_source("rfsq_ref", "runtime", ignore=["**/*.safetensors"])
+    # Room by room, with the embedded demonstrations: Modal follows no links.
+    .add_local_file(_ROOT / "rfsq" / "__init__.py", f"{PACKAGE_PATH}/__init__.py")
+    .add_local_dir(_ROOT / "runtime", f"{PACKAGE_PATH}/runtime", ignore=["**/__pycache__"])
+    .add_local_dir(_ROOT / "rfsq_ref", f"{PACKAGE_PATH}/rfsq_ref", ignore=["**/__pycache__", "**/*.safetensors"])
 )
 
 

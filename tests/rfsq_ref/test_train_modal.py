@@ -180,15 +180,17 @@ def test_the_defaults_are_those_of_the_training_here(train_modal: Any) -> None:
 # In the container ----------------------------------------------------------------------------------------------------
 
 
-def test_it_imports_as_modal_lays_the_files_out_in_its_container(tmp_path: Path) -> None:
+def test_it_imports_as_modal_lays_the_files_out_in_its_container(train_modal: Any, tmp_path: Path) -> None:
     """`modal run FILE` imports the file by its bare name, from a folder that holds the packages beside it."""
-    shutil.copytree(ROOT / "runtime", tmp_path / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "rfsq_ref", tmp_path / "rfsq_ref", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    package = tmp_path / Path(train_modal.PACKAGE_PATH).name
+    shutil.copytree(ROOT / "runtime", package / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "rfsq_ref", package / "rfsq_ref", ignore=shutil.ignore_patterns("assets", "__pycache__"))
+    shutil.copy(ROOT / "rfsq/__init__.py", package)
     shutil.copy(ROOT / "rfsq_ref/train_modal.py", tmp_path)
-    code = "import train_modal, rfsq_ref; print(rfsq_ref.__file__); print(train_modal.train_remote.local.__name__)"
+    code = "import rfsq.rfsq_ref as r, train_modal; print(r.__file__, train_modal.train_remote.local.__name__)"
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    assert run.stdout.splitlines()[0] == str(tmp_path / "rfsq_ref/__init__.py")
+    assert run.stdout.split()[0] == str(package / "rfsq_ref/__init__.py")

@@ -228,11 +228,11 @@ def gates_of(backend: Marking) -> dict[str, str]:
 @pytest.mark.parametrize("name", PREFERENCE)
 def test_a_manifest_is_asked_for_what_the_backend_is_judged_by(name: str, marking: Marking) -> None:
     """As far as the classes tell without a GPU."""
-    modules = {"cuda": "cuda_backend.CudaBackend", "onnxruntime-cuda": "ort_cuda_backend.OrtCudaBackend"}
-    modules |= dict.fromkeys(("tensorrt", "tensorrt-rtx"), "trt_backend.TrtBackend")
-    modules |= {"c": "c_backend.CBackend", "onnxruntime": "ort_backend.OrtBackend"}
+    modules = {"cuda": "cuda.CudaBackend", "onnxruntime-cuda": "onnxruntime_cuda.OrtCudaBackend"}
+    modules |= dict.fromkeys(("tensorrt", "tensorrt-rtx"), "tensorrt.TrtBackend")
+    modules |= {"c": "c.CBackend", "onnxruntime": "onnxruntime.OrtBackend"}
     module, _, kind = modules[name].partition(".")
-    backend_type = getattr(pytest.importorskip(f"runtime.{module}"), kind)
+    backend_type = getattr(pytest.importorskip(f"rfsq.runtime.backends.{module}"), kind)
     promised = promised_refusal(name, marking.model.chunk_length)
     assert hasattr(backend_type, "token_types") == (promised == "illegal values not marked")
     if hasattr(backend_type, "token_types"):
