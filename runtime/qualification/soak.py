@@ -31,8 +31,8 @@ from .trial_inputs import chunks_of, config_for, motion_of
 RSS_LIMIT = 2**20
 #: Guard, queue and book-keeping may take so many times as long as Python's own logging takes for one line, made and
 #: written to nowhere: both run through much of Python, and suffer nearly alike where others fill the caches. The
-#: quickest line that was seen took 3.9 us, of which this is 8 us. On a loaded machine, the only one measured, 2.01 to
-#: 2.07 was found; a few calls of numpy suffer less from load.
+#: quickest line that was seen took 3.9 us, of which this is 8 us. On a quiet machine 1.71 to 1.99 was found, by
+#: strategy, on one loaded heavily 2.01 to 2.07: a few calls of numpy suffer less from load.
 ADDED_LIMIT = 2.05
 #: What is judged is of the quickest twentieth: of the ticks that nobody has interrupted.
 _QUICKEST = 5
