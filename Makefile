@@ -14,7 +14,7 @@ endif
 # Modules and the assertions of tests are compiled once, not by every process that tests start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: engine test quick mutants lint benchmark time-c clean
+.PHONY: engine test quick mutants lint package benchmark time-c clean
 
 engine: $(VENV)/installed
 	@echo "== building the embedded checkpoint into $(BUNDLE)"
@@ -40,6 +40,19 @@ lint: $(VENV)/installed
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/mypy
 	@PYTHONPATH=. $(VENV)/bin/lint-imports --no-cache
+
+# What is installed elsewhere: with numpy alone, from any folder, beside a module of the user's that is called runtime.
+BARE := build/bare
+package: $(VENV)/installed
+	@test -d $(BUNDLE) || { echo "there is no $(BUNDLE): build it with make engine" >&2; exit 2; }
+	@echo "== building sdist and wheel, and decoding with the wheel in a bare environment"
+	@rm -rf build/dist $(BARE)
+	@$(RUN) -m build --outdir build/dist . >build/package.log || { tail -20 build/package.log >&2; exit 1; }
+	@$(PYTHON) -m venv $(BARE)
+	@$(BARE)/bin/pip install --quiet --disable-pip-version-check numpy
+	@$(BARE)/bin/pip install --quiet --disable-pip-version-check --no-deps build/dist/*.whl
+	@echo "raise ImportError('this is not rfsq')" >$(BARE)/runtime.py
+	@cd $(BARE) && bin/rfsq selftest $(abspath $(BUNDLE)) --backend c
 
 benchmark: engine
 	@echo "== measuring $(BUNDLE)"
