@@ -17,7 +17,7 @@ from rfsq.export.progress import StepList
 from rfsq.runtime.backends.c import CBackend
 from rfsq.runtime.backends.contract import MOST_CHUNKS, Backend
 from rfsq.runtime.backends.cpu_targets import host_targets
-from rfsq.runtime.backends.registry import create_backend
+from rfsq.runtime.backends.registry import GPU_ENGINES, create_backend
 from rfsq.runtime.backends.tensorrt_api import TENSORRT_BACKENDS, available_tensorrt, find_tensorrt
 from rfsq.runtime.bundle.errors import BackendUnavailableError
 from rfsq.runtime.bundle.folder import Bundle
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 #: What can run a bundle's graphs as they are: the first anywhere, the second where its library finds a GPU.
 _GRAPH_BACKENDS = ("onnxruntime", "onnxruntime-cuda")
-#: What runs engines of its own on a GPU.
-_GPU_ENGINES = ("cuda", *TENSORRT_BACKENDS)
 
 
 def compile_graphs(
@@ -194,14 +192,14 @@ def opened_backends(
     one that is required does not run.
     """
     engines = {entry.backend for entry in bundle.manifest.engines}
-    names = [name for name in (*_GRAPH_BACKENDS, *_GPU_ENGINES) if wanted is None or name in wanted]
+    names = [name for name in (*_GRAPH_BACKENDS, *GPU_ENGINES) if wanted is None or name in wanted]
     names += [name for name in required if name not in names]
     compiled = [entry.targets[0] for entry in bundle.manifest.engines if entry.backend == "c"]
     with contextlib.ExitStack() as stack:
         backends: list[Backend] = []
         absent: dict[str, str] = {}
         for name in names:
-            if name in _GPU_ENGINES and name not in engines:
+            if name in GPU_ENGINES and name not in engines:
                 continue
             try:
                 backends.append(stack.enter_context(contextlib.closing(create_backend(name, bundle))))
@@ -226,7 +224,7 @@ def with_measurements(
     for backend in backends:
         if isinstance(backend, CBackend):
             measured[backend.entry.file] = _validated(backend.entry, backend)
-        if backend.name not in _GPU_ENGINES:
+        if backend.name not in GPU_ENGINES:
             continue
         # Here, because it needs cuda-python, which a machine without a GPU need not have.
         from rfsq.runtime.backends.cuda import CudaBackend

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path, PurePosixPath
 
 if not __package__:
-    # Not in place of the first entry, as elsewhere: in Modal's container the packages lie beside this file.
+    # Not in place of the first entry, as elsewhere: Modal needs that one.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataclasses import replace
@@ -39,8 +39,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 VOLUME_NAME = "rfsq-training"
 #: Where the container sees the volume.
 VOLUME_PATH = Path("/rfsq-training")
-#: Where the container's Python finds the package.
-PACKAGE_PATH = "/root/rfsq"
+#: In the container: beside the folder that Modal lays this file into, where it is looked for.
+PACKAGE_PATH = "/rfsq"
 GPU = "L4"
 TIMEOUT_S = 2 * 60 * 60
 PACKAGES = ("torch", "numpy", "safetensors", "h5py", "pyarrow", "matplotlib", "tqdm")

@@ -23,10 +23,10 @@ BackendFactory = Callable[[Bundle], Backend]
 #: `auto` takes the first of these that works: the fastest decoder of one chunk of numpy arrays first (docs/gpu.md).
 #: ONNX Runtime on the GPU comes last: a single chunk takes it longer than on the processor.
 PREFERENCE = ("c", "cuda", "tensorrt-rtx", "tensorrt", "onnxruntime", "onnxruntime-cuda")
+#: Those that a bundle has engines for, each for its kind of GPU.
+GPU_ENGINES = ("cuda", *TENSORRT_BACKENDS)
 #: Those that take arrays of the GPU where they lie.
-GPU_BACKENDS = ("cuda", *TENSORRT_BACKENDS, "onnxruntime-cuda")
-#: Those of them that a bundle has engines for, each for its kind of GPU.
-_GPU_ENGINES = ("cuda", *TENSORRT_BACKENDS)
+GPU_BACKENDS = (*GPU_ENGINES, "onnxruntime-cuda")
 
 
 def _open_onnxruntime(bundle: Bundle) -> Backend:
@@ -149,7 +149,7 @@ def _warn_of_less(bundle: Bundle, backend: Backend, obstacle: TokenizerError | N
 
 def _warn_of_idle_gpu(bundle: Bundle, backend: Backend, obstacles: Mapping[str, TokenizerError]) -> None:
     """Where there is a GPU, and what is taken is less than any engine for it would be."""
-    if not obstacles.keys() >= {*_GPU_ENGINES}:
+    if not obstacles.keys() >= {*GPU_ENGINES}:
         return
     try:
         # Here, because it needs cuda-python, which a machine without a GPU need not have.
@@ -158,7 +158,7 @@ def _warn_of_idle_gpu(bundle: Bundle, backend: Backend, obstacles: Mapping[str, 
         gpu = open_device()
     except (ImportError, BackendUnavailableError, InferenceError):
         return
-    reasons = "; ".join(f"{name}: {str(obstacles[name]).splitlines()[0]}" for name in _GPU_ENGINES)
+    reasons = "; ".join(f"{name}: {str(obstacles[name]).splitlines()[0]}" for name in GPU_ENGINES)
     _LOG.warning(
         "%s takes the place of an engine for %s, which is faster: build one for it, on this machine: "
         "python export/build_engine.py --from-bundle %s (%s)",

@@ -246,7 +246,7 @@ def _record(file: str, modules: Sequence[str], work: Path, place: int) -> int:
     recorder = Recorder(ROOT, modules)
     recorder.start()
     status = run_pytest([file], work / f"tests-{place}", recorder)
-    sys.settrace(None)
+    recorder.stop()
     recorder.write(_record_file(work, file))
     return status
 

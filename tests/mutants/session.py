@@ -68,7 +68,7 @@ class Recorder:
         sys.settrace(self._trace)
         threading.settrace(self._trace)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
         sys.settrace(None)
         threading.settrace(None)  # type: ignore[arg-type]  # Its stub lacks what its documentation names.
 
@@ -81,7 +81,7 @@ class Recorder:
             self.start()  # A test may have ended tracing.
         else:
             lines |= self._every
-            self._stop()
+            self.stop()
         try:
             return (yield)
         finally:

@@ -181,15 +181,17 @@ def test_the_defaults_are_those_of_the_training_here(train_modal: Any) -> None:
 
 
 def test_it_imports_as_modal_lays_the_files_out_in_its_container(train_modal: Any, tmp_path: Path) -> None:
-    """`modal run FILE` imports the file by its bare name, from a folder that holds the packages beside it."""
+    """`modal run FILE` imports the file by its bare name, from a folder that the package lies beside."""
     package = tmp_path / Path(train_modal.PACKAGE_PATH).name
     shutil.copytree(ROOT / "runtime", package / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "rfsq_ref", package / "rfsq_ref", ignore=shutil.ignore_patterns("assets", "__pycache__"))
     shutil.copy(ROOT / "rfsq/__init__.py", package)
-    shutil.copy(ROOT / "rfsq_ref/train_modal.py", tmp_path)
-    code = "import rfsq.rfsq_ref as r, train_modal; print(r.__file__, train_modal.train_remote.local.__name__)"
+    mounted = tmp_path / "mounted"
+    mounted.mkdir()
+    shutil.copy(ROOT / "rfsq_ref/train_modal.py", mounted)
+    code = "import train_modal, rfsq.rfsq_ref as r; print(r.__file__, train_modal.train_remote.local.__name__)"
     run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+        [sys.executable, "-c", code], cwd=mounted, env={"PYTHONPATH": str(mounted)}, capture_output=True, text=True,
         check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
