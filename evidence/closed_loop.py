@@ -6,7 +6,7 @@ robot, and with raw actions the robot does exactly what was planned.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +29,8 @@ Observation = Mapping[str, Any]
 
 #: Half the height of both nuts of robosuite, in m.
 NUT_HALF_HEIGHT = 0.01
+#: Tasks that `precision` measures: their success can be judged again at any tolerance.
+PRECISION_TASKS = ("Stack", "NutAssemblySquare", "NutAssemblyTight", "NutAssemblyRound", "PickPlaceCan")
 
 
 class World(Protocol):
@@ -129,46 +131,24 @@ def plan(
 
 
 def precision(expert: Expert, observations: list[Observation], phases: list[str]) -> float | None:
-    """How far off the goal the task was done, in mm; None where that cannot be said.
+    """How far from its goal the task ended, in mm; None for a task without such a measure, or a goal never reached.
 
     Stack: horizontal distance of the cubes' centres at the end. Nuts: horizontal distance from the nut to the axis of
-    its peg when, being lowered, its bottom first passes the top of the peg. Can: horizontal distance at the end from
-    where the expert meant to put it. `phases[n]` is the phase of the expert when it had given action n - 1.
+    its peg when the nut, being lowered, first passes the top of the peg with its bottom. Can: horizontal distance at
+    the end from where the expert meant to put it. `phases[n]`: the expert's phase when it had given action n - 1.
     """
-    measure = _PRECISIONS.get(expert.task)
-    return None if measure is None else measure(expert, observations, phases)
-
-
-def _stack_precision(expert: Expert, observations: list[Observation], phases: list[str]) -> float | None:
-    del expert, phases
-    return _horizontal_mm(observations[-1]["cubeA_pos"], observations[-1]["cubeB_pos"])
-
-
-def _nut_precision(expert: Expert, observations: list[Observation], phases: list[str]) -> float | None:
-    assert isinstance(expert, NutAssemblySquareExpert)
-    for observation, phase in zip(observations, phases, strict=True):
-        nut = observation[f"{expert.nut}_pos"]
-        if phase == "insert" and nut[2] - NUT_HALF_HEIGHT <= expert.peg_top:
-            return _horizontal_mm(nut, expert.peg)
+    end = observations[-1]
+    if isinstance(expert, StackExpert):
+        return _horizontal_mm(end["cubeA_pos"], end["cubeB_pos"])
+    if isinstance(expert, PickPlaceCanExpert):
+        return _horizontal_mm(end["Can_pos"], expert.spot)
+    if isinstance(expert, NutAssemblySquareExpert):
+        for observation, phase in zip(observations, phases, strict=True):
+            nut = observation[f"{expert.nut}_pos"]
+            if phase == "insert" and nut[2] - NUT_HALF_HEIGHT <= expert.peg_top:
+                return _horizontal_mm(nut, expert.peg)
     return None
-
-
-def _can_precision(expert: Expert, observations: list[Observation], phases: list[str]) -> float | None:
-    del phases
-    assert isinstance(expert, PickPlaceCanExpert)
-    return _horizontal_mm(observations[-1]["Can_pos"], expert.spot)
 
 
 def _horizontal_mm(first: Any, second: Any) -> float:
     return 1e3 * float(np.linalg.norm(np.asarray(first)[:2] - np.asarray(second)[:2]))
-
-
-_PRECISIONS: dict[str, Callable[[Expert, list[Observation], list[str]], float | None]] = {
-    StackExpert.task: _stack_precision,
-    "NutAssemblySquare": _nut_precision,
-    "NutAssemblyTight": _nut_precision,
-    "NutAssemblyRound": _nut_precision,
-    PickPlaceCanExpert.task: _can_precision,
-}
-#: Tasks whose success can be judged again at any tolerance.
-PRECISION_TASKS = tuple(_PRECISIONS)
