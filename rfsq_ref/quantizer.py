@@ -149,11 +149,9 @@ class ResidualQuantizer(nn.Module):
             stats=torch.stack(stats, dim=-2) if stats else None,
         )
 
-    def forward(self, latents: Tensor) -> Quantized:
-        """Quantise with the straight-through gradient: the identity from output to input."""
-        quantized = self.quantize(latents.detach())
-        straight_through = latents + (quantized.latents - latents).detach()
-        return Quantized(straight_through, quantized.tokens, quantized.stats)
+    def forward(self, latents: Tensor) -> Tensor:
+        """Quantised latents [..., D] with the straight-through gradient: the identity from output to input."""
+        return latents + (self.quantize(latents.detach()).latents - latents).detach()
 
     def dequantize(self, tokens: Tensor, stats: Tensor | None = None) -> Tensor:
         """Latents [..., D] from the first l layers, tokens [..., D, l] with 1 <= l <= L.
