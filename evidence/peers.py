@@ -1,6 +1,5 @@
 """The tokenizers that ours is measured against, all fitted to the same training episodes."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from rfsq.evidence.binning import BinRange, fit_bins
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.fast import FastCodec, fit_fast
+from rfsq.evidence.fast import fit_fast
 from rfsq.evidence.residual_peers import ResidualConfig, ResidualFamily, residual_codecs, trained_residual
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 
@@ -40,20 +39,12 @@ def residual_configs(seed: int) -> tuple[ResidualConfig, ...]:
     )  # fmt: skip
 
 
-def peer_codecs(
-    dataset: ActionDataset,
-    chunk_length: int,
-    *,
-    seed: int,
-    cache: Path,
-    show_progress: bool = False,
-    residual: Sequence[ResidualConfig] | None = None,
-) -> list[Codec]:
+def peer_codecs(dataset: ActionDataset, chunk_length: int, *, seed: int, cache: Path) -> list[Codec]:
     """All peers, fitted to the training episodes of `split_episodes(dataset)` and not to its test episodes.
 
     seed: of what is trained (ResidualFSQ, ResidualVQ); bins and FAST have nothing random. cache: folder where trained
-    models are kept; residual: `residual_configs(seed)` unless others are given. Each codec also has `family` and
-    `partial`. Raises DataError for too few episodes, EvidenceError for a damaged file in the cache.
+    models are kept. Each codec also has `family` and `partial`. Raises DataError for too few episodes, EvidenceError
+    for a damaged file in the cache.
     """
     train = split_episodes(dataset).train
     steps, chunks = train.steps(), training_chunks(train, chunk_length)
@@ -62,15 +53,11 @@ def peer_codecs(
         whole = fit_fast(chunks, scale)
         codecs.append(whole)
         if scale == PARTIAL_SCALE:
-            codecs.extend(_partial(whole, chunks[0].size))
-    for config in residual_configs(seed) if residual is None else residual:
-        codecs.extend(residual_codecs(trained_residual(dataset, config, cache, show_progress=show_progress)))
+            counts = sorted({max(1, round(share * chunks[0].size)) for share in PARTIAL_SHARES})
+            codecs += [whole.first_tokens(count) for count in counts]
+    for config in residual_configs(seed):
+        codecs += residual_codecs(trained_residual(dataset, config, cache))
     return codecs
-
-
-def _partial(whole: FastCodec, values: int) -> list[FastCodec]:
-    counts = sorted({max(1, round(share * values)) for share in PARTIAL_SHARES})
-    return [whole.first_tokens(count) for count in counts]
 
 
 def training_chunks(episodes: ActionDataset, length: int) -> FloatArray:
