@@ -12,15 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from rfsq.evidence.cells import codecs, fingerprint, select
 from rfsq.evidence.closed_loop import run_episode
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.episodes import Episode, Identity, open_episodes
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.simulation import TASKS, Simulation, simulator_versions
+from rfsq.evidence.simulation import TASKS, Simulation
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT
 from rfsq.rfsq_ref.data import load_demonstrations
+from rfsq.rfsq_ref.generate_demonstrations import check_simulator
 
 #: To be raised when a change to the simulation, the loop or the experts changes what comes out of an episode.
 LOOP_VERSION = 1
@@ -96,7 +98,7 @@ def identity_of(config: RolloutConfig) -> Identity:
         loop_version=LOOP_VERSION,
         seed=config.seed,
         chunk=config.chunk,
-        versions=simulator_versions(),
+        versions=check_simulator("torch", "numba", "scipy"),
         hashes={
             "demonstrations": load_demonstrations().sha256,
             "naive": hashlib.sha256(NAIVE_CHECKPOINT.read_bytes()).hexdigest(),
@@ -118,7 +120,9 @@ def run_rollouts(config: RolloutConfig) -> list[Episode]:
         for name, found in fingerprints.items():
             file.check_codec(name, found, restart=config.restart_changed)
         jobs = jobs_of(config, chosen, {episode.key for episode in file.episodes})
-        for episode in _progress(_run(jobs, chosen, fingerprints, config), len(jobs)):
+        driven = _run(jobs, chosen, fingerprints, config)
+        shown = tqdm(driven, "closed loop", len(jobs), unit="episode", disable=None, mininterval=5.0, smoothing=0.1)
+        for episode in shown:
             file.append(episode)
         return file.episodes
 
@@ -156,32 +160,17 @@ def _run(
         executor.shutdown(cancel_futures=True)
 
 
-def _progress(episodes: Iterator[Episode], total: int) -> Iterator[Episode]:
-    from tqdm import tqdm
-
-    shown = {"unit": "episode", "desc": "closed loop", "mininterval": 5.0, "smoothing": 0.1}
-    yield from tqdm(episodes, total=total, disable=None, **shown)
-
-
+@dataclass
 class _Worker:
     """What a worker process keeps between jobs."""
 
-    def __init__(self, chosen: dict[str, Codec], fingerprints: dict[str, str], chunk: int) -> None:
-        self._codecs, self._fingerprints, self._chunk = chosen, fingerprints, chunk
-        self._simulation: Simulation | None = None
-
-    def run(self, job: Job) -> Episode:
-        simulation = self._simulation
-        if simulation is None or (simulation.task, simulation.seed) != (job.task, job.seed):
-            if simulation is not None:
-                simulation.close()
-            simulation = self._simulation = Simulation(job.task, job.seed)
-        expert, rng = TASKS[job.task](), np.random.default_rng(job.seed)
-        result = run_episode(simulation, expert, self._codecs[job.cell], rng, self._chunk)
-        return Episode(job.task, job.cell, self._fingerprints[job.cell], job.index, job.seed, result)
+    codecs: dict[str, Codec]
+    fingerprints: dict[str, str]
+    chunk: int
+    simulation: Simulation | None = None
 
 
-_worker: _Worker | None = None
+_worker: _Worker
 
 
 def _start_worker(chosen: dict[str, Codec], fingerprints: dict[str, str], chunk: int) -> None:
@@ -191,6 +180,11 @@ def _start_worker(chosen: dict[str, Codec], fingerprints: dict[str, str], chunk:
 
 
 def _run_job(job: Job) -> Episode:
-    if _worker is None:
-        raise RuntimeError("the worker was not started with its codecs")
-    return _worker.run(job)
+    simulation = _worker.simulation
+    if simulation is None or (simulation.task, simulation.seed) != (job.task, job.seed):
+        if simulation is not None:
+            simulation.close()
+        simulation = _worker.simulation = Simulation(job.task, job.seed)
+    expert, rng = TASKS[job.task](), np.random.default_rng(job.seed)
+    result = run_episode(simulation, expert, _worker.codecs[job.cell], rng, _worker.chunk)
+    return Episode(job.task, job.cell, _worker.fingerprints[job.cell], job.index, job.seed, result)

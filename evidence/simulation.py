@@ -8,7 +8,6 @@ tests/evidence/test_simulation.py holds both against each other, bit for bit.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from xml.etree import ElementTree
 
@@ -38,17 +37,6 @@ OBSERVED = (
 )
 #: Half the width of the square hole in robosuite's square nut, in m.
 _HALF_HOLE = 0.02275
-
-
-def simulator_versions() -> dict[str, str]:
-    """Versions of everything that decides a trajectory. Raises SimulatorError where the simulator is missing."""
-    versions = check_simulator()
-    try:
-        return {**versions, **{name: version(name) for name in ("torch", "numba", "scipy")}}
-    except PackageNotFoundError as error:
-        raise SimulatorError(
-            f"{error.name} is not installed beside the simulator; run: pip install {error.name}"
-        ) from error
 
 
 @dataclass(frozen=True)

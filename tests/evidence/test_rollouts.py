@@ -42,7 +42,6 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             yield Episode(job.task, job.cell, fingerprints[job.cell], job.index, job.seed, result)
 
     monkeypatch.setattr(rollouts, "_run", run)
-    monkeypatch.setattr(rollouts, "_progress", lambda episodes, _total: episodes)
     monkeypatch.setattr(rollouts, "identity_of", lambda config: replace(IDENTITY, seed=config.seed, chunk=config.chunk))
     monkeypatch.setattr(rollouts, "codecs", lambda **_: {name: RawCodec(name) for name in ("a", "b")})
     monkeypatch.setattr(rollouts, "fingerprint", lambda codec: f"of {codec.name}")
