@@ -3,7 +3,7 @@
 import hashlib
 import multiprocessing
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -67,10 +67,11 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One episode to run."""
+    """One episode to run; see Episode."""
 
     task: str
     cell: str
+    codec: str
     index: int
     seed: int
 
@@ -80,14 +81,16 @@ def seed_of(seed: int, task: str, index: int) -> int:
     return int(np.random.SeedSequence((seed, index, *task.encode())).generate_state(1, np.uint32)[0])
 
 
-def jobs_of(config: RolloutConfig, cells: Iterable[str], done: set[tuple[str, str, int]]) -> list[Job]:
-    """What is still to be done, scene by scene, so that at any time all cells have about as many episodes."""
-    names = tuple(cells)
+def jobs_of(config: RolloutConfig, fingerprints: Mapping[str, str], done: set[tuple[str, str, int]]) -> list[Job]:
+    """What is still to be done, scene by scene, so that at any time all cells have about as many episodes.
+
+    fingerprints: of the codec of each cell; done: tasks, cells and indices.
+    """
     return [
-        Job(task, cell, index, seed_of(config.seed, task, index))
+        Job(task, cell, codec, index, seed_of(config.seed, task, index))
         for index in range(config.episodes)
         for task in config.tasks
-        for cell in names
+        for cell, codec in fingerprints.items()
         if (task, cell, index) not in done
     ]
 
@@ -119,17 +122,15 @@ def run_rollouts(config: RolloutConfig) -> list[Episode]:
         fingerprints = {name: fingerprint(codec) for name, codec in chosen.items()}
         for name, found in fingerprints.items():
             file.check_codec(name, found, restart=config.restart_changed)
-        jobs = jobs_of(config, chosen, {episode.key for episode in file.episodes})
-        driven = _run(jobs, chosen, fingerprints, config)
+        jobs = jobs_of(config, fingerprints, {episode.key for episode in file.episodes})
+        driven = _run(jobs, chosen, config)
         shown = tqdm(driven, "closed loop", len(jobs), unit="episode", disable=None, mininterval=5.0, smoothing=0.1)
         for episode in shown:
             file.append(episode)
         return file.episodes
 
 
-def _run(
-    jobs: list[Job], chosen: dict[str, Codec], fingerprints: dict[str, str], config: RolloutConfig
-) -> Iterator[Episode]:
+def _run(jobs: list[Job], chosen: dict[str, Codec], config: RolloutConfig) -> Iterator[Episode]:
     """In any order, each as soon as it is done. Raises EvidenceError when a worker process dies."""
     if not jobs:
         return
@@ -138,7 +139,7 @@ def _run(
         config.workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(chosen, fingerprints, config.chunk),
+        initargs=(chosen, config.chunk),
     )
     waiting, running = iter(jobs), set[Future[Episode]]()
     try:
@@ -165,7 +166,6 @@ class _Worker:
     """What a worker process keeps between jobs."""
 
     codecs: dict[str, Codec]
-    fingerprints: dict[str, str]
     chunk: int
     simulation: Simulation | None = None
 
@@ -173,10 +173,10 @@ class _Worker:
 _worker: _Worker
 
 
-def _start_worker(chosen: dict[str, Codec], fingerprints: dict[str, str], chunk: int) -> None:
+def _start_worker(chosen: dict[str, Codec], chunk: int) -> None:
     global _worker
     torch.set_num_threads(1)
-    _worker = _Worker(chosen, fingerprints, chunk)
+    _worker = _Worker(chosen, chunk)
 
 
 def _run_job(job: Job) -> Episode:
@@ -187,4 +187,4 @@ def _run_job(job: Job) -> Episode:
         simulation = _worker.simulation = Simulation(job.task, job.seed)
     expert, rng = TASKS[job.task](), np.random.default_rng(job.seed)
     result = run_episode(simulation, expert, _worker.codecs[job.cell], rng, _worker.chunk)
-    return Episode(job.task, job.cell, _worker.fingerprints[job.cell], job.index, job.seed, result)
+    return Episode(**vars(job), result=result)
