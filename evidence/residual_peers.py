@@ -71,10 +71,6 @@ class ResidualConfig:
     learning_rate: float = 1e-3
     quantize_dropout: bool = False
 
-    @property
-    def title(self) -> str:
-        return self.family.value + (" with dropout" if self.quantize_dropout else "")
-
     def __post_init__(self) -> None:
         for name in ("num_quantizers", "codebook_size", "epochs", "batch_size"):
             if getattr(self, name) < 1:
@@ -146,24 +142,17 @@ class ResidualAutoencoder(StepAutoencoder):
 
 @dataclass(frozen=True, eq=False)
 class ResidualCodec:
-    """The first `prefix` quantisers of a trained ResidualAutoencoder; each step is coded on its own."""
+    """The first `prefix` quantisers of a trained ResidualAutoencoder; each step is coded on its own.
+
+    series: what one curve is drawn through; partial: whether quantisers are left out.
+    """
 
     name: str
+    family: str
+    series: str
+    partial: bool
     model: ResidualAutoencoder
     prefix: int
-
-    @property
-    def family(self) -> str:
-        return self.model.config.family.value
-
-    @property
-    def series(self) -> str:
-        """What one curve is drawn through."""
-        return self.model.config.title
-
-    @property
-    def partial(self) -> bool:
-        return self.prefix < self.model.config.num_quantizers
 
     def tokens(self, chunks: FloatArray) -> Tensor:
         """float32 [B, T, A] to indices int64 [B * T, groups, prefix]."""
@@ -187,9 +176,12 @@ class ResidualCodec:
 
 def residual_codecs(model: ResidualAutoencoder) -> list[ResidualCodec]:
     """One codec for every prefix of the quantisers."""
-    count = model.config.num_quantizers
-    title = model.config.title
-    return [ResidualCodec(f"{title}, {prefix} of {count}", model, prefix) for prefix in range(1, count + 1)]
+    count, family = model.config.num_quantizers, model.config.family.value
+    title = family + (" with dropout" if model.config.quantize_dropout else "")
+    return [
+        ResidualCodec(f"{title}, {prefix} of {count}", family, title, prefix < count, model, prefix)
+        for prefix in range(1, count + 1)
+    ]
 
 
 # Training ------------------------------------------------------------------------------------------------------------
