@@ -61,7 +61,7 @@ class EpisodeFile:
 
     def append(self, episode: Episode) -> None:
         """On the disk when this returns."""
-        self._write(asdict(episode))
+        _write(self._file, asdict(episode))
         self.episodes.append(episode)
 
     def check_codec(self, cell: str, codec: str, *, restart: bool = False) -> None:
@@ -69,7 +69,7 @@ class EpisodeFile:
         for episode in self.episodes:
             if episode.cell == cell and episode.codec != codec:
                 if restart:
-                    self._write({_DROPPED: cell})
+                    _write(self._file, {_DROPPED: cell})
                     self.episodes = _without(self.episodes, cell)
                     return
                 raise EvidenceError(
@@ -77,11 +77,6 @@ class EpisodeFile:
                     "its checkpoint, its fit or this processor is another one; --restart-changed drives such cells "
                     "anew and keeps the others"
                 )
-
-    def _write(self, content: dict[str, Any]) -> None:
-        self._file.write(_line(content))
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
 
 @contextmanager
@@ -108,9 +103,7 @@ def open_episodes(path: Path, identity: Identity) -> Iterator[EpisodeFile]:
             _check_identity(found, identity, path)
         else:
             episodes = []
-            file.write(_line({"format": FORMAT, **asdict(identity)}))
-            file.flush()
-            os.fsync(file.fileno())
+            _write(file, {"format": FORMAT, **asdict(identity)})
         yield EpisodeFile(file, path, episodes)
 
 
@@ -123,8 +116,11 @@ def read_episodes(path: Path) -> tuple[Identity, list[Episode]]:
     return _parse(content[: content.rfind(b"\n") + 1], path)
 
 
-def _line(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+def _write(file: BinaryIO, content: dict[str, Any]) -> None:
+    """One line, on the disk when this returns."""
+    file.write(json.dumps(content, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _parse(content: bytes, path: Path) -> tuple[Identity, list[Episode]]:
@@ -164,10 +160,8 @@ def _check_identity(found: Identity, expected: Identity, path: Path) -> None:
     before, now = asdict(found), asdict(expected)
     different = [name for name in now if before[name] != now[name]]
     if different:
+        made, running = (", ".join(f"{name} {found[name]}" for name in different) for found in (before, now))
         raise EvidenceError(
-            f"{path} was made with "
-            + ", ".join(f"{name} {before[name]}" for name in different)
-            + "; this run has "
-            + ", ".join(f"{name} {now[name]}" for name in different)
-            + ": the two cannot be mixed; move the file away to start anew, or choose another --output"
+            f"{path} was made with {made}; this run has {running}: the two cannot be mixed; move the file away to "
+            "start anew, or choose another --output"
         )
