@@ -21,15 +21,12 @@ class Codec(Protocol):
     @property
     def name(self) -> str:
         """Method and setting, as a table shows them: "calibrated L0-L2"."""
-        ...
 
     def reconstruct(self, chunks: FloatArray) -> FloatArray:
         """Encode and decode: float32 [B, T, A] to float32 [B, T, A], both in the robot's own units."""
-        ...
 
     def bits_per_step(self, chunks: FloatArray) -> float:
         """Mean bits that the tokens of one step need as a policy emits them: log2 of the vocabulary per token."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -290,23 +290,19 @@ def _save(model: ResidualAutoencoder, identity: str, path: Path) -> None:
 
 
 def _load(path: Path, dataset: ActionDataset, config: ResidualConfig) -> ResidualAutoencoder:
-    advice = "delete it, and it is trained again"
+    expected, model = _identity(dataset, config), ResidualAutoencoder(config, dataset.action_dim)
     try:
-        content = path.read_bytes()
-        tensors, metadata = load_safetensors(content)
+        tensors, metadata = load_safetensors(path.read_bytes())
         header = parse_json(metadata[FORMAT])
-        identity, sha256 = header["identity"], header["sha256"]
+        if header["identity"] != expected:
+            raise ValueError(f"it holds another peer, {header['identity']}, and not {expected}")
+        if header["sha256"] != hash_tensors(tensors):
+            raise ValueError("its weights have another hash than when it was written")
+        model.load_state_dict(tensors)
     except OSError as error:
         raise EvidenceError(f"cannot read {path}: {error.strerror}; check its permissions") from error
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise EvidenceError(f"{path} is no whole file of a trained peer ({error!r}): {advice}") from error
-    if identity != _identity(dataset, config):
-        raise EvidenceError(f"{path} holds another peer: {identity}; expected {_identity(dataset, config)}: {advice}")
-    if sha256 != hash_tensors(tensors):
-        raise EvidenceError(f"{path} was changed after it was written: its weights have another hash: {advice}")
-    model = ResidualAutoencoder(config, dataset.action_dim)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise EvidenceError(f"{path} does not fit this model ({error}): {advice}") from error
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise EvidenceError(
+            f"{path} is no whole file of this peer ({error!r}): delete it, and it is trained again"
+        ) from error
     return model.eval()
