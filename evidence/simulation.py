@@ -220,16 +220,15 @@ def _register_tight_task() -> None:
     if NutAssemblyTightExpert.task in REGISTERED_ENVS:
         return
 
-    def edit_model_xml(self: Any, xml: str) -> str:
-        tree = ElementTree.fromstring(NutAssemblySquare.edit_model_xml(self, xml))
-        geoms = tree.findall(".//body[@name='peg1']/geom")
-        if not geoms:
-            raise SimulatorError("the arena has no peg named peg1; install the versions of pip install '.[sim]'")
-        half_width = _HALF_HOLE - NutAssemblyTightExpert.play
-        for geom in geoms:
-            height = geom.attrib["size"].split()[2]
-            geom.set("size", f"{half_width} {half_width} {height}")
-        return ElementTree.tostring(tree, encoding="unicode")
-
-    # robosuite registers every class that is derived from one of its environments.
-    type(NutAssemblySquare)(NutAssemblyTightExpert.task, (NutAssemblySquare,), {"edit_model_xml": edit_model_xml})
+    # robosuite registers every class that is derived from one of its environments, by its name.
+    class NutAssemblyTight(NutAssemblySquare):  # type: ignore[misc]
+        def edit_model_xml(self, xml: str) -> str:
+            tree = ElementTree.fromstring(super().edit_model_xml(xml))
+            geoms = tree.findall(".//body[@name='peg1']/geom")
+            if not geoms:
+                raise SimulatorError("the arena has no peg named peg1; install the versions of pip install '.[sim]'")
+            half_width = _HALF_HOLE - NutAssemblyTightExpert.play
+            for geom in geoms:
+                height = geom.attrib["size"].split()[2]
+                geom.set("size", f"{half_width} {half_width} {height}")
+            return ElementTree.tostring(tree, encoding="unicode")

@@ -162,22 +162,19 @@ def collect(config: GenerationConfig) -> list[Episode]:
 
     Each round runs as many attempts as are missing, so which attempts are made does not depend on the workers.
     """
-    episodes: dict[str, list[Episode]] = {task: [] for task in config.tasks}
+    episodes: list[Episode] = []
     # Spawned workers start clean: a forked one would share the simulator's native state.
     with multiprocessing.get_context("spawn").Pool(config.workers) as pool:
         while missing := list(_missing_attempts(config, episodes)):
             found = pool.imap_unordered(run_attempt, missing)
-            for episode in tqdm(found, "demonstrations", len(missing), unit="episode", disable=None):
-                episodes[episode.attempt.task].append(episode)
-    return [
-        episode for task in config.tasks for episode in sorted(episodes[task], key=lambda found: found.attempt.index)
-    ]
+            episodes += tqdm(found, "demonstrations", len(missing), unit="episode", disable=None)
+    return sorted(episodes, key=lambda found: (config.tasks.index(found.attempt.task), found.attempt.index))
 
 
-def _missing_attempts(config: GenerationConfig, episodes: dict[str, list[Episode]]) -> Iterator[Attempt]:
+def _missing_attempts(config: GenerationConfig, episodes: list[Episode]) -> Iterator[Attempt]:
     for task in config.tasks:
-        tried = len(episodes[task])
-        kept = sum(episode.success for episode in episodes[task])
+        successes = [episode.success for episode in episodes if episode.attempt.task == task]
+        tried, kept = len(successes), sum(successes)
         missing = config.episodes_per_task - kept
         if missing and tried >= MAX_ATTEMPTS_PER_EPISODE * config.episodes_per_task:
             raise SimulatorError(
