@@ -15,6 +15,7 @@ if not __package__:
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
@@ -96,10 +97,7 @@ def main() -> None:
             "versions": {"torch": torch.__version__},
             "figures": [described for described, _ in figures],
             "unavailable": unavailable,
-            "remarks": [
-                remark,
-                f"torch runs on {device_name}; its tokens are int64, twice the bytes of ours",
-            ],
+            "remarks": [remark, f"torch runs on {device_name}; its tokens are int64, twice the bytes of ours"],
         }
         print(json.dumps(offered), file=answers)
         for line in sys.stdin:
@@ -114,8 +112,7 @@ def main() -> None:
 
 def published_model(sizes: Mapping[str, Any]) -> tuple[PublishedModel, str]:
     """The model of the bundle's sizes, and whose weights it has."""
-    names = ("action_dim", "latent_dim", "hidden_width", "num_layers", "num_levels")
-    config = ModelConfig(**{name: sizes[name] for name in names})
+    config = ModelConfig(**{field.name: sizes[field.name] for field in fields(ModelConfig)})
     model = PublishedModel(config, is_robust=sizes["mode"] != "none").eval().requires_grad_(False)
     checkpoint = load_checkpoint(ROBUST_CHECKPOINT)
     if checkpoint.config != config:

@@ -12,6 +12,7 @@ from rfsq.calibration.recovered import RecoveredConfig, default_prefixes
 from rfsq.evidence.binning import BinRange
 from rfsq.evidence.codecs import Codec, RawCodec, RfsqCodec
 from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.training import CACHE
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, load_demonstrations, split_episodes
 from rfsq.rfsq_ref.quantizer import Conditioning
@@ -30,23 +31,22 @@ _SAME_BITS = 0.05
 _FINGERPRINT_CHUNKS = 64
 
 
-def codecs(*, peers: bool = False, seed: int = 0, cache: Path = Path("build/evidence/models")) -> dict[str, Codec]:
+def codecs(*, peers: bool = False, cache: Path = CACHE) -> dict[str, Codec]:
     """Cell names and their codecs, from the embedded checkpoints and demonstrations; float32 models.
 
-    peers: also the methods of others, trained by `seed` where `cache` does not hold them; they need the chunk length
-    of 8 steps. Fitting the recovered decoder takes tens of seconds. Raises CheckpointError or DataError for damaged
-    files.
+    peers: also the methods of others, trained where `cache` does not hold them, for chunks of 8 steps. Fitting the
+    recovered decoder takes tens of seconds. Raises CheckpointError or DataError for damaged files.
     """
     dataset = load_demonstrations()
     robust = load_checkpoint(ROBUST_CHECKPOINT)
-    found = {**rfsq_cells(load_checkpoint(NAIVE_CHECKPOINT), robust, dataset)}
+    found = rfsq_cells(load_checkpoint(NAIVE_CHECKPOINT), robust, dataset)
     if peers:
         from rfsq.evidence.peers import peer_codecs
 
         # Chosen by what is not reported: the test episodes are.
         chunks = chunk(split_episodes(dataset).validation.steps(), 8)
         like = found[calibrated_name(LIKE_BITS_LAYERS, robust.config.num_layers)].bits_per_step(chunks)
-        found |= choose_peers(peer_codecs(dataset, 8, seed=seed, cache=cache), chunks, like)
+        found |= choose_peers(peer_codecs(dataset, 8, seed=0, cache=cache), chunks, like)
     return found
 
 
