@@ -24,7 +24,7 @@ CALIBRATED_PREFIXES = (1, 2, 3, 5)
 LIKE_BITS_LAYERS = 3
 #: Bins as OpenVLA has them: a cell of its own, whatever its bits.
 OPENVLA_BINS = f"256 bins, {BinRange.QUANTILE.value}"
-#: Whose first layers are a codec as good as a whole one, as ours are; FAST's first tokens are a part of one.
+#: Families whose prefixes are settings of the method, as ours are; FAST's first tokens are only a part of a chunk's.
 PREFIX_FAMILIES = ("ResidualFSQ", "ResidualVQ")
 #: Bits within this share of each other count as equally near.
 _SAME_BITS = 0.05
@@ -99,9 +99,9 @@ def choose_peers(peers: list[Codec], chunks: FloatArray, like_bits: float) -> di
 
 
 def fingerprint(codec: Codec) -> str:
-    """What the codec does to the first chunks of the demonstrations, as a hash: another codec has another one.
+    """Hash of the first chunks of the demonstrations as the codec decodes them, to tell one codec from another.
 
-    Of the result's bytes, so it also differs between processors that round differently, as trajectories do.
+    It is of bytes, so it also differs between processors that round differently, as trajectories do.
     """
     steps = load_demonstrations().steps()
     chunks = chunk(np.ascontiguousarray(steps[: 8 * _FINGERPRINT_CHUNKS]), 8)
@@ -109,7 +109,7 @@ def fingerprint(codec: Codec) -> str:
 
 
 def select(found: Mapping[str, Codec], names: tuple[str, ...]) -> dict[str, Codec]:
-    """The cells of these names, all of them if there are none. Raises EvidenceError for a name that is no cell."""
+    """The cells of these names, all cells where no name is given. Raises EvidenceError for a name that is no cell."""
     unknown = [name for name in names if name not in found]
     if unknown:
         raise EvidenceError(f"no cells named {unknown}; expected some of {list(found)}")

@@ -1,7 +1,7 @@
-"""The control loop of a vision-language-action policy: look, plan a chunk of actions, execute it open loop, look again.
+"""The control loop of a vision-language-action policy: observe, plan a chunk of actions, execute it, observe again.
 
-The policy is a scripted expert. It plans by driving the simulation ahead in closed loop; then the simulation is rewound
-and gets the planned actions as the codec gives them back. So every codec stands between the same policy and the same
+The policy is a scripted expert. It plans by driving the simulation ahead in closed loop. Then the simulation is rewound
+and executes the planned actions as the codec decodes them. So every codec stands between the same policy and the same
 robot, and with raw actions the robot does exactly what was planned.
 """
 
@@ -45,7 +45,7 @@ class World(Protocol):
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one error over the steps of an episode."""
+    """One error over the steps of an episode: mean, 95th percentile, largest."""
 
     mean: float
     p95: float
@@ -58,7 +58,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """What came of one episode.
+    """The outcome of one episode.
 
     success: robosuite's check at the end; reached: whether it held after any step. tracking_mm, tracking_deg: after
     every step, from where the gripper is to where the raw actions of the same chunk would have put it.
@@ -74,11 +74,11 @@ class EpisodeResult:
 
 
 def run_episode(world: World, expert: Expert, codec: Codec, rng: np.random.Generator, chunk: int) -> EpisodeResult:
-    """Drive `world` from its beginning until the expert is done; `chunk` actions are executed between two looks.
+    """Drive `world` from its beginning until the expert is done, planning anew after every `chunk` actions.
 
     The expert sees every real observation, one per step, so that its phases follow what has happened and not what was
-    planned; its noise is a sequence of its own, so that step n has the same noise whatever the codec. Decoded actions
-    are clipped to the action range, as the controller does it.
+    planned. Its noise is a sequence of its own, so that step n has the same noise with every codec. Decoded actions
+    are clipped to [-1, 1], as the controller clips them.
     """
     expert.reset(rng)
     observation = world.reset()
@@ -90,7 +90,7 @@ def run_episode(world: World, expert: Expert, codec: Codec, rng: np.random.Gener
         planned, foreseen = plan(world, expert, observation, chunk)
         decoded = codec.reconstruct(planned[np.newaxis])[0]
         for action, expected in zip(np.clip(decoded, -1.0, 1.0), foreseen, strict=True):
-            # Only what it remembers counts: its phase, its gripper, its noise.
+            # Not for its action, but for what it remembers: its phase, its gripper, its noise.
             expert.act(observation)
             observation = world.step(action)
             observations.append(observation)

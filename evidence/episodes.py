@@ -1,8 +1,8 @@
 """The file in which a closed-loop run keeps its finished episodes, so that it can go on after a kill.
 
-One JSON line each: first what the results depend on, then one line per episode in the order in which they ended.
-Every line is on the disk before the next episode counts; a last line that was cut off is dropped. A line that names a
-dropped cell takes that cell's episodes before it back.
+The first JSON line says what the results depend on; each line after it is an episode, in the order in which they ended.
+A line is on the disk before the next episode counts. A last line that was cut off is ignored. A line with the name of a
+dropped cell removes the episodes of that cell that stand before it.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ class Identity:
     """What all episodes of a file depend on; results of another identity are not mixed with them.
 
     loop_version: of the code that decides results, raised by hand when it changes; versions: of packages; hashes: of
-    the data and checkpoints; chunk: actions executed between two looks.
+    the data and checkpoints; chunk: actions executed between two plans.
     """
 
     loop_version: int
@@ -65,7 +65,7 @@ class EpisodeFile:
         self.episodes.append(episode)
 
     def check_codec(self, cell: str, codec: str, *, restart: bool = False) -> None:
-        """Refuses, or with `restart` takes back, episodes of a cell of this name with another codec (EvidenceError)."""
+        """Raises EvidenceError where the cell's episodes are of another codec; with `restart`, drops them instead."""
         for episode in self.episodes:
             if episode.cell == cell and episode.codec != codec:
                 if restart:

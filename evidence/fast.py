@@ -21,11 +21,11 @@ from tokenizers.trainers import BpeTrainer
 from rfsq.evidence.binning import BinRange, Float64Array, action_range
 from rfsq.rfsq_ref.data import FloatArray
 
-#: As the authors use; a scale with more than half as many different coefficients gets the next power of two.
+#: The authors' size; a scale with more than half as many different coefficients gets the next power of two.
 VOCABULARY = 1024
 # Above all surrogates, and no character that any normalisation touches.
 _FIRST_CHARACTER = 0x10000
-#: Beyond 32 times the percentiles a dimension is scaled by its full range: its alphabet stays finite.
+#: A dimension whose range is over 32 times that of its percentiles is scaled by its range: its alphabet stays small.
 _MOST_OUTLYING = 32.0
 _MAX_TOKEN_LENGTH = 10_000
 

@@ -18,7 +18,7 @@ FAST_SCALES = (2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0)
 #: The scale that is also decoded in part, and after how many tokens per value of a chunk (T * A).
 PARTIAL_SCALE = 50.0
 PARTIAL_SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8)
-# More chunks change nothing that can be measured, and byte-pair coding takes longer.
+# More chunks change nothing measurable, and byte-pair coding takes longer.
 _MOST_CHUNKS = 20_000
 
 
@@ -63,7 +63,7 @@ def peer_codecs(dataset: ActionDataset, chunk_length: int, *, seed: int, cache: 
 def training_chunks(episodes: ActionDataset, length: int) -> FloatArray:
     """Every window of `length` steps, as a policy is trained on them: float32 [B, length, A].
 
-    An episode that is shorter counts once, its last action repeated. At most 20,000 windows, evenly spaced.
+    A shorter episode gives one window, its last action repeated. At most 20,000 windows, evenly spaced.
     """
     if length < 1:
         raise EvidenceError(f"chunk length is {length}; expected at least 1")

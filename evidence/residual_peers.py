@@ -1,4 +1,4 @@
-"""ResidualFSQ and ResidualVQ of vector-quantize-pytorch in our autoencoder's place of the quantiser.
+"""ResidualFSQ and ResidualVQ of vector-quantize-pytorch, in the place of our autoencoder's quantiser.
 
 Encoder, decoder, data, split and the choice of the epoch are those of `rfsq_ref.train`; the quantiser is the library's.
 """
@@ -28,7 +28,8 @@ from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
 from rfsq.rfsq_ref.train import suggested_normaliser
 from rfsq.runtime.bundle.reading import parse_json
 
-# To import it takes longer than torch and all of ours together: only who makes a model does, and everyone is told here.
+# Importing it takes longer than torch and all of this project together, so that only a model that is made imports it.
+# Where it is missing, that is said here already.
 if find_spec("vector_quantize_pytorch") is None:
     raise ModuleNotFoundError("No module named 'vector_quantize_pytorch'", name="vector_quantize_pytorch")
 
@@ -53,7 +54,7 @@ RECIPES = {ResidualFamily.FSQ: 1, ResidualFamily.VQ: 2}
 
 @dataclass(frozen=True)
 class ResidualConfig:
-    """num_quantizers: residual layers; the rest of the sizes and the recipe follow `rfsq_ref.train`.
+    """Sizes and recipe; what is not named here follows `rfsq_ref.train`. num_quantizers: residual layers.
 
     levels: of each of the D latents, one ResidualFSQ per `len(levels)` latents (ResidualFSQ only); codebook_size:
     entries of each codebook over all D latents (ResidualVQ only). epochs: end to end; unquantised_epochs: before them
@@ -190,7 +191,7 @@ def residual_codecs(model: ResidualAutoencoder) -> list[ResidualCodec]:
 def train_residual(dataset: ActionDataset, config: ResidualConfig) -> ResidualAutoencoder:
     """Train on the training episodes of `split_episodes(dataset)`, keep the epoch with the lowest validation error.
 
-    What a phase starts from is kept as well, where all of its epochs are worse: k-means' codebooks before fine-tuning.
+    Where all epochs of a phase are worse than what it starts from, that stays: k-means' codebooks before fine-tuning.
     Actions that are not of about unit size are normalised by their minimum and maximum. Deterministic for a given
     seed. Raises DataError for too few episodes, EvidenceError when it diverges.
     """

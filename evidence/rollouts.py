@@ -1,4 +1,4 @@
-"""Run the closed loop: every task, every scene, every cell; one process per core; resumable."""
+"""Run the closed loop over every task, scene and cell in several processes, and go on where a run was stopped."""
 
 import hashlib
 import multiprocessing
@@ -32,9 +32,9 @@ DEFAULT_TASKS = ("Stack", "NutAssemblySquare", "NutAssemblyTight", "PickPlaceCan
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """tasks and cells: what to run, all cells if none are named; episodes: per task and cell; chunk: actions executed
-    between two looks; peers: run the methods of others too; restart_changed: take back the episodes of cells whose
-    codec is another one now; output: folder of the episodes."""
+    """What to run. cells: all of them if none are named; episodes: per task and cell; chunk: actions executed between
+    two plans; peers: run the methods of others too; restart_changed: drive cells whose codec has changed anew; output:
+    folder of the episodes."""
 
     tasks: tuple[str, ...] = DEFAULT_TASKS
     cells: tuple[str, ...] = ()
@@ -77,12 +77,12 @@ class Job:
 
 
 def seed_of(seed: int, task: str, index: int) -> int:
-    """Of the scene and the expert; the same in every cell, another one than any demonstration's."""
+    """Seed of the scene and the expert: the same in every cell, and that of no demonstration."""
     return int(np.random.SeedSequence((seed, index, *task.encode())).generate_state(1, np.uint32)[0])
 
 
 def jobs_of(config: RolloutConfig, fingerprints: Mapping[str, str], done: set[tuple[str, str, int]]) -> list[Job]:
-    """What is still to be done, scene by scene, so that at any time all cells have about as many episodes.
+    """The episodes that are missing, scene by scene, so that at any time all cells have about equally many.
 
     fingerprints: of the codec of each cell; done: tasks, cells and indices.
     """
@@ -111,7 +111,7 @@ def identity_of(config: RolloutConfig) -> Identity:
 
 
 def run_rollouts(config: RolloutConfig) -> list[Episode]:
-    """Run what is missing; all episodes of the file, also those of cells that were not asked for.
+    """Run what is missing. Returns all episodes of the file, also those of cells that were not asked for.
 
     Raises SimulatorError without a simulator, EvidenceError where the file belongs to another run or a worker dies.
     """
@@ -131,7 +131,7 @@ def run_rollouts(config: RolloutConfig) -> list[Episode]:
 
 
 def _run(jobs: list[Job], chosen: dict[str, Codec], config: RolloutConfig) -> Iterator[Episode]:
-    """In any order, each as soon as it is done. Raises EvidenceError when a worker process dies."""
+    """Episodes in any order, each as soon as it is done. Raises EvidenceError when a worker process dies."""
     if not jobs:
         return
     # Spawned workers start clean: a forked one would share the simulator's native state.
@@ -144,7 +144,7 @@ def _run(jobs: list[Job], chosen: dict[str, Codec], config: RolloutConfig) -> It
     waiting, running = iter(jobs), set[Future[Episode]]()
     try:
         while True:
-            # Few at a time: what has been handed over is driven to its end even when the run is stopped.
+            # Few at a time: a worker finishes what was handed to it, even when the run is stopped.
             running |= {executor.submit(_run_job, job) for job in islice(waiting, 2 * config.workers - len(running))}
             if not running:
                 return
@@ -154,8 +154,8 @@ def _run(jobs: list[Job], chosen: dict[str, Codec], config: RolloutConfig) -> It
                 yield future.result()
     except BrokenProcessPool as error:
         raise EvidenceError(
-            "a worker process died, perhaps for want of memory; finished episodes are kept: start again, and it goes "
-            "on where it was, with fewer --workers if it happens again"
+            "a worker process died, perhaps for want of memory. Finished episodes are kept: start again, and it goes "
+            "on where it was; use fewer --workers if it happens again"
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)

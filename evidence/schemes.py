@@ -1,8 +1,8 @@
 """The five ways of using an RFSQ checkpoint that are compared, layer by layer, on the float64 reference.
 
-`naive`: no normalisation. `dynamic`: Robust RFSQ whose side information travels beside the tokens. `published`: the
-same tokens alone, decoded as `decode_from_indices` does. `recovered`: the same tokens alone through the recovered
-decoder. `calibrated`: tokens of the calibrated conditioning, alone.
+`naive`: no normalisation. `dynamic`: Robust RFSQ, with its side information beside the tokens. `published`: the same
+tokens alone, decoded as `decode_from_indices` does. `recovered`: the same tokens alone, through the recovered decoder.
+`calibrated`: tokens of the calibrated conditioning, alone.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The checkpoints that are compared: those given, the embedded ones where they fit, and trained ones for the rest."""
+"""The checkpoints that are compared where none are given: embedded, kept from an earlier run, or trained now."""
 
 import hashlib
 import json

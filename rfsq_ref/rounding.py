@@ -12,7 +12,7 @@ at the step at hand. A bound that holds for certain, without this model, would e
 
 Covered are the model as PyTorch runs it in float32 and the deployment graph: the offset taken off first, units and
 constants folded and rounded once, Mish as x n / (n + 2), layers counted in bins. Sums may be taken in any order that
-does not depend on their terms. Not covered, and meant to be found out: TF32, half precision, perturbed weights.
+does not depend on their terms. Not covered, and meant to be noticed: TF32, half precision, perturbed weights.
 """
 
 from collections.abc import Iterator
@@ -145,7 +145,7 @@ def _latent_noise(model: ActionAutoencoder, actions: Tensor) -> _Noise:
     assert isinstance(first, nn.Linear)
     assert isinstance(second, nn.Linear)
     weight = first.weight / model.units
-    # Whoever takes the offset off before anything is summed rounds no more than what is left of the action.
+    # The offset is taken off before anything is summed, so that what rounds is what is left of the action.
     from_offset = actions - model.offset
     inner = from_offset @ weight.T + first.bias
     squares = from_offset**2 @ (weight**2).T + first.bias**2
