@@ -103,8 +103,7 @@ def fingerprint(codec: Codec) -> str:
 
     It is of bytes, so it also differs between processors that round differently, as trajectories do.
     """
-    steps = load_demonstrations().steps()
-    chunks = chunk(np.ascontiguousarray(steps[: 8 * _FINGERPRINT_CHUNKS]), 8)
+    chunks = chunk(load_demonstrations().steps(), 8)[:_FINGERPRINT_CHUNKS]
     return hashlib.sha256(codec.reconstruct(chunks).tobytes()).hexdigest()[:16]
 
 

@@ -69,7 +69,7 @@ def training_chunks(episodes: ActionDataset, length: int) -> FloatArray:
         raise EvidenceError(f"chunk length is {length}; expected at least 1")
     windows = []
     for episode in episodes.episodes:
-        filled = np.concatenate([episode, np.repeat(episode[-1:], max(0, length - len(episode)), axis=0)])
+        filled = np.pad(episode, ((0, max(0, length - len(episode))), (0, 0)), "edge")
         windows.append(np.lib.stride_tricks.sliding_window_view(filled, length, axis=0).transpose(0, 2, 1))
     found = np.concatenate(windows)
     return found[:: -(-len(found) // _MOST_CHUNKS)]
