@@ -34,7 +34,7 @@ from ..bundle.manifest import ModelEntry
 from ..bundle.paths import as_path
 from ..bundle.validation import InputValidator
 from ..tokenizer import ActionTokenizer
-from .adapter_calls import CPU, Call, Engines, checked_indices, checked_tensor, is_plain
+from .adapter_calls import CPU, Call, Engines, checked_indices, checked_tensor, is_plain, uncompiled
 
 _LOG = logging.getLogger(__name__)
 
@@ -108,6 +108,7 @@ class ActionRFSQAE(nn.Module):
         self._require_own()
         return self._engines.on_host
 
+    @uncompiled
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """actions float32 [B, T, A] -> what their codes decode to, float32 [B, T, A], and codes int64 [B, T, D, L].
 
@@ -125,12 +126,14 @@ class ActionRFSQAE(nn.Module):
         call.tokenizer.decode_into(call.array(codes), call.array(actions), call.array(stats), stream=call.stream())
         return call.result(actions), call.result(codes).long()
 
+    @uncompiled
     def encode(self, x: Tensor) -> Tensor:
         """actions float32 [B, T, A] -> codes int64 [B, T, D, L], with no gradient, whatever `x` requires."""
         x = self._checked_actions(x)
         call = self._call_for(x)
         return call.result(self._encode(call, x)[0]).long()
 
+    @uncompiled
     def decode_from_indices(self, indices: Tensor) -> Tensor:
         """codes of any integer type [B, T, D, l], l a built prefix -> actions float32 [B, T, A].
 
