@@ -1,6 +1,6 @@
 """Where tensors of torch go: a bundle on the backends that take them, and calls in whole chunks.
 
-Beside `runtime.policy.adapter`, for which it is, the one module here that imports torch.
+For `runtime.policy.adapter`; like it, it imports torch.
 """
 
 from __future__ import annotations
