@@ -26,6 +26,7 @@ from rfsq.evidence import bench_peers as torch_peers
 from rfsq.export.plan import DeployMode
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.benchmark import command as bench
+from rfsq.runtime.benchmark import run as bench_run
 from rfsq.runtime.benchmark.calls import copies_name, host_figures, operations_of, random_batch
 from rfsq.runtime.benchmark.peers import open_peers
 from rfsq.runtime.benchmark.report import (
@@ -502,7 +503,7 @@ def test_where_every_call_fails_nothing_was_measured(
     def fail(_tokenizer: object, _size: int) -> None:
         raise InferenceError("the library failed")
 
-    monkeypatch.setattr(bench, "random_batch", fail)
+    monkeypatch.setattr(bench_run, "random_batch", fail)
     assert bench.main([str(bundle), "--batch", "2", "--starts", "0"]) == 2
     assert "onnxruntime, batch 2: the library failed" in capsys.readouterr().err
 
@@ -530,7 +531,7 @@ def test_it_says_first_what_it_does_and_how_long_that_takes_and_then_how_far_it_
         said.append(capsys.readouterr().err)
         return replace(REPORT.starts[0], backend=backend, processes=processes)
 
-    monkeypatch.setattr(bench, "measure_start", start)
+    monkeypatch.setattr(bench_run, "measure_start", start)
     assert bench.main([str(bundle), "--batch", "1", "2", "--rounds", "20", "--starts", "3"]) == 0
     assert said == [
         "measuring onnxruntime: 7 new processes, then 20 rounds of 6 figures with 1 chunk and 2 chunks a call: "
@@ -541,7 +542,7 @@ def test_it_says_first_what_it_does_and_how_long_that_takes_and_then_how_far_it_
 def test_how_long_the_rest_takes_is_told_from_the_rounds_before(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     now = iter([100.0, 103.0, 106.0])
-    monkeypatch.setattr("rfsq.runtime.benchmark.command.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("rfsq.runtime.benchmark.run.time.monotonic", lambda: next(now))
     progress = bench.Progress(SimpleNamespace(show=shown.append))  # type: ignore[arg-type]
     for number in range(3):
         progress.show_round("1 chunk a call", number, 5)
@@ -1008,7 +1009,7 @@ def gpu_backend(bench_gpu: Any, cuda: HostCuda, monkeypatch: pytest.MonkeyPatch)
 
     device = SimpleNamespace(memory=8e10, driver="13.0", compute_capability="9.0", multiprocessors=3)
     monkeypatch.setattr(cuda, "open_device", lambda: device)
-    monkeypatch.setattr(bench, "ActionTokenizer", Tokenizer)
+    monkeypatch.setattr(bench_run, "ActionTokenizer", Tokenizer)
     monkeypatch.setattr(bench_gpu, "_COPY_BYTES", 10_000)
     monkeypatch.setattr(bench_gpu, "_launch", lambda *_arguments: lambda: None)
     monkeypatch.setattr(
@@ -1071,7 +1072,7 @@ def test_no_gpu_is_a_reason_and_no_failure(bench_gpu: Any, bundle: Path, monkeyp
         raise BackendUnavailableError("CUDA finds no usable GPU here")
 
     monkeypatch.setattr(bench_gpu, "open_device", fail)
-    monkeypatch.setattr(bench, "GPU_BACKENDS", ("onnxruntime",))
+    monkeypatch.setattr(bench_run, "GPU_BACKENDS", ("onnxruntime",))
     report = bench.bench(bench.Config(bundle, ("onnxruntime",), (1,), rounds=1, starts=0))
     assert report.missing == {"floor and bandwidth of the GPU": "CUDA finds no usable GPU here"}
     assert {found.times_floor for found in report.rows} == {None}
