@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import gc
 import logging
-import os
 import sys
 import time
 import tracemalloc
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ..benchmark.first_result import resident_bytes
 from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.console import prepare_console, printable
 from ..bundle.errors import TokenizerError
@@ -195,9 +195,9 @@ def soak(tokenizer: ActionTokenizer, ticks: int, setup: SoakSetup = SoakSetup())
         decoder.warmup()
         _time(decoder, tokenizer, inputs, np.ones((3, setup.warm_ticks), np.int64))
         gc.collect()
-        before, memory, started = list(decoder.health.statuses), _rss(), time.monotonic()
+        before, memory, started = list(decoder.health.statuses), resident_bytes() or 0, time.monotonic()
         limited = _time(decoder, tokenizer, inputs, times)
-        seconds, growth = time.monotonic() - started, _rss() - memory
+        seconds, growth = time.monotonic() - started, (resident_bytes() or 0) - memory
         kept, transient = _traced(decoder, inputs, setup.traced_ticks)
         after = list(decoder.health.statuses)
     whole, bare, line = times
@@ -299,11 +299,6 @@ def _bytes_of_ours(snapshot: tracemalloc.Snapshot) -> int:
 def _quantiles(nanoseconds: Int64Array) -> tuple[float, float, float, float]:
     p50, p99, p999, most = np.percentile(nanoseconds, (50, 99, 99.9, 100)) / 1e3
     return float(p50), float(p99), float(p999), float(most)
-
-
-def _rss() -> int:
-    with Path("/proc/self/statm").open(encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 if __name__ == "__main__":

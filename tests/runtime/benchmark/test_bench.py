@@ -30,9 +30,8 @@ from rfsq.runtime.benchmark import run as bench_run
 from rfsq.runtime.benchmark.calls import copies_name, host_figures, operations_of, random_batch
 from rfsq.runtime.benchmark.peers import open_peers
 from rfsq.runtime.benchmark.report import (
+    SCHEMA_VERSION,
     Report,
-    ReportError,
-    read_report,
     report_json,
     report_png,
     report_text,
@@ -301,6 +300,15 @@ def test_a_process_that_fails_is_quoted(tmp_path: Path) -> None:
 # --- reports ----------------------------------------------------------------------------------------------------------
 
 
+def read_report(text: str) -> Report:
+    """The inverse of `report_json`."""
+    content = json.loads(text)
+    assert content.pop("schema_version") == SCHEMA_VERSION
+    parts = {"starts": Start, "rows": Row, "bandwidths": Bandwidth, "arithmetic": Arithmetic}
+    listed = {name: tuple(kind(**entry) for entry in content[name]) for name, kind in parts.items()}
+    return Report(**{**content, **listed, "remarks": tuple(content["remarks"])})
+
+
 def test_a_report_survives_json() -> None:
     assert read_report(report_json(REPORT)) == REPORT
 
@@ -317,26 +325,6 @@ def test_the_json_has_this_form() -> None:
         "times_floor", "steps_per_second", "bandwidth_share", "roofline_share",
     }  # fmt: skip
     assert content["rows"][2]["p999"] is None
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda content: content.pop("rows"),
-        lambda content: content["rows"][0].update(p50_ms=1),
-        lambda content: content.update(schema_version=3),
-    ],
-)
-def test_other_json_is_no_report(change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(report_json(REPORT))
-    change(content)
-    with pytest.raises(ReportError, match="measure again"):
-        read_report(json.dumps(content))
-
-
-def test_text_that_is_no_json_is_no_report() -> None:
-    with pytest.raises(ReportError, match="measure again"):
-        read_report("[]")
 
 
 def test_the_table_has_one_line_for_each_figure_and_its_columns_are_aligned() -> None:
