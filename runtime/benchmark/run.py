@@ -24,17 +24,7 @@ from .machine import machine_facts
 from .peers import Peers, open_peers
 from .report import Report
 from .start import Start, StartError, measure_start
-from .timing import (
-    ROUND_SECONDS,
-    Arithmetic,
-    Bandwidth,
-    Figure,
-    Row,
-    arithmetic_of,
-    bandwidths_of,
-    measure,
-    summarise,
-)
+from .timing import ROUND_SECONDS, Arithmetic, Bandwidth, Figure, Row, arithmetic_of, bandwidths_of, measure, summarise
 
 
 @dataclass(frozen=True)

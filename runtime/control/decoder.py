@@ -19,13 +19,7 @@ from .books import TickBooks
 from .chain import BackendChain, DecodeChain
 from .clock import steady
 from .config import ControlConfig, OnFault, Status
-from .errors import (
-    ControlConfigError,
-    ControlFaultError,
-    WrongThreadError,
-    in_words,
-    is_from_outside,
-)
+from .errors import ControlConfigError, ControlFaultError, WrongThreadError, in_words, is_from_outside
 from .guard import ActionGuard
 from .health import Health, HealthSnapshot
 from .loop import ControlLoop

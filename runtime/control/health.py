@@ -40,10 +40,6 @@ class LatencyHistogram:
         if nanoseconds > self.max_ns:
             self.max_ns = nanoseconds
 
-    @property
-    def count(self) -> int:
-        return sum(self._counts)
-
     def quantile(self, fraction: float) -> float:
         """In ns, the upper end of the bin that holds it; 0 where nothing was counted."""
         counts = np.array(self._counts)

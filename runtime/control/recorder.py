@@ -22,19 +22,7 @@ from ..bundle.reading import regular_file
 from .config import Status
 from .errors import FlightRecordError
 from .result import Outcome
-from .state import (
-    ABSENT,
-    ACCEPTED,
-    BEGUN,
-    COLUMNS,
-    FELL_BACK,
-    HELD,
-    KEPT,
-    LATCHED,
-    QUEUED,
-    UNKEPT,
-    LoopState,
-)
+from .state import ABSENT, ACCEPTED, BEGUN, COLUMNS, FELL_BACK, HELD, KEPT, LATCHED, QUEUED, UNKEPT, LoopState
 
 SCHEMA = 2
 #: Of a record's arrays: what a million ticks take.
@@ -167,10 +155,6 @@ class FlightRecord:
             return None
         steps, layers = self.meta["token_shape"][0], int(self.columns["layers"][index])
         return self.stats[index, : steps * layers * 2].reshape(1, steps, layers, 2).copy()
-
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """As `write_record` takes them."""
-        return {**self.columns, "actions": self.actions, "tokens": self.tokens, "stats": self.stats}
 
 
 def _as_int32(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int32] | None:
