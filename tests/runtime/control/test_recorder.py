@@ -8,10 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rfsq.runtime.control.config import Status
 from rfsq.runtime.control.errors import FlightRecordError
 from rfsq.runtime.control.recorder import FlightRecorder, read_record, write_record
 from rfsq.runtime.control.result import Outcome
-from rfsq.runtime.control.state import ABSENT, KEPT, NO_NUMBER, UNKEPT, LoopState
+from rfsq.runtime.control.state import (
+    ABSENT,
+    INTERNAL,
+    KEPT,
+    NO_NUMBER,
+    NONE_YET,
+    RUN_OUT,
+    UNKEPT,
+    LoopState,
+    state_after,
+)
 
 SHAPE = (2, 3, 4)
 ACTIONS = np.array([0.5, -1.0], np.float32)
@@ -205,3 +216,31 @@ def test_a_file_that_bears_a_temporary_name_is_left_alone(tmp_path: Path) -> Non
     other.write_bytes(b"mine")
     _write(_recorder(), tmp_path / "x.npz")
     assert other.read_bytes() == b"mine"
+
+
+def test_the_columns_of_a_file_are_those_that_other_versions_read(tmp_path: Path) -> None:
+    recorder = _recorder()
+    recorder.add(*_tick(1))
+    columns = read_record(_write(recorder, tmp_path / "flight.npz")).columns
+    assert {name: column.dtype.name for name, column in columns.items()} == {
+        "tick": "int64", "time_ns": "int64", "latency_ns": "int64", "status": "int8", "flags": "int16",
+        "backend": "int8", "faults": "int32", "sequence": "int64", "observed_ns": "int64", "service_layers": "int16",
+        "start": "int64", "given_sequence": "int64", "given_observed_ns": "int64", "token_state": "int8",
+        "layers": "int16", "stats_state": "int8",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        LoopState(),
+        LoopState((7, 10**15), (3, 10**15 - 5, 2, 4), 1, 0, None, True, True, RUN_OUT),
+        LoopState((7, 10**15), (3, 10**15 - 5, 2, 4), INTERNAL, 9, Status.STALE, True, False, RUN_OUT),
+        LoopState((2, -5), (-4, NO_NUMBER, 0, 0), 0, 2, Status.BACKEND_FAULT, False, False, NONE_YET),
+    ],
+)
+def test_the_state_that_a_tick_has_left_comes_back_from_its_row(tmp_path: Path, state: LoopState) -> None:
+    recorder, out = _recorder(), Outcome(ACTIONS.tolist())
+    out.status, out.is_latched = state.latched or Status.OK, state.latched is not None
+    recorder.add(out, state)
+    assert state_after(read_record(_write(recorder, tmp_path / "flight.npz")).row(0)) == state
