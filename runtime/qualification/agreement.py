@@ -125,27 +125,22 @@ class _Sums:
     def __init__(self, units: Sequence[float], tokens: ModelEntry) -> None:
         """units: normalised units of all; tokens: the model that made the tokens."""
         self._units: Float64Array = np.array(units)
-        # Normalised, and in robot units.
-        self._squares, self._largest, self._count = np.zeros(2), np.zeros(2), 0
         self._from_own = 0.0
         self._fidelity = FidelitySums(tokens.action_units, tokens.action_offset)
 
     def add(self, actions: Float32Array, decoded: Float32Array, own: Float32Array) -> None:
-        errors = np.abs(decoded.astype(np.float64) - actions)
-        scaled = errors / self._units, errors
-        self._squares += [np.square(each).sum() for each in scaled]
-        self._largest = np.maximum(self._largest, [each.max() for each in scaled])
-        self._count += errors.size
         self._fidelity.add(actions, decoded)
         apart = np.abs(decoded.astype(np.float64) - own) / self._units
         self._from_own = max(self._from_own, float(apart.max()))
 
     def decoding(self, tokens: str, decoder: str, layers: int) -> Decoding:
-        mse, mse_units = map(float, self._squares / self._count)
-        largest, largest_units = map(float, self._largest)
-        return Decoding(
-            tokens, decoder, layers, mse, largest, mse_units, largest_units, self._from_own, self._fidelity.result()
+        found = self._fidelity.result()
+        # Normalised, and in robot units.
+        (mse, largest), (mse_units, largest_units) = (
+            (float(np.square(found.rmse / units).mean()), float((found.largest / units).max()))
+            for units in (self._units, np.ones_like(self._units))
         )
+        return Decoding(tokens, decoder, layers, mse, largest, mse_units, largest_units, self._from_own, found)
 
 
 def measure(old: Side, new: Side, source: Source) -> Measurement:
