@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 
 from ..bundle.manifest import ModelEntry
+from ..bundle.validation import TOKEN_TYPES
 from .books import TickBooks
 from .chain import DecodeChain
 from .clock import nanoseconds, stamp
 from .config import ControlConfig, OutOfRange, Status
 from .errors import in_words, is_from_outside
 from .guard import ActionGuard
-from .order import TOKEN_TYPES, ChunkOrder
+from .order import ChunkOrder
 from .queue import action_queue
 from .result import NO_STAMPS, BrokenOff, Outcome
 from .state import INTERNAL, NO_NUMBER, NONE_IN_SERVICE, RUN_OUT, WRONG_NUMBER, LoopState

@@ -5,12 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from ..bundle.manifest import ModelEntry
-from ..bundle.validation import as_array_advice, kind_of
+from ..bundle.validation import TOKEN_TYPES, as_array_advice, kind_of
 from .clock import stamp
 from .config import ControlConfig
 from .state import NO_NUMBER, WRONG_NUMBER, InService
 
-TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8))
 _Array = np.ndarray
 
 

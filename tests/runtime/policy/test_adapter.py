@@ -609,9 +609,14 @@ def test_latents_of_codes_are_for_the_decoder_and_no_numbers(calibrated: Pair) -
 
 @pytest.mark.slow
 def test_it_may_be_called_from_compiled_code(calibrated: Pair) -> None:
+    from torch._dynamo.testing import CompileCounter
+
     x = chunks_of(PUBLISHED)
-    compiled = torch.compile(lambda actions: calibrated.adapter(actions)[0] * 2, backend="eager")
+    # Of the two, the compiler sees the product alone: a backend is no part of a graph.
+    seen = CompileCounter()
+    compiled = torch.compile(lambda actions: calibrated.adapter(actions)[0] * 2, backend=seen)
     assert torch.equal(compiled(x), calibrated.adapter(x)[0] * 2)
+    assert (seen.frame_count, seen.op_count) == (1, 1)
 
 
 def test_a_trace_would_record_one_answer_for_all_and_is_refused(calibrated: Pair) -> None:
