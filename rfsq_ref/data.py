@@ -164,13 +164,8 @@ def load_actions(
         found = read_episodes(path, key, filter_key)
     except DatasetError as error:
         raise DataError(str(error)) from error
-    return ActionDataset(
-        tuple(episode.actions for episode in found),
-        tuple(episode.name or path.stem for episode in found),
-        tuple(episode.task for episode in found),
-        path.name or path.absolute().name,
-        all(episode.has_borders for episode in found),
-    )
+    name = path.name or path.absolute().name
+    return ActionDataset(tuple(found.actions), tuple(found.names), tuple(found.tasks), name, found.has_borders)
 
 
 def load_demonstrations() -> ActionDataset:

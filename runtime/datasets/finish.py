@@ -12,7 +12,8 @@ import numpy as np
 from ..bundle.fidelity import FidelitySums
 from ..bundle.manifest import FileEntry
 from ..tokenizer import ActionTokenizer
-from .errors import SourceError, VerificationError
+from .episodes import join_runs
+from .errors import VerificationError
 from .format import (
     EPISODES_NAME,
     INFO_NAME,
@@ -26,7 +27,7 @@ from .format import (
 )
 from .job import Job
 from .partial import finish
-from .parts import out_of_order, parts_of_another_source
+from .parts import parts_of_another_source
 from .reader import TokenDataset
 from .record import PartRecord
 from .steps import (
@@ -34,7 +35,6 @@ from .steps import (
     EpisodeTable,
     StepReader,
     has_changed,
-    lengths_to_starts,
     optional,
     touched_file,
 )
@@ -47,7 +47,7 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
     """records: of all parts. Raises SourceError where the source changed or states other episodes, VerificationError
     where the sample fails."""
     ordered = sorted(records, key=lambda record: record.part)
-    table = _episodes(job, ordered)
+    table = join_runs(np.concatenate([np.array(record.runs, np.int64) for record in ordered]), job.source)
     digests = b"".join(bytes.fromhex(digest) for record in ordered for digest in record.digests)
     source = SourceInfo(job.source.name, job.key, hashlib.sha256(digests).hexdigest(), job.filter_key or None)
     files = {name: entry for record in ordered for name, entry in record.files.items()}
@@ -78,41 +78,6 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
     put(info_text(info).encode(), job.layout.data, INFO_NAME, job.layout.scratch)
     finish(job, overwrite=overwrite)
     return info
-
-
-def _episodes(job: Job, records: list[PartRecord]) -> EpisodeTable:
-    """The runs of all parts, joined where an episode goes on in the next part."""
-    runs = np.concatenate([np.array(record.runs, np.int64) for record in records])
-    episode, first, last, count = runs.T
-    is_same = np.diff(episode) == 0
-    wrong = np.flatnonzero((np.diff(episode) < 0) | (is_same & (first[1:] <= last[:-1])))
-    if wrong.size:
-        place = int(wrong[0])
-        before, after = (int(episode[place]), int(last[place])), (int(episode[place + 1]), int(first[place + 1]))
-        raise out_of_order(job.source.file_of(int(count[: place + 1].sum())), before, after)
-    begins = np.concatenate([[0], np.flatnonzero(~is_same) + 1])
-    lengths = np.add.reduceat(count, begins)
-    numbers = episode[begins]
-    found, stated = EpisodeTable(lengths_to_starts(lengths), numbers), job.source.stated_episodes
-    if stated is not None and not (
-        np.array_equal(stated.numbers, found.numbers) and np.array_equal(stated.starts, found.starts)
-    ):
-        raise SourceError(
-            f"{job.source.name} states {len(stated.numbers)} episodes, its steps make {len(numbers)}"
-            + _first_difference(stated, found)
-            + "; expected the same: copy the dataset again"
-        )
-    return found
-
-
-def _first_difference(stated: EpisodeTable, found: EpisodeTable) -> str:
-    rows = (zip(table.numbers.tolist(), np.diff(table.starts).tolist(), strict=True) for table in (stated, found))
-    for (number, steps), (found_number, found_steps) in zip(*rows, strict=False):
-        if number != found_number:
-            return f", and episode {found_number} stands where {number} is stated"
-        if steps != found_steps:
-            return f", and episode {number} has {found_steps} steps where {steps} are stated"
-    return ""
 
 
 # Verification ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from ..bundle.errors import FingerprintError
 from ..bundle.manifest import FileEntry
 from ..bundle.paths import as_path
 from ..bundle.reading import read_file
+from .episodes import check_stated
 from .errors import SourceError, TokenDatasetError
 from .format import DatasetInfo, part_name, read_info
 from .steps import (
@@ -93,10 +94,6 @@ class TokenDataset:
     def files(self) -> tuple[SourceFile, ...]:
         return tuple(source_file(self.folder / name, self.folder) for name in self.info.files)
 
-    @property
-    def stated_episodes(self) -> EpisodeTable:
-        return self.episodes()
-
     def open(self, width: int) -> DatasetReader:
         if width != self.info.width:
             raise TokenDatasetError(f"{self.name} has {self.info.width} values for a step, expected {width}; {_AGAIN}")
@@ -104,6 +101,9 @@ class TokenDataset:
 
     def check(self) -> None:
         """Every file is hashed when it is read."""
+
+    def check_episodes(self, found: EpisodeTable) -> None:
+        check_stated(self.name, self.episodes(), found)
 
     def file_of(self, row: int) -> str:
         return f"{self.name}, row {row}"

@@ -10,7 +10,8 @@ from .errors import SourceError
 from .hdf5 import HDF5_SUFFIXES, hdf5_files, open_hdf5
 from .lerobot import open_parquet, parquet_files
 from .npz import open_npz
-from .steps import Source, is_hidden
+from .pieces import FileSource
+from .steps import is_hidden
 
 _EXPECTED = (
     "expected .npz, .npy, .hdf5, .h5, .parquet, a folder of HDF5 files, or a LeRobot v2 or v3 folder "
@@ -18,7 +19,7 @@ _EXPECTED = (
 )
 
 
-def open_source(path: str | os.PathLike[str], key: str | None = None, filter_key: str | None = None) -> Source:
+def open_source(path: str | os.PathLike[str], key: str | None = None, filter_key: str | None = None) -> FileSource:
     """Read tables of contents, no actions. key: the action array or column, where its name is not the usual one.
 
     filter_key: of robomimic's HDF5 files, to take the episodes alone that it lists. Raises SourceError.
@@ -31,7 +32,7 @@ def open_source(path: str | os.PathLike[str], key: str | None = None, filter_key
         raise SourceError(f"{path} cannot be read: {error}; check its permissions") from error
 
 
-def _open(path: Path, key: str | None, filter_key: str | None) -> Source:
+def _open(path: Path, key: str | None, filter_key: str | None) -> FileSource:
     if not path.exists():
         raise SourceError(f"{path} does not exist; {_EXPECTED}")
     suffix = path.suffix.lower()

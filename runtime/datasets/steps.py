@@ -83,15 +83,14 @@ class Source(Protocol):
     @property
     def files(self) -> tuple[SourceFile, ...]: ...
 
-    @property
-    def stated_episodes(self) -> EpisodeTable | None:
-        """All episodes in order, where the dataset says so beside its steps."""
-
     def open(self, width: int) -> StepReader:
         """A reader that refuses values of another width."""
 
     def check(self) -> None:
         """Read through what only a whole pass can show to be damaged."""
+
+    def check_episodes(self, found: EpisodeTable) -> None:
+        """Raises SourceError where the dataset states other episodes beside its steps."""
 
     def file_of(self, row: int) -> str:
         """Where this step lies, for messages."""
@@ -237,11 +236,3 @@ def opened(path: Path, kind: str, magic: bytes = b"", *, name: str = "") -> Iter
             )
         file.seek(0)
         yield file
-
-
-def check_width(found: int, expected: int, name: str) -> None:
-    if found != expected:
-        raise SourceError(
-            f"{name} has {found} action dimensions; the bundle's model has {expected}: give demonstrations of the "
-            "robot that it was made for, or name another array with --key"
-        )
