@@ -21,9 +21,9 @@ from rfsq.runtime.datasets.array_layouts import (
 )
 from rfsq.runtime.datasets.episodes import Run, check_values, extend_runs, join_runs
 from rfsq.runtime.datasets.errors import SourceError
-from rfsq.runtime.datasets.pieces import FileSource
+from rfsq.runtime.datasets.pieces import Source
 from rfsq.runtime.datasets.sources import open_source
-from rfsq.runtime.datasets.steps import EpisodeTable, opened, optional, touched_file
+from rfsq.runtime.datasets.steps import EpisodeTable, opened, optional
 
 _AnyArray = npt.NDArray[Any]
 _SLICE_STEPS = 65_536
@@ -52,7 +52,7 @@ def read_episodes(path: Path, key: str | None, filter_key: str | None) -> Episod
     return Episodes(np.split(actions, table.starts[1:-1]), names, source.tasks(table), source.has_borders)
 
 
-def _read_whole(source: FileSource) -> tuple[npt.NDArray[np.float32], EpisodeTable]:
+def _read_whole(source: Source) -> tuple[npt.NDArray[np.float32], EpisodeTable]:
     """All actions, float32 [steps, A], and their episodes, with every check of a conversion. Raises SourceError."""
     source.check()
     actions = np.empty((source.num_steps, source.width), np.float32)
@@ -67,7 +67,7 @@ def _read_whole(source: FileSource) -> tuple[npt.NDArray[np.float32], EpisodeTab
     finally:
         reader.close()
     table = join_runs(np.array(runs, np.int64), source)
-    touched_file(source)
+    source.touched_file()
     actions.flags.writeable = False
     return actions, table
 

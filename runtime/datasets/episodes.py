@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from .errors import IllegalActionError, SourceError
-from .steps import EpisodeTable, Int64Array, Source, Steps, lengths_to_starts
+from .pieces import Source
+from .steps import EpisodeTable, Int64Array, Steps, lengths_to_starts
 
 #: What a slice has of one episode: its number, the first and the last frame, and the number of steps.
 Run = tuple[int, int, int, int]

@@ -36,7 +36,6 @@ from .steps import (
     StepReader,
     has_changed,
     optional,
-    touched_file,
 )
 from .writers import hash_file, move, put, scratch_file, spelled, zarr_array
 
@@ -68,11 +67,11 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
         verification=Verification(0, 0.0, 0.0),
         files=files,
     )
-    verification = _verify(job, tokenizer, TokenDataset(job.layout.data, info))
+    verification = _verify(job, tokenizer, TokenDataset.of(job.layout.data, info))
     info = dataclasses.replace(info, verification=verification)
     write = _write_parquet_episodes if job.storage == "parquet" else _write_zarr_tables
     info = dataclasses.replace(info, files={**files, **write(job, info, table)})
-    touched = touched_file(job.source)
+    touched = job.source.touched_file()
     if touched is not None and parts_of_another_source(job, ordered):
         raise has_changed(touched)
     put(info_text(info).encode(), job.layout.data, INFO_NAME, job.layout.scratch)

@@ -13,7 +13,7 @@ import numpy as np
 
 from .hdf5_layouts import FoundEpisode, find_episodes
 from .hdf5_storage import follow
-from .pieces import FileSource, PieceReader, common_width
+from .pieces import PieceReader, Source, common_width
 from .steps import (
     EpisodeTable,
     Int64Array,
@@ -33,7 +33,7 @@ _KIND, _MAGIC = "an HDF5 file", b"\x89HDF"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Hdf5Source(FileSource):
+class Hdf5Source(Source):
     """file_of_episode: int64 [E]; episodes: where they are in the files, [E]; file_tasks: one for each file."""
 
     kind = _KIND

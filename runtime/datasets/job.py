@@ -23,7 +23,8 @@ from .format import (
     TokenModel,
     block_steps,
 )
-from .steps import Source, optional
+from .pieces import Source
+from .steps import optional
 from .writers import Layout, spelled
 
 #: In the folder of a job in progress: held by the process that works there, and the marker that the folder is ours.

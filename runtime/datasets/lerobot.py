@@ -16,7 +16,7 @@ from ..bundle.reading import read_file
 from .array_layouts import TASK_NAMES, table_by_numbers, task_name
 from .episodes import check_stated
 from .errors import SourceError
-from .pieces import FileSource, PieceReader, check_width, common_width
+from .pieces import PieceReader, Source, check_width, common_width
 from .steps import (
     AnyArray,
     EpisodeTable,
@@ -56,7 +56,7 @@ class _Stated(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ParquetSource(FileSource):
+class ParquetSource(Source):
     """key: the column of actions; table: of the episodes where no column numbers the frames."""
 
     kind = _KIND

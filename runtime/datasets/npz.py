@@ -23,7 +23,7 @@ from .array_layouts import (
     episode_table,
 )
 from .errors import SourceError
-from .pieces import FileSource, PieceReader, common_width
+from .pieces import PieceReader, Source, common_width
 from .steps import (
     AnyArray,
     EpisodeTable,
@@ -66,7 +66,7 @@ class StoredArray:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class NpzSource(FileSource):
+class NpzSource(Source):
     """arrays: one after the other they are the steps; members: all that is read; episode_tasks: one for each."""
 
     kind = _NPZ

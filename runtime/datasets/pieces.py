@@ -1,4 +1,4 @@
-"""What all files of demonstrations have in common here: pieces that follow one another, read one at a time."""
+"""What all datasets have in common here: pieces that follow one another, read one at a time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 
 from .errors import SourceError
-from .steps import EpisodeTable, Int64Array, SourceFile, StepReader, Steps, readable
+from .steps import EpisodeTable, Int64Array, SourceFile, StepReader, Steps, has_changed, readable, source_file
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class FileSource(ABC):
-    """Demonstrations in files. A piece is what is opened and read by itself: an array, an episode or a file.
+class Source(ABC):
+    """A dataset that was found whole by its tables of contents; can be pickled, and holds no step in memory.
 
-    name: of the file or folder; root: where `files` lie; first_rows: int64 [pieces + 1], the row of the whole dataset
-    with which each piece begins; width: action dimensions, 0 where no step says it; has_borders: whether
-    the files say where episodes end.
+    A piece is what is opened and read by itself: an array, an episode, a file or a block. name: of the file or folder;
+    root: where `files` lie; first_rows: int64 [pieces + 1], the row of the whole dataset with which each piece begins;
+    width: values of a step, 0 where no step says it; has_borders: whether the files say where episodes end.
     """
 
     kind: ClassVar[str]
@@ -36,7 +36,7 @@ class FileSource(ABC):
         return int(self.first_rows[-1])
 
     def open(self, width: int) -> StepReader:
-        """A reader for one thread. Raises SourceError unless actions have so many dimensions."""
+        """A reader for one thread. Raises SourceError unless steps have so many values."""
         if self.width not in (0, width):
             raise SourceError(
                 f"{self.name} has {self.width} action dimensions; the bundle's model has {width}: give demonstrations "
@@ -44,11 +44,28 @@ class FileSource(ABC):
             )
         return self._reader()
 
-    def check(self) -> None:  # noqa: B027  # most have nothing to do
-        """Nothing to do where the format's library checks all that has sums on the way."""
+    def check(self) -> None:  # noqa: B027  # most libraries check what has sums on the way
+        """Read through what only a whole pass can show to be damaged."""
 
     def check_episodes(self, found: EpisodeTable) -> None:  # noqa: B027  # most state nothing
-        """Raises SourceError where the dataset states other episodes than its steps make."""
+        """Raises SourceError where the dataset states other episodes beside its steps."""
+
+    def touched_file(self) -> SourceFile | None:
+        """One that may have changed, only its steps can tell; None where all are untouched.
+
+        Raises SourceError where a file is certainly not the one that was opened.
+        """
+        touched = None
+        for file in self.files:
+            try:
+                found = source_file(self.root / file.name, self.root)
+            except FileNotFoundError as error:
+                raise has_changed(file) from error
+            if (found.size, found.mtime_ns) != (file.size, file.mtime_ns):
+                raise has_changed(file)
+            if found.stamp != file.stamp:
+                touched = touched or file
+        return touched
 
     def piece_of(self, row: int) -> int:
         return int(np.searchsorted(self.first_rows, row, side="right")) - 1
@@ -61,15 +78,15 @@ class FileSource(ABC):
     def episode_names(self, episodes: Int64Array) -> list[str]:
         return [f"episode_{number}" for number in episodes.tolist()]
 
-    @abstractmethod
     def tasks(self, episodes: EpisodeTable) -> list[str]:
         """What is done in each of all episodes, "" where nothing says it."""
+        return [""] * len(episodes.numbers)
 
     @abstractmethod
     def _reader(self) -> StepReader: ...
 
 
-_AnySource = TypeVar("_AnySource", bound=FileSource)
+_AnySource = TypeVar("_AnySource", bound=Source)
 
 
 class PieceReader(ABC, Generic[_AnySource]):

@@ -10,7 +10,7 @@ from .errors import SourceError
 from .hdf5 import HDF5_SUFFIXES, hdf5_files, open_hdf5
 from .lerobot import open_parquet, parquet_files
 from .npz import open_npz
-from .pieces import FileSource
+from .pieces import Source
 from .steps import is_hidden
 
 _EXPECTED = (
@@ -19,7 +19,7 @@ _EXPECTED = (
 )
 
 
-def open_source(path: str | os.PathLike[str], key: str | None = None, filter_key: str | None = None) -> FileSource:
+def open_source(path: str | os.PathLike[str], key: str | None = None, filter_key: str | None = None) -> Source:
     """Read tables of contents, no actions. key: the action array or column, where its name is not the usual one.
 
     filter_key: of robomimic's HDF5 files, to take the episodes alone that it lists. Raises SourceError.
@@ -32,7 +32,7 @@ def open_source(path: str | os.PathLike[str], key: str | None = None, filter_key
         raise SourceError(f"{path} cannot be read: {error}; check its permissions") from error
 
 
-def _open(path: Path, key: str | None, filter_key: str | None) -> FileSource:
+def _open(path: Path, key: str | None, filter_key: str | None) -> Source:
     if not path.exists():
         raise SourceError(f"{path} does not exist; {_EXPECTED}")
     suffix = path.suffix.lower()

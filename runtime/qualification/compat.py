@@ -33,8 +33,8 @@ from ..bundle.fidelity import Fidelity, FidelitySums
 from ..bundle.gates import GATES
 from ..bundle.manifest import ModelEntry
 from ..bundle.paths import as_path
+from ..datasets.pieces import Source
 from ..datasets.sources import open_source
-from ..datasets.steps import Source
 from ..tokenizer import ActionTokenizer
 
 INTERCHANGEABLE, DECODER_CAN_BE_REPLACED, NOT_COMPATIBLE, NOT_COMPARED = range(4)
