@@ -5,6 +5,7 @@ Everything but numpy is imported only when a file needs it.
 
 import pickle
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,16 +58,12 @@ def _read_whole(source: Source) -> tuple[npt.NDArray[np.float32], EpisodeTable]:
     source.check()
     actions = np.empty((source.num_steps, source.width), np.float32)
     runs: list[Run] = []
-    reader = source.open(source.width)
-    try:
-        for start in range(0, source.num_steps, _SLICE_STEPS):
-            steps = reader.read(start, min(start + _SLICE_STEPS, source.num_steps))
+    with closing(source.open(source.width)) as reader:
+        for start, steps in reader.slices(0, source.num_steps, _SLICE_STEPS):
             extend_runs(runs, steps, source, start)
             check_values(steps, source, start, np.finfo(np.float32).max)
             actions[start : start + len(steps)] = steps.values
-    finally:
-        reader.close()
-    table = join_runs(np.array(runs, np.int64), source)
+    table = join_runs(runs, source)
     source.touched_file()
     actions.flags.writeable = False
     return actions, table

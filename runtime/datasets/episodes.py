@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from .errors import IllegalActionError, SourceError
 from .pieces import Source
-from .steps import EpisodeTable, Int64Array, Steps, lengths_to_starts
+from .steps import EpisodeTable, Steps, lengths_to_starts
 
 #: What a slice has of one episode: its number, the first and the last frame, and the number of steps.
 Run = tuple[int, int, int, int]
@@ -36,12 +38,12 @@ def extend_runs(runs: list[Run], steps: Steps, source: Source, first_row: int) -
             raise _out_of_order(source, first_row + begin, (last_run[0], last_run[2]), (episode, first))
 
 
-def join_runs(runs: Int64Array, source: Source) -> EpisodeTable:
-    """All episodes by the runs [n, 4] of all slices, joined where an episode goes on in the next.
+def join_runs(runs: Sequence[Run], source: Source) -> EpisodeTable:
+    """All episodes by the runs of all slices, joined where an episode goes on in the next.
 
     Raises SourceError for runs that are not in order, and where the source states other episodes.
     """
-    episode, first, last, count = runs.T
+    episode, first, last, count = np.array(runs, np.int64).T
     is_same = np.diff(episode) == 0
     wrong = np.flatnonzero((np.diff(episode) < 0) | (is_same & (first[1:] <= last[:-1])))
     if wrong.size:

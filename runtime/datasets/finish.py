@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Collection
+from contextlib import closing
+from typing import Any
 
 import numpy as np
 
@@ -28,12 +30,12 @@ from .format import (
 from .job import Job
 from .partial import finish
 from .parts import parts_of_another_source
+from .pieces import StepReader
 from .reader import TokenDataset
 from .record import PartRecord
 from .steps import (
     AnyArray,
     EpisodeTable,
-    StepReader,
     has_changed,
     optional,
 )
@@ -46,7 +48,7 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
     """records: of all parts. Raises SourceError where the source changed or states other episodes, VerificationError
     where the sample fails."""
     ordered = sorted(records, key=lambda record: record.part)
-    table = join_runs(np.concatenate([np.array(record.runs, np.int64) for record in ordered]), job.source)
+    table = join_runs([run for record in ordered for run in record.runs], job.source)
     digests = b"".join(bytes.fromhex(digest) for record in ordered for digest in record.digests)
     source = SourceInfo(job.source.name, job.key, hashlib.sha256(digests).hexdigest(), job.filter_key or None)
     files = {name: entry for record in ordered for name, entry in record.files.items()}
@@ -91,17 +93,14 @@ def sample_windows(num_steps: int) -> list[tuple[int, int]]:
 
 
 def _verify(job: Job, tokenizer: ActionTokenizer, written: TokenDataset) -> Verification:
-    source, target = job.source.open(job.source_width), written.open(written.info.width)
-    try:
-        if job.content == "tokens":
-            return _verify_tokens(tokenizer, source, target, job.source.num_steps)
-        return verify_actions(tokenizer, source, target, job.source.num_steps)
-    finally:
-        source.close()
-        target.close()
+    verify = _verify_tokens if job.content == "tokens" else verify_actions
+    with closing(job.source.open(job.source_width)) as source, closing(written.open(written.width)) as target:
+        return verify(tokenizer, source, target, job.source.num_steps)
 
 
-def _verify_tokens(tokenizer: ActionTokenizer, source: StepReader, target: StepReader, num_steps: int) -> Verification:
+def _verify_tokens(
+    tokenizer: ActionTokenizer, source: StepReader[Any], target: StepReader[Any], num_steps: int
+) -> Verification:
     model = tokenizer.model
     total, sums = 0.0, FidelitySums(model.action_units, model.action_offset)
     for start, stop in sample_windows(num_steps):
@@ -119,7 +118,9 @@ def _verify_tokens(tokenizer: ActionTokenizer, source: StepReader, target: StepR
     return Verification(found.steps, max(found.largest), total / (found.steps * model.action_dim), found)
 
 
-def verify_actions(tokenizer: ActionTokenizer, source: StepReader, target: StepReader, num_steps: int) -> Verification:
+def verify_actions(
+    tokenizer: ActionTokenizer, source: StepReader[Any], target: StepReader[Any], num_steps: int
+) -> Verification:
     """source: tokens; target: the actions written for them, with numbers of its own."""
     model, steps = tokenizer.model, 0
     for start, stop in sample_windows(num_steps):

@@ -13,7 +13,7 @@ import numpy as np
 
 from .hdf5_layouts import FoundEpisode, find_episodes
 from .hdf5_storage import follow
-from .pieces import PieceReader, Source, common_width
+from .pieces import Source, StepReader, common_width
 from .steps import (
     EpisodeTable,
     Int64Array,
@@ -107,7 +107,7 @@ def _task(attributes: Mapping[str, Any], path: Path) -> str:
     return path.stem.removesuffix("_demo")
 
 
-class _Hdf5Reader(PieceReader[Hdf5Source]):
+class _Hdf5Reader(StepReader[Hdf5Source]):
     def _open(self, index: int) -> Any:
         file = self._source.files[index].name
         path = self._source.root / file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -167,11 +168,8 @@ def plan(
         steps_per_file=steps_per_file,
         output=output.resolve(),
     )
-    reader = source.open(job.source_width)
-    try:
+    with closing(source.open(job.source_width)) as reader:
         reader.read(0, 1)
-    finally:
-        reader.close()
     return job
 
 

@@ -16,7 +16,7 @@ from ..bundle.reading import read_file
 from .array_layouts import TASK_NAMES, table_by_numbers, task_name
 from .episodes import check_stated
 from .errors import SourceError
-from .pieces import PieceReader, Source, check_width, common_width
+from .pieces import Source, StepReader, check_width, common_width
 from .steps import (
     AnyArray,
     EpisodeTable,
@@ -274,7 +274,7 @@ def _listed_tasks(meta: Path) -> dict[int, str]:
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-class _ParquetReader(PieceReader[ParquetSource]):
+class _ParquetReader(StepReader[ParquetSource]):
     def __init__(self, source: ParquetSource) -> None:
         super().__init__(source)
         self._numbering = _NUMBERING if source.table is None else ()

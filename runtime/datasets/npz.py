@@ -23,7 +23,7 @@ from .array_layouts import (
     episode_table,
 )
 from .errors import SourceError
-from .pieces import PieceReader, Source, common_width
+from .pieces import Source, StepReader, common_width
 from .steps import (
     AnyArray,
     EpisodeTable,
@@ -234,7 +234,7 @@ class _Stream:
         self.close()
 
 
-class _NpzReader(PieceReader[NpzSource]):
+class _NpzReader(StepReader[NpzSource]):
     def _open(self, index: int) -> _Stream:
         return _Stream(self._source.path, self._source.arrays[index])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 
 import numpy as np
 
@@ -43,10 +44,9 @@ class PartMaker:
         runs: list[Run] = []
         writer = part_writer(job.layout, part, start)
         try:
-            for row in range(start, stop, job.layout.block_steps):
+            for row, steps in self._reader.slices(start, stop, job.layout.block_steps):
                 if is_stopped():
                     raise Stopped
-                steps = self._reader.read(row, min(row + job.layout.block_steps, stop))
                 digests += _digests(steps)
                 extend_runs(runs, steps, job.source, row)
                 writer.write(Steps(self._code(steps, row), steps.episode, steps.frame))
@@ -91,17 +91,11 @@ def _bytes(values: AnyArray) -> memoryview:
 def parts_of_another_source(job: Job, records: Iterable[PartRecord]) -> set[int]:
     """Those whose steps in the source are no longer the ones they were made from. Raises SourceError."""
     found = set()
-    reader = job.source.open(job.source_width)
-    try:
+    with closing(job.source.open(job.source_width)) as reader:
         for record in records:
-            start, stop = job.rows(record.part)
-            digests: list[str] = []
-            for row in range(start, stop, job.layout.block_steps):
-                digests += _digests(reader.read(row, min(row + job.layout.block_steps, stop)))
-            if tuple(digests) != record.digests:
+            blocks = reader.slices(*job.rows(record.part), job.layout.block_steps)
+            if tuple(digest for _, steps in blocks for digest in _digests(steps)) != record.digests:
                 found.add(record.part)
-    finally:
-        reader.close()
     return found
 
 
@@ -113,8 +107,7 @@ def run_local(job: Job, tokenizer: ActionTokenizer, parts: Sequence[int], worker
 
     def work() -> None:
         try:
-            maker = PartMaker(job, tokenizer)
-            try:
+            with closing(PartMaker(job, tokenizer)) as maker:
                 while not stopping.is_set():
                     with lock:
                         part = next(waiting, None)
@@ -122,8 +115,6 @@ def run_local(job: Job, tokenizer: ActionTokenizer, parts: Sequence[int], worker
                         return
                     with output_errors(job.partial):
                         maker.make(part, progress.add, stopping.is_set)
-            finally:
-                maker.close()
         except Stopped:
             return
         except BaseException as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 
 from .errors import SourceError
-from .steps import EpisodeTable, Int64Array, SourceFile, StepReader, Steps, has_changed, readable, source_file
+from .steps import EpisodeTable, Int64Array, SourceFile, Steps, has_changed, readable, source_file
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -35,7 +35,7 @@ class Source(ABC):
     def num_steps(self) -> int:
         return int(self.first_rows[-1])
 
-    def open(self, width: int) -> StepReader:
+    def open(self, width: int) -> StepReader[Any]:
         """A reader for one thread. Raises SourceError unless steps have so many values."""
         if self.width not in (0, width):
             raise SourceError(
@@ -83,14 +83,14 @@ class Source(ABC):
         return [""] * len(episodes.numbers)
 
     @abstractmethod
-    def _reader(self) -> StepReader: ...
+    def _reader(self) -> StepReader[Any]: ...
 
 
 _AnySource = TypeVar("_AnySource", bound=Source)
 
 
-class PieceReader(ABC, Generic[_AnySource]):
-    """Keeps one thing open: slices in ascending order are the cheap ones."""
+class StepReader(ABC, Generic[_AnySource]):
+    """One reader for each thread. It keeps one thing open: slices in ascending order are the cheap ones."""
 
     def __init__(self, source: _AnySource) -> None:
         self._source = source
@@ -98,7 +98,7 @@ class PieceReader(ABC, Generic[_AnySource]):
         self._index = -1
 
     def read(self, start: int, stop: int) -> Steps:
-        """Rows start … stop - 1 of the whole dataset. Raises SourceError."""
+        """Rows start … stop - 1 of the whole dataset. Raises SourceError or TokenDatasetError."""
         source, parts = self._source, []
         while start < stop:
             piece = source.piece_of(start)
@@ -106,6 +106,11 @@ class PieceReader(ABC, Generic[_AnySource]):
                 parts.append(self._read(piece, start, min(stop, int(source.first_rows[piece + 1]))))
             start += len(parts[-1])
         return Steps.joined(parts)
+
+    def slices(self, start: int, stop: int, size: int) -> Iterator[tuple[int, Steps]]:
+        """These rows, so many at once: the first row of each slice, and the slice."""
+        for row in range(start, stop, size):
+            yield row, self.read(row, min(row + size, stop))
 
     def close(self) -> None:
         if self._opened is not None:

@@ -17,12 +17,11 @@ from ..bundle.reading import read_file
 from .episodes import check_stated
 from .errors import SourceError, TokenDatasetError
 from .format import DatasetInfo, part_name, read_info
-from .pieces import PieceReader, Source
+from .pieces import Source, StepReader
 from .steps import (
     AnyArray,
     EpisodeTable,
     Int64Array,
-    StepReader,
     Steps,
     lengths_to_starts,
     optional,
@@ -89,7 +88,7 @@ class TokenDataset(Source):
             info=info,
         )
 
-    def open(self, width: int) -> StepReader:
+    def open(self, width: int) -> StepReader[Any]:
         if width != self.width:
             raise TokenDatasetError(f"{self.name} has {self.width} values for a step, expected {width}; {_AGAIN}")
         return self._reader()
@@ -100,7 +99,7 @@ class TokenDataset(Source):
     def file_of(self, row: int) -> str:
         return f"{self.name}, row {row}"
 
-    def _reader(self) -> StepReader:
+    def _reader(self) -> StepReader[Any]:
         return _DatasetReader(self)
 
     def episodes(self) -> EpisodeTable:
@@ -157,7 +156,7 @@ class TokenDataset(Source):
         return optional("pyarrow.parquet").ParquetFile(self.root / "episodes.parquet").read(columns)
 
 
-class _DatasetReader(PieceReader[TokenDataset]):
+class _DatasetReader(StepReader[TokenDataset]):
     """Keeps the last block: slices in ascending order read each once."""
 
     def __init__(self, source: TokenDataset) -> None:

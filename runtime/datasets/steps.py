@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -55,15 +55,6 @@ class Steps:
             np.concatenate([part.episode for part in parts]),
             np.concatenate([part.frame for part in parts]),
         )
-
-
-class StepReader(Protocol):
-    """One reader for each thread. It remembers where it is: slices in ascending order are the cheap ones."""
-
-    def read(self, start: int, stop: int) -> Steps:
-        """Rows start ... stop - 1 of the whole dataset. Raises SourceError or TokenDatasetError."""
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, eq=False)
