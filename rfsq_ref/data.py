@@ -113,21 +113,11 @@ def _checked(actions: _AnyArray, label: str) -> FloatArray:
             "episode"
         )
     actions = np.asarray(actions)
-    if actions.dtype.kind in "iu":
+    if actions.dtype.kind != "f" or actions.ndim != 2 or not actions.size:
         raise DataError(
-            f"{label}: dtype {actions.dtype}; expected floating-point actions: convert them with "
-            ".astype(np.float32) if these are actions, or name the action array with key="
-        )
-    if actions.dtype.kind != "f":
-        raise DataError(
-            f"{label}: dtype {actions.dtype}, not real numbers; expected floating-point actions [steps, action "
-            "dimensions]: save them as such, or name the action array with key="
-        )
-    if actions.ndim != 2:
-        raise DataError(f"{label}: shape {actions.shape}; expected [steps, action dimensions]")
-    if not actions.size:
-        raise DataError(
-            f"{label}: shape {actions.shape} is empty; expected at least one step and one dimension: drop it"
+            f"{label}: {actions.dtype} {list(actions.shape)}; expected floating-point numbers [steps, action "
+            "dimensions], at least one step: convert them with .astype(np.float32) if these are actions, or name the "
+            "action array with key="
         )
     _require_finite(actions, label, "expected finite numbers: repair or drop this episode")
     if actions.flags.writeable or actions.dtype != np.float32 or not actions.flags.c_contiguous:

@@ -24,7 +24,7 @@ from rfsq.runtime.datasets.episodes import Run, check_values, extend_runs, join_
 from rfsq.runtime.datasets.errors import SourceError
 from rfsq.runtime.datasets.pieces import Source
 from rfsq.runtime.datasets.sources import open_source
-from rfsq.runtime.datasets.steps import EpisodeTable, opened, optional
+from rfsq.runtime.datasets.steps import EpisodeTable, opened, optional, readable
 
 _AnyArray = npt.NDArray[Any]
 _SLICE_STEPS = 65_536
@@ -56,7 +56,8 @@ def read_episodes(path: Path, key: str | None, filter_key: str | None) -> Episod
 def _read_whole(source: Source) -> tuple[npt.NDArray[np.float32], EpisodeTable]:
     """All actions, float32 [steps, A], and their episodes, with every check of a conversion. Raises SourceError."""
     source.check()
-    actions = np.empty((source.num_steps, source.width), np.float32)
+    with readable(source.name, source.kind):
+        actions = np.empty((source.num_steps, source.width), np.float32)
     runs: list[Run] = []
     with closing(source.open(source.width)) as reader:
         for start, steps in reader.slices(0, source.num_steps, _SLICE_STEPS):

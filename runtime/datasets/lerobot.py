@@ -79,12 +79,12 @@ class ParquetSource(Source):
     def tasks(self, episodes: EpisodeTable) -> list[str]:
         """By the number in the first step of each."""
         numbers: list[int | None] = []
-        for file, first, end in zip(self.files, self.first_rows[:-1], self.first_rows[1:], strict=True):
-            rows = episodes.starts[:-1]
-            rows = rows[(rows >= first) & (rows < end)] - first
+        starts = episodes.starts[:-1]
+        by_file = np.split(starts, np.searchsorted(starts, self.first_rows[1:-1]))
+        for file, first, rows in zip(self.files, self.first_rows[:-1], by_file, strict=True):
             with _opened(self.root / file.name, file.name) as content:
                 if _TASK in content.schema_arrow.names:
-                    numbers += content.read(columns=[_TASK]).column(0).take(rows).to_pylist()
+                    numbers += content.read(columns=[_TASK]).column(0).take(rows - first).to_pylist()
                 else:
                     numbers += [None] * len(rows)
         return ["" if number is None else task_name(self.stated.tasks, number) for number in numbers]
