@@ -148,6 +148,10 @@ def load_actions(
     v2 or v3 dataset folder. key: the action array or column where its name is not `actions` or `action`. filter_key: of
     robomimic's HDF5 files, such as `train`, to read the episodes alone that it lists.
     Raises DataError for everything that cannot be used as it is, missing files and packages included.
+
+    >>> dataset = load_actions(DEMONSTRATIONS)
+    >>> len(dataset.episodes), dataset.num_steps, dataset.action_dim
+    (125, 22016, 7)
     """
     path = as_path(path, "the data", DataError)
     try:
@@ -201,6 +205,10 @@ def split_episodes(
     Within a part the tasks take turns, so that its first n episodes cover them evenly. Of each task a part gets its
     exact share rounded up or down, except that a part that would stay empty takes an episode from the largest.
     Raises DataError when there are fewer episodes than parts.
+
+    >>> split = split_episodes(load_demonstrations())
+    >>> [len(part.episodes) for part in (split.train, split.validation, split.calibration, split.test)]
+    [75, 12, 19, 19]
     """
     shares = np.array(astuple(fractions))
     total = len(dataset.episodes)
@@ -236,7 +244,11 @@ def _shuffle_key(seed: int, index: int) -> bytes:
 
 
 def chunk(actions: FloatArray, length: int) -> FloatArray:
-    """[N, A] to [N // length, length, A], a view; the last N % length steps are dropped. DataError for other shapes."""
+    """[N, A] to [N // length, length, A], a view; the last N % length steps are dropped. DataError for other shapes.
+
+    >>> chunk(np.zeros((20, 7), np.float32), 8).shape
+    (2, 8, 7)
+    """
     if actions.ndim != 2 or length < 1:
         raise DataError(f"cannot cut shape {actions.shape} into chunks of {length}; expected [N, A] and at least 1")
     count = len(actions) // length

@@ -1,5 +1,6 @@
 """What `rfsq_ref.data` promises: every format gives the same episodes, nothing unusable passes, splits are honest."""
 
+import doctest
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import astuple
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -814,6 +816,16 @@ def test_too_few_because_no_border_was_found_says_how_to_give_them(tmp_path: Pat
         assert (dataset.has_borders, dataset.missing_borders) == (True, "")
         with pytest.raises(DataError, match=r"cut\.npz has 1 episode; .*record more"):
             split_episodes(dataset)
+
+
+# Examples ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rfsq.rfsq_ref.data", "rfsq.runtime.datasets.sources"])
+def test_the_examples_of_the_documentation_run(name: str) -> None:
+    found = doctest.testmod(import_module(name))
+    assert found.attempted
+    assert not found.failed
 
 
 # Chunks --------------------------------------------------------------------------------------------------------------
