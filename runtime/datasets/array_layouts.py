@@ -153,15 +153,24 @@ def episode_table(
 def table_by_numbers(slices: Iterable[AnyArray], source: str) -> EpisodeTable:
     """By one episode number for each step, ascending, without holding them all. Raises SourceError."""
     starts: list[Int64Array] = []
-    found: list[Int64Array] = []
-    before: Int64Array | None = None
-    row = 0
+    numbers: list[Int64Array] = []
+    row, last = 0, np.empty(0, np.int64)
     for values in slices:
         part = as_int64(values, f"{source}: {_NUMBERS_NAME}")
-        starts.append(begins_of_episodes(part, source, row, before))
-        found.append(part[starts[-1] - row])
-        before, row = part[-1:], row + len(part)
-    return EpisodeTable(np.concatenate([*starts, np.array([row])]), np.concatenate(found))
+        follows = np.concatenate([last, part])
+        falls = np.flatnonzero(follows[1:] < follows[:-1])
+        if falls.size:
+            raise SourceError(
+                f"{source}: {_NUMBERS_NAME} falls at step {row - len(last) + 1 + falls[0]} of the file; expected "
+                "ascending numbers, each episode in one piece: sort the file by episode"
+            )
+        begins = np.flatnonzero(follows[1:] != follows[:-1]) + 1 - len(last)
+        # The first step of all begins an episode, whatever its number.
+        begins = begins if len(last) else np.concatenate([np.zeros(min(1, len(part)), np.int64), begins])
+        starts.append(begins + row)
+        numbers.append(part[begins])
+        row, last = row + len(part), follows[-1:]
+    return EpisodeTable(np.concatenate([*starts, [row]]).astype(np.int64), np.concatenate(numbers))
 
 
 def array_tasks(
@@ -212,24 +221,6 @@ def _starts_by_ends(ends: Int64Array, steps: int, label: str) -> Int64Array:
             "ascending, each with at least one step, the last being the number of steps"
         )
     return starts
-
-
-def begins_of_episodes(numbers: Int64Array, source: str, row: int = 0, before: Int64Array | None = None) -> Int64Array:
-    """The rows at which episodes begin, by one episode number for each step, ascending.
-
-    row: of the first number; before: the number of the step before it, [1], where there is one. Raises SourceError.
-    """
-    # The first step of all begins one, whatever its number.
-    changes = np.concatenate([[True], numbers[1:] != numbers[:-1]])
-    falls = np.concatenate([[False], numbers[1:] < numbers[:-1]])
-    if before is not None and numbers.size:
-        changes[0], falls[0] = numbers[0] != before[0], numbers[0] < before[0]
-    if falls.any():
-        raise SourceError(
-            f"{source}: {_NUMBERS_NAME} falls at step {row + int(np.argmax(falls))} of the file; expected ascending "
-            "numbers, each episode in one piece: sort the file by episode"
-        )
-    return np.flatnonzero(changes).astype(np.int64) + row
 
 
 def _require_agreement(stated: Mapping[str, Int64Array], source: str) -> None:

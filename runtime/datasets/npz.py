@@ -6,7 +6,7 @@ import math
 import struct
 import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -187,7 +187,7 @@ def _are_equal(path: Path, one: StoredArray, other: StoredArray) -> bool:
 
 def _slices(path: Path, array: StoredArray) -> Iterator[AnyArray]:
     """All of it, in slices of which the last may be shorter."""
-    with readable(path.name, _NPZ), _Stream(path, array) as stream:
+    with readable(path.name, _NPZ), closing(_Stream(path, array)) as stream:
         for start in range(0, max(array.rows, 1), _SLICE_STEPS):
             yield stream.read(start, min(start + _SLICE_STEPS, array.rows))
 
@@ -226,12 +226,6 @@ class _Stream:
 
     def close(self) -> None:
         self._stack.close()
-
-    def __enter__(self) -> _Stream:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class _NpzReader(StepReader[NpzSource]):
