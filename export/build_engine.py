@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rfsq.export.batches import Profile
 from rfsq.export.errors import BuildInputError, EngineBuildError, ExportError, GateError
-from rfsq.runtime.backends.tensorrt_api import TENSORRT_BACKENDS
+from rfsq.runtime.bundle.backend_specs import BACKENDS
 from rfsq.runtime.bundle.console import escape_what_cannot_be_shown, path_argument
 from rfsq.runtime.bundle.errors import TokenizerError
 
@@ -113,7 +113,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backends",
         nargs="+",
-        help=f"onnxruntime is always built; of c, onnxruntime-cuda, {', '.join(TENSORRT_BACKENDS)} what is here",
+        metavar="NAME",
+        help=f"of {', '.join(BACKENDS)}; default: what is here, onnxruntime always",
     )
     parser.add_argument(
         "--compute-capabilities", nargs="+", help="such as 8.6 8.9; default: the library's portable target"

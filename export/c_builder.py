@@ -18,6 +18,8 @@ HEADER_NAME, SOURCE_NAME = (PurePosixPath(file).name for file in (C_HEADER, C_SO
 #: a sum that round once instead of twice; the others promise that nobody reads errno or floating-point exceptions.
 C_FLAGS = ("-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 
+NO_COMPILER = "no C compiler is here: install gcc or clang, or name one in the environment as CC"
+
 _COMPILERS = ("cc", "gcc", "clang")
 _WARNINGS = ("-Wall", "-Wextra", "-Wpedantic")
 _TIMEOUT_S = 300
@@ -50,7 +52,7 @@ def compile_c(header: str, source: str, target: str, compiler: list[str] | None 
     """Compile for one target. Raises CBuildError."""
     compiler = compiler or find_compiler()
     if compiler is None:
-        raise CBuildError("no C compiler is here: install gcc or clang, or name one in the environment as CC")
+        raise CBuildError(NO_COMPILER)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / HEADER_NAME).write_text(header, encoding="utf-8")

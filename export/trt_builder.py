@@ -1,4 +1,4 @@
-"""Builds TensorRT and TensorRT-RTX engines from ONNX bytes through Polygraphy, and checks what came out.
+"""Builds TensorRT and TensorRT-RTX engines from ONNX bytes, and checks what came out.
 
 Engines are FP32 in storage and strongly typed, with one optimisation profile over the batch. Building twice need not
 give the same bytes: TensorRT-RTX writes counters of its own into the engine, so only an engine's hash, taken when it
@@ -7,36 +7,25 @@ was built, identifies it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib
-import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from types import ModuleType, SimpleNamespace
-from typing import Any, Literal
+from typing import Literal
 
 import onnx
 
 from rfsq.export.batches import Profile
 from rfsq.export.errors import EngineBuildError
 from rfsq.runtime.backends.tensorrt_api import (
-    EngineDescription,
-    EngineRefusedError,
     EngineTensor,
-    LogMessage,
+    NoDeviceError,
     ProfileShapes,
     TrtApi,
     find_tensorrt,
-    read_engine,
 )
-from rfsq.runtime.bundle.errors import BackendUnavailableError
-
-# The name under which Polygraphy looks for TensorRT-RTX, whatever the installed package is called.
-_POLYGRAPHY_RTX_MODULE = "tensorrt_rtx"
-_POLYGRAPHY_RTX_SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
+from rfsq.runtime.backends.tensorrt_messages import LogMessage
+from rfsq.runtime.bundle.errors import BackendUnavailableError, EngineRefusedError
 
 
 @dataclass(frozen=True)
@@ -70,6 +59,19 @@ class BuiltEngine:
     warnings: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class EngineDescription:
+    """What could be learned about an engine, and from where.
+
+    source: `engine` where the serialised engine itself was read; `network` where only the network that it was built
+    from is known, for the reason in `obstacle`.
+    """
+
+    source: Literal["engine", "network"]
+    tensors: tuple[EngineTensor, ...]
+    obstacle: str = ""
+
+
 def build_engine(request: EngineRequest) -> BuiltEngine:
     """Builds one engine.
 
@@ -80,11 +82,11 @@ def build_engine(request: EngineRequest) -> BuiltEngine:
         api.check_compute_capabilities(request.compute_capabilities)
     except ValueError as error:
         raise EngineBuildError(str(error)) from error
-    with api.collect_messages() as messages, _polygraphy_on(api) as polygraphy:
+    with api.collect_messages() as messages:
         started = time.perf_counter()
         try:
-            serialized, tensors = _build(api, polygraphy, request)
-        except (polygraphy.exception.PolygraphyException, TypeError, ValueError, RuntimeError) as error:
+            serialized, tensors = _build(api, request)
+        except (TypeError, ValueError, RuntimeError) as error:
             raise EngineBuildError(_build_failure(api, error, messages)) from error
         seconds = time.perf_counter() - started
     return BuiltEngine(
@@ -101,26 +103,27 @@ def build_engine(request: EngineRequest) -> BuiltEngine:
     )
 
 
-def _build(api: TrtApi, polygraphy: Any, request: EngineRequest) -> tuple[bytes, tuple[EngineTensor, ...]]:
-    trt = polygraphy.backend.trt
-    parsed = trt.network_from_onnx_bytes(request.onnx_bytes, strongly_typed=api.has_strongly_typed_flag)
-    builder, network, _ = parsed
-    # CreateConfig serves both libraries; CreateConfigRTX would leave TF32 on.
-    config = trt.create_config(builder, network, profiles=[])
+def _build(api: TrtApi, request: EngineRequest) -> tuple[bytes, tuple[EngineTensor, ...]]:
+    trt = api.module
+    builder = trt.Builder(api.logger)
+    network = builder.create_network(api.network_flags)
+    parser = trt.OnnxParser(network, api.logger)
+    if not parser.parse(request.onnx_bytes):
+        # The parser keeps its reasons to itself where the logger has not had them.
+        reasons = (str(parser.get_error(index)) for index in range(parser.num_errors))
+        raise ValueError("\n  ".join(["Failed to parse the ONNX model", *reasons]))
+    config = builder.create_builder_config()
     api.apply_build_settings(config, request.compute_capabilities)
-    profile = _batch_profile(trt, network, request.profile).to_trt(builder, network)
-    config.add_optimization_profile(profile)
-    serialized = bytes(trt.engine_bytes_from_network(parsed, config))
-    return serialized, api.network_tensors(network, profile)
-
-
-def _batch_profile(trt: Any, network: Any, batches: Profile) -> Any:
-    profile = trt.Profile()
+    profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        shapes = _shapes_at(tensor.name, tuple(tensor.shape), batches)
-        profile.add(tensor.name, shapes.minimum, shapes.optimum, shapes.maximum)
-    return profile
+        shapes = _shapes_at(tensor.name, tuple(tensor.shape), request.profile)
+        profile.set_shape(tensor.name, shapes.minimum, shapes.optimum, shapes.maximum)
+    config.add_optimization_profile(profile)
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
+        raise ValueError("it gave no engine")
+    return bytes(serialized), api.network_tensors(network, profile)
 
 
 def _shapes_at(name: str, shape: tuple[int, ...], batches: Profile) -> ProfileShapes:
@@ -143,62 +146,14 @@ def _warnings(messages: Sequence[LogMessage]) -> tuple[str, ...]:
     )
 
 
-@contextlib.contextmanager
-def _polygraphy_on(api: TrtApi) -> Iterator[Any]:
-    """A copy of Polygraphy of its own that talks to `api`; afterwards everything is as it was.
-
-    Polygraphy decides for TensorRT or TensorRT-RTX once per process, when it is imported. A copy that nobody else
-    sees lets one process build for both, and spares the caller's Polygraphy and environment. Not for use while
-    another thread imports Polygraphy.
-    """
-    is_rtx = api.flavour.backend == "tensorrt-rtx"
-    aliases = {_POLYGRAPHY_RTX_MODULE: api.module} if is_rtx else {}
-    with _environment(_POLYGRAPHY_RTX_SWITCH, "1" if is_rtx else "0"), _fresh_modules("polygraphy", aliases):
-        trt = importlib.import_module("polygraphy.backend.trt")
-        trt_util = importlib.import_module("polygraphy.backend.trt.util")
-        # Through this logger the parser's and the builder's reasons reach the error message.
-        vars(trt_util)["TRT_LOGGER"] = api.logger
-        exception = importlib.import_module("polygraphy.exception")
-        logger = importlib.import_module("polygraphy.logger").G_LOGGER
-        logger.module_severity = logger.CRITICAL + 1
-        yield SimpleNamespace(backend=SimpleNamespace(trt=trt), exception=exception)
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-@contextlib.contextmanager
-def _fresh_modules(package: str, aliases: dict[str, ModuleType]) -> Iterator[None]:
-    """Within the block `package` is imported anew and `aliases` are importable; then the old modules return."""
-
-    def take_out() -> dict[str, ModuleType]:
-        names = [name for name in sys.modules if name in aliases or name.split(".")[0] == package]
-        return {name: sys.modules.pop(name) for name in names}
-
-    before = take_out()
-    sys.modules.update(aliases)
-    try:
-        yield
-    finally:
-        take_out()
-        sys.modules.update(before)
-
-
 def inspect_engine(built: BuiltEngine) -> EngineDescription:
-    """What the engine says of itself where TensorRT can tell (it needs a GPU), else what its network said.
+    """What the engine says of itself where TensorRT can tell, else what its network said.
 
-    `source` of the answer tells which, `obstacle` why. Raises EngineRefusedError for an engine that is not the one
-    that was built (its hash is compared before TensorRT sees a byte) or that TensorRT rejects.
+    TensorRT deserialises engines on a machine with a GPU alone. Without one it still refuses bytes with a wrong
+    header or length, but tells nothing about the tensors.
+
+    Raises EngineRefusedError for an engine that is not the one that was built (its hash is compared before TensorRT
+    sees a byte) or that TensorRT rejects.
     """
     found = _sha256(built.serialized)
     if found != built.sha256:
@@ -206,10 +161,13 @@ def inspect_engine(built: BuiltEngine) -> EngineDescription:
             f"the engine has sha256 {found} and {len(built.serialized)} bytes, but {built.sha256} was built; "
             "it was altered or cut short, build it again"
         )
-    description = read_engine(find_tensorrt(built.backend), built.serialized)
-    if description.source == "engine":
-        return description
-    return replace(description, source="network", tensors=built.tensors)
+    api = find_tensorrt(built.backend)
+    try:
+        # Bound to a name so that the runtime outlives the engine.
+        runtime = api.create_runtime()
+        return EngineDescription("engine", api.engine_tensors(api.deserialize(runtime, built.serialized)))
+    except NoDeviceError as error:
+        return EngineDescription("network", built.tensors, str(error))
 
 
 def check_engine(built: BuiltEngine, onnx_bytes: bytes) -> list[str]:

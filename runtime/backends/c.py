@@ -17,14 +17,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle.arrays import Float32Array, Int32Array
+from ..bundle.backend_specs import BACKENDS
 from ..bundle.errors import BackendUnavailableError, IllegalValueError
 from ..bundle.folder import Bundle
-from ..bundle.gates import CHECKED_STEPS
 from ..bundle.manifest import EngineEntry
+from .contract import EngineInUse
 from .cpu_targets import host_targets
 
 _byref, _size, _first_byte = ctypes.byref, ctypes.c_size_t, ctypes.c_char.from_buffer
 _Array = npt.NDArray[Any]
+_CHECKED_STEPS = BACKENDS["c"].checked_steps
 
 
 class CBackend:
@@ -52,9 +54,8 @@ class CBackend:
         return "c"
 
     @property
-    def entry(self) -> EngineEntry:
-        """What the manifest says of the engine."""
-        return self._entry
+    def engines_in_use(self) -> tuple[EngineInUse, ...]:
+        return (EngineInUse(self._entry),)
 
     @property
     def description(self) -> str:
@@ -66,7 +67,7 @@ class CBackend:
 
     @property
     def checked_steps(self) -> int:
-        return CHECKED_STEPS
+        return _CHECKED_STEPS
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         held = self._encoding

@@ -78,6 +78,10 @@ class SelfTestError(TokenizerError):
     """A backend whose answers to the golden vectors are not those of the reference."""
 
 
+class EngineRefusedError(BundleError):
+    """A serialised engine that is altered or that its library does not accept; the message quotes the library."""
+
+
 class CannotCopyError(TokenizerError, TypeError):
     """Something that belongs to one process: it can be neither copied nor pickled."""
 

@@ -47,6 +47,7 @@ from rfsq.runtime.bundle.fidelity import Grade
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.golden import Golden
 from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, MANIFEST_NAME, Manifest, ParityEntry
+from tests.backends import without_packages
 from tests.bundles import bundle_files, graph_file
 from tests.export.machine import needs_no_gpu, needs_rtx
 from tests.rfsq_ref.published_model import ActionRFSQAE
@@ -702,8 +703,8 @@ def test_c_is_compiled_for_every_target_of_this_processor_and_passes_every_gate(
 def test_without_a_compiler_the_source_goes_along_alone(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "find_compiler", lambda: None)
-    monkeypatch.setattr(engines, "available_tensorrt", lambda: ())
+    monkeypatch.setattr(engines, "find_compiler", lambda: None)
+    without_packages(monkeypatch, "tensorrt")
     result = build(config(tmp_path / "bundle", checkpoint=small, backends=None, parity_steps=500))
     assert "c" not in {engine.backend for engine in result.manifest.engines}
     assert C_SOURCE in result.manifest.files
@@ -998,7 +999,7 @@ BAD_INPUT = {
     "prefix 0": (fixed("--prefixes", "3", "0"), r"prefixes \[0\] are not between 1"),
     "unknown backend": (
         fixed("--backends", "openvino"),
-        r"backends \['openvino'\] are not known; there are onnxruntime",
+        r"backends \['openvino'\] are not known; there are c, cuda, .*onnxruntime",
     ),
     "unknown conditioning": (fixed("--conditioning", "layernorm"), "--conditioning: invalid .*'layernorm'"),
     "profile out of order": (fixed("--profile", "5", "1", "1"), "expected 1 <= minimum <= optimum <= maximum"),

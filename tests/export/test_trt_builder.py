@@ -21,8 +21,8 @@ from rfsq.export.trt_builder import (
     check_engine,
     inspect_engine,
 )
-from rfsq.runtime.backends.tensorrt_api import EngineRefusedError, EngineTensor, ProfileShapes, find_tensorrt
-from rfsq.runtime.bundle.errors import BackendUnavailableError
+from rfsq.runtime.backends.tensorrt_api import EngineTensor, ProfileShapes, find_tensorrt
+from rfsq.runtime.bundle.errors import BackendUnavailableError, EngineRefusedError
 
 RTX_NAMES = ("tensorrt_rtx", "tensorrt_rtx_bindings")
 RTX = next((name for name in RTX_NAMES if importlib.util.find_spec(name)), None)

@@ -17,9 +17,9 @@ from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.backends.gpu.driver import DeviceMemory, free_memory
 from rfsq.runtime.backends.registry import create_backend
 from rfsq.runtime.backends.tensorrt import TrtBackend
-from rfsq.runtime.backends.tensorrt_api import EngineRefusedError
 from rfsq.runtime.bundle.errors import (
     BackendUnavailableError,
+    EngineRefusedError,
     InferenceError,
     InvalidInputError,
     OutOfGpuMemoryError,

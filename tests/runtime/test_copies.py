@@ -36,10 +36,10 @@ from rfsq.runtime import (
     Watchdog,
 )
 from rfsq.runtime import tokenizer as tokenizer_module
-from rfsq.runtime.backends.registry import FACTORIES
 from rfsq.runtime.bundle.errors import SequenceTooShortError
 from rfsq.runtime.control.config import ActionKind
 from rfsq.runtime.control.result import BrokenOff, Outcome
+from tests.backends import offer
 from tests.bundles import Recipe, random_actions, write_bundle
 from tests.runtime.control.loops import scripted
 from tests.runtime.policy.worker_datasets import Refusals, Tokens, stacked
@@ -285,7 +285,7 @@ def test_another_backend_is_no_substitute(c_bundle: Path, monkeypatch: pytest.Mo
         raise BackendUnavailableError("no C engine for this processor")
 
     content = pickle.dumps(ActionTokenizer.load(c_bundle, backend="c"))
-    monkeypatch.setitem(FACTORIES, "c", missing)
+    offer(monkeypatch, {"c": missing})
     with pytest.raises(BackendUnavailableError, match=r"on 'c', and it cannot be opened here: no C engine"):
         pickle.loads(content)  # noqa: S301  written right here
 

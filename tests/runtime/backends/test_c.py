@@ -87,7 +87,7 @@ def test_a_lesser_target_can_be_asked_for_and_says_so(bundle_of: BundleOf) -> No
     opened = open_bundle(bundle_of(replace(RECIPE, c_targets=(LEAST, BEST))))
     for target, expected in ((None, BEST), (BEST, BEST), (LEAST, LEAST)):
         backend = CBackend(opened, target)
-        assert (backend.name, backend.device, backend.entry.targets) == ("c", expected, (expected,))
+        assert (backend.name, backend.device, backend.engines_in_use[0].entry.targets) == ("c", expected, (expected,))
     with ActionTokenizer.load(bundle_of(replace(RECIPE, c_targets=(LEAST,)))) as tokenizer:
         assert (tokenizer.backend.name, tokenizer.backend.device) == ("c", LEAST)
 
