@@ -29,10 +29,11 @@ from rfsq.export import engines, pipeline, sources, trt_builder
 from rfsq.export.batches import Profile
 from rfsq.export.build_engine import main, parse_arguments
 from rfsq.export.c_builder import find_compiler
+from rfsq.export.closing import closing_tables
 from rfsq.export.errors import GateError
 from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graphs import LinearForm
-from rfsq.export.pipeline import BuildConfig, BuildResult, _closing_tables, build
+from rfsq.export.pipeline import BuildConfig, BuildResult, build
 from rfsq.export.plan import DeployMode
 from rfsq.export.reference import AS_TRAINED, REFITTED
 from rfsq.rfsq_ref.autoencoder import ModelConfig
@@ -511,11 +512,11 @@ def test_every_mode_builds_for_a_robust_model_of_other_sizes(
 def test_the_closing_tables_name_the_engines_of_a_remark_and_a_refit_that_lost() -> None:
     flips = ParityEntry("c", "encode: near-tie flips", 8, 3, 9, "L0 to L1: 2 1", "x86-64-v3")
     parity = (flips, replace(flips, device="x86-64"), replace(flips, detail="L0 to L1: 3 0", device="x86-64-v4"))
-    text = _closing_tables(parity, {AS_TRAINED: 5.279e-2, REFITTED: 5.344e-2}, None, "held-out episodes")
+    text = closing_tables(parity, {AS_TRAINED: 5.279e-2, REFITTED: 5.344e-2}, None, "held-out episodes")
     assert "\nc (x86-64-v3), c (x86-64), encode: near-tie flips: L0 to L1: 2 1\n" in text
     assert "\nc (x86-64-v4), encode: near-tie flips: L0 to L1: 3 0\n" in text
     assert text.endswith(held_out_warning(5.279e-2, 5.344e-2, "held-out episodes", "normalised units²"))
-    won = _closing_tables(parity, {AS_TRAINED: 2.0, REFITTED: 1.0}, None, "held-out episodes")
+    won = closing_tables(parity, {AS_TRAINED: 2.0, REFITTED: 1.0}, None, "held-out episodes")
     assert "lost on" not in won
 
 
