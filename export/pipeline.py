@@ -10,20 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig
 from rfsq.export.batches import Profile
 from rfsq.export.bundle_writer import StagedBundle, stage_bundle
 from rfsq.export.c_source import c_tokenizer
-from rfsq.export.closing import closing_tables
 from rfsq.export.cuda_source import cuda_tokenizer
 from rfsq.export.engines import EngineSources, compilable, compile_engines
 from rfsq.export.errors import BuildInputError, require_none
 from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graph_check import check_graph, cross_check
 from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
-from rfsq.export.parity import batches, failures, golden_vectors, judges_of
+from rfsq.export.judging import closing_tables, note_gates, prove
+from rfsq.export.parity import golden_vectors
 from rfsq.export.parity_data import Section, parity_sections
 from rfsq.export.plan import (
     DecoderPlan,
@@ -41,7 +39,6 @@ from rfsq.export.sources import BuildData, choose_mode, fit_for, load_build_data
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.runtime.backends.contract import Backend
-from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
 from rfsq.runtime.bundle.fidelity import Fidelity
@@ -158,15 +155,7 @@ def build(config: BuildConfig) -> BuildResult:
         def judge(backends: Sequence[Backend], absent: Mapping[str, str]) -> tuple[ParityEntry, ...]:
             with steps.step("parity gates") as step:
                 parity, problems = prove(exported.model, exam.golden, source.reference, exam.sections, backends)
-                for backend in backends:
-                    step.note(f"{backend.name}: {backend.description}")
-                for name, reason in absent.items():
-                    step.note(f"NOT run: {name}: {reason}")
-                conclusion = f"{parity[0].steps} steps against PyTorch float64"
-                if problems:
-                    step.fail(f"{conclusion}: {len(problems)} gates are red")
-                else:
-                    step.note(conclusion)
+                note_gates(step, parity, problems, backends, absent)
             print(closing_tables(parity, exam.quality, exam.fidelity, source.data.judged_on))
             require_none(problems)
             return parity
@@ -256,23 +245,27 @@ def _export(config: BuildConfig, source: _Source, staged: StagedBundle, steps: S
     reference = source.reference
     model, mode = reference.model, reference.mode
     contents: dict[str, bytes] = {}
+
+    def add(file: str, content: bytes) -> None:
+        contents[file] = content
+        staged.write(file, content)
+
     with steps.step("export ONNX") as step:
         encoder = plan_encoder(model, mode, config.chunk_length)
         decoders = [plan_decoder(model, mode, config.chunk_length, prefix) for prefix in reference.prefixes]
         graphs, model_entry = make_graphs(source.checkpoint, reference, encoder, decoders)
         for entry, content in graphs:
-            contents[entry.file] = content
+            add(entry.file, content)
         step.note(", ".join(f"{entry.file} {len(content) / 1000:.0f} kB" for entry, content in graphs))
     identity = fingerprint(source.checkpoint, mode)
     with steps.step("generate C") as step:
         generated = c_tokenizer(encoder, decoders, identity, mode)
-        contents |= {C_HEADER: generated.header.encode(), C_SOURCE: generated.source.encode()}
+        add(C_HEADER, generated.header.encode())
+        add(C_SOURCE, generated.source.encode())
         step.note(f"{C_SOURCE} {len(contents[C_SOURCE]) / 1000:.0f} kB")
     with steps.step("generate CUDA") as step:
-        contents[CUDA_SOURCE] = cuda_tokenizer(encoder, decoders, identity).encode()
+        add(CUDA_SOURCE, cuda_tokenizer(encoder, decoders, identity).encode())
         step.note(f"{CUDA_SOURCE} {len(contents[CUDA_SOURCE]) / 1000:.0f} kB")
-    for file, content in contents.items():
-        staged.write(file, content)
     return _Exported(model_entry, identity, tuple(entry for entry, _ in graphs), contents)
 
 
@@ -356,28 +349,6 @@ def make_graphs(
         require_none(check_graph(graph, content))
         graphs.append((graph, content))
     return graphs, entry
-
-
-def prove(
-    model: ModelEntry,
-    golden: Golden,
-    reference: Reference,
-    sections: Sequence[Section],
-    backends: Sequence[Backend],
-) -> tuple[tuple[ParityEntry, ...], list[str]]:
-    """Run the backends through all gates; a line for every red one."""
-    judges = judges_of(backends, reference, model)
-    total = sum(section.num_steps for section in sections)
-    with tqdm(total=total, desc="  parity", unit="step", unit_scale=True, leave=False, disable=None) as progress:
-        for answers in batches(reference, sections):
-            for judge in judges:
-                judge.judge(answers)
-            progress.update(answers.float32.num_steps)
-    parity = tuple(entry for judge in judges for entry in judge.entries())
-    problems = failures(parity)
-    for backend in backends:
-        problems += [f"{backend.name}, golden vectors: {check}" for check in replay(golden, model, backend).failures]
-    return parity, problems
 
 
 def _required(config: BuildConfig) -> tuple[str, ...]:

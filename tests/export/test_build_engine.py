@@ -29,10 +29,10 @@ from rfsq.export import engines, pipeline, sources, trt_builder
 from rfsq.export.batches import Profile
 from rfsq.export.build_engine import main, parse_arguments
 from rfsq.export.c_builder import find_compiler
-from rfsq.export.closing import closing_tables
 from rfsq.export.errors import GateError
 from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graphs import LinearForm
+from rfsq.export.judging import closing_tables
 from rfsq.export.pipeline import BuildConfig, BuildResult, build
 from rfsq.export.plan import DeployMode
 from rfsq.export.reference import AS_TRAINED, REFITTED
