@@ -23,6 +23,7 @@ from rfsq.runtime.bundle.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, 
 from rfsq.runtime.bundle.ownership import Ownership
 from rfsq.runtime.bundle.paths import as_path
 from rfsq.runtime.bundle.reading import read_file
+from rfsq.runtime.bundle.writing import replacing, sync
 
 # A build works in a hidden folder beside the output, whose lock it holds: a later build can tell what a dead one left.
 _STAGED = "staged"
@@ -166,14 +167,14 @@ def _publish(workshop: Path, output: Path) -> None:
     """Put the new bundle at `output`, and what was there where `_clear_up` finds it."""
     new, old = workshop / _NEW, workshop / _OLD
     for folder, _, _ in os.walk(new):
-        _sync_folder(Path(folder))
+        sync(Path(folder))
     if not (output.exists() and any(output.iterdir())):
         # Onto nothing or an empty folder, which rename replaces.
         new.rename(output)
     elif not _exchange(new, output):
         output.rename(old)
         new.rename(output)
-    _sync_folder(output.parent)
+    sync(output.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -243,24 +244,10 @@ def _is_stale(folder: Path) -> bool:
 
 
 def _write_synced(path: Path, content: bytes) -> None:
-    """Write and flush to the disk, through a temporary name: a reader sees the whole file or none."""
-    temporary = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        with replacing(path, is_synced=True) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise ExportError(
             f"{path} cannot be written: {error.strerror}; make room or choose another --output"
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,7 @@ import numpy as np
 
 from rfsq.rfsq_ref.checkpoints import Checkpoint, check_output, save_checkpoint
 from rfsq.rfsq_ref.errors import CheckpointError
-from rfsq.rfsq_ref.files import replacing
+from rfsq.runtime.bundle.writing import replacing
 from rfsq.runtime.bundle.paths import as_path
 from rfsq.runtime.bundle.reading import read_file
 
