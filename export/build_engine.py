@@ -27,10 +27,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rfsq.export.batches import Profile
-from rfsq.export.errors import BuildInputError, EngineBuildError, ExportError, GateError
+from rfsq.export.errors import BuildInputError, GateError
 from rfsq.runtime.bundle.backend_specs import BACKENDS
 from rfsq.runtime.bundle.console import escape_what_cannot_be_shown, path_argument
-from rfsq.runtime.bundle.errors import TokenizerError
+from rfsq.runtime.bundle.errors import RfsqError
 
 if TYPE_CHECKING:
     from rfsq.export.on_target import TargetConfig
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
 #: A person, the system, a closed terminal, a reader that has left.
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
-#: What a person gave or the machine lacks, each with a message that says so.
-_UNUSABLE = (EngineBuildError, ExportError, TokenizerError)
 _MODES = ("none", "dynamic", "calibrated", "recovered")
 _READOUTS = ("auto", "on", "off")
 
@@ -141,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except GateError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        except (*_UNUSABLE, OSError) as error:
+        except (RfsqError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
     return 0
@@ -156,14 +154,10 @@ def _run(config: BuildConfig | TargetConfig) -> None:
     import torch
 
     from rfsq.export.pipeline import build
-    from rfsq.rfsq_ref.errors import UnusableError
 
     # For matrices this small more threads are slower.
     torch.set_num_threads(1)
-    try:
-        build(config)
-    except UnusableError as error:
-        raise ExportError(str(error)) from error
+    build(config)
 
 
 @contextlib.contextmanager

@@ -30,6 +30,7 @@ from rfsq.runtime import (
     FingerprintError,
     PartialTokens,
     RealtimeConfig,
+    RfsqError,
     Status,
     TokenizerError,
     TokenVocabulary,
@@ -164,6 +165,13 @@ def error_types() -> list[type[Exception]]:
             )
             found += [getattr(module, name) for name in names]
     return found
+
+
+@pytest.mark.parametrize("kind", error_types(), ids=lambda kind: kind.__name__)
+def test_every_error_has_the_one_base(kind: type[Exception]) -> None:
+    """Whoever uses this project can tell its errors from all others."""
+    # No error: it tells workers that another one has one.
+    assert issubclass(kind, RfsqError) or kind.__name__ == "Stopped"
 
 
 @pytest.mark.parametrize("kind", error_types(), ids=lambda kind: kind.__name__)
