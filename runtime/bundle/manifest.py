@@ -19,6 +19,7 @@ from .errors import BundleError
 from .fidelity import Fidelity
 from .paths import shown
 from .reading import parse_json
+from .typed_json import build
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -240,7 +241,10 @@ def parse_manifest(text: str) -> Manifest:
             "bundle again with this version, or install the version that wrote it"
         )
     stated = content.pop("manifest_sha256", None)
-    manifest = typing.cast(Manifest, _build(Manifest, content, MANIFEST_NAME))
+    try:
+        manifest = build(Manifest, content, MANIFEST_NAME, is_exact=True)
+    except ValueError as error:
+        raise BundleError(f"{error}; build the bundle again") from error
     try:
         canonical = manifest_text(manifest)
     except ValueError as error:
@@ -252,44 +256,3 @@ def parse_manifest(text: str) -> Manifest:
             "spelling is not the one written by the build; copy the bundle again or build it again"
         )
     return manifest
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value` from JSON as `kind`: dataclasses, tuples, dicts, literals and plain types."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin is types.UnionType:
-        # With None: such a key may be missing, but never holds nothing.
-        return _build(arguments[0], value, where)
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(typing.cast(type[Any], kind), value, where)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise BundleError(f"{where} is {shown(value)}; expected one of {', '.join(map(str, arguments))}")
-    if origin is tuple and isinstance(value, list):
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        if len(kinds) == len(value):
-            parts = enumerate(zip(kinds, value, strict=True))
-            return tuple(_build(part, entry, f"{where}[{index}]") for index, (part, entry) in parts)
-    if origin is dict and isinstance(value, dict):
-        return {key: _build(arguments[1], entry, f"{where}[{shown(key)}]") for key, entry in value.items()}
-    # bool is an int to isinstance.
-    if type(value) is kind:
-        return value
-    name = kind if isinstance(kind, types.GenericAlias) else getattr(kind, "__name__", kind)
-    raise BundleError(f"{where} is {shown(value)}; expected {name}")
-
-
-def _build_dataclass(kind: type[Any], value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise BundleError(f"{where} is {shown(value)}; expected an object")
-    hints = typing.get_type_hints(kind)
-    needed = {name for name, hint in hints.items() if typing.get_origin(hint) is not types.UnionType}
-    missing, unknown = sorted(needed - value.keys()), sorted(value.keys() - hints.keys())
-    if missing or unknown:
-        raise BundleError(
-            f"{where} lacks the keys {missing} and has the unknown keys {shown(unknown)}; build the bundle again"
-        )
-    return kind(**{name: _build(hints[name], part, f"{where}.{name}") for name, part in value.items()})
