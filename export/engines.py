@@ -13,6 +13,7 @@ from rfsq.export.c_builder import NO_COMPILER, CBuildError, compile_c, find_comp
 from rfsq.export.cuda_flags import CUDA_FLAGS
 from rfsq.export.errors import EngineBuildError, require_none
 from rfsq.export.progress import Step, StepList
+from rfsq.export.trt_builder import EngineRequest, build_engine, check_engine, inspect_engine
 from rfsq.runtime.backends.contract import MOST_CHUNKS
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.backends.tensorrt_api import find_tensorrt
@@ -76,14 +77,11 @@ def compile_engines(
 
 
 def _compile_graphs(backend: str, sources: EngineSources, staged: StagedBundle, step: Step) -> tuple[EngineEntry, ...]:
-    # Here, because it needs onnx, which a robot that compiles C alone need not have.
-    from rfsq.export.trt_builder import EngineRequest, build_engine, check_engine, inspect_engine
-
     engines = []
     for graph in sources.graphs:
         content, profile = sources.content(graph.file), sources.profile
         built = build_engine(EngineRequest(backend, content, profile, sources.compute_capabilities))
-        require_none(f"{backend}, {graph.file}: {problem}" for problem in check_engine(built, content))
+        require_none(f"{backend}, {graph.file}: {problem}" for problem in check_engine(built, graph, content))
         targets = built.compute_capabilities or _only_target(backend)
         target = "-".join(f"sm{name.replace('.', '')}" for name in targets) or "default"
         stem = graph.file.rpartition("/")[2].removesuffix(".onnx")

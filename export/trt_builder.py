@@ -8,12 +8,9 @@ was built, identifies it.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
-
-import onnx
 
 from rfsq.export.batches import Profile
 from rfsq.export.errors import EngineBuildError
@@ -26,6 +23,7 @@ from rfsq.runtime.backends.tensorrt_api import (
 )
 from rfsq.runtime.backends.tensorrt_messages import LogMessage
 from rfsq.runtime.bundle.errors import BackendUnavailableError, EngineRefusedError
+from rfsq.runtime.bundle.manifest import GraphEntry
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,6 @@ class BuiltEngine:
     sha256: str
     onnx_sha256: str
     tensors: tuple[EngineTensor, ...]
-    build_seconds: float
     warnings: tuple[str, ...]
 
 
@@ -83,12 +80,10 @@ def build_engine(request: EngineRequest) -> BuiltEngine:
     except ValueError as error:
         raise EngineBuildError(str(error)) from error
     with api.collect_messages() as messages:
-        started = time.perf_counter()
         try:
             serialized, tensors = _build(api, request)
         except (TypeError, ValueError, RuntimeError) as error:
             raise EngineBuildError(_build_failure(api, error, messages)) from error
-        seconds = time.perf_counter() - started
     return BuiltEngine(
         backend=request.backend,
         version=api.flavour.version,
@@ -98,7 +93,6 @@ def build_engine(request: EngineRequest) -> BuiltEngine:
         sha256=_sha256(serialized),
         onnx_sha256=_sha256(request.onnx_bytes),
         tensors=tensors,
-        build_seconds=seconds,
         warnings=_warnings(messages),
     )
 
@@ -170,7 +164,7 @@ def inspect_engine(built: BuiltEngine) -> EngineDescription:
         return EngineDescription("network", built.tensors, str(error))
 
 
-def check_engine(built: BuiltEngine, onnx_bytes: bytes) -> list[str]:
+def check_engine(built: BuiltEngine, graph: GraphEntry, onnx_bytes: bytes) -> list[str]:
     """Everything in which the engine is not what the graph and the profile ask for; empty when it is right.
 
     Compares the graph's hash, and each tensor's name, mode, dtype, shape and profile.
@@ -179,35 +173,15 @@ def check_engine(built: BuiltEngine, onnx_bytes: bytes) -> list[str]:
     if _sha256(onnx_bytes) != built.onnx_sha256:
         problems.append(f"built from an ONNX file with sha256 {built.onnx_sha256}, not from this {_sha256(onnx_bytes)}")
     try:
-        expected = _expected_tensors(onnx_bytes, built.profile)
         found = inspect_engine(built).tensors
-    except (EngineRefusedError, BackendUnavailableError, ValueError) as error:
+    except (EngineRefusedError, BackendUnavailableError) as error:
         return [*problems, str(error)]
+    expected = [
+        EngineTensor(part.name, "input", part.dtype, part.shape, _shapes_at(part.name, part.shape, built.profile))
+        for part in graph.inputs
+    ]
+    expected += [EngineTensor(part.name, "output", part.dtype, part.shape) for part in graph.outputs]
     return problems + _differences(expected, found)
-
-
-def _expected_tensors(onnx_bytes: bytes, batches: Profile) -> tuple[EngineTensor, ...]:
-    graph = _onnx_graph(onnx_bytes)
-    constants = {constant.name for constant in graph.initializer}
-    inputs = (_onnx_tensor(value, "input") for value in graph.input if value.name not in constants)
-    outputs = (_onnx_tensor(value, "output") for value in graph.output)
-    return (
-        *(replace(tensor, profile=_shapes_at(tensor.name, tensor.shape, batches)) for tensor in inputs),
-        *outputs,
-    )
-
-
-def _onnx_graph(onnx_bytes: bytes) -> onnx.GraphProto:
-    try:
-        return onnx.load_model_from_string(onnx_bytes).graph
-    except Exception as error:  # protobuf's own class is not part of onnx's interface
-        raise ValueError(f"the ONNX bytes cannot be parsed: {error}") from error
-
-
-def _onnx_tensor(value: onnx.ValueInfoProto, mode: Literal["input", "output"]) -> EngineTensor:
-    kind = value.type.tensor_type
-    shape = tuple(dim.dim_value if dim.HasField("dim_value") else -1 for dim in kind.shape.dim)
-    return EngineTensor(value.name, mode, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name, shape)
 
 
 def _differences(expected: Sequence[EngineTensor], found: Sequence[EngineTensor]) -> list[str]:

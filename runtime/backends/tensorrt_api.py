@@ -37,10 +37,9 @@ class NoDeviceError(BackendUnavailableError):
 
 @dataclass(frozen=True)
 class TensorRtFlavour:
-    """Which TensorRT this is: backend `tensorrt` or `tensorrt-rtx`, the Python module it came from, its version."""
+    """Which TensorRT this is: backend `tensorrt` or `tensorrt-rtx`, and its version."""
 
     backend: str
-    module_name: str
     version: str
 
     @property
@@ -288,5 +287,5 @@ def _cure(backend: str) -> str:
 def _api_of(backend: str, module: ModuleType) -> TrtApi:
     # Cached because TensorRT keeps the first logger it meets for the whole process and warns about any other.
     hub = MessageHub()
-    flavour = TensorRtFlavour(backend, module.__name__, str(vars(module).get("__version__", "unknown")))
+    flavour = TensorRtFlavour(backend, str(vars(module).get("__version__", "unknown")))
     return TrtApi(flavour, module, hub.logger_of(module), hub)

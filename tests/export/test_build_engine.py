@@ -751,7 +751,7 @@ def test_an_engine_that_is_not_what_was_asked_for_ends_the_build(
         return replace(engine, serialized=engine.serialized[: len(engine.serialized) // 2])
 
     build_one = trt_builder.build_engine
-    monkeypatch.setattr(trt_builder, "build_engine", truncated)
+    monkeypatch.setattr(engines, "build_engine", truncated)
     with pytest.raises(
         GateError, match=r"tensorrt-rtx, reduce/encoder\.onnx: the engine has sha256 .* altered or cut short"
     ):

@@ -109,11 +109,7 @@ class TestFinding:
         api = install(stand_in("10.13.2"))
 
         assert BACKENDS["tensorrt"].is_installed
-        assert (api.flavour.backend, api.flavour.module_name, api.flavour.version) == (
-            "tensorrt",
-            "tensorrt",
-            "10.13.2",
-        )
+        assert (api.flavour.backend, api.flavour.version) == ("tensorrt", "10.13.2")
         assert api.flavour.tag == "tensorrt-10.13.2"
 
     def test_a_library_is_given_one_logger_for_the_whole_process(self, install):
