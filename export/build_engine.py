@@ -31,6 +31,7 @@ from rfsq.export.errors import BuildInputError, GateError
 from rfsq.runtime.bundle.backend_specs import BACKENDS
 from rfsq.runtime.bundle.console import escape_what_cannot_be_shown, path_argument
 from rfsq.runtime.bundle.errors import RfsqError
+from rfsq.runtime.bundle.manifest import MODES
 
 if TYPE_CHECKING:
     from rfsq.export.on_target import TargetConfig
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
 
 #: A person, the system, a closed terminal, a reader that has left.
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
-_MODES = ("none", "dynamic", "calibrated", "recovered")
 _READOUTS = ("auto", "on", "off")
 
 
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
     parser.add_argument("--output", type=path_argument, help="default: build/bundle")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
-    parser.add_argument("--conditioning", choices=_MODES, help="default: calibrated if robust")
+    parser.add_argument("--conditioning", choices=MODES, help="default: calibrated if robust")
     parser.add_argument(
         "--readout",
         choices=_READOUTS,

@@ -30,6 +30,9 @@ C_HEADER, C_SOURCE = "engines/c/rfsq_tokenizer.h", "engines/c/rfsq_tokenizer.c"
 #: The generated CUDA source, from which its `cuda` engines are compiled.
 CUDA_SOURCE = "engines/cuda/rfsq_tokenizer.cu"
 
+#: What the encoder's tokens are, and how they are decoded (docs/architecture.md).
+Mode = Literal["none", "dynamic", "calibrated", "recovered"]
+MODES: tuple[Mode, ...] = typing.get_args(Mode)
 GraphForm = Literal["gemm", "gemm_marked", "reduce"]
 GRAPH_FORMS: tuple[GraphForm, ...] = typing.get_args(GraphForm)
 
@@ -106,7 +109,7 @@ class ModelEntry:
     for which no float32 intermediate can overflow. action_units: physical units per normalised unit, one for each of A.
     """
 
-    mode: Literal["none", "dynamic", "calibrated", "recovered"]
+    mode: Mode
     chunk_length: int
     action_dim: int
     latent_dim: int
@@ -122,6 +125,18 @@ class ModelEntry:
     def has_stats(self) -> bool:
         """Whether encoding gives, and decoding takes, mean and sigma of every layer (float32 [B, T, l, 2])."""
         return self.mode == "dynamic"
+
+    def actions_shape(self, batch: int) -> tuple[int, int, int]:
+        """[B, T, A]."""
+        return (batch, self.chunk_length, self.action_dim)
+
+    def tokens_shape(self, batch: int, layers: int | None = None) -> tuple[int, int, int, int]:
+        """[B, T, D, l]; layers: None for all L."""
+        return (batch, self.chunk_length, self.latent_dim, self.num_layers if layers is None else layers)
+
+    def stats_shape(self, batch: int, layers: int | None = None) -> tuple[int, int, int, int]:
+        """[B, T, l, 2]; layers: None for all L."""
+        return (batch, self.chunk_length, self.num_layers if layers is None else layers, 2)
 
     @property
     def is_step_coupled(self) -> bool:
@@ -209,11 +224,10 @@ def graph_tensors(
     model: ModelEntry, role: Literal["encoder", "decoder"], prefix: int
 ) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
     """Inputs and outputs that a graph of this model has, in this order."""
-    steps = (-1, model.chunk_length)
-    actions = TensorEntry("actions", "float32", (*steps, model.action_dim))
-    codes = [TensorEntry("tokens", "int32", (*steps, model.latent_dim, prefix))]
+    actions = TensorEntry("actions", "float32", model.actions_shape(-1))
+    codes = [TensorEntry("tokens", "int32", model.tokens_shape(-1, prefix))]
     if model.has_stats:
-        codes.append(TensorEntry("stats", "float32", (*steps, prefix, 2)))
+        codes.append(TensorEntry("stats", "float32", model.stats_shape(-1, prefix)))
     return ((actions,), tuple(codes)) if role == "encoder" else (tuple(codes), (actions,))
 
 
