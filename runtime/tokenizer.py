@@ -14,17 +14,16 @@ import numpy as np
 from .backends.contract import MOST_CHUNKS, Backend, BoundCall, GpuArrayLike
 from .backends.registry import GPU_BACKENDS, select_backend
 from .bundle.arrays import Float32Array, Int32Array
-from .bundle.compatibility import INTEGRATION_PATHS, matches_fingerprint
 from .bundle.errors import CannotCopyError, FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
 from .bundle.fidelity import Grade
 from .bundle.folder import open_bundle
-from .bundle.golden import Golden, read_golden
 from .bundle.manifest import GOLDEN_NAME, Manifest, ModelEntry
 from .bundle.validation import InputValidator, is_gpu_array
 
 if TYPE_CHECKING:
     from .backends.gpu.arrays import GpuResult
     from .backends.gpu.calls import GpuCalls
+    from .bundle.golden import Golden
 
 _LOG = logging.getLogger(__name__)
 
@@ -91,7 +90,12 @@ class ActionTokenizer:
             raise InvalidInputError(f"backend is {backend!r:.60}; expected a name such as 'auto' or 'onnxruntime'")
         bundle = open_bundle(path)
         _check_fingerprint(bundle.manifest.fingerprint, expect_fingerprint)
-        golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model) if verify else None
+        golden = None
+        if verify:
+            # Here, as below: who does without it does not load it.
+            from .bundle.golden import read_golden
+
+            golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model)
         tokenizer = cls(bundle.manifest, select_backend(backend, bundle, golden), golden)
         quality = bundle.manifest.quality
         if quality is not None and quality.fidelity.grade is Grade.WORTHLESS:
@@ -374,7 +378,11 @@ _OPENED = frozenset(
 
 
 def _check_fingerprint(found: str, expected: str | None) -> None:
-    if expected is not None and not matches_fingerprint(found, expected):
+    if expected is None:
+        return
+    from .bundle.compatibility import INTEGRATION_PATHS, matches_fingerprint
+
+    if not matches_fingerprint(found, expected):
         raise FingerprintError(
             f"the bundle's fingerprint is {found}, expected {expected!r}: its tokens mean something else than those "
             "the policy was trained on, or become other actions; load the bundle that belongs to the policy. Or:\n"

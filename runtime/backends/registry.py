@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from ..bundle.backend_specs import BACKENDS, BackendSpec, compiled_from
 from ..bundle.errors import BackendUnavailableError, EngineRefusedError, InferenceError, SelfTestError, TokenizerError
 from ..bundle.folder import Bundle
-from ..bundle.golden import Golden
 from .contract import Backend
 from .cpu_targets import host_targets
-from .replay import replay
+
+if TYPE_CHECKING:
+    from ..bundle.golden import Golden
 
 _LOG = logging.getLogger(__name__)
 
@@ -123,6 +125,9 @@ def _open_tested(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
     backend = create_backend(name, bundle)
     if golden is None:
         return backend
+    # Here, so that nobody who does without it loads it.
+    from .replay import replay
+
     try:
         result = replay(golden, bundle.manifest.model, backend)
         if not result.passed:
