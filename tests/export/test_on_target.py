@@ -301,7 +301,19 @@ def test_c_that_does_not_compile_or_is_wrong_leaves_the_bundle_as_it_was(
 # --- what a robot has -------------------------------------------------------------------------------------------------
 
 #: What adding engines must do without; the reference, the calibration and the export of graphs need it.
-ABSENT = "torch safetensors rfsq_ref calibration onnx polygraphy h5py pyarrow tqdm matplotlib scipy".split()
+ABSENT = [
+    "torch",
+    "safetensors",
+    "rfsq_ref",
+    "calibration",
+    "onnx",
+    "polygraphy",
+    "h5py",
+    "pyarrow",
+    "tqdm",
+    "matplotlib",
+    "scipy",
+]
 #: What C must do without, too: a robot that has numpy, a compiler and nothing else.
 NO_LIBRARY = ("onnxruntime", "cuda", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 

@@ -25,7 +25,6 @@ from rfsq.runtime.bundle.folder import Bundle, open_bundle
 from rfsq.runtime.bundle.manifest import C_HEADER
 from tests.bundles import Recipe, random_actions
 from tests.processes import ends_well
-from tests.runtime.backends.interrupts import check_decoding_in_signal_handlers
 
 BEST, LEAST = host_targets()[0], host_targets()[-1]
 RECIPE = Recipe(c_targets=(BEST,))
@@ -425,10 +424,6 @@ def test_a_child_forked_while_other_threads_encode_encodes_too(tokenizer: Action
     finally:
         stop.set()
         thread.join()
-
-
-def test_a_signal_handler_may_decode_whatever_it_interrupts(tokenizer: ActionTokenizer) -> None:
-    check_decoding_in_signal_handlers(tokenizer)
 
 
 def test_who_closes_it_harms_nobody_who_still_encodes(opened: Bundle) -> None:

@@ -28,7 +28,6 @@ from tests.backends import offer as offer_backends
 from tests.backends import without_packages
 from tests.bundles import Recipe, deploy, export_graphs, random_actions, write_bundle
 from tests.processes import ends_well
-from tests.runtime.backends.interrupts import check_decoding_in_signal_handlers
 
 
 class Borrowed:
@@ -402,10 +401,6 @@ def test_a_call_within_a_call_does_not_wait_for_it(bundle: Path) -> None:
     with backend._decoders[3]._lock:
         backend.decode_into(tokens, None, found)
     np.testing.assert_array_equal(found, expected)
-
-
-def test_a_signal_handler_may_decode_whatever_it_interrupts(tokenizer: ActionTokenizer) -> None:
-    check_decoding_in_signal_handlers(tokenizer)
 
 
 def test_closing_while_others_encode_harms_nobody(bundle: Path) -> None:
