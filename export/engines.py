@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rfsq.export.batches import Profile
 from rfsq.export.bundle_writer import StagedBundle
-from rfsq.export.c_builder import NO_COMPILER, CBuildError, compile_c, find_compiler
+from rfsq.export.c_builder import NO_COMPILER, compile_c, find_compiler
 from rfsq.export.cuda_flags import CUDA_FLAGS
 from rfsq.export.errors import EngineBuildError, require_none
 from rfsq.export.progress import Step, StepList
@@ -65,7 +65,7 @@ def compile_engines(
     """Compile all engines of a backend into the bundle; none for one that runs graphs as they are.
 
     Whether they are right is for the gates to say. Raises BackendUnavailableError where a library or the GPU is
-    missing, CBuildError or EngineBuildError where something does not compile, GateError where what came out is not
+    missing, EngineBuildError where something does not compile, GateError where what came out is not
     what was asked for.
     """
     compilers = {"c": _compile_c, "cuda": _compile_cuda, "graphs": _compile_graphs}
@@ -111,7 +111,7 @@ def _compile_c(backend: str, sources: EngineSources, staged: StagedBundle, step:
     for target in (*better, least):
         try:
             library = compile_c(header.decode(), source.decode(), target)
-        except CBuildError as error:
+        except EngineBuildError as error:
             if target == least:
                 raise
             # An old compiler may not know the level; every one knows the least.

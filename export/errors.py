@@ -14,7 +14,7 @@ class BuildInputError(ExportError, ValueError):
 
 
 class EngineBuildError(ExportError):
-    """An engine that could not be built; the message quotes the parser or the builder."""
+    """An engine that could not be built; the message quotes the compiler, the parser or the builder."""
 
 
 class GateError(ExportError):

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from rfsq.export.batches import Profile
 from rfsq.export.bundle_writer import StagedBundle, stage_bundle
-from rfsq.export.c_builder import CBuildError
 from rfsq.export.engines import EngineSources, compilable, compile_engines
 from rfsq.export.errors import BuildInputError, EngineBuildError, ExportError, require_none
 from rfsq.export.progress import StepList
@@ -98,7 +97,7 @@ def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
         for name in backends:
             try:
                 added += compile_engines(name, sources, staged, steps)
-            except (BackendUnavailableError, CBuildError, EngineBuildError) as error:
+            except (BackendUnavailableError, EngineBuildError) as error:
                 raise _CannotRunError(f"{name}: {error}", {name: str(error)}) from error
         engines = _kept(bundle, added, staged) + added
 

@@ -103,7 +103,6 @@ def _build(api: TrtApi, request: EngineRequest) -> tuple[bytes, tuple[EngineTens
     network = builder.create_network(api.network_flags)
     parser = trt.OnnxParser(network, api.logger)
     if not parser.parse(request.onnx_bytes):
-        # The parser keeps its reasons to itself where the logger has not had them.
         reasons = (str(parser.get_error(index)) for index in range(parser.num_errors))
         raise ValueError("\n  ".join(["Failed to parse the ONNX model", *reasons]))
     config = builder.create_builder_config()
