@@ -47,23 +47,16 @@ class Backend(Protocol):
     Signals: a handler may call them, also where it has interrupted such a call.
     Fork: with `survives_fork` they work in a child as in its parent; without, the child's calls raise InferenceError.
     Arrays of the GPU: with `is_on_gpu` they are taken where they lie (`gpu/calls.py` has the methods).
+
+    name: as in the table of backends; description: library, version and device, for logs and reports; device: what it
+    runs on, a GPU or a kind of processor; checked_steps: in calls of up to so many steps it checks the values itself,
+    and raises IllegalValueError with nothing written. None of them changes.
     """
 
-    @property
-    def name(self) -> str:
-        """As in the registry."""
-
-    @property
-    def description(self) -> str:
-        """Library, version and device, for logs and reports."""
-
-    @property
-    def device(self) -> str:
-        """What it runs on: a GPU, or a kind of processor."""
-
-    @property
-    def checked_steps(self) -> int:
-        """In calls of up to so many steps it checks the values itself: IllegalValueError, with nothing written."""
+    name: str
+    description: str
+    device: str
+    checked_steps: int
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         """actions [B, T, A] -> tokens [B, T, D, L] and, where wanted, stats [B, T, L, 2] (`dynamic` bundles)."""

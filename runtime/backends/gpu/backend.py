@@ -85,6 +85,8 @@ class GpuBackend:
     through those of the first type: what is legal has the same value in all.
     """
 
+    checked_steps = 0
+
     def __init__(
         self,
         name: str,
@@ -93,7 +95,7 @@ class GpuBackend:
         entries: Sequence[GraphEntry],
         functions: Sequence[GpuFunction],
     ) -> None:
-        self._name, self._description, self._device = name, description, device
+        self.name, self.description, self.device = name, description, device
         runners = [(entry, _Runner(entry, function)) for entry, function in zip(entries, functions, strict=True)]
         self._runners = [runner for _, runner in runners]
         self._encoders = {_token_type(entry): runner for entry, runner in runners if entry.role == "encoder"}
@@ -103,22 +105,6 @@ class GpuBackend:
         first = _token_type(entries[0])
         self._encoder = self._encoders[first]
         self._decoders = {prefix: runner for (prefix, kind), runner in self._typed_decoders.items() if kind == first}
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def description(self) -> str:
-        return self._description
-
-    @property
-    def device(self) -> str:
-        return self._device
-
-    @property
-    def checked_steps(self) -> int:
-        return 0
 
     @property
     def token_types(self) -> tuple[np.dtype[Any], ...]:
