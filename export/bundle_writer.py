@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from rfsq.runtime.bundle.golden import Golden, read_golden, write_golden
 from rfsq.runtime.bundle.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, manifest_text, parse_manifest
 from rfsq.runtime.bundle.ownership import Ownership
 from rfsq.runtime.bundle.paths import as_path
-from rfsq.runtime.bundle.reading import read_file
+from rfsq.runtime.bundle.reading import read_json
 from rfsq.runtime.bundle.writing import replacing, sync
 
 # A build works in a hidden folder beside the output, whose lock it holds: a later build can tell what a dead one left.
@@ -154,8 +153,8 @@ def _check_output(output: Path, overwrite: bool) -> None:
 def _files_of_bundle(folder: Path) -> Collection[str] | None:
     """What the manifest lists, of any schema version and however damaged the rest; None where it is not one of ours."""
     try:
-        content = json.loads(read_file(folder / MANIFEST_NAME, MANIFEST_SIZE_LIMIT))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(folder / MANIFEST_NAME, MANIFEST_SIZE_LIMIT)
+    except (OSError, ValueError):
         return None
     if not isinstance(content, dict) or not {"schema_version", "manifest_sha256"} <= content.keys():
         return None

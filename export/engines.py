@@ -95,10 +95,12 @@ def _compile_graphs(backend: str, sources: EngineSources, staged: StagedBundle, 
             source_sha256=built.onnx_sha256,
             file=f"engines/{backend}-{built.version}-{target}/{stem}-{built.onnx_sha256[:12]}.engine",
             profile=(profile.minimum, profile.optimum, profile.maximum),
-            detail=f"inspected ({inspect_engine(built).source}), not run",
+            detail=f"inspected ({inspect_engine(built)[0]}), not run",
         )
         engines.append(entry)
         step.note(f"{entry.file.rpartition('/')[2]} {len(built.serialized) / 1e6:.1f} MB")
+        for warning in built.warnings:
+            step.note(f"{backend} warns: {warning}")
     step.note(f"built for {backend} {engines[0].version}, target {target}")
     return tuple(engines)
 

@@ -56,19 +56,6 @@ class BuiltEngine:
     warnings: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class EngineDescription:
-    """What could be learned about an engine, and from where.
-
-    source: `engine` where the serialised engine itself was read; `network` where only the network that it was built
-    from is known, for the reason in `obstacle`.
-    """
-
-    source: Literal["engine", "network"]
-    tensors: tuple[EngineTensor, ...]
-    obstacle: str = ""
-
-
 def build_engine(request: EngineRequest) -> BuiltEngine:
     """Builds one engine.
 
@@ -139,8 +126,8 @@ def _warnings(messages: Sequence[LogMessage]) -> tuple[str, ...]:
     )
 
 
-def inspect_engine(built: BuiltEngine) -> EngineDescription:
-    """What the engine says of itself where TensorRT can tell, else what its network said.
+def inspect_engine(built: BuiltEngine) -> tuple[Literal["engine", "network"], tuple[EngineTensor, ...]]:
+    """The tensors that the engine itself has where TensorRT can tell, else those of its network; and whose they are.
 
     TensorRT deserialises engines on a machine with a GPU alone. Without one it still refuses bytes with a wrong
     header or length, but tells nothing about the tensors.
@@ -158,9 +145,9 @@ def inspect_engine(built: BuiltEngine) -> EngineDescription:
     try:
         # Bound to a name so that the runtime outlives the engine.
         runtime = api.create_runtime()
-        return EngineDescription("engine", api.engine_tensors(api.deserialize(runtime, built.serialized)))
-    except NoDeviceError as error:
-        return EngineDescription("network", built.tensors, str(error))
+        return "engine", api.engine_tensors(api.deserialize(runtime, built.serialized))
+    except NoDeviceError:
+        return "network", built.tensors
 
 
 def check_engine(built: BuiltEngine, graph: GraphEntry, onnx_bytes: bytes) -> list[str]:
@@ -172,7 +159,7 @@ def check_engine(built: BuiltEngine, graph: GraphEntry, onnx_bytes: bytes) -> li
     if _sha256(onnx_bytes) != built.onnx_sha256:
         problems.append(f"built from an ONNX file with sha256 {built.onnx_sha256}, not from this {_sha256(onnx_bytes)}")
     try:
-        found = inspect_engine(built).tensors
+        _, found = inspect_engine(built)
     except (EngineRefusedError, BackendUnavailableError) as error:
         return [*problems, str(error)]
     expected = [

@@ -114,7 +114,7 @@ class TrtFunction:
 
     def in_use(self) -> EngineInUse:
         """With the kernels compiled so far; none where the library keeps none."""
-        kernels = b"" if self._kernel_cache is None else self._api.kernel_cache_content(self._kernel_cache)
+        kernels = b"" if self._kernel_cache is None else bytes(self._kernel_cache.serialize())
         return EngineInUse(self._entry, kernels)
 
     def new_program(self) -> TrtProgram:

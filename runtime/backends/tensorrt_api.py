@@ -87,18 +87,13 @@ class TrtApi:
     # --- building -------------------------------------------------------------------------------------------------
 
     @property
-    def has_strongly_typed_flag(self) -> bool:
-        """Whether strong typing has to be asked for; where the flag is absent it is the only way there is."""
-        return hasattr(self._network_flag_names, "STRONGLY_TYPED")
-
-    @property
     def network_flags(self) -> int:
-        """Flags for `Builder.create_network`: the types in the graph are obeyed, not reinterpreted."""
-        return 1 << int(self._network_flag_names.STRONGLY_TYPED) if self.has_strongly_typed_flag else 0
+        """Flags for `Builder.create_network`: the types in the graph are obeyed, not reinterpreted.
 
-    @property
-    def _network_flag_names(self) -> Any:
-        return getattr(self.module, "NetworkDefinitionCreationFlag", None)
+        Where strong typing cannot be asked for, it is the only way there is.
+        """
+        flag = getattr(getattr(self.module, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED", None)
+        return 0 if flag is None else 1 << int(flag)
 
     @property
     def compute_capabilities(self) -> tuple[str, ...]:
@@ -198,8 +193,8 @@ class TrtApi:
     def create_kernel_cache(self, engine: Any, content: bytes) -> Any | None:
         """TensorRT-RTX compiles kernels when an engine first runs; with this cache, only the first time ever.
 
-        content: what `kernel_cache_content` gave, whose hash the caller has checked, or nothing to begin anew. None
-        where the library has no such cache. Raises EngineRefusedError for content that it does not accept.
+        content: of a cache that was serialised, whose hash the caller has checked, or nothing to begin anew. None where
+        the library has no such cache. Raises EngineRefusedError for content that it does not accept.
         """
         config = self._runtime_config(engine)
         if config is None or not hasattr(config, "create_runtime_cache"):
@@ -210,10 +205,6 @@ class TrtApi:
         if not is_accepted:
             raise EngineRefusedError(f"{self.flavour.tag} refuses the cache of compiled kernels: {quote(messages)}")
         return kernel_cache
-
-    def kernel_cache_content(self, kernel_cache: Any) -> bytes:
-        """What `create_kernel_cache` takes: the kernels compiled so far."""
-        return bytes(kernel_cache.serialize())
 
     def _runtime_config(self, engine: Any) -> Any | None:
         """An `IRuntimeConfig` that compiles kernels for a shape before it first runs, never while it runs."""

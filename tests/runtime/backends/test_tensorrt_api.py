@@ -182,12 +182,10 @@ class ComputeCapability(IntEnum):
 class TestBuildSettings:
     def test_strong_typing_is_asked_for_where_it_is_a_choice(self, install):
         api = install(stand_in("10.13.2", NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1)))
-        assert api.has_strongly_typed_flag
         assert api.network_flags == 2
 
     def test_strong_typing_is_not_asked_for_where_it_is_the_only_way(self, install):
         api = install(stand_in("11.0.0", NetworkDefinitionCreationFlag=SimpleNamespace()))
-        assert not api.has_strongly_typed_flag
         assert api.network_flags == 0
 
     def test_tf32_is_cleared_where_the_flag_exists(self, install):
