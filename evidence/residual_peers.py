@@ -283,11 +283,8 @@ def _save(model: ResidualAutoencoder, identity: str, path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     made_with = {name: version(name) for name in ("torch", "vector-quantize-pytorch")}
     header = json.dumps({"identity": identity, "sha256": hash_tensors(tensors), "made_with": made_with})
-    try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(safetensors.torch.save(tensors, metadata={FORMAT: header}))
-    except OSError as error:
-        raise EvidenceError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
+    with replacing(path, error=EvidenceError) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata={FORMAT: header}))
 
 
 def _load(path: Path, dataset: ActionDataset, config: ResidualConfig) -> ResidualAutoencoder:

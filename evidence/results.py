@@ -152,11 +152,8 @@ def check_writable(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Through a temporary sibling: the old file stays whole until the new one is. Raises EvidenceError."""
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise EvidenceError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
+    with replacing(path, error=EvidenceError) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Comparison:

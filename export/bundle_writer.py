@@ -55,7 +55,7 @@ class StagedBundle:
         except BundleError as error:
             raise ExportError(str(error)) from error
         self._is_sealed = False
-        _write_synced(self.folder / file, content)
+        self._put(file, content)
         self._files[file] = FileEntry(hashlib.sha256(content).hexdigest(), len(content))
 
     def write_golden(self, golden: Golden) -> None:
@@ -78,9 +78,13 @@ class StagedBundle:
                 read_golden(self._golden, sealed.model)
         except (ValueError, TypeError, RecursionError, BundleError) as error:
             raise ExportError(f"the bundle cannot be read back: {error}") from error
-        _write_synced(self.folder / MANIFEST_NAME, text.encode())
+        self._put(MANIFEST_NAME, text.encode())
         self._is_sealed = is_proven
         return sealed
+
+    def _put(self, file: str, content: bytes) -> None:
+        with replacing(self.folder / file, is_synced=True, error=ExportError) as temporary:
+            temporary.write_bytes(content)
 
 
 @contextlib.contextmanager
@@ -240,13 +244,3 @@ def _is_stale(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    try:
-        with replacing(path, is_synced=True) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise ExportError(
-            f"{path} cannot be written: {error.strerror}; make room or choose another --output"
-        ) from error

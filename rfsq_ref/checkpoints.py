@@ -206,15 +206,10 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be written: in its provenance, {error}; leave that out") from error
     header[_HASH_KEY] = _hash(header, tensors)
-    try:
-        with replacing(path) as temporary:
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            # Not save_file: it makes a private file (0600), whatever the umask.
-            temporary.write_bytes(
-                safetensors.torch.save(contiguous, metadata={FORMAT: json.dumps(header, sort_keys=True)})
-            )
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing(path, error=CheckpointError) as temporary:
+        # Not save_file: it makes a private file (0600), whatever the umask.
+        temporary.write_bytes(safetensors.torch.save(contiguous, {FORMAT: json.dumps(header, sort_keys=True)}))
 
 
 def _hash(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

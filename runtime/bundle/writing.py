@@ -13,11 +13,11 @@ _NOTHING_TO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
 
 
 @contextmanager
-def replacing(path: Path, *, is_synced: bool = False) -> Iterator[Path]:
+def replacing(path: Path, *, is_synced: bool = False, error: type[Exception] | None = None) -> Iterator[Path]:
     """A temporary sibling to write; it takes the file's place when all went well, and is gone when not.
 
     The folder is made if missing; until the end the old file stays whole. is_synced: the content is on the disk before
-    it takes the name. Raises OSError.
+    it takes the name. Raises `error`, with what to do, where the file cannot be written; OSError where it is None.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -34,6 +34,10 @@ def replacing(path: Path, *, is_synced: bool = False) -> Iterator[Path]:
         if is_synced:
             sync(temporary)
         temporary.replace(path)
+    except OSError as refusal:
+        if error is None:
+            raise
+        raise error(f"cannot write {path}: {refusal.strerror}; choose a writable folder, or make room") from refusal
     finally:
         # Where the folder itself is the trouble, looking for the file fails as well.
         with suppress(OSError):
