@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from rfsq.export.batches import Profile
 from rfsq.export.bundle_writer import StagedBundle
 from rfsq.export.c_builder import NO_COMPILER, compile_c, find_compiler
-from rfsq.export.cuda_flags import CUDA_FLAGS
 from rfsq.export.errors import EngineBuildError, require_none
 from rfsq.export.progress import Step, StepList
 from rfsq.export.trt_builder import EngineRequest, build_engine, check_engine, inspect_engine
@@ -23,6 +22,10 @@ from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, Engine
 
 if TYPE_CHECKING:
     from rfsq.runtime.backends.gpu.driver import GpuDevice
+
+
+#: The source says itself where a product and a sum round once; everything else rounds as IEEE 754 has it.
+CUDA_FLAGS = ("--fmad=false",)
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
     with stage_bundle(config.bundle, overwrite=True) as staged:
         sources = EngineSources(bundle.content, bundle.manifest.graphs_of("reduce"), config.profile)
         added: tuple[EngineEntry, ...] = ()
-        for name in backends:
+        for name in dict.fromkeys(backends):
             try:
                 added += compile_engines(name, sources, staged, steps)
             except (BackendUnavailableError, EngineBuildError) as error:
