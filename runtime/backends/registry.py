@@ -41,7 +41,7 @@ def factory_of(spec: BackendSpec) -> Callable[[Bundle], Backend]:
                 "install cuda-python with: pip install '.[gpu]'"
             ) from error
         raise BackendUnavailableError(
-            f"{spec.packages[0]} is installed but does not load: {error}; install it again with: "
+            f"{spec.name} is installed but does not load: {error}; install it again with: "
             f"{spec.install.replace('install', 'install --force-reinstall')}"
         ) from error
     return lambda bundle: factory(bundle, *spec.arguments)
