@@ -73,7 +73,7 @@ def build_engine(request: EngineRequest) -> BuiltEngine:
             raise EngineBuildError(_build_failure(api, error, messages)) from error
     return BuiltEngine(
         backend=request.backend,
-        version=api.flavour.version,
+        version=api.version,
         compute_capabilities=request.compute_capabilities,
         profile=request.profile,
         serialized=serialized,
@@ -98,7 +98,7 @@ def _build(api: TrtApi, request: EngineRequest) -> tuple[bytes, tuple[EngineTens
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         shapes = _shapes_at(tensor.name, tuple(tensor.shape), request.profile)
-        profile.set_shape(tensor.name, shapes.minimum, shapes.optimum, shapes.maximum)
+        profile.set_shape(tensor.name, *shapes)
     config.add_optimization_profile(profile)
     serialized = builder.build_serialized_network(network, config)
     if serialized is None:
@@ -110,13 +110,12 @@ def _shapes_at(name: str, shape: tuple[int, ...], batches: Profile) -> ProfileSh
     """The shapes an input of `shape` (-1 where dynamic) takes at the three batch sizes."""
     if not shape or shape[0] != -1 or -1 in shape[1:]:
         raise ValueError(f"input {name!r} has shape {shape}; expected a dynamic first dimension and no other")
-    minimum, optimum, maximum = ((batch, *shape[1:]) for batch in (batches.minimum, batches.optimum, batches.maximum))
-    return ProfileShapes(minimum, optimum, maximum)
+    return ProfileShapes(*((batch, *shape[1:]) for batch in (batches.minimum, batches.optimum, batches.maximum)))
 
 
 def _build_failure(api: TrtApi, error: Exception, messages: Sequence[LogMessage]) -> str:
     reasons = dict.fromkeys([str(error), *(message.text for message in messages if message.is_error)])
-    return "\n  ".join([f"{api.flavour.tag} could not build the engine:", *reasons])
+    return "\n  ".join([f"{api.tag} could not build the engine:", *reasons])
 
 
 def _warnings(messages: Sequence[LogMessage]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from ..bundle.backend_specs import BACKENDS
 from ..bundle.errors import BackendUnavailableError, IllegalValueError
 from ..bundle.folder import Bundle
 from ..bundle.manifest import EngineEntry
-from .contract import EngineInUse
+from .contract import EngineInUse, no_engine
 from .cpu_targets import host_targets
 
 _byref, _size, _first_byte = ctypes.byref, ctypes.c_size_t, ctypes.c_char.from_buffer
@@ -139,10 +139,8 @@ def _choose_engine(bundle: Bundle, targets: Sequence[str]) -> EngineEntry:
     for target in targets:
         if target in engines:
             return engines[target]
-    found = f"it has engines for {', '.join(engines)}" if engines else "it has none"
-    raise BackendUnavailableError(
-        f"{bundle.folder} has no C engine for {' or '.join(targets)}: {found}; compile one for this machine, on it: "
-        f"python export/build_engine.py --from-bundle {bundle.folder}"
+    raise no_engine(
+        bundle, f"C engine for {' or '.join(targets)}", f"engines for {', '.join(engines)}" if engines else ""
     )
 
 

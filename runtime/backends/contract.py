@@ -9,6 +9,8 @@ from typing import Any, Protocol, cast
 import numpy as np
 
 from ..bundle.arrays import Float32Array, Int32Array
+from ..bundle.errors import BackendUnavailableError
+from ..bundle.folder import Bundle
 from ..bundle.manifest import EngineEntry
 
 #: Backends count chunks in 32 bits.
@@ -110,6 +112,14 @@ class HasEngines(Protocol):
 def engines_of(backend: Backend) -> Sequence[EngineInUse]:
     """The engines that a backend runs; none for one that runs the bundle's graphs as they are."""
     return cast(HasEngines, backend).engines_in_use if hasattr(type(backend), "engines_in_use") else ()
+
+
+def no_engine(bundle: Bundle, wanted: str, found: str) -> BackendUnavailableError:
+    """What to raise where a bundle has no engine that runs here; found: those that it has of this kind, or nothing."""
+    return BackendUnavailableError(
+        f"{bundle.folder} has no {wanted}: it has {found or 'none'}; build engines for this machine, on it: "
+        f"python export/build_engine.py --from-bundle {bundle.folder}"
+    )
 
 
 def judged(backend: Backend) -> dict[str, Backend]:

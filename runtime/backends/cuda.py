@@ -6,11 +6,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..bundle.errors import BackendUnavailableError
 from ..bundle.folder import Bundle
 from ..bundle.kernel_names import TokenType, kernel_name, token_types
 from ..bundle.manifest import EngineEntry, GraphEntry, ModelEntry, TensorEntry
-from .contract import Backend, EngineInUse
+from .contract import Backend, EngineInUse, no_engine
 from .gpu.backend import GpuBackend
 from .gpu.driver import GpuDevice, open_device
 from .gpu.kernels import KernelArguments, KernelLibrary
@@ -67,11 +66,7 @@ def _choose_engine(bundle: Bundle, gpu: GpuDevice) -> EngineEntry:
         if gpu.compute_capability in entry.targets:
             return entry
     targets = ", ".join(target for entry in engines for target in entry.targets)
-    found = f"it has kernels for compute capability {targets}" if engines else "it has none"
-    raise BackendUnavailableError(
-        f"{bundle.folder} has no CUDA kernels for {gpu}: {found}; compile them for this machine, on it: "
-        f"python export/build_engine.py --from-bundle {bundle.folder}"
-    )
+    raise no_engine(bundle, f"CUDA kernels for {gpu}", targets and f"kernels for compute capability {targets}")
 
 
 def variants_of(functions: Sequence[CudaFunction]) -> dict[str, list[CudaFunction]]:
