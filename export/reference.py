@@ -15,7 +15,7 @@ from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, Int32Array
-from rfsq.runtime.bundle.comparison import TokenComparison, compare_followed
+from rfsq.runtime.bundle.comparison import TokenComparison, compare_tokens
 from rfsq.runtime.bundle.fidelity import Fidelity, fidelity
 from rfsq.runtime.bundle.gates import GATES
 from rfsq.runtime.bundle.golden import Golden
@@ -119,7 +119,7 @@ class Reference:
             followed = torch.from_numpy(np.clip(found[differs], 0, num_levels - 1).astype(np.int64))
             answers = token_error_bounds(self.model, torch.from_numpy(actions[differs]).double(), followed)
             decisions[differs], margins[differs], bounds[differs] = (answer.numpy() for answer in answers)
-        return compare_followed(decisions, found, margins, bounds, num_levels=num_levels)
+        return compare_tokens(decisions, found, margins, bounds, num_levels=num_levels, is_step_coupled=None)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor | Int32Array, stats: Tensor | Float32Array | None) -> Float64Array:

@@ -14,6 +14,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from ..bundle.arrays import unravel
 from ..bundle.errors import IllegalValueError, TokenizerError
 from ..bundle.gates import ACCEPTED, NOT_MARKED
 from ..bundle.manifest import ModelEntry
@@ -199,5 +200,4 @@ def _is_untouched(array: _Array, filling: _Array) -> bool:
 
 
 def _described(value: Any, array: _Array, place: int, problem: str) -> str:
-    index = [int(part) for part in np.unravel_index(place, array.shape)]
-    return f"{value} at {index} of {list(array.shape)} {problem}"
+    return f"{value} at {list(unravel(place, array.shape))} of {list(array.shape)} {problem}"

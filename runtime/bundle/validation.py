@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Float32Array, Int32Array
+from .arrays import Float32Array, Int32Array, unravel
 from .errors import InvalidInputError, UnbuiltPrefixError
 from .manifest import ModelEntry
 
@@ -136,7 +136,7 @@ class InputValidator:
         possible = np.abs(array) <= STATS_LIMIT
         possible[..., 1] &= array[..., 1] > 0
         if not possible.all():
-            index = _first(~possible)
+            index = unravel(possible.argmin(), possible.shape)
             expected_number = (
                 f"a sigma above 0 and at most {STATS_LIMIT:g}" if index[-1] else f"a mean of at most ±{STATS_LIMIT:g}"
             )
@@ -185,7 +185,9 @@ class InputValidator:
             )
 
     def _refuse_actions(self, actions: Float32Array) -> None:
-        index = _first(~(np.abs(actions) <= self._action_limit))
+        # Written so that NaN is refused.
+        is_wrong = ~(np.abs(actions) <= self._action_limit)
+        index = unravel(is_wrong.argmax(), is_wrong.shape)
         raise InvalidInputError(
             f"actions{list(index)} is {actions[index]}; expected finite numbers of at most {self._action_limit:g}: "
             "beyond that float32 overflows inside the encoder"
@@ -206,7 +208,7 @@ class InputValidator:
 
     def _refuse_tokens(self, tokens: _Array) -> None:
         highest = self._model.num_levels - 1
-        index = _first((tokens < 0) | (tokens > highest))
+        index = unravel(((tokens < 0) | (tokens > highest)).argmax(), tokens.shape)
         raise InvalidInputError(
             f"tokens{list(index)} is {tokens[index]}; expected 0 ... {highest}, the {highest + 1} levels of this bundle"
         )
@@ -264,7 +266,3 @@ def type_advice(found: np.dtype[Any], wanted: np.dtype[Any], conversion: str) ->
 def _listed(values: tuple[object, ...]) -> str:
     *rest, last = map(str, values)
     return f"{', '.join(rest)} or {last}" if rest else last
-
-
-def _first(mask: npt.NDArray[np.bool_]) -> tuple[int, ...]:
-    return tuple(int(part) for part in np.unravel_index(int(mask.argmax()), mask.shape))
