@@ -57,45 +57,47 @@ def judge_refusal(model: ModelEntry, backend: Backend, *, is_thorough: bool = Fa
 
 @dataclass(frozen=True)
 class _Call:
-    """One function of a backend. Each kind of input comes with its shape per chunk and the illegal values it may hold.
+    """One function of a backend: `run` takes the inputs, then the outputs.
 
-    run takes the inputs, then the outputs; legal: what an input is filled with; outputs: shape per chunk and filling.
+    inputs: one legal chunk of each; outputs: what one chunk of each holds before a call; illegal: for each input, the
+    illegal values that a place in it may hold; is_mark: which elements of the first output mark something illegal.
     """
 
     gate: str
     run: Callable[..., None]
-    inputs: tuple[tuple[tuple[int, ...], _Array], ...]
-    outputs: tuple[tuple[tuple[int, ...], _Array], ...]
+    inputs: tuple[_Array, ...]
+    outputs: tuple[_Array, ...]
     illegal: tuple[Callable[[int], _Array], ...]
     is_mark: Callable[[_Array], npt.NDArray[np.bool_]]
 
+    def arrays(self, batch: int) -> tuple[list[_Array], list[_Array]]:
+        """Inputs and outputs of so many chunks."""
+        inputs, outputs = ([np.repeat(part, batch, axis=0) for part in side] for side in (self.inputs, self.outputs))
+        return inputs, outputs
+
 
 def _calls(model: ModelEntry, backend: Backend) -> Iterator[_Call]:
-    steps, levels = model.chunk_length, model.num_levels
-    actions = ((steps, model.action_dim), np.zeros((), np.float32))
+    levels = model.num_levels
     limit = np.float32(model.action_limit)
     beyond = np.nextafter(limit, np.float32(np.inf))
     wrong_actions = np.array([np.nan, -np.nan, np.inf, -np.inf, beyond, -beyond], np.float32)
-    numbers = (levels, -1, 2**30, 2**31 - 1, -(2**31), 2**8 + 1, 2**16 + 1, -(2**16) + 1, levels + 1)
-    wrong_tokens = np.array(
-        sorted({number for number in numbers if number < 2**31 and not 0 <= number < levels}), np.int32
-    )
+    numbers = {levels, -1, 2**30, 2**31 - 1, -(2**31), 2**8 + 1, 2**16 + 1, -(2**16) + 1, levels + 1}
+    wrong_tokens = np.array(sorted(number for number in numbers if not 0 <= number < levels), np.int32)
     wide = np.nextafter(np.float32(STATS_LIMIT), np.float32(np.inf))
     either = [np.nan, np.inf, -np.inf, wide, -wide]
     # Mean and sigma take turns in memory.
     wrong_stats = [np.array(either, np.float32), np.array([*either, 0.0, -0.0, -1e-45, -1.0], np.float32)]
 
-    def tokens(layers: int, filling: int) -> tuple[tuple[int, ...], _Array]:
-        return (steps, model.latent_dim, layers), np.array(filling, np.int32)
-
-    def stats(layers: int, filling: float) -> tuple[tuple[int, ...], _Array]:
-        return (steps, layers, 2), np.array(filling, np.float32)
+    def codes(layers: int, token: int, stat: float) -> tuple[_Array, ...]:
+        tokens = np.full(model.tokens_shape(1, layers), token, np.int32)
+        stats = np.full(model.stats_shape(1, layers), stat, np.float32)
+        return (tokens, stats) if model.has_stats else (tokens,)
 
     yield _Call(
         "encode",
         backend.encode_into if model.has_stats else lambda actions, tokens: backend.encode_into(actions, tokens, None),
-        (actions,),
-        (tokens(model.num_layers, _UNTOUCHED_TOKEN), *([stats(model.num_layers, -1.0)] if model.has_stats else [])),
+        (np.zeros(model.actions_shape(1), np.float32),),
+        codes(model.num_layers, _UNTOUCHED_TOKEN, -1.0),
         (lambda _place: wrong_actions,),
         lambda tokens: (tokens < 0) | (tokens >= levels),
     )
@@ -103,8 +105,8 @@ def _calls(model: ModelEntry, backend: Backend) -> Iterator[_Call]:
         yield _Call(
             f"decode {prefix} layers",
             backend.decode_into if model.has_stats else lambda tokens, out: backend.decode_into(tokens, None, out),
-            (tokens(prefix, 0), *([stats(prefix, 1.0)] if model.has_stats else [])),
-            ((actions[0], np.array(_UNTOUCHED_ACTION)),),
+            codes(prefix, 0, 1.0),
+            (np.full(model.actions_shape(1), _UNTOUCHED_ACTION),),
             (lambda _place: wrong_tokens, lambda place: wrong_stats[place % 2]),
             np.isnan,
         )
@@ -114,7 +116,7 @@ def _judge_checks(call: _Call, batches: list[int], is_thorough: bool) -> Verdict
     """One illegal value in each call, which has to raise and to write nothing."""
     accepted, first = 0, ""
     for batch in batches:
-        inputs, outputs = _filled(call.inputs, batch), _filled(call.outputs, batch)
+        inputs, outputs = call.arrays(batch)
         for array, values_at in zip(inputs, call.illegal, strict=False):
             flat, legal = array.reshape(-1), array.flat[0]
             for place, value in _trials(array, values_at, is_thorough):
@@ -131,11 +133,11 @@ def _judge_checks(call: _Call, batches: list[int], is_thorough: bool) -> Verdict
                 if problem:
                     accepted += 1
                     first = first or _described(value, array, place, problem)
-                    _fill(outputs, call.outputs)
-            if any(not _is_untouched(out, filling) for out, (_, filling) in zip(outputs, call.outputs, strict=True)):
+                    outputs = call.arrays(batch)[1]
+            if any((out != untouched).any() for out, untouched in zip(outputs, call.outputs, strict=True)):
                 accepted += 1
                 first = first or f"a refused call of {batch} chunks has written into its output"
-                _fill(outputs, call.outputs)
+                outputs = call.arrays(batch)[1]
     return Verdict(f"{call.gate}: {ACCEPTED}", accepted, first)
 
 
@@ -167,7 +169,7 @@ def _judge_marks(call: _Call, token_type: np.dtype[Any]) -> Verdict:
         values = values[fits]
     for batch in _MARKED_BATCHES:
         for turn in range(len(values)):
-            inputs, outputs = _filled(call.inputs, batch), _filled(call.outputs, batch)
+            inputs, outputs = call.arrays(batch)
             rows = inputs[0].reshape(batch * inputs[0].shape[1], -1)
             steps = np.arange(len(rows))
             places = (steps * 5 + turn) % rows.shape[1]
@@ -184,19 +186,6 @@ def _judge_marks(call: _Call, token_type: np.dtype[Any]) -> Verdict:
                 problem = f"was {'marked' if is_legal[step] else 'not marked'} and became {became}"
                 first = _described(given[step], inputs[0], step * rows.shape[1] + int(places[step]), problem)
     return Verdict(f"{call.gate}: {NOT_MARKED}", accepted, first)
-
-
-def _filled(parts: tuple[tuple[tuple[int, ...], _Array], ...], batch: int) -> list[_Array]:
-    return [np.full((batch, *shape), filling, filling.dtype) for shape, filling in parts]
-
-
-def _fill(arrays: list[_Array], parts: tuple[tuple[tuple[int, ...], _Array], ...]) -> None:
-    for array, (_, filling) in zip(arrays, parts, strict=True):
-        array[...] = filling
-
-
-def _is_untouched(array: _Array, filling: _Array) -> bool:
-    return bool((array == filling).all())
 
 
 def _described(value: Any, array: _Array, place: int, problem: str) -> str:
