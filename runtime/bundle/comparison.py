@@ -110,8 +110,10 @@ def compare_tokens(
         first_wrong = WrongToken(
             index, int(expected[index]), int(found[index]), float(margins[index]), float(bounds[index])
         )
-    per_layer = (mask.sum(axis=tuple(range(mask.ndim - 1))) for mask in (wrong, near_ties, behind))
-    return TokenComparison(*per_layer, flipped=near_ties.any(axis=(-2, -1)), first_wrong=first_wrong)
+    wrong_counts, tie_counts, behind_counts = (
+        mask.reshape(-1, mask.shape[-1]).sum(axis=0) for mask in (wrong, near_ties, behind)
+    )
+    return TokenComparison(wrong_counts, tie_counts, behind_counts, near_ties.any(axis=(-2, -1)), first_wrong)
 
 
 @dataclass(frozen=True)

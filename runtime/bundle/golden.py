@@ -23,6 +23,12 @@ _ZIP_UNIX = 3
 _SPANNED_UNITS = 0.1
 #: Standard deviations of a count of rare events, sqrt(count) each, that a sample of them may lie above its share.
 _SCATTER = 3
+#: What arrays of decoded actions are called, before their number of layers; and what others are called.
+_DECODED = "decoded_"
+
+_ALWAYS_THERE = ("actions", "tokens", "margins", "bounds")
+
+_Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,39 +55,39 @@ class Golden:
     def every(self, stride: int) -> Golden:
         """Every stride-th chunk. The cap shrinks in proportion, but for the scatter of a count so small."""
         share = self.near_tie_cap * len(self.actions[::stride]) / len(self.actions)
-        return replace(
-            self,
-            near_tie_cap=min(self.near_tie_cap, math.ceil(share + _SCATTER * math.sqrt(share))),
-            actions=self.actions[::stride],
-            tokens=self.tokens[::stride],
-            margins=self.margins[::stride],
-            bounds=self.bounds[::stride],
-            stats=None if self.stats is None else self.stats[::stride],
-            decoded={prefix: actions[::stride] for prefix, actions in self.decoded.items()},
-        )
+        cap = min(self.near_tie_cap, math.ceil(share + _SCATTER * math.sqrt(share)))
+        chosen = {name: array[::stride] if array.ndim else array for name, array in _arrays_of(self).items()}
+        return replace(_golden_of(chosen), near_tie_cap=cap)
 
 
 def write_golden(golden: Golden) -> bytes:
     """The bytes of an .npz: the same for the same content, at any time and with any zlib (nothing is compressed)."""
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "actions": golden.actions,
-        "tokens": golden.tokens,
-        "margins": golden.margins,
-        "bounds": golden.bounds,
-        "near_tie_cap": np.array(golden.near_tie_cap, np.int64),
-        "flip_tolerance": np.array(golden.flip_tolerance, np.float64),
-        **{_decoded_name(prefix): actions for prefix, actions in golden.decoded.items()},
-    }
-    if golden.stats is not None:
-        arrays["stats"] = golden.stats
     output = io.BytesIO()
     with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(arrays):
+        for name, array in sorted(_arrays_of(golden).items()):
             # Without a date an entry has the earliest that a zip can state.
             entry = zipfile.ZipInfo(f"{name}.npy")
             entry.create_system = _ZIP_UNIX
-            archive.writestr(entry, _header(arrays[name].dtype, arrays[name].shape) + arrays[name].tobytes())
+            archive.writestr(entry, _header(array.dtype, array.shape) + array.tobytes())
     return output.getvalue()
+
+
+def _arrays_of(golden: Golden) -> dict[str, _Array]:
+    arrays: dict[str, _Array] = {
+        **{name: getattr(golden, name) for name in _ALWAYS_THERE},
+        "near_tie_cap": np.array(golden.near_tie_cap, np.int64),
+        "flip_tolerance": np.array(golden.flip_tolerance, np.float64),
+        **{f"{_DECODED}{prefix}": actions for prefix, actions in golden.decoded.items()},
+    }
+    return arrays if golden.stats is None else {**arrays, "stats": golden.stats}
+
+
+def _golden_of(arrays: Mapping[str, _Array]) -> Golden:
+    """The inverse of `_arrays_of`."""
+    actions, tokens, margins, bounds = (arrays[name] for name in _ALWAYS_THERE)
+    decoded = {int(name.removeprefix(_DECODED)): array for name, array in arrays.items() if name.startswith(_DECODED)}
+    cap, tolerance = int(arrays["near_tie_cap"]), float(arrays["flip_tolerance"])
+    return Golden(actions, tokens, margins, bounds, arrays.get("stats"), decoded, cap, tolerance)
 
 
 def read_golden(content: bytes, model: ModelEntry) -> Golden:
@@ -102,16 +108,7 @@ def read_golden(content: bytes, model: ModelEntry) -> Golden:
         name.removesuffix(".npy"): _read_array(name, members[name], dtype, shape)
         for name, (dtype, shape) in expected.items()
     }
-    golden = Golden(
-        actions=arrays["actions"],
-        tokens=arrays["tokens"],
-        margins=arrays["margins"],
-        bounds=arrays["bounds"],
-        stats=arrays.get("stats"),
-        decoded={prefix: arrays[_decoded_name(prefix)] for prefix in model.prefixes},
-        near_tie_cap=int(arrays["near_tie_cap"]),
-        flip_tolerance=float(arrays["flip_tolerance"]),
-    )
+    golden = _golden_of(arrays)
     _check_values(golden, model)
     if write_golden(golden) != content:
         raise _malformed("holds more than its arrays, or in another form than the build writes")
@@ -132,10 +129,6 @@ def _read_members(content: bytes) -> dict[str, bytes]:
         return {entry.filename: archive.read(entry) for entry in entries}
 
 
-def _decoded_name(prefix: int) -> str:
-    return f"decoded_{prefix}"
-
-
 def _expected_arrays(model: ModelEntry, num_chunks: int) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
     """Member name to dtype and shape."""
     actions, per_token = model.actions_shape(num_chunks), model.tokens_shape(num_chunks)
@@ -146,7 +139,7 @@ def _expected_arrays(model: ModelEntry, num_chunks: int) -> dict[str, tuple[type
         "bounds": (np.float32, per_token),
         "near_tie_cap": (np.int64, ()),
         "flip_tolerance": (np.float64, ()),
-        **{_decoded_name(prefix): (np.float64, actions) for prefix in model.prefixes},
+        **{f"{_DECODED}{prefix}": (np.float64, actions) for prefix in model.prefixes},
     }
     if model.has_stats:
         arrays["stats"] = (np.float32, model.stats_shape(num_chunks))
