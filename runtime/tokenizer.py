@@ -172,7 +172,7 @@ class ActionTokenizer:
     def encode(self, actions: object, *, stream: object = None) -> Int32Array | GpuResult:
         """actions float32 [B, T, A] -> tokens int32 [B, T, D, L], on the GPU where the actions are."""
         if is_gpu_array(actions):
-            return self._on_gpu().encode(actions, stream)
+            return self._on_gpu().encode(actions, stream)[0]
         valid = self._validator.actions(actions, unchecked=self._unchecked_chunks)
         tokens = np.empty(self._model.tokens_shape(len(valid)), np.int32)
         self._encode(valid, tokens, None)
@@ -193,7 +193,8 @@ class ActionTokenizer:
         """
         self._require_stats()
         if is_gpu_array(actions):
-            return self._on_gpu().encode_with_stats(actions, stream)
+            gpu_tokens, gpu_stats = self._on_gpu().encode(actions, stream)
+            return gpu_tokens, gpu_stats
         valid = self._validator.actions(actions, unchecked=self._unchecked_chunks)
         tokens = np.empty(self._model.tokens_shape(len(valid)), np.int32)
         stats = np.empty(self._model.stats_shape(len(valid)), np.float32)

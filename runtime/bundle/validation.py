@@ -33,7 +33,7 @@ _UNSIGNED = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in TOKEN_TYPES}
 #: whole sigma.
 STATS_LIMIT = 4.0
 
-STATS_NEEDED = (
+_STATS_NEEDED = (
     "tokens of a `dynamic` bundle cannot be decoded alone: every layer was normalised by a mean and a sigma of its own "
     "step, which do not travel with the tokens. Pass the stats that encode_with_stats returned, or build a bundle "
     "whose tokens decode on their own: `python export/build_engine.py --conditioning calibrated` (new tokens, exact) "
@@ -75,7 +75,7 @@ class InputValidator:
         """
         array = _as_array("actions", actions)
         if array.dtype != _FLOAT32 or array.shape[1:] != self._actions_tail:
-            self._check_shape("actions", array, "B, T, A", self._actions_tail)
+            check_shape("actions", array.shape, "B, T, A", self._actions_tail)
             array = _native("actions", array, (_FLOAT32,))
         if not (array.flags.c_contiguous and array.flags.aligned):
             array = np.require(array, requirements=["C", "A"])
@@ -94,10 +94,10 @@ class InputValidator:
         """
         array = _as_array("tokens", tokens)
         if array.dtype != _INT32 or array.shape[1:3] != self._tokens_tail or array.ndim != 4:
-            self._check_shape("tokens", array, "B, T, D, l", self._tokens_tail, is_prefix=True)
+            check_shape("tokens", array.shape, "B, T, D, l", self._tokens_tail)
             array = _native("tokens", array, TOKEN_TYPES)
         if array.shape[3] not in self._prefixes:
-            self._refuse_prefix(array)
+            check_prefix(array.shape, self._model)
         if not (array.flags.c_contiguous and array.flags.aligned):
             array = np.require(array, requirements=["C", "A"])
         is_int32 = array.dtype == _INT32
@@ -115,15 +115,9 @@ class InputValidator:
 
         Raises InvalidInputError.
         """
-        if not self._model.has_stats:
-            if stats is None:
-                return None
-            raise InvalidInputError(
-                f"stats were given, but tokens of a {self._model.mode!r} bundle are decoded without: its mean and "
-                "scale are constants in the decoder. Leave stats out"
-            )
+        check_whether_stats(stats, self._model)
         if stats is None:
-            raise InvalidInputError(STATS_NEEDED)
+            return None
         array = _as_array("stats", stats)
         expected = (*tokens.shape[:2], tokens.shape[3], 2)
         if array.shape != expected:
@@ -172,18 +166,6 @@ class InputValidator:
                 )
         return out
 
-    def _check_shape(
-        self, name: str, array: _Array, letters: str, tail: tuple[int, int], *, is_prefix: bool = False
-    ) -> None:
-        expected = ["B", *map(str, tail)] + (["l"] if is_prefix else [])
-        if array.ndim != len(expected) or tuple(array.shape[1:3]) != tail:
-            hint = ""
-            if array.ndim == len(expected) - 1 and tuple(array.shape[:2]) == tail:
-                hint = f"; for a single chunk pass {name}[None]"
-            raise InvalidInputError(
-                f"{name} have shape {list(array.shape)}; expected [{letters}] = [{', '.join(expected)}]{hint}"
-            )
-
     def _refuse_actions(self, actions: Float32Array) -> None:
         # Written so that NaN is refused.
         is_wrong = ~(np.abs(actions) <= self._action_limit)
@@ -193,24 +175,54 @@ class InputValidator:
             "beyond that float32 overflows inside the encoder"
         )
 
-    def _refuse_prefix(self, tokens: _Array) -> None:
-        layers, model = tokens.shape[3], self._model
-        can_be_built = layers in range(1, model.num_layers)
-        slicing = "slice tokens[..., :l] to one of them, or " if layers > min(model.prefixes) else ""
-        raise UnbuiltPrefixError(
-            f"tokens have {layers} layers (shape {list(tokens.shape)}); this bundle decodes {_listed(model.prefixes)}: "
-            + (
-                f"{slicing}build the bundle with `--prefixes {layers}`"
-                if can_be_built
-                else f"pass the first so many of the model's {model.num_layers} layers, tokens[..., :l]"
-            )
-        )
-
     def _refuse_tokens(self, tokens: _Array) -> None:
         highest = self._model.num_levels - 1
         index = unravel(((tokens < 0) | (tokens > highest)).argmax(), tokens.shape)
         raise InvalidInputError(
             f"tokens{list(index)} is {tokens[index]}; expected 0 ... {highest}, the {highest + 1} levels of this bundle"
+        )
+
+
+def check_shape(name: str, shape: tuple[int, ...], letters: str, tail: tuple[int, int]) -> None:
+    """Raises InvalidInputError unless the shape is [B, *tail], or [B, *tail, l] where `letters` say so.
+
+    >>> check_shape("actions", (1, 8, 6), "B, T, A", (8, 7))
+    Traceback (most recent call last):
+    rfsq.runtime.bundle.errors.InvalidInputError: actions have shape [1, 8, 6]; expected [B, T, A] = [B, 8, 7]
+    """
+    expected = ["B", *map(str, tail), *(["l"] if letters.endswith("l") else [])]
+    if len(shape) != len(expected) or shape[1:3] != tail:
+        is_single = len(shape) == len(expected) - 1 and shape[:2] == tail
+        hint = f"; for a single chunk pass {name}[None]" if is_single else ""
+        raise InvalidInputError(
+            f"{name} have shape {list(shape)}; expected [{letters}] = [{', '.join(expected)}]{hint}"
+        )
+
+
+def check_prefix(shape: tuple[int, ...], model: ModelEntry) -> None:
+    """Raises UnbuiltPrefixError unless the bundle decodes tokens of this shape [B, T, D, l]."""
+    layers = shape[3]
+    if layers in model.prefixes:
+        return
+    slicing = "slice tokens[..., :l] to one of them, or " if layers > min(model.prefixes) else ""
+    raise UnbuiltPrefixError(
+        f"tokens have {layers} layers (shape {list(shape)}); this bundle decodes {_listed(model.prefixes)}: "
+        + (
+            f"{slicing}build the bundle with `--prefixes {layers}`"
+            if 1 <= layers < model.num_layers
+            else f"pass the first so many of the model's {model.num_layers} layers, tokens[..., :l]"
+        )
+    )
+
+
+def check_whether_stats(stats: object | None, model: ModelEntry) -> None:
+    """Raises InvalidInputError unless there are stats where decoding needs them, and none elsewhere."""
+    if stats is None and model.has_stats:
+        raise InvalidInputError(_STATS_NEEDED)
+    if stats is not None and not model.has_stats:
+        raise InvalidInputError(
+            f"stats were given, but tokens of a {model.mode!r} bundle are decoded without: its mean and scale are "
+            "constants in the decoder. Leave stats out"
         )
 
 
