@@ -38,6 +38,8 @@ _EXTERNAL_DATA = b"location"
 _LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging.CRITICAL)
 
 _Array = npt.NDArray[Any]
+#: The address and shape of an array.
+_Place = tuple[int, tuple[int, ...]]
 Providers = Sequence[tuple[str, dict[str, str]]]
 
 _CPU_PROVIDERS: Providers = (("CPUExecutionProvider", {}),)
@@ -132,7 +134,7 @@ class BoundGraph:
                 finally:
                     lock.release()
             session = self._session_here()
-            session.run_with_iobinding(self._bind(session, source, source_stats, target, target_stats))
+            session.run_with_iobinding(self._bind_host(session, source, source_stats, target, target_stats))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise InferenceError(f"ONNX Runtime {ort.__version__} failed: {error}") from error
 
@@ -147,7 +149,7 @@ class BoundGraph:
         ]
         assert source is not None
         session = self._session_here()
-        buffers = _Buffers(source, source_stats, target, target_stats, session, self._bind(session, *own))
+        buffers = _Buffers(source, source_stats, target, target_stats, session, self._bind_host(session, *own))
         self._bound[source.shape, target_stats is None] = buffers
         if len(self._bound) > _BOUND_BATCHES:
             del self._bound[next(iter(self._bound))]
@@ -175,24 +177,23 @@ class BoundGraph:
             self._session = self._open_session()
         return self._session
 
-    def _bind(self, session: Any, *arrays: _Array | None) -> Any:
+    def _bind_host(self, session: Any, *arrays: _Array | None) -> Any:
         """A binding to the memory of source, its stats, target and its stats, which has to outlive it."""
-        binding = session.io_binding()
-        inputs = [array for array in arrays[:2] if array is not None]
-        outputs = [array for array in arrays[2:] if array is not None]
-        for entry, array in zip(self._inputs, inputs, strict=True):
-            binding.bind_input(entry.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        for entry, array in zip(self._outputs, outputs, strict=False):
-            binding.bind_output(entry.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return binding
+        return self._bind(session, "cpu", [(array.ctypes.data, array.shape) for array in arrays if array is not None])
 
-    def bind_device(self, addresses: Sequence[int], batch: int) -> Callable[[], None]:
-        """A call on memory of CUDA's device 0, inputs first, for a session on it; it returns when the work is done."""
-        session = self._session_here()
+    def _bind(self, session: Any, device: str, places: Sequence[_Place]) -> Any:
+        """places: of the inputs, then of the outputs, of which the last may be left out."""
         binding = session.io_binding()
         binders = [binding.bind_input] * len(self._inputs) + [binding.bind_output] * len(self._outputs)
-        for bind, entry, address in zip(binders, (*self._inputs, *self._outputs), addresses, strict=True):
-            bind(entry.name, "cuda", 0, np.dtype(entry.dtype).type, (batch, *entry.shape[1:]), address)
+        entries = (*self._inputs, *self._outputs)
+        for bind, entry, (address, shape) in zip(binders, entries, places, strict=False):
+            bind(entry.name, device, 0, np.dtype(entry.dtype).type, shape, address)
+        return binding
+
+    def bind_device(self, places: Sequence[_Place]) -> Callable[[], None]:
+        """A call on memory of CUDA's device 0, inputs first, for a session on it; it returns when the work is done."""
+        session = self._session_here()
+        binding = self._bind(session, "cuda", places)
 
         def run() -> None:
             try:

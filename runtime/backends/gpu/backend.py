@@ -96,48 +96,44 @@ class GpuBackend:
         functions: Sequence[GpuFunction],
     ) -> None:
         self.name, self.description, self.device = name, description, device
-        runners = [(entry, _Runner(entry, function)) for entry, function in zip(entries, functions, strict=True)]
-        self._runners = [runner for _, runner in runners]
-        self._encoders = {_token_type(entry): runner for entry, runner in runners if entry.role == "encoder"}
-        self._typed_decoders = {
-            (entry.prefix, _token_type(entry)): runner for entry, runner in runners if entry.role == "decoder"
-        }
-        first = _token_type(entries[0])
-        self._encoder = self._encoders[first]
-        self._decoders = {prefix: runner for (prefix, kind), runner in self._typed_decoders.items() if kind == first}
+        # By the type of tokens; then by the prefix, None for the encoder.
+        self._runners: dict[np.dtype[Any], dict[int | None, _Runner]] = {}
+        for entry, function in zip(entries, functions, strict=True):
+            tokens = next(tensor for tensor in (*entry.inputs, *entry.outputs) if tensor.name == "tokens")
+            of_type = self._runners.setdefault(np.dtype(tokens.dtype), {})
+            of_type[None if entry.role == "encoder" else entry.prefix] = _Runner(entry, function)
+        self._on_host = next(iter(self._runners.values()))
 
     @property
     def token_types(self) -> tuple[np.dtype[Any], ...]:
-        return tuple(self._encoders)
+        return tuple(self._runners)
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
-        self._encoder.run_on_host((actions,), (tokens, stats))
+        self._on_host[None].run_on_host((actions,), (tokens, stats))
 
     def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
-        self._decoders[tokens.shape[3]].run_on_host((tokens,) if stats is None else (tokens, stats), (actions,))
+        self._on_host[tokens.shape[3]].run_on_host((tokens,) if stats is None else (tokens, stats), (actions,))
 
     def encode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         """arrays: actions, tokens and, in `dynamic` bundles, stats. Returns before the work is done."""
-        self._encoders[arrays[1].dtype].run_on_gpu(arrays, stream)
+        self._runners[arrays[1].dtype][None].run_on_gpu(arrays, stream)
 
     def decode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         """arrays: tokens, in `dynamic` bundles stats, and actions. Returns before the work is done."""
-        self._decoder_of(arrays).run_on_gpu(arrays, stream)
+        self._runners[arrays[0].dtype][arrays[0].shape[3]].run_on_gpu(arrays, stream)
 
     def bind_encode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
         """`encode_on_gpu` on these arrays, captured."""
-        return self._encoders[arrays[1].dtype].bind(arrays, stream)
+        return self._runners[arrays[1].dtype][None].bind(arrays, stream)
 
     def bind_decode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
         """`decode_on_gpu` on these arrays, captured."""
-        return self._decoder_of(arrays).bind(arrays, stream)
-
-    def _decoder_of(self, arrays: Sequence[GpuArray]) -> _Runner:
-        return self._typed_decoders[arrays[0].shape[3], arrays[0].dtype]
+        return self._runners[arrays[0].dtype][arrays[0].shape[3]].bind(arrays, stream)
 
     def close(self) -> None:
-        for runner in self._runners:
-            runner.close()
+        for of_type in self._runners.values():
+            for runner in of_type.values():
+                runner.close()
 
 
 class CapturedCall:
@@ -177,7 +173,9 @@ class _Runner:
 
     def __init__(self, entry: GraphEntry, function: GpuFunction) -> None:
         self._entry, self._function = entry, function
-        per_chunk = sum(_bytes_per_chunk(tensor) for tensor in (*entry.inputs, *entry.outputs))
+        per_chunk = sum(
+            math.prod(tensor.shape[1:]) * np.dtype(tensor.dtype).itemsize for tensor in (*entry.inputs, *entry.outputs)
+        )
         self._slice = max(1, min(function.max_batch, _SLICE_BYTES // per_chunk))
         self._host_calls: Kept[_HostCall] = Kept(self._new_host_call, _HostCall.close)
         self._programs: Kept[Program] = Kept(lambda _stream: function.new_program(), _close_idle_program)
@@ -216,8 +214,12 @@ class _Runner:
         require_device()
         require_not_capturing(stream.handle)
         with self._programs.borrowed(stream.handle) as program:
-            for start, batch in _slices(arrays[0].shape[0], self._function.max_batch):
-                program.bind(batch, [array.address + start * _bytes_of_one(array) for array in arrays])
+            whole, most = arrays[0].shape[0], self._function.max_batch
+            # Every part begins aligned, as the first does.
+            most = most // _ALIGNED_CHUNKS * _ALIGNED_CHUNKS or most
+            for start in range(0, whole, most):
+                addresses = [array.address + start * (array.num_bytes // whole) for array in arrays]
+                program.bind(min(most, whole - start), addresses)
                 program.enqueue(stream.handle)
 
     def bind(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
@@ -337,22 +339,3 @@ def _close_idle_program(program: Program) -> None:
 
 #: Kept from being freed in a child of fork, where nothing of CUDA may be called.
 _ABANDONED: list[object] = []
-
-
-def _slices(batch: int, most: int) -> Sequence[tuple[int, int]]:
-    """Start and length of consecutive parts of at most `most`."""
-    # Every part begins aligned, as the first does.
-    most = most // _ALIGNED_CHUNKS * _ALIGNED_CHUNKS or most
-    return [(start, min(most, batch - start)) for start in range(0, batch, most)]
-
-
-def _token_type(entry: GraphEntry) -> np.dtype[Any]:
-    return np.dtype(next(tensor.dtype for tensor in (*entry.inputs, *entry.outputs) if tensor.name == "tokens"))
-
-
-def _bytes_per_chunk(tensor: TensorEntry) -> int:
-    return math.prod(tensor.shape[1:]) * np.dtype(tensor.dtype).itemsize
-
-
-def _bytes_of_one(array: GpuArray) -> int:
-    return array.num_bytes // array.shape[0]

@@ -6,10 +6,9 @@ Addresses and handles are plain integers. Nothing here chooses a GPU: it is CUDA
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -151,8 +150,7 @@ def fail(error: Any) -> None:
 
 
 def _describe(error: Any) -> str:
-    _, name = cudart.cudaGetErrorName(error)
-    _, text = cudart.cudaGetErrorString(error)
+    name, text = cudart.cudaGetErrorName(error)[1], cudart.cudaGetErrorString(error)[1]
     return f"{text.decode()} ({name.decode()})"
 
 
@@ -246,27 +244,19 @@ class CapturedGraph:
 
 def capture(stream: Stream, work: Callable[[], None]) -> CapturedGraph:
     """Record what `work` puts on `stream`, without running it. Whatever it uses has to outlive the graph."""
-    with _capturing(stream) as captured:
-        work()
-    graph = captured[0]
-    try:
-        return CapturedGraph(call(cudart.cudaGraphInstantiate, graph, 0))
-    finally:
-        cudart.cudaGraphDestroy(graph)
-
-
-@contextlib.contextmanager
-def _capturing(stream: Stream) -> Iterator[list[Any]]:
-    captured: list[Any] = []
     call(cudart.cudaStreamBeginCapture, stream.handle, _CAPTURE_MODE)
     try:
-        yield captured
+        work()
     except BaseException:
         # The capture has to end, whatever became of it.
         cudart.cudaStreamEndCapture(stream.handle)
         cudart.cudaGetLastError()
         raise
-    captured.append(call(cudart.cudaStreamEndCapture, stream.handle))
+    graph = call(cudart.cudaStreamEndCapture, stream.handle)
+    try:
+        return CapturedGraph(call(cudart.cudaGraphInstantiate, graph, 0))
+    finally:
+        cudart.cudaGraphDestroy(graph)
 
 
 def is_on_device(address: int) -> bool:

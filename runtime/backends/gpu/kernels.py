@@ -24,38 +24,33 @@ class KernelError(TokenizerError):
 def compile_kernels(source: str, name: str, compute_capability: str, options: Sequence[str] = ()) -> bytes:
     """Machine code for one kind of GPU, such as `9.0`; none has to be here. Raises KernelError."""
     flags = [f"--gpu-architecture=sm_{compute_capability.replace('.', '')}", "--std=c++17", *options]
+    program = _nvrtc(nvrtc.nvrtcCreateProgram, source.encode(), name.encode(), 0, [], [])
     try:
-        program = _nvrtc(nvrtc.nvrtcCreateProgram, source.encode(), name.encode(), 0, [], [])
-        try:
-            (error,) = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])
-            if error:
-                log = b" " * int(_nvrtc(nvrtc.nvrtcGetProgramLogSize, program))
-                _nvrtc(nvrtc.nvrtcGetProgramLog, program, log)
-                text = log.decode(errors="replace").strip("\0 \n")
-                raise KernelError(
-                    f"NVRTC refuses {name} for compute capability {compute_capability}: {error!r}\n{text}"
-                )
-            image = b" " * int(_nvrtc(nvrtc.nvrtcGetCUBINSize, program))
-            # Fills the bytes that it is given.
-            _nvrtc(nvrtc.nvrtcGetCUBIN, program, image)
-        finally:
-            nvrtc.nvrtcDestroyProgram(program)
-    except RuntimeError as error:  # What cuda-python raises where it does not find the library
-        raise KernelError(f"NVRTC cannot be used: {error}; install it with: pip install '.[gpu]'") from error
+        (error,) = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])
+        if error:
+            log = b" " * int(_nvrtc(nvrtc.nvrtcGetProgramLogSize, program))
+            _nvrtc(nvrtc.nvrtcGetProgramLog, program, log)
+            text = log.decode(errors="replace").strip("\0 \n")
+            raise KernelError(f"NVRTC refuses {name} for compute capability {compute_capability}: {error!r}\n{text}")
+        image = b" " * int(_nvrtc(nvrtc.nvrtcGetCUBINSize, program))
+        # Fills the bytes that it is given.
+        _nvrtc(nvrtc.nvrtcGetCUBIN, program, image)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
     return image
 
 
 def nvrtc_version() -> str:
     """Such as `NVRTC 13.0`. Raises KernelError without it."""
-    try:
-        major, minor = _nvrtc(nvrtc.nvrtcVersion)
-    except RuntimeError as error:
-        raise KernelError(f"NVRTC cannot be used: {error}; install it with: pip install '.[gpu]'") from error
+    major, minor = _nvrtc(nvrtc.nvrtcVersion)
     return f"NVRTC {major}.{minor}"
 
 
 def _nvrtc(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    error, *values = function(*arguments)
+    try:
+        error, *values = function(*arguments)
+    except RuntimeError as missing:  # What cuda-python raises where it does not find the library
+        raise KernelError(f"NVRTC cannot be used: {missing}; install it with: pip install '.[gpu]'") from missing
     if error:
         raise KernelError(f"NVRTC failed: {error!r}")
     return values[0] if len(values) == 1 else tuple(values)
@@ -81,10 +76,9 @@ class KernelLibrary:
 
     def kernel(self, name: str) -> Kernel:
         """Raises BackendUnavailableError where there is none of this name."""
-        found = self.find(name)
-        if found is None:
-            raise BackendUnavailableError(f"the engine has no kernel {name}; compile it again, with --from-bundle")
-        return found
+        if found := self.find(name):
+            return found
+        raise BackendUnavailableError(f"the engine has no kernel {name}; compile it again, with --from-bundle")
 
     def close(self) -> None:
         if is_usable():
