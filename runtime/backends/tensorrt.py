@@ -41,7 +41,7 @@ class TrtBackend(GpuBackend):
             for engine in self._engines:
                 engine.close()
             raise
-        super().__init__(backend, f"{api.tag}, {gpu}", str(gpu), graphs, self._engines)
+        super().__init__(backend, f"{api.tag}, {gpu}", str(gpu), self._engines)
 
     @property
     def engines_in_use(self) -> tuple[EngineInUse, ...]:
@@ -75,8 +75,11 @@ def _fits(entry: EngineEntry, api: TrtApi, device: GpuDevice) -> bool:
 class TrtFunction:
     """One engine. Its kernels are compiled when the first program runs, and remembered in `kernel_cache`."""
 
+    reads_once = False
+
     def __init__(self, api: TrtApi, runtime: Any, bundle: Bundle, graph: GraphEntry, entry: EngineEntry) -> None:
         self._api, self._runtime, self._entry = api, runtime, entry
+        self.graph, self.max_batch = graph, entry.profile[2]
         self._engine = api.deserialize(runtime, bundle.content(entry.file))
         _check_tensors(entry, graph, api.engine_tensors(self._engine))
         # Kernels that were compiled for another GPU do not run on this one.
@@ -88,16 +91,6 @@ class TrtFunction:
             # It only saves time; a driver that was updated may want kernels of its own.
             _LOG.warning("%s: %s; the kernels are compiled anew", entry.kernel_cache, error)
             self._kernel_cache = api.create_kernel_cache(self._engine, b"")
-        self._names = tuple(tensor.name for tensor in (*graph.inputs, *graph.outputs))
-        self._tails = {tensor.name: tensor.shape[1:] for tensor in graph.inputs}
-
-    @property
-    def max_batch(self) -> int:
-        return self._entry.profile[2]
-
-    @property
-    def reads_once(self) -> bool:
-        return False
 
     def in_use(self) -> EngineInUse:
         """With the kernels compiled so far; none where the library keeps none."""
@@ -106,7 +99,7 @@ class TrtFunction:
 
     def new_program(self) -> TrtProgram:
         context = self._api.create_context(self._engine, self._kernel_cache)
-        return TrtProgram(self._api, context, self._names, self._tails)
+        return TrtProgram(self._api, context, self.graph)
 
     def close(self) -> None:
         # In this order: TensorRT wants the runtime to outlive the engine.
@@ -116,8 +109,10 @@ class TrtFunction:
 class TrtProgram:
     """An execution context. A captured graph uses its memory, so it lives as long as the graph."""
 
-    def __init__(self, api: TrtApi, context: Any, names: Sequence[str], tails: dict[str, tuple[int, ...]]) -> None:
-        self._api, self._context, self._names, self._tails = api, context, names, tails
+    def __init__(self, api: TrtApi, context: Any, graph: GraphEntry) -> None:
+        self._api, self._context = api, context
+        self._names = tuple(tensor.name for tensor in (*graph.inputs, *graph.outputs))
+        self._tails = {tensor.name: tensor.shape[1:] for tensor in graph.inputs}
         self._bound: tuple[int, tuple[int, ...]] | None = None
 
     def bind(self, batch: int, addresses: Sequence[int]) -> None:

@@ -64,6 +64,10 @@ class GpuFunction(Protocol):
     """An encoder or a decoder on the GPU."""
 
     @property
+    def graph(self) -> GraphEntry:
+        """Which one it is, with the types and shapes of its inputs and outputs."""
+
+    @property
     def max_batch(self) -> int:
         """The most chunks that one program takes."""
 
@@ -81,27 +85,21 @@ class GpuFunction(Protocol):
 class GpuBackend:
     """A backend made of GPU functions. May be called from any thread, and from a signal handler.
 
-    functions: one for each graph in `entries`, which may come once for each type of tokens. Arrays of the host go
-    through those of the first type: what is legal has the same value in all.
+    functions: of the encoder and every decoder, once for each type of tokens. Arrays of the host go through those of
+    the first type: what is legal has the same value in all.
     """
 
     checked_steps = 0
 
-    def __init__(
-        self,
-        name: str,
-        description: str,
-        device: str,
-        entries: Sequence[GraphEntry],
-        functions: Sequence[GpuFunction],
-    ) -> None:
+    def __init__(self, name: str, description: str, device: str, functions: Sequence[GpuFunction]) -> None:
         self.name, self.description, self.device = name, description, device
         # By the type of tokens; then by the prefix, None for the encoder.
         self._runners: dict[np.dtype[Any], dict[int | None, _Runner]] = {}
-        for entry, function in zip(entries, functions, strict=True):
-            tokens = next(tensor for tensor in (*entry.inputs, *entry.outputs) if tensor.name == "tokens")
+        for function in functions:
+            graph = function.graph
+            tokens = next(tensor for tensor in (*graph.inputs, *graph.outputs) if tensor.name == "tokens")
             of_type = self._runners.setdefault(np.dtype(tokens.dtype), {})
-            of_type[None if entry.role == "encoder" else entry.prefix] = _Runner(entry, function)
+            of_type[None if graph.role == "encoder" else graph.prefix] = _Runner(function)
         self._on_host = next(iter(self._runners.values()))
 
     @property
@@ -171,11 +169,10 @@ class CapturedCall:
 class _Runner:
     """One function with everything that is kept ready for it."""
 
-    def __init__(self, entry: GraphEntry, function: GpuFunction) -> None:
-        self._entry, self._function = entry, function
-        per_chunk = sum(
-            math.prod(tensor.shape[1:]) * np.dtype(tensor.dtype).itemsize for tensor in (*entry.inputs, *entry.outputs)
-        )
+    def __init__(self, function: GpuFunction) -> None:
+        self._function = function
+        tensors = (*function.graph.inputs, *function.graph.outputs)
+        per_chunk = sum(math.prod(tensor.shape[1:]) * np.dtype(tensor.dtype).itemsize for tensor in tensors)
         self._slice = max(1, min(function.max_batch, _SLICE_BYTES // per_chunk))
         self._host_calls: Kept[_HostCall] = Kept(self._new_host_call, _HostCall.close)
         self._programs: Kept[Program] = Kept(lambda _stream: function.new_program(), _close_idle_program)
@@ -257,13 +254,13 @@ class _Runner:
     def _new_host_call(self, batch: int) -> _HostCall:
         # Once is enough: its stream, memory and graph are this device's, whichever is current when they are used.
         require_device()
-        return _HostCall(self._entry, self._function, batch)
+        return _HostCall(self._function, batch)
 
 
 class _HostCall:
     """One function at one batch size, from numpy arrays to numpy arrays: pinned memory, device memory, one graph."""
 
-    def __init__(self, entry: GraphEntry, function: GpuFunction, batch: int) -> None:
+    def __init__(self, function: GpuFunction, batch: int) -> None:
         with contextlib.ExitStack() as undo:
             program = function.new_program()
             undo.callback(program.close)
@@ -279,8 +276,8 @@ class _HostCall:
                 undo.callback(gpu.close)
                 return host, gpu
 
-            inputs = [allocate(tensor, may_be_direct=function.reads_once) for tensor in entry.inputs]
-            outputs = [allocate(tensor, may_be_direct=True) for tensor in entry.outputs]
+            inputs = [allocate(tensor, may_be_direct=function.reads_once) for tensor in function.graph.inputs]
+            outputs = [allocate(tensor, may_be_direct=True) for tensor in function.graph.outputs]
             for host, _ in inputs:
                 # Legal input, whatever the memory held.
                 host.array.fill(0)
