@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 import numpy as np
@@ -26,16 +24,6 @@ if TYPE_CHECKING:
     from .bundle.golden import Golden
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What a tokenizer was loaded as, from an absolute folder: so its copies are loaded too."""
-
-    folder: Path
-    backend: str
-    fingerprint: str
-    verify: bool
 
 
 class ActionTokenizer:
@@ -63,7 +51,8 @@ class ActionTokenizer:
         self._unchecked_chunks = backend.checked_steps // manifest.model.chunk_length
         self._gpu_calls: GpuCalls | None = None
         self._is_closed = False
-        self._origin: _Origin | None = None
+        #: What `load` is called with to open the same again, by an absolute path.
+        self._origin: dict[str, Any] | None = None
 
     @classmethod
     def load(
@@ -103,7 +92,12 @@ class ActionTokenizer:
             _LOG.warning(
                 "%s, judged by the build on %s of %s: %s", bundle.folder, quality.judged_on, quality.source, found
             )
-        tokenizer._origin = _Origin(bundle.folder.absolute(), tokenizer.backend.name, tokenizer.fingerprint, verify)
+        tokenizer._origin = {
+            "path": bundle.folder.absolute(),
+            "backend": tokenizer.backend.name,
+            "expect_fingerprint": tokenizer.fingerprint,
+            "verify": verify,
+        }
         return tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,18 +112,13 @@ class ActionTokenizer:
         return {name: value for name, value in vars(self).items() if name not in _OPENED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        origin: _Origin = state["_origin"]
+        origin: dict[str, Any] = state["_origin"]
         try:
-            opened = ActionTokenizer.load(
-                origin.folder,
-                backend=origin.backend,
-                expect_fingerprint=origin.fingerprint,
-                verify=origin.verify,
-            )
+            opened = ActionTokenizer.load(**origin)
         except TokenizerError as error:
             raise type(error)(
-                f"a copied or pickled tokenizer opens its bundle again, {origin.folder} with the fingerprint "
-                f"{origin.fingerprint} on {origin.backend!r}, and it cannot be opened here: {error}"
+                f"a copied or pickled tokenizer opens its bundle again, {origin['path']} with the fingerprint "
+                f"{origin['expect_fingerprint']} on {origin['backend']!r}, and it cannot be opened here: {error}"
             ) from error
         vars(self).update(vars(opened) | state)
 
@@ -141,7 +130,7 @@ class ActionTokenizer:
     @property
     def folder(self) -> Path | None:
         """Where the bundle was loaded from, absolute; None for a tokenizer that was made around a backend."""
-        return None if self._origin is None else self._origin.folder
+        return None if self._origin is None else self._origin["path"]
 
     @property
     def manifest(self) -> Manifest:
@@ -320,9 +309,7 @@ class ActionTokenizer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _on_gpu(self) -> GpuCalls:

@@ -17,10 +17,10 @@ class BackendSpec:
     factory: module in `runtime/backends` and what makes the backend there, called with the bundle and `arguments`;
     packages: of these Python packages one has to be installed, none where it is empty; install: the command for it;
     engine_source: None for a backend that runs the bundle's graphs as they are.
-    is_on_gpu: it takes arrays of the GPU where they lie. survives_fork: a child of fork may call what its parent has
-    loaded; without, the call raises InferenceError. checked_steps: in calls of up to so many steps it checks values
-    itself and raises IllegalValueError. marks_illegal: the host does not read its values, so in calls of any size it
-    marks what is illegal (`MarksIllegalValues`).
+    is_on_gpu: it takes arrays of the GPU where they lie, whose values the host does not read, so in calls of any size
+    it marks what is illegal (`MarksIllegalValues`). survives_fork: a child of fork may call what its parent has loaded;
+    without, the call raises InferenceError. checked_steps: in calls of up to so many steps it checks values itself and
+    raises IllegalValueError.
 
     >>> BACKENDS["c"].is_on_gpu, BACKENDS["cuda"].engine_source
     (False, 'cuda')
@@ -35,7 +35,6 @@ class BackendSpec:
     is_on_gpu: bool = False
     survives_fork: bool = False
     checked_steps: int = 0
-    marks_illegal: bool = False
 
     @property
     def is_installed(self) -> bool:
@@ -70,7 +69,6 @@ _SPECS = (
         packages=("cuda",),
         install="pip install '.[gpu]'",
         is_on_gpu=True,
-        marks_illegal=True,
     ),
     BackendSpec(
         "tensorrt-rtx",
@@ -81,7 +79,6 @@ _SPECS = (
         packages=("tensorrt_rtx", "tensorrt_rtx_bindings"),
         install="pip install '.[tensorrt-rtx,gpu]'",
         is_on_gpu=True,
-        marks_illegal=True,
     ),
     BackendSpec(
         "tensorrt",
@@ -91,7 +88,6 @@ _SPECS = (
         packages=("tensorrt",),
         install="pip install '.[tensorrt,gpu]'",
         is_on_gpu=True,
-        marks_illegal=True,
     ),
     BackendSpec(
         "onnxruntime",
@@ -108,7 +104,6 @@ _SPECS = (
         packages=("onnxruntime",),
         install="pip install onnxruntime-gpu",
         is_on_gpu=True,
-        marks_illegal=True,
     ),
 )
 #: By name, in the order in which `auto` tries them: the fastest decoder of one chunk of numpy arrays first

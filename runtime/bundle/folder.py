@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -61,10 +61,6 @@ class Bundle:
         except KeyError:
             raise BundleError(f"{self.folder} lists no file {file!r}; {_COPY_AGAIN}") from None
 
-    def unlisted_files(self) -> tuple[str, ...]:
-        """Files in the folder that the manifest does not name: nothing reads them."""
-        return unlisted_files(self.folder, self._contents.keys())
-
 
 def open_bundle(path: str | os.PathLike[str], *, is_proven: bool = True) -> Bundle:
     """Read a bundle into memory and check it against its manifest; nothing in it is deserialised before.
@@ -100,7 +96,7 @@ def _read_bundle(folder: Path, opened: OpenFolder, manifest_text: str, is_proven
 
 
 def unlisted_files(folder: Path, listed: Collection[str]) -> tuple[str, ...]:
-    """Files in `folder`, links included, that are neither the manifest nor listed in it."""
+    """Files in `folder`, links included, that are neither the manifest nor listed in it: nothing reads them."""
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     found = {path.relative_to(folder).as_posix() for path in paths}
     return tuple(sorted(found.difference(listed, {MANIFEST_NAME})))
@@ -181,12 +177,7 @@ def _unreadable(name: str, folder: Path, error: Exception) -> BundleError:
 
 def check_file_name(name: str) -> None:
     """Raises BundleError unless `name` is a plain path inside the bundle, with forward slashes, on every system."""
-    parts = name.split("/")
-    if (
-        any(part in ("", ".", "..") for part in parts)
-        or any(character in name for character in "\\:\0")
-        or PurePosixPath(name).is_absolute()
-    ):
+    if any(part in ("", ".", "..") for part in name.split("/")) or any(sign in name for sign in "\\:\0"):
         raise BundleError(f"{name!r} may lie outside the bundle; expected a plain path in it with forward slashes")
 
 

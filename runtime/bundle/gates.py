@@ -102,7 +102,7 @@ def promised_refusal(backend: str, chunk_length: int) -> str:
     spec = BACKENDS.get(backend)
     if spec is None:
         return ""
-    if spec.marks_illegal:
+    if spec.is_on_gpu:
         return NOT_MARKED
     # Longer calls are left to the validator: of longer chunks, all.
     return ACCEPTED if chunk_length <= spec.checked_steps else ""

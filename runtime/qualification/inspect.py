@@ -13,7 +13,7 @@ from typing import Any
 
 from ..bundle.console import printable
 from ..bundle.errors import TokenizerError
-from ..bundle.folder import Bundle, open_bundle
+from ..bundle.folder import Bundle, open_bundle, unlisted_files
 from ..bundle.manifest import EngineEntry, GraphEntry, TensorEntry
 
 
@@ -37,7 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def describe(bundle: Bundle) -> dict[str, Any]:
     """The manifest's content and `unlisted_files`, fit for JSON."""
-    return {**dataclasses.asdict(bundle.manifest), "unlisted_files": list(bundle.unlisted_files())}
+    return {
+        **dataclasses.asdict(bundle.manifest),
+        "unlisted_files": list(unlisted_files(bundle.folder, bundle.manifest.files)),
+    }
 
 
 def overview(bundle: Bundle) -> Iterator[str]:
@@ -74,7 +77,7 @@ def overview(bundle: Bundle) -> Iterator[str]:
     yield "files, sizes and sha256 as in the manifest"
     for file, listed in sorted(manifest.files.items()):
         yield f"  {listed.size:>12,} bytes  {listed.sha256[:16]}…  {file}"
-    for file in bundle.unlisted_files():
+    for file in unlisted_files(bundle.folder, bundle.manifest.files):
         yield f"  not listed in the manifest, never read: {file}"
     yield f"built with {', '.join(f'{name} {version}' for name, version in sorted(manifest.tools.items()))}"
     yield "provenance"
