@@ -44,7 +44,12 @@ class CBackend:
         self._entry = _choose_engine(bundle, host_targets() if target is None else (target,))
         self.device = self._entry.targets[0]
         self.description = f"generated C for {self.device}, {self._entry.version}"
-        library = _open(bundle, self._entry)
+        try:
+            library = _load(bundle.content(self._entry.file))
+        except OSError as error:
+            raise BackendUnavailableError(
+                f"{self._entry.file} does not load here: {error}; compile it again on this machine with --from-bundle"
+            ) from error
         self._encode = _function(library, "rfsq_encode")
         self._decoders = {prefix: _function(library, f"rfsq_decode_l{prefix}") for prefix in model.prefixes}
         self._has_stats = model.has_stats
@@ -144,15 +149,6 @@ def _choose_engine(bundle: Bundle, targets: Sequence[str]) -> EngineEntry:
     )
 
 
-def _open(bundle: Bundle, entry: EngineEntry) -> ctypes.CDLL:
-    try:
-        return _load(bundle.content(entry.file))
-    except OSError as error:
-        raise BackendUnavailableError(
-            f"{entry.file} does not load here: {error}; compile it again on this machine with --from-bundle"
-        ) from error
-
-
 @cache
 def _load(content: bytes) -> ctypes.CDLL:
     """The library of exactly these bytes, which were hashed: a file in the bundle may have changed since.
@@ -181,13 +177,11 @@ _SPELLINGS = itertools.count()
 
 
 def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
-    try:
-        function = getattr(library, name)
-    except AttributeError:
-        raise BackendUnavailableError(f"the C engine has no function {name}; compile it again") from None
     # No argtypes: converting to them takes half a microsecond, and every argument has its C type already.
-    found: Callable[..., int] = function
-    return found
+    function: Callable[..., int] | None = getattr(library, name, None)
+    if function is None:
+        raise BackendUnavailableError(f"the C engine has no function {name}; compile it again")
+    return function
 
 
 def _pointer(array: _Array) -> Any:
