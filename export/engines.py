@@ -24,10 +24,6 @@ if TYPE_CHECKING:
     from rfsq.runtime.backends.gpu.driver import GpuDevice
 
 
-#: The source says itself where a product and a sum round once; everything else rounds as IEEE 754 has it.
-CUDA_FLAGS = ("--fmad=false",)
-
-
 @dataclass(frozen=True)
 class EngineSources:
     """What engines are compiled from, and for.
@@ -152,7 +148,10 @@ def _compile_cuda(backend: str, sources: EngineSources, staged: StagedBundle, st
     source, gpu = sources.content(CUDA_SOURCE), open_device()
     try:
         version = nvrtc_version()
-        content = compile_kernels(source.decode(), CUDA_SOURCE.rpartition("/")[2], gpu.compute_capability, CUDA_FLAGS)
+        # The source says itself where a product and a sum round once; everything else rounds as IEEE 754 has it.
+        content = compile_kernels(
+            source.decode(), CUDA_SOURCE.rpartition("/")[2], gpu.compute_capability, may_fuse=False
+        )
     except KernelError as error:
         raise EngineBuildError(str(error)) from error
     entry = _written(

@@ -15,7 +15,6 @@ from rfsq.export.bundle_writer import stage_bundle
 from rfsq.export.c_builder import compile_c
 from rfsq.export.c_source import CTokenizer, c_tokenizer
 from rfsq.export.cuda_source import cuda_tokenizer
-from rfsq.export.engines import CUDA_FLAGS
 from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
 from rfsq.export.plan import (
     DecoderPlan,
@@ -348,7 +347,7 @@ def compile_cuda(source: str, compute_capability: str) -> bytes:
     """Needs NVRTC, but no GPU."""
     from rfsq.runtime.backends.gpu.kernels import compile_kernels
 
-    return compile_kernels(source, "rfsq_tokenizer.cu", compute_capability, CUDA_FLAGS)
+    return compile_kernels(source, "rfsq_tokenizer.cu", compute_capability, may_fuse=False)
 
 
 def cuda_entry(source: str, compute_capability: str) -> EngineEntry:

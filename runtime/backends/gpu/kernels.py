@@ -21,39 +21,36 @@ class KernelError(TokenizerError):
     """NVRTC is missing or refuses the source; the message quotes it."""
 
 
-def compile_kernels(source: str, name: str, compute_capability: str, options: Sequence[str] = ()) -> bytes:
-    """Machine code for one kind of GPU, such as `9.0`; none has to be here. Raises KernelError."""
-    flags = [f"--gpu-architecture=sm_{compute_capability.replace('.', '')}", "--std=c++17", *options]
-    program = _nvrtc(nvrtc.nvrtcCreateProgram, source.encode(), name.encode(), 0, [], [])
+def compile_kernels(source: str, name: str, compute_capability: str, *, may_fuse: bool = True) -> bytes:
+    """Machine code for one kind of GPU, such as `9.0`; none has to be here. Raises KernelError.
+
+    may_fuse: whether a product and a sum may become one operation, which rounds once.
+    """
+    # Here, because a robot compiles nothing.
+    from cuda.core import Program, ProgramOptions
+
+    arch = f"sm_{compute_capability.replace('.', '')}"
     try:
-        (error,) = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])
-        if error:
-            log = b" " * int(_nvrtc(nvrtc.nvrtcGetProgramLogSize, program))
-            _nvrtc(nvrtc.nvrtcGetProgramLog, program, log)
-            text = log.decode(errors="replace").strip("\0 \n")
-            raise KernelError(f"NVRTC refuses {name} for compute capability {compute_capability}: {error!r}\n{text}")
-        image = b" " * int(_nvrtc(nvrtc.nvrtcGetCUBINSize, program))
-        # Fills the bytes that it is given.
-        _nvrtc(nvrtc.nvrtcGetCUBIN, program, image)
-    finally:
-        nvrtc.nvrtcDestroyProgram(program)
-    return image
+        options = ProgramOptions(name=name, arch=arch, std="c++17", fma=may_fuse)
+        return bytes(Program(source, "c++", options).compile("cubin").code)
+    except RuntimeError as error:
+        raise _without_nvrtc(error) from error
+    except Exception as error:  # cuda.core's own errors have no public base class
+        raise KernelError(f"NVRTC refuses {name} for compute capability {compute_capability}: {error}") from error
 
 
 def nvrtc_version() -> str:
     """Such as `NVRTC 13.0`. Raises KernelError without it."""
-    major, minor = _nvrtc(nvrtc.nvrtcVersion)
+    try:
+        _, major, minor = nvrtc.nvrtcVersion()
+    except RuntimeError as error:
+        raise _without_nvrtc(error) from error
     return f"NVRTC {major}.{minor}"
 
 
-def _nvrtc(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    try:
-        error, *values = function(*arguments)
-    except RuntimeError as missing:  # What cuda-python raises where it does not find the library
-        raise KernelError(f"NVRTC cannot be used: {missing}; install it with: pip install '.[gpu]'") from missing
-    if error:
-        raise KernelError(f"NVRTC failed: {error!r}")
-    return values[0] if len(values) == 1 else tuple(values)
+def _without_nvrtc(error: RuntimeError) -> KernelError:
+    """error: what cuda-python raises where it does not find the library."""
+    return KernelError(f"NVRTC cannot be used: {error}; install it with: pip install '.[gpu]'")
 
 
 class KernelLibrary:
