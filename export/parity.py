@@ -116,8 +116,8 @@ class Judge:
                 for layers, error in sorted(self.decode_errors.items())
             ),
             *(
-                entry(verdict.gate, verdict.accepted, GATES.illegal_values, verdict.first)
-                for verdict in judge_refusal(self.model, self.backend, is_thorough=True)
+                entry(check.gate, check.value, check.limit, check.detail)
+                for check in judge_refusal(self.model, self.backend, is_thorough=True)
             ),
         )
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..bundle.arrays import unravel
 from ..bundle.errors import IllegalValueError, TokenizerError
-from ..bundle.gates import ACCEPTED, NOT_MARKED
+from ..bundle.gates import ACCEPTED, GATES, NOT_MARKED, Check
 from ..bundle.manifest import ModelEntry
 from ..bundle.validation import STATS_LIMIT
 from .contract import Backend, MarksIllegalValues
@@ -31,28 +31,19 @@ _MARKED_BATCHES = (1, 2, 37)
 _LEGAL_EVERY = 3
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """gate: what was called; accepted: how many illegal values passed for legal ones; first: the first of them."""
-
-    gate: str
-    accepted: int
-    first: str
-
-
-def judge_refusal(model: ModelEntry, backend: Backend, *, is_thorough: bool = False) -> tuple[Verdict, ...]:
-    """A verdict for the encoder and each decoder of a backend that promises to check values; none for others.
+def judge_refusal(model: ModelEntry, backend: Backend, *, is_thorough: bool = False) -> tuple[Check, ...]:
+    """A check of the encoder and each decoder of a backend that promises to check values; none for others.
 
     is_thorough: in every place, as a build can afford; a robot waits a hundredth of a second for the others.
     """
     if hasattr(type(backend), "token_types"):
         token_type = cast(MarksIllegalValues, backend).token_types[0]
-        return tuple(_judge_marks(call, token_type) for call in _calls(model, backend))
+        return tuple(_check(call, NOT_MARKED, _unmarked(call, token_type)) for call in _calls(model, backend))
     most = backend.checked_steps // model.chunk_length
     if most == 0:
         return ()
     batches = sorted({size for size in (1, 2, 3, most - 1, most) if 1 <= size <= most})
-    return tuple(_judge_checks(call, batches, is_thorough) for call in _calls(model, backend))
+    return tuple(_check(call, ACCEPTED, _accepted(call, batches, is_thorough)) for call in _calls(model, backend))
 
 
 @dataclass(frozen=True)
@@ -112,9 +103,14 @@ def _calls(model: ModelEntry, backend: Backend) -> Iterator[_Call]:
         )
 
 
-def _judge_checks(call: _Call, batches: list[int], is_thorough: bool) -> Verdict:
+def _check(call: _Call, gate: str, problems: Iterator[str]) -> Check:
+    """problems: a line for each illegal value that passed for a legal one."""
+    found = list(problems)
+    return Check(f"{call.gate}: {gate}", len(found), GATES.illegal_values, found[0] if found else "")
+
+
+def _accepted(call: _Call, batches: list[int], is_thorough: bool) -> Iterator[str]:
     """One illegal value in each call, which has to raise and to write nothing."""
-    accepted, first = 0, ""
     for batch in batches:
         inputs, outputs = call.arrays(batch)
         for array, values_at in zip(inputs, call.illegal, strict=False):
@@ -131,14 +127,11 @@ def _judge_checks(call: _Call, batches: list[int], is_thorough: bool) -> Verdict
                     problem = f"was accepted and became {outputs[0].flat[place % outputs[0].size]}"
                 flat[place] = legal
                 if problem:
-                    accepted += 1
-                    first = first or _described(value, array, place, problem)
+                    yield _described(value, array, place, problem)
                     outputs = call.arrays(batch)[1]
             if any((out != untouched).any() for out, untouched in zip(outputs, call.outputs, strict=True)):
-                accepted += 1
-                first = first or f"a refused call of {batch} chunks has written into its output"
+                yield f"a refused call of {batch} chunks has written into its output"
                 outputs = call.arrays(batch)[1]
-    return Verdict(f"{call.gate}: {ACCEPTED}", accepted, first)
 
 
 def _trials(array: _Array, values_at: Callable[[int], _Array], is_thorough: bool) -> Iterator[tuple[int, Any]]:
@@ -159,9 +152,8 @@ def _trials(array: _Array, values_at: Callable[[int], _Array], is_thorough: bool
             yield place, values[(turn + turn // len(values)) % len(values)]
 
 
-def _judge_marks(call: _Call, token_type: np.dtype[Any]) -> Verdict:
+def _unmarked(call: _Call, token_type: np.dtype[Any]) -> Iterator[str]:
     """Illegal values in two of three steps, which have to be marked while the third is not."""
-    accepted, first = 0, ""
     values = call.illegal[0](0)
     if call.gate.startswith("decode"):
         # -1 is the largest of unsigned tokens, and has to be no level there either.
@@ -177,15 +169,11 @@ def _judge_marks(call: _Call, token_type: np.dtype[Any]) -> Verdict:
             given = np.where(is_legal, rows[0, 0], values[(steps + turn) % len(values)])
             rows[steps, places] = given
             call.run(*inputs, *outputs)
-            marks = call.is_mark(outputs[0]).reshape(len(rows), -1)
-            wrong = np.where(is_legal, marks.any(-1), ~marks.all(-1))
-            accepted += int(wrong.sum())
-            if wrong.any() and not first:
-                step = int(wrong.argmax())
-                became = outputs[0].reshape(len(rows), -1)[step, 0]
-                problem = f"was {'marked' if is_legal[step] else 'not marked'} and became {became}"
-                first = _described(given[step], inputs[0], step * rows.shape[1] + int(places[step]), problem)
-    return Verdict(f"{call.gate}: {NOT_MARKED}", accepted, first)
+            results = outputs[0].reshape(len(rows), -1)
+            marks = call.is_mark(results)
+            for step in np.flatnonzero(np.where(is_legal, marks.any(-1), ~marks.all(-1))).tolist():
+                problem = f"was {'marked' if is_legal[step] else 'not marked'} and became {results[step, 0]}"
+                yield _described(given[step], inputs[0], step * rows.shape[1] + int(places[step]), problem)
 
 
 def _described(value: Any, array: _Array, place: int, problem: str) -> str:

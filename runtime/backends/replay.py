@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.comparison import action_errors, compare_tokens
 from ..bundle.errors import TokenizerError
-from ..bundle.gates import GATES
+from ..bundle.gates import GATES, Check
 from ..bundle.golden import Golden
 from ..bundle.manifest import ModelEntry
 from .contract import Backend, judged
@@ -19,25 +19,6 @@ from .refusal import judge_refusal
 
 #: Chunks that are also run in batches of 1 and 2: what can go wrong there is the batch, not the numbers.
 _SMALL_BATCH_CHUNKS = 64
-
-
-@dataclass(frozen=True)
-class Check:
-    """One gate on one kind of answer: passes where value <= limit."""
-
-    gate: str
-    value: float
-    limit: float
-    detail: str
-
-    @property
-    def passed(self) -> bool:
-        return self.value <= self.limit
-
-    def __str__(self) -> str:
-        sign, relation = ("✓", "≤") if self.passed else ("✗", ">")
-        detail = f" ({self.detail})" if self.detail else ""
-        return f"{sign} {self.gate}: {self.value:.4g} {relation} {self.limit:.4g}{detail}"
 
 
 @dataclass(frozen=True)
@@ -78,9 +59,8 @@ def replay(golden: Golden, model: ModelEntry, backend: Backend) -> ReplayResult:
 
 def _refusal_checks(model: ModelEntry, backend: Backend, variant: str) -> Iterator[Check]:
     try:
-        for verdict in judge_refusal(model, backend):
-            label = f"{variant}, {verdict.gate}" if variant else verdict.gate
-            yield Check(label, verdict.accepted, GATES.illegal_values, verdict.first)
+        for check in judge_refusal(model, backend):
+            yield replace(check, gate=f"{variant}, {check.gate}") if variant else check
     except TokenizerError as error:
         yield Check("illegal values", np.inf, GATES.illegal_values, str(error))
 

@@ -66,6 +66,25 @@ class Gates:
 GATES = Gates()
 
 
+@dataclass(frozen=True)
+class Check:
+    """One gate on one kind of answer: passes where value <= limit."""
+
+    gate: str
+    value: float
+    limit: float
+    detail: str
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.limit
+
+    def __str__(self) -> str:
+        sign, relation = ("✓", "≤") if self.passed else ("✗", ">")
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{sign} {self.gate}: {self.value:.4g} {relation} {self.limit:.4g}{detail}"
+
+
 def highest_limit(gate: str, num_steps: int, latent_dim: int, num_layers: int) -> float | None:
     """The highest limit that a manifest may state for a gate that was run on so many control steps.
 
