@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
@@ -58,16 +58,13 @@ class TrtApi:
     version: str
     module: Any
     logger: Any
-    _hub: MessageHub = field(repr=False)
+    #: Within the `with` block, a list that grows by every message of TensorRT.
+    collect_messages: Callable[[], contextlib.AbstractContextManager[list[LogMessage]]]
 
     @property
     def tag(self) -> str:
         """Backend and version in one word fit for a file name: an engine runs only on the version that built it."""
         return f"{self.backend}-{self.version}"
-
-    def collect_messages(self) -> contextlib.AbstractContextManager[list[LogMessage]]:
-        """Within the `with` block, a list that grows by every message of TensorRT."""
-        return self._hub.collect()
 
     # --- building -------------------------------------------------------------------------------------------------
 
@@ -251,4 +248,4 @@ def find_tensorrt(backend: str) -> TrtApi:
 def _api_of(backend: str, module: ModuleType) -> TrtApi:
     # Cached because TensorRT keeps the first logger it meets for the whole process and warns about any other.
     hub = MessageHub()
-    return TrtApi(backend, str(vars(module).get("__version__", "unknown")), module, hub.logger_of(module), hub)
+    return TrtApi(backend, str(vars(module).get("__version__", "unknown")), module, hub.logger_of(module), hub.collect)

@@ -379,9 +379,9 @@ def test_a_child_that_forks_while_it_holds_the_buffers_goes_on(bundle: Path) -> 
             self.pid = os.fork()
             super().__setitem__(index, value)
 
-    (buffers,) = graph._bound.values()
-    forking = buffers.source.view(Forking)
-    graph._bound = {key: replace(buffers, source=forking) for key in graph._bound}
+    ((key, ((source, *others), session, binding)),) = graph._bound.items()
+    forking = source.view(Forking)
+    graph._bound = {key: ((forking, *others), session, binding)}
     backend.encode_into(actions, found, None)
     if forking.pid == 0:
         try:
