@@ -115,9 +115,9 @@ class InputValidator:
 
         Raises InvalidInputError.
         """
-        check_whether_stats(stats, self._model)
-        if stats is None:
+        if stats is None and not self._model.has_stats:
             return None
+        check_whether_stats(stats, self._model)
         array = _as_array("stats", stats)
         expected = (*tokens.shape[:2], tokens.shape[3], 2)
         if array.shape != expected:
