@@ -79,7 +79,7 @@ class MarksIllegalValues(Protocol):
 
     @property
     def token_types(self) -> tuple[np.dtype[Any], ...]:
-        """The first is that of numpy arrays on their way through."""
+        """Those that tokens may have; the first, int32, is that of numpy arrays on their way through."""
 
 
 class HasVariants(Protocol):

@@ -35,13 +35,9 @@ def _of_header(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[st
     if C_HEADER not in contents:
         return
     model = manifest.model
-    expected = {
-        "FINGERPRINT": f'"{manifest.fingerprint}"',
-        "CHUNK_LENGTH": str(model.chunk_length),
-        "ACTION_DIM": str(model.action_dim),
-        "LATENT_DIM": str(model.latent_dim),
-        "NUM_LAYERS": str(model.num_layers),
-        "NUM_LEVELS": str(model.num_levels),
+    sizes = ("chunk_length", "action_dim", "latent_dim", "num_layers", "num_levels")
+    expected = {"FINGERPRINT": f'"{manifest.fingerprint}"'} | {
+        size.upper(): str(getattr(model, size)) for size in sizes
     }
     text = contents[C_HEADER].decode("utf-8", "replace")
     found = dict(re.findall(r"^#define RFSQ_(\w+) (\S+)$", text, re.MULTILINE))

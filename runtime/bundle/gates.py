@@ -1,5 +1,7 @@
 """The parity gates' limits: every number that decides whether an engine is equal to the reference."""
 
+import itertools
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -108,12 +110,8 @@ def highest_limit(gate: str, num_steps: int, latent_dim: int, num_layers: int) -
 
 def highest_bounds(num_levels: int, num_layers: int) -> list[float]:
     """For each layer, in its bins: what golden vectors may state as the bound of all but `unlikely_bounds` tokens."""
-    first = GATES.latent_bound * (num_levels - 1) / 2
-    growth = GATES.bound_growth * num_levels
-    bounds = [first]
-    while len(bounds) < num_layers:
-        bounds.append(bounds[-1] * growth)
-    return bounds
+    first, growth = GATES.latent_bound * (num_levels - 1) / 2, GATES.bound_growth * num_levels
+    return list(itertools.accumulate([first, *[growth] * (num_layers - 1)], operator.mul))
 
 
 def promised_refusal(backend: str, chunk_length: int) -> str:

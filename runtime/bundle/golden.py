@@ -184,15 +184,15 @@ def _check_values(golden: Golden, model: ModelEntry) -> None:
     """A golden vector that cannot fail is no test: every number must be one that the reference can give."""
     excused = int((golden.margins <= golden.bounds).sum())
     most_flips = _most_flips(golden, model, excused)
-    rules = {
+    rules: dict[str, bool | np.bool_] = {
         "actions that do not span the model's action_units": _spans_units(golden, model),
-        "actions beyond the model's action_limit": bool((np.abs(golden.actions) <= model.action_limit).all()),
-        f"tokens outside 0 ... {model.num_levels - 1}": bool(
-            ((golden.tokens >= 0) & (golden.tokens < model.num_levels)).all()
-        ),
-        "margins that are negative or not finite": bool(((golden.margins >= 0) & np.isfinite(golden.margins)).all()),
-        "bounds that are negative or not a number": bool((golden.bounds >= 0).all()),
-        "stats that are not finite": golden.stats is None or bool(np.isfinite(golden.stats).all()),
+        "actions beyond the model's action_limit": (np.abs(golden.actions) <= model.action_limit).all(),
+        f"tokens outside 0 ... {model.num_levels - 1}": (
+            (golden.tokens >= 0) & (golden.tokens < model.num_levels)
+        ).all(),
+        "margins that are negative or not finite": ((golden.margins >= 0) & np.isfinite(golden.margins)).all(),
+        "bounds that are negative or not a number": (golden.bounds >= 0).all(),
+        "stats that are not finite": golden.stats is None or np.isfinite(golden.stats).all(),
         "decoded actions that are not finite": all(np.isfinite(actions).all() for actions in golden.decoded.values()),
         "bounds that float32's rounding does not explain": _are_of_rounding(golden, model),
         f"bounds that excuse {excused} of {golden.tokens.size} tokens": (

@@ -7,7 +7,6 @@ memory, and copy, engine and copy back are one captured graph. Arrays of the GPU
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -197,15 +196,13 @@ class _Runner:
         parts = [slice(start, start + self._slice) for start in starts]
         with self._host_calls.borrowed(self._slice) as first, self._host_calls.borrowed(self._slice) as second:
             # While one slice is on the GPU, the processor fills or empties the pinned memory of the other.
-            calls = itertools.cycle((first, second))
-            under_way, before = next(calls), parts[0]
-            under_way.start([array[before] for array in inputs])
-            for part in parts[1:]:
-                following = next(calls)
+            following, under_way = first, second
+            for number, part in enumerate(parts):
                 following.start([array[part] for array in inputs])
-                under_way.finish([None if array is None else array[before] for array in outputs])
-                under_way, before = following, part
-            under_way.finish([None if array is None else array[before] for array in outputs])
+                if number:
+                    under_way.finish([None if array is None else array[parts[number - 1]] for array in outputs])
+                following, under_way = under_way, following
+            under_way.finish([None if array is None else array[parts[-1]] for array in outputs])
 
     def run_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         require_device()

@@ -17,7 +17,7 @@ from ...bundle.validation import (
     kind_of,
     type_advice,
 )
-from ..contract import BoundCall
+from ..contract import BoundCall, MarksIllegalValues
 from .arrays import GpuArray, GpuResult, GpuStream, gpu_array, stream_of
 
 _DType = np.dtype[Any]
@@ -28,12 +28,8 @@ _Call = tuple[list[GpuArray], GpuStream]
 
 
 @runtime_checkable
-class TakesGpuArrays(Protocol):
+class TakesGpuArrays(MarksIllegalValues, Protocol):
     """What a backend on the GPU has beside the contract of all backends; arrays in the order of its graphs."""
-
-    @property
-    def token_types(self) -> tuple[np.dtype[Any], ...]:
-        """Those that tokens may have; the first is int32."""
 
     def encode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None: ...
 
