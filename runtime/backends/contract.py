@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -53,6 +53,10 @@ class Backend(Protocol):
     name: as in the table of backends; description: library, version and device, for logs and reports; device: what it
     runs on, a GPU or a kind of processor; checked_steps: in calls of up to so many steps it checks the values itself,
     and raises IllegalValueError with nothing written. None of them changes.
+
+    Some have two properties more. engines_in_use: the `EngineInUse`s of a backend that runs engines of the bundle.
+    variants: by name, the backends around kernels that the contract does not reach, such as those for tokens of another
+    type; they are closed with the backend itself.
     """
 
     name: str
@@ -82,14 +86,6 @@ class MarksIllegalValues(Protocol):
         """Those that tokens may have; the first, int32, is that of numpy arrays on their way through."""
 
 
-class HasVariants(Protocol):
-    """A backend with kernels that its contract does not reach, such as those for tokens of another type."""
-
-    @property
-    def variants(self) -> Mapping[str, Backend]:
-        """By what they differ in; they are closed with the backend itself."""
-
-
 @dataclass(frozen=True)
 class EngineInUse:
     """An engine of the bundle that a backend runs.
@@ -101,17 +97,10 @@ class EngineInUse:
     kernel_cache: bytes = b""
 
 
-class HasEngines(Protocol):
-    """A backend that runs engines which were compiled into the bundle."""
-
-    @property
-    def engines_in_use(self) -> Sequence[EngineInUse]:
-        """All that it runs."""
-
-
-def engines_of(backend: Backend) -> Sequence[EngineInUse]:
+def engines_of(backend: Any) -> Sequence[EngineInUse]:
     """The engines that a backend runs; none for one that runs the bundle's graphs as they are."""
-    return cast(HasEngines, backend).engines_in_use if hasattr(type(backend), "engines_in_use") else ()
+    found: Sequence[EngineInUse] = backend.engines_in_use if hasattr(type(backend), "engines_in_use") else ()
+    return found
 
 
 def no_engine(bundle: Bundle, wanted: str, found: str) -> BackendUnavailableError:
@@ -122,8 +111,7 @@ def no_engine(bundle: Bundle, wanted: str, found: str) -> BackendUnavailableErro
     )
 
 
-def judged(backend: Backend) -> dict[str, Backend]:
+def judged(backend: Any) -> dict[str, Backend]:
     """What gates have to judge: the backend, without a name, and its variants."""
     # Of the class: a wrapper that hands unknown names on is judged itself, and not what it wraps.
-    has_variants = hasattr(type(backend), "variants")
-    return {"": backend, **(cast(HasVariants, backend).variants if has_variants else {})}
+    return {"": backend, **(backend.variants if hasattr(type(backend), "variants") else {})}

@@ -104,11 +104,7 @@ class CudaFunction:
         self.few_steps = FEW_STEPS
         self.graph, self.token_type = graph, tokens.dtype
         self.chunk_length, self.num_arguments = model.chunk_length, len(graph.inputs) + len(graph.outputs) + 1
-        self.max_batch = _MOST_STEPS // self.chunk_length
-
-    @property
-    def has_many(self) -> bool:
-        return self._many is not None
+        self.max_batch, self.has_many = _MOST_STEPS // self.chunk_length, self._many is not None
 
     def with_few_steps(self, few_steps: int) -> CudaFunction:
         """Another of the same kernels."""

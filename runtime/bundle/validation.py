@@ -6,7 +6,7 @@ to an error.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -83,7 +83,8 @@ class InputValidator:
             limit = self._action_limit
             # A NaN is the maximum of any array that holds one, and no comparison with it is true.
             if not (np.maximum.reduce(array, axis=None) <= limit and np.minimum.reduce(array, axis=None) >= -limit):
-                self._refuse_actions(array)
+                expected = f"finite numbers of at most {limit:g}: beyond that float32 overflows inside the encoder"
+                _refuse_first("actions", array, np.abs(array) <= limit, expected)
         return array
 
     def tokens(self, tokens: object, *, unchecked: int = 0) -> Int32Array:
@@ -107,7 +108,8 @@ class InputValidator:
             and array.size
             and np.maximum.reduce(array.view(_UNSIGNED[array.dtype]), axis=None) >= self._num_levels
         ):
-            self._refuse_tokens(array)
+            expected = f"0 ... {self._num_levels - 1}, the {self._num_levels} levels of this bundle"
+            _refuse_first("tokens", array, (array >= 0) & (array < self._num_levels), expected)
         return array if is_int32 else array.astype(_INT32)
 
     def stats(self, stats: object, tokens: Int32Array) -> Float32Array | None:
@@ -130,14 +132,14 @@ class InputValidator:
         possible = np.abs(array) <= STATS_LIMIT
         possible[..., 1] &= array[..., 1] > 0
         if not possible.all():
-            index = unravel(possible.argmin(), possible.shape)
-            expected_number = (
-                f"a sigma above 0 and at most {STATS_LIMIT:g}" if index[-1] else f"a mean of at most ±{STATS_LIMIT:g}"
+            is_sigma = possible.argmin() % 2
+            number = (
+                f"a sigma above 0 and at most {STATS_LIMIT:g}" if is_sigma else f"a mean of at most ±{STATS_LIMIT:g}"
             )
-            raise InvalidInputError(
-                f"stats{list(index)} is {array[index]}; expected {expected_number}: latents lie between -1 and 1, so "
-                "no encoder gives it; pass the stats that encode_with_stats returned"
+            origin = (
+                "latents lie between -1 and 1, so no encoder gives it; pass the stats that encode_with_stats returned"
             )
+            _refuse_first("stats", array, possible, f"{number}: {origin}")
         return array
 
     def output(
@@ -165,22 +167,6 @@ class InputValidator:
                     f"{name} overlaps the memory of an input or of another output; give it memory of its own"
                 )
         return out
-
-    def _refuse_actions(self, actions: Float32Array) -> None:
-        # Written so that NaN is refused.
-        is_wrong = ~(np.abs(actions) <= self._action_limit)
-        index = unravel(is_wrong.argmax(), is_wrong.shape)
-        raise InvalidInputError(
-            f"actions{list(index)} is {actions[index]}; expected finite numbers of at most {self._action_limit:g}: "
-            "beyond that float32 overflows inside the encoder"
-        )
-
-    def _refuse_tokens(self, tokens: _Array) -> None:
-        highest = self._model.num_levels - 1
-        index = unravel(((tokens < 0) | (tokens > highest)).argmax(), tokens.shape)
-        raise InvalidInputError(
-            f"tokens{list(index)} is {tokens[index]}; expected 0 ... {highest}, the {highest + 1} levels of this bundle"
-        )
 
 
 def check_shape(name: str, shape: tuple[int, ...], letters: str, tail: tuple[int, int]) -> None:
@@ -224,6 +210,11 @@ def check_whether_stats(stats: object | None, model: ModelEntry) -> None:
             f"stats were given, but tokens of a {model.mode!r} bundle are decoded without: its mean and scale are "
             "constants in the decoder. Leave stats out"
         )
+
+
+def _refuse_first(name: str, array: _Array, is_right: npt.NDArray[np.bool_], expected: str) -> NoReturn:
+    index = unravel(is_right.argmin(), array.shape)
+    raise InvalidInputError(f"{name}{list(index)} is {array[index]}; expected {expected}")
 
 
 def _as_array(name: str, value: object) -> _Array:

@@ -12,6 +12,7 @@ from rfsq.export.reference import Answers
 from rfsq.runtime.bundle.comparison import TokenComparison
 from rfsq.runtime.bundle.errors import IllegalValueError
 from rfsq.runtime.bundle.gates import GATES
+from rfsq.runtime.bundle.manifest import ModelEntry
 
 
 def section(chunks: int, chunk_length: int, name: str = "some") -> Section:
@@ -95,10 +96,19 @@ def test_a_build_tries_illegal_values_everywhere_also_within_a_chunk(place: int)
         def decode_into(self, *_arrays: Any) -> None:
             raise IllegalValueError
 
-    model: Any = SimpleNamespace(
-        chunk_length=3, action_dim=3, latent_dim=1, num_layers=2, num_levels=3, prefixes=(2,), action_limit=1.0,
-        has_stats=False,
-    )  # fmt: skip
+    model = ModelEntry(
+        mode="calibrated",
+        chunk_length=3,
+        action_dim=3,
+        latent_dim=1,
+        hidden_width=1,
+        num_layers=2,
+        num_levels=3,
+        prefixes=(2,),
+        action_limit=1.0,
+        action_units=(1.0,) * 3,
+        action_offset=(0.0,) * 3,
+    )
     backend: Any = Blind()
     reference: Any = Recorder()
     (judge,) = judges_of([backend], reference, model)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from cuda.bindings import driver
 from cuda.bindings import runtime as cudart
 
 from ...bundle.errors import BackendUnavailableError, InferenceError, OutOfGpuMemoryError
@@ -128,7 +129,7 @@ def _device() -> GpuDevice:
 
 
 def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    """Call into CUDA; returns what comes beside its status: nothing, a value or a tuple.
+    """Call into CUDA, its runtime or its driver; returns what comes beside the status: nothing, a value or a tuple.
 
     Raises OutOfGpuMemoryError or InferenceError with CUDA's own words.
     """
@@ -150,7 +151,10 @@ def fail(error: Any) -> None:
 
 
 def _describe(error: Any) -> str:
-    name, text = cudart.cudaGetErrorName(error)[1], cudart.cudaGetErrorString(error)[1]
+    if isinstance(error, cudart.cudaError_t):
+        name, text = cudart.cudaGetErrorName(error)[1], cudart.cudaGetErrorString(error)[1]
+    else:
+        name, text = driver.cuGetErrorName(error)[1], driver.cuGetErrorString(error)[1]
     return f"{text.decode()} ({name.decode()})"
 
 

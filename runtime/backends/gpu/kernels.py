@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from cuda.bindings import driver, nvrtc
 
 from ...bundle.errors import BackendUnavailableError, InferenceError, TokenizerError
-from .driver import DEVICE, is_usable
+from .driver import DEVICE, call, fail, is_usable
 
 #: SHT_NOBITS of ELF: a section that takes no room in the file.
 _WITHOUT_CONTENT = 8
@@ -60,7 +60,7 @@ class KernelLibrary:
         _check_image(image)
         self._image = np.frombuffer(image, np.uint8)
         try:
-            self._library = _driver(driver.cuLibraryLoadData, self._image.ctypes.data, None, None, 0, None, None, 0)
+            self._library = call(driver.cuLibraryLoadData, self._image.ctypes.data, None, None, 0, None, None, 0)
         except InferenceError as error:
             raise BackendUnavailableError(
                 f"the driver does not load the kernels: {error}; compile them on this machine, with --from-bundle"
@@ -108,7 +108,7 @@ class Kernel:
         # The driver takes a kernel of a library wherever it takes a function.
         self._kernel = driver.CUfunction(int(kernel))
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
-        self.threads = int(_driver(driver.cuKernelGetAttribute, most, kernel, DEVICE))
+        self.threads = int(call(driver.cuKernelGetAttribute, most, kernel, DEVICE))
 
     def launch(self, blocks: int, arguments: KernelArguments, stream: int) -> None:
         """Raises InferenceError."""
@@ -116,7 +116,7 @@ class Kernel:
             self._kernel, blocks, 1, 1, self.threads, 1, 1, 0, stream, arguments.address, 0
         )[0]  # fmt: skip
         if error:
-            _fail(error)
+            fail(error)
 
 
 class KernelArguments:
@@ -131,17 +131,3 @@ class KernelArguments:
 
     def set(self, values: Sequence[int]) -> None:
         self._values[:] = list(values)
-
-
-def _driver(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    error, *values = function(*arguments)
-    if error:
-        _fail(error)
-    return values[0] if values else None
-
-
-def _fail(error: Any) -> None:
-    _, text = driver.cuGetErrorString(error)
-    raise InferenceError(
-        f"CUDA failed: {text.decode() if text else repr(error)}; if this comes again, start the process anew"
-    )
