@@ -44,7 +44,7 @@ class ActionTokenizer:
 
     def __init__(self, manifest: Manifest, backend: Backend, golden: Golden | None = None) -> None:
         self._manifest, self._model = manifest, manifest.model
-        #: What the backend was tested with; None where it was not.
+        #: The golden vectors that the backend was tested with; None without a test.
         self.golden = golden
         self._backend = backend
         self._validator = InputValidator(manifest.model)
@@ -81,7 +81,7 @@ class ActionTokenizer:
         _check_fingerprint(bundle.manifest.fingerprint, expect_fingerprint)
         golden = None
         if verify:
-            # Here, as below: who does without it does not load it.
+            # Here, as below, so that a load without it does not import it.
             from .bundle.golden import read_golden
 
             golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model)
@@ -333,7 +333,7 @@ class ActionTokenizer:
         try:
             self._backend.encode_into(actions, tokens, stats)
         except IllegalValueError:
-            # Says which value it is, and where.
+            # Raises an error that names the value and its place.
             self._validator.actions(actions)
             raise
 
@@ -344,7 +344,7 @@ class ActionTokenizer:
         try:
             self._backend.decode_into(tokens, stats, actions)
         except IllegalValueError:
-            # Says which value it is, and where.
+            # Raises an error that names the value and its place.
             self._validator.tokens(tokens)
             raise
 

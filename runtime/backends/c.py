@@ -109,7 +109,7 @@ class CBackend:
             raise IllegalValueError("the C engine refuses the tokens, or their statistics: not all are legal")
 
     def close(self) -> None:
-        """The library stays loaded: another thread may be in it, and it holds nothing."""
+        """Does nothing: the library stays loaded, since another thread may be in it, and it holds no memory."""
 
 
 class _HeldCall:
@@ -166,7 +166,7 @@ def _load(content: bytes) -> ctypes.CDLL:
         written = 0
         while written < len(content):
             written += os.write(descriptor, content[written:])
-        # The loader takes a name that it knows for the library that it has loaded by it, and numbers come again.
+        # The loader knows libraries by their names, and the system gives the same number again: so no name comes twice.
         spelling = "./" * next(_SPELLINGS)
         return ctypes.CDLL(f"/proc/self/fd/{spelling}{descriptor}")
     finally:

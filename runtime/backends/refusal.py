@@ -1,8 +1,8 @@
 """Whether a backend refuses what is illegal, or marks it, where it promises to: judged with illegal values themselves.
 
-For these calls nobody else looks at the values, and right answers to legal ones say nothing of them. A check may be
-missing for one kind of value, one element, one step, the last of a vector or one batch size, so values and places take
-turns; a call takes microseconds.
+For these calls nobody else checks the values, and right answers to legal values do not show that illegal ones are
+noticed. A check may be missing for one kind of value, one element, one step, the last of a vector or one batch size, so
+values and places take turns; a call takes microseconds.
 """
 
 from __future__ import annotations

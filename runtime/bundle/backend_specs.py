@@ -55,7 +55,7 @@ def is_package_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ValueError:
-        # A module that was put into sys.modules by hand.
+        # A module that somebody put into sys.modules by hand has no spec.
         return True
 
 

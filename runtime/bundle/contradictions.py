@@ -41,7 +41,7 @@ def _of_header(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[st
     }
     text = contents[C_HEADER].decode("utf-8", "replace")
     found = dict(re.findall(r"^#define RFSQ_(\w+) (\S+)$", text, re.MULTILINE))
-    # Headers that were generated before they named the mode are as good.
+    # Headers of older builds do not name the mode.
     if "MODE" in found:
         expected["MODE"] = f'"{model.mode}"'
     for name, value in expected.items():

@@ -194,7 +194,7 @@ class FidelitySums:
         """Both [N, A] in the robot's units, N at least 1."""
         exact = actions.astype(np.float64)
         errors = np.abs(decoded.astype(np.float64) - exact)
-        # Sums of squares of what lies far from zero would cancel.
+        # Far from zero, sums of squares would lose their digits.
         self._shift = exact[0] if self._shift is None else self._shift
         moved = exact - self._shift
         self._steps += len(exact)

@@ -30,7 +30,7 @@ from .paths import as_path
 from .reading import OpenFolder, UnfitFileError
 
 _COPY_AGAIN = "copy the bundle again or build it again with `python export/build_engine.py`"
-#: A build may put a new bundle in place while its files are read one by one: then it is read again, so often at most.
+#: A build may replace the bundle while its files are read one by one. Then it is read again, this often at most.
 _READS = 4
 #: A manifest takes a few tens of KB; a larger file is something else and is not read: in memory it takes 25 times that.
 MANIFEST_SIZE_LIMIT = 4 * 2**20
@@ -76,7 +76,7 @@ def open_bundle(path: str | os.PathLike[str], *, is_proven: bool = True) -> Bund
             try:
                 return _read_bundle(folder, opened, text, is_proven)
             except BundleError:
-                # Another folder may stand there now, or another bundle may have been copied into this one.
+                # The folder may have been replaced meanwhile, or another bundle copied into it.
                 if opened.is_still_there() and _read_manifest(folder, opened) == text:
                     raise
     raise BundleError(f"{folder} was replaced {_READS} times while it was read; load it when the builds have ended")
@@ -89,7 +89,7 @@ def _read_bundle(folder: Path, opened: OpenFolder, manifest_text: str, is_proven
     kept: dict[str, bytes] = {}
     for name, entry in manifest.files.items():
         content = _read_checked(folder, opened, name, entry)
-        # The same content under many names takes its room once.
+        # The same content under several names is kept once.
         contents[name] = kept.setdefault(entry.sha256, content)
     check_contents(manifest, contents)
     return Bundle(folder, manifest, MappingProxyType(contents))

@@ -19,7 +19,7 @@ from .manifest import GOLDEN_NAME, ModelEntry
 
 #: The system that a zip states as its maker: the same on all.
 _ZIP_UNIX = 3
-#: Of a unit: what inputs reach at least that are drawn from a range of about two units.
+#: How far inputs reach from the middle at least, in units: they are drawn from a range of about two units.
 _SPANNED_UNITS = 0.1
 #: Standard deviations of a count of rare events, sqrt(count) each, that a sample of them may lie above its share.
 _SCATTER = 3
@@ -121,7 +121,7 @@ def _read_members(content: bytes) -> dict[str, bytes]:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("its members are compressed")
-        # Else a few bytes could be read again and again.
+        # Members of one name could read the same few bytes again and again.
         if len({entry.filename for entry in entries}) != len(entries):
             raise ValueError("it has members of the same name")
         if sum(entry.file_size for entry in entries) > len(content):
@@ -181,7 +181,7 @@ def _read_array(name: str, content: bytes, dtype: type[np.generic], shape: tuple
 
 
 def _check_values(golden: Golden, model: ModelEntry) -> None:
-    """A golden vector that cannot fail is no test: every number must be one that the reference can give."""
+    """Every number must be one that the reference can give: golden vectors that cannot fail test nothing."""
     excused = int((golden.margins <= golden.bounds).sum())
     most_flips = _most_flips(golden, model, excused)
     rules: dict[str, bool | np.bool_] = {

@@ -36,7 +36,7 @@ def read_file(path: str | Path, most: int) -> bytes:
     with regular_file(path) as (stream, size):
         if size > most:
             raise UnfitFileError(f"it has {size} bytes; expected at most {most}")
-        # Bounded too while somebody writes to it; room for `most` would be taken at once.
+        # The size that was checked, though the file may grow; asking for `most` would allocate all of it.
         return stream.read(size)
 
 
@@ -110,7 +110,7 @@ class OpenFolder:
             path = path / part
             before = path.lstat()
             _refuse_link(before, part)
-        # Not so much as opened: there may be no way to open it without waiting.
+        # Refused before it is opened: opening a pipe may wait for ever.
         _refuse_irregular(before)
         descriptor = os.open(path, _FILE)
         if not os.path.samestat(os.fstat(descriptor), before):
@@ -130,7 +130,7 @@ def _open_at(name: str, flags: int, folder: int) -> int:
 
 @contextlib.contextmanager
 def _regular(descriptor: int) -> Iterator[tuple[BinaryIO, int]]:
-    """Takes the descriptor over; its size is what it was at this moment."""
+    """Takes the descriptor over. The size is that of this moment."""
     try:
         status = os.fstat(descriptor)
         _refuse_irregular(status)
@@ -153,7 +153,7 @@ def _refuse_irregular(status: os.stat_result) -> None:
 
 
 def _check_depth(content: Any) -> None:
-    """Level by level: whatever calls itself for every level would overflow the stack."""
+    """Goes level by level, because recursion would overflow the stack."""
     level = [content]
     for _ in range(_MOST_LEVELS):
         level = [

@@ -141,7 +141,7 @@ def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
 
 def fail(error: Any) -> None:
     """Raises what `call` raises for a status that is not success."""
-    # An error that does not end the context would be told again by the next call that only asks.
+    # Clears the error: the next call that only asks for one would report it again.
     cudart.cudaGetLastError()
     if error == _OUT_OF_MEMORY:
         status, free, total = cudart.cudaMemGetInfo()
