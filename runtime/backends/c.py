@@ -20,8 +20,7 @@ from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.backend_specs import BACKENDS
 from ..bundle.errors import BackendUnavailableError, IllegalValueError
 from ..bundle.folder import Bundle
-from ..bundle.manifest import EngineEntry
-from .contract import EngineInUse, no_engine
+from .contract import EngineInUse, engine_for
 from .cpu_targets import host_targets
 
 _byref, _size, _first_byte = ctypes.byref, ctypes.c_size_t, ctypes.c_char.from_buffer
@@ -41,7 +40,8 @@ class CBackend:
 
     def __init__(self, bundle: Bundle, target: str | None = None) -> None:
         model = bundle.manifest.model
-        self._entry = _choose_engine(bundle, host_targets() if target is None else (target,))
+        targets = host_targets() if target is None else (target,)
+        self._entry = engine_for(bundle, "c", targets, f"C engine for {' or '.join(targets)}")
         self.device = self._entry.targets[0]
         self.description = f"generated C for {self.device}, {self._entry.version}"
         try:
@@ -137,16 +137,6 @@ class _HeldCall:
             function,
             *(ctypes.c_void_p(part.ctypes.data) if isinstance(part, np.ndarray) else part for part in arguments),
         )
-
-
-def _choose_engine(bundle: Bundle, targets: Sequence[str]) -> EngineEntry:
-    engines = {entry.targets[0]: entry for entry in bundle.manifest.engines if entry.backend == "c"}
-    for target in targets:
-        if target in engines:
-            return engines[target]
-    raise no_engine(
-        bundle, f"C engine for {' or '.join(targets)}", f"engines for {', '.join(engines)}" if engines else ""
-    )
 
 
 @cache

@@ -103,6 +103,20 @@ def engines_of(backend: Any) -> Sequence[EngineInUse]:
     return found
 
 
+def engine_for(bundle: Bundle, backend: str, targets: Sequence[str], wanted: str) -> EngineEntry:
+    """The engine for the first of `targets` that the bundle has one for; wanted: what to call it where it has none.
+
+    Raises BackendUnavailableError.
+    """
+    engines = [entry for entry in bundle.manifest.engines if entry.backend == backend]
+    for target in targets:
+        for entry in engines:
+            if target in entry.targets:
+                return entry
+    built = ", ".join(target for entry in engines for target in entry.targets)
+    raise no_engine(bundle, wanted, built and f"engines for {built}")
+
+
 def no_engine(bundle: Bundle, wanted: str, found: str) -> BackendUnavailableError:
     """What to raise where a bundle has no engine that runs here; found: those that it has of this kind, or nothing."""
     return BackendUnavailableError(

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from ..bundle.folder import Bundle
 from ..bundle.kernel_names import TokenType, kernel_name, token_types
-from ..bundle.manifest import EngineEntry, GraphEntry, ModelEntry, TensorEntry
-from .contract import Backend, EngineInUse, no_engine
+from ..bundle.manifest import GraphEntry, ModelEntry, TensorEntry
+from .contract import Backend, EngineInUse, engine_for
 from .gpu.backend import GpuBackend
-from .gpu.driver import GpuDevice, open_device
+from .gpu.driver import open_device
 from .gpu.kernels import KernelArguments, KernelLibrary
 
 #: A grid has so many blocks at most, and a step may have one of its own.
@@ -25,7 +25,7 @@ class CudaBackend(GpuBackend):
 
     def __init__(self, bundle: Bundle) -> None:
         gpu, model = open_device(), bundle.manifest.model
-        self._entry = _choose_engine(bundle, gpu)
+        self._entry = engine_for(bundle, "cuda", (gpu.compute_capability,), f"CUDA kernels for {gpu}")
         self._library = KernelLibrary(bundle.content(self._entry.file))
         graphs = bundle.manifest.graphs_of("reduce")
         names = ("cuda", f"generated CUDA, {self._entry.version}, {gpu}", str(gpu))
@@ -55,15 +55,6 @@ class CudaBackend(GpuBackend):
             variant.close()
         super().close()
         self._library.close()
-
-
-def _choose_engine(bundle: Bundle, gpu: GpuDevice) -> EngineEntry:
-    engines = [entry for entry in bundle.manifest.engines if entry.backend == "cuda"]
-    for entry in engines:
-        if gpu.compute_capability in entry.targets:
-            return entry
-    targets = ", ".join(target for entry in engines for target in entry.targets)
-    raise no_engine(bundle, f"CUDA kernels for {gpu}", targets and f"kernels for compute capability {targets}")
 
 
 def variants_of(functions: Sequence[CudaFunction]) -> dict[str, list[CudaFunction]]:

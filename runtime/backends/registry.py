@@ -35,14 +35,11 @@ def factory_of(spec: BackendSpec) -> Callable[[Bundle], Backend]:
     try:
         factory = getattr(importlib.import_module(f".{module}", __package__), name)
     except ImportError as error:
-        if spec.is_on_gpu:
-            raise BackendUnavailableError(
-                f"what a backend on the GPU needs does not load: {error}; "
-                "install cuda-python with: pip install '.[gpu]'"
-            ) from error
+        again = spec.install.replace("install", "install --force-reinstall")
         raise BackendUnavailableError(
-            f"{spec.name} is installed but does not load: {error}; install it again with: "
-            f"{spec.install.replace('install', 'install --force-reinstall')}"
+            f"what a backend on the GPU needs does not load: {error}; install cuda-python with: pip install '.[gpu]'"
+            if spec.is_on_gpu
+            else f"{spec.name} is installed but does not load: {error}; install it again with: {again}"
         ) from error
     return lambda bundle: factory(bundle, *spec.arguments)
 
