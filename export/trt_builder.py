@@ -14,13 +14,7 @@ from typing import Literal
 
 from rfsq.export.batches import Profile
 from rfsq.export.errors import EngineBuildError
-from rfsq.runtime.backends.tensorrt_api import (
-    EngineTensor,
-    NoDeviceError,
-    ProfileShapes,
-    TrtApi,
-    find_tensorrt,
-)
+from rfsq.runtime.backends.tensorrt_api import EngineTensor, NoDeviceError, ProfileShapes, TrtApi, find_tensorrt
 from rfsq.runtime.backends.tensorrt_messages import LogMessage
 from rfsq.runtime.bundle.errors import BackendUnavailableError, EngineRefusedError
 from rfsq.runtime.bundle.manifest import GraphEntry

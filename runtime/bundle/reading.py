@@ -12,7 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Self
+from typing import Any, BinaryIO, NoReturn
 
 from .errors import RfsqError
 
@@ -62,7 +62,7 @@ def regular_file(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
         yield found
 
 
-class OpenFolder:
+class OpenFolder(contextlib.AbstractContextManager["OpenFolder"]):
     """A folder that stays the one that was opened, whatever takes its name meanwhile. Nothing in it is followed."""
 
     def __init__(self, path: Path) -> None:
@@ -96,9 +96,6 @@ class OpenFolder:
     def close(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

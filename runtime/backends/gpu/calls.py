@@ -9,14 +9,7 @@ import numpy as np
 
 from ...bundle.errors import InvalidInputError
 from ...bundle.manifest import ModelEntry
-from ...bundle.validation import (
-    check_prefix,
-    check_shape,
-    check_whether_stats,
-    is_gpu_array,
-    kind_of,
-    type_advice,
-)
+from ...bundle.validation import check_prefix, check_shape, check_whether_stats, is_gpu_array, kind_of, type_advice
 from ..contract import BoundCall, MarksIllegalValues
 from .arrays import GpuArray, GpuResult, GpuStream, gpu_array, stream_of
 
@@ -86,10 +79,8 @@ class GpuCalls:
     def _encoding(self, actions: object, out: object, stats_out: object | None, stream: object) -> _Call:
         source = self._actions(actions)
         batch = source.shape[0]
-        named = {
-            "actions": source,
-            "out": _output("out", out, self._backend.token_types, self._model.tokens_shape(batch)),
-        }
+        named = {"actions": source}
+        named["out"] = _output("out", out, self._backend.token_types, self._model.tokens_shape(batch))
         if self._model.has_stats:
             shape = self._model.stats_shape(batch)
             if stats_out is None:
