@@ -29,8 +29,6 @@ Compression = Literal["zstd", "none"]
 HASH_STEPS = 8192
 #: Steps of a row group of Parquet or a chunk of Zarr: what is read at once.
 BLOCK_STEPS = 65_536
-#: Steps of a part, which is made or remade as a whole.
-PART_STEPS = 262_144
 
 _INFO_SIZE_LIMIT = 64 * 2**20
 _FILES_PER_FOLDER = 1000

@@ -65,7 +65,7 @@ def locked(output: Path) -> Iterator[None]:
 def _lock(partial: Path) -> int:
     """The open lock. Raises OutputError, OSError."""
     if partial.is_symlink():
-        raise OutputError(f"{partial} is a link; remove it, since the work must be done on the file system of OUT")
+        raise OutputError(f"{partial} is a link; remove it, since the work must be done on the file system of --output")
     failure: OSError | None = None
     for _ in range(_LOCK_ATTEMPTS):
         try:
@@ -95,7 +95,7 @@ def _hold(descriptor: int, partial: Path) -> bool:
         raise OutputError(f"{partial} is in use: another process is making the same output; wait for it") from None
     except OSError as error:
         raise OutputError(
-            f"{partial} cannot be locked: {error}; its file system must offer locks (flock): give an OUT elsewhere"
+            f"{partial} cannot be locked: {error}; its file system must offer locks (flock): give an --output elsewhere"
         ) from error
     try:
         return os.path.samestat((partial / LOCK_NAME).stat(), os.fstat(descriptor))
@@ -120,7 +120,7 @@ def _refuse_foreign(partial: Path, foreign: list[str]) -> None:
     if foreign:
         raise OutputError(
             f"{partial} is where the work is done, but it holds {', '.join(foreign[:5])}, which was not written here; "
-            "move it elsewhere, or give another OUT"
+            "move it elsewhere, or give another --output"
         )
 
 
