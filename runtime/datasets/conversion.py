@@ -15,10 +15,10 @@ from .format import Compression, DatasetInfo, Storage, Verification, read_info
 from .job import Job, partial_folder, plan
 from .partial import Begun, begin, give_up, load_records, locked, output_errors, was_finished
 from .parts import parts_of_another_source, run_local
+from .pieces import Source
 from .progress import Progress
 from .reader import TokenDataset, open_token_dataset
 from .sources import open_source
-from .steps import Source
 from .tokenize import DECODED, ENCODED
 
 _FORMATS = {".parquet": "parquet", ".zarr": "zarr", ".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5"}

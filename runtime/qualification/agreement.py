@@ -13,7 +13,8 @@ from ..bundle.arrays import Float32Array, Float64Array, Int32Array
 from ..bundle.errors import InvalidInputError
 from ..bundle.fidelity import Fidelity, FidelitySums
 from ..bundle.manifest import ModelEntry
-from ..datasets.steps import Source
+from ..datasets.episodes import Run, extend_runs, join_runs
+from ..datasets.pieces import Source
 from ..tokenizer import ActionTokenizer
 
 #: Share of steps that may have another token: float32 rounding carries a value across the edge between two bins, and
@@ -186,9 +187,12 @@ def _batches(source: Source, action_dim: int) -> Iterator[Float32Array]:
     if not source.num_steps:
         raise InvalidInputError(f"{source.name} has no steps; expected at least one")
     source.check()
+    runs: list[Run] = []
     with contextlib.closing(source.open(action_dim)) as reader:
-        for start in range(0, source.num_steps, _BATCH_STEPS):
-            yield reader.read(start, min(start + _BATCH_STEPS, source.num_steps)).values
+        for start, steps in reader.slices(0, source.num_steps, _BATCH_STEPS):
+            extend_runs(runs, steps, source, start)
+            yield steps.values
+    join_runs(runs, source)
 
 
 def _common_prefixes(one: ModelEntry, other: ModelEntry) -> tuple[int, ...]:
