@@ -44,9 +44,9 @@ from rfsq.evidence.training import CACHE, SEEDS, trained_checkpoint
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError, DataError
-from rfsq.rfsq_ref.normaliser import NormaliserKind
 from rfsq.rfsq_ref.quantizer import Conditioning
-from rfsq.rfsq_ref.train import TrainConfig, make_deterministic
+from rfsq.rfsq_ref.settings import NormaliserKind, TrainConfig
+from rfsq.rfsq_ref.training import make_deterministic
 from rfsq.rfsq_ref.training_history import TrainingHistory
 from rfsq.runtime.bundle.fidelity import fidelity
 

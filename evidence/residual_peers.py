@@ -23,8 +23,9 @@ from tqdm import tqdm
 from rfsq.evidence.errors import EvidenceError
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 from rfsq.rfsq_ref.files import replacing
-from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind, fit_normaliser
+from rfsq.rfsq_ref.normaliser import Normaliser, fit_normaliser
 from rfsq.rfsq_ref.normaliser_choice import suggested_normaliser
+from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
 from rfsq.runtime.bundle.reading import parse_json
 

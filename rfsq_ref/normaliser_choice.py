@@ -4,7 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
-from rfsq.rfsq_ref.normaliser import NormaliserKind
+from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime.bundle.paths import counted
 
 #: Largest action and smallest half range of a moving dimension that the published recipe, which does not normalise,

@@ -24,7 +24,8 @@ from rfsq.rfsq_ref.checkpoints import SUFFIX, check_output
 from rfsq.rfsq_ref.data import load_actions, load_demonstrations
 from rfsq.rfsq_ref.errors import CheckpointError, OutputError
 from rfsq.rfsq_ref.normaliser_choice import chosen_normaliser, describe
-from rfsq.rfsq_ref.train import TrainConfig, make_deterministic, train
+from rfsq.rfsq_ref.settings import TrainConfig
+from rfsq.rfsq_ref.training import make_deterministic, train
 from rfsq.rfsq_ref.training_history import history_path, result_files, save_result
 from rfsq.runtime.bundle.paths import refuse_existing
 

@@ -118,25 +118,20 @@ def test_one_missing_package_is_enough(script: str, package: str, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "before", "status"),
+    ("script", "arguments"),
     [
-        ("runtime/tokenize_dataset.py", ["--bundle", "BUNDLE", "OUT.parquet"], 2),
-        # Its statuses 1 and 2 are verdicts.
-        ("runtime/compat.py", ["BUNDLE", "BUNDLE", "--data"], 3),
+        ("runtime/tokenize_dataset.py", ["BUNDLE", "--output", "out.parquet"]),
+        ("runtime/compat.py", ["BUNDLE", "BUNDLE"]),
     ],
 )
 def test_data_whose_package_is_missing_are_no_verdict(
-    script: str, before: list[str], status: int, bundle: Path, tmp_path: Path
+    script: str, arguments: list[str], bundle: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "episodes.hdf5"
     data.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64))
-    arguments = [str(bundle) if argument == "BUNDLE" else argument for argument in before]
-    if "OUT.parquet" in arguments:
-        arguments.insert(arguments.index("OUT.parquet"), str(data))
-    else:
-        arguments.append(str(data))
-    done = run_without(("h5py",), tmp_path, script, *arguments)
-    assert done.returncode == status, done.stderr
+    given = [bundle if argument == "BUNDLE" else argument for argument in arguments]
+    done = run_without(("h5py",), tmp_path, script, *given, "--data", data)
+    assert done.returncode == 2, done.stderr
     assert "needs h5py, which cannot be imported" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -169,7 +164,9 @@ def test_every_script_explains_what_is_missing() -> None:
     silent = [
         path.name
         for path in scripts()
-        if not re.search(r"^    (explain_missing_packages|prepare_console)\(\)", path.read_text(), re.MULTILINE)
+        if not re.search(
+            r"^    (explain_missing_packages|prepare_console|run_command)\(", path.read_text(), re.MULTILINE
+        )
     ]
     # Started by another script alone, which reads what it says.
     assert silent == ["bench_peers.py"]
@@ -194,7 +191,7 @@ def broken(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "arguments"),
     [
-        (train, "train", []),
+        (train, "_train", []),
         (fit, "load_checkpoint", []),
         (study, "study", []),
         (report, "compare", ["--no-peers"]),
@@ -291,9 +288,13 @@ def test_overwrite_replaces_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_command_with_an_output_knows_the_rule() -> None:
-    writing = [path for path in (*scripts(), ROOT / "evidence" / "report.py") if '"--output"' in path.read_text()]
+    writing = [
+        path
+        for path in (*scripts(), ROOT / "evidence" / "report.py")
+        if re.search(r'"--output"|add_output', path.read_text())
+    ]
     assert len(writing) >= 7
-    assert [path.name for path in writing if '"--overwrite"' not in path.read_text()] == []
+    assert [path.name for path in writing if not re.search(r'"--overwrite"|add_output', path.read_text())] == []
 
 
 def test_what_is_there_is_named_whatever_it_is(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 from .advice import COMMANDS, command, install_package
 from .console import prepare_console, printable
-from .errors import TokenizerError
+from .errors import RfsqError
 from .paths import as_path
 
 DONE, WANTING, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
@@ -166,8 +166,8 @@ def run(
     except OSError as error:
         where = error.filename or "a file"
         return _end(f"error: cannot use {where}: {error.strerror or error}; choose another folder or file", UNUSABLE)
-    except TokenizerError as error:
-        return _end(f"error: {error}", getattr(error, "exit_status", UNUSABLE))
+    except RfsqError as error:
+        return _end(f"error: {error}", error.exit_status)
     if options.json:
         print(json.dumps(_finite(outcome.document), indent=1, allow_nan=False))
     elif outcome.verdict:

@@ -1,15 +1,14 @@
 """Inject faults of every kind into a decoder of this bundle, and say what was answered wrongly.
 
 Every setup of `ControlDecoder` in turn (strategies, worker, fallback, action kinds, what a fault does), on a clock of
-its own, and then what only real processes, disks and files can do. Prints how many faults of which kind there were. The
-exit status is 0 when every one was answered rightly, 1 when one was not, 2 when nothing could be run.
+its own, and then what only real processes, disks and files can do. Prints how many faults of which kind there were.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,8 +19,8 @@ import numpy as np
 
 from ..backends.contract import Backend
 from ..backends.registry import PREFERENCE
-from ..bundle.console import prepare_console, printable
-from ..bundle.errors import TokenizerError
+from ..bundle.command import BACKEND_NAMES, DONE, WANTING, CommandParser, Outcome, natural, run, run_command
+from ..bundle.errors import InvalidInputError, TokenizerError
 from ..bundle.folder import open_bundle
 from ..control.config import ActionKind, OnFault, OutOfRange, Status, Strategy
 from ..tokenizer import ActionTokenizer
@@ -93,44 +92,55 @@ class CampaignReport:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--backend", default="auto", help="the one that is made to fail; default: auto")
-    parser.add_argument("--fallback", help="another backend; default: the best other one that works here")
-    parser.add_argument("--faults", type=int, default=10_000, help="on the clock of its own; 0 for none")
-    parser.add_argument("--system", type=int, default=10, help="of each kind with real processes and files; 0 for none")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    if options.faults < 0 or options.system < 0 or not options.faults + options.system:
-        parser.error("--faults and --system: expected numbers from 0 up, not both 0")
-    logging.disable(logging.CRITICAL)
+    return run(_parser(), _work, arguments)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "runtime/qualification/campaign.py",
+        "inject faults of every kind into the control loop: is each answered rightly?",
+        wanting="a fault was answered wrongly",
+    )
+    parser.add_bundle()
+    parser.add_backend("auto; it is made to fail")
+    parser.add_argument("--fallback", choices=BACKEND_NAMES, help="default: the best other one that works here")
+    parser.add_argument(
+        "--faults", type=natural, default=10_000, metavar="N", help="on the clock of its own; 0 for none"
+    )
+    parser.add_argument(
+        "--system", type=natural, default=10, metavar="N", help="of each kind with real processes and files; 0 for none"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    return parser
+
+
+def _work(options: argparse.Namespace) -> Outcome:
+    if not options.faults + options.system:
+        raise InvalidInputError("--faults and --system are both 0; give a number of faults to one of them")
     reports: list[CampaignReport | SystemReport] = []
-    try:
-        with contextlib.ExitStack() as stack:
-            main_one = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.backend))
-            if options.faults:
-                fallback = stack.enter_context(_open_fallback(options.bundle, main_one, options.fallback))
-                nan_backends = nan_backends_of(options.bundle)
-                print(
-                    f"{main_one.backend.description}; falls back on {fallback.backend.description}; NaN weights in "
-                    f"{', '.join(nan_backends) or 'no backend'}",
-                    flush=True,
-                )
-                reports.append(
-                    run_campaign(
-                        main_one, options.faults, fallback=fallback, nan_backends=nan_backends, seed=options.seed
-                    )
-                )
-                print(reports[-1], flush=True)
-            if options.system:
-                reports.append(run_system_faults(options.bundle, options.system, backend=main_one.backend.name))
-                print(reports[-1])
-    except TokenizerError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    finally:
-        logging.disable(logging.NOTSET)
-    return 0 if all(report.holds for report in reports) else 1
+    with contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, logging.NOTSET)
+        logging.disable(logging.CRITICAL)
+        main_one = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.backend))
+        if options.faults:
+            fallback = stack.enter_context(_open_fallback(options.bundle, main_one, options.fallback))
+            nan_backends = nan_backends_of(options.bundle)
+            print(
+                f"{main_one.backend.description}; falls back on {fallback.backend.description}; NaN weights in "
+                f"{', '.join(nan_backends) or 'no backend'}",
+                flush=True,
+            )
+            reports.append(
+                run_campaign(main_one, options.faults, fallback=fallback, nan_backends=nan_backends, seed=options.seed)
+            )
+            print(reports[-1], flush=True)
+        if options.system:
+            reports.append(run_system_faults(options.bundle, options.system, backend=main_one.backend.name))
+            print(reports[-1])
+    problems = [problem for report in reports for problem in report.problems]
+    verdict = f"✗ {len(problems)} things were wrong" if problems else "✓ every fault was answered rightly"
+    document = {"reports": [dataclasses.asdict(report) for report in reports], "problems": problems}
+    return Outcome(f"{verdict}: {main_one.backend.name}", document, WANTING if problems else DONE)
 
 
 def run_campaign(  # noqa: PLR0913  # settings, given by name
@@ -281,5 +291,4 @@ def _deal(kinds: Sequence[Kind], rng: np.random.Generator) -> Iterator[Kind]:
 
 
 if __name__ == "__main__":
-    prepare_console()
-    sys.exit(main())
+    run_command(f"{__package__}.campaign")

@@ -1,15 +1,14 @@
 """Run a decoder through many ticks without a fault, and say what it costs and whether anything grows.
 
 Prints latencies, what `ControlDecoder` adds to the bare backend (measured in turn in the same run), how much memory
-grew, and every status that was not OK. The exit status is 0 when everything held, 1 when something did not, 2 when
-nothing could be run. `fault_campaign.py` is for faults.
+grew, and every status that was not OK. `campaign.py` is for faults.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import logging
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -21,8 +20,7 @@ import numpy.typing as npt
 
 from ..benchmark.first_result import resident_bytes
 from ..bundle.arrays import Float32Array, Int32Array
-from ..bundle.console import prepare_console, printable
-from ..bundle.errors import TokenizerError
+from ..bundle.command import BACKEND_NAMES, DONE, WANTING, CommandParser, Outcome, positive, run, run_command
 from ..control.config import ActionKind, ControlConfig, Status, Strategy
 from ..control.decoder import ControlDecoder
 from ..tokenizer import ActionTokenizer
@@ -153,34 +151,39 @@ class SoakReport:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--ticks", type=int, default=1_000_000)
-    parser.add_argument("--strategy", choices=[str(strategy) for strategy in Strategy], default="latest_only")
+    return run(_parser(), _work, arguments)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "runtime/qualification/soak.py",
+        "serve many ticks without a fault: what does that cost, and does anything grow?",
+        wanting="a limit did not hold",
+    )
+    parser.add_bundle()
+    parser.add_backend()
+    parser.add_argument("--ticks", type=positive, default=1_000_000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--strategy", choices=list(map(str, Strategy)), default="latest_only")
     parser.add_argument("--worker", action="store_true", help="decode in another thread")
-    parser.add_argument("--fallback", metavar="BACKEND", help="another backend, warm beside the first")
+    parser.add_argument("--fallback", choices=BACKEND_NAMES, help="another backend, warm beside the first")
     parser.add_argument("--jumps", action="store_true", help="random actions, which the slew limit has to hold back")
     parser.add_argument("--absolute", action="store_true", help="dimensions that are places, not motions")
-    options = parser.parse_args(arguments)
-    if options.ticks < 1:
-        parser.error(f"--ticks is {options.ticks}; expected at least 1")
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.ExitStack() as stack:
-            tokenizer = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.backend))
-            fallback = None
-            if options.fallback:
-                fallback = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.fallback))
-            setup = SoakSetup(Strategy(options.strategy), options.worker, fallback, options.absolute, options.jumps)
-            report = soak(tokenizer, options.ticks, setup)
-    except TokenizerError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    finally:
-        logging.disable(logging.NOTSET)
+    return parser
+
+
+def _work(options: argparse.Namespace) -> Outcome:
+    with contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, logging.NOTSET)
+        logging.disable(logging.CRITICAL)
+        tokenizer = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.backend))
+        fallback = None
+        if options.fallback:
+            fallback = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.fallback))
+        setup = SoakSetup(Strategy(options.strategy), options.worker, fallback, options.absolute, options.jumps)
+        report = soak(tokenizer, options.ticks, setup)
     print(report)
-    return 0 if report.holds else 1
+    verdict = "✓ every limit held" if report.holds else "✗ a limit did not hold"
+    return Outcome(f"{verdict}: {report.description}", dataclasses.asdict(report), DONE if report.holds else WANTING)
 
 
 def soak(tokenizer: ActionTokenizer, ticks: int, setup: SoakSetup = SoakSetup()) -> SoakReport:
@@ -302,5 +305,4 @@ def _quantiles(nanoseconds: Int64Array) -> tuple[float, float, float, float]:
 
 
 if __name__ == "__main__":
-    prepare_console()
-    sys.exit(main())
+    run_command(f"{__package__}.soak")

@@ -10,7 +10,8 @@ import numpy.typing as npt
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.normaliser_choice import suggested_normaliser
-from rfsq.rfsq_ref.train import TrainConfig, train
+from rfsq.rfsq_ref.settings import TrainConfig
+from rfsq.rfsq_ref.training import train
 
 Array = npt.NDArray[np.float64]
 _TRAINING_EPISODES, _HELD_OUT_EPISODES = 12, 12

@@ -38,8 +38,9 @@ from rfsq.export.reference import AS_TRAINED, REFITTED
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import EpisodeSplit, chunk, load_actions
-from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.checkpoint_layouts import recorded_hashes, weight_hashes

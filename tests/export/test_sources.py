@@ -16,7 +16,8 @@ from rfsq.export.sources import choose_mode, fit_for, load_build_data, needs_fit
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit
 from rfsq.rfsq_ref.errors import CheckpointError, DataError
-from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.normaliser import Normaliser
+from rfsq.rfsq_ref.settings import NormaliserKind
 
 NORMALISER = Normaliser(NormaliserKind.QUANTILE, (0.5,) * 7, (2.0,) * 6 + (1.0,))
 

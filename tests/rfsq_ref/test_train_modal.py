@@ -20,7 +20,8 @@ import torch
 from rfsq.rfsq_ref.checkpoints import load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import load_actions
 from rfsq.rfsq_ref.errors import CheckpointError, DataError, OutputError
-from rfsq.rfsq_ref.train import TrainConfig, train
+from rfsq.rfsq_ref.settings import TrainConfig
+from rfsq.rfsq_ref.training import train
 from rfsq.rfsq_ref.training_history import history_of, load_history
 
 ROOT = Path(__file__).parents[2]
