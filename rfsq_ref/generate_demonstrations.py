@@ -37,6 +37,7 @@ from tqdm import tqdm
 from rfsq.rfsq_ref.errors import OutputError, SettingsError, UnusableError
 from rfsq.rfsq_ref.expert import ACTION_DIM, POSITION_UNIT, ROTATION_UNIT
 from rfsq.rfsq_ref.experts import EXPERTS
+from rfsq.runtime.bundle.advice import install
 from rfsq.runtime.bundle.console import path_argument
 from rfsq.runtime.bundle.paths import refuse_existing
 
@@ -107,12 +108,12 @@ def check_simulator(*others: str) -> dict[str, str]:
         versions = {name: version(name) for name in ("robosuite", "mujoco", "numpy", *others)}
     except PackageNotFoundError as error:
         raise SimulatorError(
-            f"{error.name} is not installed, and the simulation needs it; run: pip install '.[sim]'"
+            f"{error.name} is not installed, and the simulation needs it; run: {install('sim')}"
         ) from error
     if int(versions["mujoco"].split(".")[0]) >= 4:
         raise SimulatorError(
             f"mujoco {versions['mujoco']} is installed, and robosuite {versions['robosuite']} breaks with mujoco 4; "
-            "pin it: pip install 'mujoco==3.3.1' (or pip install '.[sim]' into an environment of its own)"
+            f"pin it: pip install 'mujoco==3.3.1' (or {install('sim')} into an environment of its own)"
         )
     return versions
 

@@ -14,7 +14,7 @@ import numpy as np
 from .backends.contract import MOST_CHUNKS, Backend, BoundCall, GpuArrayLike
 from .backends.registry import GPU_BACKENDS, select_backend
 from .bundle.arrays import Float32Array, Int32Array
-from .bundle.compatibility import INTEGRATION_PATHS, matches_fingerprint
+from .bundle.compatibility import integration_paths, matches_fingerprint
 from .bundle.errors import CannotCopyError, FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
 from .bundle.fidelity import Grade
 from .bundle.folder import open_bundle
@@ -388,5 +388,5 @@ def _check_fingerprint(found: str, expected: str | None) -> None:
         raise FingerprintError(
             f"the bundle's fingerprint is {found}, expected {expected!r}: its tokens mean something else than those "
             "the policy was trained on, or become other actions; load the bundle that belongs to the policy. Or:\n"
-            f"{INTEGRATION_PATHS}"
+            f"{integration_paths()}"
         )

@@ -14,6 +14,7 @@ from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 
+from ..bundle.advice import page
 from ..bundle.paths import as_path
 from ..bundle.reading import read_file
 from .errors import ControlConfigError
@@ -144,14 +145,14 @@ class ControlConfig:
             values = tomllib.loads(read_file(file, _SIZE_LIMIT).decode("utf-8"))
         except FileNotFoundError:
             raise ControlConfigError(
-                f"{file} does not exist; give a TOML file with the settings of the loop: see docs/control_loop.md"
+                f"{file} does not exist; give a TOML file with the settings of the loop: see {page('control_loop')}"
             ) from None
         except OSError as error:
             raise ControlConfigError(
                 f"{file} cannot be read: {error}; expected a TOML file: check what it is and its permissions"
             ) from error
         except (ValueError, RecursionError) as error:
-            raise ControlConfigError(f"{file} is no TOML: {error}; see docs/control_loop.md") from error
+            raise ControlConfigError(f"{file} is no TOML: {error}; see {page('control_loop')}") from error
         return cls.from_values(values, str(file))
 
     @classmethod

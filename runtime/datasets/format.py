@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from types import UnionType
 from typing import Any, Literal, get_args, get_type_hints
 
+from ..bundle.advice import command
 from ..bundle.fidelity import Fidelity
 from ..bundle.manifest import FileEntry, ModelEntry
 from ..bundle.reading import read_file
@@ -143,7 +144,7 @@ def read_info(folder: Path) -> DatasetInfo:
         found = "a file" if folder.is_file() else "a folder without it" if folder.is_dir() else "nothing"
         raise TokenDatasetError(
             f"{folder} is no token dataset: expected a folder with {INFO_NAME}, found {found}; give the whole folder "
-            "that `python runtime/tokenize_dataset.py` wrote"
+            f"that `{command('tokenize')}` wrote"
         )
     try:
         return parse_info(read_file(path, _INFO_SIZE_LIMIT).decode("utf-8"), path)

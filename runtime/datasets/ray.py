@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..bundle import errors
+from ..bundle.advice import install
 from ..bundle.errors import TokenizerError
 from ..datasets import errors as dataset_errors
 from .errors import DatasetError
@@ -35,9 +36,7 @@ def run_ray(job: Job, parts: Sequence[int], workers: int, address: str | None, p
         import ray
         import ray.data
     except ImportError as error:
-        raise DatasetError(
-            f"--engine ray needs Ray, which cannot be imported ({error}); pip install '.[ray]'"
-        ) from error
+        raise DatasetError(f"--engine ray needs Ray, which cannot be imported ({error}); {install('ray')}") from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     is_ours = not ray.is_initialized()
     if is_ours:

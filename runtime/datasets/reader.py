@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.compatibility import INTEGRATION_PATHS, matches_fingerprint
+from ..bundle.compatibility import integration_paths, matches_fingerprint
 from ..bundle.errors import FingerprintError
 from ..bundle.manifest import FileEntry
 from ..bundle.paths import as_path
@@ -65,7 +65,7 @@ def check_fingerprint(folder: Path, info: DatasetInfo, expected: str) -> None:
         raise FingerprintError(
             f"the tokens in {folder} have the fingerprint {info.fingerprint}, expected {expected!r}: they mean "
             "something else to that tokenizer, and would become other actions; use the bundle that made them. Or:\n"
-            f"{INTEGRATION_PATHS}"
+            f"{integration_paths()}"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from ..bundle.advice import install
 from ..bundle.reading import UnfitFileError, regular_file
 from .errors import DatasetError, SourceError
 
@@ -128,9 +129,7 @@ def optional(module: str, extra: str = "datasets") -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise DatasetError(
-            f"this needs {package}, which cannot be imported ({error}); pip install '.[{extra}]'"
-        ) from error
+        raise DatasetError(f"this needs {package}, which cannot be imported ({error}); {install(extra)}") from error
 
 
 @contextmanager

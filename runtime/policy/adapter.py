@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ..bundle.advice import command
 from ..bundle.checkpoint_layouts import compare_config, recorded_weights
 from ..bundle.checkpoint_states import states_in
 from ..bundle.errors import FingerprintError, InvalidInputError
@@ -49,8 +50,8 @@ class ActionRFSQAE(nn.Module):
         if not isinstance(engines, Engines):
             raise InvalidInputError(
                 "this ActionRFSQAE has no sizes or weights to choose: it is opened from a bundle, which brings both, "
-                "with ActionRFSQAE.from_bundle(PATH); a checkpoint becomes one by `python export/build_engine.py "
-                "--checkpoint FILE --output PATH`"
+                "with ActionRFSQAE.from_bundle(PATH); a checkpoint becomes one by "
+                f"`{command('build', '--checkpoint FILE --output PATH')}`"
             )
         super().__init__()
         self._engines = engines
@@ -197,7 +198,7 @@ class ActionRFSQAE(nn.Module):
         if requires_grad:
             raise InvalidInputError(
                 "a bundle cannot be trained: its weights are compiled. Train the published model, and build a bundle "
-                "from its checkpoint with `python export/build_engine.py --checkpoint FILE`"
+                f"from its checkpoint with `{command('build', '--checkpoint FILE')}`"
             )
         return super().requires_grad_(False)
 

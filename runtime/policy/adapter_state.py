@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bundle.advice import command
 from ..bundle.checkpoint_layouts import StateComparison, compare_state, is_grid, recorded_hashes
 from .adapter_calls import Engines, is_plain
 
@@ -68,12 +69,12 @@ def refusal(engines: Engines, problems: Sequence[str]) -> str:
     """What to do where a state is not the bundle's."""
     model = engines.model
     lines = "\n".join(f"  {problem}" for problem in problems)
-    data = " --calibration-data EPISODES" if model.mode in ("calibrated", "recovered") else ""
+    data = " --data EPISODES" if model.mode in ("calibrated", "recovered") else ""
+    given = f"--checkpoint FILE --conditioning {model.mode} --chunk-length {model.chunk_length}{data} --output DIR"
     return (
         f"this state is not shown to be what {engines.path} ({engines.fingerprint}) was built from:\n"
         f"{lines}\n"
-        "load the bundle that belongs to it, or build one: `python export/build_engine.py --checkpoint FILE "
-        f"--conditioning {model.mode} --chunk-length {model.chunk_length}{data} --output DIR`"
+        f"load the bundle that belongs to it, or build one: `{command('build', given)}`"
     )
 
 
