@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rfsq.evidence.errors import EvidenceError
 from rfsq.rfsq_ref.files import replacing
+from rfsq.runtime.bundle.advice import command
 
 FORMAT = "rfsq-comparison"
 FORMAT_VERSION = 1
@@ -160,11 +161,11 @@ def write_text(path: Path, text: str) -> None:
 
 def read_json(path: Path) -> Comparison:
     """What write_json wrote. Raises EvidenceError for anything else."""
-    content = read_json_object(path, FORMAT, FORMAT_VERSION, "python rfsq_ref/compare.py")
+    content = read_json_object(path, FORMAT, FORMAT_VERSION, command("compare"))
     try:
         comparison: Comparison = typed(Comparison, content)
     except (TypeError, ValueError, KeyError) as error:
-        raise EvidenceError(f"{path} is damaged: {error}; write it anew with `python rfsq_ref/compare.py`") from error
+        raise EvidenceError(f"{path} is damaged: {error}; write it anew with `{command('compare')}`") from error
     return comparison
 
 

@@ -19,7 +19,8 @@ def main() -> None:
     elif name == "--version":
         print(f"rfsq {__version__}")
     elif name in COMMANDS:
-        del sys.argv[1]
+        # As argparse names a command in its help.
+        sys.argv[:2] = [f"rfsq {name}"]
         run_command(f"{__package__}.{COMMANDS[name].module}")
     else:
         print(f"error: {name!r} is no command; expected one of {', '.join(COMMANDS)}", file=sys.stderr)

@@ -191,23 +191,21 @@ def broken(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "arguments"),
     [
-        (train, "_train", []),
-        (fit, "load_checkpoint", []),
-        (study, "study", []),
-        (report, "compare", ["--no-peers"]),
-        (rollout, "run_rollouts", []),
-        (generate_demonstrations, "generate", []),
-        (build_engine, "_run", []),
-        (build_engine, "parse_arguments", []),
+        (train, "rfsq_ref.training.train", []),
+        (fit, "calibration.fit.load_checkpoint", []),
+        (study, "calibration.study.study", []),
+        (report, "evidence.report.compare", ["--no-peers"]),
+        (rollout, "evidence.rollouts.run_rollouts", ["--output", "."]),
+        (generate_demonstrations, "rfsq_ref.generate_demonstrations.generate", []),
+        (build_engine, "export.build_engine._run", []),
+        (build_engine, "export.build_engine.parse_arguments", []),
     ],
 )
 def test_a_bug_does_not_pass_for_a_fault_of_the_input(
     module: Any, name: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, name, broken)
-    if module is rollout:
-        arguments = [*arguments, "--results", str(tmp_path)]
+    monkeypatch.setattr(f"rfsq.{name}", broken)
     with pytest.raises(ValueError, match="a bug"):
         module.main(arguments)
 
@@ -245,7 +243,7 @@ def test_a_fit_replaces_nothing(name: str, tmp_path: Path, capsys: pytest.Captur
         (report.main, "--output", "comparison.json"),
         (report.main, "--output", "report.html"),
         (report.main, "--output", "calibration.json"),
-        (rollout.main, "--results", "rollout.json"),
+        (rollout.main, "--output", "rollout.json"),
     ],
 )
 def test_a_report_replaces_nothing(

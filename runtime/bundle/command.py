@@ -55,7 +55,6 @@ class CommandParser(argparse.ArgumentParser):
     ) -> None:
         judged = f"judged and found wanting: {wanting}" if wanting else "not used, nothing is judged"
         super().__init__(
-            prog=command(name),
             description=summary or COMMANDS[name].summary,
             epilog=f"exit status: {DONE} done; {WANTING} {judged}; {UNUSABLE} cannot be used, as the message says; "
             f"{INTERRUPTED} interrupted",

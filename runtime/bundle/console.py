@@ -68,6 +68,11 @@ def explain_missing_packages() -> None:
     sys.excepthook = end
 
 
+def end_by_interrupts() -> None:
+    """For a worker process: Ctrl-C reaches it too, and ends it without a traceback of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def escape_what_cannot_be_shown() -> None:
     """A terminal without ✓ gets an escape; not `?`, which would show ✓ and ✗ alike."""
     for stream in (sys.stdout, sys.stderr):

@@ -7,6 +7,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
+from ..bundle.advice import command
 from ..bundle.command import DONE, WANTING, CommandParser, Outcome, positive, run
 
 #: Steps of a part, which is made or remade as a whole.
@@ -48,7 +49,9 @@ def parser() -> CommandParser:
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="default: %(default)s")
     parser.add_argument("--ray-address", metavar="ADDRESS", help="a running cluster; default: one is started here")
     parser.add_argument("--restart", action="store_true", help="discard what an earlier run has left unfinished")
-    parser.refuse_former("--bundle", f"--bundle is the first argument now: {parser.prog} BUNDLE --data IN --output OUT")
+    parser.refuse_former(
+        "--bundle", f"the bundle is the first argument now: {command('tokenize', 'BUNDLE --data IN --output OUT')}"
+    )
     return parser
 
 

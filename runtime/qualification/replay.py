@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from ..bundle.advice import command
 from ..bundle.command import DONE, WANTING, CommandParser, Outcome, path_argument, run
 from ..bundle.console import printable
 from ..bundle.errors import InvalidInputError
@@ -33,7 +34,9 @@ def _work(options: argparse.Namespace) -> Outcome:
     from .flights import replay
 
     if options.record.is_dir() and options.bundle.is_file():
-        raise InvalidInputError(f"{options.record} is a folder; give the bundle first: {_parser().prog} BUNDLE RECORD")
+        raise InvalidInputError(
+            f"{options.record} is a folder; give the bundle first: {command('replay', 'BUNDLE RECORD')}"
+        )
     record = read_record(options.record)
     with ActionTokenizer.load(
         options.bundle, backend=options.backend, expect_fingerprint=record.meta["fingerprint"]
