@@ -8,10 +8,11 @@ from typing import Any
 
 from rfsq.evidence.episodes import read_episodes
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.results import read_json_object, typed, write_text
+from rfsq.evidence.results import read_json_object, write_text
 from rfsq.evidence.rollout_report import TOLERANCES, TaskReport, reports_of, table
 from rfsq.evidence.rollout_statistics import CONFIDENCE
 from rfsq.runtime.bundle.advice import command
+from rfsq.runtime.bundle.typed_json import build
 
 FORMAT = "rfsq-rollout-report"
 FORMAT_VERSION = 2
@@ -19,14 +20,12 @@ FORMAT_VERSION = 2
 
 def read_report(path: Path) -> dict[str, TaskReport]:
     """The reports that write_report wrote. Raises EvidenceError for anything else."""
-    content = read_json_object(path, FORMAT, FORMAT_VERSION, command("rollout", "--report-only"))
+    again = command("rollout", "--report-only")
+    content = read_json_object(path, FORMAT, FORMAT_VERSION, again)
     try:
-        reports: dict[str, TaskReport] = typed(dict[str, TaskReport], content["tasks"])
-    except (TypeError, ValueError, KeyError) as error:
-        raise EvidenceError(
-            f"{path} is damaged: {error}; write it anew with `{command('rollout', '--report-only')}`"
-        ) from error
-    return reports
+        return build(dict[str, TaskReport], content["tasks"], "tasks")
+    except (ValueError, KeyError) as error:
+        raise EvidenceError(f"{path} is damaged: {error}; write it anew with `{again}`") from error
 
 
 def demonstrations_of(path: Path) -> str:

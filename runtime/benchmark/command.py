@@ -9,7 +9,8 @@ import argparse
 import json
 from collections.abc import Sequence
 
-from ..bundle.command import BACKEND_NAMES, CommandParser, Outcome, natural, positive, run
+from ..bundle.backend_specs import BACKENDS
+from ..bundle.command import CommandParser, Outcome, natural, positive, run
 from ..bundle.console import ProgressLine, printable
 from ..bundle.paths import refuse_existing
 
@@ -39,7 +40,7 @@ def _work(options: argparse.Namespace) -> Outcome:
 
     config = Config(
         bundle=options.bundle,
-        backends=tuple(dict.fromkeys(options.backends or BACKEND_NAMES)),
+        backends=tuple(dict.fromkeys(options.backends or BACKENDS)),
         batches=tuple(dict.fromkeys(options.batch)),
         rounds=options.rounds or (QUICK_ROUNDS if options.quick else Config.rounds),
         starts=options.starts if options.starts is not None else (QUICK_STARTS if options.quick else Config.starts),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .advice import COMMANDS, command, install_package
+from .backend_specs import BACKENDS
 from .console import prepare_console, printable
 from .errors import RfsqError
 from .paths import as_path
@@ -100,13 +101,13 @@ class CommandParser(argparse.ArgumentParser):
 
     def add_backend(self, default: str = "auto, the fastest that works here", *, has_auto: bool = True) -> None:
         """`--backend`, one of all, or `auto`. default: in words; without `auto` it is None."""
-        names, given = (("auto", *BACKEND_NAMES), "auto") if has_auto else (BACKEND_NAMES, None)
+        names, given = (("auto", *BACKENDS), "auto") if has_auto else (tuple(BACKENDS), None)
         self.add_argument("--backend", choices=names, default=given, help=f"default: {default}")
 
     def add_backends(self, default: str) -> None:
         """`--backend`, several of all; `--backends` is the same. default: in words."""
         self.add_argument(
-            "--backend", "--backends", dest="backends", nargs="+", choices=BACKEND_NAMES, help=f"default: {default}"
+            "--backend", "--backends", dest="backends", nargs="+", choices=tuple(BACKENDS), help=f"default: {default}"
         )
 
     def refuse_former(self, option: str, advice: str) -> None:
@@ -117,9 +118,6 @@ class CommandParser(argparse.ArgumentParser):
 class _Former(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         parser.error(str(self.const))
-
-
-BACKEND_NAMES = ("c", "cuda", "tensorrt-rtx", "tensorrt", "onnxruntime", "onnxruntime-cuda")
 
 
 def path_argument(text: str) -> Path:

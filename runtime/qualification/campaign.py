@@ -19,7 +19,8 @@ import numpy as np
 
 from ..backends.contract import Backend
 from ..backends.registry import PREFERENCE
-from ..bundle.command import BACKEND_NAMES, DONE, WANTING, CommandParser, Outcome, natural, run, run_command
+from ..bundle.backend_specs import BACKENDS
+from ..bundle.command import DONE, WANTING, CommandParser, Outcome, natural, run, run_command
 from ..bundle.errors import InvalidInputError, TokenizerError
 from ..bundle.folder import open_bundle
 from ..control.config import ActionKind, OnFault, OutOfRange, Status, Strategy
@@ -103,7 +104,7 @@ def _parser() -> CommandParser:
     )
     parser.add_bundle()
     parser.add_backend("auto; it is made to fail")
-    parser.add_argument("--fallback", choices=BACKEND_NAMES, help="default: the best other one that works here")
+    parser.add_argument("--fallback", choices=tuple(BACKENDS), help="default: the best other one that works here")
     parser.add_argument(
         "--faults", type=natural, default=10_000, metavar="N", help="on the clock of its own; 0 for none"
     )

@@ -20,7 +20,8 @@ import numpy.typing as npt
 
 from ..benchmark.first_result import resident_bytes
 from ..bundle.arrays import Float32Array, Int32Array
-from ..bundle.command import BACKEND_NAMES, DONE, WANTING, CommandParser, Outcome, positive, run, run_command
+from ..bundle.backend_specs import BACKENDS
+from ..bundle.command import DONE, WANTING, CommandParser, Outcome, positive, run, run_command
 from ..control.config import ActionKind, ControlConfig, Status, Strategy
 from ..control.decoder import ControlDecoder
 from ..tokenizer import ActionTokenizer
@@ -165,7 +166,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--ticks", type=positive, default=1_000_000, metavar="N", help="default: %(default)s")
     parser.add_argument("--strategy", choices=list(map(str, Strategy)), default="latest_only")
     parser.add_argument("--worker", action="store_true", help="decode in another thread")
-    parser.add_argument("--fallback", choices=BACKEND_NAMES, help="another backend, warm beside the first")
+    parser.add_argument("--fallback", choices=tuple(BACKENDS), help="another backend, warm beside the first")
     parser.add_argument("--jumps", action="store_true", help="random actions, which the slew limit has to hold back")
     parser.add_argument("--absolute", action="store_true", help="dimensions that are places, not motions")
     return parser
