@@ -198,7 +198,7 @@ def broken(*_: object, **__: object) -> None:
         (rollout, "evidence.rollouts.run_rollouts", ["--output", "."]),
         (generate_demonstrations, "rfsq_ref.generate_demonstrations.generate", []),
         (build_engine, "export.build_engine._run", []),
-        (build_engine, "export.build_engine.parse_arguments", []),
+        (build_engine, "export.build_engine.config_of", []),
     ],
 )
 def test_a_bug_does_not_pass_for_a_fault_of_the_input(

@@ -43,7 +43,7 @@ class CommandParser(argparse.ArgumentParser):
     """The parser of one command, with -v, -q and --json; its help ends with the exit statuses.
 
     name: of COMMANDS, or a script; summary: what the command does, where it is none of COMMANDS; wanting: what status 1
-    means, empty where nothing is judged; interrupted: what holds after Ctrl-C; has_document: whether it has --json.
+    means, empty where nothing is judged; interrupted: what holds after Ctrl-C; settings: of argparse.
 
     >>> parser = CommandParser("selftest", wanting="a check failed")
     >>> parser.add_bundle()
@@ -52,23 +52,24 @@ class CommandParser(argparse.ArgumentParser):
     """
 
     def __init__(
-        self, name: str, summary: str = "", *, wanting: str = "", interrupted: str = "", has_document: bool = True
+        self, name: str, summary: str = "", *, wanting: str = "", interrupted: str = "", **settings: Any
     ) -> None:
         judged = f"judged and found wanting: {wanting}" if wanting else "not used, nothing is judged"
         super().__init__(
             description=summary or COMMANDS[name].summary,
             epilog=f"exit status: {DONE} done; {WANTING} {judged}; {UNUSABLE} cannot be used, as the message says; "
             f"{INTERRUPTED} interrupted",
+            **settings,
         )
         self.interrupted = interrupted
         group = self.add_argument_group("output")
         shown = group.add_mutually_exclusive_group()
-        shown.add_argument("-v", "--verbose", action="store_true", help="every detail")
-        shown.add_argument("-q", "--quiet", action="store_true", help="errors and the verdict alone")
-        if has_document:
-            group.add_argument("--json", action="store_true", help="the result as JSON on stdout, all else on stderr")
-        else:
-            self.set_defaults(json=False)
+        for where, names, text in (
+            (shown, ("-v", "--verbose"), "every detail"),
+            (shown, ("-q", "--quiet"), "errors and the verdict alone"),
+            (group, ("--json",), "the result as JSON on stdout, all else on stderr"),
+        ):
+            where.add_argument(*names, action="store_true", default=False, help=text)
 
     def add_bundle(self, name: str = "bundle", text: str = "") -> None:
         """A bundle to read, positional."""
@@ -95,24 +96,45 @@ class CommandParser(argparse.ArgumentParser):
 
     def add_output(self, text: str, default: Path | None = None, *, required: bool = False) -> None:
         """`--output`, what is written, and `--overwrite`. text: says what it is, and the default where it has one."""
+        given: dict[str, Any] = {} if default is None else {"default": default}
         said = text if default is None else f"{text}; default: {default}"
-        self.add_argument("--output", type=path_argument, metavar="PATH", default=default, required=required, help=said)
+        self.add_argument("--output", type=path_argument, metavar="PATH", required=required, help=said, **given)
         self.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+    def add_checkpoint(self, **settings: Any) -> None:
+        """`--checkpoint`, and how to read what it does not say. settings: of argparse."""
+        self.add_argument(
+            "--checkpoint", type=path_argument, metavar="F", help="default: the embedded robust one", **settings
+        )
+        self.add_argument(
+            "--use-layernorm",
+            action=argparse.BooleanOptionalAction,
+            help="how a checkpoint that does not say it was trained: with normalised residuals (robust), or not (naive)",
+        )
+        self.add_argument(
+            "--weights",
+            metavar="NAME",
+            help="which model of a checkpoint that holds several, such as ema; default: the model, no average",
+        )
 
     def add_backend(self, default: str = "auto, the fastest that works here", *, has_auto: bool = True) -> None:
         """`--backend`, one of all, or `auto`. default: in words; without `auto` it is None."""
         names, given = (("auto", *BACKENDS), "auto") if has_auto else (tuple(BACKENDS), None)
-        self.add_argument("--backend", choices=names, default=given, help=f"default: {default}")
+        said = f"of {', '.join(names)}; default: {default}"
+        self.add_argument("--backend", choices=names, default=given, metavar="NAME", help=said)
 
     def add_backends(self, default: str) -> None:
         """`--backend`, several of all; `--backends` is the same. default: in words."""
+        said = f"of {', '.join(BACKENDS)}; default: {default}"
         self.add_argument(
-            "--backend", "--backends", dest="backends", nargs="+", choices=tuple(BACKENDS), help=f"default: {default}"
+            "--backend", "--backends", dest="backends", nargs="+", choices=tuple(BACKENDS), metavar="NAME", help=said
         )
 
     def refuse_former(self, option: str, advice: str) -> None:
         """An option of former versions ends the command; advice: what is given in its place."""
-        self.add_argument(option, action=_Former, const=advice, nargs="?", help=argparse.SUPPRESS)
+        self.add_argument(
+            option, action=_Former, dest=argparse.SUPPRESS, const=advice, nargs="?", help=argparse.SUPPRESS
+        )
 
 
 class _Former(argparse.Action):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..bundle.command import CommandParser, Outcome, run
 from ..bundle.console import printable
+from ..bundle.modes import MEANING
 from ..bundle.paths import shortlist
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def overview(bundle: Bundle, *, is_verbose: bool = True) -> Iterator[str]:
     manifest, model = bundle.manifest, bundle.manifest.model
     yield f"{bundle.folder} (schema version {manifest.schema_version})"
     yield f"  fingerprint  {manifest.fingerprint}"
-    yield f"  mode         {model.mode}: {_MODES[model.mode]}"
+    yield f"  mode         {model.mode}: {MEANING[model.mode]}"
     yield (
         f"  sizes        T {model.chunk_length}, A {model.action_dim}, D {model.latent_dim}, L {model.num_layers}, "
         f"K {model.num_levels}, hidden {model.hidden_width}; decodes {', '.join(map(str, model.prefixes))} layers"
@@ -108,14 +109,6 @@ def _details(bundle: Bundle, worth: str) -> Iterator[str]:
     yield from (
         f"  {line}" for line in json.dumps(manifest.provenance, indent=1, ensure_ascii=False).splitlines()[1:-1]
     )
-
-
-_MODES = {
-    "none": "naive RFSQ, tokens decode on their own",
-    "dynamic": "published Robust RFSQ, decoding needs the stats that encoding gives",
-    "calibrated": "Robust RFSQ with constant mean and scale, tokens decode on their own",
-    "recovered": "published Robust RFSQ tokens, decoded on their own by a fitted map",
-}
 
 
 def _graph(graph: GraphEntry) -> str:

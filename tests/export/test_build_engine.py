@@ -27,7 +27,7 @@ from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig, held_out_warn
 from rfsq.calibration.recovered import RecoveredConfig
 from rfsq.export import engines, pipeline, sources, trt_builder
 from rfsq.export.batches import Profile
-from rfsq.export.build_engine import main, parse_arguments
+from rfsq.export.build_engine import config_of, main, parser
 from rfsq.export.c_builder import find_compiler
 from rfsq.export.errors import GateError
 from rfsq.export.fingerprint import fingerprint
@@ -324,7 +324,7 @@ def test_the_four_modes_are_four_tokenizers(
 
 
 def test_the_default_arguments_are_those_of_make_engine() -> None:
-    defaults = parse_arguments([])
+    defaults = config_of(parser().parse_args([]))
     assert defaults == BuildConfig()
     assert (defaults.checkpoint, defaults.output) == (ROBUST_CHECKPOINT, Path("build/bundle"))
     assert defaults.parity_steps >= 100_000
@@ -479,7 +479,7 @@ def test_every_mode_builds_for_a_robust_model_of_other_sizes(
             tmp_path / "bundle",
             checkpoint=tmp_path / "model.pt",
             normaliser=tmp_path / "normaliser.json",
-            calibration_data=tmp_path / "episodes.npz",
+            data=tmp_path / "episodes.npz",
             conditioning=mode,
             chunk_length=1,
             prefixes=(1,),
@@ -529,11 +529,11 @@ def test_a_readout_is_refused_where_nothing_is_calibrated(tmp_path: Path) -> Non
 
 
 def test_the_command_takes_a_readout() -> None:
-    arguments = parse_arguments(["--readout", "on"])
+    arguments = config_of(parser().parse_args(["--readout", "on"]))
     assert isinstance(arguments, BuildConfig)
     assert arguments.readout is ReadoutChoice.ON
     with pytest.raises(SystemExit):
-        parse_arguments(["--readout", "always"])
+        config_of(parser().parse_args(["--readout", "always"]))
 
 
 def test_a_naive_published_file_builds_without_any_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -592,7 +592,7 @@ def test_constants_that_a_checkpoint_brings_are_kept(
     constants = ConditioningConstants(fitted.constants.mean, fitted.constants.scale * 1.25)
     brought = replace(fitted, constants=constants)
     save_checkpoint(brought, tmp_path / "brought.safetensors")
-    data = {"checkpoint": tmp_path / "brought.safetensors", "calibration_data": other / "episodes.npz"}
+    data = {"checkpoint": tmp_path / "brought.safetensors", "data": other / "episodes.npz"}
     result = build(config(tmp_path / "bundle", **data, parity_steps=1))
     assert "nothing to fit" in capsys.readouterr().out
     of_fit = open_bundle(other / "bundle").manifest.fingerprint
@@ -1183,13 +1183,16 @@ def test_a_build_that_is_told_to_end_leaves_everything_as_it_was(
     # Where the tests run in the background of a shell, they find it ignored.
     earlier = signal.signal(number, missed)
     try:
-        with pytest.raises(SystemExit) as ended:
-            main([*build_arguments(output), "--checkpoint", str(small), "--overwrite"])
+        try:
+            ended = main([*build_arguments(output), "--checkpoint", str(small), "--overwrite"])
+        except SystemExit as error:
+            ended = int(error.code or 0)
         assert signal.getsignal(number) is missed
     finally:
         signal.signal(number, earlier)
-    assert ended.value.code == 128 + number
-    assert f"ended by {number.name}" in capsys.readouterr().err
+    assert ended == 128 + number
+    said = "interrupted; --output is as it was" if number == signal.SIGINT else f"ended by {number.name}"
+    assert said in capsys.readouterr().err
     assert tree(tmp_path) == {f"bundle/{file}": content for file, content in before.items()}
 
 

@@ -42,7 +42,7 @@ def test_every_backend_passes_every_gate(
             output=tmp_path / "bundle",
             conditioning=mode,
             normaliser=tmp_path / "normaliser.json",
-            calibration_data=tmp_path / "episodes.npz",
+            data=tmp_path / "episodes.npz",
             backends=("onnxruntime", "onnxruntime-cuda", *ENGINES),
             parity_steps=30_000,
         )
