@@ -137,12 +137,8 @@ def _run(config: BuildConfig | TargetConfig, *, is_verbose: bool) -> Outcome:
 
     # For matrices this small more threads are slower.
     torch.set_num_threads(1)
-    manifest = build(config, has_tables=is_verbose).manifest
-    lines = [f"✓ {config.output} is built and validated, fingerprint {manifest.fingerprint[:16]}"]
-    if manifest.quality is not None:
-        lines.append(f"what the tokens are worth: {manifest.quality.line}")
-        lines += filter(None, [manifest.quality.fidelity.warning])
-    return Outcome("\n".join(lines), {"bundle": str(config.output), **dataclasses.asdict(manifest)})
+    result = build(config, has_tables=is_verbose)
+    return Outcome(result.verdict, {"bundle": str(config.output), **dataclasses.asdict(result.manifest)})
 
 
 @contextlib.contextmanager

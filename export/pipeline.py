@@ -127,6 +127,15 @@ class BuildResult:
     quality: Mapping[str, float]
     fidelity: Fidelity | None
 
+    @property
+    def verdict(self) -> str:
+        """That it is right, and what its tokens are worth."""
+        lines = [f"✓ {self.output} is built and validated, fingerprint {self.manifest.fingerprint[:16]}"]
+        if self.manifest.quality is not None:
+            lines.append(f"what the tokens are worth: {self.manifest.quality.line}")
+            lines += filter(None, [self.manifest.quality.fidelity.warning])
+        return "\n".join(lines)
+
 
 def build(config: BuildConfig, *, has_tables: bool = True) -> BuildResult:
     """Build, prove and write a bundle; prints a line per step. has_tables: also of what went well.

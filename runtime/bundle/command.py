@@ -109,7 +109,7 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument(
             "--use-layernorm",
             action=argparse.BooleanOptionalAction,
-            help="how a checkpoint that does not say it was trained: with normalised residuals (robust), or not (naive)",
+            help="how a checkpoint that does not say it was trained: by normalised residuals (robust), or not (naive)",
         )
         self.add_argument(
             "--weights",
