@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import argparse
 from dataclasses import asdict, replace
 from enum import StrEnum
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -244,6 +245,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(format_report(report))
         # The checkpoint last: where it is, everything else went well.
         write_report(report, report_dir, provenance)
+        if not find_spec("matplotlib"):
+            print("no drawing of the report: matplotlib is not installed; pip install '.[evidence]'")
         save_checkpoint(fitted, output)
     except UnusableError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -252,12 +253,16 @@ def report_files(folder: Path) -> tuple[Path, ...]:
 
 
 def write_report(report: CalibrationReport, folder: Path, provenance: dict[str, Any] | None = None) -> None:
-    """report.json and report.png into a folder, made if missing. CalibrationError if it cannot be written."""
+    """report.json and, where matplotlib is installed, report.png into a folder, made if missing.
+
+    CalibrationError if it cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_JSON).write_text(report_to_json(report, provenance), encoding="utf-8")
-        # Without the version matplotlib would write, equal reports are equal files.
-        draw_report(report).savefig(folder / REPORT_PNG, metadata={"Software": None})
+        if find_spec("matplotlib"):
+            # Without the version matplotlib would write, equal reports are equal files.
+            draw_report(report).savefig(folder / REPORT_PNG, metadata={"Software": None})
     except OSError as error:
         raise CalibrationError(
             f"cannot write the report to {folder}: {error.strerror}; choose a writable --report-dir"
