@@ -24,6 +24,8 @@ SCHEME_COLOURS = {
 _PEER_COLOURS = ("#7b4fa3", "#c39bd3", "#b58900", "#e0c060", "#0f8b8d", "#76c7c7", "#c2185b")
 _DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 _TINY = 1e-12
+#: Of every figure, in inches: its text can be read where it is made as narrow as a phone.
+_WIDTH = 6.4
 
 
 def figures(comparison: Comparison) -> dict[str, Figure]:
@@ -53,7 +55,7 @@ def svg(figure: Figure) -> str:
 
 def error_by_layer(comparison: Comparison) -> Figure:
     """Action MSE of every prefix, a band from the lowest to the highest seed."""
-    figure, axes = _figure(8.2, 4.6)
+    figure, axes = _figure(4.6)
     axes.set_yscale("log")
     for report in comparison.schemes:
         _line(axes, report.scheme, [row.metrics["action_mse"] for row in report.prefixes])
@@ -67,7 +69,7 @@ def error_by_layer(comparison: Comparison) -> Figure:
 
 def residual_decay(comparison: Comparison) -> Figure:
     """Standard deviation of what every layer is given; published and recovered tokens are those of `dynamic`."""
-    figure, axes = _figure(8.2, 4.2)
+    figure, axes = _figure(4.2)
     axes.set_yscale("log")
     for report in comparison.schemes:
         if report.scheme not in ("published", "recovered"):
@@ -78,13 +80,13 @@ def residual_decay(comparison: Comparison) -> Figure:
 
 
 def level_use(comparison: Comparison) -> Figure:
-    """How often each level is used: one small chart per layer, a row per kind of tokens."""
+    """How often each level is used: one small chart per layer, a column per kind of tokens."""
     reports = [report for report in comparison.schemes if report.scheme not in ("published", "recovered")]
     count = max(len(report.prefixes) for report in reports)
-    figure = Figure(figsize=(1.35 * count + 0.8, 1.35 * len(reports) + 0.7), dpi=110, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 0.75 * count + 0.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(reports), count, squeeze=False, sharey=True)
-    for line, report in zip(grid, reports, strict=True):
+    grid = figure.subplots(count, len(reports), squeeze=False, sharey=True)
+    for line, report in zip(grid.T, reports, strict=True):
         for layer, axes in enumerate(line):
             if layer >= len(report.prefixes):
                 axes.set_axis_off()
@@ -94,25 +96,26 @@ def level_use(comparison: Comparison) -> Figure:
             axes.bar(range(len(shares)), shares, color=SCHEME_COLOURS[report.scheme], width=0.85)
             axes.set_ylim(0, 1)
             axes.set_xticks([])
-            axes.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+            axes.set_yticks([0, 1], ["0", "100 %"])
             axes.spines[["top", "right"]].set_visible(False)
-            axes.tick_params(labelsize=8, colors=INK)
-            axes.set_title(f"L{layer}  {row.metrics['entropy_bits'].mean:.0f} bits", fontsize=8.5, color=INK)
-        line[0].set_ylabel(report.scheme, fontsize=9.5, color=INK)
+            axes.tick_params(labelsize=9, colors=INK)
+            axes.text(0.98, 0.72, f"L{layer}, {row.metrics['entropy_bits'].mean:.0f} bits", fontsize=9, color=INK,
+                      ha="right", transform=axes.transAxes)  # fmt: skip
+        line[0].set_title(report.scheme, fontsize=10, color=INK)
     return figure
 
 
 def error_histograms(comparison: Comparison) -> Figure:
     """Where the absolute errors of single action values lie, all layers decoded."""
-    figure, axes = _figure(8.2, 4.2)
+    figure, axes = _figure(4.2)
     axes.set_xscale("log")
     for report in comparison.schemes:
         axes.stairs(
             [100 * share for share in report.error_share], comparison.error_edges, color=SCHEME_COLOURS[report.scheme],
             linewidth=1.8, label=report.scheme,
         )  # fmt: skip
-    axes.set_ylabel("% of action values", color=INK, fontsize=9)
-    axes.set_xlabel("|error|, normalised units", color=INK, fontsize=9)
+    axes.set_ylabel("% of action values", color=INK, fontsize=10)
+    axes.set_xlabel("|error|, normalised units", color=INK, fontsize=10)
     _finish(axes, "Absolute error of all layers")
     return figure
 
@@ -128,9 +131,9 @@ def trajectories(comparison: Comparison) -> Figure:
         "calibrated, L0",
         "calibrated, all layers",
     )
-    columns = min(recorded.shape[1], 4)
+    columns = min(recorded.shape[1], 2)
     rows = -(-recorded.shape[1] // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.1 * rows + 0.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 1.7 * rows + 0.8), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, squeeze=False)
     for dimension, axes in enumerate(grid.flat):
@@ -153,15 +156,15 @@ def trajectories(comparison: Comparison) -> Figure:
         named = recorded.shape[1] == len(_DIMENSIONS)
         axes.set_title(_DIMENSIONS[dimension] if named else f"dimension {dimension}", fontsize=9, color=INK, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8, colors=INK)
+        axes.tick_params(labelsize=9, colors=INK)
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
     return figure
 
 
 def learning_curves(comparison: Comparison) -> Figure:
     """Training and validation error of every training; a dot where the weights were kept."""
-    figure, axes = _figure(8.2, 4.4)
+    figure, axes = _figure(4.4)
     axes.set_yscale("log")
     for name, curve in comparison.curves.items():
         colour = SCHEME_COLOURS["naive" if name.startswith("naive") else "calibrated"]
@@ -169,7 +172,7 @@ def learning_curves(comparison: Comparison) -> Figure:
         axes.plot(epochs, curve.train, color=colour, linewidth=0.8, linestyle=":")
         axes.plot(epochs, curve.validation, color=colour, linewidth=1.1, label=f"{name}, validation")
         axes.plot(curve.kept_epoch, curve.validation[curve.kept_epoch - 1], color=colour, marker="o", markersize=5)
-    axes.set_xlabel("epoch", color=INK, fontsize=9)
+    axes.set_xlabel("epoch", color=INK, fontsize=10)
     _finish(axes, "MSE in normalised units², in training (dotted) and on validation episodes")
     return figure
 
@@ -179,9 +182,9 @@ def peers(comparison: Comparison) -> Figure:
     metrics = [("action_mse", "Action MSE, normalised units²")]
     if comparison.data.physical:
         metrics.append(("position_mm", "Mean position error, mm"))
-    figure = Figure(figsize=(6.4 * len(metrics), 5.0), dpi=110, layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 5.0 * len(metrics)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, title) in zip(figure.subplots(1, len(metrics), squeeze=False).flat, metrics, strict=True):
+    for axes, (name, title) in zip(figure.subplots(len(metrics), 1, squeeze=False).flat, metrics, strict=True):
         axes.set_yscale("log")
         axes.set_xscale("log")
         series = dict.fromkeys(peer.series for peer in comparison.peers)
@@ -195,7 +198,7 @@ def peers(comparison: Comparison) -> Figure:
                     bits, [value.mean for value in values], color=SCHEME_COLOURS[report.scheme], marker="o",
                     markersize=4, linewidth=2.2 if report.scheme == "calibrated" else 1.3, label=report.scheme,
                 )  # fmt: skip
-        axes.set_xlabel("bits per step", color=INK, fontsize=9)
+        axes.set_xlabel("bits per step", color=INK, fontsize=10)
         _finish(axes, title)
     return figure
 
@@ -209,8 +212,8 @@ def _peer_curve(axes: Axes, points: Sequence[CodecReport], metric: str, colour: 
         axes.plot(place, value, color=colour, marker="s", markersize=4, fillstyle="none" if peer.partial else "full")
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+def _figure(height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(_WIDTH, height), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots()
 
@@ -226,7 +229,7 @@ def _line(axes: Axes, scheme: str, values: Sequence[Spread]) -> None:
 
 def _layers(axes: Axes, report: SchemeReport, title: str) -> None:
     axes.set_xticks(range(len(report.prefixes)), [f"L{layer}" for layer in range(len(report.prefixes))])
-    axes.set_xlabel(title, color=INK, fontsize=9)
+    axes.set_xlabel(title, color=INK, fontsize=10)
 
 
 def _finish(axes: Axes, title: str) -> None:
@@ -235,4 +238,4 @@ def _finish(axes: Axes, title: str) -> None:
     axes.grid(color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=9)
-    axes.legend(fontsize=8.5, frameon=False, labelcolor=INK, ncols=2)
+    axes.legend(fontsize=9, frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)

@@ -66,13 +66,17 @@ class Table:
         return "\n".join([lines[0], alignment, *lines[1:]])
 
     def html(self) -> str:
-        """A <table> with its title as caption."""
+        """A <table> with its title as caption; every cell but a row's first names its column, for narrow pages."""
         head = "".join(f"<th>{inline_html(cell)}</th>" for cell in self.header)
+        labels = ["", *(f' data-label="{html.escape(cell)}"' for cell in self.header[1:])]
         body = "".join(
-            "<tr>" + "".join(f"<td>{inline_html(cell)}</td>" for cell in row) + "</tr>\n" for row in self.rows
+            "<tr>"
+            + "".join(f"<td{label}>{inline_html(cell)}</td>" for label, cell in zip(labels, row, strict=True))
+            + "</tr>\n"
+            for row in self.rows
         )
         return (
-            f"<div class=wide><table><caption>{inline_html(self.title)}</caption>\n<thead><tr>{head}</tr></thead>\n"
+            f"<div class=rows><table><caption>{inline_html(self.title)}</caption>\n<thead><tr>{head}</tr></thead>\n"
             f"<tbody>\n{body}</tbody></table></div>"
         )
 
@@ -192,8 +196,8 @@ def _spread_words(comparison: Comparison) -> str:
 
 
 def inline_html(cell: str) -> str:
-    """Escaped, with `code` and **bold** as Markdown has them."""
-    parts = html.escape(cell).split("`")
+    """Escaped, with `code` and **bold** as Markdown has them; a mean and its deviation stay in one line."""
+    parts = html.escape(cell).replace(" ± ", "&nbsp;±&nbsp;").replace(")e-", ")e&#8209;").split("`")
     coded = "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
     pieces = coded.split("**")
     return "".join(f"<b>{piece}</b>" if index % 2 else piece for index, piece in enumerate(pieces))
