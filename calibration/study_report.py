@@ -1,7 +1,6 @@
-"""The calibration study for people: tables as text and as Markdown, a picture, and the files."""
+"""The calibration study for people: tables, a picture, and the files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -12,25 +11,81 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.recovered import COARSE_LAYERS
 from rfsq.calibration.study_result import EpisodesRow, LayerRow, Spread, Spreads, StudyResult, result_to_json
+from rfsq.calibration.tables import Table
 from rfsq.rfsq_ref.files import replacing
 
 RESULT_JSON = "calibration.json"
 RESULT_PNG = "calibration.png"
 _NONE = "–"
+#: Header and rows.
+_Columns = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
 
-@dataclass(frozen=True)
-class _Table:
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+def parts(result: StudyResult) -> dict[str, Table | str]:
+    """The defaults in a line, and tables by name: settings, readout, episodes, tasks, layers.
+
+    In place of a table that could not be measured stands the reason.
+    """
+    captions = _titles(result)
+    drawn = {
+        "settings": _settings_table,
+        "readout": _readout_table,
+        "episodes": _episodes_table,
+        "tasks": _tasks_table,
+        "layers": _layers_table,
+    }
+    return {"defaults": _defaults(result)} | {
+        name: f"Not measured: {result.omitted[name]}."
+        if name in result.omitted
+        else Table(captions[name], *table(result))
+        for name, table in drawn.items()
+    }
 
 
-def titles(result: StudyResult) -> dict[str, str]:
-    """What each part of `markdown` shows, by the same names: a sentence for a caption, plain text."""
+def format_study(result: StudyResult) -> str:
+    """All tables as text, with what they are about."""
+    count = len(result.checkpoints)
+    head = (
+        f"{count} checkpoint{'s' if count > 1 else ''}, fitted on {result.calibration_episodes} episodes "
+        f"({result.calibration_steps} steps), judged on {result.test_episodes} others ({result.test_steps} steps) of "
+        f"{result.source}; MSE in robot units²\n{_defaults(result)}\n"
+        f"autoencoder as trained, no quantiser, action MSE  {_both(result.unquantised)}\n"
+        f"readout refitted, no quantiser                    {_both(result.unquantised_readout)}"
+    )
+    texts = [
+        f"{name}: {part.replace('Not', 'not', 1)}" if isinstance(part, str) else part.text()
+        for name, part in parts(result).items()
+    ]
+    return "\n\n".join([head, *texts[1:]])
+
+
+def study_files(folder: Path) -> tuple[Path, ...]:
+    """What write_study writes."""
+    return folder / RESULT_JSON, folder / RESULT_PNG
+
+
+def write_study(result: StudyResult, folder: Path) -> None:
+    """calibration.json and calibration.png into a folder, made if missing. CalibrationError if it cannot be written."""
+    try:
+        with replacing(folder / RESULT_PNG) as path:
+            # Without the version matplotlib would write, equal results are equal files.
+            draw_study(result).savefig(path, format="png", metadata={"Software": None})
+        with replacing(folder / RESULT_JSON) as path:
+            path.write_text(result_to_json(result), encoding="utf-8")
+    except OSError as error:
+        raise CalibrationError(
+            f"cannot write the study to {folder}: {error.strerror}; choose a writable --output"
+        ) from error
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def _titles(result: StudyResult) -> dict[str, str]:
+    """Of the tables, by name: a sentence for each."""
     coarse, count = _prefix_name(_coarse(result), result), len(result.checkpoints)
     over = f"over {count} checkpoints" if count > 1 else "of one checkpoint"
     return {
-        "defaults": "What calibration does unless it is told otherwise",
         "settings": (
             "Settings, each with one choice other than the default: errors on the test episodes by the layers decoded "
             f"({coarse}: these alone; all: every layer), MSE in robot units², what quantising adds to the squared "
@@ -58,72 +113,6 @@ def titles(result: StudyResult) -> dict[str, str]:
     }
 
 
-def markdown(result: StudyResult) -> dict[str, str]:
-    """The defaults in a line, and tables by name: settings, readout, episodes, tasks, layers; `titles` has their
-    captions. In place of a table that could not be measured stands the reason.
-    """
-    found = {"defaults": _defaults(result)}
-    for name, table in _tables(result).items():
-        found[name] = _markdown_table(table) if table else f"Not measured: {result.omitted[name]}."
-    return found
-
-
-def format_study(result: StudyResult) -> str:
-    """All tables as text, with what they are about."""
-    count = len(result.checkpoints)
-    parts = [
-        f"{count} checkpoint{'s' if count > 1 else ''}, fitted on {result.calibration_episodes} episodes "
-        f"({result.calibration_steps} steps), judged on {result.test_episodes} others ({result.test_steps} steps) of "
-        f"{result.source}; MSE in robot units²\n{_defaults(result)}\n"
-        f"autoencoder as trained, no quantiser, action MSE  {_both(result.unquantised)}\n"
-        f"readout refitted, no quantiser                    {_both(result.unquantised_readout)}"
-    ]
-    captions = titles(result)
-    for name, table in _tables(result).items():
-        if table is None:
-            parts.append(f"{name}: not measured: {result.omitted[name]}")
-            continue
-        widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
-        lines = (
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in (table.header, *table.rows)
-        )
-        parts.append("\n".join((captions[name], *lines)))
-    return "\n\n".join(parts)
-
-
-def study_files(folder: Path) -> tuple[Path, ...]:
-    """What write_study writes."""
-    return folder / RESULT_JSON, folder / RESULT_PNG
-
-
-def write_study(result: StudyResult, folder: Path) -> None:
-    """calibration.json and calibration.png into a folder, made if missing. CalibrationError if it cannot be written."""
-    try:
-        with replacing(folder / RESULT_PNG) as path:
-            # Without the version matplotlib would write, equal results are equal files.
-            draw_study(result).savefig(path, format="png", metadata={"Software": None})
-        with replacing(folder / RESULT_JSON) as path:
-            path.write_text(result_to_json(result), encoding="utf-8")
-    except OSError as error:
-        raise CalibrationError(
-            f"cannot write the study to {folder}: {error.strerror}; choose a writable --output"
-        ) from error
-
-
-# Tables --------------------------------------------------------------------------------------------------------------
-
-
-def _tables(result: StudyResult) -> dict[str, _Table | None]:
-    return {
-        "settings": _settings_table(result),
-        "readout": _readout_table(result),
-        "episodes": _episodes_table(result) if result.episodes else None,
-        "tasks": _tasks_table(result) if result.tasks else None,
-        "layers": _layers_table(result),
-    }
-
-
 def _defaults(result: StudyResult) -> str:
     return "The defaults: " + ", ".join(f"{_words(name)} `{value}`" for name, value in result.default.items()) + "."
 
@@ -132,12 +121,7 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _markdown_table(table: _Table) -> str:
-    lines = [table.header, ("---",) * len(table.header), *table.rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _settings_table(result: StudyResult) -> _Table:
+def _settings_table(result: StudyResult) -> _Columns:
     coarse, coarse_name = _coarse(result), _prefix_name(_coarse(result), result)
     prefixes = sorted({1, min(2, coarse), coarse, len(result.layers)})
     header = (
@@ -159,10 +143,10 @@ def _settings_table(result: StudyResult) -> _Table:
         )
         for row in result.settings
     )
-    return _Table(header, tuple(rows))
+    return header, tuple(rows)
 
 
-def _readout_table(result: StudyResult) -> _Table:
+def _readout_table(result: StudyResult) -> _Columns:
     header = (
         "ridge",
         "cross-validated action MSE",
@@ -183,10 +167,10 @@ def _readout_table(result: StudyResult) -> _Table:
         )
         for row in result.readout
     )
-    return _Table(header, tuple(rows))
+    return header, tuple(rows)
 
 
-def _episodes_table(result: StudyResult) -> _Table:
+def _episodes_table(result: StudyResult) -> _Columns:
     coarse = _coarse(result)
     rows = {(row.setting, row.num_episodes): row for row in result.episodes}
     settings, counts = _names(result.episodes), sorted({count for _, count in rows})
@@ -197,10 +181,10 @@ def _episodes_table(result: StudyResult) -> _Table:
         (str(count), *(_range(rows[setting, count].action_mse[prefix - 1]) for setting, prefix in columns))
         for count in counts
     )
-    return _Table(header, tuple(cells))
+    return header, tuple(cells)
 
 
-def _tasks_table(result: StudyResult) -> _Table:
+def _tasks_table(result: StudyResult) -> _Columns:
     kinds = ("fitted to every task", "to all but the tested", "to another task alone")
     prefixes = (_coarse(result), len(result.layers))
     header = ("setting", *(f"{kind}, {_prefix_name(prefix, result)}" for prefix in prefixes for kind in kinds))
@@ -211,10 +195,10 @@ def _tasks_table(result: StudyResult) -> _Table:
         )
         for row in result.tasks
     )
-    return _Table(header, tuple(rows))
+    return header, tuple(rows)
 
 
-def _layers_table(result: StudyResult) -> _Table:
+def _layers_table(result: StudyResult) -> _Columns:
     default, trained = result.settings[0], result.settings[-1]
     header = (
         "up to layer",
@@ -241,7 +225,7 @@ def _layers_table(result: StudyResult) -> _Table:
         )
         for row in result.layers
     )
-    return _Table(header, tuple(rows))
+    return header, tuple(rows)
 
 
 def _pays(row: LayerRow) -> str:
@@ -297,14 +281,14 @@ _INK, _BLUE, _ORANGE, _GREEN, _GREY = "#222222", "#1f6fb4", "#d9730d", "#2a8c55"
 
 def draw_study(result: StudyResult) -> Figure:
     """Four panels: settings, layers, number of episodes, readouts."""
-    figure = Figure(figsize=(14, 9.5), dpi=110, layout="constrained")
+    figure = Figure(figsize=(7.2, 18), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(
         f"Calibration choices: {len(result.checkpoints)} checkpoints, {result.test_episodes} test episodes of "
         f"{result.source}",
         color=_INK, fontsize=12, x=0.01, ha="left", fontweight="bold",
     )  # fmt: skip
-    panels = figure.subplots(2, 2).flatten()
+    panels = figure.subplots(4, 1)
     for axes, draw in zip(panels, (_draw_settings, _draw_layers, _draw_episodes, _draw_readout), strict=True):
         draw(axes, result)
         axes.spines[["top", "right"]].set_visible(False)

@@ -20,13 +20,14 @@ import re
 from collections.abc import Mapping
 
 from rfsq.calibration.errors import CalibrationError
-from rfsq.calibration.study_report import markdown
+from rfsq.calibration.study_report import parts
 from rfsq.calibration.study_result import result_from_json
+from rfsq.calibration.tables import Table
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.results import Comparison, read_json, write_text
 from rfsq.evidence.rollout_files import read_report
 from rfsq.evidence.rollout_report import conclusions, tables_of
-from rfsq.evidence.tables import UNQUANTISED_TITLES, Table, layer_table, number, peer_table, summary_table
+from rfsq.evidence.tables import UNQUANTISED_TITLES, layer_table, number, peer_table, summary_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -44,7 +45,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     study = result_from_json(_text(results / "calibration.json"))
     rollout = read_report(results / "rollout.json")
     return {
-        **{f"calibration {name}": text for name, text in markdown(study).items()},
+        **{f"calibration {name}": _markdown(part) for name, part in parts(study).items()},
         **{f"rollout {name}": table.markdown() for name, table in tables_of(rollout).items()},
         "rollout conclusions": "\n".join(
             f"- {task}: {' '.join(conclusions(report))}" for task, report in rollout.items()
@@ -59,6 +60,10 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
             for finding in comparison.findings
         ),
     }
+
+
+def _markdown(part: Table | str) -> str:
+    return part if isinstance(part, str) else part.markdown()
 
 
 def _text(path: Path) -> str:

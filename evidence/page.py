@@ -3,9 +3,10 @@
 import html
 from collections.abc import Mapping, Sequence
 
+from rfsq.calibration.tables import Table
 from rfsq.evidence.findings import compared, title
 from rfsq.evidence.results import Comparison
-from rfsq.evidence.tables import Table, findings_table, layer_table, peer_table, summary_table
+from rfsq.evidence.tables import findings_table, layer_table, peer_table, summary_table
 
 _CAPTIONS = {
     "error by layer": "Error of decoding the first layers alone. Bands span the training seeds.",

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig
 from rfsq.calibration.study import study
-from rfsq.calibration.study_report import RESULT_JSON, markdown, study_files, titles, write_study
+from rfsq.calibration.study_report import RESULT_JSON, parts, study_files, write_study
 from rfsq.calibration.study_result import StudyResult, result_from_json
+from rfsq.calibration.tables import inline_html
 from rfsq.evidence.comparison import ComparisonConfig, compare
 from rfsq.evidence.findings import REQUIRED_IMPROVEMENT
 from rfsq.evidence.metrics import OscPose
@@ -19,7 +20,7 @@ from rfsq.evidence.plots import figures, svg
 from rfsq.evidence.results import Comparison, check_writable, read_json, write_json, write_text
 from rfsq.evidence.rollout_files import demonstrations_of, read_report
 from rfsq.evidence.rollout_report import conclusions, tables_of
-from rfsq.evidence.tables import Table, findings_table, inline_html, layer_table, peer_table, summary_table
+from rfsq.evidence.tables import findings_table, layer_table, peer_table, summary_table
 from rfsq.evidence.training import CACHE, SEEDS, trained_checkpoint
 from rfsq.rfsq_ref.checkpoints import Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
@@ -188,9 +189,8 @@ def _studied(
 
 
 def _calibration_section(result: StudyResult) -> tuple[str, str]:
-    return "Calibration choices", "\n".join(
-        _as_html(title, text) for title, text in zip(titles(result).values(), markdown(result).values(), strict=True)
-    )
+    shown = [f"<p>{inline_html(part)}</p>" if isinstance(part, str) else part.html() for part in parts(result).values()]
+    return "Calibration choices", "\n".join(shown)
 
 
 def _closed_loop(folder: Path, comparison: Comparison) -> list[tuple[str, str]]:
@@ -204,13 +204,6 @@ def _closed_loop(folder: Path, comparison: Comparison) -> list[tuple[str, str]]:
         f"<li>{html.escape(f'{task}: ' + ' '.join(conclusions(found)))}</li>" for task, found in reports.items()
     )
     return [("Closed loop", f"{tables}\n<ul>{said}</ul>")]
-
-
-def _as_html(title: str, text: str) -> str:
-    try:
-        return Table.of_markdown(title, text).html()
-    except ValueError:
-        return f"<p>{inline_html(text)}</p>"
 
 
 def _load(paths: list[Path], weights: str | None) -> list[Checkpoint]:
