@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,11 +50,11 @@ class LayerReport:
     clipped: float
     bin_width: float
     levels_used: float
-    latent_mse: float | None
-    action_mse: float | None
-    worst_case: float | None
-    noise_bound: float | None
-    flipped: float
+    latent_mse: float | None = None
+    action_mse: float | None = None
+    worst_case: float | None = None
+    noise_bound: float | None = None
+    flipped: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -136,20 +136,14 @@ def _report(
         rows: list[LayerReport] = []
         deepest = latents
         for layer, step in enumerate(steps):
+            row = _layer_report(model, layer, step)
             prefix = layer + 1
-            decoded = None
             if model.conditioning is not Conditioning.DYNAMIC or prefix in model.recovered:
-                decoded = deepest = model.dequantize(tokens[..., :prefix])
+                deepest = model.dequantize(tokens[..., :prefix])
+                row = replace(row, latent_mse=_mean_square(deepest - latents), action_mse=action_mse(deepest, model))
             rows.append(
-                LayerReport(
-                    layer=layer,
-                    residual_low=float(step.residual.min()),
-                    residual_high=float(step.residual.max()),
-                    clipped=_clipped_share(step, checkpoint.config.num_levels),
-                    bin_width=_bin_width(model, layer, step),
-                    levels_used=_levels_used(step.tokens, checkpoint.config.num_levels),
-                    latent_mse=None if decoded is None else _mean_square(decoded - latents),
-                    action_mse=None if decoded is None else action_mse(decoded, model),
+                replace(
+                    row,
                     worst_case=worst_case.get(prefix),
                     noise_bound=_finite(float(bounds[..., layer].median())),
                     flipped=float((float32_tokens[..., layer] != step.tokens).double().mean()),
@@ -175,6 +169,19 @@ def _report(
                 actions.numpy(), model.decode_latents(deepest).numpy(), model.units.tolist(), model.offset.tolist()
             ),
         )
+
+
+def _layer_report(model: ActionAutoencoder, layer: int, step: LayerStep) -> LayerReport:
+    """What the layer itself shows; what it is worth is left open."""
+    num_levels = model.config.num_levels
+    return LayerReport(
+        layer=layer,
+        residual_low=float(step.residual.min()),
+        residual_high=float(step.residual.max()),
+        clipped=_clipped_share(step, num_levels),
+        bin_width=_bin_width(model, layer, step),
+        levels_used=_levels_used(step.tokens, num_levels),
+    )
 
 
 def _as_float32(checkpoint: Checkpoint, model: ActionAutoencoder) -> ActionAutoencoder:

@@ -12,8 +12,9 @@ from rfsq.calibration.study import study
 from rfsq.calibration.study_report import RESULT_JSON, parts, study_files, write_study
 from rfsq.calibration.study_result import StudyResult, result_from_json
 from rfsq.calibration.tables import inline_html
-from rfsq.evidence.comparison import ComparisonConfig, compare
+from rfsq.evidence.comparison import compare
 from rfsq.evidence.findings import REQUIRED_IMPROVEMENT
+from rfsq.evidence.jobs import ComparisonConfig
 from rfsq.evidence.metrics import OscPose
 from rfsq.evidence.page import page
 from rfsq.evidence.plots import figures, svg

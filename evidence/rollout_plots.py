@@ -35,22 +35,21 @@ def draw(reports: dict[str, TaskReport], path: Path) -> None:
     heights = [0.6 + 0.24 * sum(len(report.cells) for report in shown.values()), 2.3 * rows + 0.3]
     figure = Figure(figsize=(6.6, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    parts = figure.subfigures(2, 1, height_ratios=heights) if precise else [figure]
-    above = parts[0].subplots(
+    grid = figure.add_gridspec(2 if precise else 1, 1, height_ratios=heights if precise else heights[:1])
+    above = figure.add_subfigure(grid[0]).subplots(
         len(shown), 1, squeeze=False, height_ratios=[len(found.cells) for found in shown.values()]
     )
     for axes, (task, report) in zip(above.flat, shown.items(), strict=True):
         _success(axes, task, report)
     if precise:
-        below = list(parts[1].subplots(rows, 2, squeeze=False, sharey=True).flat)
+        lower = figure.add_subfigure(grid[1])
+        below = list(lower.subplots(rows, 2, squeeze=False, sharey=True).flat)
         for axes, (task, report) in zip(below, precise.items(), strict=False):
             _tolerance(axes, task, report)
         for axes in below[len(precise) :]:
             axes.set_axis_off()
         lines = {line.get_label(): line for axes in below for line in axes.get_legend_handles_labels()[0]}
-        parts[1].legend(
-            list(lines.values()), list(lines), loc="outside lower center", ncols=3, frameon=False, fontsize=9
-        )
+        lower.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     try:
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=130)

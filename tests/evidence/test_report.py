@@ -57,7 +57,7 @@ def _leave_out_gauss_newton(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> Checkpoint:
         return recover(checkpoint, dataset, prefixes, replace(config, refine_steps=0))
 
-    monkeypatch.setattr("rfsq.evidence.comparison.recover", regressed)
+    monkeypatch.setattr("rfsq.evidence.jobs.recover", regressed)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_the_readout_that_is_asked_for_reaches_the_fit(
     ) -> None:
         raise DataError(f"asked to fit a readout: {readout.choice.value}")
 
-    monkeypatch.setattr("rfsq.evidence.comparison.calibrate", fit)
+    monkeypatch.setattr("rfsq.evidence.jobs.calibrate", fit)
     arguments = ["--robust", str(ROBUST_CHECKPOINT), "--output", str(tmp_path / "report"), "--readout", choice, *QUICK]
     assert main(arguments) == 2
     assert f"asked to fit a readout: {choice}" in capsys.readouterr().err
