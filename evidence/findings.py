@@ -140,7 +140,7 @@ def judge_peers(schemes: Sequence[SchemeReport], peers: Sequence[CodecReport]) -
     for row in budgets.values():
         layers = 1 + labels.index(row.label)
         budget, ours = layers * calibrated.bits_per_layer, row.metrics["action_mse"].mean
-        rivals = [best for family in families if (best := _best_within(peers, family, budget)) is not None]
+        rivals = [best for family in families if (best := best_within(peers, family, budget)) is not None]
         better = [peer for peer in rivals if _peer_mse(peer) < ours]
         worse = [peer for peer in rivals if _peer_mse(peer) >= ours]
         parts = [f"At {budget:.0f} bits per step (MSE in normalised units², calibrated {row.label}: {ours:.2e})"]
@@ -170,7 +170,8 @@ def judge_peers(schemes: Sequence[SchemeReport], peers: Sequence[CodecReport]) -
     return tuple(sentences)
 
 
-def _best_within(peers: Sequence[CodecReport], family: str, budget: float) -> CodecReport | None:
+def best_within(peers: Sequence[CodecReport], family: str, budget: float) -> CodecReport | None:
+    """The peer of this family with the least error among those that need at most so many bits for a step."""
     # A setting that misses the budget by rounding is still at that budget.
     affordable = [peer for peer in peers if peer.family == family and _bits(peer) <= 1.005 * budget]
     return min(affordable, key=_peer_mse, default=None)
