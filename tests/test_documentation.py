@@ -237,6 +237,7 @@ def test_both_spellings_of_a_command_explain_themselves_alike(name: str) -> None
         for start in (["-m", "rfsq", name], [script])
     )  # fmt: skip
     assert (there.returncode, there.stderr) == (here.returncode, here.stderr) == (0, "")
+    assert there.stdout.startswith(f"usage: rfsq {name} ")
     assert there.stdout.replace(f"rfsq {name}", Path(script).name) == here.stdout
 
 
