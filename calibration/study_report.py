@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, finish, new_figure
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.recovered import COARSE_LAYERS
 from rfsq.calibration.study_result import EpisodesRow, LayerRow, Spread, Spreads, StudyResult, result_to_json
@@ -276,29 +276,18 @@ def _worst(value: Spread) -> str:
 
 # Picture -------------------------------------------------------------------------------------------------------------
 
-_INK, _BLUE, _ORANGE, _GREEN, _GREY = "#222222", "#1f6fb4", "#d9730d", "#2a8c55", "#8a8a8a"
-
 
 def draw_study(result: StudyResult) -> Figure:
     """Four panels: settings, layers, number of episodes, readouts."""
-    figure = Figure(figsize=(7.2, 18), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(
-        f"Calibration choices: {len(result.checkpoints)} checkpoints, {result.test_episodes} test episodes of "
-        f"{result.source}",
-        color=_INK, fontsize=12, x=0.01, ha="left", fontweight="bold",
-    )  # fmt: skip
-    panels = figure.subplots(4, 1)
-    for axes, draw in zip(panels, (_draw_settings, _draw_layers, _draw_episodes, _draw_readout), strict=True):
-        draw(axes, result)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_INK, labelsize=8.5)
+    figure = new_figure(
+        18,
+        f"Calibration choices: {len(result.checkpoints)} checkpoints, {result.source}",
+    )
+    grid = figure.add_gridspec(4, 1)
+    for row, draw in enumerate((_draw_settings, _draw_layers, _draw_episodes, _draw_readout)):
+        # Each in a part of its own: long labels of one make the others no narrower.
+        draw(figure.add_subfigure(grid[row]).subplots(), result)
     return figure
-
-
-def _caption(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", color=_INK, fontsize=10.5)
-    axes.legend(fontsize=8.5, frameon=False)
 
 
 def _bars(values: Sequence[Spread]) -> list[list[float]]:
@@ -308,7 +297,7 @@ def _bars(values: Sequence[Spread]) -> list[list[float]]:
 
 def _draw_settings(axes: Axes, result: StudyResult) -> None:
     places = list(range(len(result.settings)))
-    for prefix, colour, shift in ((_coarse(result), _BLUE, -0.12), (len(result.layers), _GREEN, 0.12)):
+    for prefix, colour, shift in ((_coarse(result), BLUE, -0.12), (len(result.layers), GREEN, 0.12)):
         values = [row.action_mse[prefix - 1] for row in result.settings]
         axes.errorbar(
             [value.mean for value in values], [place + shift for place in places], xerr=_bars(values),
@@ -317,24 +306,22 @@ def _draw_settings(axes: Axes, result: StudyResult) -> None:
     axes.set_xscale("log")
     axes.set_yticks(places, [row.setting for row in result.settings])
     axes.invert_yaxis()
-    axes.grid(axis="x", color="#e3e3e3", linewidth=0.7)
-    _caption(axes, "Action MSE in robot units², by setting")
+    finish(axes, "Action MSE in robot units², by setting", grid="x")
 
 
 def _draw_layers(axes: Axes, result: StudyResult) -> None:
     default, trained = result.settings[0], result.settings[-1]
     bits = [row.bits for row in result.layers]
     lines: list[tuple[str, str, Spreads]] = [
-        ("action MSE, robot units²", _BLUE, default.action_mse),
-        (f"action MSE, {trained.setting}", _GREY, trained.action_mse),
-        ("bound on the latent error in [−1, 1]", _ORANGE, default.worst_case),
+        ("action MSE, robot units²", BLUE, default.action_mse),
+        (f"action MSE, {trained.setting}", GREY, trained.action_mse),
+        ("bound on the latent error in [−1, 1]", ORANGE, default.worst_case),
     ]
     for label, colour, values in lines:
         axes.errorbar(bits, [value.mean for value in values], yerr=_bars(values), marker="o", color=colour, label=label)
     axes.set_yscale("log")
-    axes.set_xticks(bits, [f"L{row.layer}\n{row.bits:.0f} bits" for row in result.layers])
-    axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
-    _caption(axes, "What each layer brings")
+    axes.set_xticks(bits, [f"L{row.layer}\n{row.bits:.0f}" for row in result.layers])
+    finish(axes, "What each layer brings; below it, bits per step", grid="y")
 
 
 def _draw_episodes(axes: Axes, result: StudyResult) -> None:
@@ -343,8 +330,8 @@ def _draw_episodes(axes: Axes, result: StudyResult) -> None:
         return
     counts = sorted({row.num_episodes for row in result.episodes})
     *settings, trained = _names(result.episodes)
-    lines = [(name, _coarse(result), colour) for name, colour in zip(settings, (_BLUE, _ORANGE, _GREEN), strict=False)]
-    lines += [(settings[0], len(result.layers), _INK), (trained, len(result.layers), _GREY)]
+    lines = [(name, _coarse(result), colour) for name, colour in zip(settings, (BLUE, ORANGE, GREEN), strict=False)]
+    lines += [(settings[0], len(result.layers), INK), (trained, len(result.layers), GREY)]
     for setting, prefix, colour in lines:
         values = [row.action_mse[prefix - 1] for row in result.episodes if row.setting == setting]
         axes.errorbar(
@@ -355,32 +342,30 @@ def _draw_episodes(axes: Axes, result: StudyResult) -> None:
     axes.set_yscale("log")
     axes.set_xticks(counts, list(map(str, counts)))
     axes.minorticks_off()
-    axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
-    _caption(axes, "Action MSE in robot units², by number of calibration episodes")
+    finish(axes, "Action MSE in robot units², by calibration episodes", grid="y")
 
 
 def _draw_readout(axes: Axes, result: StudyResult) -> None:
     trained, *rows = result.readout
     lines: list[tuple[str, str, list[tuple[float, float]]]] = [
-        ("test episodes", _BLUE, [(row.ridge or 0.0, row.test.mean / trained.test.mean) for row in rows]),
-        ("worst unseen task", _GREEN, [(row.ridge or 0.0, row.unseen.high) for row in rows if row.unseen]),
-        ("worst, another task alone", _ORANGE, [(row.ridge or 0.0, row.other.high) for row in rows if row.other]),
-        ("random actions", _GREY, [(row.ridge or 0.0, row.random.mean) for row in rows]),
+        ("test episodes", BLUE, [(row.ridge or 0.0, row.test.mean / trained.test.mean) for row in rows]),
+        ("worst unseen task", GREEN, [(row.ridge or 0.0, row.unseen.high) for row in rows if row.unseen]),
+        ("worst, another task alone", ORANGE, [(row.ridge or 0.0, row.other.high) for row in rows if row.other]),
+        ("random actions", GREY, [(row.ridge or 0.0, row.random.mean) for row in rows]),
     ]
     for label, colour, points in lines:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
-    axes.axhline(1, color=_INK, linewidth=1, linestyle="--", label="decoder as trained")
+    axes.axhline(1, color=INK, linewidth=1, linestyle="--", label="decoder as trained")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("ridge", color=_INK, fontsize=9)
-    axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
-    _caption(axes, "Readout: action MSE over that of the decoder as it was trained")
+    axes.set_xlabel("ridge", color=INK, fontsize=9)
+    finish(axes, "Readout: action MSE over that of the trained decoder", grid="y")
 
 
 def _draw_reason(axes: Axes, reason: str) -> None:
-    axes.text(0.5, 0.5, f"not measured:\n{reason}", ha="center", va="center", wrap=True, color=_GREY)
+    axes.text(0.5, 0.5, f"not measured:\n{reason}", ha="center", va="center", wrap=True, color=GREY)
     axes.set_axis_off()

@@ -7,25 +7,22 @@ from itertools import cycle
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_figure
 from rfsq.evidence.results import CodecReport, Comparison, SchemeReport, Spread
 from rfsq.evidence.tables import UNQUANTISED_TITLES
 
-INK, GRID = "#222222", "#e3e3e3"
 SCHEME_COLOURS = {
-    "naive": "#d9730d",
-    "dynamic": "#8a8a8a",
-    "published": "#b3261e",
-    "recovered": "#2a8c55",
-    "calibrated": "#1f6fb4",
+    "naive": ORANGE,
+    "dynamic": GREY,
+    "published": RED,
+    "recovered": GREEN,
+    "calibrated": BLUE,
 }
 _PEER_COLOURS = ("#7b4fa3", "#c39bd3", "#b58900", "#e0c060", "#0f8b8d", "#76c7c7", "#c2185b")
 _DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 _TINY = 1e-12
-#: Of every figure, in inches: its text can be read where it is made as narrow as a phone.
-_WIDTH = 6.4
 
 
 def figures(comparison: Comparison) -> dict[str, Figure]:
@@ -55,7 +52,8 @@ def svg(figure: Figure) -> str:
 
 def error_by_layer(comparison: Comparison) -> Figure:
     """Action MSE of every prefix, a band from the lowest to the highest seed."""
-    figure, axes = _figure(4.6)
+    figure = new_figure(4.6)
+    axes = figure.subplots()
     axes.set_yscale("log")
     for report in comparison.schemes:
         _line(axes, report.scheme, [row.metrics["action_mse"] for row in report.prefixes])
@@ -63,19 +61,20 @@ def error_by_layer(comparison: Comparison) -> Figure:
         label = UNQUANTISED_TITLES.get(name, f"{name}, no quantiser")
         axes.axhline(metrics["action_mse"].mean, color=INK, linestyle=style, linewidth=1, label=label)
     _layers(axes, comparison.schemes[0], "decoded up to layer")
-    _finish(axes, "Action MSE in normalised units², held-out episodes")
+    finish(axes, "Action MSE in normalised units², held-out episodes")
     return figure
 
 
 def residual_decay(comparison: Comparison) -> Figure:
     """Standard deviation of what every layer is given; published and recovered tokens are those of `dynamic`."""
-    figure, axes = _figure(4.2)
+    figure = new_figure(4.2)
+    axes = figure.subplots()
     axes.set_yscale("log")
     for report in comparison.schemes:
         if report.scheme not in ("published", "recovered"):
             _line(axes, report.scheme, [row.metrics["residual_std"] for row in report.prefixes])
     _layers(axes, comparison.schemes[0], "layer")
-    _finish(axes, "Residual standard deviation at the layer's input")
+    finish(axes, "Residual standard deviation at the layer's input")
     return figure
 
 
@@ -83,8 +82,7 @@ def level_use(comparison: Comparison) -> Figure:
     """How often each level is used: one small chart per layer, a column per kind of tokens."""
     reports = [report for report in comparison.schemes if report.scheme not in ("published", "recovered")]
     count = max(len(report.prefixes) for report in reports)
-    figure = Figure(figsize=(_WIDTH, 0.75 * count + 0.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(0.75 * count + 0.5)
     grid = figure.subplots(count, len(reports), squeeze=False, sharey=True)
     for line, report in zip(grid.T, reports, strict=True):
         for layer, axes in enumerate(line):
@@ -107,7 +105,8 @@ def level_use(comparison: Comparison) -> Figure:
 
 def error_histograms(comparison: Comparison) -> Figure:
     """Where the absolute errors of single action values lie, all layers decoded."""
-    figure, axes = _figure(4.2)
+    figure = new_figure(4.2)
+    axes = figure.subplots()
     axes.set_xscale("log")
     for report in comparison.schemes:
         axes.stairs(
@@ -116,7 +115,7 @@ def error_histograms(comparison: Comparison) -> Figure:
         )  # fmt: skip
     axes.set_ylabel("% of action values", color=INK, fontsize=10)
     axes.set_xlabel("|error|, normalised units", color=INK, fontsize=10)
-    _finish(axes, "Absolute error of all layers")
+    finish(axes, "Absolute error of all layers")
     return figure
 
 
@@ -133,8 +132,7 @@ def trajectories(comparison: Comparison) -> Figure:
     )
     columns = min(recorded.shape[1], 2)
     rows = -(-recorded.shape[1] // columns)
-    figure = Figure(figsize=(_WIDTH, 1.7 * rows + 0.8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.7 * rows + 0.8)
     grid = figure.subplots(rows, columns, squeeze=False)
     for dimension, axes in enumerate(grid.flat):
         if dimension >= recorded.shape[1]:
@@ -164,7 +162,8 @@ def trajectories(comparison: Comparison) -> Figure:
 
 def learning_curves(comparison: Comparison) -> Figure:
     """Training and validation error of every training; a dot where the weights were kept."""
-    figure, axes = _figure(4.4)
+    figure = new_figure(4.4)
+    axes = figure.subplots()
     axes.set_yscale("log")
     for name, curve in comparison.curves.items():
         colour = SCHEME_COLOURS["naive" if name.startswith("naive") else "calibrated"]
@@ -173,7 +172,7 @@ def learning_curves(comparison: Comparison) -> Figure:
         axes.plot(epochs, curve.validation, color=colour, linewidth=1.1, label=f"{name}, validation")
         axes.plot(curve.kept_epoch, curve.validation[curve.kept_epoch - 1], color=colour, marker="o", markersize=5)
     axes.set_xlabel("epoch", color=INK, fontsize=10)
-    _finish(axes, "MSE in normalised units², in training (dotted) and on validation episodes")
+    finish(axes, "MSE in normalised units², in training (dotted) and on validation episodes")
     return figure
 
 
@@ -182,8 +181,7 @@ def peers(comparison: Comparison) -> Figure:
     metrics = [("action_mse", "Action MSE, normalised units²")]
     if comparison.data.physical:
         metrics.append(("position_mm", "Mean position error, mm"))
-    figure = Figure(figsize=(_WIDTH, 5.0 * len(metrics)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(5.0 * len(metrics))
     for axes, (name, title) in zip(figure.subplots(len(metrics), 1, squeeze=False).flat, metrics, strict=True):
         axes.set_yscale("log")
         axes.set_xscale("log")
@@ -199,7 +197,7 @@ def peers(comparison: Comparison) -> Figure:
                     markersize=4, linewidth=2.2 if report.scheme == "calibrated" else 1.3, label=report.scheme,
                 )  # fmt: skip
         axes.set_xlabel("bits per step", color=INK, fontsize=10)
-        _finish(axes, title)
+        finish(axes, title)
     return figure
 
 
@@ -210,12 +208,6 @@ def _peer_curve(axes: Axes, points: Sequence[CodecReport], metric: str, colour: 
     axes.plot(bits, values, color=colour, linewidth=1.1, label=points[0].series)
     for peer, place, value in zip(points, bits, values, strict=True):
         axes.plot(place, value, color=colour, marker="s", markersize=4, fillstyle="none" if peer.partial else "full")
-
-
-def _figure(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
 
 
 def _line(axes: Axes, scheme: str, values: Sequence[Spread]) -> None:
@@ -230,12 +222,3 @@ def _line(axes: Axes, scheme: str, values: Sequence[Spread]) -> None:
 def _layers(axes: Axes, report: SchemeReport, title: str) -> None:
     axes.set_xticks(range(len(report.prefixes)), [f"L{layer}" for layer in range(len(report.prefixes))])
     axes.set_xlabel(title, color=INK, fontsize=10)
-
-
-def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", color=INK, fontsize=10.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.legend(fontsize=9, frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)

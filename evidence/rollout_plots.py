@@ -3,18 +3,16 @@
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_figure
 from rfsq.evidence.cells import RAW
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollout_report import CALIBRATED, NAIVE, POOLED, TOLERANCES, TaskReport, cells_of
 from rfsq.rfsq_ref.files import replacing
 
-_INK, _GREY = "#222222", "#8a8a8a"
 _COLOURS = {
-    RAW: _INK, NAIVE: "#d9730d", "published decoder": "#b3261e", "recovered decoder": "#2a8c55",
-    "calibrated, L0": "#7db3e0", CALIBRATED: "#1f6fb4",
+    RAW: INK, NAIVE: ORANGE, "published decoder": RED, "recovered decoder": GREEN,
+    "calibrated, L0": "#7db3e0", CALIBRATED: BLUE,
 }  # fmt: skip
 #: The cells whose curves are drawn, and how. The others are as good as raw, and would hide each other.
 _CURVES = {RAW: "--", NAIVE: "-", "recovered decoder": "-.", "calibrated, L0": ":", CALIBRATED: "-"}
@@ -33,8 +31,7 @@ def draw(reports: dict[str, TaskReport], path: Path) -> None:
     precise = {task: report for task, report in tasks.items() if any(cell.tolerances for cell in report.cells.values())}
     rows = -(-len(precise) // 2)
     heights = [0.6 + 0.24 * sum(len(report.cells) for report in shown.values()), 2.3 * rows + 0.3]
-    figure = Figure(figsize=(6.6, sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(sum(heights))
     grid = figure.add_gridspec(2 if precise else 1, 1, height_ratios=heights if precise else heights[:1])
     above = figure.add_subfigure(grid[0]).subplots(
         len(shown), 1, squeeze=False, height_ratios=[len(found.cells) for found in shown.values()]
@@ -65,7 +62,7 @@ def _success(axes: Axes, task: str, report: TaskReport) -> None:
     edge = min(rate.low for rate in rates.values() if rate.rate >= _COMPARABLE * best)
     left = max(0.0, 100 * edge - 3)
     for row, cell in enumerate(cells):
-        rate, colour = rates[cell], _COLOURS.get(cell, _GREY)
+        rate, colour = rates[cell], _COLOURS.get(cell, GREY)
         if rate.rate < edge:
             axes.text(left, row, f" ◂ {100 * rate.rate:.0f} %", color=colour, va="center", fontsize=9)
             continue
@@ -74,8 +71,7 @@ def _success(axes: Axes, task: str, report: TaskReport) -> None:
     axes.set_yticks(range(len(cells)), cells)
     axes.set_ylim(len(cells) - 0.5, -0.5)
     axes.set_xlim(left, 101)
-    _finish(axes, f"{report.title(task)}: solved in %, 95 % Wilson interval")
-    axes.grid(axis="x", color="#e3e3e3")
+    finish(axes, f"{report.title(task)}: solved in %, 95 % Wilson interval", legend=0, grid="x")
 
 
 def _tolerance(axes: Axes, task: str, report: TaskReport) -> None:
@@ -90,12 +86,4 @@ def _tolerance(axes: Axes, task: str, report: TaskReport) -> None:
     axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
     axes.minorticks_off()
     axes.set_ylim(-3, 103)
-    _finish(axes, f"{task}: % solved within mm")
-    axes.grid(color="#e3e3e3")
-
-
-def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=9.5, color=_INK)
-    axes.tick_params(labelsize=9, colors=_INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
+    finish(axes, f"{task}: % solved within mm", legend=0)
