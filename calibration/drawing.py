@@ -14,7 +14,7 @@ WIDTH = 6.4
 
 def new_figure(height: float, title: str = "") -> Figure:
     """An empty figure, `height` inches high, with a bold title where one is given."""
-    figure = Figure(figsize=(WIDTH, height), dpi=110, layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     if title:
         figure.suptitle(title, color=INK, fontsize=11, x=0.01, ha="left", fontweight="bold")

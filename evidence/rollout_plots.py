@@ -49,7 +49,7 @@ def draw(reports: dict[str, TaskReport], path: Path) -> None:
         lower.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     try:
         with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=130)
+            figure.savefig(temporary, format="png")
     except OSError as error:
         raise EvidenceError(f"cannot write {path}: {error.strerror}; choose another --results") from error
 

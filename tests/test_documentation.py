@@ -101,7 +101,7 @@ def quickened(command: str) -> str:
         return f"{command} --epochs 20"
     if "build_engine.py" not in command or "--from-bundle" in command:
         return command
-    return f"{command} --parity-steps 2000 --backends c onnxruntime --overwrite"
+    return f"{command} --parity-steps 2000 --backends c onnxruntime"
 
 
 @pytest.fixture(scope="session")
@@ -130,7 +130,6 @@ def workspace(tmp_path: Path, built: Path, demonstrations: ActionDataset, robust
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "docs" / "results", tmp_path / "docs" / "results")
     shutil.copytree(built, tmp_path / "build" / "bundle")
-    shutil.copytree(built, tmp_path / "my_bundle")
     (tmp_path / "OLD").symlink_to(built)
     (tmp_path / "NEW").symlink_to(built)
     published = ActionRFSQAE(use_layernorm=True)
