@@ -25,7 +25,8 @@ from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.normaliser import NormaliserKind
 from rfsq.rfsq_ref.quantizer import Conditioning
-from rfsq.rfsq_ref.train import TrainConfig, TrainingHistory
+from rfsq.rfsq_ref.train import TrainConfig
+from rfsq.rfsq_ref.training_history import TrainingHistory
 from rfsq.runtime.bundle.fidelity import fidelity
 
 #: Of the episode that is drawn.

@@ -15,7 +15,8 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from rfsq.rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS, Expert, NutAssemblyTightExpert
+from rfsq.rfsq_ref.expert import Expert
+from rfsq.rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS, NutAssemblyTightExpert
 from rfsq.rfsq_ref.generate_demonstrations import SimulatorError, check_simulator, make_environment
 
 Array = NDArray[np.float64]

@@ -14,7 +14,8 @@ from rfsq.rfsq_ref.checkpoints import (
     load_checkpoint,
 )
 from rfsq.rfsq_ref.data import ActionDataset
-from rfsq.rfsq_ref.train import TrainConfig, TrainingHistory, history_path, load_history, save_result, train
+from rfsq.rfsq_ref.train import TrainConfig, train
+from rfsq.rfsq_ref.training_history import TrainingHistory, history_path, load_history, save_result
 
 #: Of everything that is trained, ours and the peers.
 SEEDS = (0, 1, 2)

@@ -34,7 +34,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rfsq.rfsq_ref.errors import OutputError, SettingsError, UnusableError
-from rfsq.rfsq_ref.experts import ACTION_DIM, EXPERTS, POSITION_UNIT, ROTATION_UNIT
+from rfsq.rfsq_ref.expert import ACTION_DIM, POSITION_UNIT, ROTATION_UNIT
+from rfsq.rfsq_ref.experts import EXPERTS
 from rfsq.runtime.bundle.console import path_argument
 from rfsq.runtime.bundle.paths import refuse_existing
 

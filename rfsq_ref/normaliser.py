@@ -52,19 +52,6 @@ class Normaliser:
                 "float32 numbers, and every scale positive: fit it again or correct the file"
             )
 
-    def normalise(self, actions: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        """Physical [..., A] to normalised [..., A], float64."""
-        offset, scale = self._float64()
-        return (np.asarray(actions, np.float64) - offset) / scale
-
-    def restore(self, actions: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-        """Normalised [..., A] to physical [..., A], float64."""
-        offset, scale = self._float64()
-        return np.asarray(actions, np.float64) * scale + offset
-
-    def _float64(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        return np.array(self.offset, np.float64), np.array(self.scale, np.float64)
-
     def to_json(self) -> dict[str, Any]:
         return {"kind": self.kind.value, "offset": list(self.offset), "scale": list(self.scale)}
 

@@ -56,6 +56,7 @@ extern "C" __global__ void __launch_bounds__({_ADDING_THREADS}) multiply_add(flo
 """
 
 _Array = npt.NDArray[Any]
+_GpuArrays = Sequence[GpuArray | None]
 
 
 class _Closable(Protocol):
@@ -150,48 +151,41 @@ def device_figures(scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batc
     actions, decoded = (_upload(scope, batch.actions, stream) for _ in range(2))
     encoded_stats = None if batch.stats is None else _upload(scope, batch.stats, stream)
     backend = tokenizer.backend
+
+    def figure(
+        prefix: int | None, suffix: str, bound: Callable[[], None], inputs: _GpuArrays, outputs: _GpuArrays
+    ) -> Figure:
+        """prefix: None for encoding."""
+
+        def call() -> None:
+            bound()
+            stream.synchronize()
+
+        bytes_in, bytes_out = (
+            sum(array.num_bytes for array in side if array is not None) for side in (inputs, outputs)
+        )
+        return Figure(
+            backend=backend.name,
+            operation=("encode" if prefix is None else decode_name(model, prefix)) + suffix,
+            path="device",
+            batch=batch.size,
+            take=functools.partial(time_calls, call),
+            floor=TRIVIAL_KERNEL,
+            bytes_in=bytes_in,
+            bytes_out=bytes_out,
+            operations=operations_of(model, prefix) * batch.size * model.chunk_length,
+        )
+
     for kind in backend.token_types if isinstance(backend, TakesGpuArrays) else (np.dtype(np.int32),):
         suffix = "" if kind == np.int32 else f", {kind} tokens"
         encoded = _upload(scope, batch.tokens.astype(kind), stream)
         bound = _own(scope, tokenizer.bind_encode(actions, encoded, encoded_stats, stream=stream.handle))
-        operations = operations_of(model, None) * batch.size * model.chunk_length
-        arrays = ([actions], [encoded, encoded_stats])
-        yield _device_figure(tokenizer, f"encode{suffix}", batch, bound, stream, *arrays, operations)
+        yield figure(None, suffix, bound, [actions], [encoded, encoded_stats])
         for prefix in reversed(model.prefixes):
             tokens, part = _upload(scope, batch.tokens_of(prefix).astype(kind), stream), batch.stats_of(prefix)
             stats = None if part is None else _upload(scope, part, stream)
             bound = _own(scope, tokenizer.bind_decode(tokens, decoded, stats, stream=stream.handle))
-            operations = operations_of(model, prefix) * batch.size * model.chunk_length
-            name = decode_name(model, prefix) + suffix
-            yield _device_figure(tokenizer, name, batch, bound, stream, [tokens, stats], [decoded], operations)
-
-
-def _device_figure(
-    tokenizer: ActionTokenizer,
-    operation: str,
-    batch: Batch,
-    bound: Callable[[], None],
-    stream: cuda_api.Stream,
-    inputs: Sequence[GpuArray | None],
-    outputs: Sequence[GpuArray | None],
-    operations: int,
-) -> Figure:
-    def call() -> None:
-        bound()
-        stream.synchronize()
-
-    bytes_in, bytes_out = (sum(array.num_bytes for array in side if array is not None) for side in (inputs, outputs))
-    return Figure(
-        backend=tokenizer.backend.name,
-        operation=operation,
-        path="device",
-        batch=batch.size,
-        take=functools.partial(time_calls, call),
-        floor=TRIVIAL_KERNEL,
-        bytes_in=bytes_in,
-        bytes_out=bytes_out,
-        operations=operations,
-    )
+            yield figure(prefix, suffix, bound, [tokens, stats], [decoded])
 
 
 def copy_figures(scope: contextlib.ExitStack, batch: int) -> Iterator[Figure]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.console import printable
-from ..bundle.errors import TokenizerError
 from .start import Start
 from .timing import Arithmetic, Bandwidth, Row
 
@@ -38,33 +37,8 @@ class Report:
     remarks: tuple[str, ...]
 
 
-class ReportError(TokenizerError):
-    """A text that is no report of this version."""
-
-
 def report_json(report: Report) -> str:
     return json.dumps({"schema_version": SCHEMA_VERSION, **dataclasses.asdict(report)}, indent=1, ensure_ascii=False)
-
-
-def read_report(text: str) -> Report:
-    """The inverse of `report_json`. Raises ReportError."""
-    try:
-        content = json.loads(text)
-        version = content.pop("schema_version")
-        if version != SCHEMA_VERSION:
-            raise ReportError(f"the report has schema version {version}; expected {SCHEMA_VERSION}: measure again")
-        return Report(
-            **{
-                **content,
-                "starts": tuple(Start(**entry) for entry in content["starts"]),
-                "rows": tuple(Row(**entry) for entry in content["rows"]),
-                "bandwidths": tuple(Bandwidth(**entry) for entry in content["bandwidths"]),
-                "arithmetic": tuple(Arithmetic(**entry) for entry in content["arithmetic"]),
-                "remarks": tuple(content["remarks"]),
-            }
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ReportError(f"this is no report of runtime/bench.py: {error!r}; measure again") from error
 
 
 # --- text -------------------------------------------------------------------------------------------------------------

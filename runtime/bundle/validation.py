@@ -20,10 +20,10 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 _FLOAT32 = np.dtype(np.float32)
 _INT32 = np.dtype(np.int32)
-_TOKEN_TYPES = (_INT32, np.dtype(np.int64), np.dtype(np.uint8))
+TOKEN_TYPES = (_INT32, np.dtype(np.int64), np.dtype(np.uint8))
 #: What DLPack calls memory of a CUDA device.
 _DLPACK_CUDA = 2
-_UNSIGNED = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in _TOKEN_TYPES}
+_UNSIGNED = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in TOKEN_TYPES}
 
 #: No |mean| and no sigma of a `dynamic` layer comes near it. Layer 0 takes tanh's values: within 1 of 0, over a range
 #: of at most 2. A layer takes the mean away and then moves, in units of sigma, what lies inside the grid's [-1, 1] to
@@ -95,7 +95,7 @@ class InputValidator:
         array = _as_array("tokens", tokens)
         if array.dtype != _INT32 or array.shape[1:3] != self._tokens_tail or array.ndim != 4:
             self._check_shape("tokens", array, "B, T, D, l", self._tokens_tail, is_prefix=True)
-            array = _native("tokens", array, _TOKEN_TYPES)
+            array = _native("tokens", array, TOKEN_TYPES)
         if array.shape[3] not in self._prefixes:
             self._refuse_prefix(array)
         if not (array.flags.c_contiguous and array.flags.aligned):

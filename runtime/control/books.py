@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from .config import ControlConfig, OnFault, Status
 from .errors import in_words
 from .health import Health
-from .recorder import (
-    ACCEPTED,
-    BEGUN,
-    FELL_BACK,
-    HELD,
-    INTERNAL,
-    LATCHED,
-    NO_NUMBER,
-    QUEUED,
-    RESET,
-    FlightRecorder,
-)
-from .result import LoopState, Outcome
+from .recorder import FlightRecorder
+from .result import Outcome
+from .state import INTERNAL, NO_NUMBER, RESET, LoopState
 from .worker import Reporter
 
 _OK, _NOT_READY = Status.OK, Status.NOT_READY
@@ -30,28 +21,16 @@ class TickBooks:
 
     reporter: Reporter | None = None
 
-    def __init__(self, config: ControlConfig, clock: Callable[[], int], recorder: FlightRecorder | None) -> None:
-        self.health = Health()
+    def __init__(
+        self, config: ControlConfig, clock: Callable[[], int], recorder: FlightRecorder | None, health: Health
+    ) -> None:
+        self.health = health
         self._clock, self._recorder = clock, recorder
         self._stops, self._most_faults = config.on_fault is OnFault.STOP, config.max_consecutive_faults
         self._last_status = _OK
 
-    def close_tick(
-        self,
-        out: Outcome,
-        shown: int,
-        state: LoopState,
-        begin: int,
-        is_accepted: bool,
-        used: int,
-        tokens: object,
-        stats: object,
-        stamps: tuple[int, int],
-    ) -> None:
-        """Completes `out`, whose status and action are chosen.
-
-        shown: number of the tick that was shown last. begin: NO_NUMBER where the clock has not said.
-        """
+    def close_tick(self, out: Outcome, state: LoopState, tokens: object, stats: object) -> None:
+        """Completes `out`, whose status and action are chosen, and whose number is that of the tick shown last."""
         health, status, is_held = self.health, out.status, out.is_held
         failures = health.internal_faults
         if is_held and status is not _NOT_READY:
@@ -61,7 +40,7 @@ class TickBooks:
         else:
             state.faults = 0
         # None is counted without a clock, but no two are shown under one number.
-        tick = state.line[0]
+        tick, shown = state.line[0], out.tick
         out.tick = tick if tick > shown else shown + 1
         out.is_latched = health.is_latched = state.latched is not None
         health.statuses[status] += 1
@@ -69,22 +48,22 @@ class TickBooks:
             health.held += 1
         latency = 0
         try:
-            if begin != NO_NUMBER:
-                latency = self._clock() - begin
+            if out.begin != NO_NUMBER:
+                latency = self._clock() - out.begin
             health.latency.add(latency)
         except Exception as error:  # the action is chosen already
             self._excuse(out, "the clock or the histogram", error)
         out.latency_ns = latency
-        self._record(out, state, ACCEPTED if is_accepted else 0, used, tokens, stats, stamps)
+        self._record(out, state, tokens, stats)
         is_broken = health.internal_faults != failures
         if status is not _OK or out.fell_back or self._last_status is not _OK or is_broken:
             self._report(out, is_broken)
 
-    def begin_anew(self, out: Outcome, state: LoopState) -> None:
+    def begin_anew(self, out: Outcome) -> None:
         """From `out`, where the robot is."""
         self._last_status = _OK
         self.health.is_latched = False
-        self._record(out, state, RESET, 0)
+        self._record(out, LoopState(), flags=RESET)
 
     def make_up_for(self, out: Outcome, state: LoopState) -> None:
         """A tick that was broken off, and of which `out` was shown; what it has noted itself is struck out."""
@@ -92,39 +71,15 @@ class TickBooks:
         self.health.held += 1
         if self._recorder is not None:
             self._recorder.written = out.rows
-        self._record(out, state, 0, INTERNAL)
+        self._record(out, dataclasses.replace(state, used=INTERNAL))
 
     def _record(
-        self,
-        out: Outcome,
-        state: LoopState,
-        flags: int,
-        used: int,
-        tokens: object = None,
-        stats: object = None,
-        stamps: tuple[int, int] = (NO_NUMBER, NO_NUMBER),
+        self, out: Outcome, state: LoopState, tokens: object = None, stats: object = None, flags: int = 0
     ) -> None:
         if self._recorder is None:
             return
-        # As numbers, a truth value is multiplied three times as slowly as it is asked for.
-        if out.is_held:
-            flags |= HELD
-        if out.is_latched:
-            flags |= LATCHED
-        if out.fell_back:
-            flags |= FELL_BACK
-        if state.is_queued:
-            flags |= QUEUED
-        if state.has_begun:
-            flags |= BEGUN
-        # One by one: Python would copy them twice to take them from tuples in the call.
-        (tick, begin), (sequence, observed, layers, start) = state.line, state.service
-        given_sequence, given_observed = stamps
         try:
-            self._recorder.add(
-                out.actions, tokens, stats, tick, begin, out.latency_ns, out.status, flags, used, state.faults,
-                sequence, observed, layers, start, given_sequence, given_observed,
-            )  # fmt: skip
+            self._recorder.add(out, state, tokens, stats, flags)
         except Exception as error:  # a record is worth no tick
             self._excuse(out, "the flight recorder", error)
         out.rows = self._recorder.written

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ..bundle.arrays import Float32Array
 from ..bundle.errors import InferenceError, InvalidInputError
 from ..tokenizer import ActionTokenizer
 from .config import ControlConfig, OutOfRange, Status
@@ -23,6 +24,24 @@ _OUT_OF_RANGE, _BACKEND_FAULT = Status.OUT_OF_RANGE, Status.BACKEND_FAULT
 FAILURES = frozenset((_BACKEND_FAULT, _NONFINITE, _DEADLINE_MISS))
 
 
+class DecodeChain(Protocol):
+    """What a loop asks for actions; `BackendChain`, or what a replay has in its place.
+
+    `decode` leaves `chunk` float32 [T, A], `used`, `fell_back` and `detail` behind. `warm` are its backends; `start` is
+    called once, when practice is over.
+    """
+
+    warm: list[WarmTokenizer]
+    chunk: Float32Array
+    used: WarmTokenizer
+    fell_back: bool
+    detail: str
+
+    def decode(self, tokens: npt.NDArray[Any], stats: object, deadline_ns: int | None) -> Status: ...
+    def start(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class BackendChain:
     """Called by the loop alone. `decode` leaves `chunk`, `used`, `fell_back` and `detail` behind.
 
@@ -31,7 +50,12 @@ class BackendChain:
     """
 
     def __init__(
-        self, tokenizers: Sequence[ActionTokenizer], config: ControlConfig, guard: ActionGuard, clock: Callable[[], int]
+        self,
+        tokenizers: Sequence[ActionTokenizer],
+        config: ControlConfig,
+        guard: ActionGuard,
+        clock: Callable[[], int],
+        health: Health,
     ) -> None:
         model = tokenizers[0].model
         self.warm = [WarmTokenizer(tokenizer, index) for index, tokenizer in enumerate(tokenizers)]
@@ -40,17 +64,18 @@ class BackendChain:
         self._config, self._guard, self._clock = config, guard, clock
         self._length, self._highest = model.chunk_length, model.num_levels - 1
         self._is_limiting = config.out_of_range is OutOfRange.LIMIT
-        self._health = Health()
+        self._health = health
         self.chunk = self.warm[0].chunk
         self.used = self.warm[0]
         self.fell_back, self.detail = False, ""
 
-    def start(self, health: Health) -> None:
-        """Report to `health` from now on, and retry what fails."""
-        self._health = health
-        health.backend = self.warm[0].name
+    def start(self) -> None:
+        """Retry what fails, from now on."""
+        self._health.backend = self.warm[0].name
         if len(self.warm) > 1 or self._workers:
-            self._retriers = [Retrier(found, self._config, health, self._freedom_of(found)) for found in self.warm]
+            self._retriers = [
+                Retrier(found, self._config, self._health, self._freedom_of(found)) for found in self.warm
+            ]
 
     def close(self) -> None:
         for retrier in self._retriers:

@@ -40,10 +40,6 @@ class LatencyHistogram:
         if nanoseconds > self.max_ns:
             self.max_ns = nanoseconds
 
-    @property
-    def count(self) -> int:
-        return sum(self._counts)
-
     def quantile(self, fraction: float) -> float:
         """In ns, the upper end of the bin that holds it; 0 where nothing was counted."""
         counts = np.array(self._counts)
@@ -102,48 +98,51 @@ class HealthSnapshot:
     max_us: float
 
 
+#: What a loop counts beside its statuses, and what OpenMetrics says of each.
+_COUNTERS = {
+    "held": "Ticks on which the robot was told to stand still.",
+    "chunks": "Chunks of tokens that were accepted.",
+    "refused_chunks": "Chunks of tokens that were refused.",
+    "missed_ticks": "Ticks whose time passed without a call; their actions were left out.",
+    "fallbacks": "Changes to another backend because one failed.",
+    "recoveries": "Backends that work again.",
+    "incidents": "Runs of ticks with a status other than OK.",
+    "records_written": "Flight records written.",
+    "records_failed": "Flight records that could not be written.",
+    "internal_faults": "Errors of clock, histogram, recorder or reporter.",
+}
+
+
 class Health:
     """Counters of one decoder: the loop writes those of ticks, the thread beside it those of records."""
 
     def __init__(self) -> None:
+        self.count_anew()
+
+    def count_anew(self) -> None:
+        """As at the start."""
         self.latency = LatencyHistogram()
         self.statuses = [0] * len(Status)
-        self.held = 0
-        self.chunks = 0
-        self.refused_chunks = 0
-        self.missed_ticks = 0
-        self.fallbacks = 0
-        self.recoveries = 0
-        self.incidents = 0
-        self.records_written = 0
-        self.records_failed = 0
-        self.internal_faults = 0
+        self.held = self.chunks = self.refused_chunks = self.missed_ticks = 0
+        self.fallbacks = self.recoveries = self.incidents = 0
+        self.records_written = self.records_failed = self.internal_faults = 0
         self.is_latched = False
         self.backend = ""
         #: When the last tick began, on the monotonic clock of the system whatever clock the loop has; 0 for never.
         self.last_tick_ns = 0
 
     def snapshot(self) -> HealthSnapshot:
-        latency = self.latency
+        latency, counted = self.latency, {name: getattr(self, name) for name in _COUNTERS}
         return HealthSnapshot(
             ticks=sum(self.statuses),
             statuses={status.name: self.statuses[status] for status in Status},
-            held=self.held,
-            chunks=self.chunks,
-            refused_chunks=self.refused_chunks,
-            missed_ticks=self.missed_ticks,
-            fallbacks=self.fallbacks,
-            recoveries=self.recoveries,
-            incidents=self.incidents,
-            records_written=self.records_written,
-            records_failed=self.records_failed,
-            internal_faults=self.internal_faults,
             is_latched=self.is_latched,
             backend=self.backend,
             p50_us=latency.quantile(0.5) / 1e3,
             p99_us=latency.quantile(0.99) / 1e3,
             p999_us=latency.quantile(0.999) / 1e3,
             max_us=latency.max_ns / 1e3,
+            **counted,
         )
 
     def openmetrics(self) -> str:
@@ -152,19 +151,9 @@ class Health:
         lines += [
             f'rfsq_control_ticks_total{{status="{status.name.lower()}"}} {self.statuses[status]}' for status in Status
         ]
-        for name, value, text in (
-            ("held_ticks", self.held, "Ticks on which the robot was told to stand still."),
-            ("chunks", self.chunks, "Chunks of tokens that were accepted."),
-            ("refused_chunks", self.refused_chunks, "Chunks of tokens that were refused."),
-            ("missed_ticks", self.missed_ticks, "Ticks whose time passed without a call; their actions were left out."),
-            ("fallbacks", self.fallbacks, "Changes to another backend because one failed."),
-            ("recoveries", self.recoveries, "Backends that work again."),
-            ("incidents", self.incidents, "Runs of ticks with a status other than OK."),
-            ("records_written", self.records_written, "Flight records written."),
-            ("records_failed", self.records_failed, "Flight records that could not be written."),
-            ("internal_faults", self.internal_faults, "Errors of clock, histogram, recorder or reporter."),
-        ):
-            lines += [*_family(name, "counter", text), f"rfsq_control_{name}_total {value}"]
+        for counter, text in _COUNTERS.items():
+            name = "held_ticks" if counter == "held" else counter
+            lines += [*_family(name, "counter", text), f"rfsq_control_{name}_total {getattr(self, counter)}"]
         lines += _family("latched", "gauge", "1 while the decoder stands still until reset.")
         lines.append(f"rfsq_control_latched {int(self.is_latched)}")
         cumulative, total = self.latency.cumulative(_BOUNDS_NS)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from ..bundle.manifest import ModelEntry
-from ..bundle.validation import as_array_advice, kind_of
+from ..bundle.validation import TOKEN_TYPES, as_array_advice, kind_of
 from .clock import stamp
 from .config import ControlConfig
-from .recorder import NO_NUMBER, WRONG_NUMBER
-from .result import InService
+from .state import NO_NUMBER, WRONG_NUMBER, InService
 
-TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8))
 _Array = np.ndarray
 
 
@@ -43,7 +41,7 @@ class ChunkOrder:
         due = start + (begin - observed) // period
         return due if due > tick else tick
 
-    def place(
+    def place(  # noqa: PLR0913  # numbers alone: it can be tried without a loop
         self,
         begin: int,
         tick: int,

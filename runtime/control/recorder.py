@@ -21,37 +21,10 @@ from ..bundle.paths import as_path
 from ..bundle.reading import regular_file
 from .config import Status
 from .errors import FlightRecordError
+from .result import Outcome
+from .state import ABSENT, ACCEPTED, BEGUN, COLUMNS, FELL_BACK, HELD, KEPT, LATCHED, QUEUED, UNKEPT, LoopState
 
 SCHEMA = 2
-#: Of tokens and stats of a tick: none came; they are in the record; they came but are no array that fits into it.
-ABSENT, KEPT, UNKEPT = 0, 1, 2
-#: Flags of a tick. ACCEPTED: its chunk. QUEUED: something may be served after it. BEGUN: a chunk has come since the
-#: start. RESET: no tick, but where the robot was when the decoder was started or reset.
-HELD, LATCHED, FELL_BACK, ACCEPTED, QUEUED, BEGUN, RESET = 1, 2, 4, 8, 16, 32, 64
-#: What was given for a number: nothing; something that is none.
-NO_NUMBER, WRONG_NUMBER = -(2**62), -(2**62) - 1
-#: In place of a backend: the decoder itself has failed.
-INTERNAL = -1
-_NUMBERS = {
-    "tick": np.int64,
-    "time_ns": np.int64,
-    "latency_ns": np.int64,
-    "status": np.int8,
-    "flags": np.int16,
-    "backend": np.int8,
-    "faults": np.int32,
-    # Of the chunk in service after the tick; start: the tick of its first action.
-    "sequence": np.int64,
-    "observed_ns": np.int64,
-    "service_layers": np.int16,
-    "start": np.int64,
-    # As the chunk of this tick was given, or refused.
-    "given_sequence": np.int64,
-    "given_observed_ns": np.int64,
-    "token_state": np.int8,
-    "layers": np.int16,
-    "stats_state": np.int8,
-}
 #: Of a record's arrays: what a million ticks take.
 _SIZE_LIMIT = 2**32
 #: What reading a file that is none, or a damaged one, raises.
@@ -74,9 +47,9 @@ class FlightRecorder:
         size = ticks + steps + 1
         self._size = size
         # One call packs a tick's numbers; assigning them to arrays one by one takes three times as long.
-        self._numbers = np.zeros((size, len(_NUMBERS)), np.int64)
-        self._bytes, self._stride = self._numbers.data.cast("B"), 8 * len(_NUMBERS)
-        self._pack = struct.Struct(f"={len(_NUMBERS)}q").pack_into
+        self._numbers = np.zeros((size, len(COLUMNS)), np.int64)
+        self._bytes, self._stride = self._numbers.data.cast("B"), 8 * len(COLUMNS)
+        self._pack = struct.Struct(f"={len(COLUMNS)}q").pack_into
         self._actions = np.zeros((size, action_dim), np.float32)
         self._tokens = np.zeros((size, steps * latents * layers), np.int32)
         self._stats = np.zeros((size, steps * layers * 2 * has_stats), np.float32)
@@ -90,11 +63,25 @@ class FlightRecorder:
             (shape := (1, steps, count, 2)): (count, _rows_of(self._stats, shape))
             for count in range(1, layers * has_stats + 1)
         }
-        self._shape = token_shape
         self.written = 0
 
-    def add(self, actions: Float32Array, tokens: Any, stats: Any, *numbers: int) -> None:
-        """numbers: the columns from `tick` to `given_observed_ns`, in their order."""
+    def add(  # noqa: C901  # a call for the flags would take longer than they do
+        self, out: Outcome, state: LoopState, tokens: Any = None, stats: Any = None, flags: int = 0
+    ) -> None:
+        """A row for the tick that was answered with `out`. tokens, stats: as they came; flags: beside its own."""
+        # As numbers, a truth value is multiplied three times as slowly as it is asked for.
+        if out.is_held:
+            flags |= HELD
+        if out.is_latched:
+            flags |= LATCHED
+        if out.fell_back:
+            flags |= FELL_BACK
+        if out.is_accepted:
+            flags |= ACCEPTED
+        if state.is_queued:
+            flags |= QUEUED
+        if state.has_begun:
+            flags |= BEGUN
         index = self.written % self._size
         token_state = layers = stats_state = ABSENT
         if tokens is not None:
@@ -112,8 +99,14 @@ class FlightRecorder:
             if found is not None and found[0] == layers and stats.dtype == _FLOAT32:
                 found[1][index][...] = stats
                 stats_state = KEPT
-        self._pack(self._bytes, index * self._stride, *numbers, token_state, layers, stats_state)
-        self._action_rows[index][...] = actions
+        # One by one: to make them a tuple takes longer.
+        (tick, begin), (sequence, observed, service_layers, start) = state.line, state.service
+        given_sequence, given_observed = out.stamps
+        self._pack(
+            self._bytes, index * self._stride, tick, begin, out.latency_ns, out.status, flags, state.used, state.faults,
+            sequence, observed, service_layers, start, given_sequence, given_observed, token_state, layers, stats_state,
+        )  # fmt: skip
+        self._action_rows[index][...] = out.actions
         self.written += 1
 
     def copy(self) -> dict[str, npt.NDArray[Any]]:
@@ -121,7 +114,7 @@ class FlightRecorder:
         before = self.written
         numbers = self._numbers.copy()
         arrays: dict[str, npt.NDArray[Any]] = {
-            name: numbers[:, place].astype(kind) for place, (name, kind) in enumerate(_NUMBERS.items())
+            name: numbers[:, place].astype(kind) for place, (name, kind) in enumerate(COLUMNS.items())
         }
         arrays.update(actions=self._actions.copy(), tokens=self._tokens.copy(), stats=self._stats.copy())
         # The tick under way may have written into its row already.
@@ -144,6 +137,10 @@ class FlightRecord:
     def __len__(self) -> int:
         return len(self.actions)
 
+    def row(self, index: int) -> dict[str, int]:
+        """The numbers of one tick, by their columns."""
+        return {name: int(column[index]) for name, column in self.columns.items()}
+
     def tokens_of(self, index: int) -> npt.NDArray[np.int32] | None:
         """int32 [1, T, D, l] of the chunk that arrived on this tick, if it is in the record."""
         if self.columns["token_state"][index] != KEPT:
@@ -158,10 +155,6 @@ class FlightRecord:
             return None
         steps, layers = self.meta["token_shape"][0], int(self.columns["layers"][index])
         return self.stats[index, : steps * layers * 2].reshape(1, steps, layers, 2).copy()
-
-    def arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """As `write_record` takes them."""
-        return {**self.columns, "actions": self.actions, "tokens": self.tokens, "stats": self.stats}
 
 
 def _as_int32(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int32] | None:
@@ -215,7 +208,7 @@ def read_record(path: str | os.PathLike[str]) -> FlightRecord:
 
 def _checked(path: Path, meta: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> FlightRecord:
     steps, latents, layers = meta["token_shape"]
-    columns = {name: arrays[name].astype(kind, casting="same_kind") for name, kind in _NUMBERS.items()}
+    columns = {name: arrays[name].astype(kind, casting="same_kind") for name, kind in COLUMNS.items()}
     actions, tokens, stats = arrays["actions"], arrays["tokens"], arrays["stats"]
     ticks = len(actions)
     is_whole = (

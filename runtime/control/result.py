@@ -9,52 +9,46 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from ..bundle.arrays import Float32Array
 from .config import Status
-from .recorder import NO_NUMBER
+from .state import NO_NUMBER
 
 BROKEN_OFF = "the tick was broken off"
+NO_STAMPS = NO_NUMBER, NO_NUMBER
 ADVICE = "it was raised from outside; send this action, or stop the robot"
 
 
+@dataclass(slots=True, eq=False)
 class Outcome:
-    """One tick, whole; not altered while it is shown. values: `actions` as numbers of Python, of float32 in value."""
+    """One tick, whole; not altered while it is shown. values: `actions` as numbers of Python, of float32 in value.
 
-    __slots__ = (
-        "actions",
-        "backend",
-        "detail",
-        "fell_back",
-        "is_held",
-        "is_latched",
-        "is_limited",
-        "latency_ns",
-        "rows",
-        "sequence",
-        "status",
-        "tick",
-        "values",
-    )
+    For the books alone: begin, by the clock, NO_NUMBER where it has not said; stamps, the sequence and observed_ns that
+    came; is_accepted, whether the chunk was; rows, of the flight recorder, this tick's included.
+    """
 
-    def __init__(self, values: list[float]) -> None:
-        self.values = values
-        self.actions: Float32Array = np.array(values, np.float32)
-        self.status = Status.NOT_READY
-        self.latency_ns = 0
-        self.tick = 0
-        self.sequence = -1
-        self.is_held = True
-        self.is_limited = False
-        self.is_latched = False
-        self.fell_back = False
-        self.backend = ""
-        self.detail = ""
-        #: Of the flight recorder, this tick's included.
-        self.rows = 0
+    values: list[float]
+    actions: Float32Array = field(init=False)
+    status: Status = Status.NOT_READY
+    tick: int = 0
+    sequence: int = -1
+    is_held: bool = True
+    is_limited: bool = False
+    is_latched: bool = False
+    fell_back: bool = False
+    backend: str = ""
+    detail: str = ""
+    latency_ns: int = 0
+    begin: int = NO_NUMBER
+    stamps: tuple[int, int] = NO_STAMPS
+    is_accepted: bool = False
+    rows: int = 0
+
+    def __post_init__(self) -> None:
+        self.actions = np.array(self.values, np.float32)
 
 
 class BrokenOff:
@@ -102,11 +96,16 @@ class BrokenOff:
 
     def settled(self) -> Outcome:
         """The same as an outcome of its own, which needs no decoder any more."""
-        sent = Outcome(self.values)
-        sent.status, sent.is_latched, sent.detail = self.status, self.is_latched, self.detail
-        sent.tick, sent.sequence, sent.backend = self.tick, self.sequence, self.backend
-        sent.rows = self.before.rows
-        return sent
+        return Outcome(
+            self.values,
+            self.status,
+            self.tick,
+            self.sequence,
+            is_latched=self.is_latched,
+            backend=self.backend,
+            detail=self.detail,
+            rows=self.before.rows,
+        )
 
 
 class ControlResult:
@@ -184,25 +183,3 @@ class ControlResult:
         held = ", held" if self.is_held else ""
         detail = f": {self.detail}" if self.detail else ""
         return f"ControlResult({self.status.name}{held}, {self.actions.tolist()}, {self.latency_us:.1f} us{detail})"
-
-
-#: The chunk in service: its sequence, observed_ns and layers, 0 where there is none, and the tick of its first action.
-#: A plain tuple: a tick takes one apart five times, and Python does that at once.
-InService = tuple[int, int, int, int]
-NONE_IN_SERVICE: InService = -1, NO_NUMBER, 0, 0
-
-
-@dataclass(slots=True)
-class LoopState:
-    """What a tick leaves to the next beside the queue, as a flight record has it.
-
-    line: number and beginning of the last tick, in one, so that a tick that is broken off leaves either both or none.
-    has_begun: a chunk has been accepted since the start; is_queued: something may be left of it.
-    """
-
-    line: tuple[int, int] = (0, NO_NUMBER)
-    service: InService = NONE_IN_SERVICE
-    faults: int = 0
-    latched: Status | None = None
-    has_begun: bool = False
-    is_queued: bool = False

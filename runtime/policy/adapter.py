@@ -1,15 +1,14 @@
 """`ActionRFSQAE`, what policy code calls: the published model's interface, backed by a bundle.
 
-Nothing here imports it: whoever wants it has torch. It does no arithmetic of its own; tensors go to an
+Nothing else here imports it: whoever wants it has torch. It does no arithmetic of its own; tensors go to an
 `ActionTokenizer`, on the CPU as numpy views, on the GPU where they lie (`runtime.policy.adapter_calls`).
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, Self
 
@@ -17,32 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..bundle.checkpoint_layouts import (
-    StateComparison,
-    compare_config,
-    compare_state,
-    is_grid,
-    recorded_hashes,
-    recorded_weights,
-)
+from ..bundle.checkpoint_layouts import compare_config, recorded_weights
 from ..bundle.checkpoint_states import states_in
-from ..bundle.errors import (
-    FingerprintError,
-    InvalidInputError,
-)
+from ..bundle.errors import FingerprintError, InvalidInputError
 from ..bundle.manifest import ModelEntry
 from ..bundle.paths import as_path
 from ..bundle.validation import InputValidator
 from ..tokenizer import ActionTokenizer
-from .adapter_calls import CPU, Call, Engines, checked_indices, checked_tensor, is_plain
+from .adapter_calls import CPU, Call, Engines, checked_indices, checked_tensor, uncompiled
+from .adapter_state import FINGERPRINT_KEY, compare_with, differences_from, refusal, speaks_otherwise
 
 _LOG = logging.getLogger(__name__)
-
-#: The only entry of the adapter's own state dict: the fingerprint's 32 bytes, as float32 numbers.
-FINGERPRINT_KEY = "tokenizer_fingerprint"
-#: Whoever averages the weights of policies averages these numbers too, and each may be off by so much then. That all 32
-#: of another fingerprint are so near has a chance of (9 / 256)^32.
-_ROUNDING = 4
 
 
 class ActionRFSQAE(nn.Module):
@@ -108,6 +92,7 @@ class ActionRFSQAE(nn.Module):
         self._require_own()
         return self._engines.on_host
 
+    @uncompiled
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """actions float32 [B, T, A] -> what their codes decode to, float32 [B, T, A], and codes int64 [B, T, D, L].
 
@@ -125,12 +110,14 @@ class ActionRFSQAE(nn.Module):
         call.tokenizer.decode_into(call.array(codes), call.array(actions), call.array(stats), stream=call.stream())
         return call.result(actions), call.result(codes).long()
 
+    @uncompiled
     def encode(self, x: Tensor) -> Tensor:
         """actions float32 [B, T, A] -> codes int64 [B, T, D, L], with no gradient, whatever `x` requires."""
         x = self._checked_actions(x)
         call = self._call_for(x)
         return call.result(self._encode(call, x)[0]).long()
 
+    @uncompiled
     def decode_from_indices(self, indices: Tensor) -> Tensor:
         """codes of any integer type [B, T, D, l], l a built prefix -> actions float32 [B, T, A].
 
@@ -229,10 +216,13 @@ class ActionRFSQAE(nn.Module):
         unexpected: list[str] = []
         states = states_in(state_dict, recorded_weights(self._engines.on_host.manifest))
         for state in states:
-            problems += self._compare(state, missing, unexpected, strict=strict)
+            compared = compare_with(self._engines, state)
+            problems += compared.problems(strict=strict)
+            missing += compared.missing
+            unexpected += compared.unexpected
         if problems:
-            raise FingerprintError(self._refusal(problems))
-        if any(map(self._speaks_otherwise, states)):
+            raise FingerprintError(refusal(self._engines, problems))
+        if any(speaks_otherwise(self._engines, state) for state in states):
             _LOG.warning(
                 "%s has calibrated tokens, which mean something else than those that this checkpoint made as "
                 "published: a policy has to be trained on them",
@@ -241,7 +231,7 @@ class ActionRFSQAE(nn.Module):
         self._keep_own(state_dict)
         return _IncompatibleKeys(missing, unexpected)
 
-    def _load_from_state_dict(
+    def _load_from_state_dict(  # noqa: PLR0913  # torch says with what it calls
         self,
         state_dict: Mapping[str, Any],
         prefix: str,
@@ -260,14 +250,12 @@ class ActionRFSQAE(nn.Module):
         if not state:
             missing_keys.append(prefix + FINGERPRINT_KEY)
             return
-        missing: list[str] = []
-        unexpected: list[str] = []
-        problems = self._compare(state, missing, unexpected, strict=False)
-        missing_keys += [prefix + name for name in missing]
-        unexpected_keys += [prefix + name for name in unexpected]
-        if problems:
-            error_msgs.append(self._refusal(problems))
-        elif self._speaks_otherwise(state):
+        compared = compare_with(self._engines, state)
+        missing_keys += [prefix + name for name in compared.missing]
+        unexpected_keys += [prefix + name for name in compared.unexpected]
+        if compared.differences:
+            error_msgs.append(refusal(self._engines, compared.differences))
+        elif speaks_otherwise(self._engines, state):
             error_msgs.append(
                 "this policy was saved with the published tokenizer, and calibrated tokens, which "
                 f"{self._engines.path} ({self.fingerprint}) has, mean something else: take a `recovered` bundle; or, "
@@ -276,58 +264,6 @@ class ActionRFSQAE(nn.Module):
             )
         else:
             self._keep_own(state)
-
-    def _compare(
-        self, state: Mapping[str, Any], missing: list[str], unexpected: list[str], *, strict: bool
-    ) -> list[str]:
-        tensors = {name: value for name, value in state.items() if isinstance(name, str) and is_plain(value)}
-        if len(tensors) < len(state):
-            others = sorted(str(name) for name in state if name not in tensors)
-            return [f"it is no state dict of plain tensors: {', '.join(others[:8])} are none"]
-        if FINGERPRINT_KEY in tensors:
-            compared = self._compare_fingerprint(tensors)
-        else:
-            hashes = recorded_hashes(self._engines.on_host.manifest)
-            if hashes is None:
-                return [
-                    "the bundle does not say which tensors it was built from: leave load_state_dict out, since the "
-                    "bundle brings its weights, or build it again"
-                ]
-            grids = [value.dtype for name, value in tensors.items() if is_grid(name) and value.is_floating_point()]
-            try:
-                arrays = {name: value.detach().cpu().float().numpy() for name, value in tensors.items()}
-            except RuntimeError as error:
-                # Nested ones, and types that torch keeps but does not compute with.
-                return [f"it is no state dict of plain tensors: {error}"]
-            compared = compare_state(
-                arrays,
-                hashes,
-                self._engines.model,
-                resolution=max((torch.finfo(dtype).eps for dtype in grids), default=0.0),
-            )
-        missing += compared.missing
-        unexpected += compared.unexpected
-        return compared.problems(strict=strict)
-
-    def _compare_fingerprint(self, tensors: Mapping[str, Tensor]) -> StateComparison:
-        return StateComparison(
-            missing=(),
-            unexpected=tuple(sorted(tensors.keys() - {FINGERPRINT_KEY})),
-            differences=self._differences(tensors[FINGERPRINT_KEY]),
-        )
-
-    def _differences(self, numbers: Tensor) -> tuple[str, ...]:
-        """What sets these apart from the own fingerprint: one line, or none."""
-        own, found = self._engines.numbers, numbers.detach().cpu().float()
-        if found.shape == own.shape and bool(((found - own).abs() <= _ROUNDING).all()):
-            return ()
-        levels = [round(number) if math.isfinite(number) else -1 for number in found.flatten().tolist()]
-        if len(levels) != len(own) or not all(0 <= level <= 255 for level in levels):
-            return (
-                f"its {FINGERPRINT_KEY} holds none: the checkpoint is damaged, or of a policy without a tokenizer, and "
-                "what loaded it has left this memory unwritten; then call reset_parameters() on the tokenizer",
-            )
-        return (f"it was saved with the tokenizer {bytes(levels).hex()}",)
 
     def _require_own(self) -> None:
         """For what came without `load_state_dict`: transformers, accelerate and others put tensors where they find one.
@@ -342,11 +278,11 @@ class ActionRFSQAE(nn.Module):
                 "the tokenizer lies on the meta device, where a policy is before its checkpoint is loaded; load it, or "
                 "call to_empty(device=...) on the policy"
             )
-        version = 0 if numbers.is_inference() else numbers._version
+        version = 0 if numbers.is_inference() else numbers._version  # noqa: SLF001  # torch counts there who writes
         if not numbers.is_cpu and numbers is self._known[0] and version == self._known[1]:
             return
-        if differences := self._differences(numbers):
-            raise FingerprintError(self._refusal(differences))
+        if differences := differences_from(self._engines.numbers, numbers):
+            raise FingerprintError(refusal(self._engines, differences))
         self._known = numbers, version
 
     def _keep_own(self, state: Mapping[str, Any]) -> None:
@@ -357,22 +293,6 @@ class ActionRFSQAE(nn.Module):
                 self._engines.numbers, device=given.device if isinstance(given, Tensor) else CPU
             )
         self.reset_parameters()
-
-    def _speaks_otherwise(self, state: Mapping[str, Any]) -> bool:
-        """Whether a model of this state, as published, makes other tokens than the bundle."""
-        is_published = FINGERPRINT_KEY not in state and "calibrated.mean" not in state
-        return is_published and self._engines.model.mode == "calibrated"
-
-    def _refusal(self, problems: Sequence[str]) -> str:
-        model = self._engines.model
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        data = " --calibration-data EPISODES" if model.mode in ("calibrated", "recovered") else ""
-        return (
-            f"this state is not shown to be what {self._engines.path} ({self.fingerprint}) was built from:\n"
-            f"{lines}\n"
-            "load the bundle that belongs to it, or build one: `python export/build_engine.py --checkpoint FILE "
-            f"--conditioning {model.mode} --chunk-length {model.chunk_length}{data} --output DIR`"
-        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves to another device, and never to another type; numbers stay, where `to_empty` loses them too."""

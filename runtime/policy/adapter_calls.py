@@ -1,17 +1,18 @@
 """Where tensors of torch go: a bundle on the backends that take them, and calls in whole chunks.
 
-Beside `runtime.policy.adapter`, for which it is, the one module here that imports torch.
+For `runtime.policy.adapter`; like it, it imports torch.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from ..bundle.validation import InputValidator
 from ..tokenizer import ActionTokenizer
 
 _LOG = logging.getLogger(__name__)
+_Self = TypeVar("_Self")
+_Result = TypeVar("_Result")
 
 _TAKEN_BY_TOKENIZER = (torch.int32, torch.int64, torch.uint8)
 _WIDER = {
@@ -180,6 +183,21 @@ class Call:
             leading = self._leading if len(self._leading) == 2 else (1, self._num_steps)
             given = tensor.detach().to(CPU).reshape(*leading, *tensor.shape[len(self._leading) :])
             check(InputValidator(replace(self.tokenizer.model, chunk_length=leading[1])), given.numpy())
+
+
+def uncompiled(method: Callable[[_Self, Tensor], _Result]) -> Callable[[_Self, Tensor], _Result]:
+    """`method`, called by Python itself where torch.compile follows the code around it: it can follow no backend.
+
+    torch.compiler.disable is used only there: it imports all of the compiler.
+    """
+
+    @functools.wraps(method)
+    def call(self: _Self, value: Tensor) -> _Result:
+        if torch.compiler.is_dynamo_compiling():
+            return torch.compiler.disable(method)(self, value)  # type: ignore[no-any-return, no-untyped-call]
+        return method(self, value)
+
+    return call
 
 
 def is_plain(value: object) -> bool:

@@ -33,7 +33,7 @@ from ..bundle.errors import (
     VocabularyError,
     WrongLayerError,
 )
-from ..bundle.validation import as_array_advice, kind_of
+from ..bundle.validation import TOKEN_TYPES, as_array_advice, kind_of
 
 if TYPE_CHECKING:
     from ..tokenizer import ActionTokenizer
@@ -43,7 +43,6 @@ Order = Literal["layer-major", "step-major"]
 ORDERS: tuple[Order, ...] = ("layer-major", "step-major")
 
 _ID_TYPES = (np.dtype(np.int64), np.dtype(np.int32))
-_TOKEN_TYPES = (np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.uint8))
 _LARGEST_ID = 2**63 - 1
 _MOST_LEVELS = 2**31
 #: Of a chunk; a thousand is usual. What is held for each position takes 8 bytes.
@@ -272,7 +271,7 @@ class TokenVocabulary:
         expected = f"[B, T, D, L] = [B, {self.chunk_length}, {self.latent_dim}, {self.num_layers}]"
         if type(tokens) is not np.ndarray:
             raise InvalidInputError(f"tokens is a {type(tokens).__qualname__}; expected a numpy.ndarray {expected}")
-        if tokens.dtype.newbyteorder("=") not in _TOKEN_TYPES:
+        if tokens.dtype.newbyteorder("=") not in TOKEN_TYPES:
             raise InvalidInputError(f"tokens have type {tokens.dtype}; expected int32, int64 or uint8 {expected}")
         if tokens.ndim != 4 or tokens.shape[1:] != (self.chunk_length, self.latent_dim, self.num_layers):
             raise InvalidInputError(

@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if all(report.holds for report in reports) else 1
 
 
-def run_campaign(
+def run_campaign(  # noqa: PLR0913  # settings, given by name
     tokenizer: ActionTokenizer,
     faults: int,
     *,

@@ -19,88 +19,23 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
-
-import numpy as np
-import numpy.typing as npt
+from typing import NoReturn
 
 from ..backends.registry import PREFERENCE
-from ..bundle.arrays import Float32Array, Float64Array, Int32Array
 from ..bundle.compatibility import Compatibility, compare_manifests
 from ..bundle.console import printable
-from ..bundle.errors import InvalidInputError, TokenizerError
-from ..bundle.fidelity import Fidelity, FidelitySums
+from ..bundle.errors import TokenizerError
 from ..bundle.gates import GATES
 from ..bundle.manifest import ModelEntry
 from ..bundle.paths import as_path
+from ..datasets.pieces import Source
 from ..datasets.sources import open_source
-from ..datasets.steps import Source
-from ..tokenizer import ActionTokenizer
+from .agreement import BundleFacts, Decoding, Measurement, Side, listed, measure
 
 INTERCHANGEABLE, DECODER_CAN_BE_REPLACED, NOT_COMPATIBLE, NOT_COMPARED = range(4)
 
-#: Share of steps that may have another token: float32 rounding carries a value across the edge between two bins, and
-#: behind it others of the step with published tokens. Between two backends of one bundle it was 0.0006 at most.
-FLIPPED_STEPS = 0.005
 #: Decoders that are the same may each be off by the gate.
 SAME_ACTION = 2 * GATES.action_error
-#: Steps that go through encoders and decoders at a time.
-_BATCH_STEPS = 2**16
-
-
-@dataclass(frozen=True)
-class BundleFacts:
-    """What a comparison says about one of its bundles; name: OLD or NEW."""
-
-    name: str
-    folder: str
-    fingerprint: str
-    model: ModelEntry
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """What the decoder of one bundle makes of the first `layers` layers of the tokens of one.
-
-    mse, largest: action error against the data in normalised units of OLD; the same in robot units with `_units`;
-    fidelity: for each dimension.
-    from_own: largest |difference|, normalised, to what the bundle that made the tokens decodes them to.
-    """
-
-    tokens: str
-    decoder: str
-    layers: int
-    mse: float
-    largest: float
-    mse_units: float
-    largest_units: float
-    from_own: float
-    fidelity: Fidelity
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """equal: share of equal tokens in each layer that both have, empty where no token of one corresponds to one of the
-    other; differing: how many steps have a token that differs; remarks: a line for all that could not be compared."""
-
-    steps: int
-    equal: tuple[float, ...]
-    differing: int
-    decodings: tuple[Decoding, ...]
-    remarks: tuple[str, ...]
-
-    def has_same_tokens(self, *, spare: int = 0) -> bool:
-        """As far as float32 rounding lets tokens be the same; spare: steps that may differ beside, of however few."""
-        return bool(self.equal) and self.differing <= spare + FLIPPED_STEPS * self.steps
-
-    def whole(self) -> list[Decoding]:
-        """Each bundle's own tokens, as many layers as both decode."""
-        own = {entry.tokens: entry for entry in self.decodings if entry.tokens == entry.decoder}
-        return list(own.values())
-
-    def crossed(self, tokens: str) -> list[Decoding]:
-        """Tokens of one bundle, decoded by the other."""
-        return [entry for entry in self.decodings if entry.tokens == tokens != entry.decoder]
 
 
 @dataclass(frozen=True)
@@ -183,163 +118,12 @@ def compare(
     not take.
     """
     with contextlib.ExitStack() as stack:
-        before = stack.enter_context(contextlib.closing(_Side("OLD", as_path(old, "OLD"), backend)))
-        after = stack.enter_context(contextlib.closing(_Side("NEW", as_path(new, "NEW"), backend)))
+        before = stack.enter_context(contextlib.closing(Side("OLD", as_path(old, "OLD"), backend)))
+        after = stack.enter_context(contextlib.closing(Side("NEW", as_path(new, "NEW"), backend)))
         compatibility = compare_manifests(before.tokenizer.manifest, after.tokenizer.manifest)
-        measurement = _measure(before, after, source)
+        measurement = measure(before, after, source)
         verdict = _conclude(compatibility, measurement, before.model, after.model, force=force)
         return Comparison(before.facts, after.facts, compatibility, measurement, verdict)
-
-
-# Measuring -----------------------------------------------------------------------------------------------------------
-
-
-class _Side:
-    """One of the bundles, step by step: every step is coded on its own, so each cuts chunks as it needs them."""
-
-    def __init__(self, name: str, path: Path, backend: str) -> None:
-        if path.is_file():
-            raise InvalidInputError(
-                f"{name} is the file {path}; expected a bundle. Make one from a checkpoint: `python "
-                f"export/build_engine.py --checkpoint {path} --conditioning MODE --output DIR`, with none for a naive "
-                "one and dynamic for a robust one as published"
-            )
-        self.tokenizer = ActionTokenizer.load(path, backend=backend)
-        self.model = self.tokenizer.model
-        self.facts = BundleFacts(name, str(path), self.tokenizer.fingerprint, self.model)
-
-    def close(self) -> None:
-        self.tokenizer.close()
-
-    def encode(self, actions: Float32Array) -> tuple[Int32Array, Float32Array | None]:
-        """actions [N, A] -> tokens [N, D, L] and, of a `dynamic` bundle, stats [N, L, 2]."""
-        chunks = self._chunks(actions)
-        if not self.model.has_stats:
-            return _steps(self.tokenizer.encode(chunks), len(actions)), None
-        tokens, stats = self.tokenizer.encode_with_stats(chunks)
-        return _steps(tokens, len(actions)), _steps(stats, len(actions))
-
-    def decode(self, tokens: Int32Array, stats: Float32Array | None) -> Float32Array:
-        """tokens [N, D, l] and, if there are any, stats [N, l, 2] -> actions [N, A]."""
-        given = self._chunks(stats) if stats is not None and self.model.has_stats else None
-        return _steps(self.tokenizer.decode(self._chunks(tokens), given), len(tokens))
-
-    def _chunks(self, steps: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """[N, ...] as [B, T, ...], the last chunk filled up with the last step."""
-        length = self.model.chunk_length
-        filling = np.repeat(steps[-1:], -len(steps) % length, axis=0)
-        return np.concatenate((steps, filling)).reshape(-1, length, *steps.shape[1:])
-
-
-def _steps(chunks: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
-    return chunks.reshape(-1, *chunks.shape[2:])[:count]
-
-
-class _Sums:
-    """The errors of one decoding, added up."""
-
-    def __init__(self, units: Sequence[float], tokens: ModelEntry) -> None:
-        """units: normalised units of all; tokens: the model that made the tokens."""
-        self._units: Float64Array = np.array(units)
-        # Normalised, and in robot units.
-        self._squares, self._largest, self._count = np.zeros(2), np.zeros(2), 0
-        self._from_own = 0.0
-        self._fidelity = FidelitySums(tokens.action_units, tokens.action_offset)
-
-    def add(self, actions: Float32Array, decoded: Float32Array, own: Float32Array) -> None:
-        errors = np.abs(decoded.astype(np.float64) - actions)
-        scaled = errors / self._units, errors
-        self._squares += [np.square(each).sum() for each in scaled]
-        self._largest = np.maximum(self._largest, [each.max() for each in scaled])
-        self._count += errors.size
-        self._fidelity.add(actions, decoded)
-        apart = np.abs(decoded.astype(np.float64) - own) / self._units
-        self._from_own = max(self._from_own, float(apart.max()))
-
-    def decoding(self, tokens: str, decoder: str, layers: int) -> Decoding:
-        mse, mse_units = map(float, self._squares / self._count)
-        largest, largest_units = map(float, self._largest)
-        return Decoding(
-            tokens, decoder, layers, mse, largest, mse_units, largest_units, self._from_own, self._fidelity.result()
-        )
-
-
-def _measure(old: _Side, new: _Side, source: Source) -> Measurement:
-    """Encode all steps with both, and decode all tokens with both wherever that can be done."""
-    remarks = tuple(_remarks(old.model, new.model))
-    if old.model.action_dim != new.model.action_dim:
-        return Measurement(0, (), 0, (), remarks)
-    corresponds = (old.model.latent_dim, old.model.num_levels) == (new.model.latent_dim, new.model.num_levels)
-    depth = min(old.model.num_layers, new.model.num_layers) if corresponds else 0
-    # A bundle's own decoder first: the other is held against it.
-    pairs = [(old, old), (new, new), *(((old, new), (new, old)) if corresponds else ())]
-    sums = {
-        (tokens, decoder, layers): _Sums(old.model.action_units, tokens.model)
-        for tokens, decoder in pairs
-        if tokens.model.has_stats or not decoder.model.has_stats
-        for layers in _common_prefixes(tokens.model, decoder.model)
-    }
-    equal, differing = np.zeros(depth, np.int64), 0
-    for actions in _batches(source, old.model.action_dim):
-        codes = {side: side.encode(actions) for side in (old, new)}
-        if corresponds:
-            is_equal = codes[old][0][..., :depth] == codes[new][0][..., :depth]
-            equal += is_equal.sum(axis=(0, 1))
-            differing += len(actions) - int(is_equal.all(axis=(1, 2)).sum())
-        own: dict[tuple[_Side, int], Float32Array] = {}
-        for (side, decoder, layers), total in sums.items():
-            tokens, stats = codes[side]
-            decoded = decoder.decode(tokens[..., :layers], None if stats is None else stats[:, :layers])
-            total.add(actions, decoded, own.setdefault((side, layers), decoded))
-    return Measurement(
-        steps=source.num_steps,
-        equal=tuple(map(float, equal / (source.num_steps * old.model.latent_dim))),
-        differing=differing,
-        decodings=tuple(
-            total.decoding(side.facts.name, decoder.facts.name, layers)
-            for (side, decoder, layers), total in sums.items()
-        ),
-        remarks=remarks,
-    )
-
-
-def _batches(source: Source, action_dim: int) -> Iterator[Float32Array]:
-    if not source.num_steps:
-        raise InvalidInputError(f"{source.name} has no steps; expected at least one")
-    source.check()
-    with contextlib.closing(source.open(action_dim)) as reader:
-        for start in range(0, source.num_steps, _BATCH_STEPS):
-            yield reader.read(start, min(start + _BATCH_STEPS, source.num_steps)).values
-
-
-def _common_prefixes(one: ModelEntry, other: ModelEntry) -> tuple[int, ...]:
-    return tuple(sorted({*one.prefixes} & {*other.prefixes}))
-
-
-def _remarks(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
-    if old.action_dim != new.action_dim:
-        yield f"A is {old.action_dim} in OLD, {new.action_dim} in NEW: actions of different robots, nothing is compared"
-        return
-    for name, what in (("latent_dim", "D"), ("num_levels", "K")):
-        if getattr(old, name) != getattr(new, name):
-            yield (
-                f"{what} is {getattr(old, name)} in OLD, {getattr(new, name)} in NEW: no token of one corresponds to "
-                "one of the other, so each decodes its own alone"
-            )
-    if old.num_layers != new.num_layers:
-        yield f"L is {old.num_layers} in OLD, {new.num_layers} in NEW: tokens are compared as far as both have them"
-    if old.prefixes != new.prefixes:
-        yield f"OLD decodes {_listed(old.prefixes)} layers, NEW {_listed(new.prefixes)}: what both do is done crosswise"
-    if old.chunk_length != new.chunk_length:
-        yield f"T is {old.chunk_length} in OLD, {new.chunk_length} in NEW: compared step by step, as they are coded"
-    if (old.action_units, old.action_offset) != (new.action_units, new.action_offset):
-        yield "their normalisers differ: normalised units are those of OLD"
-    names = [(name, model) for name, model in (("OLD", old), ("NEW", new)) if model.has_stats]
-    for name, _ in names:
-        yield f"{name} decodes with the stats of the encoder beside the tokens, which no policy emits"
-    if len(names) == 1:
-        other = "NEW" if names[0][0] == "OLD" else "OLD"
-        yield f"the tokens of {other} have no such stats: {names[0][0]} does not decode them"
 
 
 # Concluding ----------------------------------------------------------------------------------------------------------
@@ -394,7 +178,7 @@ def _rebuilt(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
         yield f"it takes chunks of {new.chunk_length} steps, not of {old.chunk_length} (--chunk-length)"
     missing = sorted({*old.prefixes} - {*new.prefixes})
     if missing:
-        yield f"it does not decode {_listed(missing)} layers (--prefixes)"
+        yield f"it does not decode {listed(missing)} layers (--prefixes)"
 
 
 # Showing -------------------------------------------------------------------------------------------------------------
@@ -439,7 +223,3 @@ def _table(decodings: Sequence[Decoding], *, has_units: bool) -> Iterator[str]:
 
 def _has_normaliser(facts: BundleFacts) -> bool:
     return any(unit != 1 for unit in facts.model.action_units) or any(facts.model.action_offset)
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))

@@ -50,6 +50,13 @@ class Fault(StrEnum):
     WRITES_NOTHING = "writes nothing"
 
 
+_RAISED: dict[Fault, tuple[type[Exception], str]] = {
+    Fault.RAISES: (InferenceError, "injected: the library failed"),
+    Fault.RAISES_UNKNOWN: (RuntimeError, "injected: an exception that no contract knows"),
+    Fault.OUT_OF_MEMORY: (MemoryError, "injected"),
+}
+
+
 class FaultyBackend:
     """Decodes as `backend` does until `fault` is set, from any thread; everything else it hands through.
 
@@ -82,12 +89,9 @@ class FaultyBackend:
 
     def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
         fault = self.fault
-        if fault == Fault.RAISES:
-            raise InferenceError("injected: the library failed")
-        if fault == Fault.RAISES_UNKNOWN:
-            raise RuntimeError("injected: an exception that no contract knows")
-        if fault == Fault.OUT_OF_MEMORY:
-            raise MemoryError("injected")
+        if fault in _RAISED:
+            kind, message = _RAISED[fault]
+            raise kind(message)
         if fault == Fault.WRONG_SHAPE:
             actions[...] = np.zeros((actions.shape[0], actions.shape[1] + 1, actions.shape[2]), np.float32)
         if fault == Fault.WRITES_NOTHING:

@@ -7,9 +7,9 @@ status is 0 where nothing differs, 1 where something does, 2 where nothing is co
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,28 +17,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle.arrays import Float32Array
 from ..bundle.console import printable
 from ..bundle.errors import TokenizerError
-from ..control.chain import FAILURES
+from ..control.chain import FAILURES, BackendChain
 from ..control.config import ControlConfig, Status
 from ..control.decoder import ControlDecoder
-from ..control.errors import FlightRecordError
-from ..control.recorder import (
-    ACCEPTED,
-    BEGUN,
-    HELD,
-    INTERNAL,
-    LATCHED,
-    NO_NUMBER,
-    QUEUED,
-    RESET,
-    UNKEPT,
-    WRONG_NUMBER,
-    FlightRecord,
-    read_record,
-)
-from ..control.result import LoopState
+from ..control.errors import ClockFaultError, FlightRecordError
+from ..control.recorder import FlightRecord, read_record
+from ..control.state import ACCEPTED, HELD, INTERNAL, LATCHED, NO_NUMBER, RESET, UNKEPT, WRONG_NUMBER, state_after
 from ..tokenizer import ActionTokenizer
 
 #: Of |action|, between backends and processors.
@@ -85,7 +71,10 @@ def replay(record: FlightRecord, tokenizer: ActionTokenizer) -> tuple[int, list[
         )
     position = np.clip(np.nan_to_num(record.actions[0]), config.action_low, config.action_high).tolist()
     compared, differences = 0, []
-    with _Replay(tokenizer, config, position) as decoder:
+    around = _Surroundings()
+    with ControlDecoder(tokenizer, config, position=position, clock=around.read_clock) as decoder:
+        # Nobody needs to hear of it again.
+        decoder.warmup(functools.partial(_RecordedChain, around), reports=False)
         # Nothing is known of the queue before the first row, but where the decoder was started on it.
         known_from = 0
         for before, row in pairwise(rows):
@@ -96,7 +85,9 @@ def replay(record: FlightRecord, tokenizer: ActionTokenizer) -> tuple[int, list[
                 known_from = before.number + tokenizer.model.chunk_length
             if row.has(RESET):
                 continue
-            decoder.again(before, row)
+            decoder.resume(before.actions, state_after(before.numbers))
+            around.set(row)
+            decoder.step(**row.arguments())
             if row.number < known_from:
                 continue
             compared += 1
@@ -110,63 +101,27 @@ def replay(record: FlightRecord, tokenizer: ActionTokenizer) -> tuple[int, list[
     return compared, differences
 
 
-@dataclass(frozen=True)
 class _Row:
     """One tick of a record."""
 
-    record: FlightRecord
-    index: int
-
-    def __getitem__(self, name: str) -> int:
-        return int(self.record.columns[name][self.index])
+    def __init__(self, record: FlightRecord, index: int) -> None:
+        self._record, self._index = record, index
+        self.numbers = record.row(index)
+        self.number, self.status = self.numbers["tick"], Status(self.numbers["status"])
+        self.actions = record.actions[index]
 
     def has(self, flag: int) -> bool:
-        return bool(self["flags"] & flag)
+        return bool(self.numbers["flags"] & flag)
 
-    @property
-    def number(self) -> int:
-        return self["tick"]
-
-    @property
-    def status(self) -> Status:
-        return Status(self["status"])
-
-    @property
-    def actions(self) -> Float32Array:
-        sent: Float32Array = self.record.actions[self.index]
-        return sent
-
-    @property
-    def state(self) -> LoopState:
-        """What it left to the next tick."""
-        return LoopState(
-            line=(self["tick"], self["time_ns"]),
-            service=(self["sequence"], self["observed_ns"], self["service_layers"], self["start"]),
-            faults=self["faults"],
-            latched=self.status if self.has(LATCHED) else None,
-            has_begun=self.has(BEGUN),
-            is_queued=self.has(QUEUED),
-        )
-
-    @property
-    def is_failure(self) -> bool:
-        """The chunk was refused for what a backend did, in time or at all."""
-        return self.status in FAILURES and not self.has(ACCEPTED)
-
-    @property
     def arguments(self) -> dict[str, Any]:
         """Of `step`; what did not fit into the record is wrong in another way."""
-        wrong = object()
-        tokens, stats = self.record.tokens_of(self.index), self.record.stats_of(self.index)
-        numbers = {
-            name: None if (value := self[f"given_{name}"]) == NO_NUMBER else wrong if value == WRONG_NUMBER else value
-            for name in ("sequence", "observed_ns")
-        }
+        wrong, numbers = object(), self.numbers
+        given = {name: numbers[f"given_{name}"] for name in ("sequence", "observed_ns")}
         return {
-            "tokens": wrong if self["token_state"] == UNKEPT else tokens,
-            "stats": wrong if self["stats_state"] == UNKEPT else stats,
+            "tokens": wrong if numbers["token_state"] == UNKEPT else self._record.tokens_of(self._index),
+            "stats": wrong if numbers["stats_state"] == UNKEPT else self._record.stats_of(self._index),
             "deadline_us": 1.0 if self.status is Status.DEADLINE_MISS else None,
-            **numbers,
+            **{name: {NO_NUMBER: None, WRONG_NUMBER: wrong}.get(value, value) for name, value in given.items()},
         }
 
     def difference(self, decoder: ControlDecoder) -> str:
@@ -183,45 +138,43 @@ class _Row:
         )
 
 
-class _Replay(ControlDecoder):
-    """A decoder that lets its backend, its clock and itself fail where they did in the record."""
+class _Surroundings:
+    """What a decoder has around it, as it was on the tick under way; nothing happens before the first."""
 
-    def __init__(self, tokenizer: ActionTokenizer, config: ControlConfig, position: Sequence[float]) -> None:
-        self._row: _Row | None = None
-        self._is_later = False
-        super().__init__(tokenizer, config, position=position, clock=self._read_clock)
-        self.warmup()
-        # Nobody needs to hear of it again.
-        if self._books.reporter is not None:
-            self._books.reporter.close()
-            self._books.reporter = None
+    row: _Row | None = None
 
-    def again(self, before: _Row, row: _Row) -> None:
-        self.resume(before.actions, before.state)
-        self._row, self._is_later = row, False
-        self.step(**row.arguments)
+    def set(self, row: _Row) -> None:
+        self.row, self._is_later = row, False
 
-    def _read_clock(self) -> int:
-        if self._row is None:
+    def read_clock(self) -> int:
+        """Raises ClockFaultError on a tick on which clock or decoder have failed."""
+        if self.row is None:
             return 0
+        status, begin = self.row.status, self.row.numbers["time_ns"]
+        if status is Status.BACKEND_FAULT and self.row.numbers["backend"] == INTERNAL:
+            raise ClockFaultError("as recorded")
         if not self._is_later:
             self._is_later = True
-            return self._row["time_ns"]
-        if self._row.status is Status.DEADLINE_MISS:
-            return self._row["time_ns"] + _LATE_NS
+            return begin
+        if status is Status.DEADLINE_MISS:
+            return begin + _LATE_NS
         # Of a chunk that became old while it was decoded; otherwise it decides nothing.
-        return self._row["time_ns"] + self._row["latency_ns"] * (self._row.status is Status.STALE)
+        return begin + self.row.numbers["latency_ns"] * (status is Status.STALE)
 
-    def _decide(self, begin: int, tokens: object, stats: object, stamps: tuple[int, int]) -> Status:
-        if self._row is not None and self._row["backend"] == INTERNAL and self._row.status is Status.BACKEND_FAULT:
-            raise FlightRecordError("as recorded")
-        return super()._decide(begin, tokens, stats, stamps)
 
-    def _decode(self, tokens: npt.NDArray[Any], stats: object) -> tuple[Status, Float32Array]:
-        if self._row is None or not self._row.is_failure:
-            return super()._decode(tokens, stats)
-        self._out.detail = "as recorded"
-        return self._row.status, self._row.actions
+class _RecordedChain(BackendChain):
+    """Fails on the chunks on which a backend failed, in time or at all; decodes the others."""
+
+    def __init__(self, around: _Surroundings, *parts: Any) -> None:
+        super().__init__(*parts)
+        self._around = around
+
+    def decode(self, tokens: npt.NDArray[Any], stats: object, deadline_ns: int | None) -> Status:
+        row = self._around.row
+        if row is None or row.status not in FAILURES or row.has(ACCEPTED):
+            return super().decode(tokens, stats, deadline_ns)
+        self.fell_back, self.detail = False, "as recorded"
+        return row.status
 
 
 def _how(is_held: bool) -> str:

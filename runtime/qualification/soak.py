@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import gc
 import logging
-import os
 import sys
 import time
 import tracemalloc
@@ -18,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
+from ..benchmark.first_result import resident_bytes
 from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.console import prepare_console, printable
 from ..bundle.errors import TokenizerError
-from ..control.config import ActionKind, Status, Strategy
+from ..control.config import ActionKind, ControlConfig, Status, Strategy
 from ..control.decoder import ControlDecoder
 from ..tokenizer import ActionTokenizer
 from .trial_inputs import chunks_of, config_for, motion_of
@@ -40,10 +41,48 @@ _QUICKEST = 5
 KEPT_LIMIT = 1024
 #: What is kept is ours if one of so many innermost calls is. Each one more makes a traced tick a quarter slower.
 _FRAMES = 4
-WARM_TICKS, TRACED_TICKS = 20_000, 10_000
 _CHUNKS = 64
 #: A worker that has no processor for so long is late; what else runs on the machine is no fault of the decoder.
 _WORKER_DEADLINE_US = 1e6
+#: Tokens and stats of each chunk.
+Inputs = list[tuple[Int32Array, Float32Array | None]]
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SoakSetup:
+    """How the decoder is set up, and what it is served with.
+
+    fallback: another backend, warm beside the first. jumps: random actions, whose way to leave is the longest, in place
+    of a smooth motion. warm_ticks, traced_ticks: before and after those that are counted.
+    """
+
+    strategy: Strategy = Strategy.LATEST_ONLY
+    use_worker: bool = False
+    fallback: ActionTokenizer | None = None
+    is_absolute: bool = False
+    jumps: bool = False
+    warm_ticks: int = 20_000
+    traced_ticks: int = 10_000
+
+    @property
+    def kind(self) -> ActionKind:
+        return ActionKind.ABSOLUTE if self.is_absolute else ActionKind.DELTA
+
+    def config(self, tokenizer: ActionTokenizer, limit: float) -> ControlConfig:
+        return config_for(
+            tokenizer,
+            limit,
+            strategy=self.strategy,
+            use_worker=self.use_worker,
+            deadline_us=_WORKER_DEADLINE_US if self.use_worker else None,
+            action_kind=(self.kind,) * tokenizer.model.action_dim,
+        )
+
+    def describe(self, tokenizer: ActionTokenizer) -> str:
+        parts = [tokenizer.backend.description, self.strategy, self.kind, *["worker"] * self.use_worker]
+        parts += [] if self.fallback is None else [f"falls back on {self.fallback.backend.description}"]
+        return ", ".join(map(str, parts))
 
 
 @dataclass(frozen=True)
@@ -133,15 +172,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fallback = None
             if options.fallback:
                 fallback = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.fallback))
-            report = soak(
-                tokenizer,
-                options.ticks,
-                strategy=Strategy(options.strategy),
-                use_worker=options.worker,
-                fallback=fallback,
-                is_absolute=options.absolute,
-                jumps=options.jumps,
-            )
+            setup = SoakSetup(Strategy(options.strategy), options.worker, fallback, options.absolute, options.jumps)
+            report = soak(tokenizer, options.ticks, setup)
     except TokenizerError as error:
         print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -151,74 +183,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0 if report.holds else 1
 
 
-def soak(
-    tokenizer: ActionTokenizer,
-    ticks: int,
-    *,
-    strategy: Strategy = Strategy.LATEST_ONLY,
-    use_worker: bool = False,
-    fallback: ActionTokenizer | None = None,
-    is_absolute: bool = False,
-    jumps: bool = False,
-    warm_ticks: int = WARM_TICKS,
-    traced_ticks: int = TRACED_TICKS,
-) -> SoakReport:
-    """A chunk on every tick, the dearest case, as fast as they are served.
-
-    The actions are a smooth motion, or with `jumps` random ones, whose way to leave is the longest.
-    """
-    tokens, stats, limit = (chunks_of if jumps else motion_of)(tokenizer, _CHUNKS)
-    kind = ActionKind.ABSOLUTE if is_absolute else ActionKind.DELTA
-    config = config_for(
-        tokenizer,
-        limit,
-        strategy=strategy,
-        use_worker=use_worker,
-        deadline_us=_WORKER_DEADLINE_US if use_worker else None,
-        action_kind=(kind,) * tokenizer.model.action_dim,
-    )
-    fallbacks = () if fallback is None else (fallback,)
-    position = (0.0,) * config.action_dim
-    out = np.empty((1, tokenizer.model.chunk_length, config.action_dim), np.float32)
+def soak(tokenizer: ActionTokenizer, ticks: int, setup: SoakSetup = SoakSetup()) -> SoakReport:
+    """A chunk on every tick, the dearest case, as fast as they are served."""
+    tokens, stats, limit = (chunks_of if setup.jumps else motion_of)(tokenizer, _CHUNKS)
+    inputs = list(zip(tokens, stats, strict=True))
+    config = setup.config(tokenizer, limit)
+    fallbacks = () if setup.fallback is None else (setup.fallback,)
     # Filled: their pages are there before memory is measured.
-    bare, whole, line = (np.ones(ticks, np.int64) for _ in range(3))
-    log = _line()
-    with ControlDecoder(tokenizer, config, fallbacks=fallbacks, position=position) as decoder:
+    times = np.ones((3, ticks), np.int64)
+    with ControlDecoder(tokenizer, config, fallbacks=fallbacks, position=(0.0,) * config.action_dim) as decoder:
         decoder.warmup()
-        clock, step, decode = time.monotonic_ns, decoder.step, tokenizer.decode_into
-        for tick in range(warm_ticks):
-            chunk, stat = tokens[tick % _CHUNKS], stats[tick % _CHUNKS]
-            decode(chunk, out, stat)
-            step(chunk, stats=stat)
+        _time(decoder, tokenizer, inputs, np.ones((3, setup.warm_ticks), np.int64))
         gc.collect()
-        limited = 0
-        before, memory, started = list(decoder.health.statuses), _rss(), time.monotonic()
-        for tick in range(ticks):
-            chunk, stat = tokens[tick % _CHUNKS], stats[tick % _CHUNKS]
-            # Each goes first in turn: whatever the first one brings into the caches serves the second.
-            if tick & 1:
-                begin = clock()
-                decode(chunk, out, stat)
-                middle = clock()
-                result = step(chunk, stats=stat)
-                whole[tick] = clock() - middle
-                bare[tick] = middle - begin
-            else:
-                begin = clock()
-                result = step(chunk, stats=stat)
-                middle = clock()
-                decode(chunk, out, stat)
-                bare[tick] = clock() - middle
-                whole[tick] = middle - begin
-            begin = clock()
-            log(tick)
-            line[tick] = clock() - begin
-            limited += result.is_limited
-        seconds, growth = time.monotonic() - started, _rss() - memory
-        kept, transient = _traced(decoder, tokens, stats, traced_ticks)
+        before, memory, started = list(decoder.health.statuses), resident_bytes() or 0, time.monotonic()
+        limited = _time(decoder, tokenizer, inputs, times)
+        seconds, growth = time.monotonic() - started, (resident_bytes() or 0) - memory
+        kept, transient = _traced(decoder, inputs, setup.traced_ticks)
         after = list(decoder.health.statuses)
+    whole, bare, line = times
     return SoakReport(
-        description=_describe(tokenizer, fallback, strategy, kind, use_worker),
+        description=setup.describe(tokenizer),
         ticks=ticks,
         seconds=seconds,
         step_us=_quantiles(whole),
@@ -229,15 +213,45 @@ def soak(
         rss_growth=growth,
         kept=kept,
         transient=transient,
-        traced_ticks=traced_ticks,
+        traced_ticks=setup.traced_ticks,
         others={
             status.name: after[status] - before[status]
             for status in Status
             if status is not Status.OK and after[status] > before[status]
         },
         limited=limited / ticks,
-        has_worker=use_worker,
+        has_worker=setup.use_worker,
     )
+
+
+def _time(decoder: ControlDecoder, tokenizer: ActionTokenizer, inputs: Inputs, times: Int64Array) -> int:
+    """Fills times [3, ticks] with ns of steps, of the bare backend, and of lines of logging; how many were limited."""
+    whole, bare, line = times
+    out = np.empty((1, tokenizer.model.chunk_length, tokenizer.model.action_dim), np.float32)
+    clock, step, decode, log = time.monotonic_ns, decoder.step, tokenizer.decode_into, _line()
+    limited = 0
+    for tick in range(times.shape[1]):
+        chunk, stat = inputs[tick % _CHUNKS]
+        # Each goes first in turn: whatever the first one brings into the caches serves the second.
+        if tick & 1:
+            begin = clock()
+            decode(chunk, out, stat)
+            middle = clock()
+            result = step(chunk, stats=stat)
+            whole[tick] = clock() - middle
+            bare[tick] = middle - begin
+        else:
+            begin = clock()
+            result = step(chunk, stats=stat)
+            middle = clock()
+            decode(chunk, out, stat)
+            bare[tick] = clock() - middle
+            whole[tick] = middle - begin
+        begin = clock()
+        log(tick)
+        line[tick] = clock() - begin
+        limited += result.is_limited
+    return limited
 
 
 def _line() -> Callable[[int], str]:
@@ -251,21 +265,23 @@ def _line() -> Callable[[int], str]:
     return line
 
 
-def _traced(
-    decoder: ControlDecoder, tokens: list[Int32Array], stats: list[Float32Array | None], ticks: int
-) -> tuple[int, int]:
+def _traced(decoder: ControlDecoder, inputs: Inputs, ticks: int) -> tuple[int, int]:
     """Bytes that many ticks keep, and the most that lives at once within them."""
+
+    def serve(count: int) -> None:
+        for tick in range(count):
+            chunk, stat = inputs[tick % _CHUNKS]
+            decoder.step(chunk, stats=stat)
+
     gc.collect()
     tracemalloc.start(_FRAMES)
     try:
         # What a tick leaves to the next is traced too before anything is counted.
-        for tick in range(_CHUNKS * 8):
-            decoder.step(tokens[tick % _CHUNKS], stats=stats[tick % _CHUNKS])
+        serve(_CHUNKS * 8)
         before = tracemalloc.take_snapshot()
         tracemalloc.reset_peak()
         total = tracemalloc.get_traced_memory()[0]
-        for tick in range(ticks):
-            decoder.step(tokens[tick % _CHUNKS], stats=stats[tick % _CHUNKS])
+        serve(ticks)
         peak = tracemalloc.get_traced_memory()[1]
         after = tracemalloc.take_snapshot()
     finally:
@@ -280,23 +296,9 @@ def _bytes_of_ours(snapshot: tracemalloc.Snapshot) -> int:
     return sum(trace.size for trace in snapshot.filter_traces((ours, counting)).traces)
 
 
-def _quantiles(nanoseconds: np.ndarray) -> tuple[float, float, float, float]:
+def _quantiles(nanoseconds: Int64Array) -> tuple[float, float, float, float]:
     p50, p99, p999, most = np.percentile(nanoseconds, (50, 99, 99.9, 100)) / 1e3
     return float(p50), float(p99), float(p999), float(most)
-
-
-def _rss() -> int:
-    with Path("/proc/self/statm").open(encoding="ascii") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _describe(
-    tokenizer: ActionTokenizer, fallback: ActionTokenizer | None, strategy: Strategy, kind: ActionKind, use_worker: bool
-) -> str:
-    parts = [tokenizer.backend.description, strategy, kind]
-    parts += ["worker"] * use_worker
-    parts += [] if fallback is None else [f"falls back on {fallback.backend.description}"]
-    return ", ".join(map(str, parts))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import resource
 import shutil
 import signal
-import struct
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -29,22 +26,12 @@ from ..control.config import Status
 from ..control.recorder import read_record
 from ..tokenizer import ActionTokenizer
 from .injection import Fault
+from .producer import Producer
 from .rig import Answer, Chunk, Rig, Setup
 
 _SHOWN = 20
 _PAGE = 4096
 _DISK_BYTES = 2**18
-_HEADER = struct.Struct("<q")
-#: Sends the messages that it is given, again and again, as fast as somebody reads.
-_PRODUCER = """
-import os, sys
-messages = memoryview(sys.stdin.buffer.read())
-while True:
-    sent = 0
-    while sent < len(messages):
-        sent += os.write(1, messages[sent:])
-"""
-_MESSAGES = 64
 
 
 @dataclass(frozen=True)
@@ -70,9 +57,10 @@ class SystemReport:
 
 
 class _Trial:
-    """Counts faults and collects what was wrong with each."""
+    """So many `times` each fault; counts them and collects what was wrong with each."""
 
-    def __init__(self) -> None:
+    def __init__(self, times: int, rng: np.random.Generator) -> None:
+        self.times, self.rng = times, rng
         self.counts: Counter[str] = Counter()
         self.problems: list[str] = []
 
@@ -94,84 +82,22 @@ class _Trial:
 
 def run_system_faults(path: Path, times: int, *, backend: str = "auto", seed: int = 0) -> SystemReport:
     """Every kind so often. Raises TokenizerError where the bundle at `path` cannot be opened."""
-    begin, trial, rng = time.monotonic(), _Trial(), np.random.default_rng(seed)
+    begin, trial = time.monotonic(), _Trial(times, np.random.default_rng(seed))
     with tempfile.TemporaryDirectory() as folder:
         with ActionTokenizer.load(path, backend=backend) as tokenizer:
-            _stop_producers(trial, tokenizer, times, rng)
-            disk = _fill_disks(trial, tokenizer, times, rng, Path(folder) / "disk")
-            _lose_folders(trial, tokenizer, times, rng, Path(folder) / "flights")
+            _stop_producers(trial, tokenizer)
+            disk = _fill_disks(trial, tokenizer, Path(folder) / "disk")
+            _lose_folders(trial, tokenizer, Path(folder) / "flights")
         for name in ("c", "onnxruntime"):
-            _damage_bundles(trial, path, Path(folder) / name, name, times, rng)
+            _damage_bundles(trial, path, Path(folder) / name, name)
     return SystemReport(trial.counts, tuple(trial.problems), disk, time.monotonic() - begin)
 
 
 # --- the producer -----------------------------------------------------------------------------------------------------
 
 
-class _Producer:
-    """A process that writes messages of odd length into a pipe of one page: while nobody reads, it is amid one."""
-
-    def __init__(self, chunks: list[Chunk]) -> None:
-        self.chunks, self._received = chunks, b""
-        messages = [
-            _HEADER.pack(number) + chunks[number % len(chunks)].tokens.tobytes() + b"." for number in range(_MESSAGES)
-        ]
-        self._length = len(messages[0])
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _PRODUCER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._descriptor = self._process.stdout.fileno()
-        os.set_blocking(self._descriptor, False)
-        # Linux's F_SETPIPE_SZ; elsewhere pipes keep their size.
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(self._descriptor, getattr(fcntl, "F_SETPIPE_SZ", 1031), _PAGE)
-        self._process.stdin.write(b"".join(messages))
-        self._process.stdin.close()
-
-    def poll(self) -> tuple[int, Chunk] | None:
-        """The next whole message, if it is here; the loop never waits."""
-        while len(self._received) < self._length:
-            try:
-                read = os.read(self._descriptor, self._length - len(self._received))
-            except BlockingIOError:
-                return None
-            if not read:
-                return None
-            self._received += read
-        message, self._received = self._received, b""
-        (number,) = _HEADER.unpack_from(message)
-        return number, self.chunks[number % len(self.chunks)]
-
-    def wait_for(self, rig: Rig) -> tuple[int, Chunk] | None:
-        found: list[tuple[int, Chunk]] = []
-
-        def is_here() -> bool:
-            found.extend(filter(None, [self.poll()]))
-            return bool(found)
-
-        return found[0] if rig.wait_until(is_here) else None
-
-    def signal(self, number: int) -> None:
-        os.kill(self._process.pid, number)
-
-    def kill(self) -> int:
-        """By SIGKILL; the exit status."""
-        # Its next write finds no room after so long, and waits.
-        time.sleep(0.005)
-        self._process.kill()
-        return self._process.wait()
-
-    def end(self) -> int:
-        """How many bytes of a message have come to which the rest never will."""
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        return len(self._received)
-
-
-def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer, times: int, rng: np.random.Generator) -> None:
-    rig = Rig(tokenizer, Setup(), rng)
+def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer) -> None:
+    rig = Rig(tokenizer, Setup(), trial.rng)
     chunks = rig.chunks[rig.model.num_layers]
 
     def serve(found: tuple[int, Chunk] | None) -> None:
@@ -180,11 +106,11 @@ def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer, times: int, rng: 
             trial.expect_answer("a chunk", rig.send(found[1], sequence=found[0]), Status.OK, is_held=False)
 
     try:
-        for _ in range(times):
-            producer = _Producer(chunks)
+        for _ in range(trial.times):
+            producer = Producer(chunks)
             with trial.fault("producer stopped in the middle of a message (SIGSTOP)", rig):
                 # The numbers begin anew: a policy that was started again.
-                for _ in range(1 + int(rng.integers(3))):
+                for _ in range(1 + int(trial.rng.integers(3))):
                     serve(producer.wait_for(rig))
                 producer.signal(signal.SIGSTOP)
                 _run_out(trial, rig, producer, serve)
@@ -198,7 +124,7 @@ def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer, times: int, rng: 
         rig.close()
 
 
-def _run_out(trial: _Trial, rig: Rig, producer: _Producer, serve: Callable[[tuple[int, Chunk] | None], None]) -> None:
+def _run_out(trial: _Trial, rig: Rig, producer: Producer, serve: Callable[[tuple[int, Chunk] | None], None]) -> None:
     """Serve what has come whole, and then what is queued, to its end."""
     while (found := producer.poll()) is not None:
         serve(found)
@@ -210,11 +136,11 @@ def _run_out(trial: _Trial, rig: Rig, producer: _Producer, serve: Callable[[tupl
 # --- the recorder's disk ----------------------------------------------------------------------------------------------
 
 
-def _fill_disks(trial: _Trial, tokenizer: ActionTokenizer, times: int, rng: np.random.Generator, place: Path) -> str:
+def _fill_disks(trial: _Trial, tokenizer: ActionTokenizer, place: Path) -> str:
     place.mkdir()
     with _small_disk(place) as (disk, fill, free):
-        for _ in range(times):
-            rig = Rig(tokenizer, Setup(), rng, record_folder=str(place / "flights"))
+        for _ in range(trial.times):
+            rig = Rig(tokenizer, Setup(), trial.rng, record_folder=str(place / "flights"))
             try:
                 with trial.fault("disk full for the flight record", rig):
                     (place / "flights").mkdir(exist_ok=True)
@@ -271,11 +197,9 @@ def _small_disk(place: Path) -> Iterator[tuple[str, Callable[[], None], Callable
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def _lose_folders(
-    trial: _Trial, tokenizer: ActionTokenizer, times: int, rng: np.random.Generator, folder: Path
-) -> None:
-    for _ in range(times):
-        rig = Rig(tokenizer, Setup(), rng, record_folder=str(folder))
+def _lose_folders(trial: _Trial, tokenizer: ActionTokenizer, folder: Path) -> None:
+    for _ in range(trial.times):
+        rig = Rig(tokenizer, Setup(), trial.rng, record_folder=str(folder))
         try:
             with trial.fault("the recorder's folder removed", rig):
                 _record(trial, rig, failed=0, written=1)
@@ -353,9 +277,7 @@ _DAMAGES: tuple[tuple[str, Callable[[Path], None]], ...] = (
 )
 
 
-def _damage_bundles(
-    trial: _Trial, source: Path, folder: Path, backend: str, times: int, rng: np.random.Generator
-) -> None:
+def _damage_bundles(trial: _Trial, source: Path, folder: Path, backend: str) -> None:
     """Every file of the bundle at once, the running library included; the decoder, and what it falls back on, go on."""
     shutil.copytree(source, folder)
     try:
@@ -365,11 +287,11 @@ def _damage_bundles(
         # Not for this machine, or not in this bundle.
         return
     with tokenizer, fallback:
-        rig = Rig(tokenizer, Setup(has_fallback=True), rng, fallback=fallback)
+        rig = Rig(tokenizer, Setup(has_fallback=True), trial.rng, fallback=fallback)
         chunk = rig.pick()
         before = tokenizer.decode(chunk.tokens, chunk.stats)
         try:
-            for name, damage in _DAMAGES * times:
+            for name, damage in _DAMAGES * trial.times:
                 with trial.fault(f"files of {backend}'s bundle {name}", rig):
                     trial.expect_answer("a chunk before it", rig.send(rig.pick()), Status.OK, is_held=False)
                     damage(folder)

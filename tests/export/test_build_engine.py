@@ -50,6 +50,7 @@ from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, MANIFE
 from tests.bundles import bundle_files, graph_file
 from tests.export.machine import needs_no_gpu, needs_rtx
 from tests.rfsq_ref.published_model import ActionRFSQAE
+from tests.rfsq_ref.units import normalise, restore
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "export" / "build_engine.py"
@@ -369,7 +370,7 @@ def write_other(folder: Path, model: ActionRFSQAE, normaliser: Normaliser = NORM
     np.savez(
         folder / "episodes.npz",
         **{
-            name: normaliser.restore(actions).astype(np.float32)
+            name: restore(normaliser, actions).astype(np.float32)
             for name, actions in np.load(write_episodes(folder / "normalised.npz", 4)).items()
         },
     )
@@ -412,7 +413,7 @@ def test_a_model_of_other_sizes_and_units_builds_from_its_published_file(
         assert tokenizer.model.action_units == NORMALISER.scale
         assert tokenizer.model.action_offset == NORMALISER.offset
         normalised = np.random.default_rng(3).uniform(-1, 1, (500, 3, 4))
-        actions = NORMALISER.restore(normalised).astype(np.float32)
+        actions = restore(NORMALISER, normalised).astype(np.float32)
         tokens = tokenizer.encode(actions)
         assert tokens.shape == (500, 3, 6, 5)
         fitted = calibrate(
@@ -424,9 +425,9 @@ def test_a_model_of_other_sizes_and_units_builds_from_its_published_file(
         assert fitted.readout is not None
         model.decoder[2].load_state_dict({"weight": fitted.readout.weight, "bias": fitted.readout.bias})
         with torch.no_grad():
-            unquantised = model.decoder(model.encoder(torch.from_numpy(NORMALISER.normalise(actions)).float())).numpy()
+            unquantised = model.decoder(model.encoder(torch.from_numpy(normalise(NORMALISER, actions)).float())).numpy()
         errors = [
-            mse(NORMALISER.normalise(tokenizer.decode(np.ascontiguousarray(tokens[..., :prefix]))), unquantised)
+            mse(normalise(NORMALISER, tokenizer.decode(np.ascontiguousarray(tokens[..., :prefix]))), unquantised)
             for prefix in tokenizer.prefixes
         ]
     # What five layers of five levels can tell, in normalised units; and more layers tell more.

@@ -58,6 +58,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "runtime/control/guard.py": (_CONTROL,),
     "runtime/control/queue.py": (_CONTROL,),
     "runtime/control/decoder.py": (_CONTROL,),
+    "runtime/control/loop.py": (_CONTROL,),
     "runtime/control/result.py": (_CONTROL,),
     "runtime/control/order.py": (_CONTROL,),
     "runtime/control/clock.py": (_CONTROL,),

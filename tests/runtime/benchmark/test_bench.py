@@ -26,12 +26,12 @@ from rfsq.evidence import bench_peers as torch_peers
 from rfsq.export.plan import DeployMode
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.benchmark import command as bench
+from rfsq.runtime.benchmark import run as bench_run
 from rfsq.runtime.benchmark.calls import copies_name, host_figures, operations_of, random_batch
 from rfsq.runtime.benchmark.peers import open_peers
 from rfsq.runtime.benchmark.report import (
+    SCHEMA_VERSION,
     Report,
-    ReportError,
-    read_report,
     report_json,
     report_png,
     report_text,
@@ -300,6 +300,15 @@ def test_a_process_that_fails_is_quoted(tmp_path: Path) -> None:
 # --- reports ----------------------------------------------------------------------------------------------------------
 
 
+def read_report(text: str) -> Report:
+    """The inverse of `report_json`."""
+    content = json.loads(text)
+    assert content.pop("schema_version") == SCHEMA_VERSION
+    parts = {"starts": Start, "rows": Row, "bandwidths": Bandwidth, "arithmetic": Arithmetic}
+    listed = {name: tuple(kind(**entry) for entry in content[name]) for name, kind in parts.items()}
+    return Report(**{**content, **listed, "remarks": tuple(content["remarks"])})
+
+
 def test_a_report_survives_json() -> None:
     assert read_report(report_json(REPORT)) == REPORT
 
@@ -316,26 +325,6 @@ def test_the_json_has_this_form() -> None:
         "times_floor", "steps_per_second", "bandwidth_share", "roofline_share",
     }  # fmt: skip
     assert content["rows"][2]["p999"] is None
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda content: content.pop("rows"),
-        lambda content: content["rows"][0].update(p50_ms=1),
-        lambda content: content.update(schema_version=3),
-    ],
-)
-def test_other_json_is_no_report(change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(report_json(REPORT))
-    change(content)
-    with pytest.raises(ReportError, match="measure again"):
-        read_report(json.dumps(content))
-
-
-def test_text_that_is_no_json_is_no_report() -> None:
-    with pytest.raises(ReportError, match="measure again"):
-        read_report("[]")
 
 
 def test_the_table_has_one_line_for_each_figure_and_its_columns_are_aligned() -> None:
@@ -502,7 +491,7 @@ def test_where_every_call_fails_nothing_was_measured(
     def fail(_tokenizer: object, _size: int) -> None:
         raise InferenceError("the library failed")
 
-    monkeypatch.setattr(bench, "random_batch", fail)
+    monkeypatch.setattr(bench_run, "random_batch", fail)
     assert bench.main([str(bundle), "--batch", "2", "--starts", "0"]) == 2
     assert "onnxruntime, batch 2: the library failed" in capsys.readouterr().err
 
@@ -530,7 +519,7 @@ def test_it_says_first_what_it_does_and_how_long_that_takes_and_then_how_far_it_
         said.append(capsys.readouterr().err)
         return replace(REPORT.starts[0], backend=backend, processes=processes)
 
-    monkeypatch.setattr(bench, "measure_start", start)
+    monkeypatch.setattr(bench_run, "measure_start", start)
     assert bench.main([str(bundle), "--batch", "1", "2", "--rounds", "20", "--starts", "3"]) == 0
     assert said == [
         "measuring onnxruntime: 7 new processes, then 20 rounds of 6 figures with 1 chunk and 2 chunks a call: "
@@ -541,7 +530,7 @@ def test_it_says_first_what_it_does_and_how_long_that_takes_and_then_how_far_it_
 def test_how_long_the_rest_takes_is_told_from_the_rounds_before(monkeypatch: pytest.MonkeyPatch) -> None:
     shown: list[str] = []
     now = iter([100.0, 103.0, 106.0])
-    monkeypatch.setattr("rfsq.runtime.benchmark.command.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("rfsq.runtime.benchmark.run.time.monotonic", lambda: next(now))
     progress = bench.Progress(SimpleNamespace(show=shown.append))  # type: ignore[arg-type]
     for number in range(3):
         progress.show_round("1 chunk a call", number, 5)
@@ -1008,7 +997,7 @@ def gpu_backend(bench_gpu: Any, cuda: HostCuda, monkeypatch: pytest.MonkeyPatch)
 
     device = SimpleNamespace(memory=8e10, driver="13.0", compute_capability="9.0", multiprocessors=3)
     monkeypatch.setattr(cuda, "open_device", lambda: device)
-    monkeypatch.setattr(bench, "ActionTokenizer", Tokenizer)
+    monkeypatch.setattr(bench_run, "ActionTokenizer", Tokenizer)
     monkeypatch.setattr(bench_gpu, "_COPY_BYTES", 10_000)
     monkeypatch.setattr(bench_gpu, "_launch", lambda *_arguments: lambda: None)
     monkeypatch.setattr(
@@ -1071,7 +1060,7 @@ def test_no_gpu_is_a_reason_and_no_failure(bench_gpu: Any, bundle: Path, monkeyp
         raise BackendUnavailableError("CUDA finds no usable GPU here")
 
     monkeypatch.setattr(bench_gpu, "open_device", fail)
-    monkeypatch.setattr(bench, "GPU_BACKENDS", ("onnxruntime",))
+    monkeypatch.setattr(bench_run, "GPU_BACKENDS", ("onnxruntime",))
     report = bench.bench(bench.Config(bundle, ("onnxruntime",), (1,), rounds=1, starts=0))
     assert report.missing == {"floor and bandwidth of the GPU": "CUDA finds no usable GPU here"}
     assert {found.times_floor for found in report.rows} == {None}

@@ -7,19 +7,8 @@ import pytest
 
 from rfsq.runtime import ControlConfigError, Status
 from rfsq.runtime.bundle.errors import TokenizerError
-from rfsq.runtime.control.recorder import (
-    ACCEPTED,
-    BEGUN,
-    FELL_BACK,
-    HELD,
-    INTERNAL,
-    LATCHED,
-    NO_NUMBER,
-    QUEUED,
-    RESET,
-    FlightRecord,
-    read_record,
-)
+from rfsq.runtime.control.recorder import FlightRecord, read_record
+from rfsq.runtime.control.state import ACCEPTED, BEGUN, FELL_BACK, HELD, INTERNAL, LATCHED, NO_NUMBER, QUEUED, RESET
 from tests.runtime.control.loops import PERIOD_NS, ScriptedLoop
 
 

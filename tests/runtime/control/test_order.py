@@ -9,8 +9,7 @@ import torch
 from rfsq.runtime.control.clock import as_number, nanoseconds, stamp
 from rfsq.runtime.control.config import ControlConfig
 from rfsq.runtime.control.order import ChunkOrder
-from rfsq.runtime.control.recorder import NO_NUMBER, WRONG_NUMBER
-from rfsq.runtime.control.result import NONE_IN_SERVICE, InService
+from rfsq.runtime.control.state import NO_NUMBER, NONE_IN_SERVICE, WRONG_NUMBER, InService
 from tests.bundles import Recipe, deploy, make_manifest
 from tests.runtime.control.test_guard import VALUES
 

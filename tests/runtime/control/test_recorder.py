@@ -8,12 +8,24 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rfsq.runtime.control.config import Status
 from rfsq.runtime.control.errors import FlightRecordError
-from rfsq.runtime.control.recorder import ABSENT, KEPT, UNKEPT, FlightRecorder, read_record, write_record
+from rfsq.runtime.control.recorder import FlightRecorder, read_record, write_record
+from rfsq.runtime.control.result import Outcome
+from rfsq.runtime.control.state import (
+    ABSENT,
+    INTERNAL,
+    KEPT,
+    NO_NUMBER,
+    NONE_YET,
+    RUN_OUT,
+    UNKEPT,
+    LoopState,
+    state_after,
+)
 
 SHAPE = (2, 3, 4)
 ACTIONS = np.array([0.5, -1.0], np.float32)
-NUMBERS = 13
 META = {"config": {}, "fingerprint": "f", "token_shape": SHAPE}
 
 
@@ -26,8 +38,8 @@ def _write(recorder: FlightRecorder, path: Path) -> Path:
     return path
 
 
-def _numbers(tick: int) -> list[int]:
-    return [tick, *([0] * (NUMBERS - 1))]
+def _tick(number: int, actions: Any = ACTIONS) -> tuple[Outcome, LoopState]:
+    return Outcome(actions.tolist()), LoopState(line=(number, NO_NUMBER))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +58,7 @@ def test_tokens_of_every_integer_type_are_kept_and_illegal_ones_stay_illegal(
     tmp_path: Path, tokens: Any, expected: Any
 ) -> None:
     recorder = _recorder()
-    recorder.add(ACTIONS, tokens, None, *_numbers(7))
+    recorder.add(*_tick(7), tokens)
     record = read_record(_write(recorder, tmp_path / "flight.npz"))
     found = record.tokens_of(0)
     assert found is not None
@@ -61,8 +73,8 @@ def test_tokens_of_every_integer_type_are_kept_and_illegal_ones_stay_illegal(
 )
 def test_what_does_not_fit_is_recorded_as_such(tmp_path: Path, tokens: Any) -> None:
     recorder = _recorder(has_stats=True)
-    recorder.add(ACTIONS, tokens, tokens, *_numbers(0))
-    recorder.add(ACTIONS, None, None, *_numbers(1))
+    recorder.add(*_tick(0), tokens, tokens)
+    recorder.add(*_tick(1))
     record = read_record(_write(recorder, tmp_path / "flight.npz"))
     assert record.columns["token_state"].tolist() == [UNKEPT, ABSENT]
     assert record.columns["stats_state"].tolist() == [UNKEPT, ABSENT]
@@ -73,9 +85,9 @@ def test_what_does_not_fit_is_recorded_as_such(tmp_path: Path, tokens: Any) -> N
 def test_stats_are_kept_beside_their_tokens(tmp_path: Path) -> None:
     recorder, tokens = _recorder(has_stats=True), np.ones((1, 2, 3, 3), np.int32)
     stats = np.arange(12, dtype=np.float32).reshape(1, 2, 3, 2)
-    recorder.add(ACTIONS, tokens, stats, *_numbers(0))
-    recorder.add(ACTIONS, tokens, stats[:, :, :2], *_numbers(1))
-    recorder.add(ACTIONS, tokens, stats.astype(np.float64), *_numbers(2))
+    recorder.add(*_tick(0), tokens, stats)
+    recorder.add(*_tick(1), tokens, stats[:, :, :2])
+    recorder.add(*_tick(2), tokens, stats.astype(np.float64))
     record = read_record(_write(recorder, tmp_path / "flight.npz"))
     assert record.columns["stats_state"].tolist() == [KEPT, UNKEPT, UNKEPT]
     np.testing.assert_array_equal(record.stats_of(0), stats)  # type: ignore[arg-type]  # it is there
@@ -84,7 +96,7 @@ def test_stats_are_kept_beside_their_tokens(tmp_path: Path) -> None:
 def test_the_last_ticks_and_what_they_need_are_kept_in_order() -> None:
     recorder = _recorder(8)
     for tick in range(100):
-        recorder.add(ACTIONS * tick, None, None, *_numbers(tick))
+        recorder.add(*_tick(tick, ACTIONS * tick))
         ticks = recorder.copy()["tick"].tolist()
         # The row that the tick under way may be writing is left out.
         assert ticks == list(range(max(0, tick + 1 - (8 + 2)), tick + 1))
@@ -98,7 +110,7 @@ def test_a_copy_made_while_the_loop_writes_holds_whole_rows() -> None:
         tick = 0
         while not is_over.is_set():
             tokens = np.full((1, *SHAPE), tick, np.int32)
-            recorder.add(np.full(2, tick, np.float32), tokens, None, *_numbers(tick))
+            recorder.add(*_tick(tick, np.full(2, tick, np.float32)), tokens)
             tick = (tick + 1) % 2**20
 
     thread = threading.Thread(target=write)
@@ -117,7 +129,7 @@ def test_a_copy_made_while_the_loop_writes_holds_whole_rows() -> None:
 
 def test_a_record_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder, path = _recorder(), tmp_path / "flights" / "flight.npz"
-    recorder.add(ACTIONS, None, None, *_numbers(0))
+    recorder.add(*_tick(0))
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
@@ -136,7 +148,7 @@ def test_a_record_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_damaged_record_is_refused_or_reads_as_a_record(tmp_path: Path, place: int) -> None:
     recorder = _recorder()
     for tick in range(5):
-        recorder.add(ACTIONS, np.ones((1, *SHAPE), np.int32), None, *_numbers(tick))
+        recorder.add(*_tick(tick), np.ones((1, *SHAPE), np.int32), None)
     path = _write(recorder, tmp_path / "flight.npz")
     content = bytearray(path.read_bytes())
     rng = np.random.default_rng(place)
@@ -170,7 +182,7 @@ def test_a_damaged_record_is_refused_or_reads_as_a_record(tmp_path: Path, place:
 )
 def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     recorder, path = _recorder(), tmp_path / "flight.npz"
-    recorder.add(ACTIONS, None, None, *_numbers(0))
+    recorder.add(*_tick(0))
     write_record(path, {**recorder.copy(), **change}, META)
     with pytest.raises(FlightRecordError, match=r"flight\.npz"):
         read_record(path)
@@ -186,7 +198,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, An
 )
 def test_a_record_without_what_a_replay_needs_is_refused(tmp_path: Path, meta: dict[str, Any], message: str) -> None:
     recorder, path = _recorder(), tmp_path / "flight.npz"
-    recorder.add(ACTIONS, None, None, *_numbers(0))
+    recorder.add(*_tick(0))
     write_record(path, recorder.copy(), meta)
     with pytest.raises(FlightRecordError, match=message):
         read_record(path)
@@ -204,3 +216,31 @@ def test_a_file_that_bears_a_temporary_name_is_left_alone(tmp_path: Path) -> Non
     other.write_bytes(b"mine")
     _write(_recorder(), tmp_path / "x.npz")
     assert other.read_bytes() == b"mine"
+
+
+def test_the_columns_of_a_file_are_those_that_other_versions_read(tmp_path: Path) -> None:
+    recorder = _recorder()
+    recorder.add(*_tick(1))
+    columns = read_record(_write(recorder, tmp_path / "flight.npz")).columns
+    assert {name: column.dtype.name for name, column in columns.items()} == {
+        "tick": "int64", "time_ns": "int64", "latency_ns": "int64", "status": "int8", "flags": "int16",
+        "backend": "int8", "faults": "int32", "sequence": "int64", "observed_ns": "int64", "service_layers": "int16",
+        "start": "int64", "given_sequence": "int64", "given_observed_ns": "int64", "token_state": "int8",
+        "layers": "int16", "stats_state": "int8",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        LoopState(),
+        LoopState((7, 10**15), (3, 10**15 - 5, 2, 4), 1, 0, None, True, True, RUN_OUT),
+        LoopState((7, 10**15), (3, 10**15 - 5, 2, 4), INTERNAL, 9, Status.STALE, True, False, RUN_OUT),
+        LoopState((2, -5), (-4, NO_NUMBER, 0, 0), 0, 2, Status.BACKEND_FAULT, False, False, NONE_YET),
+    ],
+)
+def test_the_state_that_a_tick_has_left_comes_back_from_its_row(tmp_path: Path, state: LoopState) -> None:
+    recorder, out = _recorder(), Outcome(ACTIONS.tolist())
+    out.status, out.is_latched = state.latched or Status.OK, state.latched is not None
+    recorder.add(out, state)
+    assert state_after(read_record(_write(recorder, tmp_path / "flight.npz")).row(0)) == state

@@ -224,14 +224,14 @@ def test_what_a_handler_raises_leaves_the_tick_though_the_clock_was_being_read(
             return 0
 
         previous = signal.signal(signal.SIGTERM, handle)
-        clock = made.decoder._clock
+        clock = made.decoder._loop._clock
         try:
-            made.decoder._clock = read
+            made.decoder._loop._clock = read
             with pytest.raises(type(error)):
                 made.tick()
         finally:
             signal.signal(signal.SIGTERM, previous)
-            made.decoder._clock = clock
+            made.decoder._loop._clock = clock
         result = made.decoder.result
         assert (result.status, result.is_held, first_of(result)) == (Status.BACKEND_FAULT, True, 0.0)
         assert f"broken off: {type(error).__name__}" in result.detail
@@ -280,12 +280,12 @@ def test_a_stack_that_overflows_in_a_handler_leaves_no_tick() -> None:
 
     with ScriptedLoop() as made:
         made.tick(0.5)
-        previous, clock = signal.signal(signal.SIGTERM, handle), made.decoder._clock
+        previous, clock = signal.signal(signal.SIGTERM, handle), made.decoder._loop._clock
         try:
-            made.decoder._clock = lambda: signal.raise_signal(signal.SIGTERM) or 0
+            made.decoder._loop._clock = lambda: signal.raise_signal(signal.SIGTERM) or 0
             result = made.tick()
         finally:
             signal.signal(signal.SIGTERM, previous)
-            made.decoder._clock = clock
+            made.decoder._loop._clock = clock
         assert (result.status, result.is_held) == (Status.BACKEND_FAULT, True)
         assert made.tick(0.5).status is Status.OK

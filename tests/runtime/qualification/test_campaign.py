@@ -213,13 +213,13 @@ def test_a_file_of_the_bundle_that_is_mapped_is_found(both: Path, monkeypatch: p
             kept.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         return load(path, **options)
 
-    trial = fault_system._Trial()
+    trial = fault_system._Trial(1, np.random.default_rng(0))
     monkeypatch.setattr(fault_system, "_DAMAGES", fault_system._DAMAGES[:1])
     monkeypatch.setattr(ActionTokenizer, "load", mapping)
     folder = both.parent / "mapped"
     with pytest.raises(FileNotFoundError):
         # The third opening is of files that were removed.
-        fault_system._damage_bundles(trial, both, folder, "c", 1, np.random.default_rng(0))
+        fault_system._damage_bundles(trial, both, folder, "c")
     assert any("what is mapped of it" in problem for problem in trial.problems)
 
 

@@ -22,7 +22,7 @@ from rfsq.runtime.bundle.compatibility import compare_manifests
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.manifest import MANIFEST_NAME, Manifest, manifest_text
 from rfsq.runtime.datasets.sources import open_source
-from rfsq.runtime.qualification import compat
+from rfsq.runtime.qualification import agreement, compat
 from tests.bundles import SMALL, Deployed, Recipe, deploy, random_actions, write_bundle
 from tests.runtime.datasets.samples import write_robomimic
 
@@ -218,7 +218,7 @@ def _of_two_layers(manifest: Manifest) -> tuple[Any, ...]:
 def test_the_figures_are_those_that_the_tokenizers_give(
     batch_steps: int, bundle_of: BundleOf, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compat, "_BATCH_STEPS", batch_steps)
+    monkeypatch.setattr(agreement, "_BATCH_STEPS", batch_steps)
     old, new = bundle_of(Recipe()), bundle_of(Recipe(seed=1))
     _, found = run(old, new, data)
     actions = np.load(data)["actions"]
@@ -363,7 +363,7 @@ def test_what_can_be_compared_is_and_what_cannot_is_said(
 
 def test_rounding_at_the_edge_of_a_bin_makes_no_other_token() -> None:
     def measured(steps: int, differing: int, *equal: float, spare: int = 0) -> bool:
-        return compat.Measurement(steps, equal, differing, (), ()).has_same_tokens(spare=spare)
+        return agreement.Measurement(steps, equal, differing, (), ()).has_same_tokens(spare=spare)
 
     assert measured(10_000, 50, 0.999)
     assert not measured(10_000, 51, 0.999)

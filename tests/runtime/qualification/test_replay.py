@@ -10,7 +10,8 @@ import pytest
 
 from rfsq.runtime import ActionTokenizer, Status
 from rfsq.runtime.control.errors import FlightRecordError
-from rfsq.runtime.control.recorder import HELD, LATCHED, RESET, FlightRecord, read_record, write_record
+from rfsq.runtime.control.recorder import FlightRecord, read_record, write_record
+from rfsq.runtime.control.state import HELD, LATCHED, RESET
 from rfsq.runtime.qualification.replay import main, replay
 from rfsq.runtime.qualification.soak import chunks_of
 from tests.bundles import Recipe
@@ -289,7 +290,9 @@ def test_the_command_says_what_differs(
     assert main([str(flight.path), str(bundle)]) == 0
     assert capsys.readouterr().out == "✓ 11 of 12 rows compared, 0 differ\n"
     altered = tmp_path / "altered.npz"
-    write_record(altered, _altered(record, 7).arrays(), record.meta)
+    found = _altered(record, 7)
+    arrays = {**found.columns, "actions": found.actions, "tokens": found.tokens, "stats": found.stats}
+    write_record(altered, arrays, found.meta)
     assert main([str(altered), str(bundle)]) == 1
     out = capsys.readouterr().out
     assert out.startswith("tick 7: recorded OK")

@@ -13,7 +13,7 @@ import pytest
 from rfsq.runtime import ActionTokenizer, ControlDecoder
 from rfsq.runtime.control.config import Strategy
 from rfsq.runtime.qualification import soak as control_soak
-from rfsq.runtime.qualification.soak import KEPT_LIMIT, RSS_LIMIT, SoakReport, main, soak
+from rfsq.runtime.qualification.soak import KEPT_LIMIT, RSS_LIMIT, SoakReport, SoakSetup, main, soak
 from rfsq.runtime.qualification.trial_inputs import config_for
 
 #: Of a soak on a quiet machine.
@@ -43,12 +43,14 @@ def test_nothing_grows_and_nothing_fails(strategy: Strategy, use_worker: bool, t
     report = soak(
         tokenizer,
         1500,
-        strategy=strategy,
-        use_worker=use_worker,
-        fallback=tokenizer if use_worker else None,
-        is_absolute=use_worker,
-        warm_ticks=500,
-        traced_ticks=1000,
+        SoakSetup(
+            strategy=strategy,
+            use_worker=use_worker,
+            fallback=tokenizer if use_worker else None,
+            is_absolute=use_worker,
+            warm_ticks=500,
+            traced_ticks=1000,
+        ),
     )
     assert report.others == {}
     assert report.rss_growth < RSS_LIMIT
@@ -64,20 +66,20 @@ def test_nothing_grows_and_nothing_fails(strategy: Strategy, use_worker: bool, t
 def test_the_slew_limit_holds_nothing_back_but_jumps(
     tokenizer: ActionTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert soak(tokenizer, 500, warm_ticks=100, traced_ticks=100).limited == 0
+    assert soak(tokenizer, 500, SoakSetup(warm_ticks=100, traced_ticks=100)).limited == 0
     # The random model of this bundle makes small jumps.
     monkeypatch.setattr(
         control_soak,
         "config_for",
         lambda *given, **changes: config_for(*given, max_relative_step=(1e-3,) * 3, **changes),
     )
-    report = soak(tokenizer, 500, jumps=True, warm_ticks=100, traced_ticks=100)
+    report = soak(tokenizer, 500, SoakSetup(jumps=True, warm_ticks=100, traced_ticks=100))
     assert report.limited > 0.9
     assert report.others == {}
 
 
 def test_statistics_are_served_too(dynamic_tokenizer: ActionTokenizer) -> None:
-    assert soak(dynamic_tokenizer, 500, warm_ticks=100, traced_ticks=100).others == {}
+    assert soak(dynamic_tokenizer, 500, SoakSetup(warm_ticks=100, traced_ticks=100)).others == {}
 
 
 def test_a_status_that_is_not_ok_is_found(tokenizer: ActionTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +91,7 @@ def test_a_status_that_is_not_ok_is_found(tokenizer: ActionTokenizer, monkeypatc
         return step(self, tokens - 100 if ticks == 700 else tokens, **options)
 
     monkeypatch.setattr(ControlDecoder, "step", failing)
-    report = soak(tokenizer, 1000, warm_ticks=100, traced_ticks=100)
+    report = soak(tokenizer, 1000, SoakSetup(warm_ticks=100, traced_ticks=100))
     assert report.others == {"BAD_TOKEN": 1}
     assert not report.holds
 
@@ -107,7 +109,7 @@ def test_what_other_threads_keep_meanwhile_is_not_counted(
             return step(self, tokens, **options)
 
         monkeypatch.setattr(ControlDecoder, "step", beside)
-        report = soak(tokenizer, 10, warm_ticks=10, traced_ticks=500)
+        report = soak(tokenizer, 10, SoakSetup(warm_ticks=10, traced_ticks=500))
     assert 500 * len(kept) > 10 * KEPT_LIMIT
     assert report.kept <= KEPT_LIMIT
 
@@ -124,7 +126,7 @@ def test_what_a_tick_keeps_is_found(tokenizer: ActionTokenizer, monkeypatch: pyt
         return step(self, tokens, **options)
 
     monkeypatch.setattr(ControlDecoder, "step", keeping)
-    report = soak(tokenizer, 2000, warm_ticks=100, traced_ticks=500)
+    report = soak(tokenizer, 2000, SoakSetup(warm_ticks=100, traced_ticks=500))
     assert report.kept > 1_000_000
     assert report.rss_growth > RSS_LIMIT
     assert not report.holds
@@ -159,7 +161,8 @@ def test_the_report_states_difference_and_ratio() -> None:
 def test_the_command(bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     # How fast this machine is decides nothing here.
     monkeypatch.setattr(control_soak, "ADDED_LIMIT", math.inf)
-    monkeypatch.setattr(control_soak, "soak", partial(soak, warm_ticks=500, traced_ticks=500))
+    short = partial(replace, warm_ticks=500, traced_ticks=500)
+    monkeypatch.setattr(control_soak, "soak", lambda tokenizer, ticks, setup: soak(tokenizer, ticks, short(setup)))
     options = [
         "--ticks",
         "1000",

@@ -1,0 +1,236 @@
+"""One run of the benchmark: what works here is opened, and its figures are measured in turns."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..backends.registry import GPU_BACKENDS, PREFERENCE, select_backend
+from ..bundle.console import ProgressLine, duration, printable
+from ..bundle.errors import BackendUnavailableError, InferenceError, TokenizerError
+from ..bundle.folder import open_bundle
+from ..bundle.golden import read_golden
+from ..bundle.manifest import GOLDEN_NAME
+from ..bundle.paths import counted
+from ..tokenizer import ActionTokenizer
+from .calls import Batch, host_figures, random_batch
+from .machine import machine_facts
+from .peers import Peers, open_peers
+from .report import Report
+from .start import Start, StartError, measure_start
+from .timing import ROUND_SECONDS, Arithmetic, Bandwidth, Figure, Row, arithmetic_of, bandwidths_of, measure, summarise
+
+
+@dataclass(frozen=True)
+class Config:
+    """batches: numbers of chunks B; rounds: of up to 100 calls of each figure; starts: processes for the cold start."""
+
+    bundle: Path
+    backends: tuple[str, ...] = PREFERENCE
+    batches: tuple[int, ...] = (1, 4096)
+    rounds: int = 100
+    starts: int = 5
+    has_peers: bool = False
+
+
+#: Rounds and starts of a first look: every percentile that is shown can still be told of a single chunk's calls.
+QUICK_ROUNDS, QUICK_STARTS = 10, 1
+#: A new process that loads a bundle and decodes takes about so long.
+_START_SECONDS = 0.5
+
+
+class Progress:
+    """What is about to be done and about how long it takes, and then how far it is."""
+
+    def __init__(self, line: ProgressLine | None = None) -> None:
+        self._line, self._what, self._started = line, "", 0.0
+
+    def begin(self, what: str) -> None:
+        """Said once, in a log too."""
+        if self._line is not None:
+            self._line.clear()
+            print(printable(what), file=sys.stderr, flush=True)
+
+    def show(self, text: str) -> None:
+        if self._line is not None:
+            self._line.show(text)
+
+    def show_round(self, what: str, number: int, rounds: int) -> None:
+        """number: of the round that begins, from 0 on; those before tell how long the rest takes."""
+        now = time.monotonic()
+        if not number:
+            self._started = now
+        left = f", {_about((now - self._started) / number * (rounds - number))} left" if number else ""
+        self.show(f"{what}: round {number + 1} of {rounds}{left}")
+
+    def end(self) -> None:
+        if self._line is not None:
+            self._line.clear()
+
+
+def _about(seconds: float) -> str:
+    return duration(seconds) if seconds < 1 else f"about {duration(seconds)}"
+
+
+def expectation(config: Config, tokenizers: Sequence[ActionTokenizer]) -> str:
+    """What is about to be done, and about how long it takes: a GPU's own figures and the peers' come on top."""
+    names = ", ".join(tokenizer.backend.name for tokenizer in tokenizers)
+    # Encoding and every decoder, with the tokenizer's checks and without.
+    figures = sum(2 * (1 + len(tokenizer.model.prefixes)) for tokenizer in tokenizers)
+    processes = (2 * config.starts + 1) * len(tokenizers) if config.starts else 0
+    seconds = processes * _START_SECONDS + len(config.batches) * config.rounds * figures * ROUND_SECONDS
+    starts = f"{counted(processes, 'new process', 'new processes')}, then " if processes else ""
+    chunks = " and ".join(counted(batch, "chunk") for batch in config.batches)
+    is_long = config.rounds > QUICK_ROUNDS
+    return (
+        f"measuring {names}: {starts}{counted(config.rounds, 'round')} of {counted(figures, 'figure')} with {chunks} a "
+        f"call: {_about(seconds)} where nothing else runs{'; --quick takes a tenth' if is_long else ''}"
+    )
+
+
+def bench(config: Config, progress: Progress | None = None) -> Report:
+    """Measure what works here. Raises BundleError, and BackendUnavailableError where no backend works at all."""
+    with contextlib.ExitStack() as scope:
+        return _Run(config, progress or Progress(), scope).report()
+
+
+class _Run:
+    """What is open until `scope` ends. missing: what cannot be measured, with the reason."""
+
+    def __init__(self, config: Config, progress: Progress, scope: contextlib.ExitStack) -> None:
+        self._config, self._progress, self._scope = config, progress, scope
+        self._bundle = open_bundle(config.bundle)
+        self._missing: dict[str, str] = {}
+        progress.show("opening backends")
+        self._tokenizers = list(self._open_all())
+        if not self._tokenizers:
+            raise self._unavailable("no backend can be measured")
+
+    def report(self) -> Report:
+        """Everything, measured."""
+        config, bundle, model = self._config, self._bundle, self._bundle.manifest.model
+        self._progress.begin(expectation(config, self._tokenizers))
+        starts = tuple(self._starts())
+        self._gpu = self._open_gpu()
+        self._trivial = self._open_trivial_kernel()
+        self._peers = self._open_peers()
+        rows: list[Row] = []
+        bandwidths: list[Bandwidth] = []
+        arithmetic: list[Arithmetic] = []
+        for batch in config.batches:
+            what = f"{counted(batch, 'chunk')} a call"
+            on_round = functools.partial(self._progress.show_round, what, rounds=config.rounds)
+            with contextlib.ExitStack() as arrays:
+                taken, failed = measure(list(self._figures(arrays, batch)), config.rounds, on_round)
+            self._missing.update(failed)
+            rows += summarise(taken, model.chunk_length)
+            bandwidths += bandwidths_of(taken)
+            arithmetic += arithmetic_of(taken)
+        self._progress.end()
+        if not rows:
+            raise self._unavailable("every call of every backend failed")
+        return Report(
+            machine=machine_facts(self._gpu, self._peers.versions),
+            bundle={
+                "bundle": str(bundle.folder),
+                "fingerprint": bundle.manifest.fingerprint,
+                "model": f"{model.mode}, T {model.chunk_length}, A {model.action_dim}, D {model.latent_dim}, "
+                f"L {model.num_layers}, K {model.num_levels}, hidden {model.hidden_width}",
+            },
+            backends={found.backend.name: found.backend.description for found in self._tokenizers},
+            starts=starts,
+            rows=tuple(rows),
+            bandwidths=tuple(bandwidths),
+            arithmetic=tuple(arithmetic),
+            missing=self._missing,
+            remarks=self._peers.remarks,
+        )
+
+    def _unavailable(self, what: str) -> BackendUnavailableError:
+        reasons = "\n".join(f"  {name}: {reason}" for name, reason in self._missing.items())
+        return BackendUnavailableError(f"{what} with {self._bundle.folder} here:\n{reasons}")
+
+    @contextlib.contextmanager
+    def _noting(self, what: str, *errors: type[Exception]) -> Iterator[None]:
+        """Goes on after these errors, of which the report says why `what` was not measured."""
+        try:
+            yield
+        except errors as error:
+            self._missing[what] = str(error)
+
+    def _open_all(self) -> Iterator[ActionTokenizer]:
+        """Those that give the right answers; there is no point in how fast wrong ones come."""
+        manifest = self._bundle.manifest
+        golden = read_golden(self._bundle.content(GOLDEN_NAME), manifest.model)
+        for name in self._config.backends:
+            with self._noting(name, TokenizerError):
+                backend = select_backend(name, self._bundle, golden)
+                yield self._scope.enter_context(ActionTokenizer(manifest, backend))
+
+    def _starts(self) -> Iterator[Start]:
+        for tokenizer in self._tokenizers if self._config.starts else ():
+            what = f"cold start of {tokenizer.backend.name}"
+            self._progress.show(what)
+            with self._noting(what, StartError):
+                yield measure_start(self._bundle.folder, tokenizer.backend.name, self._config.starts)
+
+    def _open_gpu(self) -> Any:
+        """The module `gpu`, or None where it has nothing to measure or no way to."""
+        if not self._config.has_peers and all(found.backend.name not in GPU_BACKENDS for found in self._tokenizers):
+            return None
+        with self._noting("floor and bandwidth of the GPU", ImportError, BackendUnavailableError):
+            from . import gpu
+
+            gpu.open_device()
+            return gpu
+        return None
+
+    def _open_trivial_kernel(self) -> Callable[[], None] | None:
+        if self._gpu is not None:
+            with self._noting("floor: a captured graph with one trivial kernel", TokenizerError):
+                call: Callable[[], None] = self._gpu.trivial_kernel(self._scope)
+                return call
+        return None
+
+    def _open_peers(self) -> Peers:
+        if self._config.has_peers:
+            self._progress.show("starting the peers")
+            floor = "" if self._gpu is None else self._gpu.TRIVIAL_KERNEL
+            with self._noting("peers", BackendUnavailableError):
+                opened = open_peers(self._bundle.manifest.model, self._config.batches, floor)
+                peers = self._scope.enter_context(opened)
+                self._missing.update(peers.unavailable)
+                return peers
+        return Peers({}, (), {}, ())
+
+    def _figures(self, arrays: contextlib.ExitStack, size: int) -> Iterator[Figure]:
+        """The floors first, then backend by backend, and the peers; what they need is open until `arrays` ends."""
+        gpu, batches = self._gpu, []
+        for tokenizer in self._tokenizers:
+            with self._noting(f"{tokenizer.backend.name}, batch {size}", InferenceError):
+                batches.append((tokenizer, random_batch(tokenizer, size)))
+        if gpu is not None and self._trivial is not None:
+            yield gpu.trivial_figure(self._trivial, size)
+        if gpu is not None and batches:
+            with self._noting(f"copies and arithmetic, batch {size}", TokenizerError):
+                yield from self._gpu_figures(arrays, *batches[0])
+        for tokenizer, batch in batches:
+            name = tokenizer.backend.name
+            yield from host_figures(tokenizer, batch, has_copies=name in GPU_BACKENDS)
+            if gpu is not None and name in GPU_BACKENDS:
+                with self._noting(f"{name}, device, batch {size}", InferenceError):
+                    yield from gpu.device_figures(arrays, tokenizer, batch)
+        yield from (figure for figure in self._peers.figures if figure.batch == size)
+
+    def _gpu_figures(self, arrays: contextlib.ExitStack, tokenizer: ActionTokenizer, batch: Batch) -> Iterator[Figure]:
+        """Copies alone; bandwidth and arithmetic, which a single chunk has no use for."""
+        yield from self._gpu.floor_figures(arrays, tokenizer.model, batch)
+        if batch.size > 1:
+            yield from self._gpu.copy_figures(arrays, batch.size)
+            yield self._gpu.arithmetic_figure(arrays, batch.size)

@@ -1,0 +1,252 @@
+"""One tick after another: which chunk is used, which action is due, and the status that says why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from ..bundle.manifest import ModelEntry
+from ..bundle.validation import TOKEN_TYPES
+from .books import TickBooks
+from .chain import DecodeChain
+from .clock import nanoseconds, stamp
+from .config import ControlConfig, OutOfRange, Status
+from .errors import in_words, is_from_outside
+from .guard import ActionGuard
+from .order import ChunkOrder
+from .queue import action_queue
+from .result import NO_STAMPS, BrokenOff, Outcome
+from .state import INTERNAL, NO_NUMBER, NONE_IN_SERVICE, RUN_OUT, WRONG_NUMBER, LoopState
+
+# Bound names: Python finds a member of an enum more slowly than numpy adds seven numbers.
+_OK, _DEADLINE_MISS, _BAD_TOKEN, _STALE = Status.OK, Status.DEADLINE_MISS, Status.BAD_TOKEN, Status.STALE
+_OUT_OF_RANGE, _NOT_READY, _BACKEND_FAULT = Status.OUT_OF_RANGE, Status.NOT_READY, Status.BACKEND_FAULT
+_now = time.monotonic_ns
+_Array = np.ndarray
+#: Of a tick that is practised.
+_PRACTICE_US = 1e7
+
+
+class ControlLoop:
+    """Puts ticks together, of which nobody sees anything yet: `ControlDecoder` shows them. For one thread.
+
+    What a tick leaves to the next is `state` and the queue. chain: what decodes, there from `practise` on.
+    """
+
+    chain: DecodeChain
+    #: Of the tick under way.
+    _out: Outcome
+    _deadline_ns: int | None = None
+
+    def __init__(
+        self, config: ControlConfig, model: ModelEntry, guard: ActionGuard, books: TickBooks, clock: Callable[[], int]
+    ) -> None:
+        self.books = books
+        self.state = LoopState()
+        #: One is shown, the other is filled.
+        self.outcomes = Outcome(guard.sent), Outcome(guard.sent)
+        self._config, self._guard, self._clock = config, guard, clock
+        self._health = books.health
+        self._length = model.chunk_length
+        self._order = ChunkOrder(config, model)
+        self._stale_ns = self._order.stale_ns
+        self._queue = action_queue(config, model.chunk_length)
+        self._allowed_ns = None if config.deadline_us is None else nanoseconds(config.deadline_us)
+        self._is_limiting = config.out_of_range is OutOfRange.LIMIT
+
+    def practise(self, chain: DecodeChain) -> None:
+        """Ticks that are thrown away, on each backend: every branch of a good one has run, every cache is filled."""
+        self.chain = chain
+        for warm in chain.warm:
+            for found in chain.warm:
+                found.is_healthy = found is warm
+            for _ in range(self._length):
+                self.tick(self.outcomes[0], warm.probe, warm.probe_stats, None, None, _PRACTICE_US)
+        for found in chain.warm:
+            found.is_healthy = True
+
+    def begin_anew(self, out: Outcome) -> None:
+        """From `out`, where the robot is."""
+        self._queue.clear()
+        self.state = LoopState(used=self.state.used)
+        self.books.begin_anew(out)
+
+    def make_up_for(self, broken: BrokenOff) -> Outcome:
+        """The last tick was broken off, and what was shown of it is taken as sent; nothing half done is served."""
+        self._drop(_BACKEND_FAULT)
+        sent = broken.settled()
+        self.books.make_up_for(sent, self.state)
+        return sent
+
+    def tick(  # noqa: PLR0913  # as `step` was given them: to pack them takes time
+        self, sent: Outcome, tokens: object, stats: object, sequence: object, observed_ns: object, deadline_us: object
+    ) -> Outcome:
+        """This tick, whole and not yet shown; `sent` is what was shown before it."""
+        first, second = self.outcomes
+        self._out = out = second if sent is first else first
+        out.detail, out.tick, out.sequence, out.backend = "", sent.tick, sent.sequence, sent.backend
+        out.is_held = out.fell_back = out.is_limited = out.is_accepted = False
+        out.begin, out.stamps = NO_NUMBER, NO_STAMPS
+        self._guard.sent = sent.values
+        if sequence is not None or observed_ns is not None:
+            out.stamps = stamp(sequence), stamp(observed_ns)
+        self._health.last_tick_ns = _now()
+        try:
+            begin = out.begin = self._clock()
+            allowed_ns = self._allowed_ns if deadline_us is None else nanoseconds(deadline_us)
+            self._deadline_ns = None if allowed_ns is None else begin + allowed_ns
+            out.status = self._decide(begin, tokens, stats)
+            if not out.is_held:
+                # Now that the action is there, is it in time still, and all of which it is made young enough?
+                now = self._clock()
+                if allowed_ns is not None and now - begin > allowed_ns:
+                    out.status = self._explain_late(now - begin, deadline_us)
+                elif self._queue.first_observed_ns < now - self._stale_ns:
+                    out.status = self._serve(now, self.state.line[0], out.status)
+            elif out.status is _BAD_TOKEN and not out.detail:
+                out.detail = self._order.wrong_form(tokens, sequence, observed_ns)
+        except Exception as error:
+            if is_from_outside(error):
+                raise
+            self._fail(error)
+        guard = self._guard
+        if out.is_held:
+            out.is_limited = False
+            guard.hold()
+        out.values, out.actions = guard.values, guard.actions
+        self.books.close_tick(out, self.state, tokens, stats)
+        return out
+
+    def _explain_late(self, taken_ns: int, deadline_us: object) -> Status:
+        allowed_us = self._config.deadline_us if deadline_us is None else deadline_us
+        if nanoseconds(allowed_us) < 0:
+            found = allowed_us if isinstance(allowed_us, (int, float)) else f"a {type(allowed_us).__qualname__}"
+            return self._hold(_DEADLINE_MISS, f"deadline_us is {found}; expected a number above 0: correct it")
+        return self._hold(
+            _DEADLINE_MISS,
+            f"the action was there after {taken_ns / 1e3:.0f} us; expected {allowed_us:.0f}: look at what else runs "
+            "here, or raise deadline_us",
+        )
+
+    def _grow_old(self, now: int) -> Status:
+        """What is in service is too old."""
+        self._drop(_STALE)
+        return self._hold(_STALE, self._order.too_old(now - self.state.service[1]))
+
+    def _fail(self, error: Exception) -> None:
+        """A tick on which the decoder itself has failed, or the clock that it was given."""
+        self._out.fell_back = False
+        self.state.used = INTERNAL
+        self._drop(_BACKEND_FAULT)
+        latched = self.state.latched
+        self._out.status = self._hold(
+            _BACKEND_FAULT if latched is None else latched,
+            f"the decoder itself, or its clock, failed: {in_words(error)}; look at the clock, or report it as a bug",
+        )
+
+    def _decide(self, begin: int, tokens: object, stats: object) -> Status:
+        """Status of this tick, and its action in the guard unless it is held."""
+        state, order = self.state, self._order
+        counted, last = state.line
+        # A tick that was broken off, or without a clock, has been shown under a number that no clock has given.
+        shown = self._out.tick
+        if shown > counted:
+            counted = shown
+        tick = counted + 1
+        if state.latched is not None:
+            state.line = tick, begin
+            return self._hold(state.latched, "standing still after a fault; find the cause, then call reset()")
+        if last != NO_NUMBER:
+            if begin < last:
+                state.line = tick, begin
+                self._forget_order()
+                return self._hold(
+                    _STALE,
+                    f"the clock went back by {(last - begin) / 1e9:.6f} s; expected a monotonic one: what was observed "
+                    "before cannot be dated",
+                )
+            timed = order.next_tick(begin, state.line, state.service if state.is_queued else None)
+            if timed > tick:
+                self._health.missed_ticks += timed - tick
+                tick = timed
+        state.line = tick, begin
+        status = _OK
+        if tokens is not None:
+            status = self._receive(begin, tick, tokens, stats)
+            if status is not _OK and not self._out.is_accepted:
+                self._health.refused_chunks += 1
+                if status is not _STALE:
+                    self._out.is_held = True
+                    self._drop(status)
+                    return status
+        return self._serve(begin, tick, status)
+
+    def _serve(self, now: int, tick: int, status: Status) -> Status:
+        """The action of this tick from what is queued; `status` is of the chunk that came on it."""
+        out, state = self._out, self.state
+        oldest = now - self._stale_ns
+        if state.is_queued:
+            _, observed, _, _ = state.service
+            if observed < oldest:
+                return self._grow_old(now)
+        action = self._queue.take(tick, oldest)
+        if action is None:
+            if status is _OK:
+                return self._hold(_STALE if state.has_begun else _NOT_READY, state.why_empty)
+            return self._hold(status, f"{out.detail}; and there is nothing else: {state.why_empty}")
+        out.is_limited = self._guard.limit(action)
+        return status
+
+    def _receive(self, begin: int, tick: int, tokens: Any, stats: object) -> Status:
+        """Check, decode and queue a chunk. STALE leaves the older chunk in service."""
+        out, state, order = self._out, self.state, self._order
+        stamps = out.stamps
+        layers = order.layers_of.get(tokens.shape) if type(tokens) is _Array else None
+        if layers is None or tokens.dtype not in TOKEN_TYPES or WRONG_NUMBER in stamps:
+            # What is wrong with it, says who has the arguments as they were given.
+            return _BAD_TOKEN
+        service, is_queued = state.service, state.is_queued
+        last_number, last_observed, _, last_start = service
+        is_drained = not is_queued or tick - last_start >= self._length
+        placed = order.place(begin, tick, layers, service, stamps, is_drained)
+        if isinstance(placed, str):
+            out.detail = placed
+            return _STALE
+        chain = self.chain
+        status = chain.decode(tokens, stats, self._deadline_ns)
+        used = chain.used
+        out.backend, state.used = used.name, used.index
+        if status is not _OK or chain.fell_back:
+            out.detail, out.fell_back = chain.detail, chain.fell_back
+        if status is not _OK and not (status is _OUT_OF_RANGE and self._is_limiting):
+            return status
+        number, observed, _, start = placed
+        is_swap = is_queued and number == last_number and observed == last_observed
+        self._queue.push(chain.chunk, start, observed, is_swap=is_swap)
+        state.service = placed
+        out.is_accepted = state.has_begun = state.is_queued = True
+        state.why_empty = RUN_OUT
+        out.sequence = number
+        self._health.chunks += 1
+        return status
+
+    def _hold(self, status: Status, detail: str) -> Status:
+        self._out.is_held, self._out.detail = True, detail
+        return status
+
+    def _drop(self, why: Status) -> None:
+        """Nothing of what is queued is served any more."""
+        self._queue.clear()
+        state = self.state
+        state.is_queued = False
+        if state.has_begun:
+            state.why_empty = (
+                f"what was queued was dropped on tick {state.line[0]}, {why.name}; expected a new chunk since"
+            )
+
+    def _forget_order(self) -> None:
+        self._drop(_STALE)
+        self.state.service = NONE_IN_SERVICE
