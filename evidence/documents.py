@@ -115,10 +115,10 @@ def _short_table(comparison: Comparison) -> Table:
 
 
 def _short(value: Spread) -> str:
-    """Two digits of the mean; 2.7e-6 rather than 2.7e-06."""
+    """Two digits of the mean; 2.7e−6 rather than 2.7e-06, with a minus that no line ends at."""
     if value.mean >= 1e-2:
         return f"{value.mean:.2g}" if value.mean < 100 else f"{value.mean:.0f}"
-    return f"{value.mean:.1e}".replace("e-0", "e-")
+    return f"{value.mean:.1e}".replace("e-0", "e−").replace("e-", "e−")
 
 
 def main(arguments: list[str] | None = None) -> int:
