@@ -6,7 +6,6 @@ decoder. `calibrated`: tokens of the calibrated conditioning, alone.
 """
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -80,7 +79,7 @@ class SchemeResult:
     absolute_errors: npt.NDArray[np.float64]
 
 
-class Scheme(ABC):
+class Scheme:
     """How tokens become latents; decoding from there is the same for all."""
 
     name: ClassVar[str]
@@ -103,9 +102,9 @@ class Scheme(ABC):
         sizes = self.model.config
         return sizes.latent_dim * math.log2(sizes.num_levels)
 
-    @abstractmethod
     def prefix(self, encoded: Encoded, layers: int) -> Tensor:
         """Latents [N, D] from the first layers alone."""
+        return self.model.dequantize(encoded.tokens[..., :layers])
 
     def rest(self, encoded: Encoded, layers: int, typical: Encoded) -> Tensor:
         """Latents [N, D] from all but the first layers, which are taken at their mean over `typical` episodes."""
@@ -121,9 +120,6 @@ class Scheme(ABC):
 class Naive(Scheme):
     name = "naive"
     conditioning = Conditioning.NONE
-
-    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
-        return self.model.dequantize(encoded.tokens[..., :layers])
 
 
 class Dynamic(Scheme):
@@ -156,9 +152,6 @@ class Recovered(Scheme):
     name = "recovered"
     conditioning = Conditioning.DYNAMIC
 
-    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
-        return self.model.dequantize(encoded.tokens[..., :layers])
-
     def rest(self, encoded: Encoded, layers: int, typical: Encoded) -> Tensor:
         tokens = encoded.tokens.double()
         tokens[..., :layers] = typical.tokens[..., :layers].double().mean(dim=0)
@@ -168,9 +161,6 @@ class Recovered(Scheme):
 class Calibrated(Scheme):
     name = "calibrated"
     conditioning = Conditioning.CALIBRATED
-
-    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
-        return self.model.dequantize(encoded.tokens[..., :layers])
 
 
 @dataclass(frozen=True)
