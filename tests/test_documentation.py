@@ -139,7 +139,7 @@ def workspace(tmp_path: Path, built: Path, demonstrations: ActionDataset, robust
         shutil.copy(ROBUST_CHECKPOINT, tmp_path / f"{name}.safetensors")
     with h5py.File(tmp_path / "episodes.hdf5", "w") as file:
         for index, episode in enumerate(demonstrations.episodes[:12]):
-            file[f"data/demo_{index}/actions"] = episode
+            file[f"data/demo_{index}/actions"] = episode[:80]
     np.zeros((1, 8, 16, 8), np.int32).tofile(tmp_path / "tokens.bin")
     yield tmp_path
     shutil.rmtree(tmp_path, ignore_errors=True)
