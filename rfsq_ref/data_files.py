@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -72,8 +72,6 @@ def _read_whole(source: Source) -> tuple[npt.NDArray[np.float32], EpisodeTable]:
 
 def _read_pt(path: Path, key: str | None) -> Episodes:
     torch = optional("torch", "export")
-    # Not above: few formats need torch.
-    from rfsq.rfsq_ref.tensor_files import load_torch
 
     def array(tensor: Any) -> _AnyArray:
         tensor = tensor.detach()
@@ -81,27 +79,7 @@ def _read_pt(path: Path, key: str | None) -> Episodes:
         return np.asarray((tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy())
 
     with opened(path, "a .pt file of tensors") as file:
-        try:
-            content = load_torch(file)
-        # torch's own message advises to load it all the same.
-        except pickle.UnpicklingError as error:
-            raise SourceError(
-                f"{path.name} is damaged or pickles more than tensors, which could run code; expected tensors alone: "
-                "save them in a list or dict with torch.save"
-            ) from error
-        if isinstance(content, list | tuple):
-            others = sorted({type(part).__name__ for part in content if not isinstance(part, torch.Tensor)})
-            if others:
-                raise SourceError(
-                    f"{path.name} holds a list with {', '.join(others)} in it; expected tensors alone, one [steps, A] "
-                    "for each episode: save such as [episode['action'] for episode in episodes]"
-                )
-        if isinstance(content, torch.Tensor | list | tuple):
-            content = {"actions": content}
-        if not isinstance(content, Mapping):
-            raise SourceError(
-                f"{path.name} holds a {type(content).__name__}; expected a tensor, a list or a dict of tensors"
-            )
+        content = _pt_content(file, path, torch.Tensor)
         lists: dict[str, list[_AnyArray]] = {}
         arrays: dict[str, _AnyArray] = {}
         for name, value in content.items():
@@ -121,6 +99,35 @@ def _read_pt(path: Path, key: str | None) -> Episodes:
             episodes = {f"episode_{place}": one for place, one in enumerate(lists[chosen[0]])}
             arrays, chosen = {**arrays, **episodes}, tuple(episodes)
         return _from_arrays(arrays, chosen, path.name)
+
+
+def _pt_content(file: BinaryIO, path: Path, tensor: type) -> Mapping[Any, Any]:
+    """What torch.save wrote, by name; a tensor or a list of tensors alone is called "actions"."""
+    # Not above: few formats need torch.
+    from rfsq.rfsq_ref.tensor_files import load_torch
+
+    try:
+        content = load_torch(file)
+    # torch's own message advises to load it all the same.
+    except pickle.UnpicklingError as error:
+        raise SourceError(
+            f"{path.name} is damaged or pickles more than tensors, which could run code; expected tensors alone: "
+            "save them in a list or dict with torch.save"
+        ) from error
+    if isinstance(content, list | tuple):
+        others = sorted({type(part).__name__ for part in content if not isinstance(part, tensor)})
+        if others:
+            raise SourceError(
+                f"{path.name} holds a list with {', '.join(others)} in it; expected tensors alone, one [steps, A] "
+                "for each episode: save such as [episode['action'] for episode in episodes]"
+            )
+    if isinstance(content, tensor | list | tuple):
+        content = {"actions": content}
+    if not isinstance(content, Mapping):
+        raise SourceError(
+            f"{path.name} holds a {type(content).__name__}; expected a tensor, a list or a dict of tensors"
+        )
+    return content
 
 
 def _all_tensors(values: Sequence[Any], kind: type, label: str) -> Sequence[Any]:
