@@ -8,7 +8,7 @@ from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish
 from rfsq.evidence.cells import RAW
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollout_report import CALIBRATED, NAIVE, POOLED, TOLERANCES, TaskReport, cells_of
-from rfsq.rfsq_ref.files import replacing
+from rfsq.runtime.bundle.writing import replacing
 
 _COLOURS = {
     RAW: INK, NAIVE: ORANGE, "published decoder": RED, "recovered decoder": GREEN,

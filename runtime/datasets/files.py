@@ -10,6 +10,7 @@ from typing import IO, Any, Literal
 
 import numpy as np
 
+from ..bundle.writing import sync
 from ..tokenizer import ActionTokenizer
 from .coding import StepCoder
 from .errors import OutputError
@@ -21,7 +22,6 @@ from .progress import Progress
 from .reader import TokenDataset
 from .sources import open_source
 from .steps import AnyArray, Int64Array, optional
-from .writers import sync
 
 FileFormat = Literal["npz", "hdf5"]
 #: Steps that are decoded before they are written.

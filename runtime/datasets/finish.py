@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle.arrays import in_chunks
 from ..bundle.fidelity import FidelitySums
 from ..bundle.manifest import FileEntry
 from ..tokenizer import ActionTokenizer
@@ -106,11 +107,11 @@ def _verify_tokens(
     for start, stop in sample_windows(num_steps):
         given, read = source.read(start, stop), target.read(start, stop)
         _check_numbering(given.episode, given.frame, read.episode, read.frame, start)
-        chunks = _chunks(given.values, model.chunk_length)
+        chunks = in_chunks(given.values, model.chunk_length)
         tokens = tokenizer.encode(chunks)
         expected = tokens.reshape(-1, model.latent_dim * model.num_layers)[: stop - start]
         _check_equal(expected, read.values, start)
-        stored = _chunks(read.values, model.chunk_length).reshape(tokens.shape)
+        stored = in_chunks(read.values, model.chunk_length).reshape(tokens.shape)
         decoded = tokenizer.decode(stored).reshape(-1, model.action_dim)[: stop - start]
         total += float(np.abs(decoded.astype(np.float64) - given.values).sum())
         sums.add(given.values, decoded)
@@ -124,17 +125,11 @@ def verify_actions(
     """source: tokens; target: the actions written for them, with numbers of its own."""
     model, steps = tokenizer.model, 0
     for start, stop in sample_windows(num_steps):
-        chunks = _chunks(source.read(start, stop).values, model.chunk_length)
+        chunks = in_chunks(source.read(start, stop).values, model.chunk_length)
         decoded = tokenizer.decode(chunks.reshape(*chunks.shape[:2], model.latent_dim, model.num_layers))
         _check_equal(decoded.reshape(-1, model.action_dim)[: stop - start], target.read(start, stop).values, start)
         steps += stop - start
     return Verification(steps, 0.0, 0.0)
-
-
-def _chunks(values: AnyArray, length: int) -> AnyArray:
-    missing = -len(values) % length
-    filled = np.concatenate([values, np.zeros((missing, values.shape[1]), values.dtype)])
-    return filled.reshape(-1, length, values.shape[1])
 
 
 def _check_numbering(
