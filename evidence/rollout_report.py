@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rfsq.calibration.tables import Table
 from rfsq.evidence.cells import RAW
 from rfsq.evidence.closed_loop import PRECISION_TASKS, Spread
 from rfsq.evidence.episodes import Episode
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollout_statistics import Paired, Rate
 from rfsq.evidence.simulation import TASKS
-from rfsq.evidence.tables import Table
 from rfsq.runtime.bundle.advice import command
 
 #: In mm; chosen before any result was seen.

@@ -54,8 +54,8 @@ COMMANDS = {
 #: What each extra of `pyproject.toml` brings for people to use; "" is the core.
 EXTRAS = {
     "": ("numpy", "onnxruntime"),
-    "export": ("torch", "onnx", "polygraphy", "safetensors", "h5py", "pyarrow", "matplotlib", "tqdm"),
-    "evidence": ("scipy", "tokenizers", "vector-quantize-pytorch"),
+    "export": ("torch", "onnx", "polygraphy", "safetensors", "h5py", "pyarrow", "tqdm"),
+    "evidence": ("matplotlib", "scipy", "tokenizers", "vector-quantize-pytorch"),
     "datasets": ("pyarrow", "h5py"),
     "ray": ("ray[data]", "pyarrow", "h5py"),
     "tensorrt": ("tensorrt",),
