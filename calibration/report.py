@@ -208,8 +208,8 @@ def _levels_used(tokens: Tensor, num_levels: int) -> float:
 # Text, JSON, picture -------------------------------------------------------------------------------------------------
 
 
-def format_report(report: CalibrationReport) -> str:
-    """A table with a row per layer, and the errors to compare with below it."""
+def format_report(report: CalibrationReport, *, is_verbose: bool = True) -> str:
+    """A table with a row per layer, and the errors to compare with below it; is_verbose: good dimensions too."""
     lost = held_out_warning(report.autoencoder_mse, report.readout_mse, "the episodes that judge", "robot units²")
     header = (
         f"{'layer':>5}  {'residual on the data':>22}  {'clipped':>8}  {'bin width':>9}  {'levels':>6}  "
@@ -233,8 +233,9 @@ def format_report(report: CalibrationReport) -> str:
         f"trained forward pass                              {report.trained_mse[-1]:.3e}",
         f"published decode_from_indices                     {report.published_mse:.3e}",
         *filter(None, [lost]),
-        report.fidelity.text("decoded from all layers"),
     ]
+    if is_verbose or report.fidelity.warning:
+        lines.append(report.fidelity.text("decoded from all layers"))
     return "\n".join(lines)
 
 

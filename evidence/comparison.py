@@ -43,6 +43,7 @@ from rfsq.rfsq_ref.data import ActionDataset, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.training import make_deterministic
+from rfsq.runtime.bundle.console import end_by_interrupts
 
 #: Bins of |error|, in normalised units: a fifth of a decade wide.
 ERROR_EDGES = tuple(10.0 ** (exponent / 5) for exponent in range(-40, 11))
@@ -124,7 +125,7 @@ def _run(
     results: dict[str, object] = {}
     # Spawned: a forked process would share torch's threads.
     with (
-        ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), make_deterministic) as pool,
+        ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _start_worker) as pool,
         tqdm(total=len(jobs), unit="job", disable=None if show_progress else True) as progress,
     ):
         futures = {pool.submit(work, *arguments): name for name, (work, arguments) in jobs.items()}
@@ -141,6 +142,11 @@ def _run(
         finally:
             pool.shutdown(cancel_futures=True)
     return {name: results[name] for name in jobs}
+
+
+def _start_worker() -> None:
+    end_by_interrupts()
+    make_deterministic()
 
 
 def _together(

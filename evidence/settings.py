@@ -1,10 +1,14 @@
-"""What can be chosen for rollouts; neither torch nor the simulator is needed to choose."""
+"""What can be chosen for comparisons and rollouts; neither torch nor the simulator is needed to choose."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from rfsq.evidence.errors import EvidenceError
 
+#: Of everything that a comparison trains, and where it keeps what it has trained.
+SEEDS, CACHE = (0, 1, 2), Path("build/evidence/models")
+#: Units of robosuite's OSC_POSE delta controller: m and rad that an action of 1 asks for.
+OSC_POSITION_M, OSC_ROTATION_RAD = 0.05, 0.5
 #: Every task that can be rolled out, as in `evidence.simulation.TASKS`.
 TASK_NAMES = (
     "Lift",

@@ -17,10 +17,6 @@ from rfsq.rfsq_ref.settings import TrainConfig
 from rfsq.rfsq_ref.training import train
 from rfsq.rfsq_ref.training_history import TrainingHistory, history_path, load_history, save_result
 
-#: Of everything that is trained, ours and the peers.
-SEEDS = (0, 1, 2)
-#: Where trained models are kept between runs.
-CACHE = Path("build/evidence/models")
 #: To be raised when the recipe in rfsq.rfsq_ref.training changes what comes out of it.
 RECIPE = 1
 

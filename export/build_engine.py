@@ -98,7 +98,7 @@ def config_of(options: argparse.Namespace) -> BuildConfig | TargetConfig:
     if "from_bundle" in given:
         return _target_config(given)
     # Here, because a robot that adds engines has no torch.
-    from rfsq.calibration.readout import ReadoutChoice
+    from rfsq.calibration.settings import ReadoutChoice
     from rfsq.export.pipeline import BuildConfig
     from rfsq.export.plan import DeployMode
 

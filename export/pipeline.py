@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig
+from rfsq.calibration.settings import ReadoutChoice, ReadoutConfig
 from rfsq.export.batches import Profile
 from rfsq.export.bundle_writer import StagedBundle, stage_bundle
 from rfsq.export.c_source import c_tokenizer

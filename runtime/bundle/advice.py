@@ -48,7 +48,7 @@ COMMANDS = {
     ),
     "calibrate": Command("calibration/fit.py", "calibration.fit", "fit a checkpoint to demonstrations"),
     "train": Command("rfsq_ref/train.py", "rfsq_ref.train", "train a tokenizer on demonstrations"),
-    "compare": Command("rfsq_ref/compare.py", "evidence.report", "compare tokens with their peers at equal bits"),
+    "compare": Command("rfsq_ref/compare.py", "rfsq_ref.compare", "compare tokens with their peers at equal bits"),
     "rollout": Command("rfsq_ref/rollout.py", "rfsq_ref.rollout", "drive simulated robots through tokens"),
 }
 #: What each extra of `pyproject.toml` brings for people to use; "" is the core.

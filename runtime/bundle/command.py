@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 from .advice import COMMANDS, command, install_package
@@ -228,6 +229,19 @@ def explanation(error: BaseException) -> str:
     return advice and f"error: this command needs {module}, which cannot be imported ({error}); {advice}"
 
 
+def explain_missing_packages() -> None:
+    """For a script without a parser of these, before its imports: a missing package ends it with status 2."""
+
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not explanation(error):
+            sys.__excepthook__(kind, error, trace)
+            return
+        # Raised from here, it is what the process ends with.
+        raise SystemExit(_end(explanation(error), UNUSABLE))
+
+    sys.excepthook = end
+
+
 def run_command(module: str) -> NoReturn:
     """For a script of its own: end with the status that `main` of `module` returns.
 
@@ -238,7 +252,9 @@ def run_command(module: str) -> NoReturn:
         status = import_module(module).main()
     except KeyboardInterrupt:
         status = _end("interrupted", INTERRUPTED)
-    except Exception:
-        traceback.print_exc()
-        status = _end("error: this is a fault of the program; please report it with the lines above", UNUSABLE)
+    except Exception as error:
+        advice = explanation(error)
+        if not advice:
+            traceback.print_exc()
+        status = _end(advice or "error: this is a fault of the program; please report the lines above", UNUSABLE)
     sys.exit(status)

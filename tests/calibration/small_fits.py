@@ -7,7 +7,8 @@ from functools import cache, cached_property
 import numpy as np
 import numpy.typing as npt
 
-from rfsq.calibration.recovered import RecoveredConfig, fit_recovered_details
+from rfsq.calibration.recovered import fit_recovered_details
+from rfsq.calibration.settings import RecoveredConfig
 from rfsq.rfsq_ref.autoencoder import RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset

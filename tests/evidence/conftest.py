@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.calibration.settings import RecoveredConfig
 from rfsq.evidence.comparison import compare
 from rfsq.evidence.jobs import ComparisonConfig
 from rfsq.evidence.results import Comparison

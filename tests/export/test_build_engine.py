@@ -21,10 +21,9 @@ import onnxruntime
 import pytest
 import torch
 
-from rfsq.calibration.constants import CalibrationConfig
-from rfsq.calibration.fit import calibrate
-from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig, held_out_warning
-from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.calibration.fitting import calibrate
+from rfsq.calibration.readout import held_out_warning
+from rfsq.calibration.settings import CalibrationConfig, ReadoutChoice, ReadoutConfig, RecoveredConfig
 from rfsq.export import engines, pipeline, sources, trt_builder
 from rfsq.export.batches import Profile
 from rfsq.export.build_engine import config_of, main, parser

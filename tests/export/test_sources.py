@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rfsq.calibration.data import Selection
-from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.calibration.settings import RecoveredConfig
 from rfsq.export import sources
 from rfsq.export.plan import DeployMode
 from rfsq.export.sources import choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint

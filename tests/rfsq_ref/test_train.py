@@ -19,9 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rfsq.calibration.constants import CalibrationConfig
-from rfsq.calibration.fit import calibrate, recover
-from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.calibration.fitting import calibrate, recover
+from rfsq.calibration.settings import CalibrationConfig, RecoveredConfig
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, load_actions, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError, DataError
