@@ -47,7 +47,7 @@ def calibration_dataset(
         trained_on = checkpoint.provenance.get("data", "not recorded")
         raise DataError(
             f"the checkpoint was not trained on the embedded demonstrations (its data: {trained_on}), so they cannot "
-            "calibrate it; give episodes of its own robot: --calibration-data FILE"
+            "calibrate it; give episodes of its own robot: --data FILE"
         )
     return dataset
 

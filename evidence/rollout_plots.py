@@ -51,7 +51,7 @@ def draw(reports: dict[str, TaskReport], path: Path) -> None:
         with replacing(path) as temporary:
             figure.savefig(temporary, format="png")
     except OSError as error:
-        raise EvidenceError(f"cannot write {path}: {error.strerror}; choose another --results") from error
+        raise EvidenceError(f"cannot write {path}: {error.strerror}; choose another --output") from error
 
 
 def _success(axes: Axes, task: str, report: TaskReport) -> None:

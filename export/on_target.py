@@ -62,7 +62,7 @@ def add_engines(config: TargetConfig) -> tuple[Manifest, tuple[str, ...]]:
             return _add_all(config, config.backends), config.backends
         except _CannotRunError as error:
             others = [name for name in backends if name not in error.reasons]
-            advice = f"\nadd what can be proven here with --backends {' '.join(others)}" if others else ""
+            advice = f"\nadd what can be proven here with --backend {' '.join(others)}" if others else ""
             raise ExportError(f"no engine is added, for some cannot be made or run here:\n  {error}{advice}") from error
     while backends:
         try:

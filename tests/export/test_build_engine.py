@@ -989,7 +989,7 @@ BAD_INPUT = {
     "bare state dict": (bare, r"bare\.pt does not say .*--use-layernorm or --no-use-layernorm"),
     "contradiction": (fixed("--no-use-layernorm"), "says use_layernorm = True, the caller says False"),
     "naive mode of a robust model": (fixed("--conditioning", "none"), "cannot be deployed as 'none'; choose"),
-    "stranger without data": (stranger, r"not trained on the embedded demonstrations .*--calibration-data FILE"),
+    "stranger without data": (stranger, r"not trained on the embedded demonstrations .*--data FILE"),
     "data missing": (fixed("--calibration-data", "missing.npz"), r"missing\.npz does not exist"),
     "data with NaN": (bad_data, r"nan\.npz, .* step 50, dimension 3: nan; expected finite"),
     "data of another robot": (other_data, r"four\.npz has 4 action dimensions, the checkpoint 7"),

@@ -131,7 +131,7 @@ def test_the_embedded_demonstrations_calibrate_no_checkpoint_of_another_robot(
     provenance: dict, robust: Checkpoint
 ) -> None:
     stranger = replace(robust, provenance=provenance)
-    with pytest.raises(DataError, match=r"not trained on the embedded demonstrations .*--calibration-data FILE"):
+    with pytest.raises(DataError, match=r"not trained on the embedded demonstrations .*--data FILE"):
         load_build_data(stranger, None, is_needed=True)
 
 
