@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from rfsq.runtime.bundle.advice import COMMANDS
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.runtime.bundle.advice import COMMANDS
 from tests.once import once
 from tests.rfsq_ref.published_model import ActionRFSQAE
 
