@@ -22,10 +22,10 @@ from tqdm import tqdm
 
 from rfsq.evidence.errors import EvidenceError
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
-from rfsq.rfsq_ref.files import replacing
 from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind, fit_normaliser
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
 from rfsq.rfsq_ref.train import suggested_normaliser
+from rfsq.runtime.bundle.paths import replacing
 from rfsq.runtime.bundle.reading import parse_json
 
 # To import it takes longer than torch and all of ours together: only who makes a model does, and everyone is told here.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rfsq.evidence.errors import EvidenceError
-from rfsq.rfsq_ref.files import replacing
+from rfsq.runtime.bundle.paths import replacing
 
 FORMAT = "rfsq-comparison"
 FORMAT_VERSION = 1

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, Readout, RecoveredDecoder
 from rfsq.rfsq_ref.errors import CheckpointError
-from rfsq.rfsq_ref.files import replacing
 from rfsq.rfsq_ref.normaliser import Normaliser, normaliser_from_json
 from rfsq.rfsq_ref.published_checkpoints import (
     check_agreement,
@@ -28,7 +27,7 @@ from rfsq.rfsq_ref.published_checkpoints import (
 )
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
-from rfsq.runtime.bundle.paths import as_path, shown
+from rfsq.runtime.bundle.paths import as_path, replacing, shown
 from rfsq.runtime.bundle.reading import UnfitFileError, parse_json, read_file
 
 FORMAT = "rfsq-checkpoint"

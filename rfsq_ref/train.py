@@ -46,11 +46,10 @@ from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq.rfsq_ref.checkpoints import SUFFIX, Checkpoint, check_output, checkpoint_of, save_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, load_actions, load_demonstrations, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError, DataError, OutputError, SettingsError, TrainingError, UnusableError
-from rfsq.rfsq_ref.files import replacing
 from rfsq.rfsq_ref.normaliser import NormaliserKind, fit_normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.runtime.bundle.console import path_argument
-from rfsq.runtime.bundle.paths import as_path, counted, refuse_existing
+from rfsq.runtime.bundle.paths import as_path, counted, refuse_existing, replacing
 from rfsq.runtime.bundle.reading import read_file
 
 HISTORY_FORMAT = "rfsq-training-history"
