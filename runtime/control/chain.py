@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,29 +25,12 @@ _OUT_OF_RANGE, _BACKEND_FAULT = Status.OUT_OF_RANGE, Status.BACKEND_FAULT
 FAILURES = frozenset((_BACKEND_FAULT, _NONFINITE, _DEADLINE_MISS))
 
 
-class DecodeChain(Protocol):
-    """What a loop asks for actions; `BackendChain`, or what a replay has in its place.
-
-    `decode` leaves `chunk` float32 [T, A], `used`, `fell_back` and `detail` behind. `warm` are its backends; `start` is
-    called once, when practice is over.
-    """
-
-    warm: list[WarmTokenizer]
-    chunk: Float32Array
-    used: WarmTokenizer
-    fell_back: bool
-    detail: str
-
-    def decode(self, tokens: npt.NDArray[Any], stats: object, deadline_ns: int | None) -> Status: ...
-    def start(self) -> None: ...
-    def close(self) -> None: ...
-
-
 class BackendChain:
-    """Called by the loop alone. `decode` leaves `chunk`, `used`, `fell_back` and `detail` behind.
+    """What a loop asks for actions, and nobody else.
 
-    Whatever failed is tried again off the loop, and used again when it answers as at the start. Making one runs every
-    backend once and raises what a broken one raises.
+    `decode` leaves `chunk` float32 [T, A], `used`, `fell_back` and `detail` behind. A backend that has failed is tried
+    again off the loop, and used again once it answers as at the start. Making a chain runs every backend once, and
+    raises what a broken one raises.
     """
 
     def __init__(
@@ -65,16 +49,17 @@ class BackendChain:
         self._length, self._highest = model.chunk_length, model.num_levels - 1
         self._is_limiting = config.out_of_range is OutOfRange.LIMIT
         self._health = health
-        self.chunk = self.warm[0].chunk
+        self.chunk: Float32Array = self.warm[0].chunk
         self.used = self.warm[0]
         self.fell_back, self.detail = False, ""
 
     def start(self) -> None:
-        """Retry what fails, from now on."""
+        """Retry what fails, from now on: practice is over."""
         self._health.backend = self.warm[0].name
         if len(self.warm) > 1 or self._workers:
             self._retriers = [
-                Retrier(found, self._config, self._health, self._freedom_of(found)) for found in self.warm
+                Retrier(found, worker, self._config, self._health)
+                for found, worker in itertools.zip_longest(self.warm, self._workers)
             ]
 
     def close(self) -> None:
@@ -159,15 +144,13 @@ class BackendChain:
             return _BACKEND_FAULT
         self.chunk = warm.chunk
         status = self._guard.check_chunk(warm.chunk)
-        if status is not _OK:
-            self._explain(status, warm)
-        return status
-
-    def _explain(self, status: Status, warm: WarmTokenizer) -> None:
         if status is _NONFINITE:
-            self.detail = f"backend {warm.name} made of legal tokens what is not finite; expected numbers: run selftest"
-        else:
+            self.detail = (
+                f"backend {warm.name} gave values that are not finite for legal tokens; expected numbers: run selftest"
+            )
+        elif status is _OUT_OF_RANGE:
             self.detail = self._guard.outside
+        return status
 
     def _decode_in_worker(self, worker: DecodeWorker, tokens: npt.NDArray[Any], stats: Any, left_s: float) -> bool:
         """False if it is not done in time."""
@@ -196,9 +179,3 @@ class BackendChain:
             # SystemExit and the like are of the worker's thread, and end no loop.
             raise worker.error if isinstance(worker.error, Exception) else InferenceError(in_words(worker.error))
         return True
-
-    def _freedom_of(self, warm: WarmTokenizer) -> Callable[[], bool]:
-        if not self._workers:
-            return lambda: True
-        worker = self._workers[warm.index]
-        return lambda: not worker.is_pending

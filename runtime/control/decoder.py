@@ -8,7 +8,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from ..bundle.arrays import Float32Array
@@ -16,7 +15,7 @@ from ..bundle.errors import CannotCopyError
 from ..bundle.paths import as_path
 from ..tokenizer import ActionTokenizer
 from .books import TickBooks
-from .chain import BackendChain, DecodeChain
+from .chain import BackendChain
 from .clock import steady
 from .config import ControlConfig, OnFault, Status
 from .errors import ControlConfigError, ControlFaultError, WrongThreadError, in_words, is_from_outside
@@ -34,11 +33,6 @@ _FORKED = object()
 _NOT_READY = Status.NOT_READY
 _thread = threading.get_ident
 _ASKED_FOR = (WrongThreadError, ControlFaultError)
-#: Tokenizers, settings, guard, clock and counters: what a chain is made of.
-ChainMaker = Callable[
-    [Sequence[ActionTokenizer], ControlConfig, ActionGuard, Callable[[], int], Health],
-    DecodeChain,
-]
 
 
 class ControlDecoder:
@@ -93,16 +87,16 @@ class ControlDecoder:
         }
         self._pauses_gc, self._raises = config.pause_gc, config.on_fault is OnFault.RAISE
         self._owner: object = None
-        self._chain: DecodeChain | None = None
+        self._chain: BackendChain | None = None
         self._is_gc_paused = False
         shown, _ = self._loop.outcomes
         self._still = BrokenOff(self._guard.held_after, shown)
         self.result = ControlResult(shown)
 
-    def warmup(self, make_chain: ChainMaker = BackendChain, *, reports: bool = True) -> None:
+    def warmup(self, make_chain: Callable[..., BackendChain] = BackendChain, *, reports: bool = True) -> None:
         """Run everything once; the calling thread is the loop's from now on. Raises what a broken backend raises.
 
-        make_chain: makes what decodes; reports: whether log lines and records are written. For replays and trials.
+        For replays: make_chain, called as BackendChain is; reports, whether log lines and records are written.
         """
         if self._chain is not None:
             raise ControlConfigError(
@@ -256,9 +250,7 @@ class ControlDecoder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _refuse_thread(self, sent: Outcome | BrokenOff) -> ControlResult:

@@ -11,7 +11,7 @@ import numpy as np
 from ..bundle.manifest import ModelEntry
 from ..bundle.validation import TOKEN_TYPES
 from .books import TickBooks
-from .chain import DecodeChain
+from .chain import BackendChain
 from .clock import nanoseconds, stamp
 from .config import ControlConfig, OutOfRange, Status
 from .errors import in_words, is_from_outside
@@ -36,7 +36,7 @@ class ControlLoop:
     What a tick leaves to the next is `state` and the queue. chain: what decodes, there from `practise` on.
     """
 
-    chain: DecodeChain
+    chain: BackendChain
     #: Of the tick under way.
     _out: Outcome
     _deadline_ns: int | None = None
@@ -57,8 +57,8 @@ class ControlLoop:
         self._allowed_ns = None if config.deadline_us is None else nanoseconds(config.deadline_us)
         self._is_limiting = config.out_of_range is OutOfRange.LIMIT
 
-    def practise(self, chain: DecodeChain) -> None:
-        """Ticks that are thrown away, on each backend: every branch of a good one has run, every cache is filled."""
+    def practise(self, chain: BackendChain) -> None:
+        """Run ticks on each backend and throw them away, so that the first real one finds every cache filled."""
         self.chain = chain
         for warm in chain.warm:
             for found in chain.warm:
@@ -131,13 +131,8 @@ class ControlLoop:
             "here, or raise deadline_us",
         )
 
-    def _grow_old(self, now: int) -> Status:
-        """What is in service is too old."""
-        self._drop(_STALE)
-        return self._hold(_STALE, self._order.too_old(now - self.state.service[1]))
-
     def _fail(self, error: Exception) -> None:
-        """A tick on which the decoder itself has failed, or the clock that it was given."""
+        """Hold this tick: the decoder itself has failed, or the clock that it was given."""
         self._out.fell_back = False
         self.state.used = INTERNAL
         self._drop(_BACKEND_FAULT)
@@ -162,7 +157,8 @@ class ControlLoop:
         if last != NO_NUMBER:
             if begin < last:
                 state.line = tick, begin
-                self._forget_order()
+                self._drop(_STALE)
+                state.service = NONE_IN_SERVICE
                 return self._hold(
                     _STALE,
                     f"the clock went back by {(last - begin) / 1e9:.6f} s; expected a monotonic one: what was observed "
@@ -191,7 +187,8 @@ class ControlLoop:
         if state.is_queued:
             _, observed, _, _ = state.service
             if observed < oldest:
-                return self._grow_old(now)
+                self._drop(_STALE)
+                return self._hold(_STALE, self._order.too_old(now - observed))
         action = self._queue.take(tick, oldest)
         if action is None:
             if status is _OK:
@@ -246,7 +243,3 @@ class ControlLoop:
             state.why_empty = (
                 f"what was queued was dropped on tick {state.line[0]}, {why.name}; expected a new chunk since"
             )
-
-    def _forget_order(self) -> None:
-        self._drop(_STALE)
-        self.state.service = NONE_IN_SERVICE

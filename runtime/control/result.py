@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -52,59 +53,33 @@ class Outcome:
 
 
 class BrokenOff:
-    """Stand still, after what was sent `before`. hold: what that is.
+    """Stand still, after what was sent `before`; to whoever looks, an `Outcome`.
 
-    Nothing is computed before somebody looks: to show it takes one assignment, and no call that could fail.
+    Nothing is computed before: to show it takes one assignment, and no call that could fail. hold: the values that
+    stand still after those that were sent.
     """
 
     __slots__ = ("_hold", "before", "detail")
-    is_held = True
-    is_limited = fell_back = False
-    latency_ns = 0
 
     def __init__(self, hold: Callable[[list[float]], list[float]], before: Outcome) -> None:
         self._hold, self.before = hold, before
         self.detail = f"{BROKEN_OFF}; {ADVICE}"
 
-    @property
-    def values(self) -> list[float]:
-        return self._hold(self.before.values)
-
-    @property
-    def actions(self) -> Float32Array:
-        return np.array(self.values, np.float32)
-
-    @property
-    def status(self) -> Status:
-        return self.before.status if self.before.is_latched else Status.BACKEND_FAULT
-
-    @property
-    def is_latched(self) -> bool:
-        return self.before.is_latched
-
-    @property
-    def tick(self) -> int:
-        return self.before.tick + 1
-
-    @property
-    def sequence(self) -> int:
-        return self.before.sequence
-
-    @property
-    def backend(self) -> str:
-        return self.before.backend
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.settled(), name)
 
     def settled(self) -> Outcome:
         """The same as an outcome of its own, which needs no decoder any more."""
+        before = self.before
         return Outcome(
-            self.values,
-            self.status,
-            self.tick,
-            self.sequence,
-            is_latched=self.is_latched,
-            backend=self.backend,
+            self._hold(before.values),
+            before.status if before.is_latched else Status.BACKEND_FAULT,
+            before.tick + 1,
+            before.sequence,
+            is_latched=before.is_latched,
+            backend=before.backend,
             detail=self.detail,
-            rows=self.before.rows,
+            rows=before.rows,
         )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,8 @@ from .recorder import FlightRecorder, write_record
 _LOG = logging.getLogger(__name__)
 #: A loop that fails again and again does not fill the disk.
 _MOST_RECORDS = 100
+#: Incidents that wait to be told while the disk or a log's handler hangs.
+_MOST_WAITING = 256
 _LONGEST_RETRY_S = 60.0
 #: A retry takes as long as a decode, unless it hangs.
 _CLOSE_S = 1.0
@@ -91,6 +94,28 @@ class WarmTokenizer:
         return self.tokenizer.encode(actions), None
 
 
+class _Bell:
+    """Wakes one thread. May be rung from any thread, again and again, also where a signal's handler may raise.
+
+    A threading.Event stays locked for ever where such a handler comes within `set`: the next tick would hang in it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def ring(self) -> None:
+        # One call that is all or nothing.
+        try:
+            self._lock.release()
+        except RuntimeError:
+            """It rings already."""
+
+    def wait(self, timeout_s: float = -1) -> bool:
+        """Until it is rung, or has been since the last time; whether it was."""
+        return self._lock.acquire(True, timeout_s)
+
+
 class DecodeWorker:
     """Decodes in a thread of its own, so that the loop can stop waiting. Called by the loop alone.
 
@@ -112,9 +137,7 @@ class DecodeWorker:
         }
         self._tokens: Int32Array = next(iter(self._slots.values()))
         self._given_stats: Float32Array | None = None
-        self._go, self._done = threading.Lock(), threading.Lock()
-        self._go.acquire()
-        self._done.acquire()
+        self._go, self._done = _Bell(), _Bell()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=f"control decode {warm.name}", daemon=True)
         self._thread.start()
@@ -127,7 +150,7 @@ class DecodeWorker:
     def wait_until(self, end_s: float) -> bool:
         """Whether it has answered, by `time.monotonic()` until then; look at `error` and `warm.out`."""
         while self.is_pending:
-            if not self._done.acquire(True, max(end_s - time.monotonic(), 0.0)):
+            if not self._done.wait(max(end_s - time.monotonic(), 0.0)):
                 return not self.is_pending
         return True
 
@@ -145,8 +168,7 @@ class DecodeWorker:
 
     def wake(self) -> None:
         """Once more, where something is pending: harmless for one that is awake."""
-        if self._go.locked():
-            self._go.release()
+        self._go.ring()
 
     def close(self) -> None:
         """A thread that hangs is left behind; it ends when its backend answers, or with the process."""
@@ -159,7 +181,7 @@ class DecodeWorker:
 
     def _run(self) -> None:
         while not self._is_closed:
-            self._go.acquire()
+            self._go.wait()
             if self._is_closed:
                 return
             if not self.is_pending:
@@ -169,38 +191,14 @@ class DecodeWorker:
             except BaseException as error:  # handed to the loop, which says what it was
                 self.error = error
             self._answered = self._asked
-            # Nobody else releases it. It is free still where nobody has waited for the last answer.
-            if self._done.locked():
-                self._done.release()
-
-
-class _Bell:
-    """Wakes one thread. May be rung by any, again and again, and by one whose signal's handlers raise.
-
-    threading.Event is locked for ever where such a handler comes within `set`: the next tick would hang in it.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def ring(self) -> None:
-        # One call that is all or nothing.
-        try:
-            self._lock.release()
-        except RuntimeError:
-            """It rings already."""
-
-    def wait(self, timeout_s: float = -1) -> bool:
-        """Until it is rung, or has been since the last time; whether it was."""
-        return self._lock.acquire(True, timeout_s)
+            self._done.ring()
 
 
 class Retrier:
     """Tries a failed tokenizer again in a thread of its own, less and less often, until it answers rightly."""
 
-    def __init__(self, warm: WarmTokenizer, config: ControlConfig, health: Health, is_free: Callable[[], bool]) -> None:
-        self._warm, self._first_s, self._health, self._is_free = warm, config.retry_after_s, health, is_free
+    def __init__(self, warm: WarmTokenizer, worker: DecodeWorker | None, config: ControlConfig, health: Health) -> None:
+        self._warm, self._worker, self._first_s, self._health = warm, worker, config.retry_after_s, health
         self._failed, self._end, self._is_closed = _Bell(), _Bell(), False
         self._thread = threading.Thread(target=self._run, name=f"control retry {warm.name}", daemon=True)
         self._thread.start()
@@ -221,7 +219,8 @@ class Retrier:
             pause = self._first_s
             while not self._warm.is_healthy and not self._end.wait(pause):
                 pause = min(2 * pause, _LONGEST_RETRY_S)
-                if self._is_free() and self._succeeds():
+                is_free = self._worker is None or not self._worker.is_pending
+                if is_free and self._succeeds():
                     self._health.recoveries += 1
                     self._warm.is_healthy = True
                     _LOG.warning("backend %s answers rightly again, and is used again", self._warm.name)
@@ -237,18 +236,14 @@ class Retrier:
 
 
 class Reporter:
-    """Writes log lines and flight records off the loop, which only appends to a queue of bounded length."""
+    """Writes log lines and flight records off the loop, which only puts what is to be told into a bounded queue."""
 
     def __init__(
         self, config: ControlConfig, health: Health, recorder: FlightRecorder | None, meta: dict[str, Any]
     ) -> None:
         self._config, self._health, self._recorder, self._meta = config, health, recorder, meta
-        self._incidents: deque[tuple[Status, int, str, bool]] = deque(maxlen=256)
-        self._news = _Bell()
-        self._is_closed = False
-        # Incidents so far, and how many of them are reported.
-        self._asked = self._answered = 0
-        self._progress = threading.Condition()
+        # To put something there is all or nothing, whatever a signal's handler raises. None ends the thread.
+        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._logged: dict[Status, float] = {}
         self._suppressed: dict[Status, int] = {}
         self._recorded = -float("inf")
@@ -257,36 +252,27 @@ class Reporter:
         self._thread.start()
 
     def incident(self, status: Status, tick: int, detail: str, is_held: bool) -> None:
-        self._incidents.append((status, tick, detail, is_held))
-        self._asked += 1
-        self._news.ring()
+        """Tell of a tick; left out where too many wait to be told already."""
+        if self._tasks.qsize() < _MOST_WAITING:
+            self._tasks.put(functools.partial(self._report, status, tick, detail, is_held))
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until everything is reported; for tests and the end of a program."""
-        asked = self._asked
-        with self._progress:
-            return self._progress.wait_for(lambda: self._answered >= asked, timeout_s)
+        reached = threading.Event()
+        self._tasks.put(reached.set)
+        return reached.wait(timeout_s)
 
     def close(self) -> None:
-        self._is_closed = True
-        self._news.ring()
+        self._tasks.put(None)
         self._thread.join(10.0)
 
     def _run(self) -> None:
-        while True:
-            self._news.wait()
-            asked = self._asked
-            while self._incidents:
-                try:
-                    self._report(*self._incidents.popleft())
-                except Exception as error:  # the next incident is to be reported all the same
-                    self._health.internal_faults += 1
-                    _LOG.error("an incident cannot be reported: %s", in_words(error))
-            with self._progress:
-                self._answered = asked
-                self._progress.notify_all()
-            if self._is_closed:
-                return
+        for task in iter(self._tasks.get, None):
+            try:
+                task()
+            except Exception as error:  # the next incident is to be reported all the same
+                self._health.internal_faults += 1
+                _LOG.error("an incident cannot be reported: %s", in_words(error))
 
     def _report(self, status: Status, tick: int, detail: str, is_held: bool) -> None:
         now = time.monotonic()
