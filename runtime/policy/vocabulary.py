@@ -209,23 +209,20 @@ class TokenVocabulary:
         if partial is not None and not (isinstance(partial, str) and partial == "prefix"):
             raise InvalidInputError(f"partial is {partial!r:.60}; expected 'prefix' or None")
         array = _ids(ids)
-        length = min(array.shape[1], self.sequence_length)
+        width, most = array.shape[1], self.sequence_length
+        if partial is None and not len(array) and width != most:
+            kind = SequenceTooShortError if width < most else SequenceTooLongError
+            raise kind(f"ids have shape {list(array.shape)}; expected [B, n] = [B, {most}]", None, min(width, most))
         # Modulo 2^64 the ids of a position are the K smallest numbers, and all others are larger.
-        levels = array[:, :length] - self._lowest[:length]
+        levels = array[:, :most] - self._lowest[:width]
         is_clean = levels.size == 0 or bool(np.maximum.reduce(levels.view(np.uint64), axis=None) < self.num_levels)
+        least = most if partial is None else self._unit
+        is_whole = is_clean and least <= width <= most
+        lengths = np.full(len(array), width) if is_whole else self._lengths(array, levels, partial)
         if partial is None:
-            if not is_clean or array.shape[1] != self.sequence_length:
-                self._refuse(array, levels)
             return self._from_grid(levels, self._grid[0])
-        if is_clean and array.shape[1] <= self.sequence_length:
-            lengths = np.full(len(array), length)
-        else:
-            lengths = self._lengths(array, levels)
         whole = lengths // self._unit
-        if not whole.all():
-            row = int(whole.argmin())
-            self._refuse_short(row, int(lengths[row]), partial)
-        count = int(whole.min(initial=length // self._unit))
+        count = int(whole.min(initial=min(width, most) // self._unit))
         used = count * self._unit
         return PartialTokens(self._from_grid(levels[:, :used], count), whole, used)
 
@@ -287,48 +284,31 @@ class TokenVocabulary:
 
     # On the way to an error.
 
-    def _lengths(self, ids: npt.NDArray[Any], levels: Int64Array) -> Int64Array:
-        """How many ids each sequence has before it ends; refuses the first that does not end as it may."""
-        is_special = np.isin(ids, [number for _, number in self.special_ids])
+    def _lengths(self, ids: npt.NDArray[Any], levels: Int64Array, partial: str | None) -> Int64Array:
+        """How many ids each sequence has before it ends, [B]; refuses the first that is malformed."""
+        # Only where a sequence may end early is a special id its end.
+        is_special = np.isin(ids, [number for _, number in self.special_ids if partial])
         width = ids.shape[1]
-        lengths: Int64Array = np.where(is_special.any(axis=1), is_special.argmax(axis=1), width)
         positions = np.arange(width)
+        lengths: Int64Array = np.where(is_special, positions, width).min(axis=1, initial=width)
         is_wrong = np.ones(ids.shape, np.bool_)
         is_wrong[:, : levels.shape[1]] = levels.view(np.uint64) >= self.num_levels
         is_wrong &= positions < lengths[:, None]
         # What follows a special id and is none makes that one stand in the middle.
         goes_on = ((positions > lengths[:, None]) & ~is_special).any(axis=1)
         is_wrong[np.flatnonzero(goes_on), lengths[goes_on]] = True
-        too_short = lengths < self._unit
-        refused = is_wrong.any(axis=1) | too_short
+        is_short = lengths < (self._unit if partial else self.sequence_length)
+        refused = is_wrong.any(axis=1) | is_short
         if refused.any():
             row = int(refused.argmax())
             if is_wrong[row].any():
                 self._refuse_at(ids, row, int(is_wrong[row].argmax()))
-            self._refuse_short(row, int(lengths[row]), "prefix")
-        return lengths
-
-    def _refuse(self, ids: npt.NDArray[Any], levels: Int64Array) -> NoReturn:
-        """For the first malformed sequence, at its first wrong position."""
-        length = levels.shape[1]
-        if not len(ids):
-            kind = SequenceTooShortError if ids.shape[1] < self.sequence_length else SequenceTooLongError
-            raise kind(f"ids have shape {list(ids.shape)}; expected [B, n] = [B, {self.sequence_length}]", None, length)
-        is_wrong = levels.view(np.uint64) >= self.num_levels
-        # Where the width is wrong, the first sequence is malformed in any case.
-        row = 0 if ids.shape[1] != self.sequence_length else int(is_wrong.any(axis=1).argmax())
-        if is_wrong[row].any():
-            self._refuse_at(ids, row, int(is_wrong[row].argmax()))
-        if length < self.sequence_length:
-            self._refuse_short(row, length, None)
-        self._refuse_at(ids, row, length)
-
-    def _refuse_short(self, row: int, length: int, partial: str | None) -> NoReturn:
-        if partial is None:
             expected = f"T * D * L = {self.sequence_length}; to take what is whole, pass partial='prefix'"
-        else:
-            expected = f"at least {self._unit}, one whole {self.order.partition('-')[0]}"
-        raise SequenceTooShortError(f"sequence {row} has {length} ids; expected {expected}", row, length)
+            if partial:
+                expected = f"at least {self._unit}, one whole {self.order.partition('-')[0]}"
+            length = int(lengths[row])
+            raise SequenceTooShortError(f"sequence {row} has {length} ids; expected {expected}", row, length)
+        return lengths
 
     def _refuse_at(self, ids: npt.NDArray[Any], row: int, position: int) -> NoReturn:
         number = int(ids[row, position])
