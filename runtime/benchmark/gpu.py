@@ -82,16 +82,9 @@ def floor_figures(scope: contextlib.ExitStack, model: ModelEntry, batch: Batch) 
         operations.append((decode_name(model, prefix), sources, [batch.actions]))
     for operation, sources, results in operations:
         bytes_in, bytes_out = ([array.nbytes for array in side if array is not None] for side in (sources, results))
-        call = _copies(scope, bytes_in, bytes_out)
-        yield Figure(
-            backend="floor",
-            operation=copies_name(operation),
-            path="floor",
-            batch=batch.size,
-            take=functools.partial(time_calls, call),
-            bytes_in=sum(bytes_in),
-            bytes_out=sum(bytes_out),
-        )
+        take = functools.partial(time_calls, _copies(scope, bytes_in, bytes_out))
+        name = copies_name(operation)
+        yield Figure("floor", name, "floor", batch.size, take, bytes_in=sum(bytes_in), bytes_out=sum(bytes_out))
 
 
 def _copies(scope: contextlib.ExitStack, bytes_in: Sequence[int], bytes_out: Sequence[int]) -> Callable[[], None]:
@@ -105,7 +98,7 @@ def _copies(scope: contextlib.ExitStack, bytes_in: Sequence[int], bytes_out: Seq
         for host, gpu in outgoing:
             cuda_api.copy_to_host(host.address, gpu.address, host.num_bytes, stream.handle)
 
-    return _launch_and_wait(_own(scope, cuda_api.capture(stream, work)), stream)
+    return _waiting(stream, _captured(scope, stream, work))
 
 
 def trivial_kernel(scope: contextlib.ExitStack) -> Callable[[], None]:
@@ -115,7 +108,7 @@ def trivial_kernel(scope: contextlib.ExitStack) -> Callable[[], None]:
     # The first launch may load code, which no capture allows.
     work()
     stream.synchronize()
-    return _launch_and_wait(_own(scope, cuda_api.capture(stream, work)), stream)
+    return _waiting(stream, _captured(scope, stream, work))
 
 
 def arithmetic_figure(scope: contextlib.ExitStack, batch: int) -> Figure:
@@ -126,13 +119,8 @@ def arithmetic_figure(scope: contextlib.ExitStack, batch: int) -> Figure:
     stream, memory = _own(scope, cuda_api.Stream()), _memory(scope, _CHAINS * 4)
     blocks = cuda_api.open_device().multiprocessors * _BLOCKS_EACH
     launch = _launch(scope, "multiply_add", blocks, memory, stream)
-
-    def call() -> None:
-        launch()
-        stream.synchronize()
-
     operations = blocks * _ADDING_THREADS * _CHAINS * _ROUNDS * 2
-    take = functools.partial(time_calls, call)
+    take = functools.partial(time_calls, _waiting(stream, launch))
     return Figure(ARITHMETIC, "multiply and add", "floor", batch, take, operations=operations)
 
 
@@ -156,11 +144,6 @@ def device_figures(scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batc
         prefix: int | None, suffix: str, bound: Callable[[], None], inputs: _GpuArrays, outputs: _GpuArrays
     ) -> Figure:
         """prefix: None for encoding."""
-
-        def call() -> None:
-            bound()
-            stream.synchronize()
-
         bytes_in, bytes_out = (
             sum(array.num_bytes for array in side if array is not None) for side in (inputs, outputs)
         )
@@ -169,7 +152,7 @@ def device_figures(scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batc
             operation=("encode" if prefix is None else decode_name(model, prefix)) + suffix,
             path="device",
             batch=batch.size,
-            take=functools.partial(time_calls, call),
+            take=functools.partial(time_calls, _waiting(stream, bound)),
             floor=TRIVIAL_KERNEL,
             bytes_in=bytes_in,
             bytes_out=bytes_out,
@@ -199,14 +182,11 @@ def copy_figures(scope: contextlib.ExitStack, batch: int) -> Iterator[Figure]:
         "device to host": (host.address, second.address, cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost),
     }
     for name, (target, source, kind) in ways.items():
-        call = functools.partial(_copy_and_wait, stream, target, source, kind)
-        take = functools.partial(time_calls, call)
+        copy = functools.partial(
+            cuda_api.call, cudart.cudaMemcpyAsync, target, source, _COPY_BYTES, kind, stream.handle
+        )
+        take = functools.partial(time_calls, _waiting(stream, copy))
         yield Figure(BANDWIDTH, name, "floor", batch, take, bytes_in=_COPY_BYTES * _PASSES[name])
-
-
-def _copy_and_wait(stream: cuda_api.Stream, target: int, source: int, kind: Any) -> None:
-    cuda_api.call(cudart.cudaMemcpyAsync, target, source, _COPY_BYTES, kind, stream.handle)
-    stream.synchronize()
 
 
 def trivial_figure(call: Callable[[], None], batch: int) -> Figure:
@@ -214,9 +194,15 @@ def trivial_figure(call: Callable[[], None], batch: int) -> Figure:
     return Figure("floor", TRIVIAL_KERNEL, "floor", batch, functools.partial(time_calls, call))
 
 
-def _launch_and_wait(graph: cuda_api.CapturedGraph, stream: cuda_api.Stream) -> Callable[[], None]:
+def _captured(scope: contextlib.ExitStack, stream: cuda_api.Stream, work: Callable[[], None]) -> Callable[[], None]:
+    return functools.partial(_own(scope, cuda_api.capture(stream, work)).launch, stream.handle)
+
+
+def _waiting(stream: cuda_api.Stream, work: Callable[[], object]) -> Callable[[], None]:
+    """`work`, and until the stream has done it."""
+
     def call() -> None:
-        graph.launch(stream.handle)
+        work()
         stream.synchronize()
 
     return call

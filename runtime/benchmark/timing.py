@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -143,24 +143,39 @@ def _calls_per_round(figure: Figure) -> int:
 
 def summarise(taken: Mapping[Figure, Float64Array], chunk_length: int) -> list[Row]:
     """A row for each figure, in order, with the ratio to its floor where that was measured."""
-    floors = {(figure.operation, figure.batch): figure for figure in taken if figure.path == "floor"}
+    medians = {figure: float(np.median(samples)) for figure, samples in taken.items()}
+    floors = {(figure.operation, figure.batch): p50 for figure, p50 in medians.items() if figure.path == "floor"}
     bandwidths = {(found.way, found.batch): found.bytes_per_second / 1e6 for found in bandwidths_of(taken)}
     rates = {found.batch: found.operations_per_second / 1e6 for found in arithmetic_of(taken)}
     rows = []
     for figure, samples in taken.items():
         if figure.backend in (BANDWIDTH, ARITHMETIC):
             continue
-        row = _row(figure, samples)
-        if figure.path != "floor":
-            row = replace(row, steps_per_second=figure.batch * chunk_length / row.p50 * 1e6)
+        p50, p99 = medians[figure], percentile(samples, 99)
         floor = floors.get((figure.floor, figure.batch))
-        if floor is not None:
-            row = replace(row, floor=figure.floor, times_floor=row.p50 / float(np.median(taken[floor])))
-        share = _bandwidth_share(figure, row.p50, bandwidths)
-        row = replace(row, bandwidth_share=share)
+        share, roofline = _bandwidth_share(figure, p50, bandwidths), None
         if figure.path == "device" and share is not None and figure.operations and figure.batch in rates:
-            row = replace(row, roofline_share=max(share, figure.operations / rates[figure.batch] / row.p50))
-        rows.append(row)
+            roofline = max(share, figure.operations / rates[figure.batch] / p50)
+        rows.append(
+            Row(
+                backend=figure.backend,
+                operation=figure.operation,
+                path=figure.path,
+                batch=figure.batch,
+                calls=len(samples),
+                p50=p50,
+                p90=percentile(samples, 90),
+                p99=p99,
+                p999=percentile(samples, 99.9),
+                max=float(samples.max()),
+                jitter=None if p99 is None else p99 - p50,
+                floor="" if floor is None else figure.floor,
+                times_floor=None if floor is None else p50 / floor,
+                steps_per_second=None if figure.path == "floor" else figure.batch * chunk_length / p50 * 1e6,
+                bandwidth_share=share,
+                roofline_share=roofline,
+            )
+        )
     return rows
 
 
@@ -183,37 +198,16 @@ def arithmetic_of(taken: Mapping[Figure, Float64Array]) -> list[Arithmetic]:
 
 
 def _bandwidth_share(figure: Figure, p50: float, bandwidths: Mapping[tuple[str, int], float]) -> float | None:
-    def needed(way: str, num_bytes: int) -> float | None:
-        """Microseconds."""
-        bandwidth = bandwidths.get((way, figure.batch))
-        return None if bandwidth is None else num_bytes / bandwidth
-
     if figure.path == "device":
-        least = needed("device to device", figure.bytes_in + figure.bytes_out)
-        return None if least is None else least / p50
-    # A call with copies for a floor; both directions can be under way at once.
-    there, back = needed("host to device", figure.bytes_in), needed("device to host", figure.bytes_out)
-    if not figure.floor or there is None or back is None:
+        copies = {"device to device": figure.bytes_in + figure.bytes_out}
+    elif figure.floor:
+        # Both directions can be under way at once.
+        copies = {"host to device": figure.bytes_in, "device to host": figure.bytes_out}
+    else:
         return None
-    return max(there, back) / p50
-
-
-def _row(figure: Figure, samples: Float64Array) -> Row:
-    p50 = float(np.median(samples))
-    p99 = percentile(samples, 99)
-    return Row(
-        backend=figure.backend,
-        operation=figure.operation,
-        path=figure.path,
-        batch=figure.batch,
-        calls=len(samples),
-        p50=p50,
-        p90=percentile(samples, 90),
-        p99=p99,
-        p999=percentile(samples, 99.9),
-        max=float(samples.max()),
-        jitter=None if p99 is None else p99 - p50,
-    )
+    if not all((way, figure.batch) in bandwidths for way in copies):
+        return None
+    return max(num_bytes / bandwidths[way, figure.batch] for way, num_bytes in copies.items()) / p50
 
 
 def percentile(samples: Float64Array, percent: float) -> float | None:
