@@ -73,13 +73,11 @@ def open_device() -> cuda_api.GpuDevice:
 
 def floor_figures(scope: contextlib.ExitStack, model: ModelEntry, batch: Batch) -> Iterator[Figure]:
     """Captured graphs of the copies alone, through pinned memory, one for each operation."""
-    tokens, stats = batch.tokens, batch.stats
-    operations: list[tuple[str, list[_Array | None], list[_Array | None]]] = [
-        ("encode", [batch.actions], [tokens, stats])
+    operations: list[tuple[str, Sequence[_Array | None], Sequence[_Array | None]]] = [
+        ("encode", [batch.actions], batch.codes)
     ]
     for prefix in reversed(model.prefixes):
-        sources = [batch.tokens_of(prefix), batch.stats_of(prefix)]
-        operations.append((decode_name(model, prefix), sources, [batch.actions]))
+        operations.append((decode_name(model, prefix), batch.codes.prefix(prefix), [batch.actions]))
     for operation, sources, results in operations:
         bytes_in, bytes_out = ([array.nbytes for array in side if array is not None] for side in (sources, results))
         take = functools.partial(time_calls, _copies(scope, bytes_in, bytes_out))
@@ -137,7 +135,7 @@ def device_figures(scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batc
     """Encoding and every decoder bound to arrays of the GPU. Raises InferenceError for a batch too large to bind."""
     model, stream = tokenizer.model, _own(scope, cuda_api.Stream())
     actions, decoded = (_upload(scope, batch.actions, stream) for _ in range(2))
-    encoded_stats = None if batch.stats is None else _upload(scope, batch.stats, stream)
+    encoded_stats = None if batch.codes.stats is None else _upload(scope, batch.codes.stats, stream)
     backend = tokenizer.backend
 
     def figure(
@@ -161,12 +159,13 @@ def device_figures(scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batc
 
     for kind in backend.token_types if isinstance(backend, TakesGpuArrays) else (np.dtype(np.int32),):
         suffix = "" if kind == np.int32 else f", {kind} tokens"
-        encoded = _upload(scope, batch.tokens.astype(kind), stream)
+        encoded = _upload(scope, batch.codes.tokens.astype(kind), stream)
         bound = _own(scope, tokenizer.bind_encode(actions, encoded, encoded_stats, stream=stream.handle))
         yield figure(None, suffix, bound, [actions], [encoded, encoded_stats])
         for prefix in reversed(model.prefixes):
-            tokens, part = _upload(scope, batch.tokens_of(prefix).astype(kind), stream), batch.stats_of(prefix)
-            stats = None if part is None else _upload(scope, part, stream)
+            part = batch.codes.prefix(prefix)
+            tokens = _upload(scope, part.tokens.astype(kind), stream)
+            stats = None if part.stats is None else _upload(scope, part.stats, stream)
             bound = _own(scope, tokenizer.bind_decode(tokens, decoded, stats, stream=stream.handle))
             yield figure(prefix, suffix, bound, [tokens, stats], [decoded])
 

@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..backends.replay import replay
-from ..bundle.arrays import Float32Array, Float64Array, Int32Array
+from ..bundle.arrays import Codes, Float32Array, Float64Array, Int32Array
 from ..bundle.comparison import action_errors
 from ..bundle.gates import GATES
 from ..bundle.paths import as_path
-from ..tokenizer import ActionTokenizer
+from ..tokenizer import ActionTokenizer, codes_of
 from .config import ControlConfig, Status
 from .errors import in_words
 from .health import Health
@@ -49,7 +49,7 @@ class WarmTokenizer:
         # numpy's own `fill` takes more than twice as long.
         self._bytes, self._spoilt = self.out.data.cast("B"), np.full_like(self.out, np.nan).tobytes()
         tokenizer.warmup()
-        self.probe, self.probe_stats = self._encode(np.zeros_like(self.out))
+        self.probe, self.probe_stats = codes_of(tokenizer, np.zeros_like(self.out))
         golden = tokenizer.golden
         # Not all of them: other threads have to wait for Python's lock meanwhile.
         self._golden = None if golden is None else golden.every(-(-len(golden.actions) // _PROBES))
@@ -68,30 +68,18 @@ class WarmTokenizer:
         if self._golden is not None:
             return replay(self._golden, model, self.tokenizer.backend).passed
         return all(
-            action_errors(expected, self.tokenizer.decode(tokens, stats), model.action_units).value
-            <= GATES.action_error
-            for tokens, stats, expected in self._answers
+            action_errors(expected, self.tokenizer.decode(*codes), model.action_units).value <= GATES.action_error
+            for codes, expected in self._answers
         )
 
-    def _answer_probes(self) -> list[tuple[Int32Array, Float32Array | None, Float64Array]]:
+    def _answer_probes(self) -> list[tuple[Codes, Float64Array]]:
         """What it makes of chunks from all over the range, cut after every prefix."""
         model = self.tokenizer.model
-        shape = (_PROBES, 1, model.chunk_length, model.action_dim)
+        shape = (_PROBES, model.chunk_length, model.action_dim)
         chunks = np.random.default_rng(0).uniform(-1, 1, shape) * model.action_units + model.action_offset
-        answers = []
-        for chunk in chunks.astype(np.float32):
-            tokens, stats = self._encode(chunk)
-            for prefix in model.prefixes:
-                part = np.ascontiguousarray(tokens[..., :prefix])
-                part_stats = None if stats is None else np.ascontiguousarray(stats[:, :, :prefix])
-                expected = self.tokenizer.decode(part, part_stats).astype(np.float64)
-                answers.append((part, part_stats, expected))
-        return answers
-
-    def _encode(self, actions: Float32Array) -> tuple[Int32Array, Float32Array | None]:
-        if self.tokenizer.model.has_stats:
-            return self.tokenizer.encode_with_stats(actions)
-        return self.tokenizer.encode(actions), None
+        whole = codes_of(self.tokenizer, chunks.astype(np.float32))
+        parts = [whole.prefix(prefix) for prefix in model.prefixes]
+        return [(codes, self.tokenizer.decode(*codes).astype(np.float64)) for codes in parts]
 
 
 class _Bell:

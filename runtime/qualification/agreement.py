@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle.arrays import Float32Array, Float64Array, Int32Array
+from ..bundle.arrays import Codes, Float32Array, Float64Array
 from ..bundle.errors import InvalidInputError
 from ..bundle.fidelity import Fidelity, FidelitySums
 from ..bundle.manifest import ModelEntry
 from ..datasets.steps import Source
-from ..tokenizer import ActionTokenizer
+from ..tokenizer import ActionTokenizer, codes_of
 
 #: Share of steps that may have another token: float32 rounding carries a value across the edge between two bins, and
 #: behind it others of the step with published tokens. Between two backends of one bundle it was 0.0006 at most.
@@ -95,18 +95,15 @@ class Side:
     def close(self) -> None:
         self.tokenizer.close()
 
-    def encode(self, actions: Float32Array) -> tuple[Int32Array, Float32Array | None]:
+    def encode(self, actions: Float32Array) -> Codes:
         """actions [N, A] -> tokens [N, D, L] and, of a `dynamic` bundle, stats [N, L, 2]."""
-        chunks = self._chunks(actions)
-        if not self.model.has_stats:
-            return _steps(self.tokenizer.encode(chunks), len(actions)), None
-        tokens, stats = self.tokenizer.encode_with_stats(chunks)
-        return _steps(tokens, len(actions)), _steps(stats, len(actions))
+        tokens, stats = codes_of(self.tokenizer, self._chunks(actions))
+        return Codes(_steps(tokens, len(actions)), None if stats is None else _steps(stats, len(actions)))
 
-    def decode(self, tokens: Int32Array, stats: Float32Array | None) -> Float32Array:
+    def decode(self, codes: Codes) -> Float32Array:
         """tokens [N, D, l] and, if there are any, stats [N, l, 2] -> actions [N, A]."""
-        given = self._chunks(stats) if stats is not None and self.model.has_stats else None
-        return _steps(self.tokenizer.decode(self._chunks(tokens), given), len(tokens))
+        given = self._chunks(codes.stats) if codes.stats is not None and self.model.has_stats else None
+        return _steps(self.tokenizer.decode(self._chunks(codes.tokens), given), len(codes.tokens))
 
     def _chunks(self, steps: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """[N, ...] as [B, T, ...], the last chunk filled up with the last step."""
@@ -162,13 +159,12 @@ def measure(old: Side, new: Side, source: Source) -> Measurement:
     for actions in _batches(source, old.model.action_dim):
         codes = {side: side.encode(actions) for side in (old, new)}
         if corresponds:
-            is_equal = codes[old][0][..., :depth] == codes[new][0][..., :depth]
+            is_equal = codes[old].tokens[..., :depth] == codes[new].tokens[..., :depth]
             equal += is_equal.sum(axis=(0, 1))
             differing += len(actions) - int(is_equal.all(axis=(1, 2)).sum())
         own: dict[tuple[Side, int], Float32Array] = {}
         for (side, decoder, layers), total in sums.items():
-            tokens, stats = codes[side]
-            decoded = decoder.decode(tokens[..., :layers], None if stats is None else stats[:, :layers])
+            decoded = decoder.decode(codes[side].prefix(layers))
             total.add(actions, decoded, own.setdefault((side, layers), decoded))
     return Measurement(
         steps=source.num_steps,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..backends.contract import Backend
-from ..bundle.arrays import Float32Array, Float64Array, Int32Array
+from ..bundle.arrays import Codes, Float32Array, Float64Array, Int32Array
 from ..control.config import ActionKind, ControlConfig, OnFault, OutOfRange, Status, Strategy
 from ..control.decoder import ControlDecoder
 from ..control.errors import ControlFaultError
@@ -153,9 +153,9 @@ class Rig:
         self._due = self.now = 10**15
         self.is_clock_broken = False
         tokens, stats, limit = chunks_of(tokenizer, _CHUNKS)
+        whole = list(map(Codes, tokens, stats))
         self.chunks = {
-            layers: [self._cut(tokenizer, pair, layers) for pair in zip(tokens, stats, strict=True)]
-            for layers in self.model.prefixes
+            layers: [_decoded(tokenizer, codes.prefix(layers)) for codes in whole] for layers in self.model.prefixes
         }
         self.config = setup.config(tokenizer, limit)
         if changes:
@@ -304,8 +304,6 @@ class Rig:
         index = round((now - observed) / PERIOD_NS)
         return chunk.rows[index] if 0 <= index < self.length else None
 
-    @staticmethod
-    def _cut(tokenizer: ActionTokenizer, pair: tuple[Int32Array, Float32Array | None], layers: int) -> Chunk:
-        tokens = np.ascontiguousarray(pair[0][..., :layers])
-        stats = None if pair[1] is None else np.ascontiguousarray(pair[1][:, :, :layers])
-        return Chunk(tokens, stats, tokenizer.decode(tokens, stats)[0].astype(np.float64))
+
+def _decoded(tokenizer: ActionTokenizer, codes: Codes) -> Chunk:
+    return Chunk(*codes, tokenizer.decode(*codes)[0].astype(np.float64))

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..bundle.arrays import Float32Array, Float64Array, Int32Array
 from ..control.config import ActionKind, ControlConfig
-from ..tokenizer import ActionTokenizer
+from ..tokenizer import ActionTokenizer, codes_of
 
 PERIOD_S = 0.002
 #: Of a dimension's unit, to either side.
@@ -51,10 +51,7 @@ def _coded(tokenizer: ActionTokenizer, chunks: Float64Array) -> Chunks:
     """chunks [N, T, A] in units of each dimension."""
     model = tokenizer.model
     actions = (chunks * np.asarray(model.action_units) + np.asarray(model.action_offset)).astype(np.float32)
-    tokens, stats, largest = [], [], 0.0
-    for chunk in actions[:, None]:
-        pair = tokenizer.encode_with_stats(chunk) if model.has_stats else (tokenizer.encode(chunk), None)
-        tokens.append(pair[0])
-        stats.append(pair[1])
-        largest = max(largest, float(np.abs(tokenizer.decode(*pair)).max()))
-    return tokens, stats, 1.5 * largest
+    codes = codes_of(tokenizer, actions)
+    limit = 1.5 * float(np.abs(tokenizer.decode(*codes)).max())
+    stats = [None] * len(actions) if codes.stats is None else list(codes.stats[:, None])
+    return list(codes.tokens[:, None]), stats, limit
