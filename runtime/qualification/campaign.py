@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import itertools
 import logging
+import random
 import sys
 import time
 from collections import Counter
@@ -26,7 +27,7 @@ from ..bundle.folder import open_bundle
 from ..control.config import ActionKind, OnFault, OutOfRange, Status, Strategy
 from ..tokenizer import ActionTokenizer
 from .injection import with_nan_weights
-from .kinds import Kind, is_in_time, kinds_with
+from .kinds import Kind, kinds_with
 from .rig import PATIENCE_S, Answer, Rig, Setup
 from .system import SystemReport, run_system_faults
 
@@ -144,7 +145,7 @@ def run_campaign(  # noqa: PLR0913  # settings, given by name
 ) -> CampaignReport:
     """As many faults, in equal parts in every setup; kinds that take real time come once in each setup at most."""
     begin = time.monotonic()
-    rng = np.random.default_rng(seed)
+    rng = random.Random(seed)
     kinds = kinds_with(nan_backends or {})
     deck = _deal(kinds, rng)
     answered: dict[str, Counter[str]] = {}
@@ -201,7 +202,8 @@ def inject(rig: Rig, kind: Kind) -> tuple[Answer, list[str]]:
     if str(answer) != str(expected):
         marks = 0
         problems.append(f"{answer}, expected {expected}: {answer.detail}")
-    if not is_in_time(kind, answer):
+    # Other ticks run on the rig's clock, and how long they really take is the machine's affair.
+    if kind.is_rare and answer.seconds >= PATIENCE_S:
         problems.append(f"answered after {answer.seconds:.3f} s")
     _look_after(rig, answer, problems)
     rig.clear()
@@ -214,7 +216,7 @@ def inject(rig: Rig, kind: Kind) -> tuple[Answer, list[str]]:
 def _look_after(rig: Rig, answer: Answer, problems: list[str]) -> None:
     """What was queued before a refused chunk is not served after it, and what has latched stays so until `reset()`."""
     # At once too: what was sent last still counts then.
-    if rig.rng.integers(2):
+    if rig.rng.randrange(2):
         return
     if answer.is_held and answer.status in _DROPPED:
         after = rig.tick()
@@ -273,11 +275,10 @@ def _open_fallback(path: Path, main_one: ActionTokenizer, wanted: str | None) ->
     return ActionTokenizer.load(path, backend=main_one.backend.name)
 
 
-def _deal(kinds: Sequence[Kind], rng: np.random.Generator) -> Iterator[Kind]:
+def _deal(kinds: Sequence[Kind], rng: random.Random) -> Iterator[Kind]:
     """All kinds in random order, then all again."""
     while True:
-        for index in rng.permutation(len(kinds)):
-            yield kinds[int(index)]
+        yield from rng.sample(kinds, len(kinds))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections import deque
 from collections.abc import Callable
@@ -141,7 +142,7 @@ class Rig:
         self,
         tokenizer: ActionTokenizer,
         setup: Setup,
-        rng: np.random.Generator,
+        rng: random.Random,
         *,
         fallback: ActionTokenizer | None = None,
         nan_backends: dict[str, Backend] | None = None,
@@ -201,8 +202,7 @@ class Rig:
         return self._due + PERIOD_NS
 
     def pick(self, layers: int | None = None) -> Chunk:
-        chunks = self.chunks[layers or self.model.num_layers]
-        return chunks[int(self.rng.integers(len(chunks)))]
+        return self.rng.choice(self.chunks[layers or self.model.num_layers])
 
     def tick(self, tokens: object = None, *, serves: tuple[Chunk, int] | None = None, **options: Any) -> Answer:
         """serves: the chunk that is in service from now on, if this tick accepts it."""
@@ -235,11 +235,11 @@ class Rig:
 
     def good(self) -> Answer:
         """As policies send: at once, after a delay, or a draft and then the whole."""
-        way, age = int(self.rng.integers(4)), 1 + int(self.rng.integers(2))
+        way, age = self.rng.randrange(4), self.rng.randint(1, 2)
         if way == 0 and age < self.length and self._observed < self.next_ns - age * PERIOD_NS:
             return self.send(self.pick(), age=age)
         if way == 1 and len(self.model.prefixes) > 1 and self.length > 1:
-            index = int(self.rng.integers(_CHUNKS))
+            index = self.rng.randrange(_CHUNKS)
             draft = self.send(self.chunks[self.model.prefixes[0]][index])
             if draft.status is not Status.OK:
                 return draft
@@ -250,7 +250,7 @@ class Rig:
         """Up to so many ticks without a chunk; of one that is served, not to its end."""
         if self._serving is not None:
             most = min(most, self.length - 1 - round((self._due - self._serving[1]) / PERIOD_NS))
-        for _ in range(int(self.rng.integers(max(most, 0) + 1))):
+        for _ in range(self.rng.randint(0, max(most, 0))):
             self.tick()
 
     def expect_service(self, chunk: Chunk, age_ticks: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
 import resource
 import shutil
 import signal
@@ -18,8 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from ..bundle.errors import TokenizerError
 from ..control.config import Status
@@ -59,7 +58,7 @@ class SystemReport:
 class _Trial:
     """So many `times` each fault; counts them and collects what was wrong with each."""
 
-    def __init__(self, times: int, rng: np.random.Generator) -> None:
+    def __init__(self, times: int, rng: random.Random) -> None:
         self.times, self.rng = times, rng
         self.counts: Counter[str] = Counter()
         self.problems: list[str] = []
@@ -82,7 +81,7 @@ class _Trial:
 
 def run_system_faults(path: Path, times: int, *, backend: str = "auto", seed: int = 0) -> SystemReport:
     """Every kind so often. Raises TokenizerError where the bundle at `path` cannot be opened."""
-    begin, trial = time.monotonic(), _Trial(times, np.random.default_rng(seed))
+    begin, trial = time.monotonic(), _Trial(times, random.Random(seed))
     with tempfile.TemporaryDirectory() as folder:
         with ActionTokenizer.load(path, backend=backend) as tokenizer:
             _stop_producers(trial, tokenizer)
@@ -110,7 +109,7 @@ def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer) -> None:
             producer = Producer(chunks)
             with trial.fault("producer stopped in the middle of a message (SIGSTOP)", rig):
                 # The numbers begin anew: a policy that was started again.
-                for _ in range(1 + int(trial.rng.integers(3))):
+                for _ in range(trial.rng.randint(1, 3)):
                     serve(producer.wait_for(rig))
                 producer.signal(signal.SIGSTOP)
                 _run_out(trial, rig, producer, serve)
@@ -236,44 +235,26 @@ def _record(trial: _Trial, rig: Rig, *, failed: int, written: int) -> None:
 # --- the bundle's files -----------------------------------------------------------------------------------------------
 
 
-def _remove(folder: Path) -> None:
-    for file in _files(folder):
-        file.unlink()
+def _overwrite(file: Path) -> None:
+    size = file.stat().st_size
+    with file.open("r+b") as stream:
+        stream.write(b"\xcc" * size)
 
 
-def _truncate(folder: Path) -> None:
-    """In place: whoever had mapped a page of it dies of SIGBUS."""
-    for file in _files(folder):
-        os.truncate(file, file.stat().st_size // 2)
+def _replace(file: Path) -> None:
+    other = file.with_name("another")
+    other.write_bytes(b"another file")
+    other.replace(file)
 
 
-def _empty(folder: Path) -> None:
-    for file in _files(folder):
-        os.truncate(file, 0)
-
-
-def _overwrite(folder: Path) -> None:
-    """In place: whoever had mapped it runs what is written now."""
-    for file in _files(folder):
-        size = file.stat().st_size
-        with file.open("r+b") as stream:
-            stream.write(b"\xcc" * size)
-
-
-def _replace(folder: Path) -> None:
-    for file in _files(folder):
-        other = file.with_name("another")
-        other.write_bytes(b"another file")
-        other.replace(file)
-
-
-_DAMAGES: tuple[tuple[str, Callable[[Path], None]], ...] = (
-    ("removed", _remove),
-    ("truncated in place", _truncate),
-    ("emptied in place", _empty),
+#: What is done to each file. In place: a process that has mapped it dies of SIGBUS, or runs what is written now.
+_DAMAGES: tuple[tuple[str, Callable[[Path], object]], ...] = (
+    ("removed", Path.unlink),
+    ("truncated in place", lambda file: os.truncate(file, file.stat().st_size // 2)),
+    ("emptied in place", lambda file: os.truncate(file, 0)),
     ("overwritten in place", _overwrite),
     ("replaced", _replace),
-    ("removed with their folder", shutil.rmtree),
+    ("removed with their folder", lambda file: shutil.rmtree(file.parent, ignore_errors=True)),
 )
 
 
@@ -294,7 +275,8 @@ def _damage_bundles(trial: _Trial, source: Path, folder: Path, backend: str) -> 
             for name, damage in _DAMAGES * trial.times:
                 with trial.fault(f"files of {backend}'s bundle {name}", rig):
                     trial.expect_answer("a chunk before it", rig.send(rig.pick()), Status.OK, is_held=False)
-                    damage(folder)
+                    for file in [path for path in folder.rglob("*") if path.is_file()]:
+                        damage(file)
                     for _ in range(3):
                         trial.expect_answer("a chunk", rig.send(rig.pick()), Status.OK, is_held=False)
                     after = tokenizer.decode(chunk.tokens, chunk.stats)
@@ -316,10 +298,6 @@ def _fail_over(trial: _Trial, rig: Rig) -> None:
     trial.expect("a fallback", (answer.status, answer.fell_back), (Status.OK, True), answer.detail)
     is_back = rig.wait_until(lambda: rig.decoder.health.recoveries > recoveries)
     trial.expect("that the first one comes back", is_back, True)
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def _mapped(folder: Path) -> list[str]:
