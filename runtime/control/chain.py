@@ -110,10 +110,7 @@ class BackendChain:
             self._retriers[warm.index].start()
 
     def _beside(self, warm: WarmTokenizer) -> WarmTokenizer | None:
-        for found in self.warm:
-            if found.is_healthy and found is not warm:
-                return found
-        return None
+        return next((found for found in self.warm if found.is_healthy and found is not warm), None)
 
     def _decode_on(
         self, warm: WarmTokenizer, tokens: npt.NDArray[Any], stats: Any, deadline_ns: int | None, *, has_other: bool

@@ -24,10 +24,8 @@ def steady(clock: Callable[[], int]) -> Callable[[], int]:
     def read() -> int:
         try:
             now: object = clock()
-        except Exception:
-            raise
         except BaseException as error:
-            if is_from_outside(error):
+            if isinstance(error, Exception) or is_from_outside(error):
                 raise
             raise ClockFaultError(in_words(error)) from error
         if isinstance(now, float) and math.isfinite(now):

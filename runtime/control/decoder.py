@@ -70,19 +70,14 @@ class ControlDecoder:
         self.config, self._clock = config, steady(clock)
         self._tokenizers = (tokenizer, *fallbacks)
         self._guard = ActionGuard(config, model.chunk_length, position)
-        token_shape = (model.chunk_length, model.latent_dim, model.num_layers)
-        self._recorder: FlightRecorder | None = None
-        if config.record_ticks:
-            self._recorder = FlightRecorder(
-                config.record_ticks, token_shape, model.action_dim, has_stats=model.has_stats
-            )
+        self._recorder = FlightRecorder(config.record_ticks, model) if config.record_ticks else None
         self.health = Health()
         self._books = TickBooks(config, self._clock, self._recorder, self.health)
         self._loop = ControlLoop(config, model, self._guard, self._books, self._clock)
         self._meta: dict[str, Any] = {
             "config": config.to_values(),
             "fingerprint": tokenizer.fingerprint,
-            "token_shape": token_shape,
+            "token_shape": (model.chunk_length, model.latent_dim, model.num_layers),
             "backends": [found.backend.name for found in self._tokenizers],
         }
         self._pauses_gc, self._raises = config.pause_gc, config.on_fault is OnFault.RAISE

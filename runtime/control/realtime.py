@@ -54,16 +54,14 @@ def apply_realtime(config: RealtimeConfig) -> tuple[RealtimeSetting, ...]:
     """
     settings = []
     if config.freeze_gc:
-        settings.append(_try("freeze_gc", _freeze, "leave freeze_gc out"))
+        settings.append(_try("freeze_gc", "leave freeze_gc out", _freeze))
     if config.lock_memory:
-        settings.append(_try("lock_memory", _lock_memory, "raise `ulimit -l`, or grant CAP_IPC_LOCK"))
+        settings.append(_try("lock_memory", "raise `ulimit -l`, or grant CAP_IPC_LOCK", _lock_memory))
     if config.cpus:
-        settings.append(_try("cpus", lambda: _set_affinity(config.cpus), "choose among os.sched_getaffinity(0)"))
+        settings.append(_try("cpus", "choose among os.sched_getaffinity(0)", _set_affinity, config.cpus))
     if config.fifo_priority is not None:
-        priority = config.fifo_priority
-        settings.append(
-            _try("fifo_priority", lambda: _set_fifo(priority), "grant CAP_SYS_NICE, or rtprio in limits.conf")
-        )
+        advice = "grant CAP_SYS_NICE, or rtprio in limits.conf"
+        settings.append(_try("fifo_priority", advice, _set_fifo, config.fifo_priority))
     if config.is_required and (refused := [setting for setting in settings if not setting.is_granted]):
         undo_realtime(settings)
         raise RealtimeRefusedError("; ".join(f"{setting.name}: {setting.detail}" for setting in refused))
@@ -77,9 +75,9 @@ def undo_realtime(settings: Sequence[RealtimeSetting]) -> None:
             setting.undo()
 
 
-def _try(name: str, apply: Callable[[], tuple[str, Undo]], advice: str) -> RealtimeSetting:
+def _try(name: str, advice: str, apply: Callable[..., tuple[str, Undo]], *wish: object) -> RealtimeSetting:
     try:
-        detail, undo = apply()
+        detail, undo = apply(*wish)
     except (OSError, ValueError, OverflowError, AttributeError) as error:
         return RealtimeSetting(name, False, f"refused: {error}; {advice}")
     return RealtimeSetting(name, True, detail, undo)

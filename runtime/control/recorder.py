@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle.arrays import Float32Array
+from ..bundle.manifest import ModelEntry
 from ..bundle.paths import as_path, replacing
 from ..bundle.reading import regular_file
 from .config import Status
@@ -41,25 +42,25 @@ class FlightRecorder:
     Keeps a chunk's length more than `ticks`: what comes before the first of them is needed to know what it had to do.
     """
 
-    def __init__(self, ticks: int, token_shape: tuple[int, int, int], action_dim: int, *, has_stats: bool) -> None:
-        steps, latents, layers = token_shape
+    def __init__(self, ticks: int, model: ModelEntry) -> None:
+        steps, latents, layers, has_stats = model.chunk_length, model.latent_dim, model.num_layers, model.has_stats
         size = ticks + steps + 1
         self._size = size
         # One call packs a tick's numbers; assigning them to arrays one by one takes three times as long.
         self._numbers = np.zeros((size, len(COLUMNS)), np.int64)
         self._bytes, self._stride = self._numbers.data.cast("B"), 8 * len(COLUMNS)
         self._pack = struct.Struct(f"={len(COLUMNS)}q").pack_into
-        self._actions = np.zeros((size, action_dim), np.float32)
+        self._actions = np.zeros((size, model.action_dim), np.float32)
         self._tokens = np.zeros((size, steps * latents * layers), np.int32)
         self._stats = np.zeros((size, steps * layers * 2 * has_stats), np.float32)
         # By shape its number of layers, and views made once: indexing makes a new one each time.
         self._action_rows = list(self._actions)
         self._token_rows = {
-            (shape := (1, steps, latents, count)): (count, _rows_of(self._tokens, shape))
+            (shape := (1, steps, latents, count)): (count, [_cut(row, shape) for row in self._tokens])
             for count in range(1, layers + 1)
         }
         self._stats_rows = {
-            (shape := (1, steps, count, 2)): (count, _rows_of(self._stats, shape))
+            (shape := (1, steps, count, 2)): (count, [_cut(row, shape) for row in self._stats])
             for count in range(1, layers * has_stats + 1)
         }
         self.written = 0
@@ -146,14 +147,14 @@ class FlightRecord:
             return None
         steps, latents, _ = self.meta["token_shape"]
         layers = int(self.columns["layers"][index])
-        return self.tokens[index, : steps * latents * layers].reshape(1, steps, latents, layers).copy()
+        return _cut(self.tokens[index], (1, steps, latents, layers)).copy()
 
     def stats_of(self, index: int) -> Float32Array | None:
         """float32 [1, T, l, 2] that came with the chunk, if they are in the record."""
         if self.columns["stats_state"][index] != KEPT:
             return None
         steps, layers = self.meta["token_shape"][0], int(self.columns["layers"][index])
-        return self.stats[index, : steps * layers * 2].reshape(1, steps, layers, 2).copy()
+        return _cut(self.stats[index], (1, steps, layers, 2)).copy()
 
 
 def _as_int32(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int32] | None:
@@ -163,8 +164,9 @@ def _as_int32(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int32] | None:
     return np.clip(tokens.astype(np.int64), -1, 2**31 - 1).astype(np.int32)
 
 
-def _rows_of(ring: npt.NDArray[Any], shape: tuple[int, ...]) -> list[npt.NDArray[Any]]:
-    return [row[: math.prod(shape)].reshape(shape) for row in ring]
+def _cut(row: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """A view of the beginning of a row."""
+    return row[: math.prod(shape)].reshape(shape)
 
 
 def write_record(path: Path, arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any]) -> None:

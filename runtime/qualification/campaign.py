@@ -249,7 +249,7 @@ def _return_to_service(rig: Rig, kind: Kind, problems: list[str]) -> None:
 def _comes_back(rig: Rig, recoveries: int) -> bool:
     """While service goes on: the loop itself sees which of its threads are free again."""
     for _ in range(round(_RECOVERY_S / _THREAD_S)):
-        if rig.wait_until(lambda: rig.decoder.health.recoveries >= recoveries, _THREAD_S):
+        if rig.wait_for(lambda: rig.decoder.health.recoveries >= recoveries, _THREAD_S):
             return True
         rig.send(rig.pick())
     return False

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 
-from .rig import Chunk, Rig
+from .rig import Chunk
 
 _PAGE = 4096
 _HEADER = struct.Struct("<q")
@@ -61,15 +61,6 @@ class Producer:
         message, self._received = self._received, b""
         (number,) = _HEADER.unpack_from(message)
         return number, self.chunks[number % len(self.chunks)]
-
-    def wait_for(self, rig: Rig) -> tuple[int, Chunk] | None:
-        found: list[tuple[int, Chunk]] = []
-
-        def is_here() -> bool:
-            found.extend(filter(None, [self.poll()]))
-            return bool(found)
-
-        return found[0] if rig.wait_until(is_here) else None
 
     def signal(self, number: int) -> None:
         os.kill(self._process.pid, number)

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,8 +21,8 @@ from ..tokenizer import ActionTokenizer
 from .injection import Fault, faulty
 from .trial_inputs import chunks_of, config_for
 
-#: A real wait for the worker's thread fits in many times over, on a machine that does other things too.
-#: On the rig's own clock, but a worker is waited for in real time: even the busiest machine answers in so many seconds.
+_Found = TypeVar("_Found")
+#: On the rig's own clock; but a worker is waited for in real time, and even the busiest machine answers within them.
 PERIOD_S, DEADLINE_S = 100.0, 80.0
 #: Real seconds after which something hangs.
 PATIENCE_S = 60.0
@@ -263,14 +263,12 @@ class Rig:
         self._serving, self._observed = None, 0
         self._accepted.clear()
 
-    def wait_until(self, is_so: Callable[[], bool], timeout_s: float = PATIENCE_S) -> bool:
-        """For what goes on beside the loop, in real time."""
+    def wait_for(self, look: Callable[[], _Found], timeout_s: float = PATIENCE_S) -> _Found:
+        """What `look` has found last, as soon as it is something; for what goes on beside the loop, in real time."""
         end = time.monotonic() + timeout_s
-        while not is_so():
-            if time.monotonic() > end:
-                return False
+        while not (found := look()) and time.monotonic() <= end:
             time.sleep(2e-4)
-        return True
+        return found
 
     def _clock(self) -> int:
         """Time passes, if little, between two looks at it."""

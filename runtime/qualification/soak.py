@@ -124,10 +124,7 @@ class SoakReport:
         )
         others = ", ".join(f"{count} {name}" for name, count in self.others.items()) or "none"
         return (
-            (
-                self.has_worker or cost <= ADDED_LIMIT,
-                f"{added}; {judged}",
-            ),
+            (self.has_worker or cost <= ADDED_LIMIT, f"{added}; {judged}"),
             (self.rss_growth < RSS_LIMIT, f"RSS grew by {self.rss_growth / 1024:.0f} KiB; below {RSS_LIMIT // 1024}"),
             (
                 self.kept <= KEPT_LIMIT,

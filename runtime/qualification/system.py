@@ -110,11 +110,11 @@ def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer) -> None:
             with trial.fault("producer stopped in the middle of a message (SIGSTOP)", rig):
                 # The numbers begin anew: a policy that was started again.
                 for _ in range(trial.rng.randint(1, 3)):
-                    serve(producer.wait_for(rig))
+                    serve(rig.wait_for(producer.poll))
                 producer.signal(signal.SIGSTOP)
                 _run_out(trial, rig, producer, serve)
                 producer.signal(signal.SIGCONT)
-                serve(producer.wait_for(rig))
+                serve(rig.wait_for(producer.poll))
             with trial.fault("producer killed in the middle of a message (SIGKILL)", rig):
                 trial.expect("its exit status", producer.kill(), -signal.SIGKILL)
                 _run_out(trial, rig, producer, serve)
@@ -296,7 +296,7 @@ def _fail_over(trial: _Trial, rig: Rig) -> None:
     answer = rig.send(rig.pick())
     rig.clear()
     trial.expect("a fallback", (answer.status, answer.fell_back), (Status.OK, True), answer.detail)
-    is_back = rig.wait_until(lambda: rig.decoder.health.recoveries > recoveries)
+    is_back = rig.wait_for(lambda: rig.decoder.health.recoveries > recoveries)
     trial.expect("that the first one comes back", is_back, True)
 
 
