@@ -154,9 +154,8 @@ def run_campaign(  # noqa: PLR0913  # settings, given by name
     times: list[float] = []
     for place, setup in enumerate(setups):
         rig = Rig(tokenizer, setup, rng, fallback=fallback, nan_backends=nan_backends)
-        try:
-            done = 0
-            rare: set[str] = set()
+        with contextlib.closing(rig):
+            done, rare = 0, set[str]()
             while done < (place + 1) * faults // len(setups) - place * faults // len(setups):
                 kind = next(deck)
                 if not kind.applies(setup) or kind.name in rare:
@@ -172,8 +171,6 @@ def run_campaign(  # noqa: PLR0913  # settings, given by name
                 else:
                     times.append(answer.seconds)
             ticks += rig.decoder.snapshot().ticks
-        finally:
-            rig.close()
     p50, p99, most = np.percentile(times or [0.0], (50, 99, 100)) * 1e6
     return CampaignReport(
         setups=len(setups),

@@ -75,7 +75,9 @@ class _Trial:
         if found != expected:
             self.problems.append(f"{self._name}: {what} is {found}; expected {expected}{detail and ': ' + detail}")
 
-    def expect_answer(self, what: str, answer: Answer, status: Status, *, is_held: bool) -> None:
+    def expect_answer(self, what: str, answer: Answer, status: Status = Status.OK) -> None:
+        """`status`, and standing still where it is not OK."""
+        is_held = status is not Status.OK
         self.expect(what, (answer.status, answer.is_held), (status, is_held), answer.detail)
 
 
@@ -96,17 +98,15 @@ def run_system_faults(path: Path, times: int, *, backend: str = "auto", seed: in
 
 
 def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer) -> None:
-    rig = Rig(tokenizer, Setup(), trial.rng)
-    chunks = rig.chunks[rig.model.num_layers]
+    with contextlib.closing(Rig(tokenizer, Setup(), trial.rng)) as rig:
 
-    def serve(found: tuple[int, Chunk] | None) -> None:
-        trial.expect("a message", found is not None, True)
-        if found is not None:
-            trial.expect_answer("a chunk", rig.send(found[1], sequence=found[0]), Status.OK, is_held=False)
+        def serve(found: tuple[int, Chunk] | None) -> None:
+            trial.expect("a message", found is not None, True)
+            if found is not None:
+                trial.expect_answer("a chunk", rig.send(found[1], sequence=found[0]))
 
-    try:
         for _ in range(trial.times):
-            producer = Producer(chunks)
+            producer = Producer(rig.chunks[rig.model.num_layers])
             with trial.fault("producer stopped in the middle of a message (SIGSTOP)", rig):
                 # The numbers begin anew: a policy that was started again.
                 for _ in range(trial.rng.randint(1, 3)):
@@ -119,8 +119,6 @@ def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer) -> None:
                 trial.expect("its exit status", producer.kill(), -signal.SIGKILL)
                 _run_out(trial, rig, producer, serve)
                 trial.expect("that a part of a message was left", producer.end() > 0, True)
-    finally:
-        rig.close()
 
 
 def _run_out(trial: _Trial, rig: Rig, producer: Producer, serve: Callable[[tuple[int, Chunk] | None], None]) -> None:
@@ -128,8 +126,8 @@ def _run_out(trial: _Trial, rig: Rig, producer: Producer, serve: Callable[[tuple
     while (found := producer.poll()) is not None:
         serve(found)
     for _ in range(rig.length - 1):
-        trial.expect_answer("a tick after it", rig.tick(), Status.OK, is_held=False)
-    trial.expect_answer("the tick after the last action", rig.tick(), Status.STALE, is_held=True)
+        trial.expect_answer("a tick after it", rig.tick())
+    trial.expect_answer("the tick after the last action", rig.tick(), Status.STALE)
 
 
 # --- the recorder's disk ----------------------------------------------------------------------------------------------
@@ -140,16 +138,13 @@ def _fill_disks(trial: _Trial, tokenizer: ActionTokenizer, place: Path) -> str:
     with _small_disk(place) as (disk, fill, free):
         for _ in range(trial.times):
             rig = Rig(tokenizer, Setup(), trial.rng, record_folder=str(place / "flights"))
-            try:
-                with trial.fault("disk full for the flight record", rig):
-                    (place / "flights").mkdir(exist_ok=True)
-                    fill()
-                    _record(trial, rig, failed=1, written=0)
-                    free()
-                    trial.expect("what it left", list((place / "flights").iterdir()), [])
-                    _record(trial, rig, failed=1, written=1)
-            finally:
-                rig.close()
+            with contextlib.closing(rig), trial.fault("disk full for the flight record", rig):
+                (place / "flights").mkdir(exist_ok=True)
+                fill()
+                _record(trial, rig, failed=1, written=0)
+                free()
+                trial.expect("what it left", list((place / "flights").iterdir()), [])
+                _record(trial, rig, failed=1, written=1)
             shutil.rmtree(place / "flights")
     return disk
 
@@ -160,19 +155,13 @@ def _small_disk(place: Path) -> Iterator[tuple[str, Callable[[], None], Callable
     filler = place / "filler"
 
     def fill() -> None:
-        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(_PAGE))
-        trial_file = place / "one more"
-        try:
-            trial_file.write_bytes(bytes(1))
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-        else:
-            raise OSError(f"{place} is not full")
-        finally:
-            trial_file.unlink(missing_ok=True)
+        with filler.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(_PAGE))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
 
     command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(place)]
     try:
@@ -198,8 +187,7 @@ def _small_disk(place: Path) -> Iterator[tuple[str, Callable[[], None], Callable
 
 def _lose_folders(trial: _Trial, tokenizer: ActionTokenizer, folder: Path) -> None:
     for _ in range(trial.times):
-        rig = Rig(tokenizer, Setup(), trial.rng, record_folder=str(folder))
-        try:
+        with contextlib.closing(Rig(tokenizer, Setup(), trial.rng, record_folder=str(folder))) as rig:
             with trial.fault("the recorder's folder removed", rig):
                 _record(trial, rig, failed=0, written=1)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -211,8 +199,6 @@ def _lose_folders(trial: _Trial, tokenizer: ActionTokenizer, folder: Path) -> No
                 _record(trial, rig, failed=1, written=2)
                 folder.unlink()
                 _record(trial, rig, failed=1, written=3)
-        finally:
-            rig.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -220,11 +206,11 @@ def _record(trial: _Trial, rig: Rig, *, failed: int, written: int) -> None:
     """A fault that is worth a record, in the middle of service; so many of each there are afterwards."""
     # Of two records within record_interval_s only the first is written.
     time.sleep(2 * rig.config.record_interval_s)
-    trial.expect_answer("a chunk before it", rig.send(rig.pick()), Status.OK, is_held=False)
+    trial.expect_answer("a chunk before it", rig.send(rig.pick()))
     chunk = rig.pick()
-    trial.expect_answer("its tick", rig.send(chunk, tokens=chunk.tokens - 1000), Status.BAD_TOKEN, is_held=True)
+    trial.expect_answer("its tick", rig.send(chunk, tokens=chunk.tokens - 1000), Status.BAD_TOKEN)
     # The loop does not wait for the disk.
-    trial.expect_answer("the tick after it", rig.send(rig.pick()), Status.OK, is_held=False)
+    trial.expect_answer("the tick after it", rig.send(rig.pick()))
     trial.expect("that all is reported", rig.decoder.flush(), True)
     found = rig.decoder.snapshot()
     trial.expect("records failed and written", (found.records_failed, found.records_written), (failed, written))
@@ -267,27 +253,24 @@ def _damage_bundles(trial: _Trial, source: Path, folder: Path, backend: str) -> 
     except TokenizerError:
         # Not for this machine, or not in this bundle.
         return
-    with tokenizer, fallback:
-        rig = Rig(tokenizer, Setup(has_fallback=True), trial.rng, fallback=fallback)
+    setup = Setup(has_fallback=True)
+    with tokenizer, fallback, contextlib.closing(Rig(tokenizer, setup, trial.rng, fallback=fallback)) as rig:
         chunk = rig.pick()
         before = tokenizer.decode(chunk.tokens, chunk.stats)
-        try:
-            for name, damage in _DAMAGES * trial.times:
-                with trial.fault(f"files of {backend}'s bundle {name}", rig):
-                    trial.expect_answer("a chunk before it", rig.send(rig.pick()), Status.OK, is_held=False)
-                    for file in [path for path in folder.rglob("*") if path.is_file()]:
-                        damage(file)
-                    for _ in range(3):
-                        trial.expect_answer("a chunk", rig.send(rig.pick()), Status.OK, is_held=False)
-                    after = tokenizer.decode(chunk.tokens, chunk.stats)
-                    trial.expect("that its answers are the same bits", after.tobytes() == before.tobytes(), True)
-                    _fail_over(trial, rig)
-                    trial.expect("what is mapped of it", _mapped(folder), [])
-                    trial.expect("that it is opened again", _opens(folder, backend), False)
-                shutil.rmtree(folder, ignore_errors=True)
-                shutil.copytree(source, folder)
-        finally:
-            rig.close()
+        for name, damage in _DAMAGES * trial.times:
+            with trial.fault(f"files of {backend}'s bundle {name}", rig):
+                trial.expect_answer("a chunk before it", rig.send(rig.pick()))
+                for file in [path for path in folder.rglob("*") if path.is_file()]:
+                    damage(file)
+                for _ in range(3):
+                    trial.expect_answer("a chunk", rig.send(rig.pick()))
+                after = tokenizer.decode(chunk.tokens, chunk.stats)
+                trial.expect("that its answers are the same bits", after.tobytes() == before.tobytes(), True)
+                _fail_over(trial, rig)
+                trial.expect("what is mapped of it", _mapped(folder), [])
+                trial.expect("that it is opened again", _opens(folder, backend), False)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(source, folder)
 
 
 def _fail_over(trial: _Trial, rig: Rig) -> None:
