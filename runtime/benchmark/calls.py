@@ -1,4 +1,4 @@
-"""The calls of a tokenizer that `runtime/bench.py` times, numpy to numpy, with data of its own."""
+"""The calls of a tokenizer that the benchmark times from numpy to numpy, and their data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Batch:
 
 
 def random_batch(tokenizer: ActionTokenizer, size: int) -> Batch:
-    """The same actions at every call; the tokens are the backend's own."""
+    """A batch of B = size chunks: always the same actions, and the tokens that the backend makes of them."""
     model = tokenizer.model
     normalised = np.random.default_rng(0).uniform(-1, 1, (size, model.chunk_length, model.action_dim))
     actions = (normalised * model.action_units + model.action_offset).astype(np.float32)

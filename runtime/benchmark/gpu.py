@@ -1,4 +1,4 @@
-"""What only a GPU has: calls on arrays that lie there, the floor under every call, and copy bandwidth.
+"""Figures that need a GPU: calls on arrays that lie there, the floor under every call, and copy bandwidth.
 
 Needs cuda-python; importing this module without it raises ImportError.
 """
@@ -24,13 +24,13 @@ from .calls import Batch, copies_name, decode_name, operations_of
 from .timing import ARITHMETIC, BANDWIDTH, Figure, time_calls
 
 TRIVIAL_KERNEL = "trivial kernel"
-#: The copies of which bandwidth is measured, and how often each byte passes the memory.
+#: The copies whose bandwidth is measured, and how often each byte passes through memory.
 _PASSES = {"device to device": 2, "host to device": 1, "device to host": 1}
 #: Larger than every cache.
 _COPY_BYTES = 256 * 2**20
 
 _THREADS = 32
-#: Enough independent sums in each of enough threads that a multiprocessor never waits for one.
+#: Enough independent sums in enough threads that a multiprocessor never waits for a result.
 _ADDING_THREADS, _CHAINS, _BLOCKS_EACH = 256, 8, 8
 _ROUNDS = 32 * 1024
 _SOURCE = f"""
@@ -72,7 +72,7 @@ def open_device() -> cuda_api.GpuDevice:
 
 
 def floor_figures(scope: contextlib.ExitStack, model: ModelEntry, batch: Batch) -> Iterator[Figure]:
-    """Captured graphs of the copies alone, through pinned memory, one for each operation."""
+    """For each operation a captured graph that only copies its arrays, through pinned memory."""
     operations: list[tuple[str, Sequence[_Array | None], Sequence[_Array | None]]] = [
         ("encode", [batch.actions], batch.codes)
     ]
@@ -100,7 +100,7 @@ def _copies(scope: contextlib.ExitStack, bytes_in: Sequence[int], bytes_out: Seq
 
 
 def trivial_kernel(scope: contextlib.ExitStack) -> Callable[[], None]:
-    """A captured graph of one kernel that does next to nothing. Raises KernelError, InferenceError."""
+    """A call of a captured graph with one kernel that does next to nothing. Raises KernelError, InferenceError."""
     stream, memory = _own(scope, cuda_api.Stream()), _memory(scope, _THREADS * 4)
     work = _launch(scope, "trivial", 1, memory, stream)
     # The first launch may load code, which no capture allows.
@@ -110,7 +110,7 @@ def trivial_kernel(scope: contextlib.ExitStack) -> Callable[[], None]:
 
 
 def arithmetic_figure(scope: contextlib.ExitStack, batch: int) -> Figure:
-    """Fused multiply-adds alone, whose time gives their rate, to be timed in turn with the calls at `batch`.
+    """Nothing but fused multiply-adds, whose time gives their rate; timed in turn with the calls at `batch`.
 
     Raises KernelError, InferenceError.
     """
@@ -171,7 +171,7 @@ def device_figures(scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batc
 
 
 def copy_figures(scope: contextlib.ExitStack, batch: int) -> Iterator[Figure]:
-    """Copies of one large array, whose time gives the bandwidth, to be timed in turn with the calls at `batch`."""
+    """Copies of one large array, whose time gives the bandwidth; timed in turn with the calls at `batch`."""
     stream = _own(scope, cuda_api.Stream())
     first, second = _memory(scope, _COPY_BYTES), _memory(scope, _COPY_BYTES)
     host = _own(scope, cuda_api.PinnedArray((_COPY_BYTES,), np.uint8))
@@ -198,7 +198,7 @@ def _captured(scope: contextlib.ExitStack, stream: cuda_api.Stream, work: Callab
 
 
 def _waiting(stream: cuda_api.Stream, work: Callable[[], object]) -> Callable[[], None]:
-    """`work`, and until the stream has done it."""
+    """A call that does `work` and waits until the stream is done."""
 
     def call() -> None:
         work()
@@ -224,6 +224,6 @@ def _memory(scope: contextlib.ExitStack, num_bytes: int) -> cuda_api.DeviceMemor
 
 
 def _own(scope: contextlib.ExitStack, resource: _T) -> _T:
-    """Closed with everything else, the last first."""
+    """`resource`, which `scope` closes at its end."""
     scope.callback(resource.close)
     return resource

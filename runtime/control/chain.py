@@ -1,4 +1,4 @@
-"""The backends of one loop: the first that works decodes; where it fails, once the next within the same deadline."""
+"""The backends of one loop: the first that works decodes; if it fails, the next one tries within the same deadline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .worker import DecodeWorker, Retrier, WarmTokenizer
 
 _OK, _DEADLINE_MISS, _BAD_TOKEN, _NONFINITE = Status.OK, Status.DEADLINE_MISS, Status.BAD_TOKEN, Status.NONFINITE
 _OUT_OF_RANGE, _BACKEND_FAULT = Status.OUT_OF_RANGE, Status.BACKEND_FAULT
-#: Of a backend, not of what it was given.
+#: Faults of a backend, not of what it was given.
 FAILURES = frozenset((_BACKEND_FAULT, _NONFINITE, _DEADLINE_MISS))
 
 
@@ -69,13 +69,13 @@ class BackendChain:
             worker.close()
 
     def decode(self, tokens: npt.NDArray[Any], stats: object, deadline_ns: int | None) -> Status:
-        """Tokens of a legal form."""
+        """Decode tokens of a legal shape and type, int [1, T, D, l]; values may still be illegal."""
         self.fell_back, active = False, self.warm[0]
         if not active.is_healthy:
-            # Again: the tick that has found it failing may have been broken off before it said so.
+            # Once more: the tick that found the failure may have been broken off before it asked for a retry.
             if self._retriers:
                 self._retriers[active.index].start()
-            # Where none works there is nothing to lose.
+            # If none is healthy, the first one is as good as any.
             active = self._beside(active) or active
         health = self._health
         if health.backend is not active.name:
@@ -91,7 +91,7 @@ class BackendChain:
     ) -> Status:
         self._retry(failed)
         other, reason = self._beside(failed), self.detail
-        # Without time left, the next chunk goes to the other one.
+        # If no time is left, the other one decodes from the next chunk on.
         if other is None or (deadline_ns is not None and self._clock() >= deadline_ns):
             return status
         self._health.fallbacks += 1
@@ -150,7 +150,7 @@ class BackendChain:
         return status
 
     def _decode_in_worker(self, worker: DecodeWorker, tokens: npt.NDArray[Any], stats: Any, left_s: float) -> bool:
-        """False if it is not done in time."""
+        """False if it has not answered in time."""
         if tokens.dtype != np.int32 and not ((tokens >= 0) & (tokens <= self._highest)).all():
             raise InvalidInputError(f"tokens are not all 0 ... {self._highest}; expected levels: look at the policy")
         if stats is not None and not (
@@ -160,11 +160,11 @@ class BackendChain:
         ):
             raise InvalidInputError("stats have a wrong form; expected float32 [1, T, l, 2] as encoding gave them")
         if left_s <= 0:
-            # Whether it answered at once was chance.
+            # Whether it could still answer would be chance.
             return False
         end = time.monotonic() + left_s
         if worker.is_pending:
-            # One that was left behind may answer meanwhile, or has not been woken by a tick that was broken off.
+            # It was left behind and may answer meanwhile, or a tick was broken off before it woke the worker.
             worker.wake()
             if not worker.wait_until(end):
                 return False
@@ -173,6 +173,6 @@ class BackendChain:
         if not worker.wait_until(end):
             return False
         if worker.error is not None:
-            # SystemExit and the like are of the worker's thread, and end no loop.
+            # SystemExit and the like would end the worker's thread, and must not end the loop.
             raise worker.error if isinstance(worker.error, Exception) else InferenceError(in_words(worker.error))
         return True

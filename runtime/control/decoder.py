@@ -27,7 +27,7 @@ from .result import ADVICE, BROKEN_OFF, BrokenOff, ControlResult, Outcome
 from .state import LoopState
 from .worker import Reporter
 
-#: In place of a thread: the decoder was inherited by fork, its threads were not.
+#: In place of the owning thread: the decoder was inherited by fork, and its threads were not.
 _FORKED = object()
 # A bound name: Python finds a member of an enum more slowly than numpy adds seven numbers.
 _NOT_READY = Status.NOT_READY
@@ -89,7 +89,7 @@ class ControlDecoder:
         self.result = ControlResult(shown)
 
     def warmup(self, make_chain: Callable[..., BackendChain] = BackendChain, *, reports: bool = True) -> None:
-        """Run everything once; the calling thread is the loop's from now on. Raises what a broken backend raises.
+        """Run everything once, and make the calling thread the loop's. Raises what a broken backend raises.
 
         For replays: make_chain, called as BackendChain is; reports, whether log lines and records are written.
         """
@@ -162,11 +162,11 @@ class ControlDecoder:
             except _ASKED_FOR:
                 raise
             except BaseException as error:
-                # Nothing that could fail comes before: not even a call, for which there may be no room.
+                # Nothing that could fail comes first, not even a call: the stack may be full.
                 if isinstance(sent, Outcome):
                     self._still.before = sent
                     self.result.shown = self._still
-                # Nothing may leave the loop but an action that is safe.
+                # What the decoder or a library raises never reaches the loop: it gets a safe action.
                 if isinstance(error, Exception) and (isinstance(error, RecursionError) or not is_from_outside(error)):
                     if self._raises:
                         raise ControlFaultError(BROKEN_OFF) from error
@@ -206,7 +206,7 @@ class ControlDecoder:
         return self.health.openmetrics()
 
     def write_flight_record(self, path: str | os.PathLike[str]) -> bool:
-        """The last ticks to `path`, now; not from the loop. False where the disk refuses, which is logged."""
+        """Write the last ticks to `path`, now; not from the loop. False if the disk refuses, which is logged."""
         if self._books.reporter is None or self._recorder is None:
             raise ControlConfigError("there is no flight record; call warmup(), with record_ticks above 0")
         return self._books.reporter.write(as_path(path, "the flight record"))
@@ -218,7 +218,7 @@ class ControlDecoder:
     def close(self) -> None:
         """End the threads beside the loop; the tokenizers stay open. Closing twice is harmless.
 
-        A thread that hangs in a backend is left behind in it: do not close that one's tokenizer then.
+        A thread that hangs in a backend is left there: then do not close the tokenizer of that backend.
         """
         self._owner = None
         if self._chain is not None:
@@ -234,7 +234,7 @@ class ControlDecoder:
         return f"{type(self).__name__}({state}, {self.config.strategy}, {', '.join(map(repr, self._tokenizers))})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Before `warmup()` a copy is made of the same parts, from the same position. Raises CannotCopyError."""
+        """Before `warmup()` a copy has the same parts and position; afterwards this raises CannotCopyError."""
         if self._chain is not None:
             raise CannotCopyError(
                 "a decoder that has been warmed up cannot be copied or pickled: it has threads, and one robot's last "
@@ -275,10 +275,10 @@ class ControlDecoder:
         return self.result
 
     def _start_anew(self, start: list[float]) -> None:
-        """From `start`, which was sent last: the next action is compared to it."""
+        """Start again from `start`, as if it had been sent last: the next action is compared to it."""
         out, sent = Outcome(start), self.result.shown
         if isinstance(sent, Outcome):
-            # As in a tick: what is broken off stands still.
+            # As in a tick: a start that is broken off stands still.
             self._still.before = sent
             self.result.shown = self._still
         self._loop.begin_anew(out)
@@ -295,7 +295,7 @@ def _made_again(
     return kind(tokenizers[0], config, fallbacks=tokenizers[1:], position=position, clock=clock)
 
 
-#: Those that a child of fork inherits.
+#: The decoders that a child of fork inherits.
 _WARM: weakref.WeakSet[ControlDecoder] = weakref.WeakSet()
 
 

@@ -1,4 +1,4 @@
-"""What runs beside the loop: decoders that can be left behind, retries of failed ones, log lines and records."""
+"""Threads beside the loop: decoders that can be left behind, retries of failed ones, log lines and records."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from .health import Health
 from .recorder import FlightRecorder, write_record
 
 _LOG = logging.getLogger(__name__)
-#: A loop that fails again and again does not fill the disk.
+#: So that a loop that fails again and again does not fill the disk.
 _MOST_RECORDS = 100
 #: Incidents that wait to be told while the disk or a log's handler hangs.
 _MOST_WAITING = 256
 _LONGEST_RETRY_S = 60.0
 #: A retry takes as long as a decode, unless it hangs.
 _CLOSE_S = 1.0
-#: Chunks that a failed backend has to decode rightly before it is used again.
+#: How many chunks a failed backend has to decode rightly before it is used again.
 _PROBES = 16
 
 
@@ -51,12 +51,12 @@ class WarmTokenizer:
         tokenizer.warmup()
         self.probe, self.probe_stats = codes_of(tokenizer, np.zeros_like(self.out))
         golden = tokenizer.golden
-        # Not all of them: other threads have to wait for Python's lock meanwhile.
+        # Not all of them: other threads may have to wait for Python's lock meanwhile.
         self._golden = None if golden is None else golden.every(-(-len(golden.actions) // _PROBES))
         self._answers = [] if golden is not None else self._answer_probes()
 
     def spoil(self) -> None:
-        """A backend that returns without having written all of it must not pass off the chunk before as this one."""
+        """Fill `out` with NaN: a backend that leaves a part unwritten must not pass off the last chunk as this one."""
         self._bytes[:] = self._spoilt
 
     def works(self) -> bool:
@@ -73,7 +73,7 @@ class WarmTokenizer:
         )
 
     def _answer_probes(self) -> list[tuple[Codes, Float64Array]]:
-        """What it makes of chunks from all over the range, cut after every prefix."""
+        """Codes from all over the range, cut after every prefix, and what they decode to now."""
         model = self.tokenizer.model
         shape = (_PROBES, model.chunk_length, model.action_dim)
         chunks = np.random.default_rng(0).uniform(-1, 1, shape) * model.action_units + model.action_offset
@@ -100,20 +100,20 @@ class _Bell:
             """It rings already."""
 
     def wait(self, timeout_s: float = -1) -> bool:
-        """Until it is rung, or has been since the last time; whether it was."""
+        """Wait until it is rung, or return at once if it was since the last time; False after `timeout_s`."""
         return self._lock.acquire(True, timeout_s)
 
 
 class DecodeWorker:
     """Decodes in a thread of its own, so that the loop can stop waiting. Called by the loop alone.
 
-    Tokens are copied in: whoever is left behind still reads his copy, and writes into an array nobody else looks at.
+    Tokens are copied in: a worker that is left behind reads its own copy, and writes where nobody else looks.
     """
 
     def __init__(self, warm: WarmTokenizer) -> None:
         model = warm.tokenizer.model
         self.warm = warm
-        # Numbers, and not whether a lock is held: an exception from a signal's handler may come between any two steps.
+        # Counters, not the state of a lock: a signal's handler may raise between any two instructions.
         self._asked = self._answered = 0
         self.error: BaseException | None = None
         self._slots = {
@@ -136,14 +136,14 @@ class DecodeWorker:
         return self._asked != self._answered
 
     def wait_until(self, end_s: float) -> bool:
-        """Whether it has answered, by `time.monotonic()` until then; look at `error` and `warm.out`."""
+        """Whether it has answered by `end_s` on `time.monotonic()`; the answer is `error` or `warm.out`."""
         while self.is_pending:
             if not self._done.wait(max(end_s - time.monotonic(), 0.0)):
                 return not self.is_pending
         return True
 
     def ask(self, tokens: npt.NDArray[Any], stats: Float32Array | None) -> None:
-        """Tokens of a legal shape; while nothing is pending."""
+        """Start decoding tokens of a legal shape [1, T, D, l]; only while nothing is pending."""
         slot = self._slots[tokens.shape[3]]
         np.copyto(slot, tokens, casting="unsafe")
         self._tokens, self._given_stats = slot, None
@@ -155,11 +155,11 @@ class DecodeWorker:
         self.wake()
 
     def wake(self) -> None:
-        """Once more, where something is pending: harmless for one that is awake."""
+        """Wake the thread if something is pending; harmless if it is awake."""
         self._go.ring()
 
     def close(self) -> None:
-        """A thread that hangs is left behind; it ends when its backend answers, or with the process."""
+        """End the thread. One that hangs is left behind, and ends when its backend answers, or with the process."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -195,7 +195,7 @@ class Retrier:
         self._failed.ring()
 
     def close(self) -> None:
-        """One that hangs in its backend is left behind."""
+        """End the thread; one that hangs in its backend is left behind."""
         self._is_closed = True
         self._end.ring()
         self._failed.ring()
@@ -218,7 +218,7 @@ class Retrier:
     def _succeeds(self) -> bool:
         try:
             return self._warm.works()
-        except BaseException as error:  # whatever it is, it does not work yet, and ends no thread of ours
+        except BaseException as error:  # whatever it is, the backend does not work yet
             _LOG.info("backend %s still fails: %s", self._warm.name, in_words(error))
             return False
 
@@ -230,7 +230,7 @@ class Reporter:
         self, config: ControlConfig, health: Health, recorder: FlightRecorder | None, meta: dict[str, Any]
     ) -> None:
         self._config, self._health, self._recorder, self._meta = config, health, recorder, meta
-        # To put something there is all or nothing, whatever a signal's handler raises. None ends the thread.
+        # `put` is all or nothing, whatever a signal's handler raises. None ends the thread.
         self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._logged: dict[Status, float] = {}
         self._suppressed: dict[Status, int] = {}
@@ -240,12 +240,12 @@ class Reporter:
         self._thread.start()
 
     def incident(self, status: Status, tick: int, detail: str, is_held: bool) -> None:
-        """Tell of a tick; left out where too many wait to be told already."""
+        """Report a tick; it is left out if too many wait to be reported already."""
         if self._tasks.qsize() < _MOST_WAITING:
             self._tasks.put(functools.partial(self._report, status, tick, detail, is_held))
 
     def flush(self, timeout_s: float = 10.0) -> bool:
-        """Wait until everything is reported; for tests and the end of a program."""
+        """Wait until everything so far is reported; False after `timeout_s`."""
         reached = threading.Event()
         self._tasks.put(reached.set)
         return reached.wait(timeout_s)
@@ -258,7 +258,7 @@ class Reporter:
         for task in iter(self._tasks.get, None):
             try:
                 task()
-            except Exception as error:  # the next incident is to be reported all the same
+            except Exception as error:  # the next incident is still to be reported
                 self._health.internal_faults += 1
                 _LOG.error("an incident cannot be reported: %s", in_words(error))
 

@@ -1,4 +1,4 @@
-"""Tokens as ids of a flat vocabulary and back, for models that emit text-like ids.
+"""Tokens as ids of a flat vocabulary and back, for models that emit ids as they emit text.
 
 A token of layer l with level i has the id `offset + l * K + i`: every layer has K ids of its own, the same at every
 step and latent. A chunk is a sequence of n = T * D * L ids, in one of two orders:
@@ -8,7 +8,7 @@ step and latent. A chunk is a sequence of n = T * D * L ids, in one of two order
 - `step-major`: the first step with all its layers, then the second; within a step layer by layer, within a layer
   latent by latent. Position (t * L + l) * D + d.
 
-So the layer at a position is known, and an id that belongs to another one is an error. Nothing is repaired.
+So the layer at each position is known, and an id of another layer is an error. Nothing is repaired.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ ORDERS: tuple[Order, ...] = ("layer-major", "step-major")
 _ID_TYPES = (np.dtype(np.int64), np.dtype(np.int32))
 _LARGEST_ID = 2**63 - 1
 _MOST_LEVELS = 2**31
-#: Of a chunk; a thousand is usual. What is held for each position takes 8 bytes.
+#: In a chunk; a thousand is usual. Each position takes 8 bytes.
 _MOST_IDS = 2**24
 
 
 @dataclass(frozen=True, eq=False)
 class PartialTokens:
-    """What is whole in every sequence of a batch.
+    """The tokens that are whole in every sequence of a batch.
 
     tokens: int32 [B, T, D, l] of the first l layers (`layer-major`), int32 [B, t, D, L] of the first t steps
     (`step-major`). whole: int64 [B], the whole layers or steps of each sequence, of which tokens have the fewest.
@@ -135,8 +135,8 @@ class TokenVocabulary:
         order: Order = "layer-major",
         special_ids: Mapping[str, int] | None = None,
     ) -> Self:
-        """With the sizes and the fingerprint of this tokenizer. InvalidInputError where it is none."""
-        # Here, because whoever only maps ids needs none.
+        """A vocabulary with the sizes and the fingerprint of `tokenizer`; InvalidInputError if it is no tokenizer."""
+        # Imported here, since mapping ids needs no tokenizer.
         from ..tokenizer import ActionTokenizer
 
         if not isinstance(tokenizer, ActionTokenizer):
@@ -157,17 +157,17 @@ class TokenVocabulary:
 
     @property
     def ids(self) -> range:
-        """The ids of tokens: L * K of them, from the offset on."""
+        """The L * K ids of tokens, from the offset on."""
         return range(self.offset, self.offset + self.num_layers * self.num_levels)
 
     @property
     def size(self) -> int:
-        """The largest id plus 1, special ones included: so many rows an embedding needs."""
+        """The largest id plus 1, special ones included: the number of rows that an embedding needs."""
         return max(self.ids.stop, *(number + 1 for _, number in self.special_ids), 0)
 
     @property
     def sequence_length(self) -> int:
-        """Ids of a whole chunk, n = T * D * L."""
+        """The number of ids of a whole chunk, n = T * D * L."""
         return self.chunk_length * self.latent_dim * self.num_layers
 
     def ids_at(self, position: int) -> range:
@@ -240,7 +240,7 @@ class TokenVocabulary:
 
     @property
     def _unit(self) -> int:
-        """Ids of one layer or of one step, whichever is outermost."""
+        """The number of ids of one layer or one step, whichever is outermost."""
         return self._grid[1] * self.latent_dim
 
     @cached_property
@@ -294,7 +294,7 @@ class TokenVocabulary:
         is_wrong = np.ones(ids.shape, np.bool_)
         is_wrong[:, : levels.shape[1]] = levels.view(np.uint64) >= self.num_levels
         is_wrong &= positions < lengths[:, None]
-        # What follows a special id and is none makes that one stand in the middle.
+        # A special id that another id follows is not the end, but wrong.
         goes_on = ((positions > lengths[:, None]) & ~is_special).any(axis=1)
         is_wrong[np.flatnonzero(goes_on), lengths[goes_on]] = True
         is_short = lengths < (self._unit if partial else self.sequence_length)
@@ -331,7 +331,7 @@ class TokenVocabulary:
         raise error(f"ids[{row}, {position}] is {number}, {found}; expected {expected}", row, position)
 
     def _other_order(self, sequence: npt.NDArray[Any]) -> str:
-        """A remark where the whole sequence would be right in the other order."""
+        """A remark if the whole sequence would be right in the other order."""
         if len(sequence) != self.sequence_length:
             return ""
         other: Order = ORDERS[1 - ORDERS.index(self.order)]
