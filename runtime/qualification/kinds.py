@@ -1,4 +1,4 @@
-"""The faults of a campaign: what each is, how it is injected, and the answer that is the right one."""
+"""The faults of a campaign: what each one is, how it is injected, and what the right answer is."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from .rig import MOST_FAULTS, PATIENCE_S, PERIOD_S, Answer, Rig, Setup
 
 Inject = Callable[[Rig], Answer]
 _SILENCE_S = 0.02
-#: Deadlines of ticks in which a backend hangs, waited for in full; with a fallback, which has half of it to answer in.
+#: Deadlines of ticks in which a backend hangs. They pass in full; with a fallback, half is left for its answer.
 _HANG_US, _HANG_WITH_FALLBACK_US = 4e4, 6e5
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of fault. `inject` returns the answer of the tick by which it must have been noticed.
+    """One kind of fault. inject: returns the answer of the tick that must have noticed it.
 
-    is_held: whether that tick stands still. is_backend: a backend failed, so that another one answers where there is
-    one, and what failed is tried again. marks: so many backends have to come back. is_rare: takes long. takes_time: a
-    thread has to come back before service can.
+    is_held: whether that tick stands still. is_backend: a backend fails, so that the fallback answers if there is one,
+    and the failed one is tried again. marks: how many backends have to come back. applies: to which setups. latches:
+    the decoder stands still afterwards until `reset()`. is_rare: it takes long. takes_time: a thread has to come back
+    before service goes on.
     """
 
     name: str
@@ -96,7 +97,7 @@ def _another_shape(tokens: Any, rig: Rig) -> Any:
 
 
 def _masked(tokens: Any, rig: Rig) -> Any:
-    """Subclasses, which bring rules of their own; the illegal value is hidden."""
+    """A subclass of ndarray with rules of its own, in which the illegal value is hidden."""
     masked = np.ma.masked_array(_with(-1)(tokens, rig), mask=True)
     return rig.rng.choice((masked, masked.view(np.recarray)))
 
@@ -115,7 +116,7 @@ def _stats(rig: Rig) -> Answer:
     chunk = rig.pick()
     stats: Any = chunk.stats
     if stats is None:
-        # Another bundle's: this one's mean and scale are constants.
+        # Stats of another bundle: mean and scale of this one are constants.
         wrong: list[Any] = [np.ones((*chunk.tokens.shape[:2], chunk.tokens.shape[3], 2), np.float32)]
     else:
         wrong = [None, stats[:, :-1], stats.astype(np.float64), stats.tolist(), stats * -1]
@@ -145,7 +146,7 @@ def _huge(rig: Rig) -> Answer:
     rig.backend.fault = Fault.HUGE
     chunk = rig.pick()
     rows = chunk.rows.copy()
-    # As the fault does it: where such a chunk is limited and not refused, that is what is served.
+    # What the fault makes of it: it is served if such a chunk is limited and not refused.
     rows[0, 0] = 1e30
     return rig.send(replace(chunk, rows=rows))
 
@@ -179,7 +180,7 @@ def _late(seconds: float) -> Inject:
 
 
 def _hanging(rig: Rig) -> Answer:
-    """In a worker's thread; the next chunk comes while it still hangs."""
+    """A backend hangs in a worker's thread, and still hangs when the next chunk comes."""
     rig.backend.fault = Fault.HANGS
     deadline_us = _HANG_WITH_FALLBACK_US if rig.setup.has_fallback else _HANG_US
     answer = rig.send(rig.pick(), deadline_us=deadline_us)
@@ -191,7 +192,7 @@ def _hanging(rig: Rig) -> Answer:
 
 
 def _hanging_loop(rig: Rig) -> Answer:
-    """In the loop's own thread, which nobody can free but who hangs; the watchdog hears of it meanwhile."""
+    """A backend hangs in the loop's own thread, until the watchdog notices and releases it."""
     called = threading.Event()
 
     def notice(_: float) -> None:
@@ -201,7 +202,7 @@ def _hanging_loop(rig: Rig) -> Answer:
             rig.backend.release()
 
     watchdog = Watchdog(lambda: rig.decoder.health.last_tick_ns, _SILENCE_S, notice)
-    # Where nobody calls, the campaign goes on and says so.
+    # If the watchdog does not call, the campaign goes on and says so.
     timer = threading.Timer(PATIENCE_S / 2, rig.backend.release)
     watchdog.start()
     timer.start()
@@ -222,7 +223,7 @@ def _hanging_loop(rig: Rig) -> Answer:
 
 
 def _dated(age: Callable[[Rig], int], ahead: int = 1) -> Inject:
-    """A chunk of that age, beside one in service."""
+    """A chunk of that age in periods comes while another is in service."""
 
     def inject(rig: Rig) -> Answer:
         rig.send(rig.pick())
@@ -371,6 +372,6 @@ KINDS: tuple[Kind, ...] = (
 
 
 def kinds_with(nan_backends: dict[str, Any]) -> tuple[Kind, ...]:
-    """KINDS, and one for every real backend whose weights are NaN."""
+    """KINDS, and one more for every real backend whose weights are NaN."""
     added = (_backend(f"NaN weights in {name}", Status.NONFINITE, _nan_weights(name)) for name in nan_backends)
     return (*KINDS, *added)

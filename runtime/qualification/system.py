@@ -1,6 +1,6 @@
-"""Faults that need a real process, disk or file, on POSIX: what a decoder makes of them while it serves.
+"""Faults that need a real process, disk or file, on POSIX, while a decoder serves.
 
-Nothing of the bundle that is tried is changed: files are damaged in a copy of it.
+The bundle itself is not changed: files are damaged in a copy of it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _DISK_BYTES = 2**18
 
 @dataclass(frozen=True)
 class SystemReport:
-    """What was tried how often, what was wrong, and how the disk was filled."""
+    """How often each fault was tried, what was wrong, and how the disk was filled."""
 
     counts: Counter[str]
     problems: tuple[str, ...]
@@ -56,7 +56,7 @@ class SystemReport:
 
 
 class _Trial:
-    """So many `times` each fault; counts them and collects what was wrong with each."""
+    """Counts faults and collects what was wrong with each. times: how often each is tried."""
 
     def __init__(self, times: int, rng: random.Random) -> None:
         self.times, self.rng = times, rng
@@ -82,7 +82,7 @@ class _Trial:
 
 
 def run_system_faults(path: Path, times: int, *, backend: str = "auto", seed: int = 0) -> SystemReport:
-    """Every kind so often. Raises TokenizerError where the bundle at `path` cannot be opened."""
+    """Try every kind so often. Raises TokenizerError if the bundle at `path` cannot be opened."""
     begin, trial = time.monotonic(), _Trial(times, random.Random(seed))
     with tempfile.TemporaryDirectory() as folder:
         with ActionTokenizer.load(path, backend=backend) as tokenizer:
@@ -108,7 +108,7 @@ def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer) -> None:
         for _ in range(trial.times):
             producer = Producer(rig.chunks[rig.model.num_layers])
             with trial.fault("producer stopped in the middle of a message (SIGSTOP)", rig):
-                # The numbers begin anew: a policy that was started again.
+                # The numbers begin again, as those of a policy that was restarted.
                 for _ in range(trial.rng.randint(1, 3)):
                     serve(rig.wait_for(producer.poll))
                 producer.signal(signal.SIGSTOP)
@@ -122,7 +122,7 @@ def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer) -> None:
 
 
 def _run_out(trial: _Trial, rig: Rig, producer: Producer, serve: Callable[[tuple[int, Chunk] | None], None]) -> None:
-    """Serve what has come whole, and then what is queued, to its end."""
+    """Serve the messages that have come whole, and then what is queued, to its end."""
     while (found := producer.poll()) is not None:
         serve(found)
     for _ in range(rig.length - 1):
@@ -151,7 +151,7 @@ def _fill_disks(trial: _Trial, tokenizer: ActionTokenizer, place: Path) -> str:
 
 @contextlib.contextmanager
 def _small_disk(place: Path) -> Iterator[tuple[str, Callable[[], None], Callable[[], None]]]:
-    """A small file system where one can be mounted, else a limit to the size of files; how to fill and free it."""
+    """A small file system if one can be mounted, else a limit on the size of files; how to fill it and free it."""
     filler = place / "filler"
 
     def fill() -> None:
@@ -203,8 +203,8 @@ def _lose_folders(trial: _Trial, tokenizer: ActionTokenizer, folder: Path) -> No
 
 
 def _record(trial: _Trial, rig: Rig, *, failed: int, written: int) -> None:
-    """A fault that is worth a record, in the middle of service; so many of each there are afterwards."""
-    # Of two records within record_interval_s only the first is written.
+    """A fault in the middle of service that is recorded; expects so many records failed and written afterwards."""
+    # Only the first of two records within record_interval_s is written.
     time.sleep(2 * rig.config.record_interval_s)
     trial.expect_answer("a chunk before it", rig.send(rig.pick()))
     chunk = rig.pick()
@@ -245,13 +245,13 @@ _DAMAGES: tuple[tuple[str, Callable[[Path], object]], ...] = (
 
 
 def _damage_bundles(trial: _Trial, source: Path, folder: Path, backend: str) -> None:
-    """Every file of the bundle at once, the running library included; the decoder, and what it falls back on, go on."""
+    """Damage all files at once, the running library too; the decoder and its fallback go on."""
     shutil.copytree(source, folder)
     try:
         tokenizer = ActionTokenizer.load(folder, backend=backend)
         fallback = ActionTokenizer.load(folder, backend="onnxruntime")
     except TokenizerError:
-        # Not for this machine, or not in this bundle.
+        # The backend is not for this machine, or not in this bundle.
         return
     setup = Setup(has_fallback=True)
     with tokenizer, fallback, contextlib.closing(Rig(tokenizer, setup, trial.rng, fallback=fallback)) as rig:
@@ -284,7 +284,7 @@ def _fail_over(trial: _Trial, rig: Rig) -> None:
 
 
 def _mapped(folder: Path) -> list[str]:
-    """Files below `folder` that are in this process's memory, where the system tells."""
+    """Files below `folder` that this process has mapped, where the system tells."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:
