@@ -64,7 +64,7 @@ class ControlLoop:
             for found in chain.warm:
                 found.is_healthy = found is warm
             for _ in range(self._length):
-                self.tick(self.outcomes[0], warm.probe, warm.probe_stats, None, None, _PRACTICE_US)
+                self.tick(self.outcomes[0], *warm.probe, None, None, _PRACTICE_US)
         for found in chain.warm:
             found.is_healthy = True
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..backends.replay import replay
-from ..bundle.arrays import Codes, Float32Array, Float64Array, Int32Array
+from ..bundle.arrays import Codes, Float32Array, Float64Array
 from ..bundle.comparison import action_errors
 from ..bundle.gates import GATES
 from ..bundle.paths import as_path
@@ -49,7 +49,7 @@ class WarmTokenizer:
         # numpy's own `fill` takes more than twice as long.
         self._bytes, self._spoilt = self.out.data.cast("B"), np.full_like(self.out, np.nan).tobytes()
         tokenizer.warmup()
-        self.probe, self.probe_stats = codes_of(tokenizer, np.zeros_like(self.out))
+        self.probe = codes_of(tokenizer, np.zeros_like(self.out))
         golden = tokenizer.golden
         # Not all of them: other threads may have to wait for Python's lock meanwhile.
         self._golden = None if golden is None else golden.every(-(-len(golden.actions) // _PROBES))
@@ -117,14 +117,13 @@ class DecodeWorker:
         self._asked = self._answered = 0
         self.error: BaseException | None = None
         self._slots = {
-            prefix: np.zeros((1, model.chunk_length, model.latent_dim, prefix), np.int32)
-            for prefix in warm.tokenizer.prefixes
+            prefix: (
+                np.zeros((1, model.chunk_length, model.latent_dim, prefix), np.int32),
+                np.zeros((1, model.chunk_length, prefix, 2), np.float32),
+            )
+            for prefix in model.prefixes
         }
-        self._stats = {
-            prefix: np.zeros((1, model.chunk_length, prefix, 2), np.float32) for prefix in warm.tokenizer.prefixes
-        }
-        self._tokens: Int32Array = next(iter(self._slots.values()))
-        self._given_stats: Float32Array | None = None
+        self._given = warm.probe
         self._go, self._done = _Bell(), _Bell()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=f"control decode {warm.name}", daemon=True)
@@ -144,12 +143,11 @@ class DecodeWorker:
 
     def ask(self, tokens: npt.NDArray[Any], stats: Float32Array | None) -> None:
         """Start decoding tokens of a legal shape [1, T, D, l]; only while nothing is pending."""
-        slot = self._slots[tokens.shape[3]]
-        np.copyto(slot, tokens, casting="unsafe")
-        self._tokens, self._given_stats = slot, None
+        own_tokens, own_stats = self._slots[tokens.shape[3]]
+        np.copyto(own_tokens, tokens, casting="unsafe")
         if stats is not None:
-            self._given_stats = self._stats[tokens.shape[3]]
-            np.copyto(self._given_stats, stats)
+            np.copyto(own_stats, stats)
+        self._given = Codes(own_tokens, None if stats is None else own_stats)
         self.error = None
         self._asked += 1
         self.wake()
@@ -175,7 +173,7 @@ class DecodeWorker:
             if not self.is_pending:
                 continue
             try:
-                self.warm.tokenizer.decode_into(self._tokens, self.warm.out, self._given_stats)
+                self.warm.tokenizer.decode_into(self._given.tokens, self.warm.out, self._given.stats)
             except BaseException as error:  # handed to the loop, which says what it was
                 self.error = error
             self._answered = self._asked

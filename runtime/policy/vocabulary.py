@@ -14,7 +14,7 @@ So the layer at each position is known, and an id of another layer is an error. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 
@@ -182,7 +182,7 @@ class TokenVocabulary:
         """tokens int32 (int64, uint8) [B, T, D, L], each 0 ... K - 1 -> ids int64 [B, n]. InvalidInputError."""
         array = self._tokens(tokens)
         ids = np.empty((len(array), *self._grid), np.int64)
-        np.add(array.transpose(0, *self._to_grid), self._lowest.reshape(self._grid), out=ids)
+        np.add(array.transpose(0, *self._axes), self._lowest.reshape(self._grid), out=ids)
         return ids.reshape(len(array), self.sequence_length)
 
     @overload
@@ -226,17 +226,15 @@ class TokenVocabulary:
         used = count * self._unit
         return PartialTokens(self._from_grid(levels[:, :used], count), whole, used)
 
-    # The sequence as a grid: layers, steps, latents or steps, layers, latents.
-
     @property
-    def _grid(self) -> tuple[int, int, int]:
-        if self.order == "layer-major":
-            return (self.num_layers, self.chunk_length, self.latent_dim)
-        return (self.chunk_length, self.num_layers, self.latent_dim)
-
-    @property
-    def _to_grid(self) -> tuple[int, int, int]:
+    def _axes(self) -> tuple[int, int, int]:
+        """The axes of tokens [B, T, D, L] in the order of the sequence, the outermost first."""
         return (3, 1, 2) if self.order == "layer-major" else (1, 3, 2)
+
+    @property
+    def _grid(self) -> tuple[int, ...]:
+        sizes = {1: self.chunk_length, 2: self.latent_dim, 3: self.num_layers}
+        return tuple(sizes[axis] for axis in self._axes)
 
     @property
     def _unit(self) -> int:
@@ -246,20 +244,13 @@ class TokenVocabulary:
     @cached_property
     def _lowest(self) -> Int64Array:
         """The lowest id at each position, [n]."""
-        return self.offset + self.num_levels * self._layers(self.order)
-
-    def _layers(self, order: Order) -> Int64Array:
-        """The layer at each position, [n]."""
-        layers = np.arange(self.num_layers, dtype=np.int64)
-        if order == "layer-major":
-            return np.repeat(layers, self.chunk_length * self.latent_dim)
-        return np.tile(np.repeat(layers, self.latent_dim), self.chunk_length)
+        layers = np.indices(self._grid, np.int64, sparse=True)[self._axes.index(3)]
+        return np.broadcast_to(self.offset + self.num_levels * layers, self._grid).reshape(-1)
 
     def _from_grid(self, levels: Int64Array, count: int) -> Int32Array:
         """Levels [B, count * unit] as tokens."""
         grid = levels.reshape(len(levels), count, *self._grid[1:])
-        back = (0, 2, 3, 1) if self.order == "layer-major" else (0, 1, 3, 2)
-        return grid.transpose(back).astype(np.int32, order="C")
+        return np.moveaxis(grid, (1, 2, 3), self._axes).astype(np.int32, order="C")
 
     def _layer_of(self, number: int) -> int:
         return (number - self.offset) // self.num_levels
@@ -334,9 +325,10 @@ class TokenVocabulary:
         """A remark if the whole sequence would be right in the other order."""
         if len(sequence) != self.sequence_length:
             return ""
-        other: Order = ORDERS[1 - ORDERS.index(self.order)]
-        layers = (sequence.astype(np.int64) - self.offset) // self.num_levels
-        return f" (the whole sequence is in {other} order)" if np.array_equal(layers, self._layers(other)) else ""
+        other = replace(self, order=ORDERS[1 - ORDERS.index(self.order)])
+        levels = sequence.astype(np.int64) - other._lowest  # noqa: SLF001  # of this class
+        is_right = (levels.view(np.uint64) < self.num_levels).all()
+        return f" (the whole sequence is in {other.order} order)" if is_right else ""
 
 
 def _ids(ids: object) -> npt.NDArray[Any]:

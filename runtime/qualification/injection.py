@@ -131,9 +131,7 @@ def with_nan_weights(bundle: Bundle, name: str) -> Backend:
     Nothing on disk is changed. Raises BackendUnavailableError if the backend is not there, or is another one.
     """
     graphs = [entry.file for entry in bundle.manifest.graphs_of("gemm") if entry.role == "decoder"]
-    marks = [
-        bytes(bundle.content(file)[at : at + _MARK]) for file in graphs for at in weight_places(bundle.content(file))
-    ]
+    marks = [graph[at : at + _MARK] for graph in map(bundle.content, graphs) for at in weight_places(graph)]
     files = graphs
     if name == "c":
         files = [entry.file for entry in bundle.manifest.engines if entry.backend == "c"]
@@ -141,13 +139,8 @@ def with_nan_weights(bundle: Bundle, name: str) -> Backend:
         raise BackendUnavailableError(f"no weights of {name!r} can be altered here; expected onnxruntime or c")
     contents = {file: bundle.content(file) for file in bundle.manifest.files}
     for file in files:
-        altered = bytearray(contents[file])
         for mark in marks:
-            at = altered.find(mark)
-            while at >= 0:
-                altered[at : at + 4] = _NAN
-                at = altered.find(mark, at + 1)
-        contents[file] = bytes(altered)
+            contents[file] = contents[file].replace(mark, _NAN + mark[len(_NAN) :])
     return create_backend(name, replace(bundle, _contents=MappingProxyType(contents)))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..benchmark.first_result import resident_bytes
-from ..bundle.arrays import Float32Array, Int32Array
+from ..bundle.arrays import Codes
 from ..bundle.console import prepare_console, printable
 from ..bundle.errors import TokenizerError
 from ..control.config import ActionKind, ControlConfig, Status, Strategy
@@ -44,8 +44,6 @@ _FRAMES = 4
 _CHUNKS = 64
 #: So long that only a decoder that fails misses it, not one that waits for a processor.
 _WORKER_DEADLINE_US = 1e6
-#: The tokens and stats of each chunk.
-Inputs = list[tuple[Int32Array, Float32Array | None]]
 Int64Array = npt.NDArray[np.int64]
 
 
@@ -183,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def soak(tokenizer: ActionTokenizer, ticks: int, setup: SoakSetup = SoakSetup()) -> SoakReport:
     """Serve a chunk on every tick, the dearest case, as fast as possible."""
     tokens, stats, limit = (chunks_of if setup.jumps else motion_of)(tokenizer, _CHUNKS)
-    inputs = list(zip(tokens, stats, strict=True))
+    inputs = list(map(Codes, tokens, stats))
     config = setup.config(tokenizer, limit)
     fallbacks = () if setup.fallback is None else (setup.fallback,)
     # Filled with ones, so that their pages exist before memory is measured.
@@ -221,7 +219,7 @@ def soak(tokenizer: ActionTokenizer, ticks: int, setup: SoakSetup = SoakSetup())
     )
 
 
-def _time(decoder: ControlDecoder, tokenizer: ActionTokenizer, inputs: Inputs, times: Int64Array) -> int:
+def _time(decoder: ControlDecoder, tokenizer: ActionTokenizer, inputs: list[Codes], times: Int64Array) -> int:
     """Fill times [3, ticks] with ns of steps, the bare backend and lines of logging; returns how many were limited."""
     whole, bare, line = times
     out = np.empty((1, tokenizer.model.chunk_length, tokenizer.model.action_dim), np.float32)
@@ -262,7 +260,7 @@ def _line() -> Callable[[int], str]:
     return line
 
 
-def _traced(decoder: ControlDecoder, inputs: Inputs, ticks: int) -> tuple[int, int]:
+def _traced(decoder: ControlDecoder, inputs: list[Codes], ticks: int) -> tuple[int, int]:
     """How many bytes the ticks keep, and the most that live at once within them."""
 
     def serve(count: int) -> None:
