@@ -46,7 +46,8 @@ from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError, DataError
 from rfsq.rfsq_ref.normaliser import NormaliserKind
 from rfsq.rfsq_ref.quantizer import Conditioning
-from rfsq.rfsq_ref.train import TrainConfig, TrainingHistory, make_deterministic
+from rfsq.rfsq_ref.train import TrainConfig, make_deterministic
+from rfsq.rfsq_ref.training_history import TrainingHistory
 from rfsq.runtime.bundle.fidelity import fidelity
 
 #: Bins of |error|, in normalised units: a fifth of a decade wide.

@@ -1,8 +1,8 @@
 """The file in which a closed-loop run keeps its finished episodes, so that it can go on after a kill.
 
-One JSON line each: first what the results depend on, then one line per episode in the order in which they ended.
-Every line is on the disk before the next episode counts; a last line that was cut off is dropped. A line that names a
-dropped cell takes that cell's episodes before it back.
+The first JSON line says what the results depend on; each line after it is an episode, in the order in which they ended.
+A line is on the disk before the next episode counts. A last line that was cut off is ignored. A line with the name of a
+dropped cell removes the episodes of that cell that stand before it.
 """
 
 import fcntl
@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rfsq.evidence.closed_loop import EpisodeResult, Spread
+from rfsq.evidence.closed_loop import EpisodeResult
 from rfsq.evidence.errors import EvidenceError
+from rfsq.runtime.bundle.reading import parse_json
+from rfsq.runtime.bundle.typed_json import build
 
 FORMAT = "rfsq-rollout"
 _DROPPED = "dropped"
@@ -26,7 +28,7 @@ class Identity:
     """What all episodes of a file depend on; results of another identity are not mixed with them.
 
     loop_version: of the code that decides results, raised by hand when it changes; versions: of packages; hashes: of
-    the data and checkpoints; chunk: actions executed between two looks.
+    the data and checkpoints; chunk: actions executed between two plans.
     """
 
     loop_version: int
@@ -61,15 +63,15 @@ class EpisodeFile:
 
     def append(self, episode: Episode) -> None:
         """On the disk when this returns."""
-        self._write(asdict(episode))
+        _write(self._file, asdict(episode))
         self.episodes.append(episode)
 
     def check_codec(self, cell: str, codec: str, *, restart: bool = False) -> None:
-        """Refuses, or with `restart` takes back, episodes of a cell of this name with another codec (EvidenceError)."""
+        """Raises EvidenceError where the cell's episodes are of another codec; with `restart`, drops them instead."""
         for episode in self.episodes:
             if episode.cell == cell and episode.codec != codec:
                 if restart:
-                    self._write({_DROPPED: cell})
+                    _write(self._file, {_DROPPED: cell})
                     self.episodes = _without(self.episodes, cell)
                     return
                 raise EvidenceError(
@@ -77,11 +79,6 @@ class EpisodeFile:
                     "its checkpoint, its fit or this processor is another one; --restart-changed drives such cells "
                     "anew and keeps the others"
                 )
-
-    def _write(self, content: dict[str, Any]) -> None:
-        self._file.write(_line(content))
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
 
 @contextmanager
@@ -108,9 +105,7 @@ def open_episodes(path: Path, identity: Identity) -> Iterator[EpisodeFile]:
             _check_identity(found, identity, path)
         else:
             episodes = []
-            file.write(_line({"format": FORMAT, **asdict(identity)}))
-            file.flush()
-            os.fsync(file.fileno())
+            _write(file, {"format": FORMAT, **asdict(identity)})
         yield EpisodeFile(file, path, episodes)
 
 
@@ -123,25 +118,28 @@ def read_episodes(path: Path) -> tuple[Identity, list[Episode]]:
     return _parse(content[: content.rfind(b"\n") + 1], path)
 
 
-def _line(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+def _write(file: BinaryIO, content: dict[str, Any]) -> None:
+    """One line, on the disk when this returns."""
+    file.write(json.dumps(content, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _parse(content: bytes, path: Path) -> tuple[Identity, list[Episode]]:
     lines = content.splitlines()
     number = 0
     try:
-        header = json.loads(lines[0])
+        header = parse_json(lines[0])
         if header.pop("format") != FORMAT:
             raise ValueError("the first line names another format")
-        identity = Identity(**header)
+        identity = build(Identity, header, "it")
         episodes: list[Episode] = []
         for number, line in enumerate(lines[1:], start=1):  # noqa: B007
-            content_of_line = json.loads(line)
+            content_of_line = parse_json(line)
             if _DROPPED in content_of_line:
                 episodes = _without(episodes, content_of_line[_DROPPED])
             else:
-                episodes.append(_episode(content_of_line))
+                episodes.append(build(Episode, content_of_line, "it"))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise EvidenceError(
             f"{path} is damaged at line {number + 1} ({error}); expected lines as {FORMAT} writes them: move it away"
@@ -153,21 +151,12 @@ def _without(episodes: list[Episode], cell: str) -> list[Episode]:
     return [episode for episode in episodes if episode.cell != cell]
 
 
-def _episode(content: dict[str, Any]) -> Episode:
-    result = dict(content["result"])
-    for name in ("tracking_mm", "tracking_deg"):
-        result[name] = Spread(**result[name])
-    return Episode(**{**content, "result": EpisodeResult(**result)})
-
-
 def _check_identity(found: Identity, expected: Identity, path: Path) -> None:
     before, now = asdict(found), asdict(expected)
     different = [name for name in now if before[name] != now[name]]
     if different:
+        made, running = (", ".join(f"{name} {found[name]}" for name in different) for found in (before, now))
         raise EvidenceError(
-            f"{path} was made with "
-            + ", ".join(f"{name} {before[name]}" for name in different)
-            + "; this run has "
-            + ", ".join(f"{name} {now[name]}" for name in different)
-            + ": the two cannot be mixed; move the file away to start anew, or choose another --output"
+            f"{path} was made with {made}; this run has {running}: the two cannot be mixed; move the file away to "
+            "start anew, or choose another --output"
         )

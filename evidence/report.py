@@ -24,7 +24,8 @@ from rfsq.rfsq_ref.checkpoints import Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
 from rfsq.rfsq_ref.errors import OutputError, UnusableError
 from rfsq.rfsq_ref.normaliser import NormaliserKind
-from rfsq.rfsq_ref.train import chosen_normaliser, describe_normaliser, make_deterministic
+from rfsq.rfsq_ref.normaliser_choice import chosen_normaliser, describe_normaliser
+from rfsq.rfsq_ref.train import make_deterministic
 from rfsq.runtime.bundle.console import path_argument
 from rfsq.runtime.bundle.paths import refuse_existing
 

@@ -4,13 +4,13 @@ import json
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from rfsq.evidence.episodes import Identity, read_episodes
+from rfsq.evidence.episodes import read_episodes
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.results import read_json_object, typed, write_text
+from rfsq.evidence.results import read_json_object, write_text
 from rfsq.evidence.rollout_report import TOLERANCES, TaskReport, reports_of, table
 from rfsq.evidence.rollout_statistics import CONFIDENCE
+from rfsq.runtime.bundle.typed_json import build
 
 FORMAT = "rfsq-rollout-report"
 FORMAT_VERSION = 2
@@ -21,28 +21,15 @@ def read_report(path: Path) -> dict[str, TaskReport]:
     """The reports that write_report wrote. Raises EvidenceError for anything else."""
     content = read_json_object(path, FORMAT, FORMAT_VERSION, _COMMAND)
     try:
-        reports: dict[str, TaskReport] = typed(dict[str, TaskReport], content["tasks"])
-    except (TypeError, ValueError, KeyError) as error:
+        return build(dict[str, TaskReport], content["tasks"], "tasks")
+    except (ValueError, KeyError) as error:
         raise EvidenceError(f"{path} is damaged: {error}; write it anew with rollout.py --report-only") from error
-    return reports
 
 
 def demonstrations_of(path: Path) -> str:
     """Hash of the demonstrations that the codecs of a report were fitted to. Raises EvidenceError."""
     content = read_json_object(path, FORMAT, FORMAT_VERSION, _COMMAND)
     return str(content["run"]["hashes"]["demonstrations"])
-
-
-def content_of(identity: Identity, reports: dict[str, TaskReport]) -> dict[str, Any]:
-    """As it is written to JSON."""
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "confidence": CONFIDENCE,
-        "tolerances_mm": list(TOLERANCES),
-        "run": asdict(identity),
-        "tasks": {task: asdict(report) for task, report in reports.items()},
-    }
 
 
 def report_files(folder: Path) -> tuple[Path, ...]:
@@ -65,6 +52,14 @@ def write_report(episodes: Path, folder: Path) -> str:
         draw(reports, folder / "rollout.png")
     else:
         text += "\n\nno picture: matplotlib is not installed here; --report-only elsewhere draws it"
-    content = json.dumps(content_of(identity, reports), indent=1, allow_nan=False, ensure_ascii=False)
-    write_text(folder / "rollout.json", content + "\n")
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "confidence": CONFIDENCE,
+        "tolerances_mm": TOLERANCES,
+        "run": asdict(identity),
+        "tasks": {task: asdict(report) for task, report in reports.items()},
+    }
+    written = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+    write_text(folder / "rollout.json", written + "\n")
     return text

@@ -27,8 +27,9 @@ from rfsq.rfsq_ref.published_checkpoints import (
 )
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
-from rfsq.runtime.bundle.paths import as_path, replacing, shown
+from rfsq.runtime.bundle.paths import as_path, shown
 from rfsq.runtime.bundle.reading import UnfitFileError, parse_json, read_file
+from rfsq.runtime.bundle.writing import replacing
 
 FORMAT = "rfsq-checkpoint"
 FORMAT_VERSION = 1
@@ -205,15 +206,10 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be written: in its provenance, {error}; leave that out") from error
     header[_HASH_KEY] = _hash(header, tensors)
-    try:
-        with replacing(path) as temporary:
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            # Not save_file: it makes a private file (0600), whatever the umask.
-            temporary.write_bytes(
-                safetensors.torch.save(contiguous, metadata={FORMAT: json.dumps(header, sort_keys=True)})
-            )
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing(path, error=CheckpointError) as temporary:
+        # Not save_file: it makes a private file (0600), whatever the umask.
+        temporary.write_bytes(safetensors.torch.save(contiguous, {FORMAT: json.dumps(header, sort_keys=True)}))
 
 
 def _hash(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -258,6 +254,16 @@ def _own_checkpoint(tensors: dict[str, Tensor], written: str, path: Path) -> Che
         raise CheckpointError(
             f"{path} is damaged: its numbers have another SHA-256 than it states itself; copy it again"
         )
+    constants, readout, recovered = _fitted(tensors, config, path)
+    weights = take_weights(tensors, config, path)
+    require_known(tensors, path)
+    return Checkpoint(config, trained_with, weights, constants, readout, recovered, normaliser, provenance)
+
+
+def _fitted(
+    tensors: dict[str, Tensor], config: ModelConfig, path: Path
+) -> tuple[ConditioningConstants | None, Readout | None, dict[int, RecoveredDecoder]]:
+    """Take out what calibration has added to the weights."""
     constants = None
     if "calibrated.mean" in tensors or "calibrated.scale" in tensors:
         shape = (config.num_layers, config.latent_dim)
@@ -279,6 +285,4 @@ def _own_checkpoint(tensors: dict[str, Tensor], written: str, path: Path) -> Che
             take(tensors, f"recovered.{prefix}.matrix", shape, path, torch.float64),
             take(tensors, f"recovered.{prefix}.offset", shape[:1], path, torch.float64),
         )
-    weights = take_weights(tensors, config, path)
-    require_known(tensors, path)
-    return Checkpoint(config, trained_with, weights, constants, readout, recovered, normaliser, provenance)
+    return constants, readout, recovered

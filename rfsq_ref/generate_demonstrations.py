@@ -21,22 +21,22 @@ import argparse
 import json
 import logging
 import multiprocessing
-import os
-import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from rfsq.rfsq_ref.errors import OutputError, SettingsError, UnusableError
-from rfsq.rfsq_ref.experts import ACTION_DIM, EXPERTS, POSITION_UNIT, ROTATION_UNIT
+from rfsq.rfsq_ref.expert import ACTION_DIM, POSITION_UNIT, ROTATION_UNIT
+from rfsq.rfsq_ref.experts import EXPERTS
 from rfsq.runtime.bundle.console import path_argument
 from rfsq.runtime.bundle.paths import refuse_existing
+from rfsq.runtime.bundle.writing import replacing
 
 GENERATOR_VERSION = 1
 CONTROL_FREQUENCY = 20
@@ -96,13 +96,16 @@ def attempt_of(seed: int, task: str, index: int) -> Attempt:
     return Attempt(task, index, int(sequence.generate_state(1, np.uint32)[0]))
 
 
-def check_simulator() -> dict[str, str]:
-    """Versions of what decides the bytes of the result; refuses a simulator that is missing or known to break."""
+def check_simulator(*others: str) -> dict[str, str]:
+    """Versions of robosuite, mujoco, numpy and `others`, which decide what comes out of a simulation.
+
+    Raises SimulatorError where one of them is missing, or is known to break.
+    """
     try:
-        versions = {name: version(name) for name in ("robosuite", "mujoco", "numpy")}
+        versions = {name: version(name) for name in ("robosuite", "mujoco", "numpy", *others)}
     except PackageNotFoundError as error:
         raise SimulatorError(
-            f"{error.name} is not installed, and the demonstrations come from it; run: pip install '.[sim]'"
+            f"{error.name} is not installed, and the simulation needs it; run: pip install '.[sim]'"
         ) from error
     if int(versions["mujoco"].split(".")[0]) >= 4:
         raise SimulatorError(
@@ -158,21 +161,19 @@ def collect(config: GenerationConfig) -> list[Episode]:
 
     Each round runs as many attempts as are missing, so which attempts are made does not depend on the workers.
     """
-    episodes: dict[str, list[Episode]] = {task: [] for task in config.tasks}
+    episodes: list[Episode] = []
     # Spawned workers start clean: a forked one would share the simulator's native state.
     with multiprocessing.get_context("spawn").Pool(config.workers) as pool:
         while missing := list(_missing_attempts(config, episodes)):
-            for episode in _progress(pool.imap_unordered(run_attempt, missing), len(missing)):
-                episodes[episode.attempt.task].append(episode)
-    return [
-        episode for task in config.tasks for episode in sorted(episodes[task], key=lambda found: found.attempt.index)
-    ]
+            found = pool.imap_unordered(run_attempt, missing)
+            episodes += tqdm(found, "demonstrations", len(missing), unit="episode", disable=None)
+    return sorted(episodes, key=lambda found: (config.tasks.index(found.attempt.task), found.attempt.index))
 
 
-def _missing_attempts(config: GenerationConfig, episodes: dict[str, list[Episode]]) -> Iterator[Attempt]:
+def _missing_attempts(config: GenerationConfig, episodes: list[Episode]) -> Iterator[Attempt]:
     for task in config.tasks:
-        tried = len(episodes[task])
-        kept = sum(episode.success for episode in episodes[task])
+        successes = [episode.success for episode in episodes if episode.attempt.task == task]
+        tried, kept = len(successes), sum(successes)
         missing = config.episodes_per_task - kept
         if missing and tried >= MAX_ATTEMPTS_PER_EPISODE * config.episodes_per_task:
             raise SimulatorError(
@@ -181,17 +182,6 @@ def _missing_attempts(config: GenerationConfig, episodes: dict[str, list[Episode
             )
         for index in range(tried, tried + missing):
             yield attempt_of(config.seed, task, index)
-
-
-def _progress(episodes: Iterable[Episode], total: int) -> Iterator[Episode]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        for done, episode in enumerate(episodes, start=1):
-            print(f"{done}/{total} {episode.attempt.task} {len(episode.actions)} steps", file=sys.stderr, flush=True)
-            yield episode
-    else:
-        yield from tqdm(episodes, total=total, unit="episode", desc="demonstrations", disable=None)
 
 
 def arrays_of(
@@ -231,19 +221,9 @@ def _metadata(config: GenerationConfig, attempts: Sequence[Episode], versions: d
 
 
 def save(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    """Write beside `path` and rename, so that an interrupted run leaves the old file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        # mkstemp makes files private; a data file is for everyone who may read the folder.
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+    """Whole or not at all: an interrupted run leaves the old file or none."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def table(config: GenerationConfig, attempts: Sequence[Episode]) -> str:

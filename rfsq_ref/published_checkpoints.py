@@ -7,7 +7,6 @@ latent dimension `hidden_dim`.
 
 import io
 import pickle
-import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,25 +21,16 @@ from rfsq.rfsq_ref.errors import CheckpointError, SettingsError
 from rfsq.rfsq_ref.left_statistics import left_statistics
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.tensor_files import DamagedFileError, load_torch
-from rfsq.runtime.bundle.checkpoint_layouts import WEIGHTS_KEY
+from rfsq.runtime.bundle.checkpoint_layouts import GRID_NAME, GRID_TOLERANCE, UNUSED_NAME, WEIGHTS_KEY, weight_shapes
 from rfsq.runtime.bundle.checkpoint_states import (
     DEFAULTS,
     FoundState,
-    find_gridless,
     find_states,
     is_average,
     is_tensor_name,
 )
 from rfsq.runtime.bundle.paths import shortlist, shown
 
-_WEIGHTS = tuple(
-    f"{part}.{index}.{kind}" for part in ("encoder", "decoder") for index in (0, 2) for kind in ("weight", "bias")
-)
-# Numbers as they are written, so that the name found is the name looked up.
-_BOUNDARIES = re.compile(r"rfsq\.layers\.(0|[1-9][0-9]{0,8})\.boundaries")
-_UNUSED_LAYERNORM = re.compile(r"rfsq\.layers\.(0|[1-9][0-9]{0,8})\.layernorm\.(weight|bias)")
-#: The published grid is a float32 linspace; anything further off than its rounding is another grid.
-_GRID_TOLERANCE = 1e-6
 #: Facts beside the weights that become provenance.
 _FACTS = ("epoch", "train_mse", "mse")
 
@@ -75,7 +65,7 @@ def published_model(
     stated = {} if state.label == "" else _stated(content, path)
     config = _infer_config(tensors, stated, path)
     _take_grids(tensors, config, path)
-    unused = sorted(name for name in tensors if _UNUSED_LAYERNORM.fullmatch(name))
+    unused = sorted(name for name in tensors if UNUSED_NAME.fullmatch(name))
     for name in unused:
         del tensors[name]
     if unused:
@@ -105,7 +95,7 @@ def _is_fact(value: object) -> bool:
 
 def _choose(content: Mapping[Any, Any], path: Path, wanted: str | None) -> tuple[FoundState, list[str]]:
     """The state to take, and what a person should know about the choice."""
-    found = find_states(content)
+    found, gridless = find_states(content)
     if wanted is not None:
         state = _named(found, wanted, path)
     elif found:
@@ -119,7 +109,7 @@ def _choose(content: Mapping[Any, Any], path: Path, wanted: str | None) -> tuple
             f"{path} has no state dict of tensors; found the keys {_listed(entries)}, of which {_listed(others)} are "
             "none"
         )
-    return state, list(_remarks(content, found, state))
+    return state, list(_remarks(content, found, gridless, state))
 
 
 def _named(found: Sequence[FoundState], wanted: str, path: Path) -> FoundState:
@@ -134,7 +124,7 @@ def _named(found: Sequence[FoundState], wanted: str, path: Path) -> FoundState:
     return matching[0]
 
 
-def _default(found: Sequence[FoundState], path: Path) -> FoundState:
+def _default(found: list[FoundState], path: Path) -> FoundState:
     """The model itself, by the names in DEFAULTS; else the only one that is no average; else the only average."""
     usual = sorted((state for state in found if state.label in DEFAULTS), key=lambda state: DEFAULTS.index(state.label))
     for other in usual[1:]:
@@ -144,7 +134,7 @@ def _default(found: Sequence[FoundState], path: Path) -> FoundState:
                 "one was trained. Choose with --weights, or save the file with one of them"
             )
     plain = [state for state in found if not state.is_average]
-    candidates = usual[:1] or plain or list(found)
+    candidates = usual[:1] or plain or found
     if len(candidates) > 1:
         labels = ", ".join(repr(state.label) for state in candidates)
         raise CheckpointError(f"{path} holds {len(candidates)} models: {labels}; choose one of them with --weights")
@@ -160,7 +150,9 @@ def _unrecognised(content: Mapping[Any, Any], path: Path) -> FoundState:
     return FoundState(key, dict(state), (), {}, ())
 
 
-def _remarks(content: Mapping[Any, Any], found: Sequence[FoundState], state: FoundState) -> Iterator[str]:
+def _remarks(
+    content: Mapping[Any, Any], found: Sequence[FoundState], gridless: Sequence[FoundState], state: FoundState
+) -> Iterator[str]:
     others = [other for other in found if other is not state]
     for other in others:
         if _is_same(state, other):
@@ -171,7 +163,6 @@ def _remarks(content: Mapping[Any, Any], found: Sequence[FoundState], state: Fou
         yield f"weights taken: {_shown(state)}; not taken: {', '.join(map(_shown, different))}{names}"
     elif state.is_average:
         yield f"weights taken: {_shown(state)}, an average over the training by its name, and the only model here"
-    gridless = find_gridless(content)
     if gridless:
         yield f"not taken, for they have no quantiser: {', '.join(map(_shown, gridless))}"
     # Some averages are kept as a list without names.
@@ -272,7 +263,7 @@ def _infer_config(tensors: Mapping[str, Any], stated: Mapping[str, Any], path: P
             f"{path} is not an RFSQ autoencoder: 'encoder.0.weight' and 'encoder.2.weight' are missing or not "
             f"matrices; found {_listed(sorted(tensors))}"
         )
-    layers = sorted(int(match[1]) for name in tensors if (match := _BOUNDARIES.fullmatch(name)))
+    layers = sorted(int(match[1]) for name in tensors if (match := GRID_NAME.fullmatch(name)))
     if not layers or layers != list(range(len(layers))):
         raise CheckpointError(
             f"{path} has the quantiser layers {layers}; expected 'rfsq.layers.N.boundaries' for N = 0, 1, 2, ... "
@@ -323,7 +314,7 @@ def _take_grids(tensors: dict[str, Any], config: ModelConfig, path: Path) -> Non
             )
         # A model saved in half precision has the grid rounded to it.
         deviation = float((_as_double(name, grid, path) - expected.to(grid.dtype).double()).abs().max())
-        if not deviation <= _GRID_TOLERANCE:
+        if not deviation <= GRID_TOLERANCE:
             raise CheckpointError(
                 f"{path}: the grid of layer {layer} is off by {deviation:.3g}; expected linspace(-1, 1, "
                 f"{config.num_levels}), the only grid this project decodes"
@@ -337,18 +328,9 @@ def require_known(left: Mapping[str, object], path: Path) -> None:
 
 
 def take_weights(tensors: dict[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:
-    sizes = {
-        "encoder.0": (config.hidden_width, config.action_dim),
-        "encoder.2": (config.latent_dim, config.hidden_width),
-        "decoder.0": (config.hidden_width, config.latent_dim),
-        "decoder.2": (config.action_dim, config.hidden_width),
-    }
-    weights = {}
-    for name in _WEIGHTS:
-        module, _, kind = name.rpartition(".")
-        shape = sizes[module] if kind == "weight" else sizes[module][:1]
-        weights[name] = take(tensors, name, shape, path)
-    return weights
+    """The autoencoder's, out of all tensors of a file, by their published names. Raises CheckpointError."""
+    shapes = weight_shapes(config.action_dim, config.latent_dim, config.hidden_width)
+    return {name: take(tensors, name, shape, path) for name, shape in shapes.items()}
 
 
 def take(

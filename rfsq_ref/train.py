@@ -25,40 +25,26 @@ if __name__ == "__main__":
 
 import argparse
 import copy
-import json
 import math
 import os
-import platform
 import statistics
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq.rfsq_ref.checkpoints import SUFFIX, Checkpoint, check_output, checkpoint_of, save_checkpoint
-from rfsq.rfsq_ref.data import ActionDataset, FloatArray, load_actions, load_demonstrations, split_episodes
-from rfsq.rfsq_ref.errors import CheckpointError, DataError, OutputError, SettingsError, TrainingError, UnusableError
+from rfsq.rfsq_ref.checkpoints import SUFFIX, check_output, checkpoint_of
+from rfsq.rfsq_ref.data import ActionDataset, load_actions, load_demonstrations, split_episodes
+from rfsq.rfsq_ref.errors import DataError, OutputError, SettingsError, TrainingError, UnusableError
 from rfsq.rfsq_ref.normaliser import NormaliserKind, fit_normaliser
+from rfsq.rfsq_ref.normaliser_choice import chosen_normaliser, describe, untouched
 from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.rfsq_ref.training_history import EpochRecord, TrainResult, history_path, result_files, save_result
 from rfsq.runtime.bundle.console import path_argument
-from rfsq.runtime.bundle.paths import as_path, counted, refuse_existing, replacing
-from rfsq.runtime.bundle.reading import read_file
-
-HISTORY_FORMAT = "rfsq-training-history"
-HISTORY_VERSION = 1
-#: In bytes. A line of 100 for each of 100,000 epochs takes a sixth of it.
-_HISTORY_SIZE_LIMIT = 2**26
-#: Largest action and smallest half range of a moving dimension that the published recipe, which does not normalise,
-#: learns well: beyond 2 the error of one dimension drowns the others, below 0.1 it is drowned.
-UNNORMALISED_LIMIT, UNNORMALISED_RANGE = 2.0, 0.1
+from rfsq.runtime.bundle.paths import refuse_existing
 
 
 @dataclass(frozen=True)
@@ -96,50 +82,6 @@ class TrainConfig:
             raise SettingsError(f"seed is {self.seed}; expected one of 64 bits")
 
 
-@dataclass(frozen=True)
-class EpochRecord:
-    """Mean squared errors in normalised action units."""
-
-    epoch: int
-    train_mse: float
-    validation_mse: float
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """history: one record per epoch that ran, fewer than asked for when training stopped early."""
-
-    checkpoint: Checkpoint
-    history: tuple[EpochRecord, ...]
-
-
-def suggested_normaliser(dataset: ActionDataset) -> NormaliserKind | None:
-    """`min-max` where the training episodes are not of about unit size, None where the published recipe fits.
-
-    `min-max`, because a dimension that rarely moves has quantiles without a range between them.
-    """
-    is_large, is_narrow = _unfit(split_episodes(dataset).train.steps())
-    return NormaliserKind.MIN_MAX if (is_large | is_narrow).any() else None
-
-
-def _unfit(steps: FloatArray) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """bool [A] each: dimensions that reach too far for the published recipe, and those that move too little."""
-    return np.abs(steps).max(axis=0) > UNNORMALISED_LIMIT, _moves_less_than(steps, UNNORMALISED_RANGE)
-
-
-def _untouched(steps: FloatArray) -> tuple[int, ...]:
-    """The last dimension where it is a gripper command that has unit size already, like -1 and 1 or 0 and 1."""
-    last = steps[:, -1:]
-    return (-1,) if np.abs(last).max() <= 1 and not _moves_less_than(last, 0.5).any() else ()
-
-
-def _moves_less_than(steps: FloatArray, half_range: float) -> npt.NDArray[np.bool_]:
-    """bool [A]: dimensions that move, but not as much; one that never moves needs no precision."""
-    ranges = steps.max(axis=0).astype(np.float64) - steps.min(axis=0)
-    moves_less: npt.NDArray[np.bool_] = (ranges > 0) & (ranges < 2 * half_range)
-    return moves_less
-
-
 def train(dataset: ActionDataset, config: TrainConfig, *, show_progress: bool = False) -> TrainResult:
     """Train on the training episodes of `split_episodes(dataset)`, choose the epoch by its validation episodes.
 
@@ -158,18 +100,37 @@ def train(dataset: ActionDataset, config: TrainConfig, *, show_progress: bool = 
             )
         episodes = episodes.select(range(config.num_episodes))
     actions = episodes.steps()
-    normaliser = fit_normaliser(actions, config.normaliser, _untouched(actions)) if config.normaliser else None
+    normaliser = fit_normaliser(actions, config.normaliser, untouched(actions)) if config.normaliser else None
     torch.manual_seed(config.seed)
-    generator = torch.Generator().manual_seed(config.seed)
     sizes = ModelConfig(
         episodes.action_dim, config.latent_dim, config.hidden_width, config.num_layers, config.num_levels
     )
     conditioning = Conditioning.DYNAMIC if config.use_layernorm else Conditioning.NONE
     model = ActionAutoencoder(sizes, conditioning, normaliser=normaliser).to(device)
+    steps, validation = torch.from_numpy(actions).to(device), torch.from_numpy(split.validation.steps()).to(device)
+    chosen, history = _fit(model, steps, validation, config, show_progress=show_progress)
+    provenance = {
+        "training": {**asdict(config), "normaliser": config.normaliser.value if config.normaliser else None},
+        # The whole file's hash, so that calibration recognises it and keeps away from the training episodes.
+        "data": {"source": dataset.source, "sha256": dataset.sha256, "training_steps": episodes.num_steps},
+        "epoch": chosen.epoch,
+        "train_mse": chosen.train_mse,
+        "validation_mse": chosen.validation_mse,
+        "torch": str(torch.__version__),
+    }
+    return TrainResult(checkpoint_of(model, provenance), tuple(history))
+
+
+def _fit(
+    model: ActionAutoencoder, steps: Tensor, validation: Tensor, config: TrainConfig, *, show_progress: bool
+) -> tuple[EpochRecord, list[EpochRecord]]:
+    """The epoch with the lowest validation error, whose weights the model then has, and all that ran.
+
+    steps, validation: float32 [N, A]. Raises TrainingError where no epoch has an error below infinity.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
     optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=config.epochs)
-    steps, validation = torch.from_numpy(actions).to(device), torch.from_numpy(split.validation.steps()).to(device)
-
     history: list[EpochRecord] = []
     chosen = EpochRecord(0, math.inf, math.inf)
     best = copy.deepcopy(model.state_dict())
@@ -191,16 +152,7 @@ def train(dataset: ActionDataset, config: TrainConfig, *, show_progress: bool = 
             f"training diverged: validation MSE {history[-1].validation_mse} in epoch {history[-1].epoch}; lower the "
             f"learning rate (--learning-rate, now {config.learning_rate})"
         )
-    provenance = {
-        "training": {**asdict(config), "normaliser": config.normaliser.value if config.normaliser else None},
-        # The whole file's hash, so that calibration recognises it and keeps away from the training episodes.
-        "data": {"source": dataset.source, "sha256": dataset.sha256, "training_steps": episodes.num_steps},
-        "epoch": chosen.epoch,
-        "train_mse": chosen.train_mse,
-        "validation_mse": chosen.validation_mse,
-        "torch": str(torch.__version__),
-    }
-    return TrainResult(checkpoint_of(model, provenance), tuple(history))
+    return chosen, history
 
 
 def _device(name: str) -> torch.device:
@@ -253,116 +205,7 @@ def _evaluate(model: ActionAutoencoder, steps: Tensor) -> float:
 
 
 def _normalised_mse(model: ActionAutoencoder, actions: Tensor) -> Tensor:
-    return mse_loss(model(actions).actions / model.units, actions / model.units)
-
-
-# Learning curves -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TrainingHistory:
-    """A learning curve as it is kept beside its checkpoint.
-
-    training: the TrainConfig, the seed among it; data: source, sha256 and training_steps; versions: of python, numpy
-    and torch; kept_epoch: whose weights the checkpoint has, counted from 1; epochs: all that ran.
-    """
-
-    training: Mapping[str, Any]
-    data: Mapping[str, Any]
-    versions: Mapping[str, str]
-    kept_epoch: int
-    epochs: tuple[EpochRecord, ...]
-
-
-def history_of(result: TrainResult) -> TrainingHistory:
-    facts = result.checkpoint.provenance
-    versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": facts["torch"]}
-    return TrainingHistory(facts["training"], facts["data"], versions, facts["epoch"], result.history)
-
-
-def history_path(checkpoint: Path) -> Path:
-    """NAME.history.json beside NAME.safetensors; the drawing is NAME.history.png."""
-    return checkpoint.with_suffix(".history.json")
-
-
-def load_history(path: str | os.PathLike[str]) -> TrainingHistory:
-    """Read a NAME.history.json. Raises CheckpointError for anything else."""
-    path = as_path(path, "the learning curve", CheckpointError)
-    try:
-        # Not strictly: the curve of a training that diverged later on has NaN in it.
-        content = json.loads(read_file(path, _HISTORY_SIZE_LIMIT))
-        if (content.pop("format"), content.pop("version")) != (HISTORY_FORMAT, HISTORY_VERSION):
-            raise ValueError(f"expected format {HISTORY_FORMAT!r}, version {HISTORY_VERSION}")
-        epochs = tuple(EpochRecord(**record) for record in content.pop("epochs"))
-        history = TrainingHistory(epochs=epochs, **content)
-        if history.kept_epoch not in {record.epoch for record in epochs}:
-            raise ValueError(f"kept_epoch {history.kept_epoch!r} is none of the {len(epochs)} epochs")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is no learning curve of this project: {error!r}; give the NAME.history.json that training wrote "
-            "beside its checkpoint"
-        ) from error
-    return history
-
-
-def result_files(output: Path) -> tuple[Path, ...]:
-    """What save_result may write."""
-    return output, history_path(output), history_path(output).with_suffix(".png")
-
-
-def save_result(result: TrainResult, output: Path) -> None:
-    """Write the checkpoint, NAME.history.json and, where matplotlib is installed, NAME.history.png.
-
-    Each goes to a temporary sibling that is renamed, the checkpoint last: where it is, its curve is too. Raises
-    CheckpointError.
-    """
-    output = check_output(output)
-    history = history_of(result)
-    content = {"format": HISTORY_FORMAT, "version": HISTORY_VERSION, **asdict(history)}
-    text = json.dumps(content, indent=1) + "\n"
-    path = history_path(output)
-    _write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    if find_spec("matplotlib"):
-        _write_whole(path.with_suffix(".png"), lambda temporary: _draw(history, output.stem, temporary))
-    save_checkpoint(result.checkpoint, output)
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    try:
-        with replacing(path) as temporary:
-            write(temporary)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
-
-
-def _draw(history: TrainingHistory, name: str, path: Path) -> None:
-    # Training needs no matplotlib, and the simulator's environment has none.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), dpi=100)
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.1, 0.11, 0.88, 0.81))
-    epochs = [record.epoch for record in history.epochs]
-    axes.set_yscale("log")
-    axes.plot(epochs, [record.train_mse for record in history.epochs], color="#8a8a8a", label="training episodes")
-    axes.plot(
-        epochs, [record.validation_mse for record in history.epochs], color="#1f6fb4", linewidth=2,
-        label="validation episodes",
-    )  # fmt: skip
-    kept = next(record for record in history.epochs if record.epoch == history.kept_epoch)
-    axes.plot(
-        [kept.epoch], [kept.validation_mse], "o", color="#d9730d", markersize=8,
-        label=f"kept: epoch {kept.epoch}, {kept.validation_mse:.2e}",
-    )  # fmt: skip
-    axes.set_title(f"{name}, seed {history.training['seed']}, {history.data['source']}", loc="left", fontsize=11)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("MSE, normalised units²")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
-    axes.legend(frameon=False)
-    # Without the version matplotlib would write, equal curves are equal files.
-    figure.savefig(path, format="png", metadata={"Software": None})
+    return mse_loss(model(actions) / model.units, actions / model.units)
 
 
 # Command line --------------------------------------------------------------------------------------------------------
@@ -406,61 +249,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def chosen_normaliser(name: str, dataset: ActionDataset) -> NormaliserKind | None:
-    """What `auto`, `none` or a kind's name means for this dataset. ValueError for other names."""
-    if name == "auto":
-        return suggested_normaliser(dataset)
-    return None if name == "none" else NormaliserKind(name)
-
-
-def describe(dataset: ActionDataset, normaliser: str) -> str:
-    """What is about to be trained on, and how its actions are normalised, by the name that was given, and why."""
-    return (
-        f"training on {dataset.source}: {counted(len(dataset.episodes), 'episode')}, "
-        f"{counted(dataset.num_steps, 'step')}, split by episode\n"
-        f"{describe_normaliser(dataset, normaliser)}"
-    )
-
-
-def describe_normaliser(dataset: ActionDataset, name: str) -> str:
-    """What `auto` has chosen for this dataset and why, or what was asked for."""
-    chosen = chosen_normaliser(name, dataset) or "none"
-    if name != "auto":
-        return f"normaliser: {chosen}, as asked"
-    steps = split_episodes(dataset).train.steps()
-    is_large, is_narrow = _unfit(steps)
-    reasons = [
-        f"{_of_dimensions(found, verb, verbs)} {what}"
-        for found, (verb, verbs, what) in (
-            (is_large, ("reaches", "reach", f"beyond {UNNORMALISED_LIMIT:g}")),
-            (is_narrow, ("spans", "span", f"less than {2 * UNNORMALISED_RANGE:g}")),
-        )
-        if found.any()
-    ]
-    why = " and ".join(reasons) or (
-        f"all actions lie within {UNNORMALISED_LIMIT:g} and every dimension that moves spans "
-        f"{2 * UNNORMALISED_RANGE:g} or more, as the published recipe expects"
-    )
-    if is_narrow.any():
-        why += ", from its lowest to its highest action"
-    parts = [f"normaliser: {chosen}, chosen by auto: {why}"]
-    if reasons:
-        last = ", but for the last, which has the unit size of a gripper command" if _untouched(steps) else ""
-        parts.append(f"every dimension is rescaled, those of unit size too{last}")
-    is_still = np.ptp(steps, axis=0) == 0
-    if is_still.any():
-        parts.append(_of_dimensions(is_still, "never moves", "never move"))
-    return "; ".join(parts)
-
-
-def _of_dimensions(found: npt.NDArray[np.bool_], verb: str, verbs: str, most: int = 6) -> str:
-    """Such as `dimension 3 never moves`; verbs: of several."""
-    numbers = np.flatnonzero(found).tolist()
-    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
-    listed = f"{', '.join(map(str, numbers[:most]))}{more}"
-    return f"dimension {listed} {verb}" if len(numbers) == 1 else f"dimensions {listed} {verbs}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     make_deterministic()
@@ -488,7 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(describe(dataset, options.normaliser))
         for seed, path in zip(seeds, outputs, strict=True):
             result = train(dataset, replace(config, seed=seed), show_progress=True)
-            save_result(result, path)
+            drawing = save_result(result, path)
             kept = result.checkpoint.provenance
             errors.append(float(kept["validation_mse"]))
             print(
@@ -496,7 +284,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"validation MSE {kept['validation_mse']:.3e} (normalised units²)"
             )
             print(f"wrote {path} and {history_path(path).name}")
-            if not find_spec("matplotlib"):
+            if drawing is None:
                 print("no drawing of the curve: matplotlib is not installed; pip install '.[export]'")
     except UnusableError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,16 +23,9 @@ import modal
 from rfsq.rfsq_ref.checkpoints import SUFFIX, check_output
 from rfsq.rfsq_ref.data import load_actions, load_demonstrations
 from rfsq.rfsq_ref.errors import CheckpointError, OutputError
-from rfsq.rfsq_ref.train import (
-    TrainConfig,
-    chosen_normaliser,
-    describe,
-    history_path,
-    make_deterministic,
-    result_files,
-    save_result,
-    train,
-)
+from rfsq.rfsq_ref.normaliser_choice import chosen_normaliser, describe
+from rfsq.rfsq_ref.train import TrainConfig, make_deterministic, train
+from rfsq.rfsq_ref.training_history import history_path, result_files, save_result
 from rfsq.runtime.bundle.paths import refuse_existing
 
 _ROOT = Path(__file__).resolve().parent.parent

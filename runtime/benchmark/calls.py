@@ -29,7 +29,7 @@ class Batch:
 def random_batch(tokenizer: ActionTokenizer, size: int) -> Batch:
     """A batch of B = size chunks: always the same actions, and the tokens that the backend makes of them."""
     model = tokenizer.model
-    normalised = np.random.default_rng(0).uniform(-1, 1, (size, model.chunk_length, model.action_dim))
+    normalised = np.random.default_rng(0).uniform(-1, 1, model.actions_shape(size))
     actions = (normalised * model.action_units + model.action_offset).astype(np.float32)
     return Batch(actions, codes_of(tokenizer, actions))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.console import printable
-from ..bundle.paths import replacing
+from ..bundle.writing import replacing
 from .start import Start
 from .timing import Arithmetic, Bandwidth, Row
 

@@ -1,8 +1,8 @@
-"""The arrays that everything here exchanges."""
+"""The arrays that everything here exchanges, and steps cut into chunks."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,3 +22,17 @@ class Codes(NamedTuple):
         """The first layers, C-contiguous."""
         stats = None if self.stats is None else np.ascontiguousarray(self.stats[..., :layers, :])
         return Codes(np.ascontiguousarray(self.tokens[..., :layers]), stats)
+
+
+def in_chunks(steps: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
+    """[n, ...] as [ceil(n / length), length, ...]; the last chunk is filled up with the last step.
+
+    Every step is coded on its own, so what fills a chunk changes nothing else, and is legal where the step is.
+
+    >>> in_chunks(np.arange(3), 2).tolist()
+    [[0, 1], [2, 2]]
+    """
+    filling = np.repeat(steps[-1:], -len(steps) % length, axis=0)
+    # Without filling no copy is made.
+    filled = np.concatenate((steps, filling)) if len(filling) else steps
+    return filled.reshape(-1, length, *steps.shape[1:])

@@ -23,11 +23,12 @@ HASHES_KEY = "tensors"
 #: There too: the label of the model that was chosen, where it was not the model itself.
 WEIGHTS_KEY = "weights"
 
-_GRID = re.compile(r"rfsq\.layers\.(0|[1-9][0-9]*)\.boundaries")
-# Created by some versions of the published model and never used by its forward pass.
-_UNUSED = re.compile(r"rfsq\.layers\.(0|[1-9][0-9]*)\.layernorm\.(weight|bias)")
-#: The published grid is a float32 linspace; a file of lower precision has it rounded.
-_GRID_TOLERANCE = 1e-6
+# Numbers as they are written, so that the name found is the name looked up.
+GRID_NAME = re.compile(r"rfsq\.layers\.(0|[1-9][0-9]{0,8})\.boundaries")
+#: Created by some versions of the published model and never used by its forward pass.
+UNUSED_NAME = re.compile(r"rfsq\.layers\.(0|[1-9][0-9]{0,8})\.layernorm\.(weight|bias)")
+#: The published grid is a float32 linspace; a file of lower precision has it rounded. What is further off is another.
+GRID_TOLERANCE = 1e-6
 
 _Array = npt.NDArray[Any]
 
@@ -62,8 +63,7 @@ def recorded_hashes(manifest: Manifest) -> dict[str, str] | None:
     """Those of the checkpoint that the bundle was built from; None where the build did not write them down."""
     checkpoint = manifest.provenance.get("checkpoint")
     hashes = checkpoint.get(HASHES_KEY) if isinstance(checkpoint, dict) else None
-    shapes = weight_shapes(manifest.model)
-    if not isinstance(hashes, dict) or not shapes.keys() <= hashes.keys():
+    if not isinstance(hashes, dict) or not _shapes(manifest.model).keys() <= hashes.keys():
         return None
     return {name: str(value) for name, value in hashes.items()}
 
@@ -75,13 +75,17 @@ def recorded_weights(manifest: Manifest) -> str | None:
     return None if label is None else str(label)
 
 
-def weight_shapes(model: ModelEntry) -> dict[str, tuple[int, ...]]:
+def _shapes(model: ModelEntry) -> dict[str, tuple[int, ...]]:
+    return weight_shapes(model.action_dim, model.latent_dim, model.hidden_width)
+
+
+def weight_shapes(action_dim: int, latent_dim: int, hidden_width: int) -> dict[str, tuple[int, ...]]:
     """The autoencoder's tensors, by their published names."""
     sizes = {
-        "encoder.0": (model.hidden_width, model.action_dim),
-        "encoder.2": (model.latent_dim, model.hidden_width),
-        "decoder.0": (model.hidden_width, model.latent_dim),
-        "decoder.2": (model.action_dim, model.hidden_width),
+        "encoder.0": (hidden_width, action_dim),
+        "encoder.2": (latent_dim, hidden_width),
+        "decoder.0": (hidden_width, latent_dim),
+        "decoder.2": (action_dim, hidden_width),
     }
     return {
         f"{name}.{kind}": size if kind == "weight" else size[:1]
@@ -120,7 +124,7 @@ def _is_equal(found: object, expected: object) -> bool:
 
 def is_grid(name: str) -> bool:
     """Whether this is the published name of a quantiser layer's grid."""
-    return _GRID.fullmatch(name) is not None
+    return GRID_NAME.fullmatch(name) is not None
 
 
 def compare_state(
@@ -131,9 +135,9 @@ def compare_state(
     Grids, which are the same for everybody, and what calibration fitted may be left out: a published file has the
     ones, a file of ours the others.
     """
-    shapes = weight_shapes(model)
+    shapes = _shapes(model)
     grids = {f"rfsq.layers.{layer}.boundaries" for layer in range(model.num_layers)}
-    found = {name: array for name, array in state.items() if not _UNUSED.fullmatch(name)}
+    found = {name: array for name, array in state.items() if not UNUSED_NAME.fullmatch(name)}
     hashed = weight_hashes({name: array for name, array in found.items() if name in hashes})
     grid = np.linspace(-1, 1, model.num_levels, dtype=np.float32)
     differences = []
@@ -145,7 +149,7 @@ def compare_state(
             differences.append(
                 f"{name} has other numbers (sha256 {hashed[name][:8]}…, the bundle's {hashes[name][:8]}…)"
             )
-        elif name in grids and not np.allclose(array, grid, rtol=0, atol=max(_GRID_TOLERANCE, resolution)):
+        elif name in grids and not np.allclose(array, grid, rtol=0, atol=max(GRID_TOLERANCE, resolution)):
             differences.append(f"{name} is not linspace(-1, 1, {model.num_levels})")
     layers = sum(map(is_grid, found))
     if layers not in (0, model.num_layers):

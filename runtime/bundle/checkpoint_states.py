@@ -44,11 +44,6 @@ class FoundState:
     counters: tuple[str, ...]
 
     @property
-    def has_grids(self) -> bool:
-        """Whether it has a quantiser; other models have an encoder as well."""
-        return _has_grids(self.tensors)
-
-    @property
     def is_average(self) -> bool:
         """Of the weights over the training, by its name."""
         return is_average(self.label)
@@ -64,28 +59,20 @@ def is_tensor_name(name: object) -> bool:
     return isinstance(name, str) and _split(name) is not None
 
 
-def find_states(content: Mapping[Any, Any]) -> tuple[FoundState, ...]:
-    """Every model in what a training script saved, in the order of the file; labels differ.
+def find_states(content: Mapping[Any, Any]) -> tuple[list[FoundState], list[FoundState]]:
+    """Every model in what a training script saved, in the order of the file, labels differ; and what is none.
 
     Where a model has grids, what lies in another dict without is none: whatever has an encoder would count.
     """
-    found = _all_states(content)
-    return tuple(state for state in found if state.has_grids) or found
-
-
-def find_gridless(content: Mapping[Any, Any]) -> tuple[FoundState, ...]:
-    """What `find_states` leaves out, since it lacks the grids that another model has."""
-    found = _all_states(content)
-    return tuple(state for state in found if not state.has_grids) if any(state.has_grids for state in found) else ()
-
-
-def _all_states(content: Mapping[Any, Any]) -> tuple[FoundState, ...]:
     found = list(_states(content, (), set()))
     short = [".".join((*path, *(part for part in owner if part not in _WRAPPERS))) for path, owner, _ in found]
-    return tuple(
+    states = [
         replace(state, label=label if short.count(label) == 1 else ".".join((*path, *owner)))
         for (path, owner, state), label in zip(found, short, strict=True)
-    )
+    ]
+    gridless = [state for state in states if not _has_grids(state.tensors)]
+    models = [state for state in states if _has_grids(state.tensors)]
+    return (models, gridless) if models else (states, [])
 
 
 def states_in(content: Mapping[str, Any], weights: str | None = None) -> list[Mapping[str, Any]]:
@@ -93,9 +80,9 @@ def states_in(content: Mapping[str, Any], weights: str | None = None) -> list[Ma
 
     weights: the label that a build has taken, None where it took the model itself.
     """
-    found = find_states(content)
+    found, _ = find_states(content)
     chosen = [state for state in found if state.label == weights]
-    chosen = chosen or [state for state in found if state.label in DEFAULTS] or list(found)
+    chosen = chosen or [state for state in found if state.label in DEFAULTS] or found
     if chosen:
         return [{**state.tensors, **state.others} for state in chosen]
     return [content[key] for key in DEFAULTS if isinstance(content.get(key), Mapping)] or [content]

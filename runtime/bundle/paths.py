@@ -1,10 +1,9 @@
-"""Paths as people give them, the one rule for files that are there already, and files that are whole or not there."""
+"""Paths as people give them, and the one rule for files that are there already; the same for every room."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import InvalidInputError, OutputExistsError
@@ -40,23 +39,6 @@ def refuse_existing(paths: Iterable[Path], *, overwrite: bool, error: type[Excep
     if found:
         verb, them = ("exists", "it") if len(found) == 1 else ("exist", "them")
         raise error(f"{shortlist(found)} {verb}; give another name, or --overwrite to replace {them}")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write; it takes the file's place when all went well, and is gone when not.
-
-    The folder is made if missing; until the end the old file stays whole. Raises OSError.
-    """
-    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    finally:
-        # Where the folder itself is the trouble, looking for the file fails as well.
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from ..bundle.arrays import Float32Array
 from ..bundle.manifest import ModelEntry
-from ..bundle.paths import as_path, replacing
+from ..bundle.paths import as_path
 from ..bundle.reading import regular_file
+from ..bundle.writing import replacing
 from .config import Status
 from .errors import FlightRecordError
 from .result import Outcome
@@ -172,10 +173,8 @@ def _cut(row: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
 def write_record(path: Path, arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any]) -> None:
     """Write a record, whole or not at all. Raises OSError."""
     text = np.frombuffer(json.dumps({"schema": SCHEMA, **meta}).encode(), np.uint8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path, is_synced=True) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **{"meta": text, **arrays})  # type: ignore[arg-type]  # no array is named allow_pickle
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_record(path: str | os.PathLike[str]) -> FlightRecord:

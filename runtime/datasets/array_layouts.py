@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from ..bundle.paths import shortlist
 from .errors import SourceError
-from .steps import AnyArray, Int64Array, as_int64, is_hidden, lengths_to_starts, natural
+from .steps import AnyArray, EpisodeTable, Int64Array, as_int64, is_hidden, lengths_to_starts, natural
 
 #: The names with a slash are those of diffusion-policy replay buffers.
 _ACTION_NAMES = ("actions", "action", "data/actions", "data/action")
@@ -26,7 +26,9 @@ _VAGUE_NAME = "data"
 _NAMELESS = ["arr_0"]
 _EPISODE_NAMES = ("actions", "action", "episode", "ep", "demo", "traj", "trajectory")
 _END_NAMES = ("episode_ends", "meta/episode_ends")
-NUMBERS_NAME = "episode_index"
+_NUMBERS_NAME = "episode_index"
+#: A number for each episode, and the text of each number.
+TASK_NAMES = ("task_index", "task_names")
 
 
 class Described(Protocol):
@@ -115,16 +117,18 @@ def check_actions(arrays: Mapping[str, Described], chosen: Sequence[str], source
 # Where episodes end ---------------------------------------------------------------------------------------------------
 
 
-def stated_starts(
-    arrays: Mapping[str, Described], chosen: Sequence[str], source: str, read: Callable[[str], AnyArray]
-) -> dict[str, Int64Array]:
-    """Where episodes begin, int64 [E + 1], by everything in the file that says it but `episode_index`.
+def episode_table(
+    arrays: Mapping[str, Described], chosen: Sequence[str], source: str, read: Callable[[str], Iterator[AnyArray]]
+) -> tuple[EpisodeTable, list[str]]:
+    """Where episodes begin, and the names of the arrays that say it, none where nothing does: then all is one episode.
 
-    read: an array's numbers by its name. Raises SourceError for what cuts no episodes of at least one step.
+    read: the numbers of an array by its name, in slices. Raises SourceError for what cuts no episodes of at least one
+    step, and for statements that contradict each other.
     """
     shapes = [arrays[name].shape for name in chosen]
     steps = sum(int(np.prod(shape[:-1], dtype=object)) for shape in shapes)
-    stated = {}
+    stated: dict[str, Int64Array] = {}
+    numbers: Int64Array | None = None
     if len(shapes) > 1:
         stated["the arrays"] = lengths_to_starts(np.array([shape[0] for shape in shapes]))
     elif len(shapes[0]) == 3:
@@ -132,12 +136,73 @@ def stated_starts(
         stated[f"the shape {list(shapes[0])} of {chosen[0]!r}"] = starts
     for name in _END_NAMES:
         if name in arrays:
-            require_integers(name, arrays[name], source)
-            stated[name] = _starts_by_ends(as_int64(read(name), f"{source}: {name!r}"), steps, f"{source}: {name}")
-    return stated
+            _require_integers(name, arrays[name], source)
+            ends = np.concatenate([as_int64(part, f"{source}: {name!r}") for part in read(name)])
+            stated[name] = _starts_by_ends(ends, steps, f"{source}: {name}")
+    if _NUMBERS_NAME in arrays:
+        _require_integers(_NUMBERS_NAME, arrays[_NUMBERS_NAME], source, steps)
+        table = table_by_numbers(read(_NUMBERS_NAME), source)
+        stated[_NUMBERS_NAME], numbers = table.starts, table.numbers
+    _require_agreement(stated, source)
+    starts = next(iter(stated.values()), np.array([0, steps]))
+    if numbers is None or len(chosen) > 1:
+        numbers = np.arange(len(starts) - 1, dtype=np.int64)
+    return EpisodeTable(starts, numbers), list(stated)
 
 
-def require_integers(name: str, array: Described, source: str, steps: int | None = None) -> None:
+def table_by_numbers(slices: Iterable[AnyArray], source: str) -> EpisodeTable:
+    """By one episode number for each step, ascending, without holding them all. Raises SourceError."""
+    starts: list[Int64Array] = []
+    numbers: list[Int64Array] = []
+    row, last = 0, np.empty(0, np.int64)
+    for values in slices:
+        part = as_int64(values, f"{source}: {_NUMBERS_NAME}")
+        follows = np.concatenate([last, part])
+        falls = np.flatnonzero(follows[1:] < follows[:-1])
+        if falls.size:
+            raise SourceError(
+                f"{source}: {_NUMBERS_NAME} falls at step {row - len(last) + 1 + falls[0]} of the file; expected "
+                "ascending numbers, each episode in one piece: sort the file by episode"
+            )
+        begins = np.flatnonzero(follows[1:] != follows[:-1]) + 1 - len(last)
+        # The first step of all begins an episode, whatever its number.
+        begins = begins if len(last) else np.concatenate([np.zeros(min(1, len(part)), np.int64), begins])
+        starts.append(begins + row)
+        numbers.append(part[begins])
+        row, last = row + len(part), follows[-1:]
+    return EpisodeTable(np.concatenate([*starts, [row]]).astype(np.int64), np.concatenate(numbers))
+
+
+def array_tasks(
+    arrays: Mapping[str, Described], episodes: int, source: str, read: Callable[[str], Iterator[AnyArray]]
+) -> list[str]:
+    """The task of each episode by `task_index` and `task_names`, "" where they are not there. Raises SourceError."""
+    index_name, names_name = TASK_NAMES
+    if index_name not in arrays:
+        return [""] * episodes
+    index = arrays[index_name]
+    if index.shape != (episodes,) or index.dtype.kind not in "iu":
+        raise SourceError(
+            f"{source}: {index_name} is {index.dtype} {list(index.shape)}; expected one integer for each of {episodes} "
+            "episodes"
+        )
+    names: dict[int, str] = {}
+    if names_name in arrays:
+        texts = arrays[names_name]
+        if len(texts.shape) != 1 or texts.dtype.hasobject:
+            raise SourceError(
+                f"{source}: {names_name} is {texts.dtype} {list(texts.shape)}; expected one text for each task number"
+            )
+        names = dict(enumerate(str(text) for part in read(names_name) for text in part))
+    return [task_name(names, number) for part in read(index_name) for number in part.tolist()]
+
+
+def task_name(names: Mapping[int, str], index: int) -> str:
+    """A number still tells tasks apart, which is what stratifying needs."""
+    return names.get(index, f"task_{index}")
+
+
+def _require_integers(name: str, array: Described, source: str, steps: int | None = None) -> None:
     """steps: how many there are to be, where that is known. Raises SourceError."""
     if array.dtype.kind not in "iu" or len(array.shape) != 1:
         raise SourceError(
@@ -158,25 +223,7 @@ def _starts_by_ends(ends: Int64Array, steps: int, label: str) -> Int64Array:
     return starts
 
 
-def begins_of_episodes(numbers: Int64Array, source: str, row: int = 0, before: Int64Array | None = None) -> Int64Array:
-    """The rows at which episodes begin, by one episode number for each step, ascending.
-
-    row: of the first number; before: the number of the step before it, [1], where there is one. Raises SourceError.
-    """
-    # The first step of all begins one, whatever its number.
-    changes = np.concatenate([[True], numbers[1:] != numbers[:-1]])
-    falls = np.concatenate([[False], numbers[1:] < numbers[:-1]])
-    if before is not None and numbers.size:
-        changes[0], falls[0] = numbers[0] != before[0], numbers[0] < before[0]
-    if falls.any():
-        raise SourceError(
-            f"{source}: {NUMBERS_NAME} falls at step {row + int(np.argmax(falls))} of the file; expected ascending "
-            "numbers, each episode in one piece: sort the file by episode"
-        )
-    return np.flatnonzero(changes).astype(np.int64) + row
-
-
-def require_agreement(stated: Mapping[str, Int64Array], source: str) -> None:
+def _require_agreement(stated: Mapping[str, Int64Array], source: str) -> None:
     """Raises SourceError where two statements of where episodes begin, each int64 [E + 1], contradict each other."""
     for (name, starts), (other, others) in pairwise(stated.items()):
         if not np.array_equal(starts, others):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import numpy as np
 
+from ..bundle.writing import sync
 from ..tokenizer import ActionTokenizer
 from .coding import StepCoder
 from .errors import OutputError
@@ -21,7 +22,6 @@ from .progress import Progress
 from .reader import TokenDataset
 from .sources import open_source
 from .steps import AnyArray, Int64Array, optional
-from .writers import sync
 
 FileFormat = Literal["npz", "hdf5"]
 #: Steps that are decoded before they are written.
@@ -68,24 +68,18 @@ def _refuse_existing(output: Path, *, overwrite: bool) -> None:
 
 
 def _verify(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path) -> Verification:
-    source, written = dataset.open(dataset.info.width), open_source(path).open(tokenizer.model.action_dim)
-    try:
+    written = open_source(path).open(tokenizer.model.action_dim)
+    with closing(dataset.open(dataset.width)) as source, closing(written):
         return verify_actions(tokenizer, source, written, dataset.num_steps)
-    finally:
-        source.close()
-        written.close()
 
 
 def _slices(dataset: TokenDataset, tokenizer: ActionTokenizer, progress: Progress) -> Iterator[tuple[int, AnyArray]]:
-    reader, coder = dataset.open(dataset.info.width), StepCoder(tokenizer)
-    try:
-        for start in range(0, dataset.num_steps, _SLICE_STEPS):
-            steps = reader.read(start, min(start + _SLICE_STEPS, dataset.num_steps))
+    coder = StepCoder(tokenizer)
+    with closing(dataset.open(dataset.width)) as reader:
+        for start, steps in reader.slices(0, dataset.num_steps, _SLICE_STEPS):
             yield start, coder.decode(steps.values)
             progress.add(len(steps))
             progress.show()
-    finally:
-        reader.close()
 
 
 def _write_npz(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, progress: Progress) -> None:

@@ -6,13 +6,17 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Collection
+from contextlib import closing
+from typing import Any
 
 import numpy as np
 
+from ..bundle.arrays import in_chunks
 from ..bundle.fidelity import FidelitySums
 from ..bundle.manifest import FileEntry
 from ..tokenizer import ActionTokenizer
-from .errors import SourceError, VerificationError
+from .episodes import join_runs
+from .errors import VerificationError
 from .format import (
     EPISODES_NAME,
     INFO_NAME,
@@ -26,17 +30,15 @@ from .format import (
 )
 from .job import Job
 from .partial import finish
-from .parts import out_of_order, parts_of_another_source
+from .parts import parts_of_another_source
+from .pieces import StepReader
 from .reader import TokenDataset
 from .record import PartRecord
 from .steps import (
     AnyArray,
     EpisodeTable,
-    StepReader,
     has_changed,
-    lengths_to_starts,
     optional,
-    touched_file,
 )
 from .writers import hash_file, move, put, scratch_file, spelled, zarr_array
 
@@ -47,7 +49,7 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
     """records: of all parts. Raises SourceError where the source changed or states other episodes, VerificationError
     where the sample fails."""
     ordered = sorted(records, key=lambda record: record.part)
-    table = _episodes(job, ordered)
+    table = join_runs([run for record in ordered for run in record.runs], job.source)
     digests = b"".join(bytes.fromhex(digest) for record in ordered for digest in record.digests)
     source = SourceInfo(job.source.name, job.key, hashlib.sha256(digests).hexdigest(), job.filter_key or None)
     files = {name: entry for record in ordered for name, entry in record.files.items()}
@@ -68,51 +70,16 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
         verification=Verification(0, 0.0, 0.0),
         files=files,
     )
-    verification = _verify(job, tokenizer, TokenDataset(job.layout.data, info))
+    verification = _verify(job, tokenizer, TokenDataset.of(job.layout.data, info))
     info = dataclasses.replace(info, verification=verification)
     write = _write_parquet_episodes if job.storage == "parquet" else _write_zarr_tables
     info = dataclasses.replace(info, files={**files, **write(job, info, table)})
-    touched = touched_file(job.source)
+    touched = job.source.touched_file()
     if touched is not None and parts_of_another_source(job, ordered):
         raise has_changed(touched)
     put(info_text(info).encode(), job.layout.data, INFO_NAME, job.layout.scratch)
     finish(job, overwrite=overwrite)
     return info
-
-
-def _episodes(job: Job, records: list[PartRecord]) -> EpisodeTable:
-    """The runs of all parts, joined where an episode goes on in the next part."""
-    runs = np.concatenate([np.array(record.runs, np.int64) for record in records])
-    episode, first, last, count = runs.T
-    is_same = np.diff(episode) == 0
-    wrong = np.flatnonzero((np.diff(episode) < 0) | (is_same & (first[1:] <= last[:-1])))
-    if wrong.size:
-        place = int(wrong[0])
-        before, after = (int(episode[place]), int(last[place])), (int(episode[place + 1]), int(first[place + 1]))
-        raise out_of_order(job.source.file_of(int(count[: place + 1].sum())), before, after)
-    begins = np.concatenate([[0], np.flatnonzero(~is_same) + 1])
-    lengths = np.add.reduceat(count, begins)
-    numbers = episode[begins]
-    found, stated = EpisodeTable(lengths_to_starts(lengths), numbers), job.source.stated_episodes
-    if stated is not None and not (
-        np.array_equal(stated.numbers, found.numbers) and np.array_equal(stated.starts, found.starts)
-    ):
-        raise SourceError(
-            f"{job.source.name} states {len(stated.numbers)} episodes, its steps make {len(numbers)}"
-            + _first_difference(stated, found)
-            + "; expected the same: copy the dataset again"
-        )
-    return found
-
-
-def _first_difference(stated: EpisodeTable, found: EpisodeTable) -> str:
-    rows = (zip(table.numbers.tolist(), np.diff(table.starts).tolist(), strict=True) for table in (stated, found))
-    for (number, steps), (found_number, found_steps) in zip(*rows, strict=False):
-        if number != found_number:
-            return f", and episode {found_number} stands where {number} is stated"
-        if steps != found_steps:
-            return f", and episode {number} has {found_steps} steps where {steps} are stated"
-    return ""
 
 
 # Verification ---------------------------------------------------------------------------------------------------------
@@ -127,27 +94,24 @@ def sample_windows(num_steps: int) -> list[tuple[int, int]]:
 
 
 def _verify(job: Job, tokenizer: ActionTokenizer, written: TokenDataset) -> Verification:
-    source, target = job.source.open(job.source_width), written.open(written.info.width)
-    try:
-        if job.content == "tokens":
-            return _verify_tokens(tokenizer, source, target, job.source.num_steps)
-        return verify_actions(tokenizer, source, target, job.source.num_steps)
-    finally:
-        source.close()
-        target.close()
+    verify = _verify_tokens if job.content == "tokens" else verify_actions
+    with closing(job.source.open(job.source_width)) as source, closing(written.open(written.width)) as target:
+        return verify(tokenizer, source, target, job.source.num_steps)
 
 
-def _verify_tokens(tokenizer: ActionTokenizer, source: StepReader, target: StepReader, num_steps: int) -> Verification:
+def _verify_tokens(
+    tokenizer: ActionTokenizer, source: StepReader[Any], target: StepReader[Any], num_steps: int
+) -> Verification:
     model = tokenizer.model
     total, sums = 0.0, FidelitySums(model.action_units, model.action_offset)
     for start, stop in sample_windows(num_steps):
         given, read = source.read(start, stop), target.read(start, stop)
         _check_numbering(given.episode, given.frame, read.episode, read.frame, start)
-        chunks = _chunks(given.values, model.chunk_length)
+        chunks = in_chunks(given.values, model.chunk_length)
         tokens = tokenizer.encode(chunks)
         expected = tokens.reshape(-1, model.latent_dim * model.num_layers)[: stop - start]
         _check_equal(expected, read.values, start)
-        stored = _chunks(read.values, model.chunk_length).reshape(tokens.shape)
+        stored = in_chunks(read.values, model.chunk_length).reshape(tokens.shape)
         decoded = tokenizer.decode(stored).reshape(-1, model.action_dim)[: stop - start]
         total += float(np.abs(decoded.astype(np.float64) - given.values).sum())
         sums.add(given.values, decoded)
@@ -155,21 +119,17 @@ def _verify_tokens(tokenizer: ActionTokenizer, source: StepReader, target: StepR
     return Verification(found.steps, max(found.largest), total / (found.steps * model.action_dim), found)
 
 
-def verify_actions(tokenizer: ActionTokenizer, source: StepReader, target: StepReader, num_steps: int) -> Verification:
+def verify_actions(
+    tokenizer: ActionTokenizer, source: StepReader[Any], target: StepReader[Any], num_steps: int
+) -> Verification:
     """source: tokens; target: the actions written for them, with numbers of its own."""
     model, steps = tokenizer.model, 0
     for start, stop in sample_windows(num_steps):
-        chunks = _chunks(source.read(start, stop).values, model.chunk_length)
+        chunks = in_chunks(source.read(start, stop).values, model.chunk_length)
         decoded = tokenizer.decode(chunks.reshape(*chunks.shape[:2], model.latent_dim, model.num_layers))
         _check_equal(decoded.reshape(-1, model.action_dim)[: stop - start], target.read(start, stop).values, start)
         steps += stop - start
     return Verification(steps, 0.0, 0.0)
-
-
-def _chunks(values: AnyArray, length: int) -> AnyArray:
-    missing = -len(values) % length
-    filled = np.concatenate([values, np.zeros((missing, values.shape[1]), values.dtype)])
-    return filled.reshape(-1, length, values.shape[1])
 
 
 def _check_numbering(

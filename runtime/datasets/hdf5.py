@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,56 +12,40 @@ from typing import Any
 import numpy as np
 
 from .hdf5_layouts import FoundEpisode, find_episodes
+from .hdf5_storage import follow
+from .pieces import Source, StepReader, common_width
 from .steps import (
     EpisodeTable,
     Int64Array,
-    SourceFile,
     Steps,
     as_float32,
-    check_width,
     is_hidden,
     lengths_to_starts,
     natural,
     opened,
     optional,
-    readable,
     shown_name,
     source_file,
 )
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
-HDF5_KIND, HDF5_MAGIC = "an HDF5 file", b"\x89HDF"
+_KIND, _MAGIC = "an HDF5 file", b"\x89HDF"
 
 
-@dataclass(frozen=True, eq=False)
-class Hdf5Source:
-    """file_of_episode: int64 [E]; episodes: where they are in the files, [E]; both in the order of the steps."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Hdf5Source(Source):
+    """file_of_episode: int64 [E]; episodes: where they are in the files, [E]; file_tasks: one for each file."""
 
-    name: str
-    root: Path
-    paths: tuple[Path, ...]
-    files: tuple[SourceFile, ...]
+    kind = _KIND
     file_of_episode: Int64Array
     episodes: tuple[FoundEpisode, ...]
+    file_tasks: tuple[str, ...]
     table: EpisodeTable
 
-    @property
-    def num_steps(self) -> int:
-        return int(self.table.starts[-1])
-
-    @property
-    def stated_episodes(self) -> None:
-        return None
-
-    def open(self, width: int) -> _Hdf5Reader:
-        return _Hdf5Reader(self, width)
-
-    def check(self) -> None:
-        """Nothing to do: HDF5 checks what it has sums for on the way."""
-
     def file_of(self, row: int) -> str:
-        episode = int(np.searchsorted(self.table.starts, row, side="right")) - 1
-        return f"{self.files[self.file_of_episode[episode]].name}, {self.episodes[episode].place.rpartition('/')[0]}"
+        episode = self.piece_of(row)
+        place = self.episodes[episode].place.rpartition("/")[0]
+        return ", ".join(filter(None, (self.files[self.file_of_episode[episode]].name, place)))
 
     def episode_names(self, episodes: Int64Array) -> list[str]:
         return [
@@ -66,6 +53,12 @@ class Hdf5Source:
             f"{self.episodes[number].name}".rstrip("/")
             for number in episodes.tolist()
         ]
+
+    def tasks(self, episodes: EpisodeTable) -> list[str]:
+        return [self.file_tasks[self.file_of_episode[number]] for number in episodes.numbers.tolist()]
+
+    def _reader(self) -> _Hdf5Reader:
+        return _Hdf5Reader(self)
 
 
 def hdf5_files(folder: Path) -> list[Path]:
@@ -75,56 +68,54 @@ def hdf5_files(folder: Path) -> list[Path]:
 
 def open_hdf5(path: Path, key: str | None, filter_key: str | None = None) -> Hdf5Source:
     """One file, or a folder of them in natural order; episodes are numbered on from 0 as they come."""
+    h5py = optional("h5py")
+    root = path if path.is_dir() else path.parent
     paths = hdf5_files(path) if path.is_dir() else [path]
     episodes: list[FoundEpisode] = []
-    lengths: list[int] = []
     owners: list[int] = []
-    for index, file in enumerate(paths):
-        for episode in hdf5_episodes(file, key, filter_key):
-            episodes.append(episode)
-            lengths.append(episode.steps)
-            owners.append(index)
-    table = EpisodeTable(lengths_to_starts(np.array(lengths)), np.arange(len(lengths), dtype=np.int64))
-    root = path if path.is_dir() else path.parent
-    files = tuple(source_file(file, root) for file in paths)
-    return Hdf5Source(shown_name(path), root, tuple(paths), files, np.array(owners), tuple(episodes), table)
+    tasks: list[str] = []
+    for index, one in enumerate(paths):
+        with opened(one, _KIND, _MAGIC), h5py.File(one, "r") as file:
+            found = find_episodes(file, one.name, key, filter_key)
+            data = follow(file, "data", one.name)
+            # ALOHA's episodes of one task lie in a folder.
+            tasks.append(_task((file if data is None else data).attrs, one if found[0].name else one.parent))
+        episodes += found
+        owners += [index] * len(found)
+    starts = lengths_to_starts(np.array([episode.steps for episode in episodes]))
+    places = [f"{paths[owner].name}, {episode.place}" for owner, episode in zip(owners, episodes, strict=True)]
+    return Hdf5Source(
+        name=shown_name(path),
+        root=root,
+        files=tuple(source_file(file, root) for file in paths),
+        first_rows=starts,
+        width=common_width([episode.width for episode in episodes], places),
+        file_of_episode=np.array(owners),
+        episodes=tuple(episodes),
+        file_tasks=tuple(tasks),
+        table=EpisodeTable(starts, np.arange(len(episodes), dtype=np.int64)),
+    )
 
 
-def hdf5_episodes(path: Path, key: str | None, filter_key: str | None = None) -> list[FoundEpisode]:
-    """Those of one file, in natural order. Raises SourceError."""
-    h5py = optional("h5py")
-    with opened(path, HDF5_KIND, HDF5_MAGIC), h5py.File(path, "r") as file:
-        return find_episodes(file, path.name, key, filter_key)
+def _task(attributes: Mapping[str, Any], path: Path) -> str:
+    """LIBERO's instruction, else robomimic's environment, else the file's name."""
+    for attribute, name in (("problem_info", "language_instruction"), ("env_args", "env_name")):
+        with suppress(KeyError, TypeError, ValueError):
+            task = json.loads(attributes[attribute])[name]
+            # Some LIBERO files hold the instruction as a list of words, some in quotation marks.
+            return (task if isinstance(task, str) else " ".join(task)).strip().strip('"')
+    return path.stem.removesuffix("_demo")
 
 
-class _Hdf5Reader:
-    def __init__(self, source: Hdf5Source, width: int) -> None:
-        self._source, self._width = source, width
-        self._h5py = optional("h5py")
-        self._file: Any = None
-        self._file_index = -1
+class _Hdf5Reader(StepReader[Hdf5Source]):
+    def _open(self, index: int) -> Any:
+        file = self._source.files[index].name
+        path = self._source.root / file
+        with opened(path, _KIND, _MAGIC, name=file):
+            return optional("h5py").File(path, "r")
 
-    def read(self, start: int, stop: int) -> Steps:
-        source, starts = self._source, self._source.table.starts
-        actions = np.empty((stop - start, self._width), np.float32)
-        row = start
-        while row < stop:
-            episode = int(np.searchsorted(starts, row, side="right")) - 1
-            index, first = int(source.file_of_episode[episode]), int(starts[episode])
-            end = min(stop, int(starts[episode + 1]))
-            if index != self._file_index:
-                self.close()
-                with opened(source.paths[index], HDF5_KIND, HDF5_MAGIC, name=source.files[index].name):
-                    self._file = self._h5py.File(source.paths[index], "r")
-                self._file_index = index
-            with readable(source.file_of(row), HDF5_KIND):
-                dataset = self._file[source.episodes[episode].place]
-                check_width(dataset.shape[1], self._width, source.file_of(row))
-                actions[row - start : end - start] = as_float32(dataset[row - first : end - first])
-            row = end
-        return source.table.steps(actions, start)
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file, self._file_index = None, -1
+    def _read(self, piece: int, start: int, stop: int) -> Steps:
+        source, first = self._source, int(self._source.first_rows[piece])
+        file = self._at(int(source.file_of_episode[piece]))
+        values = file[source.episodes[piece].place][start - first : stop - first]
+        return source.table.steps(as_float32(values), start)

@@ -30,11 +30,12 @@ _ENDS = ("terminals", "timeouts", "dones", "episode_ends")
 
 @dataclass(frozen=True)
 class FoundEpisode:
-    """name: of its group, "" where the file is the episode; place: of the action array in the file; steps: its rows."""
+    """name: of its group, "" where the file is the episode; place: of the action array, [steps, width], in the file."""
 
     name: str
     place: str
     steps: int
+    width: int
 
 
 def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str | None = None) -> list[FoundEpisode]:
@@ -46,22 +47,22 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
     h5py = optional("h5py")
     keys = (key,) if key else ACTION_NAMES
 
-    def array_in(group: Any, place: str) -> tuple[str, int] | None:
-        """Name and steps of the action array in a group at this place, if there is one."""
+    def array_in(group: Any, place: str) -> tuple[str, int, int] | None:
+        """Name and shape of the action array in a group at this place, if there is one."""
         arrays = {wanted: found for wanted in keys if isinstance(found := follow(group, wanted, name), h5py.Dataset)}
         for wanted, array in arrays.items():
             _check_actions(array, f"{name}, {place}{wanted}")
         same = require_equal(
             keys, arrays, f"{name}, {place}".rstrip(", /"), lambda one, other: _are_equal(arrays[one], arrays[other])
         )
-        return (same[0], len(arrays[same[0]])) if same else None
+        return (same[0], *arrays[same[0]].shape) if same else None
 
     container, prefix = file, ""
     if isinstance(data := follow(file, "data", name), h5py.Group):
         container, prefix = data, "data/"
         members = sorted(container, key=natural)
     elif (whole := array_in(file, "")) is not None:
-        place, steps = whole
+        place, steps, width = whole
         ends = [end for end in _ENDS if end in set(file)]
         if ends:
             raise SourceError(
@@ -70,7 +71,7 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
             )
         if filter_key:
             raise SourceError(f"{name} is one episode, and has no filter keys; leave --filter-key out")
-        return [FoundEpisode("", place, steps)]
+        return [FoundEpisode("", place, steps, width)]
     else:
         numbered = sorted((member for member in file if _NUMBERED.fullmatch(member)), key=natural)
         members = [member for member in numbered if isinstance(follow(file, member, name), h5py.Group)]
@@ -93,8 +94,8 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
                 f"{name}, {prefix}{member} has no {repr(key) if key else 'action array'}; found "
                 f"{shortlist(group) or 'nothing'}; expected `actions` or `action`: name the right one with --key (key=)"
             )
-        place, steps = array
-        found_episodes.append(FoundEpisode(member, f"{prefix}{member}/{place}", steps))
+        place, steps, width = array
+        found_episodes.append(FoundEpisode(member, f"{prefix}{member}/{place}", steps, width))
     return found_episodes
 
 

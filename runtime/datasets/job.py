@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,8 @@ from .format import (
     TokenModel,
     block_steps,
 )
-from .steps import Source, optional
+from .pieces import Source
+from .steps import optional
 from .writers import Layout, spelled
 
 #: In the folder of a job in progress: held by the process that works there, and the marker that the folder is ours.
@@ -166,11 +168,8 @@ def plan(
         steps_per_file=steps_per_file,
         output=output.resolve(),
     )
-    reader = source.open(job.source_width)
-    try:
+    with closing(source.open(job.source_width)) as reader:
         reader.read(0, 1)
-    finally:
-        reader.close()
     return job
 
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..bundle.paths import shortlist
 from ..bundle.reading import read_file
+from .array_layouts import TASK_NAMES, table_by_numbers, task_name
+from .episodes import check_stated
 from .errors import SourceError
+from .pieces import Source, StepReader, check_width, common_width
 from .steps import (
     AnyArray,
     EpisodeTable,
     Int64Array,
-    SourceFile,
     Steps,
     as_float32,
     as_int64,
-    check_width,
     is_hidden,
     lengths_to_starts,
     natural,
@@ -34,41 +36,61 @@ from .steps import (
 
 #: meta/info.json takes a few KB.
 _META_SIZE_LIMIT = 2**26
-PARQUET_KIND, PARQUET_MAGIC = "a Parquet file", b"PAR1"
+_KIND, _MAGIC = "a Parquet file", b"PAR1"
 _NUMBERING = ("episode_index", "frame_index")
+_TASK = TASK_NAMES[0]
+# pandas writes an index that bears no name under the second one; LeRobot keeps its task texts in the index.
+_TASK_COLUMNS = ("task", "__index_level_0__")
 _VERSIONS = ("v2.", "v3.")
 _BATCH_STEPS = 65_536
 #: Columns are read through a buffer of so many bytes, so that a row group of any size needs no more memory.
 _BUFFER_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, eq=False)
-class ParquetSource:
-    """first_rows: int64 [files + 1], the row of the whole dataset with which each file begins."""
+class _Stated(NamedTuple):
+    """What meta/ says. episodes: all in order; num_episodes: what info.json says; tasks: their texts by number."""
 
-    name: str
-    root: Path
+    episodes: EpisodeTable | None = None
+    num_episodes: Any = None
+    tasks: Mapping[int, str] = {}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ParquetSource(Source):
+    """key: the column of actions; table: of the episodes where no column numbers the frames."""
+
+    kind = _KIND
     key: str
-    paths: tuple[Path, ...]
-    files: tuple[SourceFile, ...]
-    first_rows: Int64Array
-    stated_episodes: EpisodeTable | None
+    stated: _Stated
+    table: EpisodeTable | None
 
-    @property
-    def num_steps(self) -> int:
-        return int(self.first_rows[-1])
-
-    def open(self, width: int) -> _ParquetReader:
-        return _ParquetReader(self, width)
-
-    def check(self) -> None:
-        """Nothing to do: every page is decoded, and held against its sum where it has one, on the way."""
+    def check_episodes(self, found: EpisodeTable) -> None:
+        if self.stated.episodes is not None:
+            check_stated(self.name, self.stated.episodes, found)
+        elif self.stated.num_episodes not in (None, len(found.numbers)):
+            raise SourceError(
+                f"meta/info.json states {self.stated.num_episodes} episodes, the files in data/ have "
+                f"{len(found.numbers)}; expected the same: copy the dataset again"
+            )
 
     def file_of(self, row: int) -> str:
-        return self.files[int(np.searchsorted(self.first_rows, row, side="right")) - 1].name
+        return self.files[self.piece_of(row)].name
 
-    def episode_names(self, episodes: Int64Array) -> list[str]:
-        return [f"episode_{number}" for number in episodes.tolist()]
+    def tasks(self, episodes: EpisodeTable) -> list[str]:
+        """By the number in the first step of each."""
+        numbers: list[int | None] = []
+        starts = episodes.starts[:-1]
+        by_file = np.split(starts, np.searchsorted(starts, self.first_rows[1:-1]))
+        for file, first, rows in zip(self.files, self.first_rows[:-1], by_file, strict=True):
+            with _opened(self.root / file.name, file.name) as content:
+                if _TASK in content.schema_arrow.names:
+                    numbers += content.read(columns=[_TASK]).column(0).take(rows - first).to_pylist()
+                else:
+                    numbers += [None] * len(rows)
+        return ["" if number is None else task_name(self.stated.tasks, number) for number in numbers]
+
+    def _reader(self) -> _ParquetReader:
+        return _ParquetReader(self)
 
 
 def parquet_files(folder: Path, pattern: str = "data/*/*.parquet") -> list[Path]:
@@ -79,51 +101,94 @@ def parquet_files(folder: Path, pattern: str = "data/*/*.parquet") -> list[Path]
 def open_parquet(path: Path, key: str | None) -> ParquetSource:
     """One .parquet file, or a LeRobot folder; the footers are read, and held against meta/."""
     key = key or "action"
-    is_folder = path.is_dir()
-    paths = parquet_files(path) if is_folder else [path]
-    rows = [_rows(file, key) for file in paths]
-    first_rows = lengths_to_starts(np.array(rows))
-    stated = stated_episodes(path / "meta", int(first_rows[-1])) if is_folder else None
-    root = path if is_folder else path.parent
-    files = tuple(source_file(file, root) for file in paths)
-    return ParquetSource(shown_name(path), root, key, tuple(paths), files, first_rows, stated)
+    root, paths = (path, parquet_files(path)) if path.is_dir() else (path.parent, [path])
+    footers = [_footer(file, key) for file in paths]
+    starts = lengths_to_starts(np.array([footer.rows for footer in footers]))
+    if numbers_frames := any(_NUMBERING[1] in footer.columns for footer in footers):
+        for file, footer in zip(paths, footers, strict=True):
+            _require_column(file.name, footer.columns, _NUMBERING[1])
+    return ParquetSource(
+        name=shown_name(path),
+        root=root,
+        files=tuple(source_file(file, root) for file in paths),
+        first_rows=starts,
+        width=common_width([footer.width for footer in footers], [file.name for file in paths])
+        or _listed_width(paths[0], key),
+        key=key,
+        stated=_read_meta(path / "meta", int(starts[-1])) if path.is_dir() else _Stated(),
+        table=None if numbers_frames else table_by_numbers(_episode_numbers(paths), path.name),
+    )
 
 
-def _rows(path: Path, key: str) -> int:
+@contextmanager
+def _opened(path: Path, name: str = "", **options: Any) -> Iterator[Any]:
+    """name: for messages; options: of `ParquetFile`."""
     parquet = optional("pyarrow.parquet")
-    with opened(path, PARQUET_KIND, PARQUET_MAGIC), parquet.ParquetFile(path) as file:
-        return check_columns(file, path.name, key, needed=_NUMBERING)
+    with opened(path, _KIND, _MAGIC, name=name), parquet.ParquetFile(path, **options) as file:
+        yield file
 
 
-def check_columns(file: Any, name: str, key: str, *, needed: Sequence[str]) -> int:
-    """The number of steps of an open Parquet file. needed: the columns that it must have beside the actions, `key`.
+class _Footer(NamedTuple):
+    """width: action dimensions, 0 where rows alone say it."""
 
-    Raises SourceError.
-    """
-    arrow_types = optional("pyarrow.types")
-    # Not metadata.schema: it and the metadata hold each other, and those of large files would fill the memory.
-    schema, rows = file.schema_arrow, file.metadata.num_rows
-    for column in (key, *needed):
-        if schema.get_field_index(column) < 0:
+    rows: int
+    width: int
+    columns: Sequence[str]
+
+
+def _footer(path: Path, key: str) -> _Footer:
+    """Raises SourceError unless the file has steps, numbers of episodes, and actions in its column `key`."""
+    types = optional("pyarrow.types")
+    with _opened(path) as file:
+        # Not metadata.schema: it and the metadata hold each other, and those of large files would fill the memory.
+        schema, rows, name = file.schema_arrow, file.metadata.num_rows, path.name
+        for column in (key, _NUMBERING[0]):
+            _require_column(name, schema.names, column)
+        kind = schema.field(key).type
+        if not types.is_floating(getattr(kind, "value_type", kind)):
             raise SourceError(
-                f"{name} has no column {column!r}; found {shortlist(schema.names)}; expected LeRobot columns: "
-                "name the action column with --key (key=)"
+                f"{name}: column {key!r} is {kind}; expected lists of floating-point numbers: convert them if these "
+                "are actions, or name another column with --key (key=)"
             )
-    kind = schema.field(key).type
-    if not arrow_types.is_floating(getattr(kind, "value_type", kind)):
+        for column in (*_NUMBERING, _TASK):
+            if column in schema.names and not types.is_integer(schema.field(column).type):
+                raise SourceError(f"{name}: column {column!r} is {schema.field(column).type}; expected integers")
+        if not rows:
+            raise SourceError(f"{name} has no rows; expected at least one step: remove the file")
+        width = getattr(kind, "list_size", 0 if hasattr(kind, "value_type") else 1)
+        return _Footer(int(rows), int(width), schema.names)
+
+
+def _listed_width(path: Path, key: str) -> int:
+    """Action dimensions by the first list that is there, 0 where none is."""
+    with _opened(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
+        for batch in file.iter_batches(1024, columns=[key]):
+            for values in batch.column(0).drop_null():
+                if len(values):
+                    return len(values)
+                raise SourceError(
+                    f"{path.name}: column {key!r} begins with an empty list; expected an action in every row: repair "
+                    "or drop this episode"
+                )
+    return 0
+
+
+def _require_column(name: str, columns: Sequence[str], wanted: str) -> None:
+    if wanted not in columns:
         raise SourceError(
-            f"{name}: column {key!r} is {kind}; expected lists of floating-point numbers: convert them if these are "
-            "actions, or name another column with --key (key=)"
+            f"{name} has no column {wanted!r}; found {shortlist(columns)}; expected LeRobot columns: name the action "
+            "column with --key (key=)"
         )
-    for column in _NUMBERING:
-        if column in schema.names and not arrow_types.is_integer(schema.field(column).type):
-            raise SourceError(f"{name}: column {column!r} is {schema.field(column).type}; expected integers")
-    if not rows:
-        raise SourceError(f"{name} has no rows; expected at least one step: remove the file")
-    return int(rows)
 
 
-def as_integers(column: Any, label: str, name: str) -> Int64Array:
+def _episode_numbers(paths: Sequence[Path]) -> Iterator[Int64Array]:
+    for path in paths:
+        with _opened(path) as file:
+            for batch in file.iter_batches(_BATCH_STEPS, columns=[_NUMBERING[0]]):
+                yield _as_integers(batch.column(0), _NUMBERING[0], path.name)
+
+
+def _as_integers(column: Any, label: str, name: str) -> Int64Array:
     """A column of integers, all there. Raises SourceError."""
     if column.null_count:
         raise SourceError(f"{name}: column {label!r} has a missing value; expected an integer in every row")
@@ -133,8 +198,8 @@ def as_integers(column: Any, label: str, name: str) -> Int64Array:
 # meta/ ----------------------------------------------------------------------------------------------------------------
 
 
-def stated_episodes(meta: Path, found_steps: int) -> EpisodeTable | None:
-    """All episodes by meta/episodes*; raises SourceError where meta/ contradicts the files."""
+def _read_meta(meta: Path, found_steps: int) -> _Stated:
+    """Raises SourceError where meta/ contradicts itself or the files."""
     info = meta / "info.json"
     stated: dict[str, Any] = {}
     if info.exists():
@@ -156,12 +221,13 @@ def stated_episodes(meta: Path, found_steps: int) -> EpisodeTable | None:
                 f"{where} states {count} steps, the files in data/ have {found_steps}; expected the same: files are "
                 "missing, or were not finished; copy the dataset again"
             )
-    if episodes is not None and stated.get("total_episodes", len(episodes.numbers)) != len(episodes.numbers):
+    num_episodes = stated.get("total_episodes")
+    if episodes is not None and num_episodes not in (None, len(episodes.numbers)):
         raise SourceError(
-            f"meta/info.json states {stated['total_episodes']} episodes, meta/episodes lists {len(episodes.numbers)}; "
-            "expected the same: copy the dataset again"
+            f"meta/info.json states {num_episodes} episodes, meta/episodes lists {len(episodes.numbers)}; expected the "
+            "same: copy the dataset again"
         )
-    return episodes
+    return _Stated(episodes, num_episodes, _listed_tasks(meta))
 
 
 def _listed(meta: Path) -> EpisodeTable | None:
@@ -176,10 +242,8 @@ def _listed(meta: Path) -> EpisodeTable | None:
                     numbers.append(int(entry["episode_index"]))
                     lengths.append(int(entry["length"]))
     else:
-        parquet = None
         for path in parquet_files(meta, "episodes/*/*.parquet"):
-            parquet = parquet or optional("pyarrow.parquet")
-            with opened(path, PARQUET_KIND, PARQUET_MAGIC), parquet.ParquetFile(path) as file:
+            with _opened(path) as file:
                 table = file.read(columns=["episode_index", "length"])
                 numbers += table.column("episode_index").to_pylist()
                 lengths += table.column("length").to_pylist()
@@ -191,63 +255,71 @@ def _listed(meta: Path) -> EpisodeTable | None:
     return EpisodeTable(lengths_to_starts(listed_lengths[order]), listed_numbers[order])
 
 
+def _listed_tasks(meta: Path) -> dict[int, str]:
+    """Task texts by number: meta/tasks.jsonl (v2), meta/tasks.parquet (v3)."""
+    if (path := meta / "tasks.jsonl").exists():
+        with opened(path, "JSON lines") as file:
+            lines = [json.loads(line) for line in file if line.strip()]
+            return {int(line["task_index"]): str(line["task"]) for line in lines}
+    if (path := meta / "tasks.parquet").exists():
+        with _opened(path) as file:
+            table = file.read()
+            texts = [name for name in _TASK_COLUMNS if name in table.column_names]
+            if not texts or _TASK not in table.column_names:
+                raise SourceError(f"{path.name} has {shortlist(table.column_names)}; expected task_index and task")
+            return dict(zip(table.column(_TASK).to_pylist(), table.column(texts[0]).to_pylist(), strict=True))
+    return {}
+
+
 # Reading --------------------------------------------------------------------------------------------------------------
 
 
-class _ParquetReader:
-    def __init__(self, source: ParquetSource, width: int) -> None:
-        self._source, self._width = source, width
-        self._parquet = optional("pyarrow.parquet")
-        self._file: Any = None
-        self._file_index = -1
+class _ParquetReader(StepReader[ParquetSource]):
+    def __init__(self, source: ParquetSource) -> None:
+        super().__init__(source)
+        self._numbering = _NUMBERING if source.table is None else ()
         self._group_ends: Int64Array = np.empty(0, np.int64)
         self._batches: Iterator[Any] = iter(())
         self._rest: Any = None
         self._row = -1
 
-    def read(self, start: int, stop: int) -> Steps:
-        parts: list[Steps] = []
-        while start < stop:
-            index = int(np.searchsorted(self._source.first_rows, start, side="right")) - 1
-            with readable(self._source.files[index].name, PARQUET_KIND):
-                self._seek(index, start)
-                batch = self._take(min(stop, int(self._source.first_rows[index + 1])) - start)
-                parts.append(self._steps(batch, self._source.files[index].name))
-            start += len(parts[-1])
-        return Steps.joined(parts)
+    def _open(self, index: int) -> Any:
+        source = self._source
+        name = source.files[index].name
+        # Not mapped: mapped pages would count as memory of this process.
+        options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False, "memory_map": False}
+        with opened(source.root / name, _KIND, _MAGIC, name=name):
+            file = optional("pyarrow.parquet").ParquetFile(
+                source.root / name, page_checksum_verification=True, **options
+            )
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        self._group_ends = int(source.first_rows[index]) + np.cumsum(rows, dtype=np.int64)
+        self._row = -1
+        if self._group_ends[-1] != source.first_rows[index + 1]:
+            raise SourceError(f"{name} has changed since the job began; start it again")
+        return file
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file, self._file_index, self._rest, self._batches = None, -1, None, iter(())
+    def _read(self, piece: int, start: int, stop: int) -> Steps:
+        self._seek(piece, start)
+        batch, name = self._take(stop - start), self._source.files[piece].name
+        column = batch.column(self._source.key)
+        if self._source.table is None:
+            numbers = (_as_integers(batch.column(label), label, name) for label in self._numbering)
+            rows = Steps(column, *numbers)
+        else:
+            rows = self._source.table.steps(column, start)
+        return Steps(self._values(column, rows, name), rows.episode, rows.frame)
 
     def _seek(self, index: int, row: int) -> None:
         """Make `row`, in file `index`, the next one; a row group is decoded from its beginning."""
-        if index != self._file_index:
-            self.close()
-            # Not mapped: mapped pages would count as memory of this process.
-            with opened(self._source.paths[index], PARQUET_KIND, PARQUET_MAGIC, name=self._source.files[index].name):
-                self._file = self._parquet.ParquetFile(
-                    self._source.paths[index],
-                    buffer_size=_BUFFER_BYTES,
-                    pre_buffer=False,
-                    memory_map=False,
-                    page_checksum_verification=True,
-                )
-            self._file_index = index
-            groups = self._file.metadata
-            rows = [groups.row_group(group).num_rows for group in range(groups.num_row_groups)]
-            self._group_ends = int(self._source.first_rows[index]) + np.cumsum(rows, dtype=np.int64)
-            self._row = -1
-            if self._group_ends[-1] != self._source.first_rows[index + 1]:
-                raise SourceError(f"{self._source.files[index].name} has changed since the job began; start it again")
+        file = self._at(index)
         if row == self._row:
             return
         group, here = (int(np.searchsorted(self._group_ends, at, side="right")) for at in (row, self._row))
         if row < self._row or group != here or self._row < 0:
             groups = range(group, len(self._group_ends))
-            columns = [self._source.key, *_NUMBERING]
-            self._batches = self._file.iter_batches(_BATCH_STEPS, groups, columns, use_threads=False)
+            columns = [self._source.key, *self._numbering]
+            self._batches = file.iter_batches(_BATCH_STEPS, groups, columns, use_threads=False)
             self._rest = None
             self._row = int(self._group_ends[group - 1]) if group else int(self._source.first_rows[index])
         while self._row < row:
@@ -260,35 +332,26 @@ class _ParquetReader:
         self._row += len(taken)
         return taken
 
-    def _steps(self, batch: Any, name: str) -> Steps:
-        actions, episode, frame = (batch.column(column) for column in (self._source.key, *_NUMBERING))
-        numbers = [as_integers(column, label, name) for column, label in zip((episode, frame), _NUMBERING, strict=True)]
-        return Steps(self._values(actions, numbers, name), *numbers)
-
-    def _values(self, column: Any, numbers: Sequence[Int64Array], name: str) -> AnyArray:
+    def _values(self, column: Any, rows: Steps, name: str) -> AnyArray:
+        """rows: episodes and frames of the column's."""
         if column.null_count:
-            self._refuse_missing(int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0]), numbers, name)
+            self._refuse_missing(int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0]), rows, name)
         # LeRobot writes a one-dimensional action as a plain number.
-        if not hasattr(column.type, "value_type"):
-            check_width(1, self._width, name)
-            return as_float32(column.to_numpy(zero_copy_only=False)).reshape(-1, 1)
-        values = column.flatten()
-        if hasattr(column.type, "list_size"):
-            check_width(column.type.list_size, self._width, name)
-        else:
+        values = column.flatten() if hasattr(column.type, "value_type") else column
+        if not hasattr(column.type, "list_size") and values is not column:
             lengths = optional("pyarrow.compute").list_value_length(column).to_numpy()
-            wrong = np.flatnonzero(lengths != self._width)
+            wrong = np.flatnonzero(lengths != self._source.width)
             if wrong.size:
                 row = int(wrong[0])
-                where = f"{name}, episode {numbers[0][row]}, step {numbers[1][row]}"
-                check_width(int(lengths[row]), self._width, where)
+                where = f"{name}, episode {rows.episode[row]}, step {rows.frame[row]}"
+                check_width(int(lengths[row]), self._source.width, where, "another step")
         if values.null_count:
             first = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-            self._refuse_missing(first // self._width, numbers, name)
-        return as_float32(values.to_numpy(zero_copy_only=False)).reshape(-1, self._width)
+            self._refuse_missing(first // self._source.width, rows, name)
+        return as_float32(values.to_numpy(zero_copy_only=False)).reshape(len(column), -1)
 
-    def _refuse_missing(self, row: int, numbers: Sequence[Int64Array], name: str) -> None:
+    def _refuse_missing(self, row: int, rows: Steps, name: str) -> None:
         raise SourceError(
-            f"{name}, episode {numbers[0][row]}, step {numbers[1][row]}: column {self._source.key!r} has a missing "
+            f"{name}, episode {rows.episode[row]}, step {rows.frame[row]}: column {self._source.key!r} has a missing "
             "value; expected an action in every row: repair or drop this episode"
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
@@ -15,25 +15,21 @@ import numpy as np
 
 from ..bundle.reading import regular_file
 from .array_layouts import (
-    NUMBERS_NAME,
+    TASK_NAMES,
     are_comparable,
-    begins_of_episodes,
+    array_tasks,
     check_actions,
     choose_arrays,
-    require_agreement,
-    require_integers,
-    stated_starts,
+    episode_table,
 )
 from .errors import SourceError
+from .pieces import Source, StepReader, common_width
 from .steps import (
     AnyArray,
     EpisodeTable,
     Int64Array,
-    SourceFile,
     Steps,
     as_float32,
-    as_int64,
-    check_width,
     is_hidden,
     lengths_to_starts,
     opened,
@@ -69,34 +65,19 @@ class StoredArray:
         return math.prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0]
 
 
-@dataclass(frozen=True, eq=False)
-class NpzSource:
-    """arrays: one after the other they are the steps; first_rows: int64 [arrays + 1]; members: all that is read."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NpzSource(Source):
+    """arrays: one after the other they are the steps; members: all that is read; episode_tasks: one for each."""
 
-    name: str
-    path: Path
-    files: tuple[SourceFile, ...]
+    kind = _NPZ
     arrays: tuple[StoredArray, ...]
-    first_rows: Int64Array
     members: tuple[str, ...]
     table: EpisodeTable
+    episode_tasks: tuple[str, ...]
 
     @property
-    def root(self) -> Path:
-        return self.path.parent
-
-    @property
-    def num_steps(self) -> int:
-        return int(self.first_rows[-1])
-
-    @property
-    def stated_episodes(self) -> None:
-        return None
-
-    def open(self, width: int) -> _NpzReader:
-        for array in self.arrays:
-            check_width(array.width, width, f"{self.name}, {array.name!r}")
-        return _NpzReader(self)
+    def path(self) -> Path:
+        return self.root / self.files[0].name
 
     def check(self) -> None:
         """The sums of the archive: slices are read past them."""
@@ -108,42 +89,50 @@ class NpzSource:
                     while member.read(1 << 20):
                         pass
 
-    def file_of(self, row: int) -> str:
-        del row
-        return self.name
-
     def episode_names(self, episodes: Int64Array) -> list[str]:
         if len(self.arrays) > 1:
             return [self.arrays[number].name for number in episodes.tolist()]
-        return [f"episode_{number}" for number in episodes.tolist()]
+        return super().episode_names(episodes)
+
+    def tasks(self, episodes: EpisodeTable) -> list[str]:
+        del episodes
+        return list(self.episode_tasks)
+
+    def _reader(self) -> _NpzReader:
+        return _NpzReader(self)
 
 
 def open_npz(path: Path, key: str | None) -> NpzSource:
     """Episodes of one array or of many, as runtime/datasets/array_layouts.py finds them."""
-    arrays = npz_arrays(path, key)
+    arrays = _arrays(path, key)
+
+    def read(name: str) -> Iterator[AnyArray]:
+        return _slices(path, arrays[name])
+
     chosen = choose_arrays(arrays, key, path.name, lambda one, other: _are_equal(path, arrays[one], arrays[other]))
     check_actions(arrays, chosen, path.name)
     for name in chosen:
-        if arrays[name].is_fortran:
+        if arrays[name].is_fortran and len(arrays[name].shape) > 2:
             raise SourceError(
                 f"{path.name}: {name!r} is stored column by column; save np.ascontiguousarray of it, to be read in "
                 "slices"
             )
-    first_rows = lengths_to_starts(np.array([arrays[name].rows for name in chosen]))
-    stated = stated_starts(arrays, chosen, path.name, lambda name: np.concatenate([*_slices(path, arrays[name])]))
-    numbers = _numbers(path, arrays, int(first_rows[-1]))
-    if numbers is not None:
-        stated[NUMBERS_NAME] = numbers.starts
-    require_agreement(stated, path.name)
-    starts = next(iter(stated.values()), first_rows)
-    table = numbers if numbers is not None and len(chosen) == 1 else None
-    table = table or EpisodeTable(starts, np.arange(len(starts) - 1, dtype=np.int64))
-    members = tuple(array.member for name, array in arrays.items() if name in (*chosen, *stated))
-    files = (source_file(path, path.parent),)
-    return NpzSource(shown_name(path), path, files, tuple(arrays[name] for name in chosen), first_rows, members, table)
+    table, stated = episode_table(arrays, chosen, path.name, read)
+    return NpzSource(
+        name=shown_name(path),
+        root=path.parent,
+        files=(source_file(path, path.parent),),
+        first_rows=lengths_to_starts(np.array([arrays[name].rows for name in chosen])),
+        width=common_width([arrays[name].width for name in chosen], [f"{path.name}, {name!r}" for name in chosen]),
+        arrays=tuple(arrays[name] for name in chosen),
+        members=tuple(array.member for name, array in arrays.items() if name in (*chosen, *stated, *TASK_NAMES)),
+        table=table,
+        has_borders=bool(stated),
+        episode_tasks=tuple(array_tasks(arrays, len(table.numbers), path.name, read)),
+    )
 
 
-def npz_arrays(path: Path, key: str | None = None) -> dict[str, StoredArray]:
+def _arrays(path: Path, key: str | None) -> dict[str, StoredArray]:
     """What a .npz or .npy file holds, by name; an array of a .npy file has none and is called `actions`.
 
     Nothing but headers is read. Raises SourceError.
@@ -190,7 +179,7 @@ def _header(file: IO[bytes], name: str, member: str, size: int, *, is_compressed
 
 
 def _are_equal(path: Path, one: StoredArray, other: StoredArray) -> bool:
-    if not are_comparable(one, other) or one.is_fortran != other.is_fortran:
+    if not are_comparable(one, other):
         return False
     pairs = zip(_slices(path, one), _slices(path, other), strict=True)
     return all(mine.tobytes() == theirs.tobytes() for mine, theirs in pairs)
@@ -198,26 +187,9 @@ def _are_equal(path: Path, one: StoredArray, other: StoredArray) -> bool:
 
 def _slices(path: Path, array: StoredArray) -> Iterator[AnyArray]:
     """All of it, in slices of which the last may be shorter."""
-    with readable(path.name, _NPZ), _Stream(path, array) as stream:
+    with readable(path.name, _NPZ), closing(_Stream(path, array)) as stream:
         for start in range(0, max(array.rows, 1), _SLICE_STEPS):
             yield stream.read(start, min(start + _SLICE_STEPS, array.rows))
-
-
-def _numbers(path: Path, arrays: Mapping[str, StoredArray], steps: int) -> EpisodeTable | None:
-    """By one episode number for each step, where there are such, without holding them all."""
-    numbers = arrays.get(NUMBERS_NAME)
-    if numbers is None:
-        return None
-    require_integers(NUMBERS_NAME, numbers, path.name, steps)
-    starts: list[Int64Array] = []
-    found: list[Int64Array] = []
-    before: Int64Array | None = None
-    for index, values in enumerate(_slices(path, numbers)):
-        row, part = index * _SLICE_STEPS, as_int64(values, f"{path.name}: {NUMBERS_NAME}")
-        starts.append(begins_of_episodes(part, path.name, row, before))
-        found.append(part[starts[-1] - row])
-        before = part[-1:]
-    return EpisodeTable(np.concatenate([*starts, np.array([steps])]), np.concatenate(found))
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -235,47 +207,31 @@ class _Stream:
             self._file, self._stack = file, stack.pop_all()
 
     def read(self, start: int, stop: int) -> AnyArray:
+        """Rows [n, width], or [n] of an array of one dimension."""
         array = self._array
-        row_bytes = array.width * array.dtype.itemsize
-        self._file.seek(array.begins + start * row_bytes)
-        content = self._file.read((stop - start) * row_bytes)
-        if len(content) != (stop - start) * row_bytes:
+        if len(array.shape) == 1:
+            return self._numbers(start, stop - start)
+        if array.is_fortran:
+            columns = (self._numbers(column * array.rows + start, stop - start) for column in range(array.width))
+            return np.stack([*columns], axis=1)
+        return self._numbers(start * array.width, (stop - start) * array.width).reshape(-1, array.width)
+
+    def _numbers(self, place: int, count: int) -> AnyArray:
+        array = self._array
+        self._file.seek(array.begins + place * array.dtype.itemsize)
+        content = self._file.read(count * array.dtype.itemsize)
+        if len(content) != count * array.dtype.itemsize:
             raise EOFError(f"{array.name!r} ends early")
-        values = np.frombuffer(content, array.dtype)
-        return values if len(array.shape) == 1 else values.reshape(-1, array.width)
+        return np.frombuffer(content, array.dtype)
 
     def close(self) -> None:
         self._stack.close()
 
-    def __enter__(self) -> _Stream:
-        return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+class _NpzReader(StepReader[NpzSource]):
+    def _open(self, index: int) -> _Stream:
+        return _Stream(self._source.path, self._source.arrays[index])
 
-
-class _NpzReader:
-    def __init__(self, source: NpzSource) -> None:
-        self._source = source
-        self._stream: _Stream | None = None
-        self._index = -1
-
-    def read(self, start: int, stop: int) -> Steps:
-        source, row = self._source, start
-        actions = np.empty((stop - start, source.arrays[0].width), np.float32)
-        with readable(source.name, _NPZ):
-            while row < stop:
-                index = int(np.searchsorted(source.first_rows, row, side="right")) - 1
-                first = int(source.first_rows[index])
-                end = min(stop, int(source.first_rows[index + 1]))
-                if index != self._index or self._stream is None:
-                    self.close()
-                    self._stream, self._index = _Stream(source.path, source.arrays[index]), index
-                actions[row - start : end - start] = as_float32(self._stream.read(row - first, end - first))
-                row = end
-        return source.table.steps(actions, start)
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._stream.close()
-            self._stream, self._index = None, -1
+    def _read(self, piece: int, start: int, stop: int) -> Steps:
+        first = int(self._source.first_rows[piece])
+        return self._source.table.steps(as_float32(self._at(piece).read(start - first, stop - first)), start)

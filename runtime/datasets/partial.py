@@ -22,12 +22,13 @@ from typing import Any
 
 from ..bundle.errors import TokenizerError
 from ..bundle.ownership import Ownership
+from ..bundle.writing import sync
 from .errors import OutputError, VerificationError
 from .format import HASH_STEPS, INFO_NAME
 from .job import LOCK_NAME, Job, ownership_of, partial_folder
 from .record import PartRecord
 from .steps import is_hidden
-from .writers import hash_file, part_files, put, spelled, sync
+from .writers import hash_file, part_files, put, spelled
 
 _IDENTITY_NAME = "job.json"
 #: Somebody else's end takes the folder away between two steps here; not so often, unless the place itself is at fault.

@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 
 import numpy as np
 
 from ..bundle.errors import InvalidInputError
 from ..tokenizer import ActionTokenizer
 from .coding import StepCoder
-from .errors import IllegalActionError, SourceError
+from .episodes import Run, check_values, extend_runs
 from .format import HASH_STEPS, part_metadata
 from .job import Job
 from .partial import output_errors, save_record
 from .progress import Progress
-from .record import PartRecord, Run
+from .record import PartRecord
 from .steps import AnyArray, Steps
 from .writers import part_writer
 
@@ -43,12 +44,11 @@ class PartMaker:
         runs: list[Run] = []
         writer = part_writer(job.layout, part, start)
         try:
-            for row in range(start, stop, job.layout.block_steps):
+            for row, steps in self._reader.slices(start, stop, job.layout.block_steps):
                 if is_stopped():
                     raise Stopped
-                steps = self._reader.read(row, min(row + job.layout.block_steps, stop))
                 digests += _digests(steps)
-                self._extend(runs, steps, row)
+                extend_runs(runs, steps, job.source, row)
                 writer.write(Steps(self._code(steps, row), steps.episode, steps.frame))
                 on_steps(len(steps))
             digest = hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
@@ -69,45 +69,8 @@ class PartMaker:
         try:
             return self._coder.encode(steps.values)
         except InvalidInputError:
-            self._refuse_illegal(steps, first_row)
+            check_values(steps, self._job.source, first_row, self._limit)
             raise
-
-    def _extend(self, runs: list[Run], steps: Steps, first_row: int) -> None:
-        """Add what the block has of every episode; raises SourceError for steps that are not in order."""
-        begins = np.concatenate([[0], np.flatnonzero(np.diff(steps.episode)) + 1])
-        ends = np.concatenate([begins[1:], [len(steps)]])
-        falls = np.flatnonzero((np.diff(steps.episode) == 0) & (np.diff(steps.frame) <= 0))
-        if falls.size:
-            row = int(falls[0])
-            self._refuse_order(
-                (int(steps.episode[row]), int(steps.frame[row])),
-                (int(steps.episode[row + 1]), int(steps.frame[row + 1])),
-                first_row + row + 1,
-            )
-        columns = (steps.episode[begins], steps.frame[begins], steps.frame[ends - 1], ends - begins)
-        for begin, (episode, first, last, count) in zip(
-            begins.tolist(), zip(*(column.tolist() for column in columns), strict=True), strict=True
-        ):
-            before = runs[-1] if runs else None
-            if before is None or before[0] < episode:
-                runs.append((episode, first, last, count))
-            elif before[0] == episode and before[2] < first:
-                runs[-1] = (episode, before[1], last, before[3] + count)
-            else:
-                self._refuse_order((before[0], before[2]), (episode, first), first_row + begin)
-
-    def _refuse_order(self, before: tuple[int, int], after: tuple[int, int], row: int) -> None:
-        raise out_of_order(self._job.source.file_of(row), before, after)
-
-    def _refuse_illegal(self, steps: Steps, first_row: int) -> None:
-        illegal = np.argwhere(~(np.abs(steps.values) <= self._limit))
-        if illegal.size:
-            row, dimension = (int(place) for place in illegal[0])
-            raise IllegalActionError(
-                f"{self._job.source.file_of(first_row + row)}, episode {steps.episode[row]}, step {steps.frame[row]}, "
-                f"dimension {dimension}: {steps.values[row, dimension]}; expected finite numbers of at most "
-                f"{float(self._limit):g}: repair or drop this episode"
-            )
 
 
 def _digests(steps: Steps) -> list[str]:
@@ -128,26 +91,12 @@ def _bytes(values: AnyArray) -> memoryview:
 def parts_of_another_source(job: Job, records: Iterable[PartRecord]) -> set[int]:
     """Those whose steps in the source are no longer the ones they were made from. Raises SourceError."""
     found = set()
-    reader = job.source.open(job.source_width)
-    try:
+    with closing(job.source.open(job.source_width)) as reader:
         for record in records:
-            start, stop = job.rows(record.part)
-            digests: list[str] = []
-            for row in range(start, stop, job.layout.block_steps):
-                digests += _digests(reader.read(row, min(row + job.layout.block_steps, stop)))
-            if tuple(digests) != record.digests:
+            blocks = reader.slices(*job.rows(record.part), job.layout.block_steps)
+            if tuple(digest for _, steps in blocks for digest in _digests(steps)) != record.digests:
                 found.add(record.part)
-    finally:
-        reader.close()
     return found
-
-
-def out_of_order(where: str, before: tuple[int, int], after: tuple[int, int]) -> SourceError:
-    """before and after: episode and frame."""
-    return SourceError(
-        f"{where}: episode {after[0]}, step {after[1]} follows episode {before[0]}, step {before[1]}; expected "
-        "ascending episodes, each in one piece, with ascending steps: sort them, or remove the duplicate file or row"
-    )
 
 
 def run_local(job: Job, tokenizer: ActionTokenizer, parts: Sequence[int], workers: int, progress: Progress) -> None:
@@ -158,8 +107,7 @@ def run_local(job: Job, tokenizer: ActionTokenizer, parts: Sequence[int], worker
 
     def work() -> None:
         try:
-            maker = PartMaker(job, tokenizer)
-            try:
+            with closing(PartMaker(job, tokenizer)) as maker:
                 while not stopping.is_set():
                     with lock:
                         part = next(waiting, None)
@@ -167,8 +115,6 @@ def run_local(job: Job, tokenizer: ActionTokenizer, parts: Sequence[int], worker
                         return
                     with output_errors(job.partial):
                         maker.make(part, progress.add, stopping.is_set)
-            finally:
-                maker.close()
         except Stopped:
             return
         except BaseException as error:

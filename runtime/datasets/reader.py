@@ -14,17 +14,17 @@ from ..bundle.errors import FingerprintError
 from ..bundle.manifest import FileEntry
 from ..bundle.paths import as_path
 from ..bundle.reading import read_file
+from .episodes import check_stated
 from .errors import SourceError, TokenDatasetError
 from .format import DatasetInfo, part_name, read_info
+from .pieces import Source, StepReader
 from .steps import (
     AnyArray,
     EpisodeTable,
     Int64Array,
-    SourceFile,
     Steps,
     lengths_to_starts,
     optional,
-    readable,
     shown_name,
     source_file,
 )
@@ -57,7 +57,7 @@ def _open(folder: Path, expect_fingerprint: str | None) -> TokenDataset:
         if size != entry.size:
             found = "is missing" if size is None else f"has {size} bytes, it was written with {entry.size}"
             raise TokenDatasetError(f"{name} in {folder} {found}: the dataset is truncated or was altered; {_AGAIN}")
-    return TokenDataset(folder, info)
+    return TokenDataset.of(folder, info)
 
 
 def check_fingerprint(folder: Path, info: DatasetInfo, expected: str) -> None:
@@ -69,44 +69,38 @@ def check_fingerprint(folder: Path, info: DatasetInfo, expected: str) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class TokenDataset:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TokenDataset(Source):
     """Steps of a converted dataset, in slices. It is a source like any other: it can be decoded as a whole."""
 
-    folder: Path
+    kind = "a converted dataset"
     info: DatasetInfo
     _verified: dict[str, FileEntry] = field(default_factory=dict, repr=False)
 
-    @property
-    def name(self) -> str:
-        return shown_name(self.folder)
+    @classmethod
+    def of(cls, folder: Path, info: DatasetInfo) -> TokenDataset:
+        return cls(
+            name=shown_name(folder),
+            root=folder,
+            files=tuple(source_file(folder / name, folder) for name in info.files),
+            first_rows=np.append(np.arange(0, info.num_steps, info.steps_per_block), info.num_steps),
+            width=info.width,
+            info=info,
+        )
 
-    @property
-    def root(self) -> Path:
-        return self.folder
+    def open(self, width: int) -> StepReader[Any]:
+        if width != self.width:
+            raise TokenDatasetError(f"{self.name} has {self.width} values for a step, expected {width}; {_AGAIN}")
+        return self._reader()
 
-    @property
-    def num_steps(self) -> int:
-        return self.info.num_steps
-
-    @property
-    def files(self) -> tuple[SourceFile, ...]:
-        return tuple(source_file(self.folder / name, self.folder) for name in self.info.files)
-
-    @property
-    def stated_episodes(self) -> EpisodeTable:
-        return self.episodes()
-
-    def open(self, width: int) -> DatasetReader:
-        if width != self.info.width:
-            raise TokenDatasetError(f"{self.name} has {self.info.width} values for a step, expected {width}; {_AGAIN}")
-        return DatasetReader(self)
-
-    def check(self) -> None:
-        """Every file is hashed when it is read."""
+    def check_episodes(self, found: EpisodeTable) -> None:
+        check_stated(self.name, self.episodes(), found)
 
     def file_of(self, row: int) -> str:
         return f"{self.name}, row {row}"
+
+    def _reader(self) -> StepReader[Any]:
+        return _DatasetReader(self)
 
     def episodes(self) -> EpisodeTable:
         """Where every episode begins and ends, and its number."""
@@ -131,22 +125,22 @@ class TokenDataset:
     def content(self, name: str) -> bytes:
         """A file's bytes, with the hash that `dataset.json` states."""
         self.verify(name)
-        return read_file(self.folder / name, self.info.files[name].size)
+        return read_file(self.root / name, self.info.files[name].size)
 
     def verify(self, name: str) -> None:
         """Once for each file; raises TokenDatasetError."""
         expected = self.info.files.get(name)
         if expected is None:
-            raise TokenDatasetError(f"{self.folder} lists no file {name!r}; {_AGAIN}")
+            raise TokenDatasetError(f"{self.root} lists no file {name!r}; {_AGAIN}")
         if name in self._verified:
             return
         try:
-            found = hash_file(self.folder / name)
+            found = hash_file(self.root / name)
         except OSError as error:
-            raise TokenDatasetError(f"{name} in {self.folder} cannot be read: {error}; {_AGAIN}") from error
+            raise TokenDatasetError(f"{name} in {self.root} cannot be read: {error}; {_AGAIN}") from error
         if found != expected:
             raise TokenDatasetError(
-                f"{name} in {self.folder} has {found.size} bytes and sha256 {found.sha256}, it was written with "
+                f"{name} in {self.root} has {found.size} bytes and sha256 {found.sha256}, it was written with "
                 f"{expected.size} and {expected.sha256}: it is truncated or was altered; {_AGAIN}"
             )
         self._verified[name] = found
@@ -159,61 +153,45 @@ class TokenDataset:
 
     def _episodes_table(self, columns: list[str]) -> Any:
         self.verify("episodes.parquet")
-        return optional("pyarrow.parquet").ParquetFile(self.folder / "episodes.parquet").read(columns)
+        return optional("pyarrow.parquet").ParquetFile(self.root / "episodes.parquet").read(columns)
 
 
-class DatasetReader:
+class _DatasetReader(StepReader[TokenDataset]):
     """Keeps the last block: slices in ascending order read each once."""
 
-    def __init__(self, dataset: TokenDataset) -> None:
-        self._dataset, self._info = dataset, dataset.info
+    def __init__(self, source: TokenDataset) -> None:
+        super().__init__(source)
+        self._info = source.info
         self._block: Steps | None = None
         self._block_index = -1
-        self._file: Any = None
-        self._file_index = -1
 
     def read(self, start: int, stop: int) -> Steps:
-        size, parts = self._info.steps_per_block, []
-        while start < stop:
-            index = start // size
-            block = self._read_block(index)
-            end = min(stop, index * size + len(block))
-            rows = slice(start - index * size, end - index * size)
-            parts.append(Steps(block.values[rows], block.episode[rows], block.frame[rows]))
-            start = end
-        return Steps.joined(parts)
+        """Rows start … stop - 1 of the whole dataset. Raises TokenDatasetError."""
+        try:
+            return super().read(start, stop)
+        except SourceError as error:
+            raise TokenDatasetError(str(error)) from error
 
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file, self._file_index = None, -1
+    def _read(self, piece: int, start: int, stop: int) -> Steps:
+        source = self._source
+        first, expected = int(source.first_rows[piece]), int(source.first_rows[piece + 1] - source.first_rows[piece])
+        if piece != self._block_index or self._block is None:
+            self._block = (self._read_parquet if self._info.storage == "parquet" else self._read_zarr)(piece)
+            self._block_index = piece
+        block, rows = self._block, slice(start - first, stop - first)
+        if len(block) != expected:
+            raise TokenDatasetError(
+                f"block {piece} of {source.root} has {len(block)} steps, expected {expected}; {_AGAIN}"
+            )
+        return Steps(block.values[rows], block.episode[rows], block.frame[rows])
 
-    def _read_block(self, index: int) -> Steps:
-        if index != self._block_index or self._block is None:
-            read = self._read_parquet if self._info.storage == "parquet" else self._read_zarr
-            try:
-                with readable(self._dataset.name, f"a {self._info.storage} dataset"):
-                    self._block = read(index)
-            except SourceError as error:
-                raise TokenDatasetError(str(error)) from error
-            self._block_index = index
-            expected = min(self._info.steps_per_block, self._info.num_steps - index * self._info.steps_per_block)
-            if len(self._block) != expected:
-                raise TokenDatasetError(
-                    f"block {index} of {self._dataset.folder} has {len(self._block)} steps, expected {expected}; "
-                    f"{_AGAIN}"
-                )
-        return self._block
+    def _open(self, index: int) -> Any:
+        self._source.verify(part_name(index))
+        return optional("pyarrow.parquet").ParquetFile(self._source.root / part_name(index))
 
     def _read_parquet(self, index: int) -> Steps:
         part, group = divmod(index, self._info.steps_per_file // self._info.steps_per_block)
-        if part != self._file_index:
-            self.close()
-            name = part_name(part)
-            self._dataset.verify(name)
-            self._file = optional("pyarrow.parquet").ParquetFile(self._dataset.folder / name)
-            self._file_index = part
-        table = self._file.read_row_group(group, use_threads=False)
+        table = self._at(part).read_row_group(group, use_threads=False)
         episode, frame, column = (table.column(place).combine_chunks() for place in range(3))
         return Steps(_values(column, self._info), episode.to_numpy(), frame.to_numpy())
 
@@ -221,13 +199,13 @@ class DatasetReader:
         info, steps = self._info, self._info.steps_per_block
         model = info.model
         rows = min(steps, info.num_steps - index * steps)
-        packed = self._dataset.content(f"data/tokens/{index}.0.0")
+        packed = self._source.content(f"data/tokens/{index}.0.0")
         flat = np.frombuffer(unpack(packed, steps * info.width, info.compression), np.uint8)
         # Order F: see turned().
         tokens = flat.reshape(model.num_layers, model.latent_dim, steps)[..., :rows].T
         numbers = []
         for name in ("episode_index", "frame_index"):
-            packed = self._dataset.content(f"data/{name}/{index}")
+            packed = self._source.content(f"data/{name}/{index}")
             numbers.append(np.frombuffer(unpack(packed, steps * 8, info.compression), "<i8")[:rows])
         return Steps(np.ascontiguousarray(tokens).reshape(rows, info.width), *numbers)
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..bundle.manifest import FileEntry
+from .episodes import Run
 from .errors import OutputError
 
-#: What a part has of one episode: its number, the first and the last frame, and the number of steps.
-Run = tuple[int, int, int, int]
 _INT64 = 2**63
 
 

@@ -10,7 +10,8 @@ from .errors import SourceError
 from .hdf5 import HDF5_SUFFIXES, hdf5_files, open_hdf5
 from .lerobot import open_parquet, parquet_files
 from .npz import open_npz
-from .steps import Source, is_hidden
+from .pieces import Source
+from .steps import is_hidden
 
 _EXPECTED = (
     "expected .npz, .npy, .hdf5, .h5, .parquet, a folder of HDF5 files, or a LeRobot v2 or v3 folder "
@@ -22,6 +23,15 @@ def open_source(path: str | os.PathLike[str], key: str | None = None, filter_key
     """Read tables of contents, no actions. key: the action array or column, where its name is not the usual one.
 
     filter_key: of robomimic's HDF5 files, to take the episodes alone that it lists. Raises SourceError.
+
+    >>> import tempfile, numpy
+    >>> path = Path(tempfile.mkdtemp()) / "demonstrations.npz"
+    >>> numpy.savez(path, actions=numpy.zeros((50, 7)), episode_ends=[20, 50])
+    >>> source = open_source(path)
+    >>> source.num_steps, source.width
+    (50, 7)
+    >>> source.open(width=7).read(19, 22).episode.tolist()
+    [0, 1, 1]
     """
     # Absolute, since workers elsewhere open it too.
     path = as_path(path, "the data", SourceError).absolute()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -57,48 +57,6 @@ class Steps:
         )
 
 
-class StepReader(Protocol):
-    """One reader for each thread. It remembers where it is: slices in ascending order are the cheap ones."""
-
-    def read(self, start: int, stop: int) -> Steps:
-        """Rows start ... stop - 1 of the whole dataset. Raises SourceError or TokenDatasetError."""
-
-    def close(self) -> None: ...
-
-
-class Source(Protocol):
-    """A dataset that was found whole by its tables of contents; can be pickled, and holds no step in memory."""
-
-    @property
-    def name(self) -> str:
-        """The file's or folder's name."""
-
-    @property
-    def num_steps(self) -> int: ...
-
-    @property
-    def root(self) -> Path:
-        """Where `files` lie."""
-
-    @property
-    def files(self) -> tuple[SourceFile, ...]: ...
-
-    @property
-    def stated_episodes(self) -> EpisodeTable | None:
-        """All episodes in order, where the dataset says so beside its steps."""
-
-    def open(self, width: int) -> StepReader:
-        """A reader that refuses values of another width."""
-
-    def check(self) -> None:
-        """Read through what only a whole pass can show to be damaged."""
-
-    def file_of(self, row: int) -> str:
-        """Where this step lies, for messages."""
-
-    def episode_names(self, episodes: Int64Array) -> list[str]: ...
-
-
 @dataclass(frozen=True, eq=False)
 class EpisodeTable:
     """Episodes that follow one another: starts int64 [E + 1], the last is the number of steps; numbers int64 [E]."""
@@ -133,24 +91,6 @@ def has_changed(file: SourceFile) -> SourceError:
         f"{file.name} has changed while it was read; expected the same to the end: run the command again when nothing "
         "writes to it"
     )
-
-
-def touched_file(source: Source) -> SourceFile | None:
-    """One that may have changed, only its steps can tell; None where all are untouched.
-
-    Raises SourceError where a file is certainly not the one that was opened.
-    """
-    touched = None
-    for file in source.files:
-        try:
-            found = source_file(source.root / file.name, source.root)
-        except FileNotFoundError as error:
-            raise has_changed(file) from error
-        if (found.size, found.mtime_ns) != (file.size, file.mtime_ns):
-            raise has_changed(file)
-        if found.stamp != file.stamp:
-            touched = touched or file
-    return touched
 
 
 _HIDDEN = ("Thumbs.db", "desktop.ini", "__MACOSX")
@@ -237,11 +177,3 @@ def opened(path: Path, kind: str, magic: bytes = b"", *, name: str = "") -> Iter
             )
         file.seek(0)
         yield file
-
-
-def check_width(found: int, expected: int, name: str) -> None:
-    if found != expected:
-        raise SourceError(
-            f"{name} has {found} action dimensions; the bundle's model has {expected}: give demonstrations of the "
-            "robot that it was made for, or name another array with --key"
-        )

@@ -24,10 +24,10 @@ from .format import PART_STEPS, Compression, DatasetInfo, Storage, Verification,
 from .job import Job, partial_folder, plan
 from .partial import Begun, begin, give_up, load_records, locked, output_errors, was_finished
 from .parts import parts_of_another_source, run_local
+from .pieces import Source
 from .progress import Progress
 from .reader import check_fingerprint, open_token_dataset
 from .sources import open_source
-from .steps import Source
 
 _FORMATS = {".parquet": "parquet", ".zarr": "zarr", ".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5"}
 _ENCODED, _DECODED = ("parquet", "zarr"), ("parquet", "npz", "hdf5")
@@ -103,7 +103,7 @@ def convert(options: argparse.Namespace) -> Verification:
         source: Source
         if options.decode:
             dataset = open_token_dataset(options.input)
-            check_fingerprint(dataset.folder, dataset.info, tokenizer.fingerprint)
+            check_fingerprint(dataset.root, dataset.info, tokenizer.fingerprint)
             if dataset.info.content != "tokens":
                 raise TokenDatasetError(f"{options.input} holds {dataset.info.content}; expected tokens to decode")
             if kind in ("npz", "hdf5"):

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle.arrays import Codes, Float32Array, Float64Array
+from ..bundle.arrays import Codes, Float32Array, Float64Array, in_chunks
 from ..bundle.errors import InvalidInputError
 from ..bundle.fidelity import Fidelity, FidelitySums
 from ..bundle.manifest import ModelEntry
-from ..datasets.steps import Source
+from ..datasets.episodes import Run, extend_runs, join_runs
+from ..datasets.pieces import Source
 from ..tokenizer import ActionTokenizer, codes_of
 
 #: Share of steps that may have another token: float32 rounding carries a value across the edge between two bins, and
@@ -97,19 +98,14 @@ class Side:
 
     def encode(self, actions: Float32Array) -> Codes:
         """actions [N, A] -> tokens [N, D, L] and, of a `dynamic` bundle, stats [N, L, 2]."""
-        tokens, stats = codes_of(self.tokenizer, self._chunks(actions))
+        tokens, stats = codes_of(self.tokenizer, in_chunks(actions, self.model.chunk_length))
         return Codes(_steps(tokens, len(actions)), None if stats is None else _steps(stats, len(actions)))
 
     def decode(self, codes: Codes) -> Float32Array:
         """tokens [N, D, l] and, if there are any, stats [N, l, 2] -> actions [N, A]."""
-        given = self._chunks(codes.stats) if codes.stats is not None and self.model.has_stats else None
-        return _steps(self.tokenizer.decode(self._chunks(codes.tokens), given), len(codes.tokens))
-
-    def _chunks(self, steps: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """[N, ...] as [B, T, ...], the last chunk filled up with the last step."""
-        length = self.model.chunk_length
-        filling = np.repeat(steps[-1:], -len(steps) % length, axis=0)
-        return np.concatenate((steps, filling)).reshape(-1, length, *steps.shape[1:])
+        length, (tokens, stats) = self.model.chunk_length, codes
+        given = in_chunks(stats, length) if stats is not None and self.model.has_stats else None
+        return _steps(self.tokenizer.decode(in_chunks(tokens, length), given), len(tokens))
 
 
 def _steps(chunks: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
@@ -182,9 +178,12 @@ def _batches(source: Source, action_dim: int) -> Iterator[Float32Array]:
     if not source.num_steps:
         raise InvalidInputError(f"{source.name} has no steps; expected at least one")
     source.check()
+    runs: list[Run] = []
     with contextlib.closing(source.open(action_dim)) as reader:
-        for start in range(0, source.num_steps, _BATCH_STEPS):
-            yield reader.read(start, min(start + _BATCH_STEPS, source.num_steps)).values
+        for start, steps in reader.slices(0, source.num_steps, _BATCH_STEPS):
+            extend_runs(runs, steps, source, start)
+            yield steps.values
+    join_runs(runs, source)
 
 
 def _common_prefixes(one: ModelEntry, other: ModelEntry) -> tuple[int, ...]:

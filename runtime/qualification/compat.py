@@ -28,8 +28,8 @@ from ..bundle.errors import TokenizerError
 from ..bundle.gates import GATES
 from ..bundle.manifest import ModelEntry
 from ..bundle.paths import as_path
+from ..datasets.pieces import Source
 from ..datasets.sources import open_source
-from ..datasets.steps import Source
 from .agreement import BundleFacts, Decoding, Measurement, Side, listed, measure
 
 INTERCHANGEABLE, DECODER_CAN_BE_REPLACED, NOT_COMPATIBLE, NOT_COMPARED = range(4)

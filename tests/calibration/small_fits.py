@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
-from rfsq.rfsq_ref.train import TrainConfig, suggested_normaliser, train
+from rfsq.rfsq_ref.normaliser_choice import suggested_normaliser
+from rfsq.rfsq_ref.train import TrainConfig, train
 
 Array = npt.NDArray[np.float64]
 _TRAINING_EPISODES, _HELD_OUT_EPISODES = 12, 12

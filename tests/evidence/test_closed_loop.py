@@ -9,10 +9,9 @@ from scipy.spatial.transform import Rotation
 
 from rfsq.evidence.closed_loop import EpisodeResult, Spread, plan, precision, run_episode
 from rfsq.evidence.codecs import RawCodec
+from rfsq.rfsq_ref.expert import POSITION_UNIT, ROTATION_UNIT
 from rfsq.rfsq_ref.experts import (
     HELD_OUT_EXPERTS,
-    POSITION_UNIT,
-    ROTATION_UNIT,
     LiftExpert,
     NutAssemblyRoundExpert,
     NutAssemblySquareExpert,

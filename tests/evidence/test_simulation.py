@@ -12,7 +12,8 @@ pytest.importorskip("robosuite", reason="the simulator is not installed here: pi
 
 from rfsq.evidence.closed_loop import plan
 from rfsq.evidence.simulation import OBSERVED, TASKS, Simulation
-from rfsq.rfsq_ref.experts import Expert, NutAssemblyTightExpert
+from rfsq.rfsq_ref.expert import Expert
+from rfsq.rfsq_ref.experts import NutAssemblyTightExpert
 from rfsq.rfsq_ref.generate_demonstrations import make_environment
 
 SEED = 5

@@ -26,6 +26,7 @@ from tests.export.cuda_on_cpu import CudaOnCpu
 from tests.export.plan_numpy import CODES, MODES, PlanBackend
 from tests.export.test_parity import CHUNK, COARSE, FULL, NEAR_TIES, PREFIXES, STEPS, WRONG, Case
 from tests.rfsq_ref.models import make_model, shrinking_constants
+from tests.rfsq_ref.units import restore
 
 RATIOS = [0, 4, 6, 10, 20, 100, 1000]
 #: No power of two, so that folding them rounds.
@@ -54,7 +55,7 @@ def resting(checkpoint: Checkpoint, ratios: Sequence[float], scales: Sequence[fl
 
 def case_of(checkpoint: Checkpoint, mode: DeployMode, normalised: np.ndarray) -> Case:
     assert checkpoint.normaliser is not None
-    steps = checkpoint.normaliser.restore(normalised).astype(np.float32)
+    steps = restore(checkpoint.normaliser, normalised).astype(np.float32)
     return Case.of(checkpoint, mode, steps, PREFIXES)
 
 
@@ -209,7 +210,7 @@ def test_other_units_change_no_token_and_scale_every_action(
         model = checkpoint.model(mode.conditioning, dtype=torch.float64).requires_grad_(False)
         backend = PlanBackend(plan_encoder(model, mode, CHUNK), {8: plan_decoder(model, mode, CHUNK, 8)})
         if scale == 1:
-            actions = checkpoint.normaliser.restore(normalised).astype(np.float32)
+            actions = restore(checkpoint.normaliser, normalised).astype(np.float32)
         tokens = np.empty((*actions.shape[:2], 16, 8), np.int32)
         stats = np.empty((*actions.shape[:2], 8, 2), np.float32) if mode.has_stats else None
         decoded = np.empty_like(actions)

@@ -11,6 +11,7 @@ from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.data import load_demonstrations
 from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
 from tests.gpu.conftest import ENGINES
+from tests.rfsq_ref.units import restore
 
 #: No power of two, so that folding them rounds.
 SCALES = (0.3, 0.7, 1.1, 0.05, 2.3, 1.7, 0.9)
@@ -33,7 +34,7 @@ def test_every_backend_passes_every_gate(
     episodes = load_demonstrations().episodes
     np.savez(
         tmp_path / "episodes.npz",
-        **{f"episode_{i}": normaliser.restore(steps).astype(np.float32) for i, steps in enumerate(episodes)},
+        **{f"episode_{i}": restore(normaliser, steps).astype(np.float32) for i, steps in enumerate(episodes)},
     )
     result = build(
         BuildConfig(

@@ -1,5 +1,6 @@
 """What `rfsq_ref.data` promises: every format gives the same episodes, nothing unusable passes, splits are honest."""
 
+import doctest
 import hashlib
 import io
 import json
@@ -7,8 +8,9 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -229,10 +231,11 @@ def test_bfloat16_tensors_are_widened(tmp_path: Path) -> None:
     assert_holds(load_actions(torch_file(tmp_path / "a.pt", tensor)), [tensor.float().numpy()])
 
 
-def test_steps_of_interleaved_episodes_keep_their_order(tmp_path: Path) -> None:
+def test_steps_of_interleaved_episodes_are_refused(tmp_path: Path) -> None:
+    """Where many would read them in slices, nobody could."""
     actions = np.arange(10, dtype=np.float32)[:, None]
-    dataset = load_actions(npz(tmp_path / "a.npz", actions=actions, episode_index=np.array([3, 1] * 5)))
-    assert_holds(dataset, [actions[1::2], actions[::2]])
+    with pytest.raises(DataError, match="episode_index falls at step 1 of the file"):
+        load_actions(npz(tmp_path / "a.npz", actions=actions, episode_index=np.array([3, 1] * 5)))
 
 
 KEYED: dict[str, Callable[[Path], object]] = {
@@ -295,27 +298,34 @@ def test_a_single_parquet_file_is_enough(tmp_path: Path) -> None:
     assert set(dataset.tasks) == {"task_0", "task_1"}
 
 
-def test_parquet_rows_are_sorted_by_frame(tmp_path: Path) -> None:
+def test_parquet_rows_out_of_order_are_refused(tmp_path: Path) -> None:
     table = lerobot_table(dict(enumerate(EPISODES)))
     shuffled = table.take(np.random.default_rng(1).permutation(table.num_rows))
     pq.write_table(shuffled, tmp_path / "a.parquet")
-    assert_holds(load_actions(tmp_path / "a.parquet"), EPISODES)
+    with pytest.raises(DataError, match=r"a\.parquet: episode 1, step 1 follows episode 5, step 4; expected ascending"):
+        load_actions(tmp_path / "a.parquet")
 
 
 def test_only_the_needed_columns_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Image columns are a thousand times larger than actions."""
     pq.write_table(lerobot_table({0: EPISODES[0]}), tmp_path / "a.parquet")
-    columns_read = []
-    read = pq.ParquetFile.read
+    columns_read: set[str] = set()
+    read, iter_batches = pq.ParquetFile.read, pq.ParquetFile.iter_batches
 
     def spy(self: pq.ParquetFile, *args: Any, **options: Any) -> pa.Table:
         table = read(self, *args, **options)
-        columns_read.extend(table.column_names)
+        columns_read.update(table.column_names)
         return table
 
+    def spy_on_batches(self: pq.ParquetFile, *args: Any, **options: Any) -> Iterator[pa.RecordBatch]:
+        for batch in iter_batches(self, *args, **options):
+            columns_read.update(batch.schema.names)
+            yield batch
+
     monkeypatch.setattr(pq.ParquetFile, "read", spy)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy_on_batches)
     load_actions(tmp_path / "a.parquet")
-    assert sorted(columns_read) == ["action", "episode_index", "frame_index", "task_index"]
+    assert columns_read == {"action", "episode_index", "frame_index", "task_index"}
 
 
 def test_parquet_needs_neither_frames_nor_tasks(tmp_path: Path) -> None:
@@ -448,12 +458,13 @@ def folder_with(path: Path, *names: str) -> Path:
 def lerobot_with_two_widths(folder: Path) -> Path:
     write_lerobot_v2(folder)
     path = folder / "data/chunk-001/episode_000003.parquet"
-    pq.write_table(lerobot_table({3: episodes_of((4,), 6)[0]}), path)
+    pq.write_table(lerobot_table({3: episodes_of((LENGTHS[3],), 6)[0]}, fixed_size=False), path)
     return folder
 
 
 def lerobot_with_a_copy(folder: Path) -> Path:
     write_lerobot_v2(folder)
+    (folder / "meta/episodes.jsonl").unlink()
     first = folder / "data/chunk-000/episode_000000.parquet"
     return write_bytes(first.with_name("episode_000000 (copy).parquet"), first.read_bytes()).parents[2]
 
@@ -467,8 +478,11 @@ def lerobot_with_bad_tasks(folder: Path, content: str) -> Path:
 RAGGED = [[0.0] * 7, [0.0] * 6]
 REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing file": (lambda tmp: tmp / "a.npz", r"a\.npz does not exist"),
-    "unknown suffix": (lambda tmp: write_bytes(tmp / "a.csv", b"1,2"), r"suffix '\.csv'; expected one of \.npz"),
-    "folder of something else": (lambda tmp: folder_with(tmp / "a", "x.csv"), r"holds x\.csv; expected HDF5 files"),
+    "unknown suffix": (lambda tmp: write_bytes(tmp / "a.csv", b"1,2"), r"suffix '\.csv'; expected \.npz"),
+    "folder of something else": (
+        lambda tmp: folder_with(tmp / "a", "x.csv"),
+        r"holds x\.csv; expected .*a folder of HDF5 files",
+    ),
     "empty folder": (lambda tmp: folder_with(tmp / "a"), "holds nothing"),
     **{
         f"empty {suffix}": (lambda tmp, suffix=suffix: write_bytes(tmp / f"a.{suffix}", b""), r"is empty \(0 bytes\)")
@@ -527,40 +541,40 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "two action spaces": (
         lambda tmp: write_hdf5(tmp / "a.h5", [np.zeros((3, 7)), np.zeros((3, 7)), np.zeros((3, 6))]),
-        "'demo_0' has 7 action dimensions, episode 'demo_2' has 6",
+        r"data/demo_2/actions has 6 action dimensions, but a\.h5, data/demo_0/actions has 7; expected the same",
     ),
     "two action spaces in LeRobot": (
         lambda tmp: lerobot_with_two_widths(tmp / "a"),
-        r"episode_000000\.parquet has 7 action dimensions, episode_000003\.parquet has 6",
+        r"episode_000003\.parquet, episode 3, step 0 has 6 action dimensions, but .* has 7; expected the same",
     ),
     "two widths in a column": (
         lambda tmp: parquet(tmp / "a.parquet", action=RAGGED, episode_index=[0, 0]),
-        "6 action dimensions in one row, 7 in another",
+        "episode 0, step 1 has 6 action dimensions, but another step has 7",
     ),
     "missing action": (
         lambda tmp: parquet(tmp / "a.parquet", action=[[1.0], None], episode_index=[0, 0]),
-        "has a missing value in episode 0, step 1 \\(row 1",
+        "episode 0, step 1: column 'action' has a missing value",
     ),
     "missing number": (
         lambda tmp: parquet(tmp / "a.parquet", action=[[1.0], [None]], episode_index=[0, 0]),
-        "has a missing value in episode 0, step 1 \\(row 1",
+        "episode 0, step 1: column 'action' has a missing value",
     ),
     "missing number in a later episode": (
         lambda tmp: parquet(
             tmp / "a.parquet",
             action=pa.array([[1.0, 2.0], [3.0, 4.0], [5.0, None], [7.0, 8.0]], pa.list_(pa.float32(), 2)),
             episode_index=[3, 8, 8, 8],
-            frame_index=[0, 40, 30, 20],
+            frame_index=[0, 20, 30, 40],
         ),
-        r"missing value in episode 8, step 1 \(row 2 of the file\)",
+        "episode 8, step 30: column 'action' has a missing value",
     ),
     "NaN in LeRobot": (
         lambda tmp: write_lerobot_v2(tmp / "a", broken(np.nan)),
-        "'episode_3', step 2, dimension 1: nan",
+        r"episode_000003\.parquet, episode 3, step 2, dimension 1: nan",
     ),
     "NaN in npz": (
         lambda tmp: ours(tmp / "a.npz", actions=np.concatenate(broken(np.nan))),
-        "'episode_3', step 2, dimension 1: nan",
+        "episode 3, step 2, dimension 1: nan",
     ),
     "bytes in HDF5": (
         lambda tmp: write_hdf5(tmp / "a.h5", [np.zeros((3, 7), np.uint8)]),
@@ -582,7 +596,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "frame twice": (
         lambda tmp: lerobot_with_a_copy(tmp / "a"),
-        "episode 0 has frame 0 twice; expected every frame once",
+        "episode 0, step 0 follows episode 0, step 4; expected ascending .*remove the duplicate file or row",
     ),
     "fractional episode number": (
         lambda tmp: parquet(tmp / "a.parquet", action=[[1.0]], episode_index=[0.5]),
@@ -605,15 +619,15 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "complex": (lambda tmp: npz(tmp / "a.npz", actions=np.zeros((3, 7), complex)), "'actions' is complex128"),
     "NaN": (
         lambda tmp: write_hdf5(tmp / "a.h5", broken(np.nan)),
-        "episode 'demo_3', step 2, dimension 1: nan; expected finite",
+        "data/demo_3, episode 3, step 2, dimension 1: nan; expected finite",
     ),
     "infinity": (
         lambda tmp: write_hdf5(tmp / "a.h5", broken(-np.inf)),
-        "episode 'demo_3', step 2, dimension 1: -inf; expected finite",
+        "data/demo_3, episode 3, step 2, dimension 1: -inf; expected finite",
     ),
     "too large for float32": (
         lambda tmp: npz(tmp / "a.npz", actions=np.full((2, 2), 1e39)),
-        "step 0, dimension 0: inf; too large for float32 .*float64",
+        r"step 0, dimension 0: inf; expected finite numbers of at most 3\.4.*e\+38",
     ),
     "empty episode": (
         lambda tmp: ours(tmp / "a.npz", episode_ends=[5, 5, sum(LENGTHS)]),
@@ -686,11 +700,15 @@ def test_npy_has_no_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [("torch", "a.pt"), ("h5py", "a.h5"), ("pyarrow.parquet", "a.parquet")], ids=lambda value: value
+    ("module", "name", "extra"),
+    [("torch", "a.pt", "export"), ("h5py", "a.h5", "datasets"), ("pyarrow.parquet", "a.parquet", "datasets")],
+    ids=lambda value: value,
 )
-def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, extra: str
+) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DataError, match=rf"needs {module.partition('.')[0]}.*pip install '\.\[export\]'"):
+    with pytest.raises(DataError, match=rf"needs {module.partition('.')[0]}.*pip install '\.\[{extra}\]'"):
         load_actions(write_bytes(tmp_path / name, b"anything"))
 
 
@@ -798,6 +816,16 @@ def test_too_few_because_no_border_was_found_says_how_to_give_them(tmp_path: Pat
         assert (dataset.has_borders, dataset.missing_borders) == (True, "")
         with pytest.raises(DataError, match=r"cut\.npz has 1 episode; .*record more"):
             split_episodes(dataset)
+
+
+# Examples ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rfsq.rfsq_ref.data", "rfsq.runtime.datasets.sources"])
+def test_the_examples_of_the_documentation_run(name: str) -> None:
+    found = doctest.testmod(import_module(name))
+    assert found.attempted
+    assert not found.failed
 
 
 # Chunks --------------------------------------------------------------------------------------------------------------

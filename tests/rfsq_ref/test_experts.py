@@ -7,17 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfsq.rfsq_ref.experts import (
-    ACTION_DIM,
-    EXPERTS,
-    HELD_OUT_EXPERTS,
-    POSITION_UNIT,
-    ROTATION_UNIT,
-    Expert,
-    LiftExpert,
-    NutAssemblySquareExpert,
-    OrnsteinUhlenbeck,
-    Style,
+from rfsq.rfsq_ref.expert import ACTION_DIM, POSITION_UNIT, ROTATION_UNIT, Expert, OrnsteinUhlenbeck, Style
+from rfsq.rfsq_ref.expert_poses import (
     about_z,
     gripper_position,
     limited,
@@ -29,6 +20,7 @@ from rfsq.rfsq_ref.experts import (
     tilted,
     yaw_of,
 )
+from rfsq.rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS, LiftExpert, NutAssemblySquareExpert
 
 ANGLES = st.floats(-3.1, 3.1)
 VECTORS = st.lists(st.floats(-1.7, 1.7), min_size=3, max_size=3).map(np.array)

@@ -26,21 +26,10 @@ from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Check
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, load_actions, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError, DataError
 from rfsq.rfsq_ref.normaliser import NormaliserKind, fit_normaliser
+from rfsq.rfsq_ref.normaliser_choice import describe, describe_normaliser, suggested_normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning
-from rfsq.rfsq_ref.train import (
-    EpochRecord,
-    TrainConfig,
-    TrainResult,
-    describe,
-    describe_normaliser,
-    history_of,
-    history_path,
-    load_history,
-    main,
-    save_result,
-    suggested_normaliser,
-    train,
-)
+from rfsq.rfsq_ref.train import TrainConfig, main, train
+from rfsq.rfsq_ref.training_history import EpochRecord, TrainResult, history_of, history_path, load_history, save_result
 
 SCRIPT = Path(__file__).parents[2] / "rfsq_ref" / "train.py"
 QUICK = TrainConfig(epochs=3, learning_rate=1e-2, hidden_width=16, latent_dim=6, num_layers=4)
@@ -65,7 +54,7 @@ def same_weights(first: Checkpoint, second: Checkpoint) -> bool:
 def validation_mse(checkpoint: Checkpoint, data: ActionDataset) -> float:
     actions = torch.from_numpy(split_episodes(data).validation.steps().copy())
     with torch.no_grad():
-        return float(((checkpoint.model()(actions).actions - actions) ** 2).mean())
+        return float(((checkpoint.model()(actions) - actions) ** 2).mean())
 
 
 def write_data(folder: Path) -> Path:
@@ -157,7 +146,7 @@ def test_a_normaliser_is_fitted_to_the_training_episodes_and_travels_with_the_we
     # The errors count in the normalised units.
     actions = torch.from_numpy(split_episodes(data).validation.steps().copy())
     with torch.no_grad():
-        errors = (checkpoint.model()(actions).actions - actions) / torch.tensor(expected.scale)
+        errors = (checkpoint.model()(actions) - actions) / torch.tensor(expected.scale)
     assert float(errors.square().mean()) == pytest.approx(checkpoint.provenance["validation_mse"], rel=1e-4)
 
 
@@ -557,8 +546,7 @@ def test_nan_is_refused_by_episode_and_step_before_anything_is_trained(
     episodes[5][33, 2] = np.nan
     path = WRITERS[writer](tmp_path, episodes)
     assert run_main(["--data", str(path), "--output", "model.safetensors"], tmp_path, monkeypatch) == 2
-    name = "demo_5" if writer == "robomimic" else "episode_5"
-    assert f"episode '{name}', step 33, dimension 2: nan" in capsys.readouterr().err
+    assert "episode 5, step 33, dimension 2: nan" in capsys.readouterr().err
     assert not (tmp_path / "model.safetensors").exists()
 
 

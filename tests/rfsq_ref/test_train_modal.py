@@ -20,7 +20,8 @@ import torch
 from rfsq.rfsq_ref.checkpoints import load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import load_actions
 from rfsq.rfsq_ref.errors import CheckpointError, DataError, OutputError
-from rfsq.rfsq_ref.train import TrainConfig, history_of, load_history, train
+from rfsq.rfsq_ref.train import TrainConfig, train
+from rfsq.rfsq_ref.training_history import history_of, load_history
 
 ROOT = Path(__file__).parents[2]
 QUICK = TrainConfig(epochs=3, hidden_width=8, latent_dim=4, num_layers=3, learning_rate=1e-2)

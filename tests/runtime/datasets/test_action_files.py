@@ -1,7 +1,7 @@
 """Files of actions that cannot be taken as they are: both readers refuse them in the same words, and never wait."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from rfsq.rfsq_ref.data import load_actions
 from rfsq.rfsq_ref.errors import DataError
-from rfsq.runtime.datasets.array_layouts import begins_of_episodes
+from rfsq.runtime.datasets.array_layouts import table_by_numbers
 from rfsq.runtime.datasets.errors import SourceError
 from rfsq.runtime.datasets.sources import open_source
 from tests.runtime.datasets.samples import (
@@ -246,17 +246,18 @@ def test_episode_numbers_beyond_int64_are_refused(number: int, tmp_path: Path) -
 
 @given(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5), st.integers(1, 8))
 def test_episodes_begin_where_the_number_rises_however_it_is_read(numbers: list[int], slice_steps: int) -> None:
-    ascending = np.repeat(np.array(sorted(set(numbers)), np.int64), 3)
-    found, before = [], None
-    for row in range(0, len(ascending), slice_steps):
-        part = ascending[row : row + slice_steps]
-        found += begins_of_episodes(part, "x", row, before).tolist()
-        before = part[-1:]
-    assert found == list(range(0, len(ascending), 3))
-    falling = ascending[::-1].copy()
-    if len(falling) > 3:
-        with pytest.raises(SourceError, match="falls at step 3"):
-            begins_of_episodes(falling, "x")
+    expected = np.array(sorted(set(numbers)), np.int64)
+    ascending = np.repeat(expected, 3)
+
+    def slices(values: np.ndarray) -> Iterator[np.ndarray]:
+        return (values[row : row + slice_steps] for row in range(0, len(values), slice_steps))
+
+    table = table_by_numbers(slices(ascending), "x")
+    assert table.starts.tolist() == list(range(0, len(ascending) + 1, 3))
+    assert table.numbers.tolist() == expected.tolist()
+    if len(ascending) > 3:
+        with pytest.raises(SourceError, match="falls at step 3 of the file"):
+            table_by_numbers(slices(ascending[::-1]), "x")
 
 
 # HDF5: what is not in the file ----------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from rfsq.runtime.bundle.errors import TokenizerError
 from rfsq.runtime.bundle.ownership import Ownership
+from rfsq.runtime.bundle.writing import sync
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import IllegalActionError, OutputError, SourceError, VerificationError
 from rfsq.runtime.datasets.partial import locked
 from rfsq.runtime.datasets.reader import open_token_dataset
-from rfsq.runtime.datasets.writers import move, put, sync
+from rfsq.runtime.datasets.writers import move, put
 from tests.runtime.datasets.command import LENGTHS, arguments, files, interrupt_at_the_end, refusal, run
 from tests.runtime.datasets.samples import random_episodes, write_hdf5, write_npz
 
@@ -397,9 +398,9 @@ def test_after_a_refusal_the_same_command_goes_on_with_what_is_done(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A file server that was away for a moment."""
-    from rfsq.runtime.datasets.npz import _NpzReader
+    from rfsq.runtime.datasets.pieces import StepReader
 
-    read = _NpzReader.read
+    read = StepReader.read
 
     def away(reader: Any, start: int, stop: int) -> Any:
         if start > 16_000:
@@ -409,7 +410,7 @@ def test_after_a_refusal_the_same_command_goes_on_with_what_is_done(
     output = tmp_path / "out.parquet"
     given = arguments(source, output, c_bundle, "--workers", "1")
     with monkeypatch.context() as patch:
-        patch.setattr(_NpzReader, "read", away)
+        patch.setattr(StepReader, "read", away)
         assert tokenize_dataset.main(given) == 2
     assert tokenize_dataset.main(given) == 0
     assert "going on: 2 parts" in capsys.readouterr().out

@@ -217,7 +217,7 @@ def test_arrays_that_are_no_actions_are_refused(tmp_path: Path) -> None:
     assert "'actions' is int32 [4, 3]; expected floating-point" in refusal(path)
     np.savez(path, actions=np.zeros((0, 3)))
     assert "not empty" in refusal(path)
-    np.savez(path, actions=np.asfortranarray(np.zeros((4, 3))))
+    np.savez(path, actions=np.asfortranarray(np.zeros((2, 4, 3))))
     assert "is stored column by column" in refusal(path)
     np.savez(path, states=np.zeros((4, 3)), rewards=np.zeros(4))
     assert "has no action array; found rewards, states" in refusal(path)
@@ -300,7 +300,7 @@ def with_column(table: pa.Table, name: str, column: pa.Array) -> pa.Table:
 
 def test_missing_columns_and_wrong_types_are_refused(tmp_path: Path) -> None:
     path, table = tmp_path / "x.parquet", lerobot_table(random_episodes([4]))
-    for name in ("action", "episode_index", "frame_index"):
+    for name in ("action", "episode_index"):
         pq.write_table(table.drop_columns([name]), path)
         assert f"x.parquet has no column {name!r}; found observation.state" in refusal(path)
     pq.write_table(with_column(table, "action", pa.array([["a"]] * 4)), path)
@@ -317,7 +317,7 @@ def test_missing_and_ragged_values_are_refused_with_episode_and_step(tmp_path: P
     for wrong, message in (
         (None, "x.parquet, episode 1, step 1: column 'action' has a missing value"),
         ([0.0, None, 0.0], "x.parquet, episode 1, step 1: column 'action' has a missing value"),
-        ([0.0, 0.0], "x.parquet, episode 1, step 1 has 2 action dimensions; the bundle's model has 3"),
+        ([0.0, 0.0], "x.parquet, episode 1, step 1 has 2 action dimensions, but another step has 3"),
     ):
         column = pa.array([*rows[:4], wrong, rows[5]], pa.list_(pa.float32()))
         pq.write_table(with_column(table, "action", column), path)

@@ -1,0 +1,142 @@
+"""What a training leaves: a checkpoint and the learning curve beside it, as JSON and, with matplotlib, as a drawing."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rfsq.rfsq_ref.checkpoints import Checkpoint, check_output, save_checkpoint
+from rfsq.rfsq_ref.errors import CheckpointError
+from rfsq.runtime.bundle.paths import as_path
+from rfsq.runtime.bundle.reading import read_file
+from rfsq.runtime.bundle.typed_json import build
+from rfsq.runtime.bundle.writing import replacing
+
+HISTORY_FORMAT = "rfsq-training-history"
+HISTORY_VERSION = 1
+#: In bytes. A line of 100 for each of 100,000 epochs takes a sixth of it.
+_HISTORY_SIZE_LIMIT = 2**26
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """Mean squared errors in normalised action units."""
+
+    epoch: int
+    train_mse: float
+    validation_mse: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """history: one record per epoch that ran, fewer than asked for when training stopped early."""
+
+    checkpoint: Checkpoint
+    history: tuple[EpochRecord, ...]
+
+
+@dataclass(frozen=True)
+class TrainingHistory:
+    """A learning curve as it is kept beside its checkpoint.
+
+    training: the TrainConfig, the seed among it; data: source, sha256 and training_steps; versions: of python, numpy
+    and torch; kept_epoch: whose weights the checkpoint has, counted from 1; epochs: all that ran.
+    """
+
+    training: Mapping[str, Any]
+    data: Mapping[str, Any]
+    versions: Mapping[str, str]
+    kept_epoch: int
+    epochs: tuple[EpochRecord, ...]
+
+
+def history_of(result: TrainResult) -> TrainingHistory:
+    facts = result.checkpoint.provenance
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "torch": facts["torch"]}
+    return TrainingHistory(facts["training"], facts["data"], versions, facts["epoch"], result.history)
+
+
+def history_path(checkpoint: Path) -> Path:
+    """NAME.history.json beside NAME.safetensors; the drawing is NAME.history.png."""
+    return checkpoint.with_suffix(".history.json")
+
+
+def load_history(path: str | os.PathLike[str]) -> TrainingHistory:
+    """Read a NAME.history.json. Raises CheckpointError for anything else."""
+    path = as_path(path, "the learning curve", CheckpointError)
+    try:
+        # Not strictly: the curve of a training that diverged later on has NaN in it.
+        content = json.loads(read_file(path, _HISTORY_SIZE_LIMIT))
+        if (content.pop("format"), content.pop("version")) != (HISTORY_FORMAT, HISTORY_VERSION):
+            raise ValueError(f"expected format {HISTORY_FORMAT!r}, version {HISTORY_VERSION}")
+        history = build(TrainingHistory, content, "the curve")
+        if history.kept_epoch not in {record.epoch for record in history.epochs}:
+            raise ValueError(f"kept_epoch {history.kept_epoch!r} is none of the {len(history.epochs)} epochs")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is no learning curve of this project: {error!r}; give the NAME.history.json that training wrote "
+            "beside its checkpoint"
+        ) from error
+    return history
+
+
+def result_files(output: Path) -> tuple[Path, ...]:
+    """What save_result may write."""
+    return output, history_path(output), history_path(output).with_suffix(".png")
+
+
+def save_result(result: TrainResult, output: Path) -> Path | None:
+    """Write the checkpoint, NAME.history.json and, where matplotlib is installed, NAME.history.png, the drawing given.
+
+    Each goes to a temporary sibling that is renamed, the checkpoint last: where it is, its curve is too. Raises
+    CheckpointError.
+    """
+    output = check_output(output)
+    history = history_of(result)
+    content = {"format": HISTORY_FORMAT, "version": HISTORY_VERSION, **asdict(history)}
+    text = json.dumps(content, indent=1) + "\n"
+    path = history_path(output)
+    with replacing(path, error=CheckpointError) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    drawing = path.with_suffix(".png") if find_spec("matplotlib") else None
+    if drawing:
+        with replacing(drawing, error=CheckpointError) as temporary:
+            _draw(history, output.stem, temporary)
+    save_checkpoint(result.checkpoint, output)
+    return drawing
+
+
+def _draw(history: TrainingHistory, name: str, path: Path) -> None:
+    # Training needs no matplotlib, and the simulator's environment has none.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=100)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.1, 0.11, 0.88, 0.81))
+    epochs = [record.epoch for record in history.epochs]
+    axes.set_yscale("log")
+    axes.plot(epochs, [record.train_mse for record in history.epochs], color="#8a8a8a", label="training episodes")
+    axes.plot(
+        epochs, [record.validation_mse for record in history.epochs], color="#1f6fb4", linewidth=2,
+        label="validation episodes",
+    )  # fmt: skip
+    kept = next(record for record in history.epochs if record.epoch == history.kept_epoch)
+    axes.plot(
+        [kept.epoch], [kept.validation_mse], "o", color="#d9730d", markersize=8,
+        label=f"kept: epoch {kept.epoch}, {kept.validation_mse:.2e}",
+    )  # fmt: skip
+    axes.set_title(f"{name}, seed {history.training['seed']}, {history.data['source']}", loc="left", fontsize=11)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("MSE, normalised units²")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
+    axes.legend(frameon=False)
+    # Without the version matplotlib would write, equal curves are equal files.
+    figure.savefig(path, format="png", metadata={"Software": None})

@@ -1,0 +1,149 @@
+"""What all datasets have in common here: pieces that follow one another, read one at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+
+from .errors import SourceError
+from .steps import EpisodeTable, Int64Array, SourceFile, Steps, has_changed, readable, source_file
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Source(ABC):
+    """A dataset that was found whole by its tables of contents; can be pickled, and holds no step in memory.
+
+    A piece is what is opened and read by itself: an array, an episode, a file or a block. name: of the file or folder;
+    root: where `files` lie; first_rows: int64 [pieces + 1], the row of the whole dataset with which each piece begins;
+    width: values of a step, 0 where no step says it; has_borders: whether the files say where episodes end.
+    """
+
+    kind: ClassVar[str]
+    name: str
+    root: Path
+    files: tuple[SourceFile, ...]
+    first_rows: Int64Array
+    width: int
+    has_borders: bool = True
+
+    @property
+    def num_steps(self) -> int:
+        return int(self.first_rows[-1])
+
+    def open(self, width: int) -> StepReader[Any]:
+        """A reader for one thread. Raises SourceError unless steps have so many values."""
+        if self.width not in (0, width):
+            raise SourceError(
+                f"{self.name} has {self.width} action dimensions; the bundle's model has {width}: give demonstrations "
+                "of the robot that it was made for, or name another array with --key"
+            )
+        return self._reader()
+
+    def check(self) -> None:  # noqa: B027  # most libraries check what has sums on the way
+        """Read through what only a whole pass can show to be damaged."""
+
+    def check_episodes(self, found: EpisodeTable) -> None:  # noqa: B027  # most state nothing
+        """Raises SourceError where the dataset states other episodes beside its steps."""
+
+    def touched_file(self) -> SourceFile | None:
+        """One that may have changed, only its steps can tell; None where all are untouched.
+
+        Raises SourceError where a file is certainly not the one that was opened.
+        """
+        touched = None
+        for file in self.files:
+            try:
+                found = source_file(self.root / file.name, self.root)
+            except FileNotFoundError as error:
+                raise has_changed(file) from error
+            if (found.size, found.mtime_ns) != (file.size, file.mtime_ns):
+                raise has_changed(file)
+            if found.stamp != file.stamp:
+                touched = touched or file
+        return touched
+
+    def piece_of(self, row: int) -> int:
+        return int(np.searchsorted(self.first_rows, row, side="right")) - 1
+
+    def file_of(self, row: int) -> str:
+        """Where this step lies, for messages."""
+        del row
+        return self.name
+
+    def episode_names(self, episodes: Int64Array) -> list[str]:
+        return [f"episode_{number}" for number in episodes.tolist()]
+
+    def tasks(self, episodes: EpisodeTable) -> list[str]:
+        """What is done in each of all episodes, "" where nothing says it."""
+        return [""] * len(episodes.numbers)
+
+    @abstractmethod
+    def _reader(self) -> StepReader[Any]: ...
+
+
+_AnySource = TypeVar("_AnySource", bound=Source)
+
+
+class StepReader(ABC, Generic[_AnySource]):
+    """One reader for each thread. It keeps one thing open: slices in ascending order are the cheap ones."""
+
+    def __init__(self, source: _AnySource) -> None:
+        self._source = source
+        self._opened: Any = None
+        self._index = -1
+
+    def read(self, start: int, stop: int) -> Steps:
+        """Rows start … stop - 1 of the whole dataset. Raises SourceError or TokenDatasetError."""
+        source, parts = self._source, []
+        while start < stop:
+            piece = source.piece_of(start)
+            with readable(source.file_of(start), source.kind):
+                parts.append(self._read(piece, start, min(stop, int(source.first_rows[piece + 1]))))
+            start += len(parts[-1])
+        return Steps.joined(parts)
+
+    def slices(self, start: int, stop: int, size: int) -> Iterator[tuple[int, Steps]]:
+        """These rows, so many at once: the first row of each slice, and the slice."""
+        for row in range(start, stop, size):
+            yield row, self.read(row, min(row + size, stop))
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+            self._opened, self._index = None, -1
+
+    def _at(self, index: int) -> Any:
+        """What `_open` gives for this index; another one is closed before."""
+        if index != self._index:
+            self.close()
+            self._opened, self._index = self._open(index), index
+        return self._opened
+
+    @abstractmethod
+    def _open(self, index: int) -> Any: ...
+
+    @abstractmethod
+    def _read(self, piece: int, start: int, stop: int) -> Steps:
+        """Rows of the whole dataset that lie in this piece, at least one, all or the first of them."""
+
+
+def common_width(widths: Sequence[int], places: Sequence[str]) -> int:
+    """Action dimensions of all, by those of each place, 0 where unknown. Raises SourceError where they differ."""
+    known = [(width, place) for width, place in zip(widths, places, strict=True) if width]
+    for width, place in known:
+        check_width(width, known[0][0], place, known[0][1])
+    return known[0][0] if known else 0
+
+
+def check_width(found: int, expected: int, place: str, other: str) -> None:
+    """other: where so many were found. Raises SourceError."""
+    if found != expected:
+        raise SourceError(
+            f"{place} has {found} action dimensions, but {other} has {expected}; expected the same everywhere: keep "
+            "one robot's actions per dataset, or name another array with --key (key=)"
+        )
