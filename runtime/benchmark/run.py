@@ -49,7 +49,7 @@ class Progress:
     """Says what is about to be done and about how long it takes, and then how far it is."""
 
     def __init__(self, line: ProgressLine | None = None) -> None:
-        self._line, self._what, self._started = line, "", 0.0
+        self._line, self._started = line, 0.0
 
     def begin(self, what: str) -> None:
         """Say it once, in a log too."""

@@ -106,6 +106,17 @@ class ControlConfig:
     ensemble_decay, ensemble_chunks: m of exp(-m i), i = 0 for the oldest, and over how many chunks. deadline_us: None
     for none. use_worker: decode in a thread, so that one that hangs can be left behind. record_ticks: length of the
     flight recorder, 0 for none; record_folder: where it is written after a fault.
+
+    >>> config = ControlConfig(
+    ...     period_s=0.02,
+    ...     action_low=(-0.05, 0.0),
+    ...     action_high=(0.05, 0.08),
+    ...     max_relative_step=(0.02, float("inf")),
+    ...     action_kind=("delta", "absolute"),
+    ...     gripper=(1,),
+    ... )
+    >>> config.on_fault, config.action_dim
+    (<OnFault.HOLD_LAST: 'hold_last'>, 2)
     """
 
     period_s: float

@@ -159,7 +159,8 @@ class ActionRFSQAE(nn.Module):
     def _call_for(self, tensor: Tensor, trailing: int = 1) -> Call:
         """trailing: how many axes a step has."""
         self._require_own()
-        return self._engines.call_for(tensor, trailing)
+        tokenizer, is_in_place = self._engines.tokenizer_for(tensor.device)
+        return Call(tokenizer, tensor.shape[: tensor.ndim - trailing], tensor.device, is_in_place)
 
     def _encode(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens int32 and, for `dynamic` bundles, stats of whole chunks."""

@@ -95,10 +95,6 @@ class Engines:
             found = self._on_gpu[device]
         return (self.on_host, False) if found is None else (found, True)
 
-    def call_for(self, tensor: Tensor, trailing: int) -> Call:
-        tokenizer, is_in_place = self.tokenizer_for(tensor.device)
-        return Call(tokenizer, tensor.shape[: tensor.ndim - trailing], tensor.device, is_in_place)
-
     def _open_for(self, device: torch.device) -> ActionTokenizer | None:
         obstacles = []
         if device.type != "cuda" or device.index != _DEVICE:

@@ -70,6 +70,13 @@ class TokenVocabulary:
     special_ids: names and ids that are no tokens (bos, eos, pad, ...). fingerprint: of the tokenizer, or empty.
     VocabularyError for settings that make no sense. The vocabulary of a draft model that emits l layers is
     `dataclasses.replace(vocabulary, num_layers=l)`: the same ids, and in `layer-major` the start of the same sequence.
+
+    >>> vocabulary = TokenVocabulary(num_layers=2, num_levels=3, latent_dim=1, chunk_length=2, offset=100)
+    >>> ids = vocabulary.to_ids(np.array([[[[0, 2]], [[1, 1]]]], np.int32))
+    >>> ids.tolist()
+    [[100, 101, 105, 104]]
+    >>> vocabulary.to_tokens(ids)[0, :, 0].tolist()
+    [[0, 2], [1, 1]]
     """
 
     num_layers: int

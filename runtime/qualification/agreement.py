@@ -149,7 +149,7 @@ def measure(old: Side, new: Side, source: Source) -> Measurement:
         (tokens, decoder, layers): _Sums(old.model.action_units, tokens.model)
         for tokens, decoder in pairs
         if tokens.model.has_stats or not decoder.model.has_stats
-        for layers in _common_prefixes(tokens.model, decoder.model)
+        for layers in sorted({*tokens.model.prefixes} & {*decoder.model.prefixes})
     }
     equal, differing = np.zeros(depth, np.int64), 0
     for actions in _batches(source, old.model.action_dim):
@@ -184,10 +184,6 @@ def _batches(source: Source, action_dim: int) -> Iterator[Float32Array]:
             extend_runs(runs, steps, source, start)
             yield steps.values
     join_runs(runs, source)
-
-
-def _common_prefixes(one: ModelEntry, other: ModelEntry) -> tuple[int, ...]:
-    return tuple(sorted({*one.prefixes} & {*other.prefixes}))
 
 
 def _remarks(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
