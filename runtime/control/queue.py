@@ -83,7 +83,9 @@ class EnsembleQueue(ActionQueue):
         super().__init__(config, chunk_length)
         # A locked dimension has one value, which a mean could miss by a rounding.
         self._unmixed = (*config.gripper, *config.locked)
-        self._most = count = self._count(config)
+        #: Weights by number of chunks, the oldest first; their sum is 1.
+        self._shares = [np.array(shares, np.float32) for shares in self._weights(config)]
+        self._most = count = len(self._shares) - 1
         self._slots = itertools.cycle(range(count))
         # By tick, then by chunk: the actions of all chunks for a tick lie together. With room for four chunk lengths,
         # what is left has to be moved to the beginning only once in two chunks' time.
@@ -96,9 +98,7 @@ class EnsembleQueue(ActionQueue):
             [self._lines[first : first + chunk_length, slot] for first in range(self._last_first + 1)]
             for slot in range(count)
         ]
-        #: Weights by number of chunks, the oldest first; their sum is 1.
-        self._shares = [np.array(self._shares_of(config, number), np.float32) for number in range(count + 1)]
-        # The same twice in a row: a window of it has the weights in the order of slots, wherever the newest one is.
+        # The weights twice in a row: a window of it has the weights in the order of slots, wherever the newest one is.
         padded = [np.append(np.zeros(count - len(shares), np.float32), shares) for shares in self._shares]
         turned = [np.append(shares, shares) for shares in padded]
         self._turned = [
@@ -109,12 +109,11 @@ class EnsembleQueue(ActionQueue):
         self._out_numbers, self._numbers = self._out.data, self._lines.data
         self.clear()
 
-    def _count(self, config: ControlConfig) -> int:
-        return config.ensemble_chunks
-
-    def _shares_of(self, config: ControlConfig, number: int) -> list[float]:
-        weights = [math.exp(-config.ensemble_decay * age) for age in range(number)]
-        return [weight / sum(weights) for weight in weights]
+    def _weights(self, config: ControlConfig) -> list[list[float]]:
+        """Of 0, 1 … chunks, up to the most that are averaged; of each number the oldest first."""
+        most = config.ensemble_chunks
+        weights = [math.exp(-config.ensemble_decay * age) for age in range(most)]
+        return [[weight / sum(weights[:number]) for weight in weights[:number]] for number in range(most + 1)]
 
     def _remaining(self, tick: int, oldest_ns: int) -> list[_Part]:
         """The chunks that still have a part in the mean; the newest always has."""
@@ -181,13 +180,13 @@ class EnsembleQueue(ActionQueue):
 class WeightedQueue(EnsembleQueue):
     """Averages the newest chunk with what would have been served without it; grippers follow the newest chunk."""
 
-    def _count(self, config: ControlConfig) -> int:  # noqa: ARG002
-        # At most one chunk arrives per tick, so at most T of them have an action for the same tick.
-        return self._length
-
-    def _shares_of(self, config: ControlConfig, number: int) -> list[float]:
+    def _weights(self, config: ControlConfig) -> list[list[float]]:
         new, old = config.new_weight, 1 - config.new_weight
-        return [(new if age else 1.0) * old ** (number - 1 - age) for age in range(number)]
+        # At most one chunk arrives per tick, so at most T of them have an action for the same tick.
+        return [
+            [(new if place else 1.0) * old ** (number - 1 - place) for place in range(number)]
+            for number in range(self._length + 1)
+        ]
 
     def _remaining(self, tick: int, oldest_ns: int) -> list[_Part]:
         """The chunks after the last one that has no action: without the later ones nothing would have been served."""
