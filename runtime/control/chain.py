@@ -141,12 +141,9 @@ class BackendChain:
             return _BACKEND_FAULT
         self.chunk = warm.chunk
         status = self._guard.check_chunk(warm.chunk)
-        if status is _NONFINITE:
-            self.detail = (
-                f"backend {warm.name} gave values that are not finite for legal tokens; expected numbers: run selftest"
-            )
-        elif status is _OUT_OF_RANGE:
-            self.detail = self._guard.outside
+        if status is not _OK:
+            broken = f"backend {warm.name} gave values that are not finite; expected numbers: run selftest"
+            self.detail = broken if status is _NONFINITE else self._guard.outside
         return status
 
     def _decode_in_worker(self, worker: DecodeWorker, tokens: npt.NDArray[Any], stats: Any, left_s: float) -> bool:

@@ -53,5 +53,6 @@ def _coded(tokenizer: ActionTokenizer, chunks: Float64Array) -> Chunks:
     actions = (chunks * np.asarray(model.action_units) + np.asarray(model.action_offset)).astype(np.float32)
     codes = codes_of(tokenizer, actions)
     limit = 1.5 * float(np.abs(tokenizer.decode(*codes)).max())
-    stats = [None] * len(actions) if codes.stats is None else list(codes.stats[:, None])
-    return list(codes.tokens[:, None]), stats, limit
+    stats = [None] * len(actions) if codes.stats is None else [part.copy() for part in codes.stats[:, None]]
+    # Arrays of their own, as from a policy: those of one batch would evict each other from the caches.
+    return [part.copy() for part in codes.tokens[:, None]], stats, limit
