@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from rfsq.rfsq_ref.errors import OutputError, SettingsError, UnusableError
+from rfsq.rfsq_ref.errors import SettingsError, UnusableError
 from rfsq.rfsq_ref.expert import ACTION_DIM, POSITION_UNIT, ROTATION_UNIT
 from rfsq.rfsq_ref.experts import EXPERTS
 from rfsq.runtime.bundle.advice import install
@@ -242,8 +242,8 @@ def table(config: GenerationConfig, attempts: Sequence[Episode]) -> str:
 
 
 def generate(config: GenerationConfig) -> list[Episode]:
-    """Generate, save, and return all attempts, the failed ones too. Raises SimulatorError, OutputError."""
-    refuse_existing([config.output], overwrite=config.overwrite, error=OutputError)
+    """Generate, save, and return all attempts, the failed ones too. Raises SimulatorError, OutputExistsError."""
+    refuse_existing([config.output], overwrite=config.overwrite)
     versions = check_simulator()
     attempts = collect(config)
     arrays = arrays_of(config, attempts, versions)

@@ -60,7 +60,6 @@ EXTRAS = {
     "ray": ("ray[data]", "pyarrow", "h5py"),
     "tensorrt": ("tensorrt",),
     "tensorrt-rtx": ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings"),
-    "torch": ("torch",),
     "gpu": ("cuda-bindings", "cuda-core", "nvidia-cuda-nvrtc"),
     "sim": ("robosuite", "mujoco"),
 }
