@@ -183,11 +183,11 @@ def run(
         if not advice:
             raise
         return _end(advice, UNUSABLE)
+    except RfsqError as error:
+        return _end(f"error: {error}", error.exit_status)
     except OSError as error:
         where = error.filename or "a file"
         return _end(f"error: cannot use {where}: {error.strerror or error}; choose another folder or file", UNUSABLE)
-    except RfsqError as error:
-        return _end(f"error: {error}", error.exit_status)
     if options.json:
         print(json.dumps(_finite(outcome.document), indent=1, allow_nan=False))
     elif outcome.verdict:

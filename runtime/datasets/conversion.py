@@ -86,7 +86,8 @@ def _open_tokens(options: argparse.Namespace, tokenizer: ActionTokenizer) -> Tok
 def _write_file(
     dataset: TokenDataset, tokenizer: ActionTokenizer, kind: FileFormat, options: argparse.Namespace
 ) -> Verification:
-    _say(f"{options.data}: {counted(dataset.num_steps, 'step')}; {tokenizer.backend.description}")
+    backend = tokenizer.backend
+    _say(f"{options.data}: {counted(dataset.num_steps, 'step')}; {backend.name}, {backend.description}")
     progress = Progress(dataset.num_steps)
     verification = write_file(
         dataset, tokenizer, options.output, kind, progress, overwrite=options.overwrite, restart=options.restart
@@ -131,7 +132,7 @@ def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, beg
     missing = [part for part in range(job.num_parts) if part not in done]
     steps_done = sum(stop - start for start, stop in map(job.rows, done))
     size = f"{counted(job.source.num_steps, 'step')} in {counted(job.num_parts, 'part')}"
-    _say(f"{options.data}: {size}; {tokenizer.backend.description}")
+    _say(f"{options.data}: {size}; {tokenizer.backend.name}, {tokenizer.backend.description}")
     if done:
         _say(f"going on: {counted(len(done), 'part')}, {counted(steps_done, 'step')}, finished by an earlier run")
     progress = Progress(job.source.num_steps, steps_done)

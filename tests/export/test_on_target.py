@@ -206,7 +206,7 @@ def test_without_a_gpu_nothing_is_added(bundle: Path, tmp_path: Path, capsys: py
     before = tree(bundle)
     message = refused(["--from-bundle", bundle, "--backends", RTX], capsys)
     assert re.search(r"error: .*no usable GPU here.*check the driver with nvidia-smi", message, re.DOTALL)
-    assert message.endswith("\nadd what can be proven here with --backends c\n")
+    assert message.endswith("\nadd what can be proven here with --backend c\n")
     assert tree(bundle) == before
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
     assert {entry.status for entry in open_bundle(bundle).manifest.engines} == {"built"}

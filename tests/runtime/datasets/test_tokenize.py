@@ -512,7 +512,7 @@ def test_the_command_says_what_it_did(
 ) -> None:
     run(source, tmp_path / "out.zarr", c_bundle)
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r".*: 20,001 steps in 3 parts; generated C for .*", lines[0])
+    assert re.fullmatch(r".*: 20,001 steps in 3 parts; c, generated C for .*", lines[0])
     assert re.fullmatch(r"✓ 20,001 steps in (less than 1 s|\d+ s, .* steps/s)", lines[1])
     assert re.fullmatch(r"✓ verified: 4,096 steps read back equal what the tokenizer gives", lines[2])
     assert re.fullmatch(
