@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Collection
 from contextlib import closing
-from typing import Any
 
 import numpy as np
 
@@ -98,9 +97,7 @@ def _verify(job: Job, tokenizer: ActionTokenizer, written: TokenDataset) -> Veri
         return verify(tokenizer, source, target, job.source.num_steps)
 
 
-def _verify_tokens(
-    tokenizer: ActionTokenizer, source: StepReader[Any], target: StepReader[Any], num_steps: int
-) -> Verification:
+def _verify_tokens(tokenizer: ActionTokenizer, source: StepReader, target: StepReader, num_steps: int) -> Verification:
     model = tokenizer.model
     total, sums = 0.0, FidelitySums(model.action_units, model.action_offset)
     for start, stop in sample_windows(num_steps):
@@ -118,9 +115,7 @@ def _verify_tokens(
     return Verification(found.steps, max(found.largest), total / (found.steps * model.action_dim), found)
 
 
-def verify_actions(
-    tokenizer: ActionTokenizer, source: StepReader[Any], target: StepReader[Any], num_steps: int
-) -> Verification:
+def verify_actions(tokenizer: ActionTokenizer, source: StepReader, target: StepReader, num_steps: int) -> Verification:
     """source: tokens; target: the actions written for them, with numbers of its own."""
     model, steps = tokenizer.model, 0
     for start, stop in sample_windows(num_steps):

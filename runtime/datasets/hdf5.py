@@ -32,11 +32,28 @@ HDF5_SUFFIXES = (".hdf5", ".h5")
 _KIND, _MAGIC = "an HDF5 file", b"\x89HDF"
 
 
+class _Hdf5Reader(StepReader):
+    _source: Hdf5Source
+
+    def _open(self, index: int) -> Any:
+        file = self._source.files[index].name
+        path = self._source.root / file
+        with opened(path, _KIND, _MAGIC, name=file):
+            return optional("h5py").File(path, "r")
+
+    def _read(self, piece: int, start: int, stop: int) -> Steps:
+        source, first = self._source, int(self._source.first_rows[piece])
+        file = self._at(int(source.file_of_episode[piece]))
+        values = file[source.episodes[piece].place][start - first : stop - first]
+        return source.table.steps(as_float32(values), start)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Hdf5Source(Source):
     """file_of_episode: int64 [E]; episodes: where they are in the files, [E]; file_tasks: one for each file."""
 
     kind = _KIND
+    reader = _Hdf5Reader
     file_of_episode: Int64Array
     episodes: tuple[FoundEpisode, ...]
     file_tasks: tuple[str, ...]
@@ -56,9 +73,6 @@ class Hdf5Source(Source):
 
     def tasks(self, episodes: EpisodeTable) -> list[str]:
         return [self.file_tasks[self.file_of_episode[number]] for number in episodes.numbers.tolist()]
-
-    def _reader(self) -> _Hdf5Reader:
-        return _Hdf5Reader(self)
 
 
 def hdf5_files(folder: Path) -> list[Path]:
@@ -105,17 +119,3 @@ def _task(attributes: Mapping[str, Any], path: Path) -> str:
             # Some LIBERO files hold the instruction as a list of words, some in quotation marks.
             return (task if isinstance(task, str) else " ".join(task)).strip().strip('"')
     return path.stem.removesuffix("_demo")
-
-
-class _Hdf5Reader(StepReader[Hdf5Source]):
-    def _open(self, index: int) -> Any:
-        file = self._source.files[index].name
-        path = self._source.root / file
-        with opened(path, _KIND, _MAGIC, name=file):
-            return optional("h5py").File(path, "r")
-
-    def _read(self, piece: int, start: int, stop: int) -> Steps:
-        source, first = self._source, int(self._source.first_rows[piece])
-        file = self._at(int(source.file_of_episode[piece]))
-        values = file[source.episodes[piece].place][start - first : stop - first]
-        return source.table.steps(as_float32(values), start)

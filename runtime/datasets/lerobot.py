@@ -55,11 +55,97 @@ class _Stated(NamedTuple):
     tasks: Mapping[int, str] = {}
 
 
+class _ParquetReader(StepReader):
+    _source: ParquetSource
+
+    def __init__(self, source: ParquetSource) -> None:
+        super().__init__(source)
+        self._numbering = _NUMBERING if source.table is None else ()
+        self._group_ends: Int64Array = np.empty(0, np.int64)
+        self._batches: Iterator[Any] = iter(())
+        self._rest: Any = None
+        self._row = -1
+
+    def _open(self, index: int) -> Any:
+        source = self._source
+        name = source.files[index].name
+        # Not mapped: mapped pages would count as memory of this process.
+        options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False, "memory_map": False}
+        with opened(source.root / name, _KIND, _MAGIC, name=name):
+            file = optional("pyarrow.parquet").ParquetFile(
+                source.root / name, page_checksum_verification=True, **options
+            )
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        self._group_ends = int(source.first_rows[index]) + np.cumsum(rows, dtype=np.int64)
+        self._row = -1
+        if self._group_ends[-1] != source.first_rows[index + 1]:
+            raise SourceError(f"{name} has changed since the job began; start it again")
+        return file
+
+    def _read(self, piece: int, start: int, stop: int) -> Steps:
+        self._seek(piece, start)
+        batch, name = self._take(stop - start), self._source.files[piece].name
+        column = batch.column(self._source.key)
+        if self._source.table is None:
+            numbers = (_as_integers(batch.column(label), label, name) for label in self._numbering)
+            rows = Steps(column, *numbers)
+        else:
+            rows = self._source.table.steps(column, start)
+        return Steps(self._values(column, rows, name), rows.episode, rows.frame)
+
+    def _seek(self, index: int, row: int) -> None:
+        """Make `row`, in file `index`, the next one; a row group is decoded from its beginning."""
+        file = self._at(index)
+        if row == self._row:
+            return
+        group, here = (int(np.searchsorted(self._group_ends, at, side="right")) for at in (row, self._row))
+        if row < self._row or group != here or self._row < 0:
+            groups = range(group, len(self._group_ends))
+            columns = [self._source.key, *self._numbering]
+            self._batches = file.iter_batches(_BATCH_STEPS, groups, columns, use_threads=False)
+            self._rest = None
+            self._row = int(self._group_ends[group - 1]) if group else int(self._source.first_rows[index])
+        while self._row < row:
+            self._take(row - self._row)
+
+    def _take(self, at_most: int) -> Any:
+        if self._rest is None or not len(self._rest):
+            self._rest = next(self._batches)
+        taken, self._rest = self._rest.slice(0, at_most), self._rest.slice(at_most)
+        self._row += len(taken)
+        return taken
+
+    def _values(self, column: Any, rows: Steps, name: str) -> AnyArray:
+        """rows: episodes and frames of the column's."""
+        if column.null_count:
+            self._refuse_missing(int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0]), rows, name)
+        # LeRobot writes a one-dimensional action as a plain number.
+        values = column.flatten() if hasattr(column.type, "value_type") else column
+        if not hasattr(column.type, "list_size") and values is not column:
+            lengths = optional("pyarrow.compute").list_value_length(column).to_numpy()
+            wrong = np.flatnonzero(lengths != self._source.width)
+            if wrong.size:
+                row = int(wrong[0])
+                where = f"{name}, episode {rows.episode[row]}, step {rows.frame[row]}"
+                check_width(int(lengths[row]), self._source.width, where, "another step")
+        if values.null_count:
+            first = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+            self._refuse_missing(first // self._source.width, rows, name)
+        return as_float32(values.to_numpy(zero_copy_only=False)).reshape(len(column), -1)
+
+    def _refuse_missing(self, row: int, rows: Steps, name: str) -> None:
+        raise SourceError(
+            f"{name}, episode {rows.episode[row]}, step {rows.frame[row]}: column {self._source.key!r} has a missing "
+            "value; expected an action in every row: repair or drop this episode"
+        )
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ParquetSource(Source):
     """key: the column of actions; table: of the episodes where no column numbers the frames."""
 
     kind = _KIND
+    reader = _ParquetReader
     key: str
     stated: _Stated
     table: EpisodeTable | None
@@ -88,9 +174,6 @@ class ParquetSource(Source):
                 else:
                     numbers += [None] * len(rows)
         return ["" if number is None else task_name(self.stated.tasks, number) for number in numbers]
-
-    def _reader(self) -> _ParquetReader:
-        return _ParquetReader(self)
 
 
 def parquet_files(folder: Path, pattern: str = "data/*/*.parquet") -> list[Path]:
@@ -272,86 +355,3 @@ def _listed_tasks(meta: Path) -> dict[int, str]:
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
-
-
-class _ParquetReader(StepReader[ParquetSource]):
-    def __init__(self, source: ParquetSource) -> None:
-        super().__init__(source)
-        self._numbering = _NUMBERING if source.table is None else ()
-        self._group_ends: Int64Array = np.empty(0, np.int64)
-        self._batches: Iterator[Any] = iter(())
-        self._rest: Any = None
-        self._row = -1
-
-    def _open(self, index: int) -> Any:
-        source = self._source
-        name = source.files[index].name
-        # Not mapped: mapped pages would count as memory of this process.
-        options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False, "memory_map": False}
-        with opened(source.root / name, _KIND, _MAGIC, name=name):
-            file = optional("pyarrow.parquet").ParquetFile(
-                source.root / name, page_checksum_verification=True, **options
-            )
-        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        self._group_ends = int(source.first_rows[index]) + np.cumsum(rows, dtype=np.int64)
-        self._row = -1
-        if self._group_ends[-1] != source.first_rows[index + 1]:
-            raise SourceError(f"{name} has changed since the job began; start it again")
-        return file
-
-    def _read(self, piece: int, start: int, stop: int) -> Steps:
-        self._seek(piece, start)
-        batch, name = self._take(stop - start), self._source.files[piece].name
-        column = batch.column(self._source.key)
-        if self._source.table is None:
-            numbers = (_as_integers(batch.column(label), label, name) for label in self._numbering)
-            rows = Steps(column, *numbers)
-        else:
-            rows = self._source.table.steps(column, start)
-        return Steps(self._values(column, rows, name), rows.episode, rows.frame)
-
-    def _seek(self, index: int, row: int) -> None:
-        """Make `row`, in file `index`, the next one; a row group is decoded from its beginning."""
-        file = self._at(index)
-        if row == self._row:
-            return
-        group, here = (int(np.searchsorted(self._group_ends, at, side="right")) for at in (row, self._row))
-        if row < self._row or group != here or self._row < 0:
-            groups = range(group, len(self._group_ends))
-            columns = [self._source.key, *self._numbering]
-            self._batches = file.iter_batches(_BATCH_STEPS, groups, columns, use_threads=False)
-            self._rest = None
-            self._row = int(self._group_ends[group - 1]) if group else int(self._source.first_rows[index])
-        while self._row < row:
-            self._take(row - self._row)
-
-    def _take(self, at_most: int) -> Any:
-        if self._rest is None or not len(self._rest):
-            self._rest = next(self._batches)
-        taken, self._rest = self._rest.slice(0, at_most), self._rest.slice(at_most)
-        self._row += len(taken)
-        return taken
-
-    def _values(self, column: Any, rows: Steps, name: str) -> AnyArray:
-        """rows: episodes and frames of the column's."""
-        if column.null_count:
-            self._refuse_missing(int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0]), rows, name)
-        # LeRobot writes a one-dimensional action as a plain number.
-        values = column.flatten() if hasattr(column.type, "value_type") else column
-        if not hasattr(column.type, "list_size") and values is not column:
-            lengths = optional("pyarrow.compute").list_value_length(column).to_numpy()
-            wrong = np.flatnonzero(lengths != self._source.width)
-            if wrong.size:
-                row = int(wrong[0])
-                where = f"{name}, episode {rows.episode[row]}, step {rows.frame[row]}"
-                check_width(int(lengths[row]), self._source.width, where, "another step")
-        if values.null_count:
-            first = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-            self._refuse_missing(first // self._source.width, rows, name)
-        return as_float32(values.to_numpy(zero_copy_only=False)).reshape(len(column), -1)
-
-    def _refuse_missing(self, row: int, rows: Steps, name: str) -> None:
-        raise SourceError(
-            f"{name}, episode {rows.episode[row]}, step {rows.frame[row]}: column {self._source.key!r} has a missing "
-            "value; expected an action in every row: repair or drop this episode"
-        )

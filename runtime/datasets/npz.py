@@ -65,11 +65,23 @@ class StoredArray:
         return math.prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0]
 
 
+class _NpzReader(StepReader):
+    _source: NpzSource
+
+    def _open(self, index: int) -> _Stream:
+        return _Stream(self._source.path, self._source.arrays[index])
+
+    def _read(self, piece: int, start: int, stop: int) -> Steps:
+        first = int(self._source.first_rows[piece])
+        return self._source.table.steps(as_float32(self._at(piece).read(start - first, stop - first)), start)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class NpzSource(Source):
     """arrays: one after the other they are the steps; members: all that is read; episode_tasks: one for each."""
 
     kind = _NPZ
+    reader = _NpzReader
     arrays: tuple[StoredArray, ...]
     members: tuple[str, ...]
     table: EpisodeTable
@@ -97,9 +109,6 @@ class NpzSource(Source):
     def tasks(self, episodes: EpisodeTable) -> list[str]:
         del episodes
         return list(self.episode_tasks)
-
-    def _reader(self) -> _NpzReader:
-        return _NpzReader(self)
 
 
 def open_npz(path: Path, key: str | None) -> NpzSource:
@@ -226,12 +235,3 @@ class _Stream:
 
     def close(self) -> None:
         self._stack.close()
-
-
-class _NpzReader(StepReader[NpzSource]):
-    def _open(self, index: int) -> _Stream:
-        return _Stream(self._source.path, self._source.arrays[index])
-
-    def _read(self, piece: int, start: int, stop: int) -> Steps:
-        first = int(self._source.first_rows[piece])
-        return self._source.table.steps(as_float32(self._at(piece).read(start - first, stop - first)), start)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from .steps import EpisodeTable, Int64Array, SourceFile, Steps, has_changed, rea
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Source(ABC):
+class Source:
     """A dataset that was found whole by its tables of contents; can be pickled, and holds no step in memory.
 
     A piece is what is opened and read by itself: an array, an episode, a file or a block. name: of the file or folder;
@@ -24,6 +24,7 @@ class Source(ABC):
     """
 
     kind: ClassVar[str]
+    reader: ClassVar[type[StepReader]]
     name: str
     root: Path
     files: tuple[SourceFile, ...]
@@ -35,19 +36,19 @@ class Source(ABC):
     def num_steps(self) -> int:
         return int(self.first_rows[-1])
 
-    def open(self, width: int) -> StepReader[Any]:
+    def open(self, width: int) -> StepReader:
         """A reader for one thread. Raises SourceError unless steps have so many values."""
         if self.width not in (0, width):
             raise SourceError(
                 f"{self.name} has {self.width} action dimensions; the bundle's model has {width}: give demonstrations "
                 "of the robot that it was made for, or name another array with --key"
             )
-        return self._reader()
+        return self.reader(self)
 
-    def check(self) -> None:  # noqa: B027  # most libraries check what has sums on the way
-        """Read through what only a whole pass can show to be damaged."""
+    def check(self) -> None:
+        """Read through what only a whole pass can show to be damaged; most libraries check what has sums on the way."""
 
-    def check_episodes(self, found: EpisodeTable) -> None:  # noqa: B027  # most state nothing
+    def check_episodes(self, found: EpisodeTable) -> None:
         """Raises SourceError where the dataset states other episodes beside its steps."""
 
     def touched_file(self) -> SourceFile | None:
@@ -82,17 +83,13 @@ class Source(ABC):
         """What is done in each of all episodes, "" where nothing says it."""
         return [""] * len(episodes.numbers)
 
-    @abstractmethod
-    def _reader(self) -> StepReader[Any]: ...
 
-
-_AnySource = TypeVar("_AnySource", bound=Source)
-
-
-class StepReader(ABC, Generic[_AnySource]):
+class StepReader(ABC):
     """One reader for each thread. It keeps one thing open: slices in ascending order are the cheap ones."""
 
-    def __init__(self, source: _AnySource) -> None:
+    _source: Any
+
+    def __init__(self, source: Source) -> None:
         self._source = source
         self._opened: Any = None
         self._index = -1

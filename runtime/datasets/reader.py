@@ -69,11 +69,68 @@ def check_fingerprint(folder: Path, info: DatasetInfo, expected: str) -> None:
         )
 
 
+class _DatasetReader(StepReader):
+    """Keeps the last block: slices in ascending order read each once."""
+
+    _source: TokenDataset
+
+    def __init__(self, source: TokenDataset) -> None:
+        super().__init__(source)
+        self._info = source.info
+        self._block: Steps | None = None
+        self._block_index = -1
+
+    def read(self, start: int, stop: int) -> Steps:
+        """Rows start … stop - 1 of the whole dataset. Raises TokenDatasetError."""
+        try:
+            return super().read(start, stop)
+        except SourceError as error:
+            raise TokenDatasetError(str(error)) from error
+
+    def _read(self, piece: int, start: int, stop: int) -> Steps:
+        source = self._source
+        first, expected = int(source.first_rows[piece]), int(source.first_rows[piece + 1] - source.first_rows[piece])
+        if piece != self._block_index or self._block is None:
+            self._block = (self._read_parquet if self._info.storage == "parquet" else self._read_zarr)(piece)
+            self._block_index = piece
+        block, rows = self._block, slice(start - first, stop - first)
+        if len(block) != expected:
+            raise TokenDatasetError(
+                f"block {piece} of {source.root} has {len(block)} steps, expected {expected}; {_AGAIN}"
+            )
+        return Steps(block.values[rows], block.episode[rows], block.frame[rows])
+
+    def _open(self, index: int) -> Any:
+        self._source.verify(part_name(index))
+        return optional("pyarrow.parquet").ParquetFile(self._source.root / part_name(index))
+
+    def _read_parquet(self, index: int) -> Steps:
+        part, group = divmod(index, self._info.steps_per_file // self._info.steps_per_block)
+        table = self._at(part).read_row_group(group, use_threads=False)
+        episode, frame, column = (table.column(place).combine_chunks() for place in range(3))
+        return Steps(_values(column, self._info), episode.to_numpy(), frame.to_numpy())
+
+    def _read_zarr(self, index: int) -> Steps:
+        info, steps = self._info, self._info.steps_per_block
+        model = info.model
+        rows = min(steps, info.num_steps - index * steps)
+        packed = self._source.content(f"data/tokens/{index}.0.0")
+        flat = np.frombuffer(unpack(packed, steps * info.width, info.compression), np.uint8)
+        # Order F: see turned().
+        tokens = flat.reshape(model.num_layers, model.latent_dim, steps)[..., :rows].T
+        numbers = []
+        for name in ("episode_index", "frame_index"):
+            packed = self._source.content(f"data/{name}/{index}")
+            numbers.append(np.frombuffer(unpack(packed, steps * 8, info.compression), "<i8")[:rows])
+        return Steps(np.ascontiguousarray(tokens).reshape(rows, info.width), *numbers)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TokenDataset(Source):
     """Steps of a converted dataset, in slices. It is a source like any other: it can be decoded as a whole."""
 
     kind = "a converted dataset"
+    reader = _DatasetReader
     info: DatasetInfo
     _verified: dict[str, FileEntry] = field(default_factory=dict, repr=False)
 
@@ -88,19 +145,16 @@ class TokenDataset(Source):
             info=info,
         )
 
-    def open(self, width: int) -> StepReader[Any]:
+    def open(self, width: int) -> StepReader:
         if width != self.width:
             raise TokenDatasetError(f"{self.name} has {self.width} values for a step, expected {width}; {_AGAIN}")
-        return self._reader()
+        return self.reader(self)
 
     def check_episodes(self, found: EpisodeTable) -> None:
         check_stated(self.name, self.episodes(), found)
 
     def file_of(self, row: int) -> str:
         return f"{self.name}, row {row}"
-
-    def _reader(self) -> StepReader[Any]:
-        return _DatasetReader(self)
 
     def episodes(self) -> EpisodeTable:
         """Where every episode begins and ends, and its number."""
@@ -154,60 +208,6 @@ class TokenDataset(Source):
     def _episodes_table(self, columns: list[str]) -> Any:
         self.verify("episodes.parquet")
         return optional("pyarrow.parquet").ParquetFile(self.root / "episodes.parquet").read(columns)
-
-
-class _DatasetReader(StepReader[TokenDataset]):
-    """Keeps the last block: slices in ascending order read each once."""
-
-    def __init__(self, source: TokenDataset) -> None:
-        super().__init__(source)
-        self._info = source.info
-        self._block: Steps | None = None
-        self._block_index = -1
-
-    def read(self, start: int, stop: int) -> Steps:
-        """Rows start … stop - 1 of the whole dataset. Raises TokenDatasetError."""
-        try:
-            return super().read(start, stop)
-        except SourceError as error:
-            raise TokenDatasetError(str(error)) from error
-
-    def _read(self, piece: int, start: int, stop: int) -> Steps:
-        source = self._source
-        first, expected = int(source.first_rows[piece]), int(source.first_rows[piece + 1] - source.first_rows[piece])
-        if piece != self._block_index or self._block is None:
-            self._block = (self._read_parquet if self._info.storage == "parquet" else self._read_zarr)(piece)
-            self._block_index = piece
-        block, rows = self._block, slice(start - first, stop - first)
-        if len(block) != expected:
-            raise TokenDatasetError(
-                f"block {piece} of {source.root} has {len(block)} steps, expected {expected}; {_AGAIN}"
-            )
-        return Steps(block.values[rows], block.episode[rows], block.frame[rows])
-
-    def _open(self, index: int) -> Any:
-        self._source.verify(part_name(index))
-        return optional("pyarrow.parquet").ParquetFile(self._source.root / part_name(index))
-
-    def _read_parquet(self, index: int) -> Steps:
-        part, group = divmod(index, self._info.steps_per_file // self._info.steps_per_block)
-        table = self._at(part).read_row_group(group, use_threads=False)
-        episode, frame, column = (table.column(place).combine_chunks() for place in range(3))
-        return Steps(_values(column, self._info), episode.to_numpy(), frame.to_numpy())
-
-    def _read_zarr(self, index: int) -> Steps:
-        info, steps = self._info, self._info.steps_per_block
-        model = info.model
-        rows = min(steps, info.num_steps - index * steps)
-        packed = self._source.content(f"data/tokens/{index}.0.0")
-        flat = np.frombuffer(unpack(packed, steps * info.width, info.compression), np.uint8)
-        # Order F: see turned().
-        tokens = flat.reshape(model.num_layers, model.latent_dim, steps)[..., :rows].T
-        numbers = []
-        for name in ("episode_index", "frame_index"):
-            packed = self._source.content(f"data/{name}/{index}")
-            numbers.append(np.frombuffer(unpack(packed, steps * 8, info.compression), "<i8")[:rows])
-        return Steps(np.ascontiguousarray(tokens).reshape(rows, info.width), *numbers)
 
 
 def _values(column: Any, info: DatasetInfo) -> AnyArray:
