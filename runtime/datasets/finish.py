@@ -24,7 +24,7 @@ from .format import (
     SourceInfo,
     Verification,
     info_text,
-    part_metadata,
+    spelled,
 )
 from .job import Job
 from .partial import finish
@@ -38,7 +38,7 @@ from .steps import (
     has_changed,
     optional,
 )
-from .writers import hash_file, move, put, scratch_file, spelled, zarr_array
+from .writers import hash_file, move, put, scratch_file, zarr_array
 
 _WINDOWS, _WINDOW_STEPS = 8, 512
 
@@ -61,21 +61,21 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
         num_steps=job.source.num_steps,
         num_episodes=len(table.numbers),
         steps_per_file=job.steps_per_file,
-        steps_per_block=job.layout.block_steps,
+        steps_per_block=job.block_steps,
         compression=job.compression,
         source=source,
         made_with=job.made_with,
         verification=Verification(0, 0.0, 0.0),
         files=files,
     )
-    verification = _verify(job, tokenizer, TokenDataset.of(job.layout.data, info))
+    verification = _verify(job, tokenizer, TokenDataset.of(job.data, info))
     info = dataclasses.replace(info, verification=verification)
     write = _write_parquet_episodes if job.storage == "parquet" else _write_zarr_tables
     info = dataclasses.replace(info, files={**files, **write(job, info, table)})
     touched = job.source.touched_file()
     if touched is not None and parts_of_another_source(job, ordered):
         raise has_changed(touched)
-    put(info_text(info).encode(), job.layout.data, INFO_NAME, job.layout.scratch)
+    put(info_text(info).encode(), job.data, INFO_NAME, job.scratch)
     finish(job, overwrite=overwrite)
     return info
 
@@ -163,11 +163,11 @@ def _write_parquet_episodes(job: Job, info: DatasetInfo, table: EpisodeTable) ->
         "first_row": arrow.array(table.starts[:-1]),
         "num_steps": arrow.array(np.diff(table.starts)),
     }
-    metadata = part_metadata(info.content, info.fingerprint, info.model, 0, info.source.sha256)
-    temporary = scratch_file(job.layout.scratch, EPISODES_NAME)
+    metadata = job.metadata(0, info.source.sha256)
+    temporary = scratch_file(job.scratch, EPISODES_NAME)
     parquet.write_table(arrow.table(columns).replace_schema_metadata(metadata), temporary)
     entry = hash_file(temporary)
-    move(temporary, job.layout.data, EPISODES_NAME)
+    move(temporary, job.data, EPISODES_NAME)
     return {EPISODES_NAME: entry}
 
 
@@ -184,7 +184,7 @@ def _write_zarr_tables(job: Job, info: DatasetInfo, table: EpisodeTable) -> dict
     metadata: dict[str, dict[str, object]] = {
         ".zgroup": {"zarr_format": 2},
         ".zattrs": {
-            **part_metadata(info.content, info.fingerprint, info.model, 0, info.source.sha256),
+            **job.metadata(0, info.source.sha256),
             "rfsq.model": json.loads(json.dumps(dataclasses.asdict(info.model))),
         },
         "data/.zgroup": {"zarr_format": 2},
@@ -199,4 +199,4 @@ def _write_zarr_tables(job: Job, info: DatasetInfo, table: EpisodeTable) -> dict
     contents = {name: spelled(content) for name, content in metadata.items()}
     contents[".zmetadata"] = spelled({"zarr_consolidated_format": 1, "metadata": metadata})
     contents |= {f"{name}/0": values.tobytes() for name, values in arrays.items()}
-    return {name: put(content, job.layout.data, name, job.layout.scratch) for name, content in contents.items()}
+    return {name: put(content, job.data, name, job.scratch) for name, content in contents.items()}

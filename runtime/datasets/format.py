@@ -51,6 +51,10 @@ class TokenModel:
     def of(cls, model: ModelEntry) -> TokenModel:
         return cls(**{field.name: getattr(model, field.name) for field in dataclasses.fields(cls)})
 
+    def width(self, content: Content) -> int:
+        """Values of one step: D*L tokens, or A actions."""
+        return self.latent_dim * self.num_layers if content == "tokens" else self.action_dim
+
 
 @dataclass(frozen=True)
 class SourceInfo:
@@ -110,17 +114,12 @@ class DatasetInfo:
 
     @property
     def width(self) -> int:
-        """Values of one step."""
-        return self.model.action_dim if self.content == "actions" else self.model.latent_dim * self.model.num_layers
+        return self.model.width(self.content)
 
 
 def part_name(index: int) -> str:
     """The Parquet file of a part, named as LeRobot v3 names its files."""
     return f"data/chunk-{index // _FILES_PER_FOLDER:03d}/file-{index % _FILES_PER_FOLDER:03d}.parquet"
-
-
-def block_steps(steps_per_file: int) -> int:
-    return min(BLOCK_STEPS, steps_per_file)
 
 
 def info_text(info: DatasetInfo) -> str:
@@ -179,19 +178,9 @@ def parse_info(text: str, path: Path) -> DatasetInfo:
     return info
 
 
-def part_metadata(
-    content: Content, fingerprint: str, model: TokenModel, first_row: int, source_sha256: str
-) -> dict[str, str]:
-    """What the footer of every Parquet file says, so that one that was taken out of its folder is still known."""
-    return {
-        "rfsq.schema_version": str(SCHEMA_VERSION),
-        "rfsq.content": content,
-        "rfsq.fingerprint": fingerprint,
-        "rfsq.model": json.dumps(dataclasses.asdict(model), sort_keys=True),
-        "rfsq.ordering": ORDERING,
-        "rfsq.first_row": str(first_row),
-        "rfsq.source_sha256": source_sha256,
-    }
+def spelled(content: dict[str, Any]) -> bytes:
+    """The one spelling of descriptions beside `dataset.json`: of Zarr's arrays, and of jobs."""
+    return json.dumps(content, sort_keys=True, indent=1).encode() + b"\n"
 
 
 def _spelled(content: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,16 +18,17 @@ from .errors import OutputError
 from .format import (
     BLOCK_STEPS,
     HASH_STEPS,
+    ORDERING,
+    SCHEMA_VERSION,
     Compression,
     Content,
     MadeWith,
     Storage,
     TokenModel,
-    block_steps,
+    spelled,
 )
 from .pieces import Source
 from .steps import optional
-from .writers import Layout, spelled
 
 #: In the folder of a job in progress: held by the process that works there, and the marker that the folder is ours.
 LOCK_NAME = "lock"
@@ -66,22 +68,21 @@ class Job:
     @property
     def source_width(self) -> int:
         """Values of a step in the source."""
-        model = self.model
-        return model.action_dim if self.content == "tokens" else model.latent_dim * model.num_layers
+        return self.model.width("actions" if self.content == "tokens" else "tokens")
 
     @property
-    def layout(self) -> Layout:
-        model = self.model
-        shape = (model.latent_dim, model.num_layers) if self.content == "tokens" else (model.action_dim,)
-        return Layout(
-            data=self.work / "data",
-            scratch=self.work / "scratch",
-            content=self.content,
-            storage=self.storage,
-            compression=self.compression,
-            shape=shape,
-            block_steps=block_steps(self.steps_per_file),
-        )
+    def data(self) -> Path:
+        """What becomes the output."""
+        return self.work / "data"
+
+    @property
+    def scratch(self) -> Path:
+        """Where files are written, on the file system of `data`."""
+        return self.work / "scratch"
+
+    @property
+    def block_steps(self) -> int:
+        return min(BLOCK_STEPS, self.steps_per_file)
 
     @property
     def stamps(self) -> list[list[int]]:
@@ -91,6 +92,18 @@ class Job:
     def rows(self, part: int) -> tuple[int, int]:
         start = part * self.steps_per_file
         return start, min(start + self.steps_per_file, self.source.num_steps)
+
+    def metadata(self, first_row: int, source_sha256: str) -> dict[str, str]:
+        """What the footer of every Parquet file says, so that one that was taken out of its folder is still known."""
+        return {
+            "rfsq.schema_version": str(SCHEMA_VERSION),
+            "rfsq.content": self.content,
+            "rfsq.fingerprint": self.fingerprint,
+            "rfsq.model": json.dumps(dataclasses.asdict(self.model), sort_keys=True),
+            "rfsq.ordering": ORDERING,
+            "rfsq.first_row": str(first_row),
+            "rfsq.source_sha256": source_sha256,
+        }
 
     def identity(self) -> dict[str, Any]:
         """What must be the same for a job to go on; the output's place is not part of it."""

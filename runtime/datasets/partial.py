@@ -23,11 +23,11 @@ from typing import Any
 from ..bundle.errors import TokenizerError
 from ..bundle.ownership import Ownership
 from .errors import OutputError, VerificationError
-from .format import HASH_STEPS, INFO_NAME
+from .format import HASH_STEPS, INFO_NAME, spelled
 from .job import LOCK_NAME, Job, ownership_of, partial_folder
 from .record import PartRecord
 from .steps import is_hidden
-from .writers import hash_file, part_files, put, spelled, sync
+from .writers import hash_file, part_files, put, sync
 
 _IDENTITY_NAME = "job.json"
 #: Somebody else's end takes the folder away between two steps here; not so often, unless the place itself is at fault.
@@ -163,7 +163,7 @@ def begin(job: Job, *, overwrite: bool, restart: bool) -> Begun:
     """
     if job.output.exists():
         _refuse_existing(job, overwrite=overwrite)
-    layout, earlier, replaced = job.layout, None, ""
+    earlier, replaced = None, ""
     if not restart and (job.partial / _IDENTITY_NAME).is_file():
         earlier = _read_identity(job.partial)
         different = _differences(job, earlier)
@@ -178,8 +178,8 @@ def begin(job: Job, *, overwrite: bool, restart: bool) -> Begun:
     if earlier is None:
         discard(job.partial)
     # What another process may still be writing can no longer come between: its files have lost their folder.
-    _remove(layout.scratch)
-    for folder in (layout.data, layout.scratch, job.work / "done"):
+    _remove(job.scratch)
+    for folder in (job.data, job.scratch, job.work / "done"):
         folder.mkdir(parents=True, exist_ok=True)
     stamps = job.stamps if earlier is None else earlier["stamps"]
     if earlier is None or earlier["refused"]:
@@ -221,7 +221,7 @@ def give_up(job: Job, error: TokenizerError) -> None:
 
 def _write_identity(job: Job, stamps: list[list[int]], refused: str) -> None:
     content = {"identity": job.identity(), "stamps": stamps, "refused": refused}
-    put(spelled(content), job.partial, _IDENTITY_NAME, job.layout.scratch)
+    put(spelled(content), job.partial, _IDENTITY_NAME, job.scratch)
 
 
 def _read_identity(partial: Path) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def _short(value: Any) -> str:
 
 
 def save_record(job: Job, record: PartRecord) -> None:
-    put(record.text(job.work.name), job.work / "done", f"{record.part:09d}.json", job.layout.scratch)
+    put(record.text(job.work.name), job.work / "done", f"{record.part:09d}.json", job.scratch)
 
 
 def load_records(job: Job, parts: Iterable[int]) -> list[PartRecord]:
@@ -272,7 +272,7 @@ def _record(job: Job, part: int) -> PartRecord:
     start, stop = job.rows(part)
     try:
         record = PartRecord.parse(path.read_bytes(), job.work.name)
-        record.check(part, part_files(job.layout, part, (start, stop)), stop - start, -(-(stop - start) // HASH_STEPS))
+        record.check(part, part_files(job, part), stop - start, -(-(stop - start) // HASH_STEPS))
     except OutputError as error:
         raise OutputError(f"{path}: {error}; run the command again, and the part is made anew") from error
     return record
@@ -298,7 +298,7 @@ def _finished_parts(job: Job) -> Iterator[int]:
 
 def _is_whole(job: Job, record: PartRecord) -> bool:
     for name, entry in record.files.items():
-        path = job.layout.data / name
+        path = job.data / name
         if not path.is_file() or hash_file(path) != entry:
             return False
     return True
@@ -311,13 +311,13 @@ def finish(job: Job, *, overwrite: bool) -> None:
     """Put the data in place; killed between any two of these lines, the job ends the same when it is run again."""
     # After a power cut, too, OUT is complete or not there. Parts need no more than their hashes until then, and waiting
     # for the disk at each would make the whole as slow as whatever else is written to it.
-    for path in (*job.layout.data.rglob("*"), job.layout.data):
+    for path in (*job.data.rglob("*"), job.data):
         sync(path)
     if job.output.exists():
         _refuse_existing(job, overwrite=overwrite)
         _remove(job.work / "replaced")
         job.output.rename(job.work / "replaced")
-    job.layout.data.rename(job.output)
+    job.data.rename(job.output)
     sync(job.output.parent)
     _clean_up(job.partial)
 

@@ -13,7 +13,7 @@ from ..bundle.errors import InvalidInputError
 from ..tokenizer import ActionTokenizer
 from .coding import StepCoder
 from .episodes import Run, check_values, extend_runs
-from .format import HASH_STEPS, part_metadata
+from .format import HASH_STEPS
 from .job import Job
 from .partial import output_errors, save_record
 from .progress import Progress
@@ -42,9 +42,9 @@ class PartMaker:
         start, stop = job.rows(part)
         digests: list[str] = []
         runs: list[Run] = []
-        writer = part_writer(job.layout, part, start)
+        writer = part_writer(job, part)
         try:
-            for row, steps in self._reader.slices(start, stop, job.layout.block_steps):
+            for row, steps in self._reader.slices(start, stop, job.block_steps):
                 if is_stopped():
                     raise Stopped
                 digests += _digests(steps)
@@ -52,7 +52,7 @@ class PartMaker:
                 writer.write(Steps(self._code(steps, row), steps.episode, steps.frame))
                 on_steps(len(steps))
             digest = hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
-            files = writer.close(part_metadata(job.content, job.fingerprint, job.model, start, digest))
+            files = writer.close(job.metadata(start, digest))
         except BaseException:
             writer.abandon()
             raise
@@ -93,7 +93,7 @@ def parts_of_another_source(job: Job, records: Iterable[PartRecord]) -> set[int]
     found = set()
     with closing(job.source.open(job.source_width)) as reader:
         for record in records:
-            blocks = reader.slices(*job.rows(record.part), job.layout.block_steps)
+            blocks = reader.slices(*job.rows(record.part), job.block_steps)
             if tuple(digest for _, steps in blocks for digest in _digests(steps)) != record.digests:
                 found.add(record.part)
     return found

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,33 +15,14 @@ import numpy as np
 from ..bundle.manifest import FileEntry
 from ..bundle.reading import regular_file
 from .errors import OutputError
-from .format import Compression, Content, Storage, part_name
+from .format import Compression, part_name
+from .job import Job
 from .steps import AnyArray, Int64Array, Steps, optional
 
 _ZSTD_LEVEL = 1
 #: So many steps of tokens are turned at once: they stay in the processor's first cache.
 _TURNED_STEPS = 256
 _HASHED_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where and how: scratch lies beside the data, on the same file system.
-
-    shape: of one step's values: (D, L) for tokens, (A,) for actions.
-    """
-
-    data: Path
-    scratch: Path
-    content: Content
-    storage: Storage
-    compression: Compression
-    shape: tuple[int, ...]
-    block_steps: int
-
-    @property
-    def width(self) -> int:
-        return int(np.prod(self.shape))
 
 
 class PartWriter(Protocol):
@@ -59,16 +38,17 @@ class PartWriter(Protocol):
         """Leave nothing behind."""
 
 
-def part_writer(layout: Layout, index: int, first_row: int) -> PartWriter:
-    return ParquetPart(layout, index) if layout.storage == "parquet" else ZarrPart(layout, first_row)
+def part_writer(job: Job, part: int) -> PartWriter:
+    return ParquetPart(job, part) if job.storage == "parquet" else ZarrPart(job, part)
 
 
-def part_files(layout: Layout, index: int, rows: tuple[int, int]) -> set[str]:
-    """The names of a part's files; rows: its first, and the one after its last."""
-    if layout.storage == "parquet":
-        return {part_name(index)}
-    chunks = range(rows[0] // layout.block_steps, -(-rows[1] // layout.block_steps))
-    return {name for chunk in chunks for name in _chunk_names(layout, chunk)}
+def part_files(job: Job, part: int) -> set[str]:
+    """The names of a part's files."""
+    if job.storage == "parquet":
+        return {part_name(part)}
+    start, stop = job.rows(part)
+    chunks = range(start // job.block_steps, -(-stop // job.block_steps))
+    return {name for chunk in chunks for name in _chunk_names(chunk)}
 
 
 def put(content: bytes, folder: Path, name: str, scratch: Path) -> FileEntry:
@@ -123,25 +103,26 @@ def hash_file(path: Path) -> FileEntry:
 class ParquetPart:
     """Columns episode_index, frame_index and tokens (bytes, D*L of them) or action (float32, A of them)."""
 
-    def __init__(self, layout: Layout, index: int) -> None:
-        self._layout, self._name = layout, part_name(index)
+    def __init__(self, job: Job, part: int) -> None:
+        self._job, self._name = job, part_name(part)
         self._arrow = optional("pyarrow")
         parquet = optional("pyarrow.parquet")
         arrow = self._arrow
+        width, is_tokens = job.model.width(job.content), job.content == "tokens"
         # Lists of bytes would take five times as long to write as bytes of fixed length, which hold the same.
-        kind = arrow.binary(layout.width) if layout.content == "tokens" else arrow.list_(arrow.float32(), layout.width)
-        column = "tokens" if layout.content == "tokens" else "action"
+        kind = arrow.binary(width) if is_tokens else arrow.list_(arrow.float32(), width)
+        column = "tokens" if is_tokens else "action"
         fields = [("episode_index", arrow.int64()), ("frame_index", arrow.int64()), (column, kind)]
         self._schema = arrow.schema([arrow.field(name, kind, nullable=False) for name, kind in fields])
-        values = column if layout.content == "tokens" else f"{column}.list.element"
-        is_compressed = layout.compression == "zstd"
+        values = column if is_tokens else f"{column}.list.element"
+        is_compressed = job.compression == "zstd"
         # Byte d*L + l of all steps side by side compresses better and four times as fast.
         encoding = {values: "BYTE_STREAM_SPLIT" if is_compressed else "PLAIN"}
-        self._temporary = scratch_file(layout.scratch, Path(self._name).name)
+        self._temporary = scratch_file(job.scratch, Path(self._name).name)
         self._writer = parquet.ParquetWriter(
             self._temporary,
             self._schema,
-            compression=layout.compression,
+            compression=job.compression,
             compression_level=_ZSTD_LEVEL if is_compressed else None,
             use_dictionary=False,
             write_statistics=["episode_index", "frame_index"],
@@ -153,7 +134,7 @@ class ParquetPart:
         arrow = self._arrow
         values = np.ascontiguousarray(block.values)
         kind = self._schema.field(2).type
-        if self._layout.content == "tokens":
+        if self._job.content == "tokens":
             column = arrow.FixedSizeBinaryArray.from_buffers(kind, len(block), [None, arrow.py_buffer(values)])
         else:
             column = arrow.FixedSizeListArray.from_arrays(arrow.array(values.reshape(-1)), type=kind)
@@ -164,7 +145,7 @@ class ParquetPart:
         self._writer.add_key_value_metadata(metadata)
         self._writer.close()
         entry = hash_file(self._temporary)
-        move(self._temporary, self._layout.data, self._name)
+        move(self._temporary, self._job.data, self._name)
         return {self._name: entry}
 
     def abandon(self) -> None:
@@ -180,21 +161,17 @@ class ParquetPart:
 class ZarrPart:
     """Chunks of the arrays data/tokens, data/episode_index and data/frame_index."""
 
-    def __init__(self, layout: Layout, first_row: int) -> None:
-        self._layout = layout
-        self._chunk = first_row // layout.block_steps
+    def __init__(self, job: Job, part: int) -> None:
+        self._job = job
+        self._chunk = job.rows(part)[0] // job.block_steps
         self._files: dict[str, FileEntry] = {}
 
     def write(self, block: Steps) -> None:
-        steps = self._layout.block_steps
-        contents = (
-            turned(block.values, self._layout.shape, steps),
-            padded(block.episode, steps),
-            padded(block.frame, steps),
-        )
-        for name, content in zip(_chunk_names(self._layout, self._chunk), contents, strict=True):
-            packed = pack(content, self._layout.compression)
-            self._files[name] = put(packed, self._layout.data, name, self._layout.scratch)
+        job, steps = self._job, self._job.block_steps
+        shape = (job.model.latent_dim, job.model.num_layers)
+        contents = (turned(block.values, shape, steps), padded(block.episode, steps), padded(block.frame, steps))
+        for name, content in zip(_chunk_names(self._chunk), contents, strict=True):
+            self._files[name] = put(pack(content, job.compression), job.data, name, job.scratch)
         self._chunk += 1
 
     def close(self, metadata: Mapping[str, str]) -> dict[str, FileEntry]:
@@ -205,13 +182,9 @@ class ZarrPart:
         """Whole chunks may stay: they will be written again, the same."""
 
 
-def _chunk_names(layout: Layout, chunk: int) -> tuple[str, str, str]:
+def _chunk_names(chunk: int) -> tuple[str, str, str]:
     """Of tokens, episodes and frames."""
-    return (
-        f"data/tokens/{chunk}" + ".0" * len(layout.shape),
-        f"data/episode_index/{chunk}",
-        f"data/frame_index/{chunk}",
-    )
+    return f"data/tokens/{chunk}.0.0", f"data/episode_index/{chunk}", f"data/frame_index/{chunk}"
 
 
 def turned(values: AnyArray, shape: tuple[int, ...], steps: int) -> AnyArray:
@@ -260,7 +233,3 @@ def zarr_array(
         "order": order,
         "filters": None,
     }
-
-
-def spelled(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, indent=1).encode() + b"\n"
