@@ -5,11 +5,13 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 import numpy as np
 
+from ..bundle.arrays import Float32Array
 from ..tokenizer import ActionTokenizer
 from .coding import StepCoder
 from .errors import OutputError
@@ -20,10 +22,12 @@ from .partial import discard, locked, output_errors, work_folder
 from .progress import Progress
 from .reader import TokenDataset
 from .sources import open_source
-from .steps import AnyArray, Int64Array, optional
+from .steps import optional
 from .writers import sync
 
 FileFormat = Literal["npz", "hdf5"]
+#: Gives the actions of the steps start … stop - 1 in slices: the first row of each, and float32 [n, A].
+_Decoded = Callable[[int, int], Iterator[tuple[int, Float32Array]]]
 #: Steps that are decoded before they are written.
 _SLICE_STEPS = 65_536
 #: The earliest time that a zip file can state: equal content, equal bytes.
@@ -49,7 +53,16 @@ def write_file(
         if restart:
             discard(partial)
         temporary = work_folder(partial, "decoded") / f"decoded.{kind}"
-        write(dataset, tokenizer, temporary, progress)
+        coder = StepCoder(tokenizer)
+        with closing(dataset.open(dataset.width)) as reader:
+
+            def decoded(start: int, stop: int) -> Iterator[tuple[int, Float32Array]]:
+                for row, steps in reader.slices(start, stop, _SLICE_STEPS):
+                    yield row, coder.decode(steps.values)
+                    progress.add(len(steps))
+                    progress.show()
+
+            write(dataset, tokenizer, temporary, decoded)
         progress.finish()
         verification = _verify(dataset, tokenizer, temporary)
         sync(temporary)
@@ -73,27 +86,20 @@ def _verify(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path) -> Ve
         return verify_actions(tokenizer, source, written, dataset.num_steps)
 
 
-def _slices(dataset: TokenDataset, tokenizer: ActionTokenizer, progress: Progress) -> Iterator[tuple[int, AnyArray]]:
-    coder = StepCoder(tokenizer)
-    with closing(dataset.open(dataset.width)) as reader:
-        for start, steps in reader.slices(0, dataset.num_steps, _SLICE_STEPS):
-            yield start, coder.decode(steps.values)
-            progress.add(len(steps))
-            progress.show()
-
-
-def _write_npz(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, progress: Progress) -> None:
+def _write_npz(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, decoded: _Decoded) -> None:
     table = dataset.episodes()
-    shape = (dataset.num_steps, tokenizer.model.action_dim)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        with _member(archive, "actions", shape, "<f4") as member:
-            for _, actions in _slices(dataset, tokenizer, progress):
+        with _member(archive, "actions", (dataset.num_steps, tokenizer.model.action_dim), "<f4") as member:
+            for _, actions in decoded(0, dataset.num_steps):
                 member.write(actions.astype("<f4", copy=False).tobytes())
-        for name, values in (("episode_ends", table.starts[1:]), ("episode_numbers", table.numbers)):
-            with _member(archive, name, values.shape, "<i8") as member:
-                member.write(values.astype("<i8").tobytes())
-        with _member(archive, "fingerprint", (), f"<U{len(tokenizer.fingerprint)}") as member:
-            member.write(np.array(tokenizer.fingerprint).astype(f"<U{len(tokenizer.fingerprint)}").tobytes())
+        text = np.array(tokenizer.fingerprint).astype(f"<U{len(tokenizer.fingerprint)}")
+        for name, values in (
+            ("episode_ends", table.starts[1:].astype("<i8")),
+            ("episode_numbers", table.numbers.astype("<i8")),
+            ("fingerprint", text),
+        ):
+            with _member(archive, name, values.shape, values.dtype.str) as member:
+                member.write(values.tobytes())
 
 
 @contextmanager
@@ -104,17 +110,20 @@ def _member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: 
         yield member
 
 
-def _write_hdf5(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, progress: Progress) -> None:
+def _write_hdf5(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, decoded: _Decoded) -> None:
     """data/demo_N/actions, N being the episode's number."""
-    table, h5py = dataset.episodes(), optional("h5py")
-    with _hdf5_errors(), h5py.File(path, "w") as file:
+    table = dataset.episodes()
+    with _hdf5_errors(), optional("h5py").File(path, "w") as file:
         group = file.create_group("data")
         group.attrs["total"] = dataset.num_steps
         group.attrs["rfsq.fingerprint"] = tokenizer.fingerprint
         group.attrs["rfsq.schema_version"] = SCHEMA_VERSION
-        demonstrations = _Demonstrations(group.create_group, table.starts, table.numbers, tokenizer.model.action_dim)
-        for start, actions in _slices(dataset, tokenizer, progress):
-            demonstrations.write(start, actions)
+        for number, (start, stop) in zip(table.numbers.tolist(), pairwise(table.starts.tolist()), strict=True):
+            demonstration = group.create_group(f"demo_{number}")
+            demonstration.attrs["num_samples"] = stop - start
+            array = demonstration.create_dataset("actions", (stop - start, tokenizer.model.action_dim), "<f4")
+            for row, actions in decoded(start, stop):
+                array[row - start : row - start + len(actions)] = actions
 
 
 @contextmanager
@@ -124,26 +133,3 @@ def _hdf5_errors() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise OSError(str(error)) from error
-
-
-class _Demonstrations:
-    """Actions in the order of the steps, cut into episodes; `create_group` is h5py's."""
-
-    def __init__(self, create_group: Callable[[str], Any], starts: Int64Array, numbers: Int64Array, width: int) -> None:
-        self._create, self._starts, self._numbers, self._width = create_group, starts, numbers, width
-        self._episode = -1
-        self._dataset: Any = None
-
-    def write(self, start: int, actions: AnyArray) -> None:
-        row, stop = start, start + len(actions)
-        while row < stop:
-            episode = int(np.searchsorted(self._starts, row, side="right")) - 1
-            first, end = int(self._starts[episode]), int(self._starts[episode + 1])
-            if episode != self._episode:
-                group = self._create(f"demo_{self._numbers[episode]}")
-                group.attrs["num_samples"] = end - first
-                self._dataset = group.create_dataset("actions", (end - first, self._width), "<f4")
-                self._episode = episode
-            upto = min(stop, end)
-            self._dataset[row - first : upto - first] = actions[row - start : upto - start]
-            row = upto
