@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import closing, suppress
+from queue import Empty, SimpleQueue
 
 import numpy as np
 
@@ -101,37 +103,22 @@ def parts_of_another_source(job: Job, records: Iterable[PartRecord]) -> set[int]
 
 def run_local(job: Job, tokenizer: ActionTokenizer, parts: Sequence[int], workers: int, progress: Progress) -> None:
     """Make these parts in so many threads of this process: what takes time in them needs no interpreter."""
-    waiting = iter(parts)
-    lock, stopping = threading.Lock(), threading.Event()
-    errors: list[BaseException] = []
+    waiting, stopping = SimpleQueue[int](), threading.Event()
+    for part in parts:
+        waiting.put(part)
 
     def work() -> None:
-        try:
-            with closing(PartMaker(job, tokenizer)) as maker:
-                while not stopping.is_set():
-                    with lock:
-                        part = next(waiting, None)
-                    if part is None:
-                        return
-                    with output_errors(job.partial):
-                        maker.make(part, progress.add, stopping.is_set)
-        except Stopped:
-            return
-        except BaseException as error:
-            errors.append(error)
-            stopping.set()
+        with closing(PartMaker(job, tokenizer)) as maker, output_errors(job.partial), suppress(Empty, Stopped):
+            while not stopping.is_set():
+                maker.make(waiting.get_nowait(), progress.add, stopping.is_set)
 
-    threads = [threading.Thread(target=work, name=f"part-maker-{index}") for index in range(workers)]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(_WAIT_SECONDS)
+    with ThreadPoolExecutor(workers, "part-maker") as pool:
+        working = {pool.submit(work) for _ in range(workers)}
+        try:
+            while working:
+                ended, working = wait(working, _WAIT_SECONDS, FIRST_COMPLETED)
+                for worker in ended:
+                    worker.result()
                 progress.show()
-    finally:
-        stopping.set()
-        for thread in threads:
-            thread.join()
-    if errors:
-        raise errors[0]
+        finally:
+            stopping.set()

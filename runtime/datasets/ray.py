@@ -8,9 +8,7 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
-from ..bundle import errors
 from ..bundle.errors import TokenizerError
-from ..datasets import errors as dataset_errors
 from .errors import DatasetError
 from .job import Job, open_tokenizer
 from .partial import output_errors
@@ -81,23 +79,18 @@ class RayWorker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         part = int(row["part"])
         start, stop = self._job.rows(part)
-        found = {"part": part, "steps": stop - start, "kind": "", "error": ""}
+        found = {"part": part, "steps": stop - start, "error": b""}
         try:
             with output_errors(self._job.partial):
                 if self._maker is None:
                     self._maker = PartMaker(self._job, open_tokenizer(self._job))
                 self._maker.make(part, lambda _: None, lambda: False)
         except TokenizerError as error:
-            return {**found, "kind": type(error).__name__, "error": str(error)}
+            return {**found, "error": pickle.dumps(error)}
         return found
 
 
 def raise_refusal(row: dict[str, Any]) -> None:
     """The worker's error, where it has one, as if it had been raised here."""
-    if not row["error"]:
-        return
-    for module in (dataset_errors, errors):
-        kind = getattr(module, row["kind"], None)
-        if isinstance(kind, type) and issubclass(kind, TokenizerError):
-            raise kind(row["error"])
-    raise DatasetError(row["error"])
+    if row["error"]:
+        raise pickle.loads(row["error"])  # noqa: S301  # our own worker's bytes, through Ray, which pickles everything
