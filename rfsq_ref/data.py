@@ -4,10 +4,9 @@ Nothing here unpickles: what a file holds besides plain arrays is refused.
 """
 
 import hashlib
-import math
 import os
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -170,21 +169,9 @@ def load_demonstrations() -> ActionDataset:
 # Splitting -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SplitFractions:
-    """Shares of the episodes; positive, adding up to 1 (DataError otherwise)."""
-
-    train: float = 0.6
-    validation: float = 0.1
-    calibration: float = 0.15
-    test: float = 0.15
-
-    def __post_init__(self) -> None:
-        shares = astuple(self)
-        if not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1):
-            raise DataError(
-                f"split fractions {shares} add up to {sum(shares):g}; expected positive ones adding up to 1"
-            )
+#: Shares of the episodes for train, validation, calibration and test. Calibration finds the episodes of a training by
+#: splitting again, so that they must never change.
+SPLIT_SHARES = (0.6, 0.1, 0.15, 0.15)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,9 +184,7 @@ class EpisodeSplit:
     test: ActionDataset
 
 
-def split_episodes(
-    dataset: ActionDataset, *, seed: int = 0, fractions: SplitFractions = SplitFractions()
-) -> EpisodeSplit:
+def split_episodes(dataset: ActionDataset, *, seed: int = 0) -> EpisodeSplit:
     """Split by episode, every task in proportion; the same parts for the same data order and seed, anywhere.
 
     Within a part the tasks take turns, so that its first n episodes cover them evenly. Of each task a part gets its
@@ -210,7 +195,7 @@ def split_episodes(
     >>> [len(part.episodes) for part in (split.train, split.validation, split.calibration, split.test)]
     [75, 12, 19, 19]
     """
-    shares = np.array(astuple(fractions))
+    shares = np.array(SPLIT_SHARES)
     total = len(dataset.episodes)
     if total < len(shares):
         raise DataError(

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -71,65 +71,70 @@ def _read_whole(source: Source) -> tuple[npt.NDArray[np.float32], EpisodeTable]:
 
 
 def _read_pt(path: Path, key: str | None) -> Episodes:
-    torch = optional("torch", "export")
-    # Not above: few formats need torch.
-    from rfsq.rfsq_ref.tensor_files import load_torch
-
-    def array(tensor: Any) -> _AnyArray:
-        tensor = tensor.detach()
-        # numpy has no bfloat16
-        return np.asarray((tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy())
-
     with opened(path, "a .pt file of tensors") as file:
-        try:
-            content = load_torch(file)
-        # torch's own message advises to load it all the same.
-        except pickle.UnpicklingError as error:
-            raise SourceError(
-                f"{path.name} is damaged or pickles more than tensors, which could run code; expected tensors alone: "
-                "save them in a list or dict with torch.save"
-            ) from error
-        if isinstance(content, list | tuple):
-            others = sorted({type(part).__name__ for part in content if not isinstance(part, torch.Tensor)})
-            if others:
-                raise SourceError(
-                    f"{path.name} holds a list with {', '.join(others)} in it; expected tensors alone, one [steps, A] "
-                    "for each episode: save such as [episode['action'] for episode in episodes]"
-                )
-        if isinstance(content, torch.Tensor | list | tuple):
-            content = {"actions": content}
-        if not isinstance(content, Mapping):
-            raise SourceError(
-                f"{path.name} holds a {type(content).__name__}; expected a tensor, a list or a dict of tensors"
-            )
-        lists: dict[str, list[_AnyArray]] = {}
-        arrays: dict[str, _AnyArray] = {}
-        for name, value in content.items():
-            if isinstance(value, torch.Tensor):
-                arrays[str(name)] = array(value)
-            elif isinstance(value, list | tuple) and any(isinstance(part, torch.Tensor) for part in value):
-                lists[str(name)] = [array(part) for part in _all_tensors(value, torch.Tensor, f"{path.name}: {name!r}")]
-        parts = {**{name: [one] for name, one in arrays.items()}, **lists}
-        if content and not parts:
-            kinds = [f"{name} ({type(value).__name__})" for name, value in content.items()]
-            raise SourceError(
-                f"{path.name} holds no tensor; found {shortlist(kinds)}; expected `actions`, a tensor or a list of "
-                "tensors"
-            )
-        chosen = choose_arrays(parts, key, path.name, lambda one, other: _are_equal(parts[one], parts[other]))
-        if chosen[0] in lists:
-            episodes = {f"episode_{place}": one for place, one in enumerate(lists[chosen[0]])}
+        content = _load_tensors(file, path.name)
+        # A tensor alone, or one for each episode.
+        found = {name: value if isinstance(value, list) else [value] for name, value in content.items()}
+        chosen = choose_arrays(found, key, path.name, lambda one, other: _are_equal(found[one], found[other]))
+        arrays = {name: value for name, value in content.items() if not isinstance(value, list)}
+        if isinstance(content[chosen[0]], list):
+            episodes = {f"episode_{place}": one for place, one in enumerate(found[chosen[0]])}
             arrays, chosen = {**arrays, **episodes}, tuple(episodes)
         return _from_arrays(arrays, chosen, path.name)
 
 
-def _all_tensors(values: Sequence[Any], kind: type, label: str) -> Sequence[Any]:
+def _load_tensors(file: BinaryIO, source: str) -> dict[str, _AnyArray | list[_AnyArray]]:
+    """What a .pt file holds that are tensors, or lists of tensors, by name. Raises SourceError."""
+    torch = optional("torch", "export")
+    # Not above: few formats need torch.
+    from rfsq.rfsq_ref.tensor_files import load_torch
+
+    try:
+        content = load_torch(file)
+    # torch's own message advises to load it all the same.
+    except pickle.UnpicklingError as error:
+        raise SourceError(
+            f"{source} is damaged or pickles more than tensors, which could run code; expected tensors alone: "
+            "save them in a list or dict with torch.save"
+        ) from error
+    if isinstance(content, list | tuple):
+        others = sorted({type(part).__name__ for part in content if not isinstance(part, torch.Tensor)})
+        if others:
+            raise SourceError(
+                f"{source} holds a list with {', '.join(others)} in it; expected tensors alone, one [steps, A] "
+                "for each episode: save such as [episode['action'] for episode in episodes]"
+            )
+    if isinstance(content, torch.Tensor | list | tuple):
+        content = {"actions": content}
+    if not isinstance(content, Mapping):
+        raise SourceError(f"{source} holds a {type(content).__name__}; expected a tensor, a list or a dict of tensors")
+    found: dict[str, _AnyArray | list[_AnyArray]] = {}
+    for name, value in content.items():
+        if isinstance(value, torch.Tensor):
+            found[str(name)] = _array(value)
+        elif isinstance(value, list | tuple) and any(isinstance(part, torch.Tensor) for part in value):
+            found[str(name)] = _all_arrays(value, torch.Tensor, f"{source}: {name!r}")
+    if content and not found:
+        kinds = [f"{name} ({type(value).__name__})" for name, value in content.items()]
+        raise SourceError(
+            f"{source} holds no tensor; found {shortlist(kinds)}; expected `actions`, a tensor or a list of tensors"
+        )
+    return found
+
+
+def _array(tensor: Any) -> _AnyArray:
+    tensor = tensor.detach()
+    # numpy has no bfloat16.
+    return np.asarray((tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy())
+
+
+def _all_arrays(values: Sequence[Any], kind: type, label: str) -> list[_AnyArray]:
     for place, value in enumerate(values):
         if not isinstance(value, kind):
             raise SourceError(
                 f"{label} has a {type(value).__name__} at place {place}; expected tensors alone, one for each episode"
             )
-    return values
+    return [_array(value) for value in values]
 
 
 def _are_equal(ones: Sequence[_AnyArray], others: Sequence[_AnyArray]) -> bool:
