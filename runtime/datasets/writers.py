@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -16,8 +16,11 @@ from ..bundle.manifest import FileEntry
 from ..bundle.reading import regular_file
 from .errors import OutputError
 from .format import Compression, part_name
-from .job import Job
 from .steps import AnyArray, Int64Array, Steps, optional
+
+if TYPE_CHECKING:
+    # Who reads datasets loads this module too, and needs no tokenizer.
+    from .job import Job
 
 _ZSTD_LEVEL = 1
 #: So many steps of tokens are turned at once: they stay in the processor's first cache.
@@ -48,7 +51,7 @@ def part_files(job: Job, part: int) -> set[str]:
         return {part_name(part)}
     start, stop = job.rows(part)
     chunks = range(start // job.block_steps, -(-stop // job.block_steps))
-    return {name for chunk in chunks for name in _chunk_names(chunk)}
+    return {name for chunk in chunks for name in chunk_names(chunk)}
 
 
 def put(content: bytes, folder: Path, name: str, scratch: Path) -> FileEntry:
@@ -170,7 +173,7 @@ class ZarrPart:
         job, steps = self._job, self._job.block_steps
         shape = (job.model.latent_dim, job.model.num_layers)
         contents = (turned(block.values, shape, steps), padded(block.episode, steps), padded(block.frame, steps))
-        for name, content in zip(_chunk_names(self._chunk), contents, strict=True):
+        for name, content in zip(chunk_names(self._chunk), contents, strict=True):
             self._files[name] = put(pack(content, job.compression), job.data, name, job.scratch)
         self._chunk += 1
 
@@ -182,7 +185,7 @@ class ZarrPart:
         """Whole chunks may stay: they will be written again, the same."""
 
 
-def _chunk_names(chunk: int) -> tuple[str, str, str]:
+def chunk_names(chunk: int) -> tuple[str, str, str]:
     """Of tokens, episodes and frames."""
     return f"data/tokens/{chunk}.0.0", f"data/episode_index/{chunk}", f"data/frame_index/{chunk}"
 
