@@ -48,7 +48,7 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
     keys = (key,) if key else ACTION_NAMES
 
     def array_in(group: Any, place: str) -> tuple[str, int, int] | None:
-        """Name and shape of the action array in a group at this place, if there is one."""
+        """Name, steps and width of the action array in a group at this place, if there is one."""
         arrays = {wanted: found for wanted in keys if isinstance(found := follow(group, wanted, name), h5py.Dataset)}
         for wanted, array in arrays.items():
             _check_actions(array, f"{name}, {place}{wanted}")
@@ -62,16 +62,8 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
         container, prefix = data, "data/"
         members = sorted(container, key=natural)
     elif (whole := array_in(file, "")) is not None:
-        place, steps, width = whole
-        ends = [end for end in _ENDS if end in set(file)]
-        if ends:
-            raise SourceError(
-                f"{name} has many episodes in one row ({place} beside {', '.join(ends)}); expected one for each file "
-                "or group: cut them apart and save each as demo_N/actions"
-            )
-        if filter_key:
-            raise SourceError(f"{name} is one episode, and has no filter keys; leave --filter-key out")
-        return [FoundEpisode("", place, steps, width)]
+        _require_one_episode(file, name, whole[0], filter_key)
+        return [FoundEpisode("", *whole)]
     else:
         numbered = sorted((member for member in file if _NUMBERED.fullmatch(member)), key=natural)
         members = [member for member in numbered if isinstance(follow(file, member, name), h5py.Group)]
@@ -84,7 +76,7 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
     chosen = members if filter_key is None else _filtered(file, name, members, filter_key)
     if not chosen:
         raise SourceError(f"{name} holds no episodes; {EXPECTED}")
-    found_episodes = []
+    episodes = []
     for member in chosen:
         found = follow(container, member, name)
         group = found if isinstance(found, h5py.Group) else {}
@@ -95,8 +87,20 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
                 f"{shortlist(group) or 'nothing'}; expected `actions` or `action`: name the right one with --key (key=)"
             )
         place, steps, width = array
-        found_episodes.append(FoundEpisode(member, f"{prefix}{member}/{place}", steps, width))
-    return found_episodes
+        episodes.append(FoundEpisode(member, f"{prefix}{member}/{place}", steps, width))
+    return episodes
+
+
+def _require_one_episode(file: Any, name: str, place: str, filter_key: str | None) -> None:
+    """place: of the action array, beside which nothing may say that it holds several. Raises SourceError."""
+    ends = [end for end in _ENDS if end in set(file)]
+    if ends:
+        raise SourceError(
+            f"{name} has many episodes in one row ({place} beside {', '.join(ends)}); expected one for each file "
+            "or group: cut them apart and save each as demo_N/actions"
+        )
+    if filter_key:
+        raise SourceError(f"{name} is one episode, and has no filter keys; leave --filter-key out")
 
 
 def _check_actions(array: Any, where: str) -> None:
