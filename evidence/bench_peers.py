@@ -14,44 +14,38 @@ if not __package__:
 
 import json
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.rfsq_ref.autoencoder import ModelConfig, StepAutoencoder
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, load_checkpoint
 from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
+from rfsq.runtime.benchmark.timing import time_calls
 
 EAGER, COMPILED = "torch eager", "torch.compile"
-_Call = Callable[[Tensor], Tensor]
+_Coder = Callable[[Tensor], Tensor]
+#: One use, finished when it returns.
+_Use = Callable[[], object]
+_Ways = Iterator[tuple[Literal["host", "device"], _Use]]
+#: What one use is, as the other side reads it, and the use itself.
+_Figure = tuple[dict[str, Any], _Use]
 
 
-class PublishedModel(nn.Module):
+class PublishedModel(StepAutoencoder):
     """The published operations one by one, as research code spells them: argmin over distances, a loop over layers.
 
-    `rfsq_ref` gives the same tokens by another, faster way, which would flatter the peer.
+    `rfsq_ref` gives the same tokens in another, faster way, which would flatter the peer.
     """
 
     grid: Tensor
 
     def __init__(self, config: ModelConfig, *, is_robust: bool) -> None:
-        super().__init__()
+        super().__init__(config.action_dim, config.latent_dim, config.hidden_width)
         self.num_layers, self.is_robust = config.num_layers, is_robust
-        self.encoder = nn.Sequential(
-            nn.Linear(config.action_dim, config.hidden_width),
-            nn.Mish(),
-            nn.Linear(config.hidden_width, config.latent_dim),
-            nn.Tanh(),
-        )
-        self.decoder = nn.Sequential(
-            nn.Linear(config.latent_dim, config.hidden_width),
-            nn.Mish(),
-            nn.Linear(config.hidden_width, config.action_dim),
-        )
         self.register_buffer("grid", torch.linspace(-1, 1, config.num_levels), persistent=False)
 
     def encode(self, actions: Tensor) -> Tensor:
@@ -86,20 +80,6 @@ class PublishedModel(nn.Module):
         return latents + (total - latents).detach(), torch.stack(codes, dim=-1)
 
 
-@dataclass(frozen=True, eq=False)
-class PeerFigure:
-    """prefix: None for encoding. call: one use, finished when it returns."""
-
-    peer: str
-    prefix: int | None
-    path: Literal["host", "device"]
-    batch: int
-    on_gpu: bool
-    bytes_in: int
-    bytes_out: int
-    call: Callable[[], object]
-
-
 def main() -> None:
     # Whatever libraries print must not come between the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
@@ -109,32 +89,30 @@ def main() -> None:
     # One core, like our own backend on the CPU.
     torch.set_num_threads(1)
     model, remark = published_model(request)
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else "one core of the CPU, as onnxruntime does"
     unavailable: dict[str, str] = {}
     with torch.no_grad():
-        figures = list(peer_figures(model.to(device), request, device, unavailable))
+        figures = list(peer_figures(model.to(device), request, unavailable))
         offered = {
             "versions": {"torch": torch.__version__},
-            "figures": [_described(figure) for figure in figures],
+            "figures": [described for described, _ in figures],
             "unavailable": unavailable,
-            "remarks": [
-                remark,
-                f"torch runs on {_described_device(device)}; its tokens are int64, twice the bytes of ours",
-            ],
+            "remarks": [remark, f"torch runs on {device_name}; its tokens are int64, twice the bytes of ours"],
         }
         print(json.dumps(offered), file=answers)
         for line in sys.stdin:
             index, calls = map(int, line.split())
+            described, use = figures[index]
             try:
-                answer: list[float] | str = time_calls(figures[index].call, calls)
+                answer: list[float] | str = time_calls(use, calls).tolist()
             except RuntimeError as error:
-                answer = f"{figures[index].peer} failed: {error}"
+                answer = f"{described['peer']} failed: {error}"
             print(json.dumps(answer), file=answers)
 
 
 def published_model(sizes: Mapping[str, Any]) -> tuple[PublishedModel, str]:
     """The model of the bundle's sizes, and whose weights it has."""
-    names = ("action_dim", "latent_dim", "hidden_width", "num_layers", "num_levels")
-    config = ModelConfig(**{name: sizes[name] for name in names})
+    config = ModelConfig(**{field.name: sizes[field.name] for field in fields(ModelConfig)})
     model = PublishedModel(config, is_robust=sizes["mode"] != "none").eval().requires_grad_(False)
     checkpoint = load_checkpoint(ROBUST_CHECKPOINT)
     if checkpoint.config != config:
@@ -143,29 +121,28 @@ def published_model(sizes: Mapping[str, Any]) -> tuple[PublishedModel, str]:
     return model, "the peers' model is the embedded robust checkpoint, of the bundle's sizes"
 
 
-def peer_figures(
-    model: PublishedModel, request: Mapping[str, Any], device: torch.device, unavailable: dict[str, str]
-) -> Iterator[PeerFigure]:
+def peer_figures(model: PublishedModel, request: Mapping[str, Any], unavailable: dict[str, str]) -> Iterator[_Figure]:
     """Every peer that works here; the others are named in `unavailable`, with the reason."""
-    yield from _figures(EAGER, model.encode, model.decode, model, request, device)
-    if device.type != "cuda":
+    yield from _figures(EAGER, model.encode, model.decode, model, request)
+    if not model.grid.is_cuda:
         unavailable[COMPILED] = "torch finds no GPU, and what is compared here is its captured CUDA graph"
         return
     options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
     try:
-        import torch._dynamo
+        from torch._dynamo import config
 
         # Each prefix and batch is compiled for itself; the default is to give up after 8.
-        torch._dynamo.config.recompile_limit = 64
+        config.recompile_limit = 64
         encode, decode = torch.compile(model.encode, **options), torch.compile(model.decode, **options)
-        yield from list(_figures(COMPILED, encode, decode, model, request, device))
+        yield from list(_figures(COMPILED, encode, decode, model, request))
     except Exception as error:  # Whatever the compiler, its own compilers and CUDA raise
         unavailable[COMPILED] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def _figures(
-    peer: str, encode: _Call, decode: _Call, model: PublishedModel, request: Mapping[str, Any], device: torch.device
-) -> Iterator[PeerFigure]:
+    peer: str, encode: _Coder, decode: _Coder, model: PublishedModel, request: Mapping[str, Any]
+) -> Iterator[_Figure]:
+    device = model.grid.device
     for batch in request["batches"]:
         shape = (batch, request["chunk_length"], request["action_dim"])
         actions = torch.empty(shape).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
@@ -175,15 +152,22 @@ def _figures(
             result = tokens if prefix is None else actions
             # Captured by hand: a compiled function that captures itself spends ten times as long on its guards.
             ways = _captured_ways if peer == COMPILED else _ways
-            for path, call in ways(function, source, device):
+            for path, use in ways(function, source, device):
                 for _ in range(5):
-                    call()
-                yield PeerFigure(peer, prefix, path, batch, device.type == "cuda", source.nbytes, result.nbytes, call)
+                    use()
+                described = {
+                    "peer": peer,
+                    "prefix": prefix,
+                    "path": path,
+                    "batch": batch,
+                    "on_gpu": device.type == "cuda",
+                    "bytes_in": source.nbytes,
+                    "bytes_out": result.nbytes,
+                }
+                yield described, use
 
 
-def _ways(
-    function: _Call, source: Tensor, device: torch.device
-) -> Iterator[tuple[Literal["host", "device"], Callable[[], object]]]:
+def _ways(function: _Coder, source: Tensor, device: torch.device) -> _Ways:
     if device.type != "cuda":
         yield "host", lambda: function(source)
         return
@@ -197,9 +181,7 @@ def _ways(
     yield "device", on_device
 
 
-def _captured_ways(
-    function: _Call, source: Tensor, device: torch.device
-) -> Iterator[tuple[Literal["host", "device"], Callable[[], object]]]:
+def _captured_ways(function: _Coder, source: Tensor, device: torch.device) -> _Ways:
     on_gpu = source.to(device)
     # Compiles, on a stream of its own as torch asks for before a capture.
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -223,27 +205,6 @@ def _captured_ways(
 
     yield "host", on_host
     yield "device", on_device
-
-
-def time_calls(call: Callable[[], object], calls: int) -> list[float]:
-    """Microseconds of each call, after a tenth as many that are not timed, as `runtime/benchmark/timing.py` does it."""
-    for _ in range(calls // 10 + 1):
-        call()
-    taken = []
-    for _ in range(calls):
-        start = time.perf_counter_ns()
-        call()
-        taken.append((time.perf_counter_ns() - start) / 1e3)
-    return taken
-
-
-def _described_device(device: torch.device) -> str:
-    return torch.cuda.get_device_name() if device.type == "cuda" else "one core of the CPU, like onnxruntime here"
-
-
-def _described(figure: PeerFigure) -> dict[str, Any]:
-    names = ("peer", "prefix", "path", "batch", "on_gpu", "bytes_in", "bytes_out")
-    return {name: getattr(figure, name) for name in names}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ _MOST_BITS = 24
 
 
 class BinRange(StrEnum):
-    """What the bins of a dimension cover: 1st to 99th percentile (OpenVLA, clipped) or all of it (RT-2)."""
+    """What the bins of a dimension cover: 1st to 99th percentile (OpenVLA, clipped) or its whole range (RT-2)."""
 
     QUANTILE = "1-99 %"
     FULL = "min-max"
@@ -25,11 +25,17 @@ class BinRange(StrEnum):
 class BinCodec:
     """One token of 2^bits uniform bins per action dimension; decodes to the middle of the bin.
 
-    low, high: float64 [A], where the bins begin and end in the robot's own units; outside actions are clipped. Equal
-    ones (a dimension that never moves) decode to that value. Bins nest: the first k of a token's bits, decoded to
-    the middle of what they leave open, are exactly the codec of 2^k bins, so every coarser setting is also a prefix.
+    low, high: float64 [A], where the bins begin and end in the robot's own units; actions outside are clipped. Where
+    both are equal (a dimension that never moves), every token decodes to that value. Bins nest: the first k bits of a
+    token are the token of the codec with 2^k bins, so every coarser setting is also a prefix.
 
-    RT-2 and OpenVLA use 256 bins. OpenVLA takes 256 edges, thus 255 bins of which the edges are such percentiles.
+    RT-2 and OpenVLA use 256 bins. OpenVLA places 256 edges, from the one percentile to the other: 255 bins.
+
+    >>> codec = BinCodec("4 bins", low=np.array([-1.0]), high=np.array([1.0]), bits=2)
+    >>> codec.tokens(np.array([[-1.0], [0.1], [5.0]], np.float32)).tolist()
+    [[0], [2], [3]]
+    >>> codec.decode(np.array([[0], [2], [3]])).tolist()
+    [[-0.75], [0.25], [0.75]]
     """
 
     name: str

@@ -12,6 +12,7 @@ from rfsq.calibration.recovered import RecoveredConfig, default_prefixes
 from rfsq.evidence.binning import BinRange
 from rfsq.evidence.codecs import Codec, RawCodec, RfsqCodec
 from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.training import CACHE
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, load_demonstrations, split_episodes
 from rfsq.rfsq_ref.quantizer import Conditioning
@@ -23,30 +24,29 @@ CALIBRATED_PREFIXES = (1, 2, 3, 5)
 LIKE_BITS_LAYERS = 3
 #: Bins as OpenVLA has them: a cell of its own, whatever its bits.
 OPENVLA_BINS = f"256 bins, {BinRange.QUANTILE.value}"
-#: Whose first layers are a codec as good as a whole one, as ours are; FAST's first tokens are a part of one.
+#: Families whose prefixes are settings of the method, as ours are; FAST's first tokens are only a part of a chunk's.
 PREFIX_FAMILIES = ("ResidualFSQ", "ResidualVQ")
 #: Bits within this share of each other count as equally near.
 _SAME_BITS = 0.05
 _FINGERPRINT_CHUNKS = 64
 
 
-def codecs(*, peers: bool = False, seed: int = 0, cache: Path = Path("build/evidence/models")) -> dict[str, Codec]:
+def codecs(*, peers: bool = False, cache: Path = CACHE) -> dict[str, Codec]:
     """Cell names and their codecs, from the embedded checkpoints and demonstrations; float32 models.
 
-    peers: also the methods of others, trained by `seed` where `cache` does not hold them; they need the chunk length
-    of 8 steps. Fitting the recovered decoder takes tens of seconds. Raises CheckpointError or DataError for damaged
-    files.
+    peers: also the methods of others, trained where `cache` does not hold them, for chunks of 8 steps. Fitting the
+    recovered decoder takes tens of seconds. Raises CheckpointError or DataError for damaged files.
     """
     dataset = load_demonstrations()
     robust = load_checkpoint(ROBUST_CHECKPOINT)
-    found = {**rfsq_cells(load_checkpoint(NAIVE_CHECKPOINT), robust, dataset)}
+    found = rfsq_cells(load_checkpoint(NAIVE_CHECKPOINT), robust, dataset)
     if peers:
         from rfsq.evidence.peers import peer_codecs
 
         # Chosen by what is not reported: the test episodes are.
         chunks = chunk(split_episodes(dataset).validation.steps(), 8)
         like = found[calibrated_name(LIKE_BITS_LAYERS, robust.config.num_layers)].bits_per_step(chunks)
-        found |= choose_peers(peer_codecs(dataset, 8, seed=seed, cache=cache), chunks, like)
+        found |= choose_peers(peer_codecs(dataset, 8, seed=0, cache=cache), chunks, like)
     return found
 
 
@@ -99,17 +99,16 @@ def choose_peers(peers: list[Codec], chunks: FloatArray, like_bits: float) -> di
 
 
 def fingerprint(codec: Codec) -> str:
-    """What the codec does to the first chunks of the demonstrations, as a hash: another codec has another one.
+    """Hash of the first chunks of the demonstrations as the codec decodes them, to tell one codec from another.
 
-    Of the result's bytes, so it also differs between processors that round differently, as trajectories do.
+    It is of bytes, so it also differs between processors that round differently, as trajectories do.
     """
-    steps = load_demonstrations().steps()
-    chunks = chunk(np.ascontiguousarray(steps[: 8 * _FINGERPRINT_CHUNKS]), 8)
+    chunks = chunk(load_demonstrations().steps(), 8)[:_FINGERPRINT_CHUNKS]
     return hashlib.sha256(codec.reconstruct(chunks).tobytes()).hexdigest()[:16]
 
 
 def select(found: Mapping[str, Codec], names: tuple[str, ...]) -> dict[str, Codec]:
-    """The cells of these names, all of them if there are none. Raises EvidenceError for a name that is no cell."""
+    """The cells of these names, all cells where no name is given. Raises EvidenceError for a name that is no cell."""
     unknown = [name for name in names if name not in found]
     if unknown:
         raise EvidenceError(f"no cells named {unknown}; expected some of {list(found)}")

@@ -1,12 +1,12 @@
-"""The control loop of a vision-language-action policy: look, plan a chunk of actions, execute it open loop, look again.
+"""The control loop of a vision-language-action policy: observe, plan a chunk of actions, execute it, observe again.
 
-The policy is a scripted expert. It plans by driving the simulation ahead in closed loop; then the simulation is rewound
-and gets the planned actions as the codec gives them back. So every codec stands between the same policy and the same
+The policy is a scripted expert. It plans by driving the simulation ahead in closed loop. Then the simulation is rewound
+and executes the planned actions as the codec decodes them. So every codec stands between the same policy and the same
 robot, and with raw actions the robot does exactly what was planned.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,8 @@ Observation = Mapping[str, Any]
 
 #: Half the height of both nuts of robosuite, in m.
 NUT_HALF_HEIGHT = 0.01
+#: Tasks that `precision` measures: their success can be judged again at any tolerance.
+PRECISION_TASKS = ("Stack", "NutAssemblySquare", "NutAssemblyTight", "NutAssemblyRound", "PickPlaceCan")
 
 
 class World(Protocol):
@@ -37,7 +39,7 @@ class World(Protocol):
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one error over the steps of an episode."""
+    """One error over the steps of an episode: mean, 95th percentile, largest."""
 
     mean: float
     p95: float
@@ -50,7 +52,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """What came of one episode.
+    """The outcome of one episode.
 
     success: robosuite's check at the end; reached: whether it held after any step. tracking_mm, tracking_deg: after
     every step, from where the gripper is to where the raw actions of the same chunk would have put it.
@@ -66,11 +68,11 @@ class EpisodeResult:
 
 
 def run_episode(world: World, expert: Expert, codec: Codec, rng: np.random.Generator, chunk: int) -> EpisodeResult:
-    """Drive `world` from its beginning until the expert is done; `chunk` actions are executed between two looks.
+    """Drive `world` from its beginning until the expert is done, planning anew after every `chunk` actions.
 
     The expert sees every real observation, one per step, so that its phases follow what has happened and not what was
-    planned; its noise is a sequence of its own, so that step n has the same noise whatever the codec. Decoded actions
-    are clipped to the action range, as the controller does it.
+    planned. Its noise is a sequence of its own, so that step n has the same noise with every codec. Decoded actions
+    are clipped to [-1, 1], as the controller clips them.
     """
     expert.reset(rng)
     observation = world.reset()
@@ -82,7 +84,7 @@ def run_episode(world: World, expert: Expert, codec: Codec, rng: np.random.Gener
         planned, foreseen = plan(world, expert, observation, chunk)
         decoded = codec.reconstruct(planned[np.newaxis])[0]
         for action, expected in zip(np.clip(decoded, -1.0, 1.0), foreseen, strict=True):
-            # Only what it remembers counts: its phase, its gripper, its noise.
+            # Not for its action, but for what it remembers: its phase, its gripper, its noise.
             expert.act(observation)
             observation = world.step(action)
             observations.append(observation)
@@ -123,46 +125,24 @@ def plan(
 
 
 def precision(expert: Expert, observations: list[Observation], phases: list[str]) -> float | None:
-    """How far off the goal the task was done, in mm; None where that cannot be said.
+    """How far from its goal the task ended, in mm; None for a task without such a measure, or a goal never reached.
 
     Stack: horizontal distance of the cubes' centres at the end. Nuts: horizontal distance from the nut to the axis of
-    its peg when, being lowered, its bottom first passes the top of the peg. Can: horizontal distance at the end from
-    where the expert meant to put it. `phases[n]` is the phase of the expert when it had given action n - 1.
+    its peg when the nut, being lowered, first passes the top of the peg with its bottom. Can: horizontal distance at
+    the end from where the expert meant to put it. `phases[n]`: the expert's phase when it had given action n - 1.
     """
-    measure = _PRECISIONS.get(expert.task)
-    return None if measure is None else measure(expert, observations, phases)
-
-
-def _stack_precision(expert: Expert, observations: list[Observation], phases: list[str]) -> float | None:
-    del expert, phases
-    return _horizontal_mm(observations[-1]["cubeA_pos"], observations[-1]["cubeB_pos"])
-
-
-def _nut_precision(expert: Expert, observations: list[Observation], phases: list[str]) -> float | None:
-    assert isinstance(expert, NutAssemblySquareExpert)
-    for observation, phase in zip(observations, phases, strict=True):
-        nut = observation[f"{expert.nut}_pos"]
-        if phase == "insert" and nut[2] - NUT_HALF_HEIGHT <= expert.peg_top:
-            return _horizontal_mm(nut, expert.peg)
+    end = observations[-1]
+    if isinstance(expert, StackExpert):
+        return _horizontal_mm(end["cubeA_pos"], end["cubeB_pos"])
+    if isinstance(expert, PickPlaceCanExpert):
+        return _horizontal_mm(end["Can_pos"], expert.spot)
+    if isinstance(expert, NutAssemblySquareExpert):
+        for observation, phase in zip(observations, phases, strict=True):
+            nut = observation[f"{expert.nut}_pos"]
+            if phase == "insert" and nut[2] - NUT_HALF_HEIGHT <= expert.peg_top:
+                return _horizontal_mm(nut, expert.peg)
     return None
-
-
-def _can_precision(expert: Expert, observations: list[Observation], phases: list[str]) -> float | None:
-    del phases
-    assert isinstance(expert, PickPlaceCanExpert)
-    return _horizontal_mm(observations[-1]["Can_pos"], expert.spot)
 
 
 def _horizontal_mm(first: Any, second: Any) -> float:
     return 1e3 * float(np.linalg.norm(np.asarray(first)[:2] - np.asarray(second)[:2]))
-
-
-_PRECISIONS: dict[str, Callable[[Expert, list[Observation], list[str]], float | None]] = {
-    StackExpert.task: _stack_precision,
-    "NutAssemblySquare": _nut_precision,
-    "NutAssemblyTight": _nut_precision,
-    "NutAssemblyRound": _nut_precision,
-    PickPlaceCanExpert.task: _can_precision,
-}
-#: Tasks whose success can be judged again at any tolerance.
-PRECISION_TASKS = tuple(_PRECISIONS)

@@ -8,7 +8,7 @@ import torch
 
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.data import FloatArray
-from rfsq.rfsq_ref.quantizer import Conditioning, published_dequantize
+from rfsq.rfsq_ref.quantizer import published_dequantize
 
 
 @runtime_checkable
@@ -21,55 +21,42 @@ class Codec(Protocol):
     @property
     def name(self) -> str:
         """Method and setting, as a table shows them: "calibrated L0-L2"."""
-        ...
 
     def reconstruct(self, chunks: FloatArray) -> FloatArray:
         """Encode and decode: float32 [B, T, A] to float32 [B, T, A], both in the robot's own units."""
-        ...
 
     def bits_per_step(self, chunks: FloatArray) -> float:
         """Mean bits that the tokens of one step need as a policy emits them: log2 of the vocabulary per token."""
-        ...
 
 
 @dataclass(frozen=True)
 class RfsqCodec:
-    """The first `prefix` layers of an RFSQ checkpoint's tokens, decoded by one of the ways there are.
+    """The first `prefix` layers of the tokens of a float32 model, which must decode on their own.
 
-    with_stats: the mean and sigma of every layer travel beside the tokens (`dynamic` only), at 64 bits a layer;
     published: decoded as the published `decode_from_indices` does.
     """
 
     name: str
     model: ActionAutoencoder
     prefix: int
-    with_stats: bool = False
     published: bool = False
 
     def reconstruct(self, chunks: FloatArray) -> FloatArray:
         """See Codec. Raises NotDecodableError where tokens alone do not decode."""
-        model = self.model
         with torch.no_grad():
-            actions = torch.from_numpy(chunks).to(model.offset.dtype)
-            tokens, stats = model.encode(actions)
-            tokens = tokens[..., : self.prefix]
+            tokens = self.model.encode(torch.from_numpy(chunks))[0][..., : self.prefix]
             if self.published:
-                decoded = model.decode_latents(published_dequantize(model.quantizer, tokens))
+                decoded = self.model.decode_latents(published_dequantize(self.model.quantizer, tokens))
             else:
-                decoded = model.decode(
-                    tokens, stats[..., : self.prefix, :] if self.with_stats and stats is not None else None
-                )
-        result: FloatArray = decoded.float().numpy()
+                decoded = self.model.decode(tokens)
+        result: FloatArray = decoded.numpy()
         return result
 
     def bits_per_step(self, chunks: FloatArray) -> float:
-        """D * l tokens of log2 K bits, and two float32 numbers a layer where statistics travel too."""
+        """D * l tokens of log2 K bits."""
         del chunks
         sizes = self.model.config
-        per_layer: float = sizes.latent_dim * math.log2(sizes.num_levels)
-        if self.with_stats and self.model.conditioning is Conditioning.DYNAMIC:
-            per_layer += 64.0
-        return self.prefix * per_layer
+        return self.prefix * sizes.latent_dim * math.log2(sizes.num_levels)
 
 
 @dataclass(frozen=True)

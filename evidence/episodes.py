@@ -1,8 +1,8 @@
 """The file in which a closed-loop run keeps its finished episodes, so that it can go on after a kill.
 
-One JSON line each: first what the results depend on, then one line per episode in the order in which they ended.
-Every line is on the disk before the next episode counts; a last line that was cut off is dropped. A line that names a
-dropped cell takes that cell's episodes before it back.
+The first JSON line says what the results depend on; each line after it is an episode, in the order in which they ended.
+A line is on the disk before the next episode counts. A last line that was cut off is ignored. A line with the name of a
+dropped cell removes the episodes of that cell that stand before it.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ class Identity:
     """What all episodes of a file depend on; results of another identity are not mixed with them.
 
     loop_version: of the code that decides results, raised by hand when it changes; versions: of packages; hashes: of
-    the data and checkpoints; chunk: actions executed between two looks.
+    the data and checkpoints; chunk: actions executed between two plans.
     """
 
     loop_version: int
@@ -61,15 +61,15 @@ class EpisodeFile:
 
     def append(self, episode: Episode) -> None:
         """On the disk when this returns."""
-        self._write(asdict(episode))
+        _write(self._file, asdict(episode))
         self.episodes.append(episode)
 
     def check_codec(self, cell: str, codec: str, *, restart: bool = False) -> None:
-        """Refuses, or with `restart` takes back, episodes of a cell of this name with another codec (EvidenceError)."""
+        """Raises EvidenceError where the cell's episodes are of another codec; with `restart`, drops them instead."""
         for episode in self.episodes:
             if episode.cell == cell and episode.codec != codec:
                 if restart:
-                    self._write({_DROPPED: cell})
+                    _write(self._file, {_DROPPED: cell})
                     self.episodes = _without(self.episodes, cell)
                     return
                 raise EvidenceError(
@@ -77,11 +77,6 @@ class EpisodeFile:
                     "its checkpoint, its fit or this processor is another one; --restart-changed drives such cells "
                     "anew and keeps the others"
                 )
-
-    def _write(self, content: dict[str, Any]) -> None:
-        self._file.write(_line(content))
-        self._file.flush()
-        os.fsync(self._file.fileno())
 
 
 @contextmanager
@@ -108,9 +103,7 @@ def open_episodes(path: Path, identity: Identity) -> Iterator[EpisodeFile]:
             _check_identity(found, identity, path)
         else:
             episodes = []
-            file.write(_line({"format": FORMAT, **asdict(identity)}))
-            file.flush()
-            os.fsync(file.fileno())
+            _write(file, {"format": FORMAT, **asdict(identity)})
         yield EpisodeFile(file, path, episodes)
 
 
@@ -123,8 +116,11 @@ def read_episodes(path: Path) -> tuple[Identity, list[Episode]]:
     return _parse(content[: content.rfind(b"\n") + 1], path)
 
 
-def _line(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+def _write(file: BinaryIO, content: dict[str, Any]) -> None:
+    """One line, on the disk when this returns."""
+    file.write(json.dumps(content, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _parse(content: bytes, path: Path) -> tuple[Identity, list[Episode]]:
@@ -164,10 +160,8 @@ def _check_identity(found: Identity, expected: Identity, path: Path) -> None:
     before, now = asdict(found), asdict(expected)
     different = [name for name in now if before[name] != now[name]]
     if different:
+        made, running = (", ".join(f"{name} {found[name]}" for name in different) for found in (before, now))
         raise EvidenceError(
-            f"{path} was made with "
-            + ", ".join(f"{name} {before[name]}" for name in different)
-            + "; this run has "
-            + ", ".join(f"{name} {now[name]}" for name in different)
-            + ": the two cannot be mixed; move the file away to start anew, or choose another --output"
+            f"{path} was made with {made}; this run has {running}: the two cannot be mixed; move the file away to "
+            "start anew, or choose another --output"
         )

@@ -21,11 +21,11 @@ from tokenizers.trainers import BpeTrainer
 from rfsq.evidence.binning import BinRange, Float64Array, action_range
 from rfsq.rfsq_ref.data import FloatArray
 
-#: As the authors use; a scale with more than half as many different coefficients gets the next power of two.
+#: The authors' size; a scale with more than half as many different coefficients gets the next power of two.
 VOCABULARY = 1024
 # Above all surrogates, and no character that any normalisation touches.
 _FIRST_CHARACTER = 0x10000
-#: Beyond 32 times the percentiles a dimension is scaled by its full range: its alphabet stays finite.
+#: A dimension whose range is over 32 times that of its percentiles is scaled by its range: its alphabet stays small.
 _MOST_OUTLYING = 32.0
 _MAX_TOKEN_LENGTH = 10_000
 
@@ -34,7 +34,8 @@ _MAX_TOKEN_LENGTH = 10_000
 class FastCodec:
     """offset, units: float64 [A], normalised = (physical - offset) / units; least, most: coefficients seen.
 
-    max_tokens: decode only the first so many tokens of a chunk, taking all higher frequencies for 0 (partial).
+    series: what one curve is drawn through; partial: decodes only the first `max_tokens` tokens of a chunk, taking all
+    higher frequencies for 0.
     """
 
     name: str
@@ -44,21 +45,15 @@ class FastCodec:
     least: int
     most: int
     tokenizer: Tokenizer
-    max_tokens: int | None = None
     family: str = "FAST"
-
-    @property
-    def series(self) -> str:
-        """What one curve is drawn through."""
-        return f"{self.family}, first tokens" if self.partial else self.family
-
-    @property
-    def partial(self) -> bool:
-        return self.max_tokens is not None
+    series: str = "FAST"
+    partial: bool = False
+    max_tokens: int | None = None
 
     def first_tokens(self, count: int) -> "FastCodec":
         """The same tokens, decoded from the first `count` of each chunk."""
-        return replace(self, name=f"{self.name}, first {count} tokens", max_tokens=count)
+        name = f"{self.name}, first {count} tokens"
+        return replace(self, name=name, series="FAST, first tokens", partial=True, max_tokens=count)
 
     def tokens(self, chunks: FloatArray) -> list[list[int]]:
         """Byte-pair tokens of chunks float32 [B, T, A], as many as each one takes."""

@@ -1,4 +1,4 @@
-"""What an error costs: in normalised units, millimetres, degrees and wrong gripper commands; and what tokens hold."""
+"""Errors of decoded actions in normalised units, millimetres, degrees and gripper commands; entropy of tokens."""
 
 from dataclasses import dataclass
 
@@ -88,7 +88,11 @@ def level_counts(tokens: npt.NDArray[np.integer], num_levels: int) -> npt.NDArra
 
 
 def entropy_bits(counts: npt.NDArray[np.integer]) -> Array:
-    """Shannon's -Σ p log2 p of counts [..., K] along the last axis, in bits; what a token holds, at most log2 K."""
+    """Shannon's -Σ p log2 p of counts [..., K] along the last axis, in bits: [...], each at most log2 K.
+
+    >>> entropy_bits(np.array([[1, 1, 1, 1], [8, 0, 0, 0]])).tolist()
+    [2.0, 0.0]
+    """
     share = counts / counts.sum(axis=-1, keepdims=True)
     logarithm = np.log2(share, out=np.zeros_like(share), where=share > 0)
     # The sum of one level alone is -0.

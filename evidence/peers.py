@@ -1,6 +1,5 @@
 """The tokenizers that ours is measured against, all fitted to the same training episodes."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from rfsq.evidence.binning import BinRange, fit_bins
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.fast import FastCodec, fit_fast
+from rfsq.evidence.fast import fit_fast
 from rfsq.evidence.residual_peers import ResidualConfig, ResidualFamily, residual_codecs, trained_residual
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 
@@ -19,7 +18,7 @@ FAST_SCALES = (2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0)
 #: The scale that is also decoded in part, and after how many tokens per value of a chunk (T * A).
 PARTIAL_SCALE = 50.0
 PARTIAL_SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8)
-# More chunks change nothing that can be measured, and byte-pair coding takes longer.
+# More chunks change nothing measurable, and byte-pair coding takes longer.
 _MOST_CHUNKS = 20_000
 
 
@@ -40,20 +39,12 @@ def residual_configs(seed: int) -> tuple[ResidualConfig, ...]:
     )  # fmt: skip
 
 
-def peer_codecs(
-    dataset: ActionDataset,
-    chunk_length: int,
-    *,
-    seed: int,
-    cache: Path,
-    show_progress: bool = False,
-    residual: Sequence[ResidualConfig] | None = None,
-) -> list[Codec]:
+def peer_codecs(dataset: ActionDataset, chunk_length: int, *, seed: int, cache: Path) -> list[Codec]:
     """All peers, fitted to the training episodes of `split_episodes(dataset)` and not to its test episodes.
 
     seed: of what is trained (ResidualFSQ, ResidualVQ); bins and FAST have nothing random. cache: folder where trained
-    models are kept; residual: `residual_configs(seed)` unless others are given. Each codec also has `family` and
-    `partial`. Raises DataError for too few episodes, EvidenceError for a damaged file in the cache.
+    models are kept. Each codec also has `family` and `partial`. Raises DataError for too few episodes, EvidenceError
+    for a damaged file in the cache.
     """
     train = split_episodes(dataset).train
     steps, chunks = train.steps(), training_chunks(train, chunk_length)
@@ -62,27 +53,23 @@ def peer_codecs(
         whole = fit_fast(chunks, scale)
         codecs.append(whole)
         if scale == PARTIAL_SCALE:
-            codecs.extend(_partial(whole, chunks[0].size))
-    for config in residual_configs(seed) if residual is None else residual:
-        codecs.extend(residual_codecs(trained_residual(dataset, config, cache, show_progress=show_progress)))
+            counts = sorted({max(1, round(share * chunks[0].size)) for share in PARTIAL_SHARES})
+            codecs += [whole.first_tokens(count) for count in counts]
+    for config in residual_configs(seed):
+        codecs += residual_codecs(trained_residual(dataset, config, cache))
     return codecs
-
-
-def _partial(whole: FastCodec, values: int) -> list[FastCodec]:
-    counts = sorted({max(1, round(share * values)) for share in PARTIAL_SHARES})
-    return [whole.first_tokens(count) for count in counts]
 
 
 def training_chunks(episodes: ActionDataset, length: int) -> FloatArray:
     """Every window of `length` steps, as a policy is trained on them: float32 [B, length, A].
 
-    An episode that is shorter counts once, its last action repeated. At most 20,000 windows, evenly spaced.
+    A shorter episode gives one window, its last action repeated. At most 20,000 windows, evenly spaced.
     """
     if length < 1:
         raise EvidenceError(f"chunk length is {length}; expected at least 1")
     windows = []
     for episode in episodes.episodes:
-        filled = np.concatenate([episode, np.repeat(episode[-1:], max(0, length - len(episode)), axis=0)])
+        filled = np.pad(episode, ((0, max(0, length - len(episode))), (0, 0)), "edge")
         windows.append(np.lib.stride_tricks.sliding_window_view(filled, length, axis=0).transpose(0, 2, 1))
     found = np.concatenate(windows)
     return found[:: -(-len(found) // _MOST_CHUNKS)]

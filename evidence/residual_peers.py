@@ -1,4 +1,4 @@
-"""ResidualFSQ and ResidualVQ of vector-quantize-pytorch in our autoencoder's place of the quantiser.
+"""ResidualFSQ and ResidualVQ of vector-quantize-pytorch, in the place of our autoencoder's quantiser.
 
 Encoder, decoder, data, split and the choice of the epoch are those of `rfsq_ref.train`; the quantiser is the library's.
 """
@@ -18,9 +18,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, pad
-from tqdm import tqdm
 
 from rfsq.evidence.errors import EvidenceError
+from rfsq.rfsq_ref.autoencoder import ModelConfig, StepAutoencoder
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 from rfsq.rfsq_ref.files import replacing
 from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind, fit_normaliser
@@ -28,13 +28,17 @@ from rfsq.rfsq_ref.normaliser_choice import suggested_normaliser
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
 from rfsq.runtime.bundle.reading import parse_json
 
-# To import it takes longer than torch and all of ours together: only who makes a model does, and everyone is told here.
+# Importing it takes longer than torch and all of this project together, so that only a model that is made imports it.
+# Where it is missing, that is said here already.
 if find_spec("vector_quantize_pytorch") is None:
     raise ModuleNotFoundError("No module named 'vector_quantize_pytorch'", name="vector_quantize_pytorch")
 
 FORMAT = "rfsq-evidence-peer"
 #: Of the learning rate, once k-means has fitted the codebooks to a trained encoder.
 _FINE_TUNING_SHARE = 1 / 3
+#: Of the moving averages that are ResidualVQ's codebooks, the library's default.
+_DECAY = 0.8
+_LATENT_DIM, _HIDDEN_WIDTH = ModelConfig.latent_dim, ModelConfig.hidden_width
 
 
 class ResidualFamily(StrEnum):
@@ -50,11 +54,11 @@ RECIPES = {ResidualFamily.FSQ: 1, ResidualFamily.VQ: 2}
 
 @dataclass(frozen=True)
 class ResidualConfig:
-    """num_quantizers: residual layers; the rest of the sizes and the recipe follow `rfsq_ref.train`.
+    """Sizes and recipe; what is not named here follows `rfsq_ref.train`. num_quantizers: residual layers.
 
     levels: of each of the D latents, one ResidualFSQ per `len(levels)` latents (ResidualFSQ only); codebook_size:
-    entries of each codebook over all D latents, decay: of their moving averages (ResidualVQ only).
-    epochs: end to end; unquantised_epochs: before them without the quantiser, whose codebooks k-means then fits.
+    entries of each codebook over all D latents (ResidualVQ only). epochs: end to end; unquantised_epochs: before them
+    without the quantiser, whose codebooks k-means then fits.
     """
 
     family: ResidualFamily
@@ -62,61 +66,42 @@ class ResidualConfig:
     seed: int = 0
     levels: tuple[int, ...] = (7, 7, 7, 7)
     codebook_size: int = 512
-    decay: float = 0.8
     epochs: int = 100
     unquantised_epochs: int = 0
     batch_size: int = 64
     learning_rate: float = 1e-3
     quantize_dropout: bool = False
-    tanh: bool = False
-    latent_dim: int = 16
-    hidden_width: int = 64
-
-    @property
-    def title(self) -> str:
-        return self.family.value + (" with dropout" if self.quantize_dropout else "")
 
     def __post_init__(self) -> None:
-        for name in ("num_quantizers", "codebook_size", "epochs", "batch_size", "latent_dim", "hidden_width"):
+        for name in ("num_quantizers", "codebook_size", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise EvidenceError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.family is ResidualFamily.FSQ and (not self.levels or self.latent_dim % len(self.levels)):
-            raise EvidenceError(f"{self.latent_dim} latents do not divide into groups of {len(self.levels)} levels")
+        if self.family is ResidualFamily.FSQ and (not self.levels or _LATENT_DIM % len(self.levels)):
+            raise EvidenceError(f"{_LATENT_DIM} latents do not divide into groups of {len(self.levels)} levels")
 
     @property
     def bits_per_quantizer(self) -> float:
         """Of one step."""
         if self.family is ResidualFamily.VQ:
             return math.log2(self.codebook_size)
-        return self.latent_dim / len(self.levels) * sum(map(math.log2, self.levels))
+        return _LATENT_DIM / len(self.levels) * sum(map(math.log2, self.levels))
 
 
-class ResidualAutoencoder(nn.Module):
-    """Linear(A, 64)-Mish-Linear(64, D), the library's quantiser, Linear(D, 64)-Mish-Linear(64, A).
+class ResidualAutoencoder(StepAutoencoder):
+    """Our encoder and decoder with the library's quantiser between them.
 
-    ResidualFSQ bounds its input itself, ResidualVQ needs no bound: without `tanh` the encoder ends linear. Takes and
-    gives the robot's own units: (actions - offset) / units is what the network sees.
+    ResidualFSQ bounds its input itself and ResidualVQ needs no bound, so the encoder ends without Tanh.
     """
-
-    offset: Tensor
-    units: Tensor
 
     def __init__(self, config: ResidualConfig, action_dim: int, normaliser: Normaliser | None = None) -> None:
         from vector_quantize_pytorch import ResidualFSQ, ResidualVQ
 
-        super().__init__()
+        super().__init__(action_dim, _LATENT_DIM, _HIDDEN_WIDTH, normaliser)
         self.config = config
-        self.encoder = nn.Sequential(
-            nn.Linear(action_dim, config.hidden_width),
-            nn.Mish(),
-            nn.Linear(config.hidden_width, config.latent_dim),
-            nn.Tanh() if config.tanh else nn.Identity(),
-        )
-        self.decoder = nn.Sequential(
-            nn.Linear(config.latent_dim, config.hidden_width),
-            nn.Mish(),
-            nn.Linear(config.hidden_width, action_dim),
-        )
+        del self.encoder[-1]
+        # Kept in the file, so that it is read without its data.
+        for name in ("offset", "units"):
+            self.register_buffer(name, getattr(self, name))
         self.quantizer: nn.Module
         if config.family is ResidualFamily.FSQ:
             # GroupedResidualFSQ has nothing to learn and treats its groups alike: one ResidualFSQ with the groups as
@@ -129,26 +114,14 @@ class ResidualAutoencoder(nn.Module):
             self._group = len(config.levels)
         else:
             self.quantizer = ResidualVQ(
-                dim=config.latent_dim,
+                dim=_LATENT_DIM,
                 num_quantizers=config.num_quantizers,
                 codebook_size=config.codebook_size,
-                decay=config.decay,
+                decay=_DECAY,
                 kmeans_init=True,
                 quantize_dropout=config.quantize_dropout,
             )
-            self._group = config.latent_dim
-        self.register_buffer("offset", torch.tensor(normaliser.offset if normaliser else (0.0,) * action_dim))
-        self.register_buffer("units", torch.tensor(normaliser.scale if normaliser else (1.0,) * action_dim))
-
-    def encode_latents(self, actions: Tensor) -> Tensor:
-        """actions [N, A] to latents [N, D]."""
-        latents: Tensor = self.encoder((actions - self.offset) / self.units)
-        return latents
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """latents [N, D] to actions [N, A]."""
-        actions: Tensor = self.decoder(latents) * self.units + self.offset
-        return actions
+            self._group = _LATENT_DIM
 
     def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """latents [N, D] to quantised latents [N, D], indices [N, D / group, quantisers] and commitment loss []."""
@@ -170,24 +143,17 @@ class ResidualAutoencoder(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class ResidualCodec:
-    """The first `prefix` quantisers of a trained ResidualAutoencoder; each step is coded on its own."""
+    """The first `prefix` quantisers of a trained ResidualAutoencoder; each step is coded on its own.
+
+    series: what one curve is drawn through; partial: whether quantisers are left out.
+    """
 
     name: str
+    family: str
+    series: str
+    partial: bool
     model: ResidualAutoencoder
     prefix: int
-
-    @property
-    def family(self) -> str:
-        return self.model.config.family.value
-
-    @property
-    def series(self) -> str:
-        """What one curve is drawn through."""
-        return self.model.config.title
-
-    @property
-    def partial(self) -> bool:
-        return self.prefix < self.model.config.num_quantizers
 
     def tokens(self, chunks: FloatArray) -> Tensor:
         """float32 [B, T, A] to indices int64 [B * T, groups, prefix]."""
@@ -211,20 +177,21 @@ class ResidualCodec:
 
 def residual_codecs(model: ResidualAutoencoder) -> list[ResidualCodec]:
     """One codec for every prefix of the quantisers."""
-    count = model.config.num_quantizers
-    title = model.config.title
-    return [ResidualCodec(f"{title}, {prefix} of {count}", model, prefix) for prefix in range(1, count + 1)]
+    count, family = model.config.num_quantizers, model.config.family.value
+    title = family + (" with dropout" if model.config.quantize_dropout else "")
+    return [
+        ResidualCodec(f"{title}, {prefix} of {count}", family, title, prefix < count, model, prefix)
+        for prefix in range(1, count + 1)
+    ]
 
 
 # Training ------------------------------------------------------------------------------------------------------------
 
 
-def train_residual(
-    dataset: ActionDataset, config: ResidualConfig, *, show_progress: bool = False
-) -> ResidualAutoencoder:
+def train_residual(dataset: ActionDataset, config: ResidualConfig) -> ResidualAutoencoder:
     """Train on the training episodes of `split_episodes(dataset)`, keep the epoch with the lowest validation error.
 
-    What a phase starts from is kept as well, where all of its epochs are worse: k-means' codebooks before fine-tuning.
+    Where all epochs of a phase are worse than what it starts from, that stays: k-means' codebooks before fine-tuning.
     Actions that are not of about unit size are normalised by their minimum and maximum. Deterministic for a given
     seed. Raises DataError for too few episodes, EvidenceError when it diverges.
     """
@@ -236,35 +203,24 @@ def train_residual(
     torch.manual_seed(config.seed)
     generator = torch.Generator().manual_seed(config.seed)
     model = ResidualAutoencoder(config, dataset.action_dim, normaliser)
-    total = config.unquantised_epochs + config.epochs
-    with tqdm(total=total, unit="epoch", desc=config.family.value, disable=None if show_progress else True) as progress:
-        for quantised, epochs in ((False, config.unquantised_epochs), (True, config.epochs)):
-            if quantised and config.family is ResidualFamily.VQ:
-                _fit_codebooks(model, actions)
-            rate = config.learning_rate * (_FINE_TUNING_SHARE if quantised and config.unquantised_epochs else 1.0)
-            _fit(model, actions, validation, generator, epochs, rate, quantised, progress)
+    if config.unquantised_epochs:
+        _fit(model, actions, validation, generator, quantised=False)
+    if config.family is ResidualFamily.VQ:
+        # The library's k-means on all training steps: a first batch of 64 would give 64 different entries.
+        model.train()
+        with torch.no_grad():
+            model(actions)
+    _fit(model, actions, validation, generator, quantised=True)
     return model.eval()
 
 
-def _fit_codebooks(model: ResidualAutoencoder, actions: Tensor) -> None:
-    # The library's k-means on all training steps: a first batch of 64 would give 64 different entries.
-    model.train()
-    with torch.no_grad():
-        model(actions)
-
-
 def _fit(
-    model: ResidualAutoencoder,
-    actions: Tensor,
-    validation: Tensor,
-    generator: torch.Generator,
-    epochs: int,
-    learning_rate: float,
-    quantised: bool,
-    progress: "tqdm[None]",
+    model: ResidualAutoencoder, actions: Tensor, validation: Tensor, generator: torch.Generator, *, quantised: bool
 ) -> None:
-    if not epochs:
-        return
+    """One phase of the training, without or with the quantiser; the best weights stay."""
+    config = model.config
+    epochs = config.epochs if quantised else config.unquantised_epochs
+    learning_rate = config.learning_rate * (_FINE_TUNING_SHARE if quantised and config.unquantised_epochs else 1.0)
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs)
     lowest, best = math.inf, copy.deepcopy(model.state_dict())
@@ -273,23 +229,21 @@ def _fit(
         # What training starts from is a candidate too: right after k-means it may be the best there is.
         if epoch:
             model.train()
-            for batch in torch.split(torch.randperm(len(actions), generator=generator), model.config.batch_size):
+            for batch in torch.split(torch.randperm(len(actions), generator=generator), config.batch_size):
                 error, commitment = _losses(model, actions[batch], quantised)
                 optimiser.zero_grad()
                 torch.autograd.backward(error + commitment)
                 optimiser.step()
             schedule.step()
-            progress.update()
         model.eval()
         with torch.no_grad():
             found = float(_losses(model, validation, quantised)[0])
         errors.append(found)
         if found < lowest:
             lowest, best = found, copy.deepcopy(model.state_dict())
-        progress.set_postfix(validation=f"{found:.2e}")
     if not any(map(math.isfinite, errors[1:])):
         raise EvidenceError(
-            f"{model.config.family.value} diverged in training: no finite validation error in {epochs} epochs; lower "
+            f"{config.family.value} diverged in training: no finite validation error in {epochs} epochs; lower "
             f"the learning rate (now {learning_rate}) or normalise the data"
         )
     model.load_state_dict(best)
@@ -307,13 +261,11 @@ def _losses(model: ResidualAutoencoder, actions: Tensor, quantised: bool) -> tup
 # Cache ---------------------------------------------------------------------------------------------------------------
 
 
-def trained_residual(
-    dataset: ActionDataset, config: ResidualConfig, cache: Path, *, show_progress: bool = False
-) -> ResidualAutoencoder:
+def trained_residual(dataset: ActionDataset, config: ResidualConfig, cache: Path) -> ResidualAutoencoder:
     """As train_residual, or from an earlier run's file. Raises EvidenceError for a file that is not that run's."""
     path = cached_residual_path(dataset, config, cache)
     if not path.is_file():
-        _save(train_residual(dataset, config, show_progress=show_progress), _identity(dataset, config), path)
+        _save(train_residual(dataset, config), _identity(dataset, config), path)
     return _load(path, dataset, config)
 
 
@@ -329,7 +281,8 @@ def _identity(dataset: ActionDataset, config: ResidualConfig) -> str:
 
 def _save(model: ResidualAutoencoder, identity: str, path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    header = json.dumps({"identity": identity, "sha256": hash_tensors(tensors), "made_with": _versions()})
+    made_with = {name: version(name) for name in ("torch", "vector-quantize-pytorch")}
+    header = json.dumps({"identity": identity, "sha256": hash_tensors(tensors), "made_with": made_with})
     try:
         with replacing(path) as temporary:
             temporary.write_bytes(safetensors.torch.save(tensors, metadata={FORMAT: header}))
@@ -337,28 +290,20 @@ def _save(model: ResidualAutoencoder, identity: str, path: Path) -> None:
         raise EvidenceError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
 
 
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "vector-quantize-pytorch")}
-
-
 def _load(path: Path, dataset: ActionDataset, config: ResidualConfig) -> ResidualAutoencoder:
-    advice = "delete it, and it is trained again"
+    expected, model = _identity(dataset, config), ResidualAutoencoder(config, dataset.action_dim)
     try:
-        content = path.read_bytes()
-        tensors, metadata = load_safetensors(content)
+        tensors, metadata = load_safetensors(path.read_bytes())
         header = parse_json(metadata[FORMAT])
-        identity, sha256 = header["identity"], header["sha256"]
+        if header["identity"] != expected:
+            raise ValueError(f"it holds another peer, {header['identity']}, and not {expected}")
+        if header["sha256"] != hash_tensors(tensors):
+            raise ValueError("its weights have another hash than when it was written")
+        model.load_state_dict(tensors)
     except OSError as error:
         raise EvidenceError(f"cannot read {path}: {error.strerror}; check its permissions") from error
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise EvidenceError(f"{path} is no whole file of a trained peer ({error!r}): {advice}") from error
-    if identity != _identity(dataset, config):
-        raise EvidenceError(f"{path} holds another peer: {identity}; expected {_identity(dataset, config)}: {advice}")
-    if sha256 != hash_tensors(tensors):
-        raise EvidenceError(f"{path} was changed after it was written: its weights have another hash: {advice}")
-    model = ResidualAutoencoder(config, dataset.action_dim)
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise EvidenceError(f"{path} does not fit this model ({error}): {advice}") from error
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise EvidenceError(
+            f"{path} is no whole file of this peer ({error!r}): delete it, and it is trained again"
+        ) from error
     return model.eval()

@@ -4,9 +4,8 @@ import json
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from rfsq.evidence.episodes import Identity, read_episodes
+from rfsq.evidence.episodes import read_episodes
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.results import read_json_object, typed, write_text
 from rfsq.evidence.rollout_report import TOLERANCES, TaskReport, reports_of, table
@@ -33,18 +32,6 @@ def demonstrations_of(path: Path) -> str:
     return str(content["run"]["hashes"]["demonstrations"])
 
 
-def content_of(identity: Identity, reports: dict[str, TaskReport]) -> dict[str, Any]:
-    """As it is written to JSON."""
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "confidence": CONFIDENCE,
-        "tolerances_mm": list(TOLERANCES),
-        "run": asdict(identity),
-        "tasks": {task: asdict(report) for task, report in reports.items()},
-    }
-
-
 def report_files(folder: Path) -> tuple[Path, ...]:
     """What write_report writes."""
     return folder / "rollout.json", folder / "rollout.png"
@@ -65,6 +52,14 @@ def write_report(episodes: Path, folder: Path) -> str:
         draw(reports, folder / "rollout.png")
     else:
         text += "\n\nno picture: matplotlib is not installed here; --report-only elsewhere draws it"
-    content = json.dumps(content_of(identity, reports), indent=1, allow_nan=False, ensure_ascii=False)
-    write_text(folder / "rollout.json", content + "\n")
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "confidence": CONFIDENCE,
+        "tolerances_mm": TOLERANCES,
+        "run": asdict(identity),
+        "tasks": {task: asdict(report) for task, report in reports.items()},
+    }
+    written = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+    write_text(folder / "rollout.json", written + "\n")
     return text

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rfsq.evidence.cells import RAW
-from rfsq.evidence.closed_loop import PRECISION_TASKS
+from rfsq.evidence.closed_loop import PRECISION_TASKS, Spread
 from rfsq.evidence.episodes import Episode
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollout_statistics import Paired, Rate
@@ -96,19 +96,16 @@ def cell_report(episodes: Sequence[Episode]) -> CellReport:
         success=Rate.of(sum(found.success for found in results), len(results)),
         reached=Rate.of(sum(found.reached for found in results), len(results)),
         steps=float(np.mean([found.steps for found in results])),
-        tracking_mm=(
-            float(np.mean([found.tracking_mm.mean for found in results])),
-            float(np.mean([found.tracking_mm.p95 for found in results])),
-            max(found.tracking_mm.max for found in results),
-        ),
-        tracking_deg=(
-            float(np.mean([found.tracking_deg.mean for found in results])),
-            float(np.mean([found.tracking_deg.p95 for found in results])),
-            max(found.tracking_deg.max for found in results),
-        ),
+        tracking_mm=_tracking([found.tracking_mm for found in results]),
+        tracking_deg=_tracking([found.tracking_deg for found in results]),
         precision_mm=_quantiles(measured) if precise and measured else None,
         tolerances=tuple(solved_within(episodes, tolerance) for tolerance in TOLERANCES) if precise else (),
     )
+
+
+def _tracking(errors: Sequence[Spread]) -> tuple[float, float, float]:
+    means, p95s = [error.mean for error in errors], [error.p95 for error in errors]
+    return float(np.mean(means)), float(np.mean(p95s)), max(error.max for error in errors)
 
 
 def _quantiles(values: Sequence[float]) -> tuple[float, float, float, float]:

@@ -1,9 +1,9 @@
-"""Run the closed loop: every task, every scene, every cell; one process per core; resumable."""
+"""Run the closed loop over every task, scene and cell in several processes, and go on where a run was stopped."""
 
 import hashlib
 import multiprocessing
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -12,15 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from rfsq.evidence.cells import codecs, fingerprint, select
 from rfsq.evidence.closed_loop import run_episode
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.episodes import Episode, Identity, open_episodes
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.simulation import TASKS, Simulation, simulator_versions
+from rfsq.evidence.simulation import TASKS, Simulation
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT
 from rfsq.rfsq_ref.data import load_demonstrations
+from rfsq.rfsq_ref.generate_demonstrations import check_simulator
 
 #: To be raised when a change to the simulation, the loop or the experts changes what comes out of an episode.
 LOOP_VERSION = 1
@@ -30,9 +32,9 @@ DEFAULT_TASKS = ("Stack", "NutAssemblySquare", "NutAssemblyTight", "PickPlaceCan
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """tasks and cells: what to run, all cells if none are named; episodes: per task and cell; chunk: actions executed
-    between two looks; peers: run the methods of others too; restart_changed: take back the episodes of cells whose
-    codec is another one now; output: folder of the episodes."""
+    """What to run. cells: all of them if none are named; episodes: per task and cell; chunk: actions executed between
+    two plans; peers: run the methods of others too; restart_changed: drive cells whose codec has changed anew; output:
+    folder of the episodes."""
 
     tasks: tuple[str, ...] = DEFAULT_TASKS
     cells: tuple[str, ...] = ()
@@ -65,27 +67,30 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class Job:
-    """One episode to run."""
+    """One episode to run; see Episode."""
 
     task: str
     cell: str
+    codec: str
     index: int
     seed: int
 
 
 def seed_of(seed: int, task: str, index: int) -> int:
-    """Of the scene and the expert; the same in every cell, another one than any demonstration's."""
+    """Seed of the scene and the expert: the same in every cell, and that of no demonstration."""
     return int(np.random.SeedSequence((seed, index, *task.encode())).generate_state(1, np.uint32)[0])
 
 
-def jobs_of(config: RolloutConfig, cells: Iterable[str], done: set[tuple[str, str, int]]) -> list[Job]:
-    """What is still to be done, scene by scene, so that at any time all cells have about as many episodes."""
-    names = tuple(cells)
+def jobs_of(config: RolloutConfig, fingerprints: Mapping[str, str], done: set[tuple[str, str, int]]) -> list[Job]:
+    """The episodes that are missing, scene by scene, so that at any time all cells have about equally many.
+
+    fingerprints: of the codec of each cell; done: tasks, cells and indices.
+    """
     return [
-        Job(task, cell, index, seed_of(config.seed, task, index))
+        Job(task, cell, codec, index, seed_of(config.seed, task, index))
         for index in range(config.episodes)
         for task in config.tasks
-        for cell in names
+        for cell, codec in fingerprints.items()
         if (task, cell, index) not in done
     ]
 
@@ -96,7 +101,7 @@ def identity_of(config: RolloutConfig) -> Identity:
         loop_version=LOOP_VERSION,
         seed=config.seed,
         chunk=config.chunk,
-        versions=simulator_versions(),
+        versions=check_simulator("torch", "numba", "scipy"),
         hashes={
             "demonstrations": load_demonstrations().sha256,
             "naive": hashlib.sha256(NAIVE_CHECKPOINT.read_bytes()).hexdigest(),
@@ -106,7 +111,7 @@ def identity_of(config: RolloutConfig) -> Identity:
 
 
 def run_rollouts(config: RolloutConfig) -> list[Episode]:
-    """Run what is missing; all episodes of the file, also those of cells that were not asked for.
+    """Run what is missing. Returns all episodes of the file, also those of cells that were not asked for.
 
     Raises SimulatorError without a simulator, EvidenceError where the file belongs to another run or a worker dies.
     """
@@ -117,16 +122,16 @@ def run_rollouts(config: RolloutConfig) -> list[Episode]:
         fingerprints = {name: fingerprint(codec) for name, codec in chosen.items()}
         for name, found in fingerprints.items():
             file.check_codec(name, found, restart=config.restart_changed)
-        jobs = jobs_of(config, chosen, {episode.key for episode in file.episodes})
-        for episode in _progress(_run(jobs, chosen, fingerprints, config), len(jobs)):
+        jobs = jobs_of(config, fingerprints, {episode.key for episode in file.episodes})
+        driven = _run(jobs, chosen, config)
+        shown = tqdm(driven, "closed loop", len(jobs), unit="episode", disable=None, mininterval=5.0, smoothing=0.1)
+        for episode in shown:
             file.append(episode)
         return file.episodes
 
 
-def _run(
-    jobs: list[Job], chosen: dict[str, Codec], fingerprints: dict[str, str], config: RolloutConfig
-) -> Iterator[Episode]:
-    """In any order, each as soon as it is done. Raises EvidenceError when a worker process dies."""
+def _run(jobs: list[Job], chosen: dict[str, Codec], config: RolloutConfig) -> Iterator[Episode]:
+    """Episodes in any order, each as soon as it is done. Raises EvidenceError when a worker process dies."""
     if not jobs:
         return
     # Spawned workers start clean: a forked one would share the simulator's native state.
@@ -134,12 +139,12 @@ def _run(
         config.workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(chosen, fingerprints, config.chunk),
+        initargs=(chosen, config.chunk),
     )
     waiting, running = iter(jobs), set[Future[Episode]]()
     try:
         while True:
-            # Few at a time: what has been handed over is driven to its end even when the run is stopped.
+            # Few at a time: a worker finishes what was handed to it, even when the run is stopped.
             running |= {executor.submit(_run_job, job) for job in islice(waiting, 2 * config.workers - len(running))}
             if not running:
                 return
@@ -149,48 +154,37 @@ def _run(
                 yield future.result()
     except BrokenProcessPool as error:
         raise EvidenceError(
-            "a worker process died, perhaps for want of memory; finished episodes are kept: start again, and it goes "
-            "on where it was, with fewer --workers if it happens again"
+            "a worker process died, perhaps for want of memory. Finished episodes are kept: start again, and it goes "
+            "on where it was; use fewer --workers if it happens again"
         ) from error
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def _progress(episodes: Iterator[Episode], total: int) -> Iterator[Episode]:
-    from tqdm import tqdm
-
-    shown = {"unit": "episode", "desc": "closed loop", "mininterval": 5.0, "smoothing": 0.1}
-    yield from tqdm(episodes, total=total, disable=None, **shown)
-
-
+@dataclass
 class _Worker:
     """What a worker process keeps between jobs."""
 
-    def __init__(self, chosen: dict[str, Codec], fingerprints: dict[str, str], chunk: int) -> None:
-        self._codecs, self._fingerprints, self._chunk = chosen, fingerprints, chunk
-        self._simulation: Simulation | None = None
-
-    def run(self, job: Job) -> Episode:
-        simulation = self._simulation
-        if simulation is None or (simulation.task, simulation.seed) != (job.task, job.seed):
-            if simulation is not None:
-                simulation.close()
-            simulation = self._simulation = Simulation(job.task, job.seed)
-        expert, rng = TASKS[job.task](), np.random.default_rng(job.seed)
-        result = run_episode(simulation, expert, self._codecs[job.cell], rng, self._chunk)
-        return Episode(job.task, job.cell, self._fingerprints[job.cell], job.index, job.seed, result)
+    codecs: dict[str, Codec]
+    chunk: int
+    simulation: Simulation | None = None
 
 
-_worker: _Worker | None = None
+_worker: _Worker
 
 
-def _start_worker(chosen: dict[str, Codec], fingerprints: dict[str, str], chunk: int) -> None:
+def _start_worker(chosen: dict[str, Codec], chunk: int) -> None:
     global _worker
     torch.set_num_threads(1)
-    _worker = _Worker(chosen, fingerprints, chunk)
+    _worker = _Worker(chosen, chunk)
 
 
 def _run_job(job: Job) -> Episode:
-    if _worker is None:
-        raise RuntimeError("the worker was not started with its codecs")
-    return _worker.run(job)
+    simulation = _worker.simulation
+    if simulation is None or (simulation.task, simulation.seed) != (job.task, job.seed):
+        if simulation is not None:
+            simulation.close()
+        simulation = _worker.simulation = Simulation(job.task, job.seed)
+    expert, rng = TASKS[job.task](), np.random.default_rng(job.seed)
+    result = run_episode(simulation, expert, _worker.codecs[job.cell], rng, _worker.chunk)
+    return Episode(**vars(job), result=result)

@@ -1,13 +1,11 @@
 """The five ways of using an RFSQ checkpoint that are compared, layer by layer, on the float64 reference.
 
-`naive`: no normalisation. `dynamic`: Robust RFSQ whose side information travels beside the tokens. `published`: the
-same tokens alone, decoded as `decode_from_indices` does. `recovered`: the same tokens alone through the recovered
-decoder. `calibrated`: tokens of the calibrated conditioning, alone.
+`naive`: no normalisation. `dynamic`: Robust RFSQ, with its side information beside the tokens. `published`: the same
+tokens alone, decoded as `decode_from_indices` does. `recovered`: the same tokens alone, through the recovered decoder.
+`calibrated`: tokens of the calibrated conditioning, alone.
 """
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,9 +24,8 @@ from rfsq.rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantiz
 
 @dataclass(frozen=True)
 class Encoded:
-    """actions [N, A] float64 on their way through the encoder and every layer; see LayerStep."""
+    """latents float64 [N, D] of N steps, and what every layer does to them."""
 
-    actions: Tensor
     latents: Tensor
     steps: tuple[LayerStep, ...]
 
@@ -36,12 +33,6 @@ class Encoded:
     def tokens(self) -> Tensor:
         """int64 [N, D, L]."""
         return torch.stack([step.tokens for step in self.steps], dim=-1)
-
-    @property
-    def stats(self) -> Tensor | None:
-        """float64 [N, L, 2], `dynamic` only."""
-        stats = [step.stats for step in self.steps if step.stats is not None]
-        return torch.stack(stats, dim=-2) if stats else None
 
 
 @dataclass(frozen=True)
@@ -80,8 +71,8 @@ class SchemeResult:
     absolute_errors: npt.NDArray[np.float64]
 
 
-class Scheme(ABC):
-    """How tokens become latents; decoding from there is the same for all."""
+class Scheme:
+    """How tokens become latents, on their own unless a scheme says otherwise; decoding from there is the same."""
 
     name: ClassVar[str]
     conditioning: ClassVar[Conditioning]
@@ -93,9 +84,8 @@ class Scheme(ABC):
     def encode(self, actions: npt.NDArray[np.float32]) -> Encoded:
         """actions float32 [N, A]."""
         with torch.no_grad():
-            exact = torch.tensor(actions, dtype=torch.float64)
-            latents = self.model.encode_latents(exact)
-            return Encoded(exact, latents, tuple(self.model.quantizer.layers(latents)))
+            latents = self.model.encode_latents(torch.tensor(actions, dtype=torch.float64))
+            return Encoded(latents, tuple(self.model.quantizer.layers(latents)))
 
     @property
     def bits_per_layer(self) -> float:
@@ -103,9 +93,9 @@ class Scheme(ABC):
         sizes = self.model.config
         return sizes.latent_dim * math.log2(sizes.num_levels)
 
-    @abstractmethod
     def prefix(self, encoded: Encoded, layers: int) -> Tensor:
         """Latents [N, D] from the first layers alone."""
+        return self.model.dequantize(encoded.tokens[..., :layers])
 
     def rest(self, encoded: Encoded, layers: int, typical: Encoded) -> Tensor:
         """Latents [N, D] from all but the first layers, which are taken at their mean over `typical` episodes."""
@@ -122,9 +112,6 @@ class Naive(Scheme):
     name = "naive"
     conditioning = Conditioning.NONE
 
-    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
-        return self.model.dequantize(encoded.tokens[..., :layers])
-
 
 class Dynamic(Scheme):
     name = "dynamic"
@@ -136,9 +123,8 @@ class Dynamic(Scheme):
         return super().bits_per_layer + 64.0
 
     def prefix(self, encoded: Encoded, layers: int) -> Tensor:
-        stats = encoded.stats
-        assert stats is not None
-        return self.model.dequantize(encoded.tokens[..., :layers], stats[..., :layers, :])
+        stats = [step.stats for step in encoded.steps[:layers] if step.stats is not None]
+        return self.model.dequantize(encoded.tokens[..., :layers], torch.stack(stats, dim=-2))
 
 
 class Published(Scheme):
@@ -156,9 +142,6 @@ class Recovered(Scheme):
     name = "recovered"
     conditioning = Conditioning.DYNAMIC
 
-    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
-        return self.model.dequantize(encoded.tokens[..., :layers])
-
     def rest(self, encoded: Encoded, layers: int, typical: Encoded) -> Tensor:
         tokens = encoded.tokens.double()
         tokens[..., :layers] = typical.tokens[..., :layers].double().mean(dim=0)
@@ -168,9 +151,6 @@ class Recovered(Scheme):
 class Calibrated(Scheme):
     name = "calibrated"
     conditioning = Conditioning.CALIBRATED
-
-    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
-        return self.model.dequantize(encoded.tokens[..., :layers])
 
 
 @dataclass(frozen=True)
@@ -202,43 +182,36 @@ class Judge:
                 )
             count = len(encoded.steps)
             coarse = min(COARSE_LAYERS, count)
-            uses = [self._use(scheme, encoded, range(layer, layer + 1)) for layer in range(count)]
-            prefixes = [
-                self._row(scheme, label(0, layer + 1), uses[layer], encoded, scheme.prefix(encoded, layer + 1))
-                for layer in range(count)
-            ]
-            groups = [(range(count), scheme.prefix(encoded, count))]
+            prefixes = [scheme.prefix(encoded, layers) for layers in range(1, count + 1)]
+            groups = [(range(count), prefixes[-1])]
             if coarse < count:
                 fine = (range(coarse, count), scheme.rest(encoded, coarse, typical))
-                groups = [(range(coarse), scheme.prefix(encoded, coarse)), fine, *groups]
-            whole = scheme.model.decode_latents(scheme.prefix(encoded, count))
-            difference = (whole.numpy() - self.judged.astype(np.float64)) / self.units
+                groups = [(range(coarse), prefixes[coarse - 1]), fine, *groups]
+
+            def row(shown: range, used: range, latents: Tensor) -> Row:
+                error = float((latents - encoded.latents).square().mean())
+                errors = self.errors(scheme.model.decode_latents(latents))
+                return Row(label(shown.start, shown.stop), _use(scheme, encoded, used), error, errors)
+
+            whole = scheme.model.decode_latents(prefixes[-1])
             return SchemeResult(
                 scheme.name,
                 scheme.bits_per_layer,
-                tuple(prefixes),
-                tuple(
-                    self._row(
-                        scheme, label(layers.start, layers.stop), self._use(scheme, encoded, layers), encoded, latents
-                    )
-                    for layers, latents in groups
-                ),
-                np.abs(difference),
+                tuple(row(range(layer + 1), range(layer, layer + 1), found) for layer, found in enumerate(prefixes)),
+                tuple(row(layers, layers, latents) for layers, latents in groups),
+                np.abs((whole.numpy() - self.judged.astype(np.float64)) / self.units),
             )
 
-    def _row(self, scheme: Scheme, name: str, use: LayerUse, encoded: Encoded, latents: Tensor) -> Row:
-        error = float((latents - encoded.latents).square().mean())
-        return Row(name, use, error, self.errors(scheme.model.decode_latents(latents)))
 
-    def _use(self, scheme: Scheme, encoded: Encoded, layers: Sequence[int]) -> LayerUse:
-        levels = scheme.model.config.num_levels
-        counts = np.stack([level_counts(encoded.steps[layer].tokens.numpy(), levels) for layer in layers])
-        share = counts.sum(axis=(0, 1)) / counts.sum()
-        return LayerUse(
-            residual_std=float(encoded.steps[layers[0]].residual.std(correction=0)),
-            level_share=tuple(map(float, share)),
-            entropy_bits=float(entropy_bits(counts).sum()),
-        )
+def _use(scheme: Scheme, encoded: Encoded, layers: range) -> LayerUse:
+    levels = scheme.model.config.num_levels
+    counts = np.stack([level_counts(encoded.steps[layer].tokens.numpy(), levels) for layer in layers])
+    share = counts.sum(axis=(0, 1)) / counts.sum()
+    return LayerUse(
+        residual_std=float(encoded.steps[layers.start].residual.std(correction=0)),
+        level_share=tuple(map(float, share)),
+        entropy_bits=float(entropy_bits(counts).sum()),
+    )
 
 
 def label(start: int, stop: int) -> str:

@@ -1,14 +1,13 @@
-"""A simulated Panda arm (robosuite) that can be rewound, and that runs faster than robosuite without another outcome.
+"""A simulated Panda arm (robosuite) that can be rewound, and that runs faster than robosuite with the same result.
 
-robosuite spends half of its time outside the physics: on observations nobody reads, on rewards, on asking for the same
-names and matrices several times. Here the first of the 25 physics steps of a control step is robosuite's own, which
-sets the controller's goal; the other 24 compute the same torques with the same functions, without the detours.
-tests/evidence/test_simulation.py holds both against each other, bit for bit.
+robosuite spends half of its time outside the physics: on observations that nobody reads, on rewards, on looking up the
+same names and matrices several times. Here the first of the 25 physics steps of a control step is robosuite's own,
+which sets the controller's goal; the other 24 compute the same torques with the same functions and nothing else.
+tests/evidence/test_simulation.py compares the two bit for bit.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 from xml.etree import ElementTree
 
@@ -41,27 +40,18 @@ OBSERVED = (
 _HALF_HOLE = 0.02275
 
 
-def simulator_versions() -> dict[str, str]:
-    """Versions of everything that decides a trajectory. Raises SimulatorError where the simulator is missing."""
-    versions = check_simulator()
-    try:
-        return {**versions, **{name: version(name) for name in ("torch", "numba", "scipy")}}
-    except PackageNotFoundError as error:
-        raise SimulatorError(
-            f"{error.name} is not installed beside the simulator; run: pip install {error.name}"
-        ) from error
-
-
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that decides what happens next: MuJoCo's integration state and what robosuite's objects remember."""
+    """All that decides what happens next: MuJoCo's integration state, and what robosuite's objects remember.
+
+    step, time: of the episode, time in s; objects: attributes of the controllers and the observables, in this order.
+    """
 
     physics: Array
     step: int
     time: float
     gripper: Array
-    controllers: tuple[dict[str, Any], ...]
-    observables: tuple[tuple[float, float, Any, bool], ...]
+    objects: tuple[dict[str, Any], ...]
 
 
 class Simulation:
@@ -85,7 +75,6 @@ class Simulation:
         robot = environment.robots[0]
         self._model, self._data = environment.sim.model._model, environment.sim.data._data
         self._arm = robot.composite_controller.part_controllers["right"]
-        self._controllers = (self._arm, robot.composite_controller.part_controllers["right_gripper"])
         self._gripper = robot.gripper["right"]
         _check_controller(self._arm)
         self._site = self._model.site(self._arm.ref_name).id
@@ -96,6 +85,7 @@ class Simulation:
             if name not in OBSERVED and observable.is_enabled():
                 observable.set_enabled(False)
         self._seen = [seen for seen in environment._observables.values() if seen.is_enabled()]
+        self._remembering = (self._arm, robot.composite_controller.part_controllers["right_gripper"], *self._seen)
         self._beginning = self.save()
 
     def reset(self) -> dict[str, Any]:
@@ -104,7 +94,7 @@ class Simulation:
         return self._observe()
 
     def step(self, action: NDArray[np.float32]) -> dict[str, Any]:
-        """Execute one action [7], clipped to [-1, 1] by the controller, for 50 ms; what is seen then."""
+        """Execute one action float32 [7], clipped to [-1, 1] by the controller, for 50 ms; the observation after it."""
         environment = self._environment
         environment.timestep += 1
         self._mujoco.mj_step1(self._model, self._data)
@@ -116,7 +106,7 @@ class Simulation:
         return self._observe()
 
     def succeeded(self) -> bool:
-        """robosuite's own word on whether the task is solved now."""
+        """Whether the task is solved now, by robosuite's own check."""
         return bool(self._environment._check_success())
 
     def save(self) -> Snapshot:
@@ -129,16 +119,7 @@ class Simulation:
             environment.timestep,
             environment.cur_time,
             np.array(self._gripper.current_action),
-            tuple(_copies(vars(controller)) for controller in self._controllers),
-            tuple(
-                (
-                    seen._time_since_last_sample,
-                    seen._current_delay,
-                    np.copy(seen._current_observed_value),
-                    seen._sampled,
-                )
-                for seen in self._seen
-            ),
+            tuple(_copies(vars(remembering)) for remembering in self._remembering),
         )
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -150,11 +131,8 @@ class Simulation:
         environment = self._environment
         environment.timestep, environment.cur_time = snapshot.step, snapshot.time
         self._gripper.current_action = np.copy(snapshot.gripper)
-        for controller, remembered in zip(self._controllers, snapshot.controllers, strict=True):
-            vars(controller).update(_copies(remembered))
-        for seen, (time, delay, value, sampled) in zip(self._seen, snapshot.observables, strict=True):
-            seen._time_since_last_sample, seen._current_delay = time, delay
-            seen._current_observed_value, seen._sampled = np.copy(value), sampled
+        for remembering, attributes in zip(self._remembering, snapshot.objects, strict=True):
+            vars(remembering).update(_copies(attributes))
 
     def close(self) -> None:
         self._environment.close()
@@ -163,10 +141,10 @@ class Simulation:
         return {seen.name: seen.obs for seen in self._seen}
 
     def _hold_goal(self, steps: int) -> None:
-        """`steps` physics steps towards the goal that is set.
+        """Drive `steps` physics steps towards the goal that is set.
 
-        The torques of robosuite's OperationalSpaceController.run_controller, operation for operation. The gripper's
-        command stays as the first physics step set it, and the base of the arm does not move.
+        The torques are those of robosuite's OperationalSpaceController.run_controller, operation by operation. The
+        gripper's command stays as the first physics step set it, and the base of the arm does not move.
         """
         from robosuite.utils.control_utils import nullspace_torques, opspace_matrices, orientation_error
 
@@ -208,12 +186,12 @@ class Simulation:
                 seen.update(timestep=timestep, obs_cache=cache)
 
 
-def _copies(remembered: Mapping[str, Any]) -> dict[str, Any]:
-    """What a controller remembers: its arrays, its flags, and which of them are not set yet."""
+def _copies(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of an object that change from step to step: arrays, numbers, flags, and those not set yet."""
     return {
         name: np.copy(value) if isinstance(value, np.ndarray) else value
-        for name, value in remembered.items()
-        if isinstance(value, np.ndarray | bool | None)
+        for name, value in attributes.items()
+        if isinstance(value, np.ndarray | np.generic | float | bool | None)
     }
 
 
@@ -243,16 +221,15 @@ def _register_tight_task() -> None:
     if NutAssemblyTightExpert.task in REGISTERED_ENVS:
         return
 
-    def edit_model_xml(self: Any, xml: str) -> str:
-        tree = ElementTree.fromstring(NutAssemblySquare.edit_model_xml(self, xml))
-        geoms = tree.findall(".//body[@name='peg1']/geom")
-        if not geoms:
-            raise SimulatorError("the arena has no peg named peg1; install the versions of pip install '.[sim]'")
-        half_width = _HALF_HOLE - NutAssemblyTightExpert.play
-        for geom in geoms:
-            height = geom.attrib["size"].split()[2]
-            geom.set("size", f"{half_width} {half_width} {height}")
-        return ElementTree.tostring(tree, encoding="unicode")
-
-    # robosuite registers every class that is derived from one of its environments.
-    type(NutAssemblySquare)(NutAssemblyTightExpert.task, (NutAssemblySquare,), {"edit_model_xml": edit_model_xml})
+    # robosuite registers every class that is derived from one of its environments, by its name.
+    class NutAssemblyTight(NutAssemblySquare):  # type: ignore[misc]
+        def edit_model_xml(self, xml: str) -> str:
+            tree = ElementTree.fromstring(super().edit_model_xml(xml))
+            geoms = tree.findall(".//body[@name='peg1']/geom")
+            if not geoms:
+                raise SimulatorError("the arena has no peg named peg1; install the versions of pip install '.[sim]'")
+            half_width = _HALF_HOLE - NutAssemblyTightExpert.play
+            for geom in geoms:
+                height = geom.attrib["size"].split()[2]
+                geom.set("size", f"{half_width} {half_width} {height}")
+            return ElementTree.tostring(tree, encoding="unicode")

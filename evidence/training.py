@@ -1,10 +1,9 @@
-"""The checkpoints that are compared: those given, the embedded ones where they fit, and trained ones for the rest."""
+"""The checkpoints that are compared where none are given: embedded, kept from an earlier run, or trained now."""
 
 import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rfsq.rfsq_ref.checkpoints import (
     NAIVE_CHECKPOINT,
@@ -40,7 +39,7 @@ def trained_checkpoint(dataset: ActionDataset, config: TrainConfig, cache: Path)
 
 def cached_path(dataset: ActionDataset, config: TrainConfig, cache: Path) -> Path:
     """Where a checkpoint is kept; the name carries a hash of all that decides its weights."""
-    identity = json.dumps([RECIPE, dataset.sha256, _recorded(config)], sort_keys=True)
+    identity = json.dumps([RECIPE, dataset.sha256, asdict(config)], sort_keys=True)
     kind = "robust" if config.use_layernorm else "naive"
     return cache / f"{kind}-seed{config.seed}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}{SUFFIX}"
 
@@ -48,10 +47,5 @@ def cached_path(dataset: ActionDataset, config: TrainConfig, cache: Path) -> Pat
 def _trained_by(checkpoint: Checkpoint, dataset: ActionDataset, config: TrainConfig) -> bool:
     provenance = checkpoint.provenance
     # A setting that is younger than the checkpoint had its default.
-    recorded = {**_recorded(TrainConfig()), **provenance["training"]}
-    return bool(provenance["data"]["sha256"] == dataset.sha256 and recorded == _recorded(config))
-
-
-def _recorded(config: TrainConfig) -> dict[str, Any]:
-    """As `train` writes it into a checkpoint's provenance."""
-    return {**asdict(config), "normaliser": config.normaliser.value if config.normaliser else None}
+    recorded = {**asdict(TrainConfig()), **provenance["training"]}
+    return bool(provenance["data"]["sha256"] == dataset.sha256 and recorded == asdict(config))

@@ -58,21 +58,54 @@ class Readout:
     bias: Tensor
 
 
-@dataclass(frozen=True)
-class Reconstruction:
-    """actions [..., A]; latents [..., D] as decoded; tokens int64 [..., D, L]; stats [..., L, 2] (`dynamic` only)."""
+class StepAutoencoder(nn.Module):
+    """Encoder and decoder of single steps, with room between them for a quantiser of the latents.
 
-    actions: Tensor
-    latents: Tensor
-    tokens: Tensor
-    stats: Tensor | None
-
-
-class ActionAutoencoder(nn.Module):
-    """Encoder, quantiser, decoder. Takes and gives physical units: the normaliser is part of the model."""
+    Takes and gives physical units: the normaliser is part of the model, as `offset` and `units`, float32 [A] each.
+    """
 
     offset: Tensor
     units: Tensor
+
+    def __init__(
+        self, action_dim: int, latent_dim: int, hidden_width: int, normaliser: Normaliser | None = None
+    ) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Linear(action_dim, hidden_width),
+            nn.Mish(),
+            nn.Linear(hidden_width, latent_dim),
+            nn.Tanh(),
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(latent_dim, hidden_width),
+            nn.Mish(),
+            nn.Linear(hidden_width, action_dim),
+        )
+        offset = normaliser.offset if normaliser else (0.0,) * action_dim
+        units = normaliser.scale if normaliser else (1.0,) * action_dim
+        self.register_buffer("offset", torch.tensor(offset), persistent=False)
+        self.register_buffer("units", torch.tensor(units), persistent=False)
+
+    def encode_latents(self, actions: Tensor) -> Tensor:
+        """actions [..., A] to latents [..., D], not quantised."""
+        latents: Tensor = self.encoder((actions - self.offset) / self.units)
+        return latents
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """latents [..., D] to actions [..., A]."""
+        actions: Tensor = self.decoder(latents) * self.units + self.offset
+        return actions
+
+
+class ActionAutoencoder(StepAutoencoder):
+    """Encoder, residual quantiser, decoder: actions to tokens and back.
+
+    >>> model = ActionAutoencoder(ModelConfig(), Conditioning.NONE)
+    >>> tokens, _ = model.encode(torch.zeros(2, 8, 7))
+    >>> tokens.shape, model.decode(tokens[..., :3]).shape
+    (torch.Size([2, 8, 16, 8]), torch.Size([2, 8, 7]))
+    """
 
     def __init__(
         self,
@@ -83,53 +116,25 @@ class ActionAutoencoder(nn.Module):
         recovered: Mapping[int, RecoveredDecoder] | None = None,
         normaliser: Normaliser | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(config.action_dim, config.latent_dim, config.hidden_width, normaliser)
         if conditioning is Conditioning.DYNAMIC and config.latent_dim < 2:
             raise SettingsError("conditioning 'dynamic' needs latent_dim >= 2: one latent has no standard deviation")
         if normaliser is not None and len(normaliser.scale) != config.action_dim:
             raise SettingsError(f"normaliser for {len(normaliser.scale)} dimensions, model for {config.action_dim}")
         self.config = config
-        self.encoder = nn.Sequential(
-            nn.Linear(config.action_dim, config.hidden_width),
-            nn.Mish(),
-            nn.Linear(config.hidden_width, config.latent_dim),
-            nn.Tanh(),
-        )
         self.quantizer = ResidualQuantizer(
             config.num_layers, config.num_levels, config.latent_dim, conditioning, constants
         )
-        self.decoder = nn.Sequential(
-            nn.Linear(config.latent_dim, config.hidden_width),
-            nn.Mish(),
-            nn.Linear(config.hidden_width, config.action_dim),
-        )
         self.recovered = dict(recovered or {})
         self.normaliser = normaliser
-        offset = normaliser.offset if normaliser else (0.0,) * config.action_dim
-        units = normaliser.scale if normaliser else (1.0,) * config.action_dim
-        self.register_buffer("offset", torch.tensor(offset), persistent=False)
-        self.register_buffer("units", torch.tensor(units), persistent=False)
 
     @property
     def conditioning(self) -> Conditioning:
         return self.quantizer.conditioning
 
-    def encode_latents(self, actions: Tensor) -> Tensor:
-        """actions [..., A] to latents [..., D] in (-1, 1), not quantised."""
-        latents: Tensor = self.encoder((actions - self.offset) / self.units)
-        return latents
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """latents [..., D] to actions [..., A]."""
-        actions: Tensor = self.decoder(latents) * self.units + self.offset
-        return actions
-
-    def forward(self, actions: Tensor) -> Reconstruction:
-        """Through the quantiser and back, with the straight-through gradient."""
-        quantized = self.quantizer(self.encode_latents(actions))
-        return Reconstruction(
-            self.decode_latents(quantized.latents), quantized.latents, quantized.tokens, quantized.stats
-        )
+    def forward(self, actions: Tensor) -> Tensor:
+        """actions [..., A] through the quantiser and back, with the straight-through gradient."""
+        return self.decode_latents(self.quantizer(self.encode_latents(actions)))
 
     def encode(self, actions: Tensor) -> tuple[Tensor, Tensor | None]:
         """actions [..., A] to tokens int64 [..., D, L] and, for `dynamic`, stats [..., L, 2]."""

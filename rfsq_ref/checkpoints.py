@@ -259,16 +259,16 @@ def _own_checkpoint(tensors: dict[str, Tensor], written: str, path: Path) -> Che
         raise CheckpointError(
             f"{path} is damaged: its numbers have another SHA-256 than it states itself; copy it again"
         )
-    constants, readout, recovered = _take_fitted(tensors, config, path)
+    constants, readout, recovered = _fitted(tensors, config, path)
     weights = take_weights(tensors, config, path)
     require_known(tensors, path)
     return Checkpoint(config, trained_with, weights, constants, readout, recovered, normaliser, provenance)
 
 
-def _take_fitted(
+def _fitted(
     tensors: dict[str, Tensor], config: ModelConfig, path: Path
 ) -> tuple[ConditioningConstants | None, Readout | None, dict[int, RecoveredDecoder]]:
-    """What calibration fitted, where it did. Raises CheckpointError."""
+    """Take out what calibration has added to the weights."""
     constants = None
     if "calibrated.mean" in tensors or "calibrated.scale" in tensors:
         shape = (config.num_layers, config.latent_dim)

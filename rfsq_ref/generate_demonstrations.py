@@ -24,7 +24,7 @@ import multiprocessing
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from rfsq.rfsq_ref.errors import OutputError, SettingsError, UnusableError
 from rfsq.rfsq_ref.expert import ACTION_DIM, POSITION_UNIT, ROTATION_UNIT
@@ -97,13 +98,16 @@ def attempt_of(seed: int, task: str, index: int) -> Attempt:
     return Attempt(task, index, int(sequence.generate_state(1, np.uint32)[0]))
 
 
-def check_simulator() -> dict[str, str]:
-    """Versions of what decides the bytes of the result; refuses a simulator that is missing or known to break."""
+def check_simulator(*others: str) -> dict[str, str]:
+    """Versions of robosuite, mujoco, numpy and `others`, which decide what comes out of a simulation.
+
+    Raises SimulatorError where one of them is missing, or is known to break.
+    """
     try:
-        versions = {name: version(name) for name in ("robosuite", "mujoco", "numpy")}
+        versions = {name: version(name) for name in ("robosuite", "mujoco", "numpy", *others)}
     except PackageNotFoundError as error:
         raise SimulatorError(
-            f"{error.name} is not installed, and the demonstrations come from it; run: pip install '.[sim]'"
+            f"{error.name} is not installed, and the simulation needs it; run: pip install '.[sim]'"
         ) from error
     if int(versions["mujoco"].split(".")[0]) >= 4:
         raise SimulatorError(
@@ -159,21 +163,19 @@ def collect(config: GenerationConfig) -> list[Episode]:
 
     Each round runs as many attempts as are missing, so which attempts are made does not depend on the workers.
     """
-    episodes: dict[str, list[Episode]] = {task: [] for task in config.tasks}
+    episodes: list[Episode] = []
     # Spawned workers start clean: a forked one would share the simulator's native state.
     with multiprocessing.get_context("spawn").Pool(config.workers) as pool:
         while missing := list(_missing_attempts(config, episodes)):
-            for episode in _progress(pool.imap_unordered(run_attempt, missing), len(missing)):
-                episodes[episode.attempt.task].append(episode)
-    return [
-        episode for task in config.tasks for episode in sorted(episodes[task], key=lambda found: found.attempt.index)
-    ]
+            found = pool.imap_unordered(run_attempt, missing)
+            episodes += tqdm(found, "demonstrations", len(missing), unit="episode", disable=None)
+    return sorted(episodes, key=lambda found: (config.tasks.index(found.attempt.task), found.attempt.index))
 
 
-def _missing_attempts(config: GenerationConfig, episodes: dict[str, list[Episode]]) -> Iterator[Attempt]:
+def _missing_attempts(config: GenerationConfig, episodes: list[Episode]) -> Iterator[Attempt]:
     for task in config.tasks:
-        tried = len(episodes[task])
-        kept = sum(episode.success for episode in episodes[task])
+        successes = [episode.success for episode in episodes if episode.attempt.task == task]
+        tried, kept = len(successes), sum(successes)
         missing = config.episodes_per_task - kept
         if missing and tried >= MAX_ATTEMPTS_PER_EPISODE * config.episodes_per_task:
             raise SimulatorError(
@@ -182,17 +184,6 @@ def _missing_attempts(config: GenerationConfig, episodes: dict[str, list[Episode
             )
         for index in range(tried, tried + missing):
             yield attempt_of(config.seed, task, index)
-
-
-def _progress(episodes: Iterable[Episode], total: int) -> Iterator[Episode]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        for done, episode in enumerate(episodes, start=1):
-            print(f"{done}/{total} {episode.attempt.task} {len(episode.actions)} steps", file=sys.stderr, flush=True)
-            yield episode
-    else:
-        yield from tqdm(episodes, total=total, unit="episode", desc="demonstrations", disable=None)
 
 
 def arrays_of(

@@ -1,6 +1,6 @@
 """Numbers beside a model in its checkpoint that look like a normaliser of its actions.
 
-Nobody has agreed on how to write them, so they are found and named, not read: a person gives them as a normaliser file.
+There is no agreed way to write them, so they are reported and not used: a person passes them as a normaliser file.
 """
 
 import re
@@ -20,14 +20,17 @@ _WORD = re.compile(
 _WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+")
 # Moments of an optimiser are as many as the biases that they belong to.
 _OPTIMIZER = re.compile(r"optim|opt$|opt_", re.IGNORECASE)
-# `norm_stats`, the data set, `action`, `q01`, and what a training script wraps around them.
+# Enough for `norm_stats`, the data set, `action` and `q01`, and what a training script wraps around them.
 _DEPTH = 8
 
 
 def left_statistics(content: Mapping[Any, Any], action_dim: int) -> list[str]:
-    """Places of `action_dim` numbers, by dots, that a name on the way calls a mean, a scale, a statistic or the like.
+    """Dotted paths to `action_dim` numbers, where a name on the path says mean, scale, statistics or the like.
 
-    A single number counts where it is said to be of actions.
+    A single number counts where its own name also says that it is of actions.
+
+    >>> left_statistics({"weights": {}, "norm_stats": {"action": {"mean": [0.0, 0.1, 0.2]}}}, action_dim=3)
+    ['norm_stats.action.mean']
     """
     return list(_statistics(content, (), action_dim, set()))
 

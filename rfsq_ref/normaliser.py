@@ -24,15 +24,15 @@ class NormaliserKind(StrEnum):
 
 #: `quantile` maps these two quantiles onto -1 and 1, as the OpenVLA and pi0 data statistics do.
 QUANTILES = (0.01, 0.99)
-#: One float32 step of a number of this size, 1e-6, is as much rounding as a normalised action may have by itself.
+#: float32 rounds numbers of this size by 1e-6, the most by which rounding alone may move a normalised action.
 _FAR = 16.0
-#: In bytes. The numbers of the widest model take half of it.
+#: Of a file, in bytes. The numbers of the widest model take half of it.
 _SIZE_LIMIT = 2**22
 
 
 @dataclass(frozen=True)
 class Normaliser:
-    """offset, scale: one number per action dimension in physical units; untouched dimensions have 0 and 1."""
+    """offset, scale: one number per action dimension in the robot's units; untouched dimensions have 0 and 1."""
 
     kind: NormaliserKind
     offset: tuple[float, ...]
@@ -41,9 +41,10 @@ class Normaliser:
     def __post_init__(self) -> None:
         if len(self.offset) != len(self.scale) or not self.offset:
             raise DataError(
-                f"normaliser with {len(self.offset)} offsets and {len(self.scale)} scales; expected as many"
+                f"normaliser with {len(self.offset)} offsets and {len(self.scale)} scales; expected one of each for "
+                "each dimension"
             )
-        # The model holds them as float32, where a number may be infinite or nothing that is neither in float64.
+        # The model holds float32 numbers: what is finite and above 0 in float64 may be infinite or 0 there.
         with np.errstate(over="ignore"):
             offset, scale = np.array(self.offset, np.float32), np.array(self.scale, np.float32)
         if not (np.isfinite(offset).all() and np.isfinite(scale).all() and (scale > 0).all()):
@@ -61,8 +62,11 @@ def fit_normaliser(
 ) -> Normaliser:
     """Fit to actions [N, A]; `untouched` dimensions (the gripper, last by default) keep offset 0 and scale 1.
 
-    A dimension that does not move by more than float32 can tell gets scale 1, so that it stays finite, or more where it
-    rests far from zero. The numbers are float32-exact, because engines fold float32 numbers.
+    A dimension that moves by less than float32 resolves gets scale 1, or more where it rests far from zero, so that
+    normalised actions stay finite. The numbers are exact in float32, because engines fold float32 numbers.
+
+    >>> fit_normaliser(np.array([[0.0, 1.0], [4.0, -1.0]], np.float32), NormaliserKind.MIN_MAX)
+    Normaliser(kind=<NormaliserKind.MIN_MAX: 'min-max'>, offset=(2.0, 0.0), scale=(2.0, 1.0))
     """
     values = actions.astype(np.float64)
     if kind is NormaliserKind.MEAN_STD:
@@ -95,7 +99,7 @@ def normaliser_from_json(fields: Any) -> Normaliser:
 
 
 def _numbers(name: str, values: Any) -> tuple[float, ...]:
-    """A list of numbers alone: text and objects can be gone through as well."""
+    """Of a list of numbers, and of nothing else: text and objects can be iterated too."""
     if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
         raise DataError(f'normaliser "{name}" is {shown(values)}; expected a list of numbers, one for each dimension')
     try:

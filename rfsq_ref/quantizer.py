@@ -71,7 +71,13 @@ class Quantized:
 
 
 class ResidualQuantizer(nn.Module):
-    """L layers of K uniform levels; every method takes any leading dimensions, in float32 or float64."""
+    """L layers of K uniform levels; every method takes any leading dimensions, in float32 or float64.
+
+    >>> quantizer = ResidualQuantizer(num_layers=1, num_levels=5, latent_dim=2, conditioning=Conditioning.NONE)
+    >>> tokens = quantizer.quantize(torch.tensor([0.6, -2.0])).tokens
+    >>> tokens.tolist(), quantizer.dequantize(tokens).tolist()
+    ([[3], [0]], [0.5, -1.0])
+    """
 
     half_steps: Tensor
     mean: Tensor
@@ -149,11 +155,9 @@ class ResidualQuantizer(nn.Module):
             stats=torch.stack(stats, dim=-2) if stats else None,
         )
 
-    def forward(self, latents: Tensor) -> Quantized:
-        """Quantise with the straight-through gradient: the identity from output to input."""
-        quantized = self.quantize(latents.detach())
-        straight_through = latents + (quantized.latents - latents).detach()
-        return Quantized(straight_through, quantized.tokens, quantized.stats)
+    def forward(self, latents: Tensor) -> Tensor:
+        """Quantised latents [..., D] with the straight-through gradient: the identity from output to input."""
+        return latents + (self.quantize(latents.detach()).latents - latents).detach()
 
     def dequantize(self, tokens: Tensor, stats: Tensor | None = None) -> Tensor:
         """Latents [..., D] from the first l layers, tokens [..., D, l] with 1 <= l <= L.
@@ -168,7 +172,7 @@ class ResidualQuantizer(nn.Module):
                 f"tokens have shape {tuple(tokens.shape)}; expected [..., {self.latent_dim}, l] with l from 1 to "
                 f"{self.num_layers} layers"
             )
-        # A negative index would count from the end of the grid and go unnoticed.
+        # A negative index would count from the end of the grid, and nobody would notice.
         if tokens.numel() and (tokens.min() < 0 or tokens.max() >= self.num_levels):
             raise ValueError(
                 f"tokens run from {int(tokens.min())} to {int(tokens.max())}; expected 0 to {self.num_levels - 1}"

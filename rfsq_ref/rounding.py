@@ -12,7 +12,7 @@ at the step at hand. A bound that holds for certain, without this model, would e
 
 Covered are the model as PyTorch runs it in float32 and the deployment graph: the offset taken off first, units and
 constants folded and rounded once, Mish as x n / (n + 2), layers counted in bins. Sums may be taken in any order that
-does not depend on their terms. Not covered, and meant to be found out: TF32, half precision, perturbed weights.
+does not depend on their terms. Not covered, and meant to be noticed: TF32, half precision, perturbed weights.
 """
 
 from collections.abc import Iterator
@@ -93,7 +93,7 @@ def latent_error_bound(model: ActionAutoencoder, actions: Tensor) -> tuple[Tenso
     _require_float64(model, actions)
     latents, bounds = [], []
     with torch.no_grad():
-        for block in _blocks(actions):
+        for block in _blocks(actions, 1):
             noise = _latent_noise(model, block)
             latents.append(noise.latents)
             bounds.append(torch.where(noise.overflow, torch.inf, DEVIATIONS * UNIT * noise.variance().sqrt()))
@@ -114,9 +114,11 @@ def token_error_bounds(
     """
     _require_float64(model, actions)
     layers = _dynamic_layers if model.conditioning is Conditioning.DYNAMIC else _affine_layers
+    parts_of_actions = _blocks(actions, 1)
+    parts_of_follow = [None] * len(parts_of_actions) if follow is None else _blocks(follow, 2)
     blocks = []
     with torch.no_grad():
-        for block, followed in zip(_blocks(actions), _followed_blocks(actions, follow), strict=True):
+        for block, followed in zip(parts_of_actions, parts_of_follow, strict=True):
             noise = _latent_noise(model, block)
             parts = zip(*layers(model, noise, followed), strict=True)
             tokens, margins, bounds = (torch.stack(part, -1) for part in parts)
@@ -133,15 +135,9 @@ def _require_float64(model: ActionAutoencoder, actions: Tensor) -> None:
         )
 
 
-def _blocks(actions: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(actions.reshape(-1, actions.shape[-1]), _BLOCK)
-
-
-def _followed_blocks(actions: Tensor, follow: Tensor | None) -> tuple[Tensor | None, ...]:
-    blocks = _blocks(actions)
-    if follow is None:
-        return (None,) * len(blocks)
-    return torch.split(follow.reshape(-1, *follow.shape[-2:]), [len(block) for block in blocks])
+def _blocks(values: Tensor, dims: int) -> tuple[Tensor, ...]:
+    """Values of all steps, of some steps at a time; the last `dims` dimensions are those of one step."""
+    return torch.split(values.reshape(-1, *values.shape[-dims:]), _BLOCK)
 
 
 def _latent_noise(model: ActionAutoencoder, actions: Tensor) -> _Noise:
@@ -149,7 +145,7 @@ def _latent_noise(model: ActionAutoencoder, actions: Tensor) -> _Noise:
     assert isinstance(first, nn.Linear)
     assert isinstance(second, nn.Linear)
     weight = first.weight / model.units
-    # Whoever takes the offset off before anything is summed rounds no more than what is left of the action.
+    # The offset is taken off before anything is summed, so that what rounds is what is left of the action.
     from_offset = actions - model.offset
     inner = from_offset @ weight.T + first.bias
     squares = from_offset**2 @ (weight**2).T + first.bias**2

@@ -1,4 +1,4 @@
-"""Files of tensors, torch's and safetensors: nothing in them is run, and what their checksums disown is refused."""
+"""Files of tensors, torch's and safetensors: no code in them is run, and what contradicts its checksum is refused."""
 
 import hashlib
 import os
@@ -22,8 +22,8 @@ class DamagedFileError(ValueError):
 def load_torch(stream: BinaryIO) -> Any:
     """What torch.save wrote, on the CPU, if it is made of plain things.
 
-    Raises DamagedFileError; pickle.UnpicklingError for objects that only running code could rebuild; and on damaged
-    bytes nearly anything, as the parsers do.
+    Raises DamagedFileError; pickle.UnpicklingError for objects that only running code could rebuild; on damaged bytes
+    also whatever the parsers raise.
     """
     stream.seek(0)
     # The format before torch 1.6 is no archive and has no checksums.
@@ -55,13 +55,13 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check_archive(stream: BinaryIO) -> None:
-    """torch itself looks at no checksum, and unpacks what was packed, however large it becomes."""
+    """torch itself checks no checksum, and unpacks compressed records, however large they become."""
     with zipfile.ZipFile(stream) as archive:
         records = archive.infolist()
         unpacked, size = sum(record.file_size for record in records), stream.seek(0, os.SEEK_END)
         if unpacked > size:
             raise DamagedFileError(
-                f"its records unpack to {unpacked} bytes, more than the {size} of the file; torch.save packs nothing"
+                f"its records unpack to {unpacked} bytes, more than the {size} of the file; torch.save compresses none"
             )
         # All are 0 where torch was told to compute none.
         damaged = archive.testzip() if any(record.CRC for record in records) else None

@@ -205,7 +205,7 @@ def _evaluate(model: ActionAutoencoder, steps: Tensor) -> float:
 
 
 def _normalised_mse(model: ActionAutoencoder, actions: Tensor) -> Tensor:
-    return mse_loss(model(actions).actions / model.units, actions / model.units)
+    return mse_loss(model(actions) / model.units, actions / model.units)
 
 
 # Command line --------------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """All peers together: one list of codecs, fitted to the training episodes alone, on robots of any kind."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from rfsq.evidence import peers
 from rfsq.evidence.binning import BinRange
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.errors import EvidenceError
@@ -29,9 +31,16 @@ _QUICK = tuple(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_training() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers, "residual_configs", lambda _seed: _QUICK)
+        yield
+
+
 @pytest.fixture(scope="module")
 def codecs(robot: ActionDataset, tmp_path_factory: pytest.TempPathFactory) -> list[Codec]:
-    return peer_codecs(robot, _CHUNK, seed=0, cache=tmp_path_factory.mktemp("cache"), residual=_QUICK)
+    return peer_codecs(robot, _CHUNK, seed=0, cache=tmp_path_factory.mktemp("cache"))
 
 
 def test_all_families_are_there_and_every_name_is_its_own(codecs: list[Codec]) -> None:
@@ -45,7 +54,7 @@ def test_all_families_are_there_and_every_name_is_its_own(codecs: list[Codec]) -
 def test_every_codec_decodes_every_robot_and_chunk_length(tmp_path: Path) -> None:
     for dimensions in (4, 14):
         dataset = robot_dataset(action_dim=dimensions, episodes=8)
-        for codec in peer_codecs(dataset, 4, seed=0, cache=tmp_path, residual=_QUICK):
+        for codec in peer_codecs(dataset, 4, seed=0, cache=tmp_path):
             for length in (4, 3):
                 chunks = dataset.episodes[1][: 2 * length].reshape(2, length, dimensions)
                 decoded = codec.reconstruct(chunks)
@@ -68,9 +77,7 @@ def test_what_is_not_for_training_changes_no_codec(robot: ActionDataset, codecs:
     )
     chunks = split_episodes(robot).validation.episodes[0][:16].reshape(2, _CHUNK, 4)
 
-    for before, after in zip(
-        codecs, peer_codecs(changed, _CHUNK, seed=0, cache=tmp_path, residual=_QUICK), strict=True
-    ):
+    for before, after in zip(codecs, peer_codecs(changed, _CHUNK, seed=0, cache=tmp_path), strict=True):
         np.testing.assert_array_equal(before.reconstruct(chunks), after.reconstruct(chunks), err_msg=before.name)
 
 

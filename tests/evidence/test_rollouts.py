@@ -19,6 +19,7 @@ from rfsq.rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS
 from rfsq.rfsq_ref.generate_demonstrations import SimulatorError, attempt_of
 
 IDENTITY = Identity(1, 0, 8, {"robosuite": "1.5.2"}, {})
+FINGERPRINTS = {"a": "of a", "b": "of b"}
 CONFIG = RolloutConfig(tasks=("Stack", "Door"), episodes=3)
 
 
@@ -31,7 +32,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Instead of processes and a simulator: what was run, and after how many episodes the process is killed."""
     state: dict[str, Any] = {"run": [], "kill_after": None}
 
-    def run(jobs: list[Job], chosen: Any, fingerprints: dict[str, str], config: Any) -> Iterator[Episode]:
+    def run(jobs: list[Job], chosen: Any, config: Any) -> Iterator[Episode]:
         del chosen, config
         for number, job in enumerate(jobs):
             if number == state["kill_after"]:
@@ -39,10 +40,9 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             state["run"].append(job)
             spread = Spread(0.0, 0.0, 0.0)
             result = EpisodeResult(job.seed % 2 == 0, True, job.seed % 97, spread, spread, 1.0)
-            yield Episode(job.task, job.cell, fingerprints[job.cell], job.index, job.seed, result)
+            yield Episode(job.task, job.cell, job.codec, job.index, job.seed, result)
 
     monkeypatch.setattr(rollouts, "_run", run)
-    monkeypatch.setattr(rollouts, "_progress", lambda episodes, _total: episodes)
     monkeypatch.setattr(rollouts, "identity_of", lambda config: replace(IDENTITY, seed=config.seed, chunk=config.chunk))
     monkeypatch.setattr(rollouts, "codecs", lambda **_: {name: RawCodec(name) for name in ("a", "b")})
     monkeypatch.setattr(rollouts, "fingerprint", lambda codec: f"of {codec.name}")
@@ -50,11 +50,11 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_every_cell_has_the_same_scenes_and_tasks_do_not_share_them() -> None:
-    jobs = jobs_of(CONFIG, ("a", "b"), set())
+    jobs = jobs_of(CONFIG, FINGERPRINTS, set())
     seeds = {cell: [(job.task, job.seed) for job in jobs if job.cell == cell] for cell in ("a", "b")}
     assert seeds["a"] == seeds["b"]
     assert len({job.seed for job in jobs}) == 6
-    alone = jobs_of(replace(CONFIG, tasks=("Door",)), ("b",), set())
+    alone = jobs_of(replace(CONFIG, tasks=("Door",)), {"b": "of b"}, set())
     assert {(job.index, job.seed) for job in alone} == {(job.index, job.seed) for job in jobs if job.task == "Door"}
 
 
@@ -65,7 +65,7 @@ def test_no_scene_is_one_of_the_demonstrations() -> None:
 
 
 def test_scenes_go_first_so_that_a_stopped_run_has_all_cells_alike() -> None:
-    jobs = jobs_of(CONFIG, ("a", "b"), set())
+    jobs = jobs_of(CONFIG, FINGERPRINTS, set())
     assert [job.index for job in jobs] == sorted(job.index for job in jobs)
     assert [(job.task, job.cell) for job in jobs[:4]] == [("Stack", "a"), ("Stack", "b"), ("Door", "a"), ("Door", "b")]
 
@@ -149,7 +149,7 @@ def driven(jobs: list[Any]) -> tuple[list[Any], Exception | None]:
     """What one worker makes of these expressions, and what ended it."""
     found: list[Any] = []
     try:
-        for result in rollouts._run(jobs, {}, {}, replace(CONFIG, workers=1)):
+        for result in rollouts._run(jobs, {}, replace(CONFIG, workers=1)):
             found.append(result)
     except (EvidenceError, ArithmeticError) as error:
         return found, error

@@ -74,7 +74,7 @@ def test_embedded_checkpoints_reach_the_error_they_record(path: Path, conditioni
     checkpoint = load_checkpoint(path)
     actions = torch.from_numpy(split_episodes(DATA).validation.steps().copy())
     with torch.no_grad():
-        mse = float(((checkpoint.model()(actions).actions - actions) ** 2).mean())
+        mse = float(((checkpoint.model()(actions) - actions) ** 2).mean())
     assert mse == pytest.approx(checkpoint.provenance["validation_mse"], rel=1e-3)
     assert mse < (1e-5 if conditioning is Conditioning.DYNAMIC else 2e-3)
 

@@ -54,7 +54,7 @@ def same_weights(first: Checkpoint, second: Checkpoint) -> bool:
 def validation_mse(checkpoint: Checkpoint, data: ActionDataset) -> float:
     actions = torch.from_numpy(split_episodes(data).validation.steps().copy())
     with torch.no_grad():
-        return float(((checkpoint.model()(actions).actions - actions) ** 2).mean())
+        return float(((checkpoint.model()(actions) - actions) ** 2).mean())
 
 
 def write_data(folder: Path) -> Path:
@@ -146,7 +146,7 @@ def test_a_normaliser_is_fitted_to_the_training_episodes_and_travels_with_the_we
     # The errors count in the normalised units.
     actions = torch.from_numpy(split_episodes(data).validation.steps().copy())
     with torch.no_grad():
-        errors = (checkpoint.model()(actions).actions - actions) / torch.tensor(expected.scale)
+        errors = (checkpoint.model()(actions) - actions) / torch.tensor(expected.scale)
     assert float(errors.square().mean()) == pytest.approx(checkpoint.provenance["validation_mse"], rel=1e-4)
 
 
