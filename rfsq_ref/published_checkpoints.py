@@ -9,7 +9,7 @@ import io
 import pickle
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -280,24 +280,18 @@ def _infer_config(tensors: Mapping[str, Any], stated: Mapping[str, Any], path: P
     except SettingsError as error:
         raise CheckpointError(f"{path} is not an RFSQ autoencoder: {error}") from error
     # The published config calls the latent dimension `hidden_dim`.
-    names = {
-        "action_dim": "action_dim",
-        "hidden_dim": "latent_dim",
-        "num_layers": "num_layers",
-        "num_levels": "num_levels",
-    }
-    for theirs, ours in names.items():
-        if theirs not in stated:
-            continue
-        if type(stated[theirs]) is not int:
+    found = {**asdict(inferred), "hidden_dim": inferred.latent_dim}
+    for name in ("action_dim", "hidden_dim", "num_layers", "num_levels"):
+        value = stated.get(name, found[name])
+        if type(value) is not int:
             raise CheckpointError(
-                f"{path}: its config has a {type(stated[theirs]).__name__} as {theirs}; expected the integer "
-                f"{getattr(inferred, ours)}, which its tensors have: save the config with plain numbers"
+                f"{path}: its config has a {type(value).__name__} as {name}; expected the integer {found[name]}, which "
+                "its tensors have: save the config with plain numbers"
             )
-        if stated[theirs] != getattr(inferred, ours):
+        if value != found[name]:
             raise CheckpointError(
-                f"{path}: its config says {theirs} = {shown(stated[theirs])}, its tensors have "
-                f"{getattr(inferred, ours)}; the file was put together from two models"
+                f"{path}: its config says {name} = {shown(value)}, its tensors have {found[name]}; the file was put "
+                "together from two models"
             )
     return inferred
 

@@ -1,4 +1,4 @@
-"""What a whole pass over the steps of a dataset shows: where its episodes lie, and what is wrong with them."""
+"""Checks that need a pass over all steps of a dataset: the order of its episodes, and the values of its actions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from .errors import IllegalActionError, SourceError
 from .pieces import Source
 from .steps import EpisodeTable, Int64Array, Steps, lengths_to_starts
 
-#: What a slice has of one episode: its number, the first and the last frame, and the number of steps.
+#: Steps of one episode that follow one another: its number, the first and the last frame, and how many steps.
 Run = tuple[int, int, int, int]
 
 
 def extend_runs(runs: list[Run], steps: Steps, source: Source, first_row: int) -> None:
-    """Add what a slice has of every episode. Raises SourceError for steps that are not in order.
+    """Add the runs of the next slice. Raises SourceError for steps that are not in order.
 
     runs: of the slices before; first_row: the slice's, in the whole dataset.
     """
@@ -27,7 +27,7 @@ def extend_runs(runs: list[Run], steps: Steps, source: Source, first_row: int) -
 
 
 def join_runs(runs: Sequence[Run], source: Source) -> EpisodeTable:
-    """All episodes by the runs of all slices, joined where an episode goes on in the next.
+    """All episodes, by the runs of all slices.
 
     Raises SourceError for runs that are not in order, and where the source states other episodes.
     """
@@ -56,7 +56,7 @@ def _joined(runs: Iterable[Int64Array], source: Source, first_row: int) -> list[
 
 
 def check_stated(name: str, stated: EpisodeTable, found: EpisodeTable) -> None:
-    """Raises SourceError where the dataset of this name states other episodes than were found."""
+    """Raises SourceError where a dataset states other episodes than its steps have. name: of the dataset."""
     if not (np.array_equal(stated.numbers, found.numbers) and np.array_equal(stated.starts, found.starts)):
         raise SourceError(
             f"{name} states {len(stated.numbers)} episodes, its steps make {len(found.numbers)}"

@@ -30,7 +30,7 @@ FileFormat = Literal["npz", "hdf5"]
 _Decoded = Callable[[int, int], Iterator[tuple[int, Float32Array]]]
 #: Steps that are decoded before they are written.
 _SLICE_STEPS = 65_536
-#: The earliest time that a zip file can state: equal content, equal bytes.
+#: The earliest time that a zip file can state. With it, equal content gives equal bytes.
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
 
@@ -44,7 +44,7 @@ def write_file(
     overwrite: bool,
     restart: bool,
 ) -> Verification:
-    """Actions of all steps in physical units, with their episodes. A killed run is begun again from the start."""
+    """Write the actions of all steps in physical units, with their episodes. A killed run starts from the beginning."""
     output = output.resolve()
     partial = partial_folder(output)
     write = _write_npz if kind == "npz" else _write_hdf5
@@ -66,7 +66,7 @@ def write_file(
         progress.finish()
         verification = _verify(dataset, tokenizer, temporary)
         sync(temporary)
-        # Again: it takes a while, and another one may have come to be there.
+        # Again: decoding takes a while, and somebody may have written there meanwhile.
         _refuse_existing(output, overwrite=overwrite)
         temporary.replace(output)
         sync(output.parent)
@@ -128,7 +128,7 @@ def _write_hdf5(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, d
 
 @contextmanager
 def _hdf5_errors() -> Iterator[None]:
-    """What a full disk refuses when the file is closed, h5py raises as a RuntimeError."""
+    """Raise as an OSError what h5py raises as a RuntimeError when it closes a file on a full disk."""
     try:
         yield
     except RuntimeError as error:

@@ -44,8 +44,11 @@ _WINDOWS, _WINDOW_STEPS = 8, 512
 
 
 def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecord], *, overwrite: bool) -> DatasetInfo:
-    """records: of all parts. Raises SourceError where the source changed or states other episodes, VerificationError
-    where the sample fails."""
+    """Join all parts, verify a sample of them, and put the dataset in its place.
+
+    records: of all parts. Raises SourceError where the source changed or states other episodes, VerificationError where
+    the sample is not what the tokenizer gives.
+    """
     ordered = sorted(records, key=lambda record: record.part)
     table = join_runs([run for record in ordered for run in record.runs], job.source)
     digests = b"".join(bytes.fromhex(digest) for record in ordered for digest in record.digests)
@@ -84,7 +87,7 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
 
 
 def sample_windows(num_steps: int) -> list[tuple[int, int]]:
-    """Slices that cover the beginning, the end, and places between; all of what is not longer than they are."""
+    """First and last row of each slice of the sample: the beginning, the end and places between; all of a short one."""
     if num_steps <= _WINDOWS * _WINDOW_STEPS:
         return [(start, min(start + _WINDOW_STEPS, num_steps)) for start in range(0, num_steps, _WINDOW_STEPS)]
     starts = np.linspace(0, num_steps - _WINDOW_STEPS, _WINDOWS).astype(int).tolist()
@@ -102,7 +105,10 @@ def _verify_tokens(tokenizer: ActionTokenizer, source: StepReader, target: StepR
     total, sums = 0.0, FidelitySums(model.action_units, model.action_offset)
     for start, stop in sample_windows(num_steps):
         given, read = source.read(start, stop), target.read(start, stop)
-        _check_numbering(given.episode, given.frame, read.episode, read.frame, start)
+        if not (np.array_equal(given.episode, read.episode) and np.array_equal(given.frame, read.frame)):
+            raise VerificationError(
+                f"episodes and steps read back from row {start} on are not those of the source; {_AGAIN}"
+            )
         chunks = _chunks(given.values, model.chunk_length)
         tokens = tokenizer.encode(chunks)
         expected = tokens.reshape(-1, model.latent_dim * model.num_layers)[: stop - start]
@@ -116,7 +122,7 @@ def _verify_tokens(tokenizer: ActionTokenizer, source: StepReader, target: StepR
 
 
 def verify_actions(tokenizer: ActionTokenizer, source: StepReader, target: StepReader, num_steps: int) -> Verification:
-    """source: tokens; target: the actions written for them, with numbers of its own."""
+    """source: of tokens; target: of the actions that were written for them, in which episodes may be numbered anew."""
     model, steps = tokenizer.model, 0
     for start, stop in sample_windows(num_steps):
         chunks = _chunks(source.read(start, stop).values, model.chunk_length)
@@ -130,13 +136,6 @@ def _chunks(values: AnyArray, length: int) -> AnyArray:
     missing = -len(values) % length
     filled = np.concatenate([values, np.zeros((missing, values.shape[1]), values.dtype)])
     return filled.reshape(-1, length, values.shape[1])
-
-
-def _check_numbering(
-    episode: AnyArray, frame: AnyArray, read_episode: AnyArray, read_frame: AnyArray, row: int
-) -> None:
-    if not (np.array_equal(episode, read_episode) and np.array_equal(frame, read_frame)):
-        raise VerificationError(f"episodes and steps read back from row {row} on are not those of the source; {_AGAIN}")
 
 
 def _check_equal(expected: AnyArray, found: AnyArray, row: int) -> None:
@@ -172,7 +171,7 @@ def _write_parquet_episodes(job: Job, info: DatasetInfo, table: EpisodeTable) ->
 
 
 def _write_zarr_tables(job: Job, info: DatasetInfo, table: EpisodeTable) -> dict[str, FileEntry]:
-    """Groups, array descriptions and the arrays of meta/, one chunk each."""
+    """Write the groups, the descriptions of arrays, and the arrays of meta/ in one chunk each."""
     model, steps, chunk = info.model, info.num_steps, info.steps_per_block
     names = np.array([name.encode() for name in job.source.episode_names(table.numbers)], np.bytes_)
     arrays: dict[str, AnyArray] = {

@@ -1,4 +1,4 @@
-"""How a converted dataset lies on disk, and what `dataset.json` says of it; read strictly, written in one spelling."""
+"""The layout of a converted dataset on disk, and `dataset.json`, which is read strictly and written in one spelling."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..bundle.manifest import FileEntry, ModelEntry
 from ..bundle.reading import read_file
 from .errors import TokenDatasetError
 
-#: Rises with every change of meaning or layout; another one is refused.
+#: Raised with every change of meaning or layout; any other version is refused.
 SCHEMA_VERSION = 1
 INFO_NAME = "dataset.json"
 EPISODES_NAME = "episodes.parquet"
@@ -25,11 +25,11 @@ Content = Literal["tokens", "actions"]
 Storage = Literal["parquet", "zarr"]
 Compression = Literal["zstd", "none"]
 
-#: Steps of one hash, and what files hold a multiple of.
+#: Steps that are hashed together; every file but the last holds a multiple of them.
 HASH_STEPS = 8192
 #: Steps of a row group of Parquet or a chunk of Zarr: what is read at once.
 BLOCK_STEPS = 65_536
-#: Steps of a part, which is made or remade as a whole.
+#: Steps of a part, which is made as a whole.
 PART_STEPS = 262_144
 
 _INFO_SIZE_LIMIT = 64 * 2**20
@@ -71,7 +71,7 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class MadeWith:
-    """Other tools may give other bytes, and another backend other tokens at near-ties."""
+    """The tools of a job: others may give other bytes, and another backend other tokens at near-ties."""
 
     backend: str
     device: str

@@ -1,4 +1,4 @@
-"""HDF5 files of demonstrations in every layout of runtime/datasets/hdf5_layouts.py, one file or a folder of them."""
+"""HDF5 files of demonstrations, one or a folder of them; runtime/datasets/hdf5_layouts.py has the layouts."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def hdf5_files(folder: Path) -> list[Path]:
 
 
 def open_hdf5(path: Path, key: str | None, filter_key: str | None = None) -> Hdf5Source:
-    """One file, or a folder of them in natural order; episodes are numbered on from 0 as they come."""
+    """One file, or a folder of them in natural order; episodes are numbered from 0 in this order."""
     h5py = optional("h5py")
     root = path if path.is_dir() else path.parent
     paths = hdf5_files(path) if path.is_dir() else [path]
@@ -92,7 +92,7 @@ def open_hdf5(path: Path, key: str | None, filter_key: str | None = None) -> Hdf
         with opened(one, _KIND, _MAGIC), h5py.File(one, "r") as file:
             found = find_episodes(file, one.name, key, filter_key)
             data = follow(file, "data", one.name)
-            # ALOHA's episodes of one task lie in a folder.
+            # ALOHA has a folder for each task.
             tasks.append(_task((file if data is None else data).attrs, one if found[0].name else one.parent))
         episodes += found
         owners += [index] * len(found)

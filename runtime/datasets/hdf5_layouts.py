@@ -1,4 +1,4 @@
-"""Where HDF5 files of demonstrations keep their episodes, as they are found in the wild.
+"""Where HDF5 files of demonstrations keep their episodes.
 
 - robomimic, LIBERO, Isaac Lab: data/demo_N/actions, with filter keys such as mask/train
 - the same without the group: demo_N/action, and traj_N/actions, as ManiSkill writes it
@@ -19,12 +19,12 @@ from .errors import SourceError
 from .hdf5_storage import follow, require_stored
 from .steps import natural, optional
 
-#: How the action array is called, in order of preference, where nobody says it.
+#: Usual names of the action array.
 ACTION_NAMES = ("actions", "action")
 EXPECTED = "expected data/demo_N/actions, demo_N/actions, traj_N/actions, or action beside observations"
 
 _NUMBERED = re.compile(r".*\d")
-# Where many episodes lie in one row, these say where they end.
+# Arrays that say where episodes end, where many lie in one array.
 _ENDS = ("terminals", "timeouts", "dones", "episode_ends")
 
 
@@ -92,7 +92,7 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
 
 
 def _require_one_episode(file: Any, name: str, place: str, filter_key: str | None) -> None:
-    """place: of the action array, beside which nothing may say that it holds several. Raises SourceError."""
+    """place: of the action array. Raises SourceError where an array beside it says where episodes end."""
     ends = [end for end in _ENDS if end in set(file)]
     if ends:
         raise SourceError(
@@ -118,7 +118,7 @@ def _are_equal(one: Any, other: Any) -> bool:
 
 
 def _filtered(file: Any, name: str, members: list[str], filter_key: str) -> list[str]:
-    """In natural order, as without a filter."""
+    """The members that the filter lists, in natural order. Raises SourceError."""
     masks = follow(file, "mask", name) or {}
     wanted = filter_key.removeprefix("mask/")
     if wanted not in list(masks):

@@ -1,4 +1,4 @@
-"""What lies in an HDF5 file itself: its library reads other files too, and gives zeros for what was never written."""
+"""What an HDF5 file holds itself: its library also opens other files, and gives zeros for missing data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def follow(group: Any, path: str, name: str) -> Any:
                 found = None
                 break
             place = places.pop()
-            # As `get` with `getlink` tells it, but faster.
+            # The same as `get(place, getlink=True)`, but faster.
             links, encoded = found.id.links, place.encode("utf-8", "surrogateescape")
             kind = links.get_info(encoded).type if links.exists(encoded) else None
             if kind != h5py.h5l.TYPE_HARD:
@@ -50,12 +50,12 @@ def follow(group: Any, path: str, name: str) -> Any:
 
 
 def _parts(path: str) -> list[str]:
-    """The last comes first."""
+    """The names in a path, the last one first."""
     return [part for part in reversed(path.split("/")) if part not in ("", ".")]
 
 
 def require_stored(array: Any, where: str) -> None:
-    """Raises SourceError for an array whose numbers are not all in the file: HDF5 would put zeros in their place."""
+    """Raises SourceError for an array whose numbers are not all in this file: HDF5 would give zeros for them."""
     if array.shape is None:
         raise SourceError(f"{where} is empty and has no shape; expected an array: remove it, or write the file anew")
     settings = array.id.get_create_plist()

@@ -1,4 +1,4 @@
-"""A conversion as a job of parts: each is made whole or not at all, so that a killed job goes on where it was."""
+"""A conversion as a job of parts. A part is made whole or not at all, so that a killed job can go on."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ from .format import (
 from .pieces import Source
 from .steps import optional
 
-#: In the folder of a job in progress: held by the process that works there, and the marker that the folder is ours.
+#: The file in the folder of a job that its process locks; it also marks the folder as ours.
 LOCK_NAME = "lock"
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What to make of which source; can be pickled, so that workers elsewhere do the same job."""
+    """What to make of which source. It can be pickled, so that workers elsewhere do the same job."""
 
     source: Source
     key: str
@@ -57,7 +57,7 @@ class Job:
 
     @cached_property
     def work(self) -> Path:
-        """The folder in `partial` that no other job uses; to be asked for first while `partial` is locked."""
+        """The folder in `partial` that no other job uses. Ask for it while `partial` is locked."""
         digest = hashlib.sha256(spelled(self.identity())).hexdigest()[:16]
         return self.partial / ownership_of(self.partial).name(digest)
 
@@ -86,7 +86,7 @@ class Job:
 
     @property
     def stamps(self) -> list[list[int]]:
-        """What may change though the source is the same, as JSON gives it back."""
+        """The stamps of all files, as JSON gives them back; they may change though the steps stay the same."""
         return [list(file.stamp) for file in self.source.files]
 
     def rows(self, part: int) -> tuple[int, int]:
@@ -94,7 +94,7 @@ class Job:
         return start, min(start + self.steps_per_file, self.source.num_steps)
 
     def metadata(self, first_row: int, source_sha256: str) -> dict[str, str]:
-        """What the footer of every Parquet file says, so that one that was taken out of its folder is still known."""
+        """The metadata of every Parquet file, by which a file that was taken out of its folder is still known."""
         return {
             "rfsq.schema_version": str(SCHEMA_VERSION),
             "rfsq.content": self.content,
@@ -106,12 +106,12 @@ class Job:
         }
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a job to go on; the output's place is not part of it."""
+        """What must be the same for a job to go on. The place of the output may differ."""
         return {
             "source": {
                 "name": self.source.name,
                 "key": self.key,
-                # Jobs that were begun without one, before there were any, go on.
+                # Left out, so that jobs go on that were begun before there were filter keys.
                 **({"filter_key": self.filter_key} if self.filter_key else {}),
                 "num_steps": self.source.num_steps,
                 "files": [
@@ -133,7 +133,7 @@ def partial_folder(output: Path) -> Path:
 
 
 def ownership_of(partial: Path) -> Ownership:
-    """Raises OutputError where the folder bears no marker of ours."""
+    """The key in the folder's marker. Raises OutputError where it has none of ours."""
     found = Ownership.read(partial / LOCK_NAME)
     if found is None:
         raise OutputError(f"{partial} is no folder of a job: its {LOCK_NAME} is missing or was altered")
@@ -153,7 +153,7 @@ def plan(
     compression: Compression = "zstd",
     steps_per_file: int,
 ) -> Job:
-    """Raises InvalidInputError for what this bundle, or no job, can do; SourceError where the first step is unfit."""
+    """The job, checked. Raises InvalidInputError for settings that do not fit, SourceError for an unfit first step."""
     model = tokenizer.model
     _check_model(tokenizer)
     if (
@@ -187,7 +187,7 @@ def plan(
 
 
 def _check_model(tokenizer: ActionTokenizer) -> None:
-    """Raises InvalidInputError for a bundle whose tokens no dataset can hold alone."""
+    """Raises InvalidInputError for a bundle whose tokens a dataset cannot hold."""
     model = tokenizer.model
     if model.has_stats:
         raise InvalidInputError(
@@ -200,7 +200,7 @@ def _check_model(tokenizer: ActionTokenizer) -> None:
 
 
 def open_tokenizer(job: Job) -> ActionTokenizer:
-    """For a worker of its own: exactly the tokenizer of the job. Raises BackendUnavailableError for a like one."""
+    """The tokenizer of a job, for another process. Raises BackendUnavailableError for another device."""
     made_with = job.made_with
     tokenizer = ActionTokenizer.load(job.bundle, backend=made_with.backend, expect_fingerprint=job.fingerprint)
     if tokenizer.backend.description != made_with.device:

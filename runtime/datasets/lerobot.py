@@ -39,16 +39,16 @@ _META_SIZE_LIMIT = 2**26
 _KIND, _MAGIC = "a Parquet file", b"PAR1"
 _NUMBERING = ("episode_index", "frame_index")
 _TASK = TASK_NAMES[0]
-# pandas writes an index that bears no name under the second one; LeRobot keeps its task texts in the index.
+# LeRobot keeps the texts in the index of a table, which pandas writes under the second name where it has none.
 _TASK_COLUMNS = ("task", "__index_level_0__")
 _VERSIONS = ("v2.", "v3.")
 _BATCH_STEPS = 65_536
-#: Columns are read through a buffer of so many bytes, so that a row group of any size needs no more memory.
+#: Size of the buffer through which columns are read: a large row group then needs no more memory than a small one.
 _BUFFER_BYTES = 1 << 20
 
 
 class _Stated(NamedTuple):
-    """What meta/ says. episodes: all in order; num_episodes: what info.json says; tasks: their texts by number."""
+    """What meta/ says. episodes: in order; num_episodes: of info.json, any JSON; tasks: texts by their numbers."""
 
     episodes: EpisodeTable | None = None
     num_episodes: Any = None
@@ -94,7 +94,7 @@ class _ParquetReader(StepReader):
         return Steps(self._values(column, rows, name), rows.episode, rows.frame)
 
     def _seek(self, index: int, row: int) -> None:
-        """Make `row`, in file `index`, the next one; a row group is decoded from its beginning."""
+        """Make `row`, in file `index`, the next one to be read. A row group can only be read from its beginning."""
         file = self._at(index)
         if row == self._row:
             return
@@ -116,7 +116,7 @@ class _ParquetReader(StepReader):
         return taken
 
     def _values(self, column: Any, rows: Steps, name: str) -> AnyArray:
-        """rows: episodes and frames of the column's."""
+        """Actions float32 [n, A]; rows: episodes and frames of the same rows, for messages. Raises SourceError."""
         if column.null_count:
             self._refuse_missing(int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0]), rows, name)
         # LeRobot writes a one-dimensional action as a plain number.
@@ -163,7 +163,7 @@ class ParquetSource(Source):
         return self.files[self.piece_of(row)].name
 
     def tasks(self, episodes: EpisodeTable) -> list[str]:
-        """By the number in the first step of each."""
+        """By the task number in the first step of each episode."""
         numbers: list[int | None] = []
         starts = episodes.starts[:-1]
         by_file = np.split(starts, np.searchsorted(starts, self.first_rows[1:-1]))
@@ -182,7 +182,7 @@ def parquet_files(folder: Path, pattern: str = "data/*/*.parquet") -> list[Path]
 
 
 def open_parquet(path: Path, key: str | None) -> ParquetSource:
-    """One .parquet file, or a LeRobot folder; the footers are read, and held against meta/."""
+    """One .parquet file, or a LeRobot folder. The footers are read, and compared with meta/."""
     key = key or "action"
     root, paths = (path, parquet_files(path)) if path.is_dir() else (path.parent, [path])
     footers = [_footer(file, key) for file in paths]
@@ -212,7 +212,7 @@ def _opened(path: Path, name: str = "", **options: Any) -> Iterator[Any]:
 
 
 class _Footer(NamedTuple):
-    """width: action dimensions, 0 where rows alone say it."""
+    """width: action dimensions, 0 where only the rows tell."""
 
     rows: int
     width: int
@@ -243,7 +243,7 @@ def _footer(path: Path, key: str) -> _Footer:
 
 
 def _listed_width(path: Path, key: str) -> int:
-    """Action dimensions by the first list that is there, 0 where none is."""
+    """Action dimensions of the first list, 0 where every one is missing. Raises SourceError for an empty one."""
     with _opened(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
         for batch in file.iter_batches(1024, columns=[key]):
             for values in batch.column(0).drop_null():
@@ -272,7 +272,7 @@ def _episode_numbers(paths: Sequence[Path]) -> Iterator[Int64Array]:
 
 
 def _as_integers(column: Any, label: str, name: str) -> Int64Array:
-    """A column of integers, all there. Raises SourceError."""
+    """A column of integers. Raises SourceError where one is missing."""
     if column.null_count:
         raise SourceError(f"{name}: column {label!r} has a missing value; expected an integer in every row")
     return as_int64(column.to_numpy(zero_copy_only=False), f"{name}: column {label!r}")
@@ -315,35 +315,34 @@ def _read_meta(meta: Path, found_steps: int) -> _Stated:
 
 def _listed(meta: Path) -> EpisodeTable | None:
     listed = meta / "episodes.jsonl"
-    numbers: list[int] = []
-    lengths: list[int] = []
+    entries: list[tuple[Any, ...]] = []
     if listed.exists():
-        with opened(listed, "JSON lines") as lines:
-            for line in lines:
-                if line.strip():
-                    entry = json.loads(line)
-                    numbers.append(int(entry["episode_index"]))
-                    lengths.append(int(entry["length"]))
+        entries = _json_lines(listed, episode_index=int, length=int)
     else:
         for path in parquet_files(meta, "episodes/*/*.parquet"):
             with _opened(path) as file:
                 table = file.read(columns=["episode_index", "length"])
-                numbers += table.column("episode_index").to_pylist()
-                lengths += table.column("length").to_pylist()
-    if not numbers:
+                columns = (table.column(name).to_pylist() for name in ("episode_index", "length"))
+                entries += zip(*columns, strict=True)
+    if not entries:
         return None
     with readable("meta/episodes", "integers"):
-        listed_numbers, listed_lengths = np.array(numbers, np.int64), np.array(lengths, np.int64)
-    order = np.argsort(listed_numbers, kind="stable")
-    return EpisodeTable(lengths_to_starts(listed_lengths[order]), listed_numbers[order])
+        numbers, lengths = np.array(entries, np.int64).T
+    order = np.argsort(numbers, kind="stable")
+    return EpisodeTable(lengths_to_starts(lengths[order]), numbers[order])
+
+
+def _json_lines(path: Path, **kinds: type) -> list[tuple[Any, ...]]:
+    """The values of these keys in each line, converted. Raises SourceError."""
+    with opened(path, "JSON lines") as file:
+        lines = [json.loads(line) for line in file if line.strip()]
+        return [tuple(kind(line[name]) for name, kind in kinds.items()) for line in lines]
 
 
 def _listed_tasks(meta: Path) -> dict[int, str]:
     """Task texts by number: meta/tasks.jsonl (v2), meta/tasks.parquet (v3)."""
     if (path := meta / "tasks.jsonl").exists():
-        with opened(path, "JSON lines") as file:
-            lines = [json.loads(line) for line in file if line.strip()]
-            return {int(line["task_index"]): str(line["task"]) for line in lines}
+        return dict(_json_lines(path, task_index=int, task=str))
     if (path := meta / "tasks.parquet").exists():
         with _opened(path) as file:
             table = file.read()
@@ -352,6 +351,3 @@ def _listed_tasks(meta: Path) -> dict[int, str]:
                 raise SourceError(f"{path.name} has {shortlist(table.column_names)}; expected task_index and task")
             return dict(zip(table.column(_TASK).to_pylist(), table.column(texts[0]).to_pylist(), strict=True))
     return {}
-
-
-# Reading --------------------------------------------------------------------------------------------------------------

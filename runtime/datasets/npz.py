@@ -1,4 +1,4 @@
-"""`.npz` and `.npy`: arrays read in slices where they lie in the file, never whole and never unpickled."""
+"""`.npz` and `.npy` files: arrays are read in slices, never whole, and never unpickled."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class StoredArray:
 
     @property
     def rows(self) -> int:
-        """Steps, or numbers where there is one dimension."""
+        """The number of steps, or of numbers in an array of one dimension."""
         return math.prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0]
 
 
@@ -92,7 +92,7 @@ class NpzSource(Source):
         return self.root / self.files[0].name
 
     def check(self) -> None:
-        """The sums of the archive: slices are read past them."""
+        """Compare the checksums of the archive; reading slices does not."""
         if self.path.suffix.lower() != ".npz":
             return
         with opened(self.path, _NPZ, name=self.name) as file, zipfile.ZipFile(file) as archive:
@@ -112,7 +112,7 @@ class NpzSource(Source):
 
 
 def open_npz(path: Path, key: str | None) -> NpzSource:
-    """Episodes of one array or of many, as runtime/datasets/array_layouts.py finds them."""
+    """Episodes in one array or in many, found by runtime/datasets/array_layouts.py."""
     arrays = _arrays(path, key)
 
     def read(name: str) -> Iterator[AnyArray]:
@@ -176,7 +176,7 @@ def _archived(path: Path) -> dict[str, StoredArray]:
 
 
 def _header(file: IO[bytes], name: str, member: str, size: int, *, is_compressed: bool) -> StoredArray:
-    """Raises SourceError for what is cut off."""
+    """Read an array's header. Raises SourceError where the array is cut off."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(file)
@@ -195,7 +195,7 @@ def _are_equal(path: Path, one: StoredArray, other: StoredArray) -> bool:
 
 
 def _slices(path: Path, array: StoredArray) -> Iterator[AnyArray]:
-    """All of it, in slices of which the last may be shorter."""
+    """All rows, in slices."""
     with readable(path.name, _NPZ), closing(_Stream(path, array)) as stream:
         for start in range(0, max(array.rows, 1), _SLICE_STEPS):
             yield stream.read(start, min(start + _SLICE_STEPS, array.rows))
@@ -205,7 +205,7 @@ def _slices(path: Path, array: StoredArray) -> Iterator[AnyArray]:
 
 
 class _Stream:
-    """One array's rows; forwards is cheap, backwards in a compressed one means to begin again."""
+    """The rows of one array. Reading on is cheap; going back in a compressed one reads it again from its beginning."""
 
     def __init__(self, path: Path, array: StoredArray) -> None:
         self._array = array

@@ -1,4 +1,4 @@
-"""Makes the parts of a job: reads a block, codes it, writes it, and keeps no more than that."""
+"""Makes the parts of a job, block by block: reads, codes and writes it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _WAIT_SECONDS = 0.1
 
 
 class Stopped(Exception):  # noqa: N818  # no error: another worker has one
-    """Work that was given up because it will not be used."""
+    """Raised in a worker to end a part that will not be used, since another worker has failed."""
 
 
 class PartMaker:
-    """For one thread: its own reader of the source. Parts in ascending order are the cheap ones."""
+    """Makes parts in one thread, with a reader of its own. Parts in ascending order are read fastest."""
 
     def __init__(self, job: Job, tokenizer: ActionTokenizer) -> None:
         self._job, self._limit = job, np.float32(tokenizer.model.action_limit)
@@ -39,7 +39,7 @@ class PartMaker:
         self._reader = job.source.open(job.source_width)
 
     def make(self, part: int, on_steps: Callable[[int], None], is_stopped: Callable[[], bool]) -> PartRecord:
-        """Write the part and its record; `on_steps` hears of every block."""
+        """Write the part and its record. on_steps: is told the number of steps after every block."""
         job = self._job
         start, stop = job.rows(part)
         digests: list[str] = []
@@ -91,7 +91,7 @@ def _bytes(values: AnyArray) -> memoryview:
 
 
 def parts_of_another_source(job: Job, records: Iterable[PartRecord]) -> set[int]:
-    """Those whose steps in the source are no longer the ones they were made from. Raises SourceError."""
+    """The parts whose steps in the source have changed since they were made. Raises SourceError."""
     found = set()
     with closing(job.source.open(job.source_width)) as reader:
         for record in records:
@@ -102,7 +102,7 @@ def parts_of_another_source(job: Job, records: Iterable[PartRecord]) -> set[int]
 
 
 def run_local(job: Job, tokenizer: ActionTokenizer, parts: Sequence[int], workers: int, progress: Progress) -> None:
-    """Make these parts in so many threads of this process: what takes time in them needs no interpreter."""
+    """Make these parts in threads, which run side by side: what takes time in them releases the interpreter."""
     waiting, stopping = SimpleQueue[int](), threading.Event()
     for part in parts:
         waiting.put(part)

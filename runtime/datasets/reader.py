@@ -1,4 +1,4 @@
-"""A converted dataset, opened and verified: for decoding, for training, for whoever must not misread tokens."""
+"""Opens a converted dataset and verifies it, for decoding and for training."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def check_fingerprint(folder: Path, info: DatasetInfo, expected: str) -> None:
 
 
 class _DatasetReader(StepReader):
-    """Keeps the last block: slices in ascending order read each once."""
+    """Keeps the last block, so that slices in ascending order read each block once."""
 
     _source: TokenDataset
 
@@ -115,7 +115,7 @@ class _DatasetReader(StepReader):
             np.frombuffer(unpack(self._source.content(name), steps * size, info.compression), dtype)
             for name, size, dtype in zip(chunk_names(index), (info.width, 8, 8), ("|u1", "<i8", "<i8"), strict=True)
         )
-        # Order F: see turned().
+        # In order F, as `turned` of writers.py lays them out.
         tokens = tokens.reshape(info.model.num_layers, info.model.latent_dim, steps)[..., :rows].T
         return Steps(np.ascontiguousarray(tokens).reshape(rows, info.width), episode[:rows], frame[:rows])
 
@@ -152,7 +152,7 @@ class TokenDataset(Source):
         return f"{self.name}, row {row}"
 
     def episodes(self) -> EpisodeTable:
-        """Where every episode begins and ends, and its number."""
+        """All episodes, by the table that was written with the steps."""
         if self.info.storage == "zarr":
             ends, numbers = (
                 np.frombuffer(self.content(f"meta/{name}/0"), "<i8") for name in ("episode_ends", "episode_index")
@@ -172,12 +172,12 @@ class TokenDataset(Source):
         return [found[place] for place in np.searchsorted(numbers, episodes).tolist()]
 
     def content(self, name: str) -> bytes:
-        """A file's bytes, with the hash that `dataset.json` states."""
+        """The bytes of a file, verified."""
         self.verify(name)
         return read_file(self.root / name, self.info.files[name].size)
 
     def verify(self, name: str) -> None:
-        """Once for each file; raises TokenDatasetError."""
+        """Hash a file, once. Raises TokenDatasetError where `dataset.json` states another hash."""
         expected = self.info.files.get(name)
         if expected is None:
             raise TokenDatasetError(f"{self.root} lists no file {name!r}; {_AGAIN}")

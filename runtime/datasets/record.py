@@ -1,4 +1,4 @@
-"""What a finished part leaves for whoever goes on: its files, what they were made from, which steps they hold."""
+"""The record of a finished part, for the run that goes on: its files, what they were made from, and their steps."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class PartRecord:
     runs: tuple[Run, ...]
 
     def text(self, work: str) -> bytes:
-        """The one spelling, its own hash included. work: name of the job's folder, so that it fits no other job."""
-        # Not dataclasses.asdict of the whole: it copies every run by itself, which takes longer than all else here.
+        """The record as JSON with its own hash. work: the name of the job's folder, so that it fits no other."""
+        # Not dataclasses.asdict of the whole, which copies every run and takes longer than all the rest.
         files = {name: dataclasses.asdict(entry) for name, entry in self.files.items()}
         content = {"part": self.part, "files": files, "digests": self.digests, "runs": self.runs}
         digest = hashlib.sha256(f"{work}\n{json.dumps(content)}".encode()).hexdigest()
@@ -47,7 +47,7 @@ class PartRecord:
                 tuple(_run(run) for run in content["runs"]),
             )
             is_spelled_so = record.text(work) == text
-        # All that content of another shape can raise, deeply nested and non-ASCII text included.
+        # What any content of another shape can raise, deep nesting and non-ASCII text included.
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise OutputError(
                 f"a record of a finished part cannot be read ({type(error).__name__}: {error})"

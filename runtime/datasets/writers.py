@@ -19,17 +19,17 @@ from .format import Compression, part_name
 from .steps import AnyArray, Int64Array, Steps, optional
 
 if TYPE_CHECKING:
-    # Who reads datasets loads this module too, and needs no tokenizer.
+    # Readers of datasets load this module too, and need no tokenizer.
     from .job import Job
 
 _ZSTD_LEVEL = 1
-#: So many steps of tokens are turned at once: they stay in the processor's first cache.
+#: Steps that are turned at once: their tokens fit into the processor's first-level cache.
 _TURNED_STEPS = 256
 _HASHED_BYTES = 1 << 20
 
 
 class PartWriter(Protocol):
-    """Nothing of a part bears its final name before it is whole."""
+    """Writes one part. A file has its final name only once it is whole."""
 
     def write(self, block: Steps) -> None:
         """The next block: `block_steps` steps, fewer in the last one."""
@@ -63,7 +63,7 @@ def put(content: bytes, folder: Path, name: str, scratch: Path) -> FileEntry:
 
 
 def move(temporary: Path, folder: Path, name: str) -> None:
-    """To `name` in `folder`, which is not made: a worker that outlives its job must not lay its folder out again."""
+    """Rename to `name` in `folder`, which must exist: a worker that outlives its job must not create it again."""
     target = folder / name
     for parent in reversed(Path(name).parents[:-1]):
         (folder / parent).mkdir(exist_ok=True)
@@ -87,7 +87,7 @@ def sync(path: Path) -> None:
 
 
 def scratch_file(scratch: Path, name: str) -> Path:
-    """A name that no other process or thread uses; the process is in it for whoever looks on."""
+    """A name that no other process or thread uses. It begins with the number of the process."""
     return scratch / f"{os.getpid()}.{os.urandom(8).hex()}.{name}"
 
 
@@ -112,14 +112,14 @@ class ParquetPart:
         parquet = optional("pyarrow.parquet")
         arrow = self._arrow
         width, is_tokens = job.model.width(job.content), job.content == "tokens"
-        # Lists of bytes would take five times as long to write as bytes of fixed length, which hold the same.
+        # Bytes of fixed length are written five times as fast as lists of bytes, and hold the same.
         kind = arrow.binary(width) if is_tokens else arrow.list_(arrow.float32(), width)
         column = "tokens" if is_tokens else "action"
         fields = [("episode_index", arrow.int64()), ("frame_index", arrow.int64()), (column, kind)]
         self._schema = arrow.schema([arrow.field(name, kind, nullable=False) for name, kind in fields])
         values = column if is_tokens else f"{column}.list.element"
         is_compressed = job.compression == "zstd"
-        # Byte d*L + l of all steps side by side compresses better and four times as fast.
+        # With byte d*L + l of all steps side by side, tokens compress better and four times as fast.
         encoding = {values: "BYTE_STREAM_SPLIT" if is_compressed else "PLAIN"}
         self._temporary = scratch_file(job.scratch, Path(self._name).name)
         self._writer = parquet.ParquetWriter(
@@ -152,7 +152,7 @@ class ParquetPart:
         return {self._name: entry}
 
     def abandon(self) -> None:
-        # A full disk refuses the footer as it refused the rest.
+        # A full disk refuses the footer too.
         with suppress(OSError):
             self._writer.close()
         self._temporary.unlink(missing_ok=True)
@@ -182,11 +182,11 @@ class ZarrPart:
         return self._files
 
     def abandon(self) -> None:
-        """Whole chunks may stay: they will be written again, the same."""
+        """Chunks may stay: they are whole, and the same when they are written again."""
 
 
 def chunk_names(chunk: int) -> tuple[str, str, str]:
-    """Of tokens, episodes and frames."""
+    """The names of a chunk of tokens, of episodes and of frames."""
     return f"data/tokens/{chunk}.0.0", f"data/episode_index/{chunk}", f"data/frame_index/{chunk}"
 
 
@@ -213,7 +213,7 @@ def pack(content: AnyArray, compression: Compression) -> bytes:
 
 
 def unpack(content: bytes, size: int, compression: Compression) -> bytes:
-    """Raises OutputError where it does not give so many bytes."""
+    """The bytes of a chunk. Raises OutputError where they are not `size`."""
     if compression == "zstd":
         content = optional("pyarrow").Codec("zstd").decompress(content, size, asbytes=True)
     if len(content) != size:
