@@ -53,6 +53,7 @@ package: $(VENV)/installed
 	@$(BARE)/bin/pip install --quiet --disable-pip-version-check --no-deps build/dist/*.whl
 	@echo "raise ImportError('this is not rfsq')" >$(BARE)/runtime.py
 	@cd $(BARE) && bin/rfsq selftest $(abspath $(BUNDLE)) --backend c
+	@cp -rL $(BUNDLE) $(BARE)/bundle && cd $(BARE) && bin/rfsq build --from-bundle bundle
 
 benchmark: engine
 	@echo "== measuring $(BUNDLE)"

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.recovered import COARSE_LAYERS
 from rfsq.calibration.study_result import EpisodesRow, LayerRow, Spread, Spreads, StudyResult, result_to_json
-from rfsq.rfsq_ref.files import replacing
+from rfsq.runtime.bundle.writing import replacing
 
 RESULT_JSON = "calibration.json"
 RESULT_PNG = "calibration.png"

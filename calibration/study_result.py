@@ -2,11 +2,12 @@
 
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from rfsq.calibration.errors import CalibrationError
+from rfsq.runtime.bundle.reading import parse_json
+from rfsq.runtime.bundle.typed_json import build
 
 _DIGITS = 6
 
@@ -131,15 +132,6 @@ class StudyResult:
     seconds: float
 
 
-_ROWS: dict[str, Callable[..., Any]] = {
-    "settings": SettingRow,
-    "tasks": TaskRow,
-    "episodes": EpisodesRow,
-    "readout": ReadoutRow,
-    "layers": LayerRow,
-}
-
-
 def spread(values: Sequence[float]) -> Spread:
     """Of at least one value, to _DIGITS significant digits."""
     deviation = rounded(statistics.stdev(values)) if len(values) > 1 else None
@@ -164,20 +156,8 @@ def result_to_json(result: StudyResult) -> str:
 def result_from_json(text: str) -> StudyResult:
     """The inverse of result_to_json. CalibrationError for anything else."""
     try:
-        values: dict[str, Any] = {name: _revived(value) for name, value in json.loads(text).items()}
-        for name, row in _ROWS.items():
-            values[name] = tuple(row(**members) for members in values[name])
-        return StudyResult(**values)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        return build(StudyResult, parse_json(text), "the result")
+    except ValueError as error:
         raise CalibrationError(
             f"this is no result of the calibration study ({error}); write it with `python calibration/study.py`"
         ) from error
-
-
-def _revived(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(map(_revived, value))
-    if isinstance(value, dict):
-        found = {name: _revived(member) for name, member in value.items()}
-        return Spread(**found) if found.keys() == Spread.__dataclass_fields__.keys() else found
-    return value

@@ -14,8 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rfsq.evidence.closed_loop import EpisodeResult, Spread
+from rfsq.evidence.closed_loop import EpisodeResult
 from rfsq.evidence.errors import EvidenceError
+from rfsq.runtime.bundle.reading import parse_json
+from rfsq.runtime.bundle.typed_json import build
 
 FORMAT = "rfsq-rollout"
 _DROPPED = "dropped"
@@ -127,17 +129,17 @@ def _parse(content: bytes, path: Path) -> tuple[Identity, list[Episode]]:
     lines = content.splitlines()
     number = 0
     try:
-        header = json.loads(lines[0])
+        header = parse_json(lines[0])
         if header.pop("format") != FORMAT:
             raise ValueError("the first line names another format")
-        identity = Identity(**header)
+        identity = build(Identity, header, "it")
         episodes: list[Episode] = []
         for number, line in enumerate(lines[1:], start=1):  # noqa: B007
-            content_of_line = json.loads(line)
+            content_of_line = parse_json(line)
             if _DROPPED in content_of_line:
                 episodes = _without(episodes, content_of_line[_DROPPED])
             else:
-                episodes.append(_episode(content_of_line))
+                episodes.append(build(Episode, content_of_line, "it"))
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise EvidenceError(
             f"{path} is damaged at line {number + 1} ({error}); expected lines as {FORMAT} writes them: move it away"
@@ -147,13 +149,6 @@ def _parse(content: bytes, path: Path) -> tuple[Identity, list[Episode]]:
 
 def _without(episodes: list[Episode], cell: str) -> list[Episode]:
     return [episode for episode in episodes if episode.cell != cell]
-
-
-def _episode(content: dict[str, Any]) -> Episode:
-    result = dict(content["result"])
-    for name in ("tracking_mm", "tracking_deg"):
-        result[name] = Spread(**result[name])
-    return Episode(**{**content, "result": EpisodeResult(**result)})
 
 
 def _check_identity(found: Identity, expected: Identity, path: Path) -> None:

@@ -22,11 +22,11 @@ from torch.nn.functional import mse_loss, pad
 from rfsq.evidence.errors import EvidenceError
 from rfsq.rfsq_ref.autoencoder import ModelConfig, StepAutoencoder
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
-from rfsq.rfsq_ref.files import replacing
 from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind, fit_normaliser
 from rfsq.rfsq_ref.normaliser_choice import suggested_normaliser
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
 from rfsq.runtime.bundle.reading import parse_json
+from rfsq.runtime.bundle.writing import replacing
 
 # Importing it takes longer than torch and all of this project together, so that only a model that is made imports it.
 # Where it is missing, that is said here already.
@@ -283,11 +283,8 @@ def _save(model: ResidualAutoencoder, identity: str, path: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     made_with = {name: version(name) for name in ("torch", "vector-quantize-pytorch")}
     header = json.dumps({"identity": identity, "sha256": hash_tensors(tensors), "made_with": made_with})
-    try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(safetensors.torch.save(tensors, metadata={FORMAT: header}))
-    except OSError as error:
-        raise EvidenceError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
+    with replacing(path, error=EvidenceError) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata={FORMAT: header}))
 
 
 def _load(path: Path, dataset: ActionDataset, config: ResidualConfig) -> ResidualAutoencoder:

@@ -3,14 +3,15 @@
 import json
 import os
 import statistics
-import types
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from rfsq.evidence.errors import EvidenceError
-from rfsq.rfsq_ref.files import replacing
+from rfsq.runtime.bundle.reading import parse_json
+from rfsq.runtime.bundle.typed_json import build
+from rfsq.runtime.bundle.writing import replacing
 
 FORMAT = "rfsq-comparison"
 FORMAT_VERSION = 1
@@ -151,27 +152,23 @@ def check_writable(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Through a temporary sibling: the old file stays whole until the new one is. Raises EvidenceError."""
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise EvidenceError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
+    with replacing(path, error=EvidenceError) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: Path) -> Comparison:
     """What write_json wrote. Raises EvidenceError for anything else."""
     content = read_json_object(path, FORMAT, FORMAT_VERSION, "python rfsq_ref/compare.py")
     try:
-        comparison: Comparison = typed(Comparison, content)
-    except (TypeError, ValueError, KeyError) as error:
+        return build(Comparison, content, "the comparison")
+    except ValueError as error:
         raise EvidenceError(f"{path} is damaged: {error}; write it anew with `python rfsq_ref/compare.py`") from error
-    return comparison
 
 
 def read_json_object(path: Path, expected: str, expected_version: int, command: str) -> dict[str, Any]:
     """A JSON object of ours, without its format and version. Raises EvidenceError; `command` writes it anew."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvidenceError(f"cannot read {path}: {error}; write it with `{command}`") from error
     found = (content.pop("format", None), content.pop("format_version", None)) if isinstance(content, dict) else None
@@ -181,24 +178,3 @@ def read_json_object(path: Path, expected: str, expected_version: int, command: 
         )
     result: dict[str, Any] = content
     return result
-
-
-def typed(kind: Any, value: Any) -> Any:
-    """JSON values as the annotated type: dataclasses, tuples, dicts by text, optional ones, and plain values."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
-        hints = get_type_hints(kind)
-        if not isinstance(value, Mapping) or set(value) != {found.name for found in fields(kind)}:
-            raise ValueError(f"{value!r:.80} is no {getattr(kind, '__name__', kind)}")
-        return kind(**{name: typed(hints[name], found) for name, found in value.items()})  # type: ignore[operator]
-    if origin is tuple:
-        return tuple(typed(arguments[0], found) for found in value)
-    if origin is dict:
-        return {name: typed(arguments[1], found) for name, found in value.items()}
-    if origin in (Union, types.UnionType):
-        return None if value is None else typed(next(part for part in arguments if part is not type(None)), value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind):
-        raise ValueError(f"{value!r:.80} is no {kind.__name__}")
-    return value

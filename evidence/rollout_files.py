@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rfsq.evidence.episodes import read_episodes
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.results import read_json_object, typed, write_text
+from rfsq.evidence.results import read_json_object, write_text
 from rfsq.evidence.rollout_report import TOLERANCES, TaskReport, reports_of, table
 from rfsq.evidence.rollout_statistics import CONFIDENCE
+from rfsq.runtime.bundle.typed_json import build
 
 FORMAT = "rfsq-rollout-report"
 FORMAT_VERSION = 2
@@ -20,10 +21,9 @@ def read_report(path: Path) -> dict[str, TaskReport]:
     """The reports that write_report wrote. Raises EvidenceError for anything else."""
     content = read_json_object(path, FORMAT, FORMAT_VERSION, _COMMAND)
     try:
-        reports: dict[str, TaskReport] = typed(dict[str, TaskReport], content["tasks"])
-    except (TypeError, ValueError, KeyError) as error:
+        return build(dict[str, TaskReport], content["tasks"], "tasks")
+    except (ValueError, KeyError) as error:
         raise EvidenceError(f"{path} is damaged: {error}; write it anew with rollout.py --report-only") from error
-    return reports
 
 
 def demonstrations_of(path: Path) -> str:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rfsq.evidence.cells import RAW
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollout_report import POOLED, TOLERANCES, TaskReport, cells_of
-from rfsq.rfsq_ref.files import replacing
+from rfsq.runtime.bundle.writing import replacing
 
 _COLOURS = {RAW: "#222222", "naive": "#d9730d", "published decoder": "#b3261e", "recovered decoder": "#2a8c55"}
 _BLUES = ("#a9cdec", "#7db3e0", "#4d94cf", "#2f7dc0", "#1f6fb4")

@@ -27,10 +27,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rfsq.export.batches import Profile
-from rfsq.export.errors import BuildInputError, EngineBuildError, ExportError, GateError
-from rfsq.runtime.backends.tensorrt_api import TENSORRT_BACKENDS
+from rfsq.export.errors import BuildInputError, GateError
+from rfsq.runtime.bundle.backend_specs import BACKENDS
 from rfsq.runtime.bundle.console import escape_what_cannot_be_shown, path_argument
-from rfsq.runtime.bundle.errors import TokenizerError
+from rfsq.runtime.bundle.errors import RfsqError
+from rfsq.runtime.bundle.manifest import MODES
 
 if TYPE_CHECKING:
     from rfsq.export.on_target import TargetConfig
@@ -38,9 +39,6 @@ if TYPE_CHECKING:
 
 #: A person, the system, a closed terminal, a reader that has left.
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
-#: What a person gave or the machine lacks, each with a message that says so.
-_UNUSABLE = (EngineBuildError, ExportError, TokenizerError)
-_MODES = ("none", "dynamic", "calibrated", "recovered")
 _READOUTS = ("auto", "on", "off")
 
 
@@ -101,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
     parser.add_argument("--output", type=path_argument, help="default: build/bundle")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
-    parser.add_argument("--conditioning", choices=_MODES, help="default: calibrated if robust")
+    parser.add_argument("--conditioning", choices=MODES, help="default: calibrated if robust")
     parser.add_argument(
         "--readout",
         choices=_READOUTS,
@@ -113,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--backends",
         nargs="+",
-        help=f"onnxruntime is always built; of c, onnxruntime-cuda, {', '.join(TENSORRT_BACKENDS)} what is here",
+        metavar="NAME",
+        help=f"of {', '.join(BACKENDS)}; default: what is here, onnxruntime always",
     )
     parser.add_argument(
         "--compute-capabilities", nargs="+", help="such as 8.6 8.9; default: the library's portable target"
@@ -140,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except GateError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        except (*_UNUSABLE, OSError) as error:
+        except (RfsqError, OSError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
     return 0
@@ -155,14 +154,10 @@ def _run(config: BuildConfig | TargetConfig) -> None:
     import torch
 
     from rfsq.export.pipeline import build
-    from rfsq.rfsq_ref.errors import UnusableError
 
     # For matrices this small more threads are slower.
     torch.set_num_threads(1)
-    try:
-        build(config)
-    except UnusableError as error:
-        raise ExportError(str(error)) from error
+    build(config)
 
 
 @contextlib.contextmanager

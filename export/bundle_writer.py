@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -22,7 +21,8 @@ from rfsq.runtime.bundle.golden import Golden, read_golden, write_golden
 from rfsq.runtime.bundle.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, manifest_text, parse_manifest
 from rfsq.runtime.bundle.ownership import Ownership
 from rfsq.runtime.bundle.paths import as_path
-from rfsq.runtime.bundle.reading import read_file
+from rfsq.runtime.bundle.reading import read_json
+from rfsq.runtime.bundle.writing import replacing, sync
 
 # A build works in a hidden folder beside the output, whose lock it holds: a later build can tell what a dead one left.
 _STAGED = "staged"
@@ -55,7 +55,7 @@ class StagedBundle:
         except BundleError as error:
             raise ExportError(str(error)) from error
         self._is_sealed = False
-        _write_synced(self.folder / file, content)
+        self._put(file, content)
         self._files[file] = FileEntry(hashlib.sha256(content).hexdigest(), len(content))
 
     def write_golden(self, golden: Golden) -> None:
@@ -78,9 +78,13 @@ class StagedBundle:
                 read_golden(self._golden, sealed.model)
         except (ValueError, TypeError, RecursionError, BundleError) as error:
             raise ExportError(f"the bundle cannot be read back: {error}") from error
-        _write_synced(self.folder / MANIFEST_NAME, text.encode())
+        self._put(MANIFEST_NAME, text.encode())
         self._is_sealed = is_proven
         return sealed
+
+    def _put(self, file: str, content: bytes) -> None:
+        with replacing(self.folder / file, is_synced=True, error=ExportError) as temporary:
+            temporary.write_bytes(content)
 
 
 @contextlib.contextmanager
@@ -153,8 +157,8 @@ def _check_output(output: Path, overwrite: bool) -> None:
 def _files_of_bundle(folder: Path) -> Collection[str] | None:
     """What the manifest lists, of any schema version and however damaged the rest; None where it is not one of ours."""
     try:
-        content = json.loads(read_file(folder / MANIFEST_NAME, MANIFEST_SIZE_LIMIT))
-    except (OSError, ValueError, RecursionError):
+        content = read_json(folder / MANIFEST_NAME, MANIFEST_SIZE_LIMIT)
+    except (OSError, ValueError):
         return None
     if not isinstance(content, dict) or not {"schema_version", "manifest_sha256"} <= content.keys():
         return None
@@ -166,14 +170,14 @@ def _publish(workshop: Path, output: Path) -> None:
     """Put the new bundle at `output`, and what was there where `_clear_up` finds it."""
     new, old = workshop / _NEW, workshop / _OLD
     for folder, _, _ in os.walk(new):
-        _sync_folder(Path(folder))
+        sync(Path(folder))
     if not (output.exists() and any(output.iterdir())):
         # Onto nothing or an empty folder, which rename replaces.
         new.rename(output)
     elif not _exchange(new, output):
         output.rename(old)
         new.rename(output)
-    _sync_folder(output.parent)
+    sync(output.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -240,27 +244,3 @@ def _is_stale(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    """Write and flush to the disk, through a temporary name: a reader sees the whole file or none."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise ExportError(
-            f"{path} cannot be written: {error.strerror}; make room or choose another --output"
-        ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from rfsq.export.errors import ExportError
+from rfsq.export.errors import EngineBuildError
 from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE
 
 HEADER_NAME, SOURCE_NAME = (PurePosixPath(file).name for file in (C_HEADER, C_SOURCE))
@@ -18,13 +18,11 @@ HEADER_NAME, SOURCE_NAME = (PurePosixPath(file).name for file in (C_HEADER, C_SO
 #: a sum that round once instead of twice; the others promise that nobody reads errno or floating-point exceptions.
 C_FLAGS = ("-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 
+NO_COMPILER = "no C compiler is here: install gcc or clang, or name one in the environment as CC"
+
 _COMPILERS = ("cc", "gcc", "clang")
 _WARNINGS = ("-Wall", "-Wextra", "-Wpedantic")
 _TIMEOUT_S = 300
-
-
-class CBuildError(ExportError):
-    """A compiler that is missing or refuses the source; the message quotes it."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,10 @@ def find_compiler() -> list[str] | None:
 
 
 def compile_c(header: str, source: str, target: str, compiler: list[str] | None = None) -> CLibrary:
-    """Compile for one target. Raises CBuildError."""
+    """Compile for one target. Raises EngineBuildError."""
     compiler = compiler or find_compiler()
     if compiler is None:
-        raise CBuildError("no C compiler is here: install gcc or clang, or name one in the environment as CC")
+        raise EngineBuildError(NO_COMPILER)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / HEADER_NAME).write_text(header, encoding="utf-8")
@@ -71,7 +69,7 @@ def _run(command: list[str], folder: Path) -> str:
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise CBuildError(f"{command[0]} cannot be run: {error}") from error
+        raise EngineBuildError(f"{command[0]} cannot be run: {error}") from error
     if done.returncode:
-        raise CBuildError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr.strip()}")
+        raise EngineBuildError(f"{' '.join(command)} ended with status {done.returncode}:\n{done.stderr.strip()}")
     return done.stdout

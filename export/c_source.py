@@ -24,7 +24,7 @@ from rfsq.export.plan import (
     middle_level,
 )
 from rfsq.export.source_tables import Array, number, own_tokens, require_countable, table
-from rfsq.runtime.bundle.gates import CHECKED_STEPS
+from rfsq.runtime.bundle.backend_specs import BACKENDS
 from rfsq.runtime.bundle.validation import STATS_LIMIT
 
 _TEMPLATE = Path(__file__).parent / "templates" / SOURCE_NAME
@@ -259,7 +259,11 @@ def _header(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerprint: 
             _define(
                 "ACTION_LIMIT", number(action_limit(encoder)), "The largest |action|: beyond it float32 overflows."
             ),
-            _define("CHECKED_STEPS", CHECKED_STEPS, "Steps whose values are all checked before any is computed with."),
+            _define(
+                "CHECKED_STEPS",
+                BACKENDS["c"].checked_steps,
+                "Steps whose values are all checked before any is computed with.",
+            ),
             "",
             _documented(
                 "Encode actions.",

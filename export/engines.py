@@ -1,140 +1,145 @@
-"""Engines on their way into a bundle: compiled, opened as the robot would, and recorded as measured."""
+"""Compiles the engines of a bundle: from generated sources and graphs, for what is here or is asked for."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rfsq.export.batches import Profile
 from rfsq.export.bundle_writer import StagedBundle
-from rfsq.export.c_builder import CBuildError, compile_c
-from rfsq.export.cuda_flags import CUDA_FLAGS
+from rfsq.export.c_builder import NO_COMPILER, compile_c, find_compiler
 from rfsq.export.errors import EngineBuildError, require_none
-from rfsq.export.progress import StepList
-from rfsq.runtime.backends.c import CBackend
-from rfsq.runtime.backends.contract import MOST_CHUNKS, Backend
+from rfsq.export.progress import Step, StepList
+from rfsq.export.trt_builder import EngineRequest, build_engine, check_engine, inspect_engine
+from rfsq.runtime.backends.contract import MOST_CHUNKS
 from rfsq.runtime.backends.cpu_targets import host_targets
-from rfsq.runtime.backends.registry import GPU_ENGINES, create_backend
-from rfsq.runtime.backends.tensorrt_api import TENSORRT_BACKENDS, available_tensorrt, find_tensorrt
+from rfsq.runtime.backends.tensorrt_api import find_tensorrt
+from rfsq.runtime.bundle.backend_specs import BACKENDS, BackendSpec
 from rfsq.runtime.bundle.errors import BackendUnavailableError
-from rfsq.runtime.bundle.folder import Bundle
-from rfsq.runtime.bundle.manifest import C_SOURCE, CUDA_SOURCE, EngineEntry, GraphEntry
+from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, EngineEntry, GraphEntry
 
 if TYPE_CHECKING:
     from rfsq.runtime.backends.gpu.driver import GpuDevice
 
-#: What can run a bundle's graphs as they are: the first anywhere, the second where its library finds a GPU.
-_GRAPH_BACKENDS = ("onnxruntime", "onnxruntime-cuda")
+
+#: The source says itself where a product and a sum round once; everything else rounds as IEEE 754 has it.
+CUDA_FLAGS = ("--fmad=false",)
 
 
-def compile_graphs(
-    graphs: Sequence[tuple[GraphEntry, bytes]],
-    backends: Sequence[str] | None,
-    profile: Profile,
-    compute_capabilities: Sequence[str],
-    staged: StagedBundle,
-    steps: StepList,
+@dataclass(frozen=True)
+class EngineSources:
+    """What engines are compiled from, and for.
+
+    content: of each file of the bundle in the making; graphs: those of the form `reduce`; profile: batch sizes B, for
+    engines that are tuned for some; compute_capabilities: such as 8.9, none for what the library builds by itself.
+    """
+
+    content: Callable[[str], bytes]
+    graphs: tuple[GraphEntry, ...]
+    profile: Profile
+    compute_capabilities: tuple[str, ...] = ()
+
+
+def compilable(*, to_run: bool) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Backends whose engines can be compiled here, and why those of the others that are installed cannot.
+
+    to_run: here, too. Without, those for another machine's GPU count, and a GPU that is not here is no news.
+    """
+    chosen, reasons = list[str](), dict[str, str]()
+    for name, spec in BACKENDS.items():
+        if spec.engine_source is None or not spec.is_installed:
+            continue
+        needs_gpu = spec.is_on_gpu and (to_run or spec.engine_source == "cuda")
+        if needs_gpu and (reason := _why_no_gpu()):
+            if to_run:
+                reasons[name] = reason
+        elif reason := _why_not_compiled(spec):
+            reasons[name] = reason
+        else:
+            chosen.append(name)
+    return tuple(chosen), reasons
+
+
+def compile_engines(
+    backend: str, sources: EngineSources, staged: StagedBundle, steps: StepList
 ) -> tuple[EngineEntry, ...]:
-    """Compile every graph for every TensorRT asked for, for every one installed where `backends` is None.
+    """Compile all engines of a backend into the bundle; none for one that runs graphs as they are.
 
-    What comes out is inspected and recorded as built; whether it is right is for the gates to say.
+    Whether they are right is for the gates to say. Raises BackendUnavailableError where a library or the GPU is
+    missing, EngineBuildError where something does not compile, GateError where what came out is not
+    what was asked for.
     """
-    wanted = available_tensorrt() if backends is None else backends
-    if not set(wanted) & set(TENSORRT_BACKENDS):
+    compilers = {"c": _compile_c, "cuda": _compile_cuda, "graphs": _compile_graphs}
+    source = BACKENDS[backend].engine_source
+    if source is None:
         return ()
-    # Here, because it needs onnx and polygraphy, which a robot that compiles C alone need not have.
-    from rfsq.export.trt_builder import EngineRequest, build_engine, check_engine, inspect_engine
+    with steps.step(f"compile {backend}") as step:
+        return compilers[source](backend, sources, staged, step)
 
+
+def _compile_graphs(backend: str, sources: EngineSources, staged: StagedBundle, step: Step) -> tuple[EngineEntry, ...]:
     engines = []
-    for backend in (name for name in TENSORRT_BACKENDS if name in wanted):
-        with steps.step(f"compile {backend}") as step:
-            for graph, content in graphs:
-                built = build_engine(EngineRequest(backend, content, profile, tuple(compute_capabilities)))
-                require_none(f"{backend}, {graph.file}: {problem}" for problem in check_engine(built, content))
-                description = inspect_engine(built)
-                targets = built.compute_capabilities or _only_target(backend)
-                target = "-".join(f"sm{name.replace('.', '')}" for name in targets) or "default"
-                stem = graph.file.rpartition("/")[2].removesuffix(".onnx")
-                file = f"engines/{backend}-{built.version}-{target}/{stem}-{built.onnx_sha256[:12]}.engine"
-                staged.write(file, built.serialized)
-                engines.append(
-                    _unproven(
-                        backend=backend,
-                        version=built.version,
-                        targets=targets,
-                        source=graph.file,
-                        source_sha256=built.onnx_sha256,
-                        file=file,
-                        profile=(profile.minimum, profile.optimum, profile.maximum),
-                        detail=f"inspected ({description.source}), not run",
-                    )
-                )
-                step.note(f"{file.rpartition('/')[2]} {len(built.serialized) / 1e6:.1f} MB")
-            step.note(f"built for {backend} {built.version}, target {target}")
+    for graph in sources.graphs:
+        content, profile = sources.content(graph.file), sources.profile
+        built = build_engine(EngineRequest(backend, content, profile, sources.compute_capabilities))
+        require_none(f"{backend}, {graph.file}: {problem}" for problem in check_engine(built, graph, content))
+        targets = built.compute_capabilities or _only_target(backend)
+        target = "-".join(f"sm{name.replace('.', '')}" for name in targets) or "default"
+        stem = graph.file.rpartition("/")[2].removesuffix(".onnx")
+        entry = _written(
+            staged,
+            built.serialized,
+            backend=backend,
+            version=built.version,
+            targets=targets,
+            source=graph.file,
+            source_sha256=built.onnx_sha256,
+            file=f"engines/{backend}-{built.version}-{target}/{stem}-{built.onnx_sha256[:12]}.engine",
+            profile=(profile.minimum, profile.optimum, profile.maximum),
+            detail=f"inspected ({inspect_engine(built)[0]}), not run",
+        )
+        engines.append(entry)
+        step.note(f"{entry.file.rpartition('/')[2]} {len(built.serialized) / 1e6:.1f} MB")
+        for warning in built.warnings:
+            step.note(f"{backend} warns: {warning}")
+    step.note(f"built for {backend} {engines[0].version}, target {target}")
     return tuple(engines)
 
 
-def compile_source(header: str, source: str, staged: StagedBundle, steps: StepList) -> tuple[EngineEntry, ...]:
-    """Compile the generated C for every target that this machine can run: what cannot be proven here is not built.
-
-    Raises CBuildError.
-    """
+def _compile_c(backend: str, sources: EngineSources, staged: StagedBundle, step: Step) -> tuple[EngineEntry, ...]:
+    """For every target that this machine can run: what cannot be proven here is not built."""
+    header, source = sources.content(C_HEADER), sources.content(C_SOURCE)
     engines = []
-    with steps.step("compile c") as step:
-        *better, least = host_targets()
-        for target in (*better, least):
-            try:
-                library = compile_c(header, source, target)
-            except CBuildError as error:
-                if target == least:
-                    raise
-                # An old compiler may not know the level; every one knows the least.
-                step.note(f"NOT {target}: {str(error).splitlines()[-1]}")
-                continue
-            file = f"engines/c/{target}/librfsq_tokenizer.so"
-            staged.write(file, library.content)
-            engines.append(
-                _unproven(
-                    backend="c",
-                    version=library.compiler,
-                    targets=(target,),
-                    source=C_SOURCE,
-                    source_sha256=hashlib.sha256(source.encode()).hexdigest(),
-                    file=file,
-                    profile=(1, 1, MOST_CHUNKS),
-                    detail="compiled, not run",
-                )
+    *better, least = host_targets()
+    for target in (*better, least):
+        try:
+            library = compile_c(header.decode(), source.decode(), target)
+        except EngineBuildError as error:
+            if target == least:
+                raise
+            # An old compiler may not know the level; every one knows the least.
+            step.note(f"NOT {target}: {str(error).splitlines()[-1]}")
+            continue
+        engines.append(
+            _written(
+                staged,
+                library.content,
+                backend=backend,
+                version=library.compiler,
+                targets=(target,),
+                source=C_SOURCE,
+                source_sha256=hashlib.sha256(source).hexdigest(),
+                file=f"engines/c/{target}/librfsq_tokenizer.so",
             )
-            step.note(f"{target} {len(library.content) / 1000:.0f} kB, {library.compiler}")
+        )
+        step.note(f"{target} {len(library.content) / 1000:.0f} kB, {library.compiler}")
     return tuple(engines)
 
 
-def find_gpu() -> GpuDevice | None:
-    """This machine's GPU, where there is one, with cuda-python to use it and NVRTC to compile for it."""
-    try:
-        from rfsq.runtime.backends.gpu.driver import open_device
-        from rfsq.runtime.backends.gpu.kernels import KernelError, nvrtc_version
-
-        gpu = open_device()
-    except (ImportError, BackendUnavailableError):
-        return None
-    try:
-        nvrtc_version()
-    except KernelError as error:
-        print(f"  the generated CUDA is not compiled for {gpu}: {error}")
-        return None
-    return gpu
-
-
-def compile_cuda(source: str, staged: StagedBundle, steps: StepList) -> tuple[EngineEntry, ...]:
-    """Compile the generated CUDA for this machine's GPU: what cannot be proven here is not built.
-
-    Raises BackendUnavailableError without a GPU or cuda-python, EngineBuildError where NVRTC is missing or refuses the
-    source.
-    """
+def _compile_cuda(backend: str, sources: EngineSources, staged: StagedBundle, step: Step) -> tuple[EngineEntry, ...]:
+    """For this machine's GPU: what cannot be proven here is not built."""
     # Here, because they need cuda-python, which a machine without a GPU need not have.
     try:
         from rfsq.runtime.backends.gpu.driver import open_device
@@ -144,107 +149,64 @@ def compile_cuda(source: str, staged: StagedBundle, steps: StepList) -> tuple[En
             f"the generated CUDA cannot be compiled: {error}; install cuda-python and NVRTC with: pip install '.[gpu]'"
         ) from error
 
-    with steps.step("compile cuda") as step:
-        gpu = open_device()
-        try:
-            version = nvrtc_version()
-            content = compile_kernels(source, CUDA_SOURCE.rpartition("/")[2], gpu.compute_capability, CUDA_FLAGS)
-        except KernelError as error:
-            raise EngineBuildError(str(error)) from error
-        file = f"engines/cuda/sm{gpu.compute_capability.replace('.', '')}/rfsq_tokenizer.cubin"
-        staged.write(file, content)
-        step.note(f"{file.rpartition('/')[2]} {len(content) / 1000:.0f} kB, {version}, {gpu}")
-    return (
-        _unproven(
-            backend="cuda",
-            version=version,
-            targets=(gpu.compute_capability,),
-            source=CUDA_SOURCE,
-            source_sha256=hashlib.sha256(source.encode()).hexdigest(),
-            file=file,
-            profile=(1, 1, MOST_CHUNKS),
-            detail="compiled, not run",
-        ),
+    source, gpu = sources.content(CUDA_SOURCE), open_device()
+    try:
+        version = nvrtc_version()
+        content = compile_kernels(source.decode(), CUDA_SOURCE.rpartition("/")[2], gpu.compute_capability, CUDA_FLAGS)
+    except KernelError as error:
+        raise EngineBuildError(str(error)) from error
+    entry = _written(
+        staged,
+        content,
+        backend=backend,
+        version=version,
+        targets=(gpu.compute_capability,),
+        source=CUDA_SOURCE,
+        source_sha256=hashlib.sha256(source).hexdigest(),
+        file=f"engines/cuda/sm{gpu.compute_capability.replace('.', '')}/rfsq_tokenizer.cubin",
     )
+    step.note(f"{entry.file.rpartition('/')[2]} {len(content) / 1000:.0f} kB, {version}, {gpu}")
+    return (entry,)
 
 
-def _unproven(**known: Any) -> EngineEntry:
+def _written(staged: StagedBundle, content: bytes, **known: Any) -> EngineEntry:
     """An engine that nothing has run yet."""
-    return EngineEntry(status="built", precision="not measured", device="", kernel_cache="", **known)
+    unproven = {"profile": (1, 1, MOST_CHUNKS), "detail": "compiled, not run", **known}
+    entry = EngineEntry(status="built", precision="not measured", device="", kernel_cache="", **unproven)
+    staged.write(entry.file, content)
+    return entry
+
+
+def _why_not_compiled(spec: BackendSpec) -> str:
+    """Empty where the compiler of this backend's engines is here."""
+    if spec.engine_source == "c":
+        return "" if find_compiler() else NO_COMPILER
+    if spec.engine_source == "cuda":
+        from rfsq.runtime.backends.gpu.kernels import KernelError, nvrtc_version
+
+        try:
+            nvrtc_version()
+        except KernelError as error:
+            return f"the generated CUDA is not compiled for {_gpu()}: {error}"
+    return ""
+
+
+def _why_no_gpu() -> str:
+    """Empty where there is one, with cuda-python to use it."""
+    try:
+        _gpu()
+    except (ImportError, BackendUnavailableError) as error:
+        return str(error)
+    return ""
 
 
 def _only_target(backend: str) -> tuple[str, ...]:
     """This machine's GPU for a library that builds for no other; empty for one with a portable target."""
-    if find_tensorrt(backend).compute_capabilities:
-        return ()
+    return () if find_tensorrt(backend).compute_capabilities else (_gpu().compute_capability,)
+
+
+def _gpu() -> GpuDevice:
+    # Here, because it needs cuda-python, which a machine without a GPU need not have.
     from rfsq.runtime.backends.gpu.driver import open_device
 
-    return (open_device().compute_capability,)
-
-
-@contextlib.contextmanager
-def opened_backends(
-    bundle: Bundle, wanted: Sequence[str] | None, *, required: Sequence[str] = ()
-) -> Iterator[tuple[list[Backend], dict[str, str]]]:
-    """Every backend that runs here, and why every other one does not; closed when the block ends.
-
-    wanted: None for all. Engines that are asked for may be for another machine. Raises BackendUnavailableError where
-    one that is required does not run.
-    """
-    engines = {entry.backend for entry in bundle.manifest.engines}
-    names = [name for name in (*_GRAPH_BACKENDS, *GPU_ENGINES) if wanted is None or name in wanted]
-    names += [name for name in required if name not in names]
-    compiled = [entry.targets[0] for entry in bundle.manifest.engines if entry.backend == "c"]
-    with contextlib.ExitStack() as stack:
-        backends: list[Backend] = []
-        absent: dict[str, str] = {}
-        for name in names:
-            if name in GPU_ENGINES and name not in engines:
-                continue
-            try:
-                backends.append(stack.enter_context(contextlib.closing(create_backend(name, bundle))))
-            except BackendUnavailableError as error:
-                if name in required:
-                    raise
-                absent[name] = str(error)
-        if wanted is None or "c" in wanted:
-            # Of this machine's own kinds all run, the lesser ones too.
-            backends += [CBackend(bundle, target) for target in host_targets() if target in compiled]
-        yield backends, absent
-
-
-def with_measurements(
-    engines: Sequence[EngineEntry], backends: Sequence[Backend], staged: StagedBundle
-) -> tuple[EngineEntry, ...]:
-    """The entries of engines that have just passed the gates, as validated on what they ran on; the others as they are.
-
-    Kernels that TensorRT-RTX compiled on the way are written beside their engine.
-    """
-    measured = {}
-    for backend in backends:
-        if isinstance(backend, CBackend):
-            measured[backend.entry.file] = _validated(backend.entry, backend)
-        if backend.name not in GPU_ENGINES:
-            continue
-        # Here, because it needs cuda-python, which a machine without a GPU need not have.
-        from rfsq.runtime.backends.cuda import CudaBackend
-        from rfsq.runtime.backends.tensorrt import TrtBackend
-
-        if isinstance(backend, CudaBackend):
-            measured[backend.entry.file] = _validated(backend.entry, backend)
-            continue
-        assert isinstance(backend, TrtBackend)
-        for function in backend.engines:
-            entry = function.entry
-            content = function.kernel_cache_content()
-            kernel_cache = f"{entry.file}.kernels" if content else ""
-            if content:
-                staged.write(kernel_cache, content)
-            entry = _validated(entry, backend)
-            measured[entry.file] = replace(entry, kernel_cache=kernel_cache)
-    return tuple(measured.get(entry.file, entry) for entry in engines)
-
-
-def _validated(entry: EngineEntry, backend: Backend) -> EngineEntry:
-    detail = f"passed the gates through {backend.description}"
-    return replace(entry, status="validated", precision="fp32", device=backend.device, detail=detail)
+    return open_device()

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable
 
+from rfsq.runtime.bundle.errors import RfsqError
 
-class ExportError(RuntimeError):
+
+class ExportError(RfsqError, RuntimeError):
     """A build that cannot go on; nothing is left behind at the output."""
 
 
@@ -11,8 +13,8 @@ class BuildInputError(ExportError, ValueError):
     """Settings that make no sense, or a model that no engine can hold."""
 
 
-class EngineBuildError(RuntimeError):
-    """An engine that could not be built; the message quotes the parser or the builder."""
+class EngineBuildError(ExportError):
+    """An engine that could not be built; the message quotes the compiler, the parser or the builder."""
 
 
 class GateError(ExportError):

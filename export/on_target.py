@@ -2,42 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
 
 from rfsq.export.batches import Profile
-from rfsq.export.bundle_writer import stage_bundle
-from rfsq.export.c_builder import CBuildError, find_compiler
-from rfsq.export.engines import (
-    compile_cuda,
-    compile_graphs,
-    compile_source,
-    find_gpu,
-    opened_backends,
-    with_measurements,
-)
+from rfsq.export.bundle_writer import StagedBundle, stage_bundle
+from rfsq.export.engines import EngineSources, compilable, compile_engines
 from rfsq.export.errors import BuildInputError, EngineBuildError, ExportError, require_none
 from rfsq.export.progress import StepList
+from rfsq.export.proving import seal_proven
 from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.backends.replay import replay
-from rfsq.runtime.backends.tensorrt_api import TENSORRT_BACKENDS, available_tensorrt
+from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 from rfsq.runtime.bundle.errors import BackendUnavailableError
 from rfsq.runtime.bundle.folder import Bundle, open_bundle
 from rfsq.runtime.bundle.golden import Golden, read_golden
-from rfsq.runtime.bundle.manifest import (
-    C_HEADER,
-    C_SOURCE,
-    CUDA_SOURCE,
-    GOLDEN_NAME,
-    EngineEntry,
-    Manifest,
-    ParityEntry,
-)
-
-_ENGINES = ("c", "cuda", *TENSORRT_BACKENDS)
+from rfsq.runtime.bundle.manifest import GOLDEN_NAME, EngineEntry, Manifest, ParityEntry
 
 
 @dataclass(frozen=True)
@@ -53,21 +34,19 @@ class TargetConfig:
     profile: Profile = field(default_factory=lambda: Profile(1, 1, 4096))
 
     def __post_init__(self) -> None:
-        unknown = set(self.backends or ()) - set(_ENGINES)
+        known = compiled_from("c", "cuda", "graphs")
+        unknown = set(self.backends or ()) - set(known)
         if unknown:
-            raise BuildInputError(f"backends {sorted(unknown)} have no engines to add; there are {', '.join(_ENGINES)}")
+            raise BuildInputError(f"backends {sorted(unknown)} have no engines to add; there are {', '.join(known)}")
 
 
 class _CannotRunError(ExportError):
     """reasons: by backend, why its engines cannot be made or run here."""
 
+    # The message first, so that it can be pickled.
     def __init__(self, message: str, reasons: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.reasons = reasons or {}
-
-    @classmethod
-    def of(cls, reasons: Mapping[str, str]) -> Self:
-        return cls(_listed(reasons), reasons)
 
 
 def add_engines(config: TargetConfig) -> Manifest:
@@ -76,7 +55,7 @@ def add_engines(config: TargetConfig) -> Manifest:
     The bundle is as it was unless every gate passed. Raises BundleError for no bundle, GateError, and ExportError where
     a backend that was asked for cannot be made or run here, or none can.
     """
-    backends, left_out = _present()
+    backends, left_out = compilable(to_run=True)
     if config.backends is not None:
         try:
             return _add_all(config, config.backends)
@@ -96,8 +75,8 @@ def add_engines(config: TargetConfig) -> Manifest:
                 print(f"– {name} is left out: {reason}")
             return manifest
     raise ExportError(
-        f"no engine can be added here: install gcc or clang for C, or TensorRT with pip install "
-        f"'.[{TENSORRT_BACKENDS[1]},gpu]' on a machine with a GPU\n  {_listed(left_out)}"
+        "no engine can be added here: install gcc or clang for C, or TensorRT with "
+        f"{BACKENDS['tensorrt-rtx'].install} on a machine with a GPU\n  {_listed(left_out)}"
     )
 
 
@@ -110,81 +89,58 @@ def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
     steps = StepList()
     with steps.step("open bundle") as step:
         bundle = open_bundle(config.bundle)
-        manifest = bundle.manifest
-        golden = read_golden(bundle.content(GOLDEN_NAME), manifest.model)
-        step.note(f"{bundle.folder}: {manifest.model.mode}, fingerprint {manifest.fingerprint[:16]}")
+        golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model)
+        step.note(f"{bundle.folder}: {bundle.manifest.model.mode}, fingerprint {bundle.manifest.fingerprint[:16]}")
     with stage_bundle(config.bundle, overwrite=True) as staged:
-        graphs = [(graph, bundle.content(graph.file)) for graph in manifest.graphs_of("reduce")]
+        sources = EngineSources(bundle.content, bundle.manifest.graphs_of("reduce"), config.profile)
         added: tuple[EngineEntry, ...] = ()
-        for name in backends:
+        for name in dict.fromkeys(backends):
             try:
-                if name == "c":
-                    header, source = (bundle.content(file).decode() for file in (C_HEADER, C_SOURCE))
-                    added += compile_source(header, source, staged, steps)
-                elif name == "cuda":
-                    added += compile_cuda(bundle.content(CUDA_SOURCE).decode(), staged, steps)
-                else:
-                    added += compile_graphs(graphs, (name,), config.profile, (), staged, steps)
-            except (BackendUnavailableError, CBuildError, EngineBuildError) as error:
-                raise _CannotRunError.of({name: str(error)}) from error
-        replaced = [entry for entry in manifest.engines if any(_takes_the_place(new, entry) for new in added)]
-        kept = [entry for entry in manifest.engines if entry not in replaced]
-        dropped = {file for entry in replaced for file in (entry.file, entry.kernel_cache)}
-        for file in manifest.files.keys() - dropped:
-            staged.write(file, bundle.content(file))
-        manifest = replace(manifest, engines=(*kept, *added))
-        staged.seal(manifest, is_proven=False)
-        with opened_backends(open_bundle(staged.folder, is_proven=False), backends) as (opened, absent):
+                added += compile_engines(name, sources, staged, steps)
+            except (BackendUnavailableError, EngineBuildError) as error:
+                raise _CannotRunError(f"{name}: {error}", {name: str(error)}) from error
+        engines = _kept(bundle, added, staged) + added
+
+        def judge(opened: Sequence[Backend], absent: Mapping[str, str]) -> tuple[ParityEntry, ...]:
             if absent:
-                raise _CannotRunError.of(absent)
-            with steps.step("golden vectors") as step:
-                parity = [entry for backend in opened for entry in _replayed(golden, bundle, backend)]
-                for entry in parity:
-                    step.note(f"{entry.backend}, {entry.gate}: {entry.value:.4g}, limit {entry.limit:.4g}")
-                require_none(
-                    f"{entry.backend}, {entry.gate}: {entry.value:g}; expected at most {entry.limit:g} ({entry.detail})"
-                    for entry in parity
-                    if not entry.value <= entry.limit
-                )
+                raise _CannotRunError(_listed(absent), absent)
             here = {(backend.name, backend.device) for backend in opened}
-            before = [entry for entry in manifest.parity if (entry.backend, entry.device) not in here]
-            engines: tuple[EngineEntry, ...] = with_measurements(manifest.engines, opened, staged)
-        manifest = staged.seal(replace(manifest, engines=engines, parity=(*before, *parity)))
-    print(f"\n✓ {config.bundle} has validated engines for {', '.join(sorted({name for name, _ in here}))} here")
+            before = (entry for entry in bundle.manifest.parity if (entry.backend, entry.device) not in here)
+            return (*before, *_proven(golden, bundle, opened, steps))
+
+        manifest = seal_proven(staged, replace(bundle.manifest, engines=engines), judge, backends)
+    print(f"\n✓ {config.bundle} has validated engines for {', '.join(sorted({entry.backend for entry in added}))} here")
     return manifest
+
+
+def _kept(bundle: Bundle, added: Sequence[EngineEntry], staged: StagedBundle) -> tuple[EngineEntry, ...]:
+    """The engines that stay beside the new ones; they and all other files are written as they are."""
+    engines = bundle.manifest.engines
+    replaced = [entry for entry in engines if any(_takes_the_place(new, entry) for new in added)]
+    dropped = {file for entry in replaced for file in (entry.file, entry.kernel_cache)}
+    for file in bundle.manifest.files.keys() - dropped:
+        staged.write(file, bundle.content(file))
+    return tuple(entry for entry in engines if entry not in replaced)
+
+
+def _proven(golden: Golden, bundle: Bundle, opened: Sequence[Backend], steps: StepList) -> list[ParityEntry]:
+    """What the golden vectors say of each backend. Raises GateError where a gate is red."""
+    with steps.step("golden vectors") as step:
+        parity = [entry for backend in opened for entry in _replayed(golden, bundle, backend)]
+        for entry in parity:
+            step.note(f"{entry.backend}, {entry.gate}: {entry.value:.4g}, limit {entry.limit:.4g}")
+        require_none(
+            f"{entry.backend}, {entry.gate}: {entry.value:g}; expected at most {entry.limit:g} ({entry.detail})"
+            for entry in parity
+            if not entry.value <= entry.limit
+        )
+    return parity
 
 
 def _takes_the_place(new: EngineEntry, old: EngineEntry) -> bool:
     """Whether the old engine is of no use beside the new one: else it might be the one that is run and proven."""
     is_same_library = (new.backend, new.version, new.source) == (old.backend, old.version, old.source)
-    return new.file == old.file or (new.backend not in ("c", "cuda") and is_same_library)
-
-
-def _present() -> tuple[tuple[str, ...], dict[str, str]]:
-    """What can be compiled here and run, and why the rest of what is installed cannot."""
-    backends, left_out = list[str](), dict[str, str]()
-    if find_compiler() is None:
-        left_out["c"] = "no C compiler is here; install gcc or clang, or name one in the environment as CC"
-    else:
-        backends.append("c")
-    if reason := _why_no_gpu():
-        generated = ("cuda",) if importlib.util.find_spec("cuda") else ()
-        return tuple(backends), {**left_out, **dict.fromkeys((*generated, *available_tensorrt()), reason)}
-    if find_gpu() is not None:
-        backends.append("cuda")
-    return (*backends, *available_tensorrt()), left_out
-
-
-def _why_no_gpu() -> str:
-    """Empty where there is one."""
-    # Here, because it needs cuda-python, which a machine without a GPU need not have.
-    try:
-        from rfsq.runtime.backends.gpu.driver import open_device
-
-        open_device()
-    except (ImportError, BackendUnavailableError) as error:
-        return str(error)
-    return ""
+    return new.file == old.file or (BACKENDS[new.backend].engine_source == "graphs" and is_same_library)
 
 
 def _replayed(golden: Golden, bundle: Bundle, backend: Backend) -> list[ParityEntry]:

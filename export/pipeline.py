@@ -6,31 +6,22 @@ import importlib.metadata
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from tqdm import tqdm
-
-from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig, held_out_warning
+from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig
 from rfsq.export.batches import Profile
 from rfsq.export.bundle_writer import StagedBundle, stage_bundle
-from rfsq.export.c_builder import find_compiler
 from rfsq.export.c_source import c_tokenizer
 from rfsq.export.cuda_source import cuda_tokenizer
-from rfsq.export.engines import (
-    compile_cuda,
-    compile_graphs,
-    compile_source,
-    find_gpu,
-    opened_backends,
-    with_measurements,
-)
+from rfsq.export.engines import EngineSources, compilable, compile_engines
 from rfsq.export.errors import BuildInputError, require_none
 from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graph_check import check_graph, cross_check
 from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
-from rfsq.export.parity import batches, failures, golden_vectors, judges_of
+from rfsq.export.judging import closing_tables, note_gates, prove
+from rfsq.export.parity import golden_vectors
 from rfsq.export.parity_data import Section, parity_sections
 from rfsq.export.plan import (
     DecoderPlan,
@@ -41,23 +32,23 @@ from rfsq.export.plan import (
     plan_decoder,
     plan_encoder,
 )
-from rfsq.export.progress import StepList, table
-from rfsq.export.reference import AS_TRAINED, REFITTED, Reference
-from rfsq.export.sources import choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
+from rfsq.export.progress import StepList
+from rfsq.export.proving import seal_proven
+from rfsq.export.reference import Reference
+from rfsq.export.sources import BuildData, choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.runtime.backends.contract import Backend
-from rfsq.runtime.backends.replay import replay
-from rfsq.runtime.backends.tensorrt_api import TENSORRT_BACKENDS
+from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
 from rfsq.runtime.bundle.fidelity import Fidelity
-from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.golden import Golden
 from rfsq.runtime.bundle.manifest import (
     C_HEADER,
     C_SOURCE,
     CUDA_SOURCE,
     SCHEMA_VERSION,
+    EngineEntry,
     GraphEntry,
     Manifest,
     ModelEntry,
@@ -67,8 +58,6 @@ from rfsq.runtime.bundle.manifest import (
 
 #: Packages whose version can change what is built.
 _TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "polygraphy")
-ALWAYS = "onnxruntime"
-KNOWN_BACKENDS = (ALWAYS, "c", "cuda", "onnxruntime-cuda", *TENSORRT_BACKENDS)
 #: Far beyond any policy's chunks; the golden vectors of longer ones would take a robot seconds to load.
 _LONGEST_CHUNK = 1024
 #: Hours of work on any machine, and a number that arrays are counted in.
@@ -114,14 +103,15 @@ class BuildConfig:
         wrong = [name for name in self.compute_capabilities if not re.fullmatch(r"\d+\.\d", name)]
         if wrong:
             raise BuildInputError(f"compute capabilities {wrong} are none; expected numbers such as 8.9")
-        if self.compute_capabilities and self.backends is not None and not set(self.backends) & set(TENSORRT_BACKENDS):
+        tuned = compiled_from("graphs")
+        if self.compute_capabilities and self.backends is not None and not set(self.backends) & set(tuned):
             raise BuildInputError(
-                f"compute capabilities {list(self.compute_capabilities)} are for {' and '.join(TENSORRT_BACKENDS)}, "
+                f"compute capabilities {list(self.compute_capabilities)} are for {' and '.join(tuned)}, "
                 f"and only {', '.join(self.backends)} is asked for; leave one of the two flags out"
             )
-        unknown = set(self.backends or ()) - set(KNOWN_BACKENDS)
+        unknown = set(self.backends or ()) - BACKENDS.keys()
         if unknown:
-            raise BuildInputError(f"backends {sorted(unknown)} are not known; there are {', '.join(KNOWN_BACKENDS)}")
+            raise BuildInputError(f"backends {sorted(unknown)} are not known; there are {', '.join(BACKENDS)}")
 
 
 @dataclass(frozen=True)
@@ -145,149 +135,193 @@ def build(config: BuildConfig) -> BuildResult:
     """
     steps = StepList()
     with stage_bundle(config.output, overwrite=config.overwrite) as staged:
-        with steps.step("load checkpoint") as step:
-            checkpoint = open_checkpoint(
-                config.checkpoint,
-                use_layernorm=config.use_layernorm,
-                weights=config.weights,
-                normaliser_file=config.normaliser,
-            )
-            mode = choose_mode(checkpoint, config.conditioning)
-            prefixes = choose_prefixes(config.prefixes, checkpoint.config.num_layers)
-            step.note(f"{config.checkpoint.name}: {_describe(checkpoint)}; deployed as {mode.value!r}")
-            for remark in checkpoint.remarks:
-                step.note(remark)
-        is_fit_needed = needs_fit(checkpoint, mode, prefixes)
-        if config.readout is not ReadoutChoice.AUTO and not (is_fit_needed and mode is DeployMode.CALIBRATED):
-            raise BuildInputError(
-                f"readout {config.readout.value!r} is asked for, but nothing is calibrated here: the mode is "
-                f"{mode.value!r}" + ("" if is_fit_needed else " and the checkpoint has what it needs") + "; leave "
-                "--readout out, or calibrate anew with calibration/fit.py --readout"
-            )
-        with steps.step("load action data") as step:
-            data = load_build_data(
-                checkpoint,
-                config.calibration_data,
-                key=config.key,
-                filter_key=config.filter_key,
-                is_needed=is_fit_needed,
-            )
-            for line in data.description.splitlines():
-                step.note(line)
-        with steps.step("calibrate") as step:
-            if is_fit_needed and data.dataset is not None:
-                checkpoint = fit_for(checkpoint, mode, prefixes, data.dataset, ReadoutConfig(config.readout))
-                facts = checkpoint.provenance[mode.value]
-                step.note(f"{mode.value!r}, fitted on {facts['data']['steps']} steps")
-                for line in facts.get("remark", "").splitlines():
-                    step.note(line)
-            else:
-                step.skip("nothing to fit")
-        reference = Reference(checkpoint, mode, prefixes)
-        with steps.step("export ONNX") as step:
-            encoder = plan_encoder(reference.model, mode, config.chunk_length)
-            decoders = [plan_decoder(reference.model, mode, config.chunk_length, prefix) for prefix in prefixes]
-            graphs, model_entry = write_graphs(checkpoint, reference, encoder, decoders, staged)
-            step.note(", ".join(f"{entry.file} {len(content) / 1000:.0f} kB" for entry, content in graphs))
-        identity = fingerprint(checkpoint, mode)
-        with steps.step("generate C") as step:
-            generated = c_tokenizer(encoder, decoders, identity, mode)
-            staged.write(C_HEADER, generated.header.encode())
-            staged.write(C_SOURCE, generated.source.encode())
-            step.note(f"{C_SOURCE} {len(generated.source) / 1000:.0f} kB")
-        with steps.step("generate CUDA") as step:
-            kernels = cuda_tokenizer(encoder, decoders, identity)
-            staged.write(CUDA_SOURCE, kernels.encode())
-            step.note(f"{CUDA_SOURCE} {len(kernels) / 1000:.0f} kB")
-        sections = parity_sections(
-            reference.model,
-            data.held_out,
-            chunk_length=config.chunk_length,
-            limit=model_entry.action_limit,
-            num_steps=config.parity_steps,
-            prefixes=prefixes,
-        )
-        with steps.step("write golden vectors") as step:
-            golden = golden_vectors(reference, sections)
-            staged.write_golden(golden)
-            step.note(f"{golden.actions.shape[0]} chunks of {config.chunk_length} steps")
-        with steps.step("cross-check graphs") as step:
-            for entry, content in graphs:
-                require_none(cross_check(entry, content, golden, model_entry))
-            step.note("ONNX Runtime and the onnx reference evaluator agree with PyTorch (through Polygraphy)")
-        built = compile_graphs(
-            [(entry, content) for entry, content in graphs if entry.form == LinearForm.REDUCE.value],
-            config.backends,
-            config.profile,
-            config.compute_capabilities,
-            staged,
-            steps,
-        )
-        if config.backends is None and find_compiler() is None:
-            print("  no C compiler is here: compile the generated C on the robot, with --from-bundle")
-        elif config.backends is None or "c" in config.backends:
-            built += compile_source(generated.header, generated.source, staged, steps)
-        if "cuda" in (config.backends or ()) or (config.backends is None and find_gpu() is not None):
-            built += compile_cuda(kernels, staged, steps)
-        quality, verdict = reference.action_mse(data.held_out), reference.fidelity(data.held_out)
+        source = _load(config, steps)
+        exported = _export(config, source, staged, steps)
+        exam = _examine(config, source, exported, staged, steps)
+        engines = _compile(config, exported, staged, steps)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
-            fingerprint=identity,
-            model=model_entry,
-            graphs=tuple(entry for entry, _ in graphs),
-            engines=built,
+            fingerprint=exported.fingerprint,
+            model=exported.model,
+            graphs=exported.graphs,
+            engines=engines,
             parity=(),
             tools=_tool_versions(),
-            provenance={
-                "checkpoint": {
-                    **checkpoint.provenance,
-                    "file": config.checkpoint.name,
-                    HASHES_KEY: weight_hashes({name: part.numpy() for name, part in checkpoint.tensors().items()}),
-                },
-                "data": data.description,
-                "action_mse": quality,
-            },
+            provenance=_provenance(config, source, exam),
             files={},
-            quality=data.quality(verdict),
+            quality=source.data.quality(exam.fidelity),
         )
-        staged.seal(manifest, is_proven=False)
-        with opened_backends(
-            open_bundle(staged.folder, is_proven=False), config.backends, required=_required(config)
-        ) as (
-            backends,
-            absent,
-        ):
+
+        def judge(backends: Sequence[Backend], absent: Mapping[str, str]) -> tuple[ParityEntry, ...]:
             with steps.step("parity gates") as step:
-                parity, problems = prove(staged, golden, reference, sections, backends)
-                for backend in backends:
-                    step.note(f"{backend.name}: {backend.description}")
-                for name, reason in absent.items():
-                    step.note(f"NOT run: {name}: {reason}")
-                conclusion = f"{parity[0].steps} steps against PyTorch float64"
-                if problems:
-                    step.fail(f"{conclusion}: {len(problems)} gates are red")
-                else:
-                    step.note(conclusion)
-            print(_closing_tables(parity, quality, verdict, data.judged_on))
+                parity, problems = prove(exported.model, exam.golden, source.reference, exam.sections, backends)
+                note_gates(step, parity, problems, backends, absent)
+            print(closing_tables(parity, exam.quality, exam.fidelity, source.data.judged_on))
             require_none(problems)
-            engines = with_measurements(built, backends, staged)
-        manifest = staged.seal(replace(manifest, parity=parity, engines=engines))
+            return parity
+
+        manifest = seal_proven(staged, manifest, judge, config.backends, required=_required(config))
     print(f"\n✓ {config.output} is built and validated, fingerprint {manifest.fingerprint[:16]}")
     if manifest.quality is not None:
         print(f"what the tokens are worth: {manifest.quality.line}")
         if warning := manifest.quality.fidelity.warning:
             print(warning)
-    return BuildResult(config.output, manifest, quality, verdict)
+    return BuildResult(config.output, manifest, exam.quality, exam.fidelity)
 
 
-def write_graphs(
-    checkpoint: Checkpoint,
-    reference: Reference,
-    encoder: EncoderPlan,
-    decoders: Sequence[DecoderPlan],
-    staged: StagedBundle,
+@dataclass(frozen=True)
+class _Source:
+    """What a build starts from: checkpoint, calibrated where its mode needs that, the reference, data to judge on."""
+
+    checkpoint: Checkpoint
+    reference: Reference
+    data: BuildData
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """What is generated from the reference. contents: graphs and sources, by their file in the bundle."""
+
+    model: ModelEntry
+    fingerprint: str
+    graphs: tuple[GraphEntry, ...]
+    contents: Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class _Exam:
+    """What everything is held against. quality, fidelity: of the reference, see `BuildResult`."""
+
+    sections: Sequence[Section]
+    golden: Golden
+    quality: Mapping[str, float]
+    fidelity: Fidelity | None
+
+
+def _load(config: BuildConfig, steps: StepList) -> _Source:
+    with steps.step("load checkpoint") as step:
+        checkpoint = open_checkpoint(
+            config.checkpoint,
+            use_layernorm=config.use_layernorm,
+            weights=config.weights,
+            normaliser_file=config.normaliser,
+        )
+        mode = choose_mode(checkpoint, config.conditioning)
+        prefixes = choose_prefixes(config.prefixes, checkpoint.config.num_layers)
+        step.note(f"{config.checkpoint.name}: {_describe(checkpoint)}; deployed as {mode.value!r}")
+        for remark in checkpoint.remarks:
+            step.note(remark)
+    is_fit_needed = needs_fit(checkpoint, mode, prefixes)
+    if config.readout is not ReadoutChoice.AUTO and not (is_fit_needed and mode is DeployMode.CALIBRATED):
+        raise BuildInputError(
+            f"readout {config.readout.value!r} is asked for, but nothing is calibrated here: the mode is "
+            f"{mode.value!r}" + ("" if is_fit_needed else " and the checkpoint has what it needs") + "; leave "
+            "--readout out, or calibrate anew with calibration/fit.py --readout"
+        )
+    with steps.step("load action data") as step:
+        data = load_build_data(
+            checkpoint,
+            config.calibration_data,
+            key=config.key,
+            filter_key=config.filter_key,
+            is_needed=is_fit_needed,
+        )
+        for line in data.description.splitlines():
+            step.note(line)
+    with steps.step("calibrate") as step:
+        if is_fit_needed and data.dataset is not None:
+            checkpoint = fit_for(checkpoint, mode, prefixes, data.dataset, ReadoutConfig(config.readout))
+            facts = checkpoint.provenance[mode.value]
+            step.note(f"{mode.value!r}, fitted on {facts['data']['steps']} steps")
+            for line in facts.get("remark", "").splitlines():
+                step.note(line)
+        else:
+            step.skip("nothing to fit")
+    return _Source(checkpoint, Reference(checkpoint, mode, prefixes), data)
+
+
+def _export(config: BuildConfig, source: _Source, staged: StagedBundle, steps: StepList) -> _Exported:
+    """Graphs, C and CUDA from one plan, written as they are."""
+    reference = source.reference
+    model, mode = reference.model, reference.mode
+    contents: dict[str, bytes] = {}
+
+    def add(file: str, content: bytes) -> None:
+        contents[file] = content
+        staged.write(file, content)
+
+    with steps.step("export ONNX") as step:
+        encoder = plan_encoder(model, mode, config.chunk_length)
+        decoders = [plan_decoder(model, mode, config.chunk_length, prefix) for prefix in reference.prefixes]
+        graphs, model_entry = make_graphs(source.checkpoint, reference, encoder, decoders)
+        for entry, content in graphs:
+            add(entry.file, content)
+        step.note(", ".join(f"{entry.file} {len(content) / 1000:.0f} kB" for entry, content in graphs))
+    identity = fingerprint(source.checkpoint, mode)
+    with steps.step("generate C") as step:
+        generated = c_tokenizer(encoder, decoders, identity, mode)
+        add(C_HEADER, generated.header.encode())
+        add(C_SOURCE, generated.source.encode())
+        step.note(f"{C_SOURCE} {len(contents[C_SOURCE]) / 1000:.0f} kB")
+    with steps.step("generate CUDA") as step:
+        add(CUDA_SOURCE, cuda_tokenizer(encoder, decoders, identity).encode())
+        step.note(f"{CUDA_SOURCE} {len(contents[CUDA_SOURCE]) / 1000:.0f} kB")
+    return _Exported(model_entry, identity, tuple(entry for entry, _ in graphs), contents)
+
+
+def _examine(config: BuildConfig, source: _Source, exported: _Exported, staged: StagedBundle, steps: StepList) -> _Exam:
+    """Draw what everything is judged on, write the golden vectors, and hold the graphs against them."""
+    reference, held_out = source.reference, source.data.held_out
+    sections = parity_sections(
+        reference.model,
+        held_out,
+        chunk_length=config.chunk_length,
+        limit=exported.model.action_limit,
+        num_steps=config.parity_steps,
+        prefixes=reference.prefixes,
+    )
+    with steps.step("write golden vectors") as step:
+        golden = golden_vectors(reference, sections)
+        staged.write_golden(golden)
+        step.note(f"{golden.actions.shape[0]} chunks of {config.chunk_length} steps")
+    with steps.step("cross-check graphs") as step:
+        for entry in exported.graphs:
+            require_none(cross_check(entry, exported.contents[entry.file], golden, exported.model))
+        step.note("ONNX Runtime and the onnx reference evaluator agree with PyTorch (through Polygraphy)")
+    return _Exam(sections, golden, reference.action_mse(held_out), reference.fidelity(held_out))
+
+
+def _compile(
+    config: BuildConfig, exported: _Exported, staged: StagedBundle, steps: StepList
+) -> tuple[EngineEntry, ...]:
+    graphs = tuple(entry for entry in exported.graphs if entry.form == LinearForm.REDUCE.value)
+    sources = EngineSources(exported.contents.__getitem__, graphs, config.profile, config.compute_capabilities)
+    chosen = config.backends
+    if chosen is None:
+        chosen, reasons = compilable(to_run=False)
+        for name, reason in reasons.items():
+            advice = "no C compiler is here: compile the generated C on the robot, with --from-bundle"
+            print(f"  {advice if name == 'c' else reason}")
+    return tuple(engine for name in dict.fromkeys(chosen) for engine in compile_engines(name, sources, staged, steps))
+
+
+def _provenance(config: BuildConfig, source: _Source, exam: _Exam) -> dict[str, Any]:
+    weights = {name: part.numpy() for name, part in source.checkpoint.tensors().items()}
+    return {
+        "checkpoint": {
+            **source.checkpoint.provenance,
+            "file": config.checkpoint.name,
+            HASHES_KEY: weight_hashes(weights),
+        },
+        "data": source.data.description,
+        "action_mse": exam.quality,
+    }
+
+
+def make_graphs(
+    checkpoint: Checkpoint, reference: Reference, encoder: EncoderPlan, decoders: Sequence[DecoderPlan]
 ) -> tuple[list[tuple[GraphEntry, bytes]], ModelEntry]:
-    """Encoder and one decoder per prefix in every form, checked and written; with what the runtime has to know."""
+    """Encoder and one decoder per prefix in every form, checked; with what the runtime has to know."""
     model, sizes = reference.model, checkpoint.config
     contents: list[tuple[str, Literal["encoder", "decoder"], int, LinearForm, bytes]] = []
     for form in LinearForm:
@@ -314,36 +348,13 @@ def write_graphs(
         graph = GraphEntry(name, role, prefix, form.value, *graph_tensors(entry, role, prefix))
         require_none(check_graph(graph, content))
         graphs.append((graph, content))
-        staged.write(name, content)
     return graphs, entry
-
-
-def prove(
-    staged: StagedBundle,
-    golden: Golden,
-    reference: Reference,
-    sections: Sequence[Section],
-    backends: Sequence[Backend],
-) -> tuple[tuple[ParityEntry, ...], list[str]]:
-    """Run the backends through all gates, on the staged bundle as the robot would open it; a line for every red one."""
-    model = open_bundle(staged.folder, is_proven=False).manifest.model
-    judges = judges_of(backends, reference, model)
-    total = sum(section.num_steps for section in sections)
-    with tqdm(total=total, desc="  parity", unit="step", unit_scale=True, leave=False, disable=None) as progress:
-        for answers in batches(reference, sections):
-            for judge in judges:
-                judge.judge(answers)
-            progress.update(answers.float32.num_steps)
-    parity = tuple(entry for judge in judges for entry in judge.entries())
-    problems = failures(parity)
-    for backend in backends:
-        problems += [f"{backend.name}, golden vectors: {check}" for check in replay(golden, model, backend).failures]
-    return parity, problems
 
 
 def _required(config: BuildConfig) -> tuple[str, ...]:
     """What has to run on the machine that builds: engines may be for another, graphs are run as they are."""
-    return (ALWAYS, *(name for name in ("onnxruntime-cuda",) if name in (config.backends or ())))
+    runs_graphs = (name for name in config.backends or () if BACKENDS[name].engine_source is None)
+    return ("onnxruntime", *(name for name in runs_graphs if name != "onnxruntime"))
 
 
 def _describe(checkpoint: Checkpoint) -> str:
@@ -357,36 +368,3 @@ def _describe(checkpoint: Checkpoint) -> str:
 
 def _tool_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _TOOLS}}
-
-
-def _closing_tables(
-    parity: Sequence[ParityEntry], quality: Mapping[str, float], verdict: Fidelity | None, judged_on: str
-) -> str:
-    gates = [
-        (
-            f"{'✓' if entry.value <= entry.limit else '✗'} {entry.backend} ({entry.device}), {entry.gate}",
-            f"{entry.value:.4g}",
-            f"{entry.limit:.4g}",
-            f"{entry.steps}",
-        )
-        for entry in parity
-    ]
-    parts = [table(("gate", "measured", "limit", "steps"), gates)]
-    parts += _details(parity)
-    if quality:
-        rows = [(name, f"{value:.3e}") for name, value in quality.items()]
-        heads = (f"{judged_on}, decoded from", "action MSE, normalised units²")
-        remark = held_out_warning(quality[AS_TRAINED], quality.get(REFITTED), judged_on, "normalised units²")
-        parts.append("\n".join((table(heads, rows), *filter(None, [remark]))))
-    if verdict is not None:
-        parts.append(verdict.table(f"{judged_on}, all layers"))
-    return "\n" + "\n\n".join(parts)
-
-
-def _details(parity: Sequence[ParityEntry]) -> list[str]:
-    """What the gates have to say beside their numbers, with the engines that it is about."""
-    engines: dict[str, list[str]] = {}
-    for entry in parity:
-        if entry.detail:
-            engines.setdefault(f"{entry.gate}: {entry.detail}", []).append(f"{entry.backend} ({entry.device})")
-    return [f"{', '.join(names)}, {text}" for text, names in engines.items()]

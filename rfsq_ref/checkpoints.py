@@ -16,7 +16,6 @@ from torch import Tensor
 
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, Readout, RecoveredDecoder
 from rfsq.rfsq_ref.errors import CheckpointError
-from rfsq.rfsq_ref.files import replacing
 from rfsq.rfsq_ref.normaliser import Normaliser, normaliser_from_json
 from rfsq.rfsq_ref.published_checkpoints import (
     check_agreement,
@@ -30,6 +29,7 @@ from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
 from rfsq.runtime.bundle.paths import as_path, shown
 from rfsq.runtime.bundle.reading import UnfitFileError, parse_json, read_file
+from rfsq.runtime.bundle.writing import replacing
 
 FORMAT = "rfsq-checkpoint"
 FORMAT_VERSION = 1
@@ -206,15 +206,10 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be written: in its provenance, {error}; leave that out") from error
     header[_HASH_KEY] = _hash(header, tensors)
-    try:
-        with replacing(path) as temporary:
-            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-            # Not save_file: it makes a private file (0600), whatever the umask.
-            temporary.write_bytes(
-                safetensors.torch.save(contiguous, metadata={FORMAT: json.dumps(header, sort_keys=True)})
-            )
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    with replacing(path, error=CheckpointError) as temporary:
+        # Not save_file: it makes a private file (0600), whatever the umask.
+        temporary.write_bytes(safetensors.torch.save(contiguous, {FORMAT: json.dumps(header, sort_keys=True)}))
 
 
 def _hash(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

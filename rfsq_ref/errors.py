@@ -1,7 +1,9 @@
 """Errors of the reference: each message says what was found, what was expected and what to do next."""
 
+from rfsq.runtime.bundle.errors import RfsqError
 
-class UnusableError(ValueError):
+
+class UnusableError(RfsqError, ValueError):
     """Base of what `rfsq_ref`, `calibration` and `evidence` raise on purpose; a command ends with status 2 for it."""
 
 

@@ -21,11 +21,8 @@ import argparse
 import json
 import logging
 import multiprocessing
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -39,6 +36,7 @@ from rfsq.rfsq_ref.expert import ACTION_DIM, POSITION_UNIT, ROTATION_UNIT
 from rfsq.rfsq_ref.experts import EXPERTS
 from rfsq.runtime.bundle.console import path_argument
 from rfsq.runtime.bundle.paths import refuse_existing
+from rfsq.runtime.bundle.writing import replacing
 
 GENERATOR_VERSION = 1
 CONTROL_FREQUENCY = 20
@@ -223,19 +221,9 @@ def _metadata(config: GenerationConfig, attempts: Sequence[Episode], versions: d
 
 
 def save(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
-    """Write beside `path` and rename, so that an interrupted run leaves the old file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-        # mkstemp makes files private; a data file is for everyone who may read the folder.
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+    """Whole or not at all: an interrupted run leaves the old file or none."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def table(config: GenerationConfig, attempts: Sequence[Episode]) -> str:

@@ -10,12 +10,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from rfsq.runtime.bundle.errors import RfsqError
 from rfsq.runtime.bundle.reading import parse_json
 
 _ARCHIVE = b"PK\x03\x04"
 
 
-class DamagedFileError(ValueError):
+class DamagedFileError(RfsqError, ValueError):
     """A file whose content is not what its own checksums say."""
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,9 +13,10 @@ import numpy as np
 
 from rfsq.rfsq_ref.checkpoints import Checkpoint, check_output, save_checkpoint
 from rfsq.rfsq_ref.errors import CheckpointError
-from rfsq.rfsq_ref.files import replacing
 from rfsq.runtime.bundle.paths import as_path
 from rfsq.runtime.bundle.reading import read_file
+from rfsq.runtime.bundle.typed_json import build
+from rfsq.runtime.bundle.writing import replacing
 
 HISTORY_FORMAT = "rfsq-training-history"
 HISTORY_VERSION = 1
@@ -74,10 +75,9 @@ def load_history(path: str | os.PathLike[str]) -> TrainingHistory:
         content = json.loads(read_file(path, _HISTORY_SIZE_LIMIT))
         if (content.pop("format"), content.pop("version")) != (HISTORY_FORMAT, HISTORY_VERSION):
             raise ValueError(f"expected format {HISTORY_FORMAT!r}, version {HISTORY_VERSION}")
-        epochs = tuple(EpochRecord(**record) for record in content.pop("epochs"))
-        history = TrainingHistory(epochs=epochs, **content)
-        if history.kept_epoch not in {record.epoch for record in epochs}:
-            raise ValueError(f"kept_epoch {history.kept_epoch!r} is none of the {len(epochs)} epochs")
+        history = build(TrainingHistory, content, "the curve")
+        if history.kept_epoch not in {record.epoch for record in history.epochs}:
+            raise ValueError(f"kept_epoch {history.kept_epoch!r} is none of the {len(history.epochs)} epochs")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is no learning curve of this project: {error!r}; give the NAME.history.json that training wrote "
@@ -102,20 +102,14 @@ def save_result(result: TrainResult, output: Path) -> Path | None:
     content = {"format": HISTORY_FORMAT, "version": HISTORY_VERSION, **asdict(history)}
     text = json.dumps(content, indent=1) + "\n"
     path = history_path(output)
-    _write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    with replacing(path, error=CheckpointError) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     drawing = path.with_suffix(".png") if find_spec("matplotlib") else None
     if drawing:
-        _write_whole(drawing, lambda temporary: _draw(history, output.stem, temporary))
+        with replacing(drawing, error=CheckpointError) as temporary:
+            _draw(history, output.stem, temporary)
     save_checkpoint(result.checkpoint, output)
     return drawing
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    try:
-        with replacing(path) as temporary:
-            write(temporary)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror}; choose a writable folder") from error
 
 
 def _draw(history: TrainingHistory, name: str, path: Path) -> None:

@@ -14,17 +14,16 @@ import numpy as np
 from .backends.contract import MOST_CHUNKS, Backend, BoundCall, GpuArrayLike
 from .backends.registry import GPU_BACKENDS, select_backend
 from .bundle.arrays import Float32Array, Int32Array
-from .bundle.compatibility import INTEGRATION_PATHS, matches_fingerprint
 from .bundle.errors import CannotCopyError, FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
 from .bundle.fidelity import Grade
 from .bundle.folder import open_bundle
-from .bundle.golden import Golden, read_golden
 from .bundle.manifest import GOLDEN_NAME, Manifest, ModelEntry
 from .bundle.validation import InputValidator, is_gpu_array
 
 if TYPE_CHECKING:
     from .backends.gpu.arrays import GpuResult
     from .backends.gpu.calls import GpuCalls
+    from .bundle.golden import Golden
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,7 +55,7 @@ class ActionTokenizer:
     """
 
     def __init__(self, manifest: Manifest, backend: Backend, golden: Golden | None = None) -> None:
-        self._manifest = manifest
+        self._manifest, self._model = manifest, manifest.model
         #: What the backend was tested with; None where it was not.
         self.golden = golden
         self._backend = backend
@@ -91,7 +90,12 @@ class ActionTokenizer:
             raise InvalidInputError(f"backend is {backend!r:.60}; expected a name such as 'auto' or 'onnxruntime'")
         bundle = open_bundle(path)
         _check_fingerprint(bundle.manifest.fingerprint, expect_fingerprint)
-        golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model) if verify else None
+        golden = None
+        if verify:
+            # Here, as below: who does without it does not load it.
+            from .bundle.golden import read_golden
+
+            golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model)
         tokenizer = cls(bundle.manifest, select_backend(backend, bundle, golden), golden)
         quality = bundle.manifest.quality
         if quality is not None and quality.fidelity.grade is Grade.WORTHLESS:
@@ -152,7 +156,7 @@ class ActionTokenizer:
     @property
     def prefixes(self) -> tuple[int, ...]:
         """The numbers of layers l that can be decoded, ascending; the last is L."""
-        return self._manifest.model.prefixes
+        return self._model.prefixes
 
     @property
     def backend(self) -> Backend:
@@ -170,7 +174,7 @@ class ActionTokenizer:
         if is_gpu_array(actions):
             return self._on_gpu().encode(actions, stream)
         valid = self._validator.actions(actions, unchecked=self._unchecked_chunks)
-        tokens = np.empty(self._tokens_shape(valid), np.int32)
+        tokens = np.empty(self._model.tokens_shape(len(valid)), np.int32)
         self._encode(valid, tokens, None)
         return tokens
 
@@ -191,8 +195,8 @@ class ActionTokenizer:
         if is_gpu_array(actions):
             return self._on_gpu().encode_with_stats(actions, stream)
         valid = self._validator.actions(actions, unchecked=self._unchecked_chunks)
-        tokens = np.empty(self._tokens_shape(valid), np.int32)
-        stats = np.empty(self._stats_shape(valid), np.float32)
+        tokens = np.empty(self._model.tokens_shape(len(valid)), np.int32)
+        stats = np.empty(self._model.stats_shape(len(valid)), np.float32)
         self._encode(valid, tokens, stats)
         return tokens, stats
 
@@ -212,10 +216,10 @@ class ActionTokenizer:
         valid = self._validator.actions(actions, unchecked=self._unchecked_chunks)
         # The array as it was given: a copy that validation made shares no memory with anything.
         source = cast(Float32Array, actions)
-        tokens = self._validator.output("out", out, np.int32, self._tokens_shape(valid), source)
+        tokens = self._validator.output("out", out, np.int32, self._model.tokens_shape(len(valid)), source)
         stats = None
         if stats_out is not None:
-            shape = self._stats_shape(valid)
+            shape = self._model.stats_shape(len(valid))
             stats = self._validator.output("stats_out", stats_out, np.float32, shape, source, tokens)
         self._encode(valid, tokens, stats)
 
@@ -246,7 +250,7 @@ class ActionTokenizer:
             return self._on_gpu().decode(tokens, stats, stream)
         valid = self._validator.tokens(tokens, unchecked=self._unchecked_chunks)
         valid_stats = self._validator.stats(stats, valid)
-        actions = np.empty(self._actions_shape(valid), np.float32)
+        actions = np.empty(self._model.actions_shape(len(valid)), np.float32)
         self._decode(valid, valid_stats, actions)
         return actions
 
@@ -263,7 +267,7 @@ class ActionTokenizer:
         valid_stats = self._validator.stats(stats, valid)
         # The arrays as they were given: a copy that validation made shares no memory with anything.
         inputs = cast("tuple[Int32Array, ...]", (tokens,) if stats is None else (tokens, stats))
-        actions = self._validator.output("out", out, np.float32, self._actions_shape(valid), *inputs)
+        actions = self._validator.output("out", out, np.float32, self._model.actions_shape(len(valid)), *inputs)
         self._decode(valid, valid_stats, actions)
 
     def bind_decode(
@@ -284,9 +288,9 @@ class ActionTokenizer:
             raise InvalidInputError(f"batch is {batch!r:.60}; expected an int from 1 to {MOST_CHUNKS}")
         model = self.model
         try:
-            actions = np.zeros((batch, model.chunk_length, model.action_dim), np.float32)
-            tokens = np.empty(self._tokens_shape(actions), np.int32)
-            stats = np.empty(self._stats_shape(actions), np.float32) if model.has_stats else None
+            actions = np.zeros(model.actions_shape(batch), np.float32)
+            tokens = np.empty(model.tokens_shape(batch), np.int32)
+            stats = np.empty(model.stats_shape(batch), np.float32) if model.has_stats else None
         except (MemoryError, ValueError) as error:
             # ValueError: more bytes than numpy can count.
             raise InvalidInputError(f"batch is {batch}, more chunks than memory holds here: {error}") from error
@@ -366,25 +370,19 @@ class ActionTokenizer:
                 f"a {self.model.mode!r} bundle has no stats: its tokens decode on their own; use encode and decode"
             )
 
-    def _tokens_shape(self, actions: Float32Array) -> tuple[int, ...]:
-        model = self._manifest.model
-        return (actions.shape[0], model.chunk_length, model.latent_dim, model.num_layers)
-
-    def _stats_shape(self, actions: Float32Array) -> tuple[int, ...]:
-        model = self._manifest.model
-        return (actions.shape[0], model.chunk_length, model.num_layers, 2)
-
-    def _actions_shape(self, tokens: Int32Array) -> tuple[int, ...]:
-        model = self._manifest.model
-        return (tokens.shape[0], model.chunk_length, model.action_dim)
-
 
 #: What `load` makes anew; all else that an instance has is of a subclass, and goes with its copies.
-_OPENED = frozenset({"_manifest", "golden", "_backend", "_validator", "_unchecked_chunks", "_gpu_calls", "_is_closed"})
+_OPENED = frozenset(
+    {"_manifest", "_model", "golden", "_backend", "_validator", "_unchecked_chunks", "_gpu_calls", "_is_closed"}
+)
 
 
 def _check_fingerprint(found: str, expected: str | None) -> None:
-    if expected is not None and not matches_fingerprint(found, expected):
+    if expected is None:
+        return
+    from .bundle.compatibility import INTEGRATION_PATHS, matches_fingerprint
+
+    if not matches_fingerprint(found, expected):
         raise FingerprintError(
             f"the bundle's fingerprint is {found}, expected {expected!r}: its tokens mean something else than those "
             "the policy was trained on, or become other actions; load the bundle that belongs to the policy. Or:\n"

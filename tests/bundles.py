@@ -14,8 +14,8 @@ import torch
 from rfsq.export.bundle_writer import stage_bundle
 from rfsq.export.c_builder import compile_c
 from rfsq.export.c_source import CTokenizer, c_tokenizer
-from rfsq.export.cuda_flags import CUDA_FLAGS
 from rfsq.export.cuda_source import cuda_tokenizer
+from rfsq.export.engines import CUDA_FLAGS
 from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
 from rfsq.export.plan import (
     DecoderPlan,

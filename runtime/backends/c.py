@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle.arrays import Float32Array, Int32Array
+from ..bundle.backend_specs import BACKENDS
 from ..bundle.errors import BackendUnavailableError, IllegalValueError
 from ..bundle.folder import Bundle
-from ..bundle.gates import CHECKED_STEPS
 from ..bundle.manifest import EngineEntry
+from .contract import EngineInUse
 from .cpu_targets import host_targets
 
 _byref, _size, _first_byte = ctypes.byref, ctypes.c_size_t, ctypes.c_char.from_buffer
@@ -35,9 +36,14 @@ class CBackend:
     where it has none for this machine, or the library does not load.
     """
 
+    name = "c"
+    checked_steps = BACKENDS["c"].checked_steps
+
     def __init__(self, bundle: Bundle, target: str | None = None) -> None:
         model = bundle.manifest.model
         self._entry = _choose_engine(bundle, host_targets() if target is None else (target,))
+        self.device = self._entry.targets[0]
+        self.description = f"generated C for {self.device}, {self._entry.version}"
         library = _open(bundle, self._entry)
         self._encode = _function(library, "rfsq_encode")
         self._decoders = {prefix: _function(library, f"rfsq_decode_l{prefix}") for prefix in model.prefixes}
@@ -48,25 +54,8 @@ class CBackend:
         self._encoded = self._decoded = (0, 0)
 
     @property
-    def name(self) -> str:
-        return "c"
-
-    @property
-    def entry(self) -> EngineEntry:
-        """What the manifest says of the engine."""
-        return self._entry
-
-    @property
-    def description(self) -> str:
-        return f"generated C for {self._entry.targets[0]}, {self._entry.version}"
-
-    @property
-    def device(self) -> str:
-        return self._entry.targets[0]
-
-    @property
-    def checked_steps(self) -> int:
-        return CHECKED_STEPS
+    def engines_in_use(self) -> tuple[EngineInUse, ...]:
+        return (EngineInUse(self._entry),)
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         held = self._encoding

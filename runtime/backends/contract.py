@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import numpy as np
 
 from ..bundle.arrays import Float32Array, Int32Array
+from ..bundle.manifest import EngineEntry
 
 #: Backends count chunks in 32 bits.
 MOST_CHUNKS = 2**31 - 1
@@ -35,28 +37,26 @@ class BoundCall(Protocol):
 
 
 class Backend(Protocol):
-    """Runs encoder and decoders of one bundle.
+    """Runs encoder and decoders of one bundle; `BackendSpec` (`bundle/backend_specs.py`) says how backends differ.
 
     Arrays are C-contiguous, of exactly these types, and hold legal values: the caller has validated them, except in
     calls of at most `checked_steps` steps. What a backend promises of illegal values, gates judge (`refusal.py`). Both
-    methods fill arrays of the caller, may be called from any thread, and raise InferenceError where the library fails.
+    methods fill arrays of the caller, and raise InferenceError where the library fails.
+
+    Threads: both methods may be called from any thread, and from several at once.
+    Signals: a handler may call them, also where it has interrupted such a call.
+    Fork: with `survives_fork` they work in a child as in its parent; without, the child's calls raise InferenceError.
+    Arrays of the GPU: with `is_on_gpu` they are taken where they lie (`gpu/calls.py` has the methods).
+
+    name: as in the table of backends; description: library, version and device, for logs and reports; device: what it
+    runs on, a GPU or a kind of processor; checked_steps: in calls of up to so many steps it checks the values itself,
+    and raises IllegalValueError with nothing written. None of them changes.
     """
 
-    @property
-    def name(self) -> str:
-        """As in the registry."""
-
-    @property
-    def description(self) -> str:
-        """Library, version and device, for logs and reports."""
-
-    @property
-    def device(self) -> str:
-        """What it runs on: a GPU, or a kind of processor."""
-
-    @property
-    def checked_steps(self) -> int:
-        """In calls of up to so many steps it checks the values itself: IllegalValueError, with nothing written."""
+    name: str
+    description: str
+    device: str
+    checked_steps: int
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         """actions [B, T, A] -> tokens [B, T, D, L] and, where wanted, stats [B, T, L, 2] (`dynamic` bundles)."""
@@ -86,6 +86,30 @@ class HasVariants(Protocol):
     @property
     def variants(self) -> Mapping[str, Backend]:
         """By what they differ in; they are closed with the backend itself."""
+
+
+@dataclass(frozen=True)
+class EngineInUse:
+    """An engine of the bundle that a backend runs.
+
+    entry: what the manifest says of it; kernel_cache: kernels that its library has compiled for it meanwhile, or empty.
+    """
+
+    entry: EngineEntry
+    kernel_cache: bytes = b""
+
+
+class HasEngines(Protocol):
+    """A backend that runs engines which were compiled into the bundle."""
+
+    @property
+    def engines_in_use(self) -> Sequence[EngineInUse]:
+        """All that it runs."""
+
+
+def engines_of(backend: Backend) -> Sequence[EngineInUse]:
+    """The engines that a backend runs; none for one that runs the bundle's graphs as they are."""
+    return cast(HasEngines, backend).engines_in_use if hasattr(type(backend), "engines_in_use") else ()
 
 
 def judged(backend: Backend) -> dict[str, Backend]:

@@ -10,7 +10,7 @@ from ..bundle.errors import BackendUnavailableError
 from ..bundle.folder import Bundle
 from ..bundle.kernel_names import TokenType, kernel_name, token_types
 from ..bundle.manifest import EngineEntry, GraphEntry, ModelEntry, TensorEntry
-from .contract import Backend
+from .contract import Backend, EngineInUse
 from .gpu.backend import GpuBackend
 from .gpu.driver import GpuDevice, open_device
 from .gpu.kernels import KernelArguments, KernelLibrary
@@ -51,9 +51,8 @@ class CudaBackend(GpuBackend):
         return self._variants
 
     @property
-    def entry(self) -> EngineEntry:
-        """What the manifest says of the engine."""
-        return self._entry
+    def engines_in_use(self) -> tuple[EngineInUse, ...]:
+        return (EngineInUse(self._entry),)
 
     def close(self) -> None:
         for variant in self._variants.values():

@@ -53,30 +53,20 @@ class OrtBackend:
     manifest describes or keeps weights in another file.
     """
 
-    def __init__(self, bundle: Bundle, *, num_threads: int = 1) -> None:
-        self._open(bundle, bundle.manifest.graphs_of("gemm"), num_threads, _CPU_PROVIDERS)
+    name = "onnxruntime"
+    checked_steps = 0
 
-    def _open(self, bundle: Bundle, graphs: Sequence[GraphEntry], num_threads: int, providers: Providers) -> None:
+    def __init__(self, bundle: Bundle, *, num_threads: int = 1) -> None:
+        self._open(bundle, "CPU", bundle.manifest.graphs_of("gemm"), num_threads, _CPU_PROVIDERS)
+
+    def _open(
+        self, bundle: Bundle, device: str, graphs: Sequence[GraphEntry], num_threads: int, providers: Providers
+    ) -> None:
+        self.device, self.description = device, f"ONNX Runtime {ort.__version__}, {device}"
         _forward_messages()
         encoder, *decoders = graphs
         self._encoder = BoundGraph(bundle, encoder, num_threads, providers)
         self._decoders = {entry.prefix: BoundGraph(bundle, entry, num_threads, providers) for entry in decoders}
-
-    @property
-    def name(self) -> str:
-        return "onnxruntime"
-
-    @property
-    def description(self) -> str:
-        return f"ONNX Runtime {ort.__version__}, CPU"
-
-    @property
-    def device(self) -> str:
-        return "CPU"
-
-    @property
-    def checked_steps(self) -> int:
-        return 0
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         self._encoder.run(actions, None, tokens, stats)

@@ -26,29 +26,19 @@ class OrtCudaBackend(OrtBackend):
     Raises BackendUnavailableError where this ONNX Runtime has no CUDA or finds no GPU.
     """
 
+    name = "onnxruntime-cuda"
+
     def __init__(self, bundle: Bundle) -> None:
         if _PROVIDER not in ort.get_available_providers():
             raise BackendUnavailableError(
                 f"ONNX Runtime {ort.__version__} was built without CUDA; install onnxruntime-gpu in its place"
             )
-        self._gpu = open_device()
+        gpu = open_device()
         # Finds CUDA's and cuDNN's libraries where pip has put them.
         preload = getattr(ort, "preload_dlls", None)
         if preload is not None:
             preload()
-        self._open(bundle, bundle.manifest.graphs_of("gemm_marked"), 1, _PROVIDERS)
-
-    @property
-    def name(self) -> str:
-        return "onnxruntime-cuda"
-
-    @property
-    def description(self) -> str:
-        return f"ONNX Runtime {ort.__version__}, {self._gpu}"
-
-    @property
-    def device(self) -> str:
-        return str(self._gpu)
+        self._open(bundle, str(gpu), bundle.manifest.graphs_of("gemm_marked"), 1, _PROVIDERS)
 
     @property
     def token_types(self) -> tuple[np.dtype[Any], ...]:

@@ -2,95 +2,49 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
+import importlib
 import logging
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-from ..bundle.errors import BackendUnavailableError, InferenceError, SelfTestError, TokenizerError
+from ..bundle.backend_specs import BACKENDS, BackendSpec, compiled_from
+from ..bundle.errors import BackendUnavailableError, EngineRefusedError, InferenceError, SelfTestError, TokenizerError
 from ..bundle.folder import Bundle
-from ..bundle.golden import Golden
 from .contract import Backend
 from .cpu_targets import host_targets
-from .replay import replay
-from .tensorrt_api import TENSORRT_BACKENDS, EngineRefusedError, available_tensorrt
+
+if TYPE_CHECKING:
+    from ..bundle.golden import Golden
 
 _LOG = logging.getLogger(__name__)
 
-
-BackendFactory = Callable[[Bundle], Backend]
-
-#: `auto` takes the first of these that works: the fastest decoder of one chunk of numpy arrays first (docs/gpu.md).
-#: ONNX Runtime on the GPU comes last: a single chunk takes it longer than on the processor.
-PREFERENCE = ("c", "cuda", "tensorrt-rtx", "tensorrt", "onnxruntime", "onnxruntime-cuda")
-#: Those that a bundle has engines for, each for its kind of GPU.
-GPU_ENGINES = ("cuda", *TENSORRT_BACKENDS)
+#: All names, in the order in which `auto` tries them.
+PREFERENCE = tuple(BACKENDS)
 #: Those that take arrays of the GPU where they lie.
-GPU_BACKENDS = (*GPU_ENGINES, "onnxruntime-cuda")
+GPU_BACKENDS = tuple(name for name, spec in BACKENDS.items() if spec.is_on_gpu)
 
 
-def _open_onnxruntime(bundle: Bundle) -> Backend:
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise BackendUnavailableError("onnxruntime is not installed; install it with: pip install onnxruntime")
-    # Here, so that nobody who uses another backend pays for the import.
+def factory_of(spec: BackendSpec) -> Callable[[Bundle], Backend]:
+    """What makes this backend for a bundle. Only now is its module imported, and the library with it.
+
+    Raises BackendUnavailableError where a package is missing or does not load.
+    """
+    if not spec.is_installed:
+        raise BackendUnavailableError(f"{spec.name} is not installed; install it with: {spec.install}")
+    module, name = spec.factory
     try:
-        from .onnxruntime import OrtBackend
+        factory = getattr(importlib.import_module(f".{module}", __package__), name)
     except ImportError as error:
+        if spec.is_on_gpu:
+            raise BackendUnavailableError(
+                f"what a backend on the GPU needs does not load: {error}; "
+                "install cuda-python with: pip install '.[gpu]'"
+            ) from error
         raise BackendUnavailableError(
-            f"onnxruntime is installed but does not load: {error}; install it again with: "
-            "pip install --force-reinstall onnxruntime"
+            f"{spec.name} is installed but does not load: {error}; install it again with: "
+            f"{spec.install.replace('install', 'install --force-reinstall')}"
         ) from error
-    return OrtBackend(bundle)
-
-
-def _open_onnxruntime_cuda(bundle: Bundle) -> Backend:
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise BackendUnavailableError("onnxruntime is not installed; install it with: pip install onnxruntime-gpu")
-    try:
-        from .onnxruntime_cuda import OrtCudaBackend
-    except ImportError as error:
-        raise _cuda_python_missing(error) from error
-    return OrtCudaBackend(bundle)
-
-
-def _open_c(bundle: Bundle) -> Backend:
-    from .c import CBackend
-
-    return CBackend(bundle)
-
-
-def _open_cuda(bundle: Bundle) -> Backend:
-    try:
-        from .cuda import CudaBackend
-    except ImportError as error:
-        raise _cuda_python_missing(error) from error
-    return CudaBackend(bundle)
-
-
-def _open_tensorrt(name: str, bundle: Bundle) -> Backend:
-    if name not in available_tensorrt():
-        raise BackendUnavailableError(f"{name} is not installed; install it with: pip install '.[{name},gpu]'")
-    try:
-        from .tensorrt import TrtBackend
-    except ImportError as error:
-        raise _cuda_python_missing(error) from error
-    return TrtBackend(bundle, name)
-
-
-def _cuda_python_missing(error: ImportError) -> BackendUnavailableError:
-    return BackendUnavailableError(
-        f"what a backend on the GPU needs does not load: {error}; install cuda-python with: pip install '.[gpu]'"
-    )
-
-
-#: Every backend that this runtime can run.
-FACTORIES: dict[str, BackendFactory] = {
-    "c": _open_c,
-    "cuda": _open_cuda,
-    "onnxruntime": _open_onnxruntime,
-    "onnxruntime-cuda": _open_onnxruntime_cuda,
-    **{name: functools.partial(_open_tensorrt, name) for name in TENSORRT_BACKENDS},
-}
+    return lambda bundle: factory(bundle, *spec.arguments)
 
 
 def create_backend(name: str, bundle: Bundle) -> Backend:
@@ -98,10 +52,10 @@ def create_backend(name: str, bundle: Bundle) -> Backend:
 
     Raises BackendUnavailableError where it is unknown, not installed or does not accept the bundle's graphs.
     """
-    factory = FACTORIES.get(name)
-    if factory is not None:
-        return factory(bundle)
-    raise BackendUnavailableError(f"no backend {name!r}; there are {', '.join(('auto', *PREFERENCE))}")
+    spec = BACKENDS.get(name)
+    if spec is None:
+        raise BackendUnavailableError(f"no backend {name!r}; there are {', '.join(('auto', *BACKENDS))}")
+    return factory_of(spec)(bundle)
 
 
 def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
@@ -113,7 +67,7 @@ def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
     if name != "auto":
         return _open_tested(name, bundle, golden)
     obstacles: dict[str, TokenizerError] = {}
-    for candidate in PREFERENCE:
+    for candidate in BACKENDS:
         try:
             backend = _open_tested(candidate, bundle, golden)
         except (BackendUnavailableError, SelfTestError, InferenceError, EngineRefusedError) as error:
@@ -149,7 +103,8 @@ def _warn_of_less(bundle: Bundle, backend: Backend, obstacle: TokenizerError | N
 
 def _warn_of_idle_gpu(bundle: Bundle, backend: Backend, obstacles: Mapping[str, TokenizerError]) -> None:
     """Where there is a GPU, and what is taken is less than any engine for it would be."""
-    if not obstacles.keys() >= {*GPU_ENGINES}:
+    engines = compiled_from("cuda", "graphs")
+    if not obstacles.keys() >= {*engines}:
         return
     try:
         # Here, because it needs cuda-python, which a machine without a GPU need not have.
@@ -158,7 +113,7 @@ def _warn_of_idle_gpu(bundle: Bundle, backend: Backend, obstacles: Mapping[str, 
         gpu = open_device()
     except (ImportError, BackendUnavailableError, InferenceError):
         return
-    reasons = "; ".join(f"{name}: {str(obstacles[name]).splitlines()[0]}" for name in GPU_ENGINES)
+    reasons = "; ".join(f"{name}: {str(obstacles[name]).splitlines()[0]}" for name in engines)
     _LOG.warning(
         "%s takes the place of an engine for %s, which is faster: build one for it, on this machine: "
         "python export/build_engine.py --from-bundle %s (%s)",
@@ -170,6 +125,9 @@ def _open_tested(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
     backend = create_backend(name, bundle)
     if golden is None:
         return backend
+    # Here, so that nobody who does without it loads it.
+    from .replay import replay
+
     try:
         result = replay(golden, bundle.manifest.model, backend)
         if not result.passed:

@@ -6,12 +6,14 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ..bundle.errors import BackendUnavailableError, BundleError, InferenceError
+from ..bundle.errors import BackendUnavailableError, BundleError, EngineRefusedError, InferenceError
 from ..bundle.folder import Bundle
 from ..bundle.manifest import EngineEntry, GraphEntry, TensorEntry
+from .contract import EngineInUse
 from .gpu.backend import GpuBackend
 from .gpu.driver import GpuDevice, open_device
-from .tensorrt_api import EngineRefusedError, EngineTensor, TrtApi, find_tensorrt, quote
+from .tensorrt_api import EngineTensor, TrtApi, find_tensorrt
+from .tensorrt_messages import quote
 
 _LOG = logging.getLogger(__name__)
 
@@ -31,15 +33,19 @@ class TrtBackend(GpuBackend):
         graphs = bundle.manifest.graphs_of(FORM)
         entries = choose_engines(bundle, api, gpu)
         runtime = api.create_runtime()
-        self.engines: list[TrtFunction] = []
+        self._engines: list[TrtFunction] = []
         try:
             for graph, entry in zip(graphs, entries, strict=True):
-                self.engines.append(TrtFunction(api, runtime, bundle, graph, entry, gpu))
+                self._engines.append(TrtFunction(api, runtime, bundle, graph, entry, gpu))
         except BaseException:
-            for engine in self.engines:
+            for engine in self._engines:
                 engine.close()
             raise
-        super().__init__(backend, f"{api.flavour.tag}, {gpu}", str(gpu), graphs, self.engines)
+        super().__init__(backend, f"{api.flavour.tag}, {gpu}", str(gpu), graphs, self._engines)
+
+    @property
+    def engines_in_use(self) -> tuple[EngineInUse, ...]:
+        return tuple(engine.in_use() for engine in self._engines)
 
 
 def choose_engines(bundle: Bundle, api: TrtApi, device: GpuDevice) -> list[EngineEntry]:
@@ -106,14 +112,10 @@ class TrtFunction:
     def reads_once(self) -> bool:
         return False
 
-    @property
-    def entry(self) -> EngineEntry:
-        """What the manifest says of the engine."""
-        return self._entry
-
-    def kernel_cache_content(self) -> bytes:
-        """The kernels compiled so far; empty where the library keeps none."""
-        return b"" if self._kernel_cache is None else self._api.kernel_cache_content(self._kernel_cache)
+    def in_use(self) -> EngineInUse:
+        """With the kernels compiled so far; none where the library keeps none."""
+        kernels = b"" if self._kernel_cache is None else bytes(self._kernel_cache.serialize())
+        return EngineInUse(self._entry, kernels)
 
     def new_program(self) -> TrtProgram:
         context = self._api.create_context(self._engine, self._kernel_cache)

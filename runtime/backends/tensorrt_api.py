@@ -8,26 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
-import logging
 import re
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 from typing import Any, Literal
 
-from ..bundle.errors import BackendUnavailableError, BundleError, InferenceError, OutOfGpuMemoryError
-
-_LOG = logging.getLogger(__name__)
-
-# The RTX wheels install the bindings alone; NVIDIA's own installers add the name without the suffix.
-_MODULES: dict[str, tuple[str, ...]] = {
-    "tensorrt": ("tensorrt",),
-    "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings"),
-}
-TENSORRT_BACKENDS = tuple(_MODULES)
+from ..bundle.backend_specs import BACKENDS, compiled_from, is_package_installed
+from ..bundle.errors import BackendUnavailableError, EngineRefusedError, InferenceError, OutOfGpuMemoryError
+from .tensorrt_messages import LogMessage, MessageHub, lacks_device, quote
 
 _DTYPES = {
     "FLOAT": "float32",
@@ -40,18 +30,6 @@ _DTYPES = {
     "BOOL": "bool",
 }
 
-_LEVELS = {
-    "INTERNAL_ERROR": logging.CRITICAL,
-    "ERROR": logging.ERROR,
-    "WARNING": logging.WARNING,
-    "INFO": logging.DEBUG,
-    "VERBOSE": logging.DEBUG,
-}
-
-
-class EngineRefusedError(BundleError):
-    """A serialised engine that is altered or that TensorRT does not accept; the message quotes TensorRT."""
-
 
 class NoDeviceError(BackendUnavailableError):
     """TensorRT is installed but finds no usable GPU or driver; the message quotes TensorRT."""
@@ -59,28 +37,15 @@ class NoDeviceError(BackendUnavailableError):
 
 @dataclass(frozen=True)
 class TensorRtFlavour:
-    """Which TensorRT this is: backend `tensorrt` or `tensorrt-rtx`, the Python module it came from, its version."""
+    """Which TensorRT this is: backend `tensorrt` or `tensorrt-rtx`, and its version."""
 
     backend: str
-    module_name: str
     version: str
 
     @property
     def tag(self) -> str:
         """Backend and version in one word fit for a file name: an engine runs only on the version that built it."""
         return f"{self.backend}-{self.version}"
-
-
-@dataclass(frozen=True)
-class LogMessage:
-    """One message of TensorRT; `severity` is its own word, such as `WARNING`."""
-
-    severity: str
-    text: str
-
-    @property
-    def is_error(self) -> bool:
-        return self.severity in ("ERROR", "INTERNAL_ERROR")
 
 
 @dataclass(frozen=True)
@@ -103,59 +68,6 @@ class EngineTensor:
     profile: ProfileShapes | None = None
 
 
-@dataclass(frozen=True)
-class EngineDescription:
-    """What could be learned about an engine, and from where.
-
-    `source` is `engine` when the serialised engine itself was read; `network` when only the network it was built from
-    is known; `none` when nothing is. For the last two, `obstacle` says why the engine itself could not be read.
-    """
-
-    flavour: TensorRtFlavour
-    source: Literal["engine", "network", "none"]
-    tensors: tuple[EngineTensor, ...]
-    obstacle: str = ""
-
-
-class _MessageHub:
-    """Hands each message of TensorRT to everyone who is collecting at that moment, and to Python's logging.
-
-    Collectors judge and quote what they collect, so while there is one the log has it for debugging alone.
-    """
-
-    def __init__(self) -> None:
-        self._collections: list[list[LogMessage]] = []
-
-    @contextlib.contextmanager
-    def collect(self) -> Iterator[list[LogMessage]]:
-        messages: list[LogMessage] = []
-        self._collections.append(messages)
-        try:
-            yield messages
-        finally:
-            self._collections = [kept for kept in self._collections if kept is not messages]
-
-    def emit(self, severity: str, text: str) -> None:
-        for messages in self._collections:
-            messages.append(LogMessage(severity, text))
-        level = logging.DEBUG if self._collections else _LEVELS.get(severity, logging.ERROR)
-        _LOG.log(level, "TensorRT %s: %s", severity, text)
-
-
-def _make_logger(module: Any, hub: _MessageHub) -> Any:
-    class ForwardingLogger(module.ILogger):  # type: ignore[misc]  # the vendor module has no types
-        def __init__(self) -> None:
-            # pybind11 rejects an object whose base was initialised through super().
-            module.ILogger.__init__(self)
-
-        def log(self, severity: Any, text: str) -> None:
-            # TensorRT calls this from C++ code that cannot take an exception: it would end the process.
-            with contextlib.suppress(Exception):
-                hub.emit(severity.name, text)
-
-    return ForwardingLogger()
-
-
 @dataclass(frozen=True, eq=False)
 class TrtApi:
     """One TensorRT library, with the differences between its versions behind methods.
@@ -166,7 +78,7 @@ class TrtApi:
     flavour: TensorRtFlavour
     module: Any
     logger: Any
-    _hub: _MessageHub = field(repr=False)
+    _hub: MessageHub = field(repr=False)
 
     def collect_messages(self) -> contextlib.AbstractContextManager[list[LogMessage]]:
         """Within the `with` block, a list that grows by every message of TensorRT."""
@@ -175,18 +87,13 @@ class TrtApi:
     # --- building -------------------------------------------------------------------------------------------------
 
     @property
-    def has_strongly_typed_flag(self) -> bool:
-        """Whether strong typing has to be asked for; where the flag is absent it is the only way there is."""
-        return hasattr(self._network_flag_names, "STRONGLY_TYPED")
-
-    @property
     def network_flags(self) -> int:
-        """Flags for `Builder.create_network`: the types in the graph are obeyed, not reinterpreted."""
-        return 1 << int(self._network_flag_names.STRONGLY_TYPED) if self.has_strongly_typed_flag else 0
+        """Flags for `Builder.create_network`: the types in the graph are obeyed, not reinterpreted.
 
-    @property
-    def _network_flag_names(self) -> Any:
-        return getattr(self.module, "NetworkDefinitionCreationFlag", None)
+        Where strong typing cannot be asked for, it is the only way there is.
+        """
+        flag = getattr(getattr(self.module, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED", None)
+        return 0 if flag is None else 1 << int(flag)
 
     @property
     def compute_capabilities(self) -> tuple[str, ...]:
@@ -211,6 +118,10 @@ class TrtApi:
 
         Raises ValueError for a target that the library does not offer or refuses.
         """
+        verbosity = getattr(self.module, "ProfilingVerbosity", None)
+        if verbosity is not None:
+            # NVIDIA's tools can then say what the layers of an engine became.
+            config.profiling_verbosity = verbosity.DETAILED
         tf32 = getattr(getattr(self.module, "BuilderFlag", None), "TF32", None)
         if tf32 is not None:
             config.clear_flag(tf32)
@@ -256,7 +167,7 @@ class TrtApi:
             engine = runtime.deserialize_cuda_engine(serialized)
         if engine is not None:
             return engine
-        if _lacks_device(messages):
+        if lacks_device(messages):
             raise NoDeviceError(self._no_device(quote(messages)))
         raise EngineRefusedError(
             f"{self.flavour.tag} refuses the engine of {len(serialized)} bytes: {quote(messages)}; build it again "
@@ -282,8 +193,8 @@ class TrtApi:
     def create_kernel_cache(self, engine: Any, content: bytes) -> Any | None:
         """TensorRT-RTX compiles kernels when an engine first runs; with this cache, only the first time ever.
 
-        content: what `kernel_cache_content` gave, whose hash the caller has checked, or nothing to begin anew. None
-        where the library has no such cache. Raises EngineRefusedError for content that it does not accept.
+        content: of a cache that was serialised, whose hash the caller has checked, or nothing to begin anew. None where
+        the library has no such cache. Raises EngineRefusedError for content that it does not accept.
         """
         config = self._runtime_config(engine)
         if config is None or not hasattr(config, "create_runtime_cache"):
@@ -294,10 +205,6 @@ class TrtApi:
         if not is_accepted:
             raise EngineRefusedError(f"{self.flavour.tag} refuses the cache of compiled kernels: {quote(messages)}")
         return kernel_cache
-
-    def kernel_cache_content(self, kernel_cache: Any) -> bytes:
-        """What `create_kernel_cache` takes: the kernels compiled so far."""
-        return bytes(kernel_cache.serialize())
 
     def _runtime_config(self, engine: Any) -> Any | None:
         """An `IRuntimeConfig` that compiles kernels for a shape before it first runs, never while it runs."""
@@ -344,67 +251,32 @@ def _dtype_name(dtype: Any) -> str:
     return _DTYPES.get(dtype.name, str(dtype.name).lower())
 
 
-def quote(messages: Sequence[LogMessage]) -> str:
-    """Its errors, each once."""
-    return " | ".join(dict.fromkeys(message.text for message in messages if message.is_error))
-
-
-def _lacks_device(messages: Sequence[LogMessage]) -> bool:
-    """Whether CUDA stopped TensorRT: its error comes first; after a faulty engine's own error it only follows."""
-    first = next((message.text for message in messages if message.is_error), "")
-    return re.search(r"cudaError|Cuda Runtime|CUDA (initialization|driver)", first) is not None
-
-
-def available_tensorrt() -> tuple[str, ...]:
-    """Backends whose package is installed. Cheap: nothing is imported, so a broken installation still counts."""
-    return tuple(backend for backend, names in _MODULES.items() if any(map(_is_installed, names)))
-
-
 def find_tensorrt(backend: str) -> TrtApi:
     """The library behind backend `tensorrt` or `tensorrt-rtx`; the same object at every call.
 
     Raises BackendUnavailableError for another name, and when the package is missing or does not load.
     """
-    if backend not in _MODULES:
-        raise BackendUnavailableError(f"no TensorRT backend {backend!r}; there are {', '.join(_MODULES)}")
-    for name in filter(_is_installed, _MODULES[backend]):
+    known = compiled_from("graphs")
+    if backend not in known:
+        raise BackendUnavailableError(f"no TensorRT backend {backend!r}; there are {', '.join(sorted(known))}")
+    packages = BACKENDS[backend].packages
+    for name in filter(is_package_installed, packages):
         try:
             return _api_of(backend, importlib.import_module(name))
         except (ImportError, OSError) as error:
             raise BackendUnavailableError(
                 f"{name} is installed but does not load: {error}; {_cure(backend)}"
             ) from error
-    raise BackendUnavailableError(f"found no package {' or '.join(_MODULES[backend])}; {_cure(backend)}")
+    raise BackendUnavailableError(f"found no package {' or '.join(packages)}; {_cure(backend)}")
 
 
 def _cure(backend: str) -> str:
     return f"install it with: pip install '.[{backend}]'"
 
 
-def _is_installed(name: str) -> bool:
-    # find_spec raises ValueError for a module that was put into sys.modules by hand.
-    return sys.modules.get(name) is not None or importlib.util.find_spec(name) is not None
-
-
 @cache
 def _api_of(backend: str, module: ModuleType) -> TrtApi:
     # Cached because TensorRT keeps the first logger it meets for the whole process and warns about any other.
-    hub = _MessageHub()
-    flavour = TensorRtFlavour(backend, module.__name__, str(vars(module).get("__version__", "unknown")))
-    return TrtApi(flavour, module, _make_logger(module, hub), hub)
-
-
-def read_engine(api: TrtApi, serialized: bytes) -> EngineDescription:
-    """What the serialised engine says of itself; the caller has hashed its bytes before.
-
-    TensorRT deserialises engines on a machine with a GPU alone. Without one it still refuses bytes with a wrong
-    header or length, but tells nothing about the tensors: then `source` is `none` and `obstacle` quotes it.
-    Raises EngineRefusedError for bytes that TensorRT rejects.
-    """
-    try:
-        # Bound to a name so that the runtime outlives the engine.
-        runtime = api.create_runtime()
-        engine = api.deserialize(runtime, serialized)
-    except NoDeviceError as error:
-        return EngineDescription(api.flavour, "none", (), str(error))
-    return EngineDescription(api.flavour, "engine", api.engine_tensors(engine))
+    hub = MessageHub()
+    flavour = TensorRtFlavour(backend, str(vars(module).get("__version__", "unknown")))
+    return TrtApi(flavour, module, hub.logger_of(module), hub)

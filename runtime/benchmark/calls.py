@@ -36,7 +36,7 @@ class Batch:
 def random_batch(tokenizer: ActionTokenizer, size: int) -> Batch:
     """The same actions at every call; the tokens are the backend's own."""
     model = tokenizer.model
-    normalised = np.random.default_rng(0).uniform(-1, 1, (size, model.chunk_length, model.action_dim))
+    normalised = np.random.default_rng(0).uniform(-1, 1, model.actions_shape(size))
     actions = (normalised * model.action_units + model.action_offset).astype(np.float32)
     if model.has_stats:
         return Batch(actions, *tokenizer.encode_with_stats(actions))

@@ -24,8 +24,8 @@ def main() -> None:
     tokenizer = ActionTokenizer.load(folder, backend=backend, verify=way == "verify")
     loaded = time.perf_counter()
     model = tokenizer.model
-    tokens = np.zeros((1, model.chunk_length, model.latent_dim, model.num_layers), np.int32)
-    stats = np.ones((1, model.chunk_length, model.num_layers, 2), np.float32) if model.has_stats else None
+    tokens = np.zeros(model.tokens_shape(1), np.int32)
+    stats = np.ones(model.stats_shape(1), np.float32) if model.has_stats else None
     tokenizer.decode(tokens, stats)
     decoded = time.perf_counter()
     resident_after = resident_bytes()

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..bundle.console import printable
+from ..bundle.writing import replacing
 from .start import Start
 from .timing import Arithmetic, Bandwidth, Row
 
@@ -188,19 +187,10 @@ def write_report(report: Report, folder: Path) -> list[str]:
     except ImportError as error:
         said.append(f"no bench.png: {error}; install it with: pip install matplotlib")
     for name, content in contents.items():
-        _replace(folder / name, content)
+        with replacing(folder / name) as temporary:
+            temporary.write_bytes(content)
         said.append(f"wrote {folder / name}")
     return said
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def report_png(report: Report) -> bytes:

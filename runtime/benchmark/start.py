@@ -11,6 +11,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ..bundle.errors import TokenizerError
+
 _ROOT = Path(__file__).resolve().parents[len(__package__.split("."))]
 _TIMEOUT_S = 120
 
@@ -37,7 +39,7 @@ class Start:
     gpu_memory: int | None
 
 
-class StartError(Exception):
+class StartError(TokenizerError):
     """A process that gave no result; the message quotes it."""
 
 

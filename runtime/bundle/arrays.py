@@ -1,4 +1,6 @@
-"""The arrays that everything here exchanges."""
+"""The arrays that everything here exchanges, and steps cut into chunks."""
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -6,3 +8,17 @@ import numpy.typing as npt
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Int32Array = npt.NDArray[np.int32]
+
+
+def in_chunks(steps: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
+    """[n, ...] as [ceil(n / length), length, ...]; the last chunk is filled up with the last step.
+
+    Every step is coded on its own, so what fills a chunk changes nothing else, and is legal where the step is.
+
+    >>> in_chunks(np.arange(3), 2).tolist()
+    [[0, 1], [2, 2]]
+    """
+    filling = np.repeat(steps[-1:], -len(steps) % length, axis=0)
+    # Without filling no copy is made.
+    filled = np.concatenate((steps, filling)) if len(filling) else steps
+    return filled.reshape(-1, length, *steps.shape[1:])

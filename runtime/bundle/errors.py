@@ -1,8 +1,16 @@
-"""Errors of the runtime: each message says what was found, what was expected and what to do next."""
+"""Errors: each message says what was found, what was expected and what to do next."""
 
 
-class TokenizerError(Exception):
-    """Base of everything this package raises on purpose."""
+class RfsqError(Exception):
+    """Base of everything that this project raises on purpose: each room has its own beneath it.
+
+    >>> issubclass(InvalidInputError, RfsqError), issubclass(InvalidInputError, ValueError)
+    (True, True)
+    """
+
+
+class TokenizerError(RfsqError):
+    """Base of everything that the runtime raises on purpose."""
 
 
 class InvalidInputError(TokenizerError, ValueError):
@@ -76,6 +84,10 @@ class BackendUnavailableError(TokenizerError):
 
 class SelfTestError(TokenizerError):
     """A backend whose answers to the golden vectors are not those of the reference."""
+
+
+class EngineRefusedError(BundleError):
+    """A serialised engine that is altered or that its library does not accept; the message quotes the library."""
 
 
 class CannotCopyError(TokenizerError, TypeError):

@@ -4,12 +4,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-#: Of so many steps the generated C checks all values before it computes: they stay in the processor's first cache.
-CHECKED_STEPS = 64
+from .backend_specs import BACKENDS
+
 #: What the gates are called that judge a backend's promise about illegal values (`refusal.py`).
 ACCEPTED, NOT_MARKED = "illegal values accepted", "illegal values not marked"
-#: Backends whose host does not read values of the GPU: they mark what is illegal, in calls of any size.
-MARKING_BACKENDS = ("cuda", "tensorrt-rtx", "tensorrt", "onnxruntime-cuda")
 
 
 @dataclass(frozen=True)
@@ -101,10 +99,13 @@ def highest_bounds(num_levels: int, num_layers: int) -> list[float]:
 
 def promised_refusal(backend: str, chunk_length: int) -> str:
     """The gate that judges what this backend promises of illegal values; empty for one that promises nothing."""
-    if backend in MARKING_BACKENDS:
+    spec = BACKENDS.get(backend)
+    if spec is None:
+        return ""
+    if spec.marks_illegal:
         return NOT_MARKED
-    # The generated C leaves longer calls to the validator: of longer chunks, all.
-    return ACCEPTED if backend == "c" and chunk_length <= CHECKED_STEPS else ""
+    # Longer calls are left to the validator: of longer chunks, all.
+    return ACCEPTED if chunk_length <= spec.checked_steps else ""
 
 
 def missing_gates(found: Iterable[str], prefixes: Sequence[int], *, has_stats: bool, refusal: str = "") -> list[str]:

@@ -138,19 +138,18 @@ def _decoded_name(prefix: int) -> str:
 
 def _expected_arrays(model: ModelEntry, num_chunks: int) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
     """Member name to dtype and shape."""
-    steps = (num_chunks, model.chunk_length)
-    per_token = (*steps, model.latent_dim, model.num_layers)
+    actions, per_token = model.actions_shape(num_chunks), model.tokens_shape(num_chunks)
     arrays: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
-        "actions": (np.float32, (*steps, model.action_dim)),
+        "actions": (np.float32, actions),
         "tokens": (np.int32, per_token),
         "margins": (np.float32, per_token),
         "bounds": (np.float32, per_token),
         "near_tie_cap": (np.int64, ()),
         "flip_tolerance": (np.float64, ()),
-        **{_decoded_name(prefix): (np.float64, (*steps, model.action_dim)) for prefix in model.prefixes},
+        **{_decoded_name(prefix): (np.float64, actions) for prefix in model.prefixes},
     }
     if model.has_stats:
-        arrays["stats"] = (np.float32, (*steps, model.num_layers, 2))
+        arrays["stats"] = (np.float32, model.stats_shape(num_chunks))
     return {f"{name}.npy": entry for name, entry in arrays.items()}
 
 

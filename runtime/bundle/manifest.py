@@ -19,6 +19,7 @@ from .errors import BundleError
 from .fidelity import Fidelity
 from .paths import shown
 from .reading import parse_json
+from .typed_json import build
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -29,6 +30,9 @@ C_HEADER, C_SOURCE = "engines/c/rfsq_tokenizer.h", "engines/c/rfsq_tokenizer.c"
 #: The generated CUDA source, from which its `cuda` engines are compiled.
 CUDA_SOURCE = "engines/cuda/rfsq_tokenizer.cu"
 
+#: What the encoder's tokens are, and how they are decoded (docs/architecture.md).
+Mode = Literal["none", "dynamic", "calibrated", "recovered"]
+MODES: tuple[Mode, ...] = typing.get_args(Mode)
 GraphForm = Literal["gemm", "gemm_marked", "reduce"]
 GRAPH_FORMS: tuple[GraphForm, ...] = typing.get_args(GraphForm)
 
@@ -105,7 +109,7 @@ class ModelEntry:
     for which no float32 intermediate can overflow. action_units: physical units per normalised unit, one for each of A.
     """
 
-    mode: Literal["none", "dynamic", "calibrated", "recovered"]
+    mode: Mode
     chunk_length: int
     action_dim: int
     latent_dim: int
@@ -121,6 +125,18 @@ class ModelEntry:
     def has_stats(self) -> bool:
         """Whether encoding gives, and decoding takes, mean and sigma of every layer (float32 [B, T, l, 2])."""
         return self.mode == "dynamic"
+
+    def actions_shape(self, batch: int) -> tuple[int, int, int]:
+        """[B, T, A]."""
+        return (batch, self.chunk_length, self.action_dim)
+
+    def tokens_shape(self, batch: int, layers: int | None = None) -> tuple[int, int, int, int]:
+        """[B, T, D, l]; layers: None for all L."""
+        return (batch, self.chunk_length, self.latent_dim, self.num_layers if layers is None else layers)
+
+    def stats_shape(self, batch: int, layers: int | None = None) -> tuple[int, int, int, int]:
+        """[B, T, l, 2]; layers: None for all L."""
+        return (batch, self.chunk_length, self.num_layers if layers is None else layers, 2)
 
     @property
     def is_step_coupled(self) -> bool:
@@ -208,11 +224,10 @@ def graph_tensors(
     model: ModelEntry, role: Literal["encoder", "decoder"], prefix: int
 ) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
     """Inputs and outputs that a graph of this model has, in this order."""
-    steps = (-1, model.chunk_length)
-    actions = TensorEntry("actions", "float32", (*steps, model.action_dim))
-    codes = [TensorEntry("tokens", "int32", (*steps, model.latent_dim, prefix))]
+    actions = TensorEntry("actions", "float32", model.actions_shape(-1))
+    codes = [TensorEntry("tokens", "int32", model.tokens_shape(-1, prefix))]
     if model.has_stats:
-        codes.append(TensorEntry("stats", "float32", (*steps, prefix, 2)))
+        codes.append(TensorEntry("stats", "float32", model.stats_shape(-1, prefix)))
     return ((actions,), tuple(codes)) if role == "encoder" else (tuple(codes), (actions,))
 
 
@@ -240,7 +255,10 @@ def parse_manifest(text: str) -> Manifest:
             "bundle again with this version, or install the version that wrote it"
         )
     stated = content.pop("manifest_sha256", None)
-    manifest = typing.cast(Manifest, _build(Manifest, content, MANIFEST_NAME))
+    try:
+        manifest = build(Manifest, content, MANIFEST_NAME, is_exact=True)
+    except ValueError as error:
+        raise BundleError(f"{error}; build the bundle again") from error
     try:
         canonical = manifest_text(manifest)
     except ValueError as error:
@@ -252,44 +270,3 @@ def parse_manifest(text: str) -> Manifest:
             "spelling is not the one written by the build; copy the bundle again or build it again"
         )
     return manifest
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value` from JSON as `kind`: dataclasses, tuples, dicts, literals and plain types."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin is types.UnionType:
-        # With None: such a key may be missing, but never holds nothing.
-        return _build(arguments[0], value, where)
-    if dataclasses.is_dataclass(kind):
-        return _build_dataclass(typing.cast(type[Any], kind), value, where)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise BundleError(f"{where} is {shown(value)}; expected one of {', '.join(map(str, arguments))}")
-    if origin is tuple and isinstance(value, list):
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        if len(kinds) == len(value):
-            parts = enumerate(zip(kinds, value, strict=True))
-            return tuple(_build(part, entry, f"{where}[{index}]") for index, (part, entry) in parts)
-    if origin is dict and isinstance(value, dict):
-        return {key: _build(arguments[1], entry, f"{where}[{shown(key)}]") for key, entry in value.items()}
-    # bool is an int to isinstance.
-    if type(value) is kind:
-        return value
-    name = kind if isinstance(kind, types.GenericAlias) else getattr(kind, "__name__", kind)
-    raise BundleError(f"{where} is {shown(value)}; expected {name}")
-
-
-def _build_dataclass(kind: type[Any], value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise BundleError(f"{where} is {shown(value)}; expected an object")
-    hints = typing.get_type_hints(kind)
-    needed = {name for name, hint in hints.items() if typing.get_origin(hint) is not types.UnionType}
-    missing, unknown = sorted(needed - value.keys()), sorted(value.keys() - hints.keys())
-    if missing or unknown:
-        raise BundleError(
-            f"{where} lacks the keys {missing} and has the unknown keys {shown(unknown)}; build the bundle again"
-        )
-    return kind(**{name: _build(hints[name], part, f"{where}.{name}") for name, part in value.items()})

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NoReturn, Self
 
+from .errors import RfsqError
+
 #: Where the system lacks a flag, what is opened is compared with what the name showed before.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 _FOLDER = getattr(os, "O_DIRECTORY", 0)
@@ -26,7 +28,7 @@ _MOST_LEVELS = 32
 _HAS_FOLDERS = bool(_NO_FOLLOW and _FOLDER and {os.open, os.stat} <= os.supports_dir_fd)
 
 
-class UnfitFileError(OSError):
+class UnfitFileError(RfsqError, OSError):
     """What stands there is no regular file, is a link, or is larger than allowed; nothing was read."""
 
 

@@ -8,7 +8,6 @@ import os
 import struct
 import zipfile
 import zlib
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from ..bundle.arrays import Float32Array
 from ..bundle.paths import as_path
 from ..bundle.reading import regular_file
+from ..bundle.writing import replacing
 from .config import Status
 from .errors import FlightRecordError
 from .result import Outcome
@@ -170,18 +170,9 @@ def _rows_of(ring: npt.NDArray[Any], shape: tuple[int, ...]) -> list[npt.NDArray
 
 def write_record(path: Path, arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any]) -> None:
     """Whole or not at all. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
     text = np.frombuffer(json.dumps({"schema": SCHEMA, **meta}).encode(), np.uint8)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **{"meta": text, **arrays})  # type: ignore[arg-type]  # no array is named allow_pickle
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    with replacing(path, is_synced=True) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **{"meta": text, **arrays})  # type: ignore[arg-type]  # no array is named allow_pickle
 
 
 def read_record(path: str | os.PathLike[str]) -> FlightRecord:

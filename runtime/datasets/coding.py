@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle.arrays import Float32Array
+from ..bundle.arrays import Float32Array, in_chunks
 from ..tokenizer import ActionTokenizer
 from .steps import AnyArray
 
@@ -22,7 +22,7 @@ class StepCoder:
         self._tokenizer, self._model = tokenizer, tokenizer.model
         model = self._model
         batch = max(1, _CODED_STEPS // model.chunk_length)
-        self._tokens = np.empty((batch, model.chunk_length, model.latent_dim, model.num_layers), np.int32)
+        self._tokens = np.empty(model.tokens_shape(batch), np.int32)
 
     def encode(self, actions: Float32Array) -> npt.NDArray[np.uint8]:
         """Actions float32 [n, A] to tokens uint8 [n, D*L]. Raises InvalidInputError for illegal actions."""
@@ -44,11 +44,8 @@ class StepCoder:
         return result
 
     def _chunks(self, values: AnyArray) -> Iterator[tuple[slice, AnyArray]]:
-        """[n, W] as [B, T, W] for the tokenizer; the last chunk is filled up with zeros, whose results nobody reads."""
+        """[n, W] as [B, T, W] for the tokenizer; nobody reads the results of what fills up the last chunk."""
         batch, length = self._tokens.shape[:2]
         for start in range(0, len(values), batch * length):
             part = values[start : start + batch * length]
-            rows = slice(start, start + len(part))
-            if missing := -len(part) % length:
-                part = np.concatenate([part, np.zeros((missing, values.shape[1]), values.dtype)])
-            yield rows, part.reshape(-1, length, values.shape[1])
+            yield slice(start, start + len(part)), in_chunks(part, length)

@@ -12,6 +12,7 @@ from typing import IO, Literal
 import numpy as np
 
 from ..bundle.arrays import Float32Array
+from ..bundle.writing import sync
 from ..tokenizer import ActionTokenizer
 from .coding import StepCoder
 from .errors import OutputError
@@ -23,7 +24,6 @@ from .progress import Progress
 from .reader import TokenDataset
 from .sources import open_source
 from .steps import optional
-from .writers import sync
 
 FileFormat = Literal["npz", "hdf5"]
 #: Gives the actions of the steps start … stop - 1 in slices: the first row of each, and float32 [n, A].

@@ -10,6 +10,7 @@ from contextlib import closing
 
 import numpy as np
 
+from ..bundle.arrays import in_chunks
 from ..bundle.fidelity import FidelitySums
 from ..bundle.manifest import FileEntry
 from ..tokenizer import ActionTokenizer
@@ -109,11 +110,11 @@ def _verify_tokens(tokenizer: ActionTokenizer, source: StepReader, target: StepR
             raise VerificationError(
                 f"episodes and steps read back from row {start} on are not those of the source; {_AGAIN}"
             )
-        chunks = _chunks(given.values, model.chunk_length)
+        chunks = in_chunks(given.values, model.chunk_length)
         tokens = tokenizer.encode(chunks)
         expected = tokens.reshape(-1, model.latent_dim * model.num_layers)[: stop - start]
         _check_equal(expected, read.values, start)
-        stored = _chunks(read.values, model.chunk_length).reshape(tokens.shape)
+        stored = in_chunks(read.values, model.chunk_length).reshape(tokens.shape)
         decoded = tokenizer.decode(stored).reshape(-1, model.action_dim)[: stop - start]
         total += float(np.abs(decoded.astype(np.float64) - given.values).sum())
         sums.add(given.values, decoded)
@@ -125,17 +126,11 @@ def verify_actions(tokenizer: ActionTokenizer, source: StepReader, target: StepR
     """source: of tokens; target: of the actions that were written for them, in which episodes may be numbered anew."""
     model, steps = tokenizer.model, 0
     for start, stop in sample_windows(num_steps):
-        chunks = _chunks(source.read(start, stop).values, model.chunk_length)
+        chunks = in_chunks(source.read(start, stop).values, model.chunk_length)
         decoded = tokenizer.decode(chunks.reshape(*chunks.shape[:2], model.latent_dim, model.num_layers))
         _check_equal(decoded.reshape(-1, model.action_dim)[: stop - start], target.read(start, stop).values, start)
         steps += stop - start
     return Verification(steps, 0.0, 0.0)
-
-
-def _chunks(values: AnyArray, length: int) -> AnyArray:
-    missing = -len(values) % length
-    filled = np.concatenate([values, np.zeros((missing, values.shape[1]), values.dtype)])
-    return filled.reshape(-1, length, values.shape[1])
 
 
 def _check_equal(expected: AnyArray, found: AnyArray, row: int) -> None:

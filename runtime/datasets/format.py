@@ -7,12 +7,12 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from types import UnionType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 from ..bundle.fidelity import Fidelity
 from ..bundle.manifest import FileEntry, ModelEntry
-from ..bundle.reading import read_file
+from ..bundle.reading import parse_json, read_file
+from ..bundle.typed_json import build
 from .errors import TokenDatasetError
 
 #: Raised with every change of meaning or layout; any other version is refused.
@@ -154,8 +154,8 @@ def read_info(folder: Path) -> DatasetInfo:
 
 def parse_info(text: str, path: Path) -> DatasetInfo:
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise TokenDatasetError(f"{path} is not JSON: {error}; copy the dataset again") from error
     found = content.get("schema_version") if isinstance(content, dict) else type(content).__name__
     if found != SCHEMA_VERSION or isinstance(found, bool):
@@ -164,7 +164,10 @@ def parse_info(text: str, path: Path) -> DatasetInfo:
             "use the version that wrote it"
         )
     stated = content.pop("dataset_sha256", None)
-    info: DatasetInfo = _build(DatasetInfo, content, path.name)
+    try:
+        info = build(DatasetInfo, content, path.name, is_exact=True)
+    except ValueError as error:
+        raise TokenDatasetError(f"{error}: copy the dataset again") from error
     if info_text(info) != text:
         raise TokenDatasetError(
             f"{path} was altered after it was written: its dataset_sha256 is {stated}, or its spelling is not the one "
@@ -185,24 +188,3 @@ def spelled(content: dict[str, Any]) -> bytes:
 
 def _spelled(content: dict[str, Any]) -> str:
     return json.dumps(content, sort_keys=True, indent=1, ensure_ascii=False)
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """`value` from JSON as `kind`; anything else than what a job writes is refused by its place."""
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        hints = get_type_hints(kind)
-        needed = {name for name, hint in hints.items() if not isinstance(hint, UnionType)}
-        if not isinstance(value, dict) or not needed <= value.keys() <= hints.keys():
-            found = sorted(value) if isinstance(value, dict) else type(value).__name__
-            raise TokenDatasetError(f"{where} has {found}; expected the keys {sorted(hints)}: copy the dataset again")
-        return kind(**{name: _build(hints[name], part, f"{where}.{name}") for name, part in value.items()})
-    if isinstance(kind, UnionType):
-        # Such a key may be missing, but never holds nothing.
-        return _build(get_args(kind)[0], value, where)
-    if kind == tuple[float, ...] and isinstance(value, list):
-        return tuple(_build(float, entry, f"{where}[{place}]") for place, entry in enumerate(value))
-    if kind == dict[str, FileEntry] and isinstance(value, dict):
-        return {name: _build(FileEntry, entry, f"{where}[{name!r}]") for name, entry in value.items()}
-    if value in get_args(kind) if get_args(kind) else isinstance(kind, type) and type(value) is kind:
-        return value
-    raise TokenDatasetError(f"{where} is {value!r}; expected {kind}: copy the dataset again")

@@ -22,12 +22,13 @@ from typing import Any
 
 from ..bundle.errors import TokenizerError
 from ..bundle.ownership import Ownership
+from ..bundle.writing import sync
 from .errors import OutputError, VerificationError
 from .format import HASH_STEPS, INFO_NAME, spelled
 from .job import LOCK_NAME, Job, ownership_of, partial_folder
 from .record import PartRecord
 from .steps import is_hidden
-from .writers import hash_file, part_files, put, sync
+from .writers import hash_file, part_files, put
 
 _IDENTITY_NAME = "job.json"
 #: A job that ends removes the folder, maybe while this one locks it. More often than this, the place is at fault.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from collections.abc import Mapping
@@ -68,22 +67,6 @@ def move(temporary: Path, folder: Path, name: str) -> None:
     for parent in reversed(Path(name).parents[:-1]):
         (folder / parent).mkdir(exist_ok=True)
     temporary.replace(target)
-
-
-#: What a file system answers that keeps no names to be forced to the disk, as some on networks do.
-_NOTHING_TO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)
-
-
-def sync(path: Path) -> None:
-    """Force a file's content, or a folder's names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in _NOTHING_TO_SYNC or not path.is_dir():
-            raise
-    finally:
-        os.close(handle)
 
 
 def scratch_file(scratch: Path, name: str) -> Path:

@@ -20,8 +20,13 @@ from torch._C._functorch import get_interpreter_stack
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..backends.registry import GPU_BACKENDS, PREFERENCE
-from ..backends.tensorrt_api import EngineRefusedError
-from ..bundle.errors import BackendUnavailableError, InferenceError, InvalidInputError, SelfTestError
+from ..bundle.errors import (
+    BackendUnavailableError,
+    EngineRefusedError,
+    InferenceError,
+    InvalidInputError,
+    SelfTestError,
+)
 from ..bundle.manifest import ModelEntry
 from ..bundle.validation import InputValidator
 from ..tokenizer import ActionTokenizer

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle.arrays import Float32Array, Float64Array, Int32Array
+from ..bundle.arrays import Float32Array, Float64Array, Int32Array, in_chunks
 from ..bundle.errors import InvalidInputError
 from ..bundle.fidelity import Fidelity, FidelitySums
 from ..bundle.manifest import ModelEntry
@@ -98,7 +98,7 @@ class Side:
 
     def encode(self, actions: Float32Array) -> tuple[Int32Array, Float32Array | None]:
         """actions [N, A] -> tokens [N, D, L] and, of a `dynamic` bundle, stats [N, L, 2]."""
-        chunks = self._chunks(actions)
+        chunks = in_chunks(actions, self.model.chunk_length)
         if not self.model.has_stats:
             return _steps(self.tokenizer.encode(chunks), len(actions)), None
         tokens, stats = self.tokenizer.encode_with_stats(chunks)
@@ -106,14 +106,8 @@ class Side:
 
     def decode(self, tokens: Int32Array, stats: Float32Array | None) -> Float32Array:
         """tokens [N, D, l] and, if there are any, stats [N, l, 2] -> actions [N, A]."""
-        given = self._chunks(stats) if stats is not None and self.model.has_stats else None
-        return _steps(self.tokenizer.decode(self._chunks(tokens), given), len(tokens))
-
-    def _chunks(self, steps: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """[N, ...] as [B, T, ...], the last chunk filled up with the last step."""
-        length = self.model.chunk_length
-        filling = np.repeat(steps[-1:], -len(steps) % length, axis=0)
-        return np.concatenate((steps, filling)).reshape(-1, length, *steps.shape[1:])
+        given = in_chunks(stats, self.model.chunk_length) if stats is not None and self.model.has_stats else None
+        return _steps(self.tokenizer.decode(in_chunks(tokens, self.model.chunk_length), given), len(tokens))
 
 
 def _steps(chunks: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:

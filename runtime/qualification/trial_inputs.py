@@ -36,7 +36,7 @@ def config_for(tokenizer: ActionTokenizer, limit: float, **changes: Any) -> Cont
 def chunks_of(tokenizer: ActionTokenizer, count: int) -> Chunks:
     """Tokens of random actions, their stats, and a limit that no decoded action reaches."""
     model = tokenizer.model
-    shape = (count, model.chunk_length, model.action_dim)
+    shape = model.actions_shape(count)
     return _coded(tokenizer, np.random.default_rng(0).uniform(-_RANGE, _RANGE, shape))
 
 

@@ -4,11 +4,11 @@ import importlib.util
 
 import pytest
 
-from rfsq.runtime.backends.tensorrt_api import available_tensorrt
+from rfsq.runtime.bundle.backend_specs import BACKENDS
 from rfsq.runtime.bundle.errors import BackendUnavailableError
 
 needs_rtx = pytest.mark.skipif(
-    "tensorrt-rtx" not in available_tensorrt(), reason="TensorRT-RTX is not importable: pip install '.[tensorrt-rtx]'"
+    not BACKENDS["tensorrt-rtx"].is_installed, reason="TensorRT-RTX is not importable: pip install '.[tensorrt-rtx]'"
 )
 
 

@@ -32,7 +32,8 @@ from rfsq.export.c_builder import find_compiler
 from rfsq.export.errors import GateError
 from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graphs import LinearForm
-from rfsq.export.pipeline import BuildConfig, BuildResult, _closing_tables, build
+from rfsq.export.judging import closing_tables
+from rfsq.export.pipeline import BuildConfig, BuildResult, build
 from rfsq.export.plan import DeployMode
 from rfsq.export.reference import AS_TRAINED, REFITTED
 from rfsq.rfsq_ref.autoencoder import ModelConfig
@@ -47,6 +48,7 @@ from rfsq.runtime.bundle.fidelity import Grade
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.golden import Golden
 from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, MANIFEST_NAME, Manifest, ParityEntry
+from tests.backends import without_packages
 from tests.bundles import bundle_files, graph_file
 from tests.export.machine import needs_no_gpu, needs_rtx
 from tests.rfsq_ref.published_model import ActionRFSQAE
@@ -510,11 +512,11 @@ def test_every_mode_builds_for_a_robust_model_of_other_sizes(
 def test_the_closing_tables_name_the_engines_of_a_remark_and_a_refit_that_lost() -> None:
     flips = ParityEntry("c", "encode: near-tie flips", 8, 3, 9, "L0 to L1: 2 1", "x86-64-v3")
     parity = (flips, replace(flips, device="x86-64"), replace(flips, detail="L0 to L1: 3 0", device="x86-64-v4"))
-    text = _closing_tables(parity, {AS_TRAINED: 5.279e-2, REFITTED: 5.344e-2}, None, "held-out episodes")
+    text = closing_tables(parity, {AS_TRAINED: 5.279e-2, REFITTED: 5.344e-2}, None, "held-out episodes")
     assert "\nc (x86-64-v3), c (x86-64), encode: near-tie flips: L0 to L1: 2 1\n" in text
     assert "\nc (x86-64-v4), encode: near-tie flips: L0 to L1: 3 0\n" in text
     assert text.endswith(held_out_warning(5.279e-2, 5.344e-2, "held-out episodes", "normalised units²"))
-    won = _closing_tables(parity, {AS_TRAINED: 2.0, REFITTED: 1.0}, None, "held-out episodes")
+    won = closing_tables(parity, {AS_TRAINED: 2.0, REFITTED: 1.0}, None, "held-out episodes")
     assert "lost on" not in won
 
 
@@ -702,8 +704,8 @@ def test_c_is_compiled_for_every_target_of_this_processor_and_passes_every_gate(
 def test_without_a_compiler_the_source_goes_along_alone(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(pipeline, "find_compiler", lambda: None)
-    monkeypatch.setattr(engines, "available_tensorrt", lambda: ())
+    monkeypatch.setattr(engines, "find_compiler", lambda: None)
+    without_packages(monkeypatch, "tensorrt")
     result = build(config(tmp_path / "bundle", checkpoint=small, backends=None, parity_steps=500))
     assert "c" not in {engine.backend for engine in result.manifest.engines}
     assert C_SOURCE in result.manifest.files
@@ -749,7 +751,7 @@ def test_an_engine_that_is_not_what_was_asked_for_ends_the_build(
         return replace(engine, serialized=engine.serialized[: len(engine.serialized) // 2])
 
     build_one = trt_builder.build_engine
-    monkeypatch.setattr(trt_builder, "build_engine", truncated)
+    monkeypatch.setattr(engines, "build_engine", truncated)
     with pytest.raises(
         GateError, match=r"tensorrt-rtx, reduce/encoder\.onnx: the engine has sha256 .* altered or cut short"
     ):
@@ -998,7 +1000,7 @@ BAD_INPUT = {
     "prefix 0": (fixed("--prefixes", "3", "0"), r"prefixes \[0\] are not between 1"),
     "unknown backend": (
         fixed("--backends", "openvino"),
-        r"backends \['openvino'\] are not known; there are onnxruntime",
+        r"backends \['openvino'\] are not known; there are c, cuda, .*onnxruntime",
     ),
     "unknown conditioning": (fixed("--conditioning", "layernorm"), "--conditioning: invalid .*'layernorm'"),
     "profile out of order": (fixed("--profile", "5", "1", "1"), "expected 1 <= minimum <= optimum <= maximum"),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rfsq.export.c_builder import CBuildError, compile_c, find_compiler
+from rfsq.export.c_builder import compile_c, find_compiler
+from rfsq.export.errors import EngineBuildError
 from rfsq.runtime.backends.cpu_targets import host_targets
 from tests.bundles import Recipe, deploy, generate_c
 
@@ -74,7 +75,7 @@ def test_a_launcher_may_stand_in_front_of_it(tmp_path: Path, monkeypatch: pytest
 def test_without_any_it_is_said_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert find_compiler() is None
-    with pytest.raises(CBuildError, match=r"no C compiler is here: install gcc or clang, or name one .* as CC"):
+    with pytest.raises(EngineBuildError, match=r"no C compiler is here: install gcc or clang, or name one .* as CC"):
         compile_c(HEADER, SOURCE, HOST)
 
 
@@ -87,7 +88,7 @@ def test_any_of_the_usual_names_will_do(tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("body", "said"), [("return missing", "missing"), ("return 42 +", "expected")])
 def test_a_source_that_does_not_compile_is_refused_and_the_compiler_quoted(body: str, said: str) -> None:
-    with pytest.raises(CBuildError) as caught:
+    with pytest.raises(EngineBuildError) as caught:
         compile_c(HEADER, SOURCE.replace("return 42", body), HOST)
     message = str(caught.value)
     assert "-O3" in message
@@ -106,16 +107,16 @@ def test_what_is_no_compiler_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     broken.write_bytes(b"\x00\x01")
     broken.chmod(0o755)
     monkeypatch.setenv("CC", str(broken))
-    with pytest.raises(CBuildError, match="broken-cc cannot be run: "):
+    with pytest.raises(EngineBuildError, match="broken-cc cannot be run: "):
         compile_c(HEADER, SOURCE, HOST)
     monkeypatch.setenv("CC", str(script(tmp_path / "failing-cc", "echo out of luck >&2; exit 7")))
-    with pytest.raises(CBuildError, match=r"(?s)failing-cc .* ended with status 7:\nout of luck"):
+    with pytest.raises(EngineBuildError, match=r"(?s)failing-cc .* ended with status 7:\nout of luck"):
         compile_c(HEADER, SOURCE, HOST)
 
 
 def test_nothing_is_left_of_a_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     compile_c(HEADER, SOURCE, HOST)
-    with pytest.raises(CBuildError):
+    with pytest.raises(EngineBuildError):
         compile_c(HEADER, "no C", HOST)
     assert list(tmp_path.iterdir()) == []

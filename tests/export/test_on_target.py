@@ -19,8 +19,10 @@ from rfsq.export.c_builder import CLibrary
 from rfsq.export.on_target import TargetConfig
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.backends.cpu_targets import host_targets
+from rfsq.runtime.bundle.backend_specs import BACKENDS
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.manifest import C_SOURCE, EngineEntry, Manifest
+from tests.backends import without_packages
 from tests.bundles import Recipe, bundle_files, c_entry, deploy, generate_c, proven, write_bundle
 from tests.export.machine import needs_no_gpu, needs_rtx
 
@@ -111,7 +113,7 @@ def test_every_flag_is_either_for_the_target_or_refused(capsys: pytest.CaptureFi
 @pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-cuda", "openvino"])
 def test_a_backend_without_engines_is_refused(backend: str, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(["--from-bundle", bundle, "--backends", backend], capsys)
-    assert f"backends ['{backend}'] have no engines to add; there are c, cuda, tensorrt, tensorrt-rtx" in message
+    assert f"backends ['{backend}'] have no engines to add; there are c, cuda, tensorrt-rtx, tensorrt" in message
 
 
 # --- bundles and machines that cannot be used -------------------------------------------------------------------------
@@ -134,10 +136,10 @@ def test_an_altered_bundle_is_refused_and_left_alone(bundle: Path, capsys: pytes
 def test_without_anything_to_build_engines_with_it_is_said_what_to_install(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rfsq.export.on_target.available_tensorrt", lambda: ())
-    monkeypatch.setattr("rfsq.export.on_target.find_compiler", lambda: None)
+    without_packages(monkeypatch, "tensorrt")
+    monkeypatch.setattr("rfsq.export.engines.find_compiler", lambda: None)
     before = tree(bundle)
-    monkeypatch.setattr("rfsq.export.on_target._why_no_gpu", lambda: "there is no GPU")
+    monkeypatch.setattr("rfsq.export.engines._why_no_gpu", lambda: "there is no GPU")
     message = refused(["--from-bundle", bundle], capsys)
     assert "no engine can be added here: install gcc or clang for C, or TensorRT with pip" in message
     assert "pip install '.[tensorrt-rtx,gpu]'" in message
@@ -151,8 +153,9 @@ def test_without_a_choice_what_cannot_be_proven_here_is_left_out_and_the_rest_is
 ) -> None:
     """TensorRT-RTX is installed, as `make engine` does, and there is no GPU."""
     before = open_bundle(bundle).manifest
-    monkeypatch.setattr("rfsq.export.on_target.available_tensorrt", lambda: (RTX,))
-    monkeypatch.setattr("rfsq.export.on_target._why_no_gpu", lambda: "CUDA finds no usable GPU here")
+    without_packages(monkeypatch, "tensorrt")
+    monkeypatch.setitem(BACKENDS, RTX, replace(BACKENDS[RTX], packages=()))
+    monkeypatch.setattr("rfsq.export.engines._why_no_gpu", lambda: "CUDA finds no usable GPU here")
     assert main(["--from-bundle", str(bundle)]) == 0
     out = capsys.readouterr().out
     # Nor is it compiled first, which takes a while.
@@ -172,8 +175,8 @@ def test_what_cannot_be_run_once_it_is_built_takes_the_place_of_nothing(
 ) -> None:
     """As where TensorRT-RTX refuses the GPU that is there."""
     before = open_bundle(bundle).manifest
-    monkeypatch.setattr("rfsq.export.on_target._why_no_gpu", lambda: "")
-    monkeypatch.setattr("rfsq.export.on_target.find_gpu", lambda: None)
+    monkeypatch.setattr("rfsq.export.engines._why_no_gpu", lambda: "")
+    without_packages(monkeypatch, "cuda")
     assert main(["--from-bundle", str(bundle)]) == 0
     out = capsys.readouterr().out
     assert "compile tensorrt-rtx" in out
@@ -189,7 +192,7 @@ def test_where_nothing_can_be_built_each_reason_is_told(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", "false")
-    monkeypatch.setattr("rfsq.export.on_target._why_no_gpu", lambda: "there is no GPU")
+    monkeypatch.setattr("rfsq.export.engines._why_no_gpu", lambda: "there is no GPU")
     before = tree(bundle)
     message = refused(["--from-bundle", bundle], capsys)
     assert re.search(r"(?s)no engine can be added here: .*\n  c: .*false.*ended with status 1", message)
@@ -218,7 +221,7 @@ def c_engines(manifest: Manifest) -> list[EngineEntry]:
 
 @pytest.fixture
 def without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rfsq.export.on_target.available_tensorrt", lambda: ())
+    without_packages(monkeypatch, "tensorrt")
 
 
 @pytest.mark.usefixtures("without_tensorrt")
@@ -298,23 +301,39 @@ def test_c_that_does_not_compile_or_is_wrong_leaves_the_bundle_as_it_was(
 # --- what a robot has -------------------------------------------------------------------------------------------------
 
 #: What adding engines must do without; the reference, the calibration and the export of graphs need it.
-ABSENT = ("torch", "safetensors", "rfsq_ref", "calibration", "h5py", "pyarrow", "tqdm", "matplotlib", "scipy")
+ABSENT = [
+    "torch",
+    "safetensors",
+    "rfsq_ref",
+    "calibration",
+    "onnx",
+    "polygraphy",
+    "h5py",
+    "pyarrow",
+    "tqdm",
+    "matplotlib",
+    "scipy",
+]
+#: What C must do without, too: a robot that has numpy, a compiler and nothing else.
+NO_LIBRARY = ("onnxruntime", "cuda", "tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 
-GUARDED = f"""
+GUARDED = """
 import importlib.abc, sys
 class Absent(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {ABSENT}:
-            raise ImportError(f"the robot has no {{name}}")
+        if name.removeprefix("rfsq.").partition(".")[0] in sys.argv[1].split(","):
+            raise ImportError(f"the robot has no {name}")
 sys.meta_path.insert(0, Absent())
+sys.modules.update(dict.fromkeys(filter(None, sys.argv[2].split(","))))
 from rfsq.export.build_engine import main
-sys.exit(main(sys.argv[1:]))
+sys.exit(main(sys.argv[3:]))
 """
 
 
-def without_torch(*arguments: object) -> subprocess.CompletedProcess[str]:
+def without_torch(*arguments: object, absent: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    """absent: more packages that are not installed."""
     return subprocess.run(
-        [sys.executable, "-c", GUARDED, *map(str, arguments)],
+        [sys.executable, "-c", GUARDED, ",".join(ABSENT), ",".join(absent), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -330,8 +349,9 @@ def test_the_guard_against_torch_works(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_c_is_compiled_without_torch(bundle: Path) -> None:
-    finished = without_torch("--from-bundle", bundle, "--backends", "c")
+@pytest.mark.parametrize("chosen", [(), ("--backends", "c")], ids=["what can be proven", "c alone"])
+def test_numpy_and_a_compiler_are_all_that_c_needs(chosen: Sequence[str], bundle: Path) -> None:
+    finished = without_torch("--from-bundle", bundle, *chosen, absent=NO_LIBRARY)
     assert finished.returncode == 0, finished.stderr
     assert [entry.status for entry in c_engines(open_bundle(bundle).manifest)] == ["validated"] * len(host_targets())
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from rfsq.runtime import ActionTokenizer
-from rfsq.runtime.backends.tensorrt_api import available_tensorrt
+from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 from rfsq.runtime.bundle.errors import BackendUnavailableError
 from rfsq.runtime.bundle.folder import Bundle, open_bundle
 
 HERE = Path(__file__).parent
 #: Of the two TensorRTs, the ones that are installed here.
-TENSORRT = available_tensorrt()
+TENSORRT = tuple(name for name in compiled_from("graphs") if BACKENDS[name].is_installed)
 #: Those with engines of their own, which travel in a bundle.
 ENGINES = ("cuda", *TENSORRT)
 

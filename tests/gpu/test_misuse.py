@@ -17,9 +17,10 @@ from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.backends.gpu.driver import DeviceMemory, free_memory
 from rfsq.runtime.backends.registry import create_backend
 from rfsq.runtime.backends.tensorrt import TrtBackend
-from rfsq.runtime.backends.tensorrt_api import EngineRefusedError
+from rfsq.runtime.bundle.backend_specs import BACKENDS
 from rfsq.runtime.bundle.errors import (
     BackendUnavailableError,
+    EngineRefusedError,
     InferenceError,
     InvalidInputError,
     OutOfGpuMemoryError,
@@ -191,6 +192,7 @@ def test_without_the_gpu_auto_takes_the_processor_and_a_name_is_refused(bundle_p
 
 
 def test_a_child_of_fork_is_told_and_the_parent_goes_on(tokenizer: ActionTokenizer) -> None:
+    assert not BACKENDS[tokenizer.backend.name].survives_fork
     actions = random_actions(tokenizer, 1)
     expected = tokenizer.encode(actions)
     child = os.fork()

@@ -30,16 +30,17 @@ from rfsq.runtime import (
     FingerprintError,
     PartialTokens,
     RealtimeConfig,
+    RfsqError,
     Status,
     TokenizerError,
     TokenVocabulary,
     Watchdog,
 )
 from rfsq.runtime import tokenizer as tokenizer_module
-from rfsq.runtime.backends.registry import FACTORIES
 from rfsq.runtime.bundle.errors import SequenceTooShortError
 from rfsq.runtime.control.config import ActionKind
 from rfsq.runtime.control.result import BrokenOff, Outcome
+from tests.backends import offer
 from tests.bundles import Recipe, random_actions, write_bundle
 from tests.runtime.control.loops import scripted
 from tests.runtime.policy.worker_datasets import Refusals, Tokens, stacked
@@ -167,6 +168,13 @@ def error_types() -> list[type[Exception]]:
 
 
 @pytest.mark.parametrize("kind", error_types(), ids=lambda kind: kind.__name__)
+def test_every_error_has_the_one_base(kind: type[Exception]) -> None:
+    """Whoever uses this project can tell its errors from all others."""
+    # No error: it tells workers that another one has one.
+    assert issubclass(kind, RfsqError) or kind.__name__ == "Stopped"
+
+
+@pytest.mark.parametrize("kind", error_types(), ids=lambda kind: kind.__name__)
 def test_an_error_reaches_another_process_as_it_was(kind: type[Exception]) -> None:
     """Whoever hands one on makes it of its message alone (DataLoader), or of its arguments and attributes (pickle)."""
     beside = kind.__init__.__code__.co_argcount - 2 if inspect.isfunction(kind.__init__) else 0
@@ -285,7 +293,7 @@ def test_another_backend_is_no_substitute(c_bundle: Path, monkeypatch: pytest.Mo
         raise BackendUnavailableError("no C engine for this processor")
 
     content = pickle.dumps(ActionTokenizer.load(c_bundle, backend="c"))
-    monkeypatch.setitem(FACTORIES, "c", missing)
+    offer(monkeypatch, {"c": missing})
     with pytest.raises(BackendUnavailableError, match=r"on 'c', and it cannot be opened here: no C engine"):
         pickle.loads(content)  # noqa: S301  written right here
 

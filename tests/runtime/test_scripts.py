@@ -18,6 +18,7 @@ from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.manifest import MANIFEST_NAME, manifest_text, parse_manifest
 from rfsq.runtime.qualification import inspect as inspect_bundle
 from rfsq.runtime.qualification import selftest
+from tests.backends import offer, without_packages
 from tests.bundles import Recipe, deploy, write_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -138,7 +139,7 @@ except BackendUnavailableError as error:
 def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What else is installed where these tests run makes no difference: ONNX Runtime on the CPU is the one backend."""
     monkeypatch.setattr(ort_backend.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    monkeypatch.setattr("rfsq.runtime.backends.registry.available_tensorrt", lambda: ())
+    without_packages(monkeypatch, "tensorrt")
 
 
 @pytest.mark.usefixtures("without_gpu")
@@ -215,7 +216,7 @@ def test_loading_a_c_engine_needs_numpy_alone(bundle_of: Callable[[Recipe], Path
 def test_selftest_without_any_backend_returns_2(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rfsq.runtime.backends.registry.FACTORIES", {})
+    offer(monkeypatch, {}, alone=True)
     assert selftest.main([str(bundle)]) == 2
     assert "no backend can be used" in capsys.readouterr().err
 

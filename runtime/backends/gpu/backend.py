@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +34,8 @@ from .driver import (
     synchronize_device,
     synchronize_stream,
 )
+from .kept import Kept
 
-#: Batch sizes, and streams of callers, for which everything is kept ready; a robot uses one or two.
-_KEPT = 4
 #: What a kernel may write straight into the memory of the host, or read there: a copy of its own takes microseconds,
 #: whatever its size.
 _DIRECT_BYTES = 64 * 2**10
@@ -47,7 +45,6 @@ _ALIGNED_CHUNKS = 16
 _SLICE_BYTES = 4 * 2**20
 
 _Array = npt.NDArray[Any]
-_T = TypeVar("_T")
 
 
 class Program(Protocol):
@@ -88,6 +85,8 @@ class GpuBackend:
     through those of the first type: what is legal has the same value in all.
     """
 
+    checked_steps = 0
+
     def __init__(
         self,
         name: str,
@@ -96,7 +95,7 @@ class GpuBackend:
         entries: Sequence[GraphEntry],
         functions: Sequence[GpuFunction],
     ) -> None:
-        self._name, self._description, self._device = name, description, device
+        self.name, self.description, self.device = name, description, device
         runners = [(entry, _Runner(entry, function)) for entry, function in zip(entries, functions, strict=True)]
         self._runners = [runner for _, runner in runners]
         self._encoders = {_token_type(entry): runner for entry, runner in runners if entry.role == "encoder"}
@@ -106,22 +105,6 @@ class GpuBackend:
         first = _token_type(entries[0])
         self._encoder = self._encoders[first]
         self._decoders = {prefix: runner for (prefix, kind), runner in self._typed_decoders.items() if kind == first}
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def description(self) -> str:
-        return self._description
-
-    @property
-    def device(self) -> str:
-        return self._device
-
-    @property
-    def checked_steps(self) -> int:
-        return 0
 
     @property
     def token_types(self) -> tuple[np.dtype[Any], ...]:
@@ -189,72 +172,6 @@ class CapturedCall:
             self.close()
 
 
-class _Kept(Generic[_T]):
-    """Idle objects by key, for the last few keys.
-
-    Takes no lock: a signal handler may come while its own thread is in here. Whoever finds nothing idle makes
-    another; the list operations in between are atomic.
-    """
-
-    def __init__(self, make: Callable[[int], _T], close: Callable[[_T], None]) -> None:
-        self._make, self._close = make, close
-        self._idle: OrderedDict[int, list[_T]] = OrderedDict()
-        self._latest: int | None = None
-
-    @contextlib.contextmanager
-    def borrowed(self, key: int) -> Any:
-        item = self.take(key)
-        try:
-            yield item
-        except BaseException:
-            # In an unknown state: work of it may still be under way.
-            self._close(item)
-            raise
-        self.give_back(key, item)
-
-    def take(self, key: int) -> _T:
-        item = _popped(self._idle.get(key))
-        if item is not None:
-            return item
-        item = self._make(key)
-        self._idle.setdefault(key, [])
-        while len(self._idle) > _KEPT:
-            self._close_idle(self._idle.popitem(last=False)[1])
-        return item
-
-    def give_back(self, key: int, item: _T) -> None:
-        idle = self._idle.get(key)
-        if idle is None:
-            self._close(item)
-            return
-        idle.append(item)
-        if key != self._latest:
-            self._latest = key
-            with contextlib.suppress(KeyError):
-                # What is used stays; a control loop's batch size is used all the time.
-                self._idle.move_to_end(key)
-        if self._idle.get(key) is not idle:
-            # Another call has dropped the list meanwhile, and may have been through with it.
-            self._close_idle(idle)
-
-    def close(self) -> None:
-        while self._idle:
-            self._close_idle(self._idle.popitem()[1])
-
-    def _close_idle(self, items: list[_T]) -> None:
-        # Taken out one by one: another call may have found the list before it was dropped.
-        while (item := _popped(items)) is not None:
-            self._close(item)
-
-
-def _popped(items: list[_T] | None) -> _T | None:
-    """The last one, taken out; None where there is none, or another thread was faster."""
-    try:
-        return items.pop() if items else None
-    except IndexError:
-        return None
-
-
 class _Runner:
     """One function with everything that is kept ready for it."""
 
@@ -262,8 +179,8 @@ class _Runner:
         self._entry, self._function = entry, function
         per_chunk = sum(_bytes_per_chunk(tensor) for tensor in (*entry.inputs, *entry.outputs))
         self._slice = max(1, min(function.max_batch, _SLICE_BYTES // per_chunk))
-        self._host_calls: _Kept[_HostCall] = _Kept(self._new_host_call, _HostCall.close)
-        self._programs: _Kept[Program] = _Kept(lambda _stream: function.new_program(), _close_idle_program)
+        self._host_calls: Kept[_HostCall] = Kept(self._new_host_call, _HostCall.close)
+        self._programs: Kept[Program] = Kept(lambda _stream: function.new_program(), _close_idle_program)
 
     def run_on_host(self, inputs: Sequence[_Array], outputs: Sequence[_Array | None]) -> None:
         batch = len(inputs[0])

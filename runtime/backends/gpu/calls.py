@@ -52,11 +52,9 @@ class GpuCalls:
     def _encode_new(self, actions: object, stream: object) -> tuple[GpuResult, ...]:
         source = self._actions("actions", actions)
         own = stream_of(stream, {"actions": source})
-        shapes: list[tuple[tuple[int, ...], _DType]] = [
-            (self._tokens_shape(source.shape[0], self._model.num_layers), _INT32)
-        ]
+        shapes: list[tuple[tuple[int, ...], _DType]] = [(self._model.tokens_shape(source.shape[0]), _INT32)]
         if self._model.has_stats:
-            shapes.append((self._stats_shape(source.shape[0], self._model.num_layers), _FLOAT32))
+            shapes.append((self._model.stats_shape(source.shape[0]), _FLOAT32))
         results = tuple(GpuResult(shape, dtype, own) for shape, dtype in shapes)
         self.encode_into(source, results[0], results[1] if self._model.has_stats else None, own)
         return results
@@ -77,7 +75,7 @@ class GpuCalls:
         """tokens int32 [B, T, D, l] -> actions float32 [B, T, A]."""
         source = self._tokens("tokens", tokens)
         own = stream_of(stream, {"tokens": source})
-        actions = GpuResult(self._actions_shape(source.shape[0]), _FLOAT32, own)
+        actions = GpuResult(self._model.actions_shape(source.shape[0]), _FLOAT32, own)
         self.decode_into(source, actions, stats, own)
         return actions
 
@@ -98,14 +96,14 @@ class GpuCalls:
     ) -> tuple[list[GpuArray], GpuStream]:
         source = self._actions("actions", actions)
         batch, layers = source.shape[0], self._model.num_layers
-        named = {"actions": source, "out": self._token_output(out, self._tokens_shape(batch, layers))}
+        named = {"actions": source, "out": self._token_output(out, self._model.tokens_shape(batch, layers))}
         if self._model.has_stats:
             if stats_out is None:
                 raise InvalidInputError(
                     "stats_out is missing: the engine of a `dynamic` bundle always gives statistics; pass a float32 "
-                    f"array {list(self._stats_shape(batch, layers))} on the GPU for them"
+                    f"array {list(self._model.stats_shape(batch, layers))} on the GPU for them"
                 )
-            named["stats_out"] = _output("stats_out", stats_out, _FLOAT32, self._stats_shape(batch, layers))
+            named["stats_out"] = _output("stats_out", stats_out, _FLOAT32, self._model.stats_shape(batch, layers))
         return _checked(named, ("actions",), stream)
 
     def _decoding(
@@ -117,12 +115,12 @@ class GpuCalls:
         if self._model.has_stats:
             if stats is None:
                 raise InvalidInputError(STATS_NEEDED)
-            named["stats"] = _input("stats", stats, _FLOAT32, self._stats_shape(batch, layers))
+            named["stats"] = _input("stats", stats, _FLOAT32, self._model.stats_shape(batch, layers))
         elif stats is not None:
             raise InvalidInputError(
                 f"stats were given, but tokens of a {self._model.mode!r} bundle are decoded without; leave stats out"
             )
-        named["out"] = _output("out", out, _FLOAT32, self._actions_shape(batch))
+        named["out"] = _output("out", out, _FLOAT32, self._model.actions_shape(batch))
         return _checked(named, ("tokens", "stats"), stream)
 
     def _actions(self, name: str, value: object) -> GpuArray:
@@ -153,15 +151,6 @@ class GpuCalls:
         if len(array.shape) != len(tail) + 1 or array.shape[1:] != tail:
             expected = ", ".join(map(str, ("B", *tail)))
             raise InvalidInputError(f"{name} have shape {list(array.shape)}; expected [{letters}] = [{expected}]")
-
-    def _tokens_shape(self, batch: int, layers: int) -> tuple[int, ...]:
-        return (batch, self._model.chunk_length, self._model.latent_dim, layers)
-
-    def _stats_shape(self, batch: int, layers: int) -> tuple[int, ...]:
-        return (batch, self._model.chunk_length, layers, 2)
-
-    def _actions_shape(self, batch: int) -> tuple[int, ...]:
-        return (batch, self._model.chunk_length, self._model.action_dim)
 
 
 def _read(name: str, value: object) -> GpuArray:

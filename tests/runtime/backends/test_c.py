@@ -25,7 +25,6 @@ from rfsq.runtime.bundle.folder import Bundle, open_bundle
 from rfsq.runtime.bundle.manifest import C_HEADER
 from tests.bundles import Recipe, random_actions
 from tests.processes import ends_well
-from tests.runtime.backends.interrupts import check_decoding_in_signal_handlers
 
 BEST, LEAST = host_targets()[0], host_targets()[-1]
 RECIPE = Recipe(c_targets=(BEST,))
@@ -87,7 +86,7 @@ def test_a_lesser_target_can_be_asked_for_and_says_so(bundle_of: BundleOf) -> No
     opened = open_bundle(bundle_of(replace(RECIPE, c_targets=(LEAST, BEST))))
     for target, expected in ((None, BEST), (BEST, BEST), (LEAST, LEAST)):
         backend = CBackend(opened, target)
-        assert (backend.name, backend.device, backend.entry.targets) == ("c", expected, (expected,))
+        assert (backend.name, backend.device, backend.engines_in_use[0].entry.targets) == ("c", expected, (expected,))
     with ActionTokenizer.load(bundle_of(replace(RECIPE, c_targets=(LEAST,)))) as tokenizer:
         assert (tokenizer.backend.name, tokenizer.backend.device) == ("c", LEAST)
 
@@ -425,10 +424,6 @@ def test_a_child_forked_while_other_threads_encode_encodes_too(tokenizer: Action
     finally:
         stop.set()
         thread.join()
-
-
-def test_a_signal_handler_may_decode_whatever_it_interrupts(tokenizer: ActionTokenizer) -> None:
-    check_decoding_in_signal_handlers(tokenizer)
 
 
 def test_who_closes_it_harms_nobody_who_still_encodes(opened: Bundle) -> None:

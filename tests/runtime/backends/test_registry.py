@@ -24,9 +24,10 @@ from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.backends.registry import create_backend
 from rfsq.runtime.bundle.folder import Bundle, open_bundle
+from tests.backends import offer as offer_backends
+from tests.backends import without_packages
 from tests.bundles import Recipe, deploy, export_graphs, random_actions, write_bundle
 from tests.processes import ends_well
-from tests.runtime.backends.interrupts import check_decoding_in_signal_handlers
 
 
 class Borrowed:
@@ -59,7 +60,7 @@ def offer(monkeypatch: pytest.MonkeyPatch, name: str, *, is_wrong: bool = False)
         made.append(Borrowed(name, bundle, is_wrong=is_wrong))
         return made[-1]
 
-    monkeypatch.setitem(backends.FACTORIES, name, factory)
+    offer_backends(monkeypatch, {name: factory})
     return made
 
 
@@ -149,8 +150,7 @@ def take_away(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
         return factory
 
-    for name in names:
-        monkeypatch.setitem(backends.FACTORIES, name, refused(name))
+    offer_backends(monkeypatch, {name: refused(name) for name in names})
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def test_a_backend_asked_for_by_name_is_never_replaced(bundle: Path, monkeypatch
     assert made[0].is_closed
     with pytest.raises(BackendUnavailableError, match=r"has no C engine for .*: it has none; compile one"):
         ActionTokenizer.load(bundle, backend="c")
-    monkeypatch.setattr(backends, "available_tensorrt", lambda: ())
+    without_packages(monkeypatch, "tensorrt")
     for name in ("tensorrt", "tensorrt-rtx"):
         with pytest.raises(BackendUnavailableError, match=rf"{name} is not installed; .* '\.\[{name},gpu\]'"):
             ActionTokenizer.load(bundle, backend=name)
@@ -226,7 +226,7 @@ def test_auto_says_why_each_one_cannot_be_used(bundle: Path, monkeypatch: pytest
     def refuse(_bundle: Bundle) -> Backend:
         raise BackendUnavailableError("it is not here")
 
-    monkeypatch.setattr(backends, "FACTORIES", dict.fromkeys(backends.PREFERENCE, refuse))
+    offer_backends(monkeypatch, dict.fromkeys(backends.PREFERENCE, refuse))
     with pytest.raises(BackendUnavailableError) as caught:
         ActionTokenizer.load(bundle)
     for name in backends.PREFERENCE:
@@ -401,10 +401,6 @@ def test_a_call_within_a_call_does_not_wait_for_it(bundle: Path) -> None:
     with backend._decoders[3]._lock:
         backend.decode_into(tokens, None, found)
     np.testing.assert_array_equal(found, expected)
-
-
-def test_a_signal_handler_may_decode_whatever_it_interrupts(tokenizer: ActionTokenizer) -> None:
-    check_decoding_in_signal_handlers(tokenizer)
 
 
 def test_closing_while_others_encode_harms_nobody(bundle: Path) -> None:

@@ -20,7 +20,7 @@ from rfsq.runtime.backends.tensorrt import choose_engines
 MANIFEST = make_manifest(deploy(Recipe()))
 GRAPHS = MANIFEST.graphs_of("reduce")
 H100 = GpuDevice("NVIDIA H100", "9.0", 80 * 10**9, "13.0")
-API = SimpleNamespace(flavour=TensorRtFlavour("tensorrt-rtx", "tensorrt_rtx", "1.6.1.120"))
+API = SimpleNamespace(flavour=TensorRtFlavour("tensorrt-rtx", "1.6.1.120"))
 
 
 def engine(graph: GraphEntry, **changes: object) -> EngineEntry:

@@ -20,10 +20,9 @@ from rfsq.runtime.backends.tensorrt_api import (
     NoDeviceError,
     ProfileShapes,
     TrtApi,
-    available_tensorrt,
     find_tensorrt,
-    read_engine,
 )
+from rfsq.runtime.bundle.backend_specs import BACKENDS
 from rfsq.runtime.bundle.errors import BackendUnavailableError, BundleError
 
 ROOT = Path(__file__).parents[3]
@@ -90,7 +89,7 @@ class TestFinding:
         for package in packages:
             monkeypatch.setitem(sys.modules, package, None)
 
-        assert backend not in available_tensorrt()
+        assert not BACKENDS[backend].is_installed
         with pytest.raises(BackendUnavailableError) as refusal:
             find_tensorrt(backend)
 
@@ -102,19 +101,15 @@ class TestFinding:
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
 
-        assert "tensorrt" in available_tensorrt()
+        assert BACKENDS["tensorrt"].is_installed
         with pytest.raises(BackendUnavailableError, match=r"libnvinfer\.so\.10"):
             find_tensorrt("tensorrt")
 
     def test_an_installed_library_is_found_with_its_version(self, install):
         api = install(stand_in("10.13.2"))
 
-        assert "tensorrt" in available_tensorrt()
-        assert (api.flavour.backend, api.flavour.module_name, api.flavour.version) == (
-            "tensorrt",
-            "tensorrt",
-            "10.13.2",
-        )
+        assert BACKENDS["tensorrt"].is_installed
+        assert (api.flavour.backend, api.flavour.version) == ("tensorrt", "10.13.2")
         assert api.flavour.tag == "tensorrt-10.13.2"
 
     def test_a_library_is_given_one_logger_for_the_whole_process(self, install):
@@ -143,7 +138,7 @@ class TestMessages:
 
     def test_messages_that_nobody_collects_reach_the_log_at_their_level(self, install, caplog):
         api = install(stand_in("10.13.2"))
-        with caplog.at_level(logging.INFO, logger="rfsq.runtime.backends.tensorrt_api"):
+        with caplog.at_level(logging.INFO, logger="rfsq.runtime.backends.tensorrt_messages"):
             api.logger.log(Severity.WARNING, "seen")
             with api.collect_messages():
                 api.logger.log(Severity.ERROR, "left to the collector")
@@ -156,7 +151,7 @@ class TestMessages:
         def explode(*_: object) -> None:
             raise OSError("disk full")
 
-        monkeypatch.setattr(logging.getLogger("rfsq.runtime.backends.tensorrt_api"), "log", explode)
+        monkeypatch.setattr(logging.getLogger("rfsq.runtime.backends.tensorrt_messages"), "log", explode)
         install(stand_in("10.13.2")).logger.log(Severity.ERROR, "text")
 
 
@@ -187,12 +182,10 @@ class ComputeCapability(IntEnum):
 class TestBuildSettings:
     def test_strong_typing_is_asked_for_where_it_is_a_choice(self, install):
         api = install(stand_in("10.13.2", NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=1)))
-        assert api.has_strongly_typed_flag
         assert api.network_flags == 2
 
     def test_strong_typing_is_not_asked_for_where_it_is_the_only_way(self, install):
         api = install(stand_in("11.0.0", NetworkDefinitionCreationFlag=SimpleNamespace()))
-        assert not api.has_strongly_typed_flag
         assert api.network_flags == 0
 
     def test_tf32_is_cleared_where_the_flag_exists(self, install):
@@ -273,13 +266,14 @@ def runtime_that(answer: object, *errors: str) -> type:
     return Runtime
 
 
+def tensors_of(api: TrtApi, content: bytes) -> tuple[EngineTensor, ...]:
+    runtime = api.create_runtime()
+    return api.engine_tensors(api.deserialize(runtime, content))
+
+
 class TestRunning:
     def test_an_engine_is_described_tensor_by_tensor(self, install):
-        description = read_engine(install(stand_in("10.13.2", Runtime=runtime_that(Engine()))), b"engine")
-
-        assert description.source == "engine"
-        assert description.obstacle == ""
-        assert description.tensors == (
+        assert tensors_of(install(stand_in("10.13.2", Runtime=runtime_that(Engine()))), b"engine") == (
             EngineTensor(
                 "tokens",
                 "input",
@@ -299,15 +293,13 @@ class TestRunning:
         api = install(stand_in("10.13.2", Runtime=runtime))
 
         with pytest.raises(EngineRefusedError, match=r"magicTag == kEXPECTED failed") as refusal:
-            read_engine(api, b"engine")
+            tensors_of(api, b"engine")
         assert isinstance(refusal.value, BundleError)
 
-    def test_without_a_gpu_the_description_says_that_nothing_was_read(self, install):
+    def test_without_a_gpu_an_engine_is_not_judged(self, install):
         api = install(stand_in("10.13.2", Runtime=runtime_that(None, "(cudaError 35: driver version)")))
-        description = read_engine(api, b"engine")
-
-        assert (description.source, description.tensors) == ("none", ())
-        assert "no usable GPU here: driver version; check the driver" in description.obstacle
+        with pytest.raises(NoDeviceError, match="no usable GPU here: driver version; check the driver"):
+            tensors_of(api, b"engine")
 
     def test_a_runtime_that_cannot_start_for_want_of_a_gpu_is_no_bundle_error(self, install):
         def runtime(logger: object) -> None:
@@ -317,13 +309,12 @@ class TestRunning:
         api = install(stand_in("10.13.2", Runtime=runtime))
         with pytest.raises(NoDeviceError, match="error: 35"):
             api.create_runtime()
-        assert read_engine(api, b"engine").source == "none"
 
 
 @needs_rtx
 class TestRealTensorRtRtx:
     def test_it_is_found(self, rtx):
-        assert "tensorrt-rtx" in available_tensorrt()
+        assert BACKENDS["tensorrt-rtx"].is_installed
         assert rtx.flavour.version == rtx.module.__version__
 
     def test_it_offers_targets_to_build_for_without_a_gpu(self, rtx):
@@ -351,4 +342,4 @@ class TestRealTensorRtRtx:
 
     def test_bytes_that_are_no_engine_are_refused_in_its_own_words(self, rtx):
         with pytest.raises(EngineRefusedError, match="magicTag"):
-            read_engine(rtx, b"no engine at all" * 100)
+            tensors_of(rtx, b"no engine at all" * 100)

@@ -54,6 +54,7 @@ from rfsq.runtime.benchmark.timing import (
     time_calls,
 )
 from rfsq.runtime.bundle.errors import BackendUnavailableError, InferenceError
+from tests.backends import offer
 from tests.bundles import SMALL, Recipe, deploy, make_manifest
 from tests.rfsq_ref import published_model
 
@@ -480,7 +481,7 @@ def test_a_backend_with_wrong_answers_is_not_measured(
             super().decode_into(tokens, stats, actions)
             actions += 1
 
-    monkeypatch.setattr("rfsq.runtime.backends.registry.FACTORIES", {"onnxruntime": Wrong})
+    offer(monkeypatch, {"onnxruntime": Wrong}, alone=True)
     assert bench.main([str(bundle), "--rounds", "1"]) == 2
     assert "does not give the reference's answers" in capsys.readouterr().err
 
@@ -1000,9 +1001,7 @@ def gpu_backend(bench_gpu: Any, cuda: HostCuda, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(bench_run, "ActionTokenizer", Tokenizer)
     monkeypatch.setattr(bench_gpu, "_COPY_BYTES", 10_000)
     monkeypatch.setattr(bench_gpu, "_launch", lambda *_arguments: lambda: None)
-    monkeypatch.setattr(
-        "rfsq.runtime.backends.registry.FACTORIES", {"tensorrt-rtx": Borrowed, "onnxruntime": ort_backend.OrtBackend}
-    )
+    offer(monkeypatch, {"tensorrt-rtx": Borrowed, "onnxruntime": ort_backend.OrtBackend}, alone=True)
     yield bench_gpu
     assert cuda.num_open == 0
 

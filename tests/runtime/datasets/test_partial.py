@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from rfsq.runtime.bundle.errors import TokenizerError
 from rfsq.runtime.bundle.ownership import Ownership
+from rfsq.runtime.bundle.writing import sync
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import IllegalActionError, OutputError, SourceError, VerificationError
 from rfsq.runtime.datasets.partial import locked
 from rfsq.runtime.datasets.reader import open_token_dataset
-from rfsq.runtime.datasets.writers import move, put, sync
+from rfsq.runtime.datasets.writers import move, put
 from tests.runtime.datasets.command import LENGTHS, arguments, files, interrupt_at_the_end, refusal, run
 from tests.runtime.datasets.samples import random_episodes, write_hdf5, write_npz
 

@@ -20,8 +20,10 @@ from tests.runtime.backends.gpu.fake_gpu import FakeCuda, FakeFunction, aligned,
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
 
 from rfsq.runtime.backends.gpu import backend as gpu_backend
+from rfsq.runtime.backends.gpu import kept as kept_module
 from rfsq.runtime.backends.gpu.arrays import GpuArray, GpuStream
 from rfsq.runtime.backends.gpu.backend import GpuBackend
+from rfsq.runtime.backends.gpu.kept import Kept
 
 #: Small enough that batches of a few chunks need slices: of 5 chunks for the encoder, of 8 for the decoder of 2 layers.
 SLICE_BYTES = 600
@@ -269,26 +271,26 @@ def closed() -> list[object]:
 
 
 @pytest.fixture
-def kept(closed: list[object]) -> gpu_backend._Kept:
-    kept = gpu_backend._Kept(lambda key: [key], closed.append)
+def kept(closed: list[object]) -> Kept:
+    kept = Kept(lambda key: [key], closed.append)
     kept._idle = Interrupted()
     return kept
 
 
-def use_others(kept: gpu_backend._Kept) -> None:
+def use_others(kept: Kept) -> None:
     """So many that all keys from before are dropped."""
-    for key in range(100, 101 + gpu_backend._KEPT):
+    for key in range(100, 101 + kept_module._KEPT):
         kept.give_back(key, kept.take(key))
 
 
-def test_what_another_call_drops_is_not_taken(kept: gpu_backend._Kept, closed: list[object]) -> None:
+def test_what_another_call_drops_is_not_taken(kept: Kept, closed: list[object]) -> None:
     kept.give_back(1, kept.take(1))
     kept._idle.interruption = lambda: use_others(kept)
     item = kept.take(1)
     assert not any(item is gone for gone in closed)
 
 
-def test_what_is_given_back_as_its_key_is_dropped_is_closed(kept: gpu_backend._Kept, closed: list[object]) -> None:
+def test_what_is_given_back_as_its_key_is_dropped_is_closed(kept: Kept, closed: list[object]) -> None:
     item = kept.take(1)
     kept._idle.interruption = lambda: use_others(kept)
     kept.give_back(1, item)

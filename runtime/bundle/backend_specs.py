@@ -1,0 +1,125 @@
+"""What is known of every backend before it is loaded: one `BackendSpec` each, in the one table `BACKENDS`."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Literal
+
+#: What in a bundle its engines are compiled from: generated sources, or the graphs in the form `reduce`.
+EngineSource = Literal["c", "cuda", "graphs"]
+
+
+@dataclass(frozen=True)
+class BackendSpec:
+    """A backend, and what it promises beyond the contract (`backends/contract.py`).
+
+    factory: module in `runtime/backends` and what makes the backend there, called with the bundle and `arguments`;
+    packages: of these Python packages one has to be installed, none where it is empty; install: the command for it;
+    engine_source: None for a backend that runs the bundle's graphs as they are.
+    is_on_gpu: it takes arrays of the GPU where they lie. survives_fork: a child of fork may call what its parent has
+    loaded; without, the call raises InferenceError. checked_steps: in calls of up to so many steps it checks values
+    itself and raises IllegalValueError. marks_illegal: the host does not read its values, so in calls of any size it
+    marks what is illegal (`MarksIllegalValues`).
+
+    >>> BACKENDS["c"].is_on_gpu, BACKENDS["cuda"].engine_source
+    (False, 'cuda')
+    """
+
+    name: str
+    factory: tuple[str, str]
+    engine_source: EngineSource | None
+    arguments: tuple[str, ...] = ()
+    packages: tuple[str, ...] = ()
+    install: str = ""
+    is_on_gpu: bool = False
+    survives_fork: bool = False
+    checked_steps: int = 0
+    marks_illegal: bool = False
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package is there. Nothing is imported, so a broken installation counts.
+
+        >>> BACKENDS["c"].is_installed
+        True
+        """
+        return not self.packages or any(map(is_package_installed, self.packages))
+
+
+def is_package_installed(name: str) -> bool:
+    """Whether Python finds a package of this name.
+
+    >>> is_package_installed("numpy"), is_package_installed("no_such_package")
+    (True, False)
+    """
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ValueError:
+        # A module that was put into sys.modules by hand.
+        return True
+
+
+_SPECS = (
+    # Its calls check all values before they compute: those of 64 steps stay in the processor's first cache.
+    BackendSpec("c", ("c", "CBackend"), "c", survives_fork=True, checked_steps=64),
+    BackendSpec(
+        "cuda",
+        ("cuda", "CudaBackend"),
+        "cuda",
+        packages=("cuda",),
+        install="pip install '.[gpu]'",
+        is_on_gpu=True,
+        marks_illegal=True,
+    ),
+    BackendSpec(
+        "tensorrt-rtx",
+        ("tensorrt", "TrtBackend"),
+        "graphs",
+        arguments=("tensorrt-rtx",),
+        # The wheels install the bindings alone; NVIDIA's own installers add the name without the suffix.
+        packages=("tensorrt_rtx", "tensorrt_rtx_bindings"),
+        install="pip install '.[tensorrt-rtx,gpu]'",
+        is_on_gpu=True,
+        marks_illegal=True,
+    ),
+    BackendSpec(
+        "tensorrt",
+        ("tensorrt", "TrtBackend"),
+        "graphs",
+        arguments=("tensorrt",),
+        packages=("tensorrt",),
+        install="pip install '.[tensorrt,gpu]'",
+        is_on_gpu=True,
+        marks_illegal=True,
+    ),
+    BackendSpec(
+        "onnxruntime",
+        ("onnxruntime", "OrtBackend"),
+        None,
+        packages=("onnxruntime",),
+        install="pip install onnxruntime",
+        survives_fork=True,
+    ),
+    BackendSpec(
+        "onnxruntime-cuda",
+        ("onnxruntime_cuda", "OrtCudaBackend"),
+        None,
+        packages=("onnxruntime",),
+        install="pip install onnxruntime-gpu",
+        is_on_gpu=True,
+        marks_illegal=True,
+    ),
+)
+#: By name, in the order in which `auto` tries them: the fastest decoder of one chunk of numpy arrays first
+#: (docs/gpu.md). ONNX Runtime on the GPU comes last: a single chunk takes it longer than on the processor.
+BACKENDS: dict[str, BackendSpec] = {spec.name: spec for spec in _SPECS}
+
+
+def compiled_from(*sources: EngineSource) -> tuple[str, ...]:
+    """Backends whose engines are compiled from these.
+
+    >>> compiled_from("graphs")
+    ('tensorrt-rtx', 'tensorrt')
+    """
+    return tuple(name for name, spec in BACKENDS.items() if spec.engine_source in sources)
