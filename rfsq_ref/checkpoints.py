@@ -167,9 +167,7 @@ def load_checkpoint(
     else:
         entries = tensors if path.suffix == SUFFIX else read_torch(content, path)
         found = published_model(entries, path, use_layernorm, weights)
-        checkpoint = Checkpoint(
-            found.config, found.trained_with, found.weights, provenance=found.provenance, remarks=found.remarks
-        )
+        checkpoint = Checkpoint(**vars(found))
     sha256 = hashlib.sha256(content).hexdigest()
     return replace(checkpoint, provenance={**checkpoint.provenance, "checkpoint_sha256": sha256})
 

@@ -37,7 +37,7 @@ _FACTS = ("epoch", "train_mse", "mse")
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """What a checkpoint of others says, as `Checkpoint` keeps it."""
+    """What a checkpoint of others says, in the fields that `Checkpoint` has for it."""
 
     config: ModelConfig
     trained_with: Conditioning

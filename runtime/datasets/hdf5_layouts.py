@@ -30,12 +30,14 @@ _ENDS = ("terminals", "timeouts", "dones", "episode_ends")
 
 @dataclass(frozen=True)
 class FoundEpisode:
-    """name: of its group, "" where the file is the episode; place: of the action array, [steps, width], in the file."""
+    """name: of its group, "" where the file is the episode; place: of the action array, [steps, width], in the file;
+    file: the number of the file, where there are several."""
 
     name: str
     place: str
     steps: int
     width: int
+    file: int = 0
 
 
 def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str | None = None) -> list[FoundEpisode]:
