@@ -63,8 +63,8 @@ class _ParquetReader(StepReader):
         self._numbering = _NUMBERING if source.table is None else ()
         self._group_ends: Int64Array = np.empty(0, np.int64)
         self._batches: Iterator[Any] = iter(())
-        self._rest: Any = None
-        self._row = -1
+        self._batch: Any = None
+        self._begin = 0
 
     def _open(self, index: int) -> Any:
         source = self._source
@@ -77,14 +77,13 @@ class _ParquetReader(StepReader):
             )
         rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         self._group_ends = int(source.first_rows[index]) + np.cumsum(rows, dtype=np.int64)
-        self._row = -1
+        self._batch = None
         if self._group_ends[-1] != source.first_rows[index + 1]:
             raise SourceError(f"{name} has changed since the job began; start it again")
         return file
 
     def _read(self, piece: int, start: int, stop: int) -> Steps:
-        self._seek(piece, start)
-        batch, name = self._take(stop - start), self._source.files[piece].name
+        batch, name = self._batch_from(piece, start).slice(0, stop - start), self._source.files[piece].name
         column = batch.column(self._source.key)
         if self._source.table is None:
             numbers = (_as_integers(batch.column(label), label, name) for label in self._numbering)
@@ -93,27 +92,20 @@ class _ParquetReader(StepReader):
             rows = self._source.table.steps(column, start)
         return Steps(self._values(column, rows, name), rows.episode, rows.frame)
 
-    def _seek(self, index: int, row: int) -> None:
-        """Make `row`, in file `index`, the next one to be read. A row group can only be read from its beginning."""
+    def _batch_from(self, index: int, row: int) -> Any:
+        """At least one row of file `index`, from `row` on. A row group can only be read from its beginning."""
         file = self._at(index)
-        if row == self._row:
-            return
-        group, here = (int(np.searchsorted(self._group_ends, at, side="right")) for at in (row, self._row))
-        if row < self._row or group != here or self._row < 0:
-            groups = range(group, len(self._group_ends))
+        group = int(np.searchsorted(self._group_ends, row, side="right"))
+        group_begin = int(self._group_ends[group - 1] if group else self._source.first_rows[index])
+        if self._batch is None or row < self._begin or self._begin + len(self._batch) < group_begin:
             columns = [self._source.key, *self._numbering]
+            groups = range(group, len(self._group_ends))
             self._batches = file.iter_batches(_BATCH_STEPS, groups, columns, use_threads=False)
-            self._rest = None
-            self._row = int(self._group_ends[group - 1]) if group else int(self._source.first_rows[index])
-        while self._row < row:
-            self._take(row - self._row)
-
-    def _take(self, at_most: int) -> Any:
-        if self._rest is None or not len(self._rest):
-            self._rest = next(self._batches)
-        taken, self._rest = self._rest.slice(0, at_most), self._rest.slice(at_most)
-        self._row += len(taken)
-        return taken
+            self._batch, self._begin = next(self._batches), group_begin
+        while row >= self._begin + len(self._batch):
+            self._begin += len(self._batch)
+            self._batch = next(self._batches)
+        return self._batch.slice(row - self._begin)
 
     def _values(self, column: Any, rows: Steps, name: str) -> AnyArray:
         """Actions float32 [n, A]; rows: episodes and frames of the same rows, for messages. Raises SourceError."""
