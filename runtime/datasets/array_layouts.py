@@ -157,19 +157,19 @@ def table_by_numbers(slices: Iterable[AnyArray], source: str) -> EpisodeTable:
     row, last = 0, np.empty(0, np.int64)
     for values in slices:
         part = as_int64(values, f"{source}: {_NUMBERS_NAME}")
-        follows = np.concatenate([last, part])
-        falls = np.flatnonzero(follows[1:] < follows[:-1])
+        before = np.concatenate([last if row else part[:1], part[:-1]])
+        falls = np.flatnonzero(part < before)
         if falls.size:
             raise SourceError(
-                f"{source}: {_NUMBERS_NAME} falls at step {row - len(last) + 1 + falls[0]} of the file; expected "
-                "ascending numbers, each episode in one piece: sort the file by episode"
+                f"{source}: {_NUMBERS_NAME} falls at step {row + falls[0]} of the file; expected ascending numbers, "
+                "each episode in one piece: sort the file by episode"
             )
-        begins = np.flatnonzero(follows[1:] != follows[:-1]) + 1 - len(last)
+        begins = part != before
         # The first step of all begins an episode, whatever its number.
-        begins = begins if len(last) else np.concatenate([np.zeros(min(1, len(part)), np.int64), begins])
-        starts.append(begins + row)
+        begins[:1] |= row == 0
+        starts.append(np.flatnonzero(begins) + row)
         numbers.append(part[begins])
-        row, last = row + len(part), follows[-1:]
+        row, last = row + len(part), part[-1:]
     return EpisodeTable(np.concatenate([*starts, [row]]).astype(np.int64), np.concatenate(numbers))
 
 

@@ -10,7 +10,7 @@ from contextlib import closing
 
 import numpy as np
 
-from ..bundle.arrays import in_chunks
+from ..bundle.arrays import Float32Array, in_chunks
 from ..bundle.fidelity import FidelitySums
 from ..bundle.manifest import FileEntry
 from ..tokenizer import ActionTokenizer
@@ -110,12 +110,9 @@ def _verify_tokens(tokenizer: ActionTokenizer, source: StepReader, target: StepR
             raise VerificationError(
                 f"episodes and steps read back from row {start} on are not those of the source; {_AGAIN}"
             )
-        chunks = in_chunks(given.values, model.chunk_length)
-        tokens = tokenizer.encode(chunks)
-        expected = tokens.reshape(-1, model.latent_dim * model.num_layers)[: stop - start]
-        _check_equal(expected, read.values, start)
-        stored = in_chunks(read.values, model.chunk_length).reshape(tokens.shape)
-        decoded = tokenizer.decode(stored).reshape(-1, model.action_dim)[: stop - start]
+        tokens = tokenizer.encode(in_chunks(given.values, model.chunk_length))
+        _check_equal(tokens.reshape(-1, read.values.shape[1])[: stop - start], read.values, start)
+        decoded = _decoded(tokenizer, read.values)
         total += float(np.abs(decoded.astype(np.float64) - given.values).sum())
         sums.add(given.values, decoded)
     found = sums.result()
@@ -124,13 +121,19 @@ def _verify_tokens(tokenizer: ActionTokenizer, source: StepReader, target: StepR
 
 def verify_actions(tokenizer: ActionTokenizer, source: StepReader, target: StepReader, num_steps: int) -> Verification:
     """source: of tokens; target: of the actions that were written for them, in which episodes may be numbered anew."""
-    model, steps = tokenizer.model, 0
-    for start, stop in sample_windows(num_steps):
-        chunks = in_chunks(source.read(start, stop).values, model.chunk_length)
-        decoded = tokenizer.decode(chunks.reshape(*chunks.shape[:2], model.latent_dim, model.num_layers))
-        _check_equal(decoded.reshape(-1, model.action_dim)[: stop - start], target.read(start, stop).values, start)
-        steps += stop - start
-    return Verification(steps, 0.0, 0.0)
+    windows = sample_windows(num_steps)
+    for start, stop in windows:
+        decoded = _decoded(tokenizer, source.read(start, stop).values)
+        _check_equal(decoded, target.read(start, stop).values, start)
+    return Verification(sum(stop - start for start, stop in windows), 0.0, 0.0)
+
+
+def _decoded(tokenizer: ActionTokenizer, tokens: AnyArray) -> Float32Array:
+    """Tokens uint8 [n, D*L] to actions [n, A]. Not by StepCoder, whose work is verified here."""
+    model = tokenizer.model
+    chunks = in_chunks(tokens, model.chunk_length)
+    actions = tokenizer.decode(chunks.reshape(*chunks.shape[:2], model.latent_dim, model.num_layers))
+    return actions.reshape(-1, model.action_dim)[: len(tokens)]
 
 
 def _check_equal(expected: AnyArray, found: AnyArray, row: int) -> None:
