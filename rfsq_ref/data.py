@@ -1,4 +1,4 @@
-"""Robot action data: read it episode by episode from the usual formats, and split it by episode.
+"""Robot actions, episode by episode: read from the usual formats, and split by episode.
 
 Nothing here unpickles: what a file holds besides plain arrays is refused.
 """
@@ -78,7 +78,7 @@ class ActionDataset:
 
     @property
     def missing_borders(self) -> str:
-        """What a person should know, and do, where has_borders is False; else empty."""
+        """Where has_borders is False, what that means and what to do; else empty."""
         if self.has_borders:
             return ""
         return (
@@ -105,7 +105,7 @@ class ActionDataset:
 
 
 def _checked(actions: _AnyArray, label: str) -> FloatArray:
-    """The same actions as ActionDataset keeps them, or DataError."""
+    """The same actions as ActionDataset keeps them: float32, C-contiguous, read-only. Raises DataError."""
     if isinstance(actions, np.ma.MaskedArray):
         raise DataError(
             f"{label}: a masked array, whose hidden values are no actions; expected all of them: repair or drop this "
@@ -208,7 +208,7 @@ def split_episodes(dataset: ActionDataset, *, seed: int = 0) -> EpisodeSplit:
     parts: list[list[tuple[int, int]]] = [[] for _ in shares]
     for indices in by_task.values():
         indices.sort(key=lambda index: _shuffle_key(seed, index))
-        # What every part is owed so far: the rounding of one task is made good by the next.
+        # By what each part should have of the tasks so far: the next task makes up for the rounding of this one.
         done = sum(map(len, parts)) + len(indices)
         exact = shares * len(indices)
         counts = np.floor(exact + 1e-9).astype(int)

@@ -1,4 +1,4 @@
-"""Files of robot actions, read whole: what runtime/datasets/sources.py opens, and .pt.
+"""Reads files of robot actions as a whole: all that runtime/datasets/sources.py opens, and .pt.
 
 Everything but numpy is imported only when a file needs it.
 """
@@ -48,7 +48,7 @@ def read_episodes(path: Path, key: str | None, filter_key: str | None) -> Episod
     actions, table = _read_whole(source)
     names = source.episode_names(table.numbers)
     if path.is_file():
-        # Who reads the name of an episode knows the file.
+        # Of a single file, its name says nothing.
         names = [name.removeprefix(f"{path.stem}/") for name in names]
     return Episodes(np.split(actions, table.starts[1:-1]), names, source.tasks(table), source.has_borders)
 
@@ -91,7 +91,7 @@ def _load_tensors(file: BinaryIO, source: str) -> dict[str, _AnyArray | list[_An
 
     try:
         content = load_torch(file)
-    # torch's own message advises to load it all the same.
+    # Not torch's own message, which advises to run the code.
     except pickle.UnpicklingError as error:
         raise SourceError(
             f"{source} is damaged or pickles more than tensors, which could run code; expected tensors alone: "
@@ -144,7 +144,7 @@ def _are_equal(ones: Sequence[_AnyArray], others: Sequence[_AnyArray]) -> bool:
 
 
 def _from_arrays(arrays: Mapping[str, _AnyArray], chosen: Sequence[str], source: str) -> Episodes:
-    """chosen: the names of those that are actions."""
+    """Episodes of arrays by their names. chosen: the arrays of actions. Raises SourceError."""
 
     def read(name: str) -> Iterator[_AnyArray]:
         yield arrays[name]

@@ -5,7 +5,7 @@ import numpy.typing as npt
 
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 from rfsq.rfsq_ref.normaliser import NormaliserKind
-from rfsq.runtime.bundle.paths import counted
+from rfsq.runtime.bundle.paths import counted, shortlist
 
 #: Largest action and smallest half range of a moving dimension that the published recipe, which does not normalise,
 #: learns well: beyond 2 the error of one dimension drowns the others, below 0.1 it is drowned.
@@ -86,9 +86,8 @@ def describe_normaliser(dataset: ActionDataset, name: str) -> str:
     return "; ".join(parts)
 
 
-def _of_dimensions(found: npt.NDArray[np.bool_], verb: str, verbs: str, most: int = 6) -> str:
+def _of_dimensions(found: npt.NDArray[np.bool_], verb: str, verbs: str) -> str:
     """Such as `dimension 3 never moves`; verbs: of several."""
     numbers = np.flatnonzero(found).tolist()
-    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
-    listed = f"{', '.join(map(str, numbers[:most]))}{more}"
+    listed = shortlist(numbers)
     return f"dimension {listed} {verb}" if len(numbers) == 1 else f"dimensions {listed} {verbs}"

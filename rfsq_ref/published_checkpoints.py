@@ -47,7 +47,7 @@ class PublishedModel:
 
 
 def read_torch(data: bytes, path: Path) -> Mapping[Any, Any]:
-    """What torch.save wrote, if it is a dict of plain things. Raises CheckpointError."""
+    """The dict that torch.save wrote. Raises CheckpointError for anything else, and for a pickle that runs code."""
     content = _torch_load(data, path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict or a dict with one")
@@ -71,7 +71,7 @@ def published_model(
     if unused:
         remarks.append(f"{len(unused)} layernorm parameters ignored: the published forward pass never uses them")
     taken = take_weights(tensors, config, path)
-    # Where a label was asked for, the rest of a policy may lie around the model.
+    # Around a model that was asked for by its label there may be the rest of a policy.
     require_known(tensors if weights is not None else {**tensors, **state.others}, path)
     if weights is not None and state.others:
         remarks.append(f"{len(state.others)} tensors around these weights not taken: {shortlist(sorted(state.others))}")
@@ -94,7 +94,7 @@ def _is_fact(value: object) -> bool:
 
 
 def _choose(content: Mapping[Any, Any], path: Path, wanted: str | None) -> tuple[FoundState, list[str]]:
-    """The state to take, and what a person should know about the choice."""
+    """The state to take, and remarks on the choice. Raises CheckpointError."""
     found, gridless = find_states(content)
     if wanted is not None:
         state = _named(found, wanted, path)
@@ -142,7 +142,7 @@ def _default(found: list[FoundState], path: Path) -> FoundState:
 
 
 def _unrecognised(content: Mapping[Any, Any], path: Path) -> FoundState:
-    """No model by its names: what there is, for the checks behind to say what is wrong with it."""
+    """A state in which no model was recognised. The checks that follow say what is wrong with it."""
     key = next((key for key in DEFAULTS if key in content), "")
     state = content[key] if key else content
     if not isinstance(state, Mapping) or not state or not all(isinstance(name, str) for name in state):
@@ -190,7 +190,7 @@ def _listed(names: Iterable[object]) -> str:
 
 
 def _stated(content: Mapping[Any, Any], path: Path) -> Mapping[str, Any]:
-    """The config beside the weights. Lightning's `hyper_parameters` are the training's, and say one thing for sure."""
+    """The config beside the weights. Of Lightning's `hyper_parameters`, which are the training's, one entry."""
     given = content.get("hyper_parameters")
     hyper_parameters = given if isinstance(given, Mapping) else {}
     config = content.get("config", hyper_parameters.get("config"))
@@ -234,14 +234,14 @@ def _torch_load(data: bytes, path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """One line: what torch does not support, where it says so below its advice, else what it says first."""
+    """One line of torch's message: the one that says what is unsupported, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "unsupported" in line.lower()] or lines or ["no message"]
     return f"{type(error).__name__}: {telling[0][:200]}"
 
 
 def _check_stored(name: str, tensor: Tensor, path: Path) -> None:
-    """Refuse tensors that are not plain numbers in the file, so that any later check costs no more than the file."""
+    """Raises CheckpointError for a tensor that is not plain numbers in the file; checks of others cost little."""
     if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
         names = {"meta": tensor.is_meta, "nested": tensor.is_nested, "quantised": tensor.is_quantized}
         kind = next((name for name, is_so in names.items() if is_so), str(tensor.layout))
@@ -256,7 +256,7 @@ def _check_stored(name: str, tensor: Tensor, path: Path) -> None:
 
 
 def _infer_config(tensors: Mapping[str, Any], stated: Mapping[str, Any], path: Path) -> ModelConfig:
-    """Sizes from the shapes; a stated config must agree."""
+    """The sizes, by the shapes of the tensors. Raises CheckpointError where a stated config says otherwise."""
     first, second = tensors.get("encoder.0.weight"), tensors.get("encoder.2.weight")
     if first is None or second is None or first.ndim != 2 or second.ndim != 2:
         raise CheckpointError(
@@ -316,7 +316,7 @@ def _take_grids(tensors: dict[str, Any], config: ModelConfig, path: Path) -> Non
 
 
 def require_known(left: Mapping[str, object], path: Path) -> None:
-    """Raises CheckpointError for tensors that nothing has taken."""
+    """Raises CheckpointError where tensors are left that nothing has taken."""
     if left:
         raise CheckpointError(f"{path} has tensors this code does not know: {_listed(sorted(left))}")
 
@@ -352,7 +352,7 @@ def take(
 
 
 def _as_double(name: str, tensor: Tensor, path: Path) -> Tensor:
-    """In a type in which torch tells infinities from numbers, which it does not in all of 8 bits."""
+    """As float64: for some types of 8 bits torch cannot tell infinities from numbers. Raises CheckpointError."""
     try:
         return tensor.double()
     except NotImplementedError as error:
