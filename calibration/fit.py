@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import argparse
 from dataclasses import asdict, replace
 from enum import StrEnum
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -146,7 +147,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=path_argument, help="default: build/checkpoints/NAME-METHOD.safetensors")
     parser.add_argument("--report-dir", type=path_argument, help="default: build/reports/NAME-METHOD")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint and a report that are there")
-    calibrated, recovered = CalibrationConfig(), RecoveredConfig()
+    _add_calibrated(parser)
+    _add_recovered(parser)
+    return parser.parse_args(arguments)
+
+
+def _add_calibrated(parser: argparse.ArgumentParser) -> None:
+    calibrated = CalibrationConfig()
     group = parser.add_argument_group("calibrated")
     group.add_argument(
         "--objective", type=Objective, choices=list(Objective),
@@ -172,6 +179,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--readout-ridge", type=float, help="penalty on changing the decoder's last layer (default: cross-validated)"
     )
+
+
+def _add_recovered(parser: argparse.ArgumentParser) -> None:
+    recovered = RecoveredConfig()
     group = parser.add_argument_group("recovered")
     group.add_argument("--prefixes", type=int, nargs="+", help="layers to decode (default: 3 and all)")
     group.add_argument("--ridge", type=float, help="penalty on the map (default: cross-validated)")
@@ -186,7 +197,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--weighting", type=Weighting, choices=list(Weighting),
         help=f"weight of a step (default {recovered.weighting.value})",
     )  # fmt: skip
-    return parser.parse_args(arguments)
 
 
 def _given(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
@@ -244,6 +254,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(format_report(report))
         # The checkpoint last: where it is, everything else went well.
         write_report(report, report_dir, provenance)
+        if not find_spec("matplotlib"):
+            print("no drawing of the report: matplotlib is not installed; pip install '.[evidence]'")
         save_checkpoint(fitted, output)
     except UnusableError as error:
         print(f"error: {error}", file=sys.stderr)

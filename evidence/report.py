@@ -9,16 +9,19 @@ from pathlib import Path
 
 from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig
 from rfsq.calibration.study import study
-from rfsq.calibration.study_report import markdown, study_files, titles, write_study
-from rfsq.evidence.comparison import ComparisonConfig, compare
+from rfsq.calibration.study_report import RESULT_JSON, parts, study_files, write_study
+from rfsq.calibration.study_result import StudyResult, result_from_json
+from rfsq.calibration.tables import inline_html
+from rfsq.evidence.comparison import compare
 from rfsq.evidence.findings import REQUIRED_IMPROVEMENT
+from rfsq.evidence.jobs import ComparisonConfig
 from rfsq.evidence.metrics import OscPose
 from rfsq.evidence.page import page
 from rfsq.evidence.plots import figures, svg
-from rfsq.evidence.results import Comparison, check_writable, write_json, write_text
+from rfsq.evidence.results import Comparison, check_writable, read_json, write_json, write_text
 from rfsq.evidence.rollout_files import demonstrations_of, read_report
 from rfsq.evidence.rollout_report import conclusions, tables_of
-from rfsq.evidence.tables import Table, findings_table, inline_html, layer_table, peer_table, summary_table
+from rfsq.evidence.tables import findings_table, layer_table, peer_table, summary_table
 from rfsq.evidence.training import CACHE, SEEDS, trained_checkpoint
 from rfsq.rfsq_ref.checkpoints import Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, load_actions, load_demonstrations
@@ -71,6 +74,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--calibration-study", action=argparse.BooleanOptionalAction, default=True,
         help="measure the choices of calibration too",
     )  # fmt: skip
+    parser.add_argument(
+        "--report-only", action="store_true", help="draw page and figures anew from the results in the --output folder"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--cache", type=path_argument, default=CACHE, help="trained models (default %(default)s)")
     parser.add_argument("--output", type=path_argument, default=DEFAULT_OUTPUT, help="folder (default %(default)s)")
@@ -85,51 +91,69 @@ def main(arguments: list[str] | None = None) -> int:
         check_writable(options.output)
         # Not after an hour of training.
         refuse_existing(_written(options), overwrite=options.overwrite, error=OutputError)
-        dataset = (
-            load_actions(options.data, key=options.key, filter_key=options.filter_key)
-            if options.data
-            else load_demonstrations()
-        )
-        config = ComparisonConfig(
-            seeds=tuple(options.seeds),
-            epochs=options.epochs,
-            normaliser=chosen_normaliser(options.normaliser, dataset),
-            chunk_length=options.chunk_length,
-            physical=_physical(options),
-            with_peers=options.peers,
-            readout=ReadoutConfig(options.readout),
-            workers=options.workers,
-            cache=options.cache,
-        )
-        print(
-            f"comparing on {dataset.source}: {len(dataset.episodes)} episodes, {dataset.num_steps} steps; "
-            f"what is not at hand is trained first, some minutes\n{describe_normaliser(dataset, options.normaliser)}",
-            flush=True,
-        )
-        naive, robust = (_load(paths, options.weights) for paths in (options.naive, options.robust))
-        comparison = compare(dataset, config, naive=naive, robust=robust, show_progress=True)
-        text = as_text(comparison)
-        print(text, flush=True)
-        # First without what may still fail: an hour of training is not lost to a damaged file beside it.
-        write_report(comparison, text, [], options.output)
-        sections = []
-        if options.calibration_study:
-            sections.append(_calibration(dataset, config, robust, options.output))
-        sections += _closed_loop(options.output, comparison)
-        if sections:
-            write_report(comparison, text, sections, options.output)
+        comparison = _redrawn(options.output) if options.report_only else _compared(options)
     except UnusableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"wrote {REPORT_HTML}, {COMPARISON_TEXT}, {COMPARISON_JSON} and more into {options.output}")
+    print(f"wrote {REPORT_HTML}, {COMPARISON_TEXT} and more into {options.output}")
     return 0 if comparison.improvement > REQUIRED_IMPROVEMENT else 1
 
 
 def _written(options: argparse.Namespace) -> list[Path]:
     """Everything that this command writes into its folder."""
     folder: Path = options.output
-    written = [folder / name for name in (REPORT_HTML, FIGURES, COMPARISON_TEXT, COMPARISON_JSON)]
-    return [*written, *study_files(folder)] if options.calibration_study else written
+    written = [folder / name for name in (REPORT_HTML, FIGURES, COMPARISON_TEXT)]
+    if options.report_only:
+        return written
+    return [*written, folder / COMPARISON_JSON, *(study_files(folder) if options.calibration_study else ())]
+
+
+def _compared(options: argparse.Namespace) -> Comparison:
+    """Measure, and write everything."""
+    dataset = (
+        load_actions(options.data, key=options.key, filter_key=options.filter_key)
+        if options.data
+        else load_demonstrations()
+    )
+    config = ComparisonConfig(
+        seeds=tuple(options.seeds),
+        epochs=options.epochs,
+        normaliser=chosen_normaliser(options.normaliser, dataset),
+        chunk_length=options.chunk_length,
+        physical=_physical(options),
+        with_peers=options.peers,
+        readout=ReadoutConfig(options.readout),
+        workers=options.workers,
+        cache=options.cache,
+    )
+    print(
+        f"comparing on {dataset.source}: {len(dataset.episodes)} episodes, {dataset.num_steps} steps; "
+        f"what is not at hand is trained first, some minutes\n{describe_normaliser(dataset, options.normaliser)}",
+        flush=True,
+    )
+    naive, robust = (_load(paths, options.weights) for paths in (options.naive, options.robust))
+    comparison = compare(dataset, config, naive=naive, robust=robust, show_progress=True)
+    text = as_text(comparison)
+    print(text, flush=True)
+    # First without what may still fail: an hour of training is not lost to a damaged file beside it.
+    write_report(comparison, text, [], options.output)
+    sections = []
+    if options.calibration_study:
+        sections.append(_calibration_section(_studied(dataset, config, robust, options.output)))
+    sections += _closed_loop(options.output, comparison)
+    if sections:
+        write_report(comparison, text, sections, options.output)
+    return comparison
+
+
+def _redrawn(folder: Path) -> Comparison:
+    """Write page, figures and text anew from the results that lie in the folder."""
+    comparison = read_json(folder / COMPARISON_JSON)
+    sections = []
+    if (folder / RESULT_JSON).exists():
+        sections.append(_calibration_section(result_from_json((folder / RESULT_JSON).read_text(encoding="utf-8"))))
+    write_report(comparison, as_text(comparison), sections + _closed_loop(folder, comparison), folder)
+    return comparison
 
 
 def write_report(comparison: Comparison, text: str, sections: Sequence[tuple[str, str]], folder: Path) -> None:
@@ -153,27 +177,28 @@ def as_text(comparison: Comparison) -> str:
     return "\n\n".join(parts)
 
 
-def _calibration(
+def _studied(
     dataset: ActionDataset, config: ComparisonConfig, robust: Sequence[Checkpoint], folder: Path
-) -> tuple[str, str]:
-    """What the calibration choices are worth for the same checkpoints: files, and a section of the page."""
+) -> StudyResult:
+    """What the calibration choices are worth for the same checkpoints; written too."""
     chosen = robust or [
         trained_checkpoint(dataset, config.training(use_layernorm=True, seed=seed), config.cache)[0]
         for seed in config.seeds
     ]
     result = study(chosen, dataset, show_progress=True)
     write_study(result, folder)
-    return "Calibration choices", "\n".join(
-        _as_html(title, text) for title, text in zip(titles(result).values(), markdown(result).values(), strict=True)
-    )
+    return result
+
+
+def _calibration_section(result: StudyResult) -> tuple[str, str]:
+    shown = [f"<p>{inline_html(part)}</p>" if isinstance(part, str) else part.html() for part in parts(result).values()]
+    return "Calibration choices", "\n".join(shown)
 
 
 def _closed_loop(folder: Path, comparison: Comparison) -> list[tuple[str, str]]:
     """A section on the closed loop, where it has been run on the same demonstrations and its results lie here."""
     path = folder / "rollout.json"
-    if not path.exists():
-        return []
-    if demonstrations_of(path) != comparison.data.sha256:
+    if not path.exists() or demonstrations_of(path) != comparison.data.sha256:
         return []
     reports = read_report(path)
     tables = "\n".join(table.html() for table in tables_of(reports).values())
@@ -181,13 +206,6 @@ def _closed_loop(folder: Path, comparison: Comparison) -> list[tuple[str, str]]:
         f"<li>{html.escape(f'{task}: ' + ' '.join(conclusions(found)))}</li>" for task, found in reports.items()
     )
     return [("Closed loop", f"{tables}\n<ul>{said}</ul>")]
-
-
-def _as_html(title: str, text: str) -> str:
-    try:
-        return Table.of_markdown(title, text).html()
-    except ValueError:
-        return f"<p>{inline_html(text)}</p>"
 
 
 def _load(paths: list[Path], weights: str | None) -> list[Checkpoint]:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rfsq.calibration.tables import Table
 from rfsq.evidence.cells import RAW
 from rfsq.evidence.closed_loop import PRECISION_TASKS, Spread
 from rfsq.evidence.episodes import Episode
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollout_statistics import Paired, Rate
 from rfsq.evidence.simulation import TASKS
-from rfsq.evidence.tables import Table
 
 #: In mm; chosen before any result was seen.
 TOLERANCES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 50.0)

@@ -285,7 +285,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             print(f"wrote {path} and {history_path(path).name}")
             if drawing is None:
-                print("no drawing of the curve: matplotlib is not installed; pip install '.[export]'")
+                print("no drawing of the curve: matplotlib is not installed; pip install '.[evidence]'")
     except UnusableError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

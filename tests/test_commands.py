@@ -107,7 +107,7 @@ def test_a_command_without_its_packages_says_what_to_install(script: str, argume
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "package"), [("calibration/fit.py", "matplotlib"), ("export/build_engine.py", "tqdm")]
+    ("script", "package"), [("calibration/study.py", "matplotlib"), ("export/build_engine.py", "tqdm")]
 )
 def test_one_missing_package_is_enough(script: str, package: str, tmp_path: Path) -> None:
     done = run_without((package,), tmp_path, script)

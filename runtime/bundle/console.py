@@ -16,10 +16,8 @@ from .paths import as_path
 
 #: What installs a package that a command may lack, by the name that is imported.
 EXTRAS = {
-    **dict.fromkeys(
-        ("h5py", "matplotlib", "onnx", "polygraphy", "pyarrow", "safetensors", "torch", "tqdm"), ".[export]"
-    ),
-    **dict.fromkeys(("scipy", "tokenizers", "vector_quantize_pytorch"), ".[export,evidence]"),
+    **dict.fromkeys(("h5py", "onnx", "polygraphy", "pyarrow", "safetensors", "torch", "tqdm"), ".[export]"),
+    **dict.fromkeys(("matplotlib", "scipy", "tokenizers", "vector_quantize_pytorch"), ".[export,evidence]"),
     **dict.fromkeys(("mujoco", "robosuite"), ".[sim]"),
     **dict.fromkeys(("numpy", "onnxruntime"), "."),
 }

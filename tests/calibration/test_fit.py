@@ -50,7 +50,7 @@ def save_actions(path: Path, episodes: int = 4, steps: int = 60, action_dim: int
 @pytest.fixture
 def blank_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the report takes several times as long as the fit that it is about."""
-    monkeypatch.setattr("rfsq.calibration.report.draw_report", lambda _: Figure(figsize=(1, 1)))
+    monkeypatch.setattr("rfsq.calibration.report_plots.draw_report", lambda _: Figure(figsize=(1, 1)))
 
 
 has_blank_picture = pytest.mark.usefixtures("blank_picture")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from rfsq.calibration.recovered import RecoveredConfig
-from rfsq.evidence.comparison import ComparisonConfig, compare
+from rfsq.evidence.comparison import compare
+from rfsq.evidence.jobs import ComparisonConfig
 from rfsq.evidence.results import Comparison
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.normaliser import NormaliserKind

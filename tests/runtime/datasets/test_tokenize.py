@@ -592,19 +592,3 @@ def test_verification_finds_tokens_that_are_not_those_of_the_source(
     message = refusal(*arguments(source, tmp_path / "out.parquet", c_bundle), kind=TokenizerError)
     assert "what was read back at row 0 is not what the tokenizer gives" in message
     assert not (tmp_path / "out.parquet").exists()
-
-
-def test_what_the_document_shows_runs(
-    tokens: Path, c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
-    shown = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(shown) >= 2
-    (tmp_path / "tokens.parquet").symlink_to(tokens)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "build").mkdir()
-    (tmp_path / "build" / "bundle").symlink_to(c_bundle)
-    for code in shown:
-        # Here: another process would have to begin with importing torch.
-        exec(code, {"__name__": "shown"})
-        assert capsys.readouterr().out
