@@ -6,7 +6,7 @@ Nothing here unpickles: what a file holds besides plain arrays is refused.
 import hashlib
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,11 @@ class ActionDataset:
     def select(self, indices: Iterable[int]) -> "ActionDataset":
         """The episodes at these indices, in this order. Raises IndexError, and DataError when there are none."""
         chosen = list(indices)
-        return ActionDataset(
-            tuple(self.episodes[index] for index in chosen),
-            tuple(self.names[index] for index in chosen),
-            tuple(self.tasks[index] for index in chosen),
-            self.source,
-            self.has_borders,
+        return replace(
+            self,
+            episodes=tuple(self.episodes[index] for index in chosen),
+            names=tuple(self.names[index] for index in chosen),
+            tasks=tuple(self.tasks[index] for index in chosen),
         )
 
 

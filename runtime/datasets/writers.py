@@ -15,7 +15,7 @@ from ..bundle.manifest import FileEntry
 from ..bundle.reading import regular_file
 from .errors import OutputError
 from .format import Compression, part_name
-from .steps import AnyArray, Int64Array, Steps, optional
+from .steps import AnyArray, Steps, optional
 
 if TYPE_CHECKING:
     # Readers of datasets load this module too, and need no tokenizer.
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _ZSTD_LEVEL = 1
 #: Steps that are turned at once: their tokens fit into the processor's first-level cache.
 _TURNED_STEPS = 256
-_HASHED_BYTES = 1 << 20
 
 
 class PartWriter(Protocol):
@@ -75,12 +74,9 @@ def scratch_file(scratch: Path, name: str) -> Path:
 
 
 def hash_file(path: Path) -> FileEntry:
-    digest, size = hashlib.sha256(), 0
     with regular_file(path) as (file, _):
-        while content := file.read(_HASHED_BYTES):
-            digest.update(content)
-            size += len(content)
-    return FileEntry(digest.hexdigest(), size)
+        digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]  # a BinaryIO without readinto, to mypy
+        return FileEntry(digest.hexdigest(), file.tell())
 
 
 # Parquet --------------------------------------------------------------------------------------------------------------
@@ -155,7 +151,8 @@ class ZarrPart:
     def write(self, block: Steps) -> None:
         job, steps = self._job, self._job.block_steps
         shape = (job.model.latent_dim, job.model.num_layers)
-        contents = (turned(block.values, shape, steps), padded(block.episode, steps), padded(block.frame, steps))
+        numbers = (np.pad(column, (0, steps - len(block))).astype("<i8") for column in (block.episode, block.frame))
+        contents = (turned(block.values, shape, steps), *numbers)
         for name, content in zip(chunk_names(self._chunk), contents, strict=True):
             self._files[name] = put(pack(content, job.compression), job.data, name, job.scratch)
         self._chunk += 1
@@ -179,12 +176,6 @@ def turned(values: AnyArray, shape: tuple[int, ...], steps: int) -> AnyArray:
     for start in range(0, len(values), _TURNED_STEPS):
         part = values[start : start + _TURNED_STEPS].reshape(-1, *shape)
         result[..., start : start + len(part)] = part.T
-    return result
-
-
-def padded(values: Int64Array, steps: int) -> Int64Array:
-    result = np.zeros(steps, "<i8")
-    result[: len(values)] = values
     return result
 
 
