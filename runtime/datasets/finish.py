@@ -56,19 +56,13 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
     source = SourceInfo(job.source.name, job.key, hashlib.sha256(digests).hexdigest(), job.filter_key or None)
     files = {name: entry for record in ordered for name, entry in record.files.items()}
     info = DatasetInfo(
+        **job.facts(),
         schema_version=SCHEMA_VERSION,
-        content=job.content,
-        storage=job.storage,
-        fingerprint=job.fingerprint,
-        model=job.model,
         ordering=ORDERING,
         num_steps=job.source.num_steps,
         num_episodes=len(table.numbers),
-        steps_per_file=job.steps_per_file,
         steps_per_block=job.block_steps,
-        compression=job.compression,
         source=source,
-        made_with=job.made_with,
         verification=Verification(0, 0.0, 0.0),
         files=files,
     )

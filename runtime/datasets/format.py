@@ -92,29 +92,40 @@ class Verification:
     fidelity: Fidelity | None = None
 
 
-@dataclass(frozen=True)
-class DatasetInfo:
-    """files: every file but `dataset.json`, by its path inside the dataset, with forward slashes."""
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is written, how, and by which tokenizer and tools: the same for a job and for the dataset that it makes."""
 
-    schema_version: int
     content: Content
     storage: Storage
+    compression: Compression
+    steps_per_file: int
     fingerprint: str
     model: TokenModel
-    ordering: str
-    num_steps: int
-    num_episodes: int
-    steps_per_file: int
-    steps_per_block: int
-    compression: Compression
-    source: SourceInfo
     made_with: MadeWith
-    verification: Verification
-    files: dict[str, FileEntry]
 
     @property
     def width(self) -> int:
+        """Values of one step, as they are written."""
         return self.model.width(self.content)
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of a Conversion, of whatever extends it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Conversion)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo(Conversion):
+    """files: every file but `dataset.json`, by its path inside the dataset, with forward slashes."""
+
+    schema_version: int
+    ordering: str
+    num_steps: int
+    num_episodes: int
+    steps_per_block: int
+    source: SourceInfo
+    verification: Verification
+    files: dict[str, FileEntry]
 
 
 def part_name(index: int) -> str:

@@ -22,6 +22,7 @@ from .format import (
     SCHEMA_VERSION,
     Compression,
     Content,
+    Conversion,
     MadeWith,
     Storage,
     TokenModel,
@@ -34,21 +35,14 @@ from .steps import optional
 LOCK_NAME = "lock"
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Job(Conversion):
     """What to make of which source. It can be pickled, so that workers elsewhere do the same job."""
 
     source: Source
     key: str
     filter_key: str
     bundle: Path
-    fingerprint: str
-    model: TokenModel
-    made_with: MadeWith
-    content: Content
-    storage: Storage
-    compression: Compression
-    steps_per_file: int
     output: Path
 
     @property
@@ -118,13 +112,7 @@ class Job:
                     {"name": file.name, "size": file.size, "mtime_ns": file.mtime_ns} for file in self.source.files
                 ],
             },
-            "fingerprint": self.fingerprint,
-            "model": dataclasses.asdict(self.model),
-            "made_with": dataclasses.asdict(self.made_with),
-            "content": self.content,
-            "storage": self.storage,
-            "compression": self.compression,
-            "steps_per_file": self.steps_per_file,
+            **dataclasses.asdict(Conversion(**self.facts())),
         }
 
 

@@ -90,7 +90,7 @@ class ParquetPart:
         self._arrow = optional("pyarrow")
         parquet = optional("pyarrow.parquet")
         arrow = self._arrow
-        width, is_tokens = job.model.width(job.content), job.content == "tokens"
+        width, is_tokens = job.width, job.content == "tokens"
         # Bytes of fixed length are written five times as fast as lists of bytes, and hold the same.
         kind = arrow.binary(width) if is_tokens else arrow.list_(arrow.float32(), width)
         column = "tokens" if is_tokens else "action"
