@@ -63,8 +63,9 @@ def write_file(
                     progress.show()
 
             write(dataset, tokenizer, temporary, decoded)
-        progress.finish()
-        verification = _verify(dataset, tokenizer, temporary)
+            progress.finish()
+            with closing(open_source(temporary).open(tokenizer.model.action_dim)) as written:
+                verification = verify_actions(tokenizer, reader, written, dataset.num_steps)
         sync(temporary)
         # Again: decoding takes a while, and somebody may have written there meanwhile.
         _refuse_existing(output, overwrite=overwrite)
@@ -80,34 +81,26 @@ def _refuse_existing(output: Path, *, overwrite: bool) -> None:
         raise OutputError(f"{output} is a folder; give the name of a file")
 
 
-def _verify(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path) -> Verification:
-    written = open_source(path).open(tokenizer.model.action_dim)
-    with closing(dataset.open(dataset.width)) as source, closing(written):
-        return verify_actions(tokenizer, source, written, dataset.num_steps)
-
-
 def _write_npz(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, decoded: _Decoded) -> None:
     table = dataset.episodes()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        with _member(archive, "actions", (dataset.num_steps, tokenizer.model.action_dim), "<f4") as member:
+        with _member(archive, "actions") as member:
+            shape = (dataset.num_steps, tokenizer.model.action_dim)
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
             for _, actions in decoded(0, dataset.num_steps):
                 member.write(actions.astype("<f4", copy=False).tobytes())
-        text = np.array(tokenizer.fingerprint).astype(f"<U{len(tokenizer.fingerprint)}")
         for name, values in (
             ("episode_ends", table.starts[1:].astype("<i8")),
             ("episode_numbers", table.numbers.astype("<i8")),
-            ("fingerprint", text),
+            ("fingerprint", np.array(tokenizer.fingerprint).astype(f"<U{len(tokenizer.fingerprint)}")),
         ):
-            with _member(archive, name, values.shape, values.dtype.str) as member:
-                member.write(values.tobytes())
+            with _member(archive, name) as member:
+                np.lib.format.write_array(member, values)
 
 
-@contextmanager
-def _member(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: str) -> Iterator[IO[bytes]]:
-    with archive.open(zipfile.ZipInfo(f"{name}.npy", _ZIP_TIME), "w", force_zip64=True) as member:
-        header = {"descr": dtype, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(member, header)
-        yield member
+def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+    return archive.open(zipfile.ZipInfo(f"{name}.npy", _ZIP_TIME), "w", force_zip64=True)
 
 
 def _write_hdf5(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, decoded: _Decoded) -> None:
