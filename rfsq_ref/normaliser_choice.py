@@ -62,20 +62,16 @@ def describe_normaliser(dataset: ActionDataset, name: str) -> str:
         return f"normaliser: {chosen}, as asked"
     steps = split_episodes(dataset).train.steps()
     is_large, is_narrow = _unfit(steps)
-    reasons = [
-        f"{_of_dimensions(found, verb, verbs)} {what}"
-        for found, (verb, verbs, what) in (
-            (is_large, ("reaches", "reach", f"beyond {UNNORMALISED_LIMIT:g}")),
-            (is_narrow, ("spans", "span", f"less than {2 * UNNORMALISED_RANGE:g}")),
-        )
-        if found.any()
-    ]
+    reasons = []
+    if is_large.any():
+        reasons.append(f"{_of_dimensions(is_large, 'reaches', 'reach')} beyond {UNNORMALISED_LIMIT:g}")
+    if is_narrow.any():
+        narrow = _of_dimensions(is_narrow, "spans", "span")
+        reasons.append(f"{narrow} less than {2 * UNNORMALISED_RANGE:g}, from its lowest to its highest action")
     why = " and ".join(reasons) or (
         f"all actions lie within {UNNORMALISED_LIMIT:g} and every dimension that moves spans "
         f"{2 * UNNORMALISED_RANGE:g} or more, as the published recipe expects"
     )
-    if is_narrow.any():
-        why += ", from its lowest to its highest action"
     parts = [f"normaliser: {chosen}, chosen by auto: {why}"]
     if reasons:
         last = ", but for the last, which has the unit size of a gripper command" if untouched(steps) else ""

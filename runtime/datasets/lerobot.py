@@ -69,12 +69,10 @@ class _ParquetReader(StepReader):
     def _open(self, index: int) -> Any:
         source = self._source
         name = source.files[index].name
-        # Not mapped: mapped pages would count as memory of this process.
-        options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False, "memory_map": False}
+        options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False, "page_checksum_verification": True}
         with opened(source.root / name, _KIND, _MAGIC, name=name):
-            file = optional("pyarrow.parquet").ParquetFile(
-                source.root / name, page_checksum_verification=True, **options
-            )
+            # Not mapped: mapped pages would count as memory of this process.
+            file = optional("pyarrow.parquet").ParquetFile(source.root / name, memory_map=False, **options)
         rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         self._group_ends = int(source.first_rows[index]) + np.cumsum(rows, dtype=np.int64)
         self._batch = None
@@ -109,27 +107,28 @@ class _ParquetReader(StepReader):
 
     def _values(self, column: Any, rows: Steps, name: str) -> AnyArray:
         """Actions float32 [n, A]; rows: episodes and frames of the same rows, for messages. Raises SourceError."""
-        if column.null_count:
-            self._refuse_missing(int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0]), rows, name)
+        key, width = self._source.key, self._source.width
+
+        def place(row: int) -> str:
+            return f"{name}, episode {rows.episode[row]}, step {rows.frame[row]}"
+
+        def require_all(array: Any, per_row: int) -> None:
+            if array.null_count:
+                first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+                raise SourceError(
+                    f"{place(first // per_row)}: column {key!r} has a missing value; expected an action in every row: "
+                    "repair or drop this episode"
+                )
+
+        require_all(column, 1)
         # LeRobot writes a one-dimensional action as a plain number.
         values = column.flatten() if hasattr(column.type, "value_type") else column
         if not hasattr(column.type, "list_size") and values is not column:
             lengths = optional("pyarrow.compute").list_value_length(column).to_numpy()
-            wrong = np.flatnonzero(lengths != self._source.width)
-            if wrong.size:
-                row = int(wrong[0])
-                where = f"{name}, episode {rows.episode[row]}, step {rows.frame[row]}"
-                check_width(int(lengths[row]), self._source.width, where, "another step")
-        if values.null_count:
-            first = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-            self._refuse_missing(first // self._source.width, rows, name)
+            for row in np.flatnonzero(lengths != width)[:1].tolist():
+                check_width(int(lengths[row]), width, place(row), "another step")
+        require_all(values, width)
         return as_float32(values.to_numpy(zero_copy_only=False)).reshape(len(column), -1)
-
-    def _refuse_missing(self, row: int, rows: Steps, name: str) -> None:
-        raise SourceError(
-            f"{name}, episode {rows.episode[row]}, step {rows.frame[row]}: column {self._source.key!r} has a missing "
-            "value; expected an action in every row: repair or drop this episode"
-        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
