@@ -179,7 +179,6 @@ def write_report(report: Report, folder: Path) -> list[str]:
 
     Returns what there is to say. Raises OSError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     contents = {"bench.json": report_json(report).encode(), "bench.txt": report_text(report).encode()}
     said = []
     try:

@@ -277,7 +277,7 @@ def test_the_measured_actions_lie_in_the_range_of_the_model(tokenizer: ActionTok
     batch, model = random_batch(tokenizer, 50), tokenizer.model
     normalised = (batch.actions - np.array(model.action_offset)) / np.array(model.action_units)
     assert np.abs(normalised).max() == pytest.approx(1, abs=0.05)
-    np.testing.assert_array_equal(batch.tokens, tokenizer.encode(batch.actions))
+    np.testing.assert_array_equal(batch.codes.tokens, tokenizer.encode(batch.actions))
 
 
 # --- cold start -------------------------------------------------------------------------------------------------------
@@ -868,10 +868,10 @@ def test_device_calls_are_bound_to_arrays_that_lie_on_the_gpu(
     assert [(bound[0], bound[2]) for bound in fake.bound] == [("encode", 7), ("decode", 7), ("decode", 7)]
     np.testing.assert_array_equal(fake.bound[0][1][0], batch.actions)
     for (_, arrays, _, _), prefix in zip(fake.bound[1:], (3, 2), strict=True):
-        np.testing.assert_array_equal(arrays[0], batch.tokens_of(prefix))
-        assert (arrays[2] is None) == (batch.stats is None)
+        np.testing.assert_array_equal(arrays[0], batch.codes.prefix(prefix).tokens)
+        assert (arrays[2] is None) == (batch.codes.stats is None)
         if arrays[2] is not None:
-            np.testing.assert_array_equal(arrays[2], batch.stats_of(prefix))
+            np.testing.assert_array_equal(arrays[2], batch.codes.prefix(prefix).stats)
     host = {found.operation: found for found in host_figures(real, batch, has_copies=True)}
     for found in figures:
         assert (found.bytes_in, found.bytes_out) == (host[found.operation].bytes_in, host[found.operation].bytes_out)

@@ -1,6 +1,7 @@
 """The fault campaign: faults of every kind are answered rightly, and a decoder that answers wrongly is found out."""
 
 import mmap
+import random
 import subprocess
 import threading
 from collections import Counter
@@ -213,7 +214,7 @@ def test_a_file_of_the_bundle_that_is_mapped_is_found(both: Path, monkeypatch: p
             kept.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         return load(path, **options)
 
-    trial = fault_system._Trial(1, np.random.default_rng(0))
+    trial = fault_system._Trial(1, random.Random(0))
     monkeypatch.setattr(fault_system, "_DAMAGES", fault_system._DAMAGES[:1])
     monkeypatch.setattr(ActionTokenizer, "load", mapping)
     folder = both.parent / "mapped"
