@@ -146,6 +146,10 @@ def load_checkpoint(
     so it must be given there; where the file says it, the argument must agree. weights: which model in the file, such
     as `ema`; by default `model_state_dict`, `model`, `state_dict` or the file itself, and an average only where it is
     alone. `remarks` say what was not taken. Raises CheckpointError.
+
+    >>> checkpoint = load_checkpoint(ROBUST_CHECKPOINT)
+    >>> checkpoint.config.num_layers, checkpoint.trained_with.value
+    (8, 'dynamic')
     """
     path = as_path(path, "the checkpoint", CheckpointError)
     try:

@@ -48,7 +48,22 @@ class PublishedModel:
 
 def read_torch(data: bytes, path: Path) -> Mapping[Any, Any]:
     """The dict that torch.save wrote. Raises CheckpointError for anything else, and for a pickle that runs code."""
-    content = _torch_load(data, path)
+    try:
+        content = load_torch(io.BytesIO(data))
+    except DamagedFileError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; copy or download it again") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: it is not a plain weights file (it holds objects that only running code could "
+            "rebuild, or is no checkpoint at all). Save the state dict alone and try again. "
+            f"Reason: {_reason(error)}"
+        ) from error
+    # The parser raises nearly anything on damaged bytes: RuntimeError, EOFError, KeyError, struct.error, ...
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint torch can read; expected a file written by torch.save, or a .safetensors file "
+            f"under that suffix: check that it is the right file and whole ({_reason(error)})"
+        ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict or a dict with one")
     return content
@@ -212,25 +227,6 @@ def _is_same(first: FoundState, second: FoundState) -> bool:
         and torch.equal(theirs[name], tensor)
         for name, tensor in ours.items()
     )
-
-
-def _torch_load(data: bytes, path: Path) -> Any:
-    try:
-        return load_torch(io.BytesIO(data))
-    except DamagedFileError as error:
-        raise CheckpointError(f"{path} is damaged: {error}; copy or download it again") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is refused: it is not a plain weights file (it holds objects that only running code could "
-            "rebuild, or is no checkpoint at all). Save the state dict alone and try again. "
-            f"Reason: {_reason(error)}"
-        ) from error
-    # The parser raises nearly anything on damaged bytes: RuntimeError, EOFError, KeyError, struct.error, ...
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} is not a checkpoint torch can read; expected a file written by torch.save, or a .safetensors file "
-            f"under that suffix: check that it is the right file and whole ({_reason(error)})"
-        ) from error
 
 
 def _reason(error: Exception) -> str:

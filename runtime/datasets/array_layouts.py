@@ -151,7 +151,12 @@ def episode_table(
 
 
 def table_by_numbers(slices: Iterable[AnyArray], source: str) -> EpisodeTable:
-    """Episodes by the number in each step, ascending; slices are not held together. Raises SourceError."""
+    """Episodes by the number in each step, ascending; slices are not held together. Raises SourceError.
+
+    >>> table = table_by_numbers([np.array([3, 3, 5]), np.array([5, 5])], "the file")
+    >>> table.starts.tolist(), table.numbers.tolist()
+    ([0, 2, 5], [3, 5])
+    """
     starts: list[Int64Array] = []
     numbers: list[Int64Array] = []
     row, last = 0, np.empty(0, np.int64)

@@ -66,8 +66,7 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
         verification=Verification(0, 0.0, 0.0),
         files=files,
     )
-    verification = _verify(job, tokenizer, TokenDataset.of(job.data, info))
-    info = dataclasses.replace(info, verification=verification)
+    info = dataclasses.replace(info, verification=_verify(job, tokenizer, TokenDataset.of(job.data, info)))
     write = _write_parquet_episodes if job.storage == "parquet" else _write_zarr_tables
     info = dataclasses.replace(info, files={**files, **write(job, info, table)})
     touched = job.source.touched_file()

@@ -129,7 +129,11 @@ class DatasetInfo(Conversion):
 
 
 def part_name(index: int) -> str:
-    """The Parquet file of a part, named as LeRobot v3 names its files."""
+    """The Parquet file of a part, named as LeRobot v3 names its files.
+
+    >>> part_name(1234)
+    'data/chunk-001/file-234.parquet'
+    """
     return f"data/chunk-{index // _FILES_PER_FOLDER:03d}/file-{index % _FILES_PER_FOLDER:03d}.parquet"
 
 

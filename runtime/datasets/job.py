@@ -142,7 +142,6 @@ def plan(
     steps_per_file: int,
 ) -> Job:
     """The job, checked. Raises InvalidInputError for settings that do not fit, SourceError for an unfit first step."""
-    model = tokenizer.model
     _check_model(tokenizer)
     if (
         steps_per_file < 1
@@ -161,7 +160,7 @@ def plan(
         filter_key=filter_key.removeprefix("mask/"),
         bundle=bundle.absolute(),
         fingerprint=tokenizer.fingerprint,
-        model=TokenModel.of(model),
+        model=TokenModel.of(tokenizer.model),
         made_with=made_with,
         content=content,
         storage=storage,

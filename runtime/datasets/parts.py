@@ -79,15 +79,11 @@ def _digests(steps: Steps) -> list[str]:
     found = []
     for start in range(0, len(steps), HASH_STEPS):
         rows = slice(start, start + HASH_STEPS)
-        digest = hashlib.sha256(_bytes(steps.values[rows]))
-        for numbers in (steps.episode, steps.frame):
-            digest.update(_bytes(numbers[rows]))
+        digest = hashlib.sha256()
+        for column in (steps.values, steps.episode, steps.frame):
+            digest.update(np.ascontiguousarray(column[rows]).data.cast("B"))
         found.append(digest.hexdigest())
     return found
-
-
-def _bytes(values: AnyArray) -> memoryview:
-    return memoryview(np.ascontiguousarray(values)).cast("B")  # type: ignore[arg-type]  # a buffer to mypy from 3.12 on
 
 
 def parts_of_another_source(job: Job, records: Iterable[PartRecord]) -> set[int]:

@@ -118,7 +118,11 @@ def as_int64(values: AnyArray, label: str) -> Int64Array:
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts demo_2 before demo_10."""
+    """Sort key that puts demo_2 before demo_10.
+
+    >>> sorted(["demo_10", "demo_2"], key=natural)
+    ['demo_2', 'demo_10']
+    """
     return [(int(number or 0), text) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
