@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,20 +26,8 @@ _ZSTD_LEVEL = 1
 _TURNED_STEPS = 256
 
 
-class PartWriter(Protocol):
-    """Writes one part. A file has its final name only once it is whole."""
-
-    def write(self, block: Steps) -> None:
-        """The next block: `block_steps` steps, fewer in the last one."""
-
-    def close(self, metadata: Mapping[str, str]) -> dict[str, FileEntry]:
-        """Put the part in place; its files, by their paths in the dataset."""
-
-    def abandon(self) -> None:
-        """Leave nothing behind."""
-
-
-def part_writer(job: Job, part: int) -> PartWriter:
+def part_writer(job: Job, part: int) -> ParquetPart | ZarrPart:
+    """A writer of one part, block by block. A file has its final name only once it is whole."""
     return ParquetPart(job, part) if job.storage == "parquet" else ZarrPart(job, part)
 
 
@@ -113,6 +101,7 @@ class ParquetPart:
         )
 
     def write(self, block: Steps) -> None:
+        """The next block: `block_steps` steps, fewer in the last one."""
         arrow = self._arrow
         values = np.ascontiguousarray(block.values)
         kind = self._schema.field(2).type
@@ -124,6 +113,7 @@ class ParquetPart:
         self._writer.write_table(arrow.Table.from_arrays(columns, schema=self._schema), row_group_size=len(block))
 
     def close(self, metadata: Mapping[str, str]) -> dict[str, FileEntry]:
+        """Put the part in place; its files, by their paths in the dataset."""
         self._writer.add_key_value_metadata(metadata)
         self._writer.close()
         entry = hash_file(self._temporary)
@@ -131,6 +121,7 @@ class ParquetPart:
         return {self._name: entry}
 
     def abandon(self) -> None:
+        """Leave nothing behind."""
         # A full disk refuses the footer too.
         with suppress(OSError):
             self._writer.close()
