@@ -218,7 +218,7 @@ def _check_values(golden: Golden, model: ModelEntry) -> None:
 def _are_of_rounding(golden: Golden, model: ModelEntry) -> bool:
     beyond = golden.bounds > np.array(highest_bounds(model.num_levels, model.num_layers))
     num_tokens = golden.tokens[..., 0].size
-    # One unlucky draw of a few vectors is a large share already: a token, or a step whose latents share a deviation.
+    # One token of a few vectors is already a large share, or one step where the latents of a step share a deviation.
     fewest = model.latent_dim if model.has_stats else 1
     return bool((beyond.sum(axis=(0, 1, 2)) <= max(GATES.unlikely_bounds * num_tokens, fewest)).all())
 
