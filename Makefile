@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 BUNDLE := build/bundle
+comma := ,
 
-# TensorRT-RTX wheels exist for these machines alone; elsewhere the bundle is built without its engines.
+# What a build needs, and what tests, checks and measurements need beside. TensorRT-RTX wheels exist for Linux on x86-64
+# alone, and CUDA is of use where there is a GPU; elsewhere the bundle is built without these engines.
+BUILD_EXTRAS := export
+TEST_EXTRAS := evidence,dev
 ifeq ($(shell uname -sm),Linux x86_64)
-EXTRAS ?= export,evidence,tensorrt-rtx,gpu,dev
-else
-EXTRAS ?= export,evidence,dev
+BUILD_EXTRAS := $(BUILD_EXTRAS),tensorrt-rtx$(if $(wildcard /dev/nvidiactl),$(comma)gpu)
+TEST_EXTRAS := gpu,$(TEST_EXTRAS)
 endif
 
 # Modules and the assertions of tests are compiled once, not by every process that tests start.
@@ -16,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: engine test quick mutants lint package benchmark time-c clean
 
-engine: $(VENV)/installed
+engine: $(VENV)/built-with
 	@echo "== building the embedded checkpoint into $(BUNDLE)"
 	@$(RUN) export/build_engine.py --output $(BUNDLE) --overwrite
 
@@ -74,12 +77,15 @@ time-c:
 		examples/time_tokenizer.c $(BUNDLE)/engines/c/rfsq_tokenizer.c -o $(TIME_PROGRAM)
 	@$(TIME_PROGRAM) $(STEPS)
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/built-with: EXTRAS := $(BUILD_EXTRAS)
+$(VENV)/installed: EXTRAS := $(BUILD_EXTRAS),$(TEST_EXTRAS)
+# What is installed for the tests has what a build needs.
+$(VENV)/built-with $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "== installing [$(EXTRAS)] into $(VENV)"
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --constraint constraints.txt --editable '.[$(EXTRAS)]'
-	@touch $@
+	@touch $(VENV)/built-with $@
 
 clean:
 	rm -rf $(VENV) build

@@ -18,20 +18,18 @@ The map is rounded to a multiple of about 2^-16 of its largest entry: the linear
 1e-10 of it, and the map is part of a tokenizer's identity.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import mish, softplus
-from tqdm import tqdm
 
+from rfsq.calibration.affine_maps import Regression, coefficients_of, decoder_of, features_of, refine, regress
 from rfsq.calibration.data import episode_folds, is_certain_gain, reference_actions, reference_latents
 from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.settings import DEFAULT_RECOVERED, RecoveredConfig, Target, Weighting
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
@@ -40,10 +38,6 @@ from rfsq.rfsq_ref.quantizer import Conditioning, Quantized
 
 #: What a draft model predicts.
 COARSE_LAYERS = 3
-#: Relative decrease of the objective at which refining stops.
-_CONVERGED = 1e-4
-#: Damping relative to the mean diagonal of the normal matrix: where it starts, where a step is given up.
-_DAMPING_START, _DAMPING_MOST = 1e-4, 1e4
 #: Far above what processors disagree on and far below what the fit leaves: the action error stays the same.
 _MAP_BITS = 16
 #: What cross-validation chooses from.
@@ -60,48 +54,6 @@ _SLOWEST = 0.01
 def default_prefixes(num_layers: int) -> tuple[int, ...]:
     """The coarse layers and all of them."""
     return tuple(sorted({min(COARSE_LAYERS, num_layers), num_layers}))
-
-
-class Target(StrEnum):
-    """Which latents the first step regresses on: those the decoder was trained on, or those before the quantiser."""
-
-    DEQUANTISED = "dequantised"
-    UNQUANTISED = "unquantised"
-
-
-class Weighting(StrEnum):
-    """Weight of a step in the fit: all alike, or 1 / |normalised action|^2, so that slow motions count as much."""
-
-    UNIFORM = "uniform"
-    INVERSE_MAGNITUDE = "inverse-magnitude"
-
-
-@dataclass(frozen=True)
-class RecoveredConfig:
-    """ridge: penalty on the squared distance from the map of the step before; None: cross-validated, and what does not
-    win on episodes left out of the fit is left out of the map; refine_steps: most Gauss-Newton steps, 0 = none.
-    """
-
-    ridge: float | None = None
-    refine_steps: int = 5
-    target: Target = Target.DEQUANTISED
-    weighting: Weighting = Weighting.UNIFORM
-
-    def __post_init__(self) -> None:
-        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge >= 0):
-            raise CalibrationError(f"ridge is {self.ridge}; expected 0 or a small positive number, like 1e-6")
-        if self.refine_steps < 0:
-            raise CalibrationError(f"refine_steps is {self.refine_steps}; expected 0 (no refining) or more")
-
-
-@dataclass(frozen=True)
-class Regression:
-    """decoder: the map; rank: of the centred features, at most D * l; condition: largest over smallest non-zero
-    singular value of these features, 1 where there is none."""
-
-    decoder: RecoveredDecoder
-    rank: int
-    condition: float
 
 
 @dataclass(frozen=True)
@@ -138,24 +90,11 @@ class RecoveredFit:
         )
 
 
-def fit_recovered(
-    checkpoint: Checkpoint,
-    episodes: ActionDataset,
-    prefixes: Iterable[int],
-    config: RecoveredConfig = RecoveredConfig(),
-    *,
-    weights: npt.ArrayLike | None = None,
-) -> dict[int, RecoveredDecoder]:
-    """One decoder per prefix, from the published tokens of these episodes; see `fit_recovered_details`."""
-    fits = fit_recovered_details(checkpoint, episodes, prefixes, config, weights=weights)
-    return {prefix: fit.decoder for prefix, fit in fits.items()}
-
-
 def fit_recovered_details(
     checkpoint: Checkpoint,
     episodes: ActionDataset,
     prefixes: Iterable[int],
-    config: RecoveredConfig = RecoveredConfig(),
+    config: RecoveredConfig = DEFAULT_RECOVERED,
     *,
     weights: npt.ArrayLike | None = None,
 ) -> dict[int, RecoveredFit]:
@@ -181,42 +120,6 @@ def fit_recovered_details(
     shares = _step_shares(model, actions, config.weighting, weights)
     data = _Data(quantized, actions, target, shares, tuple(map(len, episodes.episodes)))
     return {prefix: _fit_prefix(model, data, prefix, config) for prefix in wanted}
-
-
-def regress(
-    tokens: Tensor, latents: Tensor, worth: Tensor, num_levels: int, *, shares: Tensor | None = None, ridge: float = 0.0
-) -> Regression:
-    """Ridge regression of latents [N, D] on tokens [N, D, l] of `num_levels` levels, weighted by shares [N] that add
-    up to 1 (equal by default).
-
-    worth [l]: what a level of each layer is worth, positive; scales the features and so the penalty, which applies to
-    the map of the centred features. A token that never changes gets the coefficient 0; directions the tokens do not
-    span, too.
-    """
-    shares = torch.full((len(tokens),), 1 / len(tokens), dtype=torch.float64) if shares is None else shares
-    return _regress(tokens, latents, worth, num_levels, shares, (ridge,))[0]
-
-
-def _regress(
-    tokens: Tensor, latents: Tensor, worth: Tensor, num_levels: int, shares: Tensor, ridges: Sequence[float]
-) -> list[Regression]:
-    """As `regress`, one for each ridge."""
-    features, scale, shift = _features(tokens, worth, num_levels, shares)
-    mean = shares @ latents
-    root = shares.sqrt().unsqueeze(-1)
-    left, singular, right = torch.linalg.svd(root * features, full_matrices=False)
-    # numpy's rule for the rank of a matrix.
-    tolerance = float(singular.max()) * max(features.shape) * torch.finfo(torch.float64).eps
-    kept = singular > max(tolerance, torch.finfo(torch.float64).tiny)
-    rank = int(kept.sum())
-    condition = float(singular[0] / singular[rank - 1]) if rank else 1.0
-    projected = left.T @ (root * (latents - mean))
-    found = []
-    for ridge in ridges:
-        filtered = torch.where(kept, singular / (singular.square() + ridge).where(kept, torch.ones(())), 0.0)
-        coefficients = right.T @ (filtered.unsqueeze(-1) * projected)
-        found.append(Regression(_decoder(coefficients, mean, scale, shift), rank, condition))
-    return found
 
 
 def _check_checkpoint(checkpoint: Checkpoint, prefixes: list[int]) -> None:
@@ -366,7 +269,7 @@ def _regressions(model: ActionAutoencoder, data: _Data, prefix: int, ridges: Seq
             found,
             decoder=RecoveredDecoder(mean_map.matrix + found.decoder.matrix, mean_map.offset + found.decoder.offset),
         )
-        for found in _regress(tokens, left, _worth(data, prefix), model.config.num_levels, data.shares, ridges)
+        for found in regress(tokens, left, _worth(data, prefix), model.config.num_levels, data.shares, ridges)
     ]
 
 
@@ -375,11 +278,11 @@ def _refined(
 ) -> tuple[RecoveredDecoder, int]:
     """After the accepted Gauss-Newton steps, and how many there were."""
     tokens = data.quantized.tokens[..., :prefix]
-    features, scale, shift = _features(tokens, _worth(data, prefix), model.config.num_levels, data.shares)
+    features, scale, shift = features_of(tokens, _worth(data, prefix), model.config.num_levels, data.shares)
     wanted = (data.actions - model.offset) / model.units
-    begin = _coefficients(start, scale, shift)
-    refined, refinements = _refine(model, features, wanted, data.shares, begin, ridge, steps)
-    return _decoder(refined[:-1], refined[-1], scale, shift), refinements
+    begin = coefficients_of(start, scale, shift)
+    refined, refinements = refine(model, features, wanted, data.shares, begin, ridge, steps)
+    return decoder_of(refined[:-1], refined[-1], scale, shift), refinements
 
 
 def _worth(data: _Data, prefix: int) -> Tensor:
@@ -387,22 +290,6 @@ def _worth(data: _Data, prefix: int) -> Tensor:
     assert data.quantized.stats is not None
     sigma = data.quantized.stats[:, :prefix, 1].mean(dim=0)
     return sigma / sigma[0]
-
-
-def _features(tokens: Tensor, worth: Tensor, num_levels: int, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Centred features tokens * scale - shift [N, D * l], with scale and shift [D * l]."""
-    scale = (worth * 2 / (num_levels - 1)).expand(tokens.shape[-2:]).flatten()
-    scaled = tokens.flatten(-2).double() * scale
-    shift = shares @ scaled
-    constant = (scaled == scaled[0]).all(dim=0)
-    # Exactly, so that rounding lends a constant token no direction.
-    shift = torch.where(constant, scaled[0], shift)
-    return scaled - shift, scale, shift
-
-
-def _decoder(coefficients: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> RecoveredDecoder:
-    """From the map of the features, coefficients [D * l, D], to that of the tokens."""
-    return RecoveredDecoder((coefficients.T * scale).contiguous(), mean - coefficients.T @ shift)
 
 
 def _rounded(decoder: RecoveredDecoder) -> RecoveredDecoder:
@@ -413,79 +300,3 @@ def _rounded(decoder: RecoveredDecoder) -> RecoveredDecoder:
     largest = decoder.matrix.abs().max()
     quantum = torch.exp2(torch.frexp(largest).exponent.double() - _MAP_BITS)
     return RecoveredDecoder(*(torch.round(part / quantum) * quantum for part in (decoder.matrix, decoder.offset)))
-
-
-def _coefficients(decoder: RecoveredDecoder, scale: Tensor, shift: Tensor) -> Tensor:
-    """The inverse of `_decoder`, [D * l + 1, D], the mean last."""
-    coefficients = (decoder.matrix / scale).T
-    return torch.cat((coefficients, (decoder.offset + coefficients.T @ shift).unsqueeze(0)))
-
-
-def _refine(
-    model: ActionAutoencoder,
-    features: Tensor,
-    wanted: Tensor,
-    shares: Tensor,
-    start: Tensor,
-    ridge: float,
-    steps: int,
-) -> tuple[Tensor, int]:
-    """Coefficients [P, D] after the Gauss-Newton steps, and how many there were; P = D * l + 1, the mean last."""
-    features = torch.cat((features, torch.ones_like(features[:, :1])), dim=1)
-    penalty = torch.full_like(start, ridge)
-    penalty[-1] = 0
-
-    def objective(coefficients: Tensor) -> float:
-        error = model.decoder(features @ coefficients) - wanted
-        return float(shares @ error.square().mean(dim=-1) + (penalty * (coefficients - start).square()).sum())
-
-    coefficients, value, damping = start, objective(start), _DAMPING_START
-    for step in tqdm(range(steps), desc="  recover", unit="step", leave=False, disable=None):
-        normal, gradient = _normal_equations(model, features, wanted, shares, coefficients)
-        # Flattened as [D, P], the order of the normal matrix.
-        gradient = (gradient - penalty * (coefficients - start)).T.flatten()
-        normal.diagonal().add_(penalty.T.flatten())
-        typical = float(normal.diagonal().mean())
-        candidate, next_value = coefficients, math.inf
-        while not next_value < value and damping <= _DAMPING_MOST:
-            damped = normal.clone()
-            damped.diagonal().add_(damping * typical)
-            factor, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                change = torch.cholesky_solve(gradient.unsqueeze(-1), factor)
-                candidate = coefficients + change.reshape(start.T.shape).T
-                next_value = objective(candidate)
-            damping *= 10
-        if not next_value < value:
-            return coefficients, step
-        gained = value - next_value
-        coefficients, value, damping = candidate, next_value, damping / 100
-        if gained < _CONVERGED * value:
-            return coefficients, step + 1
-    return coefficients, steps
-
-
-def _normal_equations(
-    model: ActionAutoencoder, features: Tensor, wanted: Tensor, shares: Tensor, coefficients: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gauss-Newton matrix [D * P, D * P] and descent direction [P, D] of the weighted mean squared action error."""
-    first, second = model.decoder[0], model.decoder[2]
-    inner = first(features @ coefficients)
-    error = wanted - second(mish(inner))
-    jacobian = torch.einsum("ah,nh,hd->nad", second.weight, _mish_slope(inner), first.weight)
-    shares = (shares / wanted.shape[1]).unsqueeze(-1)
-    descent = features.T @ (torch.einsum("nad,na->nd", jacobian, error) * shares)
-    metric = torch.einsum("nad,nae->nde", jacobian, jacobian) * shares.unsqueeze(-1)
-    width, latent_dim = coefficients.shape
-    normal = torch.empty(latent_dim, width, latent_dim, width, dtype=features.dtype)
-    for row in range(latent_dim):
-        for column in range(row + 1):
-            block = features.T @ (features * metric[:, row, column].unsqueeze(-1))
-            normal[row, :, column] = normal[column, :, row] = block
-    return normal.reshape(latent_dim * width, latent_dim * width), descent
-
-
-def _mish_slope(value: Tensor) -> Tensor:
-    """Derivative of x tanh(softplus(x)): tanh(s) + x sigmoid(x) (1 - tanh(s)^2) with s = softplus(x)."""
-    gate = torch.tanh(softplus(value))
-    return gate + value * torch.sigmoid(value) * (1 - gate.square())

@@ -1,12 +1,11 @@
 """What a fit is worth, layer by layer: a table to read, report.json and report.png."""
 
-from __future__ import annotations
-
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +21,6 @@ from rfsq.rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantiz
 from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.runtime.bundle.fidelity import Fidelity, fidelity
 from rfsq.runtime.bundle.paths import counted
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 REPORT_JSON = "report.json"
 REPORT_PNG = "report.png"
@@ -49,11 +44,11 @@ class LayerReport:
     clipped: float
     bin_width: float
     levels_used: float
-    latent_mse: float | None
-    action_mse: float | None
-    worst_case: float | None
-    noise_bound: float | None
-    flipped: float
+    latent_mse: float | None = None
+    action_mse: float | None = None
+    worst_case: float | None = None
+    noise_bound: float | None = None
+    flipped: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -135,20 +130,14 @@ def _report(
         rows: list[LayerReport] = []
         deepest = latents
         for layer, step in enumerate(steps):
+            row = _layer_report(model, layer, step)
             prefix = layer + 1
-            decoded = None
             if model.conditioning is not Conditioning.DYNAMIC or prefix in model.recovered:
-                decoded = deepest = model.dequantize(tokens[..., :prefix])
+                deepest = model.dequantize(tokens[..., :prefix])
+                row = replace(row, latent_mse=_mean_square(deepest - latents), action_mse=action_mse(deepest, model))
             rows.append(
-                LayerReport(
-                    layer=layer,
-                    residual_low=float(step.residual.min()),
-                    residual_high=float(step.residual.max()),
-                    clipped=_clipped_share(step, checkpoint.config.num_levels),
-                    bin_width=_bin_width(model, layer, step),
-                    levels_used=_levels_used(step.tokens, checkpoint.config.num_levels),
-                    latent_mse=None if decoded is None else _mean_square(decoded - latents),
-                    action_mse=None if decoded is None else action_mse(decoded, model),
+                replace(
+                    row,
                     worst_case=worst_case.get(prefix),
                     noise_bound=_finite(float(bounds[..., layer].median())),
                     flipped=float((float32_tokens[..., layer] != step.tokens).double().mean()),
@@ -174,6 +163,19 @@ def _report(
                 actions.numpy(), model.decode_latents(deepest).numpy(), model.units.tolist(), model.offset.tolist()
             ),
         )
+
+
+def _layer_report(model: ActionAutoencoder, layer: int, step: LayerStep) -> LayerReport:
+    """What the layer itself shows; what it is worth is left open."""
+    num_levels = model.config.num_levels
+    return LayerReport(
+        layer=layer,
+        residual_low=float(step.residual.min()),
+        residual_high=float(step.residual.max()),
+        clipped=_clipped_share(step, num_levels),
+        bin_width=_bin_width(model, layer, step),
+        levels_used=_levels_used(step.tokens, num_levels),
+    )
 
 
 def _as_float32(checkpoint: Checkpoint, model: ActionAutoencoder) -> ActionAutoencoder:
@@ -206,8 +208,8 @@ def _levels_used(tokens: Tensor, num_levels: int) -> float:
 # Text, JSON, picture -------------------------------------------------------------------------------------------------
 
 
-def format_report(report: CalibrationReport) -> str:
-    """A table with a row per layer, and the errors to compare with below it."""
+def format_report(report: CalibrationReport, *, is_verbose: bool = True) -> str:
+    """A table with a row per layer, and the errors to compare with below it; is_verbose: good dimensions too."""
     lost = held_out_warning(report.autoencoder_mse, report.readout_mse, "the episodes that judge", "robot units²")
     header = (
         f"{'layer':>5}  {'residual on the data':>22}  {'clipped':>8}  {'bin width':>9}  {'levels':>6}  "
@@ -231,8 +233,9 @@ def format_report(report: CalibrationReport) -> str:
         f"trained forward pass                              {report.trained_mse[-1]:.3e}",
         f"published decode_from_indices                     {report.published_mse:.3e}",
         *filter(None, [lost]),
-        report.fidelity.text("decoded from all layers"),
     ]
+    if is_verbose or report.fidelity.warning:
+        lines.append(report.fidelity.text("decoded from all layers"))
     return "\n".join(lines)
 
 
@@ -252,106 +255,20 @@ def report_files(folder: Path) -> tuple[Path, ...]:
 
 
 def write_report(report: CalibrationReport, folder: Path, provenance: dict[str, Any] | None = None) -> None:
-    """report.json and report.png into a folder, made if missing. CalibrationError if it cannot be written."""
+    """report.json and, where matplotlib is installed, report.png into a folder, made if missing.
+
+    CalibrationError if it cannot be written.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / REPORT_JSON).write_text(report_to_json(report, provenance), encoding="utf-8")
-        # Without the version matplotlib would write, equal reports are equal files.
-        draw_report(report).savefig(folder / REPORT_PNG, metadata={"Software": None})
+        if find_spec("matplotlib"):
+            # A build draws nothing, and would wait for matplotlib longer than for any package but torch.
+            from rfsq.calibration.report_plots import draw_report
+
+            # Without the version matplotlib would write, equal reports are equal files.
+            draw_report(report).savefig(folder / REPORT_PNG, metadata={"Software": None})
     except OSError as error:
         raise CalibrationError(
             f"cannot write the report to {folder}: {error.strerror}; choose a writable --report-dir"
         ) from error
-
-
-_INK, _BLUE, _ORANGE, _GREEN, _GREY = "#222222", "#1f6fb4", "#d9730d", "#2a8c55", "#8a8a8a"
-
-
-def draw_report(report: CalibrationReport) -> Figure:
-    """Three panels: action error by prefix, latent scales by layer, shares by layer."""
-    # A build draws nothing, and would wait for it longer than for any package but torch.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13.5, 4.9), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(
-        f"{report.method}: {report.num_episodes} episodes, {report.num_steps} steps of {report.source}",
-        color=_INK, fontsize=12, x=0.01, ha="left", fontweight="bold",
-    )  # fmt: skip
-    errors, scales, shares = figure.subplots(1, 3)
-    names = [f"L{row.layer}" for row in report.layers]
-    _draw_errors(errors, report)
-    _draw_scales(scales, report)
-    _draw_shares(shares, report)
-    for axes in (errors, scales, shares):
-        axes.set_xticks(range(len(names)), names)
-        axes.set_xlim(-0.5, len(names) - 0.5)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=_INK, labelsize=9)
-        axes.set_xlabel("layer", color=_INK, fontsize=9)
-    return figure
-
-
-def _caption(axes: Axes, title: str, columns: int) -> None:
-    """Title above, legend below the panel, where it hides no data."""
-    axes.set_title(title, loc="left", color=_INK, fontsize=10.5)
-    axes.legend(
-        fontsize=8.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns, labelcolor=_INK
-    )
-
-
-def _points(values: list[float | None]) -> tuple[list[int], list[float]]:
-    """Places and values of what is there and can be drawn on a logarithmic axis."""
-    found = [(place, value) for place, value in enumerate(values) if value is not None and value > 0]
-    return [place for place, _ in found], [value for _, value in found]
-
-
-def _draw_errors(axes: Axes, report: CalibrationReport) -> None:
-    axes.set_yscale("log")
-    axes.plot(*_points(list(report.trained_mse)), color=_GREY, marker="s", markersize=4, label="trained forward pass")
-    axes.plot(
-        *_points([row.action_mse for row in report.layers]),
-        color=_BLUE, marker="o", linewidth=2, label=f"{report.method}, tokens alone",
-    )  # fmt: skip
-    if report.autoencoder_mse > 0:
-        axes.axhline(report.autoencoder_mse, color=_GREEN, linestyle="--", linewidth=1.2, label="without quantiser")
-    if report.published_mse > 0:
-        axes.axhline(report.published_mse, color=_ORANGE, linestyle=":", linewidth=1.5, label="published decoding")
-    _caption(axes, "Action MSE of a prefix, robot units²", columns=2)
-
-
-def _draw_scales(axes: Axes, report: CalibrationReport) -> None:
-    axes.set_yscale("log")
-    rows = report.layers
-    axes.plot(*_points([row.worst_case for row in rows]), color=_ORANGE, marker="v", label="worst case in [−1, 1]")
-    root_mse = [None if row.latent_mse is None else row.latent_mse**0.5 for row in rows]
-    axes.plot(*_points(root_mse), color=_BLUE, marker="o", linewidth=2, label="RMS on the data")
-    axes.plot(*_points([row.bin_width for row in rows]), color=_INK, marker="_", markersize=12, linewidth=0.8,
-              label="bin width")  # fmt: skip
-    noise = [None if row.noise_bound is None else row.noise_bound * row.bin_width for row in rows]
-    axes.plot(*_points(noise), color=_GREY, linestyle="--", label="float32 error bound")
-    _caption(axes, "Latent error after the layer", columns=2)
-
-
-def _draw_shares(axes: Axes, report: CalibrationReport) -> None:
-    rows = report.layers
-    places = range(len(rows))
-    axes.bar(
-        places,
-        [row.levels_used for row in rows],
-        width=0.62,
-        color="#b9d4ec",
-        label="levels used; above: clipped share, float32 flips",
-    )
-    axes.set_ylim(0, 1.15)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0 %", "25 %", "50 %", "75 %", "100 %"])
-    for place, row in zip(places, rows, strict=True):
-        flipped = f"{row.flipped:.0e}" if row.flipped else "0"
-        axes.annotate(
-            f"{row.clipped:.2%}\n{flipped}", (place, row.levels_used), xytext=(0, 3), textcoords="offset points",
-            ha="center", va="bottom", fontsize=7, color=_INK,
-        )  # fmt: skip
-    _caption(axes, "Share of the levels used", columns=1)

@@ -15,43 +15,48 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from rfsq.runtime.bundle.console import explain_missing_packages
+    from rfsq.runtime.bundle.command import run_command
 
-    explain_missing_packages()
+    # Before the imports below, some of which may be missing.
+    run_command("rfsq.calibration.study")
 
 import argparse
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from rfsq.calibration.constants import (
-    MINIMUM_STEPS,
-    CalibrationConfig,
-    Granularity,
-    Objective,
-    fit_constants,
-    worst_case_errors,
-)
+from rfsq.calibration.constants import MINIMUM_STEPS
 from rfsq.calibration.data import (
-    MINIMUM_EPISODES,
-    Selection,
     calibration_dataset,
-    calibration_episodes,
     episode_folds,
-    judging_episodes,
     reference_actions,
-    reference_latents,
-    selection_of,
 )
-from rfsq.calibration.errors import CalibrationError
-from rfsq.calibration.readout import DEFAULT_READOUT, READOUT_OFF, RIDGES, ReadoutChoice, ReadoutConfig, fit_readout
+from rfsq.calibration.readout import RIDGES
+from rfsq.calibration.settings import DEFAULT_READOUT, READOUT_OFF, Granularity, Objective, ReadoutChoice, ReadoutConfig
+from rfsq.calibration.study_bench import (
+    DEFAULT,
+    SEED,
+    WITHOUT_READOUT,
+    Bench,
+    Setting,
+    added_mse,
+    benches_of,
+    calibrated,
+    excess_mse,
+    gain_factors,
+    latent_bounds,
+    level_shares,
+    mean_square,
+    of_tasks,
+    prefix_errors,
+    prefix_mse,
+    unquantised_mse,
+)
 from rfsq.calibration.study_report import format_study, study_files, write_study
 from rfsq.calibration.study_result import (
     EpisodesRow,
@@ -64,12 +69,10 @@ from rfsq.calibration.study_result import (
     spread,
     spreads,
 )
-from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, Readout
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
-from rfsq.rfsq_ref.errors import DataError, OutputError, UnusableError
-from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
-from rfsq.runtime.bundle.console import path_argument
+from rfsq.runtime.bundle.command import CommandParser, Outcome, run
 from rfsq.runtime.bundle.paths import refuse_existing
 
 #: Random choices of calibration episodes for every number of them.
@@ -78,7 +81,6 @@ SUBSETS = 5
 PAYS_ON_DATA = 0.05
 #: ... and off the data when it takes at least this share off the bound on the latent error.
 PAYS_IN_WORST_CASE = 0.5
-_DEFAULT_CONFIG = CalibrationConfig()
 #: Settings that are also fitted to single tasks and to few episodes.
 _COMPARED: tuple[dict[str, Any], ...] = (
     {"granularity": Granularity.LATENT, "headroom": 0.25},
@@ -94,54 +96,7 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     *({"worst_case": bound} for bound in (1e-4, 4e-4, 1e-2, 1.0)),
 )
 _FOLDS = 5
-_RANDOM_ACTIONS = 2000
-_SEED = 0
 _Item = TypeVar("_Item")
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """What `calibrate` can be told."""
-
-    name: str = "default"
-    config: CalibrationConfig = _DEFAULT_CONFIG
-    readout: ReadoutConfig = DEFAULT_READOUT
-
-
-_DEFAULT = _Setting()
-_READOUT_OFF = _Setting("readout off", readout=READOUT_OFF)
-
-
-@dataclass(frozen=True, eq=False)
-class _Bench:
-    """One checkpoint, the episodes to fit to and to test on, and random actions, float64 [N, A].
-
-    is_training_data: whether the episodes are a part of what the checkpoint was trained on.
-    """
-
-    checkpoint: Checkpoint
-    calibration: ActionDataset
-    test: ActionDataset
-    random: Tensor
-    is_training_data: bool
-
-    def fit(self, setting: _Setting, episodes: ActionDataset | None = None) -> ActionAutoencoder:
-        """The float64 model that `calibrate` would give, fitted to all calibration episodes or to these."""
-        return _calibrated(self.fitted(setting, episodes or self.calibration))
-
-    def fitted(self, setting: _Setting, episodes: ActionDataset) -> Checkpoint:
-        """Without what was fitted to the checkpoint before."""
-        constants = fit_constants(self.checkpoint, episodes, setting.config)
-        fitted = replace(self.checkpoint, readout=None).with_fit(constants=constants)
-        return fitted.with_fit(readout=self.readout(fitted, episodes, setting.readout))
-
-    def readout(self, fitted: Checkpoint, episodes: ActionDataset, config: ReadoutConfig) -> Readout | None:
-        """For a checkpoint with constants."""
-        return fit_readout(fitted, episodes, config, is_training_data=self.is_training_data).readout
-
-    def test_actions(self, task: str | None = None) -> Tensor:
-        """Float64 [N, A], of all test episodes or of one task."""
-        return reference_actions(self.checkpoint, self.test if task is None else _of_tasks(self.test, [task]))
 
 
 @torch.no_grad()
@@ -155,7 +110,7 @@ def study(
     different ones, DataError for another action dimension, and where no episode can be held back for the test.
     """
     start = time.monotonic()
-    benches = _benches(checkpoints, dataset)
+    benches = benches_of(checkpoints, dataset)
     calibration, test = benches[0].calibration, benches[0].test
     reasons = {"tasks": _too_few_tasks(calibration, test), "episodes": _too_few_episodes(calibration)}
     omitted = {section: reason for section, reason in reasons.items() if reason}
@@ -172,13 +127,13 @@ def study(
         source=dataset.source,
         data_sha256=dataset.sha256,
         checkpoints=tuple(_label(checkpoint, place) for place, checkpoint in enumerate(checkpoints)),
-        default={**asdict(_DEFAULT.config), "readout": DEFAULT_READOUT.choice.value},
+        default={**asdict(DEFAULT.config), "readout": DEFAULT_READOUT.choice.value},
         calibration_episodes=len(calibration.episodes),
         calibration_steps=calibration.num_steps,
         test_episodes=len(test.episodes),
         test_steps=test.num_steps,
-        unquantised=spread([_unquantised(bench.fit(_READOUT_OFF), bench.test_actions()) for bench in benches]),
-        unquantised_readout=spread([_unquantised(bench.fit(_DEFAULT), bench.test_actions()) for bench in benches]),
+        unquantised=spread([unquantised_mse(bench.fit(WITHOUT_READOUT), bench.test_actions()) for bench in benches]),
+        unquantised_readout=spread([unquantised_mse(bench.fit(DEFAULT), bench.test_actions()) for bench in benches]),
         settings=tuple(_setting_row(benches, setting) for setting in progress(_settings(), "settings")),
         tasks=tuple(_task_row(benches, setting, tasks) for setting in progress(compared if tasks else [], "tasks")),
         episodes=tuple(_episodes_row(benches, *choice, subsets) for choice in progress(choices, "episodes")),
@@ -191,40 +146,6 @@ def study(
 
 
 # What is measured ----------------------------------------------------------------------------------------------------
-
-
-def _benches(checkpoints: Sequence[Checkpoint], dataset: ActionDataset) -> list[_Bench]:
-    if not checkpoints:
-        raise CalibrationError("no checkpoint to study; expected at least one, or better three training seeds")
-    sizes = {checkpoint.config for checkpoint in checkpoints}
-    if len(sizes) > 1:
-        raise CalibrationError(
-            f"checkpoints of {len(sizes)} sizes ({', '.join(map(str, sizes))}); expected one size: study them apart"
-        )
-    if len(dataset.episodes) < MINIMUM_EPISODES:
-        raise DataError(
-            f"{dataset.source} has {len(dataset.episodes)} episodes; expected {MINIMUM_EPISODES} or more, because some "
-            "must be held back for the test: give more episodes"
-        )
-    benches = [_bench(checkpoint, dataset) for checkpoint in checkpoints]
-    if len({(bench.calibration.sha256, bench.test.sha256) for bench in benches}) > 1:
-        raise CalibrationError(
-            f"some of the checkpoints were trained on {dataset.source} and some were not, so that they cannot share "
-            "their test episodes; study them apart"
-        )
-    return benches
-
-
-def _bench(checkpoint: Checkpoint, dataset: ActionDataset) -> _Bench:
-    calibration, test = calibration_episodes(checkpoint, dataset), judging_episodes(checkpoint, dataset)
-    # Refuses actions that the checkpoint cannot take; fitting does so for the calibration episodes.
-    reference_latents(checkpoint.model(dtype=torch.float64), reference_actions(checkpoint, test))
-    recorded = reference_actions(checkpoint, calibration)
-    low, high = recorded.amin(dim=0), recorded.amax(dim=0)
-    generator = torch.Generator().manual_seed(_SEED)
-    shares = torch.rand(_RANDOM_ACTIONS, len(low), generator=generator, dtype=torch.float64)
-    is_training_data = selection_of(checkpoint, dataset) is Selection.TRAINING_SPLIT
-    return _Bench(checkpoint, calibration, test, low + shares * (high - low), is_training_data)
 
 
 def _label(checkpoint: Checkpoint, place: int) -> str:
@@ -261,21 +182,21 @@ def _episode_counts(total: int) -> list[int]:
     return [2**power for power in range(total.bit_length()) if 2**power < total] + [total]
 
 
-def _settings() -> list[_Setting]:
+def _settings() -> list[Setting]:
     """The default, each choice changed alone, the compared ones, and the decoder as it was trained."""
-    return [*_distinct(_CHANGES), _READOUT_OFF]
+    return [*_distinct(_CHANGES), WITHOUT_READOUT]
 
 
-def _compared() -> list[_Setting]:
-    return [*_distinct(_COMPARED), _READOUT_OFF]
+def _compared() -> list[Setting]:
+    return [*_distinct(_COMPARED), WITHOUT_READOUT]
 
 
-def _distinct(changes: Iterable[Mapping[str, Any]]) -> list[_Setting]:
+def _distinct(changes: Iterable[Mapping[str, Any]]) -> list[Setting]:
     """The default first, and each change of it that changes it."""
-    found = {_DEFAULT.config: _DEFAULT}
+    found = {DEFAULT.config: DEFAULT}
     for change in changes:
-        config = replace(_DEFAULT.config, **change)
-        found.setdefault(config, _Setting(", ".join(_named(*choice) for choice in change.items()), config))
+        config = replace(DEFAULT.config, **change)
+        found.setdefault(config, Setting(", ".join(_named(*choice) for choice in change.items()), config))
     return list(found.values())
 
 
@@ -288,67 +209,67 @@ def _named(choice: str, value: object) -> str:
 # How it is measured --------------------------------------------------------------------------------------------------
 
 
-def _setting_row(benches: Sequence[_Bench], setting: _Setting) -> SettingRow:
+def _setting_row(benches: Sequence[Bench], setting: Setting) -> SettingRow:
     models = [(bench, bench.fit(setting)) for bench in benches]
-    errors = [_errors(model, bench.test_actions()) for bench, model in models]
+    errors = [prefix_errors(model, bench.test_actions()) for bench, model in models]
     return SettingRow(
         setting=setting.name,
-        action_mse=spreads([[_mean_square(error) for error in of_prefixes] for of_prefixes in errors]),
+        action_mse=spreads([[mean_square(error) for error in of_prefixes] for of_prefixes in errors]),
         max_error=spreads([[float(error.abs().max()) for error in of_prefixes] for of_prefixes in errors]),
-        random=spreads([_added(model, bench.random) for bench, model in models]),
-        worst_case=spreads([_worst_case(model) for _, model in models]),
+        random=spreads([added_mse(model, bench.random) for bench, model in models]),
+        worst_case=spreads([latent_bounds(model) for _, model in models]),
     )
 
 
-def _task_row(benches: Sequence[_Bench], setting: _Setting, tasks: Sequence[str]) -> TaskRow:
+def _task_row(benches: Sequence[Bench], setting: Setting, tasks: Sequence[str]) -> TaskRow:
     seen, unseen, other = [], [], []
     for bench in benches:
         everything = bench.fit(setting)
         tested = {task: bench.test_actions(task) for task in tasks}
-        floors = {task: _unquantised(everything, actions) for task, actions in tested.items()}
+        floors = {task: unquantised_mse(everything, actions) for task, actions in tested.items()}
         for task in tasks:
             without = bench.fit(setting, _without(bench.calibration, task))
-            alone = bench.fit(setting, _of_tasks(bench.calibration, [task]))
-            seen.append(_excess(everything, tested[task], floors[task]))
-            unseen.append(_excess(without, tested[task], floors[task]))
-            other += [_excess(alone, tested[name], floors[name]) for name in tasks if name != task]
+            alone = bench.fit(setting, of_tasks(bench.calibration, [task]))
+            seen.append(excess_mse(everything, tested[task], floors[task]))
+            unseen.append(excess_mse(without, tested[task], floors[task]))
+            other += [excess_mse(alone, tested[name], floors[name]) for name in tasks if name != task]
     return TaskRow(setting.name, spreads(seen), spreads(unseen), spreads(other))
 
 
-def _episodes_row(benches: Sequence[_Bench], setting: _Setting, count: int, subsets: int) -> EpisodesRow:
+def _episodes_row(benches: Sequence[Bench], setting: Setting, count: int, subsets: int) -> EpisodesRow:
     total = len(benches[0].calibration.episodes)
     # The same choices for every setting.
-    generator = torch.Generator().manual_seed(_SEED + count)
+    generator = torch.Generator().manual_seed(SEED + count)
     choices = [torch.randperm(total, generator=generator)[:count] for _ in range(subsets if count < total else 1)]
     found = [
-        _action_mse(bench.fit(setting, bench.calibration.select(chosen.tolist())), bench.test_actions())
+        prefix_mse(bench.fit(setting, bench.calibration.select(chosen.tolist())), bench.test_actions())
         for bench in benches
         for chosen in choices
     ]
     return EpisodesRow(setting.name, count, spreads(found))
 
 
-def _readout_row(benches: Sequence[_Bench], ridge: float | None, tasks: Sequence[str]) -> ReadoutRow:
+def _readout_row(benches: Sequence[Bench], ridge: float | None, tasks: Sequence[str]) -> ReadoutRow:
     cross_validated, test, random, unseen, other = [], [], [], [], []
     for bench in benches:
-        trained = bench.fitted(_READOUT_OFF, bench.calibration)
-        as_trained = _calibrated(trained)
+        trained = bench.fitted(WITHOUT_READOUT, bench.calibration)
+        as_trained = calibrated(trained)
         squares = [
-            _unquantised(_with_readout(bench, trained, ridge, kept), reference_actions(trained, held_out))
+            unquantised_mse(_with_readout(bench, trained, ridge, kept), reference_actions(trained, held_out))
             * held_out.num_steps
             for kept, held_out in _folds(bench.calibration)
         ]
         cross_validated.append(sum(squares) / bench.calibration.num_steps)
         everything = _with_readout(bench, trained, ridge, bench.calibration)
-        test.append(_unquantised(everything, bench.test_actions()))
-        random.append(_unquantised(everything, bench.random) / _unquantised(as_trained, bench.random))
+        test.append(unquantised_mse(everything, bench.test_actions()))
+        random.append(unquantised_mse(everything, bench.random) / unquantised_mse(as_trained, bench.random))
         tested = {task: bench.test_actions(task) for task in tasks}
-        floors = {task: _unquantised(as_trained, actions) for task, actions in tested.items()}
+        floors = {task: unquantised_mse(as_trained, actions) for task, actions in tested.items()}
         for task in tasks:
             without = _with_readout(bench, trained, ridge, _without(bench.calibration, task))
-            alone = _with_readout(bench, trained, ridge, _of_tasks(bench.calibration, [task]))
-            unseen.append(_unquantised(without, tested[task]) / floors[task])
-            other += [_unquantised(alone, tested[name]) / floors[name] for name in tasks if name != task]
+            alone = _with_readout(bench, trained, ridge, of_tasks(bench.calibration, [task]))
+            unseen.append(unquantised_mse(without, tested[task]) / floors[task])
+            other += [unquantised_mse(alone, tested[name]) / floors[name] for name in tasks if name != task]
     return ReadoutRow(
         ridge=ridge,
         cross_validated=spread(cross_validated) if len(benches[0].calibration.episodes) > 1 else None,
@@ -359,12 +280,12 @@ def _readout_row(benches: Sequence[_Bench], ridge: float | None, tasks: Sequence
     )
 
 
-def _layer_rows(benches: Sequence[_Bench]) -> tuple[LayerRow, ...]:
-    models = [(bench, bench.fit(_DEFAULT)) for bench in benches]
-    gains = spreads([_gains(_action_mse(model, bench.test_actions())) for bench, model in models])
+def _layer_rows(benches: Sequence[Bench]) -> tuple[LayerRow, ...]:
+    models = [(bench, bench.fit(DEFAULT)) for bench in benches]
+    gains = spreads([gain_factors(prefix_mse(model, bench.test_actions())) for bench, model in models])
     # Before the first layer, latents in [-1, 1] are known to within 1.
-    bounds = spreads([_gains([1.0, *_worst_case(model)]) for _, model in models])
-    used = spreads([_levels_used(model, bench.test_actions()) for bench, model in models])
+    bounds = spreads([gain_factors([1.0, *latent_bounds(model)]) for _, model in models])
+    used = spreads([level_shares(model, bench.test_actions()) for bench, model in models])
     sizes = benches[0].checkpoint.config
     return tuple(
         LayerRow(
@@ -380,67 +301,13 @@ def _layer_rows(benches: Sequence[_Bench]) -> tuple[LayerRow, ...]:
     )
 
 
-def _calibrated(checkpoint: Checkpoint) -> ActionAutoencoder:
-    return checkpoint.model(Conditioning.CALIBRATED, dtype=torch.float64)
-
-
-def _with_readout(
-    bench: _Bench, trained: Checkpoint, ridge: float | None, episodes: ActionDataset
-) -> ActionAutoencoder:
+def _with_readout(bench: Bench, trained: Checkpoint, ridge: float | None, episodes: ActionDataset) -> ActionAutoencoder:
     config = READOUT_OFF if ridge is None else ReadoutConfig(ReadoutChoice.ON, ridge)
-    return _calibrated(replace(trained, readout=bench.readout(trained, episodes, config)))
-
-
-def _errors(model: ActionAutoencoder, actions: Tensor) -> list[Tensor]:
-    """Action errors [N, A] of decoding the first 1 ... L layers."""
-    tokens, _ = model.encode(actions)
-    return [model.decode(tokens[..., :prefix]) - actions for prefix in range(1, model.config.num_layers + 1)]
-
-
-def _action_mse(model: ActionAutoencoder, actions: Tensor) -> list[float]:
-    return [_mean_square(error) for error in _errors(model, actions)]
-
-
-def _excess(model: ActionAutoencoder, actions: Tensor, floor: float) -> list[float]:
-    return [value / floor for value in _action_mse(model, actions)]
-
-
-def _unquantised(model: ActionAutoencoder, actions: Tensor) -> float:
-    """Action MSE without the quantiser; above 0, because ratios are taken of it."""
-    error = model.decode_latents(model.encode_latents(actions)) - actions
-    return max(_mean_square(error), sys.float_info.min)
-
-
-def _added(model: ActionAutoencoder, actions: Tensor) -> list[float]:
-    """Mean squared action difference that quantising makes, per prefix."""
-    unquantised = model.decode_latents(model.encode_latents(actions)) - actions
-    return [_mean_square(error - unquantised) for error in _errors(model, actions)]
-
-
-def _worst_case(model: ActionAutoencoder) -> list[float]:
-    constants = ConditioningConstants(model.quantizer.mean, model.quantizer.scale)
-    bounds: list[float] = worst_case_errors(constants, model.config.num_levels).tolist()
-    return bounds
-
-
-def _gains(values: Sequence[float]) -> list[float]:
-    """Factors by which each value is smaller than the one before."""
-    return [before / max(after, sys.float_info.min) for before, after in pairwise(values)]
-
-
-def _levels_used(model: ActionAutoencoder, actions: Tensor) -> list[float]:
-    tokens, _ = model.encode(actions)
-    used = torch.stack([(tokens == level).any(dim=0) for level in range(model.config.num_levels)])
-    shares: list[float] = used.double().mean(dim=(0, 1)).tolist()
-    return shares
-
-
-def _of_tasks(episodes: ActionDataset, tasks: Collection[str]) -> ActionDataset:
-    return episodes.select(index for index, task in enumerate(episodes.tasks) if task in tasks)
+    return calibrated(replace(trained, readout=bench.readout(trained, episodes, config)))
 
 
 def _without(episodes: ActionDataset, task: str) -> ActionDataset:
-    return _of_tasks(episodes, {*episodes.tasks} - {task})
+    return of_tasks(episodes, {*episodes.tasks} - {task})
 
 
 def _folds(episodes: ActionDataset) -> Iterator[tuple[ActionDataset, ActionDataset]]:
@@ -449,60 +316,34 @@ def _folds(episodes: ActionDataset) -> Iterator[tuple[ActionDataset, ActionDatas
         yield episodes.select(kept), episodes.select(left_out)
 
 
-def _mean_square(error: Tensor) -> float:
-    return float(error.square().mean())
-
-
 # The command ---------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--checkpoint", type=path_argument, nargs="+", action="extend",
-        help="one or more, usually the training seeds of one recipe; default: the embedded robust one",
-    )  # fmt: skip
-    parser.add_argument("--data", type=path_argument, help="action data; the embedded demonstrations by default")
-    parser.add_argument("--key", help="name of the action array or column in --data, when it is not the usual one")
-    parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
-    parser.add_argument(
-        "--use-layernorm", action=argparse.BooleanOptionalAction, default=None,
-        help="how checkpoints that do not say it were trained: Robust RFSQ, or naive",
-    )  # fmt: skip
-    parser.add_argument(
-        "--weights",
-        help="which model of checkpoints that hold several, such as ema; default: the model, no average",
-    )
-    parser.add_argument(
-        "--output", type=path_argument, default=Path("build/reports/calibration"), help="folder; default: %(default)s"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a study that is there")
-    return parser.parse_args(arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(_parser(), _work, arguments)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def _parser() -> CommandParser:
+    parser = CommandParser("calibration/study.py", "measure what each choice in calibration is worth")
+    parser.add_checkpoint(nargs="+", action="extend")
+    parser.add_data()
+    parser.add_output("folder", Path("build/reports/calibration"))
+    return parser
+
+
+def _work(options: argparse.Namespace) -> Outcome:
     # Sums come out in one order, whatever the machine has: the same data give the same numbers.
     torch.set_num_threads(1)
-    try:
-        # Not after minutes of fitting.
-        refuse_existing(study_files(options.output), overwrite=options.overwrite, error=OutputError)
-        checkpoints = [
-            load_checkpoint(path, use_layernorm=options.use_layernorm, weights=options.weights)
-            for path in options.checkpoint or [ROBUST_CHECKPOINT]
-        ]
-        for remark in dict.fromkeys(remark for checkpoint in checkpoints for remark in checkpoint.remarks):
-            print(remark)
-        dataset = calibration_dataset(checkpoints[0], options.data, key=options.key, filter_key=options.filter_key)
-        result = study(checkpoints, dataset, show_progress=True)
-        print(format_study(result))
-        write_study(result, options.output)
-    except UnusableError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"\nwrote {options.output} in {result.seconds:.0f} s")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    # Not after minutes of fitting.
+    refuse_existing(study_files(options.output), overwrite=options.overwrite)
+    checkpoints = [
+        load_checkpoint(path, use_layernorm=options.use_layernorm, weights=options.weights)
+        for path in options.checkpoint or [ROBUST_CHECKPOINT]
+    ]
+    for remark in dict.fromkeys(remark for checkpoint in checkpoints for remark in checkpoint.remarks):
+        print(remark)
+    dataset = calibration_dataset(checkpoints[0], options.data, key=options.key, filter_key=options.filter_key)
+    result = study(checkpoints, dataset, show_progress=True)
+    print(format_study(result))
+    write_study(result, options.output)
+    return Outcome(f"\n✓ wrote {options.output} in {result.seconds:.0f} s", asdict(result))

@@ -1,36 +1,91 @@
-"""The calibration study for people: tables as text and as Markdown, a picture, and the files."""
+"""The calibration study for people: tables, a picture, and the files."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, finish, new_figure
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.recovered import COARSE_LAYERS
 from rfsq.calibration.study_result import EpisodesRow, LayerRow, Spread, Spreads, StudyResult, result_to_json
+from rfsq.calibration.tables import Table
 from rfsq.runtime.bundle.writing import replacing
 
 RESULT_JSON = "calibration.json"
 RESULT_PNG = "calibration.png"
 _NONE = "–"
+#: Header and rows.
+_Columns = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
 
-@dataclass(frozen=True)
-class _Table:
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+def parts(result: StudyResult) -> dict[str, Table | str]:
+    """The defaults in a line, and tables by name: settings, readout, episodes, tasks, layers.
+
+    In place of a table that could not be measured stands the reason.
+    """
+    captions = _titles(result)
+    drawn = {
+        "settings": _settings_table,
+        "readout": _readout_table,
+        "episodes": _episodes_table,
+        "tasks": _tasks_table,
+        "layers": _layers_table,
+    }
+    return {"defaults": _defaults(result)} | {
+        name: f"Not measured: {result.omitted[name]}."
+        if name in result.omitted
+        else Table(captions[name], *table(result))
+        for name, table in drawn.items()
+    }
 
 
-def titles(result: StudyResult) -> dict[str, str]:
-    """What each part of `markdown` shows, by the same names: a sentence for a caption, plain text."""
+def format_study(result: StudyResult) -> str:
+    """All tables as text, with what they are about."""
+    count = len(result.checkpoints)
+    head = (
+        f"{count} checkpoint{'s' if count > 1 else ''}, fitted on {result.calibration_episodes} episodes "
+        f"({result.calibration_steps} steps), judged on {result.test_episodes} others ({result.test_steps} steps) of "
+        f"{result.source}; MSE in robot units²\n{_defaults(result)}\n"
+        f"autoencoder as trained, no quantiser, action MSE  {_both(result.unquantised)}\n"
+        f"readout refitted, no quantiser                    {_both(result.unquantised_readout)}"
+    )
+    texts = [
+        f"{name}: {part.replace('Not', 'not', 1)}" if isinstance(part, str) else part.text()
+        for name, part in parts(result).items()
+    ]
+    return "\n\n".join([head, *texts[1:]])
+
+
+def study_files(folder: Path) -> tuple[Path, ...]:
+    """What write_study writes."""
+    return folder / RESULT_JSON, folder / RESULT_PNG
+
+
+def write_study(result: StudyResult, folder: Path) -> None:
+    """calibration.json and calibration.png into a folder, made if missing. CalibrationError if it cannot be written."""
+    try:
+        with replacing(folder / RESULT_PNG) as path:
+            # Without the version matplotlib would write, equal results are equal files.
+            draw_study(result).savefig(path, format="png", metadata={"Software": None})
+        with replacing(folder / RESULT_JSON) as path:
+            path.write_text(result_to_json(result), encoding="utf-8")
+    except OSError as error:
+        raise CalibrationError(
+            f"cannot write the study to {folder}: {error.strerror}; choose a writable --output"
+        ) from error
+
+
+# Tables --------------------------------------------------------------------------------------------------------------
+
+
+def _titles(result: StudyResult) -> dict[str, str]:
+    """Of the tables, by name: a sentence for each."""
     coarse, count = _prefix_name(_coarse(result), result), len(result.checkpoints)
     over = f"over {count} checkpoints" if count > 1 else "of one checkpoint"
     return {
-        "defaults": "What calibration does unless it is told otherwise",
         "settings": (
             "Settings, each with one choice other than the default: errors on the test episodes by the layers decoded "
             f"({coarse}: these alone; all: every layer), MSE in robot units², what quantising adds to the squared "
@@ -58,72 +113,6 @@ def titles(result: StudyResult) -> dict[str, str]:
     }
 
 
-def markdown(result: StudyResult) -> dict[str, str]:
-    """The defaults in a line, and tables by name: settings, readout, episodes, tasks, layers; `titles` has their
-    captions. In place of a table that could not be measured stands the reason.
-    """
-    found = {"defaults": _defaults(result)}
-    for name, table in _tables(result).items():
-        found[name] = _markdown_table(table) if table else f"Not measured: {result.omitted[name]}."
-    return found
-
-
-def format_study(result: StudyResult) -> str:
-    """All tables as text, with what they are about."""
-    count = len(result.checkpoints)
-    parts = [
-        f"{count} checkpoint{'s' if count > 1 else ''}, fitted on {result.calibration_episodes} episodes "
-        f"({result.calibration_steps} steps), judged on {result.test_episodes} others ({result.test_steps} steps) of "
-        f"{result.source}; MSE in robot units²\n{_defaults(result)}\n"
-        f"autoencoder as trained, no quantiser, action MSE  {_both(result.unquantised)}\n"
-        f"readout refitted, no quantiser                    {_both(result.unquantised_readout)}"
-    ]
-    captions = titles(result)
-    for name, table in _tables(result).items():
-        if table is None:
-            parts.append(f"{name}: not measured: {result.omitted[name]}")
-            continue
-        widths = [max(map(len, column)) for column in zip(table.header, *table.rows, strict=True)]
-        lines = (
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in (table.header, *table.rows)
-        )
-        parts.append("\n".join((captions[name], *lines)))
-    return "\n\n".join(parts)
-
-
-def study_files(folder: Path) -> tuple[Path, ...]:
-    """What write_study writes."""
-    return folder / RESULT_JSON, folder / RESULT_PNG
-
-
-def write_study(result: StudyResult, folder: Path) -> None:
-    """calibration.json and calibration.png into a folder, made if missing. CalibrationError if it cannot be written."""
-    try:
-        with replacing(folder / RESULT_PNG) as path:
-            # Without the version matplotlib would write, equal results are equal files.
-            draw_study(result).savefig(path, format="png", metadata={"Software": None})
-        with replacing(folder / RESULT_JSON) as path:
-            path.write_text(result_to_json(result), encoding="utf-8")
-    except OSError as error:
-        raise CalibrationError(
-            f"cannot write the study to {folder}: {error.strerror}; choose a writable --output"
-        ) from error
-
-
-# Tables --------------------------------------------------------------------------------------------------------------
-
-
-def _tables(result: StudyResult) -> dict[str, _Table | None]:
-    return {
-        "settings": _settings_table(result),
-        "readout": _readout_table(result),
-        "episodes": _episodes_table(result) if result.episodes else None,
-        "tasks": _tasks_table(result) if result.tasks else None,
-        "layers": _layers_table(result),
-    }
-
-
 def _defaults(result: StudyResult) -> str:
     return "The defaults: " + ", ".join(f"{_words(name)} `{value}`" for name, value in result.default.items()) + "."
 
@@ -132,12 +121,7 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _markdown_table(table: _Table) -> str:
-    lines = [table.header, ("---",) * len(table.header), *table.rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _settings_table(result: StudyResult) -> _Table:
+def _settings_table(result: StudyResult) -> _Columns:
     coarse, coarse_name = _coarse(result), _prefix_name(_coarse(result), result)
     prefixes = sorted({1, min(2, coarse), coarse, len(result.layers)})
     header = (
@@ -159,10 +143,10 @@ def _settings_table(result: StudyResult) -> _Table:
         )
         for row in result.settings
     )
-    return _Table(header, tuple(rows))
+    return header, tuple(rows)
 
 
-def _readout_table(result: StudyResult) -> _Table:
+def _readout_table(result: StudyResult) -> _Columns:
     header = (
         "ridge",
         "cross-validated action MSE",
@@ -183,10 +167,10 @@ def _readout_table(result: StudyResult) -> _Table:
         )
         for row in result.readout
     )
-    return _Table(header, tuple(rows))
+    return header, tuple(rows)
 
 
-def _episodes_table(result: StudyResult) -> _Table:
+def _episodes_table(result: StudyResult) -> _Columns:
     coarse = _coarse(result)
     rows = {(row.setting, row.num_episodes): row for row in result.episodes}
     settings, counts = _names(result.episodes), sorted({count for _, count in rows})
@@ -197,10 +181,10 @@ def _episodes_table(result: StudyResult) -> _Table:
         (str(count), *(_range(rows[setting, count].action_mse[prefix - 1]) for setting, prefix in columns))
         for count in counts
     )
-    return _Table(header, tuple(cells))
+    return header, tuple(cells)
 
 
-def _tasks_table(result: StudyResult) -> _Table:
+def _tasks_table(result: StudyResult) -> _Columns:
     kinds = ("fitted to every task", "to all but the tested", "to another task alone")
     prefixes = (_coarse(result), len(result.layers))
     header = ("setting", *(f"{kind}, {_prefix_name(prefix, result)}" for prefix in prefixes for kind in kinds))
@@ -211,10 +195,10 @@ def _tasks_table(result: StudyResult) -> _Table:
         )
         for row in result.tasks
     )
-    return _Table(header, tuple(rows))
+    return header, tuple(rows)
 
 
-def _layers_table(result: StudyResult) -> _Table:
+def _layers_table(result: StudyResult) -> _Columns:
     default, trained = result.settings[0], result.settings[-1]
     header = (
         "up to layer",
@@ -241,7 +225,7 @@ def _layers_table(result: StudyResult) -> _Table:
         )
         for row in result.layers
     )
-    return _Table(header, tuple(rows))
+    return header, tuple(rows)
 
 
 def _pays(row: LayerRow) -> str:
@@ -292,29 +276,18 @@ def _worst(value: Spread) -> str:
 
 # Picture -------------------------------------------------------------------------------------------------------------
 
-_INK, _BLUE, _ORANGE, _GREEN, _GREY = "#222222", "#1f6fb4", "#d9730d", "#2a8c55", "#8a8a8a"
-
 
 def draw_study(result: StudyResult) -> Figure:
     """Four panels: settings, layers, number of episodes, readouts."""
-    figure = Figure(figsize=(14, 9.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(
-        f"Calibration choices: {len(result.checkpoints)} checkpoints, {result.test_episodes} test episodes of "
-        f"{result.source}",
-        color=_INK, fontsize=12, x=0.01, ha="left", fontweight="bold",
-    )  # fmt: skip
-    panels = figure.subplots(2, 2).flatten()
-    for axes, draw in zip(panels, (_draw_settings, _draw_layers, _draw_episodes, _draw_readout), strict=True):
-        draw(axes, result)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_INK, labelsize=8.5)
+    figure = new_figure(
+        18,
+        f"Calibration choices: {len(result.checkpoints)} checkpoints, {result.source}",
+    )
+    grid = figure.add_gridspec(4, 1)
+    for row, draw in enumerate((_draw_settings, _draw_layers, _draw_episodes, _draw_readout)):
+        # Each in a part of its own: long labels of one make the others no narrower.
+        draw(figure.add_subfigure(grid[row]).subplots(), result)
     return figure
-
-
-def _caption(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", color=_INK, fontsize=10.5)
-    axes.legend(fontsize=8.5, frameon=False)
 
 
 def _bars(values: Sequence[Spread]) -> list[list[float]]:
@@ -324,7 +297,7 @@ def _bars(values: Sequence[Spread]) -> list[list[float]]:
 
 def _draw_settings(axes: Axes, result: StudyResult) -> None:
     places = list(range(len(result.settings)))
-    for prefix, colour, shift in ((_coarse(result), _BLUE, -0.12), (len(result.layers), _GREEN, 0.12)):
+    for prefix, colour, shift in ((_coarse(result), BLUE, -0.12), (len(result.layers), GREEN, 0.12)):
         values = [row.action_mse[prefix - 1] for row in result.settings]
         axes.errorbar(
             [value.mean for value in values], [place + shift for place in places], xerr=_bars(values),
@@ -333,24 +306,22 @@ def _draw_settings(axes: Axes, result: StudyResult) -> None:
     axes.set_xscale("log")
     axes.set_yticks(places, [row.setting for row in result.settings])
     axes.invert_yaxis()
-    axes.grid(axis="x", color="#e3e3e3", linewidth=0.7)
-    _caption(axes, "Action MSE in robot units², by setting")
+    finish(axes, "Action MSE in robot units², by setting", grid="x")
 
 
 def _draw_layers(axes: Axes, result: StudyResult) -> None:
     default, trained = result.settings[0], result.settings[-1]
     bits = [row.bits for row in result.layers]
     lines: list[tuple[str, str, Spreads]] = [
-        ("action MSE, robot units²", _BLUE, default.action_mse),
-        (f"action MSE, {trained.setting}", _GREY, trained.action_mse),
-        ("bound on the latent error in [−1, 1]", _ORANGE, default.worst_case),
+        ("action MSE, robot units²", BLUE, default.action_mse),
+        (f"action MSE, {trained.setting}", GREY, trained.action_mse),
+        ("bound on the latent error in [−1, 1]", ORANGE, default.worst_case),
     ]
     for label, colour, values in lines:
         axes.errorbar(bits, [value.mean for value in values], yerr=_bars(values), marker="o", color=colour, label=label)
     axes.set_yscale("log")
-    axes.set_xticks(bits, [f"L{row.layer}\n{row.bits:.0f} bits" for row in result.layers])
-    axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
-    _caption(axes, "What each layer brings")
+    axes.set_xticks(bits, [f"L{row.layer}\n{row.bits:.0f}" for row in result.layers])
+    finish(axes, "What each layer brings; below it, bits per step", grid="y")
 
 
 def _draw_episodes(axes: Axes, result: StudyResult) -> None:
@@ -359,8 +330,8 @@ def _draw_episodes(axes: Axes, result: StudyResult) -> None:
         return
     counts = sorted({row.num_episodes for row in result.episodes})
     *settings, trained = _names(result.episodes)
-    lines = [(name, _coarse(result), colour) for name, colour in zip(settings, (_BLUE, _ORANGE, _GREEN), strict=False)]
-    lines += [(settings[0], len(result.layers), _INK), (trained, len(result.layers), _GREY)]
+    lines = [(name, _coarse(result), colour) for name, colour in zip(settings, (BLUE, ORANGE, GREEN), strict=False)]
+    lines += [(settings[0], len(result.layers), INK), (trained, len(result.layers), GREY)]
     for setting, prefix, colour in lines:
         values = [row.action_mse[prefix - 1] for row in result.episodes if row.setting == setting]
         axes.errorbar(
@@ -371,32 +342,30 @@ def _draw_episodes(axes: Axes, result: StudyResult) -> None:
     axes.set_yscale("log")
     axes.set_xticks(counts, list(map(str, counts)))
     axes.minorticks_off()
-    axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
-    _caption(axes, "Action MSE in robot units², by number of calibration episodes")
+    finish(axes, "Action MSE in robot units², by calibration episodes", grid="y")
 
 
 def _draw_readout(axes: Axes, result: StudyResult) -> None:
     trained, *rows = result.readout
     lines: list[tuple[str, str, list[tuple[float, float]]]] = [
-        ("test episodes", _BLUE, [(row.ridge or 0.0, row.test.mean / trained.test.mean) for row in rows]),
-        ("worst unseen task", _GREEN, [(row.ridge or 0.0, row.unseen.high) for row in rows if row.unseen]),
-        ("worst, another task alone", _ORANGE, [(row.ridge or 0.0, row.other.high) for row in rows if row.other]),
-        ("random actions", _GREY, [(row.ridge or 0.0, row.random.mean) for row in rows]),
+        ("test episodes", BLUE, [(row.ridge or 0.0, row.test.mean / trained.test.mean) for row in rows]),
+        ("worst unseen task", GREEN, [(row.ridge or 0.0, row.unseen.high) for row in rows if row.unseen]),
+        ("worst, another task alone", ORANGE, [(row.ridge or 0.0, row.other.high) for row in rows if row.other]),
+        ("random actions", GREY, [(row.ridge or 0.0, row.random.mean) for row in rows]),
     ]
     for label, colour, points in lines:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
-    axes.axhline(1, color=_INK, linewidth=1, linestyle="--", label="decoder as trained")
+    axes.axhline(1, color=INK, linewidth=1, linestyle="--", label="decoder as trained")
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("ridge", color=_INK, fontsize=9)
-    axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
-    _caption(axes, "Readout: action MSE over that of the decoder as it was trained")
+    axes.set_xlabel("ridge", color=INK, fontsize=9)
+    finish(axes, "Readout: action MSE over that of the trained decoder", grid="y")
 
 
 def _draw_reason(axes: Axes, reason: str) -> None:
-    axes.text(0.5, 0.5, f"not measured:\n{reason}", ha="center", va="center", wrap=True, color=_GREY)
+    axes.text(0.5, 0.5, f"not measured:\n{reason}", ha="center", va="center", wrap=True, color=GREY)
     axes.set_axis_off()

@@ -4,34 +4,32 @@ One job per checkpoint and per seed of the peers, spread over processes. A job c
 nothing but its own arguments, so the number of processes changes nothing.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from rfsq.calibration.constants import CalibrationConfig
-from rfsq.calibration.data import calibration_episodes, judging_episodes
-from rfsq.calibration.fit import Method, calibrate, recover
-from rfsq.calibration.readout import DEFAULT_READOUT, ReadoutChoice, ReadoutConfig
-from rfsq.calibration.recovered import RecoveredConfig
-from rfsq.evidence.codecs import Codec
+from rfsq.calibration.data import judging_episodes
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.findings import REFITTED, find, improvement_over_naive, judge_peers
-from rfsq.evidence.metrics import ActionErrors, Array, OscPose, action_errors, units_of
-from rfsq.evidence.peers import peer_codecs
+from rfsq.evidence.jobs import (
+    TRAJECTORY_STEPS,
+    CheckpointResult,
+    CodecResult,
+    ComparisonConfig,
+    checkpoint_job,
+    peers_job,
+)
+from rfsq.evidence.metrics import ActionErrors, Array, units_of
 from rfsq.evidence.results import (
     CodecReport,
     Comparison,
-    Curve,
     DataFacts,
     Metrics,
     ReportRow,
@@ -39,79 +37,18 @@ from rfsq.evidence.results import (
     Spread,
     Trajectory,
 )
-from rfsq.evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, Row, Scheme, SchemeResult
-from rfsq.evidence.training import CACHE, SEEDS, trained_checkpoint
+from rfsq.evidence.schemes import Row, SchemeResult
 from rfsq.rfsq_ref.checkpoints import Checkpoint
-from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes
-from rfsq.rfsq_ref.errors import CheckpointError, DataError
-from rfsq.rfsq_ref.normaliser import NormaliserKind
+from rfsq.rfsq_ref.data import ActionDataset, split_episodes
+from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.rfsq_ref.quantizer import Conditioning
-from rfsq.rfsq_ref.train import TrainConfig, make_deterministic
-from rfsq.rfsq_ref.training_history import TrainingHistory
-from rfsq.runtime.bundle.fidelity import fidelity
+from rfsq.rfsq_ref.training import make_deterministic
+from rfsq.runtime.bundle.console import end_by_interrupts
 
 #: Bins of |error|, in normalised units: a fifth of a decade wide.
 ERROR_EDGES = tuple(10.0 ** (exponent / 5) for exponent in range(-40, 11))
-_TRAJECTORY_STEPS = 240
 #: Their versions may change the numbers.
 _PACKAGES = ("torch", "numpy", "scipy", "tokenizers", "vector-quantize-pytorch")
-
-
-@dataclass(frozen=True)
-class ComparisonConfig:
-    """seeds: of everything that is trained; physical: units of the actions, where they have any; workers: processes."""
-
-    seeds: tuple[int, ...] = SEEDS
-    epochs: int = 100
-    normaliser: NormaliserKind | None = None
-    chunk_length: int = 8
-    physical: OscPose | None = None
-    with_peers: bool = True
-    calibrated: CalibrationConfig = field(default_factory=CalibrationConfig)
-    recovered: RecoveredConfig = field(default_factory=RecoveredConfig)
-    readout: ReadoutConfig = DEFAULT_READOUT
-    workers: int = max(1, os.cpu_count() or 1)
-    cache: Path = CACHE
-
-    def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise EvidenceError(f"seeds are {self.seeds}; expected different ones, like 0 1 2")
-        for name in ("epochs", "chunk_length", "workers"):
-            if getattr(self, name) < 1:
-                raise EvidenceError(f"{name} is {getattr(self, name)}; expected at least 1")
-
-    def training(self, *, use_layernorm: bool, seed: int) -> TrainConfig:
-        """The published recipe."""
-        return TrainConfig(use_layernorm=use_layernorm, epochs=self.epochs, seed=seed, normaliser=self.normaliser)
-
-
-@dataclass(frozen=True)
-class _CheckpointResult:
-    """What one checkpoint gives; decoded: by label, the trajectory's steps [n, A]; remarks: what is missing
-    and why, and how good the tokens are; is_refitted: whether calibration kept a readout."""
-
-    name: str
-    sha256: str
-    curve: Curve | None
-    unquantised: dict[str, ActionErrors]
-    schemes: tuple[SchemeResult, ...]
-    decoded: dict[str, Array]
-    remarks: tuple[str, ...]
-    is_refitted: bool
-
-    def scheme(self, name: str) -> SchemeResult:
-        """Raises StopIteration for a scheme it does not have."""
-        return next(result for result in self.schemes if result.scheme == name)
-
-
-@dataclass(frozen=True)
-class _CodecResult:
-    family: str
-    series: str
-    name: str
-    partial: bool
-    bits_per_step: float
-    errors: ActionErrors
 
 
 def compare(
@@ -138,17 +75,17 @@ def compare(
     jobs: dict[str, tuple[Callable[..., object], tuple[object, ...]]] = {}
     # The longest first, so that no process waits for another at the end.
     if config.with_peers:
-        jobs |= {f"peers, seed {seed}": (_peers_job, (dataset, config, seed)) for seed in config.seeds}
+        jobs |= {f"peers, seed {seed}": (peers_job, (dataset, config, seed)) for seed in config.seeds}
     for kind, given in (("robust", robust), ("naive", naive)):
         sources: Sequence[Checkpoint | int] = given or config.seeds
         jobs |= {
-            f"{kind} {number if given else f'seed {number}'}": (_checkpoint_job, (dataset, config, kind, source))
+            f"{kind} {number if given else f'seed {number}'}": (checkpoint_job, (dataset, config, kind, source))
             for number, source in zip(range(len(given)) if given else config.seeds, sources, strict=True)
         }
     results = _run(jobs, config.workers, show_progress)
     by_kind = {
         kind: [
-            found for name, found in results.items() if isinstance(found, _CheckpointResult) and name.startswith(kind)
+            found for name, found in results.items() if isinstance(found, CheckpointResult) and name.startswith(kind)
         ]
         for kind in ("naive", "robust")
     }
@@ -188,7 +125,7 @@ def _run(
     results: dict[str, object] = {}
     # Spawned: a forked process would share torch's threads.
     with (
-        ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), make_deterministic) as pool,
+        ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _start_worker) as pool,
         tqdm(total=len(jobs), unit="job", disable=None if show_progress else True) as progress,
     ):
         futures = {pool.submit(work, *arguments): name for name, (work, arguments) in jobs.items()}
@@ -207,135 +144,17 @@ def _run(
     return {name: results[name] for name in jobs}
 
 
-# One checkpoint ------------------------------------------------------------------------------------------------------
-
-
-def _checkpoint_job(
-    dataset: ActionDataset, config: ComparisonConfig, kind: str, source: Checkpoint | int
-) -> _CheckpointResult:
-    curve = None
-    if isinstance(source, Checkpoint):
-        checkpoint = source
-    else:
-        training = config.training(use_layernorm=kind == "robust", seed=source)
-        checkpoint, history = trained_checkpoint(dataset, training, config.cache)
-        curve = _curve(history)
-    sha256 = str(checkpoint.provenance["checkpoint_sha256"])
-    name = f"seed {source}" if isinstance(source, int) else sha256[:12]
-    remarks, is_refitted = [], False
-    if kind == "naive":
-        schemes: list[Scheme] = [Naive(checkpoint)]
-    else:
-        checkpoint = calibrate(checkpoint, dataset, config.calibrated, config.readout)
-        is_refitted = checkpoint.readout is not None
-        if not is_refitted and config.readout.choice is ReadoutChoice.AUTO:
-            remarks.append(f"robust {name}: {checkpoint.provenance[Method.CALIBRATED.value]['remark']}")
-        schemes = [Dynamic(checkpoint), Published(checkpoint), Calibrated(checkpoint)]
-        try:
-            prefixes = range(1, checkpoint.config.num_layers + 1)
-            schemes.insert(2, Recovered(recover(checkpoint, dataset, tuple(prefixes), config.recovered)))
-        except DataError as error:
-            # Few data calibrate, but do not determine a dense map: everything else can still be compared.
-            remarks.append(f"no recovered decoder, so no such row: {error}")
-    judged = judging_episodes(checkpoint, dataset)
-    judge = Judge(
-        judged.steps(), calibration_episodes(checkpoint, dataset).steps(), units_of(dataset.steps()), config.physical
-    )
-    unquantised = {f"{kind} autoencoder": judge.unquantised(checkpoint.model(dtype=torch.float64))}
-    if kind == "robust":
-        # Where no refit was kept, that of the autoencoder as trained: seeds that have one share a row with it.
-        unquantised[REFITTED] = judge.unquantised(checkpoint.model(Conditioning.CALIBRATED, dtype=torch.float64))
-        remarks += _verdict(schemes[-1], judged.steps(), name)
-    example = judged.episodes[0][:_TRAJECTORY_STEPS]
-    return _CheckpointResult(
-        name=name,
-        sha256=sha256,
-        curve=curve,
-        unquantised=unquantised,
-        schemes=tuple(judge.result(scheme) for scheme in schemes),
-        decoded={name: values for scheme in schemes for name, values in _decoded(scheme, example).items()},
-        remarks=tuple(remarks),
-        is_refitted=is_refitted,
-    )
-
-
-def _verdict(scheme: Scheme, actions: FloatArray, name: str) -> list[str]:
-    """How well all layers decode each dimension, in the robot's units, and a warning where that is poor."""
-    encoded = scheme.encode(actions)
-    with torch.no_grad():
-        decoded = scheme.model.decode_latents(scheme.prefix(encoded, len(encoded.steps))).numpy()
-    found = fidelity(actions, decoded, scheme.model.units.tolist(), scheme.model.offset.tolist())
-    label = f"{scheme.name} tokens of {name}, all layers"
-    return [f"{label}, {found.line}", *([f"{label}: {found.warning}"] if found.warning else [])]
-
-
-def _curve(history: TrainingHistory) -> Curve:
-    return Curve(
-        tuple(record.train_mse for record in history.epochs),
-        tuple(record.validation_mse for record in history.epochs),
-        history.kept_epoch,
-    )
-
-
-def _decoded(scheme: Scheme, actions: FloatArray) -> dict[str, Array]:
-    encoded = scheme.encode(actions)
-    count = len(encoded.steps)
-    with torch.no_grad():
-        return {
-            f"{scheme.name}, {what}": scheme.model.decode_latents(scheme.prefix(encoded, layers)).numpy()
-            for what, layers in (("L0", 1), ("all layers", count))
-        }
-
-
-# Peers ---------------------------------------------------------------------------------------------------------------
-
-
-def _peers_job(dataset: ActionDataset, config: ComparisonConfig, seed: int) -> list[_CodecResult]:
-    judged = split_episodes(dataset).test
-    units = units_of(dataset.steps())
-    codecs = peer_codecs(dataset, config.chunk_length, seed=seed, cache=config.cache)
-    return [judge_codec(codec, judged, config.chunk_length, units, config.physical) for codec in codecs]
-
-
-def judge_codec(
-    codec: Codec, judged: ActionDataset, chunk_length: int, units: Array, physical: OscPose | None
-) -> _CodecResult:
-    """Every step of these episodes, the last chunk of each filled up with its last action; filling is not judged."""
-    filled = [padded_chunks(episode, chunk_length) for episode in judged.episodes]
-    chunks = np.concatenate(filled)
-    # Filling is cheap to code, so that only whole chunks tell what a step takes.
-    whole = np.concatenate([chunk(episode, chunk_length) for episode in judged.episodes])
-    decoded = codec.reconstruct(chunks)
-    found: list[FloatArray] = []
-    for episode, part in zip(
-        judged.episodes, np.split(decoded, np.cumsum([len(part) for part in filled])[:-1]), strict=True
-    ):
-        found.append(part.reshape(-1, part.shape[-1])[: len(episode)])
-    return _CodecResult(
-        family=str(getattr(codec, "family", codec.name)),
-        series=str(getattr(codec, "series", codec.name)),
-        name=codec.name,
-        partial=bool(getattr(codec, "partial", False)),
-        bits_per_step=codec.bits_per_step(whole if len(whole) else chunks),
-        errors=action_errors(judged.steps(), np.concatenate(found), units, physical),
-    )
-
-
-def padded_chunks(episode: FloatArray, length: int) -> FloatArray:
-    """[n, A] to [ceil(n / length), length, A], the last action repeated."""
-    missing = -len(episode) % length
-    return np.concatenate([episode, np.repeat(episode[-1:], missing, axis=0)]).reshape(-1, length, episode.shape[1])
-
-
-# Together ------------------------------------------------------------------------------------------------------------
+def _start_worker() -> None:
+    end_by_interrupts()
+    make_deterministic()
 
 
 def _together(
     dataset: ActionDataset,
     config: ComparisonConfig,
     seeds: tuple[int, ...],
-    by_kind: dict[str, list[_CheckpointResult]],
-    peers: list[list[_CodecResult]],
+    by_kind: dict[str, list[CheckpointResult]],
+    peers: list[list[CodecResult]],
 ) -> Comparison:
     first = {kind: found[0] for kind, found in by_kind.items()}
     schemes = tuple(
@@ -396,15 +215,13 @@ def _settings(fields: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
-def _common_schemes(checkpoints: Sequence[_CheckpointResult]) -> list[str]:
+def _common_schemes(checkpoints: Sequence[CheckpointResult]) -> list[str]:
     """Those that every checkpoint has; a remark says why one is missing."""
     names = [{result.scheme for result in checkpoint.schemes} for checkpoint in checkpoints]
     return [result.scheme for result in checkpoints[0].schemes if result.scheme in set.intersection(*names)]
 
 
-def _scheme_report(
-    kind: str, results: Sequence[SchemeResult], checkpoints: Sequence[_CheckpointResult]
-) -> SchemeReport:
+def _scheme_report(kind: str, results: Sequence[SchemeResult], checkpoints: Sequence[CheckpointResult]) -> SchemeReport:
     model = results[0]
     return SchemeReport(
         scheme=model.scheme,
@@ -458,7 +275,7 @@ def _data_facts(dataset: ActionDataset, config: ComparisonConfig) -> DataFacts:
 
 def _trajectory(dataset: ActionDataset, decoded: dict[str, Array]) -> Trajectory:
     judged = split_episodes(dataset).test
-    recorded = judged.episodes[0][:_TRAJECTORY_STEPS]
+    recorded = judged.episodes[0][:TRAJECTORY_STEPS]
     return Trajectory(
         f"{judged.tasks[0]} {judged.names[0]}".strip(),
         _rounded(recorded),

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Write the tables in README.md and docs/ anew from the measured results in docs/results.
 
-A table stands between `<!-- results: NAME -->` and `<!-- end -->`. Exit status: 0 when every document was up to date,
-1 when one was not (it is then written, unless --check is given), 2 when a result is missing.
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`.
 """
 
 import sys
@@ -11,22 +10,25 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from rfsq.runtime.bundle.console import explain_missing_packages
+    from rfsq.runtime.bundle.command import run_command
 
-    explain_missing_packages()
+    # Before the imports below, some of which may be missing.
+    run_command("rfsq.evidence.documents")
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from rfsq.calibration.errors import CalibrationError
-from rfsq.calibration.study_report import markdown
+from rfsq.calibration.study_report import parts
 from rfsq.calibration.study_result import result_from_json
+from rfsq.calibration.tables import Table
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.results import Comparison, read_json, write_text
+from rfsq.evidence.findings import best_within
+from rfsq.evidence.results import Comparison, Spread, read_json, write_text
 from rfsq.evidence.rollout_files import read_report
 from rfsq.evidence.rollout_report import conclusions, tables_of
-from rfsq.evidence.tables import UNQUANTISED_TITLES, Table, layer_table, number, peer_table, summary_table
+from rfsq.evidence.tables import layer_table, peer_table, summary_table
+from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -44,7 +46,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     study = result_from_json(_text(results / "calibration.json"))
     rollout = read_report(results / "rollout.json")
     return {
-        **{f"calibration {name}": text for name, text in markdown(study).items()},
+        **{f"calibration {name}": _markdown(part) for name, part in parts(study).items()},
         **{f"rollout {name}": table.markdown() for name, table in tables_of(rollout).items()},
         "rollout conclusions": "\n".join(
             f"- {task}: {' '.join(conclusions(report))}" for task, report in rollout.items()
@@ -59,6 +61,10 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
             for finding in comparison.findings
         ),
     }
+
+
+def _markdown(part: Table | str) -> str:
+    return part if isinstance(part, str) else part.markdown()
 
 
 def _text(path: Path) -> str:
@@ -81,53 +87,63 @@ def rewritten(text: str, found: Mapping[str, str]) -> str:
 
 
 def _short_table(comparison: Comparison) -> Table:
-    """A row for each way of decoding: all layers, L0–L2, and millimetres."""
-    rows = []
+    """Each way of decoding, the coarse layers of the default, and the best setting of each peer within their bits."""
     titles = {
         "naive": "naive",
-        "dynamic": "robust, with its side information (`dynamic`)",
-        "published": "robust, published `decode_from_indices`, tokens alone",
-        "recovered": "the same tokens, `recovered` decoder, tokens alone",
-        "calibrated": "robust, **`calibrated`**, tokens alone (default)",
+        "dynamic": "robust, with side information",
+        "published": "robust, published decoder",
+        "recovered": "robust, `recovered`",
+        "calibrated": "**robust, `calibrated`** (default)",
     }
-    for report in comparison.schemes:
-        coarse, whole = report.groups[0].metrics, report.groups[-1].metrics
-        cells = (number(whole["action_mse"]), number(coarse["action_mse"]), number(whole["position_mm"]))
-        rows.append((titles[report.scheme], *cells))
-    for kind, metrics in comparison.unquantised.items():
-        rows.append(
-            (
-                UNQUANTISED_TITLES.get(kind, f"{kind}, no quantiser"),
-                number(metrics["action_mse"]),
-                "–",
-                number(metrics["position_mm"]),
-            )
-        )
-    coarse_label = comparison.schemes[0].groups[0].label
-    header = ("action MSE, normalised units²", "all layers", coarse_label, "position error, mm")
-    return Table("", header, tuple(rows))
+    ours = [
+        (titles[report.scheme], len(report.prefixes) * report.bits_per_layer, report.groups[-1].metrics)
+        for report in comparison.schemes
+    ]
+    default = comparison.scheme("calibrated")
+    coarse = default.groups[0]
+    layers = 1 + [row.label for row in default.prefixes].index(coarse.label)
+    budget = layers * default.bits_per_layer
+    ours.append((f"**the same, {coarse.label}**", budget, coarse.metrics))
+    families = dict.fromkeys(peer.family for peer in comparison.peers)
+    best = [peer for family in families if (peer := best_within(comparison.peers, family, budget))]
+    rows = [*ours, *((peer.name, peer.metrics["bits_per_step"].mean, peer.metrics) for peer in best)]
+    header = ("tokens", "bits a step", "MSE", "mm")
+    cells = [
+        (name, f"{bits:.0f}", _short(found["action_mse"]), _short(found["position_mm"])) for name, bits, found in rows
+    ]
+    return Table("", header, tuple(cells))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def _short(value: Spread) -> str:
+    """Two digits of the mean; 2.7e−6 rather than 2.7e-06, with a minus that no line ends at."""
+    if value.mean >= 1e-2:
+        return f"{value.mean:.2g}" if value.mean < 100 else f"{value.mean:.0f}"
+    return f"{value.mean:.1e}".replace("e-0", "e−").replace("e-", "e−")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(_parser(), _work, arguments)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "evidence/documents.py",
+        "write the tables in README.md and docs/ anew from the results in docs/results",
+        wanting="a document was not up to date",
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args(arguments)
-    outdated = 0
-    try:
-        found = tables()
-        for path in documents():
-            text = path.read_text(encoding="utf-8")
-            new = rewritten(text, found)
-            if new != text:
-                outdated += 1
-                print(f"{path.relative_to(ROOT)} is out of date" + ("" if options.check else ": written anew"))
-                if not options.check:
-                    write_text(path, new)
-    except (EvidenceError, CalibrationError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 1 if outdated else 0
+    return parser
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _work(options: argparse.Namespace) -> Outcome:
+    found, outdated = tables(), []
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        new = rewritten(text, found)
+        if new != text:
+            outdated.append(str(path.relative_to(ROOT)))
+            print(f"{outdated[-1]} is out of date" + ("" if options.check else ": written anew"))
+            if not options.check:
+                write_text(path, new)
+    verdict = f"✗ {len(outdated)} documents were out of date" if outdated else "✓ every document is up to date"
+    return Outcome(verdict, {"outdated": outdated}, WANTING if outdated else DONE)

@@ -97,26 +97,35 @@ def find(schemes: Sequence[SchemeReport], unquantised: dict[str, Metrics], data:
             min(coarse) > 1,
         ),
     ]
-    names = [row.label for row in naive.prefixes]
+    return (*found, *_against_naive_layers(naive, calibrated), *_recovery(naive, published, by_name.get("recovered")))
+
+
+def _against_naive_layers(naive: SchemeReport, calibrated: SchemeReport) -> list[Finding]:
+    """Calibrated prefixes against naive ones, where both have several."""
     pairs = [
         (max(_values(ours)), min(_values(theirs)))
         for ours, theirs in zip(calibrated.prefixes, naive.prefixes, strict=False)
     ]
-    if len(pairs) > 1:
-        measured = ", ".join(
-            f"{name} {ours:.1e} against {theirs:.1e}" for name, (ours, theirs) in zip(names[:3], pairs, strict=False)
-        )
-        measured = f"MSE in normalised units²: {measured}"
-        claim = "calibrated tokens beat naive ones from two layers on, in the worst pair of seeds"
-        found.append(Finding(claim, measured, all(ours < theirs for ours, theirs in pairs[1:])))
-    # Too few calibration steps determine no recovered decoder.
-    if "recovered" in by_name:
-        recovered = _mse(by_name["recovered"])
-        gain = [bad / good for bad, good in zip(_mse(published), recovered, strict=True)]
-        claim = "the recovered decoder makes the same tokens better than naive ones"
-        measured = f"worst seed {max(recovered):.2e} normalised units²; {times(min(gain))} than published decoding"
-        found.append(Finding(claim, measured, max(recovered) < min(_mse(naive))))
-    return tuple(found)
+    if len(pairs) < 2:
+        return []
+    measured = ", ".join(
+        f"{row.label} {ours:.1e} against {theirs:.1e}"
+        for row, (ours, theirs) in zip(naive.prefixes[:3], pairs, strict=False)
+    )
+    claim = "calibrated tokens beat naive ones from two layers on, in the worst pair of seeds"
+    holds = all(ours < theirs for ours, theirs in pairs[1:])
+    return [Finding(claim, f"MSE in normalised units²: {measured}", holds)]
+
+
+def _recovery(naive: SchemeReport, published: SchemeReport, recovered: SchemeReport | None) -> list[Finding]:
+    """None where too few calibration steps determine no recovered decoder."""
+    if recovered is None:
+        return []
+    worst = max(_mse(recovered))
+    gain = min(bad / good for bad, good in zip(_mse(published), _mse(recovered), strict=True))
+    claim = "the recovered decoder makes the same tokens better than naive ones"
+    measured = f"worst seed {worst:.2e} normalised units²; {times(gain)} than published decoding"
+    return [Finding(claim, measured, worst < min(_mse(naive)))]
 
 
 def judge_peers(schemes: Sequence[SchemeReport], peers: Sequence[CodecReport]) -> tuple[str, ...]:
@@ -131,7 +140,7 @@ def judge_peers(schemes: Sequence[SchemeReport], peers: Sequence[CodecReport]) -
     for row in budgets.values():
         layers = 1 + labels.index(row.label)
         budget, ours = layers * calibrated.bits_per_layer, row.metrics["action_mse"].mean
-        rivals = [best for family in families if (best := _best_within(peers, family, budget)) is not None]
+        rivals = [best for family in families if (best := best_within(peers, family, budget)) is not None]
         better = [peer for peer in rivals if _peer_mse(peer) < ours]
         worse = [peer for peer in rivals if _peer_mse(peer) >= ours]
         parts = [f"At {budget:.0f} bits per step (MSE in normalised units², calibrated {row.label}: {ours:.2e})"]
@@ -161,7 +170,8 @@ def judge_peers(schemes: Sequence[SchemeReport], peers: Sequence[CodecReport]) -
     return tuple(sentences)
 
 
-def _best_within(peers: Sequence[CodecReport], family: str, budget: float) -> CodecReport | None:
+def best_within(peers: Sequence[CodecReport], family: str, budget: float) -> CodecReport | None:
+    """The peer of this family with the least error among those that need at most so many bits for a step."""
     # A setting that misses the budget by rounding is still at that budget.
     affordable = [peer for peer in peers if peer.family == family and _bits(peer) <= 1.005 * budget]
     return min(affordable, key=_peer_mse, default=None)

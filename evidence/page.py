@@ -3,9 +3,10 @@
 import html
 from collections.abc import Mapping, Sequence
 
+from rfsq.calibration.tables import Table
 from rfsq.evidence.findings import compared, title
 from rfsq.evidence.results import Comparison
-from rfsq.evidence.tables import Table, findings_table, layer_table, peer_table, summary_table
+from rfsq.evidence.tables import findings_table, layer_table, peer_table, summary_table
 
 _CAPTIONS = {
     "error by layer": "Error of decoding the first layers alone. Bands span the training seeds.",
@@ -18,21 +19,26 @@ _CAPTIONS = {
 }
 _STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1180px; margin: 2.5em auto; padding: 0 1.2em; }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 2.5em auto; padding: 0 1.2em; }
 h1 { font-size: 1.6em; margin-bottom: .2em; } h2 { font-size: 1.15em; margin: 2.2em 0 .5em; }
 p.lead { font-size: 1.1em; } .muted { color: #666; }
 figure { margin: 1em 0; } figcaption { color: #555; font-size: .92em; }
-svg { max-width: 100%; height: auto; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .82em; font-variant-numeric: tabular-nums; margin: .8em 0; }
+svg { display: block; width: 100%; max-width: 660px; height: auto; }
+table { border-collapse: collapse; font-size: .8em; font-variant-numeric: tabular-nums; margin: .8em 0; }
 caption { text-align: left; color: #555; padding-bottom: .3em; }
-th, td { padding: .25em .55em; border-bottom: 1px solid #e3e3e3; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #888; }
-table.findings td { text-align: left; white-space: normal; } code { font-size: .95em; }
+th, td { padding: .25em .4em; border-bottom: 1px solid #e3e3e3; text-align: right; }
+th:first-child, td:first-child { text-align: left; } .rows { overflow-x: auto; }
+thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
+table.findings td { text-align: left; } code { font-size: .95em; overflow-wrap: anywhere; }
 .holds { color: #1b7a43; font-weight: 600; } .FAILS { color: #b3261e; font-weight: 600; }
 details summary { cursor: pointer; margin: .4em 0; }
-@media (max-width: 600px) {
-  figure { overflow-x: auto; } svg { max-width: none; min-width: 560px; }
-  th:first-child, td:first-child { white-space: normal; min-width: 8em; }
+@media (max-width: 1240px) {
+  /* Too narrow for columns: a row is a list of what they say. */
+  .rows table, .rows caption, .rows tbody, .rows tr { display: block; } .rows thead { display: none; }
+  .rows tr { border-bottom: 1px solid #bbb; padding: .5em 0; }
+  .rows td { display: block; border: 0; padding: .1em 0; }
+  .rows td:first-child { font-weight: 600; }
+  .rows td[data-label]::before { content: attr(data-label); color: #555; float: left; margin-right: 1em; }
 }
 """
 

@@ -7,19 +7,18 @@ from itertools import cycle
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_figure
 from rfsq.evidence.results import CodecReport, Comparison, SchemeReport, Spread
 from rfsq.evidence.tables import UNQUANTISED_TITLES
 
-INK, GRID = "#222222", "#e3e3e3"
 SCHEME_COLOURS = {
-    "naive": "#d9730d",
-    "dynamic": "#8a8a8a",
-    "published": "#b3261e",
-    "recovered": "#2a8c55",
-    "calibrated": "#1f6fb4",
+    "naive": ORANGE,
+    "dynamic": GREY,
+    "published": RED,
+    "recovered": GREEN,
+    "calibrated": BLUE,
 }
 _PEER_COLOURS = ("#7b4fa3", "#c39bd3", "#b58900", "#e0c060", "#0f8b8d", "#76c7c7", "#c2185b")
 _DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
@@ -53,7 +52,8 @@ def svg(figure: Figure) -> str:
 
 def error_by_layer(comparison: Comparison) -> Figure:
     """Action MSE of every prefix, a band from the lowest to the highest seed."""
-    figure, axes = _figure(8.2, 4.6)
+    figure = new_figure(4.6)
+    axes = figure.subplots()
     axes.set_yscale("log")
     for report in comparison.schemes:
         _line(axes, report.scheme, [row.metrics["action_mse"] for row in report.prefixes])
@@ -61,30 +61,30 @@ def error_by_layer(comparison: Comparison) -> Figure:
         label = UNQUANTISED_TITLES.get(name, f"{name}, no quantiser")
         axes.axhline(metrics["action_mse"].mean, color=INK, linestyle=style, linewidth=1, label=label)
     _layers(axes, comparison.schemes[0], "decoded up to layer")
-    _finish(axes, "Action MSE in normalised units², held-out episodes")
+    finish(axes, "Action MSE in normalised units², held-out episodes")
     return figure
 
 
 def residual_decay(comparison: Comparison) -> Figure:
     """Standard deviation of what every layer is given; published and recovered tokens are those of `dynamic`."""
-    figure, axes = _figure(8.2, 4.2)
+    figure = new_figure(4.2)
+    axes = figure.subplots()
     axes.set_yscale("log")
     for report in comparison.schemes:
         if report.scheme not in ("published", "recovered"):
             _line(axes, report.scheme, [row.metrics["residual_std"] for row in report.prefixes])
     _layers(axes, comparison.schemes[0], "layer")
-    _finish(axes, "Residual standard deviation at the layer's input")
+    finish(axes, "Residual standard deviation at the layer's input")
     return figure
 
 
 def level_use(comparison: Comparison) -> Figure:
-    """How often each level is used: one small chart per layer, a row per kind of tokens."""
+    """How often each level is used: one small chart per layer, a column per kind of tokens."""
     reports = [report for report in comparison.schemes if report.scheme not in ("published", "recovered")]
     count = max(len(report.prefixes) for report in reports)
-    figure = Figure(figsize=(1.35 * count + 0.8, 1.35 * len(reports) + 0.7), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(reports), count, squeeze=False, sharey=True)
-    for line, report in zip(grid, reports, strict=True):
+    figure = new_figure(0.75 * count + 0.5)
+    grid = figure.subplots(count, len(reports), squeeze=False, sharey=True)
+    for line, report in zip(grid.T, reports, strict=True):
         for layer, axes in enumerate(line):
             if layer >= len(report.prefixes):
                 axes.set_axis_off()
@@ -94,26 +94,28 @@ def level_use(comparison: Comparison) -> Figure:
             axes.bar(range(len(shares)), shares, color=SCHEME_COLOURS[report.scheme], width=0.85)
             axes.set_ylim(0, 1)
             axes.set_xticks([])
-            axes.set_yticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+            axes.set_yticks([0, 1], ["0", "100 %"])
             axes.spines[["top", "right"]].set_visible(False)
-            axes.tick_params(labelsize=8, colors=INK)
-            axes.set_title(f"L{layer}  {row.metrics['entropy_bits'].mean:.0f} bits", fontsize=8.5, color=INK)
-        line[0].set_ylabel(report.scheme, fontsize=9.5, color=INK)
+            axes.tick_params(labelsize=9, colors=INK)
+            axes.text(0.98, 0.72, f"L{layer}, {row.metrics['entropy_bits'].mean:.0f} bits", fontsize=9, color=INK,
+                      ha="right", transform=axes.transAxes)  # fmt: skip
+        line[0].set_title(report.scheme, fontsize=10, color=INK)
     return figure
 
 
 def error_histograms(comparison: Comparison) -> Figure:
     """Where the absolute errors of single action values lie, all layers decoded."""
-    figure, axes = _figure(8.2, 4.2)
+    figure = new_figure(4.2)
+    axes = figure.subplots()
     axes.set_xscale("log")
     for report in comparison.schemes:
         axes.stairs(
             [100 * share for share in report.error_share], comparison.error_edges, color=SCHEME_COLOURS[report.scheme],
             linewidth=1.8, label=report.scheme,
         )  # fmt: skip
-    axes.set_ylabel("% of action values", color=INK, fontsize=9)
-    axes.set_xlabel("|error|, normalised units", color=INK, fontsize=9)
-    _finish(axes, "Absolute error of all layers")
+    axes.set_ylabel("% of action values", color=INK, fontsize=10)
+    axes.set_xlabel("|error|, normalised units", color=INK, fontsize=10)
+    finish(axes, "Absolute error of all layers")
     return figure
 
 
@@ -128,10 +130,9 @@ def trajectories(comparison: Comparison) -> Figure:
         "calibrated, L0",
         "calibrated, all layers",
     )
-    columns = min(recorded.shape[1], 4)
+    columns = min(recorded.shape[1], 2)
     rows = -(-recorded.shape[1] // columns)
-    figure = Figure(figsize=(3.4 * columns, 2.1 * rows + 0.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1.7 * rows + 0.8)
     grid = figure.subplots(rows, columns, squeeze=False)
     for dimension, axes in enumerate(grid.flat):
         if dimension >= recorded.shape[1]:
@@ -153,15 +154,16 @@ def trajectories(comparison: Comparison) -> Figure:
         named = recorded.shape[1] == len(_DIMENSIONS)
         axes.set_title(_DIMENSIONS[dimension] if named else f"dimension {dimension}", fontsize=9, color=INK, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8, colors=INK)
+        axes.tick_params(labelsize=9, colors=INK)
     handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8.5)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=10)
     return figure
 
 
 def learning_curves(comparison: Comparison) -> Figure:
     """Training and validation error of every training; a dot where the weights were kept."""
-    figure, axes = _figure(8.2, 4.4)
+    figure = new_figure(4.4)
+    axes = figure.subplots()
     axes.set_yscale("log")
     for name, curve in comparison.curves.items():
         colour = SCHEME_COLOURS["naive" if name.startswith("naive") else "calibrated"]
@@ -169,8 +171,8 @@ def learning_curves(comparison: Comparison) -> Figure:
         axes.plot(epochs, curve.train, color=colour, linewidth=0.8, linestyle=":")
         axes.plot(epochs, curve.validation, color=colour, linewidth=1.1, label=f"{name}, validation")
         axes.plot(curve.kept_epoch, curve.validation[curve.kept_epoch - 1], color=colour, marker="o", markersize=5)
-    axes.set_xlabel("epoch", color=INK, fontsize=9)
-    _finish(axes, "MSE in normalised units², in training (dotted) and on validation episodes")
+    axes.set_xlabel("epoch", color=INK, fontsize=10)
+    finish(axes, "MSE in normalised units², in training (dotted) and on validation episodes")
     return figure
 
 
@@ -179,9 +181,8 @@ def peers(comparison: Comparison) -> Figure:
     metrics = [("action_mse", "Action MSE, normalised units²")]
     if comparison.data.physical:
         metrics.append(("position_mm", "Mean position error, mm"))
-    figure = Figure(figsize=(6.4 * len(metrics), 5.0), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, title) in zip(figure.subplots(1, len(metrics), squeeze=False).flat, metrics, strict=True):
+    figure = new_figure(5.0 * len(metrics))
+    for axes, (name, title) in zip(figure.subplots(len(metrics), 1, squeeze=False).flat, metrics, strict=True):
         axes.set_yscale("log")
         axes.set_xscale("log")
         series = dict.fromkeys(peer.series for peer in comparison.peers)
@@ -195,8 +196,8 @@ def peers(comparison: Comparison) -> Figure:
                     bits, [value.mean for value in values], color=SCHEME_COLOURS[report.scheme], marker="o",
                     markersize=4, linewidth=2.2 if report.scheme == "calibrated" else 1.3, label=report.scheme,
                 )  # fmt: skip
-        axes.set_xlabel("bits per step", color=INK, fontsize=9)
-        _finish(axes, title)
+        axes.set_xlabel("bits per step", color=INK, fontsize=10)
+        finish(axes, title)
     return figure
 
 
@@ -207,12 +208,6 @@ def _peer_curve(axes: Axes, points: Sequence[CodecReport], metric: str, colour: 
     axes.plot(bits, values, color=colour, linewidth=1.1, label=points[0].series)
     for peer, place, value in zip(points, bits, values, strict=True):
         axes.plot(place, value, color=colour, marker="s", markersize=4, fillstyle="none" if peer.partial else "full")
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
 
 
 def _line(axes: Axes, scheme: str, values: Sequence[Spread]) -> None:
@@ -226,13 +221,4 @@ def _line(axes: Axes, scheme: str, values: Sequence[Spread]) -> None:
 
 def _layers(axes: Axes, report: SchemeReport, title: str) -> None:
     axes.set_xticks(range(len(report.prefixes)), [f"L{layer}" for layer in range(len(report.prefixes))])
-    axes.set_xlabel(title, color=INK, fontsize=9)
-
-
-def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", color=INK, fontsize=10.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color=GRID, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, labelsize=9)
-    axes.legend(fontsize=8.5, frameon=False, labelcolor=INK, ncols=2)
+    axes.set_xlabel(title, color=INK, fontsize=10)

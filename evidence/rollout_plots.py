@@ -2,84 +2,88 @@
 
 from pathlib import Path
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_figure
 from rfsq.evidence.cells import RAW
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.rollout_report import POOLED, TOLERANCES, TaskReport, cells_of
+from rfsq.evidence.rollout_report import CALIBRATED, NAIVE, POOLED, TOLERANCES, TaskReport, cells_of
 from rfsq.runtime.bundle.writing import replacing
 
-_COLOURS = {RAW: "#222222", "naive": "#d9730d", "published decoder": "#b3261e", "recovered decoder": "#2a8c55"}
-_BLUES = ("#a9cdec", "#7db3e0", "#4d94cf", "#2f7dc0", "#1f6fb4")
-_OTHERS = ("#7b4fa3", "#b58900", "#0f8b8d", "#c2185b", "#5d4037", "#455a64")
+_COLOURS = {
+    RAW: INK, NAIVE: ORANGE, "published decoder": RED, "recovered decoder": GREEN,
+    "calibrated, L0": "#7db3e0", CALIBRATED: BLUE,
+}  # fmt: skip
+#: The cells whose curves are drawn, and how. The others are as good as raw, and would hide each other.
+_CURVES = {RAW: "--", NAIVE: "-", "recovered decoder": "-.", "calibrated, L0": ":", CALIBRATED: "-"}
+#: Cells that solve fewer scenes than this share of the best one do not stretch the axis.
+_COMPARABLE = 0.5
 
 
 def draw(reports: dict[str, TaskReport], path: Path) -> None:
-    """Above: success of every task and cell with its interval; below: success against tolerance, where it is measured.
+    """Above: success of every cell with its interval; below, for each task: success against tolerance.
 
-    Written through a temporary sibling. Raises EvidenceError where it cannot be written.
+    Above stand all tasks together where they have the same cells, else each task. Written through a temporary sibling.
+    Raises EvidenceError where it cannot be written.
     """
     tasks = {task: report for task, report in reports.items() if task != POOLED}
-    cells = cells_of(tasks)
-    colours = _colours(cells)
-    figure = Figure(figsize=(max(6.4, 4.2 * len(tasks)), 8.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = np.atleast_2d(figure.subplots(2, len(tasks), squeeze=False))
-    for column, (task, report) in enumerate(tasks.items()):
-        _success(axes[0, column], task, report, cells, colours, named=column == 0)
-        _tolerance(axes[1, column], report, colours)
-    lines = {line.get_label(): line for axis in axes[1] for line in axis.get_legend_handles_labels()[0]}
-    if lines:
-        figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+    shown = {POOLED: reports[POOLED]} if POOLED in reports else tasks
+    precise = {task: report for task, report in tasks.items() if any(cell.tolerances for cell in report.cells.values())}
+    rows = -(-len(precise) // 2)
+    heights = [0.6 + 0.24 * sum(len(report.cells) for report in shown.values()), 2.3 * rows + 0.3]
+    figure = new_figure(sum(heights))
+    grid = figure.add_gridspec(2 if precise else 1, 1, height_ratios=heights if precise else heights[:1])
+    above = figure.add_subfigure(grid[0]).subplots(
+        len(shown), 1, squeeze=False, height_ratios=[len(found.cells) for found in shown.values()]
+    )
+    for axes, (task, report) in zip(above.flat, shown.items(), strict=True):
+        _success(axes, task, report)
+    if precise:
+        lower = figure.add_subfigure(grid[1])
+        below = list(lower.subplots(rows, 2, squeeze=False, sharey=True).flat)
+        for axes, (task, report) in zip(below, precise.items(), strict=False):
+            _tolerance(axes, task, report)
+        for axes in below[len(precise) :]:
+            axes.set_axis_off()
+        lines = {line.get_label(): line for axes in below for line in axes.get_legend_handles_labels()[0]}
+        lower.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     try:
         with replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=110)
+            figure.savefig(temporary, format="png")
     except OSError as error:
-        raise EvidenceError(f"cannot write {path}: {error.strerror}; choose another --results") from error
+        raise EvidenceError(f"cannot write {path}: {error.strerror}; choose another --output") from error
 
 
-def _colours(cells: list[str]) -> dict[str, str]:
-    blues, others = iter(_BLUES), iter(_OTHERS * 3)
-    return {
-        cell: _COLOURS.get(cell) or (next(blues, _BLUES[-1]) if cell.startswith("calibrated") else next(others))
-        for cell in cells
-    }
-
-
-def _success(
-    axes: Axes, task: str, report: TaskReport, cells: list[str], colours: dict[str, str], *, named: bool
-) -> None:
+def _success(axes: Axes, task: str, report: TaskReport) -> None:
+    """The axis begins where the intervals of comparable cells do; the others stand at its edge, with their number."""
+    cells = cells_of({task: report})
+    rates = {cell: report.cells[cell].success for cell in cells}
+    best = max(rate.rate for rate in rates.values())
+    edge = min(rate.low for rate in rates.values() if rate.rate >= _COMPARABLE * best)
+    left = max(0.0, 100 * edge - 3)
     for row, cell in enumerate(cells):
-        if cell not in report.cells:
+        rate, colour = rates[cell], _COLOURS.get(cell, GREY)
+        if rate.rate < edge:
+            axes.text(left, row, f" ◂ {100 * rate.rate:.0f} %", color=colour, va="center", fontsize=9)
             continue
-        rate = report.cells[cell].success
-        axes.plot([100 * rate.low, 100 * rate.high], [row, row], color=colours[cell], linewidth=2)
-        axes.plot([100 * rate.rate], [row], "o", color=colours[cell])
-    axes.set_yticks(range(len(cells)), cells if named else [""] * len(cells), fontsize=8)
+        axes.plot([100 * rate.low, 100 * rate.high], [row, row], color=colour, linewidth=2)
+        axes.plot([100 * rate.rate], [row], "o", color=colour)
+    axes.set_yticks(range(len(cells)), cells)
     axes.set_ylim(len(cells) - 0.5, -0.5)
-    axes.set_xlim(-3, 103)
-    axes.set_title(report.title(task), fontsize=10)
-    axes.set_xlabel("success in %, 95 % Wilson interval", fontsize=8)
-    axes.grid(axis="x", color="#e3e3e3")
+    axes.set_xlim(left, 101)
+    finish(axes, f"{report.title(task)}: solved in %, 95 % Wilson interval", legend=0, grid="x")
 
 
-def _tolerance(axes: Axes, report: TaskReport, colours: dict[str, str]) -> None:
-    measured = {cell: found for cell, found in report.cells.items() if found.tolerances}
-    if not measured:
-        axes.set_axis_off()
-        return
-    for cell, found in measured.items():
-        rates = [100 * rate.rate for rate in found.tolerances]
-        axes.plot(TOLERANCES, rates, color=colours[cell], label=cell, linewidth=1.5)
-    for tolerance in report.separating_mm:
-        axes.axvline(tolerance, color="#222222", linestyle=":", linewidth=1)
+def _tolerance(axes: Axes, task: str, report: TaskReport) -> None:
+    for cell, style in _CURVES.items():
+        if cell in report.cells and report.cells[cell].tolerances:
+            rates = [100 * rate.rate for rate in report.cells[cell].tolerances]
+            axes.plot(TOLERANCES, rates, color=_COLOURS[cell], linestyle=style, linewidth=1.8, label=cell)
+    if report.separating_mm:
+        # Widened, so that a single tolerance is seen too.
+        axes.axvspan(0.97 * min(report.separating_mm), 1.03 * max(report.separating_mm), color="#f3e3d3", zorder=0)
     axes.set_xscale("log")
     axes.set_xticks([0.5, 1, 2, 5, 10, 20, 50], ["0.5", "1", "2", "5", "10", "20", "50"])
     axes.minorticks_off()
     axes.set_ylim(-3, 103)
-    axes.set_xlabel("tolerance in mm", fontsize=8)
-    axes.set_ylabel("solved within it, in %", fontsize=8)
-    axes.grid(color="#e3e3e3")
+    finish(axes, f"{task}: % solved within mm", legend=0)

@@ -3,7 +3,8 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+
+from scipy.stats import binomtest
 
 CONFIDENCE = 0.95
 
@@ -71,12 +72,8 @@ def wilson(successes: int, n: int, confidence: float = CONFIDENCE) -> tuple[floa
     """
     if not 0 <= successes <= n or n == 0:
         raise ValueError(f"{successes} successes of {n}; expected between 0 and n, and n above 0")
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    p = successes / n
-    middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+    interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -86,8 +83,7 @@ def mcnemar(gained: int, lost: int) -> float:
     Psychometrika 12 (1947), 153-157; 1 where no pair is discordant.
     """
     discordant = gained + lost
-    tail = sum(math.comb(discordant, count) for count in range(min(gained, lost) + 1))
-    return min(1.0, tail / 2.0 ** (discordant - 1))
+    return float(binomtest(gained, discordant).pvalue) if discordant else 1.0
 
 
 def newcombe_paired(

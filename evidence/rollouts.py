@@ -8,7 +8,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,50 +18,15 @@ from rfsq.evidence.closed_loop import run_episode
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.episodes import Episode, Identity, open_episodes
 from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.settings import RolloutConfig
 from rfsq.evidence.simulation import TASKS, Simulation
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT
 from rfsq.rfsq_ref.data import load_demonstrations
 from rfsq.rfsq_ref.generate_demonstrations import check_simulator
+from rfsq.runtime.bundle.console import end_by_interrupts
 
 #: To be raised when a change to the simulation, the loop or the experts changes what comes out of an episode.
 LOOP_VERSION = 1
-#: Two that forgive centimetres, and two that punish millimetres.
-DEFAULT_TASKS = ("Stack", "NutAssemblySquare", "NutAssemblyTight", "PickPlaceCan")
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """What to run. cells: all of them if none are named; episodes: per task and cell; chunk: actions executed between
-    two plans; peers: run the methods of others too; restart_changed: drive cells whose codec has changed anew; output:
-    folder of the episodes."""
-
-    tasks: tuple[str, ...] = DEFAULT_TASKS
-    cells: tuple[str, ...] = ()
-    episodes: int = 50
-    seed: int = 0
-    chunk: int = 8
-    workers: int = 2
-    peers: bool = False
-    restart_changed: bool = False
-    output: Path = Path("build/evidence/rollout")
-
-    def __post_init__(self) -> None:
-        for name in ("episodes", "chunk", "workers"):
-            if getattr(self, name) < 1:
-                raise EvidenceError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.seed < 0:
-            raise EvidenceError(f"seed is {self.seed}; expected 0 or more")
-        unknown = [task for task in self.tasks if task not in TASKS]
-        if unknown or not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise EvidenceError(f"tasks are {list(self.tasks)}; expected different ones of {list(TASKS)}")
-        if self.peers and self.chunk != 8:
-            raise EvidenceError(
-                f"chunk is {self.chunk}; the peers are trained for chunks of 8 steps: leave --peers out"
-            )
-
-    @property
-    def file(self) -> Path:
-        return self.output / "episodes.jsonl"
 
 
 @dataclass(frozen=True)
@@ -175,6 +139,7 @@ _worker: _Worker
 
 def _start_worker(chosen: dict[str, Codec], chunk: int) -> None:
     global _worker
+    end_by_interrupts()
     torch.set_num_threads(1)
     _worker = _Worker(chosen, chunk)
 

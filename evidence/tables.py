@@ -1,11 +1,10 @@
 """A comparison as tables: for the terminal, for Markdown, for the page."""
 
-import html
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
+from rfsq.calibration.tables import Table
 from rfsq.evidence.findings import AS_TRAINED, REFITTED
 from rfsq.evidence.results import CodecReport, Comparison, Finding, Metrics, ReportRow, SchemeReport, Spread
 
@@ -30,51 +29,6 @@ _PHYSICAL = (
 )
 _NONE = "–"
 _MSE, _LARGEST = "action MSE, normalised units²", "max error, normalised units"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells are text already; the first column is left-aligned, the others right."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    @classmethod
-    def of_markdown(cls, title: str, text: str) -> "Table":
-        """The inverse of `markdown`. Raises ValueError for text that is no pipe table."""
-        lines = text.splitlines()
-        if len(lines) < 2 or not all(line.startswith("| ") for index, line in enumerate(lines) if index != 1):
-            raise ValueError(f"{text!r:.60} is no pipe table")
-        header, _, *rows = (tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines)
-        return cls(title, header, tuple(rows))
-
-    def text(self) -> str:
-        """For a terminal."""
-        lines = [tuple(cell.replace("`", "") for cell in line) for line in (self.header, *self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
-        formatted = [
-            "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
-            for cells in (list(zip(line, widths, strict=True)) for line in lines)
-        ]
-        return "\n".join([self.title, "-" * len(formatted[0]), *formatted])
-
-    def markdown(self) -> str:
-        """A pipe table without the title."""
-        alignment = "|" + "|".join(["---", *["--:"] * (len(self.header) - 1)]) + "|"
-        lines = ["| " + " | ".join(line) + " |" for line in (self.header, *self.rows)]
-        return "\n".join([lines[0], alignment, *lines[1:]])
-
-    def html(self) -> str:
-        """A <table> with its title as caption."""
-        head = "".join(f"<th>{inline_html(cell)}</th>" for cell in self.header)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{inline_html(cell)}</td>" for cell in row) + "</tr>\n" for row in self.rows
-        )
-        return (
-            f"<div class=wide><table><caption>{inline_html(self.title)}</caption>\n<thead><tr>{head}</tr></thead>\n"
-            f"<tbody>\n{body}</tbody></table></div>"
-        )
 
 
 def summary_table(comparison: Comparison) -> Table:
@@ -189,11 +143,3 @@ def _group_layers(report: SchemeReport, row: ReportRow) -> int:
 def _spread_words(comparison: Comparison) -> str:
     counts = {len(report.checkpoints) for report in comparison.schemes}
     return "one checkpoint each, no spread" if counts == {1} else "mean ± standard deviation over the training seeds"
-
-
-def inline_html(cell: str) -> str:
-    """Escaped, with `code` and **bold** as Markdown has them."""
-    parts = html.escape(cell).split("`")
-    coded = "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
-    pieces = coded.split("**")
-    return "".join(f"<b>{piece}</b>" if index % 2 else piece for index, piece in enumerate(pieces))

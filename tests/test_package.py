@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rfsq.__main__ import COMMANDS
+from rfsq.runtime.bundle.advice import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,11 +65,3 @@ def test_an_unknown_command_is_refused() -> None:
     done = run("-m", "rfsq", "biuld")
     assert done.returncode == 2
     assert done.stderr.startswith("error: 'biuld' is no command; expected one of build, selftest, ")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_explains_itself_under_its_own_name(name: str) -> None:
-    done = run("-m", "rfsq", name, "--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"usage: rfsq {name} ")

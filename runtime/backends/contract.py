@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..bundle.advice import command
 from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.errors import BackendUnavailableError
 from ..bundle.folder import Bundle
@@ -121,7 +122,7 @@ def no_engine(bundle: Bundle, wanted: str, found: str) -> BackendUnavailableErro
     """What to raise where a bundle has no engine that runs here; found: those that it has of this kind, or nothing."""
     return BackendUnavailableError(
         f"{bundle.folder} has no {wanted}: it has {found or 'none'}; build engines for this machine, on it: "
-        f"python export/build_engine.py --from-bundle {bundle.folder}"
+        f"{command('build', f'--from-bundle {bundle.folder}')}"
     )
 
 

@@ -235,7 +235,7 @@ def find_tensorrt(backend: str) -> TrtApi:
     known = compiled_from("graphs")
     if backend not in known:
         raise BackendUnavailableError(f"no TensorRT backend {backend!r}; there are {', '.join(sorted(known))}")
-    packages, cure = BACKENDS[backend].packages, f"install it with: pip install '.[{backend}]'"
+    packages, cure = BACKENDS[backend].packages, f"install it with: {BACKENDS[backend].install}"
     for name in filter(is_package_installed, packages):
         try:
             return _api_of(backend, importlib.import_module(name))

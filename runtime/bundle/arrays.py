@@ -1,6 +1,8 @@
 """The arrays that everything here exchanges, places in them, and steps cut into chunks."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,18 @@ def unravel(position: int | np.intp, shape: tuple[int, ...]) -> tuple[int, ...]:
     (1, 2)
     """
     return tuple(int(part) for part in np.unravel_index(position, shape))
+
+
+class Codes(NamedTuple):
+    """Tokens int32 [..., D, l], and float32 [..., l, 2], the stats beside them, where the bundle has any."""
+
+    tokens: Int32Array
+    stats: Float32Array | None
+
+    def prefix(self, layers: int) -> Codes:
+        """The first layers, C-contiguous."""
+        stats = None if self.stats is None else np.ascontiguousarray(self.stats[..., :layers, :])
+        return Codes(np.ascontiguousarray(self.tokens[..., :layers]), stats)
 
 
 def in_chunks(steps: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from .advice import command
 from .arrays import Float32Array, Int32Array, unravel
 from .errors import InvalidInputError, UnbuiltPrefixError
 from .manifest import ModelEntry
@@ -33,12 +34,16 @@ _UNSIGNED = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in TOKEN_TYPES}
 #: whole sigma.
 STATS_LIMIT = 4.0
 
-_STATS_NEEDED = (
-    "tokens of a `dynamic` bundle cannot be decoded alone: every layer was normalised by a mean and a sigma of its own "
-    "step, which do not travel with the tokens. Pass the stats that encode_with_stats returned, or build a bundle "
-    "whose tokens decode on their own: `python export/build_engine.py --conditioning calibrated` (new tokens, exact) "
-    "or `--conditioning recovered` (the same tokens, approximate)"
-)
+
+def _stats_needed() -> str:
+    """What to say where a `dynamic` bundle is to decode tokens alone."""
+    build = command("build", "--conditioning calibrated")
+    return (
+        "tokens of a `dynamic` bundle cannot be decoded alone: every layer was normalised by a mean and a sigma of its "
+        "own step, which do not travel with the tokens. Pass the stats that encode_with_stats returned, or build a "
+        f"bundle whose tokens decode on their own: `{build}` (new tokens, exact) or "
+        "`--conditioning recovered` (the same tokens, approximate)"
+    )
 
 
 def is_gpu_array(value: object) -> bool:
@@ -204,7 +209,7 @@ def check_prefix(shape: tuple[int, ...], model: ModelEntry) -> None:
 def check_whether_stats(stats: object | None, model: ModelEntry) -> None:
     """Raises InvalidInputError unless there are stats where decoding needs them, and none elsewhere."""
     if stats is None and model.has_stats:
-        raise InvalidInputError(_STATS_NEEDED)
+        raise InvalidInputError(_stats_needed())
     if stats is not None and not model.has_stats:
         raise InvalidInputError(
             f"stats were given, but tokens of a {model.mode!r} bundle are decoded without: its mean and scale are "

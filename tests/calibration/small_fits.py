@@ -1,16 +1,20 @@
 """Random small fits: a briefly trained autoencoder, few calibration episodes, and held-out episodes to judge on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from rfsq.calibration.recovered import fit_recovered_details
+from rfsq.calibration.settings import RecoveredConfig
+from rfsq.rfsq_ref.autoencoder import RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.normaliser_choice import suggested_normaliser
-from rfsq.rfsq_ref.train import TrainConfig, train
+from rfsq.rfsq_ref.settings import TrainConfig
+from rfsq.rfsq_ref.training import train
 
 Array = npt.NDArray[np.float64]
 _TRAINING_EPISODES, _HELD_OUT_EPISODES = 12, 12
@@ -162,3 +166,16 @@ _KINDS: dict[str, _Kind] = {
     "gripper": _gripper,
     "tasks": _tasks,
 }
+
+
+def fit_recovered(
+    checkpoint: Checkpoint,
+    episodes: ActionDataset,
+    prefixes: Iterable[int],
+    config: RecoveredConfig | None = None,
+    *,
+    weights: npt.ArrayLike | None = None,
+) -> dict[int, RecoveredDecoder]:
+    """One decoder per prefix, from the published tokens of these episodes."""
+    fits = fit_recovered_details(checkpoint, episodes, prefixes, config or RecoveredConfig(), weights=weights)
+    return {prefix: fit.decoder for prefix, fit in fits.items()}

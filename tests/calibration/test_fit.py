@@ -50,7 +50,7 @@ def save_actions(path: Path, episodes: int = 4, steps: int = 60, action_dim: int
 @pytest.fixture
 def blank_picture(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing the report takes several times as long as the fit that it is about."""
-    monkeypatch.setattr("rfsq.calibration.report.draw_report", lambda _: Figure(figsize=(1, 1)))
+    monkeypatch.setattr("rfsq.calibration.report_plots.draw_report", lambda _: Figure(figsize=(1, 1)))
 
 
 has_blank_picture = pytest.mark.usefixtures("blank_picture")
@@ -59,7 +59,7 @@ has_blank_picture = pytest.mark.usefixtures("blank_picture")
 def test_defaults_fit_the_embedded_checkpoint(
     tmp_path: Path, calibrated: Checkpoint, demonstrations: ActionDataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(tmp_path) == 0
+    assert run(tmp_path, "-v") == 0
     found = fitted(tmp_path)
     assert found.constants is not None
     assert calibrated.constants is not None
@@ -140,7 +140,7 @@ def test_poor_tokens_are_warned_of_below_the_table(tmp_path: Path, capsys: pytes
     *_, row, warning, wrote = capsys.readouterr().out.splitlines()
     assert re.search("^dimension 6, robot units .*% +poor$", row)
     assert warning.startswith("WARNING: the tokens are poor: decoded actions lose more than 1% of the variance in ")
-    assert wrote.startswith("wrote ")
+    assert wrote.startswith("✓ wrote ")
 
 
 @has_blank_picture

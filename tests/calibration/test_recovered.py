@@ -9,28 +9,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rfsq.calibration.affine_maps import Regression, _mish_slope
+from rfsq.calibration.affine_maps import regress as regressions
 from rfsq.calibration.errors import CalibrationError
-from rfsq.calibration.recovered import (
-    RecoveredConfig,
-    Target,
-    Weighting,
-    _mish_slope,
-    default_prefixes,
-    fit_recovered,
-    fit_recovered_details,
-    regress,
-)
+from rfsq.calibration.recovered import default_prefixes, fit_recovered_details
+from rfsq.calibration.settings import RecoveredConfig, Target, Weighting
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.quantizer import Conditioning, published_dequantize
+from tests.calibration.small_fits import fit_recovered
 
 NUM_LEVELS = 7
 #: Given, so that the fit is that of the formulas; what cross-validation makes of it is tested with small fits.
 RIDGE = 1e-6
 FIXED = RecoveredConfig(RIDGE)
 seeds = st.integers(0, 2**32 - 1)
+
+
+def regress(
+    tokens: Tensor, latents: Tensor, worth: Tensor, num_levels: int, *, shares: Tensor | None = None, ridge: float = 0.0
+) -> Regression:
+    """With steps of equal weight by default, and one ridge."""
+    if shares is None:
+        shares = torch.full((len(tokens),), 1 / len(tokens), dtype=torch.float64)
+    return regressions(tokens, latents, worth, num_levels, shares, (ridge,))[0]
 
 
 def mean_square(error: Tensor) -> float:

@@ -12,7 +12,6 @@ import torch
 
 from rfsq.calibration.constants import worst_case_errors
 from rfsq.calibration.errors import CalibrationError
-from rfsq.calibration.recovered import RecoveredConfig, fit_recovered
 from rfsq.calibration.report import (
     CalibrationReport,
     format_report,
@@ -22,11 +21,13 @@ from rfsq.calibration.report import (
     report_to_json,
     write_report,
 )
+from rfsq.calibration.settings import RecoveredConfig
 from rfsq.rfsq_ref.autoencoder import RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import EpisodeSplit
 from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.rfsq_ref.quantizer import Conditioning
+from tests.calibration.small_fits import fit_recovered
 
 
 @pytest.fixture(scope="module")

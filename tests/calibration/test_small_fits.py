@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rfsq.calibration.constants import CalibrationConfig, constants_of_latents, fit_constants
+from rfsq.calibration.constants import constants_of_latents, fit_constants
 from rfsq.calibration.data import reference_actions
 from rfsq.calibration.readout import ReadoutFit, fit_readout
-from rfsq.calibration.recovered import default_prefixes, fit_recovered
+from rfsq.calibration.recovered import default_prefixes
+from rfsq.calibration.settings import CalibrationConfig
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.quantizer import Conditioning
-from tests.calibration.small_fits import SmallFit, small_fit
+from tests.calibration.small_fits import SmallFit, fit_recovered, small_fit
 
 #: As many as were judged: a fault in the choice shows in a few of them alone.
 ALL = range(30)

@@ -14,16 +14,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfsq.calibration import constants
+from rfsq.calibration import constants, study_bench
 from rfsq.calibration import study as module
-from rfsq.calibration.constants import CalibrationConfig, fit_constants
+from rfsq.calibration.constants import fit_constants
 from rfsq.calibration.data import calibration_episodes, judging_episodes, reference_actions
 from rfsq.calibration.errors import CalibrationError
-from rfsq.calibration.fit import calibrate
-from rfsq.calibration.readout import DEFAULT_READOUT, READOUT_OFF, ReadoutChoice, ReadoutConfig, fit_readout
+from rfsq.calibration.fitting import calibrate
+from rfsq.calibration.readout import fit_readout
 from rfsq.calibration.report import CalibrationReport, report_calibrated
+from rfsq.calibration.settings import DEFAULT_READOUT, READOUT_OFF, CalibrationConfig, ReadoutChoice, ReadoutConfig
 from rfsq.calibration.study import main, study
-from rfsq.calibration.study_report import draw_study, format_study, markdown, titles
+from rfsq.calibration.study_report import draw_study, format_study, parts
 from rfsq.calibration.study_result import Spread, StudyResult, result_from_json, result_to_json, spread
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of, save_checkpoint
@@ -59,7 +60,7 @@ def dataset(demonstrations: ActionDataset) -> ActionDataset:
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_RANDOM_ACTIONS", 20)
+        patch.setattr(study_bench, "_RANDOM_ACTIONS", 20)
         patch.setattr(module, "RIDGES", RIDGES)
         # No test looks at how well `mse` converges.
         patch.setattr(constants, "_MSE_ITERATIONS", 3)
@@ -102,6 +103,10 @@ def _reports(
 @pytest.fixture(scope="module")
 def shipped() -> StudyResult:
     return result_from_json((DOCS / "results" / "calibration.json").read_text(encoding="utf-8"))
+
+
+def markdown(result: StudyResult) -> dict[str, str]:
+    return {name: part if isinstance(part, str) else part.markdown() for name, part in parts(result).items()}
 
 
 def _shortened(dataset: ActionDataset, steps: int) -> ActionDataset:
@@ -180,7 +185,7 @@ def test_readout_off_is_the_decoder_as_it_was_trained(
 def test_a_fitted_checkpoint_gives_the_same_numbers(robust: Checkpoint, dataset: ActionDataset) -> None:
     """Its own constants and readout are not used, for what is called `as trained` least of all."""
     fitted = calibrate(robust, dataset, CalibrationConfig(headroom=1.0), ReadoutConfig(ReadoutChoice.ON, 1e-2))
-    first, second = (module._benches([checkpoint], dataset) for checkpoint in (robust, fitted))
+    first, second = (study_bench.benches_of([checkpoint], dataset) for checkpoint in (robust, fitted))
     with torch.no_grad():
         for setting in module._compared():
             assert module._setting_row(first, setting) == module._setting_row(second, setting)
@@ -258,7 +263,7 @@ def test_tasks_are_seen_or_left_out_or_alone(
 def test_other_tasks_alone_are_all_pairs(robust: Checkpoint, demonstrations: ActionDataset) -> None:
     short = _shortened(demonstrations, 20)
     tasks = sorted(set(short.tasks))
-    row = module._task_row(module._benches([robust], short), module._DEFAULT, tasks)
+    row = module._task_row(study_bench.benches_of([robust], short), study_bench.DEFAULT, tasks)
     assert row.seen[0].count == row.unseen[0].count == len(tasks) == 5
     assert row.other[0].count == 5 * 4
 
@@ -293,7 +298,7 @@ def test_cross_validation_leaves_out_every_episode_once(robust: Checkpoint, data
     assert sorted(name for _, held_out in folds for name in held_out.names) == sorted(calibration.names)
     for kept, held_out in folds:
         assert sorted((*kept.names, *held_out.names)) == sorted(calibration.names)
-    row = module._readout_row(module._benches([robust], dataset), 1e-6, ())
+    row = module._readout_row(study_bench.benches_of([robust], dataset), 1e-6, ())
     assert row.cross_validated is not None
     # Of episodes of one length, the mean over folds weighted by their episodes.
     weights = [len(held_out.episodes) for _, held_out in folds]
@@ -352,7 +357,6 @@ def test_without_tasks_their_section_says_why() -> None:
     assert all(row.unseen is None and row.other is None for row in result.readout)
     assert result.episodes
     assert markdown(result)["tasks"].startswith("Not measured: ")
-    assert titles(result).keys() == markdown(result).keys()
     assert "tasks: not measured" in format_study(result)
     draw_study(result)
 
@@ -374,8 +378,8 @@ def test_with_one_calibration_episode_there_are_no_fewer() -> None:
 @has_few_settings
 def test_only_tasks_with_calibration_and_test_episodes_are_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = _random_episodes(["a", "b", "c"] * 2), _random_episodes(["b", "c", "d"])
-    monkeypatch.setattr(module, "calibration_episodes", lambda *_: parts[0])
-    monkeypatch.setattr(module, "judging_episodes", lambda *_: parts[1])
+    monkeypatch.setattr(study_bench, "calibration_episodes", lambda *_: parts[0])
+    monkeypatch.setattr(study_bench, "judging_episodes", lambda *_: parts[1])
     result = study([_tiny()], _random_episodes([""] * 8), subsets=1)
     assert result.tasks[0].seen[0].count == result.tasks[0].other[0].count == 2
 
@@ -438,8 +442,8 @@ def test_tables_are_rectangular_and_show_the_numbers(result: StudyResult) -> Non
 
 
 def test_every_table_has_a_caption_and_columns_of_its_own(result: StudyResult) -> None:
-    captions = titles(result)
-    assert captions.keys() == markdown(result).keys()
+    captions = {name: part.title for name, part in parts(result).items() if not isinstance(part, str)}
+    assert captions.keys() | {"defaults"} == markdown(result).keys()
     assert len(set(captions.values())) == len(captions)
     for name, table in markdown(result).items():
         header = table.splitlines()[0].split(" | ")

@@ -11,11 +11,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig
+from rfsq.calibration.settings import ReadoutChoice, ReadoutConfig
 from rfsq.evidence.codecs import Codec, RawCodec, RfsqCodec
-from rfsq.evidence.comparison import ComparisonConfig, compare, judge_codec, padded_chunks
+from rfsq.evidence.comparison import compare
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.findings import REFITTED
+from rfsq.evidence.jobs import ComparisonConfig, judge_codec, padded_chunks
 from rfsq.evidence.metrics import OscPose, units_of
 from rfsq.evidence.results import Comparison
 from rfsq.evidence.training import trained_checkpoint

@@ -6,11 +6,12 @@ from html.parser import HTMLParser
 
 import pytest
 
+from rfsq.calibration.tables import Table
 from rfsq.evidence.findings import AS_TRAINED, REFITTED
 from rfsq.evidence.page import page
 from rfsq.evidence.plots import error_by_layer, figures, svg
 from rfsq.evidence.results import Comparison, Spread
-from rfsq.evidence.tables import Table, findings_table, layer_table, number, peer_table, summary_table
+from rfsq.evidence.tables import findings_table, layer_table, number, peer_table, summary_table
 from tests.evidence.test_findings import peer
 
 TABLE = Table("Title", ("name", "value"), (("`code` a", "1.5"), ("**bold** <b>", "22")))

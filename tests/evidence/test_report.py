@@ -13,13 +13,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rfsq.calibration.constants import CalibrationConfig
-from rfsq.calibration.fit import recover
-from rfsq.calibration.readout import ReadoutConfig
-from rfsq.calibration.recovered import RecoveredConfig
-from rfsq.evidence.report import as_text, main
+from rfsq.calibration.fitting import recover
+from rfsq.calibration.settings import CalibrationConfig, ReadoutConfig, RecoveredConfig
+from rfsq.evidence.report import as_text
 from rfsq.evidence.results import Comparison, read_json
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
+from rfsq.rfsq_ref.compare import main
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.errors import DataError
 from tests.evidence.conftest import robot_dataset
@@ -57,7 +56,7 @@ def _leave_out_gauss_newton(monkeypatch: pytest.MonkeyPatch) -> None:
     ) -> Checkpoint:
         return recover(checkpoint, dataset, prefixes, replace(config, refine_steps=0))
 
-    monkeypatch.setattr("rfsq.evidence.comparison.recover", regressed)
+    monkeypatch.setattr("rfsq.evidence.jobs.recover", regressed)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +76,16 @@ def test_any_robots_file_gives_a_report(
     _leave_out_gauss_newton(monkeypatch)
     # Drawing takes long, and does not depend on the file's format: the script below draws.
     monkeypatch.setattr("rfsq.evidence.report.figures", lambda _: {})
-    arguments = ["--data", tmp_path / name, "--output", tmp_path / "report", "--cache", tmp_path / "cache", *QUICK]
+    arguments = [
+        "--data",
+        tmp_path / name,
+        "--output",
+        tmp_path / "report",
+        "--cache",
+        tmp_path / "cache",
+        "-v",
+        *QUICK,
+    ]
 
     status = main(list(map(str, arguments)))
 
@@ -101,7 +109,7 @@ def test_the_readout_that_is_asked_for_reaches_the_fit(
     ) -> None:
         raise DataError(f"asked to fit a readout: {readout.choice.value}")
 
-    monkeypatch.setattr("rfsq.evidence.comparison.calibrate", fit)
+    monkeypatch.setattr("rfsq.evidence.jobs.calibrate", fit)
     arguments = ["--robust", str(ROBUST_CHECKPOINT), "--output", str(tmp_path / "report"), "--readout", choice, *QUICK]
     assert main(arguments) == 2
     assert f"asked to fit a readout: {choice}" in capsys.readouterr().err
@@ -182,6 +190,23 @@ def test_the_script_runs_from_anywhere_with_workers(tmp_path: Path) -> None:
     assert files == {"comparison.json", "comparison.txt", "report.html", "figures"}
     assert len(list((tmp_path / "report" / "figures").iterdir())) == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["build", "report", "robot.npz"]
+
+
+def test_page_and_figures_are_drawn_anew_from_the_results_that_git_keeps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("comparison.json", "calibration.json", "rollout.json"):
+        (tmp_path / name).write_bytes((ROOT / "docs" / "results" / name).read_bytes())
+    assert main(["--report-only", "--output", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(f"<h2>{name}</h2>" in page for name in ("Error by layer", "Calibration choices", "Closed loop"))
+    assert (tmp_path / "comparison.json").read_bytes() == (ROOT / "docs/results/comparison.json").read_bytes()
+    assert {path.name for path in (ROOT / "docs/results/figures").iterdir()} <= {
+        path.name for path in (tmp_path / "figures").iterdir()
+    }
+    assert main(["--report-only", "--output", str(tmp_path)]) == 2
+    assert "report.html" in capsys.readouterr().err
+    assert main(["--report-only", "--output", str(tmp_path / "nothing")]) == 2
 
 
 def test_a_section_on_the_closed_loop_is_shown_for_the_same_demonstrations(

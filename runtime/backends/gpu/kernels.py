@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from cuda.bindings import driver, nvrtc
 
+from ...bundle.advice import install
 from ...bundle.errors import BackendUnavailableError, InferenceError, TokenizerError
 from .driver import DEVICE, call, fail, is_usable
 
@@ -50,7 +51,7 @@ def nvrtc_version() -> str:
 
 def _without_nvrtc(error: RuntimeError) -> KernelError:
     """error: what cuda-python raises where it does not find the library."""
-    return KernelError(f"NVRTC cannot be used: {error}; install it with: pip install '.[gpu]'")
+    return KernelError(f"NVRTC cannot be used: {error}; install it with: {install('gpu')}")
 
 
 class KernelLibrary:

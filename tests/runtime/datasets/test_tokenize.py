@@ -162,7 +162,7 @@ def test_a_filter_key_that_chooses_nothing_is_refused(
     ):
         assert message in refusal(*arguments(*given), kind=SourceError)
     decoded = arguments(tokens, output, c_bundle, "--decode", "--filter-key", "train")
-    assert "--decode takes every token of IN; leave it out" in refusal(*decoded, kind=InvalidInputError)
+    assert "--decode takes every token of --data; leave it out" in refusal(*decoded, kind=InvalidInputError)
     assert not output.exists()
 
 
@@ -243,7 +243,7 @@ def test_memory_does_not_grow_with_the_dataset(c_bundle: Path, tmp_path: Path) -
             "import re, sys; from rfsq.runtime.datasets.tokenize import main; assert main(sys.argv[1:]) == 0; "
             "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
         )
-        given = [str(tmp_path / "x.npz"), str(tmp_path / f"{steps}.parquet"), "--bundle", str(c_bundle)]
+        given = arguments(tmp_path / "x.npz", tmp_path / f"{steps}.parquet", c_bundle)[:5]
         result = subprocess.run(
             [sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -268,7 +268,7 @@ def test_the_command_needs_numpy_pyarrow_and_the_backend_alone(
     assert (result.returncode, result.stderr) == (0, "")
     assert files(tmp_path / "out.parquet") == files(tokens)
     given += ["--restart", "--engine", "ray"]
-    given[1] = str(tmp_path / "ray.parquet")
+    given[4] = str(tmp_path / "ray.parquet")
     result = subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "error: --engine ray needs Ray, which cannot be imported" in result.stderr
@@ -512,7 +512,7 @@ def test_the_command_says_what_it_did(
 ) -> None:
     run(source, tmp_path / "out.zarr", c_bundle)
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r".*: 20,001 steps in 3 parts; generated C for .*", lines[0])
+    assert re.fullmatch(r".*: 20,001 steps in 3 parts; c, generated C for .*", lines[0])
     assert re.fullmatch(r"✓ 20,001 steps in (less than 1 s|\d+ s, .* steps/s)", lines[1])
     assert re.fullmatch(r"✓ verified: 4,096 steps read back equal what the tokenizer gives", lines[2])
     assert re.fullmatch(
@@ -592,19 +592,3 @@ def test_verification_finds_tokens_that_are_not_those_of_the_source(
     message = refusal(*arguments(source, tmp_path / "out.parquet", c_bundle), kind=TokenizerError)
     assert "what was read back at row 0 is not what the tokenizer gives" in message
     assert not (tmp_path / "out.parquet").exists()
-
-
-def test_what_the_document_shows_runs(
-    tokens: Path, c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    text = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
-    shown = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(shown) >= 2
-    (tmp_path / "tokens.parquet").symlink_to(tokens)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "build").mkdir()
-    (tmp_path / "build" / "bundle").symlink_to(c_bundle)
-    for code in shown:
-        # Here: another process would have to begin with importing torch.
-        exec(code, {"__name__": "shown"})
-        assert capsys.readouterr().out

@@ -1,0 +1,34 @@
+"""How pictures look: one width, the same colours, axes without a frame."""
+
+from typing import Literal
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+INK, GREY, GRID = "#222222", "#8a8a8a", "#e3e3e3"
+BLUE, ORANGE, GREEN, RED = "#1f6fb4", "#d9730d", "#2a8c55", "#b3261e"
+#: Of every picture, in inches: its text can be read where it is made as narrow as a phone.
+WIDTH = 6.4
+
+
+def new_figure(height: float, title: str = "") -> Figure:
+    """An empty figure, `height` inches high, with a bold title where one is given."""
+    figure = Figure(figsize=(WIDTH, height), dpi=160, layout="constrained")
+    FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, color=INK, fontsize=11, x=0.01, ha="left", fontweight="bold")
+    return figure
+
+
+def finish(axes: Axes, title: str, *, legend: int = 2, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Title, grid and ticks of axes that are drawn, and a legend of so many columns below them; 0: none."""
+    axes.set_title(title, loc="left", color=INK, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=INK, labelsize=9)
+    if legend:
+        axes.legend(
+            fontsize=9, frameon=False, labelcolor=INK, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=legend
+        )

@@ -1,0 +1,52 @@
+"""A table for the terminal, for Markdown and for a page."""
+
+import html
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are text already; the first column is left-aligned, the others right."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def text(self) -> str:
+        """For a terminal."""
+        lines = [tuple(cell.replace("`", "") for cell in line) for line in (self.header, *self.rows)]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
+        formatted = [
+            "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
+            for cells in (list(zip(line, widths, strict=True)) for line in lines)
+        ]
+        return "\n".join([self.title, "-" * len(formatted[0]), *formatted])
+
+    def markdown(self) -> str:
+        """A pipe table without the title."""
+        alignment = "|" + "|".join(["---", *["--:"] * (len(self.header) - 1)]) + "|"
+        lines = ["| " + " | ".join(line) + " |" for line in (self.header, *self.rows)]
+        return "\n".join([lines[0], alignment, *lines[1:]])
+
+    def html(self) -> str:
+        """A <table> with its title as caption; every cell but a row's first names its column, for narrow pages."""
+        head = "".join(f"<th>{inline_html(cell)}</th>" for cell in self.header)
+        labels = ["", *(f' data-label="{html.escape(cell)}"' for cell in self.header[1:])]
+        body = "".join(
+            "<tr>"
+            + "".join(f"<td{label}>{inline_html(cell)}</td>" for label, cell in zip(labels, row, strict=True))
+            + "</tr>\n"
+            for row in self.rows
+        )
+        return (
+            f"<div class=rows><table><caption>{inline_html(self.title)}</caption>\n<thead><tr>{head}</tr></thead>\n"
+            f"<tbody>\n{body}</tbody></table></div>"
+        )
+
+
+def inline_html(cell: str) -> str:
+    """Escaped, with `code` and **bold** as Markdown has them; a mean and its deviation stay in one line."""
+    parts = html.escape(cell).replace(" ± ", "&nbsp;±&nbsp;").replace(")e-", ")e&#8209;").split("`")
+    coded = "".join(f"<code>{part}</code>" if index % 2 else part for index, part in enumerate(parts))
+    pieces = coded.split("**")
+    return "".join(f"<b>{piece}</b>" if index % 2 else piece for index, piece in enumerate(pieces))
