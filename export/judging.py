@@ -9,7 +9,7 @@ from tqdm import tqdm
 from rfsq.calibration.readout import held_out_warning
 from rfsq.export.parity import batches, failures, judges_of
 from rfsq.export.parity_data import Section
-from rfsq.export.progress import Step, table
+from rfsq.export.progress import Phase, table
 from rfsq.export.reference import AS_TRAINED, REFITTED, Reference
 from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.backends.replay import replay
@@ -41,7 +41,7 @@ def prove(
 
 
 def note_gates(
-    step: Step,
+    current: Phase,
     parity: Sequence[ParityEntry],
     problems: Sequence[str],
     backends: Sequence[Backend],
@@ -49,14 +49,14 @@ def note_gates(
 ) -> None:
     """A line for each backend that ran, for each that did not, and for the outcome."""
     for backend in backends:
-        step.note(f"{backend.name}: {backend.description}")
+        current.note(f"{backend.name}: {backend.description}")
     for name, reason in absent.items():
-        step.note(f"NOT run: {name}: {reason}")
+        current.note(f"NOT run: {name}: {reason}")
     conclusion = f"{parity[0].steps} steps against PyTorch float64"
     if problems:
-        step.fail(f"{conclusion}: {len(problems)} gates are red")
+        current.fail(f"{conclusion}: {len(problems)} gates are red")
     else:
-        step.note(conclusion)
+        current.note(conclusion)
 
 
 def closing_tables(

@@ -10,7 +10,7 @@ from rfsq.export.batches import Profile
 from rfsq.export.bundle_writer import StagedBundle, stage_bundle
 from rfsq.export.engines import EngineSources, compilable, compile_engines
 from rfsq.export.errors import BuildInputError, EngineBuildError, ExportError, require_none
-from rfsq.export.progress import StepList
+from rfsq.export.progress import phase
 from rfsq.export.proving import seal_proven
 from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.backends.replay import replay
@@ -86,17 +86,16 @@ def _listed(reasons: Mapping[str, str]) -> str:
 
 def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
     """Raises _CannotRunError where not all of them can be made and run here."""
-    steps = StepList()
-    with steps.step("open bundle") as step:
+    with phase("open bundle") as opening:
         bundle = open_bundle(config.bundle)
         golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model)
-        step.note(f"{bundle.folder}: {bundle.manifest.model.mode}, fingerprint {bundle.manifest.fingerprint[:16]}")
+        opening.note(f"{bundle.folder}: {bundle.manifest.model.mode}, fingerprint {bundle.manifest.fingerprint[:16]}")
     with stage_bundle(config.bundle, overwrite=True) as staged:
         sources = EngineSources(bundle.content, bundle.manifest.graphs_of("reduce"), config.profile)
         added: tuple[EngineEntry, ...] = ()
         for name in dict.fromkeys(backends):
             try:
-                added += compile_engines(name, sources, staged, steps)
+                added += compile_engines(name, sources, staged)
             except (BackendUnavailableError, EngineBuildError) as error:
                 raise _CannotRunError(f"{name}: {error}", {name: str(error)}) from error
         engines = _kept(bundle, added, staged) + added
@@ -106,7 +105,7 @@ def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
                 raise _CannotRunError(_listed(absent), absent)
             here = {(backend.name, backend.device) for backend in opened}
             before = (entry for entry in bundle.manifest.parity if (entry.backend, entry.device) not in here)
-            return (*before, *_proven(golden, bundle, opened, steps))
+            return (*before, *_proven(golden, bundle, opened))
 
         manifest = seal_proven(staged, replace(bundle.manifest, engines=engines), judge, backends)
     print(f"\n✓ {config.bundle} has validated engines for {', '.join(sorted({entry.backend for entry in added}))} here")
@@ -123,12 +122,12 @@ def _kept(bundle: Bundle, added: Sequence[EngineEntry], staged: StagedBundle) ->
     return tuple(entry for entry in engines if entry not in replaced)
 
 
-def _proven(golden: Golden, bundle: Bundle, opened: Sequence[Backend], steps: StepList) -> list[ParityEntry]:
+def _proven(golden: Golden, bundle: Bundle, opened: Sequence[Backend]) -> list[ParityEntry]:
     """What the golden vectors say of each backend. Raises GateError where a gate is red."""
-    with steps.step("golden vectors") as step:
+    with phase("golden vectors") as current:
         parity = [entry for backend in opened for entry in _replayed(golden, bundle, backend)]
         for entry in parity:
-            step.note(f"{entry.backend}, {entry.gate}: {entry.value:.4g}, limit {entry.limit:.4g}")
+            current.note(f"{entry.backend}, {entry.gate}: {entry.value:.4g}, limit {entry.limit:.4g}")
         require_none(
             f"{entry.backend}, {entry.gate}: {entry.value:g}; expected at most {entry.limit:g} ({entry.detail})"
             for entry in parity

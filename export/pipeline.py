@@ -32,7 +32,7 @@ from rfsq.export.plan import (
     plan_decoder,
     plan_encoder,
 )
-from rfsq.export.progress import StepList
+from rfsq.export.progress import phase
 from rfsq.export.proving import seal_proven
 from rfsq.export.reference import Reference
 from rfsq.export.sources import BuildData, choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
@@ -133,12 +133,11 @@ def build(config: BuildConfig) -> BuildResult:
     Raises UnusableError, ExportError or TokenizerError for what cannot be built, GateError
     for what was built and is not right. The output is complete afterwards, or as it was before.
     """
-    steps = StepList()
     with stage_bundle(config.output, overwrite=config.overwrite) as staged:
-        source = _load(config, steps)
-        exported = _export(config, source, staged, steps)
-        exam = _examine(config, source, exported, staged, steps)
-        engines = _compile(config, exported, staged, steps)
+        source = _load(config)
+        exported = _export(config, source, staged)
+        exam = _examine(config, source, exported, staged)
+        engines = _compile(config, exported, staged)
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
             fingerprint=exported.fingerprint,
@@ -153,9 +152,9 @@ def build(config: BuildConfig) -> BuildResult:
         )
 
         def judge(backends: Sequence[Backend], absent: Mapping[str, str]) -> tuple[ParityEntry, ...]:
-            with steps.step("parity gates") as step:
+            with phase("parity gates") as current:
                 parity, problems = prove(exported.model, exam.golden, source.reference, exam.sections, backends)
-                note_gates(step, parity, problems, backends, absent)
+                note_gates(current, parity, problems, backends, absent)
             print(closing_tables(parity, exam.quality, exam.fidelity, source.data.judged_on))
             require_none(problems)
             return parity
@@ -198,8 +197,8 @@ class _Exam:
     fidelity: Fidelity | None
 
 
-def _load(config: BuildConfig, steps: StepList) -> _Source:
-    with steps.step("load checkpoint") as step:
+def _load(config: BuildConfig) -> _Source:
+    with phase("load checkpoint") as current:
         checkpoint = open_checkpoint(
             config.checkpoint,
             use_layernorm=config.use_layernorm,
@@ -208,9 +207,9 @@ def _load(config: BuildConfig, steps: StepList) -> _Source:
         )
         mode = choose_mode(checkpoint, config.conditioning)
         prefixes = choose_prefixes(config.prefixes, checkpoint.config.num_layers)
-        step.note(f"{config.checkpoint.name}: {_describe(checkpoint)}; deployed as {mode.value!r}")
+        current.note(f"{config.checkpoint.name}: {_describe(checkpoint)}; deployed as {mode.value!r}")
         for remark in checkpoint.remarks:
-            step.note(remark)
+            current.note(remark)
     is_fit_needed = needs_fit(checkpoint, mode, prefixes)
     if config.readout is not ReadoutChoice.AUTO and not (is_fit_needed and mode is DeployMode.CALIBRATED):
         raise BuildInputError(
@@ -218,7 +217,7 @@ def _load(config: BuildConfig, steps: StepList) -> _Source:
             f"{mode.value!r}" + ("" if is_fit_needed else " and the checkpoint has what it needs") + "; leave "
             "--readout out, or calibrate anew with calibration/fit.py --readout"
         )
-    with steps.step("load action data") as step:
+    with phase("load action data") as current:
         data = load_build_data(
             checkpoint,
             config.calibration_data,
@@ -227,20 +226,20 @@ def _load(config: BuildConfig, steps: StepList) -> _Source:
             is_needed=is_fit_needed,
         )
         for line in data.description.splitlines():
-            step.note(line)
-    with steps.step("calibrate") as step:
+            current.note(line)
+    with phase("calibrate") as current:
         if is_fit_needed and data.dataset is not None:
             checkpoint = fit_for(checkpoint, mode, prefixes, data.dataset, ReadoutConfig(config.readout))
             facts = checkpoint.provenance[mode.value]
-            step.note(f"{mode.value!r}, fitted on {facts['data']['steps']} steps")
+            current.note(f"{mode.value!r}, fitted on {facts['data']['steps']} steps")
             for line in facts.get("remark", "").splitlines():
-                step.note(line)
+                current.note(line)
         else:
-            step.skip("nothing to fit")
+            current.skip("nothing to fit")
     return _Source(checkpoint, Reference(checkpoint, mode, prefixes), data)
 
 
-def _export(config: BuildConfig, source: _Source, staged: StagedBundle, steps: StepList) -> _Exported:
+def _export(config: BuildConfig, source: _Source, staged: StagedBundle) -> _Exported:
     """Graphs, C and CUDA from one plan, written as they are."""
     reference = source.reference
     model, mode = reference.model, reference.mode
@@ -250,26 +249,26 @@ def _export(config: BuildConfig, source: _Source, staged: StagedBundle, steps: S
         contents[file] = content
         staged.write(file, content)
 
-    with steps.step("export ONNX") as step:
+    with phase("export ONNX") as current:
         encoder = plan_encoder(model, mode, config.chunk_length)
         decoders = [plan_decoder(model, mode, config.chunk_length, prefix) for prefix in reference.prefixes]
         graphs, model_entry = make_graphs(source.checkpoint, reference, encoder, decoders)
         for entry, content in graphs:
             add(entry.file, content)
-        step.note(", ".join(f"{entry.file} {len(content) / 1000:.0f} kB" for entry, content in graphs))
+        current.note(", ".join(f"{entry.file} {len(content) / 1000:.0f} kB" for entry, content in graphs))
     identity = fingerprint(source.checkpoint, mode)
-    with steps.step("generate C") as step:
+    with phase("generate C") as current:
         generated = c_tokenizer(encoder, decoders, identity, mode)
         add(C_HEADER, generated.header.encode())
         add(C_SOURCE, generated.source.encode())
-        step.note(f"{C_SOURCE} {len(contents[C_SOURCE]) / 1000:.0f} kB")
-    with steps.step("generate CUDA") as step:
+        current.note(f"{C_SOURCE} {len(contents[C_SOURCE]) / 1000:.0f} kB")
+    with phase("generate CUDA") as current:
         add(CUDA_SOURCE, cuda_tokenizer(encoder, decoders, identity).encode())
-        step.note(f"{CUDA_SOURCE} {len(contents[CUDA_SOURCE]) / 1000:.0f} kB")
+        current.note(f"{CUDA_SOURCE} {len(contents[CUDA_SOURCE]) / 1000:.0f} kB")
     return _Exported(model_entry, identity, tuple(entry for entry, _ in graphs), contents)
 
 
-def _examine(config: BuildConfig, source: _Source, exported: _Exported, staged: StagedBundle, steps: StepList) -> _Exam:
+def _examine(config: BuildConfig, source: _Source, exported: _Exported, staged: StagedBundle) -> _Exam:
     """Draw what everything is judged on, write the golden vectors, and hold the graphs against them."""
     reference, held_out = source.reference, source.data.held_out
     sections = parity_sections(
@@ -280,20 +279,18 @@ def _examine(config: BuildConfig, source: _Source, exported: _Exported, staged: 
         num_steps=config.parity_steps,
         prefixes=reference.prefixes,
     )
-    with steps.step("write golden vectors") as step:
+    with phase("write golden vectors") as current:
         golden = golden_vectors(reference, sections)
         staged.write_golden(golden)
-        step.note(f"{golden.actions.shape[0]} chunks of {config.chunk_length} steps")
-    with steps.step("cross-check graphs") as step:
+        current.note(f"{golden.actions.shape[0]} chunks of {config.chunk_length} steps")
+    with phase("cross-check graphs") as current:
         for entry in exported.graphs:
             require_none(cross_check(entry, exported.contents[entry.file], golden, exported.model))
-        step.note("ONNX Runtime and the onnx reference evaluator agree with PyTorch (through Polygraphy)")
+        current.note("ONNX Runtime and the onnx reference evaluator agree with PyTorch (through Polygraphy)")
     return _Exam(sections, golden, reference.action_mse(held_out), reference.fidelity(held_out))
 
 
-def _compile(
-    config: BuildConfig, exported: _Exported, staged: StagedBundle, steps: StepList
-) -> tuple[EngineEntry, ...]:
+def _compile(config: BuildConfig, exported: _Exported, staged: StagedBundle) -> tuple[EngineEntry, ...]:
     graphs = tuple(entry for entry in exported.graphs if entry.form == LinearForm.REDUCE.value)
     sources = EngineSources(exported.contents.__getitem__, graphs, config.profile, config.compute_capabilities)
     chosen = config.backends
@@ -302,7 +299,7 @@ def _compile(
         for name, reason in reasons.items():
             advice = "no C compiler is here: compile the generated C on the robot, with --from-bundle"
             print(f"  {advice if name == 'c' else reason}")
-    return tuple(engine for name in dict.fromkeys(chosen) for engine in compile_engines(name, sources, staged, steps))
+    return tuple(engine for name in dict.fromkeys(chosen) for engine in compile_engines(name, sources, staged))
 
 
 def _provenance(config: BuildConfig, source: _Source, exam: _Exam) -> dict[str, Any]:
