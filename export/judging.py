@@ -62,7 +62,7 @@ def note_gates(
 def closing_tables(
     parity: Sequence[ParityEntry], quality: Mapping[str, float], verdict: Fidelity | None, judged_on: str
 ) -> str:
-    """quality, verdict: of the steps that `judged_on` names, see `BuildResult`."""
+    """quality: action MSE in normalised units, by what was decoded; both it and verdict of what `judged_on` names."""
     gates = [
         (
             f"{'✓' if entry.value <= entry.limit else '✗'} {entry.backend} ({entry.device}), {entry.gate}",

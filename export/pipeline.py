@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,11 +42,12 @@ from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
 from rfsq.runtime.bundle.fidelity import Fidelity
-from rfsq.runtime.bundle.golden import Golden
+from rfsq.runtime.bundle.golden import Golden, write_golden
 from rfsq.runtime.bundle.manifest import (
     C_HEADER,
     C_SOURCE,
     CUDA_SOURCE,
+    GOLDEN_NAME,
     SCHEMA_VERSION,
     EngineEntry,
     GraphEntry,
@@ -114,24 +115,14 @@ class BuildConfig:
             raise BuildInputError(f"backends {sorted(unknown)} are not known; there are {', '.join(BACKENDS)}")
 
 
-@dataclass(frozen=True)
-class BuildResult:
-    """quality: action MSE in normalised units on the data judged on, by what was decoded; empty without data.
+def build(config: BuildConfig) -> Manifest:
+    """Build, prove and write a bundle; prints a line for each phase.
 
-    fidelity: of all layers, for each dimension in the robot's units; None without data.
-    """
+    Returns its manifest: what every gate measured is in `parity`, and in `quality` and `provenance["action_mse"]` what
+    the tokens are worth.
 
-    output: Path
-    manifest: Manifest
-    quality: Mapping[str, float]
-    fidelity: Fidelity | None
-
-
-def build(config: BuildConfig) -> BuildResult:
-    """Build, prove and write a bundle; prints a line per step.
-
-    Raises UnusableError, ExportError or TokenizerError for what cannot be built, GateError
-    for what was built and is not right. The output is complete afterwards, or as it was before.
+    Raises UnusableError, ExportError or TokenizerError for what cannot be built, GateError for what was built and is
+    not right. The output is complete afterwards, or as it was before.
     """
     with stage_bundle(config.output, overwrite=config.overwrite) as staged:
         source = _load(config)
@@ -165,7 +156,7 @@ def build(config: BuildConfig) -> BuildResult:
         print(f"what the tokens are worth: {manifest.quality.line}")
         if warning := manifest.quality.fidelity.warning:
             print(warning)
-    return BuildResult(config.output, manifest, exam.quality, exam.fidelity)
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -179,17 +170,20 @@ class _Source:
 
 @dataclass(frozen=True)
 class _Exported:
-    """What is generated from the reference. contents: graphs and sources, by their file in the bundle."""
+    """What the bundle holds by now: graphs and sources, generated from the reference."""
 
     model: ModelEntry
     fingerprint: str
     graphs: tuple[GraphEntry, ...]
-    contents: Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
 class _Exam:
-    """What everything is held against. quality, fidelity: of the reference, see `BuildResult`."""
+    """What everything is held against.
+
+    quality: the reference's action MSE in normalised units on the held-out data, by what was decoded; empty without
+    data. fidelity: of all its layers, for each dimension in the robot's units; None without data.
+    """
 
     sections: Sequence[Section]
     golden: Golden
@@ -243,29 +237,25 @@ def _export(config: BuildConfig, source: _Source, staged: StagedBundle) -> _Expo
     """Graphs, C and CUDA from one plan, written as they are."""
     reference = source.reference
     model, mode = reference.model, reference.mode
-    contents: dict[str, bytes] = {}
-
-    def add(file: str, content: bytes) -> None:
-        contents[file] = content
-        staged.write(file, content)
-
     with phase("export ONNX") as current:
         encoder = plan_encoder(model, mode, config.chunk_length)
         decoders = [plan_decoder(model, mode, config.chunk_length, prefix) for prefix in reference.prefixes]
-        graphs, model_entry = make_graphs(source.checkpoint, reference, encoder, decoders)
-        for entry, content in graphs:
-            add(entry.file, content)
-        current.note(", ".join(f"{entry.file} {len(content) / 1000:.0f} kB" for entry, content in graphs))
+        entry = _model_entry(source, encoder)
+        graphs = make_graphs(entry, encoder, decoders)
+        for graph, content in graphs:
+            staged.write(graph.file, content)
+        current.note(", ".join(f"{graph.file} {len(content) / 1000:.0f} kB" for graph, content in graphs))
     identity = fingerprint(source.checkpoint, mode)
     with phase("generate C") as current:
         generated = c_tokenizer(encoder, decoders, identity, mode)
-        add(C_HEADER, generated.header.encode())
-        add(C_SOURCE, generated.source.encode())
-        current.note(f"{C_SOURCE} {len(contents[C_SOURCE]) / 1000:.0f} kB")
+        staged.write(C_HEADER, generated.header.encode())
+        staged.write(C_SOURCE, generated.source.encode())
+        current.note(f"{C_SOURCE} {len(generated.source) / 1000:.0f} kB")
     with phase("generate CUDA") as current:
-        add(CUDA_SOURCE, cuda_tokenizer(encoder, decoders, identity).encode())
-        current.note(f"{CUDA_SOURCE} {len(contents[CUDA_SOURCE]) / 1000:.0f} kB")
-    return _Exported(model_entry, identity, tuple(entry for entry, _ in graphs), contents)
+        cuda = cuda_tokenizer(encoder, decoders, identity)
+        staged.write(CUDA_SOURCE, cuda.encode())
+        current.note(f"{CUDA_SOURCE} {len(cuda) / 1000:.0f} kB")
+    return _Exported(entry, identity, tuple(graph for graph, _ in graphs))
 
 
 def _examine(config: BuildConfig, source: _Source, exported: _Exported, staged: StagedBundle) -> _Exam:
@@ -281,18 +271,18 @@ def _examine(config: BuildConfig, source: _Source, exported: _Exported, staged: 
     )
     with phase("write golden vectors") as current:
         golden = golden_vectors(reference, sections)
-        staged.write_golden(golden)
+        staged.write(GOLDEN_NAME, write_golden(golden))
         current.note(f"{golden.actions.shape[0]} chunks of {config.chunk_length} steps")
     with phase("cross-check graphs") as current:
         for entry in exported.graphs:
-            require_none(cross_check(entry, exported.contents[entry.file], golden, exported.model))
+            require_none(cross_check(entry, staged.content(entry.file), golden, exported.model))
         current.note("ONNX Runtime and the onnx reference evaluator agree with PyTorch (through Polygraphy)")
     return _Exam(sections, golden, reference.action_mse(held_out), reference.fidelity(held_out))
 
 
 def _compile(config: BuildConfig, exported: _Exported, staged: StagedBundle) -> tuple[EngineEntry, ...]:
     graphs = tuple(entry for entry in exported.graphs if entry.form == LinearForm.REDUCE.value)
-    sources = EngineSources(exported.contents.__getitem__, graphs, config.profile, config.compute_capabilities)
+    sources = EngineSources(staged.content, graphs, config.profile, config.compute_capabilities)
     chosen = config.backends
     if chosen is None:
         chosen, reasons = compilable(to_run=False)
@@ -315,37 +305,38 @@ def _provenance(config: BuildConfig, source: _Source, exam: _Exam) -> dict[str, 
     }
 
 
-def make_graphs(
-    checkpoint: Checkpoint, reference: Reference, encoder: EncoderPlan, decoders: Sequence[DecoderPlan]
-) -> tuple[list[tuple[GraphEntry, bytes]], ModelEntry]:
-    """Encoder and one decoder per prefix in every form, checked; with what the runtime has to know."""
-    model, sizes = reference.model, checkpoint.config
-    contents: list[tuple[str, Literal["encoder", "decoder"], int, LinearForm, bytes]] = []
-    for form in LinearForm:
-        folder = "" if form is LinearForm.GEMM else f"{form.value}/"
-        contents.append((f"{folder}encoder.onnx", "encoder", sizes.num_layers, form, encoder_graph(encoder, form)))
-        for decoder in decoders:
-            name = "decoder.onnx" if decoder.prefix == sizes.num_layers else f"decoder_l{decoder.prefix}.onnx"
-            contents.append((folder + name, "decoder", decoder.prefix, form, decoder_graph(decoder, form)))
-    entry = ModelEntry(
+def _model_entry(source: _Source, encoder: EncoderPlan) -> ModelEntry:
+    """What the runtime has to know of the model."""
+    reference = source.reference
+    return ModelEntry(
         mode=reference.mode.value,
         chunk_length=encoder.chunk_length,
-        action_dim=sizes.action_dim,
-        latent_dim=sizes.latent_dim,
-        hidden_width=sizes.hidden_width,
-        num_layers=sizes.num_layers,
-        num_levels=sizes.num_levels,
-        prefixes=tuple(decoder.prefix for decoder in decoders),
+        **asdict(source.checkpoint.config),
+        prefixes=reference.prefixes,
         action_limit=action_limit(encoder),
-        action_units=tuple(map(float, model.units)),
-        action_offset=tuple(map(float, model.offset)),
+        action_units=tuple(map(float, reference.model.units)),
+        action_offset=tuple(map(float, reference.model.offset)),
     )
-    graphs = []
-    for name, role, prefix, form, content in contents:
-        graph = GraphEntry(name, role, prefix, form.value, *graph_tensors(entry, role, prefix))
+
+
+def make_graphs(
+    model: ModelEntry, encoder: EncoderPlan, decoders: Sequence[DecoderPlan]
+) -> list[tuple[GraphEntry, bytes]]:
+    """Encoder and one decoder per prefix in every form, checked. Raises GateError where one is not sound."""
+    graphs: list[tuple[GraphEntry, bytes]] = []
+
+    def add(file: str, role: Literal["encoder", "decoder"], prefix: int, form: LinearForm, content: bytes) -> None:
+        path = file if form is LinearForm.GEMM else f"{form.value}/{file}"
+        graph = GraphEntry(path, role, prefix, form.value, *graph_tensors(model, role, prefix))
         require_none(check_graph(graph, content))
         graphs.append((graph, content))
-    return graphs, entry
+
+    for form in LinearForm:
+        add("encoder.onnx", "encoder", model.num_layers, form, encoder_graph(encoder, form))
+        for decoder in decoders:
+            file = "decoder.onnx" if decoder.prefix == model.num_layers else f"decoder_l{decoder.prefix}.onnx"
+            add(file, "decoder", decoder.prefix, form, decoder_graph(decoder, form))
+    return graphs
 
 
 def _required(config: BuildConfig) -> tuple[str, ...]:
