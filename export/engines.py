@@ -107,8 +107,7 @@ def _compile_graphs(
         )
         engines.append(entry)
         current.note(f"{stem}.engine {len(built.serialized) / 1e6:.1f} MB")
-        for warning in built.warnings:
-            current.note(f"{backend} warns: {warning}")
+        current.note(*(f"{backend} warns: {warning}" for warning in built.warnings))
     current.note(f"built for {backend} {engines[0].version}, target {target}")
     return tuple(engines)
 

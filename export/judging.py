@@ -48,10 +48,8 @@ def note_gates(
     absent: Mapping[str, str],
 ) -> None:
     """A line for each backend that ran, for each that did not, and for the outcome."""
-    for backend in backends:
-        current.note(f"{backend.name}: {backend.description}")
-    for name, reason in absent.items():
-        current.note(f"NOT run: {name}: {reason}")
+    current.note(*(f"{backend.name}: {backend.description}" for backend in backends))
+    current.note(*(f"NOT run: {name}: {reason}" for name, reason in absent.items()))
     conclusion = f"{parity[0].steps} steps against PyTorch float64"
     if problems:
         current.fail(f"{conclusion}: {len(problems)} gates are red")

@@ -1,4 +1,4 @@
-"""The steps of a build: calibrate, export, compile, prove, then write the bundle all at once."""
+"""The phases of a build: calibrate, export, compile, prove, then write the bundle all at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +41,6 @@ from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
-from rfsq.runtime.bundle.fidelity import Fidelity
 from rfsq.runtime.bundle.golden import Golden, write_golden
 from rfsq.runtime.bundle.manifest import (
     C_HEADER,
@@ -126,31 +125,27 @@ def build(config: BuildConfig) -> Manifest:
     """
     with stage_bundle(config.output, overwrite=config.overwrite) as staged:
         source = _load(config)
-        exported = _export(config, source, staged)
-        exam = _examine(config, source, exported, staged)
-        engines = _compile(config, exported, staged)
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            fingerprint=exported.fingerprint,
-            model=exported.model,
-            graphs=exported.graphs,
-            engines=engines,
-            parity=(),
-            tools=_tool_versions(),
-            provenance=_provenance(config, source, exam),
-            files={},
-            quality=source.data.quality(exam.fidelity),
+        draft = _export(config, source, staged)
+        sections = _sections(config, source, draft.model)
+        golden = _write_golden(source, sections, draft, staged)
+        reference, held_out = source.reference, source.data.held_out
+        action_mse, fidelity = reference.action_mse(held_out), reference.fidelity(held_out)
+        draft = replace(
+            draft,
+            engines=_compile(config, draft, staged),
+            provenance=_provenance(config, source, action_mse),
+            quality=source.data.quality(fidelity),
         )
 
         def judge(backends: Sequence[Backend], absent: Mapping[str, str]) -> tuple[ParityEntry, ...]:
             with phase("parity gates") as current:
-                parity, problems = prove(exported.model, exam.golden, source.reference, exam.sections, backends)
+                parity, problems = prove(draft.model, golden, reference, sections, backends)
                 note_gates(current, parity, problems, backends, absent)
-            print(closing_tables(parity, exam.quality, exam.fidelity, source.data.judged_on))
+            print(closing_tables(parity, action_mse, fidelity, source.data.judged_on))
             require_none(problems)
             return parity
 
-        manifest = seal_proven(staged, manifest, judge, config.backends, required=_required(config))
+        manifest = seal_proven(staged, draft, judge, config.backends, required=_required(config))
     print(f"\n✓ {config.output} is built and validated, fingerprint {manifest.fingerprint[:16]}")
     if manifest.quality is not None:
         print(f"what the tokens are worth: {manifest.quality.line}")
@@ -168,29 +163,6 @@ class _Source:
     data: BuildData
 
 
-@dataclass(frozen=True)
-class _Exported:
-    """What the bundle holds by now: graphs and sources, generated from the reference."""
-
-    model: ModelEntry
-    fingerprint: str
-    graphs: tuple[GraphEntry, ...]
-
-
-@dataclass(frozen=True)
-class _Exam:
-    """What everything is held against.
-
-    quality: the reference's action MSE in normalised units on the held-out data, by what was decoded; empty without
-    data. fidelity: of all its layers, for each dimension in the robot's units; None without data.
-    """
-
-    sections: Sequence[Section]
-    golden: Golden
-    quality: Mapping[str, float]
-    fidelity: Fidelity | None
-
-
 def _load(config: BuildConfig) -> _Source:
     with phase("load checkpoint") as current:
         checkpoint = open_checkpoint(
@@ -202,8 +174,7 @@ def _load(config: BuildConfig) -> _Source:
         mode = choose_mode(checkpoint, config.conditioning)
         prefixes = choose_prefixes(config.prefixes, checkpoint.config.num_layers)
         current.note(f"{config.checkpoint.name}: {_describe(checkpoint)}; deployed as {mode.value!r}")
-        for remark in checkpoint.remarks:
-            current.note(remark)
+        current.note(*checkpoint.remarks)
     is_fit_needed = needs_fit(checkpoint, mode, prefixes)
     if config.readout is not ReadoutChoice.AUTO and not (is_fit_needed and mode is DeployMode.CALIBRATED):
         raise BuildInputError(
@@ -219,22 +190,20 @@ def _load(config: BuildConfig) -> _Source:
             filter_key=config.filter_key,
             is_needed=is_fit_needed,
         )
-        for line in data.description.splitlines():
-            current.note(line)
+        current.note(*data.description.splitlines())
     with phase("calibrate") as current:
         if is_fit_needed and data.dataset is not None:
             checkpoint = fit_for(checkpoint, mode, prefixes, data.dataset, ReadoutConfig(config.readout))
             facts = checkpoint.provenance[mode.value]
             current.note(f"{mode.value!r}, fitted on {facts['data']['steps']} steps")
-            for line in facts.get("remark", "").splitlines():
-                current.note(line)
+            current.note(*facts.get("remark", "").splitlines())
         else:
             current.skip("nothing to fit")
     return _Source(checkpoint, Reference(checkpoint, mode, prefixes), data)
 
 
-def _export(config: BuildConfig, source: _Source, staged: StagedBundle) -> _Exported:
-    """Graphs, C and CUDA from one plan, written as they are."""
+def _export(config: BuildConfig, source: _Source, staged: StagedBundle) -> Manifest:
+    """Write graphs, C and CUDA, all from one plan. Returns the manifest as far as it is known by then."""
     reference = source.reference
     model, mode = reference.model, reference.mode
     with phase("export ONNX") as current:
@@ -255,34 +224,39 @@ def _export(config: BuildConfig, source: _Source, staged: StagedBundle) -> _Expo
         cuda = cuda_tokenizer(encoder, decoders, identity)
         staged.write(CUDA_SOURCE, cuda.encode())
         current.note(f"{CUDA_SOURCE} {len(cuda) / 1000:.0f} kB")
-    return _Exported(entry, identity, tuple(graph for graph, _ in graphs))
+    entries = tuple(graph for graph, _ in graphs)
+    return Manifest(SCHEMA_VERSION, identity, entry, entries, (), (), _tool_versions(), {}, {})
 
 
-def _examine(config: BuildConfig, source: _Source, exported: _Exported, staged: StagedBundle) -> _Exam:
-    """Draw what everything is judged on, write the golden vectors, and hold the graphs against them."""
-    reference, held_out = source.reference, source.data.held_out
-    sections = parity_sections(
-        reference.model,
-        held_out,
-        chunk_length=config.chunk_length,
-        limit=exported.model.action_limit,
+def _sections(config: BuildConfig, source: _Source, model: ModelEntry) -> tuple[Section, ...]:
+    """What everything is judged on."""
+    return parity_sections(
+        source.reference.model,
+        source.data.held_out,
+        chunk_length=model.chunk_length,
+        limit=model.action_limit,
         num_steps=config.parity_steps,
-        prefixes=reference.prefixes,
+        prefixes=model.prefixes,
     )
+
+
+def _write_golden(source: _Source, sections: Sequence[Section], draft: Manifest, staged: StagedBundle) -> Golden:
+    """Write the golden vectors, and hold the graphs against them."""
     with phase("write golden vectors") as current:
-        golden = golden_vectors(reference, sections)
+        golden = golden_vectors(source.reference, sections)
         staged.write(GOLDEN_NAME, write_golden(golden))
-        current.note(f"{golden.actions.shape[0]} chunks of {config.chunk_length} steps")
+        current.note(f"{golden.actions.shape[0]} chunks of {draft.model.chunk_length} steps")
     with phase("cross-check graphs") as current:
-        for entry in exported.graphs:
-            require_none(cross_check(entry, staged.content(entry.file), golden, exported.model))
-        current.note("ONNX Runtime and the onnx reference evaluator agree with PyTorch (through Polygraphy)")
-    return _Exam(sections, golden, reference.action_mse(held_out), reference.fidelity(held_out))
+        for entry in draft.graphs:
+            require_none(cross_check(entry, staged.content(entry.file), golden, draft.model))
+        current.note("ONNX Runtime (through Polygraphy) and the onnx reference evaluator agree with PyTorch")
+    return golden
 
 
-def _compile(config: BuildConfig, exported: _Exported, staged: StagedBundle) -> tuple[EngineEntry, ...]:
-    graphs = tuple(entry for entry in exported.graphs if entry.form == LinearForm.REDUCE.value)
-    sources = EngineSources(staged.content, graphs, config.profile, config.compute_capabilities)
+def _compile(config: BuildConfig, draft: Manifest, staged: StagedBundle) -> tuple[EngineEntry, ...]:
+    sources = EngineSources(
+        staged.content, draft.graphs_of(LinearForm.REDUCE.value), config.profile, config.compute_capabilities
+    )
     chosen = config.backends
     if chosen is None:
         chosen, reasons = compilable(to_run=False)
@@ -292,7 +266,7 @@ def _compile(config: BuildConfig, exported: _Exported, staged: StagedBundle) -> 
     return tuple(engine for name in dict.fromkeys(chosen) for engine in compile_engines(name, sources, staged))
 
 
-def _provenance(config: BuildConfig, source: _Source, exam: _Exam) -> dict[str, Any]:
+def _provenance(config: BuildConfig, source: _Source, action_mse: Mapping[str, float]) -> dict[str, Any]:
     weights = {name: part.numpy() for name, part in source.checkpoint.tensors().items()}
     return {
         "checkpoint": {
@@ -301,7 +275,7 @@ def _provenance(config: BuildConfig, source: _Source, exam: _Exam) -> dict[str, 
             HASHES_KEY: weight_hashes(weights),
         },
         "data": source.data.description,
-        "action_mse": exam.quality,
+        "action_mse": action_mse,
     }
 
 

@@ -18,8 +18,8 @@ class Phase:
     details: list[str] = field(default_factory=list)
     sign: str = "✓"
 
-    def note(self, detail: str) -> None:
-        self.details.append(detail)
+    def note(self, *details: str) -> None:
+        self.details += details
 
     def skip(self, reason: str) -> None:
         self.sign = "–"
