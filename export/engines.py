@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +102,7 @@ def _compile_graphs(
             targets=targets,
             source=graph.file,
             file=f"engines/{backend}-{built.version}-{target}/{stem}.engine",
-            profile=(profile.minimum, profile.optimum, profile.maximum),
+            profile=astuple(profile),
             detail=f"inspected ({origin}), not run",
         )
         engines.append(entry)

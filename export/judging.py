@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from tqdm import tqdm
 
 from rfsq.calibration.readout import held_out_warning
-from rfsq.export.parity import batches, failures, judges_of
+from rfsq.export.parity import batches, judges_of
 from rfsq.export.parity_data import Section
 from rfsq.export.progress import Phase, table
+from rfsq.export.proving import failures
 from rfsq.export.reference import AS_TRAINED, REFITTED, Reference
 from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.backends.replay import replay

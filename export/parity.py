@@ -99,12 +99,10 @@ class Judge:
         assert self.found is not None
         assert self.float32 is not None
 
-        prefix = f"{self.variant}, " if self.variant else ""
+        variant = f"{self.variant}, " if self.variant else ""
 
         def entry(gate: str, value: float, limit: float, detail: str = "") -> ParityEntry:
-            return ParityEntry(
-                self.backend.name, prefix + gate, self.steps, float(value), float(limit), detail, self.backend.device
-            )
+            return ParityEntry(self.backend.name, variant + gate, self.steps, value, limit, detail, self.backend.device)
 
         near_ties = f"L0 to L{self.model.num_layers - 1}: {_counts(self.found)}; torch float32: {_counts(self.float32)}"
         return (
@@ -128,16 +126,6 @@ def judges_of(backends: Sequence[Backend], reference: Reference, model: ModelEnt
         Judge(judged_backend, reference, model, variant, seed)
         for backend in backends
         for variant, judged_backend in judged(backend).items()
-    ]
-
-
-def failures(entries: Sequence[ParityEntry]) -> list[str]:
-    """A line for every gate that is red; NaN is red."""
-    return [
-        f"{entry.backend}, {entry.gate}: {entry.value:g} over {entry.steps} steps; expected at most {entry.limit:g}"
-        + (f" ({entry.detail})" if entry.detail else "")
-        for entry in entries
-        if not entry.value <= entry.limit
     ]
 
 

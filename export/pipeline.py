@@ -89,7 +89,7 @@ class BuildConfig:
     chunk_length: int = 8
     backends: tuple[str, ...] | None = None
     compute_capabilities: tuple[str, ...] = ()
-    profile: Profile = field(default_factory=lambda: Profile(1, 1, 4096))
+    profile: Profile = field(default_factory=Profile)
     parity_steps: int = 120_000
 
     def __post_init__(self) -> None:
@@ -126,8 +126,7 @@ def build(config: BuildConfig) -> Manifest:
     with stage_bundle(config.output, overwrite=config.overwrite) as staged:
         source = _load(config)
         draft = _export(config, source, staged)
-        sections = _sections(config, source, draft.model)
-        golden = _write_golden(source, sections, draft, staged)
+        sections, golden = _examine(config, source, draft, staged)
         reference, held_out = source.reference, source.data.held_out
         action_mse, fidelity = reference.action_mse(held_out), reference.fidelity(held_out)
         draft = replace(
@@ -228,9 +227,12 @@ def _export(config: BuildConfig, source: _Source, staged: StagedBundle) -> Manif
     return Manifest(SCHEMA_VERSION, identity, entry, entries, (), (), _tool_versions(), {}, {})
 
 
-def _sections(config: BuildConfig, source: _Source, model: ModelEntry) -> tuple[Section, ...]:
-    """What everything is judged on."""
-    return parity_sections(
+def _examine(
+    config: BuildConfig, source: _Source, draft: Manifest, staged: StagedBundle
+) -> tuple[tuple[Section, ...], Golden]:
+    """Draw what everything is judged on, write the golden vectors, and hold the graphs against them."""
+    model = draft.model
+    sections = parity_sections(
         source.reference.model,
         source.data.held_out,
         chunk_length=model.chunk_length,
@@ -238,19 +240,15 @@ def _sections(config: BuildConfig, source: _Source, model: ModelEntry) -> tuple[
         num_steps=config.parity_steps,
         prefixes=model.prefixes,
     )
-
-
-def _write_golden(source: _Source, sections: Sequence[Section], draft: Manifest, staged: StagedBundle) -> Golden:
-    """Write the golden vectors, and hold the graphs against them."""
     with phase("write golden vectors") as current:
         golden = golden_vectors(source.reference, sections)
         staged.write(GOLDEN_NAME, write_golden(golden))
-        current.note(f"{golden.actions.shape[0]} chunks of {draft.model.chunk_length} steps")
+        current.note(f"{golden.actions.shape[0]} chunks of {model.chunk_length} steps")
     with phase("cross-check graphs") as current:
         for entry in draft.graphs:
-            require_none(cross_check(entry, staged.content(entry.file), golden, draft.model))
+            require_none(cross_check(entry, staged.content(entry.file), golden, model))
         current.note("ONNX Runtime (through Polygraphy) and the onnx reference evaluator agree with PyTorch")
-    return golden
+    return sections, golden
 
 
 def _compile(config: BuildConfig, draft: Manifest, staged: StagedBundle) -> tuple[EngineEntry, ...]:

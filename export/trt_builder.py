@@ -7,7 +7,7 @@ give the same bytes: TensorRT-RTX writes counters of its own into the engine.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Literal
 
 from rfsq.export.batches import Profile
@@ -93,8 +93,7 @@ def _shapes_at(name: str, shape: tuple[int, ...], batches: Profile) -> ProfileSh
     """The shapes an input of `shape` (-1 where dynamic) takes at the three batch sizes."""
     if not shape or shape[0] != -1 or -1 in shape[1:]:
         raise ValueError(f"input {name!r} has shape {shape}; expected a dynamic first dimension and no other")
-    minimum, optimum, maximum = ((batch, *shape[1:]) for batch in (batches.minimum, batches.optimum, batches.maximum))
-    return ProfileShapes(minimum, optimum, maximum)
+    return ProfileShapes(*((batch, *shape[1:]) for batch in astuple(batches)))
 
 
 def inspect_engine(built: BuiltEngine) -> tuple[Literal["engine", "network"], tuple[EngineTensor, ...]]:
