@@ -146,16 +146,10 @@ def _compile_cuda(
     backend: str, sources: EngineSources, staged: StagedBundle, current: Phase
 ) -> tuple[EngineEntry, ...]:
     """For this machine's GPU: what cannot be proven here is not built."""
-    # Here, because they need cuda-python, which a machine without a GPU need not have.
-    try:
-        from rfsq.runtime.backends.gpu.driver import open_device
-        from rfsq.runtime.backends.gpu.kernels import KernelError, compile_kernels, nvrtc_version
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"the generated CUDA cannot be compiled: {error}; install cuda-python and NVRTC with: pip install '.[gpu]'"
-        ) from error
+    source, gpu = sources.content(CUDA_SOURCE), _gpu()
+    # Here, because it needs cuda-python, which a machine without a GPU need not have.
+    from rfsq.runtime.backends.gpu.kernels import KernelError, compile_kernels, nvrtc_version
 
-    source, gpu = sources.content(CUDA_SOURCE), open_device()
     try:
         version = nvrtc_version()
         content = compile_kernels(source.decode(), CUDA_SOURCE.rpartition("/")[2], gpu.compute_capability, CUDA_FLAGS)
@@ -206,7 +200,7 @@ def _why_no_gpu() -> str:
     """Empty where there is one, with cuda-python to use it."""
     try:
         _gpu()
-    except (ImportError, BackendUnavailableError) as error:
+    except BackendUnavailableError as error:
         return str(error)
     return ""
 
@@ -217,7 +211,11 @@ def _only_target(backend: str) -> tuple[str, ...]:
 
 
 def _gpu() -> GpuDevice:
-    # Here, because it needs cuda-python, which a machine without a GPU need not have.
-    from rfsq.runtime.backends.gpu.driver import open_device
-
+    """Raises BackendUnavailableError where there is none, or no cuda-python to use it."""
+    try:
+        from rfsq.runtime.backends.gpu.driver import open_device
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"CUDA cannot be used: {error}; install cuda-python and NVRTC with: {BACKENDS['cuda'].install}"
+        ) from error
     return open_device()

@@ -222,12 +222,9 @@ def _decoder_effects(model: ActionAutoencoder, pool: Tensor, prefix: int) -> Ten
     """[constants, N]: how often over the gate the action of a step's tokens is moved by `ERROR` of one constant."""
     first, second = _linear_layers(model.decoder)
     matrix, offset = (torch.from_numpy(part) for part in token_map(model, prefix))
+    folded, folded_bias = first.weight @ matrix, first.weight @ offset + first.bias
     # In one step and in two: engines have either.
-    constants = (
-        first.weight.shape[0] * (matrix.shape[1] + 1)
-        + matrix.numel()
-        + sum(part.numel() for part in model.decoder.parameters())
-    )
+    constants = sum(part.numel() for part in (folded, folded_bias, matrix, *model.decoder.parameters()))
     pool = pool[: max(_MOST_NUMBERS // constants, 64)]
     tokens = model.encode(pool.double())[0][..., :prefix].flatten(1).double()
     latents = tokens @ matrix.T + offset
@@ -235,21 +232,26 @@ def _decoder_effects(model: ActionAutoencoder, pool: Tensor, prefix: int) -> Ten
     with torch.enable_grad():
         hidden = model.decoder[1](before)
         (slope,) = torch.autograd.grad(hidden.sum(), before)
-    # The dimension that a hidden unit, or a latent, moves most.
+    # The dimension of the action that a hidden unit, or a latent, moves most.
     by_hidden = slope.abs() * second.weight.abs().amax(0)
     by_latent = torch.einsum("ah,nh,hd->nad", second.weight, slope, first.weight).abs().amax(1)
-    folded = first.weight @ matrix
+    by_action = torch.ones(len(pool), len(second.bias), dtype=torch.float64)
     effects = [
-        torch.einsum("nh,nk,hk->hkn", by_hidden, tokens, folded.abs()).flatten(0, 1),
-        (by_hidden * (first.weight @ offset + first.bias).abs()).T,
-        torch.einsum("nd,nk,dk->dkn", by_latent, tokens, matrix.abs())[matrix != 0],
-        (by_latent * offset.abs()).T,
-        torch.einsum("nh,nd,hd->hdn", by_hidden, latents.abs(), first.weight.abs()).flatten(0, 1),
-        (by_hidden * first.bias.abs()).T,
-        torch.einsum("nh,ah->ahn", hidden.detach().abs(), second.weight.abs()).flatten(0, 1),
-        second.bias.abs()[:, None].expand(-1, len(pool)),
+        *_layer_effects(folded, folded_bias, tokens, by_hidden),
+        *_layer_effects(matrix, offset, tokens, by_latent),
+        *_layer_effects(first.weight, first.bias, latents, by_hidden),
+        *_layer_effects(second.weight, second.bias, hidden.detach(), by_action),
     ]
     return (ERROR / GATES.action_error * torch.cat(effects)).float()
+
+
+def _layer_effects(weight: Tensor, bias: Tensor, inputs: Tensor, worth: Tensor) -> tuple[Tensor, Tensor]:
+    """[weights, N] and [biases, N]: by how much their own size each moves an action.
+
+    inputs: of the layer, [N, I]; worth: by how much one of its outputs moves it, [N, O].
+    """
+    by_weight = torch.einsum("no,ni,oi->oin", worth, inputs.abs(), weight.abs())
+    return by_weight.flatten(0, 1), (worth * bias.abs()).T
 
 
 def _linear_layers(part: nn.Sequential) -> tuple[nn.Linear, nn.Linear]:

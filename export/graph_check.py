@@ -37,7 +37,8 @@ def check_graph(entry: GraphEntry, onnx_bytes: bytes) -> list[str]:
     expected = [(tensor.name, tensor.dtype, tensor.shape) for tensor in (*entry.inputs, *entry.outputs)]
     if found != expected or len(graph.input) != len(entry.inputs):
         return [f"{entry.file} has the tensors {found}; expected {expected}"]
-    unknown = [node.name for node in graph.node if set(node.output) - {value.name for value in _typed(graph)}]
+    inferred = {value.name for value in (*graph.value_info, *graph.output)}
+    unknown = [node.name for node in graph.node if set(node.output) - inferred]
     return [f"{entry.file}: shapes of {unknown} could not be inferred"] if unknown else []
 
 
@@ -88,10 +89,6 @@ def _disagreement(entry: GraphEntry, golden: Golden, model: ModelEntry, outputs:
     if error.value <= GATES.action_error:
         return ""
     return f"action error {error.value:g}, expected at most {GATES.action_error:g}: {error}"
-
-
-def _typed(graph: onnx.GraphProto) -> tuple[onnx.ValueInfoProto, ...]:
-    return (*graph.value_info, *graph.output)
 
 
 def _tensor(value: onnx.ValueInfoProto) -> tuple[str, str, tuple[int, ...]]:

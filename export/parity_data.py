@@ -12,7 +12,7 @@ import torch
 from rfsq.export.golden_inputs import bins_of, bisected, sensitive_steps, to_edge
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.rounding import token_error_bounds
-from rfsq.runtime.bundle.arrays import Float32Array, Float64Array
+from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, in_chunks
 
 EDGES = "edges"
 #: More corners than this are sampled, not listed.
@@ -62,12 +62,13 @@ def parity_sections(
     uniform = random.uniform(low, high, (max(num_steps - len(episodes) - near, chunk_length), len(low)))
     edges = edge_steps(model, low, high, limit, random)
     sensitive = sensitive_steps(model, prefixes, low, high, limit=limit, num_steps=num_steps, random=random)
-    return (
-        Section("episodes", as_chunks(episodes, chunk_length)),
-        Section("around them", as_chunks(around, chunk_length)),
-        Section("uniform random", as_chunks(uniform, chunk_length)),
-        Section(EDGES, as_chunks(np.concatenate((edges, sensitive)), chunk_length)),
-    )
+    steps: dict[str, npt.NDArray[np.floating]] = {
+        "episodes": episodes,
+        "around them": around,
+        "uniform random": uniform,
+        EDGES: np.concatenate((edges, sensitive)),
+    }
+    return tuple(Section(name, in_chunks(part.astype(np.float32), chunk_length)) for name, part in steps.items())
 
 
 def edge_steps(
@@ -164,13 +165,6 @@ def neighbours_at_rounding_distance(
     missed = np.abs(np.hstack(effects) @ moves.T - of_nearest(missing) - wanted)
     neighbours: Float32Array = (steps + moves[missed.argmin(1)] * np.spacing(np.abs(steps))).astype(np.float32)
     return neighbours
-
-
-def as_chunks(steps: npt.NDArray[np.floating], chunk_length: int) -> Float32Array:
-    """[N, A] to float32 [ceil(N / T), T, A]; the last chunk is filled up with the first steps."""
-    missing = -len(steps) % chunk_length
-    filled = np.concatenate((steps, np.resize(steps, (missing, steps.shape[1]))))
-    return np.ascontiguousarray(filled.reshape(-1, chunk_length, steps.shape[1]), np.float32)
 
 
 def _range(model: ActionAutoencoder, episodes: Float32Array) -> tuple[Float64Array, Float64Array]:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from rfsq.export.parity_data import (
     EDGES,
     Section,
-    as_chunks,
     edge_steps,
     near_tie_steps,
     neighbours_at_rounding_distance,
@@ -247,19 +246,3 @@ def test_some_steps_lie_as_far_from_an_edge_as_float32_rounds_however_far_joints
     # implementation flips half of them, a bad one no more than a good one.
     assert (shares < 1 / 8).double().mean() > 0.6
     assert 1 / 200 < shares.median() < 1 / 16
-
-
-# --- chunks -----------------------------------------------------------------------------------------------------------
-
-
-@given(num_steps=st.integers(0, 50), chunk_length=st.integers(1, 60))
-def test_steps_become_chunks_in_order_and_the_last_is_filled_up_with_the_first(num_steps, chunk_length) -> None:
-    steps = np.arange(2.0 * num_steps).reshape(num_steps, 2)
-    chunks = as_chunks(steps, chunk_length)
-
-    assert chunks.shape == (-(-num_steps // chunk_length), chunk_length, 2)
-    assert chunks.dtype == np.float32
-    flat = chunks.reshape(-1, 2)
-    np.testing.assert_array_equal(flat[:num_steps], steps)
-    if num_steps:
-        np.testing.assert_array_equal(flat[num_steps:], np.resize(steps, (len(flat) - num_steps, 2)))
