@@ -43,6 +43,15 @@ _ROOM = 3.0
 
 
 @dataclass(frozen=True)
+class Span:
+    """What steps are drawn from, in physical units. low, high: the range, [A]; limit: the largest |action|."""
+
+    low: Float64Array
+    high: Float64Array
+    limit: float
+
+
+@dataclass(frozen=True)
 class _Edges:
     """Steps float32 [N, A] close to an edge between two bins; int64 [N] each, of what latent and layer the edge is."""
 
@@ -82,21 +91,14 @@ def to_edge(model: ActionAutoencoder, bins: Tensor) -> Tensor:
 
 
 def sensitive_steps(
-    model: ActionAutoencoder,
-    prefixes: Sequence[int],
-    low: Float64Array,
-    high: Float64Array,
-    *,
-    limit: float,
-    num_steps: int,
-    random: np.random.Generator,
+    model: ActionAutoencoder, prefixes: Sequence[int], span: Span, num_steps: int, random: np.random.Generator
 ) -> Float32Array:
     """Steps [N, A], each of which shows a constant that no other does.
 
-    prefixes: of the decoders; low, high [A]: the range; limit: the largest |action|; num_steps: that the build judges.
+    prefixes: of the decoders; num_steps: that the build judges.
     """
     edges = num_steps // _STEPS_PER_EDGE
-    pool = _pool(low, high, limit, int(np.clip(4 * edges, *_POOL)), random)
+    pool = _pool(span, int(np.clip(4 * edges, *_POOL)), random)
     found = _steps_at_edges(model, pool, int(np.clip(edges, *_EDGES)), random)
     chosen = torch.unique(found.steps[_cover(_encoder_effects(model, found))], dim=0)
     # With statistics of their own, tokens alone decode to nothing.
@@ -105,10 +107,11 @@ def sensitive_steps(
     return torch.cat([chosen, *decoded]).numpy()
 
 
-def _pool(low: Float64Array, high: Float64Array, limit: float, size: int, random: np.random.Generator) -> Tensor:
-    middle, half = (low + high) / 2, (high - low) / 2
-    parts = [middle + width * half * random.uniform(-1, 1, (size // len(_WIDTHS), len(low))) for width in _WIDTHS]
-    return torch.from_numpy(np.clip(np.concatenate(parts), -limit, limit).astype(np.float32))
+def _pool(span: Span, size: int, random: np.random.Generator) -> Tensor:
+    middle, half = (span.low + span.high) / 2, (span.high - span.low) / 2
+    shape = size // len(_WIDTHS), len(middle)
+    parts = np.concatenate([middle + width * half * random.uniform(-1, 1, shape) for width in _WIDTHS])
+    return torch.from_numpy(np.clip(parts, -span.limit, span.limit).astype(np.float32))
 
 
 # --- steps at edges ---------------------------------------------------------------------------------------------------

@@ -117,6 +117,11 @@ class _GraphBuilder:
         gate = self.apply("Div", [numerator, denominator], f"{output}.gate")
         return self.apply("Mul", [value, gate], output)
 
+    def grid(self, levels: str, half_range: float, prefix: str = "") -> str:
+        """From levels 0 ... 2 half_range to the grid [-1, 1]."""
+        step, one = self.scalar("level_step", 1 / half_range), self.scalar("one", 1.0)
+        return self.apply("Sub", [self.apply("Mul", [levels, step], f"{prefix}steps"), one], f"{prefix}grid")
+
     def reshape(self, value: str, shape: Sequence[int], output: str) -> str:
         return self.apply("Reshape", [value, self.constant(f"{output}.shape", np.array(shape, np.int64))], output)
 
@@ -224,8 +229,7 @@ def _dynamic_layers(build: _GraphBuilder, plan: EncoderPlan, columns: str) -> tu
         if plan.has_stats:
             stats.append(build.apply("Concat", [mean, sigma], f"{name}.stats", axis=-1))
         if layer + 1 < plan.num_layers:
-            step, one = build.scalar("level_step", 1 / half_range), build.scalar("one", 1.0)
-            grid = build.apply("Sub", [build.apply("Mul", [levels[-1], step], f"{name}.steps"), one], f"{name}.grid")
+            grid = build.grid(levels[-1], half_range, f"{name}.")
             # r - (grid sigma + mean), without the mean that the deviation has already lost.
             taken = build.apply("Mul", [grid, sigma], f"{name}.taken")
             residual = build.apply("Sub", [deviation, taken], f"L{layer + 1}.residual")
@@ -234,9 +238,7 @@ def _dynamic_layers(build: _GraphBuilder, plan: EncoderPlan, columns: str) -> tu
 
 def _latents_from_stats(build: _GraphBuilder, plan: DecoderPlan, numbers: str) -> str:
     """sum over l of grid * sigma + mean: levels [batch, T, D, l] and stats to latents [N, D]."""
-    half_range = (plan.num_levels - 1) / 2
-    steps = build.apply("Mul", [numbers, build.scalar("level_step", 1 / half_range)], "steps")
-    grid = build.apply("Sub", [steps, build.scalar("one", 1.0)], "grid")
+    grid = build.grid(numbers, (plan.num_levels - 1) / 2)
     turned = build.apply("Transpose", ["stats"], "stats.turned", perm=[0, 1, 3, 2])
     halves = build.constant("halves", np.array([1, 1], np.int64))
     build.nodes.append(helper.make_node("Split", [turned, halves], ["mean", "sigma"], name="split", axis=2))

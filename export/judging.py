@@ -9,7 +9,7 @@ from tqdm import tqdm
 from rfsq.calibration.readout import held_out_warning
 from rfsq.export.parity import batches, judges_of
 from rfsq.export.parity_data import Section
-from rfsq.export.progress import Phase, table
+from rfsq.export.progress import table
 from rfsq.export.proving import failures
 from rfsq.export.reference import AS_TRAINED, REFITTED, Reference
 from rfsq.runtime.backends.contract import Backend
@@ -39,23 +39,6 @@ def prove(
     for backend in backends:
         problems += [f"{backend.name}, golden vectors: {check}" for check in replay(golden, model, backend).failures]
     return parity, problems
-
-
-def note_gates(
-    current: Phase,
-    parity: Sequence[ParityEntry],
-    problems: Sequence[str],
-    backends: Sequence[Backend],
-    absent: Mapping[str, str],
-) -> None:
-    """A line for each backend that ran, for each that did not, and for the outcome."""
-    current.note(*(f"{backend.name}: {backend.description}" for backend in backends))
-    current.note(*(f"NOT run: {name}: {reason}" for name, reason in absent.items()))
-    conclusion = f"{parity[0].steps} steps against PyTorch float64"
-    if problems:
-        current.fail(f"{conclusion}: {len(problems)} gates are red")
-    else:
-        current.note(conclusion)
 
 
 def closing_tables(

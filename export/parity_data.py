@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rfsq.export.golden_inputs import bins_of, bisected, sensitive_steps, to_edge
+from rfsq.export.golden_inputs import Span, bins_of, bisected, sensitive_steps, to_edge
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, in_chunks
@@ -55,13 +55,13 @@ def parity_sections(
     prefixes: of the decoders whose constants the edges shall show too.
     """
     random = np.random.default_rng(seed)
-    low, high = _range(model, episodes)
+    span = _span(model, episodes, limit)
     near = max(num_steps - len(episodes), 0) // 2 if len(episodes) else 0
     centres = episodes[random.integers(max(len(episodes), 1), size=near)]
-    around = centres + _SPREAD * (high - low) * random.standard_normal(centres.shape)
-    uniform = random.uniform(low, high, (max(num_steps - len(episodes) - near, chunk_length), len(low)))
-    edges = edge_steps(model, low, high, limit, random)
-    sensitive = sensitive_steps(model, prefixes, low, high, limit=limit, num_steps=num_steps, random=random)
+    around = centres + _SPREAD * (span.high - span.low) * random.standard_normal(centres.shape)
+    uniform = random.uniform(span.low, span.high, (max(num_steps - len(episodes) - near, chunk_length), len(span.low)))
+    edges = edge_steps(model, span, random)
+    sensitive = sensitive_steps(model, prefixes, span, num_steps, random)
     steps: dict[str, npt.NDArray[np.floating]] = {
         "episodes": episodes,
         "around them": around,
@@ -71,15 +71,9 @@ def parity_sections(
     return tuple(Section(name, in_chunks(part.astype(np.float32), chunk_length)) for name, part in steps.items())
 
 
-def edge_steps(
-    model: ActionAutoencoder,
-    low: Float64Array,
-    high: Float64Array,
-    limit: float,
-    random: np.random.Generator,
-) -> Float32Array:
+def edge_steps(model: ActionAutoencoder, span: Span, random: np.random.Generator) -> Float32Array:
     """Steps [N, A]: zeros, the corners of the range, subnormal and huge values, and actions closest to a bin's edge."""
-    action_dim = len(low)
+    low, high, limit, action_dim = span.low, span.high, span.limit, len(span.low)
     corners = random.choice([-1.0, 1.0], (_MOST_CORNERS, action_dim))
     if 2**action_dim <= _MOST_CORNERS:
         corners = np.array(np.meshgrid(*[[-1.0, 1.0]] * action_dim)).reshape(action_dim, -1).T
@@ -96,25 +90,21 @@ def edge_steps(
             *(signs * size for size in (least, 7 * least, tiny / 2, tiny)),
             *huge,
             lone,
-            near_ties := near_tie_steps(model, low, high, random),
+            near_ties := near_tie_steps(model, span, random),
             neighbours_at_rounding_distance(model, near_ties[::2], random),
         ]
     ).astype(np.float32)
 
 
 @torch.no_grad()
-def near_tie_steps(
-    model: ActionAutoencoder,
-    low: Float64Array,
-    high: Float64Array,
-    random: np.random.Generator,
-) -> Float32Array:
+def near_tie_steps(model: ActionAutoencoder, span: Span, random: np.random.Generator) -> Float32Array:
     """Steps [N, A] as close to an edge between two bins, of any layer, as float32 actions can come.
 
     Between two random actions with different tokens there is an edge: found by bisection on the float64 reference,
     for each pair on the tokens of the first layers up to one drawn at random.
     """
-    first, second = torch.from_numpy(random.uniform(low, high, (2, _NEAR_TIES, len(low))).astype(np.float32))
+    pairs = random.uniform(span.low, span.high, (2, _NEAR_TIES, len(span.low)))
+    first, second = torch.from_numpy(pairs.astype(np.float32))
     ignored = _ignored_layers(model, _NEAR_TIES, random)
 
     def tokens(actions: torch.Tensor) -> torch.Tensor:
@@ -167,10 +157,11 @@ def neighbours_at_rounding_distance(
     return neighbours
 
 
-def _range(model: ActionAutoencoder, episodes: Float32Array) -> tuple[Float64Array, Float64Array]:
-    """The normalised range [-1, 1] in physical units, widened to what the episodes hold."""
+def _span(model: ActionAutoencoder, episodes: Float32Array, limit: float) -> Span:
+    """The normalised range [-1, 1], widened to what the episodes hold."""
     offset, units = model.offset.numpy(), model.units.numpy()
-    return (
+    return Span(
         np.minimum(offset - units, episodes.min(axis=0, initial=np.inf)),
         np.maximum(offset + units, episodes.max(axis=0, initial=-np.inf)),
+        limit,
     )

@@ -20,7 +20,7 @@ from rfsq.export.errors import BuildInputError, require_none
 from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graph_check import check_graph, cross_check
 from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
-from rfsq.export.judging import closing_tables, note_gates, prove
+from rfsq.export.judging import closing_tables, prove
 from rfsq.export.parity import golden_vectors
 from rfsq.export.parity_data import Section, parity_sections
 from rfsq.export.plan import (
@@ -139,7 +139,13 @@ def build(config: BuildConfig) -> Manifest:
         def judge(backends: Sequence[Backend], absent: Mapping[str, str]) -> tuple[ParityEntry, ...]:
             with phase("parity gates") as current:
                 parity, problems = prove(draft.model, golden, reference, sections, backends)
-                note_gates(current, parity, problems, backends, absent)
+                current.note(*(f"{backend.name}: {backend.description}" for backend in backends))
+                current.note(*(f"NOT run: {name}: {reason}" for name, reason in absent.items()))
+                outcome = f"{parity[0].steps} steps against PyTorch float64"
+                if problems:
+                    current.fail(f"{outcome}: {len(problems)} gates are red")
+                else:
+                    current.note(outcome)
             print(closing_tables(parity, action_mse, fidelity, source.data.judged_on))
             require_none(problems)
             return parity

@@ -27,10 +27,7 @@ def filled(template: str, **parts: object) -> str:
 def table(kind: str, name: str, values: Array | IntArray) -> str:
     """A constant array of one or two dimensions. kind: what stands in front of its name."""
     shape = "".join(f"[{size}]" for size in values.shape)
-    if values.ndim == 1:
-        return f"{kind} {name}{shape} = {{\n{_lines(values, ' ' * 4)}\n}};"
-    rows = ",\n".join(f"    {{\n{_lines(row, ' ' * 8)}\n    }}" for row in values)
-    return f"{kind} {name}{shape} = {{\n{rows}\n}};"
+    return f"{kind} {name}{shape} = {{\n{_lines(values, ' ' * 4)}\n}};"
 
 
 def number(value: float) -> str:
@@ -43,6 +40,8 @@ def number(value: float) -> str:
 
 
 def _lines(values: Array | IntArray, indent: str) -> str:
+    if values.ndim > 1:
+        return ",\n".join(f"{indent}{{\n{_lines(row, indent + ' ' * 4)}\n{indent}}}" for row in values)
     numbers = [str(value) if isinstance(value, np.integer) else number(value) for value in values]
     starts = range(0, len(numbers), _NUMBERS_A_LINE)
     return ",\n".join(indent + ", ".join(numbers[start : start + _NUMBERS_A_LINE]) for start in starts)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rfsq.export.golden_inputs import ERROR, sensitive_steps
+from rfsq.export.golden_inputs import ERROR, Span, sensitive_steps
 from rfsq.export.parity import golden_vectors
 from rfsq.export.parity_data import EDGES, Section
 from rfsq.export.plan import Affine, AffineQuantizer, DecoderPlan, DeployMode, EncoderPlan, plan_decoder, plan_encoder
@@ -99,17 +99,14 @@ def check_caught(
 def chosen(model: ActionAutoencoder, prefixes: tuple[int, ...], num_steps: int = STEPS) -> np.ndarray:
     middle, half = model.offset.numpy(), model.units.numpy()
     random = np.random.default_rng(0)
-    return sensitive_steps(
-        model, prefixes, middle - half, middle + half, limit=1e30, num_steps=num_steps, random=random
-    )
+    return sensitive_steps(model, prefixes, Span(middle - half, middle + half, 1e30), num_steps, random)
 
 
 def test_where_no_step_comes_near_an_edge_none_is_chosen_for_one() -> None:
     deployed = deploy(Recipe(mode=DeployMode.CALIBRATED, config=ModelConfig(2, 3, 5, 3, 5), prefixes=(2,)))
     middle, random = np.full(2, 1e6), np.random.default_rng(0)
-    steps = sensitive_steps(
-        deployed.reference, deployed.prefixes, middle - 1, middle + 1, limit=1e30, num_steps=500, random=random
-    )
+    span = Span(middle - 1, middle + 1, 1e30)
+    steps = sensitive_steps(deployed.reference, deployed.prefixes, span, 500, random)
     assert steps.shape[1:] == (2,)
 
 
