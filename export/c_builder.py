@@ -43,9 +43,9 @@ def find_compiler() -> list[str] | None:
     return None if found is None else [found]
 
 
-def compile_c(header: str, source: str, target: str, compiler: list[str] | None = None) -> CLibrary:
+def compile_c(header: str, source: str, target: str) -> CLibrary:
     """Compile for one target, such as `x86-64-v3`. Raises EngineBuildError."""
-    compiler = compiler or find_compiler()
+    compiler = find_compiler()
     if compiler is None:
         raise EngineBuildError(NO_COMPILER)
     with tempfile.TemporaryDirectory() as name:

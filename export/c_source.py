@@ -139,7 +139,10 @@ def _decoder_function(plan: DecoderPlan) -> str:
 
 
 def _to_latents(plan: DecoderPlan) -> str:
-    """Its statements are written out layer by layer: then a compiler loads the layers of many latents at once."""
+    """The C function from tokens to latents, with its tables.
+
+    It is written out layer by layer: then a compiler loads the layers of many latents at once.
+    """
     name, layers = f"l{plan.prefix}_to_latents", plan.prefix
     tables: list[str] = []
     if plan.latents is None:

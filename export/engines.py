@@ -31,12 +31,14 @@ CUDA_FLAGS = ("--fmad=false",)
 
 @dataclass(frozen=True)
 class EngineSources:
-    """What engines are compiled from, and for.
+    """What engines are compiled from, into and for.
 
-    content: of each file of the bundle in the making; graphs: those of the form `reduce`; profile: batch sizes B, for
-    engines that are tuned for some; compute_capabilities: such as 8.9, none for what the library builds by itself.
+    content: of each graph and source; graphs: those of the form `reduce`; staged: the bundle in the making; profile:
+    batch sizes B, for engines that are tuned for some; compute_capabilities: such as 8.9, none for what the library
+    builds by itself.
     """
 
+    staged: StagedBundle
     content: Callable[[str], bytes]
     graphs: tuple[GraphEntry, ...]
     profile: Profile
@@ -63,24 +65,21 @@ def compilable(*, to_run: bool) -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(chosen), reasons
 
 
-def compile_engines(backend: str, sources: EngineSources, staged: StagedBundle) -> tuple[EngineEntry, ...]:
+def compile_engines(backend: str, sources: EngineSources) -> tuple[EngineEntry, ...]:
     """Compile all engines of a backend into the bundle; none for one that runs graphs as they are.
 
-    Whether they are right is for the gates to say. Raises BackendUnavailableError where a library or the GPU is
-    missing, EngineBuildError where something does not compile, GateError where what came out is not
-    what was asked for.
+    The gates judge later whether they are right. Raises BackendUnavailableError where a library or the GPU is missing,
+    EngineBuildError where something does not compile, GateError where an engine is not what was asked for.
     """
     compilers = {"c": _compile_c, "cuda": _compile_cuda, "graphs": _compile_graphs}
     source = BACKENDS[backend].engine_source
     if source is None:
         return ()
     with phase(f"compile {backend}") as current:
-        return compilers[source](backend, sources, staged, current)
+        return compilers[source](backend, sources, current)
 
 
-def _compile_graphs(
-    backend: str, sources: EngineSources, staged: StagedBundle, current: Phase
-) -> tuple[EngineEntry, ...]:
+def _compile_graphs(backend: str, sources: EngineSources, current: Phase) -> tuple[EngineEntry, ...]:
     engines, capabilities = [], sources.compute_capabilities
     for graph in sources.graphs:
         content, profile = sources.content(graph.file), sources.profile
@@ -94,7 +93,6 @@ def _compile_graphs(
         target = "-".join(f"sm{name.replace('.', '')}" for name in targets) or "default"
         stem = f"{PurePosixPath(graph.file).stem}-{_sha256(content)[:12]}"
         entry = _written(
-            staged,
             sources,
             built.serialized,
             backend=backend,
@@ -112,7 +110,7 @@ def _compile_graphs(
     return tuple(engines)
 
 
-def _compile_c(backend: str, sources: EngineSources, staged: StagedBundle, current: Phase) -> tuple[EngineEntry, ...]:
+def _compile_c(backend: str, sources: EngineSources, current: Phase) -> tuple[EngineEntry, ...]:
     """For every target that this machine can run: what cannot be proven here is not built."""
     header, source = sources.content(C_HEADER), sources.content(C_SOURCE)
     engines = []
@@ -128,7 +126,6 @@ def _compile_c(backend: str, sources: EngineSources, staged: StagedBundle, curre
             continue
         engines.append(
             _written(
-                staged,
                 sources,
                 library.content,
                 backend=backend,
@@ -142,9 +139,7 @@ def _compile_c(backend: str, sources: EngineSources, staged: StagedBundle, curre
     return tuple(engines)
 
 
-def _compile_cuda(
-    backend: str, sources: EngineSources, staged: StagedBundle, current: Phase
-) -> tuple[EngineEntry, ...]:
+def _compile_cuda(backend: str, sources: EngineSources, current: Phase) -> tuple[EngineEntry, ...]:
     """For this machine's GPU: what cannot be proven here is not built."""
     source, gpu = sources.content(CUDA_SOURCE), _gpu()
     # Here, because it needs cuda-python, which a machine without a GPU need not have.
@@ -156,7 +151,6 @@ def _compile_cuda(
     except KernelError as error:
         raise EngineBuildError(str(error)) from error
     entry = _written(
-        staged,
         sources,
         content,
         backend=backend,
@@ -169,12 +163,12 @@ def _compile_cuda(
     return (entry,)
 
 
-def _written(staged: StagedBundle, sources: EngineSources, content: bytes, **known: Any) -> EngineEntry:
-    """An engine that nothing has run yet. known: the fields of its entry that are not the same for all."""
+def _written(sources: EngineSources, content: bytes, **known: Any) -> EngineEntry:
+    """Write an engine that nothing has run yet. known: the fields of its entry that are not the same for all."""
     unproven = {"profile": (1, 1, MOST_CHUNKS), "detail": "compiled, not run", **known}
     unproven["source_sha256"] = _sha256(sources.content(known["source"]))
     entry = EngineEntry(status="built", precision="not measured", device="", kernel_cache="", **unproven)
-    staged.write(entry.file, content)
+    sources.staged.write(entry.file, content)
     return entry
 
 

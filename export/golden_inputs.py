@@ -27,18 +27,18 @@ from rfsq.runtime.bundle.gates import GATES
 ERROR = 1e-4
 #: Steps that edges are sought between: of the range, and of ones so many times as wide, where activations are extreme.
 _WIDTHS = (1.0, 1.0, 2.0, 4.0)
-#: So many steps at most, and at least where a build is asked for few steps.
+#: The fewest and the most steps that edges are sought between.
 _POOL = (512, 4096)
-#: Edges that are sought for each layer and latent, and for all of them together; and numbers that are held for them.
+#: The most edges of one layer and latent, the fewest and the most of all, and the most numbers that are held for them.
 _EDGES_EACH, _EDGES, _MOST_NUMBERS = 16, (256, 1024), 20_000_000
-#: Of so many steps that a build judges, one more edge is sought, and 4 more steps to seek it between.
+#: A build seeks one edge for so many steps that it judges, and seeks it between 4 steps.
 _STEPS_PER_EDGE = 100
 #: How far from its edge a value is put, in tolerances: rounding never explains that it is on the other side.
 _DISTANCE = 1.02
 _FARTHEST = 2.0
 #: Halving an interval of float32 numbers this often leaves neighbours.
 _BISECTIONS = 40
-#: A constant is seen to by a step that shows it with so much to spare, where there is one.
+#: A step is chosen for a constant that it shows so many times over, or as often as any step does where that is less.
 _ROOM = 3.0
 
 
@@ -86,7 +86,7 @@ def bins_of(model: ActionAutoencoder, latents: Tensor, follow: Tensor | None = N
 
 
 def to_edge(model: ActionAutoencoder, bins: Tensor) -> Tensor:
-    """How far, and in which direction, the nearest edge is from each of `bins`."""
+    """How far, and in which direction, the nearest edge is from each of `bins`; the same shape."""
     return bins.round().clamp(0, model.config.num_levels - 2) - bins
 
 

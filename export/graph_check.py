@@ -77,14 +77,13 @@ def _disagreement(entry: GraphEntry, golden: Golden, model: ModelEntry, outputs:
         )
         if compared.num_wrong:
             return f"{compared.num_wrong} wrong tokens, first {compared.first_wrong}"
-        if golden.stats is None:
-            return ""
-        # Behind a flip the statistics are those of another residual.
-        steady = ~compared.flipped
-        stats_error = action_errors(golden.stats[steady], outputs["stats"][steady], 1.0).value
-        if stats_error <= GATES.stats_error:
-            return ""
-        return f"stats error {stats_error:g}, expected at most {GATES.stats_error:g}"
+        if golden.stats is not None:
+            # Behind a flip the statistics are those of another residual.
+            steady = ~compared.flipped
+            stats_error = action_errors(golden.stats[steady], outputs["stats"][steady], 1.0).value
+            if not stats_error <= GATES.stats_error:
+                return f"stats error {stats_error:g}, expected at most {GATES.stats_error:g}"
+        return ""
     error = action_errors(golden.decoded[entry.prefix], outputs["actions"], model.action_units)
     if error.value <= GATES.action_error:
         return ""

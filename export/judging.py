@@ -67,7 +67,7 @@ def closing_tables(
 
 
 def _details(parity: Sequence[ParityEntry]) -> list[str]:
-    """What the gates have to say beside their numbers, with the engines that it is about."""
+    """The remarks of the gates, each with the engines that it concerns."""
     engines: dict[str, list[str]] = {}
     for entry in parity:
         if entry.detail:

@@ -90,11 +90,11 @@ def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
         golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model)
         opening.note(f"{bundle.folder}: {bundle.manifest.model.mode}, fingerprint {bundle.manifest.fingerprint[:16]}")
     with stage_bundle(config.bundle, overwrite=True) as staged:
-        sources = EngineSources(bundle.content, bundle.manifest.graphs_of("reduce"), config.profile)
+        sources = EngineSources(staged, bundle.content, bundle.manifest.graphs_of("reduce"), config.profile)
         added: tuple[EngineEntry, ...] = ()
         for name in dict.fromkeys(backends):
             try:
-                added += compile_engines(name, sources, staged)
+                added += compile_engines(name, sources)
             except (BackendUnavailableError, EngineBuildError) as error:
                 raise _CannotRunError({name: str(error)}) from error
         engines = _kept(bundle, added, staged) + added

@@ -259,7 +259,7 @@ def _examine(
 
 def _compile(config: BuildConfig, draft: Manifest, staged: StagedBundle) -> tuple[EngineEntry, ...]:
     sources = EngineSources(
-        staged.content, draft.graphs_of(LinearForm.REDUCE.value), config.profile, config.compute_capabilities
+        staged, staged.content, draft.graphs_of(LinearForm.REDUCE.value), config.profile, config.compute_capabilities
     )
     chosen = config.backends
     if chosen is None:
@@ -267,7 +267,7 @@ def _compile(config: BuildConfig, draft: Manifest, staged: StagedBundle) -> tupl
         for name, reason in reasons.items():
             advice = "no C compiler is here: compile the generated C on the robot, with --from-bundle"
             print(f"  {advice if name == 'c' else reason}")
-    return tuple(engine for name in dict.fromkeys(chosen) for engine in compile_engines(name, sources, staged))
+    return tuple(engine for name in dict.fromkeys(chosen) for engine in compile_engines(name, sources))
 
 
 def _provenance(config: BuildConfig, source: _Source, action_mse: Mapping[str, float]) -> dict[str, Any]:

@@ -210,7 +210,11 @@ def token_map(model: ActionAutoencoder, prefix: int) -> tuple[Float64Array, Floa
 
 
 def middle_level(num_levels: int) -> int:
-    """The level that bins are counted from; the lower one of two for an even number of levels."""
+    """The level that bins are counted from; the lower one of two for an even number of levels.
+
+    >>> middle_level(7), middle_level(8)
+    (3, 3)
+    """
     return (num_levels - 1) // 2
 
 
@@ -218,6 +222,9 @@ def choose_prefixes(requested: Sequence[int] | None, num_layers: int) -> tuple[i
     """Sorted, without repetition, always with the full depth; by default the coarse layers too.
 
     Raises BuildInputError outside 1 ... L.
+
+    >>> choose_prefixes(None, 8), choose_prefixes([5, 2], 8)
+    ((3, 8), (2, 5, 8))
     """
     if requested is None:
         return default_prefixes(num_layers)

@@ -52,6 +52,12 @@ def phase(title: str) -> Iterator[Phase]:
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns as wide as their widest cell; all but the first aligned to the right."""
+    """Columns as wide as their widest cell; all but the first aligned to the right.
+
+    >>> print(table(("gate", "measured"), [("wrong tokens", "0")]))
+    gate          measured
+    ----------------------
+    wrong tokens         0
+    """
     head, *lines = aligned([header, *rows])
     return "\n".join((head, "-" * len(head), *lines))

@@ -31,7 +31,11 @@ def table(kind: str, name: str, values: Array | IntArray) -> str:
 
 
 def number(value: float) -> str:
-    """A float32, exactly. Raises BuildInputError for what is none, or beyond it."""
+    """A float32 in C's exact spelling. Raises BuildInputError for NaN and for numbers beyond float32.
+
+    >>> number(0.1)
+    '0x1.99999a0000000p-4f'
+    """
     if not abs(float(value)) <= float(np.finfo(np.float32).max):
         raise BuildInputError(
             f"a constant of the tokenizer is {value:g}, which float32 does not hold; the training diverged"
