@@ -1,6 +1,7 @@
 """A table for the terminal, for Markdown and for a page."""
 
 import html
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -11,6 +12,19 @@ class Table:
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, title: str, rows: Iterable[Mapping[str, str]]) -> "Table":
+        """From one row or more, each a cell by the name of its column; all rows have the same columns.
+
+        >>> print(Table.of("Layers", [{"layer": "L0", "bits": "45"}, {"layer": "L1", "bits": "90"}]).markdown())
+        | layer | bits |
+        |---|--:|
+        | L0 | 45 |
+        | L1 | 90 |
+        """
+        found = list(rows)
+        return cls(title, tuple(found[0]), tuple(tuple(row.values()) for row in found))
 
     def text(self) -> str:
         """For a terminal."""
