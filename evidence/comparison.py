@@ -7,7 +7,7 @@ nothing but its own arguments, so the number of processes changes nothing.
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from multiprocessing import get_context
 from typing import Any
@@ -21,31 +21,26 @@ from rfsq.evidence.findings import REFITTED, find, improvement_over_naive, judge
 from rfsq.evidence.jobs import (
     TRAJECTORY_STEPS,
     CheckpointResult,
-    CodecResult,
     ComparisonConfig,
     checkpoint_job,
     peers_job,
 )
-from rfsq.evidence.metrics import ActionErrors, Array, units_of
+from rfsq.evidence.metrics import Array, units_of
 from rfsq.evidence.results import (
     CodecReport,
     Comparison,
     DataFacts,
-    Metrics,
-    ReportRow,
     SchemeReport,
-    Spread,
     Trajectory,
+    over_seeds,
 )
-from rfsq.evidence.schemes import Row, SchemeResult
+from rfsq.evidence.schemes import ERROR_EDGES
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.train import make_deterministic
 
-#: Bins of |error|, in normalised units: a fifth of a decade wide.
-ERROR_EDGES = tuple(10.0 ** (exponent / 5) for exponent in range(-40, 11))
 #: Their versions may change the numbers.
 _PACKAGES = ("torch", "numpy", "scipy", "tokenizers", "vector-quantize-pytorch")
 
@@ -148,27 +143,13 @@ def _together(
     config: ComparisonConfig,
     seeds: tuple[int, ...],
     by_kind: dict[str, list[CheckpointResult]],
-    peers: list[list[CodecResult]],
+    peers: list[list[CodecReport]],
 ) -> Comparison:
     first = {kind: found[0] for kind, found in by_kind.items()}
-    schemes = tuple(
-        _scheme_report(kind, [checkpoint.scheme(name) for checkpoint in found], found)
-        for kind, found in by_kind.items()
-        for name in _common_schemes(found)
-    )
-    reports = tuple(
-        CodecReport(
-            same[0].family,
-            same[0].series,
-            same[0].name,
-            same[0].partial,
-            {"bits_per_step": Spread.of([found.bits_per_step for found in same])}
-            | _metrics([found.errors for found in same]),
-        )
-        for same in zip(*peers, strict=True)
-    )
+    schemes = tuple(report for kind, found in by_kind.items() for report in _schemes(kind, found))
+    reports = tuple(map(over_seeds, zip(*peers, strict=True)))
     unquantised = {
-        name: _metrics([found.unquantised[name] for found in results])
+        name: over_seeds([found.unquantised[name] for found in results])
         for results in by_kind.values()
         for name in results[0].unquantised
         if name != REFITTED or any(found.is_refitted for found in results)
@@ -209,44 +190,16 @@ def _settings(fields: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
-def _common_schemes(checkpoints: Sequence[CheckpointResult]) -> list[str]:
+def _schemes(kind: str, found: Sequence[CheckpointResult]) -> list[SchemeReport]:
     """Those that every checkpoint has; a remark says why one is missing."""
-    names = [{result.scheme for result in checkpoint.schemes} for checkpoint in checkpoints]
-    return [result.scheme for result in checkpoints[0].schemes if result.scheme in set.intersection(*names)]
-
-
-def _scheme_report(kind: str, results: Sequence[SchemeResult], checkpoints: Sequence[CheckpointResult]) -> SchemeReport:
-    model = results[0]
-    return SchemeReport(
-        scheme=model.scheme,
-        checkpoints=tuple(f"{kind} {found.name}" for found in checkpoints),
-        bits_per_layer=model.bits_per_layer,
-        prefixes=tuple(_report_row(rows) for rows in zip(*(found.prefixes for found in results), strict=True)),
-        groups=tuple(_report_row(rows) for rows in zip(*(found.groups for found in results), strict=True)),
-        error_share=tuple(np.mean([_error_share(found.absolute_errors) for found in results], axis=0).tolist()),
-    )
-
-
-def _error_share(errors: Array) -> Array:
-    """Share of |error| in each bin; what lies beyond the outermost edges counts to the outermost bins."""
-    counts, _ = np.histogram(np.clip(errors, ERROR_EDGES[0], ERROR_EDGES[-1]), ERROR_EDGES)
-    return counts / errors.size
-
-
-def _report_row(rows: Sequence[Row]) -> ReportRow:
-    metrics = {
-        "residual_std": Spread.of([row.use.residual_std for row in rows]),
-        "entropy_bits": Spread.of([row.use.entropy_bits for row in rows]),
-        "latent_mse": Spread.of([row.latent_mse for row in rows]),
-    }
-    shares = tuple(Spread.of(same) for same in zip(*(row.use.level_share for row in rows), strict=True))
-    return ReportRow(rows[0].label, metrics | _metrics([row.errors for row in rows]), shares)
-
-
-def _metrics(errors: Sequence[ActionErrors]) -> Metrics:
-    """Spread of every number that applies."""
-    columns = {name: [asdict(found)[name] for found in errors] for name in asdict(errors[0])}
-    return {name: Spread.of(values) for name, values in columns.items() if None not in values}
+    reports = []
+    for name in found[0].schemes:
+        same = [result.schemes[name] for result in found if name in result.schemes]
+        if len(same) == len(found):
+            checkpoints = tuple(f"{kind} {result.name}" for result in found)
+            shares = np.mean([report.error_share for report in same], axis=0).tolist()
+            reports.append(replace(over_seeds(same), checkpoints=checkpoints, error_share=tuple(shares)))
+    return reports
 
 
 def _data_facts(dataset: ActionDataset, config: ComparisonConfig) -> DataFacts:

@@ -3,8 +3,8 @@
 import json
 import os
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,43 @@ class Spread:
         return cls(mean, statistics.stdev(values) if len(values) > 1 else 0.0, tuple(values))
 
 
+#: By name.
 Metrics = dict[str, Spread]
+
+
+def metrics_of(numbers: Mapping[str, float | None]) -> Metrics:
+    """Of one seed; what does not apply, None, is left out."""
+    return {name: Spread.of([value]) for name, value in numbers.items() if value is not None}
+
+
+def over_seeds(reports: Sequence[Any]) -> Any:
+    """One report from one or more of the same form, each of other seeds: every Spread gets the values of all of them.
+
+    What is no Spread is taken from the first.
+
+    >>> over_seeds([{"action_mse": Spread.of([1.0])}, {"action_mse": Spread.of([3.0])}])["action_mse"].mean
+    2.0
+    """
+    first = reports[0]
+    if isinstance(first, Spread):
+        return Spread.of([value for spread in reports for value in spread.values])
+    if isinstance(first, dict):
+        return {name: over_seeds([part[name] for part in reports]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(map(over_seeds, zip(*reports, strict=True)))
+    if is_dataclass(first):
+        return replace(first, **over_seeds([vars(part) for part in reports]))  # type: ignore[type-var]
+    return first
 
 
 @dataclass(frozen=True)
 class ReportRow:
-    """Layers of a scheme; metrics by the names of ActionErrors and LayerUse, and latent_mse; level_share: [K]."""
+    """Some layers of a scheme. label: "L0", "L0–L2", …; level_share: [K], how often each level is used.
+
+    metrics: of ActionErrors, and residual_std: of what the layer, or the first of several, is given, over all steps and
+    latents; entropy_bits: of one step's tokens of these layers, each latent and layer by its own frequencies, coded on
+    its own; latent_mse: against the latents that were encoded.
+    """
 
     label: str
     metrics: Metrics
@@ -46,8 +77,12 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class SchemeReport:
-    """See rfsq.evidence.schemes. bits_per_layer: tokens, and side information where it must travel; error_share: see
-    Comparison.error_edges."""
+    """One of rfsq.evidence.schemes. checkpoints: names, empty for a single one; bits_per_layer: of one step, tokens and
+    side information where it must travel; error_share: share of |action error| in each bin of Comparison.error_edges.
+
+    prefixes: decoded from the layers 0 … l for every l, with the use of layer l alone; groups: coarse, fine and all
+    layers, fine ones decoded with the coarse ones at their mean.
+    """
 
     scheme: str
     checkpoints: tuple[str, ...]
