@@ -382,7 +382,7 @@ def test_a_report_is_strict_json_with_what_it_came_from_and_a_picture(tmp_path: 
         3 if mm >= 3 else 0 for mm in content["tolerances_mm"]
     ]
     assert (tmp_path / "results" / "rollout.png").read_bytes().startswith(b"\x89PNG")
-    assert "4/4 100.0 % [51.0, 100.0]" in text
+    assert "100% (51% … 100%)" in text
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["rollout.json", "rollout.png"]
 
 
