@@ -188,6 +188,10 @@ def reference_latents(model: ActionAutoencoder, actions: Tensor) -> Tensor:
     return latents
 
 
+def mean_square(error: Tensor) -> float:
+    return float(error.square().mean())
+
+
 def _check_action_dim(checkpoint: Checkpoint, dataset: ActionDataset) -> None:
     if dataset.action_dim != checkpoint.config.action_dim:
         raise DataError(

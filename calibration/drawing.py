@@ -1,10 +1,14 @@
 """How pictures look: one width, the same colours, axes without a frame."""
 
+from pathlib import Path
 from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from rfsq.calibration.errors import CalibrationError
+from rfsq.runtime.bundle.writing import replacing
 
 INK, GREY, GRID = "#222222", "#8a8a8a", "#e3e3e3"
 BLUE, ORANGE, GREEN, RED = "#1f6fb4", "#d9730d", "#2a8c55", "#b3261e"
@@ -19,6 +23,13 @@ def new_figure(height: float, title: str = "") -> Figure:
     if title:
         figure.suptitle(title, color=INK, fontsize=11, x=0.01, ha="left", fontweight="bold")
     return figure
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Equal figures give equal files. Raises CalibrationError where it cannot be written."""
+    with replacing(path, error=CalibrationError) as temporary:
+        # Without the version that matplotlib would write.
+        figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 def finish(axes: Axes, title: str, *, legend: int = 2, grid: Literal["both", "x", "y"] = "both") -> None:

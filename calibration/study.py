@@ -37,6 +37,7 @@ from rfsq.calibration.constants import (
 from rfsq.calibration.data import (
     calibration_dataset,
     episode_folds,
+    mean_square,
     reference_actions,
 )
 from rfsq.calibration.readout import DEFAULT_READOUT, READOUT_OFF, RIDGES, ReadoutChoice, ReadoutConfig
@@ -53,7 +54,6 @@ from rfsq.calibration.study_bench import (
     gain_factors,
     latent_bounds,
     level_shares,
-    mean_square,
     of_tasks,
     prefix_errors,
     prefix_mse,

@@ -14,6 +14,7 @@ from rfsq.calibration.data import (
     Selection,
     calibration_episodes,
     judging_episodes,
+    mean_square,
     reference_actions,
     reference_latents,
     selection_of,
@@ -164,7 +165,3 @@ def level_shares(model: ActionAutoencoder, actions: Tensor) -> list[float]:
 
 def of_tasks(episodes: ActionDataset, tasks: Collection[str]) -> ActionDataset:
     return episodes.select(index for index, task in enumerate(episodes.tasks) if task in tasks)
-
-
-def mean_square(error: Tensor) -> float:
-    return float(error.square().mean())
