@@ -25,7 +25,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-from rfsq.calibration.data import reference_actions, reference_latents
+from rfsq.calibration.data import ROUNDED_BITS, reference_actions, reference_latents, rounded
 from rfsq.calibration.errors import CalibrationError
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
@@ -43,8 +43,6 @@ MINIMUM_STEPS = 2
 #: Covers the float64 roundings of the reference quantiser itself, L layers of numbers below 4.
 _FLOAT64_SLACK = 2.0**-46
 _MSE_ITERATIONS = 100
-#: Far above what processors disagree on, relative to a latent (1e-15), and far below what a bin can tell.
-_CONSTANT_BITS = 16
 
 
 class Objective(StrEnum):
@@ -287,14 +285,13 @@ def _residual_interval(
 
 
 def _round_mean(mean: Tensor, span: Tensor) -> Tensor:
-    """To float32 multiples of the power of two about 2^-_CONSTANT_BITS of the span, kept in float64."""
-    quantum = torch.exp2(torch.frexp(span).exponent.double() - _CONSTANT_BITS)
-    return (torch.round(mean / quantum) * quantum).float().double()
+    """As `rounded`, in float32, kept in float64."""
+    return rounded(mean, span).float().double()
 
 
 def _round_up(scale: Tensor) -> Tensor:
-    """To _CONSTANT_BITS significant bits, none smaller than before; kept in float64."""
+    """To ROUNDED_BITS significant bits, none smaller than before; kept in float64."""
     # A scale is often an earlier, rounded one divided by K, which may be such a number but for its last bits: it must
     # not depend on these whether it is rounded up.
-    mantissa, exponent = torch.frexp(scale * (1 + 2.0 ** (-_CONSTANT_BITS - 8)))
-    return torch.ldexp(torch.ceil(torch.ldexp(mantissa, torch.tensor(_CONSTANT_BITS))), exponent - _CONSTANT_BITS)
+    mantissa, exponent = torch.frexp(scale * (1 + 2.0 ** (-ROUNDED_BITS - 8)))
+    return torch.ldexp(torch.ceil(torch.ldexp(mantissa, torch.tensor(ROUNDED_BITS))), exponent - ROUNDED_BITS)

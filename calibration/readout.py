@@ -25,7 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rfsq.calibration.data import episode_folds, gain_certainty, needed_certainty, reference_actions, reference_latents
+from rfsq.calibration.data import (
+    episode_folds,
+    gain_certainty,
+    needed_certainty,
+    reference_actions,
+    reference_latents,
+    rounded,
+)
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.recovered import default_prefixes
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, Readout
@@ -49,8 +56,6 @@ _RANDOM_GAIN = 0.02
 #: Share by which the error of tokens may grow: that of a single layer is a thousand times what a refit is about, and
 #: moves by a hundredth whatever is fitted.
 _TOKEN_LOSS = 0.01
-#: As in rfsq.calibration.recovered: far above what processors disagree on, far below what the fit leaves.
-_READOUT_BITS = 16
 #: Of a view's two weightings.
 _WEIGHTINGS = ("normalised units", "the robot's units")
 _TINY = torch.finfo(torch.float64).tiny
@@ -363,9 +368,9 @@ def _random_actions(model: ActionAutoencoder, actions: Tensor) -> Tensor:
 
 def _changed(checkpoint: Checkpoint, change: Tensor) -> Readout:
     """The trained layer, changed by [H + 1, A], which is rounded first."""
-    rounded = _rounded(change).T
-    weight = checkpoint.weights["decoder.2.weight"].double() + rounded[:, :-1]
-    bias = checkpoint.weights["decoder.2.bias"].double() + rounded[:, -1]
+    added = rounded(change, change.abs().max()).T
+    weight = checkpoint.weights["decoder.2.weight"].double() + added[:, :-1]
+    bias = checkpoint.weights["decoder.2.bias"].double() + added[:, -1]
     return Readout(weight.float().contiguous(), bias.float().contiguous())
 
 
@@ -381,12 +386,3 @@ def held_out_warning(trained: float, refitted: float | None, judged_on: str, uni
         f"the refitted readout lost on {judged_on}: action MSE {refitted:.3e} {units}, as trained {trained:.3e} "
         f"({refitted / max(trained, _TINY) - 1:+.1%}); --readout off keeps the trained layer"
     )
-
-
-def _rounded(change: Tensor) -> Tensor:
-    """To multiples of a power of two about 2^-_READOUT_BITS of the largest entry."""
-    largest = change.abs().max()
-    if not largest:
-        return change
-    quantum = torch.exp2(torch.frexp(largest).exponent.double() - _READOUT_BITS)
-    return torch.round(change / quantum) * quantum
