@@ -40,7 +40,7 @@ from rfsq.calibration.data import (
     mean_square,
     reference_actions,
 )
-from rfsq.calibration.readout import DEFAULT_READOUT, READOUT_OFF, RIDGES, ReadoutChoice, ReadoutConfig
+from rfsq.calibration.readout import DEFAULT_READOUT, RIDGES, ReadoutChoice, ReadoutConfig
 from rfsq.calibration.study_bench import (
     DEFAULT,
     SEED,
@@ -49,12 +49,9 @@ from rfsq.calibration.study_bench import (
     Setting,
     added_mse,
     benches_of,
-    calibrated,
-    excess_mse,
     gain_factors,
     latent_bounds,
     level_shares,
-    of_tasks,
     prefix_errors,
     prefix_mse,
     unquantised_mse,
@@ -71,7 +68,6 @@ from rfsq.calibration.study_result import (
     spread,
     spreads,
 )
-from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.errors import OutputError, UnusableError
@@ -225,18 +221,15 @@ def _setting_row(benches: Sequence[Bench], setting: Setting) -> SettingRow:
 
 
 def _task_row(benches: Sequence[Bench], setting: Setting, tasks: Sequence[str]) -> TaskRow:
-    seen, unseen, other = [], [], []
+    found: dict[str, list[list[float]]] = {"seen": [], "unseen": [], "other": []}
     for bench in benches:
         everything = bench.fit(setting)
         tested = {task: bench.test_actions(task) for task in tasks}
         floors = {task: unquantised_mse(everything, actions) for task, actions in tested.items()}
-        for task in tasks:
-            without = bench.fit(setting, _without(bench.calibration, task))
-            alone = bench.fit(setting, of_tasks(bench.calibration, [task]))
-            seen.append(excess_mse(everything, tested[task], floors[task]))
-            unseen.append(excess_mse(without, tested[task], floors[task]))
-            other += [excess_mse(alone, tested[name], floors[name]) for name in tasks if name != task]
-    return TaskRow(setting.name, spreads(seen), spreads(unseen), spreads(other))
+        seen = [("seen", everything, task) for task in tasks]
+        for kind, model, task in (*seen, *bench.fit_to_tasks(setting, tasks)):
+            found[kind].append([mse / floors[task] for mse in prefix_mse(model, tested[task])])
+    return TaskRow(setting.name, **{kind: spreads(ratios) for kind, ratios in found.items()})
 
 
 def _episodes_row(benches: Sequence[Bench], setting: Setting, count: int, subsets: int) -> EpisodesRow:
@@ -253,34 +246,24 @@ def _episodes_row(benches: Sequence[Bench], setting: Setting, count: int, subset
 
 
 def _readout_row(benches: Sequence[Bench], ridge: float | None, tasks: Sequence[str]) -> ReadoutRow:
-    cross_validated, test, random, unseen, other = [], [], [], [], []
+    setting = WITHOUT_READOUT if ridge is None else Setting(readout=ReadoutConfig(ReadoutChoice.ON, ridge))
+    found: dict[str, list[float]] = {"cross_validated": [], "test": [], "random": [], "unseen": [], "other": []}
     for bench in benches:
-        trained = bench.fitted(WITHOUT_READOUT, bench.calibration)
-        as_trained = calibrated(trained)
+        as_trained, everything = bench.fit(WITHOUT_READOUT), bench.fit(setting)
         squares = [
-            unquantised_mse(_with_readout(bench, trained, ridge, kept), reference_actions(trained, held_out))
+            unquantised_mse(bench.fit(setting, kept), reference_actions(bench.checkpoint, held_out))
             * held_out.num_steps
             for kept, held_out in _folds(bench.calibration)
         ]
-        cross_validated.append(sum(squares) / bench.calibration.num_steps)
-        everything = _with_readout(bench, trained, ridge, bench.calibration)
-        test.append(unquantised_mse(everything, bench.test_actions()))
-        random.append(unquantised_mse(everything, bench.random) / unquantised_mse(as_trained, bench.random))
-        tested = {task: bench.test_actions(task) for task in tasks}
-        floors = {task: unquantised_mse(as_trained, actions) for task, actions in tested.items()}
-        for task in tasks:
-            without = _with_readout(bench, trained, ridge, _without(bench.calibration, task))
-            alone = _with_readout(bench, trained, ridge, of_tasks(bench.calibration, [task]))
-            unseen.append(unquantised_mse(without, tested[task]) / floors[task])
-            other += [unquantised_mse(alone, tested[name]) / floors[name] for name in tasks if name != task]
-    return ReadoutRow(
-        ridge=ridge,
-        cross_validated=spread(cross_validated) if len(benches[0].calibration.episodes) > 1 else None,
-        test=spread(test),
-        random=spread(random),
-        unseen=spread(unseen) if tasks else None,
-        other=spread(other) if tasks else None,
-    )
+        if squares:
+            found["cross_validated"].append(sum(squares) / bench.calibration.num_steps)
+        found["test"].append(unquantised_mse(everything, bench.test_actions()))
+        found["random"].append(unquantised_mse(everything, bench.random) / unquantised_mse(as_trained, bench.random))
+        for kind, model, task in bench.fit_to_tasks(setting, tasks):
+            actions = bench.test_actions(task)
+            found[kind].append(unquantised_mse(model, actions) / unquantised_mse(as_trained, actions))
+    several = {name: spread(found[name]) if found[name] else None for name in ("cross_validated", "unseen", "other")}
+    return ReadoutRow(ridge, test=spread(found["test"]), random=spread(found["random"]), **several)
 
 
 def _layer_rows(benches: Sequence[Bench]) -> tuple[LayerRow, ...]:
@@ -302,15 +285,6 @@ def _layer_rows(benches: Sequence[Bench]) -> tuple[LayerRow, ...]:
         )
         for layer in range(sizes.num_layers)
     )
-
-
-def _with_readout(bench: Bench, trained: Checkpoint, ridge: float | None, episodes: ActionDataset) -> ActionAutoencoder:
-    config = READOUT_OFF if ridge is None else ReadoutConfig(ReadoutChoice.ON, ridge)
-    return calibrated(replace(trained, readout=bench.readout(trained, episodes, config)))
-
-
-def _without(episodes: ActionDataset, task: str) -> ActionDataset:
-    return of_tasks(episodes, {*episodes.tasks} - {task})
 
 
 def _folds(episodes: ActionDataset) -> Iterator[tuple[ActionDataset, ActionDataset]]:
