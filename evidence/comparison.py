@@ -4,19 +4,15 @@ One job per checkpoint and per seed of the peers, spread over processes. A job c
 nothing but its own arguments, so the number of processes changes nothing.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from rfsq.calibration.data import judging_episodes
-from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.findings import REFITTED, find, improvement_over_naive, judge_peers
 from rfsq.evidence.jobs import (
     TRAJECTORY_STEPS,
@@ -35,6 +31,7 @@ from rfsq.evidence.results import (
     over_seeds,
 )
 from rfsq.evidence.schemes import ERROR_EDGES
+from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError
@@ -43,6 +40,8 @@ from rfsq.rfsq_ref.train import make_deterministic
 
 #: Their versions may change the numbers.
 _PACKAGES = ("torch", "numpy", "scipy", "tokenizers", "vector-quantize-pytorch")
+#: A function and its arguments.
+_Call = tuple[Callable[..., object], tuple[object, ...]]
 
 
 def compare(
@@ -66,7 +65,7 @@ def compare(
         judging_episodes(checkpoint, dataset)
     if config.physical:
         config.physical.arms(dataset.episodes[0])
-    jobs: dict[str, tuple[Callable[..., object], tuple[object, ...]]] = {}
+    jobs: dict[str, _Call] = {}
     # The longest first, so that no process waits for another at the end.
     if config.with_peers:
         jobs |= {f"peers, seed {seed}": (peers_job, (dataset, config, seed)) for seed in config.seeds}
@@ -106,36 +105,21 @@ def _check_given(kind: str, given: Sequence[Checkpoint], expected: Conditioning)
         raise CheckpointError(f"one {kind} checkpoint is given twice; expected different ones, as they give the spread")
 
 
-def _run(
-    jobs: dict[str, tuple[Callable[..., object], tuple[object, ...]]], workers: int, show_progress: bool
-) -> dict[str, object]:
+def _run(jobs: Mapping[str, _Call], workers: int, show_progress: bool) -> dict[str, object]:
     """Results in the order of the jobs."""
     if workers == 1:
         make_deterministic()
-        return {
-            name: work(*arguments)
-            for name, (work, arguments) in tqdm(jobs.items(), disable=None if show_progress else True)
-        }
-    results: dict[str, object] = {}
-    # Spawned: a forked process would share torch's threads.
-    with (
-        ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), make_deterministic) as pool,
-        tqdm(total=len(jobs), unit="job", disable=None if show_progress else True) as progress,
-    ):
-        futures = {pool.submit(work, *arguments): name for name, (work, arguments) in jobs.items()}
-        try:
-            for future in as_completed(futures):
-                results[futures[future]] = future.result()
-                progress.set_postfix_str(futures[future])
-                progress.update()
-        except BrokenProcessPool as error:
-            raise EvidenceError(
-                "a worker process was killed, perhaps for want of memory; start again (what is trained is kept), with "
-                "fewer --workers if it happens again"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        found: Iterable[tuple[str, object]] = map(_named, jobs.items())
+    else:
+        found = in_processes(_named, jobs.items(), min(workers, len(jobs)), make_deterministic)
+    results = dict(tqdm(found, total=len(jobs), unit="job", disable=None if show_progress else True))
     return {name: results[name] for name in jobs}
+
+
+def _named(job: tuple[str, _Call]) -> tuple[str, object]:
+    """The job's name and its result."""
+    name, (work, arguments) = job
+    return name, work(*arguments)
 
 
 def _together(

@@ -1,13 +1,9 @@
 """Run the closed loop over every task, scene and cell in several processes, and go on where a run was stopped."""
 
 import hashlib
-import multiprocessing
 import sys
-from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +13,10 @@ from tqdm import tqdm
 from rfsq.evidence.cells import codecs, fingerprint, select
 from rfsq.evidence.closed_loop import run_episode
 from rfsq.evidence.codecs import Codec
-from rfsq.evidence.episodes import Episode, Identity, open_episodes
+from rfsq.evidence.episodes import Episode, Identity, Job, open_episodes
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.simulation import TASKS, Simulation
+from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT
 from rfsq.rfsq_ref.data import load_demonstrations
 from rfsq.rfsq_ref.generate_demonstrations import check_simulator
@@ -63,17 +60,6 @@ class RolloutConfig:
     @property
     def file(self) -> Path:
         return self.output / "episodes.jsonl"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One episode to run; see Episode."""
-
-    task: str
-    cell: str
-    codec: str
-    index: int
-    seed: int
 
 
 def seed_of(seed: int, task: str, index: int) -> int:
@@ -123,42 +109,11 @@ def run_rollouts(config: RolloutConfig) -> list[Episode]:
         for name, found in fingerprints.items():
             file.check_codec(name, found, restart=config.restart_changed)
         jobs = jobs_of(config, fingerprints, {episode.key for episode in file.episodes})
-        driven = _run(jobs, chosen, config)
+        driven = in_processes(_run_job, jobs, config.workers, _start_worker, chosen, config.chunk)
         shown = tqdm(driven, "closed loop", len(jobs), unit="episode", disable=None, mininterval=5.0, smoothing=0.1)
         for episode in shown:
             file.append(episode)
         return file.episodes
-
-
-def _run(jobs: list[Job], chosen: dict[str, Codec], config: RolloutConfig) -> Iterator[Episode]:
-    """Episodes in any order, each as soon as it is done. Raises EvidenceError when a worker process dies."""
-    if not jobs:
-        return
-    # Spawned workers start clean: a forked one would share the simulator's native state.
-    executor = ProcessPoolExecutor(
-        config.workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(chosen, config.chunk),
-    )
-    waiting, running = iter(jobs), set[Future[Episode]]()
-    try:
-        while True:
-            # Few at a time: a worker finishes what was handed to it, even when the run is stopped.
-            running |= {executor.submit(_run_job, job) for job in islice(waiting, 2 * config.workers - len(running))}
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            # What a worker finished before another died is kept.
-            for future in sorted(done, key=lambda future: future.exception() is not None):
-                yield future.result()
-    except BrokenProcessPool as error:
-        raise EvidenceError(
-            "a worker process died, perhaps for want of memory. Finished episodes are kept: start again, and it goes "
-            "on where it was; use fewer --workers if it happens again"
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
 @dataclass

@@ -113,7 +113,7 @@ def test_more_processes_change_nothing(
 ) -> None:
     """With a cache of their own, so that they train anew. Forked, for torch has one thread here, and importing it anew
     takes longest; that new processes do it too, the script shows in test_report."""
-    monkeypatch.setattr("rfsq.evidence.comparison.get_context", lambda _: get_context("fork"))
+    monkeypatch.setattr("rfsq.evidence.workers.get_context", lambda _: get_context("fork"))
     assert compare(robot, replace(small_config, workers=2, cache=tmp_path)) == comparison
 
 
