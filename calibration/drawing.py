@@ -32,9 +32,11 @@ def save_png(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
-def finish(axes: Axes, title: str, *, legend: int = 2, grid: Literal["both", "x", "y"] = "both") -> None:
-    """Title, grid and ticks of axes that are drawn, and a legend of so many columns below them; 0: none."""
+def finish(axes: Axes, title: str, *, x: str = "", legend: int = 2, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Titles of the axes and of `x`, grid and ticks, and a legend of so many columns below them; 0: none."""
     axes.set_title(title, loc="left", color=INK, fontsize=10)
+    if x:
+        axes.set_xlabel(x, color=INK, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)

@@ -188,9 +188,7 @@ def _schemes(kind: str, found: Sequence[CheckpointResult]) -> list[SchemeReport]
 
 def _data_facts(dataset: ActionDataset, config: ComparisonConfig) -> DataFacts:
     split = split_episodes(dataset)
-    parts = {
-        "train": split.train, "validation": split.validation, "calibration": split.calibration, "test": split.test
-    }  # fmt: skip
+    parts: dict[str, ActionDataset] = vars(split)
     mean = split.train.steps().astype(np.float64).mean(axis=0)
     from_mean = (split.test.steps().astype(np.float64) - mean) / units_of(dataset.steps())
     return DataFacts(

@@ -122,7 +122,11 @@ def checkpoint_job(
         curve=curve,
         unquantised=unquantised,
         schemes={scheme.name: judge.report(scheme) for scheme in schemes},
-        decoded={name: values for scheme in schemes for name, values in _decoded(scheme, example).items()},
+        decoded={
+            f"{scheme.name}, {what}": scheme.decode(example, layers)
+            for scheme in schemes
+            for what, layers in (("L0", 1), ("all layers", checkpoint.config.num_layers))
+        },
         remarks=tuple(remarks),
         is_refitted=is_refitted,
     )
@@ -130,10 +134,9 @@ def checkpoint_job(
 
 def _verdict(scheme: Scheme, actions: FloatArray, name: str) -> list[str]:
     """How well all layers decode each dimension, in the robot's units, and a warning where that is poor."""
-    encoded = scheme.encode(actions)
-    with torch.no_grad():
-        decoded = scheme.model.decode_latents(scheme.prefix(encoded, len(encoded.steps))).numpy()
-    found = fidelity(actions, decoded, scheme.model.units.tolist(), scheme.model.offset.tolist())
+    model = scheme.model
+    decoded = scheme.decode(actions, model.config.num_layers)
+    found = fidelity(actions, decoded, model.units.tolist(), model.offset.tolist())
     label = f"{scheme.name} tokens of {name}, all layers"
     return [f"{label}, {found.line}", *([f"{label}: {found.warning}"] if found.warning else [])]
 
@@ -144,16 +147,6 @@ def _curve(history: TrainingHistory) -> Curve:
         tuple(record.validation_mse for record in history.epochs),
         history.kept_epoch,
     )
-
-
-def _decoded(scheme: Scheme, actions: FloatArray) -> dict[str, Array]:
-    encoded = scheme.encode(actions)
-    count = len(encoded.steps)
-    with torch.no_grad():
-        return {
-            f"{scheme.name}, {what}": scheme.model.decode_latents(scheme.prefix(encoded, layers)).numpy()
-            for what, layers in (("L0", 1), ("all layers", count))
-        }
 
 
 # Peers ---------------------------------------------------------------------------------------------------------------

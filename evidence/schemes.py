@@ -55,6 +55,12 @@ class Scheme:
             latents = self.model.encode_latents(torch.tensor(actions, dtype=torch.float64))
             return Encoded(latents, tuple(self.model.quantizer.layers(latents)))
 
+    @torch.no_grad()
+    def decode(self, actions: npt.NDArray[np.float32], layers: int) -> Array:
+        """What the first layers of the tokens of these actions [N, A] decode to, in the robot's units."""
+        found: Array = self.model.decode_latents(self.prefix(self.encode(actions), layers)).numpy()
+        return found
+
     @property
     def bits_per_layer(self) -> float:
         """Of one step: what must travel for the decoder to work."""
