@@ -120,7 +120,7 @@ def study(
         shown: Iterable[_Item] = tqdm(items, desc=section, disable=None if show_progress else True, leave=False)
         return shown
 
-    compared = _compared()
+    compared = _settings(_COMPARED)
     choices = [(setting, count) for setting in compared for count in counts]
     return StudyResult(
         source=dataset.source,
@@ -133,7 +133,7 @@ def study(
         test_steps=test.num_steps,
         unquantised=spread([unquantised_mse(bench.fit(WITHOUT_READOUT), bench.test_actions()) for bench in benches]),
         unquantised_readout=spread([unquantised_mse(bench.fit(DEFAULT), bench.test_actions()) for bench in benches]),
-        settings=tuple(_setting_row(benches, setting) for setting in progress(_settings(), "settings")),
+        settings=tuple(_setting_row(benches, setting) for setting in progress(_settings(_CHANGES), "settings")),
         tasks=tuple(_task_row(benches, setting, tasks) for setting in progress(compared if tasks else [], "tasks")),
         episodes=tuple(_episodes_row(benches, *choice, subsets) for choice in progress(choices, "episodes")),
         readout=tuple(_readout_row(benches, ridge, tasks) for ridge in progress([None, *RIDGES], "readout")),
@@ -181,22 +181,13 @@ def _episode_counts(total: int) -> list[int]:
     return [2**power for power in range(total.bit_length()) if 2**power < total] + [total]
 
 
-def _settings() -> list[Setting]:
-    """The default, each choice changed alone, the compared ones, and the decoder as it was trained."""
-    return [*_distinct(_CHANGES), WITHOUT_READOUT]
-
-
-def _compared() -> list[Setting]:
-    return [*_distinct(_COMPARED), WITHOUT_READOUT]
-
-
-def _distinct(changes: Iterable[Mapping[str, Any]]) -> list[Setting]:
-    """The default first, and each change of it that changes it."""
+def _settings(changes: Iterable[Mapping[str, Any]]) -> list[Setting]:
+    """The default, each change of it that changes it, and the default with the decoder as it was trained."""
     found = {DEFAULT.config: DEFAULT}
     for change in changes:
         config = replace(DEFAULT.config, **change)
         found.setdefault(config, Setting(", ".join(_named(*choice) for choice in change.items()), config))
-    return list(found.values())
+    return [*found.values(), WITHOUT_READOUT]
 
 
 def _named(choice: str, value: object) -> str:

@@ -11,7 +11,7 @@ from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, finish, new
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.recovered import COARSE_LAYERS
 from rfsq.calibration.study_result import EpisodesRow, LayerRow, Spread, Spreads, StudyResult, result_to_json
-from rfsq.calibration.tables import Table
+from rfsq.calibration.tables import Table, prefix_name
 from rfsq.runtime.bundle.writing import replacing
 
 RESULT_JSON = "calibration.json"
@@ -76,7 +76,7 @@ def _defaults(result: StudyResult) -> str:
 
 def _settings_table(result: StudyResult) -> Table:
     coarse = _coarse(result)
-    named = _prefix_name(coarse, result)
+    named = prefix_name(coarse, len(result.layers))
     prefixes = sorted({1, min(2, coarse), coarse, len(result.layers)})
     return Table.of(
         "Settings, each with one choice other than the default: errors on the test episodes by the layers decoded "
@@ -87,7 +87,7 @@ def _settings_table(result: StudyResult) -> Table:
             {
                 "setting": row.setting,
                 **{
-                    f"action MSE, {_prefix_name(prefix, result)}": _both(row.action_mse[prefix - 1])
+                    f"action MSE, {prefix_name(prefix, len(result.layers))}": _both(row.action_mse[prefix - 1])
                     for prefix in prefixes
                 },
                 f"largest action error, {named}": _number(row.max_error[coarse - 1].mean),
@@ -130,7 +130,7 @@ def _episodes_table(result: StudyResult) -> Table:
         (
             {"episodes": str(count)}
             | {
-                f"action MSE, {setting}, {_prefix_name(prefix, result)}": _range(
+                f"action MSE, {setting}, {prefix_name(prefix, len(result.layers))}": _range(
                     rows[setting, count].action_mse[prefix - 1]
                 )
                 for setting, prefix in columns
@@ -147,7 +147,7 @@ def _tasks_table(result: StudyResult) -> Table:
         (
             {"setting": row.setting}
             | {
-                f"{kind}, {_prefix_name(prefix, result)}": _worst(found[prefix - 1])
+                f"{kind}, {prefix_name(prefix, len(result.layers))}": _worst(found[prefix - 1])
                 for prefix in (_coarse(result), len(result.layers))
                 for kind, found in (
                     ("fitted to every task", row.seen),
@@ -200,10 +200,6 @@ def _coarse(result: StudyResult) -> int:
 def _over(result: StudyResult) -> str:
     count = len(result.checkpoints)
     return f"over {count} checkpoints" if count > 1 else "of one checkpoint"
-
-
-def _prefix_name(prefix: int, result: StudyResult) -> str:
-    return "all" if prefix == len(result.layers) else "L0" if prefix == 1 else f"L0-L{prefix - 1}"
 
 
 def _number(value: float) -> str:
@@ -260,7 +256,7 @@ def _draw_settings(axes: Axes, result: StudyResult) -> None:
         values = [row.action_mse[prefix - 1] for row in result.settings]
         axes.errorbar(
             [value.mean for value in values], [place + shift for place in places], xerr=_bars(values),
-            fmt="o", markersize=4, color=colour, label=_prefix_name(prefix, result),
+            fmt="o", markersize=4, color=colour, label=prefix_name(prefix, len(result.layers)),
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yticks(places, [row.setting for row in result.settings])
@@ -295,7 +291,7 @@ def _draw_episodes(axes: Axes, result: StudyResult) -> None:
         values = [row.action_mse[prefix - 1] for row in result.episodes if row.setting == setting]
         axes.errorbar(
             counts, [value.mean for value in values], yerr=_bars(values), marker="o", capsize=2, color=colour,
-            label=f"{setting}, {_prefix_name(prefix, result)}",
+            label=f"{setting}, {prefix_name(prefix, len(result.layers))}",
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")

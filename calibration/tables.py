@@ -58,6 +58,17 @@ class Table:
         )
 
 
+def prefix_name(prefix: int, num_layers: int) -> str:
+    """The first `prefix` of so many layers, in a table: "L0", "L0-L2", "all".
+
+    >>> prefix_name(3, 8)
+    'L0-L2'
+    """
+    if prefix == num_layers:
+        return "all"
+    return "L0" if prefix == 1 else f"L0-L{prefix - 1}"
+
+
 def inline_html(cell: str) -> str:
     """Escaped, with `code` and **bold** as Markdown has them; a mean and its deviation stay in one line."""
     parts = html.escape(cell).replace(" ± ", "&nbsp;±&nbsp;").replace(")e-", ")e&#8209;").split("`")

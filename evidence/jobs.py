@@ -1,7 +1,7 @@
 """What one job of a comparison measures: a checkpoint with its ways of decoding, or the peers of one seed."""
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +180,7 @@ def judge_codec(
         partial=bool(getattr(codec, "partial", False)),
         metrics=metrics_of(
             {"bits_per_step": codec.bits_per_step(whole if len(whole) else chunks)}
-            | asdict(action_errors(judged.steps(), np.concatenate(found), units, physical))
+            | action_errors(judged.steps(), np.concatenate(found), units, physical)
         ),
     )
 

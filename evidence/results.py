@@ -36,9 +36,9 @@ class Spread:
 Metrics = dict[str, Spread]
 
 
-def metrics_of(numbers: Mapping[str, float | None]) -> Metrics:
-    """Of one seed; what does not apply, None, is left out."""
-    return {name: Spread.of([value]) for name, value in numbers.items() if value is not None}
+def metrics_of(numbers: Mapping[str, float]) -> Metrics:
+    """Of one seed."""
+    return {name: Spread.of([value]) for name, value in numbers.items()}
 
 
 def over_seeds(reports: Sequence[Any]) -> Any:
@@ -65,9 +65,9 @@ def over_seeds(reports: Sequence[Any]) -> Any:
 class ReportRow:
     """Some layers of a scheme. label: "L0", "L0–L2", …; level_share: [K], how often each level is used.
 
-    metrics: of ActionErrors, and residual_std: of what the layer, or the first of several, is given, over all steps and
-    latents; entropy_bits: of one step's tokens of these layers, each latent and layer by its own frequencies, coded on
-    its own; latent_mse: against the latents that were encoded.
+    metrics: of action_errors, and residual_std: of what the layer, or the first of several, is given, over all steps
+    and latents; entropy_bits: of one step's tokens of these layers, each latent and layer coded on its own, by its own
+    frequencies; latent_mse: against the latents that were encoded.
     """
 
     label: str
@@ -95,7 +95,7 @@ class SchemeReport:
 @dataclass(frozen=True)
 class CodecReport:
     """A peer's setting. series: of settings that one curve joins;
-    partial: decodes a part of another's tokens; metrics: of ActionErrors, and bits_per_step."""
+    partial: decodes a part of another's tokens; metrics: of action_errors, and bits_per_step."""
 
     family: str
     series: str

@@ -6,7 +6,7 @@ tokens alone, decoded as `decode_from_indices` does. `recovered`: the same token
 """
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -138,7 +138,7 @@ class Judge:
 
     def errors(self, decoded: Tensor) -> Metrics:
         """decoded: [N, A], for the judged actions."""
-        return metrics_of(asdict(action_errors(self.judged, decoded.numpy(), self.units, self.physical)))
+        return metrics_of(action_errors(self.judged, decoded.numpy(), self.units, self.physical))
 
     def unquantised(self, model: ActionAutoencoder) -> Metrics:
         """A float64 autoencoder alone, without its quantiser."""
