@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 
@@ -124,9 +126,8 @@ def tolerances_ahead(one: CellReport, other: CellReport) -> tuple[float, ...]:
 
 def task_report(episodes: Sequence[Episode]) -> TaskReport:
     """Of the episodes of one task, or of several with the same cells; the same scenes in every cell, at least one."""
-    by_cell: dict[str, list[Episode]] = {}
-    for episode in sorted(episodes, key=lambda episode: (_place(episode.cell), episode.task, episode.index)):
-        by_cell.setdefault(episode.cell, []).append(episode)
+    ordered = sorted(episodes, key=lambda episode: (_place(episode.cell), episode.task, episode.index))
+    by_cell = {cell: list(found) for cell, found in groupby(ordered, attrgetter("cell"))}
     cells = {cell: cell_report(found) for cell, found in by_cell.items()}
     solved = {cell: [episode.result.success for episode in found] for cell, found in by_cell.items()}
     naive, calibrated = cells.get(NAIVE), cells.get(CALIBRATED)
@@ -160,9 +161,8 @@ def reports_of(episodes: Sequence[Episode]) -> dict[str, TaskReport]:
     Raises EvidenceError where no scene is finished in all cells.
     """
     compared = common_scenes(episodes)
-    by_task: dict[str, list[Episode]] = {}
-    for episode in sorted(compared, key=lambda episode: list(TASKS).index(episode.task)):
-        by_task.setdefault(episode.task, []).append(episode)
+    ordered = sorted(compared, key=lambda episode: list(TASKS).index(episode.task))
+    by_task = {task: list(part) for task, part in groupby(ordered, attrgetter("task"))}
     if not by_task:
         raise EvidenceError("no scene is finished in all cells yet; wait, or run python rfsq_ref/rollout.py to the end")
     shared = set.intersection(*({episode.index for episode in part} for part in by_task.values()))
