@@ -20,13 +20,12 @@ ones.
 
 import math
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 from torch import Tensor
 
 from rfsq.calibration.data import ROUNDED_BITS, reference_actions, reference_latents, rounded
-from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.settings import DEFAULT_CALIBRATION, CalibrationConfig, Granularity, Objective
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
@@ -45,57 +44,8 @@ _FLOAT64_SLACK = 2.0**-46
 _MSE_ITERATIONS = 100
 
 
-class Objective(StrEnum):
-    """What a layer's width follows: the coverage-quantile range of the residual, or its least squared error."""
-
-    RANGE = "range"
-    MSE = "mse"
-
-
-class Granularity(StrEnum):
-    """One mean and scale per layer, shared by its latents, or one per layer and latent."""
-
-    LAYER = "layer"
-    LATENT = "latent"
-
-
-@dataclass(frozen=True)
-class CalibrationConfig:
-    """coverage: share of the data that each layer's bins take in (objective `range`), in (0, 1]; headroom: how much
-    farther than that the first layer reaches (`range`), because new data go farther; not beyond [-1, 1].
-
-    worst_case: latent error to aim at for any latent in [-1, 1]; 1 or more follows the data alone. objective and
-    granularity are taken as text, too. The defaults are measured: docs/calibration.md.
-    """
-
-    objective: Objective = Objective.RANGE
-    coverage: float = 1.0
-    granularity: Granularity = Granularity.LAYER
-    headroom: float = 0.1
-    worst_case: float = 4e-4
-
-    def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "objective", Objective(self.objective))
-            object.__setattr__(self, "granularity", Granularity(self.granularity))
-        except ValueError as error:
-            raise CalibrationError(
-                f"{error}; expected objective {' or '.join(Objective)} and granularity {' or '.join(Granularity)}"
-            ) from error
-        if not 0 < self.coverage <= 1:
-            raise CalibrationError(
-                f"coverage is {self.coverage}; expected a share of the data in (0, 1]: 1 covers all of it"
-            )
-        if not (math.isfinite(self.headroom) and self.headroom >= 0):
-            raise CalibrationError(f"headroom is {self.headroom}; expected 0 or more: 0.1 reaches a tenth farther")
-        if not (math.isfinite(self.worst_case) and self.worst_case > 0):
-            raise CalibrationError(
-                f"worst_case is {self.worst_case}; expected a positive latent error, like 4e-4; 1 turns it off"
-            )
-
-
 def fit_constants(
-    checkpoint: Checkpoint, episodes: ActionDataset, config: CalibrationConfig = CalibrationConfig()
+    checkpoint: Checkpoint, episodes: ActionDataset, config: CalibrationConfig = DEFAULT_CALIBRATION
 ) -> ConditioningConstants:
     """Fit mean and scale, float32 [L, D], to the float64 reference's latents of these episodes.
 
@@ -132,7 +82,7 @@ def constants_of_latents(
     latents: Tensor,
     num_layers: int,
     num_levels: int,
-    config: CalibrationConfig = CalibrationConfig(),
+    config: CalibrationConfig = DEFAULT_CALIBRATION,
     *,
     noise: float = UNIT,
 ) -> ConditioningConstants:

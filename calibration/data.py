@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 
@@ -11,12 +10,12 @@ from torch import Tensor
 
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
-from rfsq.rfsq_ref.data import ActionDataset, SplitFractions, load_actions, load_demonstrations, split_episodes
+from rfsq.rfsq_ref.data import SPLIT_SHARES, ActionDataset, load_actions, load_demonstrations, split_episodes
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.runtime.bundle.paths import counted
 
 #: One for each part of a split.
-MINIMUM_EPISODES = len(fields(SplitFractions))
+MINIMUM_EPISODES = len(SPLIT_SHARES)
 #: Of a latent's range known from N steps, one more step leaves it with probability 2 / (N + 1) where steps are
 #: independent, and more often where they follow each other: 1 % at this number. On the embedded demonstrations the
 #: error of L0-L2 by the default fit is 1.8 times that of all 3295 steps when fitted to 200 consecutive steps, 3.8 times
@@ -49,7 +48,7 @@ def calibration_dataset(
         trained_on = checkpoint.provenance.get("data", "not recorded")
         raise DataError(
             f"the checkpoint was not trained on the embedded demonstrations (its data: {trained_on}), so they cannot "
-            "calibrate it; give episodes of its own robot: --calibration-data FILE"
+            "calibrate it; give episodes of its own robot: --data FILE"
         )
     return dataset
 

@@ -18,7 +18,6 @@ that were left out of it: see `_Candidate.objection`. The episodes that judge a 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
@@ -33,8 +32,8 @@ from rfsq.calibration.data import (
     reference_latents,
     rounded,
 )
-from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.recovered import default_prefixes
+from rfsq.calibration.settings import DEFAULT_READOUT, ReadoutChoice, ReadoutConfig
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, Readout
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
@@ -59,39 +58,6 @@ _TOKEN_LOSS = 0.01
 #: Of a view's two weightings.
 _WEIGHTINGS = ("normalised units", "the robot's units")
 _TINY = torch.finfo(torch.float64).tiny
-
-
-class ReadoutChoice(StrEnum):
-    """Refit the last layer where cross-validation says that it wins, always, or never."""
-
-    AUTO = "auto"
-    ON = "on"
-    OFF = "off"
-
-
-@dataclass(frozen=True)
-class ReadoutConfig:
-    """ridge: penalty on changing what the layer gives, positive; None: the one with the lowest cross-validated error.
-
-    choice is taken as text, too.
-    """
-
-    choice: ReadoutChoice = ReadoutChoice.AUTO
-    ridge: float | None = None
-
-    def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "choice", ReadoutChoice(self.choice))
-        except ValueError as error:
-            raise CalibrationError(f"{error}; expected readout {', '.join(ReadoutChoice)}") from error
-        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge > 0):
-            raise CalibrationError(f"readout ridge is {self.ridge}; expected a small positive number, like 1e-2")
-        if self.ridge is not None and self.choice is ReadoutChoice.OFF:
-            raise CalibrationError(f"readout ridge is {self.ridge} with readout off; leave one of the two out")
-
-
-DEFAULT_READOUT = ReadoutConfig()
-READOUT_OFF = ReadoutConfig(ReadoutChoice.OFF)
 
 
 @dataclass(frozen=True)

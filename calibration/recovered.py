@@ -18,10 +18,8 @@ The map is rounded to a multiple of about 2^-16 of its largest entry: the linear
 1e-10 of it, and the map is part of a tokenizer's identity.
 """
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from itertools import islice
 
 import numpy as np
@@ -32,6 +30,7 @@ from tqdm import tqdm
 from rfsq.calibration.affine_maps import Features, Regression, refinements, regress
 from rfsq.calibration.data import episode_folds, is_certain_gain, reference_actions, reference_latents, rounded
 from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.settings import DEFAULT_RECOVERED, RecoveredConfig, Target, Weighting
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
@@ -54,38 +53,6 @@ _SLOWEST = 0.01
 def default_prefixes(num_layers: int) -> tuple[int, ...]:
     """The coarse layers and all of them."""
     return tuple(sorted({min(COARSE_LAYERS, num_layers), num_layers}))
-
-
-class Target(StrEnum):
-    """Which latents the first step regresses on: those the decoder was trained on, or those before the quantiser."""
-
-    DEQUANTISED = "dequantised"
-    UNQUANTISED = "unquantised"
-
-
-class Weighting(StrEnum):
-    """Weight of a step in the fit: all alike, or 1 / |normalised action|^2, so that slow motions count as much."""
-
-    UNIFORM = "uniform"
-    INVERSE_MAGNITUDE = "inverse-magnitude"
-
-
-@dataclass(frozen=True)
-class RecoveredConfig:
-    """ridge: penalty on the squared distance from the map of the step before; None: cross-validated, and what does not
-    win on episodes left out of the fit is left out of the map; refine_steps: most Gauss-Newton steps, 0 = none.
-    """
-
-    ridge: float | None = None
-    refine_steps: int = 5
-    target: Target = Target.DEQUANTISED
-    weighting: Weighting = Weighting.UNIFORM
-
-    def __post_init__(self) -> None:
-        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge >= 0):
-            raise CalibrationError(f"ridge is {self.ridge}; expected 0 or a small positive number, like 1e-6")
-        if self.refine_steps < 0:
-            raise CalibrationError(f"refine_steps is {self.refine_steps}; expected 0 (no refining) or more")
 
 
 @dataclass(frozen=True)
@@ -126,7 +93,7 @@ def fit_recovered_details(
     checkpoint: Checkpoint,
     episodes: ActionDataset,
     prefixes: Iterable[int],
-    config: RecoveredConfig = RecoveredConfig(),
+    config: RecoveredConfig = DEFAULT_RECOVERED,
 ) -> dict[int, RecoveredFit]:
     """One fit per prefix, with rank and condition.
 

@@ -184,8 +184,8 @@ def _layer_report(model: ActionAutoencoder, layer: int, step: LayerStep) -> Laye
 # Text, JSON, picture -------------------------------------------------------------------------------------------------
 
 
-def format_report(report: CalibrationReport) -> str:
-    """A table with a row per layer, and the errors to compare with below it."""
+def format_report(report: CalibrationReport, *, is_verbose: bool = True) -> str:
+    """A table with a row per layer, and the errors to compare with below it; is_verbose: good dimensions too."""
     table = Table.of(
         f"{report.method}, judged on {counted(report.num_episodes, 'episode')} ({report.num_steps} steps) of "
         f"{report.source}; action MSE in robot units², latents have no unit",
@@ -213,8 +213,9 @@ def format_report(report: CalibrationReport) -> str:
         f"trained forward pass                              {report.trained_mse[-1]:.3e}",
         f"published decode_from_indices                     {report.published_mse:.3e}",
         *filter(None, [lost]),
-        report.fidelity.text("decoded from all layers"),
     ]
+    if is_verbose or report.fidelity.warning:
+        lines.append(report.fidelity.text("decoded from all layers"))
     return "\n".join(lines)
 
 

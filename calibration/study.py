@@ -15,9 +15,10 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from rfsq.runtime.bundle.console import explain_missing_packages
+    from rfsq.runtime.bundle.command import run_command
 
-    explain_missing_packages()
+    # Before the imports below, some of which may be missing.
+    run_command("rfsq.calibration.study")
 
 import argparse
 import math
@@ -29,18 +30,15 @@ from typing import Any, TypeVar
 import torch
 from tqdm import tqdm
 
-from rfsq.calibration.constants import (
-    MINIMUM_STEPS,
-    Granularity,
-    Objective,
-)
+from rfsq.calibration.constants import MINIMUM_STEPS
 from rfsq.calibration.data import (
     calibration_dataset,
     episode_folds,
     mean_square,
     reference_actions,
 )
-from rfsq.calibration.readout import DEFAULT_READOUT, RIDGES, ReadoutChoice, ReadoutConfig
+from rfsq.calibration.readout import RIDGES
+from rfsq.calibration.settings import DEFAULT_READOUT, Granularity, Objective, ReadoutChoice, ReadoutConfig
 from rfsq.calibration.study_bench import (
     DEFAULT,
     SEED,
@@ -70,8 +68,7 @@ from rfsq.calibration.study_result import (
 )
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
-from rfsq.rfsq_ref.errors import OutputError, UnusableError
-from rfsq.runtime.bundle.console import path_argument
+from rfsq.runtime.bundle.command import CommandParser, Outcome, run
 from rfsq.runtime.bundle.paths import refuse_existing
 
 #: Random choices of calibration episodes for every number of them.
@@ -287,53 +284,31 @@ def _folds(episodes: ActionDataset) -> Iterator[tuple[ActionDataset, ActionDatas
 # The command ---------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--checkpoint", type=path_argument, nargs="+", action="extend",
-        help="one or more, usually the training seeds of one recipe; default: the embedded robust one",
-    )  # fmt: skip
-    parser.add_argument("--data", type=path_argument, help="action data; the embedded demonstrations by default")
-    parser.add_argument("--key", help="name of the action array or column in --data, when it is not the usual one")
-    parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
-    parser.add_argument(
-        "--use-layernorm", action=argparse.BooleanOptionalAction, default=None,
-        help="how checkpoints that do not say it were trained: Robust RFSQ, or naive",
-    )  # fmt: skip
-    parser.add_argument(
-        "--weights",
-        help="which model of checkpoints that hold several, such as ema; default: the model, no average",
-    )
-    parser.add_argument(
-        "--output", type=path_argument, default=Path("build/reports/calibration"), help="folder; default: %(default)s"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a study that is there")
-    return parser.parse_args(arguments)
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(_parser(), _work, arguments)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def _parser() -> CommandParser:
+    parser = CommandParser("calibration/study.py", "measure what each choice in calibration is worth")
+    parser.add_checkpoint(nargs="+", action="extend")
+    parser.add_data()
+    parser.add_output("folder", Path("build/reports/calibration"))
+    return parser
+
+
+def _work(options: argparse.Namespace) -> Outcome:
     # Sums come out in one order, whatever the machine has: the same data give the same numbers.
     torch.set_num_threads(1)
-    try:
-        # Not after minutes of fitting.
-        refuse_existing(study_files(options.output), overwrite=options.overwrite, error=OutputError)
-        checkpoints = [
-            load_checkpoint(path, use_layernorm=options.use_layernorm, weights=options.weights)
-            for path in options.checkpoint or [ROBUST_CHECKPOINT]
-        ]
-        for remark in dict.fromkeys(remark for checkpoint in checkpoints for remark in checkpoint.remarks):
-            print(remark)
-        dataset = calibration_dataset(checkpoints[0], options.data, key=options.key, filter_key=options.filter_key)
-        result = study(checkpoints, dataset, show_progress=True)
-        print(format_study(result))
-        write_study(result, options.output)
-    except UnusableError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"\nwrote {options.output} in {result.seconds:.0f} s")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    # Not after minutes of fitting.
+    refuse_existing(study_files(options.output), overwrite=options.overwrite)
+    checkpoints = [
+        load_checkpoint(path, use_layernorm=options.use_layernorm, weights=options.weights)
+        for path in options.checkpoint or [ROBUST_CHECKPOINT]
+    ]
+    for remark in dict.fromkeys(remark for checkpoint in checkpoints for remark in checkpoint.remarks):
+        print(remark)
+    dataset = calibration_dataset(checkpoints[0], options.data, key=options.key, filter_key=options.filter_key)
+    result = study(checkpoints, dataset, show_progress=True)
+    print(format_study(result))
+    write_study(result, options.output)
+    return Outcome(f"\n✓ wrote {options.output} in {result.seconds:.0f} s", asdict(result))

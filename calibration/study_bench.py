@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from rfsq.calibration.constants import CalibrationConfig, fit_constants, worst_case_errors
+from rfsq.calibration.constants import fit_constants, worst_case_errors
 from rfsq.calibration.data import (
     MINIMUM_EPISODES,
     Selection,
@@ -20,7 +20,8 @@ from rfsq.calibration.data import (
     selection_of,
 )
 from rfsq.calibration.errors import CalibrationError
-from rfsq.calibration.readout import DEFAULT_READOUT, READOUT_OFF, ReadoutConfig, fit_readout
+from rfsq.calibration.readout import fit_readout
+from rfsq.calibration.settings import DEFAULT_READOUT, READOUT_OFF, CalibrationConfig, ReadoutConfig
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from rfsq.calibration.constants import CalibrationConfig
-from rfsq.calibration.fit import calibrate, recover
-from rfsq.calibration.recovered import RecoveredConfig, default_prefixes
+from rfsq.calibration.fitting import calibrate, recover
+from rfsq.calibration.recovered import default_prefixes
+from rfsq.calibration.settings import CalibrationConfig, RecoveredConfig
 from rfsq.calibration.tables import prefix_name
 from rfsq.evidence.binning import BinRange
 from rfsq.evidence.codecs import Codec, RawCodec, RfsqCodec
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.training import CACHE
+from rfsq.evidence.settings import CACHE
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, load_demonstrations, split_episodes
 from rfsq.rfsq_ref.quantizer import Conditioning

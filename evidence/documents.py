@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Write the tables in README.md and docs/ anew from the measured results in docs/results.
 
-A table stands between `<!-- results: NAME -->` and `<!-- end -->`. Exit status: 0 when every document was up to date,
-1 when one was not (it is then written, unless --check is given), 2 when a result is missing.
+A table stands between `<!-- results: NAME -->` and `<!-- end -->`.
 """
 
 import sys
@@ -11,15 +10,15 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from rfsq.runtime.bundle.console import explain_missing_packages
+    from rfsq.runtime.bundle.command import run_command
 
-    explain_missing_packages()
+    # Before the imports below, some of which may be missing.
+    run_command("rfsq.evidence.documents")
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.study_report import parts
 from rfsq.calibration.study_result import result_from_json
 from rfsq.calibration.tables import Table
@@ -29,6 +28,7 @@ from rfsq.evidence.results import Comparison, Spread, read_json, write_text
 from rfsq.evidence.rollout_files import read_report
 from rfsq.evidence.rollout_report import conclusions, tables_of
 from rfsq.evidence.tables import layer_table, peer_table, summary_table
+from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, run
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
@@ -121,26 +121,29 @@ def _short(value: Spread) -> str:
     return f"{value.mean:.1e}".replace("e-0", "e−").replace("e-", "e−")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(_parser(), _work, arguments)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "evidence/documents.py",
+        "write the tables in README.md and docs/ anew from the results in docs/results",
+        wanting="a document was not up to date",
+    )
     parser.add_argument("--check", action="store_true", help="write nothing")
-    options = parser.parse_args(arguments)
-    outdated = 0
-    try:
-        found = tables()
-        for path in documents():
-            text = path.read_text(encoding="utf-8")
-            new = rewritten(text, found)
-            if new != text:
-                outdated += 1
-                print(f"{path.relative_to(ROOT)} is out of date" + ("" if options.check else ": written anew"))
-                if not options.check:
-                    write_text(path, new)
-    except (EvidenceError, CalibrationError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 1 if outdated else 0
+    return parser
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _work(options: argparse.Namespace) -> Outcome:
+    found, outdated = tables(), []
+    for path in documents():
+        text = path.read_text(encoding="utf-8")
+        new = rewritten(text, found)
+        if new != text:
+            outdated.append(str(path.relative_to(ROOT)))
+            print(f"{outdated[-1]} is out of date" + ("" if options.check else ": written anew"))
+            if not options.check:
+                write_text(path, new)
+    verdict = f"✗ {len(outdated)} documents were out of date" if outdated else "✓ every document is up to date"
+    return Outcome(verdict, {"outdated": outdated}, WANTING if outdated else DONE)

@@ -7,11 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rfsq.calibration.constants import CalibrationConfig
 from rfsq.calibration.data import calibration_episodes, judging_episodes
-from rfsq.calibration.fit import Method, calibrate, recover
-from rfsq.calibration.readout import DEFAULT_READOUT, ReadoutChoice, ReadoutConfig
-from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.calibration.fitting import calibrate, recover
+from rfsq.calibration.settings import (
+    DEFAULT_READOUT,
+    CalibrationConfig,
+    Method,
+    ReadoutChoice,
+    ReadoutConfig,
+    RecoveredConfig,
+)
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.findings import REFITTED
@@ -19,13 +24,13 @@ from rfsq.evidence.metrics import Array, OscPose, action_errors, units_of
 from rfsq.evidence.peers import peer_codecs
 from rfsq.evidence.results import CodecReport, Curve, Metrics, SchemeReport, metrics_of
 from rfsq.evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, Scheme
-from rfsq.evidence.training import CACHE, SEEDS, trained_checkpoint
+from rfsq.evidence.settings import CACHE, SEEDS
+from rfsq.evidence.training import trained_checkpoint
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes
 from rfsq.rfsq_ref.errors import DataError
-from rfsq.rfsq_ref.normaliser import NormaliserKind
 from rfsq.rfsq_ref.quantizer import Conditioning
-from rfsq.rfsq_ref.train import TrainConfig
+from rfsq.rfsq_ref.settings import NormaliserKind, TrainConfig
 from rfsq.rfsq_ref.training_history import TrainingHistory
 from rfsq.runtime.bundle.fidelity import fidelity
 

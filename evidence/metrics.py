@@ -7,6 +7,7 @@ import numpy.typing as npt
 from scipy.spatial.transform import Rotation
 
 from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.settings import OSC_POSITION_M, OSC_ROTATION_RAD
 
 Array = npt.NDArray[np.float64]
 
@@ -22,8 +23,8 @@ class OscPose:
     the gripper command's sign opens or closes.
     """
 
-    position_m: float = 0.05
-    rotation_rad: float = 0.5
+    position_m: float = OSC_POSITION_M
+    rotation_rad: float = OSC_ROTATION_RAD
 
     def arms(self, actions: npt.NDArray[np.floating]) -> Array:
         """[N, arms * 7] to [N, arms, 7]. Raises EvidenceError for another number of dimensions."""

@@ -22,8 +22,9 @@ from torch.nn.functional import mse_loss, pad
 from rfsq.evidence.errors import EvidenceError
 from rfsq.rfsq_ref.autoencoder import ModelConfig, StepAutoencoder
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
-from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind, fit_normaliser
+from rfsq.rfsq_ref.normaliser import Normaliser, fit_normaliser
 from rfsq.rfsq_ref.normaliser_choice import suggested_normaliser
+from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
 from rfsq.runtime.bundle.reading import parse_json
 from rfsq.runtime.bundle.writing import replacing

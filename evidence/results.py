@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rfsq.evidence.errors import EvidenceError
+from rfsq.runtime.bundle.advice import command
 from rfsq.runtime.bundle.reading import parse_json
 from rfsq.runtime.bundle.typed_json import build
 from rfsq.runtime.bundle.writing import replacing
@@ -193,11 +194,11 @@ def write_text(path: Path, text: str) -> None:
 
 def read_json(path: Path) -> Comparison:
     """What write_json wrote. Raises EvidenceError for anything else."""
-    content = read_json_object(path, FORMAT, FORMAT_VERSION, "python rfsq_ref/compare.py")
+    content = read_json_object(path, FORMAT, FORMAT_VERSION, command("compare"))
     try:
         return build(Comparison, content, "the comparison")
     except ValueError as error:
-        raise EvidenceError(f"{path} is damaged: {error}; write it anew with `python rfsq_ref/compare.py`") from error
+        raise EvidenceError(f"{path} is damaged: {error}; write it anew with `{command('compare')}`") from error
 
 
 def read_json_object(path: Path, expected: str, expected_version: int, command: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from rfsq.evidence.cells import codecs, fingerprint, select
 from rfsq.evidence.closed_loop import run_episode
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.episodes import Episode, Identity, Job, open_episodes
-from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.settings import RolloutConfig
 from rfsq.evidence.simulation import TASKS, Simulation
 from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT
@@ -23,43 +22,6 @@ from rfsq.rfsq_ref.generate_demonstrations import check_simulator
 
 #: To be raised when a change to the simulation, the loop or the experts changes what comes out of an episode.
 LOOP_VERSION = 1
-#: Two that forgive centimetres, and two that punish millimetres.
-DEFAULT_TASKS = ("Stack", "NutAssemblySquare", "NutAssemblyTight", "PickPlaceCan")
-
-
-@dataclass(frozen=True)
-class RolloutConfig:
-    """What to run. cells: all of them if none are named; episodes: per task and cell; chunk: actions executed between
-    two plans; peers: run the methods of others too; restart_changed: drive cells whose codec has changed anew; output:
-    folder of the episodes."""
-
-    tasks: tuple[str, ...] = DEFAULT_TASKS
-    cells: tuple[str, ...] = ()
-    episodes: int = 50
-    seed: int = 0
-    chunk: int = 8
-    workers: int = 2
-    peers: bool = False
-    restart_changed: bool = False
-    output: Path = Path("build/evidence/rollout")
-
-    def __post_init__(self) -> None:
-        for name in ("episodes", "chunk", "workers"):
-            if getattr(self, name) < 1:
-                raise EvidenceError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.seed < 0:
-            raise EvidenceError(f"seed is {self.seed}; expected 0 or more")
-        unknown = [task for task in self.tasks if task not in TASKS]
-        if unknown or not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise EvidenceError(f"tasks are {list(self.tasks)}; expected different ones of {list(TASKS)}")
-        if self.peers and self.chunk != 8:
-            raise EvidenceError(
-                f"chunk is {self.chunk}; the peers are trained for chunks of 8 steps: leave --peers out"
-            )
-
-    @property
-    def file(self) -> Path:
-        return self.output / "episodes.jsonl"
 
 
 def seed_of(seed: int, task: str, index: int) -> int:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from rfsq.rfsq_ref.expert import Expert
 from rfsq.rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS, NutAssemblyTightExpert
 from rfsq.rfsq_ref.generate_demonstrations import SimulatorError, check_simulator, make_environment
+from rfsq.runtime.bundle.advice import install
 
 Array = NDArray[np.float64]
 
@@ -209,7 +210,7 @@ def _check_controller(arm: Any) -> None:
     found = {name: getattr(arm, name, "missing") for name in expected}
     if found != expected:
         raise SimulatorError(
-            f"the arm's controller is {found}; expected {expected}; install the versions of pip install '.[sim]'"
+            f"the arm's controller is {found}; expected {expected}; install the versions of {install('sim')}"
         )
 
 
@@ -227,7 +228,7 @@ def _register_tight_task() -> None:
             tree = ElementTree.fromstring(super().edit_model_xml(xml))
             geoms = tree.findall(".//body[@name='peg1']/geom")
             if not geoms:
-                raise SimulatorError("the arena has no peg named peg1; install the versions of pip install '.[sim]'")
+                raise SimulatorError(f"the arena has no peg named peg1; install the versions of {install('sim')}")
             half_width = _HALF_HOLE - NutAssemblyTightExpert.play
             for geom in geoms:
                 height = geom.attrib["size"].split()[2]

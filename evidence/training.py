@@ -13,14 +13,11 @@ from rfsq.rfsq_ref.checkpoints import (
     load_checkpoint,
 )
 from rfsq.rfsq_ref.data import ActionDataset
-from rfsq.rfsq_ref.train import TrainConfig, train
+from rfsq.rfsq_ref.settings import TrainConfig
+from rfsq.rfsq_ref.training import train
 from rfsq.rfsq_ref.training_history import TrainingHistory, history_path, load_history, save_result
 
-#: Of everything that is trained, ours and the peers.
-SEEDS = (0, 1, 2)
-#: Where trained models are kept between runs.
-CACHE = Path("build/evidence/models")
-#: To be raised when the recipe in rfsq.rfsq_ref.train changes what comes out of it.
+#: To be raised when the recipe in rfsq.rfsq_ref.training changes what comes out of it.
 RECIPE = 1
 
 

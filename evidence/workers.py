@@ -3,11 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from typing import TypeVar
 
 from rfsq.evidence.errors import EvidenceError
+from rfsq.runtime.bundle.console import end_by_interrupts
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
@@ -21,7 +23,7 @@ def in_processes(
     start: called with `arguments` at the beginning of every process. Raises EvidenceError when a process dies.
     """
     # Spawned: a forked process would share torch's threads and the simulator's native state.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), start, arguments)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), partial(_begin, start, *arguments))
     waiting, running = iter(jobs), set[Future[_Result]]()
     try:
         while True:
@@ -40,3 +42,8 @@ def in_processes(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin(start: Callable[..., None], *arguments: object) -> None:
+    end_by_interrupts()
+    start(*arguments)

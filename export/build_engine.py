@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
-"""Build a validated bundle from a trained checkpoint: calibrate, export, compile, prove, then write it all at once.
+"""The command that builds a validated bundle from a checkpoint: calibrate, export, compile, prove, then write it.
 
 Without arguments the embedded robust checkpoint is built into build/bundle. With --from-bundle, engines for this
-machine are added to a bundle that was built elsewhere; that needs neither torch nor the checkpoint. The exit
-status is 0 for a bundle that passed every gate, 1 when a gate or a check failed, 2 for input that cannot be used; only
-0 leaves or changes a bundle.
+machine are added to a bundle that was built elsewhere; that needs neither torch nor the checkpoint.
 """
 
 from __future__ import annotations
@@ -14,24 +12,18 @@ from pathlib import Path
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-if __name__ == "__main__":
-    from rfsq.runtime.bundle.console import explain_missing_packages
-
-    explain_missing_packages()
 
 import argparse
 import contextlib
+import dataclasses
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rfsq.export.batches import Profile
-from rfsq.export.errors import BuildInputError, GateError
-from rfsq.runtime.bundle.backend_specs import BACKENDS
-from rfsq.runtime.bundle.console import escape_what_cannot_be_shown, path_argument
-from rfsq.runtime.bundle.errors import RfsqError
-from rfsq.runtime.bundle.manifest import MODES
+from rfsq.export.errors import BuildInputError
+from rfsq.runtime.bundle.command import CommandParser, Outcome, path_argument, run, run_command
+from rfsq.runtime.bundle.modes import MODES
 
 if TYPE_CHECKING:
     from rfsq.export.on_target import TargetConfig
@@ -42,31 +34,79 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 _READOUTS = ("auto", "on", "off")
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> BuildConfig | TargetConfig:
-    """Exits with status 2 and a message for arguments that make no sense."""
-    parser = _parser()
-    # Only what was given, so that every default stands in one place.
-    given: dict[str, Any] = vars(parser.parse_args(arguments))
-    for name in ("prefixes", "backends", "compute_capabilities"):
-        if name in given:
-            given[name] = tuple(given[name])
-    try:
-        if "profile" in given:
-            given["profile"] = Profile(*given["profile"])
-        if "from_bundle" in given:
-            return _target_config(given)
-        # Here, because a robot that adds engines has no torch.
-        from rfsq.calibration.readout import ReadoutChoice
-        from rfsq.export.pipeline import BuildConfig
-        from rfsq.export.plan import DeployMode
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(parser(), _work, arguments)
 
-        if "readout" in given:
-            given["readout"] = ReadoutChoice(given["readout"])
-        if "conditioning" in given:
-            given["conditioning"] = DeployMode(given["conditioning"])
-        return BuildConfig(**given)
-    except BuildInputError as error:
-        parser.error(str(error))
+
+def parser() -> CommandParser:
+    """All arguments of the command; what is not given is not there, so that every default stands in one place."""
+    parser = CommandParser(
+        "build",
+        wanting="a gate or a check failed, and nothing is written",
+        interrupted="--output is as it was",
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_checkpoint()
+    parser.add_data(
+        "--calibration-data", text="episodes of the checkpoint's robot: .npz, .npy, .pt, HDF5 or LeRobot",
+        default="the embedded demonstrations, for checkpoints that were trained on them",
+    )  # fmt: skip
+    parser.add_output("folder of the bundle; default: build/bundle")
+    parser.add_backends("what is here, onnxruntime always")
+    parser.add_argument(
+        "--from-bundle", type=path_argument, metavar="BUNDLE",
+        help="add engines for this machine to this bundle: those that can be proven here, or all of --backend; needs "
+        "neither torch nor the checkpoint",
+    )  # fmt: skip
+    parser.add_argument(
+        "--normaliser",
+        type=path_argument,
+        metavar="F",
+        help="JSON with kind, offset and scale, folded into the engines",
+    )
+    parser.add_argument("--conditioning", choices=MODES, help="default: calibrated if robust")
+    parser.add_argument(
+        "--readout", choices=_READOUTS,
+        help="refit the decoder's last layer for calibrated tokens; default: auto, where it wins on calibration "
+        "episodes left out of the fit",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prefixes", type=int, nargs="+", metavar="L", help="default: 3; the full depth is always built"
+    )
+    parser.add_argument("--chunk-length", type=int, metavar="T", help="default: 8")
+    parser.add_argument(
+        "--compute-capabilities",
+        nargs="+",
+        metavar="CC",
+        help="such as 8.6 8.9; default: the library's portable target",
+    )
+    parser.add_argument(
+        "--profile", type=int, nargs=3, metavar=("MIN", "OPT", "MAX"), help="batch sizes B; default: 1 1 4096"
+    )
+    parser.add_argument("--parity-steps", type=int, metavar="N", help="default: 120000")
+    return parser
+
+
+def config_of(options: argparse.Namespace) -> BuildConfig | TargetConfig:
+    """Raises BuildInputError for settings that make no sense."""
+    from rfsq.export.batches import Profile
+
+    given = {name: value for name, value in vars(options).items() if name not in ("verbose", "quiet", "json")}
+    given |= {name: tuple(given[name]) for name in ("prefixes", "backends", "compute_capabilities") if name in given}
+    if "profile" in given:
+        given["profile"] = Profile(*given["profile"])
+    if "from_bundle" in given:
+        return _target_config(given)
+    # Here, because a robot that adds engines has no torch.
+    from rfsq.calibration.settings import ReadoutChoice
+    from rfsq.export.pipeline import BuildConfig
+    from rfsq.export.plan import DeployMode
+
+    if "readout" in given:
+        given["readout"] = ReadoutChoice(given["readout"])
+    if "conditioning" in given:
+        given["conditioning"] = DeployMode(given["conditioning"])
+    return BuildConfig(**given)
 
 
 def _target_config(given: dict[str, Any]) -> TargetConfig:
@@ -79,85 +119,26 @@ def _target_config(given: dict[str, Any]) -> TargetConfig:
     return TargetConfig(**{"bundle" if name == "from_bundle" else name: value for name, value in given.items()})
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0], argument_default=argparse.SUPPRESS)
-    parser.add_argument("--checkpoint", type=path_argument, help="default: the embedded robust one")
-    parser.add_argument(
-        "--use-layernorm",
-        action=argparse.BooleanOptionalAction,
-        help="how a checkpoint was trained that does not say it: with normalised residuals, or not",
-    )
-    parser.add_argument(
-        "--weights",
-        help="which model of a checkpoint that holds several, such as ema; default: the model, no average",
-    )
-    parser.add_argument(
-        "--normaliser", type=path_argument, help="JSON with kind, offset and scale, folded into the engines"
-    )
-    parser.add_argument("--calibration-data", type=path_argument, help="episodes of the checkpoint's robot")
-    parser.add_argument("--key", help="name of the action array or column in --calibration-data")
-    parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
-    parser.add_argument("--output", type=path_argument, help="default: build/bundle")
-    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
-    parser.add_argument("--conditioning", choices=MODES, help="default: calibrated if robust")
-    parser.add_argument(
-        "--readout",
-        choices=_READOUTS,
-        help="refit the decoder's last layer for calibrated tokens; default: auto, where it wins on calibration "
-        "episodes left out of the fit",
-    )
-    parser.add_argument("--prefixes", type=int, nargs="+", help="default: 3; the full depth is always built")
-    parser.add_argument("--chunk-length", type=int, help="T, default: 8")
-    parser.add_argument(
-        "--backends",
-        nargs="+",
-        metavar="NAME",
-        help=f"of {', '.join(BACKENDS)}; default: what is here, onnxruntime always",
-    )
-    parser.add_argument(
-        "--compute-capabilities", nargs="+", help="such as 8.6 8.9; default: the library's portable target"
-    )
-    parser.add_argument(
-        "--profile", type=int, nargs=3, metavar=("MIN", "OPT", "MAX"), help="batch sizes B, default: 1 1 4096"
-    )
-    parser.add_argument("--parity-steps", type=int, help="default: 120000")
-    parser.add_argument(
-        "--from-bundle",
-        type=path_argument,
-        metavar="BUNDLE",
-        help="add engines for this machine to this bundle: those that can be proven here, or all of --backends",
-    )
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    config = parse_arguments(arguments)
-    escape_what_cannot_be_shown()
+def _work(options: argparse.Namespace) -> Outcome:
     with _clean_ends():
-        try:
-            _run(config)
-        except GateError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except (RfsqError, OSError) as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-    return 0
+        return _run(config_of(options), is_verbose=options.verbose)
 
 
-def _run(config: BuildConfig | TargetConfig) -> None:
+def _run(config: BuildConfig | TargetConfig, *, is_verbose: bool) -> Outcome:
     from rfsq.export.on_target import TargetConfig, add_engines
 
     if isinstance(config, TargetConfig):
-        add_engines(config)
-        return
+        manifest, added = add_engines(config)
+        verdict = f"✓ {config.bundle} has validated engines for {', '.join(sorted({*added}))} here"
+        return Outcome(verdict, {"bundle": str(config.bundle), **dataclasses.asdict(manifest)})
     import torch
 
     from rfsq.export.pipeline import build
 
     # For matrices this small more threads are slower.
     torch.set_num_threads(1)
-    build(config)
+    result = build(config, has_tables=is_verbose)
+    return Outcome(result.verdict, {"bundle": str(config.output), **dataclasses.asdict(result.manifest)})
 
 
 @contextlib.contextmanager
@@ -165,6 +146,8 @@ def _clean_ends() -> Iterator[None]:
     """A build that is told to end, by a person or by the system, cleans up after itself as one that fails does."""
 
     def end(number: int, _frame: object) -> NoReturn:
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         if number != signal.SIGPIPE:
             print(f"ended by {signal.Signals(number).name}", file=sys.stderr)
         raise SystemExit(128 + number)
@@ -184,4 +167,4 @@ def _clean_ends() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command("rfsq.export.build_engine")

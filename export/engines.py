@@ -16,6 +16,7 @@ from rfsq.export.trt_builder import EngineRequest, build_engine, check_engine, i
 from rfsq.runtime.backends.contract import MOST_CHUNKS
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.backends.tensorrt_api import find_tensorrt
+from rfsq.runtime.bundle.advice import install
 from rfsq.runtime.bundle.backend_specs import BACKENDS, BackendSpec
 from rfsq.runtime.bundle.errors import BackendUnavailableError
 from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, EngineEntry, GraphEntry
@@ -146,7 +147,7 @@ def _compile_cuda(backend: str, sources: EngineSources, staged: StagedBundle, st
         from rfsq.runtime.backends.gpu.kernels import KernelError, compile_kernels, nvrtc_version
     except ImportError as error:
         raise BackendUnavailableError(
-            f"the generated CUDA cannot be compiled: {error}; install cuda-python and NVRTC with: pip install '.[gpu]'"
+            f"the generated CUDA cannot be compiled: {error}; install cuda-python and NVRTC with: {install('gpu')}"
         ) from error
 
     source, gpu = sources.content(CUDA_SOURCE), open_device()

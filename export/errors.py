@@ -20,6 +20,8 @@ class EngineBuildError(ExportError):
 class GateError(ExportError):
     """One or more gates or checks are red; the message lists them all."""
 
+    exit_status = 1
+
 
 def require_none(problems: Iterable[str]) -> None:
     """Raises GateError with a line for every problem, if there are any."""

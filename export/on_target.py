@@ -49,19 +49,20 @@ class _CannotRunError(ExportError):
         self.reasons = reasons or {}
 
 
-def add_engines(config: TargetConfig) -> Manifest:
+def add_engines(config: TargetConfig) -> tuple[Manifest, tuple[str, ...]]:
     """Compile graphs and C source for this machine, replay the golden vectors on it, and replace the bundle as a whole.
 
-    The bundle is as it was unless every gate passed. Raises BundleError for no bundle, GateError, and ExportError where
-    a backend that was asked for cannot be made or run here, or none can.
+    Returns the new manifest, and the backends that were added. The bundle is as it was unless every gate passed. Raises
+    BundleError for no bundle, GateError, and ExportError where a backend that was asked for cannot be made or run here,
+    or none can.
     """
     backends, left_out = compilable(to_run=True)
     if config.backends is not None:
         try:
-            return _add_all(config, config.backends)
+            return _add_all(config, config.backends), config.backends
         except _CannotRunError as error:
             others = [name for name in backends if name not in error.reasons]
-            advice = f"\nadd what can be proven here with --backends {' '.join(others)}" if others else ""
+            advice = f"\nadd what can be proven here with --backend {' '.join(others)}" if others else ""
             raise ExportError(f"no engine is added, for some cannot be made or run here:\n  {error}{advice}") from error
     while backends:
         try:
@@ -73,7 +74,7 @@ def add_engines(config: TargetConfig) -> Manifest:
         else:
             for name, reason in left_out.items():
                 print(f"– {name} is left out: {reason}")
-            return manifest
+            return manifest, backends
     raise ExportError(
         "no engine can be added here: install gcc or clang for C, or TensorRT with "
         f"{BACKENDS['tensorrt-rtx'].install} on a machine with a GPU\n  {_listed(left_out)}"
@@ -108,9 +109,7 @@ def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
             before = (entry for entry in bundle.manifest.parity if (entry.backend, entry.device) not in here)
             return (*before, *_proven(golden, bundle, opened, steps))
 
-        manifest = seal_proven(staged, replace(bundle.manifest, engines=engines), judge, backends)
-    print(f"\n✓ {config.bundle} has validated engines for {', '.join(sorted({entry.backend for entry in added}))} here")
-    return manifest
+        return seal_proven(staged, replace(bundle.manifest, engines=engines), judge, backends)
 
 
 def _kept(bundle: Bundle, added: Sequence[EngineEntry], staged: StagedBundle) -> tuple[EngineEntry, ...]:

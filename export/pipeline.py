@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig
+from rfsq.calibration.settings import ReadoutChoice, ReadoutConfig
 from rfsq.export.batches import Profile
 from rfsq.export.bundle_writer import StagedBundle, stage_bundle
 from rfsq.export.c_source import c_tokenizer
@@ -39,6 +39,7 @@ from rfsq.export.sources import BuildData, choose_mode, fit_for, load_build_data
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.runtime.backends.contract import Backend
+from rfsq.runtime.bundle.advice import command
 from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
 from rfsq.runtime.bundle.fidelity import Fidelity
@@ -81,7 +82,7 @@ class BuildConfig:
     use_layernorm: bool | None = None
     weights: str | None = None
     normaliser: Path | None = None
-    calibration_data: Path | None = None
+    data: Path | None = None
     key: str | None = None
     filter_key: str | None = None
     readout: ReadoutChoice = ReadoutChoice.AUTO
@@ -126,9 +127,18 @@ class BuildResult:
     quality: Mapping[str, float]
     fidelity: Fidelity | None
 
+    @property
+    def verdict(self) -> str:
+        """That it is right, and what its tokens are worth."""
+        lines = [f"✓ {self.output} is built and validated, fingerprint {self.manifest.fingerprint[:16]}"]
+        if self.manifest.quality is not None:
+            lines.append(f"what the tokens are worth: {self.manifest.quality.line}")
+            lines += filter(None, [self.manifest.quality.fidelity.warning])
+        return "\n".join(lines)
 
-def build(config: BuildConfig) -> BuildResult:
-    """Build, prove and write a bundle; prints a line per step.
+
+def build(config: BuildConfig, *, has_tables: bool = True) -> BuildResult:
+    """Build, prove and write a bundle; prints a line per step. has_tables: also of what went well.
 
     Raises UnusableError, ExportError or TokenizerError for what cannot be built, GateError
     for what was built and is not right. The output is complete afterwards, or as it was before.
@@ -156,16 +166,12 @@ def build(config: BuildConfig) -> BuildResult:
             with steps.step("parity gates") as step:
                 parity, problems = prove(exported.model, exam.golden, source.reference, exam.sections, backends)
                 note_gates(step, parity, problems, backends, absent)
-            print(closing_tables(parity, exam.quality, exam.fidelity, source.data.judged_on))
+            if has_tables or problems or (exam.fidelity is not None and exam.fidelity.warning):
+                print(closing_tables(parity, exam.quality, exam.fidelity, source.data.judged_on))
             require_none(problems)
             return parity
 
         manifest = seal_proven(staged, manifest, judge, config.backends, required=_required(config))
-    print(f"\n✓ {config.output} is built and validated, fingerprint {manifest.fingerprint[:16]}")
-    if manifest.quality is not None:
-        print(f"what the tokens are worth: {manifest.quality.line}")
-        if warning := manifest.quality.fidelity.warning:
-            print(warning)
     return BuildResult(config.output, manifest, exam.quality, exam.fidelity)
 
 
@@ -216,12 +222,12 @@ def _load(config: BuildConfig, steps: StepList) -> _Source:
         raise BuildInputError(
             f"readout {config.readout.value!r} is asked for, but nothing is calibrated here: the mode is "
             f"{mode.value!r}" + ("" if is_fit_needed else " and the checkpoint has what it needs") + "; leave "
-            "--readout out, or calibrate anew with calibration/fit.py --readout"
+            f"--readout out, or calibrate anew with `{command('calibrate', '--readout')}`"
         )
     with steps.step("load action data") as step:
         data = load_build_data(
             checkpoint,
-            config.calibration_data,
+            config.data,
             key=config.key,
             filter_key=config.filter_key,
             is_needed=is_fit_needed,

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rfsq.calibration.constants import CalibrationConfig
 from rfsq.calibration.data import (
     Selection,
     calibration_dataset,
@@ -20,9 +19,8 @@ from rfsq.calibration.data import (
     reference_latents,
     selection_of,
 )
-from rfsq.calibration.fit import calibrate, recover
-from rfsq.calibration.readout import DEFAULT_READOUT, ReadoutConfig
-from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.calibration.fitting import calibrate, recover
+from rfsq.calibration.settings import DEFAULT_READOUT, CalibrationConfig, ReadoutConfig, RecoveredConfig
 from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.checkpoints import Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset

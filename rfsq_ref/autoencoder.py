@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from rfsq.rfsq_ref.errors import NotDecodableError, SettingsError
 from rfsq.rfsq_ref.normaliser import Normaliser
-from rfsq.rfsq_ref.quantizer import DYNAMIC_NEEDS_STATS, Conditioning, ConditioningConstants, ResidualQuantizer
+from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants, ResidualQuantizer, dynamic_needs_stats
+from rfsq.runtime.bundle.advice import command
 from rfsq.runtime.bundle.manifest import SIZE_LIMITS
 from rfsq.runtime.bundle.paths import shown
 
@@ -155,9 +156,9 @@ class ActionAutoencoder(StepAutoencoder):
         if self.recovered:
             raise NotDecodableError(
                 f"no recovered decoder for a prefix of {prefix} layers; fitted prefixes: {sorted(self.recovered)}. "
-                f"Fit it with `python calibration/fit.py --prefixes {prefix}`"
+                f"Fit it with `{command('calibrate', f'--method recovered --prefixes {prefix}')}`"
             )
-        raise NotDecodableError(DYNAMIC_NEEDS_STATS)
+        raise NotDecodableError(dynamic_needs_stats())
 
     def decode(self, tokens: Tensor, stats: Tensor | None = None) -> Tensor:
         """tokens [..., D, l] to actions [..., A]; see `dequantize` for what a `dynamic` model needs."""

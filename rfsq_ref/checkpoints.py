@@ -27,6 +27,7 @@ from rfsq.rfsq_ref.published_checkpoints import (
 )
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
+from rfsq.runtime.bundle.advice import command
 from rfsq.runtime.bundle.paths import as_path, shown
 from rfsq.runtime.bundle.reading import UnfitFileError, parse_json, read_file
 from rfsq.runtime.bundle.writing import replacing
@@ -44,7 +45,7 @@ ROBUST_CHECKPOINT = ASSETS / "robust.safetensors"
 _HASH_KEY = "sha256"
 #: In bytes. A policy of 7 billion numbers with the tokenizer inside takes 28 GB.
 _SIZE_LIMIT = 2**35
-# Numbers as they are written, so that the name found is the name looked up.
+# Without leading zeros, so that the name found is the name looked up.
 _RECOVERED = re.compile(r"recovered\.(0|[1-9][0-9]{0,8})\.(?:matrix|offset)")
 
 
@@ -79,7 +80,7 @@ class Checkpoint:
         if conditioning is Conditioning.CALIBRATED and self.constants is None:
             raise CheckpointError(
                 "this checkpoint carries no conditioning constants; fit them with "
-                "`python calibration/fit.py --checkpoint FILE`"
+                f"`{command('calibrate', '--checkpoint FILE')}`"
             )
         if conditioning not in (self.trained_with, Conditioning.CALIBRATED):
             raise CheckpointError(
@@ -100,7 +101,7 @@ class Checkpoint:
         return model.to(dtype).eval()
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, by the names of our own format."""
+        """All tensors, by the names of our own format."""
         tensors: dict[str, Tensor] = dict(self.weights)
         if self.constants is not None:
             tensors["calibrated.mean"] = self.constants.mean
@@ -146,14 +147,18 @@ def load_checkpoint(
     so it must be given there; where the file says it, the argument must agree. weights: which model in the file, such
     as `ema`; by default `model_state_dict`, `model`, `state_dict` or the file itself, and an average only where it is
     alone. `remarks` say what was not taken. Raises CheckpointError.
+
+    >>> checkpoint = load_checkpoint(ROBUST_CHECKPOINT)
+    >>> checkpoint.config.num_layers, checkpoint.trained_with.value
+    (8, 'dynamic')
     """
     path = as_path(path, "the checkpoint", CheckpointError)
     try:
-        # Once: what is hashed is what is parsed, even where the file is replaced meanwhile.
+        # Read once: what is hashed is what is parsed, even where the file is replaced meanwhile.
         content = read_file(path, _SIZE_LIMIT)
     except (FileNotFoundError, NotADirectoryError, UnfitFileError) as error:
         reason = f": {error}" if isinstance(error, UnfitFileError) else ""
-        raise CheckpointError(f"no checkpoint at {path}{reason}; train one with `python rfsq_ref/train.py`") from error
+        raise CheckpointError(f"no checkpoint at {path}{reason}; train one with `{command('train')}`") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; check its permissions") from error
     metadata: Mapping[str, str] = {}
@@ -167,15 +172,13 @@ def load_checkpoint(
     else:
         entries = tensors if path.suffix == SUFFIX else read_torch(content, path)
         found = published_model(entries, path, use_layernorm, weights)
-        checkpoint = Checkpoint(
-            found.config, found.trained_with, found.weights, provenance=found.provenance, remarks=found.remarks
-        )
+        checkpoint = Checkpoint(**vars(found))
     sha256 = hashlib.sha256(content).hexdigest()
     return replace(checkpoint, provenance={**checkpoint.provenance, "checkpoint_sha256": sha256})
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
-    """The same place. Raises CheckpointError for a name that load_checkpoint would take for another layout."""
+    """`path` as a Path. Raises CheckpointError for a name that load_checkpoint would take for another layout."""
     output = as_path(path, "the output", CheckpointError)
     if output.suffix != SUFFIX:
         raise CheckpointError(
@@ -201,7 +204,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
         "provenance": dict(checkpoint.provenance),
     }
     try:
-        # As it will be read: JSON turns all keys into text.
+        # As it will be read: JSON turns every key into text.
         header = parse_json(json.dumps(written))
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be written: in its provenance, {error}; leave that out") from error
@@ -213,7 +216,7 @@ def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> Non
 
 
 def _hash(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """header: without the hash."""
+    """SHA-256 of the header and the tensors. header: without the hash."""
     return hashlib.sha256((json.dumps(header, sort_keys=True) + hash_tensors(tensors)).encode()).hexdigest()
 
 
@@ -228,7 +231,7 @@ def _read_safetensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], Ma
 
 
 def _own_checkpoint(tensors: dict[str, Tensor], written: str, path: Path) -> Checkpoint:
-    """written: our header, as JSON."""
+    """The checkpoint in a file of our own format. written: its header, as JSON. Raises CheckpointError."""
     try:
         header = parse_json(written)
         version = header["version"]
@@ -238,7 +241,7 @@ def _own_checkpoint(tensors: dict[str, Tensor], written: str, path: Path) -> Che
         trained_with = Conditioning(header["trained_with"])
         normaliser = normaliser_from_json(header["normaliser"]) if header["normaliser"] is not None else None
         provenance = dict(header["provenance"])
-        # A bundle's manifest is to keep them: neither infinite numbers nor halves of surrogate pairs.
+        # A bundle's manifest will hold it, which has neither infinite numbers nor halves of surrogate pairs.
         json.dumps(provenance, ensure_ascii=False, allow_nan=False).encode()
         if trained_with is Conditioning.CALIBRATED:
             raise ValueError("trained_with is 'calibrated'; expected 'none' or 'dynamic'")
@@ -248,7 +251,7 @@ def _own_checkpoint(tensors: dict[str, Tensor], written: str, path: Path) -> Che
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a broken header: {shown(error)}; save the checkpoint again") from error
-    # Files from before the hash was kept have none.
+    # Older files have no hash.
     stated = header.pop(_HASH_KEY, None)
     if stated is not None and stated != _hash(header, tensors):
         raise CheckpointError(

@@ -1,27 +1,39 @@
-"""Robot action data: read it episode by episode from the usual formats, and split it by episode.
+"""Robot actions, episode by episode: read from the usual formats, and split by episode.
 
 Nothing here unpickles: what a file holds besides plain arrays is refused.
 """
 
 import hashlib
-import math
 import os
-from collections.abc import Iterable
-from dataclasses import astuple, dataclass
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from rfsq.rfsq_ref.data_files import read_episodes
 from rfsq.rfsq_ref.errors import DataError
-from rfsq.runtime.bundle.paths import as_path, counted
-from rfsq.runtime.datasets.errors import DatasetError
+from rfsq.runtime.bundle.paths import as_path, counted, shortlist
+from rfsq.runtime.datasets.array_layouts import (
+    are_comparable,
+    array_tasks,
+    check_actions,
+    choose_arrays,
+    episode_table,
+)
+from rfsq.runtime.datasets.episodes import Run, check_values, extend_runs, join_runs
+from rfsq.runtime.datasets.errors import DatasetError, SourceError
+from rfsq.runtime.datasets.pieces import Source
+from rfsq.runtime.datasets.sources import open_source
+from rfsq.runtime.datasets.steps import opened, optional, readable
 
 FloatArray = npt.NDArray[np.float32]
 _AnyArray = npt.NDArray[Any]
+_SLICE_STEPS = 65_536
 
 #: Simulated demonstrations, made by `python rfsq_ref/generate_demonstrations.py`.
 DEMONSTRATIONS = Path(__file__).resolve().parent / "assets" / "demonstrations.npz"
@@ -79,7 +91,7 @@ class ActionDataset:
 
     @property
     def missing_borders(self) -> str:
-        """What a person should know, and do, where has_borders is False; else empty."""
+        """Where has_borders is False, what that means and what to do; else empty."""
         if self.has_borders:
             return ""
         return (
@@ -96,17 +108,16 @@ class ActionDataset:
     def select(self, indices: Iterable[int]) -> "ActionDataset":
         """The episodes at these indices, in this order. Raises IndexError, and DataError when there are none."""
         chosen = list(indices)
-        return ActionDataset(
-            tuple(self.episodes[index] for index in chosen),
-            tuple(self.names[index] for index in chosen),
-            tuple(self.tasks[index] for index in chosen),
-            self.source,
-            self.has_borders,
+        return replace(
+            self,
+            episodes=tuple(self.episodes[index] for index in chosen),
+            names=tuple(self.names[index] for index in chosen),
+            tasks=tuple(self.tasks[index] for index in chosen),
         )
 
 
 def _checked(actions: _AnyArray, label: str) -> FloatArray:
-    """The same actions as ActionDataset keeps them, or DataError."""
+    """The same actions as ActionDataset keeps them: float32, C-contiguous, read-only. Raises DataError."""
     if isinstance(actions, np.ma.MaskedArray):
         raise DataError(
             f"{label}: a masked array, whose hidden values are no actions; expected all of them: repair or drop this "
@@ -155,11 +166,11 @@ def load_actions(
     """
     path = as_path(path, "the data", DataError)
     try:
-        found = read_episodes(path, key, filter_key)
+        if path.suffix.lower() == ".pt" and path.exists() and not path.is_dir() and not filter_key:
+            return _load_pt(path, key)
+        return _load_source(path, open_source(path, key, filter_key))
     except DatasetError as error:
         raise DataError(str(error)) from error
-    name = path.name or path.absolute().name
-    return ActionDataset(tuple(found.actions), tuple(found.names), tuple(found.tasks), name, found.has_borders)
 
 
 def load_demonstrations() -> ActionDataset:
@@ -167,24 +178,134 @@ def load_demonstrations() -> ActionDataset:
     return load_actions(DEMONSTRATIONS)
 
 
+def _load_source(path: Path, source: Source) -> ActionDataset:
+    """The whole of an open source, with every check of a conversion. path: what was opened. Raises SourceError."""
+    source.check()
+    with readable(source.name, source.kind):
+        actions = np.empty((source.num_steps, source.width), np.float32)
+    runs: list[Run] = []
+    with closing(source.open(source.width)) as reader:
+        for start, steps in reader.slices(0, source.num_steps, _SLICE_STEPS):
+            extend_runs(runs, steps, source, start)
+            check_values(steps, source, start, np.finfo(np.float32).max)
+            actions[start : start + len(steps)] = steps.values
+    table = join_runs(runs, source)
+    source.touched_file()
+    actions.flags.writeable = False
+    names = source.episode_names(table.numbers)
+    if path.is_file():
+        # Of a single file, its name says nothing.
+        names = [name.removeprefix(f"{path.stem}/") for name in names]
+    return ActionDataset(
+        tuple(np.split(actions, table.starts[1:-1])),
+        tuple(names),
+        tuple(source.tasks(table)),
+        path.name or path.absolute().name,
+        source.has_borders,
+    )
+
+
+def _load_pt(path: Path, key: str | None) -> ActionDataset:
+    with opened(path, "a .pt file of tensors") as file:
+        content = _load_tensors(file, path.name)
+        # A tensor alone, or one for each episode.
+        found = {name: value if isinstance(value, list) else [value] for name, value in content.items()}
+        chosen = choose_arrays(found, key, path.name, lambda one, other: _are_equal(found[one], found[other]))
+        arrays = {name: value for name, value in content.items() if not isinstance(value, list)}
+        if isinstance(content[chosen[0]], list):
+            episodes = {f"episode_{place}": one for place, one in enumerate(found[chosen[0]])}
+            arrays, chosen = {**arrays, **episodes}, tuple(episodes)
+        parts, names, tasks, has_borders = _episodes(arrays, chosen, path.name)
+    return ActionDataset(parts, names, tasks, path.name, has_borders)
+
+
+def _load_tensors(file: BinaryIO, source: str) -> dict[str, _AnyArray | list[_AnyArray]]:
+    """What a .pt file holds that are tensors, or lists of tensors, by name. Raises SourceError."""
+    torch = optional("torch", "export")
+    # Not above: few formats need torch.
+    from rfsq.rfsq_ref.tensor_files import load_torch
+
+    try:
+        content = load_torch(file)
+    # Not torch's own message, which advises to run the code.
+    except pickle.UnpicklingError as error:
+        raise SourceError(
+            f"{source} is damaged or pickles more than tensors, which could run code; expected tensors alone: "
+            "save them in a list or dict with torch.save"
+        ) from error
+    if isinstance(content, list | tuple):
+        others = sorted({type(part).__name__ for part in content if not isinstance(part, torch.Tensor)})
+        if others:
+            raise SourceError(
+                f"{source} holds a list with {', '.join(others)} in it; expected tensors alone, one [steps, A] "
+                "for each episode: save such as [episode['action'] for episode in episodes]"
+            )
+    if isinstance(content, torch.Tensor | list | tuple):
+        content = {"actions": content}
+    if not isinstance(content, Mapping):
+        raise SourceError(f"{source} holds a {type(content).__name__}; expected a tensor, a list or a dict of tensors")
+    found: dict[str, _AnyArray | list[_AnyArray]] = {}
+    for name, value in content.items():
+        if isinstance(value, torch.Tensor):
+            found[str(name)] = _array(value)
+        elif isinstance(value, list | tuple) and any(isinstance(part, torch.Tensor) for part in value):
+            found[str(name)] = _all_arrays(value, torch.Tensor, f"{source}: {name!r}")
+    if content and not found:
+        kinds = [f"{name} ({type(value).__name__})" for name, value in content.items()]
+        raise SourceError(
+            f"{source} holds no tensor; found {shortlist(kinds)}; expected `actions`, a tensor or a list of tensors"
+        )
+    return found
+
+
+def _array(tensor: Any) -> _AnyArray:
+    tensor = tensor.detach()
+    # numpy has no bfloat16.
+    return np.asarray((tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy())
+
+
+def _all_arrays(values: Sequence[Any], kind: type, label: str) -> list[_AnyArray]:
+    for place, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise SourceError(
+                f"{label} has a {type(value).__name__} at place {place}; expected tensors alone, one for each episode"
+            )
+    return [_array(value) for value in values]
+
+
+def _are_equal(ones: Sequence[_AnyArray], others: Sequence[_AnyArray]) -> bool:
+    return len(ones) == len(others) and all(
+        are_comparable(one, other) and one.tobytes() == other.tobytes() for one, other in zip(ones, others, strict=True)
+    )
+
+
+def _episodes(
+    arrays: Mapping[str, _AnyArray], chosen: Sequence[str], source: str
+) -> tuple[tuple[_AnyArray, ...], tuple[str, ...], tuple[str, ...], bool]:
+    """Episodes, names, tasks, and whether anything says where episodes end. chosen: the arrays of actions.
+
+    Raises SourceError.
+    """
+
+    def read(name: str) -> Iterator[_AnyArray]:
+        yield arrays[name]
+
+    check_actions(arrays, chosen, source)
+    table, stated = episode_table(arrays, chosen, source, read)
+    tasks = array_tasks(arrays, len(table.numbers), source, read)
+    parts = [arrays[name] for name in chosen]
+    if len(parts) == 1:
+        parts = np.split(parts[0].reshape(-1, parts[0].shape[-1]), table.starts[1:-1])
+        chosen = [f"episode_{number}" for number in table.numbers.tolist()]
+    return tuple(parts), tuple(chosen), tuple(tasks), bool(stated)
+
+
 # Splitting -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SplitFractions:
-    """Shares of the episodes; positive, adding up to 1 (DataError otherwise)."""
-
-    train: float = 0.6
-    validation: float = 0.1
-    calibration: float = 0.15
-    test: float = 0.15
-
-    def __post_init__(self) -> None:
-        shares = astuple(self)
-        if not all(share > 0 for share in shares) or not math.isclose(sum(shares), 1):
-            raise DataError(
-                f"split fractions {shares} add up to {sum(shares):g}; expected positive ones adding up to 1"
-            )
+#: Shares of the episodes for train, validation, calibration and test. Calibration finds the episodes of a training by
+#: splitting again, so that they must never change.
+SPLIT_SHARES = (0.6, 0.1, 0.15, 0.15)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,9 +318,7 @@ class EpisodeSplit:
     test: ActionDataset
 
 
-def split_episodes(
-    dataset: ActionDataset, *, seed: int = 0, fractions: SplitFractions = SplitFractions()
-) -> EpisodeSplit:
+def split_episodes(dataset: ActionDataset, *, seed: int = 0) -> EpisodeSplit:
     """Split by episode, every task in proportion; the same parts for the same data order and seed, anywhere.
 
     Within a part the tasks take turns, so that its first n episodes cover them evenly. Of each task a part gets its
@@ -210,7 +329,7 @@ def split_episodes(
     >>> [len(part.episodes) for part in (split.train, split.validation, split.calibration, split.test)]
     [75, 12, 19, 19]
     """
-    shares = np.array(astuple(fractions))
+    shares = np.array(SPLIT_SHARES)
     total = len(dataset.episodes)
     if total < len(shares):
         raise DataError(
@@ -223,7 +342,7 @@ def split_episodes(
     parts: list[list[tuple[int, int]]] = [[] for _ in shares]
     for indices in by_task.values():
         indices.sort(key=lambda index: _shuffle_key(seed, index))
-        # What every part is owed so far: the rounding of one task is made good by the next.
+        # By what each part should have of the tasks so far: the next task makes up for the rounding of this one.
         done = sum(map(len, parts)) + len(indices)
         exact = shares * len(indices)
         counts = np.floor(exact + 1e-9).astype(int)

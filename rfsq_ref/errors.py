@@ -25,7 +25,3 @@ class SettingsError(UnusableError):
 
 class TrainingError(UnusableError):
     """A training that came to nothing."""
-
-
-class OutputError(UnusableError):
-    """Output that is there already and may not be replaced."""

@@ -33,7 +33,7 @@ ACTION_DIM = 7
 
 @dataclass(frozen=True)
 class Phase:
-    """One step of a task: go towards `target` until it is reached or time is up.
+    """One part of a task: go towards `target` until it is reached or time is up.
 
     Tolerances are in m and rad, steps are control steps (20 per second), `speed` and `noise` scale the episode's
     own speed limit and noise level. `until` replaces the tolerances as the condition to go on.
@@ -120,7 +120,7 @@ class Expert(ABC):
 
     @property
     def done(self) -> bool:
-        """True once the last phase has ended."""
+        """Whether the last phase has ended."""
         return self._index >= len(self._phases)
 
     @property

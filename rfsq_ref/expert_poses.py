@@ -49,13 +49,9 @@ def beside(name: str, obstacle: str, offset: Array, tilt: Array) -> Target:
 
 def held_over(held: str, base: str, offset: Array, symmetry: float, tilt: Array | None = None) -> Target:
     """Brings the held object to the base's position plus `offset` [3] and to its yaw (modulo `symmetry`)."""
-
-    def target(now: Observation, start: Observation) -> Pose:
-        del start
-        goal_yaw = yaw_of(quaternion_matrix(now[f"{base}_quat"]))
-        return held_pose(now, held, now[f"{base}_pos"] + offset, goal_yaw, symmetry, tilt)
-
-    return target
+    return lambda now, _start: held_pose(
+        now, held, now[f"{base}_pos"] + offset, yaw_of(quaternion_matrix(now[f"{base}_quat"])), symmetry, tilt
+    )
 
 
 def held_pose(
@@ -70,21 +66,18 @@ def held_pose(
 
 def relative(shift: Array, turn: float = 0.0, tilt: Array | None = None) -> Target:
     """Where the gripper was when the phase began, plus `shift` [3] and a world rotation: yaw `turn`, then `tilt`."""
-
-    def target(now: Observation, start: Observation) -> Pose:
-        del now
-        return Pose(gripper_position(start) + shift, tilted(about_z(turn) @ gripper_rotation(start), tilt))
-
-    return target
+    return lambda _now, start: Pose(
+        gripper_position(start) + shift, tilted(about_z(turn) @ gripper_rotation(start), tilt)
+    )
 
 
 def gripper_position(observation: Observation) -> Array:
-    """[3] in m, between the finger pads."""
+    """Position [3] in m, between the finger pads."""
     return np.asarray(observation["robot0_eef_pos"], dtype=np.float64)
 
 
 def gripper_rotation(observation: Observation) -> Array:
-    """[3, 3]; the site's quaternion, because the body's is turned by 90 degrees against what the controller moves."""
+    """Rotation [3, 3] of the gripper's site, which the controller moves; its body is turned by 90 degrees."""
     return quaternion_matrix(observation["robot0_eef_quat_site"])
 
 

@@ -193,18 +193,10 @@ class PickPlaceCanExpert(Expert):
         )
 
     def _can(self, yaw: float, offset: Array, tilt: Array | None = None) -> Target:
-        def target(now: Observation, start: Observation) -> Pose:
-            del start
-            return Pose(now["Can_pos"] + offset, tilted(pointing_down(yaw), tilt))
-
-        return target
+        return lambda now, _start: Pose(now["Can_pos"] + offset, tilted(pointing_down(yaw), tilt))
 
     def _place(self, goal: Array, yaw: float, tilt: Array | None = None) -> Target:
-        def target(now: Observation, start: Observation) -> Pose:
-            del start
-            return Pose(gripper_position(now) + goal - now["Can_pos"], tilted(pointing_down(yaw), tilt))
-
-        return target
+        return lambda now, _start: Pose(gripper_position(now) + goal - now["Can_pos"], tilted(pointing_down(yaw), tilt))
 
 
 class DoorExpert(Expert):

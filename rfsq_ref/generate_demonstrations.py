@@ -13,9 +13,10 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from rfsq.runtime.bundle.console import explain_missing_packages
+    from rfsq.runtime.bundle.command import run_command
 
-    explain_missing_packages()
+    # Before the imports below, some of which may be missing.
+    run_command("rfsq.rfsq_ref.generate_demonstrations")
 
 import argparse
 import json
@@ -31,10 +32,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from rfsq.rfsq_ref.errors import OutputError, SettingsError, UnusableError
+from rfsq.rfsq_ref.errors import SettingsError, UnusableError
 from rfsq.rfsq_ref.expert import ACTION_DIM, POSITION_UNIT, ROTATION_UNIT
 from rfsq.rfsq_ref.experts import EXPERTS
-from rfsq.runtime.bundle.console import path_argument
+from rfsq.runtime.bundle.advice import install
+from rfsq.runtime.bundle.command import CommandParser, Outcome, run
+from rfsq.runtime.bundle.console import end_by_interrupts
 from rfsq.runtime.bundle.paths import refuse_existing
 from rfsq.runtime.bundle.writing import replacing
 
@@ -105,12 +108,12 @@ def check_simulator(*others: str) -> dict[str, str]:
         versions = {name: version(name) for name in ("robosuite", "mujoco", "numpy", *others)}
     except PackageNotFoundError as error:
         raise SimulatorError(
-            f"{error.name} is not installed, and the simulation needs it; run: pip install '.[sim]'"
+            f"{error.name} is not installed, and the simulation needs it; run: {install('sim')}"
         ) from error
     if int(versions["mujoco"].split(".")[0]) >= 4:
         raise SimulatorError(
             f"mujoco {versions['mujoco']} is installed, and robosuite {versions['robosuite']} breaks with mujoco 4; "
-            "pin it: pip install 'mujoco==3.3.1' (or pip install '.[sim]' into an environment of its own)"
+            f"pin it: pip install 'mujoco==3.3.1' (or {install('sim')} into an environment of its own)"
         )
     return versions
 
@@ -163,7 +166,7 @@ def collect(config: GenerationConfig) -> list[Episode]:
     """
     episodes: list[Episode] = []
     # Spawned workers start clean: a forked one would share the simulator's native state.
-    with multiprocessing.get_context("spawn").Pool(config.workers) as pool:
+    with multiprocessing.get_context("spawn").Pool(config.workers, end_by_interrupts) as pool:
         while missing := list(_missing_attempts(config, episodes)):
             found = pool.imap_unordered(run_attempt, missing)
             episodes += tqdm(found, "demonstrations", len(missing), unit="episode", disable=None)
@@ -239,8 +242,8 @@ def table(config: GenerationConfig, attempts: Sequence[Episode]) -> str:
 
 
 def generate(config: GenerationConfig) -> list[Episode]:
-    """Generate, save, and return all attempts, the failed ones too. Raises SimulatorError, OutputError."""
-    refuse_existing([config.output], overwrite=config.overwrite, error=OutputError)
+    """Generate, save, and return all attempts, the failed ones too. Raises SimulatorError, OutputExistsError."""
+    refuse_existing([config.output], overwrite=config.overwrite)
     versions = check_simulator()
     attempts = collect(config)
     arrays = arrays_of(config, attempts, versions)
@@ -250,33 +253,42 @@ def generate(config: GenerationConfig) -> list[Episode]:
     return attempts
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> GenerationConfig:
-    defaults = GenerationConfig()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--episodes-per-task", type=int, default=defaults.episodes_per_task, metavar="N")
-    parser.add_argument("--seed", type=int, default=defaults.seed, metavar="S")
-    parser.add_argument("--output", type=path_argument, default=defaults.output, metavar="F")
-    parser.add_argument("--overwrite", action="store_true", help="replace the file that is there")
-    parser.add_argument("--workers", type=int, default=defaults.workers, metavar="W")
-    parser.add_argument("--tasks", nargs="+", default=list(defaults.tasks), metavar="TASK", help=", ".join(EXPERTS))
-    parsed = parser.parse_args(arguments)
-    try:
-        return GenerationConfig(**{**vars(parsed), "tasks": tuple(parsed.tasks)})
-    except SettingsError as error:
-        parser.error(str(error))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    config = parse_arguments(arguments)
-    try:
-        attempts = generate(config)
-    except UnusableError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run(parser(), _work, arguments)
+
+
+def parser() -> CommandParser:
+    """All arguments of the command, each with the name of a setting."""
+    defaults = GenerationConfig()
+    parser = CommandParser(
+        "rfsq_ref/generate_demonstrations.py", f"generate demonstrations in a simulator, which needs {install('sim')}"
+    )
+    parser.add_output("file", defaults.output)
+    parser.add_argument(
+        "--tasks", nargs="+", default=defaults.tasks, metavar="TASK", help=f"of {', '.join(EXPERTS)}; default: all"
+    )
+    for name, text in (("episodes_per_task", ""), ("seed", "of scenes and experts, "), ("workers", "processes, ")):
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=int,
+            default=getattr(defaults, name),
+            metavar="N",
+            help=f"{text}default: %(default)s",
+        )
+    return parser
+
+
+def config_of(options: argparse.Namespace) -> GenerationConfig:
+    """Raises SettingsError for settings that make no sense."""
+    given = {name: getattr(options, name) for name in GenerationConfig.__dataclass_fields__}
+    return GenerationConfig(**{**given, "tasks": tuple(options.tasks)})
+
+
+def _work(options: argparse.Namespace) -> Outcome:
+    config = config_of(options)
+    attempts = generate(config)
     print(table(config, attempts))
-    print(f"{config.output} ({config.output.stat().st_size / 1e6:.2f} MB)")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    size = config.output.stat().st_size
+    kept = sum(attempt.success for attempt in attempts)
+    document = {"output": str(config.output), "bytes": size, "attempts": len(attempts), "episodes": kept}
+    return Outcome(f"✓ {config.output} ({size / 1e6:.2f} MB)", document)

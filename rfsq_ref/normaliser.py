@@ -3,24 +3,15 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from rfsq.rfsq_ref.errors import DataError
+from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime.bundle.paths import as_path, shortlist, shown
 from rfsq.runtime.bundle.reading import read_json
-
-
-class NormaliserKind(StrEnum):
-    """What is mapped onto [-1, 1] (`min-max`, `quantile`) or onto zero mean and unit deviation (`mean-std`)."""
-
-    MIN_MAX = "min-max"
-    QUANTILE = "quantile"
-    MEAN_STD = "mean-std"
-
 
 #: `quantile` maps these two quantiles onto -1 and 1, as the OpenVLA and pi0 data statistics do.
 QUANTILES = (0.01, 0.99)

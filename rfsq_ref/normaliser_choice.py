@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
-from rfsq.rfsq_ref.normaliser import NormaliserKind
-from rfsq.runtime.bundle.paths import counted
+from rfsq.rfsq_ref.settings import NormaliserKind
+from rfsq.runtime.bundle.paths import counted, shortlist
 
 #: Largest action and smallest half range of a moving dimension that the published recipe, which does not normalise,
 #: learns well: beyond 2 the error of one dimension drowns the others, below 0.1 it is drowned.
@@ -62,20 +62,16 @@ def describe_normaliser(dataset: ActionDataset, name: str) -> str:
         return f"normaliser: {chosen}, as asked"
     steps = split_episodes(dataset).train.steps()
     is_large, is_narrow = _unfit(steps)
-    reasons = [
-        f"{_of_dimensions(found, verb, verbs)} {what}"
-        for found, (verb, verbs, what) in (
-            (is_large, ("reaches", "reach", f"beyond {UNNORMALISED_LIMIT:g}")),
-            (is_narrow, ("spans", "span", f"less than {2 * UNNORMALISED_RANGE:g}")),
-        )
-        if found.any()
-    ]
+    reasons = []
+    if is_large.any():
+        reasons.append(f"{_of_dimensions(is_large, 'reaches', 'reach')} beyond {UNNORMALISED_LIMIT:g}")
+    if is_narrow.any():
+        narrow = _of_dimensions(is_narrow, "spans", "span")
+        reasons.append(f"{narrow} less than {2 * UNNORMALISED_RANGE:g}, from its lowest to its highest action")
     why = " and ".join(reasons) or (
         f"all actions lie within {UNNORMALISED_LIMIT:g} and every dimension that moves spans "
         f"{2 * UNNORMALISED_RANGE:g} or more, as the published recipe expects"
     )
-    if is_narrow.any():
-        why += ", from its lowest to its highest action"
     parts = [f"normaliser: {chosen}, chosen by auto: {why}"]
     if reasons:
         last = ", but for the last, which has the unit size of a gripper command" if untouched(steps) else ""
@@ -86,9 +82,8 @@ def describe_normaliser(dataset: ActionDataset, name: str) -> str:
     return "; ".join(parts)
 
 
-def _of_dimensions(found: npt.NDArray[np.bool_], verb: str, verbs: str, most: int = 6) -> str:
+def _of_dimensions(found: npt.NDArray[np.bool_], verb: str, verbs: str) -> str:
     """Such as `dimension 3 never moves`; verbs: of several."""
     numbers = np.flatnonzero(found).tolist()
-    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
-    listed = f"{', '.join(map(str, numbers[:most]))}{more}"
+    listed = shortlist(numbers)
     return f"dimension {listed} {verb}" if len(numbers) == 1 else f"dimensions {listed} {verbs}"

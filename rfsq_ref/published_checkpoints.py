@@ -9,7 +9,7 @@ import io
 import pickle
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ _FACTS = ("epoch", "train_mse", "mse")
 
 @dataclass(frozen=True)
 class PublishedModel:
-    """What a checkpoint of others says, as `Checkpoint` keeps it."""
+    """What a checkpoint of others says, in the fields that `Checkpoint` has for it."""
 
     config: ModelConfig
     trained_with: Conditioning
@@ -47,8 +47,23 @@ class PublishedModel:
 
 
 def read_torch(data: bytes, path: Path) -> Mapping[Any, Any]:
-    """What torch.save wrote, if it is a dict of plain things. Raises CheckpointError."""
-    content = _torch_load(data, path)
+    """The dict that torch.save wrote. Raises CheckpointError for anything else, and for a pickle that runs code."""
+    try:
+        content = load_torch(io.BytesIO(data))
+    except DamagedFileError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; copy or download it again") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: it is not a plain weights file (it holds objects that only running code could "
+            "rebuild, or is no checkpoint at all). Save the state dict alone and try again. "
+            f"Reason: {_reason(error)}"
+        ) from error
+    # The parser raises nearly anything on damaged bytes: RuntimeError, EOFError, KeyError, struct.error, ...
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint torch can read; expected a file written by torch.save, or a .safetensors file "
+            f"under that suffix: check that it is the right file and whole ({_reason(error)})"
+        ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict or a dict with one")
     return content
@@ -71,7 +86,7 @@ def published_model(
     if unused:
         remarks.append(f"{len(unused)} layernorm parameters ignored: the published forward pass never uses them")
     taken = take_weights(tensors, config, path)
-    # Where a label was asked for, the rest of a policy may lie around the model.
+    # Around a model that was asked for by its label there may be the rest of a policy.
     require_known(tensors if weights is not None else {**tensors, **state.others}, path)
     if weights is not None and state.others:
         remarks.append(f"{len(state.others)} tensors around these weights not taken: {shortlist(sorted(state.others))}")
@@ -94,7 +109,7 @@ def _is_fact(value: object) -> bool:
 
 
 def _choose(content: Mapping[Any, Any], path: Path, wanted: str | None) -> tuple[FoundState, list[str]]:
-    """The state to take, and what a person should know about the choice."""
+    """The state to take, and remarks on the choice. Raises CheckpointError."""
     found, gridless = find_states(content)
     if wanted is not None:
         state = _named(found, wanted, path)
@@ -142,7 +157,7 @@ def _default(found: list[FoundState], path: Path) -> FoundState:
 
 
 def _unrecognised(content: Mapping[Any, Any], path: Path) -> FoundState:
-    """No model by its names: what there is, for the checks behind to say what is wrong with it."""
+    """A state in which no model was recognised. The checks that follow say what is wrong with it."""
     key = next((key for key in DEFAULTS if key in content), "")
     state = content[key] if key else content
     if not isinstance(state, Mapping) or not state or not all(isinstance(name, str) for name in state):
@@ -190,7 +205,7 @@ def _listed(names: Iterable[object]) -> str:
 
 
 def _stated(content: Mapping[Any, Any], path: Path) -> Mapping[str, Any]:
-    """The config beside the weights. Lightning's `hyper_parameters` are the training's, and say one thing for sure."""
+    """The config beside the weights. Of Lightning's `hyper_parameters`, which are the training's, one entry."""
     given = content.get("hyper_parameters")
     hyper_parameters = given if isinstance(given, Mapping) else {}
     config = content.get("config", hyper_parameters.get("config"))
@@ -214,34 +229,15 @@ def _is_same(first: FoundState, second: FoundState) -> bool:
     )
 
 
-def _torch_load(data: bytes, path: Path) -> Any:
-    try:
-        return load_torch(io.BytesIO(data))
-    except DamagedFileError as error:
-        raise CheckpointError(f"{path} is damaged: {error}; copy or download it again") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is refused: it is not a plain weights file (it holds objects that only running code could "
-            "rebuild, or is no checkpoint at all). Save the state dict alone and try again. "
-            f"Reason: {_reason(error)}"
-        ) from error
-    # The parser raises nearly anything on damaged bytes: RuntimeError, EOFError, KeyError, struct.error, ...
-    except Exception as error:
-        raise CheckpointError(
-            f"{path} is not a checkpoint torch can read; expected a file written by torch.save, or a .safetensors file "
-            f"under that suffix: check that it is the right file and whole ({_reason(error)})"
-        ) from error
-
-
 def _reason(error: Exception) -> str:
-    """One line: what torch does not support, where it says so below its advice, else what it says first."""
+    """One line of torch's message: the one that says what is unsupported, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "unsupported" in line.lower()] or lines or ["no message"]
     return f"{type(error).__name__}: {telling[0][:200]}"
 
 
 def _check_stored(name: str, tensor: Tensor, path: Path) -> None:
-    """Refuse tensors that are not plain numbers in the file, so that any later check costs no more than the file."""
+    """Raises CheckpointError for a tensor that is not plain numbers in the file; checks of others cost little."""
     if tensor.is_meta or tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided:
         names = {"meta": tensor.is_meta, "nested": tensor.is_nested, "quantised": tensor.is_quantized}
         kind = next((name for name, is_so in names.items() if is_so), str(tensor.layout))
@@ -256,7 +252,7 @@ def _check_stored(name: str, tensor: Tensor, path: Path) -> None:
 
 
 def _infer_config(tensors: Mapping[str, Any], stated: Mapping[str, Any], path: Path) -> ModelConfig:
-    """Sizes from the shapes; a stated config must agree."""
+    """The sizes, by the shapes of the tensors. Raises CheckpointError where a stated config says otherwise."""
     first, second = tensors.get("encoder.0.weight"), tensors.get("encoder.2.weight")
     if first is None or second is None or first.ndim != 2 or second.ndim != 2:
         raise CheckpointError(
@@ -280,24 +276,18 @@ def _infer_config(tensors: Mapping[str, Any], stated: Mapping[str, Any], path: P
     except SettingsError as error:
         raise CheckpointError(f"{path} is not an RFSQ autoencoder: {error}") from error
     # The published config calls the latent dimension `hidden_dim`.
-    names = {
-        "action_dim": "action_dim",
-        "hidden_dim": "latent_dim",
-        "num_layers": "num_layers",
-        "num_levels": "num_levels",
-    }
-    for theirs, ours in names.items():
-        if theirs not in stated:
-            continue
-        if type(stated[theirs]) is not int:
+    found = {**asdict(inferred), "hidden_dim": inferred.latent_dim}
+    for name in ("action_dim", "hidden_dim", "num_layers", "num_levels"):
+        value = stated.get(name, found[name])
+        if type(value) is not int:
             raise CheckpointError(
-                f"{path}: its config has a {type(stated[theirs]).__name__} as {theirs}; expected the integer "
-                f"{getattr(inferred, ours)}, which its tensors have: save the config with plain numbers"
+                f"{path}: its config has a {type(value).__name__} as {name}; expected the integer {found[name]}, which "
+                "its tensors have: save the config with plain numbers"
             )
-        if stated[theirs] != getattr(inferred, ours):
+        if value != found[name]:
             raise CheckpointError(
-                f"{path}: its config says {theirs} = {shown(stated[theirs])}, its tensors have "
-                f"{getattr(inferred, ours)}; the file was put together from two models"
+                f"{path}: its config says {name} = {shown(value)}, its tensors have {found[name]}; the file was put "
+                "together from two models"
             )
     return inferred
 
@@ -322,7 +312,7 @@ def _take_grids(tensors: dict[str, Any], config: ModelConfig, path: Path) -> Non
 
 
 def require_known(left: Mapping[str, object], path: Path) -> None:
-    """Raises CheckpointError for tensors that nothing has taken."""
+    """Raises CheckpointError where tensors are left that nothing has taken."""
     if left:
         raise CheckpointError(f"{path} has tensors this code does not know: {_listed(sorted(left))}")
 
@@ -358,7 +348,7 @@ def take(
 
 
 def _as_double(name: str, tensor: Tensor, path: Path) -> Tensor:
-    """In a type in which torch tells infinities from numbers, which it does not in all of 8 bits."""
+    """As float64: for some types of 8 bits torch cannot tell infinities from numbers. Raises CheckpointError."""
     try:
         return tensor.double()
     except NotImplementedError as error:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rfsq.rfsq_ref.errors import NotDecodableError, SettingsError
+from rfsq.runtime.bundle.advice import command
 
 #: Added to the unbiased standard deviation of a step's latents, as in the published model.
 SIGMA_EPSILON = 1e-5
@@ -180,7 +181,7 @@ class ResidualQuantizer(nn.Module):
         levels = self.grid[tokens.long()]
         if self.conditioning is Conditioning.DYNAMIC:
             if stats is None:
-                raise NotDecodableError(DYNAMIC_NEEDS_STATS)
+                raise NotDecodableError(dynamic_needs_stats())
             mean, scale = stats[..., :prefix, 0].unsqueeze(-2), stats[..., :prefix, 1].unsqueeze(-2)
         else:
             mean, scale = self.mean[:prefix].T, self.scale[:prefix].T
@@ -196,12 +197,15 @@ class ResidualQuantizer(nn.Module):
         return (bins - nearest_edge).abs()
 
 
-DYNAMIC_NEEDS_STATS = (
-    "tokens of a `dynamic` (Robust RFSQ) checkpoint cannot be decoded alone: every layer was normalised by a mean "
-    "and a sigma of its own step, and these do not travel with the tokens. Either pass the `stats` that encoding "
-    "returned, or fit a checkpoint whose tokens decode on their own: `python calibration/fit.py --checkpoint FILE` "
-    "(`calibrated`: new tokens, exact; `recovered`: the published tokens, approximate)"
-)
+def dynamic_needs_stats() -> str:
+    """What to say where `dynamic` tokens are to be decoded alone."""
+    return (
+        "tokens of a `dynamic` (Robust RFSQ) checkpoint cannot be decoded alone: every layer was normalised by a mean "
+        "and a sigma of its own step, and these do not travel with the tokens. Either pass the `stats` that encoding "
+        "returned, or fit a checkpoint whose tokens decode on their own: "
+        f"`{command('calibrate', '--checkpoint FILE')}` (`calibrated`: new tokens, exact; "
+        "`recovered`: the published tokens, approximate)"
+    )
 
 
 def published_dequantize(quantizer: ResidualQuantizer, tokens: Tensor) -> Tensor:

@@ -22,9 +22,10 @@ import modal
 
 from rfsq.rfsq_ref.checkpoints import SUFFIX, check_output
 from rfsq.rfsq_ref.data import load_actions, load_demonstrations
-from rfsq.rfsq_ref.errors import CheckpointError, OutputError
+from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.rfsq_ref.normaliser_choice import chosen_normaliser, describe
-from rfsq.rfsq_ref.train import TrainConfig, make_deterministic, train
+from rfsq.rfsq_ref.settings import TrainConfig
+from rfsq.rfsq_ref.training import make_deterministic, train
 from rfsq.rfsq_ref.training_history import history_path, result_files, save_result
 from rfsq.runtime.bundle.paths import refuse_existing
 
@@ -71,10 +72,10 @@ def train_remote(
     normaliser: as `--normaliser` of rfsq_ref/train.py; data and output: relative to the volume, data "" for the
     embedded demonstrations; key: of the action array, "" for the usual one. Returns the checkpoint's provenance.
     Raises what loading, training and saving raise, and before them CheckpointError for an output
-    off the volume and OutputError for one that is there.
+    off the volume and OutputExistsError for one that is there.
     """
     check_on_volume(output)
-    refuse_existing(result_files(VOLUME_PATH / output), overwrite=overwrite, error=OutputError)
+    refuse_existing(result_files(VOLUME_PATH / output), overwrite=overwrite)
     make_deterministic()
     dataset = load_actions(VOLUME_PATH / data, key=key or None) if data else load_demonstrations()
     config = replace(config, normaliser=chosen_normaliser(normaliser, dataset))

@@ -1,4 +1,4 @@
-"""What a training leaves: a checkpoint and the learning curve beside it, as JSON and, with matplotlib, as a drawing."""
+"""What training writes: a checkpoint, its learning curve as JSON, and with matplotlib a drawing of it."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from rfsq.runtime.bundle.writing import replacing
 
 HISTORY_FORMAT = "rfsq-training-history"
 HISTORY_VERSION = 1
-#: In bytes. A line of 100 for each of 100,000 epochs takes a sixth of it.
+#: In bytes: six times what 100,000 epochs take.
 _HISTORY_SIZE_LIMIT = 2**26
 
 
@@ -43,7 +43,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class TrainingHistory:
-    """A learning curve as it is kept beside its checkpoint.
+    """A learning curve, as it lies beside its checkpoint.
 
     training: the TrainConfig, the seed among it; data: source, sha256 and training_steps; versions: of python, numpy
     and torch; kept_epoch: whose weights the checkpoint has, counted from 1; epochs: all that ran.
@@ -138,5 +138,5 @@ def _draw(history: TrainingHistory, name: str, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
     axes.legend(frameon=False)
-    # Without the version matplotlib would write, equal curves are equal files.
+    # Without matplotlib's version, equal curves give equal files.
     figure.savefig(path, format="png", metadata={"Software": None})

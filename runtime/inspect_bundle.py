@@ -7,4 +7,4 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    import_module("runtime.bundle.console").run_command("runtime.qualification.inspect")
+    import_module("runtime.bundle.command").run_command("runtime.qualification.inspect")

@@ -13,7 +13,7 @@ import numpy as np
 
 from .backends.contract import MOST_CHUNKS, Backend, BoundCall, GpuArrayLike
 from .backends.registry import GPU_BACKENDS, select_backend
-from .bundle.arrays import Float32Array, Int32Array
+from .bundle.arrays import Codes, Float32Array, Int32Array
 from .bundle.errors import CannotCopyError, FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
 from .bundle.fidelity import Grade
 from .bundle.folder import open_bundle
@@ -296,9 +296,8 @@ class ActionTokenizer:
             raise InvalidInputError(f"batch is {batch}, more chunks than memory holds here: {error}") from error
         self.encode_into(actions, tokens, stats)
         for prefix in self.prefixes:
-            self.decode_into(
-                np.ascontiguousarray(tokens[..., :prefix]), actions, None if stats is None else stats[..., :prefix, :]
-            )
+            part = Codes(tokens, stats).prefix(prefix)
+            self.decode_into(part.tokens, actions, part.stats)
 
     def close(self) -> None:
         """Free the backend; the tokenizer cannot be used afterwards. Closing twice is harmless."""
@@ -371,6 +370,13 @@ class ActionTokenizer:
             )
 
 
+def codes_of(tokenizer: ActionTokenizer, actions: Float32Array) -> Codes:
+    """Tokens of actions [B, T, A], and their stats where this bundle has any: what decoding needs."""
+    if tokenizer.model.has_stats:
+        return Codes(*tokenizer.encode_with_stats(actions))
+    return Codes(tokenizer.encode(actions), None)
+
+
 #: What `load` makes anew; all else that an instance has is of a subclass, and goes with its copies.
 _OPENED = frozenset(
     {"_manifest", "_model", "golden", "_backend", "_validator", "_unchecked_chunks", "_gpu_calls", "_is_closed"}
@@ -380,11 +386,11 @@ _OPENED = frozenset(
 def _check_fingerprint(found: str, expected: str | None) -> None:
     if expected is None:
         return
-    from .bundle.compatibility import INTEGRATION_PATHS, matches_fingerprint
+    from .bundle.compatibility import integration_paths, matches_fingerprint
 
     if not matches_fingerprint(found, expected):
         raise FingerprintError(
             f"the bundle's fingerprint is {found}, expected {expected!r}: its tokens mean something else than those "
             "the policy was trained on, or become other actions; load the bundle that belongs to the policy. Or:\n"
-            f"{INTEGRATION_PATHS}"
+            f"{integration_paths()}"
         )

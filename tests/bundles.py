@@ -27,9 +27,10 @@ from rfsq.export.plan import (
     plan_encoder,
 )
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, RecoveredDecoder
-from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.rounding import token_error_bounds
+from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime.bundle.fidelity import fidelity
 from rfsq.runtime.bundle.gates import highest_limit, missing_gates, promised_refusal
 from rfsq.runtime.bundle.golden import Golden

@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from rfsq.calibration import fit, study
-from rfsq.evidence import report
 from rfsq.export import build_engine
-from rfsq.rfsq_ref import generate_demonstrations, rollout, train
+from rfsq.rfsq_ref import compare, generate_demonstrations, rollout, train
 from rfsq.runtime.benchmark import command as bench
-from rfsq.runtime.bundle.console import EXTRAS
+from rfsq.runtime.bundle.advice import EXTRAS, install_package
 from rfsq.runtime.bundle.errors import OutputExistsError
 from rfsq.runtime.bundle.paths import refuse_existing, shortlist
 from tests.bundles import Recipe, write_bundle
@@ -101,7 +100,7 @@ def test_a_command_without_its_packages_says_what_to_install(script: str, argume
     found = re.fullmatch(r"error: this command needs (\w+), which cannot be imported \(.*\); pip install '(.*)'", line)
     assert found is not None, line
     assert found[1] in OPTIONAL
-    assert found[2] == EXTRAS[found[1]]
+    assert f"pip install '{found[2]}'" == install_package(found[1])
     assert {path.name for path in tmp_path.iterdir()} <= {"sitecustomize.py", "__pycache__"}
 
 
@@ -118,25 +117,20 @@ def test_one_missing_package_is_enough(script: str, package: str, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "before", "status"),
+    ("script", "arguments"),
     [
-        ("runtime/tokenize_dataset.py", ["--bundle", "BUNDLE", "OUT.parquet"], 2),
-        # Its statuses 1 and 2 are verdicts.
-        ("runtime/compat.py", ["BUNDLE", "BUNDLE", "--data"], 3),
+        ("runtime/tokenize_dataset.py", ["BUNDLE", "--output", "out.parquet"]),
+        ("runtime/compat.py", ["BUNDLE", "BUNDLE"]),
     ],
 )
 def test_data_whose_package_is_missing_are_no_verdict(
-    script: str, before: list[str], status: int, bundle: Path, tmp_path: Path
+    script: str, arguments: list[str], bundle: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "episodes.hdf5"
     data.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(64))
-    arguments = [str(bundle) if argument == "BUNDLE" else argument for argument in before]
-    if "OUT.parquet" in arguments:
-        arguments.insert(arguments.index("OUT.parquet"), str(data))
-    else:
-        arguments.append(str(data))
-    done = run_without(("h5py",), tmp_path, script, *arguments)
-    assert done.returncode == status, done.stderr
+    given = [bundle if argument == "BUNDLE" else argument for argument in arguments]
+    done = run_without(("h5py",), tmp_path, script, *given, "--data", data)
+    assert done.returncode == 2, done.stderr
     assert "needs h5py, which cannot be imported" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -161,15 +155,18 @@ def test_a_training_without_matplotlib_keeps_its_model(
 
 def test_a_module_of_ours_that_is_missing_is_a_bug(tmp_path: Path) -> None:
     done = run_without(("rfsq.calibration",), tmp_path, "evidence/documents.py")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Traceback" in done.stderr
+    assert done.stderr.endswith("error: this is a fault of the program; please report the lines above\n")
 
 
 def test_every_script_explains_what_is_missing() -> None:
     silent = [
         path.name
         for path in scripts()
-        if not re.search(r"^    (explain_missing_packages|prepare_console)\(\)", path.read_text(), re.MULTILINE)
+        if not re.search(
+            r"^    (explain_missing_packages|prepare_console|run_command)\(", path.read_text(), re.MULTILINE
+        )
     ]
     # Started by another script alone, which reads what it says.
     assert silent == ["bench_peers.py"]
@@ -177,11 +174,13 @@ def test_every_script_explains_what_is_missing() -> None:
 
 def test_what_a_message_advises_to_install_brings_the_package() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    offered = {".": project["dependencies"], **project["optional-dependencies"]}
-    for package, advice in EXTRAS.items():
-        extras = advice.removeprefix(".").strip("[]").split(",") if advice != "." else ["."]
-        brought = [re.split(r"[><=~\[]", wanted)[0] for extra in extras for wanted in offered[extra]]
-        assert package.replace("_", "-") in brought
+    offered = {"": project["dependencies"], **project["optional-dependencies"]}
+    for extra, packages in EXTRAS.items():
+        brought = [re.split(r"[><=~]", wanted)[0] for wanted in offered[extra]]
+        ours = [name for wanted in brought if wanted.startswith("rfsq") for name in EXTRAS[wanted[12:-1]]]
+        assert {*packages} <= {*brought, *ours}, extra
+    # Nothing that a machine without the project needs is left out.
+    assert {*EXTRAS["export"]} == {re.split(r"[><=~]", wanted)[0] for wanted in offered["export"]}
 
 
 # Bugs ----------------------------------------------------------------------------------------------------------------
@@ -194,23 +193,21 @@ def broken(*_: object, **__: object) -> None:
 @pytest.mark.parametrize(
     ("module", "name", "arguments"),
     [
-        (train, "train", []),
-        (fit, "load_checkpoint", []),
-        (study, "study", []),
-        (report, "compare", ["--no-peers"]),
-        (rollout, "run_rollouts", []),
-        (generate_demonstrations, "generate", []),
-        (build_engine, "_run", []),
-        (build_engine, "parse_arguments", []),
+        (train, "rfsq_ref.training.train", []),
+        (fit, "calibration.fitting.calibrate", []),
+        (study, "calibration.study.study", []),
+        (compare, "evidence.report.compare", ["--no-peers"]),
+        (rollout, "evidence.rollouts.run_rollouts", ["--output", "."]),
+        (generate_demonstrations, "rfsq_ref.generate_demonstrations.generate", []),
+        (build_engine, "export.build_engine._run", []),
+        (build_engine, "export.build_engine.config_of", []),
     ],
 )
 def test_a_bug_does_not_pass_for_a_fault_of_the_input(
     module: Any, name: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, name, broken)
-    if module is rollout:
-        arguments = [*arguments, "--results", str(tmp_path)]
+    monkeypatch.setattr(f"rfsq.{name}", broken)
     with pytest.raises(ValueError, match="a bug"):
         module.main(arguments)
 
@@ -245,10 +242,10 @@ def test_a_fit_replaces_nothing(name: str, tmp_path: Path, capsys: pytest.Captur
     [
         (study.main, "--output", "calibration.json"),
         (study.main, "--output", "calibration.png"),
-        (report.main, "--output", "comparison.json"),
-        (report.main, "--output", "report.html"),
-        (report.main, "--output", "calibration.json"),
-        (rollout.main, "--results", "rollout.json"),
+        (compare.main, "--output", "comparison.json"),
+        (compare.main, "--output", "report.html"),
+        (compare.main, "--output", "calibration.json"),
+        (rollout.main, "--output", "rollout.json"),
     ],
 )
 def test_a_report_replaces_nothing(
@@ -291,9 +288,9 @@ def test_overwrite_replaces_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_command_with_an_output_knows_the_rule() -> None:
-    writing = [path for path in (*scripts(), ROOT / "evidence" / "report.py") if '"--output"' in path.read_text()]
+    writing = [path for path in scripts() if re.search(r'"--output"|add_output', path.read_text())]
     assert len(writing) >= 7
-    assert [path.name for path in writing if '"--overwrite"' not in path.read_text()] == []
+    assert [path.name for path in writing if not re.search(r'"--overwrite"|add_output', path.read_text())] == []
 
 
 def test_what_is_there_is_named_whatever_it_is(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from rfsq.__main__ import COMMANDS
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.runtime.bundle.advice import COMMANDS
 from tests.once import once
 from tests.rfsq_ref.published_model import ActionRFSQAE
 
@@ -46,7 +46,7 @@ NOT_RUN = {
     r"python evidence/documents.py": "writes into the docs; tests/evidence/test_documents.py does all else",
     r"python examples/control_loop.py": "judges its timing; tests/examples/test_control_loop.py runs it",
     r"python examples/speculative_decoding.py": "two minutes; tests/examples/test_speculative_decoding.py is quicker",
-    r"python runtime/tokenize_dataset.py IN OUT .*--engine ray": "needs a Ray cluster",
+    r"python runtime/tokenize_dataset.py build/bundle --data IN .*--engine ray": "needs a Ray cluster",
 }
 #: Python that is not run here, by a line of it, and why.
 PYTHON_NOT_RUN = {
@@ -101,7 +101,7 @@ def quickened(command: str) -> str:
         return f"{command} --epochs 20"
     if "build_engine.py" not in command or "--from-bundle" in command:
         return command
-    return f"{command} --parity-steps 2000 --backends c onnxruntime"
+    return f"{command} --parity-steps 2000 --backend c onnxruntime"
 
 
 @pytest.fixture(scope="session")
@@ -210,23 +210,11 @@ def test_every_link_leads_somewhere(path: Path) -> None:
 
 # Both spellings -------------------------------------------------------------------------------------------------------
 
-#: Where the script of a command of `rfsq` stands, where it has another name.
-SCRIPTS = {
-    "build": "export/build_engine.py",
-    "inspect": "runtime/inspect_bundle.py",
-    "tokenize": "runtime/tokenize_dataset.py",
-    "replay": "runtime/replay_flight.py",
-    "calibrate": "calibration/fit.py",
-    "train": "rfsq_ref/train.py",
-    "compare": "rfsq_ref/compare.py",
-    "rollout": "rfsq_ref/rollout.py",
-}
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_both_spellings_of_a_command_explain_themselves_alike(name: str) -> None:
-    script = SCRIPTS.get(name, f"runtime/{name}.py")
+    script = COMMANDS[name].script
     # Wide, so that the length of the name moves no line end.
     there, here = (
         subprocess.run(
@@ -251,15 +239,14 @@ def test_both_spellings_of_a_command_explain_themselves_alike(name: str) -> None
         ("build", ["--checkpoint", "nowhere.pt"]),
         ("train", ["--data", "nowhere.npz"]),
         ("calibrate", ["--checkpoint", "nowhere.pt"]),
-        ("replay", ["nowhere.npz", "BUNDLE"]),
+        ("replay", ["BUNDLE", "nowhere.npz"]),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
 def test_both_spellings_of_a_command_do_the_same(name: str, arguments: list[str], built: Path) -> None:
     given = [str(built) if argument == "BUNDLE" else argument for argument in arguments]
     there, here = (
-        run([sys.executable, *start, *given], ROOT)
-        for start in (["-m", "rfsq", name], [SCRIPTS.get(name, f"runtime/{name}.py")])
+        run([sys.executable, *start, *given], ROOT) for start in (["-m", "rfsq", name], [COMMANDS[name].script])
     )
     said = [re.sub(r"\d+\.\d+ s\b", "… s", done.stdout) for done in (there, here)]
     assert (there.returncode, said[0], there.stderr) == (here.returncode, said[1], here.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rfsq.__main__ import COMMANDS
+from rfsq.runtime.bundle.advice import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 

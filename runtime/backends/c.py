@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..bundle.advice import command
 from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.backend_specs import BACKENDS
 from ..bundle.errors import BackendUnavailableError, IllegalValueError
@@ -142,7 +143,7 @@ def _choose_engine(bundle: Bundle, targets: Sequence[str]) -> EngineEntry:
     found = f"it has engines for {', '.join(engines)}" if engines else "it has none"
     raise BackendUnavailableError(
         f"{bundle.folder} has no C engine for {' or '.join(targets)}: {found}; compile one for this machine, on it: "
-        f"python export/build_engine.py --from-bundle {bundle.folder}"
+        f"{command('build', f'--from-bundle {bundle.folder}')}"
     )
 
 

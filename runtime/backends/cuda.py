@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from ..bundle.advice import command
 from ..bundle.errors import BackendUnavailableError
 from ..bundle.folder import Bundle
 from ..bundle.kernel_names import TokenType, kernel_name, token_types
@@ -70,7 +71,7 @@ def _choose_engine(bundle: Bundle, gpu: GpuDevice) -> EngineEntry:
     found = f"it has kernels for compute capability {targets}" if engines else "it has none"
     raise BackendUnavailableError(
         f"{bundle.folder} has no CUDA kernels for {gpu}: {found}; compile them for this machine, on it: "
-        f"python export/build_engine.py --from-bundle {bundle.folder}"
+        f"{command('build', f'--from-bundle {bundle.folder}')}"
     )
 
 

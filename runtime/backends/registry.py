@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from ..bundle.advice import command, install
 from ..bundle.backend_specs import BACKENDS, BackendSpec, compiled_from
 from ..bundle.errors import BackendUnavailableError, EngineRefusedError, InferenceError, SelfTestError, TokenizerError
 from ..bundle.folder import Bundle
@@ -37,8 +38,7 @@ def factory_of(spec: BackendSpec) -> Callable[[Bundle], Backend]:
     except ImportError as error:
         if spec.is_on_gpu:
             raise BackendUnavailableError(
-                f"what a backend on the GPU needs does not load: {error}; "
-                "install cuda-python with: pip install '.[gpu]'"
+                f"what a backend on the GPU needs does not load: {error}; install cuda-python with: {install('gpu')}"
             ) from error
         raise BackendUnavailableError(
             f"{spec.name} is installed but does not load: {error}; install it again with: "
@@ -95,9 +95,8 @@ def _warn_of_less(bundle: Bundle, backend: Backend, obstacle: TokenizerError | N
         _LOG.warning("%s takes the place of the C engine, which is faster: %s", backend.name, obstacle)
     elif backend.name == "c" and backend.device != best:
         _LOG.warning(
-            "the C engine is for %s, and this processor runs %s: compile one for it, on this machine: "
-            "python export/build_engine.py --from-bundle %s",
-            *(backend.device, best, bundle.folder),
+            "the C engine is for %s, and this processor runs %s: compile one for it, on this machine: %s",
+            *(backend.device, best, command("build", f"--from-bundle {bundle.folder}")),
         )
 
 
@@ -115,9 +114,8 @@ def _warn_of_idle_gpu(bundle: Bundle, backend: Backend, obstacles: Mapping[str, 
         return
     reasons = "; ".join(f"{name}: {str(obstacles[name]).splitlines()[0]}" for name in engines)
     _LOG.warning(
-        "%s takes the place of an engine for %s, which is faster: build one for it, on this machine: "
-        "python export/build_engine.py --from-bundle %s (%s)",
-        *(backend.name, gpu, bundle.folder, reasons),
+        "%s takes the place of an engine for %s, which is faster: build one for it, on this machine: %s (%s)",
+        *(backend.name, gpu, command("build", f"--from-bundle {bundle.folder}"), reasons),
     )
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Final
 
+from ..bundle.advice import command
 from ..bundle.errors import BackendUnavailableError, BundleError, EngineRefusedError, InferenceError
 from ..bundle.folder import Bundle
 from ..bundle.manifest import EngineEntry, GraphEntry, TensorEntry
@@ -60,7 +61,7 @@ def choose_engines(bundle: Bundle, api: TrtApi, device: GpuDevice) -> list[Engin
             raise BackendUnavailableError(
                 f"{bundle.folder} has no engine of {api.flavour.tag} from {graph.file} for {device}; "
                 f"{_what_there_is(bundle, graph)}; build engines for this machine, on it: "
-                f"python export/build_engine.py --from-bundle {bundle.folder}"
+                f"{command('build', f'--from-bundle {bundle.folder}')}"
             )
         chosen.append(max(fitting, key=lambda entry: entry.device == str(device)))
     return chosen

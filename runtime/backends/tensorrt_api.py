@@ -265,13 +265,11 @@ def find_tensorrt(backend: str) -> TrtApi:
             return _api_of(backend, importlib.import_module(name))
         except (ImportError, OSError) as error:
             raise BackendUnavailableError(
-                f"{name} is installed but does not load: {error}; {_cure(backend)}"
+                f"{name} is installed but does not load: {error}; install it with: {BACKENDS[backend].install}"
             ) from error
-    raise BackendUnavailableError(f"found no package {' or '.join(packages)}; {_cure(backend)}")
-
-
-def _cure(backend: str) -> str:
-    return f"install it with: pip install '.[{backend}]'"
+    raise BackendUnavailableError(
+        f"found no package {' or '.join(packages)}; install it with: {BACKENDS[backend].install}"
+    )
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The calls of a tokenizer that `runtime/bench.py` times, numpy to numpy, with data of its own."""
+"""The calls of a tokenizer that the benchmark times from numpy to numpy, and their data."""
 
 from __future__ import annotations
 
@@ -8,39 +8,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..bundle.arrays import Float32Array, Int32Array
+from ..bundle.arrays import Codes, Float32Array, Int32Array
 from ..bundle.manifest import ModelEntry
-from ..tokenizer import ActionTokenizer
+from ..tokenizer import ActionTokenizer, codes_of
 from .timing import CallPath, Figure, time_calls
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """B random chunks within the model's range: float32 [B, T, A], int32 [B, T, D, L], float32 [B, T, L, 2] or None."""
+    """B random chunks within the model's range, float32 [B, T, A], and what they are encoded to."""
 
     actions: Float32Array
-    tokens: Int32Array
-    stats: Float32Array | None
+    codes: Codes
 
     @property
     def size(self) -> int:
         return len(self.actions)
 
-    def tokens_of(self, prefix: int) -> Int32Array:
-        return np.ascontiguousarray(self.tokens[..., :prefix])
-
-    def stats_of(self, prefix: int) -> Float32Array | None:
-        return None if self.stats is None else np.ascontiguousarray(self.stats[..., :prefix, :])
-
 
 def random_batch(tokenizer: ActionTokenizer, size: int) -> Batch:
-    """The same actions at every call; the tokens are the backend's own."""
+    """A batch of B = size chunks: always the same actions, and the tokens that the backend makes of them."""
     model = tokenizer.model
     normalised = np.random.default_rng(0).uniform(-1, 1, model.actions_shape(size))
     actions = (normalised * model.action_units + model.action_offset).astype(np.float32)
-    if model.has_stats:
-        return Batch(actions, *tokenizer.encode_with_stats(actions))
-    return Batch(actions, tokenizer.encode(actions), None)
+    return Batch(actions, codes_of(tokenizer, actions))
 
 
 def decode_name(model: ModelEntry, prefix: int) -> str:
@@ -51,8 +42,8 @@ def decode_name(model: ModelEntry, prefix: int) -> str:
 def host_figures(tokenizer: ActionTokenizer, batch: Batch, *, has_copies: bool) -> Iterator[Figure]:
     """Encoding and every decoder, checked and unchecked. has_copies: whether the arrays travel to a GPU and back."""
     model, backend = tokenizer.model, tokenizer.backend
-    encoded = np.empty_like(batch.tokens)
-    encoded_stats = None if batch.stats is None else np.empty_like(batch.stats)
+    encoded = np.empty_like(batch.codes.tokens)
+    encoded_stats = None if batch.codes.stats is None else np.empty_like(batch.codes.stats)
     decoded = np.empty_like(batch.actions)
 
     def figure(operation: str, path: CallPath, call: functools.partial[None], bytes_in: int, bytes_out: int) -> Figure:
@@ -65,7 +56,7 @@ def host_figures(tokenizer: ActionTokenizer, batch: Batch, *, has_copies: bool) 
         call = functools.partial((checked or backend).encode_into, batch.actions, encoded, encoded_stats)
         yield figure("encode", path, call, batch.actions.nbytes, _bytes(encoded, encoded_stats))
         for prefix in reversed(model.prefixes):
-            tokens, stats = batch.tokens_of(prefix), batch.stats_of(prefix)
+            tokens, stats = batch.codes.prefix(prefix)
             if checked is None:
                 call = functools.partial(backend.decode_into, tokens, stats, decoded)
             else:

@@ -1,6 +1,6 @@
-"""A robot's program, as short as can be: import, load, decode one chunk; prints when, as one line of JSON.
+"""The shortest program of a robot: import, load, decode one chunk. Prints the times as one line of JSON.
 
-`runtime/bench.py` runs it in new processes. Nothing is imported here that the runtime does not need itself.
+The benchmark runs it in new processes. It imports nothing that the runtime does not need itself.
 """
 
 import json
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def resident_bytes() -> int | None:
-    """What this process has in memory now; None where the system does not tell (no /proc)."""
+    """The resident memory of this process in bytes; None where the system does not tell (no /proc)."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except OSError:
@@ -57,7 +57,7 @@ def resident_bytes() -> int | None:
 
 
 def _free_gpu_memory() -> int | None:
-    """None without a GPU, or without cuda-python."""
+    """In bytes; None without a GPU or without cuda-python."""
     try:
         from ..backends.gpu import driver as cuda_api
     except ImportError:

@@ -1,4 +1,4 @@
-"""What only a GPU has: calls on arrays that lie there, the floor under every call, and copy bandwidth.
+"""Figures that need a GPU: calls on arrays that lie there, the floor under every call, and copy bandwidth.
 
 Needs cuda-python; importing this module without it raises ImportError.
 """
@@ -24,13 +24,13 @@ from .calls import Batch, copies_name, decode_name, operations_of
 from .timing import ARITHMETIC, BANDWIDTH, Figure, time_calls
 
 TRIVIAL_KERNEL = "trivial kernel"
-#: The copies of which bandwidth is measured, and how often each byte passes the memory.
+#: The copies whose bandwidth is measured, and how often each byte passes through memory.
 _PASSES = {"device to device": 2, "host to device": 1, "device to host": 1}
 #: Larger than every cache.
 _COPY_BYTES = 256 * 2**20
 
 _THREADS = 32
-#: Enough independent sums in each of enough threads that a multiprocessor never waits for one.
+#: Enough independent sums in enough threads that a multiprocessor never waits for a result.
 _ADDING_THREADS, _CHAINS, _BLOCKS_EACH = 256, 8, 8
 _ROUNDS = 32 * 1024
 _SOURCE = f"""
@@ -72,26 +72,17 @@ def open_device() -> cuda_api.GpuDevice:
 
 
 def floor_figures(scope: contextlib.ExitStack, model: ModelEntry, batch: Batch) -> Iterator[Figure]:
-    """Captured graphs of the copies alone, through pinned memory, one for each operation."""
-    tokens, stats = batch.tokens, batch.stats
-    operations: list[tuple[str, list[_Array | None], list[_Array | None]]] = [
-        ("encode", [batch.actions], [tokens, stats])
+    """For each operation a captured graph that only copies its arrays, through pinned memory."""
+    operations: list[tuple[str, Sequence[_Array | None], Sequence[_Array | None]]] = [
+        ("encode", [batch.actions], batch.codes)
     ]
     for prefix in reversed(model.prefixes):
-        sources = [batch.tokens_of(prefix), batch.stats_of(prefix)]
-        operations.append((decode_name(model, prefix), sources, [batch.actions]))
+        operations.append((decode_name(model, prefix), batch.codes.prefix(prefix), [batch.actions]))
     for operation, sources, results in operations:
         bytes_in, bytes_out = ([array.nbytes for array in side if array is not None] for side in (sources, results))
-        call = _copies(scope, bytes_in, bytes_out)
-        yield Figure(
-            backend="floor",
-            operation=copies_name(operation),
-            path="floor",
-            batch=batch.size,
-            take=functools.partial(time_calls, call),
-            bytes_in=sum(bytes_in),
-            bytes_out=sum(bytes_out),
-        )
+        take = functools.partial(time_calls, _copies(scope, bytes_in, bytes_out))
+        name = copies_name(operation)
+        yield Figure("floor", name, "floor", batch.size, take, bytes_in=sum(bytes_in), bytes_out=sum(bytes_out))
 
 
 def _copies(scope: contextlib.ExitStack, bytes_in: Sequence[int], bytes_out: Sequence[int]) -> Callable[[], None]:
@@ -105,34 +96,29 @@ def _copies(scope: contextlib.ExitStack, bytes_in: Sequence[int], bytes_out: Seq
         for host, gpu in outgoing:
             cuda_api.copy_to_host(host.address, gpu.address, host.num_bytes, stream.handle)
 
-    return _launch_and_wait(_own(scope, cuda_api.capture(stream, work)), stream)
+    return _waiting(stream, _captured(scope, stream, work))
 
 
 def trivial_kernel(scope: contextlib.ExitStack) -> Callable[[], None]:
-    """A captured graph of one kernel that does next to nothing. Raises KernelError, InferenceError."""
+    """A call of a captured graph with one kernel that does next to nothing. Raises KernelError, InferenceError."""
     stream, memory = _own(scope, cuda_api.Stream()), _memory(scope, _THREADS * 4)
     work = _launch(scope, "trivial", 1, memory, stream)
     # The first launch may load code, which no capture allows.
     work()
     stream.synchronize()
-    return _launch_and_wait(_own(scope, cuda_api.capture(stream, work)), stream)
+    return _waiting(stream, _captured(scope, stream, work))
 
 
 def arithmetic_figure(scope: contextlib.ExitStack, batch: int) -> Figure:
-    """Fused multiply-adds alone, whose time gives their rate, to be timed in turn with the calls at `batch`.
+    """Nothing but fused multiply-adds, whose time gives their rate; timed in turn with the calls at `batch`.
 
     Raises KernelError, InferenceError.
     """
     stream, memory = _own(scope, cuda_api.Stream()), _memory(scope, _CHAINS * 4)
     blocks = cuda_api.open_device().multiprocessors * _BLOCKS_EACH
     launch = _launch(scope, "multiply_add", blocks, memory, stream)
-
-    def call() -> None:
-        launch()
-        stream.synchronize()
-
     operations = blocks * _ADDING_THREADS * _CHAINS * _ROUNDS * 2
-    take = functools.partial(time_calls, call)
+    take = functools.partial(time_calls, _waiting(stream, launch))
     return Figure(ARITHMETIC, "multiply and add", "floor", batch, take, operations=operations)
 
 
@@ -149,18 +135,13 @@ def device_figures(scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batc
     """Encoding and every decoder bound to arrays of the GPU. Raises InferenceError for a batch too large to bind."""
     model, stream = tokenizer.model, _own(scope, cuda_api.Stream())
     actions, decoded = (_upload(scope, batch.actions, stream) for _ in range(2))
-    encoded_stats = None if batch.stats is None else _upload(scope, batch.stats, stream)
+    encoded_stats = None if batch.codes.stats is None else _upload(scope, batch.codes.stats, stream)
     backend = tokenizer.backend
 
     def figure(
         prefix: int | None, suffix: str, bound: Callable[[], None], inputs: _GpuArrays, outputs: _GpuArrays
     ) -> Figure:
         """prefix: None for encoding."""
-
-        def call() -> None:
-            bound()
-            stream.synchronize()
-
         bytes_in, bytes_out = (
             sum(array.num_bytes for array in side if array is not None) for side in (inputs, outputs)
         )
@@ -169,7 +150,7 @@ def device_figures(scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batc
             operation=("encode" if prefix is None else decode_name(model, prefix)) + suffix,
             path="device",
             batch=batch.size,
-            take=functools.partial(time_calls, call),
+            take=functools.partial(time_calls, _waiting(stream, bound)),
             floor=TRIVIAL_KERNEL,
             bytes_in=bytes_in,
             bytes_out=bytes_out,
@@ -178,18 +159,19 @@ def device_figures(scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batc
 
     for kind in backend.token_types if isinstance(backend, TakesGpuArrays) else (np.dtype(np.int32),):
         suffix = "" if kind == np.int32 else f", {kind} tokens"
-        encoded = _upload(scope, batch.tokens.astype(kind), stream)
+        encoded = _upload(scope, batch.codes.tokens.astype(kind), stream)
         bound = _own(scope, tokenizer.bind_encode(actions, encoded, encoded_stats, stream=stream.handle))
         yield figure(None, suffix, bound, [actions], [encoded, encoded_stats])
         for prefix in reversed(model.prefixes):
-            tokens, part = _upload(scope, batch.tokens_of(prefix).astype(kind), stream), batch.stats_of(prefix)
-            stats = None if part is None else _upload(scope, part, stream)
+            part = batch.codes.prefix(prefix)
+            tokens = _upload(scope, part.tokens.astype(kind), stream)
+            stats = None if part.stats is None else _upload(scope, part.stats, stream)
             bound = _own(scope, tokenizer.bind_decode(tokens, decoded, stats, stream=stream.handle))
             yield figure(prefix, suffix, bound, [tokens, stats], [decoded])
 
 
 def copy_figures(scope: contextlib.ExitStack, batch: int) -> Iterator[Figure]:
-    """Copies of one large array, whose time gives the bandwidth, to be timed in turn with the calls at `batch`."""
+    """Copies of one large array, whose time gives the bandwidth; timed in turn with the calls at `batch`."""
     stream = _own(scope, cuda_api.Stream())
     first, second = _memory(scope, _COPY_BYTES), _memory(scope, _COPY_BYTES)
     host = _own(scope, cuda_api.PinnedArray((_COPY_BYTES,), np.uint8))
@@ -199,14 +181,11 @@ def copy_figures(scope: contextlib.ExitStack, batch: int) -> Iterator[Figure]:
         "device to host": (host.address, second.address, cudart.cudaMemcpyKind.cudaMemcpyDeviceToHost),
     }
     for name, (target, source, kind) in ways.items():
-        call = functools.partial(_copy_and_wait, stream, target, source, kind)
-        take = functools.partial(time_calls, call)
+        copy = functools.partial(
+            cuda_api.call, cudart.cudaMemcpyAsync, target, source, _COPY_BYTES, kind, stream.handle
+        )
+        take = functools.partial(time_calls, _waiting(stream, copy))
         yield Figure(BANDWIDTH, name, "floor", batch, take, bytes_in=_COPY_BYTES * _PASSES[name])
-
-
-def _copy_and_wait(stream: cuda_api.Stream, target: int, source: int, kind: Any) -> None:
-    cuda_api.call(cudart.cudaMemcpyAsync, target, source, _COPY_BYTES, kind, stream.handle)
-    stream.synchronize()
 
 
 def trivial_figure(call: Callable[[], None], batch: int) -> Figure:
@@ -214,9 +193,15 @@ def trivial_figure(call: Callable[[], None], batch: int) -> Figure:
     return Figure("floor", TRIVIAL_KERNEL, "floor", batch, functools.partial(time_calls, call))
 
 
-def _launch_and_wait(graph: cuda_api.CapturedGraph, stream: cuda_api.Stream) -> Callable[[], None]:
+def _captured(scope: contextlib.ExitStack, stream: cuda_api.Stream, work: Callable[[], None]) -> Callable[[], None]:
+    return functools.partial(_own(scope, cuda_api.capture(stream, work)).launch, stream.handle)
+
+
+def _waiting(stream: cuda_api.Stream, work: Callable[[], object]) -> Callable[[], None]:
+    """A call that does `work` and waits until the stream is done."""
+
     def call() -> None:
-        graph.launch(stream.handle)
+        work()
         stream.synchronize()
 
     return call
@@ -239,6 +224,6 @@ def _memory(scope: contextlib.ExitStack, num_bytes: int) -> cuda_api.DeviceMemor
 
 
 def _own(scope: contextlib.ExitStack, resource: _T) -> _T:
-    """Closed with everything else, the last first."""
+    """`resource`, which `scope` closes at its end."""
     scope.callback(resource.close)
     return resource

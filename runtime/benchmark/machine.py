@@ -1,4 +1,4 @@
-"""What the figures depend on beside the bundle: processor, GPU, libraries and what else runs."""
+"""The machine that the figures come from: processor, GPU, libraries and load."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What users would otherwise run, timed in a process of its own: this one stays free of torch.
+"""Peers, which users would otherwise run, timed in a process of their own: this one stays free of torch.
 
-The other side is `evidence/bench_peers.py`. It says in one line of JSON what it can run, then answers each line
-`INDEX CALLS` with the microseconds of so many calls, so that its figures are timed in turn with ours.
+The other side is `evidence/bench_peers.py`. It says in one line of JSON what it can run, and then answers each line
+`INDEX CALLS` with the microseconds of so many calls. So its figures are timed in turn with ours.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ def open_peers(model: ModelEntry, batches: Sequence[int], device_floor: str) -> 
 
 
 class _Remote:
-    """One question, one line of JSON for an answer."""
+    """The process of the peers; it answers each question with one line of JSON."""
 
     def __init__(self, process: subprocess.Popen[str], log: Any) -> None:
         self._process, self._log = process, log
 
     def take(self, index: int, calls: int) -> Float64Array:
         assert self._process.stdin is not None
-        # A write to a process that has ended would end this one too, where SIGPIPE does what it does by default.
+        # Writing to a process that has ended would end this one too, where SIGPIPE has its default action.
         if self._process.poll() is None:
             self._process.stdin.write(f"{index} {calls}\n")
             self._process.stdin.flush()

@@ -48,6 +48,20 @@ def report_text(report: Report) -> str:
     return "\n".join(printable(line) for line in _lines(report)) + "\n"
 
 
+def summary_text(report: Report) -> str:
+    """What fits a screen: what a caller sees of encoding and of decoding all layers."""
+    return "\n".join(printable(line) for line in _summary(report)) + "\n"
+
+
+def _summary(report: Report) -> Iterator[str]:
+    yield f"{report.bundle['bundle']} on {report.machine.get('CPU', 'this machine')}, microseconds"
+    shown = [row for row in report.rows if row.path == "host" and row.operation in ("encode", "decode")]
+    yield from _table(_SUMMARY_COLUMNS, shown)
+    if report.missing:
+        yield f"not measured: {', '.join(report.missing)}"
+    yield "-v shows every figure, and why something was not measured"
+
+
 def _lines(report: Report) -> Iterator[str]:
     for facts in (report.bundle, report.machine, report.backends):
         width = max(map(len, facts), default=0)
@@ -135,6 +149,11 @@ _ROW_COLUMNS = (
     _Column("bandwidth", lambda row: _percent(row.bandwidth_share)),
     _Column("roofline", lambda row: _percent(row.roofline_share)),
 )
+_SUMMARY_COLUMNS = (
+    _ROW_COLUMNS[0],
+    _Column("chunks", lambda row: _count(row.batch)),
+    *(column for column in _ROW_COLUMNS if column.head in ("call", "p50", "p99", "steps/s")),
+)
 _START_COLUMNS = (
     _Column("backend", lambda start: start.backend, is_left=True),
     _Column("first result s", lambda start: f"{start.first_result:.3f}"),
@@ -179,7 +198,6 @@ def write_report(report: Report, folder: Path) -> list[str]:
 
     Returns what there is to say. Raises OSError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     contents = {"bench.json": report_json(report).encode(), "bench.txt": report_text(report).encode()}
     said = []
     try:

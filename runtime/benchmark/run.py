@@ -1,4 +1,4 @@
-"""One run of the benchmark: what works here is opened, and its figures are measured in turns."""
+"""One run of the benchmark: it opens what works here, and measures all figures in turns."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ class Config:
     has_peers: bool = False
 
 
-#: Rounds and starts of a first look: every percentile that is shown can still be told of a single chunk's calls.
+#: Rounds and starts of a first look: still enough calls with a single chunk for every percentile that is shown.
 QUICK_ROUNDS, QUICK_STARTS = 10, 1
-#: A new process that loads a bundle and decodes takes about so long.
+#: About how long a new process takes that loads a bundle and decodes.
 _START_SECONDS = 0.5
 
 
 class Progress:
-    """What is about to be done and about how long it takes, and then how far it is."""
+    """Says what is about to be done and about how long it takes, and then how far it is."""
 
     def __init__(self, line: ProgressLine | None = None) -> None:
-        self._line, self._what, self._started = line, "", 0.0
+        self._line, self._started = line, 0.0
 
     def begin(self, what: str) -> None:
-        """Said once, in a log too."""
+        """Say it once, in a log too."""
         if self._line is not None:
             self._line.clear()
             print(printable(what), file=sys.stderr, flush=True)
@@ -62,7 +62,7 @@ class Progress:
             self._line.show(text)
 
     def show_round(self, what: str, number: int, rounds: int) -> None:
-        """number: of the round that begins, from 0 on; those before tell how long the rest takes."""
+        """Say which round begins, from 0 on; those before tell how long the rest takes."""
         now = time.monotonic()
         if not number:
             self._started = now
@@ -101,7 +101,7 @@ def bench(config: Config, progress: Progress | None = None) -> Report:
 
 
 class _Run:
-    """What is open until `scope` ends. missing: what cannot be measured, with the reason."""
+    """A run, and what it has open until `scope` ends."""
 
     def __init__(self, config: Config, progress: Progress, scope: contextlib.ExitStack) -> None:
         self._config, self._progress, self._scope = config, progress, scope
@@ -158,14 +158,14 @@ class _Run:
 
     @contextlib.contextmanager
     def _noting(self, what: str, *errors: type[Exception]) -> Iterator[None]:
-        """Goes on after these errors, of which the report says why `what` was not measured."""
+        """Go on after these errors; the report says that they kept `what` from being measured."""
         try:
             yield
         except errors as error:
             self._missing[what] = str(error)
 
     def _open_all(self) -> Iterator[ActionTokenizer]:
-        """Those that give the right answers; there is no point in how fast wrong ones come."""
+        """The backends that give the right answers; how fast wrong ones come does not matter."""
         manifest = self._bundle.manifest
         golden = read_golden(self._bundle.content(GOLDEN_NAME), manifest.model)
         for name in self._config.backends:
@@ -210,7 +210,7 @@ class _Run:
         return Peers({}, (), {}, ())
 
     def _figures(self, arrays: contextlib.ExitStack, size: int) -> Iterator[Figure]:
-        """The floors first, then backend by backend, and the peers; what they need is open until `arrays` ends."""
+        """The figures of the floors, of each backend, and of the peers; their arrays are open until `arrays` ends."""
         gpu, batches = self._gpu, []
         for tokenizer in self._tokenizers:
             with self._noting(f"{tokenizer.backend.name}, batch {size}", InferenceError):
@@ -229,7 +229,7 @@ class _Run:
         yield from (figure for figure in self._peers.figures if figure.batch == size)
 
     def _gpu_figures(self, arrays: contextlib.ExitStack, tokenizer: ActionTokenizer, batch: Batch) -> Iterator[Figure]:
-        """Copies alone; bandwidth and arithmetic, which a single chunk has no use for."""
+        """The copies alone; bandwidth and arithmetic too, unless for a single chunk, which neither limits."""
         yield from self._gpu.floor_figures(arrays, tokenizer.model, batch)
         if batch.size > 1:
             yield from self._gpu.copy_figures(arrays, batch.size)

@@ -40,7 +40,7 @@ class Start:
 
 
 class StartError(TokenizerError):
-    """A process that gave no result; the message quotes it."""
+    """A process gave no result; the message quotes it."""
 
 
 def measure_start(folder: Path, backend: str, processes: int) -> Start:
@@ -81,6 +81,6 @@ def _run(folder: Path, backend: str, way: str) -> dict[str, Any]:
             f"a new process with {backend} ended with status {result.returncode}: {result.stderr.strip()[-500:]}"
         )
     found: dict[str, Any] = json.loads(lines[-1])
-    # Both ends are read from the machine's one monotonic clock.
+    # Both processes read the machine's one monotonic clock.
     found["first_result"] = found.pop("decoded_at") - start
     return found

@@ -1,10 +1,10 @@
-"""Latency figures: many calls timed in turns, so that a noisy second of the machine strikes all figures alike."""
+"""Latency figures: many calls, timed in turns so that a noisy second of the machine affects all figures alike."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -12,17 +12,17 @@ import numpy as np
 from ..bundle.arrays import Float64Array
 from ..bundle.errors import TokenizerError
 
-#: Of each figure in each round, but for slow calls: a round takes no figure longer than `_ROUND_US`.
+#: How many calls of each figure a round times; fewer of slow calls, so that a figure takes `_ROUND_US` at most.
 CALLS_PER_ROUND = 100
 _ROUND_US = 50e3
-#: What a figure takes in a round at most, the calls that are not timed included.
+#: How long a figure takes in a round at most, with the calls that are not timed.
 ROUND_SECONDS = 1.1 * _ROUND_US / 1e6
-#: A percentile is told where at least so many calls lie above it; from fewer it would be the maximum or chance.
+#: A percentile is given if at least so many calls lie above it; otherwise it would be the maximum or chance.
 _LEAST_ABOVE = 1
 
-#: The backend of figures that copy one large array of the GPU: they are told as bandwidth, not as rows.
+#: The backend of figures that copy one large array of the GPU: they become a bandwidth, not rows.
 BANDWIDTH = "bandwidth"
-#: The backend of figures that do nothing but fused multiply-adds: they are told as a rate.
+#: The backend of figures that do nothing but fused multiply-adds: they become a rate, not rows.
 ARITHMETIC = "fp32 arithmetic"
 
 #: `host`: numpy to numpy, checked, as a robot's program calls it; `unchecked`: the same without the checks; `device`:
@@ -32,11 +32,11 @@ CallPath = Literal["host", "unchecked", "device", "floor"]
 
 @dataclass(frozen=True)
 class Figure:
-    """What is timed, and what it is held against.
+    """A call that is timed, and the floor that it is compared with.
 
-    take: times that many warm calls, float64 [calls] in microseconds; floor: the `operation` of the figure of the same
-    batch and of path `floor` that bounds this one; bytes_in, bytes_out: what a call reads and writes of its arrays;
-    operations: in float32, a fused multiply-add being two.
+    take: times that many warm calls, float64 [calls] in microseconds; floor: the `operation` of the figure of path
+    `floor` and of the same batch that bounds this one; bytes_in, bytes_out: what a call reads and writes; operations:
+    in float32, where a fused multiply-add counts as two.
     """
 
     backend: str
@@ -56,12 +56,12 @@ class Figure:
 
 @dataclass(frozen=True)
 class Row:
-    """A figure, measured: microseconds over all calls of all rounds.
+    """A figure as measured, in microseconds over all calls of all rounds.
 
-    jitter: p99 - p50. A percentile that so few calls cannot tell is None, and jitter with it. times_floor: p50 over
-    the floor's p50. steps_per_second: control steps by p50. bandwidth_share: the time that the bytes of the call alone
-    need at the measured copy bandwidth, over p50. roofline_share: the same of what takes longer, the bytes or the
-    operations at the measured rate.
+    jitter: p99 - p50. A percentile that too few calls cannot give is None, and so is the jitter. times_floor: p50 over
+    the floor's p50. steps_per_second: control steps, from p50. bandwidth_share: the time that the call's bytes need at
+    the measured copy bandwidth, over p50. roofline_share: the same for the bytes, or for the operations at the measured
+    rate if they take longer.
     """
 
     backend: str
@@ -84,9 +84,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """What copies of one large array reached, timed in turn with the calls at `batch`.
+    """The bandwidth of copies of one large array, timed in turn with the calls at `batch`.
 
-    way: such as `host to device` (pinned memory); bytes_per_second: on the GPU itself read and written bytes alike.
+    way: such as `host to device` (pinned memory); bytes_per_second: within the GPU both read and written bytes count.
     """
 
     way: str
@@ -96,14 +96,14 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What fused multiply-adds in float32 reached, two operations each, timed in turn with the calls at `batch`."""
+    """The rate of fused multiply-adds in float32, two operations each, timed in turn with the calls at `batch`."""
 
     batch: int
     operations_per_second: float
 
 
 def time_calls(call: Callable[[], object], calls: int) -> Float64Array:
-    """Microseconds of each of `calls` calls, float64 [calls], after a tenth as many that are not timed."""
+    """The microseconds of each of `calls` calls, float64 [calls]; a tenth as many go before and are not timed."""
     for _ in range(calls // 10 + 1):
         call()
     taken = np.empty(calls)
@@ -117,7 +117,7 @@ def time_calls(call: Callable[[], object], calls: int) -> Float64Array:
 def measure(
     figures: Sequence[Figure], rounds: int, on_round: Callable[[int], None] = lambda _round: None
 ) -> tuple[dict[Figure, Float64Array], dict[str, str]]:
-    """Microseconds of all calls of each figure, taken in turns; and the figures that failed, with the reason."""
+    """The microseconds of all calls of each figure, timed in turns; and why the others failed, by label."""
     failed: dict[str, str] = {}
     calls: dict[Figure, int] = {}
     taken: dict[Figure, list[Float64Array]] = {}
@@ -136,36 +136,51 @@ def measure(
 
 
 def _calls_per_round(figure: Figure) -> int:
-    # The fastest of a few: one slow call must not leave a figure with few.
+    # By the fastest of a few: one slow call must not leave a figure with few calls.
     once = float(figure.take(3).min())
     return int(np.clip(_ROUND_US / max(once, 1e-3), 1, CALLS_PER_ROUND))
 
 
 def summarise(taken: Mapping[Figure, Float64Array], chunk_length: int) -> list[Row]:
-    """A row for each figure, in order, with the ratio to its floor where that was measured."""
-    floors = {(figure.operation, figure.batch): figure for figure in taken if figure.path == "floor"}
+    """A row for each figure in their order, compared with its floor if that was measured."""
+    medians = {figure: float(np.median(samples)) for figure, samples in taken.items()}
+    floors = {(figure.operation, figure.batch): p50 for figure, p50 in medians.items() if figure.path == "floor"}
     bandwidths = {(found.way, found.batch): found.bytes_per_second / 1e6 for found in bandwidths_of(taken)}
     rates = {found.batch: found.operations_per_second / 1e6 for found in arithmetic_of(taken)}
     rows = []
     for figure, samples in taken.items():
         if figure.backend in (BANDWIDTH, ARITHMETIC):
             continue
-        row = _row(figure, samples)
-        if figure.path != "floor":
-            row = replace(row, steps_per_second=figure.batch * chunk_length / row.p50 * 1e6)
+        p50, p99 = medians[figure], percentile(samples, 99)
         floor = floors.get((figure.floor, figure.batch))
-        if floor is not None:
-            row = replace(row, floor=figure.floor, times_floor=row.p50 / float(np.median(taken[floor])))
-        share = _bandwidth_share(figure, row.p50, bandwidths)
-        row = replace(row, bandwidth_share=share)
+        share, roofline = _bandwidth_share(figure, p50, bandwidths), None
         if figure.path == "device" and share is not None and figure.operations and figure.batch in rates:
-            row = replace(row, roofline_share=max(share, figure.operations / rates[figure.batch] / row.p50))
-        rows.append(row)
+            roofline = max(share, figure.operations / rates[figure.batch] / p50)
+        rows.append(
+            Row(
+                backend=figure.backend,
+                operation=figure.operation,
+                path=figure.path,
+                batch=figure.batch,
+                calls=len(samples),
+                p50=p50,
+                p90=percentile(samples, 90),
+                p99=p99,
+                p999=percentile(samples, 99.9),
+                max=float(samples.max()),
+                jitter=None if p99 is None else p99 - p50,
+                floor="" if floor is None else figure.floor,
+                times_floor=None if floor is None else p50 / floor,
+                steps_per_second=None if figure.path == "floor" else figure.batch * chunk_length / p50 * 1e6,
+                bandwidth_share=share,
+                roofline_share=roofline,
+            )
+        )
     return rows
 
 
 def bandwidths_of(taken: Mapping[Figure, Float64Array]) -> list[Bandwidth]:
-    """What the figures of the backend `bandwidth` reached."""
+    """The bandwidths among the figures."""
     return [
         Bandwidth(figure.operation, figure.batch, figure.bytes_in / float(np.median(samples)) * 1e6)
         for figure, samples in taken.items()
@@ -174,7 +189,7 @@ def bandwidths_of(taken: Mapping[Figure, Float64Array]) -> list[Bandwidth]:
 
 
 def arithmetic_of(taken: Mapping[Figure, Float64Array]) -> list[Arithmetic]:
-    """What the figures of the backend `fp32 arithmetic` reached."""
+    """The rates of arithmetic among the figures."""
     return [
         Arithmetic(figure.batch, figure.operations / float(np.median(samples)) * 1e6)
         for figure, samples in taken.items()
@@ -183,41 +198,20 @@ def arithmetic_of(taken: Mapping[Figure, Float64Array]) -> list[Arithmetic]:
 
 
 def _bandwidth_share(figure: Figure, p50: float, bandwidths: Mapping[tuple[str, int], float]) -> float | None:
-    def needed(way: str, num_bytes: int) -> float | None:
-        """Microseconds."""
-        bandwidth = bandwidths.get((way, figure.batch))
-        return None if bandwidth is None else num_bytes / bandwidth
-
     if figure.path == "device":
-        least = needed("device to device", figure.bytes_in + figure.bytes_out)
-        return None if least is None else least / p50
-    # A call with copies for a floor; both directions can be under way at once.
-    there, back = needed("host to device", figure.bytes_in), needed("device to host", figure.bytes_out)
-    if not figure.floor or there is None or back is None:
+        copies = {"device to device": figure.bytes_in + figure.bytes_out}
+    elif figure.floor:
+        # Both directions can be under way at once.
+        copies = {"host to device": figure.bytes_in, "device to host": figure.bytes_out}
+    else:
         return None
-    return max(there, back) / p50
-
-
-def _row(figure: Figure, samples: Float64Array) -> Row:
-    p50 = float(np.median(samples))
-    p99 = percentile(samples, 99)
-    return Row(
-        backend=figure.backend,
-        operation=figure.operation,
-        path=figure.path,
-        batch=figure.batch,
-        calls=len(samples),
-        p50=p50,
-        p90=percentile(samples, 90),
-        p99=p99,
-        p999=percentile(samples, 99.9),
-        max=float(samples.max()),
-        jitter=None if p99 is None else p99 - p50,
-    )
+    if not all((way, figure.batch) in bandwidths for way in copies):
+        return None
+    return max(num_bytes / bandwidths[way, figure.batch] for way, num_bytes in copies.items()) / p50
 
 
 def percentile(samples: Float64Array, percent: float) -> float | None:
-    """numpy's percentile of float64 [calls]; None where so few calls cannot tell it."""
+    """numpy's percentile of float64 [calls]; None if there are too few calls for it."""
     # Rounded, because 100 - 99.9 is not a tenth in binary.
     if round(len(samples) * (100 - percent) / 100, 6) < _LEAST_ABOVE:
         return None

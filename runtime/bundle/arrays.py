@@ -1,6 +1,8 @@
 """The arrays that everything here exchanges, and steps cut into chunks."""
 
-from typing import Any
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -8,6 +10,18 @@ import numpy.typing as npt
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Int32Array = npt.NDArray[np.int32]
+
+
+class Codes(NamedTuple):
+    """Tokens int32 [..., D, l], and float32 [..., l, 2], the stats beside them, where the bundle has any."""
+
+    tokens: Int32Array
+    stats: Float32Array | None
+
+    def prefix(self, layers: int) -> Codes:
+        """The first layers, C-contiguous."""
+        stats = None if self.stats is None else np.ascontiguousarray(self.stats[..., :layers, :])
+        return Codes(np.ascontiguousarray(self.tokens[..., :layers]), stats)
 
 
 def in_chunks(steps: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:

@@ -6,6 +6,8 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Literal
 
+from .advice import install
+
 #: What in a bundle its engines are compiled from: generated sources, or the graphs in the form `reduce`.
 EngineSource = Literal["c", "cuda", "graphs"]
 
@@ -15,8 +17,8 @@ class BackendSpec:
     """A backend, and what it promises beyond the contract (`backends/contract.py`).
 
     factory: module in `runtime/backends` and what makes the backend there, called with the bundle and `arguments`;
-    packages: of these Python packages one has to be installed, none where it is empty; install: the command for it;
-    engine_source: None for a backend that runs the bundle's graphs as they are.
+    packages: of these Python packages one has to be installed, none where it is empty; extras: of this project, which
+    bring them, or else the distribution; engine_source: None for a backend that runs the bundle's graphs as they are.
     is_on_gpu: it takes arrays of the GPU where they lie. survives_fork: a child of fork may call what its parent has
     loaded; without, the call raises InferenceError. checked_steps: in calls of up to so many steps it checks values
     itself and raises IllegalValueError. marks_illegal: the host does not read its values, so in calls of any size it
@@ -31,11 +33,21 @@ class BackendSpec:
     engine_source: EngineSource | None
     arguments: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
-    install: str = ""
+    extras: tuple[str, ...] = ()
+    distribution: str = "onnxruntime"
     is_on_gpu: bool = False
     survives_fork: bool = False
     checked_steps: int = 0
     marks_illegal: bool = False
+
+    @property
+    def install(self) -> str:
+        """What the reader types to install it.
+
+        >>> BACKENDS["onnxruntime"].install
+        'pip install onnxruntime'
+        """
+        return install(*self.extras) if self.extras else f"pip install {self.distribution}"
 
     @property
     def is_installed(self) -> bool:
@@ -68,7 +80,7 @@ _SPECS = (
         ("cuda", "CudaBackend"),
         "cuda",
         packages=("cuda",),
-        install="pip install '.[gpu]'",
+        extras=("gpu",),
         is_on_gpu=True,
         marks_illegal=True,
     ),
@@ -79,7 +91,7 @@ _SPECS = (
         arguments=("tensorrt-rtx",),
         # The wheels install the bindings alone; NVIDIA's own installers add the name without the suffix.
         packages=("tensorrt_rtx", "tensorrt_rtx_bindings"),
-        install="pip install '.[tensorrt-rtx,gpu]'",
+        extras=("tensorrt-rtx", "gpu"),
         is_on_gpu=True,
         marks_illegal=True,
     ),
@@ -89,7 +101,7 @@ _SPECS = (
         "graphs",
         arguments=("tensorrt",),
         packages=("tensorrt",),
-        install="pip install '.[tensorrt,gpu]'",
+        extras=("tensorrt", "gpu"),
         is_on_gpu=True,
         marks_illegal=True,
     ),
@@ -98,7 +110,6 @@ _SPECS = (
         ("onnxruntime", "OrtBackend"),
         None,
         packages=("onnxruntime",),
-        install="pip install onnxruntime",
         survives_fork=True,
     ),
     BackendSpec(
@@ -106,7 +117,7 @@ _SPECS = (
         ("onnxruntime_cuda", "OrtCudaBackend"),
         None,
         packages=("onnxruntime",),
-        install="pip install onnxruntime-gpu",
+        distribution="onnxruntime-gpu",
         is_on_gpu=True,
         marks_illegal=True,
     ),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from .advice import command, page
 from .checkpoint_layouts import recorded_hashes
 from .errors import IncompatibleTokensError, InvalidInputError
 from .manifest import GRAPH_FORMS, Manifest, ModelEntry
@@ -19,16 +20,19 @@ _KINDS = {
     "calibrated": "calibrated tokens",
 }
 
-#: What to do where policy and bundle do not belong together; for messages.
-INTEGRATION_PATHS = """\
+
+def integration_paths() -> str:
+    """What to do where policy and bundle do not belong together; for messages."""
+    built = command("build", "--checkpoint ITS_CHECKPOINT --conditioning recovered --data F --output NEW")
+    return f"""\
 (A) retrain the policy on the tokens of the new bundle; encode its demonstrations anew:
-    python runtime/tokenize_dataset.py DEMONSTRATIONS OUT --bundle NEW
+    {command("tokenize", "NEW --data DEMONSTRATIONS --output OUT")}
 (B) keep the policy and replace the decoder alone, where it was trained on published robust tokens (those of a naive
     policy mean something else: refused unless the constants prove equal):
-    python export/build_engine.py --checkpoint ITS_CHECKPOINT --conditioning recovered --calibration-data F --output NEW
+    {built}
 (C) evaluate first, then decide:
-    python runtime/compat.py OLD NEW --data F
-docs/integration.md has the details"""
+    {command("compat", "OLD NEW --data F")}
+{page("integration")} has the details"""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ def require_compatible(old: Manifest, new: Manifest, *, force: bool = False) -> 
     way_out = "" if found.obstacles else " To measure it all the same, pass force=True."
     raise IncompatibleTokensError(
         f"tokens of the bundle {old.fingerprint[:16]} ({old.model.mode}) are not to be decoded by "
-        f"{new.fingerprint[:16]} ({new.model.mode}): {reasons}.{way_out} Or:\n{INTEGRATION_PATHS}"
+        f"{new.fingerprint[:16]} ({new.model.mode}): {reasons}.{way_out} Or:\n{integration_paths()}"
     )
 
 

@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import time
 from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
-from types import TracebackType
-from typing import NoReturn
-
-from .paths import as_path
-
-#: What installs a package that a command may lack, by the name that is imported.
-EXTRAS = {
-    **dict.fromkeys(("h5py", "onnx", "polygraphy", "pyarrow", "safetensors", "torch", "tqdm"), ".[export]"),
-    **dict.fromkeys(("matplotlib", "scipy", "tokenizers", "vector_quantize_pytorch"), ".[export,evidence]"),
-    **dict.fromkeys(("mujoco", "robosuite"), ".[sim]"),
-    **dict.fromkeys(("numpy", "onnxruntime"), "."),
-}
 
 
 def prepare_console() -> None:
@@ -29,41 +14,13 @@ def prepare_console() -> None:
     The process then ends as every other does, by SIGPIPE, with a status that is none of the script's own.
     """
     escape_what_cannot_be_shown()
-    explain_missing_packages()
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
-def run_command(module: str) -> NoReturn:
-    """For a script of its own: end with the status that `main` of `module` returns."""
-    prepare_console()
-    sys.exit(import_module(module).main())
-
-
-def path_argument(text: str) -> Path:
-    """For argparse: a path with `~` expanded, which a shell leaves as it is in `--output=~/x`."""
-    return as_path(text, "it", argparse.ArgumentTypeError)
-
-
-def explain_missing_packages() -> None:
-    """For a script of its own, before its imports: a missing package ends it with status 2 and what installs it.
-
-    Everything else that nobody catches stays a traceback with status 1, a module of ours that is missing among it.
-    """
-
-    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        package = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
-        if package not in EXTRAS:
-            sys.__excepthook__(kind, error, trace)
-            return
-        print(
-            f"error: this command needs {package}, which cannot be imported ({error}); pip install '{EXTRAS[package]}'",
-            file=sys.stderr,
-        )
-        # Raised from here, it is what the process ends with.
-        raise SystemExit(2)
-
-    sys.excepthook = end
+def end_by_interrupts() -> None:
+    """For a worker process: Ctrl-C reaches it too, and ends it without a traceback of its own."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def escape_what_cannot_be_shown() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from .advice import command
 from .errors import BundleError
 from .kernel_names import kernel_name, token_types
 from .manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, Manifest
@@ -27,7 +28,7 @@ def check_contents(manifest: Manifest, contents: Mapping[str, bytes]) -> None:
     if problems:
         raise BundleError(
             f"the manifest and the files beside it are not of one bundle: {'; '.join(problems)}; copy the bundle again "
-            "or build it again with `python export/build_engine.py`"
+            f"or build it again with `{command('build')}`"
         )
 
 

@@ -8,6 +8,9 @@ class RfsqError(Exception):
     (True, True)
     """
 
+    #: What a command ends with that raises it: 2, it cannot be used; 1, it was judged and found wanting.
+    exit_status = 2
+
 
 class TokenizerError(RfsqError):
     """Base of everything that the runtime raises on purpose."""

@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from .advice import command
 from .arrays import Float32Array, Float64Array
 
 #: Share of a dimension's variance that decoding may lose before people are warned. At 1 % the RMS error is a tenth of
@@ -109,13 +110,14 @@ class Fidelity:
             return (
                 f"WARNING: the tokens are poor: decoded actions lose more than {POOR_SHARE:.0%} of the variance in "
                 f"{size}; {most}. The model does not know these actions well enough: train it longer, or on actions "
-                "like these (rfsq_ref/train.py)"
+                f"like these ({command('train')})"
             )
         return (
             f"WARNING: the tokens are worthless: always sending the mean would do better, or about as well, in {size}; "
             f"{most}. {self._outside()}Check first that the actions are in the units that the model was trained in "
             "(radians or degrees, 0..1 or 0..100), that the dimensions are in its order, and that they come from its "
-            "robot. Only where all that is right, train it longer, or on actions like these (rfsq_ref/train.py)"
+            "robot. Only where all that is right, train it longer, or on actions like these "
+            f"({command('train')})"
         )
 
     def table(self, title: str) -> str:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from .advice import command
 from .contradictions import check_contents
 from .errors import BundleError
 from .gates import highest_limit, missing_gates, promised_refusal
@@ -29,7 +30,6 @@ from .manifest import (
 from .paths import as_path
 from .reading import OpenFolder, UnfitFileError
 
-_COPY_AGAIN = "copy the bundle again or build it again with `python export/build_engine.py`"
 #: A build may put a new bundle in place while its files are read one by one: then it is read again, so often at most.
 _READS = 4
 #: A manifest takes a few tens of KB; a larger file is something else and is not read: in memory it takes 25 times that.
@@ -59,7 +59,7 @@ class Bundle:
         try:
             return self._contents[file]
         except KeyError:
-            raise BundleError(f"{self.folder} lists no file {file!r}; {_COPY_AGAIN}") from None
+            raise BundleError(f"{self.folder} lists no file {file!r}; {_copy_again()}") from None
 
     def unlisted_files(self) -> tuple[str, ...]:
         """Files in the folder that the manifest does not name: nothing reads them."""
@@ -119,6 +119,10 @@ def check_manifest(manifest: Manifest, *, is_proven: bool) -> None:
         _check_parity(manifest)
 
 
+def _copy_again() -> str:
+    return f"copy the bundle again or build it again with `{command('build')}`"
+
+
 def _open_folder(folder: Path) -> OpenFolder:
     try:
         if folder.is_dir():
@@ -126,9 +130,7 @@ def _open_folder(folder: Path) -> OpenFolder:
         found = "a file, not a folder" if folder.exists() else "nothing"
     except OSError as error:
         raise BundleError(f"{folder} cannot be read: {error}; check its permissions") from error
-    raise BundleError(
-        f"no bundle at {folder}: found {found}; give the folder that `python export/build_engine.py` wrote"
-    )
+    raise BundleError(f"no bundle at {folder}: found {found}; give the folder that `{command('build')}` wrote")
 
 
 def _read_manifest(folder: Path, opened: OpenFolder) -> str:
@@ -136,17 +138,16 @@ def _read_manifest(folder: Path, opened: OpenFolder) -> str:
         with opened.opened(MANIFEST_NAME) as (stream, size):
             if size > MANIFEST_SIZE_LIMIT:
                 raise BundleError(
-                    f"{MANIFEST_NAME} in {folder} has {size} bytes, more than any manifest; {_COPY_AGAIN}"
+                    f"{MANIFEST_NAME} in {folder} has {size} bytes, more than any manifest; {_copy_again()}"
                 )
             # Decoded here: as text, line ends of other systems would become ours before the spelling is checked.
             return stream.read(size).decode("utf-8")
     except FileNotFoundError:
         raise BundleError(
-            f"{folder} is not a bundle: it has no file {MANIFEST_NAME}; give the folder that "
-            "`python export/build_engine.py` wrote"
+            f"{folder} is not a bundle: it has no file {MANIFEST_NAME}; give the folder that `{command('build')}` wrote"
         ) from None
     except UnicodeDecodeError as error:
-        raise BundleError(f"{MANIFEST_NAME} in {folder} is not UTF-8 text: {error}; {_COPY_AGAIN}") from error
+        raise BundleError(f"{MANIFEST_NAME} in {folder} is not UTF-8 text: {error}; {_copy_again()}") from error
     except OSError as error:
         raise _unreadable(MANIFEST_NAME, folder, error) from error
 
@@ -158,24 +159,25 @@ def _read_checked(folder: Path, opened: OpenFolder, name: str, entry: FileEntry)
             if size != entry.size:
                 raise BundleError(
                     f"{name} in {folder} has {size} bytes, the manifest states {entry.size}: it is truncated or was "
-                    f"altered; {_COPY_AGAIN}"
+                    f"altered; {_copy_again()}"
                 )
             content = stream.read(size)
     except FileNotFoundError:
-        raise BundleError(f"{name} is missing from {folder}; {_COPY_AGAIN}") from None
+        raise BundleError(f"{name} is missing from {folder}; {_copy_again()}") from None
     except (OSError, ValueError) as error:
         # Beside the system's refusals: names that it cannot represent.
         raise _unreadable(name, folder, error) from error
     found = hashlib.sha256(content).hexdigest()
     if found != entry.sha256:
         raise BundleError(
-            f"{name} in {folder} has sha256 {found}, the manifest states {entry.sha256}: it was altered; {_COPY_AGAIN}"
+            f"{name} in {folder} has sha256 {found}, the manifest states {entry.sha256}: it was altered; "
+            f"{_copy_again()}"
         )
     return content
 
 
 def _unreadable(name: str, folder: Path, error: Exception) -> BundleError:
-    next_step = _COPY_AGAIN if isinstance(error, UnfitFileError) else "check its permissions"
+    next_step = _copy_again() if isinstance(error, UnfitFileError) else "check its permissions"
     return BundleError(f"{name} in {folder} cannot be read: {error}; {next_step}")
 
 

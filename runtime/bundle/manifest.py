@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from .errors import BundleError
 from .fidelity import Fidelity
+from .modes import Mode
 from .paths import shown
 from .reading import parse_json
 from .typed_json import build
@@ -30,9 +31,6 @@ C_HEADER, C_SOURCE = "engines/c/rfsq_tokenizer.h", "engines/c/rfsq_tokenizer.c"
 #: The generated CUDA source, from which its `cuda` engines are compiled.
 CUDA_SOURCE = "engines/cuda/rfsq_tokenizer.cu"
 
-#: What the encoder's tokens are, and how they are decoded (docs/architecture.md).
-Mode = Literal["none", "dynamic", "calibrated", "recovered"]
-MODES: tuple[Mode, ...] = typing.get_args(Mode)
 GraphForm = Literal["gemm", "gemm_marked", "reduce"]
 GRAPH_FORMS: tuple[GraphForm, ...] = typing.get_args(GraphForm)
 

@@ -29,16 +29,16 @@ def as_path(path: str | os.PathLike[str], name: str = "path", error: type[Except
         raise error(f"{name} is {given!r:.60}; no such user's home is known here: write the path in full") from None
 
 
-def refuse_existing(paths: Iterable[Path], *, overwrite: bool, error: type[Exception] = OutputExistsError) -> None:
+def refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:
     """The rule of every command that writes: what is there stays, unless `--overwrite` is given.
 
-    Called before the work begins, with every file that it will write. Raises `error` where one is there.
+    Called before the work begins, with every file that it will write. Raises OutputExistsError where one is there.
     """
     # A link that leads nowhere would be replaced as well.
     found = [] if overwrite else [str(path) for path in paths if os.path.lexists(path)]
     if found:
         verb, them = ("exists", "it") if len(found) == 1 else ("exist", "them")
-        raise error(f"{shortlist(found)} {verb}; give another name, or --overwrite to replace {them}")
+        raise OutputExistsError(f"{shortlist(found)} {verb}; give another name, or --overwrite to replace {them}")
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

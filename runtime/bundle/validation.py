@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from .advice import command
 from .arrays import Float32Array, Int32Array
 from .errors import InvalidInputError, UnbuiltPrefixError
 from .manifest import ModelEntry
@@ -33,12 +34,16 @@ _UNSIGNED = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in TOKEN_TYPES}
 #: whole sigma.
 STATS_LIMIT = 4.0
 
-STATS_NEEDED = (
-    "tokens of a `dynamic` bundle cannot be decoded alone: every layer was normalised by a mean and a sigma of its own "
-    "step, which do not travel with the tokens. Pass the stats that encode_with_stats returned, or build a bundle "
-    "whose tokens decode on their own: `python export/build_engine.py --conditioning calibrated` (new tokens, exact) "
-    "or `--conditioning recovered` (the same tokens, approximate)"
-)
+
+def stats_needed() -> str:
+    """What to say where a `dynamic` bundle is to decode tokens alone."""
+    build = command("build", "--conditioning calibrated")
+    return (
+        "tokens of a `dynamic` bundle cannot be decoded alone: every layer was normalised by a mean and a sigma of its "
+        "own step, which do not travel with the tokens. Pass the stats that encode_with_stats returned, or build a "
+        f"bundle whose tokens decode on their own: `{build}` (new tokens, exact) or "
+        "`--conditioning recovered` (the same tokens, approximate)"
+    )
 
 
 def is_gpu_array(value: object) -> bool:
@@ -123,7 +128,7 @@ class InputValidator:
                 "scale are constants in the decoder. Leave stats out"
             )
         if stats is None:
-            raise InvalidInputError(STATS_NEEDED)
+            raise InvalidInputError(stats_needed())
         array = _as_array("stats", stats)
         expected = (*tokens.shape[:2], tokens.shape[3], 2)
         if array.shape != expected:

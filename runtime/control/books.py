@@ -1,4 +1,4 @@
-"""What is kept of every tick: counts, a row of the flight record, a line in the log. None of it costs an action."""
+"""Book-keeping of every tick: counts, a row of the flight record, a line in the log. No fault in it costs an action."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OK, _NOT_READY = Status.OK, Status.NOT_READY
 
 
 class TickBooks:
-    """For one loop, and called by it alone; `reporter` is there while its threads are."""
+    """The books of one loop, which alone calls them. reporter: set between `warmup` and `close`."""
 
     reporter: Reporter | None = None
 
@@ -30,7 +30,7 @@ class TickBooks:
         self._last_status = _OK
 
     def close_tick(self, out: Outcome, state: LoopState, tokens: object, stats: object) -> None:
-        """Completes `out`, whose status and action are chosen, and whose number is that of the tick shown last."""
+        """Complete `out`: its status and action are chosen, and its number is still that of the tick shown last."""
         health, status, is_held = self.health, out.status, out.is_held
         failures = health.internal_faults
         if is_held and status is not _NOT_READY:
@@ -39,7 +39,7 @@ class TickBooks:
                 state.latched = status
         else:
             state.faults = 0
-        # None is counted without a clock, but no two are shown under one number.
+        # Without a clock no tick is counted, but no two are shown under one number.
         tick, shown = state.line[0], out.tick
         out.tick = tick if tick > shown else shown + 1
         out.is_latched = health.is_latched = state.latched is not None
@@ -60,13 +60,13 @@ class TickBooks:
             self._report(out, is_broken)
 
     def begin_anew(self, out: Outcome) -> None:
-        """From `out`, where the robot is."""
+        """Start again from `out`, which says where the robot is."""
         self._last_status = _OK
         self.health.is_latched = False
         self._record(out, LoopState(), flags=RESET)
 
     def make_up_for(self, out: Outcome, state: LoopState) -> None:
-        """A tick that was broken off, and of which `out` was shown; what it has noted itself is struck out."""
+        """Note a tick that was broken off, for which `out` was shown; what it noted itself is struck out."""
         self.health.statuses[out.status] += 1
         self.health.held += 1
         if self._recorder is not None:

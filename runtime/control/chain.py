@@ -1,10 +1,11 @@
-"""The backends of one loop: the first that works decodes; where it fails, once the next within the same deadline."""
+"""The backends of one loop: the first that works decodes; if it fails, the next one tries within the same deadline."""
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,33 +21,16 @@ from .worker import DecodeWorker, Retrier, WarmTokenizer
 
 _OK, _DEADLINE_MISS, _BAD_TOKEN, _NONFINITE = Status.OK, Status.DEADLINE_MISS, Status.BAD_TOKEN, Status.NONFINITE
 _OUT_OF_RANGE, _BACKEND_FAULT = Status.OUT_OF_RANGE, Status.BACKEND_FAULT
-#: Of a backend, not of what it was given.
+#: Faults of a backend, not of what it was given.
 FAILURES = frozenset((_BACKEND_FAULT, _NONFINITE, _DEADLINE_MISS))
 
 
-class DecodeChain(Protocol):
-    """What a loop asks for actions; `BackendChain`, or what a replay has in its place.
-
-    `decode` leaves `chunk` float32 [T, A], `used`, `fell_back` and `detail` behind. `warm` are its backends; `start` is
-    called once, when practice is over.
-    """
-
-    warm: list[WarmTokenizer]
-    chunk: Float32Array
-    used: WarmTokenizer
-    fell_back: bool
-    detail: str
-
-    def decode(self, tokens: npt.NDArray[Any], stats: object, deadline_ns: int | None) -> Status: ...
-    def start(self) -> None: ...
-    def close(self) -> None: ...
-
-
 class BackendChain:
-    """Called by the loop alone. `decode` leaves `chunk`, `used`, `fell_back` and `detail` behind.
+    """What a loop asks for actions, and nobody else.
 
-    Whatever failed is tried again off the loop, and used again when it answers as at the start. Making one runs every
-    backend once and raises what a broken one raises.
+    `decode` leaves `chunk` float32 [T, A], `used`, `fell_back` and `detail` behind. A backend that has failed is tried
+    again off the loop, and used again once it answers as at the start. Making a chain runs every backend once, and
+    raises what a broken one raises.
     """
 
     def __init__(
@@ -65,16 +49,17 @@ class BackendChain:
         self._length, self._highest = model.chunk_length, model.num_levels - 1
         self._is_limiting = config.out_of_range is OutOfRange.LIMIT
         self._health = health
-        self.chunk = self.warm[0].chunk
+        self.chunk: Float32Array = self.warm[0].chunk
         self.used = self.warm[0]
         self.fell_back, self.detail = False, ""
 
     def start(self) -> None:
-        """Retry what fails, from now on."""
+        """Retry what fails, from now on: practice is over."""
         self._health.backend = self.warm[0].name
         if len(self.warm) > 1 or self._workers:
             self._retriers = [
-                Retrier(found, self._config, self._health, self._freedom_of(found)) for found in self.warm
+                Retrier(found, worker, self._config, self._health)
+                for found, worker in itertools.zip_longest(self.warm, self._workers)
             ]
 
     def close(self) -> None:
@@ -84,13 +69,13 @@ class BackendChain:
             worker.close()
 
     def decode(self, tokens: npt.NDArray[Any], stats: object, deadline_ns: int | None) -> Status:
-        """Tokens of a legal form."""
+        """Decode tokens of a legal shape and type, int [1, T, D, l]; values may still be illegal."""
         self.fell_back, active = False, self.warm[0]
         if not active.is_healthy:
-            # Again: the tick that has found it failing may have been broken off before it said so.
+            # Once more: the tick that found the failure may have been broken off before it asked for a retry.
             if self._retriers:
                 self._retriers[active.index].start()
-            # Where none works there is nothing to lose.
+            # If none is healthy, the first one is as good as any.
             active = self._beside(active) or active
         health = self._health
         if health.backend is not active.name:
@@ -106,7 +91,7 @@ class BackendChain:
     ) -> Status:
         self._retry(failed)
         other, reason = self._beside(failed), self.detail
-        # Without time left, the next chunk goes to the other one.
+        # If no time is left, the other one decodes from the next chunk on.
         if other is None or (deadline_ns is not None and self._clock() >= deadline_ns):
             return status
         self._health.fallbacks += 1
@@ -125,10 +110,7 @@ class BackendChain:
             self._retriers[warm.index].start()
 
     def _beside(self, warm: WarmTokenizer) -> WarmTokenizer | None:
-        for found in self.warm:
-            if found.is_healthy and found is not warm:
-                return found
-        return None
+        return next((found for found in self.warm if found.is_healthy and found is not warm), None)
 
     def _decode_on(
         self, warm: WarmTokenizer, tokens: npt.NDArray[Any], stats: Any, deadline_ns: int | None, *, has_other: bool
@@ -160,17 +142,12 @@ class BackendChain:
         self.chunk = warm.chunk
         status = self._guard.check_chunk(warm.chunk)
         if status is not _OK:
-            self._explain(status, warm)
+            broken = f"backend {warm.name} gave values that are not finite; expected numbers: run selftest"
+            self.detail = broken if status is _NONFINITE else self._guard.outside
         return status
 
-    def _explain(self, status: Status, warm: WarmTokenizer) -> None:
-        if status is _NONFINITE:
-            self.detail = f"backend {warm.name} made of legal tokens what is not finite; expected numbers: run selftest"
-        else:
-            self.detail = self._guard.outside
-
     def _decode_in_worker(self, worker: DecodeWorker, tokens: npt.NDArray[Any], stats: Any, left_s: float) -> bool:
-        """False if it is not done in time."""
+        """False if it has not answered in time."""
         if tokens.dtype != np.int32 and not ((tokens >= 0) & (tokens <= self._highest)).all():
             raise InvalidInputError(f"tokens are not all 0 ... {self._highest}; expected levels: look at the policy")
         if stats is not None and not (
@@ -180,11 +157,11 @@ class BackendChain:
         ):
             raise InvalidInputError("stats have a wrong form; expected float32 [1, T, l, 2] as encoding gave them")
         if left_s <= 0:
-            # Whether it answered at once was chance.
+            # Whether it could still answer would be chance.
             return False
         end = time.monotonic() + left_s
         if worker.is_pending:
-            # One that was left behind may answer meanwhile, or has not been woken by a tick that was broken off.
+            # It was left behind and may answer meanwhile, or a tick was broken off before it woke the worker.
             worker.wake()
             if not worker.wait_until(end):
                 return False
@@ -193,12 +170,6 @@ class BackendChain:
         if not worker.wait_until(end):
             return False
         if worker.error is not None:
-            # SystemExit and the like are of the worker's thread, and end no loop.
+            # SystemExit and the like would end the worker's thread, and must not end the loop.
             raise worker.error if isinstance(worker.error, Exception) else InferenceError(in_words(worker.error))
         return True
-
-    def _freedom_of(self, warm: WarmTokenizer) -> Callable[[], bool]:
-        if not self._workers:
-            return lambda: True
-        worker = self._workers[warm.index]
-        return lambda: not worker.is_pending

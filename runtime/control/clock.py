@@ -1,4 +1,4 @@
-"""What time it is, in numbers that can be reckoned with, whatever a clock, a policy or a caller gives."""
+"""Times and numbers that are safe to compute with, whatever a clock, a policy or a caller gives."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ from .errors import ClockFaultError, in_words, is_from_outside
 from .state import NO_NUMBER, WRONG_NUMBER
 
 _MOST = 2**62
-#: Nobody waits longer for an action.
+#: Longer deadlines are cut to this one.
 _LONGEST_US = 1e9
 
 
 def steady(clock: Callable[[], int]) -> Callable[[], int]:
-    """`clock`, that gives an int of less than 2**62 or raises: ClockFaultError, or what a signal's handler raised."""
+    """`clock`, made to give an int between -2**62 and 2**62 or to raise: ClockFaultError, or what a handler raised."""
     if clock is time.monotonic_ns:
         return clock
 
     def read() -> int:
         try:
             now: object = clock()
-        except Exception:
-            raise
         except BaseException as error:
-            if is_from_outside(error):
+            if isinstance(error, Exception) or is_from_outside(error):
                 raise
             raise ClockFaultError(in_words(error)) from error
         if isinstance(now, float) and math.isfinite(now):
@@ -42,19 +40,19 @@ def steady(clock: Callable[[], int]) -> Callable[[], int]:
 
 
 def as_number(value: object) -> int:
-    """An int of Python or numpy of less than 2**62; WRONG_NUMBER for everything else."""
+    """`value` where it is an int of Python or numpy between -2**62 and 2**62; WRONG_NUMBER for everything else."""
     if isinstance(value, np.integer):
         value = int(value)
     return value if type(value) is int and -_MOST < value < _MOST else WRONG_NUMBER
 
 
 def stamp(value: object) -> int:
-    """The same for what may be left out: NO_NUMBER for None."""
+    """Like `as_number`, but NO_NUMBER for None."""
     return NO_NUMBER if value is None else as_number(value)
 
 
 def nanoseconds(deadline_us: object) -> int:
-    """What is no number above 0 is over at once: the loop asked for something, and nobody knows what."""
+    """A deadline in microseconds as nanoseconds; -1, which is over at once, for what is no number above 0."""
     if not isinstance(deadline_us, (int, float, np.integer)) or not 0 < deadline_us < math.inf:
         return -1
     return int(min(deadline_us, _LONGEST_US) * 1000)

@@ -1,4 +1,4 @@
-"""How a control loop is guarded: one frozen dataclass, from Python or TOML, checked before the robot moves."""
+"""The settings of a control loop: one frozen dataclass, from Python or TOML, checked before the robot moves."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 
+from ..bundle.advice import page
 from ..bundle.paths import as_path
 from ..bundle.reading import read_file
 from .errors import ControlConfigError
 
-#: Settings take a few KB.
+#: In bytes; settings take a few KB.
 _SIZE_LIMIT = 2**20
-#: Sums and differences of a few such numbers are float32 still.
+#: Sums and differences of a few such numbers still fit into float32.
 _LARGEST = float(np.finfo(np.float32).max) / 4
 _Kind = TypeVar("_Kind")
 
@@ -37,7 +38,7 @@ class Status(IntEnum):
     NOT_READY = 6
     BACKEND_FAULT = 7
 
-    # Words where one is written; IntEnum would write the number.
+    # The name is written; IntEnum would write the number.
     def __str__(self) -> str:
         return self.name
 
@@ -46,7 +47,7 @@ class Status(IntEnum):
 
 
 class OnFault(StrEnum):
-    """HOLD_LAST stands still and goes on with the next good chunk; STOP stands still until `reset()`."""
+    """What a fault does: HOLD_LAST stands still until the next good chunk, STOP until `reset()`; RAISE raises."""
 
     HOLD_LAST = "hold_last"
     STOP = "stop"
@@ -54,15 +55,17 @@ class OnFault(StrEnum):
 
 
 class ActionKind(StrEnum):
-    """DELTA: a motion per tick, standing still is 0. ABSOLUTE: a place, standing still is the last one."""
+    """What a dimension means. DELTA: a motion per tick, 0 stands still; ABSOLUTE: a place, the last stands still."""
 
     DELTA = "delta"
     ABSOLUTE = "absolute"
 
 
 class OutOfRange(StrEnum):
-    """Of a chunk further outside the limits than `range_tolerance`: REJECT refuses it, LIMIT serves it, brought inside
-    the limits, and says OUT_OF_RANGE at its arrival."""
+    """What becomes of a chunk further outside the limits than `range_tolerance`.
+
+    REJECT refuses it. LIMIT brings it inside the limits, serves it, and says OUT_OF_RANGE when it arrives.
+    """
 
     REJECT = "reject"
     LIMIT = "limit"
@@ -77,7 +80,7 @@ class Strategy(StrEnum):
 
 
 def _lists_what_is_missing(kind: type[_Kind]) -> type[_Kind]:
-    """For a dataclass: to leave out a field raises ControlConfigError with all that are missing, not TypeError."""
+    """A dataclass that raises ControlConfigError with all fields that are missing, in place of TypeError."""
     signature, begin = inspect.signature(kind), cast(Callable[..., None], kind.__init__)
 
     @functools.wraps(begin)
@@ -104,6 +107,17 @@ class ControlConfig:
     ensemble_decay, ensemble_chunks: m of exp(-m i), i = 0 for the oldest, and over how many chunks. deadline_us: None
     for none. use_worker: decode in a thread, so that one that hangs can be left behind. record_ticks: length of the
     flight recorder, 0 for none; record_folder: where it is written after a fault.
+
+    >>> config = ControlConfig(
+    ...     period_s=0.02,
+    ...     action_low=(-0.05, 0.0),
+    ...     action_high=(0.05, 0.08),
+    ...     max_relative_step=(0.02, float("inf")),
+    ...     action_kind=("delta", "absolute"),
+    ...     gripper=(1,),
+    ... )
+    >>> config.on_fault, config.action_dim
+    (<OnFault.HOLD_LAST: 'hold_last'>, 2)
     """
 
     period_s: float
@@ -138,20 +152,20 @@ class ControlConfig:
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> Self:
-        """Raises ControlConfigError for a file that cannot be read, unknown keys and values that make no sense."""
+        """Read a file. Raises ControlConfigError if it is unreadable, has unknown keys or values that make no sense."""
         file = as_path(path, "the settings", ControlConfigError)
         try:
             values = tomllib.loads(read_file(file, _SIZE_LIMIT).decode("utf-8"))
         except FileNotFoundError:
             raise ControlConfigError(
-                f"{file} does not exist; give a TOML file with the settings of the loop: see docs/control_loop.md"
+                f"{file} does not exist; give a TOML file with the settings of the loop: see {page('control_loop')}"
             ) from None
         except OSError as error:
             raise ControlConfigError(
                 f"{file} cannot be read: {error}; expected a TOML file: check what it is and its permissions"
             ) from error
         except (ValueError, RecursionError) as error:
-            raise ControlConfigError(f"{file} is no TOML: {error}; see docs/control_loop.md") from error
+            raise ControlConfigError(f"{file} is no TOML: {error}; see {page('control_loop')}") from error
         return cls.from_values(values, str(file))
 
     @classmethod
@@ -167,7 +181,7 @@ class ControlConfig:
         return cls(**values)
 
     def to_values(self) -> dict[str, Any]:
-        """As `from_values` takes them, JSON's types alone."""
+        """The settings as `from_values` takes them, in types of JSON."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
@@ -185,7 +199,7 @@ class ControlConfig:
 
     @property
     def tolerances(self) -> tuple[float, ...]:
-        """`range_tolerance` in the unit of each dimension."""
+        """`range_tolerance` of each dimension, in its unit."""
         shares = self.range_tolerance
         if not isinstance(shares, tuple):
             shares = (shares,) * self.action_dim
@@ -255,7 +269,7 @@ class ControlConfig:
             self._check_dimension(index, self.action_low[index], self.action_high[index])
         locked = self.locked
         for name in ("action_low", "action_high"):
-            # As it can be sent; the limits of other dimensions are rounded to the inside where they are used.
+            # A locked value as it can be sent; other limits are rounded to the inside where they are used.
             limits = enumerate(getattr(self, name))
             object.__setattr__(
                 self, name, tuple(float(np.float32(value)) if index in locked else value for index, value in limits)
@@ -279,7 +293,7 @@ class ControlConfig:
             )
         step, least = self.max_relative_step[index], slew_margin(low, high) * 4
         if low == high and step >= 0:
-            # What is held in one place needs no room to move.
+            # A locked dimension needs no room to move.
             return
         if not step > least:
             raise ControlConfigError(
@@ -289,7 +303,7 @@ class ControlConfig:
 
 
 def slew_margin(low: float, high: float) -> float:
-    """What float32 may round by between two actions inside these limits."""
+    """By how much float32 may round the difference of two actions inside these limits."""
     return max(abs(low), abs(high)) * 2.0**-22
 
 

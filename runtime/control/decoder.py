@@ -8,7 +8,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any, Self
 
 from ..bundle.arrays import Float32Array
@@ -16,7 +15,7 @@ from ..bundle.errors import CannotCopyError
 from ..bundle.paths import as_path
 from ..tokenizer import ActionTokenizer
 from .books import TickBooks
-from .chain import BackendChain, DecodeChain
+from .chain import BackendChain
 from .clock import steady
 from .config import ControlConfig, OnFault, Status
 from .errors import ControlConfigError, ControlFaultError, WrongThreadError, in_words, is_from_outside
@@ -28,17 +27,12 @@ from .result import ADVICE, BROKEN_OFF, BrokenOff, ControlResult, Outcome
 from .state import LoopState
 from .worker import Reporter
 
-#: In place of a thread: the decoder was inherited by fork, its threads were not.
+#: In place of the owning thread: the decoder was inherited by fork, and its threads were not.
 _FORKED = object()
 # A bound name: Python finds a member of an enum more slowly than numpy adds seven numbers.
 _NOT_READY = Status.NOT_READY
 _thread = threading.get_ident
 _ASKED_FOR = (WrongThreadError, ControlFaultError)
-#: Tokenizers, settings, guard, clock and counters: what a chain is made of.
-ChainMaker = Callable[
-    [Sequence[ActionTokenizer], ControlConfig, ActionGuard, Callable[[], int], Health],
-    DecodeChain,
-]
 
 
 class ControlDecoder:
@@ -76,33 +70,28 @@ class ControlDecoder:
         self.config, self._clock = config, steady(clock)
         self._tokenizers = (tokenizer, *fallbacks)
         self._guard = ActionGuard(config, model.chunk_length, position)
-        token_shape = (model.chunk_length, model.latent_dim, model.num_layers)
-        self._recorder: FlightRecorder | None = None
-        if config.record_ticks:
-            self._recorder = FlightRecorder(
-                config.record_ticks, token_shape, model.action_dim, has_stats=model.has_stats
-            )
+        self._recorder = FlightRecorder(config.record_ticks, model) if config.record_ticks else None
         self.health = Health()
         self._books = TickBooks(config, self._clock, self._recorder, self.health)
         self._loop = ControlLoop(config, model, self._guard, self._books, self._clock)
         self._meta: dict[str, Any] = {
             "config": config.to_values(),
             "fingerprint": tokenizer.fingerprint,
-            "token_shape": token_shape,
+            "token_shape": (model.chunk_length, model.latent_dim, model.num_layers),
             "backends": [found.backend.name for found in self._tokenizers],
         }
         self._pauses_gc, self._raises = config.pause_gc, config.on_fault is OnFault.RAISE
         self._owner: object = None
-        self._chain: DecodeChain | None = None
+        self._chain: BackendChain | None = None
         self._is_gc_paused = False
         shown, _ = self._loop.outcomes
         self._still = BrokenOff(self._guard.held_after, shown)
         self.result = ControlResult(shown)
 
-    def warmup(self, make_chain: ChainMaker = BackendChain, *, reports: bool = True) -> None:
-        """Run everything once; the calling thread is the loop's from now on. Raises what a broken backend raises.
+    def warmup(self, make_chain: Callable[..., BackendChain] = BackendChain, *, reports: bool = True) -> None:
+        """Run everything once, and make the calling thread the loop's. Raises what a broken backend raises.
 
-        make_chain: makes what decodes; reports: whether log lines and records are written. For replays and trials.
+        For replays: make_chain, called as BackendChain is; reports, whether log lines and records are written.
         """
         if self._chain is not None:
             raise ControlConfigError(
@@ -173,11 +162,11 @@ class ControlDecoder:
             except _ASKED_FOR:
                 raise
             except BaseException as error:
-                # Nothing that could fail comes before: not even a call, for which there may be no room.
+                # Nothing that could fail comes first, not even a call: the stack may be full.
                 if isinstance(sent, Outcome):
                     self._still.before = sent
                     self.result.shown = self._still
-                # Nothing may leave the loop but an action that is safe.
+                # What the decoder or a library raises never reaches the loop: it gets a safe action.
                 if isinstance(error, Exception) and (isinstance(error, RecursionError) or not is_from_outside(error)):
                     if self._raises:
                         raise ControlFaultError(BROKEN_OFF) from error
@@ -217,7 +206,7 @@ class ControlDecoder:
         return self.health.openmetrics()
 
     def write_flight_record(self, path: str | os.PathLike[str]) -> bool:
-        """The last ticks to `path`, now; not from the loop. False where the disk refuses, which is logged."""
+        """Write the last ticks to `path`, now; not from the loop. False if the disk refuses, which is logged."""
         if self._books.reporter is None or self._recorder is None:
             raise ControlConfigError("there is no flight record; call warmup(), with record_ticks above 0")
         return self._books.reporter.write(as_path(path, "the flight record"))
@@ -229,7 +218,7 @@ class ControlDecoder:
     def close(self) -> None:
         """End the threads beside the loop; the tokenizers stay open. Closing twice is harmless.
 
-        A thread that hangs in a backend is left behind in it: do not close that one's tokenizer then.
+        A thread that hangs in a backend is left there: then do not close the tokenizer of that backend.
         """
         self._owner = None
         if self._chain is not None:
@@ -245,7 +234,7 @@ class ControlDecoder:
         return f"{type(self).__name__}({state}, {self.config.strategy}, {', '.join(map(repr, self._tokenizers))})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Before `warmup()` a copy is made of the same parts, from the same position. Raises CannotCopyError."""
+        """Before `warmup()` a copy has the same parts and position; afterwards this raises CannotCopyError."""
         if self._chain is not None:
             raise CannotCopyError(
                 "a decoder that has been warmed up cannot be copied or pickled: it has threads, and one robot's last "
@@ -256,9 +245,7 @@ class ControlDecoder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _refuse_thread(self, sent: Outcome | BrokenOff) -> ControlResult:
@@ -288,10 +275,10 @@ class ControlDecoder:
         return self.result
 
     def _start_anew(self, start: list[float]) -> None:
-        """From `start`, which was sent last: the next action is compared to it."""
+        """Start again from `start`, as if it had been sent last: the next action is compared to it."""
         out, sent = Outcome(start), self.result.shown
         if isinstance(sent, Outcome):
-            # As in a tick: what is broken off stands still.
+            # As in a tick: a start that is broken off stands still.
             self._still.before = sent
             self.result.shown = self._still
         self._loop.begin_anew(out)
@@ -308,7 +295,7 @@ def _made_again(
     return kind(tokenizers[0], config, fallbacks=tokenizers[1:], position=position, clock=clock)
 
 
-#: Those that a child of fork inherits.
+#: The decoders that a child of fork inherits.
 _WARM: weakref.WeakSet[ControlDecoder] = weakref.WeakSet()
 
 

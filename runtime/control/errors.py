@@ -1,4 +1,4 @@
-"""Errors of the control loop. None of them leaves `ControlDecoder.step` in the loop, unless it was asked for."""
+"""Errors of the control loop. `ControlDecoder.step` raises none of them unless it was asked to."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from ..bundle.errors import TokenizerError
 
 
 class ControlConfigError(TokenizerError, ValueError):
-    """Settings of the control loop that make no sense; found before the robot moves."""
+    """The settings of a control loop make no sense; this is found before the robot moves."""
 
 
 class ControlFaultError(TokenizerError):
-    """A fault in the loop where `on_fault` is `raise`; the decoder's `result` holds the safe action of this tick."""
+    """A fault in a loop with `on_fault` = `raise`; the decoder's `result` holds the safe action of this tick."""
 
 
 class ClockFaultError(TokenizerError):
-    """A clock that gives no time."""
+    """A clock gives no time."""
 
 
 class WrongThreadError(TokenizerError):
-    """A decoder called from another thread than the one that has warmed it up."""
+    """A decoder was called from another thread than the one that warmed it up."""
 
 
 class RealtimeRefusedError(TokenizerError):
-    """A real-time setting that is required, and that the system refuses."""
+    """The system refuses a real-time setting that is required."""
 
 
 class FlightRecordError(TokenizerError):
-    """A flight record that is missing, damaged, or of another model."""
+    """A flight record is missing, damaged, or of another model."""
 
 
 def message_of(error: BaseException) -> str:
-    """Nothing where asking for it raises: an error made by a library may be broken itself."""
+    """The message of `error`; empty where asking for it raises: a library's error may be broken itself."""
     try:
         return str(error)
     except BaseException as broken:
@@ -44,15 +44,15 @@ def message_of(error: BaseException) -> str:
 
 
 def in_words(error: BaseException) -> str:
-    """Type and message."""
+    """The type of `error` and, if it has one, its message."""
     message = message_of(error)
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def is_from_outside(error: BaseException) -> bool:
-    """Whether a signal's handler has raised `error`: KeyboardInterrupt, or what has come through a handler in Python.
+    """Whether a signal's handler raised `error`: KeyboardInterrupt, or what came through a handler in Python.
 
-    Everything else is of whoever was called, SystemExit too.
+    Everything else, SystemExit too, was raised by the code that was called.
     """
     if isinstance(error, KeyboardInterrupt):
         return True
@@ -66,10 +66,10 @@ def is_from_outside(error: BaseException) -> bool:
 
 
 def _code_of(handler: object) -> CodeType | None:
-    """What runs where `handler` is called; None for what is not of Python."""
+    """The code that runs when `handler` is called; None if it is not written in Python."""
     while isinstance(handler, functools.partial):
         handler = handler.func
-    # Of an object that can be called, the method that is.
+    # A function or method itself, or the `__call__` of any other object.
     for function in (handler, getattr(type(handler), "__call__", None)):  # noqa: B004
         code = getattr(getattr(function, "__func__", function), "__code__", None)
         if isinstance(code, CodeType):

@@ -1,7 +1,7 @@
-"""What may leave: finite, inside the limits, and near what was sent before.
+"""What may be sent: finite, inside the limits, and near what was sent before.
 
-A chunk is judged by numpy, over arrays made once; the few numbers of one action by Python, whose float64 holds them and
-their differences without rounding, in less time than numpy takes for the calls.
+numpy judges a whole chunk, with arrays that are made once. Python judges the few numbers of one action: its float64
+holds them and their differences without rounding, and is faster than numpy's calls.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ from .config import ActionKind, ControlConfig, OutOfRange, Status, inside, slew_
 from .errors import ControlConfigError
 
 _FLOAT32 = np.float32
-# Bound names and positional `out`: looking up costs as much as the arithmetic on so few numbers.
+# Bound names and positional `out`: looking names up costs as much as the arithmetic on so few numbers.
 _less_equal, _greater_equal = np.less_equal, np.greater_equal
-# All have one value per dimension, and to be strict about it takes longer than two of them.
+# All have one value per dimension; `strict` would take longer than two of them.
 _zip, _isnan = zip, math.isnan
 _OK, _NONFINITE, _OUT_OF_RANGE = Status.OK, Status.NONFINITE, Status.OUT_OF_RANGE
 
 
 class ActionGuard:
-    """Chooses what may be sent next, compared to what was sent last; as often as a tick changes its mind. For one
-    thread.
+    """Chooses what may be sent next, compared to what was sent last. For one thread.
 
-    `limit` and `hold` leave their choice in `values` and `actions`; whoever sends it says so in `sent`.
-
-    position: the command that the robot obeys before the first tick; needed where a dimension is absolute or a gripper.
+    `limit` and `hold` leave their choice in `values` and `actions`, and may be called again before it is sent; the
+    caller says in `sent` what was. position: the command that the robot obeys before the first tick; needed if a
+    dimension is absolute or a gripper.
     """
 
-    #: Of the chunk that was out of range last: which value, in words.
+    #: Which value of the last chunk out of range was outside, in words.
     outside: str
 
     def __init__(self, config: ControlConfig, chunk_length: int, position: Sequence[float] | None = None) -> None:
@@ -44,10 +43,10 @@ class ActionGuard:
         self._locked = list(config.locked)
         self._tolerances = config.tolerances
         lows, highs = self._tolerated(config)
-        # A row for each step: numpy takes three times as long where it has to repeat one.
+        # A row for each step: numpy takes three times as long if it has to broadcast one.
         self._lows = np.tile(lows, (chunk_length, 1))
         self._highs = np.tile(highs, (chunk_length, 1))
-        # What float32 rounds away when an action is written is taken off before.
+        # Leaves room for the rounding to float32 when an action is written.
         margins = map(slew_margin, config.action_low, config.action_high)
         steps = [step - margin for step, margin in zip(config.max_relative_step, margins, strict=True)]
         for index in self._locked:
@@ -59,7 +58,7 @@ class ActionGuard:
         ]
         self._needed = [index for index, kept in enumerate(self._keep) if kept]
         self._limits_chunks = config.out_of_range is OutOfRange.LIMIT
-        # Results of comparisons, read as the bytes they are.
+        # Results of comparisons, compared as bytes.
         self._below, self._above = bytearray(chunk_length * size), bytearray(chunk_length * size)
         self._is_below = np.frombuffer(self._below, np.bool_).reshape(chunk_length, size)
         self._is_above = np.frombuffer(self._above, np.bool_).reshape(chunk_length, size)
@@ -72,16 +71,17 @@ class ActionGuard:
                 f"no position was given, and dimensions {self._needed} are absolute or grippers; expected the command "
                 "that the robot obeys now, for standing still means to repeat it: pass position"
             )
-        #: What was sent last, float32 in value.
+        #: What was sent last, as Python's floats with values of float32.
         self.sent = [0.0] * size
         self.sent = self.start(position)
-        #: The choice; `actions` is a new array each time.
+        #: The choice, as floats and as a float32 array, which is a new one each time.
         self.values, self.actions = self.sent, self._rounded.copy()
 
     def start(self, position: Sequence[float] | None = None) -> list[float]:
-        """From where to begin: `position` is the robot's present command, None for the last action sent.
+        """Where to begin, [A]: at `position`, the robot's present command, or at the last action sent.
 
-        Motions are those sent last: they end as fast as the slew limit allows, there as everywhere.
+        Deltas stay those sent last: a motion ends as fast as the slew limit allows. Raises ControlConfigError for a
+        position of another shape or outside the limits.
         """
         if position is None:
             return self.sent
@@ -91,7 +91,7 @@ class ActionGuard:
                 f"position has shape {list(values.shape)}; expected [{self._size}], one value per action dimension"
             )
         values = np.where(self._keep, values, self.sent)
-        # float32 of a limit may lie beside it by a rounding.
+        # A limit as float32 may lie one rounding beside the limit itself.
         tolerance = np.spacing(np.maximum(np.abs(self._low), np.abs(self._high)))
         for index in self._needed:
             low, high = float(self._low[index]), float(self._high[index])
@@ -104,10 +104,10 @@ class ActionGuard:
         return start
 
     def check_chunk(self, chunk: Float32Array) -> Status:
-        """chunk [T, A]: OK, NONFINITE or OUT_OF_RANGE, of which `outside` then tells.
+        """Judge a chunk, float32 [T, A]: OK, NONFINITE, or OUT_OF_RANGE, which `outside` explains.
 
-        What is within the tolerance stays: `limit` brings each action to the limit. What is further out is brought
-        inside here, where the settings say so. Locked dimensions get their value.
+        Values outside the limits but within the tolerance stay: `limit` brings each action to the limit. Values further
+        out are brought inside here if `out_of_range` is `limit`. Locked dimensions get their one value.
         """
         _less_equal(chunk, self._highs, self._is_below)
         _greater_equal(chunk, self._lows, self._is_above)
@@ -131,9 +131,9 @@ class ActionGuard:
         return _OUT_OF_RANGE
 
     def limit(self, action: Float32Array) -> bool:
-        """Choose the allowed action that is nearest to `action`; whether that is another one.
+        """Choose the allowed action that is nearest to `action`, float32 [A]; True if that is another one.
 
-        Raises ValueError for NaN, which is near to nothing.
+        Raises ValueError for NaN, to which nothing is near.
         """
         values = action.tolist()
         for value, before, (step, back, low, high) in _zip(values, self.sent, self._bounds):
@@ -144,29 +144,29 @@ class ActionGuard:
         return False
 
     def hold(self) -> None:
-        """Stand still, as far as the slew limit lets a motion end at once: what is kept stays, motions go to 0."""
+        """Choose to stand still: absolute dimensions and grippers stay, deltas go to 0 as fast as the slew allows."""
         self._choose(self._still_after(self.sent))
 
     def held_after(self, sent: list[float]) -> list[float]:
-        """What `hold` would choose after `sent`, float32 in value; nothing is chosen."""
+        """What `hold` would choose after `sent`, with values of float32; nothing is chosen."""
         return list(self._float32s.unpack(self._float32s.pack(*self._still_after(sent))))
 
     def _still_after(self, sent: list[float]) -> list[float]:
         return self._nearest([before if kept else 0.0 for before, kept in _zip(sent, self._keep)], sent)
 
     def _nearest(self, values: list[float], sent: list[float]) -> list[float]:
-        """What is allowed after `sent`, and nearest to `values`."""
+        """The action allowed after `sent` that is nearest to `values`."""
         allowed = []
         for value, before, (step, back, low, high) in _zip(values, sent, self._bounds):
             near = before + step if value > before + step else before + back if value < before + back else value
-            # The last action is inside the limits: what moves towards them moves towards it.
+            # The last action is inside the limits, so cutting to them only shortens the step.
             allowed.append(low if near < low else high if near > high else near)
         if _isnan(sum(allowed)):
             raise ValueError(f"an action is {values}; expected numbers")
         return allowed
 
     def _tolerated(self, config: ControlConfig) -> tuple[Float32Array, Float32Array]:
-        """float32 [A] each: between what is no fault. All that is finite is none where a dimension is locked."""
+        """Between which values nothing is a fault, float32 [A] each; in a locked dimension all that are finite."""
         widths = zip(config.action_low, config.action_high, config.tolerances, strict=True)
         bounds = [(inside(low - width, math.inf), inside(high + width, -math.inf)) for low, high, width in widths]
         lows, highs = (np.array(side, _FLOAT32) for side in zip(*bounds, strict=True))

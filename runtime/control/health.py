@@ -1,7 +1,7 @@
-"""What a control loop tells of itself: counters, a histogram of latencies, OpenMetrics text.
+"""The health of a control loop: counters, a histogram of latencies, OpenMetrics text.
 
-One thread writes, any may read, and nobody locks: a reader may see a tick that is half counted, never one that is wrong
-by more than that tick.
+One thread writes, any thread may read, and nobody locks: a reader may see the current tick half counted, and is never
+off by more than that tick.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ _SUB_BITS = 6
 _SUB = 1 << _SUB_BITS
 _OCTAVES = 40
 _LENGTH = _SUB * _OCTAVES
-#: Upper bounds of the buckets of the OpenMetrics text, in ns: from 1 us to 69 s, a factor of 2 each, where bins end.
+#: Upper bounds of the OpenMetrics buckets in ns, where bins end: from 1 us to 69 s, each twice the one before.
 _BOUNDS_NS = tuple((1024 << exponent) - 1 for exponent in range(27))
 
 
 class LatencyHistogram:
-    """Log-linear: exact to 64 ns, to 1.6 % above, up to days; as HdrHistogram counts, in one array made once."""
+    """A log-linear histogram like HdrHistogram: exact to 64 ns, within 1.6 % above, up to days, in one array."""
 
     def __init__(self) -> None:
         self._counts = array("q", bytes(8 * _LENGTH))
-        # An int of Python is written at once, which no array element of numpy is to a reader.
+        # Python's ints: a reader sees them whole, which numpy does not promise of an element.
         self.sum_ns = 0
         self.max_ns = 0
 
     def add(self, nanoseconds: int) -> None:
-        """Negative times, of a clock that jumped back, count as 0."""
+        """Count one time; a negative one, of a clock that jumped back, as 0."""
         if nanoseconds < 0:
             nanoseconds = 0
         index = _index_of(nanoseconds)
@@ -41,7 +41,7 @@ class LatencyHistogram:
             self.max_ns = nanoseconds
 
     def quantile(self, fraction: float) -> float:
-        """In ns, the upper end of the bin that holds it; 0 where nothing was counted."""
+        """The upper end, in ns, of the bin that holds this quantile; 0 if nothing was counted."""
         counts = np.array(self._counts)
         total = int(counts.sum())
         if not total:
@@ -51,7 +51,7 @@ class LatencyHistogram:
         return float(min(upper_end(index), self.max_ns))
 
     def cumulative(self, bounds_ns: tuple[int, ...]) -> tuple[list[int], int]:
-        """How many were at most each bound, the end of a bin, and how many there are."""
+        """How many times were at most each bound, which must be the end of a bin; and how many there are."""
         running = np.cumsum(np.array(self._counts))
         return [int(running[_index_of(bound)]) for bound in bounds_ns], int(running[-1])
 
@@ -73,8 +73,8 @@ def upper_end(index: int) -> int:
 class HealthSnapshot:
     """Counts since `warmup`; times in microseconds.
 
-    held: ticks on which the robot was told to stand still. missed_ticks: those whose time passed without a call,
-    because the loop was late or slow: their actions were left out. internal_faults: errors of clock, histogram,
+    held: ticks on which the robot was told to stand still. missed_ticks: ticks whose time passed without a call,
+    because the loop was late or slow; their actions were left out. internal_faults: errors of clock, histogram,
     recorder or reporter, which cost the robot no action.
     """
 
@@ -114,13 +114,13 @@ _COUNTERS = {
 
 
 class Health:
-    """Counters of one decoder: the loop writes those of ticks, the thread beside it those of records."""
+    """The counters of one decoder: the loop counts ticks, the reporter's thread counts records."""
 
     def __init__(self) -> None:
         self.count_anew()
 
     def count_anew(self) -> None:
-        """As at the start."""
+        """Set everything back to the start."""
         self.latency = LatencyHistogram()
         self.statuses = [0] * len(Status)
         self.held = self.chunks = self.refused_chunks = self.missed_ticks = 0

@@ -11,7 +11,7 @@ import numpy as np
 from ..bundle.manifest import ModelEntry
 from ..bundle.validation import TOKEN_TYPES
 from .books import TickBooks
-from .chain import DecodeChain
+from .chain import BackendChain
 from .clock import nanoseconds, stamp
 from .config import ControlConfig, OutOfRange, Status
 from .errors import in_words, is_from_outside
@@ -26,18 +26,18 @@ _OK, _DEADLINE_MISS, _BAD_TOKEN, _STALE = Status.OK, Status.DEADLINE_MISS, Statu
 _OUT_OF_RANGE, _NOT_READY, _BACKEND_FAULT = Status.OUT_OF_RANGE, Status.NOT_READY, Status.BACKEND_FAULT
 _now = time.monotonic_ns
 _Array = np.ndarray
-#: Of a tick that is practised.
+#: The deadline of ticks that are only practised.
 _PRACTICE_US = 1e7
 
 
 class ControlLoop:
-    """Puts ticks together, of which nobody sees anything yet: `ControlDecoder` shows them. For one thread.
+    """Puts ticks together; `ControlDecoder` shows them when they are whole. For one thread.
 
-    What a tick leaves to the next is `state` and the queue. chain: what decodes, there from `practise` on.
+    A tick leaves `state` and the queue to the next one. chain: what decodes; set by `practise`.
     """
 
-    chain: DecodeChain
-    #: Of the tick under way.
+    chain: BackendChain
+    #: The tick under way, and its deadline.
     _out: Outcome
     _deadline_ns: int | None = None
 
@@ -46,7 +46,7 @@ class ControlLoop:
     ) -> None:
         self.books = books
         self.state = LoopState()
-        #: One is shown, the other is filled.
+        #: One is shown while the other is filled.
         self.outcomes = Outcome(guard.sent), Outcome(guard.sent)
         self._config, self._guard, self._clock = config, guard, clock
         self._health = books.health
@@ -57,25 +57,25 @@ class ControlLoop:
         self._allowed_ns = None if config.deadline_us is None else nanoseconds(config.deadline_us)
         self._is_limiting = config.out_of_range is OutOfRange.LIMIT
 
-    def practise(self, chain: DecodeChain) -> None:
-        """Ticks that are thrown away, on each backend: every branch of a good one has run, every cache is filled."""
+    def practise(self, chain: BackendChain) -> None:
+        """Run ticks on each backend and throw them away, so that the first real one finds every cache filled."""
         self.chain = chain
         for warm in chain.warm:
             for found in chain.warm:
                 found.is_healthy = found is warm
             for _ in range(self._length):
-                self.tick(self.outcomes[0], warm.probe, warm.probe_stats, None, None, _PRACTICE_US)
+                self.tick(self.outcomes[0], *warm.probe, None, None, _PRACTICE_US)
         for found in chain.warm:
             found.is_healthy = True
 
     def begin_anew(self, out: Outcome) -> None:
-        """From `out`, where the robot is."""
+        """Start again from `out`, which says where the robot is."""
         self._queue.clear()
         self.state = LoopState(used=self.state.used)
         self.books.begin_anew(out)
 
     def make_up_for(self, broken: BrokenOff) -> Outcome:
-        """The last tick was broken off, and what was shown of it is taken as sent; nothing half done is served."""
+        """Take what was shown of a tick that was broken off as sent; nothing that it left half done is served."""
         self._drop(_BACKEND_FAULT)
         sent = broken.settled()
         self.books.make_up_for(sent, self.state)
@@ -100,7 +100,7 @@ class ControlLoop:
             self._deadline_ns = None if allowed_ns is None else begin + allowed_ns
             out.status = self._decide(begin, tokens, stats)
             if not out.is_held:
-                # Now that the action is there, is it in time still, and all of which it is made young enough?
+                # The action is there: is it still in time, and is all that it is made of young enough?
                 now = self._clock()
                 if allowed_ns is not None and now - begin > allowed_ns:
                     out.status = self._explain_late(now - begin, deadline_us)
@@ -131,13 +131,8 @@ class ControlLoop:
             "here, or raise deadline_us",
         )
 
-    def _grow_old(self, now: int) -> Status:
-        """What is in service is too old."""
-        self._drop(_STALE)
-        return self._hold(_STALE, self._order.too_old(now - self.state.service[1]))
-
     def _fail(self, error: Exception) -> None:
-        """A tick on which the decoder itself has failed, or the clock that it was given."""
+        """Hold this tick: the decoder itself has failed, or the clock that it was given."""
         self._out.fell_back = False
         self.state.used = INTERNAL
         self._drop(_BACKEND_FAULT)
@@ -148,7 +143,7 @@ class ControlLoop:
         )
 
     def _decide(self, begin: int, tokens: object, stats: object) -> Status:
-        """Status of this tick, and its action in the guard unless it is held."""
+        """The status of this tick; its action is in the guard unless the tick is held."""
         state, order = self.state, self._order
         counted, last = state.line
         # A tick that was broken off, or without a clock, has been shown under a number that no clock has given.
@@ -162,7 +157,8 @@ class ControlLoop:
         if last != NO_NUMBER:
             if begin < last:
                 state.line = tick, begin
-                self._forget_order()
+                self._drop(_STALE)
+                state.service = NONE_IN_SERVICE
                 return self._hold(
                     _STALE,
                     f"the clock went back by {(last - begin) / 1e9:.6f} s; expected a monotonic one: what was observed "
@@ -185,13 +181,14 @@ class ControlLoop:
         return self._serve(begin, tick, status)
 
     def _serve(self, now: int, tick: int, status: Status) -> Status:
-        """The action of this tick from what is queued; `status` is of the chunk that came on it."""
+        """Take the action of this tick from the queue; status: of the chunk that came on this tick."""
         out, state = self._out, self.state
         oldest = now - self._stale_ns
         if state.is_queued:
             _, observed, _, _ = state.service
             if observed < oldest:
-                return self._grow_old(now)
+                self._drop(_STALE)
+                return self._hold(_STALE, self._order.too_old(now - observed))
         action = self._queue.take(tick, oldest)
         if action is None:
             if status is _OK:
@@ -206,7 +203,7 @@ class ControlLoop:
         stamps = out.stamps
         layers = order.layers_of.get(tokens.shape) if type(tokens) is _Array else None
         if layers is None or tokens.dtype not in TOKEN_TYPES or WRONG_NUMBER in stamps:
-            # What is wrong with it, says who has the arguments as they were given.
+            # `tick` says what is wrong: it has the arguments as they were given.
             return _BAD_TOKEN
         service, is_queued = state.service, state.is_queued
         last_number, last_observed, _, last_start = service
@@ -238,7 +235,7 @@ class ControlLoop:
         return status
 
     def _drop(self, why: Status) -> None:
-        """Nothing of what is queued is served any more."""
+        """Serve nothing of what is queued any more."""
         self._queue.clear()
         state = self.state
         state.is_queued = False
@@ -246,7 +243,3 @@ class ControlLoop:
             state.why_empty = (
                 f"what was queued was dropped on tick {state.line[0]}, {why.name}; expected a new chunk since"
             )
-
-    def _forget_order(self) -> None:
-        self._drop(_STALE)
-        self.state.service = NONE_IN_SERVICE

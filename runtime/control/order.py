@@ -1,4 +1,4 @@
-"""Which chunk may be used, and for which ticks its actions are; where it may not, why, in words."""
+"""Whether a chunk may be used and for which ticks its actions are; if it may not, why, in words."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _Array = np.ndarray
 
 
 class ChunkOrder:
-    """Times in nanoseconds of the loop's clock; ticks are counted by the loop."""
+    """Places chunks on the line of ticks. Times are nanoseconds of the loop's clock; the loop counts the ticks."""
 
     def __init__(self, config: ControlConfig, model: ModelEntry) -> None:
         self.period_ns = round(config.period_s * 1e9)
@@ -28,12 +28,12 @@ class ChunkOrder:
     def next_tick(self, begin: int, line: tuple[int, int], service: InService | None) -> int:
         """The number of the tick that begins now. line: number and beginning of the last one.
 
-        Ticks are counted, for a clock that trembles repeats no action and skips none; but where more than 1.5 periods
-        have passed, whole ones are missed, and no action of the chunk in `service` is served a whole period late.
+        Ticks are counted, so that a jittery clock repeats no action and skips none. But after more than 1.5 periods
+        whole ticks are missed, and no action of the chunk in `service` is served a whole period late.
         """
         tick, last = line
         period = self.period_ns
-        # Time does not go back here, and where none has passed it is a tick still.
+        # Time does not go back here; even if none has passed, this is the next tick.
         tick += (begin - last + self._half_period_ns - 1) // period or 1
         if service is None:
             return tick
@@ -50,10 +50,10 @@ class ChunkOrder:
         stamps: tuple[int, int],
         is_drained: bool,
     ) -> InService | str:
-        """The chunk that arrives on this tick, dated; or why it is not to be used.
+        """Date the chunk that arrives on this tick; or say why it is not to be used.
 
-        One with the number of that in service and more layers is its full decode, and lies where that lies. stamps:
-        its sequence and observed_ns, NO_NUMBER for none. is_drained: nothing is left of the one in service.
+        A chunk with the number of the one in service and more layers is its full decode, and takes its place. stamps:
+        sequence and observed_ns of the chunk, NO_NUMBER for none. is_drained: nothing is left of the one in service.
         """
         number, observed = stamps
         last_number, last_observed, last_layers, last_start = service
@@ -74,7 +74,7 @@ class ChunkOrder:
                 "processes"
             )
         if not is_swap and last_observed != NO_NUMBER:
-            # A policy that was started anew counts from its beginning; it has looked later than the one before.
+            # A policy that was restarted counts from the beginning again, and has observed later than before.
             is_restart = is_dated and observed > last_observed and is_drained
             if number <= last_number and not is_restart:
                 kind = "again" if number == last_number else "after a newer one"
@@ -100,7 +100,7 @@ class ChunkOrder:
         )
 
     def wrong_form(self, tokens: object, sequence: object, observed_ns: object) -> str:
-        """What is wrong with the arguments, of which one is."""
+        """Which of the arguments is wrong, and why; one of them is."""
         if type(tokens) is not _Array:
             advice = as_array_advice("tokens", tokens, is_float=False)
             return f"tokens is a {kind_of(tokens)}; expected a numpy.ndarray{advice}"

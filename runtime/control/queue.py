@@ -1,6 +1,6 @@
-"""One action per tick from chunks of T: what was decoded, where on the tick line it lies, and how chunks are joined.
+"""Queues that give one action per tick from chunks of T, and join chunks where they overlap.
 
-Arrays, and views of their rows, are made once: to index makes a new view each time.
+Arrays and views of their rows are made once, since indexing makes a new view each time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def action_queue(config: ControlConfig, chunk_length: int) -> ActionQueue:
 class ActionQueue:
     """Serves the newest chunk, whose row i is for tick start + i. For one thread."""
 
-    #: Of what has a part in the action taken last: when the oldest of it was observed.
+    #: When the oldest chunk that has a part in the last action was observed.
     first_observed_ns: int
 
     def __init__(self, config: ControlConfig, chunk_length: int) -> None:
@@ -37,18 +37,18 @@ class ActionQueue:
         self._start = None
 
     def push(self, chunk: Float32Array, start: int, observed_ns: int, *, is_swap: bool) -> None:  # noqa: ARG002  # others need it
-        """Take in a copy of chunk [T, A]. start: of its first row, at most the tick that is taken next.
+        """Take in a copy of chunk, float32 [T, A]. start: the tick of its first row, at most the tick taken next.
 
-        observed_ns: at least that of the chunk before. is_swap: it is the newest chunk again, decoded better.
+        observed_ns: at least that of the chunk before. is_swap: this is the newest chunk again, decoded in full.
         """
         self._chunk[...] = chunk
         self._start, self.first_observed_ns = start, observed_ns
 
     def take(self, tick: int, oldest_ns: int) -> Float32Array | None:  # noqa: ARG002  # others need it
-        """The action of this tick, to be read before the next call; None where the newest chunk has none.
+        """The action of this tick, float32 [A], to be read before the next call; None if the newest chunk has none.
 
-        oldest_ns: what was observed before is too old to have a part in it. Whether the newest chunk is, the caller
-        knows; ticks and oldest_ns grow from call to call until `clear`.
+        oldest_ns: chunks observed before have no part in it; the caller checks the newest one itself. Ticks and
+        oldest_ns never decrease until `clear`.
         """
         start = self._start
         if start is None or not 0 <= tick - start < self._length:
@@ -57,66 +57,66 @@ class ActionQueue:
 
 
 _LONG_AGO = -sys.maxsize
-#: A chunk that has something to say: its slot, the tick from which on it has no more, and when it was observed.
+#: A chunk that has a part in the mean: its slot, the tick after its last action, and when it was observed.
 _Part = tuple[int, int, int]
 
 
 class EnsembleQueue(ActionQueue):
-    """Averages what the last chunks say of a tick, the oldest weighted most, as ACT does; but for grippers: half open
-    is no mean of open and closed.
+    """Averages what the last chunks have for a tick, the oldest weighted most, as ACT does.
+
+    Grippers follow the newest chunk: half open is no mean of open and closed.
     """
 
-    #: The oldest first; the newest is the last.
+    #: From the oldest to the newest chunk.
     _parts: list[_Part]
     #: Whether they end in the order in which they came.
     _is_sorted: bool
-    #: The tick from which on one of them has nothing to say any more.
+    #: The first tick for which one of them has no action any more.
     _first_end: int
     #: The tick of the first line.
     _base: int
-    #: The slot of the newest chunk, and by slot what each has of the mean.
+    #: The slot of the newest chunk, and the weight of each slot in the mean.
     _newest: int
     _share: Float32Array
 
     def __init__(self, config: ControlConfig, chunk_length: int) -> None:
         super().__init__(config, chunk_length)
-        # What is locked has one value, which a mean could miss by a rounding.
+        # A locked dimension has one value, which a mean could miss by a rounding.
         self._unmixed = (*config.gripper, *config.locked)
-        self._most = count = self._count(config)
+        #: Weights by number of chunks, the oldest first; their sum is 1.
+        self._shares = [np.array(shares, np.float32) for shares in self._weights(config)]
+        self._most = count = len(self._shares) - 1
         self._slots = itertools.cycle(range(count))
-        # By tick, then by chunk: what all chunks say of a tick lies together. Room for four, so that what is left of
-        # them has to be moved to the beginning once in two chunks' time.
+        # By tick, then by chunk: the actions of all chunks for a tick lie together. With room for four chunk lengths,
+        # what is left has to be moved to the beginning only once in two chunks' time.
         self._room = 4 * chunk_length
         self._lines = np.zeros((self._room, count, config.action_dim), np.float32)
         self._says = list(self._lines)
         self._last_first = self._room - chunk_length
-        #: Of slot and first line, where a chunk goes.
+        #: Where a chunk goes, by slot and first line.
         self._places = [
             [self._lines[first : first + chunk_length, slot] for first in range(self._last_first + 1)]
             for slot in range(count)
         ]
-        #: By number of chunks, of the oldest first; their sum is 1.
-        self._shares = [np.array(self._shares_of(config, number), np.float32) for number in range(count + 1)]
-        # The same twice over, so that by the slot of the newest a part of it says slot by slot what that one gets.
+        # The weights twice in a row: a window of it has the weights in the order of slots, wherever the newest one is.
         padded = [np.append(np.zeros(count - len(shares), np.float32), shares) for shares in self._shares]
         turned = [np.append(shares, shares) for shares in padded]
         self._turned = [
             [shares[count - 1 - newest : 2 * count - 1 - newest] for newest in range(count)] for shares in turned
         ]
         self._out = np.zeros(config.action_dim, np.float32)
-        # A single number is taken from these in half the time.
+        # Reading a single number from these takes half the time.
         self._out_numbers, self._numbers = self._out.data, self._lines.data
         self.clear()
 
-    def _count(self, config: ControlConfig) -> int:
-        return config.ensemble_chunks
-
-    def _shares_of(self, config: ControlConfig, number: int) -> list[float]:
-        weights = [math.exp(-config.ensemble_decay * age) for age in range(number)]
-        return [weight / sum(weights) for weight in weights]
+    def _weights(self, config: ControlConfig) -> list[list[float]]:
+        """Of 0, 1 … chunks, up to the most that are averaged; of each number the oldest first."""
+        most = config.ensemble_chunks
+        weights = [math.exp(-config.ensemble_decay * age) for age in range(most)]
+        return [[weight / sum(weights[:number]) for weight in weights[:number]] for number in range(most + 1)]
 
     def _remaining(self, tick: int, oldest_ns: int) -> list[_Part]:
-        """Those that still have a part in the mean; the newest has."""
+        """The chunks that still have a part in the mean; the newest always has."""
         *others, newest = self._parts
         return [*(part for part in others if part[1] > tick and part[2] >= oldest_ns), newest]
 
@@ -141,10 +141,10 @@ class EnsembleQueue(ActionQueue):
         self._start = start
 
     def _move_up(self, start: int) -> int:
-        """Make room for a chunk that begins on this tick; its first line.
+        """Make room for a chunk that begins on this tick; returns its first line.
 
-        What comes later begins less than T before it, for the tick to be served next lies less than T after it: T lines
-        before it are enough. Of those from it on, what was said already is kept.
+        Later chunks begin less than T before it, since the tick to be served next lies less than T after it: T lines
+        before it are enough. The lines from it on are kept.
         """
         length = self._length
         kept = self._lines[start - self._base :]
@@ -165,11 +165,11 @@ class EnsembleQueue(ActionQueue):
         return out
 
     def _settle(self, parts: list[_Part]) -> None:
-        """From now on these are averaged, the oldest first."""
+        """Average these from now on, the oldest first."""
         self._parts, number = parts, len(parts)
         _, self._first_end, self.first_observed_ns = parts[0]
         if self._is_sorted:
-            # They have ended in the order in which they came: those that are left came one after another.
+            # They end in the order in which they came, so those that are left came one after another.
             self._share = self._turned[number][self._newest]
             return
         self._first_end = min([end for _, end, _ in parts])
@@ -178,18 +178,18 @@ class EnsembleQueue(ActionQueue):
 
 
 class WeightedQueue(EnsembleQueue):
-    """Joins the newest chunk, where they overlap, with what would have been served without it; but for grippers."""
+    """Averages the newest chunk with what would have been served without it; grippers follow the newest chunk."""
 
-    def _count(self, config: ControlConfig) -> int:  # noqa: ARG002
-        # No more chunks than ticks can speak of one tick, for there is at most one per tick.
-        return self._length
-
-    def _shares_of(self, config: ControlConfig, number: int) -> list[float]:
+    def _weights(self, config: ControlConfig) -> list[list[float]]:
         new, old = config.new_weight, 1 - config.new_weight
-        return [(new if age else 1.0) * old ** (number - 1 - age) for age in range(number)]
+        # At most one chunk arrives per tick, so at most T of them have an action for the same tick.
+        return [
+            [(new if place else 1.0) * old ** (number - 1 - place) for place in range(number)]
+            for number in range(self._length + 1)
+        ]
 
     def _remaining(self, tick: int, oldest_ns: int) -> list[_Part]:
-        """Those after the last that has nothing to say: without it nothing would have been served."""
+        """The chunks after the last one that has no action: without the later ones nothing would have been served."""
         first = 0
         for place, part in enumerate(self._parts[:-1], start=1):
             if part[1] <= tick or part[2] < oldest_ns:

@@ -1,4 +1,4 @@
-"""What the system can do for a loop to be on time: each wish is granted or refused, and either is reported."""
+"""Real-time settings of the system: each one is granted or refused, and either is reported; and a watchdog."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ Undo = Callable[[], object]
 
 @dataclass(frozen=True)
 class RealtimeConfig:
-    """lock_memory: no page is ever swapped out. fifo_priority: 1 to 99, None to leave it. cpus: () to leave them.
+    """The settings that `apply_realtime` asks for.
 
-    freeze_gc: what exists now is never looked at by the garbage collector again. is_required: a refusal is an error.
+    lock_memory: no page is ever swapped out. fifo_priority: of SCHED_FIFO, 1 to 99; None leaves the scheduler. cpus:
+    where the thread may run; () leaves that. freeze_gc: the garbage collector never looks again at what exists now.
+    is_required: a refusal is an error.
     """
 
     lock_memory: bool = False
@@ -36,7 +38,7 @@ class RealtimeConfig:
 
 @dataclass(frozen=True)
 class RealtimeSetting:
-    """One wish, and what became of it. undo: takes back what was granted; `undo_realtime` calls it."""
+    """One setting, and what became of it. undo: takes back what was granted; `undo_realtime` calls it."""
 
     name: str
     is_granted: bool
@@ -48,22 +50,21 @@ class RealtimeSetting:
 
 
 def apply_realtime(config: RealtimeConfig) -> tuple[RealtimeSetting, ...]:
-    """Apply to the calling thread, memory and garbage to the whole process; in the loop's thread, after `warmup()`.
+    """Apply the settings; call it in the loop's thread, after `warmup()`.
 
-    Raises RealtimeRefusedError where something is refused that `is_required`; nothing is changed then.
+    Scheduler and cpus are those of the calling thread, memory and garbage those of the process. Raises
+    RealtimeRefusedError if one is refused although `is_required`; then nothing is changed.
     """
     settings = []
     if config.freeze_gc:
-        settings.append(_try("freeze_gc", _freeze, "leave freeze_gc out"))
+        settings.append(_try("freeze_gc", "leave freeze_gc out", _freeze))
     if config.lock_memory:
-        settings.append(_try("lock_memory", _lock_memory, "raise `ulimit -l`, or grant CAP_IPC_LOCK"))
+        settings.append(_try("lock_memory", "raise `ulimit -l`, or grant CAP_IPC_LOCK", _lock_memory))
     if config.cpus:
-        settings.append(_try("cpus", lambda: _set_affinity(config.cpus), "choose among os.sched_getaffinity(0)"))
+        settings.append(_try("cpus", "choose among os.sched_getaffinity(0)", _set_affinity, config.cpus))
     if config.fifo_priority is not None:
-        priority = config.fifo_priority
-        settings.append(
-            _try("fifo_priority", lambda: _set_fifo(priority), "grant CAP_SYS_NICE, or rtprio in limits.conf")
-        )
+        advice = "grant CAP_SYS_NICE, or rtprio in limits.conf"
+        settings.append(_try("fifo_priority", advice, _set_fifo, config.fifo_priority))
     if config.is_required and (refused := [setting for setting in settings if not setting.is_granted]):
         undo_realtime(settings)
         raise RealtimeRefusedError("; ".join(f"{setting.name}: {setting.detail}" for setting in refused))
@@ -77,9 +78,9 @@ def undo_realtime(settings: Sequence[RealtimeSetting]) -> None:
             setting.undo()
 
 
-def _try(name: str, apply: Callable[[], tuple[str, Undo]], advice: str) -> RealtimeSetting:
+def _try(name: str, advice: str, apply: Callable[..., tuple[str, Undo]], *wish: object) -> RealtimeSetting:
     try:
-        detail, undo = apply()
+        detail, undo = apply(*wish)
     except (OSError, ValueError, OverflowError, AttributeError) as error:
         return RealtimeSetting(name, False, f"refused: {error}; {advice}")
     return RealtimeSetting(name, True, detail, undo)
@@ -113,10 +114,10 @@ def _set_fifo(priority: int) -> tuple[str, Undo]:
 
 
 class Watchdog:
-    """Calls back from a thread of its own when ticks stop for `timeout_s`; again only after they have gone on.
+    """Calls `on_silence` from a thread of its own when ticks stop for `timeout_s`, once until they go on.
 
-    last_tick_ns: of `time.monotonic_ns`; 0 while there was none, for which nobody is called. It sees a loop that hangs
-    in a library which lets other threads run, as ctypes and ONNX Runtime do; not a stopped process.
+    last_tick_ns: gives `time.monotonic_ns` of the last tick, 0 before the first one, which is not waited for. It sees a
+    loop that hangs in a library that lets other threads run, as ctypes and ONNX Runtime do; not a stopped process.
     """
 
     def __init__(
@@ -147,7 +148,7 @@ class Watchdog:
         )
 
     def look(self) -> bool:
-        """Once, as the thread does four times per timeout; whether it has called back."""
+        """Look once, as the thread does four times per timeout; returns whether it has called back."""
         last = self._last_tick_ns()
         silence_s = (self._clock() - last) / 1e9
         if not last or last == self._reported or silence_s <= self._timeout_s:

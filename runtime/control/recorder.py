@@ -1,4 +1,4 @@
-"""The flight recorder: the last ticks in a ring made once, written to .npz off the loop, read without pickle."""
+"""The flight recorder: a ring of the last ticks, written to .npz off the loop and read without pickle."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle.arrays import Float32Array
+from ..bundle.manifest import ModelEntry
 from ..bundle.paths import as_path
 from ..bundle.reading import regular_file
 from ..bundle.writing import replacing
@@ -25,9 +26,9 @@ from .result import Outcome
 from .state import ABSENT, ACCEPTED, BEGUN, COLUMNS, FELL_BACK, HELD, KEPT, LATCHED, QUEUED, UNKEPT, LoopState
 
 SCHEMA = 2
-#: Of a record's arrays: what a million ticks take.
+#: The bytes that the arrays of a record may take: enough for a million ticks.
 _SIZE_LIMIT = 2**32
-#: What reading a file that is none, or a damaged one, raises.
+#: What reading a damaged file raises, or one that is no record.
 _DAMAGE = (
     *(OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, NotImplementedError, RuntimeError),
     *(struct.error, zipfile.BadZipFile, zlib.error, MemoryError),
@@ -37,30 +38,30 @@ _Array = np.ndarray
 
 
 class FlightRecorder:
-    """The loop writes; one other thread may copy at any time: rows overwritten while it copies are left out.
+    """The loop writes; another thread may copy at any time, which leaves out rows that are overwritten meanwhile.
 
-    Keeps a chunk's length more than `ticks`: what comes before the first of them is needed to know what it had to do.
+    Keeps a chunk's length more than `ticks`: to replay the first of them, those before have to fill the queue.
     """
 
-    def __init__(self, ticks: int, token_shape: tuple[int, int, int], action_dim: int, *, has_stats: bool) -> None:
-        steps, latents, layers = token_shape
+    def __init__(self, ticks: int, model: ModelEntry) -> None:
+        steps, latents, layers, has_stats = model.chunk_length, model.latent_dim, model.num_layers, model.has_stats
         size = ticks + steps + 1
         self._size = size
-        # One call packs a tick's numbers; assigning them to arrays one by one takes three times as long.
+        # One call packs all numbers of a tick; assigning them one by one takes three times as long.
         self._numbers = np.zeros((size, len(COLUMNS)), np.int64)
         self._bytes, self._stride = self._numbers.data.cast("B"), 8 * len(COLUMNS)
         self._pack = struct.Struct(f"={len(COLUMNS)}q").pack_into
-        self._actions = np.zeros((size, action_dim), np.float32)
+        self._actions = np.zeros((size, model.action_dim), np.float32)
         self._tokens = np.zeros((size, steps * latents * layers), np.int32)
         self._stats = np.zeros((size, steps * layers * 2 * has_stats), np.float32)
-        # By shape its number of layers, and views made once: indexing makes a new one each time.
+        # By shape, the number of layers and a view of each row, made once: indexing makes a new view each time.
         self._action_rows = list(self._actions)
         self._token_rows = {
-            (shape := (1, steps, latents, count)): (count, _rows_of(self._tokens, shape))
+            (shape := (1, steps, latents, count)): (count, [_cut(row, shape) for row in self._tokens])
             for count in range(1, layers + 1)
         }
         self._stats_rows = {
-            (shape := (1, steps, count, 2)): (count, _rows_of(self._stats, shape))
+            (shape := (1, steps, count, 2)): (count, [_cut(row, shape) for row in self._stats])
             for count in range(1, layers * has_stats + 1)
         }
         self.written = 0
@@ -68,8 +69,8 @@ class FlightRecorder:
     def add(  # noqa: C901  # a call for the flags would take longer than they do
         self, out: Outcome, state: LoopState, tokens: Any = None, stats: Any = None, flags: int = 0
     ) -> None:
-        """A row for the tick that was answered with `out`. tokens, stats: as they came; flags: beside its own."""
-        # As numbers, a truth value is multiplied three times as slowly as it is asked for.
+        """Write the row of a tick. out: what it was answered with; tokens, stats: as they came; flags: further ones."""
+        # Multiplying truth values takes three times as long as asking for them.
         if out.is_held:
             flags |= HELD
         if out.is_latched:
@@ -99,7 +100,7 @@ class FlightRecorder:
             if found is not None and found[0] == layers and stats.dtype == _FLOAT32:
                 found[1][index][...] = stats
                 stats_state = KEPT
-        # One by one: to make them a tuple takes longer.
+        # Named one by one: making a tuple of them takes longer.
         (tick, begin), (sequence, observed, service_layers, start) = state.line, state.service
         given_sequence, given_observed = out.stamps
         self._pack(
@@ -110,7 +111,7 @@ class FlightRecorder:
         self.written += 1
 
     def copy(self) -> dict[str, npt.NDArray[Any]]:
-        """The ticks in their order."""
+        """The rows in the order of their ticks, by name of the column or array."""
         before = self.written
         numbers = self._numbers.copy()
         arrays: dict[str, npt.NDArray[Any]] = {
@@ -126,7 +127,7 @@ class FlightRecorder:
 
 @dataclass(frozen=True, eq=False)
 class FlightRecord:
-    """A record as read; `columns` by name, each with one entry per tick."""
+    """A flight record as read. columns: by name, each with one entry per tick."""
 
     meta: dict[str, Any]
     columns: dict[str, npt.NDArray[Any]]
@@ -138,45 +139,46 @@ class FlightRecord:
         return len(self.actions)
 
     def row(self, index: int) -> dict[str, int]:
-        """The numbers of one tick, by their columns."""
+        """The numbers of one tick, by name of the column."""
         return {name: int(column[index]) for name, column in self.columns.items()}
 
     def tokens_of(self, index: int) -> npt.NDArray[np.int32] | None:
-        """int32 [1, T, D, l] of the chunk that arrived on this tick, if it is in the record."""
+        """The tokens, int32 [1, T, D, l], that came on this tick; None if they are not in the record."""
         if self.columns["token_state"][index] != KEPT:
             return None
         steps, latents, _ = self.meta["token_shape"]
         layers = int(self.columns["layers"][index])
-        return self.tokens[index, : steps * latents * layers].reshape(1, steps, latents, layers).copy()
+        return _cut(self.tokens[index], (1, steps, latents, layers)).copy()
 
     def stats_of(self, index: int) -> Float32Array | None:
-        """float32 [1, T, l, 2] that came with the chunk, if they are in the record."""
+        """The stats, float32 [1, T, l, 2], that came with the tokens; None if they are not in the record."""
         if self.columns["stats_state"][index] != KEPT:
             return None
         steps, layers = self.meta["token_shape"][0], int(self.columns["layers"][index])
-        return self.stats[index, : steps * layers * 2].reshape(1, steps, layers, 2).copy()
+        return _cut(self.stats[index], (1, steps, layers, 2)).copy()
 
 
 def _as_int32(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int32] | None:
     if tokens.dtype.kind not in "iu":
         return None
-    # Wrapped around, an illegal token of another type could become a legal one.
+    # Clipped, since an illegal token of a wider type could wrap around to a legal one.
     return np.clip(tokens.astype(np.int64), -1, 2**31 - 1).astype(np.int32)
 
 
-def _rows_of(ring: npt.NDArray[Any], shape: tuple[int, ...]) -> list[npt.NDArray[Any]]:
-    return [row[: math.prod(shape)].reshape(shape) for row in ring]
+def _cut(row: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    """A view of the beginning of a row."""
+    return row[: math.prod(shape)].reshape(shape)
 
 
 def write_record(path: Path, arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any]) -> None:
-    """Whole or not at all. Raises OSError."""
+    """Write a record, whole or not at all. Raises OSError."""
     text = np.frombuffer(json.dumps({"schema": SCHEMA, **meta}).encode(), np.uint8)
     with replacing(path, is_synced=True) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **{"meta": text, **arrays})  # type: ignore[arg-type]  # no array is named allow_pickle
 
 
 def read_record(path: str | os.PathLike[str]) -> FlightRecord:
-    """Raises FlightRecordError for a file that is missing, damaged or no flight record."""
+    """Read a record. Raises FlightRecordError for a file that is missing, damaged or no flight record."""
     path = as_path(path, "the flight record", FlightRecordError)
     if not path.exists():
         raise FlightRecordError(f"{path} is no flight record: it does not exist; pass a .npz that a decoder wrote")

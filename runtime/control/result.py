@@ -1,8 +1,8 @@
-"""What a tick is answered with, and what it leaves to the next.
+"""What a tick is answered with.
 
-A tick may be broken off between any two of its steps, by what a signal's handler raises. So nothing is cleaned up
-afterwards: from its beginning on a `BrokenOff` is shown, which stands still; the tick is put together in an `Outcome`
-that nobody sees; and one assignment shows it when it is whole.
+A signal's handler may raise between any two instructions of a tick and break it off. So nothing is cleaned up
+afterwards: from the beginning of a tick a `BrokenOff` is shown, which stands still; the tick is put together in an
+`Outcome` that nobody sees; and one assignment shows it when it is whole.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -24,10 +25,10 @@ ADVICE = "it was raised from outside; send this action, or stop the robot"
 
 @dataclass(slots=True, eq=False)
 class Outcome:
-    """One tick, whole; not altered while it is shown. values: `actions` as numbers of Python, of float32 in value.
+    """A whole tick; not altered while it is shown. values: `actions` as Python's floats, with values of float32.
 
-    For the books alone: begin, by the clock, NO_NUMBER where it has not said; stamps, the sequence and observed_ns that
-    came; is_accepted, whether the chunk was; rows, of the flight recorder, this tick's included.
+    For the books alone: begin, when the tick began, NO_NUMBER if the clock failed; stamps, the sequence and observed_ns
+    that came; is_accepted, whether the chunk was; rows, how many the flight recorder has, this tick's included.
     """
 
     values: list[float]
@@ -52,74 +53,48 @@ class Outcome:
 
 
 class BrokenOff:
-    """Stand still, after what was sent `before`. hold: what that is.
+    """Stands still after `before`; has the attributes of an `Outcome`, computed when somebody looks.
 
-    Nothing is computed before somebody looks: to show it takes one assignment, and no call that could fail.
+    So that showing it takes one assignment, and no call that could fail. hold: gives the values that stand still after
+    those that were sent.
     """
 
     __slots__ = ("_hold", "before", "detail")
-    is_held = True
-    is_limited = fell_back = False
-    latency_ns = 0
 
     def __init__(self, hold: Callable[[list[float]], list[float]], before: Outcome) -> None:
         self._hold, self.before = hold, before
         self.detail = f"{BROKEN_OFF}; {ADVICE}"
 
-    @property
-    def values(self) -> list[float]:
-        return self._hold(self.before.values)
-
-    @property
-    def actions(self) -> Float32Array:
-        return np.array(self.values, np.float32)
-
-    @property
-    def status(self) -> Status:
-        return self.before.status if self.before.is_latched else Status.BACKEND_FAULT
-
-    @property
-    def is_latched(self) -> bool:
-        return self.before.is_latched
-
-    @property
-    def tick(self) -> int:
-        return self.before.tick + 1
-
-    @property
-    def sequence(self) -> int:
-        return self.before.sequence
-
-    @property
-    def backend(self) -> str:
-        return self.before.backend
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.settled(), name)
 
     def settled(self) -> Outcome:
-        """The same as an outcome of its own, which needs no decoder any more."""
+        """The outcome that this stands for; it does not depend on the decoder any more."""
+        before = self.before
         return Outcome(
-            self.values,
-            self.status,
-            self.tick,
-            self.sequence,
-            is_latched=self.is_latched,
-            backend=self.backend,
+            self._hold(before.values),
+            before.status if before.is_latched else Status.BACKEND_FAULT,
+            before.tick + 1,
+            before.sequence,
+            is_latched=before.is_latched,
+            backend=before.backend,
             detail=self.detail,
-            rows=self.before.rows,
+            rows=before.rows,
         )
 
 
 class ControlResult:
-    """One tick. There is one object for all of them, valid until the next `step`; `actions` are a new array."""
+    """The result of a tick: one object for all ticks, valid until the next `step`; `actions` are a new array each."""
 
     __slots__ = ("shown",)
 
     def __init__(self, shown: Outcome) -> None:
-        #: Everything below in one piece: to assign it is to publish.
+        #: Everything below in one piece, so that one assignment publishes it.
         self.shown: Outcome | BrokenOff = shown
 
     def __reduce__(self) -> tuple[type[ControlResult], tuple[Outcome]]:
         """A copy keeps this tick, whatever the decoder does next."""
-        # An outcome that was shown is filled again on the tick after the next.
+        # The outcome that is shown is filled again two ticks later.
         shown = self.shown
         return type(self), (shown.settled() if isinstance(shown, BrokenOff) else copy.copy(shown),)
 
@@ -134,32 +109,32 @@ class ControlResult:
 
     @property
     def is_held(self) -> bool:
-        """`actions` tell the robot to stand still."""
+        """Whether `actions` tell the robot to stand still."""
         return self.shown.is_held
 
     @property
     def is_limited(self) -> bool:
-        """`actions` are not what was decoded: the slew limit holds them back, or the limits of a dimension."""
+        """Whether the limits or the slew limit made `actions` differ from what was decoded."""
         return self.shown.is_limited
 
     @property
     def is_latched(self) -> bool:
-        """It stands still until `reset()`."""
+        """Whether the decoder stands still until `reset()`."""
         return self.shown.is_latched
 
     @property
     def fell_back(self) -> bool:
-        """To `backend`, on this tick, because the one before failed."""
+        """Whether `backend` decoded on this tick because another one failed."""
         return self.shown.fell_back
 
     @property
     def backend(self) -> str:
-        """The one that has decoded last."""
+        """The name of the backend that decoded last."""
         return self.shown.backend
 
     @property
     def detail(self) -> str:
-        """What was found, expected and what to do; empty for OK."""
+        """What was found, what was expected and what to do; empty for OK."""
         return self.shown.detail
 
     @property
@@ -168,7 +143,7 @@ class ControlResult:
 
     @property
     def sequence(self) -> int:
-        """Of the chunk in service; -1 for none."""
+        """The sequence number of the chunk in service; -1 for none."""
         return self.shown.sequence
 
     @property

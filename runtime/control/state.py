@@ -1,7 +1,6 @@
-"""What a tick leaves to the next, and the columns that a flight record has of both.
+"""The state that one tick leaves to the next, and the columns of a flight record.
 
-The loop works on `LoopState`, the recorder packs it into a row, a replay reads it back from there: all three by the
-fields and columns that stand here.
+The loop works on `LoopState`, the recorder packs it into a row, and a replay reads it back from there.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ import numpy as np
 
 from .config import Status
 
-#: What was given for a number: nothing; something that is none.
+#: In place of a number: none was given; what was given is no number.
 NO_NUMBER, WRONG_NUMBER = -(2**62), -(2**62) - 1
-#: In place of a backend: the decoder itself has failed.
+#: In place of a backend's index: the decoder itself has failed.
 INTERNAL = -1
-#: Of tokens and stats of a tick: none came; they are in the record; they came but are no array that fits into it.
+#: Tokens or stats of a tick: none came; they are in the record; they came but do not fit into it.
 ABSENT, KEPT, UNKEPT = 0, 1, 2
-#: Flags of a tick. ACCEPTED: its chunk. QUEUED: something may be served after it. BEGUN: a chunk has come since the
-#: start. RESET: no tick, but where the robot was when the decoder was started or reset.
+#: Flags of a tick. ACCEPTED: its chunk was. QUEUED: something may be served after it. BEGUN: a chunk has come since the
+#: start. RESET: the row is no tick, but says where the robot was when the decoder was started or reset.
 HELD, LATCHED, FELL_BACK, ACCEPTED, QUEUED, BEGUN, RESET = 1, 2, 4, 8, 16, 32, 64
 
-#: The chunk in service: its sequence, observed_ns and layers, 0 where there is none, and the tick of its first action.
-#: A plain tuple: a tick takes one apart five times, and Python does that at once.
+#: The chunk in service: sequence, observed_ns, layers (0 where there is none), and the tick of its first action.
+#: A plain tuple: a tick unpacks one five times, and Python does that fastest.
 InService = tuple[int, int, int, int]
 NONE_IN_SERVICE: InService = -1, NO_NUMBER, 0, 0
 NONE_YET = "no chunk has been accepted since the start; send one"
@@ -34,10 +33,9 @@ RUN_OUT = "the last chunk has run out; expected a new one: look at the policy"
 class LoopState:
     """What a tick leaves to the next beside the queue.
 
-    line: number and beginning of the last tick, in one, so that a tick that is broken off leaves either both or none.
-    used: index of the backend that has decoded last, INTERNAL where the decoder has failed since. has_begun: a chunk
-    has been accepted since the start; is_queued: something may be left of it; why_empty: why there is no action where
-    none is left.
+    line: number and beginning of the last tick, as one tuple: a tick that is broken off changes both or neither.
+    used: index of the backend that decoded last, INTERNAL if the decoder itself has failed since. has_begun: a chunk
+    has been accepted since the start; is_queued: actions of it may be left; why_empty: why, once none is left.
     """
 
     line: tuple[int, int] = (0, NO_NUMBER)
@@ -50,8 +48,8 @@ class LoopState:
     why_empty: str = NONE_YET
 
 
-#: A row's numbers in their order, and their types in a file. Those from `given_sequence` on are of what came: as the
-#: chunk of this tick was given, or refused.
+#: The numbers of a row in their order, and their types in a file. From `given_sequence` on they describe the chunk that
+#: came on this tick, accepted or refused.
 COLUMNS = {
     "tick": np.int64,
     "time_ns": np.int64,
@@ -73,7 +71,7 @@ COLUMNS = {
 
 
 def state_after(row: dict[str, int]) -> LoopState:
-    """The state that the tick of this row has left: what the recorder has packed, taken apart again."""
+    """The state that the tick of this row left: the reverse of what `FlightRecorder.add` packs."""
     flags = row["flags"]
     return LoopState(
         line=(row["tick"], row["time_ns"]),

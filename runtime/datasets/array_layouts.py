@@ -20,7 +20,7 @@ from .steps import AnyArray, EpisodeTable, Int64Array, as_int64, is_hidden, leng
 
 #: The names with a slash are those of diffusion-policy replay buffers.
 _ACTION_NAMES = ("actions", "action", "data/actions", "data/action")
-#: Says so little that it counts only where none of the others is there.
+#: Too vague a name: it counts only where none of the others is there.
 _VAGUE_NAME = "data"
 #: What numpy calls the array that nobody named.
 _NAMELESS = ["arr_0"]
@@ -32,7 +32,7 @@ TASK_NAMES = ("task_index", "task_names")
 
 
 class Described(Protocol):
-    """An array, or what is known of it before it is read."""
+    """An array, or its header alone."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -68,14 +68,14 @@ def choose_arrays(
 
 
 def are_comparable(one: Described, other: Described) -> bool:
-    """Whether two arrays of plain numbers or text, which may hold the same, are worth reading to see it."""
+    """Whether two arrays may hold the same: only then is it worth reading them."""
     return one.dtype == other.dtype and not one.dtype.hasobject and one.shape == other.shape != ()
 
 
 def require_equal(
     wanted: Iterable[str], found: Collection[str], where: str, are_equal: Callable[[str, str], bool]
 ) -> list[str]:
-    """Those of the wanted names that are there. Raises SourceError unless they all hold the same."""
+    """The wanted names that were found. Raises SourceError unless their arrays all hold the same."""
     present = [name for name in wanted if name in found]
     for name in present[1:]:
         if not are_equal(present[0], name):
@@ -120,10 +120,10 @@ def check_actions(arrays: Mapping[str, Described], chosen: Sequence[str], source
 def episode_table(
     arrays: Mapping[str, Described], chosen: Sequence[str], source: str, read: Callable[[str], Iterator[AnyArray]]
 ) -> tuple[EpisodeTable, list[str]]:
-    """Where episodes begin, and the names of the arrays that say it, none where nothing does: then all is one episode.
+    """Where episodes begin, and the names of the arrays that say it. Where none does, all steps are one episode.
 
-    read: the numbers of an array by its name, in slices. Raises SourceError for what cuts no episodes of at least one
-    step, and for statements that contradict each other.
+    read: gives the numbers of an array, by its name, in slices. Raises SourceError where an episode would have no step,
+    and where two arrays contradict each other.
     """
     shapes = [arrays[name].shape for name in chosen]
     steps = sum(int(np.prod(shape[:-1], dtype=object)) for shape in shapes)
@@ -151,25 +151,30 @@ def episode_table(
 
 
 def table_by_numbers(slices: Iterable[AnyArray], source: str) -> EpisodeTable:
-    """By one episode number for each step, ascending, without holding them all. Raises SourceError."""
+    """Episodes by the number in each step, ascending; slices are not held together. Raises SourceError.
+
+    >>> table = table_by_numbers([np.array([3, 3, 5]), np.array([5, 5])], "the file")
+    >>> table.starts.tolist(), table.numbers.tolist()
+    ([0, 2, 5], [3, 5])
+    """
     starts: list[Int64Array] = []
     numbers: list[Int64Array] = []
     row, last = 0, np.empty(0, np.int64)
     for values in slices:
         part = as_int64(values, f"{source}: {_NUMBERS_NAME}")
-        follows = np.concatenate([last, part])
-        falls = np.flatnonzero(follows[1:] < follows[:-1])
+        before = np.concatenate([last if row else part[:1], part[:-1]])
+        falls = np.flatnonzero(part < before)
         if falls.size:
             raise SourceError(
-                f"{source}: {_NUMBERS_NAME} falls at step {row - len(last) + 1 + falls[0]} of the file; expected "
-                "ascending numbers, each episode in one piece: sort the file by episode"
+                f"{source}: {_NUMBERS_NAME} falls at step {row + falls[0]} of the file; expected ascending numbers, "
+                "each episode in one piece: sort the file by episode"
             )
-        begins = np.flatnonzero(follows[1:] != follows[:-1]) + 1 - len(last)
+        begins = part != before
         # The first step of all begins an episode, whatever its number.
-        begins = begins if len(last) else np.concatenate([np.zeros(min(1, len(part)), np.int64), begins])
-        starts.append(begins + row)
+        begins[:1] |= row == 0
+        starts.append(np.flatnonzero(begins) + row)
         numbers.append(part[begins])
-        row, last = row + len(part), follows[-1:]
+        row, last = row + len(part), part[-1:]
     return EpisodeTable(np.concatenate([*starts, [row]]).astype(np.int64), np.concatenate(numbers))
 
 
@@ -198,12 +203,12 @@ def array_tasks(
 
 
 def task_name(names: Mapping[int, str], index: int) -> str:
-    """A number still tells tasks apart, which is what stratifying needs."""
+    """The text of a task; a task without one is named by its number, which still tells tasks apart."""
     return names.get(index, f"task_{index}")
 
 
 def _require_integers(name: str, array: Described, source: str, steps: int | None = None) -> None:
-    """steps: how many there are to be, where that is known. Raises SourceError."""
+    """steps: how many integers are expected, where that is known. Raises SourceError."""
     if array.dtype.kind not in "iu" or len(array.shape) != 1:
         raise SourceError(
             f"{source}: {name!r} is {array.dtype} {list(array.shape)}; expected integers in one dimension"
@@ -214,7 +219,7 @@ def _require_integers(name: str, array: Described, source: str, steps: int | Non
 
 def _starts_by_ends(ends: Int64Array, steps: int, label: str) -> Int64Array:
     starts = np.concatenate([np.zeros(1, np.int64), ends])
-    # Not by differences, which could be beyond int64.
+    # Compared, not subtracted: a difference may not fit into int64.
     if not ends.size or ends[-1] != steps or (starts[1:] <= starts[:-1]).any():
         raise SourceError(
             f"{label} of {ends.size} episodes for {steps} steps; expected the exclusive end of every episode, "

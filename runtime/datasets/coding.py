@@ -1,4 +1,4 @@
-"""Steps to tokens and back, without regard to chunks: every step is coded on its own."""
+"""Steps to tokens and back. Every step is coded on its own, so that chunks may begin anywhere."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..bundle.arrays import Float32Array, in_chunks
 from ..tokenizer import ActionTokenizer
 from .steps import AnyArray
 
-#: Steps that are coded at once: their tokens stay in the processor's second cache until they are bytes.
+#: Steps that are coded at once: their int32 tokens fit into the processor's second-level cache.
 _CODED_STEPS = 4096
 
 
 class StepCoder:
-    """For one thread: keeps the memory for one call."""
+    """Codes steps for one thread; it keeps the memory for one call."""
 
     def __init__(self, tokenizer: ActionTokenizer) -> None:
         self._tokenizer, self._model = tokenizer, tokenizer.model
@@ -25,7 +25,7 @@ class StepCoder:
         self._tokens = np.empty(model.tokens_shape(batch), np.int32)
 
     def encode(self, actions: Float32Array) -> npt.NDArray[np.uint8]:
-        """[n, A] -> [n, D*L]. Raises InvalidInputError for illegal actions."""
+        """Actions float32 [n, A] to tokens uint8 [n, D*L]. Raises InvalidInputError for illegal actions."""
         result = np.empty((len(actions), self._model.latent_dim * self._model.num_layers), np.uint8)
         for rows, chunks in self._chunks(actions):
             tokens = self._tokens[: len(chunks)]
@@ -35,7 +35,7 @@ class StepCoder:
         return result
 
     def decode(self, tokens: AnyArray) -> Float32Array:
-        """[n, D*L] -> [n, A]. Raises InvalidInputError for illegal tokens."""
+        """Tokens uint8 [n, D*L] to actions float32 [n, A]. Raises InvalidInputError for illegal tokens."""
         model = self._model
         result = np.empty((len(tokens), model.action_dim), np.float32)
         for rows, chunks in self._chunks(tokens):

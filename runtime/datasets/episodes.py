@@ -1,72 +1,62 @@
-"""What a whole pass over the steps of a dataset shows: where its episodes lie, and what is wrong with them."""
+"""Checks that need a pass over all steps of a dataset: the order of its episodes, and the values of its actions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from .errors import IllegalActionError, SourceError
 from .pieces import Source
-from .steps import EpisodeTable, Steps, lengths_to_starts
+from .steps import EpisodeTable, Int64Array, Steps, lengths_to_starts
 
-#: What a slice has of one episode: its number, the first and the last frame, and the number of steps.
+#: Steps of one episode that follow one another: its number, the first and the last frame, and how many steps.
 Run = tuple[int, int, int, int]
 
 
 def extend_runs(runs: list[Run], steps: Steps, source: Source, first_row: int) -> None:
-    """Add what a slice has of every episode. Raises SourceError for steps that are not in order.
+    """Add the runs of the next slice. Raises SourceError for steps that are not in order.
 
     runs: of the slices before; first_row: the slice's, in the whole dataset.
     """
-    begins = np.concatenate([[0], np.flatnonzero(np.diff(steps.episode)) + 1])
-    ends = np.concatenate([begins[1:], [len(steps)]])
-    falls = np.flatnonzero((np.diff(steps.episode) == 0) & (np.diff(steps.frame) <= 0))
-    if falls.size:
-        before, after = ((int(steps.episode[row]), int(steps.frame[row])) for row in (falls[0], falls[0] + 1))
-        raise _out_of_order(source, first_row + int(falls[0]) + 1, before, after)
-    columns = (steps.episode[begins], steps.frame[begins], steps.frame[ends - 1], ends - begins)
-    for begin, (episode, first, last, count) in zip(
-        begins.tolist(), zip(*(column.tolist() for column in columns), strict=True), strict=True
-    ):
-        last_run = runs[-1] if runs else None
-        if last_run is None or last_run[0] < episode:
-            runs.append((episode, first, last, count))
-        elif last_run[0] == episode and last_run[2] < first:
-            runs[-1] = (episode, last_run[1], last, last_run[3] + count)
-        else:
-            raise _out_of_order(source, first_row + begin, (last_run[0], last_run[2]), (episode, first))
+    before = np.array(runs[-1:], np.int64).reshape(-1, 4).T
+    # Every step is a run of its own, to begin with.
+    singles = (steps.episode, steps.frame, steps.frame, np.ones_like(steps.frame))
+    columns = [np.concatenate(pair) for pair in zip(before, singles, strict=True)]
+    runs[-1:] = _joined(columns, source, first_row - int(before[3].sum()))
 
 
 def join_runs(runs: Sequence[Run], source: Source) -> EpisodeTable:
-    """All episodes by the runs of all slices, joined where an episode goes on in the next.
+    """All episodes, by the runs of all slices.
 
     Raises SourceError for runs that are not in order, and where the source states other episodes.
     """
-    episode, first, last, count = np.array(runs, np.int64).T
-    is_same = np.diff(episode) == 0
-    wrong = np.flatnonzero((np.diff(episode) < 0) | (is_same & (first[1:] <= last[:-1])))
-    if wrong.size:
-        place = int(wrong[0])
-        before, after = (int(episode[place]), int(last[place])), (int(episode[place + 1]), int(first[place + 1]))
-        raise _out_of_order(source, int(count[: place + 1].sum()), before, after)
-    begins = np.concatenate([[0], np.flatnonzero(~is_same) + 1])
-    found = EpisodeTable(lengths_to_starts(np.add.reduceat(count, begins)), episode[begins])
+    episode, _, _, count = np.array(_joined(np.array(runs, np.int64).T, source, 0), np.int64).T
+    found = EpisodeTable(lengths_to_starts(count), episode)
     source.check_episodes(found)
     return found
 
 
-def _out_of_order(source: Source, row: int, before: tuple[int, int], after: tuple[int, int]) -> SourceError:
-    """row: of `after`; before and after: episode and frame."""
-    return SourceError(
-        f"{source.file_of(row)}: episode {after[0]}, step {after[1]} follows episode {before[0]}, step {before[1]}; "
-        "expected ascending episodes, each in one piece, with ascending steps: sort them, or remove the duplicate file "
-        "or row"
-    )
+def _joined(runs: Iterable[Int64Array], source: Source, first_row: int) -> list[Run]:
+    """One run for each episode. runs: its four numbers, int64 [n] each; first_row: of the first. Raises SourceError."""
+    episode, first, last, count = runs
+    is_same = episode[1:] == episode[:-1]
+    wrong = np.flatnonzero((episode[1:] < episode[:-1]) | (is_same & (first[1:] <= last[:-1])))
+    if wrong.size:
+        place = int(wrong[0])
+        raise SourceError(
+            f"{source.file_of(first_row + int(count[: place + 1].sum()))}: episode {episode[place + 1]}, step "
+            f"{first[place + 1]} follows episode {episode[place]}, step {last[place]}; expected ascending episodes, "
+            "each in one piece, with ascending steps: sort them, or remove the duplicate file or row"
+        )
+    begins = np.concatenate([[0], np.flatnonzero(~is_same) + 1])
+    ends = np.append(begins[1:], len(episode)) - 1
+    columns = (episode[begins], first[begins], last[ends], np.add.reduceat(count, begins))
+    return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
 def check_stated(name: str, stated: EpisodeTable, found: EpisodeTable) -> None:
-    """Raises SourceError where the dataset of this name states other episodes than were found."""
+    """Raises SourceError where a dataset states other episodes than its steps have. name: of the dataset."""
     if not (np.array_equal(stated.numbers, found.numbers) and np.array_equal(stated.starts, found.starts)):
         raise SourceError(
             f"{name} states {len(stated.numbers)} episodes, its steps make {len(found.numbers)}"

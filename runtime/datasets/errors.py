@@ -1,14 +1,14 @@
-"""What can be wrong with demonstrations, token datasets and where they are to be written."""
+"""Errors of demonstrations, of token datasets, and of the places where they are written."""
 
 from ..bundle.errors import InvalidInputError, TokenizerError
 
 
 class DatasetError(TokenizerError):
-    """Base of what the conversion of datasets raises on purpose, beside the errors of the tokenizer itself."""
+    """Base of all errors of datasets."""
 
 
 class SourceError(DatasetError):
-    """Demonstrations that cannot be read, or not without guessing."""
+    """Demonstrations that cannot be read without guessing."""
 
 
 class IllegalActionError(SourceError, InvalidInputError):
@@ -20,7 +20,7 @@ class TokenDatasetError(DatasetError):
 
 
 class VerificationError(DatasetError):
-    """What was read back is not what was to be written: none of the work can be trusted."""
+    """A file that does not hold what was written to it: none of the work can be trusted."""
 
 
 class OutputError(DatasetError):

@@ -7,11 +7,10 @@ import hashlib
 import json
 from collections.abc import Collection
 from contextlib import closing
-from typing import Any
 
 import numpy as np
 
-from ..bundle.arrays import in_chunks
+from ..bundle.arrays import Float32Array, in_chunks
 from ..bundle.fidelity import FidelitySums
 from ..bundle.manifest import FileEntry
 from ..tokenizer import ActionTokenizer
@@ -26,7 +25,7 @@ from .format import (
     SourceInfo,
     Verification,
     info_text,
-    part_metadata,
+    spelled,
 )
 from .job import Job
 from .partial import finish
@@ -40,44 +39,40 @@ from .steps import (
     has_changed,
     optional,
 )
-from .writers import hash_file, move, put, scratch_file, spelled, zarr_array
+from .writers import hash_file, move, put, scratch_file, zarr_array
 
 _WINDOWS, _WINDOW_STEPS = 8, 512
 
 
 def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecord], *, overwrite: bool) -> DatasetInfo:
-    """records: of all parts. Raises SourceError where the source changed or states other episodes, VerificationError
-    where the sample fails."""
+    """Join all parts, verify a sample of them, and put the dataset in its place.
+
+    records: of all parts. Raises SourceError where the source changed or states other episodes, VerificationError where
+    the sample is not what the tokenizer gives.
+    """
     ordered = sorted(records, key=lambda record: record.part)
     table = join_runs([run for record in ordered for run in record.runs], job.source)
     digests = b"".join(bytes.fromhex(digest) for record in ordered for digest in record.digests)
     source = SourceInfo(job.source.name, job.key, hashlib.sha256(digests).hexdigest(), job.filter_key or None)
     files = {name: entry for record in ordered for name, entry in record.files.items()}
     info = DatasetInfo(
+        **job.facts(),
         schema_version=SCHEMA_VERSION,
-        content=job.content,
-        storage=job.storage,
-        fingerprint=job.fingerprint,
-        model=job.model,
         ordering=ORDERING,
         num_steps=job.source.num_steps,
         num_episodes=len(table.numbers),
-        steps_per_file=job.steps_per_file,
-        steps_per_block=job.layout.block_steps,
-        compression=job.compression,
+        steps_per_block=job.block_steps,
         source=source,
-        made_with=job.made_with,
         verification=Verification(0, 0.0, 0.0),
         files=files,
     )
-    verification = _verify(job, tokenizer, TokenDataset.of(job.layout.data, info))
-    info = dataclasses.replace(info, verification=verification)
+    info = dataclasses.replace(info, verification=_verify(job, tokenizer, TokenDataset.of(job.data, info)))
     write = _write_parquet_episodes if job.storage == "parquet" else _write_zarr_tables
     info = dataclasses.replace(info, files={**files, **write(job, info, table)})
     touched = job.source.touched_file()
     if touched is not None and parts_of_another_source(job, ordered):
         raise has_changed(touched)
-    put(info_text(info).encode(), job.layout.data, INFO_NAME, job.layout.scratch)
+    put(info_text(info).encode(), job.data, INFO_NAME, job.scratch)
     finish(job, overwrite=overwrite)
     return info
 
@@ -86,7 +81,7 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
 
 
 def sample_windows(num_steps: int) -> list[tuple[int, int]]:
-    """Slices that cover the beginning, the end, and places between; all of what is not longer than they are."""
+    """First and last row of each slice of the sample: the beginning, the end and places between; all of a short one."""
     if num_steps <= _WINDOWS * _WINDOW_STEPS:
         return [(start, min(start + _WINDOW_STEPS, num_steps)) for start in range(0, num_steps, _WINDOW_STEPS)]
     starts = np.linspace(0, num_steps - _WINDOW_STEPS, _WINDOWS).astype(int).tolist()
@@ -99,44 +94,39 @@ def _verify(job: Job, tokenizer: ActionTokenizer, written: TokenDataset) -> Veri
         return verify(tokenizer, source, target, job.source.num_steps)
 
 
-def _verify_tokens(
-    tokenizer: ActionTokenizer, source: StepReader[Any], target: StepReader[Any], num_steps: int
-) -> Verification:
+def _verify_tokens(tokenizer: ActionTokenizer, source: StepReader, target: StepReader, num_steps: int) -> Verification:
     model = tokenizer.model
     total, sums = 0.0, FidelitySums(model.action_units, model.action_offset)
     for start, stop in sample_windows(num_steps):
         given, read = source.read(start, stop), target.read(start, stop)
-        _check_numbering(given.episode, given.frame, read.episode, read.frame, start)
-        chunks = in_chunks(given.values, model.chunk_length)
-        tokens = tokenizer.encode(chunks)
-        expected = tokens.reshape(-1, model.latent_dim * model.num_layers)[: stop - start]
-        _check_equal(expected, read.values, start)
-        stored = in_chunks(read.values, model.chunk_length).reshape(tokens.shape)
-        decoded = tokenizer.decode(stored).reshape(-1, model.action_dim)[: stop - start]
+        if not (np.array_equal(given.episode, read.episode) and np.array_equal(given.frame, read.frame)):
+            raise VerificationError(
+                f"episodes and steps read back from row {start} on are not those of the source; {_AGAIN}"
+            )
+        tokens = tokenizer.encode(in_chunks(given.values, model.chunk_length))
+        _check_equal(tokens.reshape(-1, read.values.shape[1])[: stop - start], read.values, start)
+        decoded = _decoded(tokenizer, read.values)
         total += float(np.abs(decoded.astype(np.float64) - given.values).sum())
         sums.add(given.values, decoded)
     found = sums.result()
     return Verification(found.steps, max(found.largest), total / (found.steps * model.action_dim), found)
 
 
-def verify_actions(
-    tokenizer: ActionTokenizer, source: StepReader[Any], target: StepReader[Any], num_steps: int
-) -> Verification:
-    """source: tokens; target: the actions written for them, with numbers of its own."""
-    model, steps = tokenizer.model, 0
-    for start, stop in sample_windows(num_steps):
-        chunks = in_chunks(source.read(start, stop).values, model.chunk_length)
-        decoded = tokenizer.decode(chunks.reshape(*chunks.shape[:2], model.latent_dim, model.num_layers))
-        _check_equal(decoded.reshape(-1, model.action_dim)[: stop - start], target.read(start, stop).values, start)
-        steps += stop - start
-    return Verification(steps, 0.0, 0.0)
+def verify_actions(tokenizer: ActionTokenizer, source: StepReader, target: StepReader, num_steps: int) -> Verification:
+    """source: of tokens; target: of the actions that were written for them, in which episodes may be numbered anew."""
+    windows = sample_windows(num_steps)
+    for start, stop in windows:
+        decoded = _decoded(tokenizer, source.read(start, stop).values)
+        _check_equal(decoded, target.read(start, stop).values, start)
+    return Verification(sum(stop - start for start, stop in windows), 0.0, 0.0)
 
 
-def _check_numbering(
-    episode: AnyArray, frame: AnyArray, read_episode: AnyArray, read_frame: AnyArray, row: int
-) -> None:
-    if not (np.array_equal(episode, read_episode) and np.array_equal(frame, read_frame)):
-        raise VerificationError(f"episodes and steps read back from row {row} on are not those of the source; {_AGAIN}")
+def _decoded(tokenizer: ActionTokenizer, tokens: AnyArray) -> Float32Array:
+    """Tokens uint8 [n, D*L] to actions [n, A]. Not by StepCoder, whose work is verified here."""
+    model = tokenizer.model
+    chunks = in_chunks(tokens, model.chunk_length)
+    actions = tokenizer.decode(chunks.reshape(*chunks.shape[:2], model.latent_dim, model.num_layers))
+    return actions.reshape(-1, model.action_dim)[: len(tokens)]
 
 
 def _check_equal(expected: AnyArray, found: AnyArray, row: int) -> None:
@@ -163,16 +153,16 @@ def _write_parquet_episodes(job: Job, info: DatasetInfo, table: EpisodeTable) ->
         "first_row": arrow.array(table.starts[:-1]),
         "num_steps": arrow.array(np.diff(table.starts)),
     }
-    metadata = part_metadata(info.content, info.fingerprint, info.model, 0, info.source.sha256)
-    temporary = scratch_file(job.layout.scratch, EPISODES_NAME)
+    metadata = job.metadata(0, info.source.sha256)
+    temporary = scratch_file(job.scratch, EPISODES_NAME)
     parquet.write_table(arrow.table(columns).replace_schema_metadata(metadata), temporary)
     entry = hash_file(temporary)
-    move(temporary, job.layout.data, EPISODES_NAME)
+    move(temporary, job.data, EPISODES_NAME)
     return {EPISODES_NAME: entry}
 
 
 def _write_zarr_tables(job: Job, info: DatasetInfo, table: EpisodeTable) -> dict[str, FileEntry]:
-    """Groups, array descriptions and the arrays of meta/, one chunk each."""
+    """Write the groups, the descriptions of arrays, and the arrays of meta/ in one chunk each."""
     model, steps, chunk = info.model, info.num_steps, info.steps_per_block
     names = np.array([name.encode() for name in job.source.episode_names(table.numbers)], np.bytes_)
     arrays: dict[str, AnyArray] = {
@@ -184,7 +174,7 @@ def _write_zarr_tables(job: Job, info: DatasetInfo, table: EpisodeTable) -> dict
     metadata: dict[str, dict[str, object]] = {
         ".zgroup": {"zarr_format": 2},
         ".zattrs": {
-            **part_metadata(info.content, info.fingerprint, info.model, 0, info.source.sha256),
+            **job.metadata(0, info.source.sha256),
             "rfsq.model": json.loads(json.dumps(dataclasses.asdict(info.model))),
         },
         "data/.zgroup": {"zarr_format": 2},
@@ -199,4 +189,4 @@ def _write_zarr_tables(job: Job, info: DatasetInfo, table: EpisodeTable) -> dict
     contents = {name: spelled(content) for name, content in metadata.items()}
     contents[".zmetadata"] = spelled({"zarr_consolidated_format": 1, "metadata": metadata})
     contents |= {f"{name}/0": values.tobytes() for name, values in arrays.items()}
-    return {name: put(content, job.layout.data, name, job.layout.scratch) for name, content in contents.items()}
+    return {name: put(content, job.data, name, job.scratch) for name, content in contents.items()}

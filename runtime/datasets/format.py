@@ -1,4 +1,4 @@
-"""How a converted dataset lies on disk, and what `dataset.json` says of it; read strictly, written in one spelling."""
+"""The layout of a converted dataset on disk, and `dataset.json`, which is read strictly and written in one spelling."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from ..bundle.advice import command
 from ..bundle.fidelity import Fidelity
 from ..bundle.manifest import FileEntry, ModelEntry
 from ..bundle.reading import parse_json, read_file
 from ..bundle.typed_json import build
 from .errors import TokenDatasetError
 
-#: Rises with every change of meaning or layout; another one is refused.
+#: Raised with every change of meaning or layout; any other version is refused.
 SCHEMA_VERSION = 1
 INFO_NAME = "dataset.json"
 EPISODES_NAME = "episodes.parquet"
@@ -25,12 +26,10 @@ Content = Literal["tokens", "actions"]
 Storage = Literal["parquet", "zarr"]
 Compression = Literal["zstd", "none"]
 
-#: Steps of one hash, and what files hold a multiple of.
+#: Steps that are hashed together; every file but the last holds a multiple of them.
 HASH_STEPS = 8192
 #: Steps of a row group of Parquet or a chunk of Zarr: what is read at once.
 BLOCK_STEPS = 65_536
-#: Steps of a part, which is made or remade as a whole.
-PART_STEPS = 262_144
 
 _INFO_SIZE_LIMIT = 64 * 2**20
 _FILES_PER_FOLDER = 1000
@@ -51,6 +50,10 @@ class TokenModel:
     def of(cls, model: ModelEntry) -> TokenModel:
         return cls(**{field.name: getattr(model, field.name) for field in dataclasses.fields(cls)})
 
+    def width(self, content: Content) -> int:
+        """Values of one step: D*L tokens, or A actions."""
+        return self.latent_dim * self.num_layers if content == "tokens" else self.action_dim
+
 
 @dataclass(frozen=True)
 class SourceInfo:
@@ -67,7 +70,7 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class MadeWith:
-    """Other tools may give other bytes, and another backend other tokens at near-ties."""
+    """The tools of a job: others may give other bytes, and another backend other tokens at near-ties."""
 
     backend: str
     device: str
@@ -88,39 +91,49 @@ class Verification:
     fidelity: Fidelity | None = None
 
 
-@dataclass(frozen=True)
-class DatasetInfo:
-    """files: every file but `dataset.json`, by its path inside the dataset, with forward slashes."""
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What is written, how, and by which tokenizer and tools: the same for a job and for the dataset that it makes."""
 
-    schema_version: int
     content: Content
     storage: Storage
+    compression: Compression
+    steps_per_file: int
     fingerprint: str
     model: TokenModel
-    ordering: str
-    num_steps: int
-    num_episodes: int
-    steps_per_file: int
-    steps_per_block: int
-    compression: Compression
-    source: SourceInfo
     made_with: MadeWith
-    verification: Verification
-    files: dict[str, FileEntry]
 
     @property
     def width(self) -> int:
-        """Values of one step."""
-        return self.model.action_dim if self.content == "actions" else self.model.latent_dim * self.model.num_layers
+        """Values of one step, as they are written."""
+        return self.model.width(self.content)
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of a Conversion, of whatever extends it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(Conversion)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo(Conversion):
+    """files: every file but `dataset.json`, by its path inside the dataset, with forward slashes."""
+
+    schema_version: int
+    ordering: str
+    num_steps: int
+    num_episodes: int
+    steps_per_block: int
+    source: SourceInfo
+    verification: Verification
+    files: dict[str, FileEntry]
 
 
 def part_name(index: int) -> str:
-    """The Parquet file of a part, named as LeRobot v3 names its files."""
+    """The Parquet file of a part, named as LeRobot v3 names its files.
+
+    >>> part_name(1234)
+    'data/chunk-001/file-234.parquet'
+    """
     return f"data/chunk-{index // _FILES_PER_FOLDER:03d}/file-{index % _FILES_PER_FOLDER:03d}.parquet"
-
-
-def block_steps(steps_per_file: int) -> int:
-    return min(BLOCK_STEPS, steps_per_file)
 
 
 def info_text(info: DatasetInfo) -> str:
@@ -145,7 +158,7 @@ def read_info(folder: Path) -> DatasetInfo:
         found = "a file" if folder.is_file() else "a folder without it" if folder.is_dir() else "nothing"
         raise TokenDatasetError(
             f"{folder} is no token dataset: expected a folder with {INFO_NAME}, found {found}; give the whole folder "
-            "that `python runtime/tokenize_dataset.py` wrote"
+            f"that `{command('tokenize')}` wrote"
         )
     try:
         return parse_info(read_file(path, _INFO_SIZE_LIMIT).decode("utf-8"), path)
@@ -182,19 +195,9 @@ def parse_info(text: str, path: Path) -> DatasetInfo:
     return info
 
 
-def part_metadata(
-    content: Content, fingerprint: str, model: TokenModel, first_row: int, source_sha256: str
-) -> dict[str, str]:
-    """What the footer of every Parquet file says, so that one that was taken out of its folder is still known."""
-    return {
-        "rfsq.schema_version": str(SCHEMA_VERSION),
-        "rfsq.content": content,
-        "rfsq.fingerprint": fingerprint,
-        "rfsq.model": json.dumps(dataclasses.asdict(model), sort_keys=True),
-        "rfsq.ordering": ORDERING,
-        "rfsq.first_row": str(first_row),
-        "rfsq.source_sha256": source_sha256,
-    }
+def spelled(content: dict[str, Any]) -> bytes:
+    """The one spelling of descriptions beside `dataset.json`: of Zarr's arrays, and of jobs."""
+    return json.dumps(content, sort_keys=True, indent=1).encode() + b"\n"
 
 
 def _spelled(content: dict[str, Any]) -> str:

@@ -1,11 +1,11 @@
-"""HDF5 files of demonstrations in every layout of runtime/datasets/hdf5_layouts.py, one file or a folder of them."""
+"""HDF5 files of demonstrations, one or a folder of them; runtime/datasets/hdf5_layouts.py has the layouts."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,33 +32,43 @@ HDF5_SUFFIXES = (".hdf5", ".h5")
 _KIND, _MAGIC = "an HDF5 file", b"\x89HDF"
 
 
+class _Hdf5Reader(StepReader):
+    _source: Hdf5Source
+
+    def _open(self, index: int) -> Any:
+        file = self._source.files[index].name
+        path = self._source.root / file
+        with opened(path, _KIND, _MAGIC, name=file):
+            return optional("h5py").File(path, "r")
+
+    def _read(self, piece: int, start: int, stop: int) -> Steps:
+        source, first = self._source, int(self._source.first_rows[piece])
+        episode = source.episodes[piece]
+        values = self._at(episode.file)[episode.place][start - first : stop - first]
+        return source.table.steps(as_float32(values), start)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Hdf5Source(Source):
-    """file_of_episode: int64 [E]; episodes: where they are in the files, [E]; file_tasks: one for each file."""
+    """episodes: where they are in the files, [E]; file_tasks: one for each file."""
 
     kind = _KIND
-    file_of_episode: Int64Array
+    reader = _Hdf5Reader
     episodes: tuple[FoundEpisode, ...]
     file_tasks: tuple[str, ...]
     table: EpisodeTable
 
     def file_of(self, row: int) -> str:
-        episode = self.piece_of(row)
-        place = self.episodes[episode].place.rpartition("/")[0]
-        return ", ".join(filter(None, (self.files[self.file_of_episode[episode]].name, place)))
+        episode = self.episodes[self.piece_of(row)]
+        return ", ".join(filter(None, (self.files[episode.file].name, episode.place.rpartition("/")[0])))
 
     def episode_names(self, episodes: Int64Array) -> list[str]:
-        return [
-            f"{shown_name(Path(self.files[self.file_of_episode[number]].name).with_suffix(''))}/"
-            f"{self.episodes[number].name}".rstrip("/")
-            for number in episodes.tolist()
-        ]
+        files = [shown_name(Path(file.name).with_suffix("")) for file in self.files]
+        chosen = (self.episodes[number] for number in episodes.tolist())
+        return [f"{files[episode.file]}/{episode.name}".rstrip("/") for episode in chosen]
 
     def tasks(self, episodes: EpisodeTable) -> list[str]:
-        return [self.file_tasks[self.file_of_episode[number]] for number in episodes.numbers.tolist()]
-
-    def _reader(self) -> _Hdf5Reader:
-        return _Hdf5Reader(self)
+        return [self.file_tasks[self.episodes[number].file] for number in episodes.numbers.tolist()]
 
 
 def hdf5_files(folder: Path) -> list[Path]:
@@ -67,30 +77,27 @@ def hdf5_files(folder: Path) -> list[Path]:
 
 
 def open_hdf5(path: Path, key: str | None, filter_key: str | None = None) -> Hdf5Source:
-    """One file, or a folder of them in natural order; episodes are numbered on from 0 as they come."""
+    """One file, or a folder of them in natural order; episodes are numbered from 0 in this order."""
     h5py = optional("h5py")
     root = path if path.is_dir() else path.parent
     paths = hdf5_files(path) if path.is_dir() else [path]
     episodes: list[FoundEpisode] = []
-    owners: list[int] = []
     tasks: list[str] = []
     for index, one in enumerate(paths):
         with opened(one, _KIND, _MAGIC), h5py.File(one, "r") as file:
             found = find_episodes(file, one.name, key, filter_key)
             data = follow(file, "data", one.name)
-            # ALOHA's episodes of one task lie in a folder.
+            # ALOHA has a folder for each task.
             tasks.append(_task((file if data is None else data).attrs, one if found[0].name else one.parent))
-        episodes += found
-        owners += [index] * len(found)
+        episodes += [replace(episode, file=index) for episode in found]
     starts = lengths_to_starts(np.array([episode.steps for episode in episodes]))
-    places = [f"{paths[owner].name}, {episode.place}" for owner, episode in zip(owners, episodes, strict=True)]
+    places = [f"{paths[episode.file].name}, {episode.place}" for episode in episodes]
     return Hdf5Source(
         name=shown_name(path),
         root=root,
         files=tuple(source_file(file, root) for file in paths),
         first_rows=starts,
         width=common_width([episode.width for episode in episodes], places),
-        file_of_episode=np.array(owners),
         episodes=tuple(episodes),
         file_tasks=tuple(tasks),
         table=EpisodeTable(starts, np.arange(len(episodes), dtype=np.int64)),
@@ -105,17 +112,3 @@ def _task(attributes: Mapping[str, Any], path: Path) -> str:
             # Some LIBERO files hold the instruction as a list of words, some in quotation marks.
             return (task if isinstance(task, str) else " ".join(task)).strip().strip('"')
     return path.stem.removesuffix("_demo")
-
-
-class _Hdf5Reader(StepReader[Hdf5Source]):
-    def _open(self, index: int) -> Any:
-        file = self._source.files[index].name
-        path = self._source.root / file
-        with opened(path, _KIND, _MAGIC, name=file):
-            return optional("h5py").File(path, "r")
-
-    def _read(self, piece: int, start: int, stop: int) -> Steps:
-        source, first = self._source, int(self._source.first_rows[piece])
-        file = self._at(int(source.file_of_episode[piece]))
-        values = file[source.episodes[piece].place][start - first : stop - first]
-        return source.table.steps(as_float32(values), start)

@@ -1,4 +1,4 @@
-"""Where HDF5 files of demonstrations keep their episodes, as they are found in the wild.
+"""Where HDF5 files of demonstrations keep their episodes.
 
 - robomimic, LIBERO, Isaac Lab: data/demo_N/actions, with filter keys such as mask/train
 - the same without the group: demo_N/action, and traj_N/actions, as ManiSkill writes it
@@ -19,23 +19,25 @@ from .errors import SourceError
 from .hdf5_storage import follow, require_stored
 from .steps import natural, optional
 
-#: How the action array is called, in order of preference, where nobody says it.
+#: Usual names of the action array.
 ACTION_NAMES = ("actions", "action")
 EXPECTED = "expected data/demo_N/actions, demo_N/actions, traj_N/actions, or action beside observations"
 
 _NUMBERED = re.compile(r".*\d")
-# Where many episodes lie in one row, these say where they end.
+# Arrays that say where episodes end, where many lie in one array.
 _ENDS = ("terminals", "timeouts", "dones", "episode_ends")
 
 
 @dataclass(frozen=True)
 class FoundEpisode:
-    """name: of its group, "" where the file is the episode; place: of the action array, [steps, width], in the file."""
+    """name: of its group, "" where the file is the episode; place: of the action array, [steps, width], in the file;
+    file: the number of the file, where there are several."""
 
     name: str
     place: str
     steps: int
     width: int
+    file: int = 0
 
 
 def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str | None = None) -> list[FoundEpisode]:
@@ -48,7 +50,7 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
     keys = (key,) if key else ACTION_NAMES
 
     def array_in(group: Any, place: str) -> tuple[str, int, int] | None:
-        """Name and shape of the action array in a group at this place, if there is one."""
+        """Name, steps and width of the action array in a group at this place, if there is one."""
         arrays = {wanted: found for wanted in keys if isinstance(found := follow(group, wanted, name), h5py.Dataset)}
         for wanted, array in arrays.items():
             _check_actions(array, f"{name}, {place}{wanted}")
@@ -62,16 +64,8 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
         container, prefix = data, "data/"
         members = sorted(container, key=natural)
     elif (whole := array_in(file, "")) is not None:
-        place, steps, width = whole
-        ends = [end for end in _ENDS if end in set(file)]
-        if ends:
-            raise SourceError(
-                f"{name} has many episodes in one row ({place} beside {', '.join(ends)}); expected one for each file "
-                "or group: cut them apart and save each as demo_N/actions"
-            )
-        if filter_key:
-            raise SourceError(f"{name} is one episode, and has no filter keys; leave --filter-key out")
-        return [FoundEpisode("", place, steps, width)]
+        _require_one_episode(file, name, whole[0], filter_key)
+        return [FoundEpisode("", *whole)]
     else:
         numbered = sorted((member for member in file if _NUMBERED.fullmatch(member)), key=natural)
         members = [member for member in numbered if isinstance(follow(file, member, name), h5py.Group)]
@@ -84,7 +78,7 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
     chosen = members if filter_key is None else _filtered(file, name, members, filter_key)
     if not chosen:
         raise SourceError(f"{name} holds no episodes; {EXPECTED}")
-    found_episodes = []
+    episodes = []
     for member in chosen:
         found = follow(container, member, name)
         group = found if isinstance(found, h5py.Group) else {}
@@ -95,8 +89,20 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
                 f"{shortlist(group) or 'nothing'}; expected `actions` or `action`: name the right one with --key (key=)"
             )
         place, steps, width = array
-        found_episodes.append(FoundEpisode(member, f"{prefix}{member}/{place}", steps, width))
-    return found_episodes
+        episodes.append(FoundEpisode(member, f"{prefix}{member}/{place}", steps, width))
+    return episodes
+
+
+def _require_one_episode(file: Any, name: str, place: str, filter_key: str | None) -> None:
+    """place: of the action array. Raises SourceError where an array beside it says where episodes end."""
+    ends = [end for end in _ENDS if end in set(file)]
+    if ends:
+        raise SourceError(
+            f"{name} has many episodes in one row ({place} beside {', '.join(ends)}); expected one for each file "
+            "or group: cut them apart and save each as demo_N/actions"
+        )
+    if filter_key:
+        raise SourceError(f"{name} is one episode, and has no filter keys; leave --filter-key out")
 
 
 def _check_actions(array: Any, where: str) -> None:
@@ -114,7 +120,7 @@ def _are_equal(one: Any, other: Any) -> bool:
 
 
 def _filtered(file: Any, name: str, members: list[str], filter_key: str) -> list[str]:
-    """In natural order, as without a filter."""
+    """The members that the filter lists, in natural order. Raises SourceError."""
     masks = follow(file, "mask", name) or {}
     wanted = filter_key.removeprefix("mask/")
     if wanted not in list(masks):

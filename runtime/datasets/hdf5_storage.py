@@ -1,4 +1,4 @@
-"""What lies in an HDF5 file itself: its library reads other files too, and gives zeros for what was never written."""
+"""What an HDF5 file holds itself: its library also opens other files, and gives zeros for missing data."""
 
 from __future__ import annotations
 
@@ -8,54 +8,45 @@ from typing import Any
 from .errors import SourceError
 from .steps import optional
 
-_MOST_LINKS = 16
+_MOST_LINKS = 15
 _ONE_FILE = (
     "expected all in this file, since it alone is checked and recorded: where nothing is missing, copy all into a new "
     "one with h5py (new[PLACE] = old[PLACE][()])"
 )
 
 
-def follow(group: Any, path: str, name: str) -> Any:
+def follow(group: Any, path: str, name: str, most: int = _MOST_LINKS) -> Any:
     """The object at this path from a group, None where there is none; nothing outside of the file is opened.
 
-    name: of the file, for messages. Raises SourceError for a link to another file, and for one that leads nowhere.
+    name: of the file, for messages; most: how many links may be followed. Raises SourceError for a link to another
+    file, and for one that leads nowhere.
     """
     h5py = optional("h5py")
-    found, places, link = group, _parts(path), ""
-    for _ in range(_MOST_LINKS):
-        while places:
-            if not isinstance(found, h5py.Group):
-                found = None
-                break
-            place = places.pop()
-            # As `get` with `getlink` tells it, but faster.
-            links, encoded = found.id.links, place.encode("utf-8", "surrogateescape")
-            kind = links.get_info(encoded).type if links.exists(encoded) else None
-            if kind != h5py.h5l.TYPE_HARD:
-                break
-            found = found[place]
-        else:
-            return found
-        if found is None or kind is None:
-            if link:
-                raise SourceError(f"{link}, which is not in the file; expected what it leads to: write the file anew")
+    found = group
+    for place in filter(lambda part: part not in ("", "."), path.split("/")):
+        if not isinstance(found, h5py.Group):
             return None
+        # The same as `get(place, getlink=True)`, but faster.
+        links, encoded = found.id.links, place.encode("utf-8", "surrogateescape")
+        if not links.exists(encoded):
+            return None
+        if links.get_info(encoded).type == h5py.h5l.TYPE_HARD:
+            found = found[place]
+            continue
         target = found.get(place, getlink=True)
         link = f"{name}, {found.name.rstrip('/')}/{place} is a link to {target.path!r}".replace(", /", ", ")
         if isinstance(target, h5py.ExternalLink):
             raise SourceError(f"{link} in another file, {target.filename!r}; {_ONE_FILE}")
-        found = found.file["/"] if target.path.startswith("/") else found
-        places += _parts(target.path)
-    raise SourceError(f"{link}, and so on without an end; expected an array or a group: write the file anew")
-
-
-def _parts(path: str) -> list[str]:
-    """The last comes first."""
-    return [part for part in reversed(path.split("/")) if part not in ("", ".")]
+        if not most:
+            raise SourceError(f"{link}, and so on without an end; expected an array or a group: write the file anew")
+        found = follow(found.file["/"] if target.path.startswith("/") else found, target.path, name, most - 1)
+        if found is None:
+            raise SourceError(f"{link}, which is not in the file; expected what it leads to: write the file anew")
+    return found
 
 
 def require_stored(array: Any, where: str) -> None:
-    """Raises SourceError for an array whose numbers are not all in the file: HDF5 would put zeros in their place."""
+    """Raises SourceError for an array whose numbers are not all in this file: HDF5 would give zeros for them."""
     if array.shape is None:
         raise SourceError(f"{where} is empty and has no shape; expected an array: remove it, or write the file anew")
     settings = array.id.get_create_plist()

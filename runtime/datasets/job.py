@@ -1,9 +1,10 @@
-"""A conversion as a job of parts: each is made whole or not at all, so that a killed job goes on where it was."""
+"""A conversion as a job of parts. A part is made whole or not at all, so that a killed job can go on."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,36 +18,31 @@ from .errors import OutputError
 from .format import (
     BLOCK_STEPS,
     HASH_STEPS,
+    ORDERING,
+    SCHEMA_VERSION,
     Compression,
     Content,
+    Conversion,
     MadeWith,
     Storage,
     TokenModel,
-    block_steps,
+    spelled,
 )
 from .pieces import Source
 from .steps import optional
-from .writers import Layout, spelled
 
-#: In the folder of a job in progress: held by the process that works there, and the marker that the folder is ours.
+#: The file in the folder of a job that its process locks; it also marks the folder as ours.
 LOCK_NAME = "lock"
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
-    """What to make of which source; can be pickled, so that workers elsewhere do the same job."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Job(Conversion):
+    """What to make of which source. It can be pickled, so that workers elsewhere do the same job."""
 
     source: Source
     key: str
     filter_key: str
     bundle: Path
-    fingerprint: str
-    model: TokenModel
-    made_with: MadeWith
-    content: Content
-    storage: Storage
-    compression: Compression
-    steps_per_file: int
     output: Path
 
     @property
@@ -55,7 +51,7 @@ class Job:
 
     @cached_property
     def work(self) -> Path:
-        """The folder in `partial` that no other job uses; to be asked for first while `partial` is locked."""
+        """The folder in `partial` that no other job uses. Ask for it while `partial` is locked."""
         digest = hashlib.sha256(spelled(self.identity())).hexdigest()[:16]
         return self.partial / ownership_of(self.partial).name(digest)
 
@@ -66,52 +62,57 @@ class Job:
     @property
     def source_width(self) -> int:
         """Values of a step in the source."""
-        model = self.model
-        return model.action_dim if self.content == "tokens" else model.latent_dim * model.num_layers
+        return self.model.width("actions" if self.content == "tokens" else "tokens")
 
     @property
-    def layout(self) -> Layout:
-        model = self.model
-        shape = (model.latent_dim, model.num_layers) if self.content == "tokens" else (model.action_dim,)
-        return Layout(
-            data=self.work / "data",
-            scratch=self.work / "scratch",
-            content=self.content,
-            storage=self.storage,
-            compression=self.compression,
-            shape=shape,
-            block_steps=block_steps(self.steps_per_file),
-        )
+    def data(self) -> Path:
+        """What becomes the output."""
+        return self.work / "data"
+
+    @property
+    def scratch(self) -> Path:
+        """Where files are written, on the file system of `data`."""
+        return self.work / "scratch"
+
+    @property
+    def block_steps(self) -> int:
+        return min(BLOCK_STEPS, self.steps_per_file)
 
     @property
     def stamps(self) -> list[list[int]]:
-        """What may change though the source is the same, as JSON gives it back."""
+        """The stamps of all files, as JSON gives them back; they may change though the steps stay the same."""
         return [list(file.stamp) for file in self.source.files]
 
     def rows(self, part: int) -> tuple[int, int]:
         start = part * self.steps_per_file
         return start, min(start + self.steps_per_file, self.source.num_steps)
 
+    def metadata(self, first_row: int, source_sha256: str) -> dict[str, str]:
+        """The metadata of every Parquet file, by which a file that was taken out of its folder is still known."""
+        return {
+            "rfsq.schema_version": str(SCHEMA_VERSION),
+            "rfsq.content": self.content,
+            "rfsq.fingerprint": self.fingerprint,
+            "rfsq.model": json.dumps(dataclasses.asdict(self.model), sort_keys=True),
+            "rfsq.ordering": ORDERING,
+            "rfsq.first_row": str(first_row),
+            "rfsq.source_sha256": source_sha256,
+        }
+
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a job to go on; the output's place is not part of it."""
+        """What must be the same for a job to go on. The place of the output may differ."""
         return {
             "source": {
                 "name": self.source.name,
                 "key": self.key,
-                # Jobs that were begun without one, before there were any, go on.
+                # Left out, so that jobs go on that were begun before there were filter keys.
                 **({"filter_key": self.filter_key} if self.filter_key else {}),
                 "num_steps": self.source.num_steps,
                 "files": [
                     {"name": file.name, "size": file.size, "mtime_ns": file.mtime_ns} for file in self.source.files
                 ],
             },
-            "fingerprint": self.fingerprint,
-            "model": dataclasses.asdict(self.model),
-            "made_with": dataclasses.asdict(self.made_with),
-            "content": self.content,
-            "storage": self.storage,
-            "compression": self.compression,
-            "steps_per_file": self.steps_per_file,
+            **dataclasses.asdict(Conversion(**self.facts())),
         }
 
 
@@ -120,7 +121,7 @@ def partial_folder(output: Path) -> Path:
 
 
 def ownership_of(partial: Path) -> Ownership:
-    """Raises OutputError where the folder bears no marker of ours."""
+    """The key in the folder's marker. Raises OutputError where it has none of ours."""
     found = Ownership.read(partial / LOCK_NAME)
     if found is None:
         raise OutputError(f"{partial} is no folder of a job: its {LOCK_NAME} is missing or was altered")
@@ -140,8 +141,7 @@ def plan(
     compression: Compression = "zstd",
     steps_per_file: int,
 ) -> Job:
-    """Raises InvalidInputError for what this bundle, or no job, can do; SourceError where the first step is unfit."""
-    model = tokenizer.model
+    """The job, checked. Raises InvalidInputError for settings that do not fit, SourceError for an unfit first step."""
     _check_model(tokenizer)
     if (
         steps_per_file < 1
@@ -160,7 +160,7 @@ def plan(
         filter_key=filter_key.removeprefix("mask/"),
         bundle=bundle.absolute(),
         fingerprint=tokenizer.fingerprint,
-        model=TokenModel.of(model),
+        model=TokenModel.of(tokenizer.model),
         made_with=made_with,
         content=content,
         storage=storage,
@@ -174,7 +174,7 @@ def plan(
 
 
 def _check_model(tokenizer: ActionTokenizer) -> None:
-    """Raises InvalidInputError for a bundle whose tokens no dataset can hold alone."""
+    """Raises InvalidInputError for a bundle whose tokens a dataset cannot hold."""
     model = tokenizer.model
     if model.has_stats:
         raise InvalidInputError(
@@ -187,7 +187,7 @@ def _check_model(tokenizer: ActionTokenizer) -> None:
 
 
 def open_tokenizer(job: Job) -> ActionTokenizer:
-    """For a worker of its own: exactly the tokenizer of the job. Raises BackendUnavailableError for a like one."""
+    """The tokenizer of a job, for another process. Raises BackendUnavailableError for another device."""
     made_with = job.made_with
     tokenizer = ActionTokenizer.load(job.bundle, backend=made_with.backend, expect_fingerprint=job.fingerprint)
     if tokenizer.backend.description != made_with.device:

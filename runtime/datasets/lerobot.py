@@ -39,20 +39,96 @@ _META_SIZE_LIMIT = 2**26
 _KIND, _MAGIC = "a Parquet file", b"PAR1"
 _NUMBERING = ("episode_index", "frame_index")
 _TASK = TASK_NAMES[0]
-# pandas writes an index that bears no name under the second one; LeRobot keeps its task texts in the index.
+# LeRobot keeps the texts in the index of a table, which pandas writes under the second name where it has none.
 _TASK_COLUMNS = ("task", "__index_level_0__")
 _VERSIONS = ("v2.", "v3.")
 _BATCH_STEPS = 65_536
-#: Columns are read through a buffer of so many bytes, so that a row group of any size needs no more memory.
+#: Size of the buffer through which columns are read: a large row group then needs no more memory than a small one.
 _BUFFER_BYTES = 1 << 20
 
 
 class _Stated(NamedTuple):
-    """What meta/ says. episodes: all in order; num_episodes: what info.json says; tasks: their texts by number."""
+    """What meta/ says. episodes: in order; num_episodes: of info.json, any JSON; tasks: texts by their numbers."""
 
     episodes: EpisodeTable | None = None
     num_episodes: Any = None
     tasks: Mapping[int, str] = {}
+
+
+class _ParquetReader(StepReader):
+    _source: ParquetSource
+
+    def __init__(self, source: ParquetSource) -> None:
+        super().__init__(source)
+        self._numbering = _NUMBERING if source.table is None else ()
+        self._group_ends: Int64Array = np.empty(0, np.int64)
+        self._batches: Iterator[Any] = iter(())
+        self._batch: Any = None
+        self._begin = 0
+
+    def _open(self, index: int) -> Any:
+        source = self._source
+        name = source.files[index].name
+        options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False, "page_checksum_verification": True}
+        with opened(source.root / name, _KIND, _MAGIC, name=name):
+            # Not mapped: mapped pages would count as memory of this process.
+            file = optional("pyarrow.parquet").ParquetFile(source.root / name, memory_map=False, **options)
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        self._group_ends = int(source.first_rows[index]) + np.cumsum(rows, dtype=np.int64)
+        self._batch = None
+        if self._group_ends[-1] != source.first_rows[index + 1]:
+            raise SourceError(f"{name} has changed since the job began; start it again")
+        return file
+
+    def _read(self, piece: int, start: int, stop: int) -> Steps:
+        batch, name = self._batch_from(piece, start).slice(0, stop - start), self._source.files[piece].name
+        column = batch.column(self._source.key)
+        if self._source.table is None:
+            numbers = (_as_integers(batch.column(label), label, name) for label in self._numbering)
+            rows = Steps(column, *numbers)
+        else:
+            rows = self._source.table.steps(column, start)
+        return Steps(self._values(column, rows, name), rows.episode, rows.frame)
+
+    def _batch_from(self, index: int, row: int) -> Any:
+        """At least one row of file `index`, from `row` on. A row group can only be read from its beginning."""
+        file = self._at(index)
+        group = int(np.searchsorted(self._group_ends, row, side="right"))
+        group_begin = int(self._group_ends[group - 1] if group else self._source.first_rows[index])
+        if self._batch is None or row < self._begin or self._begin + len(self._batch) < group_begin:
+            columns = [self._source.key, *self._numbering]
+            groups = range(group, len(self._group_ends))
+            self._batches = file.iter_batches(_BATCH_STEPS, groups, columns, use_threads=False)
+            self._batch, self._begin = next(self._batches), group_begin
+        while row >= self._begin + len(self._batch):
+            self._begin += len(self._batch)
+            self._batch = next(self._batches)
+        return self._batch.slice(row - self._begin)
+
+    def _values(self, column: Any, rows: Steps, name: str) -> AnyArray:
+        """Actions float32 [n, A]; rows: episodes and frames of the same rows, for messages. Raises SourceError."""
+        key, width = self._source.key, self._source.width
+
+        def place(row: int) -> str:
+            return f"{name}, episode {rows.episode[row]}, step {rows.frame[row]}"
+
+        def require_all(array: Any, per_row: int) -> None:
+            if array.null_count:
+                first = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+                raise SourceError(
+                    f"{place(first // per_row)}: column {key!r} has a missing value; expected an action in every row: "
+                    "repair or drop this episode"
+                )
+
+        require_all(column, 1)
+        # LeRobot writes a one-dimensional action as a plain number.
+        values = column.flatten() if hasattr(column.type, "value_type") else column
+        if not hasattr(column.type, "list_size") and values is not column:
+            lengths = optional("pyarrow.compute").list_value_length(column).to_numpy()
+            for row in np.flatnonzero(lengths != width)[:1].tolist():
+                check_width(int(lengths[row]), width, place(row), "another step")
+        require_all(values, width)
+        return as_float32(values.to_numpy(zero_copy_only=False)).reshape(len(column), -1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -60,6 +136,7 @@ class ParquetSource(Source):
     """key: the column of actions; table: of the episodes where no column numbers the frames."""
 
     kind = _KIND
+    reader = _ParquetReader
     key: str
     stated: _Stated
     table: EpisodeTable | None
@@ -77,7 +154,7 @@ class ParquetSource(Source):
         return self.files[self.piece_of(row)].name
 
     def tasks(self, episodes: EpisodeTable) -> list[str]:
-        """By the number in the first step of each."""
+        """By the task number in the first step of each episode."""
         numbers: list[int | None] = []
         starts = episodes.starts[:-1]
         by_file = np.split(starts, np.searchsorted(starts, self.first_rows[1:-1]))
@@ -89,9 +166,6 @@ class ParquetSource(Source):
                     numbers += [None] * len(rows)
         return ["" if number is None else task_name(self.stated.tasks, number) for number in numbers]
 
-    def _reader(self) -> _ParquetReader:
-        return _ParquetReader(self)
-
 
 def parquet_files(folder: Path, pattern: str = "data/*/*.parquet") -> list[Path]:
     names = (path.relative_to(folder).as_posix() for path in folder.glob(pattern))
@@ -99,7 +173,7 @@ def parquet_files(folder: Path, pattern: str = "data/*/*.parquet") -> list[Path]
 
 
 def open_parquet(path: Path, key: str | None) -> ParquetSource:
-    """One .parquet file, or a LeRobot folder; the footers are read, and held against meta/."""
+    """One .parquet file, or a LeRobot folder. The footers are read, and compared with meta/."""
     key = key or "action"
     root, paths = (path, parquet_files(path)) if path.is_dir() else (path.parent, [path])
     footers = [_footer(file, key) for file in paths]
@@ -129,7 +203,7 @@ def _opened(path: Path, name: str = "", **options: Any) -> Iterator[Any]:
 
 
 class _Footer(NamedTuple):
-    """width: action dimensions, 0 where rows alone say it."""
+    """width: action dimensions, 0 where only the rows tell."""
 
     rows: int
     width: int
@@ -160,7 +234,7 @@ def _footer(path: Path, key: str) -> _Footer:
 
 
 def _listed_width(path: Path, key: str) -> int:
-    """Action dimensions by the first list that is there, 0 where none is."""
+    """Action dimensions of the first list, 0 where every one is missing. Raises SourceError for an empty one."""
     with _opened(path, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
         for batch in file.iter_batches(1024, columns=[key]):
             for values in batch.column(0).drop_null():
@@ -189,7 +263,7 @@ def _episode_numbers(paths: Sequence[Path]) -> Iterator[Int64Array]:
 
 
 def _as_integers(column: Any, label: str, name: str) -> Int64Array:
-    """A column of integers, all there. Raises SourceError."""
+    """A column of integers. Raises SourceError where one is missing."""
     if column.null_count:
         raise SourceError(f"{name}: column {label!r} has a missing value; expected an integer in every row")
     return as_int64(column.to_numpy(zero_copy_only=False), f"{name}: column {label!r}")
@@ -232,35 +306,34 @@ def _read_meta(meta: Path, found_steps: int) -> _Stated:
 
 def _listed(meta: Path) -> EpisodeTable | None:
     listed = meta / "episodes.jsonl"
-    numbers: list[int] = []
-    lengths: list[int] = []
+    entries: list[tuple[Any, ...]] = []
     if listed.exists():
-        with opened(listed, "JSON lines") as lines:
-            for line in lines:
-                if line.strip():
-                    entry = json.loads(line)
-                    numbers.append(int(entry["episode_index"]))
-                    lengths.append(int(entry["length"]))
+        entries = _json_lines(listed, episode_index=int, length=int)
     else:
         for path in parquet_files(meta, "episodes/*/*.parquet"):
             with _opened(path) as file:
                 table = file.read(columns=["episode_index", "length"])
-                numbers += table.column("episode_index").to_pylist()
-                lengths += table.column("length").to_pylist()
-    if not numbers:
+                columns = (table.column(name).to_pylist() for name in ("episode_index", "length"))
+                entries += zip(*columns, strict=True)
+    if not entries:
         return None
     with readable("meta/episodes", "integers"):
-        listed_numbers, listed_lengths = np.array(numbers, np.int64), np.array(lengths, np.int64)
-    order = np.argsort(listed_numbers, kind="stable")
-    return EpisodeTable(lengths_to_starts(listed_lengths[order]), listed_numbers[order])
+        numbers, lengths = np.array(entries, np.int64).T
+    order = np.argsort(numbers, kind="stable")
+    return EpisodeTable(lengths_to_starts(lengths[order]), numbers[order])
+
+
+def _json_lines(path: Path, **kinds: type) -> list[tuple[Any, ...]]:
+    """The values of these keys in each line, converted. Raises SourceError."""
+    with opened(path, "JSON lines") as file:
+        lines = [json.loads(line) for line in file if line.strip()]
+        return [tuple(kind(line[name]) for name, kind in kinds.items()) for line in lines]
 
 
 def _listed_tasks(meta: Path) -> dict[int, str]:
     """Task texts by number: meta/tasks.jsonl (v2), meta/tasks.parquet (v3)."""
     if (path := meta / "tasks.jsonl").exists():
-        with opened(path, "JSON lines") as file:
-            lines = [json.loads(line) for line in file if line.strip()]
-            return {int(line["task_index"]): str(line["task"]) for line in lines}
+        return dict(_json_lines(path, task_index=int, task=str))
     if (path := meta / "tasks.parquet").exists():
         with _opened(path) as file:
             table = file.read()
@@ -269,89 +342,3 @@ def _listed_tasks(meta: Path) -> dict[int, str]:
                 raise SourceError(f"{path.name} has {shortlist(table.column_names)}; expected task_index and task")
             return dict(zip(table.column(_TASK).to_pylist(), table.column(texts[0]).to_pylist(), strict=True))
     return {}
-
-
-# Reading --------------------------------------------------------------------------------------------------------------
-
-
-class _ParquetReader(StepReader[ParquetSource]):
-    def __init__(self, source: ParquetSource) -> None:
-        super().__init__(source)
-        self._numbering = _NUMBERING if source.table is None else ()
-        self._group_ends: Int64Array = np.empty(0, np.int64)
-        self._batches: Iterator[Any] = iter(())
-        self._rest: Any = None
-        self._row = -1
-
-    def _open(self, index: int) -> Any:
-        source = self._source
-        name = source.files[index].name
-        # Not mapped: mapped pages would count as memory of this process.
-        options = {"buffer_size": _BUFFER_BYTES, "pre_buffer": False, "memory_map": False}
-        with opened(source.root / name, _KIND, _MAGIC, name=name):
-            file = optional("pyarrow.parquet").ParquetFile(
-                source.root / name, page_checksum_verification=True, **options
-            )
-        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        self._group_ends = int(source.first_rows[index]) + np.cumsum(rows, dtype=np.int64)
-        self._row = -1
-        if self._group_ends[-1] != source.first_rows[index + 1]:
-            raise SourceError(f"{name} has changed since the job began; start it again")
-        return file
-
-    def _read(self, piece: int, start: int, stop: int) -> Steps:
-        self._seek(piece, start)
-        batch, name = self._take(stop - start), self._source.files[piece].name
-        column = batch.column(self._source.key)
-        if self._source.table is None:
-            numbers = (_as_integers(batch.column(label), label, name) for label in self._numbering)
-            rows = Steps(column, *numbers)
-        else:
-            rows = self._source.table.steps(column, start)
-        return Steps(self._values(column, rows, name), rows.episode, rows.frame)
-
-    def _seek(self, index: int, row: int) -> None:
-        """Make `row`, in file `index`, the next one; a row group is decoded from its beginning."""
-        file = self._at(index)
-        if row == self._row:
-            return
-        group, here = (int(np.searchsorted(self._group_ends, at, side="right")) for at in (row, self._row))
-        if row < self._row or group != here or self._row < 0:
-            groups = range(group, len(self._group_ends))
-            columns = [self._source.key, *self._numbering]
-            self._batches = file.iter_batches(_BATCH_STEPS, groups, columns, use_threads=False)
-            self._rest = None
-            self._row = int(self._group_ends[group - 1]) if group else int(self._source.first_rows[index])
-        while self._row < row:
-            self._take(row - self._row)
-
-    def _take(self, at_most: int) -> Any:
-        if self._rest is None or not len(self._rest):
-            self._rest = next(self._batches)
-        taken, self._rest = self._rest.slice(0, at_most), self._rest.slice(at_most)
-        self._row += len(taken)
-        return taken
-
-    def _values(self, column: Any, rows: Steps, name: str) -> AnyArray:
-        """rows: episodes and frames of the column's."""
-        if column.null_count:
-            self._refuse_missing(int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0]), rows, name)
-        # LeRobot writes a one-dimensional action as a plain number.
-        values = column.flatten() if hasattr(column.type, "value_type") else column
-        if not hasattr(column.type, "list_size") and values is not column:
-            lengths = optional("pyarrow.compute").list_value_length(column).to_numpy()
-            wrong = np.flatnonzero(lengths != self._source.width)
-            if wrong.size:
-                row = int(wrong[0])
-                where = f"{name}, episode {rows.episode[row]}, step {rows.frame[row]}"
-                check_width(int(lengths[row]), self._source.width, where, "another step")
-        if values.null_count:
-            first = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
-            self._refuse_missing(first // self._source.width, rows, name)
-        return as_float32(values.to_numpy(zero_copy_only=False)).reshape(len(column), -1)
-
-    def _refuse_missing(self, row: int, rows: Steps, name: str) -> None:
-        raise SourceError(
-            f"{name}, episode {rows.episode[row]}, step {rows.frame[row]}: column {self._source.key!r} has a missing "
-            "value; expected an action in every row: repair or drop this episode"
-        )

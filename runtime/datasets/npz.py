@@ -1,4 +1,4 @@
-"""`.npz` and `.npy`: arrays read in slices where they lie in the file, never whole and never unpickled."""
+"""`.npz` and `.npy` files: arrays are read in slices, never whole, and never unpickled."""
 
 from __future__ import annotations
 
@@ -61,8 +61,19 @@ class StoredArray:
 
     @property
     def rows(self) -> int:
-        """Steps, or numbers where there is one dimension."""
+        """The number of steps, or of numbers in an array of one dimension."""
         return math.prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0]
+
+
+class _NpzReader(StepReader):
+    _source: NpzSource
+
+    def _open(self, index: int) -> _Stream:
+        return _Stream(self._source.path, self._source.arrays[index])
+
+    def _read(self, piece: int, start: int, stop: int) -> Steps:
+        first = int(self._source.first_rows[piece])
+        return self._source.table.steps(as_float32(self._at(piece).read(start - first, stop - first)), start)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -70,6 +81,7 @@ class NpzSource(Source):
     """arrays: one after the other they are the steps; members: all that is read; episode_tasks: one for each."""
 
     kind = _NPZ
+    reader = _NpzReader
     arrays: tuple[StoredArray, ...]
     members: tuple[str, ...]
     table: EpisodeTable
@@ -80,7 +92,7 @@ class NpzSource(Source):
         return self.root / self.files[0].name
 
     def check(self) -> None:
-        """The sums of the archive: slices are read past them."""
+        """Compare the checksums of the archive; reading slices does not."""
         if self.path.suffix.lower() != ".npz":
             return
         with opened(self.path, _NPZ, name=self.name) as file, zipfile.ZipFile(file) as archive:
@@ -98,12 +110,9 @@ class NpzSource(Source):
         del episodes
         return list(self.episode_tasks)
 
-    def _reader(self) -> _NpzReader:
-        return _NpzReader(self)
-
 
 def open_npz(path: Path, key: str | None) -> NpzSource:
-    """Episodes of one array or of many, as runtime/datasets/array_layouts.py finds them."""
+    """Episodes in one array or in many, found by runtime/datasets/array_layouts.py."""
     arrays = _arrays(path, key)
 
     def read(name: str) -> Iterator[AnyArray]:
@@ -167,7 +176,7 @@ def _archived(path: Path) -> dict[str, StoredArray]:
 
 
 def _header(file: IO[bytes], name: str, member: str, size: int, *, is_compressed: bool) -> StoredArray:
-    """Raises SourceError for what is cut off."""
+    """Read an array's header. Raises SourceError where the array is cut off."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(file)
@@ -186,7 +195,7 @@ def _are_equal(path: Path, one: StoredArray, other: StoredArray) -> bool:
 
 
 def _slices(path: Path, array: StoredArray) -> Iterator[AnyArray]:
-    """All of it, in slices of which the last may be shorter."""
+    """All rows, in slices."""
     with readable(path.name, _NPZ), closing(_Stream(path, array)) as stream:
         for start in range(0, max(array.rows, 1), _SLICE_STEPS):
             yield stream.read(start, min(start + _SLICE_STEPS, array.rows))
@@ -196,7 +205,7 @@ def _slices(path: Path, array: StoredArray) -> Iterator[AnyArray]:
 
 
 class _Stream:
-    """One array's rows; forwards is cheap, backwards in a compressed one means to begin again."""
+    """The rows of one array. Reading on is cheap; going back in a compressed one reads it again from its beginning."""
 
     def __init__(self, path: Path, array: StoredArray) -> None:
         self._array = array
@@ -226,12 +235,3 @@ class _Stream:
 
     def close(self) -> None:
         self._stack.close()
-
-
-class _NpzReader(StepReader[NpzSource]):
-    def _open(self, index: int) -> _Stream:
-        return _Stream(self._source.path, self._source.arrays[index])
-
-    def _read(self, piece: int, start: int, stop: int) -> Steps:
-        first = int(self._source.first_rows[piece])
-        return self._source.table.steps(as_float32(self._at(piece).read(start - first, stop - first)), start)

@@ -24,14 +24,14 @@ from ..bundle.errors import TokenizerError
 from ..bundle.ownership import Ownership
 from ..bundle.writing import sync
 from .errors import OutputError, VerificationError
-from .format import HASH_STEPS, INFO_NAME
+from .format import HASH_STEPS, INFO_NAME, spelled
 from .job import LOCK_NAME, Job, ownership_of, partial_folder
 from .record import PartRecord
 from .steps import is_hidden
-from .writers import hash_file, part_files, put, spelled
+from .writers import hash_file, part_files, put
 
 _IDENTITY_NAME = "job.json"
-#: Somebody else's end takes the folder away between two steps here; not so often, unless the place itself is at fault.
+#: A job that ends removes the folder, maybe while this one locks it. More often than this, the place is at fault.
 _LOCK_ATTEMPTS = 20
 #: What file managers and network file systems leave beside the files of a dataset.
 _WORTHLESS = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+")
@@ -42,10 +42,10 @@ _WORTHLESS = re.compile(r"\._.*|\.DS_Store|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]
 
 @contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """The one process that works at this output; the lock ends with the process, however that ends.
+    """Let no other process work at this output. The lock ends with the process, however it ends.
 
-    Raises OutputError where the folder holds what was not written here. Where nothing was begun in it, it is taken
-    away at the end.
+    Raises OutputError where the folder holds what was not written here. The folder is removed at the end where nothing
+    was begun in it.
     """
     partial = partial_folder(output)
     descriptor = _lock(partial)
@@ -55,7 +55,7 @@ def locked(output: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # What cannot be taken away, though nobody needs it any more, must not hide why the work ended.
+            # A folder that cannot be removed must not hide why the work ended.
             with suppress(OSError):
                 if not (partial / _IDENTITY_NAME).exists():
                     _take_away(partial)
@@ -64,9 +64,9 @@ def locked(output: Path) -> Iterator[None]:
 
 
 def _lock(partial: Path) -> int:
-    """The open lock. Raises OutputError, OSError."""
+    """The descriptor of the lock. Raises OutputError, OSError."""
     if partial.is_symlink():
-        raise OutputError(f"{partial} is a link; remove it, since the work must be done on the file system of OUT")
+        raise OutputError(f"{partial} is a link; remove it, since the work must be done on the file system of --output")
     failure: OSError | None = None
     for _ in range(_LOCK_ATTEMPTS):
         try:
@@ -75,7 +75,7 @@ def _lock(partial: Path) -> int:
                 _refuse_foreign(partial, entries)
             descriptor = os.open(partial / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         except (FileNotFoundError, FileExistsError) as error:
-            # The job that held it may just have ended and taken the folder away.
+            # The job that held the lock may just have ended and removed the folder.
             failure = error
             continue
         try:
@@ -89,14 +89,14 @@ def _lock(partial: Path) -> int:
 
 
 def _hold(descriptor: int, partial: Path) -> bool:
-    """Whether it is held, and still the one that lies there."""
+    """Lock it; whether it is still the file that lies there. Raises OutputError where another process holds it."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise OutputError(f"{partial} is in use: another process is making the same output; wait for it") from None
     except OSError as error:
         raise OutputError(
-            f"{partial} cannot be locked: {error}; its file system must offer locks (flock): give an OUT elsewhere"
+            f"{partial} cannot be locked: {error}; its file system must offer locks (flock): give an --output elsewhere"
         ) from error
     try:
         return os.path.samestat((partial / LOCK_NAME).stat(), os.fstat(descriptor))
@@ -105,7 +105,7 @@ def _hold(descriptor: int, partial: Path) -> bool:
 
 
 def _claim(partial: Path) -> None:
-    """Mark an empty folder as ours. Raises OutputError for one with anything that its marker does not vouch for."""
+    """Mark an empty folder as ours. Raises OutputError where it holds anything that its marker does not name."""
     lock, entries = partial / LOCK_NAME, _entries(partial)
     ownership = Ownership.read(lock)
     if ownership is not None:
@@ -121,7 +121,7 @@ def _refuse_foreign(partial: Path, foreign: list[str]) -> None:
     if foreign:
         raise OutputError(
             f"{partial} is where the work is done, but it holds {', '.join(foreign[:5])}, which was not written here; "
-            "move it elsewhere, or give another OUT"
+            "move it elsewhere, or give another --output"
         )
 
 
@@ -135,7 +135,7 @@ def _own_folders(partial: Path) -> list[Path]:
 
 
 def _put_back(output: Path, partial: Path) -> None:
-    """What a run had set aside that was killed between the two renames of finish()."""
+    """Restore the output that a run had set aside when it was killed between the two renames of finish()."""
     for folder in _own_folders(partial):
         if (folder / "replaced").exists() and not os.path.lexists(output):
             (folder / "replaced").rename(output)
@@ -164,7 +164,7 @@ def begin(job: Job, *, overwrite: bool, restart: bool) -> Begun:
     """
     if job.output.exists():
         _refuse_existing(job, overwrite=overwrite)
-    layout, earlier, replaced = job.layout, None, ""
+    earlier, replaced = None, ""
     if not restart and (job.partial / _IDENTITY_NAME).is_file():
         earlier = _read_identity(job.partial)
         different = _differences(job, earlier)
@@ -178,9 +178,9 @@ def begin(job: Job, *, overwrite: bool, restart: bool) -> Begun:
             replaced, earlier = f"an earlier run {why}", None
     if earlier is None:
         discard(job.partial)
-    # What another process may still be writing can no longer come between: its files have lost their folder.
-    _remove(layout.scratch)
-    for folder in (layout.data, layout.scratch, job.work / "done"):
+    # A worker of an earlier run that still writes does no harm: the folder of its files is gone.
+    _remove(job.scratch)
+    for folder in (job.data, job.scratch, job.work / "done"):
         folder.mkdir(parents=True, exist_ok=True)
     stamps = job.stamps if earlier is None else earlier["stamps"]
     if earlier is None or earlier["refused"]:
@@ -189,14 +189,14 @@ def begin(job: Job, *, overwrite: bool, restart: bool) -> Begun:
 
 
 def discard(partial: Path) -> None:
-    """Remove the work; what it was goes first, so that nothing of it is used after a kill. Raises OSError."""
+    """Remove the work. `job.json` goes first: after a kill in between, nothing of the rest is used. Raises OSError."""
     (partial / _IDENTITY_NAME).unlink(missing_ok=True)
     for folder in _own_folders(partial):
         _remove(folder)
 
 
 def work_folder(partial: Path, what: str) -> Path:
-    """A folder for something that is no job of parts. Raises OutputError where a job is to go on here."""
+    """A folder for work that is no job of parts. Raises OutputError where a job was begun here."""
     if (partial / _IDENTITY_NAME).exists():
         raise OutputError(
             f"{partial} holds the beginning of another job; go on with that, or discard it with --restart"
@@ -207,12 +207,12 @@ def work_folder(partial: Path, what: str) -> Path:
 
 
 def give_up(job: Job, error: TokenizerError) -> None:
-    """After a refusal: leave nothing that would stand in the way of the repaired command.
+    """After a refusal, leave nothing that would stand in the way of the corrected command.
 
-    Parts that are done stay, since the same command may yet use them (a file server that was away for a moment); the
-    job says that it was refused, so that another one may take its place unasked.
+    Finished parts stay, since the same command may use them (a file server was away for a moment). The job is marked as
+    refused, so that another job may replace it without --restart.
     """
-    # The refusal is what matters: where this fails, the next run says what to do.
+    # The refusal must be seen. Where this fails, the next run says what to do.
     with suppress(OSError, OutputError):
         if isinstance(error, VerificationError) or not any((job.work / "done").iterdir()):
             discard(job.partial)
@@ -222,23 +222,18 @@ def give_up(job: Job, error: TokenizerError) -> None:
 
 def _write_identity(job: Job, stamps: list[list[int]], refused: str) -> None:
     content = {"identity": job.identity(), "stamps": stamps, "refused": refused}
-    put(spelled(content), job.partial, _IDENTITY_NAME, job.layout.scratch)
+    put(spelled(content), job.partial, _IDENTITY_NAME, job.scratch)
 
 
 def _read_identity(partial: Path) -> dict[str, Any]:
     path = partial / _IDENTITY_NAME
     try:
-        found = json.loads(path.read_bytes())
-        kinds = {name: type(value) for name, value in found.items()}
+        found: dict[str, Any] = json.loads(path.read_bytes())
+        if {name: type(value) for name, value in found.items()} != {"identity": dict, "stamps": list, "refused": str}:
+            raise ValueError(f"it holds {', '.join(found) or 'nothing'}")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise _damaged(path, str(error)) from error
-    if kinds != {"identity": dict, "stamps": list, "refused": str}:
-        raise _damaged(path, f"it holds {', '.join(map(str, kinds)) or 'nothing'}")
-    return dict(found)
-
-
-def _damaged(path: Path, reason: str) -> OutputError:
-    return OutputError(f"{path} is damaged: {reason}; discard what was begun with --restart")
+        raise OutputError(f"{path} is damaged: {error}; discard what was begun with --restart") from error
+    return found
 
 
 def _differences(job: Job, earlier: dict[str, Any]) -> str:
@@ -257,11 +252,12 @@ def _short(value: Any) -> str:
 
 
 def save_record(job: Job, record: PartRecord) -> None:
-    put(record.text(job.work.name), job.work / "done", f"{record.part:09d}.json", job.layout.scratch)
+    path = _record_path(job, record.part)
+    put(record.text(job.work.name), path.parent, path.name, job.scratch)
 
 
 def load_records(job: Job, parts: Iterable[int]) -> list[PartRecord]:
-    """Of these parts, in their order. Raises OutputError where one is missing or was altered."""
+    """The records of these parts, in order. Raises OutputError where one is missing or was altered."""
     try:
         return [_record(job, part) for part in sorted(parts)]
     except FileNotFoundError as error:
@@ -273,7 +269,7 @@ def _record(job: Job, part: int) -> PartRecord:
     start, stop = job.rows(part)
     try:
         record = PartRecord.parse(path.read_bytes(), job.work.name)
-        record.check(part, part_files(job.layout, part, (start, stop)), stop - start, -(-(stop - start) // HASH_STEPS))
+        record.check(part, part_files(job, part), stop - start, -(-(stop - start) // HASH_STEPS))
     except OutputError as error:
         raise OutputError(f"{path}: {error}; run the command again, and the part is made anew") from error
     return record
@@ -290,41 +286,34 @@ def _finished_parts(job: Job) -> Iterator[int]:
         except FileNotFoundError:
             continue
         except OutputError:
-            # A power cut leaves such files, and so does a hand that should not be there: the part is made anew.
+            # A power cut leaves such files, and so does an edit by hand. The part is made again.
             _record_path(job, part).unlink()
             continue
-        if _is_whole(job, record):
+        paths = {job.data / name: entry for name, entry in record.files.items()}
+        if all(path.is_file() and hash_file(path) == entry for path, entry in paths.items()):
             yield part
-
-
-def _is_whole(job: Job, record: PartRecord) -> bool:
-    for name, entry in record.files.items():
-        path = job.layout.data / name
-        if not path.is_file() or hash_file(path) != entry:
-            return False
-    return True
 
 
 # The end --------------------------------------------------------------------------------------------------------------
 
 
 def finish(job: Job, *, overwrite: bool) -> None:
-    """Put the data in place; killed between any two of these lines, the job ends the same when it is run again."""
-    # After a power cut, too, OUT is complete or not there. Parts need no more than their hashes until then, and waiting
-    # for the disk at each would make the whole as slow as whatever else is written to it.
-    for path in (*job.layout.data.rglob("*"), job.layout.data):
+    """Put the data in place. A job that is killed between any two of these lines ends the same when it is run again."""
+    # The output is complete or not there, even after a power cut. Parts are not synced one by one, which would be slow:
+    # their hashes show whether they are whole.
+    for path in (*job.data.rglob("*"), job.data):
         sync(path)
     if job.output.exists():
         _refuse_existing(job, overwrite=overwrite)
         _remove(job.work / "replaced")
         job.output.rename(job.work / "replaced")
-    job.layout.data.rename(job.output)
+    job.data.rename(job.output)
     sync(job.output.parent)
     _clean_up(job.partial)
 
 
 def was_finished(job: Job) -> bool:
-    """Whether an earlier run of this job was killed when all but cleaning up was done, which is made up for here."""
+    """Whether an earlier run of this job was killed when only cleaning up was left; that is done here."""
     if not (job.output.is_dir() and (job.partial / _IDENTITY_NAME).is_file()):
         return False
     if any((folder / "data").exists() for folder in _own_folders(job.partial)):
@@ -335,8 +324,8 @@ def was_finished(job: Job) -> bool:
 
 
 def _clean_up(partial: Path) -> None:
-    """Take the work away; what it was goes last, so that a run after a kill knows that the job was finished."""
-    # OUT is in its place: what cannot be taken away now is no reason to call that a failure, and the next run tries.
+    """Remove the work. `job.json` goes last: after a kill in between, the next run knows that the job was finished."""
+    # The output is in its place. What cannot be removed is no failure; the next run tries again.
     with suppress(OSError):
         for folder in _own_folders(partial):
             _remove(folder)
@@ -344,7 +333,7 @@ def _clean_up(partial: Path) -> None:
 
 
 def _take_away(partial: Path) -> None:
-    """The folder, but for what was not written here; its lock is the last to go, since it tells whose the rest is."""
+    """Remove the folder, but nothing that was not written here. The lock goes last: it tells whose the rest is."""
     for folder in _own_folders(partial):
         _remove(folder)
     (partial / LOCK_NAME).unlink()
@@ -352,10 +341,10 @@ def _take_away(partial: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Raises OSError where something of it is left."""
+    """Remove a folder with all it holds. Raises OSError where something is left."""
     shutil.rmtree(folder, ignore_errors=True)
     if os.path.lexists(folder):
-        # Somebody was writing into it; or once more, to hear why not.
+        # Somebody wrote into it meanwhile. If not, this raises the reason.
         shutil.rmtree(folder)
 
 
@@ -378,7 +367,7 @@ def _refuse_existing(job: Job, *, overwrite: bool) -> None:
 
 
 def _written_files(folder: Path) -> set[str]:
-    """What `dataset.json` lists, itself included, whatever its schema version; nothing where it is not one of ours."""
+    """The files that `dataset.json` lists, itself included, of any schema version; none where it is not one of ours."""
     try:
         content = json.loads((folder / INFO_NAME).read_bytes())
     except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
@@ -389,7 +378,7 @@ def _written_files(folder: Path) -> set[str]:
 
 @contextmanager
 def output_errors(partial: Path) -> Iterator[None]:
-    """What the file system refuses, as an OutputError."""
+    """Raise as an OutputError what the file system refuses."""
     try:
         yield
     except TokenizerError:

@@ -1,11 +1,13 @@
-"""Makes the parts of a job: reads a block, codes it, writes it, and keeps no more than that."""
+"""Makes the parts of a job, block by block: reads, codes and writes it."""
 
 from __future__ import annotations
 
 import hashlib
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import closing, suppress
+from queue import Empty, SimpleQueue
 
 import numpy as np
 
@@ -13,7 +15,7 @@ from ..bundle.errors import InvalidInputError
 from ..tokenizer import ActionTokenizer
 from .coding import StepCoder
 from .episodes import Run, check_values, extend_runs
-from .format import HASH_STEPS, part_metadata
+from .format import HASH_STEPS
 from .job import Job
 from .partial import output_errors, save_record
 from .progress import Progress
@@ -25,11 +27,11 @@ _WAIT_SECONDS = 0.1
 
 
 class Stopped(Exception):  # noqa: N818  # no error: another worker has one
-    """Work that was given up because it will not be used."""
+    """Raised in a worker to end a part that will not be used, since another worker has failed."""
 
 
 class PartMaker:
-    """For one thread: its own reader of the source. Parts in ascending order are the cheap ones."""
+    """Makes parts in one thread, with a reader of its own. Parts in ascending order are read fastest."""
 
     def __init__(self, job: Job, tokenizer: ActionTokenizer) -> None:
         self._job, self._limit = job, np.float32(tokenizer.model.action_limit)
@@ -37,14 +39,14 @@ class PartMaker:
         self._reader = job.source.open(job.source_width)
 
     def make(self, part: int, on_steps: Callable[[int], None], is_stopped: Callable[[], bool]) -> PartRecord:
-        """Write the part and its record; `on_steps` hears of every block."""
+        """Write the part and its record. on_steps: is told the number of steps after every block."""
         job = self._job
         start, stop = job.rows(part)
         digests: list[str] = []
         runs: list[Run] = []
-        writer = part_writer(job.layout, part, start)
+        writer = part_writer(job, part)
         try:
-            for row, steps in self._reader.slices(start, stop, job.layout.block_steps):
+            for row, steps in self._reader.slices(start, stop, job.block_steps):
                 if is_stopped():
                     raise Stopped
                 digests += _digests(steps)
@@ -52,7 +54,7 @@ class PartMaker:
                 writer.write(Steps(self._code(steps, row), steps.episode, steps.frame))
                 on_steps(len(steps))
             digest = hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
-            files = writer.close(part_metadata(job.content, job.fingerprint, job.model, start, digest))
+            files = writer.close(job.metadata(start, digest))
         except BaseException:
             writer.abandon()
             raise
@@ -77,61 +79,42 @@ def _digests(steps: Steps) -> list[str]:
     found = []
     for start in range(0, len(steps), HASH_STEPS):
         rows = slice(start, start + HASH_STEPS)
-        digest = hashlib.sha256(_bytes(steps.values[rows]))
-        for numbers in (steps.episode, steps.frame):
-            digest.update(_bytes(numbers[rows]))
+        digest = hashlib.sha256()
+        for column in (steps.values, steps.episode, steps.frame):
+            digest.update(np.ascontiguousarray(column[rows]).data.cast("B"))
         found.append(digest.hexdigest())
     return found
 
 
-def _bytes(values: AnyArray) -> memoryview:
-    return memoryview(np.ascontiguousarray(values)).cast("B")  # type: ignore[arg-type]  # a buffer to mypy from 3.12 on
-
-
 def parts_of_another_source(job: Job, records: Iterable[PartRecord]) -> set[int]:
-    """Those whose steps in the source are no longer the ones they were made from. Raises SourceError."""
+    """The parts whose steps in the source have changed since they were made. Raises SourceError."""
     found = set()
     with closing(job.source.open(job.source_width)) as reader:
         for record in records:
-            blocks = reader.slices(*job.rows(record.part), job.layout.block_steps)
+            blocks = reader.slices(*job.rows(record.part), job.block_steps)
             if tuple(digest for _, steps in blocks for digest in _digests(steps)) != record.digests:
                 found.add(record.part)
     return found
 
 
 def run_local(job: Job, tokenizer: ActionTokenizer, parts: Sequence[int], workers: int, progress: Progress) -> None:
-    """Make these parts in so many threads of this process: what takes time in them needs no interpreter."""
-    waiting = iter(parts)
-    lock, stopping = threading.Lock(), threading.Event()
-    errors: list[BaseException] = []
+    """Make these parts in threads, which run side by side: what takes time in them releases the interpreter."""
+    waiting, stopping = SimpleQueue[int](), threading.Event()
+    for part in parts:
+        waiting.put(part)
 
     def work() -> None:
-        try:
-            with closing(PartMaker(job, tokenizer)) as maker:
-                while not stopping.is_set():
-                    with lock:
-                        part = next(waiting, None)
-                    if part is None:
-                        return
-                    with output_errors(job.partial):
-                        maker.make(part, progress.add, stopping.is_set)
-        except Stopped:
-            return
-        except BaseException as error:
-            errors.append(error)
-            stopping.set()
+        with closing(PartMaker(job, tokenizer)) as maker, output_errors(job.partial), suppress(Empty, Stopped):
+            while not stopping.is_set():
+                maker.make(waiting.get_nowait(), progress.add, stopping.is_set)
 
-    threads = [threading.Thread(target=work, name=f"part-maker-{index}") for index in range(workers)]
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(_WAIT_SECONDS)
+    with ThreadPoolExecutor(workers, "part-maker") as pool:
+        working = {pool.submit(work) for _ in range(workers)}
+        try:
+            while working:
+                ended, working = wait(working, _WAIT_SECONDS, FIRST_COMPLETED)
+                for worker in ended:
+                    worker.result()
                 progress.show()
-    finally:
-        stopping.set()
-        for thread in threads:
-            thread.join()
-    if errors:
-        raise errors[0]
+        finally:
+            stopping.set()

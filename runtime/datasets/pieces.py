@@ -1,4 +1,4 @@
-"""What all datasets have in common here: pieces that follow one another, read one at a time."""
+"""What all sources have in common: pieces that follow one another, and a reader that opens one at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -15,15 +15,16 @@ from .steps import EpisodeTable, Int64Array, SourceFile, Steps, has_changed, rea
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Source(ABC):
-    """A dataset that was found whole by its tables of contents; can be pickled, and holds no step in memory.
+class Source:
+    """A dataset whose tables of contents were read. It can be pickled, and holds no step in memory.
 
-    A piece is what is opened and read by itself: an array, an episode, a file or a block. name: of the file or folder;
+    A piece is read by itself: an array, an episode, a file or a block. name: of the file or folder;
     root: where `files` lie; first_rows: int64 [pieces + 1], the row of the whole dataset with which each piece begins;
     width: values of a step, 0 where no step says it; has_borders: whether the files say where episodes end.
     """
 
     kind: ClassVar[str]
+    reader: ClassVar[type[StepReader]]
     name: str
     root: Path
     files: tuple[SourceFile, ...]
@@ -35,23 +36,23 @@ class Source(ABC):
     def num_steps(self) -> int:
         return int(self.first_rows[-1])
 
-    def open(self, width: int) -> StepReader[Any]:
-        """A reader for one thread. Raises SourceError unless steps have so many values."""
+    def open(self, width: int) -> StepReader:
+        """A reader for one thread. Raises SourceError unless steps have `width` values."""
         if self.width not in (0, width):
             raise SourceError(
                 f"{self.name} has {self.width} action dimensions; the bundle's model has {width}: give demonstrations "
                 "of the robot that it was made for, or name another array with --key"
             )
-        return self._reader()
+        return self.reader(self)
 
-    def check(self) -> None:  # noqa: B027  # most libraries check what has sums on the way
-        """Read through what only a whole pass can show to be damaged."""
+    def check(self) -> None:
+        """Compare checksums that reading slices does not. Raises SourceError."""
 
-    def check_episodes(self, found: EpisodeTable) -> None:  # noqa: B027  # most state nothing
-        """Raises SourceError where the dataset states other episodes beside its steps."""
+    def check_episodes(self, found: EpisodeTable) -> None:
+        """Raises SourceError where the dataset states other episodes than its steps have."""
 
     def touched_file(self) -> SourceFile | None:
-        """One that may have changed, only its steps can tell; None where all are untouched.
+        """A file that may have changed, which only its steps can tell; None where no file was touched.
 
         Raises SourceError where a file is certainly not the one that was opened.
         """
@@ -71,7 +72,7 @@ class Source(ABC):
         return int(np.searchsorted(self.first_rows, row, side="right")) - 1
 
     def file_of(self, row: int) -> str:
-        """Where this step lies, for messages."""
+        """The file of this step, for messages."""
         del row
         return self.name
 
@@ -79,20 +80,16 @@ class Source(ABC):
         return [f"episode_{number}" for number in episodes.tolist()]
 
     def tasks(self, episodes: EpisodeTable) -> list[str]:
-        """What is done in each of all episodes, "" where nothing says it."""
+        """The task of each episode, "" where nothing says it. episodes: all of the dataset."""
         return [""] * len(episodes.numbers)
 
-    @abstractmethod
-    def _reader(self) -> StepReader[Any]: ...
 
+class StepReader(ABC):
+    """Reads slices, for one thread. It keeps one file open: slices in ascending order are read fastest."""
 
-_AnySource = TypeVar("_AnySource", bound=Source)
+    _source: Any
 
-
-class StepReader(ABC, Generic[_AnySource]):
-    """One reader for each thread. It keeps one thing open: slices in ascending order are the cheap ones."""
-
-    def __init__(self, source: _AnySource) -> None:
+    def __init__(self, source: Source) -> None:
         self._source = source
         self._opened: Any = None
         self._index = -1
@@ -108,7 +105,7 @@ class StepReader(ABC, Generic[_AnySource]):
         return Steps.joined(parts)
 
     def slices(self, start: int, stop: int, size: int) -> Iterator[tuple[int, Steps]]:
-        """These rows, so many at once: the first row of each slice, and the slice."""
+        """The same rows in slices of `size`: the first row of each slice, and the slice."""
         for row in range(start, stop, size):
             yield row, self.read(row, min(row + size, stop))
 
@@ -118,7 +115,7 @@ class StepReader(ABC, Generic[_AnySource]):
             self._opened, self._index = None, -1
 
     def _at(self, index: int) -> Any:
-        """What `_open` gives for this index; another one is closed before."""
+        """What `_open` gives for this index. What was open before is closed."""
         if index != self._index:
             self.close()
             self._opened, self._index = self._open(index), index
@@ -129,11 +126,11 @@ class StepReader(ABC, Generic[_AnySource]):
 
     @abstractmethod
     def _read(self, piece: int, start: int, stop: int) -> Steps:
-        """Rows of the whole dataset that lie in this piece, at least one, all or the first of them."""
+        """Rows start … stop - 1 of the whole dataset, all in this piece, or only the first of them, at least one."""
 
 
 def common_width(widths: Sequence[int], places: Sequence[str]) -> int:
-    """Action dimensions of all, by those of each place, 0 where unknown. Raises SourceError where they differ."""
+    """The action dimensions of all places, 0 where unknown. Raises SourceError where they differ."""
     known = [(width, place) for width, place in zip(widths, places, strict=True) if width]
     for width, place in known:
         check_width(width, known[0][0], place, known[0][1])
@@ -141,7 +138,7 @@ def common_width(widths: Sequence[int], places: Sequence[str]) -> int:
 
 
 def check_width(found: int, expected: int, place: str, other: str) -> None:
-    """other: where so many were found. Raises SourceError."""
+    """other: the place that has `expected` dimensions. Raises SourceError."""
     if found != expected:
         raise SourceError(
             f"{place} has {found} action dimensions, but {other} has {expected}; expected the same everywhere: keep "

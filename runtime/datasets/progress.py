@@ -9,12 +9,12 @@ from collections.abc import Callable
 from ..bundle.console import ProgressLine, duration
 from ..bundle.paths import counted
 
-#: In a shorter time the rate is that of starting, and no more.
+#: A shorter run has no rate worth showing: most of its time went into starting.
 _RATE_SECONDS = 1.0
 
 
 class Progress:
-    """Counts steps from any thread."""
+    """Counts steps, from any thread, and shows how far the conversion is."""
 
     def __init__(self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self._total, self._before, self._done, self._clock = total, done, done, clock
@@ -24,7 +24,7 @@ class Progress:
         self._shown = ProgressLine(clock)
 
     def begin(self) -> None:
-        """Start the clock anew: what came before was no work on steps."""
+        """Start the clock again: so far nothing was converted."""
         self._started = self._clock()
 
     def add(self, steps: int) -> None:
@@ -32,7 +32,7 @@ class Progress:
             self._done += steps
 
     def line(self) -> str:
-        """The rate is that of this run; what an earlier run did counts as done alone."""
+        """Steps done, rate and time left. Steps of an earlier run count as done, but not towards the rate."""
         rate, done = self.rate, self._before + self.steps
         left = f"{duration((self._total - done) / rate)} left" if rate > 0 else "time left unknown"
         speed = f"{self.speed}, " if self.speed else ""
@@ -49,7 +49,7 @@ class Progress:
 
     @property
     def steps(self) -> int:
-        """Of this run."""
+        """Steps that this run has done."""
         with self._lock:
             return self._done - self._before
 
@@ -59,7 +59,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Steps a second, of this run."""
+        """Steps a second in this run."""
         seconds = self.seconds
         return self.steps / seconds if seconds > 0 else 0.0
 

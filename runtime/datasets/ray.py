@@ -1,4 +1,4 @@
-"""The same job on a Ray Data cluster: each part is a row, made by whichever worker has time, again if one dies."""
+"""A job on a Ray Data cluster. Each part is a row for the next free worker, and is made again where a worker dies."""
 
 from __future__ import annotations
 
@@ -8,36 +8,33 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
-from ..bundle import errors
+from ..bundle.advice import install
 from ..bundle.errors import TokenizerError
-from ..datasets import errors as dataset_errors
 from .errors import DatasetError
 from .job import Job, open_tokenizer
 from .partial import output_errors
 from .parts import PartMaker
 from .progress import Progress
 
-#: Rows are a few numbers: the least that Ray accepts.
+#: The least that Ray accepts; a row is a few numbers.
 _OBJECT_STORE_BYTES = 80 * 2**20
-#: Of so many parts each is a task of its own; of more, several are one.
+#: Up to so many parts, each is a task of its own; of more, a task makes several.
 _MOST_BLOCKS = 4096
 
 
 def run_ray(job: Job, parts: Sequence[int], workers: int, address: str | None, progress: Progress) -> None:
     """Make these parts on the cluster at `address`, or on one started here with so many workers.
 
-    Source, bundle and output must lie where every machine sees them by the same paths. Parts are written as everywhere:
-    whole or not at all, so that one that is made twice is the same.
+    Source, bundle and output must lie where every machine sees them by the same paths. A part is written whole or not
+    at all, so that it does not matter when one is made twice.
     """
-    # Ray reports its use to its maker, unless told not to before it starts.
+    # Otherwise Ray reports its use to its maker. This must be set before it starts.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         import ray
         import ray.data
     except ImportError as error:
-        raise DatasetError(
-            f"--engine ray needs Ray, which cannot be imported ({error}); pip install '.[ray]'"
-        ) from error
+        raise DatasetError(f"--engine ray needs Ray, which cannot be imported ({error}); {install('ray')}") from error
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     is_ours = not ray.is_initialized()
     if is_ours:
@@ -72,7 +69,7 @@ def _run(ray: Any, job: Job, parts: Sequence[int], workers: int, progress: Progr
 
 
 class RayWorker:
-    """One process of the cluster; opened at its first part, so that what it cannot do is said as everywhere else."""
+    """One process of the cluster. It opens the tokenizer for its first part, so that a refusal comes back in a row."""
 
     def __init__(self, job: bytes) -> None:
         self._job: Job = pickle.loads(job)  # noqa: S301  # the driver's own bytes, through Ray, which pickles everything
@@ -81,23 +78,18 @@ class RayWorker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         part = int(row["part"])
         start, stop = self._job.rows(part)
-        found = {"part": part, "steps": stop - start, "kind": "", "error": ""}
+        found = {"part": part, "steps": stop - start, "error": b""}
         try:
             with output_errors(self._job.partial):
                 if self._maker is None:
                     self._maker = PartMaker(self._job, open_tokenizer(self._job))
                 self._maker.make(part, lambda _: None, lambda: False)
         except TokenizerError as error:
-            return {**found, "kind": type(error).__name__, "error": str(error)}
+            return {**found, "error": pickle.dumps(error)}
         return found
 
 
 def raise_refusal(row: dict[str, Any]) -> None:
-    """The worker's error, where it has one, as if it had been raised here."""
-    if not row["error"]:
-        return
-    for module in (dataset_errors, errors):
-        kind = getattr(module, row["kind"], None)
-        if isinstance(kind, type) and issubclass(kind, TokenizerError):
-            raise kind(row["error"])
-    raise DatasetError(row["error"])
+    """Raise the worker's error, where the row has one."""
+    if row["error"]:
+        raise pickle.loads(row["error"])  # noqa: S301  # our own worker's bytes, through Ray, which pickles everything

@@ -1,4 +1,4 @@
-"""A converted dataset, opened and verified: for decoding, for training, for whoever must not misread tokens."""
+"""Opens a converted dataset and verifies it, for decoding and for training."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.compatibility import INTEGRATION_PATHS, matches_fingerprint
+from ..bundle.compatibility import integration_paths, matches_fingerprint
 from ..bundle.errors import FingerprintError
-from ..bundle.manifest import FileEntry
 from ..bundle.paths import as_path
 from ..bundle.reading import read_file
 from .episodes import check_stated
 from .errors import SourceError, TokenDatasetError
-from .format import DatasetInfo, part_name, read_info
+from .format import EPISODES_NAME, DatasetInfo, part_name, read_info
 from .pieces import Source, StepReader
 from .steps import (
     AnyArray,
@@ -28,7 +27,7 @@ from .steps import (
     shown_name,
     source_file,
 )
-from .writers import hash_file, unpack
+from .writers import chunk_names, hash_file, unpack
 
 _AGAIN = "copy the dataset again, or tokenise the source again"
 
@@ -65,8 +64,60 @@ def check_fingerprint(folder: Path, info: DatasetInfo, expected: str) -> None:
         raise FingerprintError(
             f"the tokens in {folder} have the fingerprint {info.fingerprint}, expected {expected!r}: they mean "
             "something else to that tokenizer, and would become other actions; use the bundle that made them. Or:\n"
-            f"{INTEGRATION_PATHS}"
+            f"{integration_paths()}"
         )
+
+
+class _DatasetReader(StepReader):
+    """Keeps the last block, so that slices in ascending order read each block once."""
+
+    _source: TokenDataset
+
+    def __init__(self, source: TokenDataset) -> None:
+        super().__init__(source)
+        self._block: tuple[int, Steps] | None = None
+
+    def read(self, start: int, stop: int) -> Steps:
+        """Rows start … stop - 1 of the whole dataset. Raises TokenDatasetError."""
+        try:
+            return super().read(start, stop)
+        except SourceError as error:
+            raise TokenDatasetError(str(error)) from error
+
+    def _read(self, piece: int, start: int, stop: int) -> Steps:
+        source = self._source
+        first, end = source.first_rows[piece : piece + 2].tolist()
+        if self._block is None or self._block[0] != piece:
+            read = self._read_parquet if source.info.storage == "parquet" else self._read_zarr
+            self._block = piece, read(piece)
+        block, rows = self._block[1], slice(start - first, stop - first)
+        if len(block) != end - first:
+            raise TokenDatasetError(
+                f"block {piece} of {source.root} has {len(block)} steps, expected {end - first}; {_AGAIN}"
+            )
+        return Steps(block.values[rows], block.episode[rows], block.frame[rows])
+
+    def _open(self, index: int) -> Any:
+        self._source.verify(part_name(index))
+        return optional("pyarrow.parquet").ParquetFile(self._source.root / part_name(index))
+
+    def _read_parquet(self, index: int) -> Steps:
+        info = self._source.info
+        part, group = divmod(index, info.steps_per_file // info.steps_per_block)
+        table = self._at(part).read_row_group(group, use_threads=False)
+        episode, frame, column = (table.column(place).combine_chunks() for place in range(3))
+        return Steps(_values(column, info), episode.to_numpy(), frame.to_numpy())
+
+    def _read_zarr(self, index: int) -> Steps:
+        info, steps = self._source.info, self._source.info.steps_per_block
+        rows = min(steps, info.num_steps - index * steps)
+        tokens, episode, frame = (
+            np.frombuffer(unpack(self._source.content(name), steps * size, info.compression), dtype)
+            for name, size, dtype in zip(chunk_names(index), (info.width, 8, 8), ("|u1", "<i8", "<i8"), strict=True)
+        )
+        # In order F, as `turned` of writers.py lays them out.
+        tokens = tokens.reshape(info.model.num_layers, info.model.latent_dim, steps)[..., :rows].T
+        return Steps(np.ascontiguousarray(tokens).reshape(rows, info.width), episode[:rows], frame[:rows])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -74,8 +125,9 @@ class TokenDataset(Source):
     """Steps of a converted dataset, in slices. It is a source like any other: it can be decoded as a whole."""
 
     kind = "a converted dataset"
+    reader = _DatasetReader
     info: DatasetInfo
-    _verified: dict[str, FileEntry] = field(default_factory=dict, repr=False)
+    _verified: set[str] = field(default_factory=set, repr=False)
 
     @classmethod
     def of(cls, folder: Path, info: DatasetInfo) -> TokenDataset:
@@ -88,10 +140,10 @@ class TokenDataset(Source):
             info=info,
         )
 
-    def open(self, width: int) -> StepReader[Any]:
+    def open(self, width: int) -> StepReader:
         if width != self.width:
             raise TokenDatasetError(f"{self.name} has {self.width} values for a step, expected {width}; {_AGAIN}")
-        return self._reader()
+        return self.reader(self)
 
     def check_episodes(self, found: EpisodeTable) -> None:
         check_stated(self.name, self.episodes(), found)
@@ -99,36 +151,33 @@ class TokenDataset(Source):
     def file_of(self, row: int) -> str:
         return f"{self.name}, row {row}"
 
-    def _reader(self) -> StepReader[Any]:
-        return _DatasetReader(self)
-
     def episodes(self) -> EpisodeTable:
-        """Where every episode begins and ends, and its number."""
+        """All episodes, by the table that was written with the steps."""
         if self.info.storage == "zarr":
-            ends, numbers = (self._meta_array(name) for name in ("episode_ends", "episode_index"))
-            starts = np.concatenate([np.zeros(1, np.int64), ends])
-        else:
-            columns = self._episodes_table(["episode_index", "num_steps"])
-            numbers = columns.column("episode_index").to_numpy()
-            starts = lengths_to_starts(columns.column("num_steps").to_numpy())
-        return EpisodeTable(starts, numbers)
+            ends, numbers = (
+                np.frombuffer(self.content(f"meta/{name}/0"), "<i8") for name in ("episode_ends", "episode_index")
+            )
+            return EpisodeTable(np.concatenate([np.zeros(1, np.int64), ends]), numbers)
+        numbers, lengths = (self._episodes_column(name).to_numpy() for name in ("episode_index", "num_steps"))
+        return EpisodeTable(lengths_to_starts(lengths), numbers)
 
     def episode_names(self, episodes: Int64Array) -> list[str]:
         if self.info.storage == "zarr":
-            names = np.frombuffer(self.content("meta/episode_name/0"), self._name_type()).tolist()
-            found = [name.decode() for name in names]
+            names = self.content("meta/episode_name/0")
+            size = len(names) // self.info.num_episodes
+            found = [name.decode() for name in np.frombuffer(names, f"S{size}").tolist()]
         else:
-            found = self._episodes_table(["name"]).column("name").to_pylist()
+            found = self._episodes_column("name").to_pylist()
         numbers = self.episodes().numbers
         return [found[place] for place in np.searchsorted(numbers, episodes).tolist()]
 
     def content(self, name: str) -> bytes:
-        """A file's bytes, with the hash that `dataset.json` states."""
+        """The bytes of a file, verified."""
         self.verify(name)
         return read_file(self.root / name, self.info.files[name].size)
 
     def verify(self, name: str) -> None:
-        """Once for each file; raises TokenDatasetError."""
+        """Hash a file, once. Raises TokenDatasetError where `dataset.json` states another hash."""
         expected = self.info.files.get(name)
         if expected is None:
             raise TokenDatasetError(f"{self.root} lists no file {name!r}; {_AGAIN}")
@@ -143,71 +192,11 @@ class TokenDataset(Source):
                 f"{name} in {self.root} has {found.size} bytes and sha256 {found.sha256}, it was written with "
                 f"{expected.size} and {expected.sha256}: it is truncated or was altered; {_AGAIN}"
             )
-        self._verified[name] = found
+        self._verified.add(name)
 
-    def _meta_array(self, name: str) -> Int64Array:
-        return np.frombuffer(self.content(f"meta/{name}/0"), "<i8")
-
-    def _name_type(self) -> str:
-        return f"S{self.info.files['meta/episode_name/0'].size // self.info.num_episodes}"
-
-    def _episodes_table(self, columns: list[str]) -> Any:
-        self.verify("episodes.parquet")
-        return optional("pyarrow.parquet").ParquetFile(self.root / "episodes.parquet").read(columns)
-
-
-class _DatasetReader(StepReader[TokenDataset]):
-    """Keeps the last block: slices in ascending order read each once."""
-
-    def __init__(self, source: TokenDataset) -> None:
-        super().__init__(source)
-        self._info = source.info
-        self._block: Steps | None = None
-        self._block_index = -1
-
-    def read(self, start: int, stop: int) -> Steps:
-        """Rows start … stop - 1 of the whole dataset. Raises TokenDatasetError."""
-        try:
-            return super().read(start, stop)
-        except SourceError as error:
-            raise TokenDatasetError(str(error)) from error
-
-    def _read(self, piece: int, start: int, stop: int) -> Steps:
-        source = self._source
-        first, expected = int(source.first_rows[piece]), int(source.first_rows[piece + 1] - source.first_rows[piece])
-        if piece != self._block_index or self._block is None:
-            self._block = (self._read_parquet if self._info.storage == "parquet" else self._read_zarr)(piece)
-            self._block_index = piece
-        block, rows = self._block, slice(start - first, stop - first)
-        if len(block) != expected:
-            raise TokenDatasetError(
-                f"block {piece} of {source.root} has {len(block)} steps, expected {expected}; {_AGAIN}"
-            )
-        return Steps(block.values[rows], block.episode[rows], block.frame[rows])
-
-    def _open(self, index: int) -> Any:
-        self._source.verify(part_name(index))
-        return optional("pyarrow.parquet").ParquetFile(self._source.root / part_name(index))
-
-    def _read_parquet(self, index: int) -> Steps:
-        part, group = divmod(index, self._info.steps_per_file // self._info.steps_per_block)
-        table = self._at(part).read_row_group(group, use_threads=False)
-        episode, frame, column = (table.column(place).combine_chunks() for place in range(3))
-        return Steps(_values(column, self._info), episode.to_numpy(), frame.to_numpy())
-
-    def _read_zarr(self, index: int) -> Steps:
-        info, steps = self._info, self._info.steps_per_block
-        model = info.model
-        rows = min(steps, info.num_steps - index * steps)
-        packed = self._source.content(f"data/tokens/{index}.0.0")
-        flat = np.frombuffer(unpack(packed, steps * info.width, info.compression), np.uint8)
-        # Order F: see turned().
-        tokens = flat.reshape(model.num_layers, model.latent_dim, steps)[..., :rows].T
-        numbers = []
-        for name in ("episode_index", "frame_index"):
-            packed = self._source.content(f"data/{name}/{index}")
-            numbers.append(np.frombuffer(unpack(packed, steps * 8, info.compression), "<i8")[:rows])
-        return Steps(np.ascontiguousarray(tokens).reshape(rows, info.width), *numbers)
+    def _episodes_column(self, name: str) -> Any:
+        self.verify(EPISODES_NAME)
+        return optional("pyarrow.parquet").ParquetFile(self.root / EPISODES_NAME).read([name]).column(0)
 
 
 def _values(column: Any, info: DatasetInfo) -> AnyArray:

@@ -1,4 +1,4 @@
-"""What a finished part leaves for whoever goes on: its files, what they were made from, which steps they hold."""
+"""The record of a finished part, for the run that goes on: its files, what they were made from, and their steps."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ..bundle.manifest import FileEntry
+from ..bundle.typed_json import build
 from .episodes import Run
 from .errors import OutputError
-
-_INT64 = 2**63
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class PartRecord:
     runs: tuple[Run, ...]
 
     def text(self, work: str) -> bytes:
-        """The one spelling, its own hash included. work: name of the job's folder, so that it fits no other job."""
-        # Not dataclasses.asdict of the whole: it copies every run by itself, which takes longer than all else here.
+        """The record as JSON with its own hash. work: the name of the job's folder, so that it fits no other."""
+        # Not dataclasses.asdict of the whole, which copies every run and takes longer than all the rest.
         files = {name: dataclasses.asdict(entry) for name, entry in self.files.items()}
         content = {"part": self.part, "files": files, "digests": self.digests, "runs": self.runs}
         digest = hashlib.sha256(f"{work}\n{json.dumps(content)}".encode()).hexdigest()
@@ -38,16 +39,15 @@ class PartRecord:
         try:
             content = json.loads(text)
             record = cls(
-                _integer(content["part"]),
-                {
-                    name: FileEntry(_hash(entry["sha256"]), _integer(entry["size"]))
-                    for name, entry in content["files"].items()
-                },
-                tuple(map(_hash, content["digests"])),
-                tuple(_run(run) for run in content["runs"]),
+                build(int, content["part"], "part"),
+                build(dict[str, FileEntry], content["files"], "files"),
+                build(tuple[str, ...], content["digests"], "digests"),
+                _runs(content["runs"]),
             )
+            if any(len(bytes.fromhex(digest)) != hashlib.sha256().digest_size for digest in record.digests):
+                raise ValueError("a digest is no sha256")
             is_spelled_so = record.text(work) == text
-        # All that content of another shape can raise, deeply nested and non-ASCII text included.
+        # What any content of another shape can raise, deep nesting and non-ASCII text included.
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise OutputError(
                 f"a record of a finished part cannot be read ({type(error).__name__}: {error})"
@@ -67,20 +67,12 @@ class PartRecord:
             )
 
 
-def _integer(value: Any) -> int:
-    if type(value) is not int or not -_INT64 <= value < _INT64:
-        raise TypeError(f"{value!r} is no integer of 64 bits")
-    return value
-
-
-def _hash(value: Any) -> str:
-    if not isinstance(value, str) or len(bytes.fromhex(value)) != hashlib.sha256().digest_size:
-        raise TypeError(f"{value!r} is no sha256")
-    return value
-
-
-def _run(values: Any) -> Run:
-    episode, first, last, count = map(_integer, values)
-    if count < 1 or last - first < count - 1:
-        raise ValueError(f"{count} steps from {first} to {last}")
-    return episode, first, last, count
+def _runs(values: Any) -> tuple[Run, ...]:
+    """By numpy, for there may be one for every step. Raises ValueError."""
+    runs = np.array(values)
+    if runs.dtype != np.int64 or runs.shape[1:] != (4,):
+        raise ValueError(f"runs are {runs.dtype} {list(runs.shape)}; expected int64 [n, 4]")
+    _, first, last, count = runs.T
+    if ((count < 1) | (last - first < count - 1)).any():
+        raise ValueError("a run has no steps, or more than its frames")
+    return tuple(map(tuple, runs.tolist()))

@@ -1,4 +1,4 @@
-"""Demonstrations of the usual formats, opened by what they are: LeRobot, robomimic and LIBERO, numpy."""
+"""Opens demonstrations of any format: LeRobot, robomimic and LIBERO, numpy."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ _EXPECTED = (
 
 
 def open_source(path: str | os.PathLike[str], key: str | None = None, filter_key: str | None = None) -> Source:
-    """Read tables of contents, no actions. key: the action array or column, where its name is not the usual one.
+    """Open a file or folder of demonstrations. Tables of contents are read, no actions.
 
-    filter_key: of robomimic's HDF5 files, to take the episodes alone that it lists. Raises SourceError.
+    key: the action array or column, where its name is not the usual one; filter_key: of robomimic's HDF5 files, to take
+    only the episodes that it lists. Raises SourceError.
 
     >>> import tempfile, numpy
     >>> path = Path(tempfile.mkdtemp()) / "demonstrations.npz"
@@ -33,7 +34,7 @@ def open_source(path: str | os.PathLike[str], key: str | None = None, filter_key
     >>> source.open(width=7).read(19, 22).episode.tolist()
     [0, 1, 1]
     """
-    # Absolute, since workers elsewhere open it too.
+    # Absolute, since workers with another working directory open it too.
     path = as_path(path, "the data", SourceError).absolute()
     try:
         return _open(path, key, filter_key)

@@ -1,4 +1,4 @@
-"""What all datasets have in common here: a long row of steps, each of one episode, read slice by slice."""
+"""Steps and their episodes, and what the readers of all formats share."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from ..bundle.advice import install
 from ..bundle.reading import UnfitFileError, regular_file
 from .errors import DatasetError, SourceError
 
@@ -22,10 +23,10 @@ AnyArray = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class SourceFile:
-    """As it was when a job began: another size or time of writing means that it has changed.
+    """A file as it was when a job began. Another size or time of writing means that it has changed.
 
-    stamp: device, inode and the time of the last change of any kind, which nothing can set back. It also changes where
-    the file was only moved, copied or linked to, so then the steps themselves have to be compared.
+    stamp: device, inode and the time of the last change of any kind, which nothing can set back. It changes also where
+    the file was only moved, copied or linked: the steps have to be compared then.
     """
 
     name: str
@@ -36,7 +37,7 @@ class SourceFile:
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """values: actions float32 [n, A] or tokens uint8 [n, D*L]; episode and frame: int64 [n]."""
+    """n steps. values: actions float32 [n, A] or tokens uint8 [n, D*L]; episode and frame: int64 [n]."""
 
     values: AnyArray
     episode: Int64Array
@@ -47,7 +48,7 @@ class Steps:
 
     @classmethod
     def joined(cls, parts: Sequence[Steps]) -> Steps:
-        """One after the other; a single one as it is."""
+        """One after the other; a single part is not copied."""
         if len(parts) == 1:
             return parts[0]
         return cls(
@@ -76,7 +77,7 @@ def lengths_to_starts(lengths: AnyArray) -> Int64Array:
 
 
 def shown_name(path: Path) -> str:
-    """The name as text that any file can hold: bytes that are no UTF-8 are escaped."""
+    """The name as UTF-8 text; other bytes are escaped."""
     return path.name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -97,7 +98,7 @@ _HIDDEN = ("Thumbs.db", "desktop.ini", "__MACOSX")
 
 
 def is_hidden(name: str) -> bool:
-    """Whether no one means this file as data, by its path in a dataset: what systems and editors leave everywhere.
+    """Whether systems or editors left this file, which is no data. name: its path in the dataset.
 
     `._x` and `.DS_Store` of macOS, `.ipynb_checkpoints`, `.nfs…`, `Thumbs.db` and the like.
     """
@@ -105,32 +106,34 @@ def is_hidden(name: str) -> bool:
 
 
 def as_float32(values: AnyArray) -> npt.NDArray[np.float32]:
-    """Other floating-point numbers are rounded; those too large become infinite and are refused with the illegal."""
+    """Floating-point numbers as float32. Those too large become infinite, and are refused later as illegal actions."""
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(values, np.float32)
 
 
 def as_int64(values: AnyArray, label: str) -> Int64Array:
-    """Integers of any type. Raises SourceError for those that int64 has no room for: they would wrap around."""
+    """Integers of any type as int64. Raises SourceError for those that do not fit."""
     if values.dtype.kind == "u" and values.size and values.max() > np.iinfo(np.int64).max:
         raise SourceError(f"{label} holds {values.max()}; expected integers below 2**63: number from 0")
     return values.astype(np.int64)
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts demo_2 before demo_10."""
+    """Sort key that puts demo_2 before demo_10.
+
+    >>> sorted(["demo_10", "demo_2"], key=natural)
+    ['demo_2', 'demo_10']
+    """
     return [(int(number or 0), text) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
 def optional(module: str, extra: str = "datasets") -> Any:
-    """Import a package that only some files need; extra: what of this package brings it."""
+    """Import a package that only some files need. extra: of this project, which installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise DatasetError(
-            f"this needs {package}, which cannot be imported ({error}); pip install '.[{extra}]'"
-        ) from error
+        raise DatasetError(f"this needs {package}, which cannot be imported ({error}); {install(extra)}") from error
 
 
 @contextmanager
@@ -151,7 +154,7 @@ def readable(name: str, kind: str) -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path, kind: str, magic: bytes = b"", *, name: str = "") -> Iterator[BinaryIO]:
-    """A file of demonstrations, never waited for, of what is clearly no other kind: the one way to open any.
+    """The one way to open a file of demonstrations: it must be a regular file that begins as its kind does.
 
     magic: its first bytes; name: for messages. Libraries that open a file by its name are called inside. Raises
     SourceError, also for whatever is raised inside.
@@ -169,7 +172,7 @@ def opened(path: Path, kind: str, magic: bytes = b"", *, name: str = "") -> Iter
             raise SourceError(f"{name} is empty (0 bytes); expected {kind}: copy or download it again")
         if start.startswith(b"version https://git-lfs"):
             raise SourceError(f"{name} is a Git LFS pointer, not the data; fetch it with `git lfs pull`")
-        # Parsers guess: numpy takes any unknown bytes for a pickle and advises to allow it.
+        # numpy takes unknown bytes for a pickle, and advises to allow it.
         if not start.startswith(magic):
             raise SourceError(
                 f"{name} starts with {start[: len(magic)]!r} instead of {magic!r}: not {kind} but a damaged file, "

@@ -3,71 +3,41 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..bundle.manifest import FileEntry
 from ..bundle.reading import regular_file
 from .errors import OutputError
-from .format import Compression, Content, Storage, part_name
-from .steps import AnyArray, Int64Array, Steps, optional
+from .format import Compression, part_name
+from .steps import AnyArray, Steps, optional
+
+if TYPE_CHECKING:
+    # Readers of datasets load this module too, and need no tokenizer.
+    from .job import Job
 
 _ZSTD_LEVEL = 1
-#: So many steps of tokens are turned at once: they stay in the processor's first cache.
+#: Steps that are turned at once: their tokens fit into the processor's first-level cache.
 _TURNED_STEPS = 256
-_HASHED_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where and how: scratch lies beside the data, on the same file system.
-
-    shape: of one step's values: (D, L) for tokens, (A,) for actions.
-    """
-
-    data: Path
-    scratch: Path
-    content: Content
-    storage: Storage
-    compression: Compression
-    shape: tuple[int, ...]
-    block_steps: int
-
-    @property
-    def width(self) -> int:
-        return int(np.prod(self.shape))
+def part_writer(job: Job, part: int) -> ParquetPart | ZarrPart:
+    """A writer of one part, block by block. A file has its final name only once it is whole."""
+    return ParquetPart(job, part) if job.storage == "parquet" else ZarrPart(job, part)
 
 
-class PartWriter(Protocol):
-    """Nothing of a part bears its final name before it is whole."""
-
-    def write(self, block: Steps) -> None:
-        """The next block: `block_steps` steps, fewer in the last one."""
-
-    def close(self, metadata: Mapping[str, str]) -> dict[str, FileEntry]:
-        """Put the part in place; its files, by their paths in the dataset."""
-
-    def abandon(self) -> None:
-        """Leave nothing behind."""
-
-
-def part_writer(layout: Layout, index: int, first_row: int) -> PartWriter:
-    return ParquetPart(layout, index) if layout.storage == "parquet" else ZarrPart(layout, first_row)
-
-
-def part_files(layout: Layout, index: int, rows: tuple[int, int]) -> set[str]:
-    """The names of a part's files; rows: its first, and the one after its last."""
-    if layout.storage == "parquet":
-        return {part_name(index)}
-    chunks = range(rows[0] // layout.block_steps, -(-rows[1] // layout.block_steps))
-    return {name for chunk in chunks for name in _chunk_names(layout, chunk)}
+def part_files(job: Job, part: int) -> set[str]:
+    """The names of a part's files."""
+    if job.storage == "parquet":
+        return {part_name(part)}
+    start, stop = job.rows(part)
+    chunks = range(start // job.block_steps, -(-stop // job.block_steps))
+    return {name for chunk in chunks for name in chunk_names(chunk)}
 
 
 def put(content: bytes, folder: Path, name: str, scratch: Path) -> FileEntry:
@@ -79,7 +49,7 @@ def put(content: bytes, folder: Path, name: str, scratch: Path) -> FileEntry:
 
 
 def move(temporary: Path, folder: Path, name: str) -> None:
-    """To `name` in `folder`, which is not made: a worker that outlives its job must not lay its folder out again."""
+    """Rename to `name` in `folder`, which must exist: a worker that outlives its job must not create it again."""
     target = folder / name
     for parent in reversed(Path(name).parents[:-1]):
         (folder / parent).mkdir(exist_ok=True)
@@ -87,17 +57,14 @@ def move(temporary: Path, folder: Path, name: str) -> None:
 
 
 def scratch_file(scratch: Path, name: str) -> Path:
-    """A name that no other process or thread uses; the process is in it for whoever looks on."""
+    """A name that no other process or thread uses. It begins with the number of the process."""
     return scratch / f"{os.getpid()}.{os.urandom(8).hex()}.{name}"
 
 
 def hash_file(path: Path) -> FileEntry:
-    digest, size = hashlib.sha256(), 0
     with regular_file(path) as (file, _):
-        while content := file.read(_HASHED_BYTES):
-            digest.update(content)
-            size += len(content)
-    return FileEntry(digest.hexdigest(), size)
+        digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]  # a BinaryIO without readinto, to mypy
+        return FileEntry(digest.hexdigest(), file.tell())
 
 
 # Parquet --------------------------------------------------------------------------------------------------------------
@@ -106,25 +73,26 @@ def hash_file(path: Path) -> FileEntry:
 class ParquetPart:
     """Columns episode_index, frame_index and tokens (bytes, D*L of them) or action (float32, A of them)."""
 
-    def __init__(self, layout: Layout, index: int) -> None:
-        self._layout, self._name = layout, part_name(index)
+    def __init__(self, job: Job, part: int) -> None:
+        self._job, self._name = job, part_name(part)
         self._arrow = optional("pyarrow")
         parquet = optional("pyarrow.parquet")
         arrow = self._arrow
-        # Lists of bytes would take five times as long to write as bytes of fixed length, which hold the same.
-        kind = arrow.binary(layout.width) if layout.content == "tokens" else arrow.list_(arrow.float32(), layout.width)
-        column = "tokens" if layout.content == "tokens" else "action"
+        width, is_tokens = job.width, job.content == "tokens"
+        # Bytes of fixed length are written five times as fast as lists of bytes, and hold the same.
+        kind = arrow.binary(width) if is_tokens else arrow.list_(arrow.float32(), width)
+        column = "tokens" if is_tokens else "action"
         fields = [("episode_index", arrow.int64()), ("frame_index", arrow.int64()), (column, kind)]
         self._schema = arrow.schema([arrow.field(name, kind, nullable=False) for name, kind in fields])
-        values = column if layout.content == "tokens" else f"{column}.list.element"
-        is_compressed = layout.compression == "zstd"
-        # Byte d*L + l of all steps side by side compresses better and four times as fast.
+        values = column if is_tokens else f"{column}.list.element"
+        is_compressed = job.compression == "zstd"
+        # With byte d*L + l of all steps side by side, tokens compress better and four times as fast.
         encoding = {values: "BYTE_STREAM_SPLIT" if is_compressed else "PLAIN"}
-        self._temporary = scratch_file(layout.scratch, Path(self._name).name)
+        self._temporary = scratch_file(job.scratch, Path(self._name).name)
         self._writer = parquet.ParquetWriter(
             self._temporary,
             self._schema,
-            compression=layout.compression,
+            compression=job.compression,
             compression_level=_ZSTD_LEVEL if is_compressed else None,
             use_dictionary=False,
             write_statistics=["episode_index", "frame_index"],
@@ -133,10 +101,11 @@ class ParquetPart:
         )
 
     def write(self, block: Steps) -> None:
+        """The next block: `block_steps` steps, fewer in the last one."""
         arrow = self._arrow
         values = np.ascontiguousarray(block.values)
         kind = self._schema.field(2).type
-        if self._layout.content == "tokens":
+        if self._job.content == "tokens":
             column = arrow.FixedSizeBinaryArray.from_buffers(kind, len(block), [None, arrow.py_buffer(values)])
         else:
             column = arrow.FixedSizeListArray.from_arrays(arrow.array(values.reshape(-1)), type=kind)
@@ -144,14 +113,16 @@ class ParquetPart:
         self._writer.write_table(arrow.Table.from_arrays(columns, schema=self._schema), row_group_size=len(block))
 
     def close(self, metadata: Mapping[str, str]) -> dict[str, FileEntry]:
+        """Put the part in place; its files, by their paths in the dataset."""
         self._writer.add_key_value_metadata(metadata)
         self._writer.close()
         entry = hash_file(self._temporary)
-        move(self._temporary, self._layout.data, self._name)
+        move(self._temporary, self._job.data, self._name)
         return {self._name: entry}
 
     def abandon(self) -> None:
-        # A full disk refuses the footer as it refused the rest.
+        """Leave nothing behind."""
+        # A full disk refuses the footer too.
         with suppress(OSError):
             self._writer.close()
         self._temporary.unlink(missing_ok=True)
@@ -163,21 +134,18 @@ class ParquetPart:
 class ZarrPart:
     """Chunks of the arrays data/tokens, data/episode_index and data/frame_index."""
 
-    def __init__(self, layout: Layout, first_row: int) -> None:
-        self._layout = layout
-        self._chunk = first_row // layout.block_steps
+    def __init__(self, job: Job, part: int) -> None:
+        self._job = job
+        self._chunk = job.rows(part)[0] // job.block_steps
         self._files: dict[str, FileEntry] = {}
 
     def write(self, block: Steps) -> None:
-        steps = self._layout.block_steps
-        contents = (
-            turned(block.values, self._layout.shape, steps),
-            padded(block.episode, steps),
-            padded(block.frame, steps),
-        )
-        for name, content in zip(_chunk_names(self._layout, self._chunk), contents, strict=True):
-            packed = pack(content, self._layout.compression)
-            self._files[name] = put(packed, self._layout.data, name, self._layout.scratch)
+        job, steps = self._job, self._job.block_steps
+        shape = (job.model.latent_dim, job.model.num_layers)
+        numbers = (np.pad(column, (0, steps - len(block))).astype("<i8") for column in (block.episode, block.frame))
+        contents = (turned(block.values, shape, steps), *numbers)
+        for name, content in zip(chunk_names(self._chunk), contents, strict=True):
+            self._files[name] = put(pack(content, job.compression), job.data, name, job.scratch)
         self._chunk += 1
 
     def close(self, metadata: Mapping[str, str]) -> dict[str, FileEntry]:
@@ -185,16 +153,12 @@ class ZarrPart:
         return self._files
 
     def abandon(self) -> None:
-        """Whole chunks may stay: they will be written again, the same."""
+        """Chunks may stay: they are whole, and the same when they are written again."""
 
 
-def _chunk_names(layout: Layout, chunk: int) -> tuple[str, str, str]:
-    """Of tokens, episodes and frames."""
-    return (
-        f"data/tokens/{chunk}" + ".0" * len(layout.shape),
-        f"data/episode_index/{chunk}",
-        f"data/frame_index/{chunk}",
-    )
+def chunk_names(chunk: int) -> tuple[str, str, str]:
+    """The names of a chunk of tokens, of episodes and of frames."""
+    return f"data/tokens/{chunk}.0.0", f"data/episode_index/{chunk}", f"data/frame_index/{chunk}"
 
 
 def turned(values: AnyArray, shape: tuple[int, ...], steps: int) -> AnyArray:
@@ -206,12 +170,6 @@ def turned(values: AnyArray, shape: tuple[int, ...], steps: int) -> AnyArray:
     return result
 
 
-def padded(values: Int64Array, steps: int) -> Int64Array:
-    result = np.zeros(steps, "<i8")
-    result[: len(values)] = values
-    return result
-
-
 def pack(content: AnyArray, compression: Compression) -> bytes:
     if compression == "none":
         return content.tobytes()
@@ -220,7 +178,7 @@ def pack(content: AnyArray, compression: Compression) -> bytes:
 
 
 def unpack(content: bytes, size: int, compression: Compression) -> bytes:
-    """Raises OutputError where it does not give so many bytes."""
+    """The bytes of a chunk. Raises OutputError where they are not `size`."""
     if compression == "zstd":
         content = optional("pyarrow").Codec("zstd").decompress(content, size, asbytes=True)
     if len(content) != size:
@@ -243,7 +201,3 @@ def zarr_array(
         "order": order,
         "filters": None,
     }
-
-
-def spelled(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, indent=1).encode() + b"\n"

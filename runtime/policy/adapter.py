@@ -1,6 +1,6 @@
-"""`ActionRFSQAE`, what policy code calls: the published model's interface, backed by a bundle.
+"""`ActionRFSQAE`: the published torch model's interface, backed by a bundle, for policy code.
 
-Nothing else here imports it: whoever wants it has torch. It does no arithmetic of its own; tensors go to an
+Nothing else in `runtime` imports this module, since it needs torch. It does no arithmetic of its own: tensors go to an
 `ActionTokenizer`, on the CPU as numpy views, on the GPU where they lie (`runtime.policy.adapter_calls`).
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from ..bundle.advice import command
 from ..bundle.checkpoint_layouts import compare_config, recorded_weights
 from ..bundle.checkpoint_states import states_in
 from ..bundle.errors import FingerprintError, InvalidInputError
@@ -45,12 +46,12 @@ class ActionRFSQAE(nn.Module):
     tokenizer_fingerprint: Tensor
 
     def __init__(self, engines: object = None, *_sizes: object, **_settings: object) -> None:
-        """Use `from_bundle`; the published model's arguments are taken to say so."""
+        """Use `from_bundle`; with the published model's arguments this raises InvalidInputError that says so."""
         if not isinstance(engines, Engines):
             raise InvalidInputError(
                 "this ActionRFSQAE has no sizes or weights to choose: it is opened from a bundle, which brings both, "
-                "with ActionRFSQAE.from_bundle(PATH); a checkpoint becomes one by `python export/build_engine.py "
-                "--checkpoint FILE --output PATH`"
+                "with ActionRFSQAE.from_bundle(PATH); a checkpoint becomes one by "
+                f"`{command('build', '--checkpoint FILE --output PATH')}`"
             )
         super().__init__()
         self._engines = engines
@@ -61,10 +62,10 @@ class ActionRFSQAE(nn.Module):
         self.num_layers: int = model.num_layers
         self.num_levels: int = model.num_levels
         self.use_layernorm: bool = model.mode != "none"
-        # What is made in that mode could not be written outside of it.
+        # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             self.register_buffer(FINGERPRINT_KEY, engines.numbers.clone())
-        #: The buffer on a GPU that was found right last, and which version of it.
+        #: The buffer on a GPU that was last found to be right, and its version.
         self._known: tuple[Tensor | None, int] = (None, 0)
         self.rfsq = _Quantiser(engines.model)
         self.eval()
@@ -88,7 +89,7 @@ class ActionRFSQAE(nn.Module):
 
     @property
     def tokenizer(self) -> ActionTokenizer:
-        """What numpy arrays go to."""
+        """The tokenizer that takes numpy arrays."""
         self._require_own()
         return self._engines.on_host
 
@@ -137,7 +138,7 @@ class ActionRFSQAE(nn.Module):
         return call.result(actions)
 
     def decoder(self, latents: CodedLatents) -> Tensor:
-        """The second half of `decode_from_indices`, on what `rfsq.decode_from_indices` gave."""
+        """The second half of `decode_from_indices`: takes what `rfsq.decode_from_indices` returned."""
         if not isinstance(latents, CodedLatents):
             raise InvalidInputError(
                 f"latents are a {type(latents).__qualname__}; expected what rfsq.decode_from_indices returned: a "
@@ -159,7 +160,8 @@ class ActionRFSQAE(nn.Module):
     def _call_for(self, tensor: Tensor, trailing: int = 1) -> Call:
         """trailing: how many axes a step has."""
         self._require_own()
-        return self._engines.call_for(tensor, trailing)
+        tokenizer, is_in_place = self._engines.tokenizer_for(tensor.device)
+        return Call(tokenizer, tensor.shape[: tensor.ndim - trailing], tensor.device, is_in_place)
 
     def _encode(self, call: Call, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Tokens int32 and, for `dynamic` bundles, stats of whole chunks."""
@@ -175,12 +177,12 @@ class ActionRFSQAE(nn.Module):
             raise
         return tokens, stats
 
-    # What a torch module is asked beside ------------------------------------------------------------------------------
+    # The rest of a torch module ---------------------------------------------------------------------------------------
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """First one without numbers, for policy code asks it for the model's device and type.
+        """Begins with an empty one, since policy code asks the first parameter for the model's device and type.
 
-        The policy around has none of it: nothing there can unfreeze it, and nobody waits for its gradient.
+        It is not among the parameters of a policy around it: nothing can unfreeze it, and nothing needs its gradient.
         """
         if recurse:
             device = self.tokenizer_fingerprint.device
@@ -188,7 +190,7 @@ class ActionRFSQAE(nn.Module):
         yield from super().parameters(recurse)
 
     def reset_parameters(self) -> None:
-        """As torch and transformers call it where a module's tensors are new: the fingerprint is the bundle's again."""
+        """Write the bundle's fingerprint again; torch and transformers call this when a module's tensors are new."""
         with torch.no_grad():
             self.tokenizer_fingerprint.copy_(self._engines.numbers)
 
@@ -197,12 +199,12 @@ class ActionRFSQAE(nn.Module):
         if requires_grad:
             raise InvalidInputError(
                 "a bundle cannot be trained: its weights are compiled. Train the published model, and build a bundle "
-                "from its checkpoint with `python export/build_engine.py --checkpoint FILE`"
+                f"from its checkpoint with `{command('build', '--checkpoint FILE')}`"
             )
         return super().requires_grad_(False)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Compare: the bundle brings its own weights, and a checkpoint can only be the one that they came from or not.
+        """Compare a checkpoint with the bundle, whose own weights stay.
 
         state_dict: a published state dict or the file around it ('model_state_dict' or 'model', with or without
         'config'), or the adapter's own. strict: whether missing and unexpected names are refused; other numbers always
@@ -241,7 +243,7 @@ class ActionRFSQAE(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """As a part of a policy whose state is loaded: torch raises RuntimeError with what is added to error_msgs.
+        """Called when the state of a policy around it is loaded; torch raises RuntimeError with what error_msgs gets.
 
         The policy learnt the tokens of the tokenizer that was saved with it, so the right weights are not enough.
         """
@@ -266,9 +268,9 @@ class ActionRFSQAE(nn.Module):
             self._keep_own(state)
 
     def _require_own(self) -> None:
-        """For what came without `load_state_dict`: transformers, accelerate and others put tensors where they find one.
+        """Check the fingerprint in the buffer, which transformers, accelerate and others replace unasked.
 
-        A GPU is waited for once, and again after somebody has written there.
+        Waits for a GPU the first time, and again after somebody has written there.
         """
         numbers = self.tokenizer_fingerprint
         if numbers.is_cpu and numbers.dtype is torch.float32 and torch.equal(numbers, self._engines.numbers):
@@ -286,7 +288,7 @@ class ActionRFSQAE(nn.Module):
         self._known = numbers, version
 
     def _keep_own(self, state: Mapping[str, Any]) -> None:
-        """After a state that was found to be the bundle's: it may have been none, or another's, before."""
+        """Write the bundle's fingerprint after a state that is the bundle's: the buffer may have held another."""
         given = state.get(FINGERPRINT_KEY)
         if self.tokenizer_fingerprint.is_meta:
             self.tokenizer_fingerprint = torch.empty_like(
@@ -295,13 +297,13 @@ class ActionRFSQAE(nn.Module):
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves to another device, and never to another type; numbers stay, where `to_empty` loses them too."""
+        """Move to another device, never to another type; the fingerprint stays, also where `to_empty` would lose it."""
         before = self.tokenizer_fingerprint
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.tokenizer_fingerprint.device
         self.tokenizer_fingerprint = (self._engines.numbers.clone() if before.is_meta else before).to(device)
         if device.type == "cuda":
-            # Now rather than at the first call, which is somebody's loop.
+            # Now rather than at the first call, which may be in a control loop.
             self._engines.tokenizer_for(device)
         return self
 
@@ -315,7 +317,7 @@ class ActionRFSQAE(nn.Module):
 
 @dataclass(frozen=True)
 class CodedLatents:
-    """What stands for the latents [..., D] of tokens, for `decoder` alone: the bundle never makes them one by one."""
+    """Stands for the latents [..., D] of tokens; only `decoder` takes it, since a bundle computes no latents."""
 
     indices: Tensor
 
@@ -331,7 +333,7 @@ class CodedLatents:
         return CodedLatents(self.indices.to(device))
 
     def view(self, *shape: int) -> CodedLatents:
-        """Of steps: the last axis stays D. Published code has them in a row, `view(-1, D)`, before its decoder."""
+        """Reshape the steps; the last axis stays D. Published code calls `view(-1, D)` before its decoder."""
         return CodedLatents(self.indices.reshape(*shape, self.indices.shape[-1]))
 
     reshape = view
@@ -344,7 +346,7 @@ class CodedLatents:
 
 
 class _Quantiser:
-    """The published model's `rfsq`, as far as decoding needs it; no module, since it has no state."""
+    """The published model's `rfsq`, as far as decoding needs it; not a module, since it has no state."""
 
     def __init__(self, model: ModelEntry) -> None:
         self._model = model

@@ -1,6 +1,6 @@
-"""Where tensors of torch go: a bundle on the backends that take them, and calls in whole chunks.
+"""What `runtime.policy.adapter` needs around a bundle: backends that take tensors, and calls in whole chunks.
 
-For `runtime.policy.adapter`; like it, it imports torch.
+Imports torch.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch._C._functorch import get_interpreter_stack
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from ..backends.registry import GPU_BACKENDS, PREFERENCE
+from ..bundle.advice import command
 from ..bundle.errors import (
     BackendUnavailableError,
     EngineRefusedError,
@@ -44,22 +45,25 @@ _WIDER = {
     # What int64 cannot hold becomes negative: no level before, no level after.
     torch.uint64: torch.int64,
 }
-#: What the widest load of a kernel needs.
+#: In bytes, for the widest load of a kernel.
 _ALIGNMENT = 16
 CPU = torch.device("cpu")
-#: Of torch's modes, those in which tensors are stand-ins.
+#: The modes of torch in which tensors are stand-ins.
 _RECORDING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.FUNCTIONAL)
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
 #: The GPU that backends work on.
 _DEVICE = 0
 
-_NOT_DECODABLE = (
-    "tokens of a `dynamic` bundle cannot be decoded alone: every layer was normalised by a mean and a sigma of its own "
-    "step, which do not travel with the tokens; the published decode_from_indices left them out, and was wrong by "
-    "orders of magnitude. Reconstructions come from forward; to decode tokens, build the bundle anew: `python "
-    "export/build_engine.py --conditioning recovered` (the same tokens, approximate, for a policy that speaks them "
-    "already) or `--conditioning calibrated` (new tokens, exact, for a policy to be trained)"
-)
+
+def _not_decodable() -> str:
+    build = command("build", "--conditioning recovered")
+    return (
+        "tokens of a `dynamic` bundle cannot be decoded alone: every layer was normalised by a mean and a sigma of its "
+        "own step, which do not travel with the tokens; the published decode_from_indices left them out, and was wrong "
+        "by orders of magnitude. Reconstructions come from forward; to decode tokens, build the bundle anew: "
+        f"`{build}` (the same tokens, approximate, for a policy that speaks them already) or "
+        "`--conditioning calibrated` (new tokens, exact, for a policy to be trained)"
+    )
 
 
 class Engines:
@@ -75,7 +79,7 @@ class Engines:
         self.model, self.fingerprint = self.on_host.model, self.on_host.fingerprint
         #: The fingerprint as a state dict has it. On the CPU, also where a policy is built on the meta device.
         self.numbers = torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.float32, device=CPU)
-        # What was found for each device that tensors came from.
+        # By device that tensors came from; None where no backend takes them in place.
         self._on_gpu: dict[torch.device, ActionTokenizer | None] = {}
         self._lock = threading.Lock()
 
@@ -86,7 +90,7 @@ class Engines:
         return Engines, (self.path, self._backend, self.fingerprint)
 
     def tokenizer_for(self, device: torch.device) -> tuple[ActionTokenizer, bool]:
-        """The tokenizer for tensors there, and whether it takes them where they lie."""
+        """The tokenizer for tensors on this device, and whether it takes them where they lie."""
         if device.type == "cpu":
             return self.on_host, True
         with self._lock:
@@ -94,10 +98,6 @@ class Engines:
                 self._on_gpu[device] = self._open_for(device)
             found = self._on_gpu[device]
         return (self.on_host, False) if found is None else (found, True)
-
-    def call_for(self, tensor: Tensor, trailing: int) -> Call:
-        tokenizer, is_in_place = self.tokenizer_for(tensor.device)
-        return Call(tokenizer, tensor.shape[: tensor.ndim - trailing], tensor.device, is_in_place)
 
     def _open_for(self, device: torch.device) -> ActionTokenizer | None:
         obstacles = []
@@ -165,7 +165,7 @@ class Call:
         return chunks if self.work_device == self.device else chunks.to(self.device)
 
     def stream(self) -> object:
-        """The one that torch works on there."""
+        """The stream that torch works on there; None on the CPU."""
         return torch.cuda.current_stream(self.work_device) if self._is_on_gpu else None
 
     def array(self, tensor: Tensor | None) -> Any:
@@ -173,17 +173,17 @@ class Call:
         return tensor if tensor is None or self._is_on_gpu else tensor.numpy()
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """For results, on the device of the work."""
+        """An array for results, on the device of the work."""
         return torch.empty(shape, dtype=dtype, device=self.work_device)
 
     def tokens(self, indices: Tensor, num_levels: int) -> Tensor:
-        """In a type that the tokenizer takes."""
+        """Indices in a type that the tokenizer takes."""
         if self._is_on_gpu:
             return narrowed(indices, num_levels)
         return indices if indices.dtype in _TAKEN_BY_TOKENIZER else indices.to(_WIDER[indices.dtype])
 
     def refuse_in_place(self, check: Callable[[InputValidator, Any], object], tensor: Tensor) -> None:
-        """For values that were refused in cut-up chunks: refuse them where they are in the tensor that was given."""
+        """Refuse values that were refused in chunks again, by their place in the tensor that was given."""
         if not self.is_whole and not self._is_on_gpu:
             leading = self._leading if len(self._leading) == 2 else (1, self._num_steps)
             given = tensor.detach().to(CPU).reshape(*leading, *tensor.shape[len(self._leading) :])
@@ -191,9 +191,9 @@ class Call:
 
 
 def uncompiled(method: Callable[[_Self, Tensor], _Result]) -> Callable[[_Self, Tensor], _Result]:
-    """`method`, called by Python itself where torch.compile follows the code around it: it can follow no backend.
+    """`method`, left out of the graph when torch.compile compiles the code around it: it cannot follow a backend.
 
-    torch.compiler.disable is used only there: it imports all of the compiler.
+    Only then is torch.compiler.disable called, since it imports all of the compiler.
     """
 
     @functools.wraps(method)
@@ -206,12 +206,12 @@ def uncompiled(method: Callable[[_Self, Tensor], _Result]) -> Callable[[_Self, T
 
 
 def is_plain(value: object) -> bool:
-    """Whether it is a tensor whose numbers lie in memory as they are."""
+    """Whether `value` is a tensor whose memory holds its numbers as they are."""
     return isinstance(value, Tensor) and _peculiarity(value) is None and not value.is_neg()
 
 
 def checked_tensor(name: str, value: object) -> Tensor:
-    """A tensor whose memory backends may read, now. Raises InvalidInputError for every other kind, by its name."""
+    """A tensor whose memory backends may read now. Raises InvalidInputError for every other kind of tensor or value."""
     if not isinstance(value, Tensor):
         raise InvalidInputError(
             f"{name} is a {type(value).__module__}.{type(value).__qualname__}; expected a torch.Tensor: for numpy "
@@ -235,18 +235,18 @@ def checked_tensor(name: str, value: object) -> Tensor:
 
 
 def _is_recorded() -> bool:
-    """Whether calls are recorded, or made of stand-ins, so that what a backend writes into memory is lost."""
+    """Whether calls are recorded or tensors are stand-ins, so that what a backend writes into memory is lost."""
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
     if torch._C._len_torch_dispatch_stack() or torch._C._dispatch_tls_is_dispatch_key_included(_PRE_DISPATCH):
-        # Other modes, those of profilers for instance, see each call and let it happen.
+        # Other modes, such as a profiler's, see each call and let it happen.
         modes = [*map(torch._C._get_dispatch_mode, _RECORDING_MODES), get_proxy_mode()]
         return any(mode is not None for mode in modes)
     return False
 
 
 def _peculiarity(value: Tensor) -> str | None:
-    """What keeps the memory of a tensor from being its numbers; None where nothing does, but for a negative bit."""
+    """Why the memory of a tensor does not hold its numbers; None if it does, or holds them negated."""
     kind = type(value)
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return f"a {kind.__module__}.{kind.__qualname__}, which has no memory of its own"
@@ -260,14 +260,15 @@ def _peculiarity(value: Tensor) -> str | None:
         if value.data_ptr() or not (value.is_meta or value.numel()):
             return None
     except RuntimeError:
-        # What a transform of torch.func has left.
+        # A leftover of a transform of torch.func.
         return "without memory"
     return "on the meta device" if value.is_meta else "without memory: it was freed, or never was"
 
 
 def checked_indices(value: object, model: ModelEntry) -> Tensor:
+    """Codes [..., D, l] of an integer type. Raises InvalidInputError for everything else, and for `dynamic` bundles."""
     if model.has_stats:
-        raise InvalidInputError(_NOT_DECODABLE)
+        raise InvalidInputError(_not_decodable())
     indices = checked_tensor("indices", value)
     if indices.dtype not in (*_TAKEN_BY_TOKENIZER, *_WIDER):
         raise InvalidInputError(
@@ -282,7 +283,7 @@ def checked_indices(value: object, model: ModelEntry) -> Tensor:
 
 
 def narrowed(indices: Tensor, num_levels: int) -> Tensor:
-    """As int32, without making a level of what is none: int32 would take the lower digits of int64 alone."""
+    """Indices as int32; clamped first, since the lower half of an illegal int64 could be a level."""
     if indices.dtype in (torch.uint32, torch.uint64):
         indices = indices.to(torch.int64)
     if indices.dtype is torch.int64:

@@ -1,4 +1,4 @@
-"""Whether a state dict is of the tokenizer that a bundle holds: by the fingerprint in it, or weight by weight."""
+"""Whether a state dict belongs to the tokenizer of a bundle: by the fingerprint in it, or weight by weight."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bundle.advice import command
 from ..bundle.checkpoint_layouts import StateComparison, compare_state, is_grid, recorded_hashes
 from .adapter_calls import Engines, is_plain
 
 #: The only entry of the adapter's own state dict: the fingerprint's 32 bytes, as float32 numbers.
 FINGERPRINT_KEY = "tokenizer_fingerprint"
-#: Whoever averages the weights of policies averages these numbers too, and each may be off by so much then. That all 32
-#: of another fingerprint are so near has a chance of (9 / 256)^32.
+#: Averaging the weights of policies averages these numbers too, and each may then be off by so much. All 32 numbers of
+#: another fingerprint are so near with a chance of (9 / 256)^32.
 _ROUNDING = 4
 
 
 def compare_with(engines: Engines, state: Mapping[str, Any]) -> StateComparison:
-    """What sets `state`, the adapter's own or a published one, apart from the bundle's."""
+    """How `state`, the adapter's own or a published one, differs from the bundle's."""
     tensors = {name: value for name, value in state.items() if isinstance(name, str) and is_plain(value)}
     if len(tensors) < len(state):
         others = sorted(str(name) for name in state if name not in tensors)
@@ -38,14 +39,14 @@ def compare_with(engines: Engines, state: Mapping[str, Any]) -> StateComparison:
     try:
         arrays = {name: value.detach().cpu().float().numpy() for name, value in tensors.items()}
     except RuntimeError as error:
-        # Nested ones, and types that torch keeps but does not compute with.
+        # Nested tensors, and types that torch stores but does not compute with.
         return _is_none(f"it is no state dict of plain tensors: {error}")
     resolution = max((torch.finfo(dtype).eps for dtype in grids), default=0.0)
     return compare_state(arrays, hashes, engines.model, resolution=resolution)
 
 
 def differences_from(own: Tensor, numbers: Tensor) -> tuple[str, ...]:
-    """What sets the numbers of a fingerprint apart from the own ones: one line, or none."""
+    """How the numbers of a fingerprint differ from the bundle's own: one line, or none."""
     found = numbers.detach().cpu().float()
     if found.shape == own.shape and bool(((found - own).abs() <= _ROUNDING).all()):
         return ()
@@ -59,21 +60,21 @@ def differences_from(own: Tensor, numbers: Tensor) -> tuple[str, ...]:
 
 
 def speaks_otherwise(engines: Engines, state: Mapping[str, Any]) -> bool:
-    """Whether a model of this state, as published, makes other tokens than the bundle."""
+    """Whether a published model with this state makes other tokens than the bundle."""
     is_published = FINGERPRINT_KEY not in state and "calibrated.mean" not in state
     return is_published and engines.model.mode == "calibrated"
 
 
 def refusal(engines: Engines, problems: Sequence[str]) -> str:
-    """What to do where a state is not the bundle's."""
+    """The message for a state that is not the bundle's: what differs, and what to do."""
     model = engines.model
     lines = "\n".join(f"  {problem}" for problem in problems)
-    data = " --calibration-data EPISODES" if model.mode in ("calibrated", "recovered") else ""
+    data = " --data EPISODES" if model.mode in ("calibrated", "recovered") else ""
+    given = f"--checkpoint FILE --conditioning {model.mode} --chunk-length {model.chunk_length}{data} --output DIR"
     return (
         f"this state is not shown to be what {engines.path} ({engines.fingerprint}) was built from:\n"
         f"{lines}\n"
-        "load the bundle that belongs to it, or build one: `python export/build_engine.py --checkpoint FILE "
-        f"--conditioning {model.mode} --chunk-length {model.chunk_length}{data} --output DIR`"
+        f"load the bundle that belongs to it, or build one: `{command('build', given)}`"
     )
 
 

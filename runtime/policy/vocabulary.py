@@ -1,4 +1,4 @@
-"""Tokens as ids of a flat vocabulary and back, for models that emit text-like ids.
+"""Tokens as ids of a flat vocabulary and back, for models that emit ids as they emit text.
 
 A token of layer l with level i has the id `offset + l * K + i`: every layer has K ids of its own, the same at every
 step and latent. A chunk is a sequence of n = T * D * L ids, in one of two orders:
@@ -8,13 +8,13 @@ step and latent. A chunk is a sequence of n = T * D * L ids, in one of two order
 - `step-major`: the first step with all its layers, then the second; within a step layer by layer, within a layer
   latent by latent. Position (t * L + l) * D + d.
 
-So the layer at a position is known, and an id that belongs to another one is an error. Nothing is repaired.
+So the layer at each position is known, and an id of another layer is an error. Nothing is repaired.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
 
@@ -45,13 +45,13 @@ ORDERS: tuple[Order, ...] = ("layer-major", "step-major")
 _ID_TYPES = (np.dtype(np.int64), np.dtype(np.int32))
 _LARGEST_ID = 2**63 - 1
 _MOST_LEVELS = 2**31
-#: Of a chunk; a thousand is usual. What is held for each position takes 8 bytes.
+#: In a chunk; a thousand is usual. Each position takes 8 bytes.
 _MOST_IDS = 2**24
 
 
 @dataclass(frozen=True, eq=False)
 class PartialTokens:
-    """What is whole in every sequence of a batch.
+    """The tokens that are whole in every sequence of a batch.
 
     tokens: int32 [B, T, D, l] of the first l layers (`layer-major`), int32 [B, t, D, L] of the first t steps
     (`step-major`). whole: int64 [B], the whole layers or steps of each sequence, of which tokens have the fewest.
@@ -70,6 +70,13 @@ class TokenVocabulary:
     special_ids: names and ids that are no tokens (bos, eos, pad, ...). fingerprint: of the tokenizer, or empty.
     VocabularyError for settings that make no sense. The vocabulary of a draft model that emits l layers is
     `dataclasses.replace(vocabulary, num_layers=l)`: the same ids, and in `layer-major` the start of the same sequence.
+
+    >>> vocabulary = TokenVocabulary(num_layers=2, num_levels=3, latent_dim=1, chunk_length=2, offset=100)
+    >>> ids = vocabulary.to_ids(np.array([[[[0, 2]], [[1, 1]]]], np.int32))
+    >>> ids.tolist()
+    [[100, 101, 105, 104]]
+    >>> vocabulary.to_tokens(ids)[0, :, 0].tolist()
+    [[0, 2], [1, 1]]
     """
 
     num_layers: int
@@ -135,8 +142,8 @@ class TokenVocabulary:
         order: Order = "layer-major",
         special_ids: Mapping[str, int] | None = None,
     ) -> Self:
-        """With the sizes and the fingerprint of this tokenizer. InvalidInputError where it is none."""
-        # Here, because whoever only maps ids needs none.
+        """A vocabulary with the sizes and the fingerprint of `tokenizer`; InvalidInputError if it is no tokenizer."""
+        # Imported here, since mapping ids needs no tokenizer.
         from ..tokenizer import ActionTokenizer
 
         if not isinstance(tokenizer, ActionTokenizer):
@@ -157,17 +164,17 @@ class TokenVocabulary:
 
     @property
     def ids(self) -> range:
-        """The ids of tokens: L * K of them, from the offset on."""
+        """The L * K ids of tokens, from the offset on."""
         return range(self.offset, self.offset + self.num_layers * self.num_levels)
 
     @property
     def size(self) -> int:
-        """The largest id plus 1, special ones included: so many rows an embedding needs."""
+        """The largest id plus 1, special ones included: the number of rows that an embedding needs."""
         return max(self.ids.stop, *(number + 1 for _, number in self.special_ids), 0)
 
     @property
     def sequence_length(self) -> int:
-        """Ids of a whole chunk, n = T * D * L."""
+        """The number of ids of a whole chunk, n = T * D * L."""
         return self.chunk_length * self.latent_dim * self.num_layers
 
     def ids_at(self, position: int) -> range:
@@ -182,7 +189,7 @@ class TokenVocabulary:
         """tokens int32 (int64, uint8) [B, T, D, L], each 0 ... K - 1 -> ids int64 [B, n]. InvalidInputError."""
         array = self._tokens(tokens)
         ids = np.empty((len(array), *self._grid), np.int64)
-        np.add(array.transpose(0, *self._to_grid), self._lowest.reshape(self._grid), out=ids)
+        np.add(array.transpose(0, *self._axes), self._lowest.reshape(self._grid), out=ids)
         return ids.reshape(len(array), self.sequence_length)
 
     @overload
@@ -209,60 +216,48 @@ class TokenVocabulary:
         if partial is not None and not (isinstance(partial, str) and partial == "prefix"):
             raise InvalidInputError(f"partial is {partial!r:.60}; expected 'prefix' or None")
         array = _ids(ids)
-        length = min(array.shape[1], self.sequence_length)
+        width, most = array.shape[1], self.sequence_length
+        if partial is None and not len(array) and width != most:
+            kind = SequenceTooShortError if width < most else SequenceTooLongError
+            raise kind(f"ids have shape {list(array.shape)}; expected [B, n] = [B, {most}]", None, min(width, most))
         # Modulo 2^64 the ids of a position are the K smallest numbers, and all others are larger.
-        levels = array[:, :length] - self._lowest[:length]
+        levels = array[:, :most] - self._lowest[:width]
         is_clean = levels.size == 0 or bool(np.maximum.reduce(levels.view(np.uint64), axis=None) < self.num_levels)
+        least = most if partial is None else self._unit
+        is_whole = is_clean and least <= width <= most
+        lengths = np.full(len(array), width) if is_whole else self._lengths(array, levels, partial)
         if partial is None:
-            if not is_clean or array.shape[1] != self.sequence_length:
-                self._refuse(array, levels)
             return self._from_grid(levels, self._grid[0])
-        if is_clean and array.shape[1] <= self.sequence_length:
-            lengths = np.full(len(array), length)
-        else:
-            lengths = self._lengths(array, levels)
         whole = lengths // self._unit
-        if not whole.all():
-            row = int(whole.argmin())
-            self._refuse_short(row, int(lengths[row]), partial)
-        count = int(whole.min(initial=length // self._unit))
+        count = int(whole.min(initial=min(width, most) // self._unit))
         used = count * self._unit
         return PartialTokens(self._from_grid(levels[:, :used], count), whole, used)
 
-    # The sequence as a grid: layers, steps, latents or steps, layers, latents.
-
     @property
-    def _grid(self) -> tuple[int, int, int]:
-        if self.order == "layer-major":
-            return (self.num_layers, self.chunk_length, self.latent_dim)
-        return (self.chunk_length, self.num_layers, self.latent_dim)
-
-    @property
-    def _to_grid(self) -> tuple[int, int, int]:
+    def _axes(self) -> tuple[int, int, int]:
+        """The axes of tokens [B, T, D, L] in the order of the sequence, the outermost first."""
         return (3, 1, 2) if self.order == "layer-major" else (1, 3, 2)
 
     @property
+    def _grid(self) -> tuple[int, ...]:
+        sizes = {1: self.chunk_length, 2: self.latent_dim, 3: self.num_layers}
+        return tuple(sizes[axis] for axis in self._axes)
+
+    @property
     def _unit(self) -> int:
-        """Ids of one layer or of one step, whichever is outermost."""
+        """The number of ids of one layer or one step, whichever is outermost."""
         return self._grid[1] * self.latent_dim
 
     @cached_property
     def _lowest(self) -> Int64Array:
         """The lowest id at each position, [n]."""
-        return self.offset + self.num_levels * self._layers(self.order)
-
-    def _layers(self, order: Order) -> Int64Array:
-        """The layer at each position, [n]."""
-        layers = np.arange(self.num_layers, dtype=np.int64)
-        if order == "layer-major":
-            return np.repeat(layers, self.chunk_length * self.latent_dim)
-        return np.tile(np.repeat(layers, self.latent_dim), self.chunk_length)
+        layers = np.indices(self._grid, np.int64, sparse=True)[self._axes.index(3)]
+        return np.broadcast_to(self.offset + self.num_levels * layers, self._grid).reshape(-1)
 
     def _from_grid(self, levels: Int64Array, count: int) -> Int32Array:
         """Levels [B, count * unit] as tokens."""
         grid = levels.reshape(len(levels), count, *self._grid[1:])
-        back = (0, 2, 3, 1) if self.order == "layer-major" else (0, 1, 3, 2)
-        return grid.transpose(back).astype(np.int32, order="C")
+        return np.moveaxis(grid, (1, 2, 3), self._axes).astype(np.int32, order="C")
 
     def _layer_of(self, number: int) -> int:
         return (number - self.offset) // self.num_levels
@@ -287,48 +282,31 @@ class TokenVocabulary:
 
     # On the way to an error.
 
-    def _lengths(self, ids: npt.NDArray[Any], levels: Int64Array) -> Int64Array:
-        """How many ids each sequence has before it ends; refuses the first that does not end as it may."""
-        is_special = np.isin(ids, [number for _, number in self.special_ids])
+    def _lengths(self, ids: npt.NDArray[Any], levels: Int64Array, partial: str | None) -> Int64Array:
+        """How many ids each sequence has before it ends, [B]; refuses the first that is malformed."""
+        # Only where a sequence may end early is a special id its end.
+        is_special = np.isin(ids, [number for _, number in self.special_ids if partial])
         width = ids.shape[1]
-        lengths: Int64Array = np.where(is_special.any(axis=1), is_special.argmax(axis=1), width)
         positions = np.arange(width)
+        lengths: Int64Array = np.where(is_special, positions, width).min(axis=1, initial=width)
         is_wrong = np.ones(ids.shape, np.bool_)
         is_wrong[:, : levels.shape[1]] = levels.view(np.uint64) >= self.num_levels
         is_wrong &= positions < lengths[:, None]
-        # What follows a special id and is none makes that one stand in the middle.
+        # A special id that another id follows is not the end, but wrong.
         goes_on = ((positions > lengths[:, None]) & ~is_special).any(axis=1)
         is_wrong[np.flatnonzero(goes_on), lengths[goes_on]] = True
-        too_short = lengths < self._unit
-        refused = is_wrong.any(axis=1) | too_short
+        is_short = lengths < (self._unit if partial else self.sequence_length)
+        refused = is_wrong.any(axis=1) | is_short
         if refused.any():
             row = int(refused.argmax())
             if is_wrong[row].any():
                 self._refuse_at(ids, row, int(is_wrong[row].argmax()))
-            self._refuse_short(row, int(lengths[row]), "prefix")
-        return lengths
-
-    def _refuse(self, ids: npt.NDArray[Any], levels: Int64Array) -> NoReturn:
-        """For the first malformed sequence, at its first wrong position."""
-        length = levels.shape[1]
-        if not len(ids):
-            kind = SequenceTooShortError if ids.shape[1] < self.sequence_length else SequenceTooLongError
-            raise kind(f"ids have shape {list(ids.shape)}; expected [B, n] = [B, {self.sequence_length}]", None, length)
-        is_wrong = levels.view(np.uint64) >= self.num_levels
-        # Where the width is wrong, the first sequence is malformed in any case.
-        row = 0 if ids.shape[1] != self.sequence_length else int(is_wrong.any(axis=1).argmax())
-        if is_wrong[row].any():
-            self._refuse_at(ids, row, int(is_wrong[row].argmax()))
-        if length < self.sequence_length:
-            self._refuse_short(row, length, None)
-        self._refuse_at(ids, row, length)
-
-    def _refuse_short(self, row: int, length: int, partial: str | None) -> NoReturn:
-        if partial is None:
             expected = f"T * D * L = {self.sequence_length}; to take what is whole, pass partial='prefix'"
-        else:
-            expected = f"at least {self._unit}, one whole {self.order.partition('-')[0]}"
-        raise SequenceTooShortError(f"sequence {row} has {length} ids; expected {expected}", row, length)
+            if partial:
+                expected = f"at least {self._unit}, one whole {self.order.partition('-')[0]}"
+            length = int(lengths[row])
+            raise SequenceTooShortError(f"sequence {row} has {length} ids; expected {expected}", row, length)
+        return lengths
 
     def _refuse_at(self, ids: npt.NDArray[Any], row: int, position: int) -> NoReturn:
         number = int(ids[row, position])
@@ -351,12 +329,13 @@ class TokenVocabulary:
         raise error(f"ids[{row}, {position}] is {number}, {found}; expected {expected}", row, position)
 
     def _other_order(self, sequence: npt.NDArray[Any]) -> str:
-        """A remark where the whole sequence would be right in the other order."""
+        """A remark if the whole sequence would be right in the other order."""
         if len(sequence) != self.sequence_length:
             return ""
-        other: Order = ORDERS[1 - ORDERS.index(self.order)]
-        layers = (sequence.astype(np.int64) - self.offset) // self.num_levels
-        return f" (the whole sequence is in {other} order)" if np.array_equal(layers, self._layers(other)) else ""
+        other = replace(self, order=ORDERS[1 - ORDERS.index(self.order)])
+        levels = sequence.astype(np.int64) - other._lowest  # noqa: SLF001  # of this class
+        is_right = (levels.view(np.uint64) < self.num_levels).all()
+        return f" (the whole sequence is in {other.order} order)" if is_right else ""
 
 
 def _ids(ids: object) -> npt.NDArray[Any]:

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle.arrays import Float32Array, Float64Array, Int32Array, in_chunks
+from ..bundle.advice import command
+from ..bundle.arrays import Codes, Float32Array, Float64Array, in_chunks
 from ..bundle.errors import InvalidInputError
 from ..bundle.fidelity import Fidelity, FidelitySums
 from ..bundle.manifest import ModelEntry
 from ..datasets.episodes import Run, extend_runs, join_runs
 from ..datasets.pieces import Source
-from ..tokenizer import ActionTokenizer
+from ..tokenizer import ActionTokenizer, codes_of
 
 #: Share of steps that may have another token: float32 rounding carries a value across the edge between two bins, and
 #: behind it others of the step with published tokens. Between two backends of one bundle it was 0.0006 at most.
@@ -85,8 +86,8 @@ class Side:
     def __init__(self, name: str, path: Path, backend: str) -> None:
         if path.is_file():
             raise InvalidInputError(
-                f"{name} is the file {path}; expected a bundle. Make one from a checkpoint: `python "
-                f"export/build_engine.py --checkpoint {path} --conditioning MODE --output DIR`, with none for a naive "
+                f"{name} is the file {path}; expected a bundle. Make one from a checkpoint: "
+                f"`{command('build', f'--checkpoint {path} --conditioning MODE --output DIR')}`, with none for a naive "
                 "one and dynamic for a robust one as published"
             )
         self.tokenizer = ActionTokenizer.load(path, backend=backend)
@@ -96,18 +97,16 @@ class Side:
     def close(self) -> None:
         self.tokenizer.close()
 
-    def encode(self, actions: Float32Array) -> tuple[Int32Array, Float32Array | None]:
+    def encode(self, actions: Float32Array) -> Codes:
         """actions [N, A] -> tokens [N, D, L] and, of a `dynamic` bundle, stats [N, L, 2]."""
-        chunks = in_chunks(actions, self.model.chunk_length)
-        if not self.model.has_stats:
-            return _steps(self.tokenizer.encode(chunks), len(actions)), None
-        tokens, stats = self.tokenizer.encode_with_stats(chunks)
-        return _steps(tokens, len(actions)), _steps(stats, len(actions))
+        tokens, stats = codes_of(self.tokenizer, in_chunks(actions, self.model.chunk_length))
+        return Codes(_steps(tokens, len(actions)), None if stats is None else _steps(stats, len(actions)))
 
-    def decode(self, tokens: Int32Array, stats: Float32Array | None) -> Float32Array:
+    def decode(self, codes: Codes) -> Float32Array:
         """tokens [N, D, l] and, if there are any, stats [N, l, 2] -> actions [N, A]."""
-        given = in_chunks(stats, self.model.chunk_length) if stats is not None and self.model.has_stats else None
-        return _steps(self.tokenizer.decode(in_chunks(tokens, self.model.chunk_length), given), len(tokens))
+        length, (tokens, stats) = self.model.chunk_length, codes
+        given = in_chunks(stats, length) if stats is not None and self.model.has_stats else None
+        return _steps(self.tokenizer.decode(in_chunks(tokens, length), given), len(tokens))
 
 
 def _steps(chunks: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
@@ -151,19 +150,18 @@ def measure(old: Side, new: Side, source: Source) -> Measurement:
         (tokens, decoder, layers): _Sums(old.model.action_units, tokens.model)
         for tokens, decoder in pairs
         if tokens.model.has_stats or not decoder.model.has_stats
-        for layers in _common_prefixes(tokens.model, decoder.model)
+        for layers in sorted({*tokens.model.prefixes} & {*decoder.model.prefixes})
     }
     equal, differing = np.zeros(depth, np.int64), 0
     for actions in _batches(source, old.model.action_dim):
         codes = {side: side.encode(actions) for side in (old, new)}
         if corresponds:
-            is_equal = codes[old][0][..., :depth] == codes[new][0][..., :depth]
+            is_equal = codes[old].tokens[..., :depth] == codes[new].tokens[..., :depth]
             equal += is_equal.sum(axis=(0, 1))
             differing += len(actions) - int(is_equal.all(axis=(1, 2)).sum())
         own: dict[tuple[Side, int], Float32Array] = {}
         for (side, decoder, layers), total in sums.items():
-            tokens, stats = codes[side]
-            decoded = decoder.decode(tokens[..., :layers], None if stats is None else stats[:, :layers])
+            decoded = decoder.decode(codes[side].prefix(layers))
             total.add(actions, decoded, own.setdefault((side, layers), decoded))
     return Measurement(
         steps=source.num_steps,
@@ -187,10 +185,6 @@ def _batches(source: Source, action_dim: int) -> Iterator[Float32Array]:
             extend_runs(runs, steps, source, start)
             yield steps.values
     join_runs(runs, source)
-
-
-def _common_prefixes(one: ModelEntry, other: ModelEntry) -> tuple[int, ...]:
-    return tuple(sorted({*one.prefixes} & {*other.prefixes}))
 
 
 def _remarks(old: ModelEntry, new: ModelEntry) -> Iterator[str]:

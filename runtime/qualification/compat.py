@@ -1,191 +1,68 @@
-"""Measure how far tokens and decoded actions of two bundles agree, and say whether one can stand in for the other.
+"""The command that measures how far two bundles agree, and says whether one can stand in for the other.
 
-OLD is the bundle that the policy was trained with, NEW the one that would replace it. A checkpoint is made a bundle by
-`python export/build_engine.py --checkpoint F --conditioning MODE --output DIR`, with `none` for a naive one and
-`dynamic` for a robust one as published.
-
-The exit status is 0 when they are interchangeable, 1 when NEW can replace the decoder of OLD, 2 when the policy has to
-be trained again, or NEW to be built otherwise, and 3 when nothing could be compared. What the manifests do not prove
-counts only with --force.
+OLD is the bundle that the policy was trained with, NEW the one that would replace it; `conclusion.py` does the work.
 """
 
+from __future__ import annotations
+
 import argparse
-import contextlib
 import dataclasses
-import json
-import os
-import sys
-import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-from ..backends.registry import PREFERENCE
-from ..bundle.compatibility import Compatibility, compare_manifests
+from ..bundle.advice import command, page
+from ..bundle.command import DONE, WANTING, CommandParser, Outcome, run
 from ..bundle.console import printable
-from ..bundle.errors import TokenizerError
-from ..bundle.gates import GATES
-from ..bundle.manifest import ModelEntry
-from ..bundle.paths import as_path
-from ..datasets.pieces import Source
-from ..datasets.sources import open_source
-from .agreement import BundleFacts, Decoding, Measurement, Side, listed, measure
 
-INTERCHANGEABLE, DECODER_CAN_BE_REPLACED, NOT_COMPATIBLE, NOT_COMPARED = range(4)
-
-#: Decoders that are the same may each be off by the gate.
-SAME_ACTION = 2 * GATES.action_error
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """status: the exit status."""
-
-    status: int
-    text: str
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """All there is to say about two bundles."""
-
-    old: BundleFacts
-    new: BundleFacts
-    compatibility: Compatibility
-    measurement: Measurement
-    verdict: Verdict
+if TYPE_CHECKING:
+    from .agreement import BundleFacts, Decoding
+    from .conclusion import Comparison
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        return _main(arguments)
-    except Exception:
-        # Python's own status for it, 1, says here that the decoder can be replaced.
-        traceback.print_exc()
-        return NOT_COMPARED
+    return run(_parser(), _work, arguments)
 
 
-def _main(arguments: Sequence[str] | None) -> int:
-    options = _parse_arguments(arguments)
-    try:
-        source = open_source(options.data, options.key, options.filter_key)
-        found = compare(options.old, options.new, source, backend=options.backend, force=options.force)
-    except TokenizerError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return NOT_COMPARED
-    if options.json:
-        print(json.dumps(dataclasses.asdict(found), indent=1, allow_nan=False))
-    else:
-        print("\n".join(map(printable, overview(found))))
-    return found.verdict.status
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # argparse's own status, 2, says here that the policy has to be trained again.
-        self.print_usage(sys.stderr)
-        self.exit(NOT_COMPARED, f"{self.prog}: error: {message}\n")
-
-
-def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    description, _, epilog = (__doc__ or "").partition("\n\n")
-    parser = _Parser(description=description, epilog=epilog)
-    parser.add_argument("old", metavar="OLD", type=Path, help="bundle that the policy was trained with")
-    parser.add_argument("new", metavar="NEW", type=Path, help="bundle that would replace it")
+def _parser() -> CommandParser:
+    parser = CommandParser("compat", wanting="the verdict is another than --accept takes")
+    parser.add_bundle(
+        "old",
+        "bundle that the policy was trained with; a checkpoint becomes one by "
+        f"{command('build', '--checkpoint F --conditioning MODE --output DIR')}",
+    )
+    parser.add_bundle("new", "bundle that would replace it")
+    parser.add_data(required=True)
+    parser.add_backend()
     parser.add_argument(
-        "--data", type=Path, required=True, help="recorded actions in robot units: .npz, .npy, HDF5 or LeRobot"
+        "--accept",
+        choices=("interchangeable", "decoder"),
+        default="interchangeable",
+        help="the verdict that is enough for status 0; decoder: it is also enough that NEW can replace the decoder of "
+        "OLD while the policy stays; default: interchangeable",
     )
-    parser.add_argument("--key", help="name of the action array or column in --data")
-    parser.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
-    parser.add_argument("--backend", choices=("auto", *PREFERENCE), default="auto", help="default: auto")
     parser.add_argument("--force", action="store_true", help="let the measurement decide what is not proven")
-    parser.add_argument("--json", action="store_true", help="all of it as JSON")
-    return parser.parse_args(arguments)
+    return parser
 
 
-def compare(
-    old: str | os.PathLike[str],
-    new: str | os.PathLike[str],
-    source: Source,
-    *,
-    backend: str = "auto",
-    force: bool = False,
-) -> Comparison:
-    """Two bundles on recorded actions. force: let the measurement decide what the manifests do not prove.
+def _work(options: argparse.Namespace) -> Outcome:
+    from ..datasets.sources import open_source
+    from .conclusion import compare
 
-    Raises what ActionTokenizer.load does, DatasetError for the data, InvalidInputError for actions that a bundle does
-    not take.
-    """
-    with contextlib.ExitStack() as stack:
-        before = stack.enter_context(contextlib.closing(Side("OLD", as_path(old, "OLD"), backend)))
-        after = stack.enter_context(contextlib.closing(Side("NEW", as_path(new, "NEW"), backend)))
-        compatibility = compare_manifests(before.tokenizer.manifest, after.tokenizer.manifest)
-        measurement = measure(before, after, source)
-        verdict = _conclude(compatibility, measurement, before.model, after.model, force=force)
-        return Comparison(before.facts, after.facts, compatibility, measurement, verdict)
-
-
-# Concluding ----------------------------------------------------------------------------------------------------------
-
-
-def _conclude(
-    compatibility: Compatibility, measurement: Measurement, old: ModelEntry, new: ModelEntry, *, force: bool
-) -> Verdict:
-    """What is proven, if the measurement bears it out; with force what is measured."""
-    on_data = f"on {measurement.steps:,} steps"
-    has_same_depth = old.num_layers == new.num_layers
-    is_same_measured = has_same_depth and measurement.has_same_tokens()
-    if compatibility.proof:
-        if not (has_same_depth and measurement.has_same_tokens(spare=1)):
-            return Verdict(
-                NOT_COMPATIBLE,
-                f"contradiction: the manifests have {compatibility.proof}, but {measurement.differing:,} of "
-                f"{measurement.steps:,} steps have other tokens; run runtime/selftest.py on both bundles",
-            )
-        ground = f"proven: {compatibility.proof}"
-    elif force and is_same_measured:
-        ground = f"not proven, the same {on_data}"
-    else:
-        reasons = "; ".join((*compatibility.obstacles, *compatibility.differences)) or "nothing proves them the same"
-        hint = f". But all tokens agree {on_data}; --force takes that for enough" if is_same_measured else ""
-        return Verdict(NOT_COMPATIBLE, f"not compatible, retrain the policy on tokens of NEW: {reasons}{hint}")
-    if compatibility.obstacles:
-        return Verdict(
-            NOT_COMPATIBLE,
-            f"NEW cannot decode for this policy: {'; '.join(compatibility.obstacles)}; its tokens are the same "
-            f"({ground})",
-        )
-    rebuilt = tuple(_rebuilt(old, new))
-    if rebuilt:
-        return Verdict(
-            NOT_COMPATIBLE,
-            f"build NEW again before it stands in for OLD: {'; '.join(rebuilt)}. Its tokens are the same ({ground})",
-        )
-    crossed = measurement.crossed("OLD")
-    if max(entry.from_own for entry in (*crossed, *measurement.crossed("NEW"))) <= SAME_ACTION:
-        return Verdict(INTERCHANGEABLE, f"interchangeable ({ground})")
-    return Verdict(
-        DECODER_CAN_BE_REPLACED,
-        f"the decoder can be replaced, the policy stays: the tokens are the same ({ground}), and NEW decodes them with "
-        f"action MSE {crossed[-1].mse:.3g} (normalised units²)",
+    source = open_source(options.data, options.key, options.filter_key)
+    found = compare(options.old, options.new, source, backend=options.backend, force=options.force)
+    print("\n".join(map(printable, overview(found, is_verbose=options.verbose))))
+    is_enough = found.verdict.kind in ("interchangeable", options.accept)
+    sign = "✗" if found.verdict.kind == "incompatible" else "✓"
+    hint = ""
+    if found.verdict.kind == "decoder" and not is_enough:
+        hint = "\n  status 1, for the two are not interchangeable; --accept decoder makes it 0"
+    return Outcome(
+        f"{sign} {found.verdict.text}{hint}{_advice(found)}", dataclasses.asdict(found), DONE if is_enough else WANTING
     )
 
 
-def _rebuilt(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
-    """What a policy of `old` sends and `new` refuses, though it means the same: a line and an option for each."""
-    if old.chunk_length != new.chunk_length:
-        yield f"it takes chunks of {new.chunk_length} steps, not of {old.chunk_length} (--chunk-length)"
-    missing = sorted({*old.prefixes} - {*new.prefixes})
-    if missing:
-        yield f"it does not decode {listed(missing)} layers (--prefixes)"
-
-
-# Showing -------------------------------------------------------------------------------------------------------------
-
-
-def overview(found: Comparison) -> Iterator[str]:
-    """Lines for people."""
+def overview(found: Comparison, *, is_verbose: bool) -> Iterator[str]:
+    """Lines for people; is_verbose: what the tokens of each are worth by dimension, too."""
     for facts in (found.old, found.new):
         model = facts.model
         yield (
@@ -199,13 +76,19 @@ def overview(found: Comparison) -> Iterator[str]:
         yield f"steps with a token that differs  {measured.differing:,} of {measured.steps:,}"
     if measured.decodings:
         yield from _table(measured.decodings, has_units=any(map(_has_normaliser, (found.old, found.new))))
-        for entry in measured.whole():
+    for entry in measured.whole():
+        if is_verbose:
             yield from entry.fidelity.text(f"{entry.tokens}, its own tokens, {entry.layers} layers").splitlines()
-    yield f"{'✗' if found.verdict.status == NOT_COMPATIBLE else '✓'} {found.verdict.text}"
-    if found.verdict.status == NOT_COMPATIBLE:
-        yield "  docs/integration.md has the ways from here"
-    elif not found.compatibility.is_same:
-        yield f"  from now on: ActionTokenizer.load(..., expect_fingerprint={found.new.fingerprint[:16]!r})"
+        elif entry.fidelity.warning:
+            yield f"{entry.tokens}: {entry.fidelity.warning}"
+
+
+def _advice(found: Comparison) -> str:
+    if found.verdict.kind == "incompatible":
+        return f"\n  {page('integration')} has the ways from here"
+    if found.compatibility.is_same:
+        return ""
+    return f"\n  from now on: ActionTokenizer.load(..., expect_fingerprint={found.new.fingerprint[:16]!r})"
 
 
 def _table(decodings: Sequence[Decoding], *, has_units: bool) -> Iterator[str]:

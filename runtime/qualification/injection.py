@@ -1,4 +1,4 @@
-"""Backends that fail on purpose, to find out before the robot does what a loop makes of it.
+"""Backends that fail on purpose, to see what a loop makes of it before a robot does.
 
 tokenizer, backend = faulty(ActionTokenizer.load("build/bundle"))
 decoder = ControlDecoder(tokenizer, config, position=position)
@@ -28,14 +28,14 @@ from ..bundle.folder import Bundle
 from ..tokenizer import ActionTokenizer
 
 _NAN = struct.pack("<f", float("nan"))
-#: So many bytes of a table of weights are found again in a library and are no accident.
+#: How many bytes of a table of weights identify it in a library.
 _MARK = 16
-#: Of ONNX's protobuf: ModelProto.graph, GraphProto.initializer, TensorProto's data_type (FLOAT) and raw_data.
+#: Field numbers of ONNX: ModelProto.graph, GraphProto.initializer, TensorProto's data_type and raw_data; FLOAT.
 _GRAPH, _INITIALIZER, _DATA_TYPE, _RAW_DATA, _FLOAT = 7, 5, 2, 9, 1
 
 
 class Fault(StrEnum):
-    """What a decoder call does in place of its work, or after it."""
+    """What a decoder call does in place of its work, or after it; NONE for nothing."""
 
     NONE = ""
     RAISES = "raises"
@@ -58,10 +58,10 @@ _RAISED: dict[Fault, tuple[type[Exception], str]] = {
 
 
 class FaultyBackend:
-    """Decodes as `backend` does until `fault` is set, from any thread; everything else it hands through.
+    """Decodes as `backend` does until `fault` is set, from any thread; hands everything else through.
 
-    delay_s: of SLOW. pause: what SLOW waits with; pass what sets a clock of your own forward. A call that HANGS does so
-    until `release()` or `close()`, lets other threads run as ctypes and ONNX Runtime do, and then decodes.
+    delay_s: how long SLOW takes. pause: how SLOW waits; pass what sets a clock of your own forward. A call that HANGS
+    lets other threads run, as ctypes and ONNX Runtime do, until `release()` or `close()`, and then decodes.
     """
 
     def __init__(self, backend: Backend, *, pause: Callable[[float], None] = time.sleep, delay_s: float = 0.05) -> None:
@@ -74,12 +74,12 @@ class FaultyBackend:
         return getattr(self._backend, name)
 
     def replace(self, backend: Backend) -> Backend:
-        """Decode on `backend` from now on; the one before is returned, and stays open."""
+        """Decode on `backend` from now on; returns the one before, which stays open."""
         before, self._backend = self._backend, backend
         return before
 
     def release(self) -> None:
-        """Let those go on that hang. The next HANGS hangs again."""
+        """Let the calls that hang go on; the next one hangs again."""
         released, self._released = self._released, threading.Event()
         released.set()
 
@@ -120,20 +120,18 @@ class FaultyBackend:
 
 
 def faulty(tokenizer: ActionTokenizer, **options: Any) -> tuple[ActionTokenizer, FaultyBackend]:
-    """`tokenizer` again, on its own backend in a FaultyBackend, made with `options`. Close one of the two."""
+    """`tokenizer` on its own backend in a FaultyBackend, made with `options`, and that. Close only one of the two."""
     backend: Any = FaultyBackend(tokenizer.backend, **options)
     return ActionTokenizer(tokenizer.manifest, backend, tokenizer.golden), backend
 
 
 def with_nan_weights(bundle: Bundle, name: str) -> Backend:
-    """The real backend `name`, `onnxruntime` or `c`, on the bundle's decoders with a NaN in every table of weights.
+    """The real backend `name`, `onnxruntime` or `c`, with a NaN in every table of the decoders' weights.
 
-    Nothing on disk is changed. Raises BackendUnavailableError where the backend is not there, or is another.
+    Nothing on disk is changed. Raises BackendUnavailableError if the backend is not there, or is another one.
     """
     graphs = [entry.file for entry in bundle.manifest.graphs_of("gemm") if entry.role == "decoder"]
-    marks = [
-        bytes(bundle.content(file)[at : at + _MARK]) for file in graphs for at in weight_places(bundle.content(file))
-    ]
+    marks = [graph[at : at + _MARK] for graph in map(bundle.content, graphs) for at in weight_places(graph)]
     files = graphs
     if name == "c":
         files = [entry.file for entry in bundle.manifest.engines if entry.backend == "c"]
@@ -141,18 +139,13 @@ def with_nan_weights(bundle: Bundle, name: str) -> Backend:
         raise BackendUnavailableError(f"no weights of {name!r} can be altered here; expected onnxruntime or c")
     contents = {file: bundle.content(file) for file in bundle.manifest.files}
     for file in files:
-        altered = bytearray(contents[file])
         for mark in marks:
-            at = altered.find(mark)
-            while at >= 0:
-                altered[at : at + 4] = _NAN
-                at = altered.find(mark, at + 1)
-        contents[file] = bytes(altered)
+            contents[file] = contents[file].replace(mark, _NAN + mark[len(_NAN) :])
     return create_backend(name, replace(bundle, _contents=MappingProxyType(contents)))
 
 
 def weight_places(graph: bytes) -> list[int]:
-    """Where in an ONNX file its tables of at least 16 float32 begin; read without the library that a robot lacks."""
+    """Where in an ONNX file the tables of at least 16 float32 begin; read without onnx, which a robot lacks."""
     places = []
     for _, model_start, model_end in _fields(graph, 0, len(graph), _GRAPH):
         for _, start, end in _fields(graph, model_start, model_end, _INITIALIZER):

@@ -1,38 +1,49 @@
-"""Show what is in a bundle: model, graphs, engines, what was proven, and every file.
+"""Show what is in a bundle: a summary, or with -v model, graphs, engines, what was proven, and every file.
 
-Sizes and hashes are checked on the way; nothing is run. The exit status is 0, or 2 for a bundle that cannot be read.
+Sizes and hashes are checked on the way; nothing is run.
 """
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..bundle.command import CommandParser, Outcome, run
 from ..bundle.console import printable
-from ..bundle.errors import TokenizerError
-from ..bundle.folder import Bundle, open_bundle
-from ..bundle.manifest import EngineEntry, GraphEntry, TensorEntry
+from ..bundle.modes import MEANING
+from ..bundle.paths import shortlist
+
+if TYPE_CHECKING:
+    from ..bundle.folder import Bundle
+    from ..bundle.manifest import EngineEntry, GraphEntry, TensorEntry
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("bundle", type=Path, help="folder written by `python export/build_engine.py`")
-    parser.add_argument("--json", action="store_true", help="the manifest and the unlisted files as JSON")
-    options = parser.parse_args(arguments)
-    try:
-        bundle = open_bundle(options.bundle)
-    except TokenizerError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    if options.json:
-        print(json.dumps(describe(bundle), indent=1))
-    else:
-        # Line by line: a name with a line end in it must not look like two lines of ours.
-        print("\n".join(printable(line.replace("\n", "\\n")) for line in overview(bundle)))
-    return 0
+    return run(_parser(), _work, arguments)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("inspect")
+    parser.add_bundle()
+    return parser
+
+
+def _work(options: argparse.Namespace) -> Outcome:
+    from ..bundle.folder import open_bundle
+
+    bundle = open_bundle(options.bundle)
+    # Line by line: a name with a line end in it must not look like two lines of ours.
+    print("\n".join(printable(line.replace("\n", "\\n")) for line in overview(bundle, is_verbose=options.verbose)))
+    files = bundle.manifest.files
+    size = sum(entry.size for entry in files.values())
+    return Outcome(
+        f"✓ {bundle.folder}: {len(files)} files, {size / 1e6:.1f} MB, sizes and sha256 as in the manifest",
+        describe(bundle),
+    )
 
 
 def describe(bundle: Bundle) -> dict[str, Any]:
@@ -40,24 +51,41 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     return {**dataclasses.asdict(bundle.manifest), "unlisted_files": list(bundle.unlisted_files())}
 
 
-def overview(bundle: Bundle) -> Iterator[str]:
-    """Lines for people."""
+def overview(bundle: Bundle, *, is_verbose: bool = True) -> Iterator[str]:
+    """Lines for people: what it is and what it is worth, and then a summary of the rest or every detail."""
     manifest, model = bundle.manifest, bundle.manifest.model
     yield f"{bundle.folder} (schema version {manifest.schema_version})"
     yield f"  fingerprint  {manifest.fingerprint}"
-    yield f"  mode         {model.mode}: {_MODES[model.mode]}"
+    yield f"  mode         {model.mode}: {MEANING[model.mode]}"
     yield (
         f"  sizes        T {model.chunk_length}, A {model.action_dim}, D {model.latent_dim}, L {model.num_layers}, "
         f"K {model.num_levels}, hidden {model.hidden_width}; decodes {', '.join(map(str, model.prefixes))} layers"
     )
+    worth = "not recorded; build it with action data to know" if manifest.quality is None else manifest.quality.line
+    yield from _details(bundle, worth) if is_verbose else _summary(bundle, worth)
+
+
+def _summary(bundle: Bundle, worth: str) -> Iterator[str]:
+    manifest = bundle.manifest
+    yield f"  worth        {worth}"
+    for backend in dict.fromkeys(engine.backend for engine in manifest.engines):
+        found = Counter(engine.status for engine in manifest.engines if engine.backend == backend)
+        yield f"  engines      {backend}: {', '.join(f'{count} {status}' for status, count in found.items())}"
+    for backend in dict.fromkeys(entry.backend for entry in manifest.parity):
+        steps = {entry.steps for entry in manifest.parity if entry.backend == backend}
+        yield f"  parity       {backend}: ✓ every gate, over {max(steps):,} steps"
+    if unlisted := tuple(bundle.unlisted_files()):
+        yield f"  unlisted     {shortlist(unlisted)}: never read"
+    yield "  -v shows graphs, engines, gates, files and provenance"
+
+
+def _details(bundle: Bundle, worth: str) -> Iterator[str]:
+    manifest, model = bundle.manifest, bundle.manifest.model
     yield f"  actions      |action| at most {model.action_limit:g}, physical = normalised * units + offset"
     yield f"    units      {_numbers(model.action_units)}"
     yield f"    offset     {_numbers(model.action_offset)}"
-    if manifest.quality is None:
-        yield "what the tokens are worth: not recorded; build it with action data to know"
-    else:
-        quality = manifest.quality
-        yield f"what the tokens are worth: {quality.line}"
+    yield f"what the tokens are worth: {worth}"
+    if quality := manifest.quality:
         yield f"  judged by {quality.source}, sha256 {quality.sha256}"
         yield from (f"  {line}" for line in quality.fidelity.text(f"{quality.judged_on}, all layers").splitlines())
     yield "graphs"
@@ -81,14 +109,6 @@ def overview(bundle: Bundle) -> Iterator[str]:
     yield from (
         f"  {line}" for line in json.dumps(manifest.provenance, indent=1, ensure_ascii=False).splitlines()[1:-1]
     )
-
-
-_MODES = {
-    "none": "naive RFSQ, tokens decode on their own",
-    "dynamic": "published Robust RFSQ, decoding needs the stats that encoding gives",
-    "calibrated": "Robust RFSQ with constant mean and scale, tokens decode on their own",
-    "recovered": "published Robust RFSQ tokens, decoded on their own by a fitted map",
-}
 
 
 def _graph(graph: GraphEntry) -> str:

@@ -1,4 +1,4 @@
-"""The faults of a campaign: what each is, how it is injected, and the answer that is the right one."""
+"""The faults of a campaign: what each one is, how it is injected, and what the right answer is."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from .rig import MOST_FAULTS, PATIENCE_S, PERIOD_S, Answer, Rig, Setup
 
 Inject = Callable[[Rig], Answer]
 _SILENCE_S = 0.02
-#: Deadlines of ticks in which a backend hangs, waited for in full; with a fallback, which has half of it to answer in.
+#: Deadlines of ticks in which a backend hangs. They pass in full; with a fallback, half is left for its answer.
 _HANG_US, _HANG_WITH_FALLBACK_US = 4e4, 6e5
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of fault. `inject` returns the answer of the tick by which it must have been noticed.
+    """One kind of fault. inject: returns the answer of the tick that must have noticed it.
 
-    is_held: whether that tick stands still. is_backend: a backend failed, so that another one answers where there is
-    one, and what failed is tried again. marks: so many backends have to come back. is_rare: takes long. takes_time: a
-    thread has to come back before service can.
+    is_held: whether that tick stands still. is_backend: a backend fails, so that the fallback answers if there is one,
+    and the failed one is tried again. marks: how many backends have to come back. applies: to which setups. latches:
+    the decoder stands still afterwards until `reset()`. is_rare: it takes long. takes_time: a thread has to come back
+    before service goes on.
     """
 
     name: str
@@ -63,7 +64,7 @@ def _tokens(name: str, change: Callable[[Any, Rig], Any]) -> Kind:
 
 def _with(value: int) -> Callable[[Any, Rig], Any]:
     def change(tokens: Any, rig: Rig) -> Any:
-        tokens.reshape(-1)[int(rig.rng.integers(tokens.size))] = value
+        tokens.reshape(-1)[rig.rng.randrange(tokens.size)] = value
         return tokens
 
     return change
@@ -71,12 +72,11 @@ def _with(value: int) -> Callable[[Any, Rig], Any]:
 
 def _another_type(tokens: Any, rig: Rig) -> Any:
     types = ("int8", "int16", "uint16", "uint32", "uint64", ">i4", "bool", "complex64", "S1")
-    return tokens.astype(types[int(rig.rng.integers(len(types)))])
+    return tokens.astype(rig.rng.choice(types))
 
 
 def _no_array(tokens: Any, rig: Rig) -> Any:
-    others = (tokens.tolist(), object(), "tokens", memoryview(tokens), 3, b"\0", tokens.flat, np.int32(1))
-    return others[int(rig.rng.integers(len(others)))]
+    return rig.rng.choice((tokens.tolist(), object(), "tokens", memoryview(tokens), 3, b"\0", tokens.flat, np.int32(1)))
 
 
 def _another_shape(tokens: Any, rig: Rig) -> Any:
@@ -93,21 +93,21 @@ def _another_shape(tokens: Any, rig: Rig) -> Any:
         np.int32(tokens.flat[0]).reshape(()),
         np.swapaxes(tokens, 2, 3)[:, :, :, :, None],
     )
-    return others[int(rig.rng.integers(len(others)))]
+    return rig.rng.choice(others)
 
 
 def _masked(tokens: Any, rig: Rig) -> Any:
-    """Subclasses, which bring rules of their own; the illegal value is hidden."""
+    """A subclass of ndarray with rules of its own, in which the illegal value is hidden."""
     masked = np.ma.masked_array(_with(-1)(tokens, rig), mask=True)
-    return masked if rig.rng.integers(2) else masked.view(np.recarray)
+    return rig.rng.choice((masked, masked.view(np.recarray)))
 
 
 def _number(name: str) -> Inject:
     def inject(rig: Rig) -> Answer:
         wrong = (1.5, "1", 2**70, -(2**70), math.nan, True, [1], np.float64(1))
         chunk = rig.pick()
-        options: dict[str, Any] = {name: wrong[int(rig.rng.integers(len(wrong)))]}
-        return rig.tick(chunk.tokens, stats=chunk.stats, **{"sequence": rig.sequence + 1, **options})
+        options: dict[str, Any] = {"sequence": rig.sequence + 1, name: rig.rng.choice(wrong)}
+        return rig.tick(chunk.tokens, stats=chunk.stats, **options)
 
     return inject
 
@@ -116,20 +116,19 @@ def _stats(rig: Rig) -> Answer:
     chunk = rig.pick()
     stats: Any = chunk.stats
     if stats is None:
-        # Another bundle's: this one's mean and scale are constants.
+        # Stats of another bundle: mean and scale of this one are constants.
         wrong: list[Any] = [np.ones((*chunk.tokens.shape[:2], chunk.tokens.shape[3], 2), np.float32)]
     else:
         wrong = [None, stats[:, :-1], stats.astype(np.float64), stats.tolist(), stats * -1]
         for value in (math.nan, math.inf, -math.inf):
             altered = stats.copy()
-            altered.reshape(-1)[int(rig.rng.integers(altered.size))] = value
+            altered.reshape(-1)[rig.rng.randrange(altered.size)] = value
             wrong.append(altered)
-    return rig.send(chunk, stats=wrong[int(rig.rng.integers(len(wrong)))])
+    return rig.send(chunk, stats=rig.rng.choice(wrong))
 
 
 def _until_latched(rig: Rig) -> Answer:
-    answers = [rig.send(chunk, tokens=chunk.tokens + 1000) for chunk in [rig.pick() for _ in range(MOST_FAULTS)]]
-    return answers[-1]
+    return [rig.send(chunk, tokens=chunk.tokens + 1000) for chunk in [rig.pick() for _ in range(MOST_FAULTS)]][-1]
 
 
 # --- backends ---------------------------------------------------------------------------------------------------------
@@ -147,7 +146,7 @@ def _huge(rig: Rig) -> Answer:
     rig.backend.fault = Fault.HUGE
     chunk = rig.pick()
     rows = chunk.rows.copy()
-    # As the fault does it: where such a chunk is limited and not refused, that is what is served.
+    # What the fault makes of it: it is served if such a chunk is limited and not refused.
     rows[0, 0] = 1e30
     return rig.send(replace(chunk, rows=rows))
 
@@ -181,7 +180,7 @@ def _late(seconds: float) -> Inject:
 
 
 def _hanging(rig: Rig) -> Answer:
-    """In a worker's thread; the next chunk comes while it still hangs."""
+    """A backend hangs in a worker's thread, and still hangs when the next chunk comes."""
     rig.backend.fault = Fault.HANGS
     deadline_us = _HANG_WITH_FALLBACK_US if rig.setup.has_fallback else _HANG_US
     answer = rig.send(rig.pick(), deadline_us=deadline_us)
@@ -193,7 +192,7 @@ def _hanging(rig: Rig) -> Answer:
 
 
 def _hanging_loop(rig: Rig) -> Answer:
-    """In the loop's own thread, which nobody can free but who hangs; the watchdog hears of it meanwhile."""
+    """A backend hangs in the loop's own thread, until the watchdog notices and releases it."""
     called = threading.Event()
 
     def notice(_: float) -> None:
@@ -203,7 +202,7 @@ def _hanging_loop(rig: Rig) -> Answer:
             rig.backend.release()
 
     watchdog = Watchdog(lambda: rig.decoder.health.last_tick_ns, _SILENCE_S, notice)
-    # Where nobody calls, the campaign goes on and says so.
+    # If the watchdog does not call, the campaign goes on and says so.
     timer = threading.Timer(PATIENCE_S / 2, rig.backend.release)
     watchdog.start()
     timer.start()
@@ -224,7 +223,7 @@ def _hanging_loop(rig: Rig) -> Answer:
 
 
 def _dated(age: Callable[[Rig], int], ahead: int = 1) -> Inject:
-    """A chunk of that age, beside one in service."""
+    """A chunk of that age in periods comes while another is in service."""
 
     def inject(rig: Rig) -> Answer:
         rig.send(rig.pick())
@@ -259,8 +258,7 @@ def _draft_after_whole(rig: Rig) -> Answer:
 
 def _no_more(rig: Rig) -> Answer:
     rig.send(rig.pick())
-    answers = [rig.tick() for _ in range(rig.length)]
-    return answers[-1]
+    return [rig.tick() for _ in range(rig.length)][-1]
 
 
 def _jump(seconds: float) -> Inject:
@@ -285,7 +283,7 @@ def _no_clock(rig: Rig) -> Answer:
 def _no_deadline(rig: Rig) -> Answer:
     wrong: tuple[Any, ...] = (math.nan, -1.0, 0, math.inf, "soon", -math.inf)
     chunk = rig.pick()
-    answer = rig.send(chunk, deadline_us=wrong[int(rig.rng.integers(len(wrong)))])
+    answer = rig.send(chunk, deadline_us=rig.rng.choice(wrong))
     if not rig.setup.use_worker:
         rig.expect_service(chunk, 1)
     return answer
@@ -311,16 +309,11 @@ def _wrong_thread(rig: Rig) -> Answer:
 _FAULT, _STALE, _MISS = Status.BACKEND_FAULT, Status.STALE, Status.DEADLINE_MISS
 
 
-def _has_worker(setup: Setup) -> bool:
-    return setup.use_worker
-
-
-def _retried(setup: Setup) -> int:
-    return int(setup.use_worker or setup.has_fallback)
-
-
 def _backend(name: str, status: Status, inject: Inject, **options: Any) -> Kind:
-    return Kind(name, status, inject, is_backend=True, marks=_retried, **options)
+    def marks(setup: Setup) -> int:
+        return int(setup.use_worker or setup.has_fallback)
+
+    return Kind(name, status, inject, is_backend=True, marks=marks, **options)
 
 
 KINDS: tuple[Kind, ...] = (
@@ -329,9 +322,7 @@ KINDS: tuple[Kind, ...] = (
     _tokens("negative token", _with(-1)),
     _tokens("int64 tokens that wrap to legal ones", lambda tokens, _: tokens.astype(np.int64) + 2**32),
     _tokens("uint8 token too high", lambda tokens, rig: _with(255)(tokens.astype(np.uint8), rig)),
-    _tokens(
-        "float tokens", lambda tokens, rig: tokens.astype((np.float16, np.float32, np.float64)[rig.rng.integers(3)])
-    ),
+    _tokens("float tokens", lambda tokens, rig: tokens.astype(rig.rng.choice(("float16", "float32", "float64")))),
     _tokens("NaN tokens", lambda tokens, _: np.full(tokens.shape, np.nan)),
     _tokens("array of objects", lambda tokens, _: np.full(tokens.shape, None, object)),
     _tokens("tokens of another type", _another_type),
@@ -352,7 +343,14 @@ KINDS: tuple[Kind, ...] = (
     Kind("backend gives a huge value", Status.OUT_OF_RANGE, _huge),
     Kind("fallback fails too", _FAULT, _both_failing, marks=lambda _: 2, applies=lambda setup: setup.has_fallback),
     Kind("backend is late", _MISS, _late(PERIOD_S)),
-    _backend("backend hangs, left behind", _MISS, _hanging, applies=_has_worker, is_rare=True, takes_time=True),
+    _backend(
+        "backend hangs, left behind",
+        _MISS,
+        _hanging,
+        applies=lambda setup: setup.use_worker,
+        is_rare=True,
+        takes_time=True,
+    ),
     Kind("backend hangs the loop", _MISS, _hanging_loop, applies=lambda setup: not setup.use_worker, is_rare=True),
     Kind("chunk from long ago", _STALE, _dated(lambda rig: 2 * rig.length + 2), is_held=False),
     Kind("chunk whose time has passed", _STALE, _dated(lambda rig: rig.length), is_held=False),
@@ -374,11 +372,6 @@ KINDS: tuple[Kind, ...] = (
 
 
 def kinds_with(nan_backends: dict[str, Any]) -> tuple[Kind, ...]:
-    """KINDS, and one for every real backend whose weights are NaN."""
+    """KINDS, and one more for every real backend whose weights are NaN."""
     added = (_backend(f"NaN weights in {name}", Status.NONFINITE, _nan_weights(name)) for name in nan_backends)
     return (*KINDS, *added)
-
-
-def is_in_time(kind: Kind, answer: Answer) -> bool:
-    """In real time; the rest is the system's share, on a machine that does other things too."""
-    return not kind.is_rare or answer.seconds < PATIENCE_S

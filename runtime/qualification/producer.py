@@ -1,4 +1,4 @@
-"""A policy in a process of its own, which can be stopped and killed while it writes."""
+"""A policy in a process of its own, which can be stopped or killed while it writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 
-from .rig import Chunk, Rig
+from .rig import Chunk
 
 _PAGE = 4096
 _HEADER = struct.Struct("<q")
@@ -27,7 +27,7 @@ _MESSAGES = 64
 
 
 class Producer:
-    """A process that writes messages of odd length into a pipe of one page: while nobody reads, it is amid one."""
+    """A process that writes messages of odd length into a pipe of one page, so that it waits in the middle of one."""
 
     def __init__(self, chunks: list[Chunk]) -> None:
         self.chunks, self._received = chunks, b""
@@ -49,7 +49,7 @@ class Producer:
         self._process.stdin.close()
 
     def poll(self) -> tuple[int, Chunk] | None:
-        """The next whole message, if it is here; the loop never waits."""
+        """The next message, its number and chunk, if all of it is here; never waits."""
         while len(self._received) < self._length:
             try:
                 read = os.read(self._descriptor, self._length - len(self._received))
@@ -62,27 +62,18 @@ class Producer:
         (number,) = _HEADER.unpack_from(message)
         return number, self.chunks[number % len(self.chunks)]
 
-    def wait_for(self, rig: Rig) -> tuple[int, Chunk] | None:
-        found: list[tuple[int, Chunk]] = []
-
-        def is_here() -> bool:
-            found.extend(filter(None, [self.poll()]))
-            return bool(found)
-
-        return found[0] if rig.wait_until(is_here) else None
-
     def signal(self, number: int) -> None:
         os.kill(self._process.pid, number)
 
     def kill(self) -> int:
-        """By SIGKILL; the exit status."""
-        # Its next write finds no room after so long, and waits.
+        """Kill it by SIGKILL; returns the exit status."""
+        # After so long its next write has found no room, and waits.
         time.sleep(0.005)
         self._process.kill()
         return self._process.wait()
 
     def end(self) -> int:
-        """How many bytes of a message have come to which the rest never will."""
+        """Close the pipe; returns how many bytes of a message have come without the rest."""
         assert self._process.stdout is not None
         self._process.stdout.close()
         return len(self._received)

@@ -1,17 +1,18 @@
-"""A decoder on a clock of its own, between a source of good chunks and a check that trusts nothing of the decoder."""
+"""A decoder on a clock of its own, with a source of good chunks and a check that trusts nothing of the decoder."""
 
 from __future__ import annotations
 
+import random
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..backends.contract import Backend
-from ..bundle.arrays import Float32Array, Float64Array, Int32Array
+from ..bundle.arrays import Codes, Float32Array, Float64Array, Int32Array
 from ..control.config import ActionKind, ControlConfig, OnFault, OutOfRange, Status, Strategy
 from ..control.decoder import ControlDecoder
 from ..control.errors import ControlFaultError
@@ -20,8 +21,8 @@ from ..tokenizer import ActionTokenizer
 from .injection import Fault, faulty
 from .trial_inputs import chunks_of, config_for
 
-#: A real wait for the worker's thread fits in many times over, on a machine that does other things too.
-#: On the rig's own clock, but a worker is waited for in real time: even the busiest machine answers in so many seconds.
+_Found = TypeVar("_Found")
+#: On the rig's own clock; but a worker is waited for in real time, and even the busiest machine answers within them.
 PERIOD_S, DEADLINE_S = 100.0, 80.0
 #: Real seconds after which something hangs.
 PATIENCE_S = 60.0
@@ -29,13 +30,13 @@ PERIOD_NS = round(PERIOD_S * 1e9)
 #: Faults in a row until the decoder latches.
 MOST_FAULTS = 6
 _CHUNKS = 16
-#: Of the limit: by so much may two backends and two roundings differ.
+#: By which share of the limit two backends, or two roundings, may differ.
 _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How one decoder of a campaign is set up. action_kind: None for delta and absolute in turn."""
+    """How a decoder of a campaign is set up. action_kind: None for delta and absolute in turn."""
 
     strategy: Strategy = Strategy.LATEST_ONLY
     use_worker: bool = False
@@ -57,7 +58,7 @@ class Setup:
             limit,
             period_s=PERIOD_S,
             deadline_us=DEADLINE_S * 1e6,
-            # Longer than a chunk, so that one that has run out and one that is old are two things.
+            # Longer than a chunk, to tell one that is too old from one that has run out.
             stale_after_s=2 * tokenizer.model.chunk_length * PERIOD_S,
             strategy=self.strategy,
             use_worker=self.use_worker,
@@ -72,7 +73,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a tick was answered with; a copy, for the decoder has one result for all ticks."""
+    """The answer of a tick; a copy, since the decoder has one result for all ticks. seconds: how long it took."""
 
     status: Status
     is_held: bool
@@ -88,7 +89,7 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Tokens, and what they decode to while nothing is broken."""
+    """Tokens and stats of a chunk, and the actions [T, A] that they decode to while nothing is broken."""
 
     tokens: Int32Array
     stats: Float32Array | None
@@ -96,7 +97,7 @@ class Chunk:
 
 
 class SafetyCheck:
-    """Limits, slew and standing still from the settings alone, in float64; `problems` says what was wrong."""
+    """Checks limits, slew and standing still by the settings alone, in float64; `problems` says what was wrong."""
 
     def __init__(self, config: ControlConfig, position: tuple[float, ...]) -> None:
         self.low, self.high = np.array(config.action_low), np.array(config.action_high)
@@ -109,7 +110,7 @@ class SafetyCheck:
         self.problems: list[str] = []
 
     def __call__(self, result: ControlResult, wanted: tuple[Float64Array, Float64Array] | None) -> None:
-        """wanted: between what the action that is due lies before limits and slew, where that is known."""
+        """Check the action of a tick. wanted: its bounds [A] each before limits and slew; None if they are unknown."""
         sent, last = result.actions.astype(np.float64), self.last
         near = np.clip(np.zeros_like(last), last - self.step, last + self.step)
         still = np.where(self._keeps, last, near)
@@ -141,7 +142,7 @@ class Rig:
         self,
         tokenizer: ActionTokenizer,
         setup: Setup,
-        rng: np.random.Generator,
+        rng: random.Random,
         *,
         fallback: ActionTokenizer | None = None,
         nan_backends: dict[str, Backend] | None = None,
@@ -153,9 +154,9 @@ class Rig:
         self._due = self.now = 10**15
         self.is_clock_broken = False
         tokens, stats, limit = chunks_of(tokenizer, _CHUNKS)
+        whole = list(map(Codes, tokens, stats))
         self.chunks = {
-            layers: [self._cut(tokenizer, pair, layers) for pair in zip(tokens, stats, strict=True)]
-            for layers in self.model.prefixes
+            layers: [_decoded(tokenizer, codes.prefix(layers)) for codes in whole] for layers in self.model.prefixes
         }
         self.config = setup.config(tokenizer, limit)
         if changes:
@@ -174,9 +175,9 @@ class Rig:
         self.check = SafetyCheck(self.config, position)
         self.sequence = 0
         self._observed = 0
-        #: The chunk in service and when it was observed; None where that is not known, or where there is none.
+        #: The chunk in service and when it was observed; None if there is none, or it is not known.
         self._serving: tuple[Chunk, int] | None = None
-        #: Those accepted last, of which averages are made.
+        #: The last chunks that were accepted, of which averages are made.
         self._accepted: deque[tuple[Chunk, int]] = deque(maxlen=2 * self.config.ensemble_chunks)
 
     def close(self) -> None:
@@ -184,14 +185,14 @@ class Rig:
         self.decoder.close()
 
     def clear(self) -> None:
-        """The fault is over."""
+        """End every fault."""
         self.is_clock_broken = False
         for backend in (self.backend, self.spare):
             backend.fault, backend.delay_s = Fault.NONE, PERIOD_S
             backend.release()
 
     def jump(self, seconds: float) -> None:
-        """The clock, in place of time that passes."""
+        """Set the clock forward, or back."""
         self.now += round(seconds * 1e9)
         self._due += round(seconds * 1e9)
 
@@ -201,11 +202,10 @@ class Rig:
         return self._due + PERIOD_NS
 
     def pick(self, layers: int | None = None) -> Chunk:
-        chunks = self.chunks[layers or self.model.num_layers]
-        return chunks[int(self.rng.integers(len(chunks)))]
+        return self.rng.choice(self.chunks[layers or self.model.num_layers])
 
     def tick(self, tokens: object = None, *, serves: tuple[Chunk, int] | None = None, **options: Any) -> Answer:
-        """serves: the chunk that is in service from now on, if this tick accepts it."""
+        """Take one step. serves: the chunk that is in service from now on, if this tick accepts it."""
         self._due += PERIOD_NS
         self.now = begun = self._due
         begin, is_raised = time.monotonic(), False
@@ -224,7 +224,7 @@ class Rig:
         return Answer(result.status, result.is_held, result.fell_back, result.is_latched, result.detail, seconds)
 
     def send(self, chunk: Chunk, *, sequence: int | None = None, age: int = 0, **options: Any) -> Answer:
-        """A good chunk that was observed `age` periods before this tick; accepted unless something is broken."""
+        """Send a chunk that was observed `age` periods before this tick; accepted unless something is broken."""
         number = self.sequence + 1 if sequence is None else sequence
         observed = self.next_ns - age * PERIOD_NS
         options = {"stats": chunk.stats, "sequence": number, "observed_ns": observed, **options}
@@ -234,12 +234,12 @@ class Rig:
         return answer
 
     def good(self) -> Answer:
-        """As policies send: at once, after a delay, or a draft and then the whole."""
-        way, age = int(self.rng.integers(4)), 1 + int(self.rng.integers(2))
+        """Send as policies do: at once, after a delay, or a draft and then the whole."""
+        way, age = self.rng.randrange(4), self.rng.randint(1, 2)
         if way == 0 and age < self.length and self._observed < self.next_ns - age * PERIOD_NS:
             return self.send(self.pick(), age=age)
         if way == 1 and len(self.model.prefixes) > 1 and self.length > 1:
-            index = int(self.rng.integers(_CHUNKS))
+            index = self.rng.randrange(_CHUNKS)
             draft = self.send(self.chunks[self.model.prefixes[0]][index])
             if draft.status is not Status.OK:
                 return draft
@@ -247,14 +247,14 @@ class Rig:
         return self.send(self.pick())
 
     def idle(self, most: int) -> None:
-        """Up to so many ticks without a chunk; of one that is served, not to its end."""
+        """Take up to so many steps without a chunk, but not to the end of the chunk in service."""
         if self._serving is not None:
             most = min(most, self.length - 1 - round((self._due - self._serving[1]) / PERIOD_NS))
-        for _ in range(int(self.rng.integers(max(most, 0) + 1))):
+        for _ in range(self.rng.randint(0, max(most, 0))):
             self.tick()
 
     def expect_service(self, chunk: Chunk, age_ticks: int) -> None:
-        """`chunk` was taken in by a tick that was held, `age_ticks` before the next: it is served from there on."""
+        """Expect `chunk` to be served from now on: a held tick has accepted it, `age_ticks` before the next one."""
         self.sequence += 1
         self._serve((chunk, self.next_ns - age_ticks * PERIOD_NS))
 
@@ -263,17 +263,15 @@ class Rig:
         self._serving, self._observed = None, 0
         self._accepted.clear()
 
-    def wait_until(self, is_so: Callable[[], bool], timeout_s: float = PATIENCE_S) -> bool:
-        """For what goes on beside the loop, in real time."""
+    def wait_for(self, look: Callable[[], _Found], timeout_s: float = PATIENCE_S) -> _Found:
+        """Wait in real time until `look` finds something beside the loop; returns what it found last."""
         end = time.monotonic() + timeout_s
-        while not is_so():
-            if time.monotonic() > end:
-                return False
+        while not (found := look()) and time.monotonic() <= end:
             time.sleep(2e-4)
-        return True
+        return found
 
     def _clock(self) -> int:
-        """Time passes, if little, between two looks at it."""
+        """The rig's clock; a little time passes between two looks at it."""
         if self.is_clock_broken:
             raise OSError("injected: the clock cannot be read")
         self.now += 1000
@@ -284,7 +282,7 @@ class Rig:
         self._accepted.append(serves)
 
     def _wanted(self, now: int) -> tuple[Float64Array, Float64Array] | None:
-        """Of averages it is known between what they lie."""
+        """Bounds of the action that is due, [A] each: an average lies between the actions that it is made of."""
         if self._serving is None:
             return None
         newest = self._row(*self._serving, now)
@@ -304,8 +302,6 @@ class Rig:
         index = round((now - observed) / PERIOD_NS)
         return chunk.rows[index] if 0 <= index < self.length else None
 
-    @staticmethod
-    def _cut(tokenizer: ActionTokenizer, pair: tuple[Int32Array, Float32Array | None], layers: int) -> Chunk:
-        tokens = np.ascontiguousarray(pair[0][..., :layers])
-        stats = None if pair[1] is None else np.ascontiguousarray(pair[1][:, :, :layers])
-        return Chunk(tokens, stats, tokenizer.decode(tokens, stats)[0].astype(np.float64))
+
+def _decoded(tokenizer: ActionTokenizer, codes: Codes) -> Chunk:
+    return Chunk(*codes, tokenizer.decode(*codes)[0].astype(np.float64))

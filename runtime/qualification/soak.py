@@ -1,15 +1,14 @@
-"""Run a decoder through many ticks without a fault, and say what it costs and whether anything grows.
+"""Run a decoder through many ticks without a fault, and say what it costs and whether memory grows.
 
 Prints latencies, what `ControlDecoder` adds to the bare backend (measured in turn in the same run), how much memory
-grew, and every status that was not OK. The exit status is 0 when everything held, 1 when something did not, 2 when
-nothing could be run. `fault_campaign.py` is for faults.
+grew, and every status that was not OK. `campaign.py` injects faults.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import gc
 import logging
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -20,41 +19,39 @@ import numpy as np
 import numpy.typing as npt
 
 from ..benchmark.first_result import resident_bytes
-from ..bundle.arrays import Float32Array, Int32Array
-from ..bundle.console import prepare_console, printable
-from ..bundle.errors import TokenizerError
+from ..bundle.arrays import Codes
+from ..bundle.backend_specs import BACKENDS
+from ..bundle.command import DONE, WANTING, CommandParser, Outcome, positive, run, run_command
 from ..control.config import ActionKind, ControlConfig, Status, Strategy
 from ..control.decoder import ControlDecoder
 from ..tokenizer import ActionTokenizer
 from .trial_inputs import chunks_of, config_for, motion_of
 
-#: RSS may grow by so much after warm-up.
+#: By how many bytes RSS may grow after warm-up.
 RSS_LIMIT = 2**20
-#: Guard, queue and book-keeping may take so many times as long as Python's own logging takes for one line, made and
-#: written to nowhere: both run through much of Python, and suffer nearly alike where others fill the caches. The
-#: quickest line that was seen took 3.9 us, of which this is 8 us. On a quiet machine 1.71 to 1.99 was found, by
-#: strategy, on one loaded heavily 2.01 to 2.07: a few calls of numpy suffer less from load.
+#: How many times as long as one line of Python's logging, written to nowhere, guard, queue and book-keeping may take.
+#: Both run through much of Python, and suffer nearly alike when others fill the caches. The quickest line that was seen
+#: took 3.9 us, so this is 8 us. A quiet machine had 1.71 to 1.99, by strategy, a heavily loaded one 2.01 to 2.07: a few
+#: calls of numpy suffer less from load.
 ADDED_LIMIT = 2.05
-#: What is judged is of the quickest twentieth: of the ticks that nobody has interrupted.
+#: The percentile that is judged: the quickest ticks are those that nothing has interrupted.
 _QUICKEST = 5
-#: What traced ticks may keep together: the numbers of the last one are other objects than those of the first.
+#: How many bytes traced ticks may keep: the numbers of the last tick are other objects than those of the first.
 KEPT_LIMIT = 1024
-#: What is kept is ours if one of so many innermost calls is. Each one more makes a traced tick a quarter slower.
+#: Memory is ours if one of so many innermost calls is. Each further one makes a traced tick a quarter slower.
 _FRAMES = 4
 _CHUNKS = 64
-#: A worker that has no processor for so long is late; what else runs on the machine is no fault of the decoder.
+#: So long that only a decoder that fails misses it, not one that waits for a processor.
 _WORKER_DEADLINE_US = 1e6
-#: Tokens and stats of each chunk.
-Inputs = list[tuple[Int32Array, Float32Array | None]]
 Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class SoakSetup:
-    """How the decoder is set up, and what it is served with.
+    """How the decoder is set up, and which chunks it gets.
 
-    fallback: another backend, warm beside the first. jumps: random actions, whose way to leave is the longest, in place
-    of a smooth motion. warm_ticks, traced_ticks: before and after those that are counted.
+    fallback: another backend, warm beside the first. jumps: random actions, which cost most since they are limited, in
+    place of a smooth motion. warm_ticks, traced_ticks: before and after those that are counted.
     """
 
     strategy: Strategy = Strategy.LATEST_ONLY
@@ -87,12 +84,12 @@ class SoakSetup:
 
 @dataclass(frozen=True)
 class SoakReport:
-    """What a soak found. Times in microseconds: median, 99 %, 99.9 % and the longest.
+    """The result of a soak. step_us, bare_us: median, 99 %, 99.9 % and longest time with and without the decoder.
 
-    added_us: median of the difference between the two, tick by tick. quick_added_us, line_us: 5 % quantiles of what
-    judges it, the difference and one line of logging, measured in turn with them. kept, transient: bytes that traced
-    ticks have kept, and the most that lived at once within them. others: how often which status but OK was given.
-    limited: on which part of the ticks the slew limit held the action back.
+    added_us: median of their difference, tick by tick. quick_added_us, line_us: what is judged, the 5 % quantiles of
+    the difference and of one line of logging, measured in turn. kept, transient: bytes that traced ticks kept, and the
+    most that lived at once within them. others: how often each status but OK was given. limited: the share of ticks on
+    which the slew limit held the action back.
     """
 
     description: str
@@ -124,10 +121,7 @@ class SoakReport:
         )
         others = ", ".join(f"{count} {name}" for name, count in self.others.items()) or "none"
         return (
-            (
-                self.has_worker or cost <= ADDED_LIMIT,
-                f"{added}; {judged}",
-            ),
+            (self.has_worker or cost <= ADDED_LIMIT, f"{added}; {judged}"),
             (self.rss_growth < RSS_LIMIT, f"RSS grew by {self.rss_growth / 1024:.0f} KiB; below {RSS_LIMIT // 1024}"),
             (
                 self.kept <= KEPT_LIMIT,
@@ -153,43 +147,48 @@ class SoakReport:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--ticks", type=int, default=1_000_000)
-    parser.add_argument("--strategy", choices=[str(strategy) for strategy in Strategy], default="latest_only")
+    return run(_parser(), _work, arguments)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "runtime/qualification/soak.py",
+        "serve many ticks without a fault: what does that cost, and does anything grow?",
+        wanting="a limit did not hold",
+    )
+    parser.add_bundle()
+    parser.add_backend()
+    parser.add_argument("--ticks", type=positive, default=1_000_000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--strategy", choices=list(map(str, Strategy)), default="latest_only")
     parser.add_argument("--worker", action="store_true", help="decode in another thread")
-    parser.add_argument("--fallback", metavar="BACKEND", help="another backend, warm beside the first")
+    parser.add_argument("--fallback", choices=tuple(BACKENDS), help="another backend, warm beside the first")
     parser.add_argument("--jumps", action="store_true", help="random actions, which the slew limit has to hold back")
     parser.add_argument("--absolute", action="store_true", help="dimensions that are places, not motions")
-    options = parser.parse_args(arguments)
-    if options.ticks < 1:
-        parser.error(f"--ticks is {options.ticks}; expected at least 1")
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.ExitStack() as stack:
-            tokenizer = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.backend))
-            fallback = None
-            if options.fallback:
-                fallback = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.fallback))
-            setup = SoakSetup(Strategy(options.strategy), options.worker, fallback, options.absolute, options.jumps)
-            report = soak(tokenizer, options.ticks, setup)
-    except TokenizerError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    finally:
-        logging.disable(logging.NOTSET)
+    return parser
+
+
+def _work(options: argparse.Namespace) -> Outcome:
+    with contextlib.ExitStack() as stack:
+        stack.callback(logging.disable, logging.NOTSET)
+        logging.disable(logging.CRITICAL)
+        tokenizer = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.backend))
+        fallback = None
+        if options.fallback:
+            fallback = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.fallback))
+        setup = SoakSetup(Strategy(options.strategy), options.worker, fallback, options.absolute, options.jumps)
+        report = soak(tokenizer, options.ticks, setup)
     print(report)
-    return 0 if report.holds else 1
+    verdict = "✓ every limit held" if report.holds else "✗ a limit did not hold"
+    return Outcome(f"{verdict}: {report.description}", dataclasses.asdict(report), DONE if report.holds else WANTING)
 
 
 def soak(tokenizer: ActionTokenizer, ticks: int, setup: SoakSetup = SoakSetup()) -> SoakReport:
-    """A chunk on every tick, the dearest case, as fast as they are served."""
+    """Serve a chunk on every tick, the dearest case, as fast as possible."""
     tokens, stats, limit = (chunks_of if setup.jumps else motion_of)(tokenizer, _CHUNKS)
-    inputs = list(zip(tokens, stats, strict=True))
+    inputs = list(map(Codes, tokens, stats))
     config = setup.config(tokenizer, limit)
     fallbacks = () if setup.fallback is None else (setup.fallback,)
-    # Filled: their pages are there before memory is measured.
+    # Filled with ones, so that their pages exist before memory is measured.
     times = np.ones((3, ticks), np.int64)
     with ControlDecoder(tokenizer, config, fallbacks=fallbacks, position=(0.0,) * config.action_dim) as decoder:
         decoder.warmup()
@@ -224,15 +223,15 @@ def soak(tokenizer: ActionTokenizer, ticks: int, setup: SoakSetup = SoakSetup())
     )
 
 
-def _time(decoder: ControlDecoder, tokenizer: ActionTokenizer, inputs: Inputs, times: Int64Array) -> int:
-    """Fills times [3, ticks] with ns of steps, of the bare backend, and of lines of logging; how many were limited."""
+def _time(decoder: ControlDecoder, tokenizer: ActionTokenizer, inputs: list[Codes], times: Int64Array) -> int:
+    """Fill times [3, ticks] with ns of steps, the bare backend and lines of logging; returns how many were limited."""
     whole, bare, line = times
     out = np.empty((1, tokenizer.model.chunk_length, tokenizer.model.action_dim), np.float32)
     clock, step, decode, log = time.monotonic_ns, decoder.step, tokenizer.decode_into, _line()
     limited = 0
     for tick in range(times.shape[1]):
         chunk, stat = inputs[tick % _CHUNKS]
-        # Each goes first in turn: whatever the first one brings into the caches serves the second.
+        # Each goes first in turn, since the second one profits from what the first one brought into the caches.
         if tick & 1:
             begin = clock()
             decode(chunk, out, stat)
@@ -255,7 +254,7 @@ def _time(decoder: ControlDecoder, tokenizer: ActionTokenizer, inputs: Inputs, t
 
 
 def _line() -> Callable[[int], str]:
-    """One line of logging, by nobody's logger: the settings of the program do not matter."""
+    """One line of logging, by a logger of its own: the settings of the program do not matter."""
     logger = logging.Logger("soak")
     text_of = logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s").format
 
@@ -265,8 +264,8 @@ def _line() -> Callable[[int], str]:
     return line
 
 
-def _traced(decoder: ControlDecoder, inputs: Inputs, ticks: int) -> tuple[int, int]:
-    """Bytes that many ticks keep, and the most that lives at once within them."""
+def _traced(decoder: ControlDecoder, inputs: list[Codes], ticks: int) -> tuple[int, int]:
+    """How many bytes the ticks keep, and the most that live at once within them."""
 
     def serve(count: int) -> None:
         for tick in range(count):
@@ -276,7 +275,7 @@ def _traced(decoder: ControlDecoder, inputs: Inputs, ticks: int) -> tuple[int, i
     gc.collect()
     tracemalloc.start(_FRAMES)
     try:
-        # What a tick leaves to the next is traced too before anything is counted.
+        # So that what a tick leaves to the next is traced before anything is counted.
         serve(_CHUNKS * 8)
         before = tracemalloc.take_snapshot()
         tracemalloc.reset_peak()
@@ -290,7 +289,7 @@ def _traced(decoder: ControlDecoder, inputs: Inputs, ticks: int) -> tuple[int, i
 
 
 def _bytes_of_ours(snapshot: tracemalloc.Snapshot) -> int:
-    """What calls through this package have allocated, but for the counting: other threads do other things meanwhile."""
+    """The bytes that calls through this package have allocated: other threads do other things meanwhile."""
     ours = tracemalloc.Filter(True, str(Path(__file__).parents[1] / "*"), all_frames=True)
     counting = tracemalloc.Filter(False, tracemalloc.__file__, all_frames=True)
     return sum(trace.size for trace in snapshot.filter_traces((ours, counting)).traces)
@@ -302,5 +301,4 @@ def _quantiles(nanoseconds: Int64Array) -> tuple[float, float, float, float]:
 
 
 if __name__ == "__main__":
-    prepare_console()
-    sys.exit(main())
+    run_command(f"{__package__}.soak")

@@ -1,6 +1,6 @@
-"""Faults that need a real process, disk or file, on POSIX: what a decoder makes of them while it serves.
+"""Faults that need a real process, disk or file, on POSIX, while a decoder serves.
 
-Nothing of the bundle that is tried is changed: files are damaged in a copy of it.
+The bundle itself is not changed: files are damaged in a copy of it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import random
 import resource
 import shutil
 import signal
@@ -18,8 +19,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
 
 from ..bundle.errors import TokenizerError
 from ..control.config import Status
@@ -36,7 +35,7 @@ _DISK_BYTES = 2**18
 
 @dataclass(frozen=True)
 class SystemReport:
-    """What was tried how often, what was wrong, and how the disk was filled."""
+    """How often each fault was tried, what was wrong, and how the disk was filled."""
 
     counts: Counter[str]
     problems: tuple[str, ...]
@@ -57,9 +56,9 @@ class SystemReport:
 
 
 class _Trial:
-    """So many `times` each fault; counts them and collects what was wrong with each."""
+    """Counts faults and collects what was wrong with each. times: how often each is tried."""
 
-    def __init__(self, times: int, rng: np.random.Generator) -> None:
+    def __init__(self, times: int, rng: random.Random) -> None:
         self.times, self.rng = times, rng
         self.counts: Counter[str] = Counter()
         self.problems: list[str] = []
@@ -76,13 +75,15 @@ class _Trial:
         if found != expected:
             self.problems.append(f"{self._name}: {what} is {found}; expected {expected}{detail and ': ' + detail}")
 
-    def expect_answer(self, what: str, answer: Answer, status: Status, *, is_held: bool) -> None:
+    def expect_answer(self, what: str, answer: Answer, status: Status = Status.OK) -> None:
+        """`status`, and standing still where it is not OK."""
+        is_held = status is not Status.OK
         self.expect(what, (answer.status, answer.is_held), (status, is_held), answer.detail)
 
 
 def run_system_faults(path: Path, times: int, *, backend: str = "auto", seed: int = 0) -> SystemReport:
-    """Every kind so often. Raises TokenizerError where the bundle at `path` cannot be opened."""
-    begin, trial = time.monotonic(), _Trial(times, np.random.default_rng(seed))
+    """Try every kind so often. Raises TokenizerError if the bundle at `path` cannot be opened."""
+    begin, trial = time.monotonic(), _Trial(times, random.Random(seed))
     with tempfile.TemporaryDirectory() as folder:
         with ActionTokenizer.load(path, backend=backend) as tokenizer:
             _stop_producers(trial, tokenizer)
@@ -97,40 +98,36 @@ def run_system_faults(path: Path, times: int, *, backend: str = "auto", seed: in
 
 
 def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer) -> None:
-    rig = Rig(tokenizer, Setup(), trial.rng)
-    chunks = rig.chunks[rig.model.num_layers]
+    with contextlib.closing(Rig(tokenizer, Setup(), trial.rng)) as rig:
 
-    def serve(found: tuple[int, Chunk] | None) -> None:
-        trial.expect("a message", found is not None, True)
-        if found is not None:
-            trial.expect_answer("a chunk", rig.send(found[1], sequence=found[0]), Status.OK, is_held=False)
+        def serve(found: tuple[int, Chunk] | None) -> None:
+            trial.expect("a message", found is not None, True)
+            if found is not None:
+                trial.expect_answer("a chunk", rig.send(found[1], sequence=found[0]))
 
-    try:
         for _ in range(trial.times):
-            producer = Producer(chunks)
+            producer = Producer(rig.chunks[rig.model.num_layers])
             with trial.fault("producer stopped in the middle of a message (SIGSTOP)", rig):
-                # The numbers begin anew: a policy that was started again.
-                for _ in range(1 + int(trial.rng.integers(3))):
-                    serve(producer.wait_for(rig))
+                # The numbers begin again, as those of a policy that was restarted.
+                for _ in range(trial.rng.randint(1, 3)):
+                    serve(rig.wait_for(producer.poll))
                 producer.signal(signal.SIGSTOP)
                 _run_out(trial, rig, producer, serve)
                 producer.signal(signal.SIGCONT)
-                serve(producer.wait_for(rig))
+                serve(rig.wait_for(producer.poll))
             with trial.fault("producer killed in the middle of a message (SIGKILL)", rig):
                 trial.expect("its exit status", producer.kill(), -signal.SIGKILL)
                 _run_out(trial, rig, producer, serve)
                 trial.expect("that a part of a message was left", producer.end() > 0, True)
-    finally:
-        rig.close()
 
 
 def _run_out(trial: _Trial, rig: Rig, producer: Producer, serve: Callable[[tuple[int, Chunk] | None], None]) -> None:
-    """Serve what has come whole, and then what is queued, to its end."""
+    """Serve the messages that have come whole, and then what is queued, to its end."""
     while (found := producer.poll()) is not None:
         serve(found)
     for _ in range(rig.length - 1):
-        trial.expect_answer("a tick after it", rig.tick(), Status.OK, is_held=False)
-    trial.expect_answer("the tick after the last action", rig.tick(), Status.STALE, is_held=True)
+        trial.expect_answer("a tick after it", rig.tick())
+    trial.expect_answer("the tick after the last action", rig.tick(), Status.STALE)
 
 
 # --- the recorder's disk ----------------------------------------------------------------------------------------------
@@ -141,39 +138,30 @@ def _fill_disks(trial: _Trial, tokenizer: ActionTokenizer, place: Path) -> str:
     with _small_disk(place) as (disk, fill, free):
         for _ in range(trial.times):
             rig = Rig(tokenizer, Setup(), trial.rng, record_folder=str(place / "flights"))
-            try:
-                with trial.fault("disk full for the flight record", rig):
-                    (place / "flights").mkdir(exist_ok=True)
-                    fill()
-                    _record(trial, rig, failed=1, written=0)
-                    free()
-                    trial.expect("what it left", list((place / "flights").iterdir()), [])
-                    _record(trial, rig, failed=1, written=1)
-            finally:
-                rig.close()
+            with contextlib.closing(rig), trial.fault("disk full for the flight record", rig):
+                (place / "flights").mkdir(exist_ok=True)
+                fill()
+                _record(trial, rig, failed=1, written=0)
+                free()
+                trial.expect("what it left", list((place / "flights").iterdir()), [])
+                _record(trial, rig, failed=1, written=1)
             shutil.rmtree(place / "flights")
     return disk
 
 
 @contextlib.contextmanager
 def _small_disk(place: Path) -> Iterator[tuple[str, Callable[[], None], Callable[[], None]]]:
-    """A small file system where one can be mounted, else a limit to the size of files; how to fill and free it."""
+    """A small file system if one can be mounted, else a limit on the size of files; how to fill it and free it."""
     filler = place / "filler"
 
     def fill() -> None:
-        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
-                file.write(bytes(_PAGE))
-        trial_file = place / "one more"
-        try:
-            trial_file.write_bytes(bytes(1))
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-        else:
-            raise OSError(f"{place} is not full")
-        finally:
-            trial_file.unlink(missing_ok=True)
+        with filler.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(_PAGE))
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
 
     command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(place)]
     try:
@@ -199,8 +187,7 @@ def _small_disk(place: Path) -> Iterator[tuple[str, Callable[[], None], Callable
 
 def _lose_folders(trial: _Trial, tokenizer: ActionTokenizer, folder: Path) -> None:
     for _ in range(trial.times):
-        rig = Rig(tokenizer, Setup(), trial.rng, record_folder=str(folder))
-        try:
+        with contextlib.closing(Rig(tokenizer, Setup(), trial.rng, record_folder=str(folder))) as rig:
             with trial.fault("the recorder's folder removed", rig):
                 _record(trial, rig, failed=0, written=1)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -212,20 +199,18 @@ def _lose_folders(trial: _Trial, tokenizer: ActionTokenizer, folder: Path) -> No
                 _record(trial, rig, failed=1, written=2)
                 folder.unlink()
                 _record(trial, rig, failed=1, written=3)
-        finally:
-            rig.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _record(trial: _Trial, rig: Rig, *, failed: int, written: int) -> None:
-    """A fault that is worth a record, in the middle of service; so many of each there are afterwards."""
-    # Of two records within record_interval_s only the first is written.
+    """A fault in the middle of service that is recorded; expects so many records failed and written afterwards."""
+    # Only the first of two records within record_interval_s is written.
     time.sleep(2 * rig.config.record_interval_s)
-    trial.expect_answer("a chunk before it", rig.send(rig.pick()), Status.OK, is_held=False)
+    trial.expect_answer("a chunk before it", rig.send(rig.pick()))
     chunk = rig.pick()
-    trial.expect_answer("its tick", rig.send(chunk, tokens=chunk.tokens - 1000), Status.BAD_TOKEN, is_held=True)
+    trial.expect_answer("its tick", rig.send(chunk, tokens=chunk.tokens - 1000), Status.BAD_TOKEN)
     # The loop does not wait for the disk.
-    trial.expect_answer("the tick after it", rig.send(rig.pick()), Status.OK, is_held=False)
+    trial.expect_answer("the tick after it", rig.send(rig.pick()))
     trial.expect("that all is reported", rig.decoder.flush(), True)
     found = rig.decoder.snapshot()
     trial.expect("records failed and written", (found.records_failed, found.records_written), (failed, written))
@@ -236,76 +221,56 @@ def _record(trial: _Trial, rig: Rig, *, failed: int, written: int) -> None:
 # --- the bundle's files -----------------------------------------------------------------------------------------------
 
 
-def _remove(folder: Path) -> None:
-    for file in _files(folder):
-        file.unlink()
+def _overwrite(file: Path) -> None:
+    size = file.stat().st_size
+    with file.open("r+b") as stream:
+        stream.write(b"\xcc" * size)
 
 
-def _truncate(folder: Path) -> None:
-    """In place: whoever had mapped a page of it dies of SIGBUS."""
-    for file in _files(folder):
-        os.truncate(file, file.stat().st_size // 2)
+def _replace(file: Path) -> None:
+    other = file.with_name("another")
+    other.write_bytes(b"another file")
+    other.replace(file)
 
 
-def _empty(folder: Path) -> None:
-    for file in _files(folder):
-        os.truncate(file, 0)
-
-
-def _overwrite(folder: Path) -> None:
-    """In place: whoever had mapped it runs what is written now."""
-    for file in _files(folder):
-        size = file.stat().st_size
-        with file.open("r+b") as stream:
-            stream.write(b"\xcc" * size)
-
-
-def _replace(folder: Path) -> None:
-    for file in _files(folder):
-        other = file.with_name("another")
-        other.write_bytes(b"another file")
-        other.replace(file)
-
-
-_DAMAGES: tuple[tuple[str, Callable[[Path], None]], ...] = (
-    ("removed", _remove),
-    ("truncated in place", _truncate),
-    ("emptied in place", _empty),
+#: What is done to each file. In place: a process that has mapped it dies of SIGBUS, or runs what is written now.
+_DAMAGES: tuple[tuple[str, Callable[[Path], object]], ...] = (
+    ("removed", Path.unlink),
+    ("truncated in place", lambda file: os.truncate(file, file.stat().st_size // 2)),
+    ("emptied in place", lambda file: os.truncate(file, 0)),
     ("overwritten in place", _overwrite),
     ("replaced", _replace),
-    ("removed with their folder", shutil.rmtree),
+    ("removed with their folder", lambda file: shutil.rmtree(file.parent, ignore_errors=True)),
 )
 
 
 def _damage_bundles(trial: _Trial, source: Path, folder: Path, backend: str) -> None:
-    """Every file of the bundle at once, the running library included; the decoder, and what it falls back on, go on."""
+    """Damage all files at once, the running library too; the decoder and its fallback go on."""
     shutil.copytree(source, folder)
     try:
         tokenizer = ActionTokenizer.load(folder, backend=backend)
         fallback = ActionTokenizer.load(folder, backend="onnxruntime")
     except TokenizerError:
-        # Not for this machine, or not in this bundle.
+        # The backend is not for this machine, or not in this bundle.
         return
-    with tokenizer, fallback:
-        rig = Rig(tokenizer, Setup(has_fallback=True), trial.rng, fallback=fallback)
+    setup = Setup(has_fallback=True)
+    with tokenizer, fallback, contextlib.closing(Rig(tokenizer, setup, trial.rng, fallback=fallback)) as rig:
         chunk = rig.pick()
         before = tokenizer.decode(chunk.tokens, chunk.stats)
-        try:
-            for name, damage in _DAMAGES * trial.times:
-                with trial.fault(f"files of {backend}'s bundle {name}", rig):
-                    trial.expect_answer("a chunk before it", rig.send(rig.pick()), Status.OK, is_held=False)
-                    damage(folder)
-                    for _ in range(3):
-                        trial.expect_answer("a chunk", rig.send(rig.pick()), Status.OK, is_held=False)
-                    after = tokenizer.decode(chunk.tokens, chunk.stats)
-                    trial.expect("that its answers are the same bits", after.tobytes() == before.tobytes(), True)
-                    _fail_over(trial, rig)
-                    trial.expect("what is mapped of it", _mapped(folder), [])
-                    trial.expect("that it is opened again", _opens(folder, backend), False)
-                shutil.rmtree(folder, ignore_errors=True)
-                shutil.copytree(source, folder)
-        finally:
-            rig.close()
+        for name, damage in _DAMAGES * trial.times:
+            with trial.fault(f"files of {backend}'s bundle {name}", rig):
+                trial.expect_answer("a chunk before it", rig.send(rig.pick()))
+                for file in [path for path in folder.rglob("*") if path.is_file()]:
+                    damage(file)
+                for _ in range(3):
+                    trial.expect_answer("a chunk", rig.send(rig.pick()))
+                after = tokenizer.decode(chunk.tokens, chunk.stats)
+                trial.expect("that its answers are the same bits", after.tobytes() == before.tobytes(), True)
+                _fail_over(trial, rig)
+                trial.expect("what is mapped of it", _mapped(folder), [])
+                trial.expect("that it is opened again", _opens(folder, backend), False)
+            shutil.rmtree(folder, ignore_errors=True)
+            shutil.copytree(source, folder)
 
 
 def _fail_over(trial: _Trial, rig: Rig) -> None:
@@ -314,16 +279,12 @@ def _fail_over(trial: _Trial, rig: Rig) -> None:
     answer = rig.send(rig.pick())
     rig.clear()
     trial.expect("a fallback", (answer.status, answer.fell_back), (Status.OK, True), answer.detail)
-    is_back = rig.wait_until(lambda: rig.decoder.health.recoveries > recoveries)
+    is_back = rig.wait_for(lambda: rig.decoder.health.recoveries > recoveries)
     trial.expect("that the first one comes back", is_back, True)
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
 def _mapped(folder: Path) -> list[str]:
-    """Files below `folder` that are in this process's memory, where the system tells."""
+    """Files below `folder` that this process has mapped, where the system tells."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:

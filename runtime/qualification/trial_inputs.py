@@ -1,4 +1,4 @@
-"""Tokens and settings to try a decoder with: any bundle, no robot."""
+"""Tokens and settings to try a decoder with, for any bundle and no robot."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import numpy as np
 
 from ..bundle.arrays import Float32Array, Float64Array, Int32Array
 from ..control.config import ActionKind, ControlConfig
-from ..tokenizer import ActionTokenizer
+from ..tokenizer import ActionTokenizer, codes_of
 
 PERIOD_S = 0.002
-#: Of a dimension's unit, to either side.
+#: The largest action, in units of its dimension.
 _RANGE = 0.5
 
 Chunks = tuple[list[Int32Array], list[Float32Array | None], float]
 
 
 def config_for(tokenizer: ActionTokenizer, limit: float, **changes: Any) -> ControlConfig:
-    """Limits of `limit` and a slew of a quarter of it; all deltas, the last dimension a gripper, unless changed."""
+    """Settings with limits of `limit` and a slew of a quarter of it; deltas, the last one a gripper, unless changed."""
     size = tokenizer.model.action_dim
     values: dict[str, Any] = {
         "period_s": PERIOD_S,
@@ -41,20 +41,18 @@ def chunks_of(tokenizer: ActionTokenizer, count: int) -> Chunks:
 
 
 def motion_of(tokenizer: ActionTokenizer, count: int) -> Chunks:
-    """The same for a motion that comes round after `count` ticks: chunk i is what a policy sees from tick i on."""
+    """The same for a motion that repeats after `count` ticks: chunk i is what a policy plans from tick i on."""
     model = tokenizer.model
     ticks = np.arange(count)[:, None, None] + np.arange(model.chunk_length)[:, None]
     return _coded(tokenizer, _RANGE * np.sin(2 * np.pi * ticks / count + np.arange(model.action_dim)))
 
 
 def _coded(tokenizer: ActionTokenizer, chunks: Float64Array) -> Chunks:
-    """chunks [N, T, A] in units of each dimension."""
+    """Encode chunks [N, T, A], which are in units of each dimension."""
     model = tokenizer.model
     actions = (chunks * np.asarray(model.action_units) + np.asarray(model.action_offset)).astype(np.float32)
-    tokens, stats, largest = [], [], 0.0
-    for chunk in actions[:, None]:
-        pair = tokenizer.encode_with_stats(chunk) if model.has_stats else (tokenizer.encode(chunk), None)
-        tokens.append(pair[0])
-        stats.append(pair[1])
-        largest = max(largest, float(np.abs(tokenizer.decode(*pair)).max()))
-    return tokens, stats, 1.5 * largest
+    codes = codes_of(tokenizer, actions)
+    limit = 1.5 * float(np.abs(tokenizer.decode(*codes)).max())
+    stats = [None] * len(actions) if codes.stats is None else [part.copy() for part in codes.stats[:, None]]
+    # Arrays of their own, as from a policy: those of one batch would evict each other from the caches.
+    return [part.copy() for part in codes.tokens[:, None]], stats, limit

@@ -5,7 +5,7 @@ import torch
 
 from rfsq.calibration.constants import fit_constants
 from rfsq.calibration.data import reference_actions
-from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.calibration.settings import RecoveredConfig
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import EpisodeSplit
 from tests.calibration.small_fits import fit_recovered

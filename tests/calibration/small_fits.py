@@ -9,12 +9,14 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from rfsq.calibration.recovered import RecoveredConfig, fit_recovered_details
+from rfsq.calibration.recovered import fit_recovered_details
+from rfsq.calibration.settings import RecoveredConfig
 from rfsq.rfsq_ref.autoencoder import RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.normaliser_choice import suggested_normaliser
-from rfsq.rfsq_ref.train import TrainConfig, train
+from rfsq.rfsq_ref.settings import TrainConfig
+from rfsq.rfsq_ref.training import train
 
 Array = npt.NDArray[np.float64]
 _TRAINING_EPISODES, _HELD_OUT_EPISODES = 12, 12

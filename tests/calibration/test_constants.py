@@ -13,9 +13,6 @@ from torch import Tensor
 
 from rfsq.calibration.constants import (
     NOISE_FACTOR,
-    CalibrationConfig,
-    Granularity,
-    Objective,
     _round_up,
     constants_of_latents,
     fit_constants,
@@ -25,6 +22,7 @@ from rfsq.calibration.constants import (
 )
 from rfsq.calibration.data import reference_actions, reference_latents
 from rfsq.calibration.errors import CalibrationError
+from rfsq.calibration.settings import CalibrationConfig, Granularity, Objective
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit

@@ -62,7 +62,7 @@ def test_the_embedded_demonstrations_serve_only_their_own_checkpoints(
         assert embedded_demonstrations(own) is not None
     foreign = replace(robust, provenance={})
     assert embedded_demonstrations(foreign) is None
-    with pytest.raises(DataError, match=r"not trained on the embedded .*not recorded.*--calibration-data FILE"):
+    with pytest.raises(DataError, match=r"not trained on the embedded .*not recorded.*--data FILE"):
         calibration_dataset(foreign, None)
     np.savez(tmp_path / "own.npz", moves=np.zeros((4, 9, 7)), rest=np.zeros(3))
     assert calibration_dataset(foreign, tmp_path / "own.npz", key="moves").num_steps == 36

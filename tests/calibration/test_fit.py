@@ -59,7 +59,7 @@ has_blank_picture = pytest.mark.usefixtures("blank_picture")
 def test_defaults_fit_the_embedded_checkpoint(
     tmp_path: Path, calibrated: Checkpoint, demonstrations: ActionDataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(tmp_path) == 0
+    assert run(tmp_path, "-v") == 0
     found = fitted(tmp_path)
     assert found.constants is not None
     assert calibrated.constants is not None
@@ -140,7 +140,7 @@ def test_poor_tokens_are_warned_of_below_the_table(tmp_path: Path, capsys: pytes
     *_, row, warning, wrote = capsys.readouterr().out.splitlines()
     assert re.search("^dimension 6, robot units .*% +poor$", row)
     assert warning.startswith("WARNING: the tokens are poor: decoded actions lose more than 1% of the variance in ")
-    assert wrote.startswith("wrote ")
+    assert wrote.startswith("✓ wrote ")
 
 
 @has_blank_picture
@@ -346,5 +346,5 @@ def test_a_report_that_cannot_be_written_leaves_no_checkpoint(
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
     assert run(tmp_path, "--report-dir", tmp_path / "file" / "report") == 2
-    assert "choose a writable --report-dir" in capsys.readouterr().err
+    assert "choose a writable folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

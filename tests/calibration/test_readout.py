@@ -10,19 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rfsq.calibration import readout as module
-from rfsq.calibration.constants import CalibrationConfig
 from rfsq.calibration.data import is_certain_gain
 from rfsq.calibration.errors import CalibrationError
-from rfsq.calibration.fit import calibrate
-from rfsq.calibration.readout import (
-    DEFAULT_READOUT,
-    READOUT_OFF,
-    RIDGES,
-    ReadoutChoice,
-    ReadoutConfig,
-    fit_readout,
-    held_out_warning,
-)
+from rfsq.calibration.fitting import calibrate
+from rfsq.calibration.readout import RIDGES, fit_readout, held_out_warning
+from rfsq.calibration.settings import DEFAULT_READOUT, READOUT_OFF, CalibrationConfig, ReadoutChoice, ReadoutConfig
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit, split_episodes

@@ -12,13 +12,8 @@ from torch import Tensor
 from rfsq.calibration.affine_maps import Features, Regression, _mish_slope
 from rfsq.calibration.affine_maps import regress as regressions
 from rfsq.calibration.errors import CalibrationError
-from rfsq.calibration.recovered import (
-    RecoveredConfig,
-    Target,
-    Weighting,
-    default_prefixes,
-    fit_recovered_details,
-)
+from rfsq.calibration.recovered import default_prefixes, fit_recovered_details
+from rfsq.calibration.settings import RecoveredConfig, Target, Weighting
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit

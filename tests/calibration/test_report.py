@@ -12,7 +12,6 @@ import torch
 
 from rfsq.calibration.constants import worst_case_errors
 from rfsq.calibration.errors import CalibrationError
-from rfsq.calibration.recovered import RecoveredConfig
 from rfsq.calibration.report import (
     CalibrationReport,
     format_report,
@@ -22,6 +21,7 @@ from rfsq.calibration.report import (
     report_to_json,
     write_report,
 )
+from rfsq.calibration.settings import RecoveredConfig
 from rfsq.rfsq_ref.autoencoder import RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import EpisodeSplit

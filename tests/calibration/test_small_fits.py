@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from rfsq.calibration.constants import CalibrationConfig, constants_of_latents, fit_constants
+from rfsq.calibration.constants import constants_of_latents, fit_constants
 from rfsq.calibration.data import reference_actions
 from rfsq.calibration.readout import ReadoutFit, fit_readout
 from rfsq.calibration.recovered import default_prefixes
+from rfsq.calibration.settings import CalibrationConfig
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.quantizer import Conditioning

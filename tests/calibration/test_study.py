@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from rfsq.calibration import constants, study_bench
 from rfsq.calibration import study as module
-from rfsq.calibration.constants import CalibrationConfig, fit_constants
+from rfsq.calibration.constants import fit_constants
 from rfsq.calibration.data import calibration_episodes, judging_episodes, reference_actions
 from rfsq.calibration.errors import CalibrationError
-from rfsq.calibration.fit import calibrate
-from rfsq.calibration.readout import DEFAULT_READOUT, READOUT_OFF, ReadoutChoice, ReadoutConfig, fit_readout
+from rfsq.calibration.fitting import calibrate
+from rfsq.calibration.readout import fit_readout
 from rfsq.calibration.report import CalibrationReport, report_calibrated
+from rfsq.calibration.settings import DEFAULT_READOUT, READOUT_OFF, CalibrationConfig, ReadoutChoice, ReadoutConfig
 from rfsq.calibration.study import main, study
 from rfsq.calibration.study_report import draw_study, format_study, parts
 from rfsq.calibration.study_result import Spread, StudyResult, result_from_json, result_to_json, spread

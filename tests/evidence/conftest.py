@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.calibration.settings import RecoveredConfig
 from rfsq.evidence.comparison import compare
 from rfsq.evidence.jobs import ComparisonConfig
 from rfsq.evidence.results import Comparison
 from rfsq.rfsq_ref.data import ActionDataset
-from rfsq.rfsq_ref.normaliser import NormaliserKind
+from rfsq.rfsq_ref.settings import NormaliserKind
 
 
 def robot_dataset(action_dim: int = 4, episodes: int = 32, seed: int = 0) -> ActionDataset:

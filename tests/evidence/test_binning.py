@@ -10,7 +10,8 @@ from rfsq.evidence.binning import BinCodec, BinRange, action_range, fit_bins
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.errors import EvidenceError
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray
-from rfsq.rfsq_ref.normaliser import NormaliserKind, fit_normaliser
+from rfsq.rfsq_ref.normaliser import fit_normaliser
+from rfsq.rfsq_ref.settings import NormaliserKind
 
 _VALUES = st.floats(-4, 4, width=32)
 _CHUNKS = arrays(np.float32, (3, 5, 2), elements=_VALUES)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.calibration.settings import RecoveredConfig
 from rfsq.evidence import cells
 from rfsq.evidence.binning import BinRange, fit_bins
 from rfsq.evidence.cells import RAW, choose_peers, fingerprint, rfsq_cells, select

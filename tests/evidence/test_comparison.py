@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfsq.calibration.readout import ReadoutChoice, ReadoutConfig
+from rfsq.calibration.settings import ReadoutChoice, ReadoutConfig
 from rfsq.evidence.codecs import Codec, RawCodec, RfsqCodec
 from rfsq.evidence.comparison import compare
 from rfsq.evidence.errors import EvidenceError

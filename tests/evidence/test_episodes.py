@@ -101,7 +101,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "episodes.jsonl").write_text('{"format": "other"}\n')
     with pytest.raises(EvidenceError, match="damaged at line 1"):
         read_episodes(tmp_path / "episodes.jsonl")
-    with pytest.raises(EvidenceError, match=r"run python rfsq_ref/rollout\.py first"):
+    with pytest.raises(EvidenceError, match=r"run `python rfsq_ref/rollout\.py` first"):
         read_episodes(tmp_path / "missing.jsonl")
 
 

@@ -13,13 +13,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from rfsq.calibration.constants import CalibrationConfig
-from rfsq.calibration.fit import recover
-from rfsq.calibration.readout import ReadoutConfig
-from rfsq.calibration.recovered import RecoveredConfig
-from rfsq.evidence.report import as_text, main
+from rfsq.calibration.fitting import recover
+from rfsq.calibration.settings import CalibrationConfig, ReadoutConfig, RecoveredConfig
+from rfsq.evidence.report import as_text
 from rfsq.evidence.results import Comparison, read_json
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
+from rfsq.rfsq_ref.compare import main
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.errors import DataError
 from tests.evidence.conftest import robot_dataset
@@ -77,7 +76,16 @@ def test_any_robots_file_gives_a_report(
     _leave_out_gauss_newton(monkeypatch)
     # Drawing takes long, and does not depend on the file's format: the script below draws.
     monkeypatch.setattr("rfsq.evidence.report.figures", lambda _: {})
-    arguments = ["--data", tmp_path / name, "--output", tmp_path / "report", "--cache", tmp_path / "cache", *QUICK]
+    arguments = [
+        "--data",
+        tmp_path / name,
+        "--output",
+        tmp_path / "report",
+        "--cache",
+        tmp_path / "cache",
+        "-v",
+        *QUICK,
+    ]
 
     status = main(list(map(str, arguments)))
 

@@ -27,7 +27,7 @@ from rfsq.evidence.rollout_report import (
     tables_of,
 )
 from rfsq.evidence.rollout_statistics import Paired, Rate, mcnemar, newcombe_paired, wilson
-from rfsq.evidence.rollouts import RolloutConfig
+from rfsq.evidence.settings import RolloutConfig
 
 IDENTITY = Identity(1, 0, 8, {"robosuite": "1.5.2"}, {"robust": "ab"})
 EXACT = Spread(0.0, 0.0, 0.0)
@@ -372,7 +372,7 @@ def test_a_report_is_strict_json_with_what_it_came_from_and_a_picture(tmp_path: 
             + episodes("naive", [None] * 2, "Door")
         ):
             file.append(one)
-    text = write_report(tmp_path / "episodes.jsonl", tmp_path / "results")
+    text, _ = write_report(tmp_path / "episodes.jsonl", tmp_path / "results")
     content = json.loads((tmp_path / "results" / "rollout.json").read_text())
     assert content["run"]["versions"] == {"robosuite": "1.5.2"}
     assert content["run"]["seed"] == 0

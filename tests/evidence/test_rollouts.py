@@ -13,7 +13,8 @@ from rfsq.evidence.closed_loop import EpisodeResult, Spread
 from rfsq.evidence.codecs import RawCodec
 from rfsq.evidence.episodes import Episode, Identity, Job, read_episodes
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.rollouts import DEFAULT_TASKS, RolloutConfig, jobs_of, run_rollouts, seed_of
+from rfsq.evidence.rollouts import jobs_of, run_rollouts, seed_of
+from rfsq.evidence.settings import DEFAULT_TASKS, TASK_NAMES, RolloutConfig
 from rfsq.evidence.simulation import TASKS
 from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS
@@ -73,10 +74,10 @@ def test_scenes_go_first_so_that_a_stopped_run_has_all_cells_alike() -> None:
 def test_a_killed_run_goes_on_where_it_was_and_ends_as_if_it_had_not_been(
     workers: dict[str, Any], tmp_path: Path
 ) -> None:
-    straight = run_rollouts(replace(CONFIG, output=tmp_path / "straight"))
+    straight = run_rollouts(replace(CONFIG, folder=tmp_path / "straight"))
     for kill_after in (0, 5, 2, None):
         workers |= {"run": [], "kill_after": kill_after}
-        config = replace(CONFIG, output=tmp_path / "killed")
+        config = replace(CONFIG, folder=tmp_path / "killed")
         if kill_after is None:
             resumed = run_rollouts(config)
             assert len(workers["run"]) == 12 - 7
@@ -85,13 +86,13 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_as_if_it_had_not_been(
                 run_rollouts(config)
     assert sorted(resumed, key=lambda episode: episode.key) == sorted(straight, key=lambda episode: episode.key)
     workers["run"] = []
-    run_rollouts(replace(CONFIG, output=tmp_path / "killed"))
+    run_rollouts(replace(CONFIG, folder=tmp_path / "killed"))
     assert workers["run"] == []
 
 
 def test_cells_and_episodes_can_be_added_later(workers: dict[str, Any], tmp_path: Path) -> None:
-    run_rollouts(replace(CONFIG, output=tmp_path, cells=("a",), episodes=2))
-    run_rollouts(replace(CONFIG, output=tmp_path))
+    run_rollouts(replace(CONFIG, folder=tmp_path, cells=("a",), episodes=2))
+    run_rollouts(replace(CONFIG, folder=tmp_path))
     keys = [(job.task, job.cell, job.index) for job in workers["run"]]
     assert len(keys) == len(set(keys)) == 12
     assert len(read_episodes(tmp_path / "episodes.jsonl")[1]) == 12
@@ -100,7 +101,7 @@ def test_cells_and_episodes_can_be_added_later(workers: dict[str, Any], tmp_path
 def test_a_codec_that_has_changed_is_refused_before_anything_runs(
     workers: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(CONFIG, output=tmp_path)
+    config = replace(CONFIG, folder=tmp_path)
     run_rollouts(config)
     monkeypatch.setattr(rollouts, "fingerprint", lambda codec: "other" if codec.name == "b" else f"of {codec.name}")
     workers["run"] = []
@@ -131,6 +132,7 @@ def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], messa
 
 
 def test_by_default_there_are_four_tasks_two_of_which_no_centimetre_forgives() -> None:
+    assert tuple(TASKS) == TASK_NAMES
     assert len(DEFAULT_TASKS) >= 4
     assert set(DEFAULT_TASKS) <= set(TASKS)
     assert {"NutAssemblySquare", "NutAssemblyTight"} <= set(DEFAULT_TASKS)
@@ -141,7 +143,7 @@ def test_without_the_simulator_the_run_says_what_to_install(tmp_path: Path) -> N
     if find_spec("robosuite"):
         pytest.skip("the simulator is installed here")
     with pytest.raises(SimulatorError, match=r"pip install '\.\[sim\]'"):
-        run_rollouts(replace(CONFIG, output=tmp_path))
+        run_rollouts(replace(CONFIG, folder=tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -176,6 +178,6 @@ def test_any_number_of_workers_gives_the_same_episodes(tmp_path: Path, monkeypat
     pytest.importorskip("robosuite", reason="the simulator is not installed here: pip install '.[sim]'")
     monkeypatch.setattr(rollouts, "codecs", lambda **_: {name: RawCodec(name) for name in ("a", "b")})
     config = RolloutConfig(tasks=("Lift",), episodes=1)
-    found = [run_rollouts(replace(config, workers=workers, output=tmp_path / str(workers))) for workers in (1, 2)]
+    found = [run_rollouts(replace(config, workers=workers, folder=tmp_path / str(workers))) for workers in (1, 2)]
     assert sorted(map(str, found[0])) == sorted(map(str, found[1]))
     assert all(episode.result.tracking_mm.max == 0.0 for episode in found[0])

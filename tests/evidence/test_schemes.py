@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rfsq.calibration.constants import CalibrationConfig
-from rfsq.calibration.fit import calibrate, recover
-from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.calibration.fitting import calibrate, recover
+from rfsq.calibration.settings import CalibrationConfig, RecoveredConfig
 from rfsq.evidence.metrics import OscPose
 from rfsq.evidence.results import SchemeReport
 from rfsq.evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, label

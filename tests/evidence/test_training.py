@@ -9,7 +9,7 @@ from rfsq.evidence.training import cached_path, trained_checkpoint
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.errors import CheckpointError
-from rfsq.rfsq_ref.train import TrainConfig
+from rfsq.rfsq_ref.settings import TrainConfig
 
 SHORT = TrainConfig(epochs=1, hidden_width=8, num_layers=2)
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from rfsq.calibration.constants import CalibrationConfig
-from rfsq.calibration.fit import calibrate
+from rfsq.calibration.fitting import calibrate
+from rfsq.calibration.settings import CalibrationConfig
 from rfsq.export import c_builder, engines
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset

@@ -18,8 +18,9 @@ from rfsq.export.plan import DecoderPlan, DeployMode, EncoderPlan, plan_decoder,
 from rfsq.rfsq_ref.autoencoder import ModelConfig, RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import EpisodeSplit
-from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.rfsq_ref.settings import NormaliserKind
 from tests.bundles import Deployed, Recipe, deploy, export_graphs, generate_c, generate_cuda
 from tests.export.c_library import OK, Library
 from tests.export.cuda_on_cpu import CudaOnCpu

@@ -13,8 +13,9 @@ from rfsq.export.fingerprint import fingerprint
 from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.autoencoder import ModelConfig, Readout, RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of, load_checkpoint, save_checkpoint
-from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from rfsq.rfsq_ref.settings import NormaliserKind
 from tests.bundles import Recipe, random_model
 from tests.export.plan_numpy import MODES
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from rfsq.export.plan import DeployMode, EncoderPlan, action_limit, choose_prefixes, plan_decoder, plan_encoder
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq.rfsq_ref.errors import NotDecodableError
-from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime.bundle.comparison import action_errors
 from tests.bundles import Deployed, Recipe, deploy, random_actions
 from tests.export.plan_numpy import MODES, check_tokens, decode, encode, recipes

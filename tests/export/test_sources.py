@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from rfsq.calibration.data import Selection
-from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.calibration.settings import RecoveredConfig
 from rfsq.export import sources
 from rfsq.export.plan import DeployMode
 from rfsq.export.sources import choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit
 from rfsq.rfsq_ref.errors import CheckpointError, DataError
-from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.normaliser import Normaliser
+from rfsq.rfsq_ref.settings import NormaliserKind
 
 NORMALISER = Normaliser(NormaliserKind.QUANTILE, (0.5,) * 7, (2.0,) * 6 + (1.0,))
 
@@ -130,7 +131,7 @@ def test_the_embedded_demonstrations_calibrate_no_checkpoint_of_another_robot(
     provenance: dict, robust: Checkpoint
 ) -> None:
     stranger = replace(robust, provenance=provenance)
-    with pytest.raises(DataError, match=r"not trained on the embedded demonstrations .*--calibration-data FILE"):
+    with pytest.raises(DataError, match=r"not trained on the embedded demonstrations .*--data FILE"):
         load_build_data(stranger, None, is_needed=True)
 
 

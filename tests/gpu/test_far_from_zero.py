@@ -9,7 +9,8 @@ import pytest
 from rfsq.export.pipeline import BuildConfig, build
 from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.data import load_demonstrations
-from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.normaliser import Normaliser
+from rfsq.rfsq_ref.settings import NormaliserKind
 from tests.gpu.conftest import ENGINES
 from tests.rfsq_ref.units import restore
 
@@ -41,7 +42,7 @@ def test_every_backend_passes_every_gate(
             output=tmp_path / "bundle",
             conditioning=mode,
             normaliser=tmp_path / "normaliser.json",
-            calibration_data=tmp_path / "episodes.npz",
+            data=tmp_path / "episodes.npz",
             backends=("onnxruntime", "onnxruntime-cuda", *ENGINES),
             parity_steps=30_000,
         )

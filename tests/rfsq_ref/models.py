@@ -6,8 +6,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
+from rfsq.rfsq_ref.settings import NormaliserKind
 
 CONDITIONINGS = list(Conditioning)
 DEFAULT = ModelConfig()

@@ -101,7 +101,9 @@ def test_a_prefix_without_a_recovered_decoder_is_refused_and_the_message_names_t
     model = make_model(SMALL, Conditioning.DYNAMIC)
     model.recovered = {1: recovered_for(1), 3: recovered_for(3)}
     tokens = model.encode(random_actions(5, 3))[0]
-    with pytest.raises(NotDecodableError, match=r"fitted prefixes: \[1, 3\].*calibration/fit.py --prefixes 2"):
+    with pytest.raises(
+        NotDecodableError, match=r"fitted prefixes: \[1, 3\].*calibration/fit.py --method recovered --prefixes 2"
+    ):
         model.decode(tokens[..., :2])
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import astuple
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
@@ -27,10 +26,10 @@ from hypothesis import strategies as st
 
 from rfsq.rfsq_ref.data import (
     DEMONSTRATIONS,
+    SPLIT_SHARES,
     ActionDataset,
     EpisodeSplit,
     FloatArray,
-    SplitFractions,
     chunk,
     load_actions,
     load_demonstrations,
@@ -761,7 +760,7 @@ def test_the_same_seed_gives_the_same_split(tasks: list[str], seed: int) -> None
 @given(task_lists.filter(lambda tasks: len(tasks) >= 10), seeds)
 def test_parts_have_their_share_and_so_has_every_task(tasks: list[str], seed: int) -> None:
     parts = parts_of(split_episodes(dataset_of(tasks), seed=seed))
-    for part, share in zip(parts, astuple(SplitFractions()), strict=True):
+    for part, share in zip(parts, SPLIT_SHARES, strict=True):
         assert abs(len(part.episodes) - share * len(tasks)) < 1
         for task, count in Counter(tasks).items():
             assert abs(part.tasks.count(task) - share * count) < 1 - 1e-9
@@ -783,17 +782,6 @@ def test_the_split_is_the_same_on_every_machine() -> None:
     """Calibration finds the training episodes of an older checkpoint by splitting again: these must never change."""
     split = split_episodes(dataset_of(["lift", "stack"] * 6))
     assert [members(part) for part in parts_of(split)] == [[10, 11, 4, 9, 0, 7, 1], [6], [2, 5], [8, 3]]
-
-
-def test_fractions_can_be_chosen() -> None:
-    split = split_episodes(dataset_of(["lift"] * 20), fractions=SplitFractions(0.25, 0.25, 0.25, 0.25))
-    assert [len(part.episodes) for part in parts_of(split)] == [5, 5, 5, 5]
-
-
-@pytest.mark.parametrize("fractions", [(0.6, 0.1, 0.15, 0.1), (1.0, 0.0, 0.0, 0.0), (1.2, -0.4, 0.1, 0.1)])
-def test_fractions_are_positive_and_add_up(fractions: tuple[float, float, float, float]) -> None:
-    with pytest.raises(DataError, match="expected positive ones adding up to 1"):
-        SplitFractions(*fractions)
 
 
 @pytest.mark.parametrize("count", [1, 3])

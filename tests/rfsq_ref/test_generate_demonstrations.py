@@ -21,8 +21,9 @@ from rfsq.rfsq_ref.generate_demonstrations import (
     arrays_of,
     attempt_of,
     check_simulator,
+    config_of,
     main,
-    parse_arguments,
+    parser,
     save,
     table,
 )
@@ -51,8 +52,8 @@ class SerialPool:
     failing: set[int] = set()  # noqa: RUF012
     made: list[Attempt] = []  # noqa: RUF012
 
-    def __init__(self, workers: int) -> None:
-        del workers
+    def __init__(self, *_: object) -> None:
+        pass
 
     def __enter__(self) -> "SerialPool":
         return self
@@ -181,10 +182,10 @@ def test_actions_that_no_robot_should_get_are_not_written(
 
 def test_arguments_become_a_configuration() -> None:
     numbers = ["--episodes-per-task", "3", "--seed", "8", "--workers", "1"]
-    assert parse_arguments([*numbers, "--output", "out.npz", "--tasks", "Door", "Lift"]) == GenerationConfig(
-        3, 8, Path("out.npz"), 1, ("Door", "Lift")
-    )
-    assert parse_arguments([]) == GenerationConfig()
+    assert config_of(
+        parser().parse_args([*numbers, "--output", "out.npz", "--tasks", "Door", "Lift"])
+    ) == GenerationConfig(3, 8, Path("out.npz"), 1, ("Door", "Lift"))
+    assert config_of(parser().parse_args([])) == GenerationConfig()
 
 
 @pytest.mark.parametrize(
@@ -200,9 +201,7 @@ def test_arguments_become_a_configuration() -> None:
 def test_arguments_that_make_no_sense_exit_with_2(
     arguments: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as exit_:
-        parse_arguments(arguments.split())
-    assert exit_.value.code == 2
+    assert main(arguments.split()) == 2
     assert message in capsys.readouterr().err
 
 

@@ -9,19 +9,19 @@ import pytest
 
 from rfsq.evidence.closed_loop import EpisodeResult, Spread
 from rfsq.evidence.episodes import Episode, Identity, open_episodes
-from rfsq.evidence.rollouts import RolloutConfig
-from rfsq.rfsq_ref.rollout import config_of, main, parse_arguments
+from rfsq.evidence.settings import RolloutConfig
+from rfsq.rfsq_ref.rollout import config_of, main, parser
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_arguments_become_settings() -> None:
-    flags = "--tasks Lift Door --cells raw naive --episodes 3 --seed 4 --chunk 2 --workers 5 --output here"
-    assert config_of(parse_arguments([*flags.split(), "--restart-changed"])) == RolloutConfig(
+    flags = "--tasks Lift Door --cells raw naive --episodes 3 --seed 4 --chunk 2 --workers 5 --episodes-dir here"
+    assert config_of(parser().parse_args([*flags.split(), "--restart-changed"])) == RolloutConfig(
         ("Lift", "Door"), ("raw", "naive"), 3, 4, 2, 5, False, True, Path("here")
     )
-    assert config_of(parse_arguments([])) == RolloutConfig()
-    assert config_of(parse_arguments(["--peers"])).peers
+    assert config_of(parser().parse_args([])) == RolloutConfig()
+    assert config_of(parser().parse_args(["--peers"])).peers
 
 
 @pytest.mark.parametrize(
@@ -41,14 +41,14 @@ def test_the_episodes_that_are_there_are_reported_without_a_simulator(
     spread = Spread(0.0, 0.0, 0.0)
     with open_episodes(tmp_path / "episodes.jsonl", Identity(1, 0, 8, {}, {})) as file:
         file.append(Episode("Stack", "raw", "c", 0, 1, EpisodeResult(True, True, 100, spread, spread, 2.0)))
-    assert main(["--report-only", "--output", str(tmp_path), "--results", str(tmp_path / "results")]) == 0
+    assert main(["--report-only", "--episodes-dir", str(tmp_path), "--output", str(tmp_path / "results")]) == 0
     assert "100% (21% … 100%)" in capsys.readouterr().out
     assert (tmp_path / "results" / "rollout.json").is_file()
 
 
 def test_a_report_of_nothing_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--report-only", "--output", str(tmp_path), "--results", str(tmp_path)]) == 2
-    assert "run python rfsq_ref/rollout.py first" in capsys.readouterr().err
+    assert main(["--report-only", "--episodes-dir", str(tmp_path), "--output", str(tmp_path)]) == 2
+    assert "run `python rfsq_ref/rollout.py` first" in capsys.readouterr().err
 
 
 def test_it_runs_as_a_script_from_anywhere(tmp_path: Path) -> None:

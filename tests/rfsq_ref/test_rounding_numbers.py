@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq.rfsq_ref.normaliser import Normaliser, NormaliserKind
+from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.rounding import UNIT, latent_error_bound, token_error_bounds
+from rfsq.rfsq_ref.settings import NormaliserKind
 
 SMALL = ModelConfig(action_dim=3, latent_dim=4, hidden_width=5, num_layers=3, num_levels=6)
 #: More units and latents than eight deviations cover by themselves.

@@ -19,16 +19,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rfsq.calibration.constants import CalibrationConfig
-from rfsq.calibration.fit import calibrate, recover
-from rfsq.calibration.recovered import RecoveredConfig
+from rfsq.calibration.fitting import calibrate, recover
+from rfsq.calibration.settings import CalibrationConfig, RecoveredConfig
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, load_actions, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError, DataError
-from rfsq.rfsq_ref.normaliser import NormaliserKind, fit_normaliser
+from rfsq.rfsq_ref.normaliser import fit_normaliser
 from rfsq.rfsq_ref.normaliser_choice import describe, describe_normaliser, suggested_normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning
-from rfsq.rfsq_ref.train import TrainConfig, main, train
+from rfsq.rfsq_ref.settings import NormaliserKind, TrainConfig
+from rfsq.rfsq_ref.train import main
+from rfsq.rfsq_ref.training import train
 from rfsq.rfsq_ref.training_history import EpochRecord, TrainResult, history_of, history_path, load_history, save_result
 
 SCRIPT = Path(__file__).parents[2] / "rfsq_ref" / "train.py"
@@ -188,7 +189,7 @@ def train_with(errors: list[float], patience: int) -> TrainResult:
     """Real training steps, but these validation errors."""
     script = iter(errors)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rfsq.rfsq_ref.train._evaluate", lambda *_: next(script))
+        patch.setattr("rfsq.rfsq_ref.training._evaluate", lambda *_: next(script))
         return train(FEW, replace(QUICK, epochs=len(errors), patience=patience))
 
 

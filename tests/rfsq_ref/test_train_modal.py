@@ -19,9 +19,11 @@ import torch
 
 from rfsq.rfsq_ref.checkpoints import load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import load_actions
-from rfsq.rfsq_ref.errors import CheckpointError, DataError, OutputError
-from rfsq.rfsq_ref.train import TrainConfig, train
+from rfsq.rfsq_ref.errors import CheckpointError, DataError
+from rfsq.rfsq_ref.settings import TrainConfig
+from rfsq.rfsq_ref.training import train
 from rfsq.rfsq_ref.training_history import history_of, load_history
+from rfsq.runtime.bundle.errors import OutputExistsError
 
 ROOT = Path(__file__).parents[2]
 QUICK = TrainConfig(epochs=3, hidden_width=8, latent_dim=4, num_layers=3, learning_rate=1e-2)
@@ -104,7 +106,7 @@ def test_an_output_off_the_volume_is_refused_before_anything_is_trained(
 def test_a_checkpoint_on_the_volume_is_replaced_only_when_that_is_asked_for(train_modal: Any, volume: Path) -> None:
     (volume / "m.history.json").write_text("an hour of work")
     arguments = (replace(QUICK, epochs=1), "none", "data/robot.npz", "", "m.safetensors")
-    with pytest.raises(OutputError, match=r"m\.history\.json exists; give another name, or --overwrite"):
+    with pytest.raises(OutputExistsError, match=r"m\.history\.json exists; give another name, or --overwrite"):
         train_modal.train_remote.local(*arguments)
     assert [path.name for path in volume.glob("m.*")] == ["m.history.json"]
     train_modal.train_remote.local(*arguments, overwrite=True)

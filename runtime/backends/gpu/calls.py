@@ -9,7 +9,7 @@ import numpy as np
 
 from ...bundle.errors import InvalidInputError, UnbuiltPrefixError
 from ...bundle.manifest import ModelEntry
-from ...bundle.validation import STATS_NEEDED, is_gpu_array, type_advice
+from ...bundle.validation import is_gpu_array, stats_needed, type_advice
 from ..contract import BoundCall
 from .arrays import GpuArray, GpuResult, GpuStream, gpu_array, stream_of
 
@@ -114,7 +114,7 @@ class GpuCalls:
         named = {"tokens": source}
         if self._model.has_stats:
             if stats is None:
-                raise InvalidInputError(STATS_NEEDED)
+                raise InvalidInputError(stats_needed())
             named["stats"] = _input("stats", stats, _FLOAT32, self._model.stats_shape(batch, layers))
         elif stats is not None:
             raise InvalidInputError(

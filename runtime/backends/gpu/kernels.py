@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from cuda.bindings import driver, nvrtc
 
+from ...bundle.advice import install
 from ...bundle.errors import BackendUnavailableError, InferenceError, TokenizerError
 from .driver import DEVICE, is_usable
 
@@ -41,7 +42,7 @@ def compile_kernels(source: str, name: str, compute_capability: str, options: Se
         finally:
             nvrtc.nvrtcDestroyProgram(program)
     except RuntimeError as error:  # What cuda-python raises where it does not find the library
-        raise KernelError(f"NVRTC cannot be used: {error}; install it with: pip install '.[gpu]'") from error
+        raise KernelError(f"NVRTC cannot be used: {error}; install it with: {install('gpu')}") from error
     return image
 
 
@@ -50,7 +51,7 @@ def nvrtc_version() -> str:
     try:
         major, minor = _nvrtc(nvrtc.nvrtcVersion)
     except RuntimeError as error:
-        raise KernelError(f"NVRTC cannot be used: {error}; install it with: pip install '.[gpu]'") from error
+        raise KernelError(f"NVRTC cannot be used: {error}; install it with: {install('gpu')}") from error
     return f"NVRTC {major}.{minor}"
 
 

@@ -161,7 +161,7 @@ def test_an_engine_without_checks_fails_load_and_selftest_which_name_what_it_too
     assert np.abs(actions).max() > 100
     with pytest.raises(SelfTestError, match=r"✗ encode: illegal values accepted: \d+ > 0 \(nan at \[0, 0, 0\] of"):
         ActionTokenizer.load(folder, backend="c")
-    assert selftest.main([str(folder), "--backend", "c"]) == 1
+    assert selftest.main([str(folder), "--backend", "c", "-v"]) == 1
     printed = capsys.readouterr().out
     assert "✗ decode 3 layers: illegal values accepted:" in printed
     assert "(-2147483648 at [0, 0, 0, 0] of [1, 2, 4, 3] was accepted and became " in printed

@@ -277,7 +277,7 @@ def test_the_measured_actions_lie_in_the_range_of_the_model(tokenizer: ActionTok
     batch, model = random_batch(tokenizer, 50), tokenizer.model
     normalised = (batch.actions - np.array(model.action_offset)) / np.array(model.action_units)
     assert np.abs(normalised).max() == pytest.approx(1, abs=0.05)
-    np.testing.assert_array_equal(batch.tokens, tokenizer.encode(batch.actions))
+    np.testing.assert_array_equal(batch.codes.tokens, tokenizer.encode(batch.actions))
 
 
 # --- cold start -------------------------------------------------------------------------------------------------------
@@ -455,7 +455,7 @@ def test_a_picture_of_floors_alone_and_of_many_bars_can_be_drawn() -> None:
 def test_every_backend_is_measured_or_listed_with_the_reason(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # However slow a call is here, none is left out.
     monkeypatch.setattr("rfsq.runtime.benchmark.timing._ROUND_US", 1e12)
-    report = bench.bench(bench.Config(bundle, batches=(1, 3), rounds=1, starts=0))
+    report = bench_run.bench(bench_run.Config(bundle, batches=(1, 3), rounds=1, starts=0))
     assert "onnxruntime" in report.backends
     assert {*report.backends, *report.missing} >= set(BACKEND_NAMES)
     assert "has no C engine" in report.missing["c"]
@@ -501,7 +501,7 @@ def test_the_command_prints_and_writes_the_same_report(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [str(bundle), "--backends", "onnxruntime", "--batch", "2", "--rounds", "1", "--starts", "1"]
-    assert bench.main([*arguments, "--output", str(tmp_path)]) == 0
+    assert bench.main([*arguments, "--output", str(tmp_path), "-v"]) == 0
     printed = capsys.readouterr().out
     written = (tmp_path / "bench.txt").read_text(encoding="utf-8")
     assert printed.startswith(written)
@@ -532,7 +532,7 @@ def test_how_long_the_rest_takes_is_told_from_the_rounds_before(monkeypatch: pyt
     shown: list[str] = []
     now = iter([100.0, 103.0, 106.0])
     monkeypatch.setattr("rfsq.runtime.benchmark.run.time.monotonic", lambda: next(now))
-    progress = bench.Progress(SimpleNamespace(show=shown.append))  # type: ignore[arg-type]
+    progress = bench_run.Progress(SimpleNamespace(show=shown.append))  # type: ignore[arg-type]
     for number in range(3):
         progress.show_round("1 chunk a call", number, 5)
     assert shown == [
@@ -554,13 +554,13 @@ def test_how_long_the_rest_takes_is_told_from_the_rounds_before(monkeypatch: pyt
 def test_a_first_look_has_fewer_rounds_and_starts(
     arguments: list[str], rounds: int, starts: int, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[bench.Config] = []
+    asked: list[bench_run.Config] = []
 
-    def measured(config: bench.Config, _progress: object) -> Report:
+    def measured(config: bench_run.Config, _progress: object) -> Report:
         asked.append(config)
         return REPORT
 
-    monkeypatch.setattr(bench, "bench", measured)
+    monkeypatch.setattr(bench_run, "bench", measured)
     assert bench.main([str(bundle), *arguments]) == 0
     assert [(config.rounds, config.starts) for config in asked] == [(rounds, starts)]
 
@@ -621,7 +621,7 @@ def test_peers_are_measured_in_turn_with_ours_and_this_process_stays_free_of_tor
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from rfsq.runtime.benchmark.command import Config, bench\n"
+        "from rfsq.runtime.benchmark.run import Config, bench\n"
         "from rfsq.runtime.benchmark.report import report_json\n"
         f"config = Config(Path({str(bundle)!r}), ('onnxruntime',), (2,), rounds=1, starts=0, has_peers=True)\n"
         "report = bench(config)\n"
@@ -643,11 +643,11 @@ def test_peers_are_measured_in_turn_with_ours_and_this_process_stays_free_of_tor
 def test_peers_that_do_not_start_are_missing(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script = tmp_path / "peers.py"
     script.write_text("raise ModuleNotFoundError('No module named torch')", encoding="utf-8")
-    config = bench.Config(bundle, ("onnxruntime",), (1,), rounds=1, starts=0, has_peers=True)
+    config = bench_run.Config(bundle, ("onnxruntime",), (1,), rounds=1, starts=0, has_peers=True)
     monkeypatch.setattr("rfsq.runtime.benchmark.peers._SCRIPT", script)
-    assert "status 1: ModuleNotFoundError: No module named torch" in bench.bench(config).missing["peers"]
+    assert "status 1: ModuleNotFoundError: No module named torch" in bench_run.bench(config).missing["peers"]
     monkeypatch.setattr("rfsq.runtime.benchmark.peers._SCRIPT", tmp_path / "nothing.py")
-    assert "the whole repository" in bench.bench(config).missing["peers"]
+    assert "the whole repository" in bench_run.bench(config).missing["peers"]
 
 
 def test_peers_that_fail_or_end_on_the_way_are_left_out(
@@ -868,10 +868,10 @@ def test_device_calls_are_bound_to_arrays_that_lie_on_the_gpu(
     assert [(bound[0], bound[2]) for bound in fake.bound] == [("encode", 7), ("decode", 7), ("decode", 7)]
     np.testing.assert_array_equal(fake.bound[0][1][0], batch.actions)
     for (_, arrays, _, _), prefix in zip(fake.bound[1:], (3, 2), strict=True):
-        np.testing.assert_array_equal(arrays[0], batch.tokens_of(prefix))
-        assert (arrays[2] is None) == (batch.stats is None)
+        np.testing.assert_array_equal(arrays[0], batch.codes.prefix(prefix).tokens)
+        assert (arrays[2] is None) == (batch.codes.stats is None)
         if arrays[2] is not None:
-            np.testing.assert_array_equal(arrays[2], batch.stats_of(prefix))
+            np.testing.assert_array_equal(arrays[2], batch.codes.prefix(prefix).stats)
     host = {found.operation: found for found in host_figures(real, batch, has_copies=True)}
     for found in figures:
         assert (found.bytes_in, found.bytes_out) == (host[found.operation].bytes_in, host[found.operation].bytes_out)
@@ -1008,7 +1008,7 @@ def gpu_backend(bench_gpu: Any, cuda: HostCuda, monkeypatch: pytest.MonkeyPatch)
 
 def test_gpu_calls_stand_beside_their_floors(gpu_backend: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_backend, "trivial_kernel", lambda _scope: lambda: None)
-    report = bench.bench(bench.Config(bundle, batches=(1, 64), rounds=1, starts=0))
+    report = bench_run.bench(bench_run.Config(bundle, batches=(1, 64), rounds=1, starts=0))
     assert list(report.backends) == ["tensorrt-rtx", "onnxruntime"]
     for batch in (1, 64):
         rows = [found for found in report.rows if found.batch == batch]
@@ -1038,7 +1038,7 @@ def test_a_floor_that_cannot_be_measured_is_said_plainly(
         raise InferenceError("NVRTC cannot be used")
 
     monkeypatch.setattr(gpu_backend, "trivial_kernel", fail)
-    report = bench.bench(bench.Config(bundle, batches=(1,), rounds=1, starts=0))
+    report = bench_run.bench(bench_run.Config(bundle, batches=(1,), rounds=1, starts=0))
     assert report.missing["floor: a captured graph with one trivial kernel"] == "NVRTC cannot be used"
     device = [found for found in report.rows if found.path == "device"]
     assert len(device) == 3
@@ -1049,7 +1049,7 @@ def test_a_batch_too_large_to_bind_is_measured_from_the_host_alone(
     gpu_backend: Any, bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gpu_backend, "trivial_kernel", lambda _scope: lambda: None)
-    report = bench.bench(bench.Config(bundle, batches=(65,), rounds=1, starts=0))
+    report = bench_run.bench(bench_run.Config(bundle, batches=(65,), rounds=1, starts=0))
     assert "cannot be bound" in report.missing["tensorrt-rtx, device, batch 65"]
     assert {found.path for found in report.rows if found.backend == "tensorrt-rtx"} == {"host", "unchecked"}
 
@@ -1060,6 +1060,6 @@ def test_no_gpu_is_a_reason_and_no_failure(bench_gpu: Any, bundle: Path, monkeyp
 
     monkeypatch.setattr(bench_gpu, "open_device", fail)
     monkeypatch.setattr(bench_run, "GPU_BACKENDS", ("onnxruntime",))
-    report = bench.bench(bench.Config(bundle, ("onnxruntime",), (1,), rounds=1, starts=0))
+    report = bench_run.bench(bench_run.Config(bundle, ("onnxruntime",), (1,), rounds=1, starts=0))
     assert report.missing == {"floor and bandwidth of the GPU": "CUDA finds no usable GPU here"}
     assert {found.times_floor for found in report.rows} == {None}

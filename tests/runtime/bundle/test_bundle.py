@@ -60,7 +60,7 @@ def refuse(folder: Path, message: str, error: type[TokenizerError] = BundleError
 
 def selftest_refuses(folder: Path, message: str, capsys: pytest.CaptureFixture[str], status: int = 2) -> None:
     capsys.readouterr()
-    assert selftest.main([str(folder)]) == status
+    assert selftest.main([str(folder), "-v"]) == status
     printed = capsys.readouterr()
     assert message in printed.out + printed.err
 

@@ -294,6 +294,19 @@ def test_a_few_bounds_may_be_of_steps_that_float32_cannot_judge_but_no_more(
         read_golden(write_golden(replace(golden, bounds=bounds)), model)
 
 
+def test_the_latents_of_one_dynamic_step_are_one_of_those(golden: Golden, model: ModelEntry) -> None:
+    """They share a deviation, and with it the bound: of a chunk alone, all 4 of one step, but none of another."""
+    model = replace(model, mode="dynamic")
+    golden = with_chunks(golden, 1)
+    golden = replace(golden, stats=np.zeros(model.stats_shape(1), np.float32))
+    bounds = golden.bounds.copy()
+    bounds[0, 0, :, 0] = np.inf
+    assert (read_golden(write_golden(replace(golden, bounds=bounds)), model).bounds[0, 0, :, 0] == np.inf).all()
+    bounds[0, 1, 0, 0] = np.inf
+    with pytest.raises(BundleError, match="bounds that float32's rounding does not explain"):
+        read_golden(write_golden(replace(golden, bounds=bounds)), model)
+
+
 def test_every_bound_may_be_as_wide_as_float32_explains(golden: Golden, model: ModelEntry) -> None:
     # With so many levels that is half a bin, a number that float32 has.
     model = replace(model, num_levels=5001)

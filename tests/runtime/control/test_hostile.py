@@ -236,7 +236,7 @@ def test_a_backend_that_is_wrong_but_for_zeros_is_not_used_again(either: ActionT
     """By so many units of a dimension."""
     main, backend = switched(either)
     warm = WarmTokenizer(main, 0)
-    decode, resting = either.backend.decode_into, either.decode(warm.probe)
+    decode, resting = either.backend.decode_into, either.decode(warm.probe.tokens)
     units = np.asarray(either.model.action_units, np.float32)
 
     def decode_wrongly(tokens: Any, stats: Any, actions: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rfsq.runtime.bundle.manifest import ModelEntry
 from rfsq.runtime.control.config import Status
 from rfsq.runtime.control.errors import FlightRecordError
 from rfsq.runtime.control.recorder import FlightRecorder, read_record, write_record
@@ -30,7 +31,8 @@ META = {"config": {}, "fingerprint": "f", "token_shape": SHAPE}
 
 
 def _recorder(ticks: int = 8, *, has_stats: bool = False) -> FlightRecorder:
-    return FlightRecorder(ticks, SHAPE, 2, has_stats=has_stats)
+    model = ModelEntry("dynamic" if has_stats else "none", 2, 2, 3, 8, 4, 5, (4,), 1.0, (1.0, 1.0), (0.0, 0.0))
+    return FlightRecorder(ticks, model)
 
 
 def _write(recorder: FlightRecorder, path: Path) -> Path:

@@ -182,9 +182,9 @@ def test_where_the_fallback_fails_too_the_robot_stands_still_and_goes_on_with_th
 @pytest.mark.parametrize(
     ("act", "reason"),
     [
-        (lambda _: None, "what is not finite"),
-        (lambda actions: actions.fill(np.inf), "what is not finite"),
-        (lambda actions: actions[0, -1].fill(np.nan), "what is not finite"),
+        (lambda _: None, "not finite"),
+        (lambda actions: actions.fill(np.inf), "not finite"),
+        (lambda actions: actions[0, -1].fill(np.nan), "not finite"),
         (lambda _: 1 / 0, "ZeroDivisionError"),
     ],
     ids=["writes nothing", "infinity", "NaN", "raises"],

@@ -9,6 +9,7 @@ import pytest
 
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.bundle.errors import TokenizerError
+from rfsq.runtime.datasets import conversion
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 
 ROOT = Path(__file__).parents[3]
@@ -18,7 +19,8 @@ LENGTHS = (9000, 1, 4000, 7000)
 
 
 def arguments(source: Path, output: Path, bundle: Path, *options: str) -> list[str]:
-    return [str(source), str(output), "--bundle", str(bundle), "--steps-per-file", str(PART), *options]
+    given = [str(bundle), "--data", str(source), "--output", str(output)]
+    return [*given, "--steps-per-file", str(PART), *options]
 
 
 def run(source: Path, output: Path, bundle: Path, *options: str) -> None:
@@ -32,24 +34,24 @@ def interrupt_at_the_end(given: list[str], monkeypatch: pytest.MonkeyPatch) -> N
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize_dataset, "complete", interrupted)
+        patch.setattr(conversion, "complete", interrupted)
         assert tokenize_dataset.main(given) == 130
 
 
 def open_once(given: list[str]) -> None:
     """For a process whose forked children run the command again and again: none of them disturbs the bundle."""
-    tokenizer = ActionTokenizer.load(given[given.index("--bundle") + 1])
+    tokenizer = ActionTokenizer.load(given[0])
 
     def load(*_: object, **__: object) -> ActionTokenizer:
         return tokenizer
 
-    tokenize_dataset.ActionTokenizer.load = load  # type: ignore[method-assign, assignment]
+    conversion.ActionTokenizer.load = load  # type: ignore[method-assign, assignment]
 
 
 def refusal(*given: str, kind: type[TokenizerError]) -> str:
     """The message; the exit status and the error's type are checked."""
     with pytest.raises(kind) as caught:
-        tokenize_dataset.convert(tokenize_dataset.parser().parse_args(given))
+        conversion.convert(tokenize_dataset.parser().parse_args(given))
     assert tokenize_dataset.main(given) == 2
     return str(caught.value)
 

@@ -16,6 +16,7 @@ import pytest
 from rfsq.rfsq_ref.data import ActionDataset, load_actions
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.datasets import conversion
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import SourceError
 from rfsq.runtime.datasets.reader import open_token_dataset
@@ -313,8 +314,10 @@ ACCEPTED: dict[str, Write] = {
 
 def tokenise(source: Path, bundle: Path) -> Path:
     output = source.parent / "out.parquet"
-    tokenize_dataset.convert(
-        tokenize_dataset.parser().parse_args([str(source), str(output), "--bundle", str(bundle), "--workers", "1"])
+    conversion.convert(
+        tokenize_dataset.parser().parse_args(
+            [str(bundle), "--data", str(source), "--output", str(output), "--workers", "1"]
+        )
     )
     return output
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rfsq.runtime.bundle.errors import TokenizerError
 from rfsq.runtime.bundle.ownership import Ownership
 from rfsq.runtime.bundle.writing import sync
+from rfsq.runtime.datasets import conversion
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import IllegalActionError, OutputError, SourceError, VerificationError
 from rfsq.runtime.datasets.partial import locked
@@ -74,7 +75,7 @@ def test_a_folder_with_the_right_names_that_was_not_written_here_is_left_alone(
         (partial / name).write_bytes(text)
     before = files(partial)
     message = refusal(*arguments(source, tmp_path / "out.parquet", c_bundle, *options), kind=OutputError)
-    assert "which was not written here; move it elsewhere, or give another OUT" in message
+    assert "which was not written here; move it elsewhere, or give another --output" in message
     assert files(partial) == before
 
 
@@ -292,7 +293,7 @@ def test_a_record_that_changes_while_the_job_runs_is_refused_and_made_anew(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    output, run_local = tmp_path / "out.parquet", tokenize_dataset.run_local
+    output, run_local = tmp_path / "out.parquet", conversion.run_local
 
     def change_at_the_end(*given: Any) -> None:
         run_local(*given)
@@ -306,9 +307,9 @@ def test_a_record_that_changes_while_the_job_runs_is_refused_and_made_anew(
 
     given = arguments(source, output, c_bundle)
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize_dataset, "run_local", change_at_the_end)
+        patch.setattr(conversion, "run_local", change_at_the_end)
         with pytest.raises(OutputError, match=r"000000001\.json"):
-            tokenize_dataset.convert(tokenize_dataset.parser().parse_args(given))
+            conversion.convert(tokenize_dataset.parser().parse_args(given))
     assert not output.exists()
     run(source, output, c_bundle)
     assert files(output) == tokens
@@ -445,7 +446,7 @@ def test_a_job_that_had_finished_no_part_stands_in_nobodys_way(
 
     output = tmp_path / "out.parquet"
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize_dataset, "run_local", interrupted)
+        patch.setattr(conversion, "run_local", interrupted)
         assert tokenize_dataset.main(arguments(source, output, c_bundle)) == 130
     run(source, output, c_bundle, "--compression", "none")
     assert "an earlier run had finished no part" in capsys.readouterr().out
@@ -468,15 +469,15 @@ def change_one_step_unseen(source: Path, episodes: list[np.ndarray]) -> None:
 @pytest.fixture
 def at_the_end(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
     """Have something happen once, when all parts are made."""
-    run_local = tokenize_dataset.run_local
+    run_local = conversion.run_local
 
     def arrange(happens: Callable[[], object]) -> None:
         def replaced(*given: Any) -> None:
             run_local(*given)
-            monkeypatch.setattr(tokenize_dataset, "run_local", run_local)
+            monkeypatch.setattr(conversion, "run_local", run_local)
             happens()
 
-        monkeypatch.setattr(tokenize_dataset, "run_local", replaced)
+        monkeypatch.setattr(conversion, "run_local", replaced)
 
     return arrange
 
@@ -491,7 +492,7 @@ def test_a_source_that_changes_and_keeps_size_and_time_is_refused(
     at_the_end(lambda: change_one_step_unseen(source, episodes))
     given = arguments(source, tmp_path / "out.parquet", c_bundle)
     with pytest.raises(SourceError, match=r"x\.npz has changed while it was read"):
-        tokenize_dataset.convert(tokenize_dataset.parser().parse_args(given))
+        conversion.convert(tokenize_dataset.parser().parse_args(given))
     assert not (tmp_path / "out.parquet").exists()
     # The next run finds which parts were made from what is no longer there.
     run(source, tmp_path / "out.parquet", c_bundle)

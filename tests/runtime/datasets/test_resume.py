@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from rfsq.runtime.datasets import conversion
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import OutputError, SourceError
 from rfsq.runtime.datasets.format import INFO_NAME
@@ -227,13 +228,13 @@ def test_a_source_that_changes_meanwhile_is_refused(
     c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_npz(tmp_path / "x.npz", random_episodes(LENGTHS))
-    run_local = tokenize_dataset.run_local
+    run_local = conversion.run_local
 
     def change_at_the_end(*given: Any) -> None:
         run_local(*given)
         os.utime(source)
 
-    monkeypatch.setattr(tokenize_dataset, "run_local", change_at_the_end)
+    monkeypatch.setattr(conversion, "run_local", change_at_the_end)
     output = tmp_path / "out.parquet"
     given = arguments(source, output, c_bundle, "--restart")
     assert "x.npz has changed while it was read" in refusal(*given, kind=SourceError)
@@ -311,7 +312,7 @@ def test_an_output_in_its_input_is_refused(source: Path, tokens: Path, c_bundle:
         options = ["--decode"] if given is tokens else []
         options += ["--overwrite", "--format", "parquet"]
         message = refusal(*arguments(given, made, c_bundle, *options), kind=OutputError)
-        assert "is IN or lies in it, or IN in it" in message
+        assert "is --data or lies in it, or --data in it" in message
     assert (files(source), files(tokens)) == before
 
 

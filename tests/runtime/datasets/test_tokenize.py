@@ -162,7 +162,7 @@ def test_a_filter_key_that_chooses_nothing_is_refused(
     ):
         assert message in refusal(*arguments(*given), kind=SourceError)
     decoded = arguments(tokens, output, c_bundle, "--decode", "--filter-key", "train")
-    assert "--decode takes every token of IN; leave it out" in refusal(*decoded, kind=InvalidInputError)
+    assert "--decode takes every token of --data; leave it out" in refusal(*decoded, kind=InvalidInputError)
     assert not output.exists()
 
 
@@ -243,7 +243,7 @@ def test_memory_does_not_grow_with_the_dataset(c_bundle: Path, tmp_path: Path) -
             "import re, sys; from rfsq.runtime.datasets.tokenize import main; assert main(sys.argv[1:]) == 0; "
             "print(re.search(r'VmHWM:\\s*(\\d+) kB', open('/proc/self/status').read())[1])"
         )
-        given = [str(tmp_path / "x.npz"), str(tmp_path / f"{steps}.parquet"), "--bundle", str(c_bundle)]
+        given = arguments(tmp_path / "x.npz", tmp_path / f"{steps}.parquet", c_bundle)[:5]
         result = subprocess.run(
             [sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True, check=True
         )
@@ -268,7 +268,7 @@ def test_the_command_needs_numpy_pyarrow_and_the_backend_alone(
     assert (result.returncode, result.stderr) == (0, "")
     assert files(tmp_path / "out.parquet") == files(tokens)
     given += ["--restart", "--engine", "ray"]
-    given[1] = str(tmp_path / "ray.parquet")
+    given[4] = str(tmp_path / "ray.parquet")
     result = subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "error: --engine ray needs Ray, which cannot be imported" in result.stderr
@@ -512,7 +512,7 @@ def test_the_command_says_what_it_did(
 ) -> None:
     run(source, tmp_path / "out.zarr", c_bundle)
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r".*: 20,001 steps in 3 parts; generated C for .*", lines[0])
+    assert re.fullmatch(r".*: 20,001 steps in 3 parts; c, generated C for .*", lines[0])
     assert re.fullmatch(r"✓ 20,001 steps in (less than 1 s|\d+ s, .* steps/s)", lines[1])
     assert re.fullmatch(r"✓ verified: 4,096 steps read back equal what the tokenizer gives", lines[2])
     assert re.fullmatch(

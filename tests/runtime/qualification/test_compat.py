@@ -23,6 +23,7 @@ from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.manifest import MANIFEST_NAME, Manifest, manifest_text
 from rfsq.runtime.datasets.sources import open_source
 from rfsq.runtime.qualification import agreement, compat
+from rfsq.runtime.qualification.conclusion import Comparison, Kind, compare
 from tests.bundles import SMALL, Deployed, Recipe, deploy, random_actions, write_bundle
 from tests.runtime.datasets.samples import write_robomimic
 
@@ -75,20 +76,20 @@ def unquantised_by_constants(recipe: Recipe, scale: float = 1) -> Deployed:
     return Deployed(replace(recipe, mode=DeployMode.CALIBRATED), model, model)
 
 
-def run(old: Path, new: Path, data: Path, *flags: str) -> tuple[int, compat.Comparison]:
-    """Status of the script, and what it bases it on."""
+def run(old: Path, new: Path, data: Path, *flags: str) -> tuple[Kind, Comparison]:
+    """The verdict, and what it is based on; the statuses of the command are checked."""
     status = compat.main([str(old), str(new), "--data", str(data), *flags])
-    found = compat.compare(old, new, open_source(data), force="--force" in flags)
-    assert found.verdict.status == status
-    return status, found
+    found = compare(old, new, open_source(data), force="--force" in flags)
+    assert status == (0 if found.verdict.kind is Kind.INTERCHANGEABLE else 1)
+    return found.verdict.kind, found
 
 
 # --- what the manifests prove -----------------------------------------------------------------------------------------
 
 
 def test_a_bundle_is_interchangeable_with_itself(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    status, found = run(bundle, bundle, data)
-    assert status == compat.INTERCHANGEABLE == 0
+    kind, found = run(bundle, bundle, data)
+    assert kind is Kind.INTERCHANGEABLE
     assert found.measurement.equal == (1.0, 1.0, 1.0)
     assert (found.measurement.steps, found.measurement.differing, found.measurement.remarks) == (61, 0, ())
     fingerprint = manifest_of(bundle).fingerprint[:16]
@@ -101,8 +102,8 @@ def test_the_recovered_decoder_replaces_the_published_one(
     dynamic, recovered = (bundle_of(Recipe(mode=mode)) for mode in (DeployMode.DYNAMIC, DeployMode.RECOVERED))
     old = rewritten(dynamic, tmp_path / "old", provenance=built_from())
     new = rewritten(recovered, tmp_path / "new", provenance=built_from())
-    status, found = run(old, new, data)
-    assert status == compat.DECODER_CAN_BE_REPLACED == 1
+    kind, found = run(old, new, data)
+    assert kind is Kind.DECODER
     assert found.measurement.equal == (1.0, 1.0, 1.0)
     printed = capsys.readouterr().out
     assert "both have published robust tokens of the same checkpoint: sha256 abababab" in printed
@@ -112,8 +113,8 @@ def test_the_recovered_decoder_replaces_the_published_one(
     assert [entry.layers for entry in crossed] == [2, 3]
     assert found.measurement.crossed("NEW") == []
     # The way back: a policy emits no stats.
-    status, found = run(new, old, data)
-    assert status == 2
+    kind, found = run(new, old, data)
+    assert kind is Kind.INCOMPATIBLE
     assert "NEW cannot decode for this policy: the new bundle needs mean and sigma" in found.verdict.text
     assert "its tokens are the same" in found.verdict.text
     with pytest.raises(IncompatibleTokensError, match="needs mean and sigma"):
@@ -128,7 +129,7 @@ def test_the_same_encoder_weights_prove_published_tokens_the_same(
     old = rewritten(folders[0], tmp_path / "old", provenance=built_from("11" * 32))
     same = rewritten(folders[1], tmp_path / "same", provenance=built_from("22" * 32, decoder_0_weight="ef" * 32))
     assert require_compatible(manifest_of(old), manifest_of(same)).proof.endswith("of the same encoder weights")
-    assert run(old, same, data)[0] == 1
+    assert run(old, same, data)[0] is Kind.DECODER
     other = rewritten(folders[1], tmp_path / "other", provenance=built_from("22" * 32, encoder_2_bias="ef" * 32))
     with pytest.raises(IncompatibleTokensError, match=r"encoders have other weights \(encoder.2.bias\)"):
         require_compatible(manifest_of(old), manifest_of(other))
@@ -138,15 +139,15 @@ def test_naive_tokens_are_refused_unless_the_constants_prove_equal(
     bundle_of: BundleOf, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     naive = bundle_of(Recipe(mode=DeployMode.NONE))
-    status, found = run(naive, bundle_of(Recipe()), data)
-    assert status == compat.NOT_COMPATIBLE == 2
+    kind, found = run(naive, bundle_of(Recipe()), data)
+    assert kind is Kind.INCOMPATIBLE
     assert "not compatible, retrain the policy" in found.verdict.text
     assert "the old has naive tokens, the new calibrated tokens" in found.verdict.text
     assert "--force" not in found.verdict.text
     assert "docs/integration.md" in capsys.readouterr().out
     equal = write_bundle(tmp_path / "equal", unquantised_by_constants(Recipe(mode=DeployMode.NONE)))
-    status, found = run(naive, equal, data)
-    assert status == 0
+    kind, found = run(naive, equal, data)
+    assert kind is Kind.INTERCHANGEABLE
     assert "proven: the same encoder, to the last constant: sha256" in found.verdict.text
 
 
@@ -263,18 +264,18 @@ def test_the_measurement_decides_when_it_is_forced(bundle_of: BundleOf, data: Pa
     """Constants a millionth apart: the same tokens in an encoder with other bytes."""
     old = bundle_of(Recipe(mode=DeployMode.NONE))
     new = write_bundle(tmp_path / "near", unquantised_by_constants(Recipe(mode=DeployMode.NONE), scale=1 + 1e-6))
-    status, found = run(old, new, data)
-    assert status == 2
+    kind, found = run(old, new, data)
+    assert kind is Kind.INCOMPATIBLE
     assert "But all tokens agree on 61 steps; --force takes that for enough" in found.verdict.text
-    status, found = run(old, new, data, "--force")
-    assert status == 0
+    kind, found = run(old, new, data, "--force")
+    assert kind is Kind.INTERCHANGEABLE
     assert "interchangeable (not proven, the same on 61 steps)" in found.verdict.text
     dynamic, recovered = (bundle_of(Recipe(mode=mode)) for mode in (DeployMode.DYNAMIC, DeployMode.RECOVERED))
-    assert run(dynamic, recovered, data)[0] == 2
-    assert run(dynamic, recovered, data, "--force")[0] == 1
+    assert run(dynamic, recovered, data)[0] is Kind.INCOMPATIBLE
+    assert run(dynamic, recovered, data, "--force")[0] is Kind.DECODER
     # It does not decide against what it finds.
     naive = Recipe(mode=DeployMode.NONE)
-    assert run(bundle_of(naive), bundle_of(Recipe()), data, "--force")[0] == 2
+    assert run(bundle_of(naive), bundle_of(Recipe()), data, "--force")[0] is Kind.INCOMPATIBLE
 
 
 @pytest.mark.parametrize(
@@ -289,29 +290,27 @@ def test_a_bundle_that_refuses_what_the_policy_sends_does_not_stand_in(
 ) -> None:
     """Whatever its tokens mean."""
     old, new = bundle_of(Recipe()), bundle_of(replace(Recipe(), **changes))
-    status, found = run(old, new, data, "--force")
-    assert status == 2
+    kind, found = run(old, new, data, "--force")
+    assert kind is Kind.INCOMPATIBLE
     assert found.verdict.text.startswith(f"build NEW again before it stands in for OLD: {message}. Its tokens are the")
     assert ("T is 2 in OLD, 3 in NEW: compared step by step" in capsys.readouterr().out) == ("chunk_length" in changes)
     # Prefixes that NEW decodes beside are welcome.
-    assert run(new, old, data, "--force")[0] == (0 if "prefixes" in changes else 2)
+    assert run(new, old, data, "--force")[0] is (Kind.INTERCHANGEABLE if "prefixes" in changes else Kind.INCOMPATIBLE)
 
 
 def test_other_tokens_of_a_few_steps_are_not_taken_for_rounding(bundle_of: BundleOf, tmp_path: Path) -> None:
     one_step = tmp_path / "one.npz"
     np.savez(one_step, actions=random_actions(Recipe(), 1).reshape(-1, 3)[:1])
-    status, found = run(bundle_of(Recipe()), bundle_of(Recipe(seed=1)), one_step, "--force")
-    assert (status, found.measurement.differing) == (2, 1)
+    kind, found = run(bundle_of(Recipe()), bundle_of(Recipe(seed=1)), one_step, "--force")
+    assert (kind, found.measurement.differing) == (Kind.INCOMPATIBLE, 1)
 
 
 def test_a_layer_that_one_has_alone_is_no_agreement(bundle_of: BundleOf, data: Path) -> None:
     """Without constants, the same seed gives the same encoder, whatever the number of layers."""
     naive = Recipe(mode=DeployMode.NONE)
-    status, found = run(
-        bundle_of(naive), bundle_of(replace(naive, config=replace(SMALL, num_layers=2))), data, "--force"
-    )
+    kind, found = run(bundle_of(naive), bundle_of(replace(naive, config=replace(SMALL, num_layers=2))), data, "--force")
     assert found.measurement.equal == (1.0, 1.0)
-    assert status == 2
+    assert kind is Kind.INCOMPATIBLE
     assert "L is 3 in the old and 2 in the new bundle" in found.verdict.text
 
 
@@ -321,8 +320,8 @@ def test_a_fingerprint_that_the_tokens_contradict_is_not_believed(
     old = bundle_of(Recipe())
     new = rewritten(bundle_of(Recipe(seed=1)), tmp_path / "new", fingerprint=manifest_of(old).fingerprint)
     for flags in ([], ["--force"]):
-        status, found = run(old, new, data, *flags)
-        assert status == 2
+        kind, found = run(old, new, data, *flags)
+        assert kind is Kind.INCOMPATIBLE
         assert "contradiction: the manifests have the same fingerprint" in found.verdict.text
         assert "of 61 steps have other tokens" in found.verdict.text
 
@@ -350,7 +349,7 @@ def test_what_can_be_compared_is_and_what_cannot_is_said(
     data: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    status, found = run(bundle_of(Recipe()), bundle_of(replace(Recipe(), **changes)), data)
+    kind, found = run(bundle_of(Recipe()), bundle_of(replace(Recipe(), **changes)), data)
     printed = capsys.readouterr().out
     for remark in remarks:
         assert [line for line in found.measurement.remarks if line.startswith(remark)], remark
@@ -358,7 +357,7 @@ def test_what_can_be_compared_is_and_what_cannot_is_said(
     assert len(found.measurement.decodings) == decodings
     assert len(found.measurement.equal) == (2 if "L is" in remarks[0] else 3 if decodings > 4 else 0)
     if "prefixes" not in changes:
-        assert status == 2
+        assert kind is Kind.INCOMPATIBLE
 
 
 def test_rounding_at_the_edge_of_a_bin_makes_no_other_token() -> None:
@@ -380,12 +379,27 @@ def test_everything_as_json(bundle_of: BundleOf, data: Path, capsys: pytest.Capt
     old, new = bundle_of(Recipe(mode=DeployMode.NONE)), bundle_of(Recipe())
     status = compat.main([str(old), str(new), "--data", str(data), "--json"])
     content = json.loads(capsys.readouterr().out)
-    assert content["verdict"]["status"] == status == 2
+    assert status == 1
+    assert content["verdict"]["kind"] == "incompatible"
     assert content["old"]["fingerprint"] == manifest_of(old).fingerprint
     assert content["new"]["model"]["mode"] == "calibrated"
     assert content["compatibility"]["proof"] == ""
     assert content["measurement"]["steps"] == 61
     assert {entry["decoder"] for entry in content["measurement"]["decodings"]} == {"OLD", "NEW"}
+
+
+def test_a_script_may_take_another_decoder_for_enough(
+    bundle_of: BundleOf, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dynamic, recovered = (bundle_of(Recipe(mode=mode)) for mode in (DeployMode.DYNAMIC, DeployMode.RECOVERED))
+    old = rewritten(dynamic, tmp_path / "old", provenance=built_from())
+    new = rewritten(recovered, tmp_path / "new", provenance=built_from())
+    given = [str(old), str(new), "--data", str(data)]
+    assert compat.main(given) == 1
+    assert "--accept decoder makes it 0" in capsys.readouterr().out
+    assert compat.main([*given, "--accept", "decoder"]) == 0
+    assert "--accept" not in capsys.readouterr().out
+    assert compat.main([str(new), str(old), *given[2:], "--accept", "decoder"]) == 1
 
 
 def test_robot_units_are_shown_where_there_is_a_normaliser(
@@ -398,7 +412,7 @@ def test_robot_units_are_shown_where_there_is_a_normaliser(
     assert "MSE, robot units²" in capsys.readouterr().out
 
 
-def test_without_an_answer_the_status_is_3(
+def test_without_an_answer_the_status_is_2(
     bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint, wide, empty = tmp_path / "model.pt", tmp_path / "wide.npz", tmp_path / "empty.npz"
@@ -416,13 +430,13 @@ def test_without_an_answer_the_status_is_3(
         ([bundle, bundle, "--data", tmp_path / "none.npz"], "does not exist"),
         ([bundle, bundle, "--data", data, "--key", "poses"], "poses"),
     ):
-        assert compat.main(list(map(str, arguments))) == compat.NOT_COMPARED == 3
+        assert compat.main(list(map(str, arguments))) == 2
         captured = capsys.readouterr()
         assert message in captured.err
         assert captured.out == ""
     with pytest.raises(SystemExit) as caught:
         compat.main([str(bundle)])
-    assert caught.value.code == 3
+    assert caught.value.code == 2
 
 
 @pytest.mark.slow
@@ -436,7 +450,7 @@ def test_an_unforeseen_failure_is_no_verdict(bundle: Path, data: Path) -> None:
         "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == compat.NOT_COMPARED
+    assert done.returncode == 2
     assert "TypeError: 'NoneType' object is not callable" in done.stderr
 
 
@@ -456,8 +470,8 @@ def test_every_format_of_demonstrations_is_read(suffix: str, bundle: Path, data:
 
         columns = {"action": list(actions), "episode_index": np.zeros(61, np.int64), "frame_index": np.arange(61)}
         pyarrow.parquet.write_table(pyarrow.table(columns), path)
-    expected = compat.compare(bundle, bundle, open_source(data))
-    found = compat.compare(bundle, bundle, open_source(path))
+    expected = compare(bundle, bundle, open_source(data))
+    found = compare(bundle, bundle, open_source(path))
     assert found.measurement.steps == 61
     assert found.measurement.decodings[0].mse == pytest.approx(expected.measurement.decodings[0].mse, rel=1e-6)
 
@@ -470,7 +484,7 @@ def test_the_episodes_of_a_filter_key_are_compared_on(
     command = [str(bundle), str(bundle), "--data", str(path), "--filter-key"]
     assert compat.main([*command, "valid"]) == 0
     assert "steps with a token that differs  0 of 21" in capsys.readouterr().out
-    assert compat.main([*command, "train"]) == 3
+    assert compat.main([*command, "train"]) == 2
     assert "has no filter key 'train'; found valid" in capsys.readouterr().err
 
 
@@ -481,7 +495,7 @@ def test_each_bundle_has_a_verdict_and_errors_have_their_units(
     known, unknown = bundle_of(Recipe(knows_actions=True)), bundle_of(Recipe())
     path = tmp_path / "data.npz"
     np.savez(path, actions=random_actions(Recipe(), 30).reshape(-1, 3))
-    compat.main([str(unknown), str(known), "--data", str(path)])
+    compat.main([str(unknown), str(known), "--data", str(path), "-v"])
     printed = capsys.readouterr().out
     old, new = printed.split("OLD, its own tokens, 3 layers  ")[1].split("NEW, its own tokens, 3 layers  ")
     units = [line.split("  ")[0] for line in old.splitlines()[1:4]]

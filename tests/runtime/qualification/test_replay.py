@@ -12,7 +12,8 @@ from rfsq.runtime import ActionTokenizer, Status
 from rfsq.runtime.control.errors import FlightRecordError
 from rfsq.runtime.control.recorder import FlightRecord, read_record, write_record
 from rfsq.runtime.control.state import HELD, LATCHED, RESET
-from rfsq.runtime.qualification.replay import main, replay
+from rfsq.runtime.qualification.flights import replay
+from rfsq.runtime.qualification.replay import main
 from rfsq.runtime.qualification.soak import chunks_of
 from tests.bundles import Recipe
 from tests.runtime.control.loops import PERIOD_NS, Clock, fails, loop, switched
@@ -287,19 +288,20 @@ def test_the_command_says_what_differs(
         flight.chunk()
     flight.tick(flight.tokens[0] - 100)
     record = flight.record()
-    assert main([str(flight.path), str(bundle)]) == 0
-    assert capsys.readouterr().out == "✓ 11 of 12 rows compared, 0 differ\n"
+    assert main([str(bundle), str(flight.path)]) == 0
+    assert capsys.readouterr().out == "✓ onnxruntime: 11 of 12 rows compared, 0 differ\n"
     altered = tmp_path / "altered.npz"
     found = _altered(record, 7)
     arrays = {**found.columns, "actions": found.actions, "tokens": found.tokens, "stats": found.stats}
     write_record(altered, arrays, found.meta)
-    assert main([str(altered), str(bundle)]) == 1
+    assert main([str(bundle), str(altered)]) == 1
     out = capsys.readouterr().out
     assert out.startswith("tick 7: recorded OK")
-    assert "✗ 11 of 12 rows compared, " in out
+    assert "✗ onnxruntime: 11 of 12 rows compared, " in out
     for arguments, message in (
-        ([tmp_path / "none.npz", bundle], "is no flight record"),
-        ([flight.path, bundle_of(Recipe(seed=5))], "fingerprint"),
+        ([bundle, tmp_path / "none.npz"], "is no flight record"),
+        ([bundle_of(Recipe(seed=5)), flight.path], "fingerprint"),
+        ([flight.path, bundle], "give the bundle first: python runtime/replay_flight.py BUNDLE RECORD"),
     ):
         assert main(list(map(str, arguments))) == 2
         assert message in capsys.readouterr().err

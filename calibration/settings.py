@@ -1,0 +1,130 @@
+"""What can be chosen for a fit; torch is not needed to choose."""
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from rfsq.calibration.errors import CalibrationError
+
+
+class Method(StrEnum):
+    """New, better tokens with fitted constants, or published tokens with a fitted decoder."""
+
+    CALIBRATED = "calibrated"
+    RECOVERED = "recovered"
+
+
+class Objective(StrEnum):
+    """What a layer's width follows: the coverage-quantile range of the residual, or its least squared error."""
+
+    RANGE = "range"
+    MSE = "mse"
+
+
+class Granularity(StrEnum):
+    """One mean and scale per layer, shared by its latents, or one per layer and latent."""
+
+    LAYER = "layer"
+    LATENT = "latent"
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """coverage: share of the data that each layer's bins take in (objective `range`), in (0, 1]; headroom: how much
+    farther than that the first layer reaches (`range`), because new data go farther; not beyond [-1, 1].
+
+    worst_case: latent error to aim at for any latent in [-1, 1]; 1 or more follows the data alone. objective and
+    granularity are taken as text, too. The defaults are measured: docs/calibration.md.
+    """
+
+    objective: Objective = Objective.RANGE
+    coverage: float = 1.0
+    granularity: Granularity = Granularity.LAYER
+    headroom: float = 0.1
+    worst_case: float = 4e-4
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "objective", Objective(self.objective))
+            object.__setattr__(self, "granularity", Granularity(self.granularity))
+        except ValueError as error:
+            raise CalibrationError(
+                f"{error}; expected objective {' or '.join(Objective)} and granularity {' or '.join(Granularity)}"
+            ) from error
+        if not 0 < self.coverage <= 1:
+            raise CalibrationError(
+                f"coverage is {self.coverage}; expected a share of the data in (0, 1]: 1 covers all of it"
+            )
+        if not (math.isfinite(self.headroom) and self.headroom >= 0):
+            raise CalibrationError(f"headroom is {self.headroom}; expected 0 or more: 0.1 reaches a tenth farther")
+        if not (math.isfinite(self.worst_case) and self.worst_case > 0):
+            raise CalibrationError(
+                f"worst_case is {self.worst_case}; expected a positive latent error, like 4e-4; 1 turns it off"
+            )
+
+
+class Target(StrEnum):
+    """Which latents the first step regresses on: those the decoder was trained on, or those before the quantiser."""
+
+    DEQUANTISED = "dequantised"
+    UNQUANTISED = "unquantised"
+
+
+class Weighting(StrEnum):
+    """Weight of a step in the fit: all alike, or 1 / |normalised action|^2, so that slow motions count as much."""
+
+    UNIFORM = "uniform"
+    INVERSE_MAGNITUDE = "inverse-magnitude"
+
+
+@dataclass(frozen=True)
+class RecoveredConfig:
+    """ridge: penalty on the squared distance from the map of the step before; None: cross-validated, and what does not
+    win on episodes left out of the fit is left out of the map; refine_steps: most Gauss-Newton steps, 0 = none.
+    """
+
+    ridge: float | None = None
+    refine_steps: int = 5
+    target: Target = Target.DEQUANTISED
+    weighting: Weighting = Weighting.UNIFORM
+
+    def __post_init__(self) -> None:
+        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge >= 0):
+            raise CalibrationError(f"ridge is {self.ridge}; expected 0 or a small positive number, like 1e-6")
+        if self.refine_steps < 0:
+            raise CalibrationError(f"refine_steps is {self.refine_steps}; expected 0 (no refining) or more")
+
+
+class ReadoutChoice(StrEnum):
+    """Refit the last layer where cross-validation says that it wins, always, or never."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+@dataclass(frozen=True)
+class ReadoutConfig:
+    """ridge: penalty on changing what the layer gives, positive; None: the one with the lowest cross-validated error.
+
+    choice is taken as text, too.
+    """
+
+    choice: ReadoutChoice = ReadoutChoice.AUTO
+    ridge: float | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "choice", ReadoutChoice(self.choice))
+        except ValueError as error:
+            raise CalibrationError(f"{error}; expected readout {', '.join(ReadoutChoice)}") from error
+        if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge > 0):
+            raise CalibrationError(f"readout ridge is {self.ridge}; expected a small positive number, like 1e-2")
+        if self.ridge is not None and self.choice is ReadoutChoice.OFF:
+            raise CalibrationError(f"readout ridge is {self.ridge} with readout off; leave one of the two out")
+
+
+DEFAULT_CALIBRATION = CalibrationConfig()
+DEFAULT_RECOVERED = RecoveredConfig()
+DEFAULT_READOUT = ReadoutConfig()
+READOUT_OFF = ReadoutConfig(ReadoutChoice.OFF)

@@ -1,0 +1,128 @@
+"""What a message advises: the command, the packages and the page that its reader has.
+
+A checkout has scripts and `docs/`. An installed package has the command `rfsq`. A copied folder `runtime/` has scripts.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+
+class Command(NamedTuple):
+    """One command. script: what starts it in a checkout; module: where its `main` is, below `rfsq`."""
+
+    script: str
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "build": Command(
+        "export/build_engine.py",
+        "export.build_engine",
+        "build a validated bundle from a checkpoint, or add engines for this machine",
+    ),
+    "selftest": Command(
+        "runtime/selftest.py",
+        "runtime.qualification.selftest",
+        "does a bundle give the reference's answers on this machine?",
+    ),
+    "inspect": Command(
+        "runtime/inspect_bundle.py", "runtime.qualification.inspect", "what is in a bundle, and what was proven"
+    ),
+    "bench": Command(
+        "runtime/bench.py",
+        "runtime.benchmark.command",
+        "how fast and how steady are a bundle's backends on this machine?",
+    ),
+    "compat": Command("runtime/compat.py", "runtime.qualification.compat", "can one bundle stand in for another?"),
+    "tokenize": Command(
+        "runtime/tokenize_dataset.py",
+        "runtime.datasets.tokenize",
+        "encode a dataset of demonstrations, or decode one of tokens",
+    ),
+    "replay": Command(
+        "runtime/replay_flight.py", "runtime.qualification.replay", "decide every tick of a flight record again"
+    ),
+    "calibrate": Command("calibration/fit.py", "calibration.fit", "fit a checkpoint to demonstrations"),
+    "train": Command("rfsq_ref/train.py", "rfsq_ref.train", "train a tokenizer on demonstrations"),
+    "compare": Command("rfsq_ref/compare.py", "rfsq_ref.compare", "compare tokens with their peers at equal bits"),
+    "rollout": Command("rfsq_ref/rollout.py", "rfsq_ref.rollout", "drive simulated robots through tokens"),
+}
+#: What each extra of `pyproject.toml` brings for people to use; "" is the core.
+EXTRAS = {
+    "": ("numpy", "onnxruntime"),
+    "export": ("torch", "onnx", "polygraphy", "safetensors", "h5py", "pyarrow", "tqdm"),
+    "evidence": ("matplotlib", "scipy", "tokenizers", "vector-quantize-pytorch"),
+    "datasets": ("pyarrow", "h5py"),
+    "ray": ("ray[data]", "pyarrow", "h5py"),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx-cu13-libs", "tensorrt-rtx-cu13-bindings"),
+    "gpu": ("cuda-bindings", "cuda-core", "nvidia-cuda-nvrtc"),
+    "sim": ("robosuite", "mujoco"),
+}
+_NAME = "rfsq-deploy"
+
+
+@functools.cache
+def layout() -> Literal["checkout", "installed", "copied"]:
+    """Where this code stands: in a checkout, in an installed package, or in a copied folder `runtime/`.
+
+    >>> layout() in ("checkout", "installed", "copied")
+    True
+    """
+    home = Path(__file__).resolve().parents[2]
+    if (home / "pyproject.toml").is_file() and (home / COMMANDS["build"].script).is_file():
+        return "checkout"
+    return "installed" if __name__.startswith("rfsq.") else "copied"
+
+
+def command(name: str, arguments: str = "") -> str:
+    """What the reader types to start a command; name: of COMMANDS, or a script that is none of them.
+
+    >>> command("selftest", "build/bundle").split()[-1]
+    'build/bundle'
+    """
+    script = COMMANDS[name].script if name in COMMANDS else name
+    has_script = layout() == "checkout" or (layout() == "copied" and script.startswith("runtime/"))
+    installed = f"rfsq {name}" if name in COMMANDS else f"python -m rfsq.{name.removesuffix('.py').replace('/', '.')}"
+    typed = " ".join([f"python {script}" if has_script else installed, *filter(None, [arguments])])
+    return typed if has_script or layout() == "installed" else f"{typed} (of the package {_NAME})"
+
+
+def install(*extras: str) -> str:
+    """What the reader types to install extras of this project, "" for its core.
+
+    >>> install("gpu").startswith("pip install ")
+    True
+    """
+    if layout() == "copied":
+        return f"pip install {' '.join(dict.fromkeys(package for extra in extras for package in EXTRAS[extra]))}"
+    wanted = f"[{','.join(extras)}]" if any(extras) else ""
+    return f"pip install '{'.' if layout() == 'checkout' else _NAME}{wanted}'"
+
+
+def install_package(module: str) -> str:
+    """What the reader types to install what brings a module; empty for a module of another project.
+
+    >>> install_package("no_such_module")
+    ''
+    """
+    package = module.replace("_", "-")
+    extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+    if extra is None:
+        return ""
+    if layout() == "copied":
+        return f"pip install {package}"
+    return install("export", extra) if extra == "evidence" else install(extra)
+
+
+def page(name: str) -> str:
+    """Where the reader finds a page of the documentation.
+
+    >>> page("integration").startswith("docs/integration.md")
+    True
+    """
+    return f"docs/{name}.md" + ("" if layout() == "checkout" else f" in the sources of {_NAME}")

@@ -1,0 +1,260 @@
+"""What all commands share: their arguments, their exit statuses, and what -q, -v and --json do to their output.
+
+Nothing here imports more than the standard library, so that `--help` is there at once and needs no package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+from .advice import COMMANDS, command, install_package
+from .backend_specs import BACKENDS
+from .console import prepare_console, printable
+from .errors import RfsqError
+from .paths import as_path
+
+DONE, WANTING, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ends. verdict: its last lines, which -q shows too; document: what --json writes.
+
+    status: DONE, or WANTING where something was judged and found wanting.
+    """
+
+    verdict: str
+    document: Any = None
+    status: int = DONE
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of one command, with -v, -q and --json; its help ends with the exit statuses.
+
+    name: of COMMANDS, or a script; summary: what the command does, where it is none of COMMANDS; wanting: what status 1
+    means, empty where nothing is judged; interrupted: what holds after Ctrl-C; settings: of argparse.
+
+    >>> parser = CommandParser("selftest", wanting="a check failed")
+    >>> parser.add_bundle()
+    >>> parser.parse_args(["build/bundle", "-q"]).quiet
+    True
+    """
+
+    def __init__(
+        self, name: str, summary: str = "", *, wanting: str = "", interrupted: str = "", **settings: Any
+    ) -> None:
+        judged = f"judged and found wanting: {wanting}" if wanting else "not used, nothing is judged"
+        super().__init__(
+            description=summary or COMMANDS[name].summary,
+            epilog=f"exit status: {DONE} done; {WANTING} {judged}; {UNUSABLE} cannot be used, as the message says; "
+            f"{INTERRUPTED} interrupted",
+            **settings,
+        )
+        self.interrupted = interrupted
+        group = self.add_argument_group("output")
+        shown = group.add_mutually_exclusive_group()
+        for where, names, text in (
+            (shown, ("-v", "--verbose"), "every detail"),
+            (shown, ("-q", "--quiet"), "errors and the verdict alone"),
+            (group, ("--json",), "the result as JSON on stdout, all else on stderr"),
+        ):
+            where.add_argument(*names, action="store_true", default=False, help=text)
+
+    def add_bundle(self, name: str = "bundle", text: str = "") -> None:
+        """A bundle to read, positional."""
+        self.add_argument(
+            name, metavar=name.upper(), type=path_argument, help=text or f"a folder that {command('build')} wrote"
+        )
+
+    def add_data(
+        self, *spellings: str, text: str = "", default: str = "the embedded demonstrations", required: bool = False
+    ) -> None:
+        """`--data F`, and what chooses from it. spellings: other names of --data; default: what it stands for."""
+        what = text or "recorded actions in the robot's units: .npz, .npy, HDF5 or LeRobot"
+        self.add_argument(
+            "--data",
+            *spellings,
+            dest="data",
+            type=path_argument,
+            metavar="F",
+            required=required,
+            help=what if required else f"{what}; default: {default}",
+        )
+        self.add_argument("--key", metavar="NAME", help="action array or column of --data; default: the usual names")
+        self.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
+
+    def add_output(self, text: str, default: Path | None = None, *, required: bool = False) -> None:
+        """`--output`, what is written, and `--overwrite`. text: says what it is, and the default where it has one."""
+        given: dict[str, Any] = {} if default is None else {"default": default}
+        said = text if default is None else f"{text}; default: {default}"
+        self.add_argument("--output", type=path_argument, metavar="PATH", required=required, help=said, **given)
+        self.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+    def add_checkpoint(self, **settings: Any) -> None:
+        """`--checkpoint`, and how to read what it does not say. settings: of argparse."""
+        self.add_argument(
+            "--checkpoint", type=path_argument, metavar="F", help="default: the embedded robust one", **settings
+        )
+        self.add_argument(
+            "--use-layernorm",
+            action=argparse.BooleanOptionalAction,
+            help="how a checkpoint that does not say it was trained: by normalised residuals (robust), or not (naive)",
+        )
+        self.add_argument(
+            "--weights",
+            metavar="NAME",
+            help="which model of a checkpoint that holds several, such as ema; default: the model, no average",
+        )
+
+    def add_backend(self, default: str = "auto, the fastest that works here", *, has_auto: bool = True) -> None:
+        """`--backend`, one of all, or `auto`. default: in words; without `auto` it is None."""
+        names, given = (("auto", *BACKENDS), "auto") if has_auto else (tuple(BACKENDS), None)
+        said = f"of {', '.join(names)}; default: {default}"
+        self.add_argument("--backend", choices=names, default=given, metavar="NAME", help=said)
+
+    def add_backends(self, default: str) -> None:
+        """`--backend`, several of all; `--backends` is the same. default: in words."""
+        said = f"of {', '.join(BACKENDS)}; default: {default}"
+        self.add_argument(
+            "--backend", "--backends", dest="backends", nargs="+", choices=tuple(BACKENDS), metavar="NAME", help=said
+        )
+
+    def refuse_former(self, option: str, advice: str) -> None:
+        """An option of former versions ends the command; advice: what is given in its place."""
+        self.add_argument(
+            option, action=_Former, dest=argparse.SUPPRESS, const=advice, nargs="?", help=argparse.SUPPRESS
+        )
+
+
+class _Former(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        parser.error(str(self.const))
+
+
+def path_argument(text: str) -> Path:
+    """For argparse: a path with `~` expanded, which a shell leaves as it is in `--output=~/x`."""
+    return as_path(text, "it", argparse.ArgumentTypeError)
+
+
+def positive(text: str) -> int:
+    """For argparse: a number from 1 up."""
+    return _at_least(text, 1)
+
+
+def natural(text: str) -> int:
+    """For argparse: a number from 0 up."""
+    return _at_least(text, 0)
+
+
+def _at_least(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of {least} or more")
+    return int(text)
+
+
+def run(
+    parser: CommandParser, work: Callable[[argparse.Namespace], Outcome], arguments: Sequence[str] | None = None
+) -> int:
+    """Parse, work, show how it ended, and return the exit status.
+
+    work: prints for people, and returns how it ended. Raises SystemExit for arguments that cannot be used, and whatever
+    is a fault of the program.
+    """
+    options = parser.parse_args(arguments)
+    try:
+        with _streams(is_quiet=options.quiet, has_document=options.json):
+            outcome = work(options)
+    except KeyboardInterrupt:
+        return _end(f"interrupted{parser.interrupted and '; '}{parser.interrupted}", INTERRUPTED)
+    except ImportError as error:
+        advice = explanation(error)
+        if not advice:
+            raise
+        return _end(advice, UNUSABLE)
+    except RfsqError as error:
+        return _end(f"error: {error}", error.exit_status)
+    except OSError as error:
+        where = error.filename or "a file"
+        return _end(f"error: cannot use {where}: {error.strerror or error}; choose another folder or file", UNUSABLE)
+    if options.json:
+        print(json.dumps(_finite(outcome.document), indent=1, allow_nan=False))
+    elif outcome.verdict:
+        print(printable(outcome.verdict))
+    return outcome.status
+
+
+@contextlib.contextmanager
+def _streams(*, is_quiet: bool, has_document: bool) -> Iterator[None]:
+    """Where the lines for people go: to stdout, beside a document to stderr, and with -q nowhere."""
+    with contextlib.ExitStack() as stack:
+        if is_quiet:
+            nowhere = stack.enter_context(Path(os.devnull).open("w", errors="replace"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        elif has_document:
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        yield
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON cannot hold."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _end(message: str, status: int) -> int:
+    print(printable(message), file=sys.stderr)
+    return status
+
+
+def explanation(error: BaseException) -> str:
+    """What to say where a package is missing that this project advises to install; empty for anything else."""
+    module = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    advice = install_package(module)
+    return advice and f"error: this command needs {module}, which cannot be imported ({error}); {advice}"
+
+
+def explain_missing_packages() -> None:
+    """For a script without a parser of these, before its imports: a missing package ends it with status 2."""
+
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not explanation(error):
+            sys.__excepthook__(kind, error, trace)
+            return
+        # Raised from here, it is what the process ends with.
+        raise SystemExit(_end(explanation(error), UNUSABLE))
+
+    sys.excepthook = end
+
+
+def run_command(module: str) -> NoReturn:
+    """For a script of its own: end with the status that `main` of `module` returns.
+
+    A fault of the program is a traceback and no verdict: Python's own status for it would be WANTING.
+    """
+    prepare_console()
+    try:
+        status = import_module(module).main()
+    except KeyboardInterrupt:
+        status = _end("interrupted", INTERRUPTED)
+    except Exception as error:
+        advice = explanation(error)
+        if not advice:
+            traceback.print_exc()
+        status = _end(advice or "error: this is a fault of the program; please report the lines above", UNUSABLE)
+    sys.exit(status)

@@ -1,0 +1,169 @@
+"""Turns a dataset of demonstrations into tokens, or tokens back into actions; goes on where a killed run was."""
+
+import argparse
+from typing import cast
+
+from ..bundle.console import duration, printable
+from ..bundle.errors import InvalidInputError, TokenizerError
+from ..bundle.fidelity import Grade
+from ..bundle.paths import counted
+from ..tokenizer import ActionTokenizer
+from .errors import OutputError, TokenDatasetError
+from .files import FileFormat, write_file
+from .finish import complete
+from .format import Compression, DatasetInfo, Storage, Verification, read_info
+from .job import Job, partial_folder, plan
+from .partial import Begun, begin, give_up, load_records, locked, output_errors, was_finished
+from .parts import parts_of_another_source, run_local
+from .pieces import Source
+from .progress import Progress
+from .reader import TokenDataset, open_token_dataset
+from .sources import open_source
+from .tokenize import DECODED, ENCODED
+
+_FORMATS = {".parquet": "parquet", ".zarr": "zarr", ".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5"}
+
+
+def convert(options: argparse.Namespace) -> Verification:
+    """options: of the command `tokenize`. Raises TokenizerError, before anything is written where that can be known."""
+    kind = _format(options)
+    _check_places(options)
+    if options.decode and options.filter_key is not None:
+        raise InvalidInputError(
+            "--filter-key chooses episodes of demonstrations, and --decode takes every token of --data; leave it out"
+        )
+    with ActionTokenizer.load(
+        options.bundle, backend=options.backend, expect_fingerprint=options.expect_fingerprint
+    ) as tokenizer:
+        source: Source
+        if options.decode:
+            dataset = _open_tokens(options, tokenizer)
+            if kind in ("npz", "hdf5"):
+                return _write_file(dataset, tokenizer, cast(FileFormat, kind), options)
+            source = dataset
+        else:
+            source = open_source(options.data, options.key, options.filter_key)
+        job = plan(
+            source,
+            tokenizer,
+            options.bundle,
+            options.output,
+            key=options.key or "",
+            filter_key=options.filter_key or "",
+            content="actions" if options.decode else "tokens",
+            storage=cast(Storage, kind),
+            compression=cast(Compression, options.compression),
+            steps_per_file=options.steps_per_file,
+        )
+        with output_errors(job.partial), locked(job.output):
+            verification = _run(job, tokenizer, options)
+    if verification.fidelity is not None and verification.fidelity.grade is not Grade.GOOD:
+        _say(verification.fidelity.table(f"{verification.fidelity.steps:,} steps of the source"))
+    return verification
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    try:
+        given, made = options.data.resolve(), options.output.resolve()
+        str(made).encode()
+    # A circle of links is a RuntimeError until Python 3.12; Parquet's library takes no other names than UTF-8.
+    except (OSError, RuntimeError, UnicodeEncodeError) as error:
+        raise OutputError(f"--data or --output is no path to work with: {error}; give another one") from error
+    inside = {given, *given.parents}
+    if given in made.parents or made in inside or partial_folder(made) in inside:
+        raise OutputError(
+            f"--output {options.output} is --data or lies in it, or --data in it; give a place of its own"
+        )
+
+
+def _open_tokens(options: argparse.Namespace, tokenizer: ActionTokenizer) -> TokenDataset:
+    dataset = open_token_dataset(options.data, expect_fingerprint=tokenizer.fingerprint)
+    if dataset.info.content != "tokens":
+        raise TokenDatasetError(f"{options.data} holds {dataset.info.content}; expected tokens to decode")
+    return dataset
+
+
+def _write_file(
+    dataset: TokenDataset, tokenizer: ActionTokenizer, kind: FileFormat, options: argparse.Namespace
+) -> Verification:
+    backend = tokenizer.backend
+    _say(f"{options.data}: {counted(dataset.num_steps, 'step')}; {backend.name}, {backend.description}")
+    progress = Progress(dataset.num_steps)
+    verification = write_file(
+        dataset, tokenizer, options.output, kind, progress, overwrite=options.overwrite, restart=options.restart
+    )
+    _report_verified(progress, verification)
+    return verification
+
+
+def _format(options: argparse.Namespace) -> str:
+    kind = options.format or _FORMATS.get(options.output.suffix.lower())
+    allowed = DECODED if options.decode else ENCODED
+    if kind not in allowed:
+        found = f"the format {kind!r}" if kind else f"{options.output.name}, whose name tells no format"
+        raise OutputError(
+            f"--output is {found}; {'actions' if options.decode else 'tokens'} are written as {', '.join(allowed)}: "
+            "name it so, or give --format"
+        )
+    return str(kind)
+
+
+def _run(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace) -> Verification:
+    if was_finished(job):
+        _say(f"✓ {job.output} was finished by an earlier run")
+        return read_info(job.output).verification
+    begun = begin(job, overwrite=options.overwrite, restart=options.restart)
+    if begun.replaced:
+        _say(f"{begun.replaced}; what it is to be made of has changed since: beginning anew")
+    try:
+        with output_errors(job.partial):
+            return _make(job, tokenizer, options, begun)
+    except TokenizerError as error:
+        give_up(job, error)
+        raise
+
+
+def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, begun: Begun) -> Verification:
+    job.source.check()
+    done = begun.done
+    if done and begun.is_touched:
+        _say("the source may have changed meanwhile: comparing its steps with those of the finished parts")
+        done -= parts_of_another_source(job, load_records(job, done))
+    missing = [part for part in range(job.num_parts) if part not in done]
+    steps_done = sum(stop - start for start, stop in map(job.rows, done))
+    size = f"{counted(job.source.num_steps, 'step')} in {counted(job.num_parts, 'part')}"
+    _say(f"{options.data}: {size}; {tokenizer.backend.name}, {tokenizer.backend.description}")
+    if done:
+        _say(f"going on: {counted(len(done), 'part')}, {counted(steps_done, 'step')}, finished by an earlier run")
+    progress = Progress(job.source.num_steps, steps_done)
+    if missing and options.engine == "ray":
+        from .ray import run_ray
+
+        run_ray(job, missing, options.workers, options.ray_address, progress)
+    elif missing:
+        run_local(job, tokenizer, missing, min(options.workers, len(missing)), progress)
+    progress.finish()
+    info = complete(job, tokenizer, load_records(job, range(job.num_parts)), overwrite=options.overwrite)
+    _report_verified(progress, info.verification)
+    if not options.decode:
+        _report_encoded(job, info)
+    return info.verification
+
+
+def _report_verified(progress: Progress, verification: Verification) -> None:
+    speed = f", {progress.speed}" if progress.speed else ""
+    _say(f"✓ {counted(progress.steps, 'step')} in {duration(progress.seconds)}{speed}")
+    _say(f"✓ verified: {verification.steps:,} steps read back equal what the tokenizer gives")
+
+
+def _report_encoded(job: Job, info: DatasetInfo) -> None:
+    size = sum(entry.size for entry in info.files.values())
+    steps, episodes = counted(info.num_steps, "step"), counted(info.num_episodes, "episode")
+    _say(
+        f"✓ {job.output}: {steps} of {episodes}, {size / info.num_steps:.1f} bytes a step, fingerprint "
+        f"{info.fingerprint[:16]}, source {info.source.sha256[:16]}"
+    )
+
+
+def _say(text: str) -> None:
+    print(printable(text))

@@ -1,0 +1,275 @@
+"""Every command takes the same words, ends with the same statuses, and shows as much as it was asked for."""
+
+import ast
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rfsq.runtime.bundle import advice
+from rfsq.runtime.bundle.advice import COMMANDS
+from rfsq.runtime.bundle.command import BACKENDS, CommandParser, Outcome
+from rfsq.runtime.qualification import compat, inspect, selftest
+from tests.bundles import Recipe, random_actions, write_bundle
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("runtime", "rfsq_ref", "calibration", "evidence", "export", "rfsq")
+#: What no parser may need.
+HEAVY = ("numpy", "torch", "onnx", "h5py", "pyarrow", "scipy", "matplotlib", "tqdm", "safetensors", "onnxruntime")
+#: Arguments that a parser takes, and whose input nobody can use.
+UNUSABLE = {
+    "build": ["--checkpoint", "nowhere.pt", "--output", "out"],
+    "selftest": ["nowhere"],
+    "inspect": ["nowhere"],
+    "bench": ["nowhere"],
+    "compat": ["nowhere", "nowhere", "--data", "nowhere.npz"],
+    "tokenize": ["nowhere", "--data", "nowhere.npz", "--output", "out.parquet"],
+    "replay": ["nowhere", "nowhere.npz"],
+    "calibrate": ["--checkpoint", "nowhere.pt", "--output", "out.safetensors", "--report-dir", "out"],
+    "train": ["--data", "nowhere.npz", "--output", "out.safetensors"],
+    "compare": ["--data", "nowhere.npz", "--output", "out"],
+    "rollout": ["--report-only", "--episodes-dir", "nowhere", "--output", "out"],
+}
+every_command = pytest.mark.parametrize("name", COMMANDS)
+
+
+def module(name: str) -> Any:
+    return import_module(f"rfsq.{COMMANDS[name].module}")
+
+
+def run(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, env={"PATH": ""}
+    )
+
+
+# Help ----------------------------------------------------------------------------------------------------------------
+
+
+def test_help_needs_no_package_and_ends_with_the_statuses() -> None:
+    done = run(
+        "-c",
+        f"import sys, importlib\nfor name in {HEAVY}: sys.modules[name] = None\n"
+        f"for name in {[entry.module for entry in COMMANDS.values()]}:\n"
+        "    try: importlib.import_module(f'rfsq.{name}').main(['--help'])\n"
+        "    except SystemExit as ended: print('status', ended.code, end='\\0')\n",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    *shown, rest = done.stdout.split("\0")
+    assert (len(shown), rest) == (len(COMMANDS), "")
+    for text in shown:
+        words = " ".join(text.split())
+        assert re.search(r"exit status: 0 done; 1 .*; 2 cannot be used, as the message says; 130 interrupted", words)
+        assert words.endswith("interrupted status 0")
+        assert all(option in words for option in ("-v, --verbose", "-q, --quiet", "--json"))
+
+
+@every_command
+def test_the_same_words_mean_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[CommandParser] = []
+    monkeypatch.setattr(module(name), "run", lambda parser, *_: taken.append(parser))
+    module(name).main([])
+    actions = {option: action for action in taken[0]._actions for option in action.option_strings}
+    positional = [action.metavar for action in taken[0]._actions if not action.option_strings]
+    assert positional == {
+        "compat": ["OLD", "NEW"], "replay": ["BUNDLE", "RECORD"],
+        **{key: ["BUNDLE"] for key in ("selftest", "inspect", "bench", "tokenize")},
+    }.get(name, [])  # fmt: skip
+    assert ("--data" in actions) == ("--key" in actions) == ("--filter-key" in actions)
+    assert ("--data" in actions) == (name in ("build", "calibrate", "train", "compare", "compat", "tokenize"))
+    assert ("--output" in actions) == ("--overwrite" in actions)
+    if "--backend" in actions:
+        assert {*(actions["--backend"].choices or ())} - {"auto"} == {*BACKENDS}
+        assert "default: " in str(actions["--backend"].help)
+    if name in ("build", "calibrate"):
+        assert actions["--calibration-data"] is actions["--data"]
+    if name in ("build", "bench"):
+        assert actions["--backends"] is actions["--backend"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "advised"),
+    [
+        ("tokenize", ["a.npz", "b.parquet", "--bundle", "c"], "tokenize_dataset.py BUNDLE --data IN --output OUT"),
+        ("rollout", ["--results", "docs"], "--output now, and episodes are kept in --episodes-dir"),
+    ],
+)
+def test_a_former_spelling_ends_with_the_new_one(
+    name: str, arguments: list[str], advised: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        module(name).main(arguments)
+    assert ended.value.code == 2
+    assert advised in capsys.readouterr().err
+
+
+# Statuses and output -------------------------------------------------------------------------------------------------
+
+
+@every_command
+def test_what_cannot_be_used_is_a_2_and_a_sentence(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for options in ([], ["-q"], ["--json"]):
+        assert module(name).main([*UNUSABLE[name], *options]) == 2
+        captured = capsys.readouterr()
+        assert captured.err.splitlines()[-1].startswith("error: ")
+        assert not [line for line in captured.out.splitlines() if not line.startswith("✗ load checkpoint")]
+
+
+@every_command
+def test_an_interrupt_is_130_and_a_sentence(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(_options: object) -> Outcome:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module(name), "_work", work)
+    assert module(name).main(UNUSABLE[name]) == 130
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"interrupted(; .*)?\n", captured.err)
+
+
+@every_command
+@pytest.mark.parametrize("status", [0, 1])
+def test_quiet_leaves_the_verdict_and_json_the_document(
+    name: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(_options: object) -> Outcome:
+        print("a line")
+        print("a note", file=sys.stderr)
+        return Outcome("the verdict", {"value": float("inf"), "list": (1,)}, status)
+
+    monkeypatch.setattr(module(name), "_work", work)
+    shown = {}
+    for option in ("-v", "-q", "--json"):
+        assert module(name).main([*UNUSABLE[name], option]) == status
+        shown[option] = capsys.readouterr()
+    assert shown["-v"] == ("a line\nthe verdict\n", "a note\n")
+    assert shown["-q"] == ("the verdict\n", "")
+    assert shown["--json"].err == "a line\na note\n"
+    assert json.loads(shown["--json"].out) == {"value": None, "list": [1]}
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", Recipe())
+    command = [sys.executable, str(ROOT / "runtime/bench.py"), str(bundle), "--starts", "0", "--rounds", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("measuring ")
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err
+
+
+def test_what_is_shown_fits_a_screen_and_names_the_backend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = write_bundle(tmp_path / "bundle", Recipe())
+    data = tmp_path / "data.npz"
+    np.savez(data, actions=random_actions(Recipe(), 30).reshape(-1, 3))
+    mains: dict[Callable[[list[str]], int], list[str]] = {
+        selftest.main: [str(bundle)],
+        inspect.main: [str(bundle)],
+        compat.main: [str(bundle), str(bundle), "--data", str(data)],
+    }
+    lines = {}
+    for main, arguments in mains.items():
+        assert main(arguments) == 0
+        lines[main] = capsys.readouterr().out.splitlines()
+        assert len(lines[main]) <= 24
+        assert main([*arguments, "-q"]) == 0
+        assert capsys.readouterr().out.splitlines() == lines[main][-1:]
+    for line in lines[selftest.main][1:-1]:
+        assert line.removeprefix("– ").removeprefix("✓ ").partition(":")[0] in BACKENDS
+
+
+# Messages ------------------------------------------------------------------------------------------------------------
+
+
+def test_no_message_names_by_hand_what_not_every_reader_has() -> None:
+    by_hand = re.compile(
+        r"'?\.\[[a-z]|docs/\w+\.md|python (-m )?(export|runtime|rfsq_ref|calibration|evidence|rfsq)[/.]"
+        rf"|\brfsq ({'|'.join(COMMANDS)})\b|\bmake (engine|test)\b|\b(fit|train|compare|rollout)\.py"
+    )
+    found = []
+    for path in sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py")):
+        if path.name in ("advice.py", "train_modal.py") or (path.parts[-2] in ROOMS and path.parts[-3] == "rfsq"):
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        docstrings = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+            and node.body
+            and isinstance(node.body[0], ast.Expr)
+        }
+        found += [
+            (str(path.relative_to(ROOT)), node.lineno, node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in docstrings
+            and by_hand.search(node.value)
+        ]
+    assert found == []
+
+
+def test_every_reader_gets_the_command_and_the_packages_that_he_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"command": ("build", "--from-bundle b"), "install": ("gpu",), "page": ("integration",)}
+    answers = {}
+    for layout in ("checkout", "installed", "copied"):
+        monkeypatch.setattr(advice, "layout", lambda found=layout: found)
+        answers[layout] = [getattr(advice, name)(*arguments) for name, arguments in given.items()]
+        answers[layout].append(advice.command("selftest"))
+        answers[layout].append(advice.install_package("scipy"))
+    assert answers == {
+        "checkout": [
+            "python export/build_engine.py --from-bundle b",
+            "pip install '.[gpu]'",
+            "docs/integration.md",
+            "python runtime/selftest.py",
+            "pip install '.[export,evidence]'",
+        ],
+        "installed": [
+            "rfsq build --from-bundle b",
+            "pip install 'rfsq-deploy[gpu]'",
+            "docs/integration.md in the sources of rfsq-deploy",
+            "rfsq selftest",
+            "pip install 'rfsq-deploy[export,evidence]'",
+        ],
+        "copied": [
+            "rfsq build --from-bundle b (of the package rfsq-deploy)",
+            "pip install cuda-bindings cuda-core nvidia-cuda-nvrtc",
+            "docs/integration.md in the sources of rfsq-deploy",
+            "python runtime/selftest.py",
+            "pip install scipy",
+        ],
+    }
+
+
+@pytest.mark.parametrize(
+    ("copied", "start", "said"),
+    [
+        ("rfsq", ["-m", "rfsq", "selftest"], "give the folder that `rfsq build` wrote"),
+        ("runtime", ["runtime/selftest.py"], "give the folder that `rfsq build (of the package rfsq-deploy)` wrote"),
+    ],
+)
+def test_a_copy_knows_that_it_is_one(copied: str, start: list[str], said: str, tmp_path: Path) -> None:
+    """As a wheel lies in site-packages, and as the folder alone lies on a robot."""
+    shutil.copytree(ROOT / copied, tmp_path / copied, ignore=shutil.ignore_patterns("__pycache__", "assets"))
+    done = run(*start, "nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
