@@ -96,9 +96,7 @@ _Item = TypeVar("_Item")
 
 
 @torch.no_grad()
-def study(
-    checkpoints: Sequence[Checkpoint], dataset: ActionDataset, *, subsets: int = SUBSETS, show_progress: bool = False
-) -> StudyResult:
+def study(checkpoints: Sequence[Checkpoint], dataset: ActionDataset, *, subsets: int = SUBSETS) -> StudyResult:
     """Measure settings, unseen tasks, number of episodes, readouts and the worth of layers.
 
     checkpoints: of one size, fitted or not; their own constants and readouts are not used. Sections for which the
@@ -114,7 +112,7 @@ def study(
     counts = [] if "episodes" in omitted else _episode_counts(len(calibration.episodes))
 
     def progress(items: Sequence[_Item], section: str) -> Iterable[_Item]:
-        shown: Iterable[_Item] = tqdm(items, desc=section, disable=None if show_progress else True, leave=False)
+        shown: Iterable[_Item] = tqdm(items, desc=section, disable=None, leave=False)
         return shown
 
     compared = _settings(_COMPARED)
@@ -308,7 +306,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     for remark in dict.fromkeys(remark for checkpoint in checkpoints for remark in checkpoint.remarks):
         print(remark)
     dataset = calibration_dataset(checkpoints[0], options.data, key=options.key, filter_key=options.filter_key)
-    result = study(checkpoints, dataset, show_progress=True)
+    result = study(checkpoints, dataset)
     print(format_study(result))
     write_study(result, options.output)
     return Outcome(f"\n✓ wrote {options.output} in {result.seconds:.0f} s", asdict(result))

@@ -50,7 +50,6 @@ def compare(
     *,
     naive: Sequence[Checkpoint] = (),
     robust: Sequence[Checkpoint] = (),
-    show_progress: bool = False,
 ) -> Comparison:
     """Train every kind of checkpoint that is not given, one per seed, and compare all of them on the test episodes.
 
@@ -75,7 +74,7 @@ def compare(
             f"{kind} {number if given else f'seed {number}'}": (checkpoint_job, (dataset, config, kind, source))
             for number, source in zip(range(len(given)) if given else config.seeds, sources, strict=True)
         }
-    results = _run(jobs, config.workers, show_progress)
+    results = _run(jobs, config.workers)
     by_kind = {
         kind: [
             found for name, found in results.items() if isinstance(found, CheckpointResult) and name.startswith(kind)
@@ -105,14 +104,14 @@ def _check_given(kind: str, given: Sequence[Checkpoint], expected: Conditioning)
         raise CheckpointError(f"one {kind} checkpoint is given twice; expected different ones, as they give the spread")
 
 
-def _run(jobs: Mapping[str, _Call], workers: int, show_progress: bool) -> dict[str, object]:
+def _run(jobs: Mapping[str, _Call], workers: int) -> dict[str, object]:
     """Results in the order of the jobs."""
     if workers == 1:
         make_deterministic()
         found: Iterable[tuple[str, object]] = map(_named, jobs.items())
     else:
         found = in_processes(_named, jobs.items(), min(workers, len(jobs)), make_deterministic)
-    results = dict(tqdm(found, total=len(jobs), unit="job", disable=None if show_progress else True))
+    results = dict(tqdm(found, total=len(jobs), unit="job", disable=None))
     return {name: results[name] for name in jobs}
 
 

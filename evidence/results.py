@@ -6,13 +6,15 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rfsq.evidence.errors import EvidenceError
 from rfsq.runtime.bundle.advice import command
 from rfsq.runtime.bundle.reading import parse_json
 from rfsq.runtime.bundle.typed_json import build
 from rfsq.runtime.bundle.writing import replacing
+
+_Found = TypeVar("_Found")
 
 FORMAT = "rfsq-comparison"
 FORMAT_VERSION = 1
@@ -174,9 +176,8 @@ class Comparison:
 
 
 def write_json(comparison: Comparison, path: Path) -> None:
-    """Strict JSON through a temporary sibling. Raises EvidenceError where it cannot be written."""
-    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(comparison)}
-    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    """Raises EvidenceError where it cannot be written."""
+    write_json_object(asdict(comparison), path, FORMAT, FORMAT_VERSION)
 
 
 def check_writable(folder: Path) -> None:
@@ -194,23 +195,26 @@ def write_text(path: Path, text: str) -> None:
 
 def read_json(path: Path) -> Comparison:
     """What write_json wrote. Raises EvidenceError for anything else."""
-    content = read_json_object(path, FORMAT, FORMAT_VERSION, command("compare"))
-    try:
-        return build(Comparison, content, "the comparison")
-    except ValueError as error:
-        raise EvidenceError(f"{path} is damaged: {error}; write it anew with `{command('compare')}`") from error
+    return read_json_object(Comparison, path, FORMAT, FORMAT_VERSION, command("compare"))
 
 
-def read_json_object(path: Path, expected: str, expected_version: int, command: str) -> dict[str, Any]:
-    """A JSON object of ours, without its format and version. Raises EvidenceError; `command` writes it anew."""
+def write_json_object(found: dict[str, Any], path: Path, name: str, version: int) -> dict[str, Any]:
+    """As strict JSON behind the name and version of its format; returns all of it. Raises EvidenceError."""
+    content = {"format": name, "format_version": version, **found}
+    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    return content
+
+
+def read_json_object(kind: type[_Found], path: Path, name: str, version: int, again: str) -> _Found:
+    """What write_json_object wrote of a dataclass. Raises EvidenceError; the command `again` writes it anew."""
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EvidenceError(f"cannot read {path}: {error}; write it with `{command}`") from error
+        raise EvidenceError(f"cannot read {path}: {error}; write it with `{again}`") from error
     found = (content.pop("format", None), content.pop("format_version", None)) if isinstance(content, dict) else None
-    if found != (expected, expected_version):
-        raise EvidenceError(
-            f"{path} is {found}; expected {(expected, expected_version)}: write it anew with `{command}`"
-        )
-    result: dict[str, Any] = content
-    return result
+    if found != (name, version):
+        raise EvidenceError(f"{path} is {found}; expected {(name, version)}: write it anew with `{again}`")
+    try:
+        return build(kind, content, "it")
+    except ValueError as error:
+        raise EvidenceError(f"{path} is damaged: {error}; write it anew with `{again}`") from error

@@ -181,8 +181,12 @@ def _place(cell: str) -> tuple[int, str]:
 
 def table(reports: dict[str, TaskReport]) -> str:
     """For a terminal: every table, and what the numbers of each task say."""
-    said = [f"{task}: {' '.join(conclusions(report))}" for task, report in reports.items()]
-    return "\n\n".join([*(found.text() for found in tables_of(reports).values()), *said])
+    return "\n\n".join([*(found.text() for found in tables_of(reports).values()), *verdicts(reports)])
+
+
+def verdicts(reports: Mapping[str, TaskReport]) -> list[str]:
+    """What the intervals of each task say, in words."""
+    return [f"{task}: {' '.join(conclusions(report))}" for task, report in reports.items()]
 
 
 def conclusions(report: TaskReport) -> list[str]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rfsq.evidence.closed_loop import EpisodeResult, Spread
 from rfsq.evidence.episodes import Episode, Identity, open_episodes
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.rollout_files import read_report, write_report
+from rfsq.evidence.rollout_files import read_result, write_report
 from rfsq.evidence.rollout_report import (
     CALIBRATED_LAYERS,
     MARGIN,
@@ -292,7 +292,7 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
             file.append(episode)
     write_report(tmp_path / "episodes.jsonl", tmp_path)
 
-    found = read_report(tmp_path / "rollout.json")
+    found = read_result(tmp_path / "rollout.json").tasks
 
     assert found["Stack"].cells["naive"].success == Rate.of(3, 3)
     tables = tables_of(found)
@@ -303,7 +303,7 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert [row[0] for row in tables["tolerance"].rows] == ["raw", "naive"]
     (tmp_path / "rollout.json").write_text("{}")
     with pytest.raises(EvidenceError, match=r"write it anew with `python rfsq_ref/rollout.py --report-only`"):
-        read_report(tmp_path / "rollout.json")
+        read_result(tmp_path / "rollout.json")
 
 
 def test_the_report_does_not_depend_on_the_order_in_which_episodes_ended() -> None:
