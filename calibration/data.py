@@ -76,7 +76,12 @@ def few_steps_warning(episodes: ActionDataset) -> str:
 
 
 def episode_folds(total: int, most: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Numbers of the episodes to fit to, and of those left out, which every episode is once; none for a single one."""
+    """Indices of the episodes to fit to, and of those left out: every episode is left out once, in one of at most
+    `most` folds. A single episode has no folds.
+
+    >>> list(episode_folds(3, 2))
+    [([1], [0, 2]), ([0, 2], [1])]
+    """
     folds = min(most, total) if total > 1 else 0
     for fold in range(folds):
         kept, left_out = ([index for index in range(total) if (index % folds == fold) is out] for out in (False, True))
@@ -86,8 +91,8 @@ def episode_folds(total: int, most: int) -> Iterator[tuple[list[int], list[int]]
 def is_certain_gain(before: Tensor, after: Tensor) -> bool:
     """Whether squared errors [episodes], of episodes left out of a fit, fall by more than the gain's standard error.
 
-    Otherwise a mean that a few of them make passes for one of all. The fewer there are, by more it must be, as
-    Student's quantiles are.
+    Otherwise a few episodes could decide for all. The fewer there are, the larger the gain must be, as Student's
+    quantiles are.
     """
     return gain_certainty(before, after) > needed_certainty(len(before))
 
@@ -99,7 +104,7 @@ def needed_certainty(episodes: int) -> float:
 
 
 def gain_certainty(before: Tensor, after: Tensor) -> float:
-    """How many standard errors the squared errors [episodes] fall by; infinite where all fall by exactly as much."""
+    """How many standard errors the squared errors [episodes] fall by; infinite where all fall by the same."""
     gain = before - after
     total, noise = float(gain.sum()), float(gain.std()) * math.sqrt(len(gain))
     return total / noise if noise else math.copysign(math.inf, total) if total else 0.0
@@ -193,7 +198,7 @@ def rounded(values: Tensor, span: Tensor) -> Tensor:
     """To multiples of a power of two about 2^-ROUNDED_BITS of the span.
 
     >>> rounded(torch.tensor([0.1, 0.5]).double(), torch.tensor(0.5)).tolist()
-    [0.1000030517578125, 0.5]
+    [0.100006103515625, 0.5]
     """
     quantum = torch.exp2(torch.frexp(span).exponent.double() - ROUNDED_BITS)
     return torch.round(values / quantum) * quantum

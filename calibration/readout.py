@@ -328,7 +328,7 @@ def _changed(checkpoint: Checkpoint, change: Tensor) -> Readout:
 
 
 def held_out_warning(trained: float, refitted: float | None, judged_on: str, units: str) -> str:
-    """What a person should know of a refit that lost where it is judged; empty where it did not, or there is none.
+    """A warning that a refit lost where it is judged; empty where it did not, or there is none.
 
     trained, refitted: squared error of the layer as it was trained and as it was refitted, None without a refit; units:
     of both, squared.

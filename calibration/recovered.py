@@ -72,7 +72,7 @@ class RecoveredFit:
 
     @property
     def remark(self) -> str:
-        """What a person should know about this fit; empty where the tokens determine the whole map."""
+        """A warning about this fit; empty where the tokens determine the whole map."""
         if self.ridge is None:
             return (
                 f"WARNING: tokens of {self.unknowns // len(self.decoder.offset)} layers are decoded with the mean side "

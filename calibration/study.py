@@ -25,7 +25,8 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -92,7 +93,6 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     *({"worst_case": bound} for bound in (1e-4, 4e-4, 1e-2, 1.0)),
 )
 _FOLDS = 5
-_Item = TypeVar("_Item")
 
 
 @torch.no_grad()
@@ -110,11 +110,8 @@ def study(checkpoints: Sequence[Checkpoint], dataset: ActionDataset, *, subsets:
     omitted = {section: reason for section, reason in reasons.items() if reason}
     tasks = [] if "tasks" in omitted else sorted({*calibration.tasks} & {*test.tasks})
     counts = [] if "episodes" in omitted else _episode_counts(len(calibration.episodes))
-
-    def progress(items: Sequence[_Item], section: str) -> Iterable[_Item]:
-        shown: Iterable[_Item] = tqdm(items, desc=section, disable=None, leave=False)
-        return shown
-
+    # On a terminal alone.
+    progress = partial(tqdm, disable=None, leave=False)
     compared = _settings(_COMPARED)
     choices = [(setting, count) for setting in compared for count in counts]
     return StudyResult(

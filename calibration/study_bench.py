@@ -139,7 +139,7 @@ def prefix_mse(model: ActionAutoencoder, actions: Tensor) -> list[float]:
 
 
 def unquantised_mse(model: ActionAutoencoder, actions: Tensor) -> float:
-    """Action MSE without the quantiser; above 0, because ratios are taken of it."""
+    """Action MSE without the quantiser, at least the smallest positive number: other errors are divided by it."""
     error = model.decode_latents(model.encode_latents(actions)) - actions
     return max(mean_square(error), sys.float_info.min)
 

@@ -90,7 +90,7 @@ def solved_within(episodes: Sequence[Episode], tolerance: float) -> Rate:
 
 
 def cell_report(episodes: Sequence[Episode]) -> CellReport:
-    """Of all episodes of one cell, at least one; precision where every task has a measure of it."""
+    """Sum up the episodes of one cell, at least one. Precision is there where every task has a measure of it."""
     results = [episode.result for episode in episodes]
     measured = [found.precision_mm for found in results if found.success and found.precision_mm is not None]
     precise = {episode.task for episode in episodes} <= set(PRECISION_TASKS)
@@ -126,7 +126,7 @@ def tolerances_ahead(one: CellReport, other: CellReport) -> tuple[float, ...]:
 
 
 def task_report(episodes: Sequence[Episode]) -> TaskReport:
-    """Of the episodes of one task, or of several with the same cells; the same scenes in every cell, at least one."""
+    """Compare the cells of one task, or of several with the same cells. All have the same scenes, at least one."""
     ordered = sorted(episodes, key=lambda episode: (_place(episode.cell), episode.task, episode.index))
     by_cell = {cell: list(found) for cell, found in groupby(ordered, attrgetter("cell"))}
     cells = {cell: cell_report(found) for cell, found in by_cell.items()}
@@ -148,7 +148,7 @@ def task_report(episodes: Sequence[Episode]) -> TaskReport:
 
 
 def common_scenes(episodes: Sequence[Episode]) -> list[Episode]:
-    """Of every task the scenes that all its cells have finished: a run that was stopped compares the same scenes."""
+    """The scenes that all cells of their task have finished, so that a run that was stopped compares the same scenes."""
     done: dict[str, dict[str, set[int]]] = {}
     for episode in episodes:
         done.setdefault(episode.task, {}).setdefault(episode.cell, set()).add(episode.index)
