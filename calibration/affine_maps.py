@@ -40,7 +40,7 @@ class Features:
 
     @classmethod
     def of(cls, tokens: Tensor, worth: Tensor, num_levels: int, shares: Tensor) -> "Features":
-        """Of tokens [N, D, l] of `num_levels` levels. worth [l]: what a level of each layer is worth, positive."""
+        """Features of tokens [N, D, l] with `num_levels` levels. worth [l]: size of a level of each layer, positive."""
         scale = (worth * 2 / (num_levels - 1)).expand(tokens.shape[-2:]).flatten()
         scaled = tokens.flatten(-2).double() * scale
         constant = (scaled == scaled[0]).all(dim=0)

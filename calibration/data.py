@@ -54,7 +54,7 @@ def calibration_dataset(
 
 
 def data_warnings(checkpoint: Checkpoint, dataset: ActionDataset) -> tuple[str, ...]:
-    """What a person should know about what is fitted to these data, and about what judges the fit. Raises DataError."""
+    """Warnings about the data that a fit sees, and about those that judge it. Raises DataError."""
     found = [few_steps_warning(calibration_episodes(checkpoint, dataset))]
     if selection_of(checkpoint, dataset) is Selection.ALL:
         found.append(
@@ -66,7 +66,7 @@ def data_warnings(checkpoint: Checkpoint, dataset: ActionDataset) -> tuple[str, 
 
 
 def few_steps_warning(episodes: ActionDataset) -> str:
-    """What a person should know about a fit to these episodes; empty where there are enough steps."""
+    """A warning about a fit to these episodes; empty where there are enough steps."""
     if episodes.num_steps >= FEW_STEPS:
         return ""
     return (
@@ -174,7 +174,7 @@ def reference_actions(checkpoint: Checkpoint, episodes: ActionDataset) -> Tensor
 
 
 def reference_latents(model: ActionAutoencoder, actions: Tensor) -> Tensor:
-    """Latents [N, D] of a float64 model, not quantised. DataError unless finite, and where most say nothing."""
+    """Latents [N, D] of a float64 model, not quantised. DataError unless finite, and where most are saturated."""
     with torch.no_grad():
         latents = model.encode_latents(actions)
     if not torch.isfinite(latents).all():

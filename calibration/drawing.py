@@ -26,14 +26,14 @@ def new_figure(height: float, title: str = "") -> Figure:
 
 
 def save_png(figure: Figure, path: Path) -> None:
-    """Equal figures give equal files. Raises CalibrationError where it cannot be written."""
+    """Write a figure; equal figures give equal files. Raises CalibrationError where it cannot be written."""
     with replacing(path, error=CalibrationError) as temporary:
         # Without the version that matplotlib would write.
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
 
 def finish(axes: Axes, title: str, *, x: str = "", legend: int = 2, grid: Literal["both", "x", "y"] = "both") -> None:
-    """Titles of the axes and of `x`, grid and ticks, and a legend of so many columns below them; 0: none."""
+    """Give axes that are drawn their title, grid and ticks. x: title of the x axis; legend: its columns, 0 for none."""
     axes.set_title(title, loc="left", color=INK, fontsize=10)
     if x:
         axes.set_xlabel(x, color=INK, fontsize=10)

@@ -194,7 +194,7 @@ class _Candidate:
 
     @property
     def objection(self) -> str:
-        """The rule that refuses it, and by which figure; empty where all are kept."""
+        """The first rule that the refit breaks, with its figure; empty where it breaks none."""
         if not self.certainty > self.needed:
             return (
                 f"over the episodes left out the gain is {self.certainty:.2g} times its standard error, and more than "
@@ -210,7 +210,7 @@ class _Candidate:
         return ""
 
     def remark(self, *, is_kept: bool) -> str:
-        """What became of the layer, by which rule, and by which figures."""
+        """A sentence on what became of the layer, and why."""
         measured = (
             f"{self.ratio:.3g} times the squared error on calibration episodes left out of the fit (ridge "
             f"{self.ridge:g})"

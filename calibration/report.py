@@ -166,7 +166,7 @@ def _report(
 
 
 def _layer_report(model: ActionAutoencoder, layer: int, step: LayerStep) -> LayerReport:
-    """What the layer itself shows; what it is worth is left open."""
+    """A row with what the layer itself shows; its errors are still missing."""
     num_levels = model.config.num_levels
     scale = model.quantizer.scale[layer].min() if step.stats is None else step.stats[..., 1].mean()
     used = torch.stack([(step.tokens == level).any(dim=0) for level in range(num_levels)])

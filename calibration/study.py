@@ -127,7 +127,9 @@ def study(checkpoints: Sequence[Checkpoint], dataset: ActionDataset, *, subsets:
         unquantised_readout=spread([unquantised_mse(bench.fit(DEFAULT), bench.test_actions()) for bench in benches]),
         settings=tuple(_setting_row(benches, setting) for setting in progress(_settings(_CHANGES), "settings")),
         tasks=tuple(_task_row(benches, setting, tasks) for setting in progress(compared if tasks else [], "tasks")),
-        episodes=tuple(_episodes_row(benches, *choice, subsets) for choice in progress(choices, "episodes")),
+        episodes=tuple(
+            _episodes_row(benches, setting, count, subsets) for setting, count in progress(choices, "episodes")
+        ),
         readout=tuple(_readout_row(benches, ridge, tasks) for ridge in progress([None, *RIDGES], "readout")),
         layers=_layer_rows(benches),
         omitted=omitted,

@@ -148,7 +148,7 @@ def task_report(episodes: Sequence[Episode]) -> TaskReport:
 
 
 def common_scenes(episodes: Sequence[Episode]) -> list[Episode]:
-    """The scenes that all cells of their task have finished, so that a run that was stopped compares the same scenes."""
+    """The scenes that all cells of their task have finished: a run that was stopped compares the same scenes, too."""
     done: dict[str, dict[str, set[int]]] = {}
     for episode in episodes:
         done.setdefault(episode.task, {}).setdefault(episode.cell, set()).add(episode.index)
