@@ -33,11 +33,12 @@ from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime.bundle.fidelity import fidelity
 from rfsq.runtime.bundle.gates import highest_limit, missing_gates, promised_refusal
-from rfsq.runtime.bundle.golden import Golden
+from rfsq.runtime.bundle.golden import Golden, write_golden
 from rfsq.runtime.bundle.manifest import (
     C_HEADER,
     C_SOURCE,
     CUDA_SOURCE,
+    GOLDEN_NAME,
     SCHEMA_VERSION,
     EngineEntry,
     GraphEntry,
@@ -110,7 +111,7 @@ def write_bundle(output: Path, deployed: Deployed | Recipe, *, overwrite: bool =
     with stage_bundle(output, overwrite=overwrite) as staged:
         for file, content in graphs.items():
             staged.write(file, content)
-        staged.write_golden(golden_vectors(deployed))
+        staged.write(GOLDEN_NAME, write_golden(golden_vectors(deployed)))
         manifest = make_manifest(deployed)
         if deployed.recipe.has_engine:
             engine = engine_entry(graphs["reduce/decoder.onnx"])

@@ -128,7 +128,7 @@ class Fidelity:
             numbers = (column[dimension] for column in (self.rmse, self.largest, self.deviation))
             share = _share(self.lost[dimension]) + (" *" if self.at_rest[dimension] else "")
             rows.append((f"dimension {dimension}, robot units", *(f"{value:.3g}" for value in numbers), share, grade))
-        lines = list(_aligned(rows))
+        lines = list(aligned(rows))
         if any(self.at_rest):
             lines.append(
                 "* at rest: the error is held against the deviation that three quarters of the others exceed, or the "
@@ -245,7 +245,8 @@ def _share(share: float, whole: str = "") -> str:
     return part + (joint + whole if whole else "")
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Lines of a table: columns as wide as their widest cell, all but the first aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         yield "  ".join(

@@ -17,7 +17,8 @@ from rfsq.export.errors import ExportError
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.bundle.errors import BundleError
 from rfsq.runtime.bundle.folder import open_bundle
-from rfsq.runtime.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
+from rfsq.runtime.bundle.golden import write_golden
+from rfsq.runtime.bundle.manifest import GOLDEN_NAME, MANIFEST_NAME, SCHEMA_VERSION, Manifest
 from tests.bundles import (
     Recipe,
     bundle_files,
@@ -39,7 +40,7 @@ GOLDEN = golden_vectors(DEPLOYED)
 def fill(staged: StagedBundle, manifest: Manifest = MANIFEST) -> None:
     for file, content in GRAPHS.items():
         staged.write(file, content)
-    staged.write_golden(GOLDEN)
+    staged.write(GOLDEN_NAME, write_golden(GOLDEN))
     staged.seal(manifest)
 
 

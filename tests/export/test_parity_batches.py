@@ -103,7 +103,7 @@ def test_a_build_tries_illegal_values_everywhere_also_within_a_chunk(place: int)
     reference: Any = Recorder()
     (judge,) = judges_of([backend], reference, model)
     counts = np.zeros(2, np.int64)
-    judge.found = judge.float32 = TokenComparison(counts, counts, counts, np.zeros(3, bool), None)
+    judge.found = judge.float32 = [TokenComparison(counts, counts, counts, np.zeros(3, bool), None)]
     _, _, encoding, decoding = judge.entries()
     assert (encoding.gate, encoding.value) == ("encode: illegal values accepted", 1)
     assert f"at [0, 1, {place - 3}] of [1, 3, 3] was accepted" in encoding.detail
@@ -128,7 +128,7 @@ def test_a_variant_of_a_backend_is_judged_by_itself_and_named() -> None:
     assert {judge.seed for judge in judges_of(backends, reference, model)} == {0}  # type: ignore[arg-type]
     for judge, prefix in zip(judges, ("", "", "bytes, "), strict=True):
         counts = np.zeros(2, np.int64)
-        judge.found = judge.float32 = TokenComparison(counts, counts, counts, np.zeros(4, bool), None)
+        judge.found = judge.float32 = [TokenComparison(counts, counts, counts, np.zeros(4, bool), None)]
         wrong, flips = judge.entries()
         assert (wrong.gate, flips.gate) == (f"{prefix}encode: wrong tokens", f"{prefix}encode: near-tie flips")
         assert (wrong.value, wrong.limit, wrong.detail, wrong.backend) == (0, 0, "", "plain")
