@@ -77,7 +77,7 @@ def test_every_mode_and_other_sizes_build_and_pass_on_this_gpu(mode: DeployMode,
         from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT
 
         checkpoint = NAIVE_CHECKPOINT
-    result = build(
+    manifest = build(
         BuildConfig(
             **({} if checkpoint is None else {"checkpoint": checkpoint}),
             output=tmp_path / "bundle",
@@ -88,10 +88,10 @@ def test_every_mode_and_other_sizes_build_and_pass_on_this_gpu(mode: DeployMode,
             parity_steps=30_000,
         )
     )
-    engines = result.manifest.engines
+    engines = manifest.engines
     assert len(engines) == 4 * len(TENSORRT) + 1
     assert {(engine.status, engine.precision) for engine in engines} == {("validated", "fp32")}
-    assert {entry.backend for entry in result.manifest.parity} == {"onnxruntime", *ENGINES}
+    assert {entry.backend for entry in manifest.parity} == {"onnxruntime", *ENGINES}
 
 
 @pytest.mark.skipif("tensorrt-rtx" not in TENSORRT, reason="TensorRT obeys its TF32 flag; only TensorRT-RTX does not")
