@@ -129,7 +129,7 @@ def _run(config: BuildConfig | TargetConfig, *, is_verbose: bool) -> Outcome:
     from rfsq.export.on_target import TargetConfig, add_engines
 
     if isinstance(config, TargetConfig):
-        manifest, added = add_engines(config)
+        manifest, added = add_engines(config, has_details=is_verbose)
         done = f"✓ {config.bundle} has validated engines for {', '.join(sorted({*added}))} here"
         return Outcome(done, {"bundle": str(config.bundle), **dataclasses.asdict(manifest)})
     import torch

@@ -32,7 +32,7 @@ class EngineSources:
 
     content: of each graph and source; graphs: those of the form `reduce`; staged: the bundle in the making; profile:
     batch sizes B, for engines that are tuned for some; compute_capabilities: such as 8.9, none for what the library
-    builds by itself.
+    builds by itself; c_targets_there: targets whose C library is in the bundle and stays.
     """
 
     staged: StagedBundle
@@ -40,6 +40,7 @@ class EngineSources:
     graphs: tuple[GraphEntry, ...]
     profile: Profile
     compute_capabilities: tuple[str, ...] = ()
+    c_targets_there: tuple[str, ...] = ()
 
 
 def compilable(*, to_run: bool) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -111,8 +112,10 @@ def _compile_c(backend: str, sources: EngineSources, current: Phase) -> tuple[En
     """For every target that this machine can run: what cannot be proven here is not built."""
     header, source = sources.content(C_HEADER), sources.content(C_SOURCE)
     engines = []
-    *better, least = host_targets()
-    for target in (*better, least):
+    least = host_targets()[-1]
+    for target in host_targets():
+        if target in sources.c_targets_there:
+            continue
         try:
             library = compile_c(header.decode(), source.decode(), target)
         except EngineBuildError as error:

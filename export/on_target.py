@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 from rfsq.export.batches import Profile
@@ -12,13 +13,19 @@ from rfsq.export.engines import EngineSources, compilable, compile_engines
 from rfsq.export.errors import BuildInputError, EngineBuildError, ExportError, require_none
 from rfsq.export.progress import phase
 from rfsq.export.proving import failures, seal_proven
-from rfsq.runtime.backends.contract import Backend
+from rfsq.runtime.backends.c import CBackend
+from rfsq.runtime.backends.contract import Backend, engines_of
+from rfsq.runtime.backends.cpu_targets import host_targets
+from rfsq.runtime.backends.registry import create_backend
 from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
-from rfsq.runtime.bundle.errors import BackendUnavailableError
+from rfsq.runtime.bundle.errors import BackendUnavailableError, EngineRefusedError, InferenceError
 from rfsq.runtime.bundle.folder import Bundle, open_bundle
 from rfsq.runtime.bundle.golden import Golden, read_golden
 from rfsq.runtime.bundle.manifest import GOLDEN_NAME, EngineEntry, Manifest, ParityEntry
+
+#: Backends whose engines are compiled from what a bundle holds.
+_BUILT = compiled_from("c", "cuda", "graphs")
 
 
 @dataclass(frozen=True)
@@ -34,10 +41,9 @@ class TargetConfig:
     profile: Profile = field(default_factory=Profile)
 
     def __post_init__(self) -> None:
-        known = compiled_from("c", "cuda", "graphs")
-        unknown = set(self.backends or ()) - set(known)
+        unknown = set(self.backends or ()) - set(_BUILT)
         if unknown:
-            raise BuildInputError(f"backends {sorted(unknown)} have no engines to add; there are {', '.join(known)}")
+            raise BuildInputError(f"backends {sorted(unknown)} have no engines to add; there are {', '.join(_BUILT)}")
 
 
 class _CannotRunError(ExportError):
@@ -48,18 +54,29 @@ class _CannotRunError(ExportError):
         self.reasons = reasons
 
 
-def add_engines(config: TargetConfig) -> tuple[Manifest, tuple[str, ...]]:
+def add_engines(config: TargetConfig, *, has_details: bool = False) -> tuple[Manifest, tuple[str, ...]]:
     """Compile graphs and sources for this machine, replay the golden vectors on it, and replace the bundle as a whole.
 
-    Returns the new manifest, and the backends that were added. The bundle is as it was unless every gate passed. Raises
-    BundleError for no bundle, GateError, and ExportError where a backend that was asked for cannot be made or run here,
-    or none can.
+    Engines that are there already, proven on this kind of machine, stay with their proof. has_details: print every gate.
+
+    Returns the manifest, and the backends with validated engines for this machine. The bundle is as it was unless every
+    gate passed. Raises BundleError for no bundle, GateError, and ExportError where a backend that was asked for cannot
+    be made or run here, or none can.
     """
+    with phase("open bundle") as opening:
+        bundle = open_bundle(config.bundle)
+        golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model)
+        opening.note(f"{bundle.folder}: {bundle.manifest.model.mode}, fingerprint {bundle.manifest.fingerprint[:16]}")
+    present = _present(config, bundle, golden)
+    complete = tuple(name for name in _BUILT if _is_complete(name, present))
     backends, left_out = compilable(to_run=True)
-    chosen = config.backends or backends
+    chosen = tuple(name for name in config.backends or backends if name not in complete)
+    left_out = {name: reason for name, reason in left_out.items() if name not in complete}
+    manifest = bundle.manifest
     while chosen:
         try:
-            manifest = _add_all(config, chosen)
+            manifest = _add_all(config, bundle, golden, chosen, present, has_details=has_details)
+            break
         except _CannotRunError as error:
             if config.backends:
                 others = [name for name in backends if name not in error.reasons]
@@ -70,28 +87,73 @@ def add_engines(config: TargetConfig) -> tuple[Manifest, tuple[str, ...]]:
             # Once more without it: nothing that was not proven stays, nor takes the place of what was there.
             left_out.update(error.reasons)
             chosen = tuple(name for name in chosen if name not in error.reasons)
-        else:
-            for name, reason in left_out.items() if not config.backends else ():
-                print(f"– {name} is left out: {reason}")
-            return manifest, chosen
-    raise ExportError(
-        "no engine can be added here: install gcc or clang for C, or TensorRT with "
-        f"{BACKENDS['tensorrt-rtx'].install} on a machine with a GPU\n  {_listed(left_out)}"
-    )
+    if not (chosen or complete):
+        raise ExportError(
+            "no engine can be added here: install gcc or clang for C, or TensorRT with "
+            f"{BACKENDS['tensorrt-rtx'].install} on a machine with a GPU\n  {_listed(left_out)}"
+        )
+    for name, reason in left_out.items() if not config.backends else ():
+        print(f"– {name} is left out: {reason}")
+    return manifest, (*complete, *chosen)
 
 
 def _listed(reasons: Mapping[str, str]) -> str:
     return "\n  ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
-def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
+def _present(config: TargetConfig, bundle: Bundle, golden: Golden) -> tuple[EngineEntry, ...]:
+    """Engines for this machine that need no new one: proven on its kind, of these sources, and right here and now."""
+    entries, parity = bundle.manifest.engines, bundle.manifest.parity
+    wanted = {entry.backend for entry in entries if entry.status == "validated"} & {*(config.backends or _BUILT)}
+    found: list[EngineEntry] = []
+    with ExitStack() as stack:
+        for name in sorted(wanted):
+            for target in host_targets() if name == "c" else ("",):
+                try:
+                    backend = CBackend(bundle, target) if target else create_backend(name, bundle)
+                except (BackendUnavailableError, EngineRefusedError, InferenceError):
+                    continue
+                stack.callback(backend.close)
+                used = [engine.entry for engine in engines_of(backend)]
+                steps = [entry.steps for entry in parity if (entry.backend, entry.device) == (name, backend.device)]
+                if (
+                    steps
+                    and all(_is_current(entry, backend, bundle, config.profile) for entry in used)
+                    and replay(golden, bundle.manifest.model, backend).passed
+                ):
+                    print(f"– {name} for {backend.device}: already there, proven over {min(steps):,} steps")
+                    found += used
+    return tuple(found)
+
+
+def _is_current(entry: EngineEntry, backend: Backend, bundle: Bundle, profile: Profile) -> bool:
+    return (
+        (entry.status, entry.device) == ("validated", backend.device)
+        and entry.source_sha256 == bundle.manifest.files[entry.source].sha256
+        and (BACKENDS[entry.backend].engine_source != "graphs" or entry.profile == astuple(profile))
+    )
+
+
+def _is_complete(name: str, present: Sequence[EngineEntry]) -> bool:
+    targets = {target for entry in present if entry.backend == name for target in entry.targets or ("",)}
+    return targets >= {*host_targets()} if name == "c" else bool(targets)
+
+
+def _add_all(
+    config: TargetConfig,
+    bundle: Bundle,
+    golden: Golden,
+    backends: tuple[str, ...],
+    present: Sequence[EngineEntry],
+    *,
+    has_details: bool,
+) -> Manifest:
     """Raises _CannotRunError where not all of them can be made and run here."""
-    with phase("open bundle") as opening:
-        bundle = open_bundle(config.bundle)
-        golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model)
-        opening.note(f"{bundle.folder}: {bundle.manifest.model.mode}, fingerprint {bundle.manifest.fingerprint[:16]}")
     with stage_bundle(config.bundle, overwrite=True) as staged:
-        sources = EngineSources(staged, bundle.content, bundle.manifest.graphs_of("reduce"), config.profile)
+        there = tuple(target for entry in present if entry.backend == "c" for target in entry.targets)
+        sources = EngineSources(
+            staged, bundle.content, bundle.manifest.graphs_of("reduce"), config.profile, c_targets_there=there
+        )
         added: tuple[EngineEntry, ...] = ()
         for name in dict.fromkeys(backends):
             try:
@@ -103,9 +165,10 @@ def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
         def judge(opened: Sequence[Backend], absent: Mapping[str, str]) -> tuple[ParityEntry, ...]:
             if absent:
                 raise _CannotRunError(absent)
-            here = {(backend.name, backend.device) for backend in opened}
+            new = [backend for backend in opened if backend.name != "c" or backend.device not in there]
+            here = {(backend.name, backend.device) for backend in new}
             before = (entry for entry in bundle.manifest.parity if (entry.backend, entry.device) not in here)
-            return (*before, *_proven(golden, bundle, opened))
+            return (*before, *_proven(golden, bundle, new, has_details=has_details))
 
         return seal_proven(staged, replace(bundle.manifest, engines=engines), judge, backends)
 
@@ -120,25 +183,30 @@ def _kept(bundle: Bundle, added: Sequence[EngineEntry], staged: StagedBundle) ->
     return tuple(entry for entry in engines if entry not in replaced)
 
 
-def _proven(golden: Golden, bundle: Bundle, opened: Sequence[Backend]) -> list[ParityEntry]:
+def _proven(golden: Golden, bundle: Bundle, opened: Sequence[Backend], *, has_details: bool) -> list[ParityEntry]:
     """What the golden vectors say of each backend. Raises GateError where a gate is red."""
+    steps = golden.actions.shape[0] * golden.actions.shape[1]
+    parity: list[ParityEntry] = []
     with phase("golden vectors") as current:
-        parity = [
-            ParityEntry(
-                backend.name,
-                f"golden vectors, {check.gate}",
-                golden.actions.shape[0] * golden.actions.shape[1],
-                check.value,
-                check.limit,
-                check.detail or backend.description,
-                backend.device,
-            )
-            for backend in opened
-            for check in replay(golden, bundle.manifest.model, backend).checks
-        ]
-        current.note(
-            *(f"{entry.backend}, {entry.gate}: {entry.value:.4g}, limit {entry.limit:.4g}" for entry in parity)
-        )
+        for backend in opened:
+            checks = replay(golden, bundle.manifest.model, backend).checks
+            parity += [
+                ParityEntry(
+                    backend.name,
+                    f"golden vectors, {check.gate}",
+                    steps,
+                    check.value,
+                    check.limit,
+                    check.detail or backend.description,
+                    backend.device,
+                )
+                for check in checks
+            ]
+            where, red = f"{backend.name} for {backend.device}", sum(not check.passed for check in checks)
+            outcome = f"{red} of {len(checks)} gates are red" if red else f"{len(checks)} gates hold"
+            current.note(f"{where}: {outcome} over {steps:,} steps")
+            if has_details:
+                current.note(*(f"{where}, {check}" for check in checks))
         require_none(failures(parity))
     return parity
 

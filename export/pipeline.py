@@ -116,7 +116,7 @@ class BuildConfig:
 
 
 def build(config: BuildConfig, *, has_tables: bool = True) -> Manifest:
-    """Build, prove and write a bundle; prints a line for each phase. has_tables: also the tables of what went well.
+    """Build, prove and write a bundle; prints a line for each phase. has_tables: also the tables, which a red gate prints at any rate.
 
     Returns its manifest: what every gate measured is in `parity`, and in `quality` and `provenance["action_mse"]` what
     the tokens are worth.
@@ -147,7 +147,7 @@ def build(config: BuildConfig, *, has_tables: bool = True) -> Manifest:
                     current.fail(f"{outcome}: {len(problems)} gates are red")
                 else:
                     current.note(outcome)
-            if has_tables or problems or (fidelity is not None and fidelity.warning):
+            if has_tables or problems:
                 print(closing_tables(parity, action_mse, fidelity, source.data.judged_on))
             require_none(problems)
             return parity

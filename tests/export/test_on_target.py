@@ -19,9 +19,12 @@ from rfsq.export.c_builder import CLibrary
 from rfsq.export.on_target import TargetConfig
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.backends.cpu_targets import host_targets
+from rfsq.runtime.backends.replay import ReplayResult
 from rfsq.runtime.bundle.backend_specs import BACKENDS
 from rfsq.runtime.bundle.folder import open_bundle
-from rfsq.runtime.bundle.manifest import C_SOURCE, EngineEntry, Manifest
+from rfsq.runtime.bundle.gates import Check
+from rfsq.runtime.bundle.golden import Golden, read_golden
+from rfsq.runtime.bundle.manifest import C_SOURCE, GOLDEN_NAME, EngineEntry, Manifest
 from tests.backends import without_packages
 from tests.bundles import Recipe, bundle_files, c_entry, deploy, generate_c, proven, write_bundle
 from tests.export.machine import needs_no_gpu, needs_rtx
@@ -252,6 +255,72 @@ def test_adding_c_again_changes_nothing(bundle: Path) -> None:
     first = tree(bundle)
     assert main(["--from-bundle", str(bundle), "--backends", "c"]) == 0
     assert tree(bundle) == first
+
+
+@pytest.mark.usefixtures("without_tensorrt")
+def test_what_is_there_and_proven_here_is_neither_compiled_nor_proven_again(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof of the machine that built it is over many more steps than the golden vectors have."""
+    least = host_targets()[-1]
+    monkeypatch.setattr("rfsq.export.engines.host_targets", lambda: (least,))
+    assert main(["--from-bundle", str(bundle)]) == 0
+    strong = with_steps(bundle, 122_816)
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert main(["--from-bundle", str(bundle), "--backend", "c"]) == 0
+    out = capsys.readouterr().out
+    after = open_bundle(bundle).manifest
+    assert [entry.targets for entry in c_engines(after)] == [(least,), *((name,) for name in host_targets()[:-1])]
+    assert set(strong.parity) <= set(after.parity)
+    assert f"– c for {least}: already there, proven over 122,816 steps\n" in out
+    told = re.findall(r"c for (\S+): \d+ gates hold over ([\d,]+) steps", out)
+    model, golden = after.model, open_golden(bundle)
+    steps = f"{len(golden.actions) * model.chunk_length:,}"
+    assert told == [(name, steps) for name in host_targets()[:-1]]
+    # One line a target: what each gate measured is told with -v.
+    assert "wrong tokens" not in out
+    assert len(out.splitlines()) <= 3 + 2 * len(host_targets())
+    before = tree(bundle)
+    assert main(["--from-bundle", str(bundle), "--backend", "c"]) == 0
+    assert "compile" not in capsys.readouterr().out
+    assert tree(bundle) == before
+
+
+@pytest.mark.usefixtures("without_tensorrt", "one_target")
+def test_with_v_each_gate_is_told_with_its_target(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--from-bundle", str(bundle), "-v"]) == 0
+    assert re.search(rf"c for {host_targets()[0]}, ✓ .*encode.*: wrong tokens: 0 ", capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("without_tensorrt", "one_target")
+def test_an_engine_that_is_there_and_wrong_here_is_compiled_anew(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["--from-bundle", str(bundle)]) == 0
+    first = tree(bundle)
+    red = ReplayResult((Check("encode: wrong tokens", 1, 0, ""),))
+    monkeypatch.setattr("rfsq.export.on_target.replay", lambda *_: red)
+    assert main(["--from-bundle", str(bundle)]) == 1
+    captured = capsys.readouterr()
+    assert "already there" not in captured.out
+    assert "wrong tokens" in captured.err
+    assert tree(bundle) == first
+
+
+def with_steps(bundle: Path, steps: int) -> Manifest:
+    """The bundle with a proof of its C engines over so many steps, as a build gives it."""
+    opened = open_bundle(bundle)
+    parity = tuple(replace(entry, steps=steps) if entry.backend == "c" else entry for entry in opened.manifest.parity)
+    with stage_bundle(bundle, overwrite=True) as staged:
+        for file in opened.manifest.files:
+            staged.write(file, opened.content(file))
+        return staged.seal(replace(opened.manifest, parity=parity))
+
+
+def open_golden(bundle: Path) -> Golden:
+    opened = open_bundle(bundle)
+    return read_golden(opened.content(GOLDEN_NAME), opened.manifest.model)
 
 
 @pytest.mark.usefixtures("without_tensorrt", "one_target")
