@@ -10,6 +10,11 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+if __name__ == "__main__":
+    from rfsq.__main__ import run_script
+
+    run_script("rfsq.calibration.fit")
+
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -33,7 +38,7 @@ from rfsq.calibration.settings import (
     Weighting,
 )
 from rfsq.runtime.bundle.advice import install_package
-from rfsq.runtime.bundle.command import CommandParser, Outcome, path_argument, run, run_command
+from rfsq.runtime.bundle.command import CommandParser, Outcome, path_argument, run
 from rfsq.runtime.bundle.paths import counted, refuse_existing
 
 if TYPE_CHECKING:
@@ -126,7 +131,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     verdict = f"✓ wrote {output} and {report_dir}: what the tokens are worth: {report.fidelity.line}"
     if report.fidelity.grade is Grade.WORTHLESS:
         # Once more, so that it is not the line above that stays in mind.
-        verdict += f"\n{report.fidelity.warning}"
+        verdict += f"\n{report.fidelity.warning_in(report.method)}"
     return Outcome(verdict, {"output": str(output), "report": asdict(report), "provenance": provenance})
 
 
@@ -151,7 +156,3 @@ def _fit(options: argparse.Namespace, checkpoint: "Checkpoint", dataset: "Action
 
 def _given(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-
-
-if __name__ == "__main__":
-    run_command("rfsq.calibration.fit")

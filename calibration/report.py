@@ -20,7 +20,7 @@ from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantize
 from rfsq.rfsq_ref.rounding import token_error_bounds
-from rfsq.runtime.bundle.fidelity import Fidelity, fidelity
+from rfsq.runtime.bundle.fidelity import Fidelity, Grade, fidelity
 from rfsq.runtime.bundle.paths import counted
 from rfsq.runtime.bundle.writing import replacing
 
@@ -214,8 +214,8 @@ def format_report(report: CalibrationReport, *, is_verbose: bool = True) -> str:
         f"published decode_from_indices                     {report.published_mse:.3e}",
         *filter(None, [lost]),
     ]
-    if is_verbose or report.fidelity.warning:
-        lines.append(report.fidelity.text("decoded from all layers"))
+    if is_verbose or report.fidelity.grade is not Grade.GOOD:
+        lines.append(report.fidelity.text("decoded from all layers", report.method))
     return "\n".join(lines)
 
 

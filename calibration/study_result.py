@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from rfsq.calibration.errors import CalibrationError
-from rfsq.runtime.bundle.advice import command
+from rfsq.runtime.bundle.advice import quoted
 from rfsq.runtime.bundle.reading import parse_json
 from rfsq.runtime.bundle.typed_json import build
 
@@ -160,5 +160,5 @@ def result_from_json(text: str) -> StudyResult:
         return build(StudyResult, parse_json(text), "the result")
     except ValueError as error:
         raise CalibrationError(
-            f"this is no result of the calibration study ({error}); write it with `{command('calibration/study.py')}`"
+            f"this is no result of the calibration study ({error}); write it with {quoted('calibration/study.py')}"
         ) from error

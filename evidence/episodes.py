@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from rfsq.evidence.closed_loop import EpisodeResult
 from rfsq.evidence.errors import EvidenceError
-from rfsq.runtime.bundle.advice import command
+from rfsq.runtime.bundle.advice import quoted
 from rfsq.runtime.bundle.reading import parse_json
 from rfsq.runtime.bundle.typed_json import build
 
@@ -121,7 +121,7 @@ def read_episodes(path: Path) -> tuple[Identity, list[Episode]]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise EvidenceError(f"cannot read {path}: {error.strerror}; run `{command('rollout')}` first") from error
+        raise EvidenceError(f"cannot read {path}: {error.strerror}; run {quoted('rollout')} first") from error
     return _parse(content[: content.rfind(b"\n") + 1], path)
 
 

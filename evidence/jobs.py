@@ -143,7 +143,8 @@ def _verdict(scheme: Scheme, actions: FloatArray, name: str) -> list[str]:
     decoded = scheme.decode(actions, model.config.num_layers)
     found = fidelity(actions, decoded, model.units.tolist(), model.offset.tolist())
     label = f"{scheme.name} tokens of {name}, all layers"
-    return [f"{label}, {found.line}", *([f"{label}: {found.warning}"] if found.warning else [])]
+    warning = found.warning_in(model.conditioning.value)
+    return [f"{label}, {found.line}", *([f"{label}: {warning}"] if warning else [])]
 
 
 def _curve(history: TrainingHistory) -> Curve:

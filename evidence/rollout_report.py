@@ -14,7 +14,7 @@ from rfsq.evidence.episodes import Episode
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollout_statistics import Paired, Rate
 from rfsq.evidence.simulation import TASKS
-from rfsq.runtime.bundle.advice import command
+from rfsq.runtime.bundle.advice import quoted
 
 #: In mm; chosen before any result was seen.
 TOLERANCES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 50.0)
@@ -165,7 +165,7 @@ def reports_of(episodes: Sequence[Episode]) -> dict[str, TaskReport]:
     ordered = sorted(compared, key=lambda episode: list(TASKS).index(episode.task))
     by_task = {task: list(part) for task, part in groupby(ordered, attrgetter("task"))}
     if not by_task:
-        raise EvidenceError(f"no scene is finished in all cells yet; wait, or run `{command('rollout')}` to the end")
+        raise EvidenceError(f"no scene is finished in all cells yet; wait, or run {quoted('rollout')} to the end")
     shared = set.intersection(*({episode.index for episode in part} for part in by_task.values()))
     same_cells = len({frozenset(episode.cell for episode in part) for part in by_task.values()}) == 1
     if len(by_task) > 1 and shared and same_cells:

@@ -13,6 +13,11 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+if __name__ == "__main__":
+    from rfsq.__main__ import run_script
+
+    run_script("rfsq.export.build_engine")
+
 import argparse
 import contextlib
 import dataclasses
@@ -22,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rfsq.export.errors import BuildInputError
-from rfsq.runtime.bundle.command import CommandParser, Outcome, path_argument, run, run_command
+from rfsq.runtime.bundle.command import CommandParser, Outcome, path_argument, run
 from rfsq.runtime.bundle.modes import MODES
 
 if TYPE_CHECKING:
@@ -129,7 +134,10 @@ def _run(config: BuildConfig | TargetConfig, *, is_verbose: bool) -> Outcome:
     from rfsq.export.on_target import TargetConfig, add_engines
 
     if isinstance(config, TargetConfig):
-        manifest, added = add_engines(config, has_details=is_verbose)
+        try:
+            manifest, added = add_engines(dataclasses.replace(config, has_details=is_verbose))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{config.bundle} is as it was") from None
         done = f"✓ {config.bundle} has validated engines for {', '.join(sorted({*added}))} here"
         return Outcome(done, {"bundle": str(config.bundle), **dataclasses.asdict(manifest)})
     import torch
@@ -147,7 +155,7 @@ def verdict(output: Path, manifest: Manifest) -> str:
     lines = [f"✓ {output} is built and validated, fingerprint {manifest.fingerprint[:16]}"]
     if manifest.quality is not None:
         lines.append(f"what the tokens are worth: {manifest.quality.line}")
-        lines += filter(None, [manifest.quality.fidelity.warning])
+        lines += filter(None, [manifest.quality.fidelity.warning_in(manifest.model.mode)])
     return "\n".join(lines)
 
 
@@ -174,7 +182,3 @@ def _clean_ends() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-if __name__ == "__main__":
-    run_command("rfsq.export.build_engine")

@@ -30,7 +30,7 @@ _BUILT = compiled_from("c", "cuda", "graphs")
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """bundle: the folder to add to; profile: batch sizes B.
+    """bundle: the folder to add to; profile: batch sizes B; has_details: whether every gate is printed.
 
     backends: all of them, or nothing is added; None for what can be proven here, of C, CUDA and every TensorRT that is
     installed.
@@ -39,6 +39,7 @@ class TargetConfig:
     bundle: Path
     backends: tuple[str, ...] | None = None
     profile: Profile = field(default_factory=Profile)
+    has_details: bool = False
 
     def __post_init__(self) -> None:
         unknown = set(self.backends or ()) - set(_BUILT)
@@ -54,10 +55,10 @@ class _CannotRunError(ExportError):
         self.reasons = reasons
 
 
-def add_engines(config: TargetConfig, *, has_details: bool = False) -> tuple[Manifest, tuple[str, ...]]:
+def add_engines(config: TargetConfig) -> tuple[Manifest, tuple[str, ...]]:
     """Compile graphs and sources for this machine, replay the golden vectors on it, and replace the bundle as a whole.
 
-    Engines that are there already, proven on this kind of machine, stay with their proof. has_details: print every gate.
+    Engines that are there already, proven on this kind of machine, stay with their proof.
 
     Returns the manifest, and the backends with validated engines for this machine. The bundle is as it was unless every
     gate passed. Raises BundleError for no bundle, GateError, and ExportError where a backend that was asked for cannot
@@ -75,7 +76,7 @@ def add_engines(config: TargetConfig, *, has_details: bool = False) -> tuple[Man
     manifest = bundle.manifest
     while chosen:
         try:
-            manifest = _add_all(config, bundle, golden, chosen, present, has_details=has_details)
+            manifest = _add_all(config, bundle, golden, chosen, present)
             break
         except _CannotRunError as error:
             if config.backends:
@@ -145,8 +146,6 @@ def _add_all(
     golden: Golden,
     backends: tuple[str, ...],
     present: Sequence[EngineEntry],
-    *,
-    has_details: bool,
 ) -> Manifest:
     """Raises _CannotRunError where not all of them can be made and run here."""
     with stage_bundle(config.bundle, overwrite=True) as staged:
@@ -168,7 +167,7 @@ def _add_all(
             new = [backend for backend in opened if backend.name != "c" or backend.device not in there]
             here = {(backend.name, backend.device) for backend in new}
             before = (entry for entry in bundle.manifest.parity if (entry.backend, entry.device) not in here)
-            return (*before, *_proven(golden, bundle, new, has_details=has_details))
+            return (*before, *_proven(golden, bundle, new, has_details=config.has_details))
 
         return seal_proven(staged, replace(bundle.manifest, engines=engines), judge, backends)
 

@@ -39,7 +39,7 @@ from rfsq.export.sources import BuildData, choose_mode, fit_for, load_build_data
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.runtime.backends.contract import Backend
-from rfsq.runtime.bundle.advice import command
+from rfsq.runtime.bundle.advice import quoted
 from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
 from rfsq.runtime.bundle.golden import Golden, write_golden
@@ -116,7 +116,7 @@ class BuildConfig:
 
 
 def build(config: BuildConfig, *, has_tables: bool = True) -> Manifest:
-    """Build, prove and write a bundle; prints a line for each phase. has_tables: also the tables, which a red gate prints at any rate.
+    """Build, prove and write a bundle; prints a line for each phase. has_tables: also the tables, as a red gate does.
 
     Returns its manifest: what every gate measured is in `parity`, and in `quality` and `provenance["action_mse"]` what
     the tokens are worth.
@@ -181,7 +181,7 @@ def _load(config: BuildConfig) -> _Source:
         raise BuildInputError(
             f"readout {config.readout.value!r} is asked for, but nothing is calibrated here: the mode is "
             f"{mode.value!r}" + ("" if is_fit_needed else " and the checkpoint has what it needs") + "; leave "
-            f"--readout out, or calibrate anew with `{command('calibrate', '--readout')}`"
+            f"--readout out, or calibrate anew with {quoted('calibrate', '--readout')}"
         )
     with phase("load action data") as current:
         data = load_build_data(

@@ -3,15 +3,39 @@
 from __future__ import annotations
 
 import sys
-
-from . import __version__
-from .runtime.bundle.advice import COMMANDS
-from .runtime.bundle.command import UNUSABLE, run_command
-from .runtime.bundle.console import prepare_console
+from typing import NoReturn
 
 
 def main() -> None:
     """Ends with the status of the command, or with 2 where there is none of that name."""
+    try:
+        _main()
+    except KeyboardInterrupt:
+        _end_interrupted()
+
+
+def run_script(module: str) -> NoReturn:
+    """For a script of its own, before it imports anything else: Ctrl-C during the imports is no traceback."""
+    try:
+        from .runtime.bundle.command import run_command
+
+        run_command(module)
+    except KeyboardInterrupt:
+        _end_interrupted()
+
+
+def _end_interrupted() -> NoReturn:
+    print("interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+def _main() -> None:
+    # Here, as in `run_script`: importing takes most of the time in which nothing happens yet.
+    from . import __version__
+    from .runtime.bundle.advice import COMMANDS
+    from .runtime.bundle.command import UNUSABLE
+    from .runtime.bundle.console import prepare_console
+
     prepare_console()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
@@ -21,13 +45,15 @@ def main() -> None:
     elif name in COMMANDS:
         # As argparse names a command in its help.
         sys.argv[:2] = [f"rfsq {name}"]
-        run_command(f"{__package__}.{COMMANDS[name].module}")
+        run_script(f"{__package__}.{COMMANDS[name].module}")
     else:
         print(f"error: {name!r} is no command; expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(UNUSABLE)
 
 
 def _usage() -> str:
+    from .runtime.bundle.advice import COMMANDS
+
     lines = [f"  {name:10} {entry.summary}" for name, entry in COMMANDS.items()]
     return "\n".join(
         [

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from rfsq.rfsq_ref.errors import NotDecodableError, SettingsError
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants, ResidualQuantizer, dynamic_needs_stats
-from rfsq.runtime.bundle.advice import command
+from rfsq.runtime.bundle.advice import quoted
 from rfsq.runtime.bundle.manifest import SIZE_LIMITS
 from rfsq.runtime.bundle.paths import shown
 
@@ -156,7 +156,7 @@ class ActionAutoencoder(StepAutoencoder):
         if self.recovered:
             raise NotDecodableError(
                 f"no recovered decoder for a prefix of {prefix} layers; fitted prefixes: {sorted(self.recovered)}. "
-                f"Fit it with `{command('calibrate', f'--method recovered --prefixes {prefix}')}`"
+                f"Fit it with {quoted('calibrate', f'--method recovered --prefixes {prefix}')}"
             )
         raise NotDecodableError(dynamic_needs_stats())
 

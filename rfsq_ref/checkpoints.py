@@ -27,7 +27,7 @@ from rfsq.rfsq_ref.published_checkpoints import (
 )
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
-from rfsq.runtime.bundle.advice import command
+from rfsq.runtime.bundle.advice import quoted
 from rfsq.runtime.bundle.paths import as_path, shown
 from rfsq.runtime.bundle.reading import UnfitFileError, parse_json, read_file
 from rfsq.runtime.bundle.writing import replacing
@@ -80,7 +80,7 @@ class Checkpoint:
         if conditioning is Conditioning.CALIBRATED and self.constants is None:
             raise CheckpointError(
                 "this checkpoint carries no conditioning constants; fit them with "
-                f"`{command('calibrate', '--checkpoint FILE')}`"
+                f"{quoted('calibrate', '--checkpoint FILE')}"
             )
         if conditioning not in (self.trained_with, Conditioning.CALIBRATED):
             raise CheckpointError(
@@ -158,7 +158,7 @@ def load_checkpoint(
         content = read_file(path, _SIZE_LIMIT)
     except (FileNotFoundError, NotADirectoryError, UnfitFileError) as error:
         reason = f": {error}" if isinstance(error, UnfitFileError) else ""
-        raise CheckpointError(f"no checkpoint at {path}{reason}; train one with `{command('train')}`") from error
+        raise CheckpointError(f"no checkpoint at {path}{reason}; train one with {quoted('train')}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; check its permissions") from error
     metadata: Mapping[str, str] = {}

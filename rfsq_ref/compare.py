@@ -10,6 +10,11 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+if __name__ == "__main__":
+    from rfsq.__main__ import run_script
+
+    run_script("rfsq.rfsq_ref.compare")
+
 import argparse
 import os
 from collections.abc import Sequence
@@ -18,7 +23,7 @@ from dataclasses import asdict
 from rfsq.calibration.settings import ReadoutChoice
 from rfsq.evidence.settings import CACHE, OSC_POSITION_M, OSC_ROTATION_RAD, SEEDS
 from rfsq.rfsq_ref.settings import NORMALISER_CHOICES
-from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, path_argument, run, run_command
+from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, path_argument, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser("compare", wanting="calibrated tokens do not have 30 %% less error than naive ones")
+    parser = CommandParser("compare", wanting="calibrated tokens do not have 30 % less error than naive ones")
     parser.add_data()
     parser.add_output("folder of the report", Path("build/evidence"))
     parser.add_argument(
@@ -86,7 +91,3 @@ def _work(options: argparse.Namespace) -> Outcome:
         f"more than {REQUIRED_IMPROVEMENT:.0%} is asked for; wrote the report into {options.output}"
     )
     return Outcome(verdict, asdict(comparison), DONE if is_better else WANTING)
-
-
-if __name__ == "__main__":
-    run_command("rfsq.rfsq_ref.compare")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rfsq.rfsq_ref.errors import NotDecodableError, SettingsError
-from rfsq.runtime.bundle.advice import command
+from rfsq.runtime.bundle.advice import quoted
 
 #: Added to the unbiased standard deviation of a step's latents, as in the published model.
 SIGMA_EPSILON = 1e-5
@@ -203,7 +203,7 @@ def dynamic_needs_stats() -> str:
         "tokens of a `dynamic` (Robust RFSQ) checkpoint cannot be decoded alone: every layer was normalised by a mean "
         "and a sigma of its own step, and these do not travel with the tokens. Either pass the `stats` that encoding "
         "returned, or fit a checkpoint whose tokens decode on their own: "
-        f"`{command('calibrate', '--checkpoint FILE')}` (`calibrated`: new tokens, exact; "
+        f"{quoted('calibrate', '--checkpoint FILE')} (`calibrated`: new tokens, exact; "
         "`recovered`: the published tokens, approximate)"
     )
 

@@ -13,12 +13,17 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+if __name__ == "__main__":
+    from rfsq.__main__ import run_script
+
+    run_script("rfsq.rfsq_ref.rollout")
+
 import argparse
 from collections.abc import Sequence
 
 from rfsq.evidence.settings import TASK_NAMES, RolloutConfig
 from rfsq.runtime.bundle.advice import install
-from rfsq.runtime.bundle.command import CommandParser, Outcome, path_argument, run, run_command
+from rfsq.runtime.bundle.command import CommandParser, Outcome, path_argument, run
 from rfsq.runtime.bundle.paths import refuse_existing
 
 
@@ -82,7 +87,3 @@ def _work(options: argparse.Namespace) -> Outcome:
     text, document = write_report(config.file, options.output)
     print(text)
     return Outcome(f"✓ wrote {', '.join(map(str, filter(Path.exists, files)))}", document)
-
-
-if __name__ == "__main__":
-    run_command("rfsq.rfsq_ref.rollout")

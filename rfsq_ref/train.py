@@ -7,6 +7,11 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+if __name__ == "__main__":
+    from rfsq.__main__ import run_script
+
+    run_script("rfsq.rfsq_ref.train")
+
 import argparse
 import statistics
 from collections.abc import Sequence
@@ -16,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rfsq.rfsq_ref.errors import SettingsError
 from rfsq.rfsq_ref.settings import NORMALISER_CHOICES, TrainConfig
 from rfsq.runtime.bundle.advice import install_package
-from rfsq.runtime.bundle.command import CommandParser, Outcome, run, run_command
+from rfsq.runtime.bundle.command import CommandParser, Outcome, run
 from rfsq.runtime.bundle.paths import refuse_existing
 
 if TYPE_CHECKING:
@@ -110,7 +115,3 @@ def _train(dataset: "ActionDataset", config: TrainConfig, path: Path) -> dict[st
         print(f"no drawing of the curve: matplotlib is not installed; {install_package('matplotlib')}")
     facts = {name: kept[name] for name in ("epoch", "train_mse", "validation_mse")}
     return {"output": str(path), "seed": config.seed, "epochs": len(result.history), **facts}
-
-
-if __name__ == "__main__":
-    run_command("rfsq.rfsq_ref.train")

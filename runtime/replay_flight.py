@@ -7,4 +7,8 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    import_module("runtime.bundle.command").run_command("runtime.qualification.replay")
+    try:
+        import_module("runtime.bundle.command").run_command("runtime.qualification.replay")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -88,7 +88,7 @@ class ActionTokenizer:
         tokenizer = cls(bundle.manifest, select_backend(backend, bundle, golden), golden)
         quality = bundle.manifest.quality
         if quality is not None and quality.fidelity.grade is Grade.WORTHLESS:
-            found = quality.fidelity.warning.removeprefix("WARNING: ")
+            found = quality.fidelity.warning_in(bundle.manifest.model.mode).removeprefix("WARNING: ")
             _LOG.warning(
                 "%s, judged by the build on %s of %s: %s", bundle.folder, quality.judged_on, quality.source, found
             )

@@ -71,6 +71,7 @@ def test_help_needs_no_package_and_ends_with_the_statuses() -> None:
         assert re.search(r"exit status: 0 done; 1 .*; 2 cannot be used, as the message says; 130 interrupted", words)
         assert words.endswith("interrupted status 0")
         assert all(option in words for option in ("-v, --verbose", "-q, --quiet", "--json"))
+        assert "%%" not in words
 
 
 @every_command
@@ -162,6 +163,34 @@ def test_quiet_leaves_the_verdict_and_json_the_document(
     assert json.loads(shown["--json"].out) == {"value": None, "list": [1]}
 
 
+@pytest.mark.parametrize("start", [["runtime/selftest.py"], ["export/build_engine.py"], ["-m", "rfsq", "selftest"]])
+def test_ctrl_c_during_the_imports_is_no_traceback(start: list[str], tmp_path: Path) -> None:
+    (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt\n")
+    done = subprocess.run(
+        [sys.executable, "-c", _WITH_OURS.format(folder=str(tmp_path), start=start)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
+#: Runs a script or module with a module of the test in the place of the library's.
+_WITH_OURS = """
+import runpy, sys
+start = {start}
+sys.argv = start[-1:] if start[0] != "-m" else ["rfsq", *start[2:]]
+class Ours:
+    def find_spec(name, path=None, target=None):
+        import importlib.machinery
+        return importlib.machinery.PathFinder.find_spec(name, [{folder!r}]) if name == "argparse" else None
+sys.meta_path.insert(0, Ours)
+sys.modules.pop("argparse", None)
+if start[0] == "-m":
+    runpy.run_module(start[1], run_name="__main__", alter_sys=True)
+else:
+    runpy.run_path(start[0], run_name="__main__")
+"""
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", Recipe())
@@ -238,10 +267,10 @@ def test_every_reader_gets_the_command_and_the_packages_that_he_has(monkeypatch:
     assert answers == {
         "checkout": [
             "python export/build_engine.py --from-bundle b",
-            "pip install '.[gpu]'",
+            "pip install --constraint constraints.txt --editable '.[gpu]'",
             "docs/integration.md",
             "python runtime/selftest.py",
-            "pip install '.[export,evidence]'",
+            "pip install --constraint constraints.txt --editable '.[export,evidence]'",
         ],
         "installed": [
             "rfsq build --from-bundle b",
@@ -251,7 +280,7 @@ def test_every_reader_gets_the_command_and_the_packages_that_he_has(monkeypatch:
             "pip install 'rfsq-deploy[export,evidence]'",
         ],
         "copied": [
-            "rfsq build --from-bundle b (of the package rfsq-deploy)",
+            "rfsq build --from-bundle b (after pip install rfsq-deploy)",
             "pip install cuda-bindings cuda-core nvidia-cuda-nvrtc",
             "docs/integration.md in the sources of rfsq-deploy",
             "python runtime/selftest.py",
@@ -264,7 +293,7 @@ def test_every_reader_gets_the_command_and_the_packages_that_he_has(monkeypatch:
     ("copied", "start", "said"),
     [
         ("rfsq", ["-m", "rfsq", "selftest"], "give the folder that `rfsq build` wrote"),
-        ("runtime", ["runtime/selftest.py"], "give the folder that `rfsq build (of the package rfsq-deploy)` wrote"),
+        ("runtime", ["runtime/selftest.py"], "give the folder that `rfsq build` (after pip install rfsq-deploy) wrote"),
     ],
 )
 def test_a_copy_knows_that_it_is_one(copied: str, start: list[str], said: str, tmp_path: Path) -> None:

@@ -89,7 +89,17 @@ def command(name: str, arguments: str = "") -> str:
     has_script = layout() == "checkout" or (layout() == "copied" and script.startswith("runtime/"))
     installed = f"rfsq {name}" if name in COMMANDS else f"python -m rfsq.{name.removesuffix('.py').replace('/', '.')}"
     typed = " ".join([f"python {script}" if has_script else installed, *filter(None, [arguments])])
-    return typed if has_script or layout() == "installed" else f"{typed} (of the package {_NAME})"
+    return typed if has_script or layout() == "installed" else f"{typed} (after pip install {_NAME})"
+
+
+def quoted(name: str, arguments: str = "") -> str:
+    """The same in backticks, for the middle of a sentence.
+
+    >>> quoted("selftest").count("`")
+    2
+    """
+    typed, *note = command(name, arguments).partition(" (after ")
+    return f"`{typed}`{''.join(note)}"
 
 
 def install(*extras: str) -> str:
@@ -101,7 +111,10 @@ def install(*extras: str) -> str:
     if layout() == "copied":
         return f"pip install {' '.join(dict.fromkeys(package for extra in extras for package in EXTRAS[extra]))}"
     wanted = f"[{','.join(extras)}]" if any(extras) else ""
-    return f"pip install '{'.' if layout() == 'checkout' else _NAME}{wanted}'"
+    if layout() == "checkout":
+        # Without `--editable`, a copy would take the place of the checkout that is worked on.
+        return f"pip install --constraint constraints.txt --editable '.{wanted}'"
+    return f"pip install '{_NAME}{wanted}'"
 
 
 def install_package(module: str) -> str:

@@ -44,7 +44,8 @@ class CommandParser(argparse.ArgumentParser):
     """The parser of one command, with -v, -q and --json; its help ends with the exit statuses.
 
     name: of COMMANDS, or a script; summary: what the command does, where it is none of COMMANDS; wanting: what status 1
-    means, empty where nothing is judged; interrupted: what holds after Ctrl-C; settings: of argparse.
+    means, empty where nothing is judged; interrupted: what holds after Ctrl-C, where the KeyboardInterrupt does not say
+    it; settings: of argparse.
 
     >>> parser = CommandParser("selftest", wanting="a check failed")
     >>> parser.add_bundle()
@@ -176,8 +177,9 @@ def run(
     try:
         with _streams(is_quiet=options.quiet, has_document=options.json):
             outcome = work(options)
-    except KeyboardInterrupt:
-        return _end(f"interrupted{parser.interrupted and '; '}{parser.interrupted}", INTERRUPTED)
+    except KeyboardInterrupt as interrupt:
+        state = str(interrupt) or parser.interrupted
+        return _end(f"interrupted{state and '; '}{state}", INTERRUPTED)
     except ImportError as error:
         advice = explanation(error)
         if not advice:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from .advice import command
+from .advice import quoted
 from .errors import BundleError
 from .kernel_names import kernel_name, token_types
 from .manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, Manifest
@@ -28,7 +28,7 @@ def check_contents(manifest: Manifest, contents: Mapping[str, bytes]) -> None:
     if problems:
         raise BundleError(
             f"the manifest and the files beside it are not of one bundle: {'; '.join(problems)}; copy the bundle again "
-            f"or build it again with `{command('build')}`"
+            f"or build it again with {quoted('build')}"
         )
 
 

@@ -99,9 +99,8 @@ class Fidelity:
         reach = np.maximum(offset - low, high - offset) / unit
         return tuple(place for place in np.argsort(-reach).tolist() if reach[place] > _FAR)
 
-    @property
-    def warning(self) -> str:
-        """What a person should know, naming the worst dimensions; empty where all are good."""
+    def warning_in(self, mode: str) -> str:
+        """What a person should know, naming the worst dimensions; empty where all are good. mode: of the tokens."""
         if self.grade is Grade.GOOD:
             return ""
         found = [dimension for dimension, grade in enumerate(self.grades) if grade is self.grade]
@@ -111,8 +110,7 @@ class Fidelity:
         if self.grade is Grade.POOR:
             return (
                 f"WARNING: the tokens are poor: decoded actions lose more than {POOR_SHARE:.0%} of the variance in "
-                f"{size}; {most}. The model does not know these actions well enough: train it longer, or on actions "
-                f"like these ({command('train')})"
+                f"{size}; {most}. {_way_out(mode)}"
             )
         return (
             f"WARNING: the tokens are worthless: always sending the mean would do better, or about as well, in {size}; "
@@ -138,9 +136,9 @@ class Fidelity:
             )
         return "\n".join(lines)
 
-    def text(self, title: str) -> str:
-        """The table, and the warning where there is one."""
-        return "\n".join((self.table(title), *filter(None, [self.warning])))
+    def text(self, title: str, mode: str) -> str:
+        """The table, and the warning where there is one. mode: of the tokens."""
+        return "\n".join((self.table(title), *filter(None, [self.warning_in(mode)])))
 
     @property
     def line(self) -> str:
@@ -227,6 +225,18 @@ def fidelity(
     sums = FidelitySums(unit, offset)
     sums.add(actions, decoded)
     return sums.result()
+
+
+def _way_out(mode: str) -> str:
+    """What helps against poor tokens."""
+    train = f"train it longer, or on actions like these ({command('train')})"
+    if mode in ("none", "recovered"):
+        return (
+            f"The mode {mode!r} is the likely cause, and no longer training helps against that: build the checkpoint "
+            f"calibrated ({command('build', '--conditioning calibrated')}), and train the policy on those tokens. Only "
+            f"where they are poor too, {train}"
+        )
+    return f"The model does not know these actions well enough: {train}"
 
 
 def _share(share: float, whole: str = "") -> str:

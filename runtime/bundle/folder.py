@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from .advice import command
+from .advice import quoted
 from .contradictions import check_contents
 from .errors import BundleError
 from .gates import highest_limit, missing_gates, promised_refusal
@@ -125,7 +125,7 @@ def check_manifest(manifest: Manifest, *, is_proven: bool) -> None:
 
 
 def _copy_again() -> str:
-    return f"copy the bundle again or build it again with `{command('build')}`"
+    return f"copy the bundle again or build it again with {quoted('build')}"
 
 
 def _open_folder(folder: Path) -> OpenFolder:
@@ -135,7 +135,7 @@ def _open_folder(folder: Path) -> OpenFolder:
         found = "a file, not a folder" if folder.exists() else "nothing"
     except OSError as error:
         raise BundleError(f"{folder} cannot be read: {error}; check its permissions") from error
-    raise BundleError(f"no bundle at {folder}: found {found}; give the folder that `{command('build')}` wrote")
+    raise BundleError(f"no bundle at {folder}: found {found}; give the folder that {quoted('build')} wrote")
 
 
 def _read_manifest(folder: Path, opened: OpenFolder) -> str:
@@ -149,7 +149,7 @@ def _read_manifest(folder: Path, opened: OpenFolder) -> str:
             return stream.read(size).decode("utf-8")
     except FileNotFoundError:
         raise BundleError(
-            f"{folder} is not a bundle: it has no file {MANIFEST_NAME}; give the folder that `{command('build')}` wrote"
+            f"{folder} is not a bundle: it has no file {MANIFEST_NAME}; give the folder that {quoted('build')} wrote"
         ) from None
     except UnicodeDecodeError as error:
         raise BundleError(f"{MANIFEST_NAME} in {folder} is not UTF-8 text: {error}; {_copy_again()}") from error

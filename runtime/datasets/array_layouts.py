@@ -62,7 +62,7 @@ def choose_arrays(
         wanted = repr(key) if key else "action array"
         raise SourceError(
             f"{source} has no {wanted}; found {shortlist(listed) or 'nothing'}; expected `actions`, or one array for "
-            "each episode (demo_0, demo_1, ...): name the right one with --key (key=)"
+            "each episode (demo_0, demo_1, ...): name the right one with --key"
         )
     return tuple(chosen)
 
@@ -81,7 +81,7 @@ def require_equal(
         if not are_equal(present[0], name):
             raise SourceError(
                 f"{where} has {present[0]!r} and {name!r}, which differ; expected one array of actions: name the right "
-                "one with --key (key=)"
+                "one with --key"
             )
     return present
 
@@ -105,7 +105,7 @@ def check_actions(arrays: Mapping[str, Described], chosen: Sequence[str], source
             raise SourceError(
                 f"{source}: {name!r} is {array.dtype} {list(array.shape)}; expected floating-point numbers [N, A] or "
                 "[episodes, steps, A], not empty: convert them with .astype(np.float32) if these are actions, or name "
-                "another array with --key (key=)"
+                "another array with --key"
             )
         if len(chosen) > 1 and len(array.shape) != 2:
             raise SourceError(

@@ -1,17 +1,19 @@
 """Turns a dataset of demonstrations into tokens, or tokens back into actions; goes on where a killed run was."""
 
 import argparse
+from dataclasses import dataclass
 from typing import cast
 
 from ..bundle.console import duration, printable
 from ..bundle.errors import InvalidInputError, TokenizerError
 from ..bundle.fidelity import Grade
+from ..bundle.modes import Mode
 from ..bundle.paths import counted
 from ..tokenizer import ActionTokenizer
 from .errors import OutputError, TokenDatasetError
 from .files import FileFormat, write_file
 from .finish import complete
-from .format import Compression, DatasetInfo, Storage, Verification, read_info
+from .format import INFO_NAME, Compression, DatasetInfo, Storage, Verification, read_info
 from .job import Job, partial_folder, plan
 from .partial import Begun, begin, give_up, load_records, locked, output_errors, was_finished
 from .parts import parts_of_another_source, run_local
@@ -24,8 +26,21 @@ from .tokenize import DECODED, ENCODED
 _FORMATS = {".parquet": "parquet", ".zarr": "zarr", ".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5"}
 
 
-def convert(options: argparse.Namespace) -> Verification:
+@dataclass(frozen=True)
+class Converted:
+    """What was written, all of it, beside what `verification` says of a sample. mode: of the tokens."""
+
+    fingerprint: str
+    mode: Mode
+    episodes: int
+    steps: int
+    verification: Verification
+
+
+def convert(options: argparse.Namespace) -> Converted:
     """options: of the command `tokenize`. Raises TokenizerError, before anything is written where that can be known."""
+    if not options.decode and (options.data / INFO_NAME).is_file() and read_info(options.data).content == "tokens":
+        raise InvalidInputError(f"{options.data} holds tokens; turn them into actions with --decode")
     kind = _format(options)
     _check_places(options)
     if options.decode and options.filter_key is not None:
@@ -39,7 +54,8 @@ def convert(options: argparse.Namespace) -> Verification:
         if options.decode:
             dataset = _open_tokens(options, tokenizer)
             if kind in ("npz", "hdf5"):
-                return _write_file(dataset, tokenizer, cast(FileFormat, kind), options)
+                verification = _write_file(dataset, tokenizer, cast(FileFormat, kind), options)
+                return _converted(tokenizer, dataset.info, verification)
             source = dataset
         else:
             source = open_source(options.data, options.key, options.filter_key)
@@ -59,7 +75,11 @@ def convert(options: argparse.Namespace) -> Verification:
             verification = _run(job, tokenizer, options)
     if verification.fidelity is not None and verification.fidelity.grade is not Grade.GOOD:
         _say(verification.fidelity.table(f"{verification.fidelity.steps:,} steps of the source"))
-    return verification
+    return _converted(tokenizer, read_info(job.output), verification)
+
+
+def _converted(tokenizer: ActionTokenizer, info: DatasetInfo, verification: Verification) -> Converted:
+    return Converted(tokenizer.fingerprint, tokenizer.model.mode, info.num_episodes, info.num_steps, verification)
 
 
 def _check_places(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from ..bundle.advice import command
+from ..bundle.advice import quoted
 from ..bundle.fidelity import Fidelity
 from ..bundle.manifest import FileEntry, ModelEntry
 from ..bundle.reading import parse_json, read_file
@@ -158,7 +158,7 @@ def read_info(folder: Path) -> DatasetInfo:
         found = "a file" if folder.is_file() else "a folder without it" if folder.is_dir() else "nothing"
         raise TokenDatasetError(
             f"{folder} is no token dataset: expected a folder with {INFO_NAME}, found {found}; give the whole folder "
-            f"that `{command('tokenize')}` wrote"
+            f"that {quoted('tokenize')} wrote"
         )
     try:
         return parse_info(read_file(path, _INFO_SIZE_LIMIT).decode("utf-8"), path)

@@ -73,7 +73,7 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
             found = f"; {members[0]} holds {shortlist(follow(file, members[0], name)) or 'nothing'}" if members else ""
             raise SourceError(
                 f"{name} holds {shortlist(file) or 'nothing'}{found}; {EXPECTED}: name the action array with --key "
-                "(key=) where it is called otherwise"
+                "where it is called otherwise"
             )
     chosen = members if filter_key is None else _filtered(file, name, members, filter_key)
     if not chosen:
@@ -86,7 +86,7 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
         if array is None:
             raise SourceError(
                 f"{name}, {prefix}{member} has no {repr(key) if key else 'action array'}; found "
-                f"{shortlist(group) or 'nothing'}; expected `actions` or `action`: name the right one with --key (key=)"
+                f"{shortlist(group) or 'nothing'}; expected `actions` or `action`: name the right one with --key"
             )
         place, steps, width = array
         episodes.append(FoundEpisode(member, f"{prefix}{member}/{place}", steps, width))
@@ -111,7 +111,7 @@ def _check_actions(array: Any, where: str) -> None:
         raise SourceError(
             f"{where} is {array.dtype} {list(array.shape)}; expected floating-point numbers [steps, action "
             "dimensions], at least one step: convert them with .astype(np.float32) if these are actions, or name "
-            "another array with --key (key=)"
+            "another array with --key"
         )
 
 

@@ -222,7 +222,7 @@ def _footer(path: Path, key: str) -> _Footer:
         if not types.is_floating(getattr(kind, "value_type", kind)):
             raise SourceError(
                 f"{name}: column {key!r} is {kind}; expected lists of floating-point numbers: convert them if these "
-                "are actions, or name another column with --key (key=)"
+                "are actions, or name another column with --key"
             )
         for column in (*_NUMBERING, _TASK):
             if column in schema.names and not types.is_integer(schema.field(column).type):
@@ -251,7 +251,7 @@ def _require_column(name: str, columns: Sequence[str], wanted: str) -> None:
     if wanted not in columns:
         raise SourceError(
             f"{name} has no column {wanted!r}; found {shortlist(columns)}; expected LeRobot columns: name the action "
-            "column with --key (key=)"
+            "column with --key"
         )
 
 

@@ -142,5 +142,5 @@ def check_width(found: int, expected: int, place: str, other: str) -> None:
     if found != expected:
         raise SourceError(
             f"{place} has {found} action dimensions, but {other} has {expected}; expected the same everywhere: keep "
-            "one robot's actions per dataset, or name another array with --key (key=)"
+            "one robot's actions per dataset, or name another array with --key"
         )

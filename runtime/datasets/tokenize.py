@@ -60,12 +60,13 @@ def _work(options: argparse.Namespace) -> Outcome:
     from .conversion import convert
 
     found = convert(options)
-    document = {"output": str(options.output), **dataclasses.asdict(found)}
-    if found.fidelity is None:
+    worth = found.verification.fidelity
+    document = {"output": str(options.output), "grade": worth and worth.grade, **dataclasses.asdict(found)}
+    if worth is None:
         return Outcome(f"✓ {options.output}", document)
-    lines = [f"what the tokens are worth: {found.fidelity.line}, on {found.fidelity.steps:,} steps of the source"]
-    lines += filter(None, [found.fidelity.warning])
-    is_worthless = found.fidelity.grade is Grade.WORTHLESS
+    lines = [f"what the tokens are worth: {worth.line}, on {worth.steps:,} steps of the source"]
+    lines += filter(None, [worth.warning_in(found.mode)])
+    is_worthless = worth.grade is Grade.WORTHLESS
     if is_worthless:
         lines.append(
             f"WARNING: {options.output} is there all the same, and the exit status is 1: do not train a policy on it"

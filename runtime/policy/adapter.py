@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from ..bundle.advice import command
+from ..bundle.advice import quoted
 from ..bundle.checkpoint_layouts import compare_config, recorded_weights
 from ..bundle.checkpoint_states import states_in
 from ..bundle.errors import FingerprintError, InvalidInputError
@@ -51,7 +51,7 @@ class ActionRFSQAE(nn.Module):
             raise InvalidInputError(
                 "this ActionRFSQAE has no sizes or weights to choose: it is opened from a bundle, which brings both, "
                 "with ActionRFSQAE.from_bundle(PATH); a checkpoint becomes one by "
-                f"`{command('build', '--checkpoint FILE --output PATH')}`"
+                f"{quoted('build', '--checkpoint FILE --output PATH')}"
             )
         super().__init__()
         self._engines = engines
@@ -199,7 +199,7 @@ class ActionRFSQAE(nn.Module):
         if requires_grad:
             raise InvalidInputError(
                 "a bundle cannot be trained: its weights are compiled. Train the published model, and build a bundle "
-                f"from its checkpoint with `{command('build', '--checkpoint FILE')}`"
+                f"from its checkpoint with {quoted('build', '--checkpoint FILE')}"
             )
         return super().requires_grad_(False)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..bundle.advice import command
+from ..bundle.advice import quoted
 from ..bundle.checkpoint_layouts import StateComparison, compare_state, is_grid, recorded_hashes
 from .adapter_calls import Engines, is_plain
 
@@ -74,7 +74,7 @@ def refusal(engines: Engines, problems: Sequence[str]) -> str:
     return (
         f"this state is not shown to be what {engines.path} ({engines.fingerprint}) was built from:\n"
         f"{lines}\n"
-        f"load the bundle that belongs to it, or build one: `{command('build', given)}`"
+        f"load the bundle that belongs to it, or build one: {quoted('build', given)}"
     )
 
 

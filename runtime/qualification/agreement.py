@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle.advice import command
+from ..bundle.advice import quoted
 from ..bundle.arrays import Codes, Float32Array, Float64Array, in_chunks
 from ..bundle.errors import InvalidInputError
 from ..bundle.fidelity import Fidelity, FidelitySums
@@ -87,7 +87,7 @@ class Side:
         if path.is_file():
             raise InvalidInputError(
                 f"{name} is the file {path}; expected a bundle. Make one from a checkpoint: "
-                f"`{command('build', f'--checkpoint {path} --conditioning MODE --output DIR')}`, with none for a naive "
+                f"{quoted('build', f'--checkpoint {path} --conditioning MODE --output DIR')}, with none for a naive "
                 "one and dynamic for a robust one as published"
             )
         self.tokenizer = ActionTokenizer.load(path, backend=backend)

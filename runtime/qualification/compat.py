@@ -76,11 +76,14 @@ def overview(found: Comparison, *, is_verbose: bool) -> Iterator[str]:
         yield f"steps with a token that differs  {measured.differing:,} of {measured.steps:,}"
     if measured.decodings:
         yield from _table(measured.decodings, has_units=any(map(_has_normaliser, (found.old, found.new))))
+    modes = {facts.name: facts.model.mode for facts in (found.old, found.new)}
     for entry in measured.whole():
         if is_verbose:
-            yield from entry.fidelity.text(f"{entry.tokens}, its own tokens, {entry.layers} layers").splitlines()
-        elif entry.fidelity.warning:
-            yield f"{entry.tokens}: {entry.fidelity.warning}"
+            yield from entry.fidelity.text(
+                f"{entry.tokens}, its own tokens, {entry.layers} layers", modes[entry.tokens]
+            ).splitlines()
+        elif warning := entry.fidelity.warning_in(modes[entry.tokens]):
+            yield f"{entry.tokens}: {warning}"
 
 
 def _advice(found: Comparison) -> str:

@@ -87,7 +87,8 @@ def _details(bundle: Bundle, worth: str) -> Iterator[str]:
     yield f"what the tokens are worth: {worth}"
     if quality := manifest.quality:
         yield f"  judged by {quality.source}, sha256 {quality.sha256}"
-        yield from (f"  {line}" for line in quality.fidelity.text(f"{quality.judged_on}, all layers").splitlines())
+        text = quality.fidelity.text(f"{quality.judged_on}, all layers", model.mode)
+        yield from (f"  {line}" for line in text.splitlines())
     yield "graphs"
     for graph in manifest.graphs:
         yield f"  {_graph(graph)}"

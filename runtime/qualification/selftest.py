@@ -66,12 +66,15 @@ def _work(options: argparse.Namespace) -> Outcome:
 
 
 def _introduce(bundle: Bundle, *, is_verbose: bool) -> None:
+    # Here, because it needs numpy, which `--help` does not.
+    from ..bundle.fidelity import Grade
+
     manifest = bundle.manifest
     print(f"{bundle.folder}: {manifest.model.mode}, fingerprint {manifest.fingerprint}")
     if is_verbose:
         num_bytes = sum(entry.size for entry in manifest.files.values())
         print(f"✓ {len(manifest.files)} files, {num_bytes / 1e6:.1f} MB: sizes and sha256 as in the manifest")
-    if manifest.quality is not None and (is_verbose or manifest.quality.fidelity.warning):
+    if manifest.quality is not None and (is_verbose or manifest.quality.fidelity.grade is not Grade.GOOD):
         print(f"– what the tokens are worth, by the build: {printable(manifest.quality.line)}")
 
 

@@ -145,7 +145,7 @@ def test_without_anything_to_build_engines_with_it_is_said_what_to_install(
     monkeypatch.setattr("rfsq.export.engines._why_no_gpu", lambda: "there is no GPU")
     message = refused(["--from-bundle", bundle], capsys)
     assert "no engine can be added here: install gcc or clang for C, or TensorRT with pip" in message
-    assert "pip install '.[tensorrt-rtx,gpu]'" in message
+    assert "pip install --constraint constraints.txt --editable '.[tensorrt-rtx,gpu]'" in message
     assert "c: no C compiler is here" in message
     assert tree(bundle) == before
 
@@ -285,6 +285,17 @@ def test_what_is_there_and_proven_here_is_neither_compiled_nor_proven_again(
     assert main(["--from-bundle", str(bundle), "--backend", "c"]) == 0
     assert "compile" not in capsys.readouterr().out
     assert tree(bundle) == before
+
+
+def test_an_interrupt_names_the_bundle(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rfsq.export.on_target.compilable", interrupt)
+    assert main(["--from-bundle", str(bundle)]) == 130
+    assert capsys.readouterr().err == f"interrupted; {bundle} is as it was\n"
 
 
 @pytest.mark.usefixtures("without_tensorrt", "one_target")

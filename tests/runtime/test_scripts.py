@@ -129,7 +129,7 @@ except BackendUnavailableError as error:
     name, message = printed.splitlines()
     assert name == "onnxruntime"
     assert message.startswith("what a backend on the GPU needs does not load: ")
-    assert message.endswith("install cuda-python with: pip install '.[gpu]'")
+    assert message.endswith("install cuda-python with: pip install --constraint constraints.txt --editable '.[gpu]'")
 
 
 # --- selftest ---------------------------------------------------------------------------------------------------------
@@ -150,7 +150,8 @@ def test_selftest_shows_every_check_beside_its_limit(bundle: Path, capsys: pytes
     for line in (
         "– cuda: not tested: CUDA finds no usable GPU here",
         f"– c: not tested: {bundle} has no C engine for ",
-        "– tensorrt: not tested: tensorrt is not installed; install it with: pip install '.[tensorrt,gpu]'",
+        "– tensorrt: not tested: tensorrt is not installed; install it with: pip install --constraint "
+        "constraints.txt --editable '.[tensorrt,gpu]'",
         "– onnxruntime-cuda: not tested: ONNX Runtime ",
     ):
         assert [found for found in lines if found.startswith(line)], line

@@ -94,7 +94,7 @@ class TestFinding:
             find_tensorrt(backend)
 
         assert " or ".join(packages) in str(refusal.value)
-        assert f"pip install '.[{backend},gpu]'" in str(refusal.value)
+        assert f"pip install --constraint constraints.txt --editable '.[{backend},gpu]'" in str(refusal.value)
 
     def test_a_package_that_does_not_load_says_why(self, monkeypatch, tmp_path):
         (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.10: cannot open shared object file')")

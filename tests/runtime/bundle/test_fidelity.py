@@ -33,23 +33,31 @@ def test_each_dimension_is_judged_in_its_own_unit() -> None:
     assert found.deviation == pytest.approx(actions.std(0))
     assert (found.low, found.high) == (tuple(actions.min(0)), tuple(actions.max(0)))
     assert found.lost == pytest.approx((error**2).mean(0) / actions.var(0))
-    assert (found.warning, found.grade) == ("", Grade.GOOD)
+    assert (found.warning_in("calibrated"), found.grade) == ("", Grade.GOOD)
     assert found.line.startswith("good; in robot units: RMS error at most 0.293 (dimension 1)")
-    assert "robot units" in found.text("all layers")
+    assert "robot units" in found.text("all layers", "calibrated")
 
 
 def test_a_poor_model_is_warned_of_by_its_worst_dimensions() -> None:
     actions = some_actions()
     found = judged(actions, actions + np.array([0.11, 0.0, 0.2]))
     assert found.grades == (Grade.POOR, Grade.GOOD, Grade.POOR)
-    assert found.warning.startswith(
+    assert found.warning_in("calibrated").startswith(
         "WARNING: the tokens are poor: decoded actions lose more than 1% of the variance in 2 of 3 dimensions (0, 2); "
         "worst is dimension 0: 5."
     )
-    assert "RMS error 0.11" in found.warning
-    assert "train it longer" in found.warning
-    assert found.warning in found.text("all layers")
+    assert "RMS error 0.11" in found.warning_in("calibrated")
+    assert "train it longer" in found.warning_in("calibrated")
+    assert found.warning_in("calibrated") in found.text("all layers", "calibrated")
     assert "at most" in found.line
+
+
+@pytest.mark.parametrize("mode", ["none", "recovered"])
+def test_poor_tokens_of_a_mode_that_loses_more_are_first_told_to_change_it(mode: str) -> None:
+    actions = some_actions()
+    warning = judged(actions, actions + np.array([0.11, 0.0, 0.2])).warning_in(mode)
+    assert f"The mode '{mode}' is the likely cause" in warning
+    assert warning.index("--conditioning calibrated") < warning.index("train it longer")
 
 
 @given(st.floats(0.01, 100))
@@ -75,29 +83,29 @@ def test_worse_than_the_mean_is_worthless_and_asks_for_the_units_before_it_asks_
     assert 0.8 < found.lost[0] < 1
     assert found.grades == (Grade.WORTHLESS, Grade.GOOD, Grade.GOOD)
     assert found.grade is Grade.WORTHLESS
-    assert found.warning.startswith(
+    assert found.warning_in("calibrated").startswith(
         "WARNING: the tokens are worthless: always sending the mean would do better, or about as well, in 1 of 3 "
         "dimensions (0)"
     )
     assert found.far_outside == (0,)
-    assert "in dimensions 0: dimension 0 runs from " in found.warning
-    assert "the model knows about -1.5 to 1.5" in found.warning
+    assert "in dimensions 0: dimension 0 runs from " in found.warning_in("calibrated")
+    assert "the model knows about -1.5 to 1.5" in found.warning_in("calibrated")
     asked = ["the units", "its order", "its robot", "train it longer"]
-    assert sorted(asked, key=found.warning.index) == asked
+    assert sorted(asked, key=found.warning_in("calibrated").index) == asked
 
 
 def test_data_within_the_range_are_not_called_outside_of_it() -> None:
     actions = some_actions()
     found = judged(actions, -actions)
     assert found.far_outside == ()
-    assert "outside" not in found.warning
+    assert "outside" not in found.warning_in("calibrated")
 
 
 def test_what_is_many_times_the_variance_is_no_percentage() -> None:
     actions = some_actions()
     found = judged(actions, actions + np.float32([50, 0, 0]))
-    assert "worst is dimension 0: 10,4" in found.warning
-    assert " times its variance" in found.warning
+    assert "worst is dimension 0: 10,4" in found.warning_in("calibrated")
+    assert " times its variance" in found.warning_in("calibrated")
 
 
 # At rest -------------------------------------------------------------------------------------------------------------
@@ -113,7 +121,9 @@ def test_a_dimension_at_rest_is_held_against_the_slower_ones_that_move() -> None
         # Dimension 0 deviates by 0.5; 60 is the unit of the dimension itself.
         assert found.yardstick[1] == found.deviation[0] == pytest.approx(0.5, rel=0.05)
         assert found.grades == (Grade.GOOD, grade, Grade.GOOD)
-    assert "RMS error 61 where the actions rest at 300, judged as if they moved by 0.49" in found.warning
+    assert "RMS error 61 where the actions rest at 300, judged as if they moved by 0.49" in found.warning_in(
+        "calibrated"
+    )
     assert "* at rest" in found.table("all layers")
 
 

@@ -19,6 +19,7 @@ from rfsq.rfsq_ref.data import load_actions
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.bundle.errors import FingerprintError, InvalidInputError, TokenizerError
 from rfsq.runtime.bundle.fidelity import Grade, fidelity
+from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.datasets import partial as dataset_partial
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import IllegalActionError, OutputError, SourceError, TokenDatasetError
@@ -460,6 +461,22 @@ def test_an_altered_description_is_refused(altered: Path, c_bundle: Path, tmp_pa
         refusal(*arguments(altered, tmp_path / "x.npz", c_bundle, "--decode"), kind=TokenDatasetError)
 
 
+@pytest.mark.parametrize("output", ["x.npz", "x.parquet"])
+def test_tokens_without_decode_are_told_of_it(output: str, tokens: Path, c_bundle: Path, tmp_path: Path) -> None:
+    message = refusal(*arguments(tokens, tmp_path / output, c_bundle), kind=InvalidInputError)
+    assert message == f"{tokens} holds tokens; turn them into actions with --decode"
+
+
+def test_the_document_tells_what_was_written_apart_from_what_was_verified(
+    source: Path, c_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenize_dataset.main([*arguments(source, tmp_path / "out.parquet", c_bundle), "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert (document["episodes"], document["steps"], document["verification"]["steps"]) == (4, 20_001, 4096)
+    assert document["fingerprint"] == open_bundle(c_bundle).manifest.fingerprint
+    assert document["grade"] in list(Grade)
+
+
 def test_what_is_no_token_dataset_is_refused(tokens: Path, source: Path, c_bundle: Path, tmp_path: Path) -> None:
     def message(path: Path) -> str:
         return refusal(*arguments(path, tmp_path / "x.npz", c_bundle, "--decode"), kind=TokenDatasetError)
@@ -532,7 +549,7 @@ def test_poor_tokens_are_told_by_dimension_and_worthless_ones_end_red(
     assert found.grade is Grade.POOR
     *_, line, warning = capsys.readouterr().out.splitlines()
     assert line.startswith("what the tokens are worth: poor; in robot units: ")
-    assert warning == found.warning
+    assert warning == found.warning_in("calibrated")
     recorded = open_token_dataset(tmp_path / "poor.parquet").info.verification.fidelity
     assert recorded is not None
     assert recorded.rmse == pytest.approx(found.rmse)
