@@ -48,8 +48,10 @@ COMMANDS = {
     ),
     "calibrate": Command("calibration/fit.py", "calibration.fit", "fit a checkpoint to demonstrations"),
     "train": Command("rfsq_ref/train.py", "rfsq_ref.train", "train a tokenizer on demonstrations"),
-    "compare": Command("rfsq_ref/compare.py", "rfsq_ref.compare", "compare tokens with their peers at equal bits"),
-    "rollout": Command("rfsq_ref/rollout.py", "rfsq_ref.rollout", "drive simulated robots through tokens"),
+    "compare": Command(
+        "rfsq_ref/compare.py", "evidence.compare_command", "compare tokens with their peers at equal bits"
+    ),
+    "rollout": Command("rfsq_ref/rollout.py", "evidence.rollout_command", "drive simulated robots through tokens"),
 }
 #: What each extra of `pyproject.toml` brings for people to use; "" is the core.
 EXTRAS = {
