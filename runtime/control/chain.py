@@ -54,7 +54,7 @@ class BackendChain:
         self.fell_back, self.detail = False, ""
 
     def start(self) -> None:
-        """Retry what fails, from now on: practice is over."""
+        """Retry what fails, from now on: the rehearsal is over."""
         self._health.backend = self.warm[0].name
         if len(self.warm) > 1 or self._workers:
             self._retriers = [

@@ -24,7 +24,7 @@ from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import IllegalActionError, OutputError, SourceError, TokenDatasetError
 from rfsq.runtime.datasets.format import INFO_NAME, SCHEMA_VERSION, info_text, parse_info
 from rfsq.runtime.datasets.progress import Progress
-from rfsq.runtime.datasets.reader import open_token_dataset
+from rfsq.runtime.datasets.token_reader import open_token_dataset
 from tests.bundles import Recipe
 from tests.runtime.datasets.command import LENGTHS, PART, ROOT, arguments, files, refusal, run
 from tests.runtime.datasets.samples import (
