@@ -44,7 +44,7 @@ COMMANDS = {
         "encode a dataset of demonstrations, or decode one of tokens",
     ),
     "replay": Command(
-        "runtime/replay_flight.py", "runtime.qualification.replay", "decide every tick of a flight record again"
+        "runtime/replay_flight.py", "runtime.qualification.replay_flight", "decide every tick of a flight record again"
     ),
     "calibrate": Command("calibration/fit.py", "calibration.fit", "fit a checkpoint to demonstrations"),
     "train": Command("rfsq_ref/train.py", "rfsq_ref.train", "train a tokenizer on demonstrations"),
