@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rfsq.export.errors import BuildInputError
-from rfsq.runtime.bundle.command import CommandParser, Outcome, path_argument, run, run_command
+from rfsq.runtime.bundle.command import DATA_FORMATS, CommandParser, Outcome, path_argument, run, run_command
 from rfsq.runtime.bundle.modes import MODES
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def parser() -> CommandParser:
     )
     parser.add_checkpoint()
     parser.add_data(
-        "--calibration-data", text="episodes of the checkpoint's robot: .npz, .npy, .pt, HDF5 or LeRobot",
+        "--calibration-data", text=f"episodes of the checkpoint's robot: .pt, {DATA_FORMATS}",
         default="the embedded demonstrations, for checkpoints that were trained on them",
     )  # fmt: skip
     parser.add_output("folder of the bundle; default: build/bundle")

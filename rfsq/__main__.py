@@ -39,7 +39,7 @@ def _usage() -> str:
             "",
             "rfsq COMMAND --help tells more.",
             "",
-            "exit status: 0 done; 1 judged and found wanting; 2 cannot be used, as the message says; 130 interrupted",
+            "exit status: 0 done; 1 a check failed; 2 bad input or a missing package, as the message says; 130 interrupted",
         ]
     )
 

@@ -30,7 +30,7 @@ from .manifest import (
 from .paths import as_path
 from .reading import OpenFolder, UnfitFileError
 
-#: A build may put a new bundle in place while its files are read one by one: then it is read again, so often at most.
+#: A build may put a new bundle in place while its files are read one by one: how many times it is read at most.
 _READS = 4
 #: A manifest takes a few tens of KB; a larger file is something else and is not read: in memory it takes 25 times that.
 MANIFEST_SIZE_LIMIT = 4 * 2**20
