@@ -1,4 +1,4 @@
-"""The deployed arithmetic, described once: what every emitter (ONNX now, C and CUDA later) writes down.
+"""The deployed arithmetic, described once: what every emitter (ONNX, C, CUDA) writes down.
 
 Everything that is constant at run time is folded in float64 and rounded to float32 once: the normaliser's units into
 the first and last linear layer, the token decoding into the decoder's first linear layer (docs/architecture.md).

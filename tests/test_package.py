@@ -1,5 +1,7 @@
 """The one import root: what it is called, what it brings, and the command of that name."""
 
+import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -78,3 +80,10 @@ def test_what_the_reference_may_not_use_of_runtime_is_listed_whole() -> None:
     packages = {path.parent.name for path in (ROOT / "runtime").glob("*/__init__.py")} - {"bundle", "datasets"}
     files = {path.stem for path in (ROOT / "runtime/datasets").glob("*.py")} - readers - {"__init__"}
     assert forbidden == packages | {"tokenizer"} | {f"datasets.{name}" for name in files}
+
+
+@pytest.mark.parametrize("room", ["export", "runtime/datasets"])
+def test_the_map_of_a_room_names_every_file(room: str) -> None:
+    text = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text())) or ""
+    files = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__"}
+    assert files - set(re.findall(r"\w+", text)) == set()
