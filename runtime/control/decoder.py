@@ -39,8 +39,8 @@ class ControlDecoder:
     """One action per tick from chunks of tokens, with a status that says whether it can be trusted.
 
     For one thread: the one that calls `warmup()`. From another, and in a child of fork, `step` and `reset` raise
-    WrongThreadError; `health`, `snapshot()` and `openmetrics()` may be read from any. One decoder per robot and
-    process, and not within itself: a signal's handler may raise, and calls neither `step` nor `reset`.
+    WrongThreadError; `health`, `snapshot()` and `openmetrics()` may be read from any. Each robot has one of its own,
+    and a process may have any number. A signal's handler may raise, but calls neither `step` nor `reset`.
 
     fallbacks: tokenizers of the same bundle on other backends, tried in this order. position: the command that the
     robot obeys now, needed where a dimension is absolute or a gripper. clock: monotonic nanoseconds.
@@ -126,10 +126,9 @@ class ControlDecoder:
 
         Raises WrongThreadError from another thread, ControlFaultError where `on_fault` is `raise`, and what a signal's
         handler raises, as KeyboardInterrupt; nothing else, whatever a backend, the clock or the decoder itself raises.
-        `result` is safe to be sent after each: from its first line on a tick that is not whole stands still. The six
-        instructions that look up what was shown last and begin to watch, and the return, are beside the tick: broken
-        off there, or where the call begins or has returned, it has not begun or is whole. `result.tick` tells: where
-        that was sent already, call again; else send it.
+        `result` is safe to be sent after each: a tick that was broken off stands still. An exception that comes just
+        before a tick begins or just after it has ended leaves the last or this tick's whole result. `result.tick`
+        tells which: where that was sent already, call again; else send it (docs/control_loop.md, "What is promised").
         """
         sent = self.result.shown
         try:
