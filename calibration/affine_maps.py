@@ -1,13 +1,12 @@
 """Affine maps from tokens to latents: ridge regression of latents, and Gauss-Newton steps on the error of actions."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import mish, softplus
-from tqdm import tqdm
 
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
 
@@ -27,21 +26,48 @@ class Regression:
     condition: float
 
 
-def regress(
-    tokens: Tensor, latents: Tensor, worth: Tensor, num_levels: int, shares: Tensor, ridges: Sequence[float]
-) -> list[Regression]:
-    """Ridge regressions of latents [N, D] on tokens [N, D, l] of `num_levels` levels, one for each ridge.
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What maps are fitted to: values [N, D * l], the tokens times `scale` less `shift`, which makes their mean 0.
 
-    worth [l]: what a level of each layer is worth, positive; scales the features and so the penalty, which applies to
-    the map of the centred features. shares [N]: weights of the steps, which add up to 1. A token that never changes
-    gets the coefficient 0; directions the tokens do not span, too.
+    scale, shift: [D * l]; shares: [N], weights of the steps, which add up to 1.
     """
-    features, scale, shift = features_of(tokens, worth, num_levels, shares)
-    mean = shares @ latents
-    root = shares.sqrt().unsqueeze(-1)
-    left, singular, right = torch.linalg.svd(root * features, full_matrices=False)
+
+    values: Tensor
+    scale: Tensor
+    shift: Tensor
+    shares: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, worth: Tensor, num_levels: int, shares: Tensor) -> "Features":
+        """Features of tokens [N, D, l] with `num_levels` levels. worth [l]: size of a level of each layer, positive."""
+        scale = (worth * 2 / (num_levels - 1)).expand(tokens.shape[-2:]).flatten()
+        scaled = tokens.flatten(-2).double() * scale
+        constant = (scaled == scaled[0]).all(dim=0)
+        # Exactly, so that rounding lends a constant token no direction.
+        shift = torch.where(constant, scaled[0], shares @ scaled)
+        return cls(scaled - shift, scale, shift, shares)
+
+    def decoder(self, coefficients: Tensor, mean: Tensor) -> RecoveredDecoder:
+        """From the map of the features, coefficients [D * l, D], to that of the tokens."""
+        return RecoveredDecoder((coefficients.T * self.scale).contiguous(), mean - coefficients.T @ self.shift)
+
+    def coefficients(self, decoder: RecoveredDecoder) -> Tensor:
+        """The inverse of `decoder`, [D * l + 1, D], the mean last."""
+        coefficients = (decoder.matrix / self.scale).T
+        return torch.cat((coefficients, (decoder.offset + coefficients.T @ self.shift).unsqueeze(0)))
+
+
+def regress(features: Features, latents: Tensor, ridges: Sequence[float]) -> list[Regression]:
+    """Ridge regressions of latents [N, D], one for each ridge, a penalty on the map of the features.
+
+    A token that never changes gets the coefficient 0; directions the tokens do not span, too.
+    """
+    mean = features.shares @ latents
+    root = features.shares.sqrt().unsqueeze(-1)
+    left, singular, right = torch.linalg.svd(root * features.values, full_matrices=False)
     # numpy's rule for the rank of a matrix.
-    tolerance = float(singular.max()) * max(features.shape) * torch.finfo(torch.float64).eps
+    tolerance = float(singular.max()) * max(features.values.shape) * torch.finfo(torch.float64).eps
     kept = singular > max(tolerance, torch.finfo(torch.float64).tiny)
     rank = int(kept.sum())
     condition = float(singular[0] / singular[rank - 1]) if rank else 1.0
@@ -50,55 +76,31 @@ def regress(
     for ridge in ridges:
         filtered = torch.where(kept, singular / (singular.square() + ridge).where(kept, torch.ones(())), 0.0)
         coefficients = right.T @ (filtered.unsqueeze(-1) * projected)
-        found.append(Regression(decoder_of(coefficients, mean, scale, shift), rank, condition))
+        found.append(Regression(features.decoder(coefficients, mean), rank, condition))
     return found
 
 
-def features_of(tokens: Tensor, worth: Tensor, num_levels: int, shares: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Centred features tokens * scale - shift [N, D * l], with scale and shift [D * l]."""
-    scale = (worth * 2 / (num_levels - 1)).expand(tokens.shape[-2:]).flatten()
-    scaled = tokens.flatten(-2).double() * scale
-    shift = shares @ scaled
-    constant = (scaled == scaled[0]).all(dim=0)
-    # Exactly, so that rounding lends a constant token no direction.
-    shift = torch.where(constant, scaled[0], shift)
-    return scaled - shift, scale, shift
+def refinements(
+    model: ActionAutoencoder, features: Features, wanted: Tensor, start: RecoveredDecoder, ridge: float
+) -> Iterator[RecoveredDecoder]:
+    """The map after each Gauss-Newton step towards `wanted` actions [N, A], in normalised units; ends where none helps.
 
-
-def decoder_of(coefficients: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> RecoveredDecoder:
-    """From the map of the features, coefficients [D * l, D], to that of the tokens."""
-    return RecoveredDecoder((coefficients.T * scale).contiguous(), mean - coefficients.T @ shift)
-
-
-def coefficients_of(decoder: RecoveredDecoder, scale: Tensor, shift: Tensor) -> Tensor:
-    """The inverse of `decoder_of`, [D * l + 1, D], the mean last."""
-    coefficients = (decoder.matrix / scale).T
-    return torch.cat((coefficients, (decoder.offset + coefficients.T @ shift).unsqueeze(0)))
-
-
-def refine(
-    model: ActionAutoencoder,
-    features: Tensor,
-    wanted: Tensor,
-    shares: Tensor,
-    start: Tensor,
-    ridge: float,
-    steps: int,
-) -> tuple[Tensor, int]:
-    """Coefficients [P, D] after the Gauss-Newton steps, and how many there were; P = D * l + 1, the mean last."""
-    features = torch.cat((features, torch.ones_like(features[:, :1])), dim=1)
-    penalty = torch.full_like(start, ridge)
+    ridge: penalty on leaving `start`.
+    """
+    shares, values = features.shares, torch.cat((features.values, torch.ones_like(features.values[:, :1])), dim=1)
+    begin = coefficients = features.coefficients(start)
+    penalty = torch.full_like(begin, ridge)
     penalty[-1] = 0
 
     def objective(coefficients: Tensor) -> float:
-        error = model.decoder(features @ coefficients) - wanted
-        return float(shares @ error.square().mean(dim=-1) + (penalty * (coefficients - start).square()).sum())
+        error = model.decoder(values @ coefficients) - wanted
+        return float(shares @ error.square().mean(dim=-1) + (penalty * (coefficients - begin).square()).sum())
 
-    coefficients, value, damping = start, objective(start), _DAMPING_START
-    for step in tqdm(range(steps), desc="  recover", unit="step", leave=False, disable=None):
-        normal, gradient = _normal_equations(model, features, wanted, shares, coefficients)
+    value, damping, gained = objective(begin), _DAMPING_START, math.inf
+    while gained >= _CONVERGED * value:
+        normal, gradient = _normal_equations(model, values, wanted, shares, coefficients)
         # Flattened as [D, P], the order of the normal matrix.
-        gradient = (gradient - penalty * (coefficients - start)).T.flatten()
+        gradient = (gradient - penalty * (coefficients - begin)).T.flatten()
         normal.diagonal().add_(penalty.T.flatten())
         typical = float(normal.diagonal().mean())
         candidate, next_value = coefficients, math.inf
@@ -108,16 +110,14 @@ def refine(
             factor, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
                 change = torch.cholesky_solve(gradient.unsqueeze(-1), factor)
-                candidate = coefficients + change.reshape(start.T.shape).T
+                candidate = coefficients + change.reshape(begin.T.shape).T
                 next_value = objective(candidate)
             damping *= 10
         if not next_value < value:
-            return coefficients, step
+            return
         gained = value - next_value
         coefficients, value, damping = candidate, next_value, damping / 100
-        if gained < _CONVERGED * value:
-            return coefficients, step + 1
-    return coefficients, steps
+        yield features.decoder(coefficients[:-1], coefficients[-1])
 
 
 def _normal_equations(

@@ -19,11 +19,12 @@ ones.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rfsq.calibration.data import reference_actions, reference_latents
+from rfsq.calibration.data import ROUNDED_BITS, reference_actions, reference_latents, rounded
 from rfsq.calibration.settings import DEFAULT_CALIBRATION, CalibrationConfig, Granularity, Objective
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
@@ -41,8 +42,6 @@ MINIMUM_STEPS = 2
 #: Covers the float64 roundings of the reference quantiser itself, L layers of numbers below 4.
 _FLOAT64_SLACK = 2.0**-46
 _MSE_ITERATIONS = 100
-#: Far above what processors disagree on, relative to a latent (1e-15), and far below what a bin can tell.
-_CONSTANT_BITS = 16
 
 
 def fit_constants(
@@ -100,40 +99,36 @@ def constants_of_latents(
     residual = latents.detach().double()
     if config.granularity is Granularity.LAYER:
         residual = residual.reshape(-1, 1)
-    lower, upper = -torch.ones_like(residual[0]), torch.ones_like(residual[0])
+    # What any latent in [-1, 1] can have left.
+    reach = -torch.ones_like(residual[0]), torch.ones_like(residual[0])
     least_scale = NOISE_FACTOR * noise * (num_levels - 1) / 2
-    means, scales = [], []
+    layers = []
     for layer in range(num_layers):
-        mean, scale = _fit_to_data(residual, num_levels, config, least_scale, is_first=layer == 0)
+        bins = _fit_to_data(residual, num_levels, config, least_scale, is_first=layer == 0)
         if config.worst_case < 1:
             # What the layers that follow can still bring down to worst_case; with even K none of them may idle.
             reducible = config.worst_case * num_levels ** (num_layers - 1 - layer)
-            allowed = reducible if num_levels % 2 else 0.0
-            mean, scale = _catch_up(mean, scale, lower, upper, allowed, num_levels, least_scale)
-        means.append(mean)
-        scales.append(scale)
-        residual = residual - _nearest_level(residual, mean, scale, num_levels) * scale - mean
-        lower, upper = _residual_interval(lower, upper, mean, scale, num_levels)
+            bins = _catch_up(bins, reach, reducible if num_levels % 2 else 0.0, least_scale)
+        layers.append(bins)
+        residual, reach = residual - bins.nearest(residual) * bins.scale - bins.mean, bins.leaves(*reach)
     shape = (num_layers, latent_dim)
-    return ConditioningConstants(
-        torch.stack(means).float().expand(shape).contiguous(), torch.stack(scales).float().expand(shape).contiguous()
-    )
+    mean = torch.stack([bins.mean for bins in layers]).float().expand(shape)
+    scale = torch.stack([bins.scale for bins in layers]).float().expand(shape)
+    return ConditioningConstants(mean.contiguous(), scale.contiguous())
 
 
-def worst_case_residuals(
-    constants: ConditioningConstants, num_levels: int, low: float = -1.0, high: float = 1.0
-) -> Tensor:
-    """Bounds on the residual after each layer for every latent in [low, high], float64 [L, D, 2]: lowest, highest.
+def worst_case_residuals(constants: ConditioningConstants, num_levels: int) -> Tensor:
+    """Bounds on the residual after each layer for every latent in [-1, 1], float64 [L, D, 2]: lowest, highest.
 
     The image of an interval under one layer is a union of intervals, one per bin it touches; its hull goes into the
     next layer, so the bound can only be too wide. Holds for the float64 quantiser, its own roundings included.
     """
     mean, scale = constants.mean.double(), constants.scale.double()
-    lower, upper = torch.full_like(mean[0], low), torch.full_like(mean[0], high)
+    reach = -torch.ones_like(mean[0]), torch.ones_like(mean[0])
     bounds = []
     for layer_mean, layer_scale in zip(mean, scale, strict=True):
-        lower, upper = _residual_interval(lower, upper, layer_mean, layer_scale, num_levels)
-        bounds.append(torch.stack((lower, upper), dim=-1))
+        reach = _Bins(layer_mean, layer_scale, num_levels).leaves(*reach)
+        bounds.append(torch.stack(reach, dim=-1))
     return torch.stack(bounds)
 
 
@@ -147,10 +142,39 @@ def worst_case_errors(constants: ConditioningConstants, num_levels: int) -> Tens
     return (residuals - added.unsqueeze(-1)).abs().amax(dim=(1, 2))
 
 
+@dataclass(frozen=True, eq=False)
+class _Bins:
+    """The K bins of a layer around its levels, mean + scale * linspace(-1, 1, K). mean, scale: [D]."""
+
+    mean: Tensor
+    scale: Tensor
+    num_levels: int
+
+    def nearest(self, residual: Tensor) -> Tensor:
+        """Grid value in [-1, 1] nearest to (residual - mean) / scale, the lower one on a tie (docs/architecture.md)."""
+        half_levels = (self.num_levels - 1) / 2
+        index = torch.ceil(((residual - self.mean) / self.scale + 1) * half_levels - 0.5).clamp(0, self.num_levels - 1)
+        return index / half_levels - 1
+
+    def leaves(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """Hull [D] of what the layer leaves of the residuals in [lower, upper]."""
+        half_levels = (self.num_levels - 1) / 2
+        grid = (torch.arange(self.num_levels, dtype=self.mean.dtype) - half_levels) / half_levels
+        level = self.mean + grid.unsqueeze(-1) * self.scale
+        half_bin = self.scale / (self.num_levels - 1)
+        first, last = level - half_bin, level + half_bin
+        first[0], last[-1] = -torch.inf, torch.inf
+        left, right = torch.maximum(first, lower), torch.minimum(last, upper)
+        touched = left <= right + _FLOAT64_SLACK
+        least = torch.where(touched, left - level, torch.inf).amin(dim=0)
+        most = torch.where(touched, right - level, -torch.inf).amax(dim=0)
+        return least - _FLOAT64_SLACK, most + _FLOAT64_SLACK
+
+
 def _fit_to_data(
     residual: Tensor, num_levels: int, config: CalibrationConfig, least_scale: float, *, is_first: bool
-) -> tuple[Tensor, Tensor]:
-    """Mean and scale [D] that the residual [N, D] asks for, rounded, the scale not below `least_scale`."""
+) -> _Bins:
+    """What the residual [N, D] asks for, rounded, the scale not below `least_scale`."""
     ordered = residual.sort(dim=0).values
     # Outward: at most `tail` of the data lies beyond either end.
     tail = (1 - config.coverage) / 2 if config.objective is Objective.RANGE else 0.0
@@ -167,30 +191,23 @@ def _fit_to_data(
         # No latent leaves [-1, 1], so nothing is gained by reaching farther.
         enough = (1 + mean.abs()) * (num_levels - 1) / num_levels
         scale = torch.minimum(scale * (1 + config.headroom), enough)
-    return mean, _round_up(scale.clamp(min=least_scale))
+    return _Bins(mean, _round_up(scale.clamp(min=least_scale)), num_levels)
 
 
-def _catch_up(
-    mean: Tensor,
-    scale: Tensor,
-    lower: Tensor,
-    upper: Tensor,
-    allowed: float,
-    num_levels: int,
-    least_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The data's mean and scale where they leave at most `allowed` of [lower, upper]; else 0 and what that takes.
+def _catch_up(bins: _Bins, reach: tuple[Tensor, Tensor], allowed: float, least_scale: float) -> _Bins:
+    """The data's mean and scale where they leave at most `allowed` of `reach`; else mean 0 and the scale that does.
 
     With mean 0 the data's residual, which is small by then, meets a level and stays as it is.
     """
-    least, most = _residual_interval(lower, upper, mean, scale, num_levels)
+    (lower, upper), (least, most) = reach, bins.leaves(*reach)
     suffices = torch.maximum(-least, most) <= allowed
     farthest = torch.maximum(-lower, upper)
     # Beyond the outermost level, at the scale, the residual goes on growing; K bins divide it by K at best.
-    needed = farthest - (farthest / num_levels).clamp(min=allowed)
-    covering = farthest * (num_levels - 1) / num_levels
-    caught_up = torch.maximum(needed, torch.minimum(scale + mean.abs(), covering))
-    return torch.where(suffices, mean, 0.0), torch.where(suffices, scale, _round_up(caught_up.clamp(min=least_scale)))
+    needed = farthest - (farthest / bins.num_levels).clamp(min=allowed)
+    covering = farthest * (bins.num_levels - 1) / bins.num_levels
+    caught_up = torch.maximum(needed, torch.minimum(bins.scale + bins.mean.abs(), covering))
+    scale = torch.where(suffices, bins.scale, _round_up(caught_up.clamp(min=least_scale)))
+    return _Bins(torch.where(suffices, bins.mean, 0.0), scale, bins.num_levels)
 
 
 def _least_squares(residual: Tensor, mean: Tensor, scale: Tensor, num_levels: int) -> tuple[Tensor, Tensor]:
@@ -199,7 +216,7 @@ def _least_squares(residual: Tensor, mean: Tensor, scale: Tensor, num_levels: in
     Neither half can raise the squared error (Lloyd, Least squares quantization in PCM, 1982).
     """
     for _ in range(_MSE_ITERATIONS):
-        level = _nearest_level(residual, mean, scale.clamp(min=UNIT**2), num_levels)
+        level = _Bins(mean, scale.clamp(min=UNIT**2), num_levels).nearest(residual)
         level_mean, residual_mean = level.mean(dim=0), residual.mean(dim=0)
         variance = (level - level_mean).square().mean(dim=0)
         covariance = ((level - level_mean) * (residual - residual_mean)).mean(dim=0)
@@ -211,39 +228,14 @@ def _least_squares(residual: Tensor, mean: Tensor, scale: Tensor, num_levels: in
     return mean, scale
 
 
-def _nearest_level(residual: Tensor, mean: Tensor, scale: Tensor, num_levels: int) -> Tensor:
-    """Grid value in [-1, 1] nearest to (residual - mean) / scale, the lower one on a tie (docs/architecture.md)."""
-    half_levels = (num_levels - 1) / 2
-    index = torch.ceil(((residual - mean) / scale + 1) * half_levels - 0.5).clamp(0, num_levels - 1)
-    return index / half_levels - 1
-
-
-def _residual_interval(
-    lower: Tensor, upper: Tensor, mean: Tensor, scale: Tensor, num_levels: int
-) -> tuple[Tensor, Tensor]:
-    """Hull [D] of what a layer leaves of the residuals in [lower, upper]."""
-    half_levels = (num_levels - 1) / 2
-    grid = (torch.arange(num_levels, dtype=mean.dtype) - half_levels) / half_levels
-    level = mean + grid.unsqueeze(-1) * scale
-    half_bin = scale / (num_levels - 1)
-    first, last = level - half_bin, level + half_bin
-    first[0], last[-1] = -torch.inf, torch.inf
-    left, right = torch.maximum(first, lower), torch.minimum(last, upper)
-    touched = left <= right + _FLOAT64_SLACK
-    least = torch.where(touched, left - level, torch.inf).amin(dim=0)
-    most = torch.where(touched, right - level, -torch.inf).amax(dim=0)
-    return least - _FLOAT64_SLACK, most + _FLOAT64_SLACK
-
-
 def _round_mean(mean: Tensor, span: Tensor) -> Tensor:
-    """To float32 multiples of the power of two about 2^-_CONSTANT_BITS of the span, kept in float64."""
-    quantum = torch.exp2(torch.frexp(span).exponent.double() - _CONSTANT_BITS)
-    return (torch.round(mean / quantum) * quantum).float().double()
+    """As `rounded`, in float32, kept in float64."""
+    return rounded(mean, span).float().double()
 
 
 def _round_up(scale: Tensor) -> Tensor:
-    """To _CONSTANT_BITS significant bits, none smaller than before; kept in float64."""
+    """To ROUNDED_BITS significant bits, none smaller than before; kept in float64."""
     # A scale is often an earlier, rounded one divided by K, which may be such a number but for its last bits: it must
     # not depend on these whether it is rounded up.
-    mantissa, exponent = torch.frexp(scale * (1 + 2.0 ** (-_CONSTANT_BITS - 8)))
-    return torch.ldexp(torch.ceil(torch.ldexp(mantissa, torch.tensor(_CONSTANT_BITS))), exponent - _CONSTANT_BITS)
+    mantissa, exponent = torch.frexp(scale * (1 + 2.0 ** (-ROUNDED_BITS - 8)))
+    return torch.ldexp(torch.ceil(torch.ldexp(mantissa, torch.tensor(ROUNDED_BITS))), exponent - ROUNDED_BITS)

@@ -21,6 +21,8 @@ MINIMUM_EPISODES = len(SPLIT_SHARES)
 #: error of L0-L2 by the default fit is 1.8 times that of all 3295 steps when fitted to 200 consecutive steps, 3.8 times
 #: at 100 and 18 times at 30; with steps from all over, 1.03, 1.15 and 1.7 times (means of 8 choices for 3 seeds each).
 FEW_STEPS = 200
+#: Of what is fitted: far above what processors disagree on, and far below what a bin or a fit can tell.
+ROUNDED_BITS = 16
 #: As near to -1 or 1, a latent is that number in float32.
 _SATURATED = 2.0**-25
 
@@ -52,7 +54,7 @@ def calibration_dataset(
 
 
 def data_warnings(checkpoint: Checkpoint, dataset: ActionDataset) -> tuple[str, ...]:
-    """What a person should know about what is fitted to these data, and about what judges the fit. Raises DataError."""
+    """Warnings about the data that a fit sees, and about those that judge it. Raises DataError."""
     found = [few_steps_warning(calibration_episodes(checkpoint, dataset))]
     if selection_of(checkpoint, dataset) is Selection.ALL:
         found.append(
@@ -64,7 +66,7 @@ def data_warnings(checkpoint: Checkpoint, dataset: ActionDataset) -> tuple[str, 
 
 
 def few_steps_warning(episodes: ActionDataset) -> str:
-    """What a person should know about a fit to these episodes; empty where there are enough steps."""
+    """A warning about a fit to these episodes; empty where there are enough steps."""
     if episodes.num_steps >= FEW_STEPS:
         return ""
     return (
@@ -74,7 +76,12 @@ def few_steps_warning(episodes: ActionDataset) -> str:
 
 
 def episode_folds(total: int, most: int) -> Iterator[tuple[list[int], list[int]]]:
-    """Numbers of the episodes to fit to, and of those left out, which every episode is once; none for a single one."""
+    """Indices of the episodes to fit to, and of those left out: every episode is left out once, in one of at most
+    `most` folds. A single episode has no folds.
+
+    >>> list(episode_folds(3, 2))
+    [([1], [0, 2]), ([0, 2], [1])]
+    """
     folds = min(most, total) if total > 1 else 0
     for fold in range(folds):
         kept, left_out = ([index for index in range(total) if (index % folds == fold) is out] for out in (False, True))
@@ -84,8 +91,8 @@ def episode_folds(total: int, most: int) -> Iterator[tuple[list[int], list[int]]
 def is_certain_gain(before: Tensor, after: Tensor) -> bool:
     """Whether squared errors [episodes], of episodes left out of a fit, fall by more than the gain's standard error.
 
-    Otherwise a mean that a few of them make passes for one of all. The fewer there are, by more it must be, as
-    Student's quantiles are.
+    Otherwise a few episodes could decide for all. The fewer there are, the larger the gain must be, as Student's
+    quantiles are.
     """
     return gain_certainty(before, after) > needed_certainty(len(before))
 
@@ -97,7 +104,7 @@ def needed_certainty(episodes: int) -> float:
 
 
 def gain_certainty(before: Tensor, after: Tensor) -> float:
-    """How many standard errors the squared errors [episodes] fall by; infinite where all fall by exactly as much."""
+    """How many standard errors the squared errors [episodes] fall by; infinite where all fall by the same."""
     gain = before - after
     total, noise = float(gain.sum()), float(gain.std()) * math.sqrt(len(gain))
     return total / noise if noise else math.copysign(math.inf, total) if total else 0.0
@@ -167,7 +174,7 @@ def reference_actions(checkpoint: Checkpoint, episodes: ActionDataset) -> Tensor
 
 
 def reference_latents(model: ActionAutoencoder, actions: Tensor) -> Tensor:
-    """Latents [N, D] of a float64 model, not quantised. DataError unless finite, and where most say nothing."""
+    """Latents [N, D] of a float64 model, not quantised. DataError unless finite, and where most are saturated."""
     with torch.no_grad():
         latents = model.encode_latents(actions)
     if not torch.isfinite(latents).all():
@@ -185,6 +192,20 @@ def reference_latents(model: ActionAutoencoder, actions: Tensor) -> Tensor:
             "the units it was trained on, or the normaliser it was trained behind (--normaliser FILE)"
         )
     return latents
+
+
+def rounded(values: Tensor, span: Tensor) -> Tensor:
+    """To multiples of a power of two about 2^-ROUNDED_BITS of the span.
+
+    >>> rounded(torch.tensor([0.1, 0.5]).double(), torch.tensor(0.5)).tolist()
+    [0.100006103515625, 0.5]
+    """
+    quantum = torch.exp2(torch.frexp(span).exponent.double() - ROUNDED_BITS)
+    return torch.round(values / quantum) * quantum
+
+
+def mean_square(error: Tensor) -> float:
+    return float(error.square().mean())
 
 
 def _check_action_dim(checkpoint: Checkpoint, dataset: ActionDataset) -> None:

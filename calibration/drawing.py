@@ -1,10 +1,14 @@
 """How pictures look: one width, the same colours, axes without a frame."""
 
+from pathlib import Path
 from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from rfsq.calibration.errors import CalibrationError
+from rfsq.runtime.bundle.writing import replacing
 
 INK, GREY, GRID = "#222222", "#8a8a8a", "#e3e3e3"
 BLUE, ORANGE, GREEN, RED = "#1f6fb4", "#d9730d", "#2a8c55", "#b3261e"
@@ -21,9 +25,18 @@ def new_figure(height: float, title: str = "") -> Figure:
     return figure
 
 
-def finish(axes: Axes, title: str, *, legend: int = 2, grid: Literal["both", "x", "y"] = "both") -> None:
-    """Title, grid and ticks of axes that are drawn, and a legend of so many columns below them; 0: none."""
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure; equal figures give equal files. Raises CalibrationError where it cannot be written."""
+    with replacing(path, error=CalibrationError) as temporary:
+        # Without the version that matplotlib would write.
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+
+
+def finish(axes: Axes, title: str, *, x: str = "", legend: int = 2, grid: Literal["both", "x", "y"] = "both") -> None:
+    """Give axes that are drawn their title, grid and ticks. x: title of the x axis; legend: its columns, 0 for none."""
     axes.set_title(title, loc="left", color=INK, fontsize=10)
+    if x:
+        axes.set_xlabel(x, color=INK, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)

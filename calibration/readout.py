@@ -16,15 +16,22 @@ that were left out of it: see `_Candidate.objection`. The episodes that judge a 
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rfsq.calibration.data import episode_folds, gain_certainty, needed_certainty, reference_actions, reference_latents
+from rfsq.calibration.data import (
+    episode_folds,
+    gain_certainty,
+    needed_certainty,
+    reference_actions,
+    reference_latents,
+    rounded,
+)
 from rfsq.calibration.recovered import default_prefixes
 from rfsq.calibration.settings import DEFAULT_READOUT, ReadoutChoice, ReadoutConfig
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, Readout
@@ -48,8 +55,6 @@ _RANDOM_GAIN = 0.02
 #: Share by which the error of tokens may grow: that of a single layer is a thousand times what a refit is about, and
 #: moves by a hundredth whatever is fitted.
 _TOKEN_LOSS = 0.01
-#: As in rfsq.calibration.recovered: far above what processors disagree on, far below what the fit leaves.
-_READOUT_BITS = 16
 #: Of a view's two weightings.
 _WEIGHTINGS = ("normalised units", "the robot's units")
 _TINY = torch.finfo(torch.float64).tiny
@@ -63,10 +68,10 @@ class ReadoutFit:
     the larger one of tenths and halves; None with a single episode.
     """
 
-    readout: Readout | None
-    ridge: float | None
-    cross_validated: float | None
-    remark: str
+    readout: Readout | None = None
+    ridge: float | None = None
+    cross_validated: float | None = None
+    remark: str = ""
 
     def facts(self, config: ReadoutConfig) -> dict[str, Any]:
         """For provenance."""
@@ -83,25 +88,24 @@ class ReadoutFit:
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """The last layer's work on one kind of latents, an episode each: activations [n, H + 1], trained errors [n, A].
+    """The last layer's work on one kind of latents. name: of that kind, for messages.
 
-    weights: [2, A], of a dimension's squared error: alike in normalised units, and alike in the robot's; name: for
-    messages.
+    activations [n, H + 1], errors [n, A] of the layer as it was trained, in normalised units: one of an episode.
+    weights: [2, A], of a dimension's squared error: alike in normalised units, and alike in the robot's.
     """
 
     name: str
-
     activations: tuple[Tensor, ...]
     errors: tuple[Tensor, ...]
     weights: Tensor
 
-    def squares(self, episode: int, change: Tensor) -> Tensor:
-        """Squared error of an episode once the layer is changed by [H + 1, A]: [2], one for each weighting."""
-        return self.weights @ (self.errors[episode] - self.activations[episode] @ change).square().sum(dim=0)
-
-    def trained_squares(self) -> Tensor:
-        """The same without a change, [2, episodes]."""
-        return torch.stack([self.weights @ error.square().sum(dim=0) for error in self.errors], dim=1)
+    def squares(self, episodes: Iterable[int], change: Tensor | None = None) -> Tensor:
+        """Squared errors [2, episodes], by both weightings, once the layer is changed by [H + 1, A]."""
+        errors = (
+            self.errors[index] if change is None else self.errors[index] - self.activations[index] @ change
+            for index in episodes
+        )
+        return torch.stack([self.weights @ error.square().sum(dim=0) for error in errors], dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,8 +118,8 @@ class _Problem:
     random: _View
 
     @property
-    def num_episodes(self) -> int:
-        return len(self.exact.errors)
+    def episodes(self) -> range:
+        return range(len(self.exact.errors))
 
     @cached_property
     def penalty(self) -> Tensor:
@@ -134,8 +138,8 @@ class _Problem:
 
     def random_ratio(self, change: Tensor) -> float:
         """Squared error of random actions once the layer is changed, over that before: the larger one of both kinds."""
-        changed = torch.stack([self.random.squares(half, change) for half in range(2)], dim=1)
-        return float((changed / self.random.trained_squares().clamp(min=_TINY)).max())
+        ratios = self.random.squares(range(2), change) / self.random.squares(range(2)).clamp(min=_TINY)
+        return float(ratios.max())
 
 
 @torch.no_grad()
@@ -153,33 +157,25 @@ def fit_readout(
     ones and of all, either. Raises DataError for another action dimension or latents that are not finite.
     """
     if config.choice is ReadoutChoice.OFF:
-        return ReadoutFit(None, None, None, "")
+        return ReadoutFit()
     problem = _problem(checkpoint, episodes)
     is_wanted = config.choice is ReadoutChoice.ON
-    everything = range(problem.num_episodes)
-    if problem.num_episodes < 2:
+    if len(problem.episodes) < 2:
+        if not is_wanted:
+            return ReadoutFit(
+                remark="the decoder's last layer stays as it was trained: with one calibration episode no other can "
+                "say whether refitting it helps; give two or more, or --readout on"
+            )
         ridge = config.ridge or LONE_RIDGE
-        if is_wanted:
-            return ReadoutFit(_changed(checkpoint, problem.solve(everything, [ridge])[0]), ridge, None, "")
-        return ReadoutFit(
-            None,
-            None,
-            None,
-            "the decoder's last layer stays as it was trained: with one calibration episode no other can say whether "
-            "refitting it helps; give two or more, or --readout on",
-        )
+        return ReadoutFit(_changed(checkpoint, problem.solve(problem.episodes, [ridge])[0]), ridge)
     ridges = RIDGES if config.ridge is None else (config.ridge,)
-    most_random = 1.0 if is_training_data else 1 - _RANDOM_GAIN
-    changes = dict(zip(ridges, problem.solve(everything, ridges), strict=True))
-    candidates = [
-        replace(found, random_ratio=problem.random_ratio(changes[found.ridge]), most_random=most_random)
-        for found in _cross_validated(problem, ridges)
-    ]
+    changes = dict(zip(ridges, problem.solve(problem.episodes, ridges), strict=True))
+    candidates = _candidates(problem, changes, most_random=1.0 if is_training_data else 1 - _RANDOM_GAIN)
     passed = [found for found in candidates if not found.objection]
     best = min(passed or candidates, key=lambda found: found.ratio)
-    if passed or is_wanted:
-        return ReadoutFit(_changed(checkpoint, changes[best.ridge]), best.ridge, best.ratio, best.remark(is_kept=True))
-    return ReadoutFit(None, best.ridge, best.ratio, best.remark(is_kept=False))
+    is_kept = bool(passed) or is_wanted
+    readout = _changed(checkpoint, changes[best.ridge]) if is_kept else None
+    return ReadoutFit(readout, best.ridge, best.ratio, best.remark(is_kept=is_kept))
 
 
 @dataclass(frozen=True)
@@ -193,12 +189,12 @@ class _Candidate:
     certainty: float
     needed: float
     lost: str
-    random_ratio: float = 0.0
-    most_random: float = 1.0
+    random_ratio: float
+    most_random: float
 
     @property
     def objection(self) -> str:
-        """The rule that refuses it, and by which figure; empty where all are kept."""
+        """The first rule that the refit breaks, with its figure; empty where it breaks none."""
         if not self.certainty > self.needed:
             return (
                 f"over the episodes left out the gain is {self.certainty:.2g} times its standard error, and more than "
@@ -214,7 +210,7 @@ class _Candidate:
         return ""
 
     def remark(self, *, is_kept: bool) -> str:
-        """What became of the layer, by which rule, and by which figures."""
+        """A sentence on what became of the layer, and why."""
         measured = (
             f"{self.ratio:.3g} times the squared error on calibration episodes left out of the fit (ridge "
             f"{self.ridge:g})"
@@ -233,27 +229,30 @@ class _Candidate:
         )
 
 
-def _cross_validated(problem: _Problem, ridges: Sequence[float]) -> list[_Candidate]:
-    """What each ridge is worth on episodes that were left out of its fit."""
+def _candidates(problem: _Problem, changes: Mapping[float, Tensor], most_random: float) -> list[_Candidate]:
+    """What each ridge is worth on episodes left out of its fit. changes: by ridge, [H + 1, A], fitted to all."""
     views = (problem.exact, *problem.decoded)
-    before = torch.stack([view.trained_squares() for view in views])
-    ratios, certainties, lost = [0.0] * len(ridges), [math.inf] * len(ridges), [""] * len(ridges)
+    before = torch.stack([view.squares(problem.episodes) for view in views])
+    least = max(float(before[0, 0].sum()), _TINY)
+    # One for each way of leaving out: [ridges, views, weightings, episodes].
+    tables = []
     for most in _FOLDS:
-        after = torch.empty(len(ridges), *before.shape, dtype=torch.float64)
-        for kept, left_out in episode_folds(problem.num_episodes, most):
-            for place, change in enumerate(problem.solve(kept, ridges)):
-                for number, view in enumerate(views):
-                    for index in left_out:
-                        after[place, number, :, index] = view.squares(index, change)
-        least = max(float(before[0, 0].sum()), _TINY)
-        for place, found in enumerate(after):
-            ratios[place] = max(ratios[place], float(found[0, 0].sum()) / least)
-            certainties[place] = min(certainties[place], gain_certainty(before[0, 0], found[0, 0]))
-            lost[place] = lost[place] or _lost(views, before, found)
-    needed = needed_certainty(problem.num_episodes)
+        after = torch.empty(len(changes), *before.shape, dtype=torch.float64)
+        for kept, left_out in episode_folds(len(problem.episodes), most):
+            for place, change in enumerate(problem.solve(kept, list(changes))):
+                after[place, :, :, left_out] = torch.stack([view.squares(left_out, change) for view in views])
+        tables.append(after)
     return [
-        _Candidate(ridge, ratio, certainty, needed, what)
-        for ridge, ratio, certainty, what in zip(ridges, ratios, certainties, lost, strict=True)
+        _Candidate(
+            ridge,
+            ratio=max(float(found[0, 0].sum()) / least for found in by_fold),
+            certainty=min(gain_certainty(before[0, 0], found[0, 0]) for found in by_fold),
+            needed=needed_certainty(len(problem.episodes)),
+            lost=next(filter(None, (_lost(views, before, found) for found in by_fold)), ""),
+            random_ratio=problem.random_ratio(change),
+            most_random=most_random,
+        )
+        for (ridge, change), *by_fold in zip(changes.items(), *tables, strict=True)
     ]
 
 
@@ -284,7 +283,6 @@ def _problem(checkpoint: Checkpoint, episodes: ActionDataset) -> _Problem:
     lengths = [len(episode) for episode in episodes.episodes]
     actions = reference_actions(checkpoint, episodes)
     latents = reference_latents(model, actions)
-
     weights = torch.stack((torch.ones_like(model.units), model.units.square()))
 
     def view(name: str, latents: Tensor, actions: Tensor, lengths: Sequence[int]) -> _View:
@@ -293,24 +291,18 @@ def _problem(checkpoint: Checkpoint, episodes: ActionDataset) -> _Problem:
         features = torch.cat((activations, torch.ones_like(activations[:, :1])), dim=1)
         return _View(name, torch.split(features, list(lengths)), torch.split(errors, list(lengths)), weights)
 
-    def of_tokens() -> Iterator[_View]:
+    decoded = []
+    if has_constants:
         tokens = model.quantizer.quantize(latents).tokens
         for prefix in sorted({1, *default_prefixes(model.config.num_layers)}):
-            decoded = model.quantizer.dequantize(tokens[..., :prefix], None)
-            yield view(
-                f"the tokens of the first {prefix} layers" if prefix > 1 else "the tokens of the first layer",
-                decoded,
-                actions,
-                lengths,
-            )
-
+            layers = f"first {prefix} layers" if prefix > 1 else "first layer"
+            kept = model.quantizer.dequantize(tokens[..., :prefix], None)
+            decoded.append(view(f"the tokens of the {layers}", kept, actions, lengths))
     drawn = _random_actions(model, actions)
     return _Problem(
         exact=view("latents that are not quantised", latents, actions, lengths),
-        decoded=tuple(of_tokens()) if has_constants else (),
-        random=view(
-            "latents of random actions", reference_latents(model, drawn), drawn, [_RANDOM_ACTIONS, _RANDOM_ACTIONS]
-        ),
+        decoded=tuple(decoded),
+        random=view("latents of random actions", reference_latents(model, drawn), drawn, [_RANDOM_ACTIONS] * 2),
     )
 
 
@@ -329,14 +321,14 @@ def _random_actions(model: ActionAutoencoder, actions: Tensor) -> Tensor:
 
 def _changed(checkpoint: Checkpoint, change: Tensor) -> Readout:
     """The trained layer, changed by [H + 1, A], which is rounded first."""
-    rounded = _rounded(change).T
-    weight = checkpoint.weights["decoder.2.weight"].double() + rounded[:, :-1]
-    bias = checkpoint.weights["decoder.2.bias"].double() + rounded[:, -1]
+    added = rounded(change, change.abs().max()).T
+    weight = checkpoint.weights["decoder.2.weight"].double() + added[:, :-1]
+    bias = checkpoint.weights["decoder.2.bias"].double() + added[:, -1]
     return Readout(weight.float().contiguous(), bias.float().contiguous())
 
 
 def held_out_warning(trained: float, refitted: float | None, judged_on: str, units: str) -> str:
-    """What a person should know of a refit that lost where it is judged; empty where it did not, or there is none.
+    """A warning that a refit lost where it is judged; empty where it did not, or there is none.
 
     trained, refitted: squared error of the layer as it was trained and as it was refitted, None without a refit; units:
     of both, squared.
@@ -347,12 +339,3 @@ def held_out_warning(trained: float, refitted: float | None, judged_on: str, uni
         f"the refitted readout lost on {judged_on}: action MSE {refitted:.3e} {units}, as trained {trained:.3e} "
         f"({refitted / max(trained, _TINY) - 1:+.1%}); --readout off keeps the trained layer"
     )
-
-
-def _rounded(change: Tensor) -> Tensor:
-    """To multiples of a power of two about 2^-_READOUT_BITS of the largest entry."""
-    largest = change.abs().max()
-    if not largest:
-        return change
-    quantum = torch.exp2(torch.frexp(largest).exponent.double() - _READOUT_BITS)
-    return torch.round(change / quantum) * quantum

@@ -20,26 +20,25 @@ The map is rounded to a multiple of about 2^-16 of its largest entry: the linear
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from rfsq.calibration.affine_maps import Regression, coefficients_of, decoder_of, features_of, refine, regress
-from rfsq.calibration.data import episode_folds, is_certain_gain, reference_actions, reference_latents
+from rfsq.calibration.affine_maps import Features, Regression, refinements, regress
+from rfsq.calibration.data import episode_folds, is_certain_gain, reference_actions, reference_latents, rounded
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.settings import DEFAULT_RECOVERED, RecoveredConfig, Target, Weighting
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.errors import DataError
-from rfsq.rfsq_ref.quantizer import Conditioning, Quantized
+from rfsq.rfsq_ref.quantizer import Conditioning
 
 #: What a draft model predicts.
 COARSE_LAYERS = 3
-#: Far above what processors disagree on and far below what the fit leaves: the action error stays the same.
-_MAP_BITS = 16
 #: What cross-validation chooses from.
 _RIDGES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0, 10.0)
 #: Parts that episodes are left out in: five for the regression, two for Gauss-Newton, a fit of which takes seconds.
@@ -73,7 +72,7 @@ class RecoveredFit:
 
     @property
     def remark(self) -> str:
-        """What a person should know about this fit; empty where the tokens determine the whole map."""
+        """A warning about this fit; empty where the tokens determine the whole map."""
         if self.ridge is None:
             return (
                 f"WARNING: tokens of {self.unknowns // len(self.decoder.offset)} layers are decoded with the mean side "
@@ -95,14 +94,11 @@ def fit_recovered_details(
     episodes: ActionDataset,
     prefixes: Iterable[int],
     config: RecoveredConfig = DEFAULT_RECOVERED,
-    *,
-    weights: npt.ArrayLike | None = None,
 ) -> dict[int, RecoveredFit]:
     """One fit per prefix, with rank and condition.
 
-    weights: [N], not negative, one per step of the episodes in order; instead of config.weighting. Raises
-    CalibrationError for a checkpoint that is not `dynamic`, prefixes outside 1 ... L, unusable weights, and tokens that
-    never change; DataError for another action dimension, latents that are not finite, or no more steps than unknowns.
+    Raises CalibrationError for a checkpoint that is not `dynamic`, prefixes outside 1 ... L, and tokens that never
+    change; DataError for another action dimension, latents that are not finite, or no more steps than unknowns.
     """
     wanted = sorted(set(prefixes))
     _check_checkpoint(checkpoint, wanted)
@@ -116,10 +112,18 @@ def fit_recovered_details(
     model = checkpoint.model(dtype=torch.float64).requires_grad_(False)
     latents = reference_latents(model, actions)
     quantized = model.quantizer.quantize(latents)
+    assert quantized.stats is not None
     target = quantized.latents if config.target is Target.DEQUANTISED else latents
-    shares = _step_shares(model, actions, config.weighting, weights)
-    data = _Data(quantized, actions, target, shares, tuple(map(len, episodes.episodes)))
-    return {prefix: _fit_prefix(model, data, prefix, config) for prefix in wanted}
+    shares, lengths = _step_shares(model, actions, config.weighting), tuple(map(len, episodes.episodes))
+    return {
+        prefix: _fit_prefix(
+            _Steps(
+                model, quantized.tokens[..., :prefix], quantized.stats[:, :prefix], actions, target, shares, lengths
+            ),
+            config,
+        )
+        for prefix in wanted
+    }
 
 
 def _check_checkpoint(checkpoint: Checkpoint, prefixes: list[int]) -> None:
@@ -136,19 +140,9 @@ def _check_checkpoint(checkpoint: Checkpoint, prefixes: list[int]) -> None:
         )
 
 
-def _step_shares(
-    model: ActionAutoencoder, actions: Tensor, weighting: Weighting, weights: npt.ArrayLike | None
-) -> Tensor:
+def _step_shares(model: ActionAutoencoder, actions: Tensor, weighting: Weighting) -> Tensor:
     """Weights [N] that add up to 1."""
-    if weights is not None:
-        given = np.asarray(weights, dtype=np.float64)
-        if given.shape != (len(actions),) or not np.isfinite(given).all() or (given < 0).any() or not given.any():
-            raise CalibrationError(
-                f"weights of shape {given.shape} for {len(actions)} steps; expected one finite number per step, none "
-                "negative and not all 0"
-            )
-        chosen = torch.from_numpy(given.copy())
-    elif weighting is Weighting.INVERSE_MAGNITUDE:
+    if weighting is Weighting.INVERSE_MAGNITUDE:
         energy = ((actions - model.offset) / model.units).square().sum(dim=-1)
         chosen = 1 / energy.clamp(min=max(_SLOWEST * float(energy.mean()), torch.finfo(torch.float64).tiny))
     else:
@@ -158,75 +152,111 @@ def _step_shares(
 
 
 @dataclass(frozen=True, eq=False)
-class _Data:
-    """Steps of whole episodes: quantized, actions, target and shares have one row per step, lengths one per episode."""
+class _Steps:
+    """Steps of whole episodes, to which the map of a prefix is fitted.
 
-    quantized: Quantized
+    tokens [N, D, l], stats [N, l, 2], actions [N, A], target [N, D] and shares [N] have one row per step; lengths: of
+    the episodes.
+    """
+
+    model: ActionAutoencoder
+    tokens: Tensor
+    stats: Tensor
     actions: Tensor
     target: Tensor
     shares: Tensor
     lengths: tuple[int, ...]
 
-    def select(self, episodes: Sequence[int]) -> "_Data":
+    def select(self, episodes: Sequence[int]) -> "_Steps":
         """Some of the episodes; the shares of their steps stay what they are of the whole."""
         starts = np.cumsum((0, *self.lengths))
         rows = torch.cat([torch.arange(starts[index], starts[index + 1]) for index in episodes])
-        assert self.quantized.stats is not None
-        return _Data(
-            Quantized(self.quantized.latents[rows], self.quantized.tokens[rows], self.quantized.stats[rows]),
+        return _Steps(
+            self.model,
+            self.tokens[rows],
+            self.stats[rows],
             self.actions[rows],
             self.target[rows],
             self.shares[rows],
             tuple(self.lengths[index] for index in episodes),
         )
 
-    def whole(self) -> "_Data":
+    def whole(self) -> "_Steps":
         """With shares that add up to 1."""
         return replace(self, shares=self.shares / self.shares.sum())
 
-    def squares(self, model: ActionAutoencoder, decoder: RecoveredDecoder, prefix: int) -> Tensor:
+    def squares(self, decoder: RecoveredDecoder) -> Tensor:
         """Weighted squared action error, in normalised units, of each episode."""
-        decoded = model.decode_latents(decoder.latents(self.quantized.tokens[..., :prefix]))
-        error = ((decoded - self.actions) / model.units).square().sum(dim=-1) * self.shares
+        decoded = self.model.decode_latents(decoder.latents(self.tokens))
+        error = ((decoded - self.actions) / self.model.units).square().sum(dim=-1) * self.shares
         return torch.stack([part.sum() for part in torch.split(error, list(self.lengths))])
 
+    def features(self) -> Features:
+        sigma = self.stats[..., 1].mean(dim=0)
+        # Over that of the first layer.
+        return Features.of(self.tokens, sigma / sigma[0], self.model.config.num_levels, self.shares)
 
-def _fit_prefix(model: ActionAutoencoder, data: _Data, prefix: int, config: RecoveredConfig) -> RecoveredFit:
-    tokens = data.quantized.tokens[..., :prefix]
-    if (tokens == tokens[:1]).all():
+    def mean_map(self) -> RecoveredDecoder:
+        """Mean and sigma of every layer at their means, the same for all latents."""
+        mean, sigma = (self.shares @ self.stats.flatten(1)).reshape(-1, 2).T
+        latent_dim = self.model.config.latent_dim
+        matrix = torch.zeros(latent_dim, latent_dim, len(sigma), dtype=torch.float64)
+        matrix[range(latent_dim), range(latent_dim)] = sigma * 2 / (self.model.config.num_levels - 1)
+        return RecoveredDecoder(matrix.flatten(1), (mean - sigma).sum().expand(latent_dim).contiguous())
+
+    def regressions(self, ridges: Sequence[float]) -> list[Regression]:
+        """The mean map, and what it leaves regressed, one for each ridge."""
+        mean_map = self.mean_map()
+        return [
+            replace(
+                found,
+                decoder=RecoveredDecoder(
+                    mean_map.matrix + found.decoder.matrix, mean_map.offset + found.decoder.offset
+                ),
+            )
+            for found in regress(self.features(), self.target - mean_map.latents(self.tokens), ridges)
+        ]
+
+    def refined(self, start: RecoveredDecoder, ridge: float, steps: int) -> list[RecoveredDecoder]:
+        """`start`, and the map after each of at most so many Gauss-Newton steps."""
+        wanted = (self.actions - self.model.offset) / self.model.units
+        found = islice(refinements(self.model, self.features(), wanted, start, ridge), steps)
+        return [start, *tqdm(found, "  recover", steps, unit="step", leave=False, disable=None)]
+
+
+def _fit_prefix(data: _Steps, config: RecoveredConfig) -> RecoveredFit:
+    if (data.tokens == data.tokens[:1]).all():
         raise CalibrationError(
-            f"all {len(tokens)} steps of the calibration data have the same tokens in the first {prefix} layers, so "
-            "every token would decode to one action; give episodes in which the robot moves"
+            f"all {len(data.tokens)} steps of the calibration data have the same tokens in the first "
+            f"{data.tokens.shape[-1]} layers, so every token would decode to one action; give episodes in which the "
+            "robot moves"
         )
-    ridge, refine_steps = config.ridge, config.refine_steps
+    ridge, steps = config.ridge, config.refine_steps
     if ridge is None:
-        ridge, refine_steps = _cross_validated(model, data, prefix, refine_steps)
+        ridge, steps = _cross_validated(data, steps)
     if ridge is None:
-        return RecoveredFit(
-            _regressions(model, data, prefix, [0.0])[0], _rounded(_mean_map(model, data, prefix)), 0, None
-        )
-    regression = _regressions(model, data, prefix, [ridge])[0]
-    decoder, refinements = _refined(model, data, prefix, regression.decoder, ridge, refine_steps)
-    return RecoveredFit(regression, _rounded(decoder), refinements, ridge)
+        return RecoveredFit(data.regressions([0.0])[0], _rounded(data.mean_map()), 0, None)
+    (regression,) = data.regressions([ridge])
+    maps = data.refined(regression.decoder, ridge, steps)
+    return RecoveredFit(regression, _rounded(maps[-1]), len(maps) - 1, ridge)
 
 
-def _cross_validated(model: ActionAutoencoder, data: _Data, prefix: int, refine_steps: int) -> tuple[float | None, int]:
+def _cross_validated(data: _Steps, refine_steps: int) -> tuple[float | None, int]:
     """The ridge, None where the mean map stays, and how often to refine."""
     if len(data.lengths) < 2:
         return None, 0
 
-    def left_out(most: int, fit: Callable[[_Data], list[RecoveredDecoder]]) -> Tensor:
+    def left_out(most: int, fit: Callable[[_Steps], list[RecoveredDecoder]]) -> Tensor:
         """Squared errors [maps, episodes], each by a map that was fitted without it."""
         by_episode: dict[int, Tensor] = {}
         for kept, judged in episode_folds(len(data.lengths), most):
             tested = data.select(judged)
-            errors = torch.stack([tested.squares(model, one, prefix) for one in fit(data.select(kept).whole())], dim=1)
+            errors = torch.stack([tested.squares(one) for one in fit(data.select(kept).whole())], dim=1)
             by_episode.update(zip(judged, errors, strict=True))
         return torch.stack([by_episode[index] for index in range(len(data.lengths))], dim=1)
 
-    def mean_and_regressed(kept: _Data) -> list[RecoveredDecoder]:
-        regressions = _regressions(model, kept, prefix, _RIDGES)
-        return [_mean_map(model, kept, prefix), *(found.decoder for found in regressions)]
+    def mean_and_regressed(kept: _Steps) -> list[RecoveredDecoder]:
+        return [kept.mean_map(), *(found.decoder for found in kept.regressions(_RIDGES))]
 
     mean, *by_ridge = left_out(_FOLDS, mean_and_regressed)
     place = min(range(len(_RIDGES)), key=lambda place: float(by_ridge[place].sum()))
@@ -238,10 +268,9 @@ def _cross_validated(model: ActionAutoencoder, data: _Data, prefix: int, refine_
     # Aimed at actions, a map can do with less of a penalty than one that is aimed at latents.
     tried = sorted({ridge, _REFINED_RIDGE}, reverse=True)
 
-    def regressed_and_refined(kept: _Data) -> list[RecoveredDecoder]:
-        starts = [found.decoder for found in _regressions(model, kept, prefix, tried)]
-        pairs = zip(starts, tried, strict=True)
-        refined = [_refined(model, kept, prefix, start, each, refine_steps)[0] for start, each in pairs]
+    def regressed_and_refined(kept: _Steps) -> list[RecoveredDecoder]:
+        starts = [found.decoder for found in kept.regressions(tried)]
+        refined = [kept.refined(start, each, refine_steps)[-1] for start, each in zip(starts, tried, strict=True)]
         return [starts[tried.index(ridge)], *refined]
 
     before, *after = left_out(_REFINED_FOLDS, regressed_and_refined)
@@ -249,54 +278,7 @@ def _cross_validated(model: ActionAutoencoder, data: _Data, prefix: int, refine_
     return (tried[best], refine_steps) if is_certain_gain(before, after[best]) else (ridge, 0)
 
 
-def _mean_map(model: ActionAutoencoder, data: _Data, prefix: int) -> RecoveredDecoder:
-    """Mean and sigma of every layer at their means, the same for all latents."""
-    assert data.quantized.stats is not None
-    mean, sigma = (data.shares @ data.quantized.stats[:, :prefix].flatten(1)).reshape(prefix, 2).T
-    latent_dim = model.config.latent_dim
-    matrix = torch.zeros(latent_dim, latent_dim, prefix, dtype=torch.float64)
-    matrix[range(latent_dim), range(latent_dim)] = sigma * 2 / (model.config.num_levels - 1)
-    return RecoveredDecoder(matrix.flatten(1), (mean - sigma).sum().expand(latent_dim).contiguous())
-
-
-def _regressions(model: ActionAutoencoder, data: _Data, prefix: int, ridges: Sequence[float]) -> list[Regression]:
-    """The mean map, and what it leaves regressed, one for each ridge."""
-    tokens = data.quantized.tokens[..., :prefix]
-    mean_map = _mean_map(model, data, prefix)
-    left = data.target - mean_map.latents(tokens)
-    return [
-        replace(
-            found,
-            decoder=RecoveredDecoder(mean_map.matrix + found.decoder.matrix, mean_map.offset + found.decoder.offset),
-        )
-        for found in regress(tokens, left, _worth(data, prefix), model.config.num_levels, data.shares, ridges)
-    ]
-
-
-def _refined(
-    model: ActionAutoencoder, data: _Data, prefix: int, start: RecoveredDecoder, ridge: float, steps: int
-) -> tuple[RecoveredDecoder, int]:
-    """After the accepted Gauss-Newton steps, and how many there were."""
-    tokens = data.quantized.tokens[..., :prefix]
-    features, scale, shift = features_of(tokens, _worth(data, prefix), model.config.num_levels, data.shares)
-    wanted = (data.actions - model.offset) / model.units
-    begin = coefficients_of(start, scale, shift)
-    refined, refinements = refine(model, features, wanted, data.shares, begin, ridge, steps)
-    return decoder_of(refined[:-1], refined[-1], scale, shift), refinements
-
-
-def _worth(data: _Data, prefix: int) -> Tensor:
-    """[l]: what a level of each layer is worth on average, over that of the first."""
-    assert data.quantized.stats is not None
-    sigma = data.quantized.stats[:, :prefix, 1].mean(dim=0)
-    return sigma / sigma[0]
-
-
 def _rounded(decoder: RecoveredDecoder) -> RecoveredDecoder:
-    """To multiples of a power of two about 2^-_MAP_BITS of the largest entry.
-
-    One for all entries, because every token has the same range: what counts is the absolute error of an entry.
-    """
+    """As `rounded`, by the largest entry: every token has the same range, so its absolute error is what counts."""
     largest = decoder.matrix.abs().max()
-    quantum = torch.exp2(torch.frexp(largest).exponent.double() - _MAP_BITS)
-    return RecoveredDecoder(*(torch.round(part / quantum) * quantum for part in (decoder.matrix, decoder.offset)))
+    return RecoveredDecoder(rounded(decoder.matrix, largest), rounded(decoder.offset, largest))

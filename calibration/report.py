@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from rfsq.calibration.constants import worst_case_errors
-from rfsq.calibration.data import reference_actions, reference_latents
+from rfsq.calibration.data import mean_square, reference_actions, reference_latents
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.readout import held_out_warning
+from rfsq.calibration.tables import Table
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
@@ -21,6 +22,7 @@ from rfsq.rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantiz
 from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.runtime.bundle.fidelity import Fidelity, fidelity
 from rfsq.runtime.bundle.paths import counted
+from rfsq.runtime.bundle.writing import replacing
 
 REPORT_JSON = "report.json"
 REPORT_PNG = "report.png"
@@ -107,11 +109,7 @@ def recovered_latent_reach(decoder: RecoveredDecoder, num_levels: int) -> float:
 
 
 def _report(
-    method: str,
-    checkpoint: Checkpoint,
-    model: ActionAutoencoder,
-    episodes: ActionDataset,
-    worst_case: dict[int, float],
+    method: str, checkpoint: Checkpoint, model: ActionAutoencoder, episodes: ActionDataset, worst_case: dict[int, float]
 ) -> CalibrationReport:
     actions = reference_actions(checkpoint, episodes)
     trained = checkpoint.model(dtype=torch.float64)
@@ -120,26 +118,28 @@ def _report(
         latents = reference_latents(model, actions)
         steps = list(model.quantizer.layers(latents))
         tokens = torch.stack([step.tokens for step in steps], dim=-1)
-        float32_tokens, _ = _as_float32(checkpoint, model).encode(actions.float())
+        float32_tokens, _ = checkpoint.model(model.conditioning, dtype=torch.float32).encode(actions.float())
         _, _, bounds = token_error_bounds(model, actions)
         published, stats = trained.encode(actions)
 
         def action_mse(decoded: Tensor, decoder: ActionAutoencoder = trained) -> float:
-            return _mean_square(decoder.decode_latents(decoded) - actions)
+            return mean_square(decoder.decode_latents(decoded) - actions)
 
         rows: list[LayerReport] = []
         deepest = latents
         for layer, step in enumerate(steps):
-            row = _layer_report(model, layer, step)
             prefix = layer + 1
-            if model.conditioning is not Conditioning.DYNAMIC or prefix in model.recovered:
+            decodes = model.conditioning is not Conditioning.DYNAMIC or prefix in model.recovered
+            if decodes:
                 deepest = model.dequantize(tokens[..., :prefix])
-                row = replace(row, latent_mse=_mean_square(deepest - latents), action_mse=action_mse(deepest, model))
+            noise = float(bounds[..., layer].median())
             rows.append(
                 replace(
-                    row,
+                    _layer_report(model, layer, step),
+                    latent_mse=mean_square(deepest - latents) if decodes else None,
+                    action_mse=action_mse(deepest, model) if decodes else None,
                     worst_case=worst_case.get(prefix),
-                    noise_bound=_finite(float(bounds[..., layer].median())),
+                    noise_bound=noise if math.isfinite(noise) else None,
                     flipped=float((float32_tokens[..., layer] != step.tokens).double().mean()),
                 )
             )
@@ -166,43 +166,19 @@ def _report(
 
 
 def _layer_report(model: ActionAutoencoder, layer: int, step: LayerStep) -> LayerReport:
-    """What the layer itself shows; what it is worth is left open."""
+    """A row with what the layer itself shows; its errors are still missing."""
     num_levels = model.config.num_levels
+    scale = model.quantizer.scale[layer].min() if step.stats is None else step.stats[..., 1].mean()
+    used = torch.stack([(step.tokens == level).any(dim=0) for level in range(num_levels)])
     return LayerReport(
         layer=layer,
         residual_low=float(step.residual.min()),
         residual_high=float(step.residual.max()),
-        clipped=_clipped_share(step, num_levels),
-        bin_width=_bin_width(model, layer, step),
-        levels_used=_levels_used(step.tokens, num_levels),
+        # The outermost bins end half a bin beyond the outermost levels.
+        clipped=float((step.conditioned.abs() > num_levels / (num_levels - 1)).double().mean()),
+        bin_width=float(scale) * 2 / (num_levels - 1),
+        levels_used=float(used.double().mean()),
     )
-
-
-def _as_float32(checkpoint: Checkpoint, model: ActionAutoencoder) -> ActionAutoencoder:
-    return checkpoint.model(model.conditioning, dtype=torch.float32)
-
-
-def _mean_square(error: Tensor) -> float:
-    return float(error.square().mean())
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _clipped_share(step: LayerStep, num_levels: int) -> float:
-    # The outermost bins end half a bin beyond the outermost levels.
-    return float((step.conditioned.abs() > num_levels / (num_levels - 1)).double().mean())
-
-
-def _bin_width(model: ActionAutoencoder, layer: int, step: LayerStep) -> float:
-    scale = model.quantizer.scale[layer].min() if step.stats is None else step.stats[..., 1].mean()
-    return float(scale) * 2 / (model.config.num_levels - 1)
-
-
-def _levels_used(tokens: Tensor, num_levels: int) -> float:
-    used = [(tokens == level).flatten(0, -2).any(dim=0) for level in range(num_levels)]
-    return float(torch.stack(used).double().mean())
 
 
 # Text, JSON, picture -------------------------------------------------------------------------------------------------
@@ -210,24 +186,28 @@ def _levels_used(tokens: Tensor, num_levels: int) -> float:
 
 def format_report(report: CalibrationReport, *, is_verbose: bool = True) -> str:
     """A table with a row per layer, and the errors to compare with below it; is_verbose: good dimensions too."""
-    lost = held_out_warning(report.autoencoder_mse, report.readout_mse, "the episodes that judge", "robot units²")
-    header = (
-        f"{'layer':>5}  {'residual on the data':>22}  {'clipped':>8}  {'bin width':>9}  {'levels':>6}  "
-        f"{'latent MSE':>10}  {'action MSE':>10}  {'worst case':>10}  {'noise/bin':>9}  {'flipped':>8}"
-    )
-    lines = [
+    table = Table.of(
         f"{report.method}, judged on {counted(report.num_episodes, 'episode')} ({report.num_steps} steps) of "
         f"{report.source}; action MSE in robot units², latents have no unit",
-        header,
-    ]
-    for row in report.layers:
-        residual = f"{row.residual_low:+.2e} … {row.residual_high:+.2e}"
-        lines.append(
-            f"{'L' + str(row.layer):>5}  {residual:>22}  {row.clipped:8.2%}  {row.bin_width:9.2e}  "
-            f"{row.levels_used:6.0%}  {_number(row.latent_mse):>10}  {_number(row.action_mse):>10}  "
-            f"{_number(row.worst_case):>10}  {_number(row.noise_bound):>9}  {row.flipped:8.4%}"
-        )
-    lines += [
+        (
+            {
+                "layer": f"L{row.layer}",
+                "residual on the data": f"{row.residual_low:+.2e} … {row.residual_high:+.2e}",
+                "clipped": f"{row.clipped:.2%}",
+                "bin width": f"{row.bin_width:.2e}",
+                "levels": f"{row.levels_used:.0%}",
+                "latent MSE": _number(row.latent_mse),
+                "action MSE": _number(row.action_mse),
+                "worst case": _number(row.worst_case),
+                "noise/bin": _number(row.noise_bound),
+                "flipped": f"{row.flipped:.4%}",
+            }
+            for row in report.layers
+        ),
+    )
+    lost = held_out_warning(report.autoencoder_mse, report.readout_mse, "the episodes that judge", "robot units²")
+    lines = [
+        table.text(),
         f"autoencoder as trained, no quantiser, action MSE  {report.autoencoder_mse:.3e}",
         f"readout refitted, no quantiser                    {_number(report.readout_mse)}",
         f"trained forward pass                              {report.trained_mse[-1]:.3e}",
@@ -259,16 +239,11 @@ def write_report(report: CalibrationReport, folder: Path, provenance: dict[str, 
 
     CalibrationError if it cannot be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / REPORT_JSON).write_text(report_to_json(report, provenance), encoding="utf-8")
-        if find_spec("matplotlib"):
-            # A build draws nothing, and would wait for matplotlib longer than for any package but torch.
-            from rfsq.calibration.report_plots import draw_report
+    with replacing(folder / REPORT_JSON, error=CalibrationError) as path:
+        path.write_text(report_to_json(report, provenance), encoding="utf-8")
+    if find_spec("matplotlib"):
+        # A build draws nothing, and would wait for matplotlib longer than for any package but torch.
+        from rfsq.calibration.drawing import save_png
+        from rfsq.calibration.report_plots import draw_report
 
-            # Without the version matplotlib would write, equal reports are equal files.
-            draw_report(report).savefig(folder / REPORT_PNG, metadata={"Software": None})
-    except OSError as error:
-        raise CalibrationError(
-            f"cannot write the report to {folder}: {error.strerror}; choose a writable --report-dir"
-        ) from error
+        save_png(draw_report(report), folder / REPORT_PNG)

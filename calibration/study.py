@@ -25,7 +25,8 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -34,10 +35,11 @@ from rfsq.calibration.constants import MINIMUM_STEPS
 from rfsq.calibration.data import (
     calibration_dataset,
     episode_folds,
+    mean_square,
     reference_actions,
 )
 from rfsq.calibration.readout import RIDGES
-from rfsq.calibration.settings import DEFAULT_READOUT, READOUT_OFF, Granularity, Objective, ReadoutChoice, ReadoutConfig
+from rfsq.calibration.settings import DEFAULT_READOUT, Granularity, Objective, ReadoutChoice, ReadoutConfig
 from rfsq.calibration.study_bench import (
     DEFAULT,
     SEED,
@@ -46,13 +48,9 @@ from rfsq.calibration.study_bench import (
     Setting,
     added_mse,
     benches_of,
-    calibrated,
-    excess_mse,
     gain_factors,
     latent_bounds,
     level_shares,
-    mean_square,
-    of_tasks,
     prefix_errors,
     prefix_mse,
     unquantised_mse,
@@ -69,7 +67,6 @@ from rfsq.calibration.study_result import (
     spread,
     spreads,
 )
-from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.runtime.bundle.command import CommandParser, Outcome, run
@@ -96,13 +93,10 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     *({"worst_case": bound} for bound in (1e-4, 4e-4, 1e-2, 1.0)),
 )
 _FOLDS = 5
-_Item = TypeVar("_Item")
 
 
 @torch.no_grad()
-def study(
-    checkpoints: Sequence[Checkpoint], dataset: ActionDataset, *, subsets: int = SUBSETS, show_progress: bool = False
-) -> StudyResult:
+def study(checkpoints: Sequence[Checkpoint], dataset: ActionDataset, *, subsets: int = SUBSETS) -> StudyResult:
     """Measure settings, unseen tasks, number of episodes, readouts and the worth of layers.
 
     checkpoints: of one size, fitted or not; their own constants and readouts are not used. Sections for which the
@@ -116,12 +110,9 @@ def study(
     omitted = {section: reason for section, reason in reasons.items() if reason}
     tasks = [] if "tasks" in omitted else sorted({*calibration.tasks} & {*test.tasks})
     counts = [] if "episodes" in omitted else _episode_counts(len(calibration.episodes))
-
-    def progress(items: Sequence[_Item], section: str) -> Iterable[_Item]:
-        shown: Iterable[_Item] = tqdm(items, desc=section, disable=None if show_progress else True, leave=False)
-        return shown
-
-    compared = _compared()
+    # On a terminal alone.
+    progress = partial(tqdm, disable=None, leave=False)
+    compared = _settings(_COMPARED)
     choices = [(setting, count) for setting in compared for count in counts]
     return StudyResult(
         source=dataset.source,
@@ -134,9 +125,11 @@ def study(
         test_steps=test.num_steps,
         unquantised=spread([unquantised_mse(bench.fit(WITHOUT_READOUT), bench.test_actions()) for bench in benches]),
         unquantised_readout=spread([unquantised_mse(bench.fit(DEFAULT), bench.test_actions()) for bench in benches]),
-        settings=tuple(_setting_row(benches, setting) for setting in progress(_settings(), "settings")),
+        settings=tuple(_setting_row(benches, setting) for setting in progress(_settings(_CHANGES), "settings")),
         tasks=tuple(_task_row(benches, setting, tasks) for setting in progress(compared if tasks else [], "tasks")),
-        episodes=tuple(_episodes_row(benches, *choice, subsets) for choice in progress(choices, "episodes")),
+        episodes=tuple(
+            _episodes_row(benches, setting, count, subsets) for setting, count in progress(choices, "episodes")
+        ),
         readout=tuple(_readout_row(benches, ridge, tasks) for ridge in progress([None, *RIDGES], "readout")),
         layers=_layer_rows(benches),
         omitted=omitted,
@@ -182,22 +175,13 @@ def _episode_counts(total: int) -> list[int]:
     return [2**power for power in range(total.bit_length()) if 2**power < total] + [total]
 
 
-def _settings() -> list[Setting]:
-    """The default, each choice changed alone, the compared ones, and the decoder as it was trained."""
-    return [*_distinct(_CHANGES), WITHOUT_READOUT]
-
-
-def _compared() -> list[Setting]:
-    return [*_distinct(_COMPARED), WITHOUT_READOUT]
-
-
-def _distinct(changes: Iterable[Mapping[str, Any]]) -> list[Setting]:
-    """The default first, and each change of it that changes it."""
+def _settings(changes: Iterable[Mapping[str, Any]]) -> list[Setting]:
+    """The default, each change of it that changes it, and the default with the decoder as it was trained."""
     found = {DEFAULT.config: DEFAULT}
     for change in changes:
         config = replace(DEFAULT.config, **change)
         found.setdefault(config, Setting(", ".join(_named(*choice) for choice in change.items()), config))
-    return list(found.values())
+    return [*found.values(), WITHOUT_READOUT]
 
 
 def _named(choice: str, value: object) -> str:
@@ -222,18 +206,15 @@ def _setting_row(benches: Sequence[Bench], setting: Setting) -> SettingRow:
 
 
 def _task_row(benches: Sequence[Bench], setting: Setting, tasks: Sequence[str]) -> TaskRow:
-    seen, unseen, other = [], [], []
+    found: dict[str, list[list[float]]] = {"seen": [], "unseen": [], "other": []}
     for bench in benches:
         everything = bench.fit(setting)
         tested = {task: bench.test_actions(task) for task in tasks}
         floors = {task: unquantised_mse(everything, actions) for task, actions in tested.items()}
-        for task in tasks:
-            without = bench.fit(setting, _without(bench.calibration, task))
-            alone = bench.fit(setting, of_tasks(bench.calibration, [task]))
-            seen.append(excess_mse(everything, tested[task], floors[task]))
-            unseen.append(excess_mse(without, tested[task], floors[task]))
-            other += [excess_mse(alone, tested[name], floors[name]) for name in tasks if name != task]
-    return TaskRow(setting.name, spreads(seen), spreads(unseen), spreads(other))
+        seen = [("seen", everything, task) for task in tasks]
+        for kind, model, task in (*seen, *bench.fit_to_tasks(setting, tasks)):
+            found[kind].append([mse / floors[task] for mse in prefix_mse(model, tested[task])])
+    return TaskRow(setting.name, **{kind: spreads(ratios) for kind, ratios in found.items()})
 
 
 def _episodes_row(benches: Sequence[Bench], setting: Setting, count: int, subsets: int) -> EpisodesRow:
@@ -250,34 +231,24 @@ def _episodes_row(benches: Sequence[Bench], setting: Setting, count: int, subset
 
 
 def _readout_row(benches: Sequence[Bench], ridge: float | None, tasks: Sequence[str]) -> ReadoutRow:
-    cross_validated, test, random, unseen, other = [], [], [], [], []
+    setting = WITHOUT_READOUT if ridge is None else Setting(readout=ReadoutConfig(ReadoutChoice.ON, ridge))
+    found: dict[str, list[float]] = {"cross_validated": [], "test": [], "random": [], "unseen": [], "other": []}
     for bench in benches:
-        trained = bench.fitted(WITHOUT_READOUT, bench.calibration)
-        as_trained = calibrated(trained)
+        as_trained, everything = bench.fit(WITHOUT_READOUT), bench.fit(setting)
         squares = [
-            unquantised_mse(_with_readout(bench, trained, ridge, kept), reference_actions(trained, held_out))
+            unquantised_mse(bench.fit(setting, kept), reference_actions(bench.checkpoint, held_out))
             * held_out.num_steps
             for kept, held_out in _folds(bench.calibration)
         ]
-        cross_validated.append(sum(squares) / bench.calibration.num_steps)
-        everything = _with_readout(bench, trained, ridge, bench.calibration)
-        test.append(unquantised_mse(everything, bench.test_actions()))
-        random.append(unquantised_mse(everything, bench.random) / unquantised_mse(as_trained, bench.random))
-        tested = {task: bench.test_actions(task) for task in tasks}
-        floors = {task: unquantised_mse(as_trained, actions) for task, actions in tested.items()}
-        for task in tasks:
-            without = _with_readout(bench, trained, ridge, _without(bench.calibration, task))
-            alone = _with_readout(bench, trained, ridge, of_tasks(bench.calibration, [task]))
-            unseen.append(unquantised_mse(without, tested[task]) / floors[task])
-            other += [unquantised_mse(alone, tested[name]) / floors[name] for name in tasks if name != task]
-    return ReadoutRow(
-        ridge=ridge,
-        cross_validated=spread(cross_validated) if len(benches[0].calibration.episodes) > 1 else None,
-        test=spread(test),
-        random=spread(random),
-        unseen=spread(unseen) if tasks else None,
-        other=spread(other) if tasks else None,
-    )
+        if squares:
+            found["cross_validated"].append(sum(squares) / bench.calibration.num_steps)
+        found["test"].append(unquantised_mse(everything, bench.test_actions()))
+        found["random"].append(unquantised_mse(everything, bench.random) / unquantised_mse(as_trained, bench.random))
+        for kind, model, task in bench.fit_to_tasks(setting, tasks):
+            actions = bench.test_actions(task)
+            found[kind].append(unquantised_mse(model, actions) / unquantised_mse(as_trained, actions))
+    several = {name: spread(found[name]) if found[name] else None for name in ("cross_validated", "unseen", "other")}
+    return ReadoutRow(ridge, test=spread(found["test"]), random=spread(found["random"]), **several)
 
 
 def _layer_rows(benches: Sequence[Bench]) -> tuple[LayerRow, ...]:
@@ -299,15 +270,6 @@ def _layer_rows(benches: Sequence[Bench]) -> tuple[LayerRow, ...]:
         )
         for layer in range(sizes.num_layers)
     )
-
-
-def _with_readout(bench: Bench, trained: Checkpoint, ridge: float | None, episodes: ActionDataset) -> ActionAutoencoder:
-    config = READOUT_OFF if ridge is None else ReadoutConfig(ReadoutChoice.ON, ridge)
-    return calibrated(replace(trained, readout=bench.readout(trained, episodes, config)))
-
-
-def _without(episodes: ActionDataset, task: str) -> ActionDataset:
-    return of_tasks(episodes, {*episodes.tasks} - {task})
 
 
 def _folds(episodes: ActionDataset) -> Iterator[tuple[ActionDataset, ActionDataset]]:
@@ -343,7 +305,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     for remark in dict.fromkeys(remark for checkpoint in checkpoints for remark in checkpoint.remarks):
         print(remark)
     dataset = calibration_dataset(checkpoints[0], options.data, key=options.key, filter_key=options.filter_key)
-    result = study(checkpoints, dataset, show_progress=True)
+    result = study(checkpoints, dataset)
     print(format_study(result))
     write_study(result, options.output)
     return Outcome(f"\n✓ wrote {options.output} in {result.seconds:.0f} s", asdict(result))

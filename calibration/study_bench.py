@@ -1,7 +1,7 @@
 """What the calibration study fits and judges: a checkpoint with its episodes, and how its errors are measured."""
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -14,6 +14,7 @@ from rfsq.calibration.data import (
     Selection,
     calibration_episodes,
     judging_episodes,
+    mean_square,
     reference_actions,
     reference_latents,
     selection_of,
@@ -21,7 +22,7 @@ from rfsq.calibration.data import (
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.readout import fit_readout
 from rfsq.calibration.settings import DEFAULT_READOUT, READOUT_OFF, CalibrationConfig, ReadoutConfig
-from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, Readout
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.errors import DataError
@@ -57,24 +58,36 @@ class Bench:
     test: ActionDataset
     random: Tensor
     is_training_data: bool
-    _fits: dict[tuple[CalibrationConfig, ReadoutConfig, str], Checkpoint] = field(default_factory=dict)
+    _constants: dict[tuple[CalibrationConfig, str], ConditioningConstants] = field(default_factory=dict)
+    _fits: dict[tuple[CalibrationConfig, str, ReadoutConfig], Checkpoint] = field(default_factory=dict)
 
     def fit(self, setting: Setting, episodes: ActionDataset | None = None) -> ActionAutoencoder:
-        """The float64 model that `calibrate` would give, fitted to all calibration episodes or to these."""
-        return calibrated(self.fitted(setting, episodes or self.calibration))
+        """The float64 model that `calibrate` would give, fitted to all calibration episodes or to these.
 
-    def fitted(self, setting: Setting, episodes: ActionDataset) -> Checkpoint:
-        """Without what was fitted to the checkpoint before. Made once for each setting and choice of episodes."""
-        key = setting.config, setting.readout, episodes.sha256
+        Without what was fitted to the checkpoint before. Made once for each choice of settings and episodes.
+        """
+        episodes = episodes or self.calibration
+        of_constants = setting.config, episodes.sha256
+        if of_constants not in self._constants:
+            self._constants[of_constants] = fit_constants(self.checkpoint, episodes, setting.config)
+        key = *of_constants, setting.readout
         if key not in self._fits:
-            constants = fit_constants(self.checkpoint, episodes, setting.config)
-            fitted = replace(self.checkpoint, readout=None).with_fit(constants=constants)
-            self._fits[key] = fitted.with_fit(readout=self.readout(fitted, episodes, setting.readout))
-        return self._fits[key]
+            fitted = replace(self.checkpoint, readout=None).with_fit(constants=self._constants[of_constants])
+            fit = fit_readout(fitted, episodes, setting.readout, is_training_data=self.is_training_data)
+            self._fits[key] = fitted.with_fit(readout=fit.readout)
+        return self._fits[key].model(Conditioning.CALIBRATED, dtype=torch.float64)
 
-    def readout(self, fitted: Checkpoint, episodes: ActionDataset, config: ReadoutConfig) -> Readout | None:
-        """For a checkpoint with constants."""
-        return fit_readout(fitted, episodes, config, is_training_data=self.is_training_data).readout
+    def fit_to_tasks(self, setting: Setting, tasks: Sequence[str]) -> Iterator[tuple[str, ActionAutoencoder, str]]:
+        """Fits that leave out the task they are to be tested on: kind of fit, model, task.
+
+        "unseen": fitted to all other tasks; "other": to one other task alone, for every pair of `tasks`.
+        """
+        for task in tasks:
+            yield "unseen", self.fit(setting, of_tasks(self.calibration, {*self.calibration.tasks} - {task})), task
+            alone = self.fit(setting, of_tasks(self.calibration, [task]))
+            for other in tasks:
+                if other != task:
+                    yield "other", alone, other
 
     def test_actions(self, task: str | None = None) -> Tensor:
         """Float64 [N, A], of all test episodes or of one task."""
@@ -115,10 +128,6 @@ def _bench(checkpoint: Checkpoint, dataset: ActionDataset) -> Bench:
     return Bench(checkpoint, calibration, test, low + shares * (high - low), is_training_data)
 
 
-def calibrated(checkpoint: Checkpoint) -> ActionAutoencoder:
-    return checkpoint.model(Conditioning.CALIBRATED, dtype=torch.float64)
-
-
 def prefix_errors(model: ActionAutoencoder, actions: Tensor) -> list[Tensor]:
     """Action errors [N, A] of decoding the first 1 ... L layers."""
     tokens, _ = model.encode(actions)
@@ -129,12 +138,8 @@ def prefix_mse(model: ActionAutoencoder, actions: Tensor) -> list[float]:
     return [mean_square(error) for error in prefix_errors(model, actions)]
 
 
-def excess_mse(model: ActionAutoencoder, actions: Tensor, floor: float) -> list[float]:
-    return [value / floor for value in prefix_mse(model, actions)]
-
-
 def unquantised_mse(model: ActionAutoencoder, actions: Tensor) -> float:
-    """Action MSE without the quantiser; above 0, because ratios are taken of it."""
+    """Action MSE without the quantiser, at least the smallest positive number: other errors are divided by it."""
     error = model.decode_latents(model.encode_latents(actions)) - actions
     return max(mean_square(error), sys.float_info.min)
 
@@ -165,7 +170,3 @@ def level_shares(model: ActionAutoencoder, actions: Tensor) -> list[float]:
 
 def of_tasks(episodes: ActionDataset, tasks: Collection[str]) -> ActionDataset:
     return episodes.select(index for index, task in enumerate(episodes.tasks) if task in tasks)
-
-
-def mean_square(error: Tensor) -> float:
-    return float(error.square().mean())

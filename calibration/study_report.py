@@ -7,18 +7,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, finish, new_figure
+from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, finish, new_figure, save_png
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.recovered import COARSE_LAYERS
 from rfsq.calibration.study_result import EpisodesRow, LayerRow, Spread, Spreads, StudyResult, result_to_json
-from rfsq.calibration.tables import Table
+from rfsq.calibration.tables import Table, prefix_name
 from rfsq.runtime.bundle.writing import replacing
 
 RESULT_JSON = "calibration.json"
 RESULT_PNG = "calibration.png"
 _NONE = "–"
-#: Header and rows.
-_Columns = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
 
 def parts(result: StudyResult) -> dict[str, Table | str]:
@@ -26,8 +24,7 @@ def parts(result: StudyResult) -> dict[str, Table | str]:
 
     In place of a table that could not be measured stands the reason.
     """
-    captions = _titles(result)
-    drawn = {
+    tables = {
         "settings": _settings_table,
         "readout": _readout_table,
         "episodes": _episodes_table,
@@ -35,10 +32,8 @@ def parts(result: StudyResult) -> dict[str, Table | str]:
         "layers": _layers_table,
     }
     return {"defaults": _defaults(result)} | {
-        name: f"Not measured: {result.omitted[name]}."
-        if name in result.omitted
-        else Table(captions[name], *table(result))
-        for name, table in drawn.items()
+        name: f"Not measured: {result.omitted[name]}." if name in result.omitted else table(result)
+        for name, table in tables.items()
     }
 
 
@@ -66,166 +61,126 @@ def study_files(folder: Path) -> tuple[Path, ...]:
 
 def write_study(result: StudyResult, folder: Path) -> None:
     """calibration.json and calibration.png into a folder, made if missing. CalibrationError if it cannot be written."""
-    try:
-        with replacing(folder / RESULT_PNG) as path:
-            # Without the version matplotlib would write, equal results are equal files.
-            draw_study(result).savefig(path, format="png", metadata={"Software": None})
-        with replacing(folder / RESULT_JSON) as path:
-            path.write_text(result_to_json(result), encoding="utf-8")
-    except OSError as error:
-        raise CalibrationError(
-            f"cannot write the study to {folder}: {error.strerror}; choose a writable --output"
-        ) from error
+    save_png(draw_study(result), folder / RESULT_PNG)
+    with replacing(folder / RESULT_JSON, error=CalibrationError) as path:
+        path.write_text(result_to_json(result), encoding="utf-8")
 
 
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
-def _titles(result: StudyResult) -> dict[str, str]:
-    """Of the tables, by name: a sentence for each."""
-    coarse, count = _prefix_name(_coarse(result), result), len(result.checkpoints)
-    over = f"over {count} checkpoints" if count > 1 else "of one checkpoint"
-    return {
-        "settings": (
-            "Settings, each with one choice other than the default: errors on the test episodes by the layers decoded "
-            f"({coarse}: these alone; all: every layer), MSE in robot units², what quantising adds to the squared "
-            "error of actions drawn evenly from the recorded ranges, and the bound on the latent error; mean ± "
-            f"standard deviation {over}, of the bound the highest"
-        ),
-        "readout": (
-            "Readouts by their ridge, without a quantiser: action MSE in robot units² on calibration episodes left out "
-            f"of the fit and on the test episodes, mean ± standard deviation {over}; then action MSE as a multiple of "
-            "that of the decoder as trained, below 1x the readout helps"
-        ),
-        "episodes": (
-            "Number of calibration episodes: action MSE in robot units² on the test episodes, mean (lowest … highest) "
-            f"over random choices of episodes and {over}"
-        ),
-        "tasks": (
-            "Fitted to these tasks, tested on one: action MSE as a multiple of that of the unquantised autoencoder "
-            f"with the setting's own readout, mean over tasks and {over}"
-        ),
-        "layers": (
-            "Layers: what each one brings in the default setting, decoded with all before it. It pays on the data "
-            "where it lowers the action MSE by 5 % or more, in the worst case where it halves the bound on the latent "
-            "error of any latent in [-1, 1]"
-        ),
-    }
-
-
 def _defaults(result: StudyResult) -> str:
-    return "The defaults: " + ", ".join(f"{_words(name)} `{value}`" for name, value in result.default.items()) + "."
+    named = (f"{name.replace('_', ' ')} `{value}`" for name, value in result.default.items())
+    return f"The defaults: {', '.join(named)}."
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _settings_table(result: StudyResult) -> _Columns:
-    coarse, coarse_name = _coarse(result), _prefix_name(_coarse(result), result)
+def _settings_table(result: StudyResult) -> Table:
+    coarse = _coarse(result)
+    named = prefix_name(coarse, len(result.layers))
     prefixes = sorted({1, min(2, coarse), coarse, len(result.layers)})
-    header = (
-        "setting",
-        *(f"action MSE, {_prefix_name(prefix, result)}" for prefix in prefixes),
-        f"largest action error, {coarse_name}",
-        f"added MSE on random actions, {coarse_name}",
-        "added MSE on random actions, all",
-        "bound on the latent error, all",
-    )
-    rows = (
+    return Table.of(
+        "Settings, each with one choice other than the default: errors on the test episodes by the layers decoded "
+        f"({named}: these alone; all: every layer), MSE in robot units², what quantising adds to the squared error of "
+        "actions drawn evenly from the recorded ranges, and the bound on the latent error; mean ± standard deviation "
+        f"{_over(result)}, of the bound the highest",
         (
-            row.setting,
-            *(_both(row.action_mse[prefix - 1]) for prefix in prefixes),
-            _number(row.max_error[coarse - 1].mean),
-            _number(row.random[coarse - 1].mean),
-            _number(row.random[-1].mean),
-            _number(row.worst_case[-1].high),
-        )
-        for row in result.settings
-    )
-    return header, tuple(rows)
-
-
-def _readout_table(result: StudyResult) -> _Columns:
-    header = (
-        "ridge",
-        "cross-validated action MSE",
-        "test action MSE",
-        *(
-            f"{what}, over decoder as trained"
-            for what in ("random actions", "unseen task", "fitted to another task alone")
+            {
+                "setting": row.setting,
+                **{
+                    f"action MSE, {prefix_name(prefix, len(result.layers))}": _both(row.action_mse[prefix - 1])
+                    for prefix in prefixes
+                },
+                f"largest action error, {named}": _number(row.max_error[coarse - 1].mean),
+                f"added MSE on random actions, {named}": _number(row.random[coarse - 1].mean),
+                "added MSE on random actions, all": _number(row.random[-1].mean),
+                "bound on the latent error, all": _number(row.worst_case[-1].high),
+            }
+            for row in result.settings
         ),
     )
-    rows = (
+
+
+def _readout_table(result: StudyResult) -> Table:
+    return Table.of(
+        "Readouts by their ridge, without a quantiser: action MSE in robot units² on calibration episodes left out "
+        f"of the fit and on the test episodes, mean ± standard deviation {_over(result)}; then action MSE as a "
+        "multiple of that of the decoder as trained, below 1x the readout helps",
         (
-            "readout off" if row.ridge is None else f"{row.ridge:.0e}".replace("e-0", "e-"),
-            _NONE if row.cross_validated is None else _both(row.cross_validated),
-            _both(row.test),
-            _worst(row.random),
-            _NONE if row.unseen is None else _worst(row.unseen),
-            _NONE if row.other is None else _worst(row.other),
-        )
-        for row in result.readout
+            {
+                "ridge": "readout off" if row.ridge is None else f"{row.ridge:.0e}".replace("e-0", "e-"),
+                "cross-validated action MSE": _both(row.cross_validated),
+                "test action MSE": _both(row.test),
+                "random actions, over decoder as trained": _worst(row.random),
+                "unseen task, over decoder as trained": _worst(row.unseen),
+                "fitted to another task alone, over decoder as trained": _worst(row.other),
+            }
+            for row in result.readout
+        ),
     )
-    return header, tuple(rows)
 
 
-def _episodes_table(result: StudyResult) -> _Columns:
-    coarse = _coarse(result)
+def _episodes_table(result: StudyResult) -> Table:
     rows = {(row.setting, row.num_episodes): row for row in result.episodes}
-    settings, counts = _names(result.episodes), sorted({count for _, count in rows})
-    columns = [(setting, coarse) for setting in settings[:-1]]
+    settings = _names(result.episodes)
+    columns = [(setting, _coarse(result)) for setting in settings[:-1]]
     columns += [(setting, len(result.layers)) for setting in (settings[0], settings[-1])]
-    header = ("episodes", *(f"action MSE, {setting}, {_prefix_name(prefix, result)}" for setting, prefix in columns))
-    cells = (
-        (str(count), *(_range(rows[setting, count].action_mse[prefix - 1]) for setting, prefix in columns))
-        for count in counts
-    )
-    return header, tuple(cells)
-
-
-def _tasks_table(result: StudyResult) -> _Columns:
-    kinds = ("fitted to every task", "to all but the tested", "to another task alone")
-    prefixes = (_coarse(result), len(result.layers))
-    header = ("setting", *(f"{kind}, {_prefix_name(prefix, result)}" for prefix in prefixes for kind in kinds))
-    rows = (
+    return Table.of(
+        "Number of calibration episodes: action MSE in robot units² on the test episodes, mean (lowest … highest) "
+        f"over random choices of episodes and {_over(result)}",
         (
-            row.setting,
-            *(_worst(found[prefix - 1]) for prefix in prefixes for found in (row.seen, row.unseen, row.other)),
-        )
-        for row in result.tasks
+            {"episodes": str(count)}
+            | {
+                f"action MSE, {setting}, {prefix_name(prefix, len(result.layers))}": _range(
+                    rows[setting, count].action_mse[prefix - 1]
+                )
+                for setting, prefix in columns
+            }
+            for count in sorted({count for _, count in rows})
+        ),
     )
-    return header, tuple(rows)
 
 
-def _layers_table(result: StudyResult) -> _Columns:
+def _tasks_table(result: StudyResult) -> Table:
+    return Table.of(
+        "Fitted to these tasks, tested on one: action MSE as a multiple of that of the unquantised autoencoder "
+        f"with the setting's own readout, mean over tasks and {_over(result)}",
+        (
+            {"setting": row.setting}
+            | {
+                f"{kind}, {prefix_name(prefix, len(result.layers))}": _worst(found[prefix - 1])
+                for prefix in (_coarse(result), len(result.layers))
+                for kind, found in (
+                    ("fitted to every task", row.seen),
+                    ("to all but the tested", row.unseen),
+                    ("to another task alone", row.other),
+                )
+            }
+            for row in result.tasks
+        ),
+    )
+
+
+def _layers_table(result: StudyResult) -> Table:
     default, trained = result.settings[0], result.settings[-1]
-    header = (
-        "up to layer",
-        "bits per step",
-        "action MSE",
-        "action MSE falls by a factor of",
-        f"action MSE, {trained.setting}",
-        "bound on the latent error",
-        "bound falls by a factor of",
-        "levels used in the test episodes",
-        "pays on",
-    )
-    rows = (
+    return Table.of(
+        "Layers: what each one brings in the default setting, decoded with all before it. It pays on the data "
+        "where it lowers the action MSE by 5 % or more, in the worst case where it halves the bound on the latent "
+        "error of any latent in [-1, 1]",
         (
-            f"L{row.layer}",
-            f"{row.bits:.0f}",
-            _both(default.action_mse[row.layer]),
-            _times(row.gain),
-            _both(trained.action_mse[row.layer]),
-            _number(default.worst_case[row.layer].high),
-            _times(row.worst_case_gain),
-            f"{row.levels_used.mean:.0%}",
-            _pays(row),
-        )
-        for row in result.layers
+            {
+                "up to layer": f"L{row.layer}",
+                "bits per step": f"{row.bits:.0f}",
+                "action MSE": _both(default.action_mse[row.layer]),
+                "action MSE falls by a factor of": _times(row.gain),
+                f"action MSE, {trained.setting}": _both(trained.action_mse[row.layer]),
+                "bound on the latent error": _number(default.worst_case[row.layer].high),
+                "bound falls by a factor of": _times(row.worst_case_gain),
+                "levels used in the test episodes": f"{row.levels_used.mean:.0%}",
+                "pays on": _pays(row),
+            }
+            for row in result.layers
+        ),
     )
-    return header, tuple(rows)
 
 
 def _pays(row: LayerRow) -> str:
@@ -242,8 +197,9 @@ def _coarse(result: StudyResult) -> int:
     return min(COARSE_LAYERS, len(result.layers))
 
 
-def _prefix_name(prefix: int, result: StudyResult) -> str:
-    return "all" if prefix == len(result.layers) else "L0" if prefix == 1 else f"L0-L{prefix - 1}"
+def _over(result: StudyResult) -> str:
+    count = len(result.checkpoints)
+    return f"over {count} checkpoints" if count > 1 else "of one checkpoint"
 
 
 def _number(value: float) -> str:
@@ -254,8 +210,10 @@ def _number(value: float) -> str:
     return f"{digits}e{int(exponent)}"
 
 
-def _both(value: Spread) -> str:
+def _both(value: Spread | None) -> str:
     """Mean and deviation."""
+    if value is None:
+        return _NONE
     return _number(value.mean) + ("" if value.deviation is None else f" ± {_number(value.deviation)}")
 
 
@@ -269,9 +227,9 @@ def _range(value: Spread) -> str:
     return f"{_number(value.mean)} ({_number(value.low)} … {_number(value.high)})"
 
 
-def _worst(value: Spread) -> str:
+def _worst(value: Spread | None) -> str:
     """Mean and highest of ratios."""
-    return f"{value.mean:.2f}x (worst {value.high:.2f}x)"
+    return _NONE if value is None else f"{value.mean:.2f}x (worst {value.high:.2f}x)"
 
 
 # Picture -------------------------------------------------------------------------------------------------------------
@@ -279,10 +237,7 @@ def _worst(value: Spread) -> str:
 
 def draw_study(result: StudyResult) -> Figure:
     """Four panels: settings, layers, number of episodes, readouts."""
-    figure = new_figure(
-        18,
-        f"Calibration choices: {len(result.checkpoints)} checkpoints, {result.source}",
-    )
+    figure = new_figure(18, f"Calibration choices: {len(result.checkpoints)} checkpoints, {result.source}")
     grid = figure.add_gridspec(4, 1)
     for row, draw in enumerate((_draw_settings, _draw_layers, _draw_episodes, _draw_readout)):
         # Each in a part of its own: long labels of one make the others no narrower.
@@ -301,7 +256,7 @@ def _draw_settings(axes: Axes, result: StudyResult) -> None:
         values = [row.action_mse[prefix - 1] for row in result.settings]
         axes.errorbar(
             [value.mean for value in values], [place + shift for place in places], xerr=_bars(values),
-            fmt="o", markersize=4, color=colour, label=_prefix_name(prefix, result),
+            fmt="o", markersize=4, color=colour, label=prefix_name(prefix, len(result.layers)),
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yticks(places, [row.setting for row in result.settings])
@@ -336,7 +291,7 @@ def _draw_episodes(axes: Axes, result: StudyResult) -> None:
         values = [row.action_mse[prefix - 1] for row in result.episodes if row.setting == setting]
         axes.errorbar(
             counts, [value.mean for value in values], yerr=_bars(values), marker="o", capsize=2, color=colour,
-            label=f"{setting}, {_prefix_name(prefix, result)}",
+            label=f"{setting}, {prefix_name(prefix, len(result.layers))}",
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")

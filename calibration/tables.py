@@ -1,6 +1,7 @@
 """A table for the terminal, for Markdown and for a page."""
 
 import html
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -11,6 +12,19 @@ class Table:
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, title: str, rows: Iterable[Mapping[str, str]]) -> "Table":
+        """From one row or more, each a cell by the name of its column; all rows have the same columns.
+
+        >>> print(Table.of("Layers", [{"layer": "L0", "bits": "45"}, {"layer": "L1", "bits": "90"}]).markdown())
+        | layer | bits |
+        |---|--:|
+        | L0 | 45 |
+        | L1 | 90 |
+        """
+        found = list(rows)
+        return cls(title, tuple(found[0]), tuple(tuple(row.values()) for row in found))
 
     def text(self) -> str:
         """For a terminal."""
@@ -42,6 +56,17 @@ class Table:
             f"<div class=rows><table><caption>{inline_html(self.title)}</caption>\n<thead><tr>{head}</tr></thead>\n"
             f"<tbody>\n{body}</tbody></table></div>"
         )
+
+
+def prefix_name(prefix: int, num_layers: int) -> str:
+    """The first `prefix` of so many layers, in a table: "L0", "L0-L2", "all".
+
+    >>> prefix_name(3, 8)
+    'L0-L2'
+    """
+    if prefix == num_layers:
+        return "all"
+    return "L0" if prefix == 1 else f"L0-L{prefix - 1}"
 
 
 def inline_html(cell: str) -> str:

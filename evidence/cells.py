@@ -9,6 +9,7 @@ import numpy as np
 from rfsq.calibration.fitting import calibrate, recover
 from rfsq.calibration.recovered import default_prefixes
 from rfsq.calibration.settings import CalibrationConfig, RecoveredConfig
+from rfsq.calibration.tables import prefix_name
 from rfsq.evidence.binning import BinRange
 from rfsq.evidence.codecs import Codec, RawCodec, RfsqCodec
 from rfsq.evidence.errors import EvidenceError
@@ -45,7 +46,7 @@ def codecs(*, peers: bool = False, cache: Path = CACHE) -> dict[str, Codec]:
 
         # Chosen by what is not reported: the test episodes are.
         chunks = chunk(split_episodes(dataset).validation.steps(), 8)
-        like = found[calibrated_name(LIKE_BITS_LAYERS, robust.config.num_layers)].bits_per_step(chunks)
+        like = found[_calibrated(LIKE_BITS_LAYERS, robust)].bits_per_step(chunks)
         found |= choose_peers(peer_codecs(dataset, 8, seed=0, cache=cache), chunks, like)
     return found
 
@@ -63,15 +64,13 @@ def rfsq_cells(naive: Checkpoint, robust: Checkpoint, dataset: ActionDataset) ->
         RfsqCodec("recovered decoder", recovered, layers),
     ]
     for prefix in [*(prefix for prefix in CALIBRATED_PREFIXES if prefix < layers), layers]:
-        found.append(RfsqCodec(calibrated_name(prefix, layers), calibrated, prefix))
+        found.append(RfsqCodec(_calibrated(prefix, robust), calibrated, prefix))
     return {codec.name: codec for codec in found}
 
 
-def calibrated_name(prefix: int, num_layers: int) -> str:
+def _calibrated(prefix: int, robust: Checkpoint) -> str:
     """The cell of the first `prefix` layers."""
-    if prefix == num_layers:
-        return "calibrated, all"
-    return "calibrated, L0" if prefix == 1 else f"calibrated, L0-L{prefix - 1}"
+    return f"calibrated, {prefix_name(prefix, robust.config.num_layers)}"
 
 
 def choose_peers(peers: list[Codec], chunks: FloatArray, like_bits: float) -> dict[str, Codec]:

@@ -4,51 +4,44 @@ One job per checkpoint and per seed of the peers, spread over processes. A job c
 nothing but its own arguments, so the number of processes changes nothing.
 """
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
-from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from rfsq.calibration.data import judging_episodes
-from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.findings import REFITTED, find, improvement_over_naive, judge_peers
 from rfsq.evidence.jobs import (
     TRAJECTORY_STEPS,
     CheckpointResult,
-    CodecResult,
     ComparisonConfig,
     checkpoint_job,
     peers_job,
 )
-from rfsq.evidence.metrics import ActionErrors, Array, units_of
+from rfsq.evidence.metrics import Array, units_of
 from rfsq.evidence.results import (
     CodecReport,
     Comparison,
     DataFacts,
-    Metrics,
-    ReportRow,
     SchemeReport,
-    Spread,
     Trajectory,
+    over_seeds,
 )
-from rfsq.evidence.schemes import Row, SchemeResult
+from rfsq.evidence.schemes import ERROR_EDGES
+from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.training import make_deterministic
-from rfsq.runtime.bundle.console import end_by_interrupts
 
-#: Bins of |error|, in normalised units: a fifth of a decade wide.
-ERROR_EDGES = tuple(10.0 ** (exponent / 5) for exponent in range(-40, 11))
 #: Their versions may change the numbers.
 _PACKAGES = ("torch", "numpy", "scipy", "tokenizers", "vector-quantize-pytorch")
+#: A function and its arguments.
+_Call = tuple[Callable[..., object], tuple[object, ...]]
 
 
 def compare(
@@ -57,7 +50,6 @@ def compare(
     *,
     naive: Sequence[Checkpoint] = (),
     robust: Sequence[Checkpoint] = (),
-    show_progress: bool = False,
 ) -> Comparison:
     """Train every kind of checkpoint that is not given, one per seed, and compare all of them on the test episodes.
 
@@ -72,7 +64,7 @@ def compare(
         judging_episodes(checkpoint, dataset)
     if config.physical:
         config.physical.arms(dataset.episodes[0])
-    jobs: dict[str, tuple[Callable[..., object], tuple[object, ...]]] = {}
+    jobs: dict[str, _Call] = {}
     # The longest first, so that no process waits for another at the end.
     if config.with_peers:
         jobs |= {f"peers, seed {seed}": (peers_job, (dataset, config, seed)) for seed in config.seeds}
@@ -82,7 +74,7 @@ def compare(
             f"{kind} {number if given else f'seed {number}'}": (checkpoint_job, (dataset, config, kind, source))
             for number, source in zip(range(len(given)) if given else config.seeds, sources, strict=True)
         }
-    results = _run(jobs, config.workers, show_progress)
+    results = _run(jobs, config.workers)
     by_kind = {
         kind: [
             found for name, found in results.items() if isinstance(found, CheckpointResult) and name.startswith(kind)
@@ -112,41 +104,21 @@ def _check_given(kind: str, given: Sequence[Checkpoint], expected: Conditioning)
         raise CheckpointError(f"one {kind} checkpoint is given twice; expected different ones, as they give the spread")
 
 
-def _run(
-    jobs: dict[str, tuple[Callable[..., object], tuple[object, ...]]], workers: int, show_progress: bool
-) -> dict[str, object]:
+def _run(jobs: Mapping[str, _Call], workers: int) -> dict[str, object]:
     """Results in the order of the jobs."""
     if workers == 1:
         make_deterministic()
-        return {
-            name: work(*arguments)
-            for name, (work, arguments) in tqdm(jobs.items(), disable=None if show_progress else True)
-        }
-    results: dict[str, object] = {}
-    # Spawned: a forked process would share torch's threads.
-    with (
-        ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"), _start_worker) as pool,
-        tqdm(total=len(jobs), unit="job", disable=None if show_progress else True) as progress,
-    ):
-        futures = {pool.submit(work, *arguments): name for name, (work, arguments) in jobs.items()}
-        try:
-            for future in as_completed(futures):
-                results[futures[future]] = future.result()
-                progress.set_postfix_str(futures[future])
-                progress.update()
-        except BrokenProcessPool as error:
-            raise EvidenceError(
-                "a worker process was killed, perhaps for want of memory; start again (what is trained is kept), with "
-                "fewer --workers if it happens again"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        found: Iterable[tuple[str, object]] = map(_named, jobs.items())
+    else:
+        found = in_processes(_named, jobs.items(), min(workers, len(jobs)), make_deterministic)
+    results = dict(tqdm(found, total=len(jobs), unit="job", disable=None))
     return {name: results[name] for name in jobs}
 
 
-def _start_worker() -> None:
-    end_by_interrupts()
-    make_deterministic()
+def _named(job: tuple[str, _Call]) -> tuple[str, object]:
+    """The job's name and its result."""
+    name, (work, arguments) = job
+    return name, work(*arguments)
 
 
 def _together(
@@ -154,27 +126,13 @@ def _together(
     config: ComparisonConfig,
     seeds: tuple[int, ...],
     by_kind: dict[str, list[CheckpointResult]],
-    peers: list[list[CodecResult]],
+    peers: list[list[CodecReport]],
 ) -> Comparison:
     first = {kind: found[0] for kind, found in by_kind.items()}
-    schemes = tuple(
-        _scheme_report(kind, [checkpoint.scheme(name) for checkpoint in found], found)
-        for kind, found in by_kind.items()
-        for name in _common_schemes(found)
-    )
-    reports = tuple(
-        CodecReport(
-            same[0].family,
-            same[0].series,
-            same[0].name,
-            same[0].partial,
-            {"bits_per_step": Spread.of([found.bits_per_step for found in same])}
-            | _metrics([found.errors for found in same]),
-        )
-        for same in zip(*peers, strict=True)
-    )
+    schemes = tuple(report for kind, found in by_kind.items() for report in _schemes(kind, found))
+    reports = tuple(map(over_seeds, zip(*peers, strict=True)))
     unquantised = {
-        name: _metrics([found.unquantised[name] for found in results])
+        name: over_seeds([found.unquantised[name] for found in results])
         for results in by_kind.values()
         for name in results[0].unquantised
         if name != REFITTED or any(found.is_refitted for found in results)
@@ -215,51 +173,21 @@ def _settings(fields: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 
-def _common_schemes(checkpoints: Sequence[CheckpointResult]) -> list[str]:
+def _schemes(kind: str, found: Sequence[CheckpointResult]) -> list[SchemeReport]:
     """Those that every checkpoint has; a remark says why one is missing."""
-    names = [{result.scheme for result in checkpoint.schemes} for checkpoint in checkpoints]
-    return [result.scheme for result in checkpoints[0].schemes if result.scheme in set.intersection(*names)]
-
-
-def _scheme_report(kind: str, results: Sequence[SchemeResult], checkpoints: Sequence[CheckpointResult]) -> SchemeReport:
-    model = results[0]
-    return SchemeReport(
-        scheme=model.scheme,
-        checkpoints=tuple(f"{kind} {found.name}" for found in checkpoints),
-        bits_per_layer=model.bits_per_layer,
-        prefixes=tuple(_report_row(rows) for rows in zip(*(found.prefixes for found in results), strict=True)),
-        groups=tuple(_report_row(rows) for rows in zip(*(found.groups for found in results), strict=True)),
-        error_share=tuple(np.mean([_error_share(found.absolute_errors) for found in results], axis=0).tolist()),
-    )
-
-
-def _error_share(errors: Array) -> Array:
-    """Share of |error| in each bin; what lies beyond the outermost edges counts to the outermost bins."""
-    counts, _ = np.histogram(np.clip(errors, ERROR_EDGES[0], ERROR_EDGES[-1]), ERROR_EDGES)
-    return counts / errors.size
-
-
-def _report_row(rows: Sequence[Row]) -> ReportRow:
-    metrics = {
-        "residual_std": Spread.of([row.use.residual_std for row in rows]),
-        "entropy_bits": Spread.of([row.use.entropy_bits for row in rows]),
-        "latent_mse": Spread.of([row.latent_mse for row in rows]),
-    }
-    shares = tuple(Spread.of(same) for same in zip(*(row.use.level_share for row in rows), strict=True))
-    return ReportRow(rows[0].label, metrics | _metrics([row.errors for row in rows]), shares)
-
-
-def _metrics(errors: Sequence[ActionErrors]) -> Metrics:
-    """Spread of every number that applies."""
-    columns = {name: [asdict(found)[name] for found in errors] for name in asdict(errors[0])}
-    return {name: Spread.of(values) for name, values in columns.items() if None not in values}
+    reports = []
+    for name in found[0].schemes:
+        same = [result.schemes[name] for result in found if name in result.schemes]
+        if len(same) == len(found):
+            checkpoints = tuple(f"{kind} {result.name}" for result in found)
+            shares = np.mean([report.error_share for report in same], axis=0).tolist()
+            reports.append(replace(over_seeds(same), checkpoints=checkpoints, error_share=tuple(shares)))
+    return reports
 
 
 def _data_facts(dataset: ActionDataset, config: ComparisonConfig) -> DataFacts:
     split = split_episodes(dataset)
-    parts = {
-        "train": split.train, "validation": split.validation, "calibration": split.calibration, "test": split.test
-    }  # fmt: skip
+    parts: dict[str, ActionDataset] = vars(split)
     mean = split.train.steps().astype(np.float64).mean(axis=0)
     from_mean = (split.test.steps().astype(np.float64) - mean) / units_of(dataset.steps())
     return DataFacts(

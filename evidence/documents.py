@@ -25,8 +25,8 @@ from rfsq.calibration.tables import Table
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.findings import best_within
 from rfsq.evidence.results import Comparison, Spread, read_json, write_text
-from rfsq.evidence.rollout_files import read_report
-from rfsq.evidence.rollout_report import conclusions, tables_of
+from rfsq.evidence.rollout_files import read_result
+from rfsq.evidence.rollout_report import tables_of, verdicts
 from rfsq.evidence.tables import layer_table, peer_table, summary_table
 from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, run
 
@@ -44,13 +44,11 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     """Markdown by name. Raises EvidenceError where a result is missing or damaged."""
     comparison = read_json(results / "comparison.json")
     study = result_from_json(_text(results / "calibration.json"))
-    rollout = read_report(results / "rollout.json")
+    rollout = read_result(results / "rollout.json").tasks
     return {
         **{f"calibration {name}": _markdown(part) for name, part in parts(study).items()},
         **{f"rollout {name}": table.markdown() for name, table in tables_of(rollout).items()},
-        "rollout conclusions": "\n".join(
-            f"- {task}: {' '.join(conclusions(report))}" for task, report in rollout.items()
-        ),
+        "rollout conclusions": "\n".join(f"- {words}" for words in verdicts(rollout)),
         "comparison": _short_table(comparison).markdown(),
         "comparison summary": summary_table(comparison).markdown(),
         "comparison calibrated layers": layer_table(comparison.scheme("calibrated"), comparison).markdown(),

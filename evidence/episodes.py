@@ -40,20 +40,26 @@ class Identity:
 
 
 @dataclass(frozen=True)
-class Episode:
-    """One finished episode. index: counts the episodes of its task, the same scene in every cell; codec: fingerprint
-    of the cell's codec."""
+class Job:
+    """One episode to run. index: counts the episodes of its task, the same scene in every cell; codec: fingerprint of
+    the cell's codec; seed: of scene and expert."""
 
     task: str
     cell: str
     codec: str
     index: int
     seed: int
-    result: EpisodeResult
 
     @property
     def key(self) -> tuple[str, str, int]:
         return self.task, self.cell, self.index
+
+
+@dataclass(frozen=True)
+class Episode(Job):
+    """One finished episode."""
+
+    result: EpisodeResult
 
 
 class EpisodeFile:

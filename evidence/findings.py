@@ -132,42 +132,46 @@ def judge_peers(schemes: Sequence[SchemeReport], peers: Sequence[CodecReport]) -
     """Where peers win and where calibrated tokens do, at each of three budgets and at equal error."""
     if not peers:
         return ()
-    calibrated = {report.scheme: report for report in schemes}["calibrated"]
-    families = tuple(dict.fromkeys(peer.family for peer in peers))
-    sentences = []
-    labels = [row.label for row in calibrated.prefixes]
-    budgets = {row.label: row for row in (*calibrated.prefixes[:2], calibrated.groups[0], calibrated.groups[-1])}
-    for row in budgets.values():
-        layers = 1 + labels.index(row.label)
-        budget, ours = layers * calibrated.bits_per_layer, row.metrics["action_mse"].mean
-        rivals = [best for family in families if (best := best_within(peers, family, budget)) is not None]
-        better = [peer for peer in rivals if _peer_mse(peer) < ours]
-        worse = [peer for peer in rivals if _peer_mse(peer) >= ours]
-        parts = [f"At {budget:.0f} bits per step (MSE in normalised units², calibrated {row.label}: {ours:.2e})"]
-        if better:
-            parts.append("less error: " + ", ".join(_described(peer) for peer in better))
-        if worse:
-            parts.append("more error: " + ", ".join(_described(peer) for peer in worse))
-        absent = [family for family in families if family not in {peer.family for peer in rivals}]
-        if absent:
-            parts.append("no setting within the budget: " + ", ".join(absent))
-        sentences.append("; ".join(parts) + ".")
+    (calibrated,) = (report for report in schemes if report.scheme == "calibrated")
+    rows = {row.label: row for row in (*calibrated.prefixes[:2], calibrated.groups[0], calibrated.groups[-1])}
+    return (*(_at_budget(calibrated, row, peers) for row in rows.values()), _at_equal_error(calibrated, peers))
+
+
+def _at_budget(calibrated: SchemeReport, row: ReportRow, peers: Sequence[CodecReport]) -> str:
+    """The best peers within the bits of some calibrated layers."""
+    layers = 1 + [prefix.label for prefix in calibrated.prefixes].index(row.label)
+    budget, ours = layers * calibrated.bits_per_layer, row.metrics["action_mse"].mean
+    best = {family: best_within(peers, family, budget) for family in _families(peers)}
+    found = {
+        "less error": [_described(peer) for peer in best.values() if peer and _peer_mse(peer) < ours],
+        "more error": [_described(peer) for peer in best.values() if peer and _peer_mse(peer) >= ours],
+        "no setting within the budget": [family for family, peer in best.items() if peer is None],
+    }
+    parts = [f"At {budget:.0f} bits per step (MSE in normalised units², calibrated {row.label}: {ours:.2e})"]
+    parts += [f"{what}: {', '.join(those)}" for what, those in found.items() if those]
+    return "; ".join(parts) + "."
+
+
+def _at_equal_error(calibrated: SchemeReport, peers: Sequence[CodecReport]) -> str:
+    """The bits with which peers are as good as all calibrated layers."""
     target = calibrated.groups[-1].metrics["action_mse"].mean
-    needed = [
-        min((peer for peer in peers if peer.family == family and _peer_mse(peer) <= target), key=_bits, default=None)
-        for family in families
-    ]
-    reached = [f"{peer.family} {_bits(peer):.0f} bits ({peer.name})" for peer in needed if peer is not None]
-    missed = [family for family, peer in zip(families, needed, strict=True) if peer is None]
+    good = [peer for peer in peers if _peer_mse(peer) <= target]
+    needed = [min((peer for peer in good if peer.family == family), key=_bits) for family in _families(good)]
+    reached = [f"{peer.family} {_bits(peer):.0f} bits ({peer.name})" for peer in needed]
+    missed = [family for family in _families(peers) if family not in _families(good)]
     least = min(
         (layers + 1) * calibrated.bits_per_layer
         for layers, row in enumerate(calibrated.prefixes)
         if row.metrics["action_mse"].mean <= target * 1.0001
     )
-    sentence = f"For the MSE of all calibrated layers ({target:.2e} normalised units², with {least:.0f} bits per step)"
-    sentence += " peers need: " + ", ".join(reached) if reached else " no peer setting is good enough"
-    sentences.append(sentence + (f"; not reached by {', '.join(missed)}" if reached and missed else "") + ".")
-    return tuple(sentences)
+    head = f"For the MSE of all calibrated layers ({target:.2e} normalised units², with {least:.0f} bits per step)"
+    if not reached:
+        return f"{head} no peer setting is good enough."
+    return f"{head} peers need: {', '.join(reached)}" + (f"; not reached by {', '.join(missed)}." if missed else ".")
+
+
+def _families(peers: Sequence[CodecReport]) -> list[str]:
+    return list(dict.fromkeys(peer.family for peer in peers))
 
 
 def best_within(peers: Sequence[CodecReport], family: str, budget: float) -> CodecReport | None:

@@ -20,10 +20,10 @@ from rfsq.calibration.settings import (
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.findings import REFITTED
-from rfsq.evidence.metrics import ActionErrors, Array, OscPose, action_errors, units_of
+from rfsq.evidence.metrics import Array, OscPose, action_errors, units_of
 from rfsq.evidence.peers import peer_codecs
-from rfsq.evidence.results import Curve
-from rfsq.evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, Scheme, SchemeResult
+from rfsq.evidence.results import CodecReport, Curve, Metrics, SchemeReport, metrics_of
+from rfsq.evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, Scheme
 from rfsq.evidence.settings import CACHE, SEEDS
 from rfsq.evidence.training import trained_checkpoint
 from rfsq.rfsq_ref.checkpoints import Checkpoint
@@ -68,31 +68,17 @@ class ComparisonConfig:
 
 @dataclass(frozen=True)
 class CheckpointResult:
-    """What one checkpoint gives; decoded: by label, the trajectory's steps [n, A]; remarks: what is missing
-    and why, and how good the tokens are; is_refitted: whether calibration kept a readout."""
+    """What one checkpoint gives. schemes: by name; decoded: by label, the trajectory's steps [n, A]; remarks: what is
+    missing and why, and how good the tokens are; is_refitted: whether calibration kept a readout."""
 
     name: str
     sha256: str
     curve: Curve | None
-    unquantised: dict[str, ActionErrors]
-    schemes: tuple[SchemeResult, ...]
+    unquantised: dict[str, Metrics]
+    schemes: dict[str, SchemeReport]
     decoded: dict[str, Array]
     remarks: tuple[str, ...]
     is_refitted: bool
-
-    def scheme(self, name: str) -> SchemeResult:
-        """Raises StopIteration for a scheme it does not have."""
-        return next(result for result in self.schemes if result.scheme == name)
-
-
-@dataclass(frozen=True)
-class CodecResult:
-    family: str
-    series: str
-    name: str
-    partial: bool
-    bits_per_step: float
-    errors: ActionErrors
 
 
 # One checkpoint ------------------------------------------------------------------------------------------------------
@@ -140,8 +126,12 @@ def checkpoint_job(
         sha256=sha256,
         curve=curve,
         unquantised=unquantised,
-        schemes=tuple(judge.result(scheme) for scheme in schemes),
-        decoded={name: values for scheme in schemes for name, values in _decoded(scheme, example).items()},
+        schemes={scheme.name: judge.report(scheme) for scheme in schemes},
+        decoded={
+            f"{scheme.name}, {what}": scheme.decode(example, layers)
+            for scheme in schemes
+            for what, layers in (("L0", 1), ("all layers", checkpoint.config.num_layers))
+        },
         remarks=tuple(remarks),
         is_refitted=is_refitted,
     )
@@ -149,10 +139,9 @@ def checkpoint_job(
 
 def _verdict(scheme: Scheme, actions: FloatArray, name: str) -> list[str]:
     """How well all layers decode each dimension, in the robot's units, and a warning where that is poor."""
-    encoded = scheme.encode(actions)
-    with torch.no_grad():
-        decoded = scheme.model.decode_latents(scheme.prefix(encoded, len(encoded.steps))).numpy()
-    found = fidelity(actions, decoded, scheme.model.units.tolist(), scheme.model.offset.tolist())
+    model = scheme.model
+    decoded = scheme.decode(actions, model.config.num_layers)
+    found = fidelity(actions, decoded, model.units.tolist(), model.offset.tolist())
     label = f"{scheme.name} tokens of {name}, all layers"
     return [f"{label}, {found.line}", *([f"{label}: {found.warning}"] if found.warning else [])]
 
@@ -165,20 +154,10 @@ def _curve(history: TrainingHistory) -> Curve:
     )
 
 
-def _decoded(scheme: Scheme, actions: FloatArray) -> dict[str, Array]:
-    encoded = scheme.encode(actions)
-    count = len(encoded.steps)
-    with torch.no_grad():
-        return {
-            f"{scheme.name}, {what}": scheme.model.decode_latents(scheme.prefix(encoded, layers)).numpy()
-            for what, layers in (("L0", 1), ("all layers", count))
-        }
-
-
 # Peers ---------------------------------------------------------------------------------------------------------------
 
 
-def peers_job(dataset: ActionDataset, config: ComparisonConfig, seed: int) -> list[CodecResult]:
+def peers_job(dataset: ActionDataset, config: ComparisonConfig, seed: int) -> list[CodecReport]:
     judged = split_episodes(dataset).test
     units = units_of(dataset.steps())
     codecs = peer_codecs(dataset, config.chunk_length, seed=seed, cache=config.cache)
@@ -187,25 +166,27 @@ def peers_job(dataset: ActionDataset, config: ComparisonConfig, seed: int) -> li
 
 def judge_codec(
     codec: Codec, judged: ActionDataset, chunk_length: int, units: Array, physical: OscPose | None
-) -> CodecResult:
+) -> CodecReport:
     """Every step of these episodes, the last chunk of each filled up with its last action; filling is not judged."""
     filled = [padded_chunks(episode, chunk_length) for episode in judged.episodes]
     chunks = np.concatenate(filled)
     # Filling is cheap to code, so that only whole chunks tell what a step takes.
     whole = np.concatenate([chunk(episode, chunk_length) for episode in judged.episodes])
     decoded = codec.reconstruct(chunks)
-    found: list[FloatArray] = []
-    for episode, part in zip(
-        judged.episodes, np.split(decoded, np.cumsum([len(part) for part in filled])[:-1]), strict=True
-    ):
-        found.append(part.reshape(-1, part.shape[-1])[: len(episode)])
-    return CodecResult(
+    by_episode = np.split(decoded, np.cumsum([len(part) for part in filled])[:-1])
+    found = [
+        part.reshape(-1, part.shape[-1])[: len(episode)]
+        for episode, part in zip(judged.episodes, by_episode, strict=True)
+    ]
+    return CodecReport(
         family=str(getattr(codec, "family", codec.name)),
         series=str(getattr(codec, "series", codec.name)),
         name=codec.name,
         partial=bool(getattr(codec, "partial", False)),
-        bits_per_step=codec.bits_per_step(whole if len(whole) else chunks),
-        errors=action_errors(judged.steps(), np.concatenate(found), units, physical),
+        metrics=metrics_of(
+            {"bits_per_step": codec.bits_per_step(whole if len(whole) else chunks)}
+            | action_errors(judged.steps(), np.concatenate(found), units, physical)
+        ),
     )
 
 

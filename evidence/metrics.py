@@ -36,44 +36,26 @@ class OscPose:
         return actions.astype(np.float64).reshape(len(actions), -1, ARM_DIMENSIONS)
 
 
-@dataclass(frozen=True)
-class ActionErrors:
-    """Over all steps (and arms). action_mse and max_error in normalised units; None where no OSC_POSE units apply.
-
-    position_mm, rotation_deg: mean distance between the motion asked for and the one decoded, and its 99th
-    percentile; gripper_sign_errors: share of steps that open instead of closing or the reverse.
-    """
-
-    action_mse: float
-    max_error: float
-    position_mm: float | None = None
-    position_mm_p99: float | None = None
-    rotation_deg: float | None = None
-    rotation_deg_p99: float | None = None
-    gripper_sign_errors: float | None = None
-
-
 def action_errors(
     expected: npt.NDArray[np.floating], decoded: npt.NDArray[np.floating], units: Array, physical: OscPose | None
-) -> ActionErrors:
-    """expected, decoded: [N, A] in the robot's own units; units: [A], what counts as 1 in each dimension."""
+) -> dict[str, float]:
+    """Errors by name, over all steps (and arms). expected, decoded: [N, A] in the robot's own units.
+
+    action_mse, max_error: in `units` [A], what counts as 1 in each dimension. Where OSC_POSE units apply also
+    position_mm, rotation_deg: mean distance between the motion asked for and the one decoded, and its 99th percentile,
+    position_mm_p99 and rotation_deg_p99; gripper_sign_errors: share of steps that open instead of closing or the
+    reverse.
+    """
     difference = (decoded.astype(np.float64) - expected.astype(np.float64)) / units
-    mse, largest = float(np.mean(difference**2)), float(np.abs(difference).max())
+    found = {"action_mse": float(np.mean(difference**2)), "max_error": float(np.abs(difference).max())}
     if physical is None:
-        return ActionErrors(mse, largest)
-    wanted, found = physical.arms(expected), physical.arms(decoded)
-    position = 1e3 * physical.position_m * np.linalg.norm(found[..., :3] - wanted[..., :3], axis=-1)
-    rotation = rotation_distance_deg(physical.rotation_rad * wanted[..., 3:6], physical.rotation_rad * found[..., 3:6])
-    flipped = (wanted[..., 6] > 0) != (found[..., 6] > 0)
-    return ActionErrors(
-        action_mse=mse,
-        max_error=largest,
-        position_mm=float(position.mean()),
-        position_mm_p99=float(np.quantile(position, 0.99)),
-        rotation_deg=float(rotation.mean()),
-        rotation_deg_p99=float(np.quantile(rotation, 0.99)),
-        gripper_sign_errors=float(flipped.mean()),
-    )
+        return found
+    wanted, given = physical.arms(expected), physical.arms(decoded)
+    position = 1e3 * physical.position_m * np.linalg.norm(given[..., :3] - wanted[..., :3], axis=-1)
+    rotation = rotation_distance_deg(physical.rotation_rad * wanted[..., 3:6], physical.rotation_rad * given[..., 3:6])
+    for name, distance in (("position_mm", position), ("rotation_deg", rotation)):
+        found |= {name: float(distance.mean()), f"{name}_p99": float(np.quantile(distance, 0.99))}
+    return found | {"gripper_sign_errors": float(((wanted[..., 6] > 0) != (given[..., 6] > 0)).mean())}
 
 
 def rotation_distance_deg(first: Array, second: Array) -> Array:

@@ -2,6 +2,8 @@
 
 import html
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
 
 from rfsq.calibration.tables import Table
 from rfsq.evidence.findings import compared, title
@@ -17,30 +19,8 @@ _CAPTIONS = {
     "learning curves": "Weights are kept where the validation error is lowest (dots).",
     "peers": "Lower and farther left is better. Hollow squares decode a part of another setting's tokens.",
 }
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1240px; margin: 2.5em auto; padding: 0 1.2em; }
-h1 { font-size: 1.6em; margin-bottom: .2em; } h2 { font-size: 1.15em; margin: 2.2em 0 .5em; }
-p.lead { font-size: 1.1em; } .muted { color: #666; }
-figure { margin: 1em 0; } figcaption { color: #555; font-size: .92em; }
-svg { display: block; width: 100%; max-width: 660px; height: auto; }
-table { border-collapse: collapse; font-size: .8em; font-variant-numeric: tabular-nums; margin: .8em 0; }
-caption { text-align: left; color: #555; padding-bottom: .3em; }
-th, td { padding: .25em .4em; border-bottom: 1px solid #e3e3e3; text-align: right; }
-th:first-child, td:first-child { text-align: left; } .rows { overflow-x: auto; }
-thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
-table.findings td { text-align: left; } code { font-size: .95em; overflow-wrap: anywhere; }
-.holds { color: #1b7a43; font-weight: 600; } .FAILS { color: #b3261e; font-weight: 600; }
-details summary { cursor: pointer; margin: .4em 0; }
-@media (max-width: 1240px) {
-  /* Too narrow for columns: a row is a list of what they say. */
-  .rows table, .rows caption, .rows tbody, .rows tr { display: block; } .rows thead { display: none; }
-  .rows tr { border-bottom: 1px solid #bbb; padding: .5em 0; }
-  .rows td { display: block; border: 0; padding: .1em 0; }
-  .rows td:first-child { font-weight: 600; }
-  .rows td[data-label]::before { content: attr(data-label); color: #555; float: left; margin-right: 1em; }
-}
-"""
+#: What stands around `$body`: head and style.
+_PAGE = Path(__file__).with_name("page.html")
 
 
 def page(comparison: Comparison, drawn: Mapping[str, str], sections: Sequence[tuple[str, str]] = ()) -> str:
@@ -65,12 +45,7 @@ def page(comparison: Comparison, drawn: Mapping[str, str], sections: Sequence[tu
         ]
     parts += [f"<h2>{html.escape(heading)}</h2>\n{content}" for heading, content in sections]
     parts.append(f"<h2>Made from</h2>\n{_provenance(comparison).html()}")
-    body = "\n".join(parts)
-    return (
-        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Robust RFSQ: the evidence</title>\n<style>{_STYLE}</style></head>\n<body>\n{body}\n</body>\n</html>\n"
-    )
+    return Template(_PAGE.read_text(encoding="utf-8")).substitute(body="\n".join(parts))
 
 
 def _lead(comparison: Comparison) -> str:

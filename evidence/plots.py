@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_figure
-from rfsq.evidence.results import CodecReport, Comparison, SchemeReport, Spread
+from rfsq.evidence.results import CodecReport, Comparison, Spread
 from rfsq.evidence.tables import UNQUANTISED_TITLES
 
 SCHEME_COLOURS = {
@@ -60,8 +60,7 @@ def error_by_layer(comparison: Comparison) -> Figure:
     for (name, metrics), style in zip(comparison.unquantised.items(), (":", "--", "-."), strict=False):
         label = UNQUANTISED_TITLES.get(name, f"{name}, no quantiser")
         axes.axhline(metrics["action_mse"].mean, color=INK, linestyle=style, linewidth=1, label=label)
-    _layers(axes, comparison.schemes[0], "decoded up to layer")
-    finish(axes, "Action MSE in normalised units², held-out episodes")
+    finish(axes, "Action MSE in normalised units², held-out episodes", x="decoded up to layer")
     return figure
 
 
@@ -73,8 +72,7 @@ def residual_decay(comparison: Comparison) -> Figure:
     for report in comparison.schemes:
         if report.scheme not in ("published", "recovered"):
             _line(axes, report.scheme, [row.metrics["residual_std"] for row in report.prefixes])
-    _layers(axes, comparison.schemes[0], "layer")
-    finish(axes, "Residual standard deviation at the layer's input")
+    finish(axes, "Residual standard deviation at the layer's input", x="layer")
     return figure
 
 
@@ -114,8 +112,7 @@ def error_histograms(comparison: Comparison) -> Figure:
             linewidth=1.8, label=report.scheme,
         )  # fmt: skip
     axes.set_ylabel("% of action values", color=INK, fontsize=10)
-    axes.set_xlabel("|error|, normalised units", color=INK, fontsize=10)
-    finish(axes, "Absolute error of all layers")
+    finish(axes, "Absolute error of all layers", x="|error|, normalised units")
     return figure
 
 
@@ -171,8 +168,7 @@ def learning_curves(comparison: Comparison) -> Figure:
         axes.plot(epochs, curve.train, color=colour, linewidth=0.8, linestyle=":")
         axes.plot(epochs, curve.validation, color=colour, linewidth=1.1, label=f"{name}, validation")
         axes.plot(curve.kept_epoch, curve.validation[curve.kept_epoch - 1], color=colour, marker="o", markersize=5)
-    axes.set_xlabel("epoch", color=INK, fontsize=10)
-    finish(axes, "MSE in normalised units², in training (dotted) and on validation episodes")
+    finish(axes, "MSE in normalised units², in training (dotted) and on validation episodes", x="epoch")
     return figure
 
 
@@ -196,8 +192,7 @@ def peers(comparison: Comparison) -> Figure:
                     bits, [value.mean for value in values], color=SCHEME_COLOURS[report.scheme], marker="o",
                     markersize=4, linewidth=2.2 if report.scheme == "calibrated" else 1.3, label=report.scheme,
                 )  # fmt: skip
-        axes.set_xlabel("bits per step", color=INK, fontsize=10)
-        finish(axes, title)
+        finish(axes, title, x="bits per step")
     return figure
 
 
@@ -217,8 +212,4 @@ def _line(axes: Axes, scheme: str, values: Sequence[Spread]) -> None:
               linewidth=2 if scheme == "calibrated" else 1.4, label=scheme)  # fmt: skip
     low, high = ([max(edge(value.values), _TINY) for value in values] for edge in (min, max))
     axes.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
-
-
-def _layers(axes: Axes, report: SchemeReport, title: str) -> None:
-    axes.set_xticks(range(len(report.prefixes)), [f"L{layer}" for layer in range(len(report.prefixes))])
-    axes.set_xlabel(title, color=INK, fontsize=10)
+    axes.set_xticks(places, [f"L{layer}" for layer in places])

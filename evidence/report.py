@@ -16,8 +16,8 @@ from rfsq.evidence.metrics import OscPose
 from rfsq.evidence.page import page
 from rfsq.evidence.plots import figures, svg
 from rfsq.evidence.results import Comparison, check_writable, read_json, write_json, write_text
-from rfsq.evidence.rollout_files import demonstrations_of, read_report
-from rfsq.evidence.rollout_report import conclusions, tables_of
+from rfsq.evidence.rollout_files import read_result
+from rfsq.evidence.rollout_report import tables_of, verdicts
 from rfsq.evidence.tables import findings_table, layer_table, peer_table, summary_table
 from rfsq.evidence.training import trained_checkpoint
 from rfsq.rfsq_ref.checkpoints import Checkpoint, load_checkpoint
@@ -70,7 +70,7 @@ def _compared(options: argparse.Namespace) -> Comparison:
         flush=True,
     )
     naive, robust = (_load(paths, options.weights) for paths in (options.naive, options.robust))
-    comparison = compare(dataset, config, naive=naive, robust=robust, show_progress=True)
+    comparison = compare(dataset, config, naive=naive, robust=robust)
     text = as_text(comparison)
     print(text if options.verbose else short_text(comparison), flush=True)
     # First without what may still fail: an hour of training is not lost to a damaged file beside it.
@@ -128,7 +128,7 @@ def _studied(
         trained_checkpoint(dataset, config.training(use_layernorm=True, seed=seed), config.cache)[0]
         for seed in config.seeds
     ]
-    result = study(chosen, dataset, show_progress=True)
+    result = study(chosen, dataset)
     write_study(result, folder)
     return result
 
@@ -141,13 +141,13 @@ def _calibration_section(result: StudyResult) -> tuple[str, str]:
 def _closed_loop(folder: Path, comparison: Comparison) -> list[tuple[str, str]]:
     """A section on the closed loop, where it has been run on the same demonstrations and its results lie here."""
     path = folder / "rollout.json"
-    if not path.exists() or demonstrations_of(path) != comparison.data.sha256:
+    if not path.exists():
         return []
-    reports = read_report(path)
-    tables = "\n".join(table.html() for table in tables_of(reports).values())
-    said = "".join(
-        f"<li>{html.escape(f'{task}: ' + ' '.join(conclusions(found)))}</li>" for task, found in reports.items()
-    )
+    found = read_result(path)
+    if found.run.hashes.get("demonstrations") != comparison.data.sha256:
+        return []
+    tables = "\n".join(table.html() for table in tables_of(found.tasks).values())
+    said = "".join(f"<li>{html.escape(words)}</li>" for words in verdicts(found.tasks))
     return [("Closed loop", f"{tables}\n<ul>{said}</ul>")]
 
 

@@ -3,16 +3,18 @@
 import json
 import os
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rfsq.evidence.errors import EvidenceError
 from rfsq.runtime.bundle.advice import command
 from rfsq.runtime.bundle.reading import parse_json
 from rfsq.runtime.bundle.typed_json import build
 from rfsq.runtime.bundle.writing import replacing
+
+_Found = TypeVar("_Found")
 
 FORMAT = "rfsq-comparison"
 FORMAT_VERSION = 1
@@ -33,12 +35,43 @@ class Spread:
         return cls(mean, statistics.stdev(values) if len(values) > 1 else 0.0, tuple(values))
 
 
+#: By name.
 Metrics = dict[str, Spread]
+
+
+def metrics_of(numbers: Mapping[str, float]) -> Metrics:
+    """Of one seed."""
+    return {name: Spread.of([value]) for name, value in numbers.items()}
+
+
+def over_seeds(reports: Sequence[Any]) -> Any:
+    """One report from one or more of the same form, each of other seeds: every Spread gets the values of all of them.
+
+    What is no Spread is taken from the first.
+
+    >>> over_seeds([{"action_mse": Spread.of([1.0])}, {"action_mse": Spread.of([3.0])}])["action_mse"].mean
+    2.0
+    """
+    first = reports[0]
+    if isinstance(first, Spread):
+        return Spread.of([value for spread in reports for value in spread.values])
+    if isinstance(first, dict):
+        return {name: over_seeds([part[name] for part in reports]) for name in first}
+    if isinstance(first, tuple):
+        return tuple(map(over_seeds, zip(*reports, strict=True)))
+    if is_dataclass(first):
+        return replace(first, **over_seeds([vars(part) for part in reports]))  # type: ignore[type-var]
+    return first
 
 
 @dataclass(frozen=True)
 class ReportRow:
-    """Layers of a scheme; metrics by the names of ActionErrors and LayerUse, and latent_mse; level_share: [K]."""
+    """Some layers of a scheme. label: "L0", "L0–L2", …; level_share: [K], how often each level is used.
+
+    metrics: of action_errors, and residual_std: of what the layer, or the first of several, is given, over all steps
+    and latents; entropy_bits: of one step's tokens of these layers, each latent and layer coded on its own, by its own
+    frequencies; latent_mse: against the latents that were encoded.
+    """
 
     label: str
     metrics: Metrics
@@ -47,8 +80,12 @@ class ReportRow:
 
 @dataclass(frozen=True)
 class SchemeReport:
-    """See rfsq.evidence.schemes. bits_per_layer: tokens, and side information where it must travel; error_share: see
-    Comparison.error_edges."""
+    """One of rfsq.evidence.schemes. checkpoints: names, empty for a single one; bits_per_layer: of one step, tokens and
+    side information where it must travel; error_share: share of |action error| in each bin of Comparison.error_edges.
+
+    prefixes: decoded from the layers 0 … l for every l, with the use of layer l alone; groups: coarse, fine and all
+    layers, fine ones decoded with the coarse ones at their mean.
+    """
 
     scheme: str
     checkpoints: tuple[str, ...]
@@ -61,7 +98,7 @@ class SchemeReport:
 @dataclass(frozen=True)
 class CodecReport:
     """A peer's setting. series: of settings that one curve joins;
-    partial: decodes a part of another's tokens; metrics: of ActionErrors, and bits_per_step."""
+    partial: decodes a part of another's tokens; metrics: of action_errors, and bits_per_step."""
 
     family: str
     series: str
@@ -139,9 +176,8 @@ class Comparison:
 
 
 def write_json(comparison: Comparison, path: Path) -> None:
-    """Strict JSON through a temporary sibling. Raises EvidenceError where it cannot be written."""
-    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(comparison)}
-    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    """Raises EvidenceError where it cannot be written."""
+    write_json_object(asdict(comparison), path, FORMAT, FORMAT_VERSION)
 
 
 def check_writable(folder: Path) -> None:
@@ -159,23 +195,26 @@ def write_text(path: Path, text: str) -> None:
 
 def read_json(path: Path) -> Comparison:
     """What write_json wrote. Raises EvidenceError for anything else."""
-    content = read_json_object(path, FORMAT, FORMAT_VERSION, command("compare"))
-    try:
-        return build(Comparison, content, "the comparison")
-    except ValueError as error:
-        raise EvidenceError(f"{path} is damaged: {error}; write it anew with `{command('compare')}`") from error
+    return read_json_object(Comparison, path, FORMAT, FORMAT_VERSION, command("compare"))
 
 
-def read_json_object(path: Path, expected: str, expected_version: int, command: str) -> dict[str, Any]:
-    """A JSON object of ours, without its format and version. Raises EvidenceError; `command` writes it anew."""
+def write_json_object(found: dict[str, Any], path: Path, name: str, version: int) -> dict[str, Any]:
+    """As strict JSON behind the name and version of its format; returns all of it. Raises EvidenceError."""
+    content = {"format": name, "format_version": version, **found}
+    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+    return content
+
+
+def read_json_object(kind: type[_Found], path: Path, name: str, version: int, again: str) -> _Found:
+    """What write_json_object wrote of a dataclass. Raises EvidenceError; the command `again` writes it anew."""
     try:
         content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise EvidenceError(f"cannot read {path}: {error}; write it with `{command}`") from error
+        raise EvidenceError(f"cannot read {path}: {error}; write it with `{again}`") from error
     found = (content.pop("format", None), content.pop("format_version", None)) if isinstance(content, dict) else None
-    if found != (expected, expected_version):
-        raise EvidenceError(
-            f"{path} is {found}; expected {(expected, expected_version)}: write it anew with `{command}`"
-        )
-    result: dict[str, Any] = content
-    return result
+    if found != (name, version):
+        raise EvidenceError(f"{path} is {found}; expected {(name, version)}: write it anew with `{again}`")
+    try:
+        return build(kind, content, "it")
+    except ValueError as error:
+        raise EvidenceError(f"{path} is damaged: {error}; write it anew with `{again}`") from error

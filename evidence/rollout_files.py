@@ -1,37 +1,34 @@
 """The report of a closed-loop run as files: rollout.json and rollout.png."""
 
-import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rfsq.evidence.episodes import read_episodes
-from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.results import read_json_object, write_text
+from rfsq.evidence.episodes import Identity, read_episodes
+from rfsq.evidence.results import read_json_object, write_json_object
 from rfsq.evidence.rollout_report import TOLERANCES, TaskReport, reports_of, table
 from rfsq.evidence.rollout_statistics import CONFIDENCE
 from rfsq.runtime.bundle.advice import command
-from rfsq.runtime.bundle.typed_json import build
 
 FORMAT = "rfsq-rollout-report"
 FORMAT_VERSION = 2
 
 
-def read_report(path: Path) -> dict[str, TaskReport]:
-    """The reports that write_report wrote. Raises EvidenceError for anything else."""
-    again = command("rollout", "--report-only")
-    content = read_json_object(path, FORMAT, FORMAT_VERSION, again)
-    try:
-        return build(dict[str, TaskReport], content["tasks"], "tasks")
-    except (ValueError, KeyError) as error:
-        raise EvidenceError(f"{path} is damaged: {error}; write it anew with `{again}`") from error
+@dataclass(frozen=True)
+class RolloutResult:
+    """confidence: of all intervals; tolerances_mm: what success is judged at; run: what the episodes depend on; tasks:
+    see reports_of."""
+
+    confidence: float
+    tolerances_mm: tuple[float, ...]
+    run: Identity
+    tasks: dict[str, TaskReport]
 
 
-def demonstrations_of(path: Path) -> str:
-    """Hash of the demonstrations that the codecs of a report were fitted to. Raises EvidenceError."""
-    content = read_json_object(path, FORMAT, FORMAT_VERSION, command("rollout", "--report-only"))
-    return str(content["run"]["hashes"]["demonstrations"])
+def read_result(path: Path) -> RolloutResult:
+    """What write_report wrote. Raises EvidenceError for anything else."""
+    return read_json_object(RolloutResult, path, FORMAT, FORMAT_VERSION, command("rollout", "--report-only"))
 
 
 def report_files(folder: Path) -> tuple[Path, ...]:
@@ -55,14 +52,5 @@ def write_report(episodes: Path, folder: Path) -> tuple[str, dict[str, Any]]:
         draw(reports, folder / "rollout.png")
     else:
         text += "\n\nno picture: matplotlib is not installed here; --report-only elsewhere draws it"
-    content = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "confidence": CONFIDENCE,
-        "tolerances_mm": TOLERANCES,
-        "run": asdict(identity),
-        "tasks": {task: asdict(report) for task, report in reports.items()},
-    }
-    written = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-    write_text(folder / "rollout.json", written + "\n")
-    return text, content
+    result = RolloutResult(CONFIDENCE, TOLERANCES, identity, reports)
+    return text, write_json_object(asdict(result), folder / "rollout.json", FORMAT, FORMAT_VERSION)

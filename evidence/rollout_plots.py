@@ -47,11 +47,8 @@ def draw(reports: dict[str, TaskReport], path: Path) -> None:
             axes.set_axis_off()
         lines = {line.get_label(): line for axes in below for line in axes.get_legend_handles_labels()[0]}
         lower.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    try:
-        with replacing(path) as temporary:
-            figure.savefig(temporary, format="png")
-    except OSError as error:
-        raise EvidenceError(f"cannot write {path}: {error.strerror}; choose another --output") from error
+    with replacing(path, error=EvidenceError) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 def _success(axes: Axes, task: str, report: TaskReport) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 
 import numpy as np
 
@@ -88,7 +90,7 @@ def solved_within(episodes: Sequence[Episode], tolerance: float) -> Rate:
 
 
 def cell_report(episodes: Sequence[Episode]) -> CellReport:
-    """Of all episodes of one cell, at least one; precision where every task has a measure of it."""
+    """Sum up the episodes of one cell, at least one. Precision is there where every task has a measure of it."""
     results = [episode.result for episode in episodes]
     measured = [found.precision_mm for found in results if found.success and found.precision_mm is not None]
     precise = {episode.task for episode in episodes} <= set(PRECISION_TASKS)
@@ -124,10 +126,9 @@ def tolerances_ahead(one: CellReport, other: CellReport) -> tuple[float, ...]:
 
 
 def task_report(episodes: Sequence[Episode]) -> TaskReport:
-    """Of the episodes of one task, or of several with the same cells; the same scenes in every cell, at least one."""
-    by_cell: dict[str, list[Episode]] = {}
-    for episode in sorted(episodes, key=lambda episode: (_place(episode.cell), episode.task, episode.index)):
-        by_cell.setdefault(episode.cell, []).append(episode)
+    """Compare the cells of one task, or of several with the same cells. All have the same scenes, at least one."""
+    ordered = sorted(episodes, key=lambda episode: (_place(episode.cell), episode.task, episode.index))
+    by_cell = {cell: list(found) for cell, found in groupby(ordered, attrgetter("cell"))}
     cells = {cell: cell_report(found) for cell, found in by_cell.items()}
     solved = {cell: [episode.result.success for episode in found] for cell, found in by_cell.items()}
     naive, calibrated = cells.get(NAIVE), cells.get(CALIBRATED)
@@ -147,7 +148,7 @@ def task_report(episodes: Sequence[Episode]) -> TaskReport:
 
 
 def common_scenes(episodes: Sequence[Episode]) -> list[Episode]:
-    """Of every task the scenes that all its cells have finished: a run that was stopped compares the same scenes."""
+    """The scenes that all cells of their task have finished: a run that was stopped compares the same scenes, too."""
     done: dict[str, dict[str, set[int]]] = {}
     for episode in episodes:
         done.setdefault(episode.task, {}).setdefault(episode.cell, set()).add(episode.index)
@@ -161,9 +162,8 @@ def reports_of(episodes: Sequence[Episode]) -> dict[str, TaskReport]:
     Raises EvidenceError where no scene is finished in all cells.
     """
     compared = common_scenes(episodes)
-    by_task: dict[str, list[Episode]] = {}
-    for episode in sorted(compared, key=lambda episode: list(TASKS).index(episode.task)):
-        by_task.setdefault(episode.task, []).append(episode)
+    ordered = sorted(compared, key=lambda episode: list(TASKS).index(episode.task))
+    by_task = {task: list(part) for task, part in groupby(ordered, attrgetter("task"))}
     if not by_task:
         raise EvidenceError(f"no scene is finished in all cells yet; wait, or run `{command('rollout')}` to the end")
     shared = set.intersection(*({episode.index for episode in part} for part in by_task.values()))
@@ -180,23 +180,13 @@ def _place(cell: str) -> tuple[int, str]:
 
 
 def table(reports: dict[str, TaskReport]) -> str:
-    """For a terminal: a block per task, and what it says."""
-    lines: list[str] = []
-    for task, report in reports.items():
-        lines += [
-            "",
-            f"{report.title(task):<30}{'success [95 %]':<28}{'steps':>6}{'tracking mm: mean, p95, max':>30}"
-            f"{'deg: mean':>11}{'off by mm: p50, p95':>22}",
-        ]
-        for cell, found in report.cells.items():
-            tracking = "{:.2f} {:7.2f} {:7.1f}".format(*found.tracking_mm)
-            precise = "" if found.precision_mm is None else f"{found.precision_mm[0]:.1f} {found.precision_mm[2]:6.1f}"
-            lines.append(
-                f"  {cell:<28}{found.success!s:<28}{found.steps:>6.0f}{tracking:>30}{found.tracking_deg[0]:>11.2f}"
-                f"{precise:>22}"
-            )
-        lines += [f"  {line}" for line in conclusions(report)]
-    return "\n".join(lines[1:])
+    """For a terminal: every table, and what the numbers of each task say."""
+    return "\n\n".join([*(found.text() for found in tables_of(reports).values()), *verdicts(reports)])
+
+
+def verdicts(reports: Mapping[str, TaskReport]) -> list[str]:
+    """What the intervals of each task say, in words."""
+    return [f"{task}: {' '.join(conclusions(report))}" for task, report in reports.items()]
 
 
 def conclusions(report: TaskReport) -> list[str]:
@@ -258,27 +248,27 @@ def cells_of(reports: Mapping[str, TaskReport]) -> list[str]:
 def tables_of(reports: dict[str, TaskReport]) -> dict[str, Table]:
     """Success by task, its paired differences, and tracking and success by tolerance where tasks are pooled, or by
     task where they are not. A cell that a task does not have is "–" there."""
-    columns = tuple(report.title(task) for task, report in reports.items())
     success = [
-        (
-            cell,
-            *(
-                f"{found.success.rate:.0%} ({found.success.low:.0%} … {found.success.high:.0%})" if found else _NONE
-                for found in (report.cells.get(cell) for report in reports.values())
-            ),
-        )
+        {"cell": cell}
+        | {
+            report.title(task): str(report.cells[cell].success) if cell in report.cells else _NONE
+            for task, report in reports.items()
+        }
         for cell in cells_of(reports)
     ]
-    found = {"success": Table("Solved, with 95 % Wilson intervals", ("cell", *columns), tuple(success))}
-    paired = [(f"{CALIBRATED} less naive", *(_text(report.against_naive) for report in reports.values()))]
-    paired += [
-        (f"{cell} less raw", *(_text(report.against_raw.get(cell)) for report in reports.values()))
-        for cell in CALIBRATED_LAYERS
+    found = {"success": Table.of("Solved, with 95 % Wilson intervals", success)}
+    pairs = {f"{CALIBRATED} less naive": [report.against_naive for report in reports.values()]} | {
+        f"{cell} less raw": [report.against_raw.get(cell) for report in reports.values()] for cell in CALIBRATED_LAYERS
+    }
+    titles = [report.title(task) for task, report in reports.items()]
+    paired = [
+        {"cells": name} | {title: str(each or _NONE) for title, each in zip(titles, differences, strict=True)}
+        for name, differences in pairs.items()
+        if any(differences)
     ]
-    paired = [row for row in paired if set(row[1:]) != {_NONE}]
     if paired:
         title = "Difference of success on the same scenes in points, 95 % interval (Newcombe), exact McNemar test"
-        found["paired"] = Table(title, ("cells", *columns), tuple(paired))
+        found["paired"] = Table.of(title, paired)
     shown = {POOLED: reports[POOLED]} if POOLED in reports else reports
     first = next(report.title(task) for task, report in shown.items()) if len(shown) == 1 else "task, cell"
     rows = [
@@ -287,32 +277,24 @@ def tables_of(reports: dict[str, TaskReport]) -> dict[str, Table]:
         for cell, measured in report.cells.items()
     ]
     accuracy = [
-        (
-            name,
-            *(f"{value:.2f}" for value in measured.tracking_mm),
-            f"{measured.tracking_deg[0]:.2f}",
-            *(
-                (_NONE, _NONE)
-                if measured.precision_mm is None
-                else (f"{measured.precision_mm[index]:.1f}" for index in (0, 2))
-            ),
-        )
+        {
+            first: name,
+            "tracking mm, mean": f"{measured.tracking_mm[0]:.2f}",
+            "tracking mm, p95": f"{measured.tracking_mm[1]:.2f}",
+            "tracking mm, largest": f"{measured.tracking_mm[2]:.2f}",
+            "tracking °, mean": f"{measured.tracking_deg[0]:.2f}",
+            "off the goal by mm, median": _NONE if measured.precision_mm is None else f"{measured.precision_mm[0]:.1f}",
+            "off the goal by mm, p95": _NONE if measured.precision_mm is None else f"{measured.precision_mm[2]:.1f}",
+        }
         for name, measured in rows
     ]
-    header = (
-        first, "tracking mm, mean", "p95", "largest", "tracking °, mean", "off the goal by mm, median", "p95",
-    )  # fmt: skip
-    found["tracking"] = Table(
-        "How far the arm is from where the raw actions would have put it", header, tuple(accuracy)
-    )
+    found["tracking"] = Table.of("How far the arm is from where the raw actions would have put it", accuracy)
     tolerant = [
-        (name, *(f"{rate.rate:.0%}" for rate in measured.tolerances)) for name, measured in rows if measured.tolerances
+        {first: name}
+        | {f"{mm:g} mm": f"{rate.rate:.0%}" for mm, rate in zip(TOLERANCES, measured.tolerances, strict=True)}
+        for name, measured in rows
+        if measured.tolerances
     ]
     if tolerant:
-        by_tolerance = (first, *(f"{tolerance:g} mm" for tolerance in TOLERANCES))
-        found["tolerance"] = Table("Solved and at least so precise", by_tolerance, tuple(tolerant))
+        found["tolerance"] = Table.of("Solved and at least so precise", tolerant)
     return found
-
-
-def _text(paired: Paired | None) -> str:
-    return _NONE if paired is None else str(paired)

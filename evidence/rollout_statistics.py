@@ -27,7 +27,7 @@ class Rate:
         return self.low <= other.high and other.low <= self.high
 
     def __str__(self) -> str:
-        return f"{self.successes}/{self.n} {100 * self.rate:5.1f} % [{100 * self.low:4.1f}, {100 * self.high:5.1f}]"
+        return f"{self.rate:.0%} ({self.low:.0%} … {self.high:.0%})"
 
 
 @dataclass(frozen=True)

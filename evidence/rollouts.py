@@ -1,13 +1,9 @@
 """Run the closed loop over every task, scene and cell in several processes, and go on where a run was stopped."""
 
 import hashlib
-import multiprocessing
 import sys
-from collections.abc import Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -16,28 +12,16 @@ from tqdm import tqdm
 from rfsq.evidence.cells import codecs, fingerprint, select
 from rfsq.evidence.closed_loop import run_episode
 from rfsq.evidence.codecs import Codec
-from rfsq.evidence.episodes import Episode, Identity, open_episodes
-from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.episodes import Episode, Identity, Job, open_episodes
 from rfsq.evidence.settings import RolloutConfig
 from rfsq.evidence.simulation import TASKS, Simulation
+from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT
 from rfsq.rfsq_ref.data import load_demonstrations
 from rfsq.rfsq_ref.generate_demonstrations import check_simulator
-from rfsq.runtime.bundle.console import end_by_interrupts
 
 #: To be raised when a change to the simulation, the loop or the experts changes what comes out of an episode.
 LOOP_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Job:
-    """One episode to run; see Episode."""
-
-    task: str
-    cell: str
-    codec: str
-    index: int
-    seed: int
 
 
 def seed_of(seed: int, task: str, index: int) -> int:
@@ -87,42 +71,11 @@ def run_rollouts(config: RolloutConfig) -> list[Episode]:
         for name, found in fingerprints.items():
             file.check_codec(name, found, restart=config.restart_changed)
         jobs = jobs_of(config, fingerprints, {episode.key for episode in file.episodes})
-        driven = _run(jobs, chosen, config)
+        driven = in_processes(_run_job, jobs, config.workers, _start_worker, chosen, config.chunk)
         shown = tqdm(driven, "closed loop", len(jobs), unit="episode", disable=None, mininterval=5.0, smoothing=0.1)
         for episode in shown:
             file.append(episode)
         return file.episodes
-
-
-def _run(jobs: list[Job], chosen: dict[str, Codec], config: RolloutConfig) -> Iterator[Episode]:
-    """Episodes in any order, each as soon as it is done. Raises EvidenceError when a worker process dies."""
-    if not jobs:
-        return
-    # Spawned workers start clean: a forked one would share the simulator's native state.
-    executor = ProcessPoolExecutor(
-        config.workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(chosen, config.chunk),
-    )
-    waiting, running = iter(jobs), set[Future[Episode]]()
-    try:
-        while True:
-            # Few at a time: a worker finishes what was handed to it, even when the run is stopped.
-            running |= {executor.submit(_run_job, job) for job in islice(waiting, 2 * config.workers - len(running))}
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            # What a worker finished before another died is kept.
-            for future in sorted(done, key=lambda future: future.exception() is not None):
-                yield future.result()
-    except BrokenProcessPool as error:
-        raise EvidenceError(
-            "a worker process died, perhaps for want of memory. Finished episodes are kept: start again, and it goes "
-            "on where it was; use fewer --workers if it happens again"
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
 @dataclass
@@ -139,7 +92,6 @@ _worker: _Worker
 
 def _start_worker(chosen: dict[str, Codec], chunk: int) -> None:
     global _worker
-    end_by_interrupts()
     torch.set_num_threads(1)
     _worker = _Worker(chosen, chunk)
 

@@ -16,10 +16,14 @@ from torch import Tensor
 
 from rfsq.calibration.recovered import COARSE_LAYERS
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.metrics import ActionErrors, Array, OscPose, action_errors, entropy_bits, level_counts
+from rfsq.evidence.metrics import Array, OscPose, action_errors, entropy_bits, level_counts
+from rfsq.evidence.results import Metrics, ReportRow, SchemeReport, Spread, metrics_of
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantize
+
+#: Bins of |error|, in normalised units: a fifth of a decade wide.
+ERROR_EDGES = tuple(10.0 ** (exponent / 5) for exponent in range(-40, 11))
 
 
 @dataclass(frozen=True)
@@ -33,42 +37,6 @@ class Encoded:
     def tokens(self) -> Tensor:
         """int64 [N, D, L]."""
         return torch.stack([step.tokens for step in self.steps], dim=-1)
-
-
-@dataclass(frozen=True)
-class LayerUse:
-    """residual_std: of what the layer, or the first of several, is given, over all steps and latents.
-
-    level_share: [K], how often each level is used; entropy_bits: of one step's tokens of these layers, each latent
-    and layer by its own frequencies, coded on its own.
-    """
-
-    residual_std: float
-    level_share: tuple[float, ...]
-    entropy_bits: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """Some layers of a scheme. label: "L0", "L0–L2", …; latent_mse: against the latents that were encoded."""
-
-    label: str
-    use: LayerUse
-    latent_mse: float
-    errors: ActionErrors
-
-
-@dataclass(frozen=True)
-class SchemeResult:
-    """prefixes: decoded from the layers 0 … l for every l, with the use of layer l alone; groups: coarse, fine and all
-    layers, fine ones decoded with the coarse ones at their mean; bits_per_layer: of one step; absolute_errors: [N, A]
-    of decoding all layers, in normalised units."""
-
-    scheme: str
-    bits_per_layer: float
-    prefixes: tuple[Row, ...]
-    groups: tuple[Row, ...]
-    absolute_errors: npt.NDArray[np.float64]
 
 
 class Scheme:
@@ -86,6 +54,12 @@ class Scheme:
         with torch.no_grad():
             latents = self.model.encode_latents(torch.tensor(actions, dtype=torch.float64))
             return Encoded(latents, tuple(self.model.quantizer.layers(latents)))
+
+    @torch.no_grad()
+    def decode(self, actions: npt.NDArray[np.float32], layers: int) -> Array:
+        """What the first layers of the tokens of these actions [N, A] decode to, in the robot's units."""
+        found: Array = self.model.decode_latents(self.prefix(self.encode(actions), layers)).numpy()
+        return found
 
     @property
     def bits_per_layer(self) -> float:
@@ -162,56 +136,58 @@ class Judge:
     units: Array
     physical: OscPose | None
 
-    def errors(self, decoded: Tensor) -> ActionErrors:
+    def errors(self, decoded: Tensor) -> Metrics:
         """decoded: [N, A], for the judged actions."""
-        return action_errors(self.judged, decoded.numpy(), self.units, self.physical)
+        return metrics_of(action_errors(self.judged, decoded.numpy(), self.units, self.physical))
 
-    def unquantised(self, model: ActionAutoencoder) -> ActionErrors:
+    def unquantised(self, model: ActionAutoencoder) -> Metrics:
         """A float64 autoencoder alone, without its quantiser."""
         with torch.no_grad():
             return self.errors(model.decode_latents(model.encode_latents(torch.from_numpy(self.judged).double())))
 
-    def result(self, scheme: Scheme) -> SchemeResult:
+    @torch.no_grad()
+    def report(self, scheme: Scheme) -> SchemeReport:
         """All rows of a scheme. Raises EvidenceError for actions that the model cannot take."""
-        with torch.no_grad():
-            encoded, typical = scheme.encode(self.judged), scheme.encode(self.typical)
-            if not torch.isfinite(encoded.latents).all():
-                raise EvidenceError(
-                    f"{scheme.name}: latents are not finite; expected actions of the size the checkpoint was trained "
-                    "on: rescale the data or train with --normaliser min-max"
-                )
-            count = len(encoded.steps)
-            coarse = min(COARSE_LAYERS, count)
-            prefixes = [scheme.prefix(encoded, layers) for layers in range(1, count + 1)]
-            groups = [(range(count), prefixes[-1])]
-            if coarse < count:
-                fine = (range(coarse, count), scheme.rest(encoded, coarse, typical))
-                groups = [(range(coarse), prefixes[coarse - 1]), fine, *groups]
+        encoded, typical = scheme.encode(self.judged), scheme.encode(self.typical)
+        if not torch.isfinite(encoded.latents).all():
+            raise EvidenceError(
+                f"{scheme.name}: latents are not finite; expected actions of the size the checkpoint was trained "
+                "on: rescale the data or train with --normaliser min-max"
+            )
+        count = len(encoded.steps)
+        coarse = min(COARSE_LAYERS, count)
+        prefixes = [scheme.prefix(encoded, layers) for layers in range(1, count + 1)]
+        groups = [(range(count), prefixes[-1])]
+        if coarse < count:
+            fine = (range(coarse, count), scheme.rest(encoded, coarse, typical))
+            groups = [(range(coarse), prefixes[coarse - 1]), fine, *groups]
 
-            def row(shown: range, used: range, latents: Tensor) -> Row:
-                error = float((latents - encoded.latents).square().mean())
-                errors = self.errors(scheme.model.decode_latents(latents))
-                return Row(label(shown.start, shown.stop), _use(scheme, encoded, used), error, errors)
-
-            whole = scheme.model.decode_latents(prefixes[-1])
-            return SchemeResult(
-                scheme.name,
-                scheme.bits_per_layer,
-                tuple(row(range(layer + 1), range(layer, layer + 1), found) for layer, found in enumerate(prefixes)),
-                tuple(row(layers, layers, latents) for layers, latents in groups),
-                np.abs((whole.numpy() - self.judged.astype(np.float64)) / self.units),
+        def row(shown: range, used: range, latents: Tensor) -> ReportRow:
+            levels = scheme.model.config.num_levels
+            counts = np.stack([level_counts(encoded.steps[layer].tokens.numpy(), levels) for layer in used])
+            shares = counts.sum(axis=(0, 1)) / counts.sum()
+            use = {
+                "residual_std": float(encoded.steps[used.start].residual.std(correction=0)),
+                "entropy_bits": float(entropy_bits(counts).sum()),
+                "latent_mse": float((latents - encoded.latents).square().mean()),
+            }
+            return ReportRow(
+                label(shown.start, shown.stop),
+                metrics_of(use) | self.errors(scheme.model.decode_latents(latents)),
+                tuple(Spread.of([share]) for share in shares.tolist()),
             )
 
-
-def _use(scheme: Scheme, encoded: Encoded, layers: range) -> LayerUse:
-    levels = scheme.model.config.num_levels
-    counts = np.stack([level_counts(encoded.steps[layer].tokens.numpy(), levels) for layer in layers])
-    share = counts.sum(axis=(0, 1)) / counts.sum()
-    return LayerUse(
-        residual_std=float(encoded.steps[layers.start].residual.std(correction=0)),
-        level_share=tuple(map(float, share)),
-        entropy_bits=float(entropy_bits(counts).sum()),
-    )
+        errors = (scheme.model.decode_latents(prefixes[-1]).numpy() - self.judged.astype(np.float64)) / self.units
+        # What lies beyond the outermost edges counts to the outermost bins.
+        within = np.clip(np.abs(errors), ERROR_EDGES[0], ERROR_EDGES[-1])
+        return SchemeReport(
+            scheme.name,
+            (),
+            scheme.bits_per_layer,
+            tuple(row(range(layer + 1), range(layer, layer + 1), found) for layer, found in enumerate(prefixes)),
+            tuple(row(layers, layers, latents) for layers, latents in groups),
+            tuple((np.histogram(within, ERROR_EDGES)[0] / errors.size).tolist()),
+        )
 
 
 def label(start: int, stop: int) -> str:

@@ -10,9 +10,9 @@ from rfsq.runtime.backends.contract import MOST_CHUNKS
 class Profile:
     """Batch sizes B of an engine: smallest, tuned for, largest. T is fixed in the graph."""
 
-    minimum: int
-    optimum: int
-    maximum: int
+    minimum: int = 1
+    optimum: int = 1
+    maximum: int = 4096
 
     def __post_init__(self) -> None:
         if not 1 <= self.minimum <= self.optimum <= self.maximum <= MOST_CHUNKS:

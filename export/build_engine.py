@@ -28,6 +28,7 @@ from rfsq.runtime.bundle.modes import MODES
 if TYPE_CHECKING:
     from rfsq.export.on_target import TargetConfig
     from rfsq.export.pipeline import BuildConfig
+    from rfsq.runtime.bundle.manifest import Manifest
 
 #: A person, the system, a closed terminal, a reader that has left.
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
@@ -129,16 +130,25 @@ def _run(config: BuildConfig | TargetConfig, *, is_verbose: bool) -> Outcome:
 
     if isinstance(config, TargetConfig):
         manifest, added = add_engines(config)
-        verdict = f"✓ {config.bundle} has validated engines for {', '.join(sorted({*added}))} here"
-        return Outcome(verdict, {"bundle": str(config.bundle), **dataclasses.asdict(manifest)})
+        done = f"✓ {config.bundle} has validated engines for {', '.join(sorted({*added}))} here"
+        return Outcome(done, {"bundle": str(config.bundle), **dataclasses.asdict(manifest)})
     import torch
 
     from rfsq.export.pipeline import build
 
     # For matrices this small more threads are slower.
     torch.set_num_threads(1)
-    result = build(config, has_tables=is_verbose)
-    return Outcome(result.verdict, {"bundle": str(config.output), **dataclasses.asdict(result.manifest)})
+    manifest = build(config, has_tables=is_verbose)
+    return Outcome(verdict(config.output, manifest), {"bundle": str(config.output), **dataclasses.asdict(manifest)})
+
+
+def verdict(output: Path, manifest: Manifest) -> str:
+    """That the bundle is right, and what its tokens are worth."""
+    lines = [f"✓ {output} is built and validated, fingerprint {manifest.fingerprint[:16]}"]
+    if manifest.quality is not None:
+        lines.append(f"what the tokens are worth: {manifest.quality.line}")
+        lines += filter(None, [manifest.quality.fidelity.warning])
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager

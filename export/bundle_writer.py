@@ -17,7 +17,7 @@ from pathlib import Path
 from rfsq.export.errors import ExportError
 from rfsq.runtime.bundle.errors import BundleError
 from rfsq.runtime.bundle.folder import MANIFEST_SIZE_LIMIT, check_file_name, check_manifest, unlisted_files
-from rfsq.runtime.bundle.golden import Golden, read_golden, write_golden
+from rfsq.runtime.bundle.golden import read_golden
 from rfsq.runtime.bundle.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, manifest_text, parse_manifest
 from rfsq.runtime.bundle.ownership import Ownership
 from rfsq.runtime.bundle.paths import as_path
@@ -33,18 +33,19 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 class StagedBundle:
-    """A bundle in the making. `folder` can be opened like any bundle once it is sealed."""
+    """A bundle in the making. `folder` can be opened like any bundle once it is sealed.
+
+    is_sealed: whether a manifest describes everything that was written, and that it is proven.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.is_sealed = False
         self._files: dict[str, FileEntry] = {}
-        self._golden: bytes | None = None
-        self._is_sealed = False
 
-    @property
-    def is_sealed(self) -> bool:
-        """Whether a manifest describes everything that was written, and that it is proven."""
-        return self._is_sealed
+    def content(self, file: str) -> bytes:
+        """What was written as `file`."""
+        return (self.folder / file).read_bytes()
 
     def write(self, file: str, content: bytes) -> None:
         """Write `file`, a relative path with forward slashes, once. Raises ExportError where that fails."""
@@ -54,15 +55,9 @@ class StagedBundle:
             check_file_name(file)
         except BundleError as error:
             raise ExportError(str(error)) from error
-        self._is_sealed = False
+        self.is_sealed = False
         self._put(file, content)
         self._files[file] = FileEntry(hashlib.sha256(content).hexdigest(), len(content))
-
-    def write_golden(self, golden: Golden) -> None:
-        """Write the golden vectors under the name that the runtime reads."""
-        content = write_golden(golden)
-        self.write(GOLDEN_NAME, content)
-        self._golden = content
 
     def seal(self, manifest: Manifest, *, is_proven: bool = True) -> Manifest:
         """Write the manifest, its `files` filled in from what was written; again, to replace it.
@@ -74,12 +69,12 @@ class StagedBundle:
         try:
             text = manifest_text(sealed)
             check_manifest(parse_manifest(text), is_proven=is_proven)
-            if self._golden is not None:
-                read_golden(self._golden, sealed.model)
+            if GOLDEN_NAME in self._files:
+                read_golden(self.content(GOLDEN_NAME), sealed.model)
         except (ValueError, TypeError, RecursionError, BundleError) as error:
             raise ExportError(f"the bundle cannot be read back: {error}") from error
         self._put(MANIFEST_NAME, text.encode())
-        self._is_sealed = is_proven
+        self.is_sealed = is_proven
         return sealed
 
     def _put(self, file: str, content: bytes) -> None:

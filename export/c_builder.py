@@ -27,9 +27,8 @@ _TIMEOUT_S = 300
 
 @dataclass(frozen=True)
 class CLibrary:
-    """A shared library. target: such as `x86-64-v3`; compiler: what it says of itself."""
+    """A shared library. compiler: what it says of itself."""
 
-    target: str
     compiler: str
     content: bytes
 
@@ -44,9 +43,9 @@ def find_compiler() -> list[str] | None:
     return None if found is None else [found]
 
 
-def compile_c(header: str, source: str, target: str, compiler: list[str] | None = None) -> CLibrary:
-    """Compile for one target. Raises EngineBuildError."""
-    compiler = compiler or find_compiler()
+def compile_c(header: str, source: str, target: str) -> CLibrary:
+    """Compile for one target, such as `x86-64-v3`. Raises EngineBuildError."""
+    compiler = find_compiler()
     if compiler is None:
         raise EngineBuildError(NO_COMPILER)
     with tempfile.TemporaryDirectory() as name:
@@ -57,7 +56,7 @@ def compile_c(header: str, source: str, target: str, compiler: list[str] | None 
         machine = [f"-march={target}"] if target.startswith("x86-64") else []
         command = [*compiler, *C_FLAGS, *_WARNINGS, *machine, "-fPIC", "-shared", SOURCE_NAME, "-o", output.name]
         _run(command, folder)
-        return CLibrary(target, _version(compiler), output.read_bytes())
+        return CLibrary(_version(compiler), output.read_bytes())
 
 
 def _version(compiler: list[str]) -> str:

@@ -8,24 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from rfsq.export.plan import (
-    Affine,
-    AffineQuantizer,
-    DecoderPlan,
-    DynamicQuantizer,
-    EncoderPlan,
-    action_limit,
-    middle_level,
-)
-from rfsq.export.source_tables import Array, IntArray, number, own_tokens, require_countable, table
+from rfsq.export.plan import Affine, DecoderPlan, EncoderPlan, action_limit, middle_level
+from rfsq.export.source_tables import Array, IntArray, filled, number, table
+from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
 from rfsq.runtime.bundle.kernel_names import TOKEN_TYPES, TokenType, kernel_name, token_types
 from rfsq.runtime.bundle.validation import STATS_LIMIT
 
-_TEMPLATE = Path(__file__).parent / "templates" / "rfsq_tokenizer.cu"
 _WARP = 32
 _MOST_THREADS = 1024
 _LOG2_E = float(np.log2(np.e))
@@ -44,16 +35,17 @@ _MOST_WRITTEN_OUT = 128
 def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], fingerprint: str) -> str:
     """decoders: of ascending prefixes, the last of all layers; fingerprint: stated in the source.
 
-    Raises BuildInputError for levels that float32 cannot count, and for numbers that it does not hold.
+    Raises BuildInputError for numbers that float32 does not hold.
     """
-    require_countable(encoder.num_levels)
     types = token_types(encoder.num_levels)
     kernels = [kernel for token in types for kernel in _encoder_kernels(encoder, token)]
     kernels += [kernel for decoder in decoders for token in types for kernel in _decoder_kernels(decoder, token)]
-    source = _TEMPLATE.read_text(encoding="utf-8")
-    source = source.replace("/* @SIZES@ */", "\n".join(_sizes(encoder, decoders)))
-    source = source.replace("/* @TABLES@ */", "\n".join(_tables(encoder, decoders)))
-    source = source.replace("/* @KERNELS@ */", "\n".join(kernels).rstrip())
+    source = filled(
+        "rfsq_tokenizer.cu",
+        SIZES="\n".join(_sizes(encoder, decoders)),
+        TABLES="\n".join(_tables(encoder, decoders)),
+        KERNELS="\n".join(kernels).rstrip(),
+    )
     return f"/* Generated, do not edit; fingerprint {fingerprint}. */\n{source}"
 
 
@@ -61,12 +53,12 @@ def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], finger
 
 
 def _sizes(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
-    width, action_dim = encoder.first.weight.shape
-    latent_dim, levels = encoder.second.weight.shape[0], encoder.num_levels
+    width, action_dim, latent_dim = encoder.first.weight.shape[0], encoder.action_dim, encoder.latent_dim
+    levels, has_constant_bins = encoder.num_levels, encoder.quantizer is not None
     # Four threads for each output, one for each hidden unit.
     wanted = max(width, 4 * max(action_dim, latent_dim))
     threads = min(-(-wanted // _WARP) * _WARP, _MOST_THREADS)
-    epsilon = encoder.quantizer.epsilon if isinstance(encoder.quantizer, DynamicQuantizer) else 0.0
+    epsilon = 0 if has_constant_bins else SIGMA_EPSILON
     has_many = _encodes_many(encoder) or any(map(_decodes_many, decoders))
     fitting = [n for n in _WARPS if _staged_bytes(action_dim, latent_dim, encoder.num_layers, n) <= _SHARED_BYTES]
     return [
@@ -77,7 +69,7 @@ def _sizes(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
         f"constexpr float ACTION_LIMIT = {number(action_limit(encoder))}, STATS_LIMIT = {number(STATS_LIMIT)};",
         f"[[maybe_unused]] constexpr float SIGMA_EPSILON = {number(epsilon)}, LEVEL_STEP = {number(2 / (levels - 1))};",
         f"#define HAS_OFFSET {int(encoder.offset.any())}",
-        f"#define HAS_CONSTANT_BINS {int(isinstance(encoder.quantizer, AffineQuantizer))}",
+        f"#define HAS_CONSTANT_BINS {int(has_constant_bins)}",
         f"#define HAS_MANY {int(has_many)}",
     ]
 
@@ -92,7 +84,7 @@ def _tables(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
     ]
     if encoder.offset.any():
         lines.append(_device("OFFSET", encoder.offset))
-    if isinstance(encoder.quantizer, AffineQuantizer):
+    if encoder.quantizer is not None:
         lines += [_device("BIN_RATIO", encoder.quantizer.ratio), _device("BIN_SHIFT", encoder.quantizer.shift)]
     return [*lines, *(line for decoder in decoders for line in _decoder(decoder))]
 
@@ -117,8 +109,8 @@ def _decoder(plan: DecoderPlan) -> list[str]:
     name = f"L{plan.prefix}"
     lines = [_rows(f"{name}_ROWS", plan.hidden, plan.second, _LOG2_E), _device(f"{name}_BIAS", plan.second.bias)]
     kind, members, scale = "STATISTICS", [], "SCALED"
-    if plan.latents is not None and (own := own_tokens(plan)) is not None:
-        fixed = fixed_point(own, plan.latents.bias, plan.num_levels)
+    if plan.latents is not None and plan.own_tokens is not None:
+        fixed = fixed_point(plan.own_tokens, plan.latents.bias, plan.num_levels)
         kind, scale = "OWN_TOKENS", "SCALED_BELOW_40" if fixed.largest_sum(plan.hidden) < _MOST_BELOW_40 else "SCALED"
         signed = "int" if fixed.bits == 32 else "long long"
         lines += [
@@ -254,24 +246,20 @@ def _kernel(name: str, threads: str, arguments: str, body: str) -> str:
 
 
 def _encodes_many(plan: EncoderPlan) -> bool:
-    latent_dim, action_dim = plan.second.weight.shape[0], plan.first.weight.shape[1]
-    return isinstance(plan.quantizer, AffineQuantizer) and _suits_many(
-        action_dim, latent_dim, plan.num_layers, plan.num_levels
-    )
+    return plan.quantizer is not None and _suits_many(plan, plan.num_layers)
 
 
 def _decodes_many(plan: DecoderPlan) -> bool:
-    is_own = plan.latents is not None and own_tokens(plan) is not None
-    return is_own and _suits_many(plan.second.weight.shape[0], plan.latent_dim, plan.prefix, plan.num_levels)
+    return plan.own_tokens is not None and _suits_many(plan, plan.prefix)
 
 
-def _suits_many(action_dim: int, latent_dim: int, layers: int, num_levels: int) -> bool:
+def _suits_many(plan: EncoderPlan | DecoderPlan, layers: int) -> bool:
     """Whether the sizes suit the many kernels; else the few kernels take batches of every size."""
     return (
-        num_levels <= _MOST_LEVELS_OF_MANY
-        and latent_dim * layers % 4 == 0
-        and latent_dim + action_dim <= _REGISTERS
-        and _staged_bytes(action_dim, latent_dim, layers, _WARPS[-1]) <= _SHARED_BYTES
+        plan.num_levels <= _MOST_LEVELS_OF_MANY
+        and plan.latent_dim * layers % 4 == 0
+        and plan.latent_dim + plan.action_dim <= _REGISTERS
+        and _staged_bytes(plan.action_dim, plan.latent_dim, layers, _WARPS[-1]) <= _SHARED_BYTES
     )
 
 

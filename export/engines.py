@@ -4,39 +4,38 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from rfsq.export.batches import Profile
 from rfsq.export.bundle_writer import StagedBundle
 from rfsq.export.c_builder import NO_COMPILER, compile_c, find_compiler
-from rfsq.export.errors import EngineBuildError, require_none
-from rfsq.export.progress import Step, StepList
-from rfsq.export.trt_builder import EngineRequest, build_engine, check_engine, inspect_engine
+from rfsq.export.errors import EngineBuildError, GateError, require_none
+from rfsq.export.progress import Phase, phase
+from rfsq.export.trt_builder import build_engine, differences, inspect_engine
 from rfsq.runtime.backends.contract import MOST_CHUNKS
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.backends.tensorrt_api import find_tensorrt
 from rfsq.runtime.bundle.advice import install
 from rfsq.runtime.bundle.backend_specs import BACKENDS, BackendSpec
-from rfsq.runtime.bundle.errors import BackendUnavailableError
+from rfsq.runtime.bundle.errors import BackendUnavailableError, EngineRefusedError
 from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, EngineEntry, GraphEntry
 
 if TYPE_CHECKING:
     from rfsq.runtime.backends.gpu.driver import GpuDevice
 
 
-#: The source says itself where a product and a sum round once; everything else rounds as IEEE 754 has it.
-CUDA_FLAGS = ("--fmad=false",)
-
-
 @dataclass(frozen=True)
 class EngineSources:
-    """What engines are compiled from, and for.
+    """What engines are compiled from, into and for.
 
-    content: of each file of the bundle in the making; graphs: those of the form `reduce`; profile: batch sizes B, for
-    engines that are tuned for some; compute_capabilities: such as 8.9, none for what the library builds by itself.
+    content: of each graph and source; graphs: those of the form `reduce`; staged: the bundle in the making; profile:
+    batch sizes B, for engines that are tuned for some; compute_capabilities: such as 8.9, none for what the library
+    builds by itself.
     """
 
+    staged: StagedBundle
     content: Callable[[str], bytes]
     graphs: tuple[GraphEntry, ...]
     profile: Profile
@@ -63,53 +62,52 @@ def compilable(*, to_run: bool) -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(chosen), reasons
 
 
-def compile_engines(
-    backend: str, sources: EngineSources, staged: StagedBundle, steps: StepList
-) -> tuple[EngineEntry, ...]:
+def compile_engines(backend: str, sources: EngineSources) -> tuple[EngineEntry, ...]:
     """Compile all engines of a backend into the bundle; none for one that runs graphs as they are.
 
-    Whether they are right is for the gates to say. Raises BackendUnavailableError where a library or the GPU is
-    missing, EngineBuildError where something does not compile, GateError where what came out is not
-    what was asked for.
+    The gates judge later whether they are right. Raises BackendUnavailableError where a library or the GPU is missing,
+    EngineBuildError where something does not compile, GateError where an engine is not what was asked for.
     """
     compilers = {"c": _compile_c, "cuda": _compile_cuda, "graphs": _compile_graphs}
     source = BACKENDS[backend].engine_source
     if source is None:
         return ()
-    with steps.step(f"compile {backend}") as step:
-        return compilers[source](backend, sources, staged, step)
+    with phase(f"compile {backend}") as current:
+        return compilers[source](backend, sources, current)
 
 
-def _compile_graphs(backend: str, sources: EngineSources, staged: StagedBundle, step: Step) -> tuple[EngineEntry, ...]:
-    engines = []
+def _compile_graphs(backend: str, sources: EngineSources, current: Phase) -> tuple[EngineEntry, ...]:
+    engines, capabilities = [], sources.compute_capabilities
     for graph in sources.graphs:
         content, profile = sources.content(graph.file), sources.profile
-        built = build_engine(EngineRequest(backend, content, profile, sources.compute_capabilities))
-        require_none(f"{backend}, {graph.file}: {problem}" for problem in check_engine(built, graph, content))
-        targets = built.compute_capabilities or _only_target(backend)
+        built = build_engine(backend, content, profile, capabilities)
+        try:
+            origin, tensors = inspect_engine(built)
+        except (EngineRefusedError, BackendUnavailableError) as error:
+            raise GateError(f"{backend}, {graph.file}: {error}") from error
+        require_none(f"{backend}, {graph.file}: {problem}" for problem in differences(built, graph, tensors))
+        targets = capabilities or _only_target(backend)
         target = "-".join(f"sm{name.replace('.', '')}" for name in targets) or "default"
-        stem = graph.file.rpartition("/")[2].removesuffix(".onnx")
+        stem = f"{PurePosixPath(graph.file).stem}-{_sha256(content)[:12]}"
         entry = _written(
-            staged,
+            sources,
             built.serialized,
             backend=backend,
             version=built.version,
             targets=targets,
             source=graph.file,
-            source_sha256=built.onnx_sha256,
-            file=f"engines/{backend}-{built.version}-{target}/{stem}-{built.onnx_sha256[:12]}.engine",
-            profile=(profile.minimum, profile.optimum, profile.maximum),
-            detail=f"inspected ({inspect_engine(built)[0]}), not run",
+            file=f"engines/{backend}-{built.version}-{target}/{stem}.engine",
+            profile=astuple(profile),
+            detail=f"inspected ({origin}), not run",
         )
         engines.append(entry)
-        step.note(f"{entry.file.rpartition('/')[2]} {len(built.serialized) / 1e6:.1f} MB")
-        for warning in built.warnings:
-            step.note(f"{backend} warns: {warning}")
-    step.note(f"built for {backend} {engines[0].version}, target {target}")
+        current.note(f"{stem}.engine {len(built.serialized) / 1e6:.1f} MB")
+        current.note(*(f"{backend} warns: {warning}" for warning in built.warnings))
+    current.note(f"built for {backend} {engines[0].version}, target {target}")
     return tuple(engines)
 
 
-def _compile_c(backend: str, sources: EngineSources, staged: StagedBundle, step: Step) -> tuple[EngineEntry, ...]:
+def _compile_c(backend: str, sources: EngineSources, current: Phase) -> tuple[EngineEntry, ...]:
     """For every target that this machine can run: what cannot be proven here is not built."""
     header, source = sources.content(C_HEADER), sources.content(C_SOURCE)
     engines = []
@@ -121,61 +119,61 @@ def _compile_c(backend: str, sources: EngineSources, staged: StagedBundle, step:
             if target == least:
                 raise
             # An old compiler may not know the level; every one knows the least.
-            step.note(f"NOT {target}: {str(error).splitlines()[-1]}")
+            current.note(f"NOT {target}: {str(error).splitlines()[-1]}")
             continue
         engines.append(
             _written(
-                staged,
+                sources,
                 library.content,
                 backend=backend,
                 version=library.compiler,
                 targets=(target,),
                 source=C_SOURCE,
-                source_sha256=hashlib.sha256(source).hexdigest(),
                 file=f"engines/c/{target}/librfsq_tokenizer.so",
             )
         )
-        step.note(f"{target} {len(library.content) / 1000:.0f} kB, {library.compiler}")
+        current.note(f"{target} {len(library.content) / 1000:.0f} kB, {library.compiler}")
     return tuple(engines)
 
 
-def _compile_cuda(backend: str, sources: EngineSources, staged: StagedBundle, step: Step) -> tuple[EngineEntry, ...]:
+def _compile_cuda(backend: str, sources: EngineSources, current: Phase) -> tuple[EngineEntry, ...]:
     """For this machine's GPU: what cannot be proven here is not built."""
-    # Here, because they need cuda-python, which a machine without a GPU need not have.
-    try:
-        from rfsq.runtime.backends.gpu.driver import open_device
-        from rfsq.runtime.backends.gpu.kernels import KernelError, compile_kernels, nvrtc_version
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"the generated CUDA cannot be compiled: {error}; install cuda-python and NVRTC with: {install('gpu')}"
-        ) from error
+    source, gpu = sources.content(CUDA_SOURCE), _gpu()
+    # Here, because it needs cuda-python, which a machine without a GPU need not have.
+    from rfsq.runtime.backends.gpu.kernels import KernelError, compile_kernels, nvrtc_version
 
-    source, gpu = sources.content(CUDA_SOURCE), open_device()
     try:
         version = nvrtc_version()
-        content = compile_kernels(source.decode(), CUDA_SOURCE.rpartition("/")[2], gpu.compute_capability, CUDA_FLAGS)
+        # The source says itself where a product and a sum round once; everything else rounds as IEEE 754 has it.
+        content = compile_kernels(
+            source.decode(), CUDA_SOURCE.rpartition("/")[2], gpu.compute_capability, may_fuse=False
+        )
     except KernelError as error:
         raise EngineBuildError(str(error)) from error
     entry = _written(
-        staged,
+        sources,
         content,
         backend=backend,
         version=version,
         targets=(gpu.compute_capability,),
         source=CUDA_SOURCE,
-        source_sha256=hashlib.sha256(source).hexdigest(),
         file=f"engines/cuda/sm{gpu.compute_capability.replace('.', '')}/rfsq_tokenizer.cubin",
     )
-    step.note(f"{entry.file.rpartition('/')[2]} {len(content) / 1000:.0f} kB, {version}, {gpu}")
+    current.note(f"{entry.file.rpartition('/')[2]} {len(content) / 1000:.0f} kB, {version}, {gpu}")
     return (entry,)
 
 
-def _written(staged: StagedBundle, content: bytes, **known: Any) -> EngineEntry:
-    """An engine that nothing has run yet."""
+def _written(sources: EngineSources, content: bytes, **known: Any) -> EngineEntry:
+    """Write an engine that nothing has run yet. known: the fields of its entry that are not the same for all."""
     unproven = {"profile": (1, 1, MOST_CHUNKS), "detail": "compiled, not run", **known}
+    unproven["source_sha256"] = _sha256(sources.content(known["source"]))
     entry = EngineEntry(status="built", precision="not measured", device="", kernel_cache="", **unproven)
-    staged.write(entry.file, content)
+    sources.staged.write(entry.file, content)
     return entry
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _why_not_compiled(spec: BackendSpec) -> str:
@@ -196,7 +194,7 @@ def _why_no_gpu() -> str:
     """Empty where there is one, with cuda-python to use it."""
     try:
         _gpu()
-    except (ImportError, BackendUnavailableError) as error:
+    except BackendUnavailableError as error:
         return str(error)
     return ""
 
@@ -207,7 +205,11 @@ def _only_target(backend: str) -> tuple[str, ...]:
 
 
 def _gpu() -> GpuDevice:
-    # Here, because it needs cuda-python, which a machine without a GPU need not have.
-    from rfsq.runtime.backends.gpu.driver import open_device
-
+    """Raises BackendUnavailableError where there is none, or no cuda-python to use it."""
+    try:
+        from rfsq.runtime.backends.gpu.driver import open_device
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"CUDA cannot be used: {error}; install cuda-python and NVRTC with: {install('gpu')}"
+        ) from error
     return open_device()

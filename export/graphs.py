@@ -19,11 +19,11 @@ from rfsq.export.plan import (
     Affine,
     AffineQuantizer,
     DecoderPlan,
-    DynamicQuantizer,
     EncoderPlan,
     action_limit,
     middle_level,
 )
+from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
 
 #: Old enough for every TensorRT 10 and for ONNX Runtime since 1.14.
 OPSET = 18
@@ -117,6 +117,11 @@ class _GraphBuilder:
         gate = self.apply("Div", [numerator, denominator], f"{output}.gate")
         return self.apply("Mul", [value, gate], output)
 
+    def grid(self, levels: str, half_range: float, prefix: str = "") -> str:
+        """From levels 0 ... 2 half_range to the grid [-1, 1]."""
+        step, one = self.scalar("level_step", 1 / half_range), self.scalar("one", 1.0)
+        return self.apply("Sub", [self.apply("Mul", [levels, step], f"{prefix}steps"), one], f"{prefix}grid")
+
     def reshape(self, value: str, shape: Sequence[int], output: str) -> str:
         return self.apply("Reshape", [value, self.constant(f"{output}.shape", np.array(shape, np.int64))], output)
 
@@ -127,15 +132,13 @@ class _GraphBuilder:
         model = helper.make_model(
             graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="rfsq-deploy"
         )
-        onnx.checker.check_model(model, full_check=True)
         return bytes(model.SerializeToString(deterministic=True))
 
 
 def encoder_graph(plan: EncoderPlan, form: LinearForm = LinearForm.GEMM) -> bytes:
     """actions float32 [batch, T, A] -> tokens int32 [batch, T, D, L] (and stats float32 [batch, T, L, 2])."""
     build = _GraphBuilder(form)
-    latent_dim, action_dim = plan.second.weight.shape[0], plan.first.weight.shape[1]
-    flat = build.reshape("actions", (-1, action_dim), "steps")
+    flat = build.reshape("actions", (-1, plan.action_dim), "steps")
     if form.is_marked:
         # An infinite sum can end as a latent like any other; a NaN reaches every latent of its step.
         flat = build.where_within(flat, action_limit(plan), flat, math.nan, "steps.or_mark")
@@ -143,29 +146,28 @@ def encoder_graph(plan: EncoderPlan, form: LinearForm = LinearForm.GEMM) -> byte
         flat = build.apply("Sub", [flat, build.constant("offset", plan.offset)], "steps.from_offset")
     hidden = build.mish(build.linear(flat, plan.first, "inner"), "hidden")
     latents = build.apply("Tanh", [build.linear(hidden, plan.second, "outer")], "latents")
-    columns = build.reshape(latents, (-1, latent_dim, 1), "latents.columns")
+    columns = build.reshape(latents, (-1, plan.latent_dim, 1), "latents.columns")
     stats: list[str] = []
-    if isinstance(plan.quantizer, AffineQuantizer):
+    if plan.quantizer is not None:
         levels = _affine_layers(build, plan, plan.quantizer, columns)
     else:
-        levels, stats = _dynamic_layers(build, plan, plan.quantizer, columns)
+        levels, stats = _dynamic_layers(build, plan, columns)
     if form.is_marked:
         # No latent comes near 2: tanh gave them.
         levels = build.where_within(columns, 2.0, levels, -1.0, "levels.or_mark")
     integers = build.apply("Cast", [levels], "tokens.flat", to=TensorProto.INT32)
-    build.reshape(integers, (-1, plan.chunk_length, latent_dim, plan.num_layers), "tokens")
-    outputs = [_value("tokens", TensorProto.INT32, plan.chunk_length, latent_dim, plan.num_layers)]
+    build.reshape(integers, (-1, plan.chunk_length, plan.latent_dim, plan.num_layers), "tokens")
+    outputs = [_value("tokens", TensorProto.INT32, plan.chunk_length, plan.latent_dim, plan.num_layers)]
     if plan.has_stats:
         pairs = build.apply("Concat", stats, "stats.flat", axis=1)
         build.reshape(pairs, (-1, plan.chunk_length, plan.num_layers, 2), "stats")
         outputs.append(_value("stats", TensorProto.FLOAT, plan.chunk_length, plan.num_layers, 2))
-    return build.model("encoder", [_value("actions", TensorProto.FLOAT, plan.chunk_length, action_dim)], outputs)
+    return build.model("encoder", [_value("actions", TensorProto.FLOAT, plan.chunk_length, plan.action_dim)], outputs)
 
 
 def decoder_graph(plan: DecoderPlan, form: LinearForm = LinearForm.GEMM) -> bytes:
     """tokens int32 [batch, T, D, l] (and stats float32 [batch, T, l, 2]) -> actions float32 [batch, T, A]."""
     build = _GraphBuilder(form)
-    action_dim = plan.second.weight.shape[0]
     inputs = [_value("tokens", TensorProto.INT32, plan.chunk_length, plan.latent_dim, plan.prefix)]
     numbers = build.apply("Cast", ["tokens"], "levels", to=TensorProto.FLOAT)
     if form.is_marked:
@@ -182,8 +184,8 @@ def decoder_graph(plan: DecoderPlan, form: LinearForm = LinearForm.GEMM) -> byte
     outer = build.linear(hidden, plan.second, "outer")
     if plan.offset.any():
         outer = build.apply("Add", [outer, build.constant("offset", plan.offset)], "outer.with_offset")
-    build.reshape(outer, (-1, plan.chunk_length, action_dim), "actions")
-    return build.model("decoder", inputs, [_value("actions", TensorProto.FLOAT, plan.chunk_length, action_dim)])
+    build.reshape(outer, (-1, plan.chunk_length, plan.action_dim), "actions")
+    return build.model("decoder", inputs, [_value("actions", TensorProto.FLOAT, plan.chunk_length, plan.action_dim)])
 
 
 def _affine_layers(build: _GraphBuilder, plan: EncoderPlan, quantizer: AffineQuantizer, columns: str) -> str:
@@ -204,14 +206,12 @@ def _affine_layers(build: _GraphBuilder, plan: EncoderPlan, quantizer: AffineQua
     return build.apply("Add", [stacked, build.scalar("middle_level", center)], "levels")
 
 
-def _dynamic_layers(
-    build: _GraphBuilder, plan: EncoderPlan, quantizer: DynamicQuantizer, columns: str
-) -> tuple[str, list[str]]:
+def _dynamic_layers(build: _GraphBuilder, plan: EncoderPlan, columns: str) -> tuple[str, list[str]]:
     """Levels as floats [N, D, L], and per layer the statistics [N, 1, 2] when the plan gives them."""
-    latent_dim, half_range = plan.second.weight.shape[0], (plan.num_levels - 1) / 2
+    half_range = (plan.num_levels - 1) / 2
     axis = build.constant("latent_axis", np.array([1], np.int64))
-    degrees = build.scalar("degrees_of_freedom", latent_dim - 1)
-    epsilon = build.scalar("epsilon", quantizer.epsilon)
+    degrees = build.scalar("degrees_of_freedom", plan.latent_dim - 1)
+    epsilon = build.scalar("epsilon", SIGMA_EPSILON)
     scale, shift = build.scalar("half_range", half_range), build.scalar("half_range.less_half", half_range - 0.5)
     bounds = build.scalar("lowest", 0), build.scalar("highest", plan.num_levels - 1)
     residual, levels, stats = columns, [], []
@@ -229,8 +229,7 @@ def _dynamic_layers(
         if plan.has_stats:
             stats.append(build.apply("Concat", [mean, sigma], f"{name}.stats", axis=-1))
         if layer + 1 < plan.num_layers:
-            step, one = build.scalar("level_step", 1 / half_range), build.scalar("one", 1.0)
-            grid = build.apply("Sub", [build.apply("Mul", [levels[-1], step], f"{name}.steps"), one], f"{name}.grid")
+            grid = build.grid(levels[-1], half_range, f"{name}.")
             # r - (grid sigma + mean), without the mean that the deviation has already lost.
             taken = build.apply("Mul", [grid, sigma], f"{name}.taken")
             residual = build.apply("Sub", [deviation, taken], f"L{layer + 1}.residual")
@@ -239,9 +238,7 @@ def _dynamic_layers(
 
 def _latents_from_stats(build: _GraphBuilder, plan: DecoderPlan, numbers: str) -> str:
     """sum over l of grid * sigma + mean: levels [batch, T, D, l] and stats to latents [N, D]."""
-    half_range = (plan.num_levels - 1) / 2
-    steps = build.apply("Mul", [numbers, build.scalar("level_step", 1 / half_range)], "steps")
-    grid = build.apply("Sub", [steps, build.scalar("one", 1.0)], "grid")
+    grid = build.grid(numbers, (plan.num_levels - 1) / 2)
     turned = build.apply("Transpose", ["stats"], "stats.turned", perm=[0, 1, 3, 2])
     halves = build.constant("halves", np.array([1, 1], np.int64))
     build.nodes.append(helper.make_node("Split", [turned, halves], ["mean", "sigma"], name="split", axis=2))

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from tqdm import tqdm
 
 from rfsq.calibration.readout import held_out_warning
-from rfsq.export.parity import batches, failures, judges_of
+from rfsq.export.parity import batches, judges_of
 from rfsq.export.parity_data import Section
-from rfsq.export.progress import Step, table
+from rfsq.export.progress import table
+from rfsq.export.proving import failures
 from rfsq.export.reference import AS_TRAINED, REFITTED, Reference
 from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.backends.replay import replay
@@ -40,29 +41,10 @@ def prove(
     return parity, problems
 
 
-def note_gates(
-    step: Step,
-    parity: Sequence[ParityEntry],
-    problems: Sequence[str],
-    backends: Sequence[Backend],
-    absent: Mapping[str, str],
-) -> None:
-    """A line for each backend that ran, for each that did not, and for the outcome."""
-    for backend in backends:
-        step.note(f"{backend.name}: {backend.description}")
-    for name, reason in absent.items():
-        step.note(f"NOT run: {name}: {reason}")
-    conclusion = f"{parity[0].steps} steps against PyTorch float64"
-    if problems:
-        step.fail(f"{conclusion}: {len(problems)} gates are red")
-    else:
-        step.note(conclusion)
-
-
 def closing_tables(
     parity: Sequence[ParityEntry], quality: Mapping[str, float], verdict: Fidelity | None, judged_on: str
 ) -> str:
-    """quality, verdict: of the steps that `judged_on` names, see `BuildResult`."""
+    """quality: action MSE in normalised units, by what was decoded; both it and verdict of what `judged_on` names."""
     gates = [
         (
             f"{'✓' if entry.value <= entry.limit else '✗'} {entry.backend} ({entry.device}), {entry.gate}",
@@ -85,7 +67,7 @@ def closing_tables(
 
 
 def _details(parity: Sequence[ParityEntry]) -> list[str]:
-    """What the gates have to say beside their numbers, with the engines that it is about."""
+    """The remarks of the gates, each with the engines that it concerns."""
     engines: dict[str, list[str]] = {}
     for entry in parity:
         if entry.detail:

@@ -10,8 +10,8 @@ from rfsq.export.batches import Profile
 from rfsq.export.bundle_writer import StagedBundle, stage_bundle
 from rfsq.export.engines import EngineSources, compilable, compile_engines
 from rfsq.export.errors import BuildInputError, EngineBuildError, ExportError, require_none
-from rfsq.export.progress import StepList
-from rfsq.export.proving import seal_proven
+from rfsq.export.progress import phase
+from rfsq.export.proving import failures, seal_proven
 from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
@@ -31,7 +31,7 @@ class TargetConfig:
 
     bundle: Path
     backends: tuple[str, ...] | None = None
-    profile: Profile = field(default_factory=lambda: Profile(1, 1, 4096))
+    profile: Profile = field(default_factory=Profile)
 
     def __post_init__(self) -> None:
         known = compiled_from("c", "cuda", "graphs")
@@ -41,40 +41,39 @@ class TargetConfig:
 
 
 class _CannotRunError(ExportError):
-    """reasons: by backend, why its engines cannot be made or run here."""
+    """Some engines cannot be made or run here. reasons: why not, by backend."""
 
-    # The message first, so that it can be pickled.
-    def __init__(self, message: str, reasons: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.reasons = reasons or {}
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        super().__init__(reasons)
+        self.reasons = reasons
 
 
 def add_engines(config: TargetConfig) -> tuple[Manifest, tuple[str, ...]]:
-    """Compile graphs and C source for this machine, replay the golden vectors on it, and replace the bundle as a whole.
+    """Compile graphs and sources for this machine, replay the golden vectors on it, and replace the bundle as a whole.
 
     Returns the new manifest, and the backends that were added. The bundle is as it was unless every gate passed. Raises
     BundleError for no bundle, GateError, and ExportError where a backend that was asked for cannot be made or run here,
     or none can.
     """
     backends, left_out = compilable(to_run=True)
-    if config.backends is not None:
+    chosen = config.backends or backends
+    while chosen:
         try:
-            return _add_all(config, config.backends), config.backends
+            manifest = _add_all(config, chosen)
         except _CannotRunError as error:
-            others = [name for name in backends if name not in error.reasons]
-            advice = f"\nadd what can be proven here with --backend {' '.join(others)}" if others else ""
-            raise ExportError(f"no engine is added, for some cannot be made or run here:\n  {error}{advice}") from error
-    while backends:
-        try:
-            manifest = _add_all(config, backends)
-        except _CannotRunError as error:
+            if config.backends:
+                others = [name for name in backends if name not in error.reasons]
+                advice = f"\nadd what can be proven here with --backend {' '.join(others)}" if others else ""
+                raise ExportError(
+                    "no engine is added, for some cannot be made or run here:\n  " + _listed(error.reasons) + advice
+                ) from error
             # Once more without it: nothing that was not proven stays, nor takes the place of what was there.
             left_out.update(error.reasons)
-            backends = tuple(name for name in backends if name not in error.reasons)
+            chosen = tuple(name for name in chosen if name not in error.reasons)
         else:
-            for name, reason in left_out.items():
+            for name, reason in left_out.items() if not config.backends else ():
                 print(f"– {name} is left out: {reason}")
-            return manifest, backends
+            return manifest, chosen
     raise ExportError(
         "no engine can be added here: install gcc or clang for C, or TensorRT with "
         f"{BACKENDS['tensorrt-rtx'].install} on a machine with a GPU\n  {_listed(left_out)}"
@@ -87,27 +86,26 @@ def _listed(reasons: Mapping[str, str]) -> str:
 
 def _add_all(config: TargetConfig, backends: tuple[str, ...]) -> Manifest:
     """Raises _CannotRunError where not all of them can be made and run here."""
-    steps = StepList()
-    with steps.step("open bundle") as step:
+    with phase("open bundle") as opening:
         bundle = open_bundle(config.bundle)
         golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model)
-        step.note(f"{bundle.folder}: {bundle.manifest.model.mode}, fingerprint {bundle.manifest.fingerprint[:16]}")
+        opening.note(f"{bundle.folder}: {bundle.manifest.model.mode}, fingerprint {bundle.manifest.fingerprint[:16]}")
     with stage_bundle(config.bundle, overwrite=True) as staged:
-        sources = EngineSources(bundle.content, bundle.manifest.graphs_of("reduce"), config.profile)
+        sources = EngineSources(staged, bundle.content, bundle.manifest.graphs_of("reduce"), config.profile)
         added: tuple[EngineEntry, ...] = ()
         for name in dict.fromkeys(backends):
             try:
-                added += compile_engines(name, sources, staged, steps)
+                added += compile_engines(name, sources)
             except (BackendUnavailableError, EngineBuildError) as error:
-                raise _CannotRunError(f"{name}: {error}", {name: str(error)}) from error
+                raise _CannotRunError({name: str(error)}) from error
         engines = _kept(bundle, added, staged) + added
 
         def judge(opened: Sequence[Backend], absent: Mapping[str, str]) -> tuple[ParityEntry, ...]:
             if absent:
-                raise _CannotRunError(_listed(absent), absent)
+                raise _CannotRunError(absent)
             here = {(backend.name, backend.device) for backend in opened}
             before = (entry for entry in bundle.manifest.parity if (entry.backend, entry.device) not in here)
-            return (*before, *_proven(golden, bundle, opened, steps))
+            return (*before, *_proven(golden, bundle, opened))
 
         return seal_proven(staged, replace(bundle.manifest, engines=engines), judge, backends)
 
@@ -122,17 +120,26 @@ def _kept(bundle: Bundle, added: Sequence[EngineEntry], staged: StagedBundle) ->
     return tuple(entry for entry in engines if entry not in replaced)
 
 
-def _proven(golden: Golden, bundle: Bundle, opened: Sequence[Backend], steps: StepList) -> list[ParityEntry]:
+def _proven(golden: Golden, bundle: Bundle, opened: Sequence[Backend]) -> list[ParityEntry]:
     """What the golden vectors say of each backend. Raises GateError where a gate is red."""
-    with steps.step("golden vectors") as step:
-        parity = [entry for backend in opened for entry in _replayed(golden, bundle, backend)]
-        for entry in parity:
-            step.note(f"{entry.backend}, {entry.gate}: {entry.value:.4g}, limit {entry.limit:.4g}")
-        require_none(
-            f"{entry.backend}, {entry.gate}: {entry.value:g}; expected at most {entry.limit:g} ({entry.detail})"
-            for entry in parity
-            if not entry.value <= entry.limit
+    with phase("golden vectors") as current:
+        parity = [
+            ParityEntry(
+                backend.name,
+                f"golden vectors, {check.gate}",
+                golden.actions.shape[0] * golden.actions.shape[1],
+                check.value,
+                check.limit,
+                check.detail or backend.description,
+                backend.device,
+            )
+            for backend in opened
+            for check in replay(golden, bundle.manifest.model, backend).checks
+        ]
+        current.note(
+            *(f"{entry.backend}, {entry.gate}: {entry.value:.4g}, limit {entry.limit:.4g}" for entry in parity)
         )
+        require_none(failures(parity))
     return parity
 
 
@@ -140,19 +147,3 @@ def _takes_the_place(new: EngineEntry, old: EngineEntry) -> bool:
     """Whether the old engine is of no use beside the new one: else it might be the one that is run and proven."""
     is_same_library = (new.backend, new.version, new.source) == (old.backend, old.version, old.source)
     return new.file == old.file or (BACKENDS[new.backend].engine_source == "graphs" and is_same_library)
-
-
-def _replayed(golden: Golden, bundle: Bundle, backend: Backend) -> list[ParityEntry]:
-    num_steps = golden.actions.shape[0] * golden.actions.shape[1]
-    return [
-        ParityEntry(
-            backend.name,
-            f"golden vectors, {check.gate}",
-            num_steps,
-            check.value,
-            check.limit,
-            check.detail or backend.description,
-            backend.device,
-        )
-        for check in replay(golden, bundle.manifest.model, backend).checks
-    ]

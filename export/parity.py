@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -54,9 +56,8 @@ class Judge:
     model: ModelEntry
     variant: str
     seed: int
-    steps: int = 0
-    found: TokenComparison | None = None
-    float32: TokenComparison | None = None
+    found: list[TokenComparison] = field(default_factory=list)
+    float32: list[TokenComparison] = field(default_factory=list)
     near_tie_cap: int = 0
     decode_errors: dict[int, float] = field(default_factory=dict)
     stats_error: float = 0.0
@@ -70,10 +71,8 @@ class Judge:
         tokens = np.empty_like(golden.tokens)
         stats = None if golden.stats is None else np.empty_like(golden.stats)
         self.backend.encode_into(golden.actions, tokens, stats)
-        found = self.reference.judge(golden.actions, golden.tokens, tokens)
-        self.steps += found.num_steps
-        self.found = found if self.found is None else self.found + found
-        self.float32 = answers.float32 if self.float32 is None else self.float32 + answers.float32
+        self.found.append(self.reference.judge(golden.actions, golden.tokens, tokens))
+        self.float32.append(answers.float32)
         self.near_tie_cap += golden.near_tie_cap
         if stats is not None and golden.stats is not None:
             # Behind a flip the statistics are those of another residual.
@@ -96,28 +95,26 @@ class Judge:
 
     def entries(self) -> tuple[ParityEntry, ...]:
         """One per gate; `value` above `limit` is a failure."""
-        assert self.found is not None
-        assert self.float32 is not None
-
-        prefix = f"{self.variant}, " if self.variant else ""
+        found, float32 = (functools.reduce(operator.add, parts) for parts in (self.found, self.float32))
+        variant = f"{self.variant}, " if self.variant else ""
 
         def entry(gate: str, value: float, limit: float, detail: str = "") -> ParityEntry:
             return ParityEntry(
-                self.backend.name, prefix + gate, self.steps, float(value), float(limit), detail, self.backend.device
+                self.backend.name, variant + gate, found.num_steps, value, limit, detail, self.backend.device
             )
 
-        near_ties = f"L0 to L{self.model.num_layers - 1}: {_counts(self.found)}; torch float32: {_counts(self.float32)}"
+        near_ties = f"L0 to L{self.model.num_layers - 1}: {_counts(found)}; torch float32: {_counts(float32)}"
         return (
-            entry("encode: wrong tokens", self.found.num_wrong, GATES.wrong_tokens, str(self.found.first_wrong or "")),
-            entry("encode: near-tie flips", self.found.num_near_ties, self.near_tie_cap, near_ties),
+            entry("encode: wrong tokens", found.num_wrong, GATES.wrong_tokens, str(found.first_wrong or "")),
+            entry("encode: near-tie flips", found.num_near_ties, self.near_tie_cap, near_ties),
             *([entry("encode: stats error", self.stats_error, GATES.stats_error)] if self.model.has_stats else []),
             *(
                 entry(f"decode {layers} layers: action error", error, GATES.action_error)
                 for layers, error in sorted(self.decode_errors.items())
             ),
             *(
-                entry(verdict.gate, verdict.accepted, GATES.illegal_values, verdict.first)
-                for verdict in judge_refusal(self.model, self.backend, is_thorough=True)
+                entry(check.gate, check.value, check.limit, check.detail)
+                for check in judge_refusal(self.model, self.backend, is_thorough=True)
             ),
         )
 
@@ -128,16 +125,6 @@ def judges_of(backends: Sequence[Backend], reference: Reference, model: ModelEnt
         Judge(judged_backend, reference, model, variant, seed)
         for backend in backends
         for variant, judged_backend in judged(backend).items()
-    ]
-
-
-def failures(entries: Sequence[ParityEntry]) -> list[str]:
-    """A line for every gate that is red; NaN is red."""
-    return [
-        f"{entry.backend}, {entry.gate}: {entry.value:g} over {entry.steps} steps; expected at most {entry.limit:g}"
-        + (f" ({entry.detail})" if entry.detail else "")
-        for entry in entries
-        if not entry.value <= entry.limit
     ]
 
 

@@ -9,11 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from rfsq.export.golden_inputs import sensitive_steps
+from rfsq.export.golden_inputs import Span, bins_of, bisected, sensitive_steps, to_edge
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.rounding import token_error_bounds
-
-Float32Array = npt.NDArray[np.float32]
+from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, in_chunks
 
 EDGES = "edges"
 #: More corners than this are sampled, not listed.
@@ -21,8 +20,6 @@ _MOST_CORNERS = 256
 _NEAR_TIES = 512
 #: Standard deviation of the steps around episodes, as a share of the range.
 _SPREAD = 0.05
-#: Halving an interval of float32 numbers this often leaves neighbours.
-_BISECTIONS = 40
 #: Neighbours of a step that are tried, by so many float32 numbers away in each dimension.
 _NEIGHBOURS, _REACH = 4096, 3
 #: Float32's errors have about a fortieth of their bound as standard deviation: as far from an edge as this share of it,
@@ -58,30 +55,25 @@ def parity_sections(
     prefixes: of the decoders whose constants the edges shall show too.
     """
     random = np.random.default_rng(seed)
-    low, high = _range(model, episodes)
+    span = _span(model, episodes, limit)
     near = max(num_steps - len(episodes), 0) // 2 if len(episodes) else 0
     centres = episodes[random.integers(max(len(episodes), 1), size=near)]
-    around = centres + _SPREAD * (high - low) * random.standard_normal(centres.shape)
-    uniform = random.uniform(low, high, (max(num_steps - len(episodes) - near, chunk_length), len(low)))
-    edges = edge_steps(model, low, high, limit, random)
-    sensitive = sensitive_steps(model, prefixes, low, high, limit=limit, num_steps=num_steps, random=random)
-    return (
-        Section("episodes", as_chunks(episodes, chunk_length)),
-        Section("around them", as_chunks(around, chunk_length)),
-        Section("uniform random", as_chunks(uniform, chunk_length)),
-        Section(EDGES, as_chunks(np.concatenate((edges, sensitive)), chunk_length)),
-    )
+    around = centres + _SPREAD * (span.high - span.low) * random.standard_normal(centres.shape)
+    uniform = random.uniform(span.low, span.high, (max(num_steps - len(episodes) - near, chunk_length), len(span.low)))
+    edges = edge_steps(model, span, random)
+    sensitive = sensitive_steps(model, prefixes, span, num_steps, random)
+    steps: dict[str, npt.NDArray[np.floating]] = {
+        "episodes": episodes,
+        "around them": around,
+        "uniform random": uniform,
+        EDGES: np.concatenate((edges, sensitive)),
+    }
+    return tuple(Section(name, in_chunks(part.astype(np.float32), chunk_length)) for name, part in steps.items())
 
 
-def edge_steps(
-    model: ActionAutoencoder,
-    low: npt.NDArray[np.float64],
-    high: npt.NDArray[np.float64],
-    limit: float,
-    random: np.random.Generator,
-) -> Float32Array:
+def edge_steps(model: ActionAutoencoder, span: Span, random: np.random.Generator) -> Float32Array:
     """Steps [N, A]: zeros, the corners of the range, subnormal and huge values, and actions closest to a bin's edge."""
-    action_dim = len(low)
+    low, high, limit, action_dim = span.low, span.high, span.limit, len(span.low)
     corners = random.choice([-1.0, 1.0], (_MOST_CORNERS, action_dim))
     if 2**action_dim <= _MOST_CORNERS:
         corners = np.array(np.meshgrid(*[[-1.0, 1.0]] * action_dim)).reshape(action_dim, -1).T
@@ -98,40 +90,38 @@ def edge_steps(
             *(signs * size for size in (least, 7 * least, tiny / 2, tiny)),
             *huge,
             lone,
-            near_ties := near_tie_steps(model, low, high, random),
+            near_ties := near_tie_steps(model, span, random),
             neighbours_at_rounding_distance(model, near_ties[::2], random),
         ]
     ).astype(np.float32)
 
 
-def near_tie_steps(
-    model: ActionAutoencoder,
-    low: npt.NDArray[np.float64],
-    high: npt.NDArray[np.float64],
-    random: np.random.Generator,
-) -> Float32Array:
+@torch.no_grad()
+def near_tie_steps(model: ActionAutoencoder, span: Span, random: np.random.Generator) -> Float32Array:
     """Steps [N, A] as close to an edge between two bins, of any layer, as float32 actions can come.
 
     Between two random actions with different tokens there is an edge: found by bisection on the float64 reference,
     for each pair on the tokens of the first layers up to one drawn at random.
     """
-    pair = torch.from_numpy(random.uniform(low, high, (2, _NEAR_TIES, len(low))).astype(np.float32))
-    depth = torch.from_numpy(random.integers(1, model.config.num_layers + 1, _NEAR_TIES))
-    considered = (torch.arange(model.config.num_layers) < depth[:, None])[:, None, :]
+    pairs = random.uniform(span.low, span.high, (2, _NEAR_TIES, len(span.low)))
+    first, second = torch.from_numpy(pairs.astype(np.float32))
+    ignored = _ignored_layers(model, _NEAR_TIES, random)
 
     def tokens(actions: torch.Tensor) -> torch.Tensor:
-        return model.encode(actions.double())[0] * considered
+        return model.encode(actions.double())[0].masked_fill(ignored, 0)
 
-    with torch.no_grad():
-        first, second = pair
-        of_first = tokens(first)
-        for _ in range(_BISECTIONS):
-            middle = ((first.double() + second.double()) / 2).float()
-            same = (tokens(middle) == of_first).flatten(1).all(1)[:, None]
-            first, second = torch.where(same, middle, first), torch.where(same, second, middle)
-    return torch.cat((first, second)).numpy()
+    of_first = tokens(first)
+    ties = bisected(first, second, lambda steps: (tokens(steps) == of_first).flatten(1).all(1))
+    return torch.cat(ties).numpy()
 
 
+def _ignored_layers(model: ActionAutoencoder, count: int, random: np.random.Generator) -> torch.Tensor:
+    """bool [count, 1, L]: the layers behind one drawn at random; with all, the narrow bins of the last count alone."""
+    depth = torch.from_numpy(random.integers(1, model.config.num_layers + 1, count))
+    return (torch.arange(model.config.num_layers) >= depth[:, None])[:, None, :]
+
+
+@torch.no_grad()
 def neighbours_at_rounding_distance(
     model: ActionAutoencoder, steps: Float32Array, random: np.random.Generator
 ) -> Float32Array:
@@ -141,50 +131,37 @@ def neighbours_at_rounding_distance(
     count of flips would be one of chance. Among the neighbours in all dimensions there are some. Which they are follows
     from how far each dimension's next number moves the value that is decided on.
     """
-    # Edges of the first layers up to one drawn at random, or the narrow bins of the last would take them all.
-    depth = torch.from_numpy(random.integers(1, model.config.num_layers + 1, len(steps)))
-    ignored = (torch.arange(model.config.num_layers) >= depth[:, None])[:, None, :]
-    half_range = (model.config.num_levels - 1) / 2
+    ignored = _ignored_layers(model, len(steps), random)
 
     def bins(actions: Float32Array) -> torch.Tensor:
-        """What is decided on, [N, D, L], in bin widths: edges lie at 0 ... K - 2."""
-        latents = model.encode_latents(torch.from_numpy(actions).double())
-        layers = [step.conditioned for step in model.quantizer.layers(latents)]
-        return (torch.stack(layers, -1) + 1) * half_range - 0.5
+        return bins_of(model, model.encode_latents(torch.from_numpy(actions).double()))
 
-    with torch.no_grad():
-        here = bins(steps)
-        distances = here - here.round().clamp(0, model.config.num_levels - 2)
-        nearest = distances.abs().masked_fill(ignored, torch.inf).flatten(1).argmin(1, keepdim=True)
+    here = bins(steps)
+    missing = to_edge(model, here)
+    nearest = missing.abs().masked_fill(ignored, torch.inf).flatten(1).argmin(1, keepdim=True)
 
-        def of_nearest(values: torch.Tensor) -> npt.NDArray[np.float64]:
-            found: npt.NDArray[np.float64] = values.flatten(1).gather(1, nearest).numpy()
-            return found
+    def of_nearest(values: torch.Tensor) -> Float64Array:
+        found: Float64Array = values.flatten(1).gather(1, nearest).numpy()
+        return found
 
-        effects = []
-        for dimension in range(steps.shape[1]):
-            moved = steps.copy()
-            moved[:, dimension] += np.spacing(np.abs(moved[:, dimension]))
-            effects.append(of_nearest(bins(moved) - here))
-        bounds = token_error_bounds(model, torch.from_numpy(steps).double())[2]
+    effects = []
+    for dimension in range(steps.shape[1]):
+        moved = steps.copy()
+        moved[:, dimension] += np.spacing(np.abs(moved[:, dimension]))
+        effects.append(of_nearest(bins(moved) - here))
+    bounds = token_error_bounds(model, torch.from_numpy(steps).double())[2]
     moves = random.integers(-_REACH, _REACH + 1, (_NEIGHBOURS, steps.shape[1]))
     wanted = of_nearest(bounds) * random.uniform(-_SHARE_OF_BOUND, _SHARE_OF_BOUND, (len(steps), 1))
-    missed = np.abs(of_nearest(distances) + np.hstack(effects) @ moves.T - wanted)
+    missed = np.abs(np.hstack(effects) @ moves.T - of_nearest(missing) - wanted)
     neighbours: Float32Array = (steps + moves[missed.argmin(1)] * np.spacing(np.abs(steps))).astype(np.float32)
     return neighbours
 
 
-def as_chunks(steps: npt.NDArray[np.floating], chunk_length: int) -> Float32Array:
-    """[N, A] to float32 [ceil(N / T), T, A]; the last chunk is filled up with the first steps."""
-    missing = -len(steps) % chunk_length
-    filled = np.concatenate((steps, np.resize(steps, (missing, steps.shape[1]))))
-    return np.ascontiguousarray(filled.reshape(-1, chunk_length, steps.shape[1]), np.float32)
-
-
-def _range(model: ActionAutoencoder, episodes: Float32Array) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The normalised range [-1, 1] in physical units, widened to what the episodes hold."""
+def _span(model: ActionAutoencoder, episodes: Float32Array, limit: float) -> Span:
+    """The normalised range [-1, 1], widened to what the episodes hold."""
     offset, units = model.offset.numpy(), model.units.numpy()
-    return (
+    return Span(
         np.minimum(offset - units, episodes.min(axis=0, initial=np.inf)),
         np.maximum(offset + units, episodes.max(axis=0, initial=-np.inf)),
+        limit,
     )

@@ -1,4 +1,4 @@
-"""The steps of a build: calibrate, export, compile, prove, then write the bundle all at once."""
+"""The phases of a build: calibrate, export, compile, prove, then write the bundle all at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from rfsq.export.errors import BuildInputError, require_none
 from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graph_check import check_graph, cross_check
 from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
-from rfsq.export.judging import closing_tables, note_gates, prove
+from rfsq.export.judging import closing_tables, prove
 from rfsq.export.parity import golden_vectors
 from rfsq.export.parity_data import Section, parity_sections
 from rfsq.export.plan import (
@@ -32,7 +32,7 @@ from rfsq.export.plan import (
     plan_decoder,
     plan_encoder,
 )
-from rfsq.export.progress import StepList
+from rfsq.export.progress import phase
 from rfsq.export.proving import seal_proven
 from rfsq.export.reference import Reference
 from rfsq.export.sources import BuildData, choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
@@ -42,12 +42,12 @@ from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.bundle.advice import command
 from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
-from rfsq.runtime.bundle.fidelity import Fidelity
-from rfsq.runtime.bundle.golden import Golden
+from rfsq.runtime.bundle.golden import Golden, write_golden
 from rfsq.runtime.bundle.manifest import (
     C_HEADER,
     C_SOURCE,
     CUDA_SOURCE,
+    GOLDEN_NAME,
     SCHEMA_VERSION,
     EngineEntry,
     GraphEntry,
@@ -90,7 +90,7 @@ class BuildConfig:
     chunk_length: int = 8
     backends: tuple[str, ...] | None = None
     compute_capabilities: tuple[str, ...] = ()
-    profile: Profile = field(default_factory=lambda: Profile(1, 1, 4096))
+    profile: Profile = field(default_factory=Profile)
     parity_steps: int = 120_000
 
     def __post_init__(self) -> None:
@@ -115,64 +115,44 @@ class BuildConfig:
             raise BuildInputError(f"backends {sorted(unknown)} are not known; there are {', '.join(BACKENDS)}")
 
 
-@dataclass(frozen=True)
-class BuildResult:
-    """quality: action MSE in normalised units on the data judged on, by what was decoded; empty without data.
+def build(config: BuildConfig, *, has_tables: bool = True) -> Manifest:
+    """Build, prove and write a bundle; prints a line for each phase. has_tables: also the tables of what went well.
 
-    fidelity: of all layers, for each dimension in the robot's units; None without data.
+    Returns its manifest: what every gate measured is in `parity`, and in `quality` and `provenance["action_mse"]` what
+    the tokens are worth.
+
+    Raises UnusableError, ExportError or TokenizerError for what cannot be built, GateError for what was built and is
+    not right. The output is complete afterwards, or as it was before.
     """
-
-    output: Path
-    manifest: Manifest
-    quality: Mapping[str, float]
-    fidelity: Fidelity | None
-
-    @property
-    def verdict(self) -> str:
-        """That it is right, and what its tokens are worth."""
-        lines = [f"✓ {self.output} is built and validated, fingerprint {self.manifest.fingerprint[:16]}"]
-        if self.manifest.quality is not None:
-            lines.append(f"what the tokens are worth: {self.manifest.quality.line}")
-            lines += filter(None, [self.manifest.quality.fidelity.warning])
-        return "\n".join(lines)
-
-
-def build(config: BuildConfig, *, has_tables: bool = True) -> BuildResult:
-    """Build, prove and write a bundle; prints a line per step. has_tables: also of what went well.
-
-    Raises UnusableError, ExportError or TokenizerError for what cannot be built, GateError
-    for what was built and is not right. The output is complete afterwards, or as it was before.
-    """
-    steps = StepList()
     with stage_bundle(config.output, overwrite=config.overwrite) as staged:
-        source = _load(config, steps)
-        exported = _export(config, source, staged, steps)
-        exam = _examine(config, source, exported, staged, steps)
-        engines = _compile(config, exported, staged, steps)
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            fingerprint=exported.fingerprint,
-            model=exported.model,
-            graphs=exported.graphs,
-            engines=engines,
-            parity=(),
-            tools=_tool_versions(),
-            provenance=_provenance(config, source, exam),
-            files={},
-            quality=source.data.quality(exam.fidelity),
+        source = _load(config)
+        draft = _export(config, source, staged)
+        sections, golden = _examine(config, source, draft, staged)
+        reference, held_out = source.reference, source.data.held_out
+        action_mse, fidelity = reference.action_mse(held_out), reference.fidelity(held_out)
+        draft = replace(
+            draft,
+            engines=_compile(config, draft, staged),
+            provenance=_provenance(config, source, action_mse),
+            quality=source.data.quality(fidelity),
         )
 
         def judge(backends: Sequence[Backend], absent: Mapping[str, str]) -> tuple[ParityEntry, ...]:
-            with steps.step("parity gates") as step:
-                parity, problems = prove(exported.model, exam.golden, source.reference, exam.sections, backends)
-                note_gates(step, parity, problems, backends, absent)
-            if has_tables or problems or (exam.fidelity is not None and exam.fidelity.warning):
-                print(closing_tables(parity, exam.quality, exam.fidelity, source.data.judged_on))
+            with phase("parity gates") as current:
+                parity, problems = prove(draft.model, golden, reference, sections, backends)
+                current.note(*(f"{backend.name}: {backend.description}" for backend in backends))
+                current.note(*(f"NOT run: {name}: {reason}" for name, reason in absent.items()))
+                outcome = f"{parity[0].steps} steps against PyTorch float64"
+                if problems:
+                    current.fail(f"{outcome}: {len(problems)} gates are red")
+                else:
+                    current.note(outcome)
+            if has_tables or problems or (fidelity is not None and fidelity.warning):
+                print(closing_tables(parity, action_mse, fidelity, source.data.judged_on))
             require_none(problems)
             return parity
 
-        manifest = seal_proven(staged, manifest, judge, config.backends, required=_required(config))
-    return BuildResult(config.output, manifest, exam.quality, exam.fidelity)
+        return seal_proven(staged, draft, judge, config.backends, required=_required(config))
 
 
 @dataclass(frozen=True)
@@ -184,28 +164,8 @@ class _Source:
     data: BuildData
 
 
-@dataclass(frozen=True)
-class _Exported:
-    """What is generated from the reference. contents: graphs and sources, by their file in the bundle."""
-
-    model: ModelEntry
-    fingerprint: str
-    graphs: tuple[GraphEntry, ...]
-    contents: Mapping[str, bytes]
-
-
-@dataclass(frozen=True)
-class _Exam:
-    """What everything is held against. quality, fidelity: of the reference, see `BuildResult`."""
-
-    sections: Sequence[Section]
-    golden: Golden
-    quality: Mapping[str, float]
-    fidelity: Fidelity | None
-
-
-def _load(config: BuildConfig, steps: StepList) -> _Source:
-    with steps.step("load checkpoint") as step:
+def _load(config: BuildConfig) -> _Source:
+    with phase("load checkpoint") as current:
         checkpoint = open_checkpoint(
             config.checkpoint,
             use_layernorm=config.use_layernorm,
@@ -214,9 +174,8 @@ def _load(config: BuildConfig, steps: StepList) -> _Source:
         )
         mode = choose_mode(checkpoint, config.conditioning)
         prefixes = choose_prefixes(config.prefixes, checkpoint.config.num_layers)
-        step.note(f"{config.checkpoint.name}: {_describe(checkpoint)}; deployed as {mode.value!r}")
-        for remark in checkpoint.remarks:
-            step.note(remark)
+        current.note(f"{config.checkpoint.name}: {_describe(checkpoint)}; deployed as {mode.value!r}")
+        current.note(*checkpoint.remarks)
     is_fit_needed = needs_fit(checkpoint, mode, prefixes)
     if config.readout is not ReadoutChoice.AUTO and not (is_fit_needed and mode is DeployMode.CALIBRATED):
         raise BuildInputError(
@@ -224,7 +183,7 @@ def _load(config: BuildConfig, steps: StepList) -> _Source:
             f"{mode.value!r}" + ("" if is_fit_needed else " and the checkpoint has what it needs") + "; leave "
             f"--readout out, or calibrate anew with `{command('calibrate', '--readout')}`"
         )
-    with steps.step("load action data") as step:
+    with phase("load action data") as current:
         data = load_build_data(
             checkpoint,
             config.data,
@@ -232,86 +191,82 @@ def _load(config: BuildConfig, steps: StepList) -> _Source:
             filter_key=config.filter_key,
             is_needed=is_fit_needed,
         )
-        for line in data.description.splitlines():
-            step.note(line)
-    with steps.step("calibrate") as step:
+        current.note(*data.description.splitlines())
+    with phase("calibrate") as current:
         if is_fit_needed and data.dataset is not None:
             checkpoint = fit_for(checkpoint, mode, prefixes, data.dataset, ReadoutConfig(config.readout))
             facts = checkpoint.provenance[mode.value]
-            step.note(f"{mode.value!r}, fitted on {facts['data']['steps']} steps")
-            for line in facts.get("remark", "").splitlines():
-                step.note(line)
+            current.note(f"{mode.value!r}, fitted on {facts['data']['steps']} steps")
+            current.note(*facts.get("remark", "").splitlines())
         else:
-            step.skip("nothing to fit")
+            current.skip("nothing to fit")
     return _Source(checkpoint, Reference(checkpoint, mode, prefixes), data)
 
 
-def _export(config: BuildConfig, source: _Source, staged: StagedBundle, steps: StepList) -> _Exported:
-    """Graphs, C and CUDA from one plan, written as they are."""
+def _export(config: BuildConfig, source: _Source, staged: StagedBundle) -> Manifest:
+    """Write graphs, C and CUDA, all from one plan. Returns the manifest as far as it is known by then."""
     reference = source.reference
     model, mode = reference.model, reference.mode
-    contents: dict[str, bytes] = {}
-
-    def add(file: str, content: bytes) -> None:
-        contents[file] = content
-        staged.write(file, content)
-
-    with steps.step("export ONNX") as step:
+    with phase("export ONNX") as current:
         encoder = plan_encoder(model, mode, config.chunk_length)
         decoders = [plan_decoder(model, mode, config.chunk_length, prefix) for prefix in reference.prefixes]
-        graphs, model_entry = make_graphs(source.checkpoint, reference, encoder, decoders)
-        for entry, content in graphs:
-            add(entry.file, content)
-        step.note(", ".join(f"{entry.file} {len(content) / 1000:.0f} kB" for entry, content in graphs))
+        entry = _model_entry(source, encoder)
+        graphs = make_graphs(entry, encoder, decoders)
+        for graph, content in graphs:
+            staged.write(graph.file, content)
+        current.note(", ".join(f"{graph.file} {len(content) / 1000:.0f} kB" for graph, content in graphs))
     identity = fingerprint(source.checkpoint, mode)
-    with steps.step("generate C") as step:
+    with phase("generate C") as current:
         generated = c_tokenizer(encoder, decoders, identity, mode)
-        add(C_HEADER, generated.header.encode())
-        add(C_SOURCE, generated.source.encode())
-        step.note(f"{C_SOURCE} {len(contents[C_SOURCE]) / 1000:.0f} kB")
-    with steps.step("generate CUDA") as step:
-        add(CUDA_SOURCE, cuda_tokenizer(encoder, decoders, identity).encode())
-        step.note(f"{CUDA_SOURCE} {len(contents[CUDA_SOURCE]) / 1000:.0f} kB")
-    return _Exported(model_entry, identity, tuple(entry for entry, _ in graphs), contents)
+        staged.write(C_HEADER, generated.header.encode())
+        staged.write(C_SOURCE, generated.source.encode())
+        current.note(f"{C_SOURCE} {len(generated.source) / 1000:.0f} kB")
+    with phase("generate CUDA") as current:
+        cuda = cuda_tokenizer(encoder, decoders, identity)
+        staged.write(CUDA_SOURCE, cuda.encode())
+        current.note(f"{CUDA_SOURCE} {len(cuda) / 1000:.0f} kB")
+    entries = tuple(graph for graph, _ in graphs)
+    return Manifest(SCHEMA_VERSION, identity, entry, entries, (), (), _tool_versions(), {}, {})
 
 
-def _examine(config: BuildConfig, source: _Source, exported: _Exported, staged: StagedBundle, steps: StepList) -> _Exam:
+def _examine(
+    config: BuildConfig, source: _Source, draft: Manifest, staged: StagedBundle
+) -> tuple[tuple[Section, ...], Golden]:
     """Draw what everything is judged on, write the golden vectors, and hold the graphs against them."""
-    reference, held_out = source.reference, source.data.held_out
+    model = draft.model
     sections = parity_sections(
-        reference.model,
-        held_out,
-        chunk_length=config.chunk_length,
-        limit=exported.model.action_limit,
+        source.reference.model,
+        source.data.held_out,
+        chunk_length=model.chunk_length,
+        limit=model.action_limit,
         num_steps=config.parity_steps,
-        prefixes=reference.prefixes,
+        prefixes=model.prefixes,
     )
-    with steps.step("write golden vectors") as step:
-        golden = golden_vectors(reference, sections)
-        staged.write_golden(golden)
-        step.note(f"{golden.actions.shape[0]} chunks of {config.chunk_length} steps")
-    with steps.step("cross-check graphs") as step:
-        for entry in exported.graphs:
-            require_none(cross_check(entry, exported.contents[entry.file], golden, exported.model))
-        step.note("ONNX Runtime and the onnx reference evaluator agree with PyTorch (through Polygraphy)")
-    return _Exam(sections, golden, reference.action_mse(held_out), reference.fidelity(held_out))
+    with phase("write golden vectors") as current:
+        golden = golden_vectors(source.reference, sections)
+        staged.write(GOLDEN_NAME, write_golden(golden))
+        current.note(f"{golden.actions.shape[0]} chunks of {model.chunk_length} steps")
+    with phase("cross-check graphs") as current:
+        for entry in draft.graphs:
+            require_none(cross_check(entry, staged.content(entry.file), golden, model))
+        current.note("ONNX Runtime (through Polygraphy) and the onnx reference evaluator agree with PyTorch")
+    return sections, golden
 
 
-def _compile(
-    config: BuildConfig, exported: _Exported, staged: StagedBundle, steps: StepList
-) -> tuple[EngineEntry, ...]:
-    graphs = tuple(entry for entry in exported.graphs if entry.form == LinearForm.REDUCE.value)
-    sources = EngineSources(exported.contents.__getitem__, graphs, config.profile, config.compute_capabilities)
+def _compile(config: BuildConfig, draft: Manifest, staged: StagedBundle) -> tuple[EngineEntry, ...]:
+    sources = EngineSources(
+        staged, staged.content, draft.graphs_of(LinearForm.REDUCE.value), config.profile, config.compute_capabilities
+    )
     chosen = config.backends
     if chosen is None:
         chosen, reasons = compilable(to_run=False)
         for name, reason in reasons.items():
             advice = "no C compiler is here: compile the generated C on the robot, with --from-bundle"
             print(f"  {advice if name == 'c' else reason}")
-    return tuple(engine for name in dict.fromkeys(chosen) for engine in compile_engines(name, sources, staged, steps))
+    return tuple(engine for name in dict.fromkeys(chosen) for engine in compile_engines(name, sources))
 
 
-def _provenance(config: BuildConfig, source: _Source, exam: _Exam) -> dict[str, Any]:
+def _provenance(config: BuildConfig, source: _Source, action_mse: Mapping[str, float]) -> dict[str, Any]:
     weights = {name: part.numpy() for name, part in source.checkpoint.tensors().items()}
     return {
         "checkpoint": {
@@ -320,41 +275,42 @@ def _provenance(config: BuildConfig, source: _Source, exam: _Exam) -> dict[str, 
             HASHES_KEY: weight_hashes(weights),
         },
         "data": source.data.description,
-        "action_mse": exam.quality,
+        "action_mse": action_mse,
     }
 
 
-def make_graphs(
-    checkpoint: Checkpoint, reference: Reference, encoder: EncoderPlan, decoders: Sequence[DecoderPlan]
-) -> tuple[list[tuple[GraphEntry, bytes]], ModelEntry]:
-    """Encoder and one decoder per prefix in every form, checked; with what the runtime has to know."""
-    model, sizes = reference.model, checkpoint.config
-    contents: list[tuple[str, Literal["encoder", "decoder"], int, LinearForm, bytes]] = []
-    for form in LinearForm:
-        folder = "" if form is LinearForm.GEMM else f"{form.value}/"
-        contents.append((f"{folder}encoder.onnx", "encoder", sizes.num_layers, form, encoder_graph(encoder, form)))
-        for decoder in decoders:
-            name = "decoder.onnx" if decoder.prefix == sizes.num_layers else f"decoder_l{decoder.prefix}.onnx"
-            contents.append((folder + name, "decoder", decoder.prefix, form, decoder_graph(decoder, form)))
-    entry = ModelEntry(
+def _model_entry(source: _Source, encoder: EncoderPlan) -> ModelEntry:
+    """What the runtime has to know of the model."""
+    reference = source.reference
+    return ModelEntry(
         mode=reference.mode.value,
         chunk_length=encoder.chunk_length,
-        action_dim=sizes.action_dim,
-        latent_dim=sizes.latent_dim,
-        hidden_width=sizes.hidden_width,
-        num_layers=sizes.num_layers,
-        num_levels=sizes.num_levels,
-        prefixes=tuple(decoder.prefix for decoder in decoders),
+        **asdict(source.checkpoint.config),
+        prefixes=reference.prefixes,
         action_limit=action_limit(encoder),
-        action_units=tuple(map(float, model.units)),
-        action_offset=tuple(map(float, model.offset)),
+        action_units=tuple(map(float, reference.model.units)),
+        action_offset=tuple(map(float, reference.model.offset)),
     )
-    graphs = []
-    for name, role, prefix, form, content in contents:
-        graph = GraphEntry(name, role, prefix, form.value, *graph_tensors(entry, role, prefix))
+
+
+def make_graphs(
+    model: ModelEntry, encoder: EncoderPlan, decoders: Sequence[DecoderPlan]
+) -> list[tuple[GraphEntry, bytes]]:
+    """Encoder and one decoder per prefix in every form, checked. Raises GateError where one is not sound."""
+    graphs: list[tuple[GraphEntry, bytes]] = []
+
+    def add(file: str, role: Literal["encoder", "decoder"], prefix: int, form: LinearForm, content: bytes) -> None:
+        path = file if form is LinearForm.GEMM else f"{form.value}/{file}"
+        graph = GraphEntry(path, role, prefix, form.value, *graph_tensors(model, role, prefix))
         require_none(check_graph(graph, content))
         graphs.append((graph, content))
-    return graphs, entry
+
+    for form in LinearForm:
+        add("encoder.onnx", "encoder", model.num_layers, form, encoder_graph(encoder, form))
+        for decoder in decoders:
+            file = "decoder.onnx" if decoder.prefix == model.num_layers else f"decoder_l{decoder.prefix}.onnx"
+            add(file, "decoder", decoder.prefix, form, decoder_graph(decoder, form))
+    return graphs
 
 
 def _required(config: BuildConfig) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The deployed arithmetic, described once: what every emitter (ONNX, C, CUDA) writes down.
+"""The deployed arithmetic, described once: what the emitters of ONNX, C and CUDA write down.
 
 Everything that is constant at run time is folded in float64 and rounded to float32 once: the normaliser's units into
 the first and last linear layer, the token decoding into the decoder's first linear layer (docs/architecture.md).
@@ -11,19 +11,17 @@ joints rest far from zero. So it is taken off first, which is exact near the off
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from rfsq.calibration.recovered import default_prefixes
 from rfsq.export.errors import BuildInputError
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
-from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON, Conditioning
-
-Float32Array = npt.NDArray[np.float32]
-Float64Array = npt.NDArray[np.float64]
+from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.runtime.bundle.arrays import Float32Array, Float64Array
 
 
 class DeployMode(StrEnum):
@@ -71,18 +69,12 @@ class AffineQuantizer:
 
 
 @dataclass(frozen=True)
-class DynamicQuantizer:
-    """Layers normalised by the step's own mean and unbiased deviation plus `epsilon`."""
-
-    epsilon: float
-
-
-@dataclass(frozen=True)
 class EncoderPlan:
     """actions [B, T, A] - offset -> first, Mish, second, tanh -> L layers -> tokens [B, T, D, L].
 
     And stats [B, T, L, 2] where it has them. offset: float32 [A] in physical units; emitters leave it out where it is
-    zero in every dimension.
+    zero in every dimension. quantizer: None for layers that are normalised by the step's own mean, and its unbiased
+    deviation plus SIGMA_EPSILON.
     """
 
     chunk_length: int
@@ -91,8 +83,16 @@ class EncoderPlan:
     offset: Float32Array
     first: Affine
     second: Affine
-    quantizer: AffineQuantizer | DynamicQuantizer
+    quantizer: AffineQuantizer | None
     has_stats: bool
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.offset)
+
+    @property
+    def latent_dim(self) -> int:
+        return len(self.second.bias)
 
 
 @dataclass(frozen=True)
@@ -113,15 +113,29 @@ class DecoderPlan:
     first: Affine
     second: Affine
     offset: Float32Array
-    has_stats: bool
+
+    @property
+    def has_stats(self) -> bool:
+        return self.latents is None
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.offset)
+
+    @cached_property
+    def own_tokens(self) -> Float32Array | None:
+        """Weights [D, l] where every latent depends on its own tokens alone, else None."""
+        if self.latents is None:
+            return None
+        by_latent = self.latents.weight.reshape(self.latent_dim, self.latent_dim, self.prefix)
+        if by_latent[~np.eye(self.latent_dim, dtype=bool)].any():
+            return None
+        return by_latent[np.arange(self.latent_dim), np.arange(self.latent_dim)]
 
 
 def plan_encoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int) -> EncoderPlan:
     """Fold a float64 reference model into an encoder."""
     _require(model, mode)
-    quantizer: AffineQuantizer | DynamicQuantizer = DynamicQuantizer(SIGMA_EPSILON)
-    if model.conditioning is not Conditioning.DYNAMIC:
-        quantizer = _affine_quantizer(model)
     weight, bias = _linear(model.encoder[0])
     return EncoderPlan(
         chunk_length=chunk_length,
@@ -130,7 +144,7 @@ def plan_encoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int) 
         offset=_offset(model),
         first=_affine(weight / _numpy(model.units), bias),
         second=_affine(*_linear(model.encoder[2])),
-        quantizer=quantizer,
+        quantizer=None if model.conditioning is Conditioning.DYNAMIC else _affine_quantizer(model),
         has_stats=mode.has_stats,
     )
 
@@ -156,7 +170,6 @@ def plan_decoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int, 
         first=_affine(weight, bias),
         second=_affine(last_weight * units[:, None], last_bias * units),
         offset=_offset(model),
-        has_stats=mode.has_stats,
     )
 
 
@@ -197,7 +210,11 @@ def token_map(model: ActionAutoencoder, prefix: int) -> tuple[Float64Array, Floa
 
 
 def middle_level(num_levels: int) -> int:
-    """The level that bins are counted from; the lower one of two for an even number of levels."""
+    """The level that bins are counted from; the lower one of two for an even number of levels.
+
+    >>> middle_level(7), middle_level(8)
+    (3, 3)
+    """
     return (num_levels - 1) // 2
 
 
@@ -205,6 +222,9 @@ def choose_prefixes(requested: Sequence[int] | None, num_layers: int) -> tuple[i
     """Sorted, without repetition, always with the full depth; by default the coarse layers too.
 
     Raises BuildInputError outside 1 ... L.
+
+    >>> choose_prefixes(None, 8), choose_prefixes([5, 2], 8)
+    ((3, 8), (2, 5, 8))
     """
     if requested is None:
         return default_prefixes(num_layers)

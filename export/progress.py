@@ -1,4 +1,4 @@
-"""The step list a person watches during a build: ✓ or ✗, what was done, what came out, how long it took."""
+"""What a person watches during a build: for each phase ✓ or ✗, what came out, and how long it took."""
 
 from __future__ import annotations
 
@@ -8,58 +8,56 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from rfsq.runtime.bundle.fidelity import aligned
+
 
 @dataclass
-class Step:
-    """What a step found out, or why there was nothing to do."""
+class Phase:
+    """What a phase of a build found out, or why there was nothing to do."""
 
     details: list[str] = field(default_factory=list)
-    skipped: bool = False
-    failed: bool = False
+    sign: str = "✓"
 
-    def note(self, detail: str) -> None:
-        self.details.append(detail)
+    def note(self, *details: str) -> None:
+        self.details += details
 
     def skip(self, reason: str) -> None:
-        self.skipped = True
+        self.sign = "–"
         self.note(reason)
 
     def fail(self, reason: str) -> None:
-        self.failed = True
+        self.sign = "✗"
         self.note(reason)
 
 
-class StepList:
-    """Prints every step as it ends; on a terminal also as it begins."""
-
-    @contextmanager
-    def step(self, title: str) -> Iterator[Step]:
-        step = Step()
-        is_terminal = sys.stdout.isatty()
-        if is_terminal:
-            print(f"… {title}", end="", flush=True)
-        started = time.perf_counter()
-        sign = "✗"
-        try:
-            yield step
-            sign = "✗" if step.failed else "–" if step.skipped else "✓"
-        finally:
-            seconds = time.perf_counter() - started
-            first, *rest = step.details or [""]
-            print(f"{chr(13) if is_terminal else ''}{sign} {title:<28} {seconds:6.1f} s  {first}", flush=True)
-            for detail in rest:
-                print(f"{'':<40} {detail}", flush=True)
+@contextmanager
+def phase(title: str) -> Iterator[Phase]:
+    """Print the phase as it ends, as failed where it raises; on a terminal also as it begins."""
+    current = Phase()
+    is_terminal = sys.stdout.isatty()
+    if is_terminal:
+        print(f"… {title}", end="", flush=True)
+    started = time.perf_counter()
+    try:
+        yield current
+    except BaseException:
+        current.sign = "✗"
+        raise
+    finally:
+        seconds = time.perf_counter() - started
+        first, *rest = current.details or [""]
+        print(f"{chr(13) if is_terminal else ''}{current.sign} {title:<28} {seconds:6.1f} s  {first}", flush=True)
+        for detail in rest:
+            print(f"{'':<40} {detail}", flush=True)
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns as wide as their widest cell; all but the first aligned to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    lines = []
-    for row in (header, *rows):
-        first, *others = (
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        lines.append("  ".join((first, *others)).rstrip())
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
+    """Columns as wide as their widest cell; all but the first aligned to the right.
+
+    >>> print(table(("gate", "measured"), [("wrong tokens", "0")]))
+    gate          measured
+    ----------------------
+    wrong tokens         0
+    """
+    head, *lines = aligned([header, *rows])
+    return "\n".join((head, "-" * len(head), *lines))

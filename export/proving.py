@@ -73,6 +73,16 @@ def opened_backends(
         yield backends, absent
 
 
+def failures(entries: Sequence[ParityEntry]) -> list[str]:
+    """A line for every gate that is red; NaN is red."""
+    return [
+        f"{entry.backend}, {entry.gate}: {entry.value:g} over {entry.steps} steps; expected at most {entry.limit:g}"
+        + (f" ({entry.detail})" if entry.detail else "")
+        for entry in entries
+        if not entry.value <= entry.limit
+    ]
+
+
 def _with_measurements(
     engines: Sequence[EngineEntry], backends: Sequence[Backend], staged: StagedBundle
 ) -> tuple[EngineEntry, ...]:

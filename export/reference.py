@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, Int32Array
-from rfsq.runtime.bundle.comparison import TokenComparison, compare_followed
+from rfsq.runtime.bundle.comparison import TokenComparison, compare_tokens
 from rfsq.runtime.bundle.fidelity import Fidelity, fidelity
 from rfsq.runtime.bundle.gates import GATES
 from rfsq.runtime.bundle.golden import Golden
@@ -72,13 +73,10 @@ class Reference:
         # Rounded as they travel: what is decoded from them is decoded from these numbers.
         rounded = None if stats is None else stats.float().numpy()
         expected = tokens.numpy().astype(np.int32)
-        decoded = {
-            prefix: self.decode(expected[..., :prefix], None if rounded is None else rounded[..., :prefix, :])
-            for prefix in self.prefixes
-        }
-        float32_tokens, float32_stats = self._float32_model.encode(inputs)
+        decoded = {prefix: self.decode(expected[..., :prefix], rounded) for prefix in self.prefixes}
+        float32_tokens, float32_stats = self._encode(self._float32_model, inputs)
         float32 = self.judge(actions, expected, float32_tokens.numpy())
-        of_float32 = self.decode(float32_tokens, float32_stats if self.mode.has_stats else None)
+        of_float32 = self.decode(float32_tokens, float32_stats)
         round_trip = (np.abs(decoded[self.prefixes[-1]] - of_float32) / self.model.units.numpy()).max(-1)
         golden = Golden(
             actions=actions,
@@ -119,11 +117,16 @@ class Reference:
             followed = torch.from_numpy(np.clip(found[differs], 0, num_levels - 1).astype(np.int64))
             answers = token_error_bounds(self.model, torch.from_numpy(actions[differs]).double(), followed)
             decisions[differs], margins[differs], bounds[differs] = (answer.numpy() for answer in answers)
-        return compare_followed(decisions, found, margins, bounds, num_levels=num_levels)
+        return compare_tokens(decisions, found, margins, bounds, num_levels=num_levels, is_step_coupled=None)
+
+    def _encode(self, model: ActionAutoencoder, actions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """tokens [..., D, L] and, where the mode has them, stats [..., L, 2] of actions [..., A]."""
+        tokens, stats = model.encode(actions)
+        return tokens, stats if self.mode.has_stats else None
 
     @torch.no_grad()
     def decode(self, tokens: Tensor | Int32Array, stats: Tensor | Float32Array | None) -> Float64Array:
-        """tokens [..., D, l] and, where the mode has them, stats [..., l, 2] to actions float64 [..., A]."""
+        """tokens [..., D, l] to actions float64 [..., A]; stats: where the mode has them, of l layers or more."""
         side_information = None if stats is None else torch.as_tensor(stats).double()
         decoded: Float64Array = self.model.decode(torch.as_tensor(tokens).long(), side_information).numpy()
         return decoded
@@ -138,14 +141,14 @@ class Reference:
         def mse(decoded: Float64Array) -> float:
             return float(np.mean(((decoded - actions) / units) ** 2))
 
-        latents = self.model.encode_latents(torch.from_numpy(actions).double())
-        quantised = self.model.quantizer.quantize(latents)
+        inputs = torch.from_numpy(actions).double()
+        latents = self.model.encode_latents(inputs)
+        tokens, stats = self._encode(self.model, inputs)
         errors = {AS_TRAINED: mse(self._trained_decoder(latents).numpy())}
         if self._is_refitted:
             errors[REFITTED] = mse(self.model.decode_latents(latents).numpy())
         for prefix in self.prefixes:
-            stats = quantised.stats[..., :prefix, :] if self.mode.has_stats and quantised.stats is not None else None
-            errors[f"tokens of {prefix} layers"] = mse(self.decode(quantised.tokens[..., :prefix], stats))
+            errors[f"tokens of {prefix} layers"] = mse(self.decode(tokens[..., :prefix], stats))
         return errors
 
     @torch.no_grad()
@@ -153,6 +156,5 @@ class Reference:
         """What all layers make of steps [N, A], for each dimension in the robot's units; None without any."""
         if not len(actions):
             return None
-        tokens, stats = self.model.encode(torch.from_numpy(actions).double())
-        decoded = self.decode(tokens, stats if self.mode.has_stats else None)
+        decoded = self.decode(*self._encode(self.model, torch.from_numpy(actions).double()))
         return fidelity(actions, decoded, self.model.units.tolist(), self.model.offset.tolist())

@@ -118,19 +118,16 @@ def load_build_data(
     reference_latents(checkpoint.model(dtype=torch.float64), reference_actions(checkpoint, judging))
     held_out = judging.steps()[:_MOST_HELD_OUT]
     selection = selection_of(checkpoint, dataset)
+    judged_on = "held-out episodes"
+    if selection is Selection.ALL:
+        # What an earlier fit saw of them is not known.
+        judged_on = f"{'the calibration data themselves' if is_needed else 'all episodes given'}, too few to split"
     lines = [f"{dataset.source}: {counted(len(dataset.episodes), 'episode')}; {selection.value}"]
     if not is_needed:
         lines.append("nothing is fitted to them: what the mode needs is already in the checkpoint, the data only judge")
     else:
         lines += filter(None, data_warnings(checkpoint, dataset))
-    return BuildData(dataset, held_out, "\n".join(lines), _judged_on(selection, is_needed=is_needed))
-
-
-def _judged_on(selection: Selection, *, is_needed: bool) -> str:
-    if selection is not Selection.ALL:
-        return "held-out episodes"
-    # What an earlier fit saw of them is not known.
-    return f"{'the calibration data themselves' if is_needed else 'all episodes given'}, too few to split"
+    return BuildData(dataset, held_out, "\n".join(lines), judged_on)
 
 
 def needs_fit(checkpoint: Checkpoint, mode: DeployMode, prefixes: Sequence[int]) -> bool:

@@ -148,7 +148,7 @@ def _default(found: list[FoundState], path: Path) -> FoundState:
                 f"{path} holds both {_shown(usual[0])} and {_shown(other)}, and they differ: it is not clear which "
                 "one was trained. Choose with --weights, or save the file with one of them"
             )
-    plain = [state for state in found if not state.is_average]
+    plain = [state for state in found if not is_average(state.label)]
     candidates = usual[:1] or plain or found
     if len(candidates) > 1:
         labels = ", ".join(repr(state.label) for state in candidates)
@@ -176,7 +176,7 @@ def _remarks(
     if different:
         names = next((f"; --weights {other.label} takes those" for other in different if other.label), "")
         yield f"weights taken: {_shown(state)}; not taken: {', '.join(map(_shown, different))}{names}"
-    elif state.is_average:
+    elif is_average(state.label):
         yield f"weights taken: {_shown(state)}, an average over the training by its name, and the only model here"
     if gridless:
         yield f"not taken, for they have no quantiser: {', '.join(map(_shown, gridless))}"

@@ -11,89 +11,61 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .bundle.compatibility import require_compatible
-    from .bundle.errors import (
-        BackendUnavailableError,
-        BundleError,
-        CannotCopyError,
-        FingerprintError,
-        IncompatibleTokensError,
-        InferenceError,
-        InvalidInputError,
-        MalformedIdsError,
-        RfsqError,
-        SelfTestError,
-        TokenizerError,
-        UnbuiltPrefixError,
-    )
-    from .control.config import ControlConfig, Status
-    from .control.decoder import ControlDecoder
-    from .control.errors import ControlConfigError, ControlFaultError, RealtimeRefusedError, WrongThreadError
-    from .control.realtime import RealtimeConfig, Watchdog, apply_realtime
-    from .control.result import ControlResult
-    from .policy.vocabulary import PartialTokens, TokenVocabulary
-    from .tokenizer import ActionTokenizer
+    from .bundle.compatibility import require_compatible as require_compatible
+    from .bundle.errors import BackendUnavailableError as BackendUnavailableError
+    from .bundle.errors import BundleError as BundleError
+    from .bundle.errors import CannotCopyError as CannotCopyError
+    from .bundle.errors import FingerprintError as FingerprintError
+    from .bundle.errors import IncompatibleTokensError as IncompatibleTokensError
+    from .bundle.errors import InferenceError as InferenceError
+    from .bundle.errors import InvalidInputError as InvalidInputError
+    from .bundle.errors import MalformedIdsError as MalformedIdsError
+    from .bundle.errors import RfsqError as RfsqError
+    from .bundle.errors import SelfTestError as SelfTestError
+    from .bundle.errors import TokenizerError as TokenizerError
+    from .bundle.errors import UnbuiltPrefixError as UnbuiltPrefixError
+    from .control.config import ControlConfig as ControlConfig
+    from .control.config import Status as Status
+    from .control.decoder import ControlDecoder as ControlDecoder
+    from .control.errors import ControlConfigError as ControlConfigError
+    from .control.errors import ControlFaultError as ControlFaultError
+    from .control.errors import RealtimeRefusedError as RealtimeRefusedError
+    from .control.errors import WrongThreadError as WrongThreadError
+    from .control.realtime import RealtimeConfig as RealtimeConfig
+    from .control.realtime import Watchdog as Watchdog
+    from .control.realtime import apply_realtime as apply_realtime
+    from .control.result import ControlResult as ControlResult
+    from .policy.vocabulary import PartialTokens as PartialTokens
+    from .policy.vocabulary import TokenVocabulary as TokenVocabulary
+    from .tokenizer import ActionTokenizer as ActionTokenizer
 
-__all__ = [
-    "ActionTokenizer",
-    "BackendUnavailableError",
-    "BundleError",
-    "CannotCopyError",
-    "ControlConfig",
-    "ControlConfigError",
-    "ControlDecoder",
-    "ControlFaultError",
-    "ControlResult",
-    "FingerprintError",
-    "IncompatibleTokensError",
-    "InferenceError",
-    "InvalidInputError",
-    "MalformedIdsError",
-    "PartialTokens",
-    "RealtimeConfig",
-    "RealtimeRefusedError",
-    "RfsqError",
-    "SelfTestError",
-    "Status",
-    "TokenVocabulary",
-    "TokenizerError",
-    "UnbuiltPrefixError",
-    "Watchdog",
-    "WrongThreadError",
-    "apply_realtime",
-    "require_compatible",
-]
-
-#: Name to its module.
-_MODULES = {
-    "ActionTokenizer": "tokenizer",
-    "BackendUnavailableError": "bundle.errors",
-    "BundleError": "bundle.errors",
-    "CannotCopyError": "bundle.errors",
-    "ControlConfig": "control.config",
-    "ControlConfigError": "control.errors",
-    "ControlDecoder": "control.decoder",
-    "ControlFaultError": "control.errors",
-    "ControlResult": "control.result",
-    "FingerprintError": "bundle.errors",
-    "IncompatibleTokensError": "bundle.errors",
-    "InferenceError": "bundle.errors",
-    "InvalidInputError": "bundle.errors",
-    "MalformedIdsError": "bundle.errors",
-    "PartialTokens": "policy.vocabulary",
-    "RealtimeConfig": "control.realtime",
-    "RealtimeRefusedError": "control.errors",
-    "RfsqError": "bundle.errors",
-    "SelfTestError": "bundle.errors",
-    "Status": "control.config",
-    "TokenVocabulary": "policy.vocabulary",
-    "TokenizerError": "bundle.errors",
-    "UnbuiltPrefixError": "bundle.errors",
-    "Watchdog": "control.realtime",
-    "WrongThreadError": "control.errors",
-    "apply_realtime": "control.realtime",
-    "require_compatible": "bundle.compatibility",
+#: Module to the names that are loaded from it.
+_NAMES = {
+    "bundle.compatibility": ("require_compatible",),
+    "bundle.errors": (
+        "BackendUnavailableError",
+        "BundleError",
+        "CannotCopyError",
+        "FingerprintError",
+        "IncompatibleTokensError",
+        "InferenceError",
+        "InvalidInputError",
+        "MalformedIdsError",
+        "RfsqError",
+        "SelfTestError",
+        "TokenizerError",
+        "UnbuiltPrefixError",
+    ),
+    "control.config": ("ControlConfig", "Status"),
+    "control.decoder": ("ControlDecoder",),
+    "control.errors": ("ControlConfigError", "ControlFaultError", "RealtimeRefusedError", "WrongThreadError"),
+    "control.realtime": ("RealtimeConfig", "Watchdog", "apply_realtime"),
+    "control.result": ("ControlResult",),
+    "policy.vocabulary": ("PartialTokens", "TokenVocabulary"),
+    "tokenizer": ("ActionTokenizer",),
 }
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_MODULES)
 #: The same code under another name would have classes and errors of its own.
 _OTHER = "runtime" if __name__ == "rfsq.runtime" else "rfsq.runtime"
 if set(__all__) <= set(getattr(sys.modules.get(_OTHER), "__all__", ())):

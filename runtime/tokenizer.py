@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, cast, overload
 
 import numpy as np
@@ -28,16 +26,6 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """What a tokenizer was loaded as, from an absolute folder: so its copies are loaded too."""
-
-    folder: Path
-    backend: str
-    fingerprint: str
-    verify: bool
-
-
 class ActionTokenizer:
     """A bundle, opened and verified. B is any batch size, 0 included; T, A, D, L and K are the model's.
 
@@ -56,14 +44,15 @@ class ActionTokenizer:
 
     def __init__(self, manifest: Manifest, backend: Backend, golden: Golden | None = None) -> None:
         self._manifest, self._model = manifest, manifest.model
-        #: What the backend was tested with; None where it was not.
+        #: The golden vectors that the backend was tested with; None without a test.
         self.golden = golden
         self._backend = backend
         self._validator = InputValidator(manifest.model)
         self._unchecked_chunks = backend.checked_steps // manifest.model.chunk_length
         self._gpu_calls: GpuCalls | None = None
         self._is_closed = False
-        self._origin: _Origin | None = None
+        #: What `load` is called with to open the same again, by an absolute path.
+        self._origin: dict[str, Any] | None = None
 
     @classmethod
     def load(
@@ -92,7 +81,7 @@ class ActionTokenizer:
         _check_fingerprint(bundle.manifest.fingerprint, expect_fingerprint)
         golden = None
         if verify:
-            # Here, as below: who does without it does not load it.
+            # Here, as below, so that a load without it does not import it.
             from .bundle.golden import read_golden
 
             golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model)
@@ -103,7 +92,12 @@ class ActionTokenizer:
             _LOG.warning(
                 "%s, judged by the build on %s of %s: %s", bundle.folder, quality.judged_on, quality.source, found
             )
-        tokenizer._origin = _Origin(bundle.folder.absolute(), tokenizer.backend.name, tokenizer.fingerprint, verify)
+        tokenizer._origin = {
+            "path": bundle.folder.absolute(),
+            "backend": tokenizer.backend.name,
+            "expect_fingerprint": tokenizer.fingerprint,
+            "verify": verify,
+        }
         return tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,18 +112,13 @@ class ActionTokenizer:
         return {name: value for name, value in vars(self).items() if name not in _OPENED}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        origin: _Origin = state["_origin"]
+        origin: dict[str, Any] = state["_origin"]
         try:
-            opened = ActionTokenizer.load(
-                origin.folder,
-                backend=origin.backend,
-                expect_fingerprint=origin.fingerprint,
-                verify=origin.verify,
-            )
+            opened = ActionTokenizer.load(**origin)
         except TokenizerError as error:
             raise type(error)(
-                f"a copied or pickled tokenizer opens its bundle again, {origin.folder} with the fingerprint "
-                f"{origin.fingerprint} on {origin.backend!r}, and it cannot be opened here: {error}"
+                f"a copied or pickled tokenizer opens its bundle again, {origin['path']} with the fingerprint "
+                f"{origin['expect_fingerprint']} on {origin['backend']!r}, and it cannot be opened here: {error}"
             ) from error
         vars(self).update(vars(opened) | state)
 
@@ -141,7 +130,7 @@ class ActionTokenizer:
     @property
     def folder(self) -> Path | None:
         """Where the bundle was loaded from, absolute; None for a tokenizer that was made around a backend."""
-        return None if self._origin is None else self._origin.folder
+        return None if self._origin is None else self._origin["path"]
 
     @property
     def manifest(self) -> Manifest:
@@ -172,7 +161,7 @@ class ActionTokenizer:
     def encode(self, actions: object, *, stream: object = None) -> Int32Array | GpuResult:
         """actions float32 [B, T, A] -> tokens int32 [B, T, D, L], on the GPU where the actions are."""
         if is_gpu_array(actions):
-            return self._on_gpu().encode(actions, stream)
+            return self._on_gpu().encode(actions, stream)[0]
         valid = self._validator.actions(actions, unchecked=self._unchecked_chunks)
         tokens = np.empty(self._model.tokens_shape(len(valid)), np.int32)
         self._encode(valid, tokens, None)
@@ -193,7 +182,8 @@ class ActionTokenizer:
         """
         self._require_stats()
         if is_gpu_array(actions):
-            return self._on_gpu().encode_with_stats(actions, stream)
+            gpu_tokens, gpu_stats = self._on_gpu().encode(actions, stream)
+            return gpu_tokens, gpu_stats
         valid = self._validator.actions(actions, unchecked=self._unchecked_chunks)
         tokens = np.empty(self._model.tokens_shape(len(valid)), np.int32)
         stats = np.empty(self._model.stats_shape(len(valid)), np.float32)
@@ -318,9 +308,7 @@ class ActionTokenizer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _on_gpu(self) -> GpuCalls:
@@ -344,7 +332,7 @@ class ActionTokenizer:
         try:
             self._backend.encode_into(actions, tokens, stats)
         except IllegalValueError:
-            # Says which value it is, and where.
+            # Raises an error that names the value and its place.
             self._validator.actions(actions)
             raise
 
@@ -355,7 +343,7 @@ class ActionTokenizer:
         try:
             self._backend.decode_into(tokens, stats, actions)
         except IllegalValueError:
-            # Says which value it is, and where.
+            # Raises an error that names the value and its place.
             self._validator.tokens(tokens)
             raise
 

@@ -15,7 +15,6 @@ from rfsq.export.bundle_writer import stage_bundle
 from rfsq.export.c_builder import compile_c
 from rfsq.export.c_source import CTokenizer, c_tokenizer
 from rfsq.export.cuda_source import cuda_tokenizer
-from rfsq.export.engines import CUDA_FLAGS
 from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
 from rfsq.export.plan import (
     DecoderPlan,
@@ -33,11 +32,12 @@ from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime.bundle.fidelity import fidelity
 from rfsq.runtime.bundle.gates import highest_limit, missing_gates, promised_refusal
-from rfsq.runtime.bundle.golden import Golden
+from rfsq.runtime.bundle.golden import Golden, write_golden
 from rfsq.runtime.bundle.manifest import (
     C_HEADER,
     C_SOURCE,
     CUDA_SOURCE,
+    GOLDEN_NAME,
     SCHEMA_VERSION,
     EngineEntry,
     GraphEntry,
@@ -110,7 +110,7 @@ def write_bundle(output: Path, deployed: Deployed | Recipe, *, overwrite: bool =
     with stage_bundle(output, overwrite=overwrite) as staged:
         for file, content in graphs.items():
             staged.write(file, content)
-        staged.write_golden(golden_vectors(deployed))
+        staged.write(GOLDEN_NAME, write_golden(golden_vectors(deployed)))
         manifest = make_manifest(deployed)
         if deployed.recipe.has_engine:
             engine = engine_entry(graphs["reduce/decoder.onnx"])
@@ -349,7 +349,7 @@ def compile_cuda(source: str, compute_capability: str) -> bytes:
     """Needs NVRTC, but no GPU."""
     from rfsq.runtime.backends.gpu.kernels import compile_kernels
 
-    return compile_kernels(source, "rfsq_tokenizer.cu", compute_capability, CUDA_FLAGS)
+    return compile_kernels(source, "rfsq_tokenizer.cu", compute_capability, may_fuse=False)
 
 
 def cuda_entry(source: str, compute_capability: str) -> EngineEntry:

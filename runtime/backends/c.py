@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle.advice import command
 from ..bundle.arrays import Float32Array, Int32Array
 from ..bundle.backend_specs import BACKENDS
 from ..bundle.errors import BackendUnavailableError, IllegalValueError
 from ..bundle.folder import Bundle
-from ..bundle.manifest import EngineEntry
-from .contract import EngineInUse
+from .contract import EngineInUse, engine_for
 from .cpu_targets import host_targets
 
 _byref, _size, _first_byte = ctypes.byref, ctypes.c_size_t, ctypes.c_char.from_buffer
@@ -42,10 +40,16 @@ class CBackend:
 
     def __init__(self, bundle: Bundle, target: str | None = None) -> None:
         model = bundle.manifest.model
-        self._entry = _choose_engine(bundle, host_targets() if target is None else (target,))
+        targets = host_targets() if target is None else (target,)
+        self._entry = engine_for(bundle, "c", targets, f"C engine for {' or '.join(targets)}")
         self.device = self._entry.targets[0]
         self.description = f"generated C for {self.device}, {self._entry.version}"
-        library = _open(bundle, self._entry)
+        try:
+            library = _load(bundle.content(self._entry.file))
+        except OSError as error:
+            raise BackendUnavailableError(
+                f"{self._entry.file} does not load here: {error}; compile it again on this machine with --from-bundle"
+            ) from error
         self._encode = _function(library, "rfsq_encode")
         self._decoders = {prefix: _function(library, f"rfsq_decode_l{prefix}") for prefix in model.prefixes}
         self._has_stats = model.has_stats
@@ -105,7 +109,7 @@ class CBackend:
             raise IllegalValueError("the C engine refuses the tokens, or their statistics: not all are legal")
 
     def close(self) -> None:
-        """The library stays loaded: another thread may be in it, and it holds nothing."""
+        """Does nothing: the library stays loaded, since another thread may be in it, and it holds no memory."""
 
 
 class _HeldCall:
@@ -135,27 +139,6 @@ class _HeldCall:
         )
 
 
-def _choose_engine(bundle: Bundle, targets: Sequence[str]) -> EngineEntry:
-    engines = {entry.targets[0]: entry for entry in bundle.manifest.engines if entry.backend == "c"}
-    for target in targets:
-        if target in engines:
-            return engines[target]
-    found = f"it has engines for {', '.join(engines)}" if engines else "it has none"
-    raise BackendUnavailableError(
-        f"{bundle.folder} has no C engine for {' or '.join(targets)}: {found}; compile one for this machine, on it: "
-        f"{command('build', f'--from-bundle {bundle.folder}')}"
-    )
-
-
-def _open(bundle: Bundle, entry: EngineEntry) -> ctypes.CDLL:
-    try:
-        return _load(bundle.content(entry.file))
-    except OSError as error:
-        raise BackendUnavailableError(
-            f"{entry.file} does not load here: {error}; compile it again on this machine with --from-bundle"
-        ) from error
-
-
 @cache
 def _load(content: bytes) -> ctypes.CDLL:
     """The library of exactly these bytes, which were hashed: a file in the bundle may have changed since.
@@ -173,7 +156,7 @@ def _load(content: bytes) -> ctypes.CDLL:
         written = 0
         while written < len(content):
             written += os.write(descriptor, content[written:])
-        # The loader takes a name that it knows for the library that it has loaded by it, and numbers come again.
+        # The loader knows libraries by their names, and the system gives the same number again: so no name comes twice.
         spelling = "./" * next(_SPELLINGS)
         return ctypes.CDLL(f"/proc/self/fd/{spelling}{descriptor}")
     finally:
@@ -184,13 +167,11 @@ _SPELLINGS = itertools.count()
 
 
 def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
-    try:
-        function = getattr(library, name)
-    except AttributeError:
-        raise BackendUnavailableError(f"the C engine has no function {name}; compile it again") from None
     # No argtypes: converting to them takes half a microsecond, and every argument has its C type already.
-    found: Callable[..., int] = function
-    return found
+    function: Callable[..., int] | None = getattr(library, name, None)
+    if function is None:
+        raise BackendUnavailableError(f"the C engine has no function {name}; compile it again")
+    return function
 
 
 def _pointer(array: _Array) -> Any:

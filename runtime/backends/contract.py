@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 
+from ..bundle.advice import command
 from ..bundle.arrays import Float32Array, Int32Array
+from ..bundle.errors import BackendUnavailableError
+from ..bundle.folder import Bundle
 from ..bundle.manifest import EngineEntry
 
 #: Backends count chunks in 32 bits.
@@ -51,6 +54,10 @@ class Backend(Protocol):
     name: as in the table of backends; description: library, version and device, for logs and reports; device: what it
     runs on, a GPU or a kind of processor; checked_steps: in calls of up to so many steps it checks the values itself,
     and raises IllegalValueError with nothing written. None of them changes.
+
+    Some have two properties more. engines_in_use: the `EngineInUse`s of a backend that runs engines of the bundle.
+    variants: by name, the backends around kernels that the contract does not reach, such as those for tokens of another
+    type; they are closed with the backend itself.
     """
 
     name: str
@@ -77,15 +84,7 @@ class MarksIllegalValues(Protocol):
 
     @property
     def token_types(self) -> tuple[np.dtype[Any], ...]:
-        """The first is that of numpy arrays on their way through."""
-
-
-class HasVariants(Protocol):
-    """A backend with kernels that its contract does not reach, such as those for tokens of another type."""
-
-    @property
-    def variants(self) -> Mapping[str, Backend]:
-        """By what they differ in; they are closed with the backend itself."""
+        """Those that tokens may have; the first, int32, is that of numpy arrays on their way through."""
 
 
 @dataclass(frozen=True)
@@ -99,21 +98,35 @@ class EngineInUse:
     kernel_cache: bytes = b""
 
 
-class HasEngines(Protocol):
-    """A backend that runs engines which were compiled into the bundle."""
-
-    @property
-    def engines_in_use(self) -> Sequence[EngineInUse]:
-        """All that it runs."""
-
-
-def engines_of(backend: Backend) -> Sequence[EngineInUse]:
+def engines_of(backend: Any) -> Sequence[EngineInUse]:
     """The engines that a backend runs; none for one that runs the bundle's graphs as they are."""
-    return cast(HasEngines, backend).engines_in_use if hasattr(type(backend), "engines_in_use") else ()
+    found: Sequence[EngineInUse] = backend.engines_in_use if hasattr(type(backend), "engines_in_use") else ()
+    return found
 
 
-def judged(backend: Backend) -> dict[str, Backend]:
+def engine_for(bundle: Bundle, backend: str, targets: Sequence[str], wanted: str) -> EngineEntry:
+    """The engine for the first of `targets` that the bundle has one for; wanted: what to call it where it has none.
+
+    Raises BackendUnavailableError.
+    """
+    engines = [entry for entry in bundle.manifest.engines if entry.backend == backend]
+    for target in targets:
+        for entry in engines:
+            if target in entry.targets:
+                return entry
+    built = ", ".join(target for entry in engines for target in entry.targets)
+    raise no_engine(bundle, wanted, built and f"engines for {built}")
+
+
+def no_engine(bundle: Bundle, wanted: str, found: str) -> BackendUnavailableError:
+    """What to raise where a bundle has no engine that runs here; found: those that it has of this kind, or nothing."""
+    return BackendUnavailableError(
+        f"{bundle.folder} has no {wanted}: it has {found or 'none'}; build engines for this machine, on it: "
+        f"{command('build', f'--from-bundle {bundle.folder}')}"
+    )
+
+
+def judged(backend: Any) -> dict[str, Backend]:
     """What gates have to judge: the backend, without a name, and its variants."""
     # Of the class: a wrapper that hands unknown names on is judged itself, and not what it wraps.
-    has_variants = hasattr(type(backend), "variants")
-    return {"": backend, **(cast(HasVariants, backend).variants if has_variants else {})}
+    return {"": backend, **(backend.variants if hasattr(type(backend), "variants") else {})}

@@ -19,7 +19,7 @@ _ARCHITECTURES = {"x86_64": "x86-64", "amd64": "x86-64", "aarch64": "aarch64", "
 
 @cache
 def host_targets() -> tuple[str, ...]:
-    """Targets that run here, best first; the last is every machine's of this architecture. Such as `x86-64-v3`."""
+    """Targets that run here, such as `x86-64-v3`, best first; the last runs on every machine of this architecture."""
     architecture = _ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower())
     if architecture != "x86-64":
         return (architecture,)

@@ -6,14 +6,12 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from ..bundle.advice import command
-from ..bundle.errors import BackendUnavailableError
 from ..bundle.folder import Bundle
 from ..bundle.kernel_names import TokenType, kernel_name, token_types
-from ..bundle.manifest import EngineEntry, GraphEntry, ModelEntry, TensorEntry
-from .contract import Backend, EngineInUse
+from ..bundle.manifest import GraphEntry, ModelEntry, TensorEntry
+from .contract import Backend, EngineInUse, engine_for
 from .gpu.backend import GpuBackend
-from .gpu.driver import GpuDevice, open_device
+from .gpu.driver import open_device
 from .gpu.kernels import KernelArguments, KernelLibrary
 
 #: A grid has so many blocks at most, and a step may have one of its own.
@@ -27,7 +25,7 @@ class CudaBackend(GpuBackend):
 
     def __init__(self, bundle: Bundle) -> None:
         gpu, model = open_device(), bundle.manifest.model
-        self._entry = _choose_engine(bundle, gpu)
+        self._entry = engine_for(bundle, "cuda", (gpu.compute_capability,), f"CUDA kernels for {gpu}")
         self._library = KernelLibrary(bundle.content(self._entry.file))
         graphs = bundle.manifest.graphs_of("reduce")
         names = ("cuda", f"generated CUDA, {self._entry.version}, {gpu}", str(gpu))
@@ -37,11 +35,8 @@ class CudaBackend(GpuBackend):
                 for token_type in token_types(model.num_levels)
                 for graph in graphs
             ]
-            super().__init__(*names, [function.entry for function in functions], functions)
-            self._variants = {
-                variant: GpuBackend(*names, [function.entry for function in chosen], chosen)
-                for variant, chosen in variants_of(functions).items()
-            }
+            super().__init__(*names, functions)
+            self._variants = {variant: GpuBackend(*names, chosen) for variant, chosen in variants_of(functions).items()}
         except BaseException:
             self._library.close()
             raise
@@ -60,19 +55,6 @@ class CudaBackend(GpuBackend):
             variant.close()
         super().close()
         self._library.close()
-
-
-def _choose_engine(bundle: Bundle, gpu: GpuDevice) -> EngineEntry:
-    engines = [entry for entry in bundle.manifest.engines if entry.backend == "cuda"]
-    for entry in engines:
-        if gpu.compute_capability in entry.targets:
-            return entry
-    targets = ", ".join(target for entry in engines for target in entry.targets)
-    found = f"it has kernels for compute capability {targets}" if engines else "it has none"
-    raise BackendUnavailableError(
-        f"{bundle.folder} has no CUDA kernels for {gpu}: {found}; compile them for this machine, on it: "
-        f"{command('build', f'--from-bundle {bundle.folder}')}"
-    )
 
 
 def variants_of(functions: Sequence[CudaFunction]) -> dict[str, list[CudaFunction]]:
@@ -101,33 +83,25 @@ def with_tokens(graph: GraphEntry, token_type: TokenType) -> GraphEntry:
 class CudaFunction:
     """The kernels of one encoder or decoder."""
 
-    def __init__(self, library: KernelLibrary, model: ModelEntry, entry: GraphEntry) -> None:
-        tokens = next(tensor for tensor in (*entry.inputs, *entry.outputs) if tensor.name == "tokens")
-        prefix = entry.prefix if entry.role == "decoder" else None
+    reads_once = True
+
+    def __init__(self, library: KernelLibrary, model: ModelEntry, graph: GraphEntry) -> None:
+        tokens = next(tensor for tensor in (*graph.inputs, *graph.outputs) if tensor.name == "tokens")
+        prefix = graph.prefix if graph.role == "decoder" else None
         self._few = library.kernel(kernel_name(prefix, tokens.dtype, "few"))
         # Some sizes have none.
         self._many = library.find(kernel_name(prefix, tokens.dtype, "many"))
-        self._few_steps = FEW_STEPS
-        self.entry, self.token_type = entry, tokens.dtype
-        self.chunk_length, self.num_arguments = model.chunk_length, len(entry.inputs) + len(entry.outputs) + 1
-
-    @property
-    def has_many(self) -> bool:
-        return self._many is not None
+        #: Beyond so many steps the kernel for many is taken, where there is one.
+        self.few_steps = FEW_STEPS
+        self.graph, self.token_type = graph, tokens.dtype
+        self.chunk_length, self.num_arguments = model.chunk_length, len(graph.inputs) + len(graph.outputs) + 1
+        self.max_batch, self.has_many = _MOST_STEPS // self.chunk_length, self._many is not None
 
     def with_few_steps(self, few_steps: int) -> CudaFunction:
-        """Another, of the same kernels: the one for many steps, where there is one, beyond so many."""
+        """Another of the same kernels."""
         function = copy.copy(self)
-        function._few_steps = few_steps
+        function.few_steps = few_steps
         return function
-
-    @property
-    def max_batch(self) -> int:
-        return _MOST_STEPS // self.chunk_length
-
-    @property
-    def reads_once(self) -> bool:
-        return True
 
     def new_program(self) -> _CudaProgram:
         return _CudaProgram(self)
@@ -136,7 +110,7 @@ class CudaFunction:
         """The library is closed by the backend."""
 
     def launch(self, steps: int, arguments: KernelArguments, stream: int) -> None:
-        if self._many is None or steps <= self._few_steps:
+        if self._many is None or steps <= self.few_steps:
             self._few.launch(steps, arguments, stream)
         else:
             self._many.launch(-(-steps // self._many.threads), arguments, stream)

@@ -10,7 +10,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -38,6 +37,12 @@ _EXTERNAL_DATA = b"location"
 _LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging.CRITICAL)
 
 _Array = npt.NDArray[Any]
+#: The address and shape of an array.
+_Place = tuple[int, tuple[int, ...]]
+#: The shape of the source, and whether its statistics are left out.
+_Key = tuple[tuple[int, ...], bool]
+#: Arrays of our own, the session, and its binding to their memory, which stays valid as long as they are kept.
+_Buffers = tuple[tuple[Any, ...], Any, Any]
 Providers = Sequence[tuple[str, dict[str, str]]]
 
 _CPU_PROVIDERS: Providers = (("CPUExecutionProvider", {}),)
@@ -104,7 +109,7 @@ class BoundGraph:
             ) from error
         _check_tensors(entry.file, entry.inputs, self._session.get_inputs())
         _check_tensors(entry.file, entry.outputs, self._session.get_outputs())
-        self._bound: dict[tuple[tuple[int, ...], bool], _Buffers] = {}
+        self._bound: dict[_Key, _Buffers] = {}
         # Held by the one caller that uses the buffers.
         self._lock = threading.Lock()
         _OPEN_GRAPHS.add(self)
@@ -117,38 +122,37 @@ class BoundGraph:
             # Without waiting: the holder may be the very thread that a signal handler has interrupted.
             if lock.acquire(False):
                 try:
-                    buffers = self._bound.get((source.shape, target_stats is None))
+                    key = (source.shape, target_stats is None)
+                    buffers = self._bound.get(key)
                     if buffers is None:
-                        buffers = self._make_buffers(source, source_stats, target, target_stats)
+                        buffers = self._make_buffers(key, source, source_stats, target, target_stats)
                     if buffers is not None:
-                        buffers.source[...] = source
+                        (own_source, own_source_stats, own_target, own_target_stats), session, binding = buffers
+                        own_source[...] = source
                         if source_stats is not None:
-                            buffers.source_stats[...] = source_stats
-                        buffers.session.run_with_iobinding(buffers.binding)
-                        target[...] = buffers.target
+                            own_source_stats[...] = source_stats
+                        session.run_with_iobinding(binding)
+                        target[...] = own_target
                         if target_stats is not None:
-                            target_stats[...] = buffers.target_stats
+                            target_stats[...] = own_target_stats
                         return
                 finally:
                     lock.release()
             session = self._session_here()
-            session.run_with_iobinding(self._bind(session, source, source_stats, target, target_stats))
+            session.run_with_iobinding(self._bind_host(session, source, source_stats, target, target_stats))
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise InferenceError(f"ONNX Runtime {ort.__version__} failed: {error}") from error
 
-    def _make_buffers(self, *arrays: _Array | None) -> _Buffers | None:
+    def _make_buffers(self, key: _Key, *arrays: _Array | None) -> _Buffers | None:
         """Buffers like `arrays`, kept in place of the oldest; None where copying would cost more than binding."""
         if not self._can_keep_bindings:
             return None
         if sum(array.nbytes for array in arrays if array is not None) > _COPY_LIMIT_BYTES:
             return None
-        source, source_stats, target, target_stats = own = [
-            None if array is None else np.zeros_like(array) for array in arrays
-        ]
-        assert source is not None
+        own = tuple(None if array is None else np.zeros_like(array) for array in arrays)
         session = self._session_here()
-        buffers = _Buffers(source, source_stats, target, target_stats, session, self._bind(session, *own))
-        self._bound[source.shape, target_stats is None] = buffers
+        buffers = own, session, self._bind_host(session, *own)
+        self._bound[key] = buffers
         if len(self._bound) > _BOUND_BATCHES:
             del self._bound[next(iter(self._bound))]
         return buffers
@@ -175,24 +179,23 @@ class BoundGraph:
             self._session = self._open_session()
         return self._session
 
-    def _bind(self, session: Any, *arrays: _Array | None) -> Any:
+    def _bind_host(self, session: Any, *arrays: _Array | None) -> Any:
         """A binding to the memory of source, its stats, target and its stats, which has to outlive it."""
-        binding = session.io_binding()
-        inputs = [array for array in arrays[:2] if array is not None]
-        outputs = [array for array in arrays[2:] if array is not None]
-        for entry, array in zip(self._inputs, inputs, strict=True):
-            binding.bind_input(entry.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        for entry, array in zip(self._outputs, outputs, strict=False):
-            binding.bind_output(entry.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return binding
+        return self._bind(session, "cpu", [(array.ctypes.data, array.shape) for array in arrays if array is not None])
 
-    def bind_device(self, addresses: Sequence[int], batch: int) -> Callable[[], None]:
-        """A call on memory of CUDA's device 0, inputs first, for a session on it; it returns when the work is done."""
-        session = self._session_here()
+    def _bind(self, session: Any, device: str, places: Sequence[_Place]) -> Any:
+        """places: of the inputs, then of the outputs, of which the last may be left out."""
         binding = session.io_binding()
         binders = [binding.bind_input] * len(self._inputs) + [binding.bind_output] * len(self._outputs)
-        for bind, entry, address in zip(binders, (*self._inputs, *self._outputs), addresses, strict=True):
-            bind(entry.name, "cuda", 0, np.dtype(entry.dtype).type, (batch, *entry.shape[1:]), address)
+        entries = (*self._inputs, *self._outputs)
+        for bind, entry, (address, shape) in zip(binders, entries, places, strict=False):
+            bind(entry.name, device, 0, np.dtype(entry.dtype).type, shape, address)
+        return binding
+
+    def bind_device(self, places: Sequence[_Place]) -> Callable[[], None]:
+        """A call on memory of CUDA's device 0, inputs first, for a session on it; it returns when the work is done."""
+        session = self._session_here()
+        binding = self._bind(session, "cuda", places)
 
         def run() -> None:
             try:
@@ -226,18 +229,6 @@ def _start_anew() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_start_anew)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Buffers:
-    """Arrays of our own and the binding to their memory, which stays valid as long as they are kept."""
-
-    source: Any
-    source_stats: Any
-    target: Any
-    target_stats: Any
-    session: Any
-    binding: Any
 
 
 def _session_options(num_threads: int) -> Any:

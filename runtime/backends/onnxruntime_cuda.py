@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -51,17 +51,18 @@ class OrtCudaBackend(OrtBackend):
         self.bind_decode(arrays, stream)()
 
     def bind_encode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> OrtBoundCall:
-        return _bind(self._encoder, arrays, stream)
+        return OrtBoundCall(self._encoder, arrays, stream)
 
     def bind_decode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> OrtBoundCall:
-        return _bind(self._decoders[arrays[0].shape[3]], arrays, stream)
+        return OrtBoundCall(self._decoders[arrays[0].shape[3]], arrays, stream)
 
 
 class OrtBoundCall:
     """A call on fixed arrays of the GPU, which it keeps alive until it is closed."""
 
-    def __init__(self, run: Callable[[], None], arrays: Sequence[GpuArray], stream: GpuStream) -> None:
-        self._run, self._arrays, self._stream = run, tuple(arrays), stream
+    def __init__(self, graph: BoundGraph, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
+        self._run = graph.bind_device([(array.address, array.shape) for array in arrays])
+        self._arrays, self._stream = tuple(arrays), stream
 
     def __call__(self) -> None:
         if not self._arrays:
@@ -71,8 +72,3 @@ class OrtBoundCall:
 
     def close(self) -> None:
         self._arrays = ()
-
-
-def _bind(graph: BoundGraph, arrays: Sequence[GpuArray], stream: GpuStream) -> OrtBoundCall:
-    run = graph.bind_device([array.address for array in arrays], arrays[0].shape[0])
-    return OrtBoundCall(run, arrays, stream)

@@ -1,8 +1,8 @@
 """Whether a backend refuses what is illegal, or marks it, where it promises to: judged with illegal values themselves.
 
-For these calls nobody else looks at the values, and right answers to legal ones say nothing of them. A check may be
-missing for one kind of value, one element, one step, the last of a vector or one batch size, so values and places take
-turns; a call takes microseconds.
+For these calls nobody else checks the values, and right answers to legal values do not show that illegal ones are
+noticed. A check may be missing for one kind of value, one element, one step, the last of a vector or one batch size, so
+values and places take turns; a call takes microseconds.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from ..bundle.arrays import unravel
 from ..bundle.errors import IllegalValueError, TokenizerError
-from ..bundle.gates import ACCEPTED, NOT_MARKED
+from ..bundle.gates import ACCEPTED, GATES, NOT_MARKED, Check
 from ..bundle.manifest import ModelEntry
 from ..bundle.validation import STATS_LIMIT
 from .contract import Backend, MarksIllegalValues
@@ -30,71 +31,64 @@ _MARKED_BATCHES = (1, 2, 37)
 _LEGAL_EVERY = 3
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """gate: what was called; accepted: how many illegal values passed for legal ones; first: the first of them."""
-
-    gate: str
-    accepted: int
-    first: str
-
-
-def judge_refusal(model: ModelEntry, backend: Backend, *, is_thorough: bool = False) -> tuple[Verdict, ...]:
-    """A verdict for the encoder and each decoder of a backend that promises to check values; none for others.
+def judge_refusal(model: ModelEntry, backend: Backend, *, is_thorough: bool = False) -> tuple[Check, ...]:
+    """A check of the encoder and each decoder of a backend that promises to check values; none for others.
 
     is_thorough: in every place, as a build can afford; a robot waits a hundredth of a second for the others.
     """
     if hasattr(type(backend), "token_types"):
         token_type = cast(MarksIllegalValues, backend).token_types[0]
-        return tuple(_judge_marks(call, token_type) for call in _calls(model, backend))
+        return tuple(_check(call, NOT_MARKED, _unmarked(call, token_type)) for call in _calls(model, backend))
     most = backend.checked_steps // model.chunk_length
     if most == 0:
         return ()
     batches = sorted({size for size in (1, 2, 3, most - 1, most) if 1 <= size <= most})
-    return tuple(_judge_checks(call, batches, is_thorough) for call in _calls(model, backend))
+    return tuple(_check(call, ACCEPTED, _accepted(call, batches, is_thorough)) for call in _calls(model, backend))
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One function of a backend. Each kind of input comes with its shape per chunk and the illegal values it may hold.
+    """One function of a backend: `run` takes the inputs, then the outputs.
 
-    run takes the inputs, then the outputs; legal: what an input is filled with; outputs: shape per chunk and filling.
+    inputs: one legal chunk of each; outputs: what one chunk of each holds before a call; illegal: for each input, the
+    illegal values that a place in it may hold; is_mark: which elements of the first output mark something illegal.
     """
 
     gate: str
     run: Callable[..., None]
-    inputs: tuple[tuple[tuple[int, ...], _Array], ...]
-    outputs: tuple[tuple[tuple[int, ...], _Array], ...]
+    inputs: tuple[_Array, ...]
+    outputs: tuple[_Array, ...]
     illegal: tuple[Callable[[int], _Array], ...]
     is_mark: Callable[[_Array], npt.NDArray[np.bool_]]
 
+    def arrays(self, batch: int) -> tuple[list[_Array], list[_Array]]:
+        """Inputs and outputs of so many chunks."""
+        inputs, outputs = ([np.repeat(part, batch, axis=0) for part in side] for side in (self.inputs, self.outputs))
+        return inputs, outputs
+
 
 def _calls(model: ModelEntry, backend: Backend) -> Iterator[_Call]:
-    steps, levels = model.chunk_length, model.num_levels
-    actions = ((steps, model.action_dim), np.zeros((), np.float32))
+    levels = model.num_levels
     limit = np.float32(model.action_limit)
     beyond = np.nextafter(limit, np.float32(np.inf))
     wrong_actions = np.array([np.nan, -np.nan, np.inf, -np.inf, beyond, -beyond], np.float32)
-    numbers = (levels, -1, 2**30, 2**31 - 1, -(2**31), 2**8 + 1, 2**16 + 1, -(2**16) + 1, levels + 1)
-    wrong_tokens = np.array(
-        sorted({number for number in numbers if number < 2**31 and not 0 <= number < levels}), np.int32
-    )
+    numbers = {levels, -1, 2**30, 2**31 - 1, -(2**31), 2**8 + 1, 2**16 + 1, -(2**16) + 1, levels + 1}
+    wrong_tokens = np.array(sorted(number for number in numbers if not 0 <= number < levels), np.int32)
     wide = np.nextafter(np.float32(STATS_LIMIT), np.float32(np.inf))
     either = [np.nan, np.inf, -np.inf, wide, -wide]
     # Mean and sigma take turns in memory.
     wrong_stats = [np.array(either, np.float32), np.array([*either, 0.0, -0.0, -1e-45, -1.0], np.float32)]
 
-    def tokens(layers: int, filling: int) -> tuple[tuple[int, ...], _Array]:
-        return (steps, model.latent_dim, layers), np.array(filling, np.int32)
-
-    def stats(layers: int, filling: float) -> tuple[tuple[int, ...], _Array]:
-        return (steps, layers, 2), np.array(filling, np.float32)
+    def codes(layers: int, token: int, stat: float) -> tuple[_Array, ...]:
+        tokens = np.full(model.tokens_shape(1, layers), token, np.int32)
+        stats = np.full(model.stats_shape(1, layers), stat, np.float32)
+        return (tokens, stats) if model.has_stats else (tokens,)
 
     yield _Call(
         "encode",
         backend.encode_into if model.has_stats else lambda actions, tokens: backend.encode_into(actions, tokens, None),
-        (actions,),
-        (tokens(model.num_layers, _UNTOUCHED_TOKEN), *([stats(model.num_layers, -1.0)] if model.has_stats else [])),
+        (np.zeros(model.actions_shape(1), np.float32),),
+        codes(model.num_layers, _UNTOUCHED_TOKEN, -1.0),
         (lambda _place: wrong_actions,),
         lambda tokens: (tokens < 0) | (tokens >= levels),
     )
@@ -102,18 +96,23 @@ def _calls(model: ModelEntry, backend: Backend) -> Iterator[_Call]:
         yield _Call(
             f"decode {prefix} layers",
             backend.decode_into if model.has_stats else lambda tokens, out: backend.decode_into(tokens, None, out),
-            (tokens(prefix, 0), *([stats(prefix, 1.0)] if model.has_stats else [])),
-            ((actions[0], np.array(_UNTOUCHED_ACTION)),),
+            codes(prefix, 0, 1.0),
+            (np.full(model.actions_shape(1), _UNTOUCHED_ACTION),),
             (lambda _place: wrong_tokens, lambda place: wrong_stats[place % 2]),
             np.isnan,
         )
 
 
-def _judge_checks(call: _Call, batches: list[int], is_thorough: bool) -> Verdict:
+def _check(call: _Call, gate: str, problems: Iterator[str]) -> Check:
+    """problems: a line for each illegal value that passed for a legal one."""
+    found = list(problems)
+    return Check(f"{call.gate}: {gate}", len(found), GATES.illegal_values, found[0] if found else "")
+
+
+def _accepted(call: _Call, batches: list[int], is_thorough: bool) -> Iterator[str]:
     """One illegal value in each call, which has to raise and to write nothing."""
-    accepted, first = 0, ""
     for batch in batches:
-        inputs, outputs = _filled(call.inputs, batch), _filled(call.outputs, batch)
+        inputs, outputs = call.arrays(batch)
         for array, values_at in zip(inputs, call.illegal, strict=False):
             flat, legal = array.reshape(-1), array.flat[0]
             for place, value in _trials(array, values_at, is_thorough):
@@ -128,14 +127,11 @@ def _judge_checks(call: _Call, batches: list[int], is_thorough: bool) -> Verdict
                     problem = f"was accepted and became {outputs[0].flat[place % outputs[0].size]}"
                 flat[place] = legal
                 if problem:
-                    accepted += 1
-                    first = first or _described(value, array, place, problem)
-                    _fill(outputs, call.outputs)
-            if any(not _is_untouched(out, filling) for out, (_, filling) in zip(outputs, call.outputs, strict=True)):
-                accepted += 1
-                first = first or f"a refused call of {batch} chunks has written into its output"
-                _fill(outputs, call.outputs)
-    return Verdict(f"{call.gate}: {ACCEPTED}", accepted, first)
+                    yield _described(value, array, place, problem)
+                    outputs = call.arrays(batch)[1]
+            if any((out != untouched).any() for out, untouched in zip(outputs, call.outputs, strict=True)):
+                yield f"a refused call of {batch} chunks has written into its output"
+                outputs = call.arrays(batch)[1]
 
 
 def _trials(array: _Array, values_at: Callable[[int], _Array], is_thorough: bool) -> Iterator[tuple[int, Any]]:
@@ -156,9 +152,8 @@ def _trials(array: _Array, values_at: Callable[[int], _Array], is_thorough: bool
             yield place, values[(turn + turn // len(values)) % len(values)]
 
 
-def _judge_marks(call: _Call, token_type: np.dtype[Any]) -> Verdict:
+def _unmarked(call: _Call, token_type: np.dtype[Any]) -> Iterator[str]:
     """Illegal values in two of three steps, which have to be marked while the third is not."""
-    accepted, first = 0, ""
     values = call.illegal[0](0)
     if call.gate.startswith("decode"):
         # -1 is the largest of unsigned tokens, and has to be no level there either.
@@ -166,7 +161,7 @@ def _judge_marks(call: _Call, token_type: np.dtype[Any]) -> Verdict:
         values = values[fits]
     for batch in _MARKED_BATCHES:
         for turn in range(len(values)):
-            inputs, outputs = _filled(call.inputs, batch), _filled(call.outputs, batch)
+            inputs, outputs = call.arrays(batch)
             rows = inputs[0].reshape(batch * inputs[0].shape[1], -1)
             steps = np.arange(len(rows))
             places = (steps * 5 + turn) % rows.shape[1]
@@ -174,30 +169,12 @@ def _judge_marks(call: _Call, token_type: np.dtype[Any]) -> Verdict:
             given = np.where(is_legal, rows[0, 0], values[(steps + turn) % len(values)])
             rows[steps, places] = given
             call.run(*inputs, *outputs)
-            marks = call.is_mark(outputs[0]).reshape(len(rows), -1)
-            wrong = np.where(is_legal, marks.any(-1), ~marks.all(-1))
-            accepted += int(wrong.sum())
-            if wrong.any() and not first:
-                step = int(wrong.argmax())
-                became = outputs[0].reshape(len(rows), -1)[step, 0]
-                problem = f"was {'marked' if is_legal[step] else 'not marked'} and became {became}"
-                first = _described(given[step], inputs[0], step * rows.shape[1] + int(places[step]), problem)
-    return Verdict(f"{call.gate}: {NOT_MARKED}", accepted, first)
-
-
-def _filled(parts: tuple[tuple[tuple[int, ...], _Array], ...], batch: int) -> list[_Array]:
-    return [np.full((batch, *shape), filling, filling.dtype) for shape, filling in parts]
-
-
-def _fill(arrays: list[_Array], parts: tuple[tuple[tuple[int, ...], _Array], ...]) -> None:
-    for array, (_, filling) in zip(arrays, parts, strict=True):
-        array[...] = filling
-
-
-def _is_untouched(array: _Array, filling: _Array) -> bool:
-    return bool((array == filling).all())
+            results = outputs[0].reshape(len(rows), -1)
+            marks = call.is_mark(results)
+            for step in np.flatnonzero(np.where(is_legal, marks.any(-1), ~marks.all(-1))).tolist():
+                problem = f"was {'marked' if is_legal[step] else 'not marked'} and became {results[step, 0]}"
+                yield _described(given[step], inputs[0], step * rows.shape[1] + int(places[step]), problem)
 
 
 def _described(value: Any, array: _Array, place: int, problem: str) -> str:
-    index = [int(part) for part in np.unravel_index(place, array.shape)]
-    return f"{value} at {index} of {list(array.shape)} {problem}"
+    return f"{value} at {list(unravel(place, array.shape))} of {list(array.shape)} {problem}"

@@ -36,13 +36,11 @@ def factory_of(spec: BackendSpec) -> Callable[[Bundle], Backend]:
     try:
         factory = getattr(importlib.import_module(f".{module}", __package__), name)
     except ImportError as error:
-        if spec.is_on_gpu:
-            raise BackendUnavailableError(
-                f"what a backend on the GPU needs does not load: {error}; install cuda-python with: {install('gpu')}"
-            ) from error
+        again = spec.install.replace("install", "install --force-reinstall")
         raise BackendUnavailableError(
-            f"{spec.name} is installed but does not load: {error}; install it again with: "
-            f"{spec.install.replace('install', 'install --force-reinstall')}"
+            f"what a backend on the GPU needs does not load: {error}; install cuda-python with: {install('gpu')}"
+            if spec.is_on_gpu
+            else f"{spec.name} is installed but does not load: {error}; install it again with: {again}"
         ) from error
     return lambda bundle: factory(bundle, *spec.arguments)
 
@@ -72,7 +70,7 @@ def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
             backend = _open_tested(candidate, bundle, golden)
         except (BackendUnavailableError, SelfTestError, InferenceError, EngineRefusedError) as error:
             obstacles[candidate] = error
-            # What is not there is no news; what is there and does not work is.
+            # A backend that is missing is expected; one that is there and fails is worth a warning.
             level = logging.DEBUG if isinstance(error, BackendUnavailableError) else logging.WARNING
             _LOG.log(level, "not %s: %s", candidate, error)
             continue
@@ -89,7 +87,7 @@ def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
 
 
 def _warn_of_less(bundle: Bundle, backend: Backend, obstacle: TokenizerError | None) -> None:
-    """Where this processor could run better code than it does. obstacle: what kept the C engine from being used."""
+    """Warn where this processor could run faster code. obstacle: why the C engine cannot be used."""
     best = host_targets()[0]
     if isinstance(obstacle, BackendUnavailableError):
         _LOG.warning("%s takes the place of the C engine, which is faster: %s", backend.name, obstacle)
@@ -101,7 +99,7 @@ def _warn_of_less(bundle: Bundle, backend: Backend, obstacle: TokenizerError | N
 
 
 def _warn_of_idle_gpu(bundle: Bundle, backend: Backend, obstacles: Mapping[str, TokenizerError]) -> None:
-    """Where there is a GPU, and what is taken is less than any engine for it would be."""
+    """Warn where a GPU is here and no engine for it can be used."""
     engines = compiled_from("cuda", "graphs")
     if not obstacles.keys() >= {*engines}:
         return
@@ -123,7 +121,7 @@ def _open_tested(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
     backend = create_backend(name, bundle)
     if golden is None:
         return backend
-    # Here, so that nobody who does without it loads it.
+    # Here, so that a load without the replay does not import it.
     from .replay import replay
 
     try:

@@ -6,11 +6,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any, Final
 
-from ..bundle.advice import command
-from ..bundle.errors import BackendUnavailableError, BundleError, EngineRefusedError, InferenceError
+from ..bundle.errors import BundleError, EngineRefusedError, InferenceError
 from ..bundle.folder import Bundle
 from ..bundle.manifest import EngineEntry, GraphEntry, TensorEntry
-from .contract import EngineInUse
+from .contract import EngineInUse, no_engine
 from .gpu.backend import GpuBackend
 from .gpu.driver import GpuDevice, open_device
 from .tensorrt_api import EngineTensor, TrtApi, find_tensorrt
@@ -37,12 +36,12 @@ class TrtBackend(GpuBackend):
         self._engines: list[TrtFunction] = []
         try:
             for graph, entry in zip(graphs, entries, strict=True):
-                self._engines.append(TrtFunction(api, runtime, bundle, graph, entry, gpu))
+                self._engines.append(TrtFunction(api, runtime, bundle, graph, entry))
         except BaseException:
             for engine in self._engines:
                 engine.close()
             raise
-        super().__init__(backend, f"{api.flavour.tag}, {gpu}", str(gpu), graphs, self._engines)
+        super().__init__(backend, f"{api.tag}, {gpu}", str(gpu), self._engines)
 
     @property
     def engines_in_use(self) -> tuple[EngineInUse, ...]:
@@ -56,62 +55,42 @@ def choose_engines(bundle: Bundle, api: TrtApi, device: GpuDevice) -> list[Engin
     """
     chosen = []
     for graph in bundle.manifest.graphs_of(FORM):
-        fitting = [entry for entry in bundle.manifest.engines if _fits(entry, graph, api, device)]
+        of_graph = [entry for entry in bundle.manifest.engines if entry.source == graph.file]
+        fitting = [entry for entry in of_graph if _fits(entry, api, device)]
         if not fitting:
-            raise BackendUnavailableError(
-                f"{bundle.folder} has no engine of {api.flavour.tag} from {graph.file} for {device}; "
-                f"{_what_there_is(bundle, graph)}; build engines for this machine, on it: "
-                f"{command('build', f'--from-bundle {bundle.folder}')}"
+            found = (
+                f"{entry.backend} {entry.version} for {', '.join(entry.targets) or 'any GPU of the library'}"
+                for entry in of_graph
             )
+            raise no_engine(bundle, f"engine of {api.tag} from {graph.file} for {device}", "; ".join(found))
         chosen.append(max(fitting, key=lambda entry: entry.device == str(device)))
     return chosen
 
 
-def _fits(entry: EngineEntry, graph: GraphEntry, api: TrtApi, device: GpuDevice) -> bool:
-    targets = entry.targets
-    return (
-        (entry.backend, entry.version, entry.source) == (api.flavour.backend, api.flavour.version, graph.file)
-        and (not targets or device.compute_capability in targets)
-    )  # fmt: skip
-
-
-def _what_there_is(bundle: Bundle, graph: GraphEntry) -> str:
-    found = [
-        f"{entry.backend} {entry.version} for {', '.join(entry.targets) or 'any GPU of the library'}"
-        for entry in bundle.manifest.engines
-        if entry.source == graph.file
-    ]
-    return f"it has {'; '.join(found)}" if found else "it has none at all"
+def _fits(entry: EngineEntry, api: TrtApi, device: GpuDevice) -> bool:
+    is_of_library = (entry.backend, entry.version) == (api.backend, api.version)
+    return is_of_library and (not entry.targets or device.compute_capability in entry.targets)
 
 
 class TrtFunction:
     """One engine. Its kernels are compiled when the first program runs, and remembered in `kernel_cache`."""
 
-    def __init__(
-        self, api: TrtApi, runtime: Any, bundle: Bundle, graph: GraphEntry, entry: EngineEntry, device: GpuDevice
-    ) -> None:
+    reads_once = False
+
+    def __init__(self, api: TrtApi, runtime: Any, bundle: Bundle, graph: GraphEntry, entry: EngineEntry) -> None:
         self._api, self._runtime, self._entry = api, runtime, entry
+        self.graph, self.max_batch = graph, entry.profile[2]
         self._engine = api.deserialize(runtime, bundle.content(entry.file))
         _check_tensors(entry, graph, api.engine_tensors(self._engine))
-        # Kernels of another GPU would only be refused, or compiled again.
-        is_of_device = bool(entry.kernel_cache) and entry.device == str(device)
-        content = bundle.content(entry.kernel_cache) if is_of_device else b""
+        # Kernels that were compiled for another GPU do not run on this one.
+        has_kernels = bool(entry.kernel_cache) and entry.device == str(open_device())
+        content = bundle.content(entry.kernel_cache) if has_kernels else b""
         try:
             self._kernel_cache = api.create_kernel_cache(self._engine, content)
         except EngineRefusedError as error:
             # It only saves time; a driver that was updated may want kernels of its own.
             _LOG.warning("%s: %s; the kernels are compiled anew", entry.kernel_cache, error)
             self._kernel_cache = api.create_kernel_cache(self._engine, b"")
-        self._names = tuple(tensor.name for tensor in (*graph.inputs, *graph.outputs))
-        self._tails = {tensor.name: tensor.shape[1:] for tensor in graph.inputs}
-
-    @property
-    def max_batch(self) -> int:
-        return self._entry.profile[2]
-
-    @property
-    def reads_once(self) -> bool:
-        return False
 
     def in_use(self) -> EngineInUse:
         """With the kernels compiled so far; none where the library keeps none."""
@@ -120,7 +99,7 @@ class TrtFunction:
 
     def new_program(self) -> TrtProgram:
         context = self._api.create_context(self._engine, self._kernel_cache)
-        return TrtProgram(self._api, context, self._names, self._tails)
+        return TrtProgram(self._api, context, self.graph)
 
     def close(self) -> None:
         # In this order: TensorRT wants the runtime to outlive the engine.
@@ -130,8 +109,10 @@ class TrtFunction:
 class TrtProgram:
     """An execution context. A captured graph uses its memory, so it lives as long as the graph."""
 
-    def __init__(self, api: TrtApi, context: Any, names: Sequence[str], tails: dict[str, tuple[int, ...]]) -> None:
-        self._api, self._context, self._names, self._tails = api, context, names, tails
+    def __init__(self, api: TrtApi, context: Any, graph: GraphEntry) -> None:
+        self._api, self._context = api, context
+        self._names = tuple(tensor.name for tensor in (*graph.inputs, *graph.outputs))
+        self._tails = {tensor.name: tensor.shape[1:] for tensor in graph.inputs}
         self._bound: tuple[int, tuple[int, ...]] | None = None
 
     def bind(self, batch: int, addresses: Sequence[int]) -> None:
@@ -144,14 +125,14 @@ class TrtProgram:
                 context.set_tensor_address(name, address) for name, address in zip(self._names, addresses, strict=True)
             )
         if not is_bound:
-            raise InferenceError(f"{self._api.flavour.tag} refuses a batch of {batch}: {quote(messages)}")
+            raise InferenceError(f"{self._api.tag} refuses a batch of {batch}: {quote(messages)}")
         self._bound = wanted
 
     def enqueue(self, stream: int) -> None:
         with self._api.collect_messages() as messages:
             is_enqueued = self._context.execute_async_v3(stream)
         if not is_enqueued:
-            raise InferenceError(f"{self._api.flavour.tag} failed: {quote(messages)}")
+            raise InferenceError(f"{self._api.tag} failed: {quote(messages)}")
 
     def close(self) -> None:
         self._context = None
@@ -162,8 +143,7 @@ def _check_tensors(entry: EngineEntry, graph: GraphEntry, found: Sequence[Engine
         return sorted((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
 
     stated, actual = described((*graph.inputs, *graph.outputs)), described(found)
-    profiles = {tensor.profile for tensor in found if tensor.profile is not None}
-    batches = {tuple(shape[0] for shape in (p.minimum, p.optimum, p.maximum)) for p in profiles}
+    batches = {tuple(shape[0] for shape in tensor.profile) for tensor in found if tensor.profile is not None}
     if stated != actual or batches != {entry.profile}:
         raise BundleError(
             f"{entry.file} has the tensors {actual} for batches {sorted(batches)}; the manifest states {stated} for "

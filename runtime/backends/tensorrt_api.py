@@ -9,47 +9,25 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..bundle.backend_specs import BACKENDS, compiled_from, is_package_installed
 from ..bundle.errors import BackendUnavailableError, EngineRefusedError, InferenceError, OutOfGpuMemoryError
 from .tensorrt_messages import LogMessage, MessageHub, lacks_device, quote
 
-_DTYPES = {
-    "FLOAT": "float32",
-    "HALF": "float16",
-    "BF16": "bfloat16",
-    "INT8": "int8",
-    "UINT8": "uint8",
-    "INT32": "int32",
-    "INT64": "int64",
-    "BOOL": "bool",
-}
+#: TensorRT's names of types that are not numpy's in capitals.
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
 
 
 class NoDeviceError(BackendUnavailableError):
     """TensorRT is installed but finds no usable GPU or driver; the message quotes TensorRT."""
 
 
-@dataclass(frozen=True)
-class TensorRtFlavour:
-    """Which TensorRT this is: backend `tensorrt` or `tensorrt-rtx`, and its version."""
-
-    backend: str
-    version: str
-
-    @property
-    def tag(self) -> str:
-        """Backend and version in one word fit for a file name: an engine runs only on the version that built it."""
-        return f"{self.backend}-{self.version}"
-
-
-@dataclass(frozen=True)
-class ProfileShapes:
+class ProfileShapes(NamedTuple):
     """The shapes one input may take: the smallest, the one tuned for, the largest."""
 
     minimum: tuple[int, ...]
@@ -72,17 +50,21 @@ class EngineTensor:
 class TrtApi:
     """One TensorRT library, with the differences between its versions behind methods.
 
-    `module` is the vendor's Python module and `logger` the one `ILogger` to give to everything made from it.
+    backend: `tensorrt` or `tensorrt-rtx`; module: NVIDIA's Python module; logger: the one `ILogger` to give to
+    everything that is made from it.
     """
 
-    flavour: TensorRtFlavour
+    backend: str
+    version: str
     module: Any
     logger: Any
-    _hub: MessageHub = field(repr=False)
+    #: Within the `with` block, a list that grows by every message of TensorRT.
+    collect_messages: Callable[[], contextlib.AbstractContextManager[list[LogMessage]]]
 
-    def collect_messages(self) -> contextlib.AbstractContextManager[list[LogMessage]]:
-        """Within the `with` block, a list that grows by every message of TensorRT."""
-        return self._hub.collect()
+    @property
+    def tag(self) -> str:
+        """Backend and version in one word fit for a file name: an engine runs only on the version that built it."""
+        return f"{self.backend}-{self.version}"
 
     # --- building -------------------------------------------------------------------------------------------------
 
@@ -108,7 +90,7 @@ class TrtApi:
         unknown = [name for name in wanted if name not in offered]
         if not unknown:
             return
-        found = f"compute capability {', '.join(map(repr, unknown))} cannot be targeted by {self.flavour.tag}"
+        found = f"compute capability {', '.join(map(repr, unknown))} cannot be targeted by {self.tag}"
         if offered:
             raise ValueError(f"{found}; valid are {', '.join(offered)}, or none for the library's portable default")
         raise ValueError(f"{found}: it builds for the GPU of this machine alone; name none and build on the target")
@@ -132,14 +114,14 @@ class TrtApi:
         for index, name in enumerate(compute_capabilities):
             target = getattr(self.module.ComputeCapability, f"SM{name.replace('.', '')}")
             if not config.set_compute_capability(target, index):
-                raise ValueError(f"{self.flavour.tag} refused compute capability {name!r}")
+                raise ValueError(f"{self.tag} refused compute capability {name!r}")
 
     def network_tensors(self, network: Any, profile: Any) -> tuple[EngineTensor, ...]:
         """Inputs and outputs of an `INetworkDefinition`, with the shapes held by an `IOptimizationProfile`."""
         inputs = (network.get_input(index) for index in range(network.num_inputs))
         outputs = (network.get_output(index) for index in range(network.num_outputs))
         return (
-            *(_network_tensor(tensor, "input", _profile_shapes(profile.get_shape(tensor.name))) for tensor in inputs),
+            *(_network_tensor(tensor, "input", profile.get_shape(tensor.name)) for tensor in inputs),
             *(_network_tensor(tensor, "output", None) for tensor in outputs),
         )
 
@@ -170,7 +152,7 @@ class TrtApi:
         if lacks_device(messages):
             raise NoDeviceError(self._no_device(quote(messages)))
         raise EngineRefusedError(
-            f"{self.flavour.tag} refuses the engine of {len(serialized)} bytes: {quote(messages)}; build it again "
+            f"{self.tag} refuses the engine of {len(serialized)} bytes: {quote(messages)}; build it again "
             "with this version and for this GPU"
         )
 
@@ -187,7 +169,7 @@ class TrtApi:
         if context is None:
             reason = quote(messages)
             kind = OutOfGpuMemoryError if re.search("out of memory", reason, re.IGNORECASE) else InferenceError
-            raise kind(f"{self.flavour.tag} could not make an engine ready: {reason}")
+            raise kind(f"{self.tag} could not make an engine ready: {reason}")
         return context
 
     def create_kernel_cache(self, engine: Any, content: bytes) -> Any | None:
@@ -203,7 +185,7 @@ class TrtApi:
         with self.collect_messages() as messages:
             is_accepted = not content or kernel_cache.deserialize(content)
         if not is_accepted:
-            raise EngineRefusedError(f"{self.flavour.tag} refuses the cache of compiled kernels: {quote(messages)}")
+            raise EngineRefusedError(f"{self.tag} refuses the cache of compiled kernels: {quote(messages)}")
         return kernel_cache
 
     def _runtime_config(self, engine: Any) -> Any | None:
@@ -217,34 +199,28 @@ class TrtApi:
 
     def engine_tensors(self, engine: Any) -> tuple[EngineTensor, ...]:
         """Inputs and outputs of an `ICudaEngine`, in its order, with the shapes of its first profile."""
-        return tuple(
-            self._engine_tensor(engine, engine.get_tensor_name(index)) for index in range(engine.num_io_tensors)
-        )
-
-    def _engine_tensor(self, engine: Any, name: str) -> EngineTensor:
-        is_input = engine.get_tensor_mode(name) == self.module.TensorIOMode.INPUT
-        return EngineTensor(
-            name=name,
-            mode="input" if is_input else "output",
-            dtype=_dtype_name(engine.get_tensor_dtype(name)),
-            shape=tuple(engine.get_tensor_shape(name)),
-            profile=_profile_shapes(engine.get_tensor_profile_shape(name, 0)) if is_input else None,
-        )
+        found = []
+        for name in map(engine.get_tensor_name, range(engine.num_io_tensors)):
+            is_input = engine.get_tensor_mode(name) == self.module.TensorIOMode.INPUT
+            profile = _profile_shapes(engine.get_tensor_profile_shape(name, 0)) if is_input else None
+            dtype, shape = _dtype_name(engine.get_tensor_dtype(name)), tuple(engine.get_tensor_shape(name))
+            found.append(EngineTensor(name, "input" if is_input else "output", dtype, shape, profile))
+        return tuple(found)
 
     def _no_device(self, reason: str) -> str:
         # The one phrase of CUDA's that a person needs stands inside an account of where TensorRT was at that moment.
         cause = re.search(r"\(cudaError \d+: ([^()]+)\)", reason)
         reason = cause[1] if cause else reason
-        return f"{self.flavour.tag} finds no usable GPU here: {reason}; check the driver with nvidia-smi"
+        return f"{self.tag} finds no usable GPU here: {reason}; check the driver with nvidia-smi"
 
 
-def _network_tensor(tensor: Any, mode: Literal["input", "output"], profile: ProfileShapes | None) -> EngineTensor:
+def _network_tensor(tensor: Any, mode: Literal["input", "output"], shapes: Any) -> EngineTensor:
+    profile = None if shapes is None else _profile_shapes(shapes)
     return EngineTensor(tensor.name, mode, _dtype_name(tensor.dtype), tuple(tensor.shape), profile)
 
 
 def _profile_shapes(shapes: Sequence[Sequence[int]]) -> ProfileShapes:
-    minimum, optimum, maximum = (tuple(shape) for shape in shapes)
-    return ProfileShapes(minimum, optimum, maximum)
+    return ProfileShapes(*map(tuple, shapes))
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -259,22 +235,17 @@ def find_tensorrt(backend: str) -> TrtApi:
     known = compiled_from("graphs")
     if backend not in known:
         raise BackendUnavailableError(f"no TensorRT backend {backend!r}; there are {', '.join(sorted(known))}")
-    packages = BACKENDS[backend].packages
+    packages, cure = BACKENDS[backend].packages, f"install it with: {BACKENDS[backend].install}"
     for name in filter(is_package_installed, packages):
         try:
             return _api_of(backend, importlib.import_module(name))
         except (ImportError, OSError) as error:
-            raise BackendUnavailableError(
-                f"{name} is installed but does not load: {error}; install it with: {BACKENDS[backend].install}"
-            ) from error
-    raise BackendUnavailableError(
-        f"found no package {' or '.join(packages)}; install it with: {BACKENDS[backend].install}"
-    )
+            raise BackendUnavailableError(f"{name} is installed but does not load: {error}; {cure}") from error
+    raise BackendUnavailableError(f"found no package {' or '.join(packages)}; {cure}")
 
 
 @cache
 def _api_of(backend: str, module: ModuleType) -> TrtApi:
     # Cached because TensorRT keeps the first logger it meets for the whole process and warns about any other.
     hub = MessageHub()
-    flavour = TensorRtFlavour(backend, str(vars(module).get("__version__", "unknown")))
-    return TrtApi(flavour, module, hub.logger_of(module), hub)
+    return TrtApi(backend, str(vars(module).get("__version__", "unknown")), module, hub.logger_of(module), hub.collect)

@@ -11,13 +11,8 @@ from typing import Any
 
 _LOG = logging.getLogger(__name__)
 
-_LEVELS = {
-    "INTERNAL_ERROR": logging.CRITICAL,
-    "ERROR": logging.ERROR,
-    "WARNING": logging.WARNING,
-    "INFO": logging.DEBUG,
-    "VERBOSE": logging.DEBUG,
-}
+#: All others, `INFO` and `VERBOSE`, are for debugging.
+_LEVELS = {"INTERNAL_ERROR": logging.CRITICAL, "ERROR": logging.ERROR, "WARNING": logging.WARNING}
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class MessageHub:
     def emit(self, severity: str, text: str) -> None:
         for messages in self._collections:
             messages.append(LogMessage(severity, text))
-        level = logging.DEBUG if self._collections else _LEVELS.get(severity, logging.ERROR)
+        level = logging.DEBUG if self._collections else _LEVELS.get(severity, logging.DEBUG)
         _LOG.log(level, "TensorRT %s: %s", severity, text)
 
     def logger_of(self, module: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The arrays that everything here exchanges, and steps cut into chunks."""
+"""The arrays that everything here exchanges, places in them, and steps cut into chunks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ import numpy.typing as npt
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
 Int32Array = npt.NDArray[np.int32]
+
+
+def unravel(position: int | np.intp, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The index of an element by its position in memory order, as Python's own numbers.
+
+    >>> unravel(5, (2, 3))
+    (1, 2)
+    """
+    return tuple(int(part) for part in np.unravel_index(position, shape))
 
 
 class Codes(NamedTuple):

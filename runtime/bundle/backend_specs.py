@@ -19,10 +19,10 @@ class BackendSpec:
     factory: module in `runtime/backends` and what makes the backend there, called with the bundle and `arguments`;
     packages: of these Python packages one has to be installed, none where it is empty; extras: of this project, which
     bring them, or else the distribution; engine_source: None for a backend that runs the bundle's graphs as they are.
-    is_on_gpu: it takes arrays of the GPU where they lie. survives_fork: a child of fork may call what its parent has
-    loaded; without, the call raises InferenceError. checked_steps: in calls of up to so many steps it checks values
-    itself and raises IllegalValueError. marks_illegal: the host does not read its values, so in calls of any size it
-    marks what is illegal (`MarksIllegalValues`).
+    is_on_gpu: it takes arrays of the GPU where they lie, whose values the host does not read, so in calls of any size
+    it marks what is illegal (`MarksIllegalValues`). survives_fork: a child of fork may call what its parent has loaded;
+    without, the call raises InferenceError. checked_steps: in calls of up to so many steps it checks values itself and
+    raises IllegalValueError.
 
     >>> BACKENDS["c"].is_on_gpu, BACKENDS["cuda"].engine_source
     (False, 'cuda')
@@ -38,7 +38,6 @@ class BackendSpec:
     is_on_gpu: bool = False
     survives_fork: bool = False
     checked_steps: int = 0
-    marks_illegal: bool = False
 
     @property
     def install(self) -> str:
@@ -68,7 +67,7 @@ def is_package_installed(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ValueError:
-        # A module that was put into sys.modules by hand.
+        # A module that somebody put into sys.modules by hand has no spec.
         return True
 
 
@@ -82,7 +81,6 @@ _SPECS = (
         packages=("cuda",),
         extras=("gpu",),
         is_on_gpu=True,
-        marks_illegal=True,
     ),
     BackendSpec(
         "tensorrt-rtx",
@@ -93,7 +91,6 @@ _SPECS = (
         packages=("tensorrt_rtx", "tensorrt_rtx_bindings"),
         extras=("tensorrt-rtx", "gpu"),
         is_on_gpu=True,
-        marks_illegal=True,
     ),
     BackendSpec(
         "tensorrt",
@@ -103,7 +100,6 @@ _SPECS = (
         packages=("tensorrt",),
         extras=("tensorrt", "gpu"),
         is_on_gpu=True,
-        marks_illegal=True,
     ),
     BackendSpec(
         "onnxruntime",
@@ -119,7 +115,6 @@ _SPECS = (
         packages=("onnxruntime",),
         distribution="onnxruntime-gpu",
         is_on_gpu=True,
-        marks_illegal=True,
     ),
 )
 #: By name, in the order in which `auto` tries them: the fastest decoder of one chunk of numpy arrays first

@@ -59,10 +59,15 @@ def weight_hashes(weights: Mapping[str, _Array]) -> dict[str, str]:
     }
 
 
+def recorded_checkpoint(manifest: Manifest) -> Mapping[str, Any]:
+    """What the build wrote down of its checkpoint; provenance is free-form, so it may be anything or nothing."""
+    checkpoint = manifest.provenance.get("checkpoint")
+    return checkpoint if isinstance(checkpoint, dict) else {}
+
+
 def recorded_hashes(manifest: Manifest) -> dict[str, str] | None:
     """Those of the checkpoint that the bundle was built from; None where the build did not write them down."""
-    checkpoint = manifest.provenance.get("checkpoint")
-    hashes = checkpoint.get(HASHES_KEY) if isinstance(checkpoint, dict) else None
+    hashes = recorded_checkpoint(manifest).get(HASHES_KEY)
     if not isinstance(hashes, dict) or not _shapes(manifest.model).keys() <= hashes.keys():
         return None
     return {name: str(value) for name, value in hashes.items()}
@@ -70,8 +75,7 @@ def recorded_hashes(manifest: Manifest) -> dict[str, str] | None:
 
 def recorded_weights(manifest: Manifest) -> str | None:
     """Which model of a file that holds several the bundle was built from; None for the model itself."""
-    checkpoint = manifest.provenance.get("checkpoint")
-    label = checkpoint.get(WEIGHTS_KEY) if isinstance(checkpoint, dict) else None
+    label = recorded_checkpoint(manifest).get(WEIGHTS_KEY)
     return None if label is None else str(label)
 
 

@@ -43,11 +43,6 @@ class FoundState:
     others: Mapping[str, Any]
     counters: tuple[str, ...]
 
-    @property
-    def is_average(self) -> bool:
-        """Of the weights over the training, by its name."""
-        return is_average(self.label)
-
 
 def is_average(name: object) -> bool:
     """Whether people call an average of weights so."""

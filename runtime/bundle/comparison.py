@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .arrays import unravel
+
 
 @dataclass(frozen=True)
 class WrongToken:
@@ -78,68 +80,40 @@ def compare_tokens(
     bounds: npt.NDArray[np.floating[Any]],
     *,
     num_levels: int,
-    is_step_coupled: bool,
+    is_step_coupled: bool | None,
 ) -> TokenComparison:
     """Sort every difference into wrong, near-tie and behind; all arrays [..., D, L] with at least one leading axis.
 
     margins: the reference's distance to the nearest bin edge; bounds: how far float32 can move the value; both in bin
-    widths. is_step_coupled: whether a flip moves the later layers of all latents of its step, not of its own alone.
-    What is no level at all is wrong wherever it stands. Raises ValueError when the shapes differ.
+    widths. is_step_coupled: whether a flip moves the later layers of all latents of its step, not of its own alone;
+    None where `expected` is what the reference decides after the found tokens of the layers before: then no difference
+    is behind another. What is no level at all is wrong wherever it stands. Raises ValueError when the shapes differ.
     """
-    _check_shapes(expected, found, margins, bounds)
-    differs = expected != found
-    behind = differs & _differs_before(differs, is_step_coupled) & _is_level(found, num_levels)
-    return _sorted(expected, found, margins, bounds, behind, num_levels)
-
-
-def compare_followed(
-    decisions: npt.NDArray[np.integer[Any]],
-    found: npt.NDArray[np.integer[Any]],
-    margins: npt.NDArray[np.floating[Any]],
-    bounds: npt.NDArray[np.floating[Any]],
-    *,
-    num_levels: int,
-) -> TokenComparison:
-    """The same where the reference took `found` in every layer before it decided: then nothing is behind anything.
-
-    decisions: what the reference decides in each layer after the found tokens of the layers before; margins and
-    bounds belong to these decisions.
-    """
-    _check_shapes(decisions, found, margins, bounds)
-    return _sorted(decisions, found, margins, bounds, np.zeros(found.shape, np.bool_), num_levels)
-
-
-def _check_shapes(*arrays: npt.NDArray[Any]) -> None:
-    shapes = {array.shape for array in arrays}
-    if len(shapes) != 1 or arrays[0].ndim < 3:
+    shapes = {array.shape for array in (expected, found, margins, bounds)}
+    if len(shapes) != 1 or expected.ndim < 3:
         raise ValueError(f"tokens, margins and bounds have shapes {sorted(shapes)}; expected one shape [..., D, L]")
-
-
-def _is_level(tokens: npt.NDArray[np.integer[Any]], num_levels: int) -> npt.NDArray[np.bool_]:
-    return (tokens >= 0) & (tokens < num_levels)
-
-
-def _sorted(
-    expected: npt.NDArray[np.integer[Any]],
-    found: npt.NDArray[np.integer[Any]],
-    margins: npt.NDArray[np.floating[Any]],
-    bounds: npt.NDArray[np.floating[Any]],
-    behind: npt.NDArray[np.bool_],
-    num_levels: int,
-) -> TokenComparison:
-    first = (expected != found) & ~behind
+    differs = expected != found
+    is_level = (found >= 0) & (found < num_levels)
+    behind = np.zeros_like(differs)
+    if is_step_coupled is not None:
+        cause = differs.any(axis=-2, keepdims=True) if is_step_coupled else differs
+        behind[..., 1:] = np.logical_or.accumulate(cause, axis=-1)[..., :-1]
+        behind &= differs & is_level
     # A level farther off than the neighbour takes a move over whole bins besides. Written so that a margin or bound
     # that is not a number excuses nothing.
     bins_between = np.abs(found.astype(np.int64) - expected) - 1
-    near_ties = first & _is_level(found, num_levels) & (margins + bins_between <= bounds)
-    wrong = first & ~near_ties
-    return TokenComparison(
-        wrong=_per_layer(wrong),
-        near_ties=_per_layer(near_ties),
-        behind=_per_layer(behind),
-        flipped=near_ties.any(axis=(-2, -1)),
-        first_wrong=_first_wrong(wrong, expected, found, margins, bounds),
+    near_ties = differs & ~behind & is_level & (margins + bins_between <= bounds)
+    wrong = differs & ~behind & ~near_ties
+    first_wrong = None
+    if wrong.any():
+        index = unravel(wrong.argmax(), wrong.shape)
+        first_wrong = WrongToken(
+            index, int(expected[index]), int(found[index]), float(margins[index]), float(bounds[index])
+        )
+    wrong_counts, tie_counts, behind_counts = (
+        mask.reshape(-1, mask.shape[-1]).sum(axis=0) for mask in (wrong, near_ties, behind)
     )
+    return TokenComparison(wrong_counts, tie_counts, behind_counts, near_ties.any(axis=(-2, -1)), first_wrong)
 
 
 @dataclass(frozen=True)
@@ -183,7 +157,7 @@ def action_errors(
         differences = np.abs(found.astype(np.float64) - expected)
         errors = np.maximum(differences - _half_step(found, expected), 0) / np.asarray(units, np.float64)
     errors[np.isnan(errors)] = np.inf
-    index = _unravel(int(errors.argmax()), errors.shape)
+    index = unravel(errors.argmax(), errors.shape)
     return ActionError(float(errors[index]), index, float(expected[index]), float(found[index]))
 
 
@@ -196,32 +170,3 @@ def _half_step(
         neighbours = np.nextafter(found, towards).astype(np.float64)
     steps = np.abs(neighbours - found)
     return np.asarray(np.where(np.isfinite(steps), steps / 2, 0.0))
-
-
-def _differs_before(differs: npt.NDArray[np.bool_], is_step_coupled: bool) -> npt.NDArray[np.bool_]:
-    """Whether any earlier layer differs: of the same latent, or of any latent of the step."""
-    cause = np.logical_or.reduce(differs, axis=-2, keepdims=True) if is_step_coupled else differs
-    before = np.zeros_like(cause)
-    before[..., 1:] = np.logical_or.accumulate(cause, axis=-1)[..., :-1]
-    return before
-
-
-def _per_layer(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    return np.asarray(mask.sum(axis=tuple(range(mask.ndim - 1)), dtype=np.int64))
-
-
-def _first_wrong(
-    wrong: npt.NDArray[np.bool_],
-    expected: npt.NDArray[np.integer[Any]],
-    found: npt.NDArray[np.integer[Any]],
-    margins: npt.NDArray[np.floating[Any]],
-    bounds: npt.NDArray[np.floating[Any]],
-) -> WrongToken | None:
-    if not wrong.any():
-        return None
-    index = _unravel(int(wrong.argmax()), wrong.shape)
-    return WrongToken(index, int(expected[index]), int(found[index]), float(margins[index]), float(bounds[index]))
-
-
-def _unravel(position: int, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(part) for part in np.unravel_index(position, shape))

@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .advice import command, page
-from .checkpoint_layouts import recorded_hashes
+from .checkpoint_layouts import recorded_checkpoint, recorded_hashes
 from .errors import IncompatibleTokensError, InvalidInputError
 from .manifest import GRAPH_FORMS, Manifest, ModelEntry
 
-#: Who makes tokens that follow no constants of the bundle, but the step's own mean and deviation.
-_PUBLISHED_MODES = ("dynamic", "recovered")
+#: `dynamic` and `recovered` tokens follow no constants of the bundle, but the step's own mean and deviation.
 _KINDS = {
     "none": "naive tokens",
     "dynamic": "published robust tokens",
     "recovered": "published robust tokens",
     "calibrated": "calibrated tokens",
 }
+_SIZES = {"action_dim": "A", "latent_dim": "D", "num_levels": "K"}
 
 
 def integration_paths() -> str:
@@ -73,13 +73,15 @@ def matches_fingerprint(found: str, expected: object) -> bool:
 
 def compare_manifests(old: Manifest, new: Manifest) -> Compatibility:
     """Look for a proof; chunk length and built prefixes do not change what a token means."""
-    is_same = old.fingerprint == new.fingerprint
-    obstacles, differences = tuple(_obstacles(old.model, new.model)), tuple(_differences(old, new))
     proof = _proof(old, new)
-    if is_same:
-        proof, differences = f"the same fingerprint, {old.fingerprint[:16]}", ()
-    common = tuple(sorted({*old.model.prefixes} & {*new.model.prefixes})) if _fits(old.model, new.model) else ()
-    return Compatibility(is_same, proof, common, obstacles, () if proof else differences)
+    common = {*old.model.prefixes} & {*new.model.prefixes} if _fits(old.model, new.model) else ()
+    return Compatibility(
+        is_same=old.fingerprint == new.fingerprint,
+        proof=proof,
+        common_prefixes=tuple(sorted(common)),
+        obstacles=tuple(_obstacles(old.model, new.model)),
+        differences=() if proof else tuple(_differences(old, new)),
+    )
 
 
 def require_compatible(old: Manifest, new: Manifest, *, force: bool = False) -> Compatibility:
@@ -101,15 +103,16 @@ def require_compatible(old: Manifest, new: Manifest, *, force: bool = False) -> 
 
 def _fits(old: ModelEntry, new: ModelEntry) -> bool:
     """Whether a prefix of the layers of `old` is an input of `new`, as far as shapes and levels go."""
-    return (old.latent_dim, old.num_levels, old.action_dim) == (new.latent_dim, new.num_levels, new.action_dim)
+    return all(getattr(old, name) == getattr(new, name) for name in _SIZES)
 
 
 def _obstacles(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
-    for name, what in (("action_dim", "A"), ("latent_dim", "D"), ("num_levels", "K")):
+    for name, letter in _SIZES.items():
         if getattr(old, name) != getattr(new, name):
-            yield f"{what} is {getattr(old, name)} in the old and {getattr(new, name)} in the new bundle"
+            yield f"{letter} is {getattr(old, name)} in the old and {getattr(new, name)} in the new bundle"
     if not {*old.prefixes} & {*new.prefixes}:
-        yield f"the old decodes {_listed(old.prefixes)} layers and the new {_listed(new.prefixes)}: none in common"
+        decoded = [" and ".join(map(str, model.prefixes)) for model in (old, new)]
+        yield f"the old decodes {decoded[0]} layers and the new {decoded[1]}: none in common"
     if new.has_stats and not old.has_stats:
         yield "the new bundle needs mean and sigma of every layer beside the tokens, and the old has none"
 
@@ -122,11 +125,9 @@ def _differences(old: Manifest, new: Manifest) -> Iterator[str]:
         yield f"L is {old.model.num_layers} in the old and {new.model.num_layers} in the new bundle"
     if not _has_same_units(old.model, new.model):
         yield "their normalisers differ"
-    hashes = [recorded_hashes(manifest) for manifest in (old, new)]
-    if hashes[0] is not None and hashes[1] is not None:
-        changed = sorted(
-            name for name, value in hashes[0].items() if _is_encoder(name) and hashes[1].get(name) != value
-        )
+    old_weights, new_weights = _encoder_weights(old), _encoder_weights(new)
+    if old_weights and new_weights:
+        changed = sorted(name for name, value in old_weights.items() if new_weights.get(name) != value)
         if changed:
             yield f"their encoders have other weights ({', '.join(changed)})"
     elif kinds[0] == kinds[1] != _KINDS["calibrated"] and _checkpoint_sha256(old) != _checkpoint_sha256(new):
@@ -139,47 +140,45 @@ def _differences(old: Manifest, new: Manifest) -> Iterator[str]:
 
 
 def _proof(old: Manifest, new: Manifest) -> str:
-    shared = sorted(set(_encoder_hashes(old)) & set(_encoder_hashes(new)))
+    """Why the tokens mean the same; empty where nothing shows it."""
+    if old.fingerprint == new.fingerprint:
+        return f"the same fingerprint, {old.fingerprint[:16]}"
+    shared = sorted(_encoder_hashes(old) & _encoder_hashes(new))
     if shared:
         return f"the same encoder, to the last constant: sha256 {shared[0][:16]}"
-    modes = {old.model.mode, new.model.mode}
-    # Beside sizes and weights, nothing else goes into these tokens; calibrated ones follow constants that were fitted.
-    has_no_constants = modes <= {*_PUBLISHED_MODES} or modes == {"none"}
-    if not (has_no_constants and _fits(old.model, new.model) and _has_same_units(old.model, new.model)):
-        return ""
-    if old.model.num_layers != new.model.num_layers:
-        return ""
     kind = _KINDS[old.model.mode]
-    checkpoints = _checkpoint_sha256(old), _checkpoint_sha256(new)
-    if checkpoints[0] and checkpoints[0] == checkpoints[1]:
-        return f"both have {kind} of the same checkpoint: sha256 {checkpoints[0][:16]}"
-    hashes = [recorded_hashes(manifest) for manifest in (old, new)]
-    if hashes[0] is None or hashes[1] is None:
+    # Beside sizes and weights, nothing else goes into these tokens; calibrated ones follow constants that were fitted.
+    is_of_weights_alone = (
+        kind == _KINDS[new.model.mode] != _KINDS["calibrated"]
+        and old.model.num_layers == new.model.num_layers
+        and _fits(old.model, new.model)
+        and _has_same_units(old.model, new.model)
+    )
+    if not is_of_weights_alone:
         return ""
-    encoders = [{name: value for name, value in found.items() if _is_encoder(name)} for found in hashes if found]
-    return f"both have {kind} of the same encoder weights" if encoders[0] and encoders[0] == encoders[1] else ""
+    checkpoint, weights = _checkpoint_sha256(old), _encoder_weights(old)
+    if checkpoint and checkpoint == _checkpoint_sha256(new):
+        return f"both have {kind} of the same checkpoint: sha256 {checkpoint[:16]}"
+    return f"both have {kind} of the same encoder weights" if weights and weights == _encoder_weights(new) else ""
 
 
-def _encoder_hashes(manifest: Manifest) -> list[str]:
+def _encoder_hashes(manifest: Manifest) -> set[str]:
     """Of the encoder's graph in each of its forms."""
     depth = manifest.model.num_layers
-    return [manifest.files[manifest.graph("encoder", depth, form).file].sha256 for form in GRAPH_FORMS]
+    return {manifest.files[manifest.graph("encoder", depth, form).file].sha256 for form in GRAPH_FORMS}
+
+
+def _encoder_weights(manifest: Manifest) -> dict[str, str]:
+    """The hash of each of the encoder's tensors; empty where the build did not write them down."""
+    hashes = recorded_hashes(manifest) or {}
+    return {name: value for name, value in hashes.items() if name.startswith("encoder.")}
 
 
 def _checkpoint_sha256(manifest: Manifest) -> str:
     """Of the file that the bundle was built from, or empty."""
-    checkpoint = manifest.provenance.get("checkpoint")
-    found = checkpoint.get("checkpoint_sha256") if isinstance(checkpoint, dict) else None
+    found = recorded_checkpoint(manifest).get("checkpoint_sha256")
     return found if isinstance(found, str) else ""
-
-
-def _is_encoder(name: str) -> bool:
-    return name.startswith("encoder.")
 
 
 def _has_same_units(old: ModelEntry, new: ModelEntry) -> bool:
     return (old.action_units, old.action_offset) == (new.action_units, new.action_offset)
-
-
-def _listed(numbers: tuple[int, ...]) -> str:
-    return " and ".join(map(str, numbers))

@@ -7,24 +7,24 @@ only what the generators write is looked for. That the numbers are right is for 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 from .advice import command
 from .errors import BundleError
 from .kernel_names import kernel_name, token_types
 from .manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, Manifest
 
-#: How graphs call what one kind of quantiser has and the other has not.
-_GRAPH_CONSTANTS, _GRAPH_STATISTICS = b"L0.ratio", b"L0.sigma"
-#: The same in generated sources.
-_SOURCE_CONSTANTS, _SOURCE_STATISTICS = b"#define HAS_CONSTANT_BINS 1\n", b"#define HAS_CONSTANT_BINS 0\n"
+#: What stands in graphs, and in generated sources, of a quantiser with constant bins and of no other; and of one that
+#: takes the statistics of every step.
+_CONSTANTS = (b"L0.ratio", b"#define HAS_CONSTANT_BINS 1\n")
+_STATISTICS = (b"L0.sigma", b"#define HAS_CONSTANT_BINS 0\n")
 #: Sources state the fingerprint in their first line.
 _HEAD = 400
 
 
 def check_contents(manifest: Manifest, contents: Mapping[str, bytes]) -> None:
     """contents: every file by its path inside the bundle. Raises BundleError where one contradicts the manifest."""
-    problems = [*_of_header(manifest, contents), *_of_sources(manifest, contents), *_of_graphs(manifest, contents)]
+    problems = [*_of_header(manifest, contents), *_of_sources(manifest, contents), *_of_quantiser(manifest, contents)]
     if problems:
         raise BundleError(
             f"the manifest and the files beside it are not of one bundle: {'; '.join(problems)}; copy the bundle again "
@@ -36,17 +36,13 @@ def _of_header(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[st
     if C_HEADER not in contents:
         return
     model = manifest.model
-    expected = {
-        "FINGERPRINT": f'"{manifest.fingerprint}"',
-        "CHUNK_LENGTH": str(model.chunk_length),
-        "ACTION_DIM": str(model.action_dim),
-        "LATENT_DIM": str(model.latent_dim),
-        "NUM_LAYERS": str(model.num_layers),
-        "NUM_LEVELS": str(model.num_levels),
+    sizes = ("chunk_length", "action_dim", "latent_dim", "num_layers", "num_levels")
+    expected = {"FINGERPRINT": f'"{manifest.fingerprint}"'} | {
+        size.upper(): str(getattr(model, size)) for size in sizes
     }
     text = contents[C_HEADER].decode("utf-8", "replace")
     found = dict(re.findall(r"^#define RFSQ_(\w+) (\S+)$", text, re.MULTILINE))
-    # Headers that were generated before they named the mode are as good.
+    # Headers of older builds do not name the mode.
     if "MODE" in found:
         expected["MODE"] = f'"{model.mode}"'
     for name, value in expected.items():
@@ -56,11 +52,11 @@ def _of_header(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[st
 
 def _of_sources(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[str]:
     model = manifest.model
-    sizes = (model.action_dim, model.latent_dim, model.num_layers, model.num_levels, model.hidden_width)
     needed = {
         C_SOURCE: ["int rfsq_encode(", *(f"int rfsq_decode_l{prefix}(" for prefix in model.prefixes)],
         CUDA_SOURCE: [
-            "A = {}, D = {}, L = {}, K = {}, H = {};".format(*sizes),
+            f"A = {model.action_dim}, D = {model.latent_dim}, L = {model.num_layers}, K = {model.num_levels}, "
+            f"H = {model.hidden_width};",
             *(
                 f"{kernel_name(prefix, token, 'few')}("
                 for prefix in (None, *model.prefixes)
@@ -76,18 +72,14 @@ def _of_sources(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[s
         stated = re.search(rb"fingerprint ([0-9a-f]{64})", content[:_HEAD])
         if stated and stated[1].decode() != manifest.fingerprint:
             yield f"{file} has the fingerprint {stated[1].decode()}, the manifest {manifest.fingerprint}"
-        yield from _of_quantiser(file, content, manifest, (_SOURCE_CONSTANTS, _SOURCE_STATISTICS))
 
 
-def _of_graphs(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[str]:
-    for entry in manifest.graphs:
-        if entry.role == "encoder":
-            marks = (_GRAPH_CONSTANTS, _GRAPH_STATISTICS)
-            yield from _of_quantiser(entry.file, contents[entry.file], manifest, marks)
-
-
-def _of_quantiser(file: str, content: bytes, manifest: Manifest, marks: Sequence[bytes]) -> Iterator[str]:
-    """marks: of a quantiser with constant bins, and of one that takes the statistics of every step."""
-    if marks[not manifest.model.is_step_coupled] in content:
-        kind = "constants" if manifest.model.is_step_coupled else "the statistics of every step"
-        yield f"{file} normalises by {kind}, which no {manifest.model.mode!r} encoder does"
+def _of_quantiser(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[str]:
+    model = manifest.model
+    foreign, kind = (
+        (_CONSTANTS, "constants") if model.is_step_coupled else (_STATISTICS, "the statistics of every step")
+    )
+    encoders = [entry.file for entry in manifest.graphs if entry.role == "encoder"]
+    for file in (*encoders, *(source for source in (C_SOURCE, CUDA_SOURCE) if source in contents)):
+        if any(mark in contents[file] for mark in foreign):
+            yield f"{file} normalises by {kind}, which no {model.mode!r} encoder does"

@@ -15,6 +15,7 @@ import numpy as np
 
 from .advice import command
 from .arrays import Float32Array, Float64Array
+from .paths import shortlist
 
 #: Share of a dimension's variance that decoding may lose before people are warned. At 1 % the RMS error is a tenth of
 #: the standard deviation: as much as ten plain bins over an evenly filled range leave, 3.3 bits without any model.
@@ -103,8 +104,9 @@ class Fidelity:
         """What a person should know, naming the worst dimensions; empty where all are good."""
         if self.grade is Grade.GOOD:
             return ""
-        found = self._worst_first(self.grade)
-        size = f"{len(found)} of {len(self.rmse)} dimensions ({_listed(found)})"
+        found = [dimension for dimension, grade in enumerate(self.grades) if grade is self.grade]
+        found.sort(key=lambda dimension: -self.lost[dimension])
+        size = f"{len(found)} of {len(self.rmse)} dimensions ({shortlist(found)})"
         most = f"worst is dimension {found[0]}: {self._judged(found[0])}"
         if self.grade is Grade.POOR:
             return (
@@ -128,7 +130,7 @@ class Fidelity:
             numbers = (column[dimension] for column in (self.rmse, self.largest, self.deviation))
             share = _share(self.lost[dimension]) + (" *" if self.at_rest[dimension] else "")
             rows.append((f"dimension {dimension}, robot units", *(f"{value:.3g}" for value in numbers), share, grade))
-        lines = list(_aligned(rows))
+        lines = list(aligned(rows))
         if any(self.at_rest):
             lines.append(
                 "* at rest: the error is held against the deviation that three quarters of the others exceed, or the "
@@ -141,19 +143,14 @@ class Fidelity:
         return "\n".join((self.table(title), *filter(None, [self.warning])))
 
     @property
-    def summary(self) -> str:
-        """The worst dimensions in a line."""
+    def line(self) -> str:
+        """Grade and worst dimensions."""
         lost, error, largest = (int(np.argmax(values)) for values in (self.lost, self.rmse, self.largest))
         share = _share(self.lost[lost], "a dimension's variance")
         return (
-            f"in robot units: RMS error at most {self.rmse[error]:.3g} (dimension {error}), largest error "
-            f"{self.largest[largest]:.3g} (dimension {largest}); at most {share} is lost (dimension {lost})"
+            f"{self.grade}; in robot units: RMS error at most {self.rmse[error]:.3g} (dimension {error}), largest "
+            f"error {self.largest[largest]:.3g} (dimension {largest}); at most {share} is lost (dimension {lost})"
         )
-
-    @property
-    def line(self) -> str:
-        """Grade and summary."""
-        return f"{self.grade}; {self.summary}"
 
     def _grade(self, dimension: int) -> Grade:
         share = self.lost[dimension]
@@ -162,12 +159,6 @@ class Fidelity:
         else:
             is_worthless = share > (OUTSIDE_SHARE if dimension in self.far_outside else WORTHLESS_SHARE)
         return Grade.WORTHLESS if is_worthless else Grade.POOR if share > POOR_SHARE else Grade.GOOD
-
-    def _worst_first(self, grade: Grade) -> list[int]:
-        return sorted(
-            (dimension for dimension, found in enumerate(self.grades) if found is grade),
-            key=lambda dimension: -self.lost[dimension],
-        )
 
     def _judged(self, dimension: int) -> str:
         error, yardstick = f"RMS error {self.rmse[dimension]:.3g}", f"{self.yardstick[dimension]:.3g}"
@@ -183,7 +174,7 @@ class Fidelity:
             return ""
         low, high = (f"{self.offset[outside[0]] + side * self.unit[outside[0]]:.3g}" for side in (-1, 1))
         return (
-            f"The data lie far outside of what the model was trained for in dimensions {_listed(outside)}: dimension "
+            f"The data lie far outside of what the model was trained for in dimensions {shortlist(outside)}: dimension "
             f"{outside[0]} runs from {self.low[outside[0]]:.3g} to {self.high[outside[0]]:.3g}, the model knows about "
             f"{low} to {high}. "
         )
@@ -205,7 +196,7 @@ class FidelitySums:
         """Both [N, A] in the robot's units, N at least 1."""
         exact = actions.astype(np.float64)
         errors = np.abs(decoded.astype(np.float64) - exact)
-        # Sums of squares of what lies far from zero would cancel.
+        # Far from zero, sums of squares would lose their digits.
         self._shift = exact[0] if self._shift is None else self._shift
         moved = exact - self._shift
         self._steps += len(exact)
@@ -245,14 +236,10 @@ def _share(share: float, whole: str = "") -> str:
     return part + (joint + whole if whole else "")
 
 
-def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+def aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+    """Lines of a table: columns as wide as their widest cell, all but the first aligned to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *others in rows:
         yield "  ".join(
             (first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)))
         )
-
-
-def _listed(dimensions: Sequence[int], most: int = 6) -> str:
-    shown = ", ".join(map(str, dimensions[:most]))
-    return shown + (f" and {len(dimensions) - most} more" if len(dimensions) > most else "")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -30,7 +30,7 @@ from .manifest import (
 from .paths import as_path
 from .reading import OpenFolder, UnfitFileError
 
-#: A build may put a new bundle in place while its files are read one by one: how many times it is read at most.
+#: A build may replace the bundle while its files are read one by one. Then it is read again, this often at most.
 _READS = 4
 #: A manifest takes a few tens of KB; a larger file is something else and is not read: in memory it takes 25 times that.
 MANIFEST_SIZE_LIMIT = 4 * 2**20
@@ -80,7 +80,7 @@ def open_bundle(path: str | os.PathLike[str], *, is_proven: bool = True) -> Bund
             try:
                 return _read_bundle(folder, opened, text, is_proven)
             except BundleError:
-                # Another folder may stand there now, or another bundle may have been copied into this one.
+                # The folder may have been replaced meanwhile, or another bundle copied into it.
                 if opened.is_still_there() and _read_manifest(folder, opened) == text:
                     raise
     raise BundleError(f"{folder} was replaced {_READS} times while it was read; load it when the builds have ended")
@@ -93,14 +93,14 @@ def _read_bundle(folder: Path, opened: OpenFolder, manifest_text: str, is_proven
     kept: dict[str, bytes] = {}
     for name, entry in manifest.files.items():
         content = _read_checked(folder, opened, name, entry)
-        # The same content under many names takes its room once.
+        # The same content under several names is kept once.
         contents[name] = kept.setdefault(entry.sha256, content)
     check_contents(manifest, contents)
     return Bundle(folder, manifest, MappingProxyType(contents))
 
 
 def unlisted_files(folder: Path, listed: Collection[str]) -> tuple[str, ...]:
-    """Files in `folder`, links included, that are neither the manifest nor listed in it."""
+    """Files in `folder`, links included, that are neither the manifest nor listed in it: nothing reads them."""
     paths = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     found = {path.relative_to(folder).as_posix() for path in paths}
     return tuple(sorted(found.difference(listed, {MANIFEST_NAME})))
@@ -112,11 +112,16 @@ def check_manifest(manifest: Manifest, *, is_proven: bool) -> None:
     is_proven: False for the manifest of a build whose gates have still to run.
     """
     _check_files(manifest.files)
-    _check_model(manifest.model)
-    _check_references(manifest)
-    _check_statements(manifest)
-    if is_proven:
-        _check_parity(manifest)
+    # One after the other: each relies on those before.
+    for finding, problems in (
+        ("describes no possible model", _model_problems(manifest.model)),
+        ("contradicts itself", _reference_problems(manifest)),
+        ("states what no build that passed its gates writes", _statement_problems(manifest)),
+        ("calls proven what is not", _parity_problems(manifest) if is_proven else iter(())),
+    ):
+        found = "; ".join(problems)
+        if found:
+            raise BundleError(f"{MANIFEST_NAME} {finding}: {found}; build the bundle again")
 
 
 def _copy_again() -> str:
@@ -183,12 +188,7 @@ def _unreadable(name: str, folder: Path, error: Exception) -> BundleError:
 
 def check_file_name(name: str) -> None:
     """Raises BundleError unless `name` is a plain path inside the bundle, with forward slashes, on every system."""
-    parts = name.split("/")
-    if (
-        any(part in ("", ".", "..") for part in parts)
-        or any(character in name for character in "\\:\0")
-        or PurePosixPath(name).is_absolute()
-    ):
+    if any(part in ("", ".", "..") for part in name.split("/")) or any(sign in name for sign in "\\:\0"):
         raise BundleError(f"{name!r} may lie outside the bundle; expected a plain path in it with forward slashes")
 
 
@@ -205,101 +205,85 @@ def _check_files(files: Mapping[str, FileEntry]) -> None:
         )
 
 
-def _check_model(model: ModelEntry) -> None:
-    """Sizes and units that a model can have: everything behind this relies on them."""
-    problems = [
-        f"{name} is {getattr(model, name)}, not from {least} to {most}"
-        for name, (least, most) in SIZE_LIMITS.items()
-        if not least <= getattr(model, name) <= most
-    ]
+def _model_problems(model: ModelEntry) -> Iterator[str]:
+    """Sizes and units that no model can have: everything behind this relies on them."""
+    for name, (least, most) in SIZE_LIMITS.items():
+        if not least <= getattr(model, name) <= most:
+            yield f"{name} is {getattr(model, name)}, not from {least} to {most}"
     ascending = tuple(sorted(set(model.prefixes)))
     if model.prefixes != ascending or not ascending or ascending[0] < 1 or ascending[-1] != model.num_layers:
-        problems.append(f"prefixes are {list(model.prefixes)} for {model.num_layers} layers")
+        yield f"prefixes are {list(model.prefixes)} for {model.num_layers} layers"
     for name in ("action_units", "action_offset"):
         values = getattr(model, name)
         if len(values) != model.action_dim:
-            problems.append(f"{name} are {list(values)} for {model.action_dim} dimensions")
+            yield f"{name} are {list(values)} for {model.action_dim} dimensions"
     if not all(_LEAST_UNIT <= unit <= _LARGEST_UNIT for unit in model.action_units):
-        problems.append(
-            f"action_units are {list(model.action_units)}, not all between {_LEAST_UNIT:g} and {_LARGEST_UNIT:g}"
-        )
+        yield f"action_units are {list(model.action_units)}, not all between {_LEAST_UNIT:g} and {_LARGEST_UNIT:g}"
     ranges = list(zip(model.action_offset, model.action_units, strict=False))
     if not all(abs(offset) <= _MOST_OFFSET * unit for offset, unit in ranges):
-        problems.append(f"action_offset are {list(model.action_offset)}, where float32 does not tell units apart")
+        yield f"action_offset are {list(model.action_offset)}, where float32 does not tell units apart"
     # The limit becomes a float32, against which float32 actions are held.
     if not all(abs(offset) + unit <= model.action_limit <= _FLOAT32_MAX for offset, unit in ranges):
-        problems.append(f"action_limit is {model.action_limit}, not beyond the range of the units and in float32")
-    if problems:
-        raise BundleError(f"{MANIFEST_NAME} describes no possible model: {'; '.join(problems)}; build the bundle again")
+        yield f"action_limit is {model.action_limit}, not beyond the range of the units and in float32"
 
 
-def _check_references(manifest: Manifest) -> None:
+def _reference_problems(manifest: Manifest) -> Iterator[str]:
     """Whatever the manifest refers to is among its files, and engines were compiled from the graphs they name."""
-    named = [GOLDEN_NAME, *(entry.file for entry in manifest.graphs), *(entry.file for entry in manifest.engines)]
-    named += [entry.kernel_cache for entry in manifest.engines if entry.kernel_cache]
-    unlisted = sorted(set(named) - manifest.files.keys())
+    named = {GOLDEN_NAME, *(entry.file for entry in manifest.graphs), *(entry.file for entry in manifest.engines)}
+    named |= {entry.kernel_cache for entry in manifest.engines if entry.kernel_cache}
+    unlisted = sorted(named - manifest.files.keys())
     if unlisted:
-        raise BundleError(f"{MANIFEST_NAME} refers to {', '.join(unlisted)} but lists no hash for them; build it again")
+        yield f"it refers to {', '.join(unlisted)} but lists no hash for them"
     model = manifest.model
     parts = [("encoder", model.num_layers), *(("decoder", prefix) for prefix in model.prefixes)]
-    wanted = [(*part, form) for part in parts for form in GRAPH_FORMS]
-    found = [(entry.role, entry.prefix, entry.form) for entry in manifest.graphs]
-    if sorted(found) != sorted(wanted):
-        raise BundleError(f"{MANIFEST_NAME} lists the graphs {sorted(found)}; the model needs {sorted(wanted)}")
+    wanted = sorted((*part, form) for part in parts for form in GRAPH_FORMS)
+    found = sorted((entry.role, entry.prefix, entry.form) for entry in manifest.graphs)
+    if found != wanted:
+        yield f"it lists the graphs {found}; the model needs {wanted}"
     for entry in manifest.graphs:
-        tensors = graph_tensors(model, entry.role, entry.prefix)
-        if (entry.inputs, entry.outputs) != tensors:
-            raise BundleError(
-                f"{MANIFEST_NAME} states the tensors {entry.inputs} and {entry.outputs} for {entry.file}; the model "
-                f"needs {tensors[0]} and {tensors[1]}; build the bundle again"
+        inputs, outputs = graph_tensors(model, entry.role, entry.prefix)
+        if (entry.inputs, entry.outputs) != (inputs, outputs):
+            yield (
+                f"it states the tensors {entry.inputs} and {entry.outputs} for {entry.file}; the model needs {inputs} "
+                f"and {outputs}"
             )
     for engine in manifest.engines:
         if engine.source not in manifest.files or engine.source_sha256 != manifest.files[engine.source].sha256:
-            raise BundleError(
+            yield (
                 f"{engine.file} was compiled from {engine.source} with sha256 {engine.source_sha256}, which is not in "
-                "this bundle: graph and engine do not belong together; build the bundle again"
+                "this bundle: graph and engine do not belong together"
             )
 
 
-def _check_statements(manifest: Manifest) -> None:
-    problems = []
+def _statement_problems(manifest: Manifest) -> Iterator[str]:
     if not re.fullmatch("[0-9a-f]{64}", manifest.fingerprint):
-        problems.append(f"the fingerprint is {manifest.fingerprint!r}, not 64 lowercase hexadecimal digits")
+        yield f"the fingerprint is {manifest.fingerprint!r}, not 64 lowercase hexadecimal digits"
     for engine in manifest.engines:
         least, optimum, most = engine.profile
         if not 1 <= least <= optimum <= most:
-            problems.append(f"{engine.file} is tuned for batches {list(engine.profile)}, not 1 or more and ascending")
+            yield f"{engine.file} is tuned for batches {list(engine.profile)}, not 1 or more and ascending"
         if engine.backend == "c" and len(engine.targets) != 1:
-            problems.append(f"{engine.file} is C for the targets {list(engine.targets)}, not for one")
+            yield f"{engine.file} is C for the targets {list(engine.targets)}, not for one"
         measured = (engine.precision == "fp32", engine.device != "")
         if measured != (engine.status == "validated",) * 2:
-            problems.append(
-                f"{engine.file} is {engine.status!r} with precision {engine.precision!r} on the GPU {engine.device!r}"
-            )
+            yield f"{engine.file} is {engine.status!r} with precision {engine.precision!r} on the GPU {engine.device!r}"
         if engine.kernel_cache and not engine.device:
-            problems.append(f"{engine.file} has kernels in {engine.kernel_cache}, compiled for no GPU that is named")
-    if manifest.quality is not None and not manifest.quality.fidelity.is_possible(
-        manifest.model.action_units, manifest.model.action_offset
-    ):
-        problems.append("the quality is not that of this model's dimensions and units, or no errors can be so")
-    if problems:
-        raise BundleError(
-            f"{MANIFEST_NAME} states what no build that passed its gates writes: {'; '.join(problems)}; build the "
-            "bundle again"
-        )
+            yield f"{engine.file} has kernels in {engine.kernel_cache}, compiled for no GPU that is named"
+    model, quality = manifest.model, manifest.quality
+    if quality is not None and not quality.fidelity.is_possible(model.action_units, model.action_offset):
+        yield "the quality is not that of this model's dimensions and units, or no errors can be so"
 
 
-def _check_parity(manifest: Manifest) -> None:
+def _parity_problems(manifest: Manifest) -> Iterator[str]:
     """What the manifest calls proven has passed every gate, and none of them was wider than this project's."""
     model = manifest.model
-    problems = []
     gates: dict[tuple[str, str], list[str]] = {}
     for entry in manifest.parity:
         highest = highest_limit(entry.gate, entry.steps, model.latent_dim, model.num_layers)
         if highest is None or entry.steps < 1:
-            problems.append(f"{entry.gate!r} of {entry.backend}, over {entry.steps} steps, is no gate")
+            yield f"{entry.gate!r} of {entry.backend}, over {entry.steps} steps, is no gate"
         elif not 0 <= entry.value <= entry.limit <= highest:
-            problems.append(
+            yield (
                 f"the gate {entry.gate!r} of {entry.backend} did not pass: {entry.value:g} of {entry.limit:g}, where "
                 f"at most {highest:g} may be allowed"
             )
@@ -309,13 +293,8 @@ def _check_parity(manifest: Manifest) -> None:
     # No build leaves a C engine unproven, and it would run as it is on every processor of its kind.
     proven |= {(entry.backend, entry.targets[0]) for entry in manifest.engines if entry.backend == "c"}
     for backend, device in sorted(proven):
-        missing = missing_gates(
-            gates.get((backend, device), ()),
-            model.prefixes,
-            has_stats=model.has_stats,
-            refusal=promised_refusal(backend, model.chunk_length),
-        )
+        refusal = promised_refusal(backend, model.chunk_length)
+        found = gates.get((backend, device), ())
+        missing = missing_gates(found, model.prefixes, has_stats=model.has_stats, refusal=refusal)
         if missing:
-            problems.append(f"{backend} on {device} lacks the gates {', '.join(missing)}")
-    if problems:
-        raise BundleError(f"{MANIFEST_NAME} calls proven what is not: {'; '.join(problems)}; build the bundle again")
+            yield f"{backend} on {device} lacks the gates {', '.join(missing)}"

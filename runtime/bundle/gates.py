@@ -1,5 +1,7 @@
 """The parity gates' limits: every number that decides whether an engine is equal to the reference."""
 
+import itertools
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -66,6 +68,25 @@ class Gates:
 GATES = Gates()
 
 
+@dataclass(frozen=True)
+class Check:
+    """One gate on one kind of answer: passes where value <= limit."""
+
+    gate: str
+    value: float
+    limit: float
+    detail: str
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.limit
+
+    def __str__(self) -> str:
+        sign, relation = ("✓", "≤") if self.passed else ("✗", ">")
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{sign} {self.gate}: {self.value:.4g} {relation} {self.limit:.4g}{detail}"
+
+
 def highest_limit(gate: str, num_steps: int, latent_dim: int, num_layers: int) -> float | None:
     """The highest limit that a manifest may state for a gate that was run on so many control steps.
 
@@ -89,12 +110,8 @@ def highest_limit(gate: str, num_steps: int, latent_dim: int, num_layers: int) -
 
 def highest_bounds(num_levels: int, num_layers: int) -> list[float]:
     """For each layer, in its bins: what golden vectors may state as the bound of all but `unlikely_bounds` tokens."""
-    first = GATES.latent_bound * (num_levels - 1) / 2
-    growth = GATES.bound_growth * num_levels
-    bounds = [first]
-    while len(bounds) < num_layers:
-        bounds.append(bounds[-1] * growth)
-    return bounds
+    first, growth = GATES.latent_bound * (num_levels - 1) / 2, GATES.bound_growth * num_levels
+    return list(itertools.accumulate([first, *[growth] * (num_layers - 1)], operator.mul))
 
 
 def promised_refusal(backend: str, chunk_length: int) -> str:
@@ -102,7 +119,7 @@ def promised_refusal(backend: str, chunk_length: int) -> str:
     spec = BACKENDS.get(backend)
     if spec is None:
         return ""
-    if spec.marks_illegal:
+    if spec.is_on_gpu:
         return NOT_MARKED
     # Longer calls are left to the validator: of longer chunks, all.
     return ACCEPTED if chunk_length <= spec.checked_steps else ""

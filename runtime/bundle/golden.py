@@ -19,10 +19,16 @@ from .manifest import GOLDEN_NAME, ModelEntry
 
 #: The system that a zip states as its maker: the same on all.
 _ZIP_UNIX = 3
-#: Of a unit: what inputs reach at least that are drawn from a range of about two units.
+#: How far inputs reach from the middle at least, in units: they are drawn from a range of about two units.
 _SPANNED_UNITS = 0.1
 #: Standard deviations of a count of rare events, sqrt(count) each, that a sample of them may lie above its share.
 _SCATTER = 3
+#: What arrays of decoded actions are called, before their number of layers; and what others are called.
+_DECODED = "decoded_"
+
+_ALWAYS_THERE = ("actions", "tokens", "margins", "bounds")
+
+_Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,39 +55,39 @@ class Golden:
     def every(self, stride: int) -> Golden:
         """Every stride-th chunk. The cap shrinks in proportion, but for the scatter of a count so small."""
         share = self.near_tie_cap * len(self.actions[::stride]) / len(self.actions)
-        return replace(
-            self,
-            near_tie_cap=min(self.near_tie_cap, math.ceil(share + _SCATTER * math.sqrt(share))),
-            actions=self.actions[::stride],
-            tokens=self.tokens[::stride],
-            margins=self.margins[::stride],
-            bounds=self.bounds[::stride],
-            stats=None if self.stats is None else self.stats[::stride],
-            decoded={prefix: actions[::stride] for prefix, actions in self.decoded.items()},
-        )
+        cap = min(self.near_tie_cap, math.ceil(share + _SCATTER * math.sqrt(share)))
+        chosen = {name: array[::stride] if array.ndim else array for name, array in _arrays_of(self).items()}
+        return replace(_golden_of(chosen), near_tie_cap=cap)
 
 
 def write_golden(golden: Golden) -> bytes:
     """The bytes of an .npz: the same for the same content, at any time and with any zlib (nothing is compressed)."""
-    arrays: dict[str, npt.NDArray[Any]] = {
-        "actions": golden.actions,
-        "tokens": golden.tokens,
-        "margins": golden.margins,
-        "bounds": golden.bounds,
-        "near_tie_cap": np.array(golden.near_tie_cap, np.int64),
-        "flip_tolerance": np.array(golden.flip_tolerance, np.float64),
-        **{_decoded_name(prefix): actions for prefix, actions in golden.decoded.items()},
-    }
-    if golden.stats is not None:
-        arrays["stats"] = golden.stats
     output = io.BytesIO()
     with zipfile.ZipFile(output, "w", zipfile.ZIP_STORED) as archive:
-        for name in sorted(arrays):
+        for name, array in sorted(_arrays_of(golden).items()):
             # Without a date an entry has the earliest that a zip can state.
             entry = zipfile.ZipInfo(f"{name}.npy")
             entry.create_system = _ZIP_UNIX
-            archive.writestr(entry, _header(arrays[name].dtype, arrays[name].shape) + arrays[name].tobytes())
+            archive.writestr(entry, _header(array.dtype, array.shape) + array.tobytes())
     return output.getvalue()
+
+
+def _arrays_of(golden: Golden) -> dict[str, _Array]:
+    arrays: dict[str, _Array] = {
+        **{name: getattr(golden, name) for name in _ALWAYS_THERE},
+        "near_tie_cap": np.array(golden.near_tie_cap, np.int64),
+        "flip_tolerance": np.array(golden.flip_tolerance, np.float64),
+        **{f"{_DECODED}{prefix}": actions for prefix, actions in golden.decoded.items()},
+    }
+    return arrays if golden.stats is None else {**arrays, "stats": golden.stats}
+
+
+def _golden_of(arrays: Mapping[str, _Array]) -> Golden:
+    """The inverse of `_arrays_of`."""
+    actions, tokens, margins, bounds = (arrays[name] for name in _ALWAYS_THERE)
+    decoded = {int(name.removeprefix(_DECODED)): array for name, array in arrays.items() if name.startswith(_DECODED)}
+    cap, tolerance = int(arrays["near_tie_cap"]), float(arrays["flip_tolerance"])
+    return Golden(actions, tokens, margins, bounds, arrays.get("stats"), decoded, cap, tolerance)
 
 
 def read_golden(content: bytes, model: ModelEntry) -> Golden:
@@ -102,16 +108,7 @@ def read_golden(content: bytes, model: ModelEntry) -> Golden:
         name.removesuffix(".npy"): _read_array(name, members[name], dtype, shape)
         for name, (dtype, shape) in expected.items()
     }
-    golden = Golden(
-        actions=arrays["actions"],
-        tokens=arrays["tokens"],
-        margins=arrays["margins"],
-        bounds=arrays["bounds"],
-        stats=arrays.get("stats"),
-        decoded={prefix: arrays[_decoded_name(prefix)] for prefix in model.prefixes},
-        near_tie_cap=int(arrays["near_tie_cap"]),
-        flip_tolerance=float(arrays["flip_tolerance"]),
-    )
+    golden = _golden_of(arrays)
     _check_values(golden, model)
     if write_golden(golden) != content:
         raise _malformed("holds more than its arrays, or in another form than the build writes")
@@ -124,16 +121,12 @@ def _read_members(content: bytes) -> dict[str, bytes]:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise ValueError("its members are compressed")
-        # Else a few bytes could be read again and again.
+        # Members of one name could read the same few bytes again and again.
         if len({entry.filename for entry in entries}) != len(entries):
             raise ValueError("it has members of the same name")
         if sum(entry.file_size for entry in entries) > len(content):
             raise ValueError("its members are larger than itself")
         return {entry.filename: archive.read(entry) for entry in entries}
-
-
-def _decoded_name(prefix: int) -> str:
-    return f"decoded_{prefix}"
 
 
 def _expected_arrays(model: ModelEntry, num_chunks: int) -> dict[str, tuple[type[np.generic], tuple[int, ...]]]:
@@ -146,7 +139,7 @@ def _expected_arrays(model: ModelEntry, num_chunks: int) -> dict[str, tuple[type
         "bounds": (np.float32, per_token),
         "near_tie_cap": (np.int64, ()),
         "flip_tolerance": (np.float64, ()),
-        **{_decoded_name(prefix): (np.float64, actions) for prefix in model.prefixes},
+        **{f"{_DECODED}{prefix}": (np.float64, actions) for prefix in model.prefixes},
     }
     if model.has_stats:
         arrays["stats"] = (np.float32, model.stats_shape(num_chunks))
@@ -188,18 +181,18 @@ def _read_array(name: str, content: bytes, dtype: type[np.generic], shape: tuple
 
 
 def _check_values(golden: Golden, model: ModelEntry) -> None:
-    """A golden vector that cannot fail is no test: every number must be one that the reference can give."""
+    """Every number must be one that the reference can give: golden vectors that cannot fail test nothing."""
     excused = int((golden.margins <= golden.bounds).sum())
     most_flips = _most_flips(golden, model, excused)
-    rules = {
+    rules: dict[str, bool | np.bool_] = {
         "actions that do not span the model's action_units": _spans_units(golden, model),
-        "actions beyond the model's action_limit": bool((np.abs(golden.actions) <= model.action_limit).all()),
-        f"tokens outside 0 ... {model.num_levels - 1}": bool(
-            ((golden.tokens >= 0) & (golden.tokens < model.num_levels)).all()
-        ),
-        "margins that are negative or not finite": bool(((golden.margins >= 0) & np.isfinite(golden.margins)).all()),
-        "bounds that are negative or not a number": bool((golden.bounds >= 0).all()),
-        "stats that are not finite": golden.stats is None or bool(np.isfinite(golden.stats).all()),
+        "actions beyond the model's action_limit": (np.abs(golden.actions) <= model.action_limit).all(),
+        f"tokens outside 0 ... {model.num_levels - 1}": (
+            (golden.tokens >= 0) & (golden.tokens < model.num_levels)
+        ).all(),
+        "margins that are negative or not finite": ((golden.margins >= 0) & np.isfinite(golden.margins)).all(),
+        "bounds that are negative or not a number": (golden.bounds >= 0).all(),
+        "stats that are not finite": golden.stats is None or np.isfinite(golden.stats).all(),
         "decoded actions that are not finite": all(np.isfinite(actions).all() for actions in golden.decoded.values()),
         "bounds that float32's rounding does not explain": _are_of_rounding(golden, model),
         f"bounds that excuse {excused} of {golden.tokens.size} tokens": (

@@ -33,7 +33,7 @@ class Ownership:
         ownership = cls(os.urandom(16).hex())
         try:
             with marker.open("wb") as file:
-                file.write(_TEXT.format(key=ownership.key, check=ownership._sum("marker")).encode())
+                file.write(_TEXT.format(key=ownership.key, check=ownership.check("marker")).encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError:
@@ -47,8 +47,7 @@ class Ownership:
     def read(cls, marker: Path) -> Ownership | None:
         """None where the marker is missing, or none of ours. Raises OSError."""
         found = _PATTERN.fullmatch((_content(marker) or b"").decode("ascii", "replace"))
-        ownership = None if found is None else cls(found[1])
-        return ownership if found and ownership and found[2] == ownership._sum("marker") else None
+        return cls(found[1]) if found and found[2] == cls(found[1]).check("marker") else None
 
     @classmethod
     def is_unfinished(cls, marker: Path) -> bool:
@@ -59,14 +58,15 @@ class Ownership:
 
     def name(self, what: str) -> str:
         """What to call the entry for `what`: hexadecimal digits or a word."""
-        return f"{what}-{self._sum(what)}"
+        return f"{what}-{self.check(what)}"
 
     def owns(self, name: str) -> bool:
         """Whether this key gave the name."""
         what, _, found = name.rpartition("-")
-        return hmac.compare_digest(os.fsencode(found), self._sum(what).encode())
+        return hmac.compare_digest(os.fsencode(found), self.check(what).encode())
 
-    def _sum(self, what: str) -> str:
+    def check(self, what: str) -> str:
+        """What only this key gives for `what`: 16 hexadecimal digits."""
         return hmac.new(self.key.encode(), os.fsencode(what), hashlib.sha256).hexdigest()[:_SUM_DIGITS]
 
 

@@ -12,8 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, NoReturn, Self
+from typing import Any, BinaryIO, NoReturn
 
 from .errors import RfsqError
 
@@ -37,7 +36,7 @@ def read_file(path: str | Path, most: int) -> bytes:
     with regular_file(path) as (stream, size):
         if size > most:
             raise UnfitFileError(f"it has {size} bytes; expected at most {most}")
-        # Bounded too while somebody writes to it; room for `most` would be taken at once.
+        # The size that was checked, though the file may grow; asking for `most` would allocate all of it.
         return stream.read(size)
 
 
@@ -63,7 +62,7 @@ def regular_file(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
         yield found
 
 
-class OpenFolder:
+class OpenFolder(contextlib.AbstractContextManager["OpenFolder"]):
     """A folder that stays the one that was opened, whatever takes its name meanwhile. Nothing in it is followed."""
 
     def __init__(self, path: Path) -> None:
@@ -98,12 +97,7 @@ class OpenFolder:
         if self._descriptor is not None:
             os.close(self._descriptor)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _open_by_path(self, name: str) -> int:
@@ -113,7 +107,7 @@ class OpenFolder:
             path = path / part
             before = path.lstat()
             _refuse_link(before, part)
-        # Not so much as opened: there may be no way to open it without waiting.
+        # Refused before it is opened: opening a pipe may wait for ever.
         _refuse_irregular(before)
         descriptor = os.open(path, _FILE)
         if not os.path.samestat(os.fstat(descriptor), before):
@@ -133,7 +127,7 @@ def _open_at(name: str, flags: int, folder: int) -> int:
 
 @contextlib.contextmanager
 def _regular(descriptor: int) -> Iterator[tuple[BinaryIO, int]]:
-    """Takes the descriptor over; its size is what it was at this moment."""
+    """Takes the descriptor over. The size is that of this moment."""
     try:
         status = os.fstat(descriptor)
         _refuse_irregular(status)
@@ -156,7 +150,7 @@ def _refuse_irregular(status: os.stat_result) -> None:
 
 
 def _check_depth(content: Any) -> None:
-    """Level by level: whatever calls itself for every level would overflow the stack."""
+    """Goes level by level, because recursion would overflow the stack."""
     level = [content]
     for _ in range(_MOST_LEVELS):
         level = [

@@ -36,7 +36,8 @@ def build(kind: type[_T], value: Any, where: str, *, is_exact: bool = False) -> 
 
 def _build(kind: Any, value: Any, where: str, is_exact: bool) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
+    # bool is an int to isinstance.
+    if kind is Any or type(value) is kind:
         return value
     if origin in (types.UnionType, typing.Union):
         return _build_one_of(arguments, value, where, is_exact)
@@ -55,9 +56,6 @@ def _build(kind: Any, value: Any, where: str, is_exact: bool) -> Any:
         return {key: _build(arguments[1], entry, f"{where}[{shown(key)}]", is_exact) for key, entry in value.items()}
     if kind is float and type(value) is int and not is_exact and abs(value) < 2**53:
         return float(value)
-    # bool is an int to isinstance.
-    if type(value) is kind:
-        return value
     name = kind if isinstance(kind, types.GenericAlias) else getattr(kind, "__name__", kind)
     raise ValueError(f"{where} is {shown(value)}; expected {name}")
 

@@ -6,13 +6,13 @@ to an error.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from .advice import command
-from .arrays import Float32Array, Int32Array
+from .arrays import Float32Array, Int32Array, unravel
 from .errors import InvalidInputError, UnbuiltPrefixError
 from .manifest import ModelEntry
 
@@ -35,7 +35,7 @@ _UNSIGNED = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in TOKEN_TYPES}
 STATS_LIMIT = 4.0
 
 
-def stats_needed() -> str:
+def _stats_needed() -> str:
     """What to say where a `dynamic` bundle is to decode tokens alone."""
     build = command("build", "--conditioning calibrated")
     return (
@@ -80,7 +80,7 @@ class InputValidator:
         """
         array = _as_array("actions", actions)
         if array.dtype != _FLOAT32 or array.shape[1:] != self._actions_tail:
-            self._check_shape("actions", array, "B, T, A", self._actions_tail)
+            check_shape("actions", array.shape, "B, T, A", self._actions_tail)
             array = _native("actions", array, (_FLOAT32,))
         if not (array.flags.c_contiguous and array.flags.aligned):
             array = np.require(array, requirements=["C", "A"])
@@ -88,7 +88,8 @@ class InputValidator:
             limit = self._action_limit
             # A NaN is the maximum of any array that holds one, and no comparison with it is true.
             if not (np.maximum.reduce(array, axis=None) <= limit and np.minimum.reduce(array, axis=None) >= -limit):
-                self._refuse_actions(array)
+                expected = f"finite numbers of at most {limit:g}: beyond that float32 overflows inside the encoder"
+                _refuse_first("actions", array, np.abs(array) <= limit, expected)
         return array
 
     def tokens(self, tokens: object, *, unchecked: int = 0) -> Int32Array:
@@ -99,10 +100,10 @@ class InputValidator:
         """
         array = _as_array("tokens", tokens)
         if array.dtype != _INT32 or array.shape[1:3] != self._tokens_tail or array.ndim != 4:
-            self._check_shape("tokens", array, "B, T, D, l", self._tokens_tail, is_prefix=True)
+            check_shape("tokens", array.shape, "B, T, D, l", self._tokens_tail)
             array = _native("tokens", array, TOKEN_TYPES)
         if array.shape[3] not in self._prefixes:
-            self._refuse_prefix(array)
+            check_prefix(array.shape, self._model)
         if not (array.flags.c_contiguous and array.flags.aligned):
             array = np.require(array, requirements=["C", "A"])
         is_int32 = array.dtype == _INT32
@@ -112,7 +113,8 @@ class InputValidator:
             and array.size
             and np.maximum.reduce(array.view(_UNSIGNED[array.dtype]), axis=None) >= self._num_levels
         ):
-            self._refuse_tokens(array)
+            expected = f"0 ... {self._num_levels - 1}, the {self._num_levels} levels of this bundle"
+            _refuse_first("tokens", array, (array >= 0) & (array < self._num_levels), expected)
         return array if is_int32 else array.astype(_INT32)
 
     def stats(self, stats: object, tokens: Int32Array) -> Float32Array | None:
@@ -120,15 +122,9 @@ class InputValidator:
 
         Raises InvalidInputError.
         """
-        if not self._model.has_stats:
-            if stats is None:
-                return None
-            raise InvalidInputError(
-                f"stats were given, but tokens of a {self._model.mode!r} bundle are decoded without: its mean and "
-                "scale are constants in the decoder. Leave stats out"
-            )
-        if stats is None:
-            raise InvalidInputError(stats_needed())
+        if stats is None and not self._model.has_stats:
+            return None
+        check_whether_stats(stats, self._model)
         array = _as_array("stats", stats)
         expected = (*tokens.shape[:2], tokens.shape[3], 2)
         if array.shape != expected:
@@ -141,14 +137,14 @@ class InputValidator:
         possible = np.abs(array) <= STATS_LIMIT
         possible[..., 1] &= array[..., 1] > 0
         if not possible.all():
-            index = _first(~possible)
-            expected_number = (
-                f"a sigma above 0 and at most {STATS_LIMIT:g}" if index[-1] else f"a mean of at most ±{STATS_LIMIT:g}"
+            is_sigma = possible.argmin() % 2
+            number = (
+                f"a sigma above 0 and at most {STATS_LIMIT:g}" if is_sigma else f"a mean of at most ±{STATS_LIMIT:g}"
             )
-            raise InvalidInputError(
-                f"stats{list(index)} is {array[index]}; expected {expected_number}: latents lie between -1 and 1, so "
-                "no encoder gives it; pass the stats that encode_with_stats returned"
+            origin = (
+                "latents lie between -1 and 1, so no encoder gives it; pass the stats that encode_with_stats returned"
             )
+            _refuse_first("stats", array, possible, f"{number}: {origin}")
         return array
 
     def output(
@@ -177,44 +173,53 @@ class InputValidator:
                 )
         return out
 
-    def _check_shape(
-        self, name: str, array: _Array, letters: str, tail: tuple[int, int], *, is_prefix: bool = False
-    ) -> None:
-        expected = ["B", *map(str, tail)] + (["l"] if is_prefix else [])
-        if array.ndim != len(expected) or tuple(array.shape[1:3]) != tail:
-            hint = ""
-            if array.ndim == len(expected) - 1 and tuple(array.shape[:2]) == tail:
-                hint = f"; for a single chunk pass {name}[None]"
-            raise InvalidInputError(
-                f"{name} have shape {list(array.shape)}; expected [{letters}] = [{', '.join(expected)}]{hint}"
-            )
 
-    def _refuse_actions(self, actions: Float32Array) -> None:
-        index = _first(~(np.abs(actions) <= self._action_limit))
+def check_shape(name: str, shape: tuple[int, ...], letters: str, tail: tuple[int, int]) -> None:
+    """Raises InvalidInputError unless the shape is [B, *tail], or [B, *tail, l] where `letters` say so.
+
+    >>> check_shape("actions", (1, 8, 6), "B, T, A", (8, 7))
+    Traceback (most recent call last):
+    rfsq.runtime.bundle.errors.InvalidInputError: actions have shape [1, 8, 6]; expected [B, T, A] = [B, 8, 7]
+    """
+    expected = ["B", *map(str, tail), *(["l"] if letters.endswith("l") else [])]
+    if len(shape) != len(expected) or shape[1:3] != tail:
+        is_single = len(shape) == len(expected) - 1 and shape[:2] == tail
+        hint = f"; for a single chunk pass {name}[None]" if is_single else ""
         raise InvalidInputError(
-            f"actions{list(index)} is {actions[index]}; expected finite numbers of at most {self._action_limit:g}: "
-            "beyond that float32 overflows inside the encoder"
+            f"{name} have shape {list(shape)}; expected [{letters}] = [{', '.join(expected)}]{hint}"
         )
 
-    def _refuse_prefix(self, tokens: _Array) -> None:
-        layers, model = tokens.shape[3], self._model
-        can_be_built = layers in range(1, model.num_layers)
-        slicing = "slice tokens[..., :l] to one of them, or " if layers > min(model.prefixes) else ""
-        raise UnbuiltPrefixError(
-            f"tokens have {layers} layers (shape {list(tokens.shape)}); this bundle decodes {_listed(model.prefixes)}: "
-            + (
-                f"{slicing}build the bundle with `--prefixes {layers}`"
-                if can_be_built
-                else f"pass the first so many of the model's {model.num_layers} layers, tokens[..., :l]"
-            )
-        )
 
-    def _refuse_tokens(self, tokens: _Array) -> None:
-        highest = self._model.num_levels - 1
-        index = _first((tokens < 0) | (tokens > highest))
+def check_prefix(shape: tuple[int, ...], model: ModelEntry) -> None:
+    """Raises UnbuiltPrefixError unless the bundle decodes tokens of this shape [B, T, D, l]."""
+    layers = shape[3]
+    if layers in model.prefixes:
+        return
+    slicing = "slice tokens[..., :l] to one of them, or " if layers > min(model.prefixes) else ""
+    raise UnbuiltPrefixError(
+        f"tokens have {layers} layers (shape {list(shape)}); this bundle decodes {_listed(model.prefixes)}: "
+        + (
+            f"{slicing}build the bundle with `--prefixes {layers}`"
+            if 1 <= layers < model.num_layers
+            else f"pass the first so many of the model's {model.num_layers} layers, tokens[..., :l]"
+        )
+    )
+
+
+def check_whether_stats(stats: object | None, model: ModelEntry) -> None:
+    """Raises InvalidInputError unless there are stats where decoding needs them, and none elsewhere."""
+    if stats is None and model.has_stats:
+        raise InvalidInputError(_stats_needed())
+    if stats is not None and not model.has_stats:
         raise InvalidInputError(
-            f"tokens{list(index)} is {tokens[index]}; expected 0 ... {highest}, the {highest + 1} levels of this bundle"
+            f"stats were given, but tokens of a {model.mode!r} bundle are decoded without: its mean and scale are "
+            "constants in the decoder. Leave stats out"
         )
+
+
+def _refuse_first(name: str, array: _Array, is_right: npt.NDArray[np.bool_], expected: str) -> NoReturn:
+    index = unravel(is_right.argmin(), array.shape)
+    raise InvalidInputError(f"{name}{list(index)} is {array[index]}; expected {expected}")
 
 
 def _as_array(name: str, value: object) -> _Array:
@@ -269,7 +274,3 @@ def type_advice(found: np.dtype[Any], wanted: np.dtype[Any], conversion: str) ->
 def _listed(values: tuple[object, ...]) -> str:
     *rest, last = map(str, values)
     return f"{', '.join(rest)} or {last}" if rest else last
-
-
-def _first(mask: npt.NDArray[np.bool_]) -> tuple[int, ...]:
-    return tuple(int(part) for part in np.unravel_index(int(mask.argmax()), mask.shape))

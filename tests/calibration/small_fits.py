@@ -6,6 +6,8 @@ from functools import cache, cached_property
 
 import numpy as np
 import numpy.typing as npt
+import pytest
+import torch
 
 from rfsq.calibration.recovered import fit_recovered_details
 from rfsq.calibration.settings import RecoveredConfig
@@ -176,6 +178,11 @@ def fit_recovered(
     *,
     weights: npt.ArrayLike | None = None,
 ) -> dict[int, RecoveredDecoder]:
-    """One decoder per prefix, from the published tokens of these episodes."""
-    fits = fit_recovered_details(checkpoint, episodes, prefixes, config or RecoveredConfig(), weights=weights)
+    """One decoder per prefix, from the published tokens of these episodes; weights [N]: of the steps, in place of those
+    of the config."""
+    with pytest.MonkeyPatch.context() as patch:
+        if weights is not None:
+            shares = torch.from_numpy(np.asarray(weights) / np.sum(weights))
+            patch.setattr("rfsq.calibration.recovered._step_shares", lambda *_: shares)
+        fits = fit_recovered_details(checkpoint, episodes, prefixes, config or RecoveredConfig())
     return {prefix: fit.decoder for prefix, fit in fits.items()}

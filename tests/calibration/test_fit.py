@@ -346,5 +346,5 @@ def test_a_report_that_cannot_be_written_leaves_no_checkpoint(
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
     assert run(tmp_path, "--report-dir", tmp_path / "file" / "report") == 2
-    assert "choose a writable --report-dir" in capsys.readouterr().err
+    assert "choose a writable folder" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

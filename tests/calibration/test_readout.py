@@ -211,7 +211,7 @@ def test_a_refusal_names_the_rule_and_its_figure(
     ],
 )
 def test_each_rule_refuses_in_words_of_its_own(found: dict[str, float | str], rule: str) -> None:
-    passes = module._Candidate(0.1, 0.5, certainty=3.0, needed=1.5, lost="", random_ratio=0.9)
+    passes = module._Candidate(0.1, 0.5, certainty=3.0, needed=1.5, lost="", random_ratio=0.9, most_random=1.0)
     assert passes.objection == ""
     assert "the gain is 3 times its standard error (1.5 is asked for)" in passes.remark(is_kept=True)
     refused = replace(passes, **found)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfsq.calibration.affine_maps import Regression, _mish_slope
+from rfsq.calibration.affine_maps import Features, Regression, _mish_slope
 from rfsq.calibration.affine_maps import regress as regressions
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.recovered import default_prefixes, fit_recovered_details
@@ -34,7 +34,7 @@ def regress(
     """With steps of equal weight by default, and one ridge."""
     if shares is None:
         shares = torch.full((len(tokens),), 1 / len(tokens), dtype=torch.float64)
-    return regressions(tokens, latents, worth, num_levels, shares, (ridge,))[0]
+    return regressions(Features.of(tokens, worth, num_levels, shares), latents, (ridge,))[0]
 
 
 def mean_square(error: Tensor) -> float:
@@ -394,14 +394,6 @@ def test_too_few_steps_are_refused(small: Checkpoint) -> None:
 def test_another_action_dimension_is_refused(small: Checkpoint) -> None:
     with pytest.raises(DataError, match="7 action dimensions, the checkpoint 3"):
         fit_recovered(small, actions_of(60, action_dim=7), [1])
-
-
-@pytest.mark.parametrize(
-    "weights", [np.ones(59), np.ones((60, 1)), np.zeros(60), np.r_[-1.0, np.ones(59)], np.r_[np.nan, np.ones(59)]]
-)
-def test_unusable_weights_are_refused(small: Checkpoint, weights: np.ndarray) -> None:
-    with pytest.raises(CalibrationError, match="expected one finite number per step"):
-        fit_recovered(small, actions_of(60), [1], weights=weights)
 
 
 def test_settings_without_sense_are_refused() -> None:

@@ -187,7 +187,7 @@ def test_a_fitted_checkpoint_gives_the_same_numbers(robust: Checkpoint, dataset:
     fitted = calibrate(robust, dataset, CalibrationConfig(headroom=1.0), ReadoutConfig(ReadoutChoice.ON, 1e-2))
     first, second = (study_bench.benches_of([checkpoint], dataset) for checkpoint in (robust, fitted))
     with torch.no_grad():
-        for setting in module._compared():
+        for setting in module._settings(module._COMPARED):
             assert module._setting_row(first, setting) == module._setting_row(second, setting)
         assert module._readout_row(first, None, TASKS) == module._readout_row(second, None, TASKS)
 
@@ -203,7 +203,7 @@ def test_every_choice_of_the_configuration_is_varied(result: StudyResult) -> Non
     assert len(set(names)) == len(names)
     for field in fields(CalibrationConfig):
         assert any(field.name.replace("_", " ") in name for name in names), field.name
-    settings = module._settings()
+    settings = module._settings(module._CHANGES)
     assert settings[0].config == CalibrationConfig()
     # The last one is the default without a readout.
     assert len({setting.config for setting in settings}) == len(settings) - 1 == len(names) - 1

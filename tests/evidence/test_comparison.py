@@ -113,7 +113,7 @@ def test_more_processes_change_nothing(
 ) -> None:
     """With a cache of their own, so that they train anew. Forked, for torch has one thread here, and importing it anew
     takes longest; that new processes do it too, the script shows in test_report."""
-    monkeypatch.setattr("rfsq.evidence.comparison.get_context", lambda _: get_context("fork"))
+    monkeypatch.setattr("rfsq.evidence.workers.get_context", lambda _: get_context("fork"))
     assert compare(robot, replace(small_config, workers=2, cache=tmp_path)) == comparison
 
 
@@ -234,8 +234,8 @@ def test_filled_chunks_hold_every_step_and_repeat_the_last(steps: int, length: i
 def test_no_tokens_make_no_error(split: EpisodeSplit) -> None:
     found = judge_codec(RawCodec(), split.test, 8, np.ones(7), OscPose())
 
-    assert found.errors.max_error == 0.0
-    assert found.bits_per_step == 7 * 32
+    assert found.metrics["max_error"].mean == 0.0
+    assert found.metrics["bits_per_step"].mean == 7 * 32
 
 
 def test_filling_is_not_judged() -> None:
@@ -249,7 +249,7 @@ def test_filling_is_not_judged() -> None:
 
     short = ActionDataset((np.zeros((5, 3), np.float32),), ("short",), ("",), "short.npz")
 
-    assert judge_codec(SpoilsTheEnd(), short, 8, np.ones(3), None).errors.max_error == 0.0
+    assert judge_codec(SpoilsTheEnd(), short, 8, np.ones(3), None).metrics["max_error"].mean == 0.0
 
 
 def test_a_codec_is_the_model_that_is_deployed(naive: Checkpoint, split: EpisodeSplit) -> None:

@@ -26,8 +26,8 @@ def test_a_millimetre_is_a_fiftieth_of_a_position_unit() -> None:
 
     errors = action_errors(expected, decoded, ONES, OscPose())
 
-    assert errors.position_mm == pytest.approx(3.0, rel=1e-6)
-    assert errors.rotation_deg == pytest.approx(0.0, abs=1e-9)
+    assert errors["position_mm"] == pytest.approx(3.0, rel=1e-6)
+    assert errors["rotation_deg"] == pytest.approx(0.0, abs=1e-9)
 
 
 def test_rotations_are_compared_as_rotations_not_as_vectors() -> None:
@@ -54,7 +54,7 @@ def test_a_gripper_that_opens_instead_of_closing_counts() -> None:
     decoded = expected.copy()
     decoded[:, 6] = [0.1, 0.1, 0.9, -0.9]
 
-    assert action_errors(expected, decoded, ONES, OscPose()).gripper_sign_errors == 0.25
+    assert action_errors(expected, decoded, ONES, OscPose())["gripper_sign_errors"] == 0.25
 
 
 def test_errors_are_measured_in_the_given_units() -> None:
@@ -62,9 +62,9 @@ def test_errors_are_measured_in_the_given_units() -> None:
 
     errors = action_errors(expected, decoded, np.array([1.0, 100.0]), None)
 
-    assert errors.action_mse == pytest.approx((0.25 + 0.09) / 4)
-    assert errors.max_error == 0.5
-    assert errors.position_mm is None
+    assert errors["action_mse"] == pytest.approx((0.25 + 0.09) / 4)
+    assert errors["max_error"] == 0.5
+    assert "position_mm" not in errors
 
 
 def test_two_arms_are_14_dimensions_and_4_are_none() -> None:

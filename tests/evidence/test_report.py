@@ -220,8 +220,9 @@ def test_a_section_on_the_closed_loop_is_shown_for_the_same_demonstrations(
             "naive_ahead_mm": [], "against_naive": None, "against_raw": {}, "layers_needed": None}  # fmt: skip
     shown = {}
     for sha256 in (comparison.data.sha256, "another"):
-        content = {"format": "rfsq-rollout-report", "format_version": 2, "tasks": {"Stack": task},
-                   "run": {"hashes": {"demonstrations": sha256}}}  # fmt: skip
+        run = {"loop_version": 1, "seed": 0, "chunk": 8, "versions": {}, "hashes": {"demonstrations": sha256}}
+        content = {"format": "rfsq-rollout-report", "format_version": 2, "confidence": 0.95, "tolerances_mm": [],
+                   "run": run, "tasks": {"Stack": task}}  # fmt: skip
         (tmp_path / "rollout.json").write_text(json.dumps(content))
         sections: list[tuple[str, str]] = []
         monkeypatch.setattr("rfsq.evidence.report.write_report", lambda *found, kept=sections: kept.extend(found[2]))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rfsq.evidence.closed_loop import EpisodeResult, Spread
 from rfsq.evidence.episodes import Episode, Identity, open_episodes
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.rollout_files import read_report, write_report
+from rfsq.evidence.rollout_files import read_result, write_report
 from rfsq.evidence.rollout_report import (
     CALIBRATED_LAYERS,
     MARGIN,
@@ -292,7 +292,7 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
             file.append(episode)
     write_report(tmp_path / "episodes.jsonl", tmp_path)
 
-    found = read_report(tmp_path / "rollout.json")
+    found = read_result(tmp_path / "rollout.json").tasks
 
     assert found["Stack"].cells["naive"].success == Rate.of(3, 3)
     tables = tables_of(found)
@@ -303,7 +303,7 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert [row[0] for row in tables["tolerance"].rows] == ["raw", "naive"]
     (tmp_path / "rollout.json").write_text("{}")
     with pytest.raises(EvidenceError, match=r"write it anew with `python rfsq_ref/rollout.py --report-only`"):
-        read_report(tmp_path / "rollout.json")
+        read_result(tmp_path / "rollout.json")
 
 
 def test_the_report_does_not_depend_on_the_order_in_which_episodes_ended() -> None:
@@ -382,7 +382,7 @@ def test_a_report_is_strict_json_with_what_it_came_from_and_a_picture(tmp_path: 
         3 if mm >= 3 else 0 for mm in content["tolerances_mm"]
     ]
     assert (tmp_path / "results" / "rollout.png").read_bytes().startswith(b"\x89PNG")
-    assert "4/4 100.0 % [51.0, 100.0]" in text
+    assert "100% (51% … 100%)" in text
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["rollout.json", "rollout.png"]
 
 

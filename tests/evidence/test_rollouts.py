@@ -11,11 +11,12 @@ import pytest
 from rfsq.evidence import rollouts
 from rfsq.evidence.closed_loop import EpisodeResult, Spread
 from rfsq.evidence.codecs import RawCodec
-from rfsq.evidence.episodes import Episode, Identity, read_episodes
+from rfsq.evidence.episodes import Episode, Identity, Job, read_episodes
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.rollouts import Job, jobs_of, run_rollouts, seed_of
+from rfsq.evidence.rollouts import jobs_of, run_rollouts, seed_of
 from rfsq.evidence.settings import DEFAULT_TASKS, TASK_NAMES, RolloutConfig
 from rfsq.evidence.simulation import TASKS
+from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS
 from rfsq.rfsq_ref.generate_demonstrations import SimulatorError, attempt_of
 
@@ -33,8 +34,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Instead of processes and a simulator: what was run, and after how many episodes the process is killed."""
     state: dict[str, Any] = {"run": [], "kill_after": None}
 
-    def run(jobs: list[Job], chosen: Any, config: Any) -> Iterator[Episode]:
-        del chosen, config
+    def run(_work: object, jobs: list[Job], *_: object) -> Iterator[Episode]:
         for number, job in enumerate(jobs):
             if number == state["kill_after"]:
                 raise Killed
@@ -43,7 +43,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             result = EpisodeResult(job.seed % 2 == 0, True, job.seed % 97, spread, spread, 1.0)
             yield Episode(job.task, job.cell, job.codec, job.index, job.seed, result)
 
-    monkeypatch.setattr(rollouts, "_run", run)
+    monkeypatch.setattr(rollouts, "in_processes", run)
     monkeypatch.setattr(rollouts, "identity_of", lambda config: replace(IDENTITY, seed=config.seed, chunk=config.chunk))
     monkeypatch.setattr(rollouts, "codecs", lambda **_: {name: RawCodec(name) for name in ("a", "b")})
     monkeypatch.setattr(rollouts, "fingerprint", lambda codec: f"of {codec.name}")
@@ -151,19 +151,16 @@ def driven(jobs: list[Any]) -> tuple[list[Any], Exception | None]:
     """What one worker makes of these expressions, and what ended it."""
     found: list[Any] = []
     try:
-        for result in rollouts._run(jobs, {}, replace(CONFIG, workers=1)):
+        # The jobs are expressions: a spawned worker can find `eval`, but nothing of this file.
+        for result in in_processes(eval, jobs, 1, int):
             found.append(result)
     except (EvidenceError, ArithmeticError) as error:
         return found, error
     return found, None
 
 
-def test_a_worker_that_dies_ends_the_run_with_what_was_done_and_says_to_start_again(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_worker_that_dies_ends_the_run_with_what_was_done_and_says_to_start_again() -> None:
     """A multiprocessing.Pool would wait for it for ever."""
-    # The jobs are expressions: a spawned worker can find `eval`, but nothing of this file.
-    monkeypatch.setattr(rollouts, "_run_job", eval)
     found, error = driven(["1 + 1", "2 + 1", "__import__('os').kill(__import__('os').getpid(), 9)", *["4 + 1"] * 50])
     assert sorted(found) == [2, 3]
     assert isinstance(error, EvidenceError)
@@ -171,8 +168,7 @@ def test_a_worker_that_dies_ends_the_run_with_what_was_done_and_says_to_start_ag
     assert "start again, and it goes on where it was" in str(error)
 
 
-def test_workers_do_every_job_once_and_a_failing_one_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollouts, "_run_job", eval)
+def test_workers_do_every_job_once_and_a_failing_one_is_not_hidden() -> None:
     found, error = driven([*(f"{number} + 1" for number in range(20)), "1 / 0"])
     assert sorted(found) == list(range(1, 21))
     assert isinstance(error, ZeroDivisionError)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rfsq.export.plan import Affine, AffineQuantizer, DecoderPlan, DeployMode, EncoderPlan
 from rfsq.rfsq_ref.autoencoder import ModelConfig
+from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
 from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.runtime.bundle.comparison import TokenComparison, compare_tokens
 from tests.bundles import Deployed, Recipe
@@ -45,7 +46,7 @@ def encode(
     residual = latents
     for _ in range(plan.num_layers):
         mean = residual.mean(-1, keepdims=True)
-        sigma = residual.std(-1, ddof=1, keepdims=True) + dtype(plan.quantizer.epsilon)
+        sigma = residual.std(-1, ddof=1, keepdims=True) + dtype(SIGMA_EPSILON)
         bins = ((residual - mean) / sigma + dtype(1)) * half_range - dtype(0.5)
         tokens.append(np.clip(np.ceil(bins), 0, plan.num_levels - 1).astype(np.int32))
         stats.append(np.concatenate((mean, sigma), -1))

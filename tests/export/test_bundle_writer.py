@@ -16,8 +16,9 @@ from rfsq.export.bundle_writer import StagedBundle, stage_bundle
 from rfsq.export.errors import ExportError
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.bundle.errors import BundleError
-from rfsq.runtime.bundle.folder import open_bundle
-from rfsq.runtime.bundle.manifest import MANIFEST_NAME, SCHEMA_VERSION, Manifest
+from rfsq.runtime.bundle.folder import open_bundle, unlisted_files
+from rfsq.runtime.bundle.golden import write_golden
+from rfsq.runtime.bundle.manifest import GOLDEN_NAME, MANIFEST_NAME, SCHEMA_VERSION, Manifest
 from tests.bundles import (
     Recipe,
     bundle_files,
@@ -39,7 +40,7 @@ GOLDEN = golden_vectors(DEPLOYED)
 def fill(staged: StagedBundle, manifest: Manifest = MANIFEST) -> None:
     for file, content in GRAPHS.items():
         staged.write(file, content)
-    staged.write_golden(GOLDEN)
+    staged.write(GOLDEN_NAME, write_golden(GOLDEN))
     staged.seal(manifest)
 
 
@@ -69,7 +70,7 @@ def test_the_manifest_lists_what_was_written(tmp_path: Path) -> None:
     opened = open_bundle(tmp_path / "bundle")
     assert opened.manifest.files["deep/er/file.bin"].size == 3
     assert opened.content("deep/er/file.bin") == b"123"
-    assert opened.unlisted_files() == ()
+    assert unlisted_files(opened.folder, opened.manifest.files) == ()
 
 
 def test_sealing_again_replaces_the_manifest(tmp_path: Path) -> None:
@@ -284,7 +285,7 @@ def test_an_overwritten_bundle_is_gone_and_nothing_else_left(
         monkeypatch.setattr(bundle_writer, "_exchange", lambda *_: False)
     output = write_bundle(tmp_path / "bundle", Recipe(seed=7))
     write_bundle(output, Recipe(has_engine=False), overwrite=True)
-    assert open_bundle(output).unlisted_files() == ()
+    assert unlisted_files(output, open_bundle(output).manifest.files) == ()
     assert siblings(tmp_path) == ["bundle"]
 
 

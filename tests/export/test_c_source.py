@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rfsq.export.c_builder import C_FLAGS
-from rfsq.export.c_source import c_tokenizer
-from rfsq.export.plan import AffineQuantizer, DeployMode, action_limit, plan_encoder
+from rfsq.export.plan import AffineQuantizer, DeployMode, action_limit
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.runtime.bundle.comparison import action_errors
 from tests.bundles import Deployed, Recipe, deploy, fingerprint_of, generate_c, random_actions, reference_decode
@@ -445,13 +444,6 @@ def test_numbers_that_are_neither_round_nor_normal_are_written_exactly() -> None
     np.testing.assert_array_equal(found["ENCODER_SECOND_BIAS"][:4], np.array(odd[:4], np.float32))
     np.testing.assert_array_equal(found["ENCODER_SECOND_WEIGHT"][:, 0], np.array(odd, np.float32))
     assert np.signbit(found["ENCODER_SECOND_BIAS"][3])
-
-
-def test_more_levels_than_float32_can_count_are_refused() -> None:
-    encoder = plan_encoder(deploy(Recipe()).exported, DeployMode.CALIBRATED, 2)
-    c_tokenizer(replace(encoder, num_levels=2**24), [], "", DeployMode.NONE)
-    with pytest.raises(ValueError, match="16777217 levels are more than float32 can count; expected at most 16777216"):
-        c_tokenizer(replace(encoder, num_levels=2**24 + 1), [], "", DeployMode.NONE)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from rfsq.export.graphs import LinearForm
-from rfsq.export.parity import failures
 from rfsq.export.plan import DecoderPlan, DeployMode, EncoderPlan, plan_decoder, plan_encoder
+from rfsq.export.proving import failures
 from rfsq.rfsq_ref.autoencoder import ModelConfig, RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import EpisodeSplit

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rfsq.export.golden_inputs import ERROR, sensitive_steps
+from rfsq.export.golden_inputs import ERROR, Span, sensitive_steps
 from rfsq.export.parity import golden_vectors
-from rfsq.export.parity_data import EDGES, Section, as_chunks
+from rfsq.export.parity_data import EDGES, Section
 from rfsq.export.plan import Affine, AffineQuantizer, DecoderPlan, DeployMode, EncoderPlan, plan_decoder, plan_encoder
 from rfsq.export.reference import Reference
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.runtime import ActionTokenizer, SelfTestError
 from rfsq.runtime.backends.cpu_targets import host_targets
+from rfsq.runtime.bundle.arrays import in_chunks
 from rfsq.runtime.bundle.comparison import action_errors, compare_tokens
 from rfsq.runtime.bundle.gates import GATES
 from rfsq.runtime.bundle.golden import Golden
@@ -98,17 +99,14 @@ def check_caught(
 def chosen(model: ActionAutoencoder, prefixes: tuple[int, ...], num_steps: int = STEPS) -> np.ndarray:
     middle, half = model.offset.numpy(), model.units.numpy()
     random = np.random.default_rng(0)
-    return sensitive_steps(
-        model, prefixes, middle - half, middle + half, limit=1e30, num_steps=num_steps, random=random
-    )
+    return sensitive_steps(model, prefixes, Span(middle - half, middle + half, 1e30), num_steps, random)
 
 
 def test_where_no_step_comes_near_an_edge_none_is_chosen_for_one() -> None:
     deployed = deploy(Recipe(mode=DeployMode.CALIBRATED, config=ModelConfig(2, 3, 5, 3, 5), prefixes=(2,)))
     middle, random = np.full(2, 1e6), np.random.default_rng(0)
-    steps = sensitive_steps(
-        deployed.reference, deployed.prefixes, middle - 1, middle + 1, limit=1e30, num_steps=500, random=random
-    )
+    span = Span(middle - 1, middle + 1, 1e30)
+    steps = sensitive_steps(deployed.reference, deployed.prefixes, span, 500, random)
     assert steps.shape[1:] == (2,)
 
 
@@ -124,7 +122,7 @@ def test_every_constant_of_a_small_model_is_seen_to(mode: DeployMode) -> None:
     recipe = Recipe(mode=mode, config=ModelConfig(2, 3, 5, 3, 5), chunk_length=1, prefixes=(2,))
     deployed = deploy(recipe)
     model, prefixes = deployed.reference, deployed.prefixes
-    few, many = (answers_for(recipe, as_chunks(steps, 1)) for steps in (chosen(model, prefixes), drawn(model, 4000)))
+    few, many = (answers_for(recipe, in_chunks(steps, 1)) for steps in (chosen(model, prefixes), drawn(model, 4000)))
     encoder = plan_encoder(model, mode, 1)
     is_coupled = mode in (DeployMode.DYNAMIC, DeployMode.RECOVERED)
     numbers = list(constants(encoder))
@@ -159,7 +157,7 @@ def reference(calibrated: Checkpoint) -> Reference:
 @pytest.fixture(scope="module")
 def few(reference: Reference) -> Golden:
     """The golden vectors that are chosen for this."""
-    section = Section(EDGES, as_chunks(chosen(reference.model, (8,)), 1))
+    section = Section(EDGES, in_chunks(chosen(reference.model, (8,)), 1))
     return golden_vectors(reference, [section])
 
 
@@ -167,7 +165,7 @@ def few(reference: Reference) -> Golden:
 def test_constants_of_the_embedded_model_are_seen_to(part: str, reference: Reference, few: Golden) -> None:
     encoder = plan_encoder(reference.model, DeployMode.CALIBRATED, 1)
     sample = [constant for constant in constants(encoder) if constant.part == part]
-    many = reference.answer(as_chunks(drawn(reference.model, 3000), 1)).golden
+    many = reference.answer(in_chunks(drawn(reference.model, 3000), 1)).golden
     noticed = check_caught(
         encoder,
         sample[:: len(sample) // 12],
@@ -194,7 +192,7 @@ def test_they_are_few_and_lie_on_either_side_of_edges_of_every_latent(reference:
 def test_a_number_that_is_changed_in_the_c_source_fails_the_self_test(tmp_path: Path) -> None:
     recipe = Recipe(config=ModelConfig(2, 3, 5, 3, 5), c_targets=(host_targets()[-1],), has_engine=False)
     model = deploy(recipe).reference
-    steps = as_chunks(chosen(model, deploy(recipe).prefixes), recipe.chunk_length)
+    steps = in_chunks(chosen(model, deploy(recipe).prefixes), recipe.chunk_length)
     for table, factor in (("BIN_RATIO", 1), *((name, 1 + ERROR) for name in ("BIN_RATIO", "BIN_SHIFT", SECOND_BIAS))):
         deployed = deploy(recipe)
         deployed.alter_c = lambda source, table=table, factor=factor: scaled(source, table, factor)

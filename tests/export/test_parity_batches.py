@@ -12,6 +12,7 @@ from rfsq.export.reference import Answers
 from rfsq.runtime.bundle.comparison import TokenComparison
 from rfsq.runtime.bundle.errors import IllegalValueError
 from rfsq.runtime.bundle.gates import GATES
+from rfsq.runtime.bundle.manifest import ModelEntry
 
 
 def section(chunks: int, chunk_length: int, name: str = "some") -> Section:
@@ -95,15 +96,24 @@ def test_a_build_tries_illegal_values_everywhere_also_within_a_chunk(place: int)
         def decode_into(self, *_arrays: Any) -> None:
             raise IllegalValueError
 
-    model: Any = SimpleNamespace(
-        chunk_length=3, action_dim=3, latent_dim=1, num_layers=2, num_levels=3, prefixes=(2,), action_limit=1.0,
-        has_stats=False,
-    )  # fmt: skip
+    model = ModelEntry(
+        mode="calibrated",
+        chunk_length=3,
+        action_dim=3,
+        latent_dim=1,
+        hidden_width=1,
+        num_layers=2,
+        num_levels=3,
+        prefixes=(2,),
+        action_limit=1.0,
+        action_units=(1.0,) * 3,
+        action_offset=(0.0,) * 3,
+    )
     backend: Any = Blind()
     reference: Any = Recorder()
     (judge,) = judges_of([backend], reference, model)
     counts = np.zeros(2, np.int64)
-    judge.found = judge.float32 = TokenComparison(counts, counts, counts, np.zeros(3, bool), None)
+    judge.found = judge.float32 = [TokenComparison(counts, counts, counts, np.zeros(3, bool), None)]
     _, _, encoding, decoding = judge.entries()
     assert (encoding.gate, encoding.value) == ("encode: illegal values accepted", 1)
     assert f"at [0, 1, {place - 3}] of [1, 3, 3] was accepted" in encoding.detail
@@ -128,7 +138,7 @@ def test_a_variant_of_a_backend_is_judged_by_itself_and_named() -> None:
     assert {judge.seed for judge in judges_of(backends, reference, model)} == {0}  # type: ignore[arg-type]
     for judge, prefix in zip(judges, ("", "", "bytes, "), strict=True):
         counts = np.zeros(2, np.int64)
-        judge.found = judge.float32 = TokenComparison(counts, counts, counts, np.zeros(4, bool), None)
+        judge.found = judge.float32 = [TokenComparison(counts, counts, counts, np.zeros(4, bool), None)]
         wrong, flips = judge.entries()
         assert (wrong.gate, flips.gate) == (f"{prefix}encode: wrong tokens", f"{prefix}encode: near-tie flips")
         assert (wrong.value, wrong.limit, wrong.detail, wrong.backend) == (0, 0, "", "plain")

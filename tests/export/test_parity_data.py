@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rfsq.export.golden_inputs import Span
 from rfsq.export.parity_data import (
     EDGES,
     Section,
-    as_chunks,
     edge_steps,
     near_tie_steps,
     neighbours_at_rounding_distance,
@@ -42,7 +42,7 @@ def episodes_of(model: ActionAutoencoder, count: int) -> np.ndarray:
 
 
 def edges(model: ActionAutoencoder, *, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    return edge_steps(model, low, high, LIMIT, np.random.default_rng(0))
+    return edge_steps(model, Span(low, high, LIMIT), np.random.default_rng(0))
 
 
 # --- sections ---------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_edges_hold_subnormal_and_huge_values_up_to_the_limit() -> None:
 def test_near_tie_steps_lie_on_edges_of_every_layer(mode: DeployMode) -> None:
     model = model_of(mode)
     low, high = (model.offset.numpy() + sign * model.units.numpy() for sign in (-1, 1))
-    steps = near_tie_steps(model, low, high, np.random.default_rng(0))
+    steps = near_tie_steps(model, Span(low, high, LIMIT), np.random.default_rng(0))
     uniform = np.random.default_rng(1).uniform(low, high, steps.shape).astype(np.float32)
 
     def margins(actions: np.ndarray) -> np.ndarray:
@@ -208,7 +208,7 @@ def test_near_tie_steps_lie_on_edges_of_every_layer(mode: DeployMode) -> None:
 def share_across_an_edge(model: ActionAutoencoder) -> float:
     """How many of the pairs that bisection ends with have different tokens; all of them are neighbours."""
     low, high = (model.offset.numpy() + sign * model.units.numpy() for sign in (-1, 1))
-    first, second = np.split(near_tie_steps(model, low, high, np.random.default_rng(0)), 2)
+    first, second = np.split(near_tie_steps(model, Span(low, high, LIMIT), np.random.default_rng(0)), 2)
     np.testing.assert_allclose(first, second, rtol=0, atol=1e-6 * float(model.units.max()))
     of_first, of_second = (model.encode(torch.from_numpy(part).double())[0] for part in (first, second))
     return float((of_first != of_second).flatten(1).any(1).float().mean())
@@ -236,7 +236,7 @@ def test_some_steps_lie_as_far_from_an_edge_as_float32_rounds_however_far_joints
     model.offset.copy_((model.units * ratio).float())
     low, high = (model.offset.numpy() + sign * model.units.numpy() for sign in (-1, 1))
     random = np.random.default_rng(0)
-    pairs = near_tie_steps(model, low, high, random)[::2]
+    pairs = near_tie_steps(model, Span(low, high, LIMIT), random)[::2]
     steps = neighbours_at_rounding_distance(model, pairs, random)
 
     assert steps.dtype == np.float32
@@ -247,19 +247,3 @@ def test_some_steps_lie_as_far_from_an_edge_as_float32_rounds_however_far_joints
     # implementation flips half of them, a bad one no more than a good one.
     assert (shares < 1 / 8).double().mean() > 0.6
     assert 1 / 200 < shares.median() < 1 / 16
-
-
-# --- chunks -----------------------------------------------------------------------------------------------------------
-
-
-@given(num_steps=st.integers(0, 50), chunk_length=st.integers(1, 60))
-def test_steps_become_chunks_in_order_and_the_last_is_filled_up_with_the_first(num_steps, chunk_length) -> None:
-    steps = np.arange(2.0 * num_steps).reshape(num_steps, 2)
-    chunks = as_chunks(steps, chunk_length)
-
-    assert chunks.shape == (-(-num_steps // chunk_length), chunk_length, 2)
-    assert chunks.dtype == np.float32
-    flat = chunks.reshape(-1, 2)
-    np.testing.assert_array_equal(flat[:num_steps], steps)
-    if num_steps:
-        np.testing.assert_array_equal(flat[num_steps:], np.resize(steps, (len(flat) - num_steps, 2)))

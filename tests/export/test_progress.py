@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rfsq.export.progress import StepList, table
+from rfsq.export.progress import phase, table
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -13,16 +13,16 @@ def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
 
 
 def test_a_step_that_ends_gets_a_check_mark_its_time_and_its_first_note(capsys: pytest.CaptureFixture[str]) -> None:
-    with StepList().step("load checkpoint") as step:
-        step.note("robust.safetensors")
+    with phase("load checkpoint") as current:
+        current.note("robust.safetensors")
     (line,) = lines_of(capsys)
     assert re.fullmatch(r"✓ load checkpoint +\d+\.\d s  robust\.safetensors", line)
 
 
 def test_further_notes_stand_below_the_first(capsys: pytest.CaptureFixture[str]) -> None:
-    with StepList().step("compile") as step:
+    with phase("compile") as current:
         for note in ("encoder", "decoder", "done"):
-            step.note(note)
+            current.note(note)
     first, *rest = lines_of(capsys)
     assert [line.strip() for line in rest] == ["decoder", "done"]
     assert {line.index(note) for line, note in zip((first, *rest), ("encoder", "decoder", "done"), strict=True)} == {
@@ -31,24 +31,23 @@ def test_further_notes_stand_below_the_first(capsys: pytest.CaptureFixture[str])
 
 
 def test_a_step_without_notes_is_a_line_all_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    with StepList().step("nothing to say"):
+    with phase("nothing to say"):
         pass
     (line,) = lines_of(capsys)
     assert line.startswith("✓ nothing to say ")
 
 
 def test_a_skipped_step_says_why(capsys: pytest.CaptureFixture[str]) -> None:
-    with StepList().step("calibrate") as step:
-        step.skip("nothing to fit")
+    with phase("calibrate") as current:
+        current.skip("nothing to fit")
     (line,) = lines_of(capsys)
     assert re.fullmatch(r"– calibrate +\d+\.\d s  nothing to fit", line)
 
 
 def test_a_failed_step_says_what_failed_and_the_build_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    steps = StepList()
-    with steps.step("parity gates") as step:
-        step.fail("3 gates are red")
-    with steps.step("next"):
+    with phase("parity gates") as current:
+        current.fail("3 gates are red")
+    with phase("next"):
         pass
     first, second = lines_of(capsys)
     assert re.fullmatch(r"✗ parity gates +\d+\.\d s  3 gates are red", first)
@@ -61,8 +60,8 @@ def test_a_step_that_raises_is_failed_whatever_it_said_before(
     error: type[BaseException], before: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run() -> None:
-        with StepList().step("export ONNX") as step:
-            getattr(step, before)("so far")
+        with phase("export ONNX") as current:
+            getattr(current, before)("so far")
             raise error("broken")
 
     with pytest.raises(error, match="broken"):
@@ -75,13 +74,13 @@ def test_a_terminal_sees_the_step_begin_and_the_same_line_end(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    with StepList().step("calibrate"):
+    with phase("calibrate"):
         assert capsys.readouterr().out == "… calibrate"
     assert capsys.readouterr().out.startswith("\r✓ calibrate ")
 
 
 def test_without_a_terminal_nothing_is_written_before_the_end(capsys: pytest.CaptureFixture[str]) -> None:
-    with StepList().step("calibrate"):
+    with phase("calibrate"):
         assert capsys.readouterr().out == ""
     assert "\r" not in capsys.readouterr().out
 

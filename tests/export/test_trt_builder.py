@@ -1,6 +1,5 @@
 """What `export.trt_builder` promises, shown with real TensorRT-RTX engines built on this machine's CPU."""
 
-import hashlib
 import importlib.util
 import os
 import sys
@@ -15,10 +14,9 @@ from onnx import TensorProto, helper, numpy_helper
 from rfsq.export.trt_builder import (
     BuiltEngine,
     EngineBuildError,
-    EngineRequest,
     Profile,
     build_engine,
-    check_engine,
+    differences,
     inspect_engine,
 )
 from rfsq.runtime.backends.tensorrt_api import EngineTensor, ProfileShapes, find_tensorrt
@@ -133,14 +131,14 @@ def encoder(*, dynamic: bool = False, form: str = "gemm") -> bytes:
     return graph.serialize({"actions": (TensorProto.FLOAT, ["batch", T, A])}, outputs)
 
 
-def request(onnx_bytes: bytes, *compute_capabilities: str, profile: Profile = PROFILE) -> EngineRequest:
-    return EngineRequest("tensorrt-rtx", onnx_bytes, profile, compute_capabilities)
+def build(onnx_bytes: bytes, *compute_capabilities: str, backend: str = "tensorrt-rtx") -> BuiltEngine:
+    return build_engine(backend, onnx_bytes, PROFILE, compute_capabilities)
 
 
 @pytest.fixture(scope="module")
 def built() -> BuiltEngine:
     """The engine of `decoder()`."""
-    return build_engine(request(decoder()))
+    return build(decoder())
 
 
 def problems_of(engine: BuiltEngine, onnx_bytes: bytes) -> list[str]:
@@ -157,13 +155,8 @@ def problems_of(engine: BuiltEngine, onnx_bytes: bytes) -> list[str]:
         )
         for side in (graph.input, graph.output)
     )
-    return check_engine(engine, GraphEntry("x.onnx", "decoder", 1, "reduce", inputs, outputs), onnx_bytes)
-
-
-def altered(built: BuiltEngine, serialized: bytes, *, with_hash: bool) -> BuiltEngine:
-    """`built` with other engine bytes; `with_hash` as if its maker had signed them too."""
-    sha256 = hashlib.sha256(serialized).hexdigest() if with_hash else built.sha256
-    return replace(built, serialized=serialized, sha256=sha256)
+    entry = GraphEntry("x.onnx", "decoder", 1, "reduce", inputs, outputs)
+    return list(differences(engine, entry, inspect_engine(engine)[1]))
 
 
 GRAPHS = {
@@ -183,15 +176,14 @@ GRAPHS = {
 class TestBuilding:
     @pytest.mark.parametrize("name", GRAPHS)
     def test_every_graph_that_is_deployed_builds_without_a_warning(self, name):
-        engine = build_engine(request(GRAPHS[name]))
+        engine = build(GRAPHS[name])
 
         assert engine.warnings == ()
         assert problems_of(engine, GRAPHS[name]) == []
 
     def test_an_engine_knows_how_it_was_made(self, built):
         assert built.backend == "tensorrt-rtx"
-        assert built.version == find_tensorrt("tensorrt-rtx").flavour.version
-        assert built.compute_capabilities == ()
+        assert built.version == find_tensorrt("tensorrt-rtx").version
         assert built.profile == PROFILE
         assert built.tensors == (
             EngineTensor(
@@ -201,12 +193,11 @@ class TestBuilding:
         )
 
     def test_what_tensorrt_warns_about_is_kept(self):
-        engine = build_engine(request(decoder(kind=TensorProto.INT64)))
+        engine = build(decoder(kind=TensorProto.INT64))
         assert any("Int64" in warning for warning in engine.warnings)
 
     def test_targets_can_be_chosen(self):
-        engine = build_engine(request(decoder(), "8.9", "12.0"))
-        assert engine.compute_capabilities == ("8.9", "12.0")
+        engine = build(decoder(), "8.9", "12.0")
         assert problems_of(engine, decoder()) == []
 
     def test_the_builder_is_told_strong_types_no_tf32_and_the_targets(self, monkeypatch):
@@ -226,7 +217,7 @@ class TestBuilding:
             return original(self, network, config)
 
         monkeypatch.setattr(trt.Builder, "build_serialized_network", spy)
-        build_engine(request(decoder(), "8.9"))
+        build(decoder(), "8.9")
 
         assert seen == [{"typed": True, "tf32": False, "host code": False, "profiles": 1, "target": "SM89"}]
 
@@ -235,9 +226,9 @@ class TestBuilding:
         environment = dict(os.environ)
         monkeypatch.delitem(sys.modules, "tensorrt_rtx", raising=False)
 
-        build_engine(request(decoder()))
+        build(decoder())
         with pytest.raises(EngineBuildError):
-            build_engine(request(b"not an ONNX file"))
+            build(b"not an ONNX file")
 
         assert sys.modules["polygraphy.backend.trt"] is polygraphy
         assert "tensorrt_rtx" not in sys.modules
@@ -249,7 +240,7 @@ class TestBuilding:
         vars(stand_in).update({**vars(importlib.import_module(RTX)), "__name__": "tensorrt", "__version__": "10.13.2"})
         monkeypatch.setitem(sys.modules, "tensorrt", stand_in)
 
-        other = build_engine(replace(request(decoder()), backend="tensorrt"))
+        other = build(decoder(), backend="tensorrt")
 
         assert (built.backend, other.backend, other.version) == ("tensorrt-rtx", "tensorrt", "10.13.2")
         assert other.tensors == built.tensors
@@ -263,31 +254,31 @@ class TestRefusedRequests:
 
     def test_an_unknown_backend_is_refused(self):
         with pytest.raises(BackendUnavailableError, match="'openvino'"):
-            build_engine(replace(request(decoder()), backend="openvino"))
+            build(decoder(), backend="openvino")
 
     @needs_rtx
     @pytest.mark.parametrize("target", ["8.7", "9.0", "99", "SM89"])
     def test_an_unknown_compute_capability_is_refused_with_the_valid_ones(self, target):
         with pytest.raises(EngineBuildError, match=rf"'{target}'.*valid are .*8\.9.*12\.0"):
-            build_engine(request(decoder(), target))
+            build(decoder(), target)
 
     @needs_rtx
     @pytest.mark.parametrize("content", [b"not an ONNX file", decoder()[:100]])
     def test_invalid_onnx_is_refused_in_the_parsers_words(self, content):
         with pytest.raises(EngineBuildError, match="Failed to parse the ONNX model"):
-            build_engine(request(content))
+            build(content)
 
     @needs_rtx
     def test_an_empty_file_is_refused_in_the_builders_words(self):
         with pytest.raises(EngineBuildError, match="Network must have at least one output"):
-            build_engine(request(b""))
+            build(b"")
 
     @needs_rtx
     def test_an_unsupported_operator_is_named(self):
         model = onnx.load_model_from_string(decoder())
         model.graph.node[-1].op_type = "NoSuchOperator"
         with pytest.raises(EngineBuildError, match="NoSuchOperator is not supported"):
-            build_engine(request(model.SerializeToString()))
+            build(model.SerializeToString())
 
     @needs_rtx
     @pytest.mark.parametrize("shape", [[4, T, A], ["batch", "steps", A]])
@@ -296,7 +287,7 @@ class TestRefusedRequests:
         graph.step("Ceil", "x", output="y")
         content = graph.serialize({"x": (TensorProto.FLOAT, shape)}, {"y": (TensorProto.FLOAT, shape)})
         with pytest.raises(EngineBuildError, match="expected a dynamic first dimension and no other"):
-            build_engine(request(content))
+            build(content)
 
 
 @needs_rtx
@@ -309,25 +300,11 @@ class TestChecking:
         assert source == ("engine" if is_read_here else "network")
         assert set(tensors) == set(built.tensors)
 
-    @pytest.mark.parametrize("position", [0, 24, 5000, -1])
-    def test_a_flipped_bit_is_refused_before_tensorrt_sees_it(self, built, position):
-        content = bytearray(built.serialized)
-        content[position] ^= 1
-        broken = altered(built, bytes(content), with_hash=False)
-
-        with pytest.raises(EngineRefusedError, match="altered or cut short"):
-            inspect_engine(broken)
-        assert len(problems_of(broken, decoder())) == 1
-
     def test_a_truncated_engine_is_refused(self, built):
         half = built.serialized[: len(built.serialized) // 2]
 
-        assert "altered or cut short" in problems_of(altered(built, half, with_hash=False), decoder())[0]
-        assert "size" in problems_of(altered(built, half, with_hash=True), decoder())[0]
-
-    def test_an_engine_of_other_weights_is_noticed(self, built):
-        assert len(problems_of(built, decoder(seed=1))) == 1
-        assert "built from an ONNX file" in problems_of(built, decoder(seed=1))[0]
+        with pytest.raises(EngineRefusedError, match="refuses the engine"):
+            inspect_engine(replace(built, serialized=half))
 
     def test_an_engine_of_another_shape_is_noticed(self, built):
         problems = problems_of(built, decoder(L))
@@ -353,7 +330,7 @@ class TestChecking:
         graph.step("Ceil", "x", output="y")
         kind = (TensorProto.DOUBLE, ["batch", T, A])
         content = graph.serialize({"x": kind}, {"y": kind})
-        engine = build_engine(request(content))
+        engine = build(content)
 
         assert engine.warnings == ()
         assert problems_of(engine, content) == [

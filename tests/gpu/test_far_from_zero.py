@@ -37,7 +37,7 @@ def test_every_backend_passes_every_gate(
         tmp_path / "episodes.npz",
         **{f"episode_{i}": restore(normaliser, steps).astype(np.float32) for i, steps in enumerate(episodes)},
     )
-    result = build(
+    manifest = build(
         BuildConfig(
             output=tmp_path / "bundle",
             conditioning=mode,
@@ -47,7 +47,7 @@ def test_every_backend_passes_every_gate(
             parity_steps=30_000,
         )
     )
-    parity = result.manifest.parity
+    parity = manifest.parity
     with capsys.disabled():
         print()
         for entry in parity:

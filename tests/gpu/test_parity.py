@@ -8,11 +8,11 @@ import pytest
 from rfsq.export import pipeline
 from rfsq.export.errors import GateError
 from rfsq.export.graphs import LinearForm
-from rfsq.export.parity import batches, failures, judges_of
+from rfsq.export.parity import batches, judges_of
 from rfsq.export.parity_data import parity_sections
 from rfsq.export.pipeline import BuildConfig, build
 from rfsq.export.plan import DeployMode
-from rfsq.export.proving import opened_backends
+from rfsq.export.proving import failures, opened_backends
 from rfsq.export.reference import Reference
 from rfsq.export.sources import fit_for, load_build_data, open_checkpoint
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT
@@ -77,7 +77,7 @@ def test_every_mode_and_other_sizes_build_and_pass_on_this_gpu(mode: DeployMode,
         from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT
 
         checkpoint = NAIVE_CHECKPOINT
-    result = build(
+    manifest = build(
         BuildConfig(
             **({} if checkpoint is None else {"checkpoint": checkpoint}),
             output=tmp_path / "bundle",
@@ -88,10 +88,10 @@ def test_every_mode_and_other_sizes_build_and_pass_on_this_gpu(mode: DeployMode,
             parity_steps=30_000,
         )
     )
-    engines = result.manifest.engines
+    engines = manifest.engines
     assert len(engines) == 4 * len(TENSORRT) + 1
     assert {(engine.status, engine.precision) for engine in engines} == {("validated", "fp32")}
-    assert {entry.backend for entry in result.manifest.parity} == {"onnxruntime", *ENGINES}
+    assert {entry.backend for entry in manifest.parity} == {"onnxruntime", *ENGINES}
 
 
 @pytest.mark.skipif("tensorrt-rtx" not in TENSORRT, reason="TensorRT obeys its TF32 flag; only TensorRT-RTX does not")

@@ -81,13 +81,9 @@ def gpu_array(name: str, value: object) -> GpuArray:
     except (RuntimeError, TypeError, ValueError, KeyError, BufferError) as error:
         raise InvalidInputError(f"{name} cannot be read on the GPU: {error}") from error
     if array.num_bytes:
-        _check_memory(name, array, _is_on_device(value, array.address))
+        where = getattr(value, "__dlpack_device__", None)
+        _check_memory(name, array, is_on_device(array.address) if where is None else int(where()[1]) == DEVICE)
     return array
-
-
-def _is_on_device(value: object, address: int) -> bool:
-    where = getattr(value, "__dlpack_device__", None)
-    return is_on_device(address) if where is None else int(where()[1]) == DEVICE
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +130,7 @@ def _current_stream(arrays: dict[str, GpuArray]) -> object:
 
 
 def _stream_handle(stream: object) -> int:
-    if isinstance(stream, int):
-        return stream or DEFAULT_STREAM
-    for name in ("cuda_stream", "ptr"):
-        handle = getattr(stream, name, None)
+    for handle in (stream, getattr(stream, "cuda_stream", None), getattr(stream, "ptr", None)):
         if isinstance(handle, int):
             return handle or DEFAULT_STREAM
     protocol = getattr(stream, "__cuda_stream__", None)

@@ -7,7 +7,6 @@ memory, and copy, engine and copy back are one captured graph. Arrays of the GPU
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -64,6 +63,10 @@ class GpuFunction(Protocol):
     """An encoder or a decoder on the GPU."""
 
     @property
+    def graph(self) -> GraphEntry:
+        """Which one it is, with the types and shapes of its inputs and outputs."""
+
+    @property
     def max_batch(self) -> int:
         """The most chunks that one program takes."""
 
@@ -81,63 +84,53 @@ class GpuFunction(Protocol):
 class GpuBackend:
     """A backend made of GPU functions. May be called from any thread, and from a signal handler.
 
-    functions: one for each graph in `entries`, which may come once for each type of tokens. Arrays of the host go
-    through those of the first type: what is legal has the same value in all.
+    functions: of the encoder and every decoder, once for each type of tokens. Arrays of the host go through those of
+    the first type: what is legal has the same value in all.
     """
 
     checked_steps = 0
 
-    def __init__(
-        self,
-        name: str,
-        description: str,
-        device: str,
-        entries: Sequence[GraphEntry],
-        functions: Sequence[GpuFunction],
-    ) -> None:
+    def __init__(self, name: str, description: str, device: str, functions: Sequence[GpuFunction]) -> None:
         self.name, self.description, self.device = name, description, device
-        runners = [(entry, _Runner(entry, function)) for entry, function in zip(entries, functions, strict=True)]
-        self._runners = [runner for _, runner in runners]
-        self._encoders = {_token_type(entry): runner for entry, runner in runners if entry.role == "encoder"}
-        self._typed_decoders = {
-            (entry.prefix, _token_type(entry)): runner for entry, runner in runners if entry.role == "decoder"
-        }
-        first = _token_type(entries[0])
-        self._encoder = self._encoders[first]
-        self._decoders = {prefix: runner for (prefix, kind), runner in self._typed_decoders.items() if kind == first}
+        # By the type of tokens; then by the prefix, None for the encoder.
+        self._runners: dict[np.dtype[Any], dict[int | None, _Runner]] = {}
+        for function in functions:
+            graph = function.graph
+            tokens = next(tensor for tensor in (*graph.inputs, *graph.outputs) if tensor.name == "tokens")
+            of_type = self._runners.setdefault(np.dtype(tokens.dtype), {})
+            of_type[None if graph.role == "encoder" else graph.prefix] = _Runner(function)
+        self._on_host = next(iter(self._runners.values()))
 
     @property
     def token_types(self) -> tuple[np.dtype[Any], ...]:
-        return tuple(self._encoders)
+        return tuple(self._runners)
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
-        self._encoder.run_on_host((actions,), (tokens, stats))
+        self._on_host[None].run_on_host((actions,), (tokens, stats))
 
     def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
-        self._decoders[tokens.shape[3]].run_on_host((tokens,) if stats is None else (tokens, stats), (actions,))
+        self._on_host[tokens.shape[3]].run_on_host((tokens,) if stats is None else (tokens, stats), (actions,))
 
     def encode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         """arrays: actions, tokens and, in `dynamic` bundles, stats. Returns before the work is done."""
-        self._encoders[arrays[1].dtype].run_on_gpu(arrays, stream)
+        self._runners[arrays[1].dtype][None].run_on_gpu(arrays, stream)
 
     def decode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         """arrays: tokens, in `dynamic` bundles stats, and actions. Returns before the work is done."""
-        self._decoder_of(arrays).run_on_gpu(arrays, stream)
+        self._runners[arrays[0].dtype][arrays[0].shape[3]].run_on_gpu(arrays, stream)
 
     def bind_encode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
         """`encode_on_gpu` on these arrays, captured."""
-        return self._encoders[arrays[1].dtype].bind(arrays, stream)
+        return self._runners[arrays[1].dtype][None].bind(arrays, stream)
 
     def bind_decode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
         """`decode_on_gpu` on these arrays, captured."""
-        return self._decoder_of(arrays).bind(arrays, stream)
-
-    def _decoder_of(self, arrays: Sequence[GpuArray]) -> _Runner:
-        return self._typed_decoders[arrays[0].shape[3], arrays[0].dtype]
+        return self._runners[arrays[0].dtype][arrays[0].shape[3]].bind(arrays, stream)
 
     def close(self) -> None:
-        for runner in self._runners:
-            runner.close()
+        for of_type in self._runners.values():
+            for runner in of_type.values():
+                runner.close()
 
 
 class CapturedCall:
@@ -175,9 +168,10 @@ class CapturedCall:
 class _Runner:
     """One function with everything that is kept ready for it."""
 
-    def __init__(self, entry: GraphEntry, function: GpuFunction) -> None:
-        self._entry, self._function = entry, function
-        per_chunk = sum(_bytes_per_chunk(tensor) for tensor in (*entry.inputs, *entry.outputs))
+    def __init__(self, function: GpuFunction) -> None:
+        self._function = function
+        tensors = (*function.graph.inputs, *function.graph.outputs)
+        per_chunk = sum(math.prod(tensor.shape[1:]) * np.dtype(tensor.dtype).itemsize for tensor in tensors)
         self._slice = max(1, min(function.max_batch, _SLICE_BYTES // per_chunk))
         self._host_calls: Kept[_HostCall] = Kept(self._new_host_call, _HostCall.close)
         self._programs: Kept[Program] = Kept(lambda _stream: function.new_program(), _close_idle_program)
@@ -202,22 +196,24 @@ class _Runner:
         parts = [slice(start, start + self._slice) for start in starts]
         with self._host_calls.borrowed(self._slice) as first, self._host_calls.borrowed(self._slice) as second:
             # While one slice is on the GPU, the processor fills or empties the pinned memory of the other.
-            calls = itertools.cycle((first, second))
-            under_way, before = next(calls), parts[0]
-            under_way.start([array[before] for array in inputs])
-            for part in parts[1:]:
-                following = next(calls)
+            following, under_way = first, second
+            for number, part in enumerate(parts):
                 following.start([array[part] for array in inputs])
-                under_way.finish([None if array is None else array[before] for array in outputs])
-                under_way, before = following, part
-            under_way.finish([None if array is None else array[before] for array in outputs])
+                if number:
+                    under_way.finish([None if array is None else array[parts[number - 1]] for array in outputs])
+                following, under_way = under_way, following
+            under_way.finish([None if array is None else array[parts[-1]] for array in outputs])
 
     def run_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         require_device()
         require_not_capturing(stream.handle)
         with self._programs.borrowed(stream.handle) as program:
-            for start, batch in _slices(arrays[0].shape[0], self._function.max_batch):
-                program.bind(batch, [array.address + start * _bytes_of_one(array) for array in arrays])
+            whole, most = arrays[0].shape[0], self._function.max_batch
+            # Every part begins aligned, as the first does.
+            most = most // _ALIGNED_CHUNKS * _ALIGNED_CHUNKS or most
+            for start in range(0, whole, most):
+                addresses = [array.address + start * (array.num_bytes // whole) for array in arrays]
+                program.bind(min(most, whole - start), addresses)
                 program.enqueue(stream.handle)
 
     def bind(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
@@ -255,13 +251,13 @@ class _Runner:
     def _new_host_call(self, batch: int) -> _HostCall:
         # Once is enough: its stream, memory and graph are this device's, whichever is current when they are used.
         require_device()
-        return _HostCall(self._entry, self._function, batch)
+        return _HostCall(self._function, batch)
 
 
 class _HostCall:
     """One function at one batch size, from numpy arrays to numpy arrays: pinned memory, device memory, one graph."""
 
-    def __init__(self, entry: GraphEntry, function: GpuFunction, batch: int) -> None:
+    def __init__(self, function: GpuFunction, batch: int) -> None:
         with contextlib.ExitStack() as undo:
             program = function.new_program()
             undo.callback(program.close)
@@ -277,8 +273,8 @@ class _HostCall:
                 undo.callback(gpu.close)
                 return host, gpu
 
-            inputs = [allocate(tensor, may_be_direct=function.reads_once) for tensor in entry.inputs]
-            outputs = [allocate(tensor, may_be_direct=True) for tensor in entry.outputs]
+            inputs = [allocate(tensor, may_be_direct=function.reads_once) for tensor in function.graph.inputs]
+            outputs = [allocate(tensor, may_be_direct=True) for tensor in function.graph.outputs]
             for host, _ in inputs:
                 # Legal input, whatever the memory held.
                 host.array.fill(0)
@@ -337,22 +333,3 @@ def _close_idle_program(program: Program) -> None:
 
 #: Kept from being freed in a child of fork, where nothing of CUDA may be called.
 _ABANDONED: list[object] = []
-
-
-def _slices(batch: int, most: int) -> Sequence[tuple[int, int]]:
-    """Start and length of consecutive parts of at most `most`."""
-    # Every part begins aligned, as the first does.
-    most = most // _ALIGNED_CHUNKS * _ALIGNED_CHUNKS or most
-    return [(start, min(most, batch - start)) for start in range(0, batch, most)]
-
-
-def _token_type(entry: GraphEntry) -> np.dtype[Any]:
-    return np.dtype(next(tensor.dtype for tensor in (*entry.inputs, *entry.outputs) if tensor.name == "tokens"))
-
-
-def _bytes_per_chunk(tensor: TensorEntry) -> int:
-    return math.prod(tensor.shape[1:]) * np.dtype(tensor.dtype).itemsize
-
-
-def _bytes_of_one(array: GpuArray) -> int:
-    return array.num_bytes // array.shape[0]

@@ -6,16 +6,16 @@ Addresses and handles are plain integers. Nothing here chooses a GPU: it is CUDA
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from cuda.bindings import driver
 from cuda.bindings import runtime as cudart
 
 from ...bundle.errors import BackendUnavailableError, InferenceError, OutOfGpuMemoryError
@@ -129,7 +129,7 @@ def _device() -> GpuDevice:
 
 
 def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    """Call into CUDA; returns what comes beside its status: nothing, a value or a tuple.
+    """Call into CUDA, its runtime or its driver; returns what comes beside the status: nothing, a value or a tuple.
 
     Raises OutOfGpuMemoryError or InferenceError with CUDA's own words.
     """
@@ -141,7 +141,7 @@ def call(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
 
 def fail(error: Any) -> None:
     """Raises what `call` raises for a status that is not success."""
-    # An error that does not end the context would be told again by the next call that only asks.
+    # Clears the error: the next call that only asks for one would report it again.
     cudart.cudaGetLastError()
     if error == _OUT_OF_MEMORY:
         status, free, total = cudart.cudaMemGetInfo()
@@ -151,8 +151,10 @@ def fail(error: Any) -> None:
 
 
 def _describe(error: Any) -> str:
-    _, name = cudart.cudaGetErrorName(error)
-    _, text = cudart.cudaGetErrorString(error)
+    if isinstance(error, cudart.cudaError_t):
+        name, text = cudart.cudaGetErrorName(error)[1], cudart.cudaGetErrorString(error)[1]
+    else:
+        name, text = driver.cuGetErrorName(error)[1], driver.cuGetErrorString(error)[1]
     return f"{text.decode()} ({name.decode()})"
 
 
@@ -246,27 +248,19 @@ class CapturedGraph:
 
 def capture(stream: Stream, work: Callable[[], None]) -> CapturedGraph:
     """Record what `work` puts on `stream`, without running it. Whatever it uses has to outlive the graph."""
-    with _capturing(stream) as captured:
-        work()
-    graph = captured[0]
-    try:
-        return CapturedGraph(call(cudart.cudaGraphInstantiate, graph, 0))
-    finally:
-        cudart.cudaGraphDestroy(graph)
-
-
-@contextlib.contextmanager
-def _capturing(stream: Stream) -> Iterator[list[Any]]:
-    captured: list[Any] = []
     call(cudart.cudaStreamBeginCapture, stream.handle, _CAPTURE_MODE)
     try:
-        yield captured
+        work()
     except BaseException:
         # The capture has to end, whatever became of it.
         cudart.cudaStreamEndCapture(stream.handle)
         cudart.cudaGetLastError()
         raise
-    captured.append(call(cudart.cudaStreamEndCapture, stream.handle))
+    graph = call(cudart.cudaStreamEndCapture, stream.handle)
+    try:
+        return CapturedGraph(call(cudart.cudaGraphInstantiate, graph, 0))
+    finally:
+        cudart.cudaGraphDestroy(graph)
 
 
 def is_on_device(address: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from cuda.bindings import driver, nvrtc
 
 from ...bundle.advice import install
 from ...bundle.errors import BackendUnavailableError, InferenceError, TokenizerError
-from .driver import DEVICE, is_usable
+from .driver import DEVICE, call, fail, is_usable
 
 #: SHT_NOBITS of ELF: a section that takes no room in the file.
 _WITHOUT_CONTENT = 8
@@ -22,44 +22,36 @@ class KernelError(TokenizerError):
     """NVRTC is missing or refuses the source; the message quotes it."""
 
 
-def compile_kernels(source: str, name: str, compute_capability: str, options: Sequence[str] = ()) -> bytes:
-    """Machine code for one kind of GPU, such as `9.0`; none has to be here. Raises KernelError."""
-    flags = [f"--gpu-architecture=sm_{compute_capability.replace('.', '')}", "--std=c++17", *options]
+def compile_kernels(source: str, name: str, compute_capability: str, *, may_fuse: bool = True) -> bytes:
+    """Machine code for one kind of GPU, such as `9.0`; none has to be here. Raises KernelError.
+
+    may_fuse: whether a product and a sum may become one operation, which rounds once.
+    """
+    # Here, because a robot compiles nothing.
+    from cuda.core import Program, ProgramOptions
+
+    arch = f"sm_{compute_capability.replace('.', '')}"
     try:
-        program = _nvrtc(nvrtc.nvrtcCreateProgram, source.encode(), name.encode(), 0, [], [])
-        try:
-            (error,) = nvrtc.nvrtcCompileProgram(program, len(flags), [flag.encode() for flag in flags])
-            if error:
-                log = b" " * int(_nvrtc(nvrtc.nvrtcGetProgramLogSize, program))
-                _nvrtc(nvrtc.nvrtcGetProgramLog, program, log)
-                text = log.decode(errors="replace").strip("\0 \n")
-                raise KernelError(
-                    f"NVRTC refuses {name} for compute capability {compute_capability}: {error!r}\n{text}"
-                )
-            image = b" " * int(_nvrtc(nvrtc.nvrtcGetCUBINSize, program))
-            # Fills the bytes that it is given.
-            _nvrtc(nvrtc.nvrtcGetCUBIN, program, image)
-        finally:
-            nvrtc.nvrtcDestroyProgram(program)
-    except RuntimeError as error:  # What cuda-python raises where it does not find the library
-        raise KernelError(f"NVRTC cannot be used: {error}; install it with: {install('gpu')}") from error
-    return image
+        options = ProgramOptions(name=name, arch=arch, std="c++17", fma=may_fuse)
+        return bytes(Program(source, "c++", options).compile("cubin").code)
+    except RuntimeError as error:
+        raise _without_nvrtc(error) from error
+    except Exception as error:  # cuda.core's own errors have no public base class
+        raise KernelError(f"NVRTC refuses {name} for compute capability {compute_capability}: {error}") from error
 
 
 def nvrtc_version() -> str:
     """Such as `NVRTC 13.0`. Raises KernelError without it."""
     try:
-        major, minor = _nvrtc(nvrtc.nvrtcVersion)
+        _, major, minor = nvrtc.nvrtcVersion()
     except RuntimeError as error:
-        raise KernelError(f"NVRTC cannot be used: {error}; install it with: {install('gpu')}") from error
+        raise _without_nvrtc(error) from error
     return f"NVRTC {major}.{minor}"
 
 
-def _nvrtc(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    error, *values = function(*arguments)
-    if error:
-        raise KernelError(f"NVRTC failed: {error!r}")
-    return values[0] if len(values) == 1 else tuple(values)
+def _without_nvrtc(error: RuntimeError) -> KernelError:
+    """error: what cuda-python raises where it does not find the library."""
+    return KernelError(f"NVRTC cannot be used: {error}; install it with: {install('gpu')}")
 
 
 class KernelLibrary:
@@ -69,7 +61,7 @@ class KernelLibrary:
         _check_image(image)
         self._image = np.frombuffer(image, np.uint8)
         try:
-            self._library = _driver(driver.cuLibraryLoadData, self._image.ctypes.data, None, None, 0, None, None, 0)
+            self._library = call(driver.cuLibraryLoadData, self._image.ctypes.data, None, None, 0, None, None, 0)
         except InferenceError as error:
             raise BackendUnavailableError(
                 f"the driver does not load the kernels: {error}; compile them on this machine, with --from-bundle"
@@ -82,10 +74,9 @@ class KernelLibrary:
 
     def kernel(self, name: str) -> Kernel:
         """Raises BackendUnavailableError where there is none of this name."""
-        found = self.find(name)
-        if found is None:
-            raise BackendUnavailableError(f"the engine has no kernel {name}; compile it again, with --from-bundle")
-        return found
+        if found := self.find(name):
+            return found
+        raise BackendUnavailableError(f"the engine has no kernel {name}; compile it again, with --from-bundle")
 
     def close(self) -> None:
         if is_usable():
@@ -118,7 +109,7 @@ class Kernel:
         # The driver takes a kernel of a library wherever it takes a function.
         self._kernel = driver.CUfunction(int(kernel))
         most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK
-        self.threads = int(_driver(driver.cuKernelGetAttribute, most, kernel, DEVICE))
+        self.threads = int(call(driver.cuKernelGetAttribute, most, kernel, DEVICE))
 
     def launch(self, blocks: int, arguments: KernelArguments, stream: int) -> None:
         """Raises InferenceError."""
@@ -126,7 +117,7 @@ class Kernel:
             self._kernel, blocks, 1, 1, self.threads, 1, 1, 0, stream, arguments.address, 0
         )[0]  # fmt: skip
         if error:
-            _fail(error)
+            fail(error)
 
 
 class KernelArguments:
@@ -141,17 +132,3 @@ class KernelArguments:
 
     def set(self, values: Sequence[int]) -> None:
         self._values[:] = list(values)
-
-
-def _driver(function: Callable[..., tuple[Any, ...]], *arguments: Any) -> Any:
-    error, *values = function(*arguments)
-    if error:
-        _fail(error)
-    return values[0] if values else None
-
-
-def _fail(error: Any) -> None:
-    _, text = driver.cuGetErrorString(error)
-    raise InferenceError(
-        f"CUDA failed: {text.decode() if text else repr(error)}; if this comes again, start the process anew"
-    )

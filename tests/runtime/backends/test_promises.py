@@ -50,10 +50,10 @@ def test_a_backend_has_the_methods_that_its_promises_need(spec: BackendSpec) -> 
     backend = getattr(importlib.import_module(f"rfsq.runtime.backends.{module}"), name)
     for method in ("encode_on_gpu", "decode_on_gpu", "bind_encode", "bind_decode"):
         assert hasattr(backend, method) == spec.is_on_gpu
-    assert hasattr(backend, "token_types") == spec.marks_illegal
+    assert hasattr(backend, "token_types") == spec.is_on_gpu
     assert hasattr(backend, "engines_in_use") == (spec.engine_source is not None)
     # What nobody checks on the host is marked; nobody does both.
-    assert not (spec.checked_steps and spec.marks_illegal)
+    assert not (spec.checked_steps and spec.is_on_gpu)
 
 
 def test_a_backend_is_what_it_is_listed_as(opened: tuple[BackendSpec, ActionTokenizer]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rfsq.export import c_builder, c_source
+from rfsq.export import c_builder, source_tables
 from rfsq.export.build_engine import main as build_engine
 from rfsq.export.plan import DeployMode
 from rfsq.runtime import ActionTokenizer, SelfTestError
@@ -114,8 +114,8 @@ def red(folder: Path, name: str = "c", *, is_thorough: bool = False) -> dict[str
     """By gate, what was accepted first."""
     bundle = open_bundle(folder)
     backend = create_backend(name, bundle)
-    verdicts = judge_refusal(bundle.manifest.model, backend, is_thorough=is_thorough)
-    return {verdict.gate: verdict.first for verdict in verdicts if verdict.accepted}
+    checks = judge_refusal(bundle.manifest.model, backend, is_thorough=is_thorough)
+    return {check.gate: check.detail for check in checks if check.value}
 
 
 @needs_compiler
@@ -125,8 +125,8 @@ def test_the_generated_engine_keeps_its_promise(
     mode: DeployMode, is_thorough: bool, bundle_of: Callable[[Recipe], Path]
 ) -> None:
     bundle = open_bundle(bundle_of(Recipe(mode=mode, c_targets=(host_targets()[0],))))
-    verdicts = judge_refusal(bundle.manifest.model, create_backend("c", bundle), is_thorough=is_thorough)
-    assert [(verdict.gate, verdict.accepted, verdict.first) for verdict in verdicts] == [
+    checks = judge_refusal(bundle.manifest.model, create_backend("c", bundle), is_thorough=is_thorough)
+    assert [(check.gate, check.value, check.detail) for check in checks] == [
         (f"{call}: illegal values accepted", 0, "") for call in ("encode", "decode 2 layers", "decode 3 layers")
     ]
 
@@ -172,10 +172,11 @@ def test_an_engine_without_checks_fails_load_and_selftest_which_name_what_it_too
 def test_a_build_of_an_engine_without_checks_is_red(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    template = tmp_path / c_source.SOURCE_NAME
-    altered = without(TOKEN_CHECK, "(void)tokens;")(c_source._TEMPLATE.read_text(encoding="utf-8"))
+    templates = shutil.copytree(source_tables._TEMPLATES, tmp_path / "templates")
+    template = templates / c_builder.SOURCE_NAME
+    altered = without(TOKEN_CHECK, "(void)tokens;")(template.read_text(encoding="utf-8"))
     template.write_text(altered, encoding="utf-8")
-    monkeypatch.setattr(c_source, "_TEMPLATE", template)
+    monkeypatch.setattr(source_tables, "_TEMPLATES", templates)
     monkeypatch.setattr("rfsq.export.engines.host_targets", lambda: host_targets()[-1:])
     output = tmp_path / "bundles" / "bundle"
     assert build_engine(["--output", str(output), "--backends", "c", "--parity-steps", "500"]) == 1
@@ -220,9 +221,9 @@ def marking(bundle: Path) -> Marking:
 
 
 def gates_of(backend: Marking) -> dict[str, str]:
-    verdicts = judge_refusal(backend.model, backend)
-    assert [verdict.gate.split(":")[0] for verdict in verdicts] == ["encode", "decode 2 layers", "decode 3 layers"]
-    return {verdict.gate: verdict.first for verdict in verdicts if verdict.accepted}
+    checks = judge_refusal(backend.model, backend)
+    assert [check.gate.split(":")[0] for check in checks] == ["encode", "decode 2 layers", "decode 3 layers"]
+    return {check.gate: check.detail for check in checks if check.value}
 
 
 @pytest.mark.parametrize("name", PREFERENCE)
@@ -237,7 +238,7 @@ def test_a_manifest_is_asked_for_what_the_backend_is_judged_by(name: str, markin
     assert hasattr(backend_type, "token_types") == (promised == "illegal values not marked")
     if hasattr(backend_type, "token_types"):
         asked = missing_gates((), marking.model.prefixes, has_stats=False, refusal=promised)
-        judged = [verdict.gate for verdict in judge_refusal(marking.model, marking)]
+        judged = [check.gate for check in judge_refusal(marking.model, marking)]
         assert [gate for gate in asked if "illegal" in gate] == judged
 
 
@@ -295,5 +296,5 @@ def test_another_error_than_the_promised_one_is_no_refusal(c_bundle: Path, monke
     backend = create_backend("c", opened)
     monkeypatch.setattr(backend, "decode_into", fail)
     encode, *decoders = judge_refusal(opened.manifest.model, backend)
-    assert encode.accepted == 0
-    assert all("raised InferenceError: out of memory" in decoder.first for decoder in decoders)
+    assert encode.value == 0
+    assert all("raised InferenceError: out of memory" in decoder.detail for decoder in decoders)

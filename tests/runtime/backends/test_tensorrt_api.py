@@ -109,8 +109,8 @@ class TestFinding:
         api = install(stand_in("10.13.2"))
 
         assert BACKENDS["tensorrt"].is_installed
-        assert (api.flavour.backend, api.flavour.version) == ("tensorrt", "10.13.2")
-        assert api.flavour.tag == "tensorrt-10.13.2"
+        assert (api.backend, api.version) == ("tensorrt", "10.13.2")
+        assert api.tag == "tensorrt-10.13.2"
 
     def test_a_library_is_given_one_logger_for_the_whole_process(self, install):
         assert install(stand_in("10.13.2")).logger is find_tensorrt("tensorrt").logger
@@ -315,7 +315,7 @@ class TestRunning:
 class TestRealTensorRtRtx:
     def test_it_is_found(self, rtx):
         assert BACKENDS["tensorrt-rtx"].is_installed
-        assert rtx.flavour.version == rtx.module.__version__
+        assert rtx.version == rtx.module.__version__
 
     def test_it_offers_targets_to_build_for_without_a_gpu(self, rtx):
         assert {"7.5", "8.0", "8.6", "8.9", "12.0"} <= set(rtx.compute_capabilities)

@@ -19,7 +19,7 @@ from rfsq.export.plan import DeployMode
 from rfsq.runtime import ActionTokenizer, BundleError, InvalidInputError, SelfTestError
 from rfsq.runtime.bundle import reading
 from rfsq.runtime.bundle.errors import TokenizerError
-from rfsq.runtime.bundle.folder import check_manifest, open_bundle
+from rfsq.runtime.bundle.folder import check_manifest, open_bundle, unlisted_files
 from rfsq.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, ModelEntry, manifest_text, parse_manifest
 from rfsq.runtime.qualification import selftest
 from tests.bundles import (
@@ -716,7 +716,7 @@ def test_unlisted_files_are_shown_and_never_read(altered: Path) -> None:
     os.mkfifo(altered / "blocks.whoever.reads.it")
     (altered / "engines" / "extra.engine").write_bytes(b"x")
     opened = open_bundle(altered)
-    assert opened.unlisted_files() == ("blocks.whoever.reads.it", "engines/extra.engine")
+    assert unlisted_files(opened.folder, opened.manifest.files) == ("blocks.whoever.reads.it", "engines/extra.engine")
     with pytest.raises(BundleError, match=r"lists no file 'engines/extra\.engine'"):
         opened.content("engines/extra.engine")
 

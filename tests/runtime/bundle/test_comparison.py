@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfsq.runtime.bundle.comparison import TokenComparison, action_errors, compare_followed, compare_tokens
+from rfsq.runtime.bundle.comparison import TokenComparison, action_errors, compare_tokens
 
 D, L, LEVELS = 3, 4, 3
 
@@ -208,5 +208,5 @@ def test_a_level_farther_off_than_the_neighbour_takes_a_bound_of_whole_bins() ->
 def test_along_the_found_tokens_nothing_is_behind_anything() -> None:
     expected, found = np.zeros((1, 1, 3), np.int32), np.ones((1, 1, 3), np.int32)
     margins, bounds = np.array([[[0.0, 0.4, 0.0]]]), np.full((1, 1, 3), 0.1)
-    compared = compare_followed(expected, found, margins, bounds, num_levels=LEVELS)
+    compared = compare_tokens(expected, found, margins, bounds, num_levels=LEVELS, is_step_coupled=None)
     assert counts(compared) == ([0, 1, 0], [1, 0, 1], [0, 0, 0])

@@ -49,7 +49,7 @@ def test_a_poor_model_is_warned_of_by_its_worst_dimensions() -> None:
     assert "RMS error 0.11" in found.warning
     assert "train it longer" in found.warning
     assert found.warning in found.text("all layers")
-    assert "at most" in found.summary
+    assert "at most" in found.line
 
 
 @given(st.floats(0.01, 100))

@@ -15,10 +15,10 @@ import pytest
 from rfsq.export.plan import DeployMode
 from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.backends.registry import create_backend
-from rfsq.runtime.backends.replay import Check, replay
+from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.errors import BundleError, InferenceError
 from rfsq.runtime.bundle.folder import open_bundle
-from rfsq.runtime.bundle.gates import GATES, highest_bounds
+from rfsq.runtime.bundle.gates import GATES, Check, highest_bounds
 from rfsq.runtime.bundle.golden import Golden, read_golden, write_golden
 from rfsq.runtime.bundle.manifest import GOLDEN_NAME, ModelEntry
 from tests.bundles import Recipe

@@ -192,13 +192,13 @@ class FakeFunction:
     """Computes something that tells every chunk, step and number from every other."""
 
     def __init__(self, cuda: FakeCuda, entry: GraphEntry, max_batch: int = 64) -> None:
-        self.max_batch, self._cuda, self._entry = max_batch, cuda, entry
+        self.max_batch, self._cuda, self.graph = max_batch, cuda, entry
         self.programs: list[FakeProgram] = []
         self.is_closed = False
         self.reads_once = False
 
     def new_program(self) -> FakeProgram:
-        self.programs.append(FakeProgram(self._cuda, self._entry, self.max_batch))
+        self.programs.append(FakeProgram(self._cuda, self.graph, self.max_batch))
         return self.programs[-1]
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ class Bench:
         self.cuda, self.manifest = cuda, make_manifest(deploy(Recipe(mode=mode)))
         self.entries = self.manifest.graphs_of("reduce")
         self.functions = [FakeFunction(cuda, entry, max_batch) for entry in self.entries]
-        self.backend = GpuBackend("fake", "a fake", "a GPU", self.entries, self.functions)
+        self.backend = GpuBackend("fake", "a fake", "a GPU", self.functions)
 
     def inputs(self, entry: GraphEntry, batch: int, seed: int = 0) -> list[np.ndarray]:
         random = np.random.default_rng(seed)
@@ -168,7 +168,7 @@ def test_tokens_of_another_type_go_through_functions_of_their_own(cuda: FakeCuda
         for entry in bench.entries
     ]
     functions = [FakeFunction(cuda, entry) for entry in (*bench.entries, *as_bytes)]
-    backend = GpuBackend("fake", "a fake", "a GPU", [*bench.entries, *as_bytes], functions)
+    backend = GpuBackend("fake", "a fake", "a GPU", functions)
     assert backend.token_types == (np.dtype(np.int32), np.dtype(np.uint8))
     assert judged(backend) == {"": backend}
     for entry, function in zip((bench.entries[0], as_bytes[0]), (functions[0], functions[3]), strict=True):
@@ -180,7 +180,7 @@ def test_tokens_of_another_type_go_through_functions_of_their_own(cuda: FakeCuda
         # Its own function, and no other, was used.
         assert [used for used in functions if used.programs][-1] is function
     functions += [FakeFunction(cuda, entry) for entry in as_bytes]
-    alone = GpuBackend("fake", "a fake", "a GPU", as_bytes, functions[6:])
+    alone = GpuBackend("fake", "a fake", "a GPU", functions[6:])
     (actions,) = bench.inputs(as_bytes[0], 3)
     actions = actions % 2
     tokens = np.empty((3, *as_bytes[0].outputs[0].shape[1:]), np.int32)

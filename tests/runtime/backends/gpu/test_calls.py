@@ -358,7 +358,7 @@ def test_statistics_are_checked_like_everything_else(dynamic: Opened, call: Call
 
 @pytest.mark.parametrize("layers", [0, 1, 4])
 def test_a_prefix_that_was_not_built_is_refused_as_such(calibrated: Opened, layers: int) -> None:
-    with pytest.raises(UnbuiltPrefixError, match=rf"tokens have {layers} layers .*; this bundle decodes 2, 3"):
+    with pytest.raises(UnbuiltPrefixError, match=rf"tokens have {layers} layers .*; this bundle decodes 2 or 3"):
         calibrated.tokenizer.decode(tokens(layers))
     assert calibrated.backend.calls == []
 

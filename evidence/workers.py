@@ -1,0 +1,49 @@
+"""Work spread over processes."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+from typing import TypeVar
+
+from rfsq.evidence.errors import EvidenceError
+from rfsq.runtime.bundle.console import end_by_interrupts
+
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+
+
+def in_processes(
+    work: Callable[[_Job], _Result], jobs: Iterable[_Job], workers: int, start: Callable[..., None], *arguments: object
+) -> Iterator[_Result]:
+    """What `work` makes of each job, in any order, each as soon as it is done.
+
+    start: called with `arguments` at the beginning of every process. Raises EvidenceError when a process dies.
+    """
+    # Spawned: a forked process would share torch's threads and the simulator's native state.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), partial(_begin, start, *arguments))
+    waiting, running = iter(jobs), set[Future[_Result]]()
+    try:
+        while True:
+            # Few at a time: a process finishes what was handed to it, even when the run is stopped.
+            running |= {pool.submit(work, job) for job in islice(waiting, 2 * workers - len(running))}
+            if not running:
+                return
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            # What a process finished before another died is kept.
+            for future in sorted(done, key=lambda future: future.exception() is not None):
+                yield future.result()
+    except BrokenProcessPool as error:
+        raise EvidenceError(
+            "a worker process died, perhaps for want of memory. What is finished is kept: start again, and it goes on "
+            "where it was; use fewer --workers if it happens again"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(start: Callable[..., None], *arguments: object) -> None:
+    end_by_interrupts()
+    start(*arguments)
