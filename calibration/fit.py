@@ -11,7 +11,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if __name__ == "__main__":
-    from rfsq.__main__ import run_script
+    from rfsq.runtime.bundle.start import run_script
 
     run_script("rfsq.calibration.fit")
 
@@ -38,7 +38,7 @@ from rfsq.calibration.settings import (
     Weighting,
 )
 from rfsq.runtime.bundle.advice import install_package
-from rfsq.runtime.bundle.command import CommandParser, Outcome, path_argument, run
+from rfsq.runtime.bundle.command import DATA_FORMATS, CommandParser, Outcome, path_argument, run
 from rfsq.runtime.bundle.paths import counted, refuse_existing
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def _parser() -> CommandParser:
     parser.add_checkpoint()
     parser.add_data(
         "--calibration-data",
-        text="recorded actions: .npz, .npy, .pt, HDF5 or LeRobot; of the checkpoint's training data only the "
+        text=f"recorded actions: .pt, {DATA_FORMATS}; of the checkpoint's training data only the "
         "calibration episodes are used",
     )
     parser.add_output("checkpoint; default: build/checkpoints/NAME-METHOD.safetensors")

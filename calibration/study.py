@@ -15,10 +15,10 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from rfsq.runtime.bundle.command import run_command
+    from rfsq.runtime.bundle.start import run_script
 
     # Before the imports below, some of which may be missing.
-    run_command("rfsq.calibration.study")
+    run_script("rfsq.calibration.study")
 
 import argparse
 import math

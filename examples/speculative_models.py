@@ -84,11 +84,11 @@ class TokenModel(nn.Module):
 
 
 def train(model: TokenModel, windows: Windows, size: Size, generator: torch.Generator) -> float:
-    """The last epoch's mean cross-entropy in bits per token. Every window of a batch practises one layer."""
+    """The last epoch's mean cross-entropy in bits per token. Every window of a batch trains one layer."""
     optimiser = torch.optim.AdamW(model.parameters(), size.learning_rate, weight_decay=0.05)
     steps = size.epochs * math.ceil(len(windows) / size.batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    shares = practice(windows.codes[..., : model.num_layers], model.num_levels)
+    shares = training_shares(windows.codes[..., : model.num_layers], model.num_levels)
     total = 0.0
     model.train()
     for _ in range(size.epochs):
@@ -108,8 +108,8 @@ def train(model: TokenModel, windows: Windows, size: Size, generator: torch.Gene
     return total / len(windows) / math.log(2)
 
 
-def practice(codes: Tensor, num_levels: int) -> Tensor:
-    """How often each layer is practised: by its entropy, for one that never changes is learnt at once."""
+def training_shares(codes: Tensor, num_levels: int) -> Tensor:
+    """How often each layer is trained: by its entropy, for one that never changes is learnt at once."""
     shares = torch.stack([(codes == level).double().mean(dim=(0, 1, 2)) for level in range(num_levels)])
     entropy: Tensor = torch.special.entr(shares).sum(dim=0)
     return entropy + 0.05

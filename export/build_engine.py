@@ -14,7 +14,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if __name__ == "__main__":
-    from rfsq.__main__ import run_script
+    from rfsq.runtime.bundle.start import run_script
 
     run_script("rfsq.export.build_engine")
 
@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rfsq.export.errors import BuildInputError
-from rfsq.runtime.bundle.command import CommandParser, Outcome, path_argument, run
+from rfsq.runtime.bundle.command import DATA_FORMATS, CommandParser, Outcome, path_argument, run
 from rfsq.runtime.bundle.modes import MODES
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def parser() -> CommandParser:
     )
     parser.add_checkpoint()
     parser.add_data(
-        "--calibration-data", text="episodes of the checkpoint's robot: .npz, .npy, .pt, HDF5 or LeRobot",
+        "--calibration-data", text=f"episodes of the checkpoint's robot: .pt, {DATA_FORMATS}",
         default="the embedded demonstrations, for checkpoints that were trained on them",
     )  # fmt: skip
     parser.add_output("folder of the bundle; default: build/bundle")

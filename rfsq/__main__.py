@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import NoReturn
+
+from .runtime.bundle.start import end_interrupted, run_script
 
 
 def main() -> None:
@@ -11,22 +12,7 @@ def main() -> None:
     try:
         _main()
     except KeyboardInterrupt:
-        _end_interrupted()
-
-
-def run_script(module: str) -> NoReturn:
-    """For a script of its own, before it imports anything else: Ctrl-C during the imports is no traceback."""
-    try:
-        from .runtime.bundle.command import run_command
-
-        run_command(module)
-    except KeyboardInterrupt:
-        _end_interrupted()
-
-
-def _end_interrupted() -> NoReturn:
-    print("interrupted", file=sys.stderr)
-    sys.exit(130)
+        end_interrupted()
 
 
 def _main() -> None:
@@ -65,7 +51,7 @@ def _usage() -> str:
             "",
             "rfsq COMMAND --help tells more.",
             "",
-            "exit status: 0 done; 1 judged and found wanting; 2 cannot be used, as the message says; 130 interrupted",
+            "exit status: 0 done; 1 a check failed; 2 bad input or a missing package, as the message says; 130 interrupted",
         ]
     )
 

@@ -27,7 +27,7 @@ from rfsq.runtime.datasets.array_layouts import (
 )
 from rfsq.runtime.datasets.episodes import Run, check_values, extend_runs, join_runs
 from rfsq.runtime.datasets.errors import DatasetError, SourceError
-from rfsq.runtime.datasets.pieces import Source
+from rfsq.runtime.datasets.source_base import Source
 from rfsq.runtime.datasets.sources import open_source
 from rfsq.runtime.datasets.steps import opened, optional, readable
 

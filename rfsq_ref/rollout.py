@@ -1,89 +1,11 @@
 #!/usr/bin/env python3
-"""The command that drives simulated robots through tokens: scripted experts in robosuite, every codec in the loop.
-
-It runs in an environment with the simulator, for hours, and goes on where it was stopped. Every cell of the table
-drives the same scenes with the same noise. `--report-only` writes the report of the episodes that are there, in any
-environment. Results are the same with any number of workers. Another kind of processor rounds differently, and single
-episodes may end differently there.
-"""
+"""Drive simulated robots through tokens of every codec. See `evidence/rollout_command.py`."""
 
 import sys
 from pathlib import Path
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 if __name__ == "__main__":
-    from rfsq.__main__ import run_script
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    from rfsq.runtime.bundle.start import run_script
 
-    run_script("rfsq.rfsq_ref.rollout")
-
-import argparse
-from collections.abc import Sequence
-
-from rfsq.evidence.settings import TASK_NAMES, RolloutConfig
-from rfsq.runtime.bundle.advice import install
-from rfsq.runtime.bundle.command import CommandParser, Outcome, path_argument, run
-from rfsq.runtime.bundle.paths import refuse_existing
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    return run(parser(), _work, arguments)
-
-
-def parser() -> CommandParser:
-    """All arguments of the command; what has the name of a setting is one."""
-    parser = CommandParser("rollout", interrupted="run the same command again to go on")
-    parser.description = f"{parser.description}; driving needs the simulator: {install('sim')}"
-    parser.add_output("folder of the report", Path("docs/results"))
-    parser.add_argument(
-        "--episodes-dir", type=path_argument, default=RolloutConfig.folder, metavar="DIR",
-        help="where episodes are kept, which --overwrite leaves as they are; default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument("--report-only", action="store_true", help="report the episodes that are there")
-    parser.add_argument(
-        "--tasks", nargs="+", default=RolloutConfig.tasks, metavar="TASK",
-        help=f"of {', '.join(TASK_NAMES)}; default: {' '.join(RolloutConfig.tasks)}",
-    )  # fmt: skip
-    parser.add_argument("--cells", nargs="+", default=(), metavar="CELL", help='such as "raw"; default: all of them')
-    parser.add_argument("--peers", action="store_true", help="the methods of others too, trained where needed")
-    parser.add_argument("--restart-changed", action="store_true", help="drive cells whose codec has changed anew")
-    for name, text in (
-        ("episodes", "per task and cell"),
-        ("seed", "of scenes and experts"),
-        ("chunk", "actions executed between two looks"),
-        ("workers", "processes"),
-    ):
-        parser.add_argument(
-            f"--{name}",
-            type=int,
-            default=getattr(RolloutConfig, name),
-            metavar="N",
-            help=f"{text}; default: %(default)s",
-        )
-    parser.refuse_former("--results", "the report goes to --output now, and episodes are kept in --episodes-dir")
-    return parser
-
-
-def config_of(options: argparse.Namespace) -> RolloutConfig:
-    """Raises EvidenceError for settings that make no sense."""
-    names = RolloutConfig.__dataclass_fields__.keys() - {"tasks", "cells", "folder"}
-    given = {name: getattr(options, name) for name in names}
-    return RolloutConfig(tuple(options.tasks), tuple(options.cells), folder=options.episodes_dir, **given)
-
-
-def _work(options: argparse.Namespace) -> Outcome:
-    config = config_of(options)
-
-    from rfsq.evidence.rollout_files import report_files, write_report
-
-    # Not after hours of driving.
-    files = report_files(options.output)
-    refuse_existing(files, overwrite=options.overwrite)
-    if not options.report_only:
-        from rfsq.evidence.rollouts import run_rollouts
-
-        run_rollouts(config)
-    text, document = write_report(config.file, options.output)
-    print(text)
-    return Outcome(f"✓ wrote {', '.join(map(str, filter(Path.exists, files)))}", document)
+    run_script("rfsq.evidence.rollout_command")

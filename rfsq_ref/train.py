@@ -8,7 +8,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 if __name__ == "__main__":
-    from rfsq.__main__ import run_script
+    from rfsq.runtime.bundle.start import run_script
 
     run_script("rfsq.rfsq_ref.train")
 

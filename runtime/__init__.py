@@ -1,7 +1,7 @@
 """What runs on the robot: numpy plus the one backend in use.
 
-Installed it is `rfsq.runtime`; in a checkout, and where this folder was copied to, `runtime`. Each name below is loaded
-when it is first used.
+Installed it is `rfsq.runtime`; where this folder was copied to, `runtime`; in a checkout either. Each name below is
+loaded when it is first used.
 """
 
 from __future__ import annotations

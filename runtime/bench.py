@@ -7,8 +7,4 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    try:
-        import_module("runtime.bundle.command").run_command("runtime.benchmark.command")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    import_module("runtime.bundle.start").run_script("runtime.benchmark.command")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Decide every tick of a flight record again. See `runtime/qualification/replay.py`."""
+"""Decide every tick of a flight record again. See `runtime/qualification/replay_flight.py`."""
 
 import sys
 from importlib import import_module
@@ -7,8 +7,4 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
-    try:
-        import_module("runtime.bundle.command").run_command("runtime.qualification.replay")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    import_module("runtime.bundle.start").run_script("runtime.qualification.replay_flight")

@@ -1,4 +1,4 @@
-"""The published model's calls on a bundle; where it stands is `runtime/policy/adapter.py`."""
+"""The published model's calls on a bundle; implemented in `runtime/policy/adapter.py`."""
 
 from .policy.adapter import ActionRFSQAE
 

@@ -68,7 +68,9 @@ def test_help_needs_no_package_and_ends_with_the_statuses() -> None:
     assert (len(shown), rest) == (len(COMMANDS), "")
     for text in shown:
         words = " ".join(text.split())
-        assert re.search(r"exit status: 0 done; 1 .*; 2 cannot be used, as the message says; 130 interrupted", words)
+        assert re.search(
+            r"exit status: 0 done; 1 .*; 2 bad input or a missing package, as the message says; 130 interrupted", words
+        )
         assert words.endswith("interrupted status 0")
         assert all(option in words for option in ("-v, --verbose", "-q, --quiet", "--json"))
         assert "%%" not in words

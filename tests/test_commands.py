@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from rfsq.calibration import fit, study
+from rfsq.evidence import compare_command as compare
+from rfsq.evidence import rollout_command as rollout
 from rfsq.export import build_engine
-from rfsq.rfsq_ref import compare, generate_demonstrations, rollout, train
+from rfsq.rfsq_ref import generate_demonstrations, train
 from rfsq.runtime.benchmark import command as bench
-from rfsq.runtime.bundle.advice import EXTRAS, install_package
+from rfsq.runtime.bundle.advice import COMMANDS, EXTRAS, install_package
 from rfsq.runtime.bundle.errors import OutputExistsError
 from rfsq.runtime.bundle.paths import refuse_existing, shortlist
 from tests.bundles import Recipe, write_bundle
@@ -288,7 +290,8 @@ def test_overwrite_replaces_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_every_command_with_an_output_knows_the_rule() -> None:
-    writing = [path for path in scripts() if re.search(r'"--output"|add_output', path.read_text())]
+    modules = [ROOT / f"{entry.module.replace('.', '/')}.py" for entry in COMMANDS.values()]
+    writing = [path for path in {*scripts(), *modules} if re.search(r'"--output"|add_output', path.read_text())]
     assert len(writing) >= 7
     assert [path.name for path in writing if not re.search(r'"--overwrite"|add_output', path.read_text())] == []
 

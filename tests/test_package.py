@@ -1,7 +1,10 @@
 """The one import root: what it is called, what it brings, and the command of that name."""
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -65,3 +68,22 @@ def test_an_unknown_command_is_refused() -> None:
     done = run("-m", "rfsq", "biuld")
     assert done.returncode == 2
     assert done.stderr.startswith("error: 'biuld' is no command; expected one of build, selftest, ")
+
+
+def test_what_the_reference_may_not_use_of_runtime_is_listed_whole() -> None:
+    """A new package or dataset file of `runtime` stands on one side of the contract in pyproject.toml."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (contract,) = (found for found in contracts if found.get("source_modules") == ["rfsq.rfsq_ref"])
+    forbidden = {name.removeprefix("rfsq.runtime.") for name in contract["forbidden_modules"]}
+    readers = {"array_layouts", "episodes", "errors", "hdf5", "hdf5_layouts", "hdf5_storage", "lerobot", "npz"}
+    readers |= {"source_base", "sources", "steps"}
+    packages = {path.parent.name for path in (ROOT / "runtime").glob("*/__init__.py")} - {"bundle", "datasets"}
+    files = {path.stem for path in (ROOT / "runtime/datasets").glob("*.py")} - readers - {"__init__"}
+    assert forbidden == packages | {"tokenizer"} | {f"datasets.{name}" for name in files}
+
+
+@pytest.mark.parametrize("room", ["export", "runtime/datasets"])
+def test_the_map_of_a_room_names_every_file(room: str) -> None:
+    text = ast.get_docstring(ast.parse((ROOT / room / "__init__.py").read_text())) or ""
+    files = {path.stem for path in (ROOT / room).glob("*.py")} - {"__init__"}
+    assert files - set(re.findall(r"\w+", text)) == set()

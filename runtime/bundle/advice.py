@@ -44,12 +44,14 @@ COMMANDS = {
         "encode a dataset of demonstrations, or decode one of tokens",
     ),
     "replay": Command(
-        "runtime/replay_flight.py", "runtime.qualification.replay", "decide every tick of a flight record again"
+        "runtime/replay_flight.py", "runtime.qualification.replay_flight", "decide every tick of a flight record again"
     ),
     "calibrate": Command("calibration/fit.py", "calibration.fit", "fit a checkpoint to demonstrations"),
     "train": Command("rfsq_ref/train.py", "rfsq_ref.train", "train a tokenizer on demonstrations"),
-    "compare": Command("rfsq_ref/compare.py", "rfsq_ref.compare", "compare tokens with their peers at equal bits"),
-    "rollout": Command("rfsq_ref/rollout.py", "rfsq_ref.rollout", "drive simulated robots through tokens"),
+    "compare": Command(
+        "rfsq_ref/compare.py", "evidence.compare_command", "compare tokens with their peers at equal bits"
+    ),
+    "rollout": Command("rfsq_ref/rollout.py", "evidence.rollout_command", "drive simulated robots through tokens"),
 }
 #: What each extra of `pyproject.toml` brings for people to use; "" is the core.
 EXTRAS = {

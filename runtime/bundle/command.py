@@ -26,13 +26,15 @@ from .errors import RfsqError
 from .paths import as_path
 
 DONE, WANTING, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
+#: What `--data` reads; docs/datasets.md has more of each.
+DATA_FORMATS = ".npz, .npy, HDF5 or LeRobot"
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a command ends. verdict: its last lines, which -q shows too; document: what --json writes.
 
-    status: DONE, or WANTING where something was judged and found wanting.
+    status: DONE, or WANTING where a check failed.
     """
 
     verdict: str
@@ -56,11 +58,11 @@ class CommandParser(argparse.ArgumentParser):
     def __init__(
         self, name: str, summary: str = "", *, wanting: str = "", interrupted: str = "", **settings: Any
     ) -> None:
-        judged = f"judged and found wanting: {wanting}" if wanting else "not used, nothing is judged"
+        judged = f"a check failed: {wanting}" if wanting else "not used, nothing is checked"
         super().__init__(
             description=summary or COMMANDS[name].summary,
-            epilog=f"exit status: {DONE} done; {WANTING} {judged}; {UNUSABLE} cannot be used, as the message says; "
-            f"{INTERRUPTED} interrupted",
+            epilog=f"exit status: {DONE} done; {WANTING} {judged}; {UNUSABLE} bad input or a missing package, "
+            f"as the message says; {INTERRUPTED} interrupted",
             **settings,
         )
         self.interrupted = interrupted
@@ -83,7 +85,7 @@ class CommandParser(argparse.ArgumentParser):
         self, *spellings: str, text: str = "", default: str = "the embedded demonstrations", required: bool = False
     ) -> None:
         """`--data F`, and what chooses from it. spellings: other names of --data; default: what it stands for."""
-        what = text or "recorded actions in the robot's units: .npz, .npy, HDF5 or LeRobot"
+        what = text or f"recorded actions in the robot's units: {DATA_FORMATS}"
         self.add_argument(
             "--data",
             *spellings,

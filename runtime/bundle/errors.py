@@ -8,7 +8,7 @@ class RfsqError(Exception):
     (True, True)
     """
 
-    #: What a command ends with that raises it: 2, it cannot be used; 1, it was judged and found wanting.
+    #: What a command ends with that raises it: 2, bad input or a missing package; 1, a check failed.
     exit_status = 2
 
 

@@ -29,8 +29,8 @@ class BackendChain:
     """What a loop asks for actions, and nobody else.
 
     `decode` leaves `chunk` float32 [T, A], `used`, `fell_back` and `detail` behind. A backend that has failed is tried
-    again off the loop, and used again once it answers as at the start. Making a chain runs every backend once, and
-    raises what a broken one raises.
+    again in another thread, and used again once `WarmTokenizer.works` says that it answers rightly. Making a chain runs
+    every backend once, and raises what a broken one raises.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class BackendChain:
         self.fell_back, self.detail = False, ""
 
     def start(self) -> None:
-        """Retry what fails, from now on: practice is over."""
+        """Retry what fails, from now on: the rehearsal is over."""
         self._health.backend = self.warm[0].name
         if len(self.warm) > 1 or self._workers:
             self._retriers = [

@@ -14,7 +14,6 @@ from ..bundle.arrays import Float32Array
 from ..bundle.errors import CannotCopyError
 from ..bundle.paths import as_path
 from ..tokenizer import ActionTokenizer
-from .books import TickBooks
 from .chain import BackendChain
 from .clock import steady
 from .config import ControlConfig, OnFault, Status
@@ -23,8 +22,9 @@ from .guard import ActionGuard
 from .health import Health, HealthSnapshot
 from .loop import ControlLoop
 from .recorder import FlightRecorder
-from .result import ADVICE, BROKEN_OFF, BrokenOff, ControlResult, Outcome
+from .result import ADVICE, BROKEN_OFF, BrokenOff, ControlResult, TickOutcome
 from .state import LoopState
+from .tick_log import TickLog
 from .worker import Reporter
 
 #: In place of the owning thread: the decoder was inherited by fork, and its threads were not.
@@ -39,8 +39,8 @@ class ControlDecoder:
     """One action per tick from chunks of tokens, with a status that says whether it can be trusted.
 
     For one thread: the one that calls `warmup()`. From another, and in a child of fork, `step` and `reset` raise
-    WrongThreadError; `health`, `snapshot()` and `openmetrics()` may be read from any. One decoder per robot and
-    process, and not within itself: a signal's handler may raise, and calls neither `step` nor `reset`.
+    WrongThreadError; `health`, `snapshot()` and `openmetrics()` may be read from any. Each robot has one of its own,
+    and a process may have any number. A signal's handler may raise, but calls neither `step` nor `reset`.
 
     fallbacks: tokenizers of the same bundle on other backends, tried in this order. position: the command that the
     robot obeys now, needed where a dimension is absolute or a gripper. clock: monotonic nanoseconds.
@@ -72,8 +72,8 @@ class ControlDecoder:
         self._guard = ActionGuard(config, model.chunk_length, position)
         self._recorder = FlightRecorder(config.record_ticks, model) if config.record_ticks else None
         self.health = Health()
-        self._books = TickBooks(config, self._clock, self._recorder, self.health)
-        self._loop = ControlLoop(config, model, self._guard, self._books, self._clock)
+        self._tick_log = TickLog(config, self._clock, self._recorder, self.health)
+        self._loop = ControlLoop(config, model, self._guard, self._tick_log, self._clock)
         self._meta: dict[str, Any] = {
             "config": config.to_values(),
             "fingerprint": tokenizer.fingerprint,
@@ -98,14 +98,14 @@ class ControlDecoder:
                 "warmup() was called before; expected once per decoder: call reset() to go on, or make another one"
             )
         self._chain = chain = make_chain(self._tokenizers, self.config, self._guard, self._clock, self.health)
-        self._loop.practise(chain)
+        self._loop.rehearse(chain)
         self.health.count_anew()
         chain.start()
         if self._recorder is not None:
             self._recorder.written = 0
         self._start_anew(self.result.shown.values)
         if reports:
-            self._books.reporter = Reporter(self.config, self.health, self._recorder, self._meta)
+            self._tick_log.reporter = Reporter(self.config, self.health, self._recorder, self._meta)
         self._owner = _thread()
         _WARM.add(self)
 
@@ -126,10 +126,9 @@ class ControlDecoder:
 
         Raises WrongThreadError from another thread, ControlFaultError where `on_fault` is `raise`, and what a signal's
         handler raises, as KeyboardInterrupt; nothing else, whatever a backend, the clock or the decoder itself raises.
-        `result` is safe to be sent after each: from its first line on a tick that is not whole stands still. The six
-        instructions that look up what was shown last and begin to watch, and the return, are beside the tick: broken
-        off there, or where the call begins or has returned, it has not begun or is whole. `result.tick` tells: where
-        that was sent already, call again; else send it.
+        `result` is safe to be sent after each: a tick that was broken off stands still. An exception that comes just
+        before a tick begins or just after it has ended leaves the last or this tick's whole result. `result.tick`
+        tells which: where that was sent already, call again; else send it (docs/control_loop.md, "What is promised").
         """
         sent = self.result.shown
         try:
@@ -163,7 +162,7 @@ class ControlDecoder:
                 raise
             except BaseException as error:
                 # Nothing that could fail comes first, not even a call: the stack may be full.
-                if isinstance(sent, Outcome):
+                if isinstance(sent, TickOutcome):
                     self._still.before = sent
                     self.result.shown = self._still
                 # What the decoder or a library raises never reaches the loop: it gets a safe action.
@@ -176,7 +175,7 @@ class ControlDecoder:
         except _ASKED_FOR:
             raise
         except BaseException:
-            if isinstance(sent, Outcome):
+            if isinstance(sent, TickOutcome):
                 self._still.before = sent
                 self.result.shown = self._still
             raise
@@ -194,7 +193,7 @@ class ControlDecoder:
 
     def resume(self, sent: Float32Array, state: LoopState) -> None:
         """Go on as if `sent` had left last and the loop were in `state`; the queue stays. For replays."""
-        self.result.shown = Outcome(sent.tolist())
+        self.result.shown = TickOutcome(sent.tolist())
         self._loop.state = state
 
     def snapshot(self) -> HealthSnapshot:
@@ -207,13 +206,13 @@ class ControlDecoder:
 
     def write_flight_record(self, path: str | os.PathLike[str]) -> bool:
         """Write the last ticks to `path`, now; not from the loop. False if the disk refuses, which is logged."""
-        if self._books.reporter is None or self._recorder is None:
+        if self._tick_log.reporter is None or self._recorder is None:
             raise ControlConfigError("there is no flight record; call warmup(), with record_ticks above 0")
-        return self._books.reporter.write(as_path(path, "the flight record"))
+        return self._tick_log.reporter.write(as_path(path, "the flight record"))
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until log lines and records are written; not from the loop."""
-        return self._books.reporter is None or self._books.reporter.flush(timeout_s)
+        return self._tick_log.reporter is None or self._tick_log.reporter.flush(timeout_s)
 
     def close(self) -> None:
         """End the threads beside the loop; the tokenizers stay open. Closing twice is harmless.
@@ -223,9 +222,9 @@ class ControlDecoder:
         self._owner = None
         if self._chain is not None:
             self._chain.close()
-        if self._books.reporter is not None:
-            self._books.reporter.close()
-            self._books.reporter = None
+        if self._tick_log.reporter is not None:
+            self._tick_log.reporter.close()
+            self._tick_log.reporter = None
 
     def __repr__(self) -> str:
         state = "not warm"
@@ -248,7 +247,7 @@ class ControlDecoder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _refuse_thread(self, sent: Outcome | BrokenOff) -> ControlResult:
+    def _refuse_thread(self, sent: TickOutcome | BrokenOff) -> ControlResult:
         if self._owner == _FORKED:
             raise WrongThreadError(
                 f"process {os.getpid()} has inherited this decoder by fork, and not its threads; expected the process "
@@ -261,7 +260,7 @@ class ControlDecoder:
             )
         self._guard.sent = sent.values
         self._guard.hold()
-        out = Outcome(
+        out = TickOutcome(
             self._guard.values,
             tick=sent.tick,
             sequence=sent.sequence,
@@ -276,8 +275,8 @@ class ControlDecoder:
 
     def _start_anew(self, start: list[float]) -> None:
         """Start again from `start`, as if it had been sent last: the next action is compared to it."""
-        out, sent = Outcome(start), self.result.shown
-        if isinstance(sent, Outcome):
+        out, sent = TickOutcome(start), self.result.shown
+        if isinstance(sent, TickOutcome):
             # As in a tick: a start that is broken off stands still.
             self._still.before = sent
             self.result.shown = self._still

@@ -10,7 +10,6 @@ import numpy as np
 
 from ..bundle.manifest import ModelEntry
 from ..bundle.validation import TOKEN_TYPES
-from .books import TickBooks
 from .chain import BackendChain
 from .clock import nanoseconds, stamp
 from .config import ControlConfig, OutOfRange, Status
@@ -18,38 +17,39 @@ from .errors import in_words, is_from_outside
 from .guard import ActionGuard
 from .order import ChunkOrder
 from .queue import action_queue
-from .result import NO_STAMPS, BrokenOff, Outcome
+from .result import NO_STAMPS, BrokenOff, TickOutcome
 from .state import INTERNAL, NO_NUMBER, NONE_IN_SERVICE, RUN_OUT, WRONG_NUMBER, LoopState
+from .tick_log import TickLog
 
 # Bound names: Python finds a member of an enum more slowly than numpy adds seven numbers.
 _OK, _DEADLINE_MISS, _BAD_TOKEN, _STALE = Status.OK, Status.DEADLINE_MISS, Status.BAD_TOKEN, Status.STALE
 _OUT_OF_RANGE, _NOT_READY, _BACKEND_FAULT = Status.OUT_OF_RANGE, Status.NOT_READY, Status.BACKEND_FAULT
 _now = time.monotonic_ns
 _Array = np.ndarray
-#: The deadline of ticks that are only practised.
-_PRACTICE_US = 1e7
+#: The deadline of ticks that are only rehearsed.
+_REHEARSAL_US = 1e7
 
 
 class ControlLoop:
     """Puts ticks together; `ControlDecoder` shows them when they are whole. For one thread.
 
-    A tick leaves `state` and the queue to the next one. chain: what decodes; set by `practise`.
+    A tick leaves `state` and the queue to the next one. chain: what decodes; set by `rehearse`.
     """
 
     chain: BackendChain
     #: The tick under way, and its deadline.
-    _out: Outcome
+    _out: TickOutcome
     _deadline_ns: int | None = None
 
     def __init__(
-        self, config: ControlConfig, model: ModelEntry, guard: ActionGuard, books: TickBooks, clock: Callable[[], int]
+        self, config: ControlConfig, model: ModelEntry, guard: ActionGuard, tick_log: TickLog, clock: Callable[[], int]
     ) -> None:
-        self.books = books
+        self.tick_log = tick_log
         self.state = LoopState()
         #: One is shown while the other is filled.
-        self.outcomes = Outcome(guard.sent), Outcome(guard.sent)
+        self.outcomes = TickOutcome(guard.sent), TickOutcome(guard.sent)
         self._config, self._guard, self._clock = config, guard, clock
-        self._health = books.health
+        self._health = tick_log.health
         self._length = model.chunk_length
         self._order = ChunkOrder(config, model)
         self._stale_ns = self._order.stale_ns
@@ -57,33 +57,39 @@ class ControlLoop:
         self._allowed_ns = None if config.deadline_us is None else nanoseconds(config.deadline_us)
         self._is_limiting = config.out_of_range is OutOfRange.LIMIT
 
-    def practise(self, chain: BackendChain) -> None:
+    def rehearse(self, chain: BackendChain) -> None:
         """Run ticks on each backend and throw them away, so that the first real one finds every cache filled."""
         self.chain = chain
         for warm in chain.warm:
             for found in chain.warm:
                 found.is_healthy = found is warm
             for _ in range(self._length):
-                self.tick(self.outcomes[0], *warm.probe, None, None, _PRACTICE_US)
+                self.tick(self.outcomes[0], *warm.probe, None, None, _REHEARSAL_US)
         for found in chain.warm:
             found.is_healthy = True
 
-    def begin_anew(self, out: Outcome) -> None:
+    def begin_anew(self, out: TickOutcome) -> None:
         """Start again from `out`, which says where the robot is."""
         self._queue.clear()
         self.state = LoopState(used=self.state.used)
-        self.books.begin_anew(out)
+        self.tick_log.begin_anew(out)
 
-    def make_up_for(self, broken: BrokenOff) -> Outcome:
+    def make_up_for(self, broken: BrokenOff) -> TickOutcome:
         """Take what was shown of a tick that was broken off as sent; nothing that it left half done is served."""
         self._drop(_BACKEND_FAULT)
         sent = broken.settled()
-        self.books.make_up_for(sent, self.state)
+        self.tick_log.make_up_for(sent, self.state)
         return sent
 
     def tick(  # noqa: PLR0913  # as `step` was given them: to pack them takes time
-        self, sent: Outcome, tokens: object, stats: object, sequence: object, observed_ns: object, deadline_us: object
-    ) -> Outcome:
+        self,
+        sent: TickOutcome,
+        tokens: object,
+        stats: object,
+        sequence: object,
+        observed_ns: object,
+        deadline_us: object,
+    ) -> TickOutcome:
         """This tick, whole and not yet shown; `sent` is what was shown before it."""
         first, second = self.outcomes
         self._out = out = second if sent is first else first
@@ -117,7 +123,7 @@ class ControlLoop:
             out.is_limited = False
             guard.hold()
         out.values, out.actions = guard.values, guard.actions
-        self.books.close_tick(out, self.state, tokens, stats)
+        self.tick_log.close_tick(out, self.state, tokens, stats)
         return out
 
     def _explain_late(self, taken_ns: int, deadline_us: object) -> Status:

@@ -110,7 +110,7 @@ class ChunkOrder:
                 f"{sorted(self.layers_of.values())}: send what the policy gives for one chunk"
             )
         if tokens.dtype not in TOKEN_TYPES:
-            return f"tokens have type {tokens.dtype}; expected int32, int64 or uint8: send levels, not values"
+            return f"tokens have type {tokens.dtype}; expected int32, int64 or uint8: send levels, not grid values"
         is_first = stamp(sequence) == WRONG_NUMBER
         name, value = ("sequence", sequence) if is_first else ("observed_ns", observed_ns)
         is_int = type(value) is int or isinstance(value, np.integer)

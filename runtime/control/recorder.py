@@ -22,7 +22,7 @@ from ..bundle.reading import regular_file
 from ..bundle.writing import replacing
 from .config import Status
 from .errors import FlightRecordError
-from .result import Outcome
+from .result import TickOutcome
 from .state import ABSENT, ACCEPTED, BEGUN, COLUMNS, FELL_BACK, HELD, KEPT, LATCHED, QUEUED, UNKEPT, LoopState
 
 SCHEMA = 2
@@ -67,7 +67,7 @@ class FlightRecorder:
         self.written = 0
 
     def add(  # noqa: C901  # a call for the flags would take longer than they do
-        self, out: Outcome, state: LoopState, tokens: Any = None, stats: Any = None, flags: int = 0
+        self, out: TickOutcome, state: LoopState, tokens: Any = None, stats: Any = None, flags: int = 0
     ) -> None:
         """Write the row of a tick. out: what it was answered with; tokens, stats: as they came; flags: further ones."""
         # Multiplying truth values takes three times as long as asking for them.

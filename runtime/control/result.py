@@ -2,7 +2,7 @@
 
 A signal's handler may raise between any two instructions of a tick and break it off. So nothing is cleaned up
 afterwards: from the beginning of a tick a `BrokenOff` is shown, which stands still; the tick is put together in an
-`Outcome` that nobody sees; and one assignment shows it when it is whole.
+`TickOutcome` that nobody sees; and one assignment shows it when it is whole.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ ADVICE = "it was raised from outside; send this action, or stop the robot"
 
 
 @dataclass(slots=True, eq=False)
-class Outcome:
+class TickOutcome:
     """A whole tick; not altered while it is shown. values: `actions` as Python's floats, with values of float32.
 
-    For the books alone: begin, when the tick began, NO_NUMBER if the clock failed; stamps, the sequence and observed_ns
-    that came; is_accepted, whether the chunk was; rows, how many the flight recorder has, this tick's included.
+    For the tick log alone: begin, when the tick began, NO_NUMBER if the clock failed; stamps, the sequence and
+    observed_ns that came; is_accepted, whether the chunk was; rows, how many the flight recorder has, with this tick.
     """
 
     values: list[float]
@@ -53,7 +53,7 @@ class Outcome:
 
 
 class BrokenOff:
-    """Stands still after `before`; has the attributes of an `Outcome`, computed when somebody looks.
+    """Stands still after `before`; has the attributes of an `TickOutcome`, computed when somebody looks.
 
     So that showing it takes one assignment, and no call that could fail. hold: gives the values that stand still after
     those that were sent.
@@ -61,17 +61,17 @@ class BrokenOff:
 
     __slots__ = ("_hold", "before", "detail")
 
-    def __init__(self, hold: Callable[[list[float]], list[float]], before: Outcome) -> None:
+    def __init__(self, hold: Callable[[list[float]], list[float]], before: TickOutcome) -> None:
         self._hold, self.before = hold, before
         self.detail = f"{BROKEN_OFF}; {ADVICE}"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.settled(), name)
 
-    def settled(self) -> Outcome:
+    def settled(self) -> TickOutcome:
         """The outcome that this stands for; it does not depend on the decoder any more."""
         before = self.before
-        return Outcome(
+        return TickOutcome(
             self._hold(before.values),
             before.status if before.is_latched else Status.BACKEND_FAULT,
             before.tick + 1,
@@ -88,11 +88,11 @@ class ControlResult:
 
     __slots__ = ("shown",)
 
-    def __init__(self, shown: Outcome) -> None:
+    def __init__(self, shown: TickOutcome) -> None:
         #: Everything below in one piece, so that one assignment publishes it.
-        self.shown: Outcome | BrokenOff = shown
+        self.shown: TickOutcome | BrokenOff = shown
 
-    def __reduce__(self) -> tuple[type[ControlResult], tuple[Outcome]]:
+    def __reduce__(self) -> tuple[type[ControlResult], tuple[TickOutcome]]:
         """A copy keeps this tick, whatever the decoder does next."""
         # The outcome that is shown is filled again two ticks later.
         shown = self.shown

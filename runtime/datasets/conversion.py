@@ -10,17 +10,17 @@ from ..bundle.fidelity import Grade
 from ..bundle.modes import Mode
 from ..bundle.paths import counted
 from ..tokenizer import ActionTokenizer
+from .action_files import FileFormat, write_file
 from .errors import OutputError, TokenDatasetError
-from .files import FileFormat, write_file
 from .finish import complete
 from .format import INFO_NAME, Compression, DatasetInfo, Storage, Verification, read_info
 from .job import Job, partial_folder, plan
-from .partial import Begun, begin, give_up, load_records, locked, output_errors, was_finished
-from .parts import parts_of_another_source, run_local
-from .pieces import Source
+from .job_folder import Begun, begin, give_up, load_records, locked, output_errors, was_finished
+from .part_maker import parts_of_another_source, run_local
 from .progress import Progress
-from .reader import TokenDataset, open_token_dataset
+from .source_base import Source
 from .sources import open_source
+from .token_reader import TokenDataset, open_token_dataset
 from .tokenize import DECODED, ENCODED
 
 _FORMATS = {".parquet": "parquet", ".zarr": "zarr", ".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5"}

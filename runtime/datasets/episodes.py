@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from .errors import IllegalActionError, SourceError
-from .pieces import Source
+from .source_base import Source
 from .steps import EpisodeTable, Int64Array, Steps, lengths_to_starts
 
 #: Steps of one episode that follow one another: its number, the first and the last frame, and how many steps.

@@ -28,17 +28,17 @@ from .format import (
     spelled,
 )
 from .job import Job
-from .partial import finish
-from .parts import parts_of_another_source
-from .pieces import StepReader
-from .reader import TokenDataset
-from .record import PartRecord
+from .job_folder import finish
+from .part_maker import parts_of_another_source
+from .part_record import PartRecord
+from .source_base import StepReader
 from .steps import (
     AnyArray,
     EpisodeTable,
     has_changed,
     optional,
 )
+from .token_reader import TokenDataset
 from .writers import hash_file, move, put, scratch_file, zarr_array
 
 _WINDOWS, _WINDOW_STEPS = 8, 512

@@ -13,7 +13,7 @@ import numpy as np
 
 from .hdf5_layouts import FoundEpisode, find_episodes
 from .hdf5_storage import follow
-from .pieces import Source, StepReader, common_width
+from .source_base import Source, StepReader, common_width
 from .steps import (
     EpisodeTable,
     Int64Array,

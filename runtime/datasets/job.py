@@ -28,7 +28,7 @@ from .format import (
     TokenModel,
     spelled,
 )
-from .pieces import Source
+from .source_base import Source
 from .steps import optional
 
 #: The file in the folder of a job that its process locks; it also marks the folder as ours.

@@ -16,7 +16,7 @@ from ..bundle.reading import read_file
 from .array_layouts import TASK_NAMES, table_by_numbers, task_name
 from .episodes import check_stated
 from .errors import SourceError
-from .pieces import Source, StepReader, check_width, common_width
+from .source_base import Source, StepReader, check_width, common_width
 from .steps import (
     AnyArray,
     EpisodeTable,

@@ -23,7 +23,7 @@ from .array_layouts import (
     episode_table,
 )
 from .errors import SourceError
-from .pieces import Source, StepReader, common_width
+from .source_base import Source, StepReader, common_width
 from .steps import (
     AnyArray,
     EpisodeTable,

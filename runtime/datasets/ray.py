@@ -12,8 +12,8 @@ from ..bundle.advice import install
 from ..bundle.errors import TokenizerError
 from .errors import DatasetError
 from .job import Job, open_tokenizer
-from .partial import output_errors
-from .parts import PartMaker
+from .job_folder import output_errors
+from .part_maker import PartMaker
 from .progress import Progress
 
 #: The least that Ray accepts; a row is a few numbers.

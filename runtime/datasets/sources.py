@@ -10,7 +10,7 @@ from .errors import SourceError
 from .hdf5 import HDF5_SUFFIXES, hdf5_files, open_hdf5
 from .lerobot import open_parquet, parquet_files
 from .npz import open_npz
-from .pieces import Source
+from .source_base import Source
 from .steps import is_hidden
 
 _EXPECTED = (

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 
 from ..bundle.advice import command
-from ..bundle.command import DONE, WANTING, CommandParser, Outcome, positive, run
+from ..bundle.command import DATA_FORMATS, DONE, WANTING, CommandParser, Outcome, positive, run
 
 #: Steps of a part, which is made or remade as a whole.
 PART_STEPS = 262_144
@@ -32,7 +32,7 @@ def parser() -> CommandParser:
         interrupted="run the same command again to go on",
     )
     parser.add_bundle()
-    parser.add_data(required=True, text="LeRobot, HDF5 or .npz; with --decode, what this command wrote")
+    parser.add_data(required=True, text=f"{DATA_FORMATS}; with --decode, what this command wrote")
     parser.add_output(
         "folder, Parquet or Zarr by its name (NAME.parquet, NAME.zarr); with --decode Parquet, .npz or .hdf5",
         required=True,

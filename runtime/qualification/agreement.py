@@ -15,7 +15,7 @@ from ..bundle.errors import InvalidInputError
 from ..bundle.fidelity import Fidelity, FidelitySums
 from ..bundle.manifest import ModelEntry
 from ..datasets.episodes import Run, extend_runs, join_runs
-from ..datasets.pieces import Source
+from ..datasets.source_base import Source
 from ..tokenizer import ActionTokenizer, codes_of
 
 #: Share of steps that may have another token: float32 rounding carries a value across the edge between two bins, and

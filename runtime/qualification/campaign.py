@@ -166,18 +166,18 @@ def run_campaign(  # noqa: PLR0913  # settings, given by name
     for place, setup in enumerate(setups):
         rig = Rig(tokenizer, setup, rng, fallback=fallback, nan_backends=nan_backends)
         with contextlib.closing(rig):
-            done, rare = 0, set[str]()
+            done, drawn = 0, set[str]()
             while done < (place + 1) * faults // len(setups) - place * faults // len(setups):
                 kind = next(deck)
-                if not kind.applies(setup) or kind.name in rare:
+                if not kind.applies(setup) or kind.name in drawn:
                     continue
-                if kind.is_rare:
-                    rare.add(kind.name)
+                if kind.is_slow:
+                    drawn.add(kind.name)
                 answer, found = inject(rig, kind)
                 done += 1
                 answered.setdefault(kind.name, Counter())[str(answer)] += 1
                 problems += [f"{kind.name} ({setup}): {text}" for text in found]
-                if kind.is_rare:
+                if kind.is_slow:
                     longest = max(longest, answer.seconds)
                 else:
                     times.append(answer.seconds)
@@ -206,17 +206,17 @@ def inject(rig: Rig, kind: Kind) -> tuple[Answer, list[str]]:
     status, is_held, fell_back = kind.expected(rig.setup)
     latches = is_held and (kind.latches or rig.setup.on_fault is OnFault.STOP)
     expected = Answer(status, is_held, fell_back, latches, "", 0.0)
-    marks = kind.marks(rig.setup)
+    to_recover = kind.recoveries(rig.setup)
     if str(answer) != str(expected):
-        marks = 0
+        to_recover = 0
         problems.append(f"{answer}, expected {expected}: {answer.detail}")
     # Other ticks run on the rig's clock, and how long they really take is the machine's affair.
-    if kind.is_rare and answer.seconds >= PATIENCE_S:
+    if kind.is_slow and answer.seconds >= PATIENCE_S:
         problems.append(f"answered after {answer.seconds:.3f} s")
     _look_after(rig, answer, problems)
     rig.clear()
     _return_to_service(rig, kind, problems)
-    if marks and not _comes_back(rig, recoveries + marks):
+    if to_recover and not _comes_back(rig, recoveries + to_recover):
         problems.append("what had failed was not taken back")
     return answer, problems + rig.check.problems
 

@@ -11,7 +11,7 @@ from ..bundle.compatibility import Compatibility, compare_manifests
 from ..bundle.gates import GATES
 from ..bundle.manifest import ModelEntry
 from ..bundle.paths import as_path
-from ..datasets.pieces import Source
+from ..datasets.source_base import Source
 from .agreement import BundleFacts, Measurement, Side, listed, measure
 
 #: Decoders that are the same may each be off by the gate.

@@ -25,7 +25,7 @@ _TOLERANCE = 1e-4
 _LATE_NS = 10**12
 
 
-def replay(record: FlightRecord, tokenizer: ActionTokenizer) -> tuple[int, list[str]]:
+def replay_flight(record: FlightRecord, tokenizer: ActionTokenizer) -> tuple[int, list[str]]:
     """How many ticks were compared, and a line for each that differs. Raises FlightRecordError for none."""
     # Of a record that does not say it, the decoder had no tolerance.
     values = {

@@ -27,9 +27,9 @@ class Kind:
     """One kind of fault. inject: returns the answer of the tick that must have noticed it.
 
     is_held: whether that tick stands still. is_backend: a backend fails, so that the fallback answers if there is one,
-    and the failed one is tried again. marks: how many backends have to come back. applies: to which setups. latches:
-    the decoder stands still afterwards until `reset()`. is_rare: it takes long. takes_time: a thread has to come back
-    before service goes on.
+    and the failed one is tried again. recoveries: how many backends have to come back. applies: to which setups.
+    latches: the decoder stands still afterwards until `reset()`. is_slow: real time passes, so each setup draws it once
+    at most. takes_time: a thread has to come back before service goes on.
     """
 
     name: str
@@ -37,10 +37,10 @@ class Kind:
     inject: Inject
     is_held: bool = True
     is_backend: bool = False
-    marks: Callable[[Setup], int] = lambda _: 0
+    recoveries: Callable[[Setup], int] = lambda _: 0
     applies: Callable[[Setup], bool] = lambda _: True
     latches: bool = False
-    is_rare: bool = False
+    is_slow: bool = False
     takes_time: bool = False
 
     def expected(self, setup: Setup) -> tuple[Status, bool, bool]:
@@ -310,10 +310,10 @@ _FAULT, _STALE, _MISS = Status.BACKEND_FAULT, Status.STALE, Status.DEADLINE_MISS
 
 
 def _backend(name: str, status: Status, inject: Inject, **options: Any) -> Kind:
-    def marks(setup: Setup) -> int:
+    def recoveries(setup: Setup) -> int:
         return int(setup.use_worker or setup.has_fallback)
 
-    return Kind(name, status, inject, is_backend=True, marks=marks, **options)
+    return Kind(name, status, inject, is_backend=True, recoveries=recoveries, **options)
 
 
 KINDS: tuple[Kind, ...] = (
@@ -341,17 +341,17 @@ KINDS: tuple[Kind, ...] = (
     _backend("backend gives infinity", Status.NONFINITE, _failing(Fault.INF)),
     _backend("backend writes nothing", Status.NONFINITE, _failing(Fault.WRITES_NOTHING)),
     Kind("backend gives a huge value", Status.OUT_OF_RANGE, _huge),
-    Kind("fallback fails too", _FAULT, _both_failing, marks=lambda _: 2, applies=lambda setup: setup.has_fallback),
+    Kind("fallback fails too", _FAULT, _both_failing, recoveries=lambda _: 2, applies=lambda setup: setup.has_fallback),
     Kind("backend is late", _MISS, _late(PERIOD_S)),
     _backend(
         "backend hangs, left behind",
         _MISS,
         _hanging,
         applies=lambda setup: setup.use_worker,
-        is_rare=True,
+        is_slow=True,
         takes_time=True,
     ),
-    Kind("backend hangs the loop", _MISS, _hanging_loop, applies=lambda setup: not setup.use_worker, is_rare=True),
+    Kind("backend hangs the loop", _MISS, _hanging_loop, applies=lambda setup: not setup.use_worker, is_slow=True),
     Kind("chunk from long ago", _STALE, _dated(lambda rig: 2 * rig.length + 2), is_held=False),
     Kind("chunk whose time has passed", _STALE, _dated(lambda rig: rig.length), is_held=False),
     Kind("chunk from the future", _STALE, _dated(lambda _: -10), is_held=False),
@@ -366,7 +366,7 @@ KINDS: tuple[Kind, ...] = (
     Kind("clock jumps forward within a tick", _MISS, _late(50 * PERIOD_S)),
     Kind("clock jumps back within a tick", _STALE, _back_within),
     Kind("clock raises", _FAULT, _no_clock),
-    Kind("deadline is no number", _MISS, _no_deadline, marks=lambda setup: int(setup.use_worker), takes_time=True),
+    Kind("deadline is no number", _MISS, _no_deadline, recoveries=lambda setup: int(setup.use_worker), takes_time=True),
     Kind("another thread steps", Status.OK, _wrong_thread, is_held=False),
 )
 

@@ -30,9 +30,9 @@ from .trial_inputs import chunks_of, config_for, motion_of
 #: By how many bytes RSS may grow after warm-up.
 RSS_LIMIT = 2**20
 #: How many times as long as one line of Python's logging, written to nowhere, guard, queue and book-keeping may take.
-#: Both run through much of Python, and suffer nearly alike when others fill the caches. The quickest line that was seen
-#: took 3.9 us, so this is 8 us. A quiet machine had 1.71 to 1.99, by strategy, a heavily loaded one 2.01 to 2.07: a few
-#: calls of numpy suffer less from load.
+#: Both run through much of Python, and suffer nearly alike when others fill the caches. Measured: 1.71 to 1.99 on a
+#: quiet machine, by strategy. The quickest line of logging that was seen took 3.9 us, so the limit is 8 us there.
+#: A heavily loaded machine had 2.01 to 2.07, and may fail: measure on a quiet one.
 ADDED_LIMIT = 2.05
 #: The percentile that is judged: the quickest ticks are those that nothing has interrupted.
 _QUICKEST = 5

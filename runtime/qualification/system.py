@@ -82,7 +82,7 @@ class _Trial:
 
 
 def run_system_faults(path: Path, times: int, *, backend: str = "auto", seed: int = 0) -> SystemReport:
-    """Try every kind so often. Raises TokenizerError if the bundle at `path` cannot be opened."""
+    """Try every kind `times` times. Raises TokenizerError if the bundle at `path` cannot be opened."""
     begin, trial = time.monotonic(), _Trial(times, random.Random(seed))
     with tempfile.TemporaryDirectory() as folder:
         with ActionTokenizer.load(path, backend=backend) as tokenizer:

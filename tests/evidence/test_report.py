@@ -15,10 +15,10 @@ import pytest
 
 from rfsq.calibration.fitting import recover
 from rfsq.calibration.settings import CalibrationConfig, ReadoutConfig, RecoveredConfig
+from rfsq.evidence.compare_command import main
 from rfsq.evidence.report import as_text
 from rfsq.evidence.results import Comparison, read_json
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
-from rfsq.rfsq_ref.compare import main
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.errors import DataError
 from tests.evidence.conftest import robot_dataset

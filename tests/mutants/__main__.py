@@ -62,7 +62,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "runtime/control/result.py": (_CONTROL,),
     "runtime/control/order.py": (_CONTROL,),
     "runtime/control/clock.py": (_CONTROL,),
-    "runtime/control/books.py": (_CONTROL,),
+    "runtime/control/tick_log.py": (_CONTROL,),
     "runtime/bundle/validation.py": _BUNDLE,
     "runtime/bundle/folder.py": _BUNDLE,
     "runtime/bundle/manifest.py": (*_BUNDLE, "tests/export/test_bundle_writer.py"),

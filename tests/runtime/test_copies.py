@@ -39,7 +39,7 @@ from rfsq.runtime import (
 from rfsq.runtime import tokenizer as tokenizer_module
 from rfsq.runtime.bundle.errors import SequenceTooShortError
 from rfsq.runtime.control.config import ActionKind
-from rfsq.runtime.control.result import BrokenOff, Outcome
+from rfsq.runtime.control.result import BrokenOff, TickOutcome
 from tests.backends import offer
 from tests.bundles import Recipe, random_actions, write_bundle
 from tests.runtime.control.loops import scripted
@@ -77,8 +77,8 @@ CONFIG = ControlConfig(0.002, (-1.0,), (1.0,), (0.5,), (ActionKind.DELTA,))
 VOCABULARY = TokenVocabulary(3, 5, 4, 2, offset=100, special_ids=(("eos", 1),))
 
 
-def outcome(*values: float) -> Outcome:
-    made = Outcome([*values])
+def outcome(*values: float) -> TickOutcome:
+    made = TickOutcome([*values])
     made.status, made.detail, made.tick = Status.STALE, "too old", 7
     return made
 
@@ -135,7 +135,7 @@ def test_a_copied_result_outlives_the_next_tick(copier: Copier, is_broken: bool)
         live.shown = BrokenOff(lambda values: [value / 2 for value in values], outcome(2, 4, 6))
     said = told(live)
     kept = copier(live)
-    if isinstance(live.shown, Outcome):
+    if isinstance(live.shown, TickOutcome):
         live.shown.values, live.shown.actions, live.shown.tick = [0, 0, 0], np.zeros(3, np.float32), 9
     live.shown = outcome(0, 0, 0)
     assert told(kept) == said

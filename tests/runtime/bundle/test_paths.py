@@ -22,8 +22,8 @@ from rfsq.runtime.bundle.paths import as_path, shown
 from rfsq.runtime.control.errors import FlightRecordError
 from rfsq.runtime.control.recorder import read_record
 from rfsq.runtime.datasets.errors import SourceError
-from rfsq.runtime.datasets.reader import open_token_dataset
 from rfsq.runtime.datasets.sources import open_source
+from rfsq.runtime.datasets.token_reader import open_token_dataset
 from rfsq.runtime.policy.adapter import ActionRFSQAE
 from rfsq.runtime.qualification.conclusion import compare
 

@@ -12,7 +12,7 @@ from rfsq.runtime.bundle.manifest import ModelEntry
 from rfsq.runtime.control.config import Status
 from rfsq.runtime.control.errors import FlightRecordError
 from rfsq.runtime.control.recorder import FlightRecorder, read_record, write_record
-from rfsq.runtime.control.result import Outcome
+from rfsq.runtime.control.result import TickOutcome
 from rfsq.runtime.control.state import (
     ABSENT,
     INTERNAL,
@@ -40,8 +40,8 @@ def _write(recorder: FlightRecorder, path: Path) -> Path:
     return path
 
 
-def _tick(number: int, actions: Any = ACTIONS) -> tuple[Outcome, LoopState]:
-    return Outcome(actions.tolist()), LoopState(line=(number, NO_NUMBER))
+def _tick(number: int, actions: Any = ACTIONS) -> tuple[TickOutcome, LoopState]:
+    return TickOutcome(actions.tolist()), LoopState(line=(number, NO_NUMBER))
 
 
 @pytest.mark.parametrize(
@@ -242,7 +242,7 @@ def test_the_columns_of_a_file_are_those_that_other_versions_read(tmp_path: Path
     ],
 )
 def test_the_state_that_a_tick_has_left_comes_back_from_its_row(tmp_path: Path, state: LoopState) -> None:
-    recorder, out = _recorder(), Outcome(ACTIONS.tolist())
+    recorder, out = _recorder(), TickOutcome(ACTIONS.tolist())
     out.status, out.is_latched = state.latched or Status.OK, state.latched is not None
     recorder.add(out, state)
     assert state_after(read_record(_write(recorder, tmp_path / "flight.npz")).row(0)) == state

@@ -258,7 +258,7 @@ def test_what_fails_in_the_decoder_itself_breaks_the_tick_off_and_leaves_it_only
         for _ in range(2):
             made.tick(0.5)
         with monkeypatch.context() as patch:
-            patch.setattr(made.decoder._books, "close_tick", fail)
+            patch.setattr(made.decoder._tick_log, "close_tick", fail)
             if on_fault == "raise":
                 with pytest.raises(ControlFaultError, match=r"^the tick was broken off$") as caught:
                     made.tick(0.5)

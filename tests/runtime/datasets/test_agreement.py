@@ -19,8 +19,8 @@ from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.datasets import conversion
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import SourceError
-from rfsq.runtime.datasets.reader import open_token_dataset
 from rfsq.runtime.datasets.sources import open_source
+from rfsq.runtime.datasets.token_reader import open_token_dataset
 from tests.runtime.datasets.samples import (
     lerobot_table,
     random_episodes,

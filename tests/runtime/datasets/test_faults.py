@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.runtime.datasets.command import ROOT, arguments, run
-from tests.runtime.datasets.samples import random_episodes, write_hdf5, write_lerobot_v3, write_npz
+from tests.runtime.datasets.samples import LAYOUTS, random_episodes, write_layout, write_npz
 
 ERRORS = [errno.ENOSPC, errno.EACCES, errno.ESTALE, errno.EIO, errno.EROFS, errno.ENOENT]
 #: Set to 1 to have every single call fail, which takes minutes.
@@ -79,17 +79,12 @@ def test_a_refused_call_on_the_output_is_survived(
     assert calls > 20
 
 
-@pytest.mark.parametrize("layout", ["npz", "hdf5", "lerobot", "tokens"])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "tokens"])
 def test_a_refused_call_on_the_source_is_survived(layout: str, shim: Path, c_bundle: Path, tmp_path: Path) -> None:
-    episodes, folder = random_episodes([9000, 50]), tmp_path / "source"
+    folder = tmp_path / "source"
     folder.mkdir()
     options = ["--workers", "1"]
-    if layout == "npz":
-        source = write_npz(folder / "x.npz", episodes)
-    elif layout == "hdf5":
-        source = write_hdf5(folder / "x.hdf5", episodes)
-    else:
-        source = write_lerobot_v3(folder / "x", episodes, per_file=1)
+    source = write_layout("stored.npz" if layout == "tokens" else layout, folder, random_episodes([9000, 50]))
     if layout == "tokens":
         run(source, folder / "tokens.parquet", c_bundle)
         source, options = folder / "tokens.parquet", [*options, "--decode"]

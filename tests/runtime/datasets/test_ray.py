@@ -16,7 +16,7 @@ from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.bundle.errors import BackendUnavailableError, SequenceTooShortError, TokenizerError
 from rfsq.runtime.datasets.errors import IllegalActionError
 from rfsq.runtime.datasets.job import plan
-from rfsq.runtime.datasets.partial import begin, locked
+from rfsq.runtime.datasets.job_folder import begin, locked
 from rfsq.runtime.datasets.ray import RayWorker, raise_refusal
 from rfsq.runtime.datasets.sources import open_source
 from tests.bundles import Recipe, random_actions

@@ -15,7 +15,7 @@ from rfsq.runtime.datasets import conversion
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import OutputError, SourceError
 from rfsq.runtime.datasets.format import INFO_NAME
-from rfsq.runtime.datasets.reader import open_token_dataset
+from rfsq.runtime.datasets.token_reader import open_token_dataset
 from tests.runtime.datasets.command import LENGTHS, ROOT, arguments, files, interrupt_at_the_end, refusal, run
 from tests.runtime.datasets.samples import (
     random_episodes,

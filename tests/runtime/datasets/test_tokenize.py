@@ -20,12 +20,12 @@ from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.bundle.errors import FingerprintError, InvalidInputError, TokenizerError
 from rfsq.runtime.bundle.fidelity import Grade, fidelity
 from rfsq.runtime.bundle.folder import open_bundle
-from rfsq.runtime.datasets import partial as dataset_partial
+from rfsq.runtime.datasets import job_folder
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import IllegalActionError, OutputError, SourceError, TokenDatasetError
 from rfsq.runtime.datasets.format import INFO_NAME, SCHEMA_VERSION, info_text, parse_info
 from rfsq.runtime.datasets.progress import Progress
-from rfsq.runtime.datasets.reader import open_token_dataset
+from rfsq.runtime.datasets.token_reader import open_token_dataset
 from tests.bundles import Recipe
 from tests.runtime.datasets.command import LENGTHS, PART, ROOT, arguments, files, refusal, run
 from tests.runtime.datasets.samples import (
@@ -576,7 +576,7 @@ def test_worthless_tokens_end_red_where_an_earlier_run_has_made_them(
     given = arguments(write_npz(tmp_path / "degrees.npz", [steps]), tmp_path / "out.parquet", c_bundle)
     with monkeypatch.context() as patch:
         # As if killed when all was done but cleaning up.
-        patch.setattr(dataset_partial, "_clean_up", lambda _: None)
+        patch.setattr(job_folder, "_clean_up", lambda _: None)
         assert tokenize_dataset.main(given) == 1
     capsys.readouterr()
     assert tokenize_dataset.main(given) == 1

@@ -12,8 +12,8 @@ from rfsq.runtime import ActionTokenizer, Status
 from rfsq.runtime.control.errors import FlightRecordError
 from rfsq.runtime.control.recorder import FlightRecord, read_record, write_record
 from rfsq.runtime.control.state import HELD, LATCHED, RESET
-from rfsq.runtime.qualification.flights import replay
-from rfsq.runtime.qualification.replay import main
+from rfsq.runtime.qualification.flights import replay_flight
+from rfsq.runtime.qualification.replay_flight import main
 from rfsq.runtime.qualification.soak import chunks_of
 from tests.bundles import Recipe
 from tests.runtime.control.loops import PERIOD_NS, Clock, fails, loop, switched
@@ -140,7 +140,7 @@ def test_every_tick_from_the_start_on_is_compared(
         flight.tick()
     record = flight.record()
     assert (record.stats.size > 0) is (mode == "dynamic")
-    assert replay(record, flight.tokenizer) == (150, [])
+    assert replay_flight(record, flight.tokenizer) == (150, [])
 
 
 @STRATEGIES
@@ -167,7 +167,7 @@ def test_a_flight_with_faults_of_every_kind_is_replayed(
         # More ticks than the ring holds: it begins in the middle of a chunk.
         assert sum(flight.decoder.health.statuses) > 400
         record = flight.record()
-        compared, differences = replay(record, tokenizer)
+        compared, differences = replay_flight(record, tokenizer)
     assert differences == []
     # All that were asked for; those before serve to fill the queue.
     assert compared >= 400 - int(((record.columns["flags"] & RESET) != 0).sum())
@@ -184,10 +184,10 @@ def test_a_record_without_a_tolerance_is_replayed_without_one(tokenizer: ActionT
     record = flight.record()
     settings = record.meta["config"]
     assert settings.pop("range_tolerance") == 0
-    assert replay(record, tokenizer) == (40, [])
+    assert replay_flight(record, tokenizer) == (40, [])
     # That the settings of a record decide, is seen where they are others.
     settings["range_tolerance"] = 1.0
-    assert len(replay(record, tokenizer)[1]) == statuses.count(Status.OUT_OF_RANGE)
+    assert len(replay_flight(record, tokenizer)[1]) == statuses.count(Status.OUT_OF_RANGE)
 
 
 def test_the_first_ticks_of_a_ring_that_has_wrapped_serve_to_fill_the_queue(bundle_of: Any, tmp_path: Path) -> None:
@@ -198,15 +198,15 @@ def test_the_first_ticks_of_a_ring_that_has_wrapped_serve_to_fill_the_queue(bund
             flight.tick()
         record = flight.record()
         assert len(record) == 20 + 5
-        assert replay(record, tokenizer) == (20, [])
+        assert replay_flight(record, tokenizer) == (20, [])
         ticks = record.columns["tick"]
         # One that was altered is found among those compared, the first as well as the last.
         for index in (5, 15, len(record) - 1):
-            compared, differences = replay(_altered(record, index), tokenizer)
+            compared, differences = replay_flight(_altered(record, index), tokenizer)
             assert compared == 20
             assert differences[0].startswith(f"tick {ticks[index]}: recorded OK")
         with pytest.raises(FlightRecordError, match="nothing can be compared"):
-            replay(_first(record, 5), tokenizer)
+            replay_flight(_first(record, 5), tokenizer)
 
 
 def test_a_ring_that_has_wrapped_keeps_the_latch(tokenizer: ActionTokenizer, tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_ring_that_has_wrapped_keeps_the_latch(tokenizer: ActionTokenizer, tmp
     flight.tick(flight.tokens[0] - 100)
     for _ in range(60):
         flight.chunk()
-    assert replay(flight.record(), tokenizer) == (20, [])
+    assert replay_flight(flight.record(), tokenizer) == (20, [])
 
 
 def _first(record: FlightRecord, count: int) -> FlightRecord:
@@ -247,8 +247,8 @@ def test_a_tick_on_which_the_robot_stood_still_is_compared_too(
     record = flight.record()
     index = len(record) - 1
     assert record.columns["flags"][index] & HELD
-    assert replay(record, tokenizer) == (_ticks(record), [])
-    altered = replay(_altered(record, index), tokenizer)[1]
+    assert replay_flight(record, tokenizer) == (_ticks(record), [])
+    altered = replay_flight(_altered(record, index), tokenizer)[1]
     assert [text.partition(" [")[0] for text in altered] == [
         f"tick {record.columns['tick'][index]}: recorded {status.name}, held,"
     ]
@@ -259,7 +259,7 @@ def test_a_backend_that_gave_something_else_is_found(tokenizer: ActionTokenizer,
     flight.chunk()
     flight.backend_fails(lambda actions: actions.fill(1e9))
     flight.chunk()
-    (difference,) = replay(flight.record(), tokenizer)[1]
+    (difference,) = replay_flight(flight.record(), tokenizer)[1]
     assert difference.startswith("tick 2: recorded OUT_OF_RANGE, held, ")
     assert "; replayed OK [" in difference
 
@@ -272,7 +272,7 @@ def test_statuses_that_were_altered_are_found(tokenizer: ActionTokenizer, tmp_pa
     for status in (Status.BAD_TOKEN, Status.STALE, Status.NONFINITE):
         columns = {name: column.copy() for name, column in record.columns.items()}
         columns["status"][5] = status
-        (difference,) = replay(replace(record, columns=columns), tokenizer)[1]
+        (difference,) = replay_flight(replace(record, columns=columns), tokenizer)[1]
         assert difference.startswith(f"tick 5: recorded {status.name} ")
 
 
@@ -312,4 +312,4 @@ def test_a_record_of_another_robot_is_refused(tokenizer: ActionTokenizer, tmp_pa
     flight.chunk()
     record = flight.record()
     with pytest.raises(FlightRecordError, match="expected some, with 3 dimensions"):
-        replay(replace(record, actions=record.actions[:, :2]), tokenizer)
+        replay_flight(replace(record, actions=record.actions[:, :2]), tokenizer)

@@ -16,7 +16,7 @@ from ..bundle.reading import read_file
 from .episodes import check_stated
 from .errors import SourceError, TokenDatasetError
 from .format import EPISODES_NAME, DatasetInfo, part_name, read_info
-from .pieces import Source, StepReader
+from .source_base import Source, StepReader
 from .steps import (
     AnyArray,
     EpisodeTable,

@@ -17,9 +17,9 @@ from .coding import StepCoder
 from .episodes import Run, check_values, extend_runs
 from .format import HASH_STEPS
 from .job import Job
-from .partial import output_errors, save_record
+from .job_folder import output_errors, save_record
+from .part_record import PartRecord
 from .progress import Progress
-from .record import PartRecord
 from .steps import AnyArray, Steps
 from .writers import part_writer
 

@@ -124,7 +124,7 @@ def test_what_a_tick_has_noted_itself_before_it_was_broken_off_is_struck_out(
     with ScriptedLoop() as made:
         made.tick(0.5)
         with monkeypatch.context() as patch:
-            patch.setattr(made.decoder._books, "_report", fail)
+            patch.setattr(made.decoder._tick_log, "_report", fail)
             assert made.wrong().status is Status.BACKEND_FAULT
         made.tick()
         record = _record(made, tmp_path)
@@ -153,7 +153,7 @@ def test_only_what_is_new_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         def note(status: Status, tick: int, *_: Any) -> None:
             seen.append((status, tick))
 
-        monkeypatch.setattr(made.decoder._books.reporter, "incident", note)
+        monkeypatch.setattr(made.decoder._tick_log.reporter, "incident", note)
         for rows in (None, 0.5, 0.5, 9.0, 9.0, 0.5, None, 9.0):
             made.tick(rows)
     assert seen == [(Status.OUT_OF_RANGE, 4), (Status.OUT_OF_RANGE, 8)]
@@ -189,7 +189,7 @@ def test_why_a_tick_was_broken_off_is_not_said_of_the_next_one(monkeypatch: pyte
             made.tick(KeyboardInterrupt("Ctrl-C"))
         assert "Ctrl-C" in made.decoder.result.detail
         made.tick(0.5)
-        monkeypatch.setattr(made.decoder._books, "close_tick", fail)
+        monkeypatch.setattr(made.decoder._tick_log, "close_tick", fail)
         result = made.tick(0.5)
         assert result.is_held
         assert "Ctrl-C" not in result.detail

@@ -18,8 +18,8 @@ from rfsq.runtime.bundle.writing import sync
 from rfsq.runtime.datasets import conversion
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import IllegalActionError, OutputError, SourceError, VerificationError
-from rfsq.runtime.datasets.partial import locked
-from rfsq.runtime.datasets.reader import open_token_dataset
+from rfsq.runtime.datasets.job_folder import locked
+from rfsq.runtime.datasets.token_reader import open_token_dataset
 from rfsq.runtime.datasets.writers import move, put
 from tests.runtime.datasets.command import LENGTHS, arguments, files, interrupt_at_the_end, refusal, run
 from tests.runtime.datasets.samples import random_episodes, write_hdf5, write_npz
@@ -254,7 +254,7 @@ def test_a_file_system_that_cannot_force_names_to_the_disk_is_good_enough(
 
 
 def add_seven_steps(path: Path, *, hash_anew: bool = False, work: str = "") -> None:
-    from rfsq.runtime.datasets.record import PartRecord
+    from rfsq.runtime.datasets.part_record import PartRecord
 
     content = json.loads(path.read_bytes())
     content["runs"][0][3] += 7
@@ -399,7 +399,7 @@ def test_after_a_refusal_the_same_command_goes_on_with_what_is_done(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A file server that was away for a moment."""
-    from rfsq.runtime.datasets.pieces import StepReader
+    from rfsq.runtime.datasets.source_base import StepReader
 
     read = StepReader.read
 

@@ -26,7 +26,7 @@ from ..bundle.writing import sync
 from .errors import OutputError, VerificationError
 from .format import HASH_STEPS, INFO_NAME, spelled
 from .job import LOCK_NAME, Job, ownership_of, partial_folder
-from .record import PartRecord
+from .part_record import PartRecord
 from .steps import is_hidden
 from .writers import hash_file, part_files, put
 

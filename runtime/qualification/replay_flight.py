@@ -31,7 +31,7 @@ def _parser() -> CommandParser:
 def _work(options: argparse.Namespace) -> Outcome:
     from ..control.recorder import read_record
     from ..tokenizer import ActionTokenizer
-    from .flights import replay
+    from .flights import replay_flight
 
     if options.record.is_dir() and options.bundle.is_file():
         raise InvalidInputError(
@@ -41,7 +41,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     with ActionTokenizer.load(
         options.bundle, backend=options.backend, expect_fingerprint=record.meta["fingerprint"]
     ) as tokenizer:
-        compared, differences = replay(record, tokenizer)
+        compared, differences = replay_flight(record, tokenizer)
         name = tokenizer.backend.name
     shown = differences if options.verbose else differences[:_SHOWN]
     print("".join(f"{printable(line)}\n" for line in shown), end="")

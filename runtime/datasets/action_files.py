@@ -19,11 +19,11 @@ from .errors import OutputError
 from .finish import verify_actions
 from .format import SCHEMA_VERSION, Verification
 from .job import partial_folder
-from .partial import discard, locked, output_errors, work_folder
+from .job_folder import discard, locked, output_errors, work_folder
 from .progress import Progress
-from .reader import TokenDataset
 from .sources import open_source
 from .steps import optional
+from .token_reader import TokenDataset
 
 FileFormat = Literal["npz", "hdf5"]
 #: Gives the actions of the steps start … stop - 1 in slices: the first row of each, and float32 [n, A].

@@ -1,4 +1,4 @@
-"""Book-keeping of every tick: counts, a row of the flight record, a line in the log. No fault in it costs an action."""
+"""The log of every tick: counts, a row of the flight record, a line in the log. No fault in it costs an action."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from .config import ControlConfig, OnFault, Status
 from .errors import in_words
 from .health import Health
 from .recorder import FlightRecorder
-from .result import Outcome
+from .result import TickOutcome
 from .state import INTERNAL, NO_NUMBER, RESET, LoopState
 from .worker import Reporter
 
 _OK, _NOT_READY = Status.OK, Status.NOT_READY
 
 
-class TickBooks:
-    """The books of one loop, which alone calls them. reporter: set between `warmup` and `close`."""
+class TickLog:
+    """The log of one loop, which alone calls it. reporter: set between `warmup` and `close`."""
 
     reporter: Reporter | None = None
 
@@ -29,7 +29,7 @@ class TickBooks:
         self._stops, self._most_faults = config.on_fault is OnFault.STOP, config.max_consecutive_faults
         self._last_status = _OK
 
-    def close_tick(self, out: Outcome, state: LoopState, tokens: object, stats: object) -> None:
+    def close_tick(self, out: TickOutcome, state: LoopState, tokens: object, stats: object) -> None:
         """Complete `out`: its status and action are chosen, and its number is still that of the tick shown last."""
         health, status, is_held = self.health, out.status, out.is_held
         failures = health.internal_faults
@@ -59,13 +59,13 @@ class TickBooks:
         if status is not _OK or out.fell_back or self._last_status is not _OK or is_broken:
             self._report(out, is_broken)
 
-    def begin_anew(self, out: Outcome) -> None:
+    def begin_anew(self, out: TickOutcome) -> None:
         """Start again from `out`, which says where the robot is."""
         self._last_status = _OK
         self.health.is_latched = False
         self._record(out, LoopState(), flags=RESET)
 
-    def make_up_for(self, out: Outcome, state: LoopState) -> None:
+    def make_up_for(self, out: TickOutcome, state: LoopState) -> None:
         """Note a tick that was broken off, for which `out` was shown; what it noted itself is struck out."""
         self.health.statuses[out.status] += 1
         self.health.held += 1
@@ -74,7 +74,7 @@ class TickBooks:
         self._record(out, dataclasses.replace(state, used=INTERNAL))
 
     def _record(
-        self, out: Outcome, state: LoopState, tokens: object = None, stats: object = None, flags: int = 0
+        self, out: TickOutcome, state: LoopState, tokens: object = None, stats: object = None, flags: int = 0
     ) -> None:
         if self._recorder is None:
             return
@@ -84,7 +84,7 @@ class TickBooks:
             self._excuse(out, "the flight recorder", error)
         out.rows = self._recorder.written
 
-    def _report(self, out: Outcome, is_broken: bool) -> None:
+    def _report(self, out: TickOutcome, is_broken: bool) -> None:
         status = out.status
         is_news = (status is not self._last_status and status not in (_OK, _NOT_READY)) or out.fell_back
         self._last_status = status
@@ -95,6 +95,6 @@ class TickBooks:
         except Exception as error:  # a log line is worth no tick
             self._excuse(out, "the reporter", error)
 
-    def _excuse(self, out: Outcome, what: str, error: Exception) -> None:
+    def _excuse(self, out: TickOutcome, what: str, error: Exception) -> None:
         self.health.internal_faults += 1
         out.detail = f"{out.detail or 'the action is good'}; {what} failed: {in_words(error)}"
