@@ -45,7 +45,8 @@ def calibration_dataset(
         return load_actions(path, key=key, filter_key=filter_key)
     dataset = embedded_demonstrations(checkpoint)
     if dataset is None:
-        trained_on = checkpoint.provenance.get("data", "not recorded")
+        recorded = checkpoint.provenance.get("data")
+        trained_on = recorded.get("source", "of no name") if isinstance(recorded, dict) else recorded or "not recorded"
         raise DataError(
             f"the checkpoint was not trained on the embedded demonstrations (its data: {trained_on}), so they cannot "
             "calibrate it; give episodes of its own robot: --data FILE"

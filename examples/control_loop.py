@@ -29,7 +29,7 @@ from examples.fault_switch import FAULTS, FaultSwitch
 from examples.loop_report import Witness, report
 from examples.plain_robot import PlainRobot, SwingPolicy
 from examples.policy_process import policy_process, wait_until_ready
-from rfsq.runtime import ActionTokenizer, ControlDecoder, RealtimeConfig, TokenizerError, apply_realtime
+from rfsq.runtime import ActionTokenizer, ControlDecoder, RealtimeConfig, RfsqError, TokenizerError, apply_realtime
 from rfsq.runtime.bundle.console import escape_what_cannot_be_shown
 from rfsq.runtime.qualification.injection import faulty
 
@@ -49,7 +49,7 @@ def main() -> int:
     logging.basicConfig(format="%(message)s")
     try:
         return 0 if run(options) else 1
-    except TokenizerError as error:
+    except RfsqError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -9,13 +9,10 @@ import numpy.typing as npt
 from rfsq.evidence.closed_loop import plan
 from rfsq.evidence.simulation import TASKS, Simulation
 from rfsq.rfsq_ref.expert_poses import gripper_position
-from rfsq.rfsq_ref.generate_demonstrations import SimulatorError, check_simulator
+from rfsq.rfsq_ref.generate_demonstrations import check_simulator
 from rfsq.runtime import ControlConfig, TokenizerError
 
-try:
-    check_simulator()
-except SimulatorError as error:
-    raise ImportError(str(error), name="robosuite") from error
+check_simulator()
 
 PERIOD_S = 0.05
 #: In a second, told to stand still: this controller aims from where the arm is, and so sinks under what it carries.

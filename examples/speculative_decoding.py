@@ -36,6 +36,7 @@ from examples.speculative_models import Size, TokenModel, train
 from examples.speculative_report import acceptance_table, error_table, loop_table, verdicts
 from rfsq.rfsq_ref.data import load_demonstrations, split_episodes
 from rfsq.runtime import TokenizerError
+from rfsq.runtime.bundle.advice import command
 from rfsq.runtime.bundle.console import escape_what_cannot_be_shown
 from rfsq.runtime.torch_adapter import ActionRFSQAE
 
@@ -129,7 +130,10 @@ def open_adapter(bundle: Path) -> ActionRFSQAE:
         "chunks of 4 steps or more (--chunk-length 8)": model.chunk_length >= 4,
     }
     if missing := [name for name, is_met in needs.items() if not is_met]:
-        raise TokenizerError(f"{bundle} lacks {'; '.join(missing)}: build it with export/build_engine.py")
+        raise TokenizerError(
+            f"{bundle} lacks {'; '.join(missing)}; the example speaks of the embedded demonstrations: give the bundle "
+            f"of a model that was trained on them, as {command('build')} makes it"
+        )
     return tokenizer
 
 

@@ -16,7 +16,7 @@ from rfsq.export.proving import failures, seal_proven
 from rfsq.runtime.backends.c import CBackend
 from rfsq.runtime.backends.contract import Backend, engines_of
 from rfsq.runtime.backends.cpu_targets import host_targets
-from rfsq.runtime.backends.registry import create_backend
+from rfsq.runtime.backends.registry import create_backend, without_gpu_as_one
 from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 from rfsq.runtime.bundle.errors import BackendUnavailableError, EngineRefusedError, InferenceError
@@ -93,7 +93,8 @@ def add_engines(config: TargetConfig) -> tuple[Manifest, tuple[str, ...]]:
             "no engine can be added here: install gcc or clang for C, or TensorRT with "
             f"{BACKENDS['tensorrt-rtx'].install} on a machine with a GPU\n  {_listed(left_out)}"
         )
-    for name, reason in left_out.items() if not config.backends else ():
+    told = left_out if config.has_details else without_gpu_as_one(left_out)
+    for name, reason in told.items() if not config.backends else ():
         print(f"– {name} is left out: {reason}")
     return manifest, (*complete, *chosen)
 

@@ -113,7 +113,7 @@ def check_simulator(*others: str) -> dict[str, str]:
     if int(versions["mujoco"].split(".")[0]) >= 4:
         raise SimulatorError(
             f"mujoco {versions['mujoco']} is installed, and robosuite {versions['robosuite']} breaks with mujoco 4; "
-            f"pin it: pip install 'mujoco==3.3.1' (or {install('sim')} into an environment of its own)"
+            f"pin it: pip install 'mujoco==3.3.1' (or {install('sim')})"
         )
     return versions
 

@@ -74,7 +74,8 @@ def describe_normaliser(dataset: ActionDataset, name: str) -> str:
     )
     parts = [f"normaliser: {chosen}, chosen by auto: {why}"]
     if reasons:
-        last = ", but for the last, which has the unit size of a gripper command" if untouched(steps) else ""
+        gripper = ", but for the last, taken for a gripper command by its unit size: a joint belongs in another place"
+        last = gripper if untouched(steps) else ""
         parts.append(f"every dimension is rescaled, those of unit size too{last}")
     is_still = np.ptp(steps, axis=0) == 0
     if is_still.any():

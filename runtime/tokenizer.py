@@ -378,7 +378,7 @@ def _check_fingerprint(found: str, expected: str | None) -> None:
 
     if not matches_fingerprint(found, expected):
         raise FingerprintError(
-            f"the bundle's fingerprint is {found}, expected {expected!r}: its tokens mean something else than those "
+            f"the bundle's fingerprint is {found!r}, expected {expected!r}: its tokens mean something else than those "
             "the policy was trained on, or become other actions; load the bundle that belongs to the policy. Or:\n"
             f"{integration_paths()}"
         )

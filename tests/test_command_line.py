@@ -224,7 +224,8 @@ def test_what_is_shown_fits_a_screen_and_names_the_backend(tmp_path: Path, capsy
         assert main([*arguments, "-q"]) == 0
         assert capsys.readouterr().out.splitlines() == lines[main][-1:]
     for line in lines[selftest.main][1:-1]:
-        assert line.removeprefix("– ").removeprefix("✓ ").partition(":")[0] in BACKENDS
+        names = line.removeprefix("– ").removeprefix("✓ ").partition(":")[0].split(", ")
+        assert set(names) <= set(BACKENDS)
 
 
 # Messages ------------------------------------------------------------------------------------------------------------

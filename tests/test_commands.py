@@ -18,7 +18,7 @@ from rfsq.evidence import rollout_command as rollout
 from rfsq.export import build_engine
 from rfsq.rfsq_ref import generate_demonstrations, train
 from rfsq.runtime.benchmark import command as bench
-from rfsq.runtime.bundle.advice import COMMANDS, EXTRAS, install_package
+from rfsq.runtime.bundle.advice import COMMANDS, EXTRAS, install, install_package
 from rfsq.runtime.bundle.errors import OutputExistsError
 from rfsq.runtime.bundle.paths import refuse_existing, shortlist
 from tests.bundles import Recipe, write_bundle
@@ -102,7 +102,8 @@ def test_a_command_without_its_packages_says_what_to_install(script: str, argume
     found = re.fullmatch(r"error: this command needs (\w+), which cannot be imported \(.*\); (pip install .*)", line)
     assert found is not None, line
     assert found[1] in OPTIONAL
-    assert found[2] == install_package(found[1])
+    entry = next((entry for entry in COMMANDS.values() if entry.script == script), None)
+    assert found[2] == (install(*entry.extras) if entry else install_package(found[1]))
     assert {path.name for path in tmp_path.iterdir()} <= {"sitecustomize.py", "__pycache__"}
 
 
@@ -160,6 +161,15 @@ def test_a_module_of_ours_that_is_missing_is_a_bug(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Traceback" in done.stderr
     assert done.stderr.endswith("error: this is a fault of the program; please report the lines above\n")
+
+
+def test_the_adapter_without_torch_says_how_to_get_it(tmp_path: Path) -> None:
+    (tmp_path / "adapt.py").write_text("import rfsq.runtime.torch_adapter\n")
+    hiding = f"{_HIDING.format(hidden=('torch',))}\nimport runpy; runpy.run_path({str(tmp_path / 'adapt.py')!r})"
+    done = subprocess.run([sys.executable, "-c", hiding], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == (
+        f"ModuleNotFoundError: the adapter needs torch, which is not installed; {install_package('torch')}"
+    )
 
 
 def test_every_script_explains_what_is_missing() -> None:

@@ -121,7 +121,7 @@ def engine_for(bundle: Bundle, backend: str, targets: Sequence[str], wanted: str
 def no_engine(bundle: Bundle, wanted: str, found: str) -> BackendUnavailableError:
     """What to raise where a bundle has no engine that runs here; found: those that it has of this kind, or nothing."""
     return BackendUnavailableError(
-        f"{bundle.folder} has no {wanted}: it has {found or 'none'}; build engines for this machine, on it: "
+        f"{bundle.folder} has no {wanted}{found and f', but {found}'}; build engines for this machine, on it: "
         f"{command('build', f'--from-bundle {bundle.folder}')}"
     )
 

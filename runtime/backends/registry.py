@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bundle.advice import command, install
@@ -23,6 +24,8 @@ _LOG = logging.getLogger(__name__)
 PREFERENCE = tuple(BACKENDS)
 #: Those that take arrays of the GPU where they lie.
 GPU_BACKENDS = tuple(name for name, spec in BACKENDS.items() if spec.is_on_gpu)
+#: What NVIDIA's driver shows on Linux, under WSL and on a Jetson.
+_GPU_TRACES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu")
 
 
 def factory_of(spec: BackendSpec) -> Callable[[Bundle], Backend]:
@@ -54,6 +57,15 @@ def create_backend(name: str, bundle: Bundle) -> Backend:
     if spec is None:
         raise BackendUnavailableError(f"no backend {name!r}; there are {', '.join(('auto', *BACKENDS))}")
     return factory_of(spec)(bundle)
+
+
+def without_gpu_as_one(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Why backends cannot be used, where no NVIDIA GPU is here in one entry for all that need one."""
+    on_gpu = [name for name in reasons if BACKENDS[name].is_on_gpu]
+    if len(on_gpu) < 2 or any(Path(trace).exists() for trace in _GPU_TRACES):
+        return dict(reasons)
+    others = {name: reason for name, reason in reasons.items() if name not in on_gpu}
+    return {**others, ", ".join(on_gpu): "no NVIDIA GPU is here (-v shows each reason)"}
 
 
 def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:

@@ -11,11 +11,15 @@ from typing import Literal, NamedTuple
 
 
 class Command(NamedTuple):
-    """One command. script: what starts it in a checkout; module: where its `main` is, below `rfsq`."""
+    """One command.
+
+    script: what starts it in a checkout; module: where its `main` is, below `rfsq`; extras: what it cannot do without.
+    """
 
     script: str
     module: str
     summary: str
+    extras: tuple[str, ...] = ()
 
 
 COMMANDS = {
@@ -23,6 +27,7 @@ COMMANDS = {
         "export/build_engine.py",
         "export.build_engine",
         "build a validated bundle from a checkpoint, or add engines for this machine",
+        ("export",),
     ),
     "selftest": Command(
         "runtime/selftest.py",
@@ -46,12 +51,20 @@ COMMANDS = {
     "replay": Command(
         "runtime/replay_flight.py", "runtime.qualification.replay_flight", "decide every tick of a flight record again"
     ),
-    "calibrate": Command("calibration/fit.py", "calibration.fit", "fit a checkpoint to demonstrations"),
-    "train": Command("rfsq_ref/train.py", "rfsq_ref.train", "train a tokenizer on demonstrations"),
+    "calibrate": Command("calibration/fit.py", "calibration.fit", "fit a checkpoint to demonstrations", ("export",)),
+    "train": Command("rfsq_ref/train.py", "rfsq_ref.train", "train a tokenizer on demonstrations", ("export",)),
     "compare": Command(
-        "rfsq_ref/compare.py", "evidence.compare_command", "compare tokens with their peers at equal bits"
+        "rfsq_ref/compare.py",
+        "evidence.compare_command",
+        "compare tokens with their peers at equal bits",
+        ("export", "evidence"),
     ),
-    "rollout": Command("rfsq_ref/rollout.py", "evidence.rollout_command", "drive simulated robots through tokens"),
+    "rollout": Command(
+        "rfsq_ref/rollout.py",
+        "evidence.rollout_command",
+        "drive simulated robots through tokens",
+        ("export", "evidence", "sim"),
+    ),
 }
 #: What each extra of `pyproject.toml` brings for people to use; "" is the core.
 EXTRAS = {
@@ -114,13 +127,18 @@ def install(*extras: str) -> str:
         return f"pip install {' '.join(dict.fromkeys(package for extra in extras for package in EXTRAS[extra]))}"
     wanted = f"[{','.join(extras)}]" if any(extras) else ""
     if layout() == "checkout":
+        if "sim" in extras:
+            # The simulator's numpy is another than the one in `constraints.txt`.
+            return f"pip install --editable '.{wanted}' in an environment of its own ({page('training')})"
         # Without `--editable`, a copy would take the place of the checkout that is worked on.
         return f"pip install --constraint constraints.txt --editable '.{wanted}'"
     return f"pip install '{_NAME}{wanted}'"
 
 
-def install_package(module: str) -> str:
+def install_package(module: str, started: str = "") -> str:
     """What the reader types to install what brings a module; empty for a module of another project.
+
+    started: the module of the command that needs it, of which all extras are named at once.
 
     >>> install_package("no_such_module")
     ''
@@ -131,6 +149,9 @@ def install_package(module: str) -> str:
         return ""
     if layout() == "copied":
         return f"pip install {package}"
+    needed = next((entry.extras for entry in COMMANDS.values() if started.endswith(f".{entry.module}")), ())
+    if extra in needed:
+        return install(*needed)
     return install("export", extra) if extra == "evidence" else install(extra)
 
 

@@ -183,7 +183,7 @@ def run(
         state = str(interrupt) or parser.interrupted
         return _end(f"interrupted{state and '; '}{state}", INTERRUPTED)
     except ImportError as error:
-        advice = explanation(error)
+        advice = explanation(error, work.__module__)
         if not advice:
             raise
         return _end(advice, UNUSABLE)
@@ -226,10 +226,13 @@ def _end(message: str, status: int) -> int:
     return status
 
 
-def explanation(error: BaseException) -> str:
-    """What to say where a package is missing that this project advises to install; empty for anything else."""
+def explanation(error: BaseException, started: str = "") -> str:
+    """What to say where a package is missing that this project advises to install; empty for anything else.
+
+    started: the module of the command.
+    """
     module = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
-    advice = install_package(module)
+    advice = install_package(module, started)
     return advice and f"error: this command needs {module}, which cannot be imported ({error}); {advice}"
 
 
@@ -257,7 +260,7 @@ def run_command(module: str) -> NoReturn:
     except KeyboardInterrupt:
         status = _end("interrupted", INTERRUPTED)
     except Exception as error:
-        advice = explanation(error)
+        advice = explanation(error, module)
         if not advice:
             traceback.print_exc()
         status = _end(advice or "error: this is a fault of the program; please report the lines above", UNUSABLE)

@@ -130,7 +130,7 @@ def _format(options: argparse.Namespace) -> str:
 
 def _run(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace) -> Verification:
     if was_finished(job):
-        _say(f"✓ {job.output} was finished by an earlier run")
+        _say(f"✓ {options.output} was finished by an earlier run")
         return read_info(job.output).verification
     begun = begin(job, overwrite=options.overwrite, restart=options.restart)
     if begun.replaced:
@@ -166,7 +166,7 @@ def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, beg
     info = complete(job, tokenizer, load_records(job, range(job.num_parts)), overwrite=options.overwrite)
     _report_verified(progress, info.verification)
     if not options.decode:
-        _report_encoded(job, info)
+        _report_encoded(str(options.output), info)
     return info.verification
 
 
@@ -176,11 +176,11 @@ def _report_verified(progress: Progress, verification: Verification) -> None:
     _say(f"✓ verified: {verification.steps:,} steps read back equal what the tokenizer gives")
 
 
-def _report_encoded(job: Job, info: DatasetInfo) -> None:
+def _report_encoded(output: str, info: DatasetInfo) -> None:
     size = sum(entry.size for entry in info.files.values())
     steps, episodes = counted(info.num_steps, "step"), counted(info.num_episodes, "episode")
     _say(
-        f"✓ {job.output}: {steps} of {episodes}, {size / info.num_steps:.1f} bytes a step, fingerprint "
+        f"✓ {output}: {steps} of {episodes}, {size / info.num_steps:.1f} bytes a step, fingerprint "
         f"{info.fingerprint[:16]}, source {info.source.sha256[:16]}"
     )
 

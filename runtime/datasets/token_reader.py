@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.compatibility import integration_paths, matches_fingerprint
+from ..bundle.advice import page
+from ..bundle.compatibility import matches_fingerprint
 from ..bundle.errors import FingerprintError
 from ..bundle.paths import as_path
 from ..bundle.reading import read_file
@@ -62,9 +63,9 @@ def _open(folder: Path, expect_fingerprint: str | None) -> TokenDataset:
 def check_fingerprint(folder: Path, info: DatasetInfo, expected: str) -> None:
     if not matches_fingerprint(info.fingerprint, expected):
         raise FingerprintError(
-            f"the tokens in {folder} have the fingerprint {info.fingerprint}, expected {expected!r}: they mean "
-            "something else to that tokenizer, and would become other actions; use the bundle that made them. Or:\n"
-            f"{integration_paths()}"
+            f"the tokens in {folder} have the fingerprint {info.fingerprint!r}, expected {expected!r}: they mean "
+            "something else to that tokenizer, and would become other actions; use the bundle that made them, or one "
+            f"of the ways in {page('integration')}"
         )
 
 

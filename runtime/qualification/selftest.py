@@ -36,7 +36,7 @@ def _parser() -> CommandParser:
 
 
 def _work(options: argparse.Namespace) -> Outcome:
-    from ..backends.registry import PREFERENCE, create_backend
+    from ..backends.registry import PREFERENCE, create_backend, without_gpu_as_one
     from ..bundle.folder import open_bundle
     from ..bundle.golden import read_golden
     from ..bundle.manifest import GOLDEN_NAME
@@ -52,13 +52,15 @@ def _work(options: argparse.Namespace) -> Outcome:
         except BackendUnavailableError as error:
             if options.backend:
                 raise
-            print(f"– {name}: not tested: {printable(str(error))}")
             found[name] = {"status": "not tested", "reason": str(error)}
     passed, failed = ([name for name in found if found[name]["status"] == status] for status in ("passed", "failed"))
     if not passed + failed:
         reasons = "\n".join(f"  {name}: {facts['reason']}" for name, facts in found.items())
         raise BackendUnavailableError(f"no backend can be used for {bundle.folder} here\n{reasons}")
     document = {"bundle": str(bundle.folder), "fingerprint": bundle.manifest.fingerprint, "backends": found}
+    untested = {name: facts["reason"] for name, facts in found.items() if facts["status"] == "not tested"}
+    for name, reason in (untested if options.verbose else without_gpu_as_one(untested)).items():
+        print(f"– {name}: not tested: {printable(reason)}")
     if failed:
         verdict = f"✗ {', '.join(failed)}: not the reference's answers; do not use it, build the bundle again"
         return Outcome(verdict, document, WANTING)

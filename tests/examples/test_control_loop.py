@@ -76,7 +76,9 @@ def test_the_plain_loop_answers_every_fault(bundle: Path, faults: tuple[str, ...
 def test_what_cannot_be_run_is_said(bundle: Path, tmp_path: Path) -> None:
     refused = [([tmp_path], "manifest.json"), ([bundle, "--seconds", 1], "--seconds is 1")]
     if not HAS_SIMULATOR:
-        refused.append(([bundle, "--robosuite"], "pip install --constraint constraints.txt --editable '.[sim]'"))
+        refused.append(
+            ([bundle, "--robosuite"], "pip install --editable '.[sim]' in an environment of its own (docs/training.md)")
+        )
     with ThreadPoolExecutor(len(refused)) as pool:
         found = list(pool.map(lambda one: run(*one[0]), refused))
     for one, (_, word) in zip(found, refused, strict=True):

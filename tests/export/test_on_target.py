@@ -159,7 +159,7 @@ def test_without_a_choice_what_cannot_be_proven_here_is_left_out_and_the_rest_is
     without_packages(monkeypatch, "tensorrt")
     monkeypatch.setitem(BACKENDS, RTX, replace(BACKENDS[RTX], packages=()))
     monkeypatch.setattr("rfsq.export.engines._why_no_gpu", lambda: "CUDA finds no usable GPU here")
-    assert main(["--from-bundle", str(bundle)]) == 0
+    assert main(["--from-bundle", str(bundle), "-v"]) == 0
     out = capsys.readouterr().out
     # Nor is it compiled first, which takes a while.
     assert "compile tensorrt-rtx" not in out

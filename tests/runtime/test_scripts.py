@@ -14,6 +14,7 @@ import pytest
 
 from rfsq.runtime.backends import onnxruntime as ort_backend
 from rfsq.runtime.backends.cpu_targets import host_targets
+from rfsq.runtime.bundle.errors import BackendUnavailableError
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.manifest import MANIFEST_NAME, manifest_text, parse_manifest
 from rfsq.runtime.qualification import inspect as inspect_bundle
@@ -140,6 +141,33 @@ def without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """What else is installed where these tests run makes no difference: ONNX Runtime on the CPU is the one backend."""
     monkeypatch.setattr(ort_backend.ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     without_packages(monkeypatch, "tensorrt")
+
+
+@pytest.mark.usefixtures("without_gpu")
+def test_selftest_names_all_backends_of_an_absent_gpu_in_one_line(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rfsq.runtime.backends.registry._GPU_TRACES", ())
+    assert selftest.main([str(bundle)]) == 0
+    out = capsys.readouterr().out
+    assert "– cuda, tensorrt-rtx, tensorrt, onnxruntime-cuda: not tested: no NVIDIA GPU is here" in out
+    assert "pip install" not in out
+    # Where a driver is, each has its reason.
+    monkeypatch.setattr("rfsq.runtime.backends.registry._GPU_TRACES", ("/",))
+    assert selftest.main([str(bundle)]) == 0
+    assert "\n– tensorrt: not tested: " in capsys.readouterr().out
+
+
+def test_selftest_without_any_backend_gives_each_reason_once(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(name: str, _bundle: object) -> None:
+        raise BackendUnavailableError(f"no {name} today")
+
+    monkeypatch.setattr("rfsq.runtime.backends.registry.create_backend", none)
+    assert selftest.main([str(bundle)]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out + captured.err).count("no onnxruntime today") == 1
 
 
 @pytest.mark.usefixtures("without_gpu")

@@ -361,14 +361,11 @@ def test_a_library_that_lacks_a_function_is_refused(name: bytes, opened: Bundle)
 
 
 def test_a_bundle_without_an_engine_for_this_machine_says_how_to_compile_one(bundle_of: BundleOf) -> None:
-    for recipe, found in (
-        (Recipe(), "it has none"),
-        (replace(RECIPE, c_targets=()), "it has none"),
-    ):
+    for recipe in (Recipe(), replace(RECIPE, c_targets=())):
         opened = open_bundle(bundle_of(recipe))
         with pytest.raises(BackendUnavailableError) as caught:
             create_backend("c", opened)
-        assert f"has no C engine for {' or '.join(host_targets())}: {found}; " in str(caught.value)
+        assert f"has no C engine for {' or '.join(host_targets())}; " in str(caught.value)
         assert str(caught.value).endswith(f"python export/build_engine.py --from-bundle {opened.folder}")
 
 
@@ -377,7 +374,7 @@ def test_engines_for_other_machines_are_named_and_not_tried(opened: Bundle) -> N
         replace(entry, targets=("riscv64",)) if entry.backend == "c" else entry for entry in opened.manifest.engines
     )
     strange = replace(opened, manifest=replace(opened.manifest, engines=engines))
-    with pytest.raises(BackendUnavailableError, match="it has engines for riscv64; build engines"):
+    with pytest.raises(BackendUnavailableError, match=", but engines for riscv64; build engines"):
         CBackend(strange)
 
 

@@ -208,7 +208,7 @@ def test_a_backend_asked_for_by_name_is_never_replaced(bundle: Path, monkeypatch
     with pytest.raises(SelfTestError, match=r"cuda .borrowed cuda. does not give the reference's answers"):
         ActionTokenizer.load(bundle, backend="cuda")
     assert made[0].is_closed
-    with pytest.raises(BackendUnavailableError, match=r"has no C engine for .*: it has none; build engines"):
+    with pytest.raises(BackendUnavailableError, match=r"has no C engine for .*; build engines"):
         ActionTokenizer.load(bundle, backend="c")
     without_packages(monkeypatch, "tensorrt")
     for name in ("tensorrt", "tensorrt-rtx"):
