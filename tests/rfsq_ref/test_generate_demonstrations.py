@@ -214,8 +214,8 @@ def test_a_missing_simulator_is_named_with_the_command_that_installs_it(
     monkeypatch.setattr(generator, "version", missing)
     assert main(["--episodes-per-task", "1", "--overwrite"]) == 2
     assert capsys.readouterr().err == (
-        "error: robosuite is not installed, and the simulation needs it; run: pip install --constraint "
-        "constraints.txt --editable '.[sim]'\n"
+        "error: robosuite is not installed, and the simulation needs it; run: pip install --editable '.[sim]' "
+        "in an environment of its own (docs/training.md)\n"
     )
 
 

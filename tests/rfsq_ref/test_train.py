@@ -486,7 +486,7 @@ def test_training_says_which_normaliser_auto_chose_and_why(demonstrations: Actio
     assert said == (
         "normaliser: min-max, chosen by auto: dimension 0 reaches beyond 2 and dimension 1 spans less than 0.2, from "
         "its lowest to its highest action; every dimension is rescaled, those of unit size too, but for the last, "
-        "which has the unit size of a gripper command"
+        "taken for a gripper command by its unit size: a joint belongs in another place"
     )
     assert describe_normaliser(scaled, "none") == "normaliser: none, as asked"
     assert said in describe(scaled, "auto")
