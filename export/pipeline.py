@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from rfsq.export.bundle_writer import StagedBundle, stage_bundle
 from rfsq.export.c_source import c_tokenizer
 from rfsq.export.cuda_source import cuda_tokenizer
 from rfsq.export.engines import EngineSources, compilable, compile_engines
-from rfsq.export.errors import BuildInputError, require_none
+from rfsq.export.errors import BuildInputError, GateError, require_none
 from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graph_check import check_graph, cross_check
 from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
@@ -43,6 +44,7 @@ from rfsq.runtime.backends.registry import without_gpu_as_one
 from rfsq.runtime.bundle.advice import quoted
 from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
+from rfsq.runtime.bundle.fidelity import Fidelity, Grade
 from rfsq.runtime.bundle.golden import Golden, write_golden
 from rfsq.runtime.bundle.manifest import (
     C_HEADER,
@@ -57,6 +59,7 @@ from rfsq.runtime.bundle.manifest import (
     ParityEntry,
     graph_tensors,
 )
+from rfsq.runtime.bundle.modes import Mode
 
 #: Packages whose version can change what is built.
 _TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "polygraphy")
@@ -128,9 +131,10 @@ def build(config: BuildConfig, *, has_tables: bool = True) -> Manifest:
     with stage_bundle(config.output, overwrite=config.overwrite) as staged:
         source = _load(config)
         draft = _export(config, source, staged)
-        sections, golden = _examine(config, source, draft, staged)
         reference, held_out = source.reference, source.data.held_out
         action_mse, fidelity = reference.action_mse(held_out), reference.fidelity(held_out)
+        with _worth_first(fidelity, draft.model.mode):
+            sections, golden = _examine(config, source, draft, staged)
         draft = replace(
             draft,
             engines=_compile(config, draft, staged),
@@ -154,7 +158,19 @@ def build(config: BuildConfig, *, has_tables: bool = True) -> Manifest:
             require_none(problems)
             return parity
 
-        return seal_proven(staged, draft, judge, config.backends, required=_required(config))
+        with _worth_first(fidelity, draft.model.mode):
+            return seal_proven(staged, draft, judge, config.backends, required=_required(config))
+
+
+@contextlib.contextmanager
+def _worth_first(fidelity: Fidelity | None, mode: Mode) -> Iterator[None]:
+    """Where a gate is red on tokens that are worthless, say that first: wrong units fail gates of rounding, too."""
+    try:
+        yield
+    except GateError as error:
+        if fidelity is None or fidelity.grade is not Grade.WORTHLESS:
+            raise
+        raise GateError(f"{fidelity.warning_in(mode)}\n{error}") from error
 
 
 @dataclass(frozen=True)

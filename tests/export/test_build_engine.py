@@ -44,7 +44,7 @@ from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.checkpoint_layouts import recorded_hashes, weight_hashes
-from rfsq.runtime.bundle.fidelity import Grade
+from rfsq.runtime.bundle.fidelity import Grade, fidelity
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.golden import Golden
 from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, MANIFEST_NAME, Manifest, ParityEntry
@@ -517,6 +517,16 @@ def test_every_mode_builds_for_a_robust_model_of_other_sizes(
     assert quality.source == "episodes.npz"
     # Which engine has the flips.
     assert re.search(r"^onnxruntime \(CPU\), encode: near-tie flips: L0 to L4: ", output, re.MULTILINE)
+
+
+def test_a_red_gate_of_worthless_tokens_says_first_what_they_are_worth() -> None:
+    actions = np.random.default_rng(0).normal(size=(100, 2))
+    worthless = fidelity(actions, -actions, [1.0, 1.0], [0.0, 0.0])
+    said = r"(?s)^WARNING: the tokens are worthless.*units.*\nred"
+    with pytest.raises(GateError, match=said), pipeline._worth_first(worthless, "calibrated"):
+        raise GateError("red")
+    with pytest.raises(GateError, match=r"^red"), pipeline._worth_first(None, "calibrated"):
+        raise GateError("red")
 
 
 def test_the_closing_tables_name_the_engines_of_a_remark_and_a_refit_that_lost() -> None:
