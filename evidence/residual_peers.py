@@ -24,7 +24,7 @@ from rfsq.rfsq_ref.autoencoder import ModelConfig, StepAutoencoder
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 from rfsq.rfsq_ref.normaliser import Normaliser, fit_normaliser
 from rfsq.rfsq_ref.normaliser_choice import suggested_normaliser
-from rfsq.rfsq_ref.settings import NormaliserKind
+from rfsq.rfsq_ref.settings import NormaliserKind, check_positive
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
 from rfsq.runtime.bundle.reading import parse_json
 from rfsq.runtime.bundle.writing import replacing
@@ -74,9 +74,7 @@ class ResidualConfig:
     quantize_dropout: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_quantizers", "codebook_size", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise EvidenceError(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_positive(self, "num_quantizers", "codebook_size", "epochs", "batch_size", error=EvidenceError)
         if self.family is ResidualFamily.FSQ and (not self.levels or _LATENT_DIM % len(self.levels)):
             raise EvidenceError(f"{_LATENT_DIM} latents do not divide into groups of {len(self.levels)} levels")
 
