@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_figure
 from rfsq.evidence.results import CodecReport, Comparison, Spread
 from rfsq.evidence.tables import UNQUANTISED_TITLES
+from rfsq.rfsq_ref.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_figure
 
 SCHEME_COLOURS = {
     "naive": ORANGE,
