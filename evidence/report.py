@@ -112,7 +112,7 @@ def short_text(comparison: Comparison) -> str:
 def as_text(comparison: Comparison) -> str:
     """Everything, for a terminal."""
     parts = [summary_table(comparison).text()]
-    parts += [layer_table(report, comparison).text() for report in comparison.schemes]
+    parts += [layer_table(report).text() for report in comparison.schemes]
     if comparison.peers:
         parts += [peer_table(comparison).text(), "\n".join(comparison.peer_verdict)]
     parts.append(findings_table(comparison).text())

@@ -94,6 +94,14 @@ class SchemeReport:
     groups: tuple[ReportRow, ...]
     error_share: tuple[float, ...]
 
+    def bits(self, row: ReportRow) -> float:
+        """Of one step, in the layers of a row of `prefixes` or `groups`."""
+        labels = [prefix.label for prefix in self.prefixes]
+        if row.label in labels:
+            return (labels.index(row.label) + 1) * self.bits_per_layer
+        # The fine layers: all but the coarse ones.
+        return (len(labels) - 1 - labels.index(self.groups[0].label)) * self.bits_per_layer
+
 
 @dataclass(frozen=True)
 class CodecReport:
