@@ -57,7 +57,7 @@ def compare(
     Checkpoints that are given may have been trained on other data; they are then calibrated on these. Raises
     DataError, CheckpointError or EvidenceError where something does not fit.
     """
-    # Not after minutes of training.
+    # Refused now, not after minutes of training.
     _check_given("naive", naive, Conditioning.NONE)
     _check_given("robust", robust, Conditioning.DYNAMIC)
     split_episodes(dataset)

@@ -40,7 +40,10 @@ TRAJECTORY_STEPS = 240
 
 @dataclass(frozen=True)
 class ComparisonConfig:
-    """seeds: of everything that is trained; physical: units of the actions, where they have any; workers: processes."""
+    """What to train and compare.
+
+    seeds: of everything that is trained; physical: units of the actions, where they have any; workers: processes.
+    """
 
     seeds: tuple[int, ...] = SEEDS
     epochs: int = 100

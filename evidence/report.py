@@ -36,7 +36,7 @@ def report(options: argparse.Namespace) -> Comparison:
     """
     make_deterministic()
     check_writable(options.output)
-    # Not after an hour of training.
+    # Refused now, not after an hour of training.
     refuse_existing(_written(options), overwrite=options.overwrite)
     return _redrawn(options.output) if options.report_only else _compared(options)
 

@@ -158,7 +158,9 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Comparison:
-    """unquantised: errors of the autoencoders alone; curves: of what was trained, by the names in checkpoints;
+    """Everything that a comparison found.
+
+    unquantised: errors of the autoencoders alone; curves: of what was trained, by the names in checkpoints;
     error_edges: edges of the bins of |error| in normalised units that error_share counts; remarks: what is missing
     and why, and how good the tokens are in the robot's units."""
 

@@ -62,7 +62,7 @@ def _work(options: argparse.Namespace) -> Outcome:
 
     from rfsq.evidence.rollout_files import report_files, write_report
 
-    # Not after hours of driving.
+    # Refused now, not after hours of driving.
     files = report_files(options.output)
     refuse_existing(files, overwrite=options.overwrite)
     if not options.report_only:

@@ -35,7 +35,9 @@ def check_tasks(tasks: Sequence[str], known: Iterable[str], error: type[Exceptio
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """use_layernorm: `dynamic` conditioning (Robust RFSQ) or `none` (naive); num_episodes: 0 = all for training.
+    """What to train, and how.
+
+    use_layernorm: `dynamic` conditioning (Robust RFSQ) or `none` (naive); num_episodes: 0 = all for training.
 
     patience: stop after so many epochs without a lower validation error, 0 = never; it belongs to a long run: with
     the cosine schedule the last epochs gain most. device: as torch names it, "cpu" or "cuda".

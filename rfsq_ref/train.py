@@ -74,7 +74,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     )
     seeds: list[int] = options.seeds or [options.seed]
     outputs = [output.with_stem(f"{output.stem}-seed{seed}") if options.seeds else output for seed in seeds]
-    # Not after an hour of training.
+    # Refused now, not after an hour of training.
     check_output(output)
     refuse_existing((file for path in outputs for file in result_files(path)), overwrite=options.overwrite)
     if len(set(seeds)) < len(seeds):

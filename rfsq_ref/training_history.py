@@ -35,7 +35,9 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """history: one record per epoch that ran, fewer than asked for when training stopped early."""
+    """A trained checkpoint and its learning curve.
+
+    history: one record per epoch that ran, fewer than asked for when training stopped early."""
 
     checkpoint: Checkpoint
     history: tuple[EpochRecord, ...]
