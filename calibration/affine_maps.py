@@ -18,7 +18,9 @@ _DAMPING_START, _DAMPING_MOST = 1e-4, 1e4
 
 @dataclass(frozen=True)
 class Regression:
-    """decoder: the map; rank: of the centred features, at most D * l; condition: largest over smallest non-zero
+    """A fitted affine map, and how well the tokens determine it.
+
+    decoder: the map; rank: of the centred features, at most D * l; condition: largest over smallest non-zero
     singular value of these features, 1 where there is none."""
 
     decoder: RecoveredDecoder

@@ -107,7 +107,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     # Sums come out in one order, whatever the machine has: the same data give the same constants.
     torch.set_num_threads(1)
     check_output(output)
-    # Not after the work.
+    # Refused now, not after the work.
     refuse_existing([output, *report_files(report_dir)], overwrite=options.overwrite)
     checkpoint = load_checkpoint(given, use_layernorm=options.use_layernorm, weights=options.weights)
     print("".join(f"{line}\n" for line in checkpoint.remarks), end="")

@@ -1,9 +1,9 @@
 """The readout of `calibrated` tokens: the decoder's last linear layer, refitted to the latents it will really get.
 
 In training the decoder sees latents behind the quantiser of the training forward pass, and learns to undo what that
-quantiser does to them on average. The calibrated conditioning does something else to them, nearly nothing, so the
-lesson is in the way: the same decoder, its last layer refitted to latents that are not quantised, can have several
-times less action error (docs/calibration.md). That costs no bits and no time: the layer keeps its place and size.
+quantiser does to them on average. The calibrated conditioning hardly changes the latents, so that this correction does
+harm: the same decoder, its last layer refitted to latents that are not quantised, can have several times less action
+error (docs/calibration.md). That costs no bits and no time: the layer keeps its place and size.
 
 The fit is a least squares problem that is shrunk towards the trained layer, in what it gives: with activations
 h = [mish(W1 z + b1), 1] [N, H + 1] of the calibration episodes, the trained layer's error e [N, A] in normalised units
@@ -62,7 +62,9 @@ _TINY = torch.finfo(torch.float64).tiny
 
 @dataclass(frozen=True)
 class ReadoutFit:
-    """readout: None where the layer stays as it was trained; ridge: of what was tried last, None where nothing was.
+    """What became of the layer.
+
+    readout: None where the layer stays as it was trained; ridge: of what was tried last, None where nothing was.
 
     cross_validated: squared action error on episodes left out of the fit, over that of the layer as it was trained,
     the larger one of tenths and halves; None with a single episode.
@@ -110,8 +112,11 @@ class _View:
 
 @dataclass(frozen=True, eq=False)
 class _Problem:
-    """exact: latents that are not quantised, fitted to; decoded: those of tokens; random: random actions, of the whole
-    range and of its inner half, as two episodes."""
+    """The least squares problem of one checkpoint.
+
+    exact: latents that are not quantised, which the layer is fitted to; decoded: latents of tokens; random: random
+    actions, of the whole range and of its inner half, as two episodes.
+    """
 
     exact: _View
     decoded: tuple[_View, ...]

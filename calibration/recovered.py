@@ -57,7 +57,9 @@ def default_prefixes(num_layers: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class RecoveredFit:
-    """regression: the second step; decoder: after `refinements` accepted Gauss-Newton steps; ridge: None where the mean
+    """The map of one prefix.
+
+    regression: the second step; decoder: after `refinements` accepted Gauss-Newton steps; ridge: None where the mean
     map stays."""
 
     regression: Regression
@@ -171,15 +173,8 @@ class _Steps:
         """Some of the episodes; the shares of their steps stay what they are of the whole."""
         starts = np.cumsum((0, *self.lengths))
         rows = torch.cat([torch.arange(starts[index], starts[index + 1]) for index in episodes])
-        return _Steps(
-            self.model,
-            self.tokens[rows],
-            self.stats[rows],
-            self.actions[rows],
-            self.target[rows],
-            self.shares[rows],
-            tuple(self.lengths[index] for index in episodes),
-        )
+        by_step = {name: getattr(self, name)[rows] for name in ("tokens", "stats", "actions", "target", "shares")}
+        return replace(self, lengths=tuple(self.lengths[index] for index in episodes), **by_step)
 
     def whole(self) -> "_Steps":
         """With shares that add up to 1."""

@@ -243,7 +243,7 @@ def write_report(report: CalibrationReport, folder: Path, provenance: dict[str, 
         path.write_text(report_to_json(report, provenance), encoding="utf-8")
     if find_spec("matplotlib"):
         # A build draws nothing, and would wait for matplotlib longer than for any package but torch.
-        from rfsq.calibration.drawing import save_png
         from rfsq.calibration.report_plots import draw_report
+        from rfsq.rfsq_ref.drawing import save_png
 
-        save_png(draw_report(report), folder / REPORT_PNG)
+        save_png(draw_report(report), folder / REPORT_PNG, CalibrationError)

@@ -3,8 +3,8 @@
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, finish, new_figure
 from rfsq.calibration.report import CalibrationReport
+from rfsq.rfsq_ref.drawing import BLUE, GREEN, GREY, INK, ORANGE, finish, new_figure
 
 
 def draw_report(report: CalibrationReport) -> Figure:

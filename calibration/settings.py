@@ -30,7 +30,9 @@ class Granularity(StrEnum):
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """coverage: share of the data that each layer's bins take in (objective `range`), in (0, 1]; headroom: how much
+    """How conditioning constants are fitted.
+
+    coverage: share of the data that each layer's bins take in (objective `range`), in (0, 1]; headroom: how much
     farther than that the first layer reaches (`range`), because new data go farther; not beyond [-1, 1].
 
     worst_case: latent error to aim at for any latent in [-1, 1]; 1 or more follows the data alone. objective and
@@ -79,7 +81,9 @@ class Weighting(StrEnum):
 
 @dataclass(frozen=True)
 class RecoveredConfig:
-    """ridge: penalty on the squared distance from the map of the step before; None: cross-validated, and what does not
+    """How recovered decoders are fitted.
+
+    ridge: penalty on the squared distance from the map of the step before; None: cross-validated, and what does not
     win on episodes left out of the fit is left out of the map; refine_steps: most Gauss-Newton steps, 0 = none.
     """
 
@@ -105,7 +109,9 @@ class ReadoutChoice(StrEnum):
 
 @dataclass(frozen=True)
 class ReadoutConfig:
-    """ridge: penalty on changing what the layer gives, positive; None: the one with the lowest cross-validated error.
+    """Whether and how the decoder's last layer is refitted.
+
+    ridge: penalty on changing what the layer gives, positive; None: the one with the lowest cross-validated error.
 
     choice is taken as text, too.
     """

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import argparse
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -235,13 +235,13 @@ def _readout_row(benches: Sequence[Bench], ridge: float | None, tasks: Sequence[
     found: dict[str, list[float]] = {"cross_validated": [], "test": [], "random": [], "unseen": [], "other": []}
     for bench in benches:
         as_trained, everything = bench.fit(WITHOUT_READOUT), bench.fit(setting)
-        squares = [
-            unquantised_mse(bench.fit(setting, kept), reference_actions(bench.checkpoint, held_out))
-            * held_out.num_steps
-            for kept, held_out in _folds(bench.calibration)
-        ]
-        if squares:
-            found["cross_validated"].append(sum(squares) / bench.calibration.num_steps)
+        episodes, squares = bench.calibration, 0.0
+        for kept, left_out in episode_folds(len(episodes.episodes), _FOLDS):
+            judged = episodes.select(left_out)
+            actions = reference_actions(bench.checkpoint, judged)
+            squares += unquantised_mse(bench.fit(setting, episodes.select(kept)), actions) * judged.num_steps
+        if len(episodes.episodes) > 1:
+            found["cross_validated"].append(squares / episodes.num_steps)
         found["test"].append(unquantised_mse(everything, bench.test_actions()))
         found["random"].append(unquantised_mse(everything, bench.random) / unquantised_mse(as_trained, bench.random))
         for kind, model, task in bench.fit_to_tasks(setting, tasks):
@@ -272,12 +272,6 @@ def _layer_rows(benches: Sequence[Bench]) -> tuple[LayerRow, ...]:
     )
 
 
-def _folds(episodes: ActionDataset) -> Iterator[tuple[ActionDataset, ActionDataset]]:
-    """As episode_folds."""
-    for kept, left_out in episode_folds(len(episodes.episodes), _FOLDS):
-        yield episodes.select(kept), episodes.select(left_out)
-
-
 # The command ---------------------------------------------------------------------------------------------------------
 
 
@@ -296,7 +290,7 @@ def _parser() -> CommandParser:
 def _work(options: argparse.Namespace) -> Outcome:
     # Sums come out in one order, whatever the machine has: the same data give the same numbers.
     torch.set_num_threads(1)
-    # Not after minutes of fitting.
+    # Refused now, not after minutes of fitting.
     refuse_existing(study_files(options.output), overwrite=options.overwrite)
     checkpoints = [
         load_checkpoint(path, use_layernorm=options.use_layernorm, weights=options.weights)

@@ -7,11 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, finish, new_figure, save_png
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.recovered import COARSE_LAYERS
 from rfsq.calibration.study_result import EpisodesRow, LayerRow, Spread, Spreads, StudyResult, result_to_json
 from rfsq.calibration.tables import Table, prefix_name
+from rfsq.rfsq_ref.drawing import BLUE, GREEN, GREY, INK, ORANGE, finish, new_figure, save_png
 from rfsq.runtime.bundle.writing import replacing
 
 RESULT_JSON = "calibration.json"
@@ -61,7 +61,7 @@ def study_files(folder: Path) -> tuple[Path, ...]:
 
 def write_study(result: StudyResult, folder: Path) -> None:
     """calibration.json and calibration.png into a folder, made if missing. CalibrationError if it cannot be written."""
-    save_png(draw_study(result), folder / RESULT_PNG)
+    save_png(draw_study(result), folder / RESULT_PNG, CalibrationError)
     with replacing(folder / RESULT_JSON, error=CalibrationError) as path:
         path.write_text(result_to_json(result), encoding="utf-8")
 

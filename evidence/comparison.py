@@ -4,9 +4,11 @@ One job per checkpoint and per seed of the peers, spread over processes. A job c
 nothing but its own arguments, so the number of processes changes nothing.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -40,8 +42,7 @@ from rfsq.rfsq_ref.training import make_deterministic
 
 #: Their versions may change the numbers.
 _PACKAGES = ("torch", "numpy", "scipy", "tokenizers", "vector-quantize-pytorch")
-#: A function and its arguments.
-_Call = tuple[Callable[..., object], tuple[object, ...]]
+_Job = Callable[[], object]
 
 
 def compare(
@@ -56,7 +57,7 @@ def compare(
     Checkpoints that are given may have been trained on other data; they are then calibrated on these. Raises
     DataError, CheckpointError or EvidenceError where something does not fit.
     """
-    # Not after minutes of training.
+    # Refused now, not after minutes of training.
     _check_given("naive", naive, Conditioning.NONE)
     _check_given("robust", robust, Conditioning.DYNAMIC)
     split_episodes(dataset)
@@ -64,26 +65,19 @@ def compare(
         judging_episodes(checkpoint, dataset)
     if config.physical:
         config.physical.arms(dataset.episodes[0])
-    jobs: dict[str, _Call] = {}
     # The longest first, so that no process waits for another at the end.
+    jobs: list[tuple[str, _Job]] = []
     if config.with_peers:
-        jobs |= {f"peers, seed {seed}": (peers_job, (dataset, config, seed)) for seed in config.seeds}
+        jobs += [("peers", partial(peers_job, dataset, config, seed)) for seed in config.seeds]
     for kind, given in (("robust", robust), ("naive", naive)):
-        sources: Sequence[Checkpoint | int] = given or config.seeds
-        jobs |= {
-            f"{kind} {number if given else f'seed {number}'}": (checkpoint_job, (dataset, config, kind, source))
-            for number, source in zip(range(len(given)) if given else config.seeds, sources, strict=True)
-        }
-    results = _run(jobs, config.workers)
-    by_kind = {
-        kind: [
-            found for name, found in results.items() if isinstance(found, CheckpointResult) and name.startswith(kind)
-        ]
-        for kind in ("naive", "robust")
-    }
-    peers = [found for found in results.values() if isinstance(found, list)]
+        jobs += [(kind, partial(checkpoint_job, dataset, config, kind, source)) for source in given or config.seeds]
+    results = _run([job for _, job in jobs], config.workers)
+    found: dict[str, list[Any]] = {"naive": [], "robust": [], "peers": []}
+    for (kind, _), result in zip(jobs, results, strict=True):
+        found[kind].append(result)
+    peers = found.pop("peers")
     seeds = config.seeds if config.with_peers or not (naive and robust) else ()
-    return _together(dataset, config, seeds, by_kind, peers)
+    return _together(dataset, config, seeds, found, peers)
 
 
 def _check_given(kind: str, given: Sequence[Checkpoint], expected: Conditioning) -> None:
@@ -104,21 +98,20 @@ def _check_given(kind: str, given: Sequence[Checkpoint], expected: Conditioning)
         raise CheckpointError(f"one {kind} checkpoint is given twice; expected different ones, as they give the spread")
 
 
-def _run(jobs: Mapping[str, _Call], workers: int) -> dict[str, object]:
+def _run(jobs: Sequence[_Job], workers: int) -> list[object]:
     """Results in the order of the jobs."""
     if workers == 1:
         make_deterministic()
-        found: Iterable[tuple[str, object]] = map(_named, jobs.items())
+        found: Iterable[tuple[int, object]] = map(_numbered, enumerate(jobs))
     else:
-        found = in_processes(_named, jobs.items(), min(workers, len(jobs)), make_deterministic)
-    results = dict(tqdm(found, total=len(jobs), unit="job", disable=None))
-    return {name: results[name] for name in jobs}
+        found = in_processes(_numbered, enumerate(jobs), min(workers, len(jobs)), make_deterministic)
+    return [result for _, result in sorted(tqdm(found, total=len(jobs), unit="job", disable=None), key=itemgetter(0))]
 
 
-def _named(job: tuple[str, _Call]) -> tuple[str, object]:
-    """The job's name and its result."""
-    name, (work, arguments) = job
-    return name, work(*arguments)
+def _numbered(job: tuple[int, _Job]) -> tuple[int, object]:
+    """The job's number and its result."""
+    number, work = job
+    return number, work()
 
 
 def _together(

@@ -51,7 +51,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
         "rollout conclusions": "\n".join(f"- {words}" for words in verdicts(rollout)),
         "comparison": _short_table(comparison).markdown(),
         "comparison summary": summary_table(comparison).markdown(),
-        "comparison calibrated layers": layer_table(comparison.scheme("calibrated"), comparison).markdown(),
+        "comparison calibrated layers": layer_table(comparison.scheme("calibrated")).markdown(),
         "peers": peer_table(comparison).markdown(),
         "peer verdict": "\n".join(f"- {sentence}" for sentence in comparison.peer_verdict),
         "findings": "\n".join(
@@ -94,13 +94,12 @@ def _short_table(comparison: Comparison) -> Table:
         "calibrated": "**robust, `calibrated`** (default)",
     }
     ours = [
-        (titles[report.scheme], len(report.prefixes) * report.bits_per_layer, report.groups[-1].metrics)
+        (titles[report.scheme], report.bits(report.groups[-1]), report.groups[-1].metrics)
         for report in comparison.schemes
     ]
     default = comparison.scheme("calibrated")
     coarse = default.groups[0]
-    layers = 1 + [row.label for row in default.prefixes].index(coarse.label)
-    budget = layers * default.bits_per_layer
+    budget = default.bits(coarse)
     ours.append((f"**the same, {coarse.label}**", budget, coarse.metrics))
     families = dict.fromkeys(peer.family for peer in comparison.peers)
     best = [peer for family in families if (peer := best_within(comparison.peers, family, budget))]

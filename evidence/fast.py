@@ -32,7 +32,9 @@ _MAX_TOKEN_LENGTH = 10_000
 
 @dataclass(frozen=True, eq=False)
 class FastCodec:
-    """offset, units: float64 [A], normalised = (physical - offset) / units; least, most: coefficients seen.
+    """FAST, fitted to training chunks.
+
+    offset, units: float64 [A], normalised = (physical - offset) / units; least, most: coefficients seen.
 
     series: what one curve is drawn through; partial: decodes only the first `max_tokens` tokens of a chunk, taking all
     higher frequencies for 0.

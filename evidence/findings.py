@@ -139,8 +139,7 @@ def judge_peers(schemes: Sequence[SchemeReport], peers: Sequence[CodecReport]) -
 
 def _at_budget(calibrated: SchemeReport, row: ReportRow, peers: Sequence[CodecReport]) -> str:
     """The best peers within the bits of some calibrated layers."""
-    layers = 1 + [prefix.label for prefix in calibrated.prefixes].index(row.label)
-    budget, ours = layers * calibrated.bits_per_layer, row.metrics["action_mse"].mean
+    budget, ours = calibrated.bits(row), row.metrics["action_mse"].mean
     best = {family: best_within(peers, family, budget) for family in _families(peers)}
     found = {
         "less error": [_described(peer) for peer in best.values() if peer and _peer_mse(peer) < ours],
@@ -160,9 +159,7 @@ def _at_equal_error(calibrated: SchemeReport, peers: Sequence[CodecReport]) -> s
     reached = [f"{peer.family} {_bits(peer):.0f} bits ({peer.name})" for peer in needed]
     missed = [family for family in _families(peers) if family not in _families(good)]
     least = min(
-        (layers + 1) * calibrated.bits_per_layer
-        for layers, row in enumerate(calibrated.prefixes)
-        if row.metrics["action_mse"].mean <= target * 1.0001
+        calibrated.bits(row) for row in calibrated.prefixes if row.metrics["action_mse"].mean <= target * 1.0001
     )
     head = f"For the MSE of all calibrated layers ({target:.2e} normalised units², with {least:.0f} bits per step)"
     if not reached:

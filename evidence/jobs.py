@@ -30,7 +30,7 @@ from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.quantizer import Conditioning
-from rfsq.rfsq_ref.settings import NormaliserKind, TrainConfig
+from rfsq.rfsq_ref.settings import NormaliserKind, TrainConfig, check_positive
 from rfsq.rfsq_ref.training_history import TrainingHistory
 from rfsq.runtime.bundle.fidelity import fidelity
 
@@ -40,7 +40,10 @@ TRAJECTORY_STEPS = 240
 
 @dataclass(frozen=True)
 class ComparisonConfig:
-    """seeds: of everything that is trained; physical: units of the actions, where they have any; workers: processes."""
+    """What to train and compare.
+
+    seeds: of everything that is trained; physical: units of the actions, where they have any; workers: processes.
+    """
 
     seeds: tuple[int, ...] = SEEDS
     epochs: int = 100
@@ -57,9 +60,7 @@ class ComparisonConfig:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise EvidenceError(f"seeds are {self.seeds}; expected different ones, like 0 1 2")
-        for name in ("epochs", "chunk_length", "workers"):
-            if getattr(self, name) < 1:
-                raise EvidenceError(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_positive(self, "epochs", "chunk_length", "workers", error=EvidenceError)
 
     def training(self, *, use_layernorm: bool, seed: int) -> TrainConfig:
         """The published recipe."""

@@ -35,7 +35,7 @@ def page(comparison: Comparison, drawn: Mapping[str, str], sections: Sequence[tu
         "<p class=muted>Fine layers alone: the coarse ones at their mean over the calibration episodes.</p>",
         *(f"<h2>{name.capitalize()}</h2>\n{_figure(name, drawn[name])}" for name in drawn if name != "peers"),
         "<h2>Layer by layer</h2>",
-        *(_details(layer_table(report, comparison)) for report in comparison.schemes),
+        *(_details(layer_table(report)) for report in comparison.schemes),
     ]
     if "peers" in drawn:
         verdict = "".join(f"<li>{html.escape(sentence)}</li>\n" for sentence in comparison.peer_verdict)

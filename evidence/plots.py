@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_figure
 from rfsq.evidence.results import CodecReport, Comparison, Spread
 from rfsq.evidence.tables import UNQUANTISED_TITLES
+from rfsq.rfsq_ref.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_figure
 
 SCHEME_COLOURS = {
     "naive": ORANGE,
@@ -186,7 +186,7 @@ def peers(comparison: Comparison) -> Figure:
             _peer_curve(axes, [peer for peer in comparison.peers if peer.series == joined], name, colour)
         for report in comparison.schemes:
             if report.scheme != "published":
-                bits = [layers * report.bits_per_layer for layers in range(1, len(report.prefixes) + 1)]
+                bits = [report.bits(row) for row in report.prefixes]
                 values = [row.metrics[name] for row in report.prefixes]
                 axes.plot(
                     bits, [value.mean for value in values], color=SCHEME_COLOURS[report.scheme], marker="o",

@@ -36,7 +36,7 @@ def report(options: argparse.Namespace) -> Comparison:
     """
     make_deterministic()
     check_writable(options.output)
-    # Not after an hour of training.
+    # Refused now, not after an hour of training.
     refuse_existing(_written(options), overwrite=options.overwrite)
     return _redrawn(options.output) if options.report_only else _compared(options)
 
@@ -112,7 +112,7 @@ def short_text(comparison: Comparison) -> str:
 def as_text(comparison: Comparison) -> str:
     """Everything, for a terminal."""
     parts = [summary_table(comparison).text()]
-    parts += [layer_table(report, comparison).text() for report in comparison.schemes]
+    parts += [layer_table(report).text() for report in comparison.schemes]
     if comparison.peers:
         parts += [peer_table(comparison).text(), "\n".join(comparison.peer_verdict)]
     parts.append(findings_table(comparison).text())

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import safetensors
@@ -24,8 +25,9 @@ from rfsq.rfsq_ref.autoencoder import ModelConfig, StepAutoencoder
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 from rfsq.rfsq_ref.normaliser import Normaliser, fit_normaliser
 from rfsq.rfsq_ref.normaliser_choice import suggested_normaliser
-from rfsq.rfsq_ref.settings import NormaliserKind
+from rfsq.rfsq_ref.settings import NormaliserKind, TrainConfig, check_positive
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
+from rfsq.rfsq_ref.training import train_epochs
 from rfsq.runtime.bundle.reading import parse_json
 from rfsq.runtime.bundle.writing import replacing
 
@@ -74,9 +76,7 @@ class ResidualConfig:
     quantize_dropout: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_quantizers", "codebook_size", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise EvidenceError(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_positive(self, "num_quantizers", "codebook_size", "epochs", "batch_size", error=EvidenceError)
         if self.family is ResidualFamily.FSQ and (not self.levels or _LATENT_DIM % len(self.levels)):
             raise EvidenceError(f"{_LATENT_DIM} latents do not divide into groups of {len(self.levels)} levels")
 
@@ -220,23 +220,22 @@ def _fit(
 ) -> None:
     """One phase of the training, without or with the quantiser; the best weights stay."""
     config = model.config
-    epochs = config.epochs if quantised else config.unquantised_epochs
-    learning_rate = config.learning_rate * (_FINE_TUNING_SHARE if quantised and config.unquantised_epochs else 1.0)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs)
+    recipe = TrainConfig(
+        epochs=config.epochs if quantised else config.unquantised_epochs,
+        batch_size=config.batch_size,
+        learning_rate=config.learning_rate * (_FINE_TUNING_SHARE if quantised and config.unquantised_epochs else 1.0),
+    )
+
+    def loss_of(batch: Tensor) -> Tensor:
+        error, commitment = _losses(model, batch, quantised)
+        return error + commitment
+
+    epochs = train_epochs(model, loss_of, actions, recipe, generator)
     lowest, best = math.inf, copy.deepcopy(model.state_dict())
     errors = []
-    for epoch in range(epochs + 1):
-        # What training starts from is a candidate too: right after k-means it may be the best there is.
-        if epoch:
-            model.train()
-            for batch in torch.split(torch.randperm(len(actions), generator=generator), config.batch_size):
-                error, commitment = _losses(model, actions[batch], quantised)
-                optimiser.zero_grad()
-                torch.autograd.backward(error + commitment)
-                optimiser.step()
-            schedule.step()
-        model.eval()
+    model.eval()
+    # What training starts from is a candidate too: right after k-means it may be the best there is.
+    for _ in chain([None], epochs):
         with torch.no_grad():
             found = float(_losses(model, validation, quantised)[0])
         errors.append(found)
@@ -244,8 +243,8 @@ def _fit(
             lowest, best = found, copy.deepcopy(model.state_dict())
     if not any(map(math.isfinite, errors[1:])):
         raise EvidenceError(
-            f"{config.family.value} diverged in training: no finite validation error in {epochs} epochs; lower "
-            f"the learning rate (now {learning_rate}) or normalise the data"
+            f"{config.family.value} diverged in training: no finite validation error in {recipe.epochs} epochs; "
+            f"lower the learning rate (now {recipe.learning_rate}) or normalise the data"
         )
     model.load_state_dict(best)
 

@@ -94,6 +94,14 @@ class SchemeReport:
     groups: tuple[ReportRow, ...]
     error_share: tuple[float, ...]
 
+    def bits(self, row: ReportRow) -> float:
+        """Of one step, in the layers of a row of `prefixes` or `groups`."""
+        labels = [prefix.label for prefix in self.prefixes]
+        if row.label in labels:
+            return (labels.index(row.label) + 1) * self.bits_per_layer
+        # The fine layers: all but the coarse ones.
+        return (len(labels) - 1 - labels.index(self.groups[0].label)) * self.bits_per_layer
+
 
 @dataclass(frozen=True)
 class CodecReport:
@@ -150,7 +158,9 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Comparison:
-    """unquantised: errors of the autoencoders alone; curves: of what was trained, by the names in checkpoints;
+    """Everything that a comparison found.
+
+    unquantised: errors of the autoencoders alone; curves: of what was trained, by the names in checkpoints;
     error_edges: edges of the bins of |error| in normalised units that error_share counts; remarks: what is missing
     and why, and how good the tokens are in the robot's units."""
 

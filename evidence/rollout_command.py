@@ -37,19 +37,15 @@ def parser() -> CommandParser:
     parser.add_argument("--cells", nargs="+", default=(), metavar="CELL", help='such as "raw"; default: all of them')
     parser.add_argument("--peers", action="store_true", help="the methods of others too, trained where needed")
     parser.add_argument("--restart-changed", action="store_true", help="drive cells whose codec has changed anew")
-    for name, text in (
-        ("episodes", "per task and cell"),
-        ("seed", "of scenes and experts"),
-        ("chunk", "actions executed between two looks"),
-        ("workers", "processes"),
-    ):
-        parser.add_argument(
-            f"--{name}",
-            type=int,
-            default=getattr(RolloutConfig, name),
-            metavar="N",
-            help=f"{text}; default: %(default)s",
-        )
+    parser.add_settings(
+        RolloutConfig,
+        {
+            "episodes": "per task and cell",
+            "seed": "of scenes and experts",
+            "chunk": "actions executed between two looks",
+            "workers": "processes",
+        },
+    )
     parser.refuse_former("--results", "the report goes to --output now, and episodes are kept in --episodes-dir")
     return parser
 
@@ -66,7 +62,7 @@ def _work(options: argparse.Namespace) -> Outcome:
 
     from rfsq.evidence.rollout_files import report_files, write_report
 
-    # Not after hours of driving.
+    # Refused now, not after hours of driving.
     files = report_files(options.output)
     refuse_existing(files, overwrite=options.overwrite)
     if not options.report_only:

@@ -17,7 +17,9 @@ FORMAT_VERSION = 2
 
 @dataclass(frozen=True)
 class RolloutResult:
-    """confidence: of all intervals; tolerances_mm: what success is judged at; run: what the episodes depend on; tasks:
+    """What rollout.json holds.
+
+    confidence: of all intervals; tolerances_mm: what success is judged at; run: what the episodes depend on; tasks:
     see reports_of."""
 
     confidence: float

@@ -4,11 +4,10 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from rfsq.calibration.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_figure
 from rfsq.evidence.cells import RAW
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollout_report import CALIBRATED, NAIVE, POOLED, TOLERANCES, TaskReport, cells_of
-from rfsq.runtime.bundle.writing import replacing
+from rfsq.rfsq_ref.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_figure, save_png
 
 _COLOURS = {
     RAW: INK, NAIVE: ORANGE, "published decoder": RED, "recovered decoder": GREEN,
@@ -47,8 +46,7 @@ def draw(reports: dict[str, TaskReport], path: Path) -> None:
             axes.set_axis_off()
         lines = {line.get_label(): line for axes in below for line in axes.get_legend_handles_labels()[0]}
         lower.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    with replacing(path, error=EvidenceError) as temporary:
-        figure.savefig(temporary, format="png")
+    save_png(figure, path, EvidenceError)
 
 
 def _success(axes: Axes, task: str, report: TaskReport) -> None:

@@ -13,7 +13,7 @@ from rfsq.evidence.closed_loop import PRECISION_TASKS, Spread
 from rfsq.evidence.episodes import Episode
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollout_statistics import Paired, Rate
-from rfsq.evidence.simulation import TASKS
+from rfsq.rfsq_ref.experts import TASKS
 from rfsq.runtime.bundle.advice import quoted
 
 #: In mm; chosen before any result was seen.

@@ -14,10 +14,11 @@ from rfsq.evidence.closed_loop import run_episode
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.episodes import Episode, Identity, Job, open_episodes
 from rfsq.evidence.settings import RolloutConfig
-from rfsq.evidence.simulation import TASKS, Simulation
+from rfsq.evidence.simulation import Simulation
 from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT
 from rfsq.rfsq_ref.data import load_demonstrations
+from rfsq.rfsq_ref.experts import TASKS
 from rfsq.rfsq_ref.generate_demonstrations import check_simulator
 
 #: To be raised when a change to the simulation, the loop or the experts changes what comes out of an episode.

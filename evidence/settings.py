@@ -4,12 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rfsq.evidence.errors import EvidenceError
+from rfsq.rfsq_ref.settings import check_positive, check_tasks
 
 #: Of everything that a comparison trains, and where it keeps what it has trained.
 SEEDS, CACHE = (0, 1, 2), Path("build/evidence/models")
 #: Units of robosuite's OSC_POSE delta controller: m and rad that an action of 1 asks for.
 OSC_POSITION_M, OSC_ROTATION_RAD = 0.05, 0.5
-#: Every task that can be rolled out, as in `evidence.simulation.TASKS`.
+#: Every task that can be rolled out, as in `rfsq_ref.experts.TASKS`, which takes numpy to import.
 TASK_NAMES = (
     "Lift",
     "Stack",
@@ -40,14 +41,10 @@ class RolloutConfig:
     folder: Path = Path("build/evidence/rollout")
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "chunk", "workers"):
-            if getattr(self, name) < 1:
-                raise EvidenceError(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_positive(self, "episodes", "chunk", "workers", error=EvidenceError)
         if self.seed < 0:
             raise EvidenceError(f"seed is {self.seed}; expected 0 or more")
-        unknown = [task for task in self.tasks if task not in TASK_NAMES]
-        if unknown or not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise EvidenceError(f"tasks are {list(self.tasks)}; expected different ones of {list(TASK_NAMES)}")
+        check_tasks(self.tasks, TASK_NAMES, EvidenceError)
         if self.peers and self.chunk != 8:
             raise EvidenceError(
                 f"chunk is {self.chunk}; the peers are trained for chunks of 8 steps: leave --peers out"

@@ -14,15 +14,12 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from rfsq.rfsq_ref.expert import Expert
-from rfsq.rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS, NutAssemblyTightExpert
+from rfsq.rfsq_ref.experts import NutAssemblyTightExpert
 from rfsq.rfsq_ref.generate_demonstrations import SimulatorError, check_simulator, make_environment
 from rfsq.runtime.bundle.advice import install
 
 Array = NDArray[np.float64]
 
-#: Every task that can be rolled out, with the expert that solves it.
-TASKS: dict[str, type[Expert]] = {**EXPERTS, **HELD_OUT_EXPERTS}
 #: What experts and measures read; everything else that robosuite observes is switched off.
 OBSERVED = (
     "robot0_eef_pos",

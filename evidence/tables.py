@@ -1,12 +1,12 @@
 """A comparison as tables: for the terminal, for Markdown, for the page."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import numpy as np
 
 from rfsq.calibration.tables import Table
 from rfsq.evidence.findings import AS_TRAINED, REFITTED
-from rfsq.evidence.results import CodecReport, Comparison, Finding, Metrics, ReportRow, SchemeReport, Spread
+from rfsq.evidence.results import CodecReport, Comparison, Finding, Metrics, SchemeReport, Spread
 
 #: What a reader sees of each scheme.
 SCHEME_TITLES = {
@@ -20,74 +20,84 @@ UNQUANTISED_TITLES = {
     AS_TRAINED: "robust autoencoder as trained, no quantiser",
     REFITTED: "robust autoencoder, readout refitted, no quantiser",
 }
-_PHYSICAL = (
-    ("position mm", "position_mm"),
-    ("p99 mm", "position_mm_p99"),
-    ("rotation °", "rotation_deg"),
-    ("p99 °", "rotation_deg_p99"),
-    ("wrong gripper sign, share", "gripper_sign_errors"),
-)
+#: Columns by the names of metrics; those in the robot's units are there where the actions have such units.
+_ERRORS = {
+    "action_mse": "action MSE, normalised units²",
+    "max_error": "max error, normalised units",
+    "position_mm": "position mm",
+    "position_mm_p99": "p99 mm",
+    "rotation_deg": "rotation °",
+    "rotation_deg_p99": "p99 °",
+    "gripper_sign_errors": "wrong gripper sign, share",
+}
+#: Of peers, whose table is long.
+_PEER_ERRORS = ("action_mse", "max_error", "position_mm", "position_mm_p99")
 _NONE = "–"
-_MSE, _LARGEST = "action MSE, normalised units²", "max error, normalised units"
 
 
 def summary_table(comparison: Comparison) -> Table:
     """Every scheme with all, coarse and fine layers; the autoencoders without a quantiser below."""
-    physical = [(title, name) for title, name in _PHYSICAL if comparison.data.physical]
-    rows = []
-    for report in comparison.schemes:
-        for row in sorted(report.groups, key=lambda row: row is not report.groups[-1]):
-            bits = _group_layers(report, row) * report.bits_per_layer
-            rows.append((SCHEME_TITLES[report.scheme], row.label, f"{bits:.0f}", *_errors(row.metrics, physical)))
+    lines = [
+        (SCHEME_TITLES[report.scheme], row.label, f"{report.bits(row):.0f}", row.metrics)
+        for report in comparison.schemes
+        for row in sorted(report.groups, key=lambda row: row is not report.groups[-1])
+    ]
     for kind, metrics in comparison.unquantised.items():
-        rows.append((UNQUANTISED_TITLES.get(kind, f"{kind}, no quantiser"), _NONE, _NONE, *_errors(metrics, physical)))
-    header = ("decoding", "layers", "bits/step", _MSE, _LARGEST, *(title for title, _ in physical))
-    return Table(f"Held-out episodes, {_spread_words(comparison)}", header, tuple(rows))
+        lines.append((UNQUANTISED_TITLES.get(kind, f"{kind}, no quantiser"), _NONE, _NONE, metrics))
+    return Table.of(
+        f"Held-out episodes, {_spread_words(comparison)}",
+        (
+            {"decoding": name, "layers": layers, "bits/step": bits, **_errors(metrics)}
+            for name, layers, bits, metrics in lines
+        ),
+    )
 
 
-def layer_table(report: SchemeReport, comparison: Comparison) -> Table:
+def layer_table(report: SchemeReport) -> Table:
     """One scheme layer by layer: what the layer is given and holds, and the error of decoding up to it."""
-    physical = [(title, name) for title, name in _PHYSICAL if comparison.data.physical]
-    header = (
-        "layer", "residual std at the input", "levels used, lowest … highest", "entropy, bits/step", "decoded",
-        "latent MSE", _MSE, _LARGEST, *(title for title, _ in physical),
-    )  # fmt: skip
     prefixes = [row.label for row in report.prefixes]
-    rows = []
-    for layer, row in enumerate(report.prefixes):
-        rows.append(
-            (f"L{layer}", *_use(row), row.label, number(row.metrics["latent_mse"]), *_errors(row.metrics, physical))
-        )
-    for row in report.groups:
-        rows.append(
-            (
-                row.label,
-                *_use(row),
-                row.label if row.label in prefixes else f"{row.label}, {report.groups[0].label} at their mean",
-                number(row.metrics["latent_mse"]),
-                *_errors(row.metrics, physical),
-            )
-        )
-    return Table(f"{SCHEME_TITLES[report.scheme]}, layer by layer", header, tuple(rows))
+    lines = [(f"L{layer}", row) for layer, row in enumerate(report.prefixes)]
+    lines += [(row.label, row) for row in report.groups]
+    behind_coarse = f", {report.groups[0].label} at their mean"
+    return Table.of(
+        f"{SCHEME_TITLES[report.scheme]}, layer by layer",
+        (
+            {
+                "layer": name,
+                "residual std at the input": number(row.metrics["residual_std"]),
+                "levels used, lowest … highest": " ".join(f"{100 * share.mean:.0f}" for share in row.level_share)
+                + " %",
+                "entropy, bits/step": number(row.metrics["entropy_bits"]),
+                "decoded": row.label + ("" if row.label in prefixes else behind_coarse),
+                "latent MSE": number(row.metrics["latent_mse"]),
+                **_errors(row.metrics),
+            }
+            for name, row in lines
+        ),
+    )
 
 
 def peer_table(comparison: Comparison) -> Table:
     """Peers and ours by bits per step."""
-    physical = [(title, name) for title, name in _PHYSICAL[:2] if comparison.data.physical]
-    lines: list[tuple[float, tuple[str, ...]]] = []
-    for peer in comparison.peers:
-        name = f"{peer.family}: {peer.name}" + (" (partial)" if peer.partial else "")
-        lines.append((peer.metrics["bits_per_step"].mean, (name, bits_text(peer), *_errors(peer.metrics, physical))))
+    lines = [
+        (
+            peer.metrics["bits_per_step"].mean,
+            f"{peer.family}: {peer.name}" + (" (partial)" if peer.partial else ""),
+            bits_text(peer),
+            peer.metrics,
+        )
+        for peer in comparison.peers
+    ]
     for report in comparison.schemes:
         if report.scheme != "published":
-            for layers, row in enumerate(report.prefixes, start=1):
-                bits = layers * report.bits_per_layer
-                lines.append(
-                    (bits, (f"**{report.scheme} {row.label}**", f"{bits:.1f}", *_errors(row.metrics, physical)))
-                )
-    header = ("tokenizer", "bits/step", _MSE, _LARGEST, *(title for title, _ in physical))
-    ordered = tuple(line for _, line in sorted(lines, key=lambda line: line[0]))
-    return Table(f"By bits per step, {_spread_words(comparison)}", header, ordered)
+            for row in report.prefixes:
+                bits = report.bits(row)
+                lines.append((bits, f"**{report.scheme} {row.label}**", f"{bits:.1f}", row.metrics))
+    lines.sort(key=lambda line: line[0])
+    return Table.of(
+        f"By bits per step, {_spread_words(comparison)}",
+        ({"tokenizer": name, "bits/step": bits, **_errors(metrics, _PEER_ERRORS)} for _, name, bits, metrics in lines),
+    )
 
 
 def findings_table(comparison: Comparison) -> Table:
@@ -123,21 +133,8 @@ def bits_text(peer: CodecReport) -> str:
     return f"{bits.mean:.1f}" if bits.deviation < 0.05 else f"{bits.mean:.1f} ± {bits.deviation:.1f}"
 
 
-def _errors(metrics: Metrics, physical: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    return tuple(number(metrics[name]) for name in ("action_mse", "max_error", *(name for _, name in physical)))
-
-
-def _use(row: ReportRow) -> tuple[str, str, str]:
-    shares = " ".join(f"{100 * share.mean:.0f}" for share in row.level_share)
-    return number(row.metrics["residual_std"]), f"{shares} %", number(row.metrics["entropy_bits"])
-
-
-def _group_layers(report: SchemeReport, row: ReportRow) -> int:
-    """How many layers a group has, from the prefix labels."""
-    labels = [prefix.label for prefix in report.prefixes]
-    return (
-        labels.index(row.label) + 1 if row.label in labels else len(labels) - labels.index(report.groups[0].label) - 1
-    )
+def _errors(metrics: Metrics, names: Iterable[str] = _ERRORS) -> dict[str, str]:
+    return {_ERRORS[name]: number(metrics[name]) for name in names if name in metrics}
 
 
 def _spread_words(comparison: Comparison) -> str:

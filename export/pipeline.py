@@ -39,6 +39,7 @@ from rfsq.export.reference import Reference
 from rfsq.export.sources import BuildData, choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.rfsq_ref.settings import check_positive
 from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.backends.registry import without_gpu_as_one
 from rfsq.runtime.bundle.advice import quoted
@@ -98,9 +99,7 @@ class BuildConfig:
     parity_steps: int = 120_000
 
     def __post_init__(self) -> None:
-        for name in ("chunk_length", "parity_steps"):
-            if getattr(self, name) < 1:
-                raise BuildInputError(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_positive(self, "chunk_length", "parity_steps", error=BuildInputError)
         if self.chunk_length > _LONGEST_CHUNK:
             raise BuildInputError(f"chunk_length is {self.chunk_length}; expected at most {_LONGEST_CHUNK} steps")
         if self.parity_steps > _MOST_PARITY_STEPS:

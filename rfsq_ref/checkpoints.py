@@ -102,16 +102,12 @@ class Checkpoint:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors, by the names of our own format."""
-        tensors: dict[str, Tensor] = dict(self.weights)
-        if self.constants is not None:
-            tensors["calibrated.mean"] = self.constants.mean
-            tensors["calibrated.scale"] = self.constants.scale
-        if self.readout is not None:
-            tensors["readout.weight"] = self.readout.weight
-            tensors["readout.bias"] = self.readout.bias
-        for prefix, recovered in self.recovered.items():
-            tensors[f"recovered.{prefix}.matrix"] = recovered.matrix
-            tensors[f"recovered.{prefix}.offset"] = recovered.offset
+        fitted: dict[str, object] = {"calibrated": self.constants, "readout": self.readout}
+        fitted |= {f"recovered.{prefix}": decoder for prefix, decoder in self.recovered.items()}
+        tensors = dict(self.weights)
+        for part, found in fitted.items():
+            if found is not None:
+                tensors |= {f"{part}.{name}": tensor for name, tensor in vars(found).items()}
         return tensors
 
     def with_fit(

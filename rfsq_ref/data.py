@@ -194,7 +194,7 @@ def _load_source(path: Path, source: Source) -> ActionDataset:
     actions.flags.writeable = False
     names = source.episode_names(table.numbers)
     if path.is_file():
-        # Of a single file, its name says nothing.
+        # All episodes of a single file would begin with its name.
         names = [name.removeprefix(f"{path.stem}/") for name in names]
     return ActionDataset(
         tuple(np.split(actions, table.starts[1:-1])),

@@ -280,3 +280,5 @@ HELD_OUT_EXPERTS: dict[str, type[Expert]] = {
     expert.task: expert for expert in (NutAssemblyTightExpert, NutAssemblyRoundExpert)
 }
 """Experts of tasks that the demonstrations do not hold, so that no tokenizer has seen them."""
+TASKS = EXPERTS | HELD_OUT_EXPERTS
+"""Every task that can be rolled out, with the expert that solves it."""

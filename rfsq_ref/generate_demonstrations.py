@@ -35,6 +35,7 @@ from tqdm import tqdm
 from rfsq.rfsq_ref.errors import SettingsError, UnusableError
 from rfsq.rfsq_ref.expert import ACTION_DIM, POSITION_UNIT, ROTATION_UNIT
 from rfsq.rfsq_ref.experts import EXPERTS
+from rfsq.rfsq_ref.settings import check_positive, check_tasks
 from rfsq.runtime.bundle.advice import install
 from rfsq.runtime.bundle.command import CommandParser, Outcome, run
 from rfsq.runtime.bundle.console import end_by_interrupts
@@ -65,14 +66,10 @@ class GenerationConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("episodes_per_task", "workers"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_positive(self, "episodes_per_task", "workers")
         if self.seed < 0:
             raise SettingsError(f"seed is {self.seed}; expected 0 or more")
-        unknown = [task for task in self.tasks if task not in EXPERTS]
-        if unknown or not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise SettingsError(f"tasks are {list(self.tasks)}; expected different ones of {list(EXPERTS)}")
+        check_tasks(self.tasks, EXPERTS)
 
 
 @dataclass(frozen=True)
@@ -267,14 +264,9 @@ def parser() -> CommandParser:
     parser.add_argument(
         "--tasks", nargs="+", default=defaults.tasks, metavar="TASK", help=f"of {', '.join(EXPERTS)}; default: all"
     )
-    for name, text in (("episodes_per_task", ""), ("seed", "of scenes and experts, "), ("workers", "processes, ")):
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=int,
-            default=getattr(defaults, name),
-            metavar="N",
-            help=f"{text}default: %(default)s",
-        )
+    parser.add_settings(
+        defaults, {"episodes_per_task": "solved episodes", "seed": "of scenes and experts", "workers": "processes"}
+    )
     return parser
 
 

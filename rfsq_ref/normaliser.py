@@ -23,7 +23,9 @@ _SIZE_LIMIT = 2**22
 
 @dataclass(frozen=True)
 class Normaliser:
-    """offset, scale: one number per action dimension in the robot's units; untouched dimensions have 0 and 1."""
+    """An affine map of each action dimension.
+
+    offset, scale: one number per action dimension in the robot's units; untouched dimensions have 0 and 1."""
 
     kind: NormaliserKind
     offset: tuple[float, ...]

@@ -1,5 +1,6 @@
 """What can be chosen for a training; torch is not needed to choose."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -18,9 +19,25 @@ class NormaliserKind(StrEnum):
 NORMALISER_CHOICES = ("auto", "none", *NormaliserKind)
 
 
+def check_positive(settings: object, *names: str, error: type[Exception] = SettingsError) -> None:
+    """Raise `error` where one of these whole numbers is below 1. names: of attributes of `settings`."""
+    for name in names:
+        value = getattr(settings, name)
+        if value < 1:
+            raise error(f"{name} is {value}; expected at least 1")
+
+
+def check_tasks(tasks: Sequence[str], known: Iterable[str], error: type[Exception] = SettingsError) -> None:
+    """Raise `error` unless there are tasks, all of them known and none named twice."""
+    if not tasks or not {*tasks} <= {*known} or len({*tasks}) < len(tasks):
+        raise error(f"tasks are {list(tasks)}; expected different ones of {list(known)}")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
-    """use_layernorm: `dynamic` conditioning (Robust RFSQ) or `none` (naive); num_episodes: 0 = all for training.
+    """What to train, and how.
+
+    use_layernorm: `dynamic` conditioning (Robust RFSQ) or `none` (naive); num_episodes: 0 = all for training.
 
     patience: stop after so many epochs without a lower validation error, 0 = never; it belongs to a long run: with
     the cosine schedule the last epochs gain most. device: as torch names it, "cpu" or "cuda".
@@ -41,9 +58,7 @@ class TrainConfig:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise SettingsError(f"{name} is {getattr(self, name)}; expected at least 1")
+        check_positive(self, "epochs", "batch_size")
         for name, nothing in (("num_episodes", "all"), ("patience", "never stop early")):
             if getattr(self, name) < 0:
                 raise SettingsError(f"{name} is {getattr(self, name)}; expected 0 ({nothing}) or more")

@@ -48,24 +48,21 @@ def _parser() -> CommandParser:
     seeds = parser.add_mutually_exclusive_group()
     seeds.add_argument("--seed", type=int, default=TrainConfig.seed, help="of the weights and the batches")
     seeds.add_argument("--seeds", type=int, nargs="+", help="train once for each, into NAME-seedS.safetensors")
-    for name, kind, text in (
-        ("num_episodes", int, "training episodes to use, 0 = all"),
-        ("epochs", int, "most passes over the training episodes"),
-        ("patience", int, "epochs without a lower validation error before training stops, 0 = never"),
-        ("batch_size", int, "steps in a batch"),
-        ("learning_rate", float, "of the first epoch; it falls by a cosine"),
-        ("device", str, "cpu, as fast for this model, or cuda"),
-        ("latent_dim", int, "D, tokens of a layer"),
-        ("hidden_width", int, "of encoder and decoder"),
-        ("num_layers", int, "L, layers of the quantiser"),
-        ("num_levels", int, "K, levels of a code"),
-    ):
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=kind,
-            default=getattr(TrainConfig, name),
-            help=f"{text}; default: %(default)s",
-        )
+    parser.add_settings(
+        TrainConfig,
+        {
+            "num_episodes": "training episodes to use, 0 = all",
+            "epochs": "most passes over the training episodes",
+            "patience": "epochs without a lower validation error before training stops, 0 = never",
+            "batch_size": "steps in a batch",
+            "learning_rate": "of the first epoch; it falls by a cosine",
+            "device": "cpu, as fast for this model, or cuda",
+            "latent_dim": "D, tokens of a layer",
+            "hidden_width": "of encoder and decoder",
+            "num_layers": "L, layers of the quantiser",
+            "num_levels": "K, levels of a code",
+        },
+    )
     return parser
 
 
@@ -82,7 +79,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     )
     seeds: list[int] = options.seeds or [options.seed]
     outputs = [output.with_stem(f"{output.stem}-seed{seed}") if options.seeds else output for seed in seeds]
-    # Not after an hour of training.
+    # Refused now, not after an hour of training.
     check_output(output)
     refuse_existing((file for path in outputs for file in result_files(path)), overwrite=options.overwrite)
     if len(set(seeds)) < len(seeds):

@@ -15,10 +15,12 @@ overfit or stall; where time is short, lower `epochs` instead: the schedule foll
 import copy
 import math
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
@@ -80,16 +82,13 @@ def _fit(
     steps, validation: float32 [N, A]. Raises TrainingError where no epoch has an error below infinity.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=config.epochs)
     history: list[EpochRecord] = []
     chosen = EpochRecord(0, math.inf, math.inf)
     best = copy.deepcopy(model.state_dict())
+    epochs = train_epochs(model, partial(_normalised_mse, model), steps, config, generator)
     # None: on a terminal alone.
-    with tqdm(range(1, config.epochs + 1), unit="epoch", disable=None if show_progress else True) as progress:
-        for epoch in progress:
-            train_mse = _train_epoch(model, optimiser, steps, config.batch_size, generator)
-            schedule.step()
+    with tqdm(epochs, total=config.epochs, unit="epoch", disable=None if show_progress else True) as progress:
+        for epoch, train_mse in enumerate(progress, start=1):
             record = EpochRecord(epoch, train_mse, _evaluate(model, validation))
             history.append(record)
             if record.validation_mse < chosen.validation_mse:
@@ -130,29 +129,36 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def _train_epoch(
-    model: ActionAutoencoder,
-    optimiser: torch.optim.Optimizer,
+def train_epochs(
+    model: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
     steps: Tensor,
-    batch_size: int,
+    config: TrainConfig,
     generator: torch.Generator,
-) -> float:
-    model.train()
-    total = 0.0
-    for batch in torch.split(torch.randperm(len(steps), generator=generator), batch_size):
-        actions = steps[batch.to(steps.device)]
-        loss = _normalised_mse(model, actions)
-        optimiser.zero_grad()
-        torch.autograd.backward(loss)
-        optimiser.step()
-        total += float(loss.detach()) * len(actions)
-    return total / len(steps)
+) -> Iterator[float]:
+    """Train epoch by epoch: the mean loss of each, after which the model is in evaluation mode.
+
+    loss_of: the loss of a batch of `steps` [N, A]; config: epochs, batch_size and learning_rate count.
+    """
+    optimiser = torch.optim.AdamW(model.parameters(), lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=config.epochs)
+    for _ in range(config.epochs):
+        model.train()
+        total = 0.0
+        for batch in torch.split(torch.randperm(len(steps), generator=generator), config.batch_size):
+            loss = loss_of(steps[batch.to(steps.device)])
+            optimiser.zero_grad()
+            torch.autograd.backward(loss)
+            optimiser.step()
+            total += float(loss.detach()) * len(batch)
+        schedule.step()
+        model.eval()
+        yield total / len(steps)
 
 
+@torch.no_grad()
 def _evaluate(model: ActionAutoencoder, steps: Tensor) -> float:
-    model.eval()
-    with torch.no_grad():
-        return float(_normalised_mse(model, steps))
+    return float(_normalised_mse(model, steps))
 
 
 def _normalised_mse(model: ActionAutoencoder, actions: Tensor) -> Tensor:

@@ -35,7 +35,9 @@ class EpochRecord:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """history: one record per epoch that ran, fewer than asked for when training stopped early."""
+    """A trained checkpoint and its learning curve.
+
+    history: one record per epoch that ran, fewer than asked for when training stopped early."""
 
     checkpoint: Checkpoint
     history: tuple[EpochRecord, ...]
@@ -106,37 +108,24 @@ def save_result(result: TrainResult, output: Path) -> Path | None:
         temporary.write_text(text, encoding="utf-8")
     drawing = path.with_suffix(".png") if find_spec("matplotlib") else None
     if drawing:
-        with replacing(drawing, error=CheckpointError) as temporary:
-            _draw(history, output.stem, temporary)
+        _draw(history, output.stem, drawing)
     save_checkpoint(result.checkpoint, output)
     return drawing
 
 
 def _draw(history: TrainingHistory, name: str, path: Path) -> None:
     # Training needs no matplotlib, and the simulator's environment has none.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from rfsq.rfsq_ref.drawing import BLUE, GREY, ORANGE, finish, new_figure, save_png
 
-    figure = Figure(figsize=(8, 4.5), dpi=100)
-    FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.1, 0.11, 0.88, 0.81))
-    epochs = [record.epoch for record in history.epochs]
+    figure = new_figure(4.4)
+    axes = figure.subplots()
     axes.set_yscale("log")
-    axes.plot(epochs, [record.train_mse for record in history.epochs], color="#8a8a8a", label="training episodes")
-    axes.plot(
-        epochs, [record.validation_mse for record in history.epochs], color="#1f6fb4", linewidth=2,
-        label="validation episodes",
-    )  # fmt: skip
+    epochs, train_mse, validation_mse = zip(*(vars(record).values() for record in history.epochs), strict=True)
+    axes.plot(epochs, train_mse, color=GREY, label="training episodes")
+    axes.plot(epochs, validation_mse, color=BLUE, linewidth=2, label="validation episodes")
     kept = next(record for record in history.epochs if record.epoch == history.kept_epoch)
-    axes.plot(
-        [kept.epoch], [kept.validation_mse], "o", color="#d9730d", markersize=8,
-        label=f"kept: epoch {kept.epoch}, {kept.validation_mse:.2e}",
-    )  # fmt: skip
-    axes.set_title(f"{name}, seed {history.training['seed']}, {history.data['source']}", loc="left", fontsize=11)
-    axes.set_xlabel("epoch")
+    label = f"kept: epoch {kept.epoch}, {kept.validation_mse:.2e}"
+    axes.plot(kept.epoch, kept.validation_mse, "o", color=ORANGE, markersize=8, label=label)
     axes.set_ylabel("MSE, normalised units²")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e3e3e3", linewidth=0.7)
-    axes.legend(frameon=False)
-    # Without matplotlib's version, equal curves give equal files.
-    figure.savefig(path, format="png", metadata={"Software": None})
+    finish(axes, f"{name}, seed {history.training['seed']}, {history.data['source']}", x="epoch", grid="y")
+    save_png(figure, path, CheckpointError)

@@ -134,6 +134,18 @@ class CommandParser(argparse.ArgumentParser):
             "--backend", "--backends", dest="backends", nargs="+", choices=tuple(BACKENDS), metavar="NAME", help=said
         )
 
+    def add_settings(self, settings: object, texts: Mapping[str, str]) -> None:
+        """Options with the names, types and defaults of settings. texts: what to say of each, by its name."""
+        for name, text in texts.items():
+            default = getattr(settings, name)
+            self.add_argument(
+                f"--{name.replace('_', '-')}",
+                type=type(default),
+                default=default,
+                metavar={int: "N", float: "X"}.get(type(default), "NAME"),
+                help=f"{text}; default: %(default)s",
+            )
+
     def refuse_former(self, option: str, advice: str) -> None:
         """An option of former versions ends the command; advice: what is given in its place."""
         self.add_argument(

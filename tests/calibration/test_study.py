@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rfsq.calibration import constants, study_bench
 from rfsq.calibration import study as module
 from rfsq.calibration.constants import fit_constants
-from rfsq.calibration.data import calibration_episodes, judging_episodes, reference_actions
+from rfsq.calibration.data import calibration_episodes, episode_folds, judging_episodes, reference_actions
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.fitting import calibrate
 from rfsq.calibration.readout import fit_readout
@@ -293,7 +293,8 @@ def test_readouts_are_judged_on_episodes_that_they_were_not_fitted_to(
 @torch.no_grad()
 def test_cross_validation_leaves_out_every_episode_once(robust: Checkpoint, dataset: ActionDataset) -> None:
     calibration = calibration_episodes(robust, dataset)
-    folds = list(module._folds(calibration))
+    indices = episode_folds(len(calibration.episodes), module._FOLDS)
+    folds = [(calibration.select(kept), calibration.select(left_out)) for kept, left_out in indices]
     assert len(folds) == 5
     assert sorted(name for _, held_out in folds for name in held_out.names) == sorted(calibration.names)
     for kept, held_out in folds:

@@ -77,7 +77,7 @@ def test_the_autoencoder_is_named_as_trained_and_refitted(comparison: Comparison
 
 
 def test_a_scheme_has_a_row_for_every_layer_and_group(comparison: Comparison) -> None:
-    table = layer_table(comparison.scheme("calibrated"), comparison)
+    table = layer_table(comparison.scheme("calibrated"))
 
     assert [row[0] for row in table.rows] == [f"L{layer}" for layer in range(8)] + ["L0–L2", "L3–L7", "L0–L7"]
 

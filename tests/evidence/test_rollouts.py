@@ -15,9 +15,8 @@ from rfsq.evidence.episodes import Episode, Identity, Job, read_episodes
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollouts import jobs_of, run_rollouts, seed_of
 from rfsq.evidence.settings import DEFAULT_TASKS, TASK_NAMES, RolloutConfig
-from rfsq.evidence.simulation import TASKS
 from rfsq.evidence.workers import in_processes
-from rfsq.rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS
+from rfsq.rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS, TASKS
 from rfsq.rfsq_ref.generate_demonstrations import SimulatorError, attempt_of
 
 IDENTITY = Identity(1, 0, 8, {"robosuite": "1.5.2"}, {})

@@ -7,7 +7,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rfsq.calibration.errors import CalibrationError
 from rfsq.runtime.bundle.writing import replacing
 
 INK, GREY, GRID = "#222222", "#8a8a8a", "#e3e3e3"
@@ -25,9 +24,9 @@ def new_figure(height: float, title: str = "") -> Figure:
     return figure
 
 
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a figure; equal figures give equal files. Raises CalibrationError where it cannot be written."""
-    with replacing(path, error=CalibrationError) as temporary:
+def save_png(figure: Figure, path: Path, error: type[Exception]) -> None:
+    """Write a figure; equal figures give equal files. Raises `error` where it cannot be written."""
+    with replacing(path, error=error) as temporary:
         # Without the version that matplotlib would write.
         figure.savefig(temporary, format="png", metadata={"Software": None})
 
