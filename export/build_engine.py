@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from rfsq.export.pipeline import BuildConfig
     from rfsq.runtime.bundle.manifest import Manifest
 
-#: A person, the system, a closed terminal, a reader that has left.
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+#: The system, a closed terminal, a reader that has left.
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 _READOUTS = ("auto", "on", "off")
 
 
@@ -161,11 +161,9 @@ def verdict(output: Path, manifest: Manifest) -> str:
 
 @contextlib.contextmanager
 def _clean_ends() -> Iterator[None]:
-    """A build that is told to end, by a person or by the system, cleans up after itself as one that fails does."""
+    """A build that the system tells to end cleans up after itself as one that fails does."""
 
     def end(number: int, _frame: object) -> NoReturn:
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt
         if number != signal.SIGPIPE:
             print(f"ended by {signal.Signals(number).name}", file=sys.stderr)
         raise SystemExit(128 + number)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from rfsq.runtime.bundle import advice
 from rfsq.runtime.bundle.advice import COMMANDS
-from rfsq.runtime.bundle.command import BACKENDS, CommandParser, Outcome
+from rfsq.runtime.bundle.command import BACKENDS, CommandParser, Outcome, run
 from rfsq.runtime.qualification import compat, inspect, selftest
 from tests.bundles import Recipe, random_actions, write_bundle
 
@@ -205,6 +206,24 @@ def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "interrupted"
     assert "Traceback" not in err
+
+
+def test_an_import_that_swallows_ctrl_c_only_delays_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As modules of Cython do."""
+    code = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    (tmp_path / "swallowing.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+
+    def work(_: object) -> Outcome:
+        import_module("swallowing")
+        seen.append("imported")
+        time.sleep(30)
+        return Outcome("done")
+
+    assert run(CommandParser("selftest"), work, []) == 130
+    assert seen == ["imported"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_what_is_shown_fits_a_screen_and_names_the_backend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

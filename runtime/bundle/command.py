@@ -10,13 +10,15 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from .advice import COMMANDS, command, install_package
@@ -189,7 +191,7 @@ def run(
     """
     options = parser.parse_args(arguments)
     try:
-        with _streams(is_quiet=options.quiet, has_document=options.json):
+        with _streams(is_quiet=options.quiet, has_document=options.json), _interrupts_between_imports():
             outcome = work(options)
     except KeyboardInterrupt as interrupt:
         state = str(interrupt) or parser.interrupted
@@ -209,6 +211,31 @@ def run(
     elif outcome.verdict:
         print(printable(outcome.verdict))
     return outcome.status
+
+
+@contextlib.contextmanager
+def _interrupts_between_imports() -> Iterator[None]:
+    """Ctrl-C during an import is raised after it: modules of Cython swallow it, numpy's among them."""
+
+    def interrupt(_number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                signal.setitimer(signal.ITIMER_REAL, 0.05)
+                return
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGALRM)}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -357,7 +357,7 @@ def test_a_person_sees_a_line_per_step_and_a_table(built: Built, printed: io.Str
     ]
     assert re.search(r"^✓ onnxruntime \(.*?\), decode 8 layers: action error +\S+ +1e-05 +\d+$", output, re.MULTILINE)
     assert re.search(r"^tokens of 8 layers +\d\.\d{3}e-06$", output, re.MULTILINE)
-    done, worth = built.verdict.splitlines()
+    done, worth = verdict(built.output, built.manifest).splitlines()
     assert done.endswith(f"is built and validated, fingerprint {built.manifest.fingerprint[:16]}")
     assert worth.startswith("what the tokens are worth: good; in robot units: RMS error at most ")
 
