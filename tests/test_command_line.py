@@ -18,7 +18,8 @@ import pytest
 
 from rfsq.runtime.bundle import advice
 from rfsq.runtime.bundle.advice import COMMANDS
-from rfsq.runtime.bundle.command import BACKENDS, CommandParser, Outcome, run
+from rfsq.runtime.bundle.command import BACKENDS, CommandParser, Outcome
+from rfsq.runtime.bundle.command import run as run_work
 from rfsq.runtime.qualification import compat, inspect, selftest
 from tests.bundles import Recipe, random_actions, write_bundle
 
@@ -221,7 +222,7 @@ def test_an_import_that_swallows_ctrl_c_only_delays_it(tmp_path: Path, monkeypat
         time.sleep(30)
         return Outcome("done")
 
-    assert run(CommandParser("selftest"), work, []) == 130
+    assert run_work(CommandParser("selftest"), work, []) == 130
     assert seen == ["imported"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

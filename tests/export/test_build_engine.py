@@ -410,7 +410,7 @@ def other(other_printed: io.StringIO, tmp_path_factory: pytest.TempPathFactory) 
     """A folder with a robust model of other sizes, its data in units of its robot, and the bundle built from both."""
     folder = tmp_path_factory.mktemp("other")
     with contextlib.redirect_stdout(other_printed):
-        assert main([*build_arguments(folder / "bundle"), *write_other(folder, other_model()), *OTHER_FLAGS]) == 0
+        assert main([*build_arguments(folder / "bundle"), *write_other(folder, other_model()), *OTHER_FLAGS, "-v"]) == 0
     return folder
 
 
