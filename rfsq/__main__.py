@@ -6,7 +6,7 @@ import sys
 
 from . import __version__
 from .runtime.bundle.advice import COMMANDS
-from .runtime.bundle.command import UNUSABLE, run_command
+from .runtime.bundle.command import UNUSABLE, end_with, run_command
 from .runtime.bundle.console import prepare_console
 
 
@@ -15,9 +15,9 @@ def main() -> None:
     prepare_console()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(_usage())
+        end_with(lambda: print(_usage()))
     elif name == "--version":
-        print(f"rfsq {__version__}")
+        end_with(lambda: print(f"rfsq {__version__}"))
     elif name in COMMANDS:
         # As argparse names a command in its help.
         sys.argv[:2] = [f"rfsq {name}"]

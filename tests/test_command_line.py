@@ -1,6 +1,8 @@
 """Every command takes the same words, ends with the same statuses, and shows as much as it was asked for."""
 
 import ast
+import errno
+import io
 import json
 import re
 import shutil
@@ -18,6 +20,7 @@ import pytest
 from rfsq.runtime.bundle import advice
 from rfsq.runtime.bundle.advice import COMMANDS
 from rfsq.runtime.bundle.command import BACKENDS, CommandParser, Outcome
+from rfsq.runtime.bundle.errors import InvalidInputError
 from rfsq.runtime.qualification import compat, inspect, selftest
 from tests.bundles import Recipe, random_actions, write_bundle
 
@@ -162,6 +165,58 @@ def test_quiet_leaves_the_verdict_and_json_the_document(
     assert shown["-q"] == ("the verdict\n", "")
     assert shown["--json"].err == "a line\na note\n"
     assert json.loads(shown["--json"].out) == {"value": None, "list": [1]}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "--help"], ["inspect", "B"]])
+@pytest.mark.parametrize("option", [None, "-q", "--json"])
+def test_a_full_standard_output_is_a_2_and_named(arguments: list[str], option: str | None, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", Recipe())
+    given = [str(bundle) if word == "B" else word for word in [*arguments, *([option] if option else [])]]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "rfsq", *given],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: standard output cannot be written: No space left on device")
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_standard_output_in_the_middle_is_not_blamed_on_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def work(_options: object) -> Outcome:
+        try:
+            print("a line")
+        except OSError as error:
+            raise InvalidInputError("the output cannot be written") from error
+        return Outcome("")
+
+    monkeypatch.setattr(selftest, "_work", work)
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert selftest.main(["bundle"]) == 2
+    assert capsys.readouterr().err.startswith("error: standard output cannot be written: No space left on device; ")
+
+
+def test_a_lack_of_memory_is_a_2_and_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(_options: object) -> Outcome:
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    monkeypatch.setattr(selftest, "_work", work)
+    assert selftest.main(["bundle"]) == 2
+    assert capsys.readouterr().err == "error: out of memory: Unable to allocate 9 GiB; ask for less at once\n"
 
 
 @pytest.mark.slow

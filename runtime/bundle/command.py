@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from .advice import COMMANDS, command, install_package
 from .backend_specs import BACKENDS
-from .console import prepare_console, printable
+from .console import StdoutError, checked, discard_stdout, prepare_console, printable
 from .errors import RfsqError
 from .paths import as_path
 
@@ -178,6 +178,8 @@ def run(
     try:
         with _streams(is_quiet=options.quiet, has_document=options.json):
             outcome = work(options)
+        with contextlib.redirect_stdout(checked(sys.stdout)):
+            _show(outcome, has_document=options.json)
     except KeyboardInterrupt:
         return _end(f"interrupted{parser.interrupted and '; '}{parser.interrupted}", INTERRUPTED)
     except ImportError as error:
@@ -187,14 +189,23 @@ def run(
         return _end(advice, UNUSABLE)
     except RfsqError as error:
         return _end(f"error: {error}", error.exit_status)
+    except StdoutError as error:
+        discard_stdout()
+        return _end(f"error: {error}", UNUSABLE)
+    except MemoryError as error:
+        return _end(f"error: out of memory: {error or 'nothing is left'}; ask for less at once", UNUSABLE)
     except OSError as error:
         where = error.filename or "a file"
         return _end(f"error: cannot use {where}: {error.strerror or error}; choose another folder or file", UNUSABLE)
-    if options.json:
+    return outcome.status
+
+
+def _show(outcome: Outcome, *, has_document: bool) -> None:
+    if has_document:
         print(json.dumps(_finite(outcome.document), indent=1, allow_nan=False))
     elif outcome.verdict:
         print(printable(outcome.verdict))
-    return outcome.status
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -207,6 +218,8 @@ def _streams(*, is_quiet: bool, has_document: bool) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         elif has_document:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        else:
+            stack.enter_context(contextlib.redirect_stdout(checked(sys.stdout)))
         yield
 
 
@@ -245,15 +258,28 @@ def explain_missing_packages() -> None:
 
 
 def run_command(module: str) -> NoReturn:
-    """For a script of its own: end with the status that `main` of `module` returns.
+    """For a script of its own: end with the status that `main` of `module` returns."""
+    end_with(lambda: import_module(module).main())
+
+
+def end_with(main: Callable[[], Any]) -> NoReturn:
+    """End the process with the status that `main` returns, once all that it has printed is written.
 
     A fault of the program is a traceback and no verdict: Python's own status for it would be WANTING.
     """
     prepare_console()
     try:
-        status = import_module(module).main()
+        with contextlib.redirect_stdout(checked(sys.stdout)):
+            try:
+                status = main()
+            except SystemExit as ended:
+                status = ended.code
+            sys.stdout.flush()
     except KeyboardInterrupt:
         status = _end("interrupted", INTERRUPTED)
+    except StdoutError as error:
+        discard_stdout()
+        status = _end(f"error: {error}", UNUSABLE)
     except Exception as error:
         advice = explanation(error)
         if not advice:
