@@ -167,6 +167,17 @@ def test_quiet_leaves_the_verdict_and_json_the_document(
     assert json.loads(shown["--json"].out) == {"value": None, "list": [1]}
 
 
+@pytest.mark.parametrize("name", ["build", "calibrate", "train", "compare"])
+@pytest.mark.parametrize("flag", ["--key", "--filter-key"])
+def test_a_choice_from_data_that_are_not_given_is_refused(
+    name: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert module(name).main([flag, "other"]) == 2
+    assert f"error: {flag} chooses from --data, which is not given" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "--help"], ["inspect", "B"]])
 @pytest.mark.parametrize("option", [None, "-q", "--json"])

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from .advice import COMMANDS, command, install_package
 from .backend_specs import BACKENDS
 from .console import StdoutError, checked, discard_stdout, prepare_console, printable
-from .errors import RfsqError
+from .errors import InvalidInputError, RfsqError
 from .paths import as_path
 
 DONE, WANTING, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
@@ -96,6 +96,17 @@ class CommandParser(argparse.ArgumentParser):
         )
         self.add_argument("--key", metavar="NAME", help="action array or column of --data; default: the usual names")
         self.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
+
+    def refuse_idle_choices(self, options: argparse.Namespace) -> None:
+        """Raises InvalidInputError for `--key` or `--filter-key` without the `--data` that they would choose from."""
+        given = vars(options)
+        if given.get("data") is None:
+            for name in ("key", "filter_key"):
+                if given.get(name) is not None:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise InvalidInputError(
+                        f"{flag} chooses from --data, which is not given; give --data too, or leave {flag} out"
+                    )
 
     def add_output(self, text: str, default: Path | None = None, *, required: bool = False) -> None:
         """`--output`, what is written, and `--overwrite`. text: says what it is, and the default where it has one."""
@@ -176,6 +187,7 @@ def run(
     """
     options = parser.parse_args(arguments)
     try:
+        parser.refuse_idle_choices(options)
         with _streams(is_quiet=options.quiet, has_document=options.json):
             outcome = work(options)
         with contextlib.redirect_stdout(checked(sys.stdout)):
