@@ -178,6 +178,35 @@ def test_a_choice_from_data_that_are_not_given_is_refused(
     assert not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("train", ["--output", "folder.safetensors"], "folder.safetensors is a folder, and a file is to be written"),
+        ("train", ["--output", "file/model.safetensors"], "file is no writable folder"),
+        (
+            "calibrate",
+            ["--output", "folder.safetensors"],
+            "folder.safetensors is a folder, and a file is to be written",
+        ),
+        ("calibrate", ["--output", "a.safetensors", "--report-dir", "file"], "file is no writable folder"),
+        ("bench", ["bundle", "--output", "file"], "file is no writable folder"),
+        ("compare", ["--output", "file"], "file is no writable folder"),
+        ("rollout", ["--output", "file", "--report-only"], "file is no writable folder"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_work(
+    name: str, arguments: list[str], said: str, options: list[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "file").write_text("in the way")
+    assert module(name).main([*arguments, *options]) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.safetensors"]
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "--help"], ["inspect", "B"]])
 @pytest.mark.parametrize("option", [None, "-q", "--json"])
