@@ -161,4 +161,5 @@ def _load(paths: list[Path], weights: str | None) -> list[Checkpoint]:
 
 def _physical(options: argparse.Namespace) -> OscPose | None:
     wanted = options.data is None if options.osc_pose is None else options.osc_pose
-    return OscPose(options.position_unit, options.rotation_unit) if wanted else None
+    units = OscPose(options.position_unit, options.rotation_unit)
+    return units if wanted else None
