@@ -574,7 +574,7 @@ def test_the_command_returns_2_where_nothing_can_be_measured(
     assert "no backend can be measured" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert bench.main([str(bundle), "--output", str(tmp_path / "file")]) == 2
-    assert "choose another folder" in capsys.readouterr().err
+    assert "file is no writable folder; choose a writable folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--batch", "0"], ["--rounds", "0"], ["--starts", "-1"], ["--backends", "x"]])
