@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import SPLIT_SHARES, ActionDataset, load_actions, load_demonstrations, split_episodes
 from rfsq.rfsq_ref.errors import DataError
+from rfsq.runtime.bundle.fidelity import FAR
 from rfsq.runtime.bundle.paths import counted
 
 #: One for each part of a split.
@@ -56,7 +58,8 @@ def calibration_dataset(
 
 def data_warnings(checkpoint: Checkpoint, dataset: ActionDataset) -> tuple[str, ...]:
     """Warnings about the data that a fit sees, and about those that judge it. Raises DataError."""
-    found = [few_steps_warning(calibration_episodes(checkpoint, dataset))]
+    fitted = calibration_episodes(checkpoint, dataset)
+    found = [few_steps_warning(fitted), _outliers_warning(checkpoint, fitted)]
     if selection_of(checkpoint, dataset) is Selection.ALL:
         found.append(
             f"WARNING: {counted(len(dataset.episodes), 'episode')} cannot be split, so the verdict is of the very data "
@@ -64,6 +67,27 @@ def data_warnings(checkpoint: Checkpoint, dataset: ActionDataset) -> tuple[str, 
             + (dataset.missing_borders or f"give {MINIMUM_EPISODES} episodes or more")
         )
     return tuple(filter(None, found))
+
+
+def _outliers_warning(checkpoint: Checkpoint, fitted: ActionDataset) -> str:
+    """A warning about single steps far outside of the model's range, which the verdict may not see; else empty.
+
+    Where half of the steps or more lie there, the units are wrong, and the verdict says so.
+    """
+    normaliser = checkpoint.normaliser
+    offset, unit = (np.array(normaliser.offset), np.array(normaliser.scale)) if normaliser else (0.0, 1.0)
+    reaches = [np.abs(episode.astype(np.float64) - offset) / unit for episode in fitted.episodes]
+    count = sum(int((reach > FAR).any(axis=1).sum()) for reach in reaches)
+    if not 0 < 2 * count < fitted.num_steps:
+        return ""
+    place = max(range(len(reaches)), key=lambda index: float(reaches[index].max()))
+    step, dimension = map(int, np.unravel_index(reaches[place].argmax(), reaches[place].shape))
+    return (
+        f"WARNING: the fit saw {counted(count, 'step')} more than {FAR:g} times as far out as the model was trained "
+        f"for, which tokens can hardly code; the farthest is {fitted.source}, episode {fitted.names[place]!r}, "
+        f"step {step}, dimension {dimension}: {fitted.episodes[place][step, dimension]:g}. The verdict may be of other "
+        "episodes alone: repair or drop that one"
+    )
 
 
 def few_steps_warning(episodes: ActionDataset) -> str:

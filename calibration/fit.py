@@ -96,7 +96,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     import torch
 
     from rfsq.calibration.data import calibration_dataset, data_warnings, judging_episodes
-    from rfsq.calibration.report import format_report, report_calibrated, report_files, report_recovered, write_report
+    from rfsq.calibration.report import format_report, report_calibrated, report_files, report_recovered, staged_report
     from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, check_output, load_checkpoint, save_checkpoint
     from rfsq.runtime.bundle.fidelity import Grade
 
@@ -123,11 +123,10 @@ def _work(options: argparse.Namespace) -> Outcome:
         "".join(f"{line}\n" for line in (*data_warnings(checkpoint, dataset), provenance.get("remark")) if line), end=""
     )
     print(format_report(report, is_verbose=options.verbose))
-    # The checkpoint last: where it is, everything else went well.
-    write_report(report, report_dir, provenance)
+    with staged_report(report, report_dir, provenance):
+        save_checkpoint(fitted, output)
     if not find_spec("matplotlib"):
         print(f"no drawing of the report: matplotlib is not installed; {install_package('matplotlib')}")
-    save_checkpoint(fitted, output)
     verdict = f"✓ wrote {output} and {report_dir}: what the tokens are worth: {report.fidelity.line}"
     if report.fidelity.grade is Grade.WORTHLESS:
         # Once more, so that it is not the line above that stays in mind.

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -230,20 +232,24 @@ def report_to_json(report: CalibrationReport, provenance: dict[str, Any] | None 
 
 
 def report_files(folder: Path) -> tuple[Path, ...]:
-    """What write_report writes."""
+    """What staged_report writes."""
     return folder / REPORT_JSON, folder / REPORT_PNG
 
 
-def write_report(report: CalibrationReport, folder: Path, provenance: dict[str, Any] | None = None) -> None:
+@contextmanager
+def staged_report(report: CalibrationReport, folder: Path, provenance: dict[str, Any] | None = None) -> Iterator[None]:
     """report.json and, where matplotlib is installed, report.png into a folder, made if missing.
 
-    CalibrationError if it cannot be written.
+    They take their names when the block ends well, and are gone when not. CalibrationError if one cannot be written.
     """
-    with replacing(folder / REPORT_JSON, error=CalibrationError) as path:
+    with ExitStack() as stack:
+        path = stack.enter_context(replacing(folder / REPORT_JSON, error=CalibrationError))
         path.write_text(report_to_json(report, provenance), encoding="utf-8")
-    if find_spec("matplotlib"):
-        # A build draws nothing, and would wait for matplotlib longer than for any package but torch.
-        from rfsq.calibration.report_plots import draw_report
-        from rfsq.rfsq_ref.drawing import save_png
+        if find_spec("matplotlib"):
+            # A build draws nothing, and would wait for matplotlib longer than for any package but torch.
+            from rfsq.calibration.report_plots import draw_report
+            from rfsq.rfsq_ref.drawing import save_png
 
-        save_png(draw_report(report), folder / REPORT_PNG, CalibrationError)
+            picture = stack.enter_context(replacing(folder / REPORT_PNG, error=CalibrationError))
+            save_png(draw_report(report), picture, CalibrationError)
+        yield

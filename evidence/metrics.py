@@ -1,5 +1,6 @@
 """Errors of decoded actions in normalised units, millimetres, degrees and gripper commands; entropy of tokens."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,11 @@ class OscPose:
 
     position_m: float = OSC_POSITION_M
     rotation_rad: float = OSC_ROTATION_RAD
+
+    def __post_init__(self) -> None:
+        for name, unit in (("position", self.position_m), ("rotation", self.rotation_rad)):
+            if not 0 < unit < math.inf:
+                raise EvidenceError(f"{name} unit is {unit}; expected a number above 0: correct --{name}-unit")
 
     def arms(self, actions: npt.NDArray[np.floating]) -> Array:
         """[N, arms * 7] to [N, arms, 7]. Raises EvidenceError for another number of dimensions."""

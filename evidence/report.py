@@ -15,7 +15,7 @@ from rfsq.evidence.jobs import ComparisonConfig
 from rfsq.evidence.metrics import OscPose
 from rfsq.evidence.page import page
 from rfsq.evidence.plots import figures, svg
-from rfsq.evidence.results import Comparison, check_writable, read_json, write_json, write_text
+from rfsq.evidence.results import Comparison, read_json, write_json, write_text
 from rfsq.evidence.rollout_files import read_result
 from rfsq.evidence.rollout_report import tables_of, verdicts
 from rfsq.evidence.tables import findings_table, layer_table, peer_table, summary_table
@@ -35,16 +35,15 @@ def report(options: argparse.Namespace) -> Comparison:
     Prints the tables; options: of the command. Raises EvidenceError and what the data and the checkpoints do.
     """
     make_deterministic()
-    check_writable(options.output)
-    # Refused now, not after an hour of training.
-    refuse_existing(_written(options), overwrite=options.overwrite)
+    # Not after an hour of training.
+    refuse_existing(_written(options), overwrite=options.overwrite, folders=[options.output / FIGURES])
     return _redrawn(options.output) if options.report_only else _compared(options)
 
 
 def _written(options: argparse.Namespace) -> list[Path]:
-    """Everything that this command writes into its folder."""
+    """Every file that this command writes into its folder, beside those in FIGURES."""
     folder: Path = options.output
-    written = [folder / name for name in (REPORT_HTML, FIGURES, COMPARISON_TEXT)]
+    written = [folder / name for name in (REPORT_HTML, COMPARISON_TEXT)]
     if options.report_only:
         return written
     return [*written, folder / COMPARISON_JSON, *(study_files(folder) if options.calibration_study else ())]
@@ -162,4 +161,5 @@ def _load(paths: list[Path], weights: str | None) -> list[Checkpoint]:
 
 def _physical(options: argparse.Namespace) -> OscPose | None:
     wanted = options.data is None if options.osc_pose is None else options.osc_pose
-    return OscPose(options.position_unit, options.rotation_unit) if wanted else None
+    units = OscPose(options.position_unit, options.rotation_unit)
+    return units if wanted else None

@@ -1,7 +1,6 @@
 """What a comparison found: frozen, written as JSON and read back as the same types."""
 
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
@@ -188,13 +187,6 @@ class Comparison:
 def write_json(comparison: Comparison, path: Path) -> None:
     """Raises EvidenceError where it cannot be written."""
     write_json_object(asdict(comparison), path, FORMAT, FORMAT_VERSION)
-
-
-def check_writable(folder: Path) -> None:
-    """Raises EvidenceError where nothing could be written, before hours are spent on it; makes no folder."""
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise EvidenceError(f"cannot write into {folder}: {existing} is no writable folder; choose another --output")
 
 
 def write_text(path: Path, text: str) -> None:

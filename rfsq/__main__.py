@@ -19,15 +19,15 @@ def _main() -> None:
     # Here, as in `run_script`: importing takes most of the time in which nothing happens yet.
     from . import __version__
     from .runtime.bundle.advice import COMMANDS
-    from .runtime.bundle.command import UNUSABLE
+    from .runtime.bundle.command import UNUSABLE, end_with
     from .runtime.bundle.console import prepare_console
 
     prepare_console()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(_usage())
+        end_with(lambda: print(_usage()))
     elif name == "--version":
-        print(f"rfsq {__version__}")
+        end_with(lambda: print(f"rfsq {__version__}"))
     elif name in COMMANDS:
         # As argparse names a command in its help.
         sys.argv[:2] = [f"rfsq {name}"]

@@ -88,7 +88,8 @@ def normaliser_from_json(fields: Any) -> Normaliser:
         raise
     except (KeyError, TypeError, ValueError) as error:
         kinds = ", ".join(kind.value for kind in NormaliserKind)
-        raise DataError(f'normaliser needs "kind" ({kinds}), "offset" and "scale": {shown(error)}') from error
+        found = f"has no {error}" if isinstance(error, KeyError) else shown(fields)
+        raise DataError(f'normaliser needs "kind" ({kinds}), "offset" and "scale"; found: {found}') from error
 
 
 def _numbers(name: str, values: Any) -> tuple[float, ...]:
@@ -110,7 +111,10 @@ def read_normaliser(path: str | os.PathLike[str]) -> Normaliser:
         raise DataError(
             f"{path} is not a readable JSON file: {error}; give a file with kind, offset and scale"
         ) from error
-    return normaliser_from_json(fields)
+    try:
+        return normaliser_from_json(fields)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _float32_tuple(values: npt.NDArray[np.float64]) -> tuple[float, ...]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
@@ -28,11 +29,14 @@ from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq.rfsq_ref.checkpoints import checkpoint_of
 from rfsq.rfsq_ref.data import ActionDataset, split_episodes
 from rfsq.rfsq_ref.errors import DataError, SettingsError, TrainingError
-from rfsq.rfsq_ref.normaliser import fit_normaliser
+from rfsq.rfsq_ref.normaliser import Normaliser, fit_normaliser
 from rfsq.rfsq_ref.normaliser_choice import untouched
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.settings import TrainConfig
 from rfsq.rfsq_ref.training_history import EpochRecord, TrainResult
+
+#: In normalised units: float32 holds the sum of 2^28 squares of it.
+_FARTHEST = 2.0**50
 
 
 def train(dataset: ActionDataset, config: TrainConfig, *, show_progress: bool = False) -> TrainResult:
@@ -54,6 +58,8 @@ def train(dataset: ActionDataset, config: TrainConfig, *, show_progress: bool = 
         episodes = episodes.select(range(config.num_episodes))
     actions = episodes.steps()
     normaliser = fit_normaliser(actions, config.normaliser, untouched(actions)) if config.normaliser else None
+    for part in (episodes, split.validation):
+        _refuse_overflow(part, normaliser)
     torch.manual_seed(config.seed)
     sizes = ModelConfig(
         episodes.action_dim, config.latent_dim, config.hidden_width, config.num_layers, config.num_levels
@@ -72,6 +78,20 @@ def train(dataset: ActionDataset, config: TrainConfig, *, show_progress: bool = 
         "torch": str(torch.__version__),
     }
     return TrainResult(checkpoint_of(model, provenance), tuple(history))
+
+
+def _refuse_overflow(part: ActionDataset, normaliser: Normaliser | None) -> None:
+    """Raises DataError, before any work, for an action whose squared error float32 cannot add up."""
+    offset, scale = (np.array(normaliser.offset), np.array(normaliser.scale)) if normaliser else (0.0, 1.0)
+    for name, episode in zip(part.names, part.episodes, strict=True):
+        far = np.argwhere(np.abs(episode.astype(np.float64) - offset) > _FARTHEST * scale)
+        if far.size:
+            step, dimension = map(int, far[0])
+            raise DataError(
+                f"{part.source}, episode {name!r}, step {step}, dimension {dimension}: {episode[step, dimension]}; "
+                f"expected at most {_FARTHEST:.0e} in normalised units, or squared errors overflow float32: repair or "
+                "drop this episode, or give another --normaliser"
+            )
 
 
 def _fit(
@@ -97,10 +117,11 @@ def _fit(
                 break
             progress.set_postfix(train=f"{record.train_mse:.2e}", validation=f"{record.validation_mse:.2e}")
     model.load_state_dict(best)
-    if not chosen.epoch:
+    if not math.isfinite(chosen.train_mse):
+        last = history[-1]
         raise TrainingError(
-            f"training diverged: validation MSE {history[-1].validation_mse} in epoch {history[-1].epoch}; lower the "
-            f"learning rate (--learning-rate, now {config.learning_rate})"
+            f"training diverged: train MSE {last.train_mse}, validation MSE {last.validation_mse} in epoch "
+            f"{last.epoch}; lower the learning rate (--learning-rate, now {config.learning_rate})"
         )
     return chosen, history
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -96,7 +97,7 @@ def result_files(output: Path) -> tuple[Path, ...]:
 def save_result(result: TrainResult, output: Path) -> Path | None:
     """Write the checkpoint, NAME.history.json and, where matplotlib is installed, NAME.history.png, the drawing given.
 
-    Each goes to a temporary sibling that is renamed, the checkpoint last: where it is, its curve is too. Raises
+    Each goes to a temporary sibling, and all are renamed at the end: a failure leaves none of them. Raises
     CheckpointError.
     """
     output = check_output(output)
@@ -104,12 +105,12 @@ def save_result(result: TrainResult, output: Path) -> Path | None:
     content = {"format": HISTORY_FORMAT, "version": HISTORY_VERSION, **asdict(history)}
     text = json.dumps(content, indent=1) + "\n"
     path = history_path(output)
-    with replacing(path, error=CheckpointError) as temporary:
-        temporary.write_text(text, encoding="utf-8")
     drawing = path.with_suffix(".png") if find_spec("matplotlib") else None
-    if drawing:
-        _draw(history, output.stem, drawing)
-    save_checkpoint(result.checkpoint, output)
+    with ExitStack() as stack:
+        stack.enter_context(replacing(path, error=CheckpointError)).write_text(text, encoding="utf-8")
+        if drawing:
+            _draw(history, output.stem, stack.enter_context(replacing(drawing, error=CheckpointError)))
+        save_checkpoint(result.checkpoint, output)
     return drawing
 
 

@@ -1,6 +1,8 @@
 """Every command takes the same words, ends with the same statuses, and shows as much as it was asked for."""
 
 import ast
+import errno
+import io
 import json
 import re
 import shutil
@@ -20,6 +22,7 @@ from rfsq.runtime.bundle import advice
 from rfsq.runtime.bundle.advice import COMMANDS
 from rfsq.runtime.bundle.command import BACKENDS, CommandParser, Outcome
 from rfsq.runtime.bundle.command import run as run_work
+from rfsq.runtime.bundle.errors import InvalidInputError
 from rfsq.runtime.qualification import compat, inspect, selftest
 from tests.bundles import Recipe, random_actions, write_bundle
 
@@ -193,6 +196,98 @@ if start[0] == "-m":
 else:
     runpy.run_path(start[0], run_name="__main__")
 """
+
+
+@pytest.mark.parametrize("name", ["build", "calibrate", "train", "compare"])
+@pytest.mark.parametrize("flag", ["--key", "--filter-key"])
+def test_a_choice_from_data_that_are_not_given_is_refused(
+    name: str, flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert module(name).main([flag, "other"]) == 2
+    assert f"error: {flag} chooses from --data, which is not given" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]])
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("train", ["--output", "folder.safetensors"], "folder.safetensors is a folder, and a file is to be written"),
+        ("train", ["--output", "file/model.safetensors"], "file is no writable folder"),
+        (
+            "calibrate",
+            ["--output", "folder.safetensors"],
+            "folder.safetensors is a folder, and a file is to be written",
+        ),
+        ("calibrate", ["--output", "a.safetensors", "--report-dir", "file"], "file is no writable folder"),
+        ("bench", ["bundle", "--output", "file"], "file is no writable folder"),
+        ("compare", ["--output", "file"], "file is no writable folder"),
+        ("rollout", ["--output", "file", "--report-only"], "file is no writable folder"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_the_work(
+    name: str, arguments: list[str], said: str, options: list[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "file").write_text("in the way")
+    assert module(name).main([*arguments, *options]) == 2
+    assert said in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.safetensors"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "--help"], ["inspect", "B"]])
+@pytest.mark.parametrize("option", [None, "-q", "--json"])
+def test_a_full_standard_output_is_a_2_and_named(arguments: list[str], option: str | None, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", Recipe())
+    given = [str(bundle) if word == "B" else word for word in [*arguments, *([option] if option else [])]]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "rfsq", *given],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: standard output cannot be written: No space left on device")
+    assert done.stderr.count("error: ") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_a_full_standard_output_in_the_middle_is_not_blamed_on_a_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(io.StringIO):
+        def write(self, _text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def work(_options: object) -> Outcome:
+        try:
+            print("a line")
+        except OSError as error:
+            raise InvalidInputError("the output cannot be written") from error
+        return Outcome("")
+
+    monkeypatch.setattr(selftest, "_work", work)
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert selftest.main(["bundle"]) == 2
+    assert capsys.readouterr().err.startswith("error: standard output cannot be written: No space left on device; ")
+
+
+def test_a_lack_of_memory_is_a_2_and_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(_options: object) -> Outcome:
+        raise MemoryError("Unable to allocate 9 GiB")
+
+    monkeypatch.setattr(selftest, "_work", work)
+    assert selftest.main(["bundle"]) == 2
+    assert capsys.readouterr().err == "error: out of memory: Unable to allocate 9 GiB; ask for less at once\n"
 
 
 @pytest.mark.slow

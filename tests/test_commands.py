@@ -19,7 +19,7 @@ from rfsq.export import build_engine
 from rfsq.rfsq_ref import generate_demonstrations, train
 from rfsq.runtime.benchmark import command as bench
 from rfsq.runtime.bundle.advice import COMMANDS, EXTRAS, install, install_package
-from rfsq.runtime.bundle.errors import OutputExistsError
+from rfsq.runtime.bundle.errors import InvalidInputError, OutputExistsError
 from rfsq.runtime.bundle.paths import refuse_existing, shortlist
 from tests.bundles import Recipe, write_bundle
 
@@ -309,11 +309,14 @@ def test_every_command_with_an_output_knows_the_rule() -> None:
 def test_what_is_there_is_named_whatever_it_is(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
-    paths = [tmp_path / name for name in ("folder", "link", "free")]
-    refuse_existing(paths, overwrite=True)
-    refuse_existing(paths[2:], overwrite=False)
-    with pytest.raises(OutputExistsError, match=r"folder, .*link exist; give another name, or --overwrite to replace"):
-        refuse_existing(paths, overwrite=False)
+    folder, link, free = (tmp_path / name for name in ("folder", "link", "free"))
+    refuse_existing([link, free], overwrite=True, folders=[folder])
+    refuse_existing([free], overwrite=False)
+    with pytest.raises(OutputExistsError, match=r"link, .*folder exist; give another name, or --overwrite to replace"):
+        refuse_existing([link, free], overwrite=False, folders=[folder])
+    for overwrite in (False, True):
+        with pytest.raises(InvalidInputError, match="folder is a folder, and a file is to be written there"):
+            refuse_existing([free, folder], overwrite=overwrite)
 
 
 def test_a_long_list_is_cut_short() -> None:

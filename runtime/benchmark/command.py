@@ -53,7 +53,6 @@ def _work(options: argparse.Namespace) -> Outcome:
     if options.output is not None:
         # Before minutes are spent on figures that nobody could keep.
         refuse_existing(report_files(options.output), overwrite=options.overwrite)
-        options.output.mkdir(parents=True, exist_ok=True)
     report = bench(config, Progress(ProgressLine()))
     print((report_text if options.verbose else summary_text)(report), end="")
     said = write_report(report, options.output) if options.output is not None else []

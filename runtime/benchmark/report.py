@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.console import printable
+from ..bundle.errors import InvalidInputError
 from ..bundle.writing import replacing
 from .start import Start
 from .timing import Arithmetic, Bandwidth, Row
@@ -194,9 +196,9 @@ def report_files(folder: Path) -> tuple[Path, ...]:
 
 
 def write_report(report: Report, folder: Path) -> list[str]:
-    """bench.json, bench.txt and, where matplotlib is installed, bench.png; each is whole or not there.
+    """bench.json, bench.txt and, where matplotlib is installed, bench.png; all or none.
 
-    Returns what there is to say. Raises OSError.
+    Returns what there is to say. Raises InvalidInputError where one cannot be written.
     """
     contents = {"bench.json": report_json(report).encode(), "bench.txt": report_text(report).encode()}
     said = []
@@ -204,11 +206,10 @@ def write_report(report: Report, folder: Path) -> list[str]:
         contents["bench.png"] = report_png(report)
     except ImportError as error:
         said.append(f"no bench.png: {error}; install it with: pip install matplotlib")
-    for name, content in contents.items():
-        with replacing(folder / name) as temporary:
-            temporary.write_bytes(content)
-        said.append(f"wrote {folder / name}")
-    return said
+    with contextlib.ExitStack() as stack:
+        for name, content in contents.items():
+            stack.enter_context(replacing(folder / name, error=InvalidInputError)).write_bytes(content)
+    return said + [f"wrote {folder / name}" for name in contents]
 
 
 def report_png(report: Report) -> bytes:

@@ -23,8 +23,8 @@ from typing import Any, NoReturn
 
 from .advice import COMMANDS, command, install_package
 from .backend_specs import BACKENDS
-from .console import prepare_console, printable
-from .errors import RfsqError
+from .console import StdoutError, checked, discard_stdout, prepare_console, printable
+from .errors import InvalidInputError, RfsqError
 from .paths import as_path
 
 DONE, WANTING, UNUSABLE, INTERRUPTED = 0, 1, 2, 130
@@ -99,6 +99,17 @@ class CommandParser(argparse.ArgumentParser):
         )
         self.add_argument("--key", metavar="NAME", help="action array or column of --data; default: the usual names")
         self.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
+
+    def refuse_idle_choices(self, options: argparse.Namespace) -> None:
+        """Raises InvalidInputError for `--key` or `--filter-key` without the `--data` that they would choose from."""
+        given = vars(options)
+        if given.get("data") is None:
+            for name in ("key", "filter_key"):
+                if given.get(name) is not None:
+                    flag = f"--{name.replace('_', '-')}"
+                    raise InvalidInputError(
+                        f"{flag} chooses from --data, which is not given; give --data too, or leave {flag} out"
+                    )
 
     def add_output(self, text: str, default: Path | None = None, *, required: bool = False) -> None:
         """`--output`, what is written, and `--overwrite`. text: says what it is, and the default where it has one."""
@@ -191,8 +202,11 @@ def run(
     """
     options = parser.parse_args(arguments)
     try:
+        parser.refuse_idle_choices(options)
         with _streams(is_quiet=options.quiet, has_document=options.json), _interrupts_between_imports():
             outcome = work(options)
+        with contextlib.redirect_stdout(checked(sys.stdout)):
+            _show(outcome, has_document=options.json)
     except KeyboardInterrupt as interrupt:
         state = str(interrupt) or parser.interrupted
         return _end(f"interrupted{state and '; '}{state}", INTERRUPTED)
@@ -203,14 +217,23 @@ def run(
         return _end(advice, UNUSABLE)
     except RfsqError as error:
         return _end(f"error: {error}", error.exit_status)
+    except StdoutError as error:
+        discard_stdout()
+        return _end(f"error: {error}", UNUSABLE)
+    except MemoryError as error:
+        return _end(f"error: out of memory: {error or 'nothing is left'}; ask for less at once", UNUSABLE)
     except OSError as error:
         where = error.filename or "a file"
         return _end(f"error: cannot use {where}: {error.strerror or error}; choose another folder or file", UNUSABLE)
-    if options.json:
+    return outcome.status
+
+
+def _show(outcome: Outcome, *, has_document: bool) -> None:
+    if has_document:
         print(json.dumps(_finite(outcome.document), indent=1, allow_nan=False))
     elif outcome.verdict:
         print(printable(outcome.verdict))
-    return outcome.status
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager
@@ -248,6 +271,8 @@ def _streams(*, is_quiet: bool, has_document: bool) -> Iterator[None]:
             stack.enter_context(contextlib.redirect_stderr(nowhere))
         elif has_document:
             stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        else:
+            stack.enter_context(contextlib.redirect_stdout(checked(sys.stdout)))
         yield
 
 
@@ -289,15 +314,28 @@ def explain_missing_packages() -> None:
 
 
 def run_command(module: str) -> NoReturn:
-    """For a script of its own: end with the status that `main` of `module` returns.
+    """For a script of its own: end with the status that `main` of `module` returns."""
+    end_with(lambda: import_module(module).main(), module)
+
+
+def end_with(main: Callable[[], Any], module: str = "") -> NoReturn:
+    """End the process with the status that `main`, of `module`, returns, once all that it has printed is written.
 
     A fault of the program is a traceback and no verdict: Python's own status for it would be WANTING.
     """
     prepare_console()
     try:
-        status = import_module(module).main()
+        with contextlib.redirect_stdout(checked(sys.stdout)):
+            try:
+                status = main()
+            except SystemExit as ended:
+                status = ended.code
+            sys.stdout.flush()
     except KeyboardInterrupt:
         status = _end("interrupted", INTERRUPTED)
+    except StdoutError as error:
+        discard_stdout()
+        status = _end(f"error: {error}", UNUSABLE)
     except Exception as error:
         advice = explanation(error, module)
         if not advice:

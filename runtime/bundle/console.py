@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TextIO
 
 
 def prepare_console() -> None:
@@ -36,6 +39,50 @@ def printable(text: str) -> str:
     return "".join(
         character if character.isprintable() or character == "\n" else ascii(character)[1:-1] for character in text
     )
+
+
+class StdoutError(Exception):
+    """Standard output takes no more. No OSError, which would be blamed on the file that is just written."""
+
+
+class _Checked:
+    """A stream whose refusals are StdoutError; all else is the stream's own."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        return int(self._do(self._stream.write, text))
+
+    def flush(self) -> None:
+        self._do(self._stream.flush)
+
+    @staticmethod
+    def _do(act: Callable[..., Any], *given: str) -> Any:
+        try:
+            return act(*given)
+        except OSError as error:
+            raise StdoutError(
+                f"standard output cannot be written: {error.strerror or error}; make room where it goes, or send it "
+                "elsewhere"
+            ) from error
+
+
+def checked(stdout: TextIO) -> Any:
+    """The same stream, which raises StdoutError where it cannot be written."""
+    return _Checked(stdout)
+
+
+def discard_stdout() -> None:
+    """What standard output has not taken is dropped: Python would try once more as it ends, and change the status."""
+    with suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        sys.stdout.flush()
 
 
 class ProgressLine:

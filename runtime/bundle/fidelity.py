@@ -25,7 +25,7 @@ POOR_SHARE = 0.01
 #: around zero keeps the sign.
 WORTHLESS_SHARE, OUTSIDE_SHARE = 1.0, 0.5
 #: In units of the normaliser, which maps what the model was trained on to about -1 to 1.
-_FAR = 5.0
+FAR = 5.0
 
 
 class Grade(StrEnum):
@@ -97,7 +97,7 @@ class Fidelity:
         """Dimensions whose actions go far beyond what the normaliser maps to about -1 to 1, the farthest first."""
         low, high, unit, offset = map(np.array, (self.low, self.high, self.unit, self.offset))
         reach = np.maximum(offset - low, high - offset) / unit
-        return tuple(place for place in np.argsort(-reach).tolist() if reach[place] > _FAR)
+        return tuple(place for place in np.argsort(-reach).tolist() if reach[place] > FAR)
 
     def warning_in(self, mode: str) -> str:
         """What a person should know, naming the worst dimensions; empty where all are good. mode: of the tokens."""

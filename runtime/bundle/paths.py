@@ -29,16 +29,31 @@ def as_path(path: str | os.PathLike[str], name: str = "path", error: type[Except
         raise error(f"{name} is {given!r:.60}; no such user's home is known here: write the path in full") from None
 
 
-def refuse_existing(paths: Iterable[Path], *, overwrite: bool) -> None:
+def refuse_existing(files: Iterable[Path], *, overwrite: bool, folders: Iterable[Path] = ()) -> None:
     """The rule of every command that writes: what is there stays, unless `--overwrite` is given.
 
-    Called before the work begins, with every file that it will write. Raises OutputExistsError where one is there.
+    Called before the work begins, with every file and folder that it will write; makes nothing. Raises
+    OutputExistsError where one is there, and InvalidInputError where one could not be written.
     """
+    files, folders = list(files), list(folders)
+    for path in files:
+        if path.is_dir():
+            raise InvalidInputError(f"{path} is a folder, and a file is to be written there; give another name")
+    for path in (*files, *folders):
+        _refuse_unwritable(path)
     # A link that leads nowhere would be replaced as well.
-    found = [] if overwrite else [str(path) for path in paths if os.path.lexists(path)]
+    found = [] if overwrite else [str(path) for path in (*files, *folders) if os.path.lexists(path)]
     if found:
         verb, them = ("exists", "it") if len(found) == 1 else ("exist", "them")
         raise OutputExistsError(f"{shortlist(found)} {verb}; give another name, or --overwrite to replace {them}")
+
+
+def _refuse_unwritable(path: Path) -> None:
+    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InvalidInputError(
+            f"cannot write {path}: {existing} is no writable folder; choose a writable folder for it"
+        )
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

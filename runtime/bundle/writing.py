@@ -37,7 +37,9 @@ def replacing(path: Path, *, is_synced: bool = False, error: type[Exception] | N
     except OSError as refusal:
         if error is None:
             raise
-        raise error(f"cannot write {path}: {refusal.strerror}; choose a writable folder, or make room") from refusal
+        raise error(
+            f"cannot write {path}: {refusal.strerror or refusal}; choose a writable folder, or make room"
+        ) from refusal
     finally:
         # Where the folder itself is the trouble, looking for the file fails as well.
         with suppress(OSError):

@@ -193,9 +193,8 @@ def read_record(path: str | os.PathLike[str]) -> FlightRecord:
         if schema == SCHEMA:
             return _checked(path, meta, arrays)
     except _DAMAGE as error:
-        raise FlightRecordError(
-            f"{path} is no flight record: {type(error).__name__}: {error}; pass a .npz that a decoder wrote"
-        ) from error
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise FlightRecordError(f"{path} is no flight record: {reason}; pass a .npz that a decoder wrote") from error
     raise FlightRecordError(f"{path} has schema {schema}; expected {SCHEMA}: replay it with the version it is of")
 
 

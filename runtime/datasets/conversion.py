@@ -47,6 +47,8 @@ def convert(options: argparse.Namespace) -> Converted:
         raise InvalidInputError(
             "--filter-key chooses episodes of demonstrations, and --decode takes every token of --data; leave it out"
         )
+    if options.ray_address is not None and options.engine != "ray":
+        raise InvalidInputError("--ray-address is for --engine ray alone; give --engine ray too, or leave it out")
     with ActionTokenizer.load(
         options.bundle, backend=options.backend, expect_fingerprint=options.expect_fingerprint
     ) as tokenizer:

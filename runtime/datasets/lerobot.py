@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..bundle.paths import shortlist
+from ..bundle.paths import shortlist, shown
 from ..bundle.reading import read_file
 from .array_layouts import TASK_NAMES, table_by_numbers, task_name
 from .episodes import check_stated
@@ -279,6 +279,11 @@ def _read_meta(meta: Path, found_steps: int) -> _Stated:
     if info.exists():
         with readable(info.name, "JSON"):
             stated = json.loads(read_file(info, _META_SIZE_LIMIT))
+            if not isinstance(stated, dict):
+                raise SourceError(
+                    f"meta/info.json holds {shown(stated)}; expected an object with codebase_version and more: "
+                    "copy the dataset again"
+                )
             version = str(stated.get("codebase_version", "v2."))
         if not version.startswith(_VERSIONS):
             raise SourceError(

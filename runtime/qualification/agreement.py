@@ -14,7 +14,7 @@ from ..bundle.arrays import Codes, Float32Array, Float64Array, in_chunks
 from ..bundle.errors import InvalidInputError
 from ..bundle.fidelity import Fidelity, FidelitySums
 from ..bundle.manifest import ModelEntry
-from ..datasets.episodes import Run, extend_runs, join_runs
+from ..datasets.episodes import Run, check_values, extend_runs, join_runs
 from ..datasets.source_base import Source
 from ..tokenizer import ActionTokenizer, codes_of
 
@@ -153,7 +153,8 @@ def measure(old: Side, new: Side, source: Source) -> Measurement:
         for layers in sorted({*tokens.model.prefixes} & {*decoder.model.prefixes})
     }
     equal, differing = np.zeros(depth, np.int64), 0
-    for actions in _batches(source, old.model.action_dim):
+    limit = np.float32(min(old.model.action_limit, new.model.action_limit))
+    for actions in _batches(source, old.model.action_dim, limit):
         codes = {side: side.encode(actions) for side in (old, new)}
         if corresponds:
             is_equal = codes[old].tokens[..., :depth] == codes[new].tokens[..., :depth]
@@ -175,7 +176,7 @@ def measure(old: Side, new: Side, source: Source) -> Measurement:
     )
 
 
-def _batches(source: Source, action_dim: int) -> Iterator[Float32Array]:
+def _batches(source: Source, action_dim: int, limit: np.float32) -> Iterator[Float32Array]:
     if not source.num_steps:
         raise InvalidInputError(f"{source.name} has no steps; expected at least one")
     source.check()
@@ -183,6 +184,7 @@ def _batches(source: Source, action_dim: int) -> Iterator[Float32Array]:
     with contextlib.closing(source.open(action_dim)) as reader:
         for start, steps in reader.slices(0, source.num_steps, _BATCH_STEPS):
             extend_runs(runs, steps, source, start)
+            check_values(steps, source, start, limit)
             yield steps.values
     join_runs(runs, source)
 

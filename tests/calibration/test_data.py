@@ -11,6 +11,7 @@ from rfsq.calibration.data import (
     Selection,
     calibration_dataset,
     calibration_episodes,
+    data_warnings,
     embedded_demonstrations,
     few_steps_warning,
     judging_episodes,
@@ -66,6 +67,19 @@ def test_the_embedded_demonstrations_serve_only_their_own_checkpoints(
         calibration_dataset(foreign, None)
     np.savez(tmp_path / "own.npz", moves=np.zeros((4, 9, 7)), rest=np.zeros(3))
     assert calibration_dataset(foreign, tmp_path / "own.npz", key="moves").num_steps == 36
+
+
+def test_a_step_far_outside_is_warned_of_by_place_even_where_the_verdict_does_not_see_it(robust: Checkpoint) -> None:
+    generator = np.random.default_rng(0)
+    episodes = [generator.uniform(-1, 1, (60, 7)).astype(np.float32) for _ in range(8)]
+    names = tuple(f"demo_{place}" for place in range(8))
+    assert data_warnings(robust, ActionDataset(tuple(episodes), names, ("",) * 8, "x.npz")) == ()
+    judged = judging_episodes(robust, ActionDataset(tuple(episodes), names, ("",) * 8, "x.npz")).names
+    place = next(place for place, name in enumerate(names) if name not in judged)
+    episodes[place][5, 3] = 1e30
+    (warning,) = data_warnings(robust, ActionDataset(tuple(episodes), names, ("",) * 8, "x.npz"))
+    assert warning.startswith("WARNING: the fit saw 1 step more than 5 times as far out as the model was trained for")
+    assert f"the farthest is x.npz, episode '{names[place]}', step 5, dimension 3: 1e+30" in warning
 
 
 def test_few_steps_are_warned_of() -> None:

@@ -19,7 +19,7 @@ from rfsq.calibration.report import (
     report_calibrated,
     report_recovered,
     report_to_json,
-    write_report,
+    staged_report,
 )
 from rfsq.calibration.settings import RecoveredConfig
 from rfsq.rfsq_ref.autoencoder import RecoveredDecoder
@@ -132,7 +132,8 @@ def test_json_refuses_what_is_no_number(report: CalibrationReport) -> None:
 
 def test_files_are_written_into_a_new_folder_and_repeat(report: CalibrationReport, tmp_path: Path) -> None:
     for folder in ("first", "second"):
-        write_report(report, tmp_path / "reports" / folder)
+        with staged_report(report, tmp_path / "reports" / folder):
+            pass
     first, second = (tmp_path / "reports" / folder for folder in ("first", "second"))
     assert sorted(path.name for path in first.iterdir()) == ["report.json", "report.png"]
     for path in first.iterdir():
@@ -145,8 +146,17 @@ def test_files_are_written_into_a_new_folder_and_repeat(report: CalibrationRepor
 
 def test_a_folder_that_cannot_be_made_is_an_error(report: CalibrationReport, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(CalibrationError, match=r"cannot write .*report\.json: .*choose a writable folder"):
-        write_report(report, tmp_path / "file" / "folder")
+    with (
+        pytest.raises(CalibrationError, match=r"cannot write .*report\.json: .*choose a writable folder"),
+        staged_report(report, tmp_path / "file" / "folder"),
+    ):
+        raise AssertionError("not reached")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_no_report(report: CalibrationReport, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), staged_report(report, tmp_path):
+        raise KeyboardInterrupt
+    assert not [*tmp_path.iterdir()]
 
 
 def test_unfitted_checkpoints_are_refused(robust: Checkpoint, naive: Checkpoint, split: EpisodeSplit) -> None:

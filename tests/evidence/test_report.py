@@ -163,6 +163,9 @@ def test_status_1_says_that_calibrated_tokens_did_not_improve(
     [
         (["--seeds", "1", "1"], "expected different ones"),
         (["--workers", "0"], "workers is 0"),
+        (["--position-unit", "0"], "position unit is 0.0; expected a number above 0"),
+        (["--rotation-unit", "nan"], "rotation unit is nan; expected a number above 0"),
+        (["--rotation-unit", "-1"], "rotation unit is -1.0; expected a number above 0"),
         (["--naive", str(ROBUST_CHECKPOINT)], "swap --naive and --robust"),
         (["--robust", "nowhere.safetensors"], "no checkpoint at nowhere.safetensors"),
         (["--data", "nowhere.npz"], "nowhere.npz"),

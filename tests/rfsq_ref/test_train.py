@@ -156,6 +156,23 @@ def test_a_diverged_training_gives_no_checkpoint() -> None:
         train(DATA, replace(QUICK, learning_rate=1e30))
 
 
+def test_an_action_whose_error_overflows_is_refused_before_training() -> None:
+    episodes = [episode.copy() for episode in DATA.episodes]
+    episodes[split_place()][5, 3] = 1e30
+    data = replace(DATA, episodes=tuple(episodes))
+    name = DATA.names[split_place()]
+    with pytest.raises(
+        DataError, match=rf"sines, episode '{name}', step 5, dimension 3: 1\S*e\+30; expected at most 1e"
+    ):
+        train(data, QUICK)
+    assert train(data, replace(QUICK, epochs=1, normaliser=NormaliserKind.MIN_MAX)).history
+
+
+def split_place() -> int:
+    """Of the first training episode."""
+    return DATA.names.index(split_episodes(DATA).train.names[0])
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -293,7 +310,7 @@ def test_a_curve_that_cannot_be_written_leaves_nothing_behind(
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
     with pytest.raises(CheckpointError, match=r"cannot write .*No space left on device; choose"):
         save_result(result, tmp_path / "model.safetensors")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.history.json"]
+    assert not [*tmp_path.iterdir()]
 
 
 GOOD = {

@@ -53,7 +53,7 @@ from rfsq.runtime.benchmark.timing import (
     summarise,
     time_calls,
 )
-from rfsq.runtime.bundle.errors import BackendUnavailableError, InferenceError
+from rfsq.runtime.bundle.errors import BackendUnavailableError, InferenceError, InvalidInputError
 from tests.backends import offer
 from tests.bundles import SMALL, Recipe, deploy, make_manifest
 from tests.rfsq_ref import published_model
@@ -423,7 +423,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
         raise OSError("no space left")
 
     monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InvalidInputError, match=r"cannot write .*bench\.png: no space left"):
         write_report(replace(REPORT, remarks=()), tmp_path)
     assert (tmp_path / "bench.json").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 3
@@ -574,7 +574,7 @@ def test_the_command_returns_2_where_nothing_can_be_measured(
     assert "no backend can be measured" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert bench.main([str(bundle), "--output", str(tmp_path / "file")]) == 2
-    assert "choose another folder" in capsys.readouterr().err
+    assert "file is no writable folder; choose a writable folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--batch", "0"], ["--rounds", "0"], ["--starts", "-1"], ["--backends", "x"]])

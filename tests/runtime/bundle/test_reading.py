@@ -99,7 +99,7 @@ def test_a_flight_record_that_unfolds_to_more_than_any_is_refused_unread(tmp_pat
 def test_a_flight_record_whose_header_promises_terabytes_is_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "bomb.npz", "w") as archive, archive.open("tokens.npy", "w") as member:
         np.lib.format.write_array_header_1_0(member, {"descr": "<i4", "fortran_order": False, "shape": (2**52,)})
-    with pytest.raises(FlightRecordError, match="is no flight record: MemoryError"):
+    with pytest.raises(FlightRecordError, match="is no flight record: Unable to allocate"):
         read_record(tmp_path / "bomb.npz")
 
 

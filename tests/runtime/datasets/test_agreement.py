@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[Write, str]] = {
     "a number twice": (v2(renumbered), "episode 2, step 0 follows episode 3, step 2; expected ascending"),
     "an old version": (v2(info("v1.6")), r"states the layout v1\.6; expected v2 or v3"),
     "a new version": (v3(info("v4.0")), r"states the layout v4\.0; expected v2 or v3"),
-    "info that is a list": (v3(text("meta/info.json", "[]")), r"info\.json cannot be read as JSON"),
+    "info that is a list": (v3(text("meta/info.json", "[]")), r"info\.json holds \[\]; expected an object"),
     "tasks without numbers": (v2(text("meta/tasks.jsonl", '{"task": "x"}')), r"tasks\.jsonl cannot be read"),
     "a Git LFS pointer": (
         v2(text("data/chunk-000/episode_000001.parquet", "version https://git-lfs.github.com/spec/v1")),

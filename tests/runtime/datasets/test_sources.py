@@ -343,6 +343,8 @@ def test_a_folder_that_lacks_what_meta_states_is_refused(write: object, tmp_path
     content = last.read_bytes()
     last.unlink()
     assert "meta/info.json (total_frames) states 27 steps, the files in data/ have" in refusal(folder)
+    (folder / "meta/info.json").write_text("[1]")
+    assert "meta/info.json holds [1]; expected an object" in refusal(folder)
     (folder / "meta/info.json").unlink()
     assert "meta/episodes states 27 steps, the files in data/ have" in refusal(folder)
     last.write_bytes(content)

@@ -332,6 +332,9 @@ def test_unfit_bundles_and_options_are_refused(
     assert "--steps-per-file is 1000" in refusal(
         *arguments(source, output, c_bundle), "--steps-per-file", "1000", kind=TokenizerError
     )
+    assert "--ray-address is for --engine ray alone" in refusal(
+        *arguments(source, output, c_bundle), "--ray-address", "localhost:1", kind=TokenizerError
+    )
     assert "whose name tells no format; tokens are written as parquet, zarr" in refusal(
         *arguments(source, tmp_path / "out", c_bundle), kind=OutputError
     )

@@ -305,6 +305,19 @@ def test_other_tokens_of_a_few_steps_are_not_taken_for_rounding(bundle_of: Bundl
     assert (kind, found.measurement.differing) == (Kind.INCOMPATIBLE, 1)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3.4e38])
+def test_an_illegal_action_is_refused_with_file_episode_and_step(
+    value: float, bundle_of: BundleOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    actions = random_actions(Recipe(), 10).reshape(-1, 3)
+    actions[5, 2] = value
+    np.savez(tmp_path / "bad.npz", actions=actions, episode_ends=[4, len(actions)])
+    bundle = str(bundle_of(Recipe()))
+    assert compat.main([bundle, bundle, "--data", str(tmp_path / "bad.npz")]) == 2
+    said = f"error: bad.npz, episode 1, step 1, dimension 2: {np.float32(value)}; expected finite numbers of at most "
+    assert said in capsys.readouterr().err
+
+
 def test_a_layer_that_one_has_alone_is_no_agreement(bundle_of: BundleOf, data: Path) -> None:
     """Without constants, the same seed gives the same encoder, whatever the number of layers."""
     naive = Recipe(mode=DeployMode.NONE)

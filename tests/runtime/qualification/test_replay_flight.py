@@ -298,8 +298,11 @@ def test_the_command_says_what_differs(
     out = capsys.readouterr().out
     assert out.startswith("tick 7: recorded OK")
     assert "✗ onnxruntime: 11 of 12 rows compared, " in out
+    np.savez(tmp_path / "data.npz", actions=np.zeros((2, 3)))
     for arguments, message in (
         ([bundle, tmp_path / "none.npz"], "is no flight record"),
+        ([bundle, tmp_path / "data.npz"], "data.npz is no flight record: it has no 'meta'; pass"),
+        ([bundle, bundle], "is no flight record: it is not a regular file"),
         ([bundle_of(Recipe(seed=5)), flight.path], "fingerprint"),
         ([flight.path, bundle], "give the bundle first: python runtime/replay_flight.py BUNDLE RECORD"),
     ):
