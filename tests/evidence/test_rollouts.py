@@ -141,7 +141,7 @@ def test_by_default_there_are_four_tasks_two_of_which_no_centimetre_forgives() -
 def test_without_the_simulator_the_run_says_what_to_install(tmp_path: Path) -> None:
     if find_spec("robosuite"):
         pytest.skip("the simulator is installed here")
-    with pytest.raises(SimulatorError, match=r"pip install '\.\[sim\]'"):
+    with pytest.raises(SimulatorError, match=r"pip install --editable '\.\[sim\]' in an environment of its own"):
         run_rollouts(replace(CONFIG, folder=tmp_path))
     assert list(tmp_path.iterdir()) == []
 
