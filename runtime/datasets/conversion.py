@@ -2,6 +2,7 @@
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from ..bundle.console import duration, printable
@@ -37,9 +38,17 @@ class Converted:
     verification: Verification
 
 
+def _holds_tokens(folder: Path) -> bool:
+    try:
+        return (folder / INFO_NAME).is_file() and read_info(folder).content == "tokens"
+    except OSError:
+        # Such as a name that is too long: what opens it as demonstrations says so.
+        return False
+
+
 def convert(options: argparse.Namespace) -> Converted:
     """options: of the command `tokenize`. Raises TokenizerError, before anything is written where that can be known."""
-    if not options.decode and (options.data / INFO_NAME).is_file() and read_info(options.data).content == "tokens":
+    if not options.decode and _holds_tokens(options.data):
         raise InvalidInputError(f"{options.data} holds tokens; turn them into actions with --decode")
     kind = _format(options)
     _check_places(options)

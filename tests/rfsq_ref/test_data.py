@@ -510,7 +510,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "number in pt": (lambda tmp: torch_file(tmp / "a.pt", 3), "holds a int; expected a tensor"),
     "no action array": (
         lambda tmp: npz(tmp / "a.npz", states=EPISODES[0], rewards=np.zeros(3)),
-        "no action array; found rewards, states;.*key=",
+        "no action array; found rewards, states;.*--key",
     ),
     "differently named arrays": (lambda tmp: npz(tmp / "a.npz", p_1=EPISODES[0], q_1=EPISODES[0]), "found p_1, q_1"),
     "no arrays": (lambda tmp: npz(tmp / "a.npz"), "found nothing|starts with"),
@@ -707,7 +707,7 @@ def test_a_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str, extra: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DataError, match=rf"needs {module.partition('.')[0]}.*pip install '\.\[{extra}\]'"):
+    with pytest.raises(DataError, match=rf"needs {module.partition('.')[0]}.*pip install .*--editable '\.\[{extra}\]'"):
         load_actions(write_bytes(tmp_path / name, b"anything"))
 
 
