@@ -7,7 +7,6 @@ import hashlib
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +24,7 @@ from rfsq.runtime.datasets.array_layouts import (
     choose_arrays,
     episode_table,
 )
-from rfsq.runtime.datasets.episodes import Run, check_values, extend_runs, join_runs
+from rfsq.runtime.datasets.episodes import WholePass
 from rfsq.runtime.datasets.errors import DatasetError, SourceError
 from rfsq.runtime.datasets.source_base import Source
 from rfsq.runtime.datasets.sources import open_source
@@ -33,7 +32,6 @@ from rfsq.runtime.datasets.steps import opened, optional, readable
 
 FloatArray = npt.NDArray[np.float32]
 _AnyArray = npt.NDArray[Any]
-_SLICE_STEPS = 65_536
 
 #: Simulated demonstrations, made by `python rfsq_ref/generate_demonstrations.py`.
 DEMONSTRATIONS = Path(__file__).resolve().parent / "assets" / "demonstrations.npz"
@@ -180,17 +178,12 @@ def load_demonstrations() -> ActionDataset:
 
 def _load_source(path: Path, source: Source) -> ActionDataset:
     """The whole of an open source, with every check of a conversion. path: what was opened. Raises SourceError."""
-    source.check()
+    whole = WholePass(source, source.width, np.finfo(np.float32).max)
     with readable(source.name, source.kind):
         actions = np.empty((source.num_steps, source.width), np.float32)
-    runs: list[Run] = []
-    with closing(source.open(source.width)) as reader:
-        for start, steps in reader.slices(0, source.num_steps, _SLICE_STEPS):
-            extend_runs(runs, steps, source, start)
-            check_values(steps, source, start, np.finfo(np.float32).max)
-            actions[start : start + len(steps)] = steps.values
-    table = join_runs(runs, source)
-    source.touched_file()
+    for start, steps in whole:
+        actions[start : start + len(steps)] = steps.values
+    table = whole.episodes
     actions.flags.writeable = False
     names = source.episode_names(table.numbers)
     if path.is_file():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 
 import numpy as np
 
 from .errors import IllegalActionError, SourceError
 from .source_base import Source
 from .steps import EpisodeTable, Int64Array, Steps, lengths_to_starts
+
+_SLICE_STEPS = 65_536
 
 #: Steps of one episode that follow one another: its number, the first and the last frame, and how many steps.
 Run = tuple[int, int, int, int]
@@ -85,3 +88,27 @@ def check_values(steps: Steps, source: Source, first_row: int, limit: np.float32
             f"{dimension}: {steps.values[row, dimension]}; expected finite numbers of at most {float(limit):g}: repair "
             "or drop this episode"
         )
+
+
+class WholePass:
+    """All slices of a source in ascending order, the first row of each and its steps, with every check of a conversion.
+
+    Iterate once. width: values of a step; limit: of a legal action; episodes: all of them, after the last slice. Raises
+    SourceError, to begin with and on the way, and IllegalActionError.
+    """
+
+    episodes: EpisodeTable
+
+    def __init__(self, source: Source, width: int, limit: np.float32) -> None:
+        source.check()
+        self._source, self._width, self._limit = source, width, limit
+
+    def __iter__(self) -> Iterator[tuple[int, Steps]]:
+        source, runs = self._source, list[Run]()
+        with closing(source.open(self._width)) as reader:
+            for row, steps in reader.slices(0, source.num_steps, _SLICE_STEPS):
+                extend_runs(runs, steps, source, row)
+                check_values(steps, source, row, self._limit)
+                yield row, steps
+        self.episodes = join_runs(runs, source)
+        source.touched_file()

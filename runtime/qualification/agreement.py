@@ -1,6 +1,5 @@
 """How far tokens and decoded actions of two bundles agree on recorded actions, step by step."""
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,13 @@ from ..bundle.arrays import Codes, Float32Array, Float64Array, in_chunks
 from ..bundle.errors import InvalidInputError
 from ..bundle.fidelity import Fidelity, FidelitySums
 from ..bundle.manifest import ModelEntry
-from ..datasets.episodes import Run, check_values, extend_runs, join_runs
+from ..datasets.episodes import WholePass
 from ..datasets.source_base import Source
 from ..tokenizer import ActionTokenizer, codes_of
 
 #: Share of steps that may have another token: float32 rounding carries a value across the edge between two bins, and
 #: behind it others of the step with published tokens. Between two backends of one bundle it was 0.0006 at most.
 FLIPPED_STEPS = 0.005
-#: Steps that go through encoders and decoders at a time.
-_BATCH_STEPS = 2**16
 
 
 @dataclass(frozen=True)
@@ -152,9 +149,12 @@ def measure(old: Side, new: Side, source: Source) -> Measurement:
         if tokens.model.has_stats or not decoder.model.has_stats
         for layers in sorted({*tokens.model.prefixes} & {*decoder.model.prefixes})
     }
+    if not source.num_steps:
+        raise InvalidInputError(f"{source.name} has no steps; expected at least one")
     equal, differing = np.zeros(depth, np.int64), 0
     limit = np.float32(min(old.model.action_limit, new.model.action_limit))
-    for actions in _batches(source, old.model.action_dim, limit):
+    for _, steps in WholePass(source, old.model.action_dim, limit):
+        actions = steps.values
         codes = {side: side.encode(actions) for side in (old, new)}
         if corresponds:
             is_equal = codes[old].tokens[..., :depth] == codes[new].tokens[..., :depth]
@@ -174,19 +174,6 @@ def measure(old: Side, new: Side, source: Source) -> Measurement:
         ),
         remarks=remarks,
     )
-
-
-def _batches(source: Source, action_dim: int, limit: np.float32) -> Iterator[Float32Array]:
-    if not source.num_steps:
-        raise InvalidInputError(f"{source.name} has no steps; expected at least one")
-    source.check()
-    runs: list[Run] = []
-    with contextlib.closing(source.open(action_dim)) as reader:
-        for start, steps in reader.slices(0, source.num_steps, _BATCH_STEPS):
-            extend_runs(runs, steps, source, start)
-            check_values(steps, source, start, limit)
-            yield steps.values
-    join_runs(runs, source)
 
 
 def _remarks(old: ModelEntry, new: ModelEntry) -> Iterator[str]:

@@ -21,6 +21,7 @@ from rfsq.runtime import ActionTokenizer, IncompatibleTokensError, require_compa
 from rfsq.runtime.bundle.compatibility import compare_manifests
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.manifest import MANIFEST_NAME, Manifest, manifest_text
+from rfsq.runtime.datasets import episodes
 from rfsq.runtime.datasets.sources import open_source
 from rfsq.runtime.qualification import agreement, compat
 from rfsq.runtime.qualification.conclusion import Comparison, Kind, compare
@@ -219,7 +220,7 @@ def _of_two_layers(manifest: Manifest) -> tuple[Any, ...]:
 def test_the_figures_are_those_that_the_tokenizers_give(
     batch_steps: int, bundle_of: BundleOf, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agreement, "_BATCH_STEPS", batch_steps)
+    monkeypatch.setattr(episodes, "_SLICE_STEPS", batch_steps)
     old, new = bundle_of(Recipe()), bundle_of(Recipe(seed=1))
     _, found = run(old, new, data)
     actions = np.load(data)["actions"]
