@@ -38,7 +38,7 @@ from rfsq.calibration.settings import (
     Weighting,
 )
 from rfsq.runtime.bundle.advice import install_package
-from rfsq.runtime.bundle.command import DATA_FORMATS, CommandParser, Outcome, path_argument, run
+from rfsq.runtime.bundle.command import DATA_FORMATS, CommandParser, Outcome, path_argument, refuse_idle_choices, run
 from rfsq.runtime.bundle.paths import counted, refuse_existing
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def _add(group: Any, name: str, kind: Any, text: str, defaults: CalibrationConfi
 
 
 def _work(options: argparse.Namespace) -> Outcome:
+    refuse_idle_choices(options)
     import torch
 
     from rfsq.calibration.data import calibration_dataset, data_warnings, judging_episodes

@@ -12,7 +12,7 @@ from pathlib import Path
 from rfsq.calibration.settings import ReadoutChoice
 from rfsq.evidence.settings import CACHE, OSC_POSITION_M, OSC_ROTATION_RAD, SEEDS
 from rfsq.rfsq_ref.settings import NORMALISER_CHOICES
-from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, path_argument, run
+from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, path_argument, refuse_idle_choices, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,6 +70,7 @@ def _parser() -> CommandParser:
 
 
 def _work(options: argparse.Namespace) -> Outcome:
+    refuse_idle_choices(options)
     from rfsq.evidence.findings import REQUIRED_IMPROVEMENT
     from rfsq.evidence.report import report
 

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rfsq.export.errors import BuildInputError
-from rfsq.runtime.bundle.command import DATA_FORMATS, CommandParser, Outcome, path_argument, run
+from rfsq.runtime.bundle.command import DATA_FORMATS, CommandParser, Outcome, path_argument, refuse_idle_choices, run
 from rfsq.runtime.bundle.modes import MODES
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def config_of(options: argparse.Namespace) -> BuildConfig | TargetConfig:
         given["profile"] = Profile(*given["profile"])
     if "from_bundle" in given:
         return _target_config(given)
+    refuse_idle_choices(options)
     # Here, because a robot that adds engines has no torch.
     from rfsq.calibration.settings import ReadoutChoice
     from rfsq.export.pipeline import BuildConfig

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rfsq.rfsq_ref.errors import SettingsError
 from rfsq.rfsq_ref.settings import NORMALISER_CHOICES, TrainConfig
 from rfsq.runtime.bundle.advice import install_package
-from rfsq.runtime.bundle.command import CommandParser, Outcome, run
+from rfsq.runtime.bundle.command import CommandParser, Outcome, refuse_idle_choices, run
 from rfsq.runtime.bundle.paths import refuse_existing
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def _parser() -> CommandParser:
 
 
 def _work(options: argparse.Namespace) -> Outcome:
+    refuse_idle_choices(options)
     from rfsq.rfsq_ref.checkpoints import check_output
     from rfsq.rfsq_ref.data import DEMONSTRATIONS, load_actions
     from rfsq.rfsq_ref.normaliser_choice import chosen_normaliser, describe

@@ -100,17 +100,6 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--key", metavar="NAME", help="action array or column of --data; default: the usual names")
         self.add_argument("--filter-key", metavar="NAME", help="episodes that this filter of a robomimic file lists")
 
-    def refuse_idle_choices(self, options: argparse.Namespace) -> None:
-        """Raises InvalidInputError for `--key` or `--filter-key` without the `--data` that they would choose from."""
-        given = vars(options)
-        if given.get("data") is None:
-            for name in ("key", "filter_key"):
-                if given.get(name) is not None:
-                    flag = f"--{name.replace('_', '-')}"
-                    raise InvalidInputError(
-                        f"{flag} chooses from --data, which is not given; give --data too, or leave {flag} out"
-                    )
-
     def add_output(self, text: str, default: Path | None = None, *, required: bool = False) -> None:
         """`--output`, what is written, and `--overwrite`. text: says what it is, and the default where it has one."""
         given: dict[str, Any] = {} if default is None else {"default": default}
@@ -171,6 +160,17 @@ class _Former(argparse.Action):
         parser.error(str(self.const))
 
 
+def refuse_idle_choices(options: argparse.Namespace) -> None:
+    """Raises InvalidInputError for `--key` or `--filter-key` without the `--data` that they would choose from."""
+    given = vars(options)
+    for name in ("key", "filter_key"):
+        if given.get("data") is None and given.get(name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise InvalidInputError(
+                f"{flag} chooses from --data, which is not given; give --data too, or leave {flag} out"
+            )
+
+
 def path_argument(text: str) -> Path:
     """For argparse: a path with `~` expanded, which a shell leaves as it is in `--output=~/x`."""
     return as_path(text, "it", argparse.ArgumentTypeError)
@@ -202,7 +202,6 @@ def run(
     """
     options = parser.parse_args(arguments)
     try:
-        parser.refuse_idle_choices(options)
         with _streams(is_quiet=options.quiet, has_document=options.json), _interrupts_between_imports():
             outcome = work(options)
         with contextlib.redirect_stdout(checked(sys.stdout)):
@@ -216,10 +215,9 @@ def run(
             raise
         return _end(advice, UNUSABLE)
     except RfsqError as error:
+        if isinstance(error, StdoutError):
+            discard_stdout()
         return _end(f"error: {error}", error.exit_status)
-    except StdoutError as error:
-        discard_stdout()
-        return _end(f"error: {error}", UNUSABLE)
     except MemoryError as error:
         return _end(f"error: out of memory: {error or 'nothing is left'}; ask for less at once", UNUSABLE)
     except OSError as error:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TextIO
 
+from .errors import RfsqError
+
 
 def prepare_console() -> None:
     """For a script of its own: no traceback for a terminal without ✓, nor where the reader of a pipe has left.
@@ -41,7 +43,7 @@ def printable(text: str) -> str:
     )
 
 
-class StdoutError(Exception):
+class StdoutError(RfsqError):
     """Standard output takes no more. No OSError, which would be blamed on the file that is just written."""
 
 
