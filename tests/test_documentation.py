@@ -97,6 +97,8 @@ def reason(command: str) -> str | None:
 def quickened(command: str) -> str:
     """Trained as long and judged on as many steps as tests can wait for."""
     command = re.sub(r"\s+#.*", "", command)
+    if "bench.py" in command:
+        return f"{command} --backend c"
     if "train.py" in command:
         return f"{command} --epochs 20"
     if "build_engine.py" not in command or "--from-bundle" in command:

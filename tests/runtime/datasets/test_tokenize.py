@@ -392,8 +392,10 @@ def test_tokens_of_another_tokenizer_are_refused(
 ) -> None:
     other = bundle_of(Recipe(seed=1))
     message = refusal(*arguments(tokens, tmp_path / "x.npz", other, "--decode"), kind=FingerprintError)
-    for part in ("have the fingerprint", "expected", "use the bundle that made them"):
+    for part in ("have the fingerprint", "expected", "use the bundle that made them", "docs/integration.md"):
         assert part in message
+    # What can be done about a policy is on that page.
+    assert "(A) retrain" not in message
     with pytest.raises(FingerprintError):
         open_token_dataset(tokens, expect_fingerprint="0" * 64)
     fingerprint = open_token_dataset(tokens).info.fingerprint
