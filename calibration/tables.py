@@ -4,6 +4,8 @@ import html
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from rfsq.runtime.bundle.console import aligned
+
 
 @dataclass(frozen=True)
 class Table:
@@ -29,12 +31,7 @@ class Table:
     def text(self) -> str:
         """For a terminal."""
         lines = [tuple(cell.replace("`", "") for cell in line) for line in (self.header, *self.rows)]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.header))]
-        formatted = [
-            "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(cells))
-            for cells in (list(zip(line, widths, strict=True)) for line in lines)
-        ]
-        return "\n".join([self.title, "-" * len(formatted[0]), *formatted])
+        return "\n".join([self.title, *aligned(lines, is_ruled=True)])
 
     def markdown(self) -> str:
         """A pipe table without the title."""

@@ -9,11 +9,11 @@ from tqdm import tqdm
 from rfsq.calibration.readout import held_out_warning
 from rfsq.export.parity import batches, judges_of
 from rfsq.export.parity_data import Section
-from rfsq.export.progress import table
 from rfsq.export.proving import failures
 from rfsq.export.reference import AS_TRAINED, REFITTED, Reference
 from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.backends.replay import replay
+from rfsq.runtime.bundle.console import aligned
 from rfsq.runtime.bundle.fidelity import Fidelity
 from rfsq.runtime.bundle.golden import Golden
 from rfsq.runtime.bundle.manifest import ModelEntry, ParityEntry
@@ -54,13 +54,13 @@ def closing_tables(
         )
         for entry in parity
     ]
-    parts = [table(("gate", "measured", "limit", "steps"), gates)]
+    parts = ["\n".join(aligned([("gate", "measured", "limit", "steps"), *gates], is_ruled=True))]
     parts += _details(parity)
     if quality:
         rows = [(name, f"{value:.3e}") for name, value in quality.items()]
         heads = (f"{judged_on}, decoded from", "action MSE, normalised units²")
         remark = held_out_warning(quality[AS_TRAINED], quality.get(REFITTED), judged_on, "normalised units²")
-        parts.append("\n".join((table(heads, rows), *filter(None, [remark]))))
+        parts.append("\n".join((*aligned([heads, *rows], is_ruled=True), *filter(None, [remark]))))
     if verdict is not None:
         parts.append(verdict.table(f"{judged_on}, all layers"))
     return "\n" + "\n\n".join(parts)

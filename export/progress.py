@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-
-from rfsq.runtime.bundle.fidelity import aligned
 
 
 @dataclass
@@ -49,15 +47,3 @@ def phase(title: str) -> Iterator[Phase]:
         print(f"{chr(13) if is_terminal else ''}{current.sign} {title:<28} {seconds:6.1f} s  {first}", flush=True)
         for detail in rest:
             print(f"{'':<40} {detail}", flush=True)
-
-
-def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    """Columns as wide as their widest cell; all but the first aligned to the right.
-
-    >>> print(table(("gate", "measured"), [("wrong tokens", "0")]))
-    gate          measured
-    ----------------------
-    wrong tokens         0
-    """
-    head, *lines = aligned([header, *rows])
-    return "\n".join((head, "-" * len(head), *lines))

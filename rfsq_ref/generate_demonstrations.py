@@ -38,7 +38,7 @@ from rfsq.rfsq_ref.experts import EXPERTS
 from rfsq.rfsq_ref.settings import check_positive, check_tasks
 from rfsq.runtime.bundle.advice import install
 from rfsq.runtime.bundle.command import CommandParser, Outcome, run
-from rfsq.runtime.bundle.console import end_by_interrupts
+from rfsq.runtime.bundle.console import aligned, end_by_interrupts
 from rfsq.runtime.bundle.paths import refuse_existing
 from rfsq.runtime.bundle.writing import replacing
 
@@ -228,14 +228,14 @@ def save(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
 
 def table(config: GenerationConfig, attempts: Sequence[Episode]) -> str:
     """One line per task and a total."""
-    lines = [f"{'task':<20}{'kept':>6}{'discarded':>11}{'steps':>8}{'success':>9}"]
+    rows = [("task", "kept", "discarded", "steps", "success")]
     for label, tasks in [*((task, (task,)) for task in config.tasks), ("total", config.tasks)]:
         tried = [episode for episode in attempts if episode.attempt.task in tasks]
         kept = [episode for episode in tried if episode.success]
         steps = sum(len(episode.actions) for episode in kept)
         rate = len(kept) / len(tried)
-        lines.append(f"{label:<20}{len(kept):>6}{len(tried) - len(kept):>11}{steps:>8}{rate:>9.1%}")
-    return "\n".join(lines)
+        rows.append((label, f"{len(kept)}", f"{len(tried) - len(kept)}", f"{steps}", f"{rate:.1%}"))
+    return "\n".join(aligned(rows))
 
 
 def generate(config: GenerationConfig) -> list[Episode]:

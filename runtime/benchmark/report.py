@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle.console import printable
+from ..bundle.console import aligned, printable
 from ..bundle.errors import InvalidInputError
 from ..bundle.writing import replacing
 from .start import Start
@@ -122,7 +122,6 @@ def _legend(report: Report) -> Iterator[str]:
 class _Column:
     head: str
     cell: Callable[[Any], str]
-    is_left: bool = False
 
 
 def _optional(show: Callable[[float], str]) -> Callable[[float | None], str]:
@@ -135,10 +134,12 @@ _ratio = _optional(lambda value: f"{value:.2f}")
 _count = _optional(lambda value: f"{value:,.0f}")
 _percent = _optional(lambda value: f"{100 * value:.1f} %")
 
+#: Heads of the columns that hold words and no numbers; they stand first.
+_WORDS = ("backend", "call", "path")
 _ROW_COLUMNS = (
-    _Column("backend", lambda row: row.backend, is_left=True),
-    _Column("call", lambda row: row.operation, is_left=True),
-    _Column("path", lambda row: row.path, is_left=True),
+    _Column("backend", lambda row: row.backend),
+    _Column("call", lambda row: row.operation),
+    _Column("path", lambda row: row.path),
     _Column("calls", lambda row: _count(row.calls)),
     _Column("p50", lambda row: _us(row.p50)),
     _Column("p90", lambda row: _us(row.p90)),
@@ -157,7 +158,7 @@ _SUMMARY_COLUMNS = (
     *(column for column in _ROW_COLUMNS if column.head in ("call", "p50", "p99", "steps/s")),
 )
 _START_COLUMNS = (
-    _Column("backend", lambda start: start.backend, is_left=True),
+    _Column("backend", lambda start: start.backend),
     _Column("first result s", lambda start: f"{start.first_result:.3f}"),
     _Column("import numpy", lambda start: f"{start.import_numpy:.3f}"),
     _Column("import runtime", lambda start: f"{start.import_runtime:.3f}"),
@@ -171,20 +172,10 @@ _START_COLUMNS = (
 
 def _table(columns: Sequence[_Column], entries: Sequence[object]) -> Iterator[str]:
     """A column that has nothing to say is left out."""
-    cells = {column: [column.cell(entry) for entry in entries] for column in columns}
-    cells = {column: shown for column, shown in cells.items() if set(shown) != {_NOTHING}}
-    widths = {column: max(len(column.head), *map(len, shown)) for column, shown in cells.items()}
-
-    def line(texts: Mapping[_Column, str]) -> str:
-        return "  ".join(
-            text.ljust(widths[column]) if column.is_left else text.rjust(widths[column])
-            for column, text in texts.items()
-        ).rstrip()
-
-    yield line({column: column.head for column in cells})
-    yield "-" * (sum(widths.values()) + 2 * (len(widths) - 1))
-    for index in range(len(entries)):
-        yield line({column: shown[index] for column, shown in cells.items()})
+    columns_of_cells = [(column.head, *map(column.cell, entries)) for column in columns]
+    shown = [cells for cells in columns_of_cells if set(cells[1:]) != {_NOTHING}]
+    words = sum(cells[0] in _WORDS for cells in shown)
+    return aligned(list(zip(*shown, strict=True)), left=words, is_ruled=True)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, TextIO
 
@@ -114,6 +114,25 @@ class ProgressLine:
         """Make room for other lines."""
         if self._is_terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 1, is_ruled: bool = False) -> Iterator[str]:
+    """Lines of a table: columns as wide as their widest cell, the first `left` aligned to the left, the others right.
+
+    is_ruled: the first row is a head, with a line of dashes below it.
+
+    >>> print(*aligned([("gate", "measured"), ("wrong tokens", "0")], is_ruled=True), sep="\n")
+    gate          measured
+    ----------------------
+    wrong tokens         0
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for number, row in enumerate(rows):
+        cells = zip(row, widths, strict=True)
+        shown = [cell.rjust(width) if at >= left else cell.ljust(width) for at, (cell, width) in enumerate(cells)]
+        yield "  ".join(shown).rstrip()
+        if is_ruled and not number:
+            yield "-" * (sum(widths) + 2 * (len(widths) - 1))
 
 
 def duration(seconds: float) -> str:

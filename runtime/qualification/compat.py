@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle.advice import command, page
 from ..bundle.command import DONE, WANTING, CommandParser, Outcome, run
-from ..bundle.console import printable
+from ..bundle.console import aligned, printable
 
 if TYPE_CHECKING:
     from .agreement import BundleFacts, Decoding
@@ -102,9 +102,7 @@ def _table(decodings: Sequence[Decoding], *, has_units: bool) -> Iterator[str]:
         numbers = [entry.mse, entry.largest] + ([entry.mse_units, entry.largest_units] if has_units else [])
         apart = "–" if entry.tokens == entry.decoder else f"{entry.from_own:.3g}"
         rows.append([entry.tokens, entry.decoder, f"{entry.layers}", *(f"{value:.3g}" for value in numbers), apart])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    return aligned(rows, left=2)
 
 
 def _has_normaliser(facts: BundleFacts) -> bool:

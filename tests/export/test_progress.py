@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rfsq.export.progress import phase, table
+from rfsq.export.progress import phase
 
 
 def lines_of(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -83,16 +83,3 @@ def test_without_a_terminal_nothing_is_written_before_the_end(capsys: pytest.Cap
     with phase("calibrate"):
         assert capsys.readouterr().out == ""
     assert "\r" not in capsys.readouterr().out
-
-
-def test_a_table_is_as_wide_as_its_cells_with_numbers_to_the_right() -> None:
-    assert table(("gate", "found"), [("wrong tokens", "0"), ("error", "1.5e-06")]).splitlines() == [
-        "gate            found",
-        "---------------------",
-        "wrong tokens        0",
-        "error         1.5e-06",
-    ]
-
-
-def test_a_table_without_rows_is_its_header() -> None:
-    assert table(("gate", "found"), []).splitlines() == ["gate  found", "-----------"]

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from rfsq.runtime.bundle.console import ProgressLine, duration
+from rfsq.runtime.bundle.console import ProgressLine, aligned, duration
 from rfsq.runtime.bundle.paths import counted
 
 
@@ -54,3 +54,16 @@ def test_durations_and_numbers_are_read_as_they_are_spoken() -> None:
         "2 h 02 min",
     ]
     assert [counted(number, "step") for number in (0, 1, 2, 22_016)] == ["0 steps", "1 step", "2 steps", "22,016 steps"]
+
+
+def test_a_table_is_as_wide_as_its_cells_with_numbers_to_the_right() -> None:
+    assert list(aligned([("gate", "found"), ("wrong tokens", "0"), ("error", "1.5e-06")], is_ruled=True)) == [
+        "gate            found",
+        "---------------------",
+        "wrong tokens        0",
+        "error         1.5e-06",
+    ]
+
+
+def test_a_table_without_rows_is_its_header() -> None:
+    assert list(aligned([("gate", "found")], is_ruled=True)) == ["gate  found", "-----------"]
