@@ -6,8 +6,8 @@
 
 This shows the interface. Both models are toys, trained on 75 simulated episodes, without images: no claim about a large
 one. speculative_data.py is what they see, speculative_models.py what they are, speculative_acceptance.py the rule,
-speculative_arrivals.py what reaches the control loop and when, speculative_loop.py the loop. The exit status is 0 when
-every verdict is a ✓, 1 when not, 2 when nothing could be run.
+speculative_arrivals.py what reaches the control loop and when, speculative_loop.py the loop. -v prints every table. The
+exit status is 0 when every verdict is a ✓, 1 when not, 2 when nothing could be run.
 """
 
 import sys
@@ -37,7 +37,7 @@ from examples.speculative_report import acceptance_table, error_table, loop_tabl
 from rfsq.rfsq_ref.data import load_demonstrations, split_episodes
 from rfsq.runtime import TokenizerError
 from rfsq.runtime.bundle.advice import command
-from rfsq.runtime.bundle.console import escape_what_cannot_be_shown
+from rfsq.runtime.bundle.console import aligned, escape_what_cannot_be_shown
 from rfsq.runtime.torch_adapter import ActionRFSQAE
 
 COARSE = 3
@@ -56,6 +56,7 @@ def main() -> int:
     )
     parser.add_argument("--tolerance", type=float, default=0.2, help="of a step, in action units; default: 0.2")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-v", "--verbose", action="store_true", help="errors, latency and the loop as tables, too")
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     try:
@@ -104,12 +105,16 @@ def run(options: argparse.Namespace) -> bool:
     speculation = Speculation(tokenizer, models[0], models[1], torch.from_numpy(units), options.tolerance)
 
     verdict = speculation.verify(held_out.context, speculation.propose(held_out.context))
-    errors = error_table(speculation, trained, held_out, verdict)
-    rates = acceptance_table(speculation, trained, held_out, generator)
-    latency_table(speculation, held_out, count=50 if options.quick else 400)
+    error_rows, errors = error_table(speculation, trained, held_out, verdict)
+    rate_rows, rates = acceptance_table(speculation, trained, held_out, generator)
     episodes = split.test.select(range(5)) if options.quick else split.test
     runs = [drive(speculation, eyes, episodes, tokenizer.tokenizer, with_draft=value) for value in (False, True)]
-    loop_table(*runs)
+    tables = [rate_rows]
+    if options.verbose:
+        timed = latency_table(speculation, held_out, count=50 if options.quick else 400)
+        tables = [error_rows, rate_rows, timed, loop_table(*runs)]
+    for rows in tables:
+        print("", *aligned(rows), sep="\n")
     print()
     found = verdicts(errors, rates, *runs)
     for is_right, text in found:

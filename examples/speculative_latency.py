@@ -8,6 +8,7 @@ import numpy as np
 
 from examples.speculative_acceptance import Speculation
 from examples.speculative_data import Windows
+from examples.speculative_report import Rows
 
 #: The first calls fill caches.
 WARM_UP = 10
@@ -26,8 +27,8 @@ class Stopwatch:
         return result
 
 
-def latency_table(speculation: Speculation, held_out: Windows, count: int) -> None:
-    """Prints medians over `count` observations of this machine, now; and how long the first action takes."""
+def latency_table(speculation: Speculation, held_out: Windows, count: int) -> Rows:
+    """Medians over `count` observations of this machine, now; and how long the first action takes."""
     watch, tokenizer = Stopwatch(), speculation.tokenizer.tokenizer
     out = np.empty((1, *held_out.actions.shape[1:]), np.float32)
     first: dict[str, list[float]] = {"draft": [], "refused": [], "coarse": [], "alone": []}
@@ -58,10 +59,10 @@ def latency_table(speculation: Speculation, held_out: Windows, count: int) -> No
 
     passes = {"draft": len(coarse), "verification": 1, "main alone, coarse layers": len(coarse)}
     passes |= {"main alone": main.num_layers}
-    print(f"\n{'one observation':40}{'median, us':>11}{'p99, us':>10}")
-    for name, values in watch.us.items():
-        label = f"{name}, {passes[name]} pass{'es' * (passes[name] > 1)}" if name in passes else name
-        print(f"{label:40}{np.median(values):11.1f}{np.quantile(values, 0.99):10.1f}")
+    timed = {
+        f"{name}, {passes[name]} pass{'es' * (passes[name] > 1)}" if name in passes else name: values
+        for name, values in watch.us.items()
+    }
     for name, label in (
         ("draft", "first action, draft accepted"),
         ("refused", "first action, draft refused"),
@@ -70,4 +71,6 @@ def latency_table(speculation: Speculation, held_out: Windows, count: int) -> No
     ):
         if first[name]:
             share = f" ({100 * len(first[name]) / count:.0f} %)" * (name in ("draft", "refused"))
-            print(f"{label + share:40}{np.median(first[name]):11.1f}{np.quantile(first[name], 0.99):10.1f}")
+            timed[label + share] = first[name]
+    rows = [(name, f"{np.median(values):.1f}", f"{np.quantile(values, 0.99):.1f}") for name, values in timed.items()]
+    return [("one observation", "median, us", "p99, us"), *rows]

@@ -1,4 +1,4 @@
-"""Action error and acceptance on held-out episodes, beside what needs no model at all."""
+"""Action error and acceptance on held-out episodes, beside what needs no model at all: rows of tables, and verdicts."""
 
 from collections.abc import Mapping
 
@@ -10,12 +10,15 @@ from examples.speculative_acceptance import Speculation, Verdict
 from examples.speculative_data import Windows, most_frequent
 from examples.speculative_loop import CONFIG, Run
 
+Rows = list[tuple[str, ...]]
 #: What one unit of dx, dy or dz is to the controller of the demonstrations.
 UNIT_MM = 50.0
 
 
-def error_table(speculation: Speculation, trained: Windows, held_out: Windows, verdict: Verdict) -> dict[str, float]:
-    """Prints, and returns the action MSE by row."""
+def error_table(
+    speculation: Speculation, trained: Windows, held_out: Windows, verdict: Verdict
+) -> tuple[Rows, dict[str, float]]:
+    """And the action MSE by row."""
     context, codes, layers = held_out.context, held_out.codes, speculation.layers
     alone = speculation.alone(context)
     full, usual = speculation.finish(context, verdict), most_frequent(trained.codes, speculation.main.num_levels)
@@ -36,8 +39,8 @@ def error_table(speculation: Speculation, trained: Windows, held_out: Windows, v
     decoded["last action held"] = held_out.before[:, -1:].expand_as(held_out.actions)
     names = ["most frequent token at each place", "last chunk once more", "last action held", *list(tokens)[2:]]
     shown = range(min(layers + 1, codes.shape[-1]))
-    heads = "".join(f"{f'L{layer}':>6}" for layer in shown)
-    print(f"\n{'on held-out episodes':36}{'action MSE':>11}{'position':>11}{'gripper':>9}   equal tokens, %{heads}")
+    heads = (f"L{layer} equal" for layer in shown)
+    rows: Rows = [("on held-out episodes", "action MSE", "position", "gripper", *heads)]
     errors = {}
     for name in names:
         difference = decoded[name] - held_out.actions
@@ -46,16 +49,15 @@ def error_table(speculation: Speculation, trained: Windows, held_out: Windows, v
         wrong = ((decoded[name][..., -1] > 0) != (held_out.actions[..., -1] > 0)).double().mean().item()
         said = tokens.get(name, codes[..., :0])
         equal = [(said[..., n] == codes[..., n]).double().mean().item() for n in shown if n < said.shape[-1]]
-        cells = "".join(f"{100 * rate:6.1f}" for rate in equal)
-        line = f"{name:36}{errors[name]:11.3g}{millimetres:8.2f} mm{100 * wrong:7.1f} %{'':18}{cells}"
-        print(line.rstrip())
-    return errors
+        cells = [*map(_percent, equal), *[""] * (len(shown) - len(equal))]
+        rows.append((name, f"{errors[name]:.3g}", f"{millimetres:.2f} mm", _percent(wrong), *cells))
+    return rows, errors
 
 
 def acceptance_table(
     speculation: Speculation, trained: Windows, held_out: Windows, generator: torch.Generator
-) -> dict[str, float]:
-    """Prints, and returns the acceptance rate by who proposes.
+) -> tuple[Rows, dict[str, float]]:
+    """And the acceptance rate by who proposes.
 
     tokens: the main model says the same, given those before; steps: within the tolerance, each on its own; chunks: at
     least the first step is accepted; then the acceptance rate: steps in accepted runs, among all.
@@ -70,8 +72,8 @@ def acceptance_table(
         "demonstrator": coarse,
     }
     tolerances = [speculation.tolerance * factor for factor in (0.5, 1, 2)]
-    heads = "".join(f"{tolerance:>8.3g}" for tolerance in tolerances)
-    print(f"\n{'proposed by':22}{'tokens':>8}{'steps':>8}{'chunks':>8}   accepted at tolerance{heads}")
+    heads = (f"accepted at {tolerance:.3g}" for tolerance in tolerances)
+    rows: Rows = [("proposed by", "tokens", "steps", "chunks", *heads)]
     rates = {}
     for name, proposal in proposals.items():
         verdict = speculation.verify(context, proposal)
@@ -79,15 +81,17 @@ def acceptance_table(
         rates[name] = verdict.rate
         steps = (verdict.difference <= speculation.tolerance).double().mean().item()
         begun = (verdict.accepted > 0).double().mean().item()
-        cells = "".join(f"{100 * part.double().mean().item():6.1f} %" for part in within)
-        print(f"{name:22}{100 * verdict.agreed:6.1f} %{100 * steps:6.1f} %{100 * begun:6.1f} %{'':24}{cells}")
-    return rates
+        shares = (verdict.agreed, steps, begun, *(part.double().mean().item() for part in within))
+        rows.append((name, *map(_percent, shares)))
+    return rows, rates
 
 
-def loop_table(alone: Run, early: Run) -> None:
-    """Prints both."""
-    title = f"in the loop, {early.ticks} ticks, simulated time"
-    print(f"\n{title:40}{'main alone':>12}{'with draft':>12}")
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def loop_table(alone: Run, early: Run) -> Rows:
+    """Both, side by side."""
     columns = []
     for run in (alone, early):
         column = {
@@ -101,8 +105,8 @@ def loop_table(alone: Run, early: Run) -> None:
             for source, count in run.served.items()
         }
         columns.append(column)
-    for name, value in columns[0].items():
-        print(f"{name:40}{value:12.3g}{columns[1][name]:12.3g}")
+    head = (f"in the loop, {early.ticks} ticks, simulated time", "main alone", "with draft")
+    return [head, *((name, f"{value:.3g}", f"{columns[1][name]:.3g}") for name, value in columns[0].items())]
 
 
 def verdicts(errors: Mapping[str, float], rates: Mapping[str, float], alone: Run, early: Run) -> list[tuple[bool, str]]:

@@ -188,7 +188,7 @@ def test_a_quick_run_accepts_serves_early_stays_inside_and_its_models_are_better
     fitting: Path,
 ) -> None:
     """In one test, for the run takes many seconds."""
-    command = [sys.executable, "examples/speculative_decoding.py", str(fitting), "--quick"]
+    command = [sys.executable, "examples/speculative_decoding.py", str(fitting), "--quick", "-v"]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=PATIENCE)
     assert found.returncode == 0, found.stdout + found.stderr
     assert "✗" not in found.stdout
@@ -226,10 +226,10 @@ def test_the_same_seed_gives_the_same_numbers(
         split, train=split.train.select(range(0, len(split.train.episodes), 6)), test=split.test.select(range(5))
     )
     monkeypatch.setattr("examples.speculative_decoding.split_episodes", lambda _: few)
-    monkeypatch.setattr("examples.speculative_decoding.latency_table", lambda *_, **__: None)
+    monkeypatch.setattr("examples.speculative_decoding.latency_table", lambda *_, **__: [("none",)])
 
     def numbers() -> str:
-        run(fitting, "--quick", "--epochs", 1)
+        run(fitting, "--quick", "--epochs", 1, "-v")
         output = capsys.readouterr().out
         assert "chunks served early" in output
         return re.sub(r" in \d+ s,", "", output)
