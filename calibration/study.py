@@ -300,6 +300,6 @@ def _work(options: argparse.Namespace) -> Outcome:
         print(remark)
     dataset = calibration_dataset(checkpoints[0], options.data, key=options.key, filter_key=options.filter_key)
     result = study(checkpoints, dataset)
-    print(format_study(result))
+    print(format_study(result, is_verbose=options.verbose))
     write_study(result, options.output)
     return Outcome(f"\n✓ wrote {options.output} in {result.seconds:.0f} s", asdict(result))

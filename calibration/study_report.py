@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -10,16 +11,19 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.recovered import COARSE_LAYERS
 from rfsq.calibration.study_result import EpisodesRow, LayerRow, Spread, Spreads, StudyResult, result_to_json
-from rfsq.calibration.tables import Table, prefix_name
+from rfsq.calibration.tables import Part, Table, as_text, prefix_name
 from rfsq.rfsq_ref.drawing import BLUE, GREEN, GREY, INK, ORANGE, finish, new_figure, save_png
 from rfsq.runtime.bundle.writing import replacing
 
 RESULT_JSON = "calibration.json"
 RESULT_PNG = "calibration.png"
+#: Columns of the layers' table that a first look needs.
+_WORTH_TITLE = "What each layer brings in the default setting; -v prints every table"
+_WORTH = ("up to layer", "bits per step", "action MSE", "action MSE falls by a factor of", "pays on")
 _NONE = "–"
 
 
-def parts(result: StudyResult) -> dict[str, Table | str]:
+def parts(result: StudyResult) -> dict[str, Part]:
     """The defaults in a line, and tables by name: settings, readout, episodes, tasks, layers.
 
     In place of a table that could not be measured stands the reason.
@@ -31,27 +35,29 @@ def parts(result: StudyResult) -> dict[str, Table | str]:
         "tasks": _tasks_table,
         "layers": _layers_table,
     }
-    return {"defaults": _defaults(result)} | {
-        name: f"Not measured: {result.omitted[name]}." if name in result.omitted else table(result)
-        for name, table in tables.items()
-    }
+    found: dict[str, Part] = {"defaults": _defaults(result)}
+    for name, table in tables.items():
+        found[name] = f"Not measured: {result.omitted[name]}." if name in result.omitted else table(result)
+    return found
 
 
-def format_study(result: StudyResult) -> str:
-    """All tables as text, with what they are about."""
+def format_study(result: StudyResult, *, is_verbose: bool = True) -> str:
+    """What was studied and the worth of the layers as text; is_verbose: all tables."""
     count = len(result.checkpoints)
     head = (
         f"{count} checkpoint{'s' if count > 1 else ''}, fitted on {result.calibration_episodes} episodes "
-        f"({result.calibration_steps} steps), judged on {result.test_episodes} others ({result.test_steps} steps) of "
-        f"{result.source}; MSE in robot units²\n{_defaults(result)}\n"
+        f"({result.calibration_steps} steps), judged on {result.test_episodes} others ({result.test_steps} steps)\n"
+        f"of {result.source}; MSE in robot units²\n{fill(_defaults(result), 100)}\n"
         f"autoencoder as trained, no quantiser, action MSE  {_both(result.unquantised)}\n"
         f"readout refitted, no quantiser                    {_both(result.unquantised_readout)}"
     )
-    texts = [
-        f"{name}: {part.replace('Not', 'not', 1)}" if isinstance(part, str) else part.text()
+    if not is_verbose:
+        return as_text([head, _layers_table(result).only(_WORTH_TITLE, *_WORTH)])
+    named = [
+        f"{name}: {part.replace('Not', 'not', 1)}" if isinstance(part, str) else part
         for name, part in parts(result).items()
     ]
-    return "\n\n".join([head, *texts[1:]])
+    return as_text([head, *named[1:]])
 
 
 def study_files(folder: Path) -> tuple[Path, ...]:

@@ -1,4 +1,4 @@
-"""A table for the terminal, for Markdown and for a page."""
+"""Parts of a report, for the terminal, for Markdown and for a page: tables and sentences."""
 
 import html
 from collections.abc import Iterable, Mapping
@@ -28,9 +28,14 @@ class Table:
         found = list(rows)
         return cls(title, tuple(found[0]), tuple(tuple(row.values()) for row in found))
 
+    def only(self, title: str, *columns: str) -> "Table":
+        """These columns alone, under another title."""
+        places = [self.header.index(column) for column in columns]
+        return Table(title, columns, tuple(tuple(row[place] for place in places) for row in self.rows))
+
     def text(self) -> str:
         """For a terminal."""
-        lines = [tuple(cell.replace("`", "") for cell in line) for line in (self.header, *self.rows)]
+        lines = [[cell.replace("`", "").replace("**", "") for cell in line] for line in (self.header, *self.rows)]
         return "\n".join([self.title, *aligned(lines, is_ruled=True)])
 
     def markdown(self) -> str:
@@ -53,6 +58,34 @@ class Table:
             f"<div class=rows><table><caption>{inline_html(self.title)}</caption>\n<thead><tr>{head}</tr></thead>\n"
             f"<tbody>\n{body}</tbody></table></div>"
         )
+
+
+#: Of a report: a table, a sentence, or several that stand one below the other.
+Part = Table | str | tuple[str, ...]
+
+
+def as_text(parts: Iterable[Part]) -> str:
+    """For a terminal, with an empty line between two parts."""
+    return "\n\n".join(part.text() if isinstance(part, Table) else "\n".join(_sentences(part)) for part in parts)
+
+
+def as_markdown(part: Part) -> str:
+    if isinstance(part, Table):
+        return part.markdown()
+    return part if isinstance(part, str) else "\n".join(f"- {sentence}" for sentence in part)
+
+
+def as_html(parts: Iterable[Part]) -> str:
+    return "\n".join(
+        part.html() if isinstance(part, Table)
+        else f"<p>{inline_html(part)}</p>" if isinstance(part, str)
+        else f"<ul>{''.join(f'<li>{inline_html(sentence)}</li>' for sentence in part)}</ul>"
+        for part in parts
+    )  # fmt: skip
+
+
+def _sentences(part: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (part,) if isinstance(part, str) else part
 
 
 def prefix_name(prefix: int, num_layers: int) -> str:

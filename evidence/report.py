@@ -1,15 +1,17 @@
 """The report of a comparison: tables, figures and one page."""
 
 import argparse
-import html
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
 
+from rfsq.calibration import study_report
 from rfsq.calibration.settings import ReadoutConfig
 from rfsq.calibration.study import study
-from rfsq.calibration.study_report import RESULT_JSON, parts, study_files, write_study
+from rfsq.calibration.study_report import RESULT_JSON, study_files, write_study
 from rfsq.calibration.study_result import StudyResult, result_from_json
-from rfsq.calibration.tables import inline_html
+from rfsq.calibration.tables import as_html, as_text
+from rfsq.evidence import rollout_report
 from rfsq.evidence.comparison import compare
 from rfsq.evidence.jobs import ComparisonConfig
 from rfsq.evidence.metrics import OscPose
@@ -17,8 +19,7 @@ from rfsq.evidence.page import page
 from rfsq.evidence.plots import figures, svg
 from rfsq.evidence.results import Comparison, read_json, write_json, write_text
 from rfsq.evidence.rollout_files import read_result
-from rfsq.evidence.rollout_report import tables_of, verdicts
-from rfsq.evidence.tables import findings_table, layer_table, peer_table, summary_table
+from rfsq.evidence.tables import parts, short_table
 from rfsq.evidence.training import trained_checkpoint
 from rfsq.rfsq_ref.checkpoints import Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import DEMONSTRATIONS, ActionDataset, load_actions
@@ -63,23 +64,21 @@ def _compared(options: argparse.Namespace) -> Comparison:
         workers=options.workers,
         cache=options.cache,
     )
-    print(
-        f"comparing on {dataset.source}: {len(dataset.episodes)} episodes, {dataset.num_steps} steps; "
-        f"what is not at hand is trained first, some minutes\n{describe_normaliser(dataset, options.normaliser)}",
-        flush=True,
-    )
+    size = f"{len(dataset.episodes)} episodes, {dataset.num_steps} steps"
+    print(f"comparing on {dataset.source}: {size}; training what is missing takes minutes", flush=True)
+    if options.verbose:
+        print(describe_normaliser(dataset, options.normaliser), flush=True)
     naive, robust = (_load(paths, options.weights) for paths in (options.naive, options.robust))
     comparison = compare(dataset, config, naive=naive, robust=robust)
-    text = as_text(comparison)
-    print(text if options.verbose else short_text(comparison), flush=True)
+    print(full_text(comparison) if options.verbose else short_text(comparison), flush=True)
     # First without what may still fail: an hour of training is not lost to a damaged file beside it.
-    write_report(comparison, text, [], options.output)
+    write_report(comparison, [], options.output)
     sections = []
     if options.calibration_study:
         sections.append(_calibration_section(_studied(dataset, config, robust, options.output)))
     sections += _closed_loop(options.output, comparison)
     if sections:
-        write_report(comparison, text, sections, options.output)
+        write_report(comparison, sections, options.output)
     return comparison
 
 
@@ -89,34 +88,31 @@ def _redrawn(folder: Path) -> Comparison:
     sections = []
     if (folder / RESULT_JSON).exists():
         sections.append(_calibration_section(result_from_json((folder / RESULT_JSON).read_text(encoding="utf-8"))))
-    write_report(comparison, as_text(comparison), sections + _closed_loop(folder, comparison), folder)
+    write_report(comparison, sections + _closed_loop(folder, comparison), folder)
     return comparison
 
 
-def write_report(comparison: Comparison, text: str, sections: Sequence[tuple[str, str]], folder: Path) -> None:
+def write_report(comparison: Comparison, sections: Sequence[tuple[str, str]], folder: Path) -> None:
     """Page, figures and text, and the JSON last: where it is, everything else is too. Raises EvidenceError."""
     drawn = {name: svg(figure) for name, figure in figures(comparison).items()}
     for name, drawing in drawn.items():
         write_text(folder / FIGURES / f"{name.replace(' ', '-')}.svg", drawing)
     write_text(folder / REPORT_HTML, page(comparison, drawn, sections))
-    write_text(folder / COMPARISON_TEXT, text + "\n")
+    write_text(folder / COMPARISON_TEXT, full_text(comparison) + "\n")
     write_json(comparison, folder / COMPARISON_JSON)
 
 
 def short_text(comparison: Comparison) -> str:
-    """What fits a screen: the schemes and what follows from them."""
-    return "\n\n".join([summary_table(comparison).text(), findings_table(comparison).text(), *comparison.remarks])
+    """What fits a screen: what each way of decoding costs, the claims, and what is missing or poor."""
+    claims = tuple(f"{'✓' if finding.holds else '✗'} {finding.claim}" for finding in comparison.findings)
+    # How good each seed's tokens are is a detail; that they are poor is a remark of its own.
+    remarks = tuple(fill(remark, 100) for remark in comparison.remarks if "; in robot units: " not in remark)
+    return as_text(filter(None, [short_table(comparison), claims, remarks]))
 
 
-def as_text(comparison: Comparison) -> str:
+def full_text(comparison: Comparison) -> str:
     """Everything, for a terminal."""
-    parts = [summary_table(comparison).text()]
-    parts += [layer_table(report).text() for report in comparison.schemes]
-    if comparison.peers:
-        parts += [peer_table(comparison).text(), "\n".join(comparison.peer_verdict)]
-    parts.append(findings_table(comparison).text())
-    parts += comparison.remarks
-    return "\n\n".join(parts)
+    return as_text(parts(comparison).values())
 
 
 def _studied(
@@ -133,8 +129,7 @@ def _studied(
 
 
 def _calibration_section(result: StudyResult) -> tuple[str, str]:
-    shown = [f"<p>{inline_html(part)}</p>" if isinstance(part, str) else part.html() for part in parts(result).values()]
-    return "Calibration choices", "\n".join(shown)
+    return "Calibration choices", as_html(study_report.parts(result).values())
 
 
 def _closed_loop(folder: Path, comparison: Comparison) -> list[tuple[str, str]]:
@@ -145,9 +140,7 @@ def _closed_loop(folder: Path, comparison: Comparison) -> list[tuple[str, str]]:
     found = read_result(path)
     if found.run.hashes.get("demonstrations") != comparison.data.sha256:
         return []
-    tables = "\n".join(table.html() for table in tables_of(found.tasks).values())
-    said = "".join(f"<li>{html.escape(words)}</li>" for words in verdicts(found.tasks))
-    return [("Closed loop", f"{tables}\n<ul>{said}</ul>")]
+    return [("Closed loop", as_html(rollout_report.parts(found.tasks).values()))]
 
 
 def _load(paths: list[Path], weights: str | None) -> list[Checkpoint]:

@@ -69,6 +69,6 @@ def _work(options: argparse.Namespace) -> Outcome:
         from rfsq.evidence.rollouts import run_rollouts
 
         run_rollouts(config)
-    text, document = write_report(config.file, options.output)
+    text, document = write_report(config.file, options.output, is_verbose=options.verbose)
     print(text)
     return Outcome(f"✓ wrote {', '.join(map(str, filter(Path.exists, files)))}", document)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rfsq.evidence.episodes import Identity, read_episodes
 from rfsq.evidence.results import read_json_object, write_json_object
-from rfsq.evidence.rollout_report import TOLERANCES, TaskReport, reports_of, table
+from rfsq.evidence.rollout_report import TOLERANCES, TaskReport, reports_of, short_table, table
 from rfsq.evidence.rollout_statistics import CONFIDENCE
 from rfsq.runtime.bundle.advice import command
 
@@ -38,16 +38,16 @@ def report_files(folder: Path) -> tuple[Path, ...]:
     return folder / "rollout.json", folder / "rollout.png"
 
 
-def write_report(episodes: Path, folder: Path) -> tuple[str, dict[str, Any]]:
+def write_report(episodes: Path, folder: Path, *, is_verbose: bool = True) -> tuple[str, dict[str, Any]]:
     """rollout.png and rollout.json in `folder` from a file of episodes, also an unfinished one.
 
     The JSON comes last: where it is, the picture is too, unless matplotlib is missing.
-    Returns the table as text, and what the JSON holds. Raises EvidenceError where there are no episodes, or the folder
-    cannot be written.
+    Returns what there is to read, every table where `is_verbose`, and what the JSON holds. Raises EvidenceError where
+    there are no episodes, or the folder cannot be written.
     """
     identity, found = read_episodes(episodes)
     reports = reports_of(found)
-    text = table(reports)
+    text = table(reports) if is_verbose else short_table(reports)
     if find_spec("matplotlib"):
         from rfsq.evidence.rollout_plots import draw
 

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
+from textwrap import fill
 
 import numpy as np
 
-from rfsq.calibration.tables import Table
+from rfsq.calibration.tables import Part, Table, as_text
 from rfsq.evidence.cells import RAW
 from rfsq.evidence.closed_loop import PRECISION_TASKS, Spread
 from rfsq.evidence.episodes import Episode
@@ -179,14 +180,28 @@ def _place(cell: str) -> tuple[int, str]:
     return (ours.index(cell), "") if cell in ours else (len(ours), cell)
 
 
+def parts(reports: dict[str, TaskReport]) -> dict[str, Part]:
+    """By name: every table, and what the intervals of each task say."""
+    said = tuple(f"{task}: {' '.join(conclusions(report))}" for task, report in reports.items())
+    return {**tables_of(reports), "conclusions": said}
+
+
 def table(reports: dict[str, TaskReport]) -> str:
     """For a terminal: every table, and what the numbers of each task say."""
-    return "\n\n".join([*(found.text() for found in tables_of(reports).values()), *verdicts(reports)])
+    return as_text(parts(reports).values())
 
 
-def verdicts(reports: Mapping[str, TaskReport]) -> list[str]:
-    """What the intervals of each task say, in words."""
-    return [f"{task}: {' '.join(conclusions(report))}" for task, report in reports.items()]
+def short_table(reports: dict[str, TaskReport]) -> str:
+    """For a terminal: shares alone, and what the intervals of all tasks, or of the last, say."""
+    solved = [
+        {"cell": cell}
+        | {task: f"{found.cells[cell].success.rate:.0%}" if cell in found.cells else _NONE
+           for task, found in reports.items()}
+        for cell in cells_of(reports)
+    ]  # fmt: skip
+    task, last = list(reports.items())[-1]
+    said = fill(f"{task}: {' '.join(conclusions(last))}", 100)
+    return as_text([Table.of("Solved; -v prints intervals and every table", solved), said])
 
 
 def conclusions(report: TaskReport) -> list[str]:

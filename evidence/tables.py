@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from rfsq.calibration.tables import Table
-from rfsq.evidence.findings import AS_TRAINED, REFITTED
+from rfsq.calibration.tables import Part, Table
+from rfsq.evidence.findings import AS_TRAINED, REFITTED, best_within
 from rfsq.evidence.results import CodecReport, Comparison, Finding, Metrics, SchemeReport, Spread
 
 #: What a reader sees of each scheme.
@@ -33,6 +33,49 @@ _ERRORS = {
 #: Of peers, whose table is long.
 _PEER_ERRORS = ("action_mse", "max_error", "position_mm", "position_mm_p99")
 _NONE = "–"
+
+
+def parts(comparison: Comparison) -> dict[str, Part]:
+    """By the names that documents give them, in the order of the text."""
+    found: dict[str, Part] = {"comparison": short_table(comparison), "comparison summary": summary_table(comparison)}
+    found |= {f"comparison {report.scheme} layers": layer_table(report) for report in comparison.schemes}
+    if comparison.peers:
+        found |= {"peers": peer_table(comparison), "peer verdict": comparison.peer_verdict}
+    claims = tuple(
+        f"{finding.claim}: {'yes' if finding.holds else '**no**'}; {finding.measured}"
+        for finding in comparison.findings
+    )
+    return found | {"findings": claims, "remarks": comparison.remarks}
+
+
+def short_table(comparison: Comparison) -> Table:
+    """Each way of decoding, the coarse layers of the default, and the best setting of each peer within their bits."""
+    titles = {
+        "naive": "naive",
+        "dynamic": "robust, with side information",
+        "published": "robust, published decoder",
+        "recovered": "robust, `recovered`",
+        "calibrated": "**robust, `calibrated`** (default)",
+    }
+    ours = [
+        (titles[report.scheme], report.bits(report.groups[-1]), report.groups[-1].metrics)
+        for report in comparison.schemes
+    ]
+    default = comparison.scheme("calibrated")
+    coarse = default.groups[0]
+    budget = default.bits(coarse)
+    ours.append((f"**the same, {coarse.label}**", budget, coarse.metrics))
+    families = dict.fromkeys(peer.family for peer in comparison.peers)
+    best = [peer for family in families if (peer := best_within(comparison.peers, family, budget))]
+    rows = [*ours, *((peer.name, peer.metrics["bits_per_step"].mean, peer.metrics) for peer in best)]
+    return Table.of(
+        "Held-out episodes; MSE in normalised units²; position error in mm, where actions have such a unit",
+        (
+            {"tokens": name, "bits a step": f"{bits:.0f}", "MSE": _short(found["action_mse"])}
+            | ({"mm": _short(found["position_mm"])} if "position_mm" in found else {})
+            for name, bits, found in rows
+        ),
+    )
 
 
 def summary_table(comparison: Comparison) -> Table:
@@ -131,6 +174,13 @@ def bits_text(peer: CodecReport) -> str:
     """Bits per step; the spread only where it depends on the seed."""
     bits = peer.metrics["bits_per_step"]
     return f"{bits.mean:.1f}" if bits.deviation < 0.05 else f"{bits.mean:.1f} ± {bits.deviation:.1f}"
+
+
+def _short(value: Spread) -> str:
+    """Two digits of the mean; 2.7e−6 rather than 2.7e-06, with a minus that no line ends at."""
+    if value.mean >= 1e-2:
+        return f"{value.mean:.2g}" if value.mean < 100 else f"{value.mean:.0f}"
+    return f"{value.mean:.1e}".replace("e-0", "e−").replace("e-", "e−")
 
 
 def _errors(metrics: Metrics, names: Iterable[str] = _ERRORS) -> dict[str, str]:

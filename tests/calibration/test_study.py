@@ -26,6 +26,7 @@ from rfsq.calibration.settings import DEFAULT_READOUT, READOUT_OFF, CalibrationC
 from rfsq.calibration.study import main, study
 from rfsq.calibration.study_report import draw_study, format_study, parts
 from rfsq.calibration.study_result import Spread, StudyResult, result_from_json, result_to_json, spread
+from rfsq.calibration.tables import as_markdown
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of, save_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
@@ -106,7 +107,7 @@ def shipped() -> StudyResult:
 
 
 def markdown(result: StudyResult) -> dict[str, str]:
-    return {name: part if isinstance(part, str) else part.markdown() for name, part in parts(result).items()}
+    return {name: as_markdown(part) for name, part in parts(result).items()}
 
 
 def _shortened(dataset: ActionDataset, steps: int) -> ActionDataset:
@@ -480,7 +481,7 @@ def test_command_writes_json_and_picture(tmp_path: Path, capsys: pytest.CaptureF
     path = tmp_path / "tiny.safetensors"
     save_checkpoint(_tiny(), path)
     folder = tmp_path / "out"
-    assert main(["--checkpoint", str(path), "--data", str(data), "--output", str(folder)]) == 0
+    assert main(["--checkpoint", str(path), "--data", str(data), "--output", str(folder), "-v"]) == 0
     assert sorted(file.name for file in folder.iterdir()) == ["calibration.json", "calibration.png"]
     written = result_from_json((folder / "calibration.json").read_text(encoding="utf-8"))
     assert all(re.fullmatch(r"checkpoint \d, sha256 [0-9a-f]{64}", label) for label in written.checkpoints)

@@ -1,9 +1,15 @@
-"""Every number in a table of the README and the docs comes from a result file."""
+"""Every number in a table of the README and the docs comes from a result file, and a first look fits a screen."""
 
 import pytest
 
-from rfsq.evidence.documents import documents, rewritten, tables
+from rfsq.calibration.study_report import format_study
+from rfsq.calibration.study_result import result_from_json
+from rfsq.evidence.documents import RESULTS, documents, rewritten, tables
 from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.report import short_text
+from rfsq.evidence.results import read_json
+from rfsq.evidence.rollout_files import read_result
+from rfsq.evidence.rollout_report import short_table
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
@@ -29,3 +35,15 @@ def test_a_table_is_replaced_and_nothing_else() -> None:
 def test_an_unknown_table_is_an_error() -> None:
     with pytest.raises(EvidenceError, match=r"no result is called 'two'; expected one of one"):
         rewritten("<!-- results: two -->\n<!-- end -->", {"one": ""})
+
+
+def test_what_commands_print_at_first_fits_a_screen() -> None:
+    study = result_from_json((RESULTS / "calibration.json").read_text(encoding="utf-8"))
+    shown = {
+        "compare": short_text(read_json(RESULTS / "comparison.json")),
+        "rollout": short_table(read_result(RESULTS / "rollout.json").tasks),
+        "study": format_study(study, is_verbose=False),
+    }
+    # A line that says what begins, and the verdict.
+    assert {name for name, text in shown.items() if len(text.splitlines()) > 24 - 2} == set()
+    assert {name for name, text in shown.items() if max(map(len, text.splitlines())) > 100} == set()

@@ -25,10 +25,10 @@ def with_peers(comparison: Comparison) -> Comparison:
 def test_text_lines_up() -> None:
     assert TABLE.text().splitlines() == [
         "Title",
-        "-------------------",
-        "name          value",
-        "code a          1.5",
-        "**bold** <b>     22",
+        "name      value",
+        "---------------",
+        "code a      1.5",
+        "bold <b>     22",
     ]
 
 

@@ -16,7 +16,7 @@ import pytest
 from rfsq.calibration.fitting import recover
 from rfsq.calibration.settings import CalibrationConfig, ReadoutConfig, RecoveredConfig
 from rfsq.evidence.compare_command import main
-from rfsq.evidence.report import as_text
+from rfsq.evidence.report import full_text
 from rfsq.evidence.results import Comparison, read_json
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
@@ -118,7 +118,7 @@ def test_the_readout_that_is_asked_for_reaches_the_fit(
 
 
 def test_the_text_grades_the_tokens_and_its_tables_have_units(comparison: Comparison) -> None:
-    text = as_text(comparison)
+    text = full_text(comparison)
     for seed in (0, 1):
         label = f"calibrated tokens of seed {seed}, all layers"
         assert re.search(rf"^{label}, good; in robot units: RMS error at most ", text, re.MULTILINE)
@@ -228,7 +228,7 @@ def test_a_section_on_the_closed_loop_is_shown_for_the_same_demonstrations(
                    "run": run, "tasks": {"Stack": task}}  # fmt: skip
         (tmp_path / "rollout.json").write_text(json.dumps(content))
         sections: list[tuple[str, str]] = []
-        monkeypatch.setattr("rfsq.evidence.report.write_report", lambda *found, kept=sections: kept.extend(found[2]))
+        monkeypatch.setattr("rfsq.evidence.report.write_report", lambda *found, kept=sections: kept.extend(found[1]))
         main(["--output", str(tmp_path), *QUICK])
         shown[sha256] = "75% (30% … 95%)" in "".join(content for _, content in sections)
     assert shown == {comparison.data.sha256: True, "another": False}

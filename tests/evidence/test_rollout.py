@@ -41,7 +41,7 @@ def test_the_episodes_that_are_there_are_reported_without_a_simulator(
     spread = Spread(0.0, 0.0, 0.0)
     with open_episodes(tmp_path / "episodes.jsonl", Identity(1, 0, 8, {}, {})) as file:
         file.append(Episode("Stack", "raw", "c", 0, 1, EpisodeResult(True, True, 100, spread, spread, 2.0)))
-    assert main(["--report-only", "--episodes-dir", str(tmp_path), "--output", str(tmp_path / "results")]) == 0
+    assert main(["--report-only", "--episodes-dir", str(tmp_path), "--output", str(tmp_path / "results"), "-v"]) == 0
     assert "100% (21% … 100%)" in capsys.readouterr().out
     assert (tmp_path / "results" / "rollout.json").is_file()
 
