@@ -300,7 +300,8 @@ def _load(path: Path, dataset: ActionDataset, config: ResidualConfig) -> Residua
     except OSError as error:
         raise EvidenceError(f"cannot read {path}: {error.strerror}; check its permissions") from error
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise EvidenceError(
-            f"{path} is no whole file of this peer ({error!r}): delete it, and it is trained again"
+            f"{path} is no whole file of this peer ({reason}): delete it, and it is trained again"
         ) from error
     return model.eval()

@@ -76,14 +76,16 @@ def load_history(path: str | os.PathLike[str]) -> TrainingHistory:
     try:
         # Not strictly: the curve of a training that diverged later on has NaN in it.
         content = json.loads(read_file(path, _HISTORY_SIZE_LIMIT))
-        if (content.pop("format"), content.pop("version")) != (HISTORY_FORMAT, HISTORY_VERSION):
+        found = (content.pop("format", None), content.pop("version", None)) if isinstance(content, dict) else None
+        if found != (HISTORY_FORMAT, HISTORY_VERSION):
             raise ValueError(f"expected format {HISTORY_FORMAT!r}, version {HISTORY_VERSION}")
         history = build(TrainingHistory, content, "the curve")
         if history.kept_epoch not in {record.epoch for record in history.epochs}:
             raise ValueError(f"kept_epoch {history.kept_epoch!r} is none of the {len(history.epochs)} epochs")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or error
         raise CheckpointError(
-            f"{path} is no learning curve of this project: {error!r}; give the NAME.history.json that training wrote "
+            f"{path} is no learning curve of this project: {reason}; give the NAME.history.json that training wrote "
             "beside its checkpoint"
         ) from error
     return history

@@ -259,6 +259,7 @@ def _is_refused(path: Path, robot: ActionDataset, message: str) -> None:
     with pytest.raises(EvidenceError, match=message) as caught:
         trained_residual(robot, replace(_FSQ, epochs=1), path.parent)
     assert path.name in str(caught.value)
+    assert "Error(" not in str(caught.value)
 
 
 @pytest.mark.parametrize("place", [0, 9, -1])
