@@ -1,6 +1,7 @@
 """What the numbers say, in sentences: each claim is computed, and says so where it does not hold."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from rfsq.evidence.results import CodecReport, DataFacts, Finding, Metrics, ReportRow, SchemeReport
 
@@ -12,13 +13,13 @@ REQUIRED_IMPROVEMENT = 0.30
 _NOTHING = 0.01
 #: Calibrated tokens may cost this share of the unquantised autoencoder's error.
 _CALIBRATION_COST = 0.05
+_MSE = "MSE in normalised units²"
 
 
 def improvement_over_naive(schemes: Sequence[SchemeReport]) -> float:
     """1 - worst calibrated action MSE / best naive action MSE over the seeds, all layers."""
     by_name = {report.scheme: report for report in schemes}
-    worst = max(_mse(by_name["calibrated"]))
-    return 1 - worst / min(_mse(by_name["naive"]))
+    return 1 - by_name["calibrated"].mse.high / by_name["naive"].mse.low
 
 
 def compared(share: float) -> str:
@@ -54,26 +55,17 @@ def find(schemes: Sequence[SchemeReport], unquantised: dict[str, Metrics], data:
     by_name = {report.scheme: report for report in schemes}
     naive, published, calibrated = (by_name[name] for name in ("naive", "published", "calibrated"))
     improvement = improvement_over_naive(schemes)
-    change = max(
-        (
-            abs(after / before - 1)
-            for row in naive.prefixes[1:]
-            for before, after in zip(_values(naive.prefixes[0]), _values(row), strict=True)
-        ),
-        default=0.0,
-    )
+    changes = [row.mse.over(naive.prefixes[0].mse) for row in naive.prefixes[1:]]
+    change = max((abs(value - 1) for ratio in changes for value in ratio.values), default=0.0)
     # Where no refit was kept, the decoder is that of the autoencoder as it was trained.
     decoder = unquantised[REFITTED if REFITTED in unquantised else AS_TRAINED]
-    cost = [found / least - 1 for found, least in zip(_mse(calibrated), decoder["action_mse"].values, strict=True)]
-    coarse = [
-        with_stats / alone
-        for with_stats, alone in zip(_values(by_name["dynamic"].groups[0]), _values(calibrated.groups[0]), strict=True)
-    ]
+    cost = calibrated.mse.over(decoder["action_mse"]).high - 1
+    coarse = by_name["dynamic"].groups[0].mse.over(calibrated.groups[0].mse)
     found = [
         Finding(
             f"calibrated tokens have more than {REQUIRED_IMPROVEMENT:.0%} less error than naive ones",
-            f"{compared(improvement)}; MSE in normalised units²: worst calibrated seed {max(_mse(calibrated)):.2e}, "
-            f"best naive seed {min(_mse(naive)):.2e}",
+            f"{compared(improvement)}; {_MSE}: worst calibrated seed {calibrated.mse.high:.2e}, "
+            f"best naive seed {naive.mse.low:.2e}",
             improvement > REQUIRED_IMPROVEMENT,
         ),
         Finding(
@@ -83,49 +75,33 @@ def find(schemes: Sequence[SchemeReport], unquantised: dict[str, Metrics], data:
         ),
         Finding(
             "published tokens alone, decoded as published, are worse than always decoding the mean action",
-            f"MSE in normalised units²: best seed {min(_mse(published)):.2e}; mean action {data.mean_action_mse:.2e}",
-            min(_mse(published)) > data.mean_action_mse,
+            f"{_MSE}: best seed {published.mse.low:.2e}; mean action {data.mean_action_mse:.2e}",
+            published.mse.low > data.mean_action_mse,
         ),
         Finding(
             f"calibrated tokens alone cost at most {_CALIBRATION_COST:.0%} over their decoder without a quantiser",
-            f"{max(cost):+.1%} in the worst seed",
-            max(cost) <= _CALIBRATION_COST,
+            f"{cost:+.1%} in the worst seed",
+            cost <= _CALIBRATION_COST,
         ),
         Finding(
             f"calibrated {calibrated.groups[0].label} beat dynamic ones with their side information",
-            times(min(coarse), max(coarse)),
-            min(coarse) > 1,
+            times(coarse.low, coarse.high),
+            coarse.low > 1,
         ),
     ]
-    return (*found, *_against_naive_layers(naive, calibrated), *_recovery(naive, published, by_name.get("recovered")))
-
-
-def _against_naive_layers(naive: SchemeReport, calibrated: SchemeReport) -> list[Finding]:
-    """Calibrated prefixes against naive ones, where both have several."""
-    pairs = [
-        (max(_values(ours)), min(_values(theirs)))
-        for ours, theirs in zip(calibrated.prefixes, naive.prefixes, strict=False)
-    ]
-    if len(pairs) < 2:
-        return []
-    measured = ", ".join(
-        f"{row.label} {ours:.1e} against {theirs:.1e}"
-        for row, (ours, theirs) in zip(naive.prefixes[:3], pairs, strict=False)
-    )
-    claim = "calibrated tokens beat naive ones from two layers on, in the worst pair of seeds"
-    holds = all(ours < theirs for ours, theirs in pairs[1:])
-    return [Finding(claim, f"MSE in normalised units²: {measured}", holds)]
-
-
-def _recovery(naive: SchemeReport, published: SchemeReport, recovered: SchemeReport | None) -> list[Finding]:
-    """None where too few calibration steps determine no recovered decoder."""
-    if recovered is None:
-        return []
-    worst = max(_mse(recovered))
-    gain = min(bad / good for bad, good in zip(_mse(published), _mse(recovered), strict=True))
-    claim = "the recovered decoder makes the same tokens better than naive ones"
-    measured = f"worst seed {worst:.2e} normalised units²; {times(gain)} than published decoding"
-    return [Finding(claim, measured, worst < min(_mse(naive)))]
+    pairs = list(zip(calibrated.prefixes, naive.prefixes, strict=False))
+    if len(pairs) > 1:
+        shown = (f"{ours.label} {ours.mse.high:.1e} against {theirs.mse.low:.1e}" for ours, theirs in pairs[:3])
+        claim = "calibrated tokens beat naive ones from two layers on, in the worst pair of seeds"
+        holds = all(ours.mse.high < theirs.mse.low for ours, theirs in pairs[1:])
+        found.append(Finding(claim, f"{_MSE}: {', '.join(shown)}", holds))
+    # Missing where too few calibration steps determine no recovered decoder.
+    if recovered := by_name.get("recovered"):
+        gain = times(published.mse.over(recovered.mse).low)
+        claim = "the recovered decoder makes the same tokens better than naive ones"
+        measured = f"worst seed {recovered.mse.high:.2e} normalised units²; {gain} than published decoding"
+        found.append(Finding(claim, measured, recovered.mse.high < naive.mse.low))
+    return tuple(found)
 
 
 def judge_peers(schemes: Sequence[SchemeReport], peers: Sequence[CodecReport]) -> tuple[str, ...]:
@@ -139,28 +115,28 @@ def judge_peers(schemes: Sequence[SchemeReport], peers: Sequence[CodecReport]) -
 
 def _at_budget(calibrated: SchemeReport, row: ReportRow, peers: Sequence[CodecReport]) -> str:
     """The best peers within the bits of some calibrated layers."""
-    budget, ours = calibrated.bits(row), row.metrics["action_mse"].mean
+    budget, ours = calibrated.bits(row), row.mse.mean
     best = {family: best_within(peers, family, budget) for family in _families(peers)}
     found = {
-        "less error": [_described(peer) for peer in best.values() if peer and _peer_mse(peer) < ours],
-        "more error": [_described(peer) for peer in best.values() if peer and _peer_mse(peer) >= ours],
+        "less error": [_described(peer) for peer in best.values() if peer and peer.mse < ours],
+        "more error": [_described(peer) for peer in best.values() if peer and peer.mse >= ours],
         "no setting within the budget": [family for family, peer in best.items() if peer is None],
     }
-    parts = [f"At {budget:.0f} bits per step (MSE in normalised units², calibrated {row.label}: {ours:.2e})"]
+    parts = [f"At {budget:.0f} bits per step ({_MSE}, calibrated {row.label}: {ours:.2e})"]
     parts += [f"{what}: {', '.join(those)}" for what, those in found.items() if those]
     return "; ".join(parts) + "."
 
 
 def _at_equal_error(calibrated: SchemeReport, peers: Sequence[CodecReport]) -> str:
     """The bits with which peers are as good as all calibrated layers."""
-    target = calibrated.groups[-1].metrics["action_mse"].mean
-    good = [peer for peer in peers if _peer_mse(peer) <= target]
-    needed = [min((peer for peer in good if peer.family == family), key=_bits) for family in _families(good)]
-    reached = [f"{peer.family} {_bits(peer):.0f} bits ({peer.name})" for peer in needed]
+    target = calibrated.mse.mean
+    good = [peer for peer in peers if peer.mse <= target]
+    needed = [
+        min((peer for peer in good if peer.family == family), key=attrgetter("bits")) for family in _families(good)
+    ]
+    reached = [f"{peer.family} {peer.bits:.0f} bits ({peer.name})" for peer in needed]
     missed = [family for family in _families(peers) if family not in _families(good)]
-    least = min(
-        calibrated.bits(row) for row in calibrated.prefixes if row.metrics["action_mse"].mean <= target * 1.0001
-    )
+    least = min(calibrated.bits(row) for row in calibrated.prefixes if row.mse.mean <= target * 1.0001)
     head = f"For the MSE of all calibrated layers ({target:.2e} normalised units², with {least:.0f} bits per step)"
     if not reached:
         return f"{head} no peer setting is good enough."
@@ -174,25 +150,9 @@ def _families(peers: Sequence[CodecReport]) -> list[str]:
 def best_within(peers: Sequence[CodecReport], family: str, budget: float) -> CodecReport | None:
     """The peer of this family with the least error among those that need at most so many bits for a step."""
     # A setting that misses the budget by rounding is still at that budget.
-    affordable = [peer for peer in peers if peer.family == family and _bits(peer) <= 1.005 * budget]
-    return min(affordable, key=_peer_mse, default=None)
+    affordable = [peer for peer in peers if peer.family == family and peer.bits <= 1.005 * budget]
+    return min(affordable, key=attrgetter("mse"), default=None)
 
 
 def _described(peer: CodecReport) -> str:
-    return f"{peer.family} {_peer_mse(peer):.2e} ({peer.name}, {_bits(peer):.0f} bits)"
-
-
-def _bits(peer: CodecReport) -> float:
-    return peer.metrics["bits_per_step"].mean
-
-
-def _peer_mse(peer: CodecReport) -> float:
-    return peer.metrics["action_mse"].mean
-
-
-def _values(row: ReportRow) -> tuple[float, ...]:
-    return row.metrics["action_mse"].values
-
-
-def _mse(report: SchemeReport) -> tuple[float, ...]:
-    return _values(report.groups[-1])
+    return f"{peer.family} {peer.mse:.2e} ({peer.name}, {peer.bits:.0f} bits)"

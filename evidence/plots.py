@@ -198,7 +198,7 @@ def peers(comparison: Comparison) -> Figure:
 
 def _peer_curve(axes: Axes, points: Sequence[CodecReport], metric: str, colour: str) -> None:
     """One series; hollow where a part of another setting's tokens is decoded."""
-    bits = [peer.metrics["bits_per_step"].mean for peer in points]
+    bits = [peer.bits for peer in points]
     values = [max(peer.metrics[metric].mean, _TINY) for peer in points]
     axes.plot(bits, values, color=colour, linewidth=1.1, label=points[0].series)
     for peer, place, value in zip(points, bits, values, strict=True):
@@ -210,6 +210,6 @@ def _line(axes: Axes, scheme: str, values: Sequence[Spread]) -> None:
     colour = SCHEME_COLOURS[scheme]
     axes.plot(places, [max(value.mean, _TINY) for value in values], color=colour, marker="o", markersize=4,
               linewidth=2 if scheme == "calibrated" else 1.4, label=scheme)  # fmt: skip
-    low, high = ([max(edge(value.values), _TINY) for value in values] for edge in (min, max))
+    low, high = [max(value.low, _TINY) for value in values], [max(value.high, _TINY) for value in values]
     axes.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
     axes.set_xticks(places, [f"L{layer}" for layer in places])

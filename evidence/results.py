@@ -33,6 +33,18 @@ class Spread:
         mean = statistics.fmean(values)
         return cls(mean, statistics.stdev(values) if len(values) > 1 else 0.0, tuple(values))
 
+    @property
+    def low(self) -> float:
+        return min(self.values)
+
+    @property
+    def high(self) -> float:
+        return max(self.values)
+
+    def over(self, other: "Spread") -> "Spread":
+        """Its ratio to another, seed by seed."""
+        return Spread.of([mine / theirs for mine, theirs in zip(self.values, other.values, strict=True)])
+
 
 #: By name.
 Metrics = dict[str, Spread]
@@ -76,6 +88,11 @@ class ReportRow:
     metrics: Metrics
     level_share: tuple[Spread, ...]
 
+    @property
+    def mse(self) -> Spread:
+        """Of actions, in normalised units²."""
+        return self.metrics["action_mse"]
+
 
 @dataclass(frozen=True)
 class SchemeReport:
@@ -92,6 +109,11 @@ class SchemeReport:
     prefixes: tuple[ReportRow, ...]
     groups: tuple[ReportRow, ...]
     error_share: tuple[float, ...]
+
+    @property
+    def mse(self) -> Spread:
+        """Of actions, all layers decoded, in normalised units²."""
+        return self.groups[-1].mse
 
     def bits(self, row: ReportRow) -> float:
         """Of one step, in the layers of a row of `prefixes` or `groups`."""
@@ -112,6 +134,16 @@ class CodecReport:
     name: str
     partial: bool
     metrics: Metrics
+
+    @property
+    def mse(self) -> float:
+        """Of actions, in normalised units², over the seeds."""
+        return self.metrics["action_mse"].mean
+
+    @property
+    def bits(self) -> float:
+        """Of one step."""
+        return self.metrics["bits_per_step"].mean
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def short_table(comparison: Comparison) -> Table:
     ours.append((f"**the same, {coarse.label}**", budget, coarse.metrics))
     families = dict.fromkeys(peer.family for peer in comparison.peers)
     best = [peer for family in families if (peer := best_within(comparison.peers, family, budget))]
-    rows = [*ours, *((peer.name, peer.metrics["bits_per_step"].mean, peer.metrics) for peer in best)]
+    rows = [*ours, *((peer.name, peer.bits, peer.metrics) for peer in best)]
     return Table.of(
         "Held-out episodes; MSE in normalised units²; position error in mm, where actions have such a unit",
         (
@@ -124,7 +124,7 @@ def peer_table(comparison: Comparison) -> Table:
     """Peers and ours by bits per step."""
     lines = [
         (
-            peer.metrics["bits_per_step"].mean,
+            peer.bits,
             f"{peer.family}: {peer.name}" + (" (partial)" if peer.partial else ""),
             bits_text(peer),
             peer.metrics,
