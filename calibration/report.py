@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rfsq.calibration.tables import Table
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
-from rfsq.rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantize
+from rfsq.rfsq_ref.quantizer import Conditioning, published_dequantize
 from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.runtime.bundle.fidelity import Fidelity, Grade, fidelity
 from rfsq.runtime.bundle.paths import counted
@@ -110,77 +110,72 @@ def recovered_latent_reach(decoder: RecoveredDecoder, num_levels: int) -> float:
     return float(torch.maximum(high.abs(), low.abs()).max())
 
 
+@torch.no_grad()
 def _report(
     method: str, checkpoint: Checkpoint, model: ActionAutoencoder, episodes: ActionDataset, worst_case: dict[int, float]
 ) -> CalibrationReport:
-    actions = reference_actions(checkpoint, episodes)
+    actions, num_levels = reference_actions(checkpoint, episodes), checkpoint.config.num_levels
     trained = checkpoint.model(dtype=torch.float64)
     with_readout = checkpoint.readout is not None and model.conditioning is Conditioning.CALIBRATED
-    with torch.no_grad():
-        latents = reference_latents(model, actions)
-        steps = list(model.quantizer.layers(latents))
-        tokens = torch.stack([step.tokens for step in steps], dim=-1)
-        float32_tokens, _ = checkpoint.model(model.conditioning, dtype=torch.float32).encode(actions.float())
-        _, _, bounds = token_error_bounds(model, actions)
-        published, stats = trained.encode(actions)
+    latents = reference_latents(model, actions)
+    steps = list(model.quantizer.layers(latents))
+    tokens = torch.stack([step.tokens for step in steps], dim=-1)
+    float32_tokens, _ = checkpoint.model(model.conditioning, dtype=torch.float32).encode(actions.float())
+    _, _, bounds = token_error_bounds(model, actions)
+    published, stats = trained.encode(actions)
 
-        def action_mse(decoded: Tensor, decoder: ActionAutoencoder = trained) -> float:
-            return mean_square(decoder.decode_latents(decoded) - actions)
+    def action_mse(decoded: Tensor, decoder: ActionAutoencoder = trained) -> float:
+        return mean_square(decoder.decode_latents(decoded) - actions)
 
-        rows: list[LayerReport] = []
-        deepest = latents
-        for layer, step in enumerate(steps):
-            prefix = layer + 1
-            decodes = model.conditioning is not Conditioning.DYNAMIC or prefix in model.recovered
-            if decodes:
-                deepest = model.dequantize(tokens[..., :prefix])
-            noise = float(bounds[..., layer].median())
-            rows.append(
-                replace(
-                    _layer_report(model, layer, step),
-                    latent_mse=mean_square(deepest - latents) if decodes else None,
-                    action_mse=action_mse(deepest, model) if decodes else None,
-                    worst_case=worst_case.get(prefix),
-                    noise_bound=noise if math.isfinite(noise) else None,
-                    flipped=float((float32_tokens[..., layer] != step.tokens).double().mean()),
-                )
+    rows: list[LayerReport] = []
+    deepest = latents
+    for prefix, step in enumerate(steps, start=1):
+        decodes = model.conditioning is not Conditioning.DYNAMIC or prefix in model.recovered
+        if decodes:
+            deepest = model.dequantize(tokens[..., :prefix])
+        noise = float(bounds[..., prefix - 1].median())
+        scale = model.quantizer.scale[prefix - 1].min() if step.stats is None else step.stats[..., 1].mean()
+        rows.append(
+            LayerReport(
+                layer=prefix - 1,
+                residual_low=float(step.residual.min()),
+                residual_high=float(step.residual.max()),
+                # The outermost bins end half a bin beyond the outermost levels.
+                clipped=float((step.conditioned.abs() > num_levels / (num_levels - 1)).double().mean()),
+                bin_width=float(scale) * 2 / (num_levels - 1),
+                levels_used=float(levels_used(step.tokens, num_levels).double().mean()),
+                latent_mse=mean_square(deepest - latents) if decodes else None,
+                action_mse=action_mse(deepest, model) if decodes else None,
+                worst_case=worst_case.get(prefix),
+                noise_bound=noise if math.isfinite(noise) else None,
+                flipped=float((float32_tokens[..., prefix - 1] != step.tokens).double().mean()),
             )
-        trained_mse = tuple(
-            action_mse(
-                trained.quantizer.dequantize(published[..., :prefix], None if stats is None else stats[..., :prefix, :])
-            )
-            for prefix in range(1, len(steps) + 1)
         )
-        return CalibrationReport(
-            method=method,
-            source=episodes.source,
-            num_episodes=len(episodes.episodes),
-            num_steps=episodes.num_steps,
-            autoencoder_mse=action_mse(latents),
-            readout_mse=action_mse(latents, model) if with_readout else None,
-            trained_mse=trained_mse,
-            published_mse=action_mse(published_dequantize(trained.quantizer, published)),
-            layers=tuple(rows),
-            fidelity=fidelity(
-                actions.numpy(), model.decode_latents(deepest).numpy(), model.units.tolist(), model.offset.tolist()
-            ),
+    trained_mse = tuple(
+        action_mse(
+            trained.quantizer.dequantize(published[..., :prefix], None if stats is None else stats[..., :prefix, :])
         )
-
-
-def _layer_report(model: ActionAutoencoder, layer: int, step: LayerStep) -> LayerReport:
-    """A row with what the layer itself shows; its errors are still missing."""
-    num_levels = model.config.num_levels
-    scale = model.quantizer.scale[layer].min() if step.stats is None else step.stats[..., 1].mean()
-    used = torch.stack([(step.tokens == level).any(dim=0) for level in range(num_levels)])
-    return LayerReport(
-        layer=layer,
-        residual_low=float(step.residual.min()),
-        residual_high=float(step.residual.max()),
-        # The outermost bins end half a bin beyond the outermost levels.
-        clipped=float((step.conditioned.abs() > num_levels / (num_levels - 1)).double().mean()),
-        bin_width=float(scale) * 2 / (num_levels - 1),
-        levels_used=float(used.double().mean()),
+        for prefix in range(1, len(steps) + 1)
     )
+    return CalibrationReport(
+        method=method,
+        source=episodes.source,
+        num_episodes=len(episodes.episodes),
+        num_steps=episodes.num_steps,
+        autoencoder_mse=action_mse(latents),
+        readout_mse=action_mse(latents, model) if with_readout else None,
+        trained_mse=trained_mse,
+        published_mse=action_mse(published_dequantize(trained.quantizer, published)),
+        layers=tuple(rows),
+        fidelity=fidelity(
+            actions.numpy(), model.decode_latents(deepest).numpy(), model.units.tolist(), model.offset.tolist()
+        ),
+    )
+
+
+def levels_used(tokens: Tensor, num_levels: int) -> Tensor:
+    """Whether each level of tokens [N, ...] occurs: bool [K, ...]."""
+    return torch.stack([(tokens == level).any(dim=0) for level in range(num_levels)])
 
 
 # Text, JSON, picture -------------------------------------------------------------------------------------------------

@@ -106,8 +106,7 @@ def study(checkpoints: Sequence[Checkpoint], dataset: ActionDataset, *, subsets:
     start = time.monotonic()
     benches = benches_of(checkpoints, dataset)
     calibration, test = benches[0].calibration, benches[0].test
-    reasons = {"tasks": _too_few_tasks(calibration, test), "episodes": _too_few_episodes(calibration)}
-    omitted = {section: reason for section, reason in reasons.items() if reason}
+    omitted = _omitted(calibration, test)
     tasks = [] if "tasks" in omitted else sorted({*calibration.tasks} & {*test.tasks})
     counts = [] if "episodes" in omitted else _episode_counts(len(calibration.episodes))
     # On a terminal alone.
@@ -149,25 +148,22 @@ def _label(checkpoint: Checkpoint, place: int) -> str:
     return f"{name}, sha256 {sha256}" if isinstance(sha256, str) else name
 
 
-def _too_few_episodes(calibration: ActionDataset) -> str:
-    if len(calibration.episodes) < 2:
-        return "one calibration episode alone, so there is no smaller number of them"
-    return _too_short(calibration)
-
-
-def _too_few_tasks(calibration: ActionDataset, test: ActionDataset) -> str:
+def _omitted(calibration: ActionDataset, test: ActionDataset) -> dict[str, str]:
+    """Why a section cannot be measured, by its name."""
+    lengths = zip(calibration.names, map(len, calibration.episodes), strict=True)
+    too_short = next((found for found in lengths if found[1] < MINIMUM_STEPS), None)
+    reasons = {}
+    if too_short:
+        name, length = too_short
+        reason = f"calibration episode {name!r} has {length} steps, too few to be fitted to alone"
+        reasons = dict.fromkeys(("tasks", "episodes"), reason)
     shared = {*calibration.tasks} & {*test.tasks}
     if len(shared) < 2:
         named = ", ".join(sorted(task or "unnamed" for task in shared)) or "none"
-        return f"tasks with both calibration and test episodes: {named}; two are needed"
-    return _too_short(calibration)
-
-
-def _too_short(calibration: ActionDataset) -> str:
-    for name, episode in zip(calibration.names, calibration.episodes, strict=True):
-        if len(episode) < MINIMUM_STEPS:
-            return f"calibration episode {name!r} has {len(episode)} steps, too few to be fitted to alone"
-    return ""
+        reasons["tasks"] = f"tasks with both calibration and test episodes: {named}; two are needed"
+    if len(calibration.episodes) < 2:
+        reasons["episodes"] = "one calibration episode alone, so there is no smaller number of them"
+    return reasons
 
 
 def _episode_counts(total: int) -> list[int]:

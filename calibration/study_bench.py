@@ -21,6 +21,7 @@ from rfsq.calibration.data import (
 )
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.readout import fit_readout
+from rfsq.calibration.report import levels_used
 from rfsq.calibration.settings import DEFAULT_READOUT, READOUT_OFF, CalibrationConfig, ReadoutConfig
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
@@ -163,8 +164,7 @@ def gain_factors(values: Sequence[float]) -> list[float]:
 
 def level_shares(model: ActionAutoencoder, actions: Tensor) -> list[float]:
     tokens, _ = model.encode(actions)
-    used = torch.stack([(tokens == level).any(dim=0) for level in range(model.config.num_levels)])
-    shares: list[float] = used.double().mean(dim=(0, 1)).tolist()
+    shares: list[float] = levels_used(tokens, model.config.num_levels).double().mean(dim=(0, 1)).tolist()
     return shares
 
 

@@ -4,13 +4,12 @@ Users start it as `rfsq_ref/compare.py`; `report.py` does the work.
 """
 
 import argparse
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from rfsq.calibration.settings import ReadoutChoice
-from rfsq.evidence.settings import CACHE, OSC_POSITION_M, OSC_ROTATION_RAD, SEEDS
+from rfsq.evidence.settings import CACHE, SEEDS, ComparisonConfig, OscPose
 from rfsq.rfsq_ref.settings import NORMALISER_CHOICES
 from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, path_argument, refuse_idle_choices, run
 
@@ -34,7 +33,6 @@ def _parser() -> CommandParser:
         help="which model of checkpoints that hold several, such as ema; default: the model, no average",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="S", help="default: 0 1 2")
-    parser.add_argument("--epochs", type=int, default=100, metavar="N", help="of every training; default: %(default)s")
     parser.add_argument(
         "--normaliser", choices=NORMALISER_CHOICES, default="auto",
         help="of every training; auto (default): min-max for actions that are not of about unit size",
@@ -44,12 +42,14 @@ def _parser() -> CommandParser:
         help="refit the decoder's last layer for calibrated tokens; default: auto, where it wins on calibration "
         "episodes left out of the fit",
     )  # fmt: skip
-    parser.add_argument("--chunk-length", type=int, default=8, metavar="T", help="default: %(default)s")
+    parser.add_settings(
+        ComparisonConfig, {"epochs": "of every training", "chunk_length": "of peers", "workers": "processes"}
+    )
     parser.add_argument(
         "--osc-pose", action=argparse.BooleanOptionalAction,
         help="report mm and degrees as of the OSC_POSE controller; default: for the embedded demonstrations",
     )  # fmt: skip
-    for name, default, unit in (("position", OSC_POSITION_M, "m"), ("rotation", OSC_ROTATION_RAD, "rad")):
+    for name, default, unit in (("position", OscPose.position_m, "m"), ("rotation", OscPose.rotation_rad, "rad")):
         parser.add_argument(
             f"--{name}-unit", type=float, default=default, metavar="X", help=f"{unit}; default: %(default)s"
         )
@@ -60,9 +60,6 @@ def _parser() -> CommandParser:
         "--calibration-study", action=argparse.BooleanOptionalAction, default=True,
         help="measure the choices of calibration too; default: yes",
     )  # fmt: skip
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes; default: one for each core"
-    )
     parser.add_argument(
         "--cache", type=path_argument, default=CACHE, metavar="DIR", help="trained models; default: %(default)s"
     )

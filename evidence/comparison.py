@@ -16,23 +16,11 @@ from tqdm import tqdm
 
 from rfsq.calibration.data import judging_episodes
 from rfsq.evidence.findings import REFITTED, find, improvement_over_naive, judge_peers
-from rfsq.evidence.jobs import (
-    TRAJECTORY_STEPS,
-    CheckpointResult,
-    ComparisonConfig,
-    checkpoint_job,
-    peers_job,
-)
+from rfsq.evidence.jobs import TRAJECTORY_STEPS, CheckpointResult, checkpoint_job, peers_job
 from rfsq.evidence.metrics import Array, units_of
-from rfsq.evidence.results import (
-    CodecReport,
-    Comparison,
-    DataFacts,
-    SchemeReport,
-    Trajectory,
-    over_seeds,
-)
+from rfsq.evidence.results import CodecReport, Comparison, DataFacts, SchemeReport, Trajectory, over_seeds
 from rfsq.evidence.schemes import ERROR_EDGES
+from rfsq.evidence.settings import ComparisonConfig
 from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, split_episodes
@@ -67,7 +55,7 @@ def compare(
         config.physical.arms(dataset.episodes[0])
     # The longest first, so that no process waits for another at the end.
     jobs: list[tuple[str, _Job]] = []
-    if config.with_peers:
+    if config.peers:
         jobs += [("peers", partial(peers_job, dataset, config, seed)) for seed in config.seeds]
     for kind, given in (("robust", robust), ("naive", naive)):
         jobs += [(kind, partial(checkpoint_job, dataset, config, kind, source)) for source in given or config.seeds]
@@ -76,7 +64,7 @@ def compare(
     for (kind, _), result in zip(jobs, results, strict=True):
         found[kind].append(result)
     peers = found.pop("peers")
-    seeds = config.seeds if config.with_peers or not (naive and robust) else ()
+    seeds = config.seeds if config.peers or not (naive and robust) else ()
     return _together(dataset, config, seeds, found, peers)
 
 

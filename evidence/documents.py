@@ -40,10 +40,13 @@ def documents() -> list[Path]:
 
 
 def tables(results: Path = RESULTS) -> dict[str, str]:
-    """Markdown by name. Raises EvidenceError where a result is missing or damaged."""
+    """Markdown by name. Raises EvidenceError, CalibrationError or OSError where a result is missing or damaged."""
     found = {
         **tables_parts.parts(read_json(results / "comparison.json")),
-        **_named("calibration", study_report.parts(result_from_json(_text(results / "calibration.json")))),
+        **_named(
+            "calibration",
+            study_report.parts(result_from_json((results / "calibration.json").read_text(encoding="utf-8"))),
+        ),
         **_named("rollout", rollout_report.parts(read_result(results / "rollout.json").tasks)),
     }
     return {name: as_markdown(part) for name, part in found.items()}
@@ -51,13 +54,6 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
 
 def _named(source: str, parts: Mapping[str, Part]) -> dict[str, Part]:
     return {f"{source} {name}": part for name, part in parts.items()}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise EvidenceError(f"cannot read {path}: {error.strerror}; write it with calibration/study.py") from error
 
 
 def rewritten(text: str, found: Mapping[str, str]) -> str:

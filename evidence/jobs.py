@@ -1,70 +1,30 @@
 """What one job of a comparison measures: a checkpoint with its ways of decoding, or the peers of one seed."""
 
-import os
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from rfsq.calibration.data import calibration_episodes, judging_episodes
 from rfsq.calibration.fitting import calibrate, recover
-from rfsq.calibration.settings import (
-    DEFAULT_READOUT,
-    CalibrationConfig,
-    Method,
-    ReadoutChoice,
-    ReadoutConfig,
-    RecoveredConfig,
-)
+from rfsq.calibration.settings import Method, ReadoutChoice
 from rfsq.evidence.codecs import Codec
-from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.findings import REFITTED
-from rfsq.evidence.metrics import Array, OscPose, action_errors, units_of
+from rfsq.evidence.metrics import Array, action_errors, units_of
 from rfsq.evidence.peers import peer_codecs
 from rfsq.evidence.results import CodecReport, Curve, Metrics, SchemeReport, metrics_of
 from rfsq.evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, Scheme
-from rfsq.evidence.settings import CACHE, SEEDS
+from rfsq.evidence.settings import ComparisonConfig, OscPose
 from rfsq.evidence.training import trained_checkpoint
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.quantizer import Conditioning
-from rfsq.rfsq_ref.settings import NormaliserKind, TrainConfig, check_positive
 from rfsq.rfsq_ref.training_history import TrainingHistory
 from rfsq.runtime.bundle.fidelity import fidelity
 
 #: Of the episode that is drawn.
 TRAJECTORY_STEPS = 240
-
-
-@dataclass(frozen=True)
-class ComparisonConfig:
-    """What to train and compare.
-
-    seeds: of everything that is trained; physical: units of the actions, where they have any; workers: processes.
-    """
-
-    seeds: tuple[int, ...] = SEEDS
-    epochs: int = 100
-    normaliser: NormaliserKind | None = None
-    chunk_length: int = 8
-    physical: OscPose | None = None
-    with_peers: bool = True
-    calibrated: CalibrationConfig = field(default_factory=CalibrationConfig)
-    recovered: RecoveredConfig = field(default_factory=RecoveredConfig)
-    readout: ReadoutConfig = DEFAULT_READOUT
-    workers: int = max(1, os.cpu_count() or 1)
-    cache: Path = CACHE
-
-    def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise EvidenceError(f"seeds are {self.seeds}; expected different ones, like 0 1 2")
-        check_positive(self, "epochs", "chunk_length", "workers", error=EvidenceError)
-
-    def training(self, *, use_layernorm: bool, seed: int) -> TrainConfig:
-        """The published recipe."""
-        return TrainConfig(use_layernorm=use_layernorm, epochs=self.epochs, seed=seed, normaliser=self.normaliser)
 
 
 @dataclass(frozen=True)

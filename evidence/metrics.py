@@ -1,45 +1,12 @@
 """Errors of decoded actions in normalised units, millimetres, degrees and gripper commands; entropy of tokens."""
 
-import math
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 from scipy.spatial.transform import Rotation
 
-from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.settings import OSC_POSITION_M, OSC_ROTATION_RAD
+from rfsq.evidence.settings import OscPose
 
 Array = npt.NDArray[np.float64]
-
-#: dx dy dz, a rotation vector, a gripper command.
-ARM_DIMENSIONS = 7
-
-
-@dataclass(frozen=True)
-class OscPose:
-    """Units of the OSC_POSE delta controller, one arm or several of 7 dimensions each.
-
-    position_m: metres that one action unit of dx, dy or dz asks for; rotation_rad: radians of the rotation vector;
-    the gripper command's sign opens or closes.
-    """
-
-    position_m: float = OSC_POSITION_M
-    rotation_rad: float = OSC_ROTATION_RAD
-
-    def __post_init__(self) -> None:
-        for name, unit in (("position", self.position_m), ("rotation", self.rotation_rad)):
-            if not 0 < unit < math.inf:
-                raise EvidenceError(f"{name} unit is {unit}; expected a number above 0: correct --{name}-unit")
-
-    def arms(self, actions: npt.NDArray[np.floating]) -> Array:
-        """[N, arms * 7] to [N, arms, 7]. Raises EvidenceError for another number of dimensions."""
-        if actions.shape[-1] % ARM_DIMENSIONS:
-            raise EvidenceError(
-                f"{actions.shape[-1]} action dimensions are no OSC_POSE actions; expected 7 for each arm "
-                "(dx dy dz droll dpitch dyaw gripper): leave --osc-pose out"
-            )
-        return actions.astype(np.float64).reshape(len(actions), -1, ARM_DIMENSIONS)
 
 
 def action_errors(

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from rfsq.evidence.results import CodecReport, Comparison, Spread
 from rfsq.evidence.tables import UNQUANTISED_TITLES
-from rfsq.rfsq_ref.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_figure
+from rfsq.rfsq_ref.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_chart, new_figure
 
 SCHEME_COLOURS = {
     "naive": ORANGE,
@@ -52,9 +52,7 @@ def svg(figure: Figure) -> str:
 
 def error_by_layer(comparison: Comparison) -> Figure:
     """Action MSE of every prefix, a band from the lowest to the highest seed."""
-    figure = new_figure(4.6)
-    axes = figure.subplots()
-    axes.set_yscale("log")
+    figure, axes = new_chart(4.6)
     for report in comparison.schemes:
         _line(axes, report.scheme, [row.metrics["action_mse"] for row in report.prefixes])
     for (name, metrics), style in zip(comparison.unquantised.items(), (":", "--", "-."), strict=False):
@@ -66,9 +64,7 @@ def error_by_layer(comparison: Comparison) -> Figure:
 
 def residual_decay(comparison: Comparison) -> Figure:
     """Standard deviation of what every layer is given; published and recovered tokens are those of `dynamic`."""
-    figure = new_figure(4.2)
-    axes = figure.subplots()
-    axes.set_yscale("log")
+    figure, axes = new_chart(4.2)
     for report in comparison.schemes:
         if report.scheme not in ("published", "recovered"):
             _line(axes, report.scheme, [row.metrics["residual_std"] for row in report.prefixes])
@@ -103,9 +99,7 @@ def level_use(comparison: Comparison) -> Figure:
 
 def error_histograms(comparison: Comparison) -> Figure:
     """Where the absolute errors of single action values lie, all layers decoded."""
-    figure = new_figure(4.2)
-    axes = figure.subplots()
-    axes.set_xscale("log")
+    figure, axes = new_chart(4.2, log="x")
     for report in comparison.schemes:
         axes.stairs(
             [100 * share for share in report.error_share], comparison.error_edges, color=SCHEME_COLOURS[report.scheme],
@@ -159,9 +153,7 @@ def trajectories(comparison: Comparison) -> Figure:
 
 def learning_curves(comparison: Comparison) -> Figure:
     """Training and validation error of every training; a dot where the weights were kept."""
-    figure = new_figure(4.4)
-    axes = figure.subplots()
-    axes.set_yscale("log")
+    figure, axes = new_chart(4.4)
     for name, curve in comparison.curves.items():
         colour = SCHEME_COLOURS["naive" if name.startswith("naive") else "calibrated"]
         epochs = range(1, len(curve.train) + 1)

@@ -13,12 +13,11 @@ from rfsq.calibration.study_result import StudyResult, result_from_json
 from rfsq.calibration.tables import as_html, as_text
 from rfsq.evidence import rollout_report
 from rfsq.evidence.comparison import compare
-from rfsq.evidence.jobs import ComparisonConfig
-from rfsq.evidence.metrics import OscPose
 from rfsq.evidence.page import page
 from rfsq.evidence.plots import figures, svg
 from rfsq.evidence.results import Comparison, read_json, write_json, write_text
 from rfsq.evidence.rollout_files import read_result
+from rfsq.evidence.settings import ComparisonConfig, OscPose
 from rfsq.evidence.tables import parts, short_table
 from rfsq.evidence.training import trained_checkpoint
 from rfsq.rfsq_ref.checkpoints import Checkpoint, load_checkpoint
@@ -55,14 +54,10 @@ def _compared(options: argparse.Namespace) -> Comparison:
     dataset = load_actions(options.data or DEMONSTRATIONS, key=options.key, filter_key=options.filter_key)
     config = ComparisonConfig(
         seeds=tuple(options.seeds),
-        epochs=options.epochs,
         normaliser=chosen_normaliser(options.normaliser, dataset),
-        chunk_length=options.chunk_length,
         physical=_physical(options),
-        with_peers=options.peers,
         readout=ReadoutConfig(options.readout),
-        workers=options.workers,
-        cache=options.cache,
+        **{name: getattr(options, name) for name in ("epochs", "chunk_length", "peers", "workers", "cache")},
     )
     size = f"{len(dataset.episodes)} episodes, {dataset.num_steps} steps"
     print(f"comparing on {dataset.source}: {size}; training what is missing takes minutes", flush=True)

@@ -3,7 +3,7 @@
 import hashlib
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -72,37 +72,23 @@ def run_rollouts(config: RolloutConfig) -> list[Episode]:
         for name, found in fingerprints.items():
             file.check_codec(name, found, restart=config.restart_changed)
         jobs = jobs_of(config, fingerprints, {episode.key for episode in file.episodes})
-        driven = in_processes(_run_job, jobs, config.workers, _start_worker, chosen, config.chunk)
+        drive = partial(_run_job, chosen, config.chunk)
+        driven = in_processes(drive, jobs, config.workers, torch.set_num_threads, 1)
         shown = tqdm(driven, "closed loop", len(jobs), unit="episode", disable=None, mininterval=5.0, smoothing=0.1)
         for episode in shown:
             file.append(episode)
         return file.episodes
 
 
-@dataclass
-class _Worker:
-    """What a worker process keeps between jobs."""
-
-    codecs: dict[str, Codec]
-    chunk: int
-    simulation: Simulation | None = None
+#: Of a worker process, from one job to the next: the scene of the last.
+_simulation: Simulation | None = None
 
 
-_worker: _Worker
-
-
-def _start_worker(chosen: dict[str, Codec], chunk: int) -> None:
-    global _worker
-    torch.set_num_threads(1)
-    _worker = _Worker(chosen, chunk)
-
-
-def _run_job(job: Job) -> Episode:
-    simulation = _worker.simulation
-    if simulation is None or (simulation.task, simulation.seed) != (job.task, job.seed):
-        if simulation is not None:
-            simulation.close()
-        simulation = _worker.simulation = Simulation(job.task, job.seed)
+def _run_job(chosen: dict[str, Codec], chunk: int, job: Job) -> Episode:
+    global _simulation
+    if _simulation is None or (_simulation.task, _simulation.seed) != (job.task, job.seed):
+        if _simulation is not None:
+            _simulation.close()
+        _simulation = Simulation(job.task, job.seed)
     expert, rng = TASKS[job.task](), np.random.default_rng(job.seed)
-    result = run_episode(simulation, expert, _worker.codecs[job.cell], rng, _worker.chunk)
-    return Episode(**vars(job), result=result)
+    return Episode(**vars(job), result=run_episode(_simulation, expert, chosen[job.cell], rng, chunk))

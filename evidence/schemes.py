@@ -16,8 +16,9 @@ from torch import Tensor
 
 from rfsq.calibration.recovered import COARSE_LAYERS
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.metrics import Array, OscPose, action_errors, entropy_bits, level_counts
+from rfsq.evidence.metrics import Array, action_errors, entropy_bits, level_counts
 from rfsq.evidence.results import Metrics, ReportRow, SchemeReport, Spread, metrics_of
+from rfsq.evidence.settings import OscPose
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantize

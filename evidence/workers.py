@@ -1,10 +1,9 @@
 """Work spread over processes."""
 
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from itertools import islice
 from multiprocessing import get_context
 from typing import TypeVar
 
@@ -24,17 +23,10 @@ def in_processes(
     """
     # Spawned: a forked process would share torch's threads and the simulator's native state.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), partial(_begin, start, *arguments))
-    waiting, running = iter(jobs), set[Future[_Result]]()
     try:
-        while True:
-            # Few at a time: a process finishes what was handed to it, even when the run is stopped.
-            running |= {pool.submit(work, job) for job in islice(waiting, 2 * workers - len(running))}
-            if not running:
-                return
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            # What a process finished before another died is kept.
-            for future in sorted(done, key=lambda future: future.exception() is not None):
-                yield future.result()
+        # What a process finished before another died comes first.
+        for future in as_completed([pool.submit(work, job) for job in jobs]):
+            yield future.result()
     except BrokenProcessPool as error:
         raise EvidenceError(
             "a worker process died, perhaps for want of memory. What is finished is kept: start again, and it goes on "

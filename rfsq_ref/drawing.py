@@ -24,6 +24,14 @@ def new_figure(height: float, title: str = "") -> Figure:
     return figure
 
 
+def new_chart(height: float, *, log: Literal["x", "y"] = "y") -> tuple[Figure, Axes]:
+    """A figure with one pair of axes, of which `log` is logarithmic."""
+    figure = new_figure(height)
+    axes = figure.subplots()
+    (axes.set_yscale if log == "y" else axes.set_xscale)("log")
+    return figure, axes
+
+
 def save_png(figure: Figure, path: Path, error: type[Exception]) -> None:
     """Write a figure; equal figures give equal files. Raises `error` where it cannot be written."""
     with replacing(path, error=error) as temporary:

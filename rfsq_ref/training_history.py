@@ -118,11 +118,9 @@ def save_result(result: TrainResult, output: Path) -> Path | None:
 
 def _draw(history: TrainingHistory, name: str, path: Path) -> None:
     # Training needs no matplotlib, and the simulator's environment has none.
-    from rfsq.rfsq_ref.drawing import BLUE, GREY, ORANGE, finish, new_figure, save_png
+    from rfsq.rfsq_ref.drawing import BLUE, GREY, ORANGE, finish, new_chart, save_png
 
-    figure = new_figure(4.4)
-    axes = figure.subplots()
-    axes.set_yscale("log")
+    figure, axes = new_chart(4.4)
     epochs, train_mse, validation_mse = zip(*(vars(record).values() for record in history.epochs), strict=True)
     axes.plot(epochs, train_mse, color=GREY, label="training episodes")
     axes.plot(epochs, validation_mse, color=BLUE, linewidth=2, label="validation episodes")

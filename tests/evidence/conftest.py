@@ -7,8 +7,8 @@ import pytest
 
 from rfsq.calibration.settings import RecoveredConfig
 from rfsq.evidence.comparison import compare
-from rfsq.evidence.jobs import ComparisonConfig
 from rfsq.evidence.results import Comparison
+from rfsq.evidence.settings import ComparisonConfig
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.settings import NormaliserKind
 
@@ -40,7 +40,7 @@ def robot() -> ActionDataset:
 def small_config(tmp_path_factory: pytest.TempPathFactory) -> ComparisonConfig:
     cache: Path = tmp_path_factory.mktemp("models")
     return ComparisonConfig(
-        seeds=(0, 1), epochs=3, normaliser=NormaliserKind.MIN_MAX, with_peers=False, workers=1,
+        seeds=(0, 1), epochs=3, normaliser=NormaliserKind.MIN_MAX, peers=False, workers=1,
         recovered=RecoveredConfig(refine_steps=0), cache=cache,
     )  # fmt: skip
 

@@ -8,13 +8,13 @@ from hypothesis.extra import numpy as hnp
 
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.metrics import (
-    OscPose,
     action_errors,
     entropy_bits,
     level_counts,
     rotation_distance_deg,
     units_of,
 )
+from rfsq.evidence.settings import OscPose
 
 ONES = np.ones(7)
 

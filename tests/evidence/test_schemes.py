@@ -8,9 +8,9 @@ import torch
 
 from rfsq.calibration.fitting import calibrate, recover
 from rfsq.calibration.settings import CalibrationConfig, RecoveredConfig
-from rfsq.evidence.metrics import OscPose
 from rfsq.evidence.results import SchemeReport
 from rfsq.evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, label
+from rfsq.evidence.settings import OscPose
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit
 from rfsq.rfsq_ref.quantizer import Conditioning
