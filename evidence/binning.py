@@ -6,6 +6,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
+from rfsq.evidence.codecs import Codec
 from rfsq.evidence.errors import EvidenceError
 from rfsq.rfsq_ref.data import FloatArray
 from rfsq.rfsq_ref.normaliser import QUANTILES
@@ -22,7 +23,7 @@ class BinRange(StrEnum):
 
 
 @dataclass(frozen=True, eq=False)
-class BinCodec:
+class BinCodec(Codec):
     """One token of 2^bits uniform bins per action dimension; decodes to the middle of the bin.
 
     low, high: float64 [A], where the bins begin and end in the robot's own units; actions outside are clipped. Where
@@ -43,8 +44,8 @@ class BinCodec:
     high: Float64Array
     bits: int
     series: str = "bins"
-    family: str = "bins"
-    partial: bool = False
+    family = "bins"
+    partial = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= _MOST_BITS:

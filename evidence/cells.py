@@ -83,10 +83,8 @@ def choose_peers(peers: list[Codec], chunks: FloatArray, like_bits: float) -> di
     families: dict[str, list[tuple[float, Codec]]] = {}
     chosen: dict[str, Codec] = {}
     for peer in peers:
-        family = str(getattr(peer, "family", peer.name))
-        if getattr(peer, "partial", False) and family not in PREFIX_FAMILIES:
-            continue
-        families.setdefault(family, []).append((peer.bits_per_step(chunks), peer))
+        if not peer.partial or peer.family in PREFIX_FAMILIES:
+            families.setdefault(peer.family, []).append((peer.bits_per_step(chunks), peer))
         if peer.name == OPENVLA_BINS:
             chosen[peer.name] = peer
     for settings in families.values():

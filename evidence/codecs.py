@@ -1,8 +1,8 @@
 """One contract for every way of turning action chunks into tokens and back: ours, the published one, the peers."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -11,26 +11,30 @@ from rfsq.rfsq_ref.data import FloatArray
 from rfsq.rfsq_ref.quantizer import published_dequantize
 
 
-@runtime_checkable
-class Codec(Protocol):
+class Codec(ABC):
     """One setting of one method: a coarser prefix or another number of bins is another codec.
 
-    A codec is fitted or trained before it becomes one, and has no state that a call would change.
+    name: method and setting, as a table shows them: "calibrated L0-L2"; family: the method; series: of settings that
+    one curve joins; partial: whether it decodes a part of another codec's tokens. A codec is fitted or trained before
+    it becomes one, and has no state that a call would change.
     """
 
-    @property
-    def name(self) -> str:
-        """Method and setting, as a table shows them: "calibrated L0-L2"."""
+    name: str
+    family: str
+    series: str
+    partial: bool
 
+    @abstractmethod
     def reconstruct(self, chunks: FloatArray) -> FloatArray:
         """Encode and decode: float32 [B, T, A] to float32 [B, T, A], both in the robot's own units."""
 
+    @abstractmethod
     def bits_per_step(self, chunks: FloatArray) -> float:
         """Mean bits that the tokens of one step need as a policy emits them: log2 of the vocabulary per token."""
 
 
 @dataclass(frozen=True)
-class RfsqCodec:
+class RfsqCodec(Codec):
     """The first `prefix` layers of the tokens of a float32 model, which must decode on their own.
 
     published: decoded as the published `decode_from_indices` does.
@@ -40,6 +44,8 @@ class RfsqCodec:
     model: ActionAutoencoder
     prefix: int
     published: bool = False
+    family = series = "ours"
+    partial = False
 
     def reconstruct(self, chunks: FloatArray) -> FloatArray:
         """See Codec. Raises NotDecodableError where tokens alone do not decode."""
@@ -60,10 +66,12 @@ class RfsqCodec:
 
 
 @dataclass(frozen=True)
-class RawCodec:
+class RawCodec(Codec):
     """No tokens at all: the actions as they are."""
 
     name: str = "raw actions"
+    family = series = "raw actions"
+    partial = False
 
     def reconstruct(self, chunks: FloatArray) -> FloatArray:
         return chunks

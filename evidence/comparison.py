@@ -109,7 +109,7 @@ def _together(
     by_kind: dict[str, list[CheckpointResult]],
     peers: list[list[CodecReport]],
 ) -> Comparison:
-    first = {kind: found[0] for kind, found in by_kind.items()}
+    named = {f"{kind} {found.name}": found for kind, results in by_kind.items() for found in results}
     schemes = tuple(report for kind, found in by_kind.items() for report in _schemes(kind, found))
     reports = tuple(map(over_seeds, zip(*peers, strict=True)))
     unquantised = {
@@ -131,21 +131,16 @@ def _together(
             "recovered": _settings(asdict(config.recovered)),
         },
         versions={name: version(name) for name in _PACKAGES},
-        checkpoints={f"{kind} {found.name}": found.sha256 for kind, results in by_kind.items() for found in results},
-        curves={
-            f"{kind} {found.name}": found.curve
-            for kind, results in by_kind.items()
-            for found in results
-            if found.curve is not None
-        },
+        checkpoints={name: found.sha256 for name, found in named.items()},
+        curves={name: found.curve for name, found in named.items() if found.curve},
         unquantised=unquantised,
         schemes=schemes,
         peers=reports,
         error_edges=ERROR_EDGES,
-        trajectory=_trajectory(dataset, {**first["naive"].decoded, **first["robust"].decoded}),
+        trajectory=_trajectory(dataset, by_kind["naive"][0].decoded | by_kind["robust"][0].decoded),
         improvement=improvement_over_naive(schemes),
         findings=find(schemes, unquantised, data),
-        remarks=tuple(dict.fromkeys(remark for found in by_kind["robust"] for remark in found.remarks)),
+        remarks=tuple(dict.fromkeys(remark for found in named.values() for remark in found.remarks)),
         peer_verdict=judge_peers(schemes, reports),
     )
 

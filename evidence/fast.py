@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from rfsq.evidence.binning import BinRange, Float64Array, action_range
+from rfsq.evidence.codecs import Codec
 from rfsq.rfsq_ref.data import FloatArray
 
 #: The authors' size; a scale with more than half as many different coefficients gets the next power of two.
@@ -31,7 +32,7 @@ _MAX_TOKEN_LENGTH = 10_000
 
 
 @dataclass(frozen=True, eq=False)
-class FastCodec:
+class FastCodec(Codec):
     """FAST, fitted to training chunks.
 
     offset, units: float64 [A], normalised = (physical - offset) / units; least, most: coefficients seen.
@@ -47,7 +48,7 @@ class FastCodec:
     least: int
     most: int
     tokenizer: Tokenizer
-    family: str = "FAST"
+    family = "FAST"
     series: str = "FAST"
     partial: bool = False
     max_tokens: int | None = None

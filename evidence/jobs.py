@@ -141,10 +141,10 @@ def judge_codec(
         for episode, part in zip(judged.episodes, by_episode, strict=True)
     ]
     return CodecReport(
-        family=str(getattr(codec, "family", codec.name)),
-        series=str(getattr(codec, "series", codec.name)),
+        family=codec.family,
+        series=codec.series,
         name=codec.name,
-        partial=bool(getattr(codec, "partial", False)),
+        partial=codec.partial,
         metrics=metrics_of(
             {"bits_per_step": codec.bits_per_step(whole if len(whole) else chunks)}
             | action_errors(judged.steps(), np.concatenate(found), units, physical)

@@ -43,7 +43,7 @@ def peer_codecs(dataset: ActionDataset, chunk_length: int, *, seed: int, cache: 
     """All peers, fitted to the training episodes of `split_episodes(dataset)` and not to its test episodes.
 
     seed: of what is trained (ResidualFSQ, ResidualVQ); bins and FAST have nothing random. cache: folder where trained
-    models are kept. Each codec also has `family` and `partial`. Raises DataError for too few episodes, EvidenceError
+    models are kept. Raises DataError for too few episodes, EvidenceError
     for a damaged file in the cache.
     """
     train = split_episodes(dataset).train

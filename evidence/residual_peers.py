@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, pad
 
+from rfsq.evidence.codecs import Codec
 from rfsq.evidence.errors import EvidenceError
 from rfsq.rfsq_ref.autoencoder import ModelConfig, StepAutoencoder
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
@@ -136,14 +137,17 @@ class ResidualAutoencoder(StepAutoencoder):
         latents: Tensor = self.quantizer.get_codes_from_indices(filled).sum(dim=0)  # type: ignore[operator]
         return latents.flatten(1)
 
-    def forward(self, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """actions [N, A] through the quantiser and back, and the commitment loss []."""
-        quantized, _, loss = self.quantize(self.encode_latents(actions))
+    def forward(self, actions: Tensor, *, quantised: bool = True) -> tuple[Tensor, Tensor]:
+        """actions [N, A] through the quantiser, or past it, and back; and the commitment loss []."""
+        latents = self.encode_latents(actions)
+        if not quantised:
+            return self.decode_latents(latents), actions.new_zeros(())
+        quantized, _, loss = self.quantize(latents)
         return self.decode_latents(quantized), loss
 
 
 @dataclass(frozen=True, eq=False)
-class ResidualCodec:
+class ResidualCodec(Codec):
     """The first `prefix` quantisers of a trained ResidualAutoencoder; each step is coded on its own.
 
     series: what one curve is drawn through; partial: whether quantisers are left out.
@@ -226,18 +230,19 @@ def _fit(
         learning_rate=config.learning_rate * (_FINE_TUNING_SHARE if quantised and config.unquantised_epochs else 1.0),
     )
 
-    def loss_of(batch: Tensor) -> Tensor:
-        error, commitment = _losses(model, batch, quantised)
-        return error + commitment
+    def losses(batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared error in normalised units, and commitment loss."""
+        decoded, commitment = model(batch, quantised=quantised)
+        return mse_loss(decoded / model.units, batch / model.units), commitment
 
-    epochs = train_epochs(model, loss_of, actions, recipe, generator)
+    epochs = train_epochs(model, lambda batch: torch.add(*losses(batch)), actions, recipe, generator)
     lowest, best = math.inf, copy.deepcopy(model.state_dict())
     errors = []
     model.eval()
     # What training starts from is a candidate too: right after k-means it may be the best there is.
     for _ in chain([None], epochs):
         with torch.no_grad():
-            found = float(_losses(model, validation, quantised)[0])
+            found = float(losses(validation)[0])
         errors.append(found)
         if found < lowest:
             lowest, best = found, copy.deepcopy(model.state_dict())
@@ -247,15 +252,6 @@ def _fit(
             f"lower the learning rate (now {recipe.learning_rate}) or normalise the data"
         )
     model.load_state_dict(best)
-
-
-def _losses(model: ResidualAutoencoder, actions: Tensor, quantised: bool) -> tuple[Tensor, Tensor]:
-    """Mean squared error in normalised units, and commitment loss."""
-    if quantised:
-        decoded, commitment = model(actions)
-    else:
-        decoded, commitment = model.decode_latents(model.encode_latents(actions)), actions.new_zeros(())
-    return mse_loss(decoded / model.units, actions / model.units), commitment
 
 
 # Cache ---------------------------------------------------------------------------------------------------------------

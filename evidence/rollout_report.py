@@ -243,12 +243,9 @@ def _tolerance_words(report: TaskReport) -> str:
 
 def _spans(tolerances: Sequence[float]) -> str:
     """In words: neighbours among TOLERANCES are joined; "2 mm alone", "1 mm and 2 to 5 mm"."""
-    spans: list[list[float]] = []
-    for tolerance in tolerances:
-        if spans and TOLERANCES.index(tolerance) == TOLERANCES.index(spans[-1][-1]) + 1:
-            spans[-1].append(tolerance)
-        else:
-            spans.append([tolerance])
+    # In a run of neighbours, places in both lists grow alike.
+    runs = groupby(enumerate(tolerances), lambda found: TOLERANCES.index(found[1]) - found[0])
+    spans = [[tolerance for _, tolerance in run] for _, run in runs]
     words = [f"{span[0]:g}" + (f" to {span[-1]:g}" if len(span) > 1 else "") + " mm" for span in spans]
     if len(tolerances) == 1:
         return f"{words[0]} alone"

@@ -45,10 +45,10 @@ def codecs(robot: ActionDataset, tmp_path_factory: pytest.TempPathFactory) -> li
 
 def test_all_families_are_there_and_every_name_is_its_own(codecs: list[Codec]) -> None:
     assert all(isinstance(codec, Codec) for codec in codecs)
-    assert {_family(codec) for codec in codecs} == {"bins", "FAST", "ResidualFSQ", "ResidualVQ"}
+    assert {codec.family for codec in codecs} == {"bins", "FAST", "ResidualFSQ", "ResidualVQ"}
     assert len({codec.name for codec in codecs}) == len(codecs)
-    assert sum(_family(codec) == "bins" for codec in codecs) == len(BIN_BITS) * len(BinRange)
-    assert sum(_family(codec) == "FAST" and not _partial(codec) for codec in codecs) == len(FAST_SCALES)
+    assert sum(codec.family == "bins" for codec in codecs) == len(BIN_BITS) * len(BinRange)
+    assert sum(codec.family == "FAST" and not codec.partial for codec in codecs) == len(FAST_SCALES)
 
 
 def test_every_codec_decodes_every_robot_and_chunk_length(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_what_is_not_for_training_changes_no_codec(robot: ActionDataset, codecs:
 
 def test_fast_is_also_decoded_in_part(codecs: list[Codec], robot: ActionDataset) -> None:
     chunks = split_episodes(robot).validation.episodes[0][:16].reshape(2, _CHUNK, 4)
-    parts = [codec for codec in codecs if _family(codec) == "FAST" and _partial(codec)]
+    parts = [codec for codec in codecs if codec.family == "FAST" and codec.partial]
     whole = next(codec for codec in codecs if codec.name == f"FAST, scale {PARTIAL_SCALE:g}")
 
     bits = [codec.bits_per_step(chunks) for codec in [*parts, whole]]
@@ -125,11 +125,3 @@ def test_a_long_dataset_is_thinned_out_evenly() -> None:
 def test_no_chunk_is_shorter_than_a_step(robot: ActionDataset, tmp_path: Path) -> None:
     with pytest.raises(EvidenceError, match="at least 1"):
         peer_codecs(robot, 0, seed=0, cache=tmp_path)
-
-
-def _family(codec: Codec) -> str:
-    return str(codec.family)  # type: ignore[attr-defined]
-
-
-def _partial(codec: Codec) -> bool:
-    return bool(codec.partial)  # type: ignore[attr-defined]
