@@ -26,7 +26,6 @@ from rfsq.evidence import rollout_report
 from rfsq.evidence import tables as tables_parts
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.results import read_json, write_text
-from rfsq.evidence.rollout_files import read_result
 from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,7 +46,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
             "calibration",
             study_report.parts(result_from_json((results / "calibration.json").read_text(encoding="utf-8"))),
         ),
-        **_named("rollout", rollout_report.parts(read_result(results / "rollout.json").tasks)),
+        **_named("rollout", rollout_report.parts(rollout_report.read_result(results / "rollout.json").tasks)),
     }
     return {name: as_markdown(part) for name, part in found.items()}
 

@@ -1,7 +1,7 @@
 """The report of a comparison: tables, figures and one page."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -9,19 +9,18 @@ from rfsq.calibration import study_report
 from rfsq.calibration.settings import ReadoutConfig
 from rfsq.calibration.study import study
 from rfsq.calibration.study_report import RESULT_JSON, study_files, write_study
-from rfsq.calibration.study_result import StudyResult, result_from_json
+from rfsq.calibration.study_result import result_from_json
 from rfsq.calibration.tables import as_html, as_text
 from rfsq.evidence import rollout_report
 from rfsq.evidence.comparison import compare
 from rfsq.evidence.page import page
 from rfsq.evidence.plots import figures, svg
 from rfsq.evidence.results import Comparison, read_json, write_json, write_text
-from rfsq.evidence.rollout_files import read_result
 from rfsq.evidence.settings import ComparisonConfig, OscPose
 from rfsq.evidence.tables import parts, short_table
 from rfsq.evidence.training import trained_checkpoint
 from rfsq.rfsq_ref.checkpoints import Checkpoint, load_checkpoint
-from rfsq.rfsq_ref.data import DEMONSTRATIONS, ActionDataset, load_actions
+from rfsq.rfsq_ref.data import DEMONSTRATIONS, load_actions
 from rfsq.rfsq_ref.normaliser_choice import chosen_normaliser, describe_normaliser
 from rfsq.rfsq_ref.training import make_deterministic
 from rfsq.runtime.bundle.paths import refuse_existing
@@ -37,7 +36,11 @@ def report(options: argparse.Namespace) -> Comparison:
     make_deterministic()
     # Not after an hour of training.
     refuse_existing(_written(options), overwrite=options.overwrite, folders=[options.output / FIGURES])
-    return _redrawn(options.output) if options.report_only else _compared(options)
+    comparison = read_json(options.output / COMPARISON_JSON) if options.report_only else _compared(options)
+    sections = list(_sections(options, comparison))
+    if sections or options.report_only:
+        write_report(comparison, sections, options.output)
+    return comparison
 
 
 def _written(options: argparse.Namespace) -> list[Path]:
@@ -50,7 +53,7 @@ def _written(options: argparse.Namespace) -> list[Path]:
 
 
 def _compared(options: argparse.Namespace) -> Comparison:
-    """Measure, and write everything."""
+    """Measure, and write what was found."""
     dataset = load_actions(options.data or DEMONSTRATIONS, key=options.key, filter_key=options.filter_key)
     config = ComparisonConfig(
         seeds=tuple(options.seeds),
@@ -68,22 +71,13 @@ def _compared(options: argparse.Namespace) -> Comparison:
     print(full_text(comparison) if options.verbose else short_text(comparison), flush=True)
     # First without what may still fail: an hour of training is not lost to a damaged file beside it.
     write_report(comparison, [], options.output)
-    sections = []
     if options.calibration_study:
-        sections.append(_calibration_section(_studied(dataset, config, robust, options.output)))
-    sections += _closed_loop(options.output, comparison)
-    if sections:
-        write_report(comparison, sections, options.output)
-    return comparison
-
-
-def _redrawn(folder: Path) -> Comparison:
-    """Write page, figures and text anew from the results that lie in the folder."""
-    comparison = read_json(folder / COMPARISON_JSON)
-    sections = []
-    if (folder / RESULT_JSON).exists():
-        sections.append(_calibration_section(result_from_json((folder / RESULT_JSON).read_text(encoding="utf-8"))))
-    write_report(comparison, sections + _closed_loop(folder, comparison), folder)
+        # Of the same checkpoints.
+        chosen = robust or [
+            trained_checkpoint(dataset, config.training(use_layernorm=True, seed=seed), config.cache)[0]
+            for seed in config.seeds
+        ]
+        write_study(study(chosen, dataset), options.output)
     return comparison
 
 
@@ -110,32 +104,17 @@ def full_text(comparison: Comparison) -> str:
     return as_text(parts(comparison).values())
 
 
-def _studied(
-    dataset: ActionDataset, config: ComparisonConfig, robust: Sequence[Checkpoint], folder: Path
-) -> StudyResult:
-    """What the calibration choices are worth for the same checkpoints; written too."""
-    chosen = robust or [
-        trained_checkpoint(dataset, config.training(use_layernorm=True, seed=seed), config.cache)[0]
-        for seed in config.seeds
-    ]
-    result = study(chosen, dataset)
-    write_study(result, folder)
-    return result
-
-
-def _calibration_section(result: StudyResult) -> tuple[str, str]:
-    return "Calibration choices", as_html(study_report.parts(result).values())
-
-
-def _closed_loop(folder: Path, comparison: Comparison) -> list[tuple[str, str]]:
-    """A section on the closed loop, where it has been run on the same demonstrations and its results lie here."""
-    path = folder / "rollout.json"
-    if not path.exists():
-        return []
-    found = read_result(path)
-    if found.run.hashes.get("demonstrations") != comparison.data.sha256:
-        return []
-    return [("Closed loop", as_html(rollout_report.parts(found.tasks).values()))]
+def _sections(options: argparse.Namespace, comparison: Comparison) -> Iterator[tuple[str, str]]:
+    """Of results beside the comparison: the calibration study, and a closed loop on the same demonstrations."""
+    path = options.output / RESULT_JSON
+    if path.exists() and (options.calibration_study or options.report_only):
+        found = study_report.parts(result_from_json(path.read_text(encoding="utf-8")))
+        yield "Calibration choices", as_html(found.values())
+    path = options.output / "rollout.json"
+    if path.exists():
+        rollout = rollout_report.read_result(path)
+        if rollout.run.hashes.get("demonstrations") == comparison.data.sha256:
+            yield "Closed loop", as_html(rollout_report.parts(rollout.tasks).values())
 
 
 def _load(paths: list[Path], weights: str | None) -> list[Checkpoint]:

@@ -60,7 +60,7 @@ def config_of(options: argparse.Namespace) -> RolloutConfig:
 def _work(options: argparse.Namespace) -> Outcome:
     config = config_of(options)
 
-    from rfsq.evidence.rollout_files import report_files, write_report
+    from rfsq.evidence.rollout_report import report_files, write_report
 
     # Refused now, not after hours of driving.
     files = report_files(options.output)

@@ -1,22 +1,28 @@
-"""What a closed-loop run found: success with intervals, paired by scene, tracking, and success by tolerance."""
+"""What a closed-loop run found, as tables and as files: success with intervals, tracking, success by tolerance."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import groupby
 from operator import attrgetter
+from pathlib import Path
 from textwrap import fill
+from typing import Any
 
 import numpy as np
 
 from rfsq.calibration.tables import Part, Table, as_text
 from rfsq.evidence.cells import RAW
 from rfsq.evidence.closed_loop import PRECISION_TASKS, Spread
-from rfsq.evidence.episodes import Episode
+from rfsq.evidence.episodes import Episode, Identity, read_episodes
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.rollout_statistics import Paired, Rate
+from rfsq.evidence.results import read_json_object, write_json_object
+from rfsq.evidence.rollout_statistics import CONFIDENCE, Paired, Rate
 from rfsq.rfsq_ref.experts import TASKS
-from rfsq.runtime.bundle.advice import quoted
+from rfsq.runtime.bundle.advice import command, quoted
 
+FORMAT = "rfsq-rollout-report"
+FORMAT_VERSION = 2
 #: In mm; chosen before any result was seen.
 TOLERANCES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 50.0)
 #: Of each task and cell in a whole run; with fewer the report says that it is unfinished.
@@ -79,6 +85,19 @@ class TaskReport:
     def title(self, task: str) -> str:
         """For the head of a column."""
         return f"{task} (n = {self.n})"
+
+
+@dataclass(frozen=True)
+class RolloutResult:
+    """What rollout.json holds.
+
+    confidence: of all intervals; tolerances_mm: what success is judged at; run: what the episodes depend on; tasks:
+    see reports_of."""
+
+    confidence: float
+    tolerances_mm: tuple[float, ...]
+    run: Identity
+    tasks: dict[str, TaskReport]
 
 
 def solved_within(episodes: Sequence[Episode], tolerance: float) -> Rate:
@@ -310,3 +329,33 @@ def tables_of(reports: dict[str, TaskReport]) -> dict[str, Table]:
     if tolerant:
         found["tolerance"] = Table.of("Solved and at least so precise", tolerant)
     return found
+
+
+def read_result(path: Path) -> RolloutResult:
+    """What write_report wrote. Raises EvidenceError for anything else."""
+    return read_json_object(RolloutResult, path, FORMAT, FORMAT_VERSION, command("rollout", "--report-only"))
+
+
+def report_files(folder: Path) -> tuple[Path, ...]:
+    """What write_report writes."""
+    return folder / "rollout.json", folder / "rollout.png"
+
+
+def write_report(episodes: Path, folder: Path, *, is_verbose: bool = True) -> tuple[str, dict[str, Any]]:
+    """rollout.png and rollout.json in `folder` from a file of episodes, also an unfinished one.
+
+    The JSON comes last: where it is, the picture is too, unless matplotlib is missing.
+    Returns what there is to read, every table where `is_verbose`, and what the JSON holds. Raises EvidenceError where
+    there are no episodes, or the folder cannot be written.
+    """
+    identity, found = read_episodes(episodes)
+    reports = reports_of(found)
+    text = table(reports) if is_verbose else short_table(reports)
+    if find_spec("matplotlib"):
+        from rfsq.evidence.rollout_plots import draw
+
+        draw(reports, folder / "rollout.png")
+    else:
+        text += "\n\nno picture: matplotlib is not installed here; --report-only elsewhere draws it"
+    result = RolloutResult(CONFIDENCE, TOLERANCES, identity, reports)
+    return text, write_json_object(asdict(result), folder / "rollout.json", FORMAT, FORMAT_VERSION)

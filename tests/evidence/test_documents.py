@@ -8,8 +8,7 @@ from rfsq.evidence.documents import RESULTS, documents, rewritten, tables
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.report import short_text
 from rfsq.evidence.results import read_json
-from rfsq.evidence.rollout_files import read_result
-from rfsq.evidence.rollout_report import short_table
+from rfsq.evidence.rollout_report import read_result, short_table
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from rfsq.evidence.closed_loop import EpisodeResult, Spread
 from rfsq.evidence.episodes import Episode, Identity, open_episodes
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.rollout_files import read_result, write_report
 from rfsq.evidence.rollout_report import (
     CALIBRATED_LAYERS,
     MARGIN,
@@ -21,10 +20,12 @@ from rfsq.evidence.rollout_report import (
     TOLERANCES,
     common_scenes,
     conclusions,
+    read_result,
     reports_of,
     solved_within,
     table,
     tables_of,
+    write_report,
 )
 from rfsq.evidence.rollout_statistics import Paired, Rate, mcnemar, newcombe_paired, wilson
 from rfsq.evidence.settings import RolloutConfig
