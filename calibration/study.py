@@ -32,12 +32,7 @@ import torch
 from tqdm import tqdm
 
 from rfsq.calibration.constants import MINIMUM_STEPS
-from rfsq.calibration.data import (
-    calibration_dataset,
-    episode_folds,
-    mean_square,
-    reference_actions,
-)
+from rfsq.calibration.data import calibration_dataset, episode_folds, mean_square, reference_actions
 from rfsq.calibration.readout import RIDGES
 from rfsq.calibration.settings import DEFAULT_READOUT, Granularity, Objective, ReadoutChoice, ReadoutConfig
 from rfsq.calibration.study_bench import (

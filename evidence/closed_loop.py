@@ -6,35 +6,25 @@ robot, and with raw actions the robot does exactly what was planned.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rfsq.evidence.codecs import Codec
+from rfsq.evidence.simulation import Simulation
 from rfsq.rfsq_ref.expert import Expert
 from rfsq.rfsq_ref.expert_poses import gripper_position, gripper_rotation, rotation_vector
 from rfsq.rfsq_ref.experts import NutAssemblySquareExpert, PickPlaceCanExpert, StackExpert
 
-Array = NDArray[np.float64]
 Observation = Mapping[str, Any]
 
 #: Half the height of both nuts of robosuite, in m.
 NUT_HALF_HEIGHT = 0.01
 #: Tasks that `precision` measures: their success can be judged again at any tolerance.
 PRECISION_TASKS = ("Stack", "NutAssemblySquare", "NutAssemblyTight", "NutAssemblyRound", "PickPlaceCan")
-
-
-class World(Protocol):
-    """What is controlled: rfsq.evidence.simulation.Simulation, or a stand-in."""
-
-    def reset(self) -> Observation: ...
-    def step(self, action: NDArray[np.float32]) -> Observation: ...
-    def save(self) -> Any: ...
-    def restore(self, snapshot: Any) -> None: ...
-    def succeeded(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +57,7 @@ class EpisodeResult:
     precision_mm: float | None
 
 
-def run_episode(world: World, expert: Expert, codec: Codec, rng: np.random.Generator, chunk: int) -> EpisodeResult:
+def run_episode(world: Simulation, expert: Expert, codec: Codec, rng: np.random.Generator, chunk: int) -> EpisodeResult:
     """Drive `world` from its beginning until the expert is done, planning anew after every `chunk` actions.
 
     The expert sees every real observation, one per step, so that its phases follow what has happened and not what was
@@ -106,7 +96,7 @@ def run_episode(world: World, expert: Expert, codec: Codec, rng: np.random.Gener
 
 
 def plan(
-    world: World, expert: Expert, observation: Observation, chunk: int
+    world: Simulation, expert: Expert, observation: Observation, chunk: int
 ) -> tuple[NDArray[np.float32], list[Observation]]:
     """The actions float32 [chunk, 7] that the expert would take from here, and what it would see after each.
 
@@ -124,7 +114,7 @@ def plan(
     return np.stack(actions), foreseen
 
 
-def precision(expert: Expert, observations: list[Observation], phases: list[str]) -> float | None:
+def precision(expert: Expert, observations: Sequence[Observation], phases: list[str]) -> float | None:
     """How far from its goal the task ended, in mm; None for a task without such a measure, or a goal never reached.
 
     Stack: horizontal distance of the cubes' centres at the end. Nuts: horizontal distance from the nut to the axis of

@@ -4,11 +4,11 @@ One job per checkpoint and per seed of the peers, spread over processes. A job c
 nothing but its own arguments, so the number of processes changes nothing.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
-from operator import itemgetter
+from operator import call
 from typing import Any
 
 import numpy as np
@@ -90,16 +90,10 @@ def _run(jobs: Sequence[_Job], workers: int) -> list[object]:
     """Results in the order of the jobs."""
     if workers == 1:
         make_deterministic()
-        found: Iterable[tuple[int, object]] = map(_numbered, enumerate(jobs))
+        found: Iterator[object] = map(call, jobs)
     else:
-        found = in_processes(_numbered, enumerate(jobs), min(workers, len(jobs)), make_deterministic)
-    return [result for _, result in sorted(tqdm(found, total=len(jobs), unit="job", disable=None), key=itemgetter(0))]
-
-
-def _numbered(job: tuple[int, _Job]) -> tuple[int, object]:
-    """The job's number and its result."""
-    number, work = job
-    return number, work()
+        found = in_processes(call, jobs, min(workers, len(jobs)), make_deterministic, in_order=True)
+    return list(tqdm(found, total=len(jobs), unit="job", disable=None))
 
 
 def _together(

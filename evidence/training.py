@@ -5,13 +5,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from rfsq.rfsq_ref.checkpoints import (
-    NAIVE_CHECKPOINT,
-    ROBUST_CHECKPOINT,
-    SUFFIX,
-    Checkpoint,
-    load_checkpoint,
-)
+from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, SUFFIX, Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.settings import TrainConfig
 from rfsq.rfsq_ref.training import train

@@ -15,17 +15,18 @@ _Result = TypeVar("_Result")
 
 
 def in_processes(
-    work: Callable[[_Job], _Result], jobs: Iterable[_Job], workers: int, start: Callable[..., None], *arguments: object
+    work: Callable[[_Job], _Result], jobs: Iterable[_Job], workers: int, start: Callable[[], object], *, in_order: bool
 ) -> Iterator[_Result]:
-    """What `work` makes of each job, in any order, each as soon as it is done.
+    """What `work` makes of each job, in the order of the jobs, or each as soon as it is done.
 
-    start: called with `arguments` at the beginning of every process. Raises EvidenceError when a process dies.
+    start: called at the beginning of every process. Raises EvidenceError when a process dies.
     """
     # Spawned: a forked process would share torch's threads and the simulator's native state.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), partial(_begin, start, *arguments))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), partial(_begin, start))
     try:
+        futures = [pool.submit(work, job) for job in jobs]
         # What a process finished before another died comes first.
-        for future in as_completed([pool.submit(work, job) for job in jobs]):
+        for future in futures if in_order else as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
         raise EvidenceError(
@@ -36,6 +37,6 @@ def in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(start: Callable[..., None], *arguments: object) -> None:
+def _begin(start: Callable[[], object]) -> None:
     end_by_interrupts()
-    start(*arguments)
+    start()

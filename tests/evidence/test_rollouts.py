@@ -33,7 +33,7 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Instead of processes and a simulator: what was run, and after how many episodes the process is killed."""
     state: dict[str, Any] = {"run": [], "kill_after": None}
 
-    def run(_work: object, jobs: list[Job], *_: object) -> Iterator[Episode]:
+    def run(_work: object, jobs: list[Job], *_: object, **__: object) -> Iterator[Episode]:
         for number, job in enumerate(jobs):
             if number == state["kill_after"]:
                 raise Killed
@@ -151,7 +151,7 @@ def driven(jobs: list[Any]) -> tuple[list[Any], Exception | None]:
     found: list[Any] = []
     try:
         # The jobs are expressions: a spawned worker can find `eval`, but nothing of this file.
-        for result in in_processes(eval, jobs, 1, int):
+        for result in in_processes(eval, jobs, 1, int, in_order=False):
             found.append(result)
     except (EvidenceError, ArithmeticError) as error:
         return found, error
