@@ -114,13 +114,6 @@ def trajectories(comparison: Comparison) -> Figure:
     """One held-out episode: recorded, and decoded by the schemes whose tokens travel alone."""
     trajectory = comparison.trajectory
     recorded = np.array(trajectory.recorded)
-    shown = (
-        "naive, all layers",
-        "published, all layers",
-        "recovered, all layers",
-        "calibrated, L0",
-        "calibrated, all layers",
-    )
     columns = min(recorded.shape[1], 2)
     rows = -(-recorded.shape[1] // columns)
     figure = new_figure(1.7 * rows + 0.8)
@@ -129,13 +122,12 @@ def trajectories(comparison: Comparison) -> Figure:
         if dimension >= recorded.shape[1]:
             axes.set_axis_off()
             continue
-        for name in shown:
-            if name in trajectory.decoded:
-                values = np.array(trajectory.decoded[name])[:, dimension]
-                scheme = name.split(",")[0]
+        for name, actions in trajectory.decoded.items():
+            scheme, layers = name.split(", ")
+            if name == "calibrated, L0" or (layers != "L0" and scheme != "dynamic"):
                 axes.plot(
-                    values, color=SCHEME_COLOURS[scheme], linewidth=1.1, alpha=0.9, label=name,
-                    linestyle=":" if name.endswith("L0") else "-",
+                    np.array(actions)[:, dimension], color=SCHEME_COLOURS[scheme], linewidth=1.1, alpha=0.9,
+                    label=name, linestyle=":" if layers == "L0" else "-",
                 )  # fmt: skip
         axes.plot(recorded[:, dimension], color=INK, linewidth=0.9, linestyle="--", label="recorded")
         low, high = recorded[:, dimension].min(), recorded[:, dimension].max()

@@ -105,24 +105,15 @@ class ResidualAutoencoder(StepAutoencoder):
         for name in ("offset", "units"):
             self.register_buffer(name, getattr(self, name))
         self.quantizer: nn.Module
+        common = {"num_quantizers": config.num_quantizers, "quantize_dropout": config.quantize_dropout}
         if config.family is ResidualFamily.FSQ:
             # GroupedResidualFSQ has nothing to learn and treats its groups alike: one ResidualFSQ with the groups as
             # its sequence axis is the same, and faster.
-            self.quantizer = ResidualFSQ(
-                levels=list(config.levels),
-                num_quantizers=config.num_quantizers,
-                quantize_dropout=config.quantize_dropout,
-            )
+            self.quantizer = ResidualFSQ(levels=list(config.levels), **common)
             self._group = len(config.levels)
         else:
-            self.quantizer = ResidualVQ(
-                dim=_LATENT_DIM,
-                num_quantizers=config.num_quantizers,
-                codebook_size=config.codebook_size,
-                decay=_DECAY,
-                kmeans_init=True,
-                quantize_dropout=config.quantize_dropout,
-            )
+            codebooks = {"codebook_size": config.codebook_size, "decay": _DECAY, "kmeans_init": True}
+            self.quantizer = ResidualVQ(dim=_LATENT_DIM, **codebooks, **common)
             self._group = _LATENT_DIM
 
     def quantize(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:

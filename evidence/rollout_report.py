@@ -212,15 +212,10 @@ def table(reports: dict[str, TaskReport]) -> str:
 
 def short_table(reports: dict[str, TaskReport]) -> str:
     """For a terminal: shares alone, and what the intervals of all tasks, or of the last, say."""
-    solved = [
-        {"cell": cell}
-        | {task: f"{found.cells[cell].success.rate:.0%}" if cell in found.cells else _NONE
-           for task, found in reports.items()}
-        for cell in cells_of(reports)
-    ]  # fmt: skip
+    rates = {cell: [f"{rate.rate:.0%}" if rate else None for rate in found] for cell, found in _solved(reports).items()}
     task, last = list(reports.items())[-1]
     said = fill(f"{task}: {' '.join(conclusions(last))}", 100)
-    return as_text([Table.of("Solved; -v prints intervals and every table", solved), said])
+    return as_text([_by_task("Solved; -v prints intervals and every table", "cell", list(reports), rates), said])
 
 
 def conclusions(report: TaskReport) -> list[str]:
@@ -276,30 +271,31 @@ def cells_of(reports: Mapping[str, TaskReport]) -> list[str]:
     return sorted({cell for report in reports.values() for cell in report.cells}, key=_place)
 
 
+def _solved(reports: Mapping[str, TaskReport]) -> dict[str, list[Rate | None]]:
+    """Of every cell in each task, None where a task does not have it."""
+    cells = [report.cells for report in reports.values()]
+    return {cell: [of[cell].success if cell in of else None for of in cells] for cell in cells_of(reports)}
+
+
+def _by_task(title: str, head: str, tasks: list[str], rows: Mapping[str, Sequence[object]]) -> Table:
+    """A column for each task, below a first one of names."""
+    return Table(
+        title, (head, *tasks), tuple((name, *(str(cell or _NONE) for cell in of)) for name, of in rows.items())
+    )
+
+
 def tables_of(reports: dict[str, TaskReport]) -> dict[str, Table]:
     """Success by task, its paired differences, and tracking and success by tolerance where tasks are pooled, or by
     task where they are not. A cell that a task does not have is "–" there."""
-    success = [
-        {"cell": cell}
-        | {
-            report.title(task): str(report.cells[cell].success) if cell in report.cells else _NONE
-            for task, report in reports.items()
-        }
-        for cell in cells_of(reports)
-    ]
-    found = {"success": Table.of("Solved, with 95 % Wilson intervals", success)}
+    titles = [report.title(task) for task, report in reports.items()]
+    found = {"success": _by_task("Solved, with 95 % Wilson intervals", "cell", titles, _solved(reports))}
     pairs = {f"{CALIBRATED} less naive": [report.against_naive for report in reports.values()]} | {
         f"{cell} less raw": [report.against_raw.get(cell) for report in reports.values()] for cell in CALIBRATED_LAYERS
     }
-    titles = [report.title(task) for task, report in reports.items()]
-    paired = [
-        {"cells": name} | {title: str(each or _NONE) for title, each in zip(titles, differences, strict=True)}
-        for name, differences in pairs.items()
-        if any(differences)
-    ]
-    if paired:
+    pairs = {name: differences for name, differences in pairs.items() if any(differences)}
+    if pairs:
         title = "Difference of success on the same scenes in points, 95 % interval (Newcombe), exact McNemar test"
-        found["paired"] = Table.of(title, paired)
+        found["paired"] = _by_task(title, "cells", titles, pairs)
     shown = {POOLED: reports[POOLED]} if POOLED in reports else reports
     first = next(report.title(task) for task, report in shown.items()) if len(shown) == 1 else "task, cell"
     rows = [
