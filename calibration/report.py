@@ -22,12 +22,15 @@ from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.quantizer import Conditioning, published_dequantize
 from rfsq.rfsq_ref.rounding import token_error_bounds
+from rfsq.runtime.bundle.console import aligned
 from rfsq.runtime.bundle.fidelity import Fidelity, Grade, fidelity
 from rfsq.runtime.bundle.paths import counted
 from rfsq.runtime.bundle.writing import replacing
 
 REPORT_JSON = "report.json"
 REPORT_PNG = "report.png"
+#: Columns of the table that a first look needs.
+_FIRST = ("layer", "clipped", "levels", "latent MSE", "action MSE", "worst case", "flipped")
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,8 @@ def levels_used(tokens: Tensor, num_levels: int) -> Tensor:
 
 
 def format_report(report: CalibrationReport, *, is_verbose: bool = True) -> str:
-    """A table with a row per layer, and the errors to compare with below it; is_verbose: good dimensions too."""
+    """A table with a row per layer, and the errors to compare with below it; is_verbose: all of its columns, and good
+    dimensions too."""
     table = Table.of(
         f"{report.method}, judged on {counted(report.num_episodes, 'episode')} ({report.num_steps} steps) of "
         f"{report.source}; action MSE in robot units², latents have no unit",
@@ -203,12 +207,15 @@ def format_report(report: CalibrationReport, *, is_verbose: bool = True) -> str:
         ),
     )
     lost = held_out_warning(report.autoencoder_mse, report.readout_mse, "the episodes that judge", "robot units²")
+    others = [
+        ("autoencoder as trained, no quantiser, action MSE", report.autoencoder_mse),
+        ("readout refitted, no quantiser", report.readout_mse),
+        ("trained forward pass", report.trained_mse[-1]),
+        ("published decode_from_indices", report.published_mse),
+    ]
     lines = [
-        table.text(),
-        f"autoencoder as trained, no quantiser, action MSE  {report.autoencoder_mse:.3e}",
-        f"readout refitted, no quantiser                    {_number(report.readout_mse)}",
-        f"trained forward pass                              {report.trained_mse[-1]:.3e}",
-        f"published decode_from_indices                     {report.published_mse:.3e}",
+        (table if is_verbose else table.only(table.title, *_FIRST)).text(),
+        *aligned([(name, _number(mse)) for name, mse in others], left=2),
         *filter(None, [lost]),
     ]
     if is_verbose or report.fidelity.grade is not Grade.GOOD:

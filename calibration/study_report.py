@@ -13,6 +13,7 @@ from rfsq.calibration.recovered import COARSE_LAYERS
 from rfsq.calibration.study_result import EpisodesRow, LayerRow, Spread, Spreads, StudyResult, result_to_json
 from rfsq.calibration.tables import Part, Table, as_text, prefix_name
 from rfsq.rfsq_ref.drawing import BLUE, GREEN, GREY, INK, ORANGE, finish, new_figure, save_png
+from rfsq.runtime.bundle.console import aligned
 from rfsq.runtime.bundle.writing import replacing
 
 RESULT_JSON = "calibration.json"
@@ -47,10 +48,13 @@ def format_study(result: StudyResult, *, is_verbose: bool = True) -> str:
     head = (
         f"{count} checkpoint{'s' if count > 1 else ''}, fitted on {result.calibration_episodes} episodes "
         f"({result.calibration_steps} steps), judged on {result.test_episodes} others ({result.test_steps} steps)\n"
-        f"of {result.source}; MSE in robot units²\n{fill(_defaults(result), 100)}\n"
-        f"autoencoder as trained, no quantiser, action MSE  {_both(result.unquantised)}\n"
-        f"readout refitted, no quantiser                    {_both(result.unquantised_readout)}"
+        f"of {result.source}; MSE in robot units²\n{fill(_defaults(result), 100)}"
     )
+    alone = [
+        ("autoencoder as trained, no quantiser, action MSE", _both(result.unquantised)),
+        ("readout refitted, no quantiser", _both(result.unquantised_readout)),
+    ]
+    head = "\n".join([head, *aligned(alone, left=2)])
     if not is_verbose:
         return as_text([head, _layers_table(result).only(_WORTH_TITLE, *_WORTH)])
     named = [
