@@ -116,7 +116,7 @@ def judge_peers(schemes: Sequence[SchemeReport], peers: Sequence[CodecReport]) -
 def _at_budget(calibrated: SchemeReport, row: ReportRow, peers: Sequence[CodecReport]) -> str:
     """The best peers within the bits of some calibrated layers."""
     budget, ours = calibrated.bits(row), row.mse.mean
-    best = {family: best_within(peers, family, budget) for family in _families(peers)}
+    best = best_within(peers, budget)
     found = {
         "less error": [_described(peer) for peer in best.values() if peer and peer.mse < ours],
         "more error": [_described(peer) for peer in best.values() if peer and peer.mse >= ours],
@@ -131,11 +131,9 @@ def _at_equal_error(calibrated: SchemeReport, peers: Sequence[CodecReport]) -> s
     """The bits with which peers are as good as all calibrated layers."""
     target = calibrated.mse.mean
     good = [peer for peer in peers if peer.mse <= target]
-    needed = [
-        min((peer for peer in good if peer.family == family), key=attrgetter("bits")) for family in _families(good)
-    ]
-    reached = [f"{peer.family} {peer.bits:.0f} bits ({peer.name})" for peer in needed]
-    missed = [family for family in _families(peers) if family not in _families(good)]
+    needed = {family: _best(good, family, "bits") for family in _families(peers)}
+    reached = [f"{peer.family} {peer.bits:.0f} bits ({peer.name})" for peer in needed.values() if peer]
+    missed = [family for family, peer in needed.items() if peer is None]
     least = min(calibrated.bits(row) for row in calibrated.prefixes if row.mse.mean <= target * 1.0001)
     head = f"For the MSE of all calibrated layers ({target:.2e} normalised units², with {least:.0f} bits per step)"
     if not reached:
@@ -147,11 +145,15 @@ def _families(peers: Sequence[CodecReport]) -> list[str]:
     return list(dict.fromkeys(peer.family for peer in peers))
 
 
-def best_within(peers: Sequence[CodecReport], family: str, budget: float) -> CodecReport | None:
-    """The peer of this family with the least error among those that need at most so many bits for a step."""
+def best_within(peers: Sequence[CodecReport], budget: float) -> dict[str, CodecReport | None]:
+    """By family, the peer with the least error among those that need at most so many bits for a step."""
     # A setting that misses the budget by rounding is still at that budget.
-    affordable = [peer for peer in peers if peer.family == family and peer.bits <= 1.005 * budget]
-    return min(affordable, key=attrgetter("mse"), default=None)
+    affordable = [peer for peer in peers if peer.bits <= 1.005 * budget]
+    return {family: _best(affordable, family, "mse") for family in _families(peers)}
+
+
+def _best(peers: Sequence[CodecReport], family: str, least: str) -> CodecReport | None:
+    return min((peer for peer in peers if peer.family == family), key=attrgetter(least), default=None)
 
 
 def _described(peer: CodecReport) -> str:

@@ -65,9 +65,8 @@ def short_table(comparison: Comparison) -> Table:
     coarse = default.groups[0]
     budget = default.bits(coarse)
     ours.append((f"**the same, {coarse.label}**", budget, coarse.metrics))
-    families = dict.fromkeys(peer.family for peer in comparison.peers)
-    best = [peer for family in families if (peer := best_within(comparison.peers, family, budget))]
-    rows = [*ours, *((peer.name, peer.bits, peer.metrics) for peer in best)]
+    best = best_within(comparison.peers, budget).values()
+    rows = [*ours, *((peer.name, peer.bits, peer.metrics) for peer in best if peer)]
     return Table.of(
         "Held-out episodes; MSE in normalised units²; position error in mm, where actions have such a unit",
         (
