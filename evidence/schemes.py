@@ -27,17 +27,13 @@ from rfsq.rfsq_ref.quantizer import Conditioning, LayerStep, published_dequantiz
 ERROR_EDGES = tuple(10.0 ** (exponent / 5) for exponent in range(-40, 11))
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """latents float64 [N, D] of N steps, and what every layer does to them."""
+#: What every layer does to the latents [N, D] of N steps; the first is given the latents themselves.
+Layers = list[LayerStep]
 
-    latents: Tensor
-    steps: tuple[LayerStep, ...]
 
-    @property
-    def tokens(self) -> Tensor:
-        """int64 [N, D, L]."""
-        return torch.stack([step.tokens for step in self.steps], dim=-1)
+def tokens_of(layers: Layers) -> Tensor:
+    """int64 [N, D, L]."""
+    return torch.stack([step.tokens for step in layers], dim=-1)
 
 
 class Scheme:
@@ -50,16 +46,15 @@ class Scheme:
         """The checkpoint must carry what the scheme needs: constants, or recovered decoders of every prefix."""
         self.model: ActionAutoencoder = checkpoint.model(self.conditioning, dtype=torch.float64)
 
-    def encode(self, actions: npt.NDArray[np.float32]) -> Encoded:
+    @torch.no_grad()
+    def encode(self, actions: npt.NDArray[np.float32]) -> Layers:
         """actions float32 [N, A]."""
-        with torch.no_grad():
-            latents = self.model.encode_latents(torch.tensor(actions, dtype=torch.float64))
-            return Encoded(latents, tuple(self.model.quantizer.layers(latents)))
+        return list(self.model.quantizer.layers(self.model.encode_latents(torch.tensor(actions, dtype=torch.float64))))
 
     @torch.no_grad()
     def decode(self, actions: npt.NDArray[np.float32], layers: int) -> Array:
         """What the first layers of the tokens of these actions [N, A] decode to, in the robot's units."""
-        found: Array = self.model.decode_latents(self.prefix(self.encode(actions), layers)).numpy()
+        found: Array = self.model.decode_latents(self.prefix(self.encode(actions)[:layers])).numpy()
         return found
 
     @property
@@ -68,15 +63,14 @@ class Scheme:
         sizes = self.model.config
         return sizes.latent_dim * math.log2(sizes.num_levels)
 
-    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
+    def prefix(self, first: Layers) -> Tensor:
         """Latents [N, D] from the first layers alone."""
-        return self.model.dequantize(encoded.tokens[..., :layers])
+        return self.model.dequantize(tokens_of(first))
 
-    def rest(self, encoded: Encoded, layers: int, typical: Encoded) -> Tensor:
-        """Latents [N, D] from all but the first layers, which are taken at their mean over `typical` episodes."""
-        parts = [self.part(step) for step in encoded.steps]
-        usual = [self.part(step).mean(dim=0) for step in typical.steps]
-        return torch.stack(parts[layers:]).sum(dim=0) + torch.stack(usual[:layers]).sum(dim=0)
+    def rest(self, fine: Layers, typical: Layers) -> Tensor:
+        """Latents [N, D] from the fine layers; the coarse ones before them at their mean over `typical` episodes."""
+        usual = [self.part(step).mean(dim=0) for step in typical]
+        return torch.stack([self.part(step) for step in fine]).sum(dim=0) + torch.stack(usual).sum(dim=0)
 
     def part(self, step: LayerStep) -> Tensor:
         """What one layer adds to the latents [N, D]."""
@@ -97,17 +91,17 @@ class Dynamic(Scheme):
         # Mean and sigma as float32.
         return super().bits_per_layer + 64.0
 
-    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
-        stats = [step.stats for step in encoded.steps[:layers] if step.stats is not None]
-        return self.model.dequantize(encoded.tokens[..., :layers], torch.stack(stats, dim=-2))
+    def prefix(self, first: Layers) -> Tensor:
+        stats = [step.stats for step in first if step.stats is not None]
+        return self.model.dequantize(tokens_of(first), torch.stack(stats, dim=-2))
 
 
 class Published(Scheme):
     name = "published"
     conditioning = Conditioning.DYNAMIC
 
-    def prefix(self, encoded: Encoded, layers: int) -> Tensor:
-        return published_dequantize(self.model.quantizer, encoded.tokens[..., :layers])
+    def prefix(self, first: Layers) -> Tensor:
+        return published_dequantize(self.model.quantizer, tokens_of(first))
 
     def part(self, step: LayerStep) -> Tensor:
         return step.grid_values
@@ -117,9 +111,9 @@ class Recovered(Scheme):
     name = "recovered"
     conditioning = Conditioning.DYNAMIC
 
-    def rest(self, encoded: Encoded, layers: int, typical: Encoded) -> Tensor:
-        tokens = encoded.tokens.double()
-        tokens[..., :layers] = typical.tokens[..., :layers].double().mean(dim=0)
+    def rest(self, fine: Layers, typical: Layers) -> Tensor:
+        usual = tokens_of(typical).double().mean(dim=0)
+        tokens = torch.cat((usual.expand(len(fine[0].tokens), -1, -1), tokens_of(fine)), dim=-1)
         return self.model.recovered[tokens.shape[-1]].latents(tokens)
 
 
@@ -150,31 +144,32 @@ class Judge:
     def report(self, scheme: Scheme) -> SchemeReport:
         """All rows of a scheme. Raises EvidenceError for actions that the model cannot take."""
         encoded, typical = scheme.encode(self.judged), scheme.encode(self.typical)
-        if not torch.isfinite(encoded.latents).all():
+        latents = encoded[0].residual
+        if not torch.isfinite(latents).all():
             raise EvidenceError(
                 f"{scheme.name}: latents are not finite; expected actions of the size the checkpoint was trained "
                 "on: rescale the data or train with --normaliser min-max"
             )
-        count = len(encoded.steps)
+        count = len(encoded)
         coarse = min(COARSE_LAYERS, count)
-        prefixes = [scheme.prefix(encoded, layers) for layers in range(1, count + 1)]
+        prefixes = [scheme.prefix(encoded[:layers]) for layers in range(1, count + 1)]
         groups = [(range(count), prefixes[-1])]
         if coarse < count:
-            fine = (range(coarse, count), scheme.rest(encoded, coarse, typical))
+            fine = (range(coarse, count), scheme.rest(encoded[coarse:], typical[:coarse]))
             groups = [(range(coarse), prefixes[coarse - 1]), fine, *groups]
 
-        def row(shown: range, used: range, latents: Tensor) -> ReportRow:
+        def row(shown: range, used: range, found: Tensor) -> ReportRow:
             levels = scheme.model.config.num_levels
-            counts = np.stack([level_counts(encoded.steps[layer].tokens.numpy(), levels) for layer in used])
+            counts = np.stack([level_counts(encoded[layer].tokens.numpy(), levels) for layer in used])
             shares = counts.sum(axis=(0, 1)) / counts.sum()
             use = {
-                "residual_std": float(encoded.steps[used.start].residual.std(correction=0)),
+                "residual_std": float(encoded[used.start].residual.std(correction=0)),
                 "entropy_bits": float(entropy_bits(counts).sum()),
-                "latent_mse": float((latents - encoded.latents).square().mean()),
+                "latent_mse": float((found - latents).square().mean()),
             }
             return ReportRow(
                 label(shown.start, shown.stop),
-                metrics_of(use) | self.errors(scheme.model.decode_latents(latents)),
+                metrics_of(use) | self.errors(scheme.model.decode_latents(found)),
                 tuple(Spread.of([share]) for share in shares.tolist()),
             )
 
@@ -186,7 +181,7 @@ class Judge:
             (),
             scheme.bits_per_layer,
             tuple(row(range(layer + 1), range(layer, layer + 1), found) for layer, found in enumerate(prefixes)),
-            tuple(row(layers, layers, latents) for layers, latents in groups),
+            tuple(row(layers, layers, found) for layers, found in groups),
             tuple((np.histogram(within, ERROR_EDGES)[0] / errors.size).tolist()),
         )
 
