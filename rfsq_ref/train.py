@@ -74,7 +74,6 @@ def _work(options: argparse.Namespace) -> Outcome:
     from rfsq.rfsq_ref.training import make_deterministic
     from rfsq.rfsq_ref.training_history import result_files
 
-    make_deterministic()
     output: Path = options.output or Path(
         f"build/checkpoints/{'robust' if options.use_layernorm else 'naive'}.safetensors"
     )
@@ -86,6 +85,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     if len(set(seeds)) < len(seeds):
         raise SettingsError(f"--seeds {' '.join(map(str, seeds))} has one twice; equal runs would pass for a spread")
     dataset = load_actions(options.data or DEMONSTRATIONS, key=options.key, filter_key=options.filter_key)
+    make_deterministic()
     given = {name: getattr(options, name) for name in TrainConfig.__dataclass_fields__}
     config = TrainConfig(**{**given, "normaliser": chosen_normaliser(options.normaliser, dataset)})
     print(describe(dataset, options.normaliser))

@@ -69,6 +69,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.relative_to(HERE).as_posix() in SLOW:
             item.add_marker(pytest.mark.slow)
+    # The longest first: at the end, all but one worker would wait for them.
+    items.sort(key=lambda item: item.path.name != "test_documentation.py")
 
 
 def pytest_collection_finish() -> None:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -290,7 +290,16 @@ def test_a_lack_of_memory_is_a_2_and_a_sentence(
     assert capsys.readouterr().err == "error: out of memory: Unable to allocate 9 GiB; ask for less at once\n"
 
 
+@pytest.fixture
+def _ctrl_c_interrupts() -> Iterator[None]:
+    """Also where these tests run in the background of a script, whose children ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", Recipe())
     command = [sys.executable, str(ROOT / "runtime/bench.py"), str(bundle), "--starts", "0", "--rounds", "100000"]
@@ -304,6 +313,7 @@ def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.usefixtures("_ctrl_c_interrupts")
 def test_an_import_that_swallows_ctrl_c_only_delays_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As modules of Cython do."""
     code = "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"

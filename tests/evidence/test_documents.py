@@ -4,7 +4,7 @@ import pytest
 
 from rfsq.calibration.study_report import format_study
 from rfsq.calibration.study_result import result_from_json
-from rfsq.evidence.documents import RESULTS, documents, rewritten, tables
+from rfsq.evidence.documents import RESULTS, ROOT, documents, rewritten, tables
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.report import short_text
 from rfsq.evidence.results import read_json
@@ -34,6 +34,18 @@ def test_a_table_is_replaced_and_nothing_else() -> None:
 def test_an_unknown_table_is_an_error() -> None:
     with pytest.raises(EvidenceError, match=r"no result is called 'two'; expected one of one"):
         rewritten("<!-- results: two -->\n<!-- end -->", {"one": ""})
+
+
+def test_the_guide_to_integration_has_the_errors_of_the_embedded_seed() -> None:
+    text = (ROOT / "docs" / "integration.md").read_text(encoding="utf-8")
+    comparison = read_json(RESULTS / "comparison.json")
+    for label, place in {"L0–L2": 0, "all": 2}.items():
+        errors = [
+            comparison.scheme(name).groups[place].metrics["action_mse"].values[0]
+            for name in ("naive", "recovered", "calibrated")
+        ]
+        shown = " | ".join(f"{error:.1e}".replace("e-0", "e-") for error in errors)
+        assert f"| action MSE on held-out episodes, {label} | {shown} |" in text
 
 
 def test_what_commands_print_at_first_fits_a_screen() -> None:
