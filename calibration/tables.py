@@ -66,7 +66,9 @@ Part = Table | str | tuple[str, ...]
 
 def as_text(parts: Iterable[Part]) -> str:
     """For a terminal, with an empty line between two parts."""
-    return "\n\n".join(part.text() if isinstance(part, Table) else "\n".join(_sentences(part)) for part in parts)
+    return "\n\n".join(
+        part.text() if isinstance(part, Table) else part if isinstance(part, str) else "\n".join(part) for part in parts
+    )
 
 
 def as_markdown(part: Part) -> str:
@@ -82,10 +84,6 @@ def as_html(parts: Iterable[Part]) -> str:
         else f"<ul>{''.join(f'<li>{inline_html(sentence)}</li>' for sentence in part)}</ul>"
         for part in parts
     )  # fmt: skip
-
-
-def _sentences(part: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (part,) if isinstance(part, str) else part
 
 
 def prefix_name(prefix: int, num_layers: int) -> str:

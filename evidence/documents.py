@@ -25,7 +25,7 @@ from rfsq.calibration.tables import Part, as_markdown
 from rfsq.evidence import rollout_report
 from rfsq.evidence import tables as tables_parts
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.results import read_json, write_text
+from rfsq.evidence.results import Comparison, write_text
 from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,12 +41,12 @@ def documents() -> list[Path]:
 def tables(results: Path = RESULTS) -> dict[str, str]:
     """Markdown by name. Raises EvidenceError, CalibrationError or OSError where a result is missing or damaged."""
     found = {
-        **tables_parts.parts(read_json(results / "comparison.json")),
+        **tables_parts.parts(Comparison.read(results / "comparison.json")),
         **_named(
             "calibration",
             study_report.parts(result_from_json((results / "calibration.json").read_text(encoding="utf-8"))),
         ),
-        **_named("rollout", rollout_report.parts(rollout_report.read_result(results / "rollout.json").tasks)),
+        **_named("rollout", rollout_report.parts(rollout_report.RolloutResult.read(results / "rollout.json").tasks)),
     }
     return {name: as_markdown(part) for name, part in found.items()}
 

@@ -15,7 +15,7 @@ from rfsq.evidence import rollout_report
 from rfsq.evidence.comparison import compare
 from rfsq.evidence.page import page
 from rfsq.evidence.plots import figures, svg
-from rfsq.evidence.results import Comparison, read_json, write_json, write_text
+from rfsq.evidence.results import Comparison, write_text
 from rfsq.evidence.settings import ComparisonConfig, OscPose
 from rfsq.evidence.tables import parts, short_table
 from rfsq.evidence.training import trained_checkpoint
@@ -36,7 +36,7 @@ def report(options: argparse.Namespace) -> Comparison:
     make_deterministic()
     # Not after an hour of training.
     refuse_existing(_written(options), overwrite=options.overwrite, folders=[options.output / FIGURES])
-    comparison = read_json(options.output / COMPARISON_JSON) if options.report_only else _compared(options)
+    comparison = Comparison.read(options.output / COMPARISON_JSON) if options.report_only else _compared(options)
     sections = list(_sections(options, comparison))
     if sections or options.report_only:
         write_report(comparison, sections, options.output)
@@ -88,7 +88,7 @@ def write_report(comparison: Comparison, sections: Sequence[tuple[str, str]], fo
         write_text(folder / FIGURES / f"{name.replace(' ', '-')}.svg", drawing)
     write_text(folder / REPORT_HTML, page(comparison, drawn, sections))
     write_text(folder / COMPARISON_TEXT, full_text(comparison) + "\n")
-    write_json(comparison, folder / COMPARISON_JSON)
+    comparison.write(folder / COMPARISON_JSON)
 
 
 def short_text(comparison: Comparison) -> str:
@@ -112,7 +112,7 @@ def _sections(options: argparse.Namespace, comparison: Comparison) -> Iterator[t
         yield "Calibration choices", as_html(found.values())
     path = options.output / "rollout.json"
     if path.exists():
-        rollout = rollout_report.read_result(path)
+        rollout = rollout_report.RolloutResult.read(path)
         if rollout.run.hashes.get("demonstrations") == comparison.data.sha256:
             yield "Closed loop", as_html(rollout_report.parts(rollout.tasks).values())
 

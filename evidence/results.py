@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Self
 
 from rfsq.evidence.errors import EvidenceError
 from rfsq.runtime.bundle.advice import command
@@ -13,10 +13,44 @@ from rfsq.runtime.bundle.reading import parse_json
 from rfsq.runtime.bundle.typed_json import build
 from rfsq.runtime.bundle.writing import replacing
 
-_Found = TypeVar("_Found")
 
-FORMAT = "rfsq-comparison"
-FORMAT_VERSION = 1
+def write_text(path: Path, text: str) -> None:
+    """Through a temporary sibling: the old file stays whole until the new one is. Raises EvidenceError."""
+    with replacing(path, error=EvidenceError) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Document:
+    """What is kept as JSON, behind the name and version of its format. again: the command that writes it anew."""
+
+    format: ClassVar[str]
+    version: ClassVar[int]
+    again: ClassVar[tuple[str, ...]]
+
+    def write(self, path: Path) -> dict[str, Any]:
+        """As strict JSON; returns all of it. Raises EvidenceError."""
+        content = {"format": self.format, "format_version": self.version, **asdict(self)}
+        write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+        return content
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """What `write` wrote. Raises EvidenceError for anything else."""
+        again = command(*cls.again)
+        try:
+            content = parse_json(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EvidenceError(f"cannot read {path}: {error}; write it with `{again}`") from error
+        is_one = isinstance(content, dict)
+        found = (content.pop("format", None), content.pop("format_version", None)) if is_one else None
+        if found != (cls.format, cls.version):
+            expected = (cls.format, cls.version)
+            raise EvidenceError(f"{path} is {found}; expected {expected}: write it anew with `{again}`")
+        try:
+            return build(cls, content, "it")
+        except ValueError as error:
+            raise EvidenceError(f"{path} is damaged: {error}; write it anew with `{again}`") from error
 
 
 @dataclass(frozen=True)
@@ -188,12 +222,14 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Document):
     """Everything that a comparison found.
 
     unquantised: errors of the autoencoders alone; curves: of what was trained, by the names in checkpoints;
     error_edges: edges of the bins of |error| in normalised units that error_share counts; remarks: what is missing
     and why, and how good the tokens are in the robot's units."""
+
+    format, version, again = "rfsq-comparison", 1, ("compare",)
 
     data: DataFacts
     seeds: tuple[int, ...]
@@ -214,41 +250,3 @@ class Comparison:
     def scheme(self, name: str) -> SchemeReport:
         """By name. Raises KeyError."""
         return {report.scheme: report for report in self.schemes}[name]
-
-
-def write_json(comparison: Comparison, path: Path) -> None:
-    """Raises EvidenceError where it cannot be written."""
-    write_json_object(asdict(comparison), path, FORMAT, FORMAT_VERSION)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Through a temporary sibling: the old file stays whole until the new one is. Raises EvidenceError."""
-    with replacing(path, error=EvidenceError) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def read_json(path: Path) -> Comparison:
-    """What write_json wrote. Raises EvidenceError for anything else."""
-    return read_json_object(Comparison, path, FORMAT, FORMAT_VERSION, command("compare"))
-
-
-def write_json_object(found: dict[str, Any], path: Path, name: str, version: int) -> dict[str, Any]:
-    """As strict JSON behind the name and version of its format; returns all of it. Raises EvidenceError."""
-    content = {"format": name, "format_version": version, **found}
-    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
-    return content
-
-
-def read_json_object(kind: type[_Found], path: Path, name: str, version: int, again: str) -> _Found:
-    """What write_json_object wrote of a dataclass. Raises EvidenceError; the command `again` writes it anew."""
-    try:
-        content = parse_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EvidenceError(f"cannot read {path}: {error}; write it with `{again}`") from error
-    found = (content.pop("format", None), content.pop("format_version", None)) if isinstance(content, dict) else None
-    if found != (name, version):
-        raise EvidenceError(f"{path} is {found}; expected {(name, version)}: write it anew with `{again}`")
-    try:
-        return build(kind, content, "it")
-    except ValueError as error:
-        raise EvidenceError(f"{path} is damaged: {error}; write it anew with `{again}`") from error

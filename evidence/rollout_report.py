@@ -1,7 +1,7 @@
 """What a closed-loop run found, as tables and as files: success with intervals, tracking, success by tolerance."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import groupby
 from operator import attrgetter
@@ -16,13 +16,11 @@ from rfsq.evidence.cells import RAW
 from rfsq.evidence.closed_loop import PRECISION_TASKS, Spread
 from rfsq.evidence.episodes import Episode, Identity, read_episodes
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.results import read_json_object, write_json_object
+from rfsq.evidence.results import Document
 from rfsq.evidence.rollout_statistics import CONFIDENCE, Paired, Rate
 from rfsq.rfsq_ref.experts import TASKS
-from rfsq.runtime.bundle.advice import command, quoted
+from rfsq.runtime.bundle.advice import quoted
 
-FORMAT = "rfsq-rollout-report"
-FORMAT_VERSION = 2
 #: In mm; chosen before any result was seen.
 TOLERANCES = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 50.0)
 #: Of each task and cell in a whole run; with fewer the report says that it is unfinished.
@@ -88,11 +86,13 @@ class TaskReport:
 
 
 @dataclass(frozen=True)
-class RolloutResult:
+class RolloutResult(Document):
     """What rollout.json holds.
 
     confidence: of all intervals; tolerances_mm: what success is judged at; run: what the episodes depend on; tasks:
     see reports_of."""
+
+    format, version, again = "rfsq-rollout-report", 2, ("rollout", "--report-only")
 
     confidence: float
     tolerances_mm: tuple[float, ...]
@@ -327,11 +327,6 @@ def tables_of(reports: dict[str, TaskReport]) -> dict[str, Table]:
     return found
 
 
-def read_result(path: Path) -> RolloutResult:
-    """What write_report wrote. Raises EvidenceError for anything else."""
-    return read_json_object(RolloutResult, path, FORMAT, FORMAT_VERSION, command("rollout", "--report-only"))
-
-
 def report_files(folder: Path) -> tuple[Path, ...]:
     """What write_report writes."""
     return folder / "rollout.json", folder / "rollout.png"
@@ -353,5 +348,4 @@ def write_report(episodes: Path, folder: Path, *, is_verbose: bool = True) -> tu
         draw(reports, folder / "rollout.png")
     else:
         text += "\n\nno picture: matplotlib is not installed here; --report-only elsewhere draws it"
-    result = RolloutResult(CONFIDENCE, TOLERANCES, identity, reports)
-    return text, write_json_object(asdict(result), folder / "rollout.json", FORMAT, FORMAT_VERSION)
+    return text, RolloutResult(CONFIDENCE, TOLERANCES, identity, reports).write(folder / "rollout.json")

@@ -7,8 +7,8 @@ from rfsq.calibration.study_result import result_from_json
 from rfsq.evidence.documents import RESULTS, ROOT, documents, rewritten, tables
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.report import short_text
-from rfsq.evidence.results import read_json
-from rfsq.evidence.rollout_report import read_result, short_table
+from rfsq.evidence.results import Comparison
+from rfsq.evidence.rollout_report import RolloutResult, short_table
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
@@ -38,7 +38,7 @@ def test_an_unknown_table_is_an_error() -> None:
 
 def test_the_guide_to_integration_has_the_errors_of_the_embedded_seed() -> None:
     text = (ROOT / "docs" / "integration.md").read_text(encoding="utf-8")
-    comparison = read_json(RESULTS / "comparison.json")
+    comparison = Comparison.read(RESULTS / "comparison.json")
     for label, place in {"L0–L2": 0, "all": 2}.items():
         errors = [
             comparison.scheme(name).groups[place].metrics["action_mse"].values[0]
@@ -51,8 +51,8 @@ def test_the_guide_to_integration_has_the_errors_of_the_embedded_seed() -> None:
 def test_what_commands_print_at_first_fits_a_screen() -> None:
     study = result_from_json((RESULTS / "calibration.json").read_text(encoding="utf-8"))
     shown = {
-        "compare": short_text(read_json(RESULTS / "comparison.json")),
-        "rollout": short_table(read_result(RESULTS / "rollout.json").tasks),
+        "compare": short_text(Comparison.read(RESULTS / "comparison.json")),
+        "rollout": short_table(RolloutResult.read(RESULTS / "rollout.json").tasks),
         "study": format_study(study, is_verbose=False),
     }
     # A line that says what begins, and the verdict.

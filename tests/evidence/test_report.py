@@ -17,7 +17,7 @@ from rfsq.calibration.fitting import recover
 from rfsq.calibration.settings import CalibrationConfig, ReadoutConfig, RecoveredConfig
 from rfsq.evidence.compare_command import main
 from rfsq.evidence.report import full_text
-from rfsq.evidence.results import Comparison, read_json
+from rfsq.evidence.results import Comparison
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.errors import DataError
@@ -89,7 +89,7 @@ def test_any_robots_file_gives_a_report(
 
     status = main(list(map(str, arguments)))
 
-    comparison = read_json(tmp_path / "report" / "comparison.json")
+    comparison = Comparison.read(tmp_path / "report" / "comparison.json")
     assert status == (0 if comparison.improvement > 0.3 else 1)
     assert comparison.data.action_dim == action_dim
     assert comparison.settings["normaliser"] == "min-max"
@@ -188,7 +188,7 @@ def test_the_script_runs_from_anywhere_with_workers(tmp_path: Path) -> None:
 
     assert finished.returncode in (0, 1), finished.stderr
     assert finished.stdout.endswith("into report\n")
-    assert read_json(tmp_path / "report" / "comparison.json").data.source == "robot.npz"
+    assert Comparison.read(tmp_path / "report" / "comparison.json").data.source == "robot.npz"
     files = {path.name for path in (tmp_path / "report").iterdir()}
     assert files == {"comparison.json", "comparison.txt", "report.html", "figures"}
     assert len(list((tmp_path / "report" / "figures").iterdir())) == 6

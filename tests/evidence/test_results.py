@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.results import Comparison, Spread, read_json, write_json
+from rfsq.evidence.results import Comparison, Spread
 
 
 def test_what_is_written_is_read_back_equal(comparison: Comparison, tmp_path: Path) -> None:
     path = tmp_path / "new" / "comparison.json"
 
-    write_json(comparison, path)
+    comparison.write(path)
 
-    assert read_json(path) == comparison
+    assert Comparison.read(path) == comparison
     assert [entry.name for entry in path.parent.iterdir()] == ["comparison.json"]
 
 
@@ -53,29 +53,29 @@ def _other_version(fields: dict[str, object]) -> None:
 )
 def test_another_file_is_refused(comparison: Comparison, tmp_path: Path, damage: object, message: str) -> None:
     path = tmp_path / "comparison.json"
-    write_json(comparison, path)
+    comparison.write(path)
     fields = json.loads(path.read_text())
     damage(fields)  # type: ignore[operator]
     path.write_text(json.dumps(fields))
 
     with pytest.raises(EvidenceError, match=message):
-        read_json(path)
+        Comparison.read(path)
 
 
 def test_a_missing_or_torn_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EvidenceError, match=r"write it with `python rfsq_ref/compare.py`"):
-        read_json(tmp_path / "none.json")
+        Comparison.read(tmp_path / "none.json")
     (tmp_path / "torn.json").write_text('{"format": ')
     with pytest.raises(EvidenceError, match="cannot read"):
-        read_json(tmp_path / "torn.json")
+        Comparison.read(tmp_path / "torn.json")
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(EvidenceError, match="expected"):
-        read_json(tmp_path / "list.json")
+        Comparison.read(tmp_path / "list.json")
 
 
 def test_what_cannot_be_written_leaves_nothing(comparison: Comparison, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
 
     with pytest.raises(EvidenceError, match="choose a writable folder"):
-        write_json(comparison, tmp_path / "file" / "comparison.json")
+        comparison.write(tmp_path / "file" / "comparison.json")
     assert (tmp_path / "file").read_text() == "in the way"

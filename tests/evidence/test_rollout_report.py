@@ -18,9 +18,9 @@ from rfsq.evidence.rollout_report import (
     POOLED,
     SCENES,
     TOLERANCES,
+    RolloutResult,
     common_scenes,
     conclusions,
-    read_result,
     reports_of,
     solved_within,
     table,
@@ -293,7 +293,7 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
             file.append(episode)
     write_report(tmp_path / "episodes.jsonl", tmp_path)
 
-    found = read_result(tmp_path / "rollout.json").tasks
+    found = RolloutResult.read(tmp_path / "rollout.json").tasks
 
     assert found["Stack"].cells["naive"].success == Rate.of(3, 3)
     tables = tables_of(found)
@@ -304,7 +304,7 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert [row[0] for row in tables["tolerance"].rows] == ["raw", "naive"]
     (tmp_path / "rollout.json").write_text("{}")
     with pytest.raises(EvidenceError, match=r"write it anew with `python rfsq_ref/rollout.py --report-only`"):
-        read_result(tmp_path / "rollout.json")
+        RolloutResult.read(tmp_path / "rollout.json")
 
 
 def test_the_report_does_not_depend_on_the_order_in_which_episodes_ended() -> None:
