@@ -35,8 +35,8 @@ class Table:
 
     def text(self) -> str:
         """For a terminal."""
-        lines = [[cell.replace("`", "").replace("**", "") for cell in line] for line in (self.header, *self.rows)]
-        return "\n".join([self.title, *aligned(lines, is_ruled=True)])
+        lines = [list(map(_plain, line)) for line in (self.header, *self.rows)]
+        return "\n".join([_plain(self.title), *aligned(lines, is_ruled=True)])
 
     def markdown(self) -> str:
         """A pipe table without the title."""
@@ -67,8 +67,14 @@ Part = Table | str | tuple[str, ...]
 def as_text(parts: Iterable[Part]) -> str:
     """For a terminal, with an empty line between two parts."""
     return "\n\n".join(
-        part.text() if isinstance(part, Table) else part if isinstance(part, str) else "\n".join(part) for part in parts
+        part.text() if isinstance(part, Table) else _plain(part if isinstance(part, str) else "\n".join(part))
+        for part in parts
     )
+
+
+def _plain(marked: str) -> str:
+    """Without the signs of Markdown."""
+    return marked.replace("`", "").replace("**", "")
 
 
 def as_markdown(part: Part) -> str:

@@ -509,7 +509,7 @@ def test_every_number_in_the_documents_prose_is_measured(shipped: StudyResult) -
     text = (DOCS / "calibration.md").read_text(encoding="utf-8")
     prose = re.sub(r"<!-- results: .*?<!-- end -->|```.*?```", "", text, flags=re.DOTALL)
     tables = "\n".join((format_study(shipped), *markdown(shipped).values()))
-    known = {float(number) for number in re.findall(r"\d[\d.]*(?:e-\d+)?", tables)}
+    known = {float(number) for number in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", tables)}
     quoted = [float(number) for number in re.findall(r"\b\d[\d.]*e-\d+|\b\d+\.\d+(?=x)", prose)]
     assert quoted
     assert [number for number in quoted if number not in known] == []
