@@ -16,7 +16,7 @@ import numpy as np
 
 from ..bundle.paths import shortlist
 from .errors import SourceError
-from .steps import AnyArray, EpisodeTable, Int64Array, as_int64, is_hidden, lengths_to_starts, natural
+from .steps import AnyArray, EpisodeTable, Int64Array, as_int64, in_order, is_hidden, lengths_to_starts, natural
 
 #: The names with a slash are those of diffusion-policy replay buffers.
 _ACTION_NAMES = ("actions", "action", "data/actions", "data/action")
@@ -51,20 +51,21 @@ def choose_arrays(
     """
     listed = sorted((name for name in names if not is_hidden(name)), key=natural)
     chosen: Sequence[str]
-    if key:
+    if key is not None:
         chosen = [key] if key in listed else _numbered(listed, [key])
     else:
         chosen = require_equal(_ACTION_NAMES, listed, source, are_equal)[:1]
+        require_one_way([chosen, *numbered_alike(listed)], source)
         chosen = chosen or [name for name in listed if name == _VAGUE_NAME]
-        if not chosen and (listed == _NAMELESS or any(_numbered(listed, [one]) == listed for one in _EPISODE_NAMES)):
+        if not chosen and (listed == _NAMELESS or listed in numbered_alike(listed)):
             chosen = listed
     if not chosen:
-        wanted = repr(key) if key else "action array"
+        wanted = "action array" if key is None else repr(key)
         raise SourceError(
             f"{source} has no {wanted}; found {shortlist(listed) or 'nothing'}; expected `actions`, or one array for "
             "each episode (demo_0, demo_1, ...): name the right one with --key"
         )
-    return tuple(chosen)
+    return tuple(in_order(chosen, source))
 
 
 def are_comparable(one: Described, other: Described) -> bool:
@@ -84,6 +85,21 @@ def require_equal(
                 "one with --key"
             )
     return present
+
+
+def numbered_alike(names: Sequence[str]) -> list[list[str]]:
+    """The names that are a usual word for an episode and a number, those of each word together."""
+    return [found for word in _EPISODE_NAMES if (found := _numbered(names, [word]))]
+
+
+def require_one_way(ways: Iterable[Sequence[str]], where: str) -> None:
+    """ways: the places of actions, by each way to store episodes. Raises SourceError where more than one has some."""
+    found = [shortlist(places, 2) for places in ways if places]
+    if len(found) > 1:
+        raise SourceError(
+            f"{where} has actions in {found[0]} and in {found[1]}; expected one set of episodes: save them in files of "
+            "their own, or name the right array with --key"
+        )
 
 
 def _numbered(names: Sequence[str], stems: Iterable[str]) -> list[str]:
@@ -137,7 +153,9 @@ def episode_table(
     for name in _END_NAMES:
         if name in arrays:
             _require_integers(name, arrays[name], source)
-            ends = np.concatenate([as_int64(part, f"{source}: {name!r}") for part in read(name)])
+            # Their own check says more of negative ones.
+            parts = (as_int64(part, f"{source}: {name!r}", -(2**63)) for part in read(name))
+            ends = np.concatenate([*parts])
             stated[name] = _starts_by_ends(ends, steps, f"{source}: {name}")
     if _NUMBERS_NAME in arrays:
         _require_integers(_NUMBERS_NAME, arrays[_NUMBERS_NAME], source, steps)

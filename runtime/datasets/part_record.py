@@ -13,7 +13,7 @@ import numpy as np
 from ..bundle.manifest import FileEntry
 from ..bundle.typed_json import build
 from .episodes import Run
-from .errors import OutputError
+from .errors import OutputError, reason
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,7 @@ class PartRecord:
             is_spelled_so = record.text(work) == text
         # What any content of another shape can raise, deep nesting and non-ASCII text included.
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise OutputError(
-                f"a record of a finished part cannot be read ({type(error).__name__}: {error})"
-            ) from error
+            raise OutputError(f"a record of a finished part cannot be read ({reason(error)})") from error
         if not is_spelled_so:
             raise OutputError("a record of a finished part was altered after it was written: its hash is another")
         return record
