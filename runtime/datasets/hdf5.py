@@ -19,9 +19,9 @@ from .steps import (
     Int64Array,
     Steps,
     as_float32,
+    in_order,
     is_hidden,
     lengths_to_starts,
-    natural,
     opened,
     optional,
     shown_name,
@@ -72,8 +72,8 @@ class Hdf5Source(Source):
 
 
 def hdf5_files(folder: Path) -> list[Path]:
-    found = (path for path in folder.iterdir() if path.suffix.lower() in HDF5_SUFFIXES and not is_hidden(path.name))
-    return sorted(found, key=lambda path: natural(path.name))
+    names = (path.name for path in folder.iterdir() if path.suffix.lower() in HDF5_SUFFIXES)
+    return [folder / name for name in in_order((name for name in names if not is_hidden(name)), folder.name)]
 
 
 def open_hdf5(path: Path, key: str | None, filter_key: str | None = None) -> Hdf5Source:

@@ -16,6 +16,7 @@ from ..bundle.reading import read_file
 from .array_layouts import TASK_NAMES, table_by_numbers, task_name
 from .episodes import check_stated
 from .errors import SourceError
+from .format import INFO_NAME, read_info
 from .source_base import Source, StepReader, check_width, common_width
 from .steps import (
     AnyArray,
@@ -24,9 +25,9 @@ from .steps import (
     Steps,
     as_float32,
     as_int64,
+    in_order,
     is_hidden,
     lengths_to_starts,
-    natural,
     opened,
     optional,
     readable,
@@ -169,27 +170,28 @@ class ParquetSource(Source):
 
 def parquet_files(folder: Path, pattern: str = "data/*/*.parquet") -> list[Path]:
     names = (path.relative_to(folder).as_posix() for path in folder.glob(pattern))
-    return [folder / name for name in sorted(names, key=natural) if not is_hidden(name)]
+    return [folder / name for name in in_order((name for name in names if not is_hidden(name)), folder.name)]
 
 
 def open_parquet(path: Path, key: str | None) -> ParquetSource:
     """One .parquet file, or a LeRobot folder. The footers are read, and compared with meta/."""
-    key = key or "action"
+    key = "action" if key is None else key
     root, paths = (path, parquet_files(path)) if path.is_dir() else (path.parent, [path])
     footers = [_footer(file, key) for file in paths]
     starts = lengths_to_starts(np.array([footer.rows for footer in footers]))
     if numbers_frames := any(_NUMBERING[1] in footer.columns for footer in footers):
         for file, footer in zip(paths, footers, strict=True):
             _require_column(file.name, footer.columns, _NUMBERING[1])
+    width = common_width([footer.width for footer in footers], [file.name for file in paths])
+    width = width or _listed_width(paths[0], key)
     return ParquetSource(
         name=shown_name(path),
         root=root,
         files=tuple(source_file(file, root) for file in paths),
         first_rows=starts,
-        width=common_width([footer.width for footer in footers], [file.name for file in paths])
-        or _listed_width(paths[0], key),
+        width=width,
         key=key,
-        stated=_read_meta(path / "meta", int(starts[-1])) if path.is_dir() else _Stated(),
+        stated=_read_meta(path, key, width, footers) if path.is_dir() else _Stated(),
         table=None if numbers_frames else table_by_numbers(_episode_numbers(paths), path.name),
     )
 
@@ -203,10 +205,11 @@ def _opened(path: Path, name: str = "", **options: Any) -> Iterator[Any]:
 
 
 class _Footer(NamedTuple):
-    """width: action dimensions, 0 where only the rows tell."""
+    """width: action dimensions, 0 where only the rows tell; dtype: of actions, as numpy names it."""
 
     rows: int
     width: int
+    dtype: str
     columns: Sequence[str]
 
 
@@ -219,7 +222,8 @@ def _footer(path: Path, key: str) -> _Footer:
         for column in (key, _NUMBERING[0]):
             _require_column(name, schema.names, column)
         kind = schema.field(key).type
-        if not types.is_floating(getattr(kind, "value_type", kind)):
+        number = getattr(kind, "value_type", kind)
+        if not types.is_floating(number):
             raise SourceError(
                 f"{name}: column {key!r} is {kind}; expected lists of floating-point numbers: convert them if these "
                 "are actions, or name another column with --key"
@@ -230,7 +234,7 @@ def _footer(path: Path, key: str) -> _Footer:
         if not rows:
             raise SourceError(f"{name} has no rows; expected at least one step: remove the file")
         width = getattr(kind, "list_size", 0 if hasattr(kind, "value_type") else 1)
-        return _Footer(int(rows), int(width), schema.names)
+        return _Footer(int(rows), int(width), np.dtype(number.to_pandas_dtype()).name, schema.names)
 
 
 def _listed_width(path: Path, key: str) -> int:
@@ -272,23 +276,20 @@ def _as_integers(column: Any, label: str, name: str) -> Int64Array:
 # meta/ ----------------------------------------------------------------------------------------------------------------
 
 
-def _read_meta(meta: Path, found_steps: int) -> _Stated:
+def _read_meta(folder: Path, key: str, width: int, footers: Sequence[_Footer]) -> _Stated:
     """Raises SourceError where meta/ contradicts itself or the files."""
-    info = meta / "info.json"
-    stated: dict[str, Any] = {}
-    if info.exists():
-        with readable(info.name, "JSON"):
-            stated = json.loads(read_file(info, _META_SIZE_LIMIT))
-            if not isinstance(stated, dict):
+    meta, stated = folder / "meta", _info(folder)
+    with readable("meta/info.json", "JSON"):
+        column = stated.get("features", {}).get(key, {})
+        for footer in footers:
+            found = {"dtype": footer.dtype, "shape": [width]}
+            expected = {name: column.get(name, value) for name, value in found.items()}
+            if found != expected:
                 raise SourceError(
-                    f"meta/info.json holds {shown(stated)}; expected an object with codebase_version and more: "
-                    "copy the dataset again"
+                    f"meta/info.json states that {key!r} is {expected['dtype']} {expected['shape']}, the files in "
+                    f"data/ have {footer.dtype} {[width]}; expected the same: copy the dataset again"
                 )
-            version = str(stated.get("codebase_version", "v2."))
-        if not version.startswith(_VERSIONS):
-            raise SourceError(
-                f"meta/info.json states the layout {version}; expected v2 or v3: convert the dataset with LeRobot"
-            )
+    found_steps = sum(footer.rows for footer in footers)
     episodes = _listed(meta)
     counts = {
         "meta/info.json (total_frames)": stated.get("total_frames"),
@@ -307,6 +308,31 @@ def _read_meta(meta: Path, found_steps: int) -> _Stated:
             "same: copy the dataset again"
         )
     return _Stated(episodes, num_episodes, _listed_tasks(meta))
+
+
+def _info(folder: Path) -> dict[str, Any]:
+    """What meta/info.json states, or for it the table of contents of decoded actions. Raises SourceError."""
+    info = folder / "meta/info.json"
+    if not info.exists():
+        if (folder / INFO_NAME).exists():
+            decoded = read_info(folder)
+            return {"total_frames": decoded.num_steps, "total_episodes": decoded.num_episodes}
+        raise SourceError(
+            f"{folder.name} has no meta/info.json; expected all of a LeRobot folder, v2 or v3: copy the dataset again, "
+            "or give one of its .parquet files alone"
+        )
+    with readable("meta/info.json", "JSON"):
+        stated = json.loads(read_file(info, _META_SIZE_LIMIT))
+    if not isinstance(stated, dict):
+        raise SourceError(
+            f"meta/info.json holds {shown(stated)}; expected an object with codebase_version and more: copy the "
+            "dataset again"
+        )
+    version = stated.get("codebase_version")
+    if not str(version).startswith(_VERSIONS):
+        layout = "no codebase_version" if version is None else f"the layout {version}"
+        raise SourceError(f"meta/info.json states {layout}; expected v2 or v3: convert the dataset with LeRobot")
+    return stated
 
 
 def _listed(meta: Path) -> EpisodeTable | None:
