@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
@@ -34,22 +35,18 @@ _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
 
 def write_file(
-    dataset: TokenDataset,
-    tokenizer: ActionTokenizer,
-    output: Path,
-    kind: FileFormat,
-    progress: Progress,
-    *,
-    overwrite: bool,
-    restart: bool,
+    dataset: TokenDataset, tokenizer: ActionTokenizer, kind: FileFormat, options: argparse.Namespace, progress: Progress
 ) -> Verification:
-    """Write the actions of all steps in physical units, with their episodes. A killed run starts from the beginning."""
-    output = output.resolve()
+    """Write the actions of all steps in physical units, with their episodes. A killed run starts from the beginning.
+
+    options: of the command `tokenize`.
+    """
+    output = options.output.resolve()
     partial = partial_folder(output)
     write = _write_npz if kind == "npz" else _write_hdf5
     with output_errors(partial), locked(output):
-        _refuse_existing(output, overwrite=overwrite)
-        if restart:
+        _refuse_existing(output, overwrite=options.overwrite)
+        if options.restart:
             discard(partial)
         temporary = work_folder(partial, "decoded") / f"decoded.{kind}"
         coder = StepCoder(tokenizer)
@@ -67,7 +64,7 @@ def write_file(
                 verification = verify_actions(tokenizer, reader, written, dataset.num_steps)
         sync(temporary)
         # Again: decoding takes a while, and somebody may have written there meanwhile.
-        _refuse_existing(output, overwrite=overwrite)
+        _refuse_existing(output, overwrite=options.overwrite)
         temporary.replace(output)
         sync(output.parent)
     return verification
