@@ -31,6 +31,10 @@ _NUMBERS_NAME = "episode_index"
 TASK_NAMES = ("task_index", "task_names")
 
 
+#: What to do with an array of actions that is no such thing.
+AS_FLOATS = ", not empty: convert them with .astype(np.float32) if these are actions, or name another array with --key"
+
+
 class Described(Protocol):
     """An array, or its header alone."""
 
@@ -39,6 +43,10 @@ class Described(Protocol):
 
     @property
     def dtype(self) -> np.dtype[Any]: ...
+
+
+def unfit(where: str, array: Described, expected: str) -> SourceError:
+    return SourceError(f"{where} is {array.dtype} {list(array.shape)}; expected {expected}")
 
 
 def choose_arrays(
@@ -118,10 +126,8 @@ def check_actions(arrays: Mapping[str, Described], chosen: Sequence[str], source
                 "np.savez(path, demo_0=..., demo_1=...)"
             )
         if array.dtype.kind != "f" or len(array.shape) not in (2, 3) or not all(array.shape):
-            raise SourceError(
-                f"{source}: {name!r} is {array.dtype} {list(array.shape)}; expected floating-point numbers [N, A] or "
-                "[episodes, steps, A], not empty: convert them with .astype(np.float32) if these are actions, or name "
-                "another array with --key"
+            raise unfit(
+                f"{source}: {name!r}", array, f"floating-point numbers [N, A] or [episodes, steps, A]{AS_FLOATS}"
             )
         if len(chosen) > 1 and len(array.shape) != 2:
             raise SourceError(
@@ -205,17 +211,12 @@ def array_tasks(
         return [""] * episodes
     index = arrays[index_name]
     if index.shape != (episodes,) or index.dtype.kind not in "iu":
-        raise SourceError(
-            f"{source}: {index_name} is {index.dtype} {list(index.shape)}; expected one integer for each of {episodes} "
-            "episodes"
-        )
+        raise unfit(f"{source}: {index_name}", index, f"one integer for each of {episodes} episodes")
     names: dict[int, str] = {}
     if names_name in arrays:
         texts = arrays[names_name]
         if len(texts.shape) != 1 or texts.dtype.hasobject:
-            raise SourceError(
-                f"{source}: {names_name} is {texts.dtype} {list(texts.shape)}; expected one text for each task number"
-            )
+            raise unfit(f"{source}: {names_name}", texts, "one text for each task number")
         names = dict(enumerate(str(text) for part in read(names_name) for text in part))
     return [task_name(names, number) for part in read(index_name) for number in part.tolist()]
 
@@ -228,9 +229,7 @@ def task_name(names: Mapping[int, str], index: int) -> str:
 def _require_integers(name: str, array: Described, source: str, steps: int | None = None) -> None:
     """steps: how many integers are expected, where that is known. Raises SourceError."""
     if array.dtype.kind not in "iu" or len(array.shape) != 1:
-        raise SourceError(
-            f"{source}: {name!r} is {array.dtype} {list(array.shape)}; expected integers in one dimension"
-        )
+        raise unfit(f"{source}: {name!r}", array, "integers in one dimension")
     if steps is not None and array.shape != (steps,):
         raise SourceError(f"{source}: {steps} steps, but {name} {list(array.shape)}; expected one for each")
 

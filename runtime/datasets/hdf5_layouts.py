@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.paths import shortlist
-from .array_layouts import numbered_alike, require_equal, require_one_way
+from .array_layouts import AS_FLOATS, numbered_alike, require_equal, require_one_way, unfit
 from .errors import SourceError
 from .hdf5_storage import follow, require_stored
 from .steps import in_order, natural, optional
@@ -112,11 +112,7 @@ def _require_one_episode(file: Any, name: str, place: str, filter_key: str | Non
 def _check_actions(array: Any, where: str) -> None:
     require_stored(array, where)
     if array.dtype.kind != "f" or array.ndim != 2 or not array.size:
-        raise SourceError(
-            f"{where} is {array.dtype} {list(array.shape)}; expected floating-point numbers [steps, action "
-            "dimensions], at least one step: convert them with .astype(np.float32) if these are actions, or name "
-            "another array with --key"
-        )
+        raise unfit(where, array, f"floating-point numbers [steps, action dimensions], at least one step{AS_FLOATS}")
 
 
 def _are_equal(one: Any, other: Any) -> bool:

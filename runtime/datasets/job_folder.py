@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,22 +74,22 @@ def _lock(partial: Path) -> int:
             if LOCK_NAME not in (entries := _entries(partial)):
                 _refuse_foreign(partial, entries)
             descriptor = os.open(partial / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            with ExitStack() as stack:
+                stack.callback(os.close, descriptor)
+                if _hold(descriptor, partial):
+                    stack.pop_all()
+                    return descriptor
         except (FileNotFoundError, FileExistsError) as error:
             # The job that held the lock may just have ended and removed the folder.
             failure = error
-            continue
-        try:
-            if _hold(descriptor, partial):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
     raise failure or FileNotFoundError(f"{partial} is taken away again and again")
 
 
 def _hold(descriptor: int, partial: Path) -> bool:
-    """Lock it; whether it is still the file that lies there. Raises OutputError where another process holds it."""
+    """Lock it; whether it is still the file that lies there.
+
+    Raises OutputError where another process holds it, FileNotFoundError where none lies there.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -98,10 +98,7 @@ def _hold(descriptor: int, partial: Path) -> bool:
         raise OutputError(
             f"{partial} cannot be locked: {error}; its file system must offer locks (flock): give an --output elsewhere"
         ) from error
-    try:
-        return os.path.samestat((partial / LOCK_NAME).stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+    return os.path.samestat((partial / LOCK_NAME).stat(), os.fstat(descriptor))
 
 
 def _claim(partial: Path) -> None:
