@@ -32,12 +32,7 @@ from .job_folder import finish
 from .part_maker import parts_of_another_source
 from .part_record import PartRecord
 from .source_base import StepReader
-from .steps import (
-    AnyArray,
-    EpisodeTable,
-    has_changed,
-    optional,
-)
+from .steps import AnyArray, EpisodeTable, has_changed, optional
 from .token_reader import TokenDataset
 from .writers import hash_file, move, put, scratch_file, zarr_array
 

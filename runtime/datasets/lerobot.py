@@ -17,7 +17,7 @@ from .array_layouts import TASK_NAMES, table_by_numbers, task_name
 from .episodes import check_stated
 from .errors import SourceError
 from .format import INFO_NAME, read_info
-from .source_base import Source, StepReader, check_width, common_width
+from .source_base import Source, StepReader, check_width
 from .steps import (
     AnyArray,
     EpisodeTable,
@@ -31,8 +31,6 @@ from .steps import (
     opened,
     optional,
     readable,
-    shown_name,
-    source_file,
 )
 
 #: meta/info.json takes a few KB.
@@ -176,20 +174,16 @@ def parquet_files(folder: Path, pattern: str = "data/*/*.parquet") -> list[Path]
 def open_parquet(path: Path, key: str | None) -> ParquetSource:
     """One .parquet file, or a LeRobot folder. The footers are read, and compared with meta/."""
     key = "action" if key is None else key
-    root, paths = (path, parquet_files(path)) if path.is_dir() else (path.parent, [path])
+    paths = parquet_files(path) if path.is_dir() else [path]
     footers = [_footer(file, key) for file in paths]
-    starts = lengths_to_starts(np.array([footer.rows for footer in footers]))
     if numbers_frames := any(_NUMBERING[1] in footer.columns for footer in footers):
         for file, footer in zip(paths, footers, strict=True):
             _require_column(file.name, footer.columns, _NUMBERING[1])
-    width = common_width([footer.width for footer in footers], [file.name for file in paths])
-    width = width or _listed_width(paths[0], key)
-    return ParquetSource(
-        name=shown_name(path),
-        root=root,
-        files=tuple(source_file(file, root) for file in paths),
-        first_rows=starts,
-        width=width,
+    width = max(footer.width for footer in footers) or _listed_width(paths[0], key)
+    return ParquetSource.from_pieces(
+        path,
+        paths,
+        [(footer.rows, footer.width or width, file.name) for file, footer in zip(paths, footers, strict=True)],
         key=key,
         stated=_read_meta(path, key, width, footers) if path.is_dir() else _Stated(),
         table=None if numbers_frames else table_by_numbers(_episode_numbers(paths), path.name),

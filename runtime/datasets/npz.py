@@ -24,20 +24,8 @@ from .array_layouts import (
     episode_table,
 )
 from .errors import SourceError
-from .source_base import Source, StepReader, common_width
-from .steps import (
-    AnyArray,
-    EpisodeTable,
-    Int64Array,
-    Steps,
-    as_float32,
-    is_hidden,
-    lengths_to_starts,
-    opened,
-    readable,
-    shown_name,
-    source_file,
-)
+from .source_base import Source, StepReader
+from .steps import AnyArray, EpisodeTable, Int64Array, Steps, as_float32, is_hidden, opened, readable
 
 _NPZ, _NPY = "a .npz file", "a .npy file"
 _SLICE_STEPS = 1 << 20
@@ -156,12 +144,10 @@ def array_source(path: Path, arrays: Mapping[str, StoredArray | HeldArray], chos
 
     check_actions(arrays, chosen, path.name)
     table, stated = episode_table(arrays, chosen, path.name, read)
-    return ArraySource(
-        name=shown_name(path),
-        root=path.parent,
-        files=(source_file(path, path.parent),),
-        first_rows=lengths_to_starts(np.array([_rows(arrays[name]) for name in chosen])),
-        width=common_width([arrays[name].shape[-1] for name in chosen], [f"{path.name}, {name!r}" for name in chosen]),
+    return ArraySource.from_pieces(
+        path,
+        [path],
+        [(_rows(arrays[name]), arrays[name].shape[-1], f"{path.name}, {name!r}") for name in chosen],
         arrays=tuple(arrays[name] for name in chosen),
         members=tuple(array.member for name, array in arrays.items() if name in (*chosen, *stated, *TASK_NAMES)),
         table=table,

@@ -18,16 +18,7 @@ from .episodes import check_stated
 from .errors import SourceError, TokenDatasetError
 from .format import EPISODES_NAME, DatasetInfo, part_name, read_info
 from .source_base import Source, StepReader
-from .steps import (
-    AnyArray,
-    EpisodeTable,
-    Int64Array,
-    Steps,
-    lengths_to_starts,
-    optional,
-    shown_name,
-    source_file,
-)
+from .steps import AnyArray, EpisodeTable, Int64Array, Steps, lengths_to_starts, optional, shown_name, source_file
 from .writers import chunk_names, hash_file, unpack
 
 _AGAIN = "copy the dataset again, or tokenise the source again"
