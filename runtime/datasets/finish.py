@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Collection
 from contextlib import closing
 
@@ -168,19 +167,15 @@ def _write_zarr_tables(job: Job, info: DatasetInfo, table: EpisodeTable) -> dict
     shape = (model.latent_dim, model.num_layers)
     metadata: dict[str, dict[str, object]] = {
         ".zgroup": {"zarr_format": 2},
-        ".zattrs": {
-            **job.metadata(0, info.source.sha256),
-            "rfsq.model": json.loads(json.dumps(dataclasses.asdict(info.model))),
-        },
+        ".zattrs": {**job.metadata(0, info.source.sha256), "rfsq.model": dataclasses.asdict(info.model)},
         "data/.zgroup": {"zarr_format": 2},
         "meta/.zgroup": {"zarr_format": 2},
         "data/tokens/.zarray": zarr_array((steps, *shape), (chunk, *shape), "|u1", info.compression, "F"),
+        "data/episode_index/.zarray": zarr_array((steps,), (chunk,), "<i8", info.compression),
+        "data/frame_index/.zarray": zarr_array((steps,), (chunk,), "<i8", info.compression),
     }
-    for name in ("episode_index", "frame_index"):
-        metadata[f"data/{name}/.zarray"] = zarr_array((steps,), (chunk,), "<i8", info.compression)
     for name, values in arrays.items():
-        described = zarr_array(values.shape, values.shape, values.dtype.str, "none")
-        metadata[f"{name}/.zarray"] = {**described, "fill_value": 0 if values.dtype.kind == "i" else None}
+        metadata[f"{name}/.zarray"] = zarr_array(values.shape, values.shape, values.dtype.str, "none")
     contents = {name: spelled(content) for name, content in metadata.items()}
     contents[".zmetadata"] = spelled({"zarr_consolidated_format": 1, "metadata": metadata})
     contents |= {f"{name}/0": values.tobytes() for name, values in arrays.items()}

@@ -38,8 +38,9 @@ class PartMaker:
         self._coder = StepCoder(tokenizer)
         self._reader = job.source.open(job.source_width)
 
-    def make(self, part: int, on_steps: Callable[[int], None], is_stopped: Callable[[], bool]) -> PartRecord:
-        """Write the part and its record. on_steps: is told the number of steps after every block."""
+    def make(self, part: int, on_steps: Callable[[int], None]) -> None:
+        """Write the part and its record. on_steps: is told the number of steps after every block; what it raises ends
+        the part, and leaves nothing of it."""
         job = self._job
         start, stop = job.rows(part)
         digests: list[str] = []
@@ -47,8 +48,6 @@ class PartMaker:
         writer = part_writer(job, part)
         try:
             for row, steps in self._reader.slices(start, stop, job.block_steps):
-                if is_stopped():
-                    raise Stopped
                 digests += _digests(steps)
                 extend_runs(runs, steps, job.source, row)
                 writer.write(Steps(self._code(steps, row), steps.episode, steps.frame))
@@ -58,9 +57,7 @@ class PartMaker:
         except BaseException:
             writer.abandon()
             raise
-        record = PartRecord(part, files, tuple(digests), tuple(runs))
-        save_record(job, record)
-        return record
+        save_record(job, PartRecord(part, files, tuple(digests), tuple(runs)))
 
     def close(self) -> None:
         self._reader.close()
@@ -103,10 +100,15 @@ def run_local(job: Job, tokenizer: ActionTokenizer, parts: Sequence[int], worker
     for part in parts:
         waiting.put(part)
 
+    def on_steps(steps: int) -> None:
+        progress.add(steps)
+        if stopping.is_set():
+            raise Stopped
+
     def work() -> None:
         with closing(PartMaker(job, tokenizer)) as maker, output_errors(job.partial), suppress(Empty, Stopped):
             while not stopping.is_set():
-                maker.make(waiting.get_nowait(), progress.add, stopping.is_set)
+                maker.make(waiting.get_nowait(), on_steps)
 
     with ThreadPoolExecutor(workers, "part-maker") as pool:
         working = {pool.submit(work) for _ in range(workers)}

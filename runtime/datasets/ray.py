@@ -83,7 +83,7 @@ class RayWorker:
             with output_errors(self._job.partial):
                 if self._maker is None:
                     self._maker = PartMaker(self._job, open_tokenizer(self._job))
-                self._maker.make(part, lambda _: None, lambda: False)
+                self._maker.make(part, lambda _: None)
         except TokenizerError as error:
             return {**found, "error": pickle.dumps(error)}
         return found

@@ -18,7 +18,7 @@ from .episodes import check_stated
 from .errors import SourceError, TokenDatasetError
 from .format import EPISODES_NAME, DatasetInfo, part_name, read_info
 from .source_base import Source, StepReader
-from .steps import AnyArray, EpisodeTable, Int64Array, Steps, lengths_to_starts, optional, shown_name, source_file
+from .steps import EpisodeTable, Int64Array, Steps, lengths_to_starts, optional, shown_name, source_file
 from .writers import chunk_names, hash_file, unpack
 
 _AGAIN = "copy the dataset again, or tokenise the source again"
@@ -98,7 +98,11 @@ class _DatasetReader(StepReader):
         part, group = divmod(index, info.steps_per_file // info.steps_per_block)
         table = self._at(part).read_row_group(group, use_threads=False)
         episode, frame, column = (table.column(place).combine_chunks() for place in range(3))
-        return Steps(_values(column, info), episode.to_numpy(), frame.to_numpy())
+        if info.content == "actions":
+            values = np.asarray(column.flatten().to_numpy())
+        else:
+            values = np.frombuffer(column.buffers()[1], np.uint8, len(column) * info.width, column.offset * info.width)
+        return Steps(values.reshape(-1, info.width), episode.to_numpy(), frame.to_numpy())
 
     def _read_zarr(self, index: int) -> Steps:
         info, steps = self._source.info, self._source.info.steps_per_block
@@ -189,10 +193,3 @@ class TokenDataset(Source):
     def _episodes_column(self, name: str) -> Any:
         self.verify(EPISODES_NAME)
         return optional("pyarrow.parquet").ParquetFile(self.root / EPISODES_NAME).read([name]).column(0)
-
-
-def _values(column: Any, info: DatasetInfo) -> AnyArray:
-    if info.content == "actions":
-        return np.asarray(column.flatten().to_numpy()).reshape(-1, info.width)
-    buffer = column.buffers()[1]
-    return np.frombuffer(buffer, np.uint8, len(column) * info.width, column.offset * info.width).reshape(-1, info.width)

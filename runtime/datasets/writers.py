@@ -197,7 +197,7 @@ def zarr_array(
         "chunks": list(chunks),
         "dtype": dtype,
         "compressor": compressor,
-        "fill_value": 0,
+        "fill_value": None if "S" in dtype else 0,
         "order": order,
         "filters": None,
     }
