@@ -15,8 +15,8 @@ from .errors import OutputError, TokenDatasetError
 from .finish import complete
 from .format import INFO_NAME, DatasetInfo, Storage, Verification, read_info
 from .job import Job, partial_folder, plan
-from .job_folder import Begun, begin, give_up, load_records, locked, output_errors, was_finished
-from .part_maker import parts_of_another_source, run_local
+from .job_folder import Begun, begin, give_up, locked, output_errors, was_finished
+from .parts import finished_parts, parts_of_another_source, run_local
 from .progress import Progress
 from .sources import open_source
 from .token_reader import TokenDataset, open_token_dataset
@@ -131,10 +131,10 @@ def _run(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace) -> D
 
 def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, begun: Begun) -> DatasetInfo:
     job.source.check()
-    done = begun.done
+    done = finished_parts(job)
     if done and begun.is_touched:
         _say("the source may have changed meanwhile: comparing its steps with those of the finished parts")
-        done -= parts_of_another_source(job, load_records(job, done))
+        done = {part: done[part] for part in done.keys() - parts_of_another_source(job, done.values())}
     missing = [part for part in range(job.num_parts) if part not in done]
     steps_done = sum(stop - start for start, stop in map(job.rows, done))
     size = f"{counted(job.source.num_steps, 'step')} in {counted(job.num_parts, 'part')}"
@@ -149,7 +149,7 @@ def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, beg
     elif missing:
         run_local(job, tokenizer, missing, min(options.workers, len(missing)), progress)
     progress.finish()
-    info = complete(job, tokenizer, load_records(job, range(job.num_parts)), overwrite=options.overwrite)
+    info = complete(job, tokenizer, overwrite=options.overwrite)
     _report_verified(progress, info.verification)
     if not options.decode:
         total = sum(entry.size for entry in info.files.values())

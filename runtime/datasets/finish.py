@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection
 from contextlib import closing
 
 import numpy as np
@@ -28,8 +27,7 @@ from .format import (
 )
 from .job import Job
 from .job_folder import finish
-from .part_maker import parts_of_another_source
-from .part_record import PartRecord
+from .parts import load_records, parts_of_another_source
 from .source_base import StepReader
 from .steps import AnyArray, EpisodeTable, has_changed, optional
 from .token_reader import TokenDataset
@@ -38,17 +36,17 @@ from .writers import hash_file, move, put, scratch_file, zarr_array
 _WINDOWS, _WINDOW_STEPS = 8, 512
 
 
-def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecord], *, overwrite: bool) -> DatasetInfo:
+def complete(job: Job, tokenizer: ActionTokenizer, *, overwrite: bool) -> DatasetInfo:
     """Join all parts, verify a sample of them, and put the dataset in its place.
 
-    records: of all parts. Raises SourceError where the source changed or states other episodes, VerificationError where
-    the sample is not what the tokenizer gives.
+    Raises SourceError where the source changed or states other episodes, VerificationError where the sample is not what
+    the tokenizer gives.
     """
-    ordered = sorted(records, key=lambda record: record.part)
-    table = join_runs([run for record in ordered for run in record.runs], job.source)
-    digests = b"".join(bytes.fromhex(digest) for record in ordered for digest in record.digests)
+    records = load_records(job)
+    table = join_runs([run for record in records for run in record.runs], job.source)
+    digests = b"".join(bytes.fromhex(digest) for record in records for digest in record.digests)
     source = SourceInfo(job.source.name, job.key, hashlib.sha256(digests).hexdigest(), job.filter_key or None)
-    files = {name: entry for record in ordered for name, entry in record.files.items()}
+    files = {name: entry for record in records for name, entry in record.files.items()}
     info = DatasetInfo(
         **job.facts(),
         schema_version=SCHEMA_VERSION,
@@ -64,7 +62,7 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
     write = _write_parquet_episodes if job.storage == "parquet" else _write_zarr_tables
     info = dataclasses.replace(info, files={**files, **write(job, info, table)})
     touched = job.source.touched_file()
-    if touched is not None and parts_of_another_source(job, ordered):
+    if touched is not None and parts_of_another_source(job, records):
         raise has_changed(touched)
     put(info_text(info).encode(), job.data, INFO_NAME, job.scratch)
     finish(job, overwrite=overwrite)

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,10 @@ from ..bundle.errors import TokenizerError
 from ..bundle.ownership import Ownership
 from ..bundle.writing import sync
 from .errors import OutputError, VerificationError
-from .format import HASH_STEPS, INFO_NAME, spelled
+from .format import INFO_NAME, spelled
 from .job import LOCK_NAME, Job, ownership_of, partial_folder
-from .part_record import PartRecord
 from .steps import is_hidden
-from .writers import hash_file, part_files, put
+from .writers import put
 
 _IDENTITY_NAME = "job.json"
 #: A job that ends removes the folder, maybe while this one locks it. More often than this, the place is at fault.
@@ -143,13 +142,9 @@ def _put_back(output: Path, partial: Path) -> None:
 
 @dataclass(frozen=True)
 class Begun:
-    """done: finished parts of an earlier run, read again and hashed.
+    """is_touched: whether the source may have changed since an earlier run made parts; replaced: why the work of an
+    earlier run was discarded, where it was."""
 
-    is_touched: whether the source may have changed since they were made; replaced: why the work of an earlier run was
-    discarded, where it was.
-    """
-
-    done: frozenset[int]
     is_touched: bool
     replaced: str
 
@@ -182,7 +177,7 @@ def begin(job: Job, *, overwrite: bool, restart: bool) -> Begun:
     stamps = job.stamps if earlier is None else earlier["stamps"]
     if earlier is None or earlier["refused"]:
         _write_identity(job, stamps, "")
-    return Begun(frozenset(_finished_parts(job)), stamps != job.stamps, replaced)
+    return Begun(stamps != job.stamps, replaced)
 
 
 def discard(partial: Path) -> None:
@@ -243,52 +238,6 @@ def _differences(job: Job, earlier: dict[str, Any]) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 200 else f"{text[:120]}… (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
-
-
-# Parts ----------------------------------------------------------------------------------------------------------------
-
-
-def save_record(job: Job, record: PartRecord) -> None:
-    path = _record_path(job, record.part)
-    put(record.text(job.work.name), path.parent, path.name, job.scratch)
-
-
-def load_records(job: Job, parts: Iterable[int]) -> list[PartRecord]:
-    """The records of these parts, in order. Raises OutputError where one is missing or was altered."""
-    try:
-        return [_record(job, part) for part in sorted(parts)]
-    except FileNotFoundError as error:
-        raise OutputError(f"{error.filename} is missing: it was removed while the job ran; run it again") from error
-
-
-def _record(job: Job, part: int) -> PartRecord:
-    path = _record_path(job, part)
-    start, stop = job.rows(part)
-    try:
-        record = PartRecord.parse(path.read_bytes(), job.work.name)
-        record.check(part, part_files(job, part), stop - start, -(-(stop - start) // HASH_STEPS))
-    except OutputError as error:
-        raise OutputError(f"{path}: {error}; run the command again, and the part is made anew") from error
-    return record
-
-
-def _record_path(job: Job, part: int) -> Path:
-    return job.work / "done" / f"{part:09d}.json"
-
-
-def _finished_parts(job: Job) -> Iterator[int]:
-    for part in range(job.num_parts):
-        try:
-            record = _record(job, part)
-        except FileNotFoundError:
-            continue
-        except OutputError:
-            # A power cut leaves such files, and so does an edit by hand. The part is made again.
-            _record_path(job, part).unlink()
-            continue
-        paths = {job.data / name: entry for name, entry in record.files.items()}
-        if all(path.is_file() and hash_file(path) == entry for path, entry in paths.items()):
-            yield part
 
 
 # The end --------------------------------------------------------------------------------------------------------------

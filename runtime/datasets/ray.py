@@ -13,7 +13,7 @@ from ..bundle.errors import TokenizerError
 from .errors import DatasetError
 from .job import Job, open_tokenizer
 from .job_folder import output_errors
-from .part_maker import PartMaker
+from .parts import PartMaker
 from .progress import Progress
 
 #: The least that Ray accepts; a row is a few numbers.

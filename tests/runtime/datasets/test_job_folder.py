@@ -255,7 +255,7 @@ def test_a_file_system_that_cannot_force_names_to_the_disk_is_good_enough(
 
 
 def add_seven_steps(path: Path, *, hash_anew: bool = False, work: str = "") -> None:
-    from rfsq.runtime.datasets.part_record import PartRecord
+    from rfsq.runtime.datasets.parts import PartRecord
 
     content = json.loads(path.read_bytes())
     content["runs"][0][3] += 7
