@@ -15,7 +15,7 @@ from ..bundle.errors import FingerprintError
 from ..bundle.paths import as_path
 from ..bundle.reading import read_file
 from .episodes import check_stated
-from .errors import SourceError, TokenDatasetError
+from .errors import TokenDatasetError
 from .format import EPISODES_NAME, DatasetInfo, part_name, read_info
 from .source_base import Source, StepReader
 from .steps import EpisodeTable, Int64Array, Steps, lengths_to_starts, optional, shown_name, source_file
@@ -68,13 +68,6 @@ class _DatasetReader(StepReader):
     def __init__(self, source: TokenDataset) -> None:
         super().__init__(source)
         self._block: tuple[int, Steps] | None = None
-
-    def read(self, start: int, stop: int) -> Steps:
-        """Rows start … stop - 1 of the whole dataset. Raises TokenDatasetError."""
-        try:
-            return super().read(start, stop)
-        except SourceError as error:
-            raise TokenDatasetError(str(error)) from error
 
     def _read(self, piece: int, start: int, stop: int) -> Steps:
         source = self._source
