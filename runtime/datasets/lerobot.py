@@ -38,17 +38,20 @@ _META_SIZE_LIMIT = 2**26
 _KIND, _MAGIC = "a Parquet file", b"PAR1"
 _NUMBERING = ("episode_index", "frame_index")
 _TASK = TASK_NAMES[0]
-# LeRobot keeps the texts in the index of a table, which pandas writes under the second name where it has none.
-_TASK_COLUMNS = ("task", "__index_level_0__")
+_INDEX = "__index_level_0__"
 _VERSIONS = ("v2.", "v3.")
+#: How many steps and episodes there are, by the names of the files that state it.
+_TOTALS = {"meta/info.json": ("total_frames", "total_episodes"), INFO_NAME: ("num_steps", "num_episodes")}
 _BATCH_STEPS = 65_536
 #: Size of the buffer through which columns are read: a large row group then needs no more memory than a small one.
 _BUFFER_BYTES = 1 << 20
 
 
 class _Stated(NamedTuple):
-    """What meta/ says. episodes: in order; num_episodes: of info.json, any JSON; tasks: texts by their numbers."""
+    """What meta/ says. name: of the file that states num_episodes, any JSON; episodes: in order; tasks: texts by their
+    numbers."""
 
+    name: str = ""
     episodes: EpisodeTable | None = None
     num_episodes: Any = None
     tasks: Mapping[int, str] = {}
@@ -145,7 +148,7 @@ class ParquetSource(Source):
             check_stated(self.name, self.stated.episodes, found)
         elif self.stated.num_episodes not in (None, len(found.numbers)):
             raise SourceError(
-                f"meta/info.json states {self.stated.num_episodes} episodes, the files in data/ have "
+                f"{self.stated.name} states {self.stated.num_episodes} episodes, the files in data/ have "
                 f"{len(found.numbers)}; expected the same: copy the dataset again"
             )
 
@@ -272,21 +275,22 @@ def _as_integers(column: Any, label: str, name: str) -> Int64Array:
 
 def _read_meta(folder: Path, key: str, width: int, footers: Sequence[_Footer]) -> _Stated:
     """Raises SourceError where meta/ contradicts itself or the files."""
-    meta, stated = folder / "meta", _info(folder)
-    with readable("meta/info.json", "JSON"):
+    meta, (name, stated) = folder / "meta", _info(folder)
+    with readable(name, "JSON"):
         column = stated.get("features", {}).get(key, {})
         for footer in footers:
             found = {"dtype": footer.dtype, "shape": [width]}
             expected = {name: column.get(name, value) for name, value in found.items()}
             if found != expected:
                 raise SourceError(
-                    f"meta/info.json states that {key!r} is {expected['dtype']} {expected['shape']}, the files in "
+                    f"{name} states that {key!r} is {expected['dtype']} {expected['shape']}, the files in "
                     f"data/ have {footer.dtype} {[width]}; expected the same: copy the dataset again"
                 )
+    steps, total_episodes = _TOTALS[name]
     found_steps = sum(footer.rows for footer in footers)
     episodes = _listed(meta)
     counts = {
-        "meta/info.json (total_frames)": stated.get("total_frames"),
+        f"{name} ({steps})": stated.get(steps),
         "meta/episodes": None if episodes is None else int(episodes.starts[-1]),
     }
     for where, count in counts.items():
@@ -295,22 +299,21 @@ def _read_meta(folder: Path, key: str, width: int, footers: Sequence[_Footer]) -
                 f"{where} states {count} steps, the files in data/ have {found_steps}; expected the same: files are "
                 "missing, or were not finished; copy the dataset again"
             )
-    num_episodes = stated.get("total_episodes")
+    num_episodes = stated.get(total_episodes)
     if episodes is not None and num_episodes not in (None, len(episodes.numbers)):
         raise SourceError(
-            f"meta/info.json states {num_episodes} episodes, meta/episodes lists {len(episodes.numbers)}; expected the "
+            f"{name} states {num_episodes} episodes, meta/episodes lists {len(episodes.numbers)}; expected the "
             "same: copy the dataset again"
         )
-    return _Stated(episodes, num_episodes, _listed_tasks(meta))
+    return _Stated(name, episodes, num_episodes, dict(_rows(meta, "tasks", "tasks.parquet", task_index=int, task=str)))
 
 
-def _info(folder: Path) -> dict[str, Any]:
-    """What meta/info.json states, or for it the table of contents of decoded actions. Raises SourceError."""
+def _info(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The file that describes the dataset, and its content; decoded actions have one of ours. Raises SourceError."""
     info = folder / "meta/info.json"
     if not info.exists():
         if (folder / INFO_NAME).exists():
-            decoded = read_info(folder)
-            return {"total_frames": decoded.num_steps, "total_episodes": decoded.num_episodes}
+            return INFO_NAME, vars(read_info(folder))
         raise SourceError(
             f"{folder.name} has no meta/info.json; expected all of a LeRobot folder, v2 or v3: copy the dataset again, "
             "or give one of its .parquet files alone"
@@ -326,44 +329,33 @@ def _info(folder: Path) -> dict[str, Any]:
     if not str(version).startswith(_VERSIONS):
         layout = "no codebase_version" if version is None else f"the layout {version}"
         raise SourceError(f"meta/info.json states {layout}; expected v2 or v3: convert the dataset with LeRobot")
-    return stated
+    return "meta/info.json", stated
 
 
 def _listed(meta: Path) -> EpisodeTable | None:
-    listed = meta / "episodes.jsonl"
-    entries: list[tuple[Any, ...]] = []
-    if listed.exists():
-        entries = _json_lines(listed, episode_index=int, length=int)
-    else:
-        for path in parquet_files(meta, "episodes/*/*.parquet"):
-            with _opened(path) as file:
-                table = file.read(columns=["episode_index", "length"])
-                columns = (table.column(name).to_pylist() for name in ("episode_index", "length"))
-                entries += zip(*columns, strict=True)
-    if not entries:
+    rows = _rows(meta, "episodes", "episodes/*/*.parquet", episode_index=int, length=int)
+    if not rows:
         return None
     with readable("meta/episodes", "integers"):
-        numbers, lengths = np.array(entries, np.int64).T
+        numbers, lengths = np.array(rows, np.int64).T
     order = np.argsort(numbers, kind="stable")
     return EpisodeTable(lengths_to_starts(lengths[order]), numbers[order])
 
 
-def _json_lines(path: Path, **kinds: type) -> list[tuple[Any, ...]]:
-    """The values of these keys in each line, converted. Raises SourceError."""
-    with opened(path, "JSON lines") as file:
-        lines = [json.loads(line) for line in file if line.strip()]
-        return [tuple(kind(line[name]) for name, kind in kinds.items()) for line in lines]
-
-
-def _listed_tasks(meta: Path) -> dict[int, str]:
-    """Task texts by number: meta/tasks.jsonl (v2), meta/tasks.parquet (v3)."""
-    if (path := meta / "tasks.jsonl").exists():
-        return dict(_json_lines(path, task_index=int, task=str))
-    if (path := meta / "tasks.parquet").exists():
+def _rows(meta: Path, name: str, pattern: str, **columns: type) -> list[tuple[Any, ...]]:
+    """The values of these columns in each row of a table, of NAME.jsonl (v2) or of Parquet (v3). Raises SourceError."""
+    if (lines := meta / f"{name}.jsonl").exists():
+        with opened(lines, "JSON lines") as file:
+            entries = [json.loads(line) for line in file if line.strip()]
+            return [tuple(kind(entry[column]) for column, kind in columns.items()) for entry in entries]
+    rows: list[tuple[Any, ...]] = []
+    for path in parquet_files(meta, pattern):
         with _opened(path) as file:
-            table = file.read()
-            texts = [name for name in _TASK_COLUMNS if name in table.column_names]
-            if not texts or _TASK not in table.column_names:
-                raise SourceError(f"{path.name} has {shortlist(table.column_names)}; expected task_index and task")
-            return dict(zip(table.column(_TASK).to_pylist(), table.column(texts[0]).to_pylist(), strict=True))
-    return {}
+            there = file.schema_arrow.names
+            # LeRobot keeps the texts of tasks in the index of a table, which pandas writes so where it has no name.
+            found = [_INDEX if column not in there and column == "task" else column for column in columns]
+            if not set(found) <= set(there):
+                raise SourceError(f"{path.name} has {shortlist(there)}; expected {' and '.join(columns)}")
+            table = file.read(columns=found)
+            rows += zip(*(table.column(column).to_pylist() for column in found), strict=True)
+    return rows

@@ -354,6 +354,10 @@ CONTRADICTORY: dict[str, tuple[Write, str]] = {
         hdf5(lambda file: file.__setitem__("data/demo_01/actions", STEPS)),
         r"x\.hdf5 has 'demo_0?1' and 'demo_0?1', which bear the same number",
     ),
+    "a file of HDF5 twice with other zeros": (
+        lambda folder: [write_hdf5(folder / name, EPISODES) for name in ("x_1.hdf5", "x_01.hdf5")] and folder,
+        r"has 'x_0?1\.hdf5' and 'x_0?1\.hdf5', which bear the same number",
+    ),
     "an array beside arrays of episodes": (
         npz(actions=STEPS, demo_0=STEPS[:5], demo_1=STEPS[5:]),
         "x.npz has actions in actions and in demo_0, demo_1; expected one set",

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rfsq.rfsq_ref.data import load_actions
+from rfsq.rfsq_ref.errors import DataError
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.bundle.errors import FingerprintError, InvalidInputError, TokenizerError
 from rfsq.runtime.bundle.fidelity import Grade, fidelity
@@ -362,6 +363,17 @@ def test_tokens_become_the_actions_that_the_tokenizer_gives(
     read = load_actions(output)
     assert [len(episode) for episode in read.episodes] == list(LENGTHS)
     np.testing.assert_array_equal(read.steps(), actions)
+
+
+def test_decoded_actions_are_held_against_their_own_table_of_contents(
+    tokens: Path, c_bundle: Path, tmp_path: Path
+) -> None:
+    run(tokens, tmp_path / "x.parquet", c_bundle, "--decode")
+    (tmp_path / "x.parquet/data/chunk-000/file-002.parquet").unlink()
+    with pytest.raises(
+        DataError, match=r"dataset\.json \(num_steps\) states 20001 steps, the files in data/ have 16384"
+    ):
+        load_actions(tmp_path / "x.parquet")
 
 
 def test_decoded_files_are_whole_and_the_same_each_time(tokens: Path, c_bundle: Path, tmp_path: Path) -> None:
