@@ -31,7 +31,7 @@ from .parts import load_records, parts_of_another_source
 from .source_base import StepReader
 from .steps import AnyArray, EpisodeTable, has_changed, optional
 from .token_reader import TokenDataset
-from .writers import hash_file, move, put, scratch_file, zarr_array
+from .writers import put, put_file, scratch_file, zarr_array
 
 _WINDOWS, _WINDOW_STEPS = 8, 512
 
@@ -148,9 +148,7 @@ def _write_parquet_episodes(job: Job, info: DatasetInfo, table: EpisodeTable) ->
     metadata = job.metadata(0, info.source.sha256)
     temporary = scratch_file(job.scratch, EPISODES_NAME)
     parquet.write_table(arrow.table(columns).replace_schema_metadata(metadata), temporary)
-    entry = hash_file(temporary)
-    move(temporary, job.data, EPISODES_NAME)
-    return {EPISODES_NAME: entry}
+    return put_file(temporary, job.data, EPISODES_NAME)
 
 
 def _write_zarr_tables(job: Job, info: DatasetInfo, table: EpisodeTable) -> dict[str, FileEntry]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from .job import Job
 from .job_folder import output_errors
 from .progress import Progress
 from .steps import AnyArray, Steps
-from .writers import hash_file, part_files, part_writer, put
+from .writers import hash_file, part_files, put, write_part
 
 _WAIT_SECONDS = 0.1
 
@@ -156,18 +156,18 @@ class PartMaker:
         start, stop = job.rows(part)
         digests: list[str] = []
         runs: list[Run] = []
-        writer = part_writer(job, part)
-        try:
+
+        def blocks() -> Iterator[Steps]:
             for row, steps in self._reader.slices(start, stop, job.block_steps):
-                digests += _digests(steps)
+                digests.extend(_digests(steps))
                 extend_runs(runs, steps, job.source, row)
-                writer.write(Steps(self._code(steps, row), steps.episode, steps.frame))
+                yield Steps(self._code(steps, row), steps.episode, steps.frame)
                 on_steps(len(steps))
-            digest = hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
-            files = writer.close(job.metadata(start, digest))
-        except BaseException:
-            writer.abandon()
-            raise
+
+        def metadata() -> dict[str, str]:
+            return job.metadata(start, hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest())
+
+        files = write_part(job, part, blocks(), metadata)
         record, path = PartRecord(part, files, tuple(digests), tuple(runs)), _record_path(job, part)
         put(record.text(job.work.name), path.parent, path.name, job.scratch)
 
