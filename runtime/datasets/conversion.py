@@ -15,9 +15,10 @@ from .errors import OutputError, TokenDatasetError
 from .finish import complete
 from .format import INFO_NAME, DatasetInfo, Storage, Verification, read_info
 from .job import Job, partial_folder, plan
-from .job_folder import Begun, begin, give_up, locked, output_errors, was_finished
+from .job_folder import begin, give_up, locked, output_errors, was_finished
 from .parts import finished_parts, parts_of_another_source, run_local
 from .progress import Progress
+from .source_base import Source
 from .sources import open_source
 from .token_reader import TokenDataset, open_token_dataset
 from .tokenize import DECODED, ENCODED
@@ -51,13 +52,9 @@ def convert(options: argparse.Namespace) -> DatasetInfo:
     with ActionTokenizer.load(
         options.bundle, backend=options.backend, expect_fingerprint=options.expect_fingerprint
     ) as tokenizer:
-        if kind in ("npz", "hdf5"):
-            return _write_file(_open_tokens(options, tokenizer), tokenizer, cast(FileFormat, kind), options)
-        source = (
-            _open_tokens(options, tokenizer)
-            if options.decode
-            else open_source(options.data, options.key, options.filter_key)
-        )
+        source = _open(options, tokenizer)
+        if isinstance(source, TokenDataset) and kind in ("npz", "hdf5"):
+            return _write_file(source, tokenizer, cast(FileFormat, kind), options)
         job = plan(source, tokenizer, options, cast(Storage, kind))
         with output_errors(job.partial), locked(job.output):
             info = _run(job, tokenizer, options)
@@ -81,7 +78,9 @@ def _check_places(options: argparse.Namespace) -> None:
         )
 
 
-def _open_tokens(options: argparse.Namespace, tokenizer: ActionTokenizer) -> TokenDataset:
+def _open(options: argparse.Namespace, tokenizer: ActionTokenizer) -> Source:
+    if not options.decode:
+        return open_source(options.data, options.key, options.filter_key)
     dataset = open_token_dataset(options.data, expect_fingerprint=tokenizer.fingerprint)
     if dataset.info.content != "tokens":
         raise TokenDatasetError(f"{options.data} holds {dataset.info.content}; expected tokens to decode")
@@ -118,21 +117,21 @@ def _run(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace) -> D
     if was_finished(job):
         _say(f"✓ {options.output} was finished by an earlier run")
         return read_info(job.output)
-    begun = begin(job, overwrite=options.overwrite, restart=options.restart)
-    if begun.replaced:
-        _say(f"{begun.replaced}; what it is to be made of has changed since: beginning anew")
+    is_touched, replaced = begin(job, overwrite=options.overwrite, restart=options.restart)
+    if replaced:
+        _say(f"{replaced}; what it is to be made of has changed since: beginning anew")
     try:
         with output_errors(job.partial):
-            return _make(job, tokenizer, options, begun)
+            return _make(job, tokenizer, options, is_touched=is_touched)
     except TokenizerError as error:
         give_up(job, error)
         raise
 
 
-def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, begun: Begun) -> DatasetInfo:
+def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, *, is_touched: bool) -> DatasetInfo:
     job.source.check()
     done = finished_parts(job)
-    if done and begun.is_touched:
+    if done and is_touched:
         _say("the source may have changed meanwhile: comparing its steps with those of the finished parts")
         done = {part: done[part] for part in done.keys() - parts_of_another_source(job, done.values())}
     missing = [part for part in range(job.num_parts) if part not in done]

@@ -16,7 +16,6 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -140,18 +139,10 @@ def _put_back(output: Path, partial: Path) -> None:
 # Beginning ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Begun:
-    """is_touched: whether the source may have changed since an earlier run made parts; replaced: why the work of an
-    earlier run was discarded, where it was."""
-
-    is_touched: bool
-    replaced: str
-
-
-def begin(job: Job, *, overwrite: bool, restart: bool) -> Begun:
+def begin(job: Job, *, overwrite: bool, restart: bool) -> tuple[bool, str]:
     """Lay the folder out, or find what an earlier run of the same job has finished.
 
+    Returns whether the source may have changed since that run, and why its work was discarded, "" where it was not.
     Raises OutputError where the output exists, or another job was begun in its place.
     """
     if job.output.exists():
@@ -177,7 +168,7 @@ def begin(job: Job, *, overwrite: bool, restart: bool) -> Begun:
     stamps = job.stamps if earlier is None else earlier["stamps"]
     if earlier is None or earlier["refused"]:
         _write_identity(job, stamps, "")
-    return Begun(stamps != job.stamps, replaced)
+    return stamps != job.stamps, replaced
 
 
 def discard(partial: Path) -> None:

@@ -40,8 +40,12 @@ def open_token_dataset(path: str | os.PathLike[str], *, expect_fingerprint: str 
 
 def _open(folder: Path, expect_fingerprint: str | None) -> TokenDataset:
     info = read_info(folder)
-    if expect_fingerprint is not None:
-        check_fingerprint(folder, info, expect_fingerprint)
+    if expect_fingerprint is not None and not matches_fingerprint(info.fingerprint, expect_fingerprint):
+        raise FingerprintError(
+            f"the tokens in {folder} have the fingerprint {info.fingerprint!r}, expected {expect_fingerprint!r}: they "
+            "mean something else to that tokenizer, and would become other actions; use the bundle that made them, or "
+            f"one of the ways in {page('integration')}"
+        )
     for name, entry in info.files.items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else None
@@ -49,15 +53,6 @@ def _open(folder: Path, expect_fingerprint: str | None) -> TokenDataset:
             found = "is missing" if size is None else f"has {size} bytes, it was written with {entry.size}"
             raise TokenDatasetError(f"{name} in {folder} {found}: the dataset is truncated or was altered; {_AGAIN}")
     return TokenDataset.of(folder, info)
-
-
-def check_fingerprint(folder: Path, info: DatasetInfo, expected: str) -> None:
-    if not matches_fingerprint(info.fingerprint, expected):
-        raise FingerprintError(
-            f"the tokens in {folder} have the fingerprint {info.fingerprint!r}, expected {expected!r}: they mean "
-            "something else to that tokenizer, and would become other actions; use the bundle that made them, or one "
-            f"of the ways in {page('integration')}"
-        )
 
 
 class _DatasetReader(StepReader):
