@@ -6,7 +6,7 @@ Nothing here unpickles: what a file holds besides plain arrays is refused.
 import hashlib
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,15 +17,10 @@ import numpy.typing as npt
 
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.runtime.bundle.paths import as_path, counted, shortlist
-from rfsq.runtime.datasets.array_layouts import (
-    are_comparable,
-    array_tasks,
-    check_actions,
-    choose_arrays,
-    episode_table,
-)
+from rfsq.runtime.datasets.array_layouts import are_comparable, choose_arrays
 from rfsq.runtime.datasets.episodes import WholePass
 from rfsq.runtime.datasets.errors import DatasetError, SourceError
+from rfsq.runtime.datasets.npz import HeldArray, array_source
 from rfsq.runtime.datasets.source_base import Source
 from rfsq.runtime.datasets.sources import open_source
 from rfsq.runtime.datasets.steps import opened, optional, readable
@@ -164,9 +159,7 @@ def load_actions(
     """
     path = as_path(path, "the data", DataError)
     try:
-        if path.suffix.lower() == ".pt" and path.exists() and not path.is_dir() and not filter_key:
-            return _load_pt(path, key)
-        return _load_source(path, open_source(path, key, filter_key))
+        return _load_source(path, open_source(path, key, filter_key, {".pt": _open_pt}))
     except DatasetError as error:
         raise DataError(str(error)) from error
 
@@ -198,7 +191,8 @@ def _load_source(path: Path, source: Source) -> ActionDataset:
     )
 
 
-def _load_pt(path: Path, key: str | None) -> ActionDataset:
+def _open_pt(path: Path, key: str | None) -> Source:
+    """The tensors of a .pt file, which cannot be read in slices. Raises SourceError."""
     with opened(path, "a .pt file of tensors") as file:
         content = _load_tensors(file, path.name)
         # A tensor alone, or one for each episode.
@@ -208,8 +202,7 @@ def _load_pt(path: Path, key: str | None) -> ActionDataset:
         if isinstance(content[chosen[0]], list):
             episodes = {f"episode_{place}": one for place, one in enumerate(found[chosen[0]])}
             arrays, chosen = {**arrays, **episodes}, tuple(episodes)
-        parts, names, tasks, has_borders = _episodes(arrays, chosen, path.name)
-    return ActionDataset(parts, names, tasks, path.name, has_borders)
+        return array_source(path, {name: HeldArray(name, values) for name, values in arrays.items()}, chosen)
 
 
 def _load_tensors(file: BinaryIO, source: str) -> dict[str, _AnyArray | list[_AnyArray]]:
@@ -270,27 +263,6 @@ def _are_equal(ones: Sequence[_AnyArray], others: Sequence[_AnyArray]) -> bool:
     return len(ones) == len(others) and all(
         are_comparable(one, other) and one.tobytes() == other.tobytes() for one, other in zip(ones, others, strict=True)
     )
-
-
-def _episodes(
-    arrays: Mapping[str, _AnyArray], chosen: Sequence[str], source: str
-) -> tuple[tuple[_AnyArray, ...], tuple[str, ...], tuple[str, ...], bool]:
-    """Episodes, names, tasks, and whether anything says where episodes end. chosen: the arrays of actions.
-
-    Raises SourceError.
-    """
-
-    def read(name: str) -> Iterator[_AnyArray]:
-        yield arrays[name]
-
-    check_actions(arrays, chosen, source)
-    table, stated = episode_table(arrays, chosen, source, read)
-    tasks = array_tasks(arrays, len(table.numbers), source, read)
-    parts = [arrays[name] for name in chosen]
-    if len(parts) == 1:
-        parts = np.split(parts[0].reshape(-1, parts[0].shape[-1]), table.starts[1:-1])
-        chosen = [f"episode_{number}" for number in table.numbers.tolist()]
-    return tuple(parts), tuple(chosen), tuple(tasks), bool(stated)
 
 
 # Splitting -----------------------------------------------------------------------------------------------------------

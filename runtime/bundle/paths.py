@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import InvalidInputError, OutputExistsError
 
+#: What is wrong with a path that the system refuses with ELOOP; `resolve` says it in words of its own, or not at all.
+LINKS_IN_A_CIRCLE = "its symbolic links lead in a circle; put in their place what they should lead to"
+
 
 def as_path(path: str | os.PathLike[str], name: str = "path", error: type[Exception] = InvalidInputError) -> Path:
     """`path` with `~` expanded; name: what the caller calls it.
 
-    Raises `error` for anything but text or a path-like object of text, and for text that is no path.
+    Raises `error` for anything but text or a path-like object of text, for text that is no path, and for links that
+    lead in a circle.
     """
     given = path.__fspath__() if isinstance(path, os.PathLike) else path
     if not isinstance(given, str):
@@ -22,11 +27,16 @@ def as_path(path: str | os.PathLike[str], name: str = "path", error: type[Except
         raise error(f"{name} is {given!r:.60}; expected the name of a file or folder, such as 'build/bundle'")
     try:
         os.fsencode(given)
-        return Path(given).expanduser()
+        found = Path(given).expanduser()
+        found.stat()
     except UnicodeEncodeError:
         raise error(f"{name} is {given!r:.60}; it has characters that no file name can have here") from None
     except RuntimeError:
         raise error(f"{name} is {given!r:.60}; no such user's home is known here: write the path in full") from None
+    except OSError as refusal:
+        if refusal.errno == errno.ELOOP:
+            raise error(f"{name} is {given!r:.60}; {LINKS_IN_A_CIRCLE}") from None
+    return found
 
 
 def refuse_existing(files: Iterable[Path], *, overwrite: bool, folders: Iterable[Path] = ()) -> None:

@@ -9,7 +9,7 @@ Readers, which the reference uses too:
 A conversion to tokens, or back:
 
 - tokenize: the command; conversion: does the work; progress: how far it is
-- job: a conversion as parts; job_folder: `OUT.partial`; part_maker: makes a part; part_record: says that it is whole
+- job: a conversion as parts; job_folder: `OUT.partial`; parts: makes a part, and says that it is whole
 - coding: steps to tokens and back; writers: parts as Parquet or Zarr; action_files: actions as .npz or HDF5
 - finish: verifies, and renames to OUT; ray: the same job on a cluster
 

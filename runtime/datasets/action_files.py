@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import IO, Literal
 
@@ -26,8 +26,8 @@ from .steps import optional
 from .token_reader import TokenDataset
 
 FileFormat = Literal["npz", "hdf5"]
-#: Gives the actions of the steps start … stop - 1 in slices: the first row of each, and float32 [n, A].
-_Decoded = Callable[[int, int], Iterator[tuple[int, Float32Array]]]
+#: The actions of all steps in slices: the first row of each, and float32 [n, A].
+_Decoded = Iterable[tuple[int, Float32Array]]
 #: Steps that are decoded before they are written.
 _SLICE_STEPS = 65_536
 #: The earliest time that a zip file can state. With it, equal content gives equal bytes.
@@ -35,40 +35,36 @@ _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
 
 def write_file(
-    dataset: TokenDataset,
-    tokenizer: ActionTokenizer,
-    output: Path,
-    kind: FileFormat,
-    progress: Progress,
-    *,
-    overwrite: bool,
-    restart: bool,
+    dataset: TokenDataset, tokenizer: ActionTokenizer, kind: FileFormat, options: argparse.Namespace, progress: Progress
 ) -> Verification:
-    """Write the actions of all steps in physical units, with their episodes. A killed run starts from the beginning."""
-    output = output.resolve()
+    """Write the actions of all steps in physical units, with their episodes. A killed run starts from the beginning.
+
+    options: of the command `tokenize`.
+    """
+    output = options.output.resolve()
     partial = partial_folder(output)
     write = _write_npz if kind == "npz" else _write_hdf5
     with output_errors(partial), locked(output):
-        _refuse_existing(output, overwrite=overwrite)
-        if restart:
+        _refuse_existing(output, overwrite=options.overwrite)
+        if options.restart:
             discard(partial)
         temporary = work_folder(partial, "decoded") / f"decoded.{kind}"
         coder = StepCoder(tokenizer)
         with closing(dataset.open(dataset.width)) as reader:
 
-            def decoded(start: int, stop: int) -> Iterator[tuple[int, Float32Array]]:
-                for row, steps in reader.slices(start, stop, _SLICE_STEPS):
+            def decoded() -> Iterator[tuple[int, Float32Array]]:
+                for row, steps in reader.slices(0, dataset.num_steps, _SLICE_STEPS):
                     yield row, coder.decode(steps.values)
                     progress.add(len(steps))
                     progress.show()
 
-            write(dataset, tokenizer, temporary, decoded)
+            write(dataset, tokenizer, temporary, decoded())
             progress.finish()
             with closing(open_source(temporary).open(tokenizer.model.action_dim)) as written:
                 verification = verify_actions(tokenizer, reader, written, dataset.num_steps)
         sync(temporary)
         # Again: decoding takes a while, and somebody may have written there meanwhile.
-        _refuse_existing(output, overwrite=overwrite)
+        _refuse_existing(output, overwrite=options.overwrite)
         temporary.replace(output)
         sync(output.parent)
     return verification
@@ -88,7 +84,7 @@ def _write_npz(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, de
             shape = (dataset.num_steps, tokenizer.model.action_dim)
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
-            for _, actions in decoded(0, dataset.num_steps):
+            for _, actions in decoded:
                 member.write(actions.astype("<f4", copy=False).tobytes())
         for name, values in (
             ("episode_ends", table.starts[1:].astype("<i8")),
@@ -106,17 +102,30 @@ def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
 def _write_hdf5(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, decoded: _Decoded) -> None:
     """data/demo_N/actions, N being the episode's number."""
     table = dataset.episodes()
+    starts, numbers = table.starts.tolist(), table.numbers.tolist()
     with _hdf5_errors(), optional("h5py").File(path, "w") as file:
         group = file.create_group("data")
         group.attrs["total"] = dataset.num_steps
         group.attrs["rfsq.fingerprint"] = tokenizer.fingerprint
         group.attrs["rfsq.schema_version"] = SCHEMA_VERSION
-        for number, (start, stop) in zip(table.numbers.tolist(), pairwise(table.starts.tolist()), strict=True):
-            demonstration = group.create_group(f"demo_{number}")
-            demonstration.attrs["num_samples"] = stop - start
-            array = demonstration.create_dataset("actions", (stop - start, tokenizer.model.action_dim), "<f4")
-            for row, actions in decoded(start, stop):
-                array[row - start : row - start + len(actions)] = actions
+        place = 0
+        # A slice holds many episodes: a call of the decoder for each would take longer than the decoding.
+        for row, actions in decoded:
+            while starts[place] < row + len(actions):
+                begin, end = starts[place : place + 2]
+                part = actions[max(begin - row, 0) : end - row]
+                # HDF5 is fastest where an array comes with its numbers; of one that ends later some are missing yet.
+                whole = part if len(part) == end - begin else None
+                if begin >= row:
+                    demonstration = group.create_group(f"demo_{numbers[place]}")
+                    demonstration.attrs["num_samples"] = end - begin
+                    array = demonstration.create_dataset("actions", (end - begin, part.shape[1]), "<f4", data=whole)
+                if whole is None:
+                    first = max(row - begin, 0)
+                    array[first : first + len(part)] = part
+                if end > row + len(actions):
+                    break
+                place += 1
 
 
 @contextmanager

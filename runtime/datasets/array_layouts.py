@@ -16,7 +16,7 @@ import numpy as np
 
 from ..bundle.paths import shortlist
 from .errors import SourceError
-from .steps import AnyArray, EpisodeTable, Int64Array, as_int64, is_hidden, lengths_to_starts, natural
+from .steps import AnyArray, EpisodeTable, Int64Array, as_int64, in_order, is_hidden, lengths_to_starts, natural
 
 #: The names with a slash are those of diffusion-policy replay buffers.
 _ACTION_NAMES = ("actions", "action", "data/actions", "data/action")
@@ -31,6 +31,10 @@ _NUMBERS_NAME = "episode_index"
 TASK_NAMES = ("task_index", "task_names")
 
 
+#: What to do with an array of actions that is no such thing.
+AS_FLOATS = ", not empty: convert them with .astype(np.float32) if these are actions, or name another array with --key"
+
+
 class Described(Protocol):
     """An array, or its header alone."""
 
@@ -39,6 +43,10 @@ class Described(Protocol):
 
     @property
     def dtype(self) -> np.dtype[Any]: ...
+
+
+def unfit(where: str, array: Described, expected: str) -> SourceError:
+    return SourceError(f"{where} is {array.dtype} {list(array.shape)}; expected {expected}")
 
 
 def choose_arrays(
@@ -51,20 +59,21 @@ def choose_arrays(
     """
     listed = sorted((name for name in names if not is_hidden(name)), key=natural)
     chosen: Sequence[str]
-    if key:
+    if key is not None:
         chosen = [key] if key in listed else _numbered(listed, [key])
     else:
         chosen = require_equal(_ACTION_NAMES, listed, source, are_equal)[:1]
+        require_one_way([chosen, *numbered_alike(listed)], source)
         chosen = chosen or [name for name in listed if name == _VAGUE_NAME]
-        if not chosen and (listed == _NAMELESS or any(_numbered(listed, [one]) == listed for one in _EPISODE_NAMES)):
+        if not chosen and (listed == _NAMELESS or listed in numbered_alike(listed)):
             chosen = listed
     if not chosen:
-        wanted = repr(key) if key else "action array"
+        wanted = "action array" if key is None else repr(key)
         raise SourceError(
             f"{source} has no {wanted}; found {shortlist(listed) or 'nothing'}; expected `actions`, or one array for "
             "each episode (demo_0, demo_1, ...): name the right one with --key"
         )
-    return tuple(chosen)
+    return tuple(in_order(chosen, source))
 
 
 def are_comparable(one: Described, other: Described) -> bool:
@@ -86,6 +95,21 @@ def require_equal(
     return present
 
 
+def numbered_alike(names: Sequence[str]) -> list[list[str]]:
+    """The names that are a usual word for an episode and a number, those of each word together."""
+    return [found for word in _EPISODE_NAMES if (found := _numbered(names, [word]))]
+
+
+def require_one_way(ways: Iterable[Sequence[str]], where: str) -> None:
+    """ways: the places of actions, by each way to store episodes. Raises SourceError where more than one has some."""
+    found = [shortlist(places, 2) for places in ways if places]
+    if len(found) > 1:
+        raise SourceError(
+            f"{where} has actions in {found[0]} and in {found[1]}; expected one set of episodes: save them in files of "
+            "their own, or name the right array with --key"
+        )
+
+
 def _numbered(names: Sequence[str], stems: Iterable[str]) -> list[str]:
     pattern = re.compile(f"({'|'.join(map(re.escape, stems))})[_/]?[0-9]+")
     return [name for name in names if pattern.fullmatch(name)]
@@ -102,10 +126,8 @@ def check_actions(arrays: Mapping[str, Described], chosen: Sequence[str], source
                 "np.savez(path, demo_0=..., demo_1=...)"
             )
         if array.dtype.kind != "f" or len(array.shape) not in (2, 3) or not all(array.shape):
-            raise SourceError(
-                f"{source}: {name!r} is {array.dtype} {list(array.shape)}; expected floating-point numbers [N, A] or "
-                "[episodes, steps, A], not empty: convert them with .astype(np.float32) if these are actions, or name "
-                "another array with --key"
+            raise unfit(
+                f"{source}: {name!r}", array, f"floating-point numbers [N, A] or [episodes, steps, A]{AS_FLOATS}"
             )
         if len(chosen) > 1 and len(array.shape) != 2:
             raise SourceError(
@@ -137,7 +159,9 @@ def episode_table(
     for name in _END_NAMES:
         if name in arrays:
             _require_integers(name, arrays[name], source)
-            ends = np.concatenate([as_int64(part, f"{source}: {name!r}") for part in read(name)])
+            # Their own check says more of negative ones.
+            parts = (as_int64(part, f"{source}: {name!r}", -(2**63)) for part in read(name))
+            ends = np.concatenate([*parts])
             stated[name] = _starts_by_ends(ends, steps, f"{source}: {name}")
     if _NUMBERS_NAME in arrays:
         _require_integers(_NUMBERS_NAME, arrays[_NUMBERS_NAME], source, steps)
@@ -187,17 +211,12 @@ def array_tasks(
         return [""] * episodes
     index = arrays[index_name]
     if index.shape != (episodes,) or index.dtype.kind not in "iu":
-        raise SourceError(
-            f"{source}: {index_name} is {index.dtype} {list(index.shape)}; expected one integer for each of {episodes} "
-            "episodes"
-        )
+        raise unfit(f"{source}: {index_name}", index, f"one integer for each of {episodes} episodes")
     names: dict[int, str] = {}
     if names_name in arrays:
         texts = arrays[names_name]
         if len(texts.shape) != 1 or texts.dtype.hasobject:
-            raise SourceError(
-                f"{source}: {names_name} is {texts.dtype} {list(texts.shape)}; expected one text for each task number"
-            )
+            raise unfit(f"{source}: {names_name}", texts, "one text for each task number")
         names = dict(enumerate(str(text) for part in read(names_name) for text in part))
     return [task_name(names, number) for part in read(index_name) for number in part.tolist()]
 
@@ -210,9 +229,7 @@ def task_name(names: Mapping[int, str], index: int) -> str:
 def _require_integers(name: str, array: Described, source: str, steps: int | None = None) -> None:
     """steps: how many integers are expected, where that is known. Raises SourceError."""
     if array.dtype.kind not in "iu" or len(array.shape) != 1:
-        raise SourceError(
-            f"{source}: {name!r} is {array.dtype} {list(array.shape)}; expected integers in one dimension"
-        )
+        raise unfit(f"{source}: {name!r}", array, "integers in one dimension")
     if steps is not None and array.shape != (steps,):
         raise SourceError(f"{source}: {steps} steps, but {name} {list(array.shape)}; expected one for each")
 

@@ -1,23 +1,22 @@
 """Turns a dataset of demonstrations into tokens, or tokens back into actions; goes on where a killed run was."""
 
 import argparse
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
 from typing import cast
 
 from ..bundle.console import duration, printable
 from ..bundle.errors import InvalidInputError, TokenizerError
 from ..bundle.fidelity import Grade
-from ..bundle.modes import Mode
 from ..bundle.paths import counted
 from ..tokenizer import ActionTokenizer
 from .action_files import FileFormat, write_file
 from .errors import OutputError, TokenDatasetError
 from .finish import complete
-from .format import INFO_NAME, Compression, DatasetInfo, Storage, Verification, read_info
+from .format import INFO_NAME, DatasetInfo, Storage, Verification, read_info
 from .job import Job, partial_folder, plan
-from .job_folder import Begun, begin, give_up, load_records, locked, output_errors, was_finished
-from .part_maker import parts_of_another_source, run_local
+from .job_folder import begin, give_up, locked, output_errors, was_finished
+from .parts import finished_parts, parts_of_another_source, run_local
 from .progress import Progress
 from .source_base import Source
 from .sources import open_source
@@ -25,17 +24,6 @@ from .token_reader import TokenDataset, open_token_dataset
 from .tokenize import DECODED, ENCODED
 
 _FORMATS = {".parquet": "parquet", ".zarr": "zarr", ".npz": "npz", ".hdf5": "hdf5", ".h5": "hdf5"}
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What was written, all of it, beside what `verification` says of a sample. mode: of the tokens."""
-
-    fingerprint: str
-    mode: Mode
-    episodes: int
-    steps: int
-    verification: Verification
 
 
 def _holds_tokens(folder: Path) -> bool:
@@ -46,8 +34,11 @@ def _holds_tokens(folder: Path) -> bool:
         return False
 
 
-def convert(options: argparse.Namespace) -> Converted:
-    """options: of the command `tokenize`. Raises TokenizerError, before anything is written where that can be known."""
+def convert(options: argparse.Namespace) -> DatasetInfo:
+    """What was written, all of it, beside what `verification` says of a sample; of a file, with the tokens' own facts.
+
+    options: of the command `tokenize`. Raises TokenizerError, before anything is written where that can be known.
+    """
     if not options.decode and _holds_tokens(options.data):
         raise InvalidInputError(f"{options.data} holds tokens; turn them into actions with --decode")
     kind = _format(options)
@@ -61,36 +52,16 @@ def convert(options: argparse.Namespace) -> Converted:
     with ActionTokenizer.load(
         options.bundle, backend=options.backend, expect_fingerprint=options.expect_fingerprint
     ) as tokenizer:
-        source: Source
-        if options.decode:
-            dataset = _open_tokens(options, tokenizer)
-            if kind in ("npz", "hdf5"):
-                verification = _write_file(dataset, tokenizer, cast(FileFormat, kind), options)
-                return _converted(tokenizer, dataset.info, verification)
-            source = dataset
-        else:
-            source = open_source(options.data, options.key, options.filter_key)
-        job = plan(
-            source,
-            tokenizer,
-            options.bundle,
-            options.output,
-            key=options.key or "",
-            filter_key=options.filter_key or "",
-            content="actions" if options.decode else "tokens",
-            storage=cast(Storage, kind),
-            compression=cast(Compression, options.compression),
-            steps_per_file=options.steps_per_file,
-        )
+        source = _open(options, tokenizer)
+        if isinstance(source, TokenDataset) and kind in ("npz", "hdf5"):
+            return _write_file(source, tokenizer, cast(FileFormat, kind), options)
+        job = plan(source, tokenizer, options, cast(Storage, kind))
         with output_errors(job.partial), locked(job.output):
-            verification = _run(job, tokenizer, options)
-    if verification.fidelity is not None and verification.fidelity.grade is not Grade.GOOD:
-        _say(verification.fidelity.table(f"{verification.fidelity.steps:,} steps of the source"))
-    return _converted(tokenizer, read_info(job.output), verification)
-
-
-def _converted(tokenizer: ActionTokenizer, info: DatasetInfo, verification: Verification) -> Converted:
-    return Converted(tokenizer.fingerprint, tokenizer.model.mode, info.num_episodes, info.num_steps, verification)
+            info = _run(job, tokenizer, options)
+    worth = info.verification.fidelity
+    if worth is not None and worth.grade is not Grade.GOOD:
+        _say(worth.table(f"{worth.steps:,} steps of the source"))
+    return info
 
 
 def _check_places(options: argparse.Namespace) -> None:
@@ -107,7 +78,9 @@ def _check_places(options: argparse.Namespace) -> None:
         )
 
 
-def _open_tokens(options: argparse.Namespace, tokenizer: ActionTokenizer) -> TokenDataset:
+def _open(options: argparse.Namespace, tokenizer: ActionTokenizer) -> Source:
+    if not options.decode:
+        return open_source(options.data, options.key, options.filter_key)
     dataset = open_token_dataset(options.data, expect_fingerprint=tokenizer.fingerprint)
     if dataset.info.content != "tokens":
         raise TokenDatasetError(f"{options.data} holds {dataset.info.content}; expected tokens to decode")
@@ -116,15 +89,16 @@ def _open_tokens(options: argparse.Namespace, tokenizer: ActionTokenizer) -> Tok
 
 def _write_file(
     dataset: TokenDataset, tokenizer: ActionTokenizer, kind: FileFormat, options: argparse.Namespace
-) -> Verification:
-    backend = tokenizer.backend
-    _say(f"{options.data}: {counted(dataset.num_steps, 'step')}; {backend.name}, {backend.description}")
+) -> DatasetInfo:
+    _say(f"{options.data}: {counted(dataset.num_steps, 'step')}; {_described(tokenizer)}")
     progress = Progress(dataset.num_steps)
-    verification = write_file(
-        dataset, tokenizer, options.output, kind, progress, overwrite=options.overwrite, restart=options.restart
-    )
+    verification = write_file(dataset, tokenizer, kind, options, progress)
     _report_verified(progress, verification)
-    return verification
+    return dataclasses.replace(dataset.info, verification=verification)
+
+
+def _described(tokenizer: ActionTokenizer) -> str:
+    return f"{tokenizer.backend.name}, {tokenizer.backend.description}"
 
 
 def _format(options: argparse.Namespace) -> str:
@@ -139,31 +113,31 @@ def _format(options: argparse.Namespace) -> str:
     return str(kind)
 
 
-def _run(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace) -> Verification:
+def _run(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace) -> DatasetInfo:
     if was_finished(job):
         _say(f"✓ {options.output} was finished by an earlier run")
-        return read_info(job.output).verification
-    begun = begin(job, overwrite=options.overwrite, restart=options.restart)
-    if begun.replaced:
-        _say(f"{begun.replaced}; what it is to be made of has changed since: beginning anew")
+        return read_info(job.output)
+    is_touched, replaced = begin(job, overwrite=options.overwrite, restart=options.restart)
+    if replaced:
+        _say(f"{replaced}; what it is to be made of has changed since: beginning anew")
     try:
         with output_errors(job.partial):
-            return _make(job, tokenizer, options, begun)
+            return _make(job, tokenizer, options, is_touched=is_touched)
     except TokenizerError as error:
         give_up(job, error)
         raise
 
 
-def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, begun: Begun) -> Verification:
+def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, *, is_touched: bool) -> DatasetInfo:
     job.source.check()
-    done = begun.done
-    if done and begun.is_touched:
+    done = finished_parts(job)
+    if done and is_touched:
         _say("the source may have changed meanwhile: comparing its steps with those of the finished parts")
-        done -= parts_of_another_source(job, load_records(job, done))
+        done = {part: done[part] for part in done.keys() - parts_of_another_source(job, done.values())}
     missing = [part for part in range(job.num_parts) if part not in done]
     steps_done = sum(stop - start for start, stop in map(job.rows, done))
     size = f"{counted(job.source.num_steps, 'step')} in {counted(job.num_parts, 'part')}"
-    _say(f"{options.data}: {size}; {tokenizer.backend.name}, {tokenizer.backend.description}")
+    _say(f"{options.data}: {size}; {_described(tokenizer)}")
     if done:
         _say(f"going on: {counted(len(done), 'part')}, {counted(steps_done, 'step')}, finished by an earlier run")
     progress = Progress(job.source.num_steps, steps_done)
@@ -174,26 +148,22 @@ def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, beg
     elif missing:
         run_local(job, tokenizer, missing, min(options.workers, len(missing)), progress)
     progress.finish()
-    info = complete(job, tokenizer, load_records(job, range(job.num_parts)), overwrite=options.overwrite)
+    info = complete(job, tokenizer, overwrite=options.overwrite)
     _report_verified(progress, info.verification)
     if not options.decode:
-        _report_encoded(str(options.output), info)
-    return info.verification
+        total = sum(entry.size for entry in info.files.values())
+        steps, episodes = counted(info.num_steps, "step"), counted(info.num_episodes, "episode")
+        _say(
+            f"✓ {options.output}: {steps} of {episodes}, {total / info.num_steps:.1f} bytes a step, fingerprint "
+            f"{info.fingerprint[:16]}, source {info.source.sha256[:16]}"
+        )
+    return info
 
 
 def _report_verified(progress: Progress, verification: Verification) -> None:
     speed = f", {progress.speed}" if progress.speed else ""
     _say(f"✓ {counted(progress.steps, 'step')} in {duration(progress.seconds)}{speed}")
     _say(f"✓ verified: {verification.steps:,} steps read back equal what the tokenizer gives")
-
-
-def _report_encoded(output: str, info: DatasetInfo) -> None:
-    size = sum(entry.size for entry in info.files.values())
-    steps, episodes = counted(info.num_steps, "step"), counted(info.num_episodes, "episode")
-    _say(
-        f"✓ {output}: {steps} of {episodes}, {size / info.num_steps:.1f} bytes a step, fingerprint "
-        f"{info.fingerprint[:16]}, source {info.source.sha256[:16]}"
-    )
 
 
 def _say(text: str) -> None:

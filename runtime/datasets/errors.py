@@ -3,6 +3,19 @@
 from ..bundle.errors import InvalidInputError, TokenizerError
 
 
+def reason(error: Exception) -> str:
+    """Why a parser refused something, in words for people: the names of Python's errors and types say nothing to them.
+
+    >>> reason(KeyError("length"))
+    "it lacks 'length'"
+    """
+    if isinstance(error, KeyError):
+        return f"it lacks {error}"
+    if isinstance(error, TypeError | AttributeError | IndexError):
+        return "it is built in another way"
+    return (str(error).splitlines() or ["it cannot be parsed"])[0]
+
+
 class DatasetError(TokenizerError):
     """Base of all errors of datasets."""
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Collection
 from contextlib import closing
 
 import numpy as np
@@ -29,32 +27,26 @@ from .format import (
 )
 from .job import Job
 from .job_folder import finish
-from .part_maker import parts_of_another_source
-from .part_record import PartRecord
+from .parts import load_records, parts_of_another_source
 from .source_base import StepReader
-from .steps import (
-    AnyArray,
-    EpisodeTable,
-    has_changed,
-    optional,
-)
+from .steps import AnyArray, EpisodeTable, has_changed, optional
 from .token_reader import TokenDataset
-from .writers import hash_file, move, put, scratch_file, zarr_array
+from .writers import put, put_file, scratch_file, zarr_array
 
 _WINDOWS, _WINDOW_STEPS = 8, 512
 
 
-def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecord], *, overwrite: bool) -> DatasetInfo:
+def complete(job: Job, tokenizer: ActionTokenizer, *, overwrite: bool) -> DatasetInfo:
     """Join all parts, verify a sample of them, and put the dataset in its place.
 
-    records: of all parts. Raises SourceError where the source changed or states other episodes, VerificationError where
-    the sample is not what the tokenizer gives.
+    Raises SourceError where the source changed or states other episodes, VerificationError where the sample is not what
+    the tokenizer gives.
     """
-    ordered = sorted(records, key=lambda record: record.part)
-    table = join_runs([run for record in ordered for run in record.runs], job.source)
-    digests = b"".join(bytes.fromhex(digest) for record in ordered for digest in record.digests)
+    records = load_records(job)
+    table = join_runs([run for record in records for run in record.runs], job.source)
+    digests = b"".join(bytes.fromhex(digest) for record in records for digest in record.digests)
     source = SourceInfo(job.source.name, job.key, hashlib.sha256(digests).hexdigest(), job.filter_key or None)
-    files = {name: entry for record in ordered for name, entry in record.files.items()}
+    files = {name: entry for record in records for name, entry in record.files.items()}
     info = DatasetInfo(
         **job.facts(),
         schema_version=SCHEMA_VERSION,
@@ -70,7 +62,7 @@ def complete(job: Job, tokenizer: ActionTokenizer, records: Collection[PartRecor
     write = _write_parquet_episodes if job.storage == "parquet" else _write_zarr_tables
     info = dataclasses.replace(info, files={**files, **write(job, info, table)})
     touched = job.source.touched_file()
-    if touched is not None and parts_of_another_source(job, ordered):
+    if touched is not None and parts_of_another_source(job, records):
         raise has_changed(touched)
     put(info_text(info).encode(), job.data, INFO_NAME, job.scratch)
     finish(job, overwrite=overwrite)
@@ -156,9 +148,7 @@ def _write_parquet_episodes(job: Job, info: DatasetInfo, table: EpisodeTable) ->
     metadata = job.metadata(0, info.source.sha256)
     temporary = scratch_file(job.scratch, EPISODES_NAME)
     parquet.write_table(arrow.table(columns).replace_schema_metadata(metadata), temporary)
-    entry = hash_file(temporary)
-    move(temporary, job.data, EPISODES_NAME)
-    return {EPISODES_NAME: entry}
+    return put_file(temporary, job.data, EPISODES_NAME)
 
 
 def _write_zarr_tables(job: Job, info: DatasetInfo, table: EpisodeTable) -> dict[str, FileEntry]:
@@ -173,19 +163,15 @@ def _write_zarr_tables(job: Job, info: DatasetInfo, table: EpisodeTable) -> dict
     shape = (model.latent_dim, model.num_layers)
     metadata: dict[str, dict[str, object]] = {
         ".zgroup": {"zarr_format": 2},
-        ".zattrs": {
-            **job.metadata(0, info.source.sha256),
-            "rfsq.model": json.loads(json.dumps(dataclasses.asdict(info.model))),
-        },
+        ".zattrs": {**job.metadata(0, info.source.sha256), "rfsq.model": dataclasses.asdict(info.model)},
         "data/.zgroup": {"zarr_format": 2},
         "meta/.zgroup": {"zarr_format": 2},
         "data/tokens/.zarray": zarr_array((steps, *shape), (chunk, *shape), "|u1", info.compression, "F"),
+        "data/episode_index/.zarray": zarr_array((steps,), (chunk,), "<i8", info.compression),
+        "data/frame_index/.zarray": zarr_array((steps,), (chunk,), "<i8", info.compression),
     }
-    for name in ("episode_index", "frame_index"):
-        metadata[f"data/{name}/.zarray"] = zarr_array((steps,), (chunk,), "<i8", info.compression)
     for name, values in arrays.items():
-        described = zarr_array(values.shape, values.shape, values.dtype.str, "none")
-        metadata[f"{name}/.zarray"] = {**described, "fill_value": 0 if values.dtype.kind == "i" else None}
+        metadata[f"{name}/.zarray"] = zarr_array(values.shape, values.shape, values.dtype.str, "none")
     contents = {name: spelled(content) for name, content in metadata.items()}
     contents[".zmetadata"] = spelled({"zarr_consolidated_format": 1, "metadata": metadata})
     contents |= {f"{name}/0": values.tobytes() for name, values in arrays.items()}

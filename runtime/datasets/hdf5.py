@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,8 @@ import numpy as np
 
 from .hdf5_layouts import FoundEpisode, find_episodes
 from .hdf5_storage import follow
-from .source_base import Source, StepReader, common_width
-from .steps import (
-    EpisodeTable,
-    Int64Array,
-    Steps,
-    as_float32,
-    is_hidden,
-    lengths_to_starts,
-    natural,
-    opened,
-    optional,
-    shown_name,
-    source_file,
-)
+from .source_base import Source, StepReader
+from .steps import EpisodeTable, Int64Array, Steps, as_float32, in_order, is_hidden, opened, optional, shown_name
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
 _KIND, _MAGIC = "an HDF5 file", b"\x89HDF"
@@ -56,7 +45,10 @@ class Hdf5Source(Source):
     reader = _Hdf5Reader
     episodes: tuple[FoundEpisode, ...]
     file_tasks: tuple[str, ...]
-    table: EpisodeTable
+
+    @cached_property
+    def table(self) -> EpisodeTable:
+        return EpisodeTable(self.first_rows, np.arange(len(self.episodes), dtype=np.int64))
 
     def file_of(self, row: int) -> str:
         episode = self.episodes[self.piece_of(row)]
@@ -72,14 +64,13 @@ class Hdf5Source(Source):
 
 
 def hdf5_files(folder: Path) -> list[Path]:
-    found = (path for path in folder.iterdir() if path.suffix.lower() in HDF5_SUFFIXES and not is_hidden(path.name))
-    return sorted(found, key=lambda path: natural(path.name))
+    names = (path.name for path in folder.iterdir() if path.suffix.lower() in HDF5_SUFFIXES)
+    return [folder / name for name in in_order((name for name in names if not is_hidden(name)), folder.name)]
 
 
 def open_hdf5(path: Path, key: str | None, filter_key: str | None = None) -> Hdf5Source:
     """One file, or a folder of them in natural order; episodes are numbered from 0 in this order."""
     h5py = optional("h5py")
-    root = path if path.is_dir() else path.parent
     paths = hdf5_files(path) if path.is_dir() else [path]
     episodes: list[FoundEpisode] = []
     tasks: list[str] = []
@@ -90,18 +81,8 @@ def open_hdf5(path: Path, key: str | None, filter_key: str | None = None) -> Hdf
             # ALOHA has a folder for each task.
             tasks.append(_task((file if data is None else data).attrs, one if found[0].name else one.parent))
         episodes += [replace(episode, file=index) for episode in found]
-    starts = lengths_to_starts(np.array([episode.steps for episode in episodes]))
-    places = [f"{paths[episode.file].name}, {episode.place}" for episode in episodes]
-    return Hdf5Source(
-        name=shown_name(path),
-        root=root,
-        files=tuple(source_file(file, root) for file in paths),
-        first_rows=starts,
-        width=common_width([episode.width for episode in episodes], places),
-        episodes=tuple(episodes),
-        file_tasks=tuple(tasks),
-        table=EpisodeTable(starts, np.arange(len(episodes), dtype=np.int64)),
-    )
+    pieces = [(found.steps, found.width, f"{paths[found.file].name}, {found.place}") for found in episodes]
+    return Hdf5Source.from_pieces(path, paths, pieces, episodes=tuple(episodes), file_tasks=tuple(tasks))
 
 
 def _task(attributes: Mapping[str, Any], path: Path) -> str:

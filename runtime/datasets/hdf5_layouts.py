@@ -8,16 +8,17 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..bundle.paths import shortlist
-from .array_layouts import require_equal
+from .array_layouts import AS_FLOATS, numbered_alike, require_equal, require_one_way, unfit
 from .errors import SourceError
 from .hdf5_storage import follow, require_stored
-from .steps import natural, optional
+from .steps import in_order, natural, optional
 
 #: Usual names of the action array.
 ACTION_NAMES = ("actions", "action")
@@ -47,11 +48,12 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
     to take the episodes that it lists alone. Raises SourceError.
     """
     h5py = optional("h5py")
-    keys = (key,) if key else ACTION_NAMES
+    keys = ACTION_NAMES if key is None else (key,)
 
     def array_in(group: Any, place: str) -> tuple[str, int, int] | None:
         """Name, steps and width of the action array in a group at this place, if there is one."""
-        arrays = {wanted: found for wanted in keys if isinstance(found := follow(group, wanted, name), h5py.Dataset)}
+        found = {wanted: follow(group, wanted, name) for wanted in keys if group}
+        arrays = {wanted: array for wanted, array in found.items() if isinstance(array, h5py.Dataset)}
         for wanted, array in arrays.items():
             _check_actions(array, f"{name}, {place}{wanted}")
         same = require_equal(
@@ -59,33 +61,35 @@ def find_episodes(file: Any, name: str, key: str | None = None, filter_key: str 
         )
         return (same[0], *arrays[same[0]].shape) if same else None
 
-    container, prefix = file, ""
-    if isinstance(data := follow(file, "data", name), h5py.Group):
-        container, prefix = data, "data/"
-        members = sorted(container, key=natural)
-    elif (whole := array_in(file, "")) is not None:
+    whole, data = array_in(file, ""), follow(file, "data", name)
+    inside = list(data) if isinstance(data, h5py.Group) else None
+    numbered = [member for member in sorted(file, key=natural) if _NUMBERED.fullmatch(member)]
+    groups = {member: found for member in numbered if isinstance(found := follow(file, member, name), h5py.Group)}
+    outside = {member: array_in(group, f"{member}/") for member, group in groups.items()}
+    with_actions = [member for member, array in outside.items() if array]
+    require_one_way([whole[:1] if whole else (), with_actions, [f"data/{member}" for member in inside or ()]], name)
+    if whole:
         _require_one_episode(file, name, whole[0], filter_key)
         return [FoundEpisode("", *whole)]
-    else:
-        numbered = sorted((member for member in file if _NUMBERED.fullmatch(member)), key=natural)
-        members = [member for member in numbered if isinstance(follow(file, member, name), h5py.Group)]
-        if not any(array_in(follow(file, member, name), f"{member}/") for member in members):
-            found = f"; {members[0]} holds {shortlist(follow(file, members[0], name)) or 'nothing'}" if members else ""
-            raise SourceError(
-                f"{name} holds {shortlist(file) or 'nothing'}{found}; {EXPECTED}: name the action array with --key "
-                "where it is called otherwise"
-            )
-    chosen = members if filter_key is None else _filtered(file, name, members, filter_key)
-    if not chosen:
+    if inside is None and not with_actions:
+        found = next((f"; {member} holds {shortlist(group) or 'nothing'}" for member, group in groups.items()), "")
+        raise SourceError(
+            f"{name} holds {shortlist(file) or 'nothing'}{found}; {EXPECTED}: name the action array with --key where "
+            "it is called otherwise"
+        )
+    container, prefix = (file, "") if inside is None else (data, "data/")
+    members = in_order(outside if inside is None else inside, name)
+    if not members:
         raise SourceError(f"{name} holds no episodes; {EXPECTED}")
+    require_one_way(numbered_alike(members), name)
     episodes = []
-    for member in chosen:
-        found = follow(container, member, name)
-        group = found if isinstance(found, h5py.Group) else {}
-        array = array_in(group, f"{prefix}{member}/") if group else None
+    for member in members if filter_key is None else _filtered(file, name, members, filter_key):
+        group = follow(container, member, name)
+        group = group if isinstance(group, h5py.Group) else {}
+        array = outside[member] if inside is None else array_in(group, f"data/{member}/")
         if array is None:
             raise SourceError(
-                f"{name}, {prefix}{member} has no {repr(key) if key else 'action array'}; found "
+                f"{name}, {prefix}{member} has no {'action array' if key is None else repr(key)}; found "
                 f"{shortlist(group) or 'nothing'}; expected `actions` or `action`: name the right one with --key"
             )
         place, steps, width = array
@@ -108,11 +112,7 @@ def _require_one_episode(file: Any, name: str, place: str, filter_key: str | Non
 def _check_actions(array: Any, where: str) -> None:
     require_stored(array, where)
     if array.dtype.kind != "f" or array.ndim != 2 or not array.size:
-        raise SourceError(
-            f"{where} is {array.dtype} {list(array.shape)}; expected floating-point numbers [steps, action "
-            "dimensions], at least one step: convert them with .astype(np.float32) if these are actions, or name "
-            "another array with --key"
-        )
+        raise unfit(where, array, f"floating-point numbers [steps, action dimensions], at least one step{AS_FLOATS}")
 
 
 def _are_equal(one: Any, other: Any) -> bool:
@@ -133,9 +133,11 @@ def _filtered(file: Any, name: str, members: list[str], filter_key: str) -> list
         raise SourceError(f"{name}, mask/{wanted} is a group; expected a list of names: choose another filter key")
     require_stored(mask, f"{name}, mask/{wanted}")
     listed = np.asarray(mask[()]).ravel().tolist()
-    names = {entry.decode(errors="replace") if isinstance(entry, bytes) else str(entry) for entry in listed}
-    missing = sorted(names.difference(members), key=natural)
-    if missing or not names:
+    names = Counter(entry.decode(errors="replace") if isinstance(entry, bytes) else str(entry) for entry in listed)
+    missing = sorted(names.keys() - set(members), key=natural)
+    twice = [member for member, count in names.items() if count > 1]
+    if missing or twice or not names:
         found = f"lists {shortlist(missing)}, which are not in the file" if missing else "lists no episodes"
+        found = f"lists {shortlist(twice)} more than once" if twice and not missing else found
         raise SourceError(f"{name}: the filter key {wanted!r} {found}; choose another, or write the file anew")
     return [member for member in members if member in names]

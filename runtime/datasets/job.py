@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -20,8 +21,6 @@ from .format import (
     HASH_STEPS,
     ORDERING,
     SCHEMA_VERSION,
-    Compression,
-    Content,
     Conversion,
     MadeWith,
     Storage,
@@ -128,45 +127,32 @@ def ownership_of(partial: Path) -> Ownership:
     return found
 
 
-def plan(
-    source: Source,
-    tokenizer: ActionTokenizer,
-    bundle: Path,
-    output: Path,
-    *,
-    key: str = "",
-    filter_key: str = "",
-    content: Content = "tokens",
-    storage: Storage = "parquet",
-    compression: Compression = "zstd",
-    steps_per_file: int,
-) -> Job:
-    """The job, checked. Raises InvalidInputError for settings that do not fit, SourceError for an unfit first step."""
+def plan(source: Source, tokenizer: ActionTokenizer, options: argparse.Namespace, storage: Storage) -> Job:
+    """The job, checked. options: of the command `tokenize`.
+
+    Raises InvalidInputError for settings that do not fit, SourceError for an unfit first step.
+    """
     _check_model(tokenizer)
-    if (
-        steps_per_file < 1
-        or steps_per_file % HASH_STEPS
-        or (steps_per_file > BLOCK_STEPS and steps_per_file % BLOCK_STEPS)
-    ):
+    steps = options.steps_per_file
+    if steps < 1 or steps % HASH_STEPS or (steps > BLOCK_STEPS and steps % BLOCK_STEPS):
         raise InvalidInputError(
-            f"--steps-per-file is {steps_per_file}; expected a multiple of {BLOCK_STEPS}, or of {HASH_STEPS} where it "
-            "is smaller than that"
+            f"--steps-per-file is {steps}; expected a multiple of {BLOCK_STEPS}, or of {HASH_STEPS} where it is "
+            "smaller than that"
         )
-    made_with = MadeWith(tokenizer.backend.name, tokenizer.backend.description, optional("pyarrow").__version__)
     job = Job(
         source=source,
-        key=key,
+        key=options.key or "",
         # Both spellings choose the same episodes.
-        filter_key=filter_key.removeprefix("mask/"),
-        bundle=bundle.absolute(),
+        filter_key=(options.filter_key or "").removeprefix("mask/"),
+        bundle=options.bundle.absolute(),
         fingerprint=tokenizer.fingerprint,
         model=TokenModel.of(tokenizer.model),
-        made_with=made_with,
-        content=content,
+        made_with=MadeWith(tokenizer.backend.name, tokenizer.backend.description, optional("pyarrow").__version__),
+        content="actions" if options.decode else "tokens",
         storage=storage,
-        compression=compression,
-        steps_per_file=steps_per_file,
-        output=output.resolve(),
+        compression=options.compression,
+        steps_per_file=steps,
+        output=options.output.resolve(),
     )
     with closing(source.open(job.source_width)) as reader:
         reader.read(0, 1)

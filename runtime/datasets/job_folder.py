@@ -14,9 +14,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ from ..bundle.errors import TokenizerError
 from ..bundle.ownership import Ownership
 from ..bundle.writing import sync
 from .errors import OutputError, VerificationError
-from .format import HASH_STEPS, INFO_NAME, spelled
+from .format import INFO_NAME, spelled
 from .job import LOCK_NAME, Job, ownership_of, partial_folder
-from .part_record import PartRecord
 from .steps import is_hidden
-from .writers import hash_file, part_files, put
+from .writers import put
 
 _IDENTITY_NAME = "job.json"
 #: A job that ends removes the folder, maybe while this one locks it. More often than this, the place is at fault.
@@ -74,22 +72,22 @@ def _lock(partial: Path) -> int:
             if LOCK_NAME not in (entries := _entries(partial)):
                 _refuse_foreign(partial, entries)
             descriptor = os.open(partial / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+            with ExitStack() as stack:
+                stack.callback(os.close, descriptor)
+                if _hold(descriptor, partial):
+                    stack.pop_all()
+                    return descriptor
         except (FileNotFoundError, FileExistsError) as error:
             # The job that held the lock may just have ended and removed the folder.
             failure = error
-            continue
-        try:
-            if _hold(descriptor, partial):
-                return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
     raise failure or FileNotFoundError(f"{partial} is taken away again and again")
 
 
 def _hold(descriptor: int, partial: Path) -> bool:
-    """Lock it; whether it is still the file that lies there. Raises OutputError where another process holds it."""
+    """Lock it; whether it is still the file that lies there.
+
+    Raises OutputError where another process holds it, FileNotFoundError where none lies there.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -98,10 +96,7 @@ def _hold(descriptor: int, partial: Path) -> bool:
         raise OutputError(
             f"{partial} cannot be locked: {error}; its file system must offer locks (flock): give an --output elsewhere"
         ) from error
-    try:
-        return os.path.samestat((partial / LOCK_NAME).stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+    return os.path.samestat((partial / LOCK_NAME).stat(), os.fstat(descriptor))
 
 
 def _claim(partial: Path) -> None:
@@ -144,22 +139,10 @@ def _put_back(output: Path, partial: Path) -> None:
 # Beginning ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Begun:
-    """done: finished parts of an earlier run, read again and hashed.
-
-    is_touched: whether the source may have changed since they were made; replaced: why the work of an earlier run was
-    discarded, where it was.
-    """
-
-    done: frozenset[int]
-    is_touched: bool
-    replaced: str
-
-
-def begin(job: Job, *, overwrite: bool, restart: bool) -> Begun:
+def begin(job: Job, *, overwrite: bool, restart: bool) -> tuple[bool, str]:
     """Lay the folder out, or find what an earlier run of the same job has finished.
 
+    Returns whether the source may have changed since that run, and why its work was discarded, "" where it was not.
     Raises OutputError where the output exists, or another job was begun in its place.
     """
     if job.output.exists():
@@ -185,7 +168,7 @@ def begin(job: Job, *, overwrite: bool, restart: bool) -> Begun:
     stamps = job.stamps if earlier is None else earlier["stamps"]
     if earlier is None or earlier["refused"]:
         _write_identity(job, stamps, "")
-    return Begun(frozenset(_finished_parts(job)), stamps != job.stamps, replaced)
+    return stamps != job.stamps, replaced
 
 
 def discard(partial: Path) -> None:
@@ -246,52 +229,6 @@ def _differences(job: Job, earlier: dict[str, Any]) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 200 else f"{text[:120]}… (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
-
-
-# Parts ----------------------------------------------------------------------------------------------------------------
-
-
-def save_record(job: Job, record: PartRecord) -> None:
-    path = _record_path(job, record.part)
-    put(record.text(job.work.name), path.parent, path.name, job.scratch)
-
-
-def load_records(job: Job, parts: Iterable[int]) -> list[PartRecord]:
-    """The records of these parts, in order. Raises OutputError where one is missing or was altered."""
-    try:
-        return [_record(job, part) for part in sorted(parts)]
-    except FileNotFoundError as error:
-        raise OutputError(f"{error.filename} is missing: it was removed while the job ran; run it again") from error
-
-
-def _record(job: Job, part: int) -> PartRecord:
-    path = _record_path(job, part)
-    start, stop = job.rows(part)
-    try:
-        record = PartRecord.parse(path.read_bytes(), job.work.name)
-        record.check(part, part_files(job, part), stop - start, -(-(stop - start) // HASH_STEPS))
-    except OutputError as error:
-        raise OutputError(f"{path}: {error}; run the command again, and the part is made anew") from error
-    return record
-
-
-def _record_path(job: Job, part: int) -> Path:
-    return job.work / "done" / f"{part:09d}.json"
-
-
-def _finished_parts(job: Job) -> Iterator[int]:
-    for part in range(job.num_parts):
-        try:
-            record = _record(job, part)
-        except FileNotFoundError:
-            continue
-        except OutputError:
-            # A power cut leaves such files, and so does an edit by hand. The part is made again.
-            _record_path(job, part).unlink()
-            continue
-        paths = {job.data / name: entry for name, entry in record.files.items()}
-        if all(path.is_file() and hash_file(path) == entry for path, entry in paths.items()):
-            yield part
 
 
 # The end --------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from ..bundle.reading import read_file
 from .array_layouts import TASK_NAMES, table_by_numbers, task_name
 from .episodes import check_stated
 from .errors import SourceError
-from .source_base import Source, StepReader, check_width, common_width
+from .format import INFO_NAME, read_info
+from .source_base import Source, StepReader, check_width
 from .steps import (
     AnyArray,
     EpisodeTable,
@@ -24,14 +25,12 @@ from .steps import (
     Steps,
     as_float32,
     as_int64,
+    in_order,
     is_hidden,
     lengths_to_starts,
-    natural,
     opened,
     optional,
     readable,
-    shown_name,
-    source_file,
 )
 
 #: meta/info.json takes a few KB.
@@ -39,17 +38,20 @@ _META_SIZE_LIMIT = 2**26
 _KIND, _MAGIC = "a Parquet file", b"PAR1"
 _NUMBERING = ("episode_index", "frame_index")
 _TASK = TASK_NAMES[0]
-# LeRobot keeps the texts in the index of a table, which pandas writes under the second name where it has none.
-_TASK_COLUMNS = ("task", "__index_level_0__")
+_INDEX = "__index_level_0__"
 _VERSIONS = ("v2.", "v3.")
+#: How many steps and episodes there are, by the names of the files that state it.
+_TOTALS = {"meta/info.json": ("total_frames", "total_episodes"), INFO_NAME: ("num_steps", "num_episodes")}
 _BATCH_STEPS = 65_536
 #: Size of the buffer through which columns are read: a large row group then needs no more memory than a small one.
 _BUFFER_BYTES = 1 << 20
 
 
 class _Stated(NamedTuple):
-    """What meta/ says. episodes: in order; num_episodes: of info.json, any JSON; tasks: texts by their numbers."""
+    """What meta/ says. name: of the file that states num_episodes, any JSON; episodes: in order; tasks: texts by their
+    numbers."""
 
+    name: str = ""
     episodes: EpisodeTable | None = None
     num_episodes: Any = None
     tasks: Mapping[int, str] = {}
@@ -146,7 +148,7 @@ class ParquetSource(Source):
             check_stated(self.name, self.stated.episodes, found)
         elif self.stated.num_episodes not in (None, len(found.numbers)):
             raise SourceError(
-                f"meta/info.json states {self.stated.num_episodes} episodes, the files in data/ have "
+                f"{self.stated.name} states {self.stated.num_episodes} episodes, the files in data/ have "
                 f"{len(found.numbers)}; expected the same: copy the dataset again"
             )
 
@@ -169,27 +171,24 @@ class ParquetSource(Source):
 
 def parquet_files(folder: Path, pattern: str = "data/*/*.parquet") -> list[Path]:
     names = (path.relative_to(folder).as_posix() for path in folder.glob(pattern))
-    return [folder / name for name in sorted(names, key=natural) if not is_hidden(name)]
+    return [folder / name for name in in_order((name for name in names if not is_hidden(name)), folder.name)]
 
 
 def open_parquet(path: Path, key: str | None) -> ParquetSource:
     """One .parquet file, or a LeRobot folder. The footers are read, and compared with meta/."""
-    key = key or "action"
-    root, paths = (path, parquet_files(path)) if path.is_dir() else (path.parent, [path])
+    key = "action" if key is None else key
+    paths = parquet_files(path) if path.is_dir() else [path]
     footers = [_footer(file, key) for file in paths]
-    starts = lengths_to_starts(np.array([footer.rows for footer in footers]))
     if numbers_frames := any(_NUMBERING[1] in footer.columns for footer in footers):
         for file, footer in zip(paths, footers, strict=True):
             _require_column(file.name, footer.columns, _NUMBERING[1])
-    return ParquetSource(
-        name=shown_name(path),
-        root=root,
-        files=tuple(source_file(file, root) for file in paths),
-        first_rows=starts,
-        width=common_width([footer.width for footer in footers], [file.name for file in paths])
-        or _listed_width(paths[0], key),
+    width = max(footer.width for footer in footers) or _listed_width(paths[0], key)
+    return ParquetSource.from_pieces(
+        path,
+        paths,
+        [(footer.rows, footer.width or width, file.name) for file, footer in zip(paths, footers, strict=True)],
         key=key,
-        stated=_read_meta(path / "meta", int(starts[-1])) if path.is_dir() else _Stated(),
+        stated=_read_meta(path, key, width, footers) if path.is_dir() else _Stated(),
         table=None if numbers_frames else table_by_numbers(_episode_numbers(paths), path.name),
     )
 
@@ -203,10 +202,11 @@ def _opened(path: Path, name: str = "", **options: Any) -> Iterator[Any]:
 
 
 class _Footer(NamedTuple):
-    """width: action dimensions, 0 where only the rows tell."""
+    """width: action dimensions, 0 where only the rows tell; dtype: of actions, as numpy names it."""
 
     rows: int
     width: int
+    dtype: str
     columns: Sequence[str]
 
 
@@ -219,7 +219,8 @@ def _footer(path: Path, key: str) -> _Footer:
         for column in (key, _NUMBERING[0]):
             _require_column(name, schema.names, column)
         kind = schema.field(key).type
-        if not types.is_floating(getattr(kind, "value_type", kind)):
+        number = getattr(kind, "value_type", kind)
+        if not types.is_floating(number):
             raise SourceError(
                 f"{name}: column {key!r} is {kind}; expected lists of floating-point numbers: convert them if these "
                 "are actions, or name another column with --key"
@@ -230,7 +231,7 @@ def _footer(path: Path, key: str) -> _Footer:
         if not rows:
             raise SourceError(f"{name} has no rows; expected at least one step: remove the file")
         width = getattr(kind, "list_size", 0 if hasattr(kind, "value_type") else 1)
-        return _Footer(int(rows), int(width), schema.names)
+        return _Footer(int(rows), int(width), np.dtype(number.to_pandas_dtype()).name, schema.names)
 
 
 def _listed_width(path: Path, key: str) -> int:
@@ -272,26 +273,24 @@ def _as_integers(column: Any, label: str, name: str) -> Int64Array:
 # meta/ ----------------------------------------------------------------------------------------------------------------
 
 
-def _read_meta(meta: Path, found_steps: int) -> _Stated:
+def _read_meta(folder: Path, key: str, width: int, footers: Sequence[_Footer]) -> _Stated:
     """Raises SourceError where meta/ contradicts itself or the files."""
-    info = meta / "info.json"
-    stated: dict[str, Any] = {}
-    if info.exists():
-        with readable(info.name, "JSON"):
-            stated = json.loads(read_file(info, _META_SIZE_LIMIT))
-            if not isinstance(stated, dict):
+    meta, (name, stated) = folder / "meta", _info(folder)
+    with readable(name, "JSON"):
+        column = stated.get("features", {}).get(key, {})
+        for footer in footers:
+            found = {"dtype": footer.dtype, "shape": [width]}
+            expected = {name: column.get(name, value) for name, value in found.items()}
+            if found != expected:
                 raise SourceError(
-                    f"meta/info.json holds {shown(stated)}; expected an object with codebase_version and more: "
-                    "copy the dataset again"
+                    f"{name} states that {key!r} is {expected['dtype']} {expected['shape']}, the files in "
+                    f"data/ have {footer.dtype} {[width]}; expected the same: copy the dataset again"
                 )
-            version = str(stated.get("codebase_version", "v2."))
-        if not version.startswith(_VERSIONS):
-            raise SourceError(
-                f"meta/info.json states the layout {version}; expected v2 or v3: convert the dataset with LeRobot"
-            )
+    steps, total_episodes = _TOTALS[name]
+    found_steps = sum(footer.rows for footer in footers)
     episodes = _listed(meta)
     counts = {
-        "meta/info.json (total_frames)": stated.get("total_frames"),
+        f"{name} ({steps})": stated.get(steps),
         "meta/episodes": None if episodes is None else int(episodes.starts[-1]),
     }
     for where, count in counts.items():
@@ -300,50 +299,63 @@ def _read_meta(meta: Path, found_steps: int) -> _Stated:
                 f"{where} states {count} steps, the files in data/ have {found_steps}; expected the same: files are "
                 "missing, or were not finished; copy the dataset again"
             )
-    num_episodes = stated.get("total_episodes")
+    num_episodes = stated.get(total_episodes)
     if episodes is not None and num_episodes not in (None, len(episodes.numbers)):
         raise SourceError(
-            f"meta/info.json states {num_episodes} episodes, meta/episodes lists {len(episodes.numbers)}; expected the "
+            f"{name} states {num_episodes} episodes, meta/episodes lists {len(episodes.numbers)}; expected the "
             "same: copy the dataset again"
         )
-    return _Stated(episodes, num_episodes, _listed_tasks(meta))
+    return _Stated(name, episodes, num_episodes, dict(_rows(meta, "tasks", "tasks.parquet", task_index=int, task=str)))
+
+
+def _info(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The file that describes the dataset, and its content; decoded actions have one of ours. Raises SourceError."""
+    info = folder / "meta/info.json"
+    if not info.exists():
+        if (folder / INFO_NAME).exists():
+            return INFO_NAME, vars(read_info(folder))
+        raise SourceError(
+            f"{folder.name} has no meta/info.json; expected all of a LeRobot folder, v2 or v3: copy the dataset again, "
+            "or give one of its .parquet files alone"
+        )
+    with readable("meta/info.json", "JSON"):
+        stated = json.loads(read_file(info, _META_SIZE_LIMIT))
+    if not isinstance(stated, dict):
+        raise SourceError(
+            f"meta/info.json holds {shown(stated)}; expected an object with codebase_version and more: copy the "
+            "dataset again"
+        )
+    version = stated.get("codebase_version")
+    if not str(version).startswith(_VERSIONS):
+        layout = "no codebase_version" if version is None else f"the layout {version}"
+        raise SourceError(f"meta/info.json states {layout}; expected v2 or v3: convert the dataset with LeRobot")
+    return "meta/info.json", stated
 
 
 def _listed(meta: Path) -> EpisodeTable | None:
-    listed = meta / "episodes.jsonl"
-    entries: list[tuple[Any, ...]] = []
-    if listed.exists():
-        entries = _json_lines(listed, episode_index=int, length=int)
-    else:
-        for path in parquet_files(meta, "episodes/*/*.parquet"):
-            with _opened(path) as file:
-                table = file.read(columns=["episode_index", "length"])
-                columns = (table.column(name).to_pylist() for name in ("episode_index", "length"))
-                entries += zip(*columns, strict=True)
-    if not entries:
+    rows = _rows(meta, "episodes", "episodes/*/*.parquet", episode_index=int, length=int)
+    if not rows:
         return None
     with readable("meta/episodes", "integers"):
-        numbers, lengths = np.array(entries, np.int64).T
+        numbers, lengths = np.array(rows, np.int64).T
     order = np.argsort(numbers, kind="stable")
     return EpisodeTable(lengths_to_starts(lengths[order]), numbers[order])
 
 
-def _json_lines(path: Path, **kinds: type) -> list[tuple[Any, ...]]:
-    """The values of these keys in each line, converted. Raises SourceError."""
-    with opened(path, "JSON lines") as file:
-        lines = [json.loads(line) for line in file if line.strip()]
-        return [tuple(kind(line[name]) for name, kind in kinds.items()) for line in lines]
-
-
-def _listed_tasks(meta: Path) -> dict[int, str]:
-    """Task texts by number: meta/tasks.jsonl (v2), meta/tasks.parquet (v3)."""
-    if (path := meta / "tasks.jsonl").exists():
-        return dict(_json_lines(path, task_index=int, task=str))
-    if (path := meta / "tasks.parquet").exists():
+def _rows(meta: Path, name: str, pattern: str, **columns: type) -> list[tuple[Any, ...]]:
+    """The values of these columns in each row of a table, of NAME.jsonl (v2) or of Parquet (v3). Raises SourceError."""
+    if (lines := meta / f"{name}.jsonl").exists():
+        with opened(lines, "JSON lines") as file:
+            entries = [json.loads(line) for line in file if line.strip()]
+            return [tuple(kind(entry[column]) for column, kind in columns.items()) for entry in entries]
+    rows: list[tuple[Any, ...]] = []
+    for path in parquet_files(meta, pattern):
         with _opened(path) as file:
-            table = file.read()
-            texts = [name for name in _TASK_COLUMNS if name in table.column_names]
-            if not texts or _TASK not in table.column_names:
-                raise SourceError(f"{path.name} has {shortlist(table.column_names)}; expected task_index and task")
-            return dict(zip(table.column(_TASK).to_pylist(), table.column(texts[0]).to_pylist(), strict=True))
-    return {}
+            there = file.schema_arrow.names
+            # LeRobot keeps the texts of tasks in the index of a table, which pandas writes so where it has no name.
+            found = [_INDEX if column not in there and column == "task" else column for column in columns]
+            if not set(found) <= set(there):
+                raise SourceError(f"{path.name} has {shortlist(there)}; expected {' and '.join(columns)}")
+            table = file.read(columns=found)
+            rows += zip(*(table.column(column).to_pylist() for column in found), strict=True)
+    return rows

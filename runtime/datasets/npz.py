@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from ..bundle.reading import regular_file
 from .array_layouts import (
     TASK_NAMES,
+    Described,
     are_comparable,
     array_tasks,
     check_actions,
@@ -23,20 +24,8 @@ from .array_layouts import (
     episode_table,
 )
 from .errors import SourceError
-from .source_base import Source, StepReader, common_width
-from .steps import (
-    AnyArray,
-    EpisodeTable,
-    Int64Array,
-    Steps,
-    as_float32,
-    is_hidden,
-    lengths_to_starts,
-    opened,
-    readable,
-    shown_name,
-    source_file,
-)
+from .source_base import Source, StepReader
+from .steps import AnyArray, EpisodeTable, Int64Array, Steps, as_float32, is_hidden, opened, readable
 
 _NPZ, _NPY = "a .npz file", "a .npy file"
 _SLICE_STEPS = 1 << 20
@@ -55,21 +44,43 @@ class StoredArray:
     is_compressed: bool
     is_fortran: bool
 
-    @property
-    def width(self) -> int:
-        return self.shape[-1] if len(self.shape) > 1 else 1
+    def open(self, path: Path) -> _Stream:
+        return _Stream(path, self)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldArray:
+    """An array in memory, for files that cannot be read in slices. It is its own stream."""
+
+    name: str
+    values: AnyArray
+    member = ""
 
     @property
-    def rows(self) -> int:
-        """The number of steps, or of numbers in an array of one dimension."""
-        return math.prod(self.shape[:-1]) if len(self.shape) > 1 else self.shape[0]
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.values.dtype
+
+    def open(self, path: Path) -> HeldArray:
+        del path
+        return self
+
+    def read(self, start: int, stop: int) -> AnyArray:
+        rows = self.values if self.values.ndim == 1 else self.values.reshape(-1, self.shape[-1])
+        return rows[start:stop]
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
-class _NpzReader(StepReader):
-    _source: NpzSource
+class _ArrayReader(StepReader):
+    _source: ArraySource
 
-    def _open(self, index: int) -> _Stream:
-        return _Stream(self._source.path, self._source.arrays[index])
+    def _open(self, index: int) -> _Stream | HeldArray:
+        return self._source.arrays[index].open(self._source.path)
 
     def _read(self, piece: int, start: int, stop: int) -> Steps:
         first = int(self._source.first_rows[piece])
@@ -77,12 +88,12 @@ class _NpzReader(StepReader):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class NpzSource(Source):
+class ArraySource(Source):
     """arrays: one after the other they are the steps; members: all that is read; episode_tasks: one for each."""
 
     kind = _NPZ
-    reader = _NpzReader
-    arrays: tuple[StoredArray, ...]
+    reader = _ArrayReader
+    arrays: tuple[StoredArray | HeldArray, ...]
     members: tuple[str, ...]
     table: EpisodeTable
     episode_tasks: tuple[str, ...]
@@ -111,34 +122,43 @@ class NpzSource(Source):
         return list(self.episode_tasks)
 
 
-def open_npz(path: Path, key: str | None) -> NpzSource:
+def open_npz(path: Path, key: str | None) -> ArraySource:
     """Episodes in one array or in many, found by runtime/datasets/array_layouts.py."""
     arrays = _arrays(path, key)
-
-    def read(name: str) -> Iterator[AnyArray]:
-        return _slices(path, arrays[name])
-
     chosen = choose_arrays(arrays, key, path.name, lambda one, other: _are_equal(path, arrays[one], arrays[other]))
-    check_actions(arrays, chosen, path.name)
     for name in chosen:
         if arrays[name].is_fortran and len(arrays[name].shape) > 2:
             raise SourceError(
                 f"{path.name}: {name!r} is stored column by column; save np.ascontiguousarray of it, to be read in "
                 "slices"
             )
+    return array_source(path, arrays, chosen)
+
+
+def array_source(path: Path, arrays: Mapping[str, StoredArray | HeldArray], chosen: Sequence[str]) -> ArraySource:
+    """chosen: the arrays of actions, by their names. Raises SourceError where they are none, or where others that say
+    where episodes end do not fit them."""
+
+    def read(name: str) -> Iterator[AnyArray]:
+        return _slices(path, arrays[name])
+
+    check_actions(arrays, chosen, path.name)
     table, stated = episode_table(arrays, chosen, path.name, read)
-    return NpzSource(
-        name=shown_name(path),
-        root=path.parent,
-        files=(source_file(path, path.parent),),
-        first_rows=lengths_to_starts(np.array([arrays[name].rows for name in chosen])),
-        width=common_width([arrays[name].width for name in chosen], [f"{path.name}, {name!r}" for name in chosen]),
+    return ArraySource.from_pieces(
+        path,
+        [path],
+        [(_rows(arrays[name]), arrays[name].shape[-1], f"{path.name}, {name!r}") for name in chosen],
         arrays=tuple(arrays[name] for name in chosen),
         members=tuple(array.member for name, array in arrays.items() if name in (*chosen, *stated, *TASK_NAMES)),
         table=table,
         has_borders=bool(stated),
         episode_tasks=tuple(array_tasks(arrays, len(table.numbers), path.name, read)),
     )
+
+
+def _rows(array: Described) -> int:
+    """The number of steps, or of numbers in an array of one dimension."""
+    return math.prod(array.shape[:-1]) if len(array.shape) > 1 else array.shape[0]
 
 
 def _arrays(path: Path, key: str | None) -> dict[str, StoredArray]:
@@ -148,7 +168,7 @@ def _arrays(path: Path, key: str | None) -> dict[str, StoredArray]:
     """
     if path.suffix.lower() == ".npz":
         return _archived(path)
-    if key:
+    if key is not None:
         raise SourceError(f"{path.name} holds one array without a name, so --key {key} cannot be found; leave key out")
     with opened(path, _NPY, b"\x93NUMPY") as file:
         array = _header(file, "actions", "", path.stat().st_size, is_compressed=False)
@@ -194,11 +214,12 @@ def _are_equal(path: Path, one: StoredArray, other: StoredArray) -> bool:
     return all(mine.tobytes() == theirs.tobytes() for mine, theirs in pairs)
 
 
-def _slices(path: Path, array: StoredArray) -> Iterator[AnyArray]:
+def _slices(path: Path, array: StoredArray | HeldArray) -> Iterator[AnyArray]:
     """All rows, in slices."""
-    with readable(path.name, _NPZ), closing(_Stream(path, array)) as stream:
-        for start in range(0, max(array.rows, 1), _SLICE_STEPS):
-            yield stream.read(start, min(start + _SLICE_STEPS, array.rows))
+    rows = _rows(array)
+    with readable(path.name, _NPZ), closing(array.open(path)) as stream:
+        for start in range(0, max(rows, 1), _SLICE_STEPS):
+            yield stream.read(start, min(start + _SLICE_STEPS, rows))
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -220,10 +241,11 @@ class _Stream:
         array = self._array
         if len(array.shape) == 1:
             return self._numbers(start, stop - start)
+        width = array.shape[-1]
         if array.is_fortran:
-            columns = (self._numbers(column * array.rows + start, stop - start) for column in range(array.width))
+            columns = (self._numbers(column * array.shape[0] + start, stop - start) for column in range(width))
             return np.stack([*columns], axis=1)
-        return self._numbers(start * array.width, (stop - start) * array.width).reshape(-1, array.width)
+        return self._numbers(start * width, (stop - start) * width).reshape(-1, width)
 
     def _numbers(self, place: int, count: int) -> AnyArray:
         array = self._array

@@ -13,7 +13,7 @@ from ..bundle.errors import TokenizerError
 from .errors import DatasetError
 from .job import Job, open_tokenizer
 from .job_folder import output_errors
-from .part_maker import PartMaker
+from .parts import PartMaker
 from .progress import Progress
 
 #: The least that Ray accepts; a row is a few numbers.
@@ -83,7 +83,7 @@ class RayWorker:
             with output_errors(self._job.partial):
                 if self._maker is None:
                     self._maker = PartMaker(self._job, open_tokenizer(self._job))
-                self._maker.make(part, lambda _: None, lambda: False)
+                self._maker.make(part, lambda _: None)
         except TokenizerError as error:
             return {**found, "error": pickle.dumps(error)}
         return found

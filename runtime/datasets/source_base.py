@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
 from .errors import SourceError
-from .steps import EpisodeTable, Int64Array, SourceFile, Steps, has_changed, readable, source_file
+from .steps import (
+    EpisodeTable,
+    Int64Array,
+    SourceFile,
+    Steps,
+    has_changed,
+    lengths_to_starts,
+    readable,
+    shown_name,
+    source_file,
+)
+
+#: Steps, values of a step or 0 where nothing says it, and what to call it in messages.
+Piece = tuple[int, int, str]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -31,6 +44,20 @@ class Source:
     first_rows: Int64Array
     width: int
     has_borders: bool = True
+
+    @classmethod
+    def from_pieces(cls, path: Path, files: Iterable[Path], pieces: Iterable[Piece], **own: Any) -> Self:
+        """The source at this path, a file or a folder. own: fields of the format. Raises SourceError."""
+        root = path if path.is_dir() else path.parent
+        rows, widths, places = zip(*pieces, strict=True)
+        return cls(
+            name=shown_name(path),
+            root=root,
+            files=tuple(source_file(file, root) for file in files),
+            first_rows=lengths_to_starts(np.array(rows)),
+            width=_common_width(widths, places),
+            **own,
+        )
 
     @property
     def num_steps(self) -> int:
@@ -129,7 +156,7 @@ class StepReader(ABC):
         """Rows start … stop - 1 of the whole dataset, all in this piece, or only the first of them, at least one."""
 
 
-def common_width(widths: Sequence[int], places: Sequence[str]) -> int:
+def _common_width(widths: Sequence[int], places: Sequence[str]) -> int:
     """The action dimensions of all places, 0 where unknown. Raises SourceError where they differ."""
     known = [(width, place) for width, place in zip(widths, places, strict=True) if width]
     for width, place in known:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from ..bundle.paths import as_path, shortlist
 from .errors import SourceError
@@ -11,7 +13,7 @@ from .hdf5 import HDF5_SUFFIXES, hdf5_files, open_hdf5
 from .lerobot import open_parquet, parquet_files
 from .npz import open_npz
 from .source_base import Source
-from .steps import is_hidden
+from .steps import is_hidden, unreadable
 
 _EXPECTED = (
     "expected .npz, .npy, .hdf5, .h5, .parquet, a folder of HDF5 files, or a LeRobot v2 or v3 folder "
@@ -19,11 +21,26 @@ _EXPECTED = (
 )
 
 
-def open_source(path: str | os.PathLike[str], key: str | None = None, filter_key: str | None = None) -> Source:
+#: Opens a file by its path and the name of its action array.
+Opener = Callable[[Path, str | None], Source]
+_OPENERS: dict[str, Opener] = {
+    ".parquet": open_parquet,
+    ".npz": open_npz,
+    ".npy": open_npz,
+    **dict.fromkeys(HDF5_SUFFIXES, open_hdf5),
+}
+
+
+def open_source(
+    path: str | os.PathLike[str],
+    key: str | None = None,
+    filter_key: str | None = None,
+    more: Mapping[str, Opener] = MappingProxyType({}),
+) -> Source:
     """Open a file or folder of demonstrations. Tables of contents are read, no actions.
 
     key: the action array or column, where its name is not the usual one; filter_key: of robomimic's HDF5 files, to take
-    only the episodes that it lists. Raises SourceError.
+    only the episodes that it lists; more: openers of other files, by their suffixes. Raises SourceError.
 
     >>> import tempfile, numpy
     >>> path = Path(tempfile.mkdtemp()) / "demonstrations.npz"
@@ -36,34 +53,31 @@ def open_source(path: str | os.PathLike[str], key: str | None = None, filter_key
     """
     # Absolute, since workers with another working directory open it too.
     path = as_path(path, "the data", SourceError).absolute()
+    for option, given in (("--key (key=)", key), ("--filter-key (filter_key=)", filter_key)):
+        if given == "":
+            raise SourceError(f"{option} is empty; expected a name: give one, or leave it out")
     try:
-        return _open(path, key, filter_key)
+        opener = _opener(path, {**_OPENERS, **more}, filter_key)
+        return opener(path, key) if filter_key is None else open_hdf5(path, key, filter_key)
     except OSError as error:
-        raise SourceError(f"{path} cannot be read: {error}; check its permissions") from error
+        raise unreadable(str(path), error) from error
 
 
-def _open(path: Path, key: str | None, filter_key: str | None) -> Source:
+def _opener(path: Path, openers: Mapping[str, Opener], filter_key: str | None) -> Opener:
     if not path.exists():
         raise SourceError(f"{path} does not exist; {_EXPECTED}")
-    suffix = path.suffix.lower()
-    if filter_key and suffix not in HDF5_SUFFIXES and not path.is_dir():
-        raise SourceError(f"{path.name} is no HDF5 file, and has no filter keys; leave --filter-key (filter_key=) out")
     if path.is_dir():
-        if parquet_files(path) and not filter_key:
-            return open_parquet(path, key)
-        if hdf5_files(path):
-            return open_hdf5(path, key, filter_key)
-        if filter_key:
-            raise SourceError(
-                f"folder {path.name} holds no HDF5 files, and has no filter keys; leave --filter-key (filter_key=) out"
-            )
         names = (file.name for file in path.iterdir())
-        listed = shortlist(sorted(name for name in names if not is_hidden(name))) or "nothing"
-        raise SourceError(f"folder {path} holds {listed}; {_EXPECTED}")
-    if suffix == ".parquet":
-        return open_parquet(path, key)
-    if suffix in HDF5_SUFFIXES:
-        return open_hdf5(path, key, filter_key)
-    if suffix in (".npz", ".npy"):
-        return open_npz(path, key)
-    raise SourceError(f"{path.name} has the suffix {path.suffix!r}; {_EXPECTED}")
+        found = f"folder {path} holds {shortlist(sorted(name for name in names if not is_hidden(name))) or 'nothing'}"
+        holds: list[Opener] = [open_parquet] * bool(parquet_files(path)) + [open_hdf5] * bool(hdf5_files(path))
+        if len(holds) > 1:
+            raise SourceError(f"{found}, both LeRobot's data and HDF5 files; expected one of them: put them apart")
+        opener, hint = next(iter(holds), None), f"folder {path.name} holds no HDF5 files"
+    else:
+        found = f"{path.name} has the suffix {path.suffix!r}"
+        opener, hint = openers.get(path.suffix.lower()), f"{path.name} is no HDF5 file"
+    if filter_key is not None and opener is not open_hdf5:
+        raise SourceError(f"{hint}, and has no filter keys; leave --filter-key (filter_key=) out")
+    if opener is None:
+        raise SourceError(f"{found}; {_EXPECTED}")
+    return opener

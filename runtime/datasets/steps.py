@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,8 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..bundle.advice import install
+from ..bundle.paths import LINKS_IN_A_CIRCLE
 from ..bundle.reading import UnfitFileError, regular_file
-from .errors import DatasetError, SourceError
+from .errors import DatasetError, SourceError, reason
 
 Int64Array = npt.NDArray[np.int64]
 AnyArray = npt.NDArray[Any]
@@ -94,6 +97,11 @@ def has_changed(file: SourceFile) -> SourceError:
     )
 
 
+def unreadable(name: str, error: OSError) -> SourceError:
+    why = LINKS_IN_A_CIRCLE if error.errno == errno.ELOOP else f"{error}; check its permissions"
+    return SourceError(f"{name} cannot be read: {why}")
+
+
 _HIDDEN = ("Thumbs.db", "desktop.ini", "__MACOSX")
 
 
@@ -111,20 +119,34 @@ def as_float32(values: AnyArray) -> npt.NDArray[np.float32]:
         return np.ascontiguousarray(values, np.float32)
 
 
-def as_int64(values: AnyArray, label: str) -> Int64Array:
-    """Integers of any type as int64. Raises SourceError for those that do not fit."""
-    if values.dtype.kind == "u" and values.size and values.max() > np.iinfo(np.int64).max:
-        raise SourceError(f"{label} holds {values.max()}; expected integers below 2**63: number from 0")
+def as_int64(values: AnyArray, label: str, least: int = 0) -> Int64Array:
+    """Integers of any type as int64. Raises SourceError for those below `least`, and those that do not fit."""
+    for found in (values.min(), values.max()) if values.size else ():
+        if not least <= int(found) < 2**63:
+            expected = "below 2**63" if found > 0 else f"of {least} or more"
+            raise SourceError(f"{label} holds {found}; expected integers {expected}: number from 0")
     return values.astype(np.int64)
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """Sort key that puts demo_2 before demo_10.
+    """Sort key that puts demo_2 before demo_10, the same for demo_1 and demo_01.
 
     >>> sorted(["demo_10", "demo_2"], key=natural)
     ['demo_2', 'demo_10']
     """
-    return [(int(number or 0), text) for text, number in re.findall(r"(\D*)(\d*)", name)]
+    return [(int(number or -1), text) for text, number in re.findall(r"(\D*)(\d*)", name)]
+
+
+def in_order(names: Iterable[str], where: str) -> list[str]:
+    """In natural order. Raises SourceError where one number is written in two ways, which leaves the order open."""
+    ordered = sorted(names, key=natural)
+    for one, other in pairwise(ordered):
+        if natural(one) == natural(other):
+            raise SourceError(
+                f"{where} has {one!r} and {other!r}, which bear the same number; expected each number once: remove or "
+                "rename one of them"
+            )
+    return ordered
 
 
 def optional(module: str, extra: str = "datasets") -> Any:
@@ -145,10 +167,9 @@ def readable(name: str, kind: str) -> Iterator[None]:
         raise
     # Parsers raise nearly anything on damaged bytes: zlib.error, BadZipFile, ArrowInvalid, KeyError, MemoryError, ...
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
         raise SourceError(
-            f"{name} cannot be read as {kind} ({type(error).__name__}: {reason}); expected an undamaged file: copy it "
-            "again or save it anew"
+            f"{name} cannot be read as {kind} ({reason(error)}); expected an undamaged file: copy it again or save it "
+            "anew"
         ) from error
 
 
@@ -166,7 +187,7 @@ def opened(path: Path, kind: str, magic: bytes = b"", *, name: str = "") -> Iter
         except UnfitFileError as error:
             raise SourceError(f"{name} is no regular file; expected {kind}") from error
         except OSError as error:
-            raise SourceError(f"{name} cannot be read: {error}; check its permissions") from error
+            raise unreadable(name, error) from error
         start = file.read(max(32, len(magic)))
         if not start:
             raise SourceError(f"{name} is empty (0 bytes); expected {kind}: copy or download it again")

@@ -15,19 +15,10 @@ from ..bundle.errors import FingerprintError
 from ..bundle.paths import as_path
 from ..bundle.reading import read_file
 from .episodes import check_stated
-from .errors import SourceError, TokenDatasetError
+from .errors import TokenDatasetError
 from .format import EPISODES_NAME, DatasetInfo, part_name, read_info
 from .source_base import Source, StepReader
-from .steps import (
-    AnyArray,
-    EpisodeTable,
-    Int64Array,
-    Steps,
-    lengths_to_starts,
-    optional,
-    shown_name,
-    source_file,
-)
+from .steps import EpisodeTable, Int64Array, Steps, lengths_to_starts, optional, shown_name, source_file
 from .writers import chunk_names, hash_file, unpack
 
 _AGAIN = "copy the dataset again, or tokenise the source again"
@@ -49,8 +40,12 @@ def open_token_dataset(path: str | os.PathLike[str], *, expect_fingerprint: str 
 
 def _open(folder: Path, expect_fingerprint: str | None) -> TokenDataset:
     info = read_info(folder)
-    if expect_fingerprint is not None:
-        check_fingerprint(folder, info, expect_fingerprint)
+    if expect_fingerprint is not None and not matches_fingerprint(info.fingerprint, expect_fingerprint):
+        raise FingerprintError(
+            f"the tokens in {folder} have the fingerprint {info.fingerprint!r}, expected {expect_fingerprint!r}: they "
+            "mean something else to that tokenizer, and would become other actions; use the bundle that made them, or "
+            f"one of the ways in {page('integration')}"
+        )
     for name, entry in info.files.items():
         file = folder / name
         size = file.stat().st_size if file.is_file() else None
@@ -58,15 +53,6 @@ def _open(folder: Path, expect_fingerprint: str | None) -> TokenDataset:
             found = "is missing" if size is None else f"has {size} bytes, it was written with {entry.size}"
             raise TokenDatasetError(f"{name} in {folder} {found}: the dataset is truncated or was altered; {_AGAIN}")
     return TokenDataset.of(folder, info)
-
-
-def check_fingerprint(folder: Path, info: DatasetInfo, expected: str) -> None:
-    if not matches_fingerprint(info.fingerprint, expected):
-        raise FingerprintError(
-            f"the tokens in {folder} have the fingerprint {info.fingerprint!r}, expected {expected!r}: they mean "
-            "something else to that tokenizer, and would become other actions; use the bundle that made them, or one "
-            f"of the ways in {page('integration')}"
-        )
 
 
 class _DatasetReader(StepReader):
@@ -77,13 +63,6 @@ class _DatasetReader(StepReader):
     def __init__(self, source: TokenDataset) -> None:
         super().__init__(source)
         self._block: tuple[int, Steps] | None = None
-
-    def read(self, start: int, stop: int) -> Steps:
-        """Rows start … stop - 1 of the whole dataset. Raises TokenDatasetError."""
-        try:
-            return super().read(start, stop)
-        except SourceError as error:
-            raise TokenDatasetError(str(error)) from error
 
     def _read(self, piece: int, start: int, stop: int) -> Steps:
         source = self._source
@@ -107,7 +86,11 @@ class _DatasetReader(StepReader):
         part, group = divmod(index, info.steps_per_file // info.steps_per_block)
         table = self._at(part).read_row_group(group, use_threads=False)
         episode, frame, column = (table.column(place).combine_chunks() for place in range(3))
-        return Steps(_values(column, info), episode.to_numpy(), frame.to_numpy())
+        if info.content == "actions":
+            values = np.asarray(column.flatten().to_numpy())
+        else:
+            values = np.frombuffer(column.buffers()[1], np.uint8, len(column) * info.width, column.offset * info.width)
+        return Steps(values.reshape(-1, info.width), episode.to_numpy(), frame.to_numpy())
 
     def _read_zarr(self, index: int) -> Steps:
         info, steps = self._source.info, self._source.info.steps_per_block
@@ -198,10 +181,3 @@ class TokenDataset(Source):
     def _episodes_column(self, name: str) -> Any:
         self.verify(EPISODES_NAME)
         return optional("pyarrow.parquet").ParquetFile(self.root / EPISODES_NAME).read([name]).column(0)
-
-
-def _values(column: Any, info: DatasetInfo) -> AnyArray:
-    if info.content == "actions":
-        return np.asarray(column.flatten().to_numpy()).reshape(-1, info.width)
-    buffer = column.buffers()[1]
-    return np.frombuffer(buffer, np.uint8, len(column) * info.width, column.offset * info.width).reshape(-1, info.width)

@@ -61,11 +61,19 @@ def _work(options: argparse.Namespace) -> Outcome:
 
     found = convert(options)
     worth = found.verification.fidelity
-    document = {"output": str(options.output), "grade": worth and worth.grade, **dataclasses.asdict(found)}
+    document = {
+        "output": str(options.output),
+        "grade": worth and worth.grade,
+        "fingerprint": found.fingerprint,
+        "mode": found.model.mode,
+        "episodes": found.num_episodes,
+        "steps": found.num_steps,
+        "verification": dataclasses.asdict(found.verification),
+    }
     if worth is None:
         return Outcome(f"✓ {options.output}", document)
     lines = [f"what the tokens are worth: {worth.line}, on {worth.steps:,} steps of the source"]
-    lines += filter(None, [worth.warning_in(found.mode)])
+    lines += filter(None, [worth.warning_in(found.model.mode)])
     is_worthless = worth.grade is Grade.WORTHLESS
     if is_worthless:
         lines.append(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +25,14 @@ _ZSTD_LEVEL = 1
 _TURNED_STEPS = 256
 
 
-def part_writer(job: Job, part: int) -> ParquetPart | ZarrPart:
-    """A writer of one part, block by block. A file has its final name only once it is whole."""
-    return ParquetPart(job, part) if job.storage == "parquet" else ZarrPart(job, part)
+def write_part(
+    job: Job, part: int, blocks: Iterable[Steps], metadata: Callable[[], Mapping[str, str]]
+) -> dict[str, FileEntry]:
+    """Write one part; its files, by their paths in the dataset. A file has its final name only once it is whole.
+
+    blocks: of `block_steps` steps each, fewer in the last one; metadata: of a Parquet file, asked for after the last.
+    """
+    return _write_parquet(job, part, blocks, metadata) if job.storage == "parquet" else _write_zarr(job, part, blocks)
 
 
 def part_files(job: Job, part: int) -> set[str]:
@@ -46,6 +50,13 @@ def put(content: bytes, folder: Path, name: str, scratch: Path) -> FileEntry:
     temporary.write_bytes(content)
     move(temporary, folder, name)
     return FileEntry(hashlib.sha256(content).hexdigest(), len(content))
+
+
+def put_file(temporary: Path, folder: Path, name: str) -> dict[str, FileEntry]:
+    """Put a file that was written in its place; the file by its path in the dataset."""
+    entry = hash_file(temporary)
+    move(temporary, folder, name)
+    return {name: entry}
 
 
 def move(temporary: Path, folder: Path, name: str) -> None:
@@ -70,90 +81,65 @@ def hash_file(path: Path) -> FileEntry:
 # Parquet --------------------------------------------------------------------------------------------------------------
 
 
-class ParquetPart:
+def _write_parquet(
+    job: Job, part: int, blocks: Iterable[Steps], metadata: Callable[[], Mapping[str, str]]
+) -> dict[str, FileEntry]:
     """Columns episode_index, frame_index and tokens (bytes, D*L of them) or action (float32, A of them)."""
-
-    def __init__(self, job: Job, part: int) -> None:
-        self._job, self._name = job, part_name(part)
-        self._arrow = optional("pyarrow")
-        parquet = optional("pyarrow.parquet")
-        arrow = self._arrow
-        width, is_tokens = job.width, job.content == "tokens"
-        # Bytes of fixed length are written five times as fast as lists of bytes, and hold the same.
-        kind = arrow.binary(width) if is_tokens else arrow.list_(arrow.float32(), width)
-        column = "tokens" if is_tokens else "action"
-        fields = [("episode_index", arrow.int64()), ("frame_index", arrow.int64()), (column, kind)]
-        self._schema = arrow.schema([arrow.field(name, kind, nullable=False) for name, kind in fields])
-        values = column if is_tokens else f"{column}.list.element"
-        is_compressed = job.compression == "zstd"
-        # With byte d*L + l of all steps side by side, tokens compress better and four times as fast.
-        encoding = {values: "BYTE_STREAM_SPLIT" if is_compressed else "PLAIN"}
-        self._temporary = scratch_file(job.scratch, Path(self._name).name)
-        self._writer = parquet.ParquetWriter(
-            self._temporary,
-            self._schema,
+    arrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
+    width, is_tokens, is_compressed = job.width, job.content == "tokens", job.compression == "zstd"
+    # Bytes of fixed length are written five times as fast as lists of bytes, and hold the same.
+    kind = arrow.binary(width) if is_tokens else arrow.list_(arrow.float32(), width)
+    column = "tokens" if is_tokens else "action"
+    fields = [("episode_index", arrow.int64()), ("frame_index", arrow.int64()), (column, kind)]
+    schema = arrow.schema([arrow.field(name, kind, nullable=False) for name, kind in fields])
+    # With byte d*L + l of all steps side by side, tokens compress better and four times as fast.
+    encoding = {
+        column if is_tokens else f"{column}.list.element": "BYTE_STREAM_SPLIT" if is_compressed else "PLAIN",
+        **dict.fromkeys(("episode_index", "frame_index"), "DELTA_BINARY_PACKED"),
+    }
+    temporary = scratch_file(job.scratch, Path(part_name(part)).name)
+    try:
+        with parquet.ParquetWriter(
+            temporary,
+            schema,
             compression=job.compression,
             compression_level=_ZSTD_LEVEL if is_compressed else None,
             use_dictionary=False,
             write_statistics=["episode_index", "frame_index"],
-            column_encoding={**encoding, **dict.fromkeys(("episode_index", "frame_index"), "DELTA_BINARY_PACKED")},
+            column_encoding=encoding,
             store_schema=True,
-        )
-
-    def write(self, block: Steps) -> None:
-        """The next block: `block_steps` steps, fewer in the last one."""
-        arrow = self._arrow
-        values = np.ascontiguousarray(block.values)
-        kind = self._schema.field(2).type
-        if self._job.content == "tokens":
-            column = arrow.FixedSizeBinaryArray.from_buffers(kind, len(block), [None, arrow.py_buffer(values)])
-        else:
-            column = arrow.FixedSizeListArray.from_arrays(arrow.array(values.reshape(-1)), type=kind)
-        columns = [arrow.array(block.episode), arrow.array(block.frame), column]
-        self._writer.write_table(arrow.Table.from_arrays(columns, schema=self._schema), row_group_size=len(block))
-
-    def close(self, metadata: Mapping[str, str]) -> dict[str, FileEntry]:
-        """Put the part in place; its files, by their paths in the dataset."""
-        self._writer.add_key_value_metadata(metadata)
-        self._writer.close()
-        entry = hash_file(self._temporary)
-        move(self._temporary, self._job.data, self._name)
-        return {self._name: entry}
-
-    def abandon(self) -> None:
-        """Leave nothing behind."""
-        # A full disk refuses the footer too.
-        with suppress(OSError):
-            self._writer.close()
-        self._temporary.unlink(missing_ok=True)
+        ) as writer:
+            for block in blocks:
+                values = np.ascontiguousarray(block.values)
+                if is_tokens:
+                    coded = arrow.FixedSizeBinaryArray.from_buffers(kind, len(block), [None, arrow.py_buffer(values)])
+                else:
+                    coded = arrow.FixedSizeListArray.from_arrays(arrow.array(values.reshape(-1)), type=kind)
+                columns = [arrow.array(block.episode), arrow.array(block.frame), coded]
+                writer.write_table(arrow.Table.from_arrays(columns, schema=schema), row_group_size=len(block))
+            writer.add_key_value_metadata(metadata())
+        return put_file(temporary, job.data, part_name(part))
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 # Zarr, version 2 of its format: every library reads it ----------------------------------------------------------------
 
 
-class ZarrPart:
-    """Chunks of the arrays data/tokens, data/episode_index and data/frame_index."""
+def _write_zarr(job: Job, part: int, blocks: Iterable[Steps]) -> dict[str, FileEntry]:
+    """Chunks of the arrays data/tokens, data/episode_index and data/frame_index.
 
-    def __init__(self, job: Job, part: int) -> None:
-        self._job = job
-        self._chunk = job.rows(part)[0] // job.block_steps
-        self._files: dict[str, FileEntry] = {}
-
-    def write(self, block: Steps) -> None:
-        job, steps = self._job, self._job.block_steps
-        shape = (job.model.latent_dim, job.model.num_layers)
+    What an end on the way leaves is whole, and the same when it is written again.
+    """
+    files: dict[str, FileEntry] = {}
+    shape, steps = (job.model.latent_dim, job.model.num_layers), job.block_steps
+    for chunk, block in enumerate(blocks, job.rows(part)[0] // steps):
         numbers = (np.pad(column, (0, steps - len(block))).astype("<i8") for column in (block.episode, block.frame))
         contents = (turned(block.values, shape, steps), *numbers)
-        for name, content in zip(chunk_names(self._chunk), contents, strict=True):
-            self._files[name] = put(pack(content, job.compression), job.data, name, job.scratch)
-        self._chunk += 1
-
-    def close(self, metadata: Mapping[str, str]) -> dict[str, FileEntry]:
-        del metadata  # Zarr has one place for all of it: the attributes of the group.
-        return self._files
-
-    def abandon(self) -> None:
-        """Chunks may stay: they are whole, and the same when they are written again."""
+        for name, content in zip(chunk_names(chunk), contents, strict=True):
+            files[name] = put(pack(content, job.compression), job.data, name, job.scratch)
+    return files
 
 
 def chunk_names(chunk: int) -> tuple[str, str, str]:
@@ -197,7 +183,7 @@ def zarr_array(
         "chunks": list(chunks),
         "dtype": dtype,
         "compressor": compressor,
-        "fill_value": 0,
+        "fill_value": None if "S" in dtype else 0,
         "order": order,
         "filters": None,
     }

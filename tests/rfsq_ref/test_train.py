@@ -396,6 +396,7 @@ def write_lerobot(folder: Path, episodes: list[FloatArray]) -> Path:
     """Version 2: one Parquet file per episode."""
     (folder / "robot/meta").mkdir(parents=True)
     (folder / "robot/data/chunk-000").mkdir(parents=True)
+    (folder / "robot/meta/info.json").write_text('{"codebase_version": "v2.1"}')
     (folder / "robot/meta/tasks.jsonl").write_text('{"task_index": 0, "task": "lift the cube"}\n')
     for index, episode in enumerate(episodes):
         table = pa.table(

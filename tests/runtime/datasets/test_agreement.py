@@ -13,14 +13,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rfsq.calibration import fit
+from rfsq.rfsq_ref import train
 from rfsq.rfsq_ref.data import ActionDataset, load_actions
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.bundle.paths import LINKS_IN_A_CIRCLE
 from rfsq.runtime.datasets import conversion
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import SourceError
 from rfsq.runtime.datasets.sources import open_source
 from rfsq.runtime.datasets.token_reader import open_token_dataset
+from rfsq.runtime.qualification import compat
 from tests.runtime.datasets.samples import (
     lerobot_table,
     random_episodes,
@@ -31,6 +35,7 @@ from tests.runtime.datasets.samples import (
     write_lerobot_v3,
     write_npz,
     write_npz_of_arrays,
+    write_robomimic,
 )
 
 LENGTHS = (5, 3, 4, 6)
@@ -59,6 +64,14 @@ def hdf5(change: Callable[[h5py.File], object]) -> Write:
         return path
 
     return write
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> Path:
+    """HDF5 of episodes that lie in the file itself."""
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            file[f"{name}/actions"] = array
+    return path
 
 
 def replaced(file: h5py.File, **arrays: Any) -> None:
@@ -133,7 +146,7 @@ def text(name: str, content: str) -> Callable[[Path], object]:
 
 def copied(folder: Path) -> None:
     """As a file manager does; meta/ does not say how many there are."""
-    without("meta")(folder)
+    totals(folder)
     first = folder / "data/chunk-000/episode_000000.parquet"
     shutil.copy(first, first.with_name("episode_000000 (copy).parquet"))
 
@@ -157,6 +170,18 @@ def cut_off(write: Write, kept: float) -> Write:
     return cut
 
 
+def totals(folder: Path) -> Path:
+    """meta/ says nothing but the version."""
+    without("meta/*")(folder)
+    (folder / "meta/info.json").write_text('{"codebase_version": "v2.1"}', encoding="utf-8")
+    return folder
+
+
+def features(**column: Any) -> Callable[[Path], None]:
+    """What info.json states of the actions."""
+    return info("v2.1", features={"action": {"dtype": "float32", "shape": [3], "names": None, **column}})
+
+
 def part_of(total: int, there: int) -> Callable[[Path], None]:
     """Of a folder that says it has `total` episodes, the first `there`; every other statement agrees with them."""
 
@@ -171,7 +196,10 @@ def part_of(total: int, there: int) -> Callable[[Path], None]:
 REFUSED: dict[str, tuple[Write, str]] = {
     # LeRobot
     "files missing": (v2(without("data/chunk-001")), r"\(total_frames\) states 18 steps, the files in data/ have 8"),
-    "files missing, no info": (v2(without("data/chunk-001", "meta/info.json")), "meta/episodes states 18 steps, "),
+    "files missing, no totals": (
+        v2(lambda folder: [info("v2.1", total_frames=None)(folder), without("data/chunk-001")(folder)]),
+        "meta/episodes states 18 steps, ",
+    ),
     "files missing, v3": (v3(without("data/*/file-001.parquet")), "states 18 steps, the files in data/ have 8"),
     "41 of 125 episodes": (v2(part_of(4, 2)), "meta/info.json states 4 episodes, the files in data/ have 2"),
     "no files": (v2(without("data")), "holds meta; expected"),
@@ -275,12 +303,77 @@ REFUSED: dict[str, tuple[Write, str]] = {
     "half an archive": (cut_off(npz(actions=STEPS), 0.5), "cannot be read as a .npz file"),
 }
 
+#: Sources that say two things.
+CONTRADICTORY: dict[str, tuple[Write, str]] = {
+    "no info": (v2(without("meta/info.json")), "x has no meta/info.json; expected all of a LeRobot folder"),
+    "no meta": (v3(without("meta")), "x has no meta/info.json; expected all of a LeRobot folder"),
+    "info without a version": (v3(text("meta/info.json", "{}")), "states no codebase_version; expected v2 or v3"),
+    "actions of another shape": (
+        v2(features(shape=[4])),
+        r"states that 'action' is float32 \[4\], the files in data/ have float32 \[3\]; expected the same",
+    ),
+    "actions of another type": (
+        v3(features(dtype="float64")),
+        r"states that 'action' is float64 \[3\], the files in data/ have float32 \[3\]; expected the same",
+    ),
+    "features that are a list": (v3(info(features=[])), r"meta/info\.json cannot be read as JSON \(it is built in"),
+    "a negative number of an episode": (
+        parquet(column("episode_index", (NUMBERS - 1).tolist())),
+        "column 'episode_index' holds -1; expected integers of 0 or more",
+    ),
+    "a negative number in numpy": (npz(actions=STEPS, episode_index=NUMBERS - 2), "episode_index holds -2; expected"),
+    "a file twice with other zeros": (
+        v2(
+            lambda folder: shutil.copy(
+                folder / "data/chunk-000/episode_000000.parquet", folder / "data/chunk-000/episode_0.parquet"
+            )
+        ),
+        r"'data/chunk-000/episode_\w+\.parquet' and 'data/chunk-000/episode_\w+\.parquet', which bear the same number",
+    ),
+    "LeRobot and HDF5 in a folder": (
+        v2(lambda folder: write_hdf5(folder / "y.hdf5", EPISODES)),
+        "holds data, meta, y.hdf5, both LeRobot's data and HDF5 files; expected one",
+    ),
+    "an array beside episodes": (
+        hdf5(lambda file: file.__setitem__("action", STEPS)),
+        "x.hdf5 has actions in action and in data/demo_0, data/demo_1 and 2 more; expected one set",
+    ),
+    "episodes in two places": (
+        hdf5(lambda file: file.__setitem__("demo_7/actions", STEPS)),
+        "x.hdf5 has actions in demo_7 and in data/demo_0, data/demo_1 and 2 more; expected one set",
+    ),
+    "episodes of two names": (
+        hdf5(lambda file: file.__setitem__("data/traj_0/actions", STEPS)),
+        "has actions in demo_0, demo_1 and 2 more and in traj_0; expected one set",
+    ),
+    "episodes of two names, without a group": (
+        lambda folder: write_arrays(folder / "x.h5", demo_0=STEPS, traj_1=STEPS),
+        "x.h5 has actions in demo_0 and in traj_1; expected one set",
+    ),
+    "a number twice with other zeros": (
+        hdf5(lambda file: file.__setitem__("data/demo_01/actions", STEPS)),
+        r"x\.hdf5 has 'demo_0?1' and 'demo_0?1', which bear the same number",
+    ),
+    "a file of HDF5 twice with other zeros": (
+        lambda folder: [write_hdf5(folder / name, EPISODES) for name in ("x_1.hdf5", "x_01.hdf5")] and folder,
+        r"has 'x_0?1\.hdf5' and 'x_0?1\.hdf5', which bear the same number",
+    ),
+    "an array beside arrays of episodes": (
+        npz(actions=STEPS, demo_0=STEPS[:5], demo_1=STEPS[5:]),
+        "x.npz has actions in actions and in demo_0, demo_1; expected one set",
+    ),
+    "an array twice with other zeros": (npz(demo_1=STEPS, demo_01=STEPS), "which bear the same number"),
+}
+REFUSED |= CONTRADICTORY
+
 ACCEPTED: dict[str, Write] = {
     "LeRobot v2": v2(),
     "LeRobot v3": v3(),
-    "no meta": v2(without("meta")),
+    "nothing but a version": v2(totals),
+    "the features of the actions": v2(features()),
+    "no features of the actions": v3(info(features={"observation.state": {"dtype": "float32", "shape": [1]}})),
     "episodes listed in another order": v2(listed((3, 6), (1, 3), (0, 5), (2, 4))),
-    "info without totals": v3(text("meta/info.json", "{}")),
+    "info without totals": v3(text("meta/info.json", '{"codebase_version": "v3.0"}')),
     "an episode in two files": v2(
         lambda folder: [
             pq.write_table(
@@ -353,6 +446,75 @@ def read_in_slices(path: Path) -> np.ndarray:
         return np.concatenate([reader.read(row, min(row + 4, 18)).values for row in range(0, source.num_steps, 4)])
     finally:
         reader.close()
+
+
+def refusals(path: Path, bundle: Path, capsys: pytest.CaptureFixture[str], *options: str) -> set[str]:
+    """What all commands that take demonstrations say; bundles limit what a legal action is, and checkpoints do not."""
+    data, output = ["--data", str(path), *options], str(path.parent / "out")
+    found = set()
+    for main, given in (
+        (tokenize_dataset.main, [str(bundle), *data, "--output", f"{output}.zarr"]),
+        (compat.main, [str(bundle), str(bundle), *data]),
+        (fit.main, [*data, "--output", f"{output}.safetensors"]),
+        (train.main, [*data, "--output", f"{output}.safetensors"]),
+    ):
+        try:
+            status = main(given)
+        except SystemExit as stopped:
+            status = int(stopped.code or 0)
+        assert status == 2
+        found.add(capsys.readouterr().err.splitlines()[-1].partition("error: ")[2])
+    return found
+
+
+@pytest.mark.parametrize(("write", "message"), CONTRADICTORY.values(), ids=CONTRADICTORY)
+def test_every_command_refuses_what_says_two_things(
+    write: Write, message: str, c_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (words,) = refusals(write(tmp_path), c_bundle, capsys)
+    assert re.search(message, words)
+
+
+def test_every_command_refuses_a_filter_that_lists_an_episode_twice(
+    c_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_robomimic(tmp_path / "x.hdf5", EPISODES, train=[0, 2, 0])
+    (words,) = refusals(path, c_bundle, capsys, "--filter-key", "train")
+    assert "x.hdf5: the filter key 'train' lists demo_0 more than once; choose another" in words
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.npy", "x.hdf5", "x.parquet", "lerobot_v3"])
+def test_every_command_refuses_an_empty_key(
+    name: str, c_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).touch()
+    for option in ("--key", "--filter-key"):
+        (words,) = refusals(tmp_path / name, c_bundle, capsys, option, "")
+        assert words.startswith(f"{option} ({option[2:].replace('-', '_')}=) is empty; expected a name")
+
+
+def test_links_in_a_circle_are_worded_alike_everywhere(
+    c_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.hdf5").symlink_to(tmp_path / "y.hdf5")
+    (tmp_path / "y.hdf5").symlink_to(tmp_path / "x.hdf5")
+    # One command has a second name for --data.
+    (words,) = {words.partition(": ")[2] for words in refusals(tmp_path / "x.hdf5", c_bundle, capsys)}
+    assert re.fullmatch(f"it is .*; {LINKS_IN_A_CIRCLE}", words)
+    # In a folder as well.
+    for error, read in ((SourceError, open_source), (DataError, load_actions)):
+        with pytest.raises(error, match=rf"x\.hdf5 cannot be read: {LINKS_IN_A_CIRCLE}$"):
+            read(tmp_path)
+        with pytest.raises(error, match=rf"the data is .*; {LINKS_IN_A_CIRCLE}$"):
+            read(tmp_path / "x.hdf5")
+
+
+def test_no_refusal_names_an_error_of_python(tmp_path: Path) -> None:
+    for name, (write, _) in REFUSED.items():
+        (tmp_path / name.replace("/", "")).mkdir()
+        with pytest.raises(DataError) as caught:
+            load_actions(write(tmp_path / name.replace("/", "")))
+        assert not re.search(r"\b[A-Z]\w*(Error|Exception)\b|BadZipFile|ArrowInvalid", str(caught.value)), name
 
 
 def assert_holds(output: Path, dataset: ActionDataset, bundle: Path) -> None:

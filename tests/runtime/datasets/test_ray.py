@@ -19,8 +19,9 @@ from rfsq.runtime.datasets.job import plan
 from rfsq.runtime.datasets.job_folder import begin, locked
 from rfsq.runtime.datasets.ray import RayWorker, raise_refusal
 from rfsq.runtime.datasets.sources import open_source
+from rfsq.runtime.datasets.tokenize import parser
 from tests.bundles import Recipe, random_actions
-from tests.runtime.datasets.command import LENGTHS, PART, ROOT, files, run
+from tests.runtime.datasets.command import LENGTHS, ROOT, arguments, files, run
 from tests.runtime.datasets.samples import random_episodes, write_npz
 
 
@@ -89,9 +90,10 @@ def test_ray_gives_the_same_bytes_with_a_worker_killed_and_its_tasks_encode_and_
 def test_a_worker_of_ray_hands_its_refusal_on_to_the_command(c_bundle: Path, bundle: Path, tmp_path: Path) -> None:
     episodes = random_episodes(LENGTHS)
     episodes[3][5, 0] = np.nan
-    source = open_source(write_npz(tmp_path / "x.npz", episodes))
+    path = write_npz(tmp_path / "x.npz", episodes)
+    given, source = arguments(path, tmp_path / "out.parquet", c_bundle), open_source(path)
     with ActionTokenizer.load(c_bundle) as tokenizer:
-        job = plan(source, tokenizer, c_bundle, tmp_path / "out.parquet", steps_per_file=PART)
+        job = plan(source, tokenizer, parser().parse_args(given), "parquet")
     with locked(job.output):
         begin(job, overwrite=False, restart=False)
         worker = RayWorker(pickle.dumps(job))

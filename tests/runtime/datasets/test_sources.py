@@ -346,6 +346,8 @@ def test_a_folder_that_lacks_what_meta_states_is_refused(write: object, tmp_path
     (folder / "meta/info.json").write_text("[1]")
     assert "meta/info.json holds [1]; expected an object" in refusal(folder)
     (folder / "meta/info.json").unlink()
+    assert "x has no meta/info.json; expected all of a LeRobot folder" in refusal(folder)
+    (folder / "meta/info.json").write_text('{"codebase_version": "v2.1"}')
     assert "meta/episodes states 27 steps, the files in data/ have" in refusal(folder)
     last.write_bytes(content)
     assert open_source(folder).num_steps == 27
@@ -376,7 +378,7 @@ def test_other_versions_of_lerobot_are_refused(tmp_path: Path) -> None:
     (folder / "meta/info.json").write_text("{", encoding="utf-8")
     assert "info.json cannot be read as JSON" in refusal(folder)
     (folder / "meta/info.json").write_text(json.dumps({}), encoding="utf-8")
-    assert open_source(folder).num_steps == 27
+    assert "meta/info.json states no codebase_version; expected v2 or v3" in refusal(folder)
 
 
 def test_files_are_in_natural_order(tmp_path: Path) -> None:
@@ -385,6 +387,7 @@ def test_files_are_in_natural_order(tmp_path: Path) -> None:
     (folder / "data/chunk-0").mkdir(parents=True)
     for index, episode in enumerate(episodes):
         pq.write_table(lerobot_table([episode], index), folder / f"data/chunk-0/episode_{index}.parquet")
+    write_info(folder, "v2.1", episodes)
     (steps,) = read(folder, [(0, 24)])
     np.testing.assert_array_equal(steps.values, np.concatenate(episodes))
 

@@ -16,11 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from rfsq.rfsq_ref.data import load_actions
+from rfsq.rfsq_ref.errors import DataError
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.bundle.errors import FingerprintError, InvalidInputError, TokenizerError
 from rfsq.runtime.bundle.fidelity import Grade, fidelity
 from rfsq.runtime.bundle.folder import open_bundle
-from rfsq.runtime.datasets import job_folder
+from rfsq.runtime.datasets import action_files, job_folder
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import IllegalActionError, OutputError, SourceError, TokenDatasetError
 from rfsq.runtime.datasets.format import INFO_NAME, SCHEMA_VERSION, info_text, parse_info
@@ -364,6 +365,17 @@ def test_tokens_become_the_actions_that_the_tokenizer_gives(
     np.testing.assert_array_equal(read.steps(), actions)
 
 
+def test_decoded_actions_are_held_against_their_own_table_of_contents(
+    tokens: Path, c_bundle: Path, tmp_path: Path
+) -> None:
+    run(tokens, tmp_path / "x.parquet", c_bundle, "--decode")
+    (tmp_path / "x.parquet/data/chunk-000/file-002.parquet").unlink()
+    with pytest.raises(
+        DataError, match=r"dataset\.json \(num_steps\) states 20001 steps, the files in data/ have 16384"
+    ):
+        load_actions(tmp_path / "x.parquet")
+
+
 def test_decoded_files_are_whole_and_the_same_each_time(tokens: Path, c_bundle: Path, tmp_path: Path) -> None:
     for suffix in ("npz", "hdf5"):
         output = tmp_path / f"x.{suffix}"
@@ -376,6 +388,18 @@ def test_decoded_files_are_whole_and_the_same_each_time(tokens: Path, c_bundle: 
         run(tokens, tmp_path / suffix, c_bundle, "--decode", "--format", suffix)
         assert (tmp_path / suffix).read_bytes() == first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hdf5", "npz", "x.hdf5", "x.npz"]
+
+
+@pytest.mark.parametrize("steps", [1000, 4500, 9000, 9001, 13_001])
+def test_slices_end_anywhere_in_decoded_episodes(
+    steps: int, tokens: Path, c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tokens, tmp_path / "whole.hdf5", c_bundle, "--decode")
+    monkeypatch.setattr(action_files, "_SLICE_STEPS", steps)
+    run(tokens, tmp_path / "cut.hdf5", c_bundle, "--decode")
+    whole, cut = (load_actions(tmp_path / f"{name}.hdf5") for name in ("whole", "cut"))
+    assert [len(episode) for episode in cut.episodes] == list(LENGTHS)
+    assert cut.sha256 == whole.sha256
 
 
 def test_decoded_hdf5_bears_the_numbers_of_the_episodes(c_bundle: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rfsq.runtime.bundle.manifest import FileEntry
 from rfsq.runtime.datasets.errors import OutputError
-from rfsq.runtime.datasets.part_record import PartRecord
+from rfsq.runtime.datasets.parts import PartRecord
 
 WORK = "0123456789abcdef-0123456789abcdef"
 RECORD = PartRecord(2, {"data/x": FileEntry("ab" * 32, 7)}, ("cd" * 32,), ((0, 3, 9, 5), (4, 0, 1, 2)))
