@@ -69,8 +69,7 @@ def _lines(report: Report) -> Iterator[str]:
         width = max(map(len, facts), default=0)
         yield from (f"{name:{width}}  {value}" for name, value in facts.items())
         yield ""
-    for name, reason in report.missing.items():
-        yield f"not measured: {name}: {' '.join(reason.split())}"
+    yield from (f"not measured: {line}" for line in missing_lines(report.missing))
     if report.missing:
         yield ""
     if report.starts:
@@ -89,6 +88,14 @@ def _lines(report: Report) -> Iterator[str]:
             yield f"fp32 rate measured in the same rounds: {rate.operations_per_second / 1e12:.1f} TFLOP/s"
         yield ""
     yield from (f"- {remark}" for remark in (*_legend(report), *report.remarks))
+
+
+def missing_lines(missing: Mapping[str, str]) -> Iterator[str]:
+    """What could not be measured, and why: a line for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        names.setdefault(" ".join(reason.split()), []).append(name)
+    yield from (f"{', '.join(found)}: {reason}" for reason, found in names.items())
 
 
 def _legend(report: Report) -> Iterator[str]:

@@ -22,7 +22,7 @@ from ..tokenizer import ActionTokenizer
 from .calls import Batch, host_figures, random_batch
 from .machine import machine_facts
 from .peers import Peers, open_peers
-from .report import Report
+from .report import Report, missing_lines
 from .start import Start, StartError, measure_start
 from .timing import ROUND_SECONDS, Arithmetic, Bandwidth, Figure, Row, arithmetic_of, bandwidths_of, measure, summarise
 
@@ -153,7 +153,7 @@ class _Run:
         )
 
     def _unavailable(self, what: str) -> BackendUnavailableError:
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in self._missing.items())
+        reasons = "\n".join(f"  {line}" for line in missing_lines(self._missing))
         return BackendUnavailableError(f"{what} with {self._bundle.folder} here:\n{reasons}")
 
     @contextlib.contextmanager
