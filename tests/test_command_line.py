@@ -107,7 +107,12 @@ def test_the_same_words_mean_the_same(name: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("name", "arguments", "advised"),
     [
-        ("tokenize", ["a.npz", "b.parquet", "--bundle", "c"], "tokenize_dataset.py BUNDLE --data IN --output OUT"),
+        ("tokenize", ["a.npz", "b.parquet", "--bundle", "c"], "tokenize_dataset.py BUNDLE --data F --output PATH"),
+        ("selftest", ["--bundle", "c"], "without --bundle: python runtime/selftest.py BUNDLE"),
+        ("inspect", ["--bundle=c"], "without --bundle: python runtime/inspect_bundle.py BUNDLE"),
+        ("bench", ["--quick", "--bundle", "c"], "without --bundle: python runtime/bench.py BUNDLE"),
+        ("replay", ["a.npz", "--bundle", "c"], "without --bundle: python runtime/replay_flight.py BUNDLE RECORD"),
+        ("build", ["--bundle", "c"], "build_engine.py --from-bundle DIR adds to one"),
         ("rollout", ["--results", "docs"], "--output now, and episodes are kept in --episodes-dir"),
     ],
 )
