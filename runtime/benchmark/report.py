@@ -207,7 +207,9 @@ def write_report(report: Report, folder: Path) -> list[str]:
 
     Returns what there is to say. Raises InvalidInputError where one cannot be written.
     """
-    contents = {"bench.json": report_json(report).encode(), "bench.txt": report_text(report).encode()}
+    texts = {"bench.json": report_json(report), "bench.txt": report_text(report)}
+    # A name of a file need not be UTF-8; escaped like this, it is JSON too.
+    contents = {name: text.encode("utf-8", "backslashreplace") for name, text in texts.items()}
     said = []
     try:
         contents["bench.png"] = report_png(report)

@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any, TextIO, cast
 
 from .errors import RfsqError
 
@@ -16,8 +17,17 @@ from .errors import RfsqError
 def prepare_console() -> None:
     """For a script of its own: no traceback for a terminal without ✓, nor where the reader of a pipe has left.
 
-    The process then ends as every other does, by SIGPIPE, with a status that is none of the script's own.
+    The process then ends as every other does, by SIGPIPE, with a status that is none of the script's own. What stderr
+    does not take is dropped, and changes no status.
     """
+    # A stream that was closed before the start is None, and the next file that is opened would get its number.
+    if sys.stdout is None:
+        # Only for reading: every use is refused, as that of a full one.
+        sys.stdout = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115  # until the process ends
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # until the process ends
+    if not isinstance(sys.stderr, _Dropping):
+        sys.stderr = cast(TextIO, _Dropping(sys.stderr))
     escape_what_cannot_be_shown()
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -62,8 +72,7 @@ class _Checked:
     def flush(self) -> None:
         self._do(self._stream.flush)
 
-    @staticmethod
-    def _do(act: Callable[..., Any], *given: str) -> Any:
+    def _do(self, act: Callable[..., Any], *given: str) -> Any:
         try:
             return act(*given)
         except OSError as error:
@@ -71,6 +80,15 @@ class _Checked:
                 f"standard output cannot be written: {error.strerror or error}; make room where it goes, or send it "
                 "elsewhere"
             ) from error
+
+
+class _Dropping(_Checked):
+    """A stream that drops what it cannot write."""
+
+    def _do(self, act: Callable[..., Any], *given: str) -> Any:
+        with suppress(OSError):
+            act(*given)
+        return len("".join(given))
 
 
 def checked(stdout: TextIO) -> Any:
