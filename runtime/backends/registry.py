@@ -13,7 +13,6 @@ from ..bundle.backend_specs import BACKENDS, BackendSpec, compiled_from
 from ..bundle.errors import BackendUnavailableError, EngineRefusedError, InferenceError, SelfTestError, TokenizerError
 from ..bundle.folder import Bundle
 from .contract import Backend
-from .cpu_targets import host_targets
 
 if TYPE_CHECKING:
     from ..bundle.golden import Golden
@@ -100,6 +99,9 @@ def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
 
 def _warn_of_less(bundle: Bundle, backend: Backend, obstacle: TokenizerError | None) -> None:
     """Warn where this processor could run faster code. obstacle: why the C engine cannot be used."""
+    # Here, since only `auto` asks.
+    from .cpu_targets import host_targets
+
     best = host_targets()[0]
     if isinstance(obstacle, BackendUnavailableError):
         _LOG.warning("%s takes the place of the C engine, which is faster: %s", backend.name, obstacle)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.manifest import FileEntry
-from ..bundle.typed_json import build
+from ..bundle.reading import build
 from .episodes import Run
 from .errors import OutputError
 

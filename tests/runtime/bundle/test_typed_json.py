@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from rfsq.runtime.bundle.typed_json import build
+from rfsq.runtime.bundle.reading import build
 
 
 @dataclass(frozen=True)
