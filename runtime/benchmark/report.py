@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..bundle.console import printable
 from ..bundle.errors import InvalidInputError
+from ..bundle.paths import aligned
 from ..bundle.writing import replacing
 from .start import Start
 from .timing import Arithmetic, Bandwidth, Row
@@ -74,7 +75,7 @@ def _lines(report: Report) -> Iterator[str]:
         yield ""
     if report.starts:
         yield f"cold start, medians of {report.starts[0].processes} new processes, files in the system's cache"
-        yield from _table(_START_COLUMNS, report.starts)
+        yield from _table(_START_COLUMNS, list(map(_in_megabytes, report.starts)))
         yield ""
     for batch in dict.fromkeys(row.batch for row in report.rows):
         rows = [row for row in report.rows if row.batch == batch]
@@ -125,73 +126,57 @@ def _legend(report: Report) -> Iterator[str]:
         yield "roofline: the same for the bytes or the operations in float32, whichever take longer"
 
 
-@dataclass(frozen=True)
-class _Column:
-    head: str
-    cell: Callable[[Any], str]
-    is_left: bool = False
+#: Columns by their head: an attribute of each entry, and how it is written.
+_ROW_COLUMNS = {
+    "backend": "backend",
+    "call": "operation",
+    "path": "path",
+    "calls": "calls:,",
+    "p50": "p50:,.1f",
+    "p90": "p90:,.1f",
+    "p99": "p99:,.1f",
+    "p99.9": "p999:,.1f",
+    "max": "max:,.1f",
+    "jitter": "jitter:,.1f",
+    "x floor": "times_floor:.2f",
+    "steps/s": "steps_per_second:,.0f",
+    "bandwidth": "bandwidth_share:.1%",
+    "roofline": "roofline_share:.1%",
+}
+_SUMMARY_COLUMNS = {"backend": "backend", "call": "operation", "chunks": "batch:,"} | {
+    head: _ROW_COLUMNS[head] for head in ("p50", "p99", "steps/s")
+}
+_START_COLUMNS = {
+    "backend": "backend",
+    "first result s": "first_result:.3f",
+    "import numpy": "import_numpy:.3f",
+    "import runtime": "import_runtime:.3f",
+    "load": "load:.3f",
+    "load, hashed alone": "load_hashed:.3f",
+    "first decode": "first_decode:.4f",
+    "host MB": "host_memory:,",
+    "GPU MB": "gpu_memory:,",
+}
 
 
-def _optional(show: Callable[[float], str]) -> Callable[[float | None], str]:
-    return lambda value: _NOTHING if value is None else show(value)
-
-
-_us = _optional(lambda value: f"{value:,.1f}")
-_megabytes = _optional(lambda value: f"{value / 1e6:,.0f}")
-_ratio = _optional(lambda value: f"{value:.2f}")
-_count = _optional(lambda value: f"{value:,.0f}")
-_percent = _optional(lambda value: f"{100 * value:.1f} %")
-
-_ROW_COLUMNS = (
-    _Column("backend", lambda row: row.backend, is_left=True),
-    _Column("call", lambda row: row.operation, is_left=True),
-    _Column("path", lambda row: row.path, is_left=True),
-    _Column("calls", lambda row: _count(row.calls)),
-    _Column("p50", lambda row: _us(row.p50)),
-    _Column("p90", lambda row: _us(row.p90)),
-    _Column("p99", lambda row: _us(row.p99)),
-    _Column("p99.9", lambda row: _us(row.p999)),
-    _Column("max", lambda row: _us(row.max)),
-    _Column("jitter", lambda row: _us(row.jitter)),
-    _Column("x floor", lambda row: _ratio(row.times_floor)),
-    _Column("steps/s", lambda row: _count(row.steps_per_second)),
-    _Column("bandwidth", lambda row: _percent(row.bandwidth_share)),
-    _Column("roofline", lambda row: _percent(row.roofline_share)),
-)
-_SUMMARY_COLUMNS = (
-    _ROW_COLUMNS[0],
-    _Column("chunks", lambda row: _count(row.batch)),
-    *(column for column in _ROW_COLUMNS if column.head in ("call", "p50", "p99", "steps/s")),
-)
-_START_COLUMNS = (
-    _Column("backend", lambda start: start.backend, is_left=True),
-    _Column("first result s", lambda start: f"{start.first_result:.3f}"),
-    _Column("import numpy", lambda start: f"{start.import_numpy:.3f}"),
-    _Column("import runtime", lambda start: f"{start.import_runtime:.3f}"),
-    _Column("load", lambda start: f"{start.load:.3f}"),
-    _Column("load, hashed alone", lambda start: f"{start.load_hashed:.3f}"),
-    _Column("first decode", lambda start: f"{start.first_decode:.4f}"),
-    _Column("host MB", lambda start: _megabytes(start.host_memory)),
-    _Column("GPU MB", lambda start: _megabytes(start.gpu_memory)),
-)
-
-
-def _table(columns: Sequence[_Column], entries: Sequence[object]) -> Iterator[str]:
+def _table(columns: Mapping[str, str], entries: Sequence[object]) -> Iterator[str]:
     """A column that has nothing to say is left out."""
-    cells = {column: [column.cell(entry) for entry in entries] for column in columns}
-    cells = {column: shown for column, shown in cells.items() if set(shown) != {_NOTHING}}
-    widths = {column: max(len(column.head), *map(len, shown)) for column, shown in cells.items()}
+    cells = {head: [_cell(shape, entry) for entry in entries] for head, shape in columns.items()}
+    cells = {head: shown for head, shown in cells.items() if set(shown) != {_NOTHING}}
+    num_texts = sum(":" not in columns[head] for head in cells)
+    first, *lines = aligned([tuple(cells), *zip(*cells.values(), strict=True)], num_texts)
+    yield from (first, "-" * len(first), *lines)
 
-    def line(texts: Mapping[_Column, str]) -> str:
-        return "  ".join(
-            text.ljust(widths[column]) if column.is_left else text.rjust(widths[column])
-            for column, text in texts.items()
-        ).rstrip()
 
-    yield line({column: column.head for column in cells})
-    yield "-" * (sum(widths.values()) + 2 * (len(widths) - 1))
-    for index in range(len(entries)):
-        yield line({column: shown[index] for column, shown in cells.items()})
+def _cell(shape: str, entry: object) -> str:
+    name, _, form = shape.partition(":")
+    value = getattr(entry, name)
+    return _NOTHING if value is None else format(value, form)
+
+
+def _in_megabytes(start: Start) -> Start:
+    host, gpu = (None if size is None else round(size / 1e6) for size in (start.host_memory, start.gpu_memory))
+    return dataclasses.replace(start, host_memory=host, gpu_memory=gpu)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------

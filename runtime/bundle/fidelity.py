@@ -6,7 +6,7 @@ normaliser's unit where that is smaller. So a locked joint may err by as much as
 as a gripper that counts to 100, and one other joint that hardly moves does not decide.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -15,7 +15,7 @@ import numpy as np
 
 from .advice import command
 from .arrays import Float32Array, Float64Array
-from .paths import shortlist
+from .paths import aligned, shortlist
 
 #: Share of a dimension's variance that decoding may lose before people are warned. At 1 % the RMS error is a tenth of
 #: the standard deviation: as much as ten plain bins over an evenly filled range leave, 3.3 bits without any model.
@@ -244,12 +244,3 @@ def _share(share: float, whole: str = "") -> str:
     times = f"{share:,.0f}" if share < 1e6 else f"{share:.3g}"
     part, joint = (f"{share:.3%}", " of ") if share < 10 else (f"{times} times", " ")
     return part + (joint + whole if whole else "")
-
-
-def aligned(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Lines of a table: columns as wide as their widest cell, all but the first aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *others in rows:
-        yield "  ".join(
-            (first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)))
-        )
