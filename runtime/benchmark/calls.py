@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from ..bundle.arrays import Codes, Float32Array, Int32Array
+from ..bundle.arrays import Codes, Float32Array
 from ..bundle.manifest import ModelEntry
 from ..tokenizer import ActionTokenizer, codes_of
 from .timing import CallPath, Figure, time_calls
@@ -34,34 +36,35 @@ def random_batch(tokenizer: ActionTokenizer, size: int) -> Batch:
     return Batch(actions, codes_of(tokenizer, actions))
 
 
-def decode_name(model: ModelEntry, prefix: int) -> str:
-    """`decode` for all layers, `decode l3` for the first three."""
+def operation_name(model: ModelEntry, prefix: int | None) -> str:
+    """`encode` for None, `decode` for all layers, `decode l3` for the first three."""
+    if prefix is None:
+        return "encode"
     return "decode" if prefix == model.num_layers else f"decode l{prefix}"
 
 
 def host_figures(tokenizer: ActionTokenizer, batch: Batch, *, has_copies: bool) -> Iterator[Figure]:
     """Encoding and every decoder, checked and unchecked. has_copies: whether the arrays travel to a GPU and back."""
     model, backend = tokenizer.model, tokenizer.backend
-    encoded = np.empty_like(batch.codes.tokens)
-    encoded_stats = None if batch.codes.stats is None else np.empty_like(batch.codes.stats)
+    encoded: list[Any] = [None if array is None else np.empty_like(array) for array in batch.codes]
     decoded = np.empty_like(batch.actions)
-
-    def figure(operation: str, path: CallPath, call: functools.partial[None], bytes_in: int, bytes_out: int) -> Figure:
+    paths: tuple[CallPath, ...] = ("host", "unchecked")
+    for path, prefix in itertools.product(paths, (None, *reversed(model.prefixes))):
+        codes = batch.codes.prefix(prefix or model.num_layers)
+        sizes = [batch.actions.nbytes, sum(array.nbytes for array in codes if array is not None)]
+        if prefix is None:
+            encode = tokenizer.encode_into if path == "host" else backend.encode_into
+            call = functools.partial(encode, batch.actions, *encoded)
+        else:
+            sizes.reverse()
+            call = (
+                functools.partial(tokenizer.decode_into, codes.tokens, decoded, codes.stats)
+                if path == "host"
+                else functools.partial(backend.decode_into, *codes, decoded)
+            )
+        operation = operation_name(model, prefix)
         floor = copies_name(operation) if has_copies else ""
-        take = functools.partial(time_calls, call)
-        return Figure(backend.name, operation, path, batch.size, take, floor, bytes_in, bytes_out)
-
-    ways: tuple[tuple[CallPath, ActionTokenizer | None], ...] = (("host", tokenizer), ("unchecked", None))
-    for path, checked in ways:
-        call = functools.partial((checked or backend).encode_into, batch.actions, encoded, encoded_stats)
-        yield figure("encode", path, call, batch.actions.nbytes, _bytes(encoded, encoded_stats))
-        for prefix in reversed(model.prefixes):
-            tokens, stats = batch.codes.prefix(prefix)
-            if checked is None:
-                call = functools.partial(backend.decode_into, tokens, stats, decoded)
-            else:
-                call = functools.partial(checked.decode_into, tokens, decoded, stats)
-            yield figure(decode_name(model, prefix), path, call, _bytes(tokens, stats), decoded.nbytes)
+        yield Figure(backend.name, operation, path, batch.size, functools.partial(time_calls, call), floor, *sizes)
 
 
 def operations_of(model: ModelEntry, prefix: int | None) -> int:
@@ -81,7 +84,3 @@ def operations_of(model: ModelEntry, prefix: int | None) -> int:
 def copies_name(operation: str) -> str:
     """The floor of a call that brings arrays to the GPU and back."""
     return f"copies of {operation}"
-
-
-def _bytes(*arrays: Float32Array | Int32Array | None) -> int:
-    return sum(array.nbytes for array in arrays if array is not None)
