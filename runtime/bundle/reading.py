@@ -16,7 +16,8 @@ import os
 import stat
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NoReturn
 
@@ -24,6 +25,11 @@ from .errors import RfsqError
 from .paths import shown
 
 _T = typing.TypeVar("_T")
+#: What a message calls the types of a field.
+_WORDS: dict[Any, str] = {
+    **{float: "a number", int: "an integer", str: "text", bool: "true or false"},
+    **{tuple: "a list", dict: "an object", Mapping: "an object"},
+}
 
 #: Where the system lacks a flag, what is opened is compared with what the name showed before.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -180,7 +186,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def build(kind: type[_T], value: Any, where: str, *, is_exact: bool = False) -> _T:
-    """JSON content as `kind`: a dataclass of dataclasses, tuples, mappings, literals and plain types.
+    """JSON content as `kind`: a dataclass of dataclasses, tuples, mappings, literals, enums of text and plain types.
 
     Keys may be missing where the field has a default. is_exact: as files are spelled that have one spelling alone, a
     float with its point, and a key left out where it would be null. Raises ValueError.
@@ -193,9 +199,22 @@ def build(kind: type[_T], value: Any, where: str, *, is_exact: bool = False) -> 
     Point(x=1.0, tags=('a',))
     >>> build(Point, {"x": "1"}, "the point")
     Traceback (most recent call last):
-    ValueError: the point.x is '1'; expected float
+    ValueError: the point.x is '1'; expected a number
     """
     return typing.cast(_T, _build(kind, value, where, is_exact))
+
+
+def coerce_fields(instance: Any, error: type[Exception], prepare: Callable[[Any], Any] = lambda value: value) -> None:
+    """Make every field of a dataclass, frozen or not, what it is declared as. Raises `error`.
+
+    prepare: what a value passes through before.
+    """
+    kind: Any = type(instance)
+    for name, declared in _fields(kind)[0].items():
+        try:
+            object.__setattr__(instance, name, _build(declared, prepare(getattr(instance, name)), name, False))
+        except ValueError as problem:
+            raise error(f"{problem}: correct it") from None
 
 
 def _build(kind: Any, value: Any, where: str, is_exact: bool) -> Any:
@@ -207,21 +226,29 @@ def _build(kind: Any, value: Any, where: str, is_exact: bool) -> Any:
         return _build_one_of(arguments, value, where, is_exact)
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, where, is_exact)
-    if origin is Literal:
-        if value in arguments:
-            return value
-        raise ValueError(f"{where} is {shown(value)}; expected one of {', '.join(map(str, arguments))}")
-    if origin is tuple and isinstance(value, list):
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
+    if choices := _choices_of(kind):
+        if value in choices:
+            return choices[choices.index(value)]
+        raise ValueError(f"{where} is {shown(value)}; expected one of {', '.join(map(str, choices))}")
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) == len(value):
-            parts = enumerate(zip(kinds, value, strict=True))
-            return tuple(_build(part, entry, f"{where}[{index}]", is_exact) for index, (part, entry) in parts)
+            places = range(len(value))
+            return tuple(_build(kinds[place], value[place], f"{where}[{place}]", is_exact) for place in places)
     if origin in (dict, Mapping) and isinstance(value, dict):
         return {key: _build(arguments[1], entry, f"{where}[{shown(key)}]", is_exact) for key, entry in value.items()}
     if kind is float and type(value) is int and not is_exact and abs(value) < 2**53:
         return float(value)
-    name = kind if isinstance(kind, types.GenericAlias) else getattr(kind, "__name__", kind)
-    raise ValueError(f"{where} is {shown(value)}; expected {name}")
+    size = f" of {len(arguments)}" if origin is tuple and arguments[-1] is not Ellipsis else ""
+    form = " with a point" if is_exact and kind is float else size
+    raise ValueError(f"{where} is {shown(value)}; expected {_WORDS.get(origin or kind, kind)}{form}")
+
+
+def _choices_of(kind: Any) -> tuple[Any, ...]:
+    """Of literals, or an enum of text; none of another type."""
+    if typing.get_origin(kind) is Literal:
+        return typing.get_args(kind)
+    return tuple(kind) if isinstance(kind, type) and issubclass(kind, StrEnum) else ()
 
 
 def _build_one_of(kinds: tuple[Any, ...], value: Any, where: str, is_exact: bool) -> Any:

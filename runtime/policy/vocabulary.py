@@ -33,6 +33,7 @@ from ..bundle.errors import (
     VocabularyError,
     WrongLayerError,
 )
+from ..bundle.reading import coerce_fields
 from ..bundle.validation import TOKEN_TYPES, as_array_advice, kind_of
 
 if TYPE_CHECKING:
@@ -89,11 +90,12 @@ class TokenVocabulary:
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
+        # JSON gives lists in place of tuples.
+        coerce_fields(self, VocabularyError)
         least = {"num_layers": 1, "num_levels": 2, "latent_dim": 1, "chunk_length": 1, "offset": 0}
         for name, smallest in least.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < smallest:
-                raise VocabularyError(f"{name} is {value!r}; expected an int of at least {smallest}")
+            if getattr(self, name) < smallest:
+                raise VocabularyError(f"{name} is {getattr(self, name)}; expected an int of at least {smallest}")
         if self.num_levels > _MOST_LEVELS:
             raise VocabularyError(f"num_levels is {self.num_levels}; expected at most 2^31, for tokens are int32")
         if self.sequence_length > _MOST_IDS:
@@ -101,23 +103,14 @@ class TokenVocabulary:
                 f"a chunk would have {self.sequence_length} ids, T * D * L; expected at most {_MOST_IDS}: give the "
                 "sizes of the tokenizer's model"
             )
-        if not isinstance(self.fingerprint, str):
-            raise VocabularyError(f"fingerprint is {self.fingerprint!r:.60}; expected a str, empty for none")
-        if not isinstance(self.order, str) or self.order not in ORDERS:
-            raise VocabularyError(f"order is {self.order!r}; expected {' or '.join(map(repr, ORDERS))}")
         if self.ids.stop - 1 > _LARGEST_ID:
             raise VocabularyError(f"the last id would be {self.ids.stop - 1}, beyond int64; choose a smaller offset")
-        pairs: object = self.special_ids
-        if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) for pair in pairs):
-            raise VocabularyError(f"special_ids are {pairs!r:.60}; expected a name and an int in each pair")
-        # JSON gives lists.
-        object.__setattr__(self, "special_ids", tuple(map(tuple, pairs)))
         self._check_special_ids()
 
     def _check_special_ids(self) -> None:
         names: dict[int, str] = {}
         for pair in self.special_ids:
-            if tuple(map(type, pair)) != (str, int) or not 0 <= pair[1] <= _LARGEST_ID:
+            if not 0 <= pair[1] <= _LARGEST_ID:
                 raise VocabularyError(f"special id {pair!r}; expected a name and an int from 0 to 2^63 - 1")
             name, number = pair
             if number in self.ids:
