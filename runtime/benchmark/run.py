@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.registry import GPU_BACKENDS, PREFERENCE, select_backend
-from ..bundle.console import ProgressLine, duration, printable
+from ..bundle.console import ProgressLine, duration
 from ..bundle.errors import BackendUnavailableError, InferenceError, TokenizerError
 from ..bundle.folder import open_bundle
 from ..bundle.golden import read_golden
@@ -45,21 +44,10 @@ QUICK_ROUNDS, QUICK_STARTS = 10, 1
 _START_SECONDS = 0.5
 
 
-class Progress:
+class Progress(ProgressLine):
     """Says what is about to be done and about how long it takes, and then how far it is."""
 
-    def __init__(self, line: ProgressLine | None = None) -> None:
-        self._line, self._started = line, 0.0
-
-    def begin(self, what: str) -> None:
-        """Say it once, in a log too."""
-        if self._line is not None:
-            self._line.clear()
-            print(printable(what), file=sys.stderr, flush=True)
-
-    def show(self, text: str) -> None:
-        if self._line is not None:
-            self._line.show(text)
+    _started = 0.0
 
     def show_round(self, what: str, number: int, rounds: int) -> None:
         """Say which round begins, from 0 on; those before tell how long the rest takes."""
@@ -68,10 +56,6 @@ class Progress:
             self._started = now
         left = f", {_about((now - self._started) / number * (rounds - number))} left" if number else ""
         self.show(f"{what}: round {number + 1} of {rounds}{left}")
-
-    def end(self) -> None:
-        if self._line is not None:
-            self._line.clear()
 
 
 def _about(seconds: float) -> str:
@@ -97,7 +81,7 @@ def expectation(config: Config, tokenizers: Sequence[ActionTokenizer]) -> str:
 def bench(config: Config, progress: Progress | None = None) -> Report:
     """Measure what works here. Raises BundleError, and BackendUnavailableError where no backend works at all."""
     with contextlib.ExitStack() as scope:
-        return _Run(config, progress or Progress(), scope).report()
+        return _Run(config, progress or Progress(is_silent=True), scope).report()
 
 
 class _Run:
@@ -132,7 +116,7 @@ class _Run:
             rows += summarise(taken, model.chunk_length)
             bandwidths += bandwidths_of(taken)
             arithmetic += arithmetic_of(taken)
-        self._progress.end()
+        self._progress.clear()
         if not rows:
             raise self._unavailable("every call of every backend failed")
         return Report(

@@ -110,8 +110,8 @@ class ProgressLine:
 
     _TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, is_silent: bool = False) -> None:
+        self._clock, self._is_silent = clock, is_silent
         self._is_terminal = sys.stderr.isatty()
         self._seconds = self._TERMINAL_SECONDS if self._is_terminal else self._LOG_SECONDS
         self._shown: float | None = None
@@ -122,7 +122,7 @@ class ProgressLine:
         if self._shown is None:
             # A terminal is told at once; a log has been told what begins.
             self._shown = now - (self._seconds if self._is_terminal else 0)
-        if now - self._shown < self._seconds:
+        if self._is_silent or now - self._shown < self._seconds:
             return
         self._shown = now
         begin, end = ("\r\x1b[K", "") if self._is_terminal else ("", "\n")
@@ -130,8 +130,14 @@ class ProgressLine:
 
     def clear(self) -> None:
         """Make room for other lines."""
-        if self._is_terminal:
+        if self._is_terminal and not self._is_silent:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def begin(self, what: str) -> None:
+        """Say what is about to be done: once, in a log too."""
+        if not self._is_silent:
+            self.clear()
+            print(printable(what), file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -227,7 +227,7 @@ def _build(kind: Any, value: Any, where: str, is_exact: bool) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build_dataclass(kind, value, where, is_exact)
     if choices := _choices_of(kind):
-        if value in choices:
+        if isinstance(value, str | int) and value in choices:
             return choices[choices.index(value)]
         raise ValueError(f"{where} is {shown(value)}; expected one of {', '.join(map(str, choices))}")
     if origin is tuple and isinstance(value, list | tuple):

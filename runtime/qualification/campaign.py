@@ -164,10 +164,7 @@ def inject(rig: Rig, kind: Kind) -> tuple[Answer, list[str]]:
     rig.idle(rig.length)
     recoveries = rig.decoder.health.recoveries
     answer = kind.inject(rig)
-    status, is_held, fell_back = kind.expected(rig.setup)
-    latches = is_held and (kind.latches or rig.setup.on_fault is OnFault.STOP)
-    expected = Answer(status, is_held, fell_back, latches, "", 0.0)
-    to_recover = kind.recoveries(rig.setup)
+    expected, to_recover = kind.expected(rig.setup), kind.recoveries(rig.setup)
     if str(answer) != str(expected):
         to_recover = 0
         problems.append(f"{answer}, expected {expected}: {answer.detail}")

@@ -57,6 +57,12 @@ _RAISED: dict[Fault, tuple[type[Exception], str]] = {
     Fault.RAISES_UNKNOWN: (RuntimeError, "injected: an exception that no contract knows"),
     Fault.OUT_OF_MEMORY: (MemoryError, "injected"),
 }
+#: Where what is written into the actions.
+_WRITTEN: dict[Fault, tuple[Any, float]] = {
+    Fault.NAN: ((0, -1, 0), np.nan),
+    Fault.INF: (..., np.inf),
+    Fault.HUGE: ((0, 0, 0), 1e30),
+}
 
 
 class FaultyBackend:
@@ -103,12 +109,9 @@ class FaultyBackend:
         elif fault == Fault.SLOW:
             self._pause(self.delay_s)
         self._backend.decode_into(tokens, stats, actions)
-        if fault == Fault.NAN:
-            actions[0, -1, 0] = np.nan
-        elif fault == Fault.INF:
-            actions[...] = np.inf
-        elif fault == Fault.HUGE:
-            actions[0, 0, 0] = 1e30
+        if fault in _WRITTEN:
+            place, value = _WRITTEN[fault]
+            actions[place] = value
 
     def _hang(self) -> None:
         released = self._released

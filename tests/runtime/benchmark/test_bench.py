@@ -532,7 +532,8 @@ def test_how_long_the_rest_takes_is_told_from_the_rounds_before(monkeypatch: pyt
     shown: list[str] = []
     now = iter([100.0, 103.0, 106.0])
     monkeypatch.setattr("rfsq.runtime.benchmark.run.time.monotonic", lambda: next(now))
-    progress = bench_run.Progress(SimpleNamespace(show=shown.append))  # type: ignore[arg-type]
+    progress = bench_run.Progress()
+    monkeypatch.setattr(progress, "show", shown.append)
     for number in range(3):
         progress.show_round("1 chunk a call", number, 5)
     assert shown == [
