@@ -20,8 +20,7 @@ from ..backends.gpu.calls import TakesGpuArrays
 from ..backends.gpu.kernels import KernelArguments, KernelLibrary, compile_kernels
 from ..bundle.manifest import ModelEntry
 from ..tokenizer import ActionTokenizer
-from .calls import Batch, copies_name, operation_name, operations_of
-from .timing import ARITHMETIC, BANDWIDTH, Figure, time_calls
+from .timing import ARITHMETIC, BANDWIDTH, Batch, Figure, copies_name, operation_name, operations_of, time_calls
 
 TRIVIAL_KERNEL = "trivial kernel"
 #: The copies whose bandwidth is measured, and how often each byte passes through memory.

@@ -23,8 +23,7 @@ import numpy as np
 from ..bundle.arrays import Float64Array
 from ..bundle.errors import BackendUnavailableError, InferenceError
 from ..bundle.manifest import ModelEntry
-from .calls import copies_name, operation_name
-from .timing import Figure
+from .timing import Figure, copies_name, operation_name
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "evidence" / "bench_peers.py"
 

@@ -24,8 +24,19 @@ from ..bundle.manifest import ModelEntry
 from ..bundle.paths import as_path
 from ..bundle.validation import InputValidator
 from ..tokenizer import ActionTokenizer
-from .adapter_calls import CPU, Call, Engines, checked_indices, checked_tensor, uncompiled
-from .adapter_state import FINGERPRINT_KEY, compare_with, differences_from, refusal, speaks_otherwise
+from .adapter_calls import (
+    CPU,
+    FINGERPRINT_KEY,
+    Call,
+    Engines,
+    checked_indices,
+    checked_tensor,
+    compare_with,
+    differences_from,
+    refusal,
+    speaks_otherwise,
+    uncompiled,
+)
 
 _LOG = logging.getLogger(__name__)
 

@@ -27,7 +27,6 @@ from rfsq.export.plan import DeployMode
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.benchmark import command as bench
 from rfsq.runtime.benchmark import run as bench_run
-from rfsq.runtime.benchmark.calls import copies_name, host_figures, operations_of, random_batch
 from rfsq.runtime.benchmark.peers import open_peers
 from rfsq.runtime.benchmark.report import (
     SCHEMA_VERSION,
@@ -48,8 +47,12 @@ from rfsq.runtime.benchmark.timing import (
     Row,
     arithmetic_of,
     bandwidths_of,
+    copies_name,
+    host_figures,
     measure,
+    operations_of,
     percentile,
+    random_batch,
     summarise,
     time_calls,
 )
