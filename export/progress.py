@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from rfsq.runtime.bundle.paths import aligned
+from rfsq.runtime.bundle.console import aligned
 
 
 @dataclass

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle.console import printable
+from ..bundle.console import aligned, printable
 from ..bundle.errors import InvalidInputError
-from ..bundle.paths import aligned
 from ..bundle.writing import replacing
 from .start import Start
 from .timing import Arithmetic, Bandwidth, Row
@@ -164,8 +163,7 @@ def _table(columns: Mapping[str, str], entries: Sequence[object]) -> Iterator[st
     cells = {head: [_cell(shape, entry) for entry in entries] for head, shape in columns.items()}
     cells = {head: shown for head, shown in cells.items() if set(shown) != {_NOTHING}}
     num_texts = sum(":" not in columns[head] for head in cells)
-    first, *lines = aligned([tuple(cells), *zip(*cells.values(), strict=True)], num_texts)
-    yield from (first, "-" * len(first), *lines)
+    return aligned([tuple(cells), *zip(*cells.values(), strict=True)], left=num_texts, is_ruled=True)
 
 
 def _cell(shape: str, entry: object) -> str:

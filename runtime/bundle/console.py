@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -128,16 +128,35 @@ class ProgressLine:
         begin, end = ("\r\x1b[K", "") if self._is_terminal else ("", "\n")
         print(f"{begin}{printable(text)}", end=end, file=sys.stderr, flush=True)
 
-    def clear(self) -> None:
-        """Make room for other lines."""
-        if self._is_terminal and not self._is_silent:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
     def begin(self, what: str) -> None:
         """Say what is about to be done: once, in a log too."""
         if not self._is_silent:
             self.clear()
             print(printable(what), file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Make room for other lines."""
+        if self._is_terminal and not self._is_silent:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 1, is_ruled: bool = False) -> Iterator[str]:
+    """Lines of a table: columns as wide as their widest cell, the first `left` aligned to the left, the others right.
+
+    is_ruled: the first row is a head, with a line of dashes below it.
+
+    >>> print(*aligned([("gate", "measured"), ("wrong tokens", "0")], is_ruled=True), sep="\n")
+    gate          measured
+    ----------------------
+    wrong tokens         0
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for number, row in enumerate(rows):
+        cells = zip(row, widths, strict=True)
+        shown = [cell.rjust(width) if at >= left else cell.ljust(width) for at, (cell, width) in enumerate(cells)]
+        yield "  ".join(shown).rstrip()
+        if is_ruled and not number:
+            yield "-" * (sum(widths) + 2 * (len(widths) - 1))
 
 
 def duration(seconds: float) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 
 from .advice import command
 from .arrays import Float32Array, Float64Array
-from .paths import aligned, shortlist
+from .paths import shortlist
 
 #: Share of a dimension's variance that decoding may lose before people are warned. At 1 % the RMS error is a tenth of
 #: the standard deviation: as much as ten plain bins over an evenly filled range leave, 3.3 bits without any model.
@@ -122,6 +122,9 @@ class Fidelity:
 
     def table(self, title: str) -> str:
         """A row per dimension, and what the criterion is for those at rest."""
+        # Here, since no robot prints a table.
+        from .console import aligned
+
         heads = ("RMS error", "largest error", "deviation of the data", "share of the variance lost", "verdict")
         rows: list[tuple[str, ...]] = [(title, *heads)]
         for dimension, grade in enumerate(self.grades):

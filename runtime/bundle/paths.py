@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from .errors import InvalidInputError, OutputExistsError
@@ -67,20 +67,6 @@ def shortlist(names: Iterable[object], most: int = 6) -> str:
     more = len(listed) - most
     # Naming one more takes no more room than counting it.
     return ", ".join(listed) if more <= 1 else f"{', '.join(listed[:most])} and {more} more"
-
-
-def aligned(rows: Sequence[tuple[str, ...]], num_left: int = 1) -> Iterator[str]:
-    """Lines of a table: columns as wide as their widest cell, all but the first `num_left` aligned to the right.
-
-    >>> list(aligned([("layer", "bits"), ("L0", "45")]))
-    ['layer  bits', 'L0       45']
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(
-            cell.ljust(width) if place < num_left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
 
 
 def shown(value: object, most: int = 200) -> str:

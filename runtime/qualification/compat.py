@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle.advice import command, page
 from ..bundle.command import DONE, WANTING, CommandParser, Outcome, run
-from ..bundle.console import printable
-from ..bundle.paths import aligned
+from ..bundle.console import aligned, printable
 
 if TYPE_CHECKING:
     from .agreement import BundleFacts, Comparison, Decoding
@@ -97,12 +96,12 @@ def _advice(found: Comparison) -> str:
 def _table(decodings: Sequence[Decoding], *, has_units: bool) -> Iterator[str]:
     heads = ["tokens of", "decoder of", "layers", "action MSE, normalised units²", "largest error, normalised"]
     heads += ["MSE, robot units²", "largest, robot units"] if has_units else []
-    rows = [(*heads, "from own decoder")]
+    rows = [[*heads, "from own decoder"]]
     for entry in decodings:
         numbers = [entry.mse, entry.largest] + ([entry.mse_units, entry.largest_units] if has_units else [])
         apart = "–" if entry.tokens == entry.decoder else f"{entry.from_own:.3g}"
-        rows.append((entry.tokens, entry.decoder, f"{entry.layers}", *(f"{value:.3g}" for value in numbers), apart))
-    yield from aligned(rows, 2)
+        rows.append([entry.tokens, entry.decoder, f"{entry.layers}", *(f"{value:.3g}" for value in numbers), apart])
+    return aligned(rows, left=2)
 
 
 def _has_normaliser(facts: BundleFacts) -> bool:
