@@ -188,20 +188,17 @@ def summarise(taken: Mapping[Figure, Float64Array], chunk_length: int) -> list[R
 
 def bandwidths_of(taken: Mapping[Figure, Float64Array]) -> list[Bandwidth]:
     """The bandwidths among the figures."""
-    return [
-        Bandwidth(figure.operation, figure.batch, figure.bytes_in / float(np.median(samples)) * 1e6)
-        for figure, samples in taken.items()
-        if figure.backend == BANDWIDTH
-    ]
+    found = _medians(taken, BANDWIDTH)
+    return [Bandwidth(figure.operation, figure.batch, figure.bytes_in / p50 * 1e6) for figure, p50 in found]
 
 
 def arithmetic_of(taken: Mapping[Figure, Float64Array]) -> list[Arithmetic]:
     """The rates of arithmetic among the figures."""
-    return [
-        Arithmetic(figure.batch, figure.operations / float(np.median(samples)) * 1e6)
-        for figure, samples in taken.items()
-        if figure.backend == ARITHMETIC
-    ]
+    return [Arithmetic(figure.batch, figure.operations / p50 * 1e6) for figure, p50 in _medians(taken, ARITHMETIC)]
+
+
+def _medians(taken: Mapping[Figure, Float64Array], backend: str) -> list[tuple[Figure, float]]:
+    return [(figure, float(np.median(samples))) for figure, samples in taken.items() if figure.backend == backend]
 
 
 def _bandwidth_share(figure: Figure, p50: float, bandwidths: Mapping[tuple[str, int], float]) -> float | None:
