@@ -8,16 +8,16 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from cuda.bindings import runtime as cudart
 
 from ..backends.gpu import driver as cuda_api
 from ..backends.gpu.arrays import GpuArray
 from ..backends.gpu.calls import TakesGpuArrays
 from ..backends.gpu.kernels import KernelArguments, KernelLibrary, compile_kernels
+from ..bundle.arrays import AnyArray
 from ..bundle.manifest import ModelEntry
 from ..tokenizer import ActionTokenizer
 from .timing import ARITHMETIC, BANDWIDTH, Batch, Figure, copies_name, operation_name, operations_of, time_calls
@@ -54,7 +54,6 @@ extern "C" __global__ void __launch_bounds__({_ADDING_THREADS}) multiply_add(flo
 }}
 """
 
-_Array = npt.NDArray[Any]
 _GpuArrays = Sequence[GpuArray | None]
 
 
@@ -203,7 +202,7 @@ def _waiting(stream: cuda_api.Stream, work: Callable[[], object]) -> Callable[[]
     return call
 
 
-def _upload(scope: contextlib.ExitStack, array: _Array, stream: cuda_api.Stream) -> GpuArray:
+def _upload(scope: contextlib.ExitStack, array: AnyArray, stream: cuda_api.Stream) -> GpuArray:
     memory = _memory(scope, array.nbytes)
     pinned = cuda_api.PinnedArray(array.shape, array.dtype)
     try:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from .arrays import AnyArray
 from .manifest import Manifest, ModelEntry
 from .paths import shown
 
@@ -29,8 +29,6 @@ GRID_NAME = re.compile(r"rfsq\.layers\.(0|[1-9][0-9]{0,8})\.boundaries")
 UNUSED_NAME = re.compile(r"rfsq\.layers\.(0|[1-9][0-9]{0,8})\.layernorm\.(weight|bias)")
 #: The published grid is a float32 linspace; a file of lower precision has it rounded. What is further off is another.
 GRID_TOLERANCE = 1e-6
-
-_Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ class StateComparison:
         return found
 
 
-def weight_hashes(weights: Mapping[str, _Array]) -> dict[str, str]:
+def weight_hashes(weights: Mapping[str, AnyArray]) -> dict[str, str]:
     """SHA-256 of every tensor's numbers as little-endian float32 in C order."""
     return {
         name: hashlib.sha256(np.asarray(array, "<f4", order="C").tobytes()).hexdigest()
@@ -132,7 +130,7 @@ def is_grid(name: str) -> bool:
 
 
 def compare_state(
-    state: Mapping[str, _Array], hashes: Mapping[str, str], model: ModelEntry, *, resolution: float
+    state: Mapping[str, AnyArray], hashes: Mapping[str, str], model: ModelEntry, *, resolution: float
 ) -> StateComparison:
     """state: float32 arrays by name; hashes: the bundle's; resolution: eps of the type that the file keeps grids in.
 

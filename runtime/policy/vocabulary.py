@@ -16,12 +16,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
+from typing import TYPE_CHECKING, Literal, NoReturn, Self, overload
 
 import numpy as np
-import numpy.typing as npt
 
-from ..bundle.arrays import Int32Array
+from ..bundle.arrays import AnyArray, Int32Array, Int64Array
 from ..bundle.errors import (
     ForeignIdError,
     IdTypeError,
@@ -39,7 +38,6 @@ from ..bundle.validation import TOKEN_TYPES, as_array_advice, kind_of
 if TYPE_CHECKING:
     from ..tokenizer import ActionTokenizer
 
-Int64Array = npt.NDArray[np.int64]
 Order = Literal["layer-major", "step-major"]
 ORDERS: tuple[Order, ...] = ("layer-major", "step-major")
 
@@ -255,7 +253,7 @@ class TokenVocabulary:
     def _layer_of(self, number: int) -> int:
         return (number - self.offset) // self.num_levels
 
-    def _tokens(self, tokens: object) -> npt.NDArray[Any]:
+    def _tokens(self, tokens: object) -> AnyArray:
         expected = f"[B, T, D, L] = [B, {self.chunk_length}, {self.latent_dim}, {self.num_layers}]"
         if type(tokens) is not np.ndarray:
             raise InvalidInputError(f"tokens is a {type(tokens).__qualname__}; expected a numpy.ndarray {expected}")
@@ -275,7 +273,7 @@ class TokenVocabulary:
 
     # On the way to an error.
 
-    def _lengths(self, ids: npt.NDArray[Any], levels: Int64Array, partial: str | None) -> Int64Array:
+    def _lengths(self, ids: AnyArray, levels: Int64Array, partial: str | None) -> Int64Array:
         """How many ids each sequence has before it ends, [B]; refuses the first that is malformed."""
         # Only where a sequence may end early is a special id its end.
         is_special = np.isin(ids, [number for _, number in self.special_ids if partial])
@@ -301,7 +299,7 @@ class TokenVocabulary:
             raise SequenceTooShortError(f"sequence {row} has {length} ids; expected {expected}", row, length)
         return lengths
 
-    def _refuse_at(self, ids: npt.NDArray[Any], row: int, position: int) -> NoReturn:
+    def _refuse_at(self, ids: AnyArray, row: int, position: int) -> NoReturn:
         number = int(ids[row, position])
         expected = f"nothing behind the {self.sequence_length} ids of a chunk"
         if position < self.sequence_length:
@@ -321,7 +319,7 @@ class TokenVocabulary:
             error, found = ForeignIdError, "no id of this vocabulary"
         raise error(f"ids[{row}, {position}] is {number}, {found}; expected {expected}", row, position)
 
-    def _other_order(self, sequence: npt.NDArray[Any]) -> str:
+    def _other_order(self, sequence: AnyArray) -> str:
         """A remark if the whole sequence would be right in the other order."""
         if len(sequence) != self.sequence_length:
             return ""
@@ -331,7 +329,7 @@ class TokenVocabulary:
         return f" (the whole sequence is in {other.order} order)" if is_right else ""
 
 
-def _ids(ids: object) -> npt.NDArray[Any]:
+def _ids(ids: object) -> AnyArray:
     """int64 or int32 [B, n] in this machine's byte order."""
     if type(ids) is not np.ndarray:
         raise IdTypeError(

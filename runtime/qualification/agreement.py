@@ -9,13 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..bundle.advice import command, quoted
-from ..bundle.arrays import Codes, Float32Array, Float64Array, in_chunks
+from ..bundle.arrays import AnyArray, Codes, Float32Array, Float64Array, in_chunks
 from ..bundle.compatibility import Compatibility, compare_manifests
 from ..bundle.errors import InvalidInputError
 from ..bundle.fidelity import Fidelity, FidelitySums
@@ -117,7 +115,7 @@ class Side:
         return _steps(self.tokenizer.decode(in_chunks(tokens, length), given), len(tokens))
 
 
-def _steps(chunks: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+def _steps(chunks: AnyArray, count: int) -> AnyArray:
     return chunks.reshape(-1, *chunks.shape[2:])[:count]
 
 

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from ..benchmark.first_result import resident_bytes
-from ..bundle.arrays import Codes
+from ..bundle.arrays import Codes, Int64Array
 from ..bundle.backend_specs import BACKENDS
 from ..bundle.command import DONE, WANTING, CommandParser, Outcome, positive, run, run_command
 from ..control.config import ActionKind, ControlConfig, Status, Strategy
@@ -43,7 +42,6 @@ _FRAMES = 4
 _CHUNKS = 64
 #: So long that only a decoder that fails misses it, not one that waits for a processor.
 _WORKER_DEADLINE_US = 1e6
-Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
