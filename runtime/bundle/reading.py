@@ -240,7 +240,7 @@ def _build(kind: Any, value: Any, where: str, is_exact: bool) -> Any:
     if kind is float and type(value) is int and not is_exact and abs(value) < 2**53:
         return float(value)
     size = f" of {len(arguments)}" if origin is tuple and arguments[-1] is not Ellipsis else ""
-    form = " with a point" if is_exact and kind is float else size
+    form = " with a point" if kind is float and type(value) is int else size
     raise ValueError(f"{where} is {shown(value)}; expected {_WORDS.get(origin or kind, kind)}{form}")
 
 
