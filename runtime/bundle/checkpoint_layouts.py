@@ -35,9 +35,9 @@ GRID_TOLERANCE = 1e-6
 class StateComparison:
     """What sets a state dict apart from the bundle's checkpoint: names of tensors, and a line for each that differs."""
 
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    differences: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
 
     def problems(self, *, strict: bool = True) -> list[str]:
         """A line each; names that are missing or unexpected count where `strict`."""
