@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger(__name__)
 
+#: What keeps a backend from being used here, while another may be.
+OBSTACLES = (BackendUnavailableError, SelfTestError, InferenceError, EngineRefusedError)
 #: All names, in the order in which `auto` tries them.
 PREFERENCE = tuple(BACKENDS)
 #: Those that take arrays of the GPU where they lie.
@@ -79,7 +81,7 @@ def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
     for candidate in BACKENDS:
         try:
             backend = _open_tested(candidate, bundle, golden)
-        except (BackendUnavailableError, SelfTestError, InferenceError, EngineRefusedError) as error:
+        except OBSTACLES as error:
             obstacles[candidate] = error
             # A backend that is missing is expected; one that is there and fails is worth a warning.
             level = logging.DEBUG if isinstance(error, BackendUnavailableError) else logging.WARNING

@@ -22,23 +22,10 @@ from ..bundle.golden import read_golden
 from ..bundle.manifest import GOLDEN_NAME
 from ..bundle.paths import counted
 from ..tokenizer import ActionTokenizer
+from . import timing
 from .peers import Peers, open_peers
 from .report import Report, missing_lines
 from .start import Start, StartError, measure_start
-from .timing import (
-    ROUND_SECONDS,
-    Arithmetic,
-    Bandwidth,
-    Batch,
-    Figure,
-    Row,
-    arithmetic_of,
-    bandwidths_of,
-    host_figures,
-    measure,
-    random_batch,
-    summarise,
-)
 
 
 @dataclass(frozen=True)
@@ -83,7 +70,7 @@ def expectation(config: Config, tokenizers: Sequence[ActionTokenizer]) -> str:
     # Encoding and every decoder, with the tokenizer's checks and without.
     figures = sum(2 * (1 + len(tokenizer.model.prefixes)) for tokenizer in tokenizers)
     processes = (2 * config.starts + 1) * len(tokenizers) if config.starts else 0
-    seconds = processes * _START_SECONDS + len(config.batches) * config.rounds * figures * ROUND_SECONDS
+    seconds = processes * _START_SECONDS + len(config.batches) * config.rounds * figures * timing.ROUND_SECONDS
     starts = f"{counted(processes, 'new process', 'new processes')}, then " if processes else ""
     chunks = " and ".join(counted(batch, "chunk") for batch in config.batches)
     is_long = config.rounds > QUICK_ROUNDS
@@ -119,18 +106,18 @@ class _Run:
         self._gpu = self._open_gpu()
         self._trivial = self._open_trivial_kernel()
         self._peers = self._open_peers()
-        rows: list[Row] = []
-        bandwidths: list[Bandwidth] = []
-        arithmetic: list[Arithmetic] = []
+        rows: list[timing.Row] = []
+        bandwidths: list[timing.Bandwidth] = []
+        arithmetic: list[timing.Arithmetic] = []
         for batch in config.batches:
             what = f"{counted(batch, 'chunk')} a call"
             on_round = functools.partial(self._progress.show_round, what, rounds=config.rounds)
             with contextlib.ExitStack() as arrays:
-                taken, failed = measure(list(self._figures(arrays, batch)), config.rounds, on_round)
+                taken, failed = timing.measure(list(self._figures(arrays, batch)), config.rounds, on_round)
             self._missing.update(failed)
-            rows += summarise(taken, model.chunk_length)
-            bandwidths += bandwidths_of(taken)
-            arithmetic += arithmetic_of(taken)
+            rows += timing.summarise(taken, model.chunk_length)
+            bandwidths += timing.bandwidths_of(taken)
+            arithmetic += timing.arithmetic_of(taken)
         self._progress.clear()
         if not rows:
             raise self._unavailable("every call of every backend failed")
@@ -208,12 +195,12 @@ class _Run:
                 return peers
         return Peers({}, (), {}, ())
 
-    def _figures(self, arrays: contextlib.ExitStack, size: int) -> Iterator[Figure]:
+    def _figures(self, arrays: contextlib.ExitStack, size: int) -> Iterator[timing.Figure]:
         """The figures of the floors, of each backend, and of the peers; their arrays are open until `arrays` ends."""
         gpu, batches = self._gpu, []
         for tokenizer in self._tokenizers:
             with self._noting(f"{tokenizer.backend.name}, batch {size}", InferenceError):
-                batches.append((tokenizer, random_batch(tokenizer, size)))
+                batches.append((tokenizer, timing.random_batch(tokenizer, size)))
         if gpu is not None and self._trivial is not None:
             yield gpu.trivial_figure(self._trivial, size)
         if gpu is not None and batches:
@@ -221,13 +208,15 @@ class _Run:
                 yield from self._gpu_figures(arrays, *batches[0])
         for tokenizer, batch in batches:
             name = tokenizer.backend.name
-            yield from host_figures(tokenizer, batch, has_copies=name in GPU_BACKENDS)
+            yield from timing.host_figures(tokenizer, batch, has_copies=name in GPU_BACKENDS)
             if gpu is not None and name in GPU_BACKENDS:
                 with self._noting(f"{name}, device, batch {size}", InferenceError):
                     yield from gpu.device_figures(arrays, tokenizer, batch)
         yield from (figure for figure in self._peers.figures if figure.batch == size)
 
-    def _gpu_figures(self, arrays: contextlib.ExitStack, tokenizer: ActionTokenizer, batch: Batch) -> Iterator[Figure]:
+    def _gpu_figures(
+        self, arrays: contextlib.ExitStack, tokenizer: ActionTokenizer, batch: timing.Batch
+    ) -> Iterator[timing.Figure]:
         """The copies alone; bandwidth and arithmetic too, unless for a single chunk, which neither limits."""
         yield from self._gpu.floor_figures(arrays, tokenizer.model, batch)
         if batch.size > 1:

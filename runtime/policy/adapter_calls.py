@@ -19,16 +19,10 @@ from torch import Tensor
 from torch._C._functorch import get_interpreter_stack
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ..backends.registry import GPU_BACKENDS, PREFERENCE
+from ..backends.registry import GPU_BACKENDS, OBSTACLES
 from ..bundle.advice import command, quoted
 from ..bundle.checkpoint_layouts import StateComparison, compare_state, is_grid, recorded_hashes
-from ..bundle.errors import (
-    BackendUnavailableError,
-    EngineRefusedError,
-    InferenceError,
-    InvalidInputError,
-    SelfTestError,
-)
+from ..bundle.errors import InvalidInputError
 from ..bundle.manifest import ModelEntry
 from ..bundle.validation import InputValidator
 from ..tokenizer import ActionTokenizer
@@ -115,10 +109,10 @@ class Engines:
             return self.on_host
         elif self._backend != "auto":
             obstacles.append(f"{self._backend!r} was asked for, and runs on the CPU")
-        for name in () if obstacles else (name for name in PREFERENCE if name in GPU_BACKENDS):
+        for name in () if obstacles else GPU_BACKENDS:
             try:
                 opened = ActionTokenizer.load(self.path, backend=name, expect_fingerprint=self.fingerprint)
-            except (BackendUnavailableError, SelfTestError, InferenceError, EngineRefusedError) as error:
+            except OBSTACLES as error:
                 obstacles.append(f"{name}: {error}")
                 continue
             _LOG.info("tensors on %s go to %s (%s)", device, name, opened.backend.description)

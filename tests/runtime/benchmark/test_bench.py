@@ -495,7 +495,7 @@ def test_where_every_call_fails_nothing_was_measured(
     def fail(_tokenizer: object, _size: int) -> None:
         raise InferenceError("the library failed")
 
-    monkeypatch.setattr(bench_run, "random_batch", fail)
+    monkeypatch.setattr("rfsq.runtime.benchmark.timing.random_batch", fail)
     assert bench.main([str(bundle), "--batch", "2", "--starts", "0"]) == 2
     assert "onnxruntime, batch 2: the library failed" in capsys.readouterr().err
 
