@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..backends.registry import GPU_BACKENDS, PREFERENCE, select_backend
+from ..bundle.arrays import Float64Array
 from ..bundle.console import ProgressLine, duration
 from ..bundle.errors import BackendUnavailableError, InferenceError, TokenizerError
 from ..bundle.folder import open_bundle
@@ -106,19 +107,16 @@ class _Run:
         self._gpu = self._open_gpu()
         self._trivial = self._open_trivial_kernel()
         self._peers = self._open_peers()
-        rows: list[timing.Row] = []
-        bandwidths: list[timing.Bandwidth] = []
-        arithmetic: list[timing.Arithmetic] = []
+        taken: dict[timing.Figure, Float64Array] = {}
         for batch in config.batches:
             what = f"{counted(batch, 'chunk')} a call"
             on_round = functools.partial(self._progress.show_round, what, rounds=config.rounds)
             with contextlib.ExitStack() as arrays:
-                taken, failed = timing.measure(list(self._figures(arrays, batch)), config.rounds, on_round)
+                found, failed = timing.measure(list(self._figures(arrays, batch)), config.rounds, on_round)
+            taken |= found
             self._missing.update(failed)
-            rows += timing.summarise(taken, model.chunk_length)
-            bandwidths += timing.bandwidths_of(taken)
-            arithmetic += timing.arithmetic_of(taken)
         self._progress.clear()
+        rows = timing.summarise(taken, model.chunk_length)
         if not rows:
             raise self._unavailable("every call of every backend failed")
         return Report(
@@ -132,8 +130,8 @@ class _Run:
             backends={found.backend.name: found.backend.description for found in self._tokenizers},
             starts=starts,
             rows=tuple(rows),
-            bandwidths=tuple(bandwidths),
-            arithmetic=tuple(arithmetic),
+            bandwidths=tuple(timing.bandwidths_of(taken)),
+            arithmetic=tuple(timing.arithmetic_of(taken)),
             missing=self._missing,
             remarks=self._peers.remarks,
         )
@@ -257,16 +255,18 @@ def machine_facts(gpu: Any, versions: Mapping[str, str]) -> dict[str, str]:
 
 
 def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith(("model name", "Hardware")):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    lines = _text("/proc/cpuinfo").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Hardware")))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _driver_version() -> str:
+    words = _text("/proc/driver/nvidia/version").split()
+    return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "version not told")
+
+
+def _text(path: str) -> str:
     try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+        return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "version not told"
-    return next((word for word in text.split() if word.count(".") >= 1 and word[0].isdigit()), "version not told")
+        return ""
