@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 
 from rfsq.calibration.errors import CalibrationError
 from rfsq.runtime.bundle.advice import quoted
-from rfsq.runtime.bundle.reading import parse_json
-from rfsq.runtime.bundle.typed_json import build
+from rfsq.runtime.bundle.reading import build, parse_json
 
 _DIGITS = 6
 

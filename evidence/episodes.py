@@ -17,8 +17,7 @@ from typing import Any, BinaryIO
 from rfsq.evidence.closed_loop import EpisodeResult
 from rfsq.evidence.errors import EvidenceError
 from rfsq.runtime.bundle.advice import quoted
-from rfsq.runtime.bundle.reading import parse_json
-from rfsq.runtime.bundle.typed_json import build
+from rfsq.runtime.bundle.reading import build, parse_json
 
 FORMAT = "rfsq-rollout"
 _DROPPED = "dropped"

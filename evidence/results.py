@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Self
 
 from rfsq.evidence.errors import EvidenceError
 from rfsq.runtime.bundle.advice import command
-from rfsq.runtime.bundle.reading import parse_json
-from rfsq.runtime.bundle.typed_json import build
+from rfsq.runtime.bundle.reading import build, parse_json
 from rfsq.runtime.bundle.writing import replacing
 
 

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rfsq.export.errors import BuildInputError
+from rfsq.runtime.bundle.advice import command
 from rfsq.runtime.bundle.command import DATA_FORMATS, CommandParser, Outcome, path_argument, refuse_idle_choices, run
 from rfsq.runtime.bundle.modes import MODES
 
@@ -58,6 +59,10 @@ def parser() -> CommandParser:
         default="the embedded demonstrations, for checkpoints that were trained on them",
     )  # fmt: skip
     parser.add_output("folder of the bundle; default: build/bundle")
+    parser.refuse_former(
+        "--bundle",
+        f"{command('build', '--output DIR')} writes a bundle, and {command('build', '--from-bundle DIR')} adds to one",
+    )
     parser.add_backends("what is here, onnxruntime always")
     parser.add_argument(
         "--from-bundle", type=path_argument, metavar="BUNDLE",

@@ -15,8 +15,7 @@ import numpy as np
 from rfsq.rfsq_ref.checkpoints import Checkpoint, check_output, save_checkpoint
 from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.runtime.bundle.paths import as_path
-from rfsq.runtime.bundle.reading import read_file
-from rfsq.runtime.bundle.typed_json import build
+from rfsq.runtime.bundle.reading import build, read_file
 from rfsq.runtime.bundle.writing import replacing
 
 HISTORY_FORMAT = "rfsq-training-history"

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+# As type checkers know it: importing `typing` takes longer than all that is here.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from .bundle.compatibility import require_compatible as require_compatible
     from .bundle.errors import BackendUnavailableError as BackendUnavailableError
     from .bundle.errors import BundleError as BundleError

@@ -4,6 +4,7 @@ import ast
 import errno
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -107,7 +108,12 @@ def test_the_same_words_mean_the_same(name: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("name", "arguments", "advised"),
     [
-        ("tokenize", ["a.npz", "b.parquet", "--bundle", "c"], "tokenize_dataset.py BUNDLE --data IN --output OUT"),
+        ("tokenize", ["a.npz", "b.parquet", "--bundle", "c"], "tokenize_dataset.py BUNDLE --data F --output PATH"),
+        ("selftest", ["--bundle", "c"], "without --bundle: python runtime/selftest.py BUNDLE"),
+        ("inspect", ["--bundle=c"], "without --bundle: python runtime/inspect_bundle.py BUNDLE"),
+        ("bench", ["--quick", "--bundle", "c"], "without --bundle: python runtime/bench.py BUNDLE"),
+        ("replay", ["a.npz", "--bundle", "c"], "without --bundle: python runtime/replay_flight.py BUNDLE RECORD"),
+        ("build", ["--bundle", "c"], "build_engine.py --from-bundle DIR adds to one"),
         ("rollout", ["--results", "docs"], "--output now, and episodes are kept in --episodes-dir"),
     ],
 )
@@ -257,6 +263,60 @@ def test_a_full_standard_output_is_a_2_and_named(arguments: list[str], option: s
     assert done.stderr.splitlines()[-1].startswith("error: standard output cannot be written: No space left on device")
     assert done.stderr.count("error: ") == 1
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-"])
+def test_a_standard_error_that_takes_nothing_changes_neither_status_nor_document(stderr: str, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", Recipe())
+    for arguments, status in (
+        (["inspect", bundle, "--json"], 0),
+        (["bench", bundle, "--json", "--rounds", "1", "--batch", "1", "--starts", "0"], 0),
+        (["inspect", tmp_path, "--json"], 2),
+        (["inspect"], 2),
+        (["no-command"], 2),
+    ):
+        words = [sys.executable, "-m", "rfsq", *map(str, arguments)]
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$@" {stderr}', "sh", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+        )
+        assert done.returncode == status
+        if status:
+            assert done.stdout == ""
+        else:
+            assert json.loads(done.stdout)
+
+
+def test_a_standard_output_that_was_closed_is_a_2_and_named() -> None:
+    words = [sys.executable, "-m", "rfsq", "--help"]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" 1>&-', "sh", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: standard output cannot be written")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("locale", [{}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}])
+def test_a_name_that_is_not_utf8_is_no_traceback(locale: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"d\xff\xc3\xa4")
+    bundle = write_bundle(folder / "bundle", Recipe())
+    for arguments in (
+        ["inspect", bundle],
+        ["inspect", bundle, "-v", "--json"],
+        ["selftest", bundle],
+        ["bench", bundle, "--rounds", "1", "--batch", "1", "--starts", "0", "--output", folder / "bench"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "rfsq", *map(str, arguments)],
+            cwd=ROOT, env={**os.environ, **locale}, capture_output=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert b"Traceback" not in done.stderr
+    named = json.loads((folder / "bench/bench.json").read_text())["bundle"]["bundle"]
+    assert os.fsencode(named) == os.fsencode(bundle)
 
 
 def test_a_full_standard_output_in_the_middle_is_not_blamed_on_a_file(

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ..bundle.arrays import Float32Array, Int32Array
+from ..bundle.arrays import AnyArray, Float32Array, Int32Array
 from ..bundle.backend_specs import BACKENDS
 from ..bundle.errors import BackendUnavailableError, IllegalValueError
 from ..bundle.folder import Bundle
@@ -24,7 +23,6 @@ from .contract import EngineInUse, engine_for
 from .cpu_targets import host_targets
 
 _byref, _size, _first_byte = ctypes.byref, ctypes.c_size_t, ctypes.c_char.from_buffer
-_Array = npt.NDArray[Any]
 
 
 class CBackend:
@@ -125,13 +123,13 @@ class _HeldCall:
         self,
         function: Callable[..., int],
         arguments: Sequence[Any],
-        source: _Array,
-        target: _Array,
-        stats: _Array | None,
+        source: AnyArray,
+        target: AnyArray,
+        stats: AnyArray | None,
     ) -> None:
-        self.source: Callable[[], _Array | None] = weakref.ref(source)
-        self.target: Callable[[], _Array | None] = weakref.ref(target)
-        self.stats: Callable[[], _Array | None] = type(None) if stats is None else weakref.ref(stats)
+        self.source: Callable[[], AnyArray | None] = weakref.ref(source)
+        self.target: Callable[[], AnyArray | None] = weakref.ref(target)
+        self.stats: Callable[[], AnyArray | None] = type(None) if stats is None else weakref.ref(stats)
         self.shape = source.shape
         self.call = functools.partial(
             function,
@@ -174,7 +172,7 @@ def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
     return function
 
 
-def _pointer(array: _Array) -> Any:
+def _pointer(array: AnyArray) -> Any:
     """What passes as a pointer to the array's first byte; `array.ctypes` takes three times as long."""
     try:
         return _byref(_first_byte(array))  # type: ignore[arg-type]  # numpy's arrays are buffers to mypy from 3.12 on

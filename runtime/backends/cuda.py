@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..bundle.folder import Bundle
-from ..bundle.kernel_names import TokenType, kernel_name, token_types
-from ..bundle.manifest import GraphEntry, ModelEntry, TensorEntry
+from ..bundle.manifest import GraphEntry, ModelEntry, TensorEntry, TokenType, kernel_name, token_types
 from .contract import Backend, EngineInUse, engine_for
 from .gpu.backend import GpuBackend
 from .gpu.driver import open_device

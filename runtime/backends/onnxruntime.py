@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 # From 1.32 on its import alone starts a thread that keeps a database in the home folder and reports to its maker.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 import onnxruntime as ort
 
-from ..bundle.arrays import Float32Array, Int32Array
+from ..bundle.arrays import AnyArray, Float32Array, Int32Array
 from ..bundle.errors import BackendUnavailableError, BundleError, InferenceError
 from ..bundle.folder import Bundle
 from ..bundle.manifest import GraphEntry, TensorEntry
@@ -36,7 +35,6 @@ _ORT_TYPES = {"float32": "tensor(float)", "int32": "tensor(int32)"}
 _EXTERNAL_DATA = b"location"
 _LEVELS = (logging.DEBUG, logging.DEBUG, logging.WARNING, logging.ERROR, logging.CRITICAL)
 
-_Array = npt.NDArray[Any]
 #: The address and shape of an array.
 _Place = tuple[int, tuple[int, ...]]
 #: The shape of the source, and whether its statistics are left out.
@@ -114,7 +112,9 @@ class BoundGraph:
         self._lock = threading.Lock()
         _OPEN_GRAPHS.add(self)
 
-    def run(self, source: _Array, source_stats: _Array | None, target: _Array, target_stats: _Array | None) -> None:
+    def run(
+        self, source: AnyArray, source_stats: AnyArray | None, target: AnyArray, target_stats: AnyArray | None
+    ) -> None:
         """target_stats may be left out where the graph gives them."""
         # Written out, because every call and every loop here costs as much as a node of the graph.
         lock = self._lock
@@ -143,7 +143,7 @@ class BoundGraph:
         except Exception as error:  # ONNX Runtime's exceptions share no base class
             raise InferenceError(f"ONNX Runtime {ort.__version__} failed: {error}") from error
 
-    def _make_buffers(self, key: _Key, *arrays: _Array | None) -> _Buffers | None:
+    def _make_buffers(self, key: _Key, *arrays: AnyArray | None) -> _Buffers | None:
         """Buffers like `arrays`, kept in place of the oldest; None where copying would cost more than binding."""
         if not self._can_keep_bindings:
             return None
@@ -179,7 +179,7 @@ class BoundGraph:
             self._session = self._open_session()
         return self._session
 
-    def _bind_host(self, session: Any, *arrays: _Array | None) -> Any:
+    def _bind_host(self, session: Any, *arrays: AnyArray | None) -> Any:
         """A binding to the memory of source, its stats, target and its stats, which has to outlive it."""
         return self._bind(session, "cpu", [(array.ctypes.data, array.shape) for array in arrays if array is not None])
 

@@ -12,16 +12,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 
-from ..bundle.arrays import unravel
+from ..bundle.arrays import AnyArray, BoolArray, unravel
 from ..bundle.errors import IllegalValueError, TokenizerError
 from ..bundle.gates import ACCEPTED, GATES, NOT_MARKED, Check
 from ..bundle.manifest import ModelEntry
 from ..bundle.validation import STATS_LIMIT
 from .contract import Backend, MarksIllegalValues
-
-_Array = npt.NDArray[Any]
 
 #: Stands in every output before a call, and no answer has it.
 _UNTOUCHED_TOKEN, _UNTOUCHED_ACTION = -(2**30) - 1, np.float32(-1.2345e-30)
@@ -56,12 +53,12 @@ class _Call:
 
     gate: str
     run: Callable[..., None]
-    inputs: tuple[_Array, ...]
-    outputs: tuple[_Array, ...]
-    illegal: tuple[Callable[[int], _Array], ...]
-    is_mark: Callable[[_Array], npt.NDArray[np.bool_]]
+    inputs: tuple[AnyArray, ...]
+    outputs: tuple[AnyArray, ...]
+    illegal: tuple[Callable[[int], AnyArray], ...]
+    is_mark: Callable[[AnyArray], BoolArray]
 
-    def arrays(self, batch: int) -> tuple[list[_Array], list[_Array]]:
+    def arrays(self, batch: int) -> tuple[list[AnyArray], list[AnyArray]]:
         """Inputs and outputs of so many chunks."""
         inputs, outputs = ([np.repeat(part, batch, axis=0) for part in side] for side in (self.inputs, self.outputs))
         return inputs, outputs
@@ -79,7 +76,7 @@ def _calls(model: ModelEntry, backend: Backend) -> Iterator[_Call]:
     # Mean and sigma take turns in memory.
     wrong_stats = [np.array(either, np.float32), np.array([*either, 0.0, -0.0, -1e-45, -1.0], np.float32)]
 
-    def codes(layers: int, token: int, stat: float) -> tuple[_Array, ...]:
+    def codes(layers: int, token: int, stat: float) -> tuple[AnyArray, ...]:
         tokens = np.full(model.tokens_shape(1, layers), token, np.int32)
         stats = np.full(model.stats_shape(1, layers), stat, np.float32)
         return (tokens, stats) if model.has_stats else (tokens,)
@@ -134,7 +131,7 @@ def _accepted(call: _Call, batches: list[int], is_thorough: bool) -> Iterator[st
                 outputs = call.arrays(batch)[1]
 
 
-def _trials(array: _Array, values_at: Callable[[int], _Array], is_thorough: bool) -> Iterator[tuple[int, Any]]:
+def _trials(array: AnyArray, values_at: Callable[[int], AnyArray], is_thorough: bool) -> Iterator[tuple[int, Any]]:
     """Where, and what: all of the first and the last step, somewhere in every other, every value at both ends."""
     steps = array.shape[0] * array.shape[1]
     unit = array.size // steps
@@ -176,5 +173,5 @@ def _unmarked(call: _Call, token_type: np.dtype[Any]) -> Iterator[str]:
                 yield _described(given[step], inputs[0], step * rows.shape[1] + int(places[step]), problem)
 
 
-def _described(value: Any, array: _Array, place: int, problem: str) -> str:
+def _described(value: Any, array: AnyArray, place: int, problem: str) -> str:
     return f"{value} at {list(unravel(place, array.shape))} of {list(array.shape)} {problem}"

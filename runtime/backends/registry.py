@@ -13,13 +13,14 @@ from ..bundle.backend_specs import BACKENDS, BackendSpec, compiled_from
 from ..bundle.errors import BackendUnavailableError, EngineRefusedError, InferenceError, SelfTestError, TokenizerError
 from ..bundle.folder import Bundle
 from .contract import Backend
-from .cpu_targets import host_targets
 
 if TYPE_CHECKING:
     from ..bundle.golden import Golden
 
 _LOG = logging.getLogger(__name__)
 
+#: What keeps a backend from being used here, while another may be.
+OBSTACLES = (BackendUnavailableError, SelfTestError, InferenceError, EngineRefusedError)
 #: All names, in the order in which `auto` tries them.
 PREFERENCE = tuple(BACKENDS)
 #: Those that take arrays of the GPU where they lie.
@@ -80,7 +81,7 @@ def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
     for candidate in BACKENDS:
         try:
             backend = _open_tested(candidate, bundle, golden)
-        except (BackendUnavailableError, SelfTestError, InferenceError, EngineRefusedError) as error:
+        except OBSTACLES as error:
             obstacles[candidate] = error
             # A backend that is missing is expected; one that is there and fails is worth a warning.
             level = logging.DEBUG if isinstance(error, BackendUnavailableError) else logging.WARNING
@@ -100,6 +101,9 @@ def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
 
 def _warn_of_less(bundle: Bundle, backend: Backend, obstacle: TokenizerError | None) -> None:
     """Warn where this processor could run faster code. obstacle: why the C engine cannot be used."""
+    # Here, since only `auto` asks.
+    from .cpu_targets import host_targets
+
     best = host_targets()[0]
     if isinstance(obstacle, BackendUnavailableError):
         _LOG.warning("%s takes the place of the C engine, which is faster: %s", backend.name, obstacle)

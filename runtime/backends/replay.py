@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from ..bundle.arrays import Float32Array, Int32Array
+from ..bundle.arrays import BoolArray, Float32Array, Int32Array
 from ..bundle.comparison import action_errors, compare_tokens
 from ..bundle.errors import TokenizerError
 from ..bundle.gates import GATES, Check
@@ -107,7 +106,7 @@ class _Run:
             yield from self._decoding_checks("encode and decode", tokens, stats, compared.flipped)
 
     def _decoding_checks(
-        self, what: str, tokens: Int32Array, stats: Float32Array | None, flipped: npt.NDArray[np.bool_]
+        self, what: str, tokens: Int32Array, stats: Float32Array | None, flipped: BoolArray
     ) -> Iterator[Check]:
         """flipped: the steps whose tokens have a near-tie flip."""
         expected, units = self._golden.decoded[tokens.shape[-1]], self._model.action_units

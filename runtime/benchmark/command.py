@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..bundle.backend_specs import BACKENDS
 from ..bundle.command import CommandParser, Outcome, natural, positive, run
-from ..bundle.console import ProgressLine, printable
+from ..bundle.console import printable
 from ..bundle.paths import counted, refuse_existing
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     if options.output is not None:
         # Before minutes are spent on figures that nobody could keep.
         refuse_existing(report_files(options.output), overwrite=options.overwrite)
-    report = bench(config, Progress(ProgressLine()))
+    report = bench(config, Progress())
     print((report_text if options.verbose else summary_text)(report), end="")
     said = write_report(report, options.output) if options.output is not None else []
     print("".join(f"{printable(line)}\n" for line in said), end="")

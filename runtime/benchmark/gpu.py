@@ -8,20 +8,19 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from cuda.bindings import runtime as cudart
 
 from ..backends.gpu import driver as cuda_api
 from ..backends.gpu.arrays import GpuArray
 from ..backends.gpu.calls import TakesGpuArrays
 from ..backends.gpu.kernels import KernelArguments, KernelLibrary, compile_kernels
+from ..bundle.arrays import AnyArray
 from ..bundle.manifest import ModelEntry
 from ..tokenizer import ActionTokenizer
-from .calls import Batch, copies_name, decode_name, operations_of
-from .timing import ARITHMETIC, BANDWIDTH, Figure, time_calls
+from .timing import ARITHMETIC, BANDWIDTH, Batch, Figure, copies_name, operation_name, operations_of, time_calls
 
 TRIVIAL_KERNEL = "trivial kernel"
 #: The copies whose bandwidth is measured, and how often each byte passes through memory.
@@ -55,7 +54,6 @@ extern "C" __global__ void __launch_bounds__({_ADDING_THREADS}) multiply_add(flo
 }}
 """
 
-_Array = npt.NDArray[Any]
 _GpuArrays = Sequence[GpuArray | None]
 
 
@@ -73,15 +71,12 @@ def open_device() -> cuda_api.GpuDevice:
 
 def floor_figures(scope: contextlib.ExitStack, model: ModelEntry, batch: Batch) -> Iterator[Figure]:
     """For each operation a captured graph that only copies its arrays, through pinned memory."""
-    operations: list[tuple[str, Sequence[_Array | None], Sequence[_Array | None]]] = [
-        ("encode", [batch.actions], batch.codes)
-    ]
-    for prefix in reversed(model.prefixes):
-        operations.append((decode_name(model, prefix), batch.codes.prefix(prefix), [batch.actions]))
-    for operation, sources, results in operations:
-        bytes_in, bytes_out = ([array.nbytes for array in side if array is not None] for side in (sources, results))
+    for prefix in (None, *reversed(model.prefixes)):
+        codes = [array.nbytes for array in batch.codes.prefix(prefix or model.num_layers) if array is not None]
+        actions = [batch.actions.nbytes]
+        bytes_in, bytes_out = (actions, codes) if prefix is None else (codes, actions)
         take = functools.partial(time_calls, _copies(scope, bytes_in, bytes_out))
-        name = copies_name(operation)
+        name = copies_name(operation_name(model, prefix))
         yield Figure("floor", name, "floor", batch.size, take, bytes_in=sum(bytes_in), bytes_out=sum(bytes_out))
 
 
@@ -147,7 +142,7 @@ def device_figures(scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batc
         )
         return Figure(
             backend=backend.name,
-            operation=("encode" if prefix is None else decode_name(model, prefix)) + suffix,
+            operation=operation_name(model, prefix) + suffix,
             path="device",
             batch=batch.size,
             take=functools.partial(time_calls, _waiting(stream, bound)),
@@ -207,7 +202,7 @@ def _waiting(stream: cuda_api.Stream, work: Callable[[], object]) -> Callable[[]
     return call
 
 
-def _upload(scope: contextlib.ExitStack, array: _Array, stream: cuda_api.Stream) -> GpuArray:
+def _upload(scope: contextlib.ExitStack, array: AnyArray, stream: cuda_api.Stream) -> GpuArray:
     memory = _memory(scope, array.nbytes)
     pinned = cuda_api.PinnedArray(array.shape, array.dtype)
     try:

@@ -23,8 +23,7 @@ import numpy as np
 from ..bundle.arrays import Float64Array
 from ..bundle.errors import BackendUnavailableError, InferenceError
 from ..bundle.manifest import ModelEntry
-from .calls import copies_name, decode_name
-from .timing import Figure
+from .timing import Figure, copies_name, operation_name
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "evidence" / "bench_peers.py"
 
@@ -117,7 +116,7 @@ class _Remote:
 
 
 def _figure(index: int, entry: dict[str, Any], model: ModelEntry, remote: _Remote, device_floor: str) -> Figure:
-    operation = "encode" if entry["prefix"] is None else decode_name(model, entry["prefix"])
+    operation = operation_name(model, entry["prefix"])
     has_copies = entry["path"] == "host" and entry["on_gpu"]
     return Figure(
         backend=entry["peer"],

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,12 @@ def _lines(report: Report) -> Iterator[str]:
         width = max(map(len, facts), default=0)
         yield from (f"{name:{width}}  {value}" for name, value in facts.items())
         yield ""
-    for name, reason in report.missing.items():
-        yield f"not measured: {name}: {' '.join(reason.split())}"
+    yield from (f"not measured: {line}" for line in missing_lines(report.missing))
     if report.missing:
         yield ""
     if report.starts:
         yield f"cold start, medians of {report.starts[0].processes} new processes, files in the system's cache"
-        yield from _table(_START_COLUMNS, report.starts)
+        yield from _table(_START_COLUMNS, list(map(_in_megabytes, report.starts)))
         yield ""
     for batch in dict.fromkeys(row.batch for row in report.rows):
         rows = [row for row in report.rows if row.batch == batch]
@@ -89,6 +88,14 @@ def _lines(report: Report) -> Iterator[str]:
             yield f"fp32 rate measured in the same rounds: {rate.operations_per_second / 1e12:.1f} TFLOP/s"
         yield ""
     yield from (f"- {remark}" for remark in (*_legend(report), *report.remarks))
+
+
+def missing_lines(missing: Mapping[str, str]) -> Iterator[str]:
+    """What could not be measured, and why: a line for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in missing.items():
+        names.setdefault(" ".join(reason.split()), []).append(name)
+    yield from (f"{', '.join(found)}: {reason}" for reason, found in names.items())
 
 
 def _legend(report: Report) -> Iterator[str]:
@@ -118,64 +125,56 @@ def _legend(report: Report) -> Iterator[str]:
         yield "roofline: the same for the bytes or the operations in float32, whichever take longer"
 
 
-@dataclass(frozen=True)
-class _Column:
-    head: str
-    cell: Callable[[Any], str]
+#: Columns by their head: an attribute of each entry, and how it is written.
+_ROW_COLUMNS = {
+    "backend": "backend",
+    "call": "operation",
+    "path": "path",
+    "calls": "calls:,",
+    "p50": "p50:,.1f",
+    "p90": "p90:,.1f",
+    "p99": "p99:,.1f",
+    "p99.9": "p999:,.1f",
+    "max": "max:,.1f",
+    "jitter": "jitter:,.1f",
+    "x floor": "times_floor:.2f",
+    "steps/s": "steps_per_second:,.0f",
+    "bandwidth": "bandwidth_share:.1%",
+    "roofline": "roofline_share:.1%",
+}
+_SUMMARY_COLUMNS = {"backend": "backend", "call": "operation", "chunks": "batch:,"} | {
+    head: _ROW_COLUMNS[head] for head in ("p50", "p99", "steps/s")
+}
+_START_COLUMNS = {
+    "backend": "backend",
+    "first result s": "first_result:.3f",
+    "import numpy": "import_numpy:.3f",
+    "import runtime": "import_runtime:.3f",
+    "load": "load:.3f",
+    "load, hashed alone": "load_hashed:.3f",
+    "first decode": "first_decode:.4f",
+    "host MB": "host_memory:,",
+    "GPU MB": "gpu_memory:,",
+}
 
 
-def _optional(show: Callable[[float], str]) -> Callable[[float | None], str]:
-    return lambda value: _NOTHING if value is None else show(value)
-
-
-_us = _optional(lambda value: f"{value:,.1f}")
-_megabytes = _optional(lambda value: f"{value / 1e6:,.0f}")
-_ratio = _optional(lambda value: f"{value:.2f}")
-_count = _optional(lambda value: f"{value:,.0f}")
-_percent = _optional(lambda value: f"{100 * value:.1f} %")
-
-#: Heads of the columns that hold words and no numbers; they stand first.
-_WORDS = ("backend", "call", "path")
-_ROW_COLUMNS = (
-    _Column("backend", lambda row: row.backend),
-    _Column("call", lambda row: row.operation),
-    _Column("path", lambda row: row.path),
-    _Column("calls", lambda row: _count(row.calls)),
-    _Column("p50", lambda row: _us(row.p50)),
-    _Column("p90", lambda row: _us(row.p90)),
-    _Column("p99", lambda row: _us(row.p99)),
-    _Column("p99.9", lambda row: _us(row.p999)),
-    _Column("max", lambda row: _us(row.max)),
-    _Column("jitter", lambda row: _us(row.jitter)),
-    _Column("x floor", lambda row: _ratio(row.times_floor)),
-    _Column("steps/s", lambda row: _count(row.steps_per_second)),
-    _Column("bandwidth", lambda row: _percent(row.bandwidth_share)),
-    _Column("roofline", lambda row: _percent(row.roofline_share)),
-)
-_SUMMARY_COLUMNS = (
-    _ROW_COLUMNS[0],
-    _Column("chunks", lambda row: _count(row.batch)),
-    *(column for column in _ROW_COLUMNS if column.head in ("call", "p50", "p99", "steps/s")),
-)
-_START_COLUMNS = (
-    _Column("backend", lambda start: start.backend),
-    _Column("first result s", lambda start: f"{start.first_result:.3f}"),
-    _Column("import numpy", lambda start: f"{start.import_numpy:.3f}"),
-    _Column("import runtime", lambda start: f"{start.import_runtime:.3f}"),
-    _Column("load", lambda start: f"{start.load:.3f}"),
-    _Column("load, hashed alone", lambda start: f"{start.load_hashed:.3f}"),
-    _Column("first decode", lambda start: f"{start.first_decode:.4f}"),
-    _Column("host MB", lambda start: _megabytes(start.host_memory)),
-    _Column("GPU MB", lambda start: _megabytes(start.gpu_memory)),
-)
-
-
-def _table(columns: Sequence[_Column], entries: Sequence[object]) -> Iterator[str]:
+def _table(columns: Mapping[str, str], entries: Sequence[object]) -> Iterator[str]:
     """A column that has nothing to say is left out."""
-    columns_of_cells = [(column.head, *map(column.cell, entries)) for column in columns]
-    shown = [cells for cells in columns_of_cells if set(cells[1:]) != {_NOTHING}]
-    words = sum(cells[0] in _WORDS for cells in shown)
-    return aligned(list(zip(*shown, strict=True)), left=words, is_ruled=True)
+    cells = {head: [_cell(shape, entry) for entry in entries] for head, shape in columns.items()}
+    cells = {head: shown for head, shown in cells.items() if set(shown) != {_NOTHING}}
+    num_texts = sum(":" not in columns[head] for head in cells)
+    return aligned([tuple(cells), *zip(*cells.values(), strict=True)], left=num_texts, is_ruled=True)
+
+
+def _cell(shape: str, entry: object) -> str:
+    name, _, form = shape.partition(":")
+    value = getattr(entry, name)
+    return _NOTHING if value is None else format(value, form)
+
+
+def _in_megabytes(start: Start) -> Start:
+    host, gpu = (None if size is None else round(size / 1e6) for size in (start.host_memory, start.gpu_memory))
+    return dataclasses.replace(start, host_memory=host, gpu_memory=gpu)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -191,7 +190,9 @@ def write_report(report: Report, folder: Path) -> list[str]:
 
     Returns what there is to say. Raises InvalidInputError where one cannot be written.
     """
-    contents = {"bench.json": report_json(report).encode(), "bench.txt": report_text(report).encode()}
+    texts = {"bench.json": report_json(report), "bench.txt": report_text(report)}
+    # A name of a file need not be UTF-8; escaped like this, it is JSON too.
+    contents = {name: text.encode("utf-8", "backslashreplace") for name, text in texts.items()}
     said = []
     try:
         contents["bench.png"] = report_png(report)

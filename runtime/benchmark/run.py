@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import functools
-import sys
+import importlib.metadata
+import os
+import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..backends.registry import GPU_BACKENDS, PREFERENCE, select_backend
-from ..bundle.console import ProgressLine, duration, printable
+from ..bundle.arrays import Float64Array
+from ..bundle.console import ProgressLine, duration
 from ..bundle.errors import BackendUnavailableError, InferenceError, TokenizerError
 from ..bundle.folder import open_bundle
 from ..bundle.golden import read_golden
 from ..bundle.manifest import GOLDEN_NAME
 from ..bundle.paths import counted
 from ..tokenizer import ActionTokenizer
-from .calls import Batch, host_figures, random_batch
-from .machine import machine_facts
+from . import timing
 from .peers import Peers, open_peers
-from .report import Report
+from .report import Report, missing_lines
 from .start import Start, StartError, measure_start
-from .timing import ROUND_SECONDS, Arithmetic, Bandwidth, Figure, Row, arithmetic_of, bandwidths_of, measure, summarise
 
 
 @dataclass(frozen=True)
@@ -45,21 +47,10 @@ QUICK_ROUNDS, QUICK_STARTS = 10, 1
 _START_SECONDS = 0.5
 
 
-class Progress:
+class Progress(ProgressLine):
     """Says what is about to be done and about how long it takes, and then how far it is."""
 
-    def __init__(self, line: ProgressLine | None = None) -> None:
-        self._line, self._started = line, 0.0
-
-    def begin(self, what: str) -> None:
-        """Say it once, in a log too."""
-        if self._line is not None:
-            self._line.clear()
-            print(printable(what), file=sys.stderr, flush=True)
-
-    def show(self, text: str) -> None:
-        if self._line is not None:
-            self._line.show(text)
+    _started = 0.0
 
     def show_round(self, what: str, number: int, rounds: int) -> None:
         """Say which round begins, from 0 on; those before tell how long the rest takes."""
@@ -68,10 +59,6 @@ class Progress:
             self._started = now
         left = f", {_about((now - self._started) / number * (rounds - number))} left" if number else ""
         self.show(f"{what}: round {number + 1} of {rounds}{left}")
-
-    def end(self) -> None:
-        if self._line is not None:
-            self._line.clear()
 
 
 def _about(seconds: float) -> str:
@@ -84,7 +71,7 @@ def expectation(config: Config, tokenizers: Sequence[ActionTokenizer]) -> str:
     # Encoding and every decoder, with the tokenizer's checks and without.
     figures = sum(2 * (1 + len(tokenizer.model.prefixes)) for tokenizer in tokenizers)
     processes = (2 * config.starts + 1) * len(tokenizers) if config.starts else 0
-    seconds = processes * _START_SECONDS + len(config.batches) * config.rounds * figures * ROUND_SECONDS
+    seconds = processes * _START_SECONDS + len(config.batches) * config.rounds * figures * timing.ROUND_SECONDS
     starts = f"{counted(processes, 'new process', 'new processes')}, then " if processes else ""
     chunks = " and ".join(counted(batch, "chunk") for batch in config.batches)
     is_long = config.rounds > QUICK_ROUNDS
@@ -97,7 +84,7 @@ def expectation(config: Config, tokenizers: Sequence[ActionTokenizer]) -> str:
 def bench(config: Config, progress: Progress | None = None) -> Report:
     """Measure what works here. Raises BundleError, and BackendUnavailableError where no backend works at all."""
     with contextlib.ExitStack() as scope:
-        return _Run(config, progress or Progress(), scope).report()
+        return _Run(config, progress or Progress(is_silent=True), scope).report()
 
 
 class _Run:
@@ -120,19 +107,16 @@ class _Run:
         self._gpu = self._open_gpu()
         self._trivial = self._open_trivial_kernel()
         self._peers = self._open_peers()
-        rows: list[Row] = []
-        bandwidths: list[Bandwidth] = []
-        arithmetic: list[Arithmetic] = []
+        taken: dict[timing.Figure, Float64Array] = {}
         for batch in config.batches:
             what = f"{counted(batch, 'chunk')} a call"
             on_round = functools.partial(self._progress.show_round, what, rounds=config.rounds)
             with contextlib.ExitStack() as arrays:
-                taken, failed = measure(list(self._figures(arrays, batch)), config.rounds, on_round)
+                found, failed = timing.measure(list(self._figures(arrays, batch)), config.rounds, on_round)
+            taken |= found
             self._missing.update(failed)
-            rows += summarise(taken, model.chunk_length)
-            bandwidths += bandwidths_of(taken)
-            arithmetic += arithmetic_of(taken)
-        self._progress.end()
+        self._progress.clear()
+        rows = timing.summarise(taken, model.chunk_length)
         if not rows:
             raise self._unavailable("every call of every backend failed")
         return Report(
@@ -146,14 +130,14 @@ class _Run:
             backends={found.backend.name: found.backend.description for found in self._tokenizers},
             starts=starts,
             rows=tuple(rows),
-            bandwidths=tuple(bandwidths),
-            arithmetic=tuple(arithmetic),
+            bandwidths=tuple(timing.bandwidths_of(taken)),
+            arithmetic=tuple(timing.arithmetic_of(taken)),
             missing=self._missing,
             remarks=self._peers.remarks,
         )
 
     def _unavailable(self, what: str) -> BackendUnavailableError:
-        reasons = "\n".join(f"  {name}: {reason}" for name, reason in self._missing.items())
+        reasons = "\n".join(f"  {line}" for line in missing_lines(self._missing))
         return BackendUnavailableError(f"{what} with {self._bundle.folder} here:\n{reasons}")
 
     @contextlib.contextmanager
@@ -209,12 +193,12 @@ class _Run:
                 return peers
         return Peers({}, (), {}, ())
 
-    def _figures(self, arrays: contextlib.ExitStack, size: int) -> Iterator[Figure]:
+    def _figures(self, arrays: contextlib.ExitStack, size: int) -> Iterator[timing.Figure]:
         """The figures of the floors, of each backend, and of the peers; their arrays are open until `arrays` ends."""
         gpu, batches = self._gpu, []
         for tokenizer in self._tokenizers:
             with self._noting(f"{tokenizer.backend.name}, batch {size}", InferenceError):
-                batches.append((tokenizer, random_batch(tokenizer, size)))
+                batches.append((tokenizer, timing.random_batch(tokenizer, size)))
         if gpu is not None and self._trivial is not None:
             yield gpu.trivial_figure(self._trivial, size)
         if gpu is not None and batches:
@@ -222,15 +206,67 @@ class _Run:
                 yield from self._gpu_figures(arrays, *batches[0])
         for tokenizer, batch in batches:
             name = tokenizer.backend.name
-            yield from host_figures(tokenizer, batch, has_copies=name in GPU_BACKENDS)
+            yield from timing.host_figures(tokenizer, batch, has_copies=name in GPU_BACKENDS)
             if gpu is not None and name in GPU_BACKENDS:
                 with self._noting(f"{name}, device, batch {size}", InferenceError):
                     yield from gpu.device_figures(arrays, tokenizer, batch)
         yield from (figure for figure in self._peers.figures if figure.batch == size)
 
-    def _gpu_figures(self, arrays: contextlib.ExitStack, tokenizer: ActionTokenizer, batch: Batch) -> Iterator[Figure]:
+    def _gpu_figures(
+        self, arrays: contextlib.ExitStack, tokenizer: ActionTokenizer, batch: timing.Batch
+    ) -> Iterator[timing.Figure]:
         """The copies alone; bandwidth and arithmetic too, unless for a single chunk, which neither limits."""
         yield from self._gpu.floor_figures(arrays, tokenizer.model, batch)
         if batch.size > 1:
             yield from self._gpu.copy_figures(arrays, batch.size)
             yield self._gpu.arithmetic_figure(arrays, batch.size)
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+_LIBRARIES = (
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx-cu13-libs",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+)
+
+
+def machine_facts(gpu: Any, versions: Mapping[str, str]) -> dict[str, str]:
+    """By name, for people. gpu: the module `gpu`, or None; versions: of other libraries."""
+    facts = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "CPU": f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores usable",
+        "load before": " ".join(f"{load:.2f}" for load in os.getloadavg()),
+    }
+    if gpu is not None:
+        device = gpu.open_device()
+        facts["GPU"] = f"{device}, {device.memory / 1e9:.0f} GB"
+        facts["driver"] = f"{_driver_version()}, CUDA {device.driver}"
+    found = {"Python": platform.python_version(), **versions}
+    for library in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[library] = importlib.metadata.version(library)
+    return {**facts, "system": platform.platform(), "versions": ", ".join(f"{n} {v}" for n, v in found.items())}
+
+
+def _cpu_name() -> str:
+    lines = _text("/proc/cpuinfo").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Hardware")))
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+def _driver_version() -> str:
+    words = _text("/proc/driver/nvidia/version").split()
+    return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "version not told")
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

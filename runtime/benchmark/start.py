@@ -49,21 +49,14 @@ def measure_start(folder: Path, backend: str, processes: int) -> Start:
     hashed = [_run(folder, backend, "hash") for _ in range(processes)]
     counted = _run(folder, backend, "gpu-memory")
     resident = [result["host_memory"] for result in verified if result["host_memory"] is not None]
-
-    def middle(key: str) -> float:
-        return float(median(result[key] for result in verified))
-
+    times = ("first_result", "import_numpy", "import_runtime", "load", "first_decode")
     return Start(
         backend=backend,
         processes=processes,
-        first_result=middle("first_result"),
-        import_numpy=middle("import_numpy"),
-        import_runtime=middle("import_runtime"),
-        load=middle("load"),
         load_hashed=median(result["load"] for result in hashed),
-        first_decode=middle("first_decode"),
         host_memory=int(median(resident)) if resident else None,
-        gpu_memory=None if counted["gpu_memory"] is None else int(counted["gpu_memory"]),
+        gpu_memory=counted["gpu_memory"],
+        **{name: median(result[name] for result in verified) for name in times},
     )
 
 

@@ -7,9 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+AnyArray = npt.NDArray[Any]
+BoolArray = npt.NDArray[np.bool_]
+FloatArray = npt.NDArray[np.floating[Any]]
 Float32Array = npt.NDArray[np.float32]
 Float64Array = npt.NDArray[np.float64]
+IntegerArray = npt.NDArray[np.integer[Any]]
 Int32Array = npt.NDArray[np.int32]
+Int64Array = npt.NDArray[np.int64]
 
 
 def unravel(position: int | np.intp, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -33,7 +38,7 @@ class Codes(NamedTuple):
         return Codes(np.ascontiguousarray(self.tokens[..., :layers]), stats)
 
 
-def in_chunks(steps: npt.NDArray[Any], length: int) -> npt.NDArray[Any]:
+def in_chunks(steps: AnyArray, length: int) -> AnyArray:
     """[n, ...] as [ceil(n / length), length, ...]; the last chunk is filled up with the last step.
 
     Every step is coded on its own, so what fills a chunk changes nothing else, and is legal where the step is.

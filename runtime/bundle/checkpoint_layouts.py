@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from .arrays import AnyArray
 from .manifest import Manifest, ModelEntry
 from .paths import shown
 
@@ -30,16 +30,14 @@ UNUSED_NAME = re.compile(r"rfsq\.layers\.(0|[1-9][0-9]{0,8})\.layernorm\.(weight
 #: The published grid is a float32 linspace; a file of lower precision has it rounded. What is further off is another.
 GRID_TOLERANCE = 1e-6
 
-_Array = npt.NDArray[Any]
-
 
 @dataclass(frozen=True)
 class StateComparison:
     """What sets a state dict apart from the bundle's checkpoint: names of tensors, and a line for each that differs."""
 
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    differences: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
 
     def problems(self, *, strict: bool = True) -> list[str]:
         """A line each; names that are missing or unexpected count where `strict`."""
@@ -51,7 +49,7 @@ class StateComparison:
         return found
 
 
-def weight_hashes(weights: Mapping[str, _Array]) -> dict[str, str]:
+def weight_hashes(weights: Mapping[str, AnyArray]) -> dict[str, str]:
     """SHA-256 of every tensor's numbers as little-endian float32 in C order."""
     return {
         name: hashlib.sha256(np.asarray(array, "<f4", order="C").tobytes()).hexdigest()
@@ -132,7 +130,7 @@ def is_grid(name: str) -> bool:
 
 
 def compare_state(
-    state: Mapping[str, _Array], hashes: Mapping[str, str], model: ModelEntry, *, resolution: float
+    state: Mapping[str, AnyArray], hashes: Mapping[str, str], model: ModelEntry, *, resolution: float
 ) -> StateComparison:
     """state: float32 arrays by name; hashes: the bundle's; resolution: eps of the type that the file keeps grids in.
 

@@ -67,7 +67,7 @@ class CommandParser(argparse.ArgumentParser):
             f"as the message says; {INTERRUPTED} interrupted",
             **settings,
         )
-        self.interrupted = interrupted
+        self._name, self.interrupted = name, interrupted
         group = self.add_argument_group("output")
         shown = group.add_mutually_exclusive_group()
         for where, names, text in (
@@ -78,10 +78,19 @@ class CommandParser(argparse.ArgumentParser):
             where.add_argument(*names, action="store_true", default=False, help=text)
 
     def add_bundle(self, name: str = "bundle", text: str = "") -> None:
-        """A bundle to read, positional."""
+        """A bundle to read, positional; `--bundle`, as some commands once had it, says so."""
         self.add_argument(
             name, metavar=name.upper(), type=path_argument, help=text or f"a folder that {command('build')} wrote"
         )
+        if name == "bundle":
+            self.refuse_former("--bundle", lambda: f"the bundle is given first, without --bundle: {self._needed()}")
+
+    def _needed(self) -> str:
+        """The command with all that it cannot do without."""
+        parts = [
+            " ".join([*action.option_strings[:1], str(action.metavar)]) for action in self._actions if action.required
+        ]
+        return command(self._name, " ".join(parts))
 
     def add_data(
         self, *spellings: str, text: str = "", default: str = "the embedded demonstrations", required: bool = False
@@ -148,8 +157,8 @@ class CommandParser(argparse.ArgumentParser):
                 help=f"{text}; default: %(default)s",
             )
 
-    def refuse_former(self, option: str, advice: str) -> None:
-        """An option of former versions ends the command; advice: what is given in its place."""
+    def refuse_former(self, option: str, advice: str | Callable[[], str]) -> None:
+        """An option of former versions ends the command; advice: what is given in its place, or what says it."""
         self.add_argument(
             option, action=_Former, dest=argparse.SUPPRESS, const=advice, nargs="?", help=argparse.SUPPRESS
         )
@@ -157,7 +166,7 @@ class CommandParser(argparse.ArgumentParser):
 
 class _Former(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
-        parser.error(str(self.const))
+        parser.error(self.const() if callable(self.const) else self.const)
 
 
 def refuse_idle_choices(options: argparse.Namespace) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import unravel
+from .arrays import BoolArray, Float64Array, FloatArray, Int64Array, IntegerArray, unravel
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,10 @@ class TokenComparison:
     bool [...], the steps with a near-tie flip. first_wrong: the first wrong token in memory order.
     """
 
-    wrong: npt.NDArray[np.int64]
-    near_ties: npt.NDArray[np.int64]
-    behind: npt.NDArray[np.int64]
-    flipped: npt.NDArray[np.bool_]
+    wrong: Int64Array
+    near_ties: Int64Array
+    behind: Int64Array
+    flipped: BoolArray
     first_wrong: WrongToken | None
 
     @property
@@ -74,10 +73,10 @@ class TokenComparison:
 
 
 def compare_tokens(
-    expected: npt.NDArray[np.integer[Any]],
-    found: npt.NDArray[np.integer[Any]],
-    margins: npt.NDArray[np.floating[Any]],
-    bounds: npt.NDArray[np.floating[Any]],
+    expected: IntegerArray,
+    found: IntegerArray,
+    margins: FloatArray,
+    bounds: FloatArray,
     *,
     num_levels: int,
     is_step_coupled: bool | None,
@@ -133,8 +132,8 @@ class ActionError:
 
 
 def action_errors(
-    expected: npt.NDArray[np.floating[Any]],
-    found: npt.NDArray[np.floating[Any]],
+    expected: FloatArray,
+    found: FloatArray,
     units: npt.ArrayLike,
 ) -> ActionError:
     """The worst of actions [..., A] in physical units; units [A]: physical units per normalised unit.
@@ -161,9 +160,7 @@ def action_errors(
     return ActionError(float(errors[index]), index, float(expected[index]), float(found[index]))
 
 
-def _half_step(
-    found: npt.NDArray[np.floating[Any]], expected: npt.NDArray[np.floating[Any]]
-) -> npt.NDArray[np.float64]:
+def _half_step(found: FloatArray, expected: FloatArray) -> Float64Array:
     """How far the numbers that round to `found` reach towards `expected`; same shape. 0 beside infinity."""
     towards = np.where(expected > found, np.inf, -np.inf).astype(found.dtype)
     with np.errstate(over="ignore"):

@@ -8,7 +8,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any, TextIO
+from pathlib import Path
+from typing import Any, TextIO, cast
 
 from .errors import RfsqError
 
@@ -16,8 +17,17 @@ from .errors import RfsqError
 def prepare_console() -> None:
     """For a script of its own: no traceback for a terminal without ✓, nor where the reader of a pipe has left.
 
-    The process then ends as every other does, by SIGPIPE, with a status that is none of the script's own.
+    The process then ends as every other does, by SIGPIPE, with a status that is none of the script's own. What stderr
+    does not take is dropped, and changes no status.
     """
+    # A stream that was closed before the start is None, and the next file that is opened would get its number.
+    if sys.stdout is None:
+        # Only for reading: every use is refused, as that of a full one.
+        sys.stdout = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115  # until the process ends
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # until the process ends
+    if not isinstance(sys.stderr, _Dropping):
+        sys.stderr = cast(TextIO, _Dropping(sys.stderr))
     escape_what_cannot_be_shown()
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
@@ -62,8 +72,7 @@ class _Checked:
     def flush(self) -> None:
         self._do(self._stream.flush)
 
-    @staticmethod
-    def _do(act: Callable[..., Any], *given: str) -> Any:
+    def _do(self, act: Callable[..., Any], *given: str) -> Any:
         try:
             return act(*given)
         except OSError as error:
@@ -71,6 +80,15 @@ class _Checked:
                 f"standard output cannot be written: {error.strerror or error}; make room where it goes, or send it "
                 "elsewhere"
             ) from error
+
+
+class _Dropping(_Checked):
+    """A stream that drops what it cannot write."""
+
+    def _do(self, act: Callable[..., Any], *given: str) -> Any:
+        with suppress(OSError):
+            act(*given)
+        return len("".join(given))
 
 
 def checked(stdout: TextIO) -> Any:
@@ -92,8 +110,8 @@ class ProgressLine:
 
     _TERMINAL_SECONDS, _LOG_SECONDS = 0.2, 10.0
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, is_silent: bool = False) -> None:
+        self._clock, self._is_silent = clock, is_silent
         self._is_terminal = sys.stderr.isatty()
         self._seconds = self._TERMINAL_SECONDS if self._is_terminal else self._LOG_SECONDS
         self._shown: float | None = None
@@ -104,15 +122,21 @@ class ProgressLine:
         if self._shown is None:
             # A terminal is told at once; a log has been told what begins.
             self._shown = now - (self._seconds if self._is_terminal else 0)
-        if now - self._shown < self._seconds:
+        if self._is_silent or now - self._shown < self._seconds:
             return
         self._shown = now
         begin, end = ("\r\x1b[K", "") if self._is_terminal else ("", "\n")
         print(f"{begin}{printable(text)}", end=end, file=sys.stderr, flush=True)
 
+    def begin(self, what: str) -> None:
+        """Say what is about to be done: once, in a log too."""
+        if not self._is_silent:
+            self.clear()
+            print(printable(what), file=sys.stderr, flush=True)
+
     def clear(self) -> None:
         """Make room for other lines."""
-        if self._is_terminal:
+        if self._is_terminal and not self._is_silent:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 

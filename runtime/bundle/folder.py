@@ -13,10 +13,12 @@ from types import MappingProxyType
 import numpy as np
 
 from .advice import quoted
-from .contradictions import check_contents
 from .errors import BundleError
 from .gates import highest_limit, missing_gates, promised_refusal
 from .manifest import (
+    C_HEADER,
+    C_SOURCE,
+    CUDA_SOURCE,
     GOLDEN_NAME,
     GRAPH_FORMS,
     MANIFEST_NAME,
@@ -25,7 +27,9 @@ from .manifest import (
     Manifest,
     ModelEntry,
     graph_tensors,
+    kernel_name,
     parse_manifest,
+    token_types,
 )
 from .paths import as_path
 from .reading import OpenFolder, UnfitFileError
@@ -44,6 +48,12 @@ _LEAST_UNIT, _LARGEST_UNIT = 1e-12, 1e12
 #: Float32 has 24 bits: farther from zero than so many units, two neighbours are a unit apart.
 _MOST_OFFSET = 2.0**24
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+#: What stands in graphs, and in generated sources, of a quantiser with constant bins and of no other; and of one that
+#: takes the statistics of every step.
+_CONSTANTS = (b"L0.ratio", b"#define HAS_CONSTANT_BINS 1\n")
+_STATISTICS = (b"L0.sigma", b"#define HAS_CONSTANT_BINS 0\n")
+#: Sources state the fingerprint in their first line.
+_HEAD = 400
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,3 +308,72 @@ def _parity_problems(manifest: Manifest) -> Iterator[str]:
         missing = missing_gates(found, model.prefixes, has_stats=model.has_stats, refusal=refusal)
         if missing:
             yield f"{backend} on {device} lacks the gates {', '.join(missing)}"
+
+
+# --- what the files say of themselves ---------------------------------------------------------------------------------
+
+
+def check_contents(manifest: Manifest, contents: Mapping[str, bytes]) -> None:
+    """Hold what the files say of themselves against the manifest: hashes do not show that they belong together.
+
+    Nothing is parsed or compiled: only what the generators write is looked for. That the numbers are right is for the
+    golden vectors. contents: every file by its path inside the bundle. Raises BundleError.
+    """
+    problems = [*_of_header(manifest, contents), *_of_sources(manifest, contents), *_of_quantiser(manifest, contents)]
+    if problems:
+        raise BundleError(
+            f"the manifest and the files beside it are not of one bundle: {'; '.join(problems)}; {_copy_again()}"
+        )
+
+
+def _of_header(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[str]:
+    if C_HEADER not in contents:
+        return
+    model = manifest.model
+    sizes = ("chunk_length", "action_dim", "latent_dim", "num_layers", "num_levels")
+    expected = {"FINGERPRINT": f'"{manifest.fingerprint}"'} | {
+        size.upper(): str(getattr(model, size)) for size in sizes
+    }
+    text = contents[C_HEADER].decode("utf-8", "replace")
+    found = dict(re.findall(r"^#define RFSQ_(\w+) (\S+)$", text, re.MULTILINE))
+    # Headers of older builds do not name the mode.
+    if "MODE" in found:
+        expected["MODE"] = f'"{model.mode}"'
+    for name, value in expected.items():
+        if found.get(name) != value:
+            yield f"{C_HEADER} has RFSQ_{name} {found.get(name, 'nowhere')}, the manifest {value}"
+
+
+def _of_sources(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[str]:
+    model = manifest.model
+    needed = {
+        C_SOURCE: ["int rfsq_encode(", *(f"int rfsq_decode_l{prefix}(" for prefix in model.prefixes)],
+        CUDA_SOURCE: [
+            f"A = {model.action_dim}, D = {model.latent_dim}, L = {model.num_layers}, K = {model.num_levels}, "
+            f"H = {model.hidden_width};",
+            *(
+                f"{kernel_name(prefix, token, 'few')}("
+                for prefix in (None, *model.prefixes)
+                for token in token_types(model.num_levels)
+            ),
+        ],
+    }
+    for file in needed.keys() & contents.keys():
+        content = contents[file]
+        missing = [part for part in needed[file] if part.encode() not in content]
+        if missing:
+            yield f"{file} has no `{'`, no `'.join(missing)}`"
+        stated = re.search(rb"fingerprint ([0-9a-f]{64})", content[:_HEAD])
+        if stated and stated[1].decode() != manifest.fingerprint:
+            yield f"{file} has the fingerprint {stated[1].decode()}, the manifest {manifest.fingerprint}"
+
+
+def _of_quantiser(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[str]:
+    model = manifest.model
+    foreign, kind = (
+        (_CONSTANTS, "constants") if model.is_step_coupled else (_STATISTICS, "the statistics of every step")
+    )
+    encoders = [entry.file for entry in manifest.graphs if entry.role == "encoder"]
+    for file in (*encoders, *(source for source in (C_SOURCE, CUDA_SOURCE) if source in contents)):
+        if any(mark in contents[file] for mark in foreign):
+            yield f"{file} normalises by {kind}, which no {model.mode!r} encoder does"

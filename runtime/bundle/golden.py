@@ -7,12 +7,11 @@ import math
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Float32Array, Float64Array, Int32Array
+from .arrays import AnyArray, Float32Array, Float64Array, Int32Array
 from .errors import BundleError
 from .gates import GATES, highest_bounds, highest_limit
 from .manifest import GOLDEN_NAME, ModelEntry
@@ -27,8 +26,6 @@ _SCATTER = 3
 _DECODED = "decoded_"
 
 _ALWAYS_THERE = ("actions", "tokens", "margins", "bounds")
-
-_Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +69,8 @@ def write_golden(golden: Golden) -> bytes:
     return output.getvalue()
 
 
-def _arrays_of(golden: Golden) -> dict[str, _Array]:
-    arrays: dict[str, _Array] = {
+def _arrays_of(golden: Golden) -> dict[str, AnyArray]:
+    arrays: dict[str, AnyArray] = {
         **{name: getattr(golden, name) for name in _ALWAYS_THERE},
         "near_tie_cap": np.array(golden.near_tie_cap, np.int64),
         "flip_tolerance": np.array(golden.flip_tolerance, np.float64),
@@ -82,7 +79,7 @@ def _arrays_of(golden: Golden) -> dict[str, _Array]:
     return arrays if golden.stats is None else {**arrays, "stats": golden.stats}
 
 
-def _golden_of(arrays: Mapping[str, _Array]) -> Golden:
+def _golden_of(arrays: Mapping[str, AnyArray]) -> Golden:
     """The inverse of `_arrays_of`."""
     actions, tokens, margins, bounds = (arrays[name] for name in _ALWAYS_THERE)
     decoded = {int(name.removeprefix(_DECODED)): array for name, array in arrays.items() if name.startswith(_DECODED)}
@@ -166,7 +163,7 @@ def _header(dtype: npt.DTypeLike, shape: tuple[int, ...]) -> bytes:
     return stream.getvalue()
 
 
-def _read_array(name: str, content: bytes, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def _read_array(name: str, content: bytes, dtype: type[np.generic], shape: tuple[int, ...]) -> AnyArray:
     header = _header(dtype, shape)
     if not content.startswith(header):
         raise _malformed(

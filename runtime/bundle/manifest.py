@@ -19,8 +19,7 @@ from .errors import BundleError
 from .fidelity import Fidelity
 from .modes import Mode
 from .paths import shown
-from .reading import parse_json
-from .typed_json import build
+from .reading import build, parse_json
 
 SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
@@ -30,6 +29,14 @@ GOLDEN_NAME = "golden.npz"
 C_HEADER, C_SOURCE = "engines/c/rfsq_tokenizer.h", "engines/c/rfsq_tokenizer.c"
 #: The generated CUDA source, from which its `cuda` engines are compiled.
 CUDA_SOURCE = "engines/cuda/rfsq_tokenizer.cu"
+
+TokenType = Literal["int32", "uint8"]
+#: Types that tokens of CUDA kernels may have, by numpy's name, and their names in CUDA.
+TOKEN_TYPES: dict[TokenType, str] = {"int32": "int", "uint8": "uint8"}
+#: One more than the levels that a byte holds beside the mark of what is illegal.
+_LEVELS_OF_BYTES = 256
+#: A kernel has a block for each step; or a whole warp for many, where the sizes allow it.
+KernelKind = Literal["few", "many"]
 
 GraphForm = Literal["gemm", "gemm_marked", "reduce"]
 GRAPH_FORMS: tuple[GraphForm, ...] = typing.get_args(GraphForm)
@@ -227,6 +234,17 @@ def graph_tensors(
     if model.has_stats:
         codes.append(TensorEntry("stats", "float32", model.stats_shape(-1, prefix)))
     return ((actions,), tuple(codes)) if role == "encoder" else (tuple(codes), (actions,))
+
+
+def token_types(num_levels: int) -> tuple[TokenType, ...]:
+    """Types of tokens that hold every level, and the mark of what is illegal."""
+    return ("int32", "uint8") if num_levels < _LEVELS_OF_BYTES else ("int32",)
+
+
+def kernel_name(prefix: int | None, token_type: str, kind: KernelKind) -> str:
+    """What the generator of a CUDA kernel and the backend that launches it call it. prefix: None for the encoder."""
+    role = "encode" if prefix is None else f"decode_l{prefix}"
+    return f"{role}_{token_type}_{kind}"
 
 
 def manifest_text(manifest: Manifest) -> str:

@@ -1,5 +1,7 @@
 """The one way to read files that somebody else may have made: opened once, regular, and never more than expected.
 
+Of JSON in them, every key and every type is as a dataclass declares it, or an error names the place.
+
 What stands under a name may change between two looks at it, and may be a pipe that never answers, a link to elsewhere
 or a sparse file of terabytes. So a file is opened first, without waiting, and everything is asked of what was opened.
 """
@@ -7,14 +9,27 @@ or a sparse file of terabytes. So a file is opened first, without waiting, and e
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import os
 import stat
-from collections.abc import Iterator
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, Literal, NoReturn
 
 from .errors import RfsqError
+from .paths import shown
+
+_T = typing.TypeVar("_T")
+#: What a message calls the types of a field.
+_WORDS: dict[Any, str] = {
+    **{float: "a number", int: "an integer", str: "text", bool: "true or false"},
+    **{tuple: "a list", dict: "an object", Mapping: "an object"},
+}
 
 #: Where the system lacks a flag, what is opened is compared with what the name showed before.
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
@@ -165,3 +180,103 @@ def _check_depth(content: Any) -> None:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
+
+
+# --- JSON as dataclasses ----------------------------------------------------------------------------------------------
+
+
+def build(kind: type[_T], value: Any, where: str, *, is_exact: bool = False) -> _T:
+    """JSON content as `kind`: a dataclass of dataclasses, tuples, mappings, literals, enums of text and plain types.
+
+    Keys may be missing where the field has a default. is_exact: as files are spelled that have one spelling alone, a
+    float with its point, and a key left out where it would be null. Raises ValueError.
+
+    >>> @dataclasses.dataclass
+    ... class Point:
+    ...     x: float
+    ...     tags: tuple[str, ...] = ()
+    >>> build(Point, {"x": 1, "tags": ["a"]}, "the point")
+    Point(x=1.0, tags=('a',))
+    >>> build(Point, {"x": "1"}, "the point")
+    Traceback (most recent call last):
+    ValueError: the point.x is '1'; expected a number
+    """
+    return typing.cast(_T, _build(kind, value, where, is_exact))
+
+
+def coerce_fields(instance: Any, error: type[Exception], prepare: Callable[[Any], Any] = lambda value: value) -> None:
+    """Make every field of a dataclass, frozen or not, what it is declared as. Raises `error`.
+
+    prepare: what a value passes through before.
+    """
+    kind: Any = type(instance)
+    for name, declared in _fields(kind)[0].items():
+        try:
+            object.__setattr__(instance, name, _build(declared, prepare(getattr(instance, name)), name, False))
+        except ValueError as problem:
+            raise error(f"{problem}: correct it") from None
+
+
+def _build(kind: Any, value: Any, where: str, is_exact: bool) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    # bool is an int to isinstance.
+    if kind is Any or type(value) is kind:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return _build_one_of(arguments, value, where, is_exact)
+    if dataclasses.is_dataclass(kind):
+        return _build_dataclass(kind, value, where, is_exact)
+    if choices := _choices_of(kind):
+        if isinstance(value, str | int) and value in choices:
+            return choices[choices.index(value)]
+        raise ValueError(f"{where} is {shown(value)}; expected one of {', '.join(map(str, choices))}")
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) == len(value):
+            places = range(len(value))
+            return tuple(_build(kinds[place], value[place], f"{where}[{place}]", is_exact) for place in places)
+    if origin in (dict, Mapping) and isinstance(value, dict):
+        return {key: _build(arguments[1], entry, f"{where}[{shown(key)}]", is_exact) for key, entry in value.items()}
+    if kind is float and type(value) is int and not is_exact and abs(value) < 2**53:
+        return float(value)
+    size = f" of {len(arguments)}" if origin is tuple and arguments[-1] is not Ellipsis else ""
+    form = " with a point" if kind is float and type(value) is int else size
+    raise ValueError(f"{where} is {shown(value)}; expected {_WORDS.get(origin or kind, kind)}{form}")
+
+
+def _choices_of(kind: Any) -> tuple[Any, ...]:
+    """Of literals, or an enum of text; none of another type."""
+    if typing.get_origin(kind) is Literal:
+        return typing.get_args(kind)
+    return tuple(kind) if isinstance(kind, type) and issubclass(kind, StrEnum) else ()
+
+
+def _build_one_of(kinds: tuple[Any, ...], value: Any, where: str, is_exact: bool) -> Any:
+    """The first that fits; what the last one says where none does."""
+    if value is None and types.NoneType in kinds and not is_exact:
+        return None
+    *others, last = (kind for kind in kinds if kind is not types.NoneType)
+    for kind in others:
+        with contextlib.suppress(ValueError):
+            return _build(kind, value, where, is_exact)
+    return _build(last, value, where, is_exact)
+
+
+def _build_dataclass(kind: Any, value: Any, where: str, is_exact: bool) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is {shown(value)}; expected an object")
+    hints, needed = _fields(kind)
+    missing, unknown = sorted(needed - value.keys()), sorted(value.keys() - hints.keys())
+    if missing or unknown:
+        raise ValueError(f"{where} lacks the keys {missing} and has the unknown keys {shown(unknown)}")
+    return kind(**{name: _build(hints[name], part, f"{where}.{name}", is_exact) for name, part in value.items()})
+
+
+@functools.cache
+def _fields(kind: Any) -> tuple[Mapping[str, Any], frozenset[str]]:
+    """The type of every field, and those that have no default."""
+    missing = dataclasses.MISSING
+    fields = [field for field in dataclasses.fields(kind) if field.init]
+    needed = (field.name for field in fields if field.default is missing and field.default_factory is missing)
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields}, frozenset(needed)

@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .advice import command
-from .arrays import Float32Array, Int32Array, unravel
+from .arrays import AnyArray, BoolArray, Float32Array, Int32Array, unravel
 from .errors import InvalidInputError, UnbuiltPrefixError
 from .manifest import ModelEntry
 
-_Array = npt.NDArray[Any]
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 _FLOAT32 = np.dtype(np.float32)
@@ -148,7 +147,7 @@ class InputValidator:
         return array
 
     def output(
-        self, name: str, out: object, dtype: type[_Scalar], shape: tuple[int, ...], *inputs: _Array
+        self, name: str, out: object, dtype: type[_Scalar], shape: tuple[int, ...], *inputs: AnyArray
     ) -> npt.NDArray[_Scalar]:
         """`out`; raises InvalidInputError unless results can be written straight into it, without touching `inputs`."""
         # Unlike an input, it must not be converted: the results would be lost with the converted array.
@@ -217,12 +216,12 @@ def check_whether_stats(stats: object | None, model: ModelEntry) -> None:
         )
 
 
-def _refuse_first(name: str, array: _Array, is_right: npt.NDArray[np.bool_], expected: str) -> NoReturn:
+def _refuse_first(name: str, array: AnyArray, is_right: BoolArray, expected: str) -> NoReturn:
     index = unravel(is_right.argmin(), array.shape)
     raise InvalidInputError(f"{name}{list(index)} is {array[index]}; expected {expected}")
 
 
-def _as_array(name: str, value: object) -> _Array:
+def _as_array(name: str, value: object) -> AnyArray:
     # Subclasses bring rules of their own: a masked array hides the very values that have to be checked.
     if type(value) is not np.ndarray:
         advice = as_array_advice(name, value, is_float=name != "tokens")
@@ -251,7 +250,7 @@ def as_array_advice(name: str, value: object, *, is_float: bool) -> str:
     return ""
 
 
-def _native(name: str, array: _Array, accepted: tuple[np.dtype[Any], ...]) -> _Array:
+def _native(name: str, array: AnyArray, accepted: tuple[np.dtype[Any], ...]) -> AnyArray:
     """In this machine's byte order, if the type is an accepted one in any order."""
     native = array.dtype.newbyteorder("=")
     if native not in accepted:

@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ..bundle.arrays import Float32Array
+from ..bundle.arrays import AnyArray, Float32Array
 from ..bundle.errors import InferenceError, InvalidInputError
 from ..tokenizer import ActionTokenizer
 from .config import ControlConfig, OutOfRange, Status
@@ -68,7 +67,7 @@ class BackendChain:
         for worker in self._workers:
             worker.close()
 
-    def decode(self, tokens: npt.NDArray[Any], stats: object, deadline_ns: int | None) -> Status:
+    def decode(self, tokens: AnyArray, stats: object, deadline_ns: int | None) -> Status:
         """Decode tokens of a legal shape and type, int [1, T, D, l]; values may still be illegal."""
         self.fell_back, active = False, self.warm[0]
         if not active.is_healthy:
@@ -87,7 +86,7 @@ class BackendChain:
         return status
 
     def _fall_back(
-        self, failed: WarmTokenizer, status: Status, tokens: npt.NDArray[Any], stats: object, deadline_ns: int | None
+        self, failed: WarmTokenizer, status: Status, tokens: AnyArray, stats: object, deadline_ns: int | None
     ) -> Status:
         self._retry(failed)
         other, reason = self._beside(failed), self.detail
@@ -113,7 +112,7 @@ class BackendChain:
         return next((found for found in self.warm if found.is_healthy and found is not warm), None)
 
     def _decode_on(
-        self, warm: WarmTokenizer, tokens: npt.NDArray[Any], stats: Any, deadline_ns: int | None, *, has_other: bool
+        self, warm: WarmTokenizer, tokens: AnyArray, stats: Any, deadline_ns: int | None, *, has_other: bool
     ) -> Status:
         self.used = warm
         left_s = 0.0 if deadline_ns is None else (deadline_ns - self._clock()) / 1e9
@@ -146,7 +145,7 @@ class BackendChain:
             self.detail = broken if status is _NONFINITE else self._guard.outside
         return status
 
-    def _decode_in_worker(self, worker: DecodeWorker, tokens: npt.NDArray[Any], stats: Any, left_s: float) -> bool:
+    def _decode_in_worker(self, worker: DecodeWorker, tokens: AnyArray, stats: Any, left_s: float) -> bool:
         """False if it has not answered in time."""
         if tokens.dtype != np.int32 and not ((tokens >= 0) & (tokens <= self._highest)).all():
             raise InvalidInputError(f"tokens are not all 0 ... {self._highest}; expected levels: look at the policy")

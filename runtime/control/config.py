@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 import os
 import tomllib
 from collections.abc import Callable, Collection
@@ -16,7 +17,7 @@ import numpy as np
 
 from ..bundle.advice import page
 from ..bundle.paths import as_path
-from ..bundle.reading import read_file
+from ..bundle.reading import coerce_fields, read_file
 from .errors import ControlConfigError
 
 #: In bytes; settings take a few KB.
@@ -24,6 +25,20 @@ _SIZE_LIMIT = 2**20
 #: Sums and differences of a few such numbers still fit into float32.
 _LARGEST = float(np.finfo(np.float32).max) / 4
 _Kind = TypeVar("_Kind")
+_ABOVE_0 = math.ulp(0.0)
+#: What numbers may be, the least and the most of them, and how to say it.
+_RANGES: tuple[tuple[tuple[str, ...], float, float, str], ...] = (
+    (
+        ("period_s", "stale_after_s", "retry_after_s", "record_interval_s", "log_interval_s"),
+        *(1e-6, 1e6, "from 1e-06 to 1e+06 seconds"),
+    ),
+    (("deadline_us",), _ABOVE_0, 1e9, "above 0, at most 1e+09"),
+    (("new_weight",), _ABOVE_0, 1, "more than 0, at most 1"),
+    (("ensemble_decay",), 0, 10, "from 0 to 10"),
+    (("range_tolerance",), 0, 1, "from 0 to 1, a part of high - low"),
+    (("max_consecutive_faults", "record_ticks"), 0, 1_000_000, "an integer from 0 to 1000000"),
+    (("ensemble_chunks",), 1, 256, "an integer from 1 to 256"),
+)
 
 
 class Status(IntEnum):
@@ -146,7 +161,7 @@ class ControlConfig:
     log_interval_s: float = 1.0
 
     def __post_init__(self) -> None:
-        self._coerce()
+        coerce_fields(self, ControlConfigError, _of_python)
         self._check_numbers()
         self._check_dimensions()
 
@@ -207,39 +222,13 @@ class ControlConfig:
             share * (high - low) for share, low, high in zip(shares, self.action_low, self.action_high, strict=True)
         )
 
-    def _coerce(self) -> None:
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _of_python(getattr(self, field.name)))
-        if isinstance(self.range_tolerance, (list, tuple)):
-            object.__setattr__(self, "range_tolerance", _numbers("range_tolerance", self.range_tolerance))
-        for name in ("action_low", "action_high", "max_relative_step"):
-            object.__setattr__(self, name, _numbers(name, getattr(self, name)))
-        kinds = _sequence("action_kind", self.action_kind)
-        object.__setattr__(self, "action_kind", tuple(_member("action_kind", ActionKind, kind) for kind in kinds))
-        object.__setattr__(self, "gripper", _sequence("gripper", self.gripper))
-        for name, kind in (("on_fault", OnFault), ("out_of_range", OutOfRange), ("strategy", Strategy)):
-            object.__setattr__(self, name, _member(name, kind, getattr(self, name)))
-
     def _check_numbers(self) -> None:
-        for name in ("period_s", "stale_after_s", "retry_after_s", "record_interval_s", "log_interval_s"):
-            _require(name, getattr(self, name), "from 1e-06 to 1e+06 seconds", lambda value: 1e-6 <= value <= 1e6)
-        if self.deadline_us is not None:
-            _require("deadline_us", self.deadline_us, "above 0, at most 1e+09", lambda value: 0 < value <= 1e9)
-        _require("new_weight", self.new_weight, "more than 0, at most 1", lambda value: 0 < value <= 1)
-        _require("ensemble_decay", self.ensemble_decay, "from 0 to 10", lambda value: 0 <= value <= 10)
-        for name, least, most in (
-            ("max_consecutive_faults", 0, 1_000_000),
-            ("record_ticks", 0, 1_000_000),
-            ("ensemble_chunks", 1, 256),
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value <= most:
-                raise ControlConfigError(f"{name} is {value!r}; expected an integer from {least} to {most}: correct it")
-        for name in ("use_worker", "pause_gc"):
-            if type(getattr(self, name)) is not bool:
-                raise ControlConfigError(f"{name} is {getattr(self, name)!r}; expected true or false: correct it")
-        if self.record_folder is not None and not isinstance(self.record_folder, str):
-            raise ControlConfigError(f"record_folder is {self.record_folder!r}; expected a path as text: correct it")
+        for names, least, most, expected in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                for number in value if isinstance(value, tuple) else (value,):
+                    if number is not None and not least <= number <= most:
+                        raise ControlConfigError(f"{name} is {value!r}; expected {expected}: correct it")
         if self.use_worker and self.deadline_us is None:
             raise ControlConfigError(
                 "use_worker is true without deadline_us; expected a deadline, for without one a decoder that hangs is "
@@ -251,8 +240,6 @@ class ControlConfig:
         if not size:
             raise ControlConfigError("action_low is empty; expected one value per action dimension: set it")
         shares = self.range_tolerance
-        for share in shares if isinstance(shares, tuple) else (shares,):
-            _require("range_tolerance", share, "from 0 to 1, a part of high - low", lambda value: 0 <= value <= 1)
         per_dimension = ["range_tolerance"] if isinstance(shares, tuple) else []
         for name in ("action_high", "max_relative_step", "action_kind", *per_dimension):
             if len(getattr(self, name)) != size:
@@ -330,33 +317,3 @@ def _of_python(value: object) -> object:
     if isinstance(value, (list, tuple)):
         return [_of_python(entry) for entry in value]
     return value
-
-
-def _sequence(name: str, value: object) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ControlConfigError(f"{name} is {value!r}; expected a list, one entry per dimension: correct it")
-    return tuple(value)
-
-
-def _numbers(name: str, value: object) -> tuple[float, ...]:
-    values = _sequence(name, value)
-    for index, number in enumerate(values):
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
-            raise ControlConfigError(f"{name}[{index}] is {number!r}; expected a number: correct it")
-        if isinstance(number, int) and abs(number) > _LARGEST:
-            raise ControlConfigError(f"{name}[{index}] is an integer beyond float32; expected a number of an action")
-    return tuple(map(float, values))
-
-
-def _member(name: str, kind: type[Any], value: object) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        raise ControlConfigError(
-            f"{name} is {value!r}; expected one of {', '.join([str(member) for member in kind])}: correct the spelling"
-        ) from None
-
-
-def _require(name: str, value: object, expected: str, is_right: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_right(value):
-        raise ControlConfigError(f"{name} is {value!r}; expected {expected}: correct it")

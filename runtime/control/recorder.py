@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ..bundle.arrays import Float32Array
+from ..bundle.arrays import AnyArray, Float32Array, Int32Array
 from ..bundle.manifest import ModelEntry
 from ..bundle.paths import as_path
 from ..bundle.reading import regular_file
@@ -110,11 +109,11 @@ class FlightRecorder:
         self._action_rows[index][...] = out.actions
         self.written += 1
 
-    def copy(self) -> dict[str, npt.NDArray[Any]]:
+    def copy(self) -> dict[str, AnyArray]:
         """The rows in the order of their ticks, by name of the column or array."""
         before = self.written
         numbers = self._numbers.copy()
-        arrays: dict[str, npt.NDArray[Any]] = {
+        arrays: dict[str, AnyArray] = {
             name: numbers[:, place].astype(kind) for place, (name, kind) in enumerate(COLUMNS.items())
         }
         arrays.update(actions=self._actions.copy(), tokens=self._tokens.copy(), stats=self._stats.copy())
@@ -130,9 +129,9 @@ class FlightRecord:
     """A flight record as read. columns: by name, each with one entry per tick."""
 
     meta: dict[str, Any]
-    columns: dict[str, npt.NDArray[Any]]
+    columns: dict[str, AnyArray]
     actions: Float32Array
-    tokens: npt.NDArray[np.int32]
+    tokens: Int32Array
     stats: Float32Array
 
     def __len__(self) -> int:
@@ -142,7 +141,7 @@ class FlightRecord:
         """The numbers of one tick, by name of the column."""
         return {name: int(column[index]) for name, column in self.columns.items()}
 
-    def tokens_of(self, index: int) -> npt.NDArray[np.int32] | None:
+    def tokens_of(self, index: int) -> Int32Array | None:
         """The tokens, int32 [1, T, D, l], that came on this tick; None if they are not in the record."""
         if self.columns["token_state"][index] != KEPT:
             return None
@@ -158,19 +157,19 @@ class FlightRecord:
         return _cut(self.stats[index], (1, steps, layers, 2)).copy()
 
 
-def _as_int32(tokens: npt.NDArray[Any]) -> npt.NDArray[np.int32] | None:
+def _as_int32(tokens: AnyArray) -> Int32Array | None:
     if tokens.dtype.kind not in "iu":
         return None
     # Clipped, since an illegal token of a wider type could wrap around to a legal one.
     return np.clip(tokens.astype(np.int64), -1, 2**31 - 1).astype(np.int32)
 
 
-def _cut(row: npt.NDArray[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+def _cut(row: AnyArray, shape: tuple[int, ...]) -> AnyArray:
     """A view of the beginning of a row."""
     return row[: math.prod(shape)].reshape(shape)
 
 
-def write_record(path: Path, arrays: dict[str, npt.NDArray[Any]], meta: dict[str, Any]) -> None:
+def write_record(path: Path, arrays: dict[str, AnyArray], meta: dict[str, Any]) -> None:
     """Write a record, whole or not at all. Raises OSError."""
     text = np.frombuffer(json.dumps({"schema": SCHEMA, **meta}).encode(), np.uint8)
     with replacing(path, is_synced=True) as temporary, temporary.open("wb") as file:
@@ -198,7 +197,7 @@ def read_record(path: str | os.PathLike[str]) -> FlightRecord:
     raise FlightRecordError(f"{path} has schema {schema}; expected {SCHEMA}: replay it with the version it is of")
 
 
-def _checked(path: Path, meta: dict[str, Any], arrays: dict[str, npt.NDArray[Any]]) -> FlightRecord:
+def _checked(path: Path, meta: dict[str, Any], arrays: dict[str, AnyArray]) -> FlightRecord:
     steps, latents, layers = meta["token_shape"]
     columns = {name: arrays[name].astype(kind, casting="same_kind") for name, kind in COLUMNS.items()}
     actions, tokens, stats = arrays["actions"], arrays["tokens"], arrays["stats"]

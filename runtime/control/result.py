@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,11 @@ class BrokenOff:
         )
 
 
+def _of_shown(name: str) -> Any:
+    """An attribute that is read from the outcome that is shown, and cannot be written."""
+    return property(attrgetter(f"shown.{name}"))
+
+
 class ControlResult:
     """The result of a tick: one object for all ticks, valid until the next `step`; `actions` are a new array each."""
 
@@ -98,57 +104,25 @@ class ControlResult:
         shown = self.shown
         return type(self), (shown.settled() if isinstance(shown, BrokenOff) else copy.copy(shown),)
 
-    @property
-    def actions(self) -> Float32Array:
-        """float32 [A], always inside limits and slew."""
-        return self.shown.actions
-
-    @property
-    def status(self) -> Status:
-        return self.shown.status
-
-    @property
-    def is_held(self) -> bool:
-        """Whether `actions` tell the robot to stand still."""
-        return self.shown.is_held
-
-    @property
-    def is_limited(self) -> bool:
-        """Whether the limits or the slew limit made `actions` differ from what was decoded."""
-        return self.shown.is_limited
-
-    @property
-    def is_latched(self) -> bool:
-        """Whether the decoder stands still until `reset()`."""
-        return self.shown.is_latched
-
-    @property
-    def fell_back(self) -> bool:
-        """Whether `backend` decoded on this tick because another one failed."""
-        return self.shown.fell_back
-
-    @property
-    def backend(self) -> str:
-        """The name of the backend that decoded last."""
-        return self.shown.backend
-
-    @property
-    def detail(self) -> str:
-        """What was found, what was expected and what to do; empty for OK."""
-        return self.shown.detail
-
-    @property
-    def tick(self) -> int:
-        return self.shown.tick
-
-    @property
-    def sequence(self) -> int:
-        """The sequence number of the chunk in service; -1 for none."""
-        return self.shown.sequence
-
-    @property
-    def latency_ns(self) -> int:
-        return self.shown.latency_ns
+    #: float32 [A], always inside limits and slew.
+    actions: Float32Array = _of_shown("actions")
+    status: Status = _of_shown("status")
+    #: Whether `actions` tell the robot to stand still.
+    is_held: bool = _of_shown("is_held")
+    #: Whether the limits or the slew limit made `actions` differ from what was decoded.
+    is_limited: bool = _of_shown("is_limited")
+    #: Whether the decoder stands still until `reset()`.
+    is_latched: bool = _of_shown("is_latched")
+    #: Whether `backend` decoded on this tick because another one failed.
+    fell_back: bool = _of_shown("fell_back")
+    #: The name of the backend that decoded last.
+    backend: str = _of_shown("backend")
+    #: What was found, what was expected and what to do; empty for OK.
+    detail: str = _of_shown("detail")
+    tick: int = _of_shown("tick")
+    #: The sequence number of the chunk in service; -1 for none.
+    sequence: int = _of_shown("sequence")
+    latency_ns: int = _of_shown("latency_ns")
 
     @property
     def latency_us(self) -> float:

@@ -12,10 +12,9 @@ from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..backends.replay import replay
-from ..bundle.arrays import Codes, Float32Array, Float64Array
+from ..bundle.arrays import AnyArray, Codes, Float32Array, Float64Array
 from ..bundle.comparison import action_errors
 from ..bundle.gates import GATES
 from ..bundle.paths import as_path
@@ -141,7 +140,7 @@ class DecodeWorker:
                 return not self.is_pending
         return True
 
-    def ask(self, tokens: npt.NDArray[Any], stats: Float32Array | None) -> None:
+    def ask(self, tokens: AnyArray, stats: Float32Array | None) -> None:
         """Start decoding tokens of a legal shape [1, T, D, l]; only while nothing is pending."""
         own_tokens, own_stats = self._slots[tokens.shape[3]]
         np.copyto(own_tokens, tokens, casting="unsafe")

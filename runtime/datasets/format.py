@@ -12,8 +12,7 @@ from typing import Any, Literal
 from ..bundle.advice import quoted
 from ..bundle.fidelity import Fidelity
 from ..bundle.manifest import FileEntry, ModelEntry
-from ..bundle.reading import parse_json, read_file
-from ..bundle.typed_json import build
+from ..bundle.reading import build, parse_json, read_file
 from .errors import TokenDatasetError
 
 #: Raised with every change of meaning or layout; any other version is refused.

@@ -18,7 +18,7 @@ import numpy as np
 
 from ..bundle.errors import InvalidInputError
 from ..bundle.manifest import FileEntry
-from ..bundle.typed_json import build
+from ..bundle.reading import build
 from ..tokenizer import ActionTokenizer
 from .coding import StepCoder
 from .episodes import Run, check_values, extend_runs

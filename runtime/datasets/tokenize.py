@@ -7,7 +7,6 @@ import dataclasses
 import os
 from collections.abc import Sequence
 
-from ..bundle.advice import command
 from ..bundle.command import DATA_FORMATS, DONE, WANTING, CommandParser, Outcome, positive, run
 
 #: Steps of a part, which is made or remade as a whole.
@@ -49,9 +48,6 @@ def parser() -> CommandParser:
     parser.add_argument("--engine", choices=("local", "ray"), default="local", help="default: %(default)s")
     parser.add_argument("--ray-address", metavar="ADDRESS", help="a running cluster; default: one is started here")
     parser.add_argument("--restart", action="store_true", help="discard what an earlier run has left unfinished")
-    parser.refuse_former(
-        "--bundle", f"the bundle is the first argument now: {command('tokenize', 'BUNDLE --data IN --output OUT')}"
-    )
     return parser
 
 

@@ -24,8 +24,7 @@ from ..bundle.manifest import ModelEntry
 from ..bundle.paths import as_path
 from ..bundle.validation import InputValidator
 from ..tokenizer import ActionTokenizer
-from .adapter_calls import CPU, Call, Engines, checked_indices, checked_tensor, uncompiled
-from .adapter_state import FINGERPRINT_KEY, compare_with, differences_from, refusal, speaks_otherwise
+from .adapter_calls import CPU, FINGERPRINT_KEY, Call, Engines, checked_indices, checked_tensor, uncompiled
 
 _LOG = logging.getLogger(__name__)
 
@@ -218,13 +217,13 @@ class ActionRFSQAE(nn.Module):
         unexpected: list[str] = []
         states = states_in(state_dict, recorded_weights(self._engines.on_host.manifest))
         for state in states:
-            compared = compare_with(self._engines, state)
+            compared = self._engines.compare_with(state)
             problems += compared.problems(strict=strict)
             missing += compared.missing
             unexpected += compared.unexpected
         if problems:
-            raise FingerprintError(refusal(self._engines, problems))
-        if any(speaks_otherwise(self._engines, state) for state in states):
+            raise FingerprintError(self._engines.refusal(problems))
+        if any(self._engines.speaks_otherwise(state) for state in states):
             _LOG.warning(
                 "%s has calibrated tokens, which mean something else than those that this checkpoint made as "
                 "published: a policy has to be trained on them",
@@ -252,12 +251,12 @@ class ActionRFSQAE(nn.Module):
         if not state:
             missing_keys.append(prefix + FINGERPRINT_KEY)
             return
-        compared = compare_with(self._engines, state)
+        compared = self._engines.compare_with(state)
         missing_keys += [prefix + name for name in compared.missing]
         unexpected_keys += [prefix + name for name in compared.unexpected]
         if compared.differences:
-            error_msgs.append(refusal(self._engines, compared.differences))
-        elif speaks_otherwise(self._engines, state):
+            error_msgs.append(self._engines.refusal(compared.differences))
+        elif self._engines.speaks_otherwise(state):
             error_msgs.append(
                 "this policy was saved with the published tokenizer, and calibrated tokens, which "
                 f"{self._engines.path} ({self.fingerprint}) has, mean something else: take a `recovered` bundle; or, "
@@ -283,8 +282,8 @@ class ActionRFSQAE(nn.Module):
         version = 0 if numbers.is_inference() else numbers._version  # noqa: SLF001  # torch counts there who writes
         if not numbers.is_cpu and numbers is self._known[0] and version == self._known[1]:
             return
-        if differences := differences_from(self._engines.numbers, numbers):
-            raise FingerprintError(refusal(self._engines, differences))
+        if differences := self._engines.differences_from(numbers):
+            raise FingerprintError(self._engines.refusal(differences))
         self._known = numbers, version
 
     def _keep_own(self, state: Mapping[str, Any]) -> None:

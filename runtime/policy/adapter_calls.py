@@ -1,6 +1,6 @@
 """What `runtime.policy.adapter` needs around a bundle: backends that take tensors, and calls in whole chunks.
 
-Imports torch.
+It also tells whether a state dict is the bundle's: by the fingerprint in it, or weight by weight. Imports torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,15 +19,10 @@ from torch import Tensor
 from torch._C._functorch import get_interpreter_stack
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from ..backends.registry import GPU_BACKENDS, PREFERENCE
-from ..bundle.advice import command
-from ..bundle.errors import (
-    BackendUnavailableError,
-    EngineRefusedError,
-    InferenceError,
-    InvalidInputError,
-    SelfTestError,
-)
+from ..backends.registry import GPU_BACKENDS, OBSTACLES
+from ..bundle.advice import command, quoted
+from ..bundle.checkpoint_layouts import StateComparison, compare_state, is_grid, recorded_hashes
+from ..bundle.errors import InvalidInputError
 from ..bundle.manifest import ModelEntry
 from ..bundle.validation import InputValidator
 from ..tokenizer import ActionTokenizer
@@ -51,6 +46,11 @@ CPU = torch.device("cpu")
 #: The modes of torch in which tensors are stand-ins.
 _RECORDING_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.FUNCTIONAL)
 _PRE_DISPATCH = torch._C.DispatchKey.PreDispatch
+#: The only entry of the adapter's own state dict: the fingerprint's 32 bytes, as float32 numbers.
+FINGERPRINT_KEY = "tokenizer_fingerprint"
+#: Averaging the weights of policies averages these numbers too, and each may then be off by so much. All 32 numbers of
+#: another fingerprint are so near with a chance of (9 / 256)^32.
+_ROUNDING = 4
 #: The GPU that backends work on.
 _DEVICE = 0
 
@@ -68,6 +68,8 @@ def _not_decodable() -> str:
 
 class Engines:
     """A bundle on the backend asked for and, with `auto`, on one more that takes tensors of the GPU once they come.
+
+    It also tells whether a state dict is the bundle's, by the fingerprint in it or weight by weight.
 
     Copies are the same object, and what is pickled opens the bundle again, which must still be the same tokenizer.
     """
@@ -107,10 +109,10 @@ class Engines:
             return self.on_host
         elif self._backend != "auto":
             obstacles.append(f"{self._backend!r} was asked for, and runs on the CPU")
-        for name in () if obstacles else (name for name in PREFERENCE if name in GPU_BACKENDS):
+        for name in () if obstacles else GPU_BACKENDS:
             try:
                 opened = ActionTokenizer.load(self.path, backend=name, expect_fingerprint=self.fingerprint)
-            except (BackendUnavailableError, SelfTestError, InferenceError, EngineRefusedError) as error:
+            except OBSTACLES as error:
                 obstacles.append(f"{name}: {error}")
                 continue
             _LOG.info("tensors on %s go to %s (%s)", device, name, opened.backend.description)
@@ -121,6 +123,61 @@ class Engines:
             "\n  ".join(obstacles),
         )
         return None
+
+    def compare_with(self, state: Mapping[str, Any]) -> StateComparison:
+        """How `state`, the adapter's own or a published one, differs from the bundle's."""
+        tensors = {name: value for name, value in state.items() if isinstance(name, str) and _is_plain(value)}
+        if len(tensors) < len(state):
+            others = sorted(str(name) for name in state if name not in tensors)
+            return _no_state(f"{', '.join(others[:8])} are none")
+        if FINGERPRINT_KEY in tensors:
+            unexpected = tuple(sorted(tensors.keys() - {FINGERPRINT_KEY}))
+            return StateComparison((), unexpected, self.differences_from(tensors[FINGERPRINT_KEY]))
+        hashes = recorded_hashes(self.on_host.manifest)
+        if hashes is None:
+            problem = (
+                "the bundle does not say which tensors it was built from: leave load_state_dict out, since the bundle "
+                "brings its weights, or build it again"
+            )
+            return StateComparison(differences=(problem,))
+        grids = [value.dtype for name, value in tensors.items() if is_grid(name) and value.is_floating_point()]
+        try:
+            arrays = {name: value.detach().cpu().float().numpy() for name, value in tensors.items()}
+        except RuntimeError as error:
+            # Nested tensors, and types that torch stores but does not compute with.
+            return _no_state(str(error))
+        resolution = max((torch.finfo(dtype).eps for dtype in grids), default=0.0)
+        return compare_state(arrays, hashes, self.model, resolution=resolution)
+
+    def differences_from(self, numbers: Tensor) -> tuple[str, ...]:
+        """How the numbers of a fingerprint differ from the bundle's own: one line, or none."""
+        own, found = self.numbers, numbers.detach().cpu().float()
+        if found.shape == own.shape and bool(((found - own).abs() <= _ROUNDING).all()):
+            return ()
+        levels = [round(number) if math.isfinite(number) else -1 for number in found.flatten().tolist()]
+        if len(levels) != len(own) or not all(0 <= level <= 255 for level in levels):
+            return (
+                f"its {FINGERPRINT_KEY} holds none: the checkpoint is damaged, or of a policy without a tokenizer, and "
+                "what loaded it has left this memory unwritten; then call reset_parameters() on the tokenizer",
+            )
+        return (f"it was saved with the tokenizer {bytes(levels).hex()}",)
+
+    def speaks_otherwise(self, state: Mapping[str, Any]) -> bool:
+        """Whether a published model with this state makes other tokens than the bundle."""
+        is_published = FINGERPRINT_KEY not in state and "calibrated.mean" not in state
+        return is_published and self.model.mode == "calibrated"
+
+    def refusal(self, problems: Sequence[str]) -> str:
+        """The message for a state that is not the bundle's: what differs, and what to do."""
+        model = self.model
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        data = " --data EPISODES" if model.mode in ("calibrated", "recovered") else ""
+        given = f"--checkpoint FILE --conditioning {model.mode} --chunk-length {model.chunk_length}{data} --output DIR"
+        return (
+            f"this state is not shown to be what {self.path} ({self.fingerprint}) was built from:\n"
+            f"{lines}\n"
+            f"load the bundle that belongs to it, or build one: {quoted('build', given)}"
+        )
 
 
 class Call:
@@ -205,7 +262,11 @@ def uncompiled(method: Callable[[_Self, Tensor], _Result]) -> Callable[[_Self, T
     return call
 
 
-def is_plain(value: object) -> bool:
+def _no_state(problem: str) -> StateComparison:
+    return StateComparison(differences=(f"it is no state dict of plain tensors: {problem}",))
+
+
+def _is_plain(value: object) -> bool:
     """Whether `value` is a tensor whose memory holds its numbers as they are."""
     return isinstance(value, Tensor) and _peculiarity(value) is None and not value.is_neg()
 

@@ -16,12 +16,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, overload
+from typing import TYPE_CHECKING, Literal, NoReturn, Self, overload
 
 import numpy as np
-import numpy.typing as npt
 
-from ..bundle.arrays import Int32Array
+from ..bundle.arrays import AnyArray, Int32Array, Int64Array
 from ..bundle.errors import (
     ForeignIdError,
     IdTypeError,
@@ -33,12 +32,12 @@ from ..bundle.errors import (
     VocabularyError,
     WrongLayerError,
 )
+from ..bundle.reading import coerce_fields
 from ..bundle.validation import TOKEN_TYPES, as_array_advice, kind_of
 
 if TYPE_CHECKING:
     from ..tokenizer import ActionTokenizer
 
-Int64Array = npt.NDArray[np.int64]
 Order = Literal["layer-major", "step-major"]
 ORDERS: tuple[Order, ...] = ("layer-major", "step-major")
 
@@ -89,11 +88,12 @@ class TokenVocabulary:
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
+        # JSON gives lists in place of tuples.
+        coerce_fields(self, VocabularyError)
         least = {"num_layers": 1, "num_levels": 2, "latent_dim": 1, "chunk_length": 1, "offset": 0}
         for name, smallest in least.items():
-            value = getattr(self, name)
-            if type(value) is not int or value < smallest:
-                raise VocabularyError(f"{name} is {value!r}; expected an int of at least {smallest}")
+            if getattr(self, name) < smallest:
+                raise VocabularyError(f"{name} is {getattr(self, name)}; expected an int of at least {smallest}")
         if self.num_levels > _MOST_LEVELS:
             raise VocabularyError(f"num_levels is {self.num_levels}; expected at most 2^31, for tokens are int32")
         if self.sequence_length > _MOST_IDS:
@@ -101,23 +101,14 @@ class TokenVocabulary:
                 f"a chunk would have {self.sequence_length} ids, T * D * L; expected at most {_MOST_IDS}: give the "
                 "sizes of the tokenizer's model"
             )
-        if not isinstance(self.fingerprint, str):
-            raise VocabularyError(f"fingerprint is {self.fingerprint!r:.60}; expected a str, empty for none")
-        if not isinstance(self.order, str) or self.order not in ORDERS:
-            raise VocabularyError(f"order is {self.order!r}; expected {' or '.join(map(repr, ORDERS))}")
         if self.ids.stop - 1 > _LARGEST_ID:
             raise VocabularyError(f"the last id would be {self.ids.stop - 1}, beyond int64; choose a smaller offset")
-        pairs: object = self.special_ids
-        if not isinstance(pairs, list | tuple) or not all(isinstance(pair, list | tuple) for pair in pairs):
-            raise VocabularyError(f"special_ids are {pairs!r:.60}; expected a name and an int in each pair")
-        # JSON gives lists.
-        object.__setattr__(self, "special_ids", tuple(map(tuple, pairs)))
         self._check_special_ids()
 
     def _check_special_ids(self) -> None:
         names: dict[int, str] = {}
         for pair in self.special_ids:
-            if tuple(map(type, pair)) != (str, int) or not 0 <= pair[1] <= _LARGEST_ID:
+            if not 0 <= pair[1] <= _LARGEST_ID:
                 raise VocabularyError(f"special id {pair!r}; expected a name and an int from 0 to 2^63 - 1")
             name, number = pair
             if number in self.ids:
@@ -262,7 +253,7 @@ class TokenVocabulary:
     def _layer_of(self, number: int) -> int:
         return (number - self.offset) // self.num_levels
 
-    def _tokens(self, tokens: object) -> npt.NDArray[Any]:
+    def _tokens(self, tokens: object) -> AnyArray:
         expected = f"[B, T, D, L] = [B, {self.chunk_length}, {self.latent_dim}, {self.num_layers}]"
         if type(tokens) is not np.ndarray:
             raise InvalidInputError(f"tokens is a {type(tokens).__qualname__}; expected a numpy.ndarray {expected}")
@@ -282,7 +273,7 @@ class TokenVocabulary:
 
     # On the way to an error.
 
-    def _lengths(self, ids: npt.NDArray[Any], levels: Int64Array, partial: str | None) -> Int64Array:
+    def _lengths(self, ids: AnyArray, levels: Int64Array, partial: str | None) -> Int64Array:
         """How many ids each sequence has before it ends, [B]; refuses the first that is malformed."""
         # Only where a sequence may end early is a special id its end.
         is_special = np.isin(ids, [number for _, number in self.special_ids if partial])
@@ -308,7 +299,7 @@ class TokenVocabulary:
             raise SequenceTooShortError(f"sequence {row} has {length} ids; expected {expected}", row, length)
         return lengths
 
-    def _refuse_at(self, ids: npt.NDArray[Any], row: int, position: int) -> NoReturn:
+    def _refuse_at(self, ids: AnyArray, row: int, position: int) -> NoReturn:
         number = int(ids[row, position])
         expected = f"nothing behind the {self.sequence_length} ids of a chunk"
         if position < self.sequence_length:
@@ -328,7 +319,7 @@ class TokenVocabulary:
             error, found = ForeignIdError, "no id of this vocabulary"
         raise error(f"ids[{row}, {position}] is {number}, {found}; expected {expected}", row, position)
 
-    def _other_order(self, sequence: npt.NDArray[Any]) -> str:
+    def _other_order(self, sequence: AnyArray) -> str:
         """A remark if the whole sequence would be right in the other order."""
         if len(sequence) != self.sequence_length:
             return ""
@@ -338,7 +329,7 @@ class TokenVocabulary:
         return f" (the whole sequence is in {other.order} order)" if is_right else ""
 
 
-def _ids(ids: object) -> npt.NDArray[Any]:
+def _ids(ids: object) -> AnyArray:
     """int64 or int32 [B, n] in this machine's byte order."""
     if type(ids) is not np.ndarray:
         raise IdTypeError(

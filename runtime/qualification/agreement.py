@@ -1,18 +1,25 @@
-"""How far tokens and decoded actions of two bundles agree on recorded actions, step by step."""
+"""How far tokens and decoded actions of two bundles agree on recorded actions, step by step.
 
+The manifests and this measurement together say whether one bundle can stand in for the other.
+"""
+
+import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ..bundle.advice import quoted
-from ..bundle.arrays import Codes, Float32Array, Float64Array, in_chunks
+from ..bundle.advice import command, quoted
+from ..bundle.arrays import AnyArray, Codes, Float32Array, Float64Array, in_chunks
+from ..bundle.compatibility import Compatibility, compare_manifests
 from ..bundle.errors import InvalidInputError
 from ..bundle.fidelity import Fidelity, FidelitySums
+from ..bundle.gates import GATES
 from ..bundle.manifest import ModelEntry
+from ..bundle.paths import as_path
 from ..datasets.episodes import WholePass
 from ..datasets.source_base import Source
 from ..tokenizer import ActionTokenizer, codes_of
@@ -20,6 +27,8 @@ from ..tokenizer import ActionTokenizer, codes_of
 #: Share of steps that may have another token: float32 rounding carries a value across the edge between two bins, and
 #: behind it others of the step with published tokens. Between two backends of one bundle it was 0.0006 at most.
 FLIPPED_STEPS = 0.005
+#: Decoders that are the same may each be off by the gate.
+SAME_ACTION = 2 * GATES.action_error
 
 
 @dataclass(frozen=True)
@@ -106,32 +115,34 @@ class Side:
         return _steps(self.tokenizer.decode(in_chunks(tokens, length), given), len(tokens))
 
 
-def _steps(chunks: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+def _steps(chunks: AnyArray, count: int) -> AnyArray:
     return chunks.reshape(-1, *chunks.shape[2:])[:count]
 
 
-class _Sums:
-    """The errors of one decoding, added up."""
+class _Pair:
+    """What `decoder` makes of so many layers of the tokens of another side, or of its own: the errors, added up."""
 
-    def __init__(self, units: Sequence[float], tokens: ModelEntry) -> None:
-        """units: normalised units of all; tokens: the model that made the tokens."""
+    def __init__(self, tokens: Side, decoder: Side, layers: int, units: Sequence[float]) -> None:
+        """units: normalised units of all."""
+        self.tokens, self.decoder, self.layers = tokens, decoder, layers
         self._units: Float64Array = np.array(units)
         self._from_own = 0.0
-        self._fidelity = FidelitySums(tokens.action_units, tokens.action_offset)
+        self._fidelity = FidelitySums(tokens.model.action_units, tokens.model.action_offset)
 
     def add(self, actions: Float32Array, decoded: Float32Array, own: Float32Array) -> None:
         self._fidelity.add(actions, decoded)
         apart = np.abs(decoded.astype(np.float64) - own) / self._units
         self._from_own = max(self._from_own, float(apart.max()))
 
-    def decoding(self, tokens: str, decoder: str, layers: int) -> Decoding:
+    def decoding(self) -> Decoding:
         found = self._fidelity.result()
         # Normalised, and in robot units.
         (mse, largest), (mse_units, largest_units) = (
             (float(np.square(found.rmse / units).mean()), float((found.largest / units).max()))
             for units in (self._units, np.ones_like(self._units))
         )
-        return Decoding(tokens, decoder, layers, mse, largest, mse_units, largest_units, self._from_own, found)
+        names = self.tokens.facts.name, self.decoder.facts.name
+        return Decoding(*names, self.layers, mse, largest, mse_units, largest_units, self._from_own, found)
 
 
 def measure(old: Side, new: Side, source: Source) -> Measurement:
@@ -143,12 +154,12 @@ def measure(old: Side, new: Side, source: Source) -> Measurement:
     depth = min(old.model.num_layers, new.model.num_layers) if corresponds else 0
     # A bundle's own decoder first: the other is held against it.
     pairs = [(old, old), (new, new), *(((old, new), (new, old)) if corresponds else ())]
-    sums = {
-        (tokens, decoder, layers): _Sums(old.model.action_units, tokens.model)
+    found = [
+        _Pair(tokens, decoder, layers, old.model.action_units)
         for tokens, decoder in pairs
         if tokens.model.has_stats or not decoder.model.has_stats
         for layers in sorted({*tokens.model.prefixes} & {*decoder.model.prefixes})
-    }
+    ]
     if not source.num_steps:
         raise InvalidInputError(f"{source.name} has no steps; expected at least one")
     equal, differing = np.zeros(depth, np.int64), 0
@@ -161,17 +172,14 @@ def measure(old: Side, new: Side, source: Source) -> Measurement:
             equal += is_equal.sum(axis=(0, 1))
             differing += len(actions) - int(is_equal.all(axis=(1, 2)).sum())
         own: dict[tuple[Side, int], Float32Array] = {}
-        for (side, decoder, layers), total in sums.items():
-            decoded = decoder.decode(codes[side].prefix(layers))
-            total.add(actions, decoded, own.setdefault((side, layers), decoded))
+        for pair in found:
+            decoded = pair.decoder.decode(codes[pair.tokens].prefix(pair.layers))
+            pair.add(actions, decoded, own.setdefault((pair.tokens, pair.layers), decoded))
     return Measurement(
         steps=source.num_steps,
         equal=tuple(map(float, equal / (source.num_steps * old.model.latent_dim))),
         differing=differing,
-        decodings=tuple(
-            total.decoding(side.facts.name, decoder.facts.name, layers)
-            for (side, decoder, layers), total in sums.items()
-        ),
+        decodings=tuple(pair.decoding() for pair in found),
         remarks=remarks,
     )
 
@@ -200,6 +208,110 @@ def _remarks(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
     if len(names) == 1:
         other = "NEW" if names[0][0] == "OLD" else "OLD"
         yield f"the tokens of {other} have no such stats: {names[0][0]} does not decode them"
+
+
+# --- the conclusion ---------------------------------------------------------------------------------------------------
+
+
+class Kind(StrEnum):
+    """What NEW can be for a policy of OLD: the same, another decoder of the same tokens, or nothing as it is."""
+
+    INTERCHANGEABLE = "interchangeable"
+    DECODER = "decoder"
+    INCOMPATIBLE = "incompatible"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was concluded, and why."""
+
+    kind: Kind
+    text: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All there is to say about two bundles."""
+
+    old: BundleFacts
+    new: BundleFacts
+    compatibility: Compatibility
+    measurement: Measurement
+    verdict: Verdict
+
+
+def compare(
+    old: str | os.PathLike[str],
+    new: str | os.PathLike[str],
+    source: Source,
+    *,
+    backend: str = "auto",
+    force: bool = False,
+) -> Comparison:
+    """Two bundles on recorded actions. force: let the measurement decide what the manifests do not prove.
+
+    Raises what ActionTokenizer.load does, DatasetError for the data, InvalidInputError for actions that a bundle does
+    not take.
+    """
+    with contextlib.ExitStack() as stack:
+        before = stack.enter_context(contextlib.closing(Side("OLD", as_path(old, "OLD"), backend)))
+        after = stack.enter_context(contextlib.closing(Side("NEW", as_path(new, "NEW"), backend)))
+        compatibility = compare_manifests(before.tokenizer.manifest, after.tokenizer.manifest)
+        measurement = measure(before, after, source)
+        verdict = _conclude(compatibility, measurement, before.model, after.model, force=force)
+        return Comparison(before.facts, after.facts, compatibility, measurement, verdict)
+
+
+def _conclude(
+    compatibility: Compatibility, measurement: Measurement, old: ModelEntry, new: ModelEntry, *, force: bool
+) -> Verdict:
+    """What is proven, if the measurement bears it out; with force what is measured."""
+    on_data = f"on {measurement.steps:,} steps"
+    has_same_depth = old.num_layers == new.num_layers
+    is_same_measured = has_same_depth and measurement.has_same_tokens()
+    if compatibility.proof:
+        if not (has_same_depth and measurement.has_same_tokens(spare=1)):
+            return Verdict(
+                Kind.INCOMPATIBLE,
+                f"contradiction: the manifests have {compatibility.proof}, but {measurement.differing:,} of "
+                f"{measurement.steps:,} steps have other tokens; run {command('selftest')} on both bundles",
+            )
+        ground = f"proven: {compatibility.proof}"
+    elif force and is_same_measured:
+        ground = f"not proven, the same {on_data}"
+    else:
+        reasons = "; ".join((*compatibility.obstacles, *compatibility.differences)) or "nothing proves them the same"
+        hint = f". But all tokens agree {on_data}; --force takes that for enough" if is_same_measured else ""
+        return Verdict(Kind.INCOMPATIBLE, f"not compatible, retrain the policy on tokens of NEW: {reasons}{hint}")
+    if compatibility.obstacles:
+        return Verdict(
+            Kind.INCOMPATIBLE,
+            f"NEW cannot decode for this policy: {'; '.join(compatibility.obstacles)}; its tokens are the same "
+            f"({ground})",
+        )
+    rebuilt = tuple(_rebuilt(old, new))
+    if rebuilt:
+        return Verdict(
+            Kind.INCOMPATIBLE,
+            f"build NEW again before it stands in for OLD: {'; '.join(rebuilt)}. Its tokens are the same ({ground})",
+        )
+    crossed = measurement.crossed("OLD")
+    if max(entry.from_own for entry in (*crossed, *measurement.crossed("NEW"))) <= SAME_ACTION:
+        return Verdict(Kind.INTERCHANGEABLE, f"interchangeable ({ground})")
+    return Verdict(
+        Kind.DECODER,
+        f"the decoder can be replaced, the policy stays: the tokens are the same ({ground}), and NEW decodes them with "
+        f"action MSE {crossed[-1].mse:.3g} (normalised units²)",
+    )
+
+
+def _rebuilt(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
+    """What a policy of `old` sends and `new` refuses, though it means the same: a line and an option for each."""
+    if old.chunk_length != new.chunk_length:
+        yield f"it takes chunks of {new.chunk_length} steps, not of {old.chunk_length} (--chunk-length)"
+    missing = sorted({*old.prefixes} - {*new.prefixes})
+    if missing:
+        yield f"it does not decode {listed(missing)} layers (--prefixes)"
 
 
 def listed(numbers: Sequence[int]) -> str:

@@ -1,19 +1,17 @@
 """Inject faults of every kind into decoders of this bundle, and say which were answered wrongly.
 
 First into every setup of `ControlDecoder` (strategies, worker, fallback, action kinds, what a fault does), on a clock
-of its own; then faults that need real processes, disks and files. Prints how many faults of each kind there were.
+of its own; then faults that need real processes, disks and files. Prints a line for each group of faults, or with -v
+for each kind.
 """
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
 import logging
 import random
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +24,12 @@ from ..bundle.errors import InvalidInputError, TokenizerError
 from ..bundle.folder import open_bundle
 from ..control.config import ActionKind, OnFault, OutOfRange, Status, Strategy
 from ..tokenizer import ActionTokenizer
+from .fault_report import FaultReport
 from .injection import with_nan_weights
 from .kinds import Kind, kinds_with
 from .rig import PATIENCE_S, Answer, Rig, Setup
-from .system import SystemReport, run_system_faults
+from .system import run_system_faults
 
-_SHOWN = 20
 #: How long a thread that is free takes to go on, and a backend to come back.
 _THREAD_S, _RECOVERY_S = 0.02, PATIENCE_S
 _DROPPED = (Status.BAD_TOKEN, Status.NONFINITE, Status.OUT_OF_RANGE, Status.BACKEND_FAULT)
@@ -52,45 +50,6 @@ SETUPS: tuple[Setup, ...] = (
     *(Setup(has_fallback=has, on_fault=OnFault.RAISE, action_kind=None) for has in (False, True)),
     *(Setup(strategy, out_of_range=OutOfRange.LIMIT, action_kind=None) for strategy in Strategy),
 )
-
-
-@dataclass(frozen=True)
-class CampaignReport:
-    """The result of a campaign. answered: how often which answer was given, by kind. problems: what was wrong.
-
-    answer_us: the real time of ticks that noticed a fault: median, 99 % and longest. longest_hang_s: the longest of
-    those with a backend that hangs, which answer_us leaves out.
-    """
-
-    setups: int
-    answered: dict[str, Counter[str]]
-    problems: tuple[str, ...]
-    ticks: int
-    seconds: float
-    answer_us: tuple[float, float, float]
-    longest_hang_s: float
-
-    @property
-    def faults(self) -> int:
-        return sum(sum(answers.values()) for answers in self.answered.values())
-
-    @property
-    def holds(self) -> bool:
-        return not self.problems
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.faults} faults of {len(self.answered)} kinds in {self.setups} setups, {self.ticks} ticks, "
-            f"{self.seconds:.1f} s:"
-        ]
-        for name, answers in sorted(self.answered.items()):
-            found = ", ".join(f"{answer} {count}" for answer, count in answers.most_common())
-            lines.append(f"  {name:42} {sum(answers.values()):5}  {found}")
-        p50, p99, most = self.answer_us
-        lines.append(f"a tick that notices a fault takes p50 {p50:.0f}  p99 {p99:.0f}  max {most:.0f} us")
-        lines.append(f"the longest tick with a backend that hangs took {self.longest_hang_s * 1e3:.0f} ms")
-        lines.append(f"{'✓' if self.holds else '✗'} {len(self.problems)} things were wrong")
-        return "\n".join((*lines, *self.problems[:_SHOWN]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,7 +78,7 @@ def _parser() -> CommandParser:
 def _work(options: argparse.Namespace) -> Outcome:
     if not options.faults + options.system:
         raise InvalidInputError("--faults and --system are both 0; give a number of faults to one of them")
-    reports: list[CampaignReport | SystemReport] = []
+    reports: list[FaultReport] = []
     with contextlib.ExitStack() as stack:
         stack.callback(logging.disable, logging.NOTSET)
         logging.disable(logging.CRITICAL)
@@ -135,13 +94,13 @@ def _work(options: argparse.Namespace) -> Outcome:
             reports.append(
                 run_campaign(main_one, options.faults, fallback=fallback, nan_backends=nan_backends, seed=options.seed)
             )
-            print(reports[-1], flush=True)
+            print(reports[-1].text(is_verbose=options.verbose), flush=True)
         if options.system:
             reports.append(run_system_faults(options.bundle, options.system, backend=main_one.backend.name))
-            print(reports[-1])
+            print(reports[-1].text(is_verbose=options.verbose))
     problems = [problem for report in reports for problem in report.problems]
     verdict = f"✗ {len(problems)} things were wrong" if problems else "✓ every fault was answered rightly"
-    document = {"reports": [dataclasses.asdict(report) for report in reports], "problems": problems}
+    document = {"reports": [report.document() for report in reports], "problems": problems}
     return Outcome(f"{verdict}: {main_one.backend.name}", document, WANTING if problems else DONE)
 
 
@@ -153,14 +112,13 @@ def run_campaign(  # noqa: PLR0913  # settings, given by name
     nan_backends: dict[str, Backend] | None = None,
     seed: int = 0,
     setups: Sequence[Setup] = SETUPS,
-) -> CampaignReport:
+) -> FaultReport:
     """Inject that many faults, equally many in each setup; rare kinds come at most once in each."""
     begin = time.monotonic()
     rng = random.Random(seed)
     kinds = kinds_with(nan_backends or {})
     deck = _deal(kinds, rng)
-    answered: dict[str, Counter[str]] = {}
-    problems: list[str] = []
+    report = FaultReport()
     ticks, longest = 0, 0.0
     times: list[float] = []
     for place, setup in enumerate(setups):
@@ -175,23 +133,26 @@ def run_campaign(  # noqa: PLR0913  # settings, given by name
                     drawn.add(kind.name)
                 answer, found = inject(rig, kind)
                 done += 1
-                answered.setdefault(kind.name, Counter())[str(answer)] += 1
-                problems += [f"{kind.name} ({setup}): {text}" for text in found]
+                report.add(f"due {kind.status.name}", kind.name, str(answer), [f"({setup}) {text}" for text in found])
                 if kind.is_slow:
                     longest = max(longest, answer.seconds)
                 else:
                     times.append(answer.seconds)
             ticks += rig.decoder.snapshot().ticks
     p50, p99, most = np.percentile(times or [0.0], (50, 99, 100)) * 1e6
-    return CampaignReport(
-        setups=len(setups),
-        answered=answered,
-        problems=tuple(problems),
-        ticks=ticks,
-        seconds=time.monotonic() - begin,
-        answer_us=(float(p50), float(p99), float(most)),
-        longest_hang_s=longest,
+    report.where = f"in {len(setups)} setups, {ticks} ticks"
+    report.seconds = time.monotonic() - begin
+    report.facts = {
+        "setups": len(setups),
+        "ticks": ticks,
+        "answer_us": (float(p50), float(p99), float(most)),
+        "longest_hang_s": longest,
+    }
+    report.remarks = (
+        f"a tick that notices a fault takes p50 {p50:.0f}  p99 {p99:.0f}  max {most:.0f} us",
+        f"the longest tick with a backend that hangs took {longest * 1e3:.0f} ms",
     )
+    return report
 
 
 def inject(rig: Rig, kind: Kind) -> tuple[Answer, list[str]]:
@@ -203,10 +164,7 @@ def inject(rig: Rig, kind: Kind) -> tuple[Answer, list[str]]:
     rig.idle(rig.length)
     recoveries = rig.decoder.health.recoveries
     answer = kind.inject(rig)
-    status, is_held, fell_back = kind.expected(rig.setup)
-    latches = is_held and (kind.latches or rig.setup.on_fault is OnFault.STOP)
-    expected = Answer(status, is_held, fell_back, latches, "", 0.0)
-    to_recover = kind.recoveries(rig.setup)
+    expected, to_recover = kind.expected(rig.setup), kind.recoveries(rig.setup)
     if str(answer) != str(expected):
         to_recover = 0
         problems.append(f"{answer}, expected {expected}: {answer.detail}")

@@ -1,6 +1,6 @@
 """The command that measures how far two bundles agree, and says whether one can stand in for the other.
 
-OLD is the bundle that the policy was trained with, NEW the one that would replace it; `conclusion.py` does the work.
+OLD is the bundle that the policy was trained with, NEW the one that would replace it; `agreement.py` does the work.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from ..bundle.command import DONE, WANTING, CommandParser, Outcome, run
 from ..bundle.console import aligned, printable
 
 if TYPE_CHECKING:
-    from .agreement import BundleFacts, Decoding
-    from .conclusion import Comparison
+    from .agreement import BundleFacts, Comparison, Decoding
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +45,7 @@ def _parser() -> CommandParser:
 
 def _work(options: argparse.Namespace) -> Outcome:
     from ..datasets.sources import open_source
-    from .conclusion import compare
+    from .agreement import compare
 
     source = open_source(options.data, options.key, options.filter_key)
     found = compare(options.old, options.new, source, backend=options.backend, force=options.force)

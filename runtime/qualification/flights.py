@@ -10,8 +10,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from ..bundle.arrays import AnyArray
 from ..control.chain import FAILURES, BackendChain
 from ..control.config import ControlConfig, Status
 from ..control.decoder import ControlDecoder
@@ -143,7 +143,7 @@ class _RecordedChain(BackendChain):
         super().__init__(*parts)
         self._around = around
 
-    def decode(self, tokens: npt.NDArray[Any], stats: object, deadline_ns: int | None) -> Status:
+    def decode(self, tokens: AnyArray, stats: object, deadline_ns: int | None) -> Status:
         row = self._around.row
         if row is None or row.status not in FAILURES or row.has(ACCEPTED):
             return super().decode(tokens, stats, deadline_ns)

@@ -9,10 +9,11 @@ assert decoder.step(tokens).status is Status.NONFINITE
 
 from __future__ import annotations
 
+import re
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from types import MappingProxyType
@@ -30,8 +31,9 @@ from ..tokenizer import ActionTokenizer
 _NAN = struct.pack("<f", float("nan"))
 #: How many bytes of a table of weights identify it in a library.
 _MARK = 16
-#: Field numbers of ONNX: ModelProto.graph, GraphProto.initializer, TensorProto's data_type and raw_data; FLOAT.
-_GRAPH, _INITIALIZER, _DATA_TYPE, _RAW_DATA, _FLOAT = 7, 5, 2, 9, 1
+#: What stands before the numbers of a table in a graph: the type FLOAT, a name, and how many bytes follow. Fields are
+#: written in the order of their numbers.
+_FLOAT_TABLE = re.compile(rb"\x10\x01B[\x00-\x7f][ -~]+J([\x80-\xff]*[\x00-\x7f])")
 
 
 class Fault(StrEnum):
@@ -54,6 +56,12 @@ _RAISED: dict[Fault, tuple[type[Exception], str]] = {
     Fault.RAISES: (InferenceError, "injected: the library failed"),
     Fault.RAISES_UNKNOWN: (RuntimeError, "injected: an exception that no contract knows"),
     Fault.OUT_OF_MEMORY: (MemoryError, "injected"),
+}
+#: Where what is written into the actions.
+_WRITTEN: dict[Fault, tuple[Any, float]] = {
+    Fault.NAN: ((0, -1, 0), np.nan),
+    Fault.INF: (..., np.inf),
+    Fault.HUGE: ((0, 0, 0), 1e30),
 }
 
 
@@ -101,12 +109,9 @@ class FaultyBackend:
         elif fault == Fault.SLOW:
             self._pause(self.delay_s)
         self._backend.decode_into(tokens, stats, actions)
-        if fault == Fault.NAN:
-            actions[0, -1, 0] = np.nan
-        elif fault == Fault.INF:
-            actions[...] = np.inf
-        elif fault == Fault.HUGE:
-            actions[0, 0, 0] = 1e30
+        if fault in _WRITTEN:
+            place, value = _WRITTEN[fault]
+            actions[place] = value
 
     def _hang(self) -> None:
         released = self._released
@@ -146,37 +151,9 @@ def with_nan_weights(bundle: Bundle, name: str) -> Backend:
 
 def weight_places(graph: bytes) -> list[int]:
     """Where in an ONNX file the tables of at least 16 float32 begin; read without onnx, which a robot lacks."""
-    places = []
-    for _, model_start, model_end in _fields(graph, 0, len(graph), _GRAPH):
-        for _, start, end in _fields(graph, model_start, model_end, _INITIALIZER):
-            is_float = any(kind == _FLOAT for kind, _, _ in _fields(graph, start, end, _DATA_TYPE))
-            for _, data, data_end in _fields(graph, start, end, _RAW_DATA):
-                if is_float and data_end - data >= 4 * _MARK:
-                    places.append(data)
-    return places
+    return [table.end() for table in _FLOAT_TABLE.finditer(graph) if _varint(table[1]) >= 4 * _MARK]
 
 
-def _fields(data: bytes, start: int, end: int, wanted: int) -> Iterator[tuple[int, int, int]]:
-    """Value, start and end of the fields with number `wanted` in a protobuf message."""
-    while start < end:
-        key, start = _varint(data, start)
-        value, kind = 0, key & 7
-        if kind == 0:
-            value, after = _varint(data, start)
-        elif kind == 2:
-            length, start = _varint(data, start)
-            after = start + length
-        else:
-            after = start + {1: 8, 5: 4}[kind]
-        if key >> 3 == wanted:
-            yield value, start, after
-        start = after
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        value |= (data[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if data[at - 1] < 0x80:
-            return value, at
+def _varint(data: bytes) -> int:
+    """A number as protobuf writes it, 7 bits in each byte, the lowest first."""
+    return sum((byte & 0x7F) << 7 * place for place, byte in enumerate(data))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..control.config import OutOfRange, Status
+from ..control.config import OnFault, OutOfRange, Status
 from ..control.errors import WrongThreadError
 from ..control.realtime import Watchdog
 from .injection import Fault
@@ -43,12 +43,14 @@ class Kind:
     is_slow: bool = False
     takes_time: bool = False
 
-    def expected(self, setup: Setup) -> tuple[Status, bool, bool]:
-        """Status, is_held, fell_back."""
+    def expected(self, setup: Setup) -> Answer:
+        """The right one, but for its detail."""
         if self.is_backend and setup.has_fallback:
-            return Status.OK, False, True
+            return Answer(Status.OK, is_held=False, fell_back=True, is_latched=False)
         limits = self.status is Status.OUT_OF_RANGE and setup.out_of_range is OutOfRange.LIMIT
-        return self.status, self.is_held and not limits, False
+        is_held = self.is_held and not limits
+        is_latched = is_held and (self.latches or setup.on_fault is OnFault.STOP)
+        return Answer(self.status, is_held, fell_back=False, is_latched=is_latched)
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------

@@ -79,8 +79,8 @@ class Answer:
     is_held: bool
     fell_back: bool
     is_latched: bool
-    detail: str
-    seconds: float
+    detail: str = ""
+    seconds: float = 0.0
 
     def __str__(self) -> str:
         flags = [name for name in ("is_held", "fell_back", "is_latched") if getattr(self, name)]

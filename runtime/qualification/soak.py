@@ -17,10 +17,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from ..benchmark.first_result import resident_bytes
-from ..bundle.arrays import Codes
+from ..bundle.arrays import Codes, Int64Array
 from ..bundle.backend_specs import BACKENDS
 from ..bundle.command import DONE, WANTING, CommandParser, Outcome, positive, run, run_command
 from ..control.config import ActionKind, ControlConfig, Status, Strategy
@@ -44,7 +43,6 @@ _FRAMES = 4
 _CHUNKS = 64
 #: So long that only a decoder that fails misses it, not one that waits for a processor.
 _WORKER_DEADLINE_US = 1e6
-Int64Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -58,14 +56,10 @@ class SoakSetup:
     strategy: Strategy = Strategy.LATEST_ONLY
     use_worker: bool = False
     fallback: ActionTokenizer | None = None
-    is_absolute: bool = False
+    action_kind: ActionKind = ActionKind.DELTA
     jumps: bool = False
     warm_ticks: int = 20_000
     traced_ticks: int = 10_000
-
-    @property
-    def kind(self) -> ActionKind:
-        return ActionKind.ABSOLUTE if self.is_absolute else ActionKind.DELTA
 
     def config(self, tokenizer: ActionTokenizer, limit: float) -> ControlConfig:
         return config_for(
@@ -74,11 +68,11 @@ class SoakSetup:
             strategy=self.strategy,
             use_worker=self.use_worker,
             deadline_us=_WORKER_DEADLINE_US if self.use_worker else None,
-            action_kind=(self.kind,) * tokenizer.model.action_dim,
+            action_kind=(self.action_kind,) * tokenizer.model.action_dim,
         )
 
     def describe(self, tokenizer: ActionTokenizer) -> str:
-        parts = [tokenizer.backend.description, self.strategy, self.kind, *["worker"] * self.use_worker]
+        parts = [tokenizer.backend.description, self.strategy, self.action_kind, *["worker"] * self.use_worker]
         parts += [] if self.fallback is None else [f"falls back on {self.fallback.backend.description}"]
         return ", ".join(map(str, parts))
 
@@ -96,8 +90,8 @@ class SoakReport:
     description: str
     ticks: int
     seconds: float
-    step_us: tuple[float, float, float, float]
-    bare_us: tuple[float, float, float, float]
+    step_us: tuple[float, ...]
+    bare_us: tuple[float, ...]
     added_us: float
     quick_added_us: float
     line_us: float
@@ -176,7 +170,8 @@ def _work(options: argparse.Namespace) -> Outcome:
         fallback = None
         if options.fallback:
             fallback = stack.enter_context(ActionTokenizer.load(options.bundle, backend=options.fallback))
-        setup = SoakSetup(Strategy(options.strategy), options.worker, fallback, options.absolute, options.jumps)
+        kind = ActionKind.ABSOLUTE if options.absolute else ActionKind.DELTA
+        setup = SoakSetup(Strategy(options.strategy), options.worker, fallback, kind, options.jumps)
         report = soak(tokenizer, options.ticks, setup)
     print(report)
     verdict = "✓ every limit held" if report.holds else "✗ a limit did not hold"
@@ -299,9 +294,8 @@ def _bytes_of_ours(snapshot: tracemalloc.Snapshot) -> int:
     return sum(trace.size for trace in snapshot.filter_traces((ours, counting)).traces)
 
 
-def _quantiles(nanoseconds: Int64Array) -> tuple[float, float, float, float]:
-    p50, p99, p999, most = np.percentile(nanoseconds, (50, 99, 99.9, 100)) / 1e3
-    return float(p50), float(p99), float(p999), float(most)
+def _quantiles(nanoseconds: Int64Array) -> tuple[float, ...]:
+    return tuple((np.percentile(nanoseconds, (50, 99, 99.9, 100)) / 1e3).tolist())
 
 
 if __name__ == "__main__":

@@ -7,73 +7,119 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import resource
 import shutil
 import signal
+import struct
 import subprocess
+import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..bundle.errors import TokenizerError
 from ..control.config import Status
 from ..control.recorder import read_record
 from ..tokenizer import ActionTokenizer
+from .fault_report import FaultReport
 from .injection import Fault
-from .producer import Producer
 from .rig import Answer, Chunk, Rig, Setup
 
-_SHOWN = 20
 _PAGE = 4096
+_HEADER = struct.Struct("<q")
+#: Sends the messages that it is given, again and again, as fast as somebody reads.
+_PRODUCER = """
+import os, sys
+messages = memoryview(sys.stdin.buffer.read())
+while True:
+    sent = 0
+    while sent < len(messages):
+        sent += os.write(1, messages[sent:])
+"""
+_MESSAGES = 64
+
+
+class Producer:
+    """A process that writes messages of odd length into a pipe of one page, so that it waits in the middle of one."""
+
+    def __init__(self, chunks: list[Chunk]) -> None:
+        self.chunks, self._received = chunks, b""
+        messages = [
+            _HEADER.pack(number) + chunks[number % len(chunks)].tokens.tobytes() + b"." for number in range(_MESSAGES)
+        ]
+        self._length = len(messages[0])
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _PRODUCER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._descriptor = self._process.stdout.fileno()
+        os.set_blocking(self._descriptor, False)
+        # Linux's F_SETPIPE_SZ; elsewhere pipes keep their size.
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(self._descriptor, getattr(fcntl, "F_SETPIPE_SZ", 1031), _PAGE)
+        self._process.stdin.write(b"".join(messages))
+        self._process.stdin.close()
+
+    def poll(self) -> tuple[int, Chunk] | None:
+        """The next message, its number and chunk, if all of it is here; never waits."""
+        while len(self._received) < self._length:
+            try:
+                read = os.read(self._descriptor, self._length - len(self._received))
+            except BlockingIOError:
+                return None
+            if not read:
+                return None
+            self._received += read
+        message, self._received = self._received, b""
+        (number,) = _HEADER.unpack_from(message)
+        return number, self.chunks[number % len(self.chunks)]
+
+    def signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
+
+    def kill(self) -> int:
+        """Kill it by SIGKILL; returns the exit status."""
+        # After so long its next write has found no room, and waits.
+        time.sleep(0.005)
+        self._process.kill()
+        return self._process.wait()
+
+    def end(self) -> int:
+        """Close the pipe; returns how many bytes of a message have come without the rest."""
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+        return len(self._received)
+
+
 _DISK_BYTES = 2**18
 
 
-@dataclass(frozen=True)
-class SystemReport:
-    """How often each fault was tried, what was wrong, and how the disk was filled."""
-
-    counts: Counter[str]
-    problems: tuple[str, ...]
-    disk: str
-    seconds: float
-
-    @property
-    def holds(self) -> bool:
-        return not self.problems
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.counts.total()} faults with real processes, files and disks ({self.disk}), {self.seconds:.1f} s:"
-        ]
-        lines += [f"  {name:60} {count}" for name, count in sorted(self.counts.items())]
-        lines.append(f"{'✓' if self.holds else '✗'} {len(self.problems)} things were wrong")
-        return "\n".join((*lines, *self.problems[:_SHOWN]))
-
-
 class _Trial:
-    """Counts faults and collects what was wrong with each. times: how often each is tried."""
+    """Tries faults, and reports what was wrong with each. times: how often each is tried."""
 
     def __init__(self, times: int, rng: random.Random) -> None:
         self.times, self.rng = times, rng
-        self.counts: Counter[str] = Counter()
-        self.problems: list[str] = []
+        self.report = FaultReport()
 
     @contextlib.contextmanager
-    def fault(self, name: str, rig: Rig) -> Iterator[None]:
-        self.counts[name] += 1
-        self._name = name
-        yield
-        self.problems += [f"{name}: {problem}" for problem in rig.check.problems]
-        rig.check.problems.clear()
+    def fault(self, group: str, what: str, rig: Rig) -> Iterator[None]:
+        """A fault within: what happens to a thing of this group."""
+        self._problems: list[str] = []
+        try:
+            yield
+        finally:
+            found = self._problems + rig.check.problems
+            rig.check.problems.clear()
+            self.report.add(group, f"{group} {what}", "wrong" if found else "right", found)
 
     def expect(self, what: str, found: object, expected: object, detail: str = "") -> None:
         if found != expected:
-            self.problems.append(f"{self._name}: {what} is {found}; expected {expected}{detail and ': ' + detail}")
+            self._problems.append(f"{what} is {found}; expected {expected}{detail and ': ' + detail}")
 
     def expect_answer(self, what: str, answer: Answer, status: Status = Status.OK) -> None:
         """`status`, and standing still where it is not OK."""
@@ -81,7 +127,7 @@ class _Trial:
         self.expect(what, (answer.status, answer.is_held), (status, is_held), answer.detail)
 
 
-def run_system_faults(path: Path, times: int, *, backend: str = "auto", seed: int = 0) -> SystemReport:
+def run_system_faults(path: Path, times: int, *, backend: str = "auto", seed: int = 0) -> FaultReport:
     """Try every kind `times` times. Raises TokenizerError if the bundle at `path` cannot be opened."""
     begin, trial = time.monotonic(), _Trial(times, random.Random(seed))
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +137,10 @@ def run_system_faults(path: Path, times: int, *, backend: str = "auto", seed: in
             _lose_folders(trial, tokenizer, Path(folder) / "flights")
         for name in ("c", "onnxruntime"):
             _damage_bundles(trial, path, Path(folder) / name, name)
-    return SystemReport(trial.counts, tuple(trial.problems), disk, time.monotonic() - begin)
+    report = trial.report
+    report.where = f"with real processes, files and disks ({disk})"
+    report.seconds, report.facts = time.monotonic() - begin, {"disk": disk}
+    return report
 
 
 # --- the producer -----------------------------------------------------------------------------------------------------
@@ -107,7 +156,7 @@ def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer) -> None:
 
         for _ in range(trial.times):
             producer = Producer(rig.chunks[rig.model.num_layers])
-            with trial.fault("producer stopped in the middle of a message (SIGSTOP)", rig):
+            with trial.fault("producer", "stopped in the middle of a message (SIGSTOP)", rig):
                 # The numbers begin again, as those of a policy that was restarted.
                 for _ in range(trial.rng.randint(1, 3)):
                     serve(rig.wait_for(producer.poll))
@@ -115,7 +164,7 @@ def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer) -> None:
                 _run_out(trial, rig, producer, serve)
                 producer.signal(signal.SIGCONT)
                 serve(rig.wait_for(producer.poll))
-            with trial.fault("producer killed in the middle of a message (SIGKILL)", rig):
+            with trial.fault("producer", "killed in the middle of a message (SIGKILL)", rig):
                 trial.expect("its exit status", producer.kill(), -signal.SIGKILL)
                 _run_out(trial, rig, producer, serve)
                 trial.expect("that a part of a message was left", producer.end() > 0, True)
@@ -138,7 +187,7 @@ def _fill_disks(trial: _Trial, tokenizer: ActionTokenizer, place: Path) -> str:
     with _small_disk(place) as (disk, fill, free):
         for _ in range(trial.times):
             rig = Rig(tokenizer, Setup(), trial.rng, record_folder=str(place / "flights"))
-            with contextlib.closing(rig), trial.fault("disk full for the flight record", rig):
+            with contextlib.closing(rig), trial.fault("flight recorder", "whose disk is full", rig):
                 (place / "flights").mkdir(exist_ok=True)
                 fill()
                 _record(trial, rig, failed=1, written=0)
@@ -188,12 +237,12 @@ def _small_disk(place: Path) -> Iterator[tuple[str, Callable[[], None], Callable
 def _lose_folders(trial: _Trial, tokenizer: ActionTokenizer, folder: Path) -> None:
     for _ in range(trial.times):
         with contextlib.closing(Rig(tokenizer, Setup(), trial.rng, record_folder=str(folder))) as rig:
-            with trial.fault("the recorder's folder removed", rig):
+            with trial.fault("flight recorder", "whose folder was removed", rig):
                 _record(trial, rig, failed=0, written=1)
                 shutil.rmtree(folder, ignore_errors=True)
                 _record(trial, rig, failed=0, written=2)
                 trial.expect("how many records are there", len(list(folder.glob("*"))), 1)
-            with trial.fault("the recorder's folder replaced by a file", rig):
+            with trial.fault("flight recorder", "whose folder became a file", rig):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.write_bytes(b"")
                 _record(trial, rig, failed=1, written=2)
@@ -258,7 +307,7 @@ def _damage_bundles(trial: _Trial, source: Path, folder: Path, backend: str) -> 
         chunk = rig.pick()
         before = tokenizer.decode(chunk.tokens, chunk.stats)
         for name, damage in _DAMAGES * trial.times:
-            with trial.fault(f"files of {backend}'s bundle {name}", rig):
+            with trial.fault(f"files of {backend}'s bundle", name, rig):
                 trial.expect_answer("a chunk before it", rig.send(rig.pick()))
                 for file in [path for path in folder.rglob("*") if path.is_file()]:
                     damage(file)

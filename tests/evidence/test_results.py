@@ -49,7 +49,7 @@ def _other_version(fields: dict[str, object]) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "message"),
-    [(_without, "damaged"), (_wrong_type, "damaged: .* is 'much'; expected float"), (_other_version, "99")],
+    [(_without, "damaged"), (_wrong_type, "damaged: .* is 'much'; expected a number"), (_other_version, "99")],
 )
 def test_another_file_is_refused(comparison: Comparison, tmp_path: Path, damage: object, message: str) -> None:
     path = tmp_path / "comparison.json"

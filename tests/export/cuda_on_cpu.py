@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rfsq.runtime.bundle.kernel_names import KernelKind, kernel_name
+from rfsq.runtime.bundle.manifest import KernelKind, kernel_name
 from tests.bundles import Deployed, generate_cuda
 from tests.export.c_library import run
 from tests.runtime.backends.gpu.fake_gpu import aligned

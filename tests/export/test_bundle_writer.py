@@ -142,7 +142,10 @@ def test_files_outside_written_twice_or_in_the_manifests_place_are_refused(file:
 
 def test_a_manifest_that_could_not_be_read_back_is_refused(tmp_path: Path) -> None:
     for manifest, message in (
-        (replace(MANIFEST, model=replace(MANIFEST.model, action_limit=1)), r"action_limit is 1; expected float"),
+        (
+            replace(MANIFEST, model=replace(MANIFEST.model, action_limit=1)),
+            "action_limit is 1; expected a number with a point",
+        ),
         (replace(MANIFEST, provenance={"loss": float("nan")}), "cannot be read back"),
         (replace(MANIFEST, provenance={"path": Path("x")}), "cannot be read back"),
         (replace(MANIFEST, model=replace(MANIFEST.model, latent_dim=9)), "states the tensors"),

@@ -14,7 +14,7 @@ import torch
 from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.runtime.bundle.gates import GATES
-from rfsq.runtime.bundle.kernel_names import KernelKind, token_types
+from rfsq.runtime.bundle.manifest import KernelKind, token_types
 from tests.bundles import SMALL, Deployed, Recipe, deploy, random_actions, reference_decode
 from tests.export.cuda_on_cpu import CudaOnCpu
 from tests.export.plan_numpy import check_tokens

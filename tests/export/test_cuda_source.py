@@ -14,7 +14,7 @@ from rfsq.export.plan import Affine, DeployMode
 from rfsq.export.source_tables import number
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.runtime.bundle.errors import BackendUnavailableError
-from rfsq.runtime.bundle.kernel_names import kernel_name, token_types
+from rfsq.runtime.bundle.manifest import kernel_name, token_types
 from tests.bundles import SMALL, Recipe, compile_cuda, deploy, generate_cuda
 from tests.export.plan_numpy import CODES, without_numbers
 

@@ -13,8 +13,7 @@ from rfsq.runtime.backends.registry import create_backend
 from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.golden import read_golden
-from rfsq.runtime.bundle.kernel_names import kernel_name, token_types
-from rfsq.runtime.bundle.manifest import GOLDEN_NAME
+from rfsq.runtime.bundle.manifest import GOLDEN_NAME, kernel_name, token_types
 from tests.bundles import SMALL, Recipe, deploy, generate_cuda, write_bundle
 
 #: Sizes that no vector divides, that need more threads than one warp, one of everything, and levels that no byte holds.

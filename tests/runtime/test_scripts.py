@@ -58,6 +58,26 @@ def test_importing_runtime_imports_numpy_and_no_backend() -> None:
     assert loaded.isdisjoint({*FORBIDDEN, "onnxruntime"})
 
 
+def test_importing_the_tokenizer_loads_few_modules() -> None:
+    """What only some calls need is imported by them."""
+    result = run(
+        "-c",
+        "import sys, runtime; runtime.ActionTokenizer\n"
+        "print(*(name for name, module in sys.modules.items() if name.startswith('runtime.')"
+        " and not hasattr(module, '__path__')))",
+    )
+    assert {name.removeprefix("runtime.") for name in result.stdout.split()} == {
+        *("backends.contract", "backends.registry", "tokenizer"),
+        *(
+            f"bundle.{name}"
+            for name in (
+                *("advice", "arrays", "backend_specs", "errors", "fidelity", "folder", "gates", "manifest", "modes"),
+                *("paths", "reading", "validation"),
+            )
+        ),
+    }
+
+
 def test_loading_encoding_and_decoding_need_numpy_and_the_backend_alone(bundle: Path) -> None:
     printed = isolated(
         "import numpy as np\n"

@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from ...bundle.arrays import Float32Array, Int32Array
+from ...bundle.arrays import AnyArray, Float32Array, Int32Array
 from ...bundle.errors import InferenceError
 from ...bundle.manifest import GraphEntry, TensorEntry
 from .arrays import GpuArray, GpuStream
@@ -42,8 +41,6 @@ _DIRECT_BYTES = 64 * 2**10
 _ALIGNED_CHUNKS = 16
 #: Larger batches of numpy arrays go through in slices, of which two are under way at a time.
 _SLICE_BYTES = 4 * 2**20
-
-_Array = npt.NDArray[Any]
 
 
 class Program(Protocol):
@@ -176,7 +173,7 @@ class _Runner:
         self._host_calls: Kept[_HostCall] = Kept(self._new_host_call, _HostCall.close)
         self._programs: Kept[Program] = Kept(lambda _stream: function.new_program(), _close_idle_program)
 
-    def run_on_host(self, inputs: Sequence[_Array], outputs: Sequence[_Array | None]) -> None:
+    def run_on_host(self, inputs: Sequence[AnyArray], outputs: Sequence[AnyArray | None]) -> None:
         batch = len(inputs[0])
         if batch <= self._slice:
             # Written out: this is the call of the control loop, and a context manager takes a microsecond.
@@ -298,12 +295,12 @@ class _HostCall:
             undo.callback(self._graph.close)
             self._undo = undo.pop_all()
 
-    def start(self, inputs: Sequence[_Array]) -> None:
+    def start(self, inputs: Sequence[AnyArray]) -> None:
         for buffer, array in zip(self._inputs, inputs, strict=False):
             buffer[...] = array
         self._graph.launch(self._handle)
 
-    def finish(self, outputs: Sequence[_Array | None]) -> None:
+    def finish(self, outputs: Sequence[AnyArray | None]) -> None:
         """Wait, and copy into the arrays; None, or none at all, for an output that nobody wants."""
         self._stream.synchronize()
         for array, buffer in zip(outputs, self._outputs, strict=False):

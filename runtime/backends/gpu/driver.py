@@ -18,6 +18,7 @@ import numpy.typing as npt
 from cuda.bindings import driver
 from cuda.bindings import runtime as cudart
 
+from ...bundle.arrays import AnyArray
 from ...bundle.errors import BackendUnavailableError, InferenceError, OutOfGpuMemoryError
 
 #: The GPU that everything here is about.
@@ -211,7 +212,7 @@ class PinnedArray:
         self.num_bytes = count * np.dtype(dtype).itemsize
         self.address = int(call(cudart.cudaHostAlloc, max(self.num_bytes, 1), cudart.cudaHostAllocDefault))
         memory = (ctypes.c_byte * max(self.num_bytes, 1)).from_address(self.address)
-        self.array: npt.NDArray[Any] = np.frombuffer(memoryview(memory), dtype, count).reshape(shape)
+        self.array: AnyArray = np.frombuffer(memoryview(memory), dtype, count).reshape(shape)
 
     def close(self) -> None:
         if self.address and is_usable():

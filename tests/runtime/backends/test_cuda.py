@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from rfsq.runtime.bundle.kernel_names import token_types
+from rfsq.runtime.bundle.manifest import token_types
 from tests.bundles import Recipe, deploy, make_manifest
 
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")

@@ -133,7 +133,7 @@ def test_auto_warns_where_the_engine_is_for_a_lesser_processor(
     ActionTokenizer.load(c_bundle).close()
     assert warnings_of(caplog) == []
     (own, *_) = host_targets()
-    for module in ("registry", "c"):
+    for module in ("cpu_targets", "c"):
         monkeypatch.setattr(f"rfsq.runtime.backends.{module}.host_targets", lambda: ("x86-64-v9", own))
     ActionTokenizer.load(c_bundle).close()
     (warned,) = warnings_of(caplog)

@@ -27,7 +27,6 @@ from rfsq.export.plan import DeployMode
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.benchmark import command as bench
 from rfsq.runtime.benchmark import run as bench_run
-from rfsq.runtime.benchmark.calls import copies_name, host_figures, operations_of, random_batch
 from rfsq.runtime.benchmark.peers import open_peers
 from rfsq.runtime.benchmark.report import (
     SCHEMA_VERSION,
@@ -48,8 +47,12 @@ from rfsq.runtime.benchmark.timing import (
     Row,
     arithmetic_of,
     bandwidths_of,
+    copies_name,
+    host_figures,
     measure,
+    operations_of,
     percentile,
+    random_batch,
     summarise,
     time_calls,
 )
@@ -492,7 +495,7 @@ def test_where_every_call_fails_nothing_was_measured(
     def fail(_tokenizer: object, _size: int) -> None:
         raise InferenceError("the library failed")
 
-    monkeypatch.setattr(bench_run, "random_batch", fail)
+    monkeypatch.setattr("rfsq.runtime.benchmark.timing.random_batch", fail)
     assert bench.main([str(bundle), "--batch", "2", "--starts", "0"]) == 2
     assert "onnxruntime, batch 2: the library failed" in capsys.readouterr().err
 
@@ -532,7 +535,8 @@ def test_how_long_the_rest_takes_is_told_from_the_rounds_before(monkeypatch: pyt
     shown: list[str] = []
     now = iter([100.0, 103.0, 106.0])
     monkeypatch.setattr("rfsq.runtime.benchmark.run.time.monotonic", lambda: next(now))
-    progress = bench_run.Progress(SimpleNamespace(show=shown.append))  # type: ignore[arg-type]
+    progress = bench_run.Progress()
+    monkeypatch.setattr(progress, "show", shown.append)
     for number in range(3):
         progress.show_round("1 chunk a call", number, 5)
     assert shown == [

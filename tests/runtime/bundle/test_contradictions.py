@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import pytest
 
 from rfsq.export.plan import DeployMode
-from rfsq.runtime.bundle.contradictions import check_contents
 from rfsq.runtime.bundle.errors import BundleError
+from rfsq.runtime.bundle.folder import check_contents
 from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, Manifest
 from tests.bundles import Recipe, deploy, export_graphs, generate_c, generate_cuda, make_manifest
 

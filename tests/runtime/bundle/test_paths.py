@@ -25,7 +25,7 @@ from rfsq.runtime.datasets.errors import SourceError
 from rfsq.runtime.datasets.sources import open_source
 from rfsq.runtime.datasets.token_reader import open_token_dataset
 from rfsq.runtime.policy.adapter import ActionRFSQAE
-from rfsq.runtime.qualification.conclusion import compare
+from rfsq.runtime.qualification.agreement import compare
 
 
 def stage(path: Any) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
-from rfsq.runtime.bundle.typed_json import build
+from rfsq.runtime.bundle.reading import build
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ def test_content_is_built_as_it_is_declared() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"parts": {}}, r"it\.parts is \{\}; expected tuple"),
-        ({"parts": [{"name": 1, "size": 1.0}]}, r"it\.parts\[0\]\.name is 1; expected str"),
+        ({"parts": {}}, r"it\.parts is \{\}; expected a list"),
+        ({"parts": [{"name": 1, "size": 1.0}]}, r"it\.parts\[0\]\.name is 1; expected text"),
         ({"parts": [{"name": "x"}]}, r"it\.parts\[0\] lacks the keys \['size'\]"),
         ({"parts": [{"name": "x", "size": 1.0, "kind": "c"}]}, "expected one of a, b"),
-        ({"facts": {"speed": []}}, r"it\.facts\[.*speed.*\] is \[\]; expected str"),
-        ({"pair": [1]}, r"it\.pair is \[1\]; expected tuple"),
-        ({"pair": [True, True]}, r"it\.pair\[0\] is True; expected int"),
+        ({"facts": {"speed": []}}, r"it\.facts\[.*speed.*\] is \[\]; expected text"),
+        ({"pair": [1]}, r"it\.pair is \[1\]; expected a list of 2"),
+        ({"pair": [True, True]}, r"it\.pair\[0\] is True; expected an integer"),
         ({"more": 1}, "unknown keys"),
     ],
 )
@@ -58,5 +58,5 @@ def test_one_spelling_alone_is_taken_where_files_have_one() -> None:
     exact = GOOD | {"parts": [{"name": "x", "size": 1.0}], "facts": {"speed": 2.0}}
     assert build(Whole, exact, "it", is_exact=True).parts[0].size == 1.0
     for part in ({"name": "x", "size": 1}, {"name": "x", "size": None}):
-        with pytest.raises(ValueError, match=r"size is .*; expected float"):
+        with pytest.raises(ValueError, match=r"size is .*; expected a number"):
             build(Whole, exact | {"parts": [part]}, "it", is_exact=True)

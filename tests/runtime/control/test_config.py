@@ -70,7 +70,7 @@ def test_lists_of_numbers_of_numpy_are_taken() -> None:
         ({"action_low": np.ma.array([-1.0, -2.0, 0.0], mask=[0, 1, 0])}, r"action_low\[1\] is None"),
         ({"max_consecutive_faults": np.bool_(True)}, "max_consecutive_faults is True"),
         ({"max_consecutive_faults": np.float64(5)}, "max_consecutive_faults is 5.0; expected an integer"),
-        ({"gripper": np.array([2.0])}, r"gripper is \[2.0\]; expected different dimensions"),
+        ({"gripper": np.array([2.0])}, r"gripper\[0\] is 2.0; expected an integer"),
         ({"range_tolerance": np.array([0.1])}, "range_tolerance has 1 values and action_low 3"),
     ],
 )

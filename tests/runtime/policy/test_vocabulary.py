@@ -117,14 +117,15 @@ def test_a_vocabulary_can_be_stored() -> None:
         ({"chunk_length": 2.0}, "chunk_length is 2.0"),
         ({"offset": -1}, "offset is -1"),
         ({"offset": 2**63 - 14}, "beyond int64"),
-        ({"order": "t-major"}, "order is 't-major'; expected 'layer-major' or 'step-major'"),
+        ({"order": "t-major"}, "order is 't-major'; expected one of layer-major, step-major"),
         ({"special_ids": (("eos", 100),)}, r"'eos' is 100, which is the token of layer 0, level 0: tokens have 100"),
         ({"special_ids": (("eos", 114),)}, r"'eos' is 114, which is the token of layer 2, level 4.*\.\.\. 114"),
         ({"special_ids": (("eos", 1), ("pad", 1))}, "'pad' = 1 is given twice"),
         ({"special_ids": (("eos", 1), ("eos", 2))}, "'eos' = 2 is given twice"),
         ({"special_ids": (("eos", -1),)}, "expected a name and an int"),
-        ({"special_ids": (("eos", True),)}, "expected a name and an int"),
-        ({"special_ids": ("eos",)}, "expected a name and an int"),
+        ({"special_ids": (("eos", True),)}, r"special_ids\[0\]\[1\] is True; expected an integer"),
+        ({"special_ids": ("eos",)}, r"special_ids\[0\] is 'eos'; expected a list of 2"),
+        ({"fingerprint": None}, "fingerprint is None; expected text"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:

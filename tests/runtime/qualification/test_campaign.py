@@ -4,7 +4,6 @@ import mmap
 import random
 import subprocess
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from rfsq.runtime.control.queue import ActionQueue
 from rfsq.runtime.control.worker import Reporter, Retrier
 from rfsq.runtime.qualification import campaign as fault_campaign
 from rfsq.runtime.qualification import system as fault_system
-from rfsq.runtime.qualification.campaign import SETUPS, CampaignReport, main, nan_backends_of, run_campaign
+from rfsq.runtime.qualification.campaign import SETUPS, main, nan_backends_of, run_campaign
+from rfsq.runtime.qualification.fault_report import FaultReport
 from rfsq.runtime.qualification.injection import Fault, faulty, weight_places, with_nan_weights
 from rfsq.runtime.qualification.kinds import KINDS
 from rfsq.runtime.qualification.rig import Setup
@@ -96,8 +96,8 @@ def test_statistics_that_are_wrong_are_refused_as_tokens_are(dynamic_tokenizer: 
 def test_equal_seeds_inject_equal_faults(main_one: ActionTokenizer) -> None:
     first, again, other = (run_campaign(main_one, 120, setups=SETUPS[:2], seed=seed) for seed in (5, 5, 6))
     assert first.answered == again.answered
-    assert first.ticks == again.ticks
-    assert first.ticks != other.ticks or first.answered != other.answered
+    assert first.facts["ticks"] == again.facts["ticks"]
+    assert first.facts["ticks"] != other.facts["ticks"] or first.answered != other.answered
 
 
 # --- it can fail ------------------------------------------------------------------------------------------------------
@@ -190,8 +190,8 @@ def test_killed_producers_lost_files_and_full_disks_leave_the_loop_alone(both: P
     report = run_system_faults(both, 2)
     print(report)
     assert report.holds, str(report)
-    assert len(report.counts) == 17
-    assert set(report.counts.values()) == {2}
+    assert len(report.answered) == 17
+    assert all(answers == {"right": 2} for answers in report.answered.values())
 
 
 def test_where_no_file_system_can_be_mounted_files_are_limited(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +202,7 @@ def test_where_no_file_system_can_be_mounted_files_are_limited(both: Path, monke
 
     monkeypatch.setattr(subprocess, "run", refuse)
     report = run_system_faults(both, 1)
-    assert "RLIMIT_FSIZE" in report.disk
+    assert "RLIMIT_FSIZE" in report.facts["disk"]
     assert report.holds, str(report)
 
 
@@ -227,7 +227,7 @@ def test_a_file_of_the_bundle_that_is_mapped_is_found(both: Path, monkeypatch: p
     with pytest.raises(FileNotFoundError):
         # The third opening is of files that were removed.
         fault_system._damage_bundles(trial, both, folder, "c")
-    assert any("what is mapped of it" in problem for problem in trial.problems)
+    assert any("what is mapped of it" in problem for problem in trial.report.problems)
 
 
 # --- the tools --------------------------------------------------------------------------------------------------------
@@ -300,21 +300,34 @@ def test_weights_are_nan_in_the_copy_alone(name: str, both: Path, main_one: Acti
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_says_how_many_of_each_kind(both: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(both), "--faults", "160", "--system", "1", "--fallback", "onnxruntime"]) == 0
-    printed = capsys.readouterr().out
-    assert "160 faults of" in printed
-    assert "producer killed in the middle of a message (SIGKILL)" in printed
-    assert printed.count("✓ 0 things were wrong") == 2
+def test_the_command_says_how_many_of_each_group_and_each_kind_with_v(
+    both: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(both), "--faults", "160", "--system", "1", "--fallback", "onnxruntime"]
+    for option in ([], ["-v"]):
+        assert main([*arguments, *option]) == 0
+        printed = capsys.readouterr().out
+        assert "160 faults of" in printed
+        assert ("producer killed in the middle of a message (SIGKILL)" in printed) == bool(option)
+        assert (len(printed.splitlines()) <= 24) != bool(option)
+        assert printed.count("✓ 0 things were wrong") == 2
 
 
 def test_the_command_fails_where_something_was_wrong(
     both: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = CampaignReport(1, {"a fault": Counter({"OK": 1})}, ("it was not noticed",), 1, 0.1, (1.0, 2.0, 3.0), 0.0)
+    wrong = FaultReport()
+    wrong.add("due OK", "another fault", "OK", [])
+    for _ in range(9):
+        wrong.add("due STALE", "a fault", "OK", ["it was not noticed"])
     monkeypatch.setattr(fault_campaign, "run_campaign", lambda *_, **__: wrong)
     assert main([str(both), "--system", "0"]) == 1
-    assert "✗ 1 things were wrong\nit was not noticed" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    # What failed comes first.
+    assert [line.split()[:3] for line in lines[2:4]] == [["✗", "due", "STALE"], ["✓", "due", "OK"]]
+    assert "✗ 9 things were wrong" in lines
+    assert lines.count("a fault: it was not noticed") == 8
+    assert "… and 1 more; -v shows them all" in lines
 
 
 def test_the_command_without_a_bundle_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ from rfsq.runtime.bundle.manifest import MANIFEST_NAME, Manifest, manifest_text
 from rfsq.runtime.datasets import episodes
 from rfsq.runtime.datasets.sources import open_source
 from rfsq.runtime.qualification import agreement, compat
-from rfsq.runtime.qualification.conclusion import Comparison, Kind, compare
+from rfsq.runtime.qualification.agreement import Comparison, Kind, compare
 from tests.bundles import SMALL, Deployed, Recipe, deploy, random_actions, write_bundle
 from tests.runtime.datasets.samples import write_robomimic
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rfsq.runtime import ActionTokenizer, ControlDecoder
-from rfsq.runtime.control.config import Strategy
+from rfsq.runtime.control.config import ActionKind, Strategy
 from rfsq.runtime.qualification import soak as control_soak
 from rfsq.runtime.qualification.soak import KEPT_LIMIT, RSS_LIMIT, SoakReport, SoakSetup, main, soak
 from rfsq.runtime.qualification.trial_inputs import config_for
@@ -47,7 +47,7 @@ def test_nothing_grows_and_nothing_fails(strategy: Strategy, use_worker: bool, t
             strategy=strategy,
             use_worker=use_worker,
             fallback=tokenizer if use_worker else None,
-            is_absolute=use_worker,
+            action_kind=ActionKind.ABSOLUTE if use_worker else ActionKind.DELTA,
             warm_ticks=500,
             traced_ticks=1000,
         ),
