@@ -233,7 +233,7 @@ def _reason(error: Exception) -> str:
     """One line of torch's message: the one that says what is unsupported, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "unsupported" in line.lower()] or lines or ["no message"]
-    return f"{type(error).__name__}: {telling[0][:200]}"
+    return telling[0][:200]
 
 
 def _check_stored(name: str, tensor: Tensor, path: Path) -> None:
