@@ -32,7 +32,7 @@ class EngineSources:
 
     content: of each graph and source; graphs: those of the form `reduce`; staged: the bundle in the making; profile:
     batch sizes B, for engines that are tuned for some; compute_capabilities: such as 8.9, none for what the library
-    builds by itself; c_targets_there: targets whose C library is in the bundle and stays.
+    builds by itself; present: engines that are in the bundle and stay.
     """
 
     staged: StagedBundle
@@ -40,7 +40,7 @@ class EngineSources:
     graphs: tuple[GraphEntry, ...]
     profile: Profile
     compute_capabilities: tuple[str, ...] = ()
-    c_targets_there: tuple[str, ...] = ()
+    present: tuple[EngineEntry, ...] = ()
 
 
 def compilable(*, to_run: bool) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -113,8 +113,9 @@ def _compile_c(backend: str, sources: EngineSources, current: Phase) -> tuple[En
     header, source = sources.content(C_HEADER), sources.content(C_SOURCE)
     engines = []
     least = host_targets()[-1]
+    there = {target for entry in sources.present if entry.backend == backend for target in entry.targets}
     for target in host_targets():
-        if target in sources.c_targets_there:
+        if target in there:
             continue
         try:
             library = compile_c(header.decode(), source.decode(), target)
