@@ -29,7 +29,9 @@ _GPU_TRACES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg", "/de
 
 
 def factory_of(spec: BackendSpec) -> Callable[..., Backend]:
-    """What makes this backend for a bundle, and for a target where it has some. Only now is its module imported, and the library with it.
+    """What makes this backend for a bundle, and for a target where it has some.
+
+    Only now is its module imported, and the library with it.
 
     Raises BackendUnavailableError where a package is missing or does not load.
     """
@@ -56,7 +58,8 @@ def targets_here(name: str) -> tuple[str, ...]:
 def create_backend(name: str, bundle: Bundle, target: str = "") -> Backend:
     """The backend `name` for a bundle, not yet tested: see `select_backend`.
 
-    target: one of `targets_here`, for the best one that the bundle has where it is empty. Raises BackendUnavailableError where it is unknown, not installed or does not accept the bundle's graphs.
+    target: one of `targets_here`; empty for the best that the bundle has. Raises BackendUnavailableError where it is
+    unknown, not installed or does not accept the bundle's graphs.
     """
     spec = BACKENDS.get(name)
     if spec is None:
