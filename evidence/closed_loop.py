@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rfsq.evidence.codecs import Codec
-from rfsq.rfsq_ref.expert import Expert
-from rfsq.rfsq_ref.expert_poses import gripper_position, gripper_rotation, rotation_vector
+from rfsq.rfsq_ref.expert import Expert, gripper_position, gripper_rotation, rotation_vector
 from rfsq.rfsq_ref.experts import NutAssemblySquareExpert, PickPlaceCanExpert, StackExpert
 
 Array = NDArray[np.float64]

@@ -31,7 +31,7 @@ from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.settings import NormaliserKind, TrainConfig, check_positive
-from rfsq.rfsq_ref.training_history import TrainingHistory
+from rfsq.rfsq_ref.training import TrainingHistory
 from rfsq.runtime.bundle.fidelity import fidelity
 
 #: Of the episode that is drawn.

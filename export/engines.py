@@ -8,12 +8,11 @@ from dataclasses import astuple, dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from rfsq.export.batches import Profile
 from rfsq.export.bundle_writer import StagedBundle
 from rfsq.export.c_builder import NO_COMPILER, compile_c, find_compiler
 from rfsq.export.errors import EngineBuildError, GateError, require_none
 from rfsq.export.progress import Phase, phase
-from rfsq.export.trt_builder import build_engine, differences, inspect_engine
+from rfsq.export.trt_builder import Profile, build_engine, differences, inspect_engine
 from rfsq.runtime.backends.contract import MOST_CHUNKS
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.backends.tensorrt_api import find_tensorrt

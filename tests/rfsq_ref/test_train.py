@@ -29,8 +29,7 @@ from rfsq.rfsq_ref.normaliser_choice import describe, describe_normaliser, sugge
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.settings import NormaliserKind, TrainConfig
 from rfsq.rfsq_ref.train import main
-from rfsq.rfsq_ref.training import train
-from rfsq.rfsq_ref.training_history import EpochRecord, TrainResult, history_of, history_path, load_history, save_result
+from rfsq.rfsq_ref.training import EpochRecord, TrainResult, history_of, history_path, load_history, save_result, train
 
 SCRIPT = Path(__file__).parents[2] / "rfsq_ref" / "train.py"
 QUICK = TrainConfig(epochs=3, learning_rate=1e-2, hidden_width=16, latent_dim=6, num_layers=4)
