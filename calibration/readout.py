@@ -24,7 +24,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rfsq.calibration.data import (
     episode_folds,
@@ -36,7 +36,7 @@ from rfsq.calibration.data import (
 )
 from rfsq.calibration.recovered import default_prefixes
 from rfsq.calibration.settings import DEFAULT_READOUT, ReadoutChoice, ReadoutConfig
-from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, Readout
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, Readout, linear_layers
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.quantizer import Conditioning
@@ -316,8 +316,7 @@ def _problem(checkpoint: Checkpoint, episodes: ActionDataset) -> _Problem:
     has_constants = checkpoint.constants is not None
     model = checkpoint.model(Conditioning.CALIBRATED if has_constants else None, dtype=torch.float64)
     # The layer as it was trained, whatever was fitted before.
-    last = checkpoint.model(dtype=torch.float64).decoder[2]
-    assert isinstance(last, nn.Linear)
+    _, last = linear_layers(checkpoint.model(dtype=torch.float64).decoder)
     lengths = [len(episode) for episode in episodes.episodes]
     actions = reference_actions(checkpoint, episodes)
     latents = reference_latents(model, actions)

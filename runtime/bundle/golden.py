@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .arrays import Float32Array, Float64Array, Int32Array
+from .comparison import TokenComparison, compare_tokens
 from .errors import BundleError
 from .gates import GATES, highest_bounds, highest_limit
 from .manifest import GOLDEN_NAME, ModelEntry
@@ -51,6 +52,11 @@ class Golden:
     decoded: Mapping[int, Float64Array]
     near_tie_cap: int
     flip_tolerance: float
+
+    def compared(self, tokens: npt.NDArray[np.integer[Any]], model: ModelEntry) -> TokenComparison:
+        """How the tokens that an implementation gives for `actions` differ."""
+        expected = self.tokens, tokens, self.margins, self.bounds
+        return compare_tokens(*expected, num_levels=model.num_levels, is_step_coupled=model.is_step_coupled)
 
     def every(self, stride: int) -> Golden:
         """Every stride-th chunk. The cap shrinks in proportion, but for the scatter of a count so small."""
