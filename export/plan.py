@@ -133,6 +133,9 @@ class DecoderPlan:
         return by_latent[np.arange(self.latent_dim), np.arange(self.latent_dim)]
 
 
+Plan = EncoderPlan | DecoderPlan
+
+
 def plan_encoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int) -> EncoderPlan:
     """Fold a float64 reference model into an encoder."""
     _require(model, mode)
