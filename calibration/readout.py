@@ -122,13 +122,14 @@ class _Problem:
     """The least squares problem of one checkpoint.
 
     exact: latents that are not quantised, which the layer is fitted to; decoded: latents of tokens; random: random
-    actions, of the whole range and of its inner half, as two episodes; any_tokens: activations [n, H + 1] of random
-    tokens, of unquantised latents where the checkpoint has no tokens that decode.
+    actions, of the whole range and of its inner half, as two episodes; trained: the layer [A, H + 1]; any_tokens:
+    activations [n, H + 1] of random tokens, of unquantised latents where the checkpoint has no tokens that decode.
     """
 
     exact: _View
     decoded: tuple[_View, ...]
     random: _View
+    trained: Tensor
     any_tokens: Tensor
 
     @property
@@ -155,10 +156,9 @@ class _Problem:
         ratios = self.random.squares(range(2), change) / self.random.squares(range(2)).clamp(min=_TINY)
         return float(ratios.max())
 
-    def float32_error(self, readout: Readout) -> float:
-        """What float32 may make of the actions of any tokens, at most, in normalised units."""
-        layer = torch.cat((readout.weight, readout.bias.unsqueeze(1)), dim=1).double()
-        return _ROUNDINGS * UNIT * float((self.any_tokens.abs() @ layer.T.abs()).max())
+    def float32_error(self, change: Tensor) -> float:
+        """By how much float32 may miss actions of any tokens, at most, in normalised units."""
+        return _ROUNDINGS * UNIT * float((self.any_tokens.abs() @ (self.trained.T + change).abs()).max())
 
 
 @torch.no_grad()
@@ -189,14 +189,13 @@ def fit_readout(
         return ReadoutFit(_changed(checkpoint, problem.solve(problem.episodes, [ridge])[0]), ridge)
     ridges = RIDGES if config.ridge is None else (config.ridge,)
     changes = dict(zip(ridges, problem.solve(problem.episodes, ridges), strict=True))
-    readouts = {ridge: _changed(checkpoint, change) for ridge, change in changes.items()}
-    most_random = 1.0 if is_training_data else 1 - _RANDOM_GAIN
-    candidates = _candidates(problem, changes, list(map(problem.float32_error, readouts.values())), most_random)
+    candidates = _candidates(problem, changes, most_random=1.0 if is_training_data else 1 - _RANDOM_GAIN)
     passed = [found for found in candidates if not found.objection]
     exact = [found for found in candidates if not found.imprecision]
     best = min(passed or exact or candidates, key=lambda found: found.ratio)
     is_kept = bool(passed) or is_wanted
-    return ReadoutFit(readouts[best.ridge] if is_kept else None, best.ridge, best.ratio, best.remark(is_kept=is_kept))
+    readout = _changed(checkpoint, changes[best.ridge]) if is_kept else None
+    return ReadoutFit(readout, best.ridge, best.ratio, best.remark(is_kept=is_kept))
 
 
 @dataclass(frozen=True)
@@ -264,9 +263,7 @@ class _Candidate:
         )
 
 
-def _candidates(
-    problem: _Problem, changes: Mapping[float, Tensor], float32_errors: Sequence[float], most_random: float
-) -> list[_Candidate]:
+def _candidates(problem: _Problem, changes: Mapping[float, Tensor], most_random: float) -> list[_Candidate]:
     """What each ridge is worth on episodes left out of its fit. changes: by ridge, [H + 1, A], fitted to all."""
     views = (problem.exact, *problem.decoded)
     before = torch.stack([view.squares(problem.episodes) for view in views])
@@ -288,9 +285,9 @@ def _candidates(
             lost=next(filter(None, (_lost(views, before, found) for found in by_fold)), ""),
             random_ratio=problem.random_ratio(change),
             most_random=most_random,
-            float32_error=float32_error,
+            float32_error=problem.float32_error(change),
         )
-        for (ridge, change), float32_error, *by_fold in zip(changes.items(), float32_errors, *tables, strict=True)
+        for (ridge, change), *by_fold in zip(changes.items(), *tables, strict=True)
     ]
 
 
@@ -346,6 +343,7 @@ def _problem(checkpoint: Checkpoint, episodes: ActionDataset) -> _Problem:
         exact=view("latents that are not quantised", latents, actions, lengths),
         decoded=tuple(decoded),
         random=view("latents of random actions", reference_latents(model, drawn), drawn, [_RANDOM_ACTIONS] * 2),
+        trained=torch.cat((last.weight, last.bias.unsqueeze(1)), dim=1),
         any_tokens=features(any_latents),
     )
 

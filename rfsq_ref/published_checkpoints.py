@@ -22,13 +22,7 @@ from rfsq.rfsq_ref.left_statistics import left_statistics
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.tensor_files import DamagedFileError, load_torch
 from rfsq.runtime.bundle.checkpoint_layouts import GRID_NAME, GRID_TOLERANCE, UNUSED_NAME, WEIGHTS_KEY, weight_shapes
-from rfsq.runtime.bundle.checkpoint_states import (
-    DEFAULTS,
-    FoundState,
-    find_states,
-    is_average,
-    is_tensor_name,
-)
+from rfsq.runtime.bundle.checkpoint_states import DEFAULTS, FoundState, find_states, is_average, is_tensor_name
 from rfsq.runtime.bundle.paths import shortlist, shown
 
 #: Facts beside the weights that become provenance.
