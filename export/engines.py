@@ -51,15 +51,31 @@ def compilable(*, to_run: bool) -> tuple[tuple[str, ...], dict[str, str]]:
     for name, spec in BACKENDS.items():
         if spec.engine_source is None or not spec.is_installed:
             continue
-        needs_gpu = spec.is_on_gpu and (to_run or spec.engine_source == "cuda")
-        if needs_gpu and (reason := _why_no_gpu()):
+        try:
+            _require_means(spec, to_run=to_run)
+        except BackendUnavailableError as error:
             if to_run:
-                reasons[name] = reason
-        elif reason := _why_not_compiled(spec):
-            reasons[name] = reason
+                reasons[name] = str(error)
+        except EngineBuildError as error:
+            reasons[name] = str(error)
         else:
             chosen.append(name)
     return tuple(chosen), reasons
+
+
+def _require_means(spec: BackendSpec, *, to_run: bool) -> None:
+    """Raises BackendUnavailableError where the GPU that is needed is not here, EngineBuildError without a compiler."""
+    if spec.is_on_gpu and (to_run or spec.engine_source == "cuda"):
+        _gpu()
+    if spec.engine_source == "c" and not find_compiler():
+        raise EngineBuildError(NO_COMPILER)
+    if spec.engine_source == "cuda":
+        from rfsq.runtime.backends.gpu.kernels import KernelError, nvrtc_version
+
+        try:
+            nvrtc_version()
+        except KernelError as error:
+            raise EngineBuildError(f"the generated CUDA is not compiled for {_gpu()}: {error}") from error
 
 
 def compile_engines(backend: str, sources: EngineSources) -> tuple[EngineEntry, ...]:
@@ -177,29 +193,6 @@ def _written(sources: EngineSources, content: bytes, **known: Any) -> EngineEntr
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _why_not_compiled(spec: BackendSpec) -> str:
-    """Empty where the compiler of this backend's engines is here."""
-    if spec.engine_source == "c":
-        return "" if find_compiler() else NO_COMPILER
-    if spec.engine_source == "cuda":
-        from rfsq.runtime.backends.gpu.kernels import KernelError, nvrtc_version
-
-        try:
-            nvrtc_version()
-        except KernelError as error:
-            return f"the generated CUDA is not compiled for {_gpu()}: {error}"
-    return ""
-
-
-def _why_no_gpu() -> str:
-    """Empty where there is one, with cuda-python to use it."""
-    try:
-        _gpu()
-    except BackendUnavailableError as error:
-        return str(error)
-    return ""
 
 
 def _only_target(backend: str) -> tuple[str, ...]:
