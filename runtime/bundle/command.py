@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -174,6 +175,17 @@ def refuse_idle_choices(options: argparse.Namespace) -> None:
 def path_argument(text: str) -> Path:
     """For argparse: a path with `~` expanded, which a shell leaves as it is in `--output=~/x`."""
     return as_path(text, "it", argparse.ArgumentTypeError)
+
+
+def one_of(kind: type[StrEnum]) -> dict[str, Any]:
+    """For argparse: the settings of an option that takes one of these; argparse would name the class in its errors."""
+
+    def chosen(text: str) -> StrEnum:
+        if text in list(kind):
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is not known; expected {', '.join(kind)}")
+
+    return {"type": chosen, "choices": list(kind)}
 
 
 def positive(text: str) -> int:
