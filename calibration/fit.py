@@ -38,15 +38,7 @@ from rfsq.calibration.settings import (
     Weighting,
 )
 from rfsq.runtime.bundle.advice import install_package
-from rfsq.runtime.bundle.command import (
-    DATA_FORMATS,
-    CommandParser,
-    Outcome,
-    one_of,
-    path_argument,
-    refuse_idle_choices,
-    run,
-)
+from rfsq.runtime.bundle.command import DATA_FORMATS, CommandParser, Outcome, path_argument, refuse_idle_choices, run
 from rfsq.runtime.bundle.paths import counted, refuse_existing
 
 if TYPE_CHECKING:
@@ -69,7 +61,7 @@ def _parser() -> CommandParser:
     parser.add_output("checkpoint; default: build/checkpoints/NAME-METHOD.safetensors")
     parser.add_argument("--report-dir", type=path_argument, metavar="DIR", help="default: build/reports/NAME-METHOD")
     parser.add_argument(
-        "--method", **one_of(Method), default=Method.CALIBRATED,
+        "--method", type=Method, choices=list(Method), default=Method.CALIBRATED,
         help="calibrated: new, better tokens, which the policy is trained on; recovered: the published tokens of a "
         "robust checkpoint stay; default: calibrated",
     )  # fmt: skip
@@ -80,7 +72,7 @@ def _parser() -> CommandParser:
     _add(group, "granularity", Granularity, "constants per layer, or per layer and latent", DEFAULT_CALIBRATION)
     _add(group, "worst_case", float, "latent error to aim at in [-1, 1]; 1: by the data alone", DEFAULT_CALIBRATION)
     group.add_argument(
-        "--readout", **one_of(ReadoutChoice),
+        "--readout", type=ReadoutChoice, choices=list(ReadoutChoice),
         help="refit the decoder's last layer; default: auto, where it wins on calibration episodes left out of the fit",
     )  # fmt: skip
     group.add_argument("--readout-ridge", type=float, metavar="X", help="penalty on that; default: cross-validated")
@@ -95,9 +87,9 @@ def _parser() -> CommandParser:
 
 def _add(group: Any, name: str, kind: Any, text: str, defaults: CalibrationConfig | RecoveredConfig) -> None:
     """An option for a setting; what is not given is None, so that what the method does not use can be refused."""
-    shape = one_of(kind) if issubclass(kind, StrEnum) else {"metavar": "X", "type": kind}
+    shape = {"choices": list(kind)} if issubclass(kind, StrEnum) else {"metavar": "X"}
     said = f"{text}; default: {getattr(defaults, name)}"
-    group.add_argument(f"--{name.replace('_', '-')}", help=said, **shape)
+    group.add_argument(f"--{name.replace('_', '-')}", type=kind, help=said, **shape)
 
 
 def _work(options: argparse.Namespace) -> Outcome:

@@ -12,16 +12,7 @@ from pathlib import Path
 from rfsq.calibration.settings import ReadoutChoice
 from rfsq.evidence.settings import CACHE, OSC_POSITION_M, OSC_ROTATION_RAD, SEEDS
 from rfsq.rfsq_ref.settings import NORMALISER_CHOICES
-from rfsq.runtime.bundle.command import (
-    DONE,
-    WANTING,
-    CommandParser,
-    Outcome,
-    one_of,
-    path_argument,
-    refuse_idle_choices,
-    run,
-)
+from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, path_argument, refuse_idle_choices, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +40,7 @@ def _parser() -> CommandParser:
         help="of every training; auto (default): min-max for actions that are not of about unit size",
     )  # fmt: skip
     parser.add_argument(
-        "--readout", **one_of(ReadoutChoice), default=ReadoutChoice.AUTO,
+        "--readout", type=ReadoutChoice, choices=list(ReadoutChoice), default=ReadoutChoice.AUTO,
         help="refit the decoder's last layer for calibrated tokens; default: auto, where it wins on calibration "
         "episodes left out of the fit",
     )  # fmt: skip

@@ -28,15 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rfsq.calibration.settings import ReadoutChoice
 from rfsq.export.errors import BuildInputError
-from rfsq.runtime.bundle.command import (
-    DATA_FORMATS,
-    CommandParser,
-    Outcome,
-    one_of,
-    path_argument,
-    refuse_idle_choices,
-    run,
-)
+from rfsq.runtime.bundle.command import DATA_FORMATS, CommandParser, Outcome, path_argument, refuse_idle_choices, run
 from rfsq.runtime.bundle.modes import MODES
 
 if TYPE_CHECKING:
@@ -80,7 +72,7 @@ def parser() -> CommandParser:
     )
     parser.add_argument("--conditioning", choices=MODES, help="default: calibrated if robust")
     parser.add_argument(
-        "--readout", **one_of(ReadoutChoice),
+        "--readout", type=ReadoutChoice, choices=list(ReadoutChoice),
         help="refit the decoder's last layer for calibrated tokens; default: auto, where it wins on calibration "
         "episodes left out of the fit",
     )  # fmt: skip

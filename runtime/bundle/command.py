@@ -149,6 +149,12 @@ class CommandParser(argparse.ArgumentParser):
                 help=f"{text}; default: %(default)s",
             )
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # argparse itself would name the class, and not the choices.
+        if isinstance(action.type, type) and issubclass(action.type, StrEnum) and arg_string not in list(action.type):
+            raise argparse.ArgumentError(action, f"{arg_string!r} is not known; expected {', '.join(action.type)}")
+        return super()._get_value(action, arg_string)
+
     def refuse_former(self, option: str, advice: str) -> None:
         """An option of former versions ends the command; advice: what is given in its place."""
         self.add_argument(
@@ -175,17 +181,6 @@ def refuse_idle_choices(options: argparse.Namespace) -> None:
 def path_argument(text: str) -> Path:
     """For argparse: a path with `~` expanded, which a shell leaves as it is in `--output=~/x`."""
     return as_path(text, "it", argparse.ArgumentTypeError)
-
-
-def one_of(kind: type[StrEnum]) -> dict[str, Any]:
-    """For argparse: the settings of an option that takes one of these; argparse would name the class in its errors."""
-
-    def chosen(text: str) -> StrEnum:
-        if text in list(kind):
-            return kind(text)
-        raise argparse.ArgumentTypeError(f"{text!r} is not known; expected {', '.join(kind)}")
-
-    return {"type": chosen, "choices": list(kind)}
 
 
 def positive(text: str) -> int:
