@@ -260,8 +260,9 @@ def load_history(path: str | os.PathLike[str]) -> TrainingHistory:
         if history.kept_epoch not in {record.epoch for record in history.epochs}:
             raise ValueError(f"kept_epoch {history.kept_epoch!r} is none of the {len(history.epochs)} epochs")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise CheckpointError(
-            f"{path} is no learning curve of this project: {error!r}; give the NAME.history.json that training wrote "
+            f"{path} is no learning curve of this project: {reason}; give the NAME.history.json that training wrote "
             "beside its checkpoint"
         ) from error
     return history

@@ -343,8 +343,9 @@ def test_the_curve_of_a_training_that_diverged_later_reads_back(tmp_path: Path) 
 def test_a_file_that_is_no_curve_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "a.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"a\.json is no learning curve.*give the NAME\.history\.json"):
+    with pytest.raises(CheckpointError, match=r"a\.json is no learning curve.*give the NAME\.history\.json") as refused:
         load_history(tmp_path / "a.json")
+    assert not re.search(r"\w(Error|Exception)\b", str(refused.value))
 
 
 # Data of other robots, from the file to decoded tokens ---------------------------------------------------------------
