@@ -26,7 +26,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from rfsq.calibration.settings import ReadoutChoice
 from rfsq.export.errors import BuildInputError
 from rfsq.runtime.bundle.command import DATA_FORMATS, CommandParser, Outcome, path_argument, refuse_idle_choices, run
 from rfsq.runtime.bundle.modes import MODES
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
 
 #: The system, a closed terminal, a reader that has left.
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+_READOUTS = ("auto", "on", "off")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +72,7 @@ def parser() -> CommandParser:
     )
     parser.add_argument("--conditioning", choices=MODES, help="default: calibrated if robust")
     parser.add_argument(
-        "--readout", type=ReadoutChoice, choices=list(ReadoutChoice),
+        "--readout", choices=_READOUTS,
         help="refit the decoder's last layer for calibrated tokens; default: auto, where it wins on calibration "
         "episodes left out of the fit",
     )  # fmt: skip
@@ -105,9 +105,12 @@ def config_of(options: argparse.Namespace) -> BuildConfig | TargetConfig:
         return _target_config(given)
     refuse_idle_choices(options)
     # Here, because a robot that adds engines has no torch.
+    from rfsq.calibration.settings import ReadoutChoice
     from rfsq.export.pipeline import BuildConfig
     from rfsq.export.plan import DeployMode
 
+    if "readout" in given:
+        given["readout"] = ReadoutChoice(given["readout"])
     if "conditioning" in given:
         given["conditioning"] = DeployMode(given["conditioning"])
     return BuildConfig(**given)
