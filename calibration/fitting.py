@@ -9,16 +9,10 @@ from enum import StrEnum
 from typing import Any
 
 from rfsq.calibration.constants import fit_constants, worst_case_errors
-from rfsq.calibration.data import (
-    Selection,
-    calibration_episodes,
-    selection_of,
-)
+from rfsq.calibration.data import Selection, calibration_episodes, selection_of
 from rfsq.calibration.readout import fit_readout
 from rfsq.calibration.recovered import fit_recovered_details
-from rfsq.calibration.report import (
-    recovered_latent_reach,
-)
+from rfsq.calibration.report import recovered_latent_reach
 from rfsq.calibration.settings import DEFAULT_READOUT, CalibrationConfig, Method, ReadoutConfig, RecoveredConfig
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset

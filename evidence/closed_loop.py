@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.simulation import Simulation
-from rfsq.rfsq_ref.expert import Expert
-from rfsq.rfsq_ref.expert_poses import gripper_position, gripper_rotation, rotation_vector
+from rfsq.rfsq_ref.expert import Expert, gripper_position, gripper_rotation, rotation_vector
 from rfsq.rfsq_ref.experts import NutAssemblySquareExpert, PickPlaceCanExpert, StackExpert
 
 Observation = Mapping[str, Any]

@@ -20,7 +20,7 @@ from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.quantizer import Conditioning
-from rfsq.rfsq_ref.training_history import TrainingHistory
+from rfsq.rfsq_ref.training import TrainingHistory
 from rfsq.runtime.bundle.fidelity import fidelity
 
 #: Of the episode that is drawn.

@@ -8,8 +8,7 @@ from pathlib import Path
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, SUFFIX, Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.settings import TrainConfig
-from rfsq.rfsq_ref.training import train
-from rfsq.rfsq_ref.training_history import TrainingHistory, history_path, load_history, save_result
+from rfsq.rfsq_ref.training import TrainingHistory, history_path, load_history, save_result, train
 
 #: To be raised when the recipe in rfsq.rfsq_ref.training changes what comes out of it.
 RECIPE = 1

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from rfsq.evidence.closed_loop import plan
 from rfsq.evidence.simulation import Simulation
-from rfsq.rfsq_ref.expert_poses import gripper_position
+from rfsq.rfsq_ref.expert import gripper_position
 from rfsq.rfsq_ref.experts import TASKS
 from rfsq.rfsq_ref.generate_demonstrations import check_simulator
 from rfsq.runtime import ControlConfig, TokenizerError

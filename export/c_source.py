@@ -6,13 +6,14 @@ functions behind it, and their declarations in `templates/rfsq_tokenizer.h`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rfsq.export.c_builder import C_FLAGS, HEADER_NAME, SOURCE_NAME
-from rfsq.export.plan import Affine, DecoderPlan, DeployMode, EncoderPlan, action_limit, middle_level
+from rfsq.export.plan import Affine, DecoderPlan, DeployMode, EncoderPlan, Plan, action_limit, middle_level
 from rfsq.export.source_tables import Array, filled, number, table
 from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
 from rfsq.runtime.bundle.backend_specs import BACKENDS
@@ -39,6 +40,7 @@ def c_tokenizer(
 
     Raises BuildInputError for numbers that float32 does not hold.
     """
+    plans: list[Plan] = [encoder, *decoders]
     functions = [_encoder_function(encoder), *map(_decoder_function, decoders)]
     source = filled(
         SOURCE_NAME,
@@ -56,7 +58,7 @@ def c_tokenizer(
         NUM_LEVELS=encoder.num_levels,
         ACTION_LIMIT=number(action_limit(encoder)),
         CHECKED_STEPS=BACKENDS["c"].checked_steps,
-        DECLARATIONS="\n".join([_encoder_declaration(encoder), *map(_decoder_declaration, decoders)]).rstrip(),
+        DECLARATIONS="\n".join(map(_declaration, plans)).rstrip(),
     )
     note = f"/* Generated, do not edit; fingerprint {fingerprint}. Compile with {' '.join(C_FLAGS)} */\n"
     return CTokenizer(header, note + source)
@@ -119,7 +121,7 @@ def _table(name: str, values: Array) -> str:
 
 def _encoder_function(plan: EncoderPlan) -> str:
     stats = "stats" if plan.has_stats else "NULL"
-    return f"{_encoder_signature(plan)}\n{{\n    return encode(actions, num_chunks, tokens, {stats});\n}}\n"
+    return f"{_signature(plan)}\n{{\n    return encode(actions, num_chunks, tokens, {stats});\n}}\n"
 
 
 def _decoder_function(plan: DecoderPlan) -> str:
@@ -127,7 +129,7 @@ def _decoder_function(plan: DecoderPlan) -> str:
     check = "    if (stats == NULL)\n        return RFSQ_ILLEGAL_VALUE;\n" if plan.has_stats else ""
     return f"""\
 {_to_latents(plan)}
-{_decoder_signature(plan)}
+{_signature(plan)}
 {{
 {check}    const struct decoder decoder = {{
         {plan.prefix}, l{plan.prefix}_to_latents,
@@ -216,40 +218,37 @@ def _latents_from_stats(layers: int) -> str:
 # --- declarations -----------------------------------------------------------------------------------------------------
 
 
-def _encoder_signature(plan: EncoderPlan) -> str:
-    stats = ", float *stats" if plan.has_stats else ""
-    return f"int rfsq_encode(const float *actions, size_t num_chunks, int32_t *tokens{stats})"
+def _parameters(plan: Plan) -> list[tuple[str, str]]:
+    """Of the C function: the declaration of each, and what the header says of it."""
+    if isinstance(plan, EncoderPlan):
+        stats = [("float *stats", "[num_chunks][T][L][2], mean and sigma, written; or NULL")]
+        return [
+            ("const float *actions", "[num_chunks][T][A], physical units"),
+            ("size_t num_chunks", "how many"),
+            ("int32_t *tokens", "[num_chunks][T][D][L], written"),
+            *(stats if plan.has_stats else ()),
+        ]
+    stats = [("const float *stats", f"[num_chunks][T][{plan.prefix}][2], as the encoder gave them")]
+    return [
+        ("const int32_t *tokens", f"[num_chunks][T][D][{plan.prefix}]"),
+        *(stats if plan.has_stats else ()),
+        ("size_t num_chunks", "how many"),
+        ("float *actions", "[num_chunks][T][A], physical units, written"),
+    ]
 
 
-def _decoder_signature(plan: DecoderPlan) -> str:
-    stats = "const float *stats, " if plan.has_stats else ""
-    return f"int {decoder_name(plan.prefix)}(const int32_t *tokens, {stats}size_t num_chunks, float *actions)"
+def _signature(plan: Plan) -> str:
+    name = "rfsq_encode" if isinstance(plan, EncoderPlan) else decoder_name(plan.prefix)
+    return f"int {name}({', '.join(declaration for declaration, _ in _parameters(plan))})"
 
 
-def _encoder_declaration(plan: EncoderPlan) -> str:
-    stats = " * @param stats [num_chunks][T][L][2], mean and sigma, written; or NULL\n" if plan.has_stats else ""
+def _declaration(plan: Plan) -> str:
+    brief = "Encode actions" if isinstance(plan, EncoderPlan) else f"Decode the first {plan.prefix} layers"
+    names = (f" * @param {re.split('[ *]', declared)[-1]} {said}\n" for declared, said in _parameters(plan))
     return f"""\
 /**
- * @brief Encode actions.
- * @param actions [num_chunks][T][A], physical units
- * @param num_chunks how many
- * @param tokens [num_chunks][T][D][L], written
-{stats} * @return RFSQ_OK or RFSQ_ILLEGAL_VALUE
+ * @brief {brief}.
+{"".join(names)} * @return RFSQ_OK or RFSQ_ILLEGAL_VALUE
  */
-{_encoder_signature(plan)};
-"""
-
-
-def _decoder_declaration(plan: DecoderPlan) -> str:
-    layers = plan.prefix
-    stats = f" * @param stats [num_chunks][T][{layers}][2], as the encoder gave them\n" if plan.has_stats else ""
-    return f"""\
-/**
- * @brief Decode the first {layers} layers.
- * @param tokens [num_chunks][T][D][{layers}]
-{stats} * @param num_chunks how many
- * @param actions [num_chunks][T][A], physical units, written
- * @return RFSQ_OK or RFSQ_ILLEGAL_VALUE
- */
-{_decoder_signature(plan)};
+{_signature(plan)};
 """

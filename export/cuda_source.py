@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rfsq.export.plan import Affine, DecoderPlan, EncoderPlan, action_limit, middle_level
+from rfsq.export.plan import Affine, DecoderPlan, EncoderPlan, Plan, action_limit, middle_level
 from rfsq.export.source_tables import Array, IntArray, filled, number, table
 from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
 from rfsq.runtime.bundle.manifest import TOKEN_TYPES, TokenType, kernel_name, token_types
@@ -38,11 +38,11 @@ def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], finger
     Raises BuildInputError for numbers that float32 does not hold.
     """
     types = token_types(encoder.num_levels)
-    kernels = [kernel for token in types for kernel in _encoder_kernels(encoder, token)]
-    kernels += [kernel for decoder in decoders for token in types for kernel in _decoder_kernels(decoder, token)]
+    plans: list[Plan] = [encoder, *decoders]
+    kernels = [kernel for plan in plans for token in types for kernel in _kernels(plan, token)]
     source = filled(
         "rfsq_tokenizer.cu",
-        SIZES="\n".join(_sizes(encoder, decoders)),
+        SIZES="\n".join(_sizes(encoder, any(map(_has_many, plans)))),
         TABLES="\n".join(_tables(encoder, decoders)),
         KERNELS="\n".join(kernels).rstrip(),
     )
@@ -52,14 +52,13 @@ def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], finger
 # --- sizes and tables -------------------------------------------------------------------------------------------------
 
 
-def _sizes(encoder: EncoderPlan, decoders: Sequence[DecoderPlan]) -> list[str]:
+def _sizes(encoder: EncoderPlan, has_many: bool) -> list[str]:
     width, action_dim, latent_dim = encoder.first.weight.shape[0], encoder.action_dim, encoder.latent_dim
     levels, has_constant_bins = encoder.num_levels, encoder.quantizer is not None
     # Four threads for each output, one for each hidden unit.
     wanted = max(width, 4 * max(action_dim, latent_dim))
     threads = min(-(-wanted // _WARP) * _WARP, _MOST_THREADS)
     epsilon = 0 if has_constant_bins else SIGMA_EPSILON
-    has_many = _encodes_many(encoder) or any(map(_decodes_many, decoders))
     fitting = [n for n in _WARPS if _staged_bytes(action_dim, latent_dim, encoder.num_layers, n) <= _SHARED_BYTES]
     return [
         f"constexpr int A = {action_dim}, D = {latent_dim}, L = {encoder.num_layers}, K = {levels}, H = {width};",
@@ -124,7 +123,7 @@ def _decoder(plan: DecoderPlan) -> list[str]:
             _member(signed, "fixed_weight(int d, int l)", f"{name}_TOKEN_WEIGHT[d][l]"),
             _member(signed, "latent_start(int d)", f"{name}_LATENT_START[d]"),
         ]
-        if _decodes_many(plan):
+        if _has_many(plan):
             lines.append(_device(f"{name}_WORD_WEIGHT", fixed.words(), "int"))
             members.append(_member("int", "word_weight(int d, int i)", f"{name}_WORD_WEIGHT[d][i]"))
     elif plan.latents is not None:
@@ -216,28 +215,21 @@ def fixed_point(weight: Array, bias: Array, num_levels: int) -> FixedPoint:
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
-def _encoder_kernels(plan: EncoderPlan, token: TokenType) -> list[str]:
+def _kernels(plan: Plan, token: TokenType) -> list[str]:
+    """One for few steps and, where the sizes suit it, one for many."""
     c_type = TOKEN_TYPES[token]
-    stats, passed = (", float *stats", "stats") if plan.has_stats else ("", "nullptr")
-    arguments = f"const float *actions, {c_type} *tokens{stats}, Steps steps"
-    kernels = [
-        _kernel(kernel_name(None, token, "few"), "FEW_THREADS", arguments, f"encode_few(actions, tokens, {passed})")
-    ]
-    if _encodes_many(plan):
-        body = "encode_many<L>(actions, tokens, steps)"
-        kernels.append(_kernel(kernel_name(None, token, "many"), "WARP * WARPS", arguments, body))
-    return kernels
-
-
-def _decoder_kernels(plan: DecoderPlan, token: TokenType) -> list[str]:
-    c_type, decoder = TOKEN_TYPES[token], f"L{plan.prefix}"
-    stats, passed = ("const float *stats, ", "stats") if plan.has_stats else ("", "nullptr")
-    arguments = f"const {c_type} *tokens, {stats}float *actions, Steps steps"
-    body = f"decode_few<{decoder}>(tokens, {passed}, actions)"
-    kernels = [_kernel(kernel_name(plan.prefix, token, "few"), "FEW_THREADS", arguments, body)]
-    if _decodes_many(plan):
-        body = f"decode_many<{decoder}>(tokens, actions, steps)"
-        kernels.append(_kernel(kernel_name(plan.prefix, token, "many"), "WARP * WARPS", arguments, body))
+    if isinstance(plan, EncoderPlan):
+        stats, passed = (", float *stats", "stats") if plan.has_stats else ("", "nullptr")
+        prefix, arguments = None, f"const float *actions, {c_type} *tokens{stats}, Steps steps"
+        few, many = f"encode_few(actions, tokens, {passed})", "encode_many<L>(actions, tokens, steps)"
+    else:
+        stats, passed = ("const float *stats, ", "stats") if plan.has_stats else ("", "nullptr")
+        prefix, arguments = plan.prefix, f"const {c_type} *tokens, {stats}float *actions, Steps steps"
+        few = f"decode_few<L{prefix}>(tokens, {passed}, actions)"
+        many = f"decode_many<L{prefix}>(tokens, actions, steps)"
+    kernels = [_kernel(kernel_name(prefix, token, "few"), "FEW_THREADS", arguments, few)]
+    if _has_many(plan):
+        kernels.append(_kernel(kernel_name(prefix, token, "many"), "WARP * WARPS", arguments, many))
     return kernels
 
 
@@ -245,18 +237,15 @@ def _kernel(name: str, threads: str, arguments: str, body: str) -> str:
     return f'extern "C" __global__ void __launch_bounds__({threads}) {name}({arguments})\n{{\n    {body};\n}}\n'
 
 
-def _encodes_many(plan: EncoderPlan) -> bool:
-    return plan.quantizer is not None and _suits_many(plan, plan.num_layers)
-
-
-def _decodes_many(plan: DecoderPlan) -> bool:
-    return plan.own_tokens is not None and _suits_many(plan, plan.prefix)
-
-
-def _suits_many(plan: EncoderPlan | DecoderPlan, layers: int) -> bool:
-    """Whether the sizes suit the many kernels; else the few kernels take batches of every size."""
+def _has_many(plan: Plan) -> bool:
+    """Whether there are many kernels for it, by its kind and its sizes; else the few kernels take every batch."""
+    if isinstance(plan, EncoderPlan):
+        is_of_kind, layers = plan.quantizer is not None, plan.num_layers
+    else:
+        is_of_kind, layers = plan.own_tokens is not None, plan.prefix
     return (
-        plan.num_levels <= _MOST_LEVELS_OF_MANY
+        is_of_kind
+        and plan.num_levels <= _MOST_LEVELS_OF_MANY
         and plan.latent_dim * layers % 4 == 0
         and plan.latent_dim + plan.action_dim <= _REGISTERS
         and _staged_bytes(plan.action_dim, plan.latent_dim, layers, _WARPS[-1]) <= _SHARED_BYTES

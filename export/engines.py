@@ -8,12 +8,11 @@ from dataclasses import astuple, dataclass
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from rfsq.export.batches import Profile
 from rfsq.export.bundle_writer import StagedBundle
 from rfsq.export.c_builder import NO_COMPILER, compile_c, find_compiler
 from rfsq.export.errors import EngineBuildError, GateError, require_none
 from rfsq.export.progress import Phase, phase
-from rfsq.export.trt_builder import build_engine, differences, inspect_engine
+from rfsq.export.trt_builder import Profile, build_engine, differences, inspect_engine
 from rfsq.runtime.backends.contract import MOST_CHUNKS
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.backends.tensorrt_api import find_tensorrt
@@ -32,7 +31,7 @@ class EngineSources:
 
     content: of each graph and source; graphs: those of the form `reduce`; staged: the bundle in the making; profile:
     batch sizes B, for engines that are tuned for some; compute_capabilities: such as 8.9, none for what the library
-    builds by itself; c_targets_there: targets whose C library is in the bundle and stays.
+    builds by itself; present: engines that are in the bundle and stay.
     """
 
     staged: StagedBundle
@@ -40,7 +39,7 @@ class EngineSources:
     graphs: tuple[GraphEntry, ...]
     profile: Profile
     compute_capabilities: tuple[str, ...] = ()
-    c_targets_there: tuple[str, ...] = ()
+    present: tuple[EngineEntry, ...] = ()
 
 
 def compilable(*, to_run: bool) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -52,15 +51,31 @@ def compilable(*, to_run: bool) -> tuple[tuple[str, ...], dict[str, str]]:
     for name, spec in BACKENDS.items():
         if spec.engine_source is None or not spec.is_installed:
             continue
-        needs_gpu = spec.is_on_gpu and (to_run or spec.engine_source == "cuda")
-        if needs_gpu and (reason := _why_no_gpu()):
+        try:
+            _require_means(spec, to_run=to_run)
+        except BackendUnavailableError as error:
             if to_run:
-                reasons[name] = reason
-        elif reason := _why_not_compiled(spec):
-            reasons[name] = reason
+                reasons[name] = str(error)
+        except EngineBuildError as error:
+            reasons[name] = str(error)
         else:
             chosen.append(name)
     return tuple(chosen), reasons
+
+
+def _require_means(spec: BackendSpec, *, to_run: bool) -> None:
+    """Raises BackendUnavailableError where the GPU that is needed is not here, EngineBuildError without a compiler."""
+    if spec.is_on_gpu and (to_run or spec.engine_source == "cuda"):
+        _gpu()
+    if spec.engine_source == "c" and not find_compiler():
+        raise EngineBuildError(NO_COMPILER)
+    if spec.engine_source == "cuda":
+        from rfsq.runtime.backends.gpu.kernels import KernelError, nvrtc_version
+
+        try:
+            nvrtc_version()
+        except KernelError as error:
+            raise EngineBuildError(f"the generated CUDA is not compiled for {_gpu()}: {error}") from error
 
 
 def compile_engines(backend: str, sources: EngineSources) -> tuple[EngineEntry, ...]:
@@ -113,8 +128,9 @@ def _compile_c(backend: str, sources: EngineSources, current: Phase) -> tuple[En
     header, source = sources.content(C_HEADER), sources.content(C_SOURCE)
     engines = []
     least = host_targets()[-1]
+    there = {target for entry in sources.present if entry.backend == backend for target in entry.targets}
     for target in host_targets():
-        if target in sources.c_targets_there:
+        if target in there:
             continue
         try:
             library = compile_c(header.decode(), source.decode(), target)
@@ -177,29 +193,6 @@ def _written(sources: EngineSources, content: bytes, **known: Any) -> EngineEntr
 
 def _sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def _why_not_compiled(spec: BackendSpec) -> str:
-    """Empty where the compiler of this backend's engines is here."""
-    if spec.engine_source == "c":
-        return "" if find_compiler() else NO_COMPILER
-    if spec.engine_source == "cuda":
-        from rfsq.runtime.backends.gpu.kernels import KernelError, nvrtc_version
-
-        try:
-            nvrtc_version()
-        except KernelError as error:
-            return f"the generated CUDA is not compiled for {_gpu()}: {error}"
-    return ""
-
-
-def _why_no_gpu() -> str:
-    """Empty where there is one, with cuda-python to use it."""
-    try:
-        _gpu()
-    except BackendUnavailableError as error:
-        return str(error)
-    return ""
 
 
 def _only_target(backend: str) -> tuple[str, ...]:

@@ -23,10 +23,9 @@ def fingerprint(checkpoint: Checkpoint, mode: DeployMode) -> str:
     fitted anew.
     """
     tensors: dict[str, Tensor] = dict(checkpoint.weights)
-    if mode is DeployMode.CALIBRATED and checkpoint.constants is not None:
-        tensors |= {"calibrated.mean": checkpoint.constants.mean, "calibrated.scale": checkpoint.constants.scale}
-    if mode is DeployMode.CALIBRATED and checkpoint.readout is not None:
-        tensors |= {"readout.weight": checkpoint.readout.weight, "readout.bias": checkpoint.readout.bias}
+    if mode is DeployMode.CALIBRATED:
+        fitted = checkpoint.tensors().items()
+        tensors |= {name: tensor for name, tensor in fitted if name.startswith(("calibrated.", "readout."))}
     if mode is DeployMode.RECOVERED:
         full_depth = checkpoint.recovered[checkpoint.config.num_layers]
         tensors |= {"recovered.matrix": full_depth.matrix, "recovered.offset": full_depth.offset}

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from rfsq.export.plan import DeployMode, middle_level, plan_encoder, token_map
-from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq.export.plan import DeployMode, middle_level, plan_encoder
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, linear_layers
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.runtime.bundle.arrays import Float32Array, Float64Array
@@ -188,7 +188,7 @@ def _encoder_effects(model: ActionAutoencoder, found: _Edges) -> Tensor:
 
     Twice as many rows as constants: one too large, and one too small.
     """
-    first, second = _linear_layers(model.encoder)
+    first, second = linear_layers(model.encoder)
     quantizer = plan_encoder(model, DeployMode(model.conditioning.value), 1).quantizer
     parts = [first.weight, first.bias, second.weight, second.bias]
     if quantizer is not None:
@@ -223,8 +223,8 @@ def _affine_bins(latents: Tensor, ratio: Tensor, shift: Tensor, counts: Tensor) 
 @torch.no_grad()
 def _decoder_effects(model: ActionAutoencoder, pool: Tensor, prefix: int) -> Tensor:
     """[constants, N]: how often over the gate the action of a step's tokens is moved by `ERROR` of one constant."""
-    first, second = _linear_layers(model.decoder)
-    matrix, offset = (torch.from_numpy(part) for part in token_map(model, prefix))
+    first, second = linear_layers(model.decoder)
+    matrix, offset = model.token_map(prefix)
     folded, folded_bias = first.weight @ matrix, first.weight @ offset + first.bias
     # In one step and in two: engines have either.
     constants = sum(part.numel() for part in (folded, folded_bias, matrix, *model.decoder.parameters()))
@@ -255,13 +255,6 @@ def _layer_effects(weight: Tensor, bias: Tensor, inputs: Tensor, worth: Tensor) 
     """
     by_weight = torch.einsum("no,ni,oi->oin", worth, inputs.abs(), weight.abs())
     return by_weight.flatten(0, 1), (worth * bias.abs()).T
-
-
-def _linear_layers(part: nn.Sequential) -> tuple[nn.Linear, nn.Linear]:
-    first, second = part[0], part[2]
-    assert isinstance(first, nn.Linear)
-    assert isinstance(second, nn.Linear)
-    return first, second
 
 
 def _cover(effects: Tensor) -> npt.NDArray[np.int64]:

@@ -17,7 +17,7 @@ from polygraphy.logger import G_LOGGER
 
 # Before Polygraphy opens ONNX Runtime: switches its telemetry off.
 import rfsq.runtime.backends.onnxruntime  # noqa: F401
-from rfsq.runtime.bundle.comparison import action_errors, compare_tokens
+from rfsq.runtime.bundle.comparison import action_errors
 from rfsq.runtime.bundle.gates import GATES
 from rfsq.runtime.bundle.golden import Golden
 from rfsq.runtime.bundle.manifest import GraphEntry, ModelEntry
@@ -67,14 +67,7 @@ def _feed(entry: GraphEntry, golden: Golden) -> dict[str, npt.NDArray[Any]]:
 
 def _disagreement(entry: GraphEntry, golden: Golden, model: ModelEntry, outputs: _Arrays) -> str:
     if entry.role == "encoder":
-        compared = compare_tokens(
-            golden.tokens,
-            outputs["tokens"],
-            golden.margins,
-            golden.bounds,
-            num_levels=model.num_levels,
-            is_step_coupled=model.is_step_coupled,
-        )
+        compared = golden.compared(outputs["tokens"], model)
         if compared.num_wrong:
             return f"{compared.num_wrong} wrong tokens, first {compared.first_wrong}"
         if golden.stats is not None:

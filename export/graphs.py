@@ -15,14 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from rfsq.export.plan import (
-    Affine,
-    AffineQuantizer,
-    DecoderPlan,
-    EncoderPlan,
-    action_limit,
-    middle_level,
-)
+from rfsq.export.plan import Affine, AffineQuantizer, DecoderPlan, EncoderPlan, action_limit, middle_level
 from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
 
 #: Old enough for every TensorRT 10 and for ONNX Runtime since 1.14.

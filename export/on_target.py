@@ -7,16 +7,14 @@ from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
-from rfsq.export.batches import Profile
 from rfsq.export.bundle_writer import StagedBundle, stage_bundle
 from rfsq.export.engines import EngineSources, compilable, compile_engines
 from rfsq.export.errors import BuildInputError, EngineBuildError, ExportError, require_none
 from rfsq.export.progress import phase
 from rfsq.export.proving import failures, seal_proven
-from rfsq.runtime.backends.c import CBackend
+from rfsq.export.trt_builder import Profile
 from rfsq.runtime.backends.contract import Backend, engines_of
-from rfsq.runtime.backends.cpu_targets import host_targets
-from rfsq.runtime.backends.registry import create_backend, without_gpu_as_one
+from rfsq.runtime.backends.registry import create_backend, targets_here, without_gpu_as_one
 from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 from rfsq.runtime.bundle.errors import BackendUnavailableError, EngineRefusedError, InferenceError
@@ -110,9 +108,9 @@ def _present(config: TargetConfig, bundle: Bundle, golden: Golden) -> tuple[Engi
     found: list[EngineEntry] = []
     with ExitStack() as stack:
         for name in sorted(wanted):
-            for target in host_targets() if name == "c" else ("",):
+            for target in targets_here(name):
                 try:
-                    backend = CBackend(bundle, target) if target else create_backend(name, bundle)
+                    backend = create_backend(name, bundle, target)
                 except (BackendUnavailableError, EngineRefusedError, InferenceError):
                     continue
                 stack.callback(backend.close)
@@ -137,8 +135,8 @@ def _is_current(entry: EngineEntry, backend: Backend, bundle: Bundle, profile: P
 
 
 def _is_complete(name: str, present: Sequence[EngineEntry]) -> bool:
-    targets = {target for entry in present if entry.backend == name for target in entry.targets or ("",)}
-    return targets >= {*host_targets()} if name == "c" else bool(targets)
+    targets = {target for entry in present if entry.backend == name for target in ("", *entry.targets)}
+    return targets.issuperset(targets_here(name))
 
 
 def _add_all(
@@ -150,9 +148,9 @@ def _add_all(
 ) -> Manifest:
     """Raises _CannotRunError where not all of them can be made and run here."""
     with stage_bundle(config.bundle, overwrite=True) as staged:
-        there = tuple(target for entry in present if entry.backend == "c" for target in entry.targets)
+        there = {(entry.backend, entry.device) for entry in present}
         sources = EngineSources(
-            staged, bundle.content, bundle.manifest.graphs_of("reduce"), config.profile, c_targets_there=there
+            staged, bundle.content, bundle.manifest.graphs_of("reduce"), config.profile, present=tuple(present)
         )
         added: tuple[EngineEntry, ...] = ()
         for name in dict.fromkeys(backends):
@@ -165,7 +163,7 @@ def _add_all(
         def judge(opened: Sequence[Backend], absent: Mapping[str, str]) -> tuple[ParityEntry, ...]:
             if absent:
                 raise _CannotRunError(absent)
-            new = [backend for backend in opened if backend.name != "c" or backend.device not in there]
+            new = [backend for backend in opened if (backend.name, backend.device) not in there]
             here = {(backend.name, backend.device) for backend in new}
             before = (entry for entry in bundle.manifest.parity if (entry.backend, entry.device) not in here)
             return (*before, *_proven(golden, bundle, new, has_details=config.has_details))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from rfsq.calibration.recovered import default_prefixes
 from rfsq.export.errors import BuildInputError
-from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, linear_layers
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.runtime.bundle.arrays import Float32Array, Float64Array
 
@@ -133,17 +133,20 @@ class DecoderPlan:
         return by_latent[np.arange(self.latent_dim), np.arange(self.latent_dim)]
 
 
+Plan = EncoderPlan | DecoderPlan
+
+
 def plan_encoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int) -> EncoderPlan:
     """Fold a float64 reference model into an encoder."""
     _require(model, mode)
-    weight, bias = _linear(model.encoder[0])
+    (weight, bias), second = map(_linear, linear_layers(model.encoder))
     return EncoderPlan(
         chunk_length=chunk_length,
         num_layers=model.config.num_layers,
         num_levels=model.config.num_levels,
         offset=_offset(model),
         first=_affine(weight / _numpy(model.units), bias),
-        second=_affine(*_linear(model.encoder[2])),
+        second=_affine(*second),
         quantizer=None if model.conditioning is Conditioning.DYNAMIC else _affine_quantizer(model),
         has_stats=mode.has_stats,
     )
@@ -152,13 +155,12 @@ def plan_encoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int) 
 def plan_decoder(model: ActionAutoencoder, mode: DeployMode, chunk_length: int, prefix: int) -> DecoderPlan:
     """Fold a float64 reference model into a decoder of the first `prefix` layers."""
     _require(model, mode)
-    weight, bias = _linear(model.decoder[0])
+    (weight, bias), (last_weight, last_bias) = map(_linear, linear_layers(model.decoder))
     hidden, latents = _affine(weight, bias), None
     if not mode.has_stats:
-        matrix, offset = token_map(model, prefix)
+        matrix, offset = map(_numpy, model.token_map(prefix))
         latents = _affine(matrix, offset)
         weight, bias = weight @ matrix, weight @ offset + bias
-    last_weight, last_bias = _linear(model.decoder[2])
     units = _numpy(model.units)
     return DecoderPlan(
         chunk_length=chunk_length,
@@ -196,17 +198,6 @@ def action_limit(plan: EncoderPlan) -> float:
             f"{rests.max():.3g}; the training diverged, or the normaliser is not the one of this checkpoint"
         )
     return float(10.0 ** np.floor(np.log10(limit)))
-
-
-def token_map(model: ActionAutoencoder, prefix: int) -> tuple[Float64Array, Float64Array]:
-    """matrix [D, D * prefix] and offset [D] with latents = matrix @ tokens.flatten() + offset.
-
-    Read off the reference itself, column by column: decoding is affine in the tokens.
-    """
-    inputs = model.config.latent_dim * prefix
-    probes = torch.cat((torch.zeros(1, inputs), torch.eye(inputs))).long()
-    latents = _numpy(model.dequantize(probes.reshape(-1, model.config.latent_dim, prefix)))
-    return (latents[1:] - latents[0]).T, latents[0]
 
 
 def middle_level(num_levels: int) -> int:
@@ -255,8 +246,7 @@ def _require(model: ActionAutoencoder, mode: DeployMode) -> None:
         )
 
 
-def _linear(layer: nn.Module) -> tuple[Float64Array, Float64Array]:
-    assert isinstance(layer, nn.Linear)
+def _linear(layer: nn.Linear) -> tuple[Float64Array, Float64Array]:
     return _numpy(layer.weight), _numpy(layer.bias)
 
 

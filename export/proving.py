@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from rfsq.export.bundle_writer import StagedBundle
-from rfsq.runtime.backends.c import CBackend
 from rfsq.runtime.backends.contract import Backend, engines_of
-from rfsq.runtime.backends.cpu_targets import host_targets
-from rfsq.runtime.backends.registry import create_backend
+from rfsq.runtime.backends.registry import create_backend, targets_here
 from rfsq.runtime.bundle.backend_specs import BACKENDS
 from rfsq.runtime.bundle.errors import BackendUnavailableError
 from rfsq.runtime.bundle.folder import Bundle, open_bundle
@@ -50,26 +48,26 @@ def opened_backends(
     wanted: None for all. Engines that are asked for may be for another machine. Raises BackendUnavailableError where
     one that is required does not run.
     """
-    engines = {entry.backend for entry in bundle.manifest.engines}
-    compiled = [entry.targets[0] for entry in bundle.manifest.engines if entry.backend == "c"]
+    engines = {(entry.backend, target) for entry in bundle.manifest.engines for target in ("", *entry.targets)}
     with contextlib.ExitStack() as stack:
         backends: list[Backend] = []
         absent: dict[str, str] = {}
         # What runs graphs as they are comes first.
         for spec in sorted(BACKENDS.values(), key=lambda spec: spec.engine_source is not None):
-            is_wanted = wanted is None or spec.name in (*wanted, *required)
-            if not is_wanted or (spec.engine_source is not None and spec.name not in engines):
+            if wanted is not None and spec.name not in (*wanted, *required):
                 continue
-            if spec.engine_source == "c":
-                # Of this machine's own kinds all run, the lesser ones too.
-                backends += [CBackend(bundle, target) for target in host_targets() if target in compiled]
-                continue
-            try:
-                backends.append(stack.enter_context(contextlib.closing(create_backend(spec.name, bundle))))
-            except BackendUnavailableError as error:
-                if spec.name in required:
-                    raise
-                absent[spec.name] = str(error)
+            # Of this machine's own kinds all run, the lesser ones too.
+            for target in targets_here(spec.name):
+                if spec.engine_source is not None and (spec.name, target) not in engines:
+                    continue
+                try:
+                    backend = create_backend(spec.name, bundle, target)
+                except BackendUnavailableError as error:
+                    if spec.name in required or target:
+                        raise
+                    absent[spec.name] = str(error)
+                else:
+                    backends.append(stack.enter_context(contextlib.closing(backend)))
         yield backends, absent
 
 

@@ -10,10 +10,26 @@ from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Literal
 
-from rfsq.export.batches import Profile
-from rfsq.export.errors import EngineBuildError
+from rfsq.export.errors import BuildInputError, EngineBuildError
+from rfsq.runtime.backends.contract import MOST_CHUNKS
 from rfsq.runtime.backends.tensorrt_api import EngineTensor, NoDeviceError, ProfileShapes, TrtApi, find_tensorrt
 from rfsq.runtime.bundle.manifest import GraphEntry
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Batch sizes B of an engine: smallest, tuned for, largest. T is fixed in the graph."""
+
+    minimum: int = 1
+    optimum: int = 1
+    maximum: int = 4096
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum <= MOST_CHUNKS:
+            raise BuildInputError(
+                f"profile has minimum {self.minimum}, optimum {self.optimum}, maximum {self.maximum}; "
+                f"expected 1 <= minimum <= optimum <= maximum <= {MOST_CHUNKS}"
+            )
 
 
 @dataclass(frozen=True)

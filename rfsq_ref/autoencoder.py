@@ -99,6 +99,14 @@ class StepAutoencoder(nn.Module):
         return actions
 
 
+def linear_layers(network: nn.Sequential) -> tuple[nn.Linear, nn.Linear]:
+    """Those of an encoder or a decoder."""
+    first, second = network[0], network[2]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
+    return first, second
+
+
 class ActionAutoencoder(StepAutoencoder):
     """Encoder, residual quantiser, decoder: actions to tokens and back.
 
@@ -163,3 +171,13 @@ class ActionAutoencoder(StepAutoencoder):
     def decode(self, tokens: Tensor, stats: Tensor | None = None) -> Tensor:
         """tokens [..., D, l] to actions [..., A]; see `dequantize` for what a `dynamic` model needs."""
         return self.decode_latents(self.dequantize(tokens, stats))
+
+    def token_map(self, prefix: int) -> tuple[Tensor, Tensor]:
+        """matrix [D, D * prefix] and offset [D] with latents = matrix @ tokens.flatten() + offset.
+
+        Read off `dequantize`, column by column: decoding is affine in the tokens. Raises as that does.
+        """
+        inputs = self.config.latent_dim * prefix
+        probes = torch.cat((torch.zeros(1, inputs), torch.eye(inputs))).long()
+        latents = self.dequantize(probes.reshape(-1, self.config.latent_dim, prefix))
+        return (latents[1:] - latents[0]).T, latents[0]

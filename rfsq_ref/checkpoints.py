@@ -26,7 +26,7 @@ from rfsq.rfsq_ref.published_checkpoints import (
     take_weights,
 )
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
-from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
+from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors, other_format
 from rfsq.runtime.bundle.advice import quoted
 from rfsq.runtime.bundle.paths import as_path, shown
 from rfsq.runtime.bundle.reading import UnfitFileError, parse_json, read_file
@@ -157,6 +157,8 @@ def load_checkpoint(
         raise CheckpointError(f"no checkpoint at {path}{reason}; train one with {quoted('train')}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}; check its permissions") from error
+    if other := other_format(content):
+        raise CheckpointError(f"{path} is no checkpoint but {other}")
     metadata: Mapping[str, str] = {}
     if path.suffix == SUFFIX:
         tensors, metadata = _read_safetensors(content, path)

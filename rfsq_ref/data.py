@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.runtime.bundle.paths import as_path, counted, shortlist
 from rfsq.runtime.datasets.array_layouts import are_comparable, choose_arrays
-from rfsq.runtime.datasets.episodes import WholePass
+from rfsq.runtime.datasets.episodes import LARGEST_ACTION, WholePass
 from rfsq.runtime.datasets.errors import DatasetError, SourceError
 from rfsq.runtime.datasets.npz import HeldArray, array_source
 from rfsq.runtime.datasets.source_base import Source
@@ -123,21 +123,19 @@ def _checked(actions: _AnyArray, label: str) -> FloatArray:
             "dimensions], at least one step: convert them with .astype(np.float32) if these are actions, or name the "
             "action array with key="
         )
-    _require_finite(actions, label, "expected finite numbers: repair or drop this episode")
+    kept = actions
     if actions.flags.writeable or actions.dtype != np.float32 or not actions.flags.c_contiguous:
         with np.errstate(over="ignore"):
-            narrowed = np.array(actions, np.float32, order="C")
-        _require_finite(narrowed, label, f"too large for float32 (it was {actions.dtype}): scale the data")
-        narrowed.flags.writeable = False
-        actions = narrowed
-    return actions
-
-
-def _require_finite(actions: _AnyArray, label: str, advice: str) -> None:
-    finite = np.isfinite(actions)
-    if not finite.all():
-        step, dimension = map(int, np.argwhere(~finite)[0])
-        raise DataError(f"{label}, step {step}, dimension {dimension}: {actions[step, dimension]}; {advice}")
+            kept = np.array(actions, np.float32, order="C")
+        kept.flags.writeable = False
+    legal = np.abs(kept) <= LARGEST_ACTION
+    if not legal.all():
+        step, dimension = map(int, np.argwhere(~legal)[0])
+        raise DataError(
+            f"{label}, step {step}, dimension {dimension}: {actions[step, dimension]}; expected finite numbers of at "
+            f"most {LARGEST_ACTION:g}: repair or drop this episode"
+        )
+    return kept
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
@@ -171,7 +169,7 @@ def load_demonstrations() -> ActionDataset:
 
 def _load_source(path: Path, source: Source) -> ActionDataset:
     """The whole of an open source, with every check of a conversion. path: what was opened. Raises SourceError."""
-    whole = WholePass(source, source.width, np.finfo(np.float32).max)
+    whole = WholePass(source, source.width)
     with readable(source.name, source.kind):
         actions = np.empty((source.num_steps, source.width), np.float32)
     for start, steps in whole:

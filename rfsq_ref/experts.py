@@ -4,10 +4,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from rfsq.rfsq_ref.expert import Expert, Phase
-from rfsq.rfsq_ref.expert_poses import (
+from rfsq.rfsq_ref.expert import (
     Array,
+    Expert,
     Observation,
+    Phase,
     Pose,
     Target,
     about_z,

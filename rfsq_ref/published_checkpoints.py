@@ -22,13 +22,7 @@ from rfsq.rfsq_ref.left_statistics import left_statistics
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.tensor_files import DamagedFileError, load_torch
 from rfsq.runtime.bundle.checkpoint_layouts import GRID_NAME, GRID_TOLERANCE, UNUSED_NAME, WEIGHTS_KEY, weight_shapes
-from rfsq.runtime.bundle.checkpoint_states import (
-    DEFAULTS,
-    FoundState,
-    find_states,
-    is_average,
-    is_tensor_name,
-)
+from rfsq.runtime.bundle.checkpoint_states import DEFAULTS, FoundState, find_states, is_average, is_tensor_name
 from rfsq.runtime.bundle.paths import shortlist, shown
 
 #: Facts beside the weights that become provenance.
@@ -233,7 +227,7 @@ def _reason(error: Exception) -> str:
     """One line of torch's message: the one that says what is unsupported, else the first."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "unsupported" in line.lower()] or lines or ["no message"]
-    return f"{type(error).__name__}: {telling[0][:200]}"
+    return telling[0][:200]
 
 
 def _check_stored(name: str, tensor: Tensor, path: Path) -> None:

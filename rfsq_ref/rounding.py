@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 
-from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
+from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, linear_layers
 from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON, Conditioning, ResidualQuantizer
 
 #: Unit roundoff of float32.
@@ -141,9 +141,7 @@ def _blocks(values: Tensor, dims: int) -> tuple[Tensor, ...]:
 
 
 def _latent_noise(model: ActionAutoencoder, actions: Tensor) -> _Noise:
-    first, second = model.encoder[0], model.encoder[2]
-    assert isinstance(first, nn.Linear)
-    assert isinstance(second, nn.Linear)
+    first, second = linear_layers(model.encoder)
     weight = first.weight / model.units
     # The offset is taken off before anything is summed, so that what rounds is what is left of the action.
     from_offset = actions - model.offset

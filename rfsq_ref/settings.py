@@ -16,7 +16,7 @@ class NormaliserKind(StrEnum):
 
 
 #: What a command takes for `--normaliser`.
-NORMALISER_CHOICES = ("auto", "none", *NormaliserKind)
+NORMALISER_CHOICES = ("auto", "none", *map(str, NormaliserKind))
 
 
 def check_positive(settings: object, *names: str, error: type[Exception] = SettingsError) -> None:

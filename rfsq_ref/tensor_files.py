@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -14,10 +15,22 @@ from rfsq.runtime.bundle.errors import RfsqError
 from rfsq.runtime.bundle.reading import parse_json
 
 _ARCHIVE = b"PK\x03\x04"
+#: What files begin with that people have beside a checkpoint, and what these are.
+_OTHERS = {
+    rb"PK\x03\x04.{26}[^\0]{1,200}\.npy(?!/)": "an .npz file of numpy arrays; recorded actions go to --data",
+    rb"\x93NUMPY": "an .npy file, a numpy array; recorded actions go to --data",
+    rb"\x89HDF\r\n": "an HDF5 file; recorded actions go to --data",
+    rb"\x08[\1-\x20][\x12\x3a][^\0]": "an ONNX graph; give the checkpoint that it was exported from",
+}
 
 
 class DamagedFileError(RfsqError, ValueError):
     """A file whose content is not what its own checksums say."""
+
+
+def other_format(content: bytes) -> str:
+    """What this file is that holds no checkpoint, and what to do; empty where nothing is recognised."""
+    return next((kind for start, kind in _OTHERS.items() if re.match(start, content, re.DOTALL)), "")
 
 
 def load_torch(stream: BinaryIO) -> Any:

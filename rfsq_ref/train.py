@@ -71,8 +71,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     from rfsq.rfsq_ref.checkpoints import check_output
     from rfsq.rfsq_ref.data import DEMONSTRATIONS, load_actions
     from rfsq.rfsq_ref.normaliser_choice import chosen_normaliser, describe
-    from rfsq.rfsq_ref.training import make_deterministic
-    from rfsq.rfsq_ref.training_history import result_files
+    from rfsq.rfsq_ref.training import make_deterministic, result_files
 
     output: Path = options.output or Path(
         f"build/checkpoints/{'robust' if options.use_layernorm else 'naive'}.safetensors"
@@ -99,8 +98,7 @@ def _work(options: argparse.Namespace) -> Outcome:
 
 def _train(dataset: "ActionDataset", config: TrainConfig, path: Path) -> dict[str, Any]:
     """What is to be said of one model, after lines have said it."""
-    from rfsq.rfsq_ref.training import train
-    from rfsq.rfsq_ref.training_history import save_result
+    from rfsq.rfsq_ref.training import save_result, train
 
     result = train(dataset, config, show_progress=True)
     drawing = save_result(result, path)

@@ -25,8 +25,7 @@ from rfsq.rfsq_ref.data import load_actions, load_demonstrations
 from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.rfsq_ref.normaliser_choice import chosen_normaliser, describe
 from rfsq.rfsq_ref.settings import TrainConfig
-from rfsq.rfsq_ref.training import make_deterministic, train
-from rfsq.rfsq_ref.training_history import history_path, result_files, save_result
+from rfsq.rfsq_ref.training import history_path, make_deterministic, result_files, save_result, train
 from rfsq.runtime.bundle.paths import refuse_existing
 
 _ROOT = Path(__file__).resolve().parent.parent

@@ -130,6 +130,22 @@ def test_a_former_spelling_ends_with_the_new_one(
 
 
 @every_command
+def test_a_choice_that_there_is_not_is_answered_with_those_that_there_are(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = (getattr(module(name), "parser", None) or module(name)._parser)()
+    for action in parser._actions:
+        if not action.choices or not action.option_strings:
+            continue
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args([action.option_strings[-1], "nothing"])
+        # In their own words, not in Python's.
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert all(re.search(rf"(?:['( ]){re.escape(str(choice))}(?:['),]|$)", said) for choice in action.choices), said
+        assert "<" not in said
+
+
+@every_command
 def test_what_cannot_be_used_is_a_2_and_a_sentence(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

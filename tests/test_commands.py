@@ -149,7 +149,7 @@ def test_an_engine_is_added_on_a_robot_that_has_numpy_alone(bundle: Path, tmp_pa
 def test_a_training_without_matplotlib_keeps_its_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("rfsq.rfsq_ref.training_history.find_spec", lambda _: None)
+    monkeypatch.setattr("rfsq.rfsq_ref.training.find_spec", lambda _: None)
     arguments = ["--epochs", "1", "--num-episodes", "1", "--hidden-width", "8"]
     assert train.main([*arguments, "--output", str(tmp_path / "m.safetensors")]) == 0
     assert "no drawing of the curve: matplotlib is not installed" in capsys.readouterr().out

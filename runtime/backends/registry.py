@@ -29,8 +29,10 @@ GPU_BACKENDS = tuple(name for name, spec in BACKENDS.items() if spec.is_on_gpu)
 _GPU_TRACES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg", "/dev/nvhost-gpu")
 
 
-def factory_of(spec: BackendSpec) -> Callable[[Bundle], Backend]:
-    """What makes this backend for a bundle. Only now is its module imported, and the library with it.
+def factory_of(spec: BackendSpec) -> Callable[..., Backend]:
+    """What makes this backend for a bundle, and for a target where it has some.
+
+    Only now is its module imported, and the library with it.
 
     Raises BackendUnavailableError where a package is missing or does not load.
     """
@@ -46,18 +48,28 @@ def factory_of(spec: BackendSpec) -> Callable[[Bundle], Backend]:
             if spec.is_on_gpu
             else f"{spec.name} is installed but does not load: {error}; install it again with: {again}"
         ) from error
-    return lambda bundle: factory(bundle, *spec.arguments)
+    return lambda bundle, *target: factory(bundle, *spec.arguments, *target)
 
 
-def create_backend(name: str, bundle: Bundle) -> Backend:
+def targets_here(name: str) -> tuple[str, ...]:
+    """The kinds of this backend's engines that this machine runs, the best first; "" alone where there are no kinds."""
+    if not BACKENDS[name].has_targets:
+        return ("",)
+    from .cpu_targets import host_targets
+
+    return host_targets()
+
+
+def create_backend(name: str, bundle: Bundle, target: str = "") -> Backend:
     """The backend `name` for a bundle, not yet tested: see `select_backend`.
 
-    Raises BackendUnavailableError where it is unknown, not installed or does not accept the bundle's graphs.
+    target: one of `targets_here`; empty for the best that the bundle has. Raises BackendUnavailableError where it is
+    unknown, not installed or does not accept the bundle's graphs.
     """
     spec = BACKENDS.get(name)
     if spec is None:
         raise BackendUnavailableError(f"no backend {name!r}; there are {', '.join(('auto', *BACKENDS))}")
-    return factory_of(spec)(bundle)
+    return factory_of(spec)(bundle, *filter(None, [target]))
 
 
 def without_gpu_as_one(reasons: Mapping[str, str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..bundle.arrays import BoolArray, Float32Array, Int32Array
-from ..bundle.comparison import action_errors, compare_tokens
+from ..bundle.comparison import action_errors
 from ..bundle.errors import TokenizerError
 from ..bundle.gates import GATES, Check
 from ..bundle.golden import Golden
@@ -78,14 +78,7 @@ class _Run:
         except TokenizerError as error:
             yield Check(f"encode, {label}", np.inf, GATES.wrong_tokens, str(error))
             return
-        compared = compare_tokens(
-            golden.tokens,
-            tokens,
-            golden.margins,
-            golden.bounds,
-            num_levels=model.num_levels,
-            is_step_coupled=model.is_step_coupled,
-        )
+        compared = golden.compared(tokens, model)
         where = f"{compared.first_wrong}; per layer {compared.wrong.tolist()}"
         yield _located(f"encode, {label}: wrong tokens", compared.num_wrong, GATES.wrong_tokens, where)
         ties = compared.num_near_ties

@@ -12,8 +12,7 @@ from ..bundle.manifest import EngineEntry, GraphEntry, TensorEntry
 from .contract import EngineInUse, no_engine
 from .gpu.backend import GpuBackend
 from .gpu.driver import GpuDevice, open_device
-from .tensorrt_api import EngineTensor, TrtApi, find_tensorrt
-from .tensorrt_messages import quote
+from .tensorrt_api import EngineTensor, TrtApi, find_tensorrt, quote
 
 _LOG = logging.getLogger(__name__)
 

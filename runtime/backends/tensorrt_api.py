@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -17,10 +18,25 @@ from typing import Any, Literal, NamedTuple
 
 from ..bundle.backend_specs import BACKENDS, compiled_from, is_package_installed
 from ..bundle.errors import BackendUnavailableError, EngineRefusedError, InferenceError, OutOfGpuMemoryError
-from .tensorrt_messages import LogMessage, MessageHub, lacks_device, quote
 
+_LOG = logging.getLogger(__name__)
+
+#: All others, `INFO` and `VERBOSE`, are for debugging.
+_LEVELS = {"INTERNAL_ERROR": logging.CRITICAL, "ERROR": logging.ERROR, "WARNING": logging.WARNING}
 #: TensorRT's names of types that are not numpy's in capitals.
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class LogMessage:
+    """One message of TensorRT; `severity` is its own word, such as `WARNING`."""
+
+    severity: str
+    text: str
+
+    @property
+    def is_error(self) -> bool:
+        return self.severity in ("ERROR", "INTERNAL_ERROR")
 
 
 class NoDeviceError(BackendUnavailableError):
@@ -51,20 +67,32 @@ class TrtApi:
     """One TensorRT library, with the differences between its versions behind methods.
 
     backend: `tensorrt` or `tensorrt-rtx`; module: NVIDIA's Python module; logger: the one `ILogger` to give to
-    everything that is made from it.
+    everything that is made from it; collections: the lists that each of its messages is added to.
     """
 
     backend: str
     version: str
     module: Any
     logger: Any
-    #: Within the `with` block, a list that grows by every message of TensorRT.
-    collect_messages: Callable[[], contextlib.AbstractContextManager[list[LogMessage]]]
+    collections: list[list[LogMessage]]
 
     @property
     def tag(self) -> str:
         """Backend and version in one word fit for a file name: an engine runs only on the version that built it."""
         return f"{self.backend}-{self.version}"
+
+    @contextlib.contextmanager
+    def collect_messages(self) -> Iterator[list[LogMessage]]:
+        """A list that grows by every message of TensorRT until the block ends.
+
+        Who collects judges and quotes what comes, so meanwhile the log has it for debugging alone.
+        """
+        messages: list[LogMessage] = []
+        self.collections.append(messages)
+        try:
+            yield messages
+        finally:
+            self.collections[:] = [kept for kept in self.collections if kept is not messages]
 
     # --- building -------------------------------------------------------------------------------------------------
 
@@ -247,5 +275,31 @@ def find_tensorrt(backend: str) -> TrtApi:
 @cache
 def _api_of(backend: str, module: ModuleType) -> TrtApi:
     # Cached because TensorRT keeps the first logger it meets for the whole process and warns about any other.
-    hub = MessageHub()
-    return TrtApi(backend, str(vars(module).get("__version__", "unknown")), module, hub.logger_of(module), hub.collect)
+    collections: list[list[LogMessage]] = []
+
+    class ForwardingLogger(module.ILogger):  # type: ignore[misc,name-defined]  # the vendor module has no types
+        def __init__(self) -> None:
+            # pybind11 rejects an object whose base was initialised through super().
+            module.ILogger.__init__(self)
+
+        def log(self, severity: Any, text: str) -> None:
+            # TensorRT calls this from C++ code that cannot take an exception: it would end the process.
+            with contextlib.suppress(Exception):
+                for messages in tuple(collections):
+                    messages.append(LogMessage(severity.name, text))
+                level = logging.DEBUG if collections else _LEVELS.get(severity.name, logging.DEBUG)
+                _LOG.log(level, "TensorRT %s: %s", severity.name, text)
+
+    version = str(vars(module).get("__version__", "unknown"))
+    return TrtApi(backend, version, module, ForwardingLogger(), collections)
+
+
+def quote(messages: Sequence[LogMessage]) -> str:
+    """Its errors, each once."""
+    return " | ".join(dict.fromkeys(message.text for message in messages if message.is_error))
+
+
+def lacks_device(messages: Sequence[LogMessage]) -> bool:
+    """Whether CUDA stopped TensorRT: its error comes first; after a faulty engine's own error it only follows."""
+    first = next((message.text for message in messages if message.is_error), "")
+    return re.search(r"cudaError|Cuda Runtime|CUDA (initialization|driver)", first) is not None

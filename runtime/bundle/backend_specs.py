@@ -22,7 +22,8 @@ class BackendSpec:
     is_on_gpu: it takes arrays of the GPU where they lie, whose values the host does not read, so in calls of any size
     it marks what is illegal (`MarksIllegalValues`). survives_fork: a child of fork may call what its parent has loaded;
     without, the call raises InferenceError. checked_steps: in calls of up to so many steps it checks values itself and
-    raises IllegalValueError.
+    raises IllegalValueError. has_targets: one machine runs several kinds of its engines, each for another kind of
+    processor (`backends/cpu_targets.py`); the factory takes the kind as its last argument, and the best one without.
 
     >>> BACKENDS["c"].is_on_gpu, BACKENDS["cuda"].engine_source
     (False, 'cuda')
@@ -38,6 +39,7 @@ class BackendSpec:
     is_on_gpu: bool = False
     survives_fork: bool = False
     checked_steps: int = 0
+    has_targets: bool = False
 
     @property
     def install(self) -> str:
@@ -73,7 +75,7 @@ def is_package_installed(name: str) -> bool:
 
 _SPECS = (
     # Its calls check all values before they compute: those of 64 steps stay in the processor's first cache.
-    BackendSpec("c", ("c", "CBackend"), "c", survives_fork=True, checked_steps=64),
+    BackendSpec("c", ("c", "CBackend"), "c", survives_fork=True, checked_steps=64, has_targets=True),
     BackendSpec(
         "cuda",
         ("cuda", "CudaBackend"),

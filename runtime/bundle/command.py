@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -156,6 +157,12 @@ class CommandParser(argparse.ArgumentParser):
                 metavar={int: "N", float: "X"}.get(type(default), "NAME"),
                 help=f"{text}; default: %(default)s",
             )
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # argparse itself would name the class, and not the choices.
+        if isinstance(action.type, type) and issubclass(action.type, StrEnum) and arg_string not in list(action.type):
+            raise argparse.ArgumentError(action, f"{arg_string!r} is not known; expected {', '.join(action.type)}")
+        return super()._get_value(action, arg_string)
 
     def refuse_former(self, option: str, advice: str | Callable[[], str]) -> None:
         """An option of former versions ends the command; advice: what is given in its place, or what says it."""

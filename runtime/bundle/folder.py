@@ -145,7 +145,19 @@ def _open_folder(folder: Path) -> OpenFolder:
         found = "a file, not a folder" if folder.exists() else "nothing"
     except OSError as error:
         raise BundleError(f"{folder} cannot be read: {error}; check its permissions") from error
-    raise BundleError(f"no bundle at {folder}: found {found}; give the folder that {quoted('build')} wrote")
+    # Not above: where all is well they would only take time to load.
+    import glob
+    import shlex
+
+    # Where export/bundle_writer.py cannot exchange two folders, a build that is killed between two renames leaves this.
+    aside = next(folder.absolute().parent.glob(f".{glob.escape(folder.name)}.staged-*/old"), None)
+    advice = (
+        "a build that was killed has set aside the one that was there: put it back with "
+        + shlex.join(["mv", str(aside), str(folder)])
+        if aside
+        else f"give the folder that {quoted('build')} wrote"
+    )
+    raise BundleError(f"no bundle at {folder}: found {found}; {advice}")
 
 
 def _read_manifest(folder: Path, opened: OpenFolder) -> str:

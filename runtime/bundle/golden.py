@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import AnyArray, Float32Array, Float64Array, Int32Array
+from .arrays import AnyArray, Float32Array, Float64Array, Int32Array, IntegerArray
+from .comparison import TokenComparison, compare_tokens
 from .errors import BundleError
 from .gates import GATES, highest_bounds, highest_limit
 from .manifest import GOLDEN_NAME, ModelEntry
@@ -48,6 +49,11 @@ class Golden:
     decoded: Mapping[int, Float64Array]
     near_tie_cap: int
     flip_tolerance: float
+
+    def compared(self, tokens: IntegerArray, model: ModelEntry) -> TokenComparison:
+        """How the tokens that an implementation gives for `actions` differ."""
+        expected = self.tokens, tokens, self.margins, self.bounds
+        return compare_tokens(*expected, num_levels=model.num_levels, is_step_coupled=model.is_step_coupled)
 
     def every(self, stride: int) -> Golden:
         """Every stride-th chunk. The cap shrinks in proportion, but for the scatter of a count so small."""

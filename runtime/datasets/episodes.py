@@ -12,6 +12,9 @@ from .source_base import Source
 from .steps import EpisodeTable, Int64Array, Steps, lengths_to_starts
 
 _SLICE_STEPS = 65_536
+#: |action| that recorded data may hold at most. Larger ones are damage: those that a bundle knows end at 2e19, by the
+#: units and offsets that it may have (`bundle/folder.py`).
+LARGEST_ACTION = 1e20
 
 #: Steps of one episode that follow one another: its number, the first and the last frame, and how many steps.
 Run = tuple[int, int, int, int]
@@ -78,28 +81,30 @@ def _first_difference(stated: EpisodeTable, found: EpisodeTable) -> str:
     return ""
 
 
-def check_values(steps: Steps, source: Source, first_row: int, limit: np.float32) -> None:
-    """Raises IllegalActionError for an action that is not finite or beyond the limit."""
-    illegal = np.argwhere(~(np.abs(steps.values) <= limit))
-    if illegal.size:
-        row, dimension = (int(place) for place in illegal[0])
-        raise IllegalActionError(
-            f"{source.file_of(first_row + row)}, episode {steps.episode[row]}, step {steps.frame[row]}, dimension "
-            f"{dimension}: {steps.values[row, dimension]}; expected finite numbers of at most {float(limit):g}: repair "
-            "or drop this episode"
-        )
+def check_values(steps: Steps, source: Source, first_row: int, limit: float) -> None:
+    """Raises IllegalActionError for an action that is not finite or beyond the limit, or beyond LARGEST_ACTION."""
+    values, most = steps.values, min(float(limit), LARGEST_ACTION)
+    # A NaN is the maximum of any array that holds one, and no comparison with it is true.
+    if np.maximum.reduce(values, None, initial=0) <= most and np.minimum.reduce(values, None, initial=0) >= -most:
+        return
+    row, dimension = map(int, np.argwhere(~(np.abs(values) <= most))[0])
+    raise IllegalActionError(
+        f"{source.file_of(first_row + row)}, episode {steps.episode[row]}, step {steps.frame[row]}, dimension "
+        f"{dimension}: {values[row, dimension]}; expected finite numbers of at most {most:g}: repair or drop this "
+        "episode"
+    )
 
 
 class WholePass:
     """All slices of a source in ascending order, the first row of each and its steps, with every check of a conversion.
 
-    Iterate once. width: values of a step; limit: of a legal action; episodes: all of them, after the last slice. Raises
-    SourceError, to begin with and on the way, and IllegalActionError.
+    Iterate once. width: values of a step; limit: of a legal action, where a model has one; episodes: all of them, after
+    the last slice. Raises SourceError, to begin with and on the way, and IllegalActionError.
     """
 
     episodes: EpisodeTable
 
-    def __init__(self, source: Source, width: int, limit: np.float32) -> None:
+    def __init__(self, source: Source, width: int, limit: float = LARGEST_ACTION) -> None:
         source.check()
         self._source, self._width, self._limit = source, width, limit
 

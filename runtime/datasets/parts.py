@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.errors import InvalidInputError
 from ..bundle.manifest import FileEntry
 from ..bundle.reading import build
 from ..tokenizer import ActionTokenizer
@@ -145,7 +144,7 @@ class PartMaker:
     """Makes parts in one thread, with a reader of its own. Parts in ascending order are read fastest."""
 
     def __init__(self, job: Job, tokenizer: ActionTokenizer) -> None:
-        self._job, self._limit = job, np.float32(tokenizer.model.action_limit)
+        self._job, self._limit = job, float(np.float32(tokenizer.model.action_limit))
         self._coder = StepCoder(tokenizer)
         self._reader = job.source.open(job.source_width)
 
@@ -177,11 +176,8 @@ class PartMaker:
     def _code(self, steps: Steps, first_row: int) -> AnyArray:
         if self._job.content == "actions":
             return self._coder.decode(steps.values)
-        try:
-            return self._coder.encode(steps.values)
-        except InvalidInputError:
-            check_values(steps, self._job.source, first_row, self._limit)
-            raise
+        check_values(steps, self._job.source, first_row, self._limit)
+        return self._coder.encode(steps.values)
 
 
 def _digests(steps: Steps) -> list[str]:

@@ -163,7 +163,7 @@ def measure(old: Side, new: Side, source: Source) -> Measurement:
     if not source.num_steps:
         raise InvalidInputError(f"{source.name} has no steps; expected at least one")
     equal, differing = np.zeros(depth, np.int64), 0
-    limit = np.float32(min(old.model.action_limit, new.model.action_limit))
+    limit = float(np.float32(min(old.model.action_limit, new.model.action_limit)))
     for _, steps in WholePass(source, old.model.action_dim, limit):
         actions = steps.values
         codes = {side: side.encode(actions) for side in (old, new)}

@@ -74,6 +74,16 @@ def small_fit(seed: int) -> SmallFit:
     )
 
 
+@cache
+def hardly_trained() -> tuple[Checkpoint, ActionDataset]:
+    """A model after one epoch, and its data: a refit to these would need weights that float32 cannot serve."""
+    generator = np.random.default_rng(1)
+    make, _ = _walk(generator, 14)
+    episodes = tuple(make(generator, 100, 0.0).astype(np.float32) for _ in range(40))
+    data = ActionDataset(episodes, tuple(map(str, range(40))), ("",) * 40, "random walk")
+    return train(data, TrainConfig(epochs=1, normaliser=suggested_normaliser(data))).checkpoint, data
+
+
 #: How far the calibration and the held-out episodes are moved.
 _ALIKE = (0.0, 0.0)
 _Episode = Callable[[np.random.Generator, int, float], Array]

@@ -20,6 +20,8 @@ from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit, split_episodes
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.quantizer import Conditioning
+from rfsq.runtime.bundle.gates import GATES
+from tests.calibration.small_fits import hardly_trained
 from tests.rfsq_ref.models import make_model
 
 
@@ -202,16 +204,48 @@ def test_a_refusal_names_the_rule_and_its_figure(
     assert "as --readout on asks for" in fit_readout(robust, split.calibration, on()).remark
 
 
+def test_a_refit_with_weights_that_float32_cannot_serve_is_left_out() -> None:
+    """The gate of a build would rightly refuse the one that wins by most."""
+    checkpoint, data = hardly_trained()
+    steps = torch.from_numpy(data.steps()[:1000])
+
+    def float32_error(fitted: Checkpoint) -> float:
+        reference, model = (
+            fitted.model(Conditioning.CALIBRATED, dtype=each) for each in (torch.float64, torch.float32)
+        )
+        shape = reference.encode(steps.double())[0].shape[1:]
+        tokens = torch.randint(7, (50_000, *shape), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            return float(((reference.decode(tokens) - model.decode(tokens).double()) / reference.units).abs().max())
+
+    asked = calibrate(checkpoint, data, CalibrationConfig(), on(1e-5))
+    assert float32_error(asked) > GATES.action_error
+    assert "its weights are so large that float32 could err by" in asked.provenance["calibrated"]["remark"]
+    kept = calibrate(checkpoint, data, CalibrationConfig())
+    assert kept.readout is not None
+    assert float32_error(kept) < GATES.action_error / 2
+    none = calibrate(checkpoint, data, CalibrationConfig(), ReadoutConfig(ridge=1e-5))
+    assert none.readout is None
+    assert "stays as it was trained: refitted" in none.provenance["calibrated"]["remark"]
+    assert "and a build allows 1e-05: train the model longer" in none.provenance["calibrated"]["remark"]
+
+
 @pytest.mark.parametrize(
     ("found", "rule"),
     [
         ({"certainty": 0.5}, "the gain is 0.5 times its standard error, and more than 1.5 is asked for"),
         ({"lost": "in the robot's units it loses"}, "in the robot's units it loses"),
         ({"random_ratio": 1.25}, "random actions from the range that the model was trained for would have 1.25 times"),
+        (
+            {"float32_error": 2e-5},
+            "so large that float32 could err by 2e-05 normalised units, and a build allows 1e-05",
+        ),
     ],
 )
 def test_each_rule_refuses_in_words_of_its_own(found: dict[str, float | str], rule: str) -> None:
-    passes = module._Candidate(0.1, 0.5, certainty=3.0, needed=1.5, lost="", random_ratio=0.9, most_random=1.0)
+    passes = module._Candidate(
+        0.1, 0.5, certainty=3.0, needed=1.5, lost="", random_ratio=0.9, most_random=1.0, float32_error=1e-5
+    )
     assert passes.objection == ""
     assert "the gain is 3 times its standard error (1.5 is asked for)" in passes.remark(is_kept=True)
     refused = replace(passes, **found)

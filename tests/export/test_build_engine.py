@@ -25,16 +25,16 @@ from rfsq.calibration.fitting import calibrate
 from rfsq.calibration.readout import held_out_warning
 from rfsq.calibration.settings import CalibrationConfig, ReadoutChoice, ReadoutConfig, RecoveredConfig
 from rfsq.export import engines, pipeline, sources, trt_builder
-from rfsq.export.batches import Profile
 from rfsq.export.build_engine import config_of, main, parser, verdict
 from rfsq.export.c_builder import find_compiler
 from rfsq.export.errors import GateError
 from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graphs import LinearForm
-from rfsq.export.judging import closing_tables
+from rfsq.export.parity import closing_tables
 from rfsq.export.pipeline import BuildConfig, build
 from rfsq.export.plan import DeployMode
 from rfsq.export.reference import AS_TRAINED, REFITTED
+from rfsq.export.trt_builder import Profile
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import EpisodeSplit, chunk, load_actions
@@ -50,6 +50,7 @@ from rfsq.runtime.bundle.golden import Golden
 from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, MANIFEST_NAME, Manifest, ParityEntry
 from tests.backends import without_packages
 from tests.bundles import bundle_files, graph_file
+from tests.calibration.small_fits import hardly_trained
 from tests.export.machine import needs_no_gpu, needs_rtx
 from tests.rfsq_ref.published_model import ActionRFSQAE
 from tests.rfsq_ref.units import normalise, restore
@@ -627,6 +628,18 @@ def test_chunk_length_and_prefixes_do_not_change_the_fingerprint(
     assert manifest.fingerprint == open_bundle(other / "bundle").manifest.fingerprint
     assert manifest.model.chunk_length == 50
     assert manifest.model.prefixes == (1, 3, 5)
+
+
+def test_a_model_that_was_hardly_trained_builds_with_the_defaults(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The readout takes no weights that the gates would then refuse."""
+    checkpoint, data = hardly_trained()
+    save_checkpoint(checkpoint, tmp_path / "model.safetensors")
+    np.savez(tmp_path / "data.npz", actions=data.steps(), episode_ends=np.arange(100, 4001, 100))
+    given = ["--checkpoint", str(tmp_path / "model.safetensors"), "--data", str(tmp_path / "data.npz")]
+    assert main([*build_arguments(tmp_path / "bundle"), *given]) == 0, capsys.readouterr().err
+    assert "the decoder's last layer is refitted" in capsys.readouterr().out
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A bundle appears at its output whole and sealed, or nothing changes there."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -485,6 +486,17 @@ def test_a_bundle_set_aside_by_a_killed_build_comes_back(overwrite: bool, killed
             pytest.fail("started")
     assert open_bundle(output).manifest.fingerprint == fingerprint
     assert siblings(tmp_path) == ["bundle"]
+
+
+def test_who_opens_a_bundle_that_a_killed_build_has_set_aside_is_told_how_to_put_it_back(
+    killed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True, symlinks=True)
+    output = tmp_path / "bundle"
+    with pytest.raises(BundleError, match="a build that was killed has set aside the one") as refused:
+        open_bundle(output)
+    subprocess.run(shlex.split(str(refused.value).rpartition(" with ")[2]), check=True)
+    assert open_bundle(output).manifest.fingerprint == fingerprint_of(Recipe(seed=7))
 
 
 def test_only_what_builds_of_this_output_left_is_removed(tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from rfsq.export import engines
-from rfsq.export.batches import Profile
 from rfsq.export.build_engine import config_of, main, parser
 from rfsq.export.bundle_writer import stage_bundle
 from rfsq.export.c_builder import CLibrary
 from rfsq.export.on_target import TargetConfig
-from rfsq.runtime import ActionTokenizer
+from rfsq.export.trt_builder import Profile
+from rfsq.runtime import ActionTokenizer, BackendUnavailableError
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.backends.replay import ReplayResult
 from rfsq.runtime.bundle.backend_specs import BACKENDS
@@ -136,13 +136,20 @@ def test_an_altered_bundle_is_refused_and_left_alone(bundle: Path, capsys: pytes
     assert tree(bundle) == before
 
 
+def without_gpu(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    def refuse() -> None:
+        raise BackendUnavailableError(reason)
+
+    monkeypatch.setattr("rfsq.export.engines._gpu", refuse)
+
+
 def test_without_anything_to_build_engines_with_it_is_said_what_to_install(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_packages(monkeypatch, "tensorrt")
     monkeypatch.setattr("rfsq.export.engines.find_compiler", lambda: None)
     before = tree(bundle)
-    monkeypatch.setattr("rfsq.export.engines._why_no_gpu", lambda: "there is no GPU")
+    without_gpu(monkeypatch, "there is no GPU")
     message = refused(["--from-bundle", bundle], capsys)
     assert "no engine can be added here: install gcc or clang for C, or TensorRT with pip" in message
     assert "pip install --constraint constraints.txt --editable '.[tensorrt-rtx,gpu]'" in message
@@ -158,7 +165,7 @@ def test_without_a_choice_what_cannot_be_proven_here_is_left_out_and_the_rest_is
     before = open_bundle(bundle).manifest
     without_packages(monkeypatch, "tensorrt")
     monkeypatch.setitem(BACKENDS, RTX, replace(BACKENDS[RTX], packages=()))
-    monkeypatch.setattr("rfsq.export.engines._why_no_gpu", lambda: "CUDA finds no usable GPU here")
+    without_gpu(monkeypatch, "CUDA finds no usable GPU here")
     assert main(["--from-bundle", str(bundle), "-v"]) == 0
     out = capsys.readouterr().out
     # Nor is it compiled first, which takes a while.
@@ -178,7 +185,7 @@ def test_what_cannot_be_run_once_it_is_built_takes_the_place_of_nothing(
 ) -> None:
     """As where TensorRT-RTX refuses the GPU that is there."""
     before = open_bundle(bundle).manifest
-    monkeypatch.setattr("rfsq.export.engines._why_no_gpu", lambda: "")
+    monkeypatch.setattr("rfsq.export.engines._gpu", lambda: "a GPU")
     without_packages(monkeypatch, "cuda")
     assert main(["--from-bundle", str(bundle)]) == 0
     out = capsys.readouterr().out
@@ -195,7 +202,7 @@ def test_where_nothing_can_be_built_each_reason_is_told(
     bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", "false")
-    monkeypatch.setattr("rfsq.export.engines._why_no_gpu", lambda: "there is no GPU")
+    without_gpu(monkeypatch, "there is no GPU")
     before = tree(bundle)
     message = refused(["--from-bundle", bundle], capsys)
     assert re.search(r"(?s)no engine can be added here: .*\n  c: .*false.*ended with status 1", message)

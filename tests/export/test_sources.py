@@ -205,7 +205,7 @@ def test_data_of_another_action_dimension_is_refused(robust: Checkpoint, tmp_pat
 
 @pytest.mark.parametrize("file", [ROBUST_CHECKPOINT, NAIVE_CHECKPOINT])
 @pytest.mark.parametrize("is_needed", [True, False])
-@pytest.mark.parametrize(("offset", "scale"), [(1e6, 1.0), (0.0, 1e30)])
+@pytest.mark.parametrize(("offset", "scale"), [(1e6, 1.0), (0.0, 1e15)])
 def test_actions_far_out_of_the_range_of_the_model_are_refused(
     file: Path, is_needed: bool, offset: float, scale: float, tmp_path: Path
 ) -> None:

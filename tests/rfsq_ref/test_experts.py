@@ -7,8 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfsq.rfsq_ref.expert import ACTION_DIM, POSITION_UNIT, ROTATION_UNIT, Expert, OrnsteinUhlenbeck, Style
-from rfsq.rfsq_ref.expert_poses import (
+from rfsq.rfsq_ref.expert import (
+    ACTION_DIM,
+    POSITION_UNIT,
+    ROTATION_UNIT,
+    Expert,
+    OrnsteinUhlenbeck,
+    Style,
     about_z,
     gripper_position,
     limited,

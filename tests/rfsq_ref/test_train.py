@@ -29,8 +29,7 @@ from rfsq.rfsq_ref.normaliser_choice import describe, describe_normaliser, sugge
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.settings import NormaliserKind, TrainConfig
 from rfsq.rfsq_ref.train import main
-from rfsq.rfsq_ref.training import train
-from rfsq.rfsq_ref.training_history import EpochRecord, TrainResult, history_of, history_path, load_history, save_result
+from rfsq.rfsq_ref.training import EpochRecord, TrainResult, history_of, history_path, load_history, save_result, train
 
 SCRIPT = Path(__file__).parents[2] / "rfsq_ref" / "train.py"
 QUICK = TrainConfig(epochs=3, learning_rate=1e-2, hidden_width=16, latent_dim=6, num_layers=4)
@@ -158,11 +157,11 @@ def test_a_diverged_training_gives_no_checkpoint() -> None:
 
 def test_an_action_whose_error_overflows_is_refused_before_training() -> None:
     episodes = [episode.copy() for episode in DATA.episodes]
-    episodes[split_place()][5, 3] = 1e30
+    episodes[split_place()][5, 3] = 1e19
     data = replace(DATA, episodes=tuple(episodes))
     name = DATA.names[split_place()]
     with pytest.raises(
-        DataError, match=rf"sines, episode '{name}', step 5, dimension 3: 1\S*e\+30; expected at most 1e"
+        DataError, match=rf"sines, episode '{name}', step 5, dimension 3: \d\S*e\+1[89]; expected at most 1e"
     ):
         train(data, QUICK)
     assert train(data, replace(QUICK, epochs=1, normaliser=NormaliserKind.MIN_MAX)).history
@@ -344,9 +343,9 @@ def test_the_curve_of_a_training_that_diverged_later_reads_back(tmp_path: Path) 
 def test_a_file_that_is_no_curve_is_refused(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         (tmp_path / "a.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"a\.json is no learning curve.*give the NAME\.history\.json") as caught:
+    with pytest.raises(CheckpointError, match=r"a\.json is no learning curve.*give the NAME\.history\.json") as refused:
         load_history(tmp_path / "a.json")
-    assert "Error(" not in str(caught.value)
+    assert not re.search(r"\w(Error|Exception)\b", str(refused.value))
 
 
 # Data of other robots, from the file to decoded tokens ---------------------------------------------------------------

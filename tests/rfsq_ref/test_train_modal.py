@@ -21,8 +21,7 @@ from rfsq.rfsq_ref.checkpoints import load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import load_actions
 from rfsq.rfsq_ref.errors import CheckpointError, DataError
 from rfsq.rfsq_ref.settings import TrainConfig
-from rfsq.rfsq_ref.training import train
-from rfsq.rfsq_ref.training_history import history_of, load_history
+from rfsq.rfsq_ref.training import history_of, load_history, train
 from rfsq.runtime.bundle.errors import OutputExistsError
 
 ROOT = Path(__file__).parents[2]

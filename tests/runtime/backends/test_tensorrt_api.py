@@ -138,7 +138,7 @@ class TestMessages:
 
     def test_messages_that_nobody_collects_reach_the_log_at_their_level(self, install, caplog):
         api = install(stand_in("10.13.2"))
-        with caplog.at_level(logging.INFO, logger="rfsq.runtime.backends.tensorrt_messages"):
+        with caplog.at_level(logging.INFO, logger="rfsq.runtime.backends.tensorrt_api"):
             api.logger.log(Severity.WARNING, "seen")
             with api.collect_messages():
                 api.logger.log(Severity.ERROR, "left to the collector")
@@ -151,7 +151,7 @@ class TestMessages:
         def explode(*_: object) -> None:
             raise OSError("disk full")
 
-        monkeypatch.setattr(logging.getLogger("rfsq.runtime.backends.tensorrt_messages"), "log", explode)
+        monkeypatch.setattr(logging.getLogger("rfsq.runtime.backends.tensorrt_api"), "log", explode)
         install(stand_in("10.13.2")).logger.log(Severity.ERROR, "text")
 
 

@@ -14,7 +14,7 @@ from rfsq.export.errors import ExportError
 from rfsq.rfsq_ref.checkpoints import check_output, load_checkpoint
 from rfsq.rfsq_ref.data import load_actions
 from rfsq.rfsq_ref.errors import CheckpointError, DataError
-from rfsq.rfsq_ref.training_history import load_history
+from rfsq.rfsq_ref.training import load_history
 from rfsq.runtime import ActionTokenizer, ControlConfig, ControlConfigError, FingerprintError, InvalidInputError
 from rfsq.runtime.bundle.errors import BundleError, TokenizerError
 from rfsq.runtime.bundle.folder import open_bundle

@@ -287,6 +287,10 @@ REFUSED: dict[str, tuple[Write, str]] = {
         npz(actions=np.where(STEPS[4, 1] == STEPS, 1e39, STEPS.astype(np.float64)), episode_ends=ENDS),
         "episode 0, step 4, dimension 1: inf; expected finite",
     ),
+    "beyond what any unit explains": (
+        npz(actions=np.where(STEPS[4, 1] == STEPS, np.float32(1e30), STEPS), episode_ends=ENDS),
+        r"episode 0, step 4, dimension 1: 1\S*e\+30; expected finite numbers of at most 1e\+20: repair or drop",
+    ),
     "ends before the end": (npz(actions=STEPS, episode_ends=ENDS[:-1]), "the last being the number of steps"),
     "ends that descend": (npz(actions=STEPS, episode_ends=[9, 5, 18]), "of 3 episodes for 18 steps; expected"),
     "ends against numbers": (npz(actions=STEPS, episode_ends=[9, 18], episode_index=NUMBERS), "say different ends"),

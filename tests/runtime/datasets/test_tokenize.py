@@ -279,7 +279,7 @@ def test_the_command_needs_numpy_pyarrow_and_the_backend_alone(
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.4e38])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3.4e38, -1e30])
 def test_an_illegal_action_is_refused_with_file_episode_and_step(value: float, c_bundle: Path, tmp_path: Path) -> None:
     episodes = random_episodes(LENGTHS)
     episodes[2][1234, 1] = value

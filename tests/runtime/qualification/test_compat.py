@@ -306,7 +306,7 @@ def test_other_tokens_of_a_few_steps_are_not_taken_for_rounding(bundle_of: Bundl
     assert (kind, found.measurement.differing) == (Kind.INCOMPATIBLE, 1)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 3.4e38])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 3.4e38, 1e30])
 def test_an_illegal_action_is_refused_with_file_episode_and_step(
     value: float, bundle_of: BundleOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
