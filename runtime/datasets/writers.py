@@ -97,6 +97,15 @@ def _write_parquet(
         column if is_tokens else f"{column}.list.element": "BYTE_STREAM_SPLIT" if is_compressed else "PLAIN",
         **dict.fromkeys(("episode_index", "frame_index"), "DELTA_BINARY_PACKED"),
     }
+
+    def table_of(block: Steps) -> Any:
+        values = np.ascontiguousarray(block.values)
+        if is_tokens:
+            coded = arrow.FixedSizeBinaryArray.from_buffers(kind, len(block), [None, arrow.py_buffer(values)])
+        else:
+            coded = arrow.FixedSizeListArray.from_arrays(arrow.array(values.reshape(-1)), type=kind)
+        return arrow.Table.from_arrays([arrow.array(block.episode), arrow.array(block.frame), coded], schema=schema)
+
     temporary = scratch_file(job.scratch, Path(part_name(part)).name)
     try:
         with parquet.ParquetWriter(
@@ -110,13 +119,9 @@ def _write_parquet(
             store_schema=True,
         ) as writer:
             for block in blocks:
-                values = np.ascontiguousarray(block.values)
-                if is_tokens:
-                    coded = arrow.FixedSizeBinaryArray.from_buffers(kind, len(block), [None, arrow.py_buffer(values)])
-                else:
-                    coded = arrow.FixedSizeListArray.from_arrays(arrow.array(values.reshape(-1)), type=kind)
-                columns = [arrow.array(block.episode), arrow.array(block.frame), coded]
-                writer.write_table(arrow.Table.from_arrays(columns, schema=schema), row_group_size=len(block))
+                writer.write_table(table_of(block), row_group_size=len(block))
+                # The next one takes its memory.
+                del block
             writer.add_key_value_metadata(metadata())
         return put_file(temporary, job.data, part_name(part))
     except BaseException:
@@ -139,6 +144,8 @@ def _write_zarr(job: Job, part: int, blocks: Iterable[Steps]) -> dict[str, FileE
         contents = (turned(block.values, shape, steps), *numbers)
         for name, content in zip(chunk_names(chunk), contents, strict=True):
             files[name] = put(pack(content, job.compression), job.data, name, job.scratch)
+        # The next one takes their memory.
+        del block, contents, content
     return files
 
 
