@@ -145,7 +145,8 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 1, is_ruled: bool = Fa
 
     is_ruled: the first row is a head, with a line of dashes below it.
 
-    >>> print(*aligned([("gate", "measured"), ("wrong tokens", "0")], is_ruled=True), sep="\n")
+    >>> for line in aligned([("gate", "measured"), ("wrong tokens", "0")], is_ruled=True):
+    ...     print(line)
     gate          measured
     ----------------------
     wrong tokens         0

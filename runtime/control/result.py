@@ -84,9 +84,9 @@ class BrokenOff:
         )
 
 
-def _of_shown(name: str) -> Any:
+def _of_shown(name: str, text: str | None = None) -> Any:
     """An attribute that is read from the outcome that is shown, and cannot be written."""
-    return property(attrgetter(f"shown.{name}"))
+    return property(attrgetter(f"shown.{name}"), doc=text)
 
 
 class ControlResult:
@@ -104,24 +104,18 @@ class ControlResult:
         shown = self.shown
         return type(self), (shown.settled() if isinstance(shown, BrokenOff) else copy.copy(shown),)
 
-    #: float32 [A], always inside limits and slew.
-    actions: Float32Array = _of_shown("actions")
+    actions: Float32Array = _of_shown("actions", "float32 [A], always inside limits and slew.")
     status: Status = _of_shown("status")
-    #: Whether `actions` tell the robot to stand still.
-    is_held: bool = _of_shown("is_held")
-    #: Whether the limits or the slew limit made `actions` differ from what was decoded.
-    is_limited: bool = _of_shown("is_limited")
-    #: Whether the decoder stands still until `reset()`.
-    is_latched: bool = _of_shown("is_latched")
-    #: Whether `backend` decoded on this tick because another one failed.
-    fell_back: bool = _of_shown("fell_back")
-    #: The name of the backend that decoded last.
-    backend: str = _of_shown("backend")
-    #: What was found, what was expected and what to do; empty for OK.
-    detail: str = _of_shown("detail")
+    is_held: bool = _of_shown("is_held", "Whether `actions` tell the robot to stand still.")
+    is_limited: bool = _of_shown(
+        "is_limited", "Whether the limits or the slew limit made `actions` differ from what was decoded."
+    )
+    is_latched: bool = _of_shown("is_latched", "Whether the decoder stands still until `reset()`.")
+    fell_back: bool = _of_shown("fell_back", "Whether `backend` decoded on this tick because another one failed.")
+    backend: str = _of_shown("backend", "The name of the backend that decoded last.")
+    detail: str = _of_shown("detail", "What was found, what was expected and what to do; empty for OK.")
     tick: int = _of_shown("tick")
-    #: The sequence number of the chunk in service; -1 for none.
-    sequence: int = _of_shown("sequence")
+    sequence: int = _of_shown("sequence", "The sequence number of the chunk in service; -1 for none.")
     latency_ns: int = _of_shown("latency_ns")
 
     @property
