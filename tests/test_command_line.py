@@ -24,7 +24,7 @@ from rfsq.runtime.bundle.advice import COMMANDS
 from rfsq.runtime.bundle.command import BACKENDS, CommandParser, Outcome
 from rfsq.runtime.bundle.command import run as run_work
 from rfsq.runtime.bundle.errors import InvalidInputError
-from rfsq.runtime.qualification import compat, inspect, selftest
+from rfsq.runtime.qualification import compat, inspection, selftest
 from tests.bundles import Recipe, random_actions, write_bundle
 
 ROOT = Path(__file__).parents[1]
@@ -414,7 +414,7 @@ def test_what_is_shown_fits_a_screen_and_names_the_backend(tmp_path: Path, capsy
     np.savez(data, actions=random_actions(Recipe(), 30).reshape(-1, 3))
     mains: dict[Callable[[list[str]], int], list[str]] = {
         selftest.main: [str(bundle)],
-        inspect.main: [str(bundle)],
+        inspection.main: [str(bundle)],
         compat.main: [str(bundle), str(bundle), "--data", str(data)],
     }
     lines = {}

@@ -35,7 +35,7 @@ COMMANDS = {
         "does a bundle give the reference's answers on this machine?",
     ),
     "inspect": Command(
-        "runtime/inspect_bundle.py", "runtime.qualification.inspect", "what is in a bundle, and what was proven"
+        "runtime/inspect_bundle.py", "runtime.qualification.inspection", "what is in a bundle, and what was proven"
     ),
     "bench": Command(
         "runtime/bench.py",
@@ -71,6 +71,7 @@ EXTRAS = {
     "": ("numpy", "onnxruntime"),
     "export": ("torch", "onnx", "polygraphy", "safetensors", "h5py", "pyarrow", "tqdm"),
     "evidence": ("matplotlib", "scipy", "tokenizers", "vector-quantize-pytorch"),
+    "torch": ("torch",),
     "datasets": ("pyarrow", "h5py"),
     "ray": ("ray[data]", "pyarrow", "h5py"),
     "tensorrt": ("tensorrt",),
@@ -102,8 +103,11 @@ def command(name: str, arguments: str = "") -> str:
     """
     script = COMMANDS[name].script if name in COMMANDS else name
     has_script = layout() == "checkout" or (layout() == "copied" and script.startswith("runtime/"))
-    installed = f"rfsq {name}" if name in COMMANDS else f"python -m rfsq.{name.removesuffix('.py').replace('/', '.')}"
-    typed = " ".join([f"python {script}" if has_script else installed, *filter(None, [arguments])])
+    module = script.removesuffix(".py").replace("/", ".")
+    installed = f"rfsq {name}" if name in COMMANDS else f"python -m rfsq.{module}"
+    # Files of a package inside runtime/ import relatively, and are started as modules.
+    here = f"python -m {module}" if script.count("/") > 1 else f"python {script}"
+    typed = " ".join([here if has_script else installed, *filter(None, [arguments])])
     return typed if has_script or layout() == "installed" else f"{typed} (after pip install {_NAME})"
 
 
@@ -144,14 +148,15 @@ def install_package(module: str, started: str = "") -> str:
     ''
     """
     package = module.replace("_", "-")
-    extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
-    if extra is None:
+    offering = [extra for extra, packages in EXTRAS.items() if package in packages]
+    if not offering:
         return ""
     if layout() == "copied":
         return f"pip install {package}"
     needed = next((entry.extras for entry in COMMANDS.values() if started.endswith(f".{entry.module}")), ())
-    if extra in needed:
+    if {*offering} & {*needed}:
         return install(*needed)
+    extra = min(offering, key=lambda extra: len(EXTRAS[extra]))
     return install("export", extra) if extra == "evidence" else install(extra)
 
 

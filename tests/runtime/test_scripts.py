@@ -17,7 +17,7 @@ from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.errors import BackendUnavailableError
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.manifest import MANIFEST_NAME, manifest_text, parse_manifest
-from rfsq.runtime.qualification import inspect as inspect_bundle
+from rfsq.runtime.qualification import inspection as inspect_bundle
 from rfsq.runtime.qualification import selftest
 from tests.backends import offer, without_packages
 from tests.bundles import Recipe, deploy, write_bundle
