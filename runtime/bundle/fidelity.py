@@ -15,7 +15,6 @@ import numpy as np
 
 from .advice import command
 from .arrays import Float32Array, Float64Array
-from .console import aligned
 from .paths import shortlist
 
 #: Share of a dimension's variance that decoding may lose before people are warned. At 1 % the RMS error is a tenth of
@@ -124,6 +123,7 @@ class Fidelity:
     def table(self, title: str) -> str:
         """A row per dimension, and what the criterion is for those at rest."""
         # Here, since no robot prints a table.
+        from .console import aligned
 
         heads = ("RMS error", "largest error", "deviation of the data", "share of the variance lost", "verdict")
         rows: list[tuple[str, ...]] = [(title, *heads)]

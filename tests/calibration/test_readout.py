@@ -220,14 +220,14 @@ def test_a_refit_with_weights_that_float32_cannot_serve_is_left_out() -> None:
 
     asked = calibrate(checkpoint, data, CalibrationConfig(), on(1e-5))
     assert float32_error(asked) > GATES.action_error
-    assert "its weights are so large that float32 could err by" in asked.provenance["calibrated"]["remark"]
+    assert "its weights are so large that float32 errs by" in asked.provenance["calibrated"]["remark"]
     kept = calibrate(checkpoint, data, CalibrationConfig())
     assert kept.readout is not None
     assert float32_error(kept) < GATES.action_error / 2
     none = calibrate(checkpoint, data, CalibrationConfig(), ReadoutConfig(ridge=1e-5))
     assert none.readout is None
     assert "stays as it was trained: refitted" in none.provenance["calibrated"]["remark"]
-    assert "and a build allows 1e-05: train the model longer" in none.provenance["calibrated"]["remark"]
+    assert "and 6.7e-06 is the most that is allowed: train the model longer" in none.provenance["calibrated"]["remark"]
 
 
 @pytest.mark.parametrize(
@@ -238,13 +238,13 @@ def test_a_refit_with_weights_that_float32_cannot_serve_is_left_out() -> None:
         ({"random_ratio": 1.25}, "random actions from the range that the model was trained for would have 1.25 times"),
         (
             {"float32_error": 2e-5},
-            "so large that float32 could err by 2e-05 normalised units, and a build allows 1e-05",
+            "so large that float32 errs by 2e-05 normalised units, and 6.7e-06 is the most",
         ),
     ],
 )
 def test_each_rule_refuses_in_words_of_its_own(found: dict[str, float | str], rule: str) -> None:
     passes = module._Candidate(
-        0.1, 0.5, certainty=3.0, needed=1.5, lost="", random_ratio=0.9, most_random=1.0, float32_error=1e-5
+        0.1, 0.5, certainty=3.0, needed=1.5, lost="", random_ratio=0.9, most_random=1.0, float32_error=6e-6
     )
     assert passes.objection == ""
     assert "the gain is 3 times its standard error (1.5 is asked for)" in passes.remark(is_kept=True)
