@@ -21,9 +21,8 @@ from rfsq.runtime.datasets.array_layouts import are_comparable, choose_arrays
 from rfsq.runtime.datasets.episodes import LARGEST_ACTION, WholePass
 from rfsq.runtime.datasets.errors import DatasetError, SourceError
 from rfsq.runtime.datasets.npz import HeldArray, array_source
-from rfsq.runtime.datasets.source_base import Source
+from rfsq.runtime.datasets.source_base import Source, opened, optional, readable
 from rfsq.runtime.datasets.sources import open_source
-from rfsq.runtime.datasets.steps import opened, optional, readable
 
 FloatArray = npt.NDArray[np.float32]
 _AnyArray = npt.NDArray[Any]

@@ -2,9 +2,10 @@
 
 Readers, which the reference uses too:
 
-- sources: opens a dataset of any format; source_base: what all sources have in common
+- sources: opens a dataset of any format; source_base: what all sources have in common, and steps, episodes and files
+  as they hand them on
 - npz, with array_layouts: .npz and .npy; hdf5, with hdf5_layouts and hdf5_storage; lerobot: LeRobot and Parquet
-- steps: steps, episodes and files as all of these hand them on; episodes: checks that need all steps; errors
+- episodes: checks that need all steps; errors
 
 A conversion to tokens, or back:
 

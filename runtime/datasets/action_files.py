@@ -21,8 +21,8 @@ from .format import SCHEMA_VERSION, Verification
 from .job import partial_folder
 from .job_folder import discard, locked, output_errors, work_folder
 from .progress import Progress
+from .source_base import optional
 from .sources import open_source
-from .steps import optional
 from .token_reader import TokenDataset
 
 FileFormat = Literal["npz", "hdf5"]

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from ..bundle.arrays import Float32Array, in_chunks
+from ..bundle.arrays import AnyArray, Float32Array, in_chunks
 from ..tokenizer import ActionTokenizer
-from .steps import AnyArray
 
 #: Steps that are coded at once: their int32 tokens fit into the processor's second-level cache.
 _CODED_STEPS = 4096

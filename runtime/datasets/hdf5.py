@@ -12,10 +12,20 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle.arrays import Int64Array
 from .hdf5_layouts import FoundEpisode, find_episodes
 from .hdf5_storage import follow
-from .source_base import Source, StepReader
-from .steps import EpisodeTable, Int64Array, Steps, as_float32, in_order, is_hidden, opened, optional, shown_name
+from .source_base import (
+    EpisodeTable,
+    Source,
+    StepReader,
+    Steps,
+    as_float32,
+    opened,
+    optional,
+    shown_name,
+    visible_files,
+)
 
 HDF5_SUFFIXES = (".hdf5", ".h5")
 _KIND, _MAGIC = "an HDF5 file", b"\x89HDF"
@@ -64,8 +74,7 @@ class Hdf5Source(Source):
 
 
 def hdf5_files(folder: Path) -> list[Path]:
-    names = (path.name for path in folder.iterdir() if path.suffix.lower() in HDF5_SUFFIXES)
-    return [folder / name for name in in_order((name for name in names if not is_hidden(name)), folder.name)]
+    return visible_files(folder, (path for path in folder.iterdir() if path.suffix.lower() in HDF5_SUFFIXES))
 
 
 def open_hdf5(path: Path, key: str | None, filter_key: str | None = None) -> Hdf5Source:

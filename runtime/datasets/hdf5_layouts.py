@@ -18,7 +18,7 @@ from ..bundle.paths import shortlist
 from .array_layouts import AS_FLOATS, numbered_alike, require_equal, require_one_way, unfit
 from .errors import SourceError
 from .hdf5_storage import follow, require_stored
-from .steps import in_order, natural, optional
+from .source_base import in_order, natural, optional
 
 #: Usual names of the action array.
 ACTION_NAMES = ("actions", "action")

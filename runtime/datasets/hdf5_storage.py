@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from .errors import SourceError
-from .steps import optional
+from .source_base import optional
 
 _MOST_LINKS = 15
 _ONE_FILE = (

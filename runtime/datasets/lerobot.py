@@ -11,26 +11,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..bundle.arrays import AnyArray, Int64Array
 from ..bundle.paths import shortlist, shown
 from ..bundle.reading import read_file
 from .array_layouts import TASK_NAMES, table_by_numbers, task_name
 from .episodes import check_stated
 from .errors import SourceError
 from .format import INFO_NAME, read_info
-from .source_base import Source, StepReader, check_width
-from .steps import (
-    AnyArray,
+from .source_base import (
     EpisodeTable,
-    Int64Array,
+    Source,
+    StepReader,
     Steps,
     as_float32,
     as_int64,
-    in_order,
-    is_hidden,
-    lengths_to_starts,
+    check_width,
     opened,
     optional,
     readable,
+    visible_files,
 )
 
 #: meta/info.json takes a few KB.
@@ -170,8 +169,7 @@ class ParquetSource(Source):
 
 
 def parquet_files(folder: Path, pattern: str = "data/*/*.parquet") -> list[Path]:
-    names = (path.relative_to(folder).as_posix() for path in folder.glob(pattern))
-    return [folder / name for name in in_order((name for name in names if not is_hidden(name)), folder.name)]
+    return visible_files(folder, folder.glob(pattern))
 
 
 def open_parquet(path: Path, key: str | None) -> ParquetSource:
@@ -339,7 +337,7 @@ def _listed(meta: Path) -> EpisodeTable | None:
     with readable("meta/episodes", "integers"):
         numbers, lengths = np.array(rows, np.int64).T
     order = np.argsort(numbers, kind="stable")
-    return EpisodeTable(lengths_to_starts(lengths[order]), numbers[order])
+    return EpisodeTable.of_lengths(lengths[order], numbers[order])
 
 
 def _rows(meta: Path, name: str, pattern: str, **columns: type) -> list[tuple[Any, ...]]:

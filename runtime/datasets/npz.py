@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ..bundle.arrays import AnyArray, Int64Array
 from ..bundle.reading import regular_file
 from .array_layouts import (
     TASK_NAMES,
@@ -24,8 +25,7 @@ from .array_layouts import (
     episode_table,
 )
 from .errors import SourceError
-from .source_base import Source, StepReader
-from .steps import AnyArray, EpisodeTable, Int64Array, Steps, as_float32, is_hidden, opened, readable
+from .source_base import EpisodeTable, Source, StepReader, Steps, as_float32, is_hidden, opened, readable
 
 _NPZ, _NPY = "a .npz file", "a .npy file"
 _SLICE_STEPS = 1 << 20

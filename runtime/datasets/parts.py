@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..bundle.arrays import AnyArray
 from ..bundle.manifest import FileEntry
 from ..bundle.reading import build
 from ..tokenizer import ActionTokenizer
@@ -26,7 +27,7 @@ from .format import HASH_STEPS
 from .job import Job
 from .job_folder import output_errors
 from .progress import Progress
-from .steps import AnyArray, Steps
+from .source_base import Steps
 from .writers import hash_file, part_files, put, write_part
 
 _WAIT_SECONDS = 0.1

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.advice import page
+from ..bundle.arrays import Int64Array
 from ..bundle.compatibility import matches_fingerprint
 from ..bundle.errors import FingerprintError
 from ..bundle.paths import as_path
@@ -17,8 +18,7 @@ from ..bundle.reading import read_file
 from .episodes import check_stated
 from .errors import TokenDatasetError
 from .format import EPISODES_NAME, DatasetInfo, part_name, read_info
-from .source_base import Source, StepReader
-from .steps import EpisodeTable, Int64Array, Steps, lengths_to_starts, optional, shown_name, source_file
+from .source_base import EpisodeTable, Source, StepReader, Steps, optional, shown_name, source_file
 from .writers import chunk_names, hash_file, unpack
 
 _AGAIN = "copy the dataset again, or tokenise the source again"
@@ -143,7 +143,7 @@ class TokenDataset(Source):
             )
             return EpisodeTable(np.concatenate([np.zeros(1, np.int64), ends]), numbers)
         numbers, lengths = (self._episodes_column(name).to_numpy() for name in ("episode_index", "num_steps"))
-        return EpisodeTable(lengths_to_starts(lengths), numbers)
+        return EpisodeTable.of_lengths(lengths, numbers)
 
     def episode_names(self, episodes: Int64Array) -> list[str]:
         if self.info.storage == "zarr":
