@@ -4,7 +4,7 @@ Readers, which the reference uses too:
 
 - sources: opens a dataset of any format; source_base: what all sources have in common, and steps, episodes and files
   as they hand them on
-- npz, with array_layouts: .npz and .npy; hdf5, with hdf5_layouts and hdf5_storage; lerobot: LeRobot and Parquet
+- npz, with array_layouts: .npz and .npy; hdf5; lerobot: LeRobot and Parquet
 - episodes: checks that need all steps; errors
 
 A conversion to tokens, or back:
