@@ -122,7 +122,7 @@ def run_campaign(  # noqa: PLR0913  # settings, given by name
     ticks, longest = 0, 0.0
     times: list[float] = []
     for place, setup in enumerate(setups):
-        rig = Rig(tokenizer, setup, rng, fallback=fallback, nan_backends=nan_backends)
+        rig = Rig(tokenizer, setup, rng, fallback=fallback)
         with contextlib.closing(rig):
             done, drawn = 0, set[str]()
             while done < (place + 1) * faults // len(setups) - place * faults // len(setups):
@@ -231,13 +231,12 @@ def nan_backends_of(path: Path) -> dict[str, Backend]:
 
 
 def _open_fallback(path: Path, main_one: ActionTokenizer, wanted: str | None) -> ActionTokenizer:
-    for name in (wanted,) if wanted else PREFERENCE:
-        if name != main_one.backend.name or wanted:
-            try:
+    if wanted:
+        return ActionTokenizer.load(path, backend=wanted)
+    for name in PREFERENCE:
+        if name != main_one.backend.name:
+            with contextlib.suppress(TokenizerError):
                 return ActionTokenizer.load(path, backend=name)
-            except TokenizerError:
-                if wanted:
-                    raise
     return ActionTokenizer.load(path, backend=main_one.backend.name)
 
 

@@ -186,7 +186,7 @@ def _fill_disks(trial: _Trial, tokenizer: ActionTokenizer, place: Path) -> str:
     place.mkdir()
     with _small_disk(place) as (disk, fill, free):
         for _ in range(trial.times):
-            rig = Rig(tokenizer, Setup(), trial.rng, record_folder=str(place / "flights"))
+            rig = Rig(tokenizer, Setup(record_folder=str(place / "flights")), trial.rng)
             with contextlib.closing(rig), trial.fault("flight recorder", "whose disk is full", rig):
                 (place / "flights").mkdir(exist_ok=True)
                 fill()
@@ -213,10 +213,9 @@ def _small_disk(place: Path) -> Iterator[tuple[str, Callable[[], None], Callable
                     raise
 
     command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(place)]
-    try:
+    is_mounted = False
+    with contextlib.suppress(OSError):
         is_mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        is_mounted = False
     if is_mounted:
         try:
             yield f"a tmpfs of {_DISK_BYTES // 1024} KiB, filled", fill, filler.unlink
@@ -236,7 +235,7 @@ def _small_disk(place: Path) -> Iterator[tuple[str, Callable[[], None], Callable
 
 def _lose_folders(trial: _Trial, tokenizer: ActionTokenizer, folder: Path) -> None:
     for _ in range(trial.times):
-        with contextlib.closing(Rig(tokenizer, Setup(), trial.rng, record_folder=str(folder))) as rig:
+        with contextlib.closing(Rig(tokenizer, Setup(record_folder=str(folder)), trial.rng)) as rig:
             with trial.fault("flight recorder", "whose folder was removed", rig):
                 _record(trial, rig, failed=0, written=1)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -342,8 +341,7 @@ def _mapped(folder: Path) -> list[str]:
 
 
 def _opens(folder: Path, backend: str) -> bool:
-    try:
+    with contextlib.suppress(TokenizerError):
         ActionTokenizer.load(folder, backend=backend).close()
-    except TokenizerError:
-        return False
-    return True
+        return True
+    return False
