@@ -10,8 +10,8 @@ Readers, which the reference uses too:
 A conversion to tokens, or back:
 
 - tokenize: the command; conversion: does the work; progress: how far it is
-- job: a conversion as parts; job_folder: `OUT.partial`; parts: makes a part, and says that it is whole
-- coding: steps to tokens and back; writers: parts as Parquet or Zarr; action_files: actions as .npz or HDF5
+- job: a conversion as parts; job_folder: `OUT.partial`; parts: codes steps, makes a part, and says that it is whole
+- writers: parts as Parquet or Zarr; action_files: actions as .npz or HDF5
 - finish: verifies, and renames to OUT; ray: the same job on a cluster
 
 What comes out:

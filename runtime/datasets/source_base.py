@@ -241,12 +241,15 @@ class Source:
         """The source at this path, a file or a folder. own: fields of the format. Raises SourceError."""
         root = path if path.is_dir() else path.parent
         rows, widths, places = zip(*pieces, strict=True)
+        known = [(width, place) for width, place in zip(widths, places, strict=True) if width]
+        for width, place in known:
+            check_width(width, known[0][0], place, known[0][1])
         return cls(
             name=shown_name(path),
             root=root,
             files=tuple(source_file(file, root) for file in files),
             first_rows=lengths_to_starts(np.array(rows)),
-            width=_common_width(widths, places),
+            width=known[0][0] if known else 0,
             **own,
         )
 
@@ -345,14 +348,6 @@ class StepReader(ABC):
     @abstractmethod
     def _read(self, piece: int, start: int, stop: int) -> Steps:
         """Rows start … stop - 1 of the whole dataset, all in this piece, or only the first of them, at least one."""
-
-
-def _common_width(widths: Sequence[int], places: Sequence[str]) -> int:
-    """The action dimensions of all places, 0 where unknown. Raises SourceError where they differ."""
-    known = [(width, place) for width, place in zip(widths, places, strict=True) if width]
-    for width, place in known:
-        check_width(width, known[0][0], place, known[0][1])
-    return known[0][0] if known else 0
 
 
 def check_width(found: int, expected: int, place: str, other: str) -> None:

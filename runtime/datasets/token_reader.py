@@ -18,7 +18,7 @@ from ..bundle.reading import read_file
 from .episodes import check_stated
 from .errors import TokenDatasetError
 from .format import EPISODES_NAME, DatasetInfo, part_name, read_info
-from .source_base import EpisodeTable, Source, StepReader, Steps, optional, shown_name, source_file
+from .source_base import EpisodeTable, Source, StepReader, Steps, optional
 from .writers import chunk_names, hash_file, unpack
 
 _AGAIN = "copy the dataset again, or tokenise the source again"
@@ -115,14 +115,9 @@ class TokenDataset(Source):
 
     @classmethod
     def of(cls, folder: Path, info: DatasetInfo) -> TokenDataset:
-        return cls(
-            name=shown_name(folder),
-            root=folder,
-            files=tuple(source_file(folder / name, folder) for name in info.files),
-            first_rows=np.append(np.arange(0, info.num_steps, info.steps_per_block), info.num_steps),
-            width=info.width,
-            info=info,
-        )
+        starts = range(0, info.num_steps, info.steps_per_block)
+        blocks = [(min(info.steps_per_block, info.num_steps - start), info.width, folder.name) for start in starts]
+        return cls.from_pieces(folder, [folder / name for name in info.files], blocks, info=info)
 
     def open(self, width: int) -> StepReader:
         if width != self.width:
