@@ -11,7 +11,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +117,8 @@ def run_campaign(  # noqa: PLR0913  # settings, given by name
     begin = time.monotonic()
     rng = random.Random(seed)
     kinds = kinds_with(nan_backends or {})
-    deck = _deal(kinds, rng)
+    # All kinds in random order, again and again.
+    deck = itertools.chain.from_iterable(rng.sample(kinds, len(kinds)) for _ in itertools.count())
     report = FaultReport()
     ticks, longest = 0, 0.0
     times: list[float] = []
@@ -238,12 +239,6 @@ def _open_fallback(path: Path, main_one: ActionTokenizer, wanted: str | None) ->
             with contextlib.suppress(TokenizerError):
                 return ActionTokenizer.load(path, backend=name)
     return ActionTokenizer.load(path, backend=main_one.backend.name)
-
-
-def _deal(kinds: Sequence[Kind], rng: random.Random) -> Iterator[Kind]:
-    """All kinds in random order, again and again."""
-    while True:
-        yield from rng.sample(kinds, len(kinds))
 
 
 if __name__ == "__main__":
