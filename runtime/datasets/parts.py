@@ -60,12 +60,9 @@ class PartRecord:
         """Raises OutputError for anything but what `text` gives."""
         try:
             content = json.loads(text)
-            record = cls(
-                build(int, content["part"], "part"),
-                build(dict[str, FileEntry], content["files"], "files"),
-                build(tuple[str, ...], content["digests"], "digests"),
-                _runs(content["runs"]),
-            )
+            runs = _runs(content.pop("runs"))
+            del content["sha256"]
+            record = dataclasses.replace(build(cls, {**content, "runs": []}, "the record"), runs=runs)
             if any(len(bytes.fromhex(digest)) != hashlib.sha256().digest_size for digest in record.digests):
                 raise ValueError("a digest is no sha256")
             is_spelled_so = record.text(work) == text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -269,18 +270,9 @@ def _no_deadline(rig: Rig) -> Answer:
 
 
 def _wrong_thread(rig: Rig) -> Answer:
-    refused = []
-
-    def step() -> None:
-        try:
-            rig.decoder.step(rig.pick().tokens)
-        except WrongThreadError as error:
-            refused.append(error)
-
-    thread = threading.Thread(target=step)
-    thread.start()
-    thread.join()
-    if not refused:
+    with ThreadPoolExecutor(1) as another:
+        refusal = another.submit(rig.decoder.step, rig.pick().tokens).exception()
+    if not isinstance(refusal, WrongThreadError):
         rig.check.problems.append("another thread was not refused")
     return rig.send(rig.pick())
 
