@@ -58,14 +58,11 @@ class _Stated(NamedTuple):
 
 class _ParquetReader(StepReader):
     _source: ParquetSource
-
-    def __init__(self, source: ParquetSource) -> None:
-        super().__init__(source)
-        self._numbering = _NUMBERING if source.table is None else ()
-        self._group_ends: Int64Array = np.empty(0, np.int64)
-        self._batches: Iterator[Any] = iter(())
-        self._batch: Any = None
-        self._begin = 0
+    # All of the open file.
+    _group_ends: Int64Array
+    _batches: Iterator[Any]
+    _batch: Any
+    _begin: int
 
     def _open(self, index: int) -> Any:
         source = self._source
@@ -85,7 +82,7 @@ class _ParquetReader(StepReader):
         batch, name = self._batch_from(piece, start).slice(0, stop - start), self._source.files[piece].name
         column = batch.column(self._source.key)
         if self._source.table is None:
-            numbers = (_as_integers(batch.column(label), label, name) for label in self._numbering)
+            numbers = (_as_integers(batch.column(label), label, name) for label in _NUMBERING)
             rows = Steps(column, *numbers)
         else:
             rows = self._source.table.steps(column, start)
@@ -97,7 +94,7 @@ class _ParquetReader(StepReader):
         group = int(np.searchsorted(self._group_ends, row, side="right"))
         group_begin = int(self._group_ends[group - 1] if group else self._source.first_rows[index])
         if self._batch is None or row < self._begin or self._begin + len(self._batch) < group_begin:
-            columns = [self._source.key, *self._numbering]
+            columns = [self._source.key, *(_NUMBERING if self._source.table is None else ())]
             groups = range(group, len(self._group_ends))
             self._batches = file.iter_batches(_BATCH_STEPS, groups, columns, use_threads=False)
             self._batch, self._begin = next(self._batches), group_begin

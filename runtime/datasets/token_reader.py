@@ -59,10 +59,7 @@ class _DatasetReader(StepReader):
     """Keeps the last block, so that slices in ascending order read each block once."""
 
     _source: TokenDataset
-
-    def __init__(self, source: TokenDataset) -> None:
-        super().__init__(source)
-        self._block: tuple[int, Steps] | None = None
+    _block: tuple[int, Steps] | None = None
 
     def _read(self, piece: int, start: int, stop: int) -> Steps:
         source = self._source
