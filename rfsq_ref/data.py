@@ -20,10 +20,9 @@ from rfsq.runtime.bundle.paths import as_path, counted, shortlist
 from rfsq.runtime.datasets.array_layouts import are_comparable, choose_arrays
 from rfsq.runtime.datasets.episodes import LARGEST_ACTION, WholePass
 from rfsq.runtime.datasets.errors import DatasetError, SourceError
-from rfsq.runtime.datasets.npz import HeldArray, array_source
-from rfsq.runtime.datasets.source_base import Source
+from rfsq.runtime.datasets.npz import StoredArray, array_source
+from rfsq.runtime.datasets.source_base import Source, opened, optional, readable
 from rfsq.runtime.datasets.sources import open_source
-from rfsq.runtime.datasets.steps import opened, optional, readable
 
 FloatArray = npt.NDArray[np.float32]
 _AnyArray = npt.NDArray[Any]
@@ -200,7 +199,8 @@ def _open_pt(path: Path, key: str | None) -> Source:
         if isinstance(content[chosen[0]], list):
             episodes = {f"episode_{place}": one for place, one in enumerate(found[chosen[0]])}
             arrays, chosen = {**arrays, **episodes}, tuple(episodes)
-        return array_source(path, {name: HeldArray(name, values) for name, values in arrays.items()}, chosen)
+        held = {name: StoredArray(name, values.shape, values.dtype, held=values) for name, values in arrays.items()}
+        return array_source(path, held, chosen)
 
 
 def _load_tensors(file: BinaryIO, source: str) -> dict[str, _AnyArray | list[_AnyArray]]:

@@ -19,8 +19,7 @@ from .bundle.manifest import GOLDEN_NAME, Manifest, ModelEntry
 from .bundle.validation import InputValidator, is_gpu_array
 
 if TYPE_CHECKING:
-    from .backends.gpu.arrays import GpuResult
-    from .backends.gpu.calls import GpuCalls
+    from .backends.gpu.arrays import GpuCalls, GpuResult
     from .bundle.golden import Golden
 
 _LOG = logging.getLogger(__name__)
@@ -320,7 +319,7 @@ class ActionTokenizer:
                     f"the bundle with one of {', '.join(GPU_BACKENDS)}, or pass numpy arrays"
                 )
             # Here, because they need cuda-python.
-            from .backends.gpu.calls import GpuCalls, TakesGpuArrays
+            from .backends.gpu.arrays import GpuCalls, TakesGpuArrays
 
             self._gpu_calls = GpuCalls(self.model, cast(TakesGpuArrays, self._backend))
         return self._gpu_calls

@@ -75,8 +75,7 @@ def test_what_the_reference_may_not_use_of_runtime_is_listed_whole() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (contract,) = (found for found in contracts if found.get("source_modules") == ["rfsq.rfsq_ref"])
     forbidden = {name.removeprefix("rfsq.runtime.") for name in contract["forbidden_modules"]}
-    readers = {"array_layouts", "episodes", "errors", "hdf5", "hdf5_layouts", "hdf5_storage", "lerobot", "npz"}
-    readers |= {"source_base", "sources", "steps"}
+    readers = {"array_layouts", "episodes", "errors", "hdf5", "lerobot", "npz", "source_base", "sources"}
     packages = {path.parent.name for path in (ROOT / "runtime").glob("*/__init__.py")} - {"bundle", "datasets"}
     files = {path.stem for path in (ROOT / "runtime/datasets").glob("*.py")} - readers - {"__init__"}
     assert forbidden == packages | {"tokenizer"} | {f"datasets.{name}" for name in files}

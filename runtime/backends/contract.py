@@ -49,7 +49,7 @@ class Backend(Protocol):
     Threads: both methods may be called from any thread, and from several at once.
     Signals: a handler may call them, also where it has interrupted such a call.
     Fork: with `survives_fork` they work in a child as in its parent; without, the child's calls raise InferenceError.
-    Arrays of the GPU: with `is_on_gpu` they are taken where they lie (`gpu/calls.py` has the methods).
+    Arrays of the GPU: with `is_on_gpu` they are taken where they lie (`gpu/arrays.py` has the methods).
 
     name: as in the table of backends; description: library, version and device, for logs and reports; device: what it
     runs on, a GPU or a kind of processor; checked_steps: in calls of up to so many steps it checks the values itself,

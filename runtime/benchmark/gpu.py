@@ -14,8 +14,7 @@ import numpy as np
 from cuda.bindings import runtime as cudart
 
 from ..backends.gpu import driver as cuda_api
-from ..backends.gpu.arrays import GpuArray
-from ..backends.gpu.calls import TakesGpuArrays
+from ..backends.gpu.arrays import GpuArray, TakesGpuArrays
 from ..backends.gpu.kernels import KernelArguments, KernelLibrary, compile_kernels
 from ..bundle.arrays import AnyArray
 from ..bundle.manifest import ModelEntry

@@ -2,15 +2,16 @@
 
 Readers, which the reference uses too:
 
-- sources: opens a dataset of any format; source_base: what all sources have in common
-- npz, with array_layouts: .npz and .npy; hdf5, with hdf5_layouts and hdf5_storage; lerobot: LeRobot and Parquet
-- steps: steps, episodes and files as all of these hand them on; episodes: checks that need all steps; errors
+- sources: opens a dataset of any format; source_base: what all sources have in common, and steps, episodes and files
+  as they hand them on
+- npz, with array_layouts: .npz and .npy; hdf5; lerobot: LeRobot and Parquet
+- episodes: checks that need all steps; errors
 
 A conversion to tokens, or back:
 
 - tokenize: the command; conversion: does the work; progress: how far it is
-- job: a conversion as parts; job_folder: `OUT.partial`; parts: makes a part, and says that it is whole
-- coding: steps to tokens and back; writers: parts as Parquet or Zarr; action_files: actions as .npz or HDF5
+- job: a conversion as parts; job_folder: `OUT.partial`; parts: codes steps, makes a part, and says that it is whole
+- writers: parts as Parquet or Zarr; action_files: actions as .npz or HDF5
 - finish: verifies, and renames to OUT; ray: the same job on a cluster
 
 What comes out:

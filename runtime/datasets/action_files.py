@@ -7,25 +7,24 @@ import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO
 
 import numpy as np
 
 from ..bundle.arrays import Float32Array
 from ..bundle.writing import sync
 from ..tokenizer import ActionTokenizer
-from .coding import StepCoder
 from .errors import OutputError
 from .finish import verify_actions
 from .format import SCHEMA_VERSION, Verification
 from .job import partial_folder
 from .job_folder import discard, locked, output_errors, work_folder
+from .parts import StepCoder
 from .progress import Progress
+from .source_base import optional
 from .sources import open_source
-from .steps import optional
 from .token_reader import TokenDataset
 
-FileFormat = Literal["npz", "hdf5"]
 #: The actions of all steps in slices: the first row of each, and float32 [n, A].
 _Decoded = Iterable[tuple[int, Float32Array]]
 #: Steps that are decoded before they are written.
@@ -35,11 +34,11 @@ _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
 
 def write_file(
-    dataset: TokenDataset, tokenizer: ActionTokenizer, kind: FileFormat, options: argparse.Namespace, progress: Progress
+    dataset: TokenDataset, tokenizer: ActionTokenizer, kind: str, options: argparse.Namespace, progress: Progress
 ) -> Verification:
     """Write the actions of all steps in physical units, with their episodes. A killed run starts from the beginning.
 
-    options: of the command `tokenize`.
+    kind: npz or hdf5; options: of the command `tokenize`.
     """
     output = options.output.resolve()
     partial = partial_folder(output)

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..bundle.arrays import AnyArray, Int64Array
 from ..bundle.paths import shortlist
 from .errors import SourceError
-from .steps import AnyArray, EpisodeTable, Int64Array, as_int64, in_order, is_hidden, lengths_to_starts, natural
+from .source_base import EpisodeTable, as_int64, in_order, is_hidden, lengths_to_starts, natural
 
 #: The names with a slash are those of diffusion-policy replay buffers.
 _ACTION_NAMES = ("actions", "action", "data/actions", "data/action")

@@ -10,7 +10,7 @@ from ..bundle.errors import InvalidInputError, TokenizerError
 from ..bundle.fidelity import Grade
 from ..bundle.paths import counted
 from ..tokenizer import ActionTokenizer
-from .action_files import FileFormat, write_file
+from .action_files import write_file
 from .errors import OutputError, TokenDatasetError
 from .finish import complete
 from .format import INFO_NAME, DatasetInfo, Storage, Verification, read_info
@@ -54,7 +54,7 @@ def convert(options: argparse.Namespace) -> DatasetInfo:
     ) as tokenizer:
         source = _open(options, tokenizer)
         if isinstance(source, TokenDataset) and kind in ("npz", "hdf5"):
-            return _write_file(source, tokenizer, cast(FileFormat, kind), options)
+            return _write_file(source, tokenizer, kind, options)
         job = plan(source, tokenizer, options, cast(Storage, kind))
         with output_errors(job.partial), locked(job.output):
             info = _run(job, tokenizer, options)
@@ -88,7 +88,7 @@ def _open(options: argparse.Namespace, tokenizer: ActionTokenizer) -> Source:
 
 
 def _write_file(
-    dataset: TokenDataset, tokenizer: ActionTokenizer, kind: FileFormat, options: argparse.Namespace
+    dataset: TokenDataset, tokenizer: ActionTokenizer, kind: str, options: argparse.Namespace
 ) -> DatasetInfo:
     _say(f"{options.data}: {counted(dataset.num_steps, 'step')}; {_described(tokenizer)}")
     progress = Progress(dataset.num_steps)

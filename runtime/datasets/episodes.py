@@ -7,9 +7,9 @@ from contextlib import closing
 
 import numpy as np
 
+from ..bundle.arrays import Int64Array
 from .errors import IllegalActionError, SourceError
-from .source_base import Source
-from .steps import EpisodeTable, Int64Array, Steps, lengths_to_starts
+from .source_base import EpisodeTable, Source, Steps
 
 _SLICE_STEPS = 65_536
 #: |action| that recorded data may hold at most. Larger ones are damage: those that a bundle knows end at 2e19, by the
@@ -38,7 +38,7 @@ def join_runs(runs: Sequence[Run], source: Source) -> EpisodeTable:
     Raises SourceError for runs that are not in order, and where the source states other episodes.
     """
     episode, _, _, count = np.array(_joined(np.array(runs, np.int64).T, source, 0), np.int64).T
-    found = EpisodeTable(lengths_to_starts(count), episode)
+    found = EpisodeTable.of_lengths(count, episode)
     source.check_episodes(found)
     return found
 

@@ -8,7 +8,7 @@ from contextlib import closing
 
 import numpy as np
 
-from ..bundle.arrays import Float32Array, in_chunks
+from ..bundle.arrays import AnyArray, Float32Array, in_chunks
 from ..bundle.fidelity import FidelitySums
 from ..bundle.manifest import FileEntry
 from ..tokenizer import ActionTokenizer
@@ -28,8 +28,7 @@ from .format import (
 from .job import Job
 from .job_folder import finish
 from .parts import load_records, parts_of_another_source
-from .source_base import StepReader
-from .steps import AnyArray, EpisodeTable, has_changed, optional
+from .source_base import EpisodeTable, StepReader, has_changed, optional
 from .token_reader import TokenDataset
 from .writers import put, put_file, scratch_file, zarr_array
 

@@ -27,8 +27,7 @@ from .format import (
     TokenModel,
     spelled,
 )
-from .source_base import Source
-from .steps import optional
+from .source_base import Source, optional
 
 #: The file in the folder of a job that its process locks; it also marks the folder as ours.
 LOCK_NAME = "lock"

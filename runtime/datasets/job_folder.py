@@ -25,7 +25,7 @@ from ..bundle.writing import sync
 from .errors import OutputError, VerificationError
 from .format import INFO_NAME, spelled
 from .job import LOCK_NAME, Job, ownership_of, partial_folder
-from .steps import is_hidden
+from .source_base import is_hidden
 from .writers import put
 
 _IDENTITY_NAME = "job.json"

@@ -11,26 +11,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..bundle.arrays import AnyArray, Int64Array
 from ..bundle.paths import shortlist, shown
 from ..bundle.reading import read_file
 from .array_layouts import TASK_NAMES, table_by_numbers, task_name
 from .episodes import check_stated
 from .errors import SourceError
 from .format import INFO_NAME, read_info
-from .source_base import Source, StepReader, check_width
-from .steps import (
-    AnyArray,
+from .source_base import (
     EpisodeTable,
-    Int64Array,
+    Source,
+    StepReader,
     Steps,
     as_float32,
     as_int64,
-    in_order,
-    is_hidden,
-    lengths_to_starts,
+    check_width,
     opened,
     optional,
     readable,
+    visible_files,
 )
 
 #: meta/info.json takes a few KB.
@@ -59,14 +58,11 @@ class _Stated(NamedTuple):
 
 class _ParquetReader(StepReader):
     _source: ParquetSource
-
-    def __init__(self, source: ParquetSource) -> None:
-        super().__init__(source)
-        self._numbering = _NUMBERING if source.table is None else ()
-        self._group_ends: Int64Array = np.empty(0, np.int64)
-        self._batches: Iterator[Any] = iter(())
-        self._batch: Any = None
-        self._begin = 0
+    # All of the open file.
+    _group_ends: Int64Array
+    _batches: Iterator[Any]
+    _batch: Any
+    _begin: int
 
     def _open(self, index: int) -> Any:
         source = self._source
@@ -86,7 +82,7 @@ class _ParquetReader(StepReader):
         batch, name = self._batch_from(piece, start).slice(0, stop - start), self._source.files[piece].name
         column = batch.column(self._source.key)
         if self._source.table is None:
-            numbers = (_as_integers(batch.column(label), label, name) for label in self._numbering)
+            numbers = (_as_integers(batch.column(label), label, name) for label in _NUMBERING)
             rows = Steps(column, *numbers)
         else:
             rows = self._source.table.steps(column, start)
@@ -98,7 +94,7 @@ class _ParquetReader(StepReader):
         group = int(np.searchsorted(self._group_ends, row, side="right"))
         group_begin = int(self._group_ends[group - 1] if group else self._source.first_rows[index])
         if self._batch is None or row < self._begin or self._begin + len(self._batch) < group_begin:
-            columns = [self._source.key, *self._numbering]
+            columns = [self._source.key, *(_NUMBERING if self._source.table is None else ())]
             groups = range(group, len(self._group_ends))
             self._batches = file.iter_batches(_BATCH_STEPS, groups, columns, use_threads=False)
             self._batch, self._begin = next(self._batches), group_begin
@@ -170,8 +166,7 @@ class ParquetSource(Source):
 
 
 def parquet_files(folder: Path, pattern: str = "data/*/*.parquet") -> list[Path]:
-    names = (path.relative_to(folder).as_posix() for path in folder.glob(pattern))
-    return [folder / name for name in in_order((name for name in names if not is_hidden(name)), folder.name)]
+    return visible_files(folder, folder.glob(pattern))
 
 
 def open_parquet(path: Path, key: str | None) -> ParquetSource:
@@ -339,7 +334,7 @@ def _listed(meta: Path) -> EpisodeTable | None:
     with readable("meta/episodes", "integers"):
         numbers, lengths = np.array(rows, np.int64).T
     order = np.argsort(numbers, kind="stable")
-    return EpisodeTable(lengths_to_starts(lengths[order]), numbers[order])
+    return EpisodeTable.of_lengths(lengths[order], numbers[order])
 
 
 def _rows(meta: Path, name: str, pattern: str, **columns: type) -> list[tuple[Any, ...]]:

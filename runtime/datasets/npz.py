@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import zipfile
@@ -13,6 +14,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ..bundle.arrays import AnyArray, Int64Array
 from ..bundle.reading import regular_file
 from .array_layouts import (
     TASK_NAMES,
@@ -24,8 +26,7 @@ from .array_layouts import (
     episode_table,
 )
 from .errors import SourceError
-from .source_base import Source, StepReader
-from .steps import AnyArray, EpisodeTable, Int64Array, Steps, as_float32, is_hidden, opened, readable
+from .source_base import EpisodeTable, Source, StepReader, Steps, as_float32, is_hidden, opened, readable
 
 _NPZ, _NPY = "a .npz file", "a .npy file"
 _SLICE_STEPS = 1 << 20
@@ -34,53 +35,26 @@ _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
 @dataclass(frozen=True, eq=False)
 class StoredArray:
-    """An array in the file: `begins` is where its numbers start, in the member if compressed, else in the file."""
+    """An array in the file: `begins` is where its numbers start, in the member if compressed, else in the file.
+
+    held: all of it, of a file that cannot be read in slices.
+    """
 
     name: str
-    member: str
     shape: tuple[int, ...]
-    dtype: np.dtype[np.generic]
-    begins: int
-    is_compressed: bool
-    is_fortran: bool
-
-    def open(self, path: Path) -> _Stream:
-        return _Stream(path, self)
-
-
-@dataclass(frozen=True, eq=False)
-class HeldArray:
-    """An array in memory, for files that cannot be read in slices. It is its own stream."""
-
-    name: str
-    values: AnyArray
-    member = ""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.values.dtype
-
-    def open(self, path: Path) -> HeldArray:
-        del path
-        return self
-
-    def read(self, start: int, stop: int) -> AnyArray:
-        rows = self.values if self.values.ndim == 1 else self.values.reshape(-1, self.shape[-1])
-        return rows[start:stop]
-
-    def close(self) -> None:
-        """Nothing is open."""
+    dtype: np.dtype[Any]
+    member: str = ""
+    begins: int = 0
+    is_compressed: bool = False
+    is_fortran: bool = False
+    held: AnyArray | None = None
 
 
 class _ArrayReader(StepReader):
     _source: ArraySource
 
-    def _open(self, index: int) -> _Stream | HeldArray:
-        return self._source.arrays[index].open(self._source.path)
+    def _open(self, index: int) -> _Stream:
+        return _Stream(self._source.path, self._source.arrays[index])
 
     def _read(self, piece: int, start: int, stop: int) -> Steps:
         first = int(self._source.first_rows[piece])
@@ -93,7 +67,7 @@ class ArraySource(Source):
 
     kind = _NPZ
     reader = _ArrayReader
-    arrays: tuple[StoredArray | HeldArray, ...]
+    arrays: tuple[StoredArray, ...]
     members: tuple[str, ...]
     table: EpisodeTable
     episode_tasks: tuple[str, ...]
@@ -135,7 +109,7 @@ def open_npz(path: Path, key: str | None) -> ArraySource:
     return array_source(path, arrays, chosen)
 
 
-def array_source(path: Path, arrays: Mapping[str, StoredArray | HeldArray], chosen: Sequence[str]) -> ArraySource:
+def array_source(path: Path, arrays: Mapping[str, StoredArray], chosen: Sequence[str]) -> ArraySource:
     """chosen: the arrays of actions, by their names. Raises SourceError where they are none, or where others that say
     where episodes end do not fit them."""
 
@@ -204,7 +178,7 @@ def _header(file: IO[bytes], name: str, member: str, size: int, *, is_compressed
     expected = begins + math.prod(shape) * dtype.itemsize
     if size != expected and not dtype.hasobject:
         raise SourceError(f"{name!r} has {size} bytes; expected {expected} for its shape {list(shape)}: copy it again")
-    return StoredArray(name, member, shape, dtype, begins, is_compressed, is_fortran)
+    return StoredArray(name, shape, dtype, member, begins, is_compressed, is_fortran)
 
 
 def _are_equal(path: Path, one: StoredArray, other: StoredArray) -> bool:
@@ -214,10 +188,10 @@ def _are_equal(path: Path, one: StoredArray, other: StoredArray) -> bool:
     return all(mine.tobytes() == theirs.tobytes() for mine, theirs in pairs)
 
 
-def _slices(path: Path, array: StoredArray | HeldArray) -> Iterator[AnyArray]:
+def _slices(path: Path, array: StoredArray) -> Iterator[AnyArray]:
     """All rows, in slices."""
     rows = _rows(array)
-    with readable(path.name, _NPZ), closing(array.open(path)) as stream:
+    with readable(path.name, _NPZ), closing(_Stream(path, array)) as stream:
         for start in range(0, max(rows, 1), _SLICE_STEPS):
             yield stream.read(start, min(start + _SLICE_STEPS, rows))
 
@@ -231,14 +205,18 @@ class _Stream:
     def __init__(self, path: Path, array: StoredArray) -> None:
         self._array = array
         with ExitStack() as stack:
-            file: IO[bytes] = stack.enter_context(regular_file(path))[0]
+            self._file: IO[bytes] = io.BytesIO()
+            if array.held is None:
+                self._file = stack.enter_context(regular_file(path))[0]
             if array.is_compressed:
-                file = stack.enter_context(stack.enter_context(zipfile.ZipFile(file)).open(array.member))
-            self._file, self._stack = file, stack.pop_all()
+                self._file = stack.enter_context(stack.enter_context(zipfile.ZipFile(self._file)).open(array.member))
+            self._stack = stack.pop_all()
 
     def read(self, start: int, stop: int) -> AnyArray:
         """Rows [n, width], or [n] of an array of one dimension."""
         array = self._array
+        if array.held is not None:
+            return array.held.reshape(-1, *array.shape[1:][-1:])[start:stop]
         if len(array.shape) == 1:
             return self._numbers(start, stop - start)
         width = array.shape[-1]

@@ -1,4 +1,7 @@
-"""A part of a job: made block by block, recorded when it is whole, and found again by the run that goes on."""
+"""A part of a job: made block by block, recorded when it is whole, and found again by the run that goes on.
+
+Every step is coded on its own, so that chunks may begin anywhere.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,24 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from ..bundle.arrays import AnyArray, Float32Array, in_chunks
 from ..bundle.manifest import FileEntry
 from ..bundle.reading import build
 from ..tokenizer import ActionTokenizer
-from .coding import StepCoder
 from .episodes import Run, check_values, extend_runs
 from .errors import OutputError, reason
 from .format import HASH_STEPS
 from .job import Job
 from .job_folder import output_errors
 from .progress import Progress
-from .steps import AnyArray, Steps
+from .source_base import Steps
 from .writers import hash_file, part_files, put, write_part
 
 _WAIT_SECONDS = 0.1
+#: Steps that are coded at once: their int32 tokens fit into the processor's second-level cache.
+_CODED_STEPS = 4096
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,9 @@ class PartRecord:
         """Raises OutputError for anything but what `text` gives."""
         try:
             content = json.loads(text)
-            record = cls(
-                build(int, content["part"], "part"),
-                build(dict[str, FileEntry], content["files"], "files"),
-                build(tuple[str, ...], content["digests"], "digests"),
-                _runs(content["runs"]),
-            )
+            runs = _runs(content.pop("runs"))
+            del content["sha256"]
+            record = dataclasses.replace(build(cls, {**content, "runs": []}, "the record"), runs=runs)
             if any(len(bytes.fromhex(digest)) != hashlib.sha256().digest_size for digest in record.digests):
                 raise ValueError("a digest is no sha256")
             is_spelled_so = record.text(work) == text
@@ -134,6 +137,42 @@ def _record_path(job: Job, part: int) -> Path:
 
 
 # Making ---------------------------------------------------------------------------------------------------------------
+
+
+class StepCoder:
+    """Codes steps for one thread; it keeps the memory for one call."""
+
+    def __init__(self, tokenizer: ActionTokenizer) -> None:
+        self._tokenizer, self._model = tokenizer, tokenizer.model
+        model = self._model
+        batch = max(1, _CODED_STEPS // model.chunk_length)
+        self._tokens = np.empty(model.tokens_shape(batch), np.int32)
+
+    def encode(self, actions: Float32Array) -> npt.NDArray[np.uint8]:
+        """Actions float32 [n, A] to tokens uint8 [n, D*L]. Raises InvalidInputError for illegal actions."""
+        result = np.empty((len(actions), self._model.latent_dim * self._model.num_layers), np.uint8)
+        for rows, chunks in self._chunks(actions):
+            tokens = self._tokens[: len(chunks)]
+            self._tokenizer.encode_into(chunks, tokens)
+            # The levels were checked to fit into a byte.
+            np.copyto(result[rows], tokens.reshape(-1, result.shape[1])[: rows.stop - rows.start], casting="unsafe")
+        return result
+
+    def decode(self, tokens: AnyArray) -> Float32Array:
+        """Tokens uint8 [n, D*L] to actions float32 [n, A]. Raises InvalidInputError for illegal tokens."""
+        model = self._model
+        result = np.empty((len(tokens), model.action_dim), np.float32)
+        for rows, chunks in self._chunks(tokens):
+            actions = self._tokenizer.decode(chunks.reshape(*chunks.shape[:2], model.latent_dim, model.num_layers))
+            result[rows] = actions.reshape(-1, model.action_dim)[: rows.stop - rows.start]
+        return result
+
+    def _chunks(self, values: AnyArray) -> Iterator[tuple[slice, AnyArray]]:
+        """[n, W] as [B, T, W] for the tokenizer; nobody reads the results of what fills up the last chunk."""
+        batch, length = self._tokens.shape[:2]
+        for start in range(0, len(values), batch * length):
+            part = values[start : start + batch * length]
+            yield slice(start, start + len(part)), in_chunks(part, length)
 
 
 class Stopped(Exception):  # noqa: N818  # no error: another worker has one

@@ -1,27 +1,218 @@
-"""What all sources have in common: pieces that follow one another, and a reader that opens one at a time."""
+"""What all sources have in common: steps and their episodes, files, and a reader that opens one piece at a time."""
 
 from __future__ import annotations
 
+import errno
+import importlib
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, BinaryIO, ClassVar, Self
 
 import numpy as np
 
-from .errors import SourceError
-from .steps import (
-    EpisodeTable,
-    Int64Array,
-    SourceFile,
-    Steps,
-    has_changed,
-    lengths_to_starts,
-    readable,
-    shown_name,
-    source_file,
-)
+from ..bundle.advice import install
+from ..bundle.arrays import AnyArray, Float32Array, Int64Array
+from ..bundle.paths import LINKS_IN_A_CIRCLE
+from ..bundle.reading import UnfitFileError, regular_file
+from .errors import DatasetError, SourceError, reason
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file as it was when a job began. Another size or time of writing means that it has changed.
+
+    stamp: device, inode and the time of the last change of any kind, which nothing can set back. It changes also where
+    the file was only moved, copied or linked: the steps have to be compared then.
+    """
+
+    name: str
+    size: int
+    mtime_ns: int
+    stamp: tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """n steps. values: actions float32 [n, A] or tokens uint8 [n, D*L]; episode and frame: int64 [n]."""
+
+    values: AnyArray
+    episode: Int64Array
+    frame: Int64Array
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Steps]) -> Steps:
+        """One after the other; a single part is not copied."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            np.concatenate([part.values for part in parts]),
+            np.concatenate([part.episode for part in parts]),
+            np.concatenate([part.frame for part in parts]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class EpisodeTable:
+    """Episodes that follow one another: starts int64 [E + 1], the last is the number of steps; numbers int64 [E]."""
+
+    starts: Int64Array
+    numbers: Int64Array
+
+    @classmethod
+    def of_lengths(cls, lengths: AnyArray, numbers: Int64Array) -> Self:
+        """lengths: how many steps each episode has, [E]."""
+        return cls(lengths_to_starts(lengths), numbers)
+
+    def steps(self, values: AnyArray, start: int) -> Steps:
+        """`values` of the rows from `start` on, with their episodes and frames."""
+        rows = np.arange(start, start + len(values), dtype=np.int64)
+        place = np.searchsorted(self.starts, rows, side="right") - 1
+        return Steps(values, self.numbers[place], rows - self.starts[place])
+
+
+def lengths_to_starts(lengths: AnyArray) -> Int64Array:
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+
+
+def shown_name(path: Path) -> str:
+    """The name as UTF-8 text; other bytes are escaped."""
+    return path.name.encode("utf-8", "backslashreplace").decode()
+
+
+def source_file(path: Path, root: Path) -> SourceFile:
+    status = path.stat()
+    stamp = (status.st_dev, status.st_ino, status.st_ctime_ns)
+    return SourceFile(path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns, stamp)
+
+
+def has_changed(file: SourceFile) -> SourceError:
+    return SourceError(
+        f"{file.name} has changed while it was read; expected the same to the end: run the command again when nothing "
+        "writes to it"
+    )
+
+
+def unreadable(name: str, error: OSError) -> SourceError:
+    why = LINKS_IN_A_CIRCLE if error.errno == errno.ELOOP else f"{error}; check its permissions"
+    return SourceError(f"{name} cannot be read: {why}")
+
+
+_HIDDEN = ("Thumbs.db", "desktop.ini", "__MACOSX")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether systems or editors left this file, which is no data. name: its path in the dataset.
+
+    `._x` and `.DS_Store` of macOS, `.ipynb_checkpoints`, `.nfs…`, `Thumbs.db` and the like.
+    """
+    return any((part.startswith(".") and part != ".") or part in _HIDDEN for part in name.split("/"))
+
+
+def as_float32(values: AnyArray) -> Float32Array:
+    """Floating-point numbers as float32. Those too large become infinite, and are refused later as illegal actions."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(values, np.float32)
+
+
+def as_int64(values: AnyArray, label: str, least: int = 0) -> Int64Array:
+    """Integers of any type as int64. Raises SourceError for those below `least`, and those that do not fit."""
+    for found in (values.min(), values.max()) if values.size else ():
+        if not least <= int(found) < 2**63:
+            expected = "below 2**63" if found > 0 else f"of {least} or more"
+            raise SourceError(f"{label} holds {found}; expected integers {expected}: number from 0")
+    return values.astype(np.int64)
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts demo_2 before demo_10, the same for demo_1 and demo_01.
+
+    >>> sorted(["demo_10", "demo_2"], key=natural)
+    ['demo_2', 'demo_10']
+    """
+    return [(int(number or -1), text) for text, number in re.findall(r"(\D*)(\d*)", name)]
+
+
+def in_order(names: Iterable[str], where: str) -> list[str]:
+    """In natural order. Raises SourceError where one number is written in two ways, which leaves the order open."""
+    ordered = sorted(names, key=natural)
+    for one, other in pairwise(ordered):
+        if natural(one) == natural(other):
+            raise SourceError(
+                f"{where} has {one!r} and {other!r}, which bear the same number; expected each number once: remove or "
+                "rename one of them"
+            )
+    return ordered
+
+
+def visible_files(folder: Path, paths: Iterable[Path]) -> list[Path]:
+    """Those of these paths in a folder that are data, in natural order. Raises SourceError as `in_order` does."""
+    names = (path.relative_to(folder).as_posix() for path in paths)
+    return [folder / name for name in in_order((name for name in names if not is_hidden(name)), folder.name)]
+
+
+def optional(module: str, extra: str = "datasets") -> Any:
+    """Import a package that only some files need. extra: of this project, which installs it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise DatasetError(f"this needs {package}, which cannot be imported ({error}); {install(extra)}") from error
+
+
+@contextmanager
+def readable(name: str, kind: str) -> Iterator[None]:
+    """Turn whatever a format's library raises on a damaged file into a SourceError."""
+    try:
+        yield
+    except DatasetError:
+        raise
+    # Parsers raise nearly anything on damaged bytes: zlib.error, BadZipFile, ArrowInvalid, KeyError, MemoryError, ...
+    except Exception as error:
+        raise SourceError(
+            f"{name} cannot be read as {kind} ({reason(error)}); expected an undamaged file: copy it again or save it "
+            "anew"
+        ) from error
+
+
+@contextmanager
+def opened(path: Path, kind: str, magic: bytes = b"", *, name: str = "") -> Iterator[BinaryIO]:
+    """The one way to open a file of demonstrations: it must be a regular file that begins as its kind does.
+
+    magic: its first bytes; name: for messages. Libraries that open a file by its name are called inside. Raises
+    SourceError, also for whatever is raised inside.
+    """
+    name = name or path.name
+    with readable(name, kind), ExitStack() as stack:
+        try:
+            file, _ = stack.enter_context(regular_file(path))
+        except UnfitFileError as error:
+            raise SourceError(f"{name} is no regular file; expected {kind}") from error
+        except OSError as error:
+            raise unreadable(name, error) from error
+        start = file.read(max(32, len(magic)))
+        if not start:
+            raise SourceError(f"{name} is empty (0 bytes); expected {kind}: copy or download it again")
+        if start.startswith(b"version https://git-lfs"):
+            raise SourceError(f"{name} is a Git LFS pointer, not the data; fetch it with `git lfs pull`")
+        # numpy takes unknown bytes for a pickle, and advises to allow it.
+        if not start.startswith(magic):
+            raise SourceError(
+                f"{name} starts with {start[: len(magic)]!r} instead of {magic!r}: not {kind} but a damaged file, "
+                "another format or a pickle, which could run code; save plain arrays"
+            )
+        file.seek(0)
+        yield file
+
+
+# Sources --------------------------------------------------------------------------------------------------------------
 
 #: Steps, values of a step or 0 where nothing says it, and what to call it in messages.
 Piece = tuple[int, int, str]
@@ -50,12 +241,15 @@ class Source:
         """The source at this path, a file or a folder. own: fields of the format. Raises SourceError."""
         root = path if path.is_dir() else path.parent
         rows, widths, places = zip(*pieces, strict=True)
+        known = [(width, place) for width, place in zip(widths, places, strict=True) if width]
+        for width, place in known:
+            check_width(width, known[0][0], place, known[0][1])
         return cls(
             name=shown_name(path),
             root=root,
             files=tuple(source_file(file, root) for file in files),
             first_rows=lengths_to_starts(np.array(rows)),
-            width=_common_width(widths, places),
+            width=known[0][0] if known else 0,
             **own,
         )
 
@@ -154,14 +348,6 @@ class StepReader(ABC):
     @abstractmethod
     def _read(self, piece: int, start: int, stop: int) -> Steps:
         """Rows start … stop - 1 of the whole dataset, all in this piece, or only the first of them, at least one."""
-
-
-def _common_width(widths: Sequence[int], places: Sequence[str]) -> int:
-    """The action dimensions of all places, 0 where unknown. Raises SourceError where they differ."""
-    known = [(width, place) for width, place in zip(widths, places, strict=True) if width]
-    for width, place in known:
-        check_width(width, known[0][0], place, known[0][1])
-    return known[0][0] if known else 0
 
 
 def check_width(found: int, expected: int, place: str, other: str) -> None:

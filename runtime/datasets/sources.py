@@ -12,8 +12,7 @@ from .errors import SourceError
 from .hdf5 import HDF5_SUFFIXES, hdf5_files, open_hdf5
 from .lerobot import open_parquet, parquet_files
 from .npz import open_npz
-from .source_base import Source
-from .steps import is_hidden, unreadable
+from .source_base import Source, is_hidden, unreadable
 
 _EXPECTED = (
     "expected .npz, .npy, .hdf5, .h5, .parquet, a folder of HDF5 files, or a LeRobot v2 or v3 folder "

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.advice import page
+from ..bundle.arrays import Int64Array
 from ..bundle.compatibility import matches_fingerprint
 from ..bundle.errors import FingerprintError
 from ..bundle.paths import as_path
@@ -17,8 +18,7 @@ from ..bundle.reading import read_file
 from .episodes import check_stated
 from .errors import TokenDatasetError
 from .format import EPISODES_NAME, DatasetInfo, part_name, read_info
-from .source_base import Source, StepReader
-from .steps import EpisodeTable, Int64Array, Steps, lengths_to_starts, optional, shown_name, source_file
+from .source_base import EpisodeTable, Source, StepReader, Steps, optional
 from .writers import chunk_names, hash_file, unpack
 
 _AGAIN = "copy the dataset again, or tokenise the source again"
@@ -59,10 +59,7 @@ class _DatasetReader(StepReader):
     """Keeps the last block, so that slices in ascending order read each block once."""
 
     _source: TokenDataset
-
-    def __init__(self, source: TokenDataset) -> None:
-        super().__init__(source)
-        self._block: tuple[int, Steps] | None = None
+    _block: tuple[int, Steps] | None = None
 
     def _read(self, piece: int, start: int, stop: int) -> Steps:
         source = self._source
@@ -115,14 +112,9 @@ class TokenDataset(Source):
 
     @classmethod
     def of(cls, folder: Path, info: DatasetInfo) -> TokenDataset:
-        return cls(
-            name=shown_name(folder),
-            root=folder,
-            files=tuple(source_file(folder / name, folder) for name in info.files),
-            first_rows=np.append(np.arange(0, info.num_steps, info.steps_per_block), info.num_steps),
-            width=info.width,
-            info=info,
-        )
+        starts = range(0, info.num_steps, info.steps_per_block)
+        blocks = [(min(info.steps_per_block, info.num_steps - start), info.width, folder.name) for start in starts]
+        return cls.from_pieces(folder, [folder / name for name in info.files], blocks, info=info)
 
     def open(self, width: int) -> StepReader:
         if width != self.width:
@@ -143,7 +135,7 @@ class TokenDataset(Source):
             )
             return EpisodeTable(np.concatenate([np.zeros(1, np.int64), ends]), numbers)
         numbers, lengths = (self._episodes_column(name).to_numpy() for name in ("episode_index", "num_steps"))
-        return EpisodeTable(lengths_to_starts(lengths), numbers)
+        return EpisodeTable.of_lengths(lengths, numbers)
 
     def episode_names(self, episodes: Int64Array) -> list[str]:
         if self.info.storage == "zarr":

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..bundle.arrays import AnyArray
 from ..bundle.manifest import FileEntry
 from ..bundle.reading import regular_file
 from .errors import OutputError
 from .format import Compression, part_name
-from .steps import AnyArray, Steps, optional
+from .source_base import Steps, optional
 
 if TYPE_CHECKING:
     # Readers of datasets load this module too, and need no tokenizer.

@@ -11,7 +11,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -117,12 +117,13 @@ def run_campaign(  # noqa: PLR0913  # settings, given by name
     begin = time.monotonic()
     rng = random.Random(seed)
     kinds = kinds_with(nan_backends or {})
-    deck = _deal(kinds, rng)
+    # All kinds in random order, again and again.
+    deck = itertools.chain.from_iterable(rng.sample(kinds, len(kinds)) for _ in itertools.count())
     report = FaultReport()
     ticks, longest = 0, 0.0
     times: list[float] = []
     for place, setup in enumerate(setups):
-        rig = Rig(tokenizer, setup, rng, fallback=fallback, nan_backends=nan_backends)
+        rig = Rig(tokenizer, setup, rng, fallback=fallback)
         with contextlib.closing(rig):
             done, drawn = 0, set[str]()
             while done < (place + 1) * faults // len(setups) - place * faults // len(setups):
@@ -231,20 +232,13 @@ def nan_backends_of(path: Path) -> dict[str, Backend]:
 
 
 def _open_fallback(path: Path, main_one: ActionTokenizer, wanted: str | None) -> ActionTokenizer:
-    for name in (wanted,) if wanted else PREFERENCE:
-        if name != main_one.backend.name or wanted:
-            try:
+    if wanted:
+        return ActionTokenizer.load(path, backend=wanted)
+    for name in PREFERENCE:
+        if name != main_one.backend.name:
+            with contextlib.suppress(TokenizerError):
                 return ActionTokenizer.load(path, backend=name)
-            except TokenizerError:
-                if wanted:
-                    raise
     return ActionTokenizer.load(path, backend=main_one.backend.name)
-
-
-def _deal(kinds: Sequence[Kind], rng: random.Random) -> Iterator[Kind]:
-    """All kinds in random order, again and again."""
-    while True:
-        yield from rng.sample(kinds, len(kinds))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from ..backends.contract import Backend
 from ..control.config import OnFault, OutOfRange, Status
 from ..control.errors import WrongThreadError
 from ..control.realtime import Watchdog
@@ -56,20 +59,14 @@ class Kind:
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-def _tokens(name: str, change: Callable[[Any, Rig], Any]) -> Kind:
-    def inject(rig: Rig) -> Answer:
-        chunk = rig.pick()
-        return rig.send(chunk, tokens=change(chunk.tokens.copy(), rig))
-
-    return Kind(name, Status.BAD_TOKEN, inject)
+def _changed(change: Callable[[Any, Rig], Any], rig: Rig) -> Answer:
+    chunk = rig.pick()
+    return rig.send(chunk, tokens=change(chunk.tokens.copy(), rig))
 
 
-def _with(value: int) -> Callable[[Any, Rig], Any]:
-    def change(tokens: Any, rig: Rig) -> Any:
-        tokens.reshape(-1)[rig.rng.randrange(tokens.size)] = value
-        return tokens
-
-    return change
+def _with(value: int, tokens: Any, rig: Rig) -> Any:
+    tokens.reshape(-1)[rig.rng.randrange(tokens.size)] = value
+    return tokens
 
 
 def _another_type(tokens: Any, rig: Rig) -> Any:
@@ -100,18 +97,15 @@ def _another_shape(tokens: Any, rig: Rig) -> Any:
 
 def _masked(tokens: Any, rig: Rig) -> Any:
     """A subclass of ndarray with rules of its own, in which the illegal value is hidden."""
-    masked = np.ma.masked_array(_with(-1)(tokens, rig), mask=True)
+    masked = np.ma.masked_array(_with(-1, tokens, rig), mask=True)
     return rig.rng.choice((masked, masked.view(np.recarray)))
 
 
-def _number(name: str) -> Inject:
-    def inject(rig: Rig) -> Answer:
-        wrong = (1.5, "1", 2**70, -(2**70), math.nan, True, [1], np.float64(1))
-        chunk = rig.pick()
-        options: dict[str, Any] = {"sequence": rig.sequence + 1, name: rig.rng.choice(wrong)}
-        return rig.tick(chunk.tokens, stats=chunk.stats, **options)
-
-    return inject
+def _number(name: str, rig: Rig) -> Answer:
+    wrong = (1.5, "1", 2**70, -(2**70), math.nan, True, [1], np.float64(1))
+    chunk = rig.pick()
+    options: dict[str, Any] = {"sequence": rig.sequence + 1, name: rig.rng.choice(wrong)}
+    return rig.tick(chunk.tokens, stats=chunk.stats, **options)
 
 
 def _stats(rig: Rig) -> Answer:
@@ -136,12 +130,9 @@ def _until_latched(rig: Rig) -> Answer:
 # --- backends ---------------------------------------------------------------------------------------------------------
 
 
-def _failing(fault: Fault) -> Inject:
-    def inject(rig: Rig) -> Answer:
-        rig.backend.fault = fault
-        return rig.send(rig.pick())
-
-    return inject
+def _failing(fault: Fault, rig: Rig) -> Answer:
+    rig.backend.fault = fault
+    return rig.send(rig.pick())
 
 
 def _huge(rig: Rig) -> Answer:
@@ -155,30 +146,24 @@ def _huge(rig: Rig) -> Answer:
 
 def _both_failing(rig: Rig) -> Answer:
     rig.spare.fault = Fault.RAISES
-    return _failing(Fault.RAISES)(rig)
+    return _failing(Fault.RAISES, rig)
 
 
-def _nan_weights(name: str) -> Inject:
-    def inject(rig: Rig) -> Answer:
-        healthy = rig.backend.replace(rig.nan_backends[name])
-        try:
-            return rig.send(rig.pick())
-        finally:
-            rig.backend.replace(healthy)
-
-    return inject
+def _nan_weights(backend: Backend, rig: Rig) -> Answer:
+    healthy = rig.backend.replace(backend)
+    try:
+        return rig.send(rig.pick())
+    finally:
+        rig.backend.replace(healthy)
 
 
-def _late(seconds: float) -> Inject:
-    def inject(rig: Rig) -> Answer:
-        rig.backend.fault, rig.backend.delay_s = Fault.SLOW, seconds
-        chunk = rig.pick()
-        answer = rig.send(chunk)
-        if seconds > 0:
-            rig.expect_service(chunk, 1 + round(seconds / PERIOD_S))
-        return answer
-
-    return inject
+def _late(seconds: float, rig: Rig) -> Answer:
+    rig.backend.fault, rig.backend.delay_s = Fault.SLOW, seconds
+    chunk = rig.pick()
+    answer = rig.send(chunk)
+    if seconds > 0:
+        rig.expect_service(chunk, 1 + round(seconds / PERIOD_S))
+    return answer
 
 
 def _hanging(rig: Rig) -> Answer:
@@ -224,14 +209,10 @@ def _hanging_loop(rig: Rig) -> Answer:
 # --- chunks and clocks ------------------------------------------------------------------------------------------------
 
 
-def _dated(age: Callable[[Rig], int], ahead: int = 1) -> Inject:
+def _dated(age: Callable[[Rig], int], rig: Rig, *, ahead: int = 1) -> Answer:
     """A chunk of that age in periods comes while another is in service."""
-
-    def inject(rig: Rig) -> Answer:
-        rig.send(rig.pick())
-        return rig.send(rig.pick(), age=age(rig), sequence=rig.sequence + ahead)
-
-    return inject
+    rig.send(rig.pick())
+    return rig.send(rig.pick(), age=age(rig), sequence=rig.sequence + ahead)
 
 
 def _late_in_time(rig: Rig) -> Answer:
@@ -263,16 +244,13 @@ def _no_more(rig: Rig) -> Answer:
     return [rig.tick() for _ in range(rig.length)][-1]
 
 
-def _jump(seconds: float) -> Inject:
-    def inject(rig: Rig) -> Answer:
-        rig.jump(seconds)
-        return rig.tick()
-
-    return inject
+def _jump(seconds: float, rig: Rig) -> Answer:
+    rig.jump(seconds)
+    return rig.tick()
 
 
 def _back_within(rig: Rig) -> Answer:
-    _late(-50 * PERIOD_S)(rig)
+    _late(-50 * PERIOD_S, rig)
     rig.clear()
     return rig.tick()
 
@@ -292,18 +270,9 @@ def _no_deadline(rig: Rig) -> Answer:
 
 
 def _wrong_thread(rig: Rig) -> Answer:
-    refused = []
-
-    def step() -> None:
-        try:
-            rig.decoder.step(rig.pick().tokens)
-        except WrongThreadError as error:
-            refused.append(error)
-
-    thread = threading.Thread(target=step)
-    thread.start()
-    thread.join()
-    if not refused:
+    with ThreadPoolExecutor(1) as another:
+        refusal = another.submit(rig.decoder.step, rig.pick().tokens).exception()
+    if not isinstance(refusal, WrongThreadError):
         rig.check.problems.append("another thread was not refused")
     return rig.send(rig.pick())
 
@@ -312,39 +281,39 @@ _FAULT, _STALE, _MISS = Status.BACKEND_FAULT, Status.STALE, Status.DEADLINE_MISS
 
 
 def _backend(name: str, status: Status, inject: Inject, **options: Any) -> Kind:
-    def recoveries(setup: Setup) -> int:
-        return int(setup.use_worker or setup.has_fallback)
+    options["recoveries"] = lambda setup: int(setup.use_worker or setup.has_fallback)
+    return Kind(name, status, inject, is_backend=True, **options)
 
-    return Kind(name, status, inject, is_backend=True, recoveries=recoveries, **options)
+
+_BAD_TOKENS: dict[str, Callable[[Any, Rig], Any]] = {
+    "token too high by one": lambda tokens, rig: _with(rig.model.num_levels, tokens, rig),
+    "token far too high": partial(_with, 2**31 - 1),
+    "negative token": partial(_with, -1),
+    "int64 tokens that wrap to legal ones": lambda tokens, _: tokens.astype(np.int64) + 2**32,
+    "uint8 token too high": lambda tokens, rig: _with(255, tokens.astype(np.uint8), rig),
+    "float tokens": lambda tokens, rig: tokens.astype(rig.rng.choice(("float16", "float32", "float64"))),
+    "NaN tokens": lambda tokens, _: np.full(tokens.shape, np.nan),
+    "array of objects": lambda tokens, _: np.full(tokens.shape, None, object),
+    "tokens of another type": _another_type,
+    "no array at all": _no_array,
+    "tokens of another shape": _another_shape,
+    "masked or record array": _masked,
+}
+_WITHOUT_ACTIONS = (Fault.RAISES, Fault.RAISES_UNKNOWN, Fault.OUT_OF_MEMORY, Fault.WRONG_SHAPE)
+_NOT_FINITE = (Fault.NAN, Fault.INF, Fault.WRITES_NOTHING)
 
 
 KINDS: tuple[Kind, ...] = (
-    _tokens("token too high by one", lambda tokens, rig: _with(rig.model.num_levels)(tokens, rig)),
-    _tokens("token far too high", _with(2**31 - 1)),
-    _tokens("negative token", _with(-1)),
-    _tokens("int64 tokens that wrap to legal ones", lambda tokens, _: tokens.astype(np.int64) + 2**32),
-    _tokens("uint8 token too high", lambda tokens, rig: _with(255)(tokens.astype(np.uint8), rig)),
-    _tokens("float tokens", lambda tokens, rig: tokens.astype(rig.rng.choice(("float16", "float32", "float64")))),
-    _tokens("NaN tokens", lambda tokens, _: np.full(tokens.shape, np.nan)),
-    _tokens("array of objects", lambda tokens, _: np.full(tokens.shape, None, object)),
-    _tokens("tokens of another type", _another_type),
-    _tokens("no array at all", _no_array),
-    _tokens("tokens of another shape", _another_shape),
-    _tokens("masked or record array", _masked),
-    Kind("sequence is no number", Status.BAD_TOKEN, _number("sequence")),
-    Kind("observed_ns is no number", Status.BAD_TOKEN, _number("observed_ns")),
+    *(Kind(name, Status.BAD_TOKEN, partial(_changed, change)) for name, change in _BAD_TOKENS.items()),
+    Kind("sequence is no number", Status.BAD_TOKEN, partial(_number, "sequence")),
+    Kind("observed_ns is no number", Status.BAD_TOKEN, partial(_number, "observed_ns")),
     Kind("stats missing, NaN or of another bundle", Status.BAD_TOKEN, _stats),
     Kind("bad tokens until it latches", Status.BAD_TOKEN, _until_latched, latches=True),
-    _backend("backend raises", _FAULT, _failing(Fault.RAISES)),
-    _backend("backend raises what nobody knows", _FAULT, _failing(Fault.RAISES_UNKNOWN)),
-    _backend("backend runs out of memory", _FAULT, _failing(Fault.OUT_OF_MEMORY)),
-    _backend("backend gives another shape", _FAULT, _failing(Fault.WRONG_SHAPE)),
-    _backend("backend gives one NaN", Status.NONFINITE, _failing(Fault.NAN)),
-    _backend("backend gives infinity", Status.NONFINITE, _failing(Fault.INF)),
-    _backend("backend writes nothing", Status.NONFINITE, _failing(Fault.WRITES_NOTHING)),
+    *(_backend(f"backend {fault}", _FAULT, partial(_failing, fault)) for fault in _WITHOUT_ACTIONS),
+    *(_backend(f"backend {fault}", Status.NONFINITE, partial(_failing, fault)) for fault in _NOT_FINITE),
     Kind("backend gives a huge value", Status.OUT_OF_RANGE, _huge),
     Kind("fallback fails too", _FAULT, _both_failing, recoveries=lambda _: 2, applies=lambda setup: setup.has_fallback),
-    Kind("backend is late", _MISS, _late(PERIOD_S)),
+    Kind("backend is late", _MISS, partial(_late, PERIOD_S)),
     _backend(
         "backend hangs, left behind",
         _MISS,
@@ -354,18 +323,18 @@ KINDS: tuple[Kind, ...] = (
         takes_time=True,
     ),
     Kind("backend hangs the loop", _MISS, _hanging_loop, applies=lambda setup: not setup.use_worker, is_slow=True),
-    Kind("chunk from long ago", _STALE, _dated(lambda rig: 2 * rig.length + 2), is_held=False),
-    Kind("chunk whose time has passed", _STALE, _dated(lambda rig: rig.length), is_held=False),
-    Kind("chunk from the future", _STALE, _dated(lambda _: -10), is_held=False),
+    Kind("chunk from long ago", _STALE, partial(_dated, lambda rig: 2 * rig.length + 2), is_held=False),
+    Kind("chunk whose time has passed", _STALE, partial(_dated, lambda rig: rig.length), is_held=False),
+    Kind("chunk from the future", _STALE, partial(_dated, lambda _: -10), is_held=False),
     Kind("chunk late, but in time", Status.OK, _late_in_time, is_held=False),
     Kind("duplicated chunk", _STALE, _same_again, is_held=False),
-    Kind("duplicated chunk, dated anew", _STALE, _dated(lambda _: 0, 0), is_held=False),
+    Kind("duplicated chunk, dated anew", _STALE, partial(_dated, lambda _: 0, ahead=0), is_held=False),
     Kind("reordered chunks", _STALE, _reordered, is_held=False),
     Kind("draft after its whole", _STALE, _draft_after_whole, is_held=False),
     Kind("producer stops", _STALE, _no_more),
-    Kind("clock jumps forward", _STALE, _jump(50 * PERIOD_S)),
-    Kind("clock jumps back", _STALE, _jump(-50 * PERIOD_S)),
-    Kind("clock jumps forward within a tick", _MISS, _late(50 * PERIOD_S)),
+    Kind("clock jumps forward", _STALE, partial(_jump, 50 * PERIOD_S)),
+    Kind("clock jumps back", _STALE, partial(_jump, -50 * PERIOD_S)),
+    Kind("clock jumps forward within a tick", _MISS, partial(_late, 50 * PERIOD_S)),
     Kind("clock jumps back within a tick", _STALE, _back_within),
     Kind("clock raises", _FAULT, _no_clock),
     Kind("deadline is no number", _MISS, _no_deadline, recoveries=lambda setup: int(setup.use_worker), takes_time=True),
@@ -373,7 +342,7 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
-def kinds_with(nan_backends: dict[str, Any]) -> tuple[Kind, ...]:
+def kinds_with(nan_backends: Mapping[str, Backend]) -> tuple[Kind, ...]:
     """KINDS, and one more for every real backend whose weights are NaN."""
-    added = (_backend(f"NaN weights in {name}", Status.NONFINITE, _nan_weights(name)) for name in nan_backends)
-    return (*KINDS, *added)
+    weights = {f"NaN weights in {name}": partial(_nan_weights, backend) for name, backend in nan_backends.items()}
+    return (*KINDS, *(_backend(name, Status.NONFINITE, inject) for name, inject in weights.items()))

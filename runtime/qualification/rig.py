@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..backends.contract import Backend
 from ..bundle.arrays import Codes, Float32Array, Float64Array, Int32Array
 from ..control.config import ActionKind, ControlConfig, OnFault, OutOfRange, Status, Strategy
 from ..control.decoder import ControlDecoder
@@ -44,6 +43,7 @@ class Setup:
     action_kind: ActionKind | None = ActionKind.DELTA
     on_fault: OnFault = OnFault.HOLD_LAST
     out_of_range: OutOfRange = OutOfRange.REJECT
+    record_folder: str | None = None
 
     def __str__(self) -> str:
         parts = [self.strategy, self.action_kind or "mixed", self.on_fault, self.out_of_range]
@@ -68,6 +68,7 @@ class Setup:
             max_consecutive_faults=MOST_FAULTS,
             retry_after_s=0.001,
             record_interval_s=1e-3,
+            record_folder=self.record_folder,
         )
 
 
@@ -133,10 +134,7 @@ class SafetyCheck:
 
 
 class Rig:
-    """Serves good chunks to one decoder, one tick after another, and checks every action that leaves.
-
-    nan_backends: real backends whose weights are NaN, by name.
-    """
+    """Serves good chunks to one decoder, one tick after another, and checks every action that leaves."""
 
     def __init__(
         self,
@@ -145,10 +143,8 @@ class Rig:
         rng: random.Random,
         *,
         fallback: ActionTokenizer | None = None,
-        nan_backends: dict[str, Backend] | None = None,
-        **changes: Any,
     ) -> None:
-        self.setup, self.rng, self.nan_backends = setup, rng, nan_backends or {}
+        self.setup, self.rng = setup, rng
         self.model = tokenizer.model
         self.length = self.model.chunk_length
         self._due = self.now = 10**15
@@ -159,8 +155,6 @@ class Rig:
             layers: [_decoded(tokenizer, codes.prefix(layers)) for codes in whole] for layers in self.model.prefixes
         }
         self.config = setup.config(tokenizer, limit)
-        if changes:
-            self.config = ControlConfig.from_values({**self.config.to_values(), **changes})
         main, self.backend = faulty(tokenizer, pause=self.jump, delay_s=PERIOD_S)
         spare, self.spare = faulty(fallback or tokenizer, pause=self.jump, delay_s=PERIOD_S)
         position = (0.0,) * self.config.action_dim

@@ -44,7 +44,10 @@ _MESSAGES = 64
 
 
 class Producer:
-    """A process that writes messages of odd length into a pipe of one page, so that it waits in the middle of one."""
+    """A process that writes messages of odd length into a pipe of one page, so that it waits in the middle of one.
+
+    process: for signals.
+    """
 
     def __init__(self, chunks: list[Chunk]) -> None:
         self.chunks, self._received = chunks, b""
@@ -52,18 +55,18 @@ class Producer:
             _HEADER.pack(number) + chunks[number % len(chunks)].tokens.tobytes() + b"." for number in range(_MESSAGES)
         ]
         self._length = len(messages[0])
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _PRODUCER], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._descriptor = self._process.stdout.fileno()
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._descriptor = self.process.stdout.fileno()
         os.set_blocking(self._descriptor, False)
         # Linux's F_SETPIPE_SZ; elsewhere pipes keep their size.
         with contextlib.suppress(OSError):
             fcntl.fcntl(self._descriptor, getattr(fcntl, "F_SETPIPE_SZ", 1031), _PAGE)
-        self._process.stdin.write(b"".join(messages))
-        self._process.stdin.close()
+        self.process.stdin.write(b"".join(messages))
+        self.process.stdin.close()
 
     def poll(self) -> tuple[int, Chunk] | None:
         """The next message, its number and chunk, if all of it is here; never waits."""
@@ -79,20 +82,17 @@ class Producer:
         (number,) = _HEADER.unpack_from(message)
         return number, self.chunks[number % len(self.chunks)]
 
-    def signal(self, number: int) -> None:
-        os.kill(self._process.pid, number)
-
     def kill(self) -> int:
         """Kill it by SIGKILL; returns the exit status."""
         # After so long its next write has found no room, and waits.
         time.sleep(0.005)
-        self._process.kill()
-        return self._process.wait()
+        self.process.kill()
+        return self.process.wait()
 
     def end(self) -> int:
         """Close the pipe; returns how many bytes of a message have come without the rest."""
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         return len(self._received)
 
 
@@ -160,9 +160,9 @@ def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer) -> None:
                 # The numbers begin again, as those of a policy that was restarted.
                 for _ in range(trial.rng.randint(1, 3)):
                     serve(rig.wait_for(producer.poll))
-                producer.signal(signal.SIGSTOP)
+                producer.process.send_signal(signal.SIGSTOP)
                 _run_out(trial, rig, producer, serve)
-                producer.signal(signal.SIGCONT)
+                producer.process.send_signal(signal.SIGCONT)
                 serve(rig.wait_for(producer.poll))
             with trial.fault("producer", "killed in the middle of a message (SIGKILL)", rig):
                 trial.expect("its exit status", producer.kill(), -signal.SIGKILL)
@@ -186,7 +186,7 @@ def _fill_disks(trial: _Trial, tokenizer: ActionTokenizer, place: Path) -> str:
     place.mkdir()
     with _small_disk(place) as (disk, fill, free):
         for _ in range(trial.times):
-            rig = Rig(tokenizer, Setup(), trial.rng, record_folder=str(place / "flights"))
+            rig = Rig(tokenizer, Setup(record_folder=str(place / "flights")), trial.rng)
             with contextlib.closing(rig), trial.fault("flight recorder", "whose disk is full", rig):
                 (place / "flights").mkdir(exist_ok=True)
                 fill()
@@ -213,10 +213,9 @@ def _small_disk(place: Path) -> Iterator[tuple[str, Callable[[], None], Callable
                     raise
 
     command = ["mount", "-t", "tmpfs", "-o", f"size={_DISK_BYTES}", "tmpfs", str(place)]
-    try:
+    is_mounted = False
+    with contextlib.suppress(OSError):
         is_mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except OSError:
-        is_mounted = False
     if is_mounted:
         try:
             yield f"a tmpfs of {_DISK_BYTES // 1024} KiB, filled", fill, filler.unlink
@@ -236,7 +235,7 @@ def _small_disk(place: Path) -> Iterator[tuple[str, Callable[[], None], Callable
 
 def _lose_folders(trial: _Trial, tokenizer: ActionTokenizer, folder: Path) -> None:
     for _ in range(trial.times):
-        with contextlib.closing(Rig(tokenizer, Setup(), trial.rng, record_folder=str(folder))) as rig:
+        with contextlib.closing(Rig(tokenizer, Setup(record_folder=str(folder)), trial.rng)) as rig:
             with trial.fault("flight recorder", "whose folder was removed", rig):
                 _record(trial, rig, failed=0, written=1)
                 shutil.rmtree(folder, ignore_errors=True)
@@ -342,8 +341,7 @@ def _mapped(folder: Path) -> list[str]:
 
 
 def _opens(folder: Path, backend: str) -> bool:
-    try:
+    with contextlib.suppress(TokenizerError):
         ActionTokenizer.load(folder, backend=backend).close()
-    except TokenizerError:
-        return False
-    return True
+        return True
+    return False

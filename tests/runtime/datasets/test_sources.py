@@ -14,8 +14,8 @@ from rfsq.rfsq_ref.data import load_actions
 from rfsq.runtime.datasets import lerobot as dataset_lerobot
 from rfsq.runtime.datasets import npz as dataset_npz
 from rfsq.runtime.datasets.errors import SourceError
+from rfsq.runtime.datasets.source_base import Steps
 from rfsq.runtime.datasets.sources import open_source
-from rfsq.runtime.datasets.steps import Steps
 from tests.runtime.datasets.samples import (
     LAYOUTS,
     lerobot_table,

@@ -625,7 +625,7 @@ def test_a_dataset_of_before_the_verdict_was_recorded_is_read(tokens: Path) -> N
 def test_verification_finds_tokens_that_are_not_those_of_the_source(
     source: Path, c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rfsq.runtime.datasets.coding import StepCoder
+    from rfsq.runtime.datasets.parts import StepCoder
 
     encode = StepCoder.encode
 
