@@ -10,7 +10,7 @@ import torch
 
 from rfsq.calibration.data import calibration_episodes, judging_episodes
 from rfsq.calibration.fitting import calibrate, recover
-from rfsq.calibration.settings import Method, ReadoutChoice
+from rfsq.calibration.settings import DEFAULT_CALIBRATION, Method, ReadoutChoice
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.findings import REFITTED
 from rfsq.evidence.metrics import Array, action_errors, units_of
@@ -66,7 +66,7 @@ def checkpoint_job(
     if kind == "naive":
         schemes: list[Scheme] = [Naive(checkpoint)]
     else:
-        checkpoint = calibrate(checkpoint, dataset, config.calibrated, config.readout)
+        checkpoint = calibrate(checkpoint, dataset, DEFAULT_CALIBRATION, config.readout)
         is_refitted = checkpoint.readout is not None
         if not is_refitted and config.readout.choice is ReadoutChoice.AUTO:
             remarks.append(f"robust {name}: {checkpoint.provenance[Method.CALIBRATED.value]['remark']}")
