@@ -59,7 +59,8 @@ def checkpoint_job(
     else:
         training = config.training(use_layernorm=kind == "robust", seed=source)
         checkpoint, history = trained_checkpoint(dataset, training, config.cache)
-        curve = _curve(history)
+        _, train_mse, validation_mse = zip(*(vars(record).values() for record in history.epochs), strict=True)
+        curve = Curve(train_mse, validation_mse, history.kept_epoch)
     sha256 = str(checkpoint.provenance["checkpoint_sha256"])
     name = f"seed {source}" if isinstance(source, int) else sha256[:12]
     remarks, is_refitted = [], False
@@ -111,14 +112,6 @@ def _verdict(scheme: Scheme, actions: FloatArray, name: str) -> list[str]:
     label = f"{scheme.name} tokens of {name}, all layers"
     warning = found.warning_in(model.conditioning.value)
     return [f"{label}, {found.line}", *([f"{label}: {warning}"] if warning else [])]
-
-
-def _curve(history: TrainingHistory) -> Curve:
-    return Curve(
-        tuple(record.train_mse for record in history.epochs),
-        tuple(record.validation_mse for record in history.epochs),
-        history.kept_epoch,
-    )
 
 
 # What is trained -----------------------------------------------------------------------------------------------------

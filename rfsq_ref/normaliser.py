@@ -95,12 +95,10 @@ def read_normaliser(path: str | os.PathLike[str]) -> Normaliser:
     """From a JSON file with `kind`, `offset` and `scale`. Raises DataError."""
     path = as_path(path, "the normaliser", DataError)
     try:
-        fields = read_json(path, _SIZE_LIMIT)
+        return normaliser_from_json(read_json(path, _SIZE_LIMIT))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} is not a readable JSON file: {error}; give a file with kind, offset and scale"
         ) from error
-    try:
-        return normaliser_from_json(fields)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
