@@ -24,9 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.settings import (
-    DEFAULT_CALIBRATION,
     DEFAULT_READOUT,
-    DEFAULT_RECOVERED,
     CalibrationConfig,
     Granularity,
     Method,
@@ -66,11 +64,11 @@ def _parser() -> CommandParser:
         "robust checkpoint stay; default: calibrated",
     )  # fmt: skip
     group = parser.add_argument_group("calibrated")
-    _add(group, "objective", Objective, "cover the data's range, or minimise its squared error", DEFAULT_CALIBRATION)
-    _add(group, "coverage", float, "share of the data to cover", DEFAULT_CALIBRATION)
-    _add(group, "headroom", float, "how much farther than the data the first layer reaches", DEFAULT_CALIBRATION)
-    _add(group, "granularity", Granularity, "constants per layer, or per layer and latent", DEFAULT_CALIBRATION)
-    _add(group, "worst_case", float, "latent error to aim at in [-1, 1]; 1: by the data alone", DEFAULT_CALIBRATION)
+    _add(group, "objective", Objective, "cover the data's range, or minimise its squared error", CalibrationConfig)
+    _add(group, "coverage", float, "share of the data to cover", CalibrationConfig)
+    _add(group, "headroom", float, "how much farther than the data the first layer reaches", CalibrationConfig)
+    _add(group, "granularity", Granularity, "constants per layer, or per layer and latent", CalibrationConfig)
+    _add(group, "worst_case", float, "latent error to aim at in [-1, 1]; 1: by the data alone", CalibrationConfig)
     group.add_argument(
         "--readout", type=ReadoutChoice, choices=list(ReadoutChoice),
         help="refit the decoder's last layer; default: auto, where it wins on calibration episodes left out of the fit",
@@ -79,13 +77,13 @@ def _parser() -> CommandParser:
     group = parser.add_argument_group("recovered")
     group.add_argument("--prefixes", type=int, nargs="+", metavar="L", help="layers to decode; default: 3 and all")
     group.add_argument("--ridge", type=float, metavar="X", help="penalty on the map; default: cross-validated")
-    _add(group, "refine_steps", int, "most Gauss-Newton steps, 0 = none", DEFAULT_RECOVERED)
-    _add(group, "target", Target, "latents to regress on first", DEFAULT_RECOVERED)
-    _add(group, "weighting", Weighting, "weight of a step", DEFAULT_RECOVERED)
+    _add(group, "refine_steps", int, "most Gauss-Newton steps, 0 = none", RecoveredConfig)
+    _add(group, "target", Target, "latents to regress on first", RecoveredConfig)
+    _add(group, "weighting", Weighting, "weight of a step", RecoveredConfig)
     return parser
 
 
-def _add(group: Any, name: str, kind: Any, text: str, defaults: CalibrationConfig | RecoveredConfig) -> None:
+def _add(group: Any, name: str, kind: Any, text: str, defaults: type) -> None:
     """An option for a setting; what is not given is None, so that what the method does not use can be refused."""
     shape = {"choices": list(kind)} if issubclass(kind, StrEnum) else {"metavar": "X"}
     said = f"{text}; default: {getattr(defaults, name)}"

@@ -202,15 +202,8 @@ class _Steps:
     def regressions(self, ridges: Sequence[float]) -> list[Regression]:
         """The mean map, and what it leaves regressed, one for each ridge."""
         mean_map = self.mean_map()
-        return [
-            replace(
-                found,
-                decoder=RecoveredDecoder(
-                    mean_map.matrix + found.decoder.matrix, mean_map.offset + found.decoder.offset
-                ),
-            )
-            for found in regress(self.features(), self.target - mean_map.latents(self.tokens), ridges)
-        ]
+        found = regress(self.features(), self.target - mean_map.latents(self.tokens), ridges)
+        return [replace(rest, decoder=mean_map + rest.decoder) for rest in found]
 
     def refined(self, start: RecoveredDecoder, ridge: float, steps: int) -> list[RecoveredDecoder]:
         """`start`, and the map after each of at most so many Gauss-Newton steps."""

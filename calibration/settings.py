@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from rfsq.calibration.errors import CalibrationError
+from rfsq.runtime.bundle.reading import coerce_fields
 
 
 class Method(StrEnum):
@@ -46,13 +48,7 @@ class CalibrationConfig:
     worst_case: float = 4e-4
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "objective", Objective(self.objective))
-            object.__setattr__(self, "granularity", Granularity(self.granularity))
-        except ValueError as error:
-            raise CalibrationError(
-                f"{error}; expected objective {' or '.join(Objective)} and granularity {' or '.join(Granularity)}"
-            ) from error
+        coerce_fields(self, CalibrationError, _of_python)
         if not 0 < self.coverage <= 1:
             raise CalibrationError(
                 f"coverage is {self.coverage}; expected a share of the data in (0, 1]: 1 covers all of it"
@@ -120,14 +116,16 @@ class ReadoutConfig:
     ridge: float | None = None
 
     def __post_init__(self) -> None:
-        try:
-            object.__setattr__(self, "choice", ReadoutChoice(self.choice))
-        except ValueError as error:
-            raise CalibrationError(f"{error}; expected readout {', '.join(ReadoutChoice)}") from error
+        coerce_fields(self, CalibrationError, _of_python)
         if self.ridge is not None and not (math.isfinite(self.ridge) and self.ridge > 0):
             raise CalibrationError(f"readout ridge is {self.ridge}; expected a small positive number, like 1e-2")
         if self.ridge is not None and self.choice is ReadoutChoice.OFF:
             raise CalibrationError(f"readout ridge is {self.ridge} with readout off; leave one of the two out")
+
+
+def _of_python(value: Any) -> Any:
+    """A number of numpy or torch as Python's own; everything else as it is."""
+    return value.item() if hasattr(value, "item") else value
 
 
 DEFAULT_CALIBRATION = CalibrationConfig()

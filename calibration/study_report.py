@@ -1,6 +1,6 @@
 """The calibration study for people: tables, a picture, and the files."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from textwrap import fill
 
@@ -181,10 +181,10 @@ def _layers_table(result: StudyResult) -> Table:
                 "up to layer": f"L{row.layer}",
                 "bits per step": f"{row.bits:.0f}",
                 "action MSE": _both(default.action_mse[row.layer]),
-                "action MSE falls by a factor of": _times(row.gain),
+                "action MSE falls by a factor of": _both(row.gain, "{:.2f}".format, "x"),
                 f"action MSE, {trained.setting}": _both(trained.action_mse[row.layer]),
                 "bound on the latent error": _number(default.worst_case[row.layer].high),
-                "bound falls by a factor of": _times(row.worst_case_gain),
+                "bound falls by a factor of": _both(row.worst_case_gain, "{:.2f}".format, "x"),
                 "levels used in the test episodes": f"{row.levels_used.mean:.0%}",
                 "pays on": _pays(row),
             }
@@ -220,17 +220,11 @@ def _number(value: float) -> str:
     return f"{digits}e{int(exponent)}"
 
 
-def _both(value: Spread | None) -> str:
+def _both(value: Spread | None, number: Callable[[float], str] = _number, unit: str = "") -> str:
     """Mean and deviation."""
     if value is None:
         return _NONE
-    return _number(value.mean) + ("" if value.deviation is None else f" ± {_number(value.deviation)}")
-
-
-def _times(value: Spread | None) -> str:
-    if value is None:
-        return _NONE
-    return f"{value.mean:.2f}x" + ("" if value.deviation is None else f" ± {value.deviation:.2f}")
+    return number(value.mean) + unit + ("" if value.deviation is None else f" ± {number(value.deviation)}")
 
 
 def _range(value: Spread) -> str:
@@ -303,8 +297,7 @@ def _draw_episodes(axes: Axes, result: StudyResult) -> None:
             counts, [value.mean for value in values], yerr=_bars(values), marker="o", capsize=2, color=colour,
             label=f"{setting}, {prefix_name(prefix, len(result.layers))}",
         )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.loglog()
     axes.set_xticks(counts, list(map(str, counts)))
     axes.minorticks_off()
     finish(axes, "Action MSE in robot units², by calibration episodes", grid="y")
@@ -322,8 +315,7 @@ def _draw_readout(axes: Axes, result: StudyResult) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", color=colour, label=label)
     axes.axhline(1, color=INK, linewidth=1, linestyle="--", label="decoder as trained")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
+    axes.loglog()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())

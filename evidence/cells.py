@@ -10,8 +10,7 @@ from rfsq.calibration.fitting import calibrate, recover
 from rfsq.calibration.recovered import default_prefixes
 from rfsq.calibration.settings import CalibrationConfig, RecoveredConfig
 from rfsq.calibration.tables import prefix_name
-from rfsq.evidence.binning import BinRange
-from rfsq.evidence.codecs import Codec, RawCodec, RfsqCodec
+from rfsq.evidence.codecs import BinRange, Codec, RawCodec, RfsqCodec
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.settings import CACHE
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint

@@ -6,7 +6,7 @@ robot, and with raw actions the robot does exactly what was planned.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.simulation import Simulation
-from rfsq.rfsq_ref.expert import Expert, gripper_position, gripper_rotation, rotation_vector
+from rfsq.rfsq_ref.expert import Expert, Observation, gripper_position, gripper_rotation, rotation_vector
 from rfsq.rfsq_ref.experts import NutAssemblySquareExpert, PickPlaceCanExpert, StackExpert
-
-Observation = Mapping[str, Any]
 
 #: Half the height of both nuts of robosuite, in m.
 NUT_HALF_HEIGHT = 0.01

@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from rfsq.calibration.data import judging_episodes
+from rfsq.calibration.settings import DEFAULT_CALIBRATION
 from rfsq.evidence.findings import REFITTED, find, improvement_over_naive, judge_peers
 from rfsq.evidence.jobs import TRAJECTORY_STEPS, CheckpointResult, checkpoint_job, peers_job
 from rfsq.evidence.metrics import Array, units_of
@@ -120,7 +121,7 @@ def _together(
             "epochs": str(config.epochs),
             "chunk_length": str(config.chunk_length),
             "normaliser": config.normaliser.value if config.normaliser else "none",
-            "calibration": _settings(asdict(config.calibrated)),
+            "calibration": _settings(asdict(DEFAULT_CALIBRATION)),
             "readout": config.readout.choice.value,
             "recovered": _settings(asdict(config.recovered)),
         },

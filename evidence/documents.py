@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 
 from rfsq.calibration import study_report
 from rfsq.calibration.study_result import result_from_json
-from rfsq.calibration.tables import Part, as_markdown
+from rfsq.calibration.tables import as_markdown
 from rfsq.evidence import rollout_report
 from rfsq.evidence import tables as tables_parts
 from rfsq.evidence.errors import EvidenceError
@@ -40,19 +40,12 @@ def documents() -> list[Path]:
 
 def tables(results: Path = RESULTS) -> dict[str, str]:
     """Markdown by name. Raises EvidenceError, CalibrationError or OSError where a result is missing or damaged."""
-    found = {
-        **tables_parts.parts(Comparison.read(results / "comparison.json")),
-        **_named(
-            "calibration",
-            study_report.parts(result_from_json((results / "calibration.json").read_text(encoding="utf-8"))),
-        ),
-        **_named("rollout", rollout_report.parts(rollout_report.RolloutResult.read(results / "rollout.json").tasks)),
-    }
+    study = result_from_json((results / "calibration.json").read_text(encoding="utf-8"))
+    rollout = rollout_report.RolloutResult.read(results / "rollout.json")
+    found = tables_parts.parts(Comparison.read(results / "comparison.json"))
+    for source, parts in (("calibration", study_report.parts(study)), ("rollout", rollout_report.parts(rollout.tasks))):
+        found |= {f"{source} {name}": part for name, part in parts.items()}
     return {name: as_markdown(part) for name, part in found.items()}
-
-
-def _named(source: str, parts: Mapping[str, Part]) -> dict[str, Part]:
-    return {f"{source} {name}": part for name, part in parts.items()}
 
 
 def rewritten(text: str, found: Mapping[str, str]) -> str:

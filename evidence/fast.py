@@ -18,8 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from rfsq.evidence.binning import BinRange, Float64Array, action_range
-from rfsq.evidence.codecs import Codec
+from rfsq.evidence.codecs import BinRange, Codec, Float64Array, action_range
 from rfsq.rfsq_ref.data import FloatArray
 
 #: The authors' size; a scale with more than half as many different coefficients gets the next power of two.

@@ -1,13 +1,16 @@
-"""What one job of a comparison measures: a checkpoint with its ways of decoding, or the peers of one seed."""
+"""What one job of a comparison measures: a checkpoint, trained where it is missing, or the peers of one seed."""
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from rfsq.calibration.data import calibration_episodes, judging_episodes
 from rfsq.calibration.fitting import calibrate, recover
-from rfsq.calibration.settings import Method, ReadoutChoice
+from rfsq.calibration.settings import DEFAULT_CALIBRATION, Method, ReadoutChoice
 from rfsq.evidence.codecs import Codec
 from rfsq.evidence.findings import REFITTED
 from rfsq.evidence.metrics import Array, action_errors, units_of
@@ -15,16 +18,18 @@ from rfsq.evidence.peers import peer_codecs
 from rfsq.evidence.results import CodecReport, Curve, Metrics, SchemeReport, metrics_of
 from rfsq.evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, Scheme
 from rfsq.evidence.settings import ComparisonConfig, OscPose
-from rfsq.evidence.training import trained_checkpoint
-from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, SUFFIX, Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.quantizer import Conditioning
-from rfsq.rfsq_ref.training import TrainingHistory
+from rfsq.rfsq_ref.settings import TrainConfig
+from rfsq.rfsq_ref.training import TrainingHistory, history_path, load_history, save_result, train
 from rfsq.runtime.bundle.fidelity import fidelity
 
 #: Of the episode that is drawn.
 TRAJECTORY_STEPS = 240
+#: To be raised when the recipe in rfsq.rfsq_ref.training changes what comes out of it.
+RECIPE = 1
 
 
 @dataclass(frozen=True)
@@ -54,14 +59,15 @@ def checkpoint_job(
     else:
         training = config.training(use_layernorm=kind == "robust", seed=source)
         checkpoint, history = trained_checkpoint(dataset, training, config.cache)
-        curve = _curve(history)
+        _, train_mse, validation_mse = zip(*(vars(record).values() for record in history.epochs), strict=True)
+        curve = Curve(train_mse, validation_mse, history.kept_epoch)
     sha256 = str(checkpoint.provenance["checkpoint_sha256"])
     name = f"seed {source}" if isinstance(source, int) else sha256[:12]
     remarks, is_refitted = [], False
     if kind == "naive":
         schemes: list[Scheme] = [Naive(checkpoint)]
     else:
-        checkpoint = calibrate(checkpoint, dataset, config.calibrated, config.readout)
+        checkpoint = calibrate(checkpoint, dataset, DEFAULT_CALIBRATION, config.readout)
         is_refitted = checkpoint.readout is not None
         if not is_refitted and config.readout.choice is ReadoutChoice.AUTO:
             remarks.append(f"robust {name}: {checkpoint.provenance[Method.CALIBRATED.value]['remark']}")
@@ -108,12 +114,34 @@ def _verdict(scheme: Scheme, actions: FloatArray, name: str) -> list[str]:
     return [f"{label}, {found.line}", *([f"{label}: {warning}"] if warning else [])]
 
 
-def _curve(history: TrainingHistory) -> Curve:
-    return Curve(
-        tuple(record.train_mse for record in history.epochs),
-        tuple(record.validation_mse for record in history.epochs),
-        history.kept_epoch,
-    )
+# What is trained -----------------------------------------------------------------------------------------------------
+
+
+def trained_checkpoint(dataset: ActionDataset, config: TrainConfig, cache: Path) -> tuple[Checkpoint, TrainingHistory]:
+    """Trained by this recipe on this dataset's training episodes: embedded, kept from an earlier run, or trained now.
+
+    Raises CheckpointError for a damaged file, DataError for too few episodes.
+    """
+    path = ROBUST_CHECKPOINT if config.use_layernorm else NAIVE_CHECKPOINT
+    if not _trained_by(load_checkpoint(path), dataset, config):
+        path = cached_path(dataset, config, cache)
+        if not path.is_file():
+            save_result(train(dataset, config), path)
+    return load_checkpoint(path), load_history(history_path(path))
+
+
+def cached_path(dataset: ActionDataset, config: TrainConfig, cache: Path) -> Path:
+    """Where a checkpoint is kept; the name carries a hash of all that decides its weights."""
+    identity = json.dumps([RECIPE, dataset.sha256, asdict(config)], sort_keys=True)
+    kind = "robust" if config.use_layernorm else "naive"
+    return cache / f"{kind}-seed{config.seed}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}{SUFFIX}"
+
+
+def _trained_by(checkpoint: Checkpoint, dataset: ActionDataset, config: TrainConfig) -> bool:
+    provenance = checkpoint.provenance
+    # A setting that is younger than the checkpoint had its default.
+    recorded = {**asdict(TrainConfig()), **provenance["training"]}
+    return bool(provenance["data"]["sha256"] == dataset.sha256 and recorded == asdict(config))
 
 
 # Peers ---------------------------------------------------------------------------------------------------------------

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rfsq.evidence.binning import BinRange, fit_bins
-from rfsq.evidence.codecs import Codec
+from rfsq.evidence.codecs import BinRange, Codec, fit_bins
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.fast import fit_fast
 from rfsq.evidence.residual_peers import ResidualConfig, ResidualFamily, residual_codecs, trained_residual

@@ -163,8 +163,7 @@ def peers(comparison: Comparison) -> Figure:
         metrics.append(("position_mm", "Mean position error, mm"))
     figure = new_figure(5.0 * len(metrics))
     for axes, (name, title) in zip(figure.subplots(len(metrics), 1, squeeze=False).flat, metrics, strict=True):
-        axes.set_yscale("log")
-        axes.set_xscale("log")
+        axes.loglog()
         series = dict.fromkeys(peer.series for peer in comparison.peers)
         for joined, colour in zip(series, cycle(_PEER_COLOURS)):
             _peer_curve(axes, [peer for peer in comparison.peers if peer.series == joined], name, colour)

@@ -13,12 +13,12 @@ from rfsq.calibration.study_result import result_from_json
 from rfsq.calibration.tables import as_html, as_text
 from rfsq.evidence import rollout_report
 from rfsq.evidence.comparison import compare
+from rfsq.evidence.jobs import trained_checkpoint
 from rfsq.evidence.page import page
 from rfsq.evidence.plots import figures, svg
 from rfsq.evidence.results import Comparison, write_text
 from rfsq.evidence.settings import ComparisonConfig, OscPose
 from rfsq.evidence.tables import parts, short_table
-from rfsq.evidence.training import trained_checkpoint
 from rfsq.rfsq_ref.checkpoints import Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import DEMONSTRATIONS, load_actions
 from rfsq.rfsq_ref.normaliser_choice import chosen_normaliser, describe_normaliser

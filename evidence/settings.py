@@ -6,14 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rfsq.calibration.settings import (
-    DEFAULT_CALIBRATION,
-    DEFAULT_READOUT,
-    DEFAULT_RECOVERED,
-    CalibrationConfig,
-    ReadoutConfig,
-    RecoveredConfig,
-)
+from rfsq.calibration.settings import DEFAULT_READOUT, DEFAULT_RECOVERED, ReadoutConfig, RecoveredConfig
 from rfsq.evidence.errors import EvidenceError
 from rfsq.rfsq_ref.settings import NormaliserKind, TrainConfig, check_positive, check_tasks
 
@@ -78,7 +71,6 @@ class ComparisonConfig:
     chunk_length: int = 8
     physical: OscPose | None = None
     peers: bool = True
-    calibrated: CalibrationConfig = DEFAULT_CALIBRATION
     recovered: RecoveredConfig = DEFAULT_RECOVERED
     readout: ReadoutConfig = DEFAULT_READOUT
     workers: int = os.cpu_count() or 1

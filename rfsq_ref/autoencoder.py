@@ -47,6 +47,10 @@ class RecoveredDecoder:
         flat = tokens.flatten(-2).to(self.matrix.dtype)
         return flat @ self.matrix.T + self.offset
 
+    def __add__(self, other: "RecoveredDecoder") -> "RecoveredDecoder":
+        """The map that gives the sum of what both give."""
+        return RecoveredDecoder(self.matrix + other.matrix, self.offset + other.offset)
+
 
 @dataclass(frozen=True)
 class Readout:

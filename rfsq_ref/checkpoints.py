@@ -169,8 +169,8 @@ def load_checkpoint(
             raise CheckpointError(f"{path} was written by this project and holds one model; leave --weights out")
     else:
         entries = tensors if path.suffix == SUFFIX else read_torch(content, path)
-        found = published_model(entries, path, use_layernorm, weights)
-        checkpoint = Checkpoint(**vars(found))
+        config, trained_with, found, facts, remarks = published_model(entries, path, use_layernorm, weights)
+        checkpoint = Checkpoint(config, trained_with, found, provenance=facts, remarks=remarks)
     sha256 = hashlib.sha256(content).hexdigest()
     return replace(checkpoint, provenance={**checkpoint.provenance, "checkpoint_sha256": sha256})
 

@@ -32,25 +32,19 @@ Target = Callable[[Observation, Observation], Pose]
 """(observation now, observation when the phase began) -> where the gripper should be."""
 
 
-def above(name: str, offset: Array, symmetry: float, tilt: Array | None = None) -> Target:
-    """At the object plus `offset` [3], fingers along the face (every `symmetry` rad) nearest to the gripper's yaw."""
+def above(name: str, offset: Array, symmetry: float, tilt: Array | None = None, obstacle: str = "") -> Target:
+    """At the object plus `offset` [3], fingers along the face (every `symmetry` rad) nearest to the gripper's yaw.
+
+    obstacle: another object; where it is close, the fingers open where it does not stand in their way.
+    """
 
     def target(now: Observation, start: Observation) -> Pose:
-        heading = nearest_yaw(yaw_of(quaternion_matrix(now[f"{name}_quat"])), gripper_yaw(start), symmetry)
-        return Pose(now[f"{name}_pos"] + offset, tilted(pointing_down(heading), tilt))
-
-    return target
-
-
-def beside(name: str, obstacle: str, offset: Array, tilt: Array) -> Target:
-    """Like `above` for a cube, but opening the fingers where a close obstacle does not stand in their way."""
-
-    def target(now: Observation, start: Observation) -> Pose:
-        towards = start[f"{obstacle}_pos"] - start[f"{name}_pos"]
         wanted = gripper_yaw(start)
-        if np.linalg.norm(towards[:2]) < 0.11:
-            wanted = nearest_yaw(np.arctan2(towards[1], towards[0]) + np.pi / 2, wanted, np.pi)
-        heading = nearest_yaw(yaw_of(quaternion_matrix(now[f"{name}_quat"])), wanted, np.pi / 2)
+        if obstacle:
+            towards = start[f"{obstacle}_pos"] - start[f"{name}_pos"]
+            if np.linalg.norm(towards[:2]) < 0.11:
+                wanted = nearest_yaw(np.arctan2(towards[1], towards[0]) + np.pi / 2, wanted, np.pi)
+        heading = nearest_yaw(yaw_of(quaternion_matrix(now[f"{name}_quat"])), wanted, symmetry)
         return Pose(now[f"{name}_pos"] + offset, tilted(pointing_down(heading), tilt))
 
     return target

@@ -14,7 +14,6 @@ from rfsq.rfsq_ref.expert import (
     about_z,
     above,
     arc,
-    beside,
     facing_door,
     gripper_position,
     gripper_yaw,
@@ -69,7 +68,7 @@ class StackExpert(Expert):
         close_above = np.array([0.0, 0.0, self.resting_height + 0.025])
         resting = np.array([0.0, 0.0, self.resting_height + rng.uniform(0.0, 0.002)])
         return (
-            Phase("approach", beside("cubeA", "cubeB", hover, tilt), closed=False, position_tolerance=0.02),
+            Phase("approach", above("cubeA", hover, np.pi / 2, tilt, "cubeB"), closed=False, position_tolerance=0.02),
             Phase("align", above("cubeA", np.append(0.3 * hover[:2], 0.06), np.pi / 2), closed=False),
             Phase("descend", above("cubeA", grasp, np.pi / 2), False, 0.005, 0.06, speed=0.6, noise=0.6),
             Phase("grasp", above("cubeA", grasp, np.pi / 2), True, min_steps=10, max_steps=14, noise=0.4),

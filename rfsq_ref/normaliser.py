@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.settings import NormaliserKind
-from rfsq.runtime.bundle.paths import as_path, shortlist, shown
-from rfsq.runtime.bundle.reading import read_json
+from rfsq.runtime.bundle.paths import as_path, shortlist
+from rfsq.runtime.bundle.reading import build, read_json
 
 #: `quantile` maps these two quantiles onto -1 and 1, as the OpenVLA and pi0 data statistics do.
 QUANTILES = (0.01, 0.99)
@@ -73,49 +73,32 @@ def fit_normaliser(
     scale = np.where(moves, scale, np.maximum(1.0, np.abs(offset) / _FAR))
     for dimension in untouched:
         offset[dimension], scale[dimension] = 0.0, 1.0
-    return Normaliser(kind, _float32_tuple(offset), _float32_tuple(scale))
+    return Normaliser(kind, *(tuple(numbers.astype(np.float32).tolist()) for numbers in (offset, scale)))
 
 
 def normaliser_from_json(fields: Any) -> Normaliser:
-    """From `{"kind", "offset", "scale"}`; raises DataError naming what is missing or wrong."""
+    """From `{"kind", "offset", "scale"}` among other keys; raises DataError naming what is missing or wrong."""
+    known = Normaliser.__dataclass_fields__
+    given = {name: fields[name] for name in known if name in fields} if isinstance(fields, dict) else fields
     try:
-        return Normaliser(
-            NormaliserKind(fields["kind"]),
-            _numbers("offset", fields["offset"]),
-            _numbers("scale", fields["scale"]),
-        )
+        return build(Normaliser, given, "it")
     except DataError:
         raise
-    except (KeyError, TypeError, ValueError) as error:
-        kinds = ", ".join(kind.value for kind in NormaliserKind)
-        found = f"has no {error}" if isinstance(error, KeyError) else shown(fields)
-        raise DataError(f'normaliser needs "kind" ({kinds}), "offset" and "scale"; found: {found}') from error
-
-
-def _numbers(name: str, values: Any) -> tuple[float, ...]:
-    """Of a list of numbers, and of nothing else: text and objects can be iterated too."""
-    if not isinstance(values, list) or not all(type(value) in (int, float) for value in values):
-        raise DataError(f'normaliser "{name}" is {shown(values)}; expected a list of numbers, one for each dimension')
-    try:
-        return tuple(map(float, values))
-    except OverflowError:
-        raise DataError(f'normaliser "{name}" has a number beyond float64; expected finite float32 numbers') from None
+    except ValueError as error:
+        raise DataError(
+            f'normaliser needs "kind" ({", ".join(NormaliserKind)}), "offset" and "scale", each a list of float32 '
+            f"numbers; found: {error}"
+        ) from error
 
 
 def read_normaliser(path: str | os.PathLike[str]) -> Normaliser:
     """From a JSON file with `kind`, `offset` and `scale`. Raises DataError."""
     path = as_path(path, "the normaliser", DataError)
     try:
-        fields = read_json(path, _SIZE_LIMIT)
+        return normaliser_from_json(read_json(path, _SIZE_LIMIT))
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} is not a readable JSON file: {error}; give a file with kind, offset and scale"
         ) from error
-    try:
-        return normaliser_from_json(fields)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-
-
-def _float32_tuple(values: npt.NDArray[np.float64]) -> tuple[float, ...]:
-    return tuple(float(value) for value in values.astype(np.float32))

@@ -9,7 +9,7 @@ import io
 import pickle
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,6 @@ from rfsq.runtime.bundle.paths import shortlist, shown
 
 #: Facts beside the weights that become provenance.
 _FACTS = ("epoch", "train_mse", "mse")
-
-
-@dataclass(frozen=True)
-class PublishedModel:
-    """What a checkpoint of others says, in the fields that `Checkpoint` has for it."""
-
-    config: ModelConfig
-    trained_with: Conditioning
-    weights: Mapping[str, Tensor]
-    provenance: Mapping[str, Any]
-    remarks: tuple[str, ...]
 
 
 def read_torch(data: bytes, path: Path) -> Mapping[Any, Any]:
@@ -65,8 +54,11 @@ def read_torch(data: bytes, path: Path) -> Mapping[Any, Any]:
 
 def published_model(
     content: Mapping[Any, Any], path: Path, use_layernorm: bool | None, weights: str | None
-) -> PublishedModel:
-    """The model in a file, by the label `weights` where there are several. Raises CheckpointError."""
+) -> tuple[ModelConfig, Conditioning, dict[str, Tensor], dict[str, Any], tuple[str, ...]]:
+    """Sizes, conditioning of the training, weights, provenance and remarks of the model in a file.
+
+    weights: its label, where there are several. Raises CheckpointError.
+    """
     state, remarks = _choose(content, path, weights)
     for name, tensor in state.tensors.items():
         _check_stored(name, tensor, path)
@@ -94,7 +86,7 @@ def published_model(
     provenance = {key: content[key] for key in _FACTS if state.label != "" and _is_fact(content.get(key))}
     if weights is not None or state.label not in DEFAULTS:
         provenance[WEIGHTS_KEY] = state.label
-    return PublishedModel(config, trained_with, taken, provenance, tuple(remarks))
+    return config, trained_with, taken, provenance, tuple(remarks)
 
 
 def _is_fact(value: object) -> bool:

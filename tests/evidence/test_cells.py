@@ -9,9 +9,8 @@ import pytest
 
 from rfsq.calibration.settings import RecoveredConfig
 from rfsq.evidence import cells
-from rfsq.evidence.binning import BinRange, fit_bins
 from rfsq.evidence.cells import RAW, choose_peers, fingerprint, rfsq_cells, select
-from rfsq.evidence.codecs import Codec, RawCodec, RfsqCodec
+from rfsq.evidence.codecs import BinRange, Codec, RawCodec, RfsqCodec, fit_bins
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollout_report import CALIBRATED_LAYERS, NAIVE
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint

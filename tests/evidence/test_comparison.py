@@ -16,11 +16,10 @@ from rfsq.evidence.codecs import Codec, RawCodec, RfsqCodec
 from rfsq.evidence.comparison import compare
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.findings import REFITTED
-from rfsq.evidence.jobs import judge_codec, padded_chunks
+from rfsq.evidence.jobs import judge_codec, padded_chunks, trained_checkpoint
 from rfsq.evidence.metrics import units_of
 from rfsq.evidence.results import Comparison
 from rfsq.evidence.settings import ComparisonConfig, OscPose
-from rfsq.evidence.training import trained_checkpoint
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError, DataError

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rfsq.evidence.binning import Float64Array
-from rfsq.evidence.codecs import Codec
+from rfsq.evidence.codecs import Codec, Float64Array
 from rfsq.evidence.fast import VOCABULARY, FastCodec, fit_fast
 from rfsq.rfsq_ref.data import EpisodeSplit, FloatArray, chunk
 

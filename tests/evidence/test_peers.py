@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from rfsq.evidence import peers
-from rfsq.evidence.binning import BinRange
-from rfsq.evidence.codecs import Codec
+from rfsq.evidence.codecs import BinRange, Codec
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.peers import (
     BIN_BITS,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rfsq.evidence.training import cached_path, trained_checkpoint
+from rfsq.evidence.jobs import cached_path, trained_checkpoint
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.errors import CheckpointError

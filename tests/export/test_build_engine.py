@@ -997,7 +997,7 @@ BAD_INPUT = {
         r"/dev/zero is not a readable JSON file: it is not a",
     ),
     "bottomless normaliser": (bottomless_normaliser, r"n\.json is not a readable JSON file: it nests deeper than 32"),
-    "huge normaliser": (huge_normaliser, 'normaliser "offset" has a number beyond float64'),
+    "huge normaliser": (huge_normaliser, r"each a list of float32 numbers; found: it\.offset\["),
     "malicious": (malicious, r"evil\.pt is refused: it is not a plain weights file"),
     "plain pickle": (plain_pickle, r"evil\.pkl is refused"),
     "NaN weights": (

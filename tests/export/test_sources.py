@@ -68,11 +68,11 @@ def test_a_normaliser_of_another_robot_is_refused(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("not json", "is not a readable JSON file"),
-        ("{}", r"""n\.json: normaliser needs "kind" .*found: has no 'kind'"""),
+        ("{}", r"""n\.json: normaliser needs "kind" .*found: it lacks the keys \['kind', """),
         ('{"kind": "min-max", "offset": [0], "scale": [0]}', "every scale positive"),
         ('{"kind": "min-max", "offset": [NaN], "scale": [1]}', "NaN is no JSON number"),
         ('{"kind": "min-max", "offset": [1e999], "scale": [1]}', "expected finite"),
-        ("[1, 2]", r'n\.json: normaliser needs "kind" .*found: \[1, 2\]'),
+        ("[1, 2]", r'n\.json: normaliser needs "kind" .*found: it is \[1, 2\]; expected an object'),
     ],
 )
 def test_a_file_that_is_no_normaliser_is_refused(content: str, message: str, tmp_path: Path) -> None:

@@ -344,8 +344,11 @@ def test_tensors_that_do_not_fit_are_refused(
         (lambda h: h["config"].update(hidden_width=2**16 + 1), "hidden_width is 65537; expected an integer from 1 to"),
         (lambda h: h["config"].update(num_layers=True), "num_layers is True; expected an integer from 1 to"),
         (lambda h: h.update(normaliser={}), "broken header.*normaliser needs"),
-        (lambda h: h["normaliser"].update(offset="123"), '"offset" is .*123.*; expected a list of numbers'),
-        (lambda h: h["normaliser"].update(offset=[10**400] * 3), '"offset" has a number beyond float64'),
+        (lambda h: h["normaliser"].update(offset="123"), "offset is .*123.*; expected a list"),
+        (
+            lambda h: h["normaliser"].update(offset=[10**400] * 3),
+            r"list of float32 numbers; found: it.offset\[0\] is 100",
+        ),
         (lambda h: h["provenance"].update(loss=float("inf")), "broken header.*Infinity is no JSON number"),
         (lambda h: h["provenance"].update(name="\ud800"), "broken header.*surrogates not allowed"),
     ],
