@@ -104,6 +104,11 @@ def trivial_kernel(scope: contextlib.ExitStack) -> Callable[[], None]:
     return _waiting(stream, _captured(scope, stream, work))
 
 
+def trivial_figure(scope: contextlib.ExitStack, batch: int) -> Figure:
+    """The floor of `device` calls, timed in turn with those at `batch`; the kernel itself has no batch."""
+    return Figure("floor", TRIVIAL_KERNEL, "floor", batch, functools.partial(time_calls, trivial_kernel(scope)))
+
+
 def arithmetic_figure(scope: contextlib.ExitStack, batch: int) -> Figure:
     """Nothing but fused multiply-adds, whose time gives their rate; timed in turn with the calls at `batch`.
 
@@ -181,11 +186,6 @@ def copy_figures(scope: contextlib.ExitStack, batch: int) -> Iterator[Figure]:
         )
         take = functools.partial(time_calls, _waiting(stream, copy))
         yield Figure(BANDWIDTH, name, "floor", batch, take, bytes_in=_COPY_BYTES * _PASSES[name])
-
-
-def trivial_figure(call: Callable[[], None], batch: int) -> Figure:
-    """The floor of `device` calls, timed in turn with those at `batch`; the kernel itself has no batch."""
-    return Figure("floor", TRIVIAL_KERNEL, "floor", batch, functools.partial(time_calls, call))
 
 
 def _captured(scope: contextlib.ExitStack, stream: cuda_api.Stream, work: Callable[[], None]) -> Callable[[], None]:

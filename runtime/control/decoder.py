@@ -239,7 +239,9 @@ class ControlDecoder:
                 "a decoder that has been warmed up cannot be copied or pickled: it has threads, and one robot's last "
                 "command; make another one, or copy it before warmup()"
             )
-        return _made_again, (type(self), self._tokenizers, self.config, tuple(self.result.shown.values), self._clock)
+        first, *fallbacks = self._tokenizers
+        named = {"fallbacks": fallbacks, "position": tuple(self.result.shown.values), "clock": self._clock}
+        return _made_again, (type(self), first, self.config, named)
 
     def __enter__(self) -> Self:
         return self
@@ -284,14 +286,8 @@ class ControlDecoder:
         self.result.shown = out
 
 
-def _made_again(
-    kind: type[ControlDecoder],
-    tokenizers: tuple[ActionTokenizer, ...],
-    config: ControlConfig,
-    position: tuple[float, ...],
-    clock: Callable[[], int],
-) -> ControlDecoder:
-    return kind(tokenizers[0], config, fallbacks=tokenizers[1:], position=position, clock=clock)
+def _made_again(kind: type[ControlDecoder], tokenizer: ActionTokenizer, config: ControlConfig, named: Any) -> Any:
+    return kind(tokenizer, config, **named)
 
 
 #: The decoders that a child of fork inherits.
