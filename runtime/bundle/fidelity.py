@@ -123,8 +123,6 @@ class Fidelity:
 
     def table(self, title: str) -> str:
         """A row per dimension, and what the criterion is for those at rest."""
-        # Here, since no robot prints a table.
-
         heads = ("RMS error", "largest error", "deviation of the data", "share of the variance lost", "verdict")
         rows: list[tuple[str, ...]] = [(title, *heads)]
         for dimension, grade in enumerate(self.grades):
