@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .errors import ClockFaultError, in_words, is_from_outside
-from .state import NO_NUMBER, WRONG_NUMBER
+from .result import NO_NUMBER, WRONG_NUMBER
 
 _MOST = 2**62
 #: Longer deadlines are cut to this one.

@@ -22,8 +22,7 @@ from .guard import ActionGuard
 from .health import Health, HealthSnapshot
 from .loop import ControlLoop
 from .recorder import FlightRecorder
-from .result import ADVICE, BROKEN_OFF, BrokenOff, ControlResult, TickOutcome
-from .state import LoopState
+from .result import ADVICE, BROKEN_OFF, BrokenOff, ControlResult, LoopState, TickOutcome
 from .tick_log import TickLog
 from .worker import Reporter
 

@@ -8,7 +8,7 @@ from ..bundle.manifest import ModelEntry
 from ..bundle.validation import TOKEN_TYPES, as_array_advice, kind_of
 from .clock import stamp
 from .config import ControlConfig
-from .state import NO_NUMBER, WRONG_NUMBER, InService
+from .result import NO_NUMBER, WRONG_NUMBER, InService
 
 _Array = np.ndarray
 

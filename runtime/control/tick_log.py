@@ -8,9 +8,8 @@ from collections.abc import Callable
 from .config import ControlConfig, OnFault, Status
 from .errors import in_words
 from .health import Health
-from .recorder import FlightRecorder
-from .result import TickOutcome
-from .state import INTERNAL, NO_NUMBER, RESET, LoopState
+from .recorder import RESET, FlightRecorder
+from .result import INTERNAL, NO_NUMBER, LoopState, TickOutcome
 from .worker import Reporter
 
 _OK, _NOT_READY = Status.OK, Status.NOT_READY
