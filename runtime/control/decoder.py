@@ -23,8 +23,7 @@ from .health import Health, HealthSnapshot
 from .loop import ControlLoop
 from .recorder import FlightRecorder
 from .result import ADVICE, BROKEN_OFF, BrokenOff, ControlResult, LoopState, TickOutcome
-from .tick_log import TickLog
-from .worker import Reporter
+from .tick_log import Reporter, TickLog
 
 #: In place of the owning thread: the decoder was inherited by fork, and its threads were not.
 _FORKED = object()
