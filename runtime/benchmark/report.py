@@ -14,7 +14,7 @@ from typing import Any
 from ..bundle.console import aligned, printable
 from ..bundle.errors import InvalidInputError
 from ..bundle.writing import replacing
-from .start import Start
+from .processes import Start
 from .timing import Arithmetic, Bandwidth, Row
 
 SCHEMA_VERSION = 2

@@ -24,9 +24,8 @@ from ..bundle.manifest import GOLDEN_NAME
 from ..bundle.paths import counted
 from ..tokenizer import ActionTokenizer
 from . import timing
-from .peers import Peers, open_peers
+from .processes import Peers, Start, StartError, measure_start, open_peers
 from .report import Report, missing_lines
-from .start import Start, StartError, measure_start
 
 
 @dataclass(frozen=True)

@@ -283,10 +283,8 @@ def _streams(*, is_quiet: bool, has_document: bool) -> Iterator[None]:
             nowhere = stack.enter_context(Path(os.devnull).open("w", errors="replace"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
-        elif has_document:
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         else:
-            stack.enter_context(contextlib.redirect_stdout(checked(sys.stdout)))
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr if has_document else checked(sys.stdout)))
         yield
 
 

@@ -107,10 +107,9 @@ class TokenVocabulary:
 
     def _check_special_ids(self) -> None:
         names: dict[int, str] = {}
-        for pair in self.special_ids:
-            if not 0 <= pair[1] <= _LARGEST_ID:
-                raise VocabularyError(f"special id {pair!r}; expected a name and an int from 0 to 2^63 - 1")
-            name, number = pair
+        for name, number in self.special_ids:
+            if not 0 <= number <= _LARGEST_ID:
+                raise VocabularyError(f"special id {name!r} = {number}; expected a name and an int from 0 to 2^63 - 1")
             if number in self.ids:
                 raise VocabularyError(
                     f"special id {name!r} is {number}, which is the token of layer {self._layer_of(number)}, level "
