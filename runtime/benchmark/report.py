@@ -13,7 +13,7 @@ from typing import Any
 
 from ..bundle.console import aligned, printable
 from ..bundle.errors import InvalidInputError
-from ..bundle.writing import replacing
+from ..bundle.paths import replacing
 from .processes import Start
 from .timing import Arithmetic, Bandwidth, Row
 

@@ -16,9 +16,8 @@ import numpy as np
 
 from ..bundle.arrays import AnyArray, Float32Array, Int32Array
 from ..bundle.manifest import ModelEntry
-from ..bundle.paths import as_path
+from ..bundle.paths import as_path, replacing
 from ..bundle.reading import regular_file
-from ..bundle.writing import replacing
 from .config import Status
 from .errors import FlightRecordError
 from .result import NONE_YET, RUN_OUT, LoopState, TickOutcome
