@@ -15,12 +15,12 @@ from ..bundle.errors import CannotCopyError
 from ..bundle.paths import as_path
 from ..tokenizer import ActionTokenizer
 from .chain import BackendChain
-from .clock import steady
 from .config import ControlConfig, OnFault, Status
 from .errors import ControlConfigError, ControlFaultError, WrongThreadError, in_words, is_from_outside
 from .guard import ActionGuard
 from .health import Health, HealthSnapshot
 from .loop import ControlLoop
+from .order import steady
 from .recorder import FlightRecorder
 from .result import ADVICE, BROKEN_OFF, BrokenOff, ControlResult, LoopState, TickOutcome
 from .tick_log import Reporter, TickLog

@@ -11,11 +11,10 @@ import numpy as np
 from ..bundle.manifest import ModelEntry
 from ..bundle.validation import TOKEN_TYPES
 from .chain import BackendChain
-from .clock import nanoseconds, stamp
 from .config import ControlConfig, OutOfRange, Status
 from .errors import in_words, is_from_outside
 from .guard import ActionGuard
-from .order import ChunkOrder
+from .order import ChunkOrder, nanoseconds, stamp
 from .queue import action_queue
 from .result import INTERNAL, NO_NUMBER, NO_SERVICE, NO_STAMPS, RUN_OUT, WRONG_NUMBER, BrokenOff, LoopState, TickOutcome
 from .tick_log import TickLog

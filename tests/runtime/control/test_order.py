@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from rfsq.runtime.control.clock import as_number, nanoseconds, stamp
 from rfsq.runtime.control.config import ControlConfig
-from rfsq.runtime.control.order import ChunkOrder
+from rfsq.runtime.control.order import ChunkOrder, as_number, nanoseconds, stamp
 from rfsq.runtime.control.result import NO_NUMBER, NO_SERVICE, WRONG_NUMBER, InService
 from tests.bundles import Recipe, deploy, make_manifest
 from tests.runtime.control.test_guard import VALUES
