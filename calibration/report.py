@@ -24,8 +24,7 @@ from rfsq.rfsq_ref.quantizer import Conditioning, published_dequantize
 from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.runtime.bundle.console import aligned
 from rfsq.runtime.bundle.fidelity import Fidelity, Grade, fidelity
-from rfsq.runtime.bundle.paths import counted
-from rfsq.runtime.bundle.writing import replacing
+from rfsq.runtime.bundle.paths import counted, replacing
 
 REPORT_JSON = "report.json"
 REPORT_PNG = "report.png"

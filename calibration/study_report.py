@@ -14,7 +14,7 @@ from rfsq.calibration.study_result import EpisodesRow, LayerRow, Spread, Spreads
 from rfsq.calibration.tables import Part, Table, as_text, prefix_name
 from rfsq.rfsq_ref.drawing import BLUE, GREEN, GREY, INK, ORANGE, finish, new_figure, save_png
 from rfsq.runtime.bundle.console import aligned
-from rfsq.runtime.bundle.writing import replacing
+from rfsq.runtime.bundle.paths import replacing
 
 RESULT_JSON = "calibration.json"
 RESULT_PNG = "calibration.png"

@@ -29,8 +29,8 @@ from rfsq.rfsq_ref.normaliser_choice import suggested_normaliser
 from rfsq.rfsq_ref.settings import NormaliserKind, TrainConfig, check_positive
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
 from rfsq.rfsq_ref.training import train_epochs
+from rfsq.runtime.bundle.paths import replacing
 from rfsq.runtime.bundle.reading import parse_json
-from rfsq.runtime.bundle.writing import replacing
 
 # Importing it takes longer than torch and all of this project together, so that only a model that is made imports it.
 # Where it is missing, that is said here already.

@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Self
 
 from rfsq.evidence.errors import EvidenceError
 from rfsq.runtime.bundle.advice import command
+from rfsq.runtime.bundle.paths import replacing
 from rfsq.runtime.bundle.reading import build, parse_json
-from rfsq.runtime.bundle.writing import replacing
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
-    from rfsq.runtime.bundle.command import explain_missing_packages
+    from examples.missing_packages import explain_missing_packages
 
     explain_missing_packages()
 

@@ -20,9 +20,8 @@ from rfsq.runtime.bundle.folder import MANIFEST_SIZE_LIMIT, check_file_name, che
 from rfsq.runtime.bundle.golden import read_golden
 from rfsq.runtime.bundle.manifest import GOLDEN_NAME, MANIFEST_NAME, FileEntry, Manifest, manifest_text, parse_manifest
 from rfsq.runtime.bundle.ownership import Ownership
-from rfsq.runtime.bundle.paths import as_path
+from rfsq.runtime.bundle.paths import as_path, replacing, sync
 from rfsq.runtime.bundle.reading import read_json
-from rfsq.runtime.bundle.writing import replacing, sync
 
 # A build works in a hidden folder beside the output, whose lock it holds: a later build can tell what a dead one left.
 _STAGED = "staged"

@@ -28,9 +28,8 @@ from rfsq.rfsq_ref.published_checkpoints import (
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors, other_format
 from rfsq.runtime.bundle.advice import quoted
-from rfsq.runtime.bundle.paths import as_path, shown
+from rfsq.runtime.bundle.paths import as_path, replacing, shown
 from rfsq.runtime.bundle.reading import UnfitFileError, parse_json, read_file
-from rfsq.runtime.bundle.writing import replacing
 
 FORMAT = "rfsq-checkpoint"
 FORMAT_VERSION = 1

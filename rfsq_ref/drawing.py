@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rfsq.runtime.bundle.writing import replacing
+from rfsq.runtime.bundle.paths import replacing
 
 INK, GREY, GRID = "#222222", "#8a8a8a", "#e3e3e3"
 BLUE, ORANGE, GREEN, RED = "#1f6fb4", "#d9730d", "#2a8c55", "#b3261e"

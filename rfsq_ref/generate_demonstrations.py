@@ -39,8 +39,7 @@ from rfsq.rfsq_ref.settings import check_positive, check_tasks
 from rfsq.runtime.bundle.advice import install
 from rfsq.runtime.bundle.command import CommandParser, Outcome, run
 from rfsq.runtime.bundle.console import aligned, end_by_interrupts
-from rfsq.runtime.bundle.paths import refuse_existing
-from rfsq.runtime.bundle.writing import replacing
+from rfsq.runtime.bundle.paths import refuse_existing, replacing
 
 GENERATOR_VERSION = 1
 CONTROL_FREQUENCY = 20

@@ -39,9 +39,8 @@ from rfsq.rfsq_ref.normaliser import Normaliser, fit_normaliser
 from rfsq.rfsq_ref.normaliser_choice import untouched
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.settings import TrainConfig
-from rfsq.runtime.bundle.paths import as_path
+from rfsq.runtime.bundle.paths import as_path, replacing
 from rfsq.runtime.bundle.reading import build, read_file
-from rfsq.runtime.bundle.writing import replacing
 
 #: In normalised units: float32 holds the sum of 2^28 squares of it.
 _FARTHEST = 2.0**50

@@ -5,10 +5,9 @@ Needs cuda-python; importing this module without it raises ImportError.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, TypeVar
+from contextlib import ExitStack, closing
 
 import numpy as np
 from cuda.bindings import runtime as cudart
@@ -56,19 +55,12 @@ extern "C" __global__ void __launch_bounds__({_ADDING_THREADS}) multiply_add(flo
 _GpuArrays = Sequence[GpuArray | None]
 
 
-class _Closable(Protocol):
-    def close(self) -> None: ...
-
-
-_T = TypeVar("_T", bound=_Closable)
-
-
 def open_device() -> cuda_api.GpuDevice:
     """Raises BackendUnavailableError where there is no GPU."""
     return cuda_api.open_device()
 
 
-def floor_figures(scope: contextlib.ExitStack, model: ModelEntry, batch: Batch) -> Iterator[Figure]:
+def floor_figures(scope: ExitStack, model: ModelEntry, batch: Batch) -> Iterator[Figure]:
     """For each operation a captured graph that only copies its arrays, through pinned memory."""
     for prefix in (None, *reversed(model.prefixes)):
         codes = [array.nbytes for array in batch.codes.prefix(prefix or model.num_layers) if array is not None]
@@ -79,10 +71,10 @@ def floor_figures(scope: contextlib.ExitStack, model: ModelEntry, batch: Batch) 
         yield Figure("floor", name, "floor", batch.size, take, bytes_in=sum(bytes_in), bytes_out=sum(bytes_out))
 
 
-def _copies(scope: contextlib.ExitStack, bytes_in: Sequence[int], bytes_out: Sequence[int]) -> Callable[[], None]:
-    stream = _own(scope, cuda_api.Stream())
-    incoming = [(_own(scope, cuda_api.PinnedArray((size,), np.uint8)), _memory(scope, size)) for size in bytes_in]
-    outgoing = [(_own(scope, cuda_api.PinnedArray((size,), np.uint8)), _memory(scope, size)) for size in bytes_out]
+def _copies(scope: ExitStack, bytes_in: Sequence[int], bytes_out: Sequence[int]) -> Callable[[], None]:
+    stream = scope.enter_context(closing(cuda_api.Stream()))
+    incoming = [(_pinned(scope, size), _memory(scope, size)) for size in bytes_in]
+    outgoing = [(_pinned(scope, size), _memory(scope, size)) for size in bytes_out]
 
     def work() -> None:
         for host, gpu in incoming:
@@ -93,9 +85,9 @@ def _copies(scope: contextlib.ExitStack, bytes_in: Sequence[int], bytes_out: Seq
     return _waiting(stream, _captured(scope, stream, work))
 
 
-def trivial_kernel(scope: contextlib.ExitStack) -> Callable[[], None]:
+def trivial_kernel(scope: ExitStack) -> Callable[[], None]:
     """A call of a captured graph with one kernel that does next to nothing. Raises KernelError, InferenceError."""
-    stream, memory = _own(scope, cuda_api.Stream()), _memory(scope, _THREADS * 4)
+    stream, memory = scope.enter_context(closing(cuda_api.Stream())), _memory(scope, _THREADS * 4)
     work = _launch(scope, "trivial", 1, memory, stream)
     # The first launch may load code, which no capture allows.
     work()
@@ -103,12 +95,17 @@ def trivial_kernel(scope: contextlib.ExitStack) -> Callable[[], None]:
     return _waiting(stream, _captured(scope, stream, work))
 
 
-def arithmetic_figure(scope: contextlib.ExitStack, batch: int) -> Figure:
+def trivial_figure(scope: ExitStack, batch: int) -> Figure:
+    """The floor of `device` calls, timed in turn with those at `batch`; the kernel itself has no batch."""
+    return Figure("floor", TRIVIAL_KERNEL, "floor", batch, functools.partial(time_calls, trivial_kernel(scope)))
+
+
+def arithmetic_figure(scope: ExitStack, batch: int) -> Figure:
     """Nothing but fused multiply-adds, whose time gives their rate; timed in turn with the calls at `batch`.
 
     Raises KernelError, InferenceError.
     """
-    stream, memory = _own(scope, cuda_api.Stream()), _memory(scope, _CHAINS * 4)
+    stream, memory = scope.enter_context(closing(cuda_api.Stream())), _memory(scope, _CHAINS * 4)
     blocks = cuda_api.open_device().multiprocessors * _BLOCKS_EACH
     launch = _launch(scope, "multiply_add", blocks, memory, stream)
     operations = blocks * _ADDING_THREADS * _CHAINS * _ROUNDS * 2
@@ -117,17 +114,17 @@ def arithmetic_figure(scope: contextlib.ExitStack, batch: int) -> Figure:
 
 
 def _launch(
-    scope: contextlib.ExitStack, name: str, blocks: int, memory: cuda_api.DeviceMemory, stream: cuda_api.Stream
+    scope: ExitStack, name: str, blocks: int, memory: cuda_api.DeviceMemory, stream: cuda_api.Stream
 ) -> Callable[[], None]:
     image = compile_kernels(_SOURCE, "floor.cu", cuda_api.open_device().compute_capability)
-    kernel, arguments = _own(scope, KernelLibrary(image)).kernel(name), KernelArguments(1)
+    kernel, arguments = scope.enter_context(closing(KernelLibrary(image))).kernel(name), KernelArguments(1)
     arguments.set((memory.address,))
     return functools.partial(kernel.launch, blocks, arguments, stream.handle)
 
 
-def device_figures(scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batch: Batch) -> Iterator[Figure]:
+def device_figures(scope: ExitStack, tokenizer: ActionTokenizer, batch: Batch) -> Iterator[Figure]:
     """Encoding and every decoder bound to arrays of the GPU. Raises InferenceError for a batch too large to bind."""
-    model, stream = tokenizer.model, _own(scope, cuda_api.Stream())
+    model, stream = tokenizer.model, scope.enter_context(closing(cuda_api.Stream()))
     actions, decoded = (_upload(scope, batch.actions, stream) for _ in range(2))
     encoded_stats = None if batch.codes.stats is None else _upload(scope, batch.codes.stats, stream)
     backend = tokenizer.backend
@@ -154,21 +151,23 @@ def device_figures(scope: contextlib.ExitStack, tokenizer: ActionTokenizer, batc
     for kind in backend.token_types if isinstance(backend, TakesGpuArrays) else (np.dtype(np.int32),):
         suffix = "" if kind == np.int32 else f", {kind} tokens"
         encoded = _upload(scope, batch.codes.tokens.astype(kind), stream)
-        bound = _own(scope, tokenizer.bind_encode(actions, encoded, encoded_stats, stream=stream.handle))
+        bound = scope.enter_context(
+            closing(tokenizer.bind_encode(actions, encoded, encoded_stats, stream=stream.handle))
+        )
         yield figure(None, suffix, bound, [actions], [encoded, encoded_stats])
         for prefix in reversed(model.prefixes):
             part = batch.codes.prefix(prefix)
             tokens = _upload(scope, part.tokens.astype(kind), stream)
             stats = None if part.stats is None else _upload(scope, part.stats, stream)
-            bound = _own(scope, tokenizer.bind_decode(tokens, decoded, stats, stream=stream.handle))
+            bound = scope.enter_context(closing(tokenizer.bind_decode(tokens, decoded, stats, stream=stream.handle)))
             yield figure(prefix, suffix, bound, [tokens, stats], [decoded])
 
 
-def copy_figures(scope: contextlib.ExitStack, batch: int) -> Iterator[Figure]:
+def copy_figures(scope: ExitStack, batch: int) -> Iterator[Figure]:
     """Copies of one large array, whose time gives the bandwidth; timed in turn with the calls at `batch`."""
-    stream = _own(scope, cuda_api.Stream())
+    stream = scope.enter_context(closing(cuda_api.Stream()))
     first, second = _memory(scope, _COPY_BYTES), _memory(scope, _COPY_BYTES)
-    host = _own(scope, cuda_api.PinnedArray((_COPY_BYTES,), np.uint8))
+    host = _pinned(scope, _COPY_BYTES)
     ways = {
         "device to device": (second.address, first.address, cudart.cudaMemcpyKind.cudaMemcpyDeviceToDevice),
         "host to device": (first.address, host.address, cudart.cudaMemcpyKind.cudaMemcpyHostToDevice),
@@ -182,13 +181,8 @@ def copy_figures(scope: contextlib.ExitStack, batch: int) -> Iterator[Figure]:
         yield Figure(BANDWIDTH, name, "floor", batch, take, bytes_in=_COPY_BYTES * _PASSES[name])
 
 
-def trivial_figure(call: Callable[[], None], batch: int) -> Figure:
-    """The floor of `device` calls, timed in turn with those at `batch`; the kernel itself has no batch."""
-    return Figure("floor", TRIVIAL_KERNEL, "floor", batch, functools.partial(time_calls, call))
-
-
-def _captured(scope: contextlib.ExitStack, stream: cuda_api.Stream, work: Callable[[], None]) -> Callable[[], None]:
-    return functools.partial(_own(scope, cuda_api.capture(stream, work)).launch, stream.handle)
+def _captured(scope: ExitStack, stream: cuda_api.Stream, work: Callable[[], None]) -> Callable[[], None]:
+    return functools.partial(scope.enter_context(closing(cuda_api.capture(stream, work))).launch, stream.handle)
 
 
 def _waiting(stream: cuda_api.Stream, work: Callable[[], object]) -> Callable[[], None]:
@@ -201,23 +195,18 @@ def _waiting(stream: cuda_api.Stream, work: Callable[[], object]) -> Callable[[]
     return call
 
 
-def _upload(scope: contextlib.ExitStack, array: AnyArray, stream: cuda_api.Stream) -> GpuArray:
+def _upload(scope: ExitStack, array: AnyArray, stream: cuda_api.Stream) -> GpuArray:
     memory = _memory(scope, array.nbytes)
-    pinned = cuda_api.PinnedArray(array.shape, array.dtype)
-    try:
+    with closing(cuda_api.PinnedArray(array.shape, array.dtype)) as pinned:
         pinned.array[...] = array
         cuda_api.copy_to_device(memory.address, pinned.address, pinned.num_bytes, stream.handle)
         stream.synchronize()
-    finally:
-        pinned.close()
     return GpuArray(memory.address, array.shape, array.dtype, True, None, memory)
 
 
-def _memory(scope: contextlib.ExitStack, num_bytes: int) -> cuda_api.DeviceMemory:
-    return _own(scope, cuda_api.DeviceMemory(num_bytes))
+def _memory(scope: ExitStack, num_bytes: int) -> cuda_api.DeviceMemory:
+    return scope.enter_context(closing(cuda_api.DeviceMemory(num_bytes)))
 
 
-def _own(scope: contextlib.ExitStack, resource: _T) -> _T:
-    """`resource`, which `scope` closes at its end."""
-    scope.callback(resource.close)
-    return resource
+def _pinned(scope: ExitStack, num_bytes: int) -> cuda_api.PinnedArray:
+    return scope.enter_context(closing(cuda_api.PinnedArray((num_bytes,), np.uint8)))

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..bundle.console import aligned, printable
 from ..bundle.errors import InvalidInputError
-from ..bundle.writing import replacing
-from .start import Start
+from ..bundle.paths import replacing
+from .processes import Start
 from .timing import Arithmetic, Bandwidth, Row
 
 SCHEMA_VERSION = 2

@@ -9,7 +9,7 @@ import importlib.metadata
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,8 @@ from ..bundle.manifest import GOLDEN_NAME
 from ..bundle.paths import counted
 from ..tokenizer import ActionTokenizer
 from . import timing
-from .peers import Peers, open_peers
+from .processes import Peers, Start, StartError, measure_start, open_peers
 from .report import Report, missing_lines
-from .start import Start, StartError, measure_start
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,6 @@ class _Run:
         self._progress.begin(expectation(config, self._tokenizers))
         starts = tuple(self._starts())
         self._gpu = self._open_gpu()
-        self._trivial = self._open_trivial_kernel()
         self._peers = self._open_peers()
         taken: dict[timing.Figure, Float64Array] = {}
         for batch in config.batches:
@@ -175,13 +173,6 @@ class _Run:
             return gpu
         return None
 
-    def _open_trivial_kernel(self) -> Callable[[], None] | None:
-        if self._gpu is not None:
-            with self._noting("floor: a captured graph with one trivial kernel", TokenizerError):
-                call: Callable[[], None] = self._gpu.trivial_kernel(self._scope)
-                return call
-        return None
-
     def _open_peers(self) -> Peers:
         if self._config.has_peers:
             self._progress.show("starting the peers")
@@ -199,8 +190,9 @@ class _Run:
         for tokenizer in self._tokenizers:
             with self._noting(f"{tokenizer.backend.name}, batch {size}", InferenceError):
                 batches.append((tokenizer, timing.random_batch(tokenizer, size)))
-        if gpu is not None and self._trivial is not None:
-            yield gpu.trivial_figure(self._trivial, size)
+        if gpu is not None:
+            with self._noting("floor: a captured graph with one trivial kernel", TokenizerError):
+                yield gpu.trivial_figure(arrays, size)
         if gpu is not None and batches:
             with self._noting(f"copies and arithmetic, batch {size}", TokenizerError):
                 yield from self._gpu_figures(arrays, *batches[0])

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
 
 from .advice import COMMANDS, command, install_package
@@ -283,10 +283,8 @@ def _streams(*, is_quiet: bool, has_document: bool) -> Iterator[None]:
             nowhere = stack.enter_context(Path(os.devnull).open("w", errors="replace"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
-        elif has_document:
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
         else:
-            stack.enter_context(contextlib.redirect_stdout(checked(sys.stdout)))
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr if has_document else checked(sys.stdout)))
         yield
 
 
@@ -312,19 +310,6 @@ def explanation(error: BaseException, started: str = "") -> str:
     module = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
     advice = install_package(module, started)
     return advice and f"error: this command needs {module}, which cannot be imported ({error}); {advice}"
-
-
-def explain_missing_packages() -> None:
-    """For a script without a parser of these, before its imports: a missing package ends it with status 2."""
-
-    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if not explanation(error):
-            sys.__excepthook__(kind, error, trace)
-            return
-        # Raised from here, it is what the process ends with.
-        raise SystemExit(_end(explanation(error), UNUSABLE))
-
-    sys.excepthook = end
 
 
 def run_command(module: str) -> NoReturn:

@@ -70,11 +70,9 @@ def parse_json(text: str | bytes) -> Any:
     return content
 
 
-@contextlib.contextmanager
-def regular_file(path: str | Path) -> Iterator[tuple[BinaryIO, int]]:
-    """A regular file, links followed, and its size in bytes. Raises OSError."""
-    with _regular(os.open(path, _FILE)) as found:
-        yield found
+def regular_file(path: str | Path) -> contextlib.AbstractContextManager[tuple[BinaryIO, int]]:
+    """A regular file, links followed, and its size in bytes; to be entered at once. Raises OSError."""
+    return _regular(os.open(path, _FILE))
 
 
 class OpenFolder(contextlib.AbstractContextManager["OpenFolder"]):

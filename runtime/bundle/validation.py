@@ -80,7 +80,7 @@ class InputValidator:
         array = _as_array("actions", actions)
         if array.dtype != _FLOAT32 or array.shape[1:] != self._actions_tail:
             check_shape("actions", array.shape, "B, T, A", self._actions_tail)
-            array = _native("actions", array, (_FLOAT32,))
+            array = native("actions", array, (_FLOAT32,))
         if not (array.flags.c_contiguous and array.flags.aligned):
             array = np.require(array, requirements=["C", "A"])
         if len(array) > unchecked and array.size:
@@ -88,7 +88,7 @@ class InputValidator:
             # A NaN is the maximum of any array that holds one, and no comparison with it is true.
             if not (np.maximum.reduce(array, axis=None) <= limit and np.minimum.reduce(array, axis=None) >= -limit):
                 expected = f"finite numbers of at most {limit:g}: beyond that float32 overflows inside the encoder"
-                _refuse_first("actions", array, np.abs(array) <= limit, expected)
+                refuse_first("actions", array, np.abs(array) <= limit, expected)
         return array
 
     def tokens(self, tokens: object, *, unchecked: int = 0) -> Int32Array:
@@ -100,7 +100,7 @@ class InputValidator:
         array = _as_array("tokens", tokens)
         if array.dtype != _INT32 or array.shape[1:3] != self._tokens_tail or array.ndim != 4:
             check_shape("tokens", array.shape, "B, T, D, l", self._tokens_tail)
-            array = _native("tokens", array, TOKEN_TYPES)
+            array = native("tokens", array, TOKEN_TYPES)
         if array.shape[3] not in self._prefixes:
             check_prefix(array.shape, self._model)
         if not (array.flags.c_contiguous and array.flags.aligned):
@@ -113,7 +113,7 @@ class InputValidator:
             and np.maximum.reduce(array.view(_UNSIGNED[array.dtype]), axis=None) >= self._num_levels
         ):
             expected = f"0 ... {self._num_levels - 1}, the {self._num_levels} levels of this bundle"
-            _refuse_first("tokens", array, (array >= 0) & (array < self._num_levels), expected)
+            refuse_first("tokens", array, (array >= 0) & (array < self._num_levels), expected)
         return array if is_int32 else array.astype(_INT32)
 
     def stats(self, stats: object, tokens: Int32Array) -> Float32Array | None:
@@ -131,7 +131,7 @@ class InputValidator:
                 f"stats have shape {list(array.shape)}; expected [B, T, l, 2] = {list(expected)} beside tokens of "
                 f"shape {list(tokens.shape)}: slice tokens[..., :l] and stats[..., :l, :] alike"
             )
-        array = np.require(_native("stats", array, (_FLOAT32,)), _FLOAT32, ["C", "A"])
+        array = np.require(native("stats", array, (_FLOAT32,)), _FLOAT32, ["C", "A"])
         # Written so that NaN is refused.
         possible = np.abs(array) <= STATS_LIMIT
         possible[..., 1] &= array[..., 1] > 0
@@ -143,7 +143,7 @@ class InputValidator:
             origin = (
                 "latents lie between -1 and 1, so no encoder gives it; pass the stats that encode_with_stats returned"
             )
-            _refuse_first("stats", array, possible, f"{number}: {origin}")
+            refuse_first("stats", array, possible, f"{number}: {origin}")
         return array
 
     def output(
@@ -216,7 +216,8 @@ def check_whether_stats(stats: object | None, model: ModelEntry) -> None:
         )
 
 
-def _refuse_first(name: str, array: AnyArray, is_right: BoolArray, expected: str) -> NoReturn:
+def refuse_first(name: str, array: AnyArray, is_right: BoolArray, expected: str) -> NoReturn:
+    """Raises InvalidInputError for the first value that is not right."""
     index = unravel(is_right.argmin(), array.shape)
     raise InvalidInputError(f"{name}{list(index)} is {array[index]}; expected {expected}")
 
@@ -250,8 +251,8 @@ def as_array_advice(name: str, value: object, *, is_float: bool) -> str:
     return ""
 
 
-def _native(name: str, array: AnyArray, accepted: tuple[np.dtype[Any], ...]) -> AnyArray:
-    """In this machine's byte order, if the type is an accepted one in any order."""
+def native(name: str, array: AnyArray, accepted: tuple[np.dtype[Any], ...]) -> AnyArray:
+    """In this machine's byte order, if the type is an accepted one in any order; else raises InvalidInputError."""
     native = array.dtype.newbyteorder("=")
     if native not in accepted:
         raise InvalidInputError(

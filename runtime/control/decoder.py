@@ -15,17 +15,15 @@ from ..bundle.errors import CannotCopyError
 from ..bundle.paths import as_path
 from ..tokenizer import ActionTokenizer
 from .chain import BackendChain
-from .clock import steady
 from .config import ControlConfig, OnFault, Status
 from .errors import ControlConfigError, ControlFaultError, WrongThreadError, in_words, is_from_outside
 from .guard import ActionGuard
 from .health import Health, HealthSnapshot
 from .loop import ControlLoop
+from .order import steady
 from .recorder import FlightRecorder
-from .result import ADVICE, BROKEN_OFF, BrokenOff, ControlResult, TickOutcome
-from .state import LoopState
-from .tick_log import TickLog
-from .worker import Reporter
+from .result import ADVICE, BROKEN_OFF, BrokenOff, ControlResult, LoopState, TickOutcome
+from .tick_log import Reporter, TickLog
 
 #: In place of the owning thread: the decoder was inherited by fork, and its threads were not.
 _FORKED = object()
@@ -239,7 +237,9 @@ class ControlDecoder:
                 "a decoder that has been warmed up cannot be copied or pickled: it has threads, and one robot's last "
                 "command; make another one, or copy it before warmup()"
             )
-        return _made_again, (type(self), self._tokenizers, self.config, tuple(self.result.shown.values), self._clock)
+        first, *fallbacks = self._tokenizers
+        named = {"fallbacks": fallbacks, "position": tuple(self.result.shown.values), "clock": self._clock}
+        return _made_again, (type(self), first, self.config, named)
 
     def __enter__(self) -> Self:
         return self
@@ -284,14 +284,8 @@ class ControlDecoder:
         self.result.shown = out
 
 
-def _made_again(
-    kind: type[ControlDecoder],
-    tokenizers: tuple[ActionTokenizer, ...],
-    config: ControlConfig,
-    position: tuple[float, ...],
-    clock: Callable[[], int],
-) -> ControlDecoder:
-    return kind(tokenizers[0], config, fallbacks=tokenizers[1:], position=position, clock=clock)
+def _made_again(kind: type[ControlDecoder], tokenizer: ActionTokenizer, config: ControlConfig, named: Any) -> Any:
+    return kind(tokenizer, config, **named)
 
 
 #: The decoders that a child of fork inherits.

@@ -11,14 +11,12 @@ import numpy as np
 from ..bundle.manifest import ModelEntry
 from ..bundle.validation import TOKEN_TYPES
 from .chain import BackendChain
-from .clock import nanoseconds, stamp
 from .config import ControlConfig, OutOfRange, Status
 from .errors import in_words, is_from_outside
 from .guard import ActionGuard
-from .order import ChunkOrder
+from .order import ChunkOrder, nanoseconds, stamp
 from .queue import action_queue
-from .result import NO_STAMPS, BrokenOff, TickOutcome
-from .state import INTERNAL, NO_NUMBER, NONE_IN_SERVICE, RUN_OUT, WRONG_NUMBER, LoopState
+from .result import INTERNAL, NO_NUMBER, NO_SERVICE, NO_STAMPS, RUN_OUT, WRONG_NUMBER, BrokenOff, LoopState, TickOutcome
 from .tick_log import TickLog
 
 # Bound names: Python finds a member of an enum more slowly than numpy adds seven numbers.
@@ -164,7 +162,7 @@ class ControlLoop:
             if begin < last:
                 state.line = tick, begin
                 self._drop(_STALE)
-                state.service = NONE_IN_SERVICE
+                state.service = NO_SERVICE
                 return self._hold(
                     _STALE,
                     f"the clock went back by {(last - begin) / 1e9:.6f} s; expected a monotonic one: what was observed "

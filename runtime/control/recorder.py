@@ -16,15 +16,38 @@ import numpy as np
 
 from ..bundle.arrays import AnyArray, Float32Array, Int32Array
 from ..bundle.manifest import ModelEntry
-from ..bundle.paths import as_path
+from ..bundle.paths import as_path, replacing
 from ..bundle.reading import regular_file
-from ..bundle.writing import replacing
 from .config import Status
 from .errors import FlightRecordError
-from .result import TickOutcome
-from .state import ABSENT, ACCEPTED, BEGUN, COLUMNS, FELL_BACK, HELD, KEPT, LATCHED, QUEUED, UNKEPT, LoopState
+from .result import NONE_YET, RUN_OUT, LoopState, TickOutcome
 
 SCHEMA = 2
+#: Tokens or stats of a tick: none came; they are in the record; they came but do not fit into it.
+ABSENT, KEPT, UNKEPT = 0, 1, 2
+#: Flags of a tick. ACCEPTED: its chunk was. QUEUED: something may be served after it. BEGUN: a chunk has come since the
+#: start. RESET: the row is no tick, but says where the robot was when the decoder was started or reset.
+HELD, LATCHED, FELL_BACK, ACCEPTED, QUEUED, BEGUN, RESET = 1, 2, 4, 8, 16, 32, 64
+#: The numbers of a row in their order, and their types in a file. From `given_sequence` on they describe the chunk that
+#: came on this tick, accepted or refused.
+COLUMNS = {
+    "tick": np.int64,
+    "time_ns": np.int64,
+    "latency_ns": np.int64,
+    "status": np.int8,
+    "flags": np.int16,
+    "backend": np.int8,
+    "faults": np.int32,
+    "sequence": np.int64,
+    "observed_ns": np.int64,
+    "service_layers": np.int16,
+    "start": np.int64,
+    "given_sequence": np.int64,
+    "given_observed_ns": np.int64,
+    "token_state": np.int8,
+    "layers": np.int16,
+    "stats_state": np.int8,
+}
 #: The bytes that the arrays of a record may take: enough for a million ticks.
 _SIZE_LIMIT = 2**32
 #: What reading a damaged file raises, or one that is no record.
@@ -174,6 +197,21 @@ def write_record(path: Path, arrays: dict[str, AnyArray], meta: dict[str, Any]) 
     text = np.frombuffer(json.dumps({"schema": SCHEMA, **meta}).encode(), np.uint8)
     with replacing(path, is_synced=True) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **{"meta": text, **arrays})  # type: ignore[arg-type]  # no array is named allow_pickle
+
+
+def state_after(row: dict[str, int]) -> LoopState:
+    """The state that the tick of this row left: the reverse of what `FlightRecorder.add` packs."""
+    flags = row["flags"]
+    return LoopState(
+        line=(row["tick"], row["time_ns"]),
+        service=(row["sequence"], row["observed_ns"], row["service_layers"], row["start"]),
+        used=row["backend"],
+        faults=row["faults"],
+        latched=Status(row["status"]) if flags & LATCHED else None,
+        has_begun=bool(flags & BEGUN),
+        is_queued=bool(flags & QUEUED),
+        why_empty=RUN_OUT if flags & BEGUN else NONE_YET,
+    )
 
 
 def read_record(path: str | os.PathLike[str]) -> FlightRecord:

@@ -1,8 +1,10 @@
-"""What a tick is answered with.
+"""What a tick is answered with, and what it leaves to the next.
 
 A signal's handler may raise between any two instructions of a tick and break it off. So nothing is cleaned up
 afterwards: from the beginning of a tick a `BrokenOff` is shown, which stands still; the tick is put together in an
 `TickOutcome` that nobody sees; and one assignment shows it when it is whole.
+
+The loop works on `LoopState`; the recorder packs it into a row, and a replay reads it back from there.
 """
 
 from __future__ import annotations
@@ -17,8 +19,18 @@ import numpy as np
 
 from ..bundle.arrays import Float32Array
 from .config import Status
-from .state import NO_NUMBER
 
+#: In place of a number: none was given; what was given is no number.
+NO_NUMBER, WRONG_NUMBER = -(2**62), -(2**62) - 1
+#: In place of a backend's index: the decoder itself has failed.
+INTERNAL = -1
+
+#: The chunk in service: sequence, observed_ns, layers (0 where there is none), and the tick of its first action.
+#: A plain tuple: a tick unpacks one five times, and Python does that fastest.
+InService = tuple[int, int, int, int]
+NO_SERVICE: InService = -1, NO_NUMBER, 0, 0
+NONE_YET = "no chunk has been accepted since the start; send one"
+RUN_OUT = "the last chunk has run out; expected a new one: look at the policy"
 BROKEN_OFF = "the tick was broken off"
 NO_STAMPS = NO_NUMBER, NO_NUMBER
 ADVICE = "it was raised from outside; send this action, or stop the robot"
@@ -51,6 +63,25 @@ class TickOutcome:
 
     def __post_init__(self) -> None:
         self.actions = np.array(self.values, np.float32)
+
+
+@dataclass(slots=True)
+class LoopState:
+    """What a tick leaves to the next beside the queue.
+
+    line: number and beginning of the last tick, as one tuple: a tick that is broken off changes both or neither.
+    used: index of the backend that decoded last, INTERNAL if the decoder itself has failed since. has_begun: a chunk
+    has been accepted since the start; is_queued: actions of it may be left; why_empty: why, once none is left.
+    """
+
+    line: tuple[int, int] = (0, NO_NUMBER)
+    service: InService = NO_SERVICE
+    used: int = 0
+    faults: int = 0
+    latched: Status | None = None
+    has_begun: bool = False
+    is_queued: bool = False
+    why_empty: str = NONE_YET
 
 
 class BrokenOff:

@@ -1,19 +1,102 @@
-"""The log of every tick: counts, a row of the flight record, a line in the log. No fault in it costs an action."""
+"""The log of every tick: counts, a row of the flight record, a line in the log. No fault in it costs an action.
+
+A thread beside the loop writes lines and records.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
+import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
+from ..bundle.paths import as_path
 from .config import ControlConfig, OnFault, Status
 from .errors import in_words
 from .health import Health
-from .recorder import FlightRecorder
-from .result import TickOutcome
-from .state import INTERNAL, NO_NUMBER, RESET, LoopState
-from .worker import Reporter
+from .recorder import RESET, FlightRecorder, write_record
+from .result import INTERNAL, NO_NUMBER, LoopState, TickOutcome
 
+_LOG = logging.getLogger(__name__)
+#: So that a loop that fails again and again does not fill the disk.
+_MOST_RECORDS = 100
+#: Incidents that wait to be told while the disk or a log's handler hangs.
+_MOST_WAITING = 256
 _OK, _NOT_READY = Status.OK, Status.NOT_READY
+
+
+class Reporter:
+    """Writes log lines and flight records off the loop, which only puts what is to be told into a bounded queue."""
+
+    def __init__(
+        self, config: ControlConfig, health: Health, recorder: FlightRecorder | None, meta: dict[str, Any]
+    ) -> None:
+        self._config, self._health, self._recorder, self._meta = config, health, recorder, meta
+        # `put` is all or nothing, whatever a signal's handler raises. None ends the thread.
+        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._logged: dict[Status, float] = {}
+        self._suppressed: dict[Status, int] = {}
+        self._recorded = -float("inf")
+        self._records = 0
+        self._thread = threading.Thread(target=self._run, name="control reporter", daemon=True)
+        self._thread.start()
+
+    def incident(self, status: Status, tick: int, detail: str, is_held: bool) -> None:
+        """Report a tick; it is left out if too many wait to be reported already."""
+        if self._tasks.qsize() < _MOST_WAITING:
+            self._tasks.put(functools.partial(self._report, status, tick, detail, is_held))
+
+    def flush(self, timeout_s: float = 10.0) -> bool:
+        """Wait until everything so far is reported; False after `timeout_s`."""
+        reached = threading.Event()
+        self._tasks.put(reached.set)
+        return reached.wait(timeout_s)
+
+    def close(self) -> None:
+        self._tasks.put(None)
+        self._thread.join(10.0)
+
+    def _run(self) -> None:
+        for task in iter(self._tasks.get, None):
+            try:
+                task()
+            except Exception as error:  # the next incident is still to be reported
+                self._health.internal_faults += 1
+                _LOG.error("an incident cannot be reported: %s", in_words(error))
+
+    def _report(self, status: Status, tick: int, detail: str, is_held: bool) -> None:
+        now = time.monotonic()
+        if now - self._logged.get(status, -float("inf")) < self._config.log_interval_s:
+            self._suppressed[status] = self._suppressed.get(status, 0) + 1
+        else:
+            self._logged[status] = now
+            more = self._suppressed.pop(status, 0)
+            suffix = f" ({more} more since the last line)" if more else ""
+            action = "standing still" if is_held else "service goes on"
+            _LOG.warning("tick %d: %s, %s: %s%s", tick, status.name, action, detail, suffix)
+        is_due = now - self._recorded >= self._config.record_interval_s and self._records < _MOST_RECORDS
+        if is_held and self._recorder is not None and self._config.record_folder is not None and is_due:
+            self._recorded = now
+            self._records += 1
+            self.write(as_path(self._config.record_folder) / f"flight-{time.time_ns()}-tick{tick}.npz")
+
+    def write(self, path: Path) -> bool:
+        """The ring as it is now, to `path`; False, counted and logged, where the disk refuses."""
+        assert self._recorder is not None
+        try:
+            write_record(path, self._recorder.copy(), self._meta)
+        except OSError as error:
+            self._health.records_failed += 1
+            _LOG.error("the flight record %s cannot be written: %s; make room or change record_folder", path, error)
+            return False
+        self._health.records_written += 1
+        _LOG.warning("flight record: %s", path)
+        return True
 
 
 class TickLog:

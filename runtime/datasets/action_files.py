@@ -12,7 +12,7 @@ from typing import IO
 import numpy as np
 
 from ..bundle.arrays import Float32Array
-from ..bundle.writing import sync
+from ..bundle.paths import sync
 from ..tokenizer import ActionTokenizer
 from .errors import OutputError
 from .finish import verify_actions

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..bundle.errors import TokenizerError
 from ..bundle.ownership import Ownership
-from ..bundle.writing import sync
+from ..bundle.paths import sync
 from .errors import OutputError, VerificationError
 from .format import INFO_NAME, spelled
 from .job import LOCK_NAME, Job, ownership_of, partial_folder

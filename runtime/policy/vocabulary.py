@@ -33,7 +33,7 @@ from ..bundle.errors import (
     WrongLayerError,
 )
 from ..bundle.reading import coerce_fields
-from ..bundle.validation import TOKEN_TYPES, as_array_advice, kind_of
+from ..bundle.validation import TOKEN_TYPES, as_array_advice, kind_of, native, refuse_first
 
 if TYPE_CHECKING:
     from ..tokenizer import ActionTokenizer
@@ -107,10 +107,9 @@ class TokenVocabulary:
 
     def _check_special_ids(self) -> None:
         names: dict[int, str] = {}
-        for pair in self.special_ids:
-            if not 0 <= pair[1] <= _LARGEST_ID:
-                raise VocabularyError(f"special id {pair!r}; expected a name and an int from 0 to 2^63 - 1")
-            name, number = pair
+        for name, number in self.special_ids:
+            if not 0 <= number <= _LARGEST_ID:
+                raise VocabularyError(f"special id {name!r} = {number}; expected a name and an int from 0 to 2^63 - 1")
             if number in self.ids:
                 raise VocabularyError(
                     f"special id {name!r} is {number}, which is the token of layer {self._layer_of(number)}, level "
@@ -184,10 +183,7 @@ class TokenVocabulary:
         return ids.reshape(len(array), self.sequence_length)
 
     @overload
-    def to_tokens(self, ids: object) -> Int32Array: ...
-
-    @overload
-    def to_tokens(self, ids: object, *, partial: None) -> Int32Array: ...
+    def to_tokens(self, ids: object, *, partial: None = None) -> Int32Array: ...
 
     @overload
     def to_tokens(self, ids: object, *, partial: Literal["prefix"]) -> PartialTokens: ...
@@ -257,18 +253,15 @@ class TokenVocabulary:
         expected = f"[B, T, D, L] = [B, {self.chunk_length}, {self.latent_dim}, {self.num_layers}]"
         if type(tokens) is not np.ndarray:
             raise InvalidInputError(f"tokens is a {type(tokens).__qualname__}; expected a numpy.ndarray {expected}")
-        if tokens.dtype.newbyteorder("=") not in TOKEN_TYPES:
-            raise InvalidInputError(f"tokens have type {tokens.dtype}; expected int32, int64 or uint8 {expected}")
+        tokens = native("tokens", tokens, TOKEN_TYPES)
         if tokens.ndim != 4 or tokens.shape[1:] != (self.chunk_length, self.latent_dim, self.num_layers):
             raise InvalidInputError(
                 f"tokens have shape {list(tokens.shape)}; expected {expected}: for fewer layers use the vocabulary "
                 "dataclasses.replace(vocabulary, num_layers=l)"
             )
         if tokens.size and not (np.minimum.reduce(tokens, axis=None) >= 0 and tokens.max() < self.num_levels):
-            index = np.unravel_index(int(((tokens < 0) | (tokens >= self.num_levels)).argmax()), tokens.shape)
-            raise InvalidInputError(
-                f"tokens{list(map(int, index))} is {tokens[index]}; expected 0 ... {self.num_levels - 1}"
-            )
+            is_level = (tokens >= 0) & (tokens < self.num_levels)
+            refuse_first("tokens", tokens, is_level, f"0 ... {self.num_levels - 1}")
         return tokens
 
     # On the way to an error.

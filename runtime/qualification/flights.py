@@ -16,8 +16,8 @@ from ..control.chain import FAILURES, BackendChain
 from ..control.config import ControlConfig, Status
 from ..control.decoder import ControlDecoder
 from ..control.errors import ClockFaultError, FlightRecordError
-from ..control.recorder import FlightRecord
-from ..control.state import ACCEPTED, HELD, INTERNAL, LATCHED, NO_NUMBER, RESET, UNKEPT, WRONG_NUMBER, state_after
+from ..control.recorder import ACCEPTED, HELD, LATCHED, RESET, UNKEPT, FlightRecord, state_after
+from ..control.result import INTERNAL, NO_NUMBER, WRONG_NUMBER
 from ..tokenizer import ActionTokenizer
 
 #: Of |action|, between backends and processors.

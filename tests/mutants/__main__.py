@@ -61,7 +61,6 @@ TESTS: dict[str, tuple[str, ...]] = {
     "runtime/control/loop.py": (_CONTROL,),
     "runtime/control/result.py": (_CONTROL,),
     "runtime/control/order.py": (_CONTROL,),
-    "runtime/control/clock.py": (_CONTROL,),
     "runtime/control/tick_log.py": (_CONTROL,),
     "runtime/bundle/validation.py": _BUNDLE,
     "runtime/bundle/folder.py": _BUNDLE,

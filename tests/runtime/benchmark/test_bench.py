@@ -27,7 +27,7 @@ from rfsq.export.plan import DeployMode
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.benchmark import command as bench
 from rfsq.runtime.benchmark import run as bench_run
-from rfsq.runtime.benchmark.peers import open_peers
+from rfsq.runtime.benchmark.processes import Start, StartError, measure_start, open_peers
 from rfsq.runtime.benchmark.report import (
     SCHEMA_VERSION,
     Report,
@@ -36,7 +36,6 @@ from rfsq.runtime.benchmark.report import (
     report_text,
     write_report,
 )
-from rfsq.runtime.benchmark.start import Start, StartError, measure_start
 from rfsq.runtime.benchmark.timing import (
     ARITHMETIC,
     BANDWIDTH,
@@ -648,9 +647,9 @@ def test_peers_that_do_not_start_are_missing(bundle: Path, tmp_path: Path, monke
     script = tmp_path / "peers.py"
     script.write_text("raise ModuleNotFoundError('No module named torch')", encoding="utf-8")
     config = bench_run.Config(bundle, ("onnxruntime",), (1,), rounds=1, starts=0, has_peers=True)
-    monkeypatch.setattr("rfsq.runtime.benchmark.peers._SCRIPT", script)
+    monkeypatch.setattr("rfsq.runtime.benchmark.processes._SCRIPT", script)
     assert "status 1: ModuleNotFoundError: No module named torch" in bench_run.bench(config).missing["peers"]
-    monkeypatch.setattr("rfsq.runtime.benchmark.peers._SCRIPT", tmp_path / "nothing.py")
+    monkeypatch.setattr("rfsq.runtime.benchmark.processes._SCRIPT", tmp_path / "nothing.py")
     assert "the whole repository" in bench_run.bench(config).missing["peers"]
 
 
@@ -665,7 +664,7 @@ def test_peers_that_fail_or_end_on_the_way_are_left_out(
         "input()\nprint(json.dumps('out of memory'), flush=True)\ninput()\nraise SystemExit('crashed')\n",
         encoding="utf-8",
     )
-    monkeypatch.setattr("rfsq.runtime.benchmark.peers._SCRIPT", script)
+    monkeypatch.setattr("rfsq.runtime.benchmark.processes._SCRIPT", script)
     with open_peers(tokenizer.model, [1], "trivial kernel") as peers:
         assert [found.floor for found in peers.figures] == ["trivial kernel", "copies of decode l2"]
         taken, failed = measure(peers.figures, rounds=1)

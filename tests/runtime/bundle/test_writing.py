@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rfsq.runtime.bundle.writing import replacing
+from rfsq.runtime.bundle.paths import replacing
 
 
 def test_the_file_takes_its_place_when_all_went_well(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 from rfsq.runtime import ActionTokenizer, ControlDecoder
 from rfsq.runtime.bundle.arrays import Float32Array, Int32Array
 from rfsq.runtime.bundle.errors import InferenceError
+from rfsq.runtime.control.chain import DecodeWorker, WarmTokenizer
 from rfsq.runtime.control.config import ControlConfig
 from rfsq.runtime.control.result import ControlResult
-from rfsq.runtime.control.worker import DecodeWorker, WarmTokenizer
 from rfsq.runtime.qualification.soak import chunks_of, config_for
 from tests.bundles import Recipe, deploy, make_manifest
 from tests.processes import PATIENCE

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rfsq.runtime.control.clock import steady
 from rfsq.runtime.control.errors import ClockFaultError
+from rfsq.runtime.control.order import steady
 
 
 def test_the_clock_of_the_system_is_read_as_it_is() -> None:

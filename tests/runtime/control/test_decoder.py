@@ -175,7 +175,7 @@ def test_a_fault_leaves_a_flight_record_and_a_full_disk_leaves_the_loop_alone(
         def full(*_: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr("rfsq.runtime.control.worker.write_record", full)
+        monkeypatch.setattr("rfsq.runtime.control.tick_log.write_record", full)
         decoder.step(tokens)
         assert decoder.step(tokens - 100).status is Status.BAD_TOKEN
         assert decoder.flush()
@@ -320,7 +320,7 @@ def test_a_reporter_that_raises_costs_no_action(tokenizer: ActionTokenizer, toke
 
     with loop(tokenizer) as decoder:
         decoder.warmup()
-        monkeypatch.setattr("rfsq.runtime.control.worker.Reporter.incident", broken)
+        monkeypatch.setattr("rfsq.runtime.control.tick_log.Reporter.incident", broken)
         result = decoder.step(tokens - 100)
         assert (result.status, "the reporter failed" in result.detail) == (Status.BAD_TOKEN, True)
         assert decoder.step(tokens).status is Status.OK

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from rfsq.runtime.control.clock import as_number, nanoseconds, stamp
 from rfsq.runtime.control.config import ControlConfig
-from rfsq.runtime.control.order import ChunkOrder
-from rfsq.runtime.control.state import NO_NUMBER, NONE_IN_SERVICE, WRONG_NUMBER, InService
+from rfsq.runtime.control.order import ChunkOrder, as_number, nanoseconds, stamp
+from rfsq.runtime.control.result import NO_NUMBER, NO_SERVICE, WRONG_NUMBER, InService
 from tests.bundles import Recipe, deploy, make_manifest
 from tests.runtime.control.test_guard import VALUES
 
@@ -51,20 +50,20 @@ def _place(order: ChunkOrder, number: int, observed: int, *, layers: int = 2, **
 )
 def test_a_chunk_begins_where_its_observation_was(order: ChunkOrder, age: int, start: int) -> None:
     observed = NOW - age
-    found = _place(order, 5, observed, service=NONE_IN_SERVICE)
+    found = _place(order, 5, observed, service=NO_SERVICE)
     assert found == (5, observed, 2, start)
 
 
 @pytest.mark.parametrize(("age", "reason"), [(-P - 1, "s from now"), (STALE + 1, "s ago; expected at most 3.4e-06")])
 def test_one_from_another_time_is_not_used(order: ChunkOrder, age: int, reason: str) -> None:
-    assert reason in _place(order, 5, NOW - age, service=NONE_IN_SERVICE)
+    assert reason in _place(order, 5, NOW - age, service=NO_SERVICE)
 
 
 def test_one_of_which_nothing_is_left_is_not_used() -> None:
     config = ControlConfig.from_values({**VALUES, "period_s": P / 1e9, "stale_after_s": 1.0})
     order = ChunkOrder(config, make_manifest(deploy(Recipe(chunk_length=T))).model)
-    assert _place(order, 5, NOW - 3499, service=NONE_IN_SERVICE) == (5, NOW - 3499, 2, 97)
-    assert "comes 4 ticks after" in _place(order, 5, NOW - 3500, service=NONE_IN_SERVICE)
+    assert _place(order, 5, NOW - 3499, service=NO_SERVICE) == (5, NOW - 3499, 2, 97)
+    assert "comes 4 ticks after" in _place(order, 5, NOW - 3500, service=NO_SERVICE)
     # The full decode of a draft lies where that lies.
     late = (7, NOW - 3500, 2, 90)
     assert "comes 4 ticks after" in _place(order, 7, NONE, layers=3, service=late)
@@ -90,10 +89,10 @@ def test_one_of_which_nothing_is_left_is_not_used() -> None:
         (7, NOW, {"is_drained": True, "layers": 3}, (7, NOW, 3, 100)),
         (0, OBSERVED, {"is_drained": True}, "after a newer one"),
         (0, NONE, {"is_drained": True}, "after a newer one"),
-        (-3, NOW, {"service": NONE_IN_SERVICE}, (-3, NOW, 2, 100)),
+        (-3, NOW, {"service": NO_SERVICE}, (-3, NOW, 2, 100)),
         # Where none has come before, the first has the number 0, or whatever it has.
-        (NONE, NONE, {"service": NONE_IN_SERVICE}, (0, NOW, 2, 100)),
-        (-1, NONE, {"service": NONE_IN_SERVICE}, (-1, NOW, 2, 100)),
+        (NONE, NONE, {"service": NO_SERVICE}, (0, NOW, 2, 100)),
+        (-1, NONE, {"service": NO_SERVICE}, (-1, NOW, 2, 100)),
         # A draft may have one layer.
         (7, NONE, {"layers": 2, "service": (7, OBSERVED, 1, 90)}, (7, OBSERVED, 2, 90)),
     ],

@@ -11,19 +11,8 @@ import pytest
 from rfsq.runtime.bundle.manifest import ModelEntry
 from rfsq.runtime.control.config import Status
 from rfsq.runtime.control.errors import FlightRecordError
-from rfsq.runtime.control.recorder import FlightRecorder, read_record, write_record
-from rfsq.runtime.control.result import TickOutcome
-from rfsq.runtime.control.state import (
-    ABSENT,
-    INTERNAL,
-    KEPT,
-    NO_NUMBER,
-    NONE_YET,
-    RUN_OUT,
-    UNKEPT,
-    LoopState,
-    state_after,
-)
+from rfsq.runtime.control.recorder import ABSENT, KEPT, UNKEPT, FlightRecorder, read_record, state_after, write_record
+from rfsq.runtime.control.result import INTERNAL, NO_NUMBER, NONE_YET, RUN_OUT, LoopState, TickOutcome
 
 SHAPE = (2, 3, 4)
 ACTIONS = np.array([0.5, -1.0], np.float32)

@@ -7,8 +7,18 @@ import pytest
 
 from rfsq.runtime import ControlConfigError, Status
 from rfsq.runtime.bundle.errors import TokenizerError
-from rfsq.runtime.control.recorder import FlightRecord, read_record
-from rfsq.runtime.control.state import ACCEPTED, BEGUN, FELL_BACK, HELD, INTERNAL, LATCHED, NO_NUMBER, QUEUED, RESET
+from rfsq.runtime.control.recorder import (
+    ACCEPTED,
+    BEGUN,
+    FELL_BACK,
+    HELD,
+    LATCHED,
+    QUEUED,
+    RESET,
+    FlightRecord,
+    read_record,
+)
+from rfsq.runtime.control.result import INTERNAL, NO_NUMBER
 from tests.runtime.control.loops import PERIOD_NS, ScriptedLoop
 
 

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from rfsq.runtime import ActionTokenizer, ControlConfigError, ControlDecoder, Status
+from rfsq.runtime.control.chain import DecodeWorker, WarmTokenizer
 from rfsq.runtime.control.config import ControlConfig
 from rfsq.runtime.control.health import Health
-from rfsq.runtime.control.worker import DecodeWorker, Reporter, WarmTokenizer
+from rfsq.runtime.control.tick_log import Reporter
 from rfsq.runtime.qualification.soak import chunks_of
 from tests.runtime.control.driven import drive
 from tests.runtime.control.loops import Clock, check_safe, config_of, fails, hurry, loop, switched
@@ -348,7 +349,7 @@ def test_incidents_are_logged_at_a_limited_rate(
     tokenizer: ActionTokenizer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
-    monkeypatch.setattr("rfsq.runtime.control.worker.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rfsq.runtime.control.tick_log.time.monotonic", lambda: now[0])
     config: ControlConfig = config_of(tokenizer, log_interval_s=10.0)
     reporter = Reporter(config, Health(), None, {})
     with caplog.at_level(logging.WARNING):
@@ -373,7 +374,7 @@ def test_a_reporter_that_fails_once_still_reports(
     health = Health()
     reporter = Reporter(config_of(tokenizer, log_interval_s=1e-6), health, None, {})
     with monkeypatch.context() as patch:
-        patch.setattr("rfsq.runtime.control.worker.Reporter._report", lambda *_: 1 / 0)
+        patch.setattr("rfsq.runtime.control.tick_log.Reporter._report", lambda *_: 1 / 0)
         reporter.incident(Status.STALE, 1, "injected", True)
         assert reporter.flush()
     reporter.incident(Status.STALE, 2, "injected", True)

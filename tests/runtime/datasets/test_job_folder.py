@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from rfsq.runtime.bundle.errors import TokenizerError
 from rfsq.runtime.bundle.ownership import Ownership
-from rfsq.runtime.bundle.paths import LINKS_IN_A_CIRCLE
-from rfsq.runtime.bundle.writing import sync
+from rfsq.runtime.bundle.paths import LINKS_IN_A_CIRCLE, sync
 from rfsq.runtime.datasets import conversion
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import IllegalActionError, OutputError, SourceError, VerificationError

@@ -10,8 +10,7 @@ import pytest
 
 from rfsq.runtime import ActionTokenizer, Status
 from rfsq.runtime.control.errors import FlightRecordError
-from rfsq.runtime.control.recorder import FlightRecord, read_record, write_record
-from rfsq.runtime.control.state import HELD, LATCHED, RESET
+from rfsq.runtime.control.recorder import HELD, LATCHED, RESET, FlightRecord, read_record, write_record
 from rfsq.runtime.qualification.flights import replay_flight
 from rfsq.runtime.qualification.replay_flight import main
 from rfsq.runtime.qualification.soak import chunks_of
