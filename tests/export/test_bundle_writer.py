@@ -293,20 +293,25 @@ def test_an_overwritten_bundle_is_gone_and_nothing_else_left(
     assert siblings(tmp_path) == ["bundle"]
 
 
+def refuse_renames(patch: pytest.MonkeyPatch, error: OSError, is_refused: Callable[[Path], bool], output: Path) -> None:
+    """Of these paths to `output`, on a file system that cannot exchange two folders."""
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if target == output and is_refused(self):
+            raise error
+        return rename(self, target)
+
+    patch.setattr(Path, "rename", failing)
+    patch.setattr(bundle_writer, "_exchange", lambda *_: False)
+
+
 def test_the_old_bundle_comes_back_when_the_new_one_cannot_be_put_in_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = write_bundle(tmp_path / "bundle", Recipe(seed=7))
     fingerprint = open_bundle(output).manifest.fingerprint
-    rename = Path.rename
-
-    def failing(self: Path, target: Path) -> Path:
-        if target == output and self.name == "new":
-            raise OSError(28, "No space left on device")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    monkeypatch.setattr(bundle_writer, "_exchange", lambda *_: False)
+    refuse_renames(monkeypatch, OSError(28, "No space left on device"), lambda path: path.name == "new", output)
     with (
         pytest.raises(ExportError, match="cannot be written: No space left on device"),
         stage_bundle(output, overwrite=True) as staged,
@@ -321,16 +326,8 @@ def test_an_old_bundle_that_cannot_be_put_back_is_kept_and_named(
 ) -> None:
     output = write_bundle(tmp_path / "bundle", Recipe(seed=7))
     fingerprint = open_bundle(output).manifest.fingerprint
-    rename = Path.rename
-
-    def failing(self: Path, target: Path) -> Path:
-        if target == output:
-            raise OSError(5, "Input/output error")
-        return rename(self, target)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", failing)
-        patch.setattr(bundle_writer, "_exchange", lambda *_: False)
+        refuse_renames(patch, OSError(5, "Input/output error"), lambda _: True, output)
         with (
             pytest.raises(ExportError, match=r"is now at .*/old and cannot be put back: Input/output error"),
             stage_bundle(output, overwrite=True) as staged,

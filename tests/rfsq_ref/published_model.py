@@ -103,3 +103,14 @@ def train_a_little(model, actions, steps=40, batch_size=64):
         loss.backward()
         optimizer.step()
     return model.eval()
+
+
+def layouts(model):
+    """What training scripts hand to torch.save, by name."""
+    state = model.state_dict()
+    return {
+        "trained": {"model_state_dict": state, "epoch": 12, "train_mse": 0.25, "config": model.config},
+        "model key": {"model": state, "config": model.config},
+        "both keys": {"model_state_dict": state, "model": dict(state), "config": model.config},
+        "state dict": state,
+    }

@@ -14,7 +14,7 @@ from rfsq.rfsq_ref.data import load_demonstrations
 from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.rfsq_ref.quantizer import Conditioning, published_dequantize
 from tests.rfsq_ref.near_ties import Judge
-from tests.rfsq_ref.published_model import ActionRFSQAE, train_a_little
+from tests.rfsq_ref.published_model import ActionRFSQAE, layouts, train_a_little
 
 DEMONSTRATED = torch.from_numpy(load_demonstrations().steps())
 OTHER_SIZES = {"action_dim": 4, "hidden_dim": 6, "num_layers": 5, "num_levels": 6, "width": 24}
@@ -40,17 +40,6 @@ def actions_of(model: ActionRFSQAE, chunks: int = 200) -> Tensor:
     return torch.cat((DEMONSTRATED[: chunks // 2 * 8, :action_dim], random)).unflatten(0, (-1, 8))
 
 
-def layout(name: str, model: ActionRFSQAE) -> Any:
-    """What training scripts hand to torch.save."""
-    state = model.state_dict()
-    return {
-        "trained": {"model_state_dict": state, "epoch": 12, "train_mse": 0.25, "config": model.config},
-        "model key": {"model": state, "config": model.config},
-        "both keys": {"model_state_dict": state, "model": dict(state), "config": model.config},
-        "state dict": state,
-    }[name]
-
-
 def load_saved(content: Any, folder: Path, **arguments: Any) -> Checkpoint:
     torch.save(content, folder / "published.pt")
     return load_checkpoint(folder / "published.pt", **arguments)
@@ -68,7 +57,7 @@ def robust() -> ActionRFSQAE:
 @pytest.mark.parametrize("name", ["trained", "model key", "both keys", "state dict"])
 def test_every_published_layout_gives_the_same_model(name: str, kind: bool, tmp_path: Path) -> None:
     model = published(robust=kind)
-    checkpoint = load_saved(layout(name, model), tmp_path, use_layernorm=kind)
+    checkpoint = load_saved(layouts(model)[name], tmp_path, use_layernorm=kind)
     assert checkpoint.trained_with is (Conditioning.DYNAMIC if kind else Conditioning.NONE)
     assert checkpoint.config.action_dim == 7
     assert checkpoint.config.latent_dim == 16
@@ -82,34 +71,34 @@ def test_every_published_layout_gives_the_same_model(name: str, kind: bool, tmp_
 
 @pytest.mark.parametrize("name", ["trained", "model key", "both keys"])
 def test_a_config_says_how_the_model_was_trained(name: str, robust: ActionRFSQAE, tmp_path: Path) -> None:
-    assert load_saved(layout(name, robust), tmp_path).trained_with is Conditioning.DYNAMIC
+    assert load_saved(layouts(robust)[name], tmp_path).trained_with is Conditioning.DYNAMIC
 
 
 def test_facts_beside_the_weights_become_provenance(robust: ActionRFSQAE, tmp_path: Path) -> None:
-    provenance = load_saved(layout("trained", robust), tmp_path).provenance
+    provenance = load_saved(layouts(robust)["trained"], tmp_path).provenance
     assert provenance["epoch"] == 12
     assert provenance["train_mse"] == 0.25
 
 
 def test_a_bare_state_dict_does_not_say_how_it_was_trained(robust: ActionRFSQAE, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="pass use_layernorm"):
-        load_saved(layout("state dict", robust), tmp_path)
+        load_saved(layouts(robust)["state dict"], tmp_path)
 
 
 @pytest.mark.parametrize("name", ["trained", "model key"])
 def test_a_file_and_a_caller_that_disagree_are_refused(name: str, robust: ActionRFSQAE, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="says use_layernorm = True, the caller says False"):
-        load_saved(layout(name, robust), tmp_path, use_layernorm=False)
+        load_saved(layouts(robust)[name], tmp_path, use_layernorm=False)
 
 
 def test_both_keys_with_equal_tensors_are_remarked(robust: ActionRFSQAE, tmp_path: Path) -> None:
-    remarks = load_saved(layout("both keys", robust), tmp_path).remarks
+    remarks = load_saved(layouts(robust)["both keys"], tmp_path).remarks
     assert any("both 'model_state_dict' and 'model'" in remark for remark in remarks)
 
 
 @pytest.mark.parametrize("change", ["value", "name", "dtype", "type"])
 def test_both_keys_that_differ_are_refused(change: str, robust: ActionRFSQAE, tmp_path: Path) -> None:
-    content = layout("both keys", robust)
+    content = layouts(robust)["both keys"]
     bias = content["model"].pop("decoder.2.bias")
     content["model"] |= {
         "value": {"decoder.2.bias": bias + 1e-3},
@@ -124,7 +113,7 @@ def test_both_keys_that_differ_are_refused(change: str, robust: ActionRFSQAE, tm
 def test_unused_layer_norms_are_accepted_and_remarked(tmp_path: Path) -> None:
     model = published(robust=True, layernorm_parameters=True)
     assert model.state_dict()["rfsq.layers.7.layernorm.weight"].shape == (1,)
-    checkpoint = load_saved(layout("trained", model), tmp_path)
+    checkpoint = load_saved(layouts(model)["trained"], tmp_path)
     assert checkpoint.remarks == ("16 layernorm parameters ignored: the published forward pass never uses them",)
     actions = actions_of(model, 20)
     assert torch.equal(checkpoint.model().encode(actions)[0], model.encode(actions))
@@ -149,7 +138,7 @@ def assert_same_tokens(model: ActionRFSQAE, checkpoint: Checkpoint, actions: Ten
 @pytest.mark.parametrize("seed", [0, 1])
 def test_tokens_are_those_of_the_published_model(seed: int, kind: bool, sizes: dict[str, int], tmp_path: Path) -> None:
     model = published(robust=kind, seed=seed, **sizes)
-    assert_same_tokens(model, load_saved(layout("trained", model), tmp_path), actions_of(model))
+    assert_same_tokens(model, load_saved(layouts(model)["trained"], tmp_path), actions_of(model))
 
 
 @pytest.mark.slow
@@ -158,13 +147,13 @@ def test_embedded_checkpoints_give_the_published_tokens(path: Path, tmp_path: Pa
     embedded = load_checkpoint(path)
     model = ActionRFSQAE(use_layernorm=embedded.trained_with is Conditioning.DYNAMIC)
     model.load_state_dict(dict(embedded.weights) | model.rfsq.state_dict(prefix="rfsq."))
-    assert_same_tokens(model, load_saved(layout("trained", model), tmp_path), actions_of(model, 1000))
+    assert_same_tokens(model, load_saved(layouts(model)["trained"], tmp_path), actions_of(model, 1000))
 
 
 @pytest.mark.parametrize("kind", [True, False], ids=["robust", "naive"])
 def test_reconstructions_are_those_of_the_published_model(kind: bool, tmp_path: Path) -> None:
     model = published(robust=kind).double()
-    reference = load_saved(layout("trained", model), tmp_path).model(dtype=torch.float64)
+    reference = load_saved(layouts(model)["trained"], tmp_path).model(dtype=torch.float64)
     actions = actions_of(model).double()
     with torch.no_grad():
         theirs, tokens = model(actions)
@@ -177,7 +166,7 @@ def test_reconstructions_are_those_of_the_published_model(kind: bool, tmp_path: 
 @pytest.mark.parametrize("kind", [True, False], ids=["robust", "naive"])
 def test_the_published_decoding_is_the_sum_of_grid_values(kind: bool, tmp_path: Path) -> None:
     model = published(robust=kind)
-    reference = load_saved(layout("trained", model), tmp_path).model()
+    reference = load_saved(layouts(model)["trained"], tmp_path).model()
     tokens = torch.randint(0, 7, (50, 8, 16, 8), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         ours = reference.decode_latents(published_dequantize(reference.quantizer, tokens))

@@ -42,6 +42,7 @@ from rfsq.runtime.policy.adapter import FINGERPRINT_KEY, ActionRFSQAE
 from rfsq.runtime.policy.adapter_calls import narrowed
 from tests.bundles import Deployed, Recipe, deploy, random_actions, reference_decode, write_bundle
 from tests.rfsq_ref.published_model import ActionRFSQAE as PublishedActionRFSQAE
+from tests.rfsq_ref.published_model import layouts
 from tests.runtime.policy.published import act, act_through_rfsq, train_policy
 from tests.strategies import recipes
 
@@ -777,10 +778,7 @@ WRAPPED = ("compiled", "lightning", "average")
 def layout(name: str, model: PublishedActionRFSQAE) -> Any:
     state = model.state_dict()
     return {
-        "trained": {"model_state_dict": state, "epoch": 12, "train_mse": 0.25, "config": model.config},
-        "model key": {"model": state, "config": model.config},
-        "both keys": {"model_state_dict": state, "model": dict(state), "config": model.config},
-        "state dict": state,
+        **layouts(model),
         "unused layer norms": state | {f"rfsq.layers.{layer}.layernorm.weight": torch.ones(1) for layer in range(3)},
         "our own": {name: tensor for name, tensor in state.items() if not name.startswith("rfsq.")},
         "compiled": {"model": {f"_orig_mod.{name}": tensor for name, tensor in state.items()}},
