@@ -192,7 +192,16 @@ def test_quiet_leaves_the_verdict_and_json_the_document(
     assert json.loads(shown["--json"].out) == {"value": None, "list": [1]}
 
 
-@pytest.mark.parametrize("start", [["runtime/selftest.py"], ["export/build_engine.py"], ["-m", "rfsq", "selftest"]])
+@pytest.mark.parametrize(
+    "start",
+    [
+        ["runtime/selftest.py"],
+        ["export/build_engine.py"],
+        ["-m", "rfsq", "selftest"],
+        ["-m", "runtime.qualification.soak"],
+        ["-m", "rfsq.runtime.qualification.campaign"],
+    ],
+)
 def test_ctrl_c_during_the_imports_is_no_traceback(start: list[str], tmp_path: Path) -> None:
     (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt\n")
     done = subprocess.run(
