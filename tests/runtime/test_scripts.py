@@ -317,6 +317,8 @@ def test_inspection_and_selftest_show_what_the_tokens_are_worth(
     assert "  WARNING: the tokens are worthless" in printed
     assert inspect_bundle.main([rated, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["quality"]["fidelity"]["steps"] == 50
+    assert inspect_bundle.main([rated, "-q"]) == 0
+    assert capsys.readouterr().out.endswith("sizes and sha256 as in the manifest; the tokens are worthless\n")
     assert selftest.main([rated]) == 0
     assert "– what the tokens are worth, by the build: worthless; in robot units: " in capsys.readouterr().out
     assert inspect_bundle.main([str(bundle), "-v"]) == 0
