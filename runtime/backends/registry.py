@@ -85,9 +85,8 @@ def no_gpu_said_first(name: str | None) -> Iterator[None]:
         if name not in GPU_BACKENDS or _has_gpu():
             raise
         reason = str(error).partition(";")[0]
-        raise BackendUnavailableError(
-            f"no NVIDIA GPU is here, and {name} needs one ({reason}); choose another backend, or another machine"
-        ) from error
+        said = f"no NVIDIA GPU is here, and {name} needs one ({reason}); choose another backend, or another machine"
+        raise BackendUnavailableError(said) from error
 
 
 def _has_gpu() -> bool:

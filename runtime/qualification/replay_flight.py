@@ -38,15 +38,11 @@ def _work(options: argparse.Namespace) -> Outcome:
             f"{options.record} is a folder; give the bundle first: {command('replay', 'BUNDLE RECORD')}"
         )
     record = read_record(options.record)
-    flown = record.meta["fingerprint"]
-    try:
-        tokenizer = ActionTokenizer.load(options.bundle, backend=options.backend, expect_fingerprint=flown)
-    except FingerprintError:
-        raise FingerprintError(
-            f"{options.bundle} has another fingerprint than {flown}, the one in {options.record}; give the bundle that "
-            "flew"
-        ) from None
-    with tokenizer:
+    with ActionTokenizer.load(options.bundle, backend=options.backend) as tokenizer:
+        if tokenizer.fingerprint != record.meta["fingerprint"]:
+            raise FingerprintError(
+                f"{options.bundle} has another fingerprint than {options.record}; give the bundle that flew"
+            )
         compared, differences = replay_flight(record, tokenizer)
         name = tokenizer.backend.name
     shown = differences if options.verbose else differences[:_SHOWN]
