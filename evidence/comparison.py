@@ -4,6 +4,7 @@ One job per checkpoint and per seed of the peers, spread over processes. A job c
 nothing but its own arguments, so the number of processes changes nothing.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -60,7 +61,7 @@ def compare(
         jobs += [("peers", partial(peers_job, dataset, config, seed)) for seed in config.seeds]
     for kind, given in (("robust", robust), ("naive", naive)):
         jobs += [(kind, partial(checkpoint_job, dataset, config, kind, source)) for source in given or config.seeds]
-    results = _run([job for _, job in jobs], config.workers)
+    results = _run(jobs, config.workers)
     found: dict[str, list[Any]] = {"naive": [], "robust": [], "peers": []}
     for (kind, _), result in zip(jobs, results, strict=True):
         found[kind].append(result)
@@ -87,14 +88,23 @@ def _check_given(kind: str, given: Sequence[Checkpoint], expected: Conditioning)
         raise CheckpointError(f"one {kind} checkpoint is given twice; expected different ones, as they give the spread")
 
 
-def _run(jobs: Sequence[_Job], workers: int) -> list[object]:
-    """Results in the order of the jobs."""
+def _run(jobs: Sequence[tuple[str, _Job]], workers: int) -> list[object]:
+    """Results in the order of the jobs, and a line as each is done, which a log shows too."""
+    placed = [partial(_placed, place, job) for place, (_, job) in enumerate(jobs)]
     if workers == 1:
         make_deterministic()
-        found: Iterator[object] = map(call, jobs)
+        found: Iterator[tuple[int, object]] = map(call, placed)
     else:
-        found = in_processes(call, jobs, min(workers, len(jobs)), make_deterministic, in_order=True)
-    return list(tqdm(found, total=len(jobs), unit="job", disable=None))
+        found = in_processes(call, placed, min(workers, len(jobs)), make_deterministic)
+    results: dict[int, object] = {}
+    for place, result in tqdm(found, total=len(jobs), unit="job", disable=None):
+        results[place] = result
+        tqdm.write(f"{len(results)} of {len(jobs)} jobs are done: {jobs[place][0]}", file=sys.stderr)
+    return [results[place] for place in range(len(jobs))]
+
+
+def _placed(place: int, job: _Job) -> tuple[int, object]:
+    return place, job()
 
 
 def _together(

@@ -63,7 +63,8 @@ def _compared(options: argparse.Namespace) -> Comparison:
         **{name: getattr(options, name) for name in ("epochs", "chunk_length", "peers", "workers", "cache")},
     )
     size = f"{len(dataset.episodes)} episodes, {dataset.num_steps} steps"
-    print(f"comparing on {dataset.source}: {size}; training what is missing takes minutes", flush=True)
+    most = ", most of them for peers, which --no-peers leaves out" if config.peers else ""
+    print(f"comparing on {dataset.source}: {size}; training what is missing takes minutes{most}", flush=True)
     if options.verbose:
         print(describe_normaliser(dataset, options.normaliser), flush=True)
     naive, robust = (_load(paths, options.weights) for paths in (options.naive, options.robust))

@@ -24,7 +24,7 @@ def parser() -> CommandParser:
     """All arguments of the command; what has the name of a setting is one."""
     parser = CommandParser("rollout", interrupted="run the same command again to go on")
     parser.description = f"{parser.description}; driving needs the simulator: {install('sim')}"
-    parser.add_output("folder of the report", Path("docs/results"))
+    parser.add_output("folder of the report", Path("build/rollout"))
     parser.add_argument(
         "--episodes-dir", type=path_argument, default=RolloutConfig.folder, metavar="DIR",
         help="where episodes are kept, which --overwrite leaves as they are; default: %(default)s",

@@ -73,7 +73,7 @@ def run_rollouts(config: RolloutConfig) -> list[Episode]:
             file.check_codec(name, found, restart=config.restart_changed)
         jobs = jobs_of(config, fingerprints, {episode.key for episode in file.episodes})
         drive = partial(_run_job, chosen, config.chunk)
-        driven = in_processes(drive, jobs, config.workers, partial(torch.set_num_threads, 1), in_order=False)
+        driven = in_processes(drive, jobs, config.workers, partial(torch.set_num_threads, 1))
         shown = tqdm(driven, "closed loop", len(jobs), unit="episode", disable=None, mininterval=5.0, smoothing=0.1)
         for episode in shown:
             file.append(episode)

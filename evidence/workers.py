@@ -15,9 +15,9 @@ _Result = TypeVar("_Result")
 
 
 def in_processes(
-    work: Callable[[_Job], _Result], jobs: Iterable[_Job], workers: int, start: Callable[[], object], *, in_order: bool
+    work: Callable[[_Job], _Result], jobs: Iterable[_Job], workers: int, start: Callable[[], object]
 ) -> Iterator[_Result]:
-    """What `work` makes of each job, in the order of the jobs, or each as soon as it is done.
+    """What `work` makes of each job, each as soon as it is done.
 
     start: called at the beginning of every process. Raises EvidenceError when a process dies.
     """
@@ -26,7 +26,7 @@ def in_processes(
     try:
         futures = [pool.submit(work, job) for job in jobs]
         # What a process finished before another died comes first.
-        for future in futures if in_order else as_completed(futures):
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool as error:
         raise EvidenceError(

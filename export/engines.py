@@ -52,7 +52,7 @@ def compilable(*, to_run: bool) -> tuple[tuple[str, ...], dict[str, str]]:
         if spec.engine_source is None or not spec.is_installed:
             continue
         try:
-            _require_means(spec, to_run=to_run)
+            require_means(spec, to_run=to_run)
         except BackendUnavailableError as error:
             if to_run:
                 reasons[name] = str(error)
@@ -63,7 +63,7 @@ def compilable(*, to_run: bool) -> tuple[tuple[str, ...], dict[str, str]]:
     return tuple(chosen), reasons
 
 
-def _require_means(spec: BackendSpec, *, to_run: bool) -> None:
+def require_means(spec: BackendSpec, *, to_run: bool) -> None:
     """Raises BackendUnavailableError where the GPU that is needed is not here, EngineBuildError without a compiler."""
     if spec.is_on_gpu and (to_run or spec.engine_source == "cuda"):
         _gpu()

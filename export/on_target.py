@@ -14,7 +14,7 @@ from rfsq.export.progress import phase
 from rfsq.export.proving import failures, seal_proven
 from rfsq.export.trt_builder import Profile
 from rfsq.runtime.backends.contract import Backend, engines_of
-from rfsq.runtime.backends.registry import create_backend, targets_here, without_gpu_as_one
+from rfsq.runtime.backends.registry import create_backend, no_gpu_said_first, targets_here, without_gpu_as_one
 from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 from rfsq.runtime.bundle.errors import BackendUnavailableError, EngineRefusedError, InferenceError
@@ -155,7 +155,8 @@ def _add_all(
         added: tuple[EngineEntry, ...] = ()
         for name in dict.fromkeys(backends):
             try:
-                added += compile_engines(name, sources)
+                with no_gpu_said_first(name):
+                    added += compile_engines(name, sources)
             except (BackendUnavailableError, EngineBuildError) as error:
                 raise _CannotRunError({name: str(error)}) from error
         engines = _kept(bundle, added, staged) + added

@@ -15,7 +15,7 @@ from rfsq.calibration.settings import ReadoutChoice, ReadoutConfig
 from rfsq.export.bundle_writer import StagedBundle, stage_bundle
 from rfsq.export.c_source import c_tokenizer
 from rfsq.export.cuda_source import cuda_tokenizer
-from rfsq.export.engines import EngineSources, compilable, compile_engines
+from rfsq.export.engines import EngineSources, compilable, compile_engines, require_means
 from rfsq.export.errors import BuildInputError, GateError, require_none
 from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graph_check import check_graph, cross_check
@@ -40,7 +40,7 @@ from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.settings import check_positive
 from rfsq.runtime.backends.contract import Backend
-from rfsq.runtime.backends.registry import without_gpu_as_one
+from rfsq.runtime.backends.registry import no_gpu_said_first, without_gpu_as_one
 from rfsq.runtime.bundle.advice import quoted
 from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
@@ -126,6 +126,9 @@ def build(config: BuildConfig, *, has_tables: bool = True) -> Manifest:
     Raises UnusableError, ExportError or TokenizerError for what cannot be built, GateError for what was built and is
     not right. The output is complete afterwards, or as it was before.
     """
+    for name in config.backends or ():
+        with no_gpu_said_first(name):
+            require_means(BACKENDS[name], to_run=False)
     with stage_bundle(config.output, overwrite=config.overwrite) as staged:
         source = _load(config)
         draft = _export(config, source, staged)

@@ -192,7 +192,16 @@ def test_quiet_leaves_the_verdict_and_json_the_document(
     assert json.loads(shown["--json"].out) == {"value": None, "list": [1]}
 
 
-@pytest.mark.parametrize("start", [["runtime/selftest.py"], ["export/build_engine.py"], ["-m", "rfsq", "selftest"]])
+@pytest.mark.parametrize(
+    "start",
+    [
+        ["runtime/selftest.py"],
+        ["export/build_engine.py"],
+        ["-m", "rfsq", "selftest"],
+        ["-m", "runtime.qualification.soak"],
+        ["-m", "rfsq.runtime.qualification.campaign"],
+    ],
+)
 def test_ctrl_c_during_the_imports_is_no_traceback(start: list[str], tmp_path: Path) -> None:
     (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt\n")
     done = subprocess.run(
@@ -467,7 +476,7 @@ def test_every_reader_gets_the_command_and_the_packages_that_he_has(monkeypatch:
         monkeypatch.setattr(advice, "layout", lambda found=layout: found)
         answers[layout] = [getattr(advice, name)(*arguments) for name, arguments in given.items()]
         answers[layout].append(advice.command("selftest"))
-        answers[layout].append(advice.install_package("scipy"))
+        answers[layout] += [advice.install_package(name) for name in ("scipy", "torch", "robosuite")]
     assert answers == {
         "checkout": [
             "python export/build_engine.py --from-bundle b",
@@ -475,6 +484,8 @@ def test_every_reader_gets_the_command_and_the_packages_that_he_has(monkeypatch:
             "docs/integration.md",
             "python runtime/selftest.py",
             "pip install --constraint constraints.txt --editable '.[export,evidence]'",
+            "pip install --constraint constraints.txt --editable '.[torch]'",
+            "pip install --editable '.[sim]' in an environment of its own (docs/training.md)",
         ],
         "installed": [
             "rfsq build --from-bundle b",
@@ -482,13 +493,18 @@ def test_every_reader_gets_the_command_and_the_packages_that_he_has(monkeypatch:
             "docs/integration.md in the sources of rfsq-deploy",
             "rfsq selftest",
             "pip install 'rfsq-deploy[export,evidence]'",
+            "pip install 'rfsq-deploy[torch]'",
+            "pip install 'rfsq-deploy[sim]' in an environment of its own "
+            "(docs/training.md in the sources of rfsq-deploy)",
         ],
         "copied": [
-            "rfsq build --from-bundle b (after pip install rfsq-deploy)",
+            "rfsq build --from-bundle b (of rfsq-deploy: pip install its checkout or its wheel)",
             "pip install cuda-bindings cuda-core nvidia-cuda-nvrtc",
             "docs/integration.md in the sources of rfsq-deploy",
             "python runtime/selftest.py",
             "pip install scipy",
+            "pip install torch",
+            "pip install robosuite",
         ],
     }
 
@@ -497,7 +513,11 @@ def test_every_reader_gets_the_command_and_the_packages_that_he_has(monkeypatch:
     ("copied", "start", "said"),
     [
         ("rfsq", ["-m", "rfsq", "selftest"], "give the folder that `rfsq build` wrote"),
-        ("runtime", ["runtime/selftest.py"], "give the folder that `rfsq build` (after pip install rfsq-deploy) wrote"),
+        (
+            "runtime",
+            ["runtime/selftest.py"],
+            "give the folder that `rfsq build` (of rfsq-deploy: pip install its checkout",
+        ),
     ],
 )
 def test_a_copy_knows_that_it_is_one(copied: str, start: list[str], said: str, tmp_path: Path) -> None:

@@ -195,6 +195,11 @@ def test_what_a_message_advises_to_install_brings_the_package() -> None:
     assert {*EXTRAS["export"]} == {re.split(r"[><=~]", wanted)[0] for wanted in offered["export"]}
 
 
+@pytest.mark.parametrize("parser", [compare._parser, rollout.parser])
+def test_a_report_without_a_folder_of_its_own_goes_where_all_that_is_built_goes(parser: Callable[[], Any]) -> None:
+    assert parser().parse_args([]).output.parts[0] == "build"
+
+
 # Bugs ----------------------------------------------------------------------------------------------------------------
 
 

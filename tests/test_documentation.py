@@ -16,7 +16,9 @@ import torch
 
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
+from rfsq.runtime import ActionTokenizer, ControlConfig, ControlDecoder
 from rfsq.runtime.bundle.advice import COMMANDS
+from rfsq.runtime.control.config import ActionKind
 from tests.once import once
 from tests.rfsq_ref.published_model import ActionRFSQAE
 
@@ -146,6 +148,11 @@ def workspace(tmp_path: Path, built: Path, demonstrations: ActionDataset, robust
         for index, episode in enumerate(demonstrations.episodes[:12]):
             file[f"data/demo_{index}/actions"] = episode[:80]
     np.zeros((1, 8, 16, 8), np.int32).tofile(tmp_path / "tokens.bin")
+    config = ControlConfig(0.05, (-1.0,) * 7, (1.0,) * 7, (0.5,) * 7, (ActionKind.DELTA,) * 7)
+    with ActionTokenizer.load(built) as tokenizer, ControlDecoder(tokenizer, config) as decoder:
+        decoder.warmup()
+        decoder.step(np.zeros((1, 8, 16, 8), np.int32))
+        assert decoder.write_flight_record(tmp_path / "flight.npz")
     yield tmp_path
     shutil.rmtree(tmp_path, ignore_errors=True)
 
@@ -197,6 +204,11 @@ def check(command: str, workspace: Path, where: str) -> None:
 def test_every_block_says_what_it_is(path: Path) -> None:
     assert [block.line for block in blocks(path) if block.language not in LANGUAGES] == []
     assert path.read_text(encoding="utf-8").count("\n```") % 2 == 0
+
+
+def test_the_readme_lists_every_command_with_its_script() -> None:
+    listed = re.findall(r"\| `(\w+)` \| `(\w+/\w+\.py)` ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert dict(listed) == {name: entry.script for name, entry in COMMANDS.items()}
 
 
 def test_every_reason_not_to_run_a_command_is_needed() -> None:

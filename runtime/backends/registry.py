@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,10 +73,30 @@ def create_backend(name: str, bundle: Bundle, target: str = "") -> Backend:
     return factory_of(spec)(bundle, *filter(None, [target]))
 
 
+@contextlib.contextmanager
+def no_gpu_said_first(name: str | None) -> Iterator[None]:
+    """Where the backend `name` is unavailable for want of a GPU, say that: no package would help; None for none.
+
+    Raises BackendUnavailableError, as what is done within does.
+    """
+    try:
+        yield
+    except BackendUnavailableError as error:
+        if name not in GPU_BACKENDS or _has_gpu():
+            raise
+        reason = str(error).partition(";")[0]
+        said = f"no NVIDIA GPU is here, and {name} needs one ({reason}); choose another backend, or another machine"
+        raise BackendUnavailableError(said) from error
+
+
+def _has_gpu() -> bool:
+    return any(Path(trace).exists() for trace in _GPU_TRACES)
+
+
 def without_gpu_as_one(reasons: Mapping[str, str]) -> dict[str, str]:
     """Why backends cannot be used, where no NVIDIA GPU is here in one entry for all that need one."""
     on_gpu = [name for name in reasons if BACKENDS[name].is_on_gpu]
-    if len(on_gpu) < 2 or any(Path(trace).exists() for trace in _GPU_TRACES):
+    if len(on_gpu) < 2 or _has_gpu():
         return dict(reasons)
     others = {name: reason for name, reason in reasons.items() if name not in on_gpu}
     return {**others, ", ".join(on_gpu): "no NVIDIA GPU is here (-v shows each reason)"}
@@ -88,7 +109,8 @@ def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
     was opened gives wrong answers.
     """
     if name != "auto":
-        return _open_tested(name, bundle, golden)
+        with no_gpu_said_first(name):
+            return _open_tested(name, bundle, golden)
     obstacles: dict[str, TokenizerError] = {}
     for candidate in BACKENDS:
         try:

@@ -80,6 +80,8 @@ EXTRAS = {
     "sim": ("robosuite", "mujoco"),
 }
 _NAME = "rfsq-deploy"
+#: Where a copied folder's reader gets the package from: it is on no index.
+_SOURCES = "pip install its checkout or its wheel"
 
 
 @functools.cache
@@ -108,7 +110,7 @@ def command(name: str, arguments: str = "") -> str:
     # Files of a package inside runtime/ import relatively, and are started as modules.
     here = f"python -m {module}" if script.count("/") > 1 else f"python {script}"
     typed = " ".join([here if has_script else installed, *filter(None, [arguments])])
-    return typed if has_script or layout() == "installed" else f"{typed} (after pip install {_NAME})"
+    return typed if has_script or layout() == "installed" else f"{typed} (of {_NAME}: {_SOURCES})"
 
 
 def quoted(name: str, arguments: str = "") -> str:
@@ -117,7 +119,7 @@ def quoted(name: str, arguments: str = "") -> str:
     >>> quoted("selftest").count("`")
     2
     """
-    typed, *note = command(name, arguments).partition(" (after ")
+    typed, *note = command(name, arguments).partition(" (of ")
     return f"`{typed}`{''.join(note)}"
 
 
@@ -130,13 +132,12 @@ def install(*extras: str) -> str:
     if layout() == "copied":
         return f"pip install {' '.join(dict.fromkeys(package for extra in extras for package in EXTRAS[extra]))}"
     wanted = f"[{','.join(extras)}]" if any(extras) else ""
-    if layout() == "checkout":
-        if "sim" in extras:
-            # The simulator's numpy is another than the one in `constraints.txt`.
-            return f"pip install --editable '.{wanted}' in an environment of its own ({page('training')})"
-        # Without `--editable`, a copy would take the place of the checkout that is worked on.
-        return f"pip install --constraint constraints.txt --editable '.{wanted}'"
-    return f"pip install '{_NAME}{wanted}'"
+    # Without `--editable`, a copy would take the place of the checkout that is worked on.
+    what = f"--editable '.{wanted}'" if layout() == "checkout" else f"'{_NAME}{wanted}'"
+    if "sim" in extras:
+        # The simulator's numpy is another than the one in `constraints.txt`.
+        return f"pip install {what} in an environment of its own ({page('training')})"
+    return f"pip install {'--constraint constraints.txt ' if layout() == 'checkout' else ''}{what}"
 
 
 def install_package(module: str, started: str = "") -> str:

@@ -72,7 +72,7 @@ class CommandParser(argparse.ArgumentParser):
         group = self.add_argument_group("output")
         shown = group.add_mutually_exclusive_group()
         for where, names, text in (
-            (shown, ("-v", "--verbose"), "every detail"),
+            (shown, ("-v", "--verbose"), "more details, where there are some"),
             (shown, ("-q", "--quiet"), "errors and the verdict alone"),
             (group, ("--json",), "the result as JSON on stdout, all else on stderr"),
         ):

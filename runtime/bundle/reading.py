@@ -257,7 +257,12 @@ def _build_one_of(kinds: tuple[Any, ...], value: Any, where: str, is_exact: bool
     for kind in others:
         with contextlib.suppress(ValueError):
             return _build(kind, value, where, is_exact)
-    return _build(last, value, where, is_exact)
+    try:
+        return _build(last, value, where, is_exact)
+    except ValueError as problem:
+        # What is wrong within says more than what else may stand here.
+        words = [_WORDS.get(kind, str(kind)) for kind in others if str(problem).startswith(f"{where} is ")]
+        raise ValueError(" or ".join([str(problem), *words])) from None
 
 
 def _build_dataclass(kind: Any, value: Any, where: str, is_exact: bool) -> Any:

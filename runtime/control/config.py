@@ -164,6 +164,8 @@ class ControlConfig:
         coerce_fields(self, ControlConfigError, _of_python)
         self._check_numbers()
         self._check_dimensions()
+        if self.record_folder is not None:
+            as_path(self.record_folder, "record_folder", ControlConfigError)
 
     @classmethod
     def from_toml(cls, path: str | os.PathLike[str]) -> Self:
@@ -185,9 +187,10 @@ class ControlConfig:
 
     @classmethod
     def from_values(cls, values: dict[str, Any], source: str = "the settings") -> Self:
-        fields = dataclasses.fields(cls)
-        known = {field.name for field in fields}
-        if unknown := sorted(values.keys() - known):
+        if not isinstance(values, dict):
+            raise ControlConfigError(f"{source}: found {values!r:.60}; expected a dict of settings by their names")
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(map(str, values.keys() - known)):
             raise ControlConfigError(
                 f"{source}: unknown keys {', '.join(unknown)}; expected some of {', '.join(sorted(known))}: correct "
                 "the spelling or take them out"
@@ -310,10 +313,13 @@ def _require_all(kind: type[Any], given: Collection[str], source: str) -> None:
 def _of_python(value: object) -> object:
     """Numbers and arrays of numpy as Python's own; everything else as it is."""
     if isinstance(value, np.ndarray):
-        return _of_python(value.tolist())
-    if isinstance(value, np.generic):
-        # What is wider than Python's own float stays numpy's in `item`.
-        return float(value) if isinstance(value, np.floating) else value.item()
-    if isinstance(value, (list, tuple)):
-        return [_of_python(entry) for entry in value]
-    return value
+        value = value.tolist()
+    # No setting is a list of lists, and one that holds itself has no end.
+    return [_number(entry) for entry in value] if isinstance(value, (list, tuple)) else _number(value)
+
+
+def _number(value: object) -> object:
+    # What is wider than Python's own float stays numpy's in `item`.
+    if isinstance(value, np.floating):
+        return float(value)
+    return value.item() if isinstance(value, np.generic) else value

@@ -80,8 +80,9 @@ class ActionGuard:
     def start(self, position: Sequence[float] | None = None) -> list[float]:
         """Where to begin, [A]: at `position`, the robot's present command, or at the last action sent.
 
-        Deltas stay those sent last: a motion ends as fast as the slew limit allows. Raises ControlConfigError for a
-        position of another shape or outside the limits.
+        Deltas stay those sent last: a motion ends as fast as the slew limit allows. A place that is measured a little
+        outside, by `range_tolerance` and no more than the slew limit, is the limit. Raises ControlConfigError for a
+        position of another shape or further outside.
         """
         if position is None:
             return self.sent
@@ -92,13 +93,15 @@ class ActionGuard:
             )
         values = np.where(self._keep, values, self.sent)
         # A limit as float32 may lie one rounding beside the limit itself.
-        tolerance = np.spacing(np.maximum(np.abs(self._low), np.abs(self._high)))
+        rounding = np.spacing(np.maximum(np.abs(self._low), np.abs(self._high)))
         for index in self._needed:
-            low, high = float(self._low[index]), float(self._high[index])
-            if not low - tolerance[index] <= values[index] <= high + tolerance[index]:
+            step, _, low, high = self._bounds[index]
+            room = max(float(rounding[index]), min(self._tolerances[index], step))
+            if not low - room <= values[index] <= high + room:
                 raise ControlConfigError(
-                    f"position[{index}] is {values[index]}; expected {low} to {high}, the limits of this dimension: "
-                    "bring the robot inside them first, or correct action_low and action_high"
+                    f"position[{index}] is {values[index]}; expected {low} to {high}, the limits of this dimension, or "
+                    f"up to {room:.3g} outside: bring the robot inside them first, or correct action_low and "
+                    "action_high"
                 )
         start: list[float] = np.clip(values.astype(_FLOAT32), self._low, self._high).tolist()
         return start

@@ -5,6 +5,12 @@ of its own; then faults that need real processes, disks and files. Prints a line
 for each kind.
 """
 
+if __name__ == "__main__":
+    from ..bundle.start import run_script
+
+    # Before the imports below, which take long enough for Ctrl-C.
+    run_script(f"{__package__}.campaign")
+
 import argparse
 import contextlib
 import itertools
@@ -19,7 +25,7 @@ import numpy as np
 from ..backends.contract import Backend
 from ..backends.registry import PREFERENCE
 from ..bundle.backend_specs import BACKENDS
-from ..bundle.command import DONE, WANTING, CommandParser, Outcome, natural, run, run_command
+from ..bundle.command import DONE, WANTING, CommandParser, Outcome, natural, run
 from ..bundle.errors import InvalidInputError, TokenizerError
 from ..bundle.folder import open_bundle
 from ..control.config import ActionKind, OnFault, OutOfRange, Status, Strategy
@@ -239,7 +245,3 @@ def _open_fallback(path: Path, main_one: ActionTokenizer, wanted: str | None) ->
             with contextlib.suppress(TokenizerError):
                 return ActionTokenizer.load(path, backend=name)
     return ActionTokenizer.load(path, backend=main_one.backend.name)
-
-
-if __name__ == "__main__":
-    run_command(f"{__package__}.campaign")

@@ -39,9 +39,11 @@ def _work(options: argparse.Namespace) -> Outcome:
     # Line by line: a name with a line end in it must not look like two lines of ours.
     print("\n".join(printable(line.replace("\n", "\\n")) for line in overview(bundle, is_verbose=options.verbose)))
     files = bundle.manifest.files
-    size = sum(entry.size for entry in files.values())
+    size, quality = sum(entry.size for entry in files.values()), bundle.manifest.quality
+    # For -q too, which shows nothing else.
+    grade = "" if quality is None or quality.fidelity.grade == "good" else f"; the tokens are {quality.fidelity.grade}"
     return Outcome(
-        f"✓ {bundle.folder}: {len(files)} files, {size / 1e6:.1f} MB, sizes and sha256 as in the manifest",
+        f"✓ {bundle.folder}: {len(files)} files, {size / 1e6:.1f} MB, sizes and sha256 as in the manifest{grade}",
         describe(bundle),
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..bundle.advice import command
 from ..bundle.command import DONE, WANTING, CommandParser, Outcome, path_argument, run
 from ..bundle.console import printable
-from ..bundle.errors import InvalidInputError
+from ..bundle.errors import FingerprintError, InvalidInputError
 
 #: Lines of differences that fit a screen.
 _SHOWN = 16
@@ -38,9 +38,11 @@ def _work(options: argparse.Namespace) -> Outcome:
             f"{options.record} is a folder; give the bundle first: {command('replay', 'BUNDLE RECORD')}"
         )
     record = read_record(options.record)
-    with ActionTokenizer.load(
-        options.bundle, backend=options.backend, expect_fingerprint=record.meta["fingerprint"]
-    ) as tokenizer:
+    with ActionTokenizer.load(options.bundle, backend=options.backend) as tokenizer:
+        if tokenizer.fingerprint != record.meta["fingerprint"]:
+            raise FingerprintError(
+                f"{options.bundle} has another fingerprint than {options.record}; give the bundle that flew"
+            )
         compared, differences = replay_flight(record, tokenizer)
         name = tokenizer.backend.name
     shown = differences if options.verbose else differences[:_SHOWN]
@@ -49,7 +51,8 @@ def _work(options: argparse.Namespace) -> Outcome:
         print(f"… and {len(differences) - len(shown)} more; -v shows them all")
     sign, status = ("✗", WANTING) if differences else ("✓", DONE)
     return Outcome(
-        f"{sign} {name}: {compared} of {len(record)} rows compared, {len(differences)} differ",
+        f"{sign} {name}: {compared} of {len(record)} rows compared, {len(differences)} differ "
+        "(the others are starts, or only say what was before)",
         {"backend": name, "rows": len(record), "compared": compared, "differences": differences},
         status,
     )

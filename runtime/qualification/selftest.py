@@ -36,7 +36,7 @@ def _parser() -> CommandParser:
 
 
 def _work(options: argparse.Namespace) -> Outcome:
-    from ..backends.registry import PREFERENCE, create_backend, without_gpu_as_one
+    from ..backends.registry import PREFERENCE, create_backend, no_gpu_said_first, without_gpu_as_one
     from ..bundle.folder import open_bundle
     from ..bundle.golden import read_golden
     from ..bundle.manifest import GOLDEN_NAME
@@ -47,7 +47,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     found: dict[str, dict[str, Any]] = {}
     for name in (options.backend,) if options.backend else PREFERENCE:
         try:
-            with contextlib.closing(create_backend(name, bundle)) as backend:
+            with no_gpu_said_first(options.backend), contextlib.closing(create_backend(name, bundle)) as backend:
                 found[name] = _tested(backend, bundle, golden, is_verbose=options.verbose)
         except BackendUnavailableError as error:
             if options.backend:

@@ -4,6 +4,12 @@ Prints latencies, what `ControlDecoder` adds to the bare backend (measured in tu
 grew, and every status that was not OK. `campaign.py` injects faults.
 """
 
+if __name__ == "__main__":
+    from ..bundle.start import run_script
+
+    # Before the imports below, which take long enough for Ctrl-C.
+    run_script(f"{__package__}.soak")
+
 import argparse
 import contextlib
 import dataclasses
@@ -21,7 +27,7 @@ import numpy as np
 from ..benchmark.first_result import resident_bytes
 from ..bundle.arrays import Codes, Int64Array
 from ..bundle.backend_specs import BACKENDS
-from ..bundle.command import DONE, WANTING, CommandParser, Outcome, positive, run, run_command
+from ..bundle.command import DONE, WANTING, CommandParser, Outcome, positive, run
 from ..control.config import ActionKind, ControlConfig, Status, Strategy
 from ..control.decoder import ControlDecoder
 from ..tokenizer import ActionTokenizer
@@ -296,7 +302,3 @@ def _bytes_of_ours(snapshot: tracemalloc.Snapshot) -> int:
 
 def _quantiles(nanoseconds: Int64Array) -> tuple[float, ...]:
     return tuple((np.percentile(nanoseconds, (50, 99, 99.9, 100)) / 1e3).tolist())
-
-
-if __name__ == "__main__":
-    run_command(f"{__package__}.soak")

@@ -95,7 +95,9 @@ def test_any_robots_file_gives_a_report(
     assert comparison.settings["normaliser"] == "min-max"
     files = {path.name for path in (tmp_path / "report").iterdir()}
     assert files == {"comparison.json", "comparison.txt", "report.html"}
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    ended = re.findall(r"^(\d) of (\d) jobs are done: (?:peers|robust|naive)$", told, re.MULTILINE)
+    assert [int(number) for number, _ in ended] == list(range(1, int(ended[0][1]) + 1))
     assert "robust calibrated, tokens alone" in printed
     assert printed.count("layer by layer") == len(comparison.schemes)
 

@@ -151,7 +151,7 @@ def driven(jobs: list[Any]) -> tuple[list[Any], Exception | None]:
     found: list[Any] = []
     try:
         # The jobs are expressions: a spawned worker can find `eval`, but nothing of this file.
-        for result in in_processes(eval, jobs, 1, int, in_order=False):
+        for result in in_processes(eval, jobs, 1, int):
             found.append(result)
     except (EvidenceError, ArithmeticError) as error:
         return found, error

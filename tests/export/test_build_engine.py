@@ -790,6 +790,16 @@ def test_an_engine_that_is_not_what_was_asked_for_ends_the_build(
     assert list(tmp_path.iterdir()) == []
 
 
+@needs_no_gpu
+def test_generated_cuda_without_a_gpu_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--output", str(tmp_path / "bundle"), "--backend", "c", "cuda"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: no NVIDIA GPU is here, and cuda needs one (")
+
+
 @needs_rtx
 def test_a_gpu_that_tensorrt_does_not_know_is_refused(
     small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -138,6 +138,8 @@ def test_a_robot_without_cuda_python_loads_on_the_processor_and_says_what_the_gp
 sys.modules["cuda"] = None
 import logging
 from rfsq.runtime import ActionTokenizer, BackendUnavailableError
+from rfsq.runtime.backends import registry
+registry._GPU_TRACES = ("/",)
 # Not that faster code could be had: another test has that.
 logging.getLogger("rfsq.runtime").setLevel(logging.ERROR)
 print(ActionTokenizer.load({str(bundle)!r}).backend.name)
@@ -210,7 +212,13 @@ def test_selftest_shows_every_check_beside_its_limit(bundle: Path, capsys: pytes
 
 
 @pytest.mark.usefixtures("without_gpu")
-def test_selftest_of_one_backend(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_selftest_of_one_backend(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rfsq.runtime.backends.registry._GPU_TRACES", ())
+    assert selftest.main([str(bundle), "--backend", "cuda"]) == 2
+    assert capsys.readouterr().err.startswith("error: no NVIDIA GPU is here, and cuda needs one (")
+    monkeypatch.setattr("rfsq.runtime.backends.registry._GPU_TRACES", ("/",))
     assert selftest.main([str(bundle), "--backend", "onnxruntime"]) == 0
     assert "not tested" not in capsys.readouterr().out
     assert selftest.main([str(bundle), "--backend", "tensorrt"]) == 2
@@ -309,6 +317,8 @@ def test_inspection_and_selftest_show_what_the_tokens_are_worth(
     assert "  WARNING: the tokens are worthless" in printed
     assert inspect_bundle.main([rated, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["quality"]["fidelity"]["steps"] == 50
+    assert inspect_bundle.main([rated, "-q"]) == 0
+    assert capsys.readouterr().out.endswith("sizes and sha256 as in the manifest; the tokens are worthless\n")
     assert selftest.main([rated]) == 0
     assert "– what the tokens are worth, by the build: worthless; in robot units: " in capsys.readouterr().out
     assert inspect_bundle.main([str(bundle), "-v"]) == 0

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ from rfsq.runtime.backends import onnxruntime as ort_backend
 from rfsq.runtime.backends import registry as backends
 from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.backends.cpu_targets import host_targets
-from rfsq.runtime.backends.registry import create_backend
+from rfsq.runtime.backends.registry import GPU_BACKENDS, create_backend
 from rfsq.runtime.bundle.folder import Bundle, open_bundle
 from tests.backends import offer as offer_backends
 from tests.backends import without_packages
@@ -211,9 +212,21 @@ def test_a_backend_asked_for_by_name_is_never_replaced(bundle: Path, monkeypatch
     with pytest.raises(BackendUnavailableError, match=r"has no C engine for .*; build engines"):
         ActionTokenizer.load(bundle, backend="c")
     without_packages(monkeypatch, "tensorrt")
+    monkeypatch.setattr("rfsq.runtime.backends.registry._GPU_TRACES", ("/",))
     for name in ("tensorrt", "tensorrt-rtx"):
         with pytest.raises(BackendUnavailableError, match=rf"{name} is not installed; .* '\.\[{name},gpu\]'"):
             ActionTokenizer.load(bundle, backend=name)
+
+
+@pytest.mark.parametrize("name", GPU_BACKENDS)
+def test_a_backend_of_an_absent_gpu_advises_no_package(
+    name: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_packages(monkeypatch, "tensorrt")
+    monkeypatch.setattr("rfsq.runtime.backends.registry._GPU_TRACES", ())
+    with pytest.raises(BackendUnavailableError, match=f"^no NVIDIA GPU is here, and {name} needs one ") as caught:
+        ActionTokenizer.load(bundle, backend=name)
+    assert not re.search("pip|nvidia-smi", str(caught.value))
 
 
 def test_an_unknown_name_is_refused_naming_the_known_ones(bundle: Path) -> None:

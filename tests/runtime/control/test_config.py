@@ -95,6 +95,34 @@ def test_all_that_is_missing_is_listed() -> None:
         ControlConfig(**VALUES, speed=1)
 
 
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
+
+
+@pytest.mark.parametrize("values", [None, [], "period_s", {**VALUES, 5: 1, None: 2}], ids=str)
+def test_what_are_no_settings_is_refused(values: Any) -> None:
+    with pytest.raises(ControlConfigError, match=r"expected a dict|unknown keys 5, None"):
+        ControlConfig.from_values(values)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"action_low": ENDLESS}, r"action_low\[0\] is .*; expected a number"),
+        ({"action_low": np.array([[None]], object)}, r"action_low\[0\] is .*; expected a number"),
+        ({"gripper": ENDLESS}, r"gripper\[0\] is .*; expected an integer"),
+        ({"range_tolerance": "0.1"}, "range_tolerance is '0.1'; expected a list or a number"),
+        ({"range_tolerance": None}, "range_tolerance is None; expected a list or a number"),
+        ({"range_tolerance": [0.1, "0.1", 0.1]}, r"range_tolerance\[1\] is '0.1'; expected a number: correct"),
+        ({"record_folder": ""}, "record_folder is ''; expected the name of a"),
+        ({"record_folder": "a\0b"}, "record_folder is .*; expected the name of a"),
+    ],
+)
+def test_what_no_setting_can_be_is_refused_at_once(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ControlConfigError, match=message):
+        ControlConfig.from_values({**VALUES, **change})
+
+
 def test_settings_can_be_copied_and_are_replaced_in_part() -> None:
     config = ControlConfig(**VALUES, range_tolerance=(0.0, 0.1, 0.2))
     assert copy.deepcopy(config) == config

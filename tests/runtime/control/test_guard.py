@@ -257,8 +257,19 @@ def test_only_the_place_of_what_is_kept_must_be_known_and_inside() -> None:
     assert guard.sent == [0.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize(("tolerance", "step", "room"), [(0.05, 50.0, 5.0), (0.05, 0.2, 0.2), (0.0, 50.0, 0.0)])
+def test_a_place_that_is_measured_a_little_outside_is_the_limit(tolerance: float, step: float, room: float) -> None:
+    changes = {"action_high": [0.5, 100.0, 0.1], "action_low": [-0.5, 0.0, 0.0], "range_tolerance": tolerance}
+    config = ControlConfig.from_values({**VALUES, **changes, "max_relative_step": [0.25, step, 0.05]})
+    guard = ActionGuard(config, T, (0.0, 50.0, 0.05))
+    for limit, away in ((0.0, -room), (100.0, room)):
+        assert guard.start((0.0, limit + 0.99 * away, 0.05))[1] == limit
+        with pytest.raises(ControlConfigError, match=r"position\[1\] is .*, or up to .* outside: bring the robot"):
+            guard.start((0.0, limit + 1.01 * away + np.sign(away or limit - 50) * 1e-3, 0.05))
+
+
 def test_a_place_is_outside_from_one_rounding_on() -> None:
-    guard = ActionGuard(ControlConfig.from_values(VALUES), T, START)
+    guard = ActionGuard(ControlConfig.from_values({**VALUES, "range_tolerance": 0}), T, START)
     rounding = float(np.spacing(np.float32(2.0)))
     for limit, away in ((-2.0, -rounding), (2.0, rounding)):
         assert guard.start((0.0, limit + away, 0.1))[1] == limit
