@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.runtime.bundle.paths import as_path, counted, shortlist
-from rfsq.runtime.datasets.array_layouts import are_comparable, choose_arrays
+from rfsq.runtime.datasets.array_layouts import BORDER_NAMES, are_comparable, choose_arrays
 from rfsq.runtime.datasets.episodes import LARGEST_ACTION, WholePass
 from rfsq.runtime.datasets.errors import DatasetError, SourceError
 from rfsq.runtime.datasets.npz import StoredArray, array_source
@@ -196,7 +196,10 @@ def _open_pt(path: Path, key: str | None) -> Source:
         found = {name: value if isinstance(value, list) else [value] for name, value in content.items()}
         chosen = choose_arrays(found, key, path.name, lambda one, other: _are_equal(found[one], found[other]))
         arrays = {name: value for name, value in content.items() if not isinstance(value, list)}
-        if isinstance(content[chosen[0]], list):
+        lists = [name for name in chosen if isinstance(content[name], list)]
+        if lists and len(chosen) > 1:
+            raise SourceError(f"{path.name}: {lists[0]!r} is a list; expected a tensor [steps, A]: use torch.cat")
+        if lists:
             episodes = {f"episode_{place}": one for place, one in enumerate(found[chosen[0]])}
             arrays, chosen = {**arrays, **episodes}, tuple(episodes)
         held = {name: StoredArray(name, values.shape, values.dtype, held=values) for name, values in arrays.items()}
@@ -230,8 +233,8 @@ def _load_tensors(file: BinaryIO, source: str) -> dict[str, _AnyArray | list[_An
         raise SourceError(f"{source} holds a {type(content).__name__}; expected a tensor, a list or a dict of tensors")
     found: dict[str, _AnyArray | list[_AnyArray]] = {}
     for name, value in content.items():
-        if isinstance(value, torch.Tensor):
-            found[str(name)] = _array(value)
+        if isinstance(value, torch.Tensor) or name in BORDER_NAMES:
+            found[str(name)] = _array(torch.as_tensor(value))
         elif isinstance(value, list | tuple) and any(isinstance(part, torch.Tensor) for part in value):
             found[str(name)] = _all_arrays(value, torch.Tensor, f"{source}: {name!r}")
     if content and not found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -44,7 +44,7 @@ def write_file(
     partial = partial_folder(output)
     write = _write_npz if kind == "npz" else _write_hdf5
     with output_errors(partial), locked(output):
-        _refuse_existing(output, overwrite=options.overwrite)
+        _refuse_existing(output, kind, overwrite=options.overwrite)
         if options.restart:
             discard(partial)
         temporary = work_folder(partial, "decoded") / f"decoded.{kind}"
@@ -63,17 +63,30 @@ def write_file(
                 verification = verify_actions(tokenizer, reader, written, dataset.num_steps)
         sync(temporary)
         # Again: decoding takes a while, and somebody may have written there meanwhile.
-        _refuse_existing(output, overwrite=options.overwrite)
+        _refuse_existing(output, kind, overwrite=options.overwrite)
         temporary.replace(output)
         sync(output.parent)
     return verification
 
 
-def _refuse_existing(output: Path, *, overwrite: bool) -> None:
+def _refuse_existing(output: Path, kind: str, *, overwrite: bool) -> None:
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists; give another name, or --overwrite to replace it once all is verified")
     if output.is_dir():
         raise OutputError(f"{output} is a folder; give the name of a file")
+    if output.exists() and not (output.is_file() and _was_written_here(output, kind)):
+        raise OutputError(f"{output} was not written here; give another name, or remove it yourself")
+
+
+def _was_written_here(path: Path, kind: str) -> bool:
+    """Whether the file bears the fingerprint of a tokenizer."""
+    with suppress(OSError, KeyError, zipfile.BadZipFile):
+        if kind == "npz":
+            with zipfile.ZipFile(path) as archive:
+                return bool(archive.getinfo("fingerprint.npy"))
+        with optional("h5py").File(path, "r") as file:
+            return "rfsq.fingerprint" in file["data"].attrs
+    return False
 
 
 def _write_npz(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, decoded: _Decoded) -> None:
@@ -102,7 +115,8 @@ def _write_hdf5(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, d
     """data/demo_N/actions, N being the episode's number."""
     table = dataset.episodes()
     starts, numbers = table.starts.tolist(), table.numbers.tolist()
-    with _hdf5_errors(), optional("h5py").File(path, "w") as file:
+    # Through Python, since HDF5 itself ends the process where it cannot write; with the usual buffer this is slower.
+    with _hdf5_errors(), path.open("w+b", 1 << 20) as raw, optional("h5py").File(raw, "w") as file:
         group = file.create_group("data")
         group.attrs["total"] = dataset.num_steps
         group.attrs["rfsq.fingerprint"] = tokenizer.fingerprint

@@ -28,9 +28,10 @@ _NAMELESS = ["arr_0"]
 _EPISODE_NAMES = ("actions", "action", "episode", "ep", "demo", "traj", "trajectory")
 _END_NAMES = ("episode_ends", "meta/episode_ends")
 _NUMBERS_NAME = "episode_index"
+#: Arrays that say where the episodes of one array end.
+BORDER_NAMES = (*_END_NAMES, _NUMBERS_NAME)
 #: A number for each episode, and the text of each number.
 TASK_NAMES = ("task_index", "task_names")
-
 
 #: What to do with an array of actions that is no such thing.
 AS_FLOATS = ", not empty: convert them with .astype(np.float32) if these are actions, or name another array with --key"
@@ -64,9 +65,10 @@ def choose_arrays(
         chosen = [key] if key in listed else _numbered(listed, [key])
     else:
         chosen = require_equal(_ACTION_NAMES, listed, source, are_equal)[:1]
-        require_one_way([chosen, *numbered_alike(listed)], source)
-        chosen = chosen or [name for name in listed if name == _VAGUE_NAME]
-        if not chosen and (listed == _NAMELESS or listed in numbered_alike(listed)):
+        numbered = numbered_alike(listed)
+        require_one_way([chosen, *numbered], source)
+        chosen = chosen or [name for name in listed if name == _VAGUE_NAME and not numbered]
+        if not chosen and (listed == _NAMELESS or listed in numbered):
             chosen = listed
     if not chosen:
         wanted = "action array" if key is None else repr(key)

@@ -114,9 +114,9 @@ def _format(options: argparse.Namespace) -> str:
 
 
 def _run(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace) -> DatasetInfo:
-    if was_finished(job):
+    if (finished := was_finished(job)) is not None:
         _say(f"✓ {options.output} was finished by an earlier run")
-        return read_info(job.output)
+        return finished
     is_touched, replaced = begin(job, overwrite=options.overwrite, restart=options.restart)
     if replaced:
         _say(f"{replaced}; what it is to be made of has changed since: beginning anew")

@@ -189,6 +189,8 @@ def parse_info(text: str, path: Path) -> DatasetInfo:
     for name in info.files:
         if PurePosixPath(name).is_absolute() or ".." in name.split("/"):
             raise TokenDatasetError(f"{path} lists {name!r}, which lies outside the dataset; copy the dataset again")
+    if not 0 < info.steps_per_block <= info.steps_per_file or min(info.num_steps, info.num_episodes) < 1:
+        raise TokenDatasetError(f"{path} states a dataset without steps, episodes or blocks; copy the dataset again")
     if info.ordering != ORDERING:
         raise TokenDatasetError(f"{path} orders tokens as {info.ordering!r}; this runtime reads {ORDERING!r}")
     return info

@@ -22,7 +22,7 @@ import numpy as np
 
 from ..bundle.arrays import Int64Array
 from ..bundle.paths import shortlist
-from .array_layouts import AS_FLOATS, numbered_alike, require_equal, require_one_way, unfit
+from .array_layouts import AS_FLOATS, BORDER_NAMES, numbered_alike, require_equal, require_one_way, unfit
 from .errors import SourceError
 from .source_base import (
     EpisodeTable,
@@ -34,6 +34,7 @@ from .source_base import (
     natural,
     opened,
     optional,
+    require_stated,
     shown_name,
     visible_files,
 )
@@ -46,7 +47,7 @@ _EXPECTED = "expected data/demo_N/actions, demo_N/actions, traj_N/actions, or ac
 
 _NUMBERED = re.compile(r".*\d")
 # Arrays that say where episodes end, where many lie in one array.
-_ENDS = ("terminals", "timeouts", "dones", "episode_ends")
+_ENDS = ("terminals", "timeouts", "dones", *BORDER_NAMES)
 _MOST_LINKS = 15
 _ONE_FILE = (
     "expected all in this file, since it alone is checked and recorded: where nothing is missing, copy all into a new "
@@ -185,7 +186,7 @@ def _find_episodes(file: Any, name: str, key: str | None, filter_key: str | None
     require_one_way(numbered_alike(members), name)
     episodes = []
     for member in members if filter_key is None else _filtered(file, name, members, filter_key):
-        group = _follow(container, member, name)
+        group: Any = _follow(container, member, name)
         group = group if isinstance(group, h5py.Group) else {}
         array = outside[member] if inside is None else array_in(group, f"data/{member}/")
         if array is None:
@@ -194,13 +195,15 @@ def _find_episodes(file: Any, name: str, key: str | None, filter_key: str | None
                 f"{shortlist(group) or 'nothing'}; expected `actions` or `action`: name the right one with --key"
             )
         place, steps, width = array
+        stated = group.attrs.get("num_samples")
+        require_stated(f"{name}, {prefix}{member} (num_samples)", stated, "steps", "its actions have", steps)
         episodes.append(_FoundEpisode(member, f"{prefix}{member}/{place}", steps, width))
     return episodes
 
 
 def _require_one_episode(file: Any, name: str, place: str, filter_key: str | None) -> None:
     """place: of the action array. Raises SourceError where an array beside it says where episodes end."""
-    ends = [end for end in _ENDS if end in set(file)]
+    ends = [end for end in _ENDS if _follow(file, end, name) is not None]
     if ends:
         raise SourceError(
             f"{name} has many episodes in one row ({place} beside {', '.join(ends)}); expected one for each file "

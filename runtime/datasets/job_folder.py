@@ -23,7 +23,7 @@ from ..bundle.errors import TokenizerError
 from ..bundle.ownership import Ownership
 from ..bundle.paths import sync
 from .errors import OutputError, VerificationError
-from .format import INFO_NAME, spelled
+from .format import INFO_NAME, DatasetInfo, read_info, spelled
 from .job import LOCK_NAME, Job, ownership_of, partial_folder
 from .source_base import is_hidden
 from .writers import put
@@ -249,15 +249,21 @@ def finish(job: Job, *, overwrite: bool) -> None:
     _clean_up(job.partial)
 
 
-def was_finished(job: Job) -> bool:
-    """Whether an earlier run of this job was killed when only cleaning up was left; that is done here."""
-    if not (job.output.is_dir() and (job.partial / _IDENTITY_NAME).is_file()):
-        return False
+def was_finished(job: Job) -> DatasetInfo | None:
+    """What an earlier run of this job made that was killed when only cleaning up was left; that is done here."""
+    identity = job.partial / _IDENTITY_NAME
+    if not (job.output.is_dir() and identity.is_file()):
+        return None
     if any((folder / "data").exists() for folder in _own_folders(job.partial)):
-        return False
-    is_same = not _differences(job, _read_identity(job.partial))
+        return None
+    is_same, begun = not _differences(job, _read_identity(job.partial)), identity.stat().st_mtime_ns
     _clean_up(job.partial)
-    return is_same
+    if not is_same:
+        return None
+    info, is_newer = read_info(job.output), (job.output / INFO_NAME).stat().st_mtime_ns >= begun
+    # What was begun may have been cleared away by hand: then an older dataset lies there, or another one.
+    found, made = (info.facts(), info.num_steps, info.source.name), (job.facts(), job.source.num_steps, job.source.name)
+    return info if is_newer and found == made else None
 
 
 def _clean_up(partial: Path) -> None:

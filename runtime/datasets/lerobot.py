@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 from ..bundle.arrays import AnyArray, Int64Array
 from ..bundle.paths import shortlist, shown
 from ..bundle.reading import read_file
-from .array_layouts import TASK_NAMES, table_by_numbers, task_name
+from .array_layouts import TASK_NAMES, require_equal, table_by_numbers, task_name
 from .episodes import check_stated
 from .errors import SourceError
 from .format import INFO_NAME, read_info
@@ -29,6 +30,7 @@ from .source_base import (
     opened,
     optional,
     readable,
+    require_stated,
     visible_files,
 )
 
@@ -39,6 +41,7 @@ _NUMBERING = ("episode_index", "frame_index")
 _TASK = TASK_NAMES[0]
 _INDEX = "__index_level_0__"
 _VERSIONS = ("v2.", "v3.")
+_FILES_HAVE = "the files in data/ have"
 #: How many steps and episodes there are, by the names of the files that state it.
 _TOTALS = {"meta/info.json": ("total_frames", "total_episodes"), INFO_NAME: ("num_steps", "num_episodes")}
 _BATCH_STEPS = 65_536
@@ -142,11 +145,9 @@ class ParquetSource(Source):
     def check_episodes(self, found: EpisodeTable) -> None:
         if self.stated.episodes is not None:
             check_stated(self.name, self.stated.episodes, found)
-        elif self.stated.num_episodes not in (None, len(found.numbers)):
-            raise SourceError(
-                f"{self.stated.name} states {self.stated.num_episodes} episodes, the files in data/ have "
-                f"{len(found.numbers)}; expected the same: copy the dataset again"
-            )
+        else:
+            stated = self.stated
+            require_stated(stated.name, stated.num_episodes, "episodes", _FILES_HAVE, len(found.numbers))
 
     def file_of(self, row: int) -> str:
         return self.files[self.piece_of(row)].name
@@ -171,9 +172,10 @@ def parquet_files(folder: Path, pattern: str = "data/*/*.parquet") -> list[Path]
 
 def open_parquet(path: Path, key: str | None) -> ParquetSource:
     """One .parquet file, or a LeRobot folder. The footers are read, and compared with meta/."""
-    key = "action" if key is None else key
+    keys = ("action", "actions") if key is None else (key,)
+    key = keys[0]
     paths = parquet_files(path) if path.is_dir() else [path]
-    footers = [_footer(file, key) for file in paths]
+    footers = [_footer(file, keys) for file in paths]
     if numbers_frames := any(_NUMBERING[1] in footer.columns for footer in footers):
         for file, footer in zip(paths, footers, strict=True):
             _require_column(file.name, footer.columns, _NUMBERING[1])
@@ -205,14 +207,15 @@ class _Footer(NamedTuple):
     columns: Sequence[str]
 
 
-def _footer(path: Path, key: str) -> _Footer:
-    """Raises SourceError unless the file has steps, numbers of episodes, and actions in its column `key`."""
-    types = optional("pyarrow.types")
+def _footer(path: Path, keys: Sequence[str]) -> _Footer:
+    """Raises SourceError unless the file has steps, numbers of episodes, and actions in the first of these columns."""
+    types, key = optional("pyarrow.types"), keys[0]
     with _opened(path) as file:
         # Not metadata.schema: it and the metadata hold each other, and those of large files would fill the memory.
         schema, rows, name = file.schema_arrow, file.metadata.num_rows, path.name
         for column in (key, _NUMBERING[0]):
             _require_column(name, schema.names, column)
+        require_equal(keys, schema.names, name, lambda *both: _are_equal(file, both))
         kind = schema.field(key).type
         number = getattr(kind, "value_type", kind)
         if not types.is_floating(number):
@@ -227,6 +230,10 @@ def _footer(path: Path, key: str) -> _Footer:
             raise SourceError(f"{name} has no rows; expected at least one step: remove the file")
         width = getattr(kind, "list_size", 0 if hasattr(kind, "value_type") else 1)
         return _Footer(int(rows), int(width), np.dtype(number.to_pandas_dtype()).name, schema.names)
+
+
+def _are_equal(file: Any, columns: Sequence[str]) -> bool:
+    return all(batch.column(0).equals(batch.column(1)) for batch in file.iter_batches(_BATCH_STEPS, columns=[*columns]))
 
 
 def _listed_width(path: Path, key: str) -> int:
@@ -289,18 +296,12 @@ def _read_meta(folder: Path, key: str, width: int, footers: Sequence[_Footer]) -
         "meta/episodes": None if episodes is None else int(episodes.starts[-1]),
     }
     for where, count in counts.items():
-        if count is not None and count != found_steps:
-            raise SourceError(
-                f"{where} states {count} steps, the files in data/ have {found_steps}; expected the same: files are "
-                "missing, or were not finished; copy the dataset again"
-            )
+        require_stated(where, count, "steps", _FILES_HAVE, found_steps)
     num_episodes = stated.get(total_episodes)
-    if episodes is not None and num_episodes not in (None, len(episodes.numbers)):
-        raise SourceError(
-            f"{name} states {num_episodes} episodes, meta/episodes lists {len(episodes.numbers)}; expected the "
-            "same: copy the dataset again"
-        )
-    return _Stated(name, episodes, num_episodes, dict(_rows(meta, "tasks", "tasks.parquet", task_index=int, task=str)))
+    if episodes is not None:
+        require_stated(name, num_episodes, "episodes", "meta/episodes lists", len(episodes.numbers))
+    tasks = dict(_rows(meta, "tasks", "tasks.parquet", task_index=index, task=str))
+    return _Stated(name, episodes, num_episodes, tasks)
 
 
 def _info(folder: Path) -> tuple[str, dict[str, Any]]:
@@ -328,7 +329,7 @@ def _info(folder: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _listed(meta: Path) -> EpisodeTable | None:
-    rows = _rows(meta, "episodes", "episodes/*/*.parquet", episode_index=int, length=int)
+    rows = _rows(meta, "episodes", "episodes/*/*.parquet", episode_index=index, length=index)
     if not rows:
         return None
     with readable("meta/episodes", "integers"):
@@ -337,7 +338,7 @@ def _listed(meta: Path) -> EpisodeTable | None:
     return EpisodeTable.of_lengths(lengths[order], numbers[order])
 
 
-def _rows(meta: Path, name: str, pattern: str, **columns: type) -> list[tuple[Any, ...]]:
+def _rows(meta: Path, name: str, pattern: str, **columns: Callable[[Any], Any]) -> list[tuple[Any, ...]]:
     """The values of these columns in each row of a table, of NAME.jsonl (v2) or of Parquet (v3). Raises SourceError."""
     if (lines := meta / f"{name}.jsonl").exists():
         with opened(lines, "JSON lines") as file:
@@ -352,5 +353,6 @@ def _rows(meta: Path, name: str, pattern: str, **columns: type) -> list[tuple[An
             if not set(found) <= set(there):
                 raise SourceError(f"{path.name} has {shortlist(there)}; expected {' and '.join(columns)}")
             table = file.read(columns=found)
-            rows += zip(*(table.column(column).to_pylist() for column in found), strict=True)
+            values = (table.column(column).to_pylist() for column in found)
+            rows += zip(*map(map, columns.values(), values), strict=True)
     return rows

@@ -28,7 +28,7 @@ from .array_layouts import (
 from .errors import SourceError
 from .source_base import EpisodeTable, Source, StepReader, Steps, as_float32, is_hidden, opened, readable
 
-_NPZ, _NPY = "a .npz file", "a .npy file"
+_ARRAYS, _NPZ, _NPY = "a file of arrays", "a .npz file", "a .npy file"
 _SLICE_STEPS = 1 << 20
 _LOCAL_HEADER = struct.Struct("<4s5H3I2H")
 
@@ -65,7 +65,7 @@ class _ArrayReader(StepReader):
 class ArraySource(Source):
     """arrays: one after the other they are the steps; members: all that is read; episode_tasks: one for each."""
 
-    kind = _NPZ
+    kind = _ARRAYS
     reader = _ArrayReader
     arrays: tuple[StoredArray, ...]
     members: tuple[str, ...]
@@ -174,6 +174,8 @@ def _header(file: IO[bytes], name: str, member: str, size: int, *, is_compressed
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(file)
+    if any(size is True or size is False or size < 0 for size in shape):
+        raise SourceError(f"{name!r} has the shape {list(shape)}; expected sizes of 0 or more: save it anew")
     begins = file.tell()
     expected = begins + math.prod(shape) * dtype.itemsize
     if size != expected and not dtype.hasobject:
@@ -191,7 +193,7 @@ def _are_equal(path: Path, one: StoredArray, other: StoredArray) -> bool:
 def _slices(path: Path, array: StoredArray) -> Iterator[AnyArray]:
     """All rows, in slices."""
     rows = _rows(array)
-    with readable(path.name, _NPZ), closing(_Stream(path, array)) as stream:
+    with readable(path.name, _ARRAYS), closing(_Stream(path, array)) as stream:
         for start in range(0, max(rows, 1), _SLICE_STEPS):
             yield stream.read(start, min(start + _SLICE_STEPS, rows))
 

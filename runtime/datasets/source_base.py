@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Self
 
@@ -131,25 +131,40 @@ def as_int64(values: AnyArray, label: str, least: int = 0) -> Int64Array:
     return values.astype(np.int64)
 
 
-def natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[Decimal, str]]:
     """Sort key that puts demo_2 before demo_10, the same for demo_1 and demo_01.
 
     >>> sorted(["demo_10", "demo_2"], key=natural)
     ['demo_2', 'demo_10']
     """
-    return [(int(number or -1), text) for text, number in re.findall(r"(\D*)(\d*)", name)]
+    # An integer of more than 4300 digits would be refused.
+    return [(Decimal(number or -1), text) for text, number in re.findall(r"(\D*)(\d*)", name)]
+
+
+#: How one number can be written after a name, and one name before a suffix.
+_WAYS = re.compile(r"(?<=[^\d_/])[_/](?=\d)|\.(hdf5|h5)$", re.IGNORECASE)
 
 
 def in_order(names: Iterable[str], where: str) -> list[str]:
     """In natural order. Raises SourceError where one number is written in two ways, which leaves the order open."""
-    ordered = sorted(names, key=natural)
-    for one, other in pairwise(ordered):
-        if natural(one) == natural(other):
+    ordered, found = sorted(names, key=natural), dict[Any, str]()
+    for name in ordered:
+        other = found.setdefault(tuple(natural(_WAYS.sub("", name))), name)
+        if other != name:
             raise SourceError(
-                f"{where} has {one!r} and {other!r}, which bear the same number; expected each number once: remove or "
-                "rename one of them"
+                f"{where} has {other!r} and {name!r}, which bear the same number or name; expected each once: remove "
+                "or rename one of them"
             )
     return ordered
+
+
+def require_stated(where: str, stated: Any, unit: str, holder: str, found: int) -> None:
+    """Raises SourceError where a place states another number of steps or episodes than the holder has."""
+    if stated not in (None, found):
+        raise SourceError(
+            f"{where} states {stated} {unit}, {holder} {found}; expected the same: some are missing, or were not "
+            "finished; copy the dataset again"
+        )
 
 
 def visible_files(folder: Path, paths: Iterable[Path]) -> list[Path]:

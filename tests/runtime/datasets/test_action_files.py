@@ -202,6 +202,28 @@ def test_tensors_are_chosen_as_arrays_are(tmp_path: Path) -> None:
     refused({"actions": [steps, steps], "action": [steps, steps + 1]}, "'actions' and 'action', which differ")
     refused({"actions": [steps, None, steps]}, "'actions' has a NoneType at place 1; expected tensors alone")
     refused({"actions": steps, "episode_ends": torch.tensor([4, 9]), "episode_index": torch.arange(13)}, "for 13 steps")
+    for other in ([steps], steps):
+        refused(
+            {"demo_0": [steps, steps], "demo_1": other},
+            r"'demo_0' is a list; expected a tensor .*torch.cat",
+        )
+        refused({"demo_0": steps, "demo_1": [steps]}, "'demo_1' is a list")
+    refused({"actions": steps, "episode_ends": [4, 9]}, "episode_ends of 2 episodes for 13 steps")
+    refused({"actions": steps, "episode_index": 3}, r"'episode_index' is int64 \[\]; expected integers in one")
+
+
+def test_lists_of_numbers_beside_tensors_say_where_episodes_end(tmp_path: Path) -> None:
+    for ends in (ENDS.tolist(), list(torch.from_numpy(ENDS))):
+        torch.save({"actions": torch.from_numpy(STEPS), "episode_ends": ends}, tmp_path / "x.pt")
+        assert [len(episode) for episode in load_actions(tmp_path / "x.pt").episodes] == list(LENGTHS)
+
+
+def test_a_file_that_ends_early_is_called_no_archive(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", STEPS)
+    source = open_source(tmp_path / "x.npy")
+    (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:150])
+    with pytest.raises(SourceError, match=r"x\.npy cannot be read as a file of arrays"):
+        source.open(3).read(0, 13)
 
 
 # Where episodes end ---------------------------------------------------------------------------------------------------

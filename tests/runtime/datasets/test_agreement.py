@@ -74,6 +74,26 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> Path:
     return path
 
 
+def write_row(path: Path, **arrays: np.ndarray) -> Path:
+    """HDF5 of many episodes in one array, and what says where they end."""
+    with h5py.File(path, "w") as file:
+        for name, array in {"actions": STEPS, **arrays}.items():
+            file[name] = array
+    return path
+
+
+def npy(shape: tuple[int, ...]) -> Write:
+    """A header that states this shape, and as many numbers as its product."""
+
+    def write(folder: Path) -> Path:
+        with (folder / "x.npy").open("wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            file.write(STEPS.tobytes()[: int(np.prod(shape)) * 4])
+        return folder / "x.npy"
+
+    return write
+
+
 def replaced(file: h5py.File, **arrays: Any) -> None:
     """`demo_1` of the file gets this."""
     del file["data/demo_1"]
@@ -367,6 +387,58 @@ CONTRADICTORY: dict[str, tuple[Write, str]] = {
         "x.npz has actions in actions and in demo_0, demo_1; expected one set",
     ),
     "an array twice with other zeros": (npz(demo_1=STEPS, demo_01=STEPS), "which bear the same number"),
+    "an array twice with another separator": (
+        npz(demo_0=STEPS, demo_1=STEPS, demo1=STEPS),
+        "'demo_?1' and 'demo_?1', which bear",
+    ),
+    "a vague name beside arrays of episodes": (
+        npz(data=STEPS, demo_0=STEPS[:5], demo_1=STEPS[5:]),
+        "x.npz has no action array; found data, demo_0, demo_1",
+    ),
+    "a vague name beside numbered actions": (
+        npz(data=STEPS, actions_0=STEPS),
+        "no action array; found data, actions_0",
+    ),
+    "a number twice with another separator": (
+        hdf5(lambda file: file.__setitem__("data/demo1/actions", STEPS)),
+        r"x\.hdf5 has 'demo_?1' and 'demo_?1', which bear the same number",
+    ),
+    "a file of HDF5 twice with another suffix": (
+        lambda folder: [write_hdf5(folder / name, EPISODES) for name in ("a1.hdf5", "a1.h5")] and folder,
+        r"has 'a1\.\w+' and 'a1\.\w+', which bear the same number or name",
+    ),
+    "another number of samples": (
+        hdf5(lambda file: file["data/demo_1"].attrs.__setitem__("num_samples", 4)),
+        r"x\.hdf5, data/demo_1 \(num_samples\) states 4 steps, its actions have 3; expected the same",
+    ),
+    "numbers of episodes beside one array of HDF5": (
+        lambda folder: write_row(folder / "x.h5", episode_index=NUMBERS),
+        r"x\.h5 has many episodes in one row \(actions beside episode_index\)",
+    ),
+    "ends of episodes beside one array of HDF5": (
+        lambda folder: write_row(folder / "x.h5", **{"meta/episode_ends": ENDS}),
+        r"x\.h5 has many episodes in one row \(actions beside meta/episode_ends\)",
+    ),
+    "a column beside another": (
+        parquet(
+            lambda table: table.append_column("actions", pa.array((STEPS + 1).tolist(), pa.list_(pa.float32(), 3)))
+        ),
+        "x.parquet has 'action' and 'actions', which differ; expected one array",
+    ),
+    "a length that is no integer": (
+        v2(listed((0, 5), (1, 3), (2, 4), (3, 6.9))),
+        r"episodes\.jsonl cannot be read as JSON lines",
+    ),
+    "a length in quotation marks": (
+        v2(listed((0, 5), (1, 3), (2, 4), (3, "6"))),
+        r"episodes\.jsonl cannot be read as JSON lines",
+    ),
+    "a number of more digits than Python reads": (
+        npz(**{"demo_" + "1" * 5000: STEPS, "demo_" + "1" * 5000 + "2": STEPS[:, :2]}),
+        "has 2 action dimensions, but .* has 3",
+    ),
+    "a negative size": (npy((-18, -3)), r"'actions' has the shape \[-18, -3\]; expected sizes of 0 or more"),
+    "a size that is no number": (npy((True, 3)), r"'actions' has the shape \[True, 3\]; expected sizes of 0 or more"),
 }
 REFUSED |= CONTRADICTORY
 
@@ -396,6 +468,7 @@ ACCEPTED: dict[str, Write] = {
     ),
     "HDF5": hdf5(lambda _: None),
     "a folder of HDF5": lambda folder: write_hdf5_folder(folder / "x", EPISODES),
+    "two columns that are equal": parquet(lambda table: table.append_column("actions", table.column("action"))),
     "two arrays that are equal": hdf5(lambda file: file.__setitem__("data/demo_2/action", EPISODES[2].astype("f8"))),
     "ends and numbers that agree": npz(actions=STEPS, episode_ends=ENDS, episode_index=NUMBERS + 7),
     "numbers alone": lambda folder: write_npz(folder / "x.npz", EPISODES, is_compressed=True, numbered=True),

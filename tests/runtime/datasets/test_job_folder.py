@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,25 @@ def test_an_empty_folder_and_what_systems_leave_everywhere_are_no_obstacle(
     assert files(output) == tokens
     # Nobody wants it, but it was not written here.
     assert everything(partial) == [".DS_Store"]
+
+
+def test_what_an_earlier_run_finished_is_not_the_dataset_of_another(
+    source: Path, c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, partial = tmp_path / "out.parquet", tmp_path / "out.parquet.partial"
+    other = write_npz(tmp_path / "other.npz", random_episodes([40]))
+    run(other, output, c_bundle)
+    given = arguments(source, output, c_bundle)
+    interrupt_at_the_end([*given, "--overwrite"], monkeypatch)
+    # Somebody clears up by hand, and leaves what says which job it was.
+    for folder in partial.iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    assert (partial / "job.json").is_file()
+    assert f"{output} exists; give another name, or --overwrite" in refusal(*given, kind=OutputError)
+    assert open_token_dataset(output).num_steps == 40
+    run(source, output, c_bundle, "--overwrite")
+    assert open_token_dataset(output).num_steps == sum(LENGTHS)
 
 
 def test_hidden_files_in_an_output_are_not_lost(source: Path, c_bundle: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -390,6 +391,44 @@ def test_decoded_files_are_whole_and_the_same_each_time(tokens: Path, c_bundle: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hdf5", "npz", "x.hdf5", "x.npz"]
 
 
+@pytest.mark.parametrize("suffix", ["npz", "hdf5"])
+@pytest.mark.parametrize("limit", [200, 5000, 100_000, 241_000])
+def test_a_decoded_file_that_may_not_grow_is_an_error_and_leaves_nothing(
+    limit: int, suffix: str, tokens: Path, c_bundle: Path, tmp_path: Path
+) -> None:
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, -1));"
+    code = f"import sys; {limited} from rfsq.runtime.datasets.tokenize import main; sys.exit(main())"
+    given = arguments(tokens, tmp_path / f"x.{suffix}", c_bundle, "--decode")
+    found = subprocess.run([sys.executable, "-c", code, *given], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 2, found.stderr
+    # The C engine may have no room either, which a line says.
+    *_, line = lines = found.stderr.splitlines()
+    assert len(lines) <= 2
+    assert re.search(r"^error: .* cannot be written: \[Errno 27\] File too large; make room or choose another", line)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("suffix", ["npz", "hdf5"])
+def test_overwriting_replaces_no_file_that_was_not_written_here(
+    suffix: str, tokens: Path, c_bundle: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / f"x.{suffix}"
+    given = arguments(tokens, output, c_bundle, "--decode", "--overwrite")
+
+    def refused() -> None:
+        before = output.is_file() and output.read_bytes()
+        assert f"{output} was not written here" in refusal(*given, kind=OutputError)
+        assert (output.is_file() and output.read_bytes()) == before
+
+    output.write_text("notes")
+    refused()
+    write_npz(output, random_episodes([3])) if suffix == "npz" else write_robomimic(output, random_episodes([3]))
+    refused()
+    output.unlink()
+    os.mkfifo(output)
+    refused()
+
+
 @pytest.mark.parametrize("steps", [1000, 4500, 9000, 9001, 13_001])
 def test_slices_end_anywhere_in_decoded_episodes(
     steps: int, tokens: Path, c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -620,6 +659,13 @@ def test_a_dataset_of_before_the_verdict_was_recorded_is_read(tokens: Path) -> N
     text = info_text(before)
     assert "fidelity" not in text
     assert parse_info(text, tokens / INFO_NAME) == before
+
+
+@pytest.mark.parametrize("name", ["num_steps", "num_episodes", "steps_per_block", "steps_per_file"])
+def test_a_dataset_of_no_steps_is_refused(name: str, tokens: Path) -> None:
+    text = info_text(dataclasses.replace(open_token_dataset(tokens).info, **{name: 0}))
+    with pytest.raises(TokenDatasetError, match="states a dataset without steps, episodes or"):
+        parse_info(text, tokens / INFO_NAME)
 
 
 def test_verification_finds_tokens_that_are_not_those_of_the_source(
