@@ -7,8 +7,10 @@ from contextlib import closing
 
 import numpy as np
 
-from ..bundle.arrays import Int64Array
+from ..bundle.arrays import Float64Array, Int64Array
+from ..bundle.fidelity import FAR
 from .errors import IllegalActionError, SourceError
+from .format import Outlier
 from .source_base import EpisodeTable, Source, Steps
 
 _SLICE_STEPS = 65_536
@@ -93,6 +95,20 @@ def check_values(steps: Steps, source: Source, first_row: int, limit: float) -> 
         f"{dimension}: {values[row, dimension]}; expected finite numbers of at most {most:g}: repair or drop this "
         "episode"
     )
+
+
+def farthest(steps: Steps, unit: Float64Array, offset: Float64Array) -> Outlier | None:
+    """The action farthest outside of what a normaliser [A] maps to about -1 to 1, None where none is beyond FAR."""
+    values = steps.values
+    most = max(float(values.max()), -float(values.min()))
+    # Of most data this says enough, in a tenth of the time.
+    if ((most + np.abs(offset)) / unit).max() <= FAR:
+        return None
+    reach = np.abs(values - offset) / unit
+    row, dimension = divmod(int(reach.argmax()), len(unit))
+    places = (int(steps.episode[row]), int(steps.frame[row]), dimension)
+    found = Outlier(float(reach[row, dimension]), float(values[row, dimension]), *places)
+    return found if found.reach > FAR else None
 
 
 class WholePass:

@@ -57,7 +57,9 @@ def complete(job: Job, tokenizer: ActionTokenizer, *, overwrite: bool) -> Datase
         verification=Verification(0, 0.0, 0.0),
         files=files,
     )
-    info = dataclasses.replace(info, verification=_verify(job, tokenizer, TokenDataset.of(job.data, info)))
+    verified = _verify(job, tokenizer, TokenDataset.of(job.data, info))
+    outlier = max(filter(None, (record.farthest for record in records)), default=None)
+    info = dataclasses.replace(info, verification=dataclasses.replace(verified, farthest=outlier))
     write = _write_parquet_episodes if job.storage == "parquet" else _write_zarr_tables
     info = dataclasses.replace(info, files={**files, **write(job, info, table)})
     touched = job.source.touched_file()

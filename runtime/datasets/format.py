@@ -76,18 +76,31 @@ class MadeWith:
     pyarrow: str
 
 
+@dataclass(frozen=True, order=True)
+class Outlier:
+    """An action far outside of what the model knows. reach: in units of its normaliser, from the middle."""
+
+    reach: float
+    value: float
+    episode: int
+    step: int
+    dimension: int
+
+
 @dataclass(frozen=True)
 class Verification:
     """A sample read back from the files: tokens decoded and held against the actions they came from, in their units.
 
     For decoded actions: against what the tokenizer gives for the tokens again, where both errors must be 0.
     fidelity: of tokens, what they are worth, by dimension; None in what was made before it was recorded.
+    farthest: of all steps, None where none is far outside.
     """
 
     steps: int
     max_error: float
     mean_error: float
     fidelity: Fidelity | None = None
+    farthest: Outlier | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +154,8 @@ def info_text(info: DatasetInfo) -> str:
     if info.verification.fidelity is None:
         # As it was spelled before it was recorded.
         del content["verification"]["fidelity"]
+    if info.verification.farthest is None:
+        del content["verification"]["farthest"]
     if info.source.filter_key is None:
         del content["source"]["filter_key"]
     digest = hashlib.sha256(_spelled(content).encode()).hexdigest()

@@ -24,9 +24,9 @@ from ..bundle.arrays import AnyArray, Float32Array, in_chunks
 from ..bundle.manifest import FileEntry
 from ..bundle.reading import build
 from ..tokenizer import ActionTokenizer
-from .episodes import Run, check_values, extend_runs
+from .episodes import Run, check_values, extend_runs, farthest
 from .errors import OutputError, reason
-from .format import HASH_STEPS
+from .format import HASH_STEPS, Outlier
 from .job import Job
 from .job_folder import output_errors
 from .progress import Progress
@@ -46,12 +46,15 @@ class PartRecord:
     files: dict[str, FileEntry]
     digests: tuple[str, ...]
     runs: tuple[Run, ...]
+    farthest: Outlier | None = None
 
     def text(self, work: str) -> bytes:
         """The record as JSON with its own hash. work: the name of the job's folder, so that it fits no other."""
         # Not dataclasses.asdict of the whole, which copies every run and takes longer than all the rest.
         files = {name: dataclasses.asdict(entry) for name, entry in self.files.items()}
         content = {"part": self.part, "files": files, "digests": self.digests, "runs": self.runs}
+        if self.farthest is not None:
+            content["farthest"] = dataclasses.asdict(self.farthest)
         digest = hashlib.sha256(f"{work}\n{json.dumps(content)}".encode()).hexdigest()
         return json.dumps({**content, "sha256": digest}).encode()
 
@@ -186,6 +189,7 @@ class PartMaker:
         self._job, self._limit = job, float(np.float32(tokenizer.model.action_limit))
         self._coder = StepCoder(tokenizer)
         self._reader = job.source.open(job.source_width)
+        self._normaliser = np.array([tokenizer.model.action_units, tokenizer.model.action_offset], np.float64)
 
     def make(self, part: int, on_steps: Callable[[int], None]) -> None:
         """Write the part and its record. on_steps: is told the number of steps after every block; what it raises ends
@@ -194,11 +198,13 @@ class PartMaker:
         start, stop = job.rows(part)
         digests: list[str] = []
         runs: list[Run] = []
+        outliers: list[Outlier | None] = []
 
         def blocks() -> Iterator[Steps]:
             for row, steps in self._reader.slices(start, stop, job.block_steps):
                 digests.extend(_digests(steps))
                 extend_runs(runs, steps, job.source, row)
+                outliers.append(farthest(steps, *self._normaliser) if job.content == "tokens" else None)
                 yield Steps(self._code(steps, row), steps.episode, steps.frame)
                 on_steps(len(steps))
 
@@ -206,7 +212,8 @@ class PartMaker:
             return job.metadata(start, hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest())
 
         files = write_part(job, part, blocks(), metadata)
-        record, path = PartRecord(part, files, tuple(digests), tuple(runs)), _record_path(job, part)
+        outlier = max(filter(None, outliers), default=None)
+        record, path = PartRecord(part, files, tuple(digests), tuple(runs), outlier), _record_path(job, part)
         put(record.text(job.work.name), path.parent, path.name, job.scratch)
 
     def close(self) -> None:

@@ -70,6 +70,13 @@ def _work(options: argparse.Namespace) -> Outcome:
         return Outcome(f"✓ {options.output}", document)
     lines = [f"what the tokens are worth: {worth.line}, on {worth.steps:,} steps of the source"]
     lines += filter(None, [worth.warning_in(found.model.mode)])
+    far = found.verification.farthest
+    if far is not None and worth.grade is not Grade.WORTHLESS:
+        lines.append(
+            f"WARNING: episode {far.episode}, step {far.step}, dimension {far.dimension} is {far.value:g}, "
+            f"{far.reach:.3g} times as far from the middle as what the model was trained on: no token gives that; "
+            "repair or drop this episode"
+        )
     is_worthless = worth.grade is Grade.WORTHLESS
     if is_worthless:
         lines.append(

@@ -637,6 +637,22 @@ def test_poor_tokens_are_told_by_dimension_and_worthless_ones_end_red(
     assert (output / INFO_NAME).is_file()
 
 
+def test_a_single_action_far_outside_is_named_wherever_it_lies(
+    c_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    episodes = random_episodes(LENGTHS)
+    run(write_npz(tmp_path / "x.npz", episodes), tmp_path / "good.parquet", c_bundle)
+    assert "farthest" not in (tmp_path / "good.parquet" / INFO_NAME).read_text()
+    assert "is 1e+06" not in capsys.readouterr().out
+    # Outside of the sample, in the second of three parts.
+    episodes[2][[300, 310], 1] = 1e6, -9e5
+    run(write_npz(tmp_path / "x.npz", episodes), tmp_path / "far.parquet", c_bundle)
+    assert "WARNING: episode 2, step 300, dimension 1 is 1e+06, " in capsys.readouterr().out
+    found = open_token_dataset(tmp_path / "far.parquet").info.verification.farthest
+    assert found is not None
+    assert (found.value, found.episode, found.step, found.dimension) == (1e6, 2, 300, 1)
+
+
 def test_worthless_tokens_end_red_where_an_earlier_run_has_made_them(
     c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
