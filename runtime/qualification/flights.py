@@ -28,15 +28,9 @@ _LATE_NS = 10**12
 def replay_flight(record: FlightRecord, tokenizer: ActionTokenizer) -> tuple[int, list[str]]:
     """How many ticks were compared, and a line for each that differs. Raises FlightRecordError for none."""
     # Of a record that does not say it, the decoder had no tolerance.
-    values = {
-        "range_tolerance": 0,
-        **record.meta["config"],
-        "record_ticks": 0,
-        "use_worker": False,
-        "record_folder": None,
-    }
-    values.update(on_fault="stop" if values.get("on_fault") == "stop" else "hold_last")
-    values.pop("deadline_us", None)
+    values = {"range_tolerance": 0, **record.meta["config"]}
+    values |= {"record_ticks": 0, "use_worker": False, "record_folder": None, "deadline_us": None}
+    values["on_fault"] = "stop" if values.get("on_fault") == "stop" else "hold_last"
     config = ControlConfig.from_values(values, "the record")
     rows = [_Row(record, index) for index in range(len(record))]
     if not rows or record.actions.shape[1] != config.action_dim:
