@@ -11,9 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from rfsq.calibration.readout import held_out_warning
-from rfsq.export.parity_data import EDGES, Section
 from rfsq.export.proving import failures
-from rfsq.export.reference import AS_TRAINED, REFITTED, Answers, Reference
+from rfsq.export.reference import AS_TRAINED, EDGES, REFITTED, Answers, Reference, Section
 from rfsq.runtime.backends.contract import Backend, judged
 from rfsq.runtime.backends.refusal import judge_refusal
 from rfsq.runtime.backends.replay import replay

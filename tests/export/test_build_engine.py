@@ -27,6 +27,7 @@ from rfsq.calibration.settings import CalibrationConfig, ReadoutChoice, ReadoutC
 from rfsq.export import engines, pipeline, sources, trt_builder
 from rfsq.export.build_engine import config_of, main, parser, verdict
 from rfsq.export.c_builder import find_compiler
+from rfsq.export.engines import Profile
 from rfsq.export.errors import GateError
 from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graphs import LinearForm
@@ -34,7 +35,6 @@ from rfsq.export.parity import closing_tables
 from rfsq.export.pipeline import BuildConfig, build
 from rfsq.export.plan import DeployMode
 from rfsq.export.reference import AS_TRAINED, REFITTED
-from rfsq.export.trt_builder import Profile
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import EpisodeSplit, chunk, load_actions
