@@ -14,6 +14,6 @@ What is generated:
 How it is judged:
 
 - reference: actions to judge on, and answers to them in float64; golden_inputs: those that show a wrong constant
-- graph_check: graphs against golden vectors; parity: engines against the reference, gate by gate
+- parity: graphs against golden vectors, engines against the reference, gate by gate
 - proving: opens the bundle as the robot would, lets a judge look, and seals it; errors: what all of them raise
 """
