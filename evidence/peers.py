@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from rfsq.evidence.codecs import BinRange, Codec, fit_bins
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.fast import fit_fast
 from rfsq.evidence.residual_peers import ResidualConfig, ResidualFamily, residual_codecs, trained_residual
+from rfsq.evidence.schemes import BinRange, Codec, fit_bins
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 
 #: RT-2 and OpenVLA have 8 bits, 256 bins.

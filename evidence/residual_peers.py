@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss, pad
 
-from rfsq.evidence.codecs import Codec
 from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.schemes import Codec
 from rfsq.rfsq_ref.autoencoder import ModelConfig, StepAutoencoder
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
-from rfsq.rfsq_ref.normaliser import Normaliser, fit_normaliser
-from rfsq.rfsq_ref.normaliser_choice import suggested_normaliser
+from rfsq.rfsq_ref.normaliser import Normaliser, fit_normaliser, suggested_normaliser
 from rfsq.rfsq_ref.settings import NormaliserKind, TrainConfig, check_positive
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors
 from rfsq.rfsq_ref.training import train_epochs

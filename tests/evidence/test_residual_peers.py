@@ -12,7 +12,6 @@ import safetensors.torch
 import torch
 
 from rfsq.evidence import residual_peers
-from rfsq.evidence.codecs import Codec
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.residual_peers import (
     FORMAT,
@@ -24,6 +23,7 @@ from rfsq.evidence.residual_peers import (
     train_residual,
     trained_residual,
 )
+from rfsq.evidence.schemes import Codec
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 from tests.evidence.conftest import robot_dataset
 
