@@ -112,8 +112,8 @@ def test_residual_peers_compete_with_their_prefixes_too_as_ours_is_one() -> None
 
 
 def test_the_names_that_are_looked_for_are_those_of_the_peers(demonstrations: ActionDataset) -> None:
-    residual_peers = pytest.importorskip("rfsq.evidence.residual_peers")
-    assert set(rollouts.PREFIX_FAMILIES) == {family.value for family in residual_peers.ResidualFamily}
+    peers = pytest.importorskip("rfsq.evidence.peers")
+    assert set(rollouts.PREFIX_FAMILIES) == {family.value for family in peers.ResidualFamily}
     assert fit_bins(demonstrations.steps(), BinRange.QUANTILE, 8).name == rollouts.OPENVLA_BINS
 
 
