@@ -24,7 +24,7 @@ import torch
 from rfsq.calibration.fitting import calibrate
 from rfsq.calibration.readout import held_out_warning
 from rfsq.calibration.settings import CalibrationConfig, ReadoutChoice, ReadoutConfig, RecoveredConfig
-from rfsq.export import engines, pipeline, sources, trt_builder
+from rfsq.export import engines, pipeline, sources
 from rfsq.export.build_engine import config_of, main, parser, verdict
 from rfsq.export.c_builder import find_compiler
 from rfsq.export.engines import Profile
@@ -783,7 +783,7 @@ def test_an_engine_that_is_not_what_was_asked_for_ends_the_build(
         engine = build_one(*arguments)
         return replace(engine, serialized=engine.serialized[: len(engine.serialized) // 2])
 
-    build_one = trt_builder.build_engine
+    build_one = engines.build_engine
     monkeypatch.setattr(engines, "build_engine", truncated)
     with pytest.raises(GateError, match=r"tensorrt-rtx, reduce/encoder\.onnx: .* refuses the engine"):
         build(config(tmp_path / "bundle", checkpoint=small, backends=("tensorrt-rtx",), parity_steps=500))
