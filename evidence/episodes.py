@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rfsq.evidence.closed_loop import EpisodeResult
 from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.simulation import EpisodeResult
 from rfsq.runtime.bundle.advice import quoted
 from rfsq.runtime.bundle.reading import build, parse_json
 

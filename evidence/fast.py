@@ -18,7 +18,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from rfsq.evidence.codecs import BinRange, Codec, Float64Array, action_range
+from rfsq.evidence.metrics import Array
+from rfsq.evidence.schemes import BinRange, Codec, action_range
 from rfsq.rfsq_ref.data import FloatArray
 
 #: The authors' size; a scale with more than half as many different coefficients gets the next power of two.
@@ -41,8 +42,8 @@ class FastCodec(Codec):
     """
 
     name: str
-    offset: Float64Array
-    units: Float64Array
+    offset: Array
+    units: Array
     scale: float
     least: int
     most: int
@@ -71,7 +72,7 @@ class FastCodec(Codec):
             text = "".join(self.tokenizer.id_to_token(token) or "" for token in ids)[:width]
             row[: len(text)] = [ord(character) - _FIRST_CHARACTER + self.least for character in text]
         by_frequency = coefficients.reshape(-1, length, len(self.offset)) / self.scale
-        normalised: Float64Array = idct(by_frequency, axis=1, norm="ortho")
+        normalised: Array = idct(by_frequency, axis=1, norm="ortho")
         return (normalised * self.units + self.offset).astype(np.float32)
 
     def reconstruct(self, chunks: FloatArray) -> FloatArray:
@@ -110,7 +111,7 @@ def fit_fast(chunks: FloatArray, scale: float) -> FastCodec:
     return FastCodec(f"FAST, scale {scale:g}", offset, units, scale, least, most, tokenizer)
 
 
-def _normalisation(steps: FloatArray) -> tuple[Float64Array, Float64Array]:
+def _normalisation(steps: FloatArray) -> tuple[Array, Array]:
     low, high = action_range(steps, BinRange.QUANTILE)
     full_low, full_high = action_range(steps, BinRange.FULL)
     rarely_moves = full_high - full_low > _MOST_OUTLYING * (high - low)
@@ -119,9 +120,9 @@ def _normalisation(steps: FloatArray) -> tuple[Float64Array, Float64Array]:
     return (low + high) / 2, np.where(units > 0, units, 1.0)
 
 
-def _coefficients(chunks: FloatArray, offset: Float64Array, units: Float64Array, scale: float) -> npt.NDArray[np.int64]:
+def _coefficients(chunks: FloatArray, offset: Array, units: Array, scale: float) -> npt.NDArray[np.int64]:
     """[B, T, A] to rounded coefficients [B, T, A], frequencies instead of steps."""
-    by_frequency: Float64Array = dct((chunks.astype(np.float64) - offset) / units, axis=1, norm="ortho")
+    by_frequency: Array = dct((chunks.astype(np.float64) - offset) / units, axis=1, norm="ortho")
     return np.rint(by_frequency * scale).astype(np.int64)
 
 

@@ -11,12 +11,11 @@ import torch
 from rfsq.calibration.data import calibration_episodes, judging_episodes
 from rfsq.calibration.fitting import calibrate, recover
 from rfsq.calibration.settings import DEFAULT_CALIBRATION, Method, ReadoutChoice
-from rfsq.evidence.codecs import Codec
 from rfsq.evidence.findings import REFITTED
 from rfsq.evidence.metrics import Array, action_errors, units_of
 from rfsq.evidence.peers import peer_codecs
 from rfsq.evidence.results import CodecReport, Curve, Metrics, SchemeReport, metrics_of
-from rfsq.evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, Scheme
+from rfsq.evidence.schemes import Calibrated, Codec, Dynamic, Judge, Naive, Published, Recovered, Scheme
 from rfsq.evidence.settings import ComparisonConfig, OscPose
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, SUFFIX, Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes

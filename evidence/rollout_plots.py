@@ -4,9 +4,9 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from rfsq.evidence.cells import RAW
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollout_report import CALIBRATED, NAIVE, POOLED, TOLERANCES, TaskReport, cells_of
+from rfsq.evidence.rollouts import RAW
 from rfsq.rfsq_ref.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_figure, save_png
 
 _COLOURS = {

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from rfsq.calibration.tables import Part, Table, as_text
-from rfsq.evidence.cells import RAW
-from rfsq.evidence.closed_loop import PRECISION_TASKS, Spread
 from rfsq.evidence.episodes import Episode, Identity, read_episodes
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.results import Document
 from rfsq.evidence.rollout_statistics import CONFIDENCE, Paired, Rate
+from rfsq.evidence.rollouts import RAW
+from rfsq.evidence.simulation import PRECISION_TASKS, Spread
 from rfsq.rfsq_ref.experts import TASKS
 from rfsq.runtime.bundle.advice import quoted
 

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rfsq.evidence.closed_loop import plan
-from rfsq.evidence.simulation import Simulation
+from rfsq.evidence.simulation import Simulation, plan
 from rfsq.rfsq_ref.expert import gripper_position
 from rfsq.rfsq_ref.experts import TASKS
 from rfsq.rfsq_ref.generate_demonstrations import check_simulator

@@ -8,12 +8,12 @@ The command and its steps:
 
 What is generated:
 
-- plan: the arithmetic, folded; graphs: ONNX of it; c_source, cuda_source: sources of it; source_tables: their numbers
-- engines: compiles what this machine can, with c_builder and trt_builder
+- plan: the arithmetic, folded; graphs: ONNX of it; c_source: C of it; cuda_source: CUDA of it
+- engines: compiles what this machine can, with c_builder
 
 How it is judged:
 
-- reference: answers in float64; parity_data: actions to judge on; golden_inputs: those that show a wrong constant
-- graph_check: graphs against golden vectors; parity: engines against the reference, gate by gate
+- reference: actions to judge on, and answers to them in float64; golden_inputs: those that show a wrong constant
+- parity: graphs against golden vectors, engines against the reference, gate by gate
 - proving: opens the bundle as the robot would, lets a judge look, and seals it; errors: what all of them raise
 """

@@ -100,7 +100,7 @@ def parser() -> CommandParser:
 
 def config_of(options: argparse.Namespace) -> BuildConfig | TargetConfig:
     """Raises BuildInputError for settings that make no sense."""
-    from rfsq.export.trt_builder import Profile
+    from rfsq.export.engines import Profile
 
     given = {name: value for name, value in vars(options).items() if name not in ("verbose", "quiet", "json")}
     given |= {name: tuple(given[name]) for name in ("prefixes", "backends", "compute_capabilities") if name in given}

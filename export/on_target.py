@@ -8,11 +8,10 @@ from dataclasses import astuple, dataclass, field, replace
 from pathlib import Path
 
 from rfsq.export.bundle_writer import StagedBundle, stage_bundle
-from rfsq.export.engines import EngineSources, compilable, compile_engines
+from rfsq.export.engines import EngineSources, Profile, compilable, compile_engines
 from rfsq.export.errors import BuildInputError, EngineBuildError, ExportError, require_none
 from rfsq.export.progress import phase
 from rfsq.export.proving import failures, seal_proven
-from rfsq.export.trt_builder import Profile
 from rfsq.runtime.backends.contract import Backend, engines_of
 from rfsq.runtime.backends.registry import create_backend, no_gpu_said_first, targets_here, without_gpu_as_one
 from rfsq.runtime.backends.replay import replay

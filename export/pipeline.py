@@ -15,13 +15,11 @@ from rfsq.calibration.settings import ReadoutChoice, ReadoutConfig
 from rfsq.export.bundle_writer import StagedBundle, stage_bundle
 from rfsq.export.c_source import c_tokenizer
 from rfsq.export.cuda_source import cuda_tokenizer
-from rfsq.export.engines import EngineSources, compilable, compile_engines, require_means
+from rfsq.export.engines import EngineSources, Profile, compilable, compile_engines, require_means
 from rfsq.export.errors import BuildInputError, GateError, require_none
 from rfsq.export.fingerprint import fingerprint
-from rfsq.export.graph_check import check_graph, cross_check
 from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
-from rfsq.export.parity import closing_tables, golden_vectors, prove
-from rfsq.export.parity_data import Section, parity_sections
+from rfsq.export.parity import check_graph, closing_tables, cross_check, golden_vectors, prove
 from rfsq.export.plan import (
     DecoderPlan,
     DeployMode,
@@ -33,9 +31,8 @@ from rfsq.export.plan import (
 )
 from rfsq.export.progress import phase
 from rfsq.export.proving import seal_proven
-from rfsq.export.reference import Reference
+from rfsq.export.reference import Reference, Section, parity_sections
 from rfsq.export.sources import BuildData, choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
-from rfsq.export.trt_builder import Profile
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.settings import check_positive

@@ -70,7 +70,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     refuse_idle_choices(options)
     from rfsq.rfsq_ref.checkpoints import check_output
     from rfsq.rfsq_ref.data import DEMONSTRATIONS, load_actions
-    from rfsq.rfsq_ref.normaliser_choice import chosen_normaliser, describe
+    from rfsq.rfsq_ref.normaliser import chosen_normaliser, describe
     from rfsq.rfsq_ref.training import make_deterministic, result_files
 
     output: Path = options.output or Path(

@@ -35,8 +35,7 @@ from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq.rfsq_ref.checkpoints import Checkpoint, check_output, checkpoint_of, save_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError, DataError, SettingsError, TrainingError
-from rfsq.rfsq_ref.normaliser import Normaliser, fit_normaliser
-from rfsq.rfsq_ref.normaliser_choice import untouched
+from rfsq.rfsq_ref.normaliser import Normaliser, fit_normaliser, untouched
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.settings import TrainConfig
 from rfsq.runtime.bundle.paths import as_path, replacing

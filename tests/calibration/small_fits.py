@@ -14,7 +14,7 @@ from rfsq.calibration.settings import RecoveredConfig
 from rfsq.rfsq_ref.autoencoder import RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
-from rfsq.rfsq_ref.normaliser_choice import suggested_normaliser
+from rfsq.rfsq_ref.normaliser import suggested_normaliser
 from rfsq.rfsq_ref.settings import TrainConfig
 from rfsq.rfsq_ref.training import train
 

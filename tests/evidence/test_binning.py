@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rfsq.evidence.codecs import BinCodec, BinRange, Codec, action_range, fit_bins
 from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.schemes import BinCodec, BinRange, Codec, action_range, fit_bins
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray
 from rfsq.rfsq_ref.normaliser import fit_normaliser
 from rfsq.rfsq_ref.settings import NormaliserKind

@@ -1,4 +1,4 @@
-"""What `evidence.cells` promises: every way of decoding tokens is a cell, and a cell can be told from another."""
+"""What `evidence.rollouts` promises: every way of decoding tokens is a cell, and a cell can be told from another."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from rfsq.calibration.settings import RecoveredConfig
-from rfsq.evidence import cells
-from rfsq.evidence.cells import RAW, choose_peers, fingerprint, rfsq_cells, select
-from rfsq.evidence.codecs import BinRange, Codec, RawCodec, RfsqCodec, fit_bins
+from rfsq.evidence import rollouts
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollout_report import CALIBRATED_LAYERS, NAIVE
+from rfsq.evidence.rollouts import RAW, choose_peers, fingerprint, rfsq_cells, select
+from rfsq.evidence.schemes import BinRange, Codec, RawCodec, RfsqCodec, fit_bins
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, chunk, split_episodes
 
@@ -37,7 +37,7 @@ class Peer:
 def found(robust: Checkpoint, naive: Checkpoint, demonstrations: ActionDataset) -> dict[str, Codec]:
     patch = pytest.MonkeyPatch()
     # The full fit takes tens of seconds; a short one gives the same cells.
-    patch.setattr(cells, "RecoveredConfig", lambda: RecoveredConfig(refine_steps=0))
+    patch.setattr(rollouts, "RecoveredConfig", lambda: RecoveredConfig(refine_steps=0))
     try:
         return rfsq_cells(naive, robust, demonstrations.select(range(0, 125, 3)))
     finally:
@@ -112,9 +112,9 @@ def test_residual_peers_compete_with_their_prefixes_too_as_ours_is_one() -> None
 
 
 def test_the_names_that_are_looked_for_are_those_of_the_peers(demonstrations: ActionDataset) -> None:
-    residual_peers = pytest.importorskip("rfsq.evidence.residual_peers")
-    assert set(cells.PREFIX_FAMILIES) == {family.value for family in residual_peers.ResidualFamily}
-    assert fit_bins(demonstrations.steps(), BinRange.QUANTILE, 8).name == cells.OPENVLA_BINS
+    peers = pytest.importorskip("rfsq.evidence.peers")
+    assert set(rollouts.PREFIX_FAMILIES) == {family.value for family in peers.ResidualFamily}
+    assert fit_bins(demonstrations.steps(), BinRange.QUANTILE, 8).name == rollouts.OPENVLA_BINS
 
 
 def test_peers_are_chosen_on_the_validation_episodes(
@@ -128,10 +128,10 @@ def test_peers_are_chosen_on_the_validation_episodes(
         seen.extend(arguments)
         return {}
 
-    monkeypatch.setattr(cells, "rfsq_cells", lambda *_: {like.name: like})
+    monkeypatch.setattr(rollouts, "rfsq_cells", lambda *_: {like.name: like})
     monkeypatch.setattr(peers, "peer_codecs", lambda *_, **__: [])
-    monkeypatch.setattr(cells, "choose_peers", chosen)
-    cells.codecs(peers=True, cache=tmp_path)
+    monkeypatch.setattr(rollouts, "choose_peers", chosen)
+    rollouts.codecs(peers=True, cache=tmp_path)
     assert np.array_equal(seen[1], chunk(split_episodes(demonstrations).validation.steps(), 8))
     assert seen[2] == pytest.approx(3 * 16 * np.log2(7))
 

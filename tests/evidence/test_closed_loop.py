@@ -1,4 +1,4 @@
-"""What `evidence.closed_loop` promises, on a robot that does exactly what it is told."""
+"""What `evidence.simulation` promises, on a robot that does exactly what it is told."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from rfsq.evidence.closed_loop import EpisodeResult, Spread, plan, precision, run_episode
-from rfsq.evidence.codecs import RawCodec
+from rfsq.evidence.schemes import RawCodec
+from rfsq.evidence.simulation import EpisodeResult, Spread, plan, precision, run_episode
 from rfsq.rfsq_ref.expert import POSITION_UNIT, ROTATION_UNIT
 from rfsq.rfsq_ref.experts import (
     HELD_OUT_EXPERTS,

@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rfsq.calibration.settings import ReadoutChoice, ReadoutConfig
-from rfsq.evidence.codecs import Codec, RawCodec, RfsqCodec
 from rfsq.evidence.comparison import compare
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.findings import REFITTED
 from rfsq.evidence.jobs import judge_codec, padded_chunks, trained_checkpoint
 from rfsq.evidence.metrics import units_of
 from rfsq.evidence.results import Comparison
+from rfsq.evidence.schemes import Codec, RawCodec, RfsqCodec
 from rfsq.evidence.settings import ComparisonConfig, OscPose
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit, split_episodes

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfsq.evidence.closed_loop import EpisodeResult, Spread
 from rfsq.evidence.episodes import Episode, Identity, open_episodes, read_episodes
 from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.simulation import EpisodeResult, Spread
 
 IDENTITY = Identity(1, 0, 8, {"robosuite": "1.5.2", "numpy": "1.26.4"}, {"robust": "ab"})
 

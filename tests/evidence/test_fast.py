@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rfsq.evidence.codecs import Codec, Float64Array
 from rfsq.evidence.fast import VOCABULARY, FastCodec, fit_fast
+from rfsq.evidence.metrics import Array
+from rfsq.evidence.schemes import Codec
 from rfsq.rfsq_ref.data import EpisodeSplit, FloatArray, chunk
 
 _LENGTH = 8
@@ -20,7 +21,7 @@ def _motions(count: int, length: int = _LENGTH, dimensions: int = 3) -> FloatArr
     """Smooth chunks [count, length, dimensions] in [-1, 1], the last dimension one that never moves."""
     generator = np.random.default_rng(count)
     phase, speed = generator.uniform(0, 6, (2, count, 1, dimensions))
-    chunks: Float64Array = np.sin(phase + speed * np.arange(length)[:, None] / length)
+    chunks: Array = np.sin(phase + speed * np.arange(length)[:, None] / length)
     chunks[..., -1] = 0.25
     return chunks.astype(np.float32)
 
@@ -30,10 +31,10 @@ def fitted() -> FastCodec:
     return fit_fast(_motions(400), 20.0)
 
 
-def _cosines(length: int) -> Float64Array:
+def _cosines(length: int) -> Array:
     """The orthonormal DCT-II as a matrix [frequency, step]."""
     steps = np.arange(length)
-    matrix: Float64Array = np.sqrt(2 / length) * np.cos(np.pi * (2 * steps + 1) * steps[:, None] / (2 * length))
+    matrix: Array = np.sqrt(2 / length) * np.cos(np.pi * (2 * steps + 1) * steps[:, None] / (2 * length))
     matrix[0] /= np.sqrt(2)
     return matrix
 

@@ -8,8 +8,8 @@ import pytest
 
 from rfsq.calibration.tables import Table
 from rfsq.evidence.findings import AS_TRAINED, REFITTED
-from rfsq.evidence.page import page
 from rfsq.evidence.plots import error_by_layer, figures, svg
+from rfsq.evidence.report import page
 from rfsq.evidence.results import Comparison, Spread
 from rfsq.evidence.tables import findings_table, layer_table, number, peer_table, summary_table
 from tests.evidence.test_findings import peer

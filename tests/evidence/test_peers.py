@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 
 from rfsq.evidence import peers
-from rfsq.evidence.codecs import BinRange, Codec
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.peers import (
     BIN_BITS,
     FAST_SCALES,
     PARTIAL_SCALE,
+    ResidualFamily,
     peer_codecs,
     residual_configs,
     training_chunks,
 )
-from rfsq.evidence.residual_peers import ResidualFamily
+from rfsq.evidence.schemes import BinRange, Codec
 from rfsq.rfsq_ref.data import ActionDataset, split_episodes
 from tests.evidence.conftest import robot_dataset
 

@@ -11,10 +11,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from rfsq.evidence import residual_peers
-from rfsq.evidence.codecs import Codec
+from rfsq.evidence import peers
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.residual_peers import (
+from rfsq.evidence.peers import (
     FORMAT,
     ResidualAutoencoder,
     ResidualConfig,
@@ -24,6 +23,7 @@ from rfsq.evidence.residual_peers import (
     train_residual,
     trained_residual,
 )
+from rfsq.evidence.schemes import Codec
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 from tests.evidence.conftest import robot_dataset
 
@@ -176,7 +176,7 @@ def test_fourteen_dimensions_with_one_that_never_moves(config: ResidualConfig) -
 def test_fine_tuning_that_only_does_harm_leaves_the_codebooks_of_k_means(
     robot: ActionDataset, models: dict[ResidualFamily, ResidualAutoencoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(residual_peers, "_FINE_TUNING_SHARE", 1e4)
+    monkeypatch.setattr(peers, "_FINE_TUNING_SHARE", 1e4)
 
     found, tuned = train_residual(robot, _VQ), models[ResidualFamily.VQ]
 
@@ -230,7 +230,7 @@ def test_a_recipe_that_changed_for_one_family_leaves_the_others_files_valid(
     robot: ActionDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = [cached_residual_path(robot, config, Path("cache")) for config in (_FSQ, _VQ)]
-    monkeypatch.setitem(residual_peers.RECIPES, ResidualFamily.VQ, 1000)
+    monkeypatch.setitem(peers.RECIPES, ResidualFamily.VQ, 1000)
     after = [cached_residual_path(robot, config, Path("cache")) for config in (_FSQ, _VQ)]
 
     assert [old == new for old, new in zip(before, after, strict=True)] == [True, False]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rfsq.evidence.closed_loop import EpisodeResult, Spread
 from rfsq.evidence.episodes import Episode, Identity, open_episodes
 from rfsq.evidence.rollout_command import config_of, main, parser
 from rfsq.evidence.settings import RolloutConfig
+from rfsq.evidence.simulation import EpisodeResult, Spread
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rfsq.evidence.closed_loop import EpisodeResult, Spread
 from rfsq.evidence.episodes import Episode, Identity, open_episodes
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollout_report import (
@@ -29,6 +28,7 @@ from rfsq.evidence.rollout_report import (
 )
 from rfsq.evidence.rollout_statistics import Paired, Rate, mcnemar, newcombe_paired, wilson
 from rfsq.evidence.settings import RolloutConfig
+from rfsq.evidence.simulation import EpisodeResult, Spread
 
 IDENTITY = Identity(1, 0, 8, {"robosuite": "1.5.2"}, {"robust": "ab"})
 EXACT = Spread(0.0, 0.0, 0.0)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from rfsq.evidence import rollouts
-from rfsq.evidence.closed_loop import EpisodeResult, Spread
-from rfsq.evidence.codecs import RawCodec
 from rfsq.evidence.episodes import Episode, Identity, Job, read_episodes
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.rollouts import jobs_of, run_rollouts, seed_of
+from rfsq.evidence.schemes import RawCodec
 from rfsq.evidence.settings import DEFAULT_TASKS, TASK_NAMES, RolloutConfig
+from rfsq.evidence.simulation import EpisodeResult, Spread
 from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.experts import EXPERTS, HELD_OUT_EXPERTS, TASKS
 from rfsq.rfsq_ref.generate_demonstrations import SimulatorError, attempt_of

@@ -10,8 +10,7 @@ import pytest
 
 pytest.importorskip("robosuite", reason="the simulator is not installed here: pip install '.[sim]'")
 
-from rfsq.evidence.closed_loop import plan
-from rfsq.evidence.simulation import OBSERVED, Simulation
+from rfsq.evidence.simulation import OBSERVED, Simulation, plan
 from rfsq.rfsq_ref.expert import Expert
 from rfsq.rfsq_ref.experts import TASKS, NutAssemblyTightExpert
 from rfsq.rfsq_ref.generate_demonstrations import make_environment

@@ -24,9 +24,10 @@ import torch
 from rfsq.calibration.fitting import calibrate
 from rfsq.calibration.readout import held_out_warning
 from rfsq.calibration.settings import CalibrationConfig, ReadoutChoice, ReadoutConfig, RecoveredConfig
-from rfsq.export import engines, pipeline, sources, trt_builder
+from rfsq.export import engines, pipeline, sources
 from rfsq.export.build_engine import config_of, main, parser, verdict
 from rfsq.export.c_builder import find_compiler
+from rfsq.export.engines import Profile
 from rfsq.export.errors import GateError
 from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graphs import LinearForm
@@ -34,7 +35,6 @@ from rfsq.export.parity import closing_tables
 from rfsq.export.pipeline import BuildConfig, build
 from rfsq.export.plan import DeployMode
 from rfsq.export.reference import AS_TRAINED, REFITTED
-from rfsq.export.trt_builder import Profile
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import EpisodeSplit, chunk, load_actions
@@ -783,7 +783,7 @@ def test_an_engine_that_is_not_what_was_asked_for_ends_the_build(
         engine = build_one(*arguments)
         return replace(engine, serialized=engine.serialized[: len(engine.serialized) // 2])
 
-    build_one = trt_builder.build_engine
+    build_one = engines.build_engine
     monkeypatch.setattr(engines, "build_engine", truncated)
     with pytest.raises(GateError, match=r"tensorrt-rtx, reduce/encoder\.onnx: .* refuses the engine"):
         build(config(tmp_path / "bundle", checkpoint=small, backends=("tensorrt-rtx",), parity_steps=500))

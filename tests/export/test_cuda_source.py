@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rfsq.export.c_source import number
 from rfsq.export.cuda_source import FixedPoint, fixed_point
 from rfsq.export.plan import Affine, DeployMode
-from rfsq.export.source_tables import number
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.runtime.bundle.errors import BackendUnavailableError
 from rfsq.runtime.bundle.manifest import kernel_name, token_types

@@ -13,9 +13,8 @@ import pytest
 
 from rfsq.export.golden_inputs import ERROR, Span, sensitive_steps
 from rfsq.export.parity import golden_vectors
-from rfsq.export.parity_data import EDGES, Section
 from rfsq.export.plan import Affine, AffineQuantizer, DecoderPlan, DeployMode, EncoderPlan, plan_decoder, plan_encoder
-from rfsq.export.reference import Reference
+from rfsq.export.reference import EDGES, Reference, Section
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.runtime import ActionTokenizer, SelfTestError

@@ -8,8 +8,8 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from rfsq.export.graph_check import check_graph, cross_check
 from rfsq.export.graphs import LinearForm
+from rfsq.export.parity import check_graph, cross_check
 from rfsq.export.plan import DeployMode
 from rfsq.runtime.bundle.golden import Golden
 from rfsq.runtime.bundle.manifest import GraphEntry, Manifest, TensorEntry

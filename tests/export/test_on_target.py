@@ -15,8 +15,8 @@ from rfsq.export import engines
 from rfsq.export.build_engine import config_of, main, parser
 from rfsq.export.bundle_writer import stage_bundle
 from rfsq.export.c_builder import CLibrary
+from rfsq.export.engines import Profile
 from rfsq.export.on_target import TargetConfig
-from rfsq.export.trt_builder import Profile
 from rfsq.runtime import ActionTokenizer, BackendUnavailableError
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.backends.replay import ReplayResult

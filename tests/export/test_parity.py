@@ -12,10 +12,9 @@ import torch
 
 from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
 from rfsq.export.parity import Judge, batches, golden_vectors
-from rfsq.export.parity_data import EDGES, Section, parity_sections
 from rfsq.export.plan import DeployMode, action_limit, plan_decoder, plan_encoder
 from rfsq.export.proving import failures
-from rfsq.export.reference import Answers, Reference
+from rfsq.export.reference import EDGES, Answers, Reference, Section, parity_sections
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import EpisodeSplit

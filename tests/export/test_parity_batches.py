@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from rfsq.export.parity import batches, golden_vectors, judges_of
-from rfsq.export.parity_data import EDGES, Section
-from rfsq.export.reference import Answers
+from rfsq.export.reference import EDGES, Answers, Section
 from rfsq.runtime.bundle.comparison import TokenComparison
 from rfsq.runtime.bundle.errors import IllegalValueError
 from rfsq.runtime.bundle.gates import GATES

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rfsq.export.golden_inputs import Span
-from rfsq.export.parity_data import (
+from rfsq.export.plan import DeployMode
+from rfsq.export.reference import (
     EDGES,
     Section,
     edge_steps,
@@ -18,7 +19,6 @@ from rfsq.export.parity_data import (
     neighbours_at_rounding_distance,
     parity_sections,
 )
-from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.quantizer import Conditioning
@@ -62,8 +62,8 @@ def test_sections_hold_at_least_as_many_steps_as_asked_for(
     # The edges come on top. To search for them takes long, and has nothing to do with how many others there are.
     some = np.ones((7, action_dim), np.float32)
     with (
-        mock.patch("rfsq.export.parity_data.edge_steps", return_value=some),
-        mock.patch("rfsq.export.parity_data.sensitive_steps", return_value=some),
+        mock.patch("rfsq.export.reference.edge_steps", return_value=some),
+        mock.patch("rfsq.export.reference.sensitive_steps", return_value=some),
     ):
         sections = parity_sections(model, episodes, chunk_length=chunk_length, limit=LIMIT, num_steps=num_steps)
     assert sum(section.num_steps for section in sections if section.name != EDGES) >= num_steps

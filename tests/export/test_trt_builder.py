@@ -1,4 +1,4 @@
-"""What `export.trt_builder` promises, shown with real TensorRT-RTX engines built on this machine's CPU."""
+"""What `export.engines` promises of TensorRT, shown with real TensorRT-RTX engines built on this machine's CPU."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from rfsq.export.trt_builder import (
+from rfsq.export.engines import (
     BuiltEngine,
     EngineBuildError,
     Profile,

@@ -9,11 +9,10 @@ from rfsq.export import pipeline
 from rfsq.export.errors import GateError
 from rfsq.export.graphs import LinearForm
 from rfsq.export.parity import batches, judges_of
-from rfsq.export.parity_data import parity_sections
 from rfsq.export.pipeline import BuildConfig, build
 from rfsq.export.plan import DeployMode
 from rfsq.export.proving import failures, opened_backends
-from rfsq.export.reference import Reference
+from rfsq.export.reference import Reference, parity_sections
 from rfsq.export.sources import fit_for, load_build_data, open_checkpoint
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT
 from rfsq.runtime.backends.registry import create_backend

@@ -24,8 +24,7 @@ from rfsq.calibration.settings import CalibrationConfig, RecoveredConfig
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, load_actions, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError, DataError
-from rfsq.rfsq_ref.normaliser import fit_normaliser
-from rfsq.rfsq_ref.normaliser_choice import describe, describe_normaliser, suggested_normaliser
+from rfsq.rfsq_ref.normaliser import describe, describe_normaliser, fit_normaliser, suggested_normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.settings import NormaliserKind, TrainConfig
 from rfsq.rfsq_ref.train import main
