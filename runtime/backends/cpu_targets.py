@@ -23,15 +23,20 @@ def host_targets() -> tuple[str, ...]:
     architecture = _ARCHITECTURES.get(platform.machine().lower(), platform.machine().lower())
     if architecture != "x86-64":
         return (architecture,)
-    flags = _cpu_flags()
+    # Where there is no Linux, only the baseline is certain.
+    flags = set(cpu_info("flags").split())
     return tuple(level for level, needed in _X86_LEVELS.items() if needed <= flags)
 
 
-def _cpu_flags() -> set[str]:
+def cpu_info(*names: str) -> str:
+    """What Linux says of the first processor under the first of these names that comes; empty where it says nothing."""
+    lines = (line for line in system_text("/proc/cpuinfo").splitlines() if line.startswith(names))
+    return next(lines, "").partition(":")[2].strip()
+
+
+def system_text(path: str) -> str:
+    """What the system tells in a file of its own; empty where it has none."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        return Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        # No Linux: only the baseline is certain.
-        return set()
-    lines = (line for line in text.splitlines() if line.startswith("flags"))
-    return set(next(lines, "").partition(":")[2].split())
+        return ""

@@ -56,6 +56,7 @@ def targets_here(name: str) -> tuple[str, ...]:
     """The kinds of this backend's engines that this machine runs, the best first; "" alone where there are no kinds."""
     if not BACKENDS[name].has_targets:
         return ("",)
+    # Here, since few ask.
     from .cpu_targets import host_targets
 
     return host_targets()
@@ -135,10 +136,7 @@ def select_backend(name: str, bundle: Bundle, golden: Golden | None) -> Backend:
 
 def _warn_of_less(bundle: Bundle, backend: Backend, obstacle: TokenizerError | None) -> None:
     """Warn where this processor could run faster code. obstacle: why the C engine cannot be used."""
-    # Here, since only `auto` asks.
-    from .cpu_targets import host_targets
-
-    best = host_targets()[0]
+    best = targets_here("c")[0]
     if isinstance(obstacle, BackendUnavailableError):
         _LOG.warning("%s takes the place of the C engine, which is faster: %s", backend.name, obstacle)
     elif backend.name == "c" and backend.device != best:

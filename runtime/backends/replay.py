@@ -82,7 +82,7 @@ class _Run:
         where = f"{compared.first_wrong}; per layer {compared.wrong.tolist()}"
         yield _located(f"encode, {label}: wrong tokens", compared.num_wrong, GATES.wrong_tokens, where)
         ties = compared.num_near_ties
-        detail = f"per layer {compared.near_ties.tolist()}, {compared.num_behind} tokens behind them" if ties else ""
+        detail = f"per layer {compared.near_ties.tolist()}, {compared.behind.sum()} tokens behind them" if ties else ""
         yield Check(f"encode, {label}: near-tie flips", ties, golden.near_tie_cap, detail)
         if stats is not None and golden.stats is not None:
             # Behind a flip the statistics are those of another residual.

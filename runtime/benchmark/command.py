@@ -39,7 +39,7 @@ def _parser() -> CommandParser:
 
 
 def _work(options: argparse.Namespace) -> Outcome:
-    from .report import report_files, report_json, report_text, summary_text, write_report
+    from .report import report_files, report_json, report_text, write_report
     from .run import QUICK_ROUNDS, QUICK_STARTS, Config, Progress, bench
 
     config = Config(
@@ -54,7 +54,7 @@ def _work(options: argparse.Namespace) -> Outcome:
         # Before minutes are spent on figures that nobody could keep.
         refuse_existing(report_files(options.output), overwrite=options.overwrite)
     report = bench(config, Progress())
-    print((report_text if options.verbose else summary_text)(report), end="")
+    print(report_text(report, is_summary=not options.verbose), end="")
     said = write_report(report, options.output) if options.output is not None else []
     print("".join(f"{printable(line)}\n" for line in said), end="")
     return Outcome("\n".join(_verdict(report)), json.loads(report_json(report)))

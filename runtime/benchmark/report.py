@@ -45,14 +45,13 @@ def report_json(report: Report) -> str:
 # --- text -------------------------------------------------------------------------------------------------------------
 
 
-def report_text(report: Report) -> str:
-    """Every figure, in aligned tables."""
-    return "\n".join(printable(line) for line in _lines(report)) + "\n"
+def report_text(report: Report, *, is_summary: bool = False) -> str:
+    """Every figure, in aligned tables.
 
-
-def summary_text(report: Report) -> str:
-    """What fits a screen: what a caller sees of encoding and of decoding all layers."""
-    return "\n".join(printable(line) for line in _summary(report)) + "\n"
+    is_summary: what fits a screen, which a caller sees of encoding and of decoding all layers.
+    """
+    lines = _summary(report) if is_summary else _lines(report)
+    return "\n".join(map(printable, lines)) + "\n"
 
 
 def _summary(report: Report) -> Iterator[str]:
@@ -87,7 +86,7 @@ def _lines(report: Report) -> Iterator[str]:
         for rate in (entry for entry in report.arithmetic if entry.batch == batch):
             yield f"fp32 rate measured in the same rounds: {rate.operations_per_second / 1e12:.1f} TFLOP/s"
         yield ""
-    yield from (f"- {remark}" for remark in (*_legend(report), *report.remarks))
+    yield from (f"- {remark}" for remark in (*_legend(report.rows), *report.remarks))
 
 
 def missing_lines(missing: Mapping[str, str]) -> Iterator[str]:
@@ -98,31 +97,29 @@ def missing_lines(missing: Mapping[str, str]) -> Iterator[str]:
     yield from (f"{', '.join(found)}: {reason}" for reason, found in names.items())
 
 
-def _legend(report: Report) -> Iterator[str]:
-    paths = {row.path for row in report.rows}
-    if "host" in paths:
-        yield (
-            "host: arrays of the processor in and out, checked by the tokenizer (torch checks nothing); copies to a "
-            "GPU and back are part of it"
-        )
-    if "unchecked" in paths:
-        yield "unchecked: the backend alone, without the tokenizer's checks"
-    if "device" in paths:
-        yield "device: arrays that lie on the GPU; launch of the captured graph and synchronisation"
-    yield "jitter: p99 - p50; a percentile that so few calls cannot tell is left out"
-    if any(row.times_floor is not None for row in report.rows):
-        yield (
-            "x floor: p50 over the floor's: of device calls a captured graph with one trivial kernel, of host calls a "
-            "captured graph with their copies alone; a kernel that writes into pinned memory saves the copy back and "
-            "can be below"
-        )
-    if any(row.bandwidth_share is not None for row in report.rows):
-        yield (
-            "bandwidth: the time that a call's bytes alone need at the measured bandwidth, over p50; above 100 % the "
-            "arrays stay in the GPU's cache"
-        )
-    if any(row.roofline_share is not None for row in report.rows):
-        yield "roofline: the same for the bytes or the operations in float32, whichever take longer"
+#: What a way of calling is.
+_PATHS = {
+    "host": "host: arrays of the processor in and out, checked by the tokenizer (torch checks nothing); copies to a "
+    "GPU and back are part of it",
+    "unchecked": "unchecked: the backend alone, without the tokenizer's checks",
+    "device": "device: arrays that lie on the GPU; launch of the captured graph and synchronisation",
+}
+#: What a number of a row is, where there is one.
+_NUMBERS = {
+    "p50": "jitter: p99 - p50; a percentile that so few calls cannot tell is left out",
+    "times_floor": "x floor: p50 over the floor's: of device calls a captured graph with one trivial kernel, of host "
+    "calls a captured graph with their copies alone; a kernel that writes into pinned memory saves the copy back and "
+    "can be below",
+    "bandwidth_share": "bandwidth: the time that a call's bytes alone need at the measured bandwidth, over p50; above "
+    "100 % the arrays stay in the GPU's cache",
+    "roofline_share": "roofline: the same for the bytes or the operations in float32, whichever take longer",
+}
+
+
+def _legend(rows: Sequence[Row]) -> Iterator[str]:
+    paths = {row.path for row in rows}
+    yield from (text for path, text in _PATHS.items() if path in paths)
+    yield from (text for name, text in _NUMBERS.items() if any(getattr(row, name) is not None for row in rows))
 
 
 #: Columns by their head: an attribute of each entry, and how it is written.

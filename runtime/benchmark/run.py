@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..backends.cpu_targets import cpu_info, system_text
 from ..backends.registry import GPU_BACKENDS, PREFERENCE, select_backend
 from ..bundle.arrays import Float64Array
 from ..bundle.console import ProgressLine, duration
@@ -230,9 +231,10 @@ _LIBRARIES = (
 
 def machine_facts(gpu: Any, versions: Mapping[str, str]) -> dict[str, str]:
     """By name, for people. gpu: the module `gpu`, or None; versions: of other libraries."""
+    processor = cpu_info("model name", "Hardware") or platform.processor() or platform.machine()
     facts = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "CPU": f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores usable",
+        "CPU": f"{processor}, {len(os.sched_getaffinity(0))} cores usable",
         "load before": " ".join(f"{load:.2f}" for load in os.getloadavg()),
     }
     if gpu is not None:
@@ -246,19 +248,6 @@ def machine_facts(gpu: Any, versions: Mapping[str, str]) -> dict[str, str]:
     return {**facts, "system": platform.platform(), "versions": ", ".join(f"{n} {v}" for n, v in found.items())}
 
 
-def _cpu_name() -> str:
-    lines = _text("/proc/cpuinfo").splitlines()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Hardware")))
-    return next(names, "") or platform.processor() or platform.machine()
-
-
 def _driver_version() -> str:
-    words = _text("/proc/driver/nvidia/version").split()
+    words = system_text("/proc/driver/nvidia/version").split()
     return next((word for word in words if word.count(".") >= 1 and word[0].isdigit()), "version not told")
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

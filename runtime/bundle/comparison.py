@@ -54,10 +54,6 @@ class TokenComparison:
     def num_near_ties(self) -> int:
         return int(self.near_ties.sum())
 
-    @property
-    def num_behind(self) -> int:
-        return int(self.behind.sum())
-
     def __add__(self, other: TokenComparison) -> TokenComparison:
         first_wrong = self.first_wrong
         if first_wrong is None and other.first_wrong is not None:

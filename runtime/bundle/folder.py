@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -161,39 +162,24 @@ def _open_folder(folder: Path) -> OpenFolder:
 
 
 def _read_manifest(folder: Path, opened: OpenFolder) -> str:
-    try:
-        with opened.opened(MANIFEST_NAME) as (stream, size):
-            if size > MANIFEST_SIZE_LIMIT:
-                raise BundleError(
-                    f"{MANIFEST_NAME} in {folder} has {size} bytes, more than any manifest; {_copy_again()}"
-                )
-            # Decoded here: as text, line ends of other systems would become ours before the spelling is checked.
-            return stream.read(size).decode("utf-8")
-    except FileNotFoundError:
-        raise BundleError(
-            f"{folder} is not a bundle: it has no file {MANIFEST_NAME}; give the folder that {quoted('build')} wrote"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise BundleError(f"{MANIFEST_NAME} in {folder} is not UTF-8 text: {error}; {_copy_again()}") from error
-    except OSError as error:
-        raise _unreadable(MANIFEST_NAME, folder, error) from error
+    without = f"{folder} is not a bundle: it has no file {MANIFEST_NAME}; give the folder that {quoted('build')} wrote"
+    with _readable(MANIFEST_NAME, folder, without), opened.opened(MANIFEST_NAME) as (stream, size):
+        if size > MANIFEST_SIZE_LIMIT:
+            raise BundleError(f"{MANIFEST_NAME} in {folder} has {size} bytes, more than any manifest; {_copy_again()}")
+        # Decoded here: as text, line ends of other systems would become ours before the spelling is checked.
+        return stream.read(size).decode("utf-8")
 
 
 def _read_checked(folder: Path, opened: OpenFolder, name: str, entry: FileEntry) -> bytes:
     """The file's bytes, with the size and hash that the manifest states."""
-    try:
-        with opened.opened(name) as (stream, size):
-            if size != entry.size:
-                raise BundleError(
-                    f"{name} in {folder} has {size} bytes, the manifest states {entry.size}: it is truncated or was "
-                    f"altered; {_copy_again()}"
-                )
-            content = stream.read(size)
-    except FileNotFoundError:
-        raise BundleError(f"{name} is missing from {folder}; {_copy_again()}") from None
-    except (OSError, ValueError) as error:
-        # Beside the system's refusals: names that it cannot represent.
-        raise _unreadable(name, folder, error) from error
+    without = f"{name} is missing from {folder}; {_copy_again()}"
+    with _readable(name, folder, without), opened.opened(name) as (stream, size):
+        if size != entry.size:
+            raise BundleError(
+                f"{name} in {folder} has {size} bytes, the manifest states {entry.size}: it is truncated or was "
+                f"altered; {_copy_again()}"
+            )
+        content = stream.read(size)
     found = hashlib.sha256(content).hexdigest()
     if found != entry.sha256:
         raise BundleError(
@@ -203,9 +189,19 @@ def _read_checked(folder: Path, opened: OpenFolder, name: str, entry: FileEntry)
     return content
 
 
-def _unreadable(name: str, folder: Path, error: Exception) -> BundleError:
-    next_step = _copy_again() if isinstance(error, UnfitFileError) else "check its permissions"
-    return BundleError(f"{name} in {folder} cannot be read: {error}; {next_step}")
+@contextlib.contextmanager
+def _readable(name: str, folder: Path, without: str) -> Iterator[None]:
+    """Raises BundleError for what keeps the file from being read. without: what to say where it is missing."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise BundleError(without) from None
+    except UnicodeDecodeError as error:
+        raise BundleError(f"{name} in {folder} is not UTF-8 text: {error}; {_copy_again()}") from error
+    except (OSError, ValueError) as error:
+        # Beside the system's refusals: names that it cannot represent.
+        next_step = _copy_again() if isinstance(error, UnfitFileError) else "check its permissions"
+        raise BundleError(f"{name} in {folder} cannot be read: {error}; {next_step}") from error
 
 
 def check_file_name(name: str) -> None:

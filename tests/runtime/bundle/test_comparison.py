@@ -108,7 +108,7 @@ def test_every_difference_is_counted_exactly_once(
     case: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray], coupled: bool
 ) -> None:
     found = compare_tokens(*case, num_levels=LEVELS, is_step_coupled=coupled)
-    assert found.num_wrong + found.num_near_ties + found.num_behind == (case[0] != case[1]).sum()
+    assert found.num_wrong + found.num_near_ties + found.behind.sum() == (case[0] != case[1]).sum()
     assert found.num_steps == case[0].shape[0] * case[0].shape[1]
 
 
