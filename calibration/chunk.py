@@ -1,0 +1,309 @@
+"""Fit chunk tokens to demonstrations: classes, their bases and scales, and the order of bits. No gradients.
+
+The recipe and what each part of it is worth: docs/chunk_tokens.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rfsq.rfsq_ref.chunk_code import MOST_BITS, WIDTH, ChunkCode, ChunkConstants, ChunkSizes, gain_range
+
+#: Parents, from which the classes are split.
+_PARENTS = 15
+_ROUNDS = 8
+#: Classes of the global mean and basis, whose variances are so many times the global ones.
+_BROAD = (1.0, 6.0, 36.0)
+#: Windows that a class's covariance, and its parent's, are shrunk by.
+_SHRINK_CLASS, _SHRINK_PARENT, _SHRINK_ENERGY, _SHRINK_SCALE = 40.0, 80.0, 20.0, 40.0
+#: The same for gains.
+_SHRINK_GAIN = 60.0
+#: Of the variance of a normalised action, what no latent falls below: rounding of float32 recordings.
+_LEAST_VARIANCE = 1e-10
+
+
+@dataclass(frozen=True)
+class ChunkFitConfig:
+    """seed: of the first classes; most_windows: of the training data, sampled where there are more."""
+
+    seed: int = 0
+    most_windows: int = 60_000
+
+
+def windows(episodes: Sequence[npt.NDArray[np.floating]], length: int) -> Tensor:
+    """Every window [n, length * A] of the episodes [n, A], which are filled up with their last action where shorter."""
+    found = []
+    for episode in episodes:
+        filled = np.concatenate([episode, np.repeat(episode[-1:], max(0, length - len(episode)), axis=0)])
+        view = np.lib.stride_tricks.sliding_window_view(filled, length, axis=0).transpose(0, 2, 1)
+        found.append(view.reshape(len(view), -1))
+    return torch.from_numpy(np.concatenate(found).astype(np.float64))
+
+
+@cache
+def distortions() -> Tensor:
+    """Mean squared error [MOST_BITS + 1] of a standard normal latent of so many bits, each with its best gain."""
+    z = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
+    density = torch.exp(-z.square() / 2)
+    density /= density.sum()
+    y = torch.tanh(z / WIDTH)
+    found = [1.0]
+    for bits in range(1, MOST_BITS + 1):
+        levels = 2**bits
+        index = torch.floor((y + 1) / 2 * levels).clamp(0, levels - 1)
+        level = WIDTH * torch.atanh((2 * index + 1) / levels - 1)
+        gain = (density * z * level).sum() / (density * level.square()).sum()
+        found.append(float((density * (z - gain * level).square()).sum()))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def bit_order(variances: Tensor, num_bits: int) -> Tensor:
+    """The latent [C, num_bits] that each bit refines, the one first whose error falls most: variances [C, N]."""
+    falls = variances.unsqueeze(-1) * -distortions().diff()
+    # Of one latent, each bit must come behind the one before, whatever rounding says.
+    falls = falls.cummin(dim=-1).values
+    chosen = falls.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :num_bits]
+    return chosen // MOST_BITS
+
+
+@dataclass(frozen=True, eq=False)
+class _Classes:
+    """mean [C, N]; basis [C, N, N], columns by falling variance; variances [C, N]."""
+
+    mean: Tensor
+    basis: Tensor
+    variances: Tensor
+
+
+@dataclass(frozen=True)
+class _Coding:
+    """What decides how well a class codes a window."""
+
+    sizes: ChunkSizes
+    budgets: tuple[int, ...]
+
+    def costs(self, x: Tensor, classes: _Classes) -> Tensor:
+        """The error [n, C] of each class, summed over budgets, each over the mean of the best there; in float32."""
+        order = bit_order(classes.variances, self.sizes.code_bits)
+        latents = int(order.max()) + 1
+        ends = [budget * self.sizes.token_bits - self.sizes.class_bits for budget in self.budgets]
+        counts = [torch.nn.functional.one_hot(order[:, :end], latents).sum(dim=1) for end in ends]
+        errors = torch.empty(len(ends), len(x), len(classes.mean))
+        values = x.float()
+        for index in range(len(classes.mean)):
+            z = (values - classes.mean[index].float()) @ classes.basis[index].float()
+            rest = z[:, latents:].square().sum(dim=1)
+            scale = WIDTH * classes.variances[index, :latents].sqrt().float()
+            y = torch.tanh(z[:, :latents] / scale)
+            for place, count in enumerate(counts):
+                half = torch.exp2(count[index].float() - 1)
+                level = ((torch.floor(y * half) + 0.5) / half).clamp(-1 + 0.5 / half, 1 - 0.5 / half)
+                back = torch.where(count[index] > 0, torch.atanh(level) * scale, 0.0)
+                errors[place, :, index] = (back - z[:, :latents]).square().sum(dim=1) + rest
+        means = errors.min(dim=2).values.double().mean(dim=1)
+        return (errors / means[:, None, None].float()).sum(dim=0).double()
+
+
+def default_budgets(num_tokens: int) -> tuple[int, ...]:
+    """Numbers of tokens at which errors count: of 45 these are 4, 8, 16, 30, 45."""
+    return tuple(sorted({max(1, round(num_tokens * share)) for share in (4 / 45, 8 / 45, 16 / 45, 30 / 45, 1)}))
+
+
+def fit_chunk_code(
+    training: Sequence[npt.NDArray[np.floating]],
+    calibration: Sequence[npt.NDArray[np.floating]],
+    sizes: ChunkSizes,
+    config: ChunkFitConfig = ChunkFitConfig(),
+    budgets: Sequence[int] | None = None,
+) -> ChunkConstants:
+    """Fit to normalised training episodes [n, A]; scales and gains also to calibration episodes, which are others."""
+    generator = torch.Generator().manual_seed(config.seed)
+    x, held_out = windows(training, sizes.chunk_length), windows(calibration, sizes.chunk_length)
+    if len(x) > config.most_windows:
+        x = x[torch.randperm(len(x), generator=generator)[: config.most_windows].sort().values]
+    coding = _Coding(sizes, tuple(budgets or default_budgets(sizes.num_tokens)))
+    # Beside escape, and one that is learned.
+    broad = _broad(x, min(len(_BROAD), sizes.num_classes - 2))
+    learned = sizes.num_classes - 1 - len(broad.mean)
+    parent = torch.zeros(min(_PARENTS, learned), dtype=torch.long)
+    assigned = _clusters(x, len(parent), generator)
+    assigned = _lloyd(coding, x, assigned, parent, generator)
+    if learned > len(parent):
+        assigned, parent = _split(x, assigned, (len(parent), learned), generator)
+        assigned = _lloyd(coding, x, assigned, parent, generator)
+    described = _described(x, assigned, parent)
+    classes = _with(described, broad)
+    for _ in range(2):
+        chosen = coding.costs(held_out, classes).argmin(dim=1)
+        classes = _with(_rescaled(described, held_out, chosen), broad)
+    chosen = coding.costs(held_out, classes).argmin(dim=1)
+    order = bit_order(classes.variances, sizes.code_bits)
+    latents = int(order.max()) + 1
+    constants = ChunkConstants(
+        mean=classes.mean.float(),
+        basis=classes.basis[..., :latents].float(),
+        scale=classes.variances[:, :latents].sqrt().float(),
+        gain=_gains(held_out, chosen, classes, latents).float(),
+        order=order,
+        budgets=coding.budgets,
+        weights=torch.ones(len(coding.budgets)),
+    )
+    return replace(constants, weights=_weights(ChunkCode(sizes, constants).double(), held_out, chosen))
+
+
+def _broad(x: Tensor, count: int) -> _Classes:
+    variances, basis = _eigen(torch.cov(x.T, correction=0).reshape(x.shape[1], x.shape[1]))
+    mean = x.mean(dim=0)
+    factors = torch.tensor(_BROAD[:count], dtype=torch.float64).unsqueeze(-1)
+    return _Classes(mean.expand(count, -1), basis.expand(count, -1, -1), variances * factors)
+
+
+def _with(classes: _Classes, broad: _Classes) -> _Classes:
+    return _Classes(*(torch.cat((getattr(classes, name), getattr(broad, name))) for name in vars(classes)))
+
+
+def _eigen(covariances: Tensor) -> tuple[Tensor, Tensor]:
+    """Variances, the largest first and none too small, and the basis."""
+    variances, basis = torch.linalg.eigh(covariances)
+    return variances.flip(-1).clamp(min=_LEAST_VARIANCE), basis.flip(-1)
+
+
+def _clusters(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """k-means on the leading principal scores and two log band energies."""
+    if count == 1:
+        return torch.zeros(len(x), dtype=torch.long)
+    num_values = x.shape[1]
+    _, basis = _eigen(torch.cov(x.T, correction=0).reshape(num_values, num_values))
+    scores = (x - x.mean(dim=0)) @ basis
+    few, middle = max(1, min(8, num_values // 4)), max(2, min(24, num_values // 2))
+    bands = [scores[:, few:middle], scores[:, middle:]]
+    energies = [band.square().mean(dim=1, keepdim=True).clamp(min=1e-12).log() * 0.7 for band in bands if band.numel()]
+    features = torch.cat([scores[:, :few] / scores[:, :few].std(dim=0).clamp(min=1e-6), *energies], dim=1)
+    centres = features[torch.randperm(len(x), generator=generator)[:count]]
+    assigned = torch.zeros(len(x), dtype=torch.long)
+    for _ in range(25):
+        assigned = torch.cdist(features, centres).argmin(dim=1)
+        sums = torch.zeros_like(centres).index_add(0, assigned, features)
+        counts = torch.bincount(assigned, minlength=count).unsqueeze(-1)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    return assigned
+
+
+def _described(x: Tensor, assigned: Tensor, parent: Tensor, spare: Tensor | None = None) -> _Classes:
+    """Mean and shrunk covariance of each class: towards its parent's, and that towards the pooled one, each scaled.
+
+    assigned: the class [n] of each window; parent: of each class; spare: windows at which empty classes start anew.
+    """
+    count, num_values = len(parent), x.shape[1]
+    n = torch.bincount(assigned, minlength=count).double()
+    mean = torch.zeros(count, num_values, dtype=torch.float64).index_add(0, assigned, x) / n.clamp(min=1).unsqueeze(-1)
+    scatter = torch.zeros(count, num_values, num_values, dtype=torch.float64)
+    for index in range(count):
+        centred = x[assigned == index] - mean[index]
+        scatter[index] = centred.T @ centred
+    pooled = scatter.sum(dim=0) / len(x)
+    energy = float(_trace(pooled))
+    parents = int(parent.max()) + 1
+    of_parent = torch.zeros(parents, num_values, num_values, dtype=torch.float64).index_add(0, parent, scatter)
+    n_parent = torch.zeros(parents, dtype=torch.float64).index_add(0, parent, n)
+    e_parent = (_trace(of_parent) / n_parent.clamp(min=1)).clamp(min=1e-4 * energy)
+    of_parent = of_parent + _SHRINK_PARENT * pooled * (e_parent / energy)[:, None, None]
+    of_parent /= (n_parent + _SHRINK_PARENT)[:, None, None]
+    wanted = (_trace(scatter) + _SHRINK_ENERGY * _trace(of_parent)[parent]) / (n + _SHRINK_ENERGY)
+    wanted = wanted.clamp(min=1e-4 * energy)
+    prior = of_parent[parent] * (wanted / _trace(of_parent)[parent])[:, None, None]
+    covariance = (scatter + _SHRINK_CLASS * prior) / (n + _SHRINK_CLASS)[:, None, None]
+    if spare is not None:
+        empty = n < 3
+        mean[empty] = spare[: int(empty.sum())]
+    variances, basis = _eigen(covariance)
+    return _Classes(mean, basis, variances)
+
+
+def _trace(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+
+
+def _lloyd(coding: _Coding, x: Tensor, assigned: Tensor, parent: Tensor, generator: torch.Generator) -> Tensor:
+    """Describe the classes, give each window to the one that codes it best, and again."""
+    count, spare = len(parent), None
+    for _ in range(_ROUNDS):
+        costs = coding.costs(x, _described(x, assigned, parent, spare))
+        least, assigned = costs.min(dim=1)
+        # Where a class is left empty, it starts anew at a window that is coded badly.
+        worst = least.topk(min(4 * count, len(x))).indices
+        spare = x[worst[torch.randperm(len(worst), generator=generator)]]
+    return assigned
+
+
+def _split(x: Tensor, assigned: Tensor, counts: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Split so many parents into so many classes, more of them where more windows are: the class of each window, and
+    the parent of each class."""
+    parents, count = counts
+    n = torch.bincount(assigned, minlength=parents).double()
+    wanted = n.pow(0.7) / n.pow(0.7).sum() * count
+    children = wanted.floor().clamp(min=1).long()
+    while int(children.sum()) < count:
+        children[int((wanted - children).argmax())] += 1
+    while int(children.sum()) > count:
+        children[int(torch.where(children > 1, children - wanted, -torch.inf).argmax())] -= 1
+    found, parent, base = torch.zeros_like(assigned), [], 0
+    for index, number in enumerate(children.tolist()):
+        members = (assigned == index).nonzero()[:, 0]
+        if number > 1 and len(members) > 2 * number:
+            found[members] = base + _clusters(x[members], number, generator)
+        else:
+            found[members] = base
+        parent += [index] * number
+        base += number
+    return found, torch.tensor(parent)
+
+
+def _rescaled(classes: _Classes, x: Tensor, chosen: Tensor) -> _Classes:
+    """With the variances that held-out windows of each class have, shrunk to the training's times a factor by rank."""
+    learned = len(classes.mean)
+    kept = chosen < learned
+    x, chosen = x[kept], chosen[kept]
+    squares = torch.zeros_like(classes.variances)
+    for index in range(learned):
+        z = (x[chosen == index] - classes.mean[index]) @ classes.basis[index]
+        squares[index] = z.square().sum(dim=0)
+    n = torch.bincount(chosen, minlength=learned).double().unsqueeze(-1)
+    factor = ((squares / classes.variances).sum(dim=0) / n.sum().clamp(min=1)).clamp(0.8, 6)
+    variances = (_SHRINK_SCALE * classes.variances * factor + squares) / (_SHRINK_SCALE + n)
+    return _Classes(classes.mean, classes.basis, variances.clamp(min=_LEAST_VARIANCE))
+
+
+def _gains(x: Tensor, chosen: Tensor, classes: _Classes, latents: int) -> Tensor:
+    """Least-squares gain [C, M, MOST_BITS + 1] of each number of bits, shrunk to that of all classes at this rank."""
+    count = len(classes.mean)
+    products = torch.zeros(2, count, latents, MOST_BITS + 1, dtype=torch.float64)
+    for index in range(count):
+        z = (x[chosen == index] - classes.mean[index]) @ classes.basis[index][:, :latents]
+        scale = classes.variances[index, :latents].sqrt()
+        y = torch.tanh(z / (WIDTH * scale))
+        for bits in range(1, MOST_BITS + 1):
+            levels = 2**bits
+            cell = torch.floor((y + 1) / 2 * levels).clamp(0, levels - 1)
+            level = WIDTH * torch.atanh((2 * cell + 1) / levels - 1)
+            products[0, index, :, bits] = (z / scale * level).sum(dim=0)
+            products[1, index, :, bits] = level.square().sum(dim=0)
+    pooled = products.sum(dim=1, keepdim=True) / max(len(x), 1)
+    pooled = (pooled + pooled.mean(dim=2, keepdim=True)) / 2
+    top, bottom = products + _SHRINK_GAIN * pooled
+    gain = torch.where(bottom > 0, top / bottom.clamp(min=1e-12), 1.0)
+    for bits in range(MOST_BITS + 1):
+        gain[..., bits] = gain[..., bits].clamp(*gain_range(bits))
+    return gain
+
+
+def _weights(code: ChunkCode, x: Tensor, chosen: Tensor) -> Tensor:
+    """One over the mean error at each budget."""
+    tokens = code.encode_in(x, chosen)
+    errors = [float((code.decode(tokens[:, :budget]) - x).square().sum(dim=1).mean()) for budget in code.budgets]
+    return 1 / torch.tensor(errors, dtype=torch.float32)

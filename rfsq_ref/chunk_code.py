@@ -1,0 +1,351 @@
+"""Chunk tokens: a residual finite scalar quantiser over a whole chunk, of fixed length, decodable from any prefix.
+
+A chunk x of N = T * A normalised actions becomes a stream of bits. The first bits name a class. Each class has a mean,
+an orthonormal basis and scales of its own (a classified Karhunen-Loève transform). Each further bit refines one latent;
+which one, the order of the class says, which is part of the code. Formulas: docs/chunk_tokens.md.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from rfsq.rfsq_ref.errors import SettingsError
+from rfsq.runtime.bundle.paths import shown
+
+#: The compander maps z to tanh(z / (WIDTH s)), s the standard deviation of a latent: the density of levels that a
+#: Gaussian latent wants is near enough to its derivative.
+WIDTH = 2.2
+#: No latent gets more bits: 2^-18 is what float32 resolves of a companded latent.
+MOST_BITS = 18
+#: A block of the escape code: so many values with three levels each, 243 of the 256 words of eight bits.
+BLOCK_VALUES, BLOCK_BITS = 5, 8
+_LIMITS = {
+    "action_dim": (1, 64),
+    "chunk_length": (1, 64),
+    "num_classes": (2, 256),
+    "token_bits": (4, 16),
+    "num_tokens": (1, 256),
+}
+
+
+@dataclass(frozen=True)
+class ChunkSizes:
+    """action_dim A, chunk_length T, num_classes C with the escape class, which is the last, token_bits: of one token
+    (vocabulary 2^token_bits), num_tokens L: of a chunk."""
+
+    action_dim: int
+    chunk_length: int
+    num_classes: int = 64
+    token_bits: int = 10
+    num_tokens: int = 45
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            least, most = _LIMITS[name]
+            if type(size) is not int or not least <= size <= most:
+                raise SettingsError(f"{name} is {shown(size)}; expected an integer from {least} to {most}")
+        if self.class_bits >= self.token_bits:
+            raise SettingsError(
+                f"{self.num_classes} classes take {self.class_bits} bits, and a token has {self.token_bits}; expected "
+                "the class to leave room in the first token: fewer classes or a larger vocabulary"
+            )
+        if self.code_bits > self.num_values * MOST_BITS:
+            most = (self.num_values * MOST_BITS + self.class_bits) // self.token_bits
+            raise SettingsError(
+                f"{self.num_tokens} tokens are more than a chunk of {self.num_values} values can use; expected at most "
+                f"{max(most, 1)}"
+            )
+
+    @property
+    def num_values(self) -> int:
+        """N = T * A."""
+        return self.action_dim * self.chunk_length
+
+    @property
+    def class_bits(self) -> int:
+        return (self.num_classes - 1).bit_length()
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a chunk behind those of its class."""
+        return self.token_bits * self.num_tokens - self.class_bits
+
+    @property
+    def escape(self) -> int:
+        """The class of chunks that no other class holds."""
+        return self.num_classes - 1
+
+
+@dataclass(frozen=True)
+class ChunkConstants:
+    """What a fit finds, for the C - 1 classes but escape.
+
+    mean: float32 [C - 1, N]; basis: float32 [C - 1, N, M], columns orthonormal, M <= N latents, those that the order
+    refines; scale: float32 [C - 1, M], positive standard deviations; gain: float32 [C - 1, M, MOST_BITS + 1], what a
+    latent of so many bits is multiplied by; order: int64 [C - 1, code_bits], the latent that each bit refines.
+    budgets: numbers of tokens at which errors count; weights: float32, one for each, of the squared error there.
+    """
+
+    mean: Tensor
+    basis: Tensor
+    scale: Tensor
+    gain: Tensor
+    order: Tensor
+    budgets: tuple[int, ...]
+    weights: Tensor
+
+    def check(self, sizes: ChunkSizes) -> None:
+        """Raise SettingsError where shapes, order or numbers are not those of a code of these sizes."""
+        classes, latents = sizes.num_classes - 1, self.scale.shape[-1]
+        expected = {
+            "mean": (classes, sizes.num_values),
+            "basis": (classes, sizes.num_values, latents),
+            "scale": (classes, latents),
+            "gain": (classes, latents, MOST_BITS + 1),
+            "order": (classes, sizes.code_bits),
+            "weights": (len(self.budgets),),
+        }
+        for name, shape in expected.items():
+            tensor = getattr(self, name)
+            if tensor.shape != shape or not torch.isfinite(tensor).all():
+                raise SettingsError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}, all finite: fit again")
+        if not 1 <= latents <= sizes.num_values or not (self.scale > 0).all() or not (self.gain > 0).all():
+            raise SettingsError("every scale and gain must be positive, and there are at most T * A latents: fit again")
+        bits = torch.nn.functional.one_hot(self.order.clamp(0, latents - 1), latents).sum(dim=1)
+        if self.order.min() < 0 or self.order.max() >= latents or bits.max() > MOST_BITS:
+            raise SettingsError(
+                f"order names latents from 0 to {latents - 1}, each at most {MOST_BITS} times: fit again"
+            )
+        if list(self.budgets) != sorted(set(self.budgets)) or not set(self.budgets) <= {
+            *range(1, sizes.num_tokens + 1)
+        }:
+            raise SettingsError(
+                f"budgets are {self.budgets}; expected rising numbers of tokens up to {sizes.num_tokens}"
+            )
+
+
+class ChunkCode(nn.Module):
+    """Normalised chunks [B, N] to tokens [B, L] and back, in float32 or float64 (`.double()`)."""
+
+    mean: Tensor
+    basis: Tensor
+    scale: Tensor
+    gain: Tensor
+    order: Tensor
+    weights: Tensor
+    rank: Tensor
+
+    def __init__(self, sizes: ChunkSizes, constants: ChunkConstants) -> None:
+        super().__init__()
+        constants.check(sizes)
+        self.sizes, self.budgets = sizes, constants.budgets
+        for name in ("mean", "basis", "scale", "gain", "order", "weights"):
+            self.register_buffer(name, getattr(constants, name).clone(), persistent=False)
+        self.register_buffer("rank", ranks(constants.order, constants.scale.shape[-1]), persistent=False)
+
+    # Tokens and bits ------------------------------------------------------------------------------------------------
+
+    def bits(self, tokens: Tensor) -> Tensor:
+        """Tokens [..., l] to bits [..., l * token_bits], the highest of each token first."""
+        places = torch.arange(self.sizes.token_bits - 1, -1, -1, device=tokens.device)
+        return (tokens.long().unsqueeze(-1) >> places & 1).flatten(-2)
+
+    def tokens(self, bits: Tensor) -> Tensor:
+        """The inverse of `bits`."""
+        return number(bits.reshape(*bits.shape[:-1], -1, self.sizes.token_bits))
+
+    def classes(self, bits: Tensor) -> Tensor:
+        """The class [...] that bits name. Numbers behind the last class mean the last: every token decodes."""
+        return number(bits[..., : self.sizes.class_bits]).clamp(max=self.sizes.escape)
+
+    # Decoding -------------------------------------------------------------------------------------------------------
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, l], 1 <= l <= L, to normalised chunks [B, N] in [-1, 1]."""
+        bits = self.bits(tokens)
+        classes, code = self.classes(bits), bits[:, self.sizes.class_bits :]
+        escaped = classes == self.sizes.escape
+        decoded = torch.empty(len(tokens), self.sizes.num_values, dtype=self.mean.dtype, device=self.mean.device)
+        decoded[~escaped] = self.decode_in(code[~escaped], classes[~escaped])
+        decoded[escaped] = escape_decode(code[escaped], self.sizes.num_values).to(decoded.dtype)
+        return decoded
+
+    def decode_in(self, code: Tensor, classes: Tensor) -> Tensor:
+        """Code bits [B, j] of chunks of these classes [B], none of them escape, to normalised chunks [B, N]."""
+        return self.clipped(self.decode_latents(self.companded(code, classes), classes))
+
+    def companded(self, code: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual layers summed: y [B, M] in (-1, 1), and how many bits [B, M] each latent has got.
+
+        Layer l takes 2^-(l + 1) off the residual or adds it: y = sum of (2 bit - 1) / 2^(l + 1).
+        """
+        length = code.shape[-1]
+        order, rank = self.order[classes, :length], self.rank[classes, :length]
+        step = torch.ldexp((2 * code - 1).to(self.mean.dtype), -(rank + 1))
+        shape = (len(code), self.scale.shape[-1])
+        y = torch.zeros(shape, dtype=self.mean.dtype, device=self.mean.device).scatter_add_(1, order, step)
+        count = torch.zeros(shape, dtype=torch.long, device=order.device).scatter_add_(1, order, torch.ones_like(order))
+        return y, count
+
+    def decode_latents(self, companded: tuple[Tensor, Tensor], classes: Tensor) -> Tensor:
+        """What `companded` gives, to chunks [B, N] that are not clipped."""
+        y, count = companded
+        gain = self.gain[classes].gather(-1, count.unsqueeze(-1)).squeeze(-1)
+        latents = WIDTH * gain * self.scale[classes] * torch.atanh(y)
+        return self.mean[classes] + torch.einsum("bm,bnm->bn", latents, self.basis[classes])
+
+    @staticmethod
+    def clipped(chunks: Tensor) -> Tensor:
+        return chunks.clamp(-1, 1)
+
+    # Encoding -------------------------------------------------------------------------------------------------------
+
+    def latents(self, chunks: Tensor) -> Tensor:
+        """Chunks [B, N] to the latents [B, C - 1, M] of every class."""
+        return torch.einsum("bn,cnm->bcm", chunks, self.basis) - torch.einsum("cn,cnm->cm", self.mean, self.basis)
+
+    def code_in(self, latents: Tensor, classes: Tensor) -> Tensor:
+        """The code bits [B, code_bits] of latents [B, M] of these classes [B]."""
+        y = torch.tanh(latents / (WIDTH * self.scale[classes]))
+        # Each bit is the sign of a residual: together they are the digits of (y + 1) / 2.
+        digits = torch.floor((y + 1) * 2 ** (MOST_BITS - 1)).long().clamp(0, 2**MOST_BITS - 1)
+        return digits.gather(1, self.order[classes]) >> (MOST_BITS - 1 - self.rank[classes]) & 1
+
+    def encode_in(self, chunks: Tensor, classes: Tensor) -> Tensor:
+        """Chunks [B, N] to the tokens [B, L] of these classes [B], whatever that costs."""
+        code = torch.empty(len(chunks), self.sizes.code_bits, dtype=torch.long, device=chunks.device)
+        escaped = classes == self.sizes.escape
+        kept = chunks[~escaped]
+        latents = torch.einsum("bn,bnm->bm", kept - self.mean[classes[~escaped]], self.basis[classes[~escaped]])
+        code[~escaped] = self.code_in(latents, classes[~escaped])
+        code[escaped] = escape_encode(chunks[escaped], self.sizes.code_bits)
+        return self.tokens(torch.cat((binary(classes, self.sizes.class_bits), code), dim=1))
+
+    def encode(self, chunks: Tensor) -> Tensor:
+        """Chunks [B, N] to tokens [B, L]: of the class with the least weighted error, or escape (`choose`)."""
+        return self.encode_in(chunks, self.choose(chunks))
+
+    def choose(self, chunks: Tensor) -> Tensor:
+        """The class [B] of each chunk: of those that keep the bound the one of least cost; escape where none does."""
+        cost, holds = self.costs(chunks)
+        best = torch.where(holds, cost, torch.inf).argmin(dim=1)
+        return torch.where(holds.any(dim=1), best, self.sizes.escape)
+
+    def costs(self, chunks: Tensor) -> tuple[Tensor, Tensor]:
+        """What each class but escape costs, [B, C - 1]: the weighted sum of squared errors at the budgets; and whether
+        it errs nowhere, at none of them, by more than escape may (`escape_bound`)."""
+        cost, holds = [], []
+        for index in range(self.sizes.escape):
+            classes = torch.full((len(chunks),), index, device=chunks.device)
+            code = self.code_in((chunks - self.mean[index]) @ self.basis[index], classes)
+            total = torch.zeros(len(chunks), dtype=self.mean.dtype, device=chunks.device)
+            kept = torch.ones(len(chunks), dtype=torch.bool, device=chunks.device)
+            for budget, weight in zip(self.budgets, self.weights, strict=True):
+                bits = budget * self.sizes.token_bits - self.sizes.class_bits
+                error = self.decode_in(code[:, :bits], classes) - chunks
+                total += weight * error.square().sum(dim=1)
+                kept &= (error.abs() <= escape_bound(bits, self.sizes.num_values)).all(dim=1)
+            cost.append(total)
+            holds.append(kept)
+        return torch.stack(cost, dim=1), torch.stack(holds, dim=1)
+
+    def bound(self, num_tokens: int) -> float:
+        """The most by which a value in [-1, 1] errs, decoded from so many tokens; holds for those in `budgets`."""
+        return escape_bound(num_tokens * self.sizes.token_bits - self.sizes.class_bits, self.sizes.num_values)
+
+
+def ranks(order: Tensor, num_latents: int) -> Tensor:
+    """How many bits the latent of each entry of order [C, j] has got before: [C, j]."""
+    chosen = torch.nn.functional.one_hot(order, num_latents)
+    return (chosen.cumsum(dim=1) - chosen).gather(-1, order.unsqueeze(-1)).squeeze(-1)
+
+
+def number(bits: Tensor) -> Tensor:
+    """Bits [..., n], the highest first, to the number [...] that they spell."""
+    places = torch.arange(bits.shape[-1] - 1, -1, -1, device=bits.device)
+    return (bits.long() << places).sum(dim=-1)
+
+
+def binary(numbers: Tensor, length: int) -> Tensor:
+    """The inverse of `number`: [..., length]."""
+    return numbers.unsqueeze(-1) >> torch.arange(length - 1, -1, -1, device=numbers.device) & 1
+
+
+# Escape -------------------------------------------------------------------------------------------------------------
+
+
+def escape_levels(num_bits: int, num_values: int) -> Tensor:
+    """How many levels each value [N] of an escaped chunk has in so many code bits: first three, then twice as many for
+    each further bit, value by value."""
+    blocks = min(max(num_bits, 0) // BLOCK_BITS, -(-num_values // BLOCK_VALUES))
+    ternary = min(blocks * BLOCK_VALUES, num_values)
+    levels = torch.ones(num_values, dtype=torch.long)
+    levels[:ternary] = 3
+    if ternary == num_values:
+        more = max(num_bits - blocks * BLOCK_BITS, 0)
+        each, rest = divmod(more, num_values)
+        doubled = torch.full((num_values,), min(each, MOST_BITS))
+        doubled[:rest] = min(each + 1, MOST_BITS)
+        levels <<= doubled
+    return levels
+
+
+def escape_bound(num_bits: int, num_values: int) -> float:
+    """The most by which an escaped value in [-1, 1] errs: half a step of the coarsest grid."""
+    return 1 / int(escape_levels(num_bits, num_values).min())
+
+
+def escape_encode(chunks: Tensor, num_bits: int) -> Tensor:
+    """Chunks [B, N], values outside [-1, 1] at its ends, to code bits [B, num_bits]; those left over are 0."""
+    count, num_values = chunks.shape
+    place = (chunks.double().clamp(-1, 1) + 1) / 2
+    cells = torch.floor(place * 3 * 2**MOST_BITS).long().clamp(0, 3 * 2**MOST_BITS - 1)
+    blocks = -(-num_values // BLOCK_VALUES)
+    ternary = torch.zeros(count, blocks * BLOCK_VALUES, dtype=torch.long, device=chunks.device)
+    ternary[:, :num_values] = cells >> MOST_BITS
+    weights = 3 ** torch.arange(BLOCK_VALUES - 1, -1, -1, device=chunks.device)
+    words = (ternary.reshape(count, blocks, BLOCK_VALUES) * weights).sum(dim=-1)
+    finer = binary(cells & (2**MOST_BITS - 1), MOST_BITS).transpose(1, 2).flatten(1)
+    code = torch.cat((binary(words, BLOCK_BITS).flatten(1), finer), dim=1)[:, :num_bits]
+    return torch.nn.functional.pad(code, (0, num_bits - code.shape[1]))
+
+
+def escape_decode(code: Tensor, num_values: int) -> Tensor:
+    """Code bits [B, j] to chunks float64 [B, N]: the middle of the cell that each value is in, 0 before its first."""
+    count, length = code.shape
+    levels = escape_levels(length, num_values).to(code.device)
+    blocks = min(length // BLOCK_BITS, -(-num_values // BLOCK_VALUES))
+    # Words that no chunk has decode as the last one that a chunk may have.
+    words = number(code[:, : blocks * BLOCK_BITS].reshape(count, blocks, BLOCK_BITS)).clamp(max=3**BLOCK_VALUES - 1)
+    weights = 3 ** torch.arange(BLOCK_VALUES - 1, -1, -1, device=code.device)
+    cells = torch.zeros(count, num_values, dtype=torch.long, device=code.device)
+    ternary = (words.unsqueeze(-1) // weights % 3).flatten(1)[:, :num_values]
+    cells[:, : ternary.shape[1]] = ternary
+    if int(levels.min()) >= 3:
+        finer = code[:, blocks * BLOCK_BITS :][:, : num_values * MOST_BITS]
+        for start in range(0, finer.shape[1], num_values):
+            bits = finer[:, start : start + num_values]
+            cells[:, : bits.shape[1]] = 2 * cells[:, : bits.shape[1]] + bits
+    return (2 * cells + 1).double() / levels - 1
+
+
+@cache
+def gain_range(num_bits: int) -> tuple[float, float]:
+    """Between which gains every level of a latent of so many bits stays within its own cell.
+
+    Then what was decoded is encoded as it was, by the same class. Above 10 bits the range is about 1, so it is 1.
+    """
+    if not 1 <= num_bits <= 10:
+        return 1.0, 1.0
+    levels = 2**num_bits
+    low, high = 0.1, 10.0
+    for index in range(levels // 2, levels if num_bits > 1 else 1):
+        value = math.atanh((2 * index + 1) / levels - 1)
+        low = max(low, math.atanh(2 * index / levels - 1) / value)
+        if index + 1 < levels:
+            high = min(high, math.atanh(2 * (index + 1) / levels - 1) / value)
+    # Not up to the edges, where rounding would decide.
+    return low + (high - low) * 1e-3, high - (high - low) * 1e-3

@@ -1,0 +1,114 @@
+"""Chunk tokens fitted to demonstrations: good on episodes that no fit has seen, and for any robot."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from rfsq.calibration.chunk import (
+    ChunkFitConfig,
+    bit_order,
+    default_budgets,
+    distortions,
+    fit_chunk_code,
+    windows,
+)
+from rfsq.rfsq_ref.chunk_code import MOST_BITS, ChunkCode, ChunkSizes
+from rfsq.rfsq_ref.data import EpisodeSplit
+
+Episodes = list[npt.NDArray[np.float64]]
+
+
+def smooth_episodes(action_dim: int, lengths: list[int], seed: int) -> Episodes:
+    """Motions of a robot that speeds up and slows down, in [-1, 1]; the last dimension opens and closes."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for length in lengths:
+        walk = np.cumsum(generator.normal(size=(length, action_dim)) * 0.05, axis=0)
+        walk[:, -1] = np.where(np.arange(length) > length // 2, 1.0, -1.0)
+        found.append(np.tanh(walk))
+    return found
+
+
+def errors(code: ChunkCode, episodes: Episodes) -> tuple[list[float], Tensor]:
+    x = windows(episodes, code.sizes.chunk_length)[::5]
+    tokens = code.encode(x)
+    return [float((code.decode(tokens[:, :n]) - x).square().mean()) for n in code.budgets], tokens
+
+
+@pytest.mark.slow
+def test_validation_episodes_of_the_demonstrations_are_coded_as_well_as_was_measured(split: EpisodeSplit) -> None:
+    train, calibration, validation = (
+        [np.asarray(episode, np.float64) for episode in part.episodes]
+        for part in (split.train, split.calibration, split.validation)
+    )
+    sizes = ChunkSizes(action_dim=7, chunk_length=8, num_classes=16)
+    code = ChunkCode(sizes, fit_chunk_code(train, calibration, sizes)).double()
+    found, tokens = errors(code, validation[:6])
+    # With 64 classes a fifth to a quarter less.
+    assert all(error < most for error, most in zip(found, (1.7e-3, 5.5e-4, 1.1e-4, 4.5e-6, 1.2e-7), strict=True)), found
+    assert (code.classes(code.bits(tokens)) == sizes.escape).double().mean() < 0.005
+
+
+@pytest.mark.parametrize(("action_dim", "chunk_length"), [(2, 1), (2, 16), (26, 1), (26, 6)])
+@pytest.mark.parametrize("num_classes", [2, 3, 20])
+def test_any_robot_is_fitted_and_more_tokens_err_less(action_dim: int, chunk_length: int, num_classes: int) -> None:
+    class_bits = (num_classes - 1).bit_length()
+    most = min(30, (action_dim * chunk_length * MOST_BITS + class_bits) // 10)
+    sizes = ChunkSizes(action_dim, chunk_length, num_classes, num_tokens=most)
+    train, calibration, held_out = (smooth_episodes(action_dim, [60] * n, seed=n) for n in (12, 4, 3))
+    code = ChunkCode(sizes, fit_chunk_code(train, calibration, sizes)).double()
+    found, tokens = errors(code, held_out)
+    assert found == sorted(found, reverse=True)
+    spread = float(windows(held_out, chunk_length).var(dim=0).mean())
+    assert found[-1] < 0.2 * spread
+    x = windows(held_out, chunk_length)[::5]
+    for budget in code.budgets:
+        assert (code.decode(tokens[:, :budget]) - x).abs().max() <= code.bound(budget) + 1e-12
+
+
+def test_dimensions_that_never_move_stay_where_they_are() -> None:
+    sizes = ChunkSizes(3, 4, num_classes=8, num_tokens=12)
+    train, calibration, held_out = (smooth_episodes(3, [40] * n, seed=n) for n in (8, 4, 2))
+    for episode in (*train, *calibration, *held_out):
+        episode[:, 1] = 0.25
+    code = ChunkCode(sizes, fit_chunk_code(train, calibration, sizes)).double()
+    x = windows(held_out, 4)
+    still = code.decode(code.encode(x)).reshape(-1, 4, 3)[..., 1]
+    torch.testing.assert_close(still, torch.full_like(still, 0.25), rtol=0, atol=1e-4)
+
+
+def test_episodes_shorter_than_a_chunk_are_filled_up() -> None:
+    (short, long) = smooth_episodes(2, [3, 5], seed=0)
+    found = windows([short, long], 5).reshape(-1, 5, 2).numpy()
+    np.testing.assert_array_equal(found[0], np.concatenate([short, short[-1:], short[-1:]]))
+    np.testing.assert_array_equal(found[1:], long[None])
+
+
+def test_the_same_data_and_seed_give_the_same_constants_however_many_windows_there_are() -> None:
+    sizes = ChunkSizes(2, 4, num_classes=6, num_tokens=8)
+    train, calibration = (smooth_episodes(2, [50] * n, seed=n) for n in (8, 3))
+    config = ChunkFitConfig(seed=3, most_windows=100)
+    first, second = (vars(fit_chunk_code(train, calibration, sizes, config)) for _ in range(2))
+    assert first["budgets"] == second["budgets"] == default_budgets(8)
+    assert all(torch.equal(first[name], second[name]) for name in first if name != "budgets")
+
+
+def test_each_bit_goes_where_the_error_falls_most() -> None:
+    variances = torch.tensor([[1.0, 0.3, 1e-4]], dtype=torch.float64)
+    order = bit_order(variances, 12)[0]
+    left = variances[0].clone()
+    for place, latent in enumerate(order.tolist()):
+        counts = torch.bincount(order[:place], minlength=3)
+        falls = variances[0] * (distortions()[counts] - distortions()[counts + 1])
+        assert falls[latent] == falls.max()
+        left[latent] = variances[0, latent] * distortions()[counts[latent] + 1]
+    assert left.sum() < 0.01
+
+
+def test_a_bit_takes_most_of_a_normal_latent_away_and_more_bits_four_times_as_much_each() -> None:
+    # One bit: 1 - 2 / pi, whatever the compander.
+    assert float(distortions()[1]) == pytest.approx(1 - 2 / np.pi, abs=1e-6)
+    ratios = distortions()[4:10] / distortions()[5:11]
+    assert ((ratios > 3.3) & (ratios < 4.2)).all()
