@@ -25,8 +25,8 @@ from rfsq.rfsq_ref.chunk_code import (
 from rfsq.rfsq_ref.errors import SettingsError
 
 
-def random_code(sizes: ChunkSizes, seed: int) -> ChunkCode:
-    """Any code of these sizes, in float64; its constants are float32 numbers."""
+def random_constants(sizes: ChunkSizes, seed: int) -> ChunkConstants:
+    """Those of any code of these sizes."""
     generator = torch.Generator().manual_seed(seed)
     classes, values = sizes.num_classes - 1, sizes.num_values
     latents = int(torch.randint(-(-sizes.code_bits // MOST_BITS), values + 1, (), generator=generator))
@@ -40,7 +40,7 @@ def random_code(sizes: ChunkSizes, seed: int) -> ChunkCode:
         low, high = gain_range(bits)
         gain[..., bits] = low + (high - low) * torch.rand(classes, latents, generator=generator)
     budgets = tuple(sorted({1, (sizes.num_tokens + 1) // 2, sizes.num_tokens}))
-    constants = ChunkConstants(
+    return ChunkConstants(
         mean=torch.randn(classes, values, generator=generator) * 0.3,
         basis=bases[..., :latents].float(),
         scale=torch.rand(classes, latents, generator=generator) + 0.01,
@@ -49,7 +49,11 @@ def random_code(sizes: ChunkSizes, seed: int) -> ChunkCode:
         budgets=budgets,
         weights=torch.rand(len(budgets), generator=generator) + 0.1,
     )
-    return ChunkCode(sizes, constants).double()
+
+
+def random_code(sizes: ChunkSizes, seed: int) -> ChunkCode:
+    """Any code of these sizes, in float64."""
+    return ChunkCode(sizes, random_constants(sizes, seed)).double()
 
 
 @st.composite
