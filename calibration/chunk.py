@@ -45,6 +45,12 @@ def windows(episodes: Sequence[npt.NDArray[np.floating]], length: int) -> Tensor
     return torch.from_numpy(np.concatenate(found).astype(np.float64))
 
 
+def cell_middles(y: Tensor, bits: Tensor | int) -> Tensor:
+    """The middle of the cell that each companded latent is in, for so many bits; 0 for none."""
+    half = torch.exp2(torch.as_tensor(bits, dtype=y.dtype) - 1)
+    return ((torch.floor(y * half) + 0.5) / half).clamp(-1 + 0.5 / half, 1 - 0.5 / half)
+
+
 @cache
 def distortions() -> Tensor:
     """Mean squared error [MOST_BITS + 1] of a standard normal latent of so many bits, each with its best gain."""
@@ -54,9 +60,7 @@ def distortions() -> Tensor:
     y = torch.tanh(z / WIDTH)
     found = [1.0]
     for bits in range(1, MOST_BITS + 1):
-        levels = 2**bits
-        index = torch.floor((y + 1) / 2 * levels).clamp(0, levels - 1)
-        level = WIDTH * torch.atanh((2 * index + 1) / levels - 1)
+        level = WIDTH * torch.atanh(cell_middles(y, bits))
         gain = (density * z * level).sum() / (density * level.square()).sum()
         found.append(float((density * (z - gain * level).square()).sum()))
     return torch.tensor(found, dtype=torch.float64)
@@ -101,9 +105,7 @@ class _Coding:
             scale = WIDTH * classes.variances[index, :latents].sqrt().float()
             y = torch.tanh(z[:, :latents] / scale)
             for place, count in enumerate(counts):
-                half = torch.exp2(count[index].float() - 1)
-                level = ((torch.floor(y * half) + 0.5) / half).clamp(-1 + 0.5 / half, 1 - 0.5 / half)
-                back = torch.where(count[index] > 0, torch.atanh(level) * scale, 0.0)
+                back = torch.atanh(cell_middles(y, count[index])) * scale
                 errors[place, :, index] = (back - z[:, :latents]).square().sum(dim=1) + rest
         means = errors.min(dim=2).values.double().mean(dim=1)
         return (errors / means[:, None, None].float()).sum(dim=0).double()
@@ -288,9 +290,7 @@ def _gains(x: Tensor, chosen: Tensor, classes: _Classes, latents: int) -> Tensor
         scale = classes.variances[index, :latents].sqrt()
         y = torch.tanh(z / (WIDTH * scale))
         for bits in range(1, MOST_BITS + 1):
-            levels = 2**bits
-            cell = torch.floor((y + 1) / 2 * levels).clamp(0, levels - 1)
-            level = WIDTH * torch.atanh((2 * cell + 1) / levels - 1)
+            level = WIDTH * torch.atanh(cell_middles(y, bits))
             products[0, index, :, bits] = (z / scale * level).sum(dim=0)
             products[1, index, :, bits] = level.square().sum(dim=0)
     pooled = products.sum(dim=1, keepdim=True) / max(len(x), 1)

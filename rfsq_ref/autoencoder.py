@@ -63,19 +63,27 @@ class Readout:
     bias: Tensor
 
 
-class StepAutoencoder(nn.Module):
-    """Encoder and decoder of single steps, with room between them for a quantiser of the latents.
-
-    Takes and gives physical units: the normaliser is part of the model, as `offset` and `units`, float32 [A] each.
-    """
+class InRobotUnits(nn.Module):
+    """Takes and gives physical units: the normaliser is part of it, as `offset` and `units`, float32 [A] each."""
 
     offset: Tensor
     units: Tensor
 
+    def __init__(self, action_dim: int, normaliser: Normaliser | None) -> None:
+        super().__init__()
+        offset = normaliser.offset if normaliser else (0.0,) * action_dim
+        units = normaliser.scale if normaliser else (1.0,) * action_dim
+        self.register_buffer("offset", torch.tensor(offset), persistent=False)
+        self.register_buffer("units", torch.tensor(units), persistent=False)
+
+
+class StepAutoencoder(InRobotUnits):
+    """Encoder and decoder of single steps, with room between them for a quantiser of the latents."""
+
     def __init__(
         self, action_dim: int, latent_dim: int, hidden_width: int, normaliser: Normaliser | None = None
     ) -> None:
-        super().__init__()
+        super().__init__(action_dim, normaliser)
         self.encoder = nn.Sequential(
             nn.Linear(action_dim, hidden_width),
             nn.Mish(),
@@ -87,10 +95,6 @@ class StepAutoencoder(nn.Module):
             nn.Mish(),
             nn.Linear(hidden_width, action_dim),
         )
-        offset = normaliser.offset if normaliser else (0.0,) * action_dim
-        units = normaliser.scale if normaliser else (1.0,) * action_dim
-        self.register_buffer("offset", torch.tensor(offset), persistent=False)
-        self.register_buffer("units", torch.tensor(units), persistent=False)
 
     def encode_latents(self, actions: Tensor) -> Tensor:
         """actions [..., A] to latents [..., D], not quantised."""

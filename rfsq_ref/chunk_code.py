@@ -175,7 +175,7 @@ class ChunkCode(nn.Module):
 
     def decode_in(self, code: Tensor, classes: Tensor) -> Tensor:
         """Code bits [B, j] of chunks of these classes [B], none of them escape, to normalised chunks [B, N]."""
-        return self.clipped(self.decode_latents(self.companded(code, classes), classes))
+        return self.decode_latents(self.companded(code, classes), classes).clamp(-1, 1)
 
     def companded(self, code: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """The residual layers summed: y [B, M] in (-1, 1), and how many bits [B, M] each latent has got.
@@ -197,15 +197,7 @@ class ChunkCode(nn.Module):
         latents = WIDTH * gain * self.scale[classes] * torch.atanh(y)
         return self.mean[classes] + torch.einsum("bm,bnm->bn", latents, self.basis[classes])
 
-    @staticmethod
-    def clipped(chunks: Tensor) -> Tensor:
-        return chunks.clamp(-1, 1)
-
     # Encoding -------------------------------------------------------------------------------------------------------
-
-    def latents(self, chunks: Tensor) -> Tensor:
-        """Chunks [B, N] to the latents [B, C - 1, M] of every class."""
-        return torch.einsum("bn,cnm->bcm", chunks, self.basis) - torch.einsum("cn,cnm->cm", self.mean, self.basis)
 
     def code_in(self, latents: Tensor, classes: Tensor) -> Tensor:
         """The code bits [B, code_bits] of latents [B, M] of these classes [B]."""

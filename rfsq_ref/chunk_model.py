@@ -1,31 +1,24 @@
 """Chunk tokens in the robot's units: a normaliser around a chunk code."""
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from rfsq.rfsq_ref.autoencoder import InRobotUnits
 from rfsq.rfsq_ref.chunk_code import ChunkCode, ChunkConstants, ChunkSizes
 from rfsq.rfsq_ref.errors import SettingsError
 from rfsq.rfsq_ref.normaliser import Normaliser
 
 
-class ChunkTokenizer(nn.Module):
+class ChunkTokenizer(InRobotUnits):
     """Actions [..., T, A] to tokens [..., L] and back, in float32 or float64 (`.double()`).
 
     Actions are normalised by (action - offset) / units, float32 [A] each; the code holds values in [-1, 1].
     """
 
-    offset: Tensor
-    units: Tensor
-
     def __init__(self, sizes: ChunkSizes, constants: ChunkConstants, normaliser: Normaliser | None = None) -> None:
-        super().__init__()
+        super().__init__(sizes.action_dim, normaliser)
         if normaliser is not None and len(normaliser.scale) != sizes.action_dim:
             raise SettingsError(f"normaliser for {len(normaliser.scale)} dimensions, code for {sizes.action_dim}")
-        self.code, self.constants, self.normaliser = ChunkCode(sizes, constants), constants, normaliser
-        offset = normaliser.offset if normaliser else (0.0,) * sizes.action_dim
-        units = normaliser.scale if normaliser else (1.0,) * sizes.action_dim
-        self.register_buffer("offset", torch.tensor(offset), persistent=False)
-        self.register_buffer("units", torch.tensor(units), persistent=False)
+        self.code, self.normaliser = ChunkCode(sizes, constants), normaliser
 
     @property
     def sizes(self) -> ChunkSizes:

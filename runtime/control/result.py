@@ -85,7 +85,7 @@ class LoopState:
 
 
 class BrokenOff:
-    """Stands still after `before`; has the attributes of an `TickOutcome`, computed when somebody looks.
+    """Stands still after `before`; has the attributes of a `TickOutcome`, computed when somebody looks.
 
     So that showing it takes one assignment, and no call that could fail. hold: gives the values that stand still after
     those that were sent.
