@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise, permutations
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -305,15 +306,18 @@ def split_episodes(dataset: ActionDataset, *, seed: int = 0) -> EpisodeSplit:
     by_task: dict[str, list[int]] = {}
     for index, task in enumerate(dataset.tasks):
         by_task.setdefault(task, []).append(index)
-    parts: list[list[tuple[int, int]]] = [[] for _ in shares]
+    rounded: list[npt.NDArray[np.int64]] = []
     for indices in by_task.values():
-        indices.sort(key=lambda index: _shuffle_key(seed, index))
         # By what each part should have of the tasks so far: the next task makes up for the rounding of this one.
-        done = sum(map(len, parts)) + len(indices)
+        done = sum(map(np.sum, rounded)) + len(indices)
         exact = shares * len(indices)
-        counts = np.floor(exact + 1e-9).astype(int)
-        owed = np.where(exact > counts + 1e-9, shares * done - [len(part) for part in parts] - counts, -np.inf)
+        counts = np.floor(exact + 1e-9).astype(np.int64)
+        owed = np.where(exact > counts + 1e-9, shares * done - sum(rounded) - counts, -np.inf)
         counts[np.argsort(-owed, kind="stable")[: len(indices) - counts.sum()]] += 1
+        rounded.append(counts)
+    parts: list[list[tuple[int, int]]] = [[] for _ in shares]
+    for indices, counts in zip(by_task.values(), _balanced(np.array(rounded), shares), strict=True):
+        indices.sort(key=lambda index: _shuffle_key(seed, index))
         for part, chosen in zip(parts, np.split(indices, np.cumsum(counts)[:-1]), strict=True):
             part.extend(enumerate(map(int, chosen)))
     for part in parts:
@@ -321,6 +325,33 @@ def split_episodes(dataset: ActionDataset, *, seed: int = 0) -> EpisodeSplit:
             part.append(max(parts, key=len).pop())
     chosen_parts = (dataset.select(index for _, index in sorted(part, key=lambda turn: turn[0])) for part in parts)
     return EpisodeSplit(*chosen_parts)
+
+
+def _balanced(counts: npt.NDArray[np.int64], shares: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
+    """Episodes [tasks, parts], each a share rounded up or down, so that the parts have their shares of all so, too.
+
+    A part that has not gets an episode of a task whose share was rounded down, or gives one that was rounded up, maybe
+    through other parts. Such a way is always there (Causey, Cox and Ernst 1985, controlled rounding).
+    """
+    exact = counts.sum(axis=1, keepdims=True) * shares
+    ways = [way for length in range(2, len(shares) + 1) for way in permutations(range(len(shares)), length)]
+    while (np.abs(owed := counts.sum() * shares - counts.sum(axis=0)) > 1 - 1e-9).any():
+        worst = int(np.abs(owed).argmax())
+        for way in ways:
+            moves = [
+                (
+                    ((counts[:, giver] > exact[:, giver] + 1e-9) & (counts[:, taker] < exact[:, taker] - 1e-9)),
+                    giver,
+                    taker,
+                )
+                for giver, taker in pairwise(way)
+            ]
+            ends = owed[way[0]] < -1e-9 and owed[way[-1]] > 1e-9 and worst in (way[0], way[-1])
+            if ends and all(tasks.any() for tasks, *_ in moves):
+                for tasks, giver, taker in moves:
+                    counts[tasks.argmax(), [giver, taker]] += (-1, 1)
+                break
+    return counts
 
 
 def _shuffle_key(seed: int, index: int) -> bytes:
