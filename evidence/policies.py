@@ -26,7 +26,8 @@ NOTHING = -1
 @dataclass(frozen=True)
 class PolicyConfig:
     """width, depth, heads: of the transformer, whose weights are about 12 depth width^2 and 2 vocabulary width;
-    shown: of the tokens said so far, how many it is shown, None for all; steps, batch: of optimisation."""
+    shown: of the tokens said so far, how many it is shown, None for all; falling: what a token counts in the loss, as a
+    multiple of the token before; steps, batch: of optimisation."""
 
     width: int = 256
     depth: int = 4
@@ -38,6 +39,7 @@ class PolicyConfig:
     weight_decay: float = 0.05
     warm_up: int = 100
     shown: int | None = None
+    falling: float = 1.0
 
     def __post_init__(self) -> None:
         check_positive(self, "width", "depth", "heads", "steps", "batch", error=EvidenceError)
@@ -75,6 +77,8 @@ class Block(nn.Module):
 class TokenPolicy(nn.Module):
     """Contexts [n, C] and tokens [n, l] said so far, to logits [n, places, vocabulary] of the tokens behind each."""
 
+    weights: Tensor
+
     def __init__(self, context_size: int, vocabulary: int, num_tokens: int, config: PolicyConfig) -> None:
         super().__init__()
         self.config, self.num_tokens = config, num_tokens
@@ -85,6 +89,8 @@ class TokenPolicy(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm, self.head = nn.LayerNorm(config.width), nn.Linear(config.width, vocabulary)
         nn.init.normal_(self.words.weight, std=0.02)
+        weights = config.falling ** torch.arange(num_tokens, dtype=torch.float32)
+        self.register_buffer("weights", weights, persistent=False)
 
     def forward(self, context: Tensor, tokens: Tensor) -> Tensor:
         """Place 0 sees the context; place j the tokens before j, of which all behind the first `shown` are hidden."""
@@ -97,9 +103,11 @@ class TokenPolicy(nn.Module):
         return logits
 
     def loss(self, context: Tensor, tokens: Tensor) -> Tensor:
-        """Mean cross-entropy [] of tokens [n, num_tokens], those that are NOTHING left out."""
+        """Weighted mean cross-entropy [] of tokens [n, num_tokens], those that are NOTHING left out."""
         logits = self(context, tokens[:, :-1])
-        return functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), ignore_index=NOTHING)
+        found = functional.cross_entropy(logits.flatten(0, 1), tokens.flatten(), ignore_index=NOTHING, reduction="none")
+        weights = torch.where(tokens == NOTHING, 0.0, self.weights)
+        return (found * weights.flatten()).sum() / weights.sum()
 
     @torch.inference_mode()
     def say(self, context: Tensor) -> Tensor:
