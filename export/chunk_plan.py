@@ -56,7 +56,7 @@ class ChunkPlan:
     @property
     def num_latents(self) -> int:
         """M."""
-        return self.basis.shape[-1]
+        return int(self.basis.shape[-1])
 
 
 def plan_chunk_code(tokenizer: ChunkTokenizer) -> ChunkPlan:
