@@ -52,10 +52,10 @@ from rfsq.runtime.bundle.manifest import (
     EngineEntry,
     GraphEntry,
     Manifest,
-    ModelEntry,
     ParityEntry,
     graph_tensors,
 )
+from rfsq.runtime.bundle.models import ModelEntry, StepModel
 from rfsq.runtime.bundle.modes import Mode
 
 #: Packages whose version can change what is built.
@@ -295,10 +295,10 @@ def _provenance(config: BuildConfig, source: _Source, action_mse: Mapping[str, f
     }
 
 
-def _model_entry(source: _Source, encoder: EncoderPlan) -> ModelEntry:
+def _model_entry(source: _Source, encoder: EncoderPlan) -> StepModel:
     """What the runtime has to know of the model."""
     reference = source.reference
-    return ModelEntry(
+    return StepModel(
         mode=reference.mode.value,
         chunk_length=encoder.chunk_length,
         **asdict(source.checkpoint.config),
@@ -322,9 +322,9 @@ def make_graphs(
         graphs.append((graph, content))
 
     for form in LinearForm:
-        add("encoder.onnx", "encoder", model.num_layers, form, encoder_graph(encoder, form))
+        add("encoder.onnx", "encoder", model.depth, form, encoder_graph(encoder, form))
         for decoder in decoders:
-            file = "decoder.onnx" if decoder.prefix == model.num_layers else f"decoder_l{decoder.prefix}.onnx"
+            file = "decoder.onnx" if decoder.prefix == model.depth else f"decoder_l{decoder.prefix}.onnx"
             add(file, "decoder", decoder.prefix, form, decoder_graph(decoder, form))
     return graphs
 
