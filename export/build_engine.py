@@ -32,8 +32,8 @@ from rfsq.runtime.bundle.command import DATA_FORMATS, CommandParser, Outcome, pa
 from rfsq.runtime.bundle.modes import STEP_MODES
 
 if TYPE_CHECKING:
+    from rfsq.export.build_config import BuildConfig
     from rfsq.export.on_target import TargetConfig
-    from rfsq.export.pipeline import BuildConfig
     from rfsq.runtime.bundle.manifest import Manifest
 
 #: The system, a closed terminal, a reader that has left.
@@ -111,7 +111,7 @@ def config_of(options: argparse.Namespace) -> BuildConfig | TargetConfig:
     refuse_idle_choices(options)
     # Here, because a robot that adds engines has no torch.
     from rfsq.calibration.settings import ReadoutChoice
-    from rfsq.export.pipeline import BuildConfig
+    from rfsq.export.build_config import BuildConfig
     from rfsq.export.plan import DeployMode
 
     if "readout" in given:
