@@ -18,7 +18,8 @@ from rfsq.export.cuda_source import cuda_tokenizer
 from rfsq.export.engines import EngineSources, Profile, compilable, compile_engines, require_means
 from rfsq.export.errors import BuildInputError, GateError, require_none
 from rfsq.export.fingerprint import fingerprint
-from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
+from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graphs import decoder_graph, encoder_graph
 from rfsq.export.parity import check_graph, closing_tables, cross_check, golden_vectors, prove
 from rfsq.export.plan import (
     DecoderPlan,
