@@ -58,10 +58,14 @@ class GraphBuilder:
         self.nodes.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
         return output
 
-    def where_within(self, distance: str, radius: float, value: str, other: float, output: str) -> str:
-        """`value` where |distance| <= radius, which no NaN is, and the number `other` elsewhere."""
+    def is_within(self, distance: str, radius: float, output: str) -> str:
+        """Whether |distance| <= radius, which no NaN is."""
         size = self.apply("Abs", [distance], f"{output}.distance")
-        is_within = self.apply("LessOrEqual", [size, self.scalar(f"{output}.radius", radius)], f"{output}.is_within")
+        return self.apply("LessOrEqual", [size, self.scalar(f"{output}.radius", radius)], f"{output}.is_within")
+
+    def where_within(self, distance: str, radius: float, value: str, other: float, output: str) -> str:
+        """`value` where |distance| <= radius, and the number `other` elsewhere."""
+        is_within = self.is_within(distance, radius, output)
         return self.apply("Where", [is_within, value, self.scalar(f"{output}.other", other)], output)
 
     def reshape(self, value: str, shape: Sequence[int], output: str) -> str:
