@@ -5,6 +5,7 @@ C classes, L tokens, N = T * A values, M latents.
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -37,10 +38,13 @@ def chunk_encoder_graph(plan: ChunkPlan, form: LinearForm = LinearForm.GEMM) -> 
         # No index may come from a NaN.
         actions = build.apply("Where", [within, actions, build.numbers("nothing", 0)], "actions.legal")
     chunks = _normalised(build, plan, actions)
-    latents, digits, rest = _trial(build, plan, chunks)
-    best, is_held = _choice(build, plan, chunks, latents, digits, rest)
-    chosen = build.apply("Where", [is_held, best, build.integers("escape", sizes.escape)], "class")
-    kept = build.of_class(digits, best, plan.num_latents, "best.digits")
+    trial = _trial(build, plan, chunks)
+    costs = build.apply("Transpose", [_costs(build, plan, chunks, trial)], "costs.by_chunk", perm=[1, 0])
+    best = build.apply("ArgMin", [costs], "best", axis=1)
+    least = build.reduced("ReduceMin", costs, 1, "least", keep=True)
+    is_kept = build.apply("Less", [least, build.numbers("never", math.inf)], "best.is_kept")
+    chosen = build.apply("Where", [is_kept, best, build.integers("escape", sizes.escape)], "class")
+    kept = build.of_class(trial.digits, best, plan.num_latents, "best.digits")
     row = build.apply("Concat", [kept, *_escape_digits(build, sizes, chunks)], "row", axis=1)
     tokens = _tokens(build, plan, row, chosen)
     if form.is_marked:
@@ -113,12 +117,9 @@ class _ChunkBuilder(GraphBuilder):
         even = self.apply("Mul", [halves, self.numbers("two", 2)], f"{output}.even")
         return self.apply("Sub", [self.apply("Floor", [shifted], f"{output}.floor"), even], output)
 
-    def twice_atanh(self, level: str, output: str) -> str:
-        """log(1 + y) - log(1 - y): exact sums, for a level has at most 18 bits; and no runtime lacks the logarithm."""
-        one = self.numbers("one", 1)
-        above = self.apply("Log", [self.apply("Add", [one, level], f"{output}.sum")], f"{output}.above")
-        below = self.apply("Log", [self.apply("Sub", [one, level], f"{output}.difference")], f"{output}.below")
-        return self.apply("Sub", [above, below], output)
+    def log_ratio(self, above: str, below: str, output: str) -> str:
+        """log(above / below): 2 atanh y of 1 + y and 1 - y, which is what no runtime lacks."""
+        return self.apply("Log", [self.apply("Div", [above, below], f"{output}.ratio")], output)
 
     def product(self, rows: str, name: str, matrices: Float32Array, output: str) -> str:
         """rows [C, batch, n] times the constants `name` [C, n, m]: [C, batch, m]."""
@@ -140,6 +141,16 @@ class _ChunkBuilder(GraphBuilder):
 # Encoding -------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """Every chunk in every class but escape: latents and their digits [C - 1, batch, M], and the squares [C - 1, batch]
+    that no latent holds; nothing where M = N."""
+
+    latents: str
+    digits: str
+    rest: str
+
+
 def _normalised(build: _ChunkBuilder, plan: ChunkPlan, actions: str) -> str:
     """Actions [batch, N] to chunks [batch, N] in [-1, 1]."""
     length = plan.sizes.chunk_length
@@ -149,9 +160,7 @@ def _normalised(build: _ChunkBuilder, plan: ChunkPlan, actions: str) -> str:
     return build.clipped(build.apply("Mul", [actions, inverse_units], "in_units"), -1, 1, "chunks")
 
 
-def _trial(build: _ChunkBuilder, plan: ChunkPlan, chunks: str) -> tuple[str, str, str]:
-    """Latents and their digits [C - 1, batch, M] in every class, and the squares [C - 1, batch] that no latent holds,
-    or nothing where M = N."""
+def _trial(build: _ChunkBuilder, plan: ChunkPlan, chunks: str) -> _Trial:
     centred = build.apply("Sub", [chunks, build.numbers("mean", plan.mean[:, None])], "centred")
     latents = build.product(centred, "basis", plan.basis, "latents")
     inverse_width = build.numbers("inverse_width", plan.inverse_width[:, None])
@@ -160,53 +169,45 @@ def _trial(build: _ChunkBuilder, plan: ChunkPlan, chunks: str) -> tuple[str, str
     cells = build.floor_of(raised, 2.0 ** (MOST_BITS - 1), "cells")
     digits = build.clipped(cells, 0, 2**MOST_BITS - 1, "digits")
     if plan.num_latents == plan.sizes.num_values:
-        return latents, digits, ""
-    squares = [
-        build.reduced("ReduceSum", build.apply("Mul", [value, value], f"{value}.squares"), 2, f"{value}.energy")
-        for value in (centred, latents)
-    ]
-    rest = build.apply("Relu", [build.apply("Sub", squares, "rest.difference")], "rest")
-    return latents, digits, rest
+        return _Trial(latents, digits, "")
+    squares = [build.reduced("ReduceSumSquare", value, 2, f"{value}.energy") for value in (centred, latents)]
+    return _Trial(latents, digits, build.apply("Relu", [build.apply("Sub", squares, "rest.difference")], "rest"))
 
 
-def _choice(
-    build: _ChunkBuilder, plan: ChunkPlan, chunks: str, latents: str, digits: str, rest: str
-) -> tuple[str, str]:
-    """The cheapest class that keeps the bounds, int64 [batch, 1], and whether there is one, bool [batch, 1]."""
+def _costs(build: _ChunkBuilder, plan: ChunkPlan, chunks: str, trial: _Trial) -> str:
+    """What each class costs, [C - 1, batch]; infinite where it does not keep the bounds."""
     costs, errors = [], []
-    for budget, weight in enumerate(plan.weights):
-        decoded = _decoded_at(build, plan, digits, budget)
+    mean = build.numbers("mean", plan.mean[:, None])
+    for budget, (weight, bound) in enumerate(zip(plan.weights, plan.bounds, strict=True)):
         name = f"budget_{budget}"
-        lost = build.apply("Sub", [latents, decoded], f"{name}.lost")
-        squares = build.apply("Mul", [lost, lost], f"{name}.squares")
+        decoded = _decoded_at(build, plan, trial.digits, budget)
+        lost = build.apply("Sub", [trial.latents, decoded], f"{name}.lost")
+        squares = build.reduced("ReduceSumSquare", lost, 2, f"{name}.squares")
         costs.append(build.apply("Mul", [squares, build.numbers(f"{name}.weight", weight)], f"{name}.cost"))
         centred = build.product(decoded, "basis.transposed", plan.basis.transpose(0, 2, 1), f"{name}.centred")
-        found = build.apply("Add", [centred, build.numbers("mean", plan.mean[:, None])], f"{name}.found")
-        error = build.apply("Sub", [build.clipped(found, -1, 1, f"{name}.clipped"), chunks], f"{name}.error")
-        steps = build.numbers(f"{name}.steps", 1 / plan.bounds[budget])
-        errors.append(build.apply("Abs", [build.apply("Mul", [error, steps], f"{name}.in_steps")], f"{name}.size"))
-    cost = build.reduced("ReduceSum", build.apply("Sum", costs, "cost.latents"), 2, "cost.kept")
-    if rest:
-        weighted = build.apply("Mul", [rest, build.numbers("weights", plan.weights.sum())], "cost.rest")
-        cost = build.apply("Add", [cost, weighted], "cost.whole")
-    worst = build.reduced("ReduceMax", build.apply("Max", errors, "errors"), 2, "worst")
-    is_kept = build.apply("LessOrEqual", [worst, build.numbers("one", 1)], "is_kept")
-    never = build.numbers("never", math.inf)
-    cost = build.apply("Transpose", [build.apply("Where", [is_kept, cost, never], "cost.of_kept")], "cost", perm=[1, 0])
-    best = build.apply("ArgMin", [cost], "best", axis=1)
-    least = build.reduced("ReduceMin", cost, 1, "least", keep=True)
-    return best, build.apply("Less", [least, never], "is_held")
+        found = build.clipped(build.apply("Add", [centred, mean], f"{name}.whole"), -1, 1, f"{name}.found")
+        error = build.apply("Abs", [build.apply("Sub", [found, chunks], f"{name}.difference")], f"{name}.error")
+        worst = build.reduced("ReduceMax", error, 2, f"{name}.worst")
+        errors.append(build.apply("Mul", [worst, build.numbers(f"{name}.steps", 1 / bound)], f"{name}.in_steps"))
+    if trial.rest:
+        weights = build.numbers("weights", plan.weights.sum())
+        costs.append(build.apply("Mul", [trial.rest, weights], "rest.cost"))
+    is_kept = build.apply("LessOrEqual", [build.apply("Max", errors, "errors"), build.numbers("one", 1)], "is_kept")
+    return build.apply(
+        "Where", [is_kept, build.apply("Sum", costs, "costs.all"), build.numbers("never", math.inf)], "costs"
+    )
 
 
 def _decoded_at(build: _ChunkBuilder, plan: ChunkPlan, digits: str, budget: int) -> str:
-    """Latents [C - 1, batch, M] that are decoded from so many of their digits."""
+    """Latents [C - 1, batch, M] as they are decoded at a budget, from so many of their digits."""
     name = f"budget_{budget}"
     bits = plan.counts[budget][:, None]
+    # Of 2^n cells each latent is in the middle of one: y = 2 middle / 2^n - 1.
     cells = build.floor_of(digits, 2.0 ** (bits - MOST_BITS), f"{name}.cells")
-    scaled = build.apply("Mul", [cells, build.numbers(f"{name}.step", 2.0 ** (1 - bits))], f"{name}.scaled")
-    level = build.apply("Add", [scaled, build.numbers(f"{name}.lowest", 2.0**-bits - 1)], f"{name}.level")
+    middle = build.apply("Add", [cells, build.numbers("half", 0.5)], f"{name}.middle")
+    beyond = build.apply("Sub", [build.numbers(f"{name}.all_cells", 2.0**bits), middle], f"{name}.beyond")
     width = np.take_along_axis(plan.width[:, None], bits[..., None], axis=-1)[..., 0]
-    spread = build.twice_atanh(level, f"{name}.spread")
+    spread = build.log_ratio(middle, beyond, f"{name}.spread")
     return build.apply("Mul", [spread, build.numbers(f"{name}.width", width / 2)], f"{name}.decoded")
 
 
@@ -228,7 +229,7 @@ def _escape_digits(build: _ChunkBuilder, sizes: ChunkSizes, chunks: str) -> tupl
     words = build.reduced("ReduceSum", weighted, 2, "words")
 
     half = 2.0 ** (MOST_BITS - 1)
-    scaled = build.apply("Mul", [chunks, build.numbers("half", half)], "finer.scaled")
+    scaled = build.apply("Mul", [chunks, build.numbers("finer.half", half)], "finer.scaled")
     whole = build.apply("Round", [scaled], "finer.whole")
     fraction = build.apply("Sub", [scaled, whole], "finer.fraction")
     is_above = build.apply("GreaterOrEqual", [fraction, build.numbers("nothing", 0)], "finer.is_above")
@@ -342,7 +343,9 @@ def _kept(build: _ChunkBuilder, plan: ChunkPlan, signs: str, class_number: str) 
     ]
     entry = build.apply("Add", [build.apply("Add", parts[:2], "width.row_entry"), parts[2]], "width.entry")
     width = build.apply("Gather", [build.numbers("widths", plan.width.reshape(-1) / 2), entry], "width", axis=0)
-    scaled = build.apply("Mul", [build.twice_atanh(level, "spread"), width], "latents")
+    one = build.numbers("one", 1)
+    ends = build.apply("Add", [one, level], "level.above"), build.apply("Sub", [one, level], "level.below")
+    scaled = build.apply("Mul", [build.log_ratio(*ends, "spread"), width], "latents")
     basis = build.apply("Gather", [build.numbers("basis", plan.basis), index], "basis.of_class", axis=0)
     if build.form is LinearForm.REDUCE:
         rows = build.reshape(scaled, (-1, 1, latents), "latents.row")

@@ -48,7 +48,9 @@ class GraphBuilder:
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
 
     def constant(self, name: str, value: npt.NDArray[np.generic]) -> str:
-        self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        made = numpy_helper.from_array(np.ascontiguousarray(value), name)
+        if self.constants.setdefault(name, made) != made:
+            raise ValueError(f"two constants have the name {name}; expected a name for each")
         return name
 
     def scalar(self, name: str, value: float) -> str:

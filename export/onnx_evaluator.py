@@ -12,9 +12,7 @@ from onnx.reference.op_run import OpRun
 class GatherElements(OpRun):
     """onnx's own takes at most 64 rows: it is built on `numpy.choose`."""
 
-    def _run(
-        self, data: npt.NDArray[Any], indices: npt.NDArray[np.integer], axis: int = 0
-    ) -> tuple[npt.NDArray[Any]]:
+    def _run(self, data: npt.NDArray[Any], indices: npt.NDArray[np.integer], axis: int = 0) -> tuple[npt.NDArray[Any]]:
         return (np.take_along_axis(data, indices, axis),)
 
 
