@@ -9,8 +9,9 @@ The command and its steps:
 
 What is generated:
 
-- plan: the arithmetic, folded; graphs: ONNX of it; c_source: C of it; cuda_source: CUDA of it
-- chunk_plan: the same of chunk tokens
+- plan: the arithmetic, folded; graphs: ONNX of it, put together with graph_builder; c_source: C of it; cuda_source:
+  CUDA of it
+- chunk_plan, chunk_graphs: plan and graphs of chunk tokens
 - engines: compiles what this machine can, with c_builder
 
 How it is judged:

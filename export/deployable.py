@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 from rfsq.export.c_source import CTokenizer
 from rfsq.export.errors import require_none
-from rfsq.export.graphs import LinearForm
+from rfsq.export.graph_builder import LinearForm
 from rfsq.export.parity import check_graph
 from rfsq.export.reference import Reference, Section
 from rfsq.export.sources import BuildData

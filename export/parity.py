@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx.reference
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.logger import G_LOGGER
 from tqdm import tqdm
@@ -23,6 +22,7 @@ from tqdm import tqdm
 # Before Polygraphy opens ONNX Runtime: switches its telemetry off.
 import rfsq.runtime.backends.onnxruntime  # noqa: F401
 from rfsq.calibration.readout import held_out_warning
+from rfsq.export.onnx_evaluator import onnx_evaluator
 from rfsq.export.proving import failures
 from rfsq.export.reference import AS_TRAINED, EDGES, REFITTED, Answers, Reference, Section
 from rfsq.runtime.backends.contract import Backend, judged
@@ -232,7 +232,7 @@ def check_graph(entry: GraphEntry, onnx_bytes: bytes) -> list[str]:
 
 def cross_check(entry: GraphEntry, onnx_bytes: bytes, golden: Golden, model: ModelEntry) -> list[str]:
     """Run the graph on two independent runtimes; a line for everything in which either leaves the reference."""
-    evaluator = onnx.reference.ReferenceEvaluator(onnx.load_model_from_string(onnx_bytes))
+    evaluator = onnx_evaluator(onnx_bytes)
     session = SessionFromOnnx(onnx_bytes, providers=["cpu"])
     problems = []
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), OnnxrtRunner(session) as runtime:

@@ -13,7 +13,7 @@ from rfsq.export.bundle_writer import StagedBundle, stage_bundle
 from rfsq.export.deployable import Deployable
 from rfsq.export.engines import EngineSources, compilable, compile_engines, require_means
 from rfsq.export.errors import GateError, require_none
-from rfsq.export.graphs import LinearForm
+from rfsq.export.graph_builder import LinearForm
 from rfsq.export.parity import closing_tables, cross_check, golden_vectors, prove
 from rfsq.export.progress import phase
 from rfsq.export.proving import seal_proven

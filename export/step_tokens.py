@@ -14,7 +14,8 @@ from rfsq.export.cuda_source import cuda_tokenizer
 from rfsq.export.deployable import checked_graph
 from rfsq.export.errors import BuildInputError
 from rfsq.export.fingerprint import fingerprint
-from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
+from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graphs import decoder_graph, encoder_graph
 from rfsq.export.plan import (
     DecoderPlan,
     DeployMode,
