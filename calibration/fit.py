@@ -96,7 +96,8 @@ def _work(options: argparse.Namespace) -> Outcome:
 
     from rfsq.calibration.data import calibration_dataset, data_warnings, judging_episodes
     from rfsq.calibration.report import format_report, report_calibrated, report_files, report_recovered, staged_report
-    from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, check_output, load_checkpoint, save_checkpoint
+    from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, load_checkpoint, save_checkpoint
+    from rfsq.rfsq_ref.own_format import check_output
     from rfsq.runtime.bundle.fidelity import Grade
 
     method: Method = options.method
