@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rfsq.export.graphs import BATCH, IR_VERSION, OPSET, LinearForm
+from rfsq.export.graph_builder import BATCH, IR_VERSION, OPSET, LinearForm
 from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.autoencoder import ModelConfig
 from rfsq.runtime.bundle.comparison import action_errors

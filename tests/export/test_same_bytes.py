@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rfsq.export.graphs import LinearForm
+from rfsq.export.graph_builder import LinearForm
 from tests.bundles import Recipe, deploy, export_graphs, generate_c, generate_cuda
 from tests.export.plan_numpy import MODES
 

@@ -23,7 +23,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfsq.export.graphs import LinearForm, encoder_graph
+from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graphs import encoder_graph
 from rfsq.export.plan import DeployMode, plan_encoder
 from rfsq.rfsq_ref import own_format
 from rfsq.rfsq_ref.autoencoder import ModelConfig, Readout, RecoveredDecoder

@@ -33,6 +33,12 @@ def test_units_and_offsets_of_any_robot_change_no_token_and_scale_the_bound(seed
         assert (error <= scaled.bound(budget) * (1 + 1e-9)).all()
 
 
+def test_no_chunks_are_no_tokens() -> None:
+    tokenizer = ChunkTokenizer(SIZES, random_constants(SIZES, 0))
+    assert tokenizer.encode(torch.zeros(0, 4, 3)).shape == (0, 12)
+    assert tokenizer.decode(torch.zeros(0, 5, dtype=torch.int64)).shape == (0, 4, 3)
+
+
 def test_a_normaliser_of_another_robot_is_refused() -> None:
     with pytest.raises(SettingsError, match="normaliser for 1 dimensions, code for 3"):
         ChunkTokenizer(SIZES, random_constants(SIZES, 0), Normaliser(NormaliserKind.MIN_MAX, (0.0,), (1.0,)))
