@@ -131,6 +131,24 @@ def test_one_episode_is_fitted_to_with_warnings(tmp_path: Path, capsys: pytest.C
     assert "WARNING: 12 classes in place of 64" in printed
 
 
+@has_blank_picture
+def test_poor_tokens_are_warned_of_and_worthless_ones_have_the_last_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    episodes = smooth_episodes(3, [50] * 10, seed=0)
+    data = save_episodes(tmp_path / "lab.npz", episodes)
+    assert run(tmp_path, "--data", data, "--classes", 2, "--tokens", 4) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    (warning,) = (line for line in lines if line.startswith("WARNING: the tokens are poor"))
+    assert "take more tokens, or fit to more actions like these (python calibration/fit.py --kind chunk)" in warning
+    assert last.startswith("✓ wrote ")
+    far = save_episodes(tmp_path / "far.npz", [episode + 9 * np.array([0, 1, 0]) for episode in episodes])
+    assert run(tmp_path, "--data", far, "--normaliser", "none", "--overwrite") == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert any("33.33% of the numbers in these actions lie beyond what the tokens can say" in line for line in lines)
+    assert last.startswith("WARNING: the tokens are worthless")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
