@@ -9,6 +9,7 @@ The command and its steps:
 What is generated:
 
 - plan: the arithmetic, folded; graphs: ONNX of it; c_source: C of it; cuda_source: CUDA of it
+- chunk_plan: the arithmetic of chunk tokens; chunk_c_source: C of it
 - engines: compiles what this machine can, with c_builder
 
 How it is judged:

@@ -76,7 +76,7 @@ def _sure_cost(plan: ChunkPlan) -> float:
 
 
 def _tables(plan: ChunkPlan) -> dict[str, Array | IntArray]:
-    classes, _, latents = plan.basis.shape
+    latents = plan.num_latents
     panels = -(-latents // _LANES)
 
     def of_panels(values: Array) -> Array:
