@@ -34,7 +34,7 @@ SLOW = frozenset(
         "evidence/test_residual_peers.py", "evidence/test_rollouts.py", "evidence/test_schemes.py",
         "examples/test_control_loop.py", "export/test_build_engine.py", "export/test_bundle_writer.py",
         "export/test_c_builder.py", "export/test_c_compilers.py", "export/test_c_source.py",
-        "export/test_c_timing.py", "export/test_cuda_on_cpu.py", "export/test_example.py",
+        "export/test_c_timing.py", "export/test_chunk_c_source.py", "export/test_cuda_on_cpu.py", "export/test_example.py",
         "export/test_far_from_zero.py", "export/test_golden_inputs.py", "export/test_on_target.py",
         "export/test_same_bytes.py", "rfsq_ref/test_generate_demonstrations.py", "evidence/test_rollout.py",
         "rfsq_ref/test_rounding.py", "rfsq_ref/test_train.py", "rfsq_ref/test_train_modal.py",
