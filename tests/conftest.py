@@ -28,7 +28,8 @@ settings.load_profile("untimed")
 #: take long are marked where they stand.
 SLOW = frozenset(
     {
-        "calibration/test_fit.py", "calibration/test_report.py", "calibration/test_small_fits.py",
+        "calibration/test_fit.py", "calibration/test_fit_chunk.py", "calibration/test_report.py",
+        "calibration/test_small_fits.py",
         "calibration/test_study.py", "evidence/test_cells.py", "evidence/test_comparison.py",
         "evidence/test_findings.py", "evidence/test_page.py", "evidence/test_peers.py", "evidence/test_report.py",
         "evidence/test_residual_peers.py", "evidence/test_rollouts.py", "evidence/test_schemes.py",
