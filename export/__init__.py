@@ -10,7 +10,8 @@ What is generated:
 
 - plan: the arithmetic, folded; graphs: ONNX of it, put together with graph_builder; c_source: C of it; cuda_source:
   CUDA of it
-- chunk_plan, chunk_graphs: plan and graphs of chunk tokens
+- chunk_plan, chunk_graphs: plan and graphs of chunk tokens, with chunk_builder and chunk_escape
+- onnx_evaluator: runs a graph in numpy
 - engines: compiles what this machine can, with c_builder
 
 How it is judged:
