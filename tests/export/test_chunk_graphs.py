@@ -19,7 +19,15 @@ from rfsq.export.chunk_plan import ACTION_LIMIT, plan_chunk_code
 from rfsq.export.engines import Profile, build_engine, differences, inspect_engine
 from rfsq.export.graph_builder import BATCH, IR_VERSION, OPSET, LinearForm, batched
 from rfsq.export.parity import check_graph
-from rfsq.rfsq_ref.chunk_code import BLOCK_BITS, BLOCK_VALUES, MOST_BITS, ChunkSizes, binary, escape_encode
+from rfsq.rfsq_ref.chunk_code import (
+    BLOCK_BITS,
+    BLOCK_VALUES,
+    MOST_BITS,
+    ChunkConstants,
+    ChunkSizes,
+    binary,
+    escape_encode,
+)
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.data import EpisodeSplit
 from rfsq.rfsq_ref.normaliser import Normaliser
@@ -241,6 +249,26 @@ def test_a_fitted_code_encodes_held_out_chunks_as_the_reference(
     assert_encodes(fitted, tokens, far)
 
 
+def test_an_error_that_clipping_takes_away_is_none() -> None:
+    """A class whose first value is always 3, which decodes as 1, and whose bits all go to the second."""
+    sizes = ChunkSizes(1, 2, num_classes=2, token_bits=12, num_tokens=1)
+    constants = ChunkConstants(
+        mean=torch.tensor([[3.0, 0.0]]),
+        basis=torch.eye(2)[None],
+        scale=torch.ones(1, 2),
+        gain=torch.ones(1, 2, MOST_BITS + 1),
+        order=torch.ones(1, 11, dtype=torch.long),
+        budgets=(1,),
+        weights=torch.ones(1),
+    )
+    code = exported(ChunkTokenizer(sizes, constants).double())
+    actions = np.float32([[[1.0], [0.2]], [[0.5], [0.2]]])
+    for runtime, form in EVERYWHERE:
+        tokens = run(runtime, code.encoders[form], actions=actions)
+        assert_encodes(code, tokens, actions)
+        assert [share_of_escape(code, row[None]) for row in tokens] == [0, 1]
+
+
 def numbers_near_edges() -> np.ndarray:
     """float32 [n] next to edges of escape's cells, and those at which rounding goes wrong first."""
     random, levels = np.random.default_rng(0), 3 * 2**MOST_BITS
@@ -364,3 +392,6 @@ def test_tensorrt_compiles_one_engine_for_all_batches_and_lengths(any_code: Expo
     _, tensors = inspect_engine(built)
     assert list(differences(built, entry_of(any_code, role, LinearForm.REDUCE), tensors)) == []
     assert built.warnings == ()
+    if role == "decoder":
+        most = any_code.sizes.num_tokens
+        assert [tensor.profile for tensor in tensors if tensor.mode == "input"] == [((1, 1), (1, most), (4096, most))]
