@@ -19,6 +19,7 @@ What is generated:
 How it is judged:
 
 - reference: actions to judge on, and answers to them in float64; golden_inputs: those that show a wrong constant
+- chunk_reference: answers to chunks; chunk_sections: the chunks to judge on
 - parity: graphs against golden vectors, engines against the reference, gate by gate
 - proving: opens the bundle as the robot would, lets a judge look, and seals it; errors: what all of them raise
 """
