@@ -1,6 +1,6 @@
 """Chunk tokens of a dataset: which of its episodes are fitted to, in which units, and how many classes they allow."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -86,8 +86,19 @@ def _normaliser(parts: ChunkParts, wanted: ChunkNormaliser) -> tuple[Normaliser 
         kind = ChunkNormaliser.MIN_MAX if reasons else ChunkNormaliser.NONE
         why = f"chosen by auto: {' and '.join(reasons) or fits_unnormalised(_LIMIT)}"
     if kind is ChunkNormaliser.MIN_MAX:
-        return fit_normaliser(ends, NormaliserKind.MIN_MAX, untouched(ends)), f"normaliser: {kind}, {why}"
+        return _covering(fit_normaliser(ends, NormaliserKind.MIN_MAX, untouched(ends)), ends), (
+            f"normaliser: {kind}, {why}"
+        )
     return None, f"normaliser: {kind}, {why}"
+
+
+def _covering(normaliser: Normaliser, ends: FloatArray) -> Normaliser:
+    """With scales rounded up: what lies beyond [-1, 1] by rounding alone would err by more than the bound."""
+    reach = np.abs(ends.astype(np.float64) - normaliser.offset).max(axis=0)
+    scale = np.where(
+        reach > normaliser.scale, np.nextafter(reach.astype(np.float32), np.float32(np.inf)), normaliser.scale
+    )
+    return replace(normaliser, scale=tuple(scale.tolist()))
 
 
 def _far_episode_warning(parts: ChunkParts) -> str:

@@ -108,8 +108,7 @@ def report_chunk(checkpoint: ChunkCheckpoint, episodes: ActionDataset) -> ChunkR
         num_episodes=len(episodes.episodes),
         num_windows=len(actions),
         sizes=sizes,
-        # Rounding of a normaliser is not what lies beyond.
-        clipped=float((model.normalised(actions).abs() > 1 + 1e-6).double().mean()),
+        clipped=float((model.normalised(actions).abs() > 1).double().mean()),
         prefixes=tuple(prefixes),
         classes=_classes(sizes, classes, torch.stack(errors, dim=1)),
         fidelity=fidelity(actions.flatten(0, 1).numpy(), deepest.numpy(), model.units.tolist(), model.offset.tolist()),
@@ -174,8 +173,8 @@ def format_chunk_report(report: ChunkReport, *, is_verbose: bool = True) -> str:
     ]
     if report.clipped:
         lines.append(
-            f"WARNING: {report.clipped:.2%} of the numbers in these actions lie beyond what the tokens can say, and "
-            "decode as its ends: give --normaliser auto, or fit to episodes that reach as far"
+            f"WARNING: {100 * report.clipped:.2g}% of the numbers in these actions lie beyond what the tokens can say, "
+            "and decode as its ends: give --normaliser auto, or fit to episodes that reach as far"
         )
     if is_verbose:
         columns: dict[str, Callable[[PrefixReport], tuple[float, ...] | None]] = {

@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from rfsq.calibration import chunk_fitting
@@ -83,6 +85,17 @@ def test_actions_of_any_size_are_brought_into_range_and_grippers_stay(name: Chun
     assert (checkpoint.normaliser.offset[2], checkpoint.normaliser.scale[2]) == (0, 1)
     assert (worst_error(checkpoint, episodes) < 0.05 * unit).all()
     assert checkpoint.provenance["remarks"][0].startswith("normaliser: min-max, ")
+
+
+@given(st.integers(0, 2**32))
+def test_no_action_that_was_fitted_to_lies_beyond_the_range(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    offset, unit = generator.normal(size=3) * 1000, 10.0 ** generator.uniform(-2, 3, 3)
+    episodes = [episode * unit + offset for episode in smooth_episodes(3, [20] * 2, seed)]
+    dataset = dataset_of(episodes)
+    found, _ = chunk_fitting._normaliser(chunk_parts(dataset), ChunkNormaliser.MIN_MAX)
+    assert found is not None
+    assert (np.abs(dataset.steps().astype(np.float64) - found.offset) <= found.scale).all()
 
 
 def test_nothing_beyond_the_range_is_decoded_where_no_normaliser_is_wanted() -> None:

@@ -145,7 +145,7 @@ def test_poor_tokens_are_warned_of_and_worthless_ones_have_the_last_word(
     far = save_episodes(tmp_path / "far.npz", [episode + 9 * np.array([0, 1, 0]) for episode in episodes])
     assert run(tmp_path, "--data", far, "--normaliser", "none", "--overwrite") == 0
     *lines, last = capsys.readouterr().out.splitlines()
-    assert any("33.33% of the numbers in these actions lie beyond what the tokens can say" in line for line in lines)
+    assert any("33% of the numbers in these actions lie beyond what the tokens can say" in line for line in lines)
     assert last.startswith("WARNING: the tokens are worthless")
 
 
