@@ -11,7 +11,6 @@ import pytest
 import torch
 from onnx import TensorProto
 
-from rfsq.calibration.chunk import windows
 from rfsq.export.chunk_builder import ChunkBuilder
 from rfsq.export.chunk_escape import escape_digits
 from rfsq.export.chunk_graphs import LENGTH, chunk_decoder_graph, chunk_encoder_graph
@@ -33,7 +32,7 @@ from rfsq.rfsq_ref.data import EpisodeSplit
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime.bundle.manifest import GraphEntry, TensorEntry
-from tests.export.chunk_models import fitted_tokenizer, random_tokenizer
+from tests.export.chunk_models import fitted_tokenizer, held_out_actions, random_tokenizer
 from tests.export.runtimes import EVERYWHERE, MARKED, PRODUCTS, RUNTIMES, OnnxRuntime
 from tests.export.test_trt_builder import needs_rtx
 
@@ -231,8 +230,7 @@ def test_both_runtimes_encode_as_the_reference(any_code: Exported, runtime: type
 def test_a_fitted_code_encodes_held_out_chunks_as_the_reference(
     fitted: Exported, split: EpisodeSplit, form: LinearForm
 ) -> None:
-    episodes = [np.asarray(episode, np.float64) for episode in split.validation.episodes]
-    actions = windows(episodes, 8).reshape(-1, 8, 7).numpy().astype(np.float32)
+    actions = held_out_actions(split)
     session = OnnxRuntime(fitted.encoders[form])
     tokens = session.run({"actions": actions})[0]
     assert share_of_escape(fitted, tokens) < 0.05
