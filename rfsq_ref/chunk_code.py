@@ -53,10 +53,9 @@ class ChunkSizes:
                 "the class to leave room in the first token: fewer classes or a larger vocabulary"
             )
         if self.code_bits > self.num_values * MOST_BITS:
-            most = (self.num_values * MOST_BITS + self.class_bits) // self.token_bits
             raise SettingsError(
                 f"{self.num_tokens} tokens are more than a chunk of {self.num_values} values can use; expected at most "
-                f"{max(most, 1)}"
+                f"{max(self.most_tokens, 1)}"
             )
 
     @property
@@ -67,6 +66,11 @@ class ChunkSizes:
     @property
     def class_bits(self) -> int:
         return (self.num_classes - 1).bit_length()
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens a chunk can use, whatever num_tokens is."""
+        return (self.num_values * MOST_BITS + self.class_bits) // self.token_bits
 
     @property
     def code_bits(self) -> int:
