@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from rfsq.calibration.chunk import ChunkFitConfig, fit_chunk_code
+from rfsq.calibration.chunk import ChunkFitConfig, fit_chunk_code, windows
 from rfsq.export.chunk_plan import ChunkPlan, plan_chunk_code
 from rfsq.rfsq_ref.chunk_code import ChunkConstants, ChunkSizes
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
@@ -42,3 +42,9 @@ def fitted_tokenizer(factory: pytest.TempPathFactory, split: EpisodeSplit) -> Ch
 
     constants = torch.load(once(factory, "chunk_constants.pt", fit), weights_only=True)
     return ChunkTokenizer(FITTED_SIZES, ChunkConstants(**constants)).double()
+
+
+def held_out_actions(split: EpisodeSplit) -> np.ndarray:
+    """Chunks of the validation episodes, float32 [B, 8, 7]."""
+    episodes = [np.asarray(episode, np.float64) for episode in split.validation.episodes]
+    return windows(episodes, FITTED_SIZES.chunk_length).reshape(-1, 8, 7).numpy().astype(np.float32)
