@@ -3,7 +3,8 @@
 The command and its steps:
 
 - build_engine: the command; build_config: what it is asked for; pipeline: the phases of a build
-- deployable: what a build deploys; step_tokens: per-step tokens as such; sources: checkpoint, mode and episodes
+- deployable: what a build deploys; step_tokens, chunk_tokens: either kind as such
+- sources: checkpoint, mode and episodes
 - on_target: `--from-bundle`, without torch; progress: the list of steps that a person watches
 - bundle_writer: writes a bundle beside its place and renames it; fingerprint: the identity of a tokenizer
 
@@ -11,7 +12,8 @@ What is generated:
 
 - plan: the arithmetic, folded; graphs: ONNX of it, put together with graph_builder; c_source: C of it; cuda_source:
   CUDA of it
-- chunk_plan, chunk_graphs: plan and graphs of chunk tokens
+- chunk_plan, chunk_graphs with chunk_builder and chunk_escape, chunk_c_source: the same of chunk tokens
+- onnx_evaluator: runs a graph in numpy
 - engines: compiles what this machine can, with c_builder
 
 How it is judged:

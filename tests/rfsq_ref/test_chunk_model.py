@@ -10,7 +10,7 @@ from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.errors import SettingsError
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.settings import NormaliserKind
-from tests.rfsq_ref.test_chunk_code import random_constants
+from tests.chunk_bundles import random_constants
 
 SIZES = ChunkSizes(action_dim=3, chunk_length=4, num_classes=5, num_tokens=12)
 
