@@ -153,12 +153,15 @@ def _edges(model: ChunkTokenizer, span: Span, random: np.random.Generator) -> It
 
 
 def _grid(model: ChunkTokenizer, random: np.random.Generator) -> Float64Array:
-    """Random chunks [n, T, A] whose values lie on edges of escape's grid, or float32's next number on either side."""
-    count = model.sizes.num_values
+    """Random chunks [n, T, A] whose values lie beside edges of escape's grid: rounding just does not reach across.
+
+    On an edge itself torch, which codes escape in float64, tells nothing of how often float32 errs.
+    """
     levels = 3 * 2 ** random.integers(0, 9, (_GRID, 1))
-    edges = 2 * random.integers(1, levels, (_GRID, count)) / levels - 1
-    actions = _in_robot_units(model, torch.from_numpy(edges)).astype(np.float32)
-    return np.asarray(actions + random.integers(-1, 2, actions.shape) * np.spacing(np.abs(actions)), np.float64)
+    edges = torch.from_numpy(2 * random.integers(1, levels, (_GRID, model.sizes.num_values)) / levels - 1)
+    slack = normalised_chunks(model, torch.from_numpy(_in_robot_units(model, edges))).slack
+    sides = torch.from_numpy(random.choice([-_BESIDE, _BESIDE], edges.shape))
+    return _in_robot_units(model, edges + sides * slack)
 
 
 @torch.no_grad()
