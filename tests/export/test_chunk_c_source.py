@@ -4,6 +4,7 @@ What is judged here is the encoder's class by its cost, and every latent by the 
 """
 
 import ctypes
+import math
 import platform
 import re
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from rfsq.calibration.chunk import fit_chunk_code
 from rfsq.export import chunk_c_source
@@ -22,7 +24,7 @@ from rfsq.export.c_builder import C_FLAGS, HEADER_NAME, SOURCE_NAME
 from rfsq.export.chunk_c_source import c_chunk_tokenizer
 from rfsq.export.chunk_plan import ACTION_LIMIT, plan_chunk_code
 from rfsq.export.errors import BuildInputError
-from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkConstants, ChunkSizes, escape_encode
+from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkConstants, ChunkSizes, escape_bound, escape_encode
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.data import EpisodeSplit
 from rfsq.rfsq_ref.normaliser import Normaliser
@@ -118,12 +120,8 @@ def check_encoder(library: Library, actions: Array) -> Array:
     chunks = tokenizer.normalised(torch.from_numpy(actions).double()).clamp(-1, 1)
     bits = code.bits(torch.from_numpy(found))
     classes, chosen = code.classes(bits), code.choose(chunks)
-    for chunk, own, best in zip(chunks, classes.tolist(), chosen.tolist(), strict=True):
-        if own != best:
-            costs = code.costs(chunk[None])[0]
-            assert own != code.sizes.escape
-            assert best != code.sizes.escape
-            assert float(costs[own]) <= float(costs[best]) * (1 + 1e-5)
+    for row in torch.nonzero(classes != chosen).flatten().tolist():
+        check_near_tie(code, chunks[row], int(classes[row]))
     escaped = classes == code.sizes.escape
     own, rest = classes[~escaped], chunks[~escaped]
     latents = torch.einsum("bn,bnm->bm", rest - code.mean[own], code.basis[own])
@@ -138,6 +136,21 @@ def check_encoder(library: Library, actions: Array) -> Array:
         bits[escaped][:, code.sizes.class_bits :], escape_encode(torch.from_numpy(exact), code.sizes.code_bits)
     )
     return escaped.numpy()
+
+
+def check_near_tie(code: ChunkCode, chunk: Tensor, found: int) -> None:
+    """By less than float32 rounds, the class found keeps the bound, and no other that keeps it is cheaper."""
+    costs, over = code.costs(chunk[None])[0].tolist(), []
+    for index in range(code.sizes.escape):
+        own = torch.tensor([index])
+        latents = (chunk - code.mean[index]) @ code.basis[index]
+        bits = code.code_in(latents[None], own)
+        errors = [(code.decode_in(bits[:, :count], own) - chunk).abs().max() for count in code.budget_bits]
+        bounds = [escape_bound(count, code.sizes.num_values) for count in code.budget_bits]
+        over.append(max(float(error) - bound for error, bound in zip(errors, bounds, strict=True)))
+    assert found == code.sizes.escape or over[found] < 1e-6
+    limit = math.inf if found == code.sizes.escape else costs[found]
+    assert not any(cost * (1 + 1e-5) < limit and most < -1e-6 for cost, most in zip(costs, over, strict=True))
 
 
 def check_decoder(library: Library, tokens: Array) -> None:
