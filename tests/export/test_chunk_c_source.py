@@ -7,6 +7,7 @@ import ctypes
 import math
 import platform
 import re
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -112,11 +113,16 @@ def random_tokens(sizes: ChunkSizes, count: int, length: int, seed: int) -> Arra
 
 def check_encoder(library: Library, actions: Array) -> Array:
     """Which of the chunks are coded by escape: bool [B]."""
-    tokenizer, code = library.tokenizer, library.tokenizer.code
     status, found = library.encode(actions)
     assert status == OK
+    return check_tokens(library.tokenizer, actions, found)
+
+
+def check_tokens(tokenizer: ChunkTokenizer, actions: Array, found: Array) -> Array:
+    """The same of the tokens that an encoder has given."""
+    code = tokenizer.code
     assert found.min() >= 0
-    assert found.max() < 2**library.sizes.token_bits
+    assert found.max() < 2**code.sizes.token_bits
     chunks = tokenizer.normalised(torch.from_numpy(actions).double()).clamp(-1, 1)
     bits = code.bits(torch.from_numpy(found))
     classes, chosen = code.classes(bits), code.choose(chunks)
@@ -154,9 +160,12 @@ def check_near_tie(code: ChunkCode, chunk: Tensor, found: int) -> None:
 
 
 def check_decoder(library: Library, tokens: Array) -> None:
-    tokenizer = library.tokenizer
     status, found = library.decode(tokens)
     assert status == OK
+    check_actions(library.tokenizer, tokens, found)
+
+
+def check_actions(tokenizer: ChunkTokenizer, tokens: Array, found: Array) -> None:
     expected = tokenizer.decode(torch.from_numpy(tokens)).numpy()
     worst = action_errors(expected, found, tokenizer.units.numpy())
     assert worst.value <= DECODE_ERROR, worst
@@ -384,6 +393,20 @@ def test_every_target_gives_the_references_answers(
     library = Library(tmp_path, fitted, (*C_FLAGS, f"-march={target}"), compiler)
     check_encoder(library, held_out[:200])
     check_decoder(library, random_tokens(library.sizes, 400, 45, seed=1))
+
+
+@needs("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross")
+@needs("qemu-aarch64", "qemu-user")
+def test_an_arm_processor_gives_the_references_answers(code: Path, fitted: ChunkTokenizer, held_out: Array) -> None:
+    actions = held_out[:100]
+    # Linked statically: the emulator needs no libraries of that processor.
+    command = ["aarch64-linux-gnu-gcc", *C_FLAGS, "-static", "-I.", FOLDER / "chunk_driver.c", SOURCE_NAME, "-o", "arm"]
+    assert run(command, code) == ""
+    done = subprocess.run(["qemu-aarch64", code / "arm"], input=actions.tobytes(), capture_output=True, check=True)
+    size = len(actions) * 45 * 4
+    tokens = np.frombuffer(done.stdout[:size], np.int32).reshape(-1, 45).copy()
+    assert not check_tokens(fitted, actions, tokens).any()
+    check_actions(fitted, tokens, np.frombuffer(done.stdout[size:], np.float32).reshape(-1, 8, 7))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
