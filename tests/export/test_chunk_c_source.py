@@ -25,7 +25,15 @@ from rfsq.export.c_builder import C_FLAGS, HEADER_NAME, SOURCE_NAME
 from rfsq.export.chunk_c_source import c_chunk_tokenizer
 from rfsq.export.chunk_plan import ACTION_LIMIT, plan_chunk_code
 from rfsq.export.errors import BuildInputError
-from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkConstants, ChunkSizes, escape_bound, escape_encode
+from rfsq.rfsq_ref.chunk_code import (
+    MOST_BITS,
+    WIDTH,
+    ChunkCode,
+    ChunkConstants,
+    ChunkSizes,
+    escape_bound,
+    escape_encode,
+)
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.data import EpisodeSplit
 from rfsq.rfsq_ref.normaliser import Normaliser
@@ -266,6 +274,26 @@ def test_of_classes_that_cost_the_same_the_first_is_sent(tmp_path: Path) -> None
     found = set((tokens[:, 0] >> 7).tolist())
     assert 0 in found
     assert found <= {0, sizes.escape}
+
+
+def test_a_latent_has_cells_as_far_out_as_tanh_tells_them_apart(tmp_path: Path) -> None:
+    """One latent of 17 bits, in every cell to the last; so narrow that escape is no better anywhere."""
+    sizes = ChunkSizes(1, 1, num_classes=2, token_bits=9, num_tokens=2)
+    constants = ChunkConstants(
+        mean=torch.zeros(1, 1),
+        basis=torch.ones(1, 1, 1),
+        scale=torch.full((1, 1), 5e-4),
+        gain=torch.ones(1, 1, MOST_BITS + 1),
+        order=torch.zeros(1, 17, dtype=torch.long),
+        budgets=(2,),
+        weights=torch.ones(1),
+    )
+    library = Library(tmp_path, ChunkTokenizer(sizes, constants).double())
+    reach = 6.5 * WIDTH * 5e-4
+    actions = np.linspace(-reach, reach, 20_001, dtype=np.float32).reshape(-1, 1, 1)
+    assert not check_encoder(library, actions).any()
+    _, tokens = library.encode(actions)
+    assert tokens[[0, -1]].tolist() == [[0, 0], [255, 511]]
 
 
 def test_the_largest_legal_actions_are_coded_as_the_ends(tmp_path: Path) -> None:
