@@ -4,8 +4,10 @@ What is judged here is the encoder's class by its cost, and every latent by the 
 """
 
 import ctypes
+import math
 import platform
 import re
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from rfsq.calibration.chunk import fit_chunk_code
 from rfsq.export import chunk_c_source
@@ -22,7 +25,15 @@ from rfsq.export.c_builder import C_FLAGS, HEADER_NAME, SOURCE_NAME
 from rfsq.export.chunk_c_source import c_chunk_tokenizer
 from rfsq.export.chunk_plan import ACTION_LIMIT, plan_chunk_code
 from rfsq.export.errors import BuildInputError
-from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkConstants, ChunkSizes, escape_encode
+from rfsq.rfsq_ref.chunk_code import (
+    MOST_BITS,
+    WIDTH,
+    ChunkCode,
+    ChunkConstants,
+    ChunkSizes,
+    escape_bound,
+    escape_encode,
+)
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.data import EpisodeSplit
 from rfsq.rfsq_ref.normaliser import Normaliser
@@ -110,20 +121,21 @@ def random_tokens(sizes: ChunkSizes, count: int, length: int, seed: int) -> Arra
 
 def check_encoder(library: Library, actions: Array) -> Array:
     """Which of the chunks are coded by escape: bool [B]."""
-    tokenizer, code = library.tokenizer, library.tokenizer.code
     status, found = library.encode(actions)
     assert status == OK
+    return check_tokens(library.tokenizer, actions, found)
+
+
+def check_tokens(tokenizer: ChunkTokenizer, actions: Array, found: Array) -> Array:
+    """The same of the tokens that an encoder has given."""
+    code = tokenizer.code
     assert found.min() >= 0
-    assert found.max() < 2**library.sizes.token_bits
+    assert found.max() < 2**code.sizes.token_bits
     chunks = tokenizer.normalised(torch.from_numpy(actions).double()).clamp(-1, 1)
     bits = code.bits(torch.from_numpy(found))
     classes, chosen = code.classes(bits), code.choose(chunks)
-    for chunk, own, best in zip(chunks, classes.tolist(), chosen.tolist(), strict=True):
-        if own != best:
-            costs = code.costs(chunk[None])[0]
-            assert own != code.sizes.escape
-            assert best != code.sizes.escape
-            assert float(costs[own]) <= float(costs[best]) * (1 + 1e-5)
+    for row in torch.nonzero(classes != chosen).flatten().tolist():
+        check_near_tie(code, chunks[row], int(classes[row]))
     escaped = classes == code.sizes.escape
     own, rest = classes[~escaped], chunks[~escaped]
     latents = torch.einsum("bn,bnm->bm", rest - code.mean[own], code.basis[own])
@@ -140,10 +152,28 @@ def check_encoder(library: Library, actions: Array) -> Array:
     return escaped.numpy()
 
 
+def check_near_tie(code: ChunkCode, chunk: Tensor, found: int) -> None:
+    """By less than float32 rounds, the class found keeps the bound, and no other that keeps it is cheaper."""
+    costs, over = code.costs(chunk[None])[0].tolist(), []
+    for index in range(code.sizes.escape):
+        own = torch.tensor([index])
+        latents = (chunk - code.mean[index]) @ code.basis[index]
+        bits = code.code_in(latents[None], own)
+        errors = [(code.decode_in(bits[:, :count], own) - chunk).abs().max() for count in code.budget_bits]
+        bounds = [escape_bound(count, code.sizes.num_values) for count in code.budget_bits]
+        over.append(max(float(error) - bound for error, bound in zip(errors, bounds, strict=True)))
+    assert found == code.sizes.escape or over[found] < 1e-6
+    limit = math.inf if found == code.sizes.escape else costs[found]
+    assert not any(cost * (1 + 1e-5) < limit and most < -1e-6 for cost, most in zip(costs, over, strict=True))
+
+
 def check_decoder(library: Library, tokens: Array) -> None:
-    tokenizer = library.tokenizer
     status, found = library.decode(tokens)
     assert status == OK
+    check_actions(library.tokenizer, tokens, found)
+
+
+def check_actions(tokenizer: ChunkTokenizer, tokens: Array, found: Array) -> None:
     expected = tokenizer.decode(torch.from_numpy(tokens)).numpy()
     worst = action_errors(expected, found, tokenizer.units.numpy())
     assert worst.value <= DECODE_ERROR, worst
@@ -244,6 +274,26 @@ def test_of_classes_that_cost_the_same_the_first_is_sent(tmp_path: Path) -> None
     found = set((tokens[:, 0] >> 7).tolist())
     assert 0 in found
     assert found <= {0, sizes.escape}
+
+
+def test_a_latent_has_cells_as_far_out_as_tanh_tells_them_apart(tmp_path: Path) -> None:
+    """One latent of 17 bits, in every cell to the last; so narrow that escape is no better anywhere."""
+    sizes = ChunkSizes(1, 1, num_classes=2, token_bits=9, num_tokens=2)
+    constants = ChunkConstants(
+        mean=torch.zeros(1, 1),
+        basis=torch.ones(1, 1, 1),
+        scale=torch.full((1, 1), 5e-4),
+        gain=torch.ones(1, 1, MOST_BITS + 1),
+        order=torch.zeros(1, 17, dtype=torch.long),
+        budgets=(2,),
+        weights=torch.ones(1),
+    )
+    library = Library(tmp_path, ChunkTokenizer(sizes, constants).double())
+    reach = 6.5 * WIDTH * 5e-4
+    actions = np.linspace(-reach, reach, 20_001, dtype=np.float32).reshape(-1, 1, 1)
+    assert not check_encoder(library, actions).any()
+    _, tokens = library.encode(actions)
+    assert tokens[[0, -1]].tolist() == [[0, 0], [255, 511]]
 
 
 def test_the_largest_legal_actions_are_coded_as_the_ends(tmp_path: Path) -> None:
@@ -371,6 +421,20 @@ def test_every_target_gives_the_references_answers(
     library = Library(tmp_path, fitted, (*C_FLAGS, f"-march={target}"), compiler)
     check_encoder(library, held_out[:200])
     check_decoder(library, random_tokens(library.sizes, 400, 45, seed=1))
+
+
+@needs("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu libc6-dev-arm64-cross")
+@needs("qemu-aarch64", "qemu-user")
+def test_an_arm_processor_gives_the_references_answers(code: Path, fitted: ChunkTokenizer, held_out: Array) -> None:
+    actions = held_out[:100]
+    # Linked statically: the emulator needs no libraries of that processor.
+    command = ["aarch64-linux-gnu-gcc", *C_FLAGS, "-static", "-I.", FOLDER / "chunk_driver.c", SOURCE_NAME, "-o", "arm"]
+    assert run(command, code) == ""
+    done = subprocess.run(["qemu-aarch64", code / "arm"], input=actions.tobytes(), capture_output=True, check=True)
+    size = len(actions) * 45 * 4
+    tokens = np.frombuffer(done.stdout[:size], np.int32).reshape(-1, 45).copy()
+    assert not check_tokens(fitted, actions, tokens).any()
+    check_actions(fitted, tokens, np.frombuffer(done.stdout[size:], np.float32).reshape(-1, 8, 7))
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
