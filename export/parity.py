@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx.reference
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.logger import G_LOGGER
 from tqdm import tqdm
@@ -23,6 +22,8 @@ from tqdm import tqdm
 # Before Polygraphy opens ONNX Runtime: switches its telemetry off.
 import rfsq.runtime.backends.onnxruntime  # noqa: F401
 from rfsq.calibration.readout import held_out_warning
+from rfsq.export.chunk_reference import ChunkReference
+from rfsq.export.onnx_evaluator import onnx_evaluator
 from rfsq.export.proving import failures
 from rfsq.export.reference import AS_TRAINED, EDGES, REFITTED, Answers, Reference, Section
 from rfsq.runtime.backends.contract import Backend, judged
@@ -34,7 +35,8 @@ from rfsq.runtime.bundle.console import aligned
 from rfsq.runtime.bundle.fidelity import Fidelity
 from rfsq.runtime.bundle.gates import GATES
 from rfsq.runtime.bundle.golden import Golden
-from rfsq.runtime.bundle.manifest import GraphEntry, ModelEntry, ParityEntry
+from rfsq.runtime.bundle.manifest import GraphEntry, ParityEntry
+from rfsq.runtime.bundle.models import ModelEntry
 
 _Arrays = Mapping[str, npt.NDArray[Any]]
 #: Control steps judged at once: large enough to be fast, small enough that float64 margins stay in a few hundred MB.
@@ -43,7 +45,7 @@ _BATCH_STEPS = 8192
 _GOLDEN_STEPS = 192
 
 
-def batches(reference: Reference, sections: Sequence[Section]) -> Iterator[Answers]:
+def batches(reference: Reference | ChunkReference, sections: Sequence[Section]) -> Iterator[Answers]:
     """The reference's answers to every section, a few thousand steps at a time."""
     for section in sections:
         chunks = max(_BATCH_STEPS // section.actions.shape[1], 1)
@@ -51,7 +53,7 @@ def batches(reference: Reference, sections: Sequence[Section]) -> Iterator[Answe
             yield reference.answer(section.actions[start : start + chunks])
 
 
-def golden_vectors(reference: Reference, sections: Sequence[Section]) -> Golden:
+def golden_vectors(reference: Reference | ChunkReference, sections: Sequence[Section]) -> Golden:
     """What the robot replays: the first chunks of every section and all of the edges.
 
     But for chunks whose statistics float32 cannot give, in a `dynamic` model.
@@ -70,15 +72,16 @@ class Judge:
     """Collects what one backend, or a variant of it, gets wrong, batch by batch."""
 
     backend: Backend
-    reference: Reference
+    reference: Reference | ChunkReference
     model: ModelEntry
     variant: str
     seed: int
     found: list[TokenComparison] = field(default_factory=list)
     float32: list[TokenComparison] = field(default_factory=list)
     near_tie_cap: int = 0
-    decode_errors: dict[int, float] = field(default_factory=dict)
+    decode_errors: dict[str, float] = field(default_factory=dict)
     stats_error: float = 0.0
+    num_steps: int = 0
 
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(self.seed)
@@ -86,6 +89,7 @@ class Judge:
     def judge(self, answers: Answers) -> None:
         """Run the backend on one batch and keep the worst of every gate."""
         golden = answers.golden
+        self.num_steps += golden.actions[..., 0].size
         tokens = np.empty_like(golden.tokens)
         stats = None if golden.stats is None else np.empty_like(golden.stats)
         self.backend.encode_into(golden.actions, tokens, stats)
@@ -96,20 +100,20 @@ class Judge:
             # Behind a flip the statistics are those of another residual.
             steady = ~(golden.tokens != tokens).any(axis=(-2, -1)) & answers.has_float32_stats
             self.stats_error = max(self.stats_error, action_errors(golden.stats[steady], stats[steady], 1.0).value)
-        for prefix, expected in golden.decoded.items():
-            part = None if golden.stats is None else np.ascontiguousarray(golden.stats[..., :prefix, :])
-            self._judge_decoding(np.ascontiguousarray(golden.tokens[..., :prefix]), part, expected)
+        for prefix, rows, expected in golden.decodings():
+            part = None if golden.stats is None else np.ascontiguousarray(golden.stats[rows, ..., :prefix, :])
+            given = np.ascontiguousarray(golden.tokens[rows, ..., :prefix])
+            self._judge_decoding(given, part, expected)
             # A policy may send tokens that no encoder gives.
-            any_tokens = self._random.integers(self.model.num_levels, size=tokens.shape, dtype=np.int32)
-            any_tokens = np.ascontiguousarray(any_tokens[..., :prefix])
+            any_tokens = self._random.integers(self.model.vocabulary, size=given.shape, dtype=np.int32)
             self._judge_decoding(any_tokens, part, self.reference.decode(any_tokens, part))
 
     def _judge_decoding(self, tokens: Int32Array, stats: Float32Array | None, expected: Float64Array) -> None:
-        prefix = tokens.shape[-1]
+        decoder = self.model.decoder_of(tokens.shape[-1])
         found = np.empty(expected.shape, np.float32)
         self.backend.decode_into(tokens, stats, found)
         worst = action_errors(expected, found, self.model.action_units).value
-        self.decode_errors[prefix] = max(self.decode_errors.get(prefix, 0.0), worst)
+        self.decode_errors[decoder] = max(self.decode_errors.get(decoder, 0.0), worst)
 
     def entries(self) -> tuple[ParityEntry, ...]:
         """One per gate; `value` above `limit` is a failure."""
@@ -118,17 +122,18 @@ class Judge:
 
         def entry(gate: str, value: float, limit: float, detail: str = "") -> ParityEntry:
             return ParityEntry(
-                self.backend.name, variant + gate, found.num_steps, value, limit, detail, self.backend.device
+                self.backend.name, variant + gate, self.num_steps, value, limit, detail, self.backend.device
             )
 
-        near_ties = f"L0 to L{self.model.num_layers - 1}: {_counts(found)}; torch float32: {_counts(float32)}"
+        near_ties = f"L0 to L{self.model.depth - 1}: {_counts(found)}; torch float32: {_counts(float32)}"
         return (
             entry("encode: wrong tokens", found.num_wrong, GATES.wrong_tokens, str(found.first_wrong or "")),
             entry("encode: near-tie flips", found.num_near_ties, self.near_tie_cap, near_ties),
             *([entry("encode: stats error", self.stats_error, GATES.stats_error)] if self.model.has_stats else []),
             *(
-                entry(f"decode {layers} layers: action error", error, GATES.action_error)
-                for layers, error in sorted(self.decode_errors.items())
+                entry(f"decode {decoder}: action error", self.decode_errors[decoder], GATES.action_error)
+                for decoder in self.model.decoders
+                if decoder in self.decode_errors
             ),
             *(
                 entry(check.gate, check.value, check.limit, check.detail)
@@ -137,7 +142,9 @@ class Judge:
         )
 
 
-def judges_of(backends: Sequence[Backend], reference: Reference, model: ModelEntry, *, seed: int = 0) -> list[Judge]:
+def judges_of(
+    backends: Sequence[Backend], reference: Reference | ChunkReference, model: ModelEntry, *, seed: int = 0
+) -> list[Judge]:
     """One for every backend and each of its variants."""
     return [
         Judge(judged_backend, reference, model, variant, seed)
@@ -153,7 +160,7 @@ def _counts(comparison: TokenComparison) -> str:
 def prove(
     model: ModelEntry,
     golden: Golden,
-    reference: Reference,
+    reference: Reference | ChunkReference,
     sections: Sequence[Section],
     backends: Sequence[Backend],
 ) -> tuple[tuple[ParityEntry, ...], list[str]]:
@@ -164,7 +171,7 @@ def prove(
         for answers in batches(reference, sections):
             for judge in judges:
                 judge.judge(answers)
-            progress.update(answers.float32.num_steps)
+            progress.update(answers.golden.actions[..., 0].size)
     parity = tuple(entry for judge in judges for entry in judge.entries())
     problems = failures(parity)
     for backend in backends:
@@ -190,7 +197,11 @@ def closing_tables(
     if quality:
         rows = [(name, f"{value:.3e}") for name, value in quality.items()]
         heads = (f"{judged_on}, decoded from", "action MSE, normalised units²")
-        remark = held_out_warning(quality[AS_TRAINED], quality.get(REFITTED), judged_on, "normalised units²")
+        remark = (
+            held_out_warning(quality[AS_TRAINED], quality.get(REFITTED), judged_on, "normalised units²")
+            if AS_TRAINED in quality
+            else ""
+        )
         parts.append("\n".join((*aligned([heads, *rows], is_ruled=True), *filter(None, [remark]))))
     if verdict is not None:
         parts.append(verdict.table(f"{judged_on}, all layers"))
@@ -228,28 +239,39 @@ def check_graph(entry: GraphEntry, onnx_bytes: bytes) -> list[str]:
 
 def cross_check(entry: GraphEntry, onnx_bytes: bytes, golden: Golden, model: ModelEntry) -> list[str]:
     """Run the graph on two independent runtimes; a line for everything in which either leaves the reference."""
-    feed = _feed(entry, golden)
-    evaluator = onnx.reference.ReferenceEvaluator(onnx.load_model_from_string(onnx_bytes))
+    evaluator = onnx_evaluator(onnx_bytes)
     session = SessionFromOnnx(onnx_bytes, providers=["cpu"])
+    problems = []
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), OnnxrtRunner(session) as runtime:
-        answers = {
-            "ONNX Runtime": runtime.infer(feed),
-            "onnx reference evaluator": dict(zip(evaluator.output_names, evaluator.run(None, feed), strict=True)),
-        }
-    judged = ((name, _disagreement(entry, golden, model, outputs)) for name, outputs in answers.items())
-    return [f"{entry.file} on {name}: {wrong}" for name, wrong in judged if wrong]
+        for feed, expected in _feeds(entry, golden, model):
+            answers = {
+                "ONNX Runtime": runtime.infer(feed),
+                "onnx reference evaluator": dict(zip(evaluator.output_names, evaluator.run(None, feed), strict=True)),
+            }
+            judged = ((name, _disagreement(entry, golden, model, expected, found)) for name, found in answers.items())
+            problems += [f"{entry.file} on {name}: {wrong}" for name, wrong in judged if wrong]
+    return problems
 
 
-def _feed(entry: GraphEntry, golden: Golden) -> dict[str, npt.NDArray[Any]]:
+_Feed = dict[str, npt.NDArray[Any]]
+
+
+def _feeds(entry: GraphEntry, golden: Golden, model: ModelEntry) -> Iterator[tuple[_Feed, Float64Array]]:
+    """What the graph is run on, and what a decoder is to make of it."""
     if entry.role == "encoder":
-        return {"actions": golden.actions}
-    feed: dict[str, npt.NDArray[Any]] = {"tokens": np.ascontiguousarray(golden.tokens[..., : entry.prefix])}
-    if golden.stats is not None:
-        feed["stats"] = np.ascontiguousarray(golden.stats[..., : entry.prefix, :])
-    return feed
+        yield {"actions": golden.actions}, golden.decoded[model.depth]
+        return
+    for prefix, rows, expected in golden.decodings():
+        if model.graph_of(prefix) == entry.prefix:
+            feed: _Feed = {"tokens": np.ascontiguousarray(golden.tokens[rows, ..., :prefix])}
+            if golden.stats is not None:
+                feed["stats"] = np.ascontiguousarray(golden.stats[rows, ..., :prefix, :])
+            yield feed, expected
 
 
-def _disagreement(entry: GraphEntry, golden: Golden, model: ModelEntry, outputs: _Arrays) -> str:
+def _disagreement(
+    entry: GraphEntry, golden: Golden, model: ModelEntry, expected: Float64Array, outputs: _Arrays
+) -> str:
     if entry.role == "encoder":
         compared = golden.compared(outputs["tokens"], model)
         if compared.num_wrong:
@@ -261,7 +283,7 @@ def _disagreement(entry: GraphEntry, golden: Golden, model: ModelEntry, outputs:
             if not stats_error <= GATES.stats_error:
                 return f"stats error {stats_error:g}, expected at most {GATES.stats_error:g}"
         return ""
-    error = action_errors(golden.decoded[entry.prefix], outputs["actions"], model.action_units)
+    error = action_errors(expected, outputs["actions"], model.action_units)
     if error.value <= GATES.action_error:
         return ""
     return f"action error {error.value:g}, expected at most {GATES.action_error:g}: {error}"

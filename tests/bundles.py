@@ -15,7 +15,8 @@ from rfsq.export.bundle_writer import stage_bundle
 from rfsq.export.c_builder import compile_c
 from rfsq.export.c_source import CTokenizer, c_tokenizer
 from rfsq.export.cuda_source import cuda_tokenizer
-from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
+from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graphs import decoder_graph, encoder_graph
 from rfsq.export.plan import (
     DecoderPlan,
     DeployMode,
@@ -42,11 +43,11 @@ from rfsq.runtime.bundle.manifest import (
     EngineEntry,
     GraphEntry,
     Manifest,
-    ModelEntry,
     ParityEntry,
     QualityEntry,
     graph_tensors,
 )
+from rfsq.runtime.bundle.models import ModelEntry, StepModel
 
 SMALL = ModelConfig(action_dim=3, latent_dim=4, hidden_width=8, num_layers=3, num_levels=5)
 ENGINE = b"not an engine, but bytes to be hashed"
@@ -252,7 +253,7 @@ def quality_of(manifest: Manifest, error: float = 0.01) -> QualityEntry:
 
 def make_manifest(deployed: Deployed) -> Manifest:
     recipe, model = deployed.recipe, deployed.reference
-    entry = ModelEntry(
+    entry = StepModel(
         mode=recipe.mode.value,
         chunk_length=recipe.chunk_length,
         action_dim=recipe.config.action_dim,
@@ -288,7 +289,7 @@ def make_manifest(deployed: Deployed) -> Manifest:
 def proven(backend: str, device: str, model: ModelEntry) -> tuple[ParityEntry, ...]:
     """What a build records that has run all gates."""
     refusal = promised_refusal(backend, model.chunk_length)
-    gates = missing_gates((), model.prefixes, has_stats=model.has_stats, refusal=refusal)
+    gates = missing_gates((), model.decoders, has_stats=model.has_stats, refusal=refusal)
     return tuple(ParityEntry(backend, gate, 120_000, 0, 0, "", device) for gate in gates)
 
 

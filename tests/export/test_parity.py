@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
+from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graphs import decoder_graph, encoder_graph
 from rfsq.export.parity import Judge, batches, golden_vectors
 from rfsq.export.plan import DeployMode, action_limit, plan_decoder, plan_encoder
 from rfsq.export.proving import failures
@@ -23,7 +24,14 @@ from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.runtime.backends.onnxruntime import OrtBackend
 from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.folder import Bundle
-from rfsq.runtime.bundle.manifest import SCHEMA_VERSION, GraphEntry, Manifest, ModelEntry, ParityEntry, graph_tensors
+from rfsq.runtime.bundle.manifest import (
+    SCHEMA_VERSION,
+    GraphEntry,
+    Manifest,
+    ParityEntry,
+    graph_tensors,
+)
+from rfsq.runtime.bundle.models import ModelEntry, StepModel
 from tests.export.plan_numpy import PlanBackend, exact
 
 #: The edges, which tell most, come on top of the steps: 2,500 or more.
@@ -49,7 +57,7 @@ class Case:
         sizes = checkpoint.config
         limit = action_limit(plan_encoder(reference.model, mode, CHUNK))
         sections = parity_sections(reference.model, held_out, chunk_length=CHUNK, limit=limit, num_steps=STEPS)
-        model = ModelEntry(
+        model = StepModel(
             mode=mode.value,
             chunk_length=CHUNK,
             action_dim=sizes.action_dim,
