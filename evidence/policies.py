@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.recording import recorded
 from rfsq.rfsq_ref.settings import check_positive
 
 #: A target where a sequence has no token: it is not trained.
@@ -138,11 +139,8 @@ class RegressionPolicy(TokenPolicy):
         return logits[:, 0]
 
 
-def train_policy(policy: TokenPolicy, contexts: Tensor, targets: Tensor, seed: int, *, record: bool = True) -> float:
-    """Train on contexts [n, C] and targets, one row for each, on the device where they are: the last steps' mean loss.
-
-    On a GPU a step is recorded once and replayed: launching its small kernels one by one would take most of the time.
-    """
+def train_policy(policy: TokenPolicy, contexts: Tensor, targets: Tensor, seed: int) -> float:
+    """Train on contexts [n, C] and targets, one row for each, on their device: the last steps' mean loss."""
     config, device = policy.config, contexts.device
     generator = torch.Generator(device=device).manual_seed(seed)
     rows = torch.zeros(config.batch, dtype=torch.long, device=device)
@@ -159,19 +157,8 @@ def train_policy(policy: TokenPolicy, contexts: Tensor, targets: Tensor, seed: i
         loss.lerp_(found.detach(), 0.05)
 
     policy.train()
-    run = step
-    if record and device.type == "cuda":
-        # Captured with a learning rate of 0 and on the real batch, so that recording trains nothing.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        run = graph.replay
+    # Recorded at a learning rate of 0, which trains nothing.
+    run = recorded(step) if device.type == "cuda" else step
     for index in range(config.steps):
         rows.copy_(torch.randint(len(contexts), (config.batch,), generator=generator, device=device))
         rate.fill_(config.rate(index))
