@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rfsq.rfsq_ref.chunk_code import MOST_BITS, WIDTH, ChunkCode, ChunkConstants, ChunkSizes, gain_range
+from rfsq.rfsq_ref.chunk_code import MOST_BITS, WIDTH, ChunkCode, ChunkConstants, ChunkSizes, cell_middles, gain_range
 
 #: Parents, from which the classes are split.
 _PARENTS = 15
@@ -43,12 +43,6 @@ def windows(episodes: Sequence[npt.NDArray[np.floating]], length: int) -> Tensor
         view = np.lib.stride_tricks.sliding_window_view(filled, length, axis=0).transpose(0, 2, 1)
         found.append(view.reshape(len(view), -1))
     return torch.from_numpy(np.concatenate(found).astype(np.float64))
-
-
-def cell_middles(y: Tensor, bits: Tensor | int) -> Tensor:
-    """The middle of the cell that each companded latent is in, for so many bits; 0 for none."""
-    half = torch.exp2(torch.as_tensor(bits, dtype=y.dtype) - 1)
-    return ((torch.floor(y * half) + 0.5) / half).clamp(-1 + 0.5 / half, 1 - 0.5 / half)
 
 
 @cache

@@ -2,13 +2,15 @@
 
 The command and its steps:
 
-- build_engine: the command; pipeline: a build from a checkpoint; on_target: `--from-bundle`, without torch
-- sources: checkpoint, mode and episodes; progress: the list of steps that a person watches
+- build_engine: the command; build_config: what it is asked for; pipeline: the phases of a build
+- deployable: what a build deploys; step_tokens: per-step tokens as such; sources: checkpoint, mode and episodes
+- on_target: `--from-bundle`, without torch; progress: the list of steps that a person watches
 - bundle_writer: writes a bundle beside its place and renames it; fingerprint: the identity of a tokenizer
 
 What is generated:
 
 - plan: the arithmetic, folded; graphs: ONNX of it; c_source: C of it; cuda_source: CUDA of it
+- chunk_plan: the same of chunk tokens
 - engines: compiles what this machine can, with c_builder
 
 How it is judged:

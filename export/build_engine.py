@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from rfsq.export.errors import BuildInputError
 from rfsq.runtime.bundle.advice import command
 from rfsq.runtime.bundle.command import DATA_FORMATS, CommandParser, Outcome, path_argument, refuse_idle_choices, run
-from rfsq.runtime.bundle.modes import MODES
+from rfsq.runtime.bundle.modes import STEP_MODES
 
 if TYPE_CHECKING:
+    from rfsq.export.build_config import BuildConfig
     from rfsq.export.on_target import TargetConfig
-    from rfsq.export.pipeline import BuildConfig
     from rfsq.runtime.bundle.manifest import Manifest
 
 #: The system, a closed terminal, a reader that has left.
@@ -75,7 +75,7 @@ def parser() -> CommandParser:
         metavar="F",
         help="JSON with kind, offset and scale, folded into the engines",
     )
-    parser.add_argument("--conditioning", choices=MODES, help="default: calibrated if robust")
+    parser.add_argument("--conditioning", choices=STEP_MODES, help="default: calibrated if robust")
     parser.add_argument(
         "--readout", choices=_READOUTS,
         help="refit the decoder's last layer for calibrated tokens; default: auto, where it wins on calibration "
@@ -111,7 +111,7 @@ def config_of(options: argparse.Namespace) -> BuildConfig | TargetConfig:
     refuse_idle_choices(options)
     # Here, because a robot that adds engines has no torch.
     from rfsq.calibration.settings import ReadoutChoice
-    from rfsq.export.pipeline import BuildConfig
+    from rfsq.export.build_config import BuildConfig
     from rfsq.export.plan import DeployMode
 
     if "readout" in given:

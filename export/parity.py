@@ -34,7 +34,8 @@ from rfsq.runtime.bundle.console import aligned
 from rfsq.runtime.bundle.fidelity import Fidelity
 from rfsq.runtime.bundle.gates import GATES
 from rfsq.runtime.bundle.golden import Golden
-from rfsq.runtime.bundle.manifest import GraphEntry, ModelEntry, ParityEntry
+from rfsq.runtime.bundle.manifest import GraphEntry, ParityEntry
+from rfsq.runtime.bundle.models import ModelEntry
 
 _Arrays = Mapping[str, npt.NDArray[Any]]
 #: Control steps judged at once: large enough to be fast, small enough that float64 margins stay in a few hundred MB.
@@ -77,8 +78,9 @@ class Judge:
     found: list[TokenComparison] = field(default_factory=list)
     float32: list[TokenComparison] = field(default_factory=list)
     near_tie_cap: int = 0
-    decode_errors: dict[int, float] = field(default_factory=dict)
+    decode_errors: dict[str, float] = field(default_factory=dict)
     stats_error: float = 0.0
+    num_steps: int = 0
 
     def __post_init__(self) -> None:
         self._random = np.random.default_rng(self.seed)
@@ -86,6 +88,7 @@ class Judge:
     def judge(self, answers: Answers) -> None:
         """Run the backend on one batch and keep the worst of every gate."""
         golden = answers.golden
+        self.num_steps += golden.actions[..., 0].size
         tokens = np.empty_like(golden.tokens)
         stats = None if golden.stats is None else np.empty_like(golden.stats)
         self.backend.encode_into(golden.actions, tokens, stats)
@@ -96,20 +99,20 @@ class Judge:
             # Behind a flip the statistics are those of another residual.
             steady = ~(golden.tokens != tokens).any(axis=(-2, -1)) & answers.has_float32_stats
             self.stats_error = max(self.stats_error, action_errors(golden.stats[steady], stats[steady], 1.0).value)
-        for prefix, expected in golden.decoded.items():
-            part = None if golden.stats is None else np.ascontiguousarray(golden.stats[..., :prefix, :])
-            self._judge_decoding(np.ascontiguousarray(golden.tokens[..., :prefix]), part, expected)
+        for prefix, rows, expected in golden.decodings():
+            part = None if golden.stats is None else np.ascontiguousarray(golden.stats[rows, ..., :prefix, :])
+            given = np.ascontiguousarray(golden.tokens[rows, ..., :prefix])
+            self._judge_decoding(given, part, expected)
             # A policy may send tokens that no encoder gives.
-            any_tokens = self._random.integers(self.model.num_levels, size=tokens.shape, dtype=np.int32)
-            any_tokens = np.ascontiguousarray(any_tokens[..., :prefix])
+            any_tokens = self._random.integers(self.model.vocabulary, size=given.shape, dtype=np.int32)
             self._judge_decoding(any_tokens, part, self.reference.decode(any_tokens, part))
 
     def _judge_decoding(self, tokens: Int32Array, stats: Float32Array | None, expected: Float64Array) -> None:
-        prefix = tokens.shape[-1]
+        decoder = self.model.decoder_of(tokens.shape[-1])
         found = np.empty(expected.shape, np.float32)
         self.backend.decode_into(tokens, stats, found)
         worst = action_errors(expected, found, self.model.action_units).value
-        self.decode_errors[prefix] = max(self.decode_errors.get(prefix, 0.0), worst)
+        self.decode_errors[decoder] = max(self.decode_errors.get(decoder, 0.0), worst)
 
     def entries(self) -> tuple[ParityEntry, ...]:
         """One per gate; `value` above `limit` is a failure."""
@@ -118,17 +121,18 @@ class Judge:
 
         def entry(gate: str, value: float, limit: float, detail: str = "") -> ParityEntry:
             return ParityEntry(
-                self.backend.name, variant + gate, found.num_steps, value, limit, detail, self.backend.device
+                self.backend.name, variant + gate, self.num_steps, value, limit, detail, self.backend.device
             )
 
-        near_ties = f"L0 to L{self.model.num_layers - 1}: {_counts(found)}; torch float32: {_counts(float32)}"
+        near_ties = f"L0 to L{self.model.depth - 1}: {_counts(found)}; torch float32: {_counts(float32)}"
         return (
             entry("encode: wrong tokens", found.num_wrong, GATES.wrong_tokens, str(found.first_wrong or "")),
             entry("encode: near-tie flips", found.num_near_ties, self.near_tie_cap, near_ties),
             *([entry("encode: stats error", self.stats_error, GATES.stats_error)] if self.model.has_stats else []),
             *(
-                entry(f"decode {layers} layers: action error", error, GATES.action_error)
-                for layers, error in sorted(self.decode_errors.items())
+                entry(f"decode {decoder}: action error", self.decode_errors[decoder], GATES.action_error)
+                for decoder in self.model.decoders
+                if decoder in self.decode_errors
             ),
             *(
                 entry(check.gate, check.value, check.limit, check.detail)
@@ -164,7 +168,7 @@ def prove(
         for answers in batches(reference, sections):
             for judge in judges:
                 judge.judge(answers)
-            progress.update(answers.float32.num_steps)
+            progress.update(answers.golden.actions[..., 0].size)
     parity = tuple(entry for judge in judges for entry in judge.entries())
     problems = failures(parity)
     for backend in backends:
@@ -228,28 +232,39 @@ def check_graph(entry: GraphEntry, onnx_bytes: bytes) -> list[str]:
 
 def cross_check(entry: GraphEntry, onnx_bytes: bytes, golden: Golden, model: ModelEntry) -> list[str]:
     """Run the graph on two independent runtimes; a line for everything in which either leaves the reference."""
-    feed = _feed(entry, golden)
     evaluator = onnx.reference.ReferenceEvaluator(onnx.load_model_from_string(onnx_bytes))
     session = SessionFromOnnx(onnx_bytes, providers=["cpu"])
+    problems = []
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), OnnxrtRunner(session) as runtime:
-        answers = {
-            "ONNX Runtime": runtime.infer(feed),
-            "onnx reference evaluator": dict(zip(evaluator.output_names, evaluator.run(None, feed), strict=True)),
-        }
-    judged = ((name, _disagreement(entry, golden, model, outputs)) for name, outputs in answers.items())
-    return [f"{entry.file} on {name}: {wrong}" for name, wrong in judged if wrong]
+        for feed, expected in _feeds(entry, golden, model):
+            answers = {
+                "ONNX Runtime": runtime.infer(feed),
+                "onnx reference evaluator": dict(zip(evaluator.output_names, evaluator.run(None, feed), strict=True)),
+            }
+            judged = ((name, _disagreement(entry, golden, model, expected, found)) for name, found in answers.items())
+            problems += [f"{entry.file} on {name}: {wrong}" for name, wrong in judged if wrong]
+    return problems
 
 
-def _feed(entry: GraphEntry, golden: Golden) -> dict[str, npt.NDArray[Any]]:
+_Feed = dict[str, npt.NDArray[Any]]
+
+
+def _feeds(entry: GraphEntry, golden: Golden, model: ModelEntry) -> Iterator[tuple[_Feed, Float64Array]]:
+    """What the graph is run on, and what a decoder is to make of it."""
     if entry.role == "encoder":
-        return {"actions": golden.actions}
-    feed: dict[str, npt.NDArray[Any]] = {"tokens": np.ascontiguousarray(golden.tokens[..., : entry.prefix])}
-    if golden.stats is not None:
-        feed["stats"] = np.ascontiguousarray(golden.stats[..., : entry.prefix, :])
-    return feed
+        yield {"actions": golden.actions}, golden.decoded[model.depth]
+        return
+    for prefix, rows, expected in golden.decodings():
+        if model.graph_of(prefix) == entry.prefix:
+            feed: _Feed = {"tokens": np.ascontiguousarray(golden.tokens[rows, ..., :prefix])}
+            if golden.stats is not None:
+                feed["stats"] = np.ascontiguousarray(golden.stats[rows, ..., :prefix, :])
+            yield feed, expected
 
 
-def _disagreement(entry: GraphEntry, golden: Golden, model: ModelEntry, outputs: _Arrays) -> str:
+def _disagreement(
+    entry: GraphEntry, golden: Golden, model: ModelEntry, expected: Float64Array, outputs: _Arrays
+) -> str:
     if entry.role == "encoder":
         compared = golden.compared(outputs["tokens"], model)
         if compared.num_wrong:
@@ -261,7 +276,7 @@ def _disagreement(entry: GraphEntry, golden: Golden, model: ModelEntry, outputs:
             if not stats_error <= GATES.stats_error:
                 return f"stats error {stats_error:g}, expected at most {GATES.stats_error:g}"
         return ""
-    error = action_errors(golden.decoded[entry.prefix], outputs["actions"], model.action_units)
+    error = action_errors(expected, outputs["actions"], model.action_units)
     if error.value <= GATES.action_error:
         return ""
     return f"action error {error.value:g}, expected at most {GATES.action_error:g}: {error}"

@@ -10,7 +10,7 @@ from rfsq.rfsq_ref.errors import NotDecodableError, SettingsError
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants, ResidualQuantizer, dynamic_needs_stats
 from rfsq.runtime.bundle.advice import quoted
-from rfsq.runtime.bundle.manifest import SIZE_LIMITS
+from rfsq.runtime.bundle.models import SIZE_LIMITS
 from rfsq.runtime.bundle.paths import shown
 
 

@@ -137,6 +137,7 @@ class ChunkCode(nn.Module):
     order: Tensor
     weights: Tensor
     rank: Tensor
+    counts: Tensor
 
     def __init__(self, sizes: ChunkSizes, constants: ChunkConstants) -> None:
         super().__init__()
@@ -144,7 +145,18 @@ class ChunkCode(nn.Module):
         self.sizes, self.budgets = sizes, constants.budgets
         for name in ("mean", "basis", "scale", "gain", "order", "weights"):
             self.register_buffer(name, getattr(constants, name).clone(), persistent=False)
-        self.register_buffer("rank", ranks(constants.order, constants.scale.shape[-1]), persistent=False)
+        latents = constants.scale.shape[-1]
+        self.register_buffer("rank", ranks(constants.order, latents), persistent=False)
+        # Of the bits at each budget, how many each latent has got: [budgets, C - 1, M].
+        chosen = torch.nn.functional.one_hot(constants.order, latents)
+        self.register_buffer(
+            "counts", torch.stack([chosen[:, :bits].sum(dim=1) for bits in self.budget_bits]), persistent=False
+        )
+
+    @property
+    def budget_bits(self) -> tuple[int, ...]:
+        """Code bits at each budget."""
+        return tuple(budget * self.sizes.token_bits - self.sizes.class_bits for budget in self.budgets)
 
     # Tokens and bits ------------------------------------------------------------------------------------------------
 
@@ -175,7 +187,7 @@ class ChunkCode(nn.Module):
 
     def decode_in(self, code: Tensor, classes: Tensor) -> Tensor:
         """Code bits [B, j] of chunks of these classes [B], none of them escape, to normalised chunks [B, N]."""
-        return self.decode_latents(self.companded(code, classes), classes).clamp(-1, 1)
+        return self.chunks(self.latents(*self.companded(code, classes), classes), classes).clamp(-1, 1)
 
     def companded(self, code: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
         """The residual layers summed: y [B, M] in (-1, 1), and how many bits [B, M] each latent has got.
@@ -190,18 +202,24 @@ class ChunkCode(nn.Module):
         count = torch.zeros(shape, dtype=torch.long, device=order.device).scatter_add_(1, order, torch.ones_like(order))
         return y, count
 
-    def decode_latents(self, companded: tuple[Tensor, Tensor], classes: Tensor) -> Tensor:
-        """What `companded` gives, to chunks [B, N] that are not clipped."""
-        y, count = companded
-        gain = self.gain[classes].gather(-1, count.unsqueeze(-1)).squeeze(-1)
-        latents = WIDTH * gain * self.scale[classes] * torch.atanh(y)
+    def latents(self, y: Tensor, count: Tensor, classes: Tensor | int) -> Tensor:
+        """Companded values y [..., M], of count [..., M] bits each, to latents [..., M] of these classes."""
+        gain = self.gain[classes].expand(*count.shape, -1).gather(-1, count.unsqueeze(-1)).squeeze(-1)
+        return WIDTH * gain * self.scale[classes] * torch.atanh(y)
+
+    def chunks(self, latents: Tensor, classes: Tensor) -> Tensor:
+        """Latents [B, M] of these classes [B] to chunks [B, N] that are not clipped."""
         return self.mean[classes] + torch.einsum("bm,bnm->bn", latents, self.basis[classes])
 
     # Encoding -------------------------------------------------------------------------------------------------------
 
+    def compand(self, latents: Tensor, classes: Tensor | int) -> Tensor:
+        """Latents [..., M] to y [..., M] in [-1, 1]."""
+        return torch.tanh(latents / (WIDTH * self.scale[classes]))
+
     def code_in(self, latents: Tensor, classes: Tensor) -> Tensor:
         """The code bits [B, code_bits] of latents [B, M] of these classes [B]."""
-        y = torch.tanh(latents / (WIDTH * self.scale[classes]))
+        y = self.compand(latents, classes)
         # Each bit is the sign of a residual: together they are the digits of (y + 1) / 2.
         digits = torch.floor((y + 1) * 2 ** (MOST_BITS - 1)).long().clamp(0, 2**MOST_BITS - 1)
         return digits.gather(1, self.order[classes]) >> (MOST_BITS - 1 - self.rank[classes]) & 1
@@ -217,36 +235,69 @@ class ChunkCode(nn.Module):
         return self.tokens(torch.cat((binary(classes, self.sizes.class_bits), code), dim=1))
 
     def encode(self, chunks: Tensor) -> Tensor:
-        """Chunks [B, N] to tokens [B, L]: of the class with the least weighted error, or escape (`choose`)."""
+        """Chunks [B, N] to tokens [B, L]: of the class with the least weighted error, or escape (`choose`).
+
+        Nothing outside [-1, 1] is ever decoded, so values beyond are coded as its ends.
+        """
+        chunks = chunks.clamp(-1, 1)
         return self.encode_in(chunks, self.choose(chunks))
 
     def choose(self, chunks: Tensor) -> Tensor:
         """The class [B] of each chunk: of those that keep the bound the one of least cost; escape where none does."""
-        cost, holds = self.costs(chunks)
-        best = torch.where(holds, cost, torch.inf).argmin(dim=1)
-        return torch.where(holds.any(dim=1), best, self.sizes.escape)
+        costs = self.costs(chunks)
+        chosen = torch.full((len(chunks),), self.sizes.escape, device=chunks.device)
+        open_rows = torch.arange(len(chunks), device=chunks.device)
+        # The cheapest nearly always keeps it: the others are only asked where it does not.
+        for _ in range(self.sizes.escape):
+            best = costs[open_rows].argmin(dim=1)
+            keeps = self.keeps_bound(chunks[open_rows], best)
+            chosen[open_rows[keeps]] = best[keeps]
+            costs[open_rows, best] = torch.inf
+            open_rows = open_rows[~keeps]
+            if not len(open_rows):
+                break
+        return chosen
 
-    def costs(self, chunks: Tensor) -> tuple[Tensor, Tensor]:
-        """What each class but escape costs, [B, C - 1]: the weighted sum of squared errors at the budgets; and whether
-        it errs nowhere, at none of them, by more than escape may (`escape_bound`)."""
-        cost, holds = [], []
+    def costs(self, chunks: Tensor) -> Tensor:
+        """What each class but escape costs, [B, C - 1]: the weighted sum of the latents' squared errors at the budgets.
+
+        The basis is orthonormal, so these are the chunk's errors, before what is decoded is clipped.
+        """
+        found = []
         for index in range(self.sizes.escape):
-            classes = torch.full((len(chunks),), index, device=chunks.device)
-            code = self.code_in((chunks - self.mean[index]) @ self.basis[index], classes)
-            total = torch.zeros(len(chunks), dtype=self.mean.dtype, device=chunks.device)
-            kept = torch.ones(len(chunks), dtype=torch.bool, device=chunks.device)
-            for budget, weight in zip(self.budgets, self.weights, strict=True):
-                bits = budget * self.sizes.token_bits - self.sizes.class_bits
-                error = self.decode_in(code[:, :bits], classes) - chunks
-                total += weight * error.square().sum(dim=1)
-                kept &= (error.abs() <= escape_bound(bits, self.sizes.num_values)).all(dim=1)
-            cost.append(total)
-            holds.append(kept)
-        return torch.stack(cost, dim=1), torch.stack(holds, dim=1)
+            centred = chunks - self.mean[index]
+            latents = centred @ self.basis[index]
+            y = self.compand(latents, index)
+            cost = torch.zeros(len(chunks), dtype=chunks.dtype, device=chunks.device)
+            if latents.shape[1] < self.sizes.num_values:
+                # What no latent holds.
+                rest = centred.square().sum(dim=1) - latents.square().sum(dim=1)
+                cost += self.weights.sum() * rest.clamp(min=0)
+            for weight, count in zip(self.weights, self.counts[:, index], strict=True):
+                decoded = self.latents(cell_middles(y, count), count.expand_as(y), index)
+                cost += weight * (latents - decoded).square().sum(dim=1)
+            found.append(cost)
+        return torch.stack(found, dim=1)
+
+    def keeps_bound(self, chunks: Tensor, classes: Tensor) -> Tensor:
+        """Whether chunks [B, N] err nowhere in these classes [B], at no budget, by more than in escape: bool [B]."""
+        latents = torch.einsum("bn,bnm->bm", chunks - self.mean[classes], self.basis[classes])
+        code = self.code_in(latents, classes)
+        kept = torch.ones(len(chunks), dtype=torch.bool, device=chunks.device)
+        for bits in self.budget_bits:
+            error = self.decode_in(code[:, :bits], classes) - chunks
+            kept &= (error.abs() <= escape_bound(bits, self.sizes.num_values)).all(dim=1)
+        return kept
 
     def bound(self, num_tokens: int) -> float:
         """The most by which a value in [-1, 1] errs, decoded from so many tokens; holds for those in `budgets`."""
         return escape_bound(num_tokens * self.sizes.token_bits - self.sizes.class_bits, self.sizes.num_values)
+
+
+def cell_middles(y: Tensor, bits: Tensor | int) -> Tensor:
+    """The middle of the cell that each companded latent is in, for so many bits; 0 for none."""
+    half = torch.exp2(torch.as_tensor(bits, dtype=y.dtype) - 1)
+    return ((torch.floor(y * half) + 0.5) / half).clamp(-1 + 0.5 / half, 1 - 0.5 / half)
 
 
 def ranks(order: Tensor, num_latents: int) -> Tensor:

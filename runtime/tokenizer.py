@@ -15,7 +15,8 @@ from .bundle.arrays import Codes, Float32Array, Int32Array
 from .bundle.errors import CannotCopyError, FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
 from .bundle.fidelity import Grade
 from .bundle.folder import open_bundle
-from .bundle.manifest import GOLDEN_NAME, Manifest, ModelEntry
+from .bundle.manifest import GOLDEN_NAME, Manifest
+from .bundle.models import ModelEntry
 from .bundle.validation import InputValidator, is_gpu_array
 
 if TYPE_CHECKING:
@@ -299,8 +300,7 @@ class ActionTokenizer:
         folder = "no bundle" if self.folder is None else repr(str(self.folder))
         return (
             f"{type(self).__name__}({folder}, {model.mode}, fingerprint {self.fingerprint[:16]}, "
-            f"T={model.chunk_length} A={model.action_dim} D={model.latent_dim} L={model.num_layers} "
-            f"K={model.num_levels}, prefixes {list(self.prefixes)}, backend {self._backend.name}"
+            f"{model.sizes_text}, decodes {model.prefixes_text}, backend {self._backend.name}"
             f"{', closed' if self._is_closed else ''})"
         )
 

@@ -42,11 +42,11 @@ from rfsq.runtime.bundle.manifest import (
     EngineEntry,
     GraphEntry,
     Manifest,
-    ModelEntry,
     ParityEntry,
     QualityEntry,
     graph_tensors,
 )
+from rfsq.runtime.bundle.models import ModelEntry, StepModel
 
 SMALL = ModelConfig(action_dim=3, latent_dim=4, hidden_width=8, num_layers=3, num_levels=5)
 ENGINE = b"not an engine, but bytes to be hashed"
@@ -252,7 +252,7 @@ def quality_of(manifest: Manifest, error: float = 0.01) -> QualityEntry:
 
 def make_manifest(deployed: Deployed) -> Manifest:
     recipe, model = deployed.recipe, deployed.reference
-    entry = ModelEntry(
+    entry = StepModel(
         mode=recipe.mode.value,
         chunk_length=recipe.chunk_length,
         action_dim=recipe.config.action_dim,
@@ -288,7 +288,7 @@ def make_manifest(deployed: Deployed) -> Manifest:
 def proven(backend: str, device: str, model: ModelEntry) -> tuple[ParityEntry, ...]:
     """What a build records that has run all gates."""
     refusal = promised_refusal(backend, model.chunk_length)
-    gates = missing_gates((), model.prefixes, has_stats=model.has_stats, refusal=refusal)
+    gates = missing_gates((), model.decoders, has_stats=model.has_stats, refusal=refusal)
     return tuple(ParityEntry(backend, gate, 120_000, 0, 0, "", device) for gate in gates)
 
 

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ..bundle.folder import Bundle
-from ..bundle.manifest import GraphEntry, ModelEntry, TensorEntry, TokenType, kernel_name, token_types
+from ..bundle.manifest import (
+    GraphEntry,
+    TensorEntry,
+    TokenType,
+    kernel_name,
+    token_types,
+)
+from ..bundle.models import ModelEntry
 from .contract import Backend, EngineInUse, engine_for
 from .gpu.backend import GpuBackend
 from .gpu.driver import open_device
@@ -31,7 +38,7 @@ class CudaBackend(GpuBackend):
         try:
             functions = [
                 CudaFunction(self._library, model, with_tokens(graph, token_type))
-                for token_type in token_types(model.num_levels)
+                for token_type in token_types(model.vocabulary)
                 for graph in graphs
             ]
             super().__init__(*names, functions)

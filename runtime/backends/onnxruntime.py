@@ -69,13 +69,15 @@ class OrtBackend:
         _forward_messages()
         encoder, *decoders = graphs
         self._encoder = BoundGraph(bundle, encoder, num_threads, providers)
-        self._decoders = {entry.prefix: BoundGraph(bundle, entry, num_threads, providers) for entry in decoders}
+        graphs_by_prefix = {entry.prefix: BoundGraph(bundle, entry, num_threads, providers) for entry in decoders}
+        model = bundle.manifest.model
+        self._decoders = {prefix: graphs_by_prefix[model.graph_of(prefix)] for prefix in model.prefixes}
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
         self._encoder.run(actions, None, tokens, stats)
 
     def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
-        self._decoders[tokens.shape[3]].run(tokens, stats, actions, None)
+        self._decoders[tokens.shape[-1]].run(tokens, stats, actions, None)
 
     def close(self) -> None:
         self._encoder.close()

@@ -54,7 +54,7 @@ class OrtCudaBackend(OrtBackend):
         return OrtBoundCall(self._encoder, arrays, stream)
 
     def bind_decode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> OrtBoundCall:
-        return OrtBoundCall(self._decoders[arrays[0].shape[3]], arrays, stream)
+        return OrtBoundCall(self._decoders[arrays[0].shape[-1]], arrays, stream)
 
 
 class OrtBoundCall:

@@ -16,7 +16,7 @@ import numpy as np
 from ..bundle.arrays import AnyArray, BoolArray, unravel
 from ..bundle.errors import IllegalValueError, TokenizerError
 from ..bundle.gates import ACCEPTED, GATES, NOT_MARKED, Check
-from ..bundle.manifest import ModelEntry
+from ..bundle.models import ModelEntry
 from ..bundle.validation import STATS_LIMIT
 from .contract import Backend, MarksIllegalValues
 
@@ -65,7 +65,7 @@ class _Call:
 
 
 def _calls(model: ModelEntry, backend: Backend) -> Iterator[_Call]:
-    levels = model.num_levels
+    levels = model.vocabulary
     limit = np.float32(model.action_limit)
     beyond = np.nextafter(limit, np.float32(np.inf))
     wrong_actions = np.array([np.nan, -np.nan, np.inf, -np.inf, beyond, -beyond], np.float32)
@@ -85,13 +85,18 @@ def _calls(model: ModelEntry, backend: Backend) -> Iterator[_Call]:
         "encode",
         backend.encode_into if model.has_stats else lambda actions, tokens: backend.encode_into(actions, tokens, None),
         (np.zeros(model.actions_shape(1), np.float32),),
-        codes(model.num_layers, _UNTOUCHED_TOKEN, -1.0),
+        codes(model.depth, _UNTOUCHED_TOKEN, -1.0),
         (lambda _place: wrong_actions,),
         lambda tokens: (tokens < 0) | (tokens >= levels),
     )
+    # Where several prefixes are decoded by one decoder, one that is neither the shortest nor the longest.
+    named: dict[str, list[int]] = {}
     for prefix in model.prefixes:
+        named.setdefault(model.decoder_of(prefix), []).append(prefix)
+    for name, prefixes in named.items():
+        prefix = prefixes[len(prefixes) // 2]
         yield _Call(
-            f"decode {prefix} layers",
+            f"decode {name}",
             backend.decode_into if model.has_stats else lambda tokens, out: backend.decode_into(tokens, None, out),
             codes(prefix, 0, 1.0),
             (np.full(model.actions_shape(1), _UNTOUCHED_ACTION),),

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..bundle.arrays import BoolArray, Float32Array, Int32Array
+from ..bundle.arrays import BoolArray, Float32Array, Float64Array, Int32Array
 from ..bundle.comparison import action_errors
 from ..bundle.errors import TokenizerError
 from ..bundle.gates import GATES, Check
 from ..bundle.golden import Golden
-from ..bundle.manifest import ModelEntry
+from ..bundle.models import ModelEntry
 from .contract import Backend, judged
 from .refusal import judge_refusal
 
@@ -90,19 +90,20 @@ class _Run:
             worst = action_errors(golden.stats, kept, 1.0)
             where = f"stats{list(worst.index)} is {worst.found:.9g}"
             yield _located(f"encode, {label}: max |stats error|", worst.value, GATES.stats_error, where)
-        for prefix in model.prefixes:
-            part = None if golden.stats is None else golden.stats[..., :prefix, :]
-            given = golden.tokens[..., :prefix]
-            yield from self._decoding_checks(f"decode {prefix} layers", given, part, np.zeros_like(compared.flipped))
+        whole = golden.decoded[model.depth]
+        for prefix, rows, expected in golden.decodings():
+            part = None if golden.stats is None else golden.stats[rows, ..., :prefix, :]
+            given, what = golden.tokens[rows, ..., :prefix], f"decode {model.decoder_of(prefix)}"
+            yield from self._decoding_checks(what, given, part, expected, np.zeros_like(compared.flipped[rows]))
         if compared.num_wrong == 0:
             # Its own tokens, decoded: the only judge of what lies behind a near-tie flip.
-            yield from self._decoding_checks("encode and decode", tokens, stats, compared.flipped)
+            yield from self._decoding_checks("encode and decode", tokens, stats, whole, compared.flipped)
 
     def _decoding_checks(
-        self, what: str, tokens: Int32Array, stats: Float32Array | None, flipped: BoolArray
+        self, what: str, tokens: Int32Array, stats: Float32Array | None, expected: Float64Array, flipped: BoolArray
     ) -> Iterator[Check]:
         """flipped: the steps whose tokens have a near-tie flip."""
-        expected, units = self._golden.decoded[tokens.shape[-1]], self._model.action_units
+        units = self._model.action_units
         gate = f"{what}, {self._label}: max |action error|"
         try:
             decoded = self._decoded(tokens, stats)
@@ -130,9 +131,11 @@ class _Run:
         return tokens, stats
 
     def _decoded(self, tokens: Int32Array, stats: Float32Array | None) -> Float32Array:
-        actions = np.full(self._golden.actions.shape, np.nan, np.float32)
+        actions = np.full(self._model.actions_shape(len(tokens)), np.nan, np.float32)
         tokens, stats = np.array(tokens, order="C"), None if stats is None else np.array(stats, order="C")
         for batch in self._batches:
+            if batch.start >= len(tokens):
+                break
             self._backend.decode_into(tokens[batch], None if stats is None else stats[batch], actions[batch])
         return actions
 

@@ -16,7 +16,7 @@ from ..backends.gpu import driver as cuda_api
 from ..backends.gpu.arrays import GpuArray, TakesGpuArrays
 from ..backends.gpu.kernels import KernelArguments, KernelLibrary, compile_kernels
 from ..bundle.arrays import AnyArray
-from ..bundle.manifest import ModelEntry
+from ..bundle.models import ModelEntry
 from ..tokenizer import ActionTokenizer
 from .timing import ARITHMETIC, BANDWIDTH, Batch, Figure, copies_name, operation_name, operations_of, time_calls
 
@@ -63,7 +63,7 @@ def open_device() -> cuda_api.GpuDevice:
 def floor_figures(scope: ExitStack, model: ModelEntry, batch: Batch) -> Iterator[Figure]:
     """For each operation a captured graph that only copies its arrays, through pinned memory."""
     for prefix in (None, *reversed(model.prefixes)):
-        codes = [array.nbytes for array in batch.codes.prefix(prefix or model.num_layers) if array is not None]
+        codes = [array.nbytes for array in batch.codes.prefix(prefix or model.depth) if array is not None]
         actions = [batch.actions.nbytes]
         bytes_in, bytes_out = (actions, codes) if prefix is None else (codes, actions)
         take = functools.partial(time_calls, _copies(scope, bytes_in, bytes_out))
@@ -145,7 +145,7 @@ def device_figures(scope: ExitStack, tokenizer: ActionTokenizer, batch: Batch) -
             floor=TRIVIAL_KERNEL,
             bytes_in=bytes_in,
             bytes_out=bytes_out,
-            operations=operations_of(model, prefix) * batch.size * model.chunk_length,
+            operations=operations_of(tokenizer.manifest.model, prefix) * batch.size * model.chunk_length,
         )
 
     for kind in backend.token_types if isinstance(backend, TakesGpuArrays) else (np.dtype(np.int32),):

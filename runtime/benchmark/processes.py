@@ -26,7 +26,7 @@ import numpy as np
 
 from ..bundle.arrays import Float64Array
 from ..bundle.errors import BackendUnavailableError, InferenceError, TokenizerError
-from ..bundle.manifest import ModelEntry
+from ..bundle.models import ModelEntry, step_model
 from .timing import Figure, copies_name, operation_name
 
 _ROOT = Path(__file__).resolve().parents[len(__package__.split("."))]
@@ -119,7 +119,7 @@ def open_peers(model: ModelEntry, batches: Sequence[int], device_floor: str) -> 
         raise BackendUnavailableError(
             f"there is no {_SCRIPT}; the peers need the whole repository, not `runtime` alone"
         )
-    request = json.dumps({**dataclasses.asdict(model), "batches": list(batches)})
+    request = json.dumps({**dataclasses.asdict(step_model(model, "comparing with peers")), "batches": list(batches)})
     # Not a pipe: nobody would empty it while the peers work.
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(

@@ -123,8 +123,7 @@ class _Run:
             bundle={
                 "bundle": str(bundle.folder),
                 "fingerprint": bundle.manifest.fingerprint,
-                "model": f"{model.mode}, T {model.chunk_length}, A {model.action_dim}, D {model.latent_dim}, "
-                f"L {model.num_layers}, K {model.num_levels}, hidden {model.hidden_width}",
+                "model": f"{model.mode}, {model.sizes_text}",
             },
             backends={found.backend.name: found.backend.description for found in self._tokenizers},
             starts=starts,

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..bundle.arrays import Codes, Float32Array, Float64Array
 from ..bundle.errors import TokenizerError
-from ..bundle.manifest import ModelEntry
+from ..bundle.models import ChunkModel, ModelEntry, StepModel
 from ..tokenizer import ActionTokenizer, codes_of
 
 #: How many calls of each figure a round times; fewer of slow calls, so that a figure takes `_ROUND_US` at most.
@@ -249,7 +249,7 @@ def operation_name(model: ModelEntry, prefix: int | None) -> str:
     """`encode` for None, `decode` for all layers, `decode l3` for the first three."""
     if prefix is None:
         return "encode"
-    return "decode" if prefix == model.num_layers else f"decode l{prefix}"
+    return "decode" if prefix == model.depth else f"decode l{prefix}"
 
 
 def host_figures(tokenizer: ActionTokenizer, batch: Batch, *, has_copies: bool) -> Iterator[Figure]:
@@ -259,7 +259,7 @@ def host_figures(tokenizer: ActionTokenizer, batch: Batch, *, has_copies: bool) 
     decoded = np.empty_like(batch.actions)
     paths: tuple[CallPath, ...] = ("host", "unchecked")
     for path, prefix in itertools.product(paths, (None, *reversed(model.prefixes))):
-        codes = batch.codes.prefix(prefix or model.num_layers)
+        codes = batch.codes.prefix(prefix or model.depth)
         sizes = [batch.actions.nbytes, sum(array.nbytes for array in codes if array is not None)]
         if prefix is None:
             encode = tokenizer.encode_into if path == "host" else backend.encode_into
@@ -276,18 +276,29 @@ def host_figures(tokenizer: ActionTokenizer, batch: Batch, *, has_copies: bool) 
         yield Figure(backend.name, operation, path, batch.size, functools.partial(time_calls, call), floor, *sizes)
 
 
-def operations_of(model: ModelEntry, prefix: int | None) -> int:
+def operations_of(model: ChunkModel | StepModel, prefix: int | None) -> int:
     """Operations in float32 for one step, a fused multiply-add being two; prefix: None for encoding.
 
     Counted as generated code does them: 8 for Mish, 20 for tanh, 5 for each token that is encoded.
     """
+    if isinstance(model, ChunkModel):
+        return _chunk_operations(model, prefix)
     action_dim, latent_dim, width = model.action_dim, model.latent_dim, model.hidden_width
     layers = 2 * width * (action_dim + latent_dim) + 8 * width
     if prefix is None:
-        return layers + 20 * latent_dim + 5 * latent_dim * model.num_layers
+        return layers + 20 * latent_dim + 5 * latent_dim * model.depth
     tokens = 2 * latent_dim * prefix
     # A recovered decoder has a weight of every token for every latent.
     return layers + tokens * (latent_dim if model.mode == "recovered" else 1)
+
+
+def _chunk_operations(model: ChunkModel, prefix: int | None) -> int:
+    """Of one step; encoding tries every class. 20 for tanh and atanh, 5 for each cell, 2 for each bit."""
+    values, latents = model.chunk_length * model.action_dim, model.num_latents
+    if prefix is not None:
+        return (2 * values * latents + 20 * latents + 2 * model.token_bits * prefix) // model.chunk_length
+    trial = 2 * values * latents + latents * (20 + 25 * len(model.budgets))
+    return (model.num_classes - 1) * trial // model.chunk_length
 
 
 def copies_name(operation: str) -> str:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from .arrays import AnyArray
-from .manifest import Manifest, ModelEntry
+from .manifest import Manifest
+from .models import StepModel
 from .paths import shown
 
 #: In the manifest's provenance of the checkpoint: name to SHA-256, as `weight_hashes` gives them.
@@ -65,8 +66,8 @@ def recorded_checkpoint(manifest: Manifest) -> Mapping[str, Any]:
 
 def recorded_hashes(manifest: Manifest) -> dict[str, str] | None:
     """Those of the checkpoint that the bundle was built from; None where the build did not write them down."""
-    hashes = recorded_checkpoint(manifest).get(HASHES_KEY)
-    if not isinstance(hashes, dict) or not _shapes(manifest.model).keys() <= hashes.keys():
+    hashes, model = recorded_checkpoint(manifest).get(HASHES_KEY), manifest.model
+    if not isinstance(hashes, dict) or not isinstance(model, StepModel) or not _shapes(model).keys() <= hashes.keys():
         return None
     return {name: str(value) for name, value in hashes.items()}
 
@@ -77,7 +78,7 @@ def recorded_weights(manifest: Manifest) -> str | None:
     return None if label is None else str(label)
 
 
-def _shapes(model: ModelEntry) -> dict[str, tuple[int, ...]]:
+def _shapes(model: StepModel) -> dict[str, tuple[int, ...]]:
     return weight_shapes(model.action_dim, model.latent_dim, model.hidden_width)
 
 
@@ -96,7 +97,7 @@ def weight_shapes(action_dim: int, latent_dim: int, hidden_width: int) -> dict[s
     }
 
 
-def compare_config(config: object, model: ModelEntry) -> list[str]:
+def compare_config(config: object, model: StepModel) -> list[str]:
     """A line for everything that a published config says otherwise. It calls the latent dimension `hidden_dim`."""
     if not isinstance(config, Mapping):
         return [] if config is None else [f"its config is a {type(config).__name__}; expected a dict"]
@@ -130,7 +131,7 @@ def is_grid(name: str) -> bool:
 
 
 def compare_state(
-    state: Mapping[str, AnyArray], hashes: Mapping[str, str], model: ModelEntry, *, resolution: float
+    state: Mapping[str, AnyArray], hashes: Mapping[str, str], model: StepModel, *, resolution: float
 ) -> StateComparison:
     """state: float32 arrays by name; hashes: the bundle's; resolution: eps of the type that the file keeps grids in.
 

@@ -98,17 +98,45 @@ def compare_tokens(
     # that is not a number excuses nothing.
     bins_between = np.abs(found.astype(np.int64) - expected) - 1
     near_ties = differs & ~behind & is_level & (margins + bins_between <= bounds)
-    wrong = differs & ~behind & ~near_ties
+    return sorted_out(expected, found, (margins, bounds), (differs & ~behind & ~near_ties, near_ties, behind))
+
+
+def compare_chunk_tokens(
+    expected: IntegerArray, found: IntegerArray, margins: FloatArray, bounds: FloatArray, *, vocabulary: int
+) -> TokenComparison:
+    """The same of chunk tokens [N, L], where one flip may change all that follows: that is behind it, and judged by
+    the decoded action alone. flipped is [N, 1]. Raises ValueError when the shapes differ."""
+    shapes = {array.shape for array in (expected, found, margins, bounds)}
+    if len(shapes) != 1 or expected.ndim != 2:
+        raise ValueError(f"tokens, margins and bounds have shapes {sorted(shapes)}; expected one shape [N, L]")
+    differs, is_word = expected != found, (found >= 0) & (found < vocabulary)
+    behind = np.zeros_like(differs)
+    behind[:, 1:] = np.logical_or.accumulate(differs, axis=1)[:, :-1]
+    behind &= differs & is_word
+    # Written so that a margin or bound that is not a number excuses nothing.
+    near_ties = differs & ~behind & is_word & (margins <= bounds)
+    return sorted_out(expected, found, (margins, bounds), (differs & ~behind & ~near_ties, near_ties, behind))
+
+
+def sorted_out(
+    expected: IntegerArray,
+    found: IntegerArray,
+    edges: tuple[FloatArray, FloatArray],
+    masks: tuple[BoolArray, BoolArray, BoolArray],
+) -> TokenComparison:
+    """The comparison of tokens [N, ..., L] whose differences are sorted. edges: margins and bounds; masks: which are
+    wrong, near-ties, and behind a difference; all of one shape."""
+    (margins, bounds), (wrong, near_ties, _) = edges, masks
     first_wrong = None
     if wrong.any():
         index = unravel(wrong.argmax(), wrong.shape)
         first_wrong = WrongToken(
             index, int(expected[index]), int(found[index]), float(margins[index]), float(bounds[index])
         )
-    wrong_counts, tie_counts, behind_counts = (
-        mask.reshape(-1, mask.shape[-1]).sum(axis=0) for mask in (wrong, near_ties, behind)
-    )
-    return TokenComparison(wrong_counts, tie_counts, behind_counts, near_ties.any(axis=(-2, -1)), first_wrong)
+    wrong_counts, tie_counts, behind_counts = (mask.reshape(-1, mask.shape[-1]).sum(axis=0) for mask in masks)
+    # Of each step; of a chunk code, of each chunk.
+    flipped = np.asarray(near_ties.any(axis=(-2, -1)) if near_ties.ndim > 2 else near_ties.any(axis=-1, keepdims=True))
+    return TokenComparison(wrong_counts, tie_counts, behind_counts, flipped, first_wrong)
 
 
 @dataclass(frozen=True)

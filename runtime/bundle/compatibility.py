@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from .advice import command, page
 from .checkpoint_layouts import recorded_checkpoint, recorded_hashes
 from .errors import IncompatibleTokensError, InvalidInputError
-from .manifest import GRAPH_FORMS, Manifest, ModelEntry
+from .manifest import GRAPH_FORMS, Manifest
+from .models import ModelEntry, StepModel
 
 #: `dynamic` and `recovered` tokens follow no constants of the bundle, but the step's own mean and deviation.
 _KINDS = {
@@ -17,8 +18,11 @@ _KINDS = {
     "dynamic": "published robust tokens",
     "recovered": "published robust tokens",
     "calibrated": "calibrated tokens",
+    "chunk": "chunk tokens",
 }
-_SIZES = {"action_dim": "A", "latent_dim": "D", "num_levels": "K"}
+#: What the tokens of a kind have to share; chunk tokens code all their steps together.
+_STEP_SIZES = {"action_dim": "A", "latent_dim": "D", "num_levels": "K"}
+_CHUNK_SIZES = {"action_dim": "A", "chunk_length": "T", "vocabulary": "the vocabulary"}
 
 
 def integration_paths() -> str:
@@ -102,14 +106,14 @@ def require_compatible(old: Manifest, new: Manifest, *, force: bool = False) -> 
 
 
 def _fits(old: ModelEntry, new: ModelEntry) -> bool:
-    """Whether a prefix of the layers of `old` is an input of `new`, as far as shapes and levels go."""
-    return all(getattr(old, name) == getattr(new, name) for name in _SIZES)
+    """Whether a prefix of the tokens of `old` is an input of `new`, as far as shapes and levels go."""
+    return not any(_size_obstacles(old, new))
 
 
 def _obstacles(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
-    for name, letter in _SIZES.items():
-        if getattr(old, name) != getattr(new, name):
-            yield f"{letter} is {getattr(old, name)} in the old and {getattr(new, name)} in the new bundle"
+    yield from _size_obstacles(old, new)
+    if type(old) is not type(new):
+        return
     if not {*old.prefixes} & {*new.prefixes}:
         decoded = [" and ".join(map(str, model.prefixes)) for model in (old, new)]
         yield f"the old decodes {decoded[0]} layers and the new {decoded[1]}: none in common"
@@ -117,12 +121,21 @@ def _obstacles(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
         yield "the new bundle needs mean and sigma of every layer beside the tokens, and the old has none"
 
 
+def _size_obstacles(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
+    if type(old) is not type(new):
+        yield f"the old has {_KINDS[old.mode]}, the new {_KINDS[new.mode]}: other numbers of other things"
+        return
+    for name, letter in (_STEP_SIZES if isinstance(old, StepModel) else _CHUNK_SIZES).items():
+        if getattr(old, name) != getattr(new, name):
+            yield f"{letter} is {getattr(old, name)} in the old and {getattr(new, name)} in the new bundle"
+
+
 def _differences(old: Manifest, new: Manifest) -> Iterator[str]:
     kinds = [_KINDS[manifest.model.mode] for manifest in (old, new)]
     if kinds[0] != kinds[1]:
         yield f"the old has {kinds[0]}, the new {kinds[1]}"
-    if old.model.num_layers != new.model.num_layers:
-        yield f"L is {old.model.num_layers} in the old and {new.model.num_layers} in the new bundle"
+    if old.model.depth != new.model.depth:
+        yield f"L is {old.model.depth} in the old and {new.model.depth} in the new bundle"
     if not _has_same_units(old.model, new.model):
         yield "their normalisers differ"
     old_weights, new_weights = _encoder_weights(old), _encoder_weights(new)
@@ -150,7 +163,7 @@ def _proof(old: Manifest, new: Manifest) -> str:
     # Beside sizes and weights, nothing else goes into these tokens; calibrated ones follow constants that were fitted.
     is_of_weights_alone = (
         kind == _KINDS[new.model.mode] != _KINDS["calibrated"]
-        and old.model.num_layers == new.model.num_layers
+        and old.model.depth == new.model.depth
         and _fits(old.model, new.model)
         and _has_same_units(old.model, new.model)
     )
@@ -164,7 +177,7 @@ def _proof(old: Manifest, new: Manifest) -> str:
 
 def _encoder_hashes(manifest: Manifest) -> set[str]:
     """Of the encoder's graph in each of its forms."""
-    depth = manifest.model.num_layers
+    depth = manifest.model.depth
     return {manifest.files[manifest.graph("encoder", depth, form).file].sha256 for form in GRAPH_FORMS}
 
 

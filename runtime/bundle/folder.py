@@ -14,24 +14,19 @@ from types import MappingProxyType
 import numpy as np
 
 from .advice import quoted
+from .contents import check_contents, copy_again
 from .errors import BundleError
 from .gates import highest_limit, missing_gates, promised_refusal
 from .manifest import (
-    C_HEADER,
-    C_SOURCE,
-    CUDA_SOURCE,
     GOLDEN_NAME,
     GRAPH_FORMS,
     MANIFEST_NAME,
-    SIZE_LIMITS,
     FileEntry,
     Manifest,
-    ModelEntry,
     graph_tensors,
-    kernel_name,
     parse_manifest,
-    token_types,
 )
+from .models import ChunkModel, ModelEntry, StepModel
 from .paths import as_path
 from .reading import OpenFolder, UnfitFileError
 
@@ -49,12 +44,6 @@ _LEAST_UNIT, _LARGEST_UNIT = 1e-12, 1e12
 #: Float32 has 24 bits: farther from zero than so many units, two neighbours are a unit apart.
 _MOST_OFFSET = 2.0**24
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
-#: What stands in graphs, and in generated sources, of a quantiser with constant bins and of no other; and of one that
-#: takes the statistics of every step.
-_CONSTANTS = (b"L0.ratio", b"#define HAS_CONSTANT_BINS 1\n")
-_STATISTICS = (b"L0.sigma", b"#define HAS_CONSTANT_BINS 0\n")
-#: Sources state the fingerprint in their first line.
-_HEAD = 400
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +59,7 @@ class Bundle:
         try:
             return self._contents[file]
         except KeyError:
-            raise BundleError(f"{self.folder} lists no file {file!r}; {_copy_again()}") from None
+            raise BundleError(f"{self.folder} lists no file {file!r}; {copy_again()}") from None
 
     def unlisted_files(self) -> tuple[str, ...]:
         """Files in the folder that the manifest does not name: nothing reads them."""
@@ -135,10 +124,6 @@ def check_manifest(manifest: Manifest, *, is_proven: bool) -> None:
             raise BundleError(f"{MANIFEST_NAME} {finding}: {found}; build the bundle again")
 
 
-def _copy_again() -> str:
-    return f"copy the bundle again or build it again with {quoted('build')}"
-
-
 def _open_folder(folder: Path) -> OpenFolder:
     try:
         if folder.is_dir():
@@ -165,26 +150,25 @@ def _read_manifest(folder: Path, opened: OpenFolder) -> str:
     without = f"{folder} is not a bundle: it has no file {MANIFEST_NAME}; give the folder that {quoted('build')} wrote"
     with _readable(MANIFEST_NAME, folder, without), opened.opened(MANIFEST_NAME) as (stream, size):
         if size > MANIFEST_SIZE_LIMIT:
-            raise BundleError(f"{MANIFEST_NAME} in {folder} has {size} bytes, more than any manifest; {_copy_again()}")
+            raise BundleError(f"{MANIFEST_NAME} in {folder} has {size} bytes, more than any manifest; {copy_again()}")
         # Decoded here: as text, line ends of other systems would become ours before the spelling is checked.
         return stream.read(size).decode("utf-8")
 
 
 def _read_checked(folder: Path, opened: OpenFolder, name: str, entry: FileEntry) -> bytes:
     """The file's bytes, with the size and hash that the manifest states."""
-    without = f"{name} is missing from {folder}; {_copy_again()}"
+    without = f"{name} is missing from {folder}; {copy_again()}"
     with _readable(name, folder, without), opened.opened(name) as (stream, size):
         if size != entry.size:
             raise BundleError(
                 f"{name} in {folder} has {size} bytes, the manifest states {entry.size}: it is truncated or was "
-                f"altered; {_copy_again()}"
+                f"altered; {copy_again()}"
             )
         content = stream.read(size)
     found = hashlib.sha256(content).hexdigest()
     if found != entry.sha256:
         raise BundleError(
-            f"{name} in {folder} has sha256 {found}, the manifest states {entry.sha256}: it was altered; "
-            f"{_copy_again()}"
+            f"{name} in {folder} has sha256 {found}, the manifest states {entry.sha256}: it was altered; {copy_again()}"
         )
     return content
 
@@ -197,10 +181,10 @@ def _readable(name: str, folder: Path, without: str) -> Iterator[None]:
     except FileNotFoundError:
         raise BundleError(without) from None
     except UnicodeDecodeError as error:
-        raise BundleError(f"{name} in {folder} is not UTF-8 text: {error}; {_copy_again()}") from error
+        raise BundleError(f"{name} in {folder} is not UTF-8 text: {error}; {copy_again()}") from error
     except (OSError, ValueError) as error:
         # Beside the system's refusals: names that it cannot represent.
-        next_step = _copy_again() if isinstance(error, UnfitFileError) else "check its permissions"
+        next_step = copy_again() if isinstance(error, UnfitFileError) else "check its permissions"
         raise BundleError(f"{name} in {folder} cannot be read: {error}; {next_step}") from error
 
 
@@ -225,12 +209,14 @@ def _check_files(files: Mapping[str, FileEntry]) -> None:
 
 def _model_problems(model: ModelEntry) -> Iterator[str]:
     """Sizes and units that no model can have: everything behind this relies on them."""
-    for name, (least, most) in SIZE_LIMITS.items():
+    for name, (least, most) in model.size_limits.items():
         if not least <= getattr(model, name) <= most:
             yield f"{name} is {getattr(model, name)}, not from {least} to {most}"
     ascending = tuple(sorted(set(model.prefixes)))
-    if model.prefixes != ascending or not ascending or ascending[0] < 1 or ascending[-1] != model.num_layers:
-        yield f"prefixes are {list(model.prefixes)} for {model.num_layers} layers"
+    if model.prefixes != ascending or not ascending or ascending[0] < 1 or ascending[-1] != model.depth:
+        yield f"prefixes are {list(model.prefixes)} for {model.depth} {model.depth_unit}"
+    if isinstance(model, ChunkModel):
+        yield from _chunk_problems(model)
     for name in ("action_units", "action_offset"):
         values = getattr(model, name)
         if len(values) != model.action_dim:
@@ -245,6 +231,20 @@ def _model_problems(model: ModelEntry) -> Iterator[str]:
         yield f"action_limit is {model.action_limit}, not beyond the range of the units and in float32"
 
 
+def _chunk_problems(model: ChunkModel) -> Iterator[str]:
+    class_bits, num_values = (model.num_classes - 1).bit_length(), model.chunk_length * model.action_dim
+    if class_bits >= model.token_bits:
+        yield f"{model.num_classes} classes leave no room in a token of {model.token_bits} bits"
+    if len(model.prefixes) != model.num_tokens:
+        yield f"prefixes are {list(model.prefixes)}, and every number of tokens decodes"
+    if not 1 <= model.num_latents <= num_values:
+        yield f"num_latents is {model.num_latents}, not from 1 to {num_values}"
+    if sorted({*model.budgets} & {*model.prefixes}) != list(model.budgets) or len(model.bounds) != len(model.budgets):
+        yield f"budgets are {list(model.budgets)} and bounds {list(model.bounds)}"
+    if not all(0 < bound <= 1 for bound in model.bounds):
+        yield f"bounds are {list(model.bounds)}, not all above 0 and at most 1"
+
+
 def _reference_problems(manifest: Manifest) -> Iterator[str]:
     """Whatever the manifest refers to is among its files, and engines were compiled from the graphs they name."""
     named = {GOLDEN_NAME, *(entry.file for entry in manifest.graphs), *(entry.file for entry in manifest.engines)}
@@ -253,7 +253,7 @@ def _reference_problems(manifest: Manifest) -> Iterator[str]:
     if unlisted:
         yield f"it refers to {', '.join(unlisted)} but lists no hash for them"
     model = manifest.model
-    parts = [("encoder", model.num_layers), *(("decoder", prefix) for prefix in model.prefixes)]
+    parts = [("encoder", model.depth), *(("decoder", prefix) for prefix in model.decoder_graphs)]
     wanted = sorted((*part, form) for part in parts for form in GRAPH_FORMS)
     found = sorted((entry.role, entry.prefix, entry.form) for entry in manifest.graphs)
     if found != wanted:
@@ -295,9 +295,10 @@ def _statement_problems(manifest: Manifest) -> Iterator[str]:
 def _parity_problems(manifest: Manifest) -> Iterator[str]:
     """What the manifest calls proven has passed every gate, and none of them was wider than this project's."""
     model = manifest.model
+    num_latents = model.latent_dim if isinstance(model, StepModel) else 1
     gates: dict[tuple[str, str], list[str]] = {}
     for entry in manifest.parity:
-        highest = highest_limit(entry.gate, entry.steps, model.latent_dim, model.num_layers)
+        highest = highest_limit(entry.gate, entry.steps, num_latents, model.depth)
         if highest is None or entry.steps < 1:
             yield f"{entry.gate!r} of {entry.backend}, over {entry.steps} steps, is no gate"
         elif not 0 <= entry.value <= entry.limit <= highest:
@@ -313,75 +314,6 @@ def _parity_problems(manifest: Manifest) -> Iterator[str]:
     for backend, device in sorted(proven):
         refusal = promised_refusal(backend, model.chunk_length)
         found = gates.get((backend, device), ())
-        missing = missing_gates(found, model.prefixes, has_stats=model.has_stats, refusal=refusal)
+        missing = missing_gates(found, model.decoders, has_stats=model.has_stats, refusal=refusal)
         if missing:
             yield f"{backend} on {device} lacks the gates {', '.join(missing)}"
-
-
-# --- what the files say of themselves ---------------------------------------------------------------------------------
-
-
-def check_contents(manifest: Manifest, contents: Mapping[str, bytes]) -> None:
-    """Hold what the files say of themselves against the manifest: hashes do not show that they belong together.
-
-    Nothing is parsed or compiled: only what the generators write is looked for. That the numbers are right is for the
-    golden vectors. contents: every file by its path inside the bundle. Raises BundleError.
-    """
-    problems = [*_of_header(manifest, contents), *_of_sources(manifest, contents), *_of_quantiser(manifest, contents)]
-    if problems:
-        raise BundleError(
-            f"the manifest and the files beside it are not of one bundle: {'; '.join(problems)}; {_copy_again()}"
-        )
-
-
-def _of_header(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[str]:
-    if C_HEADER not in contents:
-        return
-    model = manifest.model
-    sizes = ("chunk_length", "action_dim", "latent_dim", "num_layers", "num_levels")
-    expected = {"FINGERPRINT": f'"{manifest.fingerprint}"'} | {
-        size.upper(): str(getattr(model, size)) for size in sizes
-    }
-    text = contents[C_HEADER].decode("utf-8", "replace")
-    found = dict(re.findall(r"^#define RFSQ_(\w+) (\S+)$", text, re.MULTILINE))
-    # Headers of older builds do not name the mode.
-    if "MODE" in found:
-        expected["MODE"] = f'"{model.mode}"'
-    for name, value in expected.items():
-        if found.get(name) != value:
-            yield f"{C_HEADER} has RFSQ_{name} {found.get(name, 'nowhere')}, the manifest {value}"
-
-
-def _of_sources(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[str]:
-    model = manifest.model
-    needed = {
-        C_SOURCE: ["int rfsq_encode(", *(f"int rfsq_decode_l{prefix}(" for prefix in model.prefixes)],
-        CUDA_SOURCE: [
-            f"A = {model.action_dim}, D = {model.latent_dim}, L = {model.num_layers}, K = {model.num_levels}, "
-            f"H = {model.hidden_width};",
-            *(
-                f"{kernel_name(prefix, token, 'few')}("
-                for prefix in (None, *model.prefixes)
-                for token in token_types(model.num_levels)
-            ),
-        ],
-    }
-    for file in needed.keys() & contents.keys():
-        content = contents[file]
-        missing = [part for part in needed[file] if part.encode() not in content]
-        if missing:
-            yield f"{file} has no `{'`, no `'.join(missing)}`"
-        stated = re.search(rb"fingerprint ([0-9a-f]{64})", content[:_HEAD])
-        if stated and stated[1].decode() != manifest.fingerprint:
-            yield f"{file} has the fingerprint {stated[1].decode()}, the manifest {manifest.fingerprint}"
-
-
-def _of_quantiser(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[str]:
-    model = manifest.model
-    foreign, kind = (
-        (_CONSTANTS, "constants") if model.is_step_coupled else (_STATISTICS, "the statistics of every step")
-    )
-    encoders = [entry.file for entry in manifest.graphs if entry.role == "encoder"]
-    for file in (*encoders, *(source for source in (C_SOURCE, CUDA_SOURCE) if source in contents)):
-        if any(mark in contents[file] for mark in foreign):
-            yield f"{file} normalises by {kind}, which no {model.mode!r} encoder does"

@@ -87,8 +87,10 @@ class Check:
         return f"{sign} {self.gate}: {self.value:.4g} {relation} {self.limit:.4g}{detail}"
 
 
-def highest_limit(gate: str, num_steps: int, latent_dim: int, num_layers: int) -> float | None:
+def highest_limit(gate: str, num_steps: int, num_latents: int, depth: int) -> float | None:
     """The highest limit that a manifest may state for a gate that was run on so many control steps.
+
+    num_latents: those of a step that have tokens of their own, and depth how many each, L; of a chunk code 1 and L.
 
     gate: as the build and the replay of golden vectors name it. None for a name that is none of a gate.
     """
@@ -96,7 +98,7 @@ def highest_limit(gate: str, num_steps: int, latent_dim: int, num_layers: int) -
         "wrong tokens": GATES.wrong_tokens,
         # Beside the share, every layer of one latent in each step: many steps are chosen because they lie on a border,
         # and layers that say the same flip together.
-        "near-tie flips": num_steps * num_layers * (GATES.near_tie_ratio + GATES.near_tie_share * latent_dim),
+        "near-tie flips": num_steps * depth * (GATES.near_tie_ratio + GATES.near_tie_share * num_latents),
         "stats error": GATES.stats_error,
         "action error": GATES.action_error,
         ACCEPTED: GATES.illegal_values,
@@ -125,13 +127,16 @@ def promised_refusal(backend: str, chunk_length: int) -> str:
     return ACCEPTED if chunk_length <= spec.checked_steps else ""
 
 
-def missing_gates(found: Iterable[str], prefixes: Sequence[int], *, has_stats: bool, refusal: str = "") -> list[str]:
-    """Which of the gates that every engine has to pass are not among these. refusal: see `promised_refusal`."""
+def missing_gates(found: Iterable[str], decoders: Sequence[str], *, has_stats: bool, refusal: str = "") -> list[str]:
+    """Which of the gates that every engine has to pass are not among these.
+
+    decoders: what is decoded, `ModelEntry.decoders`; refusal: see `promised_refusal`.
+    """
     needed = ["encode: wrong tokens", "encode: near-tie flips"]
     needed += ["encode: stats error"] if has_stats else []
-    needed += [f"decode {prefix} layers: action error" for prefix in prefixes]
+    needed += [f"decode {decoder}: action error" for decoder in decoders]
     if refusal:
-        needed += [f"encode: {refusal}", *(f"decode {prefix} layers: {refusal}" for prefix in prefixes)]
+        needed += [f"encode: {refusal}", *(f"decode {decoder}: {refusal}" for decoder in decoders)]
     # The replay says in between in which batches, and of which variant.
     bare = {re.sub(r"^golden vectors, |, batch [^:]*|max \||\|$", "", gate) for gate in found}
     return [gate for gate in needed if gate not in bare]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import AnyArray, Float32Array, Float64Array, Int32Array, IntegerArray
-from .comparison import TokenComparison, compare_tokens
+from .arrays import AnyArray, Float32Array, Float64Array, Int32Array, Int64Array, IntegerArray
+from .comparison import TokenComparison, compare_chunk_tokens, compare_tokens
 from .errors import BundleError
 from .gates import GATES, highest_bounds, highest_limit
-from .manifest import GOLDEN_NAME, ModelEntry
+from .manifest import GOLDEN_NAME
+from .models import ModelEntry, StepModel
 
 #: The system that a zip states as its maker: the same on all.
 _ZIP_UNIX = 3
@@ -27,18 +28,21 @@ _SCATTER = 3
 _DECODED = "decoded_"
 
 _ALWAYS_THERE = ("actions", "tokens", "margins", "bounds")
+_OPTIONAL = ("stats", "lengths", "partial")
 
 
 @dataclass(frozen=True, eq=False)
 class Golden:
     """N chunks through the reference in float64.
 
-    actions: float32 [N, T, A] in physical units, the encoder's inputs; tokens: int32 [N, T, D, L]; margins, bounds:
-    float32 [N, T, D, L] in bin widths, the decision margins and how far float32 can move them; stats: float32
-    [N, T, L, 2], `dynamic` only; decoded: for every prefix l the reference's decoding of tokens[..., :l] (and
-    stats[..., :l, :]) in physical units, float64 [N, T, A]. near_tie_cap: how many near-tie flips are allowed;
-    flip_tolerance: how far, in normalised units, the full-depth decoding of a step with such a flip may lie from
-    decoded[L].
+    actions: float32 [N, T, A] in physical units, the encoder's inputs; tokens: int32 [N, T, D, L] or [N, L]; margins,
+    bounds: float32, of the same shape: the decision margins and how far float32 can move them, in bin widths or
+    another unit of both; stats: float32 [N, T, L, 2], `dynamic` only; decoded: for every prefix l that has a decoder
+    of its own, the reference's decoding of tokens[..., :l] (and stats[..., :l, :]) in physical units, float64
+    [N, T, A]. near_tie_cap: how many near-tie flips are allowed; flip_tolerance: how far, in normalised units, the
+    full-depth decoding of a step, or chunk, with such a flip may lie from decoded[L].
+    Of chunk tokens, whose every prefix decodes: lengths int32 [N], 1 ... L, and partial float64 [N, T, A], what chunk
+    n decodes to from its first lengths[n] tokens.
     """
 
     actions: Float32Array
@@ -49,11 +53,24 @@ class Golden:
     decoded: Mapping[int, Float64Array]
     near_tie_cap: int
     flip_tolerance: float
+    lengths: Int32Array | None = None
+    partial: Float64Array | None = None
+
+    def decodings(self) -> Iterator[tuple[int, slice | Int64Array, Float64Array]]:
+        """Prefix l, which chunks [n], and what these decode to from it, float64 [n, T, A]."""
+        for prefix, decoded in self.decoded.items():
+            yield prefix, slice(None), decoded
+        if self.lengths is not None and self.partial is not None:
+            for prefix in np.unique(self.lengths).tolist():
+                rows = np.flatnonzero(self.lengths == prefix)
+                yield prefix, rows, self.partial[rows]
 
     def compared(self, tokens: IntegerArray, model: ModelEntry) -> TokenComparison:
         """How the tokens that an implementation gives for `actions` differ."""
         expected = self.tokens, tokens, self.margins, self.bounds
-        return compare_tokens(*expected, num_levels=model.num_levels, is_step_coupled=model.is_step_coupled)
+        if not model.token_grid:
+            return compare_chunk_tokens(*expected, vocabulary=model.vocabulary)
+        return compare_tokens(*expected, num_levels=model.vocabulary, is_step_coupled=model.is_step_coupled)
 
     def every(self, stride: int) -> Golden:
         """Every stride-th chunk. The cap shrinks in proportion, but for the scatter of a count so small."""
@@ -82,7 +99,8 @@ def _arrays_of(golden: Golden) -> dict[str, AnyArray]:
         "flip_tolerance": np.array(golden.flip_tolerance, np.float64),
         **{f"{_DECODED}{prefix}": actions for prefix, actions in golden.decoded.items()},
     }
-    return arrays if golden.stats is None else {**arrays, "stats": golden.stats}
+    optional = {name: getattr(golden, name) for name in _OPTIONAL}
+    return arrays | {name: array for name, array in optional.items() if array is not None}
 
 
 def _golden_of(arrays: Mapping[str, AnyArray]) -> Golden:
@@ -90,7 +108,8 @@ def _golden_of(arrays: Mapping[str, AnyArray]) -> Golden:
     actions, tokens, margins, bounds = (arrays[name] for name in _ALWAYS_THERE)
     decoded = {int(name.removeprefix(_DECODED)): array for name, array in arrays.items() if name.startswith(_DECODED)}
     cap, tolerance = int(arrays["near_tie_cap"]), float(arrays["flip_tolerance"])
-    return Golden(actions, tokens, margins, bounds, arrays.get("stats"), decoded, cap, tolerance)
+    stats, *chunk = (arrays.get(name) for name in _OPTIONAL)
+    return Golden(actions, tokens, margins, bounds, stats, decoded, cap, tolerance, *chunk)
 
 
 def read_golden(content: bytes, model: ModelEntry) -> Golden:
@@ -142,10 +161,12 @@ def _expected_arrays(model: ModelEntry, num_chunks: int) -> dict[str, tuple[type
         "bounds": (np.float32, per_token),
         "near_tie_cap": (np.int64, ()),
         "flip_tolerance": (np.float64, ()),
-        **{f"{_DECODED}{prefix}": (np.float64, actions) for prefix in model.prefixes},
+        **{f"{_DECODED}{prefix}": (np.float64, actions) for prefix in model.decoder_graphs},
     }
     if model.has_stats:
         arrays["stats"] = (np.float32, model.stats_shape(num_chunks))
+    if not model.token_grid:
+        arrays |= {"lengths": (np.int32, (num_chunks,)), "partial": (np.float64, actions)}
     return {f"{name}.npy": entry for name, entry in arrays.items()}
 
 
@@ -190,13 +211,15 @@ def _check_values(golden: Golden, model: ModelEntry) -> None:
     rules: dict[str, bool | np.bool_] = {
         "actions that do not span the model's action_units": _spans_units(golden, model),
         "actions beyond the model's action_limit": (np.abs(golden.actions) <= model.action_limit).all(),
-        f"tokens outside 0 ... {model.num_levels - 1}": (
-            (golden.tokens >= 0) & (golden.tokens < model.num_levels)
+        f"tokens outside 0 ... {model.vocabulary - 1}": (
+            (golden.tokens >= 0) & (golden.tokens < model.vocabulary)
         ).all(),
         "margins that are negative or not finite": ((golden.margins >= 0) & np.isfinite(golden.margins)).all(),
         "bounds that are negative or not a number": (golden.bounds >= 0).all(),
         "stats that are not finite": golden.stats is None or np.isfinite(golden.stats).all(),
-        "decoded actions that are not finite": all(np.isfinite(actions).all() for actions in golden.decoded.values()),
+        "decoded actions that are not finite": all(np.isfinite(part).all() for _, _, part in golden.decodings()),
+        f"lengths that are not all from 1 to {model.depth}": golden.lengths is None
+        or np.isin(golden.lengths, model.prefixes).all(),
         "bounds that float32's rounding does not explain": _are_of_rounding(golden, model),
         f"bounds that excuse {excused} of {golden.tokens.size} tokens": (
             excused <= GATES.excused_share * golden.tokens.size
@@ -212,6 +235,9 @@ def _check_values(golden: Golden, model: ModelEntry) -> None:
 
 
 def _are_of_rounding(golden: Golden, model: ModelEntry) -> bool:
+    if not isinstance(model, StepModel):
+        # Margins and bounds have a unit that only their ratio knows; `excused_share` judges it.
+        return True
     beyond = golden.bounds > np.array(highest_bounds(model.num_levels, model.num_layers))
     num_tokens = golden.tokens[..., 0].size
     # One token of a few vectors is already a large share, or one step where the latents of a step share a deviation.
@@ -221,10 +247,10 @@ def _are_of_rounding(golden: Golden, model: ModelEntry) -> bool:
 
 def _most_flips(golden: Golden, model: ModelEntry, excused: int) -> int:
     """No flip is without a near-tie, but those of later layers may follow it."""
-    steps = golden.actions[..., 0].size
-    highest = highest_limit("encode: near-tie flips", steps, model.latent_dim, model.num_layers)
+    steps, num_latents = golden.actions[..., 0].size, model.latent_dim if isinstance(model, StepModel) else 1
+    highest = highest_limit("encode: near-tie flips", steps, num_latents, model.depth)
     assert highest is not None  # the name is a gate's
-    return int(min(highest, GATES.near_tie_ratio * model.num_layers * excused, golden.tokens.size))
+    return int(min(highest, GATES.near_tie_ratio * model.depth * excused, golden.tokens.size))
 
 
 def _spans_units(golden: Golden, model: ModelEntry) -> bool:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import types
 import typing
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from .errors import BundleError
 from .fidelity import Fidelity
-from .modes import Mode
+from .models import ChunkModel, ModelEntry, StepModel
 from .paths import shown
 from .reading import build, parse_json
 
@@ -41,19 +39,6 @@ KernelKind = Literal["few", "many"]
 GraphForm = Literal["gemm", "gemm_marked", "reduce"]
 GRAPH_FORMS: tuple[GraphForm, ...] = typing.get_args(GraphForm)
 
-#: Least and largest sizes of a model; beyond 2**24, float32 does not tell the levels of a grid apart. A real model is
-#: far smaller, and a file that states more would take all memory before anything else is seen to be wrong with it.
-SIZE_LIMITS: Mapping[str, tuple[int, int]] = types.MappingProxyType(
-    {
-        "chunk_length": (1, 2**16),
-        "action_dim": (1, 2**16),
-        "latent_dim": (1, 2**16),
-        "hidden_width": (1, 2**16),
-        "num_layers": (1, 2**10),
-        "num_levels": (2, 2**24),
-    }
-)
-
 
 @dataclass(frozen=True)
 class TensorEntry:
@@ -66,7 +51,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class GraphEntry:
-    """An ONNX file; prefix: the layers l that a decoder takes, L for the encoder.
+    """An ONNX file; prefix: the layers l that a decoder takes, or the most chunk tokens; L for the encoder.
 
     form: how the linear layers are written: `gemm` for ONNX Runtime on the CPU, `gemm_marked` for it on the GPU,
     `reduce` for TensorRT (`export/graphs.py` says why).
@@ -104,49 +89,6 @@ class EngineEntry:
     device: str
     kernel_cache: str
     detail: str
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """Sizes and meaning of tokens and actions.
-
-    prefixes: built decoders, ascending, the last is num_layers. action_limit: the largest |action| (physical units)
-    for which no float32 intermediate can overflow. action_units: physical units per normalised unit, one for each of A.
-    """
-
-    mode: Mode
-    chunk_length: int
-    action_dim: int
-    latent_dim: int
-    hidden_width: int
-    num_layers: int
-    num_levels: int
-    prefixes: tuple[int, ...]
-    action_limit: float
-    action_units: tuple[float, ...]
-    action_offset: tuple[float, ...]
-
-    @property
-    def has_stats(self) -> bool:
-        """Whether encoding gives, and decoding takes, mean and sigma of every layer (float32 [B, T, l, 2])."""
-        return self.mode == "dynamic"
-
-    def actions_shape(self, batch: int) -> tuple[int, int, int]:
-        """[B, T, A]."""
-        return (batch, self.chunk_length, self.action_dim)
-
-    def tokens_shape(self, batch: int, layers: int | None = None) -> tuple[int, int, int, int]:
-        """[B, T, D, l]; layers: None for all L."""
-        return (batch, self.chunk_length, self.latent_dim, self.num_layers if layers is None else layers)
-
-    def stats_shape(self, batch: int, layers: int | None = None) -> tuple[int, int, int, int]:
-        """[B, T, l, 2]; layers: None for all L."""
-        return (batch, self.chunk_length, self.num_layers if layers is None else layers, 2)
-
-    @property
-    def is_step_coupled(self) -> bool:
-        """Whether a token depends on all latents of its step, so that one flip moves the later layers of them all."""
-        return self.mode in ("dynamic", "recovered")
 
 
 @dataclass(frozen=True)
@@ -203,7 +145,7 @@ class Manifest:
 
     schema_version: int
     fingerprint: str
-    model: ModelEntry
+    model: ChunkModel | StepModel
     graphs: tuple[GraphEntry, ...]
     engines: tuple[EngineEntry, ...]
     parity: tuple[ParityEntry, ...]
@@ -217,12 +159,14 @@ class Manifest:
         for entry in self.graphs:
             if (entry.role, entry.prefix, entry.form) == (role, prefix, form):
                 return entry
-        raise BundleError(f"the bundle has no {role} for {prefix} layers in the form {form!r}; build it again")
+        raise BundleError(
+            f"the bundle has no {role} for {prefix} {self.model.depth_unit} in the form {form!r}; build it again"
+        )
 
     def graphs_of(self, form: GraphForm) -> tuple[GraphEntry, ...]:
-        """The encoder, then a decoder for each of the model's prefixes."""
-        decoders = (self.graph("decoder", prefix, form) for prefix in self.model.prefixes)
-        return (self.graph("encoder", self.model.num_layers, form), *decoders)
+        """The encoder, then the decoders, by ascending prefix."""
+        decoders = (self.graph("decoder", prefix, form) for prefix in self.model.decoder_graphs)
+        return (self.graph("encoder", self.model.depth, form), *decoders)
 
 
 def graph_tensors(
@@ -230,7 +174,9 @@ def graph_tensors(
 ) -> tuple[tuple[TensorEntry, ...], tuple[TensorEntry, ...]]:
     """Inputs and outputs that a graph of this model has, in this order."""
     actions = TensorEntry("actions", "float32", model.actions_shape(-1))
-    codes = [TensorEntry("tokens", "int32", model.tokens_shape(-1, prefix))]
+    # A decoder of chunk tokens takes any number of them.
+    is_any = role == "decoder" and isinstance(model, ChunkModel)
+    codes = [TensorEntry("tokens", "int32", model.tokens_shape(-1, -1 if is_any else prefix))]
     if model.has_stats:
         codes.append(TensorEntry("stats", "float32", model.stats_shape(-1, prefix)))
     return ((actions,), tuple(codes)) if role == "encoder" else (tuple(codes), (actions,))

@@ -14,13 +14,15 @@ import numpy.typing as npt
 from .advice import command
 from .arrays import AnyArray, BoolArray, Float32Array, Int32Array, unravel
 from .errors import InvalidInputError, UnbuiltPrefixError
-from .manifest import ModelEntry
+from .models import ModelEntry
 
 _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 _FLOAT32 = np.dtype(np.float32)
 _INT32 = np.dtype(np.int32)
-TOKEN_TYPES = (_INT32, np.dtype(np.int64), np.dtype(np.uint8))
+_BYTES, _WORDS = np.dtype(np.uint8), np.dtype(np.uint16)
+#: The types that tokens may have, of one kind or the other; int32 first.
+TOKEN_TYPES = (_INT32, np.dtype(np.int64), _BYTES, _WORDS)
 #: What DLPack calls memory of a CUDA device.
 _DLPACK_CUDA = 2
 _UNSIGNED = {dtype: np.dtype(f"u{dtype.itemsize}") for dtype in TOKEN_TYPES}
@@ -65,12 +67,13 @@ class InputValidator:
 
     def __init__(self, model: ModelEntry) -> None:
         self._model = model
-        self._num_levels = model.num_levels
+        self._vocabulary = model.vocabulary
+        self._token_types = token_types(model)
         self._prefixes = frozenset(model.prefixes)
         # The limit as float32, the type of what is compared with it.
         self._action_limit = float(np.float32(model.action_limit))
         self._actions_tail = (model.chunk_length, model.action_dim)
-        self._tokens_tail = (model.chunk_length, model.latent_dim)
+        self._token_grid, self._num_axes = model.token_grid, len(model.token_grid) + 2
 
     def actions(self, actions: object, *, unchecked: int = 0) -> Float32Array:
         """float32 [B, T, A], every |action| at most the model's limit; as a C-contiguous array of native order.
@@ -92,16 +95,17 @@ class InputValidator:
         return array
 
     def tokens(self, tokens: object, *, unchecked: int = 0) -> Int32Array:
-        """int32, int64 or uint8 [B, T, D, l], l a built prefix, values 0 ... K - 1; as C-contiguous native int32.
+        """int32 or int64 [B, T, D, l] (uint8 too) or [B, l] (uint16 too); as C-contiguous native int32.
 
-        unchecked: up to so many chunks the backend checks the values, faster; of other types they are checked here.
-        Raises InvalidInputError, UnbuiltPrefixError for another number of layers.
+        l is a prefix that decodes, values are 0 ... vocabulary - 1. unchecked: up to so many chunks the backend checks
+        the values, faster; of other types they are checked here. Raises InvalidInputError, UnbuiltPrefixError for
+        another l.
         """
         array = _as_array("tokens", tokens)
-        if array.dtype != _INT32 or array.shape[1:3] != self._tokens_tail or array.ndim != 4:
-            check_shape("tokens", array.shape, "B, T, D, l", self._tokens_tail)
-            array = native("tokens", array, TOKEN_TYPES)
-        if array.shape[3] not in self._prefixes:
+        if array.dtype != _INT32 or array.shape[1:-1] != self._token_grid or array.ndim != self._num_axes:
+            check_shape("tokens", array.shape, token_letters(self._model), self._token_grid)
+            array = native("tokens", array, self._token_types)
+        if array.shape[-1] not in self._prefixes:
             check_prefix(array.shape, self._model)
         if not (array.flags.c_contiguous and array.flags.aligned):
             array = np.require(array, requirements=["C", "A"])
@@ -110,10 +114,12 @@ class InputValidator:
         if (
             (len(array) > unchecked or not is_int32)
             and array.size
-            and np.maximum.reduce(array.view(_UNSIGNED[array.dtype]), axis=None) >= self._num_levels
+            and np.maximum.reduce(array.view(_UNSIGNED[array.dtype]), axis=None) >= self._vocabulary
         ):
-            expected = f"0 ... {self._num_levels - 1}, the {self._num_levels} levels of this bundle"
-            refuse_first("tokens", array, (array >= 0) & (array < self._num_levels), expected)
+            values = self._vocabulary
+            named = "levels of this bundle" if self._token_grid else "words of this bundle's vocabulary"
+            expected = f"0 ... {values - 1}, the {values} {named}"
+            refuse_first("tokens", array, (array >= 0) & (array < values), expected)
         return array if is_int32 else array.astype(_INT32)
 
     def stats(self, stats: object, tokens: Int32Array) -> Float32Array | None:
@@ -173,7 +179,17 @@ class InputValidator:
         return out
 
 
-def check_shape(name: str, shape: tuple[int, ...], letters: str, tail: tuple[int, int]) -> None:
+def token_types(model: ModelEntry) -> tuple[np.dtype[Any], ...]:
+    """The types that tokens of this model may have: a vocabulary of many words does not fit into bytes."""
+    return (*TOKEN_TYPES[:2], _BYTES if model.token_grid else _WORDS)
+
+
+def token_letters(model: ModelEntry) -> str:
+    """The axes of tokens, by their letters."""
+    return "B, T, D, l" if model.token_grid else "B, l"
+
+
+def check_shape(name: str, shape: tuple[int, ...], letters: str, tail: tuple[int, ...]) -> None:
     """Raises InvalidInputError unless the shape is [B, *tail], or [B, *tail, l] where `letters` say so.
 
     >>> check_shape("actions", (1, 8, 6), "B, T, A", (8, 7))
@@ -181,8 +197,8 @@ def check_shape(name: str, shape: tuple[int, ...], letters: str, tail: tuple[int
     rfsq.runtime.bundle.errors.InvalidInputError: actions have shape [1, 8, 6]; expected [B, T, A] = [B, 8, 7]
     """
     expected = ["B", *map(str, tail), *(["l"] if letters.endswith("l") else [])]
-    if len(shape) != len(expected) or shape[1:3] != tail:
-        is_single = len(shape) == len(expected) - 1 and shape[:2] == tail
+    if len(shape) != len(expected) or shape[1 : 1 + len(tail)] != tail:
+        is_single = len(shape) == len(expected) - 1 and shape[: len(tail)] == tail
         hint = f"; for a single chunk pass {name}[None]" if is_single else ""
         raise InvalidInputError(
             f"{name} have shape {list(shape)}; expected [{letters}] = [{', '.join(expected)}]{hint}"
@@ -190,17 +206,22 @@ def check_shape(name: str, shape: tuple[int, ...], letters: str, tail: tuple[int
 
 
 def check_prefix(shape: tuple[int, ...], model: ModelEntry) -> None:
-    """Raises UnbuiltPrefixError unless the bundle decodes tokens of this shape [B, T, D, l]."""
-    layers = shape[3]
+    """Raises UnbuiltPrefixError unless the bundle decodes tokens of this shape, [B, T, D, l] or [B, l]."""
+    layers = shape[-1]
     if layers in model.prefixes:
         return
+    if not model.token_grid:
+        raise UnbuiltPrefixError(
+            f"tokens have the shape {list(shape)}, {layers} of a chunk; this bundle decodes from 1 to {model.depth}: "
+            "pass the first so many that its encoder gave, tokens[:, :l]"
+        )
     slicing = "slice tokens[..., :l] to one of them, or " if layers > min(model.prefixes) else ""
     raise UnbuiltPrefixError(
         f"tokens have {layers} layers (shape {list(shape)}); this bundle decodes {_listed(model.prefixes)}: "
         + (
             f"{slicing}build the bundle with `--prefixes {layers}`"
-            if 1 <= layers < model.num_layers
-            else f"pass the first so many of the model's {model.num_layers} layers, tokens[..., :l]"
+            if 1 <= layers < model.depth
+            else f"pass the first so many of the model's {model.depth} layers, tokens[..., :l]"
         )
     )
 

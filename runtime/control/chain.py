@@ -118,8 +118,8 @@ class DecodeWorker:
         self.error: BaseException | None = None
         self._slots = {
             prefix: (
-                np.zeros((1, model.chunk_length, model.latent_dim, prefix), np.int32),
-                np.zeros((1, model.chunk_length, prefix, 2), np.float32),
+                np.zeros(model.tokens_shape(1, prefix), np.int32),
+                np.zeros(model.stats_shape(1, prefix), np.float32),
             )
             for prefix in model.prefixes
         }
@@ -143,7 +143,7 @@ class DecodeWorker:
 
     def ask(self, tokens: AnyArray, stats: Float32Array | None) -> None:
         """Start decoding tokens of a legal shape [1, T, D, l]; only while nothing is pending."""
-        own_tokens, own_stats = self._slots[tokens.shape[3]]
+        own_tokens, own_stats = self._slots[tokens.shape[-1]]
         np.copyto(own_tokens, tokens, casting="unsafe")
         if stats is not None:
             np.copyto(own_stats, stats)
@@ -242,7 +242,7 @@ class BackendChain:
         self._workers = [DecodeWorker(found) for found in self.warm] if config.use_worker else []
         self._retriers: list[Retrier] = []
         self._config, self._guard, self._clock = config, guard, clock
-        self._length, self._highest = model.chunk_length, model.num_levels - 1
+        self._length, self._highest = model.chunk_length, model.vocabulary - 1
         self._is_limiting = config.out_of_range is OutOfRange.LIMIT
         self._health = health
         self.chunk: Float32Array = self.warm[0].chunk
@@ -349,7 +349,7 @@ class BackendChain:
         if stats is not None and not (
             type(stats) is np.ndarray
             and stats.dtype == np.float32
-            and stats.shape == (1, self._length, tokens.shape[3], 2)
+            and stats.shape == (1, self._length, tokens.shape[-1], 2)
         ):
             raise InvalidInputError("stats have a wrong form; expected float32 [1, T, l, 2] as encoding gave them")
         if left_s <= 0:

@@ -75,7 +75,7 @@ class ControlDecoder:
         self._meta: dict[str, Any] = {
             "config": config.to_values(),
             "fingerprint": tokenizer.fingerprint,
-            "token_shape": (model.chunk_length, model.latent_dim, model.num_layers),
+            "token_shape": model.tokens_shape(1)[1:],
             "backends": [found.backend.name for found in self._tokenizers],
         }
         self._pauses_gc, self._raises = config.pause_gc, config.on_fault is OnFault.RAISE

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle.manifest import ModelEntry
+from ..bundle.models import ModelEntry
 from ..bundle.validation import TOKEN_TYPES
 from .chain import BackendChain
 from .config import ControlConfig, OutOfRange, Status

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..bundle.manifest import ModelEntry
+from ..bundle.models import ModelEntry
 from ..bundle.validation import TOKEN_TYPES, as_array_advice, kind_of
 from .config import ControlConfig
 from .errors import ClockFaultError, in_words, is_from_outside
@@ -31,7 +31,7 @@ class ChunkOrder:
         self._half_period_ns = self.period_ns // 2
         self.stale_ns = round(config.stale_after_s * 1e9)
         self._stale_s = config.stale_after_s
-        self._length, self._tail = model.chunk_length, (1, model.chunk_length, model.latent_dim)
+        self._length, self._tail = model.chunk_length, (1, *model.token_grid)
         #: Legal shapes of tokens.
         self.layers_of = {(*self._tail, prefix): prefix for prefix in model.prefixes}
 

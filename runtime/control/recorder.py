@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.arrays import AnyArray, Float32Array, Int32Array
-from ..bundle.manifest import ModelEntry
+from ..bundle.models import ModelEntry
 from ..bundle.paths import as_path, replacing
 from ..bundle.reading import regular_file
 from .config import Status
@@ -66,25 +66,24 @@ class FlightRecorder:
     """
 
     def __init__(self, ticks: int, model: ModelEntry) -> None:
-        steps, latents, layers, has_stats = model.chunk_length, model.latent_dim, model.num_layers, model.has_stats
-        size = ticks + steps + 1
+        size = ticks + model.chunk_length + 1
         self._size = size
         # One call packs all numbers of a tick; assigning them one by one takes three times as long.
         self._numbers = np.zeros((size, len(COLUMNS)), np.int64)
         self._bytes, self._stride = self._numbers.data.cast("B"), 8 * len(COLUMNS)
         self._pack = struct.Struct(f"={len(COLUMNS)}q").pack_into
         self._actions = np.zeros((size, model.action_dim), np.float32)
-        self._tokens = np.zeros((size, steps * latents * layers), np.int32)
-        self._stats = np.zeros((size, steps * layers * 2 * has_stats), np.float32)
+        self._tokens = np.zeros((size, math.prod(model.tokens_shape(1))), np.int32)
+        self._stats = np.zeros((size, math.prod(model.stats_shape(1)) * model.has_stats), np.float32)
         # By shape, the number of layers and a view of each row, made once: indexing makes a new view each time.
         self._action_rows = list(self._actions)
         self._token_rows = {
-            (shape := (1, steps, latents, count)): (count, [_cut(row, shape) for row in self._tokens])
-            for count in range(1, layers + 1)
+            (shape := model.tokens_shape(1, count)): (count, [_cut(row, shape) for row in self._tokens])
+            for count in range(1, model.depth + 1)
         }
         self._stats_rows = {
-            (shape := (1, steps, count, 2)): (count, [_cut(row, shape) for row in self._stats])
-            for count in range(1, layers * has_stats + 1)
+            (shape := model.stats_shape(1, count)): (count, [_cut(row, shape) for row in self._stats])
+            for count in range(1, model.depth * model.has_stats + 1)
         }
         self.written = 0
 

@@ -118,7 +118,7 @@ def _decoded(tokenizer: ActionTokenizer, tokens: AnyArray) -> Float32Array:
     """Tokens uint8 [n, D*L] to actions [n, A]. Not by StepCoder, whose work is verified here."""
     model = tokenizer.model
     chunks = in_chunks(tokens, model.chunk_length)
-    actions = tokenizer.decode(chunks.reshape(*chunks.shape[:2], model.latent_dim, model.num_layers))
+    actions = tokenizer.decode(chunks.reshape(model.tokens_shape(len(chunks))))
     return actions.reshape(-1, model.action_dim)[: len(tokens)]
 
 

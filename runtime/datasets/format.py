@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from ..bundle.advice import quoted
 from ..bundle.fidelity import Fidelity
-from ..bundle.manifest import FileEntry, ModelEntry
+from ..bundle.manifest import FileEntry
+from ..bundle.models import ModelEntry
 from ..bundle.reading import build, parse_json, read_file
 from .errors import TokenDatasetError
 

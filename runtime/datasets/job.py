@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.errors import BackendUnavailableError, InvalidInputError
+from ..bundle.models import step_model
 from ..bundle.ownership import Ownership
 from ..tokenizer import ActionTokenizer
 from .errors import OutputError
@@ -160,15 +161,15 @@ def plan(source: Source, tokenizer: ActionTokenizer, options: argparse.Namespace
 
 def _check_model(tokenizer: ActionTokenizer) -> None:
     """Raises InvalidInputError for a bundle whose tokens a dataset cannot hold."""
-    model = tokenizer.model
+    model = step_model(tokenizer.model, "a dataset of tokens")
     if model.has_stats:
         raise InvalidInputError(
             "tokens of a `dynamic` bundle mean nothing without the statistics of their own step, which no dataset of "
             "tokens holds: build a bundle with `--conditioning recovered` (the same tokens, decoded on their own) or "
             "`--conditioning calibrated`"
         )
-    if model.num_levels > 256:
-        raise InvalidInputError(f"the bundle has {model.num_levels} levels; tokens of one byte hold at most 256")
+    if model.vocabulary > 256:
+        raise InvalidInputError(f"the bundle has {model.vocabulary} levels; tokens of one byte hold at most 256")
 
 
 def open_tokenizer(job: Job) -> ActionTokenizer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -153,7 +154,7 @@ class StepCoder:
 
     def encode(self, actions: Float32Array) -> npt.NDArray[np.uint8]:
         """Actions float32 [n, A] to tokens uint8 [n, D*L]. Raises InvalidInputError for illegal actions."""
-        result = np.empty((len(actions), self._model.latent_dim * self._model.num_layers), np.uint8)
+        result = np.empty((len(actions), math.prod(self._model.tokens_shape(1)[2:])), np.uint8)
         for rows, chunks in self._chunks(actions):
             tokens = self._tokens[: len(chunks)]
             self._tokenizer.encode_into(chunks, tokens)
@@ -166,7 +167,7 @@ class StepCoder:
         model = self._model
         result = np.empty((len(tokens), model.action_dim), np.float32)
         for rows, chunks in self._chunks(tokens):
-            actions = self._tokenizer.decode(chunks.reshape(*chunks.shape[:2], model.latent_dim, model.num_layers))
+            actions = self._tokenizer.decode(chunks.reshape(model.tokens_shape(len(chunks))))
             result[rows] = actions.reshape(-1, model.action_dim)[: rows.stop - rows.start]
         return result
 

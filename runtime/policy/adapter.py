@@ -20,7 +20,7 @@ from ..bundle.advice import quoted
 from ..bundle.checkpoint_layouts import compare_config, recorded_weights
 from ..bundle.checkpoint_states import states_in
 from ..bundle.errors import FingerprintError, InvalidInputError
-from ..bundle.manifest import ModelEntry
+from ..bundle.models import StepModel
 from ..bundle.paths import as_path
 from ..bundle.validation import InputValidator
 from ..tokenizer import ActionTokenizer
@@ -347,7 +347,7 @@ class CodedLatents:
 class _Quantiser:
     """The published model's `rfsq`, as far as decoding needs it; not a module, since it has no state."""
 
-    def __init__(self, model: ModelEntry) -> None:
+    def __init__(self, model: StepModel) -> None:
         self._model = model
 
     def decode_from_indices(self, indices: Tensor) -> CodedLatents:

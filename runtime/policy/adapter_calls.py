@@ -23,7 +23,7 @@ from ..backends.registry import GPU_BACKENDS, OBSTACLES
 from ..bundle.advice import command, quoted
 from ..bundle.checkpoint_layouts import StateComparison, compare_state, is_grid, recorded_hashes
 from ..bundle.errors import InvalidInputError
-from ..bundle.manifest import ModelEntry
+from ..bundle.models import StepModel, step_model
 from ..bundle.validation import InputValidator
 from ..tokenizer import ActionTokenizer
 
@@ -78,7 +78,8 @@ class Engines:
         self.on_host = ActionTokenizer.load(path, backend=backend, expect_fingerprint=expect_fingerprint)
         assert self.on_host.folder is not None  # it was loaded
         self.path, self._backend = self.on_host.folder, backend
-        self.model, self.fingerprint = self.on_host.model, self.on_host.fingerprint
+        self.model = step_model(self.on_host.model, "the published model's class")
+        self.fingerprint = self.on_host.fingerprint
         #: The fingerprint as a state dict has it. On the CPU, also where a policy is built on the meta device.
         self.numbers = torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.float32, device=CPU)
         # By device that tensors came from; None where no backend takes them in place.
@@ -188,12 +189,13 @@ class Call:
     worked on, the CPU where the tokenizer does not take them in place.
     """
 
-    __slots__ = ("_is_on_gpu", "_leading", "_num_steps", "device", "is_whole", "tokenizer", "work_device")
+    __slots__ = ("_is_on_gpu", "_leading", "_model", "_num_steps", "device", "is_whole", "tokenizer", "work_device")
 
     def __init__(
         self, tokenizer: ActionTokenizer, leading: torch.Size, device: torch.device, is_in_place: bool
     ) -> None:
         self.tokenizer, self.device, self._leading = tokenizer, device, leading
+        self._model = step_model(tokenizer.model, "the published model's class")
         self.work_device = device if is_in_place else CPU
         self._is_on_gpu = self.work_device.type == "cuda"
         self._num_steps = math.prod(leading)
@@ -244,7 +246,7 @@ class Call:
         if not self.is_whole and not self._is_on_gpu:
             leading = self._leading if len(self._leading) == 2 else (1, self._num_steps)
             given = tensor.detach().to(CPU).reshape(*leading, *tensor.shape[len(self._leading) :])
-            check(InputValidator(replace(self.tokenizer.model, chunk_length=leading[1])), given.numpy())
+            check(InputValidator(replace(self._model, chunk_length=leading[1])), given.numpy())
 
 
 def uncompiled(method: Callable[[_Self, Tensor], _Result]) -> Callable[[_Self, Tensor], _Result]:
@@ -326,7 +328,7 @@ def _peculiarity(value: Tensor) -> str | None:
     return "on the meta device" if value.is_meta else "without memory: it was freed, or never was"
 
 
-def checked_indices(value: object, model: ModelEntry) -> Tensor:
+def checked_indices(value: object, model: StepModel) -> Tensor:
     """Codes [..., D, l] of an integer type. Raises InvalidInputError for everything else, and for `dynamic` bundles."""
     if model.has_stats:
         raise InvalidInputError(_not_decodable())

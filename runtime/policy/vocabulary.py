@@ -32,6 +32,7 @@ from ..bundle.errors import (
     VocabularyError,
     WrongLayerError,
 )
+from ..bundle.models import step_model
 from ..bundle.reading import coerce_fields
 from ..bundle.validation import TOKEN_TYPES, as_array_advice, kind_of, native, refuse_first
 
@@ -138,7 +139,7 @@ class TokenVocabulary:
 
         if not isinstance(tokenizer, ActionTokenizer):
             raise InvalidInputError(f"tokenizer is a {kind_of(tokenizer)}; expected an ActionTokenizer")
-        model = tokenizer.model
+        model = step_model(tokenizer.model, "a TokenVocabulary")
         if not isinstance(special_ids, Mapping | None):
             raise VocabularyError(f"special_ids are {special_ids!r:.60}; expected a dict of names and ids")
         return cls(

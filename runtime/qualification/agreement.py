@@ -18,7 +18,7 @@ from ..bundle.compatibility import Compatibility, compare_manifests
 from ..bundle.errors import InvalidInputError
 from ..bundle.fidelity import Fidelity, FidelitySums
 from ..bundle.gates import GATES
-from ..bundle.manifest import ModelEntry
+from ..bundle.models import ModelEntry, step_model
 from ..bundle.paths import as_path
 from ..datasets.episodes import WholePass
 from ..datasets.source_base import Source
@@ -150,8 +150,9 @@ def measure(old: Side, new: Side, source: Source) -> Measurement:
     remarks = tuple(_remarks(old.model, new.model))
     if old.model.action_dim != new.model.action_dim:
         return Measurement(0, (), 0, (), remarks)
-    corresponds = (old.model.latent_dim, old.model.num_levels) == (new.model.latent_dim, new.model.num_levels)
-    depth = min(old.model.num_layers, new.model.num_layers) if corresponds else 0
+    old_model, new_model = (step_model(side.model, "comparing bundles on data") for side in (old, new))
+    corresponds = (old_model.latent_dim, old_model.num_levels) == (new_model.latent_dim, new_model.num_levels)
+    depth = min(old.model.depth, new.model.depth) if corresponds else 0
     # A bundle's own decoder first: the other is held against it.
     pairs = [(old, old), (new, new), *(((old, new), (new, old)) if corresponds else ())]
     found = [
@@ -177,7 +178,7 @@ def measure(old: Side, new: Side, source: Source) -> Measurement:
             pair.add(actions, decoded, own.setdefault((pair.tokens, pair.layers), decoded))
     return Measurement(
         steps=source.num_steps,
-        equal=tuple(map(float, equal / (source.num_steps * old.model.latent_dim))),
+        equal=tuple(map(float, equal / (source.num_steps * old_model.latent_dim))),
         differing=differing,
         decodings=tuple(pair.decoding() for pair in found),
         remarks=remarks,
@@ -194,8 +195,8 @@ def _remarks(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
                 f"{what} is {getattr(old, name)} in OLD, {getattr(new, name)} in NEW: no token of one corresponds to "
                 "one of the other, so each decodes its own alone"
             )
-    if old.num_layers != new.num_layers:
-        yield f"L is {old.num_layers} in OLD, {new.num_layers} in NEW: tokens are compared as far as both have them"
+    if old.depth != new.depth:
+        yield f"L is {old.depth} in OLD, {new.depth} in NEW: tokens are compared as far as both have them"
     if old.prefixes != new.prefixes:
         yield f"OLD decodes {listed(old.prefixes)} layers, NEW {listed(new.prefixes)}: what both do is done crosswise"
     if old.chunk_length != new.chunk_length:
@@ -267,7 +268,7 @@ def _conclude(
 ) -> Verdict:
     """What is proven, if the measurement bears it out; with force what is measured."""
     on_data = f"on {measurement.steps:,} steps"
-    has_same_depth = old.num_layers == new.num_layers
+    has_same_depth = old.depth == new.depth
     is_same_measured = has_same_depth and measurement.has_same_tokens()
     if compatibility.proof:
         if not (has_same_depth and measurement.has_same_tokens(spare=1)):

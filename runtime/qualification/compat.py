@@ -64,10 +64,7 @@ def overview(found: Comparison, *, is_verbose: bool) -> Iterator[str]:
     """Lines for people; is_verbose: what the tokens of each are worth by dimension, too."""
     for facts in (found.old, found.new):
         model = facts.model
-        yield (
-            f"{facts.name}  {facts.folder}: {model.mode}, T {model.chunk_length}, A {model.action_dim}, "
-            f"D {model.latent_dim}, L {model.num_layers}, K {model.num_levels}, fingerprint {facts.fingerprint[:16]}"
-        )
+        yield f"{facts.name}  {facts.folder}: {model.mode}, {model.sizes_text}, fingerprint {facts.fingerprint[:16]}"
     measured = found.measurement
     yield from (f"  – {line}" for line in measured.remarks)
     if measured.equal:

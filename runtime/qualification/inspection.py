@@ -59,10 +59,7 @@ def overview(bundle: Bundle, *, is_verbose: bool = True) -> Iterator[str]:
     yield f"{bundle.folder} (schema version {manifest.schema_version})"
     yield f"  fingerprint  {manifest.fingerprint}"
     yield f"  mode         {model.mode}: {MEANING[model.mode]}"
-    yield (
-        f"  sizes        T {model.chunk_length}, A {model.action_dim}, D {model.latent_dim}, L {model.num_layers}, "
-        f"K {model.num_levels}, hidden {model.hidden_width}; decodes {', '.join(map(str, model.prefixes))} layers"
-    )
+    yield f"  sizes        {model.sizes_text}; decodes {model.prefixes_text}"
     worth = "not recorded; build it with action data to know" if manifest.quality is None else manifest.quality.line
     yield from _details(bundle, worth) if is_verbose else _summary(bundle, worth)
 

@@ -286,7 +286,7 @@ def _backend(name: str, status: Status, inject: Inject, **options: Any) -> Kind:
 
 
 _BAD_TOKENS: dict[str, Callable[[Any, Rig], Any]] = {
-    "token too high by one": lambda tokens, rig: _with(rig.model.num_levels, tokens, rig),
+    "token too high by one": lambda tokens, rig: _with(rig.model.vocabulary, tokens, rig),
     "token far too high": partial(_with, 2**31 - 1),
     "negative token": partial(_with, -1),
     "int64 tokens that wrap to legal ones": lambda tokens, _: tokens.astype(np.int64) + 2**32,

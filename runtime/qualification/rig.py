@@ -196,7 +196,7 @@ class Rig:
         return self._due + PERIOD_NS
 
     def pick(self, layers: int | None = None) -> Chunk:
-        return self.rng.choice(self.chunks[layers or self.model.num_layers])
+        return self.rng.choice(self.chunks[layers or self.model.depth])
 
     def tick(self, tokens: object = None, *, serves: tuple[Chunk, int] | None = None, **options: Any) -> Answer:
         """Take one step. serves: the chunk that is in service from now on, if this tick accepts it."""
@@ -237,7 +237,7 @@ class Rig:
             draft = self.send(self.chunks[self.model.prefixes[0]][index])
             if draft.status is not Status.OK:
                 return draft
-            return self.send(self.chunks[self.model.num_layers][index], sequence=self.sequence, age=1)
+            return self.send(self.chunks[self.model.depth][index], sequence=self.sequence, age=1)
         return self.send(self.pick())
 
     def idle(self, most: int) -> None:

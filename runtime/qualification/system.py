@@ -155,7 +155,7 @@ def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer) -> None:
                 trial.expect_answer("a chunk", rig.send(found[1], sequence=found[0]))
 
         for _ in range(trial.times):
-            producer = Producer(rig.chunks[rig.model.num_layers])
+            producer = Producer(rig.chunks[rig.model.depth])
             with trial.fault("producer", "stopped in the middle of a message (SIGSTOP)", rig):
                 # The numbers begin again, as those of a policy that was restarted.
                 for _ in range(trial.rng.randint(1, 3)):

@@ -25,6 +25,7 @@ from rfsq.calibration.fitting import calibrate
 from rfsq.calibration.readout import held_out_warning
 from rfsq.calibration.settings import CalibrationConfig, ReadoutChoice, ReadoutConfig, RecoveredConfig
 from rfsq.export import engines, pipeline, sources
+from rfsq.export.build_config import BuildConfig
 from rfsq.export.build_engine import config_of, main, parser, verdict
 from rfsq.export.c_builder import find_compiler
 from rfsq.export.engines import Profile
@@ -32,7 +33,7 @@ from rfsq.export.errors import GateError
 from rfsq.export.fingerprint import fingerprint
 from rfsq.export.graphs import LinearForm
 from rfsq.export.parity import closing_tables
-from rfsq.export.pipeline import BuildConfig, build
+from rfsq.export.pipeline import build
 from rfsq.export.plan import DeployMode
 from rfsq.export.reference import AS_TRAINED, REFITTED
 from rfsq.rfsq_ref.autoencoder import ModelConfig

@@ -23,7 +23,14 @@ from rfsq.rfsq_ref.rounding import token_error_bounds
 from rfsq.runtime.backends.onnxruntime import OrtBackend
 from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.folder import Bundle
-from rfsq.runtime.bundle.manifest import SCHEMA_VERSION, GraphEntry, Manifest, ModelEntry, ParityEntry, graph_tensors
+from rfsq.runtime.bundle.manifest import (
+    SCHEMA_VERSION,
+    GraphEntry,
+    Manifest,
+    ParityEntry,
+    graph_tensors,
+)
+from rfsq.runtime.bundle.models import ModelEntry, StepModel
 from tests.export.plan_numpy import PlanBackend, exact
 
 #: The edges, which tell most, come on top of the steps: 2,500 or more.
@@ -49,7 +56,7 @@ class Case:
         sizes = checkpoint.config
         limit = action_limit(plan_encoder(reference.model, mode, CHUNK))
         sections = parity_sections(reference.model, held_out, chunk_length=CHUNK, limit=limit, num_steps=STEPS)
-        model = ModelEntry(
+        model = StepModel(
             mode=mode.value,
             chunk_length=CHUNK,
             action_dim=sizes.action_dim,

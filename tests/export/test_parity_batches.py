@@ -11,7 +11,7 @@ from rfsq.export.reference import EDGES, Answers, Section
 from rfsq.runtime.bundle.comparison import TokenComparison
 from rfsq.runtime.bundle.errors import IllegalValueError
 from rfsq.runtime.bundle.gates import GATES
-from rfsq.runtime.bundle.manifest import ModelEntry
+from rfsq.runtime.bundle.models import StepModel
 
 
 def section(chunks: int, chunk_length: int, name: str = "some") -> Section:
@@ -95,7 +95,7 @@ def test_a_build_tries_illegal_values_everywhere_also_within_a_chunk(place: int)
         def decode_into(self, *_arrays: Any) -> None:
             raise IllegalValueError
 
-    model = ModelEntry(
+    model = StepModel(
         mode="calibrated",
         chunk_length=3,
         action_dim=3,
@@ -128,7 +128,7 @@ def test_a_variant_of_a_backend_is_judged_by_itself_and_named() -> None:
     class Varied(Plain):
         variants = {"bytes": Plain()}  # noqa: RUF012
 
-    plain, varied, model = Plain(), Varied(), SimpleNamespace(num_layers=2, has_stats=False, chunk_length=1)
+    plain, varied, model = Plain(), Varied(), SimpleNamespace(depth=2, decoders=(), has_stats=False, chunk_length=1)
     backends: Any = [plain, varied]
     reference: Any = Recorder()
     judges = judges_of(backends, reference, model, seed=3)  # type: ignore[arg-type]

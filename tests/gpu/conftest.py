@@ -55,7 +55,8 @@ def gpu() -> None:
 @pytest.fixture(scope="session")
 def bundle_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded checkpoint with engines for every TensorRT here, all validated on this GPU."""
-    from rfsq.export.pipeline import BuildConfig, build
+    from rfsq.export.build_config import BuildConfig
+    from rfsq.export.pipeline import build
 
     output = tmp_path_factory.mktemp("gpu") / "bundle"
     build(BuildConfig(output=output, backends=("onnxruntime", *ENGINES), parity_steps=20_000))

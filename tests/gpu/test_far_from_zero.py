@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rfsq.export.pipeline import BuildConfig, build
+from rfsq.export.build_config import BuildConfig
+from rfsq.export.pipeline import build
 from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.data import load_demonstrations
 from rfsq.rfsq_ref.normaliser import Normaliser

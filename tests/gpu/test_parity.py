@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from rfsq.export import pipeline
+from rfsq.export.build_config import BuildConfig
 from rfsq.export.errors import GateError
 from rfsq.export.graphs import LinearForm
 from rfsq.export.parity import batches, judges_of
-from rfsq.export.pipeline import BuildConfig, build
+from rfsq.export.pipeline import build
 from rfsq.export.plan import DeployMode
 from rfsq.export.proving import failures, opened_backends
 from rfsq.export.reference import Reference, parity_sections

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rfsq.export.pipeline import BuildConfig, build
+from rfsq.export.build_config import BuildConfig
+from rfsq.export.pipeline import build
 from rfsq.export.plan import DeployMode
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.backends.gpu.driver import free_memory

@@ -138,12 +138,35 @@ def test_no_value_errs_by_more_than_the_bound(code: ChunkCode, seed: int) -> Non
 
 
 @given(codes(), st.integers(0, 2**32))
+def test_the_class_is_the_cheapest_of_those_that_keep_the_bound(code: ChunkCode, seed: int) -> None:
+    """By decoding every trial, where no latent is cut off."""
+    chunks = random_chunks(code, 3, seed) * 0.3
+    bits = [budget * code.sizes.token_bits - code.sizes.class_bits for budget in code.budgets]
+    expected = []
+    for chunk in chunks:
+        found = [(math.inf, code.sizes.escape)]
+        for index in range(code.sizes.escape):
+            cost, keeps = 0.0, True
+            for weight, count in zip(code.weights.tolist(), bits, strict=True):
+                tokens = code.encode_in(chunk[None], torch.tensor([index]))
+                part = code.bits(tokens)[:, code.sizes.class_bits :][:, :count]
+                classes = torch.tensor([index])
+                whole = code.chunks(code.latents(*code.companded(part, classes), classes), classes)
+                cost += weight * float((whole - chunk).square().sum())
+                keeps &= bool(((whole.clamp(-1, 1) - chunk).abs() <= escape_bound(count, code.sizes.num_values)).all())
+            found.append((cost if keeps else math.inf, index))
+        best = min(found)
+        expected.append(best[1] if best[0] < math.inf else code.sizes.escape)
+    assert code.classes(code.bits(code.encode(chunks))).tolist() == expected
+
+
+@given(codes(), st.integers(0, 2**32))
 def test_what_a_class_decodes_it_encodes_as_it_was(code: ChunkCode, seed: int) -> None:
     """Where nothing is clipped; so a chunk that goes back and forth stays what it is."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randint(0, code.sizes.escape, (4,), generator=generator)
     bits = torch.randint(0, 2, (4, code.sizes.code_bits), generator=generator)
-    chunks = code.decode_latents(code.companded(bits, classes), classes)
+    chunks = code.chunks(code.latents(*code.companded(bits, classes), classes), classes)
     found = code.bits(code.encode_in(chunks, classes))
     assert (code.classes(found) == classes).all()
     # Above 10 bits a cell is as narrow as what float32 constants leave of an orthonormal basis.

@@ -353,8 +353,8 @@ def test_a_tokenizer_says_what_it_is(c_bundle: Path, monkeypatch: pytest.MonkeyP
     tokenizer = Named.load(c_bundle.name, backend="c")
     said = repr(tokenizer)
     assert said == (
-        f"Named({str(c_bundle)!r}, calibrated, fingerprint {tokenizer.fingerprint[:16]}, T=2 A=3 D=4 L=3 K=5, "
-        "prefixes [2, 3], backend c)"
+        f"Named({str(c_bundle)!r}, calibrated, fingerprint {tokenizer.fingerprint[:16]}, T 2, A 3, D 4, L 3, "
+        "K 5, hidden 8, decodes 2, 3 layers, backend c)"
     )
     tokenizer.close()
     assert repr(tokenizer) == f"{said[:-1]}, closed)"

@@ -27,7 +27,7 @@ from rfsq.runtime import (
 from rfsq.runtime.bundle.comparison import action_errors, compare_tokens
 from rfsq.runtime.bundle.folder import check_manifest, open_bundle
 from rfsq.runtime.bundle.gates import GATES
-from rfsq.runtime.bundle.manifest import ModelEntry
+from rfsq.runtime.bundle.models import ModelEntry
 from tests.bundles import (
     Recipe,
     deploy,

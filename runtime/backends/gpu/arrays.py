@@ -16,8 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from ...bundle.errors import InvalidInputError
-from ...bundle.manifest import ModelEntry
-from ...bundle.validation import check_prefix, check_shape, check_whether_stats, is_gpu_array, kind_of, type_advice
+from ...bundle.models import ModelEntry
+from ...bundle.validation import (
+    check_prefix,
+    check_shape,
+    check_whether_stats,
+    is_gpu_array,
+    kind_of,
+    token_letters,
+    type_advice,
+)
 from ..contract import BoundCall, MarksIllegalValues
 from .driver import DEVICE, DeviceMemory, is_on_device
 
@@ -280,7 +288,7 @@ class GpuCalls:
 
     def _decoding(self, tokens: object, out: object, stats: object | None, stream: object) -> _Call:
         source = self._tokens(tokens)
-        batch, layers = source.shape[0], source.shape[3]
+        batch, layers = source.shape[0], source.shape[-1]
         named = {"tokens": source}
         check_whether_stats(stats, self._model)
         if stats is not None:
@@ -298,7 +306,7 @@ class GpuCalls:
 
     def _tokens(self, value: object) -> GpuArray:
         array = _input("tokens", value, self._backend.token_types)
-        check_shape("tokens", array.shape, "B, T, D, l", (self._model.chunk_length, self._model.latent_dim))
+        check_shape("tokens", array.shape, token_letters(self._model), self._model.token_grid)
         check_prefix(array.shape, self._model)
         return array
 

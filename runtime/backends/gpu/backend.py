@@ -106,7 +106,7 @@ class GpuBackend:
         self._on_host[None].run_on_host((actions,), (tokens, stats))
 
     def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
-        self._on_host[tokens.shape[3]].run_on_host((tokens,) if stats is None else (tokens, stats), (actions,))
+        self._on_host[tokens.shape[-1]].run_on_host((tokens,) if stats is None else (tokens, stats), (actions,))
 
     def encode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         """arrays: actions, tokens and, in `dynamic` bundles, stats. Returns before the work is done."""
@@ -114,7 +114,7 @@ class GpuBackend:
 
     def decode_on_gpu(self, arrays: Sequence[GpuArray], stream: GpuStream) -> None:
         """arrays: tokens, in `dynamic` bundles stats, and actions. Returns before the work is done."""
-        self._runners[arrays[0].dtype][arrays[0].shape[3]].run_on_gpu(arrays, stream)
+        self._runners[arrays[0].dtype][arrays[0].shape[-1]].run_on_gpu(arrays, stream)
 
     def bind_encode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
         """`encode_on_gpu` on these arrays, captured."""
@@ -122,7 +122,7 @@ class GpuBackend:
 
     def bind_decode(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
         """`decode_on_gpu` on these arrays, captured."""
-        return self._runners[arrays[0].dtype][arrays[0].shape[3]].bind(arrays, stream)
+        return self._runners[arrays[0].dtype][arrays[0].shape[-1]].bind(arrays, stream)
 
     def close(self) -> None:
         for of_type in self._runners.values():

@@ -20,7 +20,7 @@ from rfsq.runtime.backends.registry import PREFERENCE, create_backend
 from rfsq.runtime.bundle.errors import InferenceError
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.gates import missing_gates, promised_refusal
-from rfsq.runtime.bundle.manifest import ModelEntry
+from rfsq.runtime.bundle.models import ModelEntry
 from rfsq.runtime.qualification import selftest
 from tests.bundles import Recipe, deploy, write_bundle
 
@@ -237,7 +237,7 @@ def test_a_manifest_is_asked_for_what_the_backend_is_judged_by(name: str, markin
     promised = promised_refusal(name, marking.model.chunk_length)
     assert hasattr(backend_type, "token_types") == (promised == "illegal values not marked")
     if hasattr(backend_type, "token_types"):
-        asked = missing_gates((), marking.model.prefixes, has_stats=False, refusal=promised)
+        asked = missing_gates((), marking.model.decoders, has_stats=False, refusal=promised)
         judged = [check.gate for check in judge_refusal(marking.model, marking)]
         assert [gate for gate in asked if "illegal" in gate] == judged
 

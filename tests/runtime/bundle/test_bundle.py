@@ -20,7 +20,14 @@ from rfsq.runtime import ActionTokenizer, BundleError, InvalidInputError, SelfTe
 from rfsq.runtime.bundle import reading
 from rfsq.runtime.bundle.errors import TokenizerError
 from rfsq.runtime.bundle.folder import check_manifest, open_bundle, unlisted_files
-from rfsq.runtime.bundle.manifest import MANIFEST_NAME, FileEntry, Manifest, ModelEntry, manifest_text, parse_manifest
+from rfsq.runtime.bundle.manifest import (
+    MANIFEST_NAME,
+    FileEntry,
+    Manifest,
+    manifest_text,
+    parse_manifest,
+)
+from rfsq.runtime.bundle.models import ModelEntry
 from rfsq.runtime.qualification import selftest
 from tests.bundles import (
     Recipe,

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from rfsq.runtime.bundle.errors import BundleError
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.golden import read_golden
-from rfsq.runtime.bundle.manifest import GOLDEN_NAME, MANIFEST_NAME, ModelEntry, manifest_text, parse_manifest
+from rfsq.runtime.bundle.manifest import (
+    GOLDEN_NAME,
+    MANIFEST_NAME,
+    manifest_text,
+    parse_manifest,
+)
+from rfsq.runtime.bundle.models import StepModel
 from tests.bundles import Recipe, deploy, make_manifest
 
 TEXT = manifest_text(make_manifest(deploy(Recipe())))
@@ -135,7 +141,7 @@ def test_any_splice_of_the_text_is_refused(start: int, length: int, inserted: by
 
 @pytest.mark.slow
 @given(
-    st.sampled_from([field.name for field in dataclasses.fields(ModelEntry)]),
+    st.sampled_from([field.name for field in dataclasses.fields(StepModel)]),
     values,
 )
 @example("chunk_length", 10**400)

@@ -19,6 +19,7 @@ HIGHEST = {
     "encode: illegal values accepted": 0,
     "decode 3 layers: illegal values not marked": 0,
 }
+DECODERS = ["3 layers", "8 layers"]
 NEEDED = [
     "encode: wrong tokens",
     "encode: near-tie flips",
@@ -46,7 +47,7 @@ def test_the_limits_are_those_that_were_agreed_upon() -> None:
 
 @pytest.mark.parametrize("gate", HIGHEST)
 def test_no_manifest_may_state_more_than_this(gate: str) -> None:
-    assert highest_limit(gate, num_steps=192, latent_dim=7, num_layers=8) == HIGHEST[gate]
+    assert highest_limit(gate, num_steps=192, num_latents=7, depth=8) == HIGHEST[gate]
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_no_manifest_may_state_more_than_this(gate: str) -> None:
     ],
 )  # fmt: skip
 def test_a_name_that_is_none_of_a_gate_has_no_limit(gate: str) -> None:
-    assert highest_limit(gate, num_steps=192, latent_dim=7, num_layers=8) is None
+    assert highest_limit(gate, num_steps=192, num_latents=7, depth=8) is None
 
 
 def test_the_bounds_of_a_layer_may_grow_by_its_levels() -> None:
@@ -66,19 +67,23 @@ def test_the_bounds_of_a_layer_may_grow_by_its_levels() -> None:
 
 
 def test_every_engine_has_to_pass_each_of_these() -> None:
-    assert missing_gates((), [3, 8], has_stats=False) == NEEDED
-    assert missing_gates((), [3, 8], has_stats=True) == [*NEEDED[:2], "encode: stats error", *NEEDED[2:]]
+    assert missing_gates((), DECODERS, has_stats=False) == NEEDED
+    assert missing_gates((), DECODERS, has_stats=True) == [
+        *NEEDED[:2],
+        "encode: stats error",
+        *NEEDED[2:],
+    ]
 
 
 def test_what_promises_to_refuse_or_to_mark_illegal_values_has_to_be_judged_by_them() -> None:
     refusals = [f"{part}: illegal values accepted" for part in ("encode", "decode 3 layers", "decode 8 layers")]
     needed = [*NEEDED, *refusals]
-    assert missing_gates((), [3, 8], has_stats=False, refusal="illegal values accepted") == needed
+    assert missing_gates((), DECODERS, has_stats=False, refusal="illegal values accepted") == needed
     found = [*NEEDED, "golden vectors, encode: illegal values accepted", *refusals[1:]]
-    assert missing_gates(found, [3, 8], has_stats=False, refusal="illegal values accepted") == []
+    assert missing_gates(found, DECODERS, has_stats=False, refusal="illegal values accepted") == []
     # Of a variant, and of the other promise.
     found = [*NEEDED, "uint8 tokens, encode: illegal values accepted", "encode: illegal values not marked"]
-    assert missing_gates(found, [3, 8], has_stats=False, refusal="illegal values accepted") == refusals
+    assert missing_gates(found, DECODERS, has_stats=False, refusal="illegal values accepted") == refusals
 
 
 def test_gpus_mark_and_generated_c_refuses_in_calls_of_up_to_64_steps() -> None:
@@ -89,7 +94,7 @@ def test_gpus_mark_and_generated_c_refuses_in_calls_of_up_to_64_steps() -> None:
 
 @pytest.mark.parametrize("without", NEEDED)
 def test_the_one_that_was_not_run_is_named(without: str) -> None:
-    assert missing_gates([gate for gate in NEEDED if gate != without], [3, 8], has_stats=False) == [without]
+    assert missing_gates([gate for gate in NEEDED if gate != without], DECODERS, has_stats=False) == [without]
 
 
 @pytest.mark.parametrize(
@@ -102,10 +107,10 @@ def test_the_one_that_was_not_run_is_named(without: str) -> None:
     ],
 )
 def test_the_replays_names_are_those_of_the_build(found: str, needed: str) -> None:
-    every = missing_gates((), [3, 8], has_stats=True)
-    assert missing_gates([found], [3, 8], has_stats=True) == [gate for gate in every if gate != needed]
+    every = missing_gates((), DECODERS, has_stats=True)
+    assert missing_gates([found], DECODERS, has_stats=True) == [gate for gate in every if gate != needed]
 
 
 def test_the_gates_of_another_prefix_or_of_steps_with_a_flip_stand_for_none() -> None:
     others = ["decode 5 layers: action error", "decode 8 layers: max |action error| of 5 steps with a near-tie flip"]
-    assert missing_gates(others, [3, 8], has_stats=False) == NEEDED
+    assert missing_gates(others, DECODERS, has_stats=False) == NEEDED

@@ -20,7 +20,8 @@ from rfsq.runtime.bundle.errors import BundleError, InferenceError
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.gates import GATES, Check, highest_bounds
 from rfsq.runtime.bundle.golden import Golden, read_golden, write_golden
-from rfsq.runtime.bundle.manifest import GOLDEN_NAME, ModelEntry
+from rfsq.runtime.bundle.manifest import GOLDEN_NAME
+from rfsq.runtime.bundle.models import ModelEntry
 from tests.bundles import Recipe
 
 

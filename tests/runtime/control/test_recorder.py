@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rfsq.runtime.bundle.manifest import ModelEntry
+from rfsq.runtime.bundle.models import StepModel
 from rfsq.runtime.control.config import Status
 from rfsq.runtime.control.errors import FlightRecordError
 from rfsq.runtime.control.recorder import ABSENT, KEPT, UNKEPT, FlightRecorder, read_record, state_after, write_record
@@ -20,7 +20,7 @@ META = {"config": {}, "fingerprint": "f", "token_shape": SHAPE}
 
 
 def _recorder(ticks: int = 8, *, has_stats: bool = False) -> FlightRecorder:
-    model = ModelEntry("dynamic" if has_stats else "none", 2, 2, 3, 8, 4, 5, (4,), 1.0, (1.0, 1.0), (0.0, 0.0))
+    model = StepModel("dynamic" if has_stats else "none", 2, 2, 3, 8, 4, 5, (4,), 1.0, (1.0, 1.0), (0.0, 0.0))
     return FlightRecorder(ticks, model)
 
 

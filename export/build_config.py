@@ -1,0 +1,68 @@
+"""What a build is asked for."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rfsq.calibration.settings import ReadoutChoice
+from rfsq.export.engines import Profile
+from rfsq.export.errors import BuildInputError
+from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT
+from rfsq.rfsq_ref.settings import check_positive
+from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
+
+#: Far beyond any policy's chunks; the golden vectors of longer ones would take a robot seconds to load.
+_LONGEST_CHUNK = 1024
+#: Hours of work on any machine, and a number that arrays are counted in.
+_MOST_PARITY_STEPS = 10**9
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What to build.
+
+    prefixes: None for 3 where the model has as many layers, and L; backends: None for ONNX Runtime, on the GPU too
+    where it can, every TensorRT that is installed, and C where there is a compiler; conditioning: None for
+    `calibrated` with a robust checkpoint and `none` with a naive one; use_layernorm: for files that do not say it;
+    weights: the model in a checkpoint that holds several.
+    """
+
+    checkpoint: Path = ROBUST_CHECKPOINT
+    output: Path = Path("build/bundle")
+    overwrite: bool = False
+    conditioning: DeployMode | None = None
+    use_layernorm: bool | None = None
+    weights: str | None = None
+    normaliser: Path | None = None
+    data: Path | None = None
+    key: str | None = None
+    filter_key: str | None = None
+    readout: ReadoutChoice = ReadoutChoice.AUTO
+    prefixes: tuple[int, ...] | None = None
+    chunk_length: int = 8
+    backends: tuple[str, ...] | None = None
+    compute_capabilities: tuple[str, ...] = ()
+    profile: Profile = field(default_factory=Profile)
+    parity_steps: int = 120_000
+
+    def __post_init__(self) -> None:
+        check_positive(self, "chunk_length", "parity_steps", error=BuildInputError)
+        if self.chunk_length > _LONGEST_CHUNK:
+            raise BuildInputError(f"chunk_length is {self.chunk_length}; expected at most {_LONGEST_CHUNK} steps")
+        if self.parity_steps > _MOST_PARITY_STEPS:
+            raise BuildInputError(f"parity_steps is {self.parity_steps}; expected at most {_MOST_PARITY_STEPS}")
+        wrong = [name for name in self.compute_capabilities if not re.fullmatch(r"\d+\.\d", name)]
+        if wrong:
+            raise BuildInputError(f"compute capabilities {wrong} are none; expected numbers such as 8.9")
+        tuned = compiled_from("graphs")
+        if self.compute_capabilities and self.backends is not None and not set(self.backends) & set(tuned):
+            raise BuildInputError(
+                f"compute capabilities {list(self.compute_capabilities)} are for {' and '.join(tuned)}, "
+                f"and only {', '.join(self.backends)} is asked for; leave one of the two flags out"
+            )
+        unknown = set(self.backends or ()) - BACKENDS.keys()
+        if unknown:
+            raise BuildInputError(f"backends {sorted(unknown)} are not known; there are {', '.join(BACKENDS)}")

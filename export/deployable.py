@@ -1,0 +1,56 @@
+"""What a build deploys: a tokenizer of either kind, what is generated from it, and what it is judged by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from rfsq.export.c_source import CTokenizer
+from rfsq.export.errors import require_none
+from rfsq.export.graphs import LinearForm
+from rfsq.export.parity import check_graph
+from rfsq.export.reference import Reference, Section
+from rfsq.export.sources import BuildData
+from rfsq.runtime.bundle.manifest import GraphEntry, graph_tensors
+from rfsq.runtime.bundle.models import ChunkModel, ModelEntry, StepModel
+
+
+class Deployable(Protocol):
+    """fingerprint: of what the tokens mean; provenance: where it comes from, for the manifest."""
+
+    @property
+    def reference(self) -> Reference: ...
+
+    @property
+    def data(self) -> BuildData: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def model(self) -> StepModel | ChunkModel: ...
+
+    @property
+    def provenance(self) -> Mapping[str, Any]: ...
+
+    def graphs(self) -> Sequence[tuple[GraphEntry, bytes]]:
+        """Encoder and decoders in every form, checked. Raises GateError where one is not sound."""
+
+    def c_source(self) -> CTokenizer: ...
+
+    def cuda_source(self) -> str: ...
+
+    def sections(self, num_steps: int) -> tuple[Section, ...]:
+        """What gates are run on: so many control steps or more."""
+
+
+def checked_graph(
+    model: ModelEntry, role: Literal["encoder", "decoder"], prefix: int, form: LinearForm, content: bytes
+) -> tuple[GraphEntry, bytes]:
+    """A graph and its entry. Raises GateError where it is not sound."""
+    is_whole = prefix == model.depth
+    file = f"{role}.onnx" if is_whole else f"{role}_l{prefix}.onnx"
+    path = file if form is LinearForm.GEMM else f"{form.value}/{file}"
+    graph = GraphEntry(path, role, prefix, form.value, *graph_tensors(model, role, prefix))
+    require_none(check_graph(graph, content))
+    return graph, content
