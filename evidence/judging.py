@@ -50,15 +50,18 @@ def joined(first: ActionDataset, second: ActionDataset) -> ActionDataset:
 @dataclass(frozen=True, eq=False)
 class Trial:
     """What codecs are judged on. judged: "validation", or "test" once all settings are chosen; physical: units of the
-    actions, where they have any. Raises EvidenceError for another part."""
+    actions, where they have any; budgets: bits of a step, rising. Raises EvidenceError for what is none of these."""
 
     dataset: ActionDataset
     judged: str = "validation"
     physical: OscPose | None = None
+    budgets: tuple[float, ...] = BUDGETS
 
     def __post_init__(self) -> None:
         if self.judged not in PARTS:
             raise EvidenceError(f"judged on {self.judged!r}; expected one of {', '.join(PARTS)}")
+        if not self.budgets or list(self.budgets) != sorted(set(self.budgets)) or not self.budgets[0] > 0:
+            raise EvidenceError(f"budgets are {self.budgets}; expected rising numbers of bits, like 5 10 20")
 
     @cached_property
     def units(self) -> Array:
@@ -93,6 +96,11 @@ def all_chunks(episodes: ActionDataset, length: int) -> FloatArray:
     return np.concatenate([padded_chunks(episode, length) for episode in episodes.episodes])
 
 
+def whole_chunks(episodes: ActionDataset, length: int) -> FloatArray:
+    """[B, length, A], without what is left at the ends."""
+    return np.concatenate([chunk(episode, length) for episode in episodes.episodes])
+
+
 def _of_task(part: ActionDataset, task: str, *, is_kept: bool) -> ActionDataset:
     return part.select(index for index, found in enumerate(part.tasks) if (found == task) is is_kept)
 
@@ -104,7 +112,7 @@ def judge_codec(
     filled = [padded_chunks(episode, chunk_length) for episode in judged.episodes]
     chunks = np.concatenate(filled)
     # Filling is cheap to code, so that only whole chunks tell what a step takes.
-    whole = np.concatenate([chunk(episode, chunk_length) for episode in judged.episodes])
+    whole = whole_chunks(judged, chunk_length)
     decoded = codec.reconstruct(chunks)
     by_episode = np.split(decoded, np.cumsum([len(part) for part in filled])[:-1])
     found = [

@@ -39,7 +39,7 @@ from rfsq.runtime.bundle.command import CommandParser, Outcome, path_argument, r
 from rfsq.runtime.bundle.paths import refuse_existing
 from rfsq.runtime.bundle.reading import build, parse_json
 
-_DEFAULT = Path("docs/results/peers.json")
+PEERS_JSON = Path("docs/results/peers.json")
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,23 @@ class PeerResults(Document):
 
 
 def default_jobs(seeds: Iterable[int] = SEEDS) -> tuple[PeerJob, ...]:
-    """Settings chosen on the validation episodes."""
-    settings: dict[str, OatConfig | FasterConfig] = {
-        "OAT, 45 registers": OatConfig(prefixes=(1, 2, 4, 8, 16, 30, 36, 45), dropout=0.0),
-        "OAT, 8 registers": OatConfig(),
-        "FASTerVQ": FasterConfig(),
+    """Settings chosen on the validation episodes; those of one setting behind one another, so that several devices
+    have alike much to do."""
+    settings: dict[str, tuple[OatConfig | FasterConfig, NetworkRecipe]] = {
+        "OAT, 45 registers": (
+            OatConfig(prefixes=(1, 2, 4, 8, 16, 30, 36, 45), dropout=0.0),
+            NetworkRecipe(learning_rate=1e-3),
+        ),
+        "OAT, 16 registers": (
+            OatConfig(prefixes=(1, 2, 4, 8, 16), dropout=0.0),
+            NetworkRecipe(learning_rate=1e-3),
+        ),
+        "FASTerVQ": (FasterConfig(), NetworkRecipe()),
     }
     return tuple(
-        PeerJob(series, network, NetworkRecipe(seed=seed)) for series, network in settings.items() for seed in seeds
+        PeerJob(series, network, replace(recipe, seed=seed))
+        for series, (network, recipe) in settings.items()
+        for seed in seeds
     )
 
 
@@ -175,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> CommandParser:
     parser = CommandParser("evidence/train_peers.py", "train the neural peers of chunk tokens, and judge them")
     parser.add_data()
-    parser.add_output("the result", _DEFAULT)
+    parser.add_output("the result", PEERS_JSON)
     parser.add_argument(
         "--jobs", type=path_argument, metavar="F", help="JSON list of trainings; default: three seeds of each peer"
     )
