@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rfsq.calibration.tables import Part, Table
 from rfsq.evidence.chunk_codec import FAMILY
@@ -9,6 +10,7 @@ from rfsq.evidence.findings import best_within
 from rfsq.evidence.results import CodecReport, Comparison, Document, Finding, Spread, metrics_of
 from rfsq.evidence.tables import number, short
 
+CHUNKS_JSON = "chunks.json"
 #: From here on unseen tasks are to be coded no worse than by FAST, in bits of a step.
 UNSEEN_FROM = 10.0
 #: The share of FAST's error that chunk tokens may have.
@@ -62,13 +64,23 @@ def per_step(comparison: Comparison) -> tuple[CodecReport, ...]:
     return (*ours, *(peer for peer in comparison.peers if peer.family in ("ResidualVQ", "ResidualFSQ")))
 
 
+def read_beside(comparison: Comparison, path: Path) -> tuple[ChunkComparison, tuple[CodecReport, ...]] | None:
+    """What was found on the same demonstrations, and tokens of single steps where the same episodes were judged.
+
+    None where the file is missing or of other demonstrations. Raises EvidenceError for a damaged one.
+    """
+    found = ChunkComparison.read(path) if path.exists() else None
+    if found is None or found.sha256 != comparison.data.sha256:
+        return None
+    return found, per_step(comparison) if found.judged == "test" else ()
+
+
 def parts(found: ChunkComparison, others: Sequence[CodecReport] = ()) -> dict[str, Part]:
     """By the names that documents give them. others: reports on the same episodes."""
     reports = (*found.reports, *others)
     errors = {name: title for name, title in _ERRORS.items() if name in found.reports[0].metrics}
-    tables: dict[str, Part] = {
-        f"chunks {name}": _error_table(found, reports, name, title) for name, title in errors.items()
-    }
+    tables: dict[str, Part] = {"chunks judged": _judged(found)}
+    tables |= {f"chunks {name}": _error_table(found, reports, name, title) for name, title in errors.items()}
     tables["chunks settings"] = _settings_table(found, reports)
     if found.unseen:
         tables |= {f"chunks unseen {name}": _unseen_table(found, name, title) for name, title in errors.items()}
@@ -80,11 +92,16 @@ def parts(found: ChunkComparison, others: Sequence[CodecReport] = ()) -> dict[st
     return tables | {"chunks findings": claims, "chunks remarks": found.remarks}
 
 
+def _judged(found: ChunkComparison) -> str:
+    seeds = f"{len(found.seeds)} seeds of chunk tokens"
+    return f"Judged on the {found.judged} episodes of {found.source}; means of {seeds} and of each training's."
+
+
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
 def _error_table(found: ChunkComparison, reports: Sequence[CodecReport], metric: str, title: str) -> Table:
-    rows = [_row(family, found.budgets, _metric_of(best, metric)) for family, best in _by_family(found, reports)]
+    rows = [_row(family, found.budgets, _metric_of(best, metric)) for family, best in by_family(found, reports)]
     if metric == "action_mse":
         rows.append(_row("one Gaussian's bound", found.budgets, iter(f"{error:.1e}" for error in found.gaussian)))
     return Table.of(f"{title.capitalize()}, by bits of a step", rows)
@@ -97,7 +114,7 @@ def _settings_table(found: ChunkComparison, reports: Sequence[CodecReport]) -> T
             {"budget": f"{budget:g}", "tokenizer": report.name, "bits/step": f"{report.bits:.1f}"}
             | {title: number(report.metrics[name]) for name, title in _ERRORS.items() if name in report.metrics}
             for place, budget in enumerate(found.budgets)
-            for _, best in _by_family(found, reports)
+            for _, best in by_family(found, reports)
             if (report := best[place])
         ),
     )
@@ -109,7 +126,7 @@ def _unseen_table(found: ChunkComparison, metric: str, title: str) -> Table:
         (
             _row(f"{task}: {family}", found.budgets, _metric_of(best, metric))
             for task, reports in found.unseen.items()
-            for family, best in _by_family(found, reports)
+            for family, best in by_family(found, reports)
         ),
     )
 
@@ -131,14 +148,14 @@ def _unlike_table(found: ChunkComparison) -> Table:
         (
             _row(f"{said}: {family}", found.budgets, cells(best, kind))
             for kind, said in _UNLIKE.items()
-            for family, best in _by_family(found, found.reports)
+            for family, best in by_family(found, found.reports)
         ),
     )
 
 
 def _wrong_table(found: ChunkComparison) -> Table:
     """Of settings that are chosen for some budget, and of those that are decoded in part: of all their tokens."""
-    chosen = {report.name for _, best in _by_family(found, found.reports) for report in best if report}
+    chosen = {report.name for _, best in by_family(found, found.reports) for report in best if report}
     idle = {report.name for report in found.reports} - chosen
     return Table.of(
         "One token is wrong: action MSE of its chunk, normalised units², by the token's place",
@@ -158,7 +175,7 @@ def _metric_of(best: Sequence[CodecReport | None], metric: str) -> Iterator[str]
     return (short(report.metrics[metric]) if report and metric in report.metrics else _NONE for report in best)
 
 
-def _by_family(
+def by_family(
     found: ChunkComparison, reports: Sequence[CodecReport]
 ) -> list[tuple[str, tuple[CodecReport | None, ...]]]:
     """The setting of the least error within each budget, for each family."""

@@ -18,7 +18,7 @@ from dataclasses import asdict
 
 from rfsq.calibration.tables import as_text
 from rfsq.evidence.chunk_comparison import ChunkComparisonConfig, compare_chunks
-from rfsq.evidence.chunk_results import findings, parts
+from rfsq.evidence.chunk_results import CHUNKS_JSON, findings, parts
 from rfsq.evidence.judging import BUDGETS, PARTS, Trial
 from rfsq.evidence.settings import SEEDS, OscPose
 from rfsq.evidence.train_peers import PEERS_JSON, PeerResults
@@ -26,7 +26,7 @@ from rfsq.rfsq_ref.data import DEMONSTRATIONS, load_actions
 from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, path_argument, run
 from rfsq.runtime.bundle.paths import refuse_existing
 
-CHUNKS_JSON = Path("docs/results/chunks.json")
+_DEFAULT = Path("docs/results") / CHUNKS_JSON
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def _parser() -> CommandParser:
         wanting="chunk tokens are not better where they should be",
     )
     parser.add_data()
-    parser.add_output("the result", CHUNKS_JSON)
+    parser.add_output("the result", _DEFAULT)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="S", help="default: 0 1 2")
     parser.add_argument(
         "--judged", choices=PARTS, default=PARTS[0],

@@ -145,12 +145,14 @@ def fast_codecs(
 
 
 def _place_of(bits: float, tried: dict[float, float]) -> float:
-    """The logarithm of the scale on a line through the two trials that are nearest in bits."""
-    (first, *second) = sorted(tried, key=lambda place: abs(tried[place] - bits))[:2]
-    slope = _TYPICAL_SLOPE
-    if second and abs(first - second[0]) > 0:
-        slope = max((tried[first] - tried[second[0]]) / (first - second[0]), _TYPICAL_SLOPE / 4)
-    return first + (bits - tried[first]) / slope
+    """The logarithm of the scale that lies between the trials next to so many bits, or beyond the nearest one."""
+    below = [place for place, found in tried.items() if found <= bits]
+    above = [place for place, found in tried.items() if found > bits]
+    if not below or not above:
+        nearest = max(below) if below else min(above)
+        return nearest + (bits - tried[nearest]) / _TYPICAL_SLOPE
+    low, high = max(below, key=tried.__getitem__), min(above, key=tried.__getitem__)
+    return low + (high - low) * (bits - tried[low]) / (tried[high] - tried[low])
 
 
 def _normalisation(steps: FloatArray) -> tuple[Array, Array]:

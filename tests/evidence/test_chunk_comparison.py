@@ -9,13 +9,14 @@ import pytest
 from rfsq.calibration.tables import Table
 from rfsq.evidence.chunk_codec import FAMILY, chunk_codecs, fit_chunk_tokens, sizes_for
 from rfsq.evidence.chunk_comparison import ChunkComparisonConfig, compare_chunks
-from rfsq.evidence.chunk_results import ChunkComparison, findings, parts, per_step
+from rfsq.evidence.chunk_results import CHUNKS_JSON, ChunkComparison, findings, parts, per_step, read_beside
 from rfsq.evidence.compare_chunks import main
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.faster import FasterConfig
 from rfsq.evidence.judging import Trial
 from rfsq.evidence.networks import NetworkRecipe
 from rfsq.evidence.oat import OatConfig
+from rfsq.evidence.report import write_report
 from rfsq.evidence.results import Comparison, metrics_of
 from rfsq.evidence.train_peers import PeerJob, PeerResults, train_peers
 from rfsq.rfsq_ref.chunk_code import ChunkSizes
@@ -43,8 +44,7 @@ def trained(trial: Trial, tmp_path_factory: pytest.TempPathFactory) -> PeerResul
         "FASTerVQ": FasterConfig(span=4, groups=(3, 1), layers=2, depth=1, codebook_size=16, **sizes),  # type: ignore[arg-type]
     }
     jobs = [
-        PeerJob(name, network, NetworkRecipe(steps=4, checks=1, batch_size=16))
-        for name, network in networks.items()
+        PeerJob(name, network, NetworkRecipe(steps=4, checks=1, batch_size=16)) for name, network in networks.items()
     ]
     path = tmp_path_factory.mktemp("peers") / "peers.json"
     results = train_peers(jobs, trial, ["cpu"], path)
@@ -132,6 +132,25 @@ def test_tokens_of_single_steps_stand_beside_them(found: ChunkComparison, compar
     assert isinstance(table, Table)
     # A step of them takes 45 bits: more than these budgets.
     assert ("per-step tokens, calibrated", "–", "–", "–") in table.rows
+
+
+def test_the_report_shows_what_was_found_on_the_same_demonstrations(
+    found: ChunkComparison, comparison: Comparison, tmp_path: Path
+) -> None:
+    path = tmp_path / CHUNKS_JSON
+    assert read_beside(comparison, path) is None
+    found.write(path)
+    assert read_beside(comparison, path) is None
+    same = replace(found, sha256=comparison.data.sha256)
+    same.write(path)
+    assert read_beside(comparison, path) == (same, ())
+    replace(same, judged="test").write(path)
+    assert read_beside(comparison, path) == (replace(same, judged="test"), per_step(comparison))
+
+    write_report(comparison, [], tmp_path)
+
+    assert "<h2>Chunk tokens</h2>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (tmp_path / "figures" / "chunk-tokens.svg").is_file()
 
 
 def test_peers_that_were_judged_on_others_are_left_out(trial: Trial, trained: PeerResults) -> None:
