@@ -3,16 +3,20 @@
 The recipe and what each part of it is worth: docs/chunk_tokens.md.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NoReturn
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from rfsq.calibration.chunk_windows import Episodes, batches, normalised, windows
 from rfsq.rfsq_ref.chunk_code import MOST_BITS, WIDTH, ChunkCode, ChunkConstants, ChunkSizes, cell_middles, gain_range
+from rfsq.rfsq_ref.errors import DataError
+from rfsq.rfsq_ref.normaliser import Normaliser
+from rfsq.rfsq_ref.settings import check_positive, check_seed
+from rfsq.runtime.bundle.paths import counted
 
 #: Parents, from which the classes are split.
 _PARENTS = 15
@@ -25,24 +29,22 @@ _SHRINK_CLASS, _SHRINK_PARENT, _SHRINK_ENERGY, _SHRINK_SCALE = 40.0, 80.0, 20.0,
 _SHRINK_GAIN = 60.0
 #: Of the variance of a normalised action, what no latent falls below: rounding of float32 recordings.
 _LEAST_VARIANCE = 1e-10
+#: Of a mean squared error that others are divided by.
+_LEAST_ERROR = 1e-30
 
 
 @dataclass(frozen=True)
 class ChunkFitConfig:
-    """seed: of the first classes; most_windows: of the training data, sampled where there are more."""
+    """seed: of the first classes and of the samples; most_windows: of the training episodes, and a fourth of them of
+    the calibration episodes, sampled where there are more; budgets: numbers of tokens at which errors count."""
 
     seed: int = 0
     most_windows: int = 60_000
+    budgets: tuple[int, ...] | None = None
 
-
-def windows(episodes: Sequence[npt.NDArray[np.floating]], length: int) -> Tensor:
-    """Every window [n, length * A] of the episodes [n, A], which are filled up with their last action where shorter."""
-    found = []
-    for episode in episodes:
-        filled = np.concatenate([episode, np.repeat(episode[-1:], max(0, length - len(episode)), axis=0)])
-        view = np.lib.stride_tricks.sliding_window_view(filled, length, axis=0).transpose(0, 2, 1)
-        found.append(view.reshape(len(view), -1))
-    return torch.from_numpy(np.concatenate(found).astype(np.float64))
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        check_positive(self, "most_windows")
 
 
 @cache
@@ -101,7 +103,8 @@ class _Coding:
             for place, count in enumerate(counts):
                 back = torch.atanh(cell_middles(y, count[index])) * scale
                 errors[place, :, index] = (back - z[:, :latents]).square().sum(dim=1) + rest
-        means = errors.min(dim=2).values.double().mean(dim=1)
+        # Windows that all rest where a class has its mean may err by nothing.
+        means = errors.min(dim=2).values.double().mean(dim=1).clamp(min=_LEAST_ERROR)
         return (errors / means[:, None, None].float()).sum(dim=0).double()
 
 
@@ -111,28 +114,26 @@ def default_budgets(num_tokens: int) -> tuple[int, ...]:
 
 
 def fit_chunk_code(
-    training: Sequence[npt.NDArray[np.floating]],
-    calibration: Sequence[npt.NDArray[np.floating]],
+    training: Episodes,
+    calibration: Episodes,
     sizes: ChunkSizes,
     config: ChunkFitConfig = ChunkFitConfig(),
-    budgets: Sequence[int] | None = None,
+    normaliser: Normaliser | None = None,
 ) -> ChunkConstants:
-    """Fit to normalised training episodes [n, A]; scales and gains also to calibration episodes, which are others."""
+    """Fit to training episodes [n, A], in the robot's units; scales and gains also to calibration episodes, others.
+
+    On a terminal it shows its progress. Raises DataError for windows that are fewer than the learned classes, or all
+    alike.
+    """
     generator = torch.Generator().manual_seed(config.seed)
-    x, held_out = windows(training, sizes.chunk_length), windows(calibration, sizes.chunk_length)
-    if len(x) > config.most_windows:
-        x = x[torch.randperm(len(x), generator=generator)[: config.most_windows].sort().values]
-    coding = _Coding(sizes, tuple(budgets or default_budgets(sizes.num_tokens)))
-    # Beside escape, and one that is learned.
-    broad = _broad(x, min(len(_BROAD), sizes.num_classes - 2))
+    most, length = config.most_windows, sizes.chunk_length
+    x = normalised(windows(training, length, most, generator), sizes, normaliser)
+    held_out = normalised(windows(calibration, length, -(-most // 4), generator), sizes, normaliser)
+    coding = _Coding(sizes, config.budgets or default_budgets(sizes.num_tokens))
+    broad = _broad(x, broad_classes(sizes.num_classes))
     learned = sizes.num_classes - 1 - len(broad.mean)
-    parent = torch.zeros(min(_PARENTS, learned), dtype=torch.long)
-    assigned = _clusters(x, len(parent), generator)
-    assigned = _lloyd(coding, x, assigned, parent, generator)
-    if learned > len(parent):
-        assigned, parent = _split(x, assigned, (len(parent), learned), generator)
-        assigned = _lloyd(coding, x, assigned, parent, generator)
-    described = _described(x, assigned, parent)
+    _check_windows(x, learned)
+    described = _learned(coding, x, learned, generator)
     classes = _with(described, broad)
     for _ in range(2):
         chosen = coding.costs(held_out, classes).argmin(dim=1)
@@ -150,6 +151,37 @@ def fit_chunk_code(
         weights=torch.ones(len(coding.budgets)),
     )
     return replace(constants, weights=_weights(ChunkCode(sizes, constants).double(), held_out, chosen))
+
+
+def broad_classes(num_classes: int) -> int:
+    """How many of so many classes are broad; they come behind those that are learned, and escape is the last."""
+    return min(len(_BROAD), num_classes - 2)
+
+
+def _check_windows(x: Tensor, learned: int) -> None:
+    if len(x) < learned:
+        raise DataError(
+            f"{counted(len(x), 'window')} of training episodes for {learned:,} learned classes; expected at least one "
+            "for each: give more episodes, or fewer classes"
+        )
+    if (x == x[0]).all():
+        raise DataError(
+            f"{counted(len(x), 'window')} of the training episodes, all alike, so there is nothing to fit; give "
+            "episodes in which the robot moves, and which are longer than a chunk"
+        )
+
+
+def _learned(coding: _Coding, x: Tensor, count: int, generator: torch.Generator) -> _Classes:
+    """So many classes, in two steps: parents, and the classes that these are split into."""
+    parent = torch.zeros(min(_PARENTS, count), dtype=torch.long)
+    is_split = count > len(parent)
+    with tqdm(total=_ROUNDS * (1 + is_split), desc="  classes", unit="round", leave=False, disable=None) as progress:
+        assigned = _clusters(x, len(parent), generator)
+        assigned = _lloyd(coding, x, (assigned, parent), generator, progress)
+        if is_split:
+            assigned, parent = _split(x, assigned, (len(parent), count), generator)
+            assigned = _lloyd(coding, x, (assigned, parent), generator, progress)
+    return _described(x, assigned, parent)
 
 
 def _broad(x: Tensor, count: int) -> _Classes:
@@ -202,7 +234,8 @@ def _described(x: Tensor, assigned: Tensor, parent: Tensor, spare: Tensor | None
     for index in range(count):
         centred = x[assigned == index] - mean[index]
         scatter[index] = centred.T @ centred
-    pooled = scatter.sum(dim=0) / len(x)
+    # With a floor: of few different windows, classes hold each exactly.
+    pooled = scatter.sum(dim=0) / len(x) + _LEAST_VARIANCE * torch.eye(num_values, dtype=torch.float64)
     energy = float(_trace(pooled))
     parents = int(parent.max()) + 1
     of_parent = torch.zeros(parents, num_values, num_values, dtype=torch.float64).index_add(0, parent, scatter)
@@ -225,8 +258,14 @@ def _trace(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
 
 
-def _lloyd(coding: _Coding, x: Tensor, assigned: Tensor, parent: Tensor, generator: torch.Generator) -> Tensor:
-    """Describe the classes, give each window to the one that codes it best, and again."""
+def _lloyd(
+    coding: _Coding, x: Tensor, start: tuple[Tensor, Tensor], generator: torch.Generator, progress: "tqdm[NoReturn]"
+) -> Tensor:
+    """Describe the classes, give each window to the one that codes it best, and again.
+
+    start: the class [n] of each window, and the parent of each class.
+    """
+    assigned, parent = start
     count, spare = len(parent), None
     for _ in range(_ROUNDS):
         costs = coding.costs(x, _described(x, assigned, parent, spare))
@@ -234,6 +273,7 @@ def _lloyd(coding: _Coding, x: Tensor, assigned: Tensor, parent: Tensor, generat
         # Where a class is left empty, it starts anew at a window that is coded badly.
         worst = least.topk(min(4 * count, len(x))).indices
         spare = x[worst[torch.randperm(len(worst), generator=generator)]]
+        progress.update()
     return assigned
 
 
@@ -298,6 +338,8 @@ def _gains(x: Tensor, chosen: Tensor, classes: _Classes, latents: int) -> Tensor
 
 def _weights(code: ChunkCode, x: Tensor, chosen: Tensor) -> Tensor:
     """One over the mean error at each budget."""
-    tokens = code.encode_in(x, chosen)
-    errors = [float((code.decode(tokens[:, :budget]) - x).square().sum(dim=1).mean()) for budget in code.budgets]
-    return 1 / torch.tensor(errors, dtype=torch.float32)
+    errors = torch.zeros(len(code.budgets), dtype=torch.float64)
+    for values, classes in zip(batches(x, code.sizes), batches(chosen, code.sizes), strict=True):
+        tokens = code.encode_in(values, classes)
+        errors += torch.stack([(code.decode(tokens[:, :budget]) - values).square().sum() for budget in code.budgets])
+    return (len(x) / errors.clamp(min=len(x) * _LEAST_ERROR)).float()

@@ -61,12 +61,17 @@ def data_warnings(checkpoint: Checkpoint, dataset: ActionDataset) -> tuple[str, 
     fitted = calibration_episodes(checkpoint, dataset)
     found = [few_steps_warning(fitted), _outliers_warning(checkpoint, fitted)]
     if selection_of(checkpoint, dataset) is Selection.ALL:
-        found.append(
-            f"WARNING: {counted(len(dataset.episodes), 'episode')} cannot be split, so the verdict is of the very data "
-            "that are fitted to, and new ones may be worse: "
-            + (dataset.missing_borders or f"give {MINIMUM_EPISODES} episodes or more")
-        )
+        found.append(unsplit_warning(dataset))
     return tuple(filter(None, found))
+
+
+def unsplit_warning(dataset: ActionDataset) -> str:
+    """A warning about too few episodes to split."""
+    return (
+        f"WARNING: {counted(len(dataset.episodes), 'episode')} cannot be split, so the verdict is of the very data "
+        "that are fitted to, and new ones may be worse: "
+        + (dataset.missing_borders or f"give {MINIMUM_EPISODES} episodes or more")
+    )
 
 
 def _outliers_warning(checkpoint: Checkpoint, fitted: ActionDataset) -> str:

@@ -61,6 +61,38 @@ class CalibrationConfig:
             )
 
 
+class ChunkNormaliser(StrEnum):
+    """How actions come into [-1, 1], beyond which chunk tokens say nothing: `auto` is `min-max` where they are not of
+    about that size, else `none`."""
+
+    AUTO = "auto"
+    NONE = "none"
+    MIN_MAX = "min-max"
+
+
+@dataclass(frozen=True)
+class ChunkConfig:
+    """Which chunk tokens to fit, and how.
+
+    chunk_length: T, steps of a chunk; classes: C, with escape, fewer where the data have too few windows; vocabulary:
+    words of a token, a power of two; tokens: L, of a chunk, None = 45, or as many as a small chunk can use.
+    """
+
+    chunk_length: int = 8
+    classes: int = 64
+    vocabulary: int = 1024
+    tokens: int | None = None
+    normaliser: ChunkNormaliser = ChunkNormaliser.AUTO
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        coerce_fields(self, CalibrationError, _of_python)
+        if not 16 <= self.vocabulary <= 2**16 or self.vocabulary.bit_count() != 1:
+            raise CalibrationError(
+                f"vocabulary is {self.vocabulary}; expected a power of two from 16 to {2**16:,}, such as 1024"
+            )
+
+
 class Target(StrEnum):
     """Which latents the first step regresses on: those the decoder was trained on, or those before the quantiser."""
 

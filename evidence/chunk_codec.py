@@ -9,7 +9,7 @@ import torch
 
 from rfsq.calibration.chunk import ChunkFitConfig, fit_chunk_code
 from rfsq.evidence.schemes import Codec
-from rfsq.rfsq_ref.chunk_code import MOST_BITS, ChunkSizes
+from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray
 from rfsq.rfsq_ref.normaliser import Normaliser
@@ -54,28 +54,19 @@ class ChunkCodec(Codec):
         return self.prefix * self.model.sizes.token_bits / self.model.sizes.chunk_length
 
 
-def fit_chunk_tokens(
+def fit_chunk_model(
     train: ActionDataset, calibration: ActionDataset, sizes: ChunkSizes, normaliser: Normaliser | None, seed: int
 ) -> ChunkTokenizer:
-    """In float64. normaliser: of the actions, which the code takes in [-1, 1]. Raises SettingsError."""
-    constants = fit_chunk_code(
-        _normalised(train, normaliser), _normalised(calibration, normaliser), sizes, ChunkFitConfig(seed=seed)
-    )
+    """In float64. normaliser: of the actions, which the code takes in [-1, 1]. Raises DataError."""
+    constants = fit_chunk_code(train.episodes, calibration.episodes, sizes, ChunkFitConfig(seed), normaliser)
     return ChunkTokenizer(sizes, constants, normaliser).double()
-
-
-def _normalised(part: ActionDataset, normaliser: Normaliser | None) -> list[npt.NDArray[np.floating]]:
-    if normaliser is None:
-        return list(part.episodes)
-    offset, scale = np.array(normaliser.offset), np.array(normaliser.scale)
-    return [(episode - offset) / scale for episode in part.episodes]
 
 
 def sizes_for(bits: float, action_dim: int, chunk_length: int) -> ChunkSizes:
     """As many tokens as so many bits a step have room for, to the nearest token, and no more than a chunk can use."""
     least = ChunkSizes(action_dim, chunk_length, num_tokens=1)
-    most = (least.num_values * MOST_BITS + least.class_bits) // least.token_bits
-    return replace(least, num_tokens=max(1, min(round(bits * chunk_length / least.token_bits), most)))
+    wanted = round(bits * chunk_length / least.token_bits)
+    return replace(least, num_tokens=max(1, min(wanted, least.most_tokens)))
 
 
 def chunk_codecs(model: ChunkTokenizer, budgets: Sequence[float]) -> list[ChunkCodec]:

@@ -13,6 +13,7 @@ from rfsq.evidence.chunk_jobs import Judged, beast_job, bins_job, chunk_job, fas
 from rfsq.evidence.chunk_results import ChunkComparison
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.fast import VOCABULARY
+from rfsq.evidence.findings import best_within
 from rfsq.evidence.gaussian import least_distortion, principal_variances
 from rfsq.evidence.judging import Trial
 from rfsq.evidence.peers import training_chunks
@@ -65,6 +66,8 @@ def compare_chunks(trial: Trial, config: ChunkComparisonConfig, trained: PeerRes
         shown += _trained(trained)
     elif trained is not None:
         remarks = (f"no peers of {PEERS_JSON.name}: they were judged on {trained.judged} episodes of {trained.source}",)
+    reports = tuple(report for judged in shown for report in judged.reports)
+    wrong = {name: errors for judged in shown for name, errors in judged.wrong_tokens.items()}
     windows = training_chunks(trial.parts().fitted, config.chunk_length)
     variances = principal_variances(windows, trial.units)
     return ChunkComparison(
@@ -75,11 +78,17 @@ def compare_chunks(trial: Trial, config: ChunkComparisonConfig, trained: PeerRes
         budgets=trial.budgets,
         versions={name: version(name) for name in _PACKAGES},
         gaussian=tuple(least_distortion(variances, bits * config.chunk_length) for bits in trial.budgets),
-        reports=tuple(report for judged in shown for report in judged.reports),
+        reports=reports,
         unseen=unseen,
-        wrong_tokens={name: errors for judged in shown for name, errors in judged.wrong_tokens.items()},
+        wrong_tokens={name: errors for name, errors in wrong.items() if name not in _idle(reports, trial.budgets)},
         remarks=remarks,
     )
+
+
+def _idle(reports: Sequence[CodecReport], budgets: Sequence[float]) -> set[str]:
+    """The names of those that are not the best of their family within any budget."""
+    chosen = {report.name for bits in budgets for report in best_within(reports, bits).values() if report}
+    return {report.name for report in reports} - chosen
 
 
 @dataclass(frozen=True)

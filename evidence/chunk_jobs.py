@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from rfsq.evidence.beast import beast_codecs
-from rfsq.evidence.chunk_codec import chunk_codecs, fit_chunk_tokens, sizes_for
+from rfsq.evidence.chunk_codec import chunk_codecs, fit_chunk_model, sizes_for
 from rfsq.evidence.fast import VOCABULARY, fast_codecs
 from rfsq.evidence.findings import best_within
 from rfsq.evidence.judging import Parts, TokenCodec, Trial, all_chunks, judge_codec, whole_chunks, wrong_token_errors
@@ -34,7 +34,7 @@ def chunk_job(trial: Trial, length: int, seed: int, left_out: str = "") -> Judge
     kind = suggested_normaliser(trial.dataset)
     normaliser = fit_normaliser(parts.train.steps(), kind, untouched=()) if kind else None
     sizes = sizes_for(trial.budgets[-1], trial.dataset.action_dim, length)
-    codecs = chunk_codecs(fit_chunk_tokens(parts.train, parts.calibration, sizes, normaliser, seed), trial.budgets)
+    codecs = chunk_codecs(fit_chunk_model(parts.train, parts.calibration, sizes, normaliser, seed), trial.budgets)
     reports = tuple(trial.report(codec, parts.judged, length) for codec in codecs)
     if left_out:
         return Judged(reports)

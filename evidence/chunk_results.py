@@ -34,7 +34,8 @@ _NONE = "–"
 class ChunkComparison(Document):
     """judged: the part of the episodes that errors are of; gaussian: the least error of a Gaussian code at each of the
     budgets, in bits of a step; reports: of all codecs; unseen: the same by the task that they were fitted without, on
-    its episodes; wrong_tokens: by codec, see `wrong_token_errors`; remarks: what is missing and why."""
+    its episodes; wrong_tokens: of those that are the best within some budget, by codec or, where parts decode, of all
+    tokens, by series, see `wrong_token_errors`; remarks: what is missing and why."""
 
     format, version, again = "rfsq-chunk-comparison", 1, ("evidence/compare_chunks.py",)
 
@@ -103,8 +104,9 @@ def _judged(found: ChunkComparison) -> str:
 def _error_table(found: ChunkComparison, reports: Sequence[CodecReport], metric: str, title: str) -> Table:
     rows = [_row(family, found.budgets, _metric_of(best, metric)) for family, best in by_family(found, reports)]
     if metric == "action_mse":
-        rows.append(_row("one Gaussian's bound", found.budgets, iter(f"{error:.1e}" for error in found.gaussian)))
-    return Table.of(f"{title.capitalize()}, by bits of a step", rows)
+        bound = (short(Spread.of([error])) for error in found.gaussian)
+        rows.append(_row("one Gaussian's bound", found.budgets, bound))
+    return Table.of(f"{title}, by bits of a step", rows)
 
 
 def _settings_table(found: ChunkComparison, reports: Sequence[CodecReport]) -> Table:
@@ -154,15 +156,11 @@ def _unlike_table(found: ChunkComparison) -> Table:
 
 
 def _wrong_table(found: ChunkComparison) -> Table:
-    """Of settings that are chosen for some budget, and of those that are decoded in part: of all their tokens."""
-    chosen = {report.name for _, best in by_family(found, found.reports) for report in best if report}
-    idle = {report.name for report in found.reports} - chosen
     return Table.of(
         "One token is wrong: action MSE of its chunk, normalised units², by the token's place",
         (
             {"tokens": name} | {str(place): short(errors[place]) if place < len(errors) else _NONE for place in _PLACES}
             for name, errors in found.wrong_tokens.items()
-            if name not in idle
         ),
     )
 

@@ -17,9 +17,10 @@ from rfsq.evidence.peers import peer_codecs
 from rfsq.evidence.results import CodecReport, Curve, Metrics, SchemeReport
 from rfsq.evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, Scheme
 from rfsq.evidence.settings import ComparisonConfig
-from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, SUFFIX, Checkpoint, load_checkpoint
+from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 from rfsq.rfsq_ref.errors import DataError
+from rfsq.rfsq_ref.own_format import SUFFIX
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.settings import TrainConfig
 from rfsq.rfsq_ref.training import TrainingHistory, history_path, load_history, save_result, train

@@ -24,7 +24,7 @@ from operator import call
 
 import torch
 
-from rfsq.calibration.chunk import windows
+from rfsq.calibration.chunk_windows import windows
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.faster import FasterConfig, FasterNetwork
 from rfsq.evidence.judging import PARTS, Trial, all_chunks, wrong_token_errors

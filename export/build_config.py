@@ -6,12 +6,12 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rfsq.calibration.settings import ReadoutChoice
+from rfsq.calibration.settings import ChunkConfig, ReadoutChoice
 from rfsq.export.engines import Profile
 from rfsq.export.errors import BuildInputError
 from rfsq.export.plan import DeployMode
-from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT
-from rfsq.rfsq_ref.settings import check_positive
+from rfsq.rfsq_ref.own_format import token_kind
+from rfsq.rfsq_ref.settings import TokenKind, check_positive
 from rfsq.runtime.bundle.backend_specs import BACKENDS, compiled_from
 
 #: Far beyond any policy's chunks; the golden vectors of longer ones would take a robot seconds to load.
@@ -20,17 +20,27 @@ _LONGEST_CHUNK = 1024
 _MOST_PARITY_STEPS = 10**9
 
 
+#: Settings that a kind of tokens has no use for.
+_UNUSED = {
+    TokenKind.STEP: ("chunk",),
+    TokenKind.CHUNK: ("conditioning", "use_layernorm", "weights", "normaliser", "readout", "prefixes"),
+}
+
+
 @dataclass(frozen=True)
 class BuildConfig:
     """What to build.
 
+    kind: None for that of the checkpoint, or per-step tokens; checkpoint: None for the embedded one, or for chunk
+    tokens that are fitted to the data, as `chunk` says. chunk_length: None for 8.
     prefixes: None for 3 where the model has as many layers, and L; backends: None for ONNX Runtime, on the GPU too
     where it can, every TensorRT that is installed, and C where there is a compiler; conditioning: None for
     `calibrated` with a robust checkpoint and `none` with a naive one; use_layernorm: for files that do not say it;
     weights: the model in a checkpoint that holds several.
     """
 
-    checkpoint: Path = ROBUST_CHECKPOINT
+    kind: TokenKind | None = None
+    checkpoint: Path | None = None
     output: Path = Path("build/bundle")
     overwrite: bool = False
     conditioning: DeployMode | None = None
@@ -42,15 +52,18 @@ class BuildConfig:
     filter_key: str | None = None
     readout: ReadoutChoice = ReadoutChoice.AUTO
     prefixes: tuple[int, ...] | None = None
-    chunk_length: int = 8
+    chunk_length: int | None = None
+    chunk: ChunkConfig | None = None
     backends: tuple[str, ...] | None = None
     compute_capabilities: tuple[str, ...] = ()
     profile: Profile = field(default_factory=Profile)
     parity_steps: int = 120_000
 
     def __post_init__(self) -> None:
-        check_positive(self, "chunk_length", "parity_steps", error=BuildInputError)
-        if self.chunk_length > _LONGEST_CHUNK:
+        check_positive(self, "parity_steps", error=BuildInputError)
+        if self.chunk_length is not None:
+            check_positive(self, "chunk_length", error=BuildInputError)
+        if self.chunk_length is not None and self.chunk_length > _LONGEST_CHUNK:
             raise BuildInputError(f"chunk_length is {self.chunk_length}; expected at most {_LONGEST_CHUNK} steps")
         if self.parity_steps > _MOST_PARITY_STEPS:
             raise BuildInputError(f"parity_steps is {self.parity_steps}; expected at most {_MOST_PARITY_STEPS}")
@@ -66,3 +79,19 @@ class BuildConfig:
         unknown = set(self.backends or ()) - BACKENDS.keys()
         if unknown:
             raise BuildInputError(f"backends {sorted(unknown)} are not known; there are {', '.join(BACKENDS)}")
+
+    def token_kind(self) -> TokenKind:
+        """The kind that is asked for, or that of the checkpoint.
+
+        Raises CheckpointError where there is none, BuildInputError where settings of the other kind are given.
+        """
+        kind = self.kind
+        if kind is None:
+            kind = TokenKind.STEP if self.checkpoint is None else token_kind(self.checkpoint)
+        given = {name for name in _UNUSED[kind] if getattr(self, name) != getattr(BuildConfig, name, None)}
+        if kind is TokenKind.CHUNK and self.checkpoint is not None and self.chunk_length is not None:
+            given.add("chunk_length")
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
+            raise BuildInputError(f"{flags} given, which kind {kind.value!r} does not use; drop it")
+        return kind

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 #: The system, a closed terminal, a reader that has left.
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 _READOUTS = ("auto", "on", "off")
+_KINDS = ("step", "chunk")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,6 +59,17 @@ def parser() -> CommandParser:
         "--calibration-data", text=f"episodes of the checkpoint's robot: .pt, {DATA_FORMATS}",
         default="the embedded demonstrations, for checkpoints that were trained on them",
     )  # fmt: skip
+    parser.add_argument(
+        "--kind", choices=_KINDS,
+        help="step: tokens of single steps, of a trained checkpoint; chunk: tokens of a whole chunk, fitted to "
+        "the data where no checkpoint of them is given; default: that of the checkpoint, else step",
+    )  # fmt: skip
+    for name, text in (
+        ("classes", "C, with escape; default: 64, fewer where there are few data"),
+        ("vocabulary", "words of a token, a power of two; default: 1024"),
+        ("tokens", "L, of a chunk; default: 45, or all that it can use"),
+    ):
+        parser.add_argument(f"--{name}", type=int, metavar="X", help=f"of a fit of chunk tokens: {text}")
     parser.add_output("folder of the bundle; default: build/bundle")
     parser.refuse_former(
         "--bundle",
@@ -114,6 +126,15 @@ def config_of(options: argparse.Namespace) -> BuildConfig | TargetConfig:
     from rfsq.export.build_config import BuildConfig
     from rfsq.export.plan import DeployMode
 
+    fit = {name: given.pop(name) for name in ("classes", "vocabulary", "tokens") if name in given}
+    if fit:
+        from rfsq.calibration.settings import ChunkConfig
+
+        given["chunk"] = ChunkConfig(**fit)
+    if "kind" in given:
+        from rfsq.rfsq_ref.settings import TokenKind
+
+        given["kind"] = TokenKind(given["kind"])
     if "readout" in given:
         given["readout"] = ReadoutChoice(given["readout"])
     if "conditioning" in given:

@@ -52,6 +52,7 @@ def c_tokenizer(
     source = filled(
         SOURCE_NAME,
         TABLES="\n".join(_tables(encoder, decoders)),
+        ARITHMETIC=filled("arithmetic.c").rstrip(),
         FUNCTIONS="\n".join(functions).rstrip(),
     )
     header = filled(

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from rfsq.export.c_source import CTokenizer
+from rfsq.export.chunk_reference import ChunkReference
 from rfsq.export.errors import require_none
-from rfsq.export.graphs import LinearForm
+from rfsq.export.graph_builder import LinearForm
 from rfsq.export.parity import check_graph
 from rfsq.export.reference import Reference, Section
 from rfsq.export.sources import BuildData
@@ -19,7 +20,7 @@ class Deployable(Protocol):
     """fingerprint: of what the tokens mean; provenance: where it comes from, for the manifest."""
 
     @property
-    def reference(self) -> Reference: ...
+    def reference(self) -> Reference | ChunkReference: ...
 
     @property
     def data(self) -> BuildData: ...
@@ -38,7 +39,8 @@ class Deployable(Protocol):
 
     def c_source(self) -> CTokenizer: ...
 
-    def cuda_source(self) -> str: ...
+    def cuda_source(self) -> str | None:
+        """None where none is generated for this kind."""
 
     def sections(self, num_steps: int) -> tuple[Section, ...]:
         """What gates are run on: so many control steps or more."""

@@ -5,14 +5,16 @@ From a prefix of the layers too, except that a `recovered` decoder of a prefix i
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 
 from torch import Tensor
 
 from rfsq.export.plan import DeployMode
 from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint
 
-_SCHEME = "rfsq-fingerprint-1"
+_SCHEME, _CHUNK_SCHEME = "rfsq-fingerprint-1", "rfsq-chunk-fingerprint-1"
 
 
 def fingerprint(checkpoint: Checkpoint, mode: DeployMode) -> str:
@@ -34,8 +36,32 @@ def fingerprint(checkpoint: Checkpoint, mode: DeployMode) -> str:
         "mode": mode.value,
         "config": asdict(checkpoint.config),
         "normaliser": checkpoint.normaliser.to_json() if checkpoint.normaliser else None,
-        "tensors": {name: [str(tensor.dtype), list(tensor.shape)] for name, tensor in tensors.items()},
+        "tensors": _described(tensors),
     }
+    return _digest(header, tensors)
+
+
+def chunk_fingerprint(checkpoint: ChunkCheckpoint) -> str:
+    """SHA-256 over sizes, budgets, constants and normaliser of chunk tokens, as 64 hexadecimal digits.
+
+    Budgets and weights count, since classes are chosen by them: other tokens may come of the same chunk.
+    """
+    tensors = checkpoint.tensors()
+    header = {
+        "scheme": _CHUNK_SCHEME,
+        "sizes": asdict(checkpoint.sizes),
+        "budgets": list(checkpoint.constants.budgets),
+        "normaliser": checkpoint.normaliser.to_json() if checkpoint.normaliser else None,
+        "tensors": _described(tensors),
+    }
+    return _digest(header, tensors)
+
+
+def _described(tensors: Mapping[str, Tensor]) -> dict[str, tuple[str, list[int]]]:
+    return {name: (str(tensor.dtype), list(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def _digest(header: Mapping[str, object], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         array = tensors[name].detach().contiguous().numpy()

@@ -1,67 +1,21 @@
-"""ONNX graphs of a plan: few nodes, opset 18, the same bytes from any folder and at any time.
-
-Every graph exists in several forms (`LinearForm`), because none is right everywhere: TensorRT-RTX computes a matrix
-product in TF32 even when told not to (docs/architecture.md), and a CPU computes anything else at half the speed.
-"""
+"""ONNX graphs of a plan: few nodes, in every form."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
+from rfsq.export.graph_builder import GraphBuilder, LinearForm, batched
 from rfsq.export.plan import Affine, AffineQuantizer, DecoderPlan, EncoderPlan, action_limit, middle_level
 from rfsq.rfsq_ref.quantizer import SIGMA_EPSILON
 
-#: Old enough for every TensorRT 10 and for ONNX Runtime since 1.14.
-OPSET = 18
-IR_VERSION = 8
-BATCH = "batch"
 #: exp(2 x) overflows float32 from x = 44.3 on.
 _MISH_OVERFLOW = 44.0
 
 
-class LinearForm(StrEnum):
-    """How the linear layers are written down, and with it what the graph is for.
-
-    gemm: matrix products, for ONNX Runtime on the CPU; gemm_marked: the same for the GPU, where TF32 is switched off;
-    reduce: products and sums, which every TensorRT computes in float32. The forms for the GPU mark what no host has
-    validated, since their inputs may never leave it: an illegal level makes all actions of its step NaN, an action that
-    no host would let pass (not finite, or beyond the model's limit) makes all tokens of its step -1.
-    """
-
-    GEMM = "gemm"
-    GEMM_MARKED = "gemm_marked"
-    REDUCE = "reduce"
-
-    @property
-    def is_marked(self) -> bool:
-        return self is not LinearForm.GEMM
-
-
-@dataclass
-class _GraphBuilder:
-    """Collects nodes and constants; values are named after what they hold."""
-
-    form: LinearForm
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
-
-    def constant(self, name: str, value: npt.NDArray[np.generic]) -> str:
-        self.constants[name] = numpy_helper.from_array(np.ascontiguousarray(value), name)
-        return name
-
-    def scalar(self, name: str, value: float) -> str:
-        return self.constant(name, np.array(value, np.float32))
-
-    def apply(self, operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        self.nodes.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
-        return output
+class _LayerBuilder(GraphBuilder):
+    """What the graphs of an autoencoder are made of."""
 
     def linear(self, value: str, layer: Affine, output: str) -> str:
         """[N, inputs] to [N, outputs]."""
@@ -87,12 +41,6 @@ class _GraphBuilder:
             stacked = self.apply("Where", [here, layers[layer], stacked], name)
         return stacked
 
-    def where_within(self, distance: str, radius: float, value: str, other: float, output: str) -> str:
-        """`value` where |distance| <= radius, which no NaN is, and the number `other` elsewhere."""
-        size = self.apply("Abs", [distance], f"{output}.distance")
-        is_within = self.apply("LessOrEqual", [size, self.scalar(f"{output}.radius", radius)], f"{output}.is_within")
-        return self.apply("Where", [is_within, value, self.scalar(f"{output}.other", other)], output)
-
     def mish(self, value: str, output: str, *, largest: float = math.inf) -> str:
         """x tanh(log(1 + exp x)) as x n / (n + 2) with n = e (e + 2), e = exp x.
 
@@ -115,22 +63,10 @@ class _GraphBuilder:
         step, one = self.scalar("level_step", 1 / half_range), self.scalar("one", 1.0)
         return self.apply("Sub", [self.apply("Mul", [levels, step], f"{prefix}steps"), one], f"{prefix}grid")
 
-    def reshape(self, value: str, shape: Sequence[int], output: str) -> str:
-        return self.apply("Reshape", [value, self.constant(f"{output}.shape", np.array(shape, np.int64))], output)
-
-    def model(self, name: str, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]) -> bytes:
-        graph = helper.make_graph(
-            self.nodes, name, list(inputs), list(outputs), initializer=list(self.constants.values())
-        )
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="rfsq-deploy"
-        )
-        return bytes(model.SerializeToString(deterministic=True))
-
 
 def encoder_graph(plan: EncoderPlan, form: LinearForm = LinearForm.GEMM) -> bytes:
     """actions float32 [batch, T, A] -> tokens int32 [batch, T, D, L] (and stats float32 [batch, T, L, 2])."""
-    build = _GraphBuilder(form)
+    build = _LayerBuilder(form)
     flat = build.reshape("actions", (-1, plan.action_dim), "steps")
     if form.is_marked:
         # An infinite sum can end as a latent like any other; a NaN reaches every latent of its step.
@@ -150,25 +86,25 @@ def encoder_graph(plan: EncoderPlan, form: LinearForm = LinearForm.GEMM) -> byte
         levels = build.where_within(columns, 2.0, levels, -1.0, "levels.or_mark")
     integers = build.apply("Cast", [levels], "tokens.flat", to=TensorProto.INT32)
     build.reshape(integers, (-1, plan.chunk_length, plan.latent_dim, plan.num_layers), "tokens")
-    outputs = [_value("tokens", TensorProto.INT32, plan.chunk_length, plan.latent_dim, plan.num_layers)]
+    outputs = [batched("tokens", TensorProto.INT32, plan.chunk_length, plan.latent_dim, plan.num_layers)]
     if plan.has_stats:
         pairs = build.apply("Concat", stats, "stats.flat", axis=1)
         build.reshape(pairs, (-1, plan.chunk_length, plan.num_layers, 2), "stats")
-        outputs.append(_value("stats", TensorProto.FLOAT, plan.chunk_length, plan.num_layers, 2))
-    return build.model("encoder", [_value("actions", TensorProto.FLOAT, plan.chunk_length, plan.action_dim)], outputs)
+        outputs.append(batched("stats", TensorProto.FLOAT, plan.chunk_length, plan.num_layers, 2))
+    return build.model("encoder", [batched("actions", TensorProto.FLOAT, plan.chunk_length, plan.action_dim)], outputs)
 
 
 def decoder_graph(plan: DecoderPlan, form: LinearForm = LinearForm.GEMM) -> bytes:
     """tokens int32 [batch, T, D, l] (and stats float32 [batch, T, l, 2]) -> actions float32 [batch, T, A]."""
-    build = _GraphBuilder(form)
-    inputs = [_value("tokens", TensorProto.INT32, plan.chunk_length, plan.latent_dim, plan.prefix)]
+    build = _LayerBuilder(form)
+    inputs = [batched("tokens", TensorProto.INT32, plan.chunk_length, plan.latent_dim, plan.prefix)]
     numbers = build.apply("Cast", ["tokens"], "levels", to=TensorProto.FLOAT)
     if form.is_marked:
         half_range = (plan.num_levels - 1) / 2
         distance = build.apply("Sub", [numbers, build.scalar("half_range", half_range)], "levels.from_middle")
         numbers = build.where_within(distance, half_range, numbers, math.nan, "levels.or_mark")
     if plan.has_stats:
-        inputs.append(_value("stats", TensorProto.FLOAT, plan.chunk_length, plan.prefix, 2))
+        inputs.append(batched("stats", TensorProto.FLOAT, plan.chunk_length, plan.prefix, 2))
         flat = _latents_from_stats(build, plan, numbers)
     else:
         flat = build.reshape(numbers, (-1, plan.latent_dim * plan.prefix), "levels.flat")
@@ -178,10 +114,10 @@ def decoder_graph(plan: DecoderPlan, form: LinearForm = LinearForm.GEMM) -> byte
     if plan.offset.any():
         outer = build.apply("Add", [outer, build.constant("offset", plan.offset)], "outer.with_offset")
     build.reshape(outer, (-1, plan.chunk_length, plan.action_dim), "actions")
-    return build.model("decoder", inputs, [_value("actions", TensorProto.FLOAT, plan.chunk_length, plan.action_dim)])
+    return build.model("decoder", inputs, [batched("actions", TensorProto.FLOAT, plan.chunk_length, plan.action_dim)])
 
 
-def _affine_layers(build: _GraphBuilder, plan: EncoderPlan, quantizer: AffineQuantizer, columns: str) -> str:
+def _affine_layers(build: _LayerBuilder, plan: EncoderPlan, quantizer: AffineQuantizer, columns: str) -> str:
     """Levels as floats [N, D, L]."""
     center = middle_level(plan.num_levels)
     bounds = build.scalar("lowest", -center), build.scalar("highest", plan.num_levels - 1 - center)
@@ -199,7 +135,7 @@ def _affine_layers(build: _GraphBuilder, plan: EncoderPlan, quantizer: AffineQua
     return build.apply("Add", [stacked, build.scalar("middle_level", center)], "levels")
 
 
-def _dynamic_layers(build: _GraphBuilder, plan: EncoderPlan, columns: str) -> tuple[str, list[str]]:
+def _dynamic_layers(build: _LayerBuilder, plan: EncoderPlan, columns: str) -> tuple[str, list[str]]:
     """Levels as floats [N, D, L], and per layer the statistics [N, 1, 2] when the plan gives them."""
     half_range = (plan.num_levels - 1) / 2
     axis = build.constant("latent_axis", np.array([1], np.int64))
@@ -229,7 +165,7 @@ def _dynamic_layers(build: _GraphBuilder, plan: EncoderPlan, columns: str) -> tu
     return build.stack(levels, "levels"), stats
 
 
-def _latents_from_stats(build: _GraphBuilder, plan: DecoderPlan, numbers: str) -> str:
+def _latents_from_stats(build: _LayerBuilder, plan: DecoderPlan, numbers: str) -> str:
     """sum over l of grid * sigma + mean: levels [batch, T, D, l] and stats to latents [N, D]."""
     grid = build.grid(numbers, (plan.num_levels - 1) / 2)
     turned = build.apply("Transpose", ["stats"], "stats.turned", perm=[0, 1, 3, 2])
@@ -246,7 +182,3 @@ def _largest_sum(layer: Affine, largest_input: float) -> float:
     """The most that any output can be for inputs between 0 and `largest_input`."""
     weight = layer.weight.astype(np.float64)
     return float((weight.clip(min=0).sum(axis=1) * largest_input + layer.bias).max())
-
-
-def _value(name: str, element_type: int, *shape: int) -> onnx.ValueInfoProto:
-    return helper.make_tensor_value_info(name, element_type, [BATCH, *shape])

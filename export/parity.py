@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnx.reference
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.logger import G_LOGGER
 from tqdm import tqdm
@@ -23,6 +22,8 @@ from tqdm import tqdm
 # Before Polygraphy opens ONNX Runtime: switches its telemetry off.
 import rfsq.runtime.backends.onnxruntime  # noqa: F401
 from rfsq.calibration.readout import held_out_warning
+from rfsq.export.chunk_reference import ChunkReference
+from rfsq.export.onnx_evaluator import onnx_evaluator
 from rfsq.export.proving import failures
 from rfsq.export.reference import AS_TRAINED, EDGES, REFITTED, Answers, Reference, Section
 from rfsq.runtime.backends.contract import Backend, judged
@@ -44,7 +45,7 @@ _BATCH_STEPS = 8192
 _GOLDEN_STEPS = 192
 
 
-def batches(reference: Reference, sections: Sequence[Section]) -> Iterator[Answers]:
+def batches(reference: Reference | ChunkReference, sections: Sequence[Section]) -> Iterator[Answers]:
     """The reference's answers to every section, a few thousand steps at a time."""
     for section in sections:
         chunks = max(_BATCH_STEPS // section.actions.shape[1], 1)
@@ -52,7 +53,7 @@ def batches(reference: Reference, sections: Sequence[Section]) -> Iterator[Answe
             yield reference.answer(section.actions[start : start + chunks])
 
 
-def golden_vectors(reference: Reference, sections: Sequence[Section]) -> Golden:
+def golden_vectors(reference: Reference | ChunkReference, sections: Sequence[Section]) -> Golden:
     """What the robot replays: the first chunks of every section and all of the edges.
 
     But for chunks whose statistics float32 cannot give, in a `dynamic` model.
@@ -71,7 +72,7 @@ class Judge:
     """Collects what one backend, or a variant of it, gets wrong, batch by batch."""
 
     backend: Backend
-    reference: Reference
+    reference: Reference | ChunkReference
     model: ModelEntry
     variant: str
     seed: int
@@ -141,7 +142,9 @@ class Judge:
         )
 
 
-def judges_of(backends: Sequence[Backend], reference: Reference, model: ModelEntry, *, seed: int = 0) -> list[Judge]:
+def judges_of(
+    backends: Sequence[Backend], reference: Reference | ChunkReference, model: ModelEntry, *, seed: int = 0
+) -> list[Judge]:
     """One for every backend and each of its variants."""
     return [
         Judge(judged_backend, reference, model, variant, seed)
@@ -157,7 +160,7 @@ def _counts(comparison: TokenComparison) -> str:
 def prove(
     model: ModelEntry,
     golden: Golden,
-    reference: Reference,
+    reference: Reference | ChunkReference,
     sections: Sequence[Section],
     backends: Sequence[Backend],
 ) -> tuple[tuple[ParityEntry, ...], list[str]]:
@@ -194,7 +197,11 @@ def closing_tables(
     if quality:
         rows = [(name, f"{value:.3e}") for name, value in quality.items()]
         heads = (f"{judged_on}, decoded from", "action MSE, normalised units²")
-        remark = held_out_warning(quality[AS_TRAINED], quality.get(REFITTED), judged_on, "normalised units²")
+        remark = (
+            held_out_warning(quality[AS_TRAINED], quality.get(REFITTED), judged_on, "normalised units²")
+            if AS_TRAINED in quality
+            else ""
+        )
         parts.append("\n".join((*aligned([heads, *rows], is_ruled=True), *filter(None, [remark]))))
     if verdict is not None:
         parts.append(verdict.table(f"{judged_on}, all layers"))
@@ -232,7 +239,7 @@ def check_graph(entry: GraphEntry, onnx_bytes: bytes) -> list[str]:
 
 def cross_check(entry: GraphEntry, onnx_bytes: bytes, golden: Golden, model: ModelEntry) -> list[str]:
     """Run the graph on two independent runtimes; a line for everything in which either leaves the reference."""
-    evaluator = onnx.reference.ReferenceEvaluator(onnx.load_model_from_string(onnx_bytes))
+    evaluator = onnx_evaluator(onnx_bytes)
     session = SessionFromOnnx(onnx_bytes, providers=["cpu"])
     problems = []
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), OnnxrtRunner(session) as runtime:

@@ -10,15 +10,17 @@ from dataclasses import replace
 
 from rfsq.export.build_config import BuildConfig
 from rfsq.export.bundle_writer import StagedBundle, stage_bundle
+from rfsq.export.chunk_tokens import load_chunk_tokens
 from rfsq.export.deployable import Deployable
 from rfsq.export.engines import EngineSources, compilable, compile_engines, require_means
 from rfsq.export.errors import GateError, require_none
-from rfsq.export.graphs import LinearForm
+from rfsq.export.graph_builder import LinearForm
 from rfsq.export.parity import closing_tables, cross_check, golden_vectors, prove
 from rfsq.export.progress import phase
 from rfsq.export.proving import seal_proven
 from rfsq.export.reference import Section
 from rfsq.export.step_tokens import load_step_tokens
+from rfsq.rfsq_ref.settings import TokenKind
 from rfsq.runtime.backends.contract import Backend
 from rfsq.runtime.backends.registry import no_gpu_said_first, without_gpu_as_one
 from rfsq.runtime.bundle.backend_specs import BACKENDS
@@ -52,8 +54,9 @@ def build(config: BuildConfig, *, has_tables: bool = True) -> Manifest:
     for name in config.backends or ():
         with no_gpu_said_first(name):
             require_means(BACKENDS[name], to_run=False)
+    kind = config.token_kind()
     with stage_bundle(config.output, overwrite=config.overwrite) as staged:
-        tokens = load_step_tokens(config)
+        tokens: Deployable = load_chunk_tokens(config) if kind is TokenKind.CHUNK else load_step_tokens(config)
         draft = _export(tokens, staged)
         reference, held_out = tokens.reference, tokens.data.held_out
         action_mse, fidelity = reference.action_mse(held_out), reference.fidelity(held_out)
@@ -112,8 +115,11 @@ def _export(tokens: Deployable, staged: StagedBundle) -> Manifest:
         current.note(f"{C_SOURCE} {len(generated.source) / 1000:.0f} kB")
     with phase("generate CUDA") as current:
         cuda = tokens.cuda_source()
-        staged.write(CUDA_SOURCE, cuda.encode())
-        current.note(f"{CUDA_SOURCE} {len(cuda) / 1000:.0f} kB")
+        if cuda is None:
+            current.skip("none for this kind of tokens")
+        else:
+            staged.write(CUDA_SOURCE, cuda.encode())
+            current.note(f"{CUDA_SOURCE} {len(cuda) / 1000:.0f} kB")
     entries = tuple(graph for graph, _ in graphs)
     return Manifest(SCHEMA_VERSION, identity, tokens.model, entries, (), (), _tool_versions(), {}, {})
 

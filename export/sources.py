@@ -33,7 +33,7 @@ from rfsq.runtime.bundle.manifest import QualityEntry
 from rfsq.runtime.bundle.paths import counted
 
 #: Held-out steps that the gates look at; more are drawn around them and at random.
-_MOST_HELD_OUT = 20_000
+MOST_HELD_OUT = 20_000
 
 
 def open_checkpoint(
@@ -79,8 +79,9 @@ def choose_mode(checkpoint: Checkpoint, requested: DeployMode | None) -> DeployM
 
 @dataclass(frozen=True)
 class BuildData:
-    """dataset: None without data; held_out: steps float32 [N, A] to judge on, none without data; description: what a
-    person should know about the data, a line or more; judged_on: what held_out is, empty without data."""
+    """dataset: None without data; held_out: steps float32 [N, A], or chunks [N, T, A], to judge on, none without data;
+    description: what a person should know about the data, a line or more; judged_on: what held_out is, empty without
+    data."""
 
     dataset: ActionDataset | None
     held_out: Float32Array
@@ -116,7 +117,7 @@ def load_build_data(
     judging = judging_episodes(checkpoint, dataset)
     # Of what a model cannot tell apart, float32 gives any tokens: gates would turn red, and say nothing of the data.
     reference_latents(checkpoint.model(dtype=torch.float64), reference_actions(checkpoint, judging))
-    held_out = judging.steps()[:_MOST_HELD_OUT]
+    held_out = judging.steps()[:MOST_HELD_OUT]
     selection = selection_of(checkpoint, dataset)
     judged_on = "held-out episodes"
     if selection is Selection.ALL:

@@ -14,7 +14,8 @@ from rfsq.export.cuda_source import cuda_tokenizer
 from rfsq.export.deployable import checked_graph
 from rfsq.export.errors import BuildInputError
 from rfsq.export.fingerprint import fingerprint
-from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
+from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graphs import decoder_graph, encoder_graph
 from rfsq.export.plan import (
     DecoderPlan,
     DeployMode,
@@ -27,12 +28,15 @@ from rfsq.export.plan import (
 from rfsq.export.progress import phase
 from rfsq.export.reference import Reference, Section, parity_sections
 from rfsq.export.sources import BuildData, choose_mode, fit_for, load_build_data, needs_fit, open_checkpoint
-from rfsq.rfsq_ref.checkpoints import Checkpoint
+from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.runtime.bundle.advice import quoted
 from rfsq.runtime.bundle.checkpoint_layouts import HASHES_KEY, weight_hashes
 from rfsq.runtime.bundle.manifest import GraphEntry
 from rfsq.runtime.bundle.models import StepModel
+
+#: Control steps of a chunk where none are asked for.
+_CHUNK_LENGTH = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,16 +113,17 @@ class StepTokens:
 
 def load_step_tokens(config: BuildConfig) -> StepTokens:
     """Open the checkpoint, and fit what its mode needs. Raises UnusableError, BuildInputError."""
+    path = config.checkpoint or ROBUST_CHECKPOINT
     with phase("load checkpoint") as current:
         checkpoint = open_checkpoint(
-            config.checkpoint,
+            path,
             use_layernorm=config.use_layernorm,
             weights=config.weights,
             normaliser_file=config.normaliser,
         )
         mode = choose_mode(checkpoint, config.conditioning)
         prefixes = choose_prefixes(config.prefixes, checkpoint.config.num_layers)
-        current.note(f"{config.checkpoint.name}: {_describe(checkpoint)}; deployed as {mode.value!r}")
+        current.note(f"{path.name}: {_describe(checkpoint)}; deployed as {mode.value!r}")
         current.note(*checkpoint.remarks)
     is_fit_needed = needs_fit(checkpoint, mode, prefixes)
     if config.readout is not ReadoutChoice.AUTO and not (is_fit_needed and mode is DeployMode.CALIBRATED):
@@ -145,7 +150,7 @@ def load_step_tokens(config: BuildConfig) -> StepTokens:
         else:
             current.skip("nothing to fit")
     return StepTokens(
-        checkpoint, Reference(checkpoint, mode, prefixes), data, config.chunk_length, config.checkpoint.name
+        checkpoint, Reference(checkpoint, mode, prefixes), data, config.chunk_length or _CHUNK_LENGTH, path.name
     )
 
 

@@ -1,7 +1,6 @@
 """Checkpoints: our own format (safetensors plus a JSON header), and all others by rfsq_ref/published_checkpoints.py."""
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -9,14 +8,22 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig, Readout, RecoveredDecoder
 from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.rfsq_ref.normaliser import Normaliser, normaliser_from_json
+from rfsq.rfsq_ref.own_format import (
+    FORMATS,
+    SUFFIX,
+    check_hash,
+    parse_header,
+    read_content,
+    read_safetensors,
+    reading_header,
+    write_own,
+)
 from rfsq.rfsq_ref.published_checkpoints import (
     check_agreement,
     published_model,
@@ -26,24 +33,15 @@ from rfsq.rfsq_ref.published_checkpoints import (
     take_weights,
 )
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
-from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors, other_format
+from rfsq.rfsq_ref.settings import TokenKind
 from rfsq.runtime.bundle.advice import quoted
-from rfsq.runtime.bundle.paths import as_path, replacing, shown
-from rfsq.runtime.bundle.reading import UnfitFileError, parse_json, read_file
 
-FORMAT = "rfsq-checkpoint"
-FORMAT_VERSION = 1
-#: Of our own format and of bare state dicts; any other is taken for a torch file.
-SUFFIX = ".safetensors"
+FORMAT = FORMATS[TokenKind.STEP]
 ASSETS = Path(__file__).resolve().parent / "assets"
 #: The embedded checkpoints, trained by `python rfsq_ref/train.py` on the embedded demonstrations.
 NAIVE_CHECKPOINT = ASSETS / "naive.safetensors"
 ROBUST_CHECKPOINT = ASSETS / "robust.safetensors"
 
-#: In the header: the SHA-256 of all else in the file, for safetensors have no checksums.
-_HASH_KEY = "sha256"
-#: In bytes. A policy of 7 billion numbers with the tokenizer inside takes 28 GB.
-_SIZE_LIMIT = 2**35
 # Without leading zeros, so that the name found is the name looked up.
 _RECOVERED = re.compile(r"recovered\.(0|[1-9][0-9]{0,8})\.(?:matrix|offset)")
 
@@ -147,20 +145,14 @@ def load_checkpoint(
     >>> checkpoint.config.num_layers, checkpoint.trained_with.value
     (8, 'dynamic')
     """
-    path = as_path(path, "the checkpoint", CheckpointError)
-    try:
-        # Read once: what is hashed is what is parsed, even where the file is replaced meanwhile.
-        content = read_file(path, _SIZE_LIMIT)
-    except (FileNotFoundError, NotADirectoryError, UnfitFileError) as error:
-        reason = f": {error}" if isinstance(error, UnfitFileError) else ""
-        raise CheckpointError(f"no checkpoint at {path}{reason}; train one with {quoted('train')}") from error
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}; check its permissions") from error
-    if other := other_format(content):
-        raise CheckpointError(f"{path} is no checkpoint but {other}")
+    path, content = read_content(path, f"train one with {quoted('train')}")
     metadata: Mapping[str, str] = {}
     if path.suffix == SUFFIX:
-        tensors, metadata = _read_safetensors(content, path)
+        tensors, metadata = read_safetensors(content, path)
+    if FORMATS[TokenKind.CHUNK] in metadata:
+        raise CheckpointError(
+            f"{path} holds chunk tokens; expected a model of per-step tokens: give one, or choose --kind chunk"
+        )
     if FORMAT in metadata:
         checkpoint = _own_checkpoint(tensors, metadata[FORMAT], path)
         check_agreement(use_layernorm, checkpoint.trained_with is Conditioning.DYNAMIC, path)
@@ -174,90 +166,33 @@ def load_checkpoint(
     return replace(checkpoint, provenance={**checkpoint.provenance, "checkpoint_sha256": sha256})
 
 
-def check_output(path: str | os.PathLike[str]) -> Path:
-    """`path` as a Path. Raises CheckpointError for a name that load_checkpoint would take for another layout."""
-    output = as_path(path, "the output", CheckpointError)
-    if output.suffix != SUFFIX:
-        raise CheckpointError(
-            f"{output} does not end with {SUFFIX!r}, and would not be read again as what it is; expected a name like "
-            f"{output.stem}{SUFFIX}"
-        )
-    return output
-
-
 def save_checkpoint(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> None:
-    """Write our own format, through a temporary sibling that is renamed: the old file stays whole until then.
-
-    Raises CheckpointError when the name does not end with SUFFIX or the file cannot be written; nothing is left behind.
-    """
-    path = check_output(path)
-    tensors = checkpoint.tensors()
-    written = {
-        "format": FORMAT,
-        "version": FORMAT_VERSION,
+    """Write our own format; raises as `write_own`."""
+    fields = {
         "config": asdict(checkpoint.config),
         "trained_with": checkpoint.trained_with.value,
         "normaliser": checkpoint.normaliser.to_json() if checkpoint.normaliser else None,
         "provenance": dict(checkpoint.provenance),
     }
-    try:
-        # As it will be read: JSON turns every key into text.
-        header = parse_json(json.dumps(written))
-    except ValueError as error:
-        raise CheckpointError(f"{path} cannot be written: in its provenance, {error}; leave that out") from error
-    header[_HASH_KEY] = _hash(header, tensors)
-    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with replacing(path, error=CheckpointError) as temporary:
-        # Not save_file: it makes a private file (0600), whatever the umask.
-        temporary.write_bytes(safetensors.torch.save(contiguous, {FORMAT: json.dumps(header, sort_keys=True)}))
-
-
-def _hash(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the header and the tensors. header: without the hash."""
-    return hashlib.sha256((json.dumps(header, sort_keys=True) + hash_tensors(tensors)).encode()).hexdigest()
-
-
-def _read_safetensors(content: bytes, path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """Tensors and metadata, as they stand in the file."""
-    try:
-        return load_safetensors(content)
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}; copy or write it again") from error
-    except KeyError as error:
-        raise CheckpointError(f"{path} has tensors of type {error}, which torch lacks; expected float32") from error
+    write_own(TokenKind.STEP, fields, checkpoint.tensors(), path)
 
 
 def _own_checkpoint(tensors: dict[str, Tensor], written: str, path: Path) -> Checkpoint:
     """The checkpoint in a file of our own format. written: its header, as JSON. Raises CheckpointError."""
-    try:
-        header = parse_json(written)
-        version = header["version"]
-        if type(version) is not int or version != FORMAT_VERSION:
-            raise CheckpointError(f"{path} has format version {shown(version)}; this code reads {FORMAT_VERSION}")
+    with reading_header(path):
+        header = parse_header(written, path)
         config = ModelConfig(**header["config"])
         trained_with = Conditioning(header["trained_with"])
         normaliser = normaliser_from_json(header["normaliser"]) if header["normaliser"] is not None else None
-        provenance = dict(header["provenance"])
-        # A bundle's manifest will hold it, which has neither infinite numbers nor halves of surrogate pairs.
-        json.dumps(provenance, ensure_ascii=False, allow_nan=False).encode()
         if trained_with is Conditioning.CALIBRATED:
             raise ValueError("trained_with is 'calibrated'; expected 'none' or 'dynamic'")
         if normaliser is not None and len(normaliser.scale) != config.action_dim:
             raise ValueError(f"normaliser for {len(normaliser.scale)} dimensions, action_dim {config.action_dim}")
-    except CheckpointError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has a broken header: {shown(error)}; save the checkpoint again") from error
-    # Older files have no hash.
-    stated = header.pop(_HASH_KEY, None)
-    if stated is not None and stated != _hash(header, tensors):
-        raise CheckpointError(
-            f"{path} is damaged: its numbers have another SHA-256 than it states itself; copy it again"
-        )
+    check_hash(header, tensors, path)
     constants, readout, recovered = _fitted(tensors, config, path)
     weights = take_weights(tensors, config, path)
     require_known(tensors, path)
-    return Checkpoint(config, trained_with, weights, constants, readout, recovered, normaliser, provenance)
+    return Checkpoint(config, trained_with, weights, constants, readout, recovered, normaliser, header["provenance"])
 
 
 def _fitted(

@@ -53,10 +53,9 @@ class ChunkSizes:
                 "the class to leave room in the first token: fewer classes or a larger vocabulary"
             )
         if self.code_bits > self.num_values * MOST_BITS:
-            most = (self.num_values * MOST_BITS + self.class_bits) // self.token_bits
             raise SettingsError(
                 f"{self.num_tokens} tokens are more than a chunk of {self.num_values} values can use; expected at most "
-                f"{max(most, 1)}"
+                f"{max(self.most_tokens, 1)}"
             )
 
     @property
@@ -67,6 +66,11 @@ class ChunkSizes:
     @property
     def class_bits(self) -> int:
         return (self.num_classes - 1).bit_length()
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens a chunk can use, whatever num_tokens is."""
+        return (self.num_values * MOST_BITS + self.class_bits) // self.token_bits
 
     @property
     def code_bits(self) -> int:
@@ -112,6 +116,8 @@ class ChunkConstants:
             tensor = getattr(self, name)
             if tensor.shape != shape or not torch.isfinite(tensor).all():
                 raise SettingsError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}, all finite: fit again")
+        if not (self.weights >= 0).all():
+            raise SettingsError("every weight must be 0 or more: fit again")
         if not 1 <= latents <= sizes.num_values or not (self.scale > 0).all() or not (self.gain > 0).all():
             raise SettingsError("every scale and gain must be positive, and there are at most T * A latents: fit again")
         bits = torch.nn.functional.one_hot(self.order.clamp(0, latents - 1), latents).sum(dim=1)
@@ -167,7 +173,8 @@ class ChunkCode(nn.Module):
 
     def tokens(self, bits: Tensor) -> Tensor:
         """The inverse of `bits`."""
-        return number(bits.reshape(*bits.shape[:-1], -1, self.sizes.token_bits))
+        token_bits = self.sizes.token_bits
+        return number(bits.reshape(*bits.shape[:-1], bits.shape[-1] // token_bits, token_bits))
 
     def classes(self, bits: Tensor) -> Tensor:
         """The class [...] that bits name. Numbers behind the last class mean the last: every token decodes."""

@@ -119,13 +119,25 @@ def suggested_normaliser(dataset: ActionDataset) -> NormaliserKind | None:
 
     `min-max`, because a dimension that rarely moves has quantiles without a range between them.
     """
-    is_large, is_narrow = _unfit(split_episodes(dataset).train.steps())
-    return NormaliserKind.MIN_MAX if (is_large | is_narrow).any() else None
+    return NormaliserKind.MIN_MAX if reasons_to_normalise(split_episodes(dataset).train.steps()) else None
 
 
-def _unfit(steps: FloatArray) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """bool [A] each: dimensions that reach too far for the published recipe, and those that move too little."""
-    return np.abs(steps).max(axis=0) > UNNORMALISED_LIMIT, _moves_less_than(steps, UNNORMALISED_RANGE)
+def reasons_to_normalise(steps: FloatArray, limit: float = UNNORMALISED_LIMIT) -> list[str]:
+    """Why actions [N, A] should be normalised: which dimensions reach beyond `limit`, and which move too little; empty
+    where there is no reason."""
+    is_large, is_narrow = np.abs(steps).max(axis=0) > limit, _moves_less_than(steps, UNNORMALISED_RANGE)
+    reasons = []
+    if is_large.any():
+        reasons.append(f"{_of_dimensions(is_large, 'reaches', 'reach')} beyond {limit:g}")
+    if is_narrow.any():
+        narrow = _of_dimensions(is_narrow, "spans", "span")
+        reasons.append(f"{narrow} less than {2 * UNNORMALISED_RANGE:g}, from its lowest to its highest action")
+    return reasons
+
+
+def fits_unnormalised(limit: float = UNNORMALISED_LIMIT) -> str:
+    """What holds where there is no reason to normalise."""
+    return f"all actions lie within {limit:g} and every dimension that moves spans {2 * UNNORMALISED_RANGE:g} or more"
 
 
 def untouched(steps: FloatArray) -> tuple[int, ...]:
@@ -163,17 +175,8 @@ def describe_normaliser(dataset: ActionDataset, name: str) -> str:
     if name != "auto":
         return f"normaliser: {chosen}, as asked"
     steps = split_episodes(dataset).train.steps()
-    is_large, is_narrow = _unfit(steps)
-    reasons = []
-    if is_large.any():
-        reasons.append(f"{_of_dimensions(is_large, 'reaches', 'reach')} beyond {UNNORMALISED_LIMIT:g}")
-    if is_narrow.any():
-        narrow = _of_dimensions(is_narrow, "spans", "span")
-        reasons.append(f"{narrow} less than {2 * UNNORMALISED_RANGE:g}, from its lowest to its highest action")
-    why = " and ".join(reasons) or (
-        f"all actions lie within {UNNORMALISED_LIMIT:g} and every dimension that moves spans "
-        f"{2 * UNNORMALISED_RANGE:g} or more, as the published recipe expects"
-    )
+    reasons = reasons_to_normalise(steps)
+    why = " and ".join(reasons) or f"{fits_unnormalised()}, as the published recipe expects"
     parts = [f"normaliser: {chosen}, chosen by auto: {why}"]
     if reasons:
         gripper = ", but for the last, taken for a gripper command by its unit size: a joint belongs in another place"

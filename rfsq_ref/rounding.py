@@ -42,7 +42,7 @@ GRID_ERROR = 5.0
 #: Sums and products that reach this may overflow float32, where no bound can be given.
 _LARGEST = 2.0**126
 #: Absolute error of a result that underflows, in units of u and with room for a few thousand of them.
-_UNDERFLOW = 2.0**-126 * 4096 / UNIT
+UNDERFLOW = 2.0**-126 * 4096 / UNIT
 #: Steps whose covariances are held at a time.
 _BLOCK = 2048
 
@@ -148,7 +148,7 @@ def _latent_noise(model: ActionAutoencoder, actions: Tensor) -> _Noise:
     inner = from_offset @ weight.T + first.bias
     squares = from_offset**2 @ (weight**2).T + first.bias**2
     # Besides the sum, every term sees a product, the offset, the unit, and a weight that was rounded when folded.
-    inner_variance = summation_variance(first.in_features + 1, inner, squares) + 4 * squares + _UNDERFLOW**2
+    inner_variance = summation_variance(first.in_features + 1, inner, squares) + 4 * squares + UNDERFLOW**2
     hidden = model.encoder[1](inner)
     inner_error = DEVIATIONS * UNIT * inner_variance.sqrt()
     gate = torch.tanh(softplus(inner))
@@ -160,7 +160,7 @@ def _latent_noise(model: ActionAutoencoder, actions: Tensor) -> _Noise:
     outer = hidden @ second.weight.T + second.bias
     squares = hidden**2 @ (second.weight**2).T + second.bias**2
     outer_variance = (
-        summation_variance(second.in_features + 1, outer, squares) + 2 * squares + hidden.shape[-1] * _UNDERFLOW**2
+        summation_variance(second.in_features + 1, outer, squares) + 2 * squares + hidden.shape[-1] * UNDERFLOW**2
     )
     outer_error = (hidden_variance @ (second.weight**2).T + outer_variance).sqrt() * DEVIATIONS * UNIT
     latents = torch.tanh(outer)
@@ -174,7 +174,7 @@ def _latent_noise(model: ActionAutoencoder, actions: Tensor) -> _Noise:
     return _Noise(
         latents=latents,
         hidden=hidden_variance,
-        own=slope**2 * outer_variance + shared * (FUNCTION * latents) ** 2 + _UNDERFLOW**2,
+        own=slope**2 * outer_variance + shared * (FUNCTION * latents) ** 2 + UNDERFLOW**2,
         slope=slope,
         weight=second.weight,
         overflow=~(largest < _LARGEST),

@@ -7,6 +7,13 @@ from enum import StrEnum
 from rfsq.rfsq_ref.errors import SettingsError
 
 
+class TokenKind(StrEnum):
+    """What a token is of: `step`, one control step, or `chunk`, all steps of a chunk together."""
+
+    STEP = "step"
+    CHUNK = "chunk"
+
+
 class NormaliserKind(StrEnum):
     """What is mapped onto [-1, 1] (`min-max`, `quantile`) or onto zero mean and unit deviation (`mean-std`)."""
 
@@ -31,6 +38,12 @@ def check_tasks(tasks: Sequence[str], known: Iterable[str], error: type[Exceptio
     """Raise `error` unless there are tasks, all of them known and none named twice."""
     if not tasks or not {*tasks} <= {*known} or len({*tasks}) < len(tasks):
         raise error(f"tasks are {list(tasks)}; expected different ones of {list(known)}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise SettingsError for one that torch does not take."""
+    if not -(2**63) <= seed < 2**64:
+        raise SettingsError(f"seed is {seed}; expected one of 64 bits")
 
 
 @dataclass(frozen=True)
@@ -64,5 +77,4 @@ class TrainConfig:
                 raise SettingsError(f"{name} is {getattr(self, name)}; expected 0 ({nothing}) or more")
         if not self.learning_rate > 0:
             raise SettingsError(f"learning_rate is {self.learning_rate}; expected more than 0")
-        if not -(2**63) <= self.seed < 2**64:
-            raise SettingsError(f"seed is {self.seed}; expected one of 64 bits")
+        check_seed(self.seed)

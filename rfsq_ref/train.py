@@ -68,9 +68,9 @@ def _parser() -> CommandParser:
 
 def _work(options: argparse.Namespace) -> Outcome:
     refuse_idle_choices(options)
-    from rfsq.rfsq_ref.checkpoints import check_output
     from rfsq.rfsq_ref.data import DEMONSTRATIONS, load_actions
     from rfsq.rfsq_ref.normaliser import chosen_normaliser, describe
+    from rfsq.rfsq_ref.own_format import check_output
     from rfsq.rfsq_ref.training import make_deterministic, result_files
 
     output: Path = options.output or Path(

@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import modal
 
-from rfsq.rfsq_ref.checkpoints import SUFFIX, check_output
 from rfsq.rfsq_ref.data import load_actions, load_demonstrations
 from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.rfsq_ref.normaliser import chosen_normaliser, describe
+from rfsq.rfsq_ref.own_format import SUFFIX, check_output
 from rfsq.rfsq_ref.settings import TrainConfig
 from rfsq.rfsq_ref.training import history_path, make_deterministic, result_files, save_result, train
 from rfsq.runtime.bundle.paths import refuse_existing

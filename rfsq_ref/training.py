@@ -32,10 +32,11 @@ from torch.nn.functional import mse_loss
 from tqdm import tqdm
 
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
-from rfsq.rfsq_ref.checkpoints import Checkpoint, check_output, checkpoint_of, save_checkpoint
+from rfsq.rfsq_ref.checkpoints import Checkpoint, checkpoint_of, save_checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError, DataError, SettingsError, TrainingError
 from rfsq.rfsq_ref.normaliser import Normaliser, fit_normaliser, untouched
+from rfsq.rfsq_ref.own_format import check_output
 from rfsq.rfsq_ref.quantizer import Conditioning
 from rfsq.rfsq_ref.settings import TrainConfig
 from rfsq.runtime.bundle.paths import as_path, replacing

@@ -15,7 +15,8 @@ from rfsq.export.bundle_writer import stage_bundle
 from rfsq.export.c_builder import compile_c
 from rfsq.export.c_source import CTokenizer, c_tokenizer
 from rfsq.export.cuda_source import cuda_tokenizer
-from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
+from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graphs import decoder_graph, encoder_graph
 from rfsq.export.plan import (
     DecoderPlan,
     DeployMode,

@@ -37,45 +37,13 @@ _Static_assert(sizeof OFFSETS == STEPS * A * sizeof(float), "the tables are repe
 
 /* --- arithmetic -------------------------------------------------------------------------------------------------- */
 
-static inline float clamped(float x, float lowest, float highest)
-{
-    const float below = x < highest ? x : highest;
-    return below > lowest ? below : lowest;
-}
+/* @ARITHMETIC@ */
 
 /* The lowest whole number that is not below x, for |x| < 2^31. */
 static inline int32_t ceiling(float x)
 {
     const int32_t toward_zero = (int32_t)x;
     return toward_zero + ((float)toward_zero < x);
-}
-
-/* 2^n for whole n from -126 to 127. */
-static inline float power_of_two(int32_t n)
-{
-    const uint32_t bits = (uint32_t)(n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, sizeof power);
-    return power;
-}
-
-/* exp(x) - 1 = power * tail + (power - 1) for |x| <= 87; tail = exp(r) - 1 is accurate however small r is. */
-static inline float exp_tail(float x, float *power)
-{
-    /* Adding 1.5 * 2^23 rounds to a whole number. */
-    const float n = (x * 0x1.715476p+0f + 0x1.8p+23f) - 0x1.8p+23f;
-    /* ln 2 in two parts, of which the first has so few digits that n times it is exact. */
-    const float r = (x - n * 0x1.62e4p-1f) - n * 0x1.7f7d1cp-20f;
-    /* Taylor's series: |r| <= ln 2 / 2, so what is left out is below 2^-27 of the tail. */
-    float sum = 1.0f / 40320;
-    sum = sum * r + 1.0f / 5040;
-    sum = sum * r + 1.0f / 720;
-    sum = sum * r + 1.0f / 120;
-    sum = sum * r + 1.0f / 24;
-    sum = sum * r + 1.0f / 6;
-    sum = sum * r + 0.5f;
-    *power = power_of_two((int32_t)n);
-    return sum * r * r + r;
 }
 
 /* exp(x) for -86 <= x <= 20: 2^n p(f) with whole n and n + f = x / ln 2, |f| <= 1/2. */
@@ -109,17 +77,6 @@ static inline void mish(int count, float *restrict values)
         const float e = exponential(values[i] < 20.0f ? values[i] : 20.0f);
         const float n = e * (e + 2);
         values[i] *= n / (n + 2);
-    }
-}
-
-/* tanh(x) = m / (m + 2) with m = exp(2 x) - 1; from |x| = 10 on it is 1. */
-static inline void hyperbolic_tangent(int count, float *restrict values)
-{
-    for (int i = 0; i < count; ++i) {
-        float power;
-        const float tail = exp_tail(2 * clamped(values[i], -10.0f, 10.0f), &power);
-        const float m = power * tail + (power - 1);
-        values[i] = m / (m + 2);
     }
 }
 
@@ -314,7 +271,7 @@ static void encode_block(const float *restrict actions, int32_t *restrict tokens
     linear(A, A, H, &ENCODER_FIRST_WEIGHT[0][0], ENCODER_FIRST_BIAS, from_offset, hidden);
     mish(STEPS * PADDED(H), hidden);
     linear(H, PADDED(H), D, &ENCODER_SECOND_WEIGHT[0][0], ENCODER_SECOND_BIAS, hidden, latents);
-    hyperbolic_tangent(STEPS * PADDED(D), latents);
+    hyperbolic_tangent(STEPS * PADDED(D), 10, latents);
 #if HAS_CONSTANT_BINS
     (void)stats;
     quantise(latents, tokens);

@@ -16,7 +16,7 @@ from .tensorrt_api import EngineTensor, TrtApi, find_tensorrt, quote
 
 _LOG = logging.getLogger(__name__)
 
-#: The form that no TensorRT computes in TF32, and that marks illegal input (`export/graphs.py`).
+#: The form that no TensorRT computes in TF32, and that marks illegal input (`export/graph_builder.py`).
 FORM: Final = "reduce"
 
 

@@ -54,7 +54,7 @@ class GraphEntry:
     """An ONNX file; prefix: the layers l that a decoder takes, or the most chunk tokens; L for the encoder.
 
     form: how the linear layers are written: `gemm` for ONNX Runtime on the CPU, `gemm_marked` for it on the GPU,
-    `reduce` for TensorRT (`export/graphs.py` says why).
+    `reduce` for TensorRT (`export/graph_builder.py` says why).
     """
 
     file: str

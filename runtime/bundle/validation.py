@@ -200,8 +200,9 @@ def check_shape(name: str, shape: tuple[int, ...], letters: str, tail: tuple[int
     if len(shape) != len(expected) or shape[1 : 1 + len(tail)] != tail:
         is_single = len(shape) == len(expected) - 1 and shape[: len(tail)] == tail
         hint = f"; for a single chunk pass {name}[None]" if is_single else ""
+        sizes = ", ".join(expected)
         raise InvalidInputError(
-            f"{name} have shape {list(shape)}; expected [{letters}] = [{', '.join(expected)}]{hint}"
+            f"{name} have shape {list(shape)}; expected [{letters}]{f' = [{sizes}]' if sizes != letters else ''}{hint}"
         )
 
 

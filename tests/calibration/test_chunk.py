@@ -1,5 +1,8 @@
 """Chunk tokens fitted to demonstrations: good on episodes that no fit has seen, and for any robot."""
 
+import tracemalloc
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -12,10 +15,13 @@ from rfsq.calibration.chunk import (
     default_budgets,
     distortions,
     fit_chunk_code,
-    windows,
 )
+from rfsq.calibration.chunk_windows import windows
 from rfsq.rfsq_ref.chunk_code import MOST_BITS, ChunkCode, ChunkSizes
 from rfsq.rfsq_ref.data import EpisodeSplit
+from rfsq.rfsq_ref.errors import DataError
+from rfsq.rfsq_ref.normaliser import Normaliser
+from rfsq.rfsq_ref.settings import NormaliserKind
 
 Episodes = list[npt.NDArray[np.float64]]
 
@@ -112,3 +118,74 @@ def test_a_bit_takes_most_of_a_normal_latent_away_and_more_bits_four_times_as_mu
     assert float(distortions()[1]) == pytest.approx(1 - 2 / np.pi, abs=1e-6)
     ratios = distortions()[4:10] / distortions()[5:11]
     assert ((ratios > 3.3) & (ratios < 4.2)).all()
+
+
+@pytest.mark.parametrize("most", [1, 7, 50, 99, 400])
+def test_a_sample_is_of_all_episodes_evenly(most: int) -> None:
+    episodes = smooth_episodes(2, [3, 40, 4, 80, 1], seed=0)
+    every = windows(episodes, 4)
+    found = windows(episodes, 4, most, torch.Generator().manual_seed(0))
+    assert len(found) == min(most, len(every))
+    places = [int((every == window).all(dim=1).nonzero()[0]) for window in found]
+    assert places == sorted(places)
+    stretch = len(every) / len(found)
+    assert all(abs(place - index * stretch) <= stretch for index, place in enumerate(places))
+
+
+def test_windows_of_ten_million_steps_take_no_more_memory_than_the_sample() -> None:
+    # One episode seen many times: what is asked of each is what a real one would be asked.
+    episodes = [np.random.default_rng(0).uniform(-1, 1, (1000, 7)).astype(np.float32)] * 10_000
+    tracemalloc.start()
+    try:
+        found = windows(episodes, 8, 5_000, torch.Generator().manual_seed(0))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.shape == (5_000, 56)
+    assert peak < 2 * found.nbytes
+
+
+def test_a_fit_sees_no_more_windows_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def watched(*arguments: Any) -> Tensor:
+        found = windows(*arguments)
+        seen.append(len(found))
+        return found
+
+    monkeypatch.setattr("rfsq.calibration.chunk.windows", watched)
+    train, calibration = (smooth_episodes(2, [50] * n, seed=n) for n in (8, 3))
+    fit_chunk_code(train, calibration, ChunkSizes(2, 4, 6, num_tokens=8), ChunkFitConfig(most_windows=100))
+    assert seen == [100, 25]
+
+
+def test_units_of_the_robot_change_nothing_but_the_normaliser() -> None:
+    sizes = ChunkSizes(2, 4, num_classes=6, num_tokens=8)
+    train, calibration = (smooth_episodes(2, [50] * n, seed=n) for n in (8, 3))
+    # Powers of two, so that no rounding is new.
+    normaliser = Normaliser(NormaliserKind.MIN_MAX, (32.0, -4.0), (64.0, 0.5))
+    robot = [[episode * normaliser.scale + normaliser.offset for episode in part] for part in (train, calibration)]
+    plain, scaled = fit_chunk_code(train, calibration, sizes), fit_chunk_code(*robot, sizes, normaliser=normaliser)
+    torch.testing.assert_close(scaled.scale, plain.scale)
+    assert torch.equal(scaled.order, plain.order)
+
+
+@pytest.mark.parametrize(
+    ("episodes", "message"),
+    [
+        ([np.zeros((30, 2))], "27 windows of the training episodes, all alike"),
+        ([np.eye(3, 2)], "1 window of training episodes for 2 learned classes"),
+        ([np.full((30, 2), 5.0) + np.eye(30, 2)], "27 windows of the training episodes, all alike"),
+    ],
+)
+def test_episodes_that_nothing_can_be_fitted_to_are_refused(episodes: Episodes, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        fit_chunk_code(episodes, episodes, ChunkSizes(2, 4, num_classes=6, num_tokens=8))
+
+
+@pytest.mark.parametrize("held_out", [np.zeros((5, 2)), np.full((50, 2), 0.9), np.full((9, 2), 1e-30)])
+def test_calibration_episodes_in_which_nothing_moves_leave_a_code_that_works(held_out: npt.NDArray[np.float64]) -> None:
+    sizes = ChunkSizes(2, 4, num_classes=6, num_tokens=8)
+    code = ChunkCode(sizes, fit_chunk_code(smooth_episodes(2, [50] * 8, seed=0), [held_out], sizes)).double()
+    found, _ = errors(code, smooth_episodes(2, [50] * 3, seed=1))
+    assert found[-1] < 0.01

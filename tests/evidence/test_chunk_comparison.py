@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rfsq.calibration.tables import Table
-from rfsq.evidence.chunk_codec import FAMILY, chunk_codecs, fit_chunk_tokens, sizes_for
+from rfsq.evidence.chunk_codec import FAMILY, chunk_codecs, fit_chunk_model, sizes_for
 from rfsq.evidence.chunk_comparison import ChunkComparisonConfig, compare_chunks
 from rfsq.evidence.chunk_results import CHUNKS_JSON, ChunkComparison, findings, parts, per_step, read_beside
 from rfsq.evidence.compare_chunks import main
@@ -169,7 +169,7 @@ def test_chunk_tokens_of_a_robot_in_odd_units_decode_from_every_prefix(trial: Tr
     parts_ = trial.parts()
     normaliser = fit_normaliser(parts_.train.steps(), NormaliserKind.MIN_MAX, untouched=())
     sizes = ChunkSizes(4, 4, num_classes=8, num_tokens=8)
-    model = fit_chunk_tokens(parts_.train, parts_.calibration, sizes, normaliser, seed=0)
+    model = fit_chunk_model(parts_.train, parts_.calibration, sizes, normaliser, seed=0)
     chunks = parts_.judged.episodes[0][:8].reshape(2, 4, 4)
 
     codecs = chunk_codecs(model, (2.5, 10.0, 20.0))

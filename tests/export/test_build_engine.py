@@ -31,7 +31,7 @@ from rfsq.export.c_builder import find_compiler
 from rfsq.export.engines import Profile
 from rfsq.export.errors import GateError
 from rfsq.export.fingerprint import fingerprint
-from rfsq.export.graphs import LinearForm
+from rfsq.export.graph_builder import LinearForm
 from rfsq.export.parity import closing_tables
 from rfsq.export.pipeline import build
 from rfsq.export.plan import DeployMode

@@ -12,7 +12,7 @@ import onnx
 import pytest
 import torch
 
-from rfsq.export.graphs import LinearForm
+from rfsq.export.graph_builder import LinearForm
 from rfsq.export.plan import DecoderPlan, DeployMode, EncoderPlan, plan_decoder, plan_encoder
 from rfsq.export.proving import failures
 from rfsq.rfsq_ref.autoencoder import ModelConfig, RecoveredDecoder

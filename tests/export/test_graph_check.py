@@ -8,7 +8,7 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from rfsq.export.graphs import LinearForm
+from rfsq.export.graph_builder import LinearForm
 from rfsq.export.parity import check_graph, cross_check
 from rfsq.export.plan import DeployMode
 from rfsq.runtime.bundle.golden import Golden

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from rfsq.export.graphs import LinearForm, decoder_graph, encoder_graph
+from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graphs import decoder_graph, encoder_graph
 from rfsq.export.parity import Judge, batches, golden_vectors
 from rfsq.export.plan import DeployMode, action_limit, plan_decoder, plan_encoder
 from rfsq.export.proving import failures

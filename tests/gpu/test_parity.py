@@ -8,7 +8,7 @@ import pytest
 from rfsq.export import pipeline
 from rfsq.export.build_config import BuildConfig
 from rfsq.export.errors import GateError
-from rfsq.export.graphs import LinearForm
+from rfsq.export.graph_builder import LinearForm
 from rfsq.export.parity import batches, judges_of
 from rfsq.export.pipeline import build
 from rfsq.export.plan import DeployMode

@@ -23,9 +23,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfsq.export.graphs import LinearForm, encoder_graph
+from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graphs import encoder_graph
 from rfsq.export.plan import DeployMode, plan_encoder
-from rfsq.rfsq_ref import checkpoints
+from rfsq.rfsq_ref import own_format
 from rfsq.rfsq_ref.autoencoder import ModelConfig, Readout, RecoveredDecoder
 from rfsq.rfsq_ref.checkpoints import (
     FORMAT,
@@ -199,7 +200,7 @@ def test_weights_and_hash_are_of_the_same_file_even_where_it_is_replaced_meanwhi
             stream.truncate(10)
         return content
 
-    monkeypatch.setattr(checkpoints, "read_file", read_and_replace)
+    monkeypatch.setattr(own_format, "read_file", read_and_replace)
     assert load_checkpoint(path).provenance["checkpoint_sha256"] == hashlib.sha256(whole).hexdigest()
     assert reads == [path]
 
@@ -210,7 +211,7 @@ def test_a_file_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pyt
 
     save_checkpoint(fitted(), tmp_path / "model.safetensors")
     # Not by the file's mode, which root may ignore.
-    monkeypatch.setattr(checkpoints, "read_file", refuse)
+    monkeypatch.setattr(own_format, "read_file", refuse)
     with pytest.raises(CheckpointError, match=r"cannot read .*check its permissions"):
         load_checkpoint(tmp_path / "model.safetensors")
 

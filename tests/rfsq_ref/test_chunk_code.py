@@ -20,35 +20,9 @@ from rfsq.rfsq_ref.chunk_code import (
     escape_bound,
     escape_decode,
     escape_encode,
-    gain_range,
 )
 from rfsq.rfsq_ref.errors import SettingsError
-
-
-def random_constants(sizes: ChunkSizes, seed: int) -> ChunkConstants:
-    """Those of any code of these sizes."""
-    generator = torch.Generator().manual_seed(seed)
-    classes, values = sizes.num_classes - 1, sizes.num_values
-    latents = int(torch.randint(-(-sizes.code_bits // MOST_BITS), values + 1, (), generator=generator))
-    bases = torch.linalg.qr(torch.randn(classes, values, values, generator=generator, dtype=torch.float64)).Q
-    # Each latent as often as it may be named, in any order.
-    order = [
-        torch.randperm(latents * MOST_BITS, generator=generator)[: sizes.code_bits] % latents for _ in range(classes)
-    ]
-    gain = torch.ones(classes, latents, MOST_BITS + 1)
-    for bits in range(1, MOST_BITS + 1):
-        low, high = gain_range(bits)
-        gain[..., bits] = low + (high - low) * torch.rand(classes, latents, generator=generator)
-    budgets = tuple(sorted({1, (sizes.num_tokens + 1) // 2, sizes.num_tokens}))
-    return ChunkConstants(
-        mean=torch.randn(classes, values, generator=generator) * 0.3,
-        basis=bases[..., :latents].float(),
-        scale=torch.rand(classes, latents, generator=generator) + 0.01,
-        gain=gain,
-        order=torch.stack(order),
-        budgets=budgets,
-        weights=torch.rand(len(budgets), generator=generator) + 0.1,
-    )
+from tests.chunk_bundles import random_constants
 
 
 def random_code(sizes: ChunkSizes, seed: int) -> ChunkCode:

@@ -10,7 +10,7 @@ from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.errors import SettingsError
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.settings import NormaliserKind
-from tests.rfsq_ref.test_chunk_code import random_constants
+from tests.chunk_bundles import random_constants
 
 SIZES = ChunkSizes(action_dim=3, chunk_length=4, num_classes=5, num_tokens=12)
 
@@ -31,6 +31,12 @@ def test_units_and_offsets_of_any_robot_change_no_token_and_scale_the_bound(seed
     for budget in scaled.code.budgets:
         error = (scaled.decode(tokens[..., :budget]) - robot).abs().amax(dim=(0, 1, 2))
         assert (error <= scaled.bound(budget) * (1 + 1e-9)).all()
+
+
+def test_no_chunks_are_no_tokens() -> None:
+    tokenizer = ChunkTokenizer(SIZES, random_constants(SIZES, 0))
+    assert tokenizer.encode(torch.zeros(0, 4, 3)).shape == (0, 12)
+    assert tokenizer.decode(torch.zeros(0, 5, dtype=torch.int64)).shape == (0, 4, 3)
 
 
 def test_a_normaliser_of_another_robot_is_refused() -> None:

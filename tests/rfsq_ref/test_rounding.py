@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rfsq.export.graphs import LinearForm, encoder_graph
+from rfsq.export.graph_builder import LinearForm
+from rfsq.export.graphs import encoder_graph
 from rfsq.export.plan import DeployMode, plan_encoder
 from rfsq.rfsq_ref.autoencoder import ActionAutoencoder, ModelConfig
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, load_checkpoint

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from rfsq.export.bundle_writer import stage_bundle
 from rfsq.export.errors import ExportError
-from rfsq.rfsq_ref.checkpoints import check_output, load_checkpoint
+from rfsq.rfsq_ref.checkpoints import load_checkpoint
 from rfsq.rfsq_ref.data import load_actions
 from rfsq.rfsq_ref.errors import CheckpointError, DataError
+from rfsq.rfsq_ref.own_format import check_output
 from rfsq.rfsq_ref.training import load_history
 from rfsq.runtime import ActionTokenizer, ControlConfig, ControlConfigError, FingerprintError, InvalidInputError
 from rfsq.runtime.bundle.errors import BundleError, TokenizerError

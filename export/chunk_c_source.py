@@ -1,0 +1,118 @@
+"""C source of a chunk tokenizer with its tables inside: plain C11, no dependency, no allocation, no global state.
+
+The arithmetic is written once, in `templates/rfsq_chunk_tokenizer.c`. Generated are the tables of a plan in front of
+it, and the sizes in `templates/rfsq_chunk_tokenizer.h`.
+"""
+
+import numpy as np
+
+from rfsq.export.c_builder import C_FLAGS
+from rfsq.export.c_source import Array, CTokenizer, IntArray, filled, number, table
+from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan
+from rfsq.export.errors import BuildInputError
+from rfsq.rfsq_ref.chunk_code import MOST_BITS
+from rfsq.runtime.bundle.backend_specs import BACKENDS
+
+#: Numbers in the tables. GCC takes 4 seconds and a gigabyte for so many; a source of 60 MB is what people still open.
+MOST_NUMBERS = 2**21
+
+#: As in the template.
+_LANES = 16
+_SUMS = 8
+
+
+def c_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> CTokenizer:
+    """fingerprint: stated in the files.
+
+    Raises BuildInputError for more than MOST_NUMBERS, and for numbers that float32 does not hold.
+    """
+    sizes = plan.sizes
+    lines = _sizes(plan)
+    count = 0
+    for name, values in _tables(plan).items():
+        count += values.size
+        if count > MOST_NUMBERS:
+            raise BuildInputError(
+                f"{sizes.num_classes} classes of {sizes.num_values} values and {plan.num_latents} latents are more "
+                f"than the {MOST_NUMBERS:,} numbers that the C engine has room for: fit fewer classes, a shorter chunk "
+                "or fewer tokens, or build without the backend c"
+            )
+        lines.append(table(_kind(values), name, values))
+    source = filled(
+        "rfsq_chunk_tokenizer.c",
+        TABLES="\n".join(lines),
+        ARITHMETIC=filled("arithmetic.c").rstrip(),
+    )
+    header = filled(
+        "rfsq_chunk_tokenizer.h",
+        FINGERPRINT=fingerprint,
+        CHUNK_LENGTH=sizes.chunk_length,
+        ACTION_DIM=sizes.action_dim,
+        NUM_TOKENS=sizes.num_tokens,
+        VOCABULARY=2**sizes.token_bits,
+        ACTION_LIMIT=number(ACTION_LIMIT),
+        CHECKED_STEPS=BACKENDS["c"].checked_steps,
+    )
+    note = f"/* Generated, do not edit; fingerprint {fingerprint}. Compile with {' '.join(C_FLAGS)} */\n"
+    return CTokenizer(header, note + source)
+
+
+def _sizes(plan: ChunkPlan) -> list[str]:
+    sizes = plan.sizes
+    return [
+        f"enum {{ CLASSES = {sizes.num_classes - 1}, M = {plan.num_latents}, BUDGETS = {len(plan.budget_bits)} }};",
+        f"enum {{ TOKEN_BITS = {sizes.token_bits}, CLASS_BITS = {sizes.class_bits}, MOST_BITS = {MOST_BITS} }};",
+        # Whether latents hold less than all of a chunk.
+        f"#define HAS_REST {int(plan.num_latents < sizes.num_values)}",
+        f"#define SURE_COST {number(_sure_cost(plan))}",
+        f"#define SUM_OF_WEIGHTS {number(float(plan.weights.astype(np.float64).sum()))}",
+        f"typedef {'uint8_t' if plan.num_latents <= 256 else 'uint16_t'} latent_index;",
+    ]
+
+
+def _sure_cost(plan: ChunkPlan) -> float:
+    """A class of this cost keeps the bounds, with 1 % to spare, which is far more than anything rounds by.
+
+    The cost is at least weight * |error|^2 at each budget, and no value errs by more than |error|.
+    """
+    return 0.99 * float(np.min(plan.weights * np.square(plan.bounds)))
+
+
+def _tables(plan: ChunkPlan) -> dict[str, Array | IntArray]:
+    latents = plan.num_latents
+    panels = -(-latents // _LANES)
+
+    def of_panels(values: Array | IntArray) -> Array:
+        """[C - 1, ..., M] to [C - 1, panels, ..., LANES], filled up with zeros."""
+        padded = _padded(values, -1, _LANES)
+        return np.moveaxis(padded.reshape(*values.shape[:-1], panels, _LANES), -2, 1)
+
+    counts = plan.counts.swapaxes(0, 1)
+    used = max(int(np.bincount(order).max()) for order in plan.order) + 1
+    at_budgets = np.take_along_axis(plan.width[:, None], counts[..., None], axis=-1)[..., 0]
+    return {
+        "OFFSETS": np.tile(plan.offset, plan.sizes.chunk_length),
+        "UNITS": np.tile(plan.units, plan.sizes.chunk_length),
+        "INVERSE_UNITS": np.tile(plan.inverse_units, plan.sizes.chunk_length),
+        "WEIGHTS": plan.weights,
+        "BOUNDS": np.asarray(plan.bounds),
+        "MEAN": _padded(plan.mean, 1, _SUMS),
+        "BASIS": of_panels(_padded(plan.basis, 1, _SUMS)),
+        "INVERSE_WIDTH": _padded(plan.inverse_width, 1, _LANES),
+        "WIDTH": _padded(plan.width[..., :used], 1, _LANES),
+        # Of the levels at each budget one half; what pads the latents has one level.
+        "BUDGET_HALF": np.exp2(of_panels(counts) - 1.0),
+        "BUDGET_WIDTH": of_panels(at_budgets),
+        "ORDER": plan.order,
+    }
+
+
+def _padded(values: Array | IntArray, axis: int, multiple: int) -> Array:
+    """With zeros behind, up to a whole multiple along the axis."""
+    missing = [(0, 0)] * values.ndim
+    missing[axis] = (0, -values.shape[axis] % multiple)
+    return np.pad(values, missing)
+
+
+def _kind(values: Array | IntArray) -> str:
+    return "static const latent_index" if np.issubdtype(values.dtype, np.integer) else "static _Alignas(64) const float"

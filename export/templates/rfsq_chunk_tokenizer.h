@@ -1,0 +1,66 @@
+/**
+ * @file rfsq_tokenizer.h
+ * @brief Chunk tokens of robot actions: encoder and decoder of one code. Generated, do not edit.
+ *
+ * Plain C11 without allocation or global state: every function may be called from any thread, a real-time one too.
+ * No array may overlap another of the same call; none needs more alignment than its type.
+ * They take at most 64 KiB of stack for the largest sizes, and 8 KiB for chunks of 8 steps of 7 dimensions.
+ *
+ * Every function returns RFSQ_OK, or RFSQ_ILLEGAL_VALUE where a value is not legal: a token outside the vocabulary, a
+ * number of tokens that no chunk has, an action that is not finite or beyond RFSQ_ACTION_LIMIT. A call of at most
+ * RFSQ_CHECKED_STEPS steps then writes nothing; a longer one may have written whole chunks before it.
+ */
+#ifndef RFSQ_TOKENIZER_H
+#define RFSQ_TOKENIZER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/** What every function returns. */
+enum { RFSQ_OK = 0, RFSQ_ILLEGAL_VALUE = 1 };
+
+/** Identity of constants and normaliser: what tokens mean. */
+#define RFSQ_FINGERPRINT "/* @FINGERPRINT@ */"
+/** A chunk is coded as one, not step by step. */
+#define RFSQ_MODE "chunk"
+/** T: control steps of a chunk. */
+#define RFSQ_CHUNK_LENGTH /* @CHUNK_LENGTH@ */
+/** A: dimensions of an action. */
+#define RFSQ_ACTION_DIM /* @ACTION_DIM@ */
+/** L: tokens of a chunk. */
+#define RFSQ_NUM_TOKENS /* @NUM_TOKENS@ */
+/** Tokens are 0 ... RFSQ_VOCABULARY - 1. */
+#define RFSQ_VOCABULARY /* @VOCABULARY@ */
+/** The largest |action|: beyond it float32 overflows. */
+#define RFSQ_ACTION_LIMIT /* @ACTION_LIMIT@ */
+/** Steps, in whole chunks, whose values are all checked before any is computed with. */
+#define RFSQ_CHECKED_STEPS /* @CHECKED_STEPS@ */
+
+/**
+ * @brief Encode actions. Those that the normaliser maps beyond [-1, 1] are coded as its ends.
+ * @param actions [num_chunks][T][A], physical units
+ * @param num_chunks how many
+ * @param tokens [num_chunks][L], written
+ * @return RFSQ_OK or RFSQ_ILLEGAL_VALUE
+ */
+int rfsq_encode(const float *actions, size_t num_chunks, int32_t *tokens);
+
+/**
+ * @brief Decode the first tokens of chunks. Every sequence of legal tokens decodes.
+ * @param tokens [num_chunks][num_tokens]
+ * @param num_tokens of each chunk, 1 ... L
+ * @param num_chunks how many
+ * @param actions [num_chunks][T][A], physical units, written
+ * @return RFSQ_OK or RFSQ_ILLEGAL_VALUE
+ */
+int rfsq_decode(const int32_t *tokens, size_t num_tokens, size_t num_chunks, float *actions);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
