@@ -32,7 +32,7 @@ _MOST_OUTLYING = 32.0
 _MAX_TOKEN_LENGTH = 10_000
 #: So much of a budget is near enough; how often a scale is tried for each, from the first; and bits a step for a scale
 #: twice as fine.
-_WASTE, _MOST_TRIALS, _FIRST_SCALE, _TYPICAL_SLOPE = 0.985, 5, 2.0, 7.0
+_WASTE, _MOST_TRIALS, _FIRST_SCALE, _TYPICAL_SLOPE = 0.985, 8, 2.0, 5.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,7 +66,7 @@ def test_every_family_is_there_at_the_budgets(found: ChunkComparison) -> None:
     for report in found.reports:
         assert len(report.metrics["action_mse"].values) == (2 if report.family == FAMILY else 1), report.name
         if report.family == "FAST":
-            assert min(abs(report.bits - bits) / bits for bits in _BUDGETS) < 0.1
+            assert min(abs(report.bits - bits) / bits for bits in _BUDGETS) < 0.2
 
 
 def test_tasks_that_were_left_out_are_judged_too(found: ChunkComparison) -> None:
