@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from rfsq.calibration import study_report
 from rfsq.calibration.study_result import result_from_json
 from rfsq.calibration.tables import as_markdown
-from rfsq.evidence import chunk_results, rollout_report
+from rfsq.evidence import chunk_results, policy_results, rollout_report
 from rfsq.evidence import tables as tables_parts
 from rfsq.evidence.chunk_results import CHUNKS_JSON
 from rfsq.evidence.errors import EvidenceError
@@ -47,6 +47,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     found = tables_parts.parts(comparison)
     if beside := chunk_results.read_beside(comparison, results / CHUNKS_JSON):
         found |= chunk_results.parts(*beside)
+    found |= policy_results.parts(policy_results.PolicyResults.read(results / policy_results.POLICIES_JSON))
     for source, parts in (("calibration", study_report.parts(study)), ("rollout", rollout_report.parts(rollout.tasks))):
         found |= {f"{source} {name}": part for name, part in parts.items()}
     return {name: as_markdown(part) for name, part in found.items()}

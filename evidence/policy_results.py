@@ -4,20 +4,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rfsq.calibration.tables import Part, Table
-from rfsq.evidence.results import Document, Spread
+from rfsq.evidence.results import Document, Finding, Spread
 from rfsq.evidence.tables import number
 
+POLICIES_JSON = "policies.json"
+AUTOREGRESSIVE = "autoregressive"
 _NONE = "–"
 
 
 @dataclass(frozen=True)
 class PrefixReport:
-    """The first `tokens` tokens of a chunk. bits_per_step: mean; token_mse: of the recorded actions' own tokens;
-    policy_mse: of the tokens that the policies say. Both on the judged episodes, in normalised units²."""
+    """The first `tokens` tokens of a chunk. bits_per_step: mean; token_mse: of the recorded actions' own tokens, None
+    where these were not kept; policy_mse: of the tokens that the policies say. Errors are of the judged episodes, in
+    normalised units²."""
 
     tokens: int
     bits_per_step: float
-    token_mse: float
+    token_mse: float | None
     policy_mse: Spread
 
 
@@ -55,12 +58,32 @@ class PolicyResults(Document):
 
 def parts(results: PolicyResults) -> dict[str, Part]:
     """By the names that documents give them."""
-    return {"policies": table(results), "policy prefixes": prefix_table(results)}
+    sentences = tuple(
+        f"{found.claim}: {'yes' if found.holds else '**no**'}; {found.measured}" for found in findings(results)
+    )
+    return {"policies": table(results), "policy prefixes": prefix_table(results), "policy findings": sentences}
+
+
+def findings(results: PolicyResults) -> tuple[Finding, ...]:
+    """The best of each family by its mean, all tokens said one after the other, against the best chunk tokens."""
+    errors = {report.name: report.whole.policy_mse for report in results.reports if report.policy == AUTOREGRESSIVE}
+
+    def best(family: str) -> str | None:
+        return min((name for name in errors if family in name), key=lambda name: errors[name].mean, default=None)
+
+    found, ours = [], best("chunk tokens")
+    for family, share, claim in (("bins", 1.0, ""), ("OAT", 1.0, ""), ("FAST", 0.5, "half of ")):
+        theirs = best(family)
+        if ours is not None and theirs is not None:
+            measured = f"{number(errors[ours])} ({ours}) against {number(errors[theirs])} ({theirs})"
+            holds = errors[ours].mean <= share * errors[theirs].mean
+            found.append(Finding(f"chunk tokens have at most {claim}the error of {family}", measured, holds))
+    return tuple(found)
 
 
 def table(results: PolicyResults) -> Table:
     """All tokens of each tokenizer, with a column for each kind of policy."""
-    kinds = list(dict.fromkeys(report.policy for report in results.reports))
+    kinds = list(dict.fromkeys([AUTOREGRESSIVE, *(report.policy for report in results.reports)]))
     rows = []
     for reports in _by_name(results.reports):
         whole = reports[0].whole
@@ -69,14 +92,14 @@ def table(results: PolicyResults) -> Table:
             "tokens": str(whole.tokens),
             "words": f"{reports[0].vocabulary:,}",
             "bits a step": f"{whole.bits_per_step:.1f}",
-            "MSE of the tokens": f"{whole.token_mse:.1e}",
+            "MSE of the tokens": _NONE if whole.token_mse is None else f"{whole.token_mse:.1e}",
         }
         found = {report.policy: number(report.whole.policy_mse) for report in reports}
         rows.append(row | {f"MSE of the policy, {kind}": found.get(kind, _NONE) for kind in kinds})
     if results.regression_mse is not None:
         plain = dict.fromkeys(rows[0], _NONE) | {"what a policy says": "the actions themselves, by least squares"}
-        rows.append(plain | {f"MSE of the policy, {kinds[0]}": number(results.regression_mse)})
-    return Table.of(f"Episodes of {results.judged}, normalised units²", rows)
+        rows.append(plain | {f"MSE of the policy, {AUTOREGRESSIVE}": number(results.regression_mse)})
+    return Table.of(f"{results.judged.capitalize()} episodes, normalised units²", rows)
 
 
 def prefix_table(results: PolicyResults) -> Table:

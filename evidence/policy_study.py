@@ -29,8 +29,9 @@ from torch import Tensor
 
 from rfsq.calibration.chunk_windows import windows
 from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.networks import NetworkRecipe
 from rfsq.evidence.policies import PolicyConfig, RegressionPolicy, TokenPolicy, train_policy
-from rfsq.evidence.policy_results import PolicyReport, PolicyResults, PrefixReport, table
+from rfsq.evidence.policy_results import AUTOREGRESSIVE, POLICIES_JSON, PolicyReport, PolicyResults, PrefixReport, table
 from rfsq.evidence.policy_tokens import PolicyTokens, all_tokens, contexts
 from rfsq.evidence.results import Spread
 from rfsq.evidence.settings import SEEDS
@@ -39,10 +40,10 @@ from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit, load_demonstrations,
 from rfsq.runtime.bundle.command import CommandParser, Outcome, positive, run
 from rfsq.runtime.bundle.paths import refuse_existing
 
-POLICIES_JSON = Path("docs/results/policies.json")
 CHUNK_LENGTH = 8
+OAT_RECIPE = NetworkRecipe(steps=5_000, learning_rate=1e-3)
 #: How many of the tokens said so far each kind of policy is shown.
-POLICIES = {"autoregressive": None, "in two passes": 1}
+POLICIES = {AUTOREGRESSIVE: None, "in two passes": 1}
 #: Processes that share one GPU: a policy is too small to fill it.
 _PER_GPU = 10
 #: Contexts in one batch that is asked.
@@ -93,7 +94,7 @@ class Study:
 
     def __init__(self, dataset: ActionDataset, split: EpisodeSplit, tokens: Sequence[PolicyTokens]) -> None:
         self._dataset = dataset
-        self.entries = [Entry(None, "autoregressive")]
+        self.entries = [Entry(None, AUTOREGRESSIVE)]
         self.entries += [Entry(each, policy) for policy in POLICIES for each in tokens]
         tasks = sorted(set(dataset.tasks))
         self._seen, self._asked = (contexts(part, CHUNK_LENGTH, tasks) for part in (split.train, split.validation))
@@ -132,9 +133,7 @@ class Study:
             errors: tuple[float, ...] = (self._error(found.reshape(self.judged.shape)),)
         else:
             tokens = entry.tokens
-            errors = tuple(
-                self._error(tokens.decode(found[:, :count].long())) for count in tokens.prefixes(found.shape[1])
-            )
+            errors = tuple(self._error(tokens.decode(found[:, :count].long())) for count in tokens.prefixes)
         self._errors.setdefault(place, {})[seed] = errors
         name = entry.tokens.name if entry.tokens else "actions"
         return f"{name}, {entry.policy}, seed {seed}: {', '.join(f'{error:.2e}' for error in errors)}"
@@ -170,7 +169,7 @@ class Study:
                 token_mse=self._error(tokens.decode(own[:, :count])),
                 policy_mse=Spread.of(errors),
             )
-            for count, errors in zip(tokens.prefixes(own.shape[1]), over_seeds, strict=True)
+            for count, errors in zip(tokens.prefixes, over_seeds, strict=True)
         )
         return PolicyReport(tokens.name, self.entries[place].policy, tokens.vocabulary, prefixes)
 
@@ -201,9 +200,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> CommandParser:
     parser = CommandParser("evidence/policy_study.py", "train the same policy on several kinds of tokens, and judge it")
-    parser.add_output("the result", POLICIES_JSON)
+    parser.add_output("the result", Path("docs/results") / POLICIES_JSON)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="S", help="default: 0 1 2")
     parser.add_argument("--workers", type=positive, metavar="N", help=f"processes; default: {_PER_GPU} for each GPU")
+    parser.add_argument(
+        "--oat-steps",
+        type=positive,
+        default=OAT_RECIPE.steps,
+        metavar="N",
+        help="of OAT's training; default: %(default)s",
+    )
     parser.add_settings(
         PolicyConfig(),
         {"width": "of the policy", "depth": "layers", "steps": "of each training", "batch": "chunks in a step"},
@@ -216,7 +222,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     config = PolicyConfig(options.width, options.depth, steps=options.steps, batch=options.batch)
     dataset = load_demonstrations()
     split = split_episodes(dataset)
-    study = Study(dataset, split, all_tokens(split, CHUNK_LENGTH))
+    study = Study(dataset, split, all_tokens(split, CHUNK_LENGTH, replace(OAT_RECIPE, steps=options.oat_steps)))
     workers = options.workers or _PER_GPU * torch.cuda.device_count() or os.cpu_count() or 1
     results = run_study(study, config, tuple(options.seeds), workers, options.output)
     print(table(results).text())

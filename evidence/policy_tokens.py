@@ -14,6 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from rfsq.calibration.chunk import ChunkFitConfig, fit_chunk_code
 from rfsq.calibration.chunk_windows import windows
 from rfsq.evidence.fast import FastCodec, fit_fast
+from rfsq.evidence.networks import ChunkNetwork, NetworkRecipe, train_network
+from rfsq.evidence.oat import OatConfig, OatNetwork
 from rfsq.evidence.policies import NOTHING
 from rfsq.evidence.schemes import BinCodec, BinRange, fit_bins
 from rfsq.rfsq_ref.chunk_code import ChunkCode, ChunkSizes, binary, number
@@ -21,6 +23,8 @@ from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit
 
 #: Chunk tokens are judged at these numbers of tokens, and all of them.
 _PREFIXES = (1, 2, 3, 4, 6, 8, 12, 16)
+#: Chunks that a network encodes at a time.
+_ENCODED = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +46,10 @@ class PolicyTokens(ABC):
     def bits(self, tokens: Tensor) -> float:
         """Mean of the first l tokens [n, l] of a chunk: log2 of the words that each chooses from."""
 
-    def prefixes(self, num_tokens: int) -> tuple[int, ...]:
+    @property
+    @abstractmethod
+    def prefixes(self) -> tuple[int, ...]:
         """At how many of the tokens it is judged, rising, all of them last."""
-        return (num_tokens,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +67,10 @@ class BinTokens(PolicyTokens):
 
     def bits(self, tokens: Tensor) -> float:
         return float(tokens.shape[1] * self.codec.bits)
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        return (self.shape[0] * self.shape[1],)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +105,10 @@ class FastTokens(PolicyTokens):
         """Without the end marker: where a chunk ends follows from what its tokens say."""
         return float(self.counts(tokens).double().mean()) * log2(self.end)
 
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        return (self.num_tokens,)
+
 
 @dataclass(frozen=True, eq=False)
 class ChunkTokens(PolicyTokens):
@@ -120,9 +133,35 @@ class ChunkTokens(PolicyTokens):
     def bits(self, tokens: Tensor) -> float:
         return float(sum(self.cut[: tokens.shape[1]]))
 
-    def prefixes(self, num_tokens: int) -> tuple[int, ...]:
+    @property
+    def prefixes(self) -> tuple[int, ...]:
         least = next(count for count, bits in enumerate(accumulate(self.cut), 1) if bits >= self.code.sizes.class_bits)
-        return (*(count for count in _PREFIXES if least <= count < num_tokens), num_tokens)
+        return (*(count for count in _PREFIXES if least <= count < len(self.cut)), len(self.cut))
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkTokens(PolicyTokens):
+    """Those of a trained tokenizer."""
+
+    network: ChunkNetwork
+
+    @torch.no_grad()
+    def encode(self, chunks: Tensor) -> Tensor:
+        actions = chunks.float().to(self.network.offset.device)
+        parts = torch.split(self.network.normalised(actions), _ENCODED)
+        return torch.cat([self.network.encode_chunks(part) for part in parts]).cpu()
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        chunks = self.network.decode_chunks(tokens.to(self.network.offset.device))
+        return (chunks * self.network.units + self.network.offset).cpu()
+
+    def bits(self, tokens: Tensor) -> float:
+        return tokens.shape[1] * log2(self.vocabulary)
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        return self.network.prefixes
 
 
 @lru_cache(maxsize=4)
@@ -131,9 +170,11 @@ def _bits(code: ChunkCode, chunks: Tensor) -> Tensor:
     return code.bits(code.encode(chunks.flatten(1).double()))
 
 
-def all_tokens(split: EpisodeSplit, chunk_length: int) -> list[PolicyTokens]:
-    """Those that are compared, fitted to the training episodes, and of chunk tokens the scales to the calibration
-    episodes. The actions must lie in [-1, 1]. Raises DataError."""
+def all_tokens(split: EpisodeSplit, chunk_length: int, recipe: NetworkRecipe) -> list[PolicyTokens]:
+    """Those that are compared, fitted to the training and calibration episodes, whose actions must lie in [-1, 1].
+
+    recipe: of what is trained. Raises DataError or EvidenceError.
+    """
     bins = [fit_bins(split.train.steps(), BinRange.FULL, bits) for bits in (8, 6)]
     shape = (chunk_length, split.train.action_dim)
     found: list[PolicyTokens] = [BinTokens(f"{1 << each.bits} bins", 1 << each.bits, each, shape) for each in bins]
@@ -146,7 +187,19 @@ def all_tokens(split: EpisodeSplit, chunk_length: int) -> list[PolicyTokens]:
             sizes, fit_chunk_code(split.train.episodes, split.calibration.episodes, sizes, config)
         ).double()
         found += chunk_tokens(code, words)
-    return found
+    held_out = windows(split.calibration.episodes, chunk_length).reshape(-1, *shape)
+    return found + [oat_tokens(chunks.float(), held_out.float(), count, recipe) for count in (8, 16)]
+
+
+def oat_tokens(chunks: Tensor, held_out: Tensor, count: int, recipe: NetworkRecipe) -> NetworkTokens:
+    """OAT with so many registers, trained on chunks float32 [n, T, A]. held_out: others, by which its weights are
+    chosen."""
+    torch.manual_seed(recipe.seed)
+    prefixes = tuple(prefix for prefix in (1, 2, 4, 8, 16) if prefix <= count)
+    network = OatNetwork(OatConfig(chunks.shape[1], prefixes, dropout=0.0), chunks.shape[2])
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    train_network(network, chunks, held_out, recipe)
+    return NetworkTokens(f"OAT, {count} registers", network.vocabulary, network)
 
 
 def fit_fast_tokens(chunks: Tensor, scale: float) -> FastTokens:
