@@ -47,11 +47,13 @@ class ChunkSizes:
             least, most = _LIMITS[name]
             if type(size) is not int or not least <= size <= most:
                 raise SettingsError(f"{name} is {shown(size)}; expected an integer from {least} to {most}")
-        if self.class_bits >= self.token_bits:
+        if self.class_bits > self.token_bits:
             raise SettingsError(
                 f"{self.num_classes} classes take {self.class_bits} bits, and a token has {self.token_bits}; expected "
-                "the class to leave room in the first token: fewer classes or a larger vocabulary"
+                "the class to fit into the first token: fewer classes or a larger vocabulary"
             )
+        if self.code_bits < 1:
+            raise SettingsError("the one token of a chunk is all taken by its class; expected more tokens or more bits")
         if self.code_bits > self.num_values * MOST_BITS:
             raise SettingsError(
                 f"{self.num_tokens} tokens are more than a chunk of {self.num_values} values can use; expected at most "
@@ -116,6 +118,8 @@ class ChunkConstants:
             tensor = getattr(self, name)
             if tensor.shape != shape or not torch.isfinite(tensor).all():
                 raise SettingsError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}, all finite: fit again")
+        if not (self.weights >= 0).all():
+            raise SettingsError("every weight must be 0 or more: fit again")
         if not 1 <= latents <= sizes.num_values or not (self.scale > 0).all() or not (self.gain > 0).all():
             raise SettingsError("every scale and gain must be positive, and there are at most T * A latents: fit again")
         bits = torch.nn.functional.one_hot(self.order.clamp(0, latents - 1), latents).sum(dim=1)
