@@ -21,9 +21,9 @@ from rfsq.runtime.bundle.comparison import action_errors
 from rfsq.runtime.bundle.gates import GATES
 from rfsq.runtime.bundle.manifest import KernelKind, token_types
 from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
+from tests.export.chunk_c_library import random_actions, random_tokens
 from tests.export.chunk_models import fitted_tokenizer, held_out_actions
 from tests.export.cuda_on_cpu import ChunkCudaOnCpu
-from tests.export.test_chunk_c_source import random_actions, random_tokens
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed: apt-get install g++"),
@@ -31,14 +31,16 @@ pytestmark = [
 ]
 
 KINDS: tuple[KernelKind, ...] = ("few", "many")
-#: One of everything, sizes that no group divides, more values than a block has threads, tokens that no word of 16 bits
-#: holds beside the mark, chunks that have no room beside others, and latents that hold less than all (of nearly all).
+#: One of everything, sizes that no group divides, a first token that is the class alone, more values than a block has
+#: threads, tokens that no word of 16 bits holds beside the mark, chunks that have no room beside others, and latents
+#: that hold less than all.
 RECIPES = {
     "small": ChunkRecipe(),
     "least": ChunkRecipe(sizes=ChunkSizes(1, 1, num_classes=2, token_bits=4, num_tokens=1), has_normaliser=False),
     "whole words": ChunkRecipe(sizes=ChunkSizes(2, 5, num_classes=3, token_bits=16, num_tokens=4), seed=2),
     "most classes": ChunkRecipe(sizes=ChunkSizes(3, 1, num_classes=256, token_bits=9, num_tokens=4), seed=3),
     "many values": ChunkRecipe(sizes=ChunkSizes(40, 8, num_classes=9, token_bits=12, num_tokens=20), seed=4),
+    "class alone": ChunkRecipe(sizes=ChunkSizes(3, 4, num_classes=16, token_bits=4, num_tokens=12), seed=6),
     "most tokens": ChunkRecipe(sizes=ChunkSizes(3, 5, num_classes=4, token_bits=8, num_tokens=33), seed=5),
 }
 #: Fewer where the reference takes long.
