@@ -54,11 +54,11 @@ def reference(deployed: ChunkTokens) -> ChunkReference:
 def chunk_bundle(deployed: ChunkTokens, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """What is fitted to the embedded demonstrations, with engines of every kind, all validated on this GPU."""
     folder = tmp_path_factory.mktemp("chunks")
-    save_chunk_checkpoint(deployed.checkpoint, folder / "chunks.pt")
+    save_chunk_checkpoint(deployed.checkpoint, folder / "chunks.safetensors")
     output = folder / "bundle"
     build(
         BuildConfig(
-            checkpoint=folder / "chunks.pt",
+            checkpoint=folder / "chunks.safetensors",
             output=output,
             backends=("onnxruntime", "onnxruntime-cuda", "c", *ENGINES),
             parity_steps=10_000,
