@@ -116,8 +116,7 @@ class Fidelity:
             f"WARNING: the tokens are worthless: always sending the mean would do better, or about as well, in {size}; "
             f"{most}. {self._outside()}Check first that the actions are in the units that the model was trained in "
             "(radians or degrees, 0..1 or 0..100), that the dimensions are in its order, and that they come from its "
-            "robot. Only where all that is right, train it longer, or on actions like these "
-            f"({command('train')})"
+            f"robot. Only where all that is right, {_make_better(mode)}"
         )
 
     def table(self, title: str) -> str:
@@ -232,7 +231,7 @@ def fidelity(
 
 def _way_out(mode: str) -> str:
     """What helps against poor tokens."""
-    train = f"train it longer, or on actions like these ({command('train')})"
+    train = _make_better(mode)
     if mode in ("none", "recovered"):
         return (
             f"The mode {mode!r} is the likely cause, and no longer training helps against that: build the checkpoint "
@@ -240,6 +239,13 @@ def _way_out(mode: str) -> str:
             f"where they are poor too, {train}"
         )
     return f"The model does not know these actions well enough: {train}"
+
+
+def _make_better(mode: str) -> str:
+    if mode == "chunk":
+        build = command("build", "--kind chunk --calibration-data F --output DIR")
+        return f"keep more tokens, or fit them to actions like these ({build})"
+    return f"train it longer, or on actions like these ({command('train')})"
 
 
 def _share(share: float, whole: str = "") -> str:
