@@ -18,7 +18,7 @@ from ..backends.cpu_targets import cpu_info, system_text
 from ..backends.registry import GPU_BACKENDS, PREFERENCE, select_backend
 from ..bundle.arrays import Float64Array
 from ..bundle.console import ProgressLine, duration
-from ..bundle.errors import BackendUnavailableError, InferenceError, TokenizerError
+from ..bundle.errors import BackendUnavailableError, InferenceError, InvalidInputError, TokenizerError
 from ..bundle.folder import open_bundle
 from ..bundle.golden import read_golden
 from ..bundle.manifest import GOLDEN_NAME
@@ -68,8 +68,8 @@ def _about(seconds: float) -> str:
 def expectation(config: Config, tokenizers: Sequence[ActionTokenizer]) -> str:
     """What is about to be done, and about how long it takes: a GPU's own figures and the peers' come on top."""
     names = ", ".join(tokenizer.backend.name for tokenizer in tokenizers)
-    # Encoding and every decoder, with the tokenizer's checks and without.
-    figures = sum(2 * (1 + len(tokenizer.model.prefixes)) for tokenizer in tokenizers)
+    # Encoding and decoding, with the tokenizer's checks and without.
+    figures = sum(2 * (1 + len(timing.measured_prefixes(tokenizer.model))) for tokenizer in tokenizers)
     processes = (2 * config.starts + 1) * len(tokenizers) if config.starts else 0
     seconds = processes * _START_SECONDS + len(config.batches) * config.rounds * figures * timing.ROUND_SECONDS
     starts = f"{counted(processes, 'new process', 'new processes')}, then " if processes else ""
@@ -177,7 +177,8 @@ class _Run:
         if self._config.has_peers:
             self._progress.show("starting the peers")
             floor = "" if self._gpu is None else self._gpu.TRIVIAL_KERNEL
-            with self._noting("peers", BackendUnavailableError):
+            # InvalidInputError: chunk tokens, which no peer has.
+            with self._noting("peers", BackendUnavailableError, InvalidInputError):
                 opened = open_peers(self._bundle.manifest.model, self._config.batches, floor)
                 peers = self._scope.enter_context(opened)
                 self._missing.update(peers.unavailable)

@@ -58,6 +58,7 @@ from rfsq.runtime.benchmark.timing import (
 from rfsq.runtime.bundle.errors import BackendUnavailableError, InferenceError, InvalidInputError
 from tests.backends import offer
 from tests.bundles import SMALL, Recipe, deploy, make_manifest
+from tests.chunk_bundles import ChunkRecipe, write_chunk_bundle
 from tests.rfsq_ref import published_model
 
 ROOT = Path(__file__).parents[3]
@@ -268,6 +269,33 @@ def test_encoding_and_every_decoder_are_measured_with_and_without_checks(
         "decode l2": (steps * (4 * 2 * 4 + stats[2]), steps * 3 * 4),
     }
     assert {found.operation: (found.bytes_in, found.bytes_out) for found in figures} == expected
+
+
+def test_of_chunk_tokens_few_all_and_the_first_of_budgets_are_decoded(tmp_path: Path) -> None:
+    folder = write_chunk_bundle(tmp_path / "bundle", ChunkRecipe())
+    with ActionTokenizer.load(folder) as tokenizer:
+        figures = list(host_figures(tokenizer, random_batch(tokenizer, 5), has_copies=False))
+        for found in figures:
+            found.take(1)
+    operations = ("encode", "decode", "decode l5", "decode l1")
+    assert [(found.path, found.operation) for found in figures] == [
+        (path, operation) for path in ("host", "unchecked") for operation in operations
+    ]
+    assert {found.operation: (found.bytes_in, found.bytes_out) for found in figures} == {
+        "encode": (5 * 4 * 3 * 4, 5 * 9 * 4),
+        **{name: (5 * tokens * 4, 5 * 4 * 3 * 4) for name, tokens in zip(operations[1:], (9, 5, 1), strict=True)},
+    }
+
+
+def test_peers_of_chunk_tokens_are_missing_with_the_reason(tmp_path: Path) -> None:
+    folder = write_chunk_bundle(tmp_path / "bundle", ChunkRecipe())
+    report = bench_run.bench(
+        bench_run.Config(folder, ("onnxruntime",), batches=(1,), rounds=1, starts=0, has_peers=True)
+    )
+    assert (
+        report.missing["peers"] == "comparing with peers takes per-step tokens alone, and this bundle has chunk tokens"
+    )
+    assert {found.backend for found in report.rows} == {"onnxruntime"}
 
 
 def test_calls_that_go_to_a_gpu_are_held_against_their_copies(tokenizer: ActionTokenizer) -> None:
