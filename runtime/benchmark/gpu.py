@@ -158,7 +158,7 @@ def device_figures(scope: ExitStack, tokenizer: ActionTokenizer, batch: Batch) -
             floor=TRIVIAL_KERNEL,
             bytes_in=bytes_in,
             bytes_out=bytes_out,
-            operations=operations_of(tokenizer.manifest.model, prefix) * batch.size * model.chunk_length,
+            operations=operations_of(model, prefix) * batch.size * model.chunk_length,
         )
 
     for kind in backend.token_types if isinstance(backend, TakesGpuArrays) else (np.dtype(np.int32),):

@@ -287,13 +287,14 @@ def host_figures(tokenizer: ActionTokenizer, batch: Batch, *, has_copies: bool) 
         yield Figure(backend.name, operation, path, batch.size, functools.partial(time_calls, call), floor, *sizes)
 
 
-def operations_of(model: ChunkModel | StepModel, prefix: int | None) -> int:
+def operations_of(model: ModelEntry, prefix: int | None) -> int:
     """Operations in float32 for one step, a fused multiply-add being two; prefix: None for encoding.
 
     Counted as generated code does them: 8 for Mish, 20 for tanh, 5 for each token that is encoded.
     """
     if isinstance(model, ChunkModel):
         return _chunk_operations(model, prefix)
+    assert isinstance(model, StepModel)  # there are no others
     action_dim, latent_dim, width = model.action_dim, model.latent_dim, model.hidden_width
     layers = 2 * width * (action_dim + latent_dim) + 8 * width
     if prefix is None:
