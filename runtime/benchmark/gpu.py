@@ -24,7 +24,6 @@ from .timing import (
     Batch,
     Figure,
     copies_name,
-    measured_prefixes,
     operation_name,
     operations_of,
     time_calls,
@@ -72,7 +71,7 @@ def open_device() -> cuda_api.GpuDevice:
 
 def floor_figures(scope: ExitStack, model: ModelEntry, batch: Batch) -> Iterator[Figure]:
     """For each operation a captured graph that only copies its arrays, through pinned memory."""
-    for prefix in (None, *reversed(measured_prefixes(model))):
+    for prefix in (None, *reversed(model.key_prefixes)):
         codes = [array.nbytes for array in batch.codes.prefix(prefix or model.depth) if array is not None]
         actions = [batch.actions.nbytes]
         bytes_in, bytes_out = (actions, codes) if prefix is None else (codes, actions)
@@ -133,7 +132,7 @@ def _launch(
 
 
 def device_figures(scope: ExitStack, tokenizer: ActionTokenizer, batch: Batch) -> Iterator[Figure]:
-    """Encoding and `measured_prefixes` bound to arrays of the GPU.
+    """Encoding and `key_prefixes` bound to arrays of the GPU.
 
     Raises InferenceError for a batch too large to bind.
     """
@@ -168,7 +167,7 @@ def device_figures(scope: ExitStack, tokenizer: ActionTokenizer, batch: Batch) -
             closing(tokenizer.bind_encode(actions, encoded, encoded_stats, stream=stream.handle))
         )
         yield figure(None, suffix, bound, [actions], [encoded, encoded_stats])
-        for prefix in reversed(measured_prefixes(model)):
+        for prefix in reversed(model.key_prefixes):
             part = batch.codes.prefix(prefix)
             tokens = _upload(scope, part.tokens.astype(kind), stream)
             stats = None if part.stats is None else _upload(scope, part.stats, stream)

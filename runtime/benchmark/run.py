@@ -69,7 +69,7 @@ def expectation(config: Config, tokenizers: Sequence[ActionTokenizer]) -> str:
     """What is about to be done, and about how long it takes: a GPU's own figures and the peers' come on top."""
     names = ", ".join(tokenizer.backend.name for tokenizer in tokenizers)
     # Encoding and decoding, with the tokenizer's checks and without.
-    figures = sum(2 * (1 + len(timing.measured_prefixes(tokenizer.model))) for tokenizer in tokenizers)
+    figures = sum(2 * (1 + len(tokenizer.model.key_prefixes)) for tokenizer in tokenizers)
     processes = (2 * config.starts + 1) * len(tokenizers) if config.starts else 0
     seconds = processes * _START_SECONDS + len(config.batches) * config.rounds * figures * timing.ROUND_SECONDS
     starts = f"{counted(processes, 'new process', 'new processes')}, then " if processes else ""

@@ -245,14 +245,6 @@ def random_batch(tokenizer: ActionTokenizer, size: int) -> Batch:
     return Batch(actions, codes_of(tokenizer, actions))
 
 
-def measured_prefixes(model: ModelEntry) -> tuple[int, ...]:
-    """What is decoded: every prefix that there is a decoder for; of chunk tokens few, all and the first of budgets."""
-    if not isinstance(model, ChunkModel):
-        return model.prefixes
-    budgets = model.budgets
-    return tuple(sorted({budgets[0], budgets[len(budgets) // 2], model.num_tokens}))
-
-
 def operation_name(model: ModelEntry, prefix: int | None) -> str:
     """`encode` for None, `decode` for all layers or tokens, `decode l3` for the first three."""
     if prefix is None:
@@ -261,7 +253,7 @@ def operation_name(model: ModelEntry, prefix: int | None) -> str:
 
 
 def host_figures(tokenizer: ActionTokenizer, batch: Batch, *, has_copies: bool) -> Iterator[Figure]:
-    """Encoding and `measured_prefixes`, checked and unchecked.
+    """Encoding and `key_prefixes`, checked and unchecked.
 
     has_copies: whether the arrays travel to a GPU and back.
     """
@@ -269,7 +261,7 @@ def host_figures(tokenizer: ActionTokenizer, batch: Batch, *, has_copies: bool) 
     encoded: list[Any] = [None if array is None else np.empty_like(array) for array in batch.codes]
     decoded = np.empty_like(batch.actions)
     paths: tuple[CallPath, ...] = ("host", "unchecked")
-    for path, prefix in itertools.product(paths, (None, *reversed(measured_prefixes(model)))):
+    for path, prefix in itertools.product(paths, (None, *reversed(model.key_prefixes))):
         codes = batch.codes.prefix(prefix or model.depth)
         sizes = [batch.actions.nbytes, sum(array.nbytes for array in codes if array is not None)]
         if prefix is None:
