@@ -335,7 +335,8 @@ def _conclude(
             return Verdict(
                 Kind.INCOMPATIBLE,
                 f"contradiction: the manifests have {compatibility.proof}, but {measurement.differing:,} of "
-                f"{measurement.coded:,} {measurement.unit} have other tokens; run {command('selftest')} on both bundles",
+                f"{measurement.coded:,} {measurement.unit} have other tokens; run {command('selftest')} on both "
+                "bundles",
             )
         ground = f"proven: {compatibility.proof}"
     elif force and is_same_measured:
