@@ -62,7 +62,7 @@ def convert(options: argparse.Namespace) -> DatasetInfo:
         options.bundle, backend=options.backend, expect_fingerprint=options.expect_fingerprint
     ) as tokenizer:
         model = token_model(tokenizer.model, options)
-        source = _open_tokens(options, tokenizer) if options.decode else _open_actions(options, tokenizer, model)
+        source = _open_tokens(options, tokenizer) if options.decode else open_actions(options, tokenizer, model)
         if isinstance(source, TokenDataset | ChunkSteps):
             model = source.info.model
             if kind in ("npz", "hdf5"):
@@ -90,7 +90,8 @@ def _check_places(options: argparse.Namespace) -> None:
         )
 
 
-def _open_actions(options: argparse.Namespace, tokenizer: ActionTokenizer, model: ChunkTokens | StepTokens) -> Source:
+def open_actions(options: argparse.Namespace, tokenizer: ActionTokenizer, model: ChunkTokens | StepTokens) -> Source:
+    """Demonstrations as rows that this tokenizer encodes. Raises what opening and reading them does."""
     source = open_source(options.data, options.key, options.filter_key)
     if isinstance(model, StepTokens):
         return source

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from ..bundle.arrays import AnyArray
+if TYPE_CHECKING:
+    # The command reads these sizes where there is no numpy.
+    from ..bundle.arrays import AnyArray
 
 Content = Literal["tokens", "actions"]
 

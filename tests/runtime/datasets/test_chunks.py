@@ -1,6 +1,7 @@
 """Chunk tokens of a dataset: which chunk each row is of, and that all steps come back."""
 
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,15 @@ from rfsq.rfsq_ref.data import load_actions
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.errors import FingerprintError, InvalidInputError, TokenizerError
+from rfsq.runtime.datasets import conversion
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.coding import ChunkCoder
 from rfsq.runtime.datasets.errors import IllegalActionError, TokenDatasetError, VerificationError
+from rfsq.runtime.datasets.finish import complete
 from rfsq.runtime.datasets.format import INFO_NAME
+from rfsq.runtime.datasets.job import plan, token_model
+from rfsq.runtime.datasets.job_folder import begin, locked
+from rfsq.runtime.datasets.ray import RayWorker, raise_refusal
 from rfsq.runtime.datasets.token_reader import open_token_dataset
 from tests.chunk_bundles import SMALL, ChunkRecipe, write_chunk_bundle
 from tests.once import once
@@ -196,6 +202,37 @@ def test_workers_and_interrupts_change_no_byte(
     capsys.readouterr()
     assert files(made(source, output, chunk_bundle)) == once_through
     assert f"going on: 2 parts, {sum(LENGTHS):,} chunks, finished by an earlier run" in capsys.readouterr().out
+
+
+def test_a_gap_between_frames_is_passed_over(chunk_bundle: Path, tokenizer: ActionTokenizer, tmp_path: Path) -> None:
+    (actions,) = random_episodes((6,))
+    column = pa.FixedSizeListArray.from_arrays(pa.array(actions.reshape(-1)), 3)
+    source, frames = tmp_path / "gap.parquet", [0, 1, 7, 8, 9, 20]
+    pq.write_table(pa.table({"action": column, "episode_index": [5] * 6, "frame_index": frames}), source)
+    tokens, episode, frame = columns(made(source, tmp_path / "every.parquet", chunk_bundle))
+    assert (episode.tolist(), frame.tolist()) == ([5] * 6, frames)
+    np.testing.assert_array_equal(tokens, tokenizer.encode(windows(actions, 1)))
+    coded = made(source, tmp_path / "once.parquet", chunk_bundle, "--stride", "4")
+    run(coded, tmp_path / "back.parquet", chunk_bundle, "--decode")
+    table = pyarrow.dataset.dataset(tmp_path / "back.parquet" / "data").to_table()
+    # From the first step of each chunk on.
+    assert table.column("frame_index").to_pylist() == [0, 1, 2, 3, 9, 10]
+
+
+def test_a_worker_elsewhere_does_the_same_job(source: Path, chunk_bundle: Path, tmp_path: Path) -> None:
+    here = files(made(source, tmp_path / "here.parquet", chunk_bundle))
+    output = tmp_path / "there.parquet"
+    options = tokenize_dataset.parser().parse_args(arguments(source, output, chunk_bundle))
+    with ActionTokenizer.load(chunk_bundle) as tokenizer:
+        model = token_model(tokenizer.model, options)
+        job = plan(conversion.open_actions(options, tokenizer, model), tokenizer, model, options, "parquet")
+        with locked(job.output):
+            begin(job, overwrite=False, restart=False)
+            worker = RayWorker(pickle.dumps(job))
+            for part in range(job.num_parts):
+                raise_refusal(worker({"part": part}))
+            complete(job, tokenizer, overwrite=False)
+    assert files(output) == here
 
 
 def test_another_stride_does_not_go_on_in_its_place(
