@@ -18,7 +18,7 @@ from ..bundle.ownership import Ownership
 from ..tokenizer import ActionTokenizer
 from .errors import OutputError
 from .format import HASH_STEPS, Conversion, MadeWith, Storage, spelled
-from .rows import ChunkTokens, StepTokens
+from .rows import ChunkTokens, Content, StepTokens
 from .source_base import Source, optional
 
 #: The file in the folder of a job that its process locks; it also marks the folder as ours.
@@ -66,7 +66,7 @@ class Job(Conversion):
 
     @property
     def block_steps(self) -> int:
-        return min(self.model.block_rows, self.steps_per_file)
+        return min(self.model.sizes(self.content).block, self.steps_per_file)
 
     @property
     def stamps(self) -> list[list[int]]:
@@ -129,7 +129,8 @@ def plan(
 
     Raises InvalidInputError for settings that do not fit, SourceError for an unfit first step.
     """
-    rows, block = options.steps_per_file or model.file_rows, model.block_rows
+    content: Content = "actions" if options.decode else "tokens"
+    rows, block = options.steps_per_file or model.sizes(content).rows, model.sizes(content).block
     if rows % HASH_STEPS or (rows > block and rows % block):
         raise InvalidInputError(
             f"--steps-per-file is {rows}; expected a multiple of {block}, or of {HASH_STEPS} where it is smaller than "
@@ -144,7 +145,7 @@ def plan(
         fingerprint=tokenizer.fingerprint,
         model=model,
         made_with=MadeWith(tokenizer.backend.name, tokenizer.backend.description, optional("pyarrow").__version__),
-        content="actions" if options.decode else "tokens",
+        content=content,
         storage=storage,
         compression=options.compression,
         steps_per_file=rows,

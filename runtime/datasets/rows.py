@@ -13,20 +13,31 @@ if TYPE_CHECKING:
 Content = Literal["tokens", "actions"]
 
 
+@dataclass(frozen=True)
+class FileSizes:
+    """rows: of a file, which is made or remade as a whole; block: of a row group of Parquet or a chunk of Zarr, which
+    is read at once."""
+
+    rows: int
+    block: int
+
+
+#: Of files with a row for each step, and with a row for each chunk, which holds more and takes longer to make.
+STEP_SIZES, CHUNK_SIZES = FileSizes(262_144, 65_536), FileSizes(32_768, 8192)
+
+
 class TokenModel(ABC):
     """The sizes that give tokens and actions their shapes, as in the bundle, and how rows hold them.
 
     schema_version: of datasets of such tokens; dtype: of a token, as numpy names it; ordering: of the tokens of a row;
-    unit: what a row of tokens is of; block_rows: rows of a row group of Parquet or a chunk of Zarr, which are read at
-    once; file_rows: of a file, which is made or remade as a whole.
+    unit: what a row of tokens is of; token_sizes: of files of them.
     """
 
     schema_version: ClassVar[int]
     dtype: ClassVar[str]
     ordering: ClassVar[str]
     unit: ClassVar[str]
-    block_rows: ClassVar[int]
-    file_rows: ClassVar[int]
+    token_sizes: ClassVar[FileSizes]
 
     mode: str
     chunk_length: int
@@ -45,6 +56,9 @@ class TokenModel(ABC):
     def source_width(self, content: Content) -> int:
         """Values of a row of what `content` is made of."""
 
+    def sizes(self, content: Content) -> FileSizes:
+        return self.token_sizes if content == "tokens" else STEP_SIZES
+
     @abstractmethod
     def rows_of(self, lengths: AnyArray, content: Content) -> AnyArray:
         """How many rows episodes of so many steps have, [E]."""
@@ -60,8 +74,7 @@ class StepTokens(TokenModel):
         "one byte per token, latent by latent: byte d * num_layers + l of a step is layer l of latent d"
     )
     unit: ClassVar[str] = "step"
-    block_rows: ClassVar[int] = 65_536
-    file_rows: ClassVar[int] = 262_144
+    token_sizes: ClassVar[FileSizes] = STEP_SIZES
 
     mode: str
     chunk_length: int
@@ -100,8 +113,7 @@ class ChunkTokens(TokenModel):
         "that begin at the row's step; beyond the end of an episode its last action is repeated"
     )
     unit: ClassVar[str] = "chunk"
-    block_rows: ClassVar[int] = 8192
-    file_rows: ClassVar[int] = 32_768
+    token_sizes: ClassVar[FileSizes] = CHUNK_SIZES
 
     mode: str
     chunk_length: int

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 
 from ..bundle.command import DATA_FORMATS, DONE, WANTING, CommandParser, Outcome, positive, run
-from .rows import ChunkTokens, StepTokens
+from .rows import CHUNK_SIZES, STEP_SIZES
 
 #: Formats by what is written.
 ENCODED, DECODED = ("parquet", "zarr"), ("parquet", "npz", "hdf5")
@@ -44,7 +44,7 @@ def parser() -> CommandParser:
         "--steps-per-file",
         type=positive,
         metavar="N",
-        help=f"rows of a file; default: {StepTokens.file_rows} steps, or {ChunkTokens.file_rows} chunks",
+        help=f"rows of a file; default: {STEP_SIZES.rows} steps, or {CHUNK_SIZES.rows} chunks",
     )
     parser.add_argument(
         "--stride",
