@@ -116,7 +116,7 @@ class Fidelity:
             f"WARNING: the tokens are worthless: always sending the mean would do better, or about as well, in {size}; "
             f"{most}. {self._outside()}Check first that the actions are in the units that the model was trained in "
             "(radians or degrees, 0..1 or 0..100), that the dimensions are in its order, and that they come from its "
-            f"robot. Only where all that is right, {_make_better(mode)}"
+            f"robot. Only where all that is right, {_remedy(mode)}"
         )
 
     def table(self, title: str) -> str:
@@ -231,20 +231,18 @@ def fidelity(
 
 def _way_out(mode: str) -> str:
     """What helps against poor tokens."""
-    train = _make_better(mode)
     if mode in ("none", "recovered"):
         return (
             f"The mode {mode!r} is the likely cause, and no longer training helps against that: build the checkpoint "
             f"calibrated ({command('build', '--conditioning calibrated')}), and train the policy on those tokens. Only "
-            f"where they are poor too, {train}"
+            f"where they are poor too, {_remedy(mode)}"
         )
-    return f"The model does not know these actions well enough: {train}"
+    return f"The model does not know these actions well enough: {_remedy(mode)}"
 
 
-def _make_better(mode: str) -> str:
+def _remedy(mode: str) -> str:
     if mode == "chunk":
-        build = command("build", "--kind chunk --calibration-data F --output DIR")
-        return f"keep more tokens, or fit them to actions like these ({build})"
+        return f"take more tokens, or fit to more actions like these ({command('calibrate', '--kind chunk')})"
     return f"train it longer, or on actions like these ({command('train')})"
 
 
