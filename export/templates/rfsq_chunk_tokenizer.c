@@ -125,6 +125,12 @@ static inline void compand(int class, int panel, const float *restrict z, float 
     hyperbolic_tangent(LANES, 7, y);
 }
 
+/* Not a number stays one: no robot may take what a broken table gives for the end of its range. */
+static inline float clipped(float x)
+{
+    return x < -1 ? -1 : x > 1 ? 1 : x;
+}
+
 /*
  * The chunk x [ROWS], clipped to [-1, 1], of all latents z [PADDED]. In double: any tokens decode, also those of latents
  * far beyond the chunk, which float32 would round by more than the chunk may err.
@@ -142,7 +148,7 @@ static inline void to_chunk(int class, const double *restrict z, float *restrict
             }
         sum_lanes(SUMS, products, sums);
         for (int i = 0; i < SUMS; ++i)
-            x[n + i] = clamped((float)(MEAN[class][n + i] + sums[i]), -1, 1);
+            x[n + i] = clipped((float)(MEAN[class][n + i] + sums[i]));
     }
 }
 
