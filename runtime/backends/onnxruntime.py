@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, with inputs and outputs bound once per batch size.
+"""ONNX Runtime on the CPU, with inputs and outputs bound once per shape.
 
 Importing this module switches ONNX Runtime's telemetry off, unless the process has imported onnxruntime before.
 """
@@ -26,8 +26,8 @@ from ..bundle.manifest import GraphEntry, TensorEntry
 
 _LOG = logging.getLogger(__name__)
 
-#: Batch sizes that stay bound; a robot uses one or two.
-_BOUND_BATCHES = 4
+#: Shapes that stay bound: a robot uses one or two batch sizes, but with each of them any number of chunk tokens.
+_BOUND_SHAPES = 64
 #: Binding arrays of the caller costs 35 us, copying through bound buffers 1 us per 10 KB: above this, bind.
 _COPY_LIMIT_BYTES = 256 * 2**10
 _ORT_TYPES = {"float32": "tensor(float)", "int32": "tensor(int32)"}
@@ -155,7 +155,7 @@ class BoundGraph:
         session = self._session_here()
         buffers = own, session, self._bind_host(session, *own)
         self._bound[key] = buffers
-        if len(self._bound) > _BOUND_BATCHES:
+        if len(self._bound) > _BOUND_SHAPES:
             del self._bound[next(iter(self._bound))]
         return buffers
 
