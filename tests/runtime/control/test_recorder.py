@@ -182,7 +182,8 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, An
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ({**META, "token_shape": [2, 3]}, "no flight record"),
+        ({**META, "token_shape": [2, 3]}, "damaged"),
+        ({**META, "token_shape": 24}, "no flight record"),
         ({**META, "config": 3}, "damaged"),
         ({}, "no flight record"),
     ],
