@@ -122,7 +122,7 @@ def run_campaign(  # noqa: PLR0913  # settings, given by name
     """Inject that many faults, equally many in each setup; rare kinds come at most once in each."""
     begin = time.monotonic()
     rng = random.Random(seed)
-    kinds = kinds_with(nan_backends or {})
+    kinds = kinds_with(nan_backends or {}, tokenizer.model)
     # All kinds in random order, again and again.
     deck = itertools.chain.from_iterable(rng.sample(kinds, len(kinds)) for _ in itertools.count())
     report = FaultReport()

@@ -25,7 +25,7 @@ from rfsq.runtime.qualification import campaign as fault_campaign
 from rfsq.runtime.qualification import system as fault_system
 from rfsq.runtime.qualification.campaign import SETUPS, main, nan_backends_of, run_campaign
 from rfsq.runtime.qualification.fault_report import FaultReport
-from rfsq.runtime.qualification.injection import Fault, faulty, weight_places, with_nan_weights
+from rfsq.runtime.qualification.injection import Fault, faulty, weight_tables, with_nan_weights
 from rfsq.runtime.qualification.kinds import KINDS
 from rfsq.runtime.qualification.rig import Setup
 from rfsq.runtime.qualification.system import run_system_faults
@@ -295,7 +295,7 @@ def test_weights_are_nan_in_the_copy_alone(name: str, both: Path, main_one: Acti
         backend.decode_into(np.ascontiguousarray(tokens[..., :prefix]), None, actions)
         assert np.isnan(actions).any()
     np.testing.assert_array_equal(main_one.decode(tokens), expected)
-    assert weight_places(bundle.content("decoder.onnx"))
+    assert weight_tables(bundle.content("decoder.onnx"))
     with pytest.raises(BackendUnavailableError, match="expected onnxruntime or c"):
         with_nan_weights(bundle, "cuda")
 
