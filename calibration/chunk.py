@@ -166,7 +166,7 @@ def _check_windows(x: Tensor, learned: int) -> None:
         )
     if (x == x[0]).all():
         raise DataError(
-            f"all {counted(len(x), 'window')} of the training episodes are alike, so there is nothing to fit; give "
+            f"{counted(len(x), 'window')} of the training episodes, all alike, so there is nothing to fit; give "
             "episodes in which the robot moves, and which are longer than a chunk"
         )
 
@@ -234,7 +234,8 @@ def _described(x: Tensor, assigned: Tensor, parent: Tensor, spare: Tensor | None
     for index in range(count):
         centred = x[assigned == index] - mean[index]
         scatter[index] = centred.T @ centred
-    pooled = scatter.sum(dim=0) / len(x)
+    # With a floor: of few different windows, classes hold each exactly.
+    pooled = scatter.sum(dim=0) / len(x) + _LEAST_VARIANCE * torch.eye(num_values, dtype=torch.float64)
     energy = float(_trace(pooled))
     parents = int(parent.max()) + 1
     of_parent = torch.zeros(parents, num_values, num_values, dtype=torch.float64).index_add(0, parent, scatter)

@@ -1,6 +1,6 @@
 """Chunk tokens of a dataset: which of its episodes are fitted to, in which units, and how many classes they allow."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ from rfsq.runtime.bundle.paths import counted
 #: Of a learned class. On the embedded demonstrations 64 classes are better than any fewer down to four windows each,
 #: and with two 4 classes have a tenth less squared error.
 _LEAST_WINDOWS = 4
+#: So many times wider, the range of a dimension costs two bits of every action.
+_FAR = 4.0
 #: Beyond it chunk tokens say nothing.
 _LIMIT = 1.0
 
@@ -51,7 +53,9 @@ def fit_chunk_tokens(dataset: ActionDataset, config: ChunkConfig) -> ChunkCheckp
     normaliser, reason = _normaliser(parts, config.normaliser)
     sizes, fewer = _sizes(parts.training, config)
     is_split = parts.training is not dataset
-    warnings = (few_steps_warning(parts.training), "" if is_split else unsplit_warning(dataset), fewer)
+    warnings = [few_steps_warning(parts.training), "" if is_split else unsplit_warning(dataset), fewer]
+    if normaliser is not None:
+        warnings.append(_far_episode_warning(parts))
     constants = fit_chunk_code(
         parts.training.episodes, parts.calibration.episodes, sizes, ChunkFitConfig(config.seed), normaliser
     )
@@ -82,8 +86,36 @@ def _normaliser(parts: ChunkParts, wanted: ChunkNormaliser) -> tuple[Normaliser 
         kind = ChunkNormaliser.MIN_MAX if reasons else ChunkNormaliser.NONE
         why = f"chosen by auto: {' and '.join(reasons) or fits_unnormalised(_LIMIT)}"
     if kind is ChunkNormaliser.MIN_MAX:
-        return fit_normaliser(ends, NormaliserKind.MIN_MAX, untouched(ends)), f"normaliser: {kind}, {why}"
+        return _covering(fit_normaliser(ends, NormaliserKind.MIN_MAX, untouched(ends)), ends), (
+            f"normaliser: {kind}, {why}"
+        )
     return None, f"normaliser: {kind}, {why}"
+
+
+def _covering(normaliser: Normaliser, ends: FloatArray) -> Normaliser:
+    """With scales rounded up: what lies beyond [-1, 1] by rounding alone would err by more than the bound."""
+    reach = np.abs(ends.astype(np.float64) - normaliser.offset).max(axis=0)
+    scale = np.where(
+        reach > normaliser.scale, np.nextafter(reach.astype(np.float32), np.float32(np.inf)), normaliser.scale
+    )
+    return replace(normaliser, scale=tuple(scale.tolist()))
+
+
+def _far_episode_warning(parts: ChunkParts) -> str:
+    """A warning about a single episode that makes the range of a dimension several times wider; else empty."""
+    dataset = parts.training
+    ends = _ends(dataset).reshape(len(dataset.episodes), 2, -1).astype(np.float64)
+    span = np.ptp(ends, axis=(0, 1))
+    farthest = {*ends[:, 0].argmin(axis=0).tolist(), *ends[:, 1].argmax(axis=0).tolist()}
+    for index in sorted(farthest) if len(ends) > 1 else ():
+        others = np.ptp(np.delete(ends, index, axis=0), axis=(0, 1))
+        far = np.flatnonzero((others > 0) & (span > _FAR * others))
+        if far.size:
+            return (
+                f"WARNING: dimension {far[0]} spans {span[far[0]]:.3g} by episode {dataset.names[index]!r}, without it "
+                f"{others[far[0]]:.3g}: tokens spend their range on that episode; repair or drop it if it is wrong"
+            )
+    return ""
 
 
 def _ends(dataset: ActionDataset) -> FloatArray:

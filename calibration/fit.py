@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""The command that fits a checkpoint to demonstrations, and reports what the fit is worth.
+"""The command that fits a checkpoint, or chunk tokens, to demonstrations, and reports what the fit is worth.
 
-The result is a new checkpoint file; the weights stay as they are. `fitting.py` does the work.
+The result is a new checkpoint file; the weights of a model stay as they are. `fitting.py` does the work, and
+`chunk_fitting.py` that of chunk tokens.
 """
 
 import sys
@@ -16,7 +17,7 @@ if __name__ == "__main__":
     run_script("rfsq.calibration.fit")
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from importlib.util import find_spec
@@ -26,6 +27,8 @@ from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.settings import (
     DEFAULT_READOUT,
     CalibrationConfig,
+    ChunkConfig,
+    ChunkNormaliser,
     Granularity,
     Method,
     Objective,
@@ -35,6 +38,7 @@ from rfsq.calibration.settings import (
     Target,
     Weighting,
 )
+from rfsq.rfsq_ref.settings import TokenKind
 from rfsq.runtime.bundle.advice import install_package
 from rfsq.runtime.bundle.command import DATA_FORMATS, CommandParser, Outcome, path_argument, refuse_idle_choices, run
 from rfsq.runtime.bundle.paths import counted, refuse_existing
@@ -42,6 +46,13 @@ from rfsq.runtime.bundle.paths import counted, refuse_existing
 if TYPE_CHECKING:
     from rfsq.rfsq_ref.checkpoints import Checkpoint
     from rfsq.rfsq_ref.data import ActionDataset
+    from rfsq.runtime.bundle.fidelity import Fidelity
+
+#: Options by what uses them; what is not given is None.
+_OF_STEP = ("checkpoint", "use_layernorm", "weights")
+_OF_CALIBRATED = (*CalibrationConfig.__dataclass_fields__, "readout", "readout_ridge")
+_OF_RECOVERED = (*RecoveredConfig.__dataclass_fields__, "prefixes")
+_OF_CHUNK = tuple(ChunkConfig.__dataclass_fields__)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,12 +67,17 @@ def _parser() -> CommandParser:
         text=f"recorded actions: .pt, {DATA_FORMATS}; of the checkpoint's training data only the "
         "calibration episodes are used",
     )
-    parser.add_output("checkpoint; default: build/checkpoints/NAME-METHOD.safetensors")
-    parser.add_argument("--report-dir", type=path_argument, metavar="DIR", help="default: build/reports/NAME-METHOD")
+    parser.add_output("checkpoint; default: build/checkpoints/NAME-METHOD.safetensors, of chunk tokens DATA-chunk")
+    parser.add_argument("--report-dir", type=path_argument, metavar="DIR", help="default: the same below build/reports")
     parser.add_argument(
-        "--method", type=Method, choices=list(Method), default=Method.CALIBRATED,
-        help="calibrated: new, better tokens, which the policy is trained on; recovered: the published tokens of a "
-        "robust checkpoint stay; default: calibrated",
+        "--kind", type=TokenKind, choices=list(TokenKind), default=TokenKind.STEP,
+        help="step: tokens of single steps, of a trained checkpoint; chunk: tokens of a whole chunk, which need no "
+        "training; default: step",
+    )  # fmt: skip
+    parser.add_argument(
+        "--method", type=Method, choices=list(Method),
+        help="of step tokens. calibrated: new, better tokens, which the policy is trained on; recovered: the published "
+        "tokens of a robust checkpoint stay; default: calibrated",
     )  # fmt: skip
     group = parser.add_argument_group("calibrated")
     _add(group, "objective", Objective, "cover the data's range, or minimise its squared error", CalibrationConfig)
@@ -80,6 +96,13 @@ def _parser() -> CommandParser:
     _add(group, "refine_steps", int, "most Gauss-Newton steps, 0 = none", RecoveredConfig)
     _add(group, "target", Target, "latents to regress on first", RecoveredConfig)
     _add(group, "weighting", Weighting, "weight of a step", RecoveredConfig)
+    group = parser.add_argument_group("chunk")
+    _add(group, "chunk_length", int, "T, steps of a chunk", ChunkConfig)
+    _add(group, "classes", int, "C, with escape; fewer where there are few data", ChunkConfig)
+    _add(group, "vocabulary", int, "words of a token, a power of two", ChunkConfig)
+    group.add_argument("--tokens", type=int, metavar="X", help="L, of a chunk; default: 45, or all that it can use")
+    _add(group, "normaliser", ChunkNormaliser, "what brings actions into [-1, 1]", ChunkConfig)
+    _add(group, "seed", int, "of the first classes", ChunkConfig)
     return parser
 
 
@@ -92,27 +115,44 @@ def _add(group: Any, name: str, kind: Any, text: str, defaults: type) -> None:
 
 def _work(options: argparse.Namespace) -> Outcome:
     refuse_idle_choices(options)
+    _refuse_unused(options)
     import torch
 
-    from rfsq.calibration.data import calibration_dataset, data_warnings, judging_episodes
-    from rfsq.calibration.report import format_report, report_calibrated, report_files, report_recovered, staged_report
-    from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, load_checkpoint, save_checkpoint
-    from rfsq.rfsq_ref.own_format import check_output
-    from rfsq.runtime.bundle.fidelity import Grade
-
-    method: Method = options.method
-    given: Path = options.checkpoint or ROBUST_CHECKPOINT
-    output = options.output or Path(f"build/checkpoints/{given.stem}-{method}.safetensors")
-    report_dir = options.report_dir or Path(f"build/reports/{given.stem}-{method}")
     # Sums come out in one order, whatever the machine has: the same data give the same constants.
     torch.set_num_threads(1)
-    check_output(output)
-    # Refused now, not after the work.
-    refuse_existing([output, *report_files(report_dir)], overwrite=options.overwrite)
+    return _fit_chunk(options) if options.kind is TokenKind.CHUNK else _fit_step(options)
+
+
+def _refuse_unused(options: argparse.Namespace) -> None:
+    """Raises CalibrationError for options that the kind of tokens, or the method, does not use."""
+    kind: TokenKind = options.kind
+    method: Method = options.method or Method.CALIBRATED
+    of_kind = (*_OF_STEP, "method", *_OF_CALIBRATED, *_OF_RECOVERED) if kind is TokenKind.CHUNK else _OF_CHUNK
+    of_method = _OF_RECOVERED if method is Method.CALIBRATED else _OF_CALIBRATED
+    for chosen, names in ((f"kind {kind.value!r}", of_kind), (f"method {method.value!r}", of_method)):
+        if unused := _given(options, names):
+            flags = ", ".join("--" + name.replace("_", "-") for name in unused)
+            raise CalibrationError(f"{flags} given, which {chosen} does not use; drop it")
+
+
+def _fit_step(options: argparse.Namespace) -> Outcome:
+    from rfsq.calibration.data import calibration_dataset, data_warnings, judging_episodes
+    from rfsq.calibration.report import (
+        draw_calibration,
+        format_report,
+        report_calibrated,
+        report_recovered,
+        staged_report,
+    )
+    from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, load_checkpoint, save_checkpoint
+
+    method: Method = options.method or Method.CALIBRATED
+    given: Path = options.checkpoint or ROBUST_CHECKPOINT
+    output, report_dir = _places(options, f"{given.stem}-{method}")
     checkpoint = load_checkpoint(given, use_layernorm=options.use_layernorm, weights=options.weights)
     print("".join(f"{line}\n" for line in checkpoint.remarks), end="")
     dataset = calibration_dataset(checkpoint, options.data, key=options.key, filter_key=options.filter_key)
-    fitted = _fit(options, checkpoint, dataset)
+    fitted = _fit(options, method, checkpoint, dataset)
     judge = report_calibrated if method is Method.CALIBRATED else report_recovered
     report = judge(fitted, judging_episodes(fitted, dataset))
     provenance: dict[str, Any] = fitted.provenance[method.value]
@@ -123,28 +163,69 @@ def _work(options: argparse.Namespace) -> Outcome:
         "".join(f"{line}\n" for line in (*data_warnings(checkpoint, dataset), provenance.get("remark")) if line), end=""
     )
     print(format_report(report, is_verbose=options.verbose))
-    with staged_report(report, report_dir, provenance):
+    with staged_report(report, report_dir, draw_calibration, provenance):
         save_checkpoint(fitted, output)
+    document = {"output": str(output), "report": asdict(report), "provenance": provenance}
+    return Outcome(_verdict(output, report_dir, report.fidelity, report.method), document)
+
+
+def _fit_chunk(options: argparse.Namespace) -> Outcome:
+    from rfsq.calibration.chunk_fitting import chunk_parts, fit_chunk_tokens
+    from rfsq.calibration.chunk_report import MODE, draw_chunk, format_chunk_report, report_chunk
+    from rfsq.calibration.report import staged_report
+    from rfsq.rfsq_ref.chunk_checkpoint import save_chunk_checkpoint
+    from rfsq.rfsq_ref.data import DEMONSTRATIONS, load_actions
+
+    given: Path = options.data or DEMONSTRATIONS
+    output, report_dir = _places(options, f"{given.stem}-chunk")
+    config = ChunkConfig(**_given(options, _OF_CHUNK))
+    dataset = load_actions(given, key=options.key, filter_key=options.filter_key)
+    fitted = fit_chunk_tokens(dataset, config)
+    report = report_chunk(fitted, chunk_parts(dataset).judging)
+    data = fitted.provenance["data"]
+    parts = [
+        f"{counted(data[part]['episodes'], 'episode')} ({counted(data[part]['steps'], 'step')}) {use}"
+        for part, use in (("training", "for the classes"), ("calibration", "for scales and gains"))
+    ]
+    print(f"fitted on {' and '.join(parts)} of {data['source']}: {data['selection']}")
+    print("\n".join(fitted.provenance["remarks"]))
+    print(format_chunk_report(report, is_verbose=options.verbose))
+    with staged_report(report, report_dir, draw_chunk, fitted.provenance):
+        save_chunk_checkpoint(fitted, output)
+    document = {"output": str(output), "report": asdict(report), "provenance": dict(fitted.provenance)}
+    return Outcome(_verdict(output, report_dir, report.fidelity, MODE), document)
+
+
+def _places(options: argparse.Namespace, name: str) -> tuple[Path, Path]:
+    """The checkpoint to write, and the folder of the report; refused now, not after the work, where they cannot be."""
+    from rfsq.calibration.report import report_files
+    from rfsq.rfsq_ref.own_format import check_output
+
+    output: Path = options.output or Path(f"build/checkpoints/{name}.safetensors")
+    report_dir: Path = options.report_dir or Path(f"build/reports/{name}")
+    check_output(output)
+    refuse_existing([output, *report_files(report_dir)], overwrite=options.overwrite)
+    return output, report_dir
+
+
+def _verdict(output: Path, report_dir: Path, fidelity: "Fidelity", mode: str) -> str:
+    from rfsq.runtime.bundle.fidelity import Grade
+
     if not find_spec("matplotlib"):
         print(f"no drawing of the report: matplotlib is not installed; {install_package('matplotlib')}")
-    verdict = f"✓ wrote {output} and {report_dir}: what the tokens are worth: {report.fidelity.line}"
-    if report.fidelity.grade is Grade.WORTHLESS:
-        # Once more, so that it is not the line above that stays in mind.
-        verdict += f"\n{report.fidelity.warning_in(report.method)}"
-    return Outcome(verdict, {"output": str(output), "report": asdict(report), "provenance": provenance})
+    verdict = f"✓ wrote {output} and {report_dir}: what the tokens are worth: {fidelity.line}"
+    # Once more, so that it is not the line above that stays in mind.
+    return verdict if fidelity.grade is not Grade.WORTHLESS else f"{verdict}\n{fidelity.warning_in(mode)}"
 
 
-def _fit(options: argparse.Namespace, checkpoint: "Checkpoint", dataset: "ActionDataset") -> "Checkpoint":
+def _fit(
+    options: argparse.Namespace, method: Method, checkpoint: "Checkpoint", dataset: "ActionDataset"
+) -> "Checkpoint":
     from rfsq.calibration.fitting import calibrate, recover
     from rfsq.calibration.recovered import default_prefixes
 
-    of_calibrated = _given(options, [*CalibrationConfig.__dataclass_fields__, "readout", "readout_ridge"])
-    of_recovered = _given(options, [*RecoveredConfig.__dataclass_fields__, "prefixes"])
-    unused = of_recovered if options.method is Method.CALIBRATED else of_calibrated
-    if unused:
-        flags = ", ".join("--" + name.replace("_", "-") for name in unused)
-        raise CalibrationError(f"{flags} given, which method {options.method.value!r} does not use; drop it")
-    if options.method is Method.CALIBRATED:
+    of_calibrated, of_recovered = _given(options, _OF_CALIBRATED), _given(options, _OF_RECOVERED)
+    if method is Method.CALIBRATED:
         readout = ReadoutConfig(
             of_calibrated.pop("readout", DEFAULT_READOUT.choice), of_calibrated.pop("readout_ridge", None)
         )
@@ -153,5 +234,5 @@ def _fit(options: argparse.Namespace, checkpoint: "Checkpoint", dataset: "Action
     return recover(checkpoint, dataset, prefixes, RecoveredConfig(**of_recovered))
 
 
-def _given(options: argparse.Namespace, names: list[str]) -> dict[str, Any]:
+def _given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}

@@ -2,12 +2,12 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ from rfsq.runtime.bundle.console import aligned
 from rfsq.runtime.bundle.fidelity import Fidelity, Grade, fidelity
 from rfsq.runtime.bundle.paths import counted, replacing
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from matplotlib.figure import Figure
+
+_Report = TypeVar("_Report", bound="DataclassInstance")
 REPORT_JSON = "report.json"
 REPORT_PNG = "report.png"
 #: Columns of the table that a first look needs.
@@ -226,9 +231,17 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2e}"
 
 
-def report_to_json(report: CalibrationReport, provenance: dict[str, Any] | None = None) -> str:
+def draw_calibration(report: CalibrationReport) -> "Figure":
+    """The picture of a report."""
+    # A build draws nothing, and would wait for matplotlib longer than for any package but torch.
+    from rfsq.calibration.report_plots import draw_report
+
+    return draw_report(report)
+
+
+def report_to_json(report: "DataclassInstance", provenance: Mapping[str, Any] | None = None) -> str:
     """Strict JSON (no NaN, no infinity: ValueError), keys sorted; provenance: how the fit was made, added as it is."""
-    fields = asdict(report) | ({"provenance": provenance} if provenance is not None else {})
+    fields = asdict(report) | ({"provenance": dict(provenance)} if provenance is not None else {})
     return json.dumps(fields, indent=2, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
 
 
@@ -238,7 +251,9 @@ def report_files(folder: Path) -> tuple[Path, ...]:
 
 
 @contextmanager
-def staged_report(report: CalibrationReport, folder: Path, provenance: dict[str, Any] | None = None) -> Iterator[None]:
+def staged_report(
+    report: _Report, folder: Path, draw: Callable[[_Report], "Figure"], provenance: Mapping[str, Any] | None = None
+) -> Iterator[None]:
     """report.json and, where matplotlib is installed, report.png into a folder, made if missing.
 
     They take their names when the block ends well, and are gone when not. CalibrationError if one cannot be written.
@@ -247,10 +262,8 @@ def staged_report(report: CalibrationReport, folder: Path, provenance: dict[str,
         path = stack.enter_context(replacing(folder / REPORT_JSON, error=CalibrationError))
         path.write_text(report_to_json(report, provenance), encoding="utf-8")
         if find_spec("matplotlib"):
-            # A build draws nothing, and would wait for matplotlib longer than for any package but torch.
-            from rfsq.calibration.report_plots import draw_report
             from rfsq.rfsq_ref.drawing import save_png
 
             picture = stack.enter_context(replacing(folder / REPORT_PNG, error=CalibrationError))
-            save_png(draw_report(report), picture, CalibrationError)
+            save_png(draw(report), picture, CalibrationError)
         yield

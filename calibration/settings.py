@@ -87,9 +87,10 @@ class ChunkConfig:
 
     def __post_init__(self) -> None:
         coerce_fields(self, CalibrationError, _of_python)
-        if self.vocabulary < 2 or self.vocabulary.bit_count() != 1:
-            near = 2 ** max(4, min(16, round(math.log2(max(self.vocabulary, 1)))))
-            raise CalibrationError(f"vocabulary is {self.vocabulary}; expected a power of two, such as {near}")
+        if not 16 <= self.vocabulary <= 2**16 or self.vocabulary.bit_count() != 1:
+            raise CalibrationError(
+                f"vocabulary is {self.vocabulary}; expected a power of two from 16 to {2**16:,}, such as 1024"
+            )
 
 
 class Target(StrEnum):

@@ -52,7 +52,7 @@ def c_tokenizer(
     source = filled(
         SOURCE_NAME,
         TABLES="\n".join(_tables(encoder, decoders)),
-        HYPERBOLIC_TANGENT=filled("hyperbolic_tangent.c").rstrip(),
+        ARITHMETIC=filled("arithmetic.c").rstrip(),
         FUNCTIONS="\n".join(functions).rstrip(),
     )
     header = filled(

@@ -41,7 +41,7 @@ def c_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> CTokenizer:
     source = filled(
         "rfsq_chunk_tokenizer.c",
         TABLES="\n".join(lines),
-        HYPERBOLIC_TANGENT=filled("hyperbolic_tangent.c").rstrip(),
+        ARITHMETIC=filled("arithmetic.c").rstrip(),
     )
     header = filled(
         "rfsq_chunk_tokenizer.h",
@@ -76,7 +76,7 @@ def _sure_cost(plan: ChunkPlan) -> float:
 
 
 def _tables(plan: ChunkPlan) -> dict[str, Array | IntArray]:
-    classes, _, latents = plan.basis.shape
+    latents = plan.num_latents
     panels = -(-latents // _LANES)
 
     def of_panels(values: Array) -> Array:

@@ -13,7 +13,7 @@ from rfsq.export.golden_inputs import Span, bisected
 from rfsq.export.reference import EDGES, Section
 from rfsq.rfsq_ref.chunk_code import WIDTH
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
-from rfsq.rfsq_ref.chunk_rounding import latents_of, normalised_chunks
+from rfsq.rfsq_ref.chunk_rounding import Chunks, choice, latents_of, normalised_chunks
 from rfsq.runtime.bundle.arrays import Float32Array, Float64Array
 
 #: Standard deviation of the chunks around episodes, as a share of the range.
@@ -24,9 +24,9 @@ _WALKS = (-3.0, -0.3)
 _WIDTHS = (0.3, 1.0, 2.0)
 #: How far beside the edge of a cell, in bounds: a flip there is no near-tie, and an error of a constant shows.
 _BESIDE = 1.5
+#: The most chunks on one side of an edge, and from how many of each class they are sought.
+_BESIDES, _POOL = 4096, 16
 _TIES, _GRID, _SIGNS, _CONSTANT = 24, 32, 4, 8
-#: Of the way from a tie between classes to the chunk that it was sought from: near enough for a constant to show.
-_NEARNESS = 2.0 ** -np.arange(8.0, 20.0)
 
 
 def chunk_sections(
@@ -52,7 +52,7 @@ def chunk_sections(
         "uniform random": random.uniform(span.low, span.high, (uniform, *shape)),
         "smooth random": _walks(span, (smooth, *shape), random),
         "of every class": _in_robot_units(model, _of_classes(model, of_classes, random)),
-        "beside edges of cells": _beside_cells(model, random),
+        "beside edges of cells": _beside_cells(model, span, random),
         EDGES: np.concatenate([*_edges(model, span, random)]),
     }
     return tuple(
@@ -97,30 +97,41 @@ def _of_classes(model: ChunkTokenizer, count: int, random: np.random.Generator) 
 
 
 @torch.no_grad()
-def _beside_cells(model: ChunkTokenizer, random: np.random.Generator) -> Float64Array:
-    """For every class and latent with bits two chunks [n, T, A], on either side of an edge between its finest cells.
+def _beside_cells(model: ChunkTokenizer, span: Span, random: np.random.Generator) -> Float64Array:
+    """For classes and latents that have bits two chunks [n, T, A], on either side of an edge between its finest cells.
 
     So near that float32 just does not reach across, but a constant of this latent that is a little off does.
     """
-    code = model.code
-    found = [np.empty((0, model.sizes.chunk_length, model.sizes.action_dim))]
-    for index in range(model.sizes.escape):
+    code, sizes = model.code, model.sizes
+    pool = _pool(model, span, random)
+    chosen = code.choose(pool)
+    found = [np.empty((0, sizes.chunk_length, sizes.action_dim))]
+    for index in range(sizes.escape):
         bits = torch.bincount(code.order[index], minlength=code.scale.shape[1])
-        refined = bits.nonzero()[:, 0]
+        refined = torch.from_numpy(random.permutation(bits.nonzero()[:, 0].numpy())[: max(_BESIDES // sizes.escape, 1)])
+        own = pool[chosen == index]
+        if not len(own) or not len(refined):
+            continue
         rows = torch.arange(len(refined))
-        latents = code.scale[index] * torch.from_numpy(random.standard_normal((len(rows), len(bits))))
-        values = (code.mean[index] + latents @ code.basis[index].T).clamp(-1, 1)
+        values = own[torch.from_numpy(random.integers(len(own), size=len(rows)))]
+        # As they are after being rounded.
+        actions = torch.from_numpy(_in_robot_units(model, values)).float().double()
+        at = latents_of(code, normalised_chunks(model, actions), index)
+        y, slack = at.y[rows, refined], at.slack[rows, refined]
+        cells = torch.exp2(bits[refined].double() - 1)
+        edge = torch.minimum((y * cells).round().clamp(min=1 - cells), cells - 1) / cells
         for side in (-_BESIDE, _BESIDE):
-            # Where they are after being clipped and rounded.
-            actions = torch.from_numpy(_in_robot_units(model, values)).float().double()
-            at = latents_of(code, normalised_chunks(model, actions), index)
-            y, slack = at.y[rows, refined], at.slack[rows, refined]
-            cells = torch.exp2(bits[refined].double() - 1)
-            edge = (y * cells).round().clamp(min=1 - cells).minimum(cells - 1) / cells
             wanted = WIDTH * code.scale[index, refined] * torch.atanh(edge + side * slack)
             moved = (wanted - at.z[rows, refined]).unsqueeze(1) * code.basis[index].T[refined]
             found.append(actions.numpy() + _in_robot_units(model, moved) - model.offset.numpy())
-    return np.concatenate(found)
+    return random.permutation(np.concatenate(found))
+
+
+def _pool(model: ChunkTokenizer, span: Span, random: np.random.Generator) -> Tensor:
+    """Normalised chunks [n, N] of as many classes as can be."""
+    count, sizes = _POOL * model.sizes.escape, model.sizes
+    walks = torch.from_numpy(_walks(span, (count // 4, sizes.chunk_length, sizes.action_dim), random))
+    return torch.cat((_of_classes(model, count, random), model.normalised(walks))).clamp(-1, 1)
 
 
 def _edges(model: ChunkTokenizer, span: Span, random: np.random.Generator) -> Iterator[Float64Array]:
@@ -150,23 +161,30 @@ def _grid(model: ChunkTokenizer, random: np.random.Generator) -> Float64Array:
 
 @torch.no_grad()
 def _class_ties(model: ChunkTokenizer, random: np.random.Generator) -> Float64Array:
-    """Chunks [n, T, A] as close to a tie between classes as float32 can come, on either side, and some farther away."""
+    """Chunks [n, T, A] as close to a tie between classes as float32 can come, on either side; and chunks beside them,
+    just where rounding does not explain another class any more."""
     chunks = torch.from_numpy(_in_robot_units(model, _of_classes(model, 2 * _TIES, random))).float()
     # Neighbours in the order of classes are alike as a rule; any two are wanted.
     order = torch.from_numpy(random.permutation(len(chunks)))
     first, second = torch.chunk(chunks[order].flatten(1), 2)
 
+    def normalised(flat: Tensor) -> Chunks:
+        return normalised_chunks(model, torch.unflatten(flat.double(), 1, chunks.shape[1:]))
+
     def classes(flat: Tensor) -> Tensor:
-        actions = flat.double().reshape(len(flat), model.sizes.chunk_length, model.sizes.action_dim)
-        return model.code.choose(model.normalised(actions).clamp(-1, 1))
+        return model.code.choose(normalised(flat).values)
 
     of_first = classes(first)
     differ = of_first != classes(second)
     first, second, of_first = first[differ], second[differ], of_first[differ]
     near, far = bisected(first, second, lambda flat: classes(flat) == of_first)
     found = [near, far]
-    for ends, tie in ((first, near), (second, far)):
-        share = torch.from_numpy(random.choice(_NEARNESS, (len(tie), 1)))
-        found.append((tie + share * (ends - tie)).float())
-    flat = torch.cat(found)
-    return np.asarray(flat.double().reshape(-1, model.sizes.chunk_length, model.sizes.action_dim).numpy())
+    for tie, end in ((near, first), (far, second)):
+        own = classes(tie)
+
+        def is_close(flat: Tensor, own: Tensor = own) -> Tensor:
+            margin, bound = choice(model.code, normalised(flat)).margins(own)
+            return margin <= _BESIDE * bound
+
+        found.append(bisected(tie, end, is_close)[1])
+    return np.asarray(torch.unflatten(torch.cat(found).double(), 1, chunks.shape[1:]).numpy())

@@ -100,7 +100,7 @@ def _compile_graphs(backend: str, sources: EngineSources, current: Phase) -> tup
     engines, capabilities = [], sources.compute_capabilities
     for graph in sources.graphs:
         content, profile = sources.content(graph.file), sources.profile
-        built = build_engine(backend, content, profile, capabilities)
+        built = build_engine(backend, content, profile, capabilities, graph.prefix)
         try:
             origin, tensors = inspect_engine(built)
         except (EngineRefusedError, BackendUnavailableError) as error:
@@ -233,27 +233,36 @@ class Profile:
 
 @dataclass(frozen=True)
 class BuiltEngine:
-    """A serialised engine, the tensors of its network, and what TensorRT complained about, each complaint once."""
+    """A serialised engine, the tensors of its network, and what TensorRT complained about, each complaint once.
+
+    most_tokens: see `build_engine`.
+    """
 
     backend: str
     version: str
     profile: Profile
+    most_tokens: int
     serialized: bytes = field(repr=False)
     tensors: tuple[EngineTensor, ...]
     warnings: tuple[str, ...]
 
 
 def build_engine(
-    backend: str, onnx_bytes: bytes, profile: Profile, compute_capabilities: tuple[str, ...] = ()
+    backend: str,
+    onnx_bytes: bytes,
+    profile: Profile,
+    compute_capabilities: tuple[str, ...] = (),
+    most_tokens: int = 0,
 ) -> BuiltEngine:
     """Build one engine.
 
     Args:
         backend: `tensorrt` or `tensorrt-rtx`.
-        onnx_bytes: the graph; its first dimension alone is dynamic.
+        onnx_bytes: the graph; the first dimension of its inputs is dynamic, and that of chunk tokens in the second.
         profile: batch sizes B.
         compute_capabilities: such as `("8.9", "12.0")`; empty for the library's default targets, which is the present
             GPU for `tensorrt` and the portable engine for `tensorrt-rtx`.
+        most_tokens: of a chunk, where their number is dynamic; the engine is tuned for them all.
 
     Raises:
         BackendUnavailableError: the library is not installed.
@@ -266,16 +275,16 @@ def build_engine(
         raise EngineBuildError(str(error)) from error
     with api.collect_messages() as messages:
         try:
-            serialized, tensors = _build(api, onnx_bytes, profile, compute_capabilities)
+            serialized, tensors = _build(api, onnx_bytes, (profile, most_tokens), compute_capabilities)
         except (TypeError, ValueError, RuntimeError) as error:
             reasons = dict.fromkeys([str(error), *(message.text for message in messages if message.is_error)])
             raise EngineBuildError("\n  ".join([f"{api.tag} could not build the engine:", *reasons])) from error
     warnings = (message.text for message in messages if message.is_error or message.severity == "WARNING")
-    return BuiltEngine(backend, api.version, profile, serialized, tensors, tuple(dict.fromkeys(warnings)))
+    return BuiltEngine(backend, api.version, profile, most_tokens, serialized, tensors, tuple(dict.fromkeys(warnings)))
 
 
 def _build(
-    api: TrtApi, onnx_bytes: bytes, batches: Profile, compute_capabilities: tuple[str, ...]
+    api: TrtApi, onnx_bytes: bytes, extents: tuple[Profile, int], compute_capabilities: tuple[str, ...]
 ) -> tuple[bytes, tuple[EngineTensor, ...]]:
     trt = api.module
     builder = trt.Builder(api.logger)
@@ -289,7 +298,7 @@ def _build(
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        shapes = _shapes_at(tensor.name, tuple(tensor.shape), batches)
+        shapes = _shapes_at(tensor.name, tuple(tensor.shape), *extents)
         profile.set_shape(tensor.name, *shapes)
     config.add_optimization_profile(profile)
     serialized = builder.build_serialized_network(network, config)
@@ -298,11 +307,14 @@ def _build(
     return bytes(serialized), api.network_tensors(network, profile)
 
 
-def _shapes_at(name: str, shape: tuple[int, ...], batches: Profile) -> ProfileShapes:
+def _shapes_at(name: str, shape: tuple[int, ...], batches: Profile, most_tokens: int) -> ProfileShapes:
     """The shapes an input of `shape` (-1 where dynamic) takes at the three batch sizes."""
+    sizes = astuple(batches)
+    if shape == (-1, -1) and most_tokens:
+        return ProfileShapes(*zip(sizes, (1, most_tokens, most_tokens), strict=True))
     if not shape or shape[0] != -1 or -1 in shape[1:]:
         raise ValueError(f"input {name!r} has shape {shape}; expected a dynamic first dimension and no other")
-    return ProfileShapes(*((batch, *shape[1:]) for batch in astuple(batches)))
+    return ProfileShapes(*((batch, *shape[1:]) for batch in sizes))
 
 
 def inspect_engine(built: BuiltEngine) -> tuple[Literal["engine", "network"], tuple[EngineTensor, ...]]:
@@ -328,7 +340,13 @@ def differences(built: BuiltEngine, graph: GraphEntry, found: Sequence[EngineTen
     Compares each tensor's name, mode, dtype, shape and profile. found: see `inspect_engine`.
     """
     expected = [
-        EngineTensor(part.name, "input", part.dtype, part.shape, _shapes_at(part.name, part.shape, built.profile))
+        EngineTensor(
+            part.name,
+            "input",
+            part.dtype,
+            part.shape,
+            _shapes_at(part.name, part.shape, built.profile, built.most_tokens),
+        )
         for part in graph.inputs
     ]
     expected += [EngineTensor(part.name, "output", part.dtype, part.shape) for part in graph.outputs]

@@ -171,7 +171,8 @@ class ChunkCode(nn.Module):
 
     def tokens(self, bits: Tensor) -> Tensor:
         """The inverse of `bits`."""
-        return number(torch.unflatten(bits, -1, (-1, self.sizes.token_bits)))
+        token_bits = self.sizes.token_bits
+        return number(bits.reshape(*bits.shape[:-1], bits.shape[-1] // token_bits, token_bits))
 
     def classes(self, bits: Tensor) -> Tensor:
         """The class [...] that bits name. Numbers behind the last class mean the last: every token decodes."""

@@ -19,8 +19,8 @@ from rfsq.rfsq_ref.chunk_rounding import Chunks, choice, latents_of, normalised_
 from rfsq.runtime.bundle.arrays import IntegerArray
 from rfsq.runtime.bundle.comparison import TokenComparison, sorted_out
 
-#: Chunks whose costs are held at a time.
-_BLOCK = 1024
+#: Values of chunks that are judged at a time: a few hundred MB.
+_BLOCK = 2**16
 #: The bound of what does not depend on the actions; not 0, by which nothing can be divided.
 _NEVER = 2.0**-100
 
@@ -42,7 +42,7 @@ def judge_chunk_tokens(
     wrong, near_ties = torch.zeros(2, *shape, dtype=torch.bool)
     ours, theirs = (torch.from_numpy(tokens.astype("int64")) for tokens in (expected, found))
     with torch.no_grad():
-        for rows in torch.split((ours != theirs).any(dim=1).nonzero()[:, 0], _BLOCK):
+        for rows in torch.split((ours != theirs).any(dim=1).nonzero()[:, 0], _rows(tokenizer)):
             chunks = normalised_chunks(tokenizer, actions[rows])
             wrong[rows], near_ties[rows] = _judged(tokenizer.code, chunks, ours[rows], theirs[rows])
     margins, bounds = torch.zeros(2, *shape, dtype=torch.float64)
@@ -51,6 +51,11 @@ def judge_chunk_tokens(
         _, margins[first], bounds[first] = chunk_token_bounds(tokenizer, actions[first])
     masks = wrong.numpy(), near_ties.numpy(), torch.zeros_like(wrong).numpy()
     return sorted_out(expected, found, (margins.numpy(), bounds.numpy()), masks)
+
+
+def _rows(tokenizer: ChunkTokenizer) -> int:
+    """How many chunks are judged at a time."""
+    return max(_BLOCK // tokenizer.sizes.num_values, 1)
 
 
 def _judged(code: ChunkCode, chunks: Chunks, expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,12 +155,12 @@ def _possible_words(place: Tensor, slack: Tensor) -> Tensor:
     blocks = -(-place.shape[1] // BLOCK_VALUES)
     filling = (0, blocks * BLOCK_VALUES - place.shape[1])
     low, high = (
-        torch.unflatten(torch.nn.functional.pad(_cell(place + sign * slack, 3), filling), 1, (blocks, 1, BLOCK_VALUES))
+        torch.unflatten(torch.nn.functional.pad(_cell(place + sign * slack, 3), filling), 1, (blocks, BLOCK_VALUES))
         for sign in (-1, 1)
     )
-    taken = binary(torch.arange(2**BLOCK_VALUES), BLOCK_VALUES).bool()
+    taken = binary(torch.arange(2**BLOCK_VALUES), BLOCK_VALUES)
     weights = 3 ** torch.arange(BLOCK_VALUES - 1, -1, -1)
-    return (torch.where(taken, high, low) * weights).sum(dim=-1)
+    return (low * weights).sum(dim=-1, keepdim=True) + ((high - low) * weights) @ taken.T
 
 
 # --- without a reference ----------------------------------------------------------------------------------------------
@@ -171,7 +176,7 @@ def chunk_token_bounds(tokenizer: ChunkTokenizer, actions: Tensor) -> tuple[Tens
     """
     blocks = []
     with torch.no_grad():
-        for block in torch.split(actions, _BLOCK):
+        for block in torch.split(actions, _rows(tokenizer)):
             blocks.append(_block_bounds(tokenizer, block))
     tokens, margins, bounds = (torch.cat(parts) for parts in zip(*blocks, strict=True))
     return tokens, margins, bounds

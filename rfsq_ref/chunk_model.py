@@ -31,9 +31,8 @@ class ChunkTokenizer(InRobotUnits):
     def encode(self, actions: Tensor) -> Tensor:
         """Actions [..., T, A] to tokens int64 [..., L]."""
         chunks = self.normalised(actions)
-        return self.code.encode(chunks.reshape(-1, self.sizes.num_values)).reshape(
-            *chunks.shape[:-1], self.sizes.num_tokens
-        )
+        tokens = self.code.encode(chunks.reshape(-1, self.sizes.num_values))
+        return tokens.reshape(*chunks.shape[:-1], self.sizes.num_tokens)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """The first l tokens [..., l] of chunks, l from 1 to L, to actions [..., T, A]."""

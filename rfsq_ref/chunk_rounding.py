@@ -181,18 +181,15 @@ def cost_interval(code: ChunkCode, latents: Latents, index: int) -> CostInterval
         variance += weight**2 * (4 * most * own + 2 * most**2).sum(dim=1)
         fourth += weight**2 * (most**2).sum(dim=1)
     variance += summation_variance(z.shape[1] * len(code.budgets), high, fourth)
-    # An error of a value of the chunk moves all latents.
-    of_centred = gradient @ code.basis[index].T
-    if z.shape[1] < code.sizes.num_values:
-        total = code.weights.sum()
-        rest, rest_variance = _rest(latents)
-        for part in (cost, low, high):
-            part += total * rest
-        gradient -= 2 * total * z
-        of_centred = gradient @ code.basis[index].T + 2 * total * latents.centred
-        variance += total**2 * (rest_variance + (len(code.budgets) + 1) * rest**2)
-        beyond = total * (latents.error**2).sum(dim=1)
-        low, high = low - beyond, high + beyond
+    # Where there are as many latents as values, they hold all.
+    total = code.weights.sum() * (z.shape[1] < code.sizes.num_values)
+    rest, rest_variance = _rest(latents)
+    beyond = total * (latents.error**2).sum(dim=1)
+    cost, low, high = (part + total * rest for part in (cost, low - beyond, high + beyond))
+    variance += total**2 * (rest_variance + (len(code.budgets) + 1) * rest**2)
+    gradient -= 2 * total * z
+    # An error of a value of the chunk moves all latents, and what none holds.
+    of_centred = gradient @ code.basis[index].T + 2 * total * latents.centred
     variance += (gradient**2 * latents.own).sum(dim=1) + (of_centred**2 * latents.moved).sum(dim=1)
     bound = DEVIATIONS * UNIT * variance.sqrt()
     return CostInterval(cost, low - bound, high + bound)

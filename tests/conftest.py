@@ -28,13 +28,15 @@ settings.load_profile("untimed")
 #: take long are marked where they stand.
 SLOW = frozenset(
     {
-        "calibration/test_fit.py", "calibration/test_report.py", "calibration/test_small_fits.py",
+        "calibration/test_fit.py", "calibration/test_fit_chunk.py", "calibration/test_report.py",
+        "calibration/test_small_fits.py",
         "calibration/test_study.py", "evidence/test_cells.py", "evidence/test_comparison.py",
         "evidence/test_findings.py", "evidence/test_page.py", "evidence/test_peers.py", "evidence/test_report.py",
         "evidence/test_residual_peers.py", "evidence/test_rollouts.py", "evidence/test_schemes.py",
         "examples/test_control_loop.py", "export/test_build_engine.py", "export/test_bundle_writer.py",
         "export/test_c_builder.py", "export/test_c_compilers.py", "export/test_c_source.py",
-        "export/test_c_timing.py", "export/test_cuda_on_cpu.py", "export/test_example.py",
+        "export/test_c_timing.py", "export/test_chunk_c_source.py", "export/test_cuda_on_cpu.py",
+        "export/test_example.py",
         "export/test_far_from_zero.py", "export/test_golden_inputs.py", "export/test_on_target.py",
         "export/test_same_bytes.py", "rfsq_ref/test_generate_demonstrations.py", "evidence/test_rollout.py",
         "rfsq_ref/test_rounding.py", "rfsq_ref/test_train.py", "rfsq_ref/test_train_modal.py",

@@ -252,6 +252,7 @@ def test_a_choice_from_data_that_are_not_given_is_refused(
             "folder.safetensors is a folder, and a file is to be written",
         ),
         ("calibrate", ["--output", "a.safetensors", "--report-dir", "file"], "file is no writable folder"),
+        ("calibrate", ["--kind", "chunk", "--report-dir", "file"], "file is no writable folder"),
         ("bench", ["bundle", "--output", "file"], "file is no writable folder"),
         ("compare", ["--output", "file"], "file is no writable folder"),
         ("rollout", ["--output", "file", "--report-only"], "file is no writable folder"),

@@ -88,6 +88,7 @@ def scripts() -> list[Path]:
         ("rfsq_ref/compare.py", []),
         ("rfsq_ref/rollout.py", []),
         ("calibration/fit.py", []),
+        ("calibration/fit.py", ["--kind", "chunk"]),
         ("calibration/study.py", []),
         ("evidence/documents.py", ["--check"]),
         ("export/build_engine.py", []),
@@ -212,6 +213,7 @@ def broken(*_: object, **__: object) -> None:
     [
         (train, "rfsq_ref.training.train", []),
         (fit, "calibration.fitting.calibrate", []),
+        (fit, "calibration.chunk_fitting.fit_chunk_tokens", ["--kind", "chunk"]),
         (study, "calibration.study.study", []),
         (compare, "evidence.report.compare", ["--no-peers"]),
         (rollout, "evidence.rollouts.run_rollouts", ["--output", "."]),
@@ -248,9 +250,10 @@ def test_trainings_of_several_seeds_replace_nothing(tmp_path: Path, capsys: pyte
     check_refusal(train.main, arguments, tmp_path / "m-seed1.safetensors", capsys)
 
 
+@pytest.mark.parametrize("kind", ["step", "chunk"])
 @pytest.mark.parametrize("name", ["m.safetensors", "report/report.json", "report/report.png"])
-def test_a_fit_replaces_nothing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--output", tmp_path / "m.safetensors", "--report-dir", tmp_path / "report"]
+def test_a_fit_replaces_nothing(name: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--kind", kind, "--output", tmp_path / "m.safetensors", "--report-dir", tmp_path / "report"]
     check_refusal(fit.main, arguments, tmp_path / name, capsys)
 
 

@@ -21,30 +21,17 @@ enum { ESCAPE = CLASSES, CODE_BITS = L * TOKEN_BITS - CLASS_BITS };
 /* Values and latents up to whole groups and panels; the tables are filled up with zeros. */
 enum { ROWS = (N + SUMS - 1) / SUMS * SUMS, PANELS = (M + LANES - 1) / LANES, PADDED = PANELS * LANES };
 
-_Static_assert(sizeof BASIS == sizeof(float[CLASSES][PANELS][ROWS][LANES]), "the tables are padded as the code expects");
+_Static_assert(sizeof BASIS == sizeof(float[CLASSES][PANELS][ROWS][LANES]), "the table is padded as the code expects");
 _Static_assert(CHECKED_CHUNKS >= 1, "values are checked in whole chunks");
 
 /* --- arithmetic -------------------------------------------------------------------------------------------------- */
 
-/* @HYPERBOLIC_TANGENT@ */
-
-static inline uint32_t bits_of(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-static inline float float_of(uint32_t bits)
-{
-    float x;
-    memcpy(&x, &bits, sizeof x);
-    return x;
-}
+/* @ARITHMETIC@ */
 
 /*
- * log(p / q) / 2 = atanh((p - q) / (p + q)) for p and q from 1/2 to 2^20: e ln 2 / 2, and the result, atanh(s) of
- * p / 2^e and q. The difference of two floats' bits is nearly 2^23 times the logarithm of their ratio: e is that, rounded.
+ * log(p / q) / 2 = e ln 2 / 2 + atanh(s), s = (p' - q) / (p' + q), p' = p / 2^e, for p and q from 1/2 to 2^20: e, and
+ * atanh(s) returned. The difference of two floats' bits is nearly 2^23 times the logarithm of their ratio to base 2; e
+ * is that, rounded.
  */
 static inline float half_log_ratio(float p, float q, int32_t *e)
 {
@@ -132,8 +119,8 @@ static inline float clipped(float x)
 }
 
 /*
- * The chunk x [ROWS], clipped to [-1, 1], of all latents z [PADDED]. In double: any tokens decode, also those of latents
- * far beyond the chunk, which float32 would round by more than the chunk may err.
+ * The chunk x [ROWS], clipped to [-1, 1], of all latents z [PADDED]. In double: tokens that no encoder sends may name
+ * latents far beyond [-1, 1], of which float32 would lose more than a chunk may err by.
  */
 static inline void to_chunk(int class, const double *restrict z, float *restrict x)
 {
@@ -223,11 +210,13 @@ static int keeps_bound(int class, const float *restrict x, const float *restrict
 /* The first class of the least cost. */
 static int cheapest(const double *restrict costs)
 {
-    int least = 0;
+    double least = costs[0];
     for (int class = 1; class < CLASSES; ++class)
-        if (costs[class] < costs[least])
-            least = class;
-    return least;
+        least = costs[class] < least ? costs[class] : least;
+    int class = 0;
+    while (costs[class] > least)
+        ++class;
+    return class;
 }
 
 /*
@@ -439,7 +428,7 @@ static int are_legal_tokens(size_t count, const int32_t *restrict tokens)
     return !illegal;
 }
 
-int rfsq_decode(size_t num_tokens, const int32_t *tokens, size_t num_chunks, float *actions)
+int rfsq_decode(const int32_t *tokens, size_t num_tokens, size_t num_chunks, float *actions)
 {
     if (num_tokens < 1 || num_tokens > L)
         return RFSQ_ILLEGAL_VALUE;

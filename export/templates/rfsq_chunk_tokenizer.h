@@ -56,7 +56,7 @@ int rfsq_encode(const float *actions, size_t num_chunks, int32_t *tokens);
  * @param actions [num_chunks][T][A], physical units, written
  * @return RFSQ_OK or RFSQ_ILLEGAL_VALUE
  */
-int rfsq_decode(size_t num_tokens, const int32_t *tokens, size_t num_chunks, float *actions);
+int rfsq_decode(const int32_t *tokens, size_t num_tokens, size_t num_chunks, float *actions);
 
 #ifdef __cplusplus
 }

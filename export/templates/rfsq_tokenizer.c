@@ -37,7 +37,7 @@ _Static_assert(sizeof OFFSETS == STEPS * A * sizeof(float), "the tables are repe
 
 /* --- arithmetic -------------------------------------------------------------------------------------------------- */
 
-/* @HYPERBOLIC_TANGENT@ */
+/* @ARITHMETIC@ */
 
 /* The lowest whole number that is not below x, for |x| < 2^31. */
 static inline int32_t ceiling(float x)

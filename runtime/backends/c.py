@@ -49,11 +49,13 @@ class CBackend:
                 f"{self._entry.file} does not load here: {error}; compile it again on this machine with --from-bundle"
             ) from error
         self._encode = _function(library, "rfsq_encode")
-        self._decoders: dict[int, Callable[..., int]] = (
-            {prefix: _function(library, f"rfsq_decode_l{prefix}") for prefix in model.prefixes}
+        #: And what they take between tokens and batch: one function decodes any number of chunk tokens.
+        self._decoders: dict[int, tuple[Callable[..., int], tuple[ctypes.c_size_t, ...]]] = {
+            prefix: (_function(library, f"rfsq_decode_l{prefix}"), ())
             if model.token_grid
-            else _prefix_decoders(_function(library, "rfsq_decode"), model.depth)
-        )
+            else (_function(library, "rfsq_decode"), (_size(prefix),))
+            for prefix in model.prefixes
+        }
         self._has_stats = model.has_stats
         # The last call of each kind is held as soon as its arrays have come twice in a row.
         nothing = np.empty(0, np.float32)
@@ -98,13 +100,14 @@ class CBackend:
         ):
             status = held.call()
         else:
-            decode, batch, pair = self._decoders[tokens.shape[-1]], _size(len(tokens)), (id(tokens), id(actions))
+            (decode, sizes), batch = self._decoders[tokens.shape[-1]], _size(len(tokens))
+            pair = (id(tokens), id(actions))
             if stats is None:
-                status = decode(_pointer(tokens), batch, _pointer(actions))
+                status = decode(_pointer(tokens), *sizes, batch, _pointer(actions))
             else:
                 status = decode(_pointer(tokens), _pointer(stats), batch, _pointer(actions))
             if pair == self._decoded:
-                arguments = (tokens, batch, actions) if stats is None else (tokens, stats, batch, actions)
+                arguments = (tokens, *sizes, batch, actions) if stats is None else (tokens, stats, batch, actions)
                 self._decoding = _HeldCall(decode, arguments, tokens, actions, stats)
             self._decoded = pair
         if status:
@@ -174,11 +177,6 @@ def _function(library: ctypes.CDLL, name: str) -> Callable[..., int]:
     if function is None:
         raise BackendUnavailableError(f"the C engine has no function {name}; compile it again")
     return function
-
-
-def _prefix_decoders(decode: Callable[..., int], depth: int) -> dict[int, Callable[..., int]]:
-    """One function for each number of chunk tokens, which `decode` takes as its first argument."""
-    return {prefix: functools.partial(decode, _size(prefix)) for prefix in range(1, depth + 1)}
 
 
 def _pointer(array: AnyArray) -> Any:

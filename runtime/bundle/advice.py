@@ -51,7 +51,9 @@ COMMANDS = {
     "replay": Command(
         "runtime/replay_flight.py", "runtime.qualification.replay_flight", "decide every tick of a flight record again"
     ),
-    "calibrate": Command("calibration/fit.py", "calibration.fit", "fit a checkpoint to demonstrations", ("export",)),
+    "calibrate": Command(
+        "calibration/fit.py", "calibration.fit", "fit a checkpoint, or chunk tokens, to demonstrations", ("export",)
+    ),
     "train": Command("rfsq_ref/train.py", "rfsq_ref.train", "train a tokenizer on demonstrations", ("export",)),
     "compare": Command(
         "rfsq_ref/compare.py",

@@ -116,8 +116,7 @@ class Fidelity:
             f"WARNING: the tokens are worthless: always sending the mean would do better, or about as well, in {size}; "
             f"{most}. {self._outside()}Check first that the actions are in the units that the model was trained in "
             "(radians or degrees, 0..1 or 0..100), that the dimensions are in its order, and that they come from its "
-            "robot. Only where all that is right, train it longer, or on actions like these "
-            f"({command('train')})"
+            f"robot. Only where all that is right, {_remedy(mode)}"
         )
 
     def table(self, title: str) -> str:
@@ -232,14 +231,19 @@ def fidelity(
 
 def _way_out(mode: str) -> str:
     """What helps against poor tokens."""
-    train = f"train it longer, or on actions like these ({command('train')})"
     if mode in ("none", "recovered"):
         return (
             f"The mode {mode!r} is the likely cause, and no longer training helps against that: build the checkpoint "
             f"calibrated ({command('build', '--conditioning calibrated')}), and train the policy on those tokens. Only "
-            f"where they are poor too, {train}"
+            f"where they are poor too, {_remedy(mode)}"
         )
-    return f"The model does not know these actions well enough: {train}"
+    return f"The model does not know these actions well enough: {_remedy(mode)}"
+
+
+def _remedy(mode: str) -> str:
+    if mode == "chunk":
+        return f"take more tokens, or fit to more actions like these ({command('calibrate', '--kind chunk')})"
+    return f"train it longer, or on actions like these ({command('train')})"
 
 
 def _share(share: float, whole: str = "") -> str:

@@ -173,9 +173,9 @@ def test_units_of_the_robot_change_nothing_but_the_normaliser() -> None:
 @pytest.mark.parametrize(
     ("episodes", "message"),
     [
-        ([np.zeros((30, 2))], "all 27 windows of the training episodes are alike"),
+        ([np.zeros((30, 2))], "27 windows of the training episodes, all alike"),
         ([np.eye(3, 2)], "1 window of training episodes for 2 learned classes"),
-        ([np.full((30, 2), 5.0) + np.eye(30, 2)], "all 27 windows of the training episodes are alike"),
+        ([np.full((30, 2), 5.0) + np.eye(30, 2)], "27 windows of the training episodes, all alike"),
     ],
 )
 def test_episodes_that_nothing_can_be_fitted_to_are_refused(episodes: Episodes, message: str) -> None:

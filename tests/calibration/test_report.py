@@ -14,6 +14,7 @@ from rfsq.calibration.constants import worst_case_errors
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.report import (
     CalibrationReport,
+    draw_calibration,
     format_report,
     recovered_latent_reach,
     report_calibrated,
@@ -132,7 +133,7 @@ def test_json_refuses_what_is_no_number(report: CalibrationReport) -> None:
 
 def test_files_are_written_into_a_new_folder_and_repeat(report: CalibrationReport, tmp_path: Path) -> None:
     for folder in ("first", "second"):
-        with staged_report(report, tmp_path / "reports" / folder):
+        with staged_report(report, tmp_path / "reports" / folder, draw_calibration):
             pass
     first, second = (tmp_path / "reports" / folder for folder in ("first", "second"))
     assert sorted(path.name for path in first.iterdir()) == ["report.json", "report.png"]
@@ -148,13 +149,13 @@ def test_a_folder_that_cannot_be_made_is_an_error(report: CalibrationReport, tmp
     (tmp_path / "file").write_text("in the way")
     with (
         pytest.raises(CalibrationError, match=r"cannot write .*report\.json: .*choose a writable folder"),
-        staged_report(report, tmp_path / "file" / "folder"),
+        staged_report(report, tmp_path / "file" / "folder", draw_calibration),
     ):
         raise AssertionError("not reached")
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_no_report(report: CalibrationReport, tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), staged_report(report, tmp_path):
+    with pytest.raises(KeyboardInterrupt), staged_report(report, tmp_path, draw_calibration):
         raise KeyboardInterrupt
     assert not [*tmp_path.iterdir()]
 

@@ -9,8 +9,6 @@ import google.protobuf.descriptor
 import google.protobuf.message
 import numpy as np
 import onnx
-import onnx.reference
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +29,7 @@ from tests.bundles import (
     reference_decode,
 )
 from tests.export.plan_numpy import MODES, check_tokens, recipes
+from tests.export.runtimes import EVERYWHERE, MARKED, PRODUCTS, RUNTIMES, OnnxRuntime
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,29 +111,6 @@ def dims(value: onnx.ValueInfoProto) -> list[onnx.TensorShapeProto.Dimension]:
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
-
-
-class OnnxRuntime:
-    def __init__(self, content: bytes) -> None:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-    def run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-        return self._session.run(None, feed)
-
-
-class ReferenceEvaluator:
-    def __init__(self, content: bytes) -> None:
-        self._evaluator = onnx.reference.ReferenceEvaluator(onnx.load_model_from_string(content))
-
-    def run(self, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
-        return self._evaluator.run(None, feed)
-
-
-RUNTIMES = [OnnxRuntime, ReferenceEvaluator]
-#: A model's graphs take longer to write than to run: tests go through these with graphs that are written once.
-EVERYWHERE = list(itertools.product(RUNTIMES, LinearForm))
 
 
 @functools.cache
@@ -266,11 +242,7 @@ def test_latents_that_never_change_are_coded_alike(mode: DeployMode, latents: st
 
 # --- the forms for GPUs -----------------------------------------------------------------------------------------------
 
-#: Forms whose inputs may never have been in the hands of a host.
-MARKED = [form for form in LinearForm if form.is_marked]
 MARKED_EVERYWHERE = list(itertools.product(RUNTIMES, MARKED))
-#: What GPU libraries run in TF32 unless they are told otherwise, and TensorRT-RTX whatever it is told.
-PRODUCTS = {"Gemm", "MatMul", "Einsum", "Conv", "MatMulInteger", "QLinearMatMul"}
 
 
 @given(recipes())

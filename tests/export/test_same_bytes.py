@@ -7,8 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rfsq.export.chunk_graphs import chunk_decoder_graph, chunk_encoder_graph
 from rfsq.export.graph_builder import LinearForm
+from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from tests.bundles import Recipe, deploy, export_graphs, generate_c, generate_cuda
+from tests.export.chunk_models import random_plan
 from tests.export.plan_numpy import MODES
 
 ROOT = Path(__file__).parents[2]
@@ -20,7 +23,7 @@ print(json.dumps(hashes()))
 
 
 def hashes() -> dict[str, str]:
-    """SHA-256 of every text and graph, in every mode."""
+    """SHA-256 of every text and graph, in every mode, and of chunk tokens."""
     found = {}
     for mode in MODES:
         deployed = deploy(Recipe(mode=mode))
@@ -28,6 +31,10 @@ def hashes() -> dict[str, str]:
         texts = {"header": c.header, "source": c.source, "CUDA": generate_cuda(deployed)}
         contents = export_graphs(deployed) | {name: text.encode() for name, text in texts.items()}
         found |= {f"{mode.value} {name}": hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    chunk_plan = random_plan(ChunkSizes(2, 3, num_tokens=10), seed=0)
+    for form in LinearForm:
+        graphs = {"encoder": chunk_encoder_graph(chunk_plan, form), "decoder": chunk_decoder_graph(chunk_plan, form)}
+        found |= {f"chunk {form} {name}": hashlib.sha256(content).hexdigest() for name, content in graphs.items()}
     return found
 
 
@@ -39,6 +46,6 @@ def test_two_processes_in_two_folders_write_the_same_bytes(tmp_path: Path) -> No
     )
     assert other.returncode == 0, other.stderr
     here = hashes()
-    assert len(here) == (3 * len(LinearForm) + 3) * len(MODES)
+    assert len(here) == (3 * len(LinearForm) + 3) * len(MODES) + 2 * len(LinearForm)
     assert len(set(here.values())) == len(here)
     assert json.loads(other.stdout) == here

@@ -20,8 +20,8 @@ from rfsq.rfsq_ref.errors import CheckpointError, SettingsError
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.own_format import FORMATS, token_kind
 from rfsq.rfsq_ref.settings import NormaliserKind, TokenKind
-from tests.rfsq_ref.models import some_normaliser
 from tests.chunk_bundles import random_constants
+from tests.rfsq_ref.models import some_normaliser
 from tests.rfsq_ref.test_chunk_code import any_sizes
 
 SIZES = ChunkSizes(action_dim=3, chunk_length=4, num_classes=5, num_tokens=12)

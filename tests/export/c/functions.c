@@ -18,5 +18,5 @@ void mish_of(int blocks, float *values)
 void tanh_of(int blocks, float *values)
 {
     for (int block = 0; block < blocks; ++block)
-        hyperbolic_tangent(BLOCK, values + block * BLOCK);
+        hyperbolic_tangent(BLOCK, 10, values + block * BLOCK);
 }

@@ -1,0 +1,405 @@
+"""The generated C of chunk tokens: the reference's answers, any sizes and every prefix, and nothing where it refuses.
+
+What is judged here is the encoder's class by its cost, and every latent by the cell that its bits name.
+"""
+
+import ctypes
+import platform
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rfsq.calibration.chunk import fit_chunk_code
+from rfsq.export import chunk_c_source
+from rfsq.export.c_builder import C_FLAGS, HEADER_NAME, SOURCE_NAME
+from rfsq.export.chunk_c_source import c_chunk_tokenizer
+from rfsq.export.chunk_plan import ACTION_LIMIT, plan_chunk_code
+from rfsq.export.errors import BuildInputError
+from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkConstants, ChunkSizes, escape_encode
+from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
+from rfsq.rfsq_ref.data import EpisodeSplit
+from rfsq.rfsq_ref.normaliser import Normaliser
+from rfsq.rfsq_ref.settings import NormaliserKind
+from rfsq.runtime.backends.cpu_targets import host_targets
+from rfsq.runtime.bundle.backend_specs import BACKENDS
+from rfsq.runtime.bundle.comparison import action_errors
+from tests.export.c_library import FOLDER, ILLEGAL_VALUE, OK, UNTOUCHED, Array, run
+from tests.export.test_c_compilers import COMPILERS, MACHINES, SANITIZERS, V3, WARNINGS, needs
+from tests.export.test_c_source import NATIVE, QUICK
+from tests.rfsq_ref.test_chunk_code import any_sizes, random_constants
+
+FINGERPRINT = "f" * 64
+#: In normalised units.
+DECODE_ERROR = 1e-6
+#: Steps of a call that is refused as a whole.
+CHECKED_STEPS = BACKENDS["c"].checked_steps
+
+
+def write_code(folder: Path, tokenizer: ChunkTokenizer) -> Path:
+    """Header and source in `folder`, which is also returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generated = c_chunk_tokenizer(plan_chunk_code(tokenizer), FINGERPRINT)
+    (folder / HEADER_NAME).write_text(generated.header, encoding="utf-8")
+    (folder / SOURCE_NAME).write_text(generated.source, encoding="utf-8")
+    return folder
+
+
+class Library:
+    """Functions return their status, and what they wrote over `UNTOUCHED`. tokenizer: in float64."""
+
+    def __init__(
+        self, folder: Path, tokenizer: ChunkTokenizer, flags: Sequence[str] = QUICK, compiler: str = "gcc"
+    ) -> None:
+        write_code(folder, tokenizer)
+        run([compiler, *flags, "-fPIC", "-shared", SOURCE_NAME, "-o", "library.so"], folder)
+        self.tokenizer, self.sizes = tokenizer, tokenizer.sizes
+        self._library = ctypes.CDLL(str(folder / "library.so"))
+
+    def encode(self, actions: Array) -> tuple[int, Array]:
+        """actions float32 [B, T, A]."""
+        tokens = np.full((len(actions), self.sizes.num_tokens), UNTOUCHED, np.int32)
+        return self._library.rfsq_encode(_at(actions), ctypes.c_size_t(len(actions)), _at(tokens)), tokens
+
+    def decode(self, tokens: Array) -> tuple[int, Array]:
+        """tokens int32 [B, l]."""
+        actions = np.full((len(tokens), self.sizes.chunk_length, self.sizes.action_dim), UNTOUCHED, np.float32)
+        counts = map(ctypes.c_size_t, (tokens.shape[1], len(tokens)))
+        return self._library.rfsq_decode(_at(tokens), *counts, _at(actions)), actions
+
+
+def _at(array: Array) -> ctypes.c_void_p:
+    assert array.flags.c_contiguous
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def random_tokenizer(sizes: ChunkSizes, seed: int) -> ChunkTokenizer:
+    """Any tokenizer of these sizes, in float64; every second one with a normaliser."""
+    generator = np.random.default_rng(seed)
+    offset, scale = generator.uniform((-1, 0.1), (1, 3), (sizes.action_dim, 2)).astype(np.float32).T.tolist()
+    normaliser = Normaliser(NormaliserKind.QUANTILE, tuple(offset), tuple(scale)) if seed % 2 else None
+    return ChunkTokenizer(sizes, random_constants(sizes, seed), normaliser).double()
+
+
+def random_actions(tokenizer: ChunkTokenizer, count: int, spread: float, seed: int) -> Array:
+    """What decodes from any tokens, moved by so much: some is near a class, some beyond [-1, 1]."""
+    tokens = torch.from_numpy(random_tokens(tokenizer.sizes, count, tokenizer.sizes.num_tokens, seed))
+    noise = np.random.default_rng(seed).normal(size=(count, tokenizer.sizes.num_values)) * spread
+    chunks = tokenizer.code.decode(tokens).numpy() + noise
+    shape = (count, tokenizer.sizes.chunk_length, tokenizer.sizes.action_dim)
+    actions: Array = chunks.reshape(shape) * tokenizer.units.numpy() + tokenizer.offset.numpy()
+    return actions.astype(np.float32)
+
+
+def random_tokens(sizes: ChunkSizes, count: int, length: int, seed: int) -> Array:
+    """Of every class; a fourth of them of escape, or of the numbers behind it."""
+    tokens = np.random.default_rng(seed).integers(2**sizes.token_bits, size=(count, length), dtype=np.int32)
+    room = sizes.token_bits - sizes.class_bits
+    tokens[::4, 0] = np.maximum(tokens[::4, 0] >> room, sizes.escape) << room | tokens[::4, 0] & ((1 << room) - 1)
+    return tokens
+
+
+# --- what is right ----------------------------------------------------------------------------------------------------
+
+
+def check_encoder(library: Library, actions: Array) -> Array:
+    """Which of the chunks are coded by escape: bool [B]."""
+    tokenizer, code = library.tokenizer, library.tokenizer.code
+    status, found = library.encode(actions)
+    assert status == OK
+    assert found.min() >= 0
+    assert found.max() < 2**library.sizes.token_bits
+    chunks = tokenizer.normalised(torch.from_numpy(actions).double()).clamp(-1, 1)
+    bits = code.bits(torch.from_numpy(found))
+    classes, chosen = code.classes(bits), code.choose(chunks)
+    for chunk, own, best in zip(chunks, classes.tolist(), chosen.tolist(), strict=True):
+        if own != best:
+            costs = code.costs(chunk[None])[0]
+            assert own != code.sizes.escape
+            assert best != code.sizes.escape
+            assert float(costs[own]) <= float(costs[best]) * (1 + 1e-5)
+    escaped = classes == code.sizes.escape
+    own, rest = classes[~escaped], chunks[~escaped]
+    latents = torch.einsum("bn,bnm->bm", rest - code.mean[own], code.basis[own])
+    y, counts = code.companded(bits[~escaped][:, code.sizes.class_bits :], own)
+    # Float32 moves a latent by some 1e-7 of the values that it sums, and tanh by as much.
+    rounding = 1e-6 / (WIDTH * code.scale[own]) + 1e-6
+    assert ((y - code.compand(latents, own)).abs() <= torch.exp2(-counts.double()) + rounding).all()
+    # The normalised action itself is a float32.
+    plan = plan_chunk_code(tokenizer)
+    exact = ((actions - plan.offset) * plan.inverse_units).clip(-1, 1).reshape(len(actions), -1)[escaped.numpy()]
+    torch.testing.assert_close(
+        bits[escaped][:, code.sizes.class_bits :], escape_encode(torch.from_numpy(exact), code.sizes.code_bits)
+    )
+    return escaped.numpy()
+
+
+def check_decoder(library: Library, tokens: Array) -> None:
+    tokenizer = library.tokenizer
+    status, found = library.decode(tokens)
+    assert status == OK
+    expected = tokenizer.decode(torch.from_numpy(tokens)).numpy()
+    worst = action_errors(expected, found, tokenizer.units.numpy())
+    assert worst.value <= DECODE_ERROR, worst
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+@given(
+    sizes=any_sizes(),
+    seed=st.integers(0, 2**32),
+    num_chunks=st.integers(1, 40),
+    spread=st.sampled_from([0.0, 0.01, 0.2, 3.0]),
+)
+@settings(max_examples=25)
+def test_a_code_of_any_size_gives_the_references_answers(
+    sizes: ChunkSizes, seed: int, num_chunks: int, spread: float, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    library = Library(tmp_path_factory.mktemp("code"), random_tokenizer(sizes, seed))
+    check_encoder(library, random_actions(library.tokenizer, num_chunks, spread, seed))
+    for length in {1, (sizes.num_tokens + 1) // 2, sizes.num_tokens}:
+        check_decoder(library, random_tokens(sizes, num_chunks, length, seed))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ChunkSizes(1, 1, num_classes=2, token_bits=4, num_tokens=1),
+        ChunkSizes(1, 1, num_classes=2, token_bits=16, num_tokens=1),
+        ChunkSizes(2, 64, num_classes=3, token_bits=16, num_tokens=5),
+        ChunkSizes(3, 1, num_classes=256, token_bits=9, num_tokens=4),
+        ChunkSizes(64, 1, num_classes=3, token_bits=9, num_tokens=40),
+        ChunkSizes(5, 1, num_classes=5, token_bits=10, num_tokens=9),
+        # More tokens than latents can use, and as many as escape can.
+        ChunkSizes(3, 5, num_classes=4, token_bits=8, num_tokens=33),
+    ],
+    ids=str,
+)
+def test_the_ends_of_what_sizes_may_be(sizes: ChunkSizes, tmp_path: Path) -> None:
+    library = Library(tmp_path, random_tokenizer(sizes, seed=1))
+    check_encoder(library, random_actions(library.tokenizer, 20, 0.1, seed=2))
+    for length in range(1, sizes.num_tokens + 1):
+        check_decoder(library, random_tokens(sizes, 40, length, seed=3))
+
+
+@pytest.fixture(scope="module")
+def fitted(split: EpisodeSplit) -> ChunkTokenizer:
+    """To some of the demonstrations, with few classes: eight steps of seven dimensions, 45 tokens."""
+    training, calibration = (
+        [np.asarray(episode, np.float64) for episode in part.episodes[:count]]
+        for part, count in ((split.train, 30), (split.calibration, 10))
+    )
+    sizes = ChunkSizes(action_dim=7, chunk_length=8, num_classes=16)
+    return ChunkTokenizer(sizes, fit_chunk_code(training, calibration, sizes)).double()
+
+
+@pytest.fixture(scope="module")
+def library(fitted: ChunkTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Library:
+    return Library(tmp_path_factory.mktemp("fitted"), fitted, NATIVE)
+
+
+@pytest.fixture(scope="module")
+def held_out(split: EpisodeSplit) -> Array:
+    """Chunks of episodes that the fit has not seen: float32 [B, 8, 7]."""
+    chunks = [episode[: len(episode) // 8 * 8].reshape(-1, 8, 7) for episode in split.validation.episodes]
+    return np.concatenate(chunks).astype(np.float32)
+
+
+def test_what_was_fitted_has_the_references_tokens(library: Library, held_out: Array) -> None:
+    assert not check_encoder(library, held_out).any()
+    expected = library.tokenizer.encode(torch.from_numpy(held_out).double()).numpy()
+    # The others are within rounding of another cell.
+    assert (library.encode(held_out)[1] == expected).mean() > 0.999
+
+
+def test_what_is_far_from_all_demonstrations_is_coded_by_escape(library: Library) -> None:
+    actions = np.random.default_rng(0).uniform(-1.2, 1.2, (100, 8, 7)).astype(np.float32)
+    assert check_encoder(library, actions).all()
+    _, tokens = library.encode(actions)
+    error = np.abs(library.decode(tokens)[1] - actions.clip(-1, 1)).max()
+    assert error <= library.tokenizer.code.bound(45) + 1e-6
+
+
+@pytest.mark.parametrize("length", range(1, 46))
+def test_every_prefix_decodes_as_the_references(length: int, library: Library) -> None:
+    """Of any tokens, not only of those that an encoder gives."""
+    check_decoder(library, random_tokens(library.sizes, 400, length, seed=length))
+
+
+def test_of_classes_that_cost_the_same_the_first_is_sent(tmp_path: Path) -> None:
+    sizes = ChunkSizes(2, 3, num_classes=5, num_tokens=6)
+    constants = vars(random_constants(sizes, seed=4))
+    for name in ("mean", "basis", "scale", "gain", "order"):
+        constants[name] = constants[name][:1].expand_as(constants[name]).clone()
+    library = Library(tmp_path, ChunkTokenizer(sizes, ChunkConstants(**constants)).double())
+    status, tokens = library.encode(random_actions(library.tokenizer, 50, 0, seed=5))
+    assert status == OK
+    found = set((tokens[:, 0] >> 7).tolist())
+    assert 0 in found
+    assert found <= {0, sizes.escape}
+
+
+def test_the_largest_legal_actions_are_coded_as_the_ends(tmp_path: Path) -> None:
+    library = Library(tmp_path, random_tokenizer(ChunkSizes(2, 3, num_classes=5, num_tokens=10), seed=3))
+    signs = np.random.default_rng(0).choice([-1, 1], (20, 3, 2)).astype(np.float32)
+    ends = (signs * library.tokenizer.units.numpy() * 2 + library.tokenizer.offset.numpy()).astype(np.float32)
+    status, tokens = library.encode(signs * np.float32(ACTION_LIMIT))
+    assert status == OK
+    np.testing.assert_array_equal(tokens, library.encode(ends)[1])
+
+
+# --- batches and refusals ---------------------------------------------------------------------------------------------
+
+
+def test_a_chunk_has_the_same_bits_whatever_stands_beside_it(library: Library, held_out: Array) -> None:
+    actions = held_out[:21]
+    _, tokens = library.encode(actions)
+    _, decoded = library.decode(tokens)
+    for chunk in range(len(actions)):
+        np.testing.assert_array_equal(library.encode(actions[chunk : chunk + 1])[1][0], tokens[chunk])
+        np.testing.assert_array_equal(library.decode(tokens[chunk : chunk + 1])[1][0], decoded[chunk])
+
+
+def test_a_batch_may_be_empty(library: Library) -> None:
+    assert library.encode(np.empty((0, 8, 7), np.float32))[0] == OK
+    assert library.decode(np.empty((0, 45), np.int32))[0] == OK
+
+
+@pytest.mark.parametrize("place", [0, 55, 8 * 56 - 1])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, np.nextafter(np.float32(ACTION_LIMIT), np.float32(np.inf))])
+def test_actions_that_no_number_holds_are_refused_untouched(value: float, place: int, library: Library) -> None:
+    actions = np.zeros((CHECKED_STEPS // 8, 8, 7), np.float32)
+    actions.flat[place] = value
+    status, tokens = library.encode(actions)
+    assert status == ILLEGAL_VALUE
+    assert (tokens == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("place", [0, 44, 8 * 45 - 1])
+@pytest.mark.parametrize("value", [-1, 1024, 2**31 - 1, -(2**31)])
+def test_tokens_outside_the_vocabulary_are_refused_untouched(value: int, place: int, library: Library) -> None:
+    tokens = np.zeros((CHECKED_STEPS // 8, 45), np.int32)
+    tokens.flat[place] = value
+    status, actions = library.decode(tokens)
+    assert status == ILLEGAL_VALUE
+    assert (actions == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("length", [0, 46])
+def test_numbers_of_tokens_that_no_chunk_has_are_refused_untouched(length: int, library: Library) -> None:
+    status, actions = library.decode(np.zeros((2, length), np.int32))
+    assert status == ILLEGAL_VALUE
+    assert (actions == UNTOUCHED).all()
+
+
+def test_a_longer_call_writes_whole_chunks_in_front_of_an_illegal_value(library: Library, held_out: Array) -> None:
+    checked = CHECKED_STEPS // 8
+    actions = held_out[: 3 * checked].copy()
+    _, expected = library.encode(actions)
+    actions[2 * checked - 1, 7, 6] = np.nan
+    status, tokens = library.encode(actions)
+    assert status == ILLEGAL_VALUE
+    np.testing.assert_array_equal(tokens[:checked], expected[:checked])
+    assert (tokens[checked:] == UNTOUCHED).all()
+
+
+# --- what compilers make of it ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def code(fitted: ChunkTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_code(tmp_path_factory.mktemp("code"), fitted)
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=str)
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_no_compiler_has_anything_to_say_and_little_is_called(
+    compiler: str, machine: tuple[str, ...], code: Path
+) -> None:
+    """No libm, no allocator, and nothing that can be written: what a real-time thread can be sure of."""
+    output = code / f"{compiler}{''.join(machine)}.o"
+    command = [compiler, *C_FLAGS, *WARNINGS, "-Wconversion", *machine, "-fPIC", "-c", SOURCE_NAME, "-o", output]
+    assert run(command, code) == ""
+    undefined = {line.split()[-1] for line in run(["nm", "--undefined-only", output], code).splitlines()}
+    assert undefined <= {"memcpy", "memset", "memmove", "_GLOBAL_OFFSET_TABLE_"}
+    lines = map(str.split, run(["size", "-A", output], code).splitlines())
+    sizes = {parts[0]: int(parts[1]) for parts in lines if len(parts) == 3 and parts[0].startswith(".")}
+    assert sizes[".text"] > 0
+    assert (sizes.get(".data", 0), sizes.get(".bss", 0)) == (0, 0)
+
+
+@pytest.mark.parametrize("compiler", COMPILERS)
+@pytest.mark.parametrize("sizes", [ChunkSizes(1, 1, 2, 4, 1), ChunkSizes(3, 7, 9, 12, 8)], ids=str)
+def test_nor_has_it_of_other_sizes(sizes: ChunkSizes, compiler: str, tmp_path: Path) -> None:
+    write_code(tmp_path, random_tokenizer(sizes, seed=0))
+    assert run([compiler, *C_FLAGS, *WARNINGS, "-Wconversion", "-c", SOURCE_NAME], tmp_path) == ""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason=f"reads x86-64 instructions; this is {platform.machine()}")
+@needs("gcc", "gcc")
+def test_costs_are_packed_multiply_adds(code: Path) -> None:
+    run(["gcc", *C_FLAGS, V3, "-c", SOURCE_NAME, "-o", "packed.o"], code)
+    text = run(["objdump", "--disassemble", "--no-show-raw-insn", "packed.o"], code)
+    packed = len(re.findall(r"\bvfn?m(?:add|sub)\d+p[sd] .*%ymm", text))
+    scalar = len(re.findall(r"\bvfn?m(?:add|sub)\d+s[sd]\b", text))
+    assert packed >= 100
+    assert scalar <= packed / 8, f"{scalar} scalar, {packed} packed"
+
+
+@needs("gcc", "gcc")
+@pytest.mark.parametrize("sizes", [ChunkSizes(2, 3, 5, 6, 9), ChunkSizes(3, 16, 3, 10, 4)], ids=str)
+def test_sanitizers_find_nothing(sizes: ChunkSizes, tmp_path: Path) -> None:
+    """In arrays of exactly their size, legal values and illegal ones."""
+    write_code(tmp_path, random_tokenizer(sizes, seed=1))
+    flags = ("-std=c11", "-O1", *SANITIZERS)
+    run(["gcc", *flags, "-I.", FOLDER / "chunk_misuse.c", SOURCE_NAME, "-lm", "-o", "misuse"], tmp_path)
+    assert run([tmp_path / "misuse"], tmp_path) == "nothing found\n"
+
+
+@pytest.mark.parametrize("target", [target for target in host_targets() if target.startswith("x86-64")])
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_every_target_gives_the_references_answers(
+    compiler: str, target: str, fitted: ChunkTokenizer, held_out: Array, tmp_path: Path
+) -> None:
+    library = Library(tmp_path, fitted, (*C_FLAGS, f"-march={target}"), compiler)
+    check_encoder(library, held_out[:200])
+    check_decoder(library, random_tokens(library.sizes, 400, 45, seed=1))
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def test_the_header_says_what_the_code_is(tmp_path: Path) -> None:
+    header = (write_code(tmp_path, random_tokenizer(ChunkSizes(2, 3, 5, 6, 9), seed=0)) / HEADER_NAME).read_text()
+    said = dict(re.findall(r"^#define RFSQ_(\w+) (.+)$", header, re.MULTILINE))
+    assert said == {
+        "FINGERPRINT": f'"{FINGERPRINT}"',
+        "MODE": '"chunk"',
+        "CHUNK_LENGTH": "3",
+        "ACTION_DIM": "2",
+        "NUM_TOKENS": "9",
+        "VOCABULARY": "64",
+        "ACTION_LIMIT": "0x1.0000000000000p+126f",
+        "CHECKED_STEPS": str(CHECKED_STEPS),
+    }
+
+
+def test_tables_that_are_too_large_for_a_source_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_chunk_code(random_tokenizer(ChunkSizes(2, 3, 5, 6, 9), seed=0))
+    monkeypatch.setattr(chunk_c_source, "MOST_NUMBERS", 100)
+    with pytest.raises(BuildInputError, match=r"5 classes of 6 values .* more than the 100 numbers .* fewer classes"):
+        c_chunk_tokenizer(plan, FINGERPRINT)
+
+
+def test_constants_that_no_float_holds_are_refused() -> None:
+    plan = plan_chunk_code(random_tokenizer(ChunkSizes(2, 3, 5, 6, 9), seed=0))
+    infinite = np.full_like(plan.inverse_width, np.inf)
+    with pytest.raises(BuildInputError, match="which float32 does not hold"):
+        c_chunk_tokenizer(replace(plan, inverse_width=infinite), FINGERPRINT)
