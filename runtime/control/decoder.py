@@ -190,9 +190,9 @@ class ControlDecoder:
         self._guard.sent = self.result.shown.values
         self._start_anew(self._guard.start(position))
 
-    def resume(self, sent: Float32Array, state: LoopState) -> None:
-        """Go on as if `sent` had left last and the loop were in `state`; the queue stays. For replays."""
-        self.result.shown = TickOutcome(sent.tolist())
+    def resume(self, sent: Float32Array, tick: int, state: LoopState) -> None:
+        """Go on as if `sent` had left last, on `tick`, and the loop were in `state`; the queue stays. For replays."""
+        self.result.shown = TickOutcome(sent.tolist(), tick=tick)
         self._loop.state = state
 
     def snapshot(self) -> HealthSnapshot:
