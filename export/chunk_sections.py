@@ -26,6 +26,8 @@ _WIDTHS = (0.3, 1.0, 2.0)
 _BESIDE = 1.5
 #: The most chunks on one side of an edge, and from how many of each class they are sought.
 _BESIDES, _POOL = 4096, 16
+#: Of the way from a tie of classes to where it was sought from, the nearest first.
+_NEARNESS = 2.0 ** torch.arange(-20, 0)
 _TIES, _GRID, _SIGNS, _CONSTANT = 24, 32, 4, 8
 
 
@@ -151,12 +153,15 @@ def _edges(model: ChunkTokenizer, span: Span, random: np.random.Generator) -> It
 
 
 def _grid(model: ChunkTokenizer, random: np.random.Generator) -> Float64Array:
-    """Random chunks [n, T, A] whose values lie on edges of escape's grid, or float32's next number on either side."""
-    count = model.sizes.num_values
+    """Random chunks [n, T, A] whose values lie beside edges of escape's grid: rounding just does not reach across.
+
+    On an edge itself torch, which codes escape in float64, tells nothing of how often float32 errs.
+    """
     levels = 3 * 2 ** random.integers(0, 9, (_GRID, 1))
-    edges = 2 * random.integers(1, levels, (_GRID, count)) / levels - 1
-    actions = _in_robot_units(model, torch.from_numpy(edges)).astype(np.float32)
-    return np.asarray(actions + random.integers(-1, 2, actions.shape) * np.spacing(np.abs(actions)), np.float64)
+    edges = torch.from_numpy(2 * random.integers(1, levels, (_GRID, model.sizes.num_values)) / levels - 1)
+    slack = normalised_chunks(model, torch.from_numpy(_in_robot_units(model, edges))).slack
+    sides = torch.from_numpy(random.choice([-_BESIDE, _BESIDE], edges.shape))
+    return _in_robot_units(model, edges + sides * slack)
 
 
 @torch.no_grad()
@@ -180,11 +185,10 @@ def _class_ties(model: ChunkTokenizer, random: np.random.Generator) -> Float64Ar
     near, far = bisected(first, second, lambda flat: classes(flat) == of_first)
     found = [near, far]
     for tie, end in ((near, first), (far, second)):
-        own = classes(tie)
-
-        def is_close(flat: Tensor, own: Tensor = own) -> Tensor:
-            margin, bound = choice(model.code, normalised(flat)).margins(own)
-            return margin <= _BESIDE * bound
-
-        found.append(bisected(tie, end, is_close)[1])
+        # All at once: each way is short, and a choice of few chunks takes as long as one of many.
+        ways = (tie + _NEARNESS[:, None, None] * (end - tie)).flatten(0, 1)
+        margins, bounds = choice(model.code, normalised(ways)).margins(classes(tie).repeat(len(_NEARNESS)))
+        is_beside = (margins > _BESIDE * bounds).reshape(len(_NEARNESS), -1)
+        nearest = is_beside.long().argmax(dim=0)
+        found.append(ways.reshape(len(_NEARNESS), *tie.shape)[nearest, torch.arange(len(tie))])
     return np.asarray(torch.unflatten(torch.cat(found).double(), 1, chunks.shape[1:]).numpy())

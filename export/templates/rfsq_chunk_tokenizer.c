@@ -398,7 +398,7 @@ static void decode_escape(int num_bits, const int32_t *restrict tokens, float *r
             cells[block * BLOCK_VALUES + i] = word % 3;
     }
     const int more = num_bits - BLOCKS * BLOCK_BITS;
-    for (int place = 0; place < more && place < N * MOST_BITS; ++place) {
+    for (int place = 0; place < more; ++place) {
         const int n = place % N;
         cells[n] = 2 * cells[n] + bit_at(tokens, BLOCKS * BLOCK_BITS + place);
         levels[n] *= 2;
