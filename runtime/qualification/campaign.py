@@ -171,7 +171,7 @@ def inject(rig: Rig, kind: Kind) -> tuple[Answer, list[str]]:
     rig.idle(rig.length)
     recoveries = rig.decoder.health.recoveries
     answer = kind.inject(rig)
-    expected, to_recover = kind.expected(rig.setup), kind.recoveries(rig.setup)
+    expected, to_recover = kind.expected(rig.setup, rig.length), kind.recoveries(rig.setup)
     if str(answer) != str(expected):
         to_recover = 0
         problems.append(f"{answer}, expected {expected}: {answer.detail}")

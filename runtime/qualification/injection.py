@@ -135,7 +135,8 @@ def faulty(tokenizer: ActionTokenizer, **options: Any) -> tuple[ActionTokenizer,
 def with_nan_weights(bundle: Bundle, name: str) -> Backend:
     """The real backend `name`, `onnxruntime` or `c`, with NaN for the decoders' weights.
 
-    Nothing on disk is changed. Raises BackendUnavailableError if the backend is not there, or is another one.
+    Nothing on disk is changed. Raises BackendUnavailableError if the backend is not there, or is another one, or has so
+    few weights that they cannot be found.
     """
     graphs = [entry.file for entry in bundle.manifest.graphs_of("gemm") if entry.role == "decoder"]
     contents = {file: bundle.content(file) for file in bundle.manifest.files}
@@ -144,7 +145,10 @@ def with_nan_weights(bundle: Bundle, name: str) -> Backend:
     elif name == "c":
         weights = [table for graph in graphs for table in weight_tables(contents[graph])]
         libraries = [entry.file for entry in bundle.manifest.engines if entry.backend == "c"]
-        contents |= {library: _nan_library(contents[library], weights) for library in libraries}
+        altered = {library: _nan_library(contents[library], weights) for library in libraries}
+        if any(contents[library] == content for library, content in altered.items()):
+            raise BackendUnavailableError("no weights of the C engine can be altered: this model has hardly any")
+        contents |= altered
     else:
         raise BackendUnavailableError(f"no weights of {name!r} can be altered here; expected onnxruntime or c")
     return create_backend(name, replace(bundle, _contents=MappingProxyType(contents)))
@@ -169,6 +173,8 @@ def _nan_graph(graph: bytes) -> bytes:
 
 def _nan_library(library: bytes, weights: Sequence[Float32Array]) -> bytes:
     """With NaN wherever two numbers stand that are neighbours in a table: tables are laid out anew there, in parts."""
+    if not weights:
+        return library
     pairs = np.concatenate([np.lib.stride_tricks.sliding_window_view(table, 2) for table in weights])
     # Two zeros are everywhere.
     wanted = np.ascontiguousarray(pairs[pairs.all(axis=1)]).view(_PAIR)

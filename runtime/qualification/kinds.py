@@ -49,12 +49,14 @@ class Kind:
     is_slow: bool = False
     takes_time: bool = False
 
-    def expected(self, setup: Setup) -> Answer:
+    def expected(self, setup: Setup, chunk_length: int) -> Answer:
         """The right one, but for its detail."""
         if self.is_backend and setup.has_fallback:
             return Answer(Status.OK, is_held=False, fell_back=True, is_latched=False)
         limits = self.status is Status.OUT_OF_RANGE and setup.out_of_range is OutOfRange.LIMIT
-        is_held = self.is_held and not limits
+        # A chunk of one action leaves nothing to be served in place of a stale one.
+        is_drained = self.status is Status.STALE and chunk_length == 1
+        is_held = (self.is_held or is_drained) and not limits
         is_latched = is_held and (self.latches or setup.on_fault is OnFault.STOP)
         return Answer(self.status, is_held, fell_back=False, is_latched=is_latched)
 
@@ -301,7 +303,8 @@ KINDS: tuple[Kind, ...] = (
     Kind("chunk from the future", _STALE, partial(_dated, lambda _: -10), is_held=False),
     Kind("chunk late, but in time", Status.OK, _late_in_time, is_held=False),
     Kind("duplicated chunk", _STALE, _same_again, is_held=False),
-    Kind("duplicated chunk, dated anew", _STALE, partial(_dated, lambda _: 0, ahead=0), is_held=False),
+    # Of a chunk of one action nothing is left: dated anew, it would be that of a policy that was restarted.
+    Kind("duplicated chunk, dated anew", _STALE, partial(_dated, lambda rig: rig.length == 1, ahead=0), is_held=False),
     Kind("reordered chunks", _STALE, _reordered, is_held=False),
     Kind("draft after its whole", _STALE, _draft_after_whole, is_held=False),
     Kind("draft, a longer one, and its whole", Status.OK, _longer_drafts, is_held=False),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.runtime import ActionTokenizer, ControlDecoder, Status
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.errors import BackendUnavailableError, InferenceError
@@ -31,6 +32,7 @@ from rfsq.runtime.qualification.rig import Setup
 from rfsq.runtime.qualification.system import run_system_faults
 from rfsq.runtime.qualification.token_faults import LEGAL_TOKENS
 from tests.bundles import Recipe
+from tests.chunk_bundles import ChunkRecipe, write_chunk_bundle
 from tests.runtime.control.loops import hurry
 
 #: About forty in each setup, so that each of these sees most kinds.
@@ -102,6 +104,21 @@ def test_faults_of_every_kind_are_answered_rightly_with_chunk_tokens(
     assert report.answered.keys() == {kind.name for kind in kinds}
     # What nobody can tell from good tokens is served.
     assert all(report.answered[name].keys() == {"OK"} for name in LEGAL_TOKENS)
+
+
+@pytest.mark.parametrize("has_chunk_tokens", [False, True])
+def test_chunks_of_one_action_are_answered_rightly_too(
+    bundle_of: Callable[[Recipe], Path], tmp_path: Path, has_chunk_tokens: bool
+) -> None:
+    """Nothing is left of one when the next comes. One chunk token is all there is, and no uint16 is too high for it."""
+    if has_chunk_tokens:
+        sizes = ChunkSizes(action_dim=2, chunk_length=1, num_classes=4, token_bits=16, num_tokens=1)
+        path = write_chunk_bundle(tmp_path / "bundle", ChunkRecipe(sizes))
+    else:
+        path = bundle_of(Recipe(chunk_length=1))
+    with ActionTokenizer.load(path, backend="onnxruntime") as loaded:
+        report = run_campaign(loaded, 500, nan_backends=nan_backends_of(path), setups=SETUPS[::9])
+    assert report.holds, str(report)
 
 
 def test_statistics_that_are_wrong_are_refused_as_tokens_are(dynamic_tokenizer: ActionTokenizer) -> None:
