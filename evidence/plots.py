@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rfsq.evidence.chunk_codec import FAMILY
+from rfsq.evidence.chunk_results import ChunkComparison, by_family
 from rfsq.evidence.results import CodecReport, Comparison, Spread
 from rfsq.evidence.tables import UNQUANTISED_TITLES
 from rfsq.rfsq_ref.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_chart, new_figure
@@ -176,6 +178,23 @@ def peers(comparison: Comparison) -> Figure:
                     markersize=4, linewidth=2.2 if report.scheme == "calibrated" else 1.3, label=report.scheme,
                 )  # fmt: skip
         finish(axes, title, x="bits per step")
+    return figure
+
+
+def chunk_tokens(found: ChunkComparison, others: Sequence[CodecReport] = ()) -> Figure:
+    """Action MSE against bits a step: the setting of each family that is best within each budget."""
+    figure, axes = new_chart(5.0)
+    axes.plot(found.budgets, found.gaussian, color=INK, linestyle="--", linewidth=1, label="one Gaussian's bound")
+    colours = cycle(_PEER_COLOURS)
+    for family, best in by_family(found, (*found.reports, *others)):
+        points = list({report.name: report for report in best if report}.values())
+        is_ours = family == FAMILY
+        axes.plot(
+            [report.bits for report in points], [max(report.mse, _TINY) for report in points],
+            color=BLUE if is_ours else next(colours), marker="o", markersize=4, linewidth=2.2 if is_ours else 1.2,
+            label=family,
+        )  # fmt: skip
+    finish(axes, f"Action MSE in normalised units², {found.judged} episodes", x="bits per step")
     return figure
 
 
