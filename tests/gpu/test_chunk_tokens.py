@@ -60,7 +60,7 @@ def chunk_bundle(deployed: ChunkTokens, tmp_path_factory: pytest.TempPathFactory
         BuildConfig(
             checkpoint=folder / "chunks.safetensors",
             output=output,
-            backends=("onnxruntime", "onnxruntime-cuda", "c", *ENGINES),
+            backends=("onnxruntime", "c", *ENGINES),
             parity_steps=10_000,
         )
     )
@@ -123,7 +123,7 @@ def test_every_gate_has_been_run_for_every_engine_and_every_kernel(chunk_bundle:
     proven = {(entry.backend, entry.gate) for entry in chunk_bundle.manifest.parity}
     gates = ("encode: wrong tokens", "decode 45 tokens: action error", "decode fewer tokens: action error")
     gates = (*gates, "encode: illegal values not marked", "decode fewer tokens: illegal values not marked")
-    assert proven >= {(name, gate) for name in (*ENGINES, "onnxruntime-cuda") for gate in gates}
+    assert proven >= {(name, gate) for name in ENGINES for gate in gates}
     variants = ("many steps", "uint16 tokens", "uint16 tokens, many steps")
     assert proven >= {("cuda", f"{variant}, {gate}") for variant in variants for gate in gates[:3]}
 
