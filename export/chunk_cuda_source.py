@@ -25,6 +25,8 @@ _MOST_FEW_THREADS, _MANY_THREADS = 512, 256
 _MOST_FEW_WARPS = 16
 #: Chunks that a warp decodes side by side.
 _GROUP = 8
+#: Blocks of the many decoders that share a multiprocessor: registers for so many, and shared memory.
+_MANY_BLOCKS = 4
 #: As in the template: a place of no bit, behind every token.
 _NO_PLACE = 2**16 - 1
 
@@ -67,7 +69,8 @@ def _sizes(plan: ChunkPlan, blocks: _Blocks) -> list[str]:
         f"constexpr int CLASSES = {sizes.num_classes - 1}, M = {plan.num_latents}, BUDGETS = {len(plan.budget_bits)};",
         f"constexpr int TOKEN_BITS = {sizes.token_bits}, CLASS_BITS = {sizes.class_bits}, MOST_BITS = {MOST_BITS};",
         f"constexpr int RANKS = {most_ranks(plan)}, GROUP = {_GROUP}, DECODED_CHUNKS = {CHUNKS_OF_BLOCK['decoder']};",
-        f"constexpr int FEW_THREADS = {blocks.few_threads}, MANY_THREADS = {_MANY_THREADS};",
+        f"constexpr int FEW_THREADS = {blocks.few_threads};",
+        f"constexpr int MANY_THREADS = {_MANY_THREADS}, MANY_BLOCKS = {_MANY_BLOCKS};",
         f"constexpr float ACTION_LIMIT = {number(ACTION_LIMIT)}, SURE_COST = {number(sure_cost(plan))};",
         "/* The cost of a class that is not sent. */",
         f"constexpr float NEVER = {number(float(np.finfo(np.float32).max))};",
@@ -168,7 +171,9 @@ def _kernels(plan: ChunkPlan, token: TokenType, blocks: _Blocks) -> list[str]:
     if blocks.many_warps:
         kernels.append(encoder(CHUNKS_OF_BLOCK["encoder"], blocks.many_warps))
     if blocks.has_many_decoders:
-        kernels.append(decoder("many", "MANY_THREADS", "decode_many(tokens, actions, chunks, (int)num_tokens)"))
+        kernels.append(
+            decoder("many", "MANY_THREADS, MANY_BLOCKS", "decode_many(tokens, actions, chunks, (int)num_tokens)")
+        )
     return kernels
 
 

@@ -252,26 +252,37 @@ __device__ __forceinline__ void decode_group(const Token *tokens, float *actions
                                              uint16 *words, float *latents)
 {
     const int lane = threadIdx.x % WARP;
-    unsigned illegal = 0;
+    /* In place of chunks that are not there the first one, which is not written again. */
+    int chunks[GROUP], valid = 0;
 #pragma unroll
     for (int i = 0; i < GROUP; ++i) {
-        bool is_illegal = false;
-        if (slots[i] != NO_CHUNK)
-            for (int l = lane; l < num_tokens; l += WARP) {
-                const unsigned token = __ldcs(tokens + slots[i] * num_tokens + l);
-                is_illegal |= token >= VOCABULARY;
-                words[i * L + l] = (uint16)token;
-            }
-        illegal |= (unsigned)(__any_sync(ALL_LANES, is_illegal) != 0) << i;
+        valid += slots[i] != NO_CHUNK;
+        chunks[i] = slots[slots[i] != NO_CHUNK ? i : 0];
     }
+    unsigned illegal = 0;
+#pragma unroll 1
+    for (int l = lane; l < num_tokens; l += WARP) {
+        /* All are under way before one is waited for. */
+        unsigned own[GROUP];
+#pragma unroll
+        for (int i = 0; i < GROUP; ++i)
+            own[i] = __ldcs(tokens + chunks[i] * num_tokens + l);
+#pragma unroll
+        for (int i = 0; i < GROUP; ++i) {
+            illegal |= (unsigned)(own[i] >= VOCABULARY) << i;
+            words[i * L + l] = (uint16)own[i];
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < GROUP; ++i)
+        illegal |= (unsigned)(__any_sync(ALL_LANES, illegal >> i & 1) != 0) << i;
     __syncwarp();
     const int c = class_of(words[0]);
     if (c == ESCAPE) {
-        for (int i = 0; i < GROUP; ++i)
-            if (slots[i] != NO_CHUNK)
-                for (int n = lane; n < N; n += WARP)
-                    put_action(actions + slots[i] * N, n,
-                               escape_value(n, num_tokens * TOKEN_BITS - CLASS_BITS, words + i * L), illegal >> i & 1);
+        for (int i = 0; i < valid; ++i)
+            for (int n = lane; n < N; n += WARP)
+                put_action(actions + slots[i] * N, n,
+                           escape_value(n, num_tokens * TOKEN_BITS - CLASS_BITS, words + i * L), illegal >> i & 1);
     } else {
         for (int m = lane; m < PADDED; m += WARP)
             decode_latent<GROUP>(c, m, num_tokens, words, latents);
@@ -284,8 +295,8 @@ __device__ __forceinline__ void decode_group(const Token *tokens, float *actions
 #pragma unroll
                 for (int v = 0; v < 2; ++v) {
                     const int n = first + v * WARP;
-                    if (n < N && slots[i] != NO_CHUNK)
-                        put_action(actions + slots[i] * N, n, clamped(MEAN[c][n] + sums[v][i]), illegal >> i & 1);
+                    if (n < N && i < valid)
+                        put_action(actions + chunks[i] * N, n, clamped(MEAN[c][n] + sums[v][i]), illegal >> i & 1);
                 }
         }
     }
@@ -302,9 +313,6 @@ __device__ __forceinline__ void decode_many(const Token *tokens, float *actions,
     const Chunks first = (Chunks)blockIdx.x * DECODED_CHUNKS, left = chunks - first;
     const int valid = left < DECODED_CHUNKS ? (int)left : DECODED_CHUNKS, warp = threadIdx.x / WARP;
     tokens += first * num_tokens, actions += first * N;
-    /* Chunks that are not there are decoded from these, and thrown away. */
-    for (int i = threadIdx.x % WARP; i < GROUP * L; i += WARP)
-        words[warp][i] = 0;
     const int num_slots = sort_by_class(tokens, valid, num_tokens, starts, slots);
     for (int slot = warp * GROUP; slot < num_slots; slot += WARPS * GROUP)
         decode_group(tokens, actions, num_tokens, slots + slot, words[warp], latents[warp]);

@@ -157,7 +157,7 @@ class ChunkCudaOnCpu:
     ) -> np.ndarray:
         name = self._name(role, output[1] if role == "encoder" else given.dtype.name, kind)
         # As the runtime launches them: with as many threads as they are compiled for.
-        bound = re.search(rf"__launch_bounds__\((\w+)\) {name}\(", self.source)
+        bound = re.search(rf"__launch_bounds__\((\w+)[^)]*\) {name}\(", self.source)
         assert bound is not None, name
         threads = int(bound[1]) if bound[1].isdigit() else constant(self.source, bound[1])
         blocks = -(-len(given) // (CHUNKS_OF_BLOCK[role] if kind == "many" else 1))
