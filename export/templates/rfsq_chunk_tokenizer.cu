@@ -157,15 +157,20 @@ __device__ __forceinline__ float escape_value(int n, int num_bits, const uint16 
     return (float)(2 * cell + 1) / (float)levels - 1;
 }
 
-__device__ __forceinline__ void put_action(float *chunk, int n, float value, bool is_illegal)
+__device__ __forceinline__ void put(float *action, float value, float unit, float offset, bool is_illegal)
 {
-    __stcs(chunk + n, is_illegal ? not_a_number() : fmaf(value, UNITS[n], OFFSETS[n]));
+    __stcs(action, is_illegal ? not_a_number() : fmaf(value, unit, offset));
+}
+
+__device__ __forceinline__ void put_value(float *chunk, int n, float value, bool is_illegal)
+{
+    put(chunk + n, value, UNITS[n], OFFSETS[n], is_illegal);
 }
 
 template <class Token>
 __device__ __forceinline__ void decode_few(const Token *tokens, float *actions, int num_tokens)
 {
-    /* So few that each thread holds its weights from when the class is known, and does not wait for them later. */
+    /* So few that each thread loads its weights when the class is known, and does not wait for them later. */
     constexpr bool ARE_HELD = 4 * N <= FEW_THREADS && QUARTER <= 16;
     __shared__ uint16 words[L];
     __shared__ float latents[PADDED];
@@ -181,11 +186,12 @@ __device__ __forceinline__ void decode_few(const Token *tokens, float *actions, 
     const int c = class_of(words[0]), quarter = threadIdx.x % 4;
     if (c == ESCAPE) {
         for (int n = threadIdx.x; n < N; n += FEW_THREADS)
-            put_action(chunk, n, escape_value(n, num_tokens * TOKEN_BITS - CLASS_BITS, words), is_illegal);
+            put_value(chunk, n, escape_value(n, num_tokens * TOKEN_BITS - CLASS_BITS, words), is_illegal);
         return;
     }
     float held[ARE_HELD ? QUARTER : 1];
     const int first_n = threadIdx.x / 4 < N ? threadIdx.x / 4 : N - 1;
+    float mean = MEAN[c][first_n], unit = UNITS[first_n], offset = OFFSETS[first_n];
     if constexpr (ARE_HELD)
 #pragma unroll
         for (int i = 0; i < QUARTER; ++i)
@@ -205,8 +211,10 @@ __device__ __forceinline__ void decode_few(const Token *tokens, float *actions, 
 #pragma unroll
         for (int q = 3; q >= 0; --q)
             sum += __shfl_sync(ALL_LANES, part, q, 4);
+        if (first != 0)
+            mean = MEAN[c][n], unit = UNITS[n], offset = OFFSETS[n];
         if (wanted < N && quarter == 0)
-            put_action(chunk, n, clamped(MEAN[c][n] + sum), is_illegal);
+            put(chunk + n, clamped(mean + sum), unit, offset, is_illegal);
     }
 }
 
@@ -281,8 +289,8 @@ __device__ __forceinline__ void decode_group(const Token *tokens, float *actions
     if (c == ESCAPE) {
         for (int i = 0; i < valid; ++i)
             for (int n = lane; n < N; n += WARP)
-                put_action(actions + slots[i] * N, n,
-                           escape_value(n, num_tokens * TOKEN_BITS - CLASS_BITS, words + i * L), illegal >> i & 1);
+                put_value(actions + slots[i] * N, n,
+                          escape_value(n, num_tokens * TOKEN_BITS - CLASS_BITS, words + i * L), illegal >> i & 1);
     } else {
         for (int m = lane; m < PADDED; m += WARP)
             decode_latent<GROUP>(c, m, num_tokens, words, latents);
@@ -291,13 +299,16 @@ __device__ __forceinline__ void decode_group(const Token *tokens, float *actions
             float sums[2][GROUP] = {};
             to_values(c, first, latents, sums);
 #pragma unroll
-            for (int i = 0; i < GROUP; ++i)
+            for (int v = 0; v < 2; ++v) {
+                const int n = first + v * WARP;
+                if (n >= N)
+                    break;
+                const float mean = MEAN[c][n], unit = UNITS[n], offset = OFFSETS[n];
 #pragma unroll
-                for (int v = 0; v < 2; ++v) {
-                    const int n = first + v * WARP;
-                    if (n < N && i < valid)
-                        put_action(actions + chunks[i] * N, n, clamped(MEAN[c][n] + sums[v][i]), illegal >> i & 1);
-                }
+                for (int i = 0; i < GROUP; ++i)
+                    if (i < valid)
+                        put(actions + chunks[i] * N + n, clamped(mean + sums[v][i]), unit, offset, illegal >> i & 1);
+            }
         }
     }
     __syncwarp();
@@ -358,8 +369,10 @@ __device__ __forceinline__ float latent_at(float y, float half, float width)
     return width * level_of(2 * (float)(int)fmaf(y, half, half) + 1, 2 * half);
 }
 
-/* What a class costs each of the chunks x [ROWS][CHUNKS]: the squared errors of its latents at the budgets, each with its
- * weight; and what no latent holds. To costs [CHUNKS][CLASSES]. */
+/*
+ * What a class costs each of the chunks x [ROWS][CHUNKS]: the squared errors of its latents at the budgets, each with
+ * its weight; and what no latent holds. To costs [CHUNKS][CLASSES].
+ */
 template <int CHUNKS>
 __device__ __forceinline__ void try_class(int c, const float *x, Desk<CHUNKS> &desk, float *costs)
 {
@@ -422,8 +435,8 @@ __device__ __forceinline__ int cheapest(const float *costs)
     return best;
 }
 
-/* Whether a class, which compands a chunk to desk.y, errs nowhere by more than escape would. x: its
- * values, CHUNKS apart. */
+/* Whether a class, which compands a chunk to desk.y, errs nowhere by more than escape would. x: its values, CHUNKS
+ * apart. */
 template <int CHUNKS>
 __device__ __forceinline__ bool keeps_bound(int c, const float *x, Desk<CHUNKS> &desk)
 {
