@@ -1,7 +1,7 @@
 """The figures of a comparison, as matplotlib figures and as SVG for the page."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 
 import matplotlib as mpl
@@ -23,6 +23,8 @@ SCHEME_COLOURS = {
 _PEER_COLOURS = ("#7b4fa3", "#c39bd3", "#b58900", "#e0c060", "#0f8b8d", "#76c7c7", "#c2185b")
 _DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 _TINY = 1e-12
+_MSE = ("action_mse", "Action MSE, normalised units²")
+_CHUNK_TOKENS = "chunk tokens"
 
 
 def figures(comparison: Comparison) -> dict[str, Figure]:
@@ -38,6 +40,7 @@ def figures(comparison: Comparison) -> dict[str, Figure]:
         drawn["learning curves"] = learning_curves(comparison)
     if comparison.peers:
         drawn["peers"] = peers(comparison)
+        drawn["choice"] = choice(comparison)
     return drawn
 
 
@@ -158,7 +161,7 @@ def learning_curves(comparison: Comparison) -> Figure:
 
 def peers(comparison: Comparison) -> Figure:
     """Action MSE, and millimetres where they apply, against bits per step."""
-    metrics = [("action_mse", "Action MSE, normalised units²")]
+    metrics = [_MSE]
     if comparison.data.physical:
         metrics.append(("position_mm", "Mean position error, mm"))
     figure = new_figure(5.0 * len(metrics))
@@ -177,6 +180,49 @@ def peers(comparison: Comparison) -> Figure:
                 )  # fmt: skip
         finish(axes, title, x="bits per step")
     return figure
+
+
+def choice(comparison: Comparison, chunks: Sequence[CodecReport] = ()) -> Figure:
+    """What each tokenizer reaches within so many bits of a step: of its settings those that no cheaper one beats.
+
+    chunks: reports of codecs of chunks; where one is of a peer's family, they take its place.
+    """
+    name, title = ("position_mm", "Mean position error, mm") if comparison.data.physical else _MSE
+    ours = {
+        f"per-step tokens, {report.scheme}": [(report.bits(row), row.metrics[name].mean) for row in report.prefixes]
+        for report in map(comparison.scheme, ("recovered", "calibrated"))
+    }
+    families = {report.family for report in chunks}
+    others: dict[str, list[tuple[float, float]]] = {}
+    for report in (*chunks, *(peer for peer in comparison.peers if peer.family not in families)):
+        others.setdefault(report.family, []).append((report.bits, report.metrics[name].mean))
+    figure, axes = new_chart(4.6)
+    axes.set_xscale("log")
+    colours = dict(zip(ours, (GREEN, BLUE), strict=True)) | {_CHUNK_TOKENS: RED}
+    spare = cycle(_PEER_COLOURS)
+    for family, points in (others | ours).items():
+        bits, errors = zip(*unbeaten(points), strict=True)
+        colour, width = (colours[family], 2.2) if family in colours else (next(spare), 1.2)
+        values = [max(error, _TINY) for error in errors]
+        axes.plot(bits, values, color=colour, marker="o", markersize=4, linewidth=width, label=family)
+    ticks = (5, 10, 20, 50, 100, 200, 400)
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    finish(axes, title, x="bits per step")
+    return figure
+
+
+def unbeaten(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (bits, error) those with less error than all that take fewer bits, by bits.
+
+    >>> unbeaten([(20, 0.2), (5, 0.5), (10, 0.6), (30, 0.2)])
+    [(5, 0.5), (20, 0.2)]
+    """
+    found: list[tuple[float, float]] = []
+    for bits, error in sorted(points):
+        if not found or error < found[-1][1]:
+            found.append((bits, error))
+    return found
 
 
 def _peer_curve(axes: Axes, points: Sequence[CodecReport], metric: str, colour: str) -> None:

@@ -39,6 +39,7 @@ _CAPTIONS = {
     "error histograms": "Absolute error of single action values, all layers decoded, over all seeds.",
     "trajectories": "One held-out episode. The axes follow what was recorded: a decoding far off leaves them.",
     "learning curves": "Weights are kept where the validation error is lowest (dots).",
+    "choice": "What each tokenizer reaches within so many bits: of its settings those that no cheaper one beats.",
     "peers": "Lower and farther left is better. Hollow squares decode a part of another setting's tokens.",
 }
 #: What stands around `$body`: head and style.

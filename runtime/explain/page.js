@@ -49,7 +49,13 @@ function scale(low, high, from, to) {
 function legend(id, entries) {
   at(id).replaceChildren(
     ...entries.map(([kind, text]) => {
-      const shape = kind === "band" ? draw("rect", { class: kind, width: 30, height: 12 }) : line(kind, [[0, 6], [30, 6]]);
+      const shape =
+        kind === "band"
+          ? draw("rect", { class: kind, width: 30, height: 12 })
+          : line(kind, [
+              [0, 6],
+              [30, 6],
+            ]);
       return make("span", {}, [draw("svg", { viewBox: "0 0 30 12", "aria-hidden": "true" }, shape), text]);
     }),
   );
@@ -72,30 +78,47 @@ function curve(svg, chunk, prefix, dimension) {
   const least = 0.02 * data.units[dimension];
   const middle = (Math.min(...all) + Math.max(...all)) / 2;
   const reach = 1.1 * Math.max(least, Math.max(...all) - middle);
-  fill(svg, 120, `${data.names[dimension]}: recorded ${recorded.map(number)}; decoded ${decoded.map(number)}`, (width) => {
-    const x = scale(0, Math.max(1, length - 1), 60, width - 8);
-    const y = scale(middle - reach, middle + reach, 102, 8);
-    const inside = (value) => Math.min(102, Math.max(8, y(value)));
-    const points = (values) => values.map((value, step) => [x(step), y(value)]);
-    const parts = [line("axis", [[60, 8], [60, 102], [width - 8, 102]])];
-    for (const value of [middle - reach / 1.1, middle, middle + reach / 1.1]) {
-      parts.push(words(54, y(value) + 4, number(value), "end"));
-    }
-    parts.push(words(60, 117, "step 0"), words(width - 8, 117, String(length - 1), "end"));
-    if (bound !== undefined) {
-      const [low, high] = [data.low[dimension], data.high[dimension]];
-      const edge = (sign) =>
-        recorded.map((value, step) => {
-          const clipped = Math.min(high, Math.max(low, value));
-          return [x(step), inside(clipped + sign * bound * data.units[dimension])];
-        });
-      const ring = [...edge(1), ...edge(-1).reverse()].map(([px, py]) => `${px.toFixed(1)},${py.toFixed(1)}`);
-      parts.push(draw("polygon", { class: "band", points: ring.join(" ") }));
-    }
-    if (mean) parts.push(line("mean", column(mean, dimension).map((value, step) => [x(step), y(value)])));
-    parts.push(line("true", points(recorded)), line("decoded", points(decoded)), ...dots(points(decoded)));
-    return parts;
-  });
+  fill(
+    svg,
+    120,
+    `${data.names[dimension]}: recorded ${recorded.map(number)}; decoded ${decoded.map(number)}`,
+    (width) => {
+      const x = scale(0, Math.max(1, length - 1), 60, width - 8);
+      const y = scale(middle - reach, middle + reach, 102, 8);
+      const inside = (value) => Math.min(102, Math.max(8, y(value)));
+      const points = (values) => values.map((value, step) => [x(step), y(value)]);
+      const parts = [
+        line("axis", [
+          [60, 8],
+          [60, 102],
+          [width - 8, 102],
+        ]),
+      ];
+      for (const value of [middle - reach / 1.1, middle, middle + reach / 1.1]) {
+        parts.push(words(54, y(value) + 4, number(value), "end"));
+      }
+      parts.push(words(60, 117, "step 0"), words(width - 8, 117, String(length - 1), "end"));
+      if (bound !== undefined) {
+        const [low, high] = [data.low[dimension], data.high[dimension]];
+        const edge = (sign) =>
+          recorded.map((value, step) => {
+            const clipped = Math.min(high, Math.max(low, value));
+            return [x(step), inside(clipped + sign * bound * data.units[dimension])];
+          });
+        const ring = [...edge(1), ...edge(-1).reverse()].map(([px, py]) => `${px.toFixed(1)},${py.toFixed(1)}`);
+        parts.push(draw("polygon", { class: "band", points: ring.join(" ") }));
+      }
+      if (mean)
+        parts.push(
+          line(
+            "mean",
+            column(mean, dimension).map((value, step) => [x(step), y(value)]),
+          ),
+        );
+      parts.push(line("true", points(recorded)), line("decoded", points(decoded)), ...dots(points(decoded)));
+      return parts;
+    },
+  );
 }
 
 /** Where the first three dimensions lead, added up: [x, y, z] before the first step and behind each. */
@@ -123,34 +146,47 @@ function path(svg, chunk, prefix) {
   at("path-end").textContent = `The decoded path ends ${off} off.`;
   fill(svg, 300, `The path ends at ${end} as recorded, at ${decodedEnd} as decoded`, (width) => {
     const size = Math.max(right - left, bottom - top, 1e-9);
-    const zoom = Math.min((width - 40) / Math.max(right - left, size * 1e-6), 250 / Math.max(bottom - top, size * 1e-6));
-    const place = ([x, y]) => [
-      width / 2 + (x - (left + right) / 2) * zoom, 150 + (y - (top + bottom) / 2) * zoom,
-    ];
+    const zoom = Math.min(
+      (width - 40) / Math.max(right - left, size * 1e-6),
+      250 / Math.max(bottom - top, size * 1e-6),
+    );
+    const place = ([x, y]) => [width / 2 + (x - (left + right) / 2) * zoom, 150 + (y - (top + bottom) / 2) * zoom];
     const corner = ([x, y]) => [70 + 26 * x, 245 + 26 * y];
-    const axes = [[1, 0, 0], [0, 1, 0], [0, 0, 1]].flatMap((direction, axis) => {
+    const axes = [
+      [1, 0, 0],
+      [0, 1, 0],
+      [0, 0, 1],
+    ].flatMap((direction, axis) => {
       const [x, y] = corner(project(direction.map((value) => value * 1.45)));
-      return [
-        line("axis", [corner([0, 0]), corner(project(direction))]), words(x, y + 4, data.names[axis], "middle"),
-      ];
+      const name = words(x, y + 4, data.names[axis].slice(0, 12), "middle");
+      return [line("axis", [corner([0, 0]), corner(project(direction))]), name];
     });
     const [x, y] = place(recorded[0]);
     const decoded = decodings[prefix].map(place);
     return [
-      ...axes, line("true", recorded.map(place)), line("decoded", decoded), ...dots(decoded.slice(1)),
-      draw("circle", { class: "true", cx: x, cy: y, r: 5 }), words(x + 9, y - 7, "start"),
+      ...axes,
+      line("true", recorded.map(place)),
+      line("decoded", decoded),
+      ...dots(decoded.slice(1)),
+      draw("circle", { class: "true", cx: x, cy: y, r: 5 }),
+      words(x + 9, y - 7, "start"),
     ];
   });
 }
 
 /** Error against the number of tokens: of this chunk, and of all that were counted. */
 function errors(svg, chunk, prefix) {
-  const series = [["p99", data.p99], ["median", data.median], ["decoded", chunk.rms]];
+  const series = [
+    ["p99", data.p99],
+    ["median", data.median],
+    ["decoded", chunk.rms],
+  ];
   const values = series.flatMap(([, rows]) => rows).filter((value) => value > 0);
   const low = Math.floor(Math.log10(Math.min(...values, 1)));
   const high = Math.max(low + 1, Math.ceil(Math.log10(Math.max(...values, 1e-9))));
   const last = data.prefixes.at(-1);
-  const label = `RMS error of this chunk ${number(chunk.rms[prefix])}, of half of all below ` +
+  const label =
+    `RMS error of this chunk ${number(chunk.rms[prefix])}, of half of all below ` +
     `${number(data.median[prefix])}, of 99 % below ${number(data.p99[prefix])}`;
   fill(svg, 260, label, (width) => {
     const x = scale(0, last, 52, width - 12);
@@ -159,14 +195,26 @@ function errors(svg, chunk, prefix) {
       rows.map((value, index) => [x(data.prefixes[index]), y(Math.log10(Math.max(value, 10 ** low)))]);
     const parts = [];
     for (let power = low; power <= high; power += 1) {
-      parts.push(line("axis", [[52, y(power)], [width - 12, y(power)]]));
-      parts.push(words(46, y(power) + 4, power < -3 ? `1e−${-power}` : String(Number((10 ** power).toPrecision(1))), "end"));
+      parts.push(
+        line("axis", [
+          [52, y(power)],
+          [width - 12, y(power)],
+        ]),
+      );
+      parts.push(
+        words(46, y(power) + 4, power < -3 ? `1e−${-power}` : String(Number((10 ** power).toPrecision(1))), "end"),
+      );
     }
     const step = Math.max(1, Math.ceil(last / 9 / 5) * 5) * (last < 10 ? 1 / 5 : 1);
     for (let tick = 0; tick <= last; tick += Math.max(1, step)) parts.push(words(x(tick), 238, String(tick), "middle"));
     parts.push(words((52 + width) / 2, 255, data.unit, "middle"));
     const now = x(data.prefixes[prefix]);
-    parts.push(line("now", [[now, 10], [now, 222]]));
+    parts.push(
+      line("now", [
+        [now, 10],
+        [now, 222],
+      ]),
+    );
     for (const [kind, rows] of series) parts.push(line(kind, points(rows)));
     parts.push(...dots([points(chunk.rms)[prefix]]));
     return parts;
@@ -187,7 +235,14 @@ function classPicture(svg, shown) {
         return draw("rect", { ...bar, y: share > 0 ? zero - height : zero });
       });
       const name = words(0, zero + 4, data.names[dimension].slice(0, 12));
-      return [name, ...bars, line("zero", [[90, zero], [width, zero]])];
+      return [
+        name,
+        ...bars,
+        line("zero", [
+          [90, zero],
+          [width, zero],
+        ]),
+      ];
     });
   });
 }
@@ -213,7 +268,10 @@ function facts(chunk, prefix) {
 function tokens(chunk, prefix) {
   const used = data.prefixes[prefix];
   const cells = Array.from({ length: data.prefixes.at(-1) }, (_, index) => chunk.tokens[index] ?? `L${index}`);
-  at("tokens").setAttribute("aria-label", `${used} of ${counted(cells.length, data.unit)} used: ${cells.slice(0, used)}`);
+  at("tokens").setAttribute(
+    "aria-label",
+    `${used} of ${counted(cells.length, data.unit)} used: ${cells.slice(0, used)}`,
+  );
   at("tokens").replaceChildren(
     ...cells.map((text, index) => make("span", index < used ? { class: "used" } : {}, String(text))),
   );
@@ -231,12 +289,16 @@ function classPanel(chunk) {
 }
 
 function curves(chunk, prefix) {
-  at("curves").querySelectorAll("svg").forEach((svg, dimension) => curve(svg, chunk, prefix, dimension));
-  at("curves").querySelectorAll("figcaption").forEach((caption, dimension) => {
-    const squares = chunk.actions.map((row, step) => (row[dimension] - chunk.decoded[prefix][step][dimension]) ** 2);
-    const rms = Math.sqrt(squares.reduce((sum, value) => sum + value, 0) / length);
-    caption.replaceChildren(make("b", {}, data.names[dimension]), `  RMS error ${number(rms)}`);
-  });
+  at("curves")
+    .querySelectorAll("svg")
+    .forEach((svg, dimension) => curve(svg, chunk, prefix, dimension));
+  at("curves")
+    .querySelectorAll("figcaption")
+    .forEach((caption, dimension) => {
+      const squares = chunk.actions.map((row, step) => (row[dimension] - chunk.decoded[prefix][step][dimension]) ** 2);
+      const rms = Math.sqrt(squares.reduce((sum, value) => sum + value, 0) / length);
+      caption.replaceChildren(make("b", {}, data.names[dimension]), `  RMS error ${number(rms)}`);
+    });
 }
 
 function show() {
@@ -245,7 +307,8 @@ function show() {
   const used = data.prefixes[prefix];
   const said = `${used} of ${counted(data.prefixes.at(-1), data.unit)}, ${number(data.bits[prefix])} bits a step`;
   at("amount").setAttribute("aria-valuetext", said);
-  at("said").textContent = `${said}. RMS error of this chunk ${number(chunk.rms[prefix])}; half of all chunks are below ` +
+  at("said").textContent =
+    `${said}. RMS error of this chunk ${number(chunk.rms[prefix])}; half of all chunks are below ` +
     `${number(data.median[prefix])}, 99 % below ${number(data.p99[prefix])}.`;
   facts(chunk, prefix);
   tokens(chunk, prefix);
@@ -271,15 +334,24 @@ function setUp() {
   at("curves").replaceChildren(
     ...dimensions.map(() => make("figure", {}, [make("figcaption"), draw("svg", { role: "img" })])),
   );
-  const lines = [["true", "recorded"], ["decoded", "decoded"]];
+  const lines = [
+    ["true", "recorded"],
+    ["decoded", "decoded"],
+  ];
   const more = [];
   if (Object.values(data.classes).some((shown) => shown.mean)) more.push(["mean", "mean of the class"]);
-  if (bounded.length) more.push(["band", `bound, at ${bounded.map((index) => data.prefixes[index]).join(", ")} ${data.unit}`]);
+  if (bounded.length)
+    more.push(["band", `bound, at ${bounded.map((index) => data.prefixes[index]).join(", ")} ${data.unit}`]);
   legend("curves-legend", [...lines, ...more]);
   legend("path-legend", lines);
-  legend("errors-legend", [["decoded", "RMS of this chunk"], ["median", "half of all are below"], ["p99", "99 % are below"]]);
+  legend("errors-legend", [
+    ["decoded", "RMS of this chunk"],
+    ["median", "half of all are below"],
+    ["p99", "99 % are below"],
+  ]);
   at("path-section").hidden = !hasPath;
-  at("path-note").textContent = `The first three dimensions (${data.names.slice(0, 3).join(", ")}), added up step by ` +
+  at("path-note").textContent =
+    `The first three dimensions (${data.names.slice(0, 3).join(", ")}), added up step by ` +
     "step. Where they are changes of position, this is the way of the gripper.";
   for (const name of ["amount", "chunk"]) at(name).addEventListener("input", show);
   new ResizeObserver(() => requestAnimationFrame(show)).observe(document.body);

@@ -8,7 +8,7 @@ import pytest
 
 from rfsq.calibration.tables import Table
 from rfsq.evidence.findings import AS_TRAINED, REFITTED
-from rfsq.evidence.plots import error_by_layer, figures, svg
+from rfsq.evidence.plots import choice, error_by_layer, figures, svg
 from rfsq.evidence.report import page
 from rfsq.evidence.results import Comparison, Spread
 from rfsq.evidence.tables import findings_table, layer_table, number, peer_table, summary_table
@@ -94,6 +94,15 @@ def drawn(with_peers: Comparison) -> dict[str, str]:
     return {name: svg(figure) for name, figure in figures(with_peers).items()}
 
 
+def test_a_codec_of_chunks_takes_the_place_of_a_peer_of_its_family(with_peers: Comparison) -> None:
+    chunks = (peer("bins", 20.0, 1e-3), peer("chunk tokens", 20.0, 1e-4), peer("chunk tokens", 10.0, 1e-3))
+    drawn = {line.get_label(): line for line in choice(with_peers, chunks).axes[0].lines}
+    assert [*drawn["bins"].get_xdata()] == [20.0]
+    assert [*drawn["chunk tokens"].get_xdata()] == [10.0, 20.0]
+    assert {*drawn} == {"bins", "chunk tokens", "per-step tokens, recovered", "per-step tokens, calibrated"}
+    assert [*{line.get_label(): line for line in choice(with_peers).axes[0].lines}["bins"].get_xdata()] == [42.0, 84.0]
+
+
 class _Reader(HTMLParser):
     """Tags that were opened and never closed, and everything that would be loaded from elsewhere."""
 
@@ -131,7 +140,7 @@ def test_the_page_is_whole_and_loads_nothing(with_peers: Comparison, drawn: dict
     assert reader.loaded == []
     assert "url(http" not in content
     assert "<script" not in content
-    assert content.count("<svg") == 7
+    assert content.count("<svg") == 8
 
 
 def test_the_page_shows_every_table_and_where_it_comes_from(with_peers: Comparison, drawn: dict[str, str]) -> None:
