@@ -60,6 +60,11 @@ class ChunkBuilder(GraphBuilder):
         even = self.times(self.floor_of(shifted, 0.5, f"{output}.halves"), 2, f"{output}.even")
         return self.apply("Sub", [self.apply("Floor", [shifted], f"{output}.floor"), even], output)
 
+    def precise(self, value: str, output: str) -> str:
+        """In double where the form has it, on the CPU: latents of tokens that no encoder gives reach 30, and float32
+        rounds those by 2e-6."""
+        return self.apply("Cast", [value], output, to=TensorProto.DOUBLE) if self.form is LinearForm.GEMM else value
+
     def log_ratio(self, above: str, below: str, output: str) -> str:
         """log(above / below): 2 atanh y of 1 + y and 1 - y, which is what no runtime lacks."""
         return self.apply("Log", [self.apply("Div", [above, below], f"{output}.ratio")], output)

@@ -220,9 +220,11 @@ def _kept(build: ChunkBuilder, plan: ChunkPlan, signs: str, class_number: str) -
         centred = build.reduced("ReduceSum", build.apply("Mul", [basis, wide], "products"), 2, "centred")
     else:
         tall = build.reshape(decoded, (-1, latents, 1), "latents.tall")
-        centred = build.reshape(build.apply("MatMul", [basis, tall], "product"), (-1, sizes.num_values), "centred")
-    whole = build.apply("Add", [centred, build.rows(plan.mean, index, "mean")], "whole")
-    return build.clipped(whole, -1, 1, "kept")
+        product = build.apply("MatMul", [build.precise(basis, "basis.precise"), tall], "product")
+        centred = build.reshape(product, (-1, sizes.num_values), "centred")
+    mean = build.precise(build.rows(plan.mean, index, "mean"), "mean.precise")
+    whole = build.apply("Add", [centred, mean], "whole")
+    return build.clipped(build.apply("Cast", [whole], "whole.rounded", to=TensorProto.FLOAT), -1, 1, "kept")
 
 
 def _latents(build: ChunkBuilder, plan: ChunkPlan, signs: str, index: str) -> str:
@@ -240,8 +242,9 @@ def _latents(build: ChunkBuilder, plan: ChunkPlan, signs: str, index: str) -> st
     width = build.rows(plan.width.reshape(-1) / 2, entry, "width")
     # A level has at most 18 bits: both sums are exact.
     one = build.numbers("one", 1)
-    ends = build.apply("Add", [one, level], "level.above"), build.apply("Sub", [one, level], "level.below")
-    return build.apply("Mul", [build.log_ratio(*ends, "spread"), width], "latents")
+    above, below = build.apply("Add", [one, level], "level.above"), build.apply("Sub", [one, level], "level.below")
+    spread = build.log_ratio(build.precise(above, "above.precise"), build.precise(below, "below.precise"), "spread")
+    return build.apply("Mul", [spread, build.precise(width, "width.precise")], "latents")
 
 
 def _bit_positions(plan: ChunkPlan) -> npt.NDArray[np.int32]:

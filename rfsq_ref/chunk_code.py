@@ -116,6 +116,8 @@ class ChunkConstants:
             tensor = getattr(self, name)
             if tensor.shape != shape or not torch.isfinite(tensor).all():
                 raise SettingsError(f"{name} has shape {tuple(tensor.shape)}; expected {shape}, all finite: fit again")
+        if not (self.weights >= 0).all():
+            raise SettingsError("every weight must be 0 or more: fit again")
         if not 1 <= latents <= sizes.num_values or not (self.scale > 0).all() or not (self.gain > 0).all():
             raise SettingsError("every scale and gain must be positive, and there are at most T * A latents: fit again")
         bits = torch.nn.functional.one_hot(self.order.clamp(0, latents - 1), latents).sum(dim=1)

@@ -17,7 +17,7 @@ from .bundle.fidelity import Grade
 from .bundle.folder import open_bundle
 from .bundle.manifest import GOLDEN_NAME, Manifest
 from .bundle.models import ModelEntry
-from .bundle.validation import InputValidator, is_gpu_array
+from .bundle.validation import CheckedPair, InputValidator, is_gpu_array
 
 if TYPE_CHECKING:
     from .backends.gpu.arrays import GpuCalls, GpuResult
@@ -49,6 +49,8 @@ class ActionTokenizer:
         self._backend = backend
         self._validator = InputValidator(manifest.model)
         self._unchecked_chunks = backend.checked_steps // manifest.model.chunk_length
+        #: The arrays of the last `encode_into` and `decode_into`, where only values have to be looked at again.
+        self._encoded = self._decoded = CheckedPair(np.empty(0), np.empty(0))
         self._gpu_calls: GpuCalls | None = None
         self._is_closed = False
         #: What `load` is called with to open the same again, by an absolute path.
@@ -198,6 +200,10 @@ class ActionTokenizer:
         Allocates no array after the first call with a batch size where actions are C-contiguous float32: only numpy's
         and Python's small change, about 1 KB whatever the batch.
         """
+        if stats_out is None and self._encoded.is_of(actions, out):
+            # Their forms were checked a call ago.
+            self._encode(actions, out, None)  # type: ignore[arg-type]  # they are the arrays that it knows
+            return
         if stats_out is not None:
             self._require_stats()
         if is_gpu_array(actions):
@@ -212,6 +218,8 @@ class ActionTokenizer:
             shape = self._model.stats_shape(len(valid))
             stats = self._validator.output("stats_out", stats_out, np.float32, shape, source, tokens)
         self._encode(valid, tokens, stats)
+        if valid is actions and stats is None and len(valid) <= self._unchecked_chunks:
+            self._encoded = CheckedPair(valid, tokens)
 
     def bind_encode(
         self, actions: object, out: object, stats_out: object | None = None, *, stream: object = None
@@ -250,6 +258,10 @@ class ActionTokenizer:
         Allocates no array after the first call with a batch size where tokens are C-contiguous int32: only numpy's
         and Python's small change, about 1 KB whatever the batch.
         """
+        if stats is None and self._decoded.is_of(tokens, out):
+            # Their forms were checked a call ago.
+            self._decode(tokens, None, out)  # type: ignore[arg-type]  # they are the arrays that it knows
+            return
         if is_gpu_array(tokens):
             self._on_gpu().decode_into(tokens, out, stats, stream)
             return
@@ -259,6 +271,8 @@ class ActionTokenizer:
         inputs = cast("tuple[Int32Array, ...]", (tokens,) if stats is None else (tokens, stats))
         actions = self._validator.output("out", out, np.float32, self._model.actions_shape(len(valid)), *inputs)
         self._decode(valid, valid_stats, actions)
+        if valid is tokens and stats is None and len(valid) <= self._unchecked_chunks:
+            self._decoded = CheckedPair(valid, actions)
 
     def bind_decode(
         self, tokens: object, out: object, stats: object | None = None, *, stream: object = None
@@ -366,7 +380,10 @@ def codes_of(tokenizer: ActionTokenizer, actions: Float32Array) -> Codes:
 
 #: What `load` makes anew; all else that an instance has is of a subclass, and goes with its copies.
 _OPENED = frozenset(
-    {"_manifest", "_model", "golden", "_backend", "_validator", "_unchecked_chunks", "_gpu_calls", "_is_closed"}
+    {
+        *("_manifest", "_model", "golden", "_backend", "_validator", "_unchecked_chunks"),
+        *("_encoded", "_decoded", "_gpu_calls", "_is_closed"),
+    }
 )
 
 

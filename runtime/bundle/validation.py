@@ -6,6 +6,8 @@ to an error.
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -60,6 +62,32 @@ def is_gpu_array(value: object) -> bool:
         return False
     # Asked of the type, because making the description takes torch several microseconds.
     return hasattr(type(value), "__cuda_array_interface__")
+
+
+class CheckedPair:
+    """An input and an output whose forms were checked, to be known when they come again: a control loop's arrays do.
+
+    They are referenced weakly. numpy resizes nothing that is referenced so; what else can be changed in place, type,
+    shape, strides and whether it may be written, is compared.
+    """
+
+    __slots__ = ("_shape", "_source", "_source_form", "_strides", "_target", "_target_form")
+
+    def __init__(self, source: AnyArray, target: AnyArray) -> None:
+        self._source: Callable[[], Any] = weakref.ref(source)
+        self._target: Callable[[], Any] = weakref.ref(target)
+        self._source_form = source.dtype, source.shape, source.strides
+        self._target_form = target.dtype, target.shape, target.strides
+
+    def is_of(self, source: Any, target: Any) -> bool:
+        """Whether these are the two, as they were."""
+        if self._source() is not source or self._target() is not target:
+            return False
+        return (
+            (source.dtype, source.shape, source.strides) == self._source_form
+            and (target.dtype, target.shape, target.strides) == self._target_form
+            and target.flags.writeable
+        )
 
 
 class InputValidator:

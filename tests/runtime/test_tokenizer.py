@@ -328,3 +328,40 @@ def test_a_closed_tokenizer_says_so(bundle: Path) -> None:
         tokenizer.encode(random_actions(Recipe(), 1))
     with pytest.raises(TokenizerError, match="was closed"):
         tokenizer.decode(np.zeros((1, 2, 4, 3), np.int32))
+
+
+@pytest.mark.parametrize("backend", ["c", "onnxruntime"])
+def test_arrays_that_come_again_are_checked_for_what_was_changed_in_place(
+    backend: str, bundle_of: Callable[[Recipe], Path]
+) -> None:
+    with ActionTokenizer.load(bundle_of(Recipe(c_targets=("x86-64",))), backend=backend) as tokenizer:
+        actions = random_actions(Recipe(), 2)
+        tokens, out = tokenizer.encode(actions), np.empty_like(actions)
+        encoded = np.empty_like(tokens)
+        for _ in range(3):
+            tokenizer.decode_into(tokens, out)
+            tokenizer.encode_into(actions, encoded)
+        expected = tokenizer.decode(tokens)
+        tokens[1, 0, 0, 0] = tokenizer.model.vocabulary
+        with pytest.raises(InvalidInputError, match=r"tokens\[1, 0, 0, 0\] is"):
+            tokenizer.decode_into(tokens, out)
+        np.testing.assert_array_equal(out, expected)
+        actions[0, 0, 0] = np.nan
+        with pytest.raises(InvalidInputError, match=r"actions\[0, 0, 0\] is nan"):
+            tokenizer.encode_into(actions, encoded)
+        tokens[1, 0, 0, 0] = 0
+        out.flags.writeable = False
+        with pytest.raises(InvalidInputError, match="not writable"):
+            tokenizer.decode_into(tokens, out)
+        out.flags.writeable = True
+        out.dtype = np.int32
+        with pytest.raises(InvalidInputError, match="out is int32"):
+            tokenizer.decode_into(tokens, out)
+        out.dtype = np.float32
+        tokens.shape = (1, 2 * tokens.shape[1], *tokens.shape[2:])
+        with pytest.raises(InvalidInputError, match="tokens have shape"):
+            tokenizer.decode_into(tokens, out)
+        tokens.shape = encoded.shape
+        tokenizer.decode_into(tokens, out)
+    with pytest.raises(TokenizerError, match="closed"):
+        tokenizer.decode_into(tokens, out)
