@@ -132,7 +132,7 @@ def _classes(
     for number in np.unique(numbers[samples.shown]).tolist():
         share = float((numbers == number).mean())
         if number == model.num_classes - 1:
-            found[number] = ShownClass(share, None, "escape: no class fits, and each value is coded by itself")
+            found[number] = ShownClass(share, None, "no class holds this chunk, and each value is coded by itself")
         else:
             mean = class_mean(tokenizer.decode, model, number)
             found[number] = ShownClass(share, mean, in_words(mean, samples.largest, names))

@@ -31,7 +31,7 @@ const draw = (name, attributes, children = []) => make(name, attributes, childre
 const line = (kind, points) =>
   draw("polyline", { class: kind, points: points.map(([x, y]) => `${x.toFixed(1)},${y.toFixed(1)}`).join(" ") });
 const words = (x, y, text, anchor = "start") => draw("text", { x, y, "text-anchor": anchor }, text);
-const dots = (points) => points.map(([cx, cy]) => draw("circle", { class: "dot", cx, cy, r: 2.5 }));
+const dots = (kind, points) => points.map(([cx, cy]) => draw("circle", { class: kind, cx, cy, r: 2.5 }));
 
 /** Fill a drawing whose text keeps its size, however wide it is. draw: gives its parts for a width. */
 function fill(svg, height, label, parts) {
@@ -115,7 +115,8 @@ function curve(svg, chunk, prefix, dimension) {
             column(mean, dimension).map((value, step) => [x(step), y(value)]),
           ),
         );
-      parts.push(line("true", points(recorded)), line("decoded", points(decoded)), ...dots(points(decoded)));
+      parts.push(line("true", points(recorded)), ...dots("true-dot", points(recorded)));
+      parts.push(line("decoded", points(decoded)), ...dots("decoded-dot", points(decoded)));
       return parts;
     },
   );
@@ -167,7 +168,7 @@ function path(svg, chunk, prefix) {
       ...axes,
       line("true", recorded.map(place)),
       line("decoded", decoded),
-      ...dots(decoded.slice(1)),
+      ...dots("decoded-dot", decoded.slice(1)),
       draw("circle", { class: "true", cx: x, cy: y, r: 5 }),
       words(x + 9, y - 7, "start"),
     ];
@@ -216,7 +217,7 @@ function errors(svg, chunk, prefix) {
       ]),
     );
     for (const [kind, rows] of series) parts.push(line(kind, points(rows)));
-    parts.push(...dots([points(chunk.rms)[prefix]]));
+    parts.push(...dots("decoded-dot", [points(chunk.rms)[prefix]]));
     return parts;
   });
 }
@@ -283,7 +284,8 @@ function classPanel(chunk) {
   if (!shown) return;
   const share = shown.share < 0.001 ? "under 0.1" : number(100 * shown.share);
   at("class-title").textContent = `Class ${chunk.class_number}, named by token 0`;
-  at("class-words").textContent = `${share} % of the chunks in the data. Its mean: ${shown.words}.`;
+  at("class-words").textContent =
+    `${share} % of the chunks in the data. ${shown.mean ? "Its mean" : "Escape"}: ${shown.words}.`;
   for (const id of ["class-picture", "class-note"]) at(id).toggleAttribute("hidden", !shown.mean);
   if (shown.mean) classPicture(at("class-picture"), shown);
 }
