@@ -27,6 +27,8 @@ _BROAD = (1.0, 6.0, 36.0)
 _SHRINK_CLASS, _SHRINK_PARENT, _SHRINK_ENERGY, _SHRINK_SCALE = 40.0, 80.0, 20.0, 40.0
 #: The same for gains.
 _SHRINK_GAIN = 60.0
+#: Of all tokens, the share in which each bit refines the same latent in every class.
+_SHARED_TOKENS = 8 / 45
 #: Of the variance of a normalised action, what no latent falls below: rounding of float32 recordings.
 _LEAST_VARIANCE = 1e-10
 #: Of a mean squared error that others are divided by.
@@ -36,11 +38,13 @@ _LEAST_ERROR = 1e-30
 @dataclass(frozen=True)
 class ChunkFitConfig:
     """seed: of the first classes and of the samples; most_windows: of the training episodes, and a fourth of them of
-    the calibration episodes, sampled where there are more; budgets: numbers of tokens at which errors count."""
+    the calibration episodes, sampled where there are more; budgets: numbers of tokens at which errors count;
+    has_shared_order: whether the first bits refine the same latents in all classes."""
 
     seed: int = 0
     most_windows: int = 60_000
     budgets: tuple[int, ...] | None = None
+    has_shared_order: bool = False
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -62,13 +66,23 @@ def distortions() -> Tensor:
     return torch.tensor(found, dtype=torch.float64)
 
 
-def bit_order(variances: Tensor, num_bits: int) -> Tensor:
-    """The latent [C, num_bits] that each bit refines, the one first whose error falls most: variances [C, N]."""
+def bit_order(variances: Tensor, num_bits: int, shared_bits: int = 0) -> Tensor:
+    """The latent [C, num_bits] that each bit refines, the one first whose error falls most: variances [C, N].
+
+    The first `shared_bits` are the same in all classes, the best for their mean variances, each class's over its sum: a
+    policy learns sooner what a bit means that means the same everywhere.
+    """
     falls = variances.unsqueeze(-1) * -distortions().diff()
     # Of one latent, each bit must come behind the one before, whatever rounding says.
     falls = falls.cummin(dim=-1).values
-    chosen = falls.flatten(1).argsort(dim=1, descending=True, stable=True)[:, :num_bits]
-    return chosen // MOST_BITS
+    shared = torch.empty(len(variances), 0, dtype=torch.long)
+    if shared_bits:
+        mean = (variances / variances.sum(dim=1, keepdim=True)).mean(dim=0, keepdim=True)
+        shared = bit_order(mean, shared_bits).expand(len(variances), -1)
+        count = torch.bincount(shared[0], minlength=variances.shape[1])
+        falls = torch.where(torch.arange(MOST_BITS) < count.unsqueeze(-1), -torch.inf, falls)
+    own = falls.flatten(1).argsort(dim=1, descending=True, stable=True)[:, : num_bits - shared_bits]
+    return torch.cat((shared, own // MOST_BITS), dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +100,17 @@ class _Coding:
 
     sizes: ChunkSizes
     budgets: tuple[int, ...]
+    has_shared_order: bool
+
+    def order(self, classes: _Classes) -> Tensor:
+        """`bit_order` of classes."""
+        tokens = round(self.sizes.num_tokens * _SHARED_TOKENS) if self.has_shared_order else 0
+        shared = max(0, tokens * self.sizes.token_bits - self.sizes.class_bits)
+        return bit_order(classes.variances, self.sizes.code_bits, shared)
 
     def costs(self, x: Tensor, classes: _Classes) -> Tensor:
         """The error [n, C] of each class, summed over budgets, each over the mean of the best there; in float32."""
-        order = bit_order(classes.variances, self.sizes.code_bits)
+        order = self.order(classes)
         latents = int(order.max()) + 1
         ends = [budget * self.sizes.token_bits - self.sizes.class_bits for budget in self.budgets]
         counts = [torch.nn.functional.one_hot(order[:, :end], latents).sum(dim=1) for end in ends]
@@ -129,17 +150,18 @@ def fit_chunk_code(
     most, length = config.most_windows, sizes.chunk_length
     x = normalised(windows(training, length, most, generator), sizes, normaliser)
     held_out = normalised(windows(calibration, length, -(-most // 4), generator), sizes, normaliser)
-    coding = _Coding(sizes, config.budgets or default_budgets(sizes.num_tokens))
+    coding = _Coding(sizes, config.budgets or default_budgets(sizes.num_tokens), config.has_shared_order)
     broad = _broad(x, broad_classes(sizes.num_classes))
     learned = sizes.num_classes - 1 - len(broad.mean)
     _check_windows(x, learned)
     described = _learned(coding, x, learned, generator)
+    described = _aligned(described, _broad(x, 1).basis[0])
     classes = _with(described, broad)
     for _ in range(2):
         chosen = coding.costs(held_out, classes).argmin(dim=1)
         classes = _with(_rescaled(described, held_out, chosen), broad)
     chosen = coding.costs(held_out, classes).argmin(dim=1)
-    order = bit_order(classes.variances, sizes.code_bits)
+    order = coding.order(classes)
     latents = int(order.max()) + 1
     constants = ChunkConstants(
         mean=classes.mean.float(),
@@ -193,6 +215,14 @@ def _broad(x: Tensor, count: int) -> _Classes:
 
 def _with(classes: _Classes, broad: _Classes) -> _Classes:
     return _Classes(*(torch.cat((getattr(classes, name), getattr(broad, name))) for name in vars(classes)))
+
+
+def _aligned(classes: _Classes, basis: Tensor) -> _Classes:
+    """With the signs of latents chosen, which are free: as that latent of the common basis [N, N] which each of them
+    is nearest to, so that the same bit says much the same in all classes."""
+    overlaps = basis.T @ classes.basis
+    nearest = overlaps.gather(1, overlaps.abs().argmax(dim=1, keepdim=True))
+    return replace(classes, basis=torch.where(nearest < 0, -classes.basis, classes.basis))
 
 
 def _eigen(covariances: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from rfsq.calibration.chunk import ChunkFitConfig, broad_classes, fit_chunk_code
 from rfsq.calibration.chunk_windows import count_windows
 from rfsq.calibration.data import MINIMUM_EPISODES, few_steps_warning, unsplit_warning
-from rfsq.calibration.settings import ChunkConfig, ChunkNormaliser
+from rfsq.calibration.settings import BitOrder, ChunkConfig, ChunkNormaliser
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint
 from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
@@ -56,11 +56,10 @@ def fit_chunk_tokens(dataset: ActionDataset, config: ChunkConfig) -> ChunkCheckp
     warnings = [few_steps_warning(parts.training), "" if is_split else unsplit_warning(dataset), fewer]
     if normaliser is not None:
         warnings.append(_far_episode_warning(parts))
-    constants = fit_chunk_code(
-        parts.training.episodes, parts.calibration.episodes, sizes, ChunkFitConfig(config.seed), normaliser
-    )
+    fit = ChunkFitConfig(config.seed, has_shared_order=config.order is BitOrder.SHARED)
+    constants = fit_chunk_code(parts.training.episodes, parts.calibration.episodes, sizes, fit, normaliser)
     provenance: dict[str, Any] = {
-        "config": {**asdict(config), "normaliser": config.normaliser.value},
+        "config": {**asdict(config), "normaliser": config.normaliser.value, "order": config.order.value},
         "data": {
             "source": dataset.source,
             "sha256": dataset.sha256,
@@ -130,13 +129,15 @@ def _sizes(training: ActionDataset, config: ChunkConfig) -> tuple[ChunkSizes, st
         token_bits = config.vocabulary.bit_length() - 1
         return ChunkSizes(training.action_dim, config.chunk_length, classes, token_bits, tokens)
 
-    sizes(config.classes, 1)
+    # The class may take all of the first token.
+    least = 1 + ((config.classes - 1).bit_length() == config.vocabulary.bit_length() - 1)
+    sizes(config.classes, least)
     windows = count_windows(training.episodes, config.chunk_length)
     most = max(1, windows // _LEAST_WINDOWS) + broad_classes(config.classes) + 1
     classes = min(config.classes, most)
     tokens = config.tokens
     if tokens is None:
-        tokens = min(ChunkSizes.num_tokens, sizes(classes, 1).most_tokens)
+        tokens = min(ChunkSizes.num_tokens, sizes(classes, least).most_tokens)
     warning = "" if classes == config.classes else (
         f"WARNING: {classes} classes in place of {config.classes}: the training episodes have "
         f"{counted(windows, 'window')} of {counted(config.chunk_length, 'step')}, and a learned class needs "

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.settings import (
     DEFAULT_READOUT,
+    BitOrder,
     CalibrationConfig,
     ChunkConfig,
     ChunkNormaliser,
@@ -102,6 +103,7 @@ def _parser() -> CommandParser:
     _add(group, "vocabulary", int, "words of a token, a power of two", ChunkConfig)
     group.add_argument("--tokens", type=int, metavar="X", help="L, of a chunk; default: 45, or all that it can use")
     _add(group, "normaliser", ChunkNormaliser, "what brings actions into [-1, 1]", ChunkConfig)
+    _add(group, "order", BitOrder, "of the first bits: own of each class, or shared for a policy", ChunkConfig)
     _add(group, "seed", int, "of the first classes", ChunkConfig)
     return parser
 

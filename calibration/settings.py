@@ -70,6 +70,14 @@ class ChunkNormaliser(StrEnum):
     MIN_MAX = "min-max"
 
 
+class BitOrder(StrEnum):
+    """Which latents the first tokens refine: those of the class, for the least error, or the same in all classes, which
+    a policy learns sooner."""
+
+    OWN = "own"
+    SHARED = "shared"
+
+
 @dataclass(frozen=True)
 class ChunkConfig:
     """Which chunk tokens to fit, and how.
@@ -83,6 +91,7 @@ class ChunkConfig:
     vocabulary: int = 1024
     tokens: int | None = None
     normaliser: ChunkNormaliser = ChunkNormaliser.AUTO
+    order: BitOrder = BitOrder.OWN
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -4,16 +4,13 @@ One job per checkpoint and per seed of the peers, spread over processes. A job c
 nothing but its own arguments, so the number of processes changes nothing.
 """
 
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
-from operator import call
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from rfsq.calibration.data import judging_episodes
 from rfsq.calibration.settings import DEFAULT_CALIBRATION
@@ -23,7 +20,7 @@ from rfsq.evidence.metrics import Array, units_of
 from rfsq.evidence.results import CodecReport, Comparison, DataFacts, SchemeReport, Trajectory, over_seeds
 from rfsq.evidence.schemes import ERROR_EDGES
 from rfsq.evidence.settings import ComparisonConfig
-from rfsq.evidence.workers import in_processes
+from rfsq.evidence.workers import results_of
 from rfsq.rfsq_ref.checkpoints import Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset, split_episodes
 from rfsq.rfsq_ref.errors import CheckpointError
@@ -61,7 +58,7 @@ def compare(
         jobs += [("peers", partial(peers_job, dataset, config, seed)) for seed in config.seeds]
     for kind, given in (("robust", robust), ("naive", naive)):
         jobs += [(kind, partial(checkpoint_job, dataset, config, kind, source)) for source in given or config.seeds]
-    results = _run(jobs, config.workers)
+    results = results_of(jobs, config.workers, make_deterministic)
     found: dict[str, list[Any]] = {"naive": [], "robust": [], "peers": []}
     for (kind, _), result in zip(jobs, results, strict=True):
         found[kind].append(result)
@@ -86,25 +83,6 @@ def _check_given(kind: str, given: Sequence[Checkpoint], expected: Conditioning)
     hashes = [checkpoint.provenance["checkpoint_sha256"] for checkpoint in given]
     if len(set(hashes)) < len(hashes):
         raise CheckpointError(f"one {kind} checkpoint is given twice; expected different ones, as they give the spread")
-
-
-def _run(jobs: Sequence[tuple[str, _Job]], workers: int) -> list[object]:
-    """Results in the order of the jobs, and a line as each is done, which a log shows too."""
-    placed = [partial(_placed, place, job) for place, (_, job) in enumerate(jobs)]
-    if workers == 1:
-        make_deterministic()
-        found: Iterator[tuple[int, object]] = map(call, placed)
-    else:
-        found = in_processes(call, placed, min(workers, len(jobs)), make_deterministic)
-    results: dict[int, object] = {}
-    for place, result in tqdm(found, total=len(jobs), unit="job", disable=None):
-        results[place] = result
-        tqdm.write(f"{len(results)} of {len(jobs)} jobs are done: {jobs[place][0]}", file=sys.stderr)
-    return [results[place] for place in range(len(jobs))]
-
-
-def _placed(place: int, job: _Job) -> tuple[int, object]:
-    return place, job()
 
 
 def _together(

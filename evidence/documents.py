@@ -22,8 +22,9 @@ from collections.abc import Mapping, Sequence
 from rfsq.calibration import study_report
 from rfsq.calibration.study_result import result_from_json
 from rfsq.calibration.tables import as_markdown
-from rfsq.evidence import rollout_report
+from rfsq.evidence import chunk_results, rollout_report
 from rfsq.evidence import tables as tables_parts
+from rfsq.evidence.chunk_results import CHUNKS_JSON
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.results import Comparison, write_text
 from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, run
@@ -42,7 +43,10 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     """Markdown by name. Raises EvidenceError, CalibrationError or OSError where a result is missing or damaged."""
     study = result_from_json((results / "calibration.json").read_text(encoding="utf-8"))
     rollout = rollout_report.RolloutResult.read(results / "rollout.json")
-    found = tables_parts.parts(Comparison.read(results / "comparison.json"))
+    comparison = Comparison.read(results / "comparison.json")
+    found = tables_parts.parts(comparison)
+    if beside := chunk_results.read_beside(comparison, results / CHUNKS_JSON):
+        found |= chunk_results.parts(*beside)
     for source, parts in (("calibration", study_report.parts(study)), ("rollout", rollout_report.parts(rollout.tasks))):
         found |= {f"{source} {name}": part for name, part in parts.items()}
     return {name: as_markdown(part) for name, part in found.items()}

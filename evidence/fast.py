@@ -19,6 +19,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from rfsq.evidence.metrics import Array
+from rfsq.evidence.results import SPILL
 from rfsq.evidence.schemes import BinRange, Codec, action_range
 from rfsq.rfsq_ref.data import FloatArray
 
@@ -29,6 +30,9 @@ _FIRST_CHARACTER = 0x10000
 #: A dimension whose range is over 32 times that of its percentiles is scaled by its range: its alphabet stays small.
 _MOST_OUTLYING = 32.0
 _MAX_TOKEN_LENGTH = 10_000
+#: So much of a budget is near enough; how often a scale is tried for each, from the first; and bits a step for a scale
+#: twice as fine.
+_WASTE, _MOST_TRIALS, _FIRST_SCALE, _TYPICAL_SLOPE = 0.985, 8, 2.0, 5.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +62,11 @@ class FastCodec(Codec):
         name = f"{self.name}, first {count} tokens"
         return replace(self, name=name, series="FAST, first tokens", partial=True, max_tokens=count)
 
+    @property
+    def vocabulary(self) -> int:
+        size: int = self.tokenizer.get_vocab_size()
+        return size
+
     def tokens(self, chunks: FloatArray) -> list[list[int]]:
         """Byte-pair tokens of chunks float32 [B, T, A], as many as each one takes."""
         found = _coefficients(chunks, self.offset, self.units, self.scale)
@@ -86,18 +95,17 @@ class FastCodec(Codec):
         Tokens are as many as a chunk needs; where they end follows from what they say, so no end marker is counted.
         """
         count = float(np.mean([len(ids) for ids in self.tokens(chunks)]))
-        vocabulary: int = self.tokenizer.get_vocab_size()
         steps: int = chunks.shape[1]
-        return count * math.log2(vocabulary) / steps
+        return count * math.log2(self.vocabulary) / steps
 
 
-def fit_fast(chunks: FloatArray, scale: float) -> FastCodec:
+def fit_fast(chunks: FloatArray, scale: float, vocabulary: int = VOCABULARY) -> FastCodec:
     """Fit to training chunks float32 [B, T, A]. scale: how finely coefficients are rounded, 10 in the paper."""
     offset, units = _normalisation(chunks.reshape(-1, chunks.shape[-1]))
     coefficients = _coefficients(chunks, offset, units, scale)
     least, most = int(coefficients.min()), int(coefficients.max())
     symbols = most - least + 1
-    vocabulary = max(VOCABULARY, 1 << (2 * symbols - 1).bit_length())
+    vocabulary = max(vocabulary, 1 << (2 * symbols - 1).bit_length())
     tokenizer = Tokenizer(BPE())
     trainer = BpeTrainer(
         vocab_size=vocabulary,
@@ -109,6 +117,42 @@ def fit_fast(chunks: FloatArray, scale: float) -> FastCodec:
     )
     tokenizer.train_from_iterator(_texts(coefficients, least), trainer, length=len(chunks))
     return FastCodec(f"FAST, scale {scale:g}", offset, units, scale, least, most, tokenizer)
+
+
+def fast_codecs(
+    chunks: FloatArray, judged: FloatArray, budgets: Sequence[float], vocabulary: int = VOCABULARY
+) -> list[FastCodec]:
+    """For each budget, in bits of a step, a scale with which tokens of the judged chunks take as many, or hardly less.
+
+    How long tokens are is known only once they are made, so scales are tried. A budget that none is within is missing.
+    """
+    found, tried, scale = [], dict[float, float](), _FIRST_SCALE
+    for budget in sorted(budgets):
+        best: tuple[float, FastCodec] | None = None
+        for _ in range(_MOST_TRIALS):
+            codec = fit_fast(chunks, scale, vocabulary)
+            bits = codec.bits_per_step(judged)
+            tried[math.log2(scale)] = bits
+            if bits <= SPILL * budget and (best is None or bits > best[0]):
+                best = bits, codec
+            if _WASTE * budget <= bits <= SPILL * budget:
+                break
+            scale = 2 ** _place_of(budget, tried)
+        if best is not None:
+            series = f"FAST, {chunks.shape[1]} steps, vocabulary {vocabulary}"
+            found.append(replace(best[1], name=f"{series}, scale {best[1].scale:.3g}", series=series))
+    return found
+
+
+def _place_of(bits: float, tried: dict[float, float]) -> float:
+    """The logarithm of the scale that lies between the trials next to so many bits, or beyond the nearest one."""
+    below = [place for place, found in tried.items() if found <= bits]
+    above = [place for place, found in tried.items() if found > bits]
+    if not below or not above:
+        nearest = max(below) if below else min(above)
+        return nearest + (bits - tried[nearest]) / _TYPICAL_SLOPE
+    low, high = max(below, key=tried.__getitem__), min(above, key=tried.__getitem__)
+    return low + (high - low) * (bits - tried[low]) / (tried[high] - tried[low])
 
 
 def _normalisation(steps: FloatArray) -> tuple[Array, Array]:

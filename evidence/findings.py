@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from operator import attrgetter
 
-from rfsq.evidence.results import CodecReport, DataFacts, Finding, Metrics, ReportRow, SchemeReport
+from rfsq.evidence.results import SPILL, CodecReport, DataFacts, Finding, Metrics, ReportRow, SchemeReport
 
 #: How the comparison calls the robust autoencoder, and the one whose last layer calibration has refitted.
 AS_TRAINED, REFITTED = "robust autoencoder", "robust autoencoder, readout refitted"
@@ -147,8 +147,7 @@ def _families(peers: Sequence[CodecReport]) -> list[str]:
 
 def best_within(peers: Sequence[CodecReport], budget: float) -> dict[str, CodecReport | None]:
     """By family, the peer with the least error among those that need at most so many bits for a step."""
-    # A setting that misses the budget by rounding is still at that budget.
-    affordable = [peer for peer in peers if peer.bits <= 1.005 * budget]
+    affordable = [peer for peer in peers if peer.bits <= SPILL * budget]
     return {family: _best(affordable, family, "mse") for family in _families(peers)}
 
 

@@ -5,20 +5,20 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from rfsq.calibration.data import calibration_episodes, judging_episodes
 from rfsq.calibration.fitting import calibrate, recover
 from rfsq.calibration.settings import DEFAULT_CALIBRATION, Method, ReadoutChoice
 from rfsq.evidence.findings import REFITTED
-from rfsq.evidence.metrics import Array, action_errors, units_of
+from rfsq.evidence.judging import judge_codec
+from rfsq.evidence.metrics import Array, units_of
 from rfsq.evidence.peers import peer_codecs
-from rfsq.evidence.results import CodecReport, Curve, Metrics, SchemeReport, metrics_of
-from rfsq.evidence.schemes import Calibrated, Codec, Dynamic, Judge, Naive, Published, Recovered, Scheme
-from rfsq.evidence.settings import ComparisonConfig, OscPose
+from rfsq.evidence.results import CodecReport, Curve, Metrics, SchemeReport
+from rfsq.evidence.schemes import Calibrated, Dynamic, Judge, Naive, Published, Recovered, Scheme
+from rfsq.evidence.settings import ComparisonConfig
 from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint
-from rfsq.rfsq_ref.data import ActionDataset, FloatArray, chunk, split_episodes
+from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.own_format import SUFFIX
 from rfsq.rfsq_ref.quantizer import Conditioning
@@ -152,35 +152,3 @@ def peers_job(dataset: ActionDataset, config: ComparisonConfig, seed: int) -> li
     units = units_of(dataset.steps())
     codecs = peer_codecs(dataset, config.chunk_length, seed=seed, cache=config.cache)
     return [judge_codec(codec, judged, config.chunk_length, units, config.physical) for codec in codecs]
-
-
-def judge_codec(
-    codec: Codec, judged: ActionDataset, chunk_length: int, units: Array, physical: OscPose | None
-) -> CodecReport:
-    """Every step of these episodes, the last chunk of each filled up with its last action; filling is not judged."""
-    filled = [padded_chunks(episode, chunk_length) for episode in judged.episodes]
-    chunks = np.concatenate(filled)
-    # Filling is cheap to code, so that only whole chunks tell what a step takes.
-    whole = np.concatenate([chunk(episode, chunk_length) for episode in judged.episodes])
-    decoded = codec.reconstruct(chunks)
-    by_episode = np.split(decoded, np.cumsum([len(part) for part in filled])[:-1])
-    found = [
-        part.reshape(-1, part.shape[-1])[: len(episode)]
-        for episode, part in zip(judged.episodes, by_episode, strict=True)
-    ]
-    return CodecReport(
-        family=codec.family,
-        series=codec.series,
-        name=codec.name,
-        partial=codec.partial,
-        metrics=metrics_of(
-            {"bits_per_step": codec.bits_per_step(whole if len(whole) else chunks)}
-            | action_errors(judged.steps(), np.concatenate(found), units, physical)
-        ),
-    )
-
-
-def padded_chunks(episode: FloatArray, length: int) -> FloatArray:
-    """[n, A] to [ceil(n / length), length, A], the last action repeated."""
-    missing = -len(episode) % length
-    return np.concatenate([episode, np.repeat(episode[-1:], missing, axis=0)]).reshape(-1, length, episode.shape[1])

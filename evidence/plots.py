@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rfsq.evidence.chunk_codec import FAMILY
+from rfsq.evidence.chunk_results import ChunkComparison, by_family
 from rfsq.evidence.results import CodecReport, Comparison, Spread
 from rfsq.evidence.tables import UNQUANTISED_TITLES
 from rfsq.rfsq_ref.drawing import BLUE, GREEN, GREY, INK, ORANGE, RED, finish, new_chart, new_figure
@@ -24,11 +26,12 @@ _PEER_COLOURS = ("#7b4fa3", "#c39bd3", "#b58900", "#e0c060", "#0f8b8d", "#76c7c7
 _DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 _TINY = 1e-12
 _MSE = ("action_mse", "Action MSE, normalised units²")
-_CHUNK_TOKENS = "chunk tokens"
 
 
-def figures(comparison: Comparison) -> dict[str, Figure]:
-    """By name, in the order of the page."""
+def figures(
+    comparison: Comparison, beside: tuple[ChunkComparison, Sequence[CodecReport]] | None = None
+) -> dict[str, Figure]:
+    """By name, in the order of the page. beside: what `chunk_results.read_beside` found."""
     drawn = {
         "error by layer": error_by_layer(comparison),
         "residual decay": residual_decay(comparison),
@@ -38,9 +41,11 @@ def figures(comparison: Comparison) -> dict[str, Figure]:
     }
     if comparison.curves:
         drawn["learning curves"] = learning_curves(comparison)
+    if beside:
+        drawn["chunk tokens"] = chunk_tokens(*beside)
     if comparison.peers:
+        drawn["choice"] = choice(comparison, beside[0] if beside else None)
         drawn["peers"] = peers(comparison)
-        drawn["choice"] = choice(comparison)
     return drawn
 
 
@@ -182,33 +187,55 @@ def peers(comparison: Comparison) -> Figure:
     return figure
 
 
-def choice(comparison: Comparison, chunks: Sequence[CodecReport] = ()) -> Figure:
+def chunk_tokens(found: ChunkComparison, others: Sequence[CodecReport] = ()) -> Figure:
+    """Action MSE against bits a step: the setting of each family that is best within each budget."""
+    figure, axes = new_chart(5.0)
+    axes.plot(found.budgets, found.gaussian, color=INK, linestyle="--", linewidth=1, label="one Gaussian's bound")
+    colours = cycle(_PEER_COLOURS)
+    for family, best in by_family(found, (*found.reports, *others)):
+        points = list({report.name: report for report in best if report}.values())
+        is_ours = family == FAMILY
+        axes.plot(
+            [report.bits for report in points], [max(report.mse, _TINY) for report in points],
+            color=BLUE if is_ours else next(colours), marker="o", markersize=4, linewidth=2.2 if is_ours else 1.2,
+            label=family,
+        )  # fmt: skip
+    finish(axes, f"Action MSE in normalised units², {found.judged} episodes", x="bits per step")
+    return figure
+
+
+def choice(comparison: Comparison, found: ChunkComparison | None = None) -> Figure:
     """What each tokenizer reaches within so many bits of a step: of its settings those that no cheaper one beats.
 
-    chunks: reports of codecs of chunks; where one is of a peer's family, they take its place.
+    found: codecs of chunks, which take the place of the comparison's peers of their families. Where they were judged on
+    other episodes than the comparison's, the names of its tokenizers say so.
     """
     name, title = ("position_mm", "Mean position error, mm") if comparison.data.physical else _MSE
+    chunks = () if found is None else found.reports
+    taken = {report.family for report in chunks}
+    others: dict[str, list[tuple[float, float]]] = {}
+    for report in (*chunks, *(peer for peer in comparison.peers if peer.family not in taken)):
+        others.setdefault(report.family, []).append((report.bits, report.metrics[name].mean))
     ours = {
         f"per-step tokens, {report.scheme}": [(report.bits(row), row.metrics[name].mean) for row in report.prefixes]
         for report in map(comparison.scheme, ("recovered", "calibrated"))
     }
-    families = {report.family for report in chunks}
-    others: dict[str, list[tuple[float, float]]] = {}
-    for report in (*chunks, *(peer for peer in comparison.peers if peer.family not in families)):
-        others.setdefault(report.family, []).append((report.bits, report.metrics[name].mean))
-    figure, axes = new_chart(4.6)
-    axes.set_xscale("log")
-    colours = dict(zip(ours, (GREEN, BLUE), strict=True)) | {_CHUNK_TOKENS: RED}
+    colours = dict(zip(ours, (GREEN, ORANGE), strict=True)) | {FAMILY: BLUE}
     spare = cycle(_PEER_COLOURS)
+    figure, axes = new_chart(4.8)
+    axes.set_xscale("log")
     for family, points in (others | ours).items():
         bits, errors = zip(*unbeaten(points), strict=True)
         colour, width = (colours[family], 2.2) if family in colours else (next(spare), 1.2)
-        values = [max(error, _TINY) for error in errors]
-        axes.plot(bits, values, color=colour, marker="o", markersize=4, linewidth=width, label=family)
-    ticks = (5, 10, 20, 50, 100, 200, 400)
+        note = "" if family in taken or found is None or found.judged == "test" else " (test)"
+        axes.plot(
+            bits, [max(error, _TINY) for error in errors], color=colour, marker="o", markersize=4, linewidth=width,
+            label=family + note,
+        )  # fmt: skip
+    ticks = (2, 5, 10, 20, 50, 100, 200, 400)
     axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()
-    finish(axes, title, x="bits per step")
+    finish(axes, f"{title}, {'test' if found is None else found.judged} episodes", x="bits per step")
     return figure
 
 

@@ -16,7 +16,8 @@ from rfsq.calibration.study import study
 from rfsq.calibration.study_report import RESULT_JSON, study_files, write_study
 from rfsq.calibration.study_result import result_from_json
 from rfsq.calibration.tables import Table, as_html, as_text
-from rfsq.evidence import rollout_report
+from rfsq.evidence import chunk_results, rollout_report
+from rfsq.evidence.chunk_results import CHUNKS_JSON
 from rfsq.evidence.comparison import compare
 from rfsq.evidence.findings import compared, title
 from rfsq.evidence.jobs import trained_checkpoint
@@ -39,6 +40,7 @@ _CAPTIONS = {
     "error histograms": "Absolute error of single action values, all layers decoded, over all seeds.",
     "trajectories": "One held-out episode. The axes follow what was recorded: a decoding far off leaves them.",
     "learning curves": "Weights are kept where the validation error is lowest (dots).",
+    "chunk tokens": "The best setting of each tokenizer within each budget. Dashed: the bound of one Gaussian.",
     "choice": "What each tokenizer reaches within so many bits: of its settings those that no cheaper one beats.",
     "peers": "Lower and farther left is better. Hollow squares decode a part of another setting's tokens.",
 }
@@ -102,7 +104,8 @@ def _compared(options: argparse.Namespace) -> Comparison:
 
 def write_report(comparison: Comparison, sections: Sequence[tuple[str, str]], folder: Path) -> None:
     """Page, figures and text, and the JSON last: where it is, everything else is too. Raises EvidenceError."""
-    drawn = {name: svg(figure) for name, figure in figures(comparison).items()}
+    beside = chunk_results.read_beside(comparison, folder / CHUNKS_JSON)
+    drawn = {name: svg(figure) for name, figure in figures(comparison, beside).items()}
     for name, drawing in drawn.items():
         write_text(folder / FIGURES / f"{name.replace(' ', '-')}.svg", drawing)
     write_text(folder / REPORT_HTML, page(comparison, drawn, sections))
@@ -124,11 +127,13 @@ def full_text(comparison: Comparison) -> str:
 
 
 def _sections(options: argparse.Namespace, comparison: Comparison) -> Iterator[tuple[str, str]]:
-    """Of results beside the comparison: the calibration study, and a closed loop on the same demonstrations."""
+    """Of results beside the comparison: calibration; chunk tokens and a closed loop on the same demonstrations."""
     path = options.output / RESULT_JSON
     if path.exists() and (options.calibration_study or options.report_only):
         found = study_report.parts(result_from_json(path.read_text(encoding="utf-8")))
         yield "Calibration choices", as_html(found.values())
+    if beside := chunk_results.read_beside(comparison, options.output / CHUNKS_JSON):
+        yield "Chunk tokens at equal bits", as_html(filter(None, chunk_results.parts(*beside).values()))
     path = options.output / "rollout.json"
     if path.exists():
         rollout = rollout_report.RolloutResult.read(path)

@@ -12,6 +12,9 @@ from rfsq.runtime.bundle.advice import command
 from rfsq.runtime.bundle.paths import replacing
 from rfsq.runtime.bundle.reading import build, parse_json
 
+#: A setting that misses a budget of bits by rounding is still at that budget.
+SPILL = 1.005
+
 
 def write_text(path: Path, text: str) -> None:
     """Through a temporary sibling: the old file stays whole until the new one is. Raises EvidenceError."""

@@ -70,8 +70,8 @@ def short_table(comparison: Comparison) -> Table:
     return Table.of(
         "Held-out episodes; MSE in normalised units²; position error in mm, where actions have such a unit",
         (
-            {"tokens": name, "bits a step": f"{bits:.0f}", "MSE": _short(found["action_mse"])}
-            | ({"mm": _short(found["position_mm"])} if "position_mm" in found else {})
+            {"tokens": name, "bits a step": f"{bits:.0f}", "MSE": short(found["action_mse"])}
+            | ({"mm": short(found["position_mm"])} if "position_mm" in found else {})
             for name, bits, found in rows
         ),
     )
@@ -175,7 +175,7 @@ def bits_text(peer: CodecReport) -> str:
     return f"{bits.mean:.1f}" if bits.deviation < 0.05 else f"{bits.mean:.1f} ± {bits.deviation:.1f}"
 
 
-def _short(value: Spread) -> str:
+def short(value: Spread) -> str:
     """Two digits of the mean; 2.7e−6 rather than 2.7e-06, with a minus that no line ends at."""
     if value.mean >= 1e-2:
         return f"{value.mean:.2g}" if value.mean < 100 else f"{value.mean:.0f}"

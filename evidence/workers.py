@@ -1,11 +1,15 @@
 """Work spread over processes."""
 
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
+from operator import call
 from typing import TypeVar
+
+from tqdm import tqdm
 
 from rfsq.evidence.errors import EvidenceError
 from rfsq.runtime.bundle.console import end_by_interrupts
@@ -35,6 +39,27 @@ def in_processes(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def results_of(
+    jobs: Sequence[tuple[str, Callable[[], _Result]]], workers: int, start: Callable[[], object]
+) -> list[_Result]:
+    """What the jobs, each with its name, give, in their order, and a line as each is done, which a log shows too."""
+    placed = [partial(_placed, place, job) for place, (_, job) in enumerate(jobs)]
+    if workers == 1:
+        start()
+        found: Iterator[tuple[int, _Result]] = map(call, placed)
+    else:
+        found = in_processes(call, placed, min(workers, len(jobs)), start)
+    results: dict[int, _Result] = {}
+    for place, result in tqdm(found, total=len(jobs), unit="job", disable=None):
+        results[place] = result
+        tqdm.write(f"{len(results)} of {len(jobs)} jobs are done: {jobs[place][0]}", file=sys.stderr)
+    return [results[place] for place in range(len(jobs))]
+
+
+def _placed(place: int, job: Callable[[], _Result]) -> tuple[int, _Result]:
+    return place, job()
 
 
 def _begin(start: Callable[[], object]) -> None:

@@ -47,11 +47,13 @@ class ChunkSizes:
             least, most = _LIMITS[name]
             if type(size) is not int or not least <= size <= most:
                 raise SettingsError(f"{name} is {shown(size)}; expected an integer from {least} to {most}")
-        if self.class_bits >= self.token_bits:
+        if self.class_bits > self.token_bits:
             raise SettingsError(
                 f"{self.num_classes} classes take {self.class_bits} bits, and a token has {self.token_bits}; expected "
-                "the class to leave room in the first token: fewer classes or a larger vocabulary"
+                "the class to fit into the first token: fewer classes or a larger vocabulary"
             )
+        if self.code_bits < 1:
+            raise SettingsError("the one token of a chunk is all taken by its class; expected more tokens or more bits")
         if self.code_bits > self.num_values * MOST_BITS:
             raise SettingsError(
                 f"{self.num_tokens} tokens are more than a chunk of {self.num_values} values can use; expected at most "

@@ -233,8 +233,8 @@ def _model_problems(model: ModelEntry) -> Iterator[str]:
 
 def _chunk_problems(model: ChunkModel) -> Iterator[str]:
     num_values = model.chunk_length * model.action_dim
-    if model.class_bits >= model.token_bits:
-        yield f"{model.num_classes} classes leave no room in a token of {model.token_bits} bits"
+    if model.class_bits > model.token_bits:
+        yield f"{model.num_classes} classes do not fit into a token of {model.token_bits} bits"
     if len(model.prefixes) != model.num_tokens:
         yield f"prefixes are {list(model.prefixes)}, and every number of tokens decodes"
     if not 1 <= model.num_latents <= num_values:

@@ -113,6 +113,25 @@ def test_each_bit_goes_where_the_error_falls_most() -> None:
     assert left.sum() < 0.01
 
 
+def test_the_first_bits_may_be_the_same_in_all_classes_and_no_latent_loses_its_place() -> None:
+    variances = torch.tensor([[4.0, 1.0, 1e-3], [0.3, 0.2, 0.1]], dtype=torch.float64)
+    order, own = bit_order(variances, 20, 5), bit_order(variances, 20)
+    assert (order[0, :5] == order[1, :5]).all()
+    assert not (own[0, :5] == own[1, :5]).all()
+    counts = torch.nn.functional.one_hot(order, 3).sum(dim=1)
+    # In the end each class has given its bits to the latents that it would have given them to.
+    assert (counts - torch.nn.functional.one_hot(own, 3).sum(dim=1)).abs().max() <= 1
+
+
+def test_the_signs_of_latents_are_those_of_one_basis(split: EpisodeSplit) -> None:
+    sizes = ChunkSizes(7, 8, num_classes=8)
+    constants = fit_chunk_code(split.train.episodes[::8], split.calibration.episodes[::4], sizes)
+    # The broad classes have it.
+    overlaps = constants.basis[-1].T @ constants.basis[:-3]
+    nearest = overlaps.gather(1, overlaps.abs().argmax(dim=1, keepdim=True))
+    assert (nearest >= 0).all()
+
+
 def test_a_bit_takes_most_of_a_normal_latent_away_and_more_bits_four_times_as_much_each() -> None:
     # One bit: 1 - 2 / pi, whatever the compander.
     assert float(distortions()[1]) == pytest.approx(1 - 2 / np.pi, abs=1e-6)

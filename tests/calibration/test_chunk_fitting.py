@@ -52,7 +52,8 @@ def test_what_was_fitted_is_written_down() -> None:
     dataset = dataset_of(smooth_episodes(3, [50] * 10, seed=0))
     found = fit_chunk_tokens(dataset, SMALL).provenance
     assert found["config"] == {
-        "chunk_length": 4, "classes": 6, "vocabulary": 1024, "tokens": 12, "normaliser": "auto", "seed": 0,
+        "chunk_length": 4, "classes": 6, "vocabulary": 1024, "tokens": 12, "normaliser": "auto", "order": "own",
+        "seed": 0,
     }  # fmt: skip
     assert found["data"] == {
         "source": "a lab",
@@ -159,7 +160,7 @@ def test_a_small_chunk_has_as_many_tokens_as_it_can_use(action_dim: int, chunk_l
         ({"vocabulary": 2**17}, "vocabulary is 131072; expected"),
         ({"normaliser": "quantile"}, "normaliser is 'quantile'; expected one of auto, none, min-max"),
         ({"classes": 1}, "num_classes is 1; expected an integer from 2 to 256"),
-        ({"classes": 64, "vocabulary": 64}, "fewer classes or a larger vocabulary"),
+        ({"classes": 64, "vocabulary": 32}, "fewer classes or a larger vocabulary"),
         ({"chunk_length": 0}, "chunk_length is 0; expected an integer from 1"),
         ({"tokens": 0}, "num_tokens is 0; expected an integer from 1"),
         ({"tokens": 30}, "30 tokens are more than a chunk of 12 values can use; expected at most 21"),

@@ -31,6 +31,11 @@ def robot_dataset(action_dim: int = 4, episodes: int = 32, seed: int = 0) -> Act
     return ActionDataset(tuple(found), names, ("",) * episodes, "robot.npz")
 
 
+def write_npz(path: Path, dataset: ActionDataset) -> None:
+    ends = np.cumsum([len(episode) for episode in dataset.episodes])
+    np.savez(path, actions=dataset.steps(), episode_ends=ends)
+
+
 @pytest.fixture(scope="session")
 def robot() -> ActionDataset:
     return robot_dataset()

@@ -15,7 +15,8 @@ from rfsq.calibration.settings import ReadoutChoice, ReadoutConfig
 from rfsq.evidence.comparison import compare
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.findings import REFITTED
-from rfsq.evidence.jobs import judge_codec, padded_chunks, trained_checkpoint
+from rfsq.evidence.jobs import trained_checkpoint
+from rfsq.evidence.judging import judge_codec, padded_chunks
 from rfsq.evidence.metrics import units_of
 from rfsq.evidence.results import Comparison
 from rfsq.evidence.schemes import Codec, RawCodec, RfsqCodec

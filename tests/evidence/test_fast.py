@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rfsq.evidence.fast import VOCABULARY, FastCodec, fit_fast
+from rfsq.evidence.fast import VOCABULARY, FastCodec, fast_codecs, fit_fast
 from rfsq.evidence.metrics import Array
 from rfsq.evidence.schemes import Codec
 from rfsq.rfsq_ref.data import EpisodeSplit, FloatArray, chunk
@@ -172,3 +172,20 @@ def test_fitting_twice_gives_the_same_tokens() -> None:
     first, second = fit_fast(chunks, 30.0), fit_fast(chunks, 30.0)
 
     assert first.tokenizer.to_str() == second.tokenizer.to_str()
+
+
+def test_scales_are_found_whose_tokens_take_the_bits_of_a_budget() -> None:
+    windows, judged, vocabulary = _motions(300), _motions(50), 2 * VOCABULARY
+    budgets = [6.0, 14.0]
+
+    codecs = fast_codecs(windows, judged, budgets, vocabulary)
+
+    assert [codec.scale for codec in codecs] == sorted(codec.scale for codec in codecs)
+    for codec, bits in zip(codecs, budgets, strict=True):
+        assert 0.8 * bits < codec.bits_per_step(judged) <= 1.005 * bits
+        assert codec.name.startswith(f"FAST, 8 steps, vocabulary {vocabulary}, scale ")
+
+
+def test_a_budget_that_no_scale_is_within_is_missing() -> None:
+    windows = _motions(600)
+    assert fast_codecs(windows, windows, [0.01]) == []

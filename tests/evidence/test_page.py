@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from rfsq.calibration.tables import Table
+from rfsq.evidence.chunk_results import ChunkComparison
 from rfsq.evidence.findings import AS_TRAINED, REFITTED
 from rfsq.evidence.plots import choice, error_by_layer, figures, svg
 from rfsq.evidence.report import page
@@ -94,13 +95,24 @@ def drawn(with_peers: Comparison) -> dict[str, str]:
     return {name: svg(figure) for name, figure in figures(with_peers).items()}
 
 
+def chosen(comparison: Comparison, judged: str) -> dict[str, list[float]]:
+    """The bits of each line of the choice, beside codecs of chunks that were judged on these episodes."""
+    reports = (peer("bins", 20.0, 1e-3), peer("chunk tokens", 20.0, 1e-4), peer("chunk tokens", 10.0, 1e-3))
+    found = ChunkComparison("", "", judged, (0,), (20.0,), {}, (1e-4,), reports, {}, {}, ())
+    lines = choice(comparison, found).axes[0].lines
+    return {str(line.get_label()): [*map(float, line.get_xdata())] for line in lines}
+
+
 def test_a_codec_of_chunks_takes_the_place_of_a_peer_of_its_family(with_peers: Comparison) -> None:
-    chunks = (peer("bins", 20.0, 1e-3), peer("chunk tokens", 20.0, 1e-4), peer("chunk tokens", 10.0, 1e-3))
-    drawn = {line.get_label(): line for line in choice(with_peers, chunks).axes[0].lines}
-    assert [*drawn["bins"].get_xdata()] == [20.0]
-    assert [*drawn["chunk tokens"].get_xdata()] == [10.0, 20.0]
-    assert {*drawn} == {"bins", "chunk tokens", "per-step tokens, recovered", "per-step tokens, calibrated"}
-    assert [*{line.get_label(): line for line in choice(with_peers).axes[0].lines}["bins"].get_xdata()] == [42.0, 84.0]
+    lines = chosen(with_peers, "test")
+    assert (lines["bins"], lines["chunk tokens"]) == ([20.0], [10.0, 20.0])
+    assert {*lines} == {"bins", "chunk tokens", "per-step tokens, recovered", "per-step tokens, calibrated"}
+
+
+def test_what_was_judged_on_other_episodes_says_so(with_peers: Comparison) -> None:
+    assert {*chosen(with_peers, "validation")} == {
+        "bins", "chunk tokens", "per-step tokens, recovered (test)", "per-step tokens, calibrated (test)",
+    }  # fmt: skip
 
 
 class _Reader(HTMLParser):

@@ -21,16 +21,11 @@ from rfsq.evidence.results import Comparison
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.rfsq_ref.errors import DataError
-from tests.evidence.conftest import robot_dataset
+from tests.evidence.conftest import robot_dataset, write_npz
 
 ROOT = Path(__file__).resolve().parents[2]
 #: Everything that takes long is left out.
 QUICK = ["--no-peers", "--no-calibration-study", "--seeds", "0", "--epochs", "2", "--workers", "1"]
-
-
-def write_npz(path: Path, dataset: ActionDataset) -> None:
-    ends = np.cumsum([len(episode) for episode in dataset.episodes])
-    np.savez(path, actions=dataset.steps(), episode_ends=ends)
 
 
 def write_hdf5(path: Path, dataset: ActionDataset) -> None:

@@ -33,11 +33,14 @@ def random_code(sizes: ChunkSizes, seed: int) -> ChunkCode:
 @st.composite
 def any_sizes(draw: st.DrawFn) -> ChunkSizes:
     action_dim, chunk_length = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    num_classes, token_bits = draw(st.integers(2, 9)), draw(st.integers(5, 12))
+    num_classes = draw(st.integers(2, 17))
     class_bits = (num_classes - 1).bit_length()
+    token_bits = draw(st.integers(max(4, class_bits), 12))
     most = min(20, (action_dim * chunk_length * MOST_BITS + class_bits) // token_bits)
-    assume(most >= 1)
-    return ChunkSizes(action_dim, chunk_length, num_classes, token_bits, draw(st.integers(1, most)))
+    # The class may take a whole token.
+    least = 1 + (class_bits == token_bits)
+    assume(most >= least)
+    return ChunkSizes(action_dim, chunk_length, num_classes, token_bits, draw(st.integers(least, most)))
 
 
 @st.composite
@@ -183,7 +186,8 @@ def test_chunks_far_outside_are_coded_at_the_ends() -> None:
     [
         ({"num_classes": 1}, "num_classes is 1; expected an integer from 2 to 256"),
         ({"num_tokens": True}, "num_tokens is True"),
-        ({"num_classes": 64, "token_bits": 6}, "64 classes take 6 bits, and a token has 6"),
+        ({"num_classes": 64, "token_bits": 5}, "64 classes take 6 bits, and a token has 5"),
+        ({"num_classes": 64, "token_bits": 6, "num_tokens": 1}, "the one token of a chunk is all taken by its class"),
         ({"action_dim": 1, "chunk_length": 1}, "45 tokens are more than a chunk of 1 values can use"),
     ],
 )

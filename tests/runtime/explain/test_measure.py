@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.bundle.models import ChunkModel
 from rfsq.runtime.datasets.sources import open_source
@@ -16,7 +17,7 @@ from rfsq.runtime.explain.measure import Explanation, explain
 from rfsq.runtime.explain.samples import Samples, choose_samples
 from rfsq.runtime.tokenizer import codes_of
 from tests.bundles import Recipe, write_bundle
-from tests.chunk_bundles import ChunkRecipe, chunk_checkpoint
+from tests.chunk_bundles import SMALL, ChunkRecipe, chunk_checkpoint
 
 NAMES = ("x", "y", "z")
 
@@ -88,14 +89,16 @@ def test_the_first_bits_name_the_class_and_numbers_behind_the_last_mean_it(chunk
     assert classes_of(model, tokens).tolist() == [0, 0, 1, 5, 5]
 
 
-def test_over_all_its_words_a_class_decodes_to_its_mean(chunk_tokenizer: ActionTokenizer) -> None:
-    checkpoint = chunk_checkpoint(ChunkRecipe())
+@pytest.mark.parametrize("sizes", [SMALL, ChunkSizes(3, 4, num_classes=16, token_bits=4, num_tokens=18)])
+def test_over_all_its_words_a_class_decodes_to_its_mean(sizes: ChunkSizes, chunk_tokenizer: ActionTokenizer) -> None:
+    """Also where the class is all of the first token."""
+    checkpoint = chunk_checkpoint(ChunkRecipe(sizes))
     constants = checkpoint.constants
     # Small enough that nothing is clipped.
     within = replace(constants, mean=constants.mean.clamp(-0.5, 0.5), scale=constants.scale * 0.01)
     reference = replace(checkpoint, constants=within).model()
-    model = chunk_tokenizer.model
-    assert isinstance(model, ChunkModel)
+    assert isinstance(chunk_tokenizer.model, ChunkModel)
+    model = replace(chunk_tokenizer.model, num_classes=sizes.num_classes, token_bits=sizes.token_bits)
     for number in range(model.num_classes - 1):
         found = class_mean(lambda words: reference.decode(torch.from_numpy(words)).numpy(), model, number)
         normalised = reference.normalised(torch.from_numpy(found))
