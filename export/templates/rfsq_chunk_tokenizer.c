@@ -112,6 +112,12 @@ static inline void compand(int class, int panel, const float *restrict z, float 
     hyperbolic_tangent(LANES, 7, y);
 }
 
+/* Not a number stays one: no robot may take what a broken table gives for the end of its range. */
+static inline float clipped(float x)
+{
+    return x < -1 ? -1 : x > 1 ? 1 : x;
+}
+
 /*
  * The chunk x [ROWS], clipped to [-1, 1], of all latents z [PADDED]. In double: tokens that no encoder sends may name
  * latents far beyond [-1, 1], of which float32 would lose more than a chunk may err by.
@@ -129,7 +135,7 @@ static inline void to_chunk(int class, const double *restrict z, float *restrict
             }
         sum_lanes(SUMS, products, sums);
         for (int i = 0; i < SUMS; ++i)
-            x[n + i] = clamped((float)(MEAN[class][n + i] + sums[i]), -1, 1);
+            x[n + i] = clipped((float)(MEAN[class][n + i] + sums[i]));
     }
 }
 

@@ -108,6 +108,11 @@ class ModelEntry(ABC):
         return f"{', '.join(map(str, self.prefixes))} {self.depth_unit}"
 
     @property
+    def key_prefixes(self) -> tuple[int, ...]:
+        """The prefixes that benchmarks and comparisons decode, ascending; the last is `depth`."""
+        return self.prefixes
+
+    @property
     def has_stats(self) -> bool:
         """Whether encoding gives, and decoding takes, mean and sigma of every layer (float32 [B, T, l, 2])."""
         return False
@@ -248,6 +253,11 @@ class ChunkModel(ModelEntry):
 
     def decoder_of(self, prefix: int) -> str:
         return super().decoder_of(prefix) if prefix == self.num_tokens else "fewer tokens"
+
+    @property
+    def key_prefixes(self) -> tuple[int, ...]:
+        """The first and the middle budget, and all: the others lie between."""
+        return tuple(sorted({self.budgets[0], self.budgets[len(self.budgets) // 2], self.num_tokens}))
 
     @property
     def prefixes_text(self) -> str:
