@@ -186,10 +186,13 @@ class ChunkCode(nn.Module):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens [B, l], 1 <= l <= L, to normalised chunks [B, N] in [-1, 1]."""
-        bits = self.bits(tokens)
+        return self.decode_bits(self.bits(tokens))
+
+    def decode_bits(self, bits: Tensor) -> Tensor:
+        """The first j bits [B, j] of chunks, at least those of the class, to normalised chunks [B, N] in [-1, 1]."""
         classes, code = self.classes(bits), bits[:, self.sizes.class_bits :]
         escaped = classes == self.sizes.escape
-        decoded = torch.empty(len(tokens), self.sizes.num_values, dtype=self.mean.dtype, device=self.mean.device)
+        decoded = torch.empty(len(bits), self.sizes.num_values, dtype=self.mean.dtype, device=self.mean.device)
         decoded[~escaped] = self.decode_in(code[~escaped], classes[~escaped])
         decoded[escaped] = escape_decode(code[escaped], self.sizes.num_values).to(decoded.dtype)
         return decoded
