@@ -191,12 +191,16 @@ def _bit_sources(plan: ChunkPlan) -> tuple[npt.NDArray[np.int32], Float32Array]:
 
 
 def _filled_up(build: ChunkBuilder, sizes: ChunkSizes, numbers: str) -> str:
-    """Tokens [batch, length] as float32 to [batch, L + 1], with -1 for what is missing: at least the last."""
-    length = build.apply("Shape", ["tokens"], "length", start=1, end=2)
-    missing = build.apply("Sub", [build.integers("row.width", [sizes.num_tokens + 1]), length], "missing")
-    ends = build.apply("Concat", [build.integers("no_ends", [0, 0, 0]), missing], "ends", axis=0)
-    padded = build.apply("Pad", [numbers, ends, build.numbers("absent", -1)], "padded")
-    return build.reshape(padded, (-1, sizes.num_tokens + 1), "row")
+    """Tokens [batch, length] as float32 to [batch, L + 1], with -1 for what is missing: at least the last.
+
+    Without Shape: ONNX Runtime computes on the processor what follows from shapes, and refuses that of a graph that is
+    to run on the GPU alone.
+    """
+    width = sizes.num_tokens + 1
+    first = build.columns(numbers, np.zeros(1, np.int64), "first")
+    absent = build.plus(build.times(first, np.zeros(width), "absent.zeros"), -1, "absent")
+    longer = build.apply("Concat", [numbers, absent], "row.longer", axis=1)
+    return build.columns(longer, np.arange(width), "row")
 
 
 def _signs(build: ChunkBuilder, sizes: ChunkSizes, row: str) -> str:

@@ -115,11 +115,8 @@ def _export(tokens: Deployable, staged: StagedBundle) -> Manifest:
         current.note(f"{C_SOURCE} {len(generated.source) / 1000:.0f} kB")
     with phase("generate CUDA") as current:
         cuda = tokens.cuda_source()
-        if cuda is None:
-            current.skip("none for this kind of tokens")
-        else:
-            staged.write(CUDA_SOURCE, cuda.encode())
-            current.note(f"{CUDA_SOURCE} {len(cuda) / 1000:.0f} kB")
+        staged.write(CUDA_SOURCE, cuda.encode())
+        current.note(f"{CUDA_SOURCE} {len(cuda) / 1000:.0f} kB")
     entries = tuple(graph for graph, _ in graphs)
     return Manifest(SCHEMA_VERSION, identity, tokens.model, entries, (), (), _tool_versions(), {}, {})
 

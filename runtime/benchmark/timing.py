@@ -245,10 +245,17 @@ class Batch:
 
 
 def random_batch(tokenizer: ActionTokenizer, size: int) -> Batch:
-    """A batch of B = size chunks: always the same actions, and the tokens that the backend makes of them."""
-    model = tokenizer.model
-    normalised = np.random.default_rng(0).uniform(-1, 1, model.actions_shape(size))
-    actions = (normalised * model.action_units + model.action_offset).astype(np.float32)
+    """A batch of B = size chunks: always the same actions, and the tokens that the backend makes of them.
+
+    Of chunk tokens those that random tokens decode to: no class holds random actions, and hardly any chunk of a robot
+    takes as long to encode.
+    """
+    model, random = tokenizer.model, np.random.default_rng(0)
+    if model.token_grid:
+        normalised = random.uniform(-1, 1, model.actions_shape(size))
+        actions = (normalised * model.action_units + model.action_offset).astype(np.float32)
+    else:
+        actions = tokenizer.decode(random.integers(model.vocabulary, size=model.tokens_shape(size), dtype=np.int32))
     return Batch(actions, codes_of(tokenizer, actions))
 
 
