@@ -100,17 +100,10 @@ class _Coding:
 
     sizes: ChunkSizes
     budgets: tuple[int, ...]
-    has_shared_order: bool
-
-    def order(self, classes: _Classes) -> Tensor:
-        """`bit_order` of classes."""
-        tokens = round(self.sizes.num_tokens * _SHARED_TOKENS) if self.has_shared_order else 0
-        shared = max(0, tokens * self.sizes.token_bits - self.sizes.class_bits)
-        return bit_order(classes.variances, self.sizes.code_bits, shared)
 
     def costs(self, x: Tensor, classes: _Classes) -> Tensor:
         """The error [n, C] of each class, summed over budgets, each over the mean of the best there; in float32."""
-        order = self.order(classes)
+        order = bit_order(classes.variances, self.sizes.code_bits)
         latents = int(order.max()) + 1
         ends = [budget * self.sizes.token_bits - self.sizes.class_bits for budget in self.budgets]
         counts = [torch.nn.functional.one_hot(order[:, :end], latents).sum(dim=1) for end in ends]
@@ -134,6 +127,11 @@ def default_budgets(num_tokens: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(num_tokens * share)) for share in (4 / 45, 8 / 45, 16 / 45, 30 / 45, 1)}))
 
 
+def shared_bits(sizes: ChunkSizes) -> int:
+    """How many code bits have one order in all classes, where they are asked to."""
+    return max(0, round(sizes.num_tokens * _SHARED_TOKENS) * sizes.token_bits - sizes.class_bits)
+
+
 def fit_chunk_code(
     training: Episodes,
     calibration: Episodes,
@@ -150,7 +148,7 @@ def fit_chunk_code(
     most, length = config.most_windows, sizes.chunk_length
     x = normalised(windows(training, length, most, generator), sizes, normaliser)
     held_out = normalised(windows(calibration, length, -(-most // 4), generator), sizes, normaliser)
-    coding = _Coding(sizes, config.budgets or default_budgets(sizes.num_tokens), config.has_shared_order)
+    coding = _Coding(sizes, config.budgets or default_budgets(sizes.num_tokens))
     broad = _broad(x, broad_classes(sizes.num_classes))
     learned = sizes.num_classes - 1 - len(broad.mean)
     _check_windows(x, learned)
@@ -161,7 +159,8 @@ def fit_chunk_code(
         chosen = coding.costs(held_out, classes).argmin(dim=1)
         classes = _with(_rescaled(described, held_out, chosen), broad)
     chosen = coding.costs(held_out, classes).argmin(dim=1)
-    order = coding.order(classes)
+    # Only now: classes that are found with their own orders err less.
+    order = bit_order(classes.variances, sizes.code_bits, shared_bits(sizes) if config.has_shared_order else 0)
     latents = int(order.max()) + 1
     constants = ChunkConstants(
         mean=classes.mean.float(),

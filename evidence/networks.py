@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.recording import recorded
 from rfsq.evidence.schemes import Codec
 from rfsq.rfsq_ref.autoencoder import InRobotUnits
 from rfsq.rfsq_ref.data import FloatArray
@@ -22,8 +23,6 @@ from rfsq.rfsq_ref.settings import check_positive
 IntArray = npt.NDArray[np.int64]
 #: Steps over which the learning rate rises to its full height.
 _WARM_UP = 100
-#: Steps before a CUDA graph is captured: the libraries make their buffers in them.
-_EAGER_STEPS = 3
 
 
 class ChunkNetwork(InRobotUnits):
@@ -157,7 +156,7 @@ def train_network(network: ChunkNetwork, train: Tensor, validation: Tensor, reci
 
 
 class _TrainingStep:
-    """One step of training at a time; on a GPU all of it is one CUDA graph, as launching takes longer than work."""
+    """One step of training at a time; on a GPU it is recorded."""
 
     def __init__(self, network: ChunkNetwork, train: Tensor, recipe: NetworkRecipe) -> None:
         self._network, self._train, self._recipe = network, train, recipe
@@ -173,7 +172,9 @@ class _TrainingStep:
         )
         self._run: Callable[[], None] = self._eager
         if train.device.type == "cuda":
-            self._run = self._captured()
+            network.train()
+            self._run = recorded(self._eager)
+            self._total.zero_()
 
     def __call__(self, count: int, progress: float) -> None:
         height = min(1.0, (count + 1) / _WARM_UP) * (1 + math.cos(math.pi * progress)) / 2
@@ -195,20 +196,6 @@ class _TrainingStep:
         torch.nn.utils.clip_grad_norm_(self._network.parameters(), 1.0)
         self._optimiser.step()
         self._total += loss.detach()
-
-    def _captured(self) -> Callable[[], None]:
-        self._network.train()
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_EAGER_STEPS):
-                self._eager()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._eager()
-        self._total.zero_()
-        return graph.replay
 
 
 @torch.no_grad()

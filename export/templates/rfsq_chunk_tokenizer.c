@@ -292,8 +292,10 @@ static void write_escape(const float *restrict x, int32_t *restrict tokens)
 {
     int32_t cells[BLOCKS * BLOCK_VALUES] = {0};
     for (int n = 0; n < N; ++n) {
-        /* As in the reference: exact enough in double for every float. */
-        const int32_t cell = (int32_t)(((double)x[n] + 1) / 2 * 3 * (1 << MOST_BITS));
+        /* Exact in double for every float, which is why nothing is added before the conversion. */
+        const double place = (double)x[n] * (3 << (MOST_BITS - 1));
+        const int32_t below = (int32_t)place - (place < (int32_t)place);
+        const int32_t cell = below + (3 << (MOST_BITS - 1));
         cells[n] = cell < 3 << MOST_BITS ? cell : (3 << MOST_BITS) - 1;
     }
     memset(tokens, 0, L * sizeof *tokens);

@@ -6,6 +6,7 @@ int32 [B, L] (docs/chunk_tokens.md). Either way the last axis goes from coarse t
 
 from __future__ import annotations
 
+import math
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -125,6 +126,10 @@ class ModelEntry(ABC):
         """The largest prefix of the graph that decodes `prefix`."""
         return next(largest for largest in self.decoder_graphs if largest >= prefix)
 
+    def bits_per_step(self, prefix: int) -> float:
+        """What the tokens of a prefix take, side information apart: log2 of the vocabulary for each."""
+        return math.prod(self.tokens_shape(1, prefix)) * math.log2(self.vocabulary) / self.chunk_length
+
     def actions_shape(self, batch: int) -> tuple[int, int, int]:
         """[B, T, A]."""
         return (batch, self.chunk_length, self.action_dim)
@@ -224,6 +229,11 @@ class ChunkModel(ModelEntry):
     @property
     def vocabulary(self) -> int:
         return int(2**self.token_bits)
+
+    @property
+    def class_bits(self) -> int:
+        """The first bits of token 0, which name the class."""
+        return (self.num_classes - 1).bit_length()
 
     @property
     def token_grid(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from rfsq.calibration.chunk import (
     default_budgets,
     distortions,
     fit_chunk_code,
+    shared_bits,
 )
 from rfsq.calibration.chunk_windows import windows
 from rfsq.rfsq_ref.chunk_code import MOST_BITS, ChunkCode, ChunkSizes
@@ -121,6 +122,21 @@ def test_the_first_bits_may_be_the_same_in_all_classes_and_no_latent_loses_its_p
     counts = torch.nn.functional.one_hot(order, 3).sum(dim=1)
     # In the end each class has given its bits to the latents that it would have given them to.
     assert (counts - torch.nn.functional.one_hot(own, 3).sum(dim=1)).abs().max() <= 1
+
+
+def test_one_order_of_the_first_bits_leaves_the_classes_as_they_are() -> None:
+    sizes = ChunkSizes(action_dim=3, chunk_length=4, num_classes=8, num_tokens=12)
+    train, calibration = smooth_episodes(3, [60] * 12, seed=1), smooth_episodes(3, [60] * 4, seed=2)
+    own, shared = (
+        fit_chunk_code(train, calibration, sizes, ChunkFitConfig(has_shared_order=is_shared))
+        for is_shared in (False, True)
+    )
+    assert torch.equal(own.mean, shared.mean)
+    assert torch.equal(own.scale, shared.scale)
+    first = shared_bits(sizes)
+    assert 0 < first < sizes.code_bits
+    assert (shared.order[:, :first] == shared.order[0, :first]).all()
+    assert not (own.order[:, :first] == own.order[0, :first]).all()
 
 
 def test_the_signs_of_latents_are_those_of_one_basis(split: EpisodeSplit) -> None:

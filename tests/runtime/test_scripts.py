@@ -71,7 +71,19 @@ def test_importing_the_tokenizer_loads_few_modules() -> None:
         *(
             f"bundle.{name}"
             for name in (
-                *("advice", "arrays", "backend_specs", "errors", "fidelity", "folder", "gates", "manifest", "modes"),
+                *(
+                    "advice",
+                    "arrays",
+                    "backend_specs",
+                    "errors",
+                    "fidelity",
+                    "folder",
+                    "gates",
+                    "manifest",
+                    "models",
+                    "contents",
+                    "modes",
+                ),
                 *("paths", "reading", "validation"),
             )
         ),
