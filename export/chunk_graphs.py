@@ -22,6 +22,10 @@ from rfsq.runtime.bundle.arrays import Float32Array
 #: The dynamic axis of tokens: how many of each chunk are decoded.
 LENGTH = "length"
 
+#: The cost of a class that breaks the bound. Not infinity: of costs that are all infinite, ONNX Runtime on CUDA finds
+#: the least at a place that there is not.
+_NEVER = 3e38
+
 
 def chunk_encoder_graph(plan: ChunkPlan, form: LinearForm = LinearForm.GEMM) -> bytes:
     """actions float32 [batch, T, A] -> tokens int32 [batch, L].
@@ -42,7 +46,7 @@ def chunk_encoder_graph(plan: ChunkPlan, form: LinearForm = LinearForm.GEMM) -> 
     costs = build.apply("Transpose", [_costs(build, plan, chunks, trial)], "costs.by_chunk", perm=[1, 0])
     best = build.apply("ArgMin", [costs], "best", axis=1)
     least = build.reduced("ReduceMin", costs, 1, "least", keep=True)
-    is_kept = build.apply("Less", [least, build.numbers("never", math.inf)], "best.is_kept")
+    is_kept = build.apply("Less", [least, build.numbers("never", _NEVER)], "best.is_kept")
     chosen = build.apply("Where", [is_kept, best, build.integers("escape", sizes.escape)], "class")
     kept = build.of_class(trial.digits, best, plan.num_latents, "best.digits")
     row = build.apply("Concat", [kept, *escape_digits(build, sizes, chunks)], "row", axis=1)
@@ -133,7 +137,7 @@ def _costs(build: ChunkBuilder, plan: ChunkPlan, chunks: str, trial: _Trial) -> 
         costs.append(build.times(trial.rest, plan.weights.sum(), "rest.cost"))
     is_kept = build.apply("LessOrEqual", [build.apply("Max", errors, "errors"), build.numbers("one", 1)], "is_kept")
     summed = build.apply("Sum", costs, "costs.summed")
-    return build.apply("Where", [is_kept, summed, build.numbers("never", math.inf)], "costs")
+    return build.apply("Where", [is_kept, summed, build.numbers("never", _NEVER)], "costs")
 
 
 def _decoded_at(build: ChunkBuilder, plan: ChunkPlan, digits: str, budget: int) -> str:

@@ -26,7 +26,7 @@ _MOST_BLOCKS = 2**31 - 1
 #: Up to so many steps a block for each is faster than a thread for each.
 FEW_STEPS = 8192
 #: Up to so many chunks of chunk tokens a block for each is faster than one for several.
-FEW_CHUNKS = {"encoder": 512, "decoder": 2**15}
+FEW_CHUNKS = {"encoder": 512, "decoder": 2**16}
 
 
 class CudaBackend(GpuBackend):
