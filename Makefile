@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 BUNDLE := build/bundle
+CHUNK_BUNDLE := build/chunk_bundle
 comma := ,
 
 # What a build needs, and what tests, checks and measurements need beside. TensorRT-RTX wheels exist for Linux on x86-64
@@ -22,6 +23,8 @@ unexport PYTHONDONTWRITEBYTECODE
 engine: $(VENV)/built-with
 	@echo "== building the embedded checkpoint into $(BUNDLE)"
 	@$(RUN) export/build_engine.py --output $(BUNDLE) --overwrite
+	@echo "== fitting chunk tokens to the embedded demonstrations, and building them into $(CHUNK_BUNDLE)"
+	@$(RUN) export/build_engine.py --kind chunk --output $(CHUNK_BUNDLE) --overwrite
 
 test: $(VENV)/installed
 	@echo "== running all tests"

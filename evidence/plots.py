@@ -1,7 +1,7 @@
 """The figures of a comparison, as matplotlib figures and as SVG for the page."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle
 
 import matplotlib as mpl
@@ -25,10 +25,13 @@ SCHEME_COLOURS = {
 _PEER_COLOURS = ("#7b4fa3", "#c39bd3", "#b58900", "#e0c060", "#0f8b8d", "#76c7c7", "#c2185b")
 _DIMENSIONS = ("dx", "dy", "dz", "droll", "dpitch", "dyaw", "gripper")
 _TINY = 1e-12
+_MSE = ("action_mse", "Action MSE, normalised units²")
 
 
-def figures(comparison: Comparison) -> dict[str, Figure]:
-    """By name, in the order of the page."""
+def figures(
+    comparison: Comparison, beside: tuple[ChunkComparison, Sequence[CodecReport]] | None = None
+) -> dict[str, Figure]:
+    """By name, in the order of the page. beside: what `chunk_results.read_beside` found."""
     drawn = {
         "error by layer": error_by_layer(comparison),
         "residual decay": residual_decay(comparison),
@@ -38,7 +41,10 @@ def figures(comparison: Comparison) -> dict[str, Figure]:
     }
     if comparison.curves:
         drawn["learning curves"] = learning_curves(comparison)
+    if beside:
+        drawn["chunk tokens"] = chunk_tokens(*beside)
     if comparison.peers:
+        drawn["choice"] = choice(comparison, beside[0] if beside else None)
         drawn["peers"] = peers(comparison)
     return drawn
 
@@ -160,7 +166,7 @@ def learning_curves(comparison: Comparison) -> Figure:
 
 def peers(comparison: Comparison) -> Figure:
     """Action MSE, and millimetres where they apply, against bits per step."""
-    metrics = [("action_mse", "Action MSE, normalised units²")]
+    metrics = [_MSE]
     if comparison.data.physical:
         metrics.append(("position_mm", "Mean position error, mm"))
     figure = new_figure(5.0 * len(metrics))
@@ -196,6 +202,54 @@ def chunk_tokens(found: ChunkComparison, others: Sequence[CodecReport] = ()) -> 
         )  # fmt: skip
     finish(axes, f"Action MSE in normalised units², {found.judged} episodes", x="bits per step")
     return figure
+
+
+def choice(comparison: Comparison, found: ChunkComparison | None = None) -> Figure:
+    """What each tokenizer reaches within so many bits of a step: of its settings those that no cheaper one beats.
+
+    found: codecs of chunks, which take the place of the comparison's peers of their families. Where they were judged on
+    other episodes than the comparison's, the names of its tokenizers say so.
+    """
+    name, title = ("position_mm", "Mean position error, mm") if comparison.data.physical else _MSE
+    chunks = () if found is None else found.reports
+    taken = {report.family for report in chunks}
+    others: dict[str, list[tuple[float, float]]] = {}
+    for report in (*chunks, *(peer for peer in comparison.peers if peer.family not in taken)):
+        others.setdefault(report.family, []).append((report.bits, report.metrics[name].mean))
+    ours = {
+        f"per-step tokens, {report.scheme}": [(report.bits(row), row.metrics[name].mean) for row in report.prefixes]
+        for report in map(comparison.scheme, ("recovered", "calibrated"))
+    }
+    colours = dict(zip(ours, (GREEN, ORANGE), strict=True)) | {FAMILY: BLUE}
+    spare = cycle(_PEER_COLOURS)
+    figure, axes = new_chart(4.8)
+    axes.set_xscale("log")
+    for family, points in (others | ours).items():
+        bits, errors = zip(*unbeaten(points), strict=True)
+        colour, width = (colours[family], 2.2) if family in colours else (next(spare), 1.2)
+        note = "" if family in taken or found is None or found.judged == "test" else " (test)"
+        axes.plot(
+            bits, [max(error, _TINY) for error in errors], color=colour, marker="o", markersize=4, linewidth=width,
+            label=family + note,
+        )  # fmt: skip
+    ticks = (2, 5, 10, 20, 50, 100, 200, 400)
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
+    finish(axes, f"{title}, {'test' if found is None else found.judged} episodes", x="bits per step")
+    return figure
+
+
+def unbeaten(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of (bits, error) those with less error than all that take fewer bits, by bits.
+
+    >>> unbeaten([(20, 0.2), (5, 0.5), (10, 0.6), (30, 0.2)])
+    [(5, 0.5), (20, 0.2)]
+    """
+    found: list[tuple[float, float]] = []
+    for bits, error in sorted(points):
+        if not found or error < found[-1][1]:
+            found.append((bits, error))
+    return found
 
 
 def _peer_curve(axes: Axes, points: Sequence[CodecReport], metric: str, colour: str) -> None:

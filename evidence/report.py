@@ -21,7 +21,7 @@ from rfsq.evidence.chunk_results import CHUNKS_JSON
 from rfsq.evidence.comparison import compare
 from rfsq.evidence.findings import compared, title
 from rfsq.evidence.jobs import trained_checkpoint
-from rfsq.evidence.plots import chunk_tokens, figures, svg
+from rfsq.evidence.plots import figures, svg
 from rfsq.evidence.results import Comparison, write_text
 from rfsq.evidence.settings import ComparisonConfig, OscPose
 from rfsq.evidence.tables import findings_table, layer_table, parts, peer_table, short_table, summary_table
@@ -41,6 +41,7 @@ _CAPTIONS = {
     "trajectories": "One held-out episode. The axes follow what was recorded: a decoding far off leaves them.",
     "learning curves": "Weights are kept where the validation error is lowest (dots).",
     "chunk tokens": "The best setting of each tokenizer within each budget. Dashed: the bound of one Gaussian.",
+    "choice": "What each tokenizer reaches within so many bits: of its settings those that no cheaper one beats.",
     "peers": "Lower and farther left is better. Hollow squares decode a part of another setting's tokens.",
 }
 #: What stands around `$body`: head and style.
@@ -103,9 +104,8 @@ def _compared(options: argparse.Namespace) -> Comparison:
 
 def write_report(comparison: Comparison, sections: Sequence[tuple[str, str]], folder: Path) -> None:
     """Page, figures and text, and the JSON last: where it is, everything else is too. Raises EvidenceError."""
-    drawn = {name: svg(figure) for name, figure in figures(comparison).items()}
-    if beside := chunk_results.read_beside(comparison, folder / CHUNKS_JSON):
-        drawn["chunk tokens"] = svg(chunk_tokens(*beside))
+    beside = chunk_results.read_beside(comparison, folder / CHUNKS_JSON)
+    drawn = {name: svg(figure) for name, figure in figures(comparison, beside).items()}
     for name, drawing in drawn.items():
         write_text(folder / FIGURES / f"{name.replace(' ', '-')}.svg", drawing)
     write_text(folder / REPORT_HTML, page(comparison, drawn, sections))

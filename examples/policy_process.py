@@ -43,7 +43,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Chunk:
-    """tokens as uint8 where they fit: so short a message comes whole or not at all, even from a process just killed."""
+    """tokens of the smallest type: so short a message comes whole or not at all, even from a process just killed."""
 
     sequence: int
     observed_ns: int
@@ -122,7 +122,9 @@ def serve(connection: Connection, bundle: Path, policy: Policy) -> None:
     with ActionTokenizer.load(bundle) as tokenizer:
         model, number = tokenizer.model, 0
         planner = policy(model.chunk_length)
-        small = np.uint8 if model.num_levels < 256 else np.int32
+        small = np.dtype(np.uint8 if model.token_grid else np.uint16)
+        if model.vocabulary > np.iinfo(small).max:
+            small = np.dtype(np.int32)
         connection.send("ready")
         while True:
             try:
@@ -136,7 +138,7 @@ def serve(connection: Connection, bundle: Path, policy: Policy) -> None:
             number += 1
             chunks = [Chunk(number, question.asked_ns, tokens.astype(small), stats)]
             if question.fault == "bad":
-                chunks[0].tokens[0, 0, 0, 0] = model.num_levels
+                chunks[0].tokens.flat[0] = model.vocabulary
             elif question.fault == "late":
                 time.sleep(1.25 * model.chunk_length * policy.period_s)
             elif question.fault == "hang":

@@ -12,7 +12,8 @@ What is generated:
 
 - plan: the arithmetic, folded; graphs: ONNX of it, put together with graph_builder; c_source: C of it; cuda_source:
   CUDA of it
-- chunk_plan, chunk_graphs with chunk_builder and chunk_escape, chunk_c_source: the same of chunk tokens
+- chunk_plan, chunk_graphs with chunk_builder and chunk_escape, chunk_c_source, chunk_cuda_source: the same of chunk
+  tokens
 - onnx_evaluator: runs a graph in numpy
 - engines: compiles what this machine can, with c_builder
 

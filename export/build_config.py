@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from rfsq.calibration.settings import ChunkConfig, ReadoutChoice
@@ -20,6 +21,7 @@ _LONGEST_CHUNK = 1024
 _MOST_PARITY_STEPS = 10**9
 
 
+_FOLDERS = {TokenKind.STEP: Path("build/bundle"), TokenKind.CHUNK: Path("build/chunk_bundle")}
 #: Settings that a kind of tokens has no use for.
 _UNUSED = {
     TokenKind.STEP: ("chunk",),
@@ -32,7 +34,8 @@ class BuildConfig:
     """What to build.
 
     kind: None for that of the checkpoint, or per-step tokens; checkpoint: None for the embedded one, or for chunk
-    tokens that are fitted to the data, as `chunk` says. chunk_length: None for 8.
+    tokens that are fitted to the data, as `chunk` says. output: None for build/bundle, or
+    build/chunk_bundle of chunk tokens; chunk_length: None for 8.
     prefixes: None for 3 where the model has as many layers, and L; backends: None for ONNX Runtime, on the GPU too
     where it can, every TensorRT that is installed, and C where there is a compiler; conditioning: None for
     `calibrated` with a robust checkpoint and `none` with a naive one; use_layernorm: for files that do not say it;
@@ -41,7 +44,7 @@ class BuildConfig:
 
     kind: TokenKind | None = None
     checkpoint: Path | None = None
-    output: Path = Path("build/bundle")
+    output: Path | None = None
     overwrite: bool = False
     conditioning: DeployMode | None = None
     use_layernorm: bool | None = None
@@ -79,6 +82,11 @@ class BuildConfig:
         unknown = set(self.backends or ()) - BACKENDS.keys()
         if unknown:
             raise BuildInputError(f"backends {sorted(unknown)} are not known; there are {', '.join(BACKENDS)}")
+
+    @cached_property
+    def folder(self) -> Path:
+        """Where the bundle is to be. Raises as `token_kind`."""
+        return self.output or _FOLDERS[self.token_kind()]
 
     def token_kind(self) -> TokenKind:
         """The kind that is asked for, or that of the checkpoint.

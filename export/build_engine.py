@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 _READOUTS = ("auto", "on", "off")
 _KINDS = ("step", "chunk")
+_ORDERS = ("own", "shared")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +71,8 @@ def parser() -> CommandParser:
         ("tokens", "L, of a chunk; default: 45, or all that it can use"),
     ):
         parser.add_argument(f"--{name}", type=int, metavar="X", help=f"of a fit of chunk tokens: {text}")
-    parser.add_output("folder of the bundle; default: build/bundle")
+    parser.add_argument("--order", choices=_ORDERS, help="of a fit of chunk tokens: of the first bits; default: own")
+    parser.add_output("folder of the bundle; default: build/bundle, of chunk tokens build/chunk_bundle")
     parser.refuse_former(
         "--bundle",
         f"{command('build', '--output DIR')} writes a bundle, and {command('build', '--from-bundle DIR')} adds to one",
@@ -126,7 +128,7 @@ def config_of(options: argparse.Namespace) -> BuildConfig | TargetConfig:
     from rfsq.export.build_config import BuildConfig
     from rfsq.export.plan import DeployMode
 
-    fit = {name: given.pop(name) for name in ("classes", "vocabulary", "tokens") if name in given}
+    fit = {name: given.pop(name) for name in ("classes", "vocabulary", "tokens", "order") if name in given}
     if fit:
         from rfsq.calibration.settings import ChunkConfig
 
@@ -174,7 +176,7 @@ def _run(config: BuildConfig | TargetConfig, *, is_verbose: bool) -> Outcome:
     # For matrices this small more threads are slower.
     torch.set_num_threads(1)
     manifest = build(config, has_tables=is_verbose)
-    return Outcome(verdict(config.output, manifest), {"bundle": str(config.output), **dataclasses.asdict(manifest)})
+    return Outcome(verdict(config.folder, manifest), {"bundle": str(config.folder), **dataclasses.asdict(manifest)})
 
 
 def verdict(output: Path, manifest: Manifest) -> str:

@@ -4,6 +4,8 @@ The arithmetic is written once, in `templates/rfsq_chunk_tokenizer.c`. Generated
 it, and the sizes in `templates/rfsq_chunk_tokenizer.h`.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from rfsq.export.c_builder import C_FLAGS
@@ -26,21 +28,11 @@ def c_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> CTokenizer:
 
     Raises BuildInputError for more than MOST_NUMBERS, and for numbers that float32 does not hold.
     """
-    sizes = plan.sizes
-    lines = _sizes(plan)
-    count = 0
-    for name, values in _tables(plan).items():
-        count += values.size
-        if count > MOST_NUMBERS:
-            raise BuildInputError(
-                f"{sizes.num_classes} classes of {sizes.num_values} values and {plan.num_latents} latents are more "
-                f"than the {MOST_NUMBERS:,} numbers that the C engine has room for: fit fewer classes, a shorter chunk "
-                "or fewer tokens, or build without the backend c"
-            )
-        lines.append(table(_kind(values), name, values))
+    sizes, tables = plan.sizes, _tables(plan)
+    check_size(plan, tables.values(), "C", "c")
     source = filled(
         "rfsq_chunk_tokenizer.c",
-        TABLES="\n".join(lines),
+        TABLES="\n".join([*_sizes(plan), *(table(_kind(values), name, values) for name, values in tables.items())]),
         ARITHMETIC=filled("arithmetic.c").rstrip(),
     )
     header = filled(
@@ -57,6 +49,16 @@ def c_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> CTokenizer:
     return CTokenizer(header, note + source)
 
 
+def check_size(plan: ChunkPlan, tables: Iterable[Array | IntArray], language: str, backend: str) -> None:
+    """Raises BuildInputError for tables of more than MOST_NUMBERS."""
+    if sum(values.size for values in tables) > MOST_NUMBERS:
+        raise BuildInputError(
+            f"{plan.sizes.num_classes} classes of {plan.sizes.num_values} values and {plan.num_latents} latents are "
+            f"more than the {MOST_NUMBERS:,} numbers that the {language} engine has room for: fit fewer classes, a "
+            f"shorter chunk or fewer tokens, or build without the backend {backend}"
+        )
+
+
 def _sizes(plan: ChunkPlan) -> list[str]:
     sizes = plan.sizes
     return [
@@ -64,18 +66,29 @@ def _sizes(plan: ChunkPlan) -> list[str]:
         f"enum {{ TOKEN_BITS = {sizes.token_bits}, CLASS_BITS = {sizes.class_bits}, MOST_BITS = {MOST_BITS} }};",
         # Whether latents hold less than all of a chunk.
         f"#define HAS_REST {int(plan.num_latents < sizes.num_values)}",
-        f"#define SURE_COST {number(_sure_cost(plan))}",
+        f"#define SURE_COST {number(sure_cost(plan))}",
         f"#define SUM_OF_WEIGHTS {number(float(plan.weights.astype(np.float64).sum()))}",
         f"typedef {'uint8_t' if plan.num_latents <= 256 else 'uint16_t'} latent_index;",
     ]
 
 
-def _sure_cost(plan: ChunkPlan) -> float:
+def sure_cost(plan: ChunkPlan) -> float:
     """A class of this cost keeps the bounds, with 1 % to spare, which is far more than anything rounds by.
 
     The cost is at least weight * |error|^2 at each budget, and no value errs by more than |error|.
     """
     return 0.99 * float(np.min(plan.weights * np.square(plan.bounds)))
+
+
+def most_ranks(plan: ChunkPlan) -> int:
+    """The most bits that a latent has."""
+    return max(int(np.bincount(order).max()) for order in plan.order)
+
+
+def at_budgets(plan: ChunkPlan) -> Array:
+    """`width` of the bits that each latent has at each budget: [C - 1, budgets, M]."""
+    found: Array = np.take_along_axis(plan.width[:, None], plan.counts.swapaxes(0, 1)[..., None], axis=-1)[..., 0]
+    return found
 
 
 def _tables(plan: ChunkPlan) -> dict[str, Array | IntArray]:
@@ -84,30 +97,29 @@ def _tables(plan: ChunkPlan) -> dict[str, Array | IntArray]:
 
     def of_panels(values: Array | IntArray) -> Array:
         """[C - 1, ..., M] to [C - 1, panels, ..., LANES], filled up with zeros."""
-        padded = _padded(values, -1, _LANES)
-        return np.moveaxis(padded.reshape(*values.shape[:-1], panels, _LANES), -2, 1)
+        filled_up = padded(values, -1, _LANES)
+        return np.moveaxis(filled_up.reshape(*values.shape[:-1], panels, _LANES), -2, 1)
 
     counts = plan.counts.swapaxes(0, 1)
-    used = max(int(np.bincount(order).max()) for order in plan.order) + 1
-    at_budgets = np.take_along_axis(plan.width[:, None], counts[..., None], axis=-1)[..., 0]
+    used = most_ranks(plan) + 1
     return {
         "OFFSETS": np.tile(plan.offset, plan.sizes.chunk_length),
         "UNITS": np.tile(plan.units, plan.sizes.chunk_length),
         "INVERSE_UNITS": np.tile(plan.inverse_units, plan.sizes.chunk_length),
         "WEIGHTS": plan.weights,
         "BOUNDS": np.asarray(plan.bounds),
-        "MEAN": _padded(plan.mean, 1, _SUMS),
-        "BASIS": of_panels(_padded(plan.basis, 1, _SUMS)),
-        "INVERSE_WIDTH": _padded(plan.inverse_width, 1, _LANES),
-        "WIDTH": _padded(plan.width[..., :used], 1, _LANES),
+        "MEAN": padded(plan.mean, 1, _SUMS),
+        "BASIS": of_panels(padded(plan.basis, 1, _SUMS)),
+        "INVERSE_WIDTH": padded(plan.inverse_width, 1, _LANES),
+        "WIDTH": padded(plan.width[..., :used], 1, _LANES),
         # Of the levels at each budget one half; what pads the latents has one level.
         "BUDGET_HALF": np.exp2(of_panels(counts) - 1.0),
-        "BUDGET_WIDTH": of_panels(at_budgets),
+        "BUDGET_WIDTH": of_panels(at_budgets(plan)),
         "ORDER": plan.order,
     }
 
 
-def _padded(values: Array | IntArray, axis: int, multiple: int) -> Array:
+def padded(values: Array | IntArray, axis: int, multiple: int) -> Array:
     """With zeros behind, up to a whole multiple along the axis."""
     missing = [(0, 0)] * values.ndim
     missing[axis] = (0, -values.shape[axis] % multiple)

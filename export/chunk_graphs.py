@@ -22,6 +22,10 @@ from rfsq.runtime.bundle.arrays import Float32Array
 #: The dynamic axis of tokens: how many of each chunk are decoded.
 LENGTH = "length"
 
+#: The cost of a class that breaks the bound. Not infinity: of costs that are all infinite, ONNX Runtime on CUDA finds
+#: the least at a place that there is not.
+_NEVER = 3e38
+
 
 def chunk_encoder_graph(plan: ChunkPlan, form: LinearForm = LinearForm.GEMM) -> bytes:
     """actions float32 [batch, T, A] -> tokens int32 [batch, L].
@@ -42,7 +46,7 @@ def chunk_encoder_graph(plan: ChunkPlan, form: LinearForm = LinearForm.GEMM) -> 
     costs = build.apply("Transpose", [_costs(build, plan, chunks, trial)], "costs.by_chunk", perm=[1, 0])
     best = build.apply("ArgMin", [costs], "best", axis=1)
     least = build.reduced("ReduceMin", costs, 1, "least", keep=True)
-    is_kept = build.apply("Less", [least, build.numbers("never", math.inf)], "best.is_kept")
+    is_kept = build.apply("Less", [least, build.numbers("never", _NEVER)], "best.is_kept")
     chosen = build.apply("Where", [is_kept, best, build.integers("escape", sizes.escape)], "class")
     kept = build.of_class(trial.digits, best, plan.num_latents, "best.digits")
     row = build.apply("Concat", [kept, *escape_digits(build, sizes, chunks)], "row", axis=1)
@@ -133,7 +137,7 @@ def _costs(build: ChunkBuilder, plan: ChunkPlan, chunks: str, trial: _Trial) -> 
         costs.append(build.times(trial.rest, plan.weights.sum(), "rest.cost"))
     is_kept = build.apply("LessOrEqual", [build.apply("Max", errors, "errors"), build.numbers("one", 1)], "is_kept")
     summed = build.apply("Sum", costs, "costs.summed")
-    return build.apply("Where", [is_kept, summed, build.numbers("never", math.inf)], "costs")
+    return build.apply("Where", [is_kept, summed, build.numbers("never", _NEVER)], "costs")
 
 
 def _decoded_at(build: ChunkBuilder, plan: ChunkPlan, digits: str, budget: int) -> str:
@@ -191,12 +195,16 @@ def _bit_sources(plan: ChunkPlan) -> tuple[npt.NDArray[np.int32], Float32Array]:
 
 
 def _filled_up(build: ChunkBuilder, sizes: ChunkSizes, numbers: str) -> str:
-    """Tokens [batch, length] as float32 to [batch, L + 1], with -1 for what is missing: at least the last."""
-    length = build.apply("Shape", ["tokens"], "length", start=1, end=2)
-    missing = build.apply("Sub", [build.integers("row.width", [sizes.num_tokens + 1]), length], "missing")
-    ends = build.apply("Concat", [build.integers("no_ends", [0, 0, 0]), missing], "ends", axis=0)
-    padded = build.apply("Pad", [numbers, ends, build.numbers("absent", -1)], "padded")
-    return build.reshape(padded, (-1, sizes.num_tokens + 1), "row")
+    """Tokens [batch, length] as float32 to [batch, L + 1], with -1 for what is missing: at least the last.
+
+    Without Shape: ONNX Runtime computes on the processor what follows from shapes, and refuses that of a graph that is
+    to run on the GPU alone.
+    """
+    width = sizes.num_tokens + 1
+    first = build.columns(numbers, np.zeros(1, np.int64), "first")
+    absent = build.plus(build.times(first, np.zeros(width), "absent.zeros"), -1, "absent")
+    longer = build.apply("Concat", [numbers, absent], "row.longer", axis=1)
+    return build.columns(longer, np.arange(width), "row")
 
 
 def _signs(build: ChunkBuilder, sizes: ChunkSizes, row: str) -> str:

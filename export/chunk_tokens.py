@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rfsq.export.chunk_c_source import c_chunk_tokenizer
 
 from rfsq.calibration.chunk_fitting import chunk_parts, fit_chunk_tokens
 from rfsq.calibration.settings import ChunkConfig
 from rfsq.export.build_config import BuildConfig
 from rfsq.export.c_source import CTokenizer
+from rfsq.export.chunk_c_source import c_chunk_tokenizer
+from rfsq.export.chunk_cuda_source import cuda_chunk_tokenizer
 from rfsq.export.chunk_graphs import chunk_decoder_graph, chunk_encoder_graph
 from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan, plan_chunk_code
 from rfsq.export.chunk_reference import ChunkReference, episode_chunks
@@ -84,8 +85,8 @@ class ChunkTokens:
     def c_source(self) -> CTokenizer:
         return c_chunk_tokenizer(self._plan, self.fingerprint)
 
-    def cuda_source(self) -> str | None:
-        return None
+    def cuda_source(self) -> str:
+        return cuda_chunk_tokenizer(self._plan, self.fingerprint)
 
     def sections(self, num_steps: int) -> tuple[Section, ...]:
         return chunk_sections(self.reference.model, self.data.held_out, limit=ACTION_LIMIT, num_steps=num_steps)

@@ -44,6 +44,7 @@ def cuda_tokenizer(encoder: EncoderPlan, decoders: Sequence[DecoderPlan], finger
         "rfsq_tokenizer.cu",
         SIZES="\n".join(_sizes(encoder, any(map(_has_many, plans)))),
         TABLES="\n".join(_tables(encoder, decoders)),
+        ARITHMETIC=filled("arithmetic.cu").rstrip(),
         KERNELS="\n".join(kernels).rstrip(),
     )
     return f"/* Generated, do not edit; fingerprint {fingerprint}. */\n{source}"

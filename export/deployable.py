@@ -39,8 +39,7 @@ class Deployable(Protocol):
 
     def c_source(self) -> CTokenizer: ...
 
-    def cuda_source(self) -> str | None:
-        """None where none is generated for this kind."""
+    def cuda_source(self) -> str: ...
 
     def sections(self, num_steps: int) -> tuple[Section, ...]:
         """What gates are run on: so many control steps or more."""

@@ -55,7 +55,7 @@ def build(config: BuildConfig, *, has_tables: bool = True) -> Manifest:
         with no_gpu_said_first(name):
             require_means(BACKENDS[name], to_run=False)
     kind = config.token_kind()
-    with stage_bundle(config.output, overwrite=config.overwrite) as staged:
+    with stage_bundle(config.folder, overwrite=config.overwrite) as staged:
         tokens: Deployable = load_chunk_tokens(config) if kind is TokenKind.CHUNK else load_step_tokens(config)
         draft = _export(tokens, staged)
         reference, held_out = tokens.reference, tokens.data.held_out
@@ -115,11 +115,8 @@ def _export(tokens: Deployable, staged: StagedBundle) -> Manifest:
         current.note(f"{C_SOURCE} {len(generated.source) / 1000:.0f} kB")
     with phase("generate CUDA") as current:
         cuda = tokens.cuda_source()
-        if cuda is None:
-            current.skip("none for this kind of tokens")
-        else:
-            staged.write(CUDA_SOURCE, cuda.encode())
-            current.note(f"{CUDA_SOURCE} {len(cuda) / 1000:.0f} kB")
+        staged.write(CUDA_SOURCE, cuda.encode())
+        current.note(f"{CUDA_SOURCE} {len(cuda) / 1000:.0f} kB")
     entries = tuple(graph for graph, _ in graphs)
     return Manifest(SCHEMA_VERSION, identity, tokens.model, entries, (), (), _tool_versions(), {}, {})
 

@@ -356,8 +356,9 @@ def escape_bound(num_bits: int, num_values: int) -> float:
 def escape_encode(chunks: Tensor, num_bits: int) -> Tensor:
     """Chunks [B, N], values outside [-1, 1] at its ends, to code bits [B, num_bits]; those left over are 0."""
     count, num_values = chunks.shape
-    place = (chunks.double().clamp(-1, 1) + 1) / 2
-    cells = torch.floor(place * 3 * 2**MOST_BITS).long().clamp(0, 3 * 2**MOST_BITS - 1)
+    # Multiplied before anything is added, which is exact for every float32.
+    half = 3 * 2 ** (MOST_BITS - 1)
+    cells = (torch.floor(chunks.double().clamp(-1, 1) * half).long() + half).clamp(max=2 * half - 1)
     blocks = -(-num_values // BLOCK_VALUES)
     ternary = torch.zeros(count, blocks * BLOCK_VALUES, dtype=torch.long, device=chunks.device)
     ternary[:, :num_values] = cells >> MOST_BITS

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .control.realtime import Watchdog as Watchdog
     from .control.realtime import apply_realtime as apply_realtime
     from .control.result import ControlResult as ControlResult
+    from .policy.vocabulary import ChunkVocabulary as ChunkVocabulary
     from .policy.vocabulary import PartialTokens as PartialTokens
     from .policy.vocabulary import TokenVocabulary as TokenVocabulary
     from .tokenizer import ActionTokenizer as ActionTokenizer
@@ -64,7 +65,7 @@ _NAMES = {
     "control.errors": ("ControlConfigError", "ControlFaultError", "RealtimeRefusedError", "WrongThreadError"),
     "control.realtime": ("RealtimeConfig", "Watchdog", "apply_realtime"),
     "control.result": ("ControlResult",),
-    "policy.vocabulary": ("PartialTokens", "TokenVocabulary"),
+    "policy.vocabulary": ("ChunkVocabulary", "PartialTokens", "TokenVocabulary"),
     "tokenizer": ("ActionTokenizer",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}

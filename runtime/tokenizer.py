@@ -49,8 +49,9 @@ class ActionTokenizer:
         self._backend = backend
         self._validator = InputValidator(manifest.model)
         self._unchecked_chunks = backend.checked_steps // manifest.model.chunk_length
-        #: The arrays of the last `encode_into` and `decode_into`, where only values have to be looked at again.
+        #: Arrays of `encode_into` and `decode_into` that came twice in a row: only their values are looked at again.
         self._encoded = self._decoded = CheckedPair(np.empty(0), np.empty(0))
+        self._last_encoded = self._last_decoded = (0, 0)
         self._gpu_calls: GpuCalls | None = None
         self._is_closed = False
         #: What `load` is called with to open the same again, by an absolute path.
@@ -218,8 +219,10 @@ class ActionTokenizer:
             shape = self._model.stats_shape(len(valid))
             stats = self._validator.output("stats_out", stats_out, np.float32, shape, source, tokens)
         self._encode(valid, tokens, stats)
-        if valid is actions and stats is None and len(valid) <= self._unchecked_chunks:
+        pair = (id(actions), id(out))
+        if pair == self._last_encoded and valid is actions and stats is None and len(valid) <= self._unchecked_chunks:
             self._encoded = CheckedPair(valid, tokens)
+        self._last_encoded = pair
 
     def bind_encode(
         self, actions: object, out: object, stats_out: object | None = None, *, stream: object = None
@@ -271,8 +274,10 @@ class ActionTokenizer:
         inputs = cast("tuple[Int32Array, ...]", (tokens,) if stats is None else (tokens, stats))
         actions = self._validator.output("out", out, np.float32, self._model.actions_shape(len(valid)), *inputs)
         self._decode(valid, valid_stats, actions)
-        if valid is tokens and stats is None and len(valid) <= self._unchecked_chunks:
+        pair = (id(tokens), id(out))
+        if pair == self._last_decoded and valid is tokens and stats is None and len(valid) <= self._unchecked_chunks:
             self._decoded = CheckedPair(valid, actions)
+        self._last_decoded = pair
 
     def bind_decode(
         self, tokens: object, out: object, stats: object | None = None, *, stream: object = None
@@ -382,7 +387,7 @@ def codes_of(tokenizer: ActionTokenizer, actions: Float32Array) -> Codes:
 _OPENED = frozenset(
     {
         *("_manifest", "_model", "golden", "_backend", "_validator", "_unchecked_chunks"),
-        *("_encoded", "_decoded", "_gpu_calls", "_is_closed"),
+        *("_encoded", "_decoded", "_last_encoded", "_last_decoded", "_gpu_calls", "_is_closed"),
     }
 )
 

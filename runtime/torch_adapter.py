@@ -1,9 +1,11 @@
-"""The published model's calls on a bundle; implemented in `runtime/policy/adapter.py`."""
+"""Bundles in policies of torch: `policy/adapter.py` has the published model's calls, `policy/chunk_adapter.py` those of
+chunk tokens."""
 
 from .bundle.advice import install_package
 
 try:
     from .policy.adapter import ActionRFSQAE
+    from .policy.chunk_adapter import ChunkTokenizer
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
@@ -11,4 +13,4 @@ except ModuleNotFoundError as error:
         f"the adapter needs torch, which is not installed; {install_package('torch')}", name="torch"
     ) from error
 
-__all__ = ["ActionRFSQAE"]
+__all__ = ["ActionRFSQAE", "ChunkTokenizer"]

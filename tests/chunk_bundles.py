@@ -19,21 +19,25 @@ from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.settings import NormaliserKind
 from rfsq.runtime.bundle.golden import write_golden
-from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, GOLDEN_NAME, SCHEMA_VERSION, Manifest
-from tests.bundles import c_entry, proven
+from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, GOLDEN_NAME, SCHEMA_VERSION, Manifest
+from tests.bundles import c_entry, compile_cuda, cuda_entry, proven
 
 SMALL = ChunkSizes(action_dim=3, chunk_length=4, num_classes=6, token_bits=8, num_tokens=9)
 
 
 @dataclass(frozen=True)
 class ChunkRecipe:
-    """What to build; equal recipes give equal bundles. c_targets: what the generated C is compiled for; None for no C
-    at all."""
+    """What to build; equal recipes give equal bundles.
+
+    c_targets: what the generated C is compiled for; None for no C at all; compute_capability: of the GPU that the
+    generated CUDA is compiled for; None for no CUDA at all.
+    """
 
     sizes: ChunkSizes = SMALL
     has_normaliser: bool = True
     num_chunks: int = 12
     c_targets: tuple[str, ...] | None = None
+    compute_capability: str | None = None
     seed: int = 0
 
 
@@ -110,7 +114,13 @@ def write_chunk_bundle(output: Path, recipe: ChunkRecipe, *, overwrite: bool = F
             for target in recipe.c_targets:
                 entry = c_entry(generated, target)
                 staged.write(entry.file, compile_c(generated.header, generated.source, target).content)
-                proofs = proven(entry.backend, entry.device, model)
-                manifest = replace(manifest, engines=(*manifest.engines, entry), parity=(*manifest.parity, *proofs))
-        staged.seal(manifest)
+                manifest = replace(manifest, engines=(*manifest.engines, entry))
+        if recipe.compute_capability is not None:
+            source = tokens.cuda_source()
+            staged.write(CUDA_SOURCE, source.encode())
+            entry = cuda_entry(source, recipe.compute_capability)
+            staged.write(entry.file, compile_cuda(source, recipe.compute_capability))
+            manifest = replace(manifest, engines=(*manifest.engines, entry))
+        proofs = [gate for entry in manifest.engines for gate in proven(entry.backend, entry.device, model)]
+        staged.seal(replace(manifest, parity=(*manifest.parity, *proofs)))
     return output

@@ -38,6 +38,7 @@ UNUSABLE = {
     "inspect": ["nowhere"],
     "bench": ["nowhere"],
     "compat": ["nowhere", "nowhere", "--data", "nowhere.npz"],
+    "explain": ["nowhere", "--data", "nowhere.npz", "--output", "out.html"],
     "tokenize": ["nowhere", "--data", "nowhere.npz", "--output", "out.parquet"],
     "replay": ["nowhere", "nowhere.npz"],
     "calibrate": ["--checkpoint", "nowhere.pt", "--output", "out.safetensors", "--report-dir", "out"],
@@ -91,10 +92,12 @@ def test_the_same_words_mean_the_same(name: str, monkeypatch: pytest.MonkeyPatch
     positional = [action.metavar for action in taken[0]._actions if not action.option_strings]
     assert positional == {
         "compat": ["OLD", "NEW"], "replay": ["BUNDLE", "RECORD"],
-        **{key: ["BUNDLE"] for key in ("selftest", "inspect", "bench", "tokenize")},
+        **{key: ["BUNDLE"] for key in ("selftest", "inspect", "bench", "explain", "tokenize")},
     }.get(name, [])  # fmt: skip
     assert ("--data" in actions) == ("--key" in actions) == ("--filter-key" in actions)
-    assert ("--data" in actions) == (name in ("build", "calibrate", "train", "compare", "compat", "tokenize"))
+    assert ("--data" in actions) == (
+        name in ("build", "calibrate", "train", "compare", "compat", "explain", "tokenize")
+    )
     assert ("--output" in actions) == ("--overwrite" in actions)
     if "--backend" in actions:
         assert {*(actions["--backend"].choices or ())} - {"auto"} == {*BACKENDS}
@@ -254,6 +257,7 @@ def test_a_choice_from_data_that_are_not_given_is_refused(
         ("calibrate", ["--output", "a.safetensors", "--report-dir", "file"], "file is no writable folder"),
         ("calibrate", ["--kind", "chunk", "--report-dir", "file"], "file is no writable folder"),
         ("bench", ["bundle", "--output", "file"], "file is no writable folder"),
+        ("explain", ["bundle", "--data", "a.npz", "--output", "file/page.html"], "file is no writable folder"),
         ("compare", ["--output", "file"], "file is no writable folder"),
         ("rollout", ["--output", "file", "--report-only"], "file is no writable folder"),
     ],

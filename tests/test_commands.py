@@ -234,7 +234,7 @@ def test_a_bug_does_not_pass_for_a_fault_of_the_input(
 
 
 def test_a_bug_in_the_settings_of_a_build_is_no_fault_of_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rfsq.export.pipeline.BuildConfig", broken)
+    monkeypatch.setattr("rfsq.export.build_config.BuildConfig", broken)
     with pytest.raises(ValueError, match="a bug"):
         build_engine.main([])
 

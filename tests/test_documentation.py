@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from rfsq.rfsq_ref.checkpoints import ROBUST_CHECKPOINT, Checkpoint
+from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.rfsq_ref.data import ActionDataset
 from rfsq.runtime import ActionTokenizer, ControlConfig, ControlDecoder
 from rfsq.runtime.bundle.advice import COMMANDS
 from rfsq.runtime.control.config import ActionKind
+from tests.chunk_bundles import ChunkRecipe, write_chunk_bundle
 from tests.once import once
 from tests.rfsq_ref.published_model import ActionRFSQAE
 
@@ -66,6 +68,7 @@ from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.bundle.folder import open_bundle
 old = new = open_bundle("build/bundle")
 tokens = np.zeros((1, 8, 16, 8), np.int32)
+recorded = np.zeros((4, 8, 7), np.float32)
 chunk = torch.zeros(1, 8, 7)
 logits = torch.zeros(1, 8, 16, 8, 7)
 """
@@ -134,13 +137,23 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.fixture(scope="session")
+def chunk_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of chunk tokens of the shipped demonstrations' sizes, with random constants."""
+    recipe = ChunkRecipe(ChunkSizes(action_dim=7, chunk_length=8), has_normaliser=False)
+    return once(tmp_path_factory, "documented-chunk-tokens", lambda path: write_chunk_bundle(path, recipe))
+
+
 @pytest.fixture
-def workspace(tmp_path: Path, built: Path, demonstrations: ActionDataset, robust: Checkpoint) -> Iterator[Path]:
+def workspace(
+    tmp_path: Path, built: Path, chunk_tokens: Path, demonstrations: ActionDataset, robust: Checkpoint
+) -> Iterator[Path]:
     """A checkout after `make engine`, beside the files of a user that the documents name."""
     for name in ("rfsq", "rfsq_ref", "runtime", "calibration", "evidence", "export", "examples", "Makefile"):
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "docs" / "results", tmp_path / "docs" / "results")
     shutil.copytree(built, tmp_path / "build" / "bundle")
+    shutil.copytree(chunk_tokens, tmp_path / "build" / "chunk")
     (tmp_path / "OLD").symlink_to(built)
     (tmp_path / "NEW").symlink_to(built)
     published = ActionRFSQAE(use_layernorm=True)

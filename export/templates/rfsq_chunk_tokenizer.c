@@ -112,6 +112,12 @@ static inline void compand(int class, int panel, const float *restrict z, float 
     hyperbolic_tangent(LANES, 7, y);
 }
 
+/* Not a number stays one: no robot may take what a broken table gives for the end of its range. */
+static inline float clipped(float x)
+{
+    return x < -1 ? -1 : x > 1 ? 1 : x;
+}
+
 /*
  * The chunk x [ROWS], clipped to [-1, 1], of all latents z [PADDED]. In double: tokens that no encoder sends may name
  * latents far beyond [-1, 1], of which float32 would lose more than a chunk may err by.
@@ -129,7 +135,7 @@ static inline void to_chunk(int class, const double *restrict z, float *restrict
             }
         sum_lanes(SUMS, products, sums);
         for (int i = 0; i < SUMS; ++i)
-            x[n + i] = clamped((float)(MEAN[class][n + i] + sums[i]), -1, 1);
+            x[n + i] = clipped((float)(MEAN[class][n + i] + sums[i]));
     }
 }
 
@@ -286,8 +292,10 @@ static void write_escape(const float *restrict x, int32_t *restrict tokens)
 {
     int32_t cells[BLOCKS * BLOCK_VALUES] = {0};
     for (int n = 0; n < N; ++n) {
-        /* As in the reference: exact enough in double for every float. */
-        const int32_t cell = (int32_t)(((double)x[n] + 1) / 2 * 3 * (1 << MOST_BITS));
+        /* Exact in double for every float, which is why nothing is added before the conversion. */
+        const double place = (double)x[n] * (3 << (MOST_BITS - 1));
+        const int32_t below = (int32_t)place - (place < (int32_t)place);
+        const int32_t cell = below + (3 << (MOST_BITS - 1));
         cells[n] = cell < 3 << MOST_BITS ? cell : (3 << MOST_BITS) - 1;
     }
     memset(tokens, 0, L * sizeof *tokens);

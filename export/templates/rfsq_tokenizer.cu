@@ -34,7 +34,7 @@ enum Scale { PLAIN, SCALED, SCALED_BELOW_40 };
 
 /* --- arithmetic -------------------------------------------------------------------------------------------------- */
 
-__device__ __forceinline__ float not_a_number() { return __int_as_float(0x7FFFFFFF); }
+/* @ARITHMETIC@ */
 
 /* One instruction each: 2^x and 1 / x within two units of the last place, what is below 2^-126 as 0. */
 __device__ __forceinline__ float power_of_two(float x)
@@ -65,28 +65,6 @@ template <Scale SCALE> __device__ __forceinline__ float mish(float x)
     return x * (n * reciprocal(n + 2));
 }
 
-/* tanh(x) = m / (m + 2) with m = exp(2 x) - 1 = 2^n exp(r) - 1; from |x| = 10 on it is 1. */
-__device__ __forceinline__ float hyperbolic_tangent(float x)
-{
-    const float twice = 2 * fmaxf(fminf(x, 10.0f), -10.0f);
-    /* Adding 1.5 * 2^23 rounds to a whole number. */
-    const float n = fmaf(twice, 0x1.715476p+0f, 0x1.8p+23f) - 0x1.8p+23f;
-    /* ln 2 in two parts, of which the first has so few digits that n times it is exact. */
-    const float r = fmaf(n, -0x1.7f7d1cp-20f, fmaf(n, -0x1.62e4p-1f, twice));
-    /* Taylor's series: |r| <= ln 2 / 2, so what is left out is below 2^-27 of exp(r) - 1. */
-    float sum = 1.0f / 40320;
-    sum = fmaf(sum, r, 1.0f / 5040);
-    sum = fmaf(sum, r, 1.0f / 720);
-    sum = fmaf(sum, r, 1.0f / 120);
-    sum = fmaf(sum, r, 1.0f / 24);
-    sum = fmaf(sum, r, 1.0f / 6);
-    sum = fmaf(sum, r, 0.5f);
-    const float tail = fmaf(sum * r, r, r);
-    const float power = __int_as_float(((int)n + 127) << 23);
-    const float m = fmaf(power, tail, power - 1);
-    return m / (m + 2);
-}
-
 /* Action a without the offset of its dimension, before any sum: near the offset this is exact, and what a sum of large
  * numbers would lose is still there. */
 __device__ __forceinline__ float from_offset(float action, int a)
@@ -105,8 +83,6 @@ __device__ __forceinline__ float to_action(float sum, int a)
 #endif
     return sum;
 }
-
-__device__ __forceinline__ bool is_legal_action(float action) { return fabsf(action) <= ACTION_LIMIT; }
 
 /* Whether an encoder can give them, generously: see the runtime's validation. */
 __device__ __forceinline__ bool are_legal_stats(float mean, float sigma)
@@ -309,7 +285,7 @@ __device__ __forceinline__ void encode_few(const float *actions, Token *tokens, 
     for (int first = 0; first < D; first += FEW_THREADS / 4) {
         const int wanted = first + threadIdx.x / 4, d = wanted < D ? wanted : D - 1;
         const float sum = weighted_sum<A, HAVE_ROOM>(&ENCODER_ROWS[0][0], second, d, hidden, ENCODER_BIAS[d]);
-        float latent = hyperbolic_tangent(sum);
+        float latent = hyperbolic_tangent(sum, 10.0f);
 #if HAS_CONSTANT_BINS
         Token *const own = tokens + (step * D + d) * L;
 #pragma unroll
@@ -580,7 +556,7 @@ __device__ __forceinline__ void encode_many(const float *actions, Token *tokens,
     alignas(16) unsigned words[Bytes<LAYERS>::WORDS];
 #pragma unroll
     for (int d = 0; d < D; ++d) {
-        float latent = hyperbolic_tangent(latents[d]);
+        float latent = hyperbolic_tangent(latents[d], 10.0f);
 #pragma unroll
         for (int l = 0; l < L; ++l) {
             const float bins = fmaf(latent, BIN_RATIO[l][d], BIN_SHIFT[l][d]);

@@ -66,10 +66,12 @@ class Backend(Protocol):
     checked_steps: int
 
     def encode_into(self, actions: Float32Array, tokens: Int32Array, stats: Float32Array | None) -> None:
-        """actions [B, T, A] -> tokens [B, T, D, L] and, where wanted, stats [B, T, L, 2] (`dynamic` bundles)."""
+        """actions [B, T, A] -> tokens [B, T, D, L], or [B, L] of chunk tokens, and, where wanted, stats [B, T, L, 2]
+        (`dynamic` bundles)."""
 
     def decode_into(self, tokens: Int32Array, stats: Float32Array | None, actions: Float32Array) -> None:
-        """tokens [B, T, D, l], l a built prefix, and stats [B, T, l, 2] of `dynamic` bundles -> actions [B, T, A]."""
+        """tokens [B, T, D, l] or [B, l], l a prefix that decodes, and stats [B, T, l, 2] of `dynamic` bundles ->
+        actions [B, T, A]."""
 
     def close(self) -> None:
         """Free what the library holds; the backend cannot be used afterwards."""
@@ -79,7 +81,8 @@ class MarksIllegalValues(Protocol):
     """A backend whose host does not read values of the GPU: what is illegal there is marked.
 
     All actions of a step with a token that is no level become NaN; all tokens of a step with an action that is not
-    finite, or beyond the limit, become -1, which is 255 among bytes.
+    finite, or beyond the limit, become -1, which is 255 among bytes. Of chunk tokens the whole chunk is marked so, and
+    -1 is 65535 among words of 16 bits.
     """
 
     @property

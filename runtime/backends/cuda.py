@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from ..bundle.folder import Bundle
 from ..bundle.manifest import (
+    CHUNKS_OF_BLOCK,
     GraphEntry,
     TensorEntry,
     TokenType,
@@ -20,10 +21,12 @@ from .gpu.backend import GpuBackend
 from .gpu.driver import open_device
 from .gpu.kernels import KernelArguments, KernelLibrary
 
-#: A grid has so many blocks at most, and a step may have one of its own.
-_MOST_STEPS = 2**31 - 1
+#: A grid has so many blocks at most, and a step or a chunk may have one of its own.
+_MOST_BLOCKS = 2**31 - 1
 #: Up to so many steps a block for each is faster than a thread for each.
 FEW_STEPS = 8192
+#: Up to so many chunks of chunk tokens a block for each is faster than one for several.
+FEW_CHUNKS = {"encoder": 512, "decoder": 2**16}
 
 
 class CudaBackend(GpuBackend):
@@ -38,7 +41,7 @@ class CudaBackend(GpuBackend):
         try:
             functions = [
                 CudaFunction(self._library, model, with_tokens(graph, token_type))
-                for token_type in token_types(model.vocabulary)
+                for token_type in token_types(model.vocabulary, "uint8" if model.token_grid else "uint16")
                 for graph in graphs
             ]
             super().__init__(*names, functions)
@@ -64,7 +67,7 @@ class CudaBackend(GpuBackend):
 
 
 def variants_of(functions: Sequence[CudaFunction]) -> dict[str, list[CudaFunction]]:
-    """What gates judge beside the functions themselves: tokens of other types, and kernels for many steps.
+    """What gates judge beside the functions themselves: tokens of other types, and kernels for many.
 
     Numpy arrays go through in slices that may be too small for these, and gates judge less at a time.
     """
@@ -72,10 +75,10 @@ def variants_of(functions: Sequence[CudaFunction]) -> dict[str, list[CudaFunctio
     for token_type in dict.fromkeys(function.token_type for function in functions):
         own = [function for function in functions if function.token_type == token_type]
         if token_type != "int32":
-            variants[f"{token_type} tokens"] = [function.with_few_steps(FEW_STEPS) for function in own]
+            variants[f"{token_type} tokens"] = [function.with_few(function.few) for function in own]
         if any(function.has_many for function in own):
             name = "many steps" if token_type == "int32" else f"{token_type} tokens, many steps"
-            variants[name] = [function.with_few_steps(0) for function in own]
+            variants[name] = [function.with_few(0) for function in own]
     return variants
 
 
@@ -87,26 +90,31 @@ def with_tokens(graph: GraphEntry, token_type: TokenType) -> GraphEntry:
 
 
 class CudaFunction:
-    """The kernels of one encoder or decoder."""
+    """The kernels of one encoder or decoder. They count steps or, of chunk tokens, chunks."""
 
     reads_once = True
 
     def __init__(self, library: KernelLibrary, model: ModelEntry, graph: GraphEntry) -> None:
-        tokens = next(tensor for tensor in (*graph.inputs, *graph.outputs) if tensor.name == "tokens")
+        token_type = graph.tokens.dtype
         prefix = graph.prefix if graph.role == "decoder" else None
-        self._few = library.kernel(kernel_name(prefix, tokens.dtype, "few"))
+        self._few = library.kernel(kernel_name(prefix, token_type, "few"))
         # Some sizes have none.
-        self._many = library.find(kernel_name(prefix, tokens.dtype, "many"))
-        #: Beyond so many steps the kernel for many is taken, where there is one.
-        self.few_steps = FEW_STEPS
-        self.graph, self.token_type = graph, tokens.dtype
-        self.chunk_length, self.num_arguments = model.chunk_length, len(graph.inputs) + len(graph.outputs) + 1
-        self.max_batch, self.has_many = _MOST_STEPS // self.chunk_length, self._many is not None
+        self._many = library.find(kernel_name(prefix, token_type, "many"))
+        is_of_steps = bool(model.token_grid)
+        self.few = FEW_STEPS if is_of_steps else FEW_CHUNKS[graph.role]
+        # A thread has a step of its own.
+        self._of_block = 0 if is_of_steps else CHUNKS_OF_BLOCK[graph.role]
+        self.per_chunk = model.chunk_length if is_of_steps else 1
+        self.graph, self.token_type, self.has_many = graph, token_type, self._many is not None
+        #: Decoders of chunk tokens are told how many of them a chunk has.
+        self.takes_length = prefix is not None and not is_of_steps
+        self.num_arguments = len(graph.inputs) + len(graph.outputs) + 1 + self.takes_length
+        self.max_batch = _MOST_BLOCKS // self.per_chunk
 
-    def with_few_steps(self, few_steps: int) -> CudaFunction:
-        """Another of the same kernels."""
+    def with_few(self, few: int) -> CudaFunction:
+        """Another of the same kernels, which takes that for many, where there is one, beyond so many."""
         function = copy.copy(self)
-        function.few_steps = few_steps
+        function.few = few
         return function
 
     def new_program(self) -> _CudaProgram:
@@ -115,26 +123,27 @@ class CudaFunction:
     def close(self) -> None:
         """The library is closed by the backend."""
 
-    def launch(self, steps: int, arguments: KernelArguments, stream: int) -> None:
-        if self._many is None or steps <= self.few_steps:
-            self._few.launch(steps, arguments, stream)
+    def launch(self, count: int, arguments: KernelArguments, stream: int) -> None:
+        if self._many is None or count <= self.few:
+            self._few.launch(count, arguments, stream)
         else:
-            self._many.launch(-(-steps // self._many.threads), arguments, stream)
+            self._many.launch(-(-count // (self._of_block or self._many.threads)), arguments, stream)
 
 
 class _CudaProgram:
     """Needs no memory of its own."""
 
     def __init__(self, function: CudaFunction) -> None:
-        self._function, self._steps = function, 0
+        self._function, self._count = function, 0
         self._arguments = KernelArguments(function.num_arguments)
 
-    def bind(self, batch: int, addresses: Sequence[int]) -> None:
-        self._steps = batch * self._function.chunk_length
-        self._arguments.set((*addresses, self._steps))
+    def bind(self, shape: tuple[int, ...], addresses: Sequence[int]) -> None:
+        function = self._function
+        self._count = shape[0] * function.per_chunk
+        self._arguments.set((*addresses, self._count, *(shape[-1:] if function.takes_length else ())))
 
     def enqueue(self, stream: int) -> None:
-        self._function.launch(self._steps, self._arguments, stream)
+        self._function.launch(self._count, self._arguments, stream)
 
     def close(self) -> None:
         """Holds nothing."""

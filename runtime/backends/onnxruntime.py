@@ -1,4 +1,4 @@
-"""ONNX Runtime on the CPU, with inputs and outputs bound once per batch size.
+"""ONNX Runtime on the CPU, with inputs and outputs bound once per shape.
 
 Importing this module switches ONNX Runtime's telemetry off, unless the process has imported onnxruntime before.
 """
@@ -26,7 +26,7 @@ from ..bundle.manifest import GraphEntry, TensorEntry
 
 _LOG = logging.getLogger(__name__)
 
-#: Batch sizes that stay bound; a robot uses one or two.
+#: Batch sizes that stay bound, each with every number of chunk tokens that came; a robot uses one or two.
 _BOUND_BATCHES = 4
 #: Binding arrays of the caller costs 35 us, copying through bound buffers 1 us per 10 KB: above this, bind.
 _COPY_LIMIT_BYTES = 256 * 2**10
@@ -146,7 +146,7 @@ class BoundGraph:
             raise InferenceError(f"ONNX Runtime {ort.__version__} failed: {error}") from error
 
     def _make_buffers(self, key: _Key, *arrays: AnyArray | None) -> _Buffers | None:
-        """Buffers like `arrays`, kept in place of the oldest; None where copying would cost more than binding."""
+        """Buffers like `arrays`, kept in place of the oldest batch size; None where copying costs more than binding."""
         if not self._can_keep_bindings:
             return None
         if sum(array.nbytes for array in arrays if array is not None) > _COPY_LIMIT_BYTES:
@@ -155,8 +155,9 @@ class BoundGraph:
         session = self._session_here()
         buffers = own, session, self._bind_host(session, *own)
         self._bound[key] = buffers
-        if len(self._bound) > _BOUND_BATCHES:
-            del self._bound[next(iter(self._bound))]
+        batches = list(dict.fromkeys(shape[0] for shape, _ in self._bound))
+        if len(batches) > _BOUND_BATCHES:
+            self._bound = {kept: found for kept, found in self._bound.items() if kept[0][0] != batches[0]}
         return buffers
 
     def _open_session(self) -> Any:

@@ -22,9 +22,9 @@ from .contract import Backend, MarksIllegalValues
 
 #: Stands in every output before a call, and no answer has it.
 _UNTOUCHED_TOKEN, _UNTOUCHED_ACTION = -(2**30) - 1, np.float32(-1.2345e-30)
-#: Chunks of a call that are to be marked: steps for many threads, and a last block that is not full.
+#: Chunks of a call that are to be marked: units for many threads, and a last block that is not full.
 _MARKED_BATCHES = (1, 2, 37)
-#: Of three steps one is legal and must not be marked.
+#: Of three units one is legal and must not be marked.
 _LEGAL_EVERY = 3
 
 
@@ -48,7 +48,8 @@ class _Call:
     """One function of a backend: `run` takes the inputs, then the outputs.
 
     inputs: one legal chunk of each; outputs: what one chunk of each holds before a call; illegal: for each input, the
-    illegal values that a place in it may hold; is_mark: which elements of the first output mark something illegal.
+    illegal values that a place in it may hold; is_mark: which elements of the first output mark something illegal;
+    units: what a chunk has that is marked on its own, its steps or the whole.
     """
 
     gate: str
@@ -57,6 +58,7 @@ class _Call:
     outputs: tuple[AnyArray, ...]
     illegal: tuple[Callable[[int], AnyArray], ...]
     is_mark: Callable[[AnyArray], BoolArray]
+    units: int
 
     def arrays(self, batch: int) -> tuple[list[AnyArray], list[AnyArray]]:
         """Inputs and outputs of so many chunks."""
@@ -65,7 +67,7 @@ class _Call:
 
 
 def _calls(model: ModelEntry, backend: Backend) -> Iterator[_Call]:
-    levels = model.vocabulary
+    levels, units = model.vocabulary, model.chunk_length if model.token_grid else 1
     limit = np.float32(model.action_limit)
     beyond = np.nextafter(limit, np.float32(np.inf))
     wrong_actions = np.array([np.nan, -np.nan, np.inf, -np.inf, beyond, -beyond], np.float32)
@@ -88,6 +90,7 @@ def _calls(model: ModelEntry, backend: Backend) -> Iterator[_Call]:
         codes(model.depth, _UNTOUCHED_TOKEN, -1.0),
         (lambda _place: wrong_actions,),
         lambda tokens: (tokens < 0) | (tokens >= levels),
+        units,
     )
     # Where several prefixes are decoded by one decoder, one that is neither the shortest nor the longest.
     named: dict[str, list[int]] = {}
@@ -102,6 +105,7 @@ def _calls(model: ModelEntry, backend: Backend) -> Iterator[_Call]:
             (np.full(model.actions_shape(1), _UNTOUCHED_ACTION),),
             (lambda _place: wrong_tokens, lambda place: wrong_stats[place % 2]),
             np.isnan,
+            units,
         )
 
 
@@ -155,7 +159,7 @@ def _trials(array: AnyArray, values_at: Callable[[int], AnyArray], is_thorough: 
 
 
 def _unmarked(call: _Call, token_type: np.dtype[Any]) -> Iterator[str]:
-    """Illegal values in two of three steps, which have to be marked while the third is not."""
+    """Illegal values in two of three units, which have to be marked while the third is not."""
     values = call.illegal[0](0)
     if call.gate.startswith("decode"):
         # -1 is the largest of unsigned tokens, and has to be no level there either.
@@ -164,18 +168,19 @@ def _unmarked(call: _Call, token_type: np.dtype[Any]) -> Iterator[str]:
     for batch in _MARKED_BATCHES:
         for turn in range(len(values)):
             inputs, outputs = call.arrays(batch)
-            rows = inputs[0].reshape(batch * inputs[0].shape[1], -1)
-            steps = np.arange(len(rows))
-            places = (steps * 5 + turn) % rows.shape[1]
-            is_legal = steps % _LEGAL_EVERY == turn % _LEGAL_EVERY
-            given = np.where(is_legal, rows[0, 0], values[(steps + turn) % len(values)])
-            rows[steps, places] = given
+            rows = inputs[0].reshape(batch * call.units, -1)
+            units = np.arange(len(rows))
+            # Another one after each round, or a row of five elements would have but one.
+            places = (units * 5 + units // rows.shape[1] + turn) % rows.shape[1]
+            is_legal = units % _LEGAL_EVERY == turn % _LEGAL_EVERY
+            given = np.where(is_legal, rows[0, 0], values[(units + turn) % len(values)])
+            rows[units, places] = given
             call.run(*inputs, *outputs)
             results = outputs[0].reshape(len(rows), -1)
             marks = call.is_mark(results)
-            for step in np.flatnonzero(np.where(is_legal, marks.any(-1), ~marks.all(-1))).tolist():
-                problem = f"was {'marked' if is_legal[step] else 'not marked'} and became {results[step, 0]}"
-                yield _described(given[step], inputs[0], step * rows.shape[1] + int(places[step]), problem)
+            for unit in np.flatnonzero(np.where(is_legal, marks.any(-1), ~marks.all(-1))).tolist():
+                problem = f"was {'marked' if is_legal[unit] else 'not marked'} and became {results[unit, 0]}"
+                yield _described(given[unit], inputs[0], unit * rows.shape[1] + int(places[unit]), problem)
 
 
 def _described(value: Any, array: AnyArray, place: int, problem: str) -> str:

@@ -93,7 +93,7 @@ class _Run:
         whole = golden.decoded[model.depth]
         for prefix, rows, expected in golden.decodings():
             part = None if golden.stats is None else golden.stats[rows, ..., :prefix, :]
-            given, what = golden.tokens[rows, ..., :prefix], f"decode {model.decoder_of(prefix)}"
+            given, what = golden.tokens[rows, ..., :prefix], f"decode {prefix} {model.depth_unit}"
             yield from self._decoding_checks(what, given, part, expected, np.zeros_like(compared.flipped[rows]))
         if compared.num_wrong == 0:
             # Its own tokens, decoded: the only judge of what lies behind a near-tie flip.

@@ -111,20 +111,22 @@ class TrtProgram:
     def __init__(self, api: TrtApi, context: Any, graph: GraphEntry) -> None:
         self._api, self._context = api, context
         self._names = tuple(tensor.name for tensor in (*graph.inputs, *graph.outputs))
-        self._tails = {tensor.name: tensor.shape[1:] for tensor in graph.inputs}
-        self._bound: tuple[int, tuple[int, ...]] | None = None
+        self._inputs = graph.inputs
+        self._bound: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
-    def bind(self, batch: int, addresses: Sequence[int]) -> None:
-        wanted = (batch, tuple(addresses))
+    def bind(self, shape: tuple[int, ...], addresses: Sequence[int]) -> None:
+        wanted = (shape, tuple(addresses))
         if wanted == self._bound:
             return
         context, self._bound = self._context, None
         with self._api.collect_messages() as messages:
-            is_bound = all(context.set_input_shape(name, (batch, *tail)) for name, tail in self._tails.items()) and all(
+            is_bound = all(
+                context.set_input_shape(tensor.name, tensor.shape_of(shape[0], shape[-1])) for tensor in self._inputs
+            ) and all(
                 context.set_tensor_address(name, address) for name, address in zip(self._names, addresses, strict=True)
             )
         if not is_bound:
-            raise InferenceError(f"{self._api.tag} refuses a batch of {batch}: {quote(messages)}")
+            raise InferenceError(f"{self._api.tag} refuses an input of shape {list(shape)}: {quote(messages)}")
         self._bound = wanted
 
     def enqueue(self, stream: int) -> None:
@@ -142,9 +144,12 @@ def _check_tensors(entry: EngineEntry, graph: GraphEntry, found: Sequence[Engine
         return sorted((tensor.name, tensor.dtype, tensor.shape) for tensor in tensors)
 
     stated, actual = described((*graph.inputs, *graph.outputs)), described(found)
-    batches = {tuple(shape[0] for shape in tensor.profile) for tensor in found if tensor.profile is not None}
-    if stated != actual or batches != {entry.profile}:
+    profiles = {tensor.name: tuple(tensor.profile) for tensor in found if tensor.profile is not None}
+    # A number of tokens that is not fixed goes from one to all, for which the engine is tuned.
+    lengths = (1, graph.prefix, graph.prefix)
+    wanted = {tensor.name: tuple(map(tensor.shape_of, entry.profile, lengths)) for tensor in graph.inputs}
+    if stated != actual or profiles != wanted:
         raise BundleError(
-            f"{entry.file} has the tensors {actual} for batches {sorted(batches)}; the manifest states {stated} for "
-            f"{entry.profile}; build the engines again"
+            f"{entry.file} has the tensors {actual} for inputs of {profiles}; the manifest states {stated} for "
+            f"{wanted}; build the engines again"
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..bundle.backend_specs import BACKENDS
@@ -17,6 +18,7 @@ from ..bundle.paths import counted, refuse_existing
 
 if TYPE_CHECKING:
     from .report import Report
+    from .timing import Row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +34,12 @@ def _parser() -> CommandParser:
     parser.add_argument("--starts", type=natural, help="processes for the cold start, 0 for none; default: 5")
     parser.add_argument(
         "--quick", action="store_true", help="a first look: 10 rounds and 1 start, where these are not given"
+    )
+    parser.add_argument(
+        "--beside",
+        type=Path,
+        metavar="OTHER",
+        help="another bundle, for the same chunks, measured in turn with this one",
     )
     parser.add_argument("--peers", action="store_true", help="torch eager and compiled as well; needs torch")
     parser.add_output("folder for bench.json, bench.txt and bench.png")
@@ -49,6 +57,7 @@ def _work(options: argparse.Namespace) -> Outcome:
         rounds=options.rounds or (QUICK_ROUNDS if options.quick else Config.rounds),
         starts=options.starts if options.starts is not None else (QUICK_STARTS if options.quick else Config.starts),
         has_peers=options.peers,
+        beside=options.beside,
     )
     if options.output is not None:
         # Before minutes are spent on figures that nobody could keep.
@@ -65,8 +74,12 @@ def _verdict(report: Report) -> Iterator[str]:
     batch = min((row.batch for row in report.rows), default=1)
     for backend in report.backends:
         figures = ", ".join(
-            f"{row.operation} {row.p50:.3g} µs"
+            f"{row.operation} {row.p50:.3g} µs{_beside(row)}"
             for row in report.rows
             if (row.backend, row.path, row.batch) == (backend, "host", batch) and row.operation in ("encode", "decode")
         )
         yield f"✓ measured {backend}: {figures or 'no figure'} (median, {counted(batch, 'chunk')} a call)"
+
+
+def _beside(row: Row) -> str:
+    return "" if row.times_beside is None else f", {row.times_beside:.3g} times that of the bundle beside"

@@ -18,7 +18,16 @@ from ..backends.gpu.kernels import KernelArguments, KernelLibrary, compile_kerne
 from ..bundle.arrays import AnyArray
 from ..bundle.models import ModelEntry
 from ..tokenizer import ActionTokenizer
-from .timing import ARITHMETIC, BANDWIDTH, Batch, Figure, copies_name, operation_name, operations_of, time_calls
+from .timing import (
+    ARITHMETIC,
+    BANDWIDTH,
+    Batch,
+    Figure,
+    copies_name,
+    operation_name,
+    operations_of,
+    time_calls,
+)
 
 TRIVIAL_KERNEL = "trivial kernel"
 #: The copies whose bandwidth is measured, and how often each byte passes through memory.
@@ -62,7 +71,7 @@ def open_device() -> cuda_api.GpuDevice:
 
 def floor_figures(scope: ExitStack, model: ModelEntry, batch: Batch) -> Iterator[Figure]:
     """For each operation a captured graph that only copies its arrays, through pinned memory."""
-    for prefix in (None, *reversed(model.prefixes)):
+    for prefix in (None, *reversed(model.key_prefixes)):
         codes = [array.nbytes for array in batch.codes.prefix(prefix or model.depth) if array is not None]
         actions = [batch.actions.nbytes]
         bytes_in, bytes_out = (actions, codes) if prefix is None else (codes, actions)
@@ -123,7 +132,10 @@ def _launch(
 
 
 def device_figures(scope: ExitStack, tokenizer: ActionTokenizer, batch: Batch) -> Iterator[Figure]:
-    """Encoding and every decoder bound to arrays of the GPU. Raises InferenceError for a batch too large to bind."""
+    """Encoding and `key_prefixes` bound to arrays of the GPU.
+
+    Raises InferenceError for a batch too large to bind.
+    """
     model, stream = tokenizer.model, scope.enter_context(closing(cuda_api.Stream()))
     actions, decoded = (_upload(scope, batch.actions, stream) for _ in range(2))
     encoded_stats = None if batch.codes.stats is None else _upload(scope, batch.codes.stats, stream)
@@ -145,7 +157,7 @@ def device_figures(scope: ExitStack, tokenizer: ActionTokenizer, batch: Batch) -
             floor=TRIVIAL_KERNEL,
             bytes_in=bytes_in,
             bytes_out=bytes_out,
-            operations=operations_of(tokenizer.manifest.model, prefix) * batch.size * model.chunk_length,
+            operations=operations_of(model, prefix) * batch.size * model.chunk_length,
         )
 
     for kind in backend.token_types if isinstance(backend, TakesGpuArrays) else (np.dtype(np.int32),):
@@ -155,7 +167,7 @@ def device_figures(scope: ExitStack, tokenizer: ActionTokenizer, batch: Batch) -
             closing(tokenizer.bind_encode(actions, encoded, encoded_stats, stream=stream.handle))
         )
         yield figure(None, suffix, bound, [actions], [encoded, encoded_stats])
-        for prefix in reversed(model.prefixes):
+        for prefix in reversed(model.key_prefixes):
             part = batch.codes.prefix(prefix)
             tokens = _upload(scope, part.tokens.astype(kind), stream)
             stats = None if part.stats is None else _upload(scope, part.stats, stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import functools
 import importlib.metadata
@@ -18,8 +19,8 @@ from ..backends.cpu_targets import cpu_info, system_text
 from ..backends.registry import GPU_BACKENDS, PREFERENCE, select_backend
 from ..bundle.arrays import Float64Array
 from ..bundle.console import ProgressLine, duration
-from ..bundle.errors import BackendUnavailableError, InferenceError, TokenizerError
-from ..bundle.folder import open_bundle
+from ..bundle.errors import BackendUnavailableError, InferenceError, InvalidInputError, TokenizerError
+from ..bundle.folder import Bundle, open_bundle
 from ..bundle.golden import read_golden
 from ..bundle.manifest import GOLDEN_NAME
 from ..bundle.paths import counted
@@ -27,11 +28,13 @@ from ..tokenizer import ActionTokenizer
 from . import timing
 from .processes import Peers, Start, StartError, measure_start, open_peers
 from .report import Report, missing_lines
+from .timing import BESIDE
 
 
 @dataclass(frozen=True)
 class Config:
-    """batches: numbers of chunks B; rounds: of up to 100 calls of each figure; starts: processes for the cold start."""
+    """batches: numbers of chunks B; rounds: of up to 100 calls of each figure; starts: processes for the cold start;
+    beside: another bundle for the same chunks, whose calls are timed in turn with those of the first."""
 
     bundle: Path
     backends: tuple[str, ...] = PREFERENCE
@@ -39,6 +42,7 @@ class Config:
     rounds: int = 100
     starts: int = 5
     has_peers: bool = False
+    beside: Path | None = None
 
 
 #: Rounds and starts of a first look: still enough calls with a single chunk for every percentile that is shown.
@@ -65,11 +69,11 @@ def _about(seconds: float) -> str:
     return duration(seconds) if seconds < 1 else f"about {duration(seconds)}"
 
 
-def expectation(config: Config, tokenizers: Sequence[ActionTokenizer]) -> str:
+def expectation(config: Config, tokenizers: Sequence[ActionTokenizer], others: Sequence[ActionTokenizer] = ()) -> str:
     """What is about to be done, and about how long it takes: a GPU's own figures and the peers' come on top."""
     names = ", ".join(tokenizer.backend.name for tokenizer in tokenizers)
-    # Encoding and every decoder, with the tokenizer's checks and without.
-    figures = sum(2 * (1 + len(tokenizer.model.prefixes)) for tokenizer in tokenizers)
+    # Encoding and decoding, with the tokenizer's checks and without.
+    figures = sum(2 * (1 + len(tokenizer.model.key_prefixes)) for tokenizer in (*tokenizers, *others))
     processes = (2 * config.starts + 1) * len(tokenizers) if config.starts else 0
     seconds = processes * _START_SECONDS + len(config.batches) * config.rounds * figures * timing.ROUND_SECONDS
     starts = f"{counted(processes, 'new process', 'new processes')}, then " if processes else ""
@@ -93,16 +97,18 @@ class _Run:
     def __init__(self, config: Config, progress: Progress, scope: contextlib.ExitStack) -> None:
         self._config, self._progress, self._scope = config, progress, scope
         self._bundle = open_bundle(config.bundle)
+        self._beside = None if config.beside is None else _same_chunks(self._bundle, open_bundle(config.beside))
         self._missing: dict[str, str] = {}
         progress.show("opening backends")
-        self._tokenizers = list(self._open_all())
+        self._tokenizers = list(self._open_all(self._bundle))
+        self._others = [] if self._beside is None else list(self._open_all(self._beside, BESIDE))
         if not self._tokenizers:
             raise self._unavailable("no backend can be measured")
 
     def report(self) -> Report:
         """Everything, measured."""
         config, bundle, model = self._config, self._bundle, self._bundle.manifest.model
-        self._progress.begin(expectation(config, self._tokenizers))
+        self._progress.begin(expectation(config, self._tokenizers, self._others))
         starts = tuple(self._starts())
         self._gpu = self._open_gpu()
         self._peers = self._open_peers()
@@ -124,6 +130,7 @@ class _Run:
                 "bundle": str(bundle.folder),
                 "fingerprint": bundle.manifest.fingerprint,
                 "model": f"{model.mode}, {model.sizes_text}",
+                **({} if self._beside is None else {"beside": _described(self._beside)}),
             },
             backends={found.backend.name: found.backend.description for found in self._tokenizers},
             starts=starts,
@@ -146,13 +153,13 @@ class _Run:
         except errors as error:
             self._missing[what] = str(error)
 
-    def _open_all(self) -> Iterator[ActionTokenizer]:
+    def _open_all(self, bundle: Bundle, suffix: str = "") -> Iterator[ActionTokenizer]:
         """The backends that give the right answers; how fast wrong ones come does not matter."""
-        manifest = self._bundle.manifest
-        golden = read_golden(self._bundle.content(GOLDEN_NAME), manifest.model)
+        manifest = bundle.manifest
+        golden = read_golden(bundle.content(GOLDEN_NAME), manifest.model)
         for name in self._config.backends:
-            with self._noting(name, TokenizerError):
-                backend = select_backend(name, self._bundle, golden)
+            with self._noting(name + suffix, TokenizerError):
+                backend = select_backend(name, bundle, golden)
                 yield self._scope.enter_context(ActionTokenizer(manifest, backend))
 
     def _starts(self) -> Iterator[Start]:
@@ -177,7 +184,8 @@ class _Run:
         if self._config.has_peers:
             self._progress.show("starting the peers")
             floor = "" if self._gpu is None else self._gpu.TRIVIAL_KERNEL
-            with self._noting("peers", BackendUnavailableError):
+            # InvalidInputError: chunk tokens, which no peer has.
+            with self._noting("peers", BackendUnavailableError, InvalidInputError):
                 opened = open_peers(self._bundle.manifest.model, self._config.batches, floor)
                 peers = self._scope.enter_context(opened)
                 self._missing.update(peers.unavailable)
@@ -202,6 +210,10 @@ class _Run:
             if gpu is not None and name in GPU_BACKENDS:
                 with self._noting(f"{name}, device, batch {size}", InferenceError):
                     yield from gpu.device_figures(arrays, tokenizer, batch)
+        for tokenizer in self._others:
+            with self._noting(f"{tokenizer.backend.name}{BESIDE}, batch {size}", InferenceError):
+                found = timing.host_figures(tokenizer, timing.random_batch(tokenizer, size), has_copies=False)
+                yield from (dataclasses.replace(figure, backend=figure.backend + BESIDE) for figure in found)
         yield from (figure for figure in self._peers.figures if figure.batch == size)
 
     def _gpu_figures(
@@ -212,6 +224,22 @@ class _Run:
         if batch.size > 1:
             yield from self._gpu.copy_figures(arrays, batch.size)
             yield self._gpu.arithmetic_figure(arrays, batch.size)
+
+
+def _same_chunks(bundle: Bundle, beside: Bundle) -> Bundle:
+    """`beside`. Raises InvalidInputError unless both take the same chunks."""
+    sizes = [(found.manifest.model.chunk_length, found.manifest.model.action_dim) for found in (bundle, beside)]
+    if sizes[0] != sizes[1]:
+        raise InvalidInputError(
+            f"chunks [T, A] are {list(sizes[1])} in {beside.folder} and {list(sizes[0])} in {bundle.folder}; expected "
+            "the same: give --beside a bundle for the same chunks"
+        )
+    return beside
+
+
+def _described(bundle: Bundle) -> str:
+    model = bundle.manifest.model
+    return f"{bundle.folder}, {model.mode}, {model.sizes_text}"
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import numpy as np
 from ..bundle.arrays import Codes, Float32Array, Float64Array
 from ..bundle.errors import TokenizerError
 from ..bundle.models import ChunkModel, ModelEntry, StepModel
+from ..bundle.paths import counted
 from ..tokenizer import ActionTokenizer, codes_of
 
 #: How many calls of each figure a round times; fewer of slow calls, so that a figure takes `_ROUND_US` at most.
@@ -29,6 +30,8 @@ _LEAST_ABOVE = 1
 
 #: The backend of figures that copy one large array of the GPU: they become a bandwidth, not rows.
 BANDWIDTH = "bandwidth"
+#: Ends the backend's name in figures of another bundle, whose calls are timed in turn with those of the first.
+BESIDE = " beside"
 #: The backend of figures that do nothing but fused multiply-adds: they become a rate, not rows.
 ARITHMETIC = "fp32 arithmetic"
 
@@ -66,9 +69,9 @@ class Row:
     """A figure as measured, in microseconds over all calls of all rounds.
 
     jitter: p99 - p50. A percentile that too few calls cannot give is None, and so is the jitter. times_floor: p50 over
-    the floor's p50. steps_per_second: control steps, from p50. bandwidth_share: the time that the call's bytes need at
-    the measured copy bandwidth, over p50. roofline_share: the same for the bytes, or for the operations at the measured
-    rate if they take longer.
+    the floor's p50; times_beside: over that of the same call of the bundle beside. steps_per_second: control steps,
+    from p50. bandwidth_share: the time that the call's bytes need at the measured copy bandwidth, over p50.
+    roofline_share: the same for the bytes, or for the operations at the measured rate if they take longer.
     """
 
     backend: str
@@ -84,6 +87,7 @@ class Row:
     jitter: float | None
     floor: str = ""
     times_floor: float | None = None
+    times_beside: float | None = None
     steps_per_second: float | None = None
     bandwidth_share: float | None = None
     roofline_share: float | None = None
@@ -152,6 +156,7 @@ def summarise(taken: Mapping[Figure, Float64Array], chunk_length: int) -> list[R
     """A row for each figure in their order, compared with its floor if that was measured."""
     medians = {figure: float(np.median(samples)) for figure, samples in taken.items()}
     floors = {(figure.operation, figure.batch): p50 for figure, p50 in medians.items() if figure.path == "floor"}
+    calls = {(figure.backend, figure.operation, figure.path, figure.batch): p50 for figure, p50 in medians.items()}
     bandwidths = {(found.way, found.batch): found.bytes_per_second / 1e6 for found in bandwidths_of(taken)}
     rates = {found.batch: found.operations_per_second / 1e6 for found in arithmetic_of(taken)}
     rows = []
@@ -160,6 +165,7 @@ def summarise(taken: Mapping[Figure, Float64Array], chunk_length: int) -> list[R
             continue
         p50, p99 = medians[figure], percentile(samples, 99)
         floor = floors.get((figure.floor, figure.batch))
+        beside = calls.get((figure.backend + BESIDE, figure.operation, figure.path, figure.batch))
         share, roofline = _bandwidth_share(figure, p50, bandwidths), None
         if figure.path == "device" and share is not None and figure.operations and figure.batch in rates:
             roofline = max(share, figure.operations / rates[figure.batch] / p50)
@@ -178,6 +184,7 @@ def summarise(taken: Mapping[Figure, Float64Array], chunk_length: int) -> list[R
                 jitter=None if p99 is None else p99 - p50,
                 floor="" if floor is None else figure.floor,
                 times_floor=None if floor is None else p50 / floor,
+                times_beside=None if beside is None else p50 / beside,
                 steps_per_second=None if figure.path == "floor" else figure.batch * chunk_length / p50 * 1e6,
                 bandwidth_share=share,
                 roofline_share=roofline,
@@ -238,27 +245,39 @@ class Batch:
 
 
 def random_batch(tokenizer: ActionTokenizer, size: int) -> Batch:
-    """A batch of B = size chunks: always the same actions, and the tokens that the backend makes of them."""
-    model = tokenizer.model
-    normalised = np.random.default_rng(0).uniform(-1, 1, model.actions_shape(size))
-    actions = (normalised * model.action_units + model.action_offset).astype(np.float32)
+    """A batch of B = size chunks: always the same actions, and the tokens that the backend makes of them.
+
+    Of chunk tokens those that random tokens decode to: no class holds random actions, and hardly any chunk of a robot
+    takes as long to encode.
+    """
+    model, random = tokenizer.model, np.random.default_rng(0)
+    if model.token_grid:
+        normalised = random.uniform(-1, 1, model.actions_shape(size))
+        actions = (normalised * model.action_units + model.action_offset).astype(np.float32)
+    else:
+        actions = tokenizer.decode(random.integers(model.vocabulary, size=model.tokens_shape(size), dtype=np.int32))
     return Batch(actions, codes_of(tokenizer, actions))
 
 
 def operation_name(model: ModelEntry, prefix: int | None) -> str:
-    """`encode` for None, `decode` for all layers, `decode l3` for the first three."""
+    """`encode` for None, `decode` for all layers or tokens, `decode l3` for three layers, `decode 8 tokens`."""
     if prefix is None:
         return "encode"
-    return "decode" if prefix == model.depth else f"decode l{prefix}"
+    if prefix == model.depth:
+        return "decode"
+    return f"decode {counted(prefix, 'token')}" if isinstance(model, ChunkModel) else f"decode l{prefix}"
 
 
 def host_figures(tokenizer: ActionTokenizer, batch: Batch, *, has_copies: bool) -> Iterator[Figure]:
-    """Encoding and every decoder, checked and unchecked. has_copies: whether the arrays travel to a GPU and back."""
+    """Encoding and `key_prefixes`, checked and unchecked.
+
+    has_copies: whether the arrays travel to a GPU and back.
+    """
     model, backend = tokenizer.model, tokenizer.backend
     encoded: list[Any] = [None if array is None else np.empty_like(array) for array in batch.codes]
     decoded = np.empty_like(batch.actions)
     paths: tuple[CallPath, ...] = ("host", "unchecked")
-    for path, prefix in itertools.product(paths, (None, *reversed(model.prefixes))):
+    for path, prefix in itertools.product(paths, (None, *reversed(model.key_prefixes))):
         codes = batch.codes.prefix(prefix or model.depth)
         sizes = [batch.actions.nbytes, sum(array.nbytes for array in codes if array is not None)]
         if prefix is None:
@@ -276,13 +295,14 @@ def host_figures(tokenizer: ActionTokenizer, batch: Batch, *, has_copies: bool) 
         yield Figure(backend.name, operation, path, batch.size, functools.partial(time_calls, call), floor, *sizes)
 
 
-def operations_of(model: ChunkModel | StepModel, prefix: int | None) -> int:
+def operations_of(model: ModelEntry, prefix: int | None) -> int:
     """Operations in float32 for one step, a fused multiply-add being two; prefix: None for encoding.
 
     Counted as generated code does them: 8 for Mish, 20 for tanh, 5 for each token that is encoded.
     """
     if isinstance(model, ChunkModel):
         return _chunk_operations(model, prefix)
+    assert isinstance(model, StepModel)  # there are no others
     action_dim, latent_dim, width = model.action_dim, model.latent_dim, model.hidden_width
     layers = 2 * width * (action_dim + latent_dim) + 8 * width
     if prefix is None:

@@ -43,6 +43,11 @@ COMMANDS = {
         "how fast and how steady are a bundle's backends on this machine?",
     ),
     "compat": Command("runtime/compat.py", "runtime.qualification.compat", "can one bundle stand in for another?"),
+    "explain": Command(
+        "runtime/explain_tokens.py",
+        "runtime.explain.command",
+        "a page that shows what each further token adds, on your own episodes",
+    ),
     "tokenize": Command(
         "runtime/tokenize_dataset.py",
         "runtime.datasets.tokenize",

@@ -78,7 +78,7 @@ def matches_fingerprint(found: str, expected: object) -> bool:
 def compare_manifests(old: Manifest, new: Manifest) -> Compatibility:
     """Look for a proof; chunk length and built prefixes do not change what a token means."""
     proof = _proof(old, new)
-    common = {*old.model.prefixes} & {*new.model.prefixes} if _fits(old.model, new.model) else ()
+    common = {*old.model.prefixes} & {*new.model.prefixes} if fits(old.model, new.model) else ()
     return Compatibility(
         is_same=old.fingerprint == new.fingerprint,
         proof=proof,
@@ -105,7 +105,7 @@ def require_compatible(old: Manifest, new: Manifest, *, force: bool = False) -> 
     )
 
 
-def _fits(old: ModelEntry, new: ModelEntry) -> bool:
+def fits(old: ModelEntry, new: ModelEntry) -> bool:
     """Whether a prefix of the tokens of `old` is an input of `new`, as far as shapes and levels go."""
     return not any(_size_obstacles(old, new))
 
@@ -121,11 +121,21 @@ def _obstacles(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
         yield "the new bundle needs mean and sigma of every layer beside the tokens, and the old has none"
 
 
+def token_sizes(model: ModelEntry) -> dict[str, str]:
+    """What tokens have to share to be each other's: attributes of the model, and what they are called."""
+    return _STEP_SIZES if isinstance(model, StepModel) else _CHUNK_SIZES
+
+
+def kind_of_tokens(model: ModelEntry) -> str:
+    """For people; tokens of two kinds have nothing in common."""
+    return _KINDS[model.mode]
+
+
 def _size_obstacles(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
     if type(old) is not type(new):
         yield f"the old has {_KINDS[old.mode]}, the new {_KINDS[new.mode]}: other numbers of other things"
         return
-    for name, letter in (_STEP_SIZES if isinstance(old, StepModel) else _CHUNK_SIZES).items():
+    for name, letter in token_sizes(old).items():
         if getattr(old, name) != getattr(new, name):
             yield f"{letter} is {getattr(old, name)} in the old and {getattr(new, name)} in the new bundle"
 
@@ -164,7 +174,7 @@ def _proof(old: Manifest, new: Manifest) -> str:
     is_of_weights_alone = (
         kind == _KINDS[new.model.mode] != _KINDS["calibrated"]
         and old.model.depth == new.model.depth
-        and _fits(old.model, new.model)
+        and fits(old.model, new.model)
         and _has_same_units(old.model, new.model)
     )
     if not is_of_weights_alone:

@@ -58,7 +58,19 @@ def _of_header(manifest: Manifest, contents: Mapping[str, bytes]) -> Iterator[st
 def _needed_parts(model: ChunkModel | StepModel) -> dict[str, list[str]]:
     """What the generators write into each source, and into none of another model."""
     if not isinstance(model, StepModel):
-        return {C_SOURCE: ["int rfsq_encode(", "int rfsq_decode("]}
+        return {
+            C_SOURCE: ["int rfsq_encode(", "int rfsq_decode("],
+            CUDA_SOURCE: [
+                f"T = {model.chunk_length}, A = {model.action_dim}, L = {model.depth};",
+                f"CLASSES = {model.num_classes - 1}, M = {model.num_latents}, BUDGETS = {len(model.budgets)};",
+                f"TOKEN_BITS = {model.token_bits}, ",
+                *(
+                    f"{kernel_name(prefix, token, 'few')}("
+                    for prefix in (None, model.depth)
+                    for token in token_types(model.vocabulary, "uint16")
+                ),
+            ],
+        }
     return {
         C_SOURCE: ["int rfsq_encode(", *(f"int rfsq_decode_l{prefix}(" for prefix in model.prefixes)],
         CUDA_SOURCE: [

@@ -232,8 +232,8 @@ def _model_problems(model: ModelEntry) -> Iterator[str]:
 
 
 def _chunk_problems(model: ChunkModel) -> Iterator[str]:
-    class_bits, num_values = (model.num_classes - 1).bit_length(), model.chunk_length * model.action_dim
-    if class_bits > model.token_bits:
+    num_values = model.chunk_length * model.action_dim
+    if model.class_bits > model.token_bits:
         yield f"{model.num_classes} classes do not fit into a token of {model.token_bits} bits"
     if len(model.prefixes) != model.num_tokens:
         yield f"prefixes are {list(model.prefixes)}, and every number of tokens decodes"

@@ -28,13 +28,15 @@ C_HEADER, C_SOURCE = "engines/c/rfsq_tokenizer.h", "engines/c/rfsq_tokenizer.c"
 #: The generated CUDA source, from which its `cuda` engines are compiled.
 CUDA_SOURCE = "engines/cuda/rfsq_tokenizer.cu"
 
-TokenType = Literal["int32", "uint8"]
+TokenType = Literal["int32", "uint8", "uint16"]
 #: Types that tokens of CUDA kernels may have, by numpy's name, and their names in CUDA.
-TOKEN_TYPES: dict[TokenType, str] = {"int32": "int", "uint8": "uint8"}
-#: One more than the levels that a byte holds beside the mark of what is illegal.
-_LEVELS_OF_BYTES = 256
-#: A kernel has a block for each step; or a whole warp for many, where the sizes allow it.
+TOKEN_TYPES: dict[TokenType, str] = {"int32": "int", "uint8": "uint8", "uint16": "uint16"}
+#: What -1, the mark of what is illegal, is in narrow types.
+_MARKS: dict[TokenType, int] = {"uint8": 2**8 - 1, "uint16": 2**16 - 1}
+#: Kernels for the few steps or chunks of a control loop, and for the many of data, where the sizes allow them.
 KernelKind = Literal["few", "many"]
+#: Chunks of each block of the kernels for many, of chunk tokens.
+CHUNKS_OF_BLOCK: dict[Literal["encoder", "decoder"], int] = {"encoder": 8, "decoder": 1024}
 
 GraphForm = Literal["gemm", "gemm_marked", "reduce"]
 GRAPH_FORMS: tuple[GraphForm, ...] = typing.get_args(GraphForm)
@@ -42,11 +44,15 @@ GRAPH_FORMS: tuple[GraphForm, ...] = typing.get_args(GraphForm)
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """dtype in numpy's words; shape with -1 for the batch."""
+    """dtype in numpy's words; shape with -1 for the batch, and for a number of chunk tokens that is not fixed."""
 
     name: str
-    dtype: Literal["float32", "int32", "uint8"]
+    dtype: Literal["float32", "int32", "uint8", "uint16"]
     shape: tuple[int, ...]
+
+    def shape_of(self, batch: int, num_tokens: int) -> tuple[int, ...]:
+        """Its shape for so many chunks, each of so many tokens where their number is not fixed."""
+        return (batch, *(num_tokens if size < 0 else size for size in self.shape[1:]))
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,15 @@ class GraphEntry:
     form: GraphForm
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
+
+    @property
+    def tokens(self) -> TensorEntry:
+        return next(tensor for tensor in (*self.inputs, *self.outputs) if tensor.name == "tokens")
+
+    @property
+    def decodes(self) -> tuple[int, ...]:
+        """The prefixes that a decoder takes."""
+        return tuple(range(1, self.prefix + 1)) if self.tokens.shape[-1] < 0 else (self.prefix,)
 
 
 @dataclass(frozen=True)
@@ -182,9 +197,10 @@ def graph_tensors(
     return ((actions,), tuple(codes)) if role == "encoder" else (tuple(codes), (actions,))
 
 
-def token_types(num_levels: int) -> tuple[TokenType, ...]:
-    """Types of tokens that hold every level, and the mark of what is illegal."""
-    return ("int32", "uint8") if num_levels < _LEVELS_OF_BYTES else ("int32",)
+def token_types(vocabulary: int, narrow: TokenType = "uint8") -> tuple[TokenType, ...]:
+    """Types of tokens of CUDA kernels: int32, and a narrow one that holds every value beside the mark of what is
+    illegal. narrow: uint8 for per-step tokens, uint16 for chunk tokens."""
+    return ("int32", narrow) if vocabulary <= _MARKS[narrow] else ("int32",)
 
 
 def kernel_name(prefix: int | None, token_type: str, kind: KernelKind) -> str:

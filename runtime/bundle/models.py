@@ -6,6 +6,7 @@ int32 [B, L] (docs/chunk_tokens.md). Either way the last axis goes from coarse t
 
 from __future__ import annotations
 
+import math
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -107,6 +108,11 @@ class ModelEntry(ABC):
         return f"{', '.join(map(str, self.prefixes))} {self.depth_unit}"
 
     @property
+    def key_prefixes(self) -> tuple[int, ...]:
+        """The prefixes that benchmarks and comparisons decode, ascending; the last is `depth`."""
+        return self.prefixes
+
+    @property
     def has_stats(self) -> bool:
         """Whether encoding gives, and decoding takes, mean and sigma of every layer (float32 [B, T, l, 2])."""
         return False
@@ -119,6 +125,10 @@ class ModelEntry(ABC):
     def graph_of(self, prefix: int) -> int:
         """The largest prefix of the graph that decodes `prefix`."""
         return next(largest for largest in self.decoder_graphs if largest >= prefix)
+
+    def bits_per_step(self, prefix: int) -> float:
+        """What the tokens of a prefix take, side information apart: log2 of the vocabulary for each."""
+        return math.prod(self.tokens_shape(1, prefix)) * math.log2(self.vocabulary) / self.chunk_length
 
     def actions_shape(self, batch: int) -> tuple[int, int, int]:
         """[B, T, A]."""
@@ -221,6 +231,11 @@ class ChunkModel(ModelEntry):
         return int(2**self.token_bits)
 
     @property
+    def class_bits(self) -> int:
+        """The first bits of token 0, which name the class."""
+        return (self.num_classes - 1).bit_length()
+
+    @property
     def token_grid(self) -> tuple[int, ...]:
         return ()
 
@@ -238,6 +253,11 @@ class ChunkModel(ModelEntry):
 
     def decoder_of(self, prefix: int) -> str:
         return super().decoder_of(prefix) if prefix == self.num_tokens else "fewer tokens"
+
+    @property
+    def key_prefixes(self) -> tuple[int, ...]:
+        """The first and the middle budget, and all: the others lie between."""
+        return tuple(sorted({self.budgets[0], self.budgets[len(self.budgets) // 2], self.num_tokens}))
 
     @property
     def prefixes_text(self) -> str:

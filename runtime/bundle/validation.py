@@ -246,7 +246,7 @@ def check_prefix(shape: tuple[int, ...], model: ModelEntry) -> None:
         )
     slicing = "slice tokens[..., :l] to one of them, or " if layers > min(model.prefixes) else ""
     raise UnbuiltPrefixError(
-        f"tokens have {layers} layers (shape {list(shape)}); this bundle decodes {_listed(model.prefixes)}: "
+        f"tokens have {layers} layers (shape {list(shape)}); this bundle decodes {listed(model.prefixes)}: "
         + (
             f"{slicing}build the bundle with `--prefixes {layers}`"
             if 1 <= layers < model.depth
@@ -306,7 +306,7 @@ def native(name: str, array: AnyArray, accepted: tuple[np.dtype[Any], ...]) -> A
     native = array.dtype.newbyteorder("=")
     if native not in accepted:
         raise InvalidInputError(
-            f"{name} have type {array.dtype}; expected {_listed(accepted)}: "
+            f"{name} have type {array.dtype}; expected {listed(accepted)}: "
             + type_advice(array.dtype, accepted[0], f"{name}.astype(np.{accepted[0]})")
         )
     return array.astype(native, copy=False)
@@ -321,6 +321,6 @@ def type_advice(found: np.dtype[Any], wanted: np.dtype[Any], conversion: str) ->
     return f"these are no plain numbers; make them anew as np.{wanted}"
 
 
-def _listed(values: tuple[object, ...]) -> str:
+def listed(values: tuple[object, ...]) -> str:
     *rest, last = map(str, values)
     return f"{', '.join(rest)} or {last}" if rest else last

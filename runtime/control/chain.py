@@ -19,6 +19,7 @@ from ..bundle.arrays import AnyArray, Codes, Float32Array, Float64Array
 from ..bundle.comparison import action_errors
 from ..bundle.errors import InferenceError, InvalidInputError
 from ..bundle.gates import GATES
+from ..bundle.validation import check_whether_stats
 from ..tokenizer import ActionTokenizer, codes_of
 from .config import ControlConfig, OutOfRange, Status
 from .errors import in_words, is_from_outside, message_of
@@ -26,6 +27,7 @@ from .guard import ActionGuard
 from .health import Health
 
 _LOG = logging.getLogger(__name__)
+_INT32 = np.dtype(np.int32)
 _OK, _DEADLINE_MISS, _BAD_TOKEN, _NONFINITE = Status.OK, Status.DEADLINE_MISS, Status.BAD_TOKEN, Status.NONFINITE
 _OUT_OF_RANGE, _BACKEND_FAULT = Status.OUT_OF_RANGE, Status.BACKEND_FAULT
 #: Faults of a backend, not of what it was given.
@@ -48,6 +50,13 @@ class WarmTokenizer:
         self.chunk: Float32Array = self.out[0]
         # numpy's own `fill` takes more than twice as long.
         self._bytes, self._spoilt = self.out.data.cast("B"), np.full_like(self.out, np.nan).tobytes()
+        # A policy sends another array each time. Where the backend looks at the values itself, to copy them into an
+        # array that comes again takes less than to check one that was never seen.
+        is_known_again = model.chunk_length <= tokenizer.backend.checked_steps and not model.has_stats
+        #: Arrays for tokens int32, by the length of the last axis.
+        self._slots = {
+            prefix: np.zeros(model.tokens_shape(1, prefix), np.int32) for prefix in model.prefixes if is_known_again
+        }
         tokenizer.warmup()
         self.probe = codes_of(tokenizer, np.zeros_like(self.out))
         golden = tokenizer.golden
@@ -58,6 +67,14 @@ class WarmTokenizer:
     def spoil(self) -> None:
         """Fill `out` with NaN: a backend that leaves a part unwritten must not pass off the last chunk as this one."""
         self._bytes[:] = self._spoilt
+
+    def decode(self, tokens: AnyArray, stats: Float32Array | None) -> None:
+        """Decode tokens of a legal shape and type into `out`. Raises whatever the tokenizer raises."""
+        own = self._slots.get(tokens.shape[-1])
+        if own is not None and tokens.dtype == _INT32:
+            own[...] = tokens
+            tokens = own
+        self.tokenizer.decode_into(tokens, self.out, stats)
 
     def works(self) -> bool:
         """Whether it answers as the reference does; without golden vectors, as it did at the start.
@@ -73,12 +90,12 @@ class WarmTokenizer:
         )
 
     def _answer_probes(self) -> list[tuple[Codes, Float64Array]]:
-        """Codes from all over the range, cut after every prefix, and what they decode to now."""
+        """Codes from all over the range for every graph, and cut as short as they may be, and what they decode to."""
         model = self.tokenizer.model
         shape = (_PROBES, model.chunk_length, model.action_dim)
         chunks = np.random.default_rng(0).uniform(-1, 1, shape) * model.action_units + model.action_offset
         whole = codes_of(self.tokenizer, chunks.astype(np.float32))
-        parts = [whole.prefix(prefix) for prefix in model.prefixes]
+        parts = [whole.prefix(prefix) for prefix in sorted({model.prefixes[0], *model.decoder_graphs})]
         return [(codes, self.tokenizer.decode(*codes).astype(np.float64)) for codes in parts]
 
 
@@ -119,7 +136,7 @@ class DecodeWorker:
         self._slots = {
             prefix: (
                 np.zeros(model.tokens_shape(1, prefix), np.int32),
-                np.zeros(model.stats_shape(1, prefix), np.float32),
+                np.zeros(model.stats_shape(1, prefix), np.float32) if model.has_stats else None,
             )
             for prefix in model.prefixes
         }
@@ -142,10 +159,10 @@ class DecodeWorker:
         return True
 
     def ask(self, tokens: AnyArray, stats: Float32Array | None) -> None:
-        """Start decoding tokens of a legal shape [1, T, D, l]; only while nothing is pending."""
+        """Start decoding tokens of a legal shape, and stats where the bundle has any; only while nothing is pending."""
         own_tokens, own_stats = self._slots[tokens.shape[-1]]
         np.copyto(own_tokens, tokens, casting="unsafe")
-        if stats is not None:
+        if stats is not None and own_stats is not None:
             np.copyto(own_stats, stats)
         self._given = Codes(own_tokens, None if stats is None else own_stats)
         self.error = None
@@ -237,12 +254,12 @@ class BackendChain:
         clock: Callable[[], int],
         health: Health,
     ) -> None:
-        model = tokenizers[0].model
+        self._model = model = tokenizers[0].model
         self.warm = [WarmTokenizer(tokenizer, index) for index, tokenizer in enumerate(tokenizers)]
         self._workers = [DecodeWorker(found) for found in self.warm] if config.use_worker else []
         self._retriers: list[Retrier] = []
         self._config, self._guard, self._clock = config, guard, clock
-        self._length, self._highest = model.chunk_length, model.vocabulary - 1
+        self._highest = model.vocabulary - 1
         self._is_limiting = config.out_of_range is OutOfRange.LIMIT
         self._health = health
         self.chunk: Float32Array = self.warm[0].chunk
@@ -265,7 +282,7 @@ class BackendChain:
             worker.close()
 
     def decode(self, tokens: AnyArray, stats: object, deadline_ns: int | None) -> Status:
-        """Decode tokens of a legal shape and type, int [1, T, D, l]; values may still be illegal."""
+        """Decode tokens of a legal shape and type; values may still be illegal."""
         self.fell_back, active = False, self.warm[0]
         if not active.is_healthy:
             # Once more: the tick that found the failure may have been broken off before it asked for a retry.
@@ -326,7 +343,7 @@ class BackendChain:
                     return _DEADLINE_MISS
             else:
                 warm.spoil()
-                warm.tokenizer.decode_into(tokens, warm.out, stats)
+                warm.decode(tokens, stats)
         except InvalidInputError as error:
             self.detail = message_of(error)
             return _BAD_TOKEN
@@ -345,13 +362,14 @@ class BackendChain:
     def _decode_in_worker(self, worker: DecodeWorker, tokens: AnyArray, stats: Any, left_s: float) -> bool:
         """False if it has not answered in time."""
         if tokens.dtype != np.int32 and not ((tokens >= 0) & (tokens <= self._highest)).all():
-            raise InvalidInputError(f"tokens are not all 0 ... {self._highest}; expected levels: look at the policy")
-        if stats is not None and not (
-            type(stats) is np.ndarray
-            and stats.dtype == np.float32
-            and stats.shape == (1, self._length, tokens.shape[-1], 2)
-        ):
-            raise InvalidInputError("stats have a wrong form; expected float32 [1, T, l, 2] as encoding gave them")
+            raise InvalidInputError(
+                f"not all tokens are 0 ... {self._highest}; expected these alone: look at the policy"
+            )
+        if stats is not None:
+            check_whether_stats(stats, self._model)
+            shape = self._model.stats_shape(1, tokens.shape[-1])
+            if type(stats) is not np.ndarray or stats.dtype != np.float32 or stats.shape != shape:
+                raise InvalidInputError("stats have a wrong form; expected float32 [1, T, l, 2] as encoding gave them")
         if left_s <= 0:
             # Whether it could still answer would be chance.
             return False

@@ -116,10 +116,11 @@ class ControlDecoder:
         sequence: int | None = None,
         observed_ns: int | None = None,
     ) -> ControlResult:
-        """The action of this tick. Call it once per tick, with the tokens [1, T, D, l] that have arrived, or None.
+        """The action of this tick. Call it once per tick, with the tokens that have arrived, or None.
 
-        deadline_us: from now, in place of the settings' own. stats: float32 [1, T, l, 2], for `dynamic` bundles.
-        sequence: of the chunk, counting up; the same one with more layers replaces a draft by its full decode.
+        tokens: int32 or int64 [1, T, D, l] (uint8 too) or [1, l] (uint16 too), l a built prefix. deadline_us: from now,
+        in place of the settings' own. stats: float32 [1, T, l, 2], for `dynamic` bundles. sequence: of the chunk,
+        counting up; the same one with a larger l takes the place of the draft that came before.
         observed_ns: when the policy looked, on this decoder's clock: action i is for that time + i periods.
 
         Raises WrongThreadError from another thread, ControlFaultError where `on_fault` is `raise`, and what a signal's
@@ -189,9 +190,9 @@ class ControlDecoder:
         self._guard.sent = self.result.shown.values
         self._start_anew(self._guard.start(position))
 
-    def resume(self, sent: Float32Array, state: LoopState) -> None:
-        """Go on as if `sent` had left last and the loop were in `state`; the queue stays. For replays."""
-        self.result.shown = TickOutcome(sent.tolist())
+    def resume(self, sent: Float32Array, tick: int, state: LoopState) -> None:
+        """Go on as if `sent` had left last, on `tick`, and the loop were in `state`; the queue stays. For replays."""
+        self.result.shown = TickOutcome(sent.tolist(), tick=tick)
         self._loop.state = state
 
     def snapshot(self) -> HealthSnapshot:

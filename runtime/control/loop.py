@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..bundle.models import ModelEntry
-from ..bundle.validation import TOKEN_TYPES
+from ..bundle.validation import token_types
 from .chain import BackendChain
 from .config import ControlConfig, OutOfRange, Status
 from .errors import in_words, is_from_outside
@@ -50,6 +50,7 @@ class ControlLoop:
         self._health = tick_log.health
         self._length = model.chunk_length
         self._order = ChunkOrder(config, model)
+        self._token_types = token_types(model)
         self._stale_ns = self._order.stale_ns
         self._queue = action_queue(config, model.chunk_length)
         self._allowed_ns = None if config.deadline_us is None else nanoseconds(config.deadline_us)
@@ -206,7 +207,7 @@ class ControlLoop:
         out, state, order = self._out, self.state, self._order
         stamps = out.stamps
         layers = order.layers_of.get(tokens.shape) if type(tokens) is _Array else None
-        if layers is None or tokens.dtype not in TOKEN_TYPES or WRONG_NUMBER in stamps:
+        if layers is None or tokens.dtype not in self._token_types or WRONG_NUMBER in stamps:
             # `tick` says what is wrong: it has the arguments as they were given.
             return _BAD_TOKEN
         service, is_queued = state.service, state.is_queued

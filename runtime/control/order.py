@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..bundle.models import ModelEntry
-from ..bundle.validation import TOKEN_TYPES, as_array_advice, kind_of
+from ..bundle.validation import as_array_advice, kind_of, listed, token_types
 from .config import ControlConfig
 from .errors import ClockFaultError, in_words, is_from_outside
 from .result import NO_NUMBER, WRONG_NUMBER, InService
@@ -31,9 +31,11 @@ class ChunkOrder:
         self._half_period_ns = self.period_ns // 2
         self.stale_ns = round(config.stale_after_s * 1e9)
         self._stale_s = config.stale_after_s
-        self._length, self._tail = model.chunk_length, (1, *model.token_grid)
-        #: Legal shapes of tokens.
-        self.layers_of = {(*self._tail, prefix): prefix for prefix in model.prefixes}
+        self._length, self._types = model.chunk_length, token_types(model)
+        #: Legal shapes of tokens, with the length of the last axis.
+        self.layers_of = {model.tokens_shape(1, prefix): prefix for prefix in model.prefixes}
+        lengths = f"one of the layers {list(model.prefixes)}" if model.token_grid else f"from 1 to {model.depth} tokens"
+        self._expected = f"{[1, *model.token_grid]} and {lengths}"
 
     def next_tick(self, begin: int, line: tuple[int, int], service: InService | None) -> int:
         """The number of the tick that begins now. line: number and beginning of the last one.
@@ -62,8 +64,8 @@ class ChunkOrder:
     ) -> InService | str:
         """Date the chunk that arrives on this tick; or say why it is not to be used.
 
-        A chunk with the number of the one in service and more layers is its full decode, and takes its place. stamps:
-        sequence and observed_ns of the chunk, NO_NUMBER for none. is_drained: nothing is left of the one in service.
+        A chunk with the number of the one in service, and more layers or tokens, takes its place. stamps: sequence and
+        observed_ns of the chunk, NO_NUMBER for none. is_drained: nothing is left of the one in service.
         """
         number, observed = stamps
         last_number, last_observed, last_layers, last_start = service
@@ -116,11 +118,11 @@ class ChunkOrder:
             return f"tokens is a {kind_of(tokens)}; expected a numpy.ndarray{advice}"
         if tokens.shape not in self.layers_of:
             return (
-                f"tokens have shape {list(tokens.shape)}; expected {list(self._tail)} and one of the layers "
-                f"{sorted(self.layers_of.values())}: send what the policy gives for one chunk"
+                f"tokens have shape {list(tokens.shape)}; expected {self._expected}: send what the policy gives for "
+                "one chunk"
             )
-        if tokens.dtype not in TOKEN_TYPES:
-            return f"tokens have type {tokens.dtype}; expected int32, int64 or uint8: send levels, not grid values"
+        if tokens.dtype not in self._types:
+            return f"tokens have type {tokens.dtype}; expected {listed(self._types)}: send what encoding gives"
         is_first = stamp(sequence) == WRONG_NUMBER
         name, value = ("sequence", sequence) if is_first else ("observed_ns", observed_ns)
         is_int = type(value) is int or isinstance(value, np.integer)

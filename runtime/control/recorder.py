@@ -72,19 +72,17 @@ class FlightRecorder:
         self._numbers = np.zeros((size, len(COLUMNS)), np.int64)
         self._bytes, self._stride = self._numbers.data.cast("B"), 8 * len(COLUMNS)
         self._pack = struct.Struct(f"={len(COLUMNS)}q").pack_into
+        # Made once, since indexing makes a new view each time.
         self._actions = np.zeros((size, model.action_dim), np.float32)
+        self._action_rows = list(self._actions)
+        # A row begins with what came, as bytes in memory order: numpy takes longer for numbers in a part of a row.
         self._tokens = np.zeros((size, math.prod(model.tokens_shape(1))), np.int32)
         self._stats = np.zeros((size, math.prod(model.stats_shape(1)) * model.has_stats), np.float32)
-        # By shape, the number of layers and a view of each row, made once: indexing makes a new view each time.
-        self._action_rows = list(self._actions)
-        self._token_rows = {
-            (shape := model.tokens_shape(1, count)): (count, [_cut(row, shape) for row in self._tokens])
-            for count in range(1, model.depth + 1)
-        }
-        self._stats_rows = {
-            (shape := model.stats_shape(1, count)): (count, [_cut(row, shape) for row in self._stats])
-            for count in range(1, model.depth * model.has_stats + 1)
-        }
+        self._token_bytes, self._token_stride = _bytes_of(self._tokens), self._tokens.strides[0]
+        self._stats_bytes, self._stats_stride = _bytes_of(self._stats), self._stats.strides[0]
+        #: Shapes of tokens, and of the stats beside them, with the length of the last axis of tokens.
+        self._depths = {model.tokens_shape(1, count): count for count in range(1, model.depth + 1)}
+        self._stats_depths = {model.stats_shape(1, count): count for count in self._depths.values() if model.has_stats}
         self.written = 0
 
     def add(  # noqa: C901  # a call for the flags would take longer than they do
@@ -108,19 +106,20 @@ class FlightRecorder:
         token_state = layers = stats_state = ABSENT
         if tokens is not None:
             token_state = UNKEPT
-            found = self._token_rows.get(tokens.shape) if isinstance(tokens, _Array) else None
-            if found is not None:
+            depth = self._depths.get(tokens.shape) if isinstance(tokens, _Array) else None
+            if depth is not None:
                 legal = tokens if tokens.dtype is _INT32 else _as_int32(tokens)
                 if legal is not None:
-                    layers, rows = found
-                    rows[index][...] = legal
-                    token_state = KEPT
+                    layers, token_state = depth, KEPT
+                    given, place = legal.tobytes(), index * self._token_stride
+                    self._token_bytes[place : place + len(given)] = given
         if stats is not None and tokens is not None:
             stats_state = UNKEPT
-            found = self._stats_rows.get(stats.shape) if isinstance(stats, _Array) else None
-            if found is not None and found[0] == layers and stats.dtype == _FLOAT32:
-                found[1][index][...] = stats
+            depth = self._stats_depths.get(stats.shape) if isinstance(stats, _Array) else None
+            if depth is not None and depth == layers and stats.dtype == _FLOAT32:
                 stats_state = KEPT
+                given, place = stats.tobytes(), index * self._stats_stride
+                self._stats_bytes[place : place + len(given)] = given
         # Named one by one: making a tuple of them takes longer.
         (tick, begin), (sequence, observed, service_layers, start) = state.line, state.service
         given_sequence, given_observed = out.stamps
@@ -164,12 +163,11 @@ class FlightRecord:
         return {name: int(column[index]) for name, column in self.columns.items()}
 
     def tokens_of(self, index: int) -> Int32Array | None:
-        """The tokens, int32 [1, T, D, l], that came on this tick; None if they are not in the record."""
+        """The tokens, int32 [1, T, D, l] or [1, l], that came on this tick; None if they are not in the record."""
         if self.columns["token_state"][index] != KEPT:
             return None
-        steps, latents, _ = self.meta["token_shape"]
-        layers = int(self.columns["layers"][index])
-        return _cut(self.tokens[index], (1, steps, latents, layers)).copy()
+        *grid, _ = self.meta["token_shape"]
+        return _cut(self.tokens[index], (1, *grid, int(self.columns["layers"][index]))).copy()
 
     def stats_of(self, index: int) -> Float32Array | None:
         """The stats, float32 [1, T, l, 2], that came with the tokens; None if they are not in the record."""
@@ -184,6 +182,11 @@ def _as_int32(tokens: AnyArray) -> Int32Array | None:
         return None
     # Clipped, since an illegal token of a wider type could wrap around to a legal one.
     return np.clip(tokens.astype(np.int64), -1, 2**31 - 1).astype(np.int32)
+
+
+def _bytes_of(rows: AnyArray) -> memoryview:
+    """The memory of an array; of an empty one none, which no view shows."""
+    return rows.data.cast("B") if rows.size else memoryview(bytearray())
 
 
 def _cut(row: AnyArray, shape: tuple[int, ...]) -> AnyArray:
@@ -235,22 +238,23 @@ def read_record(path: str | os.PathLike[str]) -> FlightRecord:
 
 
 def _checked(path: Path, meta: dict[str, Any], arrays: dict[str, AnyArray]) -> FlightRecord:
-    steps, latents, layers = meta["token_shape"]
+    *grid, depth = sizes = meta["token_shape"]
     columns = {name: arrays[name].astype(kind, casting="same_kind") for name, kind in COLUMNS.items()}
     actions, tokens, stats = arrays["actions"], arrays["tokens"], arrays["stats"]
     ticks = len(actions)
     is_whole = (
-        all(type(number) is int and number > 0 for number in (steps, latents, layers))
+        all(type(number) is int and number > 0 for number in sizes)
+        and len(grid) in (0, 2)
         and isinstance(meta["config"], dict)
         and isinstance(meta["fingerprint"], str)
         and actions.ndim == 2
         and actions.dtype == np.float32
         and tokens.dtype == np.int32
-        and tokens.shape == (ticks, steps * latents * layers)
+        and tokens.shape == (ticks, math.prod(sizes))
         and stats.dtype == np.float32
-        and stats.shape in ((ticks, 0), (ticks, steps * layers * 2))
+        and stats.shape in ((ticks, 0), *((ticks, steps * depth * 2) for steps in grid[:1]))
         and all(column.shape == (ticks,) for column in columns.values())
-        and not np.any((columns["layers"] < 0) | (columns["layers"] > layers))
+        and not np.any((columns["layers"] < 0) | (columns["layers"] > depth))
         and not np.any((columns["status"] < 0) | (columns["status"] >= len(Status)))
         and not (np.any(columns["stats_state"] == KEPT) and not stats.size)
     )

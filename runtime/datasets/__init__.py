@@ -10,7 +10,8 @@ Readers, which the reference uses too:
 A conversion to tokens, or back:
 
 - tokenize: the command; conversion: does the work; progress: how far it is
-- job: a conversion as parts; job_folder: `OUT.partial`; parts: codes steps, makes a part, and says that it is whole
+- rows: what a row holds, of a step or of a chunk; chunks: a source's chunks as rows; coding: codes rows
+- job: a conversion as parts; job_folder: `OUT.partial`; parts: makes a part, and says that it is whole
 - writers: parts as Parquet or Zarr; action_files: actions as .npz or HDF5
 - finish: verifies, and renames to OUT; ray: the same job on a cluster
 

@@ -14,12 +14,13 @@ import numpy as np
 from ..bundle.arrays import Float32Array
 from ..bundle.paths import sync
 from ..tokenizer import ActionTokenizer
+from .chunks import ChunkSteps
+from .coding import coder_of
 from .errors import OutputError
 from .finish import verify_actions
-from .format import SCHEMA_VERSION, Verification
+from .format import Verification
 from .job import partial_folder
 from .job_folder import discard, locked, output_errors, work_folder
-from .parts import StepCoder
 from .progress import Progress
 from .source_base import optional
 from .sources import open_source
@@ -34,7 +35,11 @@ _ZIP_TIME = (1980, 1, 1, 0, 0, 0)
 
 
 def write_file(
-    dataset: TokenDataset, tokenizer: ActionTokenizer, kind: str, options: argparse.Namespace, progress: Progress
+    dataset: TokenDataset | ChunkSteps,
+    tokenizer: ActionTokenizer,
+    kind: str,
+    options: argparse.Namespace,
+    progress: Progress,
 ) -> Verification:
     """Write the actions of all steps in physical units, with their episodes. A killed run starts from the beginning.
 
@@ -48,7 +53,7 @@ def write_file(
         if options.restart:
             discard(partial)
         temporary = work_folder(partial, "decoded") / f"decoded.{kind}"
-        coder = StepCoder(tokenizer)
+        coder = coder_of(tokenizer, dataset.info.model)
         with closing(dataset.open(dataset.width)) as reader:
 
             def decoded() -> Iterator[tuple[int, Float32Array]]:
@@ -89,7 +94,7 @@ def _was_written_here(path: Path, kind: str) -> bool:
     return False
 
 
-def _write_npz(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, decoded: _Decoded) -> None:
+def _write_npz(dataset: TokenDataset | ChunkSteps, tokenizer: ActionTokenizer, path: Path, decoded: _Decoded) -> None:
     table = dataset.episodes()
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         with _member(archive, "actions") as member:
@@ -111,7 +116,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     return archive.open(zipfile.ZipInfo(f"{name}.npy", _ZIP_TIME), "w", force_zip64=True)
 
 
-def _write_hdf5(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, decoded: _Decoded) -> None:
+def _write_hdf5(dataset: TokenDataset | ChunkSteps, tokenizer: ActionTokenizer, path: Path, decoded: _Decoded) -> None:
     """data/demo_N/actions, N being the episode's number."""
     table = dataset.episodes()
     starts, numbers = table.starts.tolist(), table.numbers.tolist()
@@ -120,7 +125,7 @@ def _write_hdf5(dataset: TokenDataset, tokenizer: ActionTokenizer, path: Path, d
         group = file.create_group("data")
         group.attrs["total"] = dataset.num_steps
         group.attrs["rfsq.fingerprint"] = tokenizer.fingerprint
-        group.attrs["rfsq.schema_version"] = SCHEMA_VERSION
+        group.attrs["rfsq.schema_version"] = dataset.info.schema_version
         place = 0
         # A slice holds many episodes: a call of the decoder for each would take longer than the decoding.
         for row, actions in decoded:

@@ -5,19 +5,23 @@ import dataclasses
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from ..bundle.console import duration, printable
 from ..bundle.errors import InvalidInputError, TokenizerError
 from ..bundle.fidelity import Grade
 from ..bundle.paths import counted
 from ..tokenizer import ActionTokenizer
 from .action_files import write_file
+from .chunks import ChunkSource, ChunkSteps
 from .errors import OutputError, TokenDatasetError
 from .finish import complete
 from .format import INFO_NAME, DatasetInfo, Storage, Verification, read_info
-from .job import Job, partial_folder, plan
+from .job import Job, partial_folder, plan, token_model
 from .job_folder import begin, give_up, locked, output_errors, was_finished
 from .parts import finished_parts, parts_of_another_source, run_local
 from .progress import Progress
+from .rows import ChunkTokens, StepTokens
 from .source_base import Source
 from .sources import open_source
 from .token_reader import TokenDataset, open_token_dataset
@@ -47,15 +51,23 @@ def convert(options: argparse.Namespace) -> DatasetInfo:
         raise InvalidInputError(
             "--filter-key chooses episodes of demonstrations, and --decode takes every token of --data; leave it out"
         )
+    if options.decode and (options.stride or options.tokens):
+        raise InvalidInputError(
+            "--stride and --tokens choose what is written of chunks, and --decode takes every token of --data, and the "
+            "first steps of each chunk up to the next; leave them out"
+        )
     if options.ray_address is not None and options.engine != "ray":
         raise InvalidInputError("--ray-address is for --engine ray alone; give --engine ray too, or leave it out")
     with ActionTokenizer.load(
         options.bundle, backend=options.backend, expect_fingerprint=options.expect_fingerprint
     ) as tokenizer:
-        source = _open(options, tokenizer)
-        if isinstance(source, TokenDataset) and kind in ("npz", "hdf5"):
-            return _write_file(source, tokenizer, kind, options)
-        job = plan(source, tokenizer, options, cast(Storage, kind))
+        model = token_model(tokenizer.model, options)
+        source = _open_tokens(options, tokenizer) if options.decode else open_actions(options, tokenizer, model)
+        if isinstance(source, TokenDataset | ChunkSteps):
+            model = source.info.model
+            if kind in ("npz", "hdf5"):
+                return _write_file(source, tokenizer, kind, options)
+        job = plan(source, tokenizer, model, options, cast(Storage, kind))
         with output_errors(job.partial), locked(job.output):
             info = _run(job, tokenizer, options)
     worth = info.verification.fidelity
@@ -78,17 +90,26 @@ def _check_places(options: argparse.Namespace) -> None:
         )
 
 
-def _open(options: argparse.Namespace, tokenizer: ActionTokenizer) -> Source:
-    if not options.decode:
-        return open_source(options.data, options.key, options.filter_key)
+def open_actions(options: argparse.Namespace, tokenizer: ActionTokenizer, model: ChunkTokens | StepTokens) -> Source:
+    """Demonstrations as rows that this tokenizer encodes. Raises what opening and reading them does."""
+    source = open_source(options.data, options.key, options.filter_key)
+    if isinstance(model, StepTokens):
+        return source
+    found = tokenizer.model
+    units = (np.array(found.action_units), np.array(found.action_offset))
+    return ChunkSource.of(source, model, float(np.float32(found.action_limit)), units)
+
+
+def _open_tokens(options: argparse.Namespace, tokenizer: ActionTokenizer) -> TokenDataset | ChunkSteps:
     dataset = open_token_dataset(options.data, expect_fingerprint=tokenizer.fingerprint)
     if dataset.info.content != "tokens":
         raise TokenDatasetError(f"{options.data} holds {dataset.info.content}; expected tokens to decode")
-    return dataset
+    model = dataset.info.model
+    return dataset if isinstance(model, StepTokens) else ChunkSteps.of(dataset, model)
 
 
 def _write_file(
-    dataset: TokenDataset, tokenizer: ActionTokenizer, kind: str, options: argparse.Namespace
+    dataset: TokenDataset | ChunkSteps, tokenizer: ActionTokenizer, kind: str, options: argparse.Namespace
 ) -> DatasetInfo:
     _say(f"{options.data}: {counted(dataset.num_steps, 'step')}; {_described(tokenizer)}")
     progress = Progress(dataset.num_steps)
@@ -135,12 +156,13 @@ def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, *, 
         _say("the source may have changed meanwhile: comparing its steps with those of the finished parts")
         done = {part: done[part] for part in done.keys() - parts_of_another_source(job, done.values())}
     missing = [part for part in range(job.num_parts) if part not in done]
-    steps_done = sum(stop - start for start, stop in map(job.rows, done))
-    size = f"{counted(job.source.num_steps, 'step')} in {counted(job.num_parts, 'part')}"
+    rows_done = sum(stop - start for start, stop in map(job.rows, done))
+    unit = job.model.unit if job.content == "tokens" else "step"
+    size = f"{counted(job.source.num_steps, unit)} in {counted(job.num_parts, 'part')}"
     _say(f"{options.data}: {size}; {_described(tokenizer)}")
     if done:
-        _say(f"going on: {counted(len(done), 'part')}, {counted(steps_done, 'step')}, finished by an earlier run")
-    progress = Progress(job.source.num_steps, steps_done)
+        _say(f"going on: {counted(len(done), 'part')}, {counted(rows_done, unit)}, finished by an earlier run")
+    progress = Progress(job.source.num_steps, rows_done, unit=unit)
     if missing and options.engine == "ray":
         from .ray import run_ray
 
@@ -162,7 +184,7 @@ def _make(job: Job, tokenizer: ActionTokenizer, options: argparse.Namespace, *, 
 
 def _report_verified(progress: Progress, verification: Verification) -> None:
     speed = f", {progress.speed}" if progress.speed else ""
-    _say(f"✓ {counted(progress.steps, 'step')} in {duration(progress.seconds)}{speed}")
+    _say(f"✓ {counted(progress.steps, progress.unit)} in {duration(progress.seconds)}{speed}")
     _say(f"✓ verified: {verification.steps:,} steps read back equal what the tokenizer gives")
 
 

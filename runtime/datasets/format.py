@@ -12,52 +12,31 @@ from typing import Any, Literal
 from ..bundle.advice import quoted
 from ..bundle.fidelity import Fidelity
 from ..bundle.manifest import FileEntry
-from ..bundle.models import ModelEntry
 from ..bundle.reading import build, parse_json, read_file
 from .errors import TokenDatasetError
+from .rows import ChunkTokens, Content, StepTokens
 
-#: Raised with every change of meaning or layout; any other version is refused.
-SCHEMA_VERSION = 1
+#: Another one with every change of meaning or layout; all that are not listed here are refused.
+SCHEMA_VERSIONS = (StepTokens.schema_version, ChunkTokens.schema_version)
 INFO_NAME = "dataset.json"
 EPISODES_NAME = "episodes.parquet"
-ORDERING = "one byte per token, latent by latent: byte d * num_layers + l of a step is layer l of latent d"
+#: In Zarr: the array with the number of steps of each episode, where a row is a chunk.
+EPISODE_STEPS = "meta/episode_steps"
 
-Content = Literal["tokens", "actions"]
 Storage = Literal["parquet", "zarr"]
 Compression = Literal["zstd", "none"]
 
-#: Steps that are hashed together; every file but the last holds a multiple of them.
+#: Rows that are hashed together; every file but the last holds a multiple of them.
 HASH_STEPS = 8192
-#: Steps of a row group of Parquet or a chunk of Zarr: what is read at once.
-BLOCK_STEPS = 65_536
 
 _INFO_SIZE_LIMIT = 64 * 2**20
 _FILES_PER_FOLDER = 1000
 
 
 @dataclass(frozen=True)
-class TokenModel:
-    """The sizes that give tokens and actions their shapes, as in the bundle."""
-
-    mode: str
-    chunk_length: int
-    action_dim: int
-    latent_dim: int
-    num_layers: int
-    num_levels: int
-
-    @classmethod
-    def of(cls, model: ModelEntry) -> TokenModel:
-        return cls(**{field.name: getattr(model, field.name) for field in dataclasses.fields(cls)})
-
-    def width(self, content: Content) -> int:
-        """Values of one step: D*L tokens, or A actions."""
-        return self.latent_dim * self.num_layers if content == "tokens" else self.action_dim
-
-
-@dataclass(frozen=True)
 class SourceInfo:
-    """sha256: over the sha256 of every HASH_STEPS steps: their values, then episodes, then frames, little-endian.
+    """sha256: over the sha256 of every HASH_STEPS rows, which are steps, or the actions of a chunk: their values, then
+    episodes, then frames, little-endian.
 
     filter_key: of a robomimic file, where not all of its episodes were taken.
     """
@@ -113,12 +92,12 @@ class Conversion:
     compression: Compression
     steps_per_file: int
     fingerprint: str
-    model: TokenModel
+    model: ChunkTokens | StepTokens
     made_with: MadeWith
 
     @property
     def width(self) -> int:
-        """Values of one step, as they are written."""
+        """Values of one row, as they are written."""
         return self.model.width(self.content)
 
     def facts(self) -> dict[str, Any]:
@@ -128,7 +107,9 @@ class Conversion:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetInfo(Conversion):
-    """files: every file but `dataset.json`, by its path inside the dataset, with forward slashes."""
+    """num_chunks: the rows of a dataset of chunk tokens; all others have a row for each step. steps_per_file,
+    steps_per_block: in rows. files: every file but `dataset.json`, by its path inside the dataset, with forward
+    slashes."""
 
     schema_version: int
     ordering: str
@@ -138,6 +119,11 @@ class DatasetInfo(Conversion):
     source: SourceInfo
     verification: Verification
     files: dict[str, FileEntry]
+    num_chunks: int | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_steps if self.num_chunks is None else self.num_chunks
 
 
 def part_name(index: int) -> str:
@@ -159,6 +145,8 @@ def info_text(info: DatasetInfo) -> str:
         del content["verification"]["farthest"]
     if info.source.filter_key is None:
         del content["source"]["filter_key"]
+    if info.num_chunks is None:
+        del content["num_chunks"]
     digest = hashlib.sha256(_spelled(content).encode()).hexdigest()
     return _spelled({**content, "dataset_sha256": digest}) + "\n"
 
@@ -187,10 +175,10 @@ def parse_info(text: str, path: Path) -> DatasetInfo:
     except ValueError as error:
         raise TokenDatasetError(f"{path} is not JSON: {error}; copy the dataset again") from error
     found = content.get("schema_version") if isinstance(content, dict) else type(content).__name__
-    if found != SCHEMA_VERSION or isinstance(found, bool):
+    if found not in SCHEMA_VERSIONS or isinstance(found, bool):
         raise TokenDatasetError(
-            f"{path} has schema version {found!r}; this runtime reads {SCHEMA_VERSION}: tokenise the source again, or "
-            "use the version that wrote it"
+            f"{path} has schema version {found!r}; this runtime reads {' and '.join(map(str, SCHEMA_VERSIONS))}: "
+            "tokenise the source again, or use the version that wrote it"
         )
     stated = content.pop("dataset_sha256", None)
     try:
@@ -205,10 +193,13 @@ def parse_info(text: str, path: Path) -> DatasetInfo:
     for name in info.files:
         if PurePosixPath(name).is_absolute() or ".." in name.split("/"):
             raise TokenDatasetError(f"{path} lists {name!r}, which lies outside the dataset; copy the dataset again")
-    if not 0 < info.steps_per_block <= info.steps_per_file or min(info.num_steps, info.num_episodes) < 1:
+    least = min(info.num_steps, info.num_rows, info.num_episodes)
+    if not 0 < info.steps_per_block <= info.steps_per_file or least < 1:
         raise TokenDatasetError(f"{path} states a dataset without steps, episodes or blocks; copy the dataset again")
-    if info.ordering != ORDERING:
-        raise TokenDatasetError(f"{path} orders tokens as {info.ordering!r}; this runtime reads {ORDERING!r}")
+    if (info.schema_version, info.ordering) != (info.model.schema_version, info.model.ordering):
+        raise TokenDatasetError(
+            f"{path} orders tokens as {info.ordering!r}; this runtime reads {info.model.ordering!r} there"
+        )
     return info
 
 

@@ -13,21 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle.errors import BackendUnavailableError, InvalidInputError
-from ..bundle.models import step_model
+from ..bundle.models import ChunkModel, ModelEntry, StepModel
 from ..bundle.ownership import Ownership
 from ..tokenizer import ActionTokenizer
 from .errors import OutputError
-from .format import (
-    BLOCK_STEPS,
-    HASH_STEPS,
-    ORDERING,
-    SCHEMA_VERSION,
-    Conversion,
-    MadeWith,
-    Storage,
-    TokenModel,
-    spelled,
-)
+from .format import HASH_STEPS, Conversion, MadeWith, Storage, spelled
+from .rows import ChunkTokens, Content, StepTokens
 from .source_base import Source, optional
 
 #: The file in the folder of a job that its process locks; it also marks the folder as ours.
@@ -60,8 +51,8 @@ class Job(Conversion):
 
     @property
     def source_width(self) -> int:
-        """Values of a step in the source."""
-        return self.model.width("actions" if self.content == "tokens" else "tokens")
+        """Values of a row in the source."""
+        return self.model.source_width(self.content)
 
     @property
     def data(self) -> Path:
@@ -75,7 +66,7 @@ class Job(Conversion):
 
     @property
     def block_steps(self) -> int:
-        return min(BLOCK_STEPS, self.steps_per_file)
+        return min(self.model.sizes(self.content).block, self.steps_per_file)
 
     @property
     def stamps(self) -> list[list[int]]:
@@ -89,11 +80,11 @@ class Job(Conversion):
     def metadata(self, first_row: int, source_sha256: str) -> dict[str, str]:
         """The metadata of every Parquet file, by which a file that was taken out of its folder is still known."""
         return {
-            "rfsq.schema_version": str(SCHEMA_VERSION),
+            "rfsq.schema_version": str(self.model.schema_version),
             "rfsq.content": self.content,
             "rfsq.fingerprint": self.fingerprint,
             "rfsq.model": json.dumps(dataclasses.asdict(self.model), sort_keys=True),
-            "rfsq.ordering": ORDERING,
+            "rfsq.ordering": self.model.ordering,
             "rfsq.first_row": str(first_row),
             "rfsq.source_sha256": source_sha256,
         }
@@ -127,17 +118,23 @@ def ownership_of(partial: Path) -> Ownership:
     return found
 
 
-def plan(source: Source, tokenizer: ActionTokenizer, options: argparse.Namespace, storage: Storage) -> Job:
+def plan(
+    source: Source,
+    tokenizer: ActionTokenizer,
+    model: ChunkTokens | StepTokens,
+    options: argparse.Namespace,
+    storage: Storage,
+) -> Job:
     """The job, checked. options: of the command `tokenize`.
 
     Raises InvalidInputError for settings that do not fit, SourceError for an unfit first step.
     """
-    _check_model(tokenizer)
-    steps = options.steps_per_file
-    if steps < 1 or steps % HASH_STEPS or (steps > BLOCK_STEPS and steps % BLOCK_STEPS):
+    content: Content = "actions" if options.decode else "tokens"
+    rows, block = options.steps_per_file or model.sizes(content).rows, model.sizes(content).block
+    if rows % HASH_STEPS or (rows > block and rows % block):
         raise InvalidInputError(
-            f"--steps-per-file is {steps}; expected a multiple of {BLOCK_STEPS}, or of {HASH_STEPS} where it is "
-            "smaller than that"
+            f"--steps-per-file is {rows}; expected a multiple of {block}, or of {HASH_STEPS} where it is smaller than "
+            "that"
         )
     job = Job(
         source=source,
@@ -146,12 +143,12 @@ def plan(source: Source, tokenizer: ActionTokenizer, options: argparse.Namespace
         filter_key=(options.filter_key or "").removeprefix("mask/"),
         bundle=options.bundle.absolute(),
         fingerprint=tokenizer.fingerprint,
-        model=TokenModel.of(tokenizer.model),
+        model=model,
         made_with=MadeWith(tokenizer.backend.name, tokenizer.backend.description, optional("pyarrow").__version__),
-        content="actions" if options.decode else "tokens",
+        content=content,
         storage=storage,
         compression=options.compression,
-        steps_per_file=steps,
+        steps_per_file=rows,
         output=options.output.resolve(),
     )
     with closing(source.open(job.source_width)) as reader:
@@ -159,9 +156,20 @@ def plan(source: Source, tokenizer: ActionTokenizer, options: argparse.Namespace
     return job
 
 
-def _check_model(tokenizer: ActionTokenizer) -> None:
-    """Raises InvalidInputError for a bundle whose tokens a dataset cannot hold."""
-    model = step_model(tokenizer.model, "a dataset of tokens")
+def token_model(model: ModelEntry, options: argparse.Namespace) -> ChunkTokens | StepTokens:
+    """What rows of tokens of this bundle hold. options: of the command `tokenize`.
+
+    Raises InvalidInputError for a bundle whose tokens a dataset cannot hold, and options that are not for it.
+    """
+    if isinstance(model, ChunkModel):
+        return _chunk_tokens(model, options)
+    assert isinstance(model, StepModel)  # there are no others
+    given = [name for name in ("--stride", "--tokens") if getattr(options, name[2:]) is not None]
+    if given:
+        raise InvalidInputError(
+            f"{' and '.join(given)} is for chunk tokens, and this bundle has {model.mode} tokens, a row for each step "
+            "with all layers; leave it out"
+        )
     if model.has_stats:
         raise InvalidInputError(
             "tokens of a `dynamic` bundle mean nothing without the statistics of their own step, which no dataset of "
@@ -170,6 +178,23 @@ def _check_model(tokenizer: ActionTokenizer) -> None:
         )
     if model.vocabulary > 256:
         raise InvalidInputError(f"the bundle has {model.vocabulary} levels; tokens of one byte hold at most 256")
+    names = (field.name for field in dataclasses.fields(StepTokens))
+    return StepTokens(**{name: getattr(model, name) for name in names})
+
+
+def _chunk_tokens(model: ChunkModel, options: argparse.Namespace) -> ChunkTokens:
+    chosen = {"--stride": (options.stride or 1, model.chunk_length), "--tokens": (options.tokens, model.num_tokens)}
+    for name, (value, most) in chosen.items():
+        if value is not None and value > most:
+            raise InvalidInputError(f"{name} is {value}; expected 1 ... {most}, as this bundle has it")
+    return ChunkTokens(
+        mode=model.mode,
+        chunk_length=model.chunk_length,
+        action_dim=model.action_dim,
+        num_tokens=options.tokens or model.num_tokens,
+        vocabulary=model.vocabulary,
+        stride=options.stride or 1,
+    )
 
 
 def open_tokenizer(job: Job) -> ActionTokenizer:

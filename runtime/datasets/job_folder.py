@@ -262,7 +262,7 @@ def was_finished(job: Job) -> DatasetInfo | None:
         return None
     info, is_newer = read_info(job.output), (job.output / INFO_NAME).stat().st_mtime_ns >= begun
     # What was begun may have been cleared away by hand: then an older dataset lies there, or another one.
-    found, made = (info.facts(), info.num_steps, info.source.name), (job.facts(), job.source.num_steps, job.source.name)
+    found, made = (info.facts(), info.num_rows, info.source.name), (job.facts(), job.source.num_steps, job.source.name)
     return info if is_newer and found == made else None
 
 

@@ -1,14 +1,10 @@
-"""A part of a job: made block by block, recorded when it is whole, and found again by the run that goes on.
-
-Every step is coded on its own, so that chunks may begin anywhere.
-"""
+"""A part of a job: made block by block, recorded when it is whole, and found again by the run that goes on."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -19,12 +15,13 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from ..bundle.arrays import AnyArray, Float32Array, in_chunks
+from ..bundle.arrays import AnyArray
 from ..bundle.manifest import FileEntry
 from ..bundle.reading import build
 from ..tokenizer import ActionTokenizer
+from .chunks import ChunkSource
+from .coding import coder_of
 from .episodes import Run, check_values, extend_runs, farthest
 from .errors import OutputError, reason
 from .format import HASH_STEPS, Outlier
@@ -35,8 +32,6 @@ from .source_base import Steps
 from .writers import hash_file, part_files, put, write_part
 
 _WAIT_SECONDS = 0.1
-#: Steps that are coded at once: their int32 tokens fit into the processor's second-level cache.
-_CODED_STEPS = 4096
 
 
 @dataclass(frozen=True)
@@ -143,42 +138,6 @@ def _record_path(job: Job, part: int) -> Path:
 # Making ---------------------------------------------------------------------------------------------------------------
 
 
-class StepCoder:
-    """Codes steps for one thread; it keeps the memory for one call."""
-
-    def __init__(self, tokenizer: ActionTokenizer) -> None:
-        self._tokenizer, self._model = tokenizer, tokenizer.model
-        model = self._model
-        batch = max(1, _CODED_STEPS // model.chunk_length)
-        self._tokens = np.empty(model.tokens_shape(batch), np.int32)
-
-    def encode(self, actions: Float32Array) -> npt.NDArray[np.uint8]:
-        """Actions float32 [n, A] to tokens uint8 [n, D*L]. Raises InvalidInputError for illegal actions."""
-        result = np.empty((len(actions), math.prod(self._model.tokens_shape(1)[2:])), np.uint8)
-        for rows, chunks in self._chunks(actions):
-            tokens = self._tokens[: len(chunks)]
-            self._tokenizer.encode_into(chunks, tokens)
-            # The levels were checked to fit into a byte.
-            np.copyto(result[rows], tokens.reshape(-1, result.shape[1])[: rows.stop - rows.start], casting="unsafe")
-        return result
-
-    def decode(self, tokens: AnyArray) -> Float32Array:
-        """Tokens uint8 [n, D*L] to actions float32 [n, A]. Raises InvalidInputError for illegal tokens."""
-        model = self._model
-        result = np.empty((len(tokens), model.action_dim), np.float32)
-        for rows, chunks in self._chunks(tokens):
-            actions = self._tokenizer.decode(chunks.reshape(model.tokens_shape(len(chunks))))
-            result[rows] = actions.reshape(-1, model.action_dim)[: rows.stop - rows.start]
-        return result
-
-    def _chunks(self, values: AnyArray) -> Iterator[tuple[slice, AnyArray]]:
-        """[n, W] as [B, T, W] for the tokenizer; nobody reads the results of what fills up the last chunk."""
-        batch, length = self._tokens.shape[:2]
-        for start in range(0, len(values), batch * length):
-            part = values[start : start + batch * length]
-            yield slice(start, start + len(part)), in_chunks(part, length)
-
-
 class Stopped(Exception):  # noqa: N818  # no error: another worker has one
     """Raised in a worker to end a part that will not be used, since another worker has failed."""
 
@@ -188,7 +147,9 @@ class PartMaker:
 
     def __init__(self, job: Job, tokenizer: ActionTokenizer) -> None:
         self._job, self._limit = job, float(np.float32(tokenizer.model.action_limit))
-        self._coder = StepCoder(tokenizer)
+        self._coder = coder_of(tokenizer, job.model)
+        # All values of chunks were looked at when the episodes were found.
+        self._is_checking = job.content == "tokens" and not isinstance(job.source, ChunkSource)
         self._reader = job.source.open(job.source_width)
         self._normaliser = np.array([tokenizer.model.action_units, tokenizer.model.action_offset], np.float64)
 
@@ -205,7 +166,7 @@ class PartMaker:
             for row, steps in self._reader.slices(start, stop, job.block_steps):
                 digests.extend(_digests(steps))
                 extend_runs(runs, steps, job.source, row)
-                outliers.append(farthest(steps, *self._normaliser) if job.content == "tokens" else None)
+                outliers.append(farthest(steps, *self._normaliser) if self._is_checking else None)
                 yield Steps(self._code(steps, row), steps.episode, steps.frame)
                 on_steps(len(steps))
 
@@ -223,7 +184,8 @@ class PartMaker:
     def _code(self, steps: Steps, first_row: int) -> AnyArray:
         if self._job.content == "actions":
             return self._coder.decode(steps.values)
-        check_values(steps, self._job.source, first_row, self._limit)
+        if self._is_checking:
+            check_values(steps, self._job.source, first_row, self._limit)
         return self._coder.encode(steps.values)
 
 

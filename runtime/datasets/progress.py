@@ -16,7 +16,11 @@ _RATE_SECONDS = 1.0
 class Progress:
     """Counts steps, from any thread, and shows how far the conversion is."""
 
-    def __init__(self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic, *, unit: str = "step"
+    ) -> None:
+        """unit: what is counted, the steps or the chunks of a conversion."""
+        self.unit = unit
         self._total, self._before, self._done, self._clock = total, done, done, clock
         self._lock = threading.Lock()
         self._started = clock()
@@ -36,7 +40,7 @@ class Progress:
         rate, done = self.rate, self._before + self.steps
         left = f"{duration((self._total - done) / rate)} left" if rate > 0 else "time left unknown"
         speed = f"{self.speed}, " if self.speed else ""
-        return f"{done:,} of {counted(self._total, 'step')}, {done / self._total:.1%}, {speed}{left}"
+        return f"{done:,} of {counted(self._total, self.unit)}, {done / self._total:.1%}, {speed}{left}"
 
     def show(self) -> None:
         """Print the line where the last one is old enough."""
@@ -69,4 +73,4 @@ class Progress:
         rate = self.rate
         if not rate or self.seconds < _RATE_SECONDS:
             return ""
-        return f"{rate / 1e6:.2f} million steps/s" if rate >= 1e5 else f"{rate:,.0f} steps/s"
+        return f"{rate / 1e6:.2f} million {self.unit}s/s" if rate >= 1e5 else f"{rate:,.0f} {self.unit}s/s"

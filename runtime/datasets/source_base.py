@@ -38,7 +38,7 @@ class SourceFile:
 
 @dataclass(frozen=True, eq=False)
 class Steps:
-    """n steps. values: actions float32 [n, A] or tokens uint8 [n, D*L]; episode and frame: int64 [n]."""
+    """n rows. values: actions float32 [n, A], or what else a row holds (`rows.py`); episode and frame: int64 [n]."""
 
     values: AnyArray
     episode: Int64Array
@@ -73,9 +73,19 @@ class EpisodeTable:
 
     def steps(self, values: AnyArray, start: int) -> Steps:
         """`values` of the rows from `start` on, with their episodes and frames."""
-        rows = np.arange(start, start + len(values), dtype=np.int64)
-        place = np.searchsorted(self.starts, rows, side="right") - 1
-        return Steps(values, self.numbers[place], rows - self.starts[place])
+        episode, frame = self.places(start, start + len(values))
+        return Steps(values, self.numbers[episode], frame)
+
+    def places(self, start: int, stop: int) -> tuple[Int64Array, Int64Array]:
+        """Of rows start ... stop - 1: the place of the episode among all, and of the row within it."""
+        rows = np.arange(start, stop, dtype=np.int64)
+        episode = np.searchsorted(self.starts, rows, side="right") - 1
+        return episode, rows - self.starts[episode]
+
+    @property
+    def lengths(self) -> Int64Array:
+        """[E]"""
+        return np.diff(self.starts)
 
 
 def lengths_to_starts(lengths: AnyArray) -> Int64Array:

@@ -17,7 +17,7 @@ from ..bundle.paths import as_path
 from ..bundle.reading import read_file
 from .episodes import check_stated
 from .errors import TokenDatasetError
-from .format import EPISODES_NAME, DatasetInfo, part_name, read_info
+from .format import EPISODE_STEPS, EPISODES_NAME, DatasetInfo, part_name, read_info
 from .source_base import EpisodeTable, Source, StepReader, Steps, optional
 from .writers import chunk_names, hash_file, unpack
 
@@ -86,24 +86,29 @@ class _DatasetReader(StepReader):
         if info.content == "actions":
             values = np.asarray(column.flatten().to_numpy())
         else:
-            values = np.frombuffer(column.buffers()[1], np.uint8, len(column) * info.width, column.offset * info.width)
+            dtype = np.dtype(info.model.dtype)
+            begin = column.offset * info.width * dtype.itemsize
+            values = np.frombuffer(column.buffers()[1], dtype, len(column) * info.width, begin)
         return Steps(values.reshape(-1, info.width), episode.to_numpy(), frame.to_numpy())
 
     def _read_zarr(self, index: int) -> Steps:
         info, steps = self._source.info, self._source.info.steps_per_block
-        rows = min(steps, info.num_steps - index * steps)
+        rows, model = min(steps, info.num_rows - index * steps), info.model
+        columns = ((model.dtype, info.width), ("<i8", 1), ("<i8", 1))
         tokens, episode, frame = (
-            np.frombuffer(unpack(self._source.content(name), steps * size, info.compression), dtype)
-            for name, size, dtype in zip(chunk_names(index), (info.width, 8, 8), ("|u1", "<i8", "<i8"), strict=True)
+            np.frombuffer(
+                unpack(self._source.content(name), steps * width * np.dtype(dtype).itemsize, info.compression), dtype
+            )
+            for name, (dtype, width) in zip(chunk_names(index, model), columns, strict=True)
         )
         # In order F, as `turned` of writers.py lays them out.
-        tokens = tokens.reshape(info.model.num_layers, info.model.latent_dim, steps)[..., :rows].T
+        tokens = tokens.reshape(*reversed(model.shape), steps)[..., :rows].T
         return Steps(np.ascontiguousarray(tokens).reshape(rows, info.width), episode[:rows], frame[:rows])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TokenDataset(Source):
-    """Steps of a converted dataset, in slices. It is a source like any other: it can be decoded as a whole."""
+    """Rows of a converted dataset, in slices. It is a source like any other: it can be decoded as a whole."""
 
     kind = "a converted dataset"
     reader = _DatasetReader
@@ -112,8 +117,8 @@ class TokenDataset(Source):
 
     @classmethod
     def of(cls, folder: Path, info: DatasetInfo) -> TokenDataset:
-        starts = range(0, info.num_steps, info.steps_per_block)
-        blocks = [(min(info.steps_per_block, info.num_steps - start), info.width, folder.name) for start in starts]
+        starts = range(0, info.num_rows, info.steps_per_block)
+        blocks = [(min(info.steps_per_block, info.num_rows - start), info.width, folder.name) for start in starts]
         return cls.from_pieces(folder, [folder / name for name in info.files], blocks, info=info)
 
     def open(self, width: int) -> StepReader:
@@ -128,14 +133,22 @@ class TokenDataset(Source):
         return f"{self.name}, row {row}"
 
     def episodes(self) -> EpisodeTable:
-        """All episodes, by the table that was written with the steps."""
+        """All episodes, by the table that was written with the rows."""
         if self.info.storage == "zarr":
             ends, numbers = (
                 np.frombuffer(self.content(f"meta/{name}/0"), "<i8") for name in ("episode_ends", "episode_index")
             )
             return EpisodeTable(np.concatenate([np.zeros(1, np.int64), ends]), numbers)
-        numbers, lengths = (self._episodes_column(name).to_numpy() for name in ("episode_index", "num_steps"))
-        return EpisodeTable.of_lengths(lengths, numbers)
+        numbers = self._episodes_column("episode_index").to_numpy()
+        return EpisodeTable.of_lengths(self.info.model.rows_of(self.episode_lengths(), self.info.content), numbers)
+
+    def episode_lengths(self) -> Int64Array:
+        """How many steps each episode has, [E]."""
+        if self.info.storage == "parquet":
+            return self._episodes_column("num_steps").to_numpy()  # type: ignore[no-any-return]
+        if self.info.num_chunks is None:
+            return self.episodes().lengths
+        return np.frombuffer(self.content(f"{EPISODE_STEPS}/0"), "<i8")
 
     def episode_names(self, episodes: Int64Array) -> list[str]:
         if self.info.storage == "zarr":

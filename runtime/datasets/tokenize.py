@@ -8,9 +8,8 @@ import os
 from collections.abc import Sequence
 
 from ..bundle.command import DATA_FORMATS, DONE, WANTING, CommandParser, Outcome, positive, run
+from .rows import CHUNK_SIZES, STEP_SIZES
 
-#: Steps of a part, which is made or remade as a whole.
-PART_STEPS = 262_144
 #: Formats by what is written.
 ENCODED, DECODED = ("parquet", "zarr"), ("parquet", "npz", "hdf5")
 
@@ -41,7 +40,22 @@ def parser() -> CommandParser:
     parser.add_argument("--format", choices=sorted({*ENCODED, *DECODED}), help="default: by the name of --output")
     parser.add_argument("--expect-fingerprint", metavar="F", help="refuse any other tokenizer")
     parser.add_argument("--compression", choices=("zstd", "none"), default="zstd", help="default: %(default)s")
-    parser.add_argument("--steps-per-file", type=int, default=PART_STEPS, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--steps-per-file",
+        type=positive,
+        metavar="N",
+        help=f"rows of a file; default: {STEP_SIZES.rows} steps, or {CHUNK_SIZES.rows} chunks",
+    )
+    parser.add_argument(
+        "--stride",
+        type=positive,
+        metavar="N",
+        help="of chunk tokens: a chunk begins at every N-th step of an episode; default: 1, those a policy learns; T "
+        "for each step once",
+    )
+    parser.add_argument(
+        "--tokens", type=positive, metavar="N", help="of chunk tokens: the first N of each chunk alone; default: all"
+    )
     parser.add_argument(
         "--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="default: one for each core"
     )
@@ -64,6 +78,7 @@ def _work(options: argparse.Namespace) -> Outcome:
         "mode": found.model.mode,
         "episodes": found.num_episodes,
         "steps": found.num_steps,
+        **({} if found.num_chunks is None else {"chunks": found.num_chunks}),
         "verification": dataclasses.asdict(found.verification),
     }
     if worth is None:

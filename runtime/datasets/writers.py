@@ -15,6 +15,7 @@ from ..bundle.manifest import FileEntry
 from ..bundle.reading import regular_file
 from .errors import OutputError
 from .format import Compression, part_name
+from .rows import TokenModel
 from .source_base import Steps, optional
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def part_files(job: Job, part: int) -> set[str]:
         return {part_name(part)}
     start, stop = job.rows(part)
     chunks = range(start // job.block_steps, -(-stop // job.block_steps))
-    return {name for chunk in chunks for name in chunk_names(chunk)}
+    return {name for chunk in chunks for name in chunk_names(chunk, job.model)}
 
 
 def put(content: bytes, folder: Path, name: str, scratch: Path) -> FileEntry:
@@ -85,22 +86,23 @@ def hash_file(path: Path) -> FileEntry:
 def _write_parquet(
     job: Job, part: int, blocks: Iterable[Steps], metadata: Callable[[], Mapping[str, str]]
 ) -> dict[str, FileEntry]:
-    """Columns episode_index, frame_index and tokens (bytes, D*L of them) or action (float32, A of them)."""
+    """Columns episode_index, frame_index and tokens (the bytes of a row's) or action (float32, A of them)."""
     arrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
     width, is_tokens, is_compressed = job.width, job.content == "tokens", job.compression == "zstd"
     # Bytes of fixed length are written five times as fast as lists of bytes, and hold the same.
-    kind = arrow.binary(width) if is_tokens else arrow.list_(arrow.float32(), width)
+    num_bytes = width * np.dtype(job.model.dtype).itemsize
+    kind = arrow.binary(num_bytes) if is_tokens else arrow.list_(arrow.float32(), width)
     column = "tokens" if is_tokens else "action"
     fields = [("episode_index", arrow.int64()), ("frame_index", arrow.int64()), (column, kind)]
     schema = arrow.schema([arrow.field(name, kind, nullable=False) for name, kind in fields])
-    # With byte d*L + l of all steps side by side, tokens compress better and four times as fast.
+    # With the same byte of all rows side by side, tokens compress better and four times as fast.
     encoding = {
         column if is_tokens else f"{column}.list.element": "BYTE_STREAM_SPLIT" if is_compressed else "PLAIN",
         **dict.fromkeys(("episode_index", "frame_index"), "DELTA_BINARY_PACKED"),
     }
 
     def table_of(block: Steps) -> Any:
-        values = np.ascontiguousarray(block.values)
+        values = np.ascontiguousarray(block.values, job.model.dtype if is_tokens else None)
         if is_tokens:
             coded = arrow.FixedSizeBinaryArray.from_buffers(kind, len(block), [None, arrow.py_buffer(values)])
         else:
@@ -139,24 +141,27 @@ def _write_zarr(job: Job, part: int, blocks: Iterable[Steps]) -> dict[str, FileE
     What an end on the way leaves is whole, and the same when it is written again.
     """
     files: dict[str, FileEntry] = {}
-    shape, steps = (job.model.latent_dim, job.model.num_layers), job.block_steps
+    model, steps = job.model, job.block_steps
     for chunk, block in enumerate(blocks, job.rows(part)[0] // steps):
         numbers = (np.pad(column, (0, steps - len(block))).astype("<i8") for column in (block.episode, block.frame))
-        contents = (turned(block.values, shape, steps), *numbers)
-        for name, content in zip(chunk_names(chunk), contents, strict=True):
+        contents = (turned(block.values.astype(model.dtype, copy=False), model.shape, steps), *numbers)
+        for name, content in zip(chunk_names(chunk, model), contents, strict=True):
             files[name] = put(pack(content, job.compression), job.data, name, job.scratch)
         # The next one takes their memory.
         del block, contents, content
     return files
 
 
-def chunk_names(chunk: int) -> tuple[str, str, str]:
+def chunk_names(chunk: int, model: TokenModel) -> tuple[str, str, str]:
     """The names of a chunk of tokens, of episodes and of frames."""
-    return f"data/tokens/{chunk}.0.0", f"data/episode_index/{chunk}", f"data/frame_index/{chunk}"
+    return f"data/tokens/{chunk}{'.0' * len(model.shape)}", f"data/episode_index/{chunk}", f"data/frame_index/{chunk}"
 
 
 def turned(values: AnyArray, shape: tuple[int, ...], steps: int) -> AnyArray:
-    """[n, D*L] as [L, D, steps], which is [steps, D, L] in order F: each token's steps side by side; zeros beyond n."""
+    """[n, D*L] as [L, D, steps], which is [steps, D, L] in order F: each token's steps side by side; zeros beyond n.
+
+    shape: of the tokens of a row, (D, L) or (l,).
+    """
     result = np.zeros((*reversed(shape), steps), values.dtype)
     for start in range(0, len(values), _TURNED_STEPS):
         part = values[start : start + _TURNED_STEPS].reshape(-1, *shape)

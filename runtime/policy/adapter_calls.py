@@ -23,7 +23,7 @@ from ..backends.registry import GPU_BACKENDS, OBSTACLES
 from ..bundle.advice import command, quoted
 from ..bundle.checkpoint_layouts import StateComparison, compare_state, is_grid, recorded_hashes
 from ..bundle.errors import InvalidInputError
-from ..bundle.models import StepModel, step_model
+from ..bundle.models import ModelEntry, StepModel, step_model
 from ..bundle.validation import InputValidator
 from ..tokenizer import ActionTokenizer
 
@@ -78,7 +78,7 @@ class Engines:
         self.on_host = ActionTokenizer.load(path, backend=backend, expect_fingerprint=expect_fingerprint)
         assert self.on_host.folder is not None  # it was loaded
         self.path, self._backend = self.on_host.folder, backend
-        self.model = step_model(self.on_host.model, "the published model's class")
+        self.model = self.on_host.model
         self.fingerprint = self.on_host.fingerprint
         #: The fingerprint as a state dict has it. On the CPU, also where a policy is built on the meta device.
         self.numbers = torch.tensor(list(bytes.fromhex(self.fingerprint)), dtype=torch.float32, device=CPU)
@@ -134,6 +134,8 @@ class Engines:
         if FINGERPRINT_KEY in tensors:
             unexpected = tuple(sorted(tensors.keys() - {FINGERPRINT_KEY}))
             return StateComparison((), unexpected, self.differences_from(tensors[FINGERPRINT_KEY]))
+        if not isinstance(self.model, StepModel):
+            return StateComparison(missing=(FINGERPRINT_KEY,), unexpected=tuple(sorted(tensors)))
         hashes = recorded_hashes(self.on_host.manifest)
         if hashes is None:
             problem = (
@@ -172,6 +174,11 @@ class Engines:
         """The message for a state that is not the bundle's: what differs, and what to do."""
         model = self.model
         lines = "\n".join(f"  {problem}" for problem in problems)
+        if not isinstance(model, StepModel):
+            return (
+                f"this state is not shown to be of {self.path} ({self.fingerprint}):\n{lines}\n"
+                "open the bundle that the policy was trained with; its fingerprint is its name"
+            )
         data = " --data EPISODES" if model.mode in ("calibrated", "recovered") else ""
         given = f"--checkpoint FILE --conditioning {model.mode} --chunk-length {model.chunk_length}{data} --output DIR"
         return (
@@ -182,35 +189,27 @@ class Engines:
 
 
 class Call:
-    """One call: steps with leading axes of any shape, as the whole chunks that a tokenizer takes, and back.
+    """One call: chunks with leading axes of any shape, as a batch that a tokenizer takes, and back.
 
-    Every step is coded on its own, so any T can be cut into the bundle's: the last chunk is filled up with zeros, which
-    are legal as actions and as tokens. is_whole: whether the tensors are chunks already; work_device: where they are
-    worked on, the CPU where the tokenizer does not take them in place.
+    is_whole: whether the tensors are such a batch already; work_device: where they are worked on, the CPU where the
+    tokenizer does not take them in place.
     """
 
-    __slots__ = ("_is_on_gpu", "_leading", "_model", "_num_steps", "device", "is_whole", "tokenizer", "work_device")
+    __slots__ = ("_is_on_gpu", "_leading", "device", "is_whole", "tokenizer", "work_device")
 
     def __init__(
         self, tokenizer: ActionTokenizer, leading: torch.Size, device: torch.device, is_in_place: bool
     ) -> None:
         self.tokenizer, self.device, self._leading = tokenizer, device, leading
-        self._model = step_model(tokenizer.model, "the published model's class")
         self.work_device = device if is_in_place else CPU
         self._is_on_gpu = self.work_device.type == "cuda"
-        self._num_steps = math.prod(leading)
-        self.is_whole = len(leading) == 2 and leading[1] == tokenizer.model.chunk_length
+        self.is_whole = len(leading) == 1
 
     def chunks(self, tensor: Tensor) -> Tensor:
-        """[*leading, ...] -> [N, T, ...] on the device of the work."""
+        """[*leading, ...] -> [N, ...] on the device of the work."""
         chunks = tensor if self.work_device == self.device else tensor.to(self.work_device)
         if not self.is_whole:
-            length, trailing = self.tokenizer.model.chunk_length, tensor.shape[len(self._leading) :]
-            padding = -self._num_steps % length
-            steps = chunks.reshape(self._num_steps, *trailing)
-            if padding:
-                steps = torch.cat((steps, steps.new_zeros((padding, *trailing))))
-            chunks = steps.reshape(len(steps) // length, length, *trailing)
+            chunks = self._batched(chunks, tensor.shape[len(self._leading) :])
         # On the CPU any strides will do: the tokenizer makes its own copy where it has to.
         if self._is_on_gpu:
             chunks = chunks.contiguous()
@@ -218,10 +217,16 @@ class Call:
         return chunks
 
     def result(self, chunks: Tensor) -> Tensor:
-        """[N, T, ...] -> [*leading, ...] where the input lies."""
+        """[N, ...] -> [*leading, ...] where the input lies."""
         if not self.is_whole:
-            chunks = chunks.flatten(0, 1)[: self._num_steps].reshape(*self._leading, *chunks.shape[2:])
+            chunks = self._as_given(chunks)
         return chunks if self.work_device == self.device else chunks.to(self.device)
+
+    def _batched(self, tensor: Tensor, trailing: torch.Size) -> Tensor:
+        return tensor.reshape(math.prod(self._leading), *trailing)
+
+    def _as_given(self, chunks: Tensor) -> Tensor:
+        return chunks.reshape(*self._leading, *chunks.shape[1:])
 
     def stream(self) -> object:
         """The stream that torch works on there; None on the CPU."""
@@ -240,6 +245,35 @@ class Call:
         if self._is_on_gpu:
             return narrowed(indices, num_levels)
         return indices if indices.dtype in _TAKEN_BY_TOKENIZER else indices.to(_WIDER[indices.dtype])
+
+
+class StepCall(Call):
+    """One call: steps with leading axes of any shape, as the whole chunks that a tokenizer takes, and back.
+
+    Every step is coded on its own, so any T can be cut into the bundle's: the last chunk is filled up with zeros, which
+    are legal as actions and as tokens.
+    """
+
+    __slots__ = ("_model", "_num_steps")
+
+    def __init__(
+        self, tokenizer: ActionTokenizer, leading: torch.Size, device: torch.device, is_in_place: bool
+    ) -> None:
+        super().__init__(tokenizer, leading, device, is_in_place)
+        self._model = step_model(tokenizer.model, "the published model's class")
+        self._num_steps = math.prod(leading)
+        self.is_whole = len(leading) == 2 and leading[1] == self._model.chunk_length
+
+    def _batched(self, tensor: Tensor, trailing: torch.Size) -> Tensor:
+        length = self._model.chunk_length
+        padding = -self._num_steps % length
+        steps = tensor.reshape(self._num_steps, *trailing)
+        if padding:
+            steps = torch.cat((steps, steps.new_zeros((padding, *trailing))))
+        return steps.reshape(len(steps) // length, length, *trailing)
+
+    def _as_given(self, chunks: Tensor) -> Tensor:
+        return chunks.flatten(0, 1)[: self._num_steps].reshape(*self._leading, *chunks.shape[2:])
 
     def refuse_in_place(self, check: Callable[[InputValidator, Any], object], tensor: Tensor) -> None:
         """Refuse values that were refused in chunks again, by their place in the tensor that was given."""
@@ -328,16 +362,23 @@ def _peculiarity(value: Tensor) -> str | None:
     return "on the meta device" if value.is_meta else "without memory: it was freed, or never was"
 
 
+def checked_integers(name: str, value: object, model: ModelEntry) -> Tensor:
+    """Tokens of an integer type. Raises InvalidInputError for everything else."""
+    indices = checked_tensor(name, value)
+    if indices.dtype not in (*_TAKEN_BY_TOKENIZER, *_WIDER):
+        named = "levels" if isinstance(model, StepModel) else "tokens"
+        raise InvalidInputError(
+            f"{name} have type {indices.dtype}; expected integers, {named} 0 ... {model.vocabulary - 1}: take the "
+            "argmax of logits, over their last axis"
+        )
+    return indices
+
+
 def checked_indices(value: object, model: StepModel) -> Tensor:
     """Codes [..., D, l] of an integer type. Raises InvalidInputError for everything else, and for `dynamic` bundles."""
     if model.has_stats:
         raise InvalidInputError(_not_decodable())
-    indices = checked_tensor("indices", value)
-    if indices.dtype not in (*_TAKEN_BY_TOKENIZER, *_WIDER):
-        raise InvalidInputError(
-            f"indices have type {indices.dtype}; expected integers, levels 0 ... {model.num_levels - 1}: take the "
-            "argmax of logits, over their last axis"
-        )
+    indices = checked_integers("indices", value, model)
     if indices.ndim < 2 or indices.shape[-2] != model.latent_dim:
         raise InvalidInputError(
             f"indices have shape {list(indices.shape)}; expected codes [B, T, {model.latent_dim}, l]"

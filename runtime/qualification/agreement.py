@@ -13,20 +13,22 @@ from pathlib import Path
 import numpy as np
 
 from ..bundle.advice import command, quoted
-from ..bundle.arrays import AnyArray, Codes, Float32Array, Float64Array, in_chunks
-from ..bundle.compatibility import Compatibility, compare_manifests
+from ..bundle.arrays import AnyArray, Codes, Float32Array, Float64Array, Int64Array, in_chunks
+from ..bundle.compatibility import Compatibility, compare_manifests, fits, kind_of_tokens, token_sizes
 from ..bundle.errors import InvalidInputError
 from ..bundle.fidelity import Fidelity, FidelitySums
 from ..bundle.gates import GATES
-from ..bundle.models import ModelEntry, step_model
+from ..bundle.models import ModelEntry, StepModel
 from ..bundle.paths import as_path
 from ..datasets.episodes import WholePass
-from ..datasets.source_base import Source
+from ..datasets.source_base import Source, Steps
 from ..tokenizer import ActionTokenizer, codes_of
 
 #: Share of steps that may have another token: float32 rounding carries a value across the edge between two bins, and
 #: behind it others of the step with published tokens. Between two backends of one bundle it was 0.0006 at most.
 FLIPPED_STEPS = 0.005
+#: The same of chunks, whose tokens hang on more numbers: between C and ONNX Runtime it was 0.001.
+FLIPPED_CHUNKS = 0.01
 #: Decoders that are the same may each be off by the gate.
 SAME_ACTION = 2 * GATES.action_error
 
@@ -43,7 +45,7 @@ class BundleFacts:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What the decoder of one bundle makes of the first `layers` layers of the tokens of one.
+    """What the decoder of one bundle makes of the first `layers` layers, or chunk tokens, of the tokens of one.
 
     mse, largest: action error against the data in normalised units of OLD; the same in robot units with `_units`;
     fidelity: for each dimension.
@@ -63,18 +65,30 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Measurement:
-    """equal: share of equal tokens in each layer that both have, empty where no token of one corresponds to one of the
-    other; differing: how many steps have a token that differs; remarks: a line for all that could not be compared."""
+    """equal: share of equal tokens in each layer, or at each place of chunk tokens, that both have, empty where no
+    token of one corresponds to one of the other; differing: how many steps have a token that differs, or of chunk
+    tokens how many of `chunks`; remarks: a line for all that could not be compared."""
 
     steps: int
     equal: tuple[float, ...]
     differing: int
     decodings: tuple[Decoding, ...]
     remarks: tuple[str, ...]
+    chunks: int | None = None
+
+    @property
+    def coded(self) -> int:
+        """How many were coded, each by itself, of what `unit` says."""
+        return self.steps if self.chunks is None else self.chunks
+
+    @property
+    def unit(self) -> str:
+        return "steps" if self.chunks is None else "chunks"
 
     def has_same_tokens(self, *, spare: int = 0) -> bool:
-        """As far as float32 rounding lets tokens be the same; spare: steps that may differ beside, of however few."""
-        return bool(self.equal) and self.differing <= spare + FLIPPED_STEPS * self.steps
+        """As far as float32 rounding lets tokens be the same; spare: how many may differ beside, of however few."""
+        most = FLIPPED_STEPS if self.chunks is None else FLIPPED_CHUNKS
+        return bool(self.equal) and self.differing <= spare + most * self.coded
 
     def whole(self) -> list[Decoding]:
         """Each bundle's own tokens, as many layers as both decode."""
@@ -87,7 +101,7 @@ class Measurement:
 
 
 class Side:
-    """One of the bundles, step by step: every step is coded on its own, so each cuts chunks as it needs them."""
+    """One of the bundles. It codes steps as its tokens want it, and gives actions for each step."""
 
     def __init__(self, name: str, path: Path, backend: str) -> None:
         if path.is_file():
@@ -103,16 +117,40 @@ class Side:
     def close(self) -> None:
         self.tokenizer.close()
 
-    def encode(self, actions: Float32Array) -> Codes:
-        """actions [N, A] -> tokens [N, D, L] and, of a `dynamic` bundle, stats [N, L, 2]."""
+    def encode(self, steps: Steps) -> Codes:
+        """actions [N, A] -> tokens [N, D, L] and, of a `dynamic` bundle, stats [N, L, 2]; or chunk tokens [n, L]."""
+        actions = steps.values
+        if not isinstance(self.model, StepModel):
+            return Codes(self.tokenizer.encode(actions[_Cut(steps, self.model.chunk_length).steps]), None)
+        # Every step is coded on its own, so that chunks may begin anywhere.
         tokens, stats = codes_of(self.tokenizer, in_chunks(actions, self.model.chunk_length))
         return Codes(_steps(tokens, len(actions)), None if stats is None else _steps(stats, len(actions)))
 
-    def decode(self, codes: Codes) -> Float32Array:
-        """tokens [N, D, l] and, if there are any, stats [N, l, 2] -> actions [N, A]."""
+    def decode(self, codes: Codes, steps: Steps) -> Float32Array:
+        """Some of what `encode` gives for these steps -> actions [N, A]."""
         length, (tokens, stats) = self.model.chunk_length, codes
+        if not isinstance(self.model, StepModel):
+            cut = _Cut(steps, length)
+            decoded: Float32Array = self.tokenizer.decode(tokens)[cut.chunk, cut.place]
+            return decoded
         given = in_chunks(stats, length) if stats is not None and self.model.has_stats else None
         return _steps(self.tokenizer.decode(in_chunks(tokens, length), given), len(tokens))
+
+
+class _Cut:
+    """Steps cut into chunks that begin where episodes do; the last chunk of each is filled up with its last step.
+
+    steps: int64 [n, T], of each chunk; chunk, place: int64 [N], of each step.
+    """
+
+    def __init__(self, given: Steps, length: int) -> None:
+        starts = np.flatnonzero(np.diff(given.episode, prepend=given.episode[0] - 1))
+        run = np.searchsorted(starts, np.arange(len(given)), side="right") - 1
+        last = np.append(starts[1:], len(given))[run] - 1
+        self.place: Int64Array = (np.arange(len(given)) - starts[run]) % length
+        first = np.flatnonzero(self.place == 0)
+        self.chunk: Int64Array = np.cumsum(self.place == 0) - 1
+        self.steps: Int64Array = np.minimum(first[:, None] + np.arange(length), last[first, None])
 
 
 def _steps(chunks: AnyArray, count: int) -> AnyArray:
@@ -150,8 +188,7 @@ def measure(old: Side, new: Side, source: Source) -> Measurement:
     remarks = tuple(_remarks(old.model, new.model))
     if old.model.action_dim != new.model.action_dim:
         return Measurement(0, (), 0, (), remarks)
-    old_model, new_model = (step_model(side.model, "comparing bundles on data") for side in (old, new))
-    corresponds = (old_model.latent_dim, old_model.num_levels) == (new_model.latent_dim, new_model.num_levels)
+    corresponds = fits(old.model, new.model)
     depth = min(old.model.depth, new.model.depth) if corresponds else 0
     # A bundle's own decoder first: the other is held against it.
     pairs = [(old, old), (new, new), *(((old, new), (new, old)) if corresponds else ())]
@@ -159,50 +196,72 @@ def measure(old: Side, new: Side, source: Source) -> Measurement:
         _Pair(tokens, decoder, layers, old.model.action_units)
         for tokens, decoder in pairs
         if tokens.model.has_stats or not decoder.model.has_stats
-        for layers in sorted({*tokens.model.prefixes} & {*decoder.model.prefixes})
+        for layers in _prefixes(tokens.model, decoder.model)
     ]
     if not source.num_steps:
         raise InvalidInputError(f"{source.name} has no steps; expected at least one")
-    equal, differing = np.zeros(depth, np.int64), 0
+    equal, tokens_each, differing, coded = np.zeros(depth, np.int64), 0, 0, 0
     limit = float(np.float32(min(old.model.action_limit, new.model.action_limit)))
     for _, steps in WholePass(source, old.model.action_dim, limit):
-        actions = steps.values
-        codes = {side: side.encode(actions) for side in (old, new)}
+        codes = {side: side.encode(steps) for side in (old, new)}
         if corresponds:
             is_equal = codes[old].tokens[..., :depth] == codes[new].tokens[..., :depth]
-            equal += is_equal.sum(axis=(0, 1))
-            differing += len(actions) - int(is_equal.all(axis=(1, 2)).sum())
+            equal += is_equal.reshape(-1, depth).sum(axis=0)
+            tokens_each += is_equal.size // depth
+            differing += int((~is_equal.reshape(len(is_equal), -1).all(axis=1)).sum())
+            coded += len(is_equal)
         own: dict[tuple[Side, int], Float32Array] = {}
         for pair in found:
-            decoded = pair.decoder.decode(codes[pair.tokens].prefix(pair.layers))
-            pair.add(actions, decoded, own.setdefault((pair.tokens, pair.layers), decoded))
+            decoded = pair.decoder.decode(codes[pair.tokens].prefix(pair.layers), steps)
+            pair.add(steps.values, decoded, own.setdefault((pair.tokens, pair.layers), decoded))
     return Measurement(
         steps=source.num_steps,
-        equal=tuple(map(float, equal / (source.num_steps * old_model.latent_dim))),
+        equal=tuple(map(float, equal / max(tokens_each, 1))),
         differing=differing,
         decodings=tuple(pair.decoding() for pair in found),
         remarks=remarks,
+        chunks=coded if corresponds and not isinstance(old.model, StepModel) else None,
     )
+
+
+def _prefixes(tokens: ModelEntry, decoder: ModelEntry) -> list[int]:
+    """How much of these tokens is decoded, ascending: of chunk tokens a few."""
+    common = {*tokens.prefixes} & {*decoder.prefixes}
+    if isinstance(tokens, StepModel):
+        return sorted(common)
+    return sorted(common & {*tokens.key_prefixes, max(common)})
 
 
 def _remarks(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
     if old.action_dim != new.action_dim:
         yield f"A is {old.action_dim} in OLD, {new.action_dim} in NEW: actions of different robots, nothing is compared"
         return
-    for name, what in (("latent_dim", "D"), ("num_levels", "K")):
-        if getattr(old, name) != getattr(new, name):
+    if type(old) is not type(new):
+        yield (
+            f"OLD has {kind_of_tokens(old)}, NEW {kind_of_tokens(new)}: other numbers of other things, so each decodes "
+            "its own alone"
+        )
+        return
+    for name, what in token_sizes(old).items():
+        if name != "action_dim" and getattr(old, name) != getattr(new, name):
             yield (
                 f"{what} is {getattr(old, name)} in OLD, {getattr(new, name)} in NEW: no token of one corresponds to "
                 "one of the other, so each decodes its own alone"
             )
     if old.depth != new.depth:
         yield f"L is {old.depth} in OLD, {new.depth} in NEW: tokens are compared as far as both have them"
+    if (old.action_units, old.action_offset) != (new.action_units, new.action_offset):
+        yield "their normalisers differ: normalised units are those of OLD"
+    if isinstance(old, StepModel):
+        yield from _step_remarks(old, new)
+
+
+def _step_remarks(old: ModelEntry, new: ModelEntry) -> Iterator[str]:
+    """Of two with per-step tokens."""
     if old.prefixes != new.prefixes:
         yield f"OLD decodes {listed(old.prefixes)} layers, NEW {listed(new.prefixes)}: what both do is done crosswise"
     if old.chunk_length != new.chunk_length:
         yield f"T is {old.chunk_length} in OLD, {new.chunk_length} in NEW: compared step by step, as they are coded"
-    if (old.action_units, old.action_offset) != (new.action_units, new.action_offset):
-        yield "their normalisers differ: normalised units are those of OLD"
     names = [(name, model) for name, model in (("OLD", old), ("NEW", new)) if model.has_stats]
     for name, _ in names:
         yield f"{name} decodes with the stats of the encoder beside the tokens, which no policy emits"
@@ -275,7 +334,8 @@ def _conclude(
             return Verdict(
                 Kind.INCOMPATIBLE,
                 f"contradiction: the manifests have {compatibility.proof}, but {measurement.differing:,} of "
-                f"{measurement.steps:,} steps have other tokens; run {command('selftest')} on both bundles",
+                f"{measurement.coded:,} {measurement.unit} have other tokens; run {command('selftest')} on both "
+                "bundles",
             )
         ground = f"proven: {compatibility.proof}"
     elif force and is_same_measured:

@@ -122,7 +122,7 @@ def run_campaign(  # noqa: PLR0913  # settings, given by name
     """Inject that many faults, equally many in each setup; rare kinds come at most once in each."""
     begin = time.monotonic()
     rng = random.Random(seed)
-    kinds = kinds_with(nan_backends or {})
+    kinds = kinds_with(nan_backends or {}, tokenizer.model)
     # All kinds in random order, again and again.
     deck = itertools.chain.from_iterable(rng.sample(kinds, len(kinds)) for _ in itertools.count())
     report = FaultReport()
@@ -171,7 +171,7 @@ def inject(rig: Rig, kind: Kind) -> tuple[Answer, list[str]]:
     rig.idle(rig.length)
     recoveries = rig.decoder.health.recoveries
     answer = kind.inject(rig)
-    expected, to_recover = kind.expected(rig.setup), kind.recoveries(rig.setup)
+    expected, to_recover = kind.expected(rig.setup, rig.length), kind.recoveries(rig.setup)
     if str(answer) != str(expected):
         to_recover = 0
         problems.append(f"{answer}, expected {expected}: {answer.detail}")

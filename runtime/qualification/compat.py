@@ -68,17 +68,20 @@ def overview(found: Comparison, *, is_verbose: bool) -> Iterator[str]:
     measured = found.measurement
     yield from (f"  – {line}" for line in measured.remarks)
     if measured.equal:
-        yield f"equal tokens  {'  '.join(f'L{layer} {share:.3%}' for layer, share in enumerate(measured.equal))}"
-        yield f"steps with a token that differs  {measured.differing:,} of {measured.steps:,}"
+        yield f"equal tokens  {'  '.join(f'{place} {share:.3%}' for place, share in _equal(found))}"
+        yield f"{measured.unit} with a token that differs  {measured.differing:,} of {measured.coded:,}"
     if measured.decodings:
-        yield from _table(measured.decodings, has_units=any(map(_has_normaliser, (found.old, found.new))))
-    modes = {facts.name: facts.model.mode for facts in (found.old, found.new)}
+        units = list(dict.fromkeys(facts.model.depth_unit for facts in (found.old, found.new)))
+        has_units = any(map(_has_normaliser, (found.old, found.new)))
+        yield from _table(measured.decodings, " or ".join(units), has_units=has_units)
+    models = {facts.name: facts.model for facts in (found.old, found.new)}
     for entry in measured.whole():
         if is_verbose:
             yield from entry.fidelity.text(
-                f"{entry.tokens}, its own tokens, {entry.layers} layers", modes[entry.tokens]
+                f"{entry.tokens}, its own tokens, {entry.layers} {models[entry.tokens].depth_unit}",
+                models[entry.tokens].mode,
             ).splitlines()
-        elif warning := entry.fidelity.warning_in(modes[entry.tokens]):
+        elif warning := entry.fidelity.warning_in(models[entry.tokens].mode):
             yield f"{entry.tokens}: {warning}"
 
 
@@ -90,8 +93,19 @@ def _advice(found: Comparison) -> str:
     return f"\n  from now on: ActionTokenizer.load(..., expect_fingerprint={found.new.fingerprint[:16]!r})"
 
 
-def _table(decodings: Sequence[Decoding], *, has_units: bool) -> Iterator[str]:
-    heads = ["tokens of", "decoder of", "layers", "action MSE, normalised units²", "largest error, normalised"]
+def _equal(found: Comparison) -> Iterator[tuple[str, float]]:
+    """The share of equal tokens of each layer; of chunk tokens those of a few places, the last of what is decoded."""
+    equal, model = found.measurement.equal, found.old.model
+    if found.measurement.chunks is None:
+        yield from ((f"L{layer}", share) for layer, share in enumerate(equal))
+    else:
+        places = sorted({*(prefix for prefix in model.key_prefixes if prefix <= len(equal)), len(equal)})
+        yield from ((f"token {prefix - 1}", equal[prefix - 1]) for prefix in places)
+
+
+def _table(decodings: Sequence[Decoding], unit: str, *, has_units: bool) -> Iterator[str]:
+    """unit: what a prefix counts."""
+    heads = ["tokens of", "decoder of", unit, "action MSE, normalised units²", "largest error, normalised"]
     heads += ["MSE, robot units²", "largest, robot units"] if has_units else []
     rows = [[*heads, "from own decoder"]]
     for entry in decodings:

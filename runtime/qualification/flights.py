@@ -44,8 +44,10 @@ def replay_flight(record: FlightRecord, tokenizer: ActionTokenizer) -> tuple[int
         # Nobody needs to hear of it again.
         decoder.warmup(functools.partial(_RecordedChain, around), reports=False)
         # Nothing is known of the queue before the first row, but where the decoder was started on it.
-        known_from = 0
+        known_from = shown = 0
         for before, row in pairwise(rows):
+            # A tick without a clock is not counted, but shown as the next one: the ticks after it are.
+            shown = 0 if before.has(RESET) else max(before.number, shown + 1)
             if before.has(RESET):
                 decoder.reset()
                 known_from = before.number
@@ -53,7 +55,7 @@ def replay_flight(record: FlightRecord, tokenizer: ActionTokenizer) -> tuple[int
                 known_from = before.number + tokenizer.model.chunk_length
             if row.has(RESET):
                 continue
-            decoder.resume(before.actions, state_after(before.numbers))
+            decoder.resume(before.actions, shown, state_after(before.numbers))
             around.set(row)
             decoder.step(**row.arguments())
             if row.number < known_from:

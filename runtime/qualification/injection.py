@@ -13,7 +13,7 @@ import re
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from types import MappingProxyType
@@ -29,8 +29,10 @@ from ..bundle.folder import Bundle
 from ..tokenizer import ActionTokenizer
 
 _NAN = struct.pack("<f", float("nan"))
-#: How many bytes of a table of weights identify it in a library.
-_MARK = 16
+#: Smaller tables are no weights: a graph has one number for each bit of a token, and makes indices with them.
+_MOST_BITS = 16
+#: Two float32 as one number, which no code happens to look like.
+_PAIR = np.dtype(np.uint64)
 #: What stands before the numbers of a table in a graph: the type FLOAT, a name, and how many bytes follow. Fields are
 #: written in the order of their numbers.
 _FLOAT_TABLE = re.compile(rb"\x10\x01B[\x00-\x7f][ -~]+J([\x80-\xff]*[\x00-\x7f])")
@@ -131,27 +133,56 @@ def faulty(tokenizer: ActionTokenizer, **options: Any) -> tuple[ActionTokenizer,
 
 
 def with_nan_weights(bundle: Bundle, name: str) -> Backend:
-    """The real backend `name`, `onnxruntime` or `c`, with a NaN in every table of the decoders' weights.
+    """The real backend `name`, `onnxruntime` or `c`, with NaN for the decoders' weights.
 
-    Nothing on disk is changed. Raises BackendUnavailableError if the backend is not there, or is another one.
+    Nothing on disk is changed. Raises BackendUnavailableError if the backend is not there, or is another one, or has so
+    few weights that they cannot be found.
     """
     graphs = [entry.file for entry in bundle.manifest.graphs_of("gemm") if entry.role == "decoder"]
-    marks = [graph[at : at + _MARK] for graph in map(bundle.content, graphs) for at in weight_places(graph)]
-    files = graphs
-    if name == "c":
-        files = [entry.file for entry in bundle.manifest.engines if entry.backend == "c"]
-    elif name != "onnxruntime":
-        raise BackendUnavailableError(f"no weights of {name!r} can be altered here; expected onnxruntime or c")
     contents = {file: bundle.content(file) for file in bundle.manifest.files}
-    for file in files:
-        for mark in marks:
-            contents[file] = contents[file].replace(mark, _NAN + mark[len(_NAN) :])
+    if name == "onnxruntime":
+        contents |= {graph: _nan_graph(contents[graph]) for graph in graphs}
+    elif name == "c":
+        weights = [table for graph in graphs for table in weight_tables(contents[graph])]
+        libraries = [entry.file for entry in bundle.manifest.engines if entry.backend == "c"]
+        altered = {library: _nan_library(contents[library], weights) for library in libraries}
+        if any(contents[library] == content for library, content in altered.items()):
+            raise BackendUnavailableError("no weights of the C engine can be altered: this model has hardly any")
+        contents |= altered
+    else:
+        raise BackendUnavailableError(f"no weights of {name!r} can be altered here; expected onnxruntime or c")
     return create_backend(name, replace(bundle, _contents=MappingProxyType(contents)))
 
 
-def weight_places(graph: bytes) -> list[int]:
-    """Where in an ONNX file the tables of at least 16 float32 begin; read without onnx, which a robot lacks."""
-    return [table.end() for table in _FLOAT_TABLE.finditer(graph) if _varint(table[1]) >= 4 * _MARK]
+def weight_tables(graph: bytes) -> list[Float32Array]:
+    """The float32 tables in an ONNX file, flat; read without onnx, which a robot lacks."""
+    return [np.frombuffer(graph[place], np.float32) for place in _places(graph)]
+
+
+def _places(graph: bytes) -> list[slice]:
+    found = [slice(table.end(), table.end() + _varint(table[1])) for table in _FLOAT_TABLE.finditer(graph)]
+    return [place for place in found if place.stop - place.start > _MOST_BITS * len(_NAN)]
+
+
+def _nan_graph(graph: bytes) -> bytes:
+    altered = bytearray(graph)
+    for place in _places(graph):
+        altered[place] = _NAN * ((place.stop - place.start) // len(_NAN))
+    return bytes(altered)
+
+
+def _nan_library(library: bytes, weights: Sequence[Float32Array]) -> bytes:
+    """With NaN wherever two numbers stand that are neighbours in a table: tables are laid out anew there, in parts."""
+    if not weights:
+        return library
+    pairs = np.concatenate([np.lib.stride_tricks.sliding_window_view(table, 2) for table in weights])
+    # Two zeros are everywhere.
+    wanted = np.ascontiguousarray(pairs[pairs.all(axis=1)]).view(_PAIR)
+    altered = bytearray(library)
+    for first in (0, _PAIR.itemsize // 2):
+        words = np.frombuffer(altered, _PAIR, (len(altered) - first) // _PAIR.itemsize, first)
+        words[np.isin(words, wanted)] = np.frombuffer(2 * _NAN, _PAIR)[0]
+    return bytes(altered)
 
 
 def _varint(data: bytes) -> int:

@@ -20,6 +20,7 @@ from ..bundle.paths import shortlist
 if TYPE_CHECKING:
     from ..bundle.folder import Bundle
     from ..bundle.manifest import EngineEntry, GraphEntry, TensorEntry
+    from ..bundle.models import ModelEntry
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,11 +87,11 @@ def _details(bundle: Bundle, worth: str) -> Iterator[str]:
     yield f"what the tokens are worth: {worth}"
     if quality := manifest.quality:
         yield f"  judged by {quality.source}, sha256 {quality.sha256}"
-        text = quality.fidelity.text(f"{quality.judged_on}, all layers", model.mode)
+        text = quality.fidelity.text(f"{quality.judged_on}, all {model.depth_unit}", model.mode)
         yield from (f"  {line}" for line in text.splitlines())
     yield "graphs"
     for graph in manifest.graphs:
-        yield f"  {_graph(graph)}"
+        yield f"  {_graph(graph, model)}"
     yield "engines" if manifest.engines else "engines: none, the graphs are run as they are"
     for engine in manifest.engines:
         yield from (f"  {line}" for line in _engine(engine))
@@ -111,16 +112,22 @@ def _details(bundle: Bundle, worth: str) -> Iterator[str]:
     )
 
 
-def _graph(graph: GraphEntry) -> str:
-    what = graph.role if graph.role == "encoder" else f"decoder of {graph.prefix} layers"
+def _graph(graph: GraphEntry, model: ModelEntry) -> str:
+    what: str = graph.role
+    if graph.role == "decoder":
+        most = "" if model.graph_of(model.prefixes[0]) == model.prefixes[0] else "at most "
+        what = f"decoder of {most}{graph.prefix} {model.depth_unit}"
     return f"{graph.file}: {what}, {_tensors(graph.inputs)} -> {_tensors(graph.outputs)}"
 
 
 def _tensors(tensors: Sequence[TensorEntry]) -> str:
-    return ", ".join(
-        f"{tensor.name} {tensor.dtype}[{', '.join('B' if size == -1 else str(size) for size in tensor.shape)}]"
-        for tensor in tensors
-    )
+    return ", ".join(f"{tensor.name} {tensor.dtype}[{', '.join(_axes(tensor.shape))}]" for tensor in tensors)
+
+
+def _axes(shape: Sequence[int]) -> Iterator[str]:
+    """Sizes, and letters for those that are free: B of the first axis, l of the last one of tokens."""
+    for axis, size in enumerate(shape):
+        yield str(size) if size != -1 else "l" if axis else "B"
 
 
 def _engine(engine: EngineEntry) -> Iterator[str]:

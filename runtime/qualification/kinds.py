@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 
 from ..backends.contract import Backend
+from ..bundle.arrays import Codes
+from ..bundle.models import ModelEntry
 from ..control.config import OnFault, OutOfRange, Status
 from ..control.errors import WrongThreadError
 from ..control.realtime import Watchdog
 from .injection import Fault
 from .rig import MOST_FAULTS, PATIENCE_S, PERIOD_S, Answer, Rig, Setup
+from .token_faults import BAD_TOKENS, LEGAL_TOKENS, Change
 
 Inject = Callable[[Rig], Answer]
 _SILENCE_S = 0.02
@@ -46,12 +49,14 @@ class Kind:
     is_slow: bool = False
     takes_time: bool = False
 
-    def expected(self, setup: Setup) -> Answer:
+    def expected(self, setup: Setup, chunk_length: int) -> Answer:
         """The right one, but for its detail."""
         if self.is_backend and setup.has_fallback:
             return Answer(Status.OK, is_held=False, fell_back=True, is_latched=False)
         limits = self.status is Status.OUT_OF_RANGE and setup.out_of_range is OutOfRange.LIMIT
-        is_held = self.is_held and not limits
+        # A chunk of one action leaves nothing to be served in place of a stale one.
+        is_drained = self.status is Status.STALE and chunk_length == 1
+        is_held = (self.is_held or is_drained) and not limits
         is_latched = is_held and (self.latches or setup.on_fault is OnFault.STOP)
         return Answer(self.status, is_held, fell_back=False, is_latched=is_latched)
 
@@ -59,46 +64,9 @@ class Kind:
 # --- tokens -----------------------------------------------------------------------------------------------------------
 
 
-def _changed(change: Callable[[Any, Rig], Any], rig: Rig) -> Answer:
+def _changed(change: Change, rig: Rig) -> Answer:
     chunk = rig.pick()
     return rig.send(chunk, tokens=change(chunk.tokens.copy(), rig))
-
-
-def _with(value: int, tokens: Any, rig: Rig) -> Any:
-    tokens.reshape(-1)[rig.rng.randrange(tokens.size)] = value
-    return tokens
-
-
-def _another_type(tokens: Any, rig: Rig) -> Any:
-    types = ("int8", "int16", "uint16", "uint32", "uint64", ">i4", "bool", "complex64", "S1")
-    return tokens.astype(rig.rng.choice(types))
-
-
-def _no_array(tokens: Any, rig: Rig) -> Any:
-    return rig.rng.choice((tokens.tolist(), object(), "tokens", memoryview(tokens), 3, b"\0", tokens.flat, np.int32(1)))
-
-
-def _another_shape(tokens: Any, rig: Rig) -> Any:
-    others = (
-        tokens[0],
-        tokens[None],
-        tokens[:, :-1],
-        tokens[:, :, :-1],
-        tokens[..., :0],
-        tokens[:0],
-        tokens.reshape(-1),
-        np.concatenate((tokens, tokens)),
-        np.concatenate((tokens, tokens), axis=3),
-        np.int32(tokens.flat[0]).reshape(()),
-        np.swapaxes(tokens, 2, 3)[:, :, :, :, None],
-    )
-    return rig.rng.choice(others)
-
-
-def _masked(tokens: Any, rig: Rig) -> Any:
-    """A subclass of ndarray with rules of its own, in which the illegal value is hidden."""
-    masked = np.ma.masked_array(_with(-1, tokens, rig), mask=True)
-    return rig.rng.choice((masked, masked.view(np.recarray)))
 
 
 def _number(name: str, rig: Rig) -> Answer:
@@ -113,7 +81,7 @@ def _stats(rig: Rig) -> Answer:
     stats: Any = chunk.stats
     if stats is None:
         # Stats of another bundle: mean and scale of this one are constants.
-        wrong: list[Any] = [np.ones((*chunk.tokens.shape[:2], chunk.tokens.shape[3], 2), np.float32)]
+        wrong: list[Any] = [np.ones(rig.model.stats_shape(1), np.float32)]
     else:
         wrong = [None, stats[:, :-1], stats.astype(np.float64), stats.tolist(), stats * -1]
         for value in (math.nan, math.inf, -math.inf):
@@ -124,7 +92,14 @@ def _stats(rig: Rig) -> Answer:
 
 
 def _until_latched(rig: Rig) -> Answer:
-    return [rig.send(chunk, tokens=chunk.tokens + 1000) for chunk in [rig.pick() for _ in range(MOST_FAULTS)]][-1]
+    wrong = rig.model.vocabulary
+    return [rig.send(chunk, tokens=chunk.tokens + wrong) for chunk in [rig.pick() for _ in range(MOST_FAULTS)]][-1]
+
+
+def _still_legal(change: Change, rig: Rig) -> Answer:
+    """Tokens that no check can tell from good ones: served as what they mean, inside limits and slew."""
+    tokens = change(rig.pick().tokens.copy(), rig)
+    return rig.send(rig.decoded(Codes(tokens, None)))
 
 
 # --- backends ---------------------------------------------------------------------------------------------------------
@@ -150,9 +125,12 @@ def _both_failing(rig: Rig) -> Answer:
 
 
 def _nan_weights(backend: Backend, rig: Rig) -> Answer:
-    healthy = rig.backend.replace(backend)
+    chunk, healthy = rig.pick(), rig.backend.replace(backend)
+    if not rig.model.token_grid:
+        # Of the first class: escape, in which random chunks are sent, has no weights.
+        chunk = rig.decoded(Codes(np.zeros_like(chunk.tokens), None))
     try:
-        return rig.send(rig.pick())
+        return rig.send(chunk)
     finally:
         rig.backend.replace(healthy)
 
@@ -236,7 +214,18 @@ def _reordered(rig: Rig) -> Answer:
 
 def _draft_after_whole(rig: Rig) -> Answer:
     rig.send(rig.pick())
-    return rig.send(rig.pick(rig.model.prefixes[0]), sequence=rig.sequence, age=1)
+    return rig.send(rig.draft(rig.pick()), sequence=rig.sequence, age=1)
+
+
+def _longer_drafts(rig: Rig) -> Answer:
+    """A draft, a longer one on the next tick, and then the whole: each takes the place of the one before."""
+    chunk = rig.pick()
+    lengths = sorted(rig.rng.sample(rig.model.prefixes, min(3, rig.length, len(rig.model.prefixes))))
+    codes = Codes(chunk.tokens, chunk.stats)
+    answer = rig.send(rig.decoded(codes.prefix(lengths[0])))
+    for age, length in enumerate(lengths[1:], start=1):
+        answer = rig.send(rig.decoded(codes.prefix(length)), sequence=rig.sequence, age=age)
+    return answer
 
 
 def _no_more(rig: Rig) -> Answer:
@@ -285,26 +274,12 @@ def _backend(name: str, status: Status, inject: Inject, **options: Any) -> Kind:
     return Kind(name, status, inject, is_backend=True, **options)
 
 
-_BAD_TOKENS: dict[str, Callable[[Any, Rig], Any]] = {
-    "token too high by one": lambda tokens, rig: _with(rig.model.vocabulary, tokens, rig),
-    "token far too high": partial(_with, 2**31 - 1),
-    "negative token": partial(_with, -1),
-    "int64 tokens that wrap to legal ones": lambda tokens, _: tokens.astype(np.int64) + 2**32,
-    "uint8 token too high": lambda tokens, rig: _with(255, tokens.astype(np.uint8), rig),
-    "float tokens": lambda tokens, rig: tokens.astype(rig.rng.choice(("float16", "float32", "float64"))),
-    "NaN tokens": lambda tokens, _: np.full(tokens.shape, np.nan),
-    "array of objects": lambda tokens, _: np.full(tokens.shape, None, object),
-    "tokens of another type": _another_type,
-    "no array at all": _no_array,
-    "tokens of another shape": _another_shape,
-    "masked or record array": _masked,
-}
 _WITHOUT_ACTIONS = (Fault.RAISES, Fault.RAISES_UNKNOWN, Fault.OUT_OF_MEMORY, Fault.WRONG_SHAPE)
 _NOT_FINITE = (Fault.NAN, Fault.INF, Fault.WRITES_NOTHING)
 
 
 KINDS: tuple[Kind, ...] = (
-    *(Kind(name, Status.BAD_TOKEN, partial(_changed, change)) for name, change in _BAD_TOKENS.items()),
+    *(Kind(name, Status.BAD_TOKEN, partial(_changed, change)) for name, change in BAD_TOKENS.items()),
     Kind("sequence is no number", Status.BAD_TOKEN, partial(_number, "sequence")),
     Kind("observed_ns is no number", Status.BAD_TOKEN, partial(_number, "observed_ns")),
     Kind("stats missing, NaN or of another bundle", Status.BAD_TOKEN, _stats),
@@ -328,9 +303,11 @@ KINDS: tuple[Kind, ...] = (
     Kind("chunk from the future", _STALE, partial(_dated, lambda _: -10), is_held=False),
     Kind("chunk late, but in time", Status.OK, _late_in_time, is_held=False),
     Kind("duplicated chunk", _STALE, _same_again, is_held=False),
-    Kind("duplicated chunk, dated anew", _STALE, partial(_dated, lambda _: 0, ahead=0), is_held=False),
+    # Of a chunk of one action nothing is left: dated anew, it would be that of a policy that was restarted.
+    Kind("duplicated chunk, dated anew", _STALE, partial(_dated, lambda rig: rig.length == 1, ahead=0), is_held=False),
     Kind("reordered chunks", _STALE, _reordered, is_held=False),
     Kind("draft after its whole", _STALE, _draft_after_whole, is_held=False),
+    Kind("draft, a longer one, and its whole", Status.OK, _longer_drafts, is_held=False),
     Kind("producer stops", _STALE, _no_more),
     Kind("clock jumps forward", _STALE, partial(_jump, 50 * PERIOD_S)),
     Kind("clock jumps back", _STALE, partial(_jump, -50 * PERIOD_S)),
@@ -342,7 +319,16 @@ KINDS: tuple[Kind, ...] = (
 )
 
 
-def kinds_with(nan_backends: Mapping[str, Backend]) -> tuple[Kind, ...]:
-    """KINDS, and one more for every real backend whose weights are NaN."""
+_CHUNK_KINDS: tuple[Kind, ...] = tuple(
+    Kind(name, Status.OK, partial(_still_legal, change), is_held=False) for name, change in LEGAL_TOKENS.items()
+)
+
+
+def kinds_with(nan_backends: Mapping[str, Backend], model: ModelEntry) -> tuple[Kind, ...]:
+    """KINDS, those of this kind of tokens, and one more for every real backend whose weights are NaN."""
     weights = {f"NaN weights in {name}": partial(_nan_weights, backend) for name, backend in nan_backends.items()}
-    return (*KINDS, *(_backend(name, Status.NONFINITE, inject) for name, inject in weights.items()))
+    return (
+        *KINDS,
+        *(() if model.token_grid else _CHUNK_KINDS),
+        *(_backend(name, Status.NONFINITE, inject) for name, inject in weights.items()),
+    )

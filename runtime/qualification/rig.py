@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections import deque
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..bundle.arrays import Codes, Float32Array, Float64Array, Int32Array
+from ..bundle.validation import token_types
 from ..control.config import ActionKind, ControlConfig, OnFault, OutOfRange, Status, Strategy
 from ..control.decoder import ControlDecoder
 from ..control.errors import ControlFaultError
@@ -150,10 +152,7 @@ class Rig:
         self._due = self.now = 10**15
         self.is_clock_broken = False
         tokens, stats, limit = chunks_of(tokenizer, _CHUNKS)
-        whole = list(map(Codes, tokens, stats))
-        self.chunks = {
-            layers: [_decoded(tokenizer, codes.prefix(layers)) for codes in whole] for layers in self.model.prefixes
-        }
+        self._whole, self._tokenizer = list(map(Codes, tokens, stats)), tokenizer
         self.config = setup.config(tokenizer, limit)
         main, self.backend = faulty(tokenizer, pause=self.jump, delay_s=PERIOD_S)
         spare, self.spare = faulty(fallback or tokenizer, pause=self.jump, delay_s=PERIOD_S)
@@ -195,8 +194,22 @@ class Rig:
         """When the next tick begins."""
         return self._due + PERIOD_NS
 
-    def pick(self, layers: int | None = None) -> Chunk:
-        return self.rng.choice(self.chunks[layers or self.model.depth])
+    @functools.cached_property
+    def chunks(self) -> list[Chunk]:
+        """Good ones, whole."""
+        return [self.decoded(codes) for codes in self._whole]
+
+    def decoded(self, codes: Codes) -> Chunk:
+        """What legal codes of one chunk mean, by a tokenizer that nothing is wrong with."""
+        return Chunk(*codes, self._tokenizer.decode(*codes)[0].astype(np.float64))
+
+    def pick(self) -> Chunk:
+        return self.rng.choice(self.chunks)
+
+    def draft(self, chunk: Chunk) -> Chunk:
+        """The beginning of a chunk, of any length that can be decoded but the whole, unless there is no other."""
+        prefix = self.rng.choice(self.model.prefixes[:-1] or self.model.prefixes)
+        return self.decoded(Codes(chunk.tokens, chunk.stats).prefix(prefix))
 
     def tick(self, tokens: object = None, *, serves: tuple[Chunk, int] | None = None, **options: Any) -> Answer:
         """Take one step. serves: the chunk that is in service from now on, if this tick accepts it."""
@@ -228,17 +241,19 @@ class Rig:
         return answer
 
     def good(self) -> Answer:
-        """Send as policies do: at once, after a delay, or a draft and then the whole."""
-        way, age = self.rng.randrange(4), self.rng.randint(1, 2)
+        """Send as policies do: at once, after a delay, as numbers of another type, or a draft and then the whole."""
+        way, age, chunk = self.rng.randrange(5), self.rng.randint(1, 2), self.pick()
         if way == 0 and age < self.length and self._observed < self.next_ns - age * PERIOD_NS:
-            return self.send(self.pick(), age=age)
+            return self.send(chunk, age=age)
         if way == 1 and len(self.model.prefixes) > 1 and self.length > 1:
-            index = self.rng.randrange(_CHUNKS)
-            draft = self.send(self.chunks[self.model.prefixes[0]][index])
+            draft = self.send(self.draft(chunk))
             if draft.status is not Status.OK:
                 return draft
-            return self.send(self.chunks[self.model.depth][index], sequence=self.sequence, age=1)
-        return self.send(self.pick())
+            return self.send(chunk, sequence=self.sequence, age=1)
+        if way == 2:
+            legal = [kind for kind in token_types(self.model) if self.model.vocabulary <= np.iinfo(kind).max]
+            return self.send(chunk, tokens=chunk.tokens.astype(self.rng.choice(legal)))
+        return self.send(chunk)
 
     def idle(self, most: int) -> None:
         """Take up to so many steps without a chunk, but not to the end of the chunk in service."""
@@ -295,7 +310,3 @@ class Rig:
     def _row(self, chunk: Chunk, observed: int, now: int) -> Float64Array | None:
         index = round((now - observed) / PERIOD_NS)
         return chunk.rows[index] if 0 <= index < self.length else None
-
-
-def _decoded(tokenizer: ActionTokenizer, codes: Codes) -> Chunk:
-    return Chunk(*codes, tokenizer.decode(*codes)[0].astype(np.float64))

@@ -44,7 +44,7 @@ _MESSAGES = 64
 
 
 class Producer:
-    """A process that writes messages of odd length into a pipe of one page, so that it waits in the middle of one.
+    """A process that writes messages of odd length, of more than a page, into a pipe of one page: it waits within one.
 
     process: for signals.
     """
@@ -52,7 +52,8 @@ class Producer:
     def __init__(self, chunks: list[Chunk]) -> None:
         self.chunks, self._received = chunks, b""
         messages = [
-            _HEADER.pack(number) + chunks[number % len(chunks)].tokens.tobytes() + b"." for number in range(_MESSAGES)
+            _HEADER.pack(number) + chunks[number % len(chunks)].tokens.tobytes().ljust(_PAGE, b".") + b"."
+            for number in range(_MESSAGES)
         ]
         self._length = len(messages[0])
         self.process = subprocess.Popen(
@@ -155,7 +156,7 @@ def _stop_producers(trial: _Trial, tokenizer: ActionTokenizer) -> None:
                 trial.expect_answer("a chunk", rig.send(found[1], sequence=found[0]))
 
         for _ in range(trial.times):
-            producer = Producer(rig.chunks[rig.model.depth])
+            producer = Producer(rig.chunks)
             with trial.fault("producer", "stopped in the middle of a message (SIGSTOP)", rig):
                 # The numbers begin again, as those of a policy that was restarted.
                 for _ in range(trial.rng.randint(1, 3)):
@@ -256,7 +257,7 @@ def _record(trial: _Trial, rig: Rig, *, failed: int, written: int) -> None:
     time.sleep(2 * rig.config.record_interval_s)
     trial.expect_answer("a chunk before it", rig.send(rig.pick()))
     chunk = rig.pick()
-    trial.expect_answer("its tick", rig.send(chunk, tokens=chunk.tokens - 1000), Status.BAD_TOKEN)
+    trial.expect_answer("its tick", rig.send(chunk, tokens=chunk.tokens - rig.model.vocabulary), Status.BAD_TOKEN)
     # The loop does not wait for the disk.
     trial.expect_answer("the tick after it", rig.send(rig.pick()))
     trial.expect("that all is reported", rig.decoder.flush(), True)

@@ -52,7 +52,11 @@ def _coded(tokenizer: ActionTokenizer, chunks: Float64Array) -> Chunks:
     model = tokenizer.model
     actions = (chunks * np.asarray(model.action_units) + np.asarray(model.action_offset)).astype(np.float32)
     codes = codes_of(tokenizer, actions)
-    limit = 1.5 * float(np.abs(tokenizer.decode(*codes)).max())
+    # Whatever chunk tokens say, they decode to something within the range. Others leave it where layers are missing.
+    reach = [np.abs(tokenizer.decode(*codes.prefix(prefix))).max() for prefix in model.decoder_graphs]
+    if not model.token_grid:
+        reach.append(np.max(np.abs(model.action_units) + np.abs(model.action_offset)))
+    limit = 1.5 * float(max(reach))
     stats = [None] * len(actions) if codes.stats is None else [part.copy() for part in codes.stats[:, None]]
     # Arrays of their own, as from a policy: those of one batch would evict each other from the caches.
     return [part.copy() for part in codes.tokens[:, None]], stats, limit

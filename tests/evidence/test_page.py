@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 import pytest
 
 from rfsq.calibration.tables import Table
+from rfsq.evidence.chunk_results import ChunkComparison
 from rfsq.evidence.findings import AS_TRAINED, REFITTED
-from rfsq.evidence.plots import error_by_layer, figures, svg
+from rfsq.evidence.plots import choice, error_by_layer, figures, svg
 from rfsq.evidence.report import page
 from rfsq.evidence.results import Comparison, Spread
 from rfsq.evidence.tables import findings_table, layer_table, number, peer_table, summary_table
@@ -94,6 +95,26 @@ def drawn(with_peers: Comparison) -> dict[str, str]:
     return {name: svg(figure) for name, figure in figures(with_peers).items()}
 
 
+def chosen(comparison: Comparison, judged: str) -> dict[str, list[float]]:
+    """The bits of each line of the choice, beside codecs of chunks that were judged on these episodes."""
+    reports = (peer("bins", 20.0, 1e-3), peer("chunk tokens", 20.0, 1e-4), peer("chunk tokens", 10.0, 1e-3))
+    found = ChunkComparison("", "", judged, (0,), (20.0,), {}, (1e-4,), reports, {}, {}, ())
+    lines = choice(comparison, found).axes[0].lines
+    return {str(line.get_label()): [*map(float, line.get_xdata())] for line in lines}
+
+
+def test_a_codec_of_chunks_takes_the_place_of_a_peer_of_its_family(with_peers: Comparison) -> None:
+    lines = chosen(with_peers, "test")
+    assert (lines["bins"], lines["chunk tokens"]) == ([20.0], [10.0, 20.0])
+    assert {*lines} == {"bins", "chunk tokens", "per-step tokens, recovered", "per-step tokens, calibrated"}
+
+
+def test_what_was_judged_on_other_episodes_says_so(with_peers: Comparison) -> None:
+    assert {*chosen(with_peers, "validation")} == {
+        "bins", "chunk tokens", "per-step tokens, recovered (test)", "per-step tokens, calibrated (test)",
+    }  # fmt: skip
+
+
 class _Reader(HTMLParser):
     """Tags that were opened and never closed, and everything that would be loaded from elsewhere."""
 
@@ -131,7 +152,7 @@ def test_the_page_is_whole_and_loads_nothing(with_peers: Comparison, drawn: dict
     assert reader.loaded == []
     assert "url(http" not in content
     assert "<script" not in content
-    assert content.count("<svg") == 7
+    assert content.count("<svg") == 8
 
 
 def test_the_page_shows_every_table_and_where_it_comes_from(with_peers: Comparison, drawn: dict[str, str]) -> None:

@@ -73,6 +73,18 @@ def test_the_plain_loop_answers_every_fault(bundle: Path, faults: tuple[str, ...
         assert names == (["freeze_gc", "lock_memory", "cpus", "fifo_priority"] if fault == "none" else [])
 
 
+def test_the_plain_loop_takes_chunk_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("onnx", reason="bundles are built with .[export]")
+    from tests.chunk_bundles import ChunkRecipe, write_chunk_bundle
+
+    bundle = write_chunk_bundle(tmp_path / "bundle", ChunkRecipe())
+    faults = ("none", "bad", "reordered")
+    with ThreadPoolExecutor(len(faults)) as pool:
+        found = list(pool.map(lambda fault: run_plain(bundle, fault), faults))
+    for one, fault in zip(found, faults, strict=True):
+        assert_is_answered(one, fault)
+
+
 def test_what_cannot_be_run_is_said(bundle: Path, tmp_path: Path) -> None:
     refused = [([tmp_path], "manifest.json"), ([bundle, "--seconds", 1], "--seconds is 1")]
     if not HAS_SIMULATOR:

@@ -53,6 +53,20 @@ inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector)
     return result;
 }
 
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift)
+{
+    return (unsigned)(((unsigned long long)high << 32 | low) << (shift & 31) >> 32);
+}
+
+/* Threads take turns at barriers alone. */
+inline int atomicAdd(int *target, int value) { return (*target += value) - value; }
+inline int atomicOr(int *target, int value)
+{
+    const int before = *target;
+    *target |= value;
+    return before;
+}
+
 template <class T> T __ldcs(const T *source) { return *source; }
 template <class T> void __stcs(T *target, T value) { *target = value; }
 
@@ -89,12 +103,12 @@ static constexpr unsigned WARP_SIZE = 32, MOST_THREADS = 1024, STACK_BYTES = 256
 static jmp_buf scheduler;
 static Thread threads[MOST_THREADS];
 static Barrier warps[MOST_THREADS / WARP_SIZE];
-static float exchanged[MOST_THREADS];
+static unsigned exchanged[MOST_THREADS];
 static Barrier block;
 static unsigned num_events;
 static void *kernel;
 static void *const *arguments;
-static unsigned num_arguments;
+static unsigned num_arrays, num_numbers;
 
 static void leave(Thread &thread)
 {
@@ -134,21 +148,41 @@ inline int __syncthreads_or(int value)
     return block.any_before;
 }
 
-inline float __shfl_sync(unsigned, float value, int lane, int width)
+inline int __any_sync(unsigned, int value)
 {
-    exchanged[threadIdx.x] = value;
+    Barrier &own = warps[threadIdx.x / WARP_SIZE];
+    own.any |= value != 0;
+    wait_at(own);
+    return own.any_before;
+}
+
+template <class T> T value_of(unsigned thread, T own)
+{
+    exchanged[threadIdx.x] = same_bits<unsigned>(own);
     __syncwarp();
-    const float result = exchanged[threadIdx.x / width * width + lane];
+    const T result = same_bits<T>(exchanged[thread]);
     __syncwarp();
     return result;
+}
+
+template <class T> T __shfl_sync(unsigned, T value, int lane, int width)
+{
+    return value_of(threadIdx.x / width * width + lane, value);
+}
+
+template <class T> T __shfl_xor_sync(unsigned, T value, int distance)
+{
+    return value_of(threadIdx.x ^ distance, value);
 }
 
 static void run_thread()
 {
     for (Thread &own = threads[threadIdx.x];; leave(own)) {
         void *const *a = arguments;
-        if (num_arguments == 3)
+        if (num_arrays == 2 && num_numbers == 1)
             ((void (*)(void *, void *, long long))kernel)(a[0], a[1], (long long)a[2]);
+        else if (num_arrays == 2)
+            ((void (*)(void *, void *, long long, long long))kernel)(a[0], a[1], (long long)a[2], (long long)a[3]);
         else
             ((void (*)(void *, void *, void *, long long))kernel)(a[0], a[1], a[2], (long long)a[3]);
         own.is_done = true;
@@ -190,11 +224,11 @@ static bool run_block(unsigned size, bool is_backwards)
 }
 
 extern "C" bool run_kernel(void *function, unsigned blocks, unsigned size, bool is_backwards, void *const *values,
-                           unsigned num_values)
+                           unsigned arrays, unsigned numbers)
 {
     if (size > MOST_THREADS || size % WARP_SIZE != 0)
         return false;
-    kernel = function, arguments = values, num_arguments = num_values;
+    kernel = function, arguments = values, num_arrays = arrays, num_numbers = numbers;
     start_threads(size);
     for (unsigned i = 0; i < blocks; ++i) {
         blockIdx.x = is_backwards ? blocks - 1 - i : i;

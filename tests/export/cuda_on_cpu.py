@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from rfsq.runtime.bundle.manifest import KernelKind, kernel_name
+from rfsq.export.chunk_tokens import ChunkTokens
+from rfsq.runtime.bundle.manifest import CHUNKS_OF_BLOCK, KernelKind, kernel_name
 from tests.bundles import Deployed, generate_cuda
 from tests.export.c_library import run
 from tests.runtime.backends.gpu.fake_gpu import aligned
@@ -32,6 +34,44 @@ INSTRUCTIONS = {
 GUARD, GUARD_BYTES = 77, 256
 
 
+class Kernels:
+    """The kernels of a source. flags: more for the compiler."""
+
+    def __init__(self, folder: Path, source: str, flags: tuple[str, ...] = ()) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "kernels.cpp").write_text(f'#include "cuda_on_cpu.h"\n{source}', encoding="utf-8")
+        run(["g++", *FLAGS, *flags, "-I", Path(__file__).parent, "kernels.cpp", "-o", "kernels.so"], folder)
+        self._library = ctypes.CDLL(str(folder / "kernels.so"))
+        self._library.run_kernel.restype = ctypes.c_bool
+
+    def run(
+        self,
+        name: str,
+        grid: tuple[int, int],
+        inputs: list[np.ndarray],
+        shapes: list[tuple[tuple[int, ...], str]],
+        numbers: tuple[int, ...],
+        *,
+        is_backwards: bool = False,
+    ) -> list[np.ndarray]:
+        """grid: blocks, and threads of each; shapes: of the outputs, with their types; numbers: further arguments."""
+        sizes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes]
+        written = [aligned((size + GUARD_BYTES,), np.uint8) for size in sizes]
+        for memory in written:
+            memory.fill(GUARD)
+        arrays = [*map(_copied, inputs), *written]
+        counts = len(arrays), len(numbers)
+        values = (ctypes.c_void_p * sum(counts))(*(array.ctypes.data for array in arrays), *numbers)
+        kernel = ctypes.cast(self._library[name], ctypes.c_void_p)
+        assert self._library.run_kernel(kernel, *grid, is_backwards, values, *counts), "threads wait"
+        for memory, size in zip(written, sizes, strict=True):
+            assert (memory[size:] == GUARD).all(), "written beyond the end"
+        return [
+            memory[:size].view(dtype).reshape(shape)
+            for memory, size, (shape, dtype) in zip(written, sizes, shapes, strict=True)
+        ]
+
+
 class CudaOnCpu:
     """encode and decode by one kind of kernel. is_backwards: blocks and threads take their turns from the last on.
 
@@ -44,12 +84,7 @@ class CudaOnCpu:
         for found, replacement in INSTRUCTIONS.items():
             assert source.count(found) == 1, found
             source = source.replace(found, replacement)
-        source = source.replace(without, "") if without else source
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "kernels.cpp").write_text(f'#include "cuda_on_cpu.h"\n{source}', encoding="utf-8")
-        run(["g++", *FLAGS, *flags, "-I", Path(__file__).parent, "kernels.cpp", "-o", "kernels.so"], folder)
-        self._library = ctypes.CDLL(str(folder / "kernels.so"))
-        self._library.run_kernel.restype = ctypes.c_bool
+        self._kernels = Kernels(folder, source.replace(without, "") if without else source, flags)
 
     def has(self, prefix: int | None, token_type: str, kind: KernelKind) -> bool:
         return f" {kernel_name(prefix, token_type, kind)}(" in self.source
@@ -81,27 +116,61 @@ class CudaOnCpu:
     ) -> list[np.ndarray]:
         steps = len(inputs[0])
         # As the runtime launches them: a block for each step, or a thread.
-        threads = self._constant("WARPS") * 32 if name.endswith("many") else self._constant("FEW_THREADS")
+        threads = constant(self.source, "WARPS") * 32 if name.endswith("many") else constant(self.source, "FEW_THREADS")
         blocks = -(-steps // threads) if name.endswith("many") else steps
-        sizes = [int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in shapes]
-        written = [aligned((size + GUARD_BYTES,), np.uint8) for size in sizes]
-        for memory in written:
-            memory.fill(GUARD)
-        arrays = [*map(_copied, inputs), *written]
-        values = (ctypes.c_void_p * (len(arrays) + 1))(*(array.ctypes.data for array in arrays), steps)
-        kernel = ctypes.cast(self._library[name], ctypes.c_void_p)
-        assert self._library.run_kernel(kernel, blocks, threads, is_backwards, values, len(values)), "threads wait"
-        for memory, size in zip(written, sizes, strict=True):
-            assert (memory[size:] == GUARD).all(), "written beyond the end"
-        return [
-            memory[:size].view(dtype).reshape(shape)
-            for memory, size, (shape, dtype) in zip(written, sizes, shapes, strict=True)
-        ]
+        return self._kernels.run(name, (blocks, threads), inputs, shapes, (steps,), is_backwards=is_backwards)
 
-    def _constant(self, name: str) -> int:
-        found = re.search(rf"\b{name} = (\d+)", self.source)
-        assert found is not None
-        return int(found[1])
+
+class ChunkCudaOnCpu:
+    """The same of chunk tokens."""
+
+    def __init__(self, folder: Path, deployed: ChunkTokens) -> None:
+        self._model, self.source = deployed.model, deployed.cuda_source()
+        self._kernels = Kernels(folder, self.source)
+
+    def has(self, role: str, token_type: str, kind: KernelKind) -> bool:
+        return f" {self._name(role, token_type, kind)}(" in self.source
+
+    def encode(
+        self, actions: np.ndarray, token_type: str, kind: KernelKind, *, is_backwards: bool = False
+    ) -> np.ndarray:
+        """actions [B, T, A] -> tokens [B, L]."""
+        shape = self._model.tokens_shape(len(actions))
+        return self._run("encoder", kind, actions, (shape, token_type), (), is_backwards)
+
+    def decode(self, tokens: np.ndarray, kind: KernelKind, *, is_backwards: bool = False) -> np.ndarray:
+        """tokens [B, l] -> actions [B, T, A]."""
+        shape = self._model.actions_shape(len(tokens))
+        return self._run("decoder", kind, tokens, (shape, "float32"), tokens.shape[1:], is_backwards)
+
+    def _name(self, role: str, token_type: str, kind: KernelKind) -> str:
+        return kernel_name(self._model.depth if role == "decoder" else None, token_type, kind)
+
+    def _run(
+        self,
+        role: Literal["encoder", "decoder"],
+        kind: KernelKind,
+        given: np.ndarray,
+        output: tuple[tuple[int, ...], str],
+        numbers: tuple[int, ...],
+        is_backwards: bool,
+    ) -> np.ndarray:
+        name = self._name(role, output[1] if role == "encoder" else given.dtype.name, kind)
+        # As the runtime launches them: with as many threads as they are compiled for.
+        bound = re.search(rf"__launch_bounds__\((\w+)[^)]*\) {name}\(", self.source)
+        assert bound is not None, name
+        threads = int(bound[1]) if bound[1].isdigit() else constant(self.source, bound[1])
+        blocks = -(-len(given) // (CHUNKS_OF_BLOCK[role] if kind == "many" else 1))
+        grid, count = (blocks, threads), len(given)
+        [found] = self._kernels.run(name, grid, [given], [output], (count, *numbers), is_backwards=is_backwards)
+        return found
+
+
+def constant(source: str, name: str) -> int:
+    """The value of a whole number that a source states."""
+    found = re.search(rf"\b{name} = (\d+)", source)
+    assert found is not None
+    return int(found[1])
 
 
 def _copied(array: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ from rfsq.export.pipeline import build
 from rfsq.export.plan import DeployMode
 from rfsq.export.reference import AS_TRAINED, REFITTED
 from rfsq.rfsq_ref.autoencoder import ModelConfig
-from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, ROBUST_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
+from rfsq.rfsq_ref.checkpoints import NAIVE_CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from rfsq.rfsq_ref.data import EpisodeSplit, chunk, load_actions
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.quantizer import Conditioning, ConditioningConstants
@@ -338,7 +338,7 @@ def test_the_four_modes_are_four_tokenizers(
 def test_the_default_arguments_are_those_of_make_engine() -> None:
     defaults = config_of(parser().parse_args([]))
     assert defaults == BuildConfig()
-    assert (defaults.checkpoint, defaults.output) == (ROBUST_CHECKPOINT, Path("build/bundle"))
+    assert (defaults.checkpoint, defaults.folder) == (None, Path("build/bundle"))
     assert defaults.parity_steps >= 100_000
     assert (defaults.conditioning, defaults.prefixes, defaults.backends) == (None, None, None)
 

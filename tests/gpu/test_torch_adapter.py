@@ -22,7 +22,8 @@ from rfsq.runtime.bundle.folder import Bundle
 from rfsq.runtime.bundle.gates import GATES
 from rfsq.runtime.bundle.golden import Golden, read_golden
 from rfsq.runtime.bundle.manifest import GOLDEN_NAME
-from rfsq.runtime.policy.adapter import FINGERPRINT_KEY, ActionRFSQAE
+from rfsq.runtime.policy.adapter import ActionRFSQAE
+from rfsq.runtime.policy.adapter_calls import FINGERPRINT_KEY
 from tests.gpu.conftest import ENGINES
 from tests.gpu.test_arrays import random_actions
 from tests.runtime.policy.published import act, act_through_rfsq, train_policy

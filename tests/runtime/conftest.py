@@ -11,6 +11,7 @@ from rfsq.export.plan import DeployMode
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.backends.cpu_targets import host_targets
 from tests.bundles import Recipe, write_bundle
+from tests.chunk_bundles import ChunkRecipe, write_chunk_bundle
 from tests.once import once
 
 
@@ -40,6 +41,13 @@ def c_bundle(bundle_of: Callable[[Recipe], Path]) -> Path:
     return bundle_of(Recipe(c_targets=(host_targets()[0],), knows_actions=True))
 
 
+@pytest.fixture(scope="session")
+def chunk_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Chunk tokens, with generated C, compiled for this processor; not to be changed."""
+    recipe = ChunkRecipe(c_targets=host_targets()[:1])
+    return once(tmp_path_factory, "bundle of chunk tokens", lambda path: write_chunk_bundle(path, recipe))
+
+
 @pytest.fixture
 def altered(bundle: Path, tmp_path: Path) -> Path:
     """A copy of `bundle` that a test may damage."""
@@ -56,6 +64,20 @@ def altered_once(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def tokenizer(bundle: Path) -> Iterator[ActionTokenizer]:
     with ActionTokenizer.load(bundle) as loaded:
         yield loaded
+
+
+@pytest.fixture(scope="session")
+def chunk_tokenizer(chunk_bundle: Path) -> Iterator[ActionTokenizer]:
+    with ActionTokenizer.load(chunk_bundle, backend="c") as loaded:
+        yield loaded
+
+
+@pytest.fixture(scope="session", params=["per-step tokens", "chunk tokens"])
+def either_tokenizer(
+    request: pytest.FixtureRequest, tokenizer: ActionTokenizer, chunk_tokenizer: ActionTokenizer
+) -> ActionTokenizer:
+    """One of each kind."""
+    return chunk_tokenizer if request.param == "chunk tokens" else tokenizer
 
 
 @pytest.fixture(scope="session")

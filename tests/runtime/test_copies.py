@@ -24,6 +24,7 @@ from rfsq.runtime import (
     BackendUnavailableError,
     BundleError,
     CannotCopyError,
+    ChunkVocabulary,
     ControlConfig,
     ControlDecoder,
     ControlResult,
@@ -75,6 +76,7 @@ def chunks() -> Any:
 
 CONFIG = ControlConfig(0.002, (-1.0,), (1.0,), (0.5,), (ActionKind.DELTA,))
 VOCABULARY = TokenVocabulary(3, 5, 4, 2, offset=100, special_ids=(("eos", 1),))
+CHUNK_VOCABULARY = ChunkVocabulary(4, 16, offset=100, special_ids=(("eos", 1),))
 
 
 def outcome(*values: float) -> TickOutcome:
@@ -95,6 +97,10 @@ def told(made: ControlResult) -> list[Any]:
 
 #: What each public class says of itself, once for the original and once for the copy.
 SAMPLES: dict[type[Any], tuple[Callable[[], Any], Callable[[Any], Any]]] = {
+    ChunkVocabulary: (
+        lambda: CHUNK_VOCABULARY,
+        lambda found: (found, found.to_ids(np.ones((1, 4), int)).tolist()),
+    ),
     ControlConfig: (lambda: CONFIG, lambda config: config),
     ControlResult: (result, told),
     PartialTokens: (

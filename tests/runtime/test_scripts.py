@@ -71,7 +71,19 @@ def test_importing_the_tokenizer_loads_few_modules() -> None:
         *(
             f"bundle.{name}"
             for name in (
-                *("advice", "arrays", "backend_specs", "errors", "fidelity", "folder", "gates", "manifest", "modes"),
+                *(
+                    "advice",
+                    "arrays",
+                    "backend_specs",
+                    "errors",
+                    "fidelity",
+                    "folder",
+                    "gates",
+                    "manifest",
+                    "models",
+                    "contents",
+                    "modes",
+                ),
                 *("paths", "reading", "validation"),
             )
         ),
@@ -303,6 +315,24 @@ def test_inspection_shows_what_is_in_the_bundle(altered: Path, capsys: pytest.Ca
     ):
         assert part in printed
     assert "✓ validated" not in printed
+
+
+def test_inspection_and_selftest_speak_of_chunk_tokens(chunk_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert inspect_bundle.main([str(chunk_bundle), "-v"]) == 0
+    printed = capsys.readouterr().out
+    for part in (
+        "mode         chunk: chunk tokens: a Robust RFSQ over the whole chunk",
+        "T 4, A 3, 9 tokens of 256, 6 classes; decodes any first of 9 tokens",
+        "encoder.onnx: encoder, actions float32[B, 4, 3] -> tokens int32[B, 9]",
+        "decoder.onnx: decoder of at most 9 tokens, tokens int32[B, l] -> actions float32[B, 4, 3]",
+    ):
+        assert part in printed
+    assert "layers" not in printed
+    assert selftest.main([str(chunk_bundle), "-v", "--backend", "c"]) == 0
+    printed = capsys.readouterr().out
+    assert "c: ✓ decode 9 tokens, batch 1: max |action error|" in printed
+    # Each number of tokens by itself.
+    assert "c: ✓ decode 2 tokens, batch 12: max |action error|" in printed
 
 
 def test_inspection_and_selftest_show_what_the_tokens_are_worth(

@@ -42,12 +42,15 @@ _ALIGNED_CHUNKS = 16
 #: Larger batches of numpy arrays go through in slices, of which two are under way at a time.
 _SLICE_BYTES = 4 * 2**20
 
+_Shape = tuple[int, ...]
+
 
 class Program(Protocol):
     """One use of a function: everything that running it on given addresses needs, scratch memory included."""
 
-    def bind(self, batch: int, addresses: Sequence[int]) -> None:
-        """Take the addresses of all inputs, then all outputs, each for `batch` chunks."""
+    def bind(self, shape: _Shape, addresses: Sequence[int]) -> None:
+        """Take the addresses of all inputs, then all outputs. shape: of the first input, from which the others
+        follow."""
 
     def enqueue(self, stream: int) -> None:
         """Put the work on a stream. Raises InferenceError."""
@@ -91,11 +94,11 @@ class GpuBackend:
         self.name, self.description, self.device = name, description, device
         # By the type of tokens; then by the prefix, None for the encoder.
         self._runners: dict[np.dtype[Any], dict[int | None, _Runner]] = {}
-        for function in functions:
+        self._all = [_Runner(function) for function in functions]
+        for function, runner in zip(functions, self._all, strict=True):
             graph = function.graph
-            tokens = next(tensor for tensor in (*graph.inputs, *graph.outputs) if tensor.name == "tokens")
-            of_type = self._runners.setdefault(np.dtype(tokens.dtype), {})
-            of_type[None if graph.role == "encoder" else graph.prefix] = _Runner(function)
+            of_type = self._runners.setdefault(np.dtype(graph.tokens.dtype), {})
+            of_type |= dict.fromkeys((None,) if graph.role == "encoder" else graph.decodes, runner)
         self._on_host = next(iter(self._runners.values()))
 
     @property
@@ -125,9 +128,8 @@ class GpuBackend:
         return self._runners[arrays[0].dtype][arrays[0].shape[-1]].bind(arrays, stream)
 
     def close(self) -> None:
-        for of_type in self._runners.values():
-            for runner in of_type.values():
-                runner.close()
+        for runner in self._all:
+            runner.close()
 
 
 class CapturedCall:
@@ -167,31 +169,36 @@ class _Runner:
 
     def __init__(self, function: GpuFunction) -> None:
         self._function = function
-        tensors = (*function.graph.inputs, *function.graph.outputs)
-        per_chunk = sum(math.prod(tensor.shape[1:]) * np.dtype(tensor.dtype).itemsize for tensor in tensors)
+        graph = function.graph
+        per_chunk = sum(
+            math.prod(tensor.shape_of(1, graph.prefix)) * np.dtype(tensor.dtype).itemsize
+            for tensor in (*graph.inputs, *graph.outputs)
+        )
         self._slice = max(1, min(function.max_batch, _SLICE_BYTES // per_chunk))
         self._host_calls: Kept[_HostCall] = Kept(self._new_host_call, _HostCall.close)
         self._programs: Kept[Program] = Kept(lambda _stream: function.new_program(), _close_idle_program)
 
     def run_on_host(self, inputs: Sequence[AnyArray], outputs: Sequence[AnyArray | None]) -> None:
-        batch = len(inputs[0])
+        shape = inputs[0].shape
+        batch = shape[0]
         if batch <= self._slice:
             # Written out: this is the call of the control loop, and a context manager takes a microsecond.
             require_same_process()
-            host_call = self._host_calls.take(batch)
+            host_call = self._host_calls.take(shape)
             try:
                 host_call.start(inputs)
                 host_call.finish(outputs)
             except BaseException:
                 host_call.close()
                 raise
-            self._host_calls.give_back(batch, host_call)
+            self._host_calls.give_back(shape, host_call)
             return
         require_device()
         # The last slice repeats chunks of the one before it, so that all are of one size.
         starts = [*range(0, batch - self._slice, self._slice), batch - self._slice]
         parts = [slice(start, start + self._slice) for start in starts]
-        with self._host_calls.borrowed(self._slice) as first, self._host_calls.borrowed(self._slice) as second:
+        key = (self._slice, *shape[1:])
+        with self._host_calls.borrowed(key) as first, self._host_calls.borrowed(key) as second:
             # While one slice is on the GPU, the processor fills or empties the pinned memory of the other.
             following, under_way = first, second
             for number, part in enumerate(parts):
@@ -210,7 +217,7 @@ class _Runner:
             most = most // _ALIGNED_CHUNKS * _ALIGNED_CHUNKS or most
             for start in range(0, whole, most):
                 addresses = [array.address + start * (array.num_bytes // whole) for array in arrays]
-                program.bind(min(most, whole - start), addresses)
+                program.bind((min(most, whole - start), *arrays[0].shape[1:]), addresses)
                 program.enqueue(stream.handle)
 
     def bind(self, arrays: Sequence[GpuArray], stream: GpuStream) -> CapturedCall:
@@ -223,7 +230,7 @@ class _Runner:
             )
         program, own_stream = self._function.new_program(), Stream()
         try:
-            program.bind(batch, [array.address for array in arrays])
+            program.bind(arrays[0].shape, [array.address for array in arrays])
             # The first run compiles kernels, which no capture allows; nothing else may use the arrays meanwhile.
             synchronize_stream(stream.handle)
             program.enqueue(own_stream.handle)
@@ -245,16 +252,19 @@ class _Runner:
         else:
             _ABANDONED.append(self._function)
 
-    def _new_host_call(self, batch: int) -> _HostCall:
+    def _new_host_call(self, shape: _Shape) -> _HostCall:
         # Once is enough: its stream, memory and graph are this device's, whichever is current when they are used.
         require_device()
-        return _HostCall(self._function, batch)
+        return _HostCall(self._function, shape)
 
 
 class _HostCall:
-    """One function at one batch size, from numpy arrays to numpy arrays: pinned memory, device memory, one graph."""
+    """One function from numpy arrays to numpy arrays: pinned memory, device memory, one graph.
 
-    def __init__(self, function: GpuFunction, batch: int) -> None:
+    shape: of the first input.
+    """
+
+    def __init__(self, function: GpuFunction, shape: _Shape) -> None:
         with contextlib.ExitStack() as undo:
             program = function.new_program()
             undo.callback(program.close)
@@ -262,7 +272,7 @@ class _HostCall:
             undo.callback(self._stream.close)
 
             def allocate(tensor: TensorEntry, *, may_be_direct: bool) -> tuple[PinnedArray, DeviceMemory | None]:
-                host = PinnedArray((batch, *tensor.shape[1:]), tensor.dtype)
+                host = PinnedArray(tensor.shape_of(shape[0], shape[-1]), tensor.dtype)
                 undo.callback(host.close)
                 if may_be_direct and host.num_bytes <= _DIRECT_BYTES:
                     return host, None
@@ -275,7 +285,7 @@ class _HostCall:
             for host, _ in inputs:
                 # Legal input, whatever the memory held.
                 host.array.fill(0)
-            program.bind(batch, [(host if gpu is None else gpu).address for host, gpu in (*inputs, *outputs)])
+            program.bind(shape, [(host if gpu is None else gpu).address for host, gpu in (*inputs, *outputs)])
             self._inputs, self._outputs = ([host.array for host, _ in side] for side in (inputs, outputs))
             self._handle = handle = self._stream.handle
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Generic, TypeVar
 
-#: Batch sizes, and streams of callers, for which everything is kept ready; a robot uses one or two.
+#: Shapes of arrays, and streams of callers, for which everything is kept ready; a robot uses one or two.
 _KEPT = 4
 _T = TypeVar("_T")
 
@@ -19,13 +19,13 @@ class Kept(Generic[_T]):
     another; the list operations in between are atomic.
     """
 
-    def __init__(self, make: Callable[[int], _T], close: Callable[[_T], None]) -> None:
+    def __init__(self, make: Callable[[Any], _T], close: Callable[[_T], None]) -> None:
         self._make, self._close = make, close
-        self._idle: OrderedDict[int, list[_T]] = OrderedDict()
-        self._latest: int | None = None
+        self._idle: OrderedDict[Hashable, list[_T]] = OrderedDict()
+        self._latest: Hashable = None
 
     @contextlib.contextmanager
-    def borrowed(self, key: int) -> Any:
+    def borrowed(self, key: Hashable) -> Any:
         item = self.take(key)
         try:
             yield item
@@ -35,7 +35,7 @@ class Kept(Generic[_T]):
             raise
         self.give_back(key, item)
 
-    def take(self, key: int) -> _T:
+    def take(self, key: Hashable) -> _T:
         item = _popped(self._idle.get(key))
         if item is not None:
             return item
@@ -45,7 +45,7 @@ class Kept(Generic[_T]):
             self._close_idle(self._idle.popitem(last=False)[1])
         return item
 
-    def give_back(self, key: int, item: _T) -> None:
+    def give_back(self, key: Hashable, item: _T) -> None:
         idle = self._idle.get(key)
         if idle is None:
             self._close(item)
@@ -54,7 +54,7 @@ class Kept(Generic[_T]):
         if key != self._latest:
             self._latest = key
             with contextlib.suppress(KeyError):
-                # What is used stays; a control loop's batch size is used all the time.
+                # What is used stays; the shapes of a control loop are used all the time.
                 self._idle.move_to_end(key)
         if self._idle.get(key) is not idle:
             # Another call has dropped the list meanwhile, and may have been through with it.

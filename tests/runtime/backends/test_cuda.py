@@ -9,9 +9,11 @@ import pytest
 
 from rfsq.runtime.bundle.manifest import token_types
 from tests.bundles import Recipe, deploy, make_manifest
+from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
 
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
 
+from rfsq.runtime.backends import cuda as cuda_backend
 from rfsq.runtime.backends.cuda import FEW_STEPS, CudaFunction, variants_of, with_tokens
 from rfsq.runtime.backends.gpu.kernels import KernelArguments
 from rfsq.runtime.bundle.errors import BackendUnavailableError
@@ -46,6 +48,16 @@ class FakeLibrary:
         return found
 
 
+def chunk_functions_of(library: FakeLibrary) -> list[CudaFunction]:
+    deployed = deployed_chunk_tokens(ChunkRecipe())
+    return [
+        CudaFunction(cast(Any, library), deployed.model, with_tokens(graph, token_type))
+        for token_type in token_types(deployed.model.vocabulary, "uint16")
+        for graph, _ in deployed.graphs()
+        if graph.form == "reduce"
+    ]
+
+
 def functions_of(library: FakeLibrary) -> list[CudaFunction]:
     manifest = make_manifest(deploy(Recipe()))
     return [
@@ -57,8 +69,10 @@ def functions_of(library: FakeLibrary) -> list[CudaFunction]:
 
 def launched(function: CudaFunction, steps: int, library: FakeLibrary) -> tuple[str, int]:
     program = function.new_program()
-    assert steps % function.chunk_length == 0
-    program.bind(steps // function.chunk_length, [16] * (function.num_arguments - 1))
+    assert steps % function.per_chunk == 0
+    graph = function.graph
+    shape = graph.inputs[0].shape_of(steps // function.per_chunk, 5)
+    program.bind(shape, [16] * (len(graph.inputs) + len(graph.outputs)))
     program.enqueue(1)
     return library.launches.pop()
 
@@ -68,6 +82,33 @@ def test_many_steps_take_threads_and_few_take_blocks() -> None:
     encoder = functions_of(library)[0]
     assert launched(encoder, FEW_STEPS, library) == ("encode_int32_few", FEW_STEPS)
     assert launched(encoder, FEW_STEPS + 2, library) == ("encode_int32_many", FEW_STEPS // THREADS + 1)
+
+
+def test_chunks_of_chunk_tokens_take_blocks_and_many_of_them_share_some() -> None:
+    library = FakeLibrary()
+    encoder, decoder = chunk_functions_of(library)[:2]
+    assert launched(encoder, 512, library) == ("encode_int32_few", 512)
+    assert launched(encoder, 513, library) == ("encode_int32_many", 65)
+    assert launched(decoder, 2**15, library) == ("decode_l9_int32_few", 2**15)
+    assert launched(decoder, 2**15 + 1, library) == ("decode_l9_int32_many", 33)
+    assert list(variants_of(chunk_functions_of(library))) == [
+        "many steps",
+        "uint16 tokens",
+        "uint16 tokens, many steps",
+    ]
+
+
+def test_a_decoder_of_chunk_tokens_is_told_how_many_there_are() -> None:
+    """One kernel decodes any number; an encoder gives all."""
+    encoder, decoder = chunk_functions_of(FakeLibrary())[:2]
+    for function, shape, expected in ((encoder, (5, 4, 3), [16, 32, 5]), (decoder, (5, 4), [16, 32, 5, 4])):
+        arguments = KernelArguments(function.num_arguments)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda_backend, "KernelArguments", lambda _count, made=arguments: made)
+            program = function.new_program()
+        program.bind(shape, [16, 32])
+        assert list(arguments._values) == expected
+    assert (encoder.graph.decodes, decoder.graph.decodes) == ((9,), tuple(range(1, 10)))
 
 
 def test_sizes_without_kernels_for_many_steps_take_blocks_for_any_number() -> None:

@@ -23,6 +23,8 @@ from rfsq.runtime.bundle.gates import missing_gates, promised_refusal
 from rfsq.runtime.bundle.models import ModelEntry
 from rfsq.runtime.qualification import selftest
 from tests.bundles import Recipe, deploy, write_bundle
+from tests.chunk_bundles import ChunkRecipe, write_chunk_bundle
+from tests.once import once
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler is here: apt-get install gcc")
 
@@ -202,13 +204,14 @@ class Marking:
     def encode_into(self, actions: Any, tokens: Any, stats: Any) -> None:
         illegal = self.spoil("encode", ~(np.abs(actions) <= np.float32(self.model.action_limit)))
         self.right.encode_into(np.where(illegal, np.float32(0), actions), tokens, stats)
-        tokens[illegal.any(-1)] = np.array(-1).astype(self.token_types[0])
+        is_marked = illegal.any(-1 if self.model.token_grid else (-2, -1))
+        tokens[is_marked] = np.array(-1).astype(self.token_types[0])
 
     def decode_into(self, tokens: Any, stats: Any, actions: Any) -> None:
         given = tokens.astype(self.token_types[0])
-        illegal = self.spoil("decode", (given < 0) | (given >= self.model.num_levels))
+        illegal = self.spoil("decode", (given < 0) | (given >= self.model.vocabulary))
         self.right.decode_into(np.where(illegal, 0, given).astype(np.int32), stats, actions)
-        actions[illegal.any((-2, -1))] = np.nan
+        actions[illegal.any((-2, -1) if self.model.token_grid else -1)] = np.nan
 
     def close(self) -> None:
         self.right.close()
@@ -281,6 +284,20 @@ def test_missing_marks_and_marks_of_others_are_found(
     assert found
     assert all(gate.startswith(role) for gate in found)
     assert all(first in text for text in found.values())
+
+
+@pytest.mark.parametrize("token_type", [np.int32, np.uint16])
+def test_of_chunk_tokens_whole_chunks_are_marked(token_type: type, tmp_path_factory: pytest.TempPathFactory) -> None:
+    opened = open_bundle(once(tmp_path_factory, "chunks", lambda path: write_chunk_bundle(path, ChunkRecipe())))
+    marking = Marking(create_backend("onnxruntime", opened), opened.manifest.model, (np.dtype(token_type),))
+    checks = judge_refusal(marking.model, marking)
+    assert [check.gate.split(":")[0] for check in checks] == ["encode", "decode fewer tokens", "decode 9 tokens"]
+    assert all(check.passed for check in checks)
+    for role, change, count in (("encode", clear(..., -1), 1), ("decode", clear(..., -1), 2), ("decode", clear(-1), 2)):
+        marking.spoil = only(role, change)
+        failed = [check for check in judge_refusal(marking.model, marking) if not check.passed]
+        assert len(failed) == count
+        assert all("not marked" in check.detail for check in failed)
 
 
 def test_the_host_judges_what_a_backend_leaves_to_it(bundle: Path) -> None:

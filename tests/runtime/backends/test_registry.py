@@ -295,6 +295,16 @@ def test_only_a_few_batch_sizes_stay_bound(bundle: Path) -> None:
     assert bound == [17, 18, 19, 3]
 
 
+def test_every_number_of_chunk_tokens_stays_bound_beside_its_batch_size(chunk_bundle: Path) -> None:
+    backend = ort_backend.OrtBackend(open_bundle(chunk_bundle))
+    for batch in range(1, 6):
+        for count in range(1, 10):
+            tokens = np.zeros((batch, count), np.int32)
+            backend.decode_into(tokens, None, np.empty((batch, 4, 3), np.float32))
+    bound = [shape for shape, _ in backend._decoders[9]._bound]
+    assert bound == [(batch, count) for batch in range(2, 6) for count in range(1, 10)]
+
+
 def test_more_threads_give_the_same_tokens(bundle: Path) -> None:
     actions = random_actions(Recipe(), 200)
     one, two = np.empty((2, 200, 2, 4, 3), np.int32)

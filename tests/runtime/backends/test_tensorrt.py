@@ -6,15 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from rfsq.runtime import BackendUnavailableError
+from rfsq.runtime import BackendUnavailableError, BundleError
 from rfsq.runtime.bundle.folder import Bundle
-from rfsq.runtime.bundle.manifest import EngineEntry, GraphEntry
+from rfsq.runtime.bundle.manifest import EngineEntry, GraphEntry, TensorEntry
 from tests.bundles import Recipe, deploy, make_manifest
+from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
 
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
 
 from rfsq.runtime.backends.gpu.driver import GpuDevice
-from rfsq.runtime.backends.tensorrt import choose_engines
+from rfsq.runtime.backends.tensorrt import _check_tensors, choose_engines
+from rfsq.runtime.backends.tensorrt_api import EngineTensor, ProfileShapes
 
 MANIFEST = make_manifest(deploy(Recipe()))
 GRAPHS = MANIFEST.graphs_of("reduce")
@@ -108,3 +110,40 @@ def test_of_several_that_fit_the_one_validated_on_this_gpu_is_taken(order: int) 
 def test_of_several_that_fit_one_validated_on_another_gpu_will_do() -> None:
     elsewhere = engines(status="validated", precision="fp32", device="NVIDIA H200, compute capability 9.0")
     assert choose(elsewhere) == elsewhere
+
+
+# --- engines that are not what the manifest says ----------------------------------------------------------------------
+
+
+CHUNK_GRAPHS = [graph for graph, _ in deployed_chunk_tokens(ChunkRecipe()).graphs() if graph.form == "reduce"]
+
+
+def tensors_of(graph: GraphEntry, lengths: tuple[int, int, int]) -> list[EngineTensor]:
+    """As an engine tells them that was built for 1, 2 and 64 chunks, of so many tokens where that is dynamic."""
+
+    def profile(tensor: TensorEntry) -> ProfileShapes:
+        return ProfileShapes(*map(tensor.shape_of, (1, 2, 64), lengths))
+
+    inputs = [EngineTensor(part.name, "input", part.dtype, part.shape, profile(part)) for part in graph.inputs]
+    return [*inputs, *(EngineTensor(part.name, "output", part.dtype, part.shape) for part in graph.outputs)]
+
+
+@pytest.mark.parametrize("graph", [*GRAPHS, *CHUNK_GRAPHS], ids=lambda graph: f"{graph.role} of {graph.tokens.shape}")
+def test_an_engine_has_the_tensors_of_its_graph_and_the_profile_that_is_stated(graph: GraphEntry) -> None:
+    entry = engine(graph, profile=(1, 2, 64))
+    # A decoder of chunk tokens takes any number of them, and is tuned for all.
+    tensors = tensors_of(graph, (1, graph.prefix, graph.prefix))
+    _check_tensors(entry, graph, tensors)
+    wrong = [engine(graph, profile=(1, 1, 64)), engine(graph, profile=(1, 2, 65))]
+    for other in wrong:
+        with pytest.raises(BundleError, match=r"has the tensors .* build the engines again"):
+            _check_tensors(other, graph, tensors)
+    with pytest.raises(BundleError, match="has the tensors"):
+        _check_tensors(entry, graph, [replace(part, dtype="int64") for part in tensors])
+
+
+@pytest.mark.parametrize("lengths", [(1, 9, 8), (2, 9, 9), (1, 1, 9), (9, 9, 9)])
+def test_an_engine_for_fewer_numbers_of_chunk_tokens_is_refused(lengths: tuple[int, int, int]) -> None:
+    graph = CHUNK_GRAPHS[1]
+    with pytest.raises(BundleError, match="build the engines again"):
+        _check_tensors(engine(graph, profile=(1, 2, 64)), graph, tensors_of(graph, lengths))

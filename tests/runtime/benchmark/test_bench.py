@@ -8,6 +8,7 @@ import functools
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -56,8 +57,11 @@ from rfsq.runtime.benchmark.timing import (
     time_calls,
 )
 from rfsq.runtime.bundle.errors import BackendUnavailableError, InferenceError, InvalidInputError
+from rfsq.runtime.bundle.folder import open_bundle
 from tests.backends import offer
 from tests.bundles import SMALL, Recipe, deploy, make_manifest
+from tests.chunk_bundles import SMALL as CHUNK_SIZES
+from tests.chunk_bundles import ChunkRecipe, write_chunk_bundle
 from tests.rfsq_ref import published_model
 
 ROOT = Path(__file__).parents[3]
@@ -270,6 +274,59 @@ def test_encoding_and_every_decoder_are_measured_with_and_without_checks(
     assert {found.operation: (found.bytes_in, found.bytes_out) for found in figures} == expected
 
 
+def test_of_chunk_tokens_few_all_and_the_first_of_budgets_are_decoded(tmp_path: Path) -> None:
+    folder = write_chunk_bundle(tmp_path / "bundle", ChunkRecipe())
+    with ActionTokenizer.load(folder) as tokenizer:
+        figures = list(host_figures(tokenizer, random_batch(tokenizer, 5), has_copies=False))
+        for found in figures:
+            found.take(1)
+    operations = ("encode", "decode", "decode 5 tokens", "decode 1 token")
+    assert [(found.path, found.operation) for found in figures] == [
+        (path, operation) for path in ("host", "unchecked") for operation in operations
+    ]
+    assert {found.operation: (found.bytes_in, found.bytes_out) for found in figures} == {
+        "encode": (5 * 4 * 3 * 4, 5 * 9 * 4),
+        **{name: (5 * tokens * 4, 5 * 4 * 3 * 4) for name, tokens in zip(operations[1:], (9, 5, 1), strict=True)},
+    }
+
+
+def test_peers_of_chunk_tokens_are_missing_with_the_reason(tmp_path: Path) -> None:
+    folder = write_chunk_bundle(tmp_path / "bundle", ChunkRecipe())
+    report = bench_run.bench(
+        bench_run.Config(folder, ("onnxruntime",), batches=(1,), rounds=1, starts=0, has_peers=True)
+    )
+    assert (
+        report.missing["peers"] == "comparing with peers takes per-step tokens alone, and this bundle has chunk tokens"
+    )
+    assert {found.backend for found in report.rows} == {"onnxruntime"}
+
+
+def test_another_bundle_is_measured_in_turn_for_the_same_chunks(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = replace(CHUNK_SIZES, action_dim=SMALL.action_dim, chunk_length=2)
+    folder = write_chunk_bundle(tmp_path / "chunk", ChunkRecipe(sizes))
+    config = bench_run.Config(folder, ("onnxruntime",), batches=(1,), rounds=1, starts=0, beside=bundle)
+    report = bench_run.bench(config)
+    medians = {(found.backend, found.operation, found.path): found.p50 for found in report.rows}
+    ratios = {(found.operation, found.path): found.times_beside for found in report.rows if found.times_beside}
+    # Prefixes of two kinds are not each other's.
+    assert ratios == {
+        (operation, path): pytest.approx(
+            medians["onnxruntime", operation, path] / medians["onnxruntime beside", operation, path]
+        )
+        for operation in ("encode", "decode")
+        for path in ("host", "unchecked")
+    }
+    assert report.bundle["beside"] == f"{bundle}, calibrated, {open_bundle(bundle).manifest.model.sizes_text}"
+    given = ["--backends", "onnxruntime", "--batch", "1", "--rounds", "1", "--starts", "0"]
+    assert bench.main([str(folder), *given, "--beside", str(bundle)]) == 0
+    assert re.search(r"encode \S+ µs, \S+ times that of the bundle beside, decode", capsys.readouterr().out)
+    other = write_chunk_bundle(tmp_path / "other", ChunkRecipe())
+    assert bench.main([str(other), *given, "--beside", str(bundle)]) == 2
+    assert "chunks [T, A] are [2, 3] in" in capsys.readouterr().err
+
+
 def test_calls_that_go_to_a_gpu_are_held_against_their_copies(tokenizer: ActionTokenizer) -> None:
     figures = host_figures(tokenizer, random_batch(tokenizer, 1), has_copies=True)
     assert all(found.floor == copies_name(found.operation) for found in figures)
@@ -318,14 +375,14 @@ def test_a_report_survives_json() -> None:
 
 def test_the_json_has_this_form() -> None:
     content = json.loads(report_json(REPORT))
-    assert content["schema_version"] == 2
+    assert content["schema_version"] == 3
     assert set(content) == {
         "schema_version", "machine", "bundle", "backends", "starts", "rows", "bandwidths", "arithmetic", "missing",
         "remarks",
     }  # fmt: skip
     assert set(content["rows"][0]) == {
         "backend", "operation", "path", "batch", "calls", "p50", "p90", "p99", "p999", "max", "jitter", "floor",
-        "times_floor", "steps_per_second", "bandwidth_share", "roofline_share",
+        "times_floor", "times_beside", "steps_per_second", "bandwidth_share", "roofline_share",
     }  # fmt: skip
     assert content["rows"][2]["p999"] is None
 

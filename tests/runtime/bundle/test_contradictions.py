@@ -11,6 +11,7 @@ from rfsq.runtime.bundle.errors import BundleError
 from rfsq.runtime.bundle.folder import check_contents
 from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, Manifest
 from tests.bundles import Recipe, deploy, export_graphs, generate_c, generate_cuda, make_manifest
+from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
 
 OTHER = "de" * 32
 GRAPHS = ["encoder.onnx", "gemm_marked/encoder.onnx", "reduce/encoder.onnx"]
@@ -47,6 +48,26 @@ def parts_of(mode: DeployMode = DeployMode.CALIBRATED) -> Parts:
 @pytest.mark.parametrize("mode", list(DeployMode))
 def test_what_a_build_writes_does_not_contradict_itself(mode: DeployMode) -> None:
     parts_of(mode).check()
+
+
+def test_nor_does_what_it_writes_of_chunk_tokens_and_other_sizes_are_seen() -> None:
+    deployed = deployed_chunk_tokens(ChunkRecipe())
+    generated = deployed.c_source()
+    graphs = {entry.file: content for entry, content in deployed.graphs()}
+    sources = {C_HEADER: generated.header, C_SOURCE: generated.source, CUDA_SOURCE: deployed.cuda_source()}
+    contents = {**graphs, **{file: text.encode() for file, text in sources.items()}}
+    manifest = replace(make_manifest(deploy(Recipe())), model=deployed.model, fingerprint=deployed.fingerprint)
+    Parts(manifest, contents).check()
+    for old, new in (
+        ("T = 4, A = 3, L = 9;", "T = 3, A = 4, L = 9;"),
+        ("CLASSES = 5, ", "CLASSES = 6, "),
+        ("TOKEN_BITS = 8, ", "TOKEN_BITS = 9, "),
+        (" decode_l9_uint16_few(", " decode_l8_uint16_few("),
+    ):
+        parts = Parts(manifest, dict(contents))
+        parts.edit(CUDA_SOURCE, old, new)
+        with pytest.raises(BundleError, match=rf"{CUDA_SOURCE} has no `"):
+            parts.check()
 
 
 @pytest.mark.parametrize("file", [C_HEADER, C_SOURCE, CUDA_SOURCE])

@@ -12,11 +12,13 @@ import pytest
 from rfsq.runtime import ActionTokenizer, ControlDecoder
 from rfsq.runtime.bundle.arrays import Float32Array, Int32Array
 from rfsq.runtime.bundle.errors import InferenceError
+from rfsq.runtime.bundle.manifest import SCHEMA_VERSION, Manifest
 from rfsq.runtime.control.chain import DecodeWorker, WarmTokenizer
 from rfsq.runtime.control.config import ControlConfig
 from rfsq.runtime.control.result import ControlResult
 from rfsq.runtime.qualification.soak import chunks_of, config_for
 from tests.bundles import Recipe, deploy, make_manifest
+from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
 from tests.processes import PATIENCE
 
 PERIOD_NS = 2_000_000
@@ -108,9 +110,16 @@ def switched(tokenizer: ActionTokenizer, name: str = "") -> tuple[ActionTokenize
     return ActionTokenizer(tokenizer.manifest, backend, tokenizer.golden), backend
 
 
-def scripted(recipe: Recipe) -> tuple[ActionTokenizer, ScriptedBackend]:
-    backend: Any = ScriptedBackend((recipe.chunk_length, recipe.config.action_dim))
-    return ActionTokenizer(make_manifest(deploy(recipe)), backend), backend
+def scripted(recipe: Recipe | ChunkRecipe) -> tuple[ActionTokenizer, ScriptedBackend]:
+    manifest = chunk_manifest(recipe) if isinstance(recipe, ChunkRecipe) else make_manifest(deploy(recipe))
+    backend: Any = ScriptedBackend((manifest.model.chunk_length, manifest.model.action_dim))
+    return ActionTokenizer(manifest, backend), backend
+
+
+def chunk_manifest(recipe: ChunkRecipe) -> Manifest:
+    """Of a bundle in which there is nothing yet."""
+    tokens = deployed_chunk_tokens(recipe)
+    return Manifest(SCHEMA_VERSION, tokens.fingerprint, tokens.model, (), (), (), {}, {}, {})
 
 
 def fails(_: Float32Array) -> None:
@@ -143,13 +152,17 @@ def check_safe(result: ControlResult, before: Float32Array, config: ControlConfi
 
 
 class ScriptedLoop:
-    """A warm decoder whose backend makes of a chunk what `tick` is told: three deltas, four actions, no slew limit."""
+    """A warm decoder whose backend makes of a chunk what `tick` is told: three deltas, four actions, no slew limit.
+
+    recipe: of a bundle with these sizes.
+    """
 
     LENGTH, DRAFT, FULL = 4, 2, 3
 
-    def __init__(self, *, fallbacks: int = 0, **changes: Any) -> None:
-        recipe = Recipe(chunk_length=self.LENGTH)
+    def __init__(self, *, fallbacks: int = 0, recipe: Recipe | ChunkRecipe | None = None, **changes: Any) -> None:
+        recipe = recipe or Recipe(chunk_length=self.LENGTH)
         tokenizer, self.backend = scripted(recipe)
+        self.model = tokenizer.model
         self.spares = [scripted(recipe) for _ in range(fallbacks)]
         self.clock = Clock()
         values: dict[str, Any] = {
@@ -182,7 +195,7 @@ class ScriptedLoop:
             backend.rows = rows if isinstance(rows, BaseException) else np.multiply(rows, np.ones((self.LENGTH, 3)))
         if fails:
             self.backend.rows = InferenceError("injected")
-        return self.decoder.step(np.zeros((1, self.LENGTH, 4, layers), np.int32), **options)
+        return self.decoder.step(np.zeros(self.model.tokens_shape(1, layers), np.int32), **options)
 
     def wrong(self, **options: Any) -> ControlResult:
         """Tokens that are none."""

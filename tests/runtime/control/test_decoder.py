@@ -492,3 +492,27 @@ def test_warmup_is_for_once(tokenizer: ActionTokenizer) -> None:
         decoder.warmup()
         with pytest.raises(Exception, match=r"warmup\(\) was called before"):
             decoder.warmup()
+
+
+def test_a_backend_that_checks_values_itself_is_given_one_array_again_and_again(chunk_bundle: Path) -> None:
+    """Which it knows, and the tokenizer too; whatever arrays a policy sends."""
+    with ActionTokenizer.load(chunk_bundle, backend="c") as tokenizer:
+        given: list[tuple[int, list[int]]] = []
+        decode = tokenizer.backend.decode_into
+
+        def look(tokens: Any, stats: Any, actions: Any) -> None:
+            given.append((id(tokens), tokens[0].tolist()))
+            decode(tokens, stats, actions)
+
+        with loop(tokenizer) as decoder:
+            decoder.warmup()
+            chunks, _, _ = chunks_of(tokenizer, 3)
+            tokenizer.backend.decode_into = look  # type: ignore[method-assign]
+            for tokens in chunks:
+                assert decoder.step(tokens).status is Status.OK
+            # Not of this type: the tokenizer makes an array of its own.
+            assert decoder.step(chunks[0].astype(np.int64)).status is Status.OK
+    numbers = [chunk[0].tolist() for chunk in chunks]
+    assert [found for _, found in given] == [*numbers, numbers[0]]
+    assert len({place for place, _ in given[:3]}) == 1
+    assert given[3][0] != given[0][0]

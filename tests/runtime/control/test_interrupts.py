@@ -180,14 +180,20 @@ def tokenizer(bundle: Path) -> Iterator[ActionTokenizer]:
 
 @pytest.fixture
 def scene_of(
-    tokenizer: ActionTokenizer, bundle_of: Callable[[Recipe], Path], request: pytest.FixtureRequest
+    tokenizer: ActionTokenizer,
+    bundle_of: Callable[[Recipe], Path],
+    chunk_bundle: Path,
+    request: pytest.FixtureRequest,
 ) -> Iterator[Callable[..., Scene]]:
     decoders: list[ControlDecoder] = []
 
-    def make(*, has_spare: bool = False, chunk_length: int | None = None, **changes: Any) -> Scene:
+    def make(
+        *, has_spare: bool = False, chunk_length: int | None = None, has_chunk_tokens: bool = False, **changes: Any
+    ) -> Scene:
         clock, used = Clock(), tokenizer
-        if chunk_length is not None:
-            used = ActionTokenizer.load(bundle_of(Recipe(chunk_length=chunk_length)))
+        if chunk_length is not None or has_chunk_tokens:
+            folder = chunk_bundle if has_chunk_tokens else bundle_of(Recipe(chunk_length=chunk_length or 1))
+            used = ActionTokenizer.load(folder, backend="onnxruntime")
             request.addfinalizer(used.close)
         (main, *spares), backends = zip(
             *(switched(used, name) for name in ("main", "spare")[: 1 + has_spare]), strict=True
@@ -290,6 +296,7 @@ CASES = {
     "draft": Case(_draft, {}, _asks_for_the_next_number),
     "full decode": Case(_full, {}, _has_a_draft),
     "full decode, temporal_ensemble": Case(_full, {"strategy": "temporal_ensemble"}, _has_a_draft),
+    "full decode of chunk tokens": Case(_full, {"has_chunk_tokens": True}, _has_a_draft),
     "worker": Case(_chunk, _WORKER),
 }
 

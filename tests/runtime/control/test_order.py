@@ -138,7 +138,7 @@ class _Wordy:
         ),
         (
             np.zeros((1, T, 4, 3), np.float32),
-            "tokens have type float32; expected int32, int64 or uint8: send levels, not grid values",
+            "tokens have type float32; expected int32, int64 or uint8: send what encoding gives",
         ),
     ],
 )

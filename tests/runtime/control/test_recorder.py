@@ -2,13 +2,14 @@
 
 import os
 import threading
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rfsq.runtime.bundle.models import StepModel
+from rfsq.runtime.bundle.models import ChunkModel, StepModel
 from rfsq.runtime.control.config import Status
 from rfsq.runtime.control.errors import FlightRecordError
 from rfsq.runtime.control.recorder import ABSENT, KEPT, UNKEPT, FlightRecorder, read_record, state_after, write_record
@@ -21,6 +22,14 @@ META = {"config": {}, "fingerprint": "f", "token_shape": SHAPE}
 
 def _recorder(ticks: int = 8, *, has_stats: bool = False) -> FlightRecorder:
     model = StepModel("dynamic" if has_stats else "none", 2, 2, 3, 8, 4, 5, (4,), 1.0, (1.0, 1.0), (0.0, 0.0))
+    return FlightRecorder(ticks, model)
+
+
+def _chunk_recorder(ticks: int = 8, num_tokens: int = 45) -> FlightRecorder:
+    prefixes = tuple(range(1, num_tokens + 1))
+    sizes = {"chunk_length": 8, "action_dim": 2, "num_classes": 64, "token_bits": 10, "num_tokens": num_tokens}
+    model = ChunkModel("chunk", **sizes, num_latents=9, prefixes=prefixes, budgets=(num_tokens,), bounds=(1.0,),
+                       action_limit=1.0, action_units=(1.0, 1.0), action_offset=(0.0, 0.0))  # fmt: skip
     return FlightRecorder(ticks, model)
 
 
@@ -57,6 +66,45 @@ def test_tokens_of_every_integer_type_are_kept_and_illegal_ones_stay_illegal(
     np.testing.assert_array_equal(found.reshape(-1), tokens.reshape(-1) if expected is None else expected)
     assert record.columns["tick"].tolist() == [7]
     np.testing.assert_array_equal(record.actions, [ACTIONS])
+
+
+@pytest.mark.parametrize("count", [1, 8, 45])
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint16])
+def test_any_first_few_chunk_tokens_are_kept(tmp_path: Path, count: int, kind: Any) -> None:
+    recorder, tokens = _chunk_recorder(), np.arange(count, dtype=kind)[None]
+    # What was there before is longer.
+    for number in range(20):
+        recorder.add(*_tick(number), np.full((1, 45), 1023, np.int32))
+    recorder.add(*_tick(99), tokens)
+    path = tmp_path / "flight.npz"
+    write_record(path, recorder.copy(), {**META, "token_shape": (45,)})
+    record = read_record(path)
+    np.testing.assert_array_equal(record.tokens_of(len(record) - 1), tokens)
+    np.testing.assert_array_equal(record.tokens_of(len(record) - 2), np.full((1, 45), 1023))
+    assert record.stats_of(0) is None
+
+
+@pytest.mark.parametrize("tokens", [np.zeros((1, 46), np.int32), np.zeros(45, np.int32), np.zeros((1, 2, 3, 4), int)])
+def test_tokens_of_another_shape_than_those_of_a_chunk_do_not_fit(tokens: Any) -> None:
+    recorder = _chunk_recorder()
+    recorder.add(*_tick(0), tokens)
+    assert recorder.copy()["token_state"].tolist() == [UNKEPT]
+
+
+def test_a_recorder_takes_the_memory_of_its_arrays_however_many_prefixes_decode() -> None:
+    """Whatever else there is of a row is of the actions, and the same for any tokens."""
+    ticks, taken = 2000, list[int]()
+    for num_tokens in (1, 256):
+        tracemalloc.start()
+        recorder = _chunk_recorder(ticks, num_tokens)
+        tokens = [np.zeros((1, count), np.int32) for count in range(1, num_tokens + 1)]
+        for number in range(2 * ticks):
+            recorder.add(*_tick(number), tokens[number % num_tokens])
+        del tokens
+        taken.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+    rows = ticks + 9
+    assert taken[1] - taken[0] < rows * 255 * 4 + 2**17
 
 
 @pytest.mark.parametrize(
@@ -182,7 +230,8 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, An
 @pytest.mark.parametrize(
     ("meta", "message"),
     [
-        ({**META, "token_shape": [2, 3]}, "no flight record"),
+        ({**META, "token_shape": [2, 3]}, "damaged"),
+        ({**META, "token_shape": 24}, "no flight record"),
         ({**META, "config": 3}, "damaged"),
         ({}, "no flight record"),
     ],

@@ -1,5 +1,6 @@
 """`ControlDecoder`, its guard and its queue against a specification: whatever comes, in whatever order."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,11 +8,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from rfsq.runtime import ControlConfig, ControlDecoder
+from rfsq.runtime import ActionTokenizer, ControlConfig, ControlDecoder
 from tests.bundles import Recipe
-from tests.runtime.control.loops import Clock, scripted
+from tests.chunk_bundles import SMALL, ChunkRecipe
+from tests.runtime.control.loops import Clock, ScriptedBackend, scripted
 from tests.runtime.control.specification import Chunk, Row, Rules, Specification
 
+#: A tokenizer, and the backend that does as it is told.
+Tokens = tuple[ActionTokenizer, ScriptedBackend]
 T, DRAFT, FULL = 4, 2, 3
 PERIOD = 10_000_000
 VALUES: dict[str, Any] = {
@@ -29,8 +33,8 @@ VALUES: dict[str, Any] = {
 }
 TOLERANCE = VALUES["range_tolerance"]
 START = [0.0, 1.0, 0.125]
-TOKENIZER, BACKEND = scripted(Recipe(chunk_length=T))
-TOKENS = {layers: np.zeros((1, T, 4, layers), np.int32) for layers in (DRAFT, FULL)}
+STEPS: Tokens = scripted(Recipe(chunk_length=T))
+CHUNKS: Tokens = scripted(ChunkRecipe(replace(SMALL, num_tokens=FULL)))
 
 
 def some_rows(seed: int) -> list[Row]:
@@ -54,6 +58,7 @@ DELAY = st.sampled_from([0.0, 0.0, 0.4, 0.6, 1.0, 1.7, 2.0, 3.0])
 class LoopMachine(RuleBasedStateMachine):
     """Every tick is compared: status, whether it is held, whether it is latched, and what is sent."""
 
+    tokens: Tokens = STEPS
     decoder: ControlDecoder
 
     @initialize(
@@ -68,8 +73,9 @@ class LoopMachine(RuleBasedStateMachine):
         changes = {"strategy": strategy, "on_fault": on_fault, "out_of_range": out_of_range, "max_relative_step": steps}
         config = ControlConfig(**VALUES, **changes, max_consecutive_faults=most)  # type: ignore[arg-type]
         self.clock = Clock()
-        BACKEND.rows = np.zeros((T, 3))
-        self.decoder = ControlDecoder(TOKENIZER, config, position=START, clock=self.clock)
+        self.tokenizer, self.backend = self.tokens
+        self.backend.rows = np.zeros((T, 3))
+        self.decoder = ControlDecoder(self.tokenizer, config, position=START, clock=self.clock)
         self.decoder.warmup()
         keeps = (False, True, True)
         limits = zip(config.action_low, config.action_high, config.max_relative_step, keeps, strict=True)
@@ -100,14 +106,17 @@ class LoopMachine(RuleBasedStateMachine):
         self.clock.now += round(passed * PERIOD)
         arguments: dict[str, Any] = {}
         if chunk is not None:
-            BACKEND.rows = RuntimeError("injected") if chunk.rows is None else np.array(chunk.rows)
-            arguments = {"tokens": TOKENS[chunk.layers] if tokens is None else tokens}
+            self.backend.rows = RuntimeError("injected") if chunk.rows is None else np.array(chunk.rows)
+            arguments = {"tokens": self._zeros(chunk.layers) if tokens is None else tokens}
             arguments.update(sequence=chunk.number, observed_ns=chunk.observed)
         result = self.decoder.step(**arguments)
         status, is_held = self.specified.step(self.clock.now, chunk)
         is_latched = self.specified.latched is not None
         assert (result.status.name, result.is_held, result.is_latched) == (status, is_held, is_latched), result.detail
         np.testing.assert_allclose(result.actions, self.specified.sent, atol=1e-4, rtol=0, err_msg=result.detail)
+
+    def _zeros(self, layers: int) -> Any:
+        return np.zeros(self.tokenizer.model.tokens_shape(1, layers), np.int32)
 
     def _observed(self, passed: float, delay: float) -> int:
         """As many periods before the coming tick."""
@@ -192,16 +201,19 @@ class LoopMachine(RuleBasedStateMachine):
         self.number += 1
         self._tick(passed, Chunk(None, FULL, self.number, self._observed(passed, 0.0)))
 
-    @rule(passed=PASSED, value=st.sampled_from([-1, 5, 2**31 - 1]), behind=st.integers(0, 1))
+    @rule(passed=PASSED, value=st.sampled_from([-1, 0, 2**30]), behind=st.integers(0, 1))
     def an_illegal_token_comes(self, passed: float, value: int, behind: int) -> None:
-        tokens = TOKENS[FULL].copy()
-        tokens[0, -1, 0, 0] = value
+        """-1, the first above the vocabulary, or a far larger one."""
+        tokens = self._zeros(FULL)
+        tokens.flat[-1] = value if value < 0 else self.tokenizer.model.vocabulary + value
         self.number += 1 - behind
         chunk = Chunk(None, FULL, self.number, self._observed(passed, 0.0), is_legal=False)
         self._tick(passed, chunk, tokens)
 
-    @rule(passed=PASSED, tokens=st.sampled_from([TOKENS[FULL][0], TOKENS[FULL].astype(np.float32), [0], "tokens"]))
-    def what_is_no_chunk_comes(self, passed: float, tokens: Any) -> None:
+    @rule(passed=PASSED, way=st.integers(0, 3))
+    def what_is_no_chunk_comes(self, passed: float, way: int) -> None:
+        whole = self._zeros(FULL)
+        tokens = (whole[0], whole.astype(np.float32), [0], "tokens")[way]
         self._tick(passed, Chunk(None, 0, self.number, is_legal=False), tokens)
 
     @rule()
@@ -220,5 +232,11 @@ class LoopMachine(RuleBasedStateMachine):
         self.draft, self.number = None, 0
 
 
+class ChunkLoopMachine(LoopMachine):
+    tokens = CHUNKS
+
+
 LoopMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+ChunkLoopMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 TestLoop = LoopMachine.TestCase
+TestLoopOfChunkTokens = ChunkLoopMachine.TestCase

@@ -441,7 +441,7 @@ def test_after_a_refusal_the_same_command_goes_on_with_what_is_done(
 def test_parts_that_are_not_what_the_tokenizer_gives_are_not_used_again(
     source: Path, c_bundle: Path, tokens: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rfsq.runtime.datasets.parts import StepCoder
+    from rfsq.runtime.datasets.coding import StepCoder
 
     encode = StepCoder.encode
 

@@ -15,7 +15,7 @@ import pytest
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.bundle.errors import BackendUnavailableError, SequenceTooShortError, TokenizerError
 from rfsq.runtime.datasets.errors import IllegalActionError
-from rfsq.runtime.datasets.job import plan
+from rfsq.runtime.datasets.job import plan, token_model
 from rfsq.runtime.datasets.job_folder import begin, locked
 from rfsq.runtime.datasets.ray import RayWorker, raise_refusal
 from rfsq.runtime.datasets.sources import open_source
@@ -93,7 +93,8 @@ def test_a_worker_of_ray_hands_its_refusal_on_to_the_command(c_bundle: Path, bun
     path = write_npz(tmp_path / "x.npz", episodes)
     given, source = arguments(path, tmp_path / "out.parquet", c_bundle), open_source(path)
     with ActionTokenizer.load(c_bundle) as tokenizer:
-        job = plan(source, tokenizer, parser().parse_args(given), "parquet")
+        options = parser().parse_args(given)
+        job = plan(source, tokenizer, token_model(tokenizer.model, options), options, "parquet")
     with locked(job.output):
         begin(job, overwrite=False, restart=False)
         worker = RayWorker(pickle.dumps(job))

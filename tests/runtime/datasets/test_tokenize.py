@@ -25,7 +25,7 @@ from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.datasets import action_files, job_folder
 from rfsq.runtime.datasets import tokenize as tokenize_dataset
 from rfsq.runtime.datasets.errors import IllegalActionError, OutputError, SourceError, TokenDatasetError
-from rfsq.runtime.datasets.format import INFO_NAME, SCHEMA_VERSION, info_text, parse_info
+from rfsq.runtime.datasets.format import INFO_NAME, info_text, parse_info
 from rfsq.runtime.datasets.progress import Progress
 from rfsq.runtime.datasets.token_reader import open_token_dataset
 from tests.bundles import Recipe
@@ -181,7 +181,7 @@ def test_metadata_say_what_the_tokens_mean(tokens: Path, c_bundle: Path, source:
     with ActionTokenizer.load(c_bundle) as tokenizer:
         assert info["fingerprint"] == tokenizer.fingerprint
         assert info["made_with"]["device"] == tokenizer.backend.description
-    assert info["schema_version"] == SCHEMA_VERSION
+    assert info["schema_version"] == 1
     model = {
         "mode": "calibrated",
         "chunk_length": 2,
@@ -198,7 +198,7 @@ def test_metadata_say_what_the_tokens_mean(tokens: Path, c_bundle: Path, source:
     # A file that was taken out of its folder still says it.
     metadata = pq.read_metadata(tokens / "data/chunk-000/file-001.parquet").metadata
     assert metadata[b"rfsq.fingerprint"].decode() == info["fingerprint"]
-    assert metadata[b"rfsq.schema_version"].decode() == str(SCHEMA_VERSION)
+    assert metadata[b"rfsq.schema_version"].decode() == "1"
     assert json.loads(metadata[b"rfsq.model"]) == model
     assert metadata[b"rfsq.first_row"] == b"8192"
     assert {b"rfsq.ordering", b"rfsq.source_sha256"} <= metadata.keys()
@@ -470,10 +470,10 @@ def test_tokens_of_another_tokenizer_are_refused(
 def test_another_schema_version_is_refused(altered: Path, c_bundle: Path, tmp_path: Path) -> None:
     path = altered / INFO_NAME
     text = path.read_text(encoding="utf-8")
-    for version in ("0", "2", "true", '"1"', "null", "1.5"):
+    for version in ("0", "3", "true", '"1"', "null", "1.5"):
         path.write_text(text.replace('"schema_version": 1', f'"schema_version": {version}'), encoding="utf-8")
         message = refusal(*arguments(altered, tmp_path / "x.npz", c_bundle, "--decode"), kind=TokenDatasetError)
-        assert f"has schema version {json.loads(version)!r}; this runtime reads 1" in message
+        assert f"has schema version {json.loads(version)!r}; this runtime reads 1 and 2" in message
 
 
 @pytest.mark.parametrize("name", ["data/chunk-000/file-001.parquet", "episodes.parquet"])
@@ -687,7 +687,7 @@ def test_a_dataset_of_no_steps_is_refused(name: str, tokens: Path) -> None:
 def test_verification_finds_tokens_that_are_not_those_of_the_source(
     source: Path, c_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rfsq.runtime.datasets.parts import StepCoder
+    from rfsq.runtime.datasets.coding import StepCoder
 
     encode = StepCoder.encode
 

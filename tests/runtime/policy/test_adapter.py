@@ -38,8 +38,8 @@ from rfsq.runtime.bundle.errors import BackendUnavailableError
 from rfsq.runtime.bundle.folder import open_bundle
 from rfsq.runtime.bundle.gates import GATES
 from rfsq.runtime.policy import adapter_calls as calls_module
-from rfsq.runtime.policy.adapter import FINGERPRINT_KEY, ActionRFSQAE
-from rfsq.runtime.policy.adapter_calls import narrowed
+from rfsq.runtime.policy.adapter import ActionRFSQAE
+from rfsq.runtime.policy.adapter_calls import FINGERPRINT_KEY, narrowed
 from tests.bundles import Deployed, Recipe, deploy, random_actions, reference_decode, write_bundle
 from tests.rfsq_ref.published_model import ActionRFSQAE as PublishedActionRFSQAE
 from tests.rfsq_ref.published_model import layouts
@@ -1124,7 +1124,7 @@ def test_the_parts_of_the_adapter_alone_import_torch_and_nothing_here_imports_th
             for importer in importers:
                 if any(f"{name}.".startswith(f"{importer}.") for name in names):
                     importers[importer].add(file.name)
-    adapter = {"adapter.py", "adapter_calls.py"}
+    adapter = {"adapter.py", "adapter_calls.py", "chunk_adapter.py", "module.py"}
     assert importers == {"torch": adapter, "policy.adapter": {"torch_adapter.py"}}
 
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from rfsq.runtime import FingerprintError
-from rfsq.runtime.policy.adapter import FINGERPRINT_KEY, ActionRFSQAE
+from rfsq.runtime.policy.adapter import ActionRFSQAE
+from rfsq.runtime.policy.adapter_calls import FINGERPRINT_KEY
 from tests.bundles import Recipe, random_actions
 from tests.runtime.policy.policies import Policy
 

@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import swa_utils
 
 from rfsq.runtime import FingerprintError, InvalidInputError
-from rfsq.runtime.policy.adapter import FINGERPRINT_KEY, ActionRFSQAE
+from rfsq.runtime.policy.adapter import ActionRFSQAE
+from rfsq.runtime.policy.adapter_calls import FINGERPRINT_KEY
 from tests.bundles import Recipe, random_actions
 from tests.runtime.policy.policies import Policy, train_together, trained
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rfsq.export.plan import DeployMode
+from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.runtime import ActionTokenizer, ControlDecoder, Status
 from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.bundle.errors import BackendUnavailableError, InferenceError
@@ -25,11 +26,13 @@ from rfsq.runtime.qualification import campaign as fault_campaign
 from rfsq.runtime.qualification import system as fault_system
 from rfsq.runtime.qualification.campaign import SETUPS, main, nan_backends_of, run_campaign
 from rfsq.runtime.qualification.fault_report import FaultReport
-from rfsq.runtime.qualification.injection import Fault, faulty, weight_places, with_nan_weights
-from rfsq.runtime.qualification.kinds import KINDS
+from rfsq.runtime.qualification.injection import Fault, faulty, weight_tables, with_nan_weights
+from rfsq.runtime.qualification.kinds import KINDS, kinds_with
 from rfsq.runtime.qualification.rig import Setup
 from rfsq.runtime.qualification.system import run_system_faults
+from rfsq.runtime.qualification.token_faults import LEGAL_TOKENS
 from tests.bundles import Recipe
+from tests.chunk_bundles import ChunkRecipe, write_chunk_bundle
 from tests.runtime.control.loops import hurry
 
 #: About forty in each setup, so that each of these sees most kinds.
@@ -82,6 +85,40 @@ def test_faults_of_every_kind_in_every_setup_are_answered_rightly(
     # Each status was seen, but that of a decoder without a chunk.
     seen = {answer.split()[0] for answers in report.answered.values() for answer in answers}
     assert seen == {status.name for status in Status} - {"NOT_READY"}
+
+
+@pytest.mark.parametrize("backend", ["c", "onnxruntime"])
+def test_faults_of_every_kind_are_answered_rightly_with_chunk_tokens(
+    chunk_bundle: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurry(monkeypatch, lambda warm: warm.tokenizer.backend.fault == Fault.HANGS)
+    other = {"c": "onnxruntime", "onnxruntime": "c"}[backend]
+    with (
+        ActionTokenizer.load(chunk_bundle, backend=backend) as first,
+        ActionTokenizer.load(chunk_bundle, backend=other) as second,
+    ):
+        nan_backends = nan_backends_of(chunk_bundle)
+        report = run_campaign(first, 1200, fallback=second, nan_backends=nan_backends, setups=SETUPS[::3])
+        kinds = kinds_with(nan_backends, first.model)
+    assert report.holds, str(report)
+    assert report.answered.keys() == {kind.name for kind in kinds}
+    # What nobody can tell from good tokens is served.
+    assert all(report.answered[name].keys() == {"OK"} for name in LEGAL_TOKENS)
+
+
+@pytest.mark.parametrize("has_chunk_tokens", [False, True])
+def test_chunks_of_one_action_are_answered_rightly_too(
+    bundle_of: Callable[[Recipe], Path], tmp_path: Path, has_chunk_tokens: bool
+) -> None:
+    """Nothing is left of one when the next comes. One chunk token is all there is, and no uint16 is too high for it."""
+    if has_chunk_tokens:
+        sizes = ChunkSizes(action_dim=2, chunk_length=1, num_classes=4, token_bits=16, num_tokens=1)
+        path = write_chunk_bundle(tmp_path / "bundle", ChunkRecipe(sizes))
+    else:
+        path = bundle_of(Recipe(chunk_length=1))
+    with ActionTokenizer.load(path, backend="onnxruntime") as loaded:
+        report = run_campaign(loaded, 500, nan_backends=nan_backends_of(path), setups=SETUPS[::9])
+    assert report.holds, str(report)
 
 
 def test_statistics_that_are_wrong_are_refused_as_tokens_are(dynamic_tokenizer: ActionTokenizer) -> None:
@@ -197,6 +234,12 @@ def test_killed_producers_lost_files_and_full_disks_leave_the_loop_alone(both: P
     assert all(answers == {"right": 2} for answers in report.answered.values())
 
 
+def test_they_leave_a_loop_of_chunk_tokens_alone(chunk_bundle: Path) -> None:
+    """Of which many fit into a pipe."""
+    report = run_system_faults(chunk_bundle, 1)
+    assert report.holds, str(report)
+
+
 def test_where_no_file_system_can_be_mounted_files_are_limited(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = subprocess.run
 
@@ -284,18 +327,31 @@ def test_what_hangs_goes_on_when_it_is_released(tokenizer: ActionTokenizer) -> N
     assert backend.hanging == 0
 
 
+@pytest.mark.parametrize("has_chunk_tokens", [False, True])
 @pytest.mark.parametrize("name", ["onnxruntime", "c"])
-def test_weights_are_nan_in_the_copy_alone(name: str, both: Path, main_one: ActionTokenizer) -> None:
-    bundle, model = open_bundle(both), main_one.model
-    actions = np.zeros((1, model.chunk_length, model.action_dim), np.float32)
-    tokens = main_one.encode(actions)
-    expected = main_one.decode(tokens)
+def test_weights_are_nan_in_the_copy_alone(
+    name: str,
+    has_chunk_tokens: bool,
+    both: Path,
+    chunk_bundle: Path,
+    main_one: ActionTokenizer,
+    chunk_tokenizer: ActionTokenizer,
+) -> None:
+    bundle = open_bundle(chunk_bundle if has_chunk_tokens else both)
+    tokenizer = chunk_tokenizer if has_chunk_tokens else main_one
+    model = tokenizer.model
+    # Of chunk tokens the first one names the class, and the last class has no weights.
+    tokens = np.zeros(model.tokens_shape(5), np.int32)
+    if has_chunk_tokens:
+        tokens[:, 0] = np.arange(5) * (model.vocabulary // 8)
+    expected = tokenizer.decode(tokens)
     backend = with_nan_weights(bundle, name)
     for prefix in model.prefixes:
+        actions = np.zeros(model.actions_shape(5), np.float32)
         backend.decode_into(np.ascontiguousarray(tokens[..., :prefix]), None, actions)
-        assert np.isnan(actions).any()
-    np.testing.assert_array_equal(main_one.decode(tokens), expected)
-    assert weight_places(bundle.content("decoder.onnx"))
+        assert np.isnan(actions).any(axis=(1, 2)).all()
+    np.testing.assert_array_equal(tokenizer.decode(tokens), expected)
+    assert weight_tables(bundle.content("decoder.onnx"))
     with pytest.raises(BackendUnavailableError, match="expected onnxruntime or c"):
         with_nan_weights(bundle, "cuda")
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rfsq.runtime import ActionTokenizer, Status
+from rfsq.runtime.bundle.arrays import Codes
 from rfsq.runtime.control.errors import FlightRecordError
 from rfsq.runtime.control.recorder import HELD, LATCHED, RESET, FlightRecord, read_record, write_record
 from rfsq.runtime.qualification.flights import replay_flight
@@ -50,9 +51,9 @@ class Flight:
 
     def _send(self, index: int, layers: int, options: dict[str, Any]) -> Status:
         tokens, stats = self.tokens[index], self.stats[index]
-        layers = layers or tokens.shape[3]
-        part = None if stats is None else np.ascontiguousarray(stats[:, :, :layers])
-        return self.tick(np.ascontiguousarray(tokens[..., :layers]), **{"stats": part, **options})
+        layers = layers or tokens.shape[-1]
+        self.sent = Codes(tokens, stats).prefix(layers)
+        return self.tick(self.sent.tokens, **{"stats": self.sent.stats, **options})
 
     def _observed(self, delay: float) -> int:
         return self.clock.now + round((1 - delay) * PERIOD_NS)
@@ -62,7 +63,7 @@ class Flight:
         index = int(self.rng.integers(16))
         tokens, stats = self.tokens[index], self.stats[index]
         wrong: list[Callable[[], object]] = [
-            lambda: self.tick(tokens - 100, stats=stats),
+            lambda: self.tick(tokens - self.tokenizer.model.vocabulary, stats=stats),
             lambda: self.tick(tokens.astype(np.float32), stats=stats),
             lambda: self.tick(tokens[0], stats=stats),
             lambda: self.tick(tokens.tolist(), stats=stats),
@@ -94,7 +95,7 @@ class Flight:
     def take_long(self, actions: Any) -> None:
         """Until the chunk is too old."""
         self.clock.now += 10**10
-        actions.fill(0.0)
+        actions[...] = self.tokenizer.decode(*self.sent)
 
     def clock_fails(self) -> None:
         self.clock.error = RuntimeError("injected")
@@ -127,11 +128,17 @@ def _ticks(record: FlightRecord) -> int:
 
 
 @STRATEGIES
-@pytest.mark.parametrize("mode", ["calibrated", "dynamic"])
+@pytest.mark.parametrize("mode", ["calibrated", "dynamic", "chunk"])
 def test_every_tick_from_the_start_on_is_compared(
-    tokenizer: ActionTokenizer, dynamic_tokenizer: ActionTokenizer, tmp_path: Path, strategy: str, mode: str
+    mode: str,
+    tokenizer: ActionTokenizer,
+    dynamic_tokenizer: ActionTokenizer,
+    chunk_tokenizer: ActionTokenizer,
+    tmp_path: Path,
+    strategy: str,
 ) -> None:
-    flight = Flight(dynamic_tokenizer if mode == "dynamic" else tokenizer, tmp_path, strategy=strategy)
+    given = {"calibrated": tokenizer, "dynamic": dynamic_tokenizer, "chunk": chunk_tokenizer}[mode]
+    flight = Flight(given, tmp_path, strategy=strategy)
     for _ in range(30):
         assert flight.chunk() is Status.OK
         assert flight.swap() == (Status.OK, Status.OK)
@@ -142,14 +149,31 @@ def test_every_tick_from_the_start_on_is_compared(
     assert replay_flight(record, flight.tokenizer) == (150, [])
 
 
+def test_a_tick_without_a_clock_right_after_a_start_counts_for_those_after_it(
+    tokenizer: ActionTokenizer, tmp_path: Path
+) -> None:
+    flight = Flight(tokenizer, tmp_path)
+    flight.clock_fails()
+    assert flight.chunk() is Status.OK
+    # Its second action, and not the third.
+    assert flight.tick() is Status.OK
+    assert replay_flight(flight.record(), tokenizer) == (3, [])
+
+
 @STRATEGIES
 @pytest.mark.parametrize(
     "changes", [{}, {"out_of_range": "limit"}, {"on_fault": "stop"}, {"max_consecutive_faults": 2}]
 )
+@pytest.mark.parametrize("has_chunk_tokens", [False, True])
 def test_a_flight_with_faults_of_every_kind_is_replayed(
-    bundle_of: Any, tmp_path: Path, strategy: str, changes: dict[str, Any]
+    bundle_of: Any,
+    chunk_bundle: Path,
+    tmp_path: Path,
+    strategy: str,
+    changes: dict[str, Any],
+    has_chunk_tokens: bool,
 ) -> None:
-    with ActionTokenizer.load(bundle_of(Recipe(chunk_length=5))) as tokenizer:
+    with ActionTokenizer.load(chunk_bundle if has_chunk_tokens else bundle_of(Recipe(chunk_length=5))) as tokenizer:
         limits = _limits_that_some_chunks_exceed(tokenizer)
         flight = Flight(tokenizer, tmp_path, strategy=strategy, stale_after_s=0.02, **limits, **changes)
         statuses = set()

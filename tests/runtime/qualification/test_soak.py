@@ -38,15 +38,17 @@ GOOD = SoakReport(
 
 @pytest.mark.parametrize("strategy", list(Strategy))
 @pytest.mark.parametrize("use_worker", [False, True])
-def test_nothing_grows_and_nothing_fails(strategy: Strategy, use_worker: bool, tokenizer: ActionTokenizer) -> None:
+def test_nothing_grows_and_nothing_fails(
+    strategy: Strategy, use_worker: bool, either_tokenizer: ActionTokenizer
+) -> None:
     # One reference to an object on each tick would keep eight times as much as is allowed.
     report = soak(
-        tokenizer,
+        either_tokenizer,
         1500,
         SoakSetup(
             strategy=strategy,
             use_worker=use_worker,
-            fallback=tokenizer if use_worker else None,
+            fallback=either_tokenizer if use_worker else None,
             action_kind=ActionKind.ABSOLUTE if use_worker else ActionKind.DELTA,
             warm_ticks=500,
             traced_ticks=1000,

@@ -212,20 +212,21 @@ class FakeProgram:
         self.is_closed = False
         self.batches: list[int] = []
 
-    def bind(self, batch: int, addresses: Sequence[int]) -> None:
+    def bind(self, shape: tuple[int, ...], addresses: Sequence[int]) -> None:
+        batch = shape[0]
         assert 1 <= batch <= self._max_batch
         assert len(addresses) == len(self._entry.inputs) + len(self._entry.outputs)
-        self._batch, self._addresses = batch, list(addresses)
+        self._shape, self._addresses = shape, list(addresses)
         self.batches.append(batch)
 
     def enqueue(self, stream: int) -> None:
         assert not self.is_closed
-        batch, addresses = self._batch, self._addresses
+        shape, addresses = self._shape, self._addresses
 
         def work() -> None:
             assert not self.is_closed, "closed before its work was done"
             views = [
-                self._cuda.view(address, (batch, *tensor.shape[1:]), tensor.dtype)
+                self._cuda.view(address, tensor.shape_of(shape[0], shape[-1]), tensor.dtype)
                 for address, tensor in zip(addresses, (*self._entry.inputs, *self._entry.outputs), strict=True)
             ]
             inputs, outputs = views[: len(self._entry.inputs)], views[len(self._entry.inputs) :]

@@ -15,6 +15,7 @@ from rfsq.runtime.backends.contract import judged
 from rfsq.runtime.bundle.errors import InferenceError
 from rfsq.runtime.bundle.manifest import GraphEntry
 from tests.bundles import Recipe, deploy, make_manifest
+from tests.chunk_bundles import ChunkRecipe, deployed_chunk_tokens
 from tests.runtime.backends.gpu.fake_gpu import FakeCuda, FakeFunction, aligned, answer
 
 pytest.importorskip("cuda.bindings", reason="cuda-python is not installed: pip install '.[gpu]'")
@@ -192,6 +193,46 @@ def test_tokens_of_another_type_go_through_functions_of_their_own(cuda: FakeCuda
     cuda.streams.pop(CALLERS_STREAM.handle)
     assert (cuda.live, cuda.streams, cuda.open_graphs) == ({}, {}, 0)
     assert all(function.is_closed for function in functions)
+
+
+def chunk_entries() -> list[GraphEntry]:
+    """Encoder and decoder of chunk tokens: 9 of them for 4 steps of 3 dimensions."""
+    return [graph for graph, _ in deployed_chunk_tokens(ChunkRecipe()).graphs() if graph.form == "reduce"]
+
+
+@pytest.mark.parametrize("batch", [1, 4, 13])
+def test_any_number_of_chunk_tokens_goes_through_one_decoder(batch: int, cuda: FakeCuda) -> None:
+    encoder, decoder = chunk_entries()
+    function = FakeFunction(cuda, decoder)
+    backend = GpuBackend("fake", "a fake", "a GPU", [FakeFunction(cuda, encoder), function])
+    for length in (9, 1, 4, 9):
+        tokens = aligned((batch, length), np.int32)
+        tokens[...] = np.random.default_rng(length).integers(100, size=tokens.shape)
+        on_host, decoded, again = (aligned((batch, 4, 3), np.float32) for _ in range(3))
+        backend.decode_into(tokens, None, on_host)
+        backend.decode_on_gpu([on_gpu(tokens), on_gpu(decoded)], CALLERS_STREAM)
+        cuda.synchronize(CALLERS_STREAM.handle)
+        bound = backend.bind_decode([on_gpu(tokens), on_gpu(again)], CALLERS_STREAM)
+        tokens += 1
+        bound()
+        cuda.synchronize(CALLERS_STREAM.handle)
+        bound.close()
+        np.testing.assert_array_equal(again, answer([tokens], decoder.outputs[0]))
+        for found in (on_host, decoded):
+            np.testing.assert_array_equal(found, answer([tokens - 1], decoder.outputs[0]))
+    backend.close()
+    cuda.streams.pop(CALLERS_STREAM.handle)
+    assert (cuda.live, cuda.streams, cuda.open_graphs) == ({}, {}, 0)
+    assert function.is_closed
+
+
+def test_only_a_few_numbers_of_chunk_tokens_are_kept_ready(cuda: FakeCuda) -> None:
+    encoder, decoder = chunk_entries()
+    function = FakeFunction(cuda, decoder)
+    backend = GpuBackend("fake", "a fake", "a GPU", [FakeFunction(cuda, encoder), function])
+    for length in (*range(1, 10), *range(1, 10)):
+        backend.decode_into(np.zeros((1, length), np.int32), None, np.empty((1, 4, 3), np.float32))
+    assert sum(not program.is_closed for program in function.programs) == kept_module._KEPT
 
 
 # --- failures ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,131 @@
+"""The command that writes a page on which a person takes more or fewer tokens, and sees what they decode to.
+
+It judges nothing. The page is one file, which needs no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..bundle.command import CommandParser, Outcome, natural, run
+from ..bundle.console import printable
+from ..bundle.errors import InvalidInputError
+from ..bundle.paths import counted, refuse_existing, replacing
+
+if TYPE_CHECKING:
+    from .measure import Explanation
+
+_OUTPUT = Path("build/explain.html")
+#: Prefixes that the command itself shows at most; the page has all.
+_MOST_LINES = 8
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(_parser(), _work, arguments)
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser("explain")
+    parser.add_bundle()
+    parser.add_data(required=True)
+    parser.add_backend()
+    parser.add_argument(
+        "--episode", nargs="+", type=natural, metavar="N", help="which are shown; default: a few, spread over the data"
+    )
+    parser.add_argument(
+        "--names", metavar="A,B,…", help="of all action dimensions, with commas between; default: dim 0,dim 1,…"
+    )
+    parser.add_argument(
+        "--position-unit",
+        type=_length,
+        metavar="M",
+        help="metres that 1 is, in the first three dimensions; then errors are shown in millimetres too",
+    )
+    parser.add_output("the page", _OUTPUT)
+    return parser
+
+
+def _length(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no length; expected metres, such as 0.05")
+    return value
+
+
+def _work(options: argparse.Namespace) -> Outcome:
+    refuse_existing([options.output], overwrite=options.overwrite)
+    from ..datasets.sources import open_source
+    from ..tokenizer import ActionTokenizer
+    from .measure import explain
+    from .page import page
+    from .samples import choose_samples
+
+    source = open_source(options.data, options.key, options.filter_key)
+    with closing(ActionTokenizer.load(options.bundle, backend=options.backend)) as tokenizer:
+        model = tokenizer.model
+        names = _names(options.names, model.action_dim)
+        if options.position_unit is not None and model.action_dim < 3:
+            raise InvalidInputError(
+                f"--position-unit is of the first three dimensions, and actions have {model.action_dim}; leave it out"
+            )
+        samples = choose_samples(source, model, options.episode)
+        found = explain(tokenizer, samples, names, options.position_unit)
+        facts = {
+            "bundle": f"{options.bundle.resolve().name}, fingerprint {tokenizer.fingerprint[:16]}",
+            "data": source.name,
+            "decoded by": f"{tokenizer.backend.name}, {tokenizer.backend.description}",
+        }
+        text = page(found, tokenizer.manifest, facts)
+    with replacing(options.output) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    lines = [
+        f"{bits:6.4g} bits a step  {counted(prefix, model.depth_unit.removesuffix('s')):>10}  RMS error of half of the "
+        f"chunks below {median:.3g}, of 99 % below {p99:.3g}"
+        for prefix, bits, median, p99 in _rows(found)
+    ]
+    print("\n".join(map(printable, lines)))
+    verdict = f"✓ {options.output}: {counted(len(found.chunks), 'chunk')} shown, {found.counted:,} counted"
+    return Outcome(verdict, _document(options, found))
+
+
+def _names(given: str | None, count: int) -> list[str]:
+    """Raises InvalidInputError for another number of names than of dimensions, and for empty ones."""
+    if given is None:
+        return [f"dim {dimension}" for dimension in range(count)]
+    names = [name.strip() for name in given.split(",")]
+    if len(names) != count or not all(names):
+        raise InvalidInputError(
+            f"--names has {counted(len(names), 'name')}{'' if all(names) else ', empty ones among them'}, and actions "
+            f"have {counted(count, 'dimension')}; expected a name for each, such as --names x,y,z"
+        )
+    return names
+
+
+def _rows(found: Explanation) -> list[tuple[int, float, float, float]]:
+    """Prefix, bits and errors: of those that have a bound, or else of a few."""
+    rows = list(zip(found.prefixes, found.bits, found.median.tolist(), found.p99.tolist(), strict=True))
+    bounded = [row for row in rows if row[0] in found.bounds]
+    return bounded or rows[:: -(-len(rows) // _MOST_LINES)]
+
+
+def _document(options: argparse.Namespace, found: Explanation) -> dict[str, Any]:
+    return {
+        "output": str(options.output),
+        "chunks": found.num_chunks,
+        "counted": found.counted,
+        "shown": [{"episode": chunk.episode, "step": chunk.step} for chunk in found.chunks],
+        "prefixes": [
+            {"prefix": prefix, "bits_per_step": bits, "median_rms": median, "p99_rms": p99}
+            for prefix, bits, median, p99 in zip(
+                found.prefixes, found.bits, found.median.tolist(), found.p99.tolist(), strict=True
+            )
+        ],
+    }

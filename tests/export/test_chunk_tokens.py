@@ -1,0 +1,136 @@
+"""Bundles of chunk tokens: fitted and built in one go, or built from the file of a fit; the same gates judge them."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rfsq.calibration.settings import BitOrder, ChunkConfig
+from rfsq.export import chunk_tokens
+from rfsq.export.build_config import BuildConfig
+from rfsq.export.build_engine import config_of, parser
+from rfsq.export.chunk_plan import ChunkPlan
+from rfsq.export.errors import BuildInputError, GateError
+from rfsq.export.fingerprint import chunk_fingerprint
+from rfsq.export.pipeline import build
+from rfsq.rfsq_ref.chunk_checkpoint import load_chunk_checkpoint, save_chunk_checkpoint
+from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
+from rfsq.rfsq_ref.errors import CheckpointError
+from rfsq.rfsq_ref.settings import TokenKind
+from rfsq.runtime import ActionTokenizer
+from rfsq.runtime.bundle.errors import UnbuiltPrefixError
+from rfsq.runtime.bundle.manifest import C_SOURCE
+from rfsq.runtime.bundle.models import ChunkModel
+from tests.chunk_bundles import ChunkRecipe, chunk_checkpoint, random_chunks
+
+FEW = ChunkConfig(classes=8, tokens=12)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the embedded demonstrations, in one go."""
+    output = tmp_path_factory.mktemp("chunk") / "bundle"
+    backends = ("onnxruntime", "c")
+    build(BuildConfig(kind=TokenKind.CHUNK, output=output, chunk=FEW, backends=backends, parity_steps=500))
+    return output
+
+
+def test_one_command_fits_builds_and_proves(bundle: Path) -> None:
+    for backend in ("onnxruntime", "c"):
+        with ActionTokenizer.load(bundle, backend=backend) as tokenizer:
+            model = tokenizer.model
+            assert isinstance(model, ChunkModel)
+            assert (model.num_classes, model.num_tokens, model.vocabulary) == (8, 12, 1024)
+            assert tokenizer.manifest.quality is not None
+            actions = np.zeros((3, 8, 7), np.float32)
+            tokens = tokenizer.encode(actions)
+            assert tokens.shape == (3, 12)
+            errors = [
+                float(np.abs(tokenizer.decode(np.ascontiguousarray(tokens[:, :length])) - actions).max())
+                for length in (1, 12)
+            ]
+            assert errors[1] < 0.1
+            with pytest.raises(UnbuiltPrefixError, match="this bundle decodes from 1 to 12"):
+                tokenizer.decode(np.zeros((1, 13), np.int32))
+
+
+def test_the_manifest_says_what_each_number_of_tokens_is_worth(bundle: Path) -> None:
+    content = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
+    errors = content["provenance"]["action_mse"]
+    by_length = [errors.pop(f"{length} of 12 tokens") for length in (1, 2, 4, 8, 12)]
+    assert not errors
+    assert by_length == sorted(by_length, reverse=True)
+    gates = {entry["gate"] for entry in content["parity"]}
+    assert {"encode: wrong tokens", "decode 12 tokens: action error", "decode fewer tokens: action error"} <= gates
+
+
+@pytest.mark.parametrize("has_normaliser", [False, True])
+def test_what_calibrate_wrote_is_built_and_its_kind_is_known(tmp_path: Path, has_normaliser: bool) -> None:
+    checkpoint, output = tmp_path / "chunk.safetensors", tmp_path / "bundle"
+    content = chunk_checkpoint(ChunkRecipe(has_normaliser=has_normaliser))
+    save_chunk_checkpoint(content, checkpoint)
+    manifest = build(BuildConfig(checkpoint=checkpoint, output=output, backends=("onnxruntime",), parity_steps=200))
+    assert manifest.fingerprint == chunk_fingerprint(load_chunk_checkpoint(checkpoint))
+    with ActionTokenizer.load(output) as tokenizer:
+        model = content.model(dtype=torch.float64)
+        actions = random_chunks(model, 20)
+        expected = model.encode(torch.from_numpy(actions).double()).numpy()
+        assert (tokenizer.encode(actions) == expected).mean() > 0.99
+        decoded = model.decode(torch.from_numpy(expected[:, :3])).numpy()
+        np.testing.assert_allclose(
+            tokenizer.decode(np.ascontiguousarray(expected[:, :3].astype(np.int32))), decoded, atol=2e-5
+        )
+
+
+def test_any_constant_is_in_the_fingerprint() -> None:
+    content = chunk_checkpoint(ChunkRecipe())
+    constants = content.constants
+    others = [
+        replace(content, normaliser=None),
+        replace(content, constants=replace(constants, budgets=(1, 4, 9))),
+        *(
+            replace(content, constants=replace(constants, **{name: getattr(constants, name).flip(0)}))
+            for name in ("mean", "basis", "scale", "gain", "order", "weights")
+        ),
+    ]
+    assert len({chunk_fingerprint(part) for part in (content, *others)}) == 1 + len(others)
+
+
+def test_a_wrong_constant_in_the_engines_turns_the_gates_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "chunk.safetensors"
+    save_chunk_checkpoint(chunk_checkpoint(ChunkRecipe()), checkpoint)
+    planned = chunk_tokens.plan_chunk_code
+
+    def faulty(tokenizer: ChunkTokenizer) -> ChunkPlan:
+        right = planned(tokenizer)
+        return replace(right, mean=right.mean * np.float32(1.001))
+
+    monkeypatch.setattr(chunk_tokens, "plan_chunk_code", faulty)
+    with pytest.raises(GateError, match=r"onnxruntime, decode 9 tokens: action error: 0\.000"):
+        build(BuildConfig(checkpoint=checkpoint, output=tmp_path / "out", backends=("onnxruntime",), parity_steps=200))
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_other_kind_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BuildInputError, match=r"--prefixes given, which kind 'chunk' does not use; drop it"):
+        BuildConfig(kind=TokenKind.CHUNK, prefixes=(3,)).token_kind()
+    with pytest.raises(BuildInputError, match=r"--chunk given, which kind 'step' does not use"):
+        BuildConfig(chunk=FEW).token_kind()
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        BuildConfig(checkpoint=tmp_path / "none.safetensors").token_kind()
+
+
+def test_the_command_reads_all_settings_of_a_fit() -> None:
+    given = "--kind chunk --classes 16 --vocabulary 64 --tokens 75 --order shared --chunk-length 4 --output x"
+    config = config_of(parser().parse_args(given.split()))
+    assert isinstance(config, BuildConfig)
+    assert config.chunk == ChunkConfig(classes=16, vocabulary=64, tokens=75, order=BitOrder.SHARED)
+    assert (config.kind, config.chunk_length, config.folder) == (TokenKind.CHUNK, 4, Path("x"))
+    assert BuildConfig(kind=TokenKind.CHUNK).folder == Path("build/chunk_bundle")
+
+
+def test_the_generated_c_stands_beside_the_graphs(bundle: Path) -> None:
+    assert "int rfsq_decode(" in (bundle / C_SOURCE).read_text(encoding="utf-8")

@@ -1,0 +1,66 @@
+"""The command `explain`: what it writes, what it says, and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rfsq.runtime.explain import command
+
+
+def run(*arguments: object) -> int:
+    return command.main([str(argument) for argument in arguments])
+
+
+def test_it_says_what_each_budget_costs_and_where_the_page_is(
+    chunk_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(chunk_bundle, "--data", data, "--output", tmp_path / "page.html") == 0
+    *rows, verdict = capsys.readouterr().out.splitlines()
+    assert [row.split(" RMS")[0].split() for row in rows] == [
+        [bits, "bits", "a", "step", count, unit]
+        for bits, count, unit in (("2", "1", "token"), ("10", "5", "tokens"), ("18", "9", "tokens"))
+    ]
+    assert verdict == f"✓ {tmp_path / 'page.html'}: 9 chunks shown, 9 counted"
+
+
+def test_its_document_has_every_prefix(
+    bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(bundle, "--data", data, "--episode", 0, "--output", tmp_path / "page.html", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [row["prefix"] for row in document["prefixes"]] == [2, 3]
+    assert [chunk["step"] for chunk in document["shown"]] == [0, 2, 4, 6, 8, 10, 12]
+    assert document["output"] == str(tmp_path / "page.html")
+
+
+def test_a_page_that_is_there_stays(chunk_bundle: Path, data: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("mine")
+    assert run(chunk_bundle, "--data", data, "--output", page) == 2
+    assert page.read_text() == "mine"
+    assert run(chunk_bundle, "--data", data, "--output", page, "--overwrite") == 0
+    assert page.read_text() != "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--names", "x,y"], "--names has 2 names, and actions have 3 dimensions; expected a name for each"),
+        (["--names", "x,,z"], "--names has 3 names, empty ones among them, and actions have 3 dimensions"),
+        (["--episode", "9"], "--episode 9 is not in the data"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_written(
+    options: list[str], said: str, chunk_bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(chunk_bundle, "--data", data, "--output", tmp_path / "page.html", *options) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("unit", ["0", "-1", "inf", "nan", "wide"])
+def test_a_unit_that_is_no_length_is_refused(unit: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("bundle", "--data", "data.npz", f"--position-unit={unit}")
+    assert f"'{unit}' is no length; expected metres, such as 0.05" in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""Ids of chunk tokens: one range for every position, any beginning of a chunk, and nothing repaired."""
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rfsq.runtime import ActionTokenizer, ChunkVocabulary, InvalidInputError, TokenVocabulary
+from rfsq.runtime.bundle.errors import (
+    ForeignIdError,
+    MalformedIdsError,
+    SequenceTooLongError,
+    SequenceTooShortError,
+    SpecialIdError,
+    VocabularyError,
+)
+from tests.chunk_bundles import SMALL as SIZES
+from tests.chunk_bundles import ChunkRecipe, write_chunk_bundle
+from tests.once import once
+
+#: 100 ... 115 at each of 4 positions.
+SMALL = ChunkVocabulary(4, 16, offset=100, special_ids=(("bos", 1), ("eos", 2), ("pad", 200)))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> ActionTokenizer:
+    path = once(tmp_path_factory, "chunk bundle", lambda path: write_chunk_bundle(path, ChunkRecipe()))
+    return ActionTokenizer.load(path)
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 15), min_size=4, max_size=4), max_size=5),
+    st.sampled_from([np.int32, np.int64, np.uint16]),
+)
+def test_every_token_comes_back(rows: list[list[int]], dtype: type) -> None:
+    tokens = np.array(rows, dtype).reshape(-1, 4)
+    ids = SMALL.to_ids(tokens)
+    assert (ids.dtype, ids.shape) == (np.int64, tokens.shape)
+    np.testing.assert_array_equal(ids, tokens.astype(int) + 100)
+    back = SMALL.to_tokens(ids)
+    assert (back.dtype, back.flags.c_contiguous) == (np.int32, True)
+    np.testing.assert_array_equal(back, tokens)
+
+
+def test_every_id_may_stand_at_every_position() -> None:
+    assert (SMALL.ids, SMALL.sequence_length, SMALL.size) == (range(100, 116), 4, 201)
+    assert [SMALL.ids_at(position) for position in range(4)] == [range(100, 116)] * 4
+    for position in (-1, 4):
+        with pytest.raises(InvalidInputError, match=r"expected 0 \.\.\. 3"):
+            SMALL.ids_at(position)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4])
+def test_a_beginning_decodes(length: int) -> None:
+    ids = np.array([[100, 107, 115, 101], [103, 100, 100, 2]])
+    ids[:, length:] = 2
+    found = SMALL.to_tokens(ids[:1], partial="prefix")
+    assert (found.tokens.tolist(), found.whole.tolist(), found.used) == ([[0, 7, 15, 1][:length]], [length], length)
+    both = SMALL.to_tokens(ids, partial="prefix")
+    assert both.used == min(length, 3)
+    assert both.whole.tolist() == [length, min(length, 3)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "kind", "message"),
+    [
+        ([100, 101, 102], SequenceTooShortError, "sequence 0 has 3 ids; expected L = 4; to take what is whole"),
+        ([100, 101, 102, 103, 104], SequenceTooLongError, "one too many; expected nothing behind the 4 ids"),
+        (
+            [100, 99, 102, 103],
+            ForeignIdError,
+            "ids[0, 1] is 99, no id of this vocabulary; expected 100 ... 115, a token",
+        ),
+        ([100, 101, 116, 103], ForeignIdError, "ids[0, 2] is 116"),
+        ([100, 101, 102, 2], SpecialIdError, "ids[0, 3] is 2, the special id 'eos'"),
+    ],
+)
+def test_malformed_ids_are_refused_at_their_place(ids: list[int], kind: type[MalformedIdsError], message: str) -> None:
+    with pytest.raises(kind) as caught:
+        SMALL.to_tokens(np.array([ids]))
+    assert type(caught.value) is kind
+    assert message in str(caught.value)
+
+
+def test_a_sequence_without_a_token_is_too_short() -> None:
+    with pytest.raises(SequenceTooShortError, match="expected at least 1, one whole token"):
+        SMALL.to_tokens(np.array([[2, 200, 200, 200]]), partial="prefix")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_tokens": 0}, "num_tokens is 0; expected an int of at least 1"),
+        ({"vocabulary": 1}, "vocabulary is 1; expected an int of at least 2"),
+        ({"vocabulary": 2**31 + 1}, r"expected at most 2\^31"),
+        ({"special_ids": (("eos", 107),)}, r"'eos' is 107, which is the token 7: tokens have 100 \.\.\. 115"),
+        ({"offset": 2**63}, "beyond int64"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(VocabularyError, match=message):
+        dataclasses.replace(SMALL, **changed)
+
+
+def test_tokens_of_another_shape_or_value_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match=r"\[B, L\] = \[B, 4\]: for the first l tokens"):
+        SMALL.to_ids(np.zeros((1, 3), np.int32))
+    with pytest.raises(InvalidInputError, match=r"tokens\[0, 2\] is 16; expected 0 \.\.\. 15"):
+        SMALL.to_ids(np.array([[0, 0, 16, 0]], np.int32))
+
+
+def test_it_is_made_for_its_tokenizer(tokenizer: ActionTokenizer) -> None:
+    found = TokenVocabulary.for_tokenizer(tokenizer, offset=32000, special_ids={"eos": 2})
+    assert found == ChunkVocabulary(SIZES.num_tokens, 256, 32000, (("eos", 2),), tokenizer.fingerprint)
+    tokens = tokenizer.encode(np.zeros((2, SIZES.chunk_length, SIZES.action_dim), np.float32))
+    part = found.to_tokens(found.to_ids(tokens)[:, :5], partial="prefix")
+    np.testing.assert_array_equal(tokenizer.decode(part.tokens), tokenizer.decode(tokens[:, :5]))
+    with pytest.raises(InvalidInputError, match=r"for_tokenizer gives the one that fits"):
+        TokenVocabulary.from_tokenizer(tokenizer)
+
+
+def test_per_step_tokens_have_the_other_vocabulary(bundle: Path) -> None:
+    with ActionTokenizer.load(bundle) as tokenizer:
+        assert TokenVocabulary.for_tokenizer(tokenizer, offset=5) == TokenVocabulary.from_tokenizer(tokenizer, offset=5)
+        with pytest.raises(InvalidInputError, match=r"for_tokenizer gives the one that fits"):
+            ChunkVocabulary.from_tokenizer(tokenizer)
+
+
+def test_it_goes_through_json_and_pickle() -> None:
+    assert pickle.loads(pickle.dumps(SMALL)) == SMALL  # noqa: S301  # made here
+    assert ChunkVocabulary(**json.loads(json.dumps(dataclasses.asdict(SMALL)))) == SMALL
