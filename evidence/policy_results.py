@@ -61,7 +61,7 @@ def parts(results: PolicyResults) -> dict[str, Part]:
     sentences = tuple(
         f"{found.claim}: {'yes' if found.holds else '**no**'}; {found.measured}" for found in findings(results)
     )
-    return {"policies": table(results), "policy prefixes": prefix_table(results), "policy findings": sentences}
+    return {"policies": table(results), "policy findings": sentences, "policy prefixes": prefix_table(results)}
 
 
 def findings(results: PolicyResults) -> tuple[Finding, ...]:
@@ -109,9 +109,9 @@ def prefix_table(results: PolicyResults) -> Table:
     rows = []
     for report in reports:
         found = {prefix.tokens: number(prefix.policy_mse) for prefix in report.prefixes}
-        row = {"what a policy says": report.name, "policy": report.policy}
-        rows.append(row | {str(count): found.get(count, _NONE) for count in counts})
-    return Table.of("MSE of the policy from the first tokens alone, normalised units²", rows)
+        rows.append((report.name, report.policy, *(found.get(count, _NONE) for count in counts)))
+    header = ("what a policy says", "policy", *map(str, counts))
+    return Table("MSE of the policy from the first tokens alone, normalised units²", header, tuple(rows))
 
 
 def _by_name(reports: Iterable[PolicyReport]) -> list[list[PolicyReport]]:
