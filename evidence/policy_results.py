@@ -61,7 +61,22 @@ def parts(results: PolicyResults) -> dict[str, Part]:
     sentences = tuple(
         f"{found.claim}: {'yes' if found.holds else '**no**'}; {found.measured}" for found in findings(results)
     )
-    return {"policies": table(results), "policy findings": sentences, "policy prefixes": prefix_table(results)}
+    return {
+        "policies judged": _judged(results),
+        "policies": table(results),
+        "policy findings": sentences,
+        "policy prefixes": prefix_table(results),
+    }
+
+
+def _judged(results: PolicyResults) -> str:
+    """On what, and how often."""
+    counts = sorted({len(report.whole.policy_mse.values) for report in results.reports})
+    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    return (
+        f"Trained on one {results.device} with {seeds} seeds each, and judged on the {results.judged} episodes of "
+        f"{results.source}."
+    )
 
 
 def findings(results: PolicyResults) -> tuple[Finding, ...]:

@@ -69,6 +69,7 @@ def test_results_are_there_before_all_is_done_and_stay_as_they_are_in_a_file(stu
     study.add(4, 0, own(study, 4))
     results = study.results(SMALL, "CPU")
     assert [len(report.whole.policy_mse.values) for report in results.reports] == [2, 1]
+    assert "with 1 to 2 seeds each" in str(parts(results)["policies judged"])
     results.write(tmp_path / "policies.json")
     assert PolicyResults.read(tmp_path / "policies.json") == results
 
