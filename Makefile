@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 BUNDLE := build/bundle
-CHUNK_BUNDLE := build/chunk_bundle
+CHUNK_BUNDLE := build/chunk
 comma := ,
 
 # What a build needs, and what tests, checks and measurements need beside. TensorRT-RTX wheels exist for Linux on x86-64

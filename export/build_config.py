@@ -21,7 +21,7 @@ _LONGEST_CHUNK = 1024
 _MOST_PARITY_STEPS = 10**9
 
 
-_FOLDERS = {TokenKind.STEP: Path("build/bundle"), TokenKind.CHUNK: Path("build/chunk_bundle")}
+_FOLDERS = {TokenKind.STEP: Path("build/bundle"), TokenKind.CHUNK: Path("build/chunk")}
 #: Settings that a kind of tokens has no use for.
 _UNUSED = {
     TokenKind.STEP: ("chunk",),
@@ -35,7 +35,7 @@ class BuildConfig:
 
     kind: None for that of the checkpoint, or per-step tokens; checkpoint: None for the embedded one, or for chunk
     tokens that are fitted to the data, as `chunk` says. output: None for build/bundle, or
-    build/chunk_bundle of chunk tokens; chunk_length: None for 8.
+    build/chunk of chunk tokens; chunk_length: None for 8.
     prefixes: None for 3 where the model has as many layers, and L; backends: None for ONNX Runtime, on the GPU too
     where it can, every TensorRT that is installed, and C where there is a compiler; conditioning: None for
     `calibrated` with a robust checkpoint and `none` with a naive one; use_layernorm: for files that do not say it;

@@ -72,7 +72,7 @@ def parser() -> CommandParser:
     ):
         parser.add_argument(f"--{name}", type=int, metavar="X", help=f"of a fit of chunk tokens: {text}")
     parser.add_argument("--order", choices=_ORDERS, help="of a fit of chunk tokens: of the first bits; default: own")
-    parser.add_output("folder of the bundle; default: build/bundle, of chunk tokens build/chunk_bundle")
+    parser.add_output("folder of the bundle; default: build/bundle, of chunk tokens build/chunk")
     parser.refuse_former(
         "--bundle",
         f"{command('build', '--output DIR')} writes a bundle, and {command('build', '--from-bundle DIR')} adds to one",

@@ -17,6 +17,7 @@ from rfsq.rfsq_ref.normaliser import Normaliser, normaliser_from_json
 from rfsq.rfsq_ref.own_format import (
     FORMATS,
     SUFFIX,
+    TRAIN,
     check_hash,
     parse_header,
     read_content,
@@ -145,7 +146,7 @@ def load_checkpoint(
     >>> checkpoint.config.num_layers, checkpoint.trained_with.value
     (8, 'dynamic')
     """
-    path, content = read_content(path, f"train one with {quoted('train')}")
+    path, content = read_content(path, TRAIN)
     metadata: Mapping[str, str] = {}
     if path.suffix == SUFFIX:
         tensors, metadata = read_safetensors(content, path)

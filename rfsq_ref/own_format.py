@@ -18,9 +18,12 @@ from torch import Tensor
 from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.rfsq_ref.settings import TokenKind
 from rfsq.rfsq_ref.tensor_files import hash_tensors, load_safetensors, other_format
+from rfsq.runtime.bundle.advice import quoted
 from rfsq.runtime.bundle.paths import as_path, replacing, shown
 from rfsq.runtime.bundle.reading import UnfitFileError, parse_json, read_file
 
+#: How to come by a checkpoint.
+TRAIN = f"train one with {quoted('train')}"
 #: What the metadata call the header.
 FORMATS = {TokenKind.STEP: "rfsq-checkpoint", TokenKind.CHUNK: "rfsq-chunk-checkpoint"}
 FORMAT_VERSION = 1
@@ -40,7 +43,7 @@ def token_kind(path: str | os.PathLike[str]) -> TokenKind:
     >>> token_kind(ROBUST_CHECKPOINT).value
     'step'
     """
-    path, content = read_content(path, "")
+    path, content = read_content(path, TRAIN)
     metadata = read_safetensors(content, path)[1] if path.suffix == SUFFIX else {}
     return TokenKind.CHUNK if FORMATS[TokenKind.CHUNK] in metadata else TokenKind.STEP
 

@@ -109,7 +109,9 @@ def quickened(command: str) -> str:
     if "bench.py" in command:
         return f"{command} --backend c"
     if "--kind chunk" in command:
-        return f"{command} --classes 8"
+        command += " --classes 8"
+        # Of `make engine` there is one already.
+        command += " --overwrite" if "build_engine.py" in command else ""
     if "train.py" in command:
         return f"{command} --epochs 20"
     if "build_engine.py" not in command or "--from-bundle" in command:

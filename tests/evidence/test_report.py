@@ -70,7 +70,7 @@ def test_any_robots_file_gives_a_report(
     write(tmp_path / name, robot_dataset(action_dim))  # type: ignore[operator]
     _leave_out_gauss_newton(monkeypatch)
     # Drawing takes long, and does not depend on the file's format: the script below draws.
-    monkeypatch.setattr("rfsq.evidence.report.figures", lambda _: {})
+    monkeypatch.setattr("rfsq.evidence.report.figures", lambda *_: {})
     arguments = [
         "--data",
         tmp_path / name,
@@ -195,7 +195,7 @@ def test_the_script_runs_from_anywhere_with_workers(tmp_path: Path) -> None:
 def test_page_and_figures_are_drawn_anew_from_the_results_that_git_keeps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("comparison.json", "calibration.json", "rollout.json"):
+    for name in ("comparison.json", "calibration.json", "chunks.json", "rollout.json"):
         (tmp_path / name).write_bytes((ROOT / "docs" / "results" / name).read_bytes())
     assert main(["--report-only", "--output", str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

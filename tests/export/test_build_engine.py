@@ -24,7 +24,7 @@ import torch
 from rfsq.calibration.fitting import calibrate
 from rfsq.calibration.readout import held_out_warning
 from rfsq.calibration.settings import CalibrationConfig, ReadoutChoice, ReadoutConfig, RecoveredConfig
-from rfsq.export import engines, pipeline, sources
+from rfsq.export import engines, pipeline, sources, step_tokens
 from rfsq.export.build_config import BuildConfig
 from rfsq.export.build_engine import config_of, main, parser, verdict
 from rfsq.export.c_builder import find_compiler
@@ -761,12 +761,12 @@ def test_c_asked_for_without_a_compiler_is_refused(
 def test_c_that_leaves_the_reference_turns_the_gates_red(
     small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    generate = pipeline.c_tokenizer
+    generate = step_tokens.c_tokenizer
 
     def wrong(encoder, decoders, *stated):
         return generate(crooked(encoder), [lean(decoder) for decoder in decoders], *stated)
 
-    monkeypatch.setattr(pipeline, "c_tokenizer", wrong)
+    monkeypatch.setattr(step_tokens, "c_tokenizer", wrong)
     arguments = ["--checkpoint", str(small), "--output", str(tmp_path / "bundle"), "--parity-steps", str(STEPS)]
     assert main([*arguments, "--backends", "c"]) == 1
     captured = capsys.readouterr()
@@ -830,9 +830,9 @@ def crooked(plan):
 
 @pytest.fixture
 def perturbed(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, decoder = pipeline.encoder_graph, pipeline.decoder_graph
-    monkeypatch.setattr(pipeline, "encoder_graph", lambda plan, form: encoder(crooked(plan), form))
-    monkeypatch.setattr(pipeline, "decoder_graph", lambda plan, form: decoder(lean(plan), form))
+    encoder, decoder = step_tokens.encoder_graph, step_tokens.decoder_graph
+    monkeypatch.setattr(step_tokens, "encoder_graph", lambda plan, form: encoder(crooked(plan), form))
+    monkeypatch.setattr(step_tokens, "decoder_graph", lambda plan, form: decoder(lean(plan), form))
 
 
 def build_arguments(output: Path) -> list[str]:

@@ -129,7 +129,7 @@ def test_the_command_reads_all_settings_of_a_fit() -> None:
     assert isinstance(config, BuildConfig)
     assert config.chunk == ChunkConfig(classes=16, vocabulary=64, tokens=75, order=BitOrder.SHARED)
     assert (config.kind, config.chunk_length, config.folder) == (TokenKind.CHUNK, 4, Path("x"))
-    assert BuildConfig(kind=TokenKind.CHUNK).folder == Path("build/chunk_bundle")
+    assert BuildConfig(kind=TokenKind.CHUNK).folder == Path("build/chunk")
 
 
 def test_the_generated_c_stands_beside_the_graphs(bundle: Path) -> None:

@@ -87,6 +87,11 @@ OTHERS = {
     "--chunk-length": ["4"],
     "--compute-capabilities": ["8.9"],
     "--parity-steps": ["7"],
+    "--kind": ["chunk"],
+    "--classes": ["8"],
+    "--vocabulary": ["64"],
+    "--tokens": ["9"],
+    "--order": ["shared"],
 }
 
 
