@@ -103,8 +103,17 @@ class Study:
             for part in (split.train, split.validation)
         )
         self._trained = {each: each.encode(self._train) for each in tokens}
-        self._own = {each: each.encode(self.judged) for each in tokens}
+        self._own = {each: self._own_prefixes(each) for each in tokens}
         self._errors: dict[int, dict[int, tuple[float, ...]]] = {}
+
+    def _own_prefixes(self, tokens: PolicyTokens) -> list[PrefixReport]:
+        """What the recorded actions' own tokens are worth, as if a policy said them."""
+        own = tokens.encode(self.judged)
+        found = []
+        for count in tokens.prefixes:
+            error = self._error(tokens.decode(own[:, :count]))
+            found.append(PrefixReport(count, tokens.bits(own[:, :count]) / CHUNK_LENGTH, error, Spread.of([error])))
+        return found
 
     def jobs(self, config: PolicyConfig, seeds: Sequence[int], devices: Sequence[str]) -> list[PolicyJob]:
         """Seed by seed, so that a study that was stopped has all rows; the longest first."""
@@ -160,16 +169,10 @@ class Study:
     def _report(self, place: int, found: Mapping[int, tuple[float, ...]]) -> PolicyReport:
         tokens = self.entries[place].tokens
         assert tokens is not None
-        own = self._own[tokens]
         over_seeds = zip(*(found[seed] for seed in sorted(found)), strict=True)
         prefixes = tuple(
-            PrefixReport(
-                tokens=count,
-                bits_per_step=tokens.bits(own[:, :count]) / CHUNK_LENGTH,
-                token_mse=self._error(tokens.decode(own[:, :count])),
-                policy_mse=Spread.of(errors),
-            )
-            for count, errors in zip(tokens.prefixes, over_seeds, strict=True)
+            replace(own, policy_mse=Spread.of(errors))
+            for own, errors in zip(self._own[tokens], over_seeds, strict=True)
         )
         return PolicyReport(tokens.name, self.entries[place].policy, tokens.vocabulary, prefixes)
 
