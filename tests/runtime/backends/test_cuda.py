@@ -89,8 +89,8 @@ def test_chunks_of_chunk_tokens_take_blocks_and_many_of_them_share_some() -> Non
     encoder, decoder = chunk_functions_of(library)[:2]
     assert launched(encoder, 512, library) == ("encode_int32_few", 512)
     assert launched(encoder, 513, library) == ("encode_int32_many", 65)
-    assert launched(decoder, 2**15, library) == ("decode_l9_int32_few", 2**15)
-    assert launched(decoder, 2**15 + 1, library) == ("decode_l9_int32_many", 33)
+    assert launched(decoder, 2**16, library) == ("decode_l9_int32_few", 2**16)
+    assert launched(decoder, 2**16 + 1, library) == ("decode_l9_int32_many", 65)
     assert list(variants_of(chunk_functions_of(library))) == [
         "many steps",
         "uint16 tokens",
