@@ -12,7 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rfsq.calibration.chunk_windows import Episodes, batches, normalised, windows
-from rfsq.rfsq_ref.chunk_code import MOST_BITS, WIDTH, ChunkCode, ChunkConstants, ChunkSizes, cell_middles, gain_range
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS
+from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkConstants, ChunkSizes, cell_middles, gain_range
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.settings import check_positive, check_seed

@@ -18,7 +18,8 @@ from rfsq.evidence.networks import ChunkNetwork, NetworkRecipe, train_network
 from rfsq.evidence.oat import OatConfig, OatNetwork
 from rfsq.evidence.policies import NOTHING
 from rfsq.evidence.schemes import BinCodec, BinRange, fit_bins
-from rfsq.rfsq_ref.chunk_code import ChunkCode, ChunkSizes, binary, number
+from rfsq.rfsq_ref.chunk_bits import binary, number
+from rfsq.rfsq_ref.chunk_code import ChunkCode, ChunkSizes
 from rfsq.rfsq_ref.data import ActionDataset, EpisodeSplit
 
 #: Chunk tokens are judged at these numbers of tokens, and all of them.

@@ -12,7 +12,7 @@ from rfsq.export.c_builder import C_FLAGS
 from rfsq.export.c_source import Array, CTokenizer, IntArray, filled, number, table
 from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan
 from rfsq.export.errors import BuildInputError
-from rfsq.rfsq_ref.chunk_code import MOST_BITS
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.runtime.bundle.backend_specs import BACKENDS
 
 #: Numbers in the tables. GCC takes 4 seconds and a gigabyte for so many; a source of 60 MB is what people still open.

@@ -13,7 +13,7 @@ import numpy as np
 from rfsq.export.c_source import Array, IntArray, filled, number, table
 from rfsq.export.chunk_c_source import at_budgets, check_size, most_ranks, padded, sure_cost
 from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan
-from rfsq.rfsq_ref.chunk_code import MOST_BITS
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.runtime.bundle.manifest import CHUNKS_OF_BLOCK, TOKEN_TYPES, KernelKind, TokenType, kernel_name, token_types
 
 _WARP = 32

@@ -3,7 +3,9 @@
 import numpy as np
 
 from rfsq.export.chunk_builder import ChunkBuilder, powers
-from rfsq.rfsq_ref.chunk_code import BLOCK_BITS, BLOCK_VALUES, MOST_BITS, ChunkSizes
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS
+from rfsq.rfsq_ref.chunk_code import ChunkSizes
+from rfsq.rfsq_ref.chunk_escape import BLOCK_BITS, BLOCK_VALUES
 
 #: What each digit of a word counts: 81, 27, 9, 3, 1.
 _TERNARY = 3.0 ** np.arange(BLOCK_VALUES - 1, -1, -1)

@@ -16,7 +16,9 @@ from rfsq.export.chunk_builder import ChunkBuilder, powers
 from rfsq.export.chunk_escape import escape_chunks, escape_digits, num_blocks
 from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan
 from rfsq.export.graph_builder import LinearForm, batched
-from rfsq.rfsq_ref.chunk_code import BLOCK_BITS, MOST_BITS, ChunkSizes, ranks
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS
+from rfsq.rfsq_ref.chunk_code import ChunkSizes, ranks
+from rfsq.rfsq_ref.chunk_escape import BLOCK_BITS
 from rfsq.runtime.bundle.arrays import Float32Array
 
 #: The dynamic axis of tokens: how many of each chunk are decoded.

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkSizes, escape_bound
+from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkSizes
+from rfsq.rfsq_ref.chunk_escape import escape_bound
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.runtime.bundle.arrays import Float32Array
 

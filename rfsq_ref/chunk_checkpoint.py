@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rfsq.rfsq_ref.chunk_code import MOST_BITS, ChunkConstants, ChunkSizes
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS
+from rfsq.rfsq_ref.chunk_code import ChunkConstants, ChunkSizes
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.errors import CheckpointError, SettingsError
 from rfsq.rfsq_ref.normaliser import Normaliser

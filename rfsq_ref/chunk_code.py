@@ -12,16 +12,14 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS, binary, number
+from rfsq.rfsq_ref.chunk_escape import escape_bound, escape_decode, escape_encode
 from rfsq.rfsq_ref.errors import SettingsError
 from rfsq.runtime.bundle.paths import shown
 
 #: The compander maps z to tanh(z / (WIDTH s)), s the standard deviation of a latent: the density of levels that a
 #: Gaussian latent wants is near enough to its derivative.
 WIDTH = 2.2
-#: No latent gets more bits: 2^-18 is what float32 resolves of a companded latent.
-MOST_BITS = 18
-#: A block of the escape code: so many values with three levels each, 243 of the 256 words of eight bits.
-BLOCK_VALUES, BLOCK_BITS = 5, 8
 _LIMITS = {
     "action_dim": (1, 64),
     "chunk_length": (1, 64),
@@ -316,76 +314,6 @@ def ranks(order: Tensor, num_latents: int) -> Tensor:
     """How many bits the latent of each entry of order [C, j] has got before: [C, j]."""
     chosen = torch.nn.functional.one_hot(order, num_latents)
     return (chosen.cumsum(dim=1) - chosen).gather(-1, order.unsqueeze(-1)).squeeze(-1)
-
-
-def number(bits: Tensor) -> Tensor:
-    """Bits [..., n], the highest first, to the number [...] that they spell."""
-    places = torch.arange(bits.shape[-1] - 1, -1, -1, device=bits.device)
-    return (bits.long() << places).sum(dim=-1)
-
-
-def binary(numbers: Tensor, length: int) -> Tensor:
-    """The inverse of `number`: [..., length]."""
-    return numbers.unsqueeze(-1) >> torch.arange(length - 1, -1, -1, device=numbers.device) & 1
-
-
-# Escape -------------------------------------------------------------------------------------------------------------
-
-
-def escape_levels(num_bits: int, num_values: int) -> Tensor:
-    """How many levels each value [N] of an escaped chunk has in so many code bits: first three, then twice as many for
-    each further bit, value by value."""
-    blocks = min(max(num_bits, 0) // BLOCK_BITS, -(-num_values // BLOCK_VALUES))
-    ternary = min(blocks * BLOCK_VALUES, num_values)
-    levels = torch.ones(num_values, dtype=torch.long)
-    levels[:ternary] = 3
-    if ternary == num_values:
-        more = max(num_bits - blocks * BLOCK_BITS, 0)
-        each, rest = divmod(more, num_values)
-        doubled = torch.full((num_values,), min(each, MOST_BITS))
-        doubled[:rest] = min(each + 1, MOST_BITS)
-        levels <<= doubled
-    return levels
-
-
-def escape_bound(num_bits: int, num_values: int) -> float:
-    """The most by which an escaped value in [-1, 1] errs: half a step of the coarsest grid."""
-    return 1 / int(escape_levels(num_bits, num_values).min())
-
-
-def escape_encode(chunks: Tensor, num_bits: int) -> Tensor:
-    """Chunks [B, N], values outside [-1, 1] at its ends, to code bits [B, num_bits]; those left over are 0."""
-    count, num_values = chunks.shape
-    # Multiplied before anything is added, which is exact for every float32.
-    half = 3 * 2 ** (MOST_BITS - 1)
-    cells = (torch.floor(chunks.double().clamp(-1, 1) * half).long() + half).clamp(max=2 * half - 1)
-    blocks = -(-num_values // BLOCK_VALUES)
-    ternary = torch.zeros(count, blocks * BLOCK_VALUES, dtype=torch.long, device=chunks.device)
-    ternary[:, :num_values] = cells >> MOST_BITS
-    weights = 3 ** torch.arange(BLOCK_VALUES - 1, -1, -1, device=chunks.device)
-    words = (ternary.reshape(count, blocks, BLOCK_VALUES) * weights).sum(dim=-1)
-    finer = binary(cells & (2**MOST_BITS - 1), MOST_BITS).transpose(1, 2).flatten(1)
-    code = torch.cat((binary(words, BLOCK_BITS).flatten(1), finer), dim=1)[:, :num_bits]
-    return torch.nn.functional.pad(code, (0, num_bits - code.shape[1]))
-
-
-def escape_decode(code: Tensor, num_values: int) -> Tensor:
-    """Code bits [B, j] to chunks float64 [B, N]: the middle of the cell that each value is in, 0 before its first."""
-    count, length = code.shape
-    levels = escape_levels(length, num_values).to(code.device)
-    blocks = min(length // BLOCK_BITS, -(-num_values // BLOCK_VALUES))
-    # Words that no chunk has decode as the last one that a chunk may have.
-    words = number(code[:, : blocks * BLOCK_BITS].reshape(count, blocks, BLOCK_BITS)).clamp(max=3**BLOCK_VALUES - 1)
-    weights = 3 ** torch.arange(BLOCK_VALUES - 1, -1, -1, device=code.device)
-    cells = torch.zeros(count, num_values, dtype=torch.long, device=code.device)
-    ternary = (words.unsqueeze(-1) // weights % 3).flatten(1)[:, :num_values]
-    cells[:, : ternary.shape[1]] = ternary
-    if int(levels.min()) >= 3:
-        finer = code[:, blocks * BLOCK_BITS :][:, : num_values * MOST_BITS]
-        for start in range(0, finer.shape[1], num_values):
-            bits = finer[:, start : start + num_values]
-            cells[:, : bits.shape[1]] = 2 * cells[:, : bits.shape[1]] + bits
-    return (2 * cells + 1).double() / levels - 1
 
 
 @cache

@@ -5,15 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rfsq.rfsq_ref.chunk_code import (
-    BLOCK_BITS,
-    BLOCK_VALUES,
-    MOST_BITS,
-    ChunkCode,
-    binary,
-    escape_levels,
-    number,
-)
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS, binary, number
+from rfsq.rfsq_ref.chunk_code import ChunkCode
+from rfsq.rfsq_ref.chunk_escape import BLOCK_BITS, BLOCK_VALUES, escape_levels
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.chunk_rounding import Chunks, choice, latents_of, normalised_chunks
 from rfsq.runtime.bundle.arrays import IntegerArray

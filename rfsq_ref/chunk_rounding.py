@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rfsq.rfsq_ref.chunk_code import MOST_BITS, WIDTH, ChunkCode, escape_bound
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS
+from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode
+from rfsq.rfsq_ref.chunk_escape import escape_bound
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.rounding import DEVIATIONS, FUNCTION, UNDERFLOW, UNIT, summation_variance
 

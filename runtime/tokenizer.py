@@ -12,7 +12,7 @@ import numpy as np
 from .backends.contract import MOST_CHUNKS, Backend, BoundCall, GpuArrayLike
 from .backends.registry import GPU_BACKENDS, select_backend
 from .bundle.arrays import Codes, Float32Array, Int32Array
-from .bundle.errors import CannotCopyError, FingerprintError, IllegalValueError, InvalidInputError, TokenizerError
+from .bundle.errors import CannotCopyError, IllegalValueError, InvalidInputError, TokenizerError
 from .bundle.fidelity import Grade
 from .bundle.folder import open_bundle
 from .bundle.manifest import GOLDEN_NAME, Manifest
@@ -27,7 +27,8 @@ _LOG = logging.getLogger(__name__)
 
 
 class ActionTokenizer:
-    """A bundle, opened and verified. B is any batch size, 0 included; T, A, D, L and K are the model's.
+    """A bundle, opened and verified. B is any batch size, 0 included; T, A, D, L and K are the model's. Chunk tokens
+    are int32 [B, L] (uint16 too, in place of uint8) wherever [B, T, D, L] stands below.
 
     Actions are in physical units. Every method may be called from any thread. Wrong input raises InvalidInputError
     before anything is computed or written; a library that fails while it runs raises InferenceError.
@@ -81,10 +82,13 @@ class ActionTokenizer:
         if not isinstance(backend, str):
             raise InvalidInputError(f"backend is {backend!r:.60}; expected a name such as 'auto' or 'onnxruntime'")
         bundle = open_bundle(path)
-        _check_fingerprint(bundle.manifest.fingerprint, expect_fingerprint)
+        if expect_fingerprint is not None:
+            # Here, as below, so that a load without it does not import it.
+            from .bundle.compatibility import check_fingerprint
+
+            check_fingerprint(bundle.manifest.fingerprint, expect_fingerprint)
         golden = None
         if verify:
-            # Here, as below, so that a load without it does not import it.
             from .bundle.golden import read_golden
 
             golden = read_golden(bundle.content(GOLDEN_NAME), bundle.manifest.model)
@@ -198,8 +202,7 @@ class ActionTokenizer:
     ) -> None:
         """Like `encode`, into C-contiguous int32 [B, T, D, L] and, for `dynamic` bundles, float32 [B, T, L, 2].
 
-        Allocates no array after the first call with a batch size where actions are C-contiguous float32: only numpy's
-        and Python's small change, about 1 KB whatever the batch.
+        Allocates no array after the first call with a batch size where actions are C-contiguous float32.
         """
         if stats_out is None and self._encoded.is_of(actions, out):
             # Their forms were checked a call ago.
@@ -211,7 +214,7 @@ class ActionTokenizer:
             self._on_gpu().encode_into(actions, out, stats_out, stream)
             return
         valid = self._validator.actions(actions, unchecked=self._unchecked_chunks)
-        # The array as it was given: a copy that validation made shares no memory with anything.
+        # As it was given: a copy that validation made shares no memory with anything.
         source = cast(Float32Array, actions)
         tokens = self._validator.output("out", out, np.int32, self._model.tokens_shape(len(valid)), source)
         stats = None
@@ -258,8 +261,7 @@ class ActionTokenizer:
     def decode_into(self, tokens: object, out: object, stats: object | None = None, *, stream: object = None) -> None:
         """Like `decode`, into C-contiguous float32 [B, T, A].
 
-        Allocates no array after the first call with a batch size where tokens are C-contiguous int32: only numpy's
-        and Python's small change, about 1 KB whatever the batch.
+        Allocates no array after the first call with a batch size where tokens are C-contiguous int32.
         """
         if stats is None and self._decoded.is_of(tokens, out):
             # Their forms were checked a call ago.
@@ -390,16 +392,3 @@ _OPENED = frozenset(
         *("_encoded", "_decoded", "_last_encoded", "_last_decoded", "_gpu_calls", "_is_closed"),
     }
 )
-
-
-def _check_fingerprint(found: str, expected: str | None) -> None:
-    if expected is None:
-        return
-    from .bundle.compatibility import integration_paths, matches_fingerprint
-
-    if not matches_fingerprint(found, expected):
-        raise FingerprintError(
-            f"the bundle's fingerprint is {found!r}, expected {expected!r}: its tokens mean something else than those "
-            "the policy was trained on, or become other actions; load the bundle that belongs to the policy. Or:\n"
-            f"{integration_paths()}"
-        )

@@ -13,8 +13,9 @@ from rfsq.export.c_builder import compile_c
 from rfsq.export.chunk_reference import ChunkReference
 from rfsq.export.chunk_tokens import ChunkTokens
 from rfsq.export.sources import BuildData
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint
-from rfsq.rfsq_ref.chunk_code import MOST_BITS, ChunkConstants, ChunkSizes, gain_range
+from rfsq.rfsq_ref.chunk_code import ChunkConstants, ChunkSizes, gain_range
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.settings import NormaliserKind

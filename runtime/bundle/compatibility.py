@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from .advice import command, page
 from .checkpoint_layouts import recorded_checkpoint, recorded_hashes
-from .errors import IncompatibleTokensError, InvalidInputError
+from .errors import FingerprintError, IncompatibleTokensError, InvalidInputError
 from .manifest import GRAPH_FORMS, Manifest
 from .models import ModelEntry, StepModel
 
@@ -73,6 +73,16 @@ def matches_fingerprint(found: str, expected: object) -> bool:
             "hexadecimal digits in lower case, as `tokenizer.fingerprint` gives it: fewer fit too many tokenizers"
         )
     return found.startswith(expected)
+
+
+def check_fingerprint(found: str, expected: str) -> None:
+    """Raises FingerprintError for another tokenizer, InvalidInputError for what is no fingerprint."""
+    if not matches_fingerprint(found, expected):
+        raise FingerprintError(
+            f"the bundle's fingerprint is {found!r}, expected {expected!r}: its tokens mean something else than those "
+            "the policy was trained on, or become other actions; load the bundle that belongs to the policy. Or:\n"
+            f"{integration_paths()}"
+        )
 
 
 def compare_manifests(old: Manifest, new: Manifest) -> Compatibility:

@@ -18,7 +18,8 @@ from rfsq.calibration.chunk import (
     shared_bits,
 )
 from rfsq.calibration.chunk_windows import windows
-from rfsq.rfsq_ref.chunk_code import MOST_BITS, ChunkCode, ChunkSizes
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS
+from rfsq.rfsq_ref.chunk_code import ChunkCode, ChunkSizes
 from rfsq.rfsq_ref.data import EpisodeSplit
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.normaliser import Normaliser

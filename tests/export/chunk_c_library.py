@@ -15,7 +15,8 @@ from torch import Tensor
 from rfsq.export.c_builder import HEADER_NAME, SOURCE_NAME
 from rfsq.export.chunk_c_source import c_chunk_tokenizer
 from rfsq.export.chunk_plan import plan_chunk_code
-from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkSizes, escape_bound, escape_encode
+from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkSizes
+from rfsq.rfsq_ref.chunk_escape import escape_bound, escape_encode
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.settings import NormaliserKind

@@ -18,12 +18,8 @@ from rfsq.export.c_builder import C_FLAGS, HEADER_NAME, SOURCE_NAME
 from rfsq.export.chunk_c_source import c_chunk_tokenizer
 from rfsq.export.chunk_plan import ACTION_LIMIT, plan_chunk_code
 from rfsq.export.errors import BuildInputError
-from rfsq.rfsq_ref.chunk_code import (
-    MOST_BITS,
-    WIDTH,
-    ChunkConstants,
-    ChunkSizes,
-)
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS
+from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkConstants, ChunkSizes
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.data import EpisodeSplit
 from rfsq.runtime.backends.cpu_targets import host_targets

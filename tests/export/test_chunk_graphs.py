@@ -18,15 +18,9 @@ from rfsq.export.chunk_plan import ACTION_LIMIT, plan_chunk_code
 from rfsq.export.engines import Profile, build_engine, differences, inspect_engine
 from rfsq.export.graph_builder import BATCH, IR_VERSION, OPSET, LinearForm, batched
 from rfsq.export.parity import check_graph
-from rfsq.rfsq_ref.chunk_code import (
-    BLOCK_BITS,
-    BLOCK_VALUES,
-    MOST_BITS,
-    ChunkConstants,
-    ChunkSizes,
-    binary,
-    escape_encode,
-)
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS, binary
+from rfsq.rfsq_ref.chunk_code import ChunkConstants, ChunkSizes
+from rfsq.rfsq_ref.chunk_escape import BLOCK_BITS, BLOCK_VALUES, escape_encode
 from rfsq.rfsq_ref.chunk_judging import judge_chunk_tokens
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.data import EpisodeSplit

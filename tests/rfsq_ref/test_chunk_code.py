@@ -9,18 +9,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rfsq.rfsq_ref.chunk_code import (
-    BLOCK_BITS,
-    BLOCK_VALUES,
-    MOST_BITS,
-    WIDTH,
-    ChunkCode,
-    ChunkConstants,
-    ChunkSizes,
-    escape_bound,
-    escape_decode,
-    escape_encode,
-)
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS
+from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkConstants, ChunkSizes
+from rfsq.rfsq_ref.chunk_escape import BLOCK_BITS, BLOCK_VALUES, escape_bound, escape_decode, escape_encode
 from rfsq.rfsq_ref.errors import SettingsError
 from tests.chunk_bundles import random_constants
 

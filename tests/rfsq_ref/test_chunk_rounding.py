@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rfsq.calibration.chunk import fit_chunk_code
 from rfsq.calibration.chunk_windows import windows
-from rfsq.rfsq_ref.chunk_code import MOST_BITS, ChunkCode, ChunkConstants, ChunkSizes
+from rfsq.rfsq_ref.chunk_bits import MOST_BITS
+from rfsq.rfsq_ref.chunk_code import ChunkCode, ChunkConstants, ChunkSizes
 from rfsq.rfsq_ref.chunk_judging import chunk_token_bounds, judge_chunk_tokens
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.chunk_rounding import Chunks, choice, cost_interval, keep_excess, latents_of, normalised_chunks

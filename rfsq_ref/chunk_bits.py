@@ -1,0 +1,18 @@
+"""Numbers as bits, the highest first, as chunk tokens have them."""
+
+import torch
+from torch import Tensor
+
+#: No latent gets more bits: 2^-18 is what float32 resolves of a companded latent.
+MOST_BITS = 18
+
+
+def number(bits: Tensor) -> Tensor:
+    """Bits [..., n], the highest first, to the number [...] that they spell."""
+    places = torch.arange(bits.shape[-1] - 1, -1, -1, device=bits.device)
+    return (bits.long() << places).sum(dim=-1)
+
+
+def binary(numbers: Tensor, length: int) -> Tensor:
+    """The inverse of `number`: [..., length]."""
+    return numbers.unsqueeze(-1) >> torch.arange(length - 1, -1, -1, device=numbers.device) & 1
