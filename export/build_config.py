@@ -23,10 +23,7 @@ _MOST_PARITY_STEPS = 10**9
 
 _FOLDERS = {TokenKind.STEP: Path("build/bundle"), TokenKind.CHUNK: Path("build/chunk")}
 #: Settings that a kind of tokens has no use for.
-_UNUSED = {
-    TokenKind.STEP: ("chunk",),
-    TokenKind.CHUNK: ("conditioning", "use_layernorm", "weights", "normaliser", "readout", "prefixes"),
-}
+_UNUSED = {TokenKind.CHUNK: ("conditioning", "use_layernorm", "weights", "normaliser", "readout", "prefixes")}
 
 
 @dataclass(frozen=True)
@@ -86,8 +83,9 @@ class BuildConfig:
     @cached_property
     def folder(self) -> Path:
         """Where the bundle is to be. Raises as `token_kind`."""
-        return self.output or _FOLDERS[self.token_kind()]
+        return self.output or _FOLDERS[self.token_kind]
 
+    @cached_property
     def token_kind(self) -> TokenKind:
         """The kind that is asked for, or that of the checkpoint.
 
@@ -96,10 +94,22 @@ class BuildConfig:
         kind = self.kind
         if kind is None:
             kind = TokenKind.STEP if self.checkpoint is None else token_kind(self.checkpoint)
-        given = {name for name in _UNUSED[kind] if getattr(self, name) != getattr(BuildConfig, name, None)}
-        if kind is TokenKind.CHUNK and self.checkpoint is not None and self.chunk_length is not None:
-            given.add("chunk_length")
-        if given:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given))
-            raise BuildInputError(f"{flags} given, which kind {kind.value!r} does not use; drop it")
+        unused = {name for name in _UNUSED.get(kind, ()) if getattr(self, name) != getattr(BuildConfig, name)}
+        if kind is TokenKind.STEP:
+            _refuse(self._of_fit(), "kind 'step'")
+        elif self.checkpoint is not None:
+            _refuse(self._of_fit() | ({"chunk_length"} if self.chunk_length else set()), "a fit that is done")
+        _refuse(unused, f"kind {kind.value!r}")
         return kind
+
+    def _of_fit(self) -> set[str]:
+        """Settings of a fit of chunk tokens that are given."""
+        chosen, default = self.chunk or ChunkConfig(), ChunkConfig()
+        return {name for name in vars(default) if getattr(chosen, name) != getattr(default, name)}
+
+
+def _refuse(settings: set[str], what: str) -> None:
+    """Raise BuildInputError where there are any. what: it that does not use them."""
+    if settings:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(settings))
+        raise BuildInputError(f"{flags} given, which {what} does not use; drop it")

@@ -54,7 +54,7 @@ def build(config: BuildConfig, *, has_tables: bool = True) -> Manifest:
     for name in config.backends or ():
         with no_gpu_said_first(name):
             require_means(BACKENDS[name], to_run=False)
-    kind = config.token_kind()
+    kind = config.token_kind
     with stage_bundle(config.folder, overwrite=config.overwrite) as staged:
         tokens: Deployable = load_chunk_tokens(config) if kind is TokenKind.CHUNK else load_step_tokens(config)
         draft = _export(tokens, staged)

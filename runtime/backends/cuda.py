@@ -41,7 +41,7 @@ class CudaBackend(GpuBackend):
         try:
             functions = [
                 CudaFunction(self._library, model, with_tokens(graph, token_type))
-                for token_type in token_types(model.vocabulary, "uint8" if model.token_grid else "uint16")
+                for token_type in token_types(model.vocabulary, model.narrow_type)
                 for graph in graphs
             ]
             super().__init__(*names, functions)

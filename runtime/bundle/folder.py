@@ -26,7 +26,7 @@ from .manifest import (
     graph_tensors,
     parse_manifest,
 )
-from .models import ChunkModel, ModelEntry, StepModel
+from .models import ChunkModel, ModelEntry
 from .paths import as_path
 from .reading import OpenFolder, UnfitFileError
 
@@ -295,10 +295,9 @@ def _statement_problems(manifest: Manifest) -> Iterator[str]:
 def _parity_problems(manifest: Manifest) -> Iterator[str]:
     """What the manifest calls proven has passed every gate, and none of them was wider than this project's."""
     model = manifest.model
-    num_latents = model.latent_dim if isinstance(model, StepModel) else 1
     gates: dict[tuple[str, str], list[str]] = {}
     for entry in manifest.parity:
-        highest = highest_limit(entry.gate, entry.steps, num_latents, model.depth)
+        highest = highest_limit(entry.gate, entry.steps, model.step_latents, model.depth)
         if highest is None or entry.steps < 1:
             yield f"{entry.gate!r} of {entry.backend}, over {entry.steps} steps, is no gate"
         elif not 0 <= entry.value <= entry.limit <= highest:

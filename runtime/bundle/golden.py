@@ -247,8 +247,8 @@ def _are_of_rounding(golden: Golden, model: ModelEntry) -> bool:
 
 def _most_flips(golden: Golden, model: ModelEntry, excused: int) -> int:
     """No flip is without a near-tie, but those of later layers may follow it."""
-    steps, num_latents = golden.actions[..., 0].size, model.latent_dim if isinstance(model, StepModel) else 1
-    highest = highest_limit("encode: near-tie flips", steps, num_latents, model.depth)
+    steps = golden.actions[..., 0].size
+    highest = highest_limit("encode: near-tie flips", steps, model.step_latents, model.depth)
     assert highest is not None  # the name is a gate's
     return int(min(highest, GATES.near_tie_ratio * model.depth * excused, golden.tokens.size))
 

@@ -113,6 +113,16 @@ class ModelEntry(ABC):
         return self.prefixes
 
     @property
+    def narrow_type(self) -> Literal["uint8", "uint16"]:
+        """The narrow type that tokens may have beside int32: a vocabulary of many words does not fit into bytes."""
+        return "uint8" if self.token_grid else "uint16"
+
+    @property
+    def step_latents(self) -> int:
+        """How many latents of a step have L tokens of their own: D; of chunk tokens, which have L together, 1."""
+        return self.token_grid[-1] if self.token_grid else 1
+
+    @property
     def has_stats(self) -> bool:
         """Whether encoding gives, and decoding takes, mean and sigma of every layer (float32 [B, T, l, 2])."""
         return False

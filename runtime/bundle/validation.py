@@ -208,8 +208,8 @@ class InputValidator:
 
 
 def token_types(model: ModelEntry) -> tuple[np.dtype[Any], ...]:
-    """The types that tokens of this model may have: a vocabulary of many words does not fit into bytes."""
-    return (*TOKEN_TYPES[:2], _BYTES if model.token_grid else _WORDS)
+    """The types that tokens of this model may have; int32 first."""
+    return (*TOKEN_TYPES[:2], np.dtype(model.narrow_type))
 
 
 def token_letters(model: ModelEntry) -> str:

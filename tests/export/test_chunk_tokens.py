@@ -116,11 +116,14 @@ def test_a_wrong_constant_in_the_engines_turns_the_gates_red(tmp_path: Path, mon
 
 def test_settings_of_the_other_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BuildInputError, match=r"--prefixes given, which kind 'chunk' does not use; drop it"):
-        BuildConfig(kind=TokenKind.CHUNK, prefixes=(3,)).token_kind()
-    with pytest.raises(BuildInputError, match=r"--chunk given, which kind 'step' does not use"):
-        BuildConfig(chunk=FEW).token_kind()
+        build(BuildConfig(kind=TokenKind.CHUNK, prefixes=(3,)))
+    with pytest.raises(BuildInputError, match=r"--classes, --tokens given, which kind 'step' does not use; drop it"):
+        build(BuildConfig(chunk=FEW))
+    save_chunk_checkpoint(chunk_checkpoint(ChunkRecipe()), tmp_path / "fit.safetensors")
+    with pytest.raises(BuildInputError, match=r"--chunk-length, --classes, --tokens given, which a fit that is done"):
+        build(BuildConfig(checkpoint=tmp_path / "fit.safetensors", chunk=FEW, chunk_length=4))
     with pytest.raises(CheckpointError, match="no checkpoint at"):
-        BuildConfig(checkpoint=tmp_path / "none.safetensors").token_kind()
+        build(BuildConfig(checkpoint=tmp_path / "none.safetensors"))
 
 
 def test_the_command_reads_all_settings_of_a_fit() -> None:
