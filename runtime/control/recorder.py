@@ -108,7 +108,7 @@ class FlightRecorder:
         token_state = layers = stats_state = ABSENT
         if tokens is not None:
             token_state = UNKEPT
-            # What the loop refuses by its form alone is not kept, or a replay would accept it as the int32 in the record.
+            # What the loop refuses by its form is not kept, or a replay would accept it as the int32 in the record.
             depth = self._depths.get(tokens.shape) if type(tokens) is _Array else None
             if depth is not None and tokens.dtype in self._token_types:
                 layers, token_state = depth, KEPT
