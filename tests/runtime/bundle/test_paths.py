@@ -139,9 +139,10 @@ def test_any_other_text_stays_as_it_is(text: str) -> None:
 # Output ---------------------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
+def write(path: Path, text: str, meanwhile: Callable[[], object] = lambda: None) -> None:
+    with replacing(path, error=InvalidInputError) as temporary:
         temporary.write_text(text)
+        meanwhile()
 
 
 @pytest.fixture(params=["links", "no links"])
@@ -158,21 +159,16 @@ def path(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_of_two_commands_with_one_output_the_first_is_kept_and_the_second_is_told(path: Path) -> None:
     refuse_existing([path], overwrite=False)
-    with (
-        pytest.raises(OutputExistsError, match=r"numbers\.txt was written by another process meanwhile, and is kept"),
-        replacing(path, error=InvalidInputError) as temporary,
-    ):
-        temporary.write_text("second")
-        path.write_text("first")
+    with pytest.raises(OutputExistsError, match=r"numbers\.txt was written by another process meanwhile, and is kept"):
+        write(path, "second", lambda: path.write_text("first"))
     assert path.read_text() == "first"
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_link_that_leads_nowhere_is_not_replaced_either(path: Path) -> None:
     refuse_existing([path], overwrite=False)
-    with pytest.raises(OutputExistsError), replacing(path) as temporary:
-        temporary.write_text("second")
-        path.symlink_to("nowhere")
+    with pytest.raises(OutputExistsError):
+        write(path, "second", lambda: path.symlink_to("nowhere"))
     assert path.is_symlink()
 
 
@@ -196,18 +192,20 @@ def test_all_else_is_replaced(overwrite: bool | None, path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_written_leaves_no_folder(tmp_path: Path) -> None:
-    kept = tmp_path / "kept"
-    kept.mkdir()
-    with (
-        pytest.raises(InvalidInputError, match="make room"),
-        replacing(kept / "a" / "b" / "c", error=InvalidInputError),
-    ):
+    def fill_up() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert list(kept.iterdir()) == []
-    with pytest.raises(KeyboardInterrupt), replacing(kept / "a" / "b" / "c"):
-        (kept / "a" / "somebody").write_text("else")
-        raise KeyboardInterrupt
-    assert [path.name for path in (kept / "a").iterdir()] == ["somebody"]
+
+    def write_beside_and_fill_up() -> None:
+        (tmp_path / "a" / "beside").touch()
+        fill_up()
+
+    path = tmp_path / "a" / "b" / "c"
+    with pytest.raises(InvalidInputError, match="make room"):
+        write(path, "much", fill_up)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(InvalidInputError, match="make room"):
+        write(path, "much", write_beside_and_fill_up)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "a", tmp_path / "a" / "beside"]
 
 
 # Fingerprints --------------------------------------------------------------------------------------------------------
