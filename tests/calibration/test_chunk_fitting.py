@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rfsq.calibration import chunk_fitting
+from rfsq.calibration.chunk import most_learned
 from rfsq.calibration.chunk_fitting import ChunkParts, chunk_parts, fit_chunk_tokens
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.settings import ChunkConfig, ChunkNormaliser
@@ -163,6 +164,21 @@ def test_few_windows_make_fewer_classes(lengths: list[int], classes: int) -> Non
     assert checkpoint.sizes.num_classes == classes
     warned = [remark for remark in checkpoint.provenance["remarks"] if "classes in place of 64" in remark]
     assert len(warned) == (classes < 64)
+
+
+def test_chunks_of_many_values_make_fewer_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rfsq.calibration.chunk._MOST_VALUES", 5 * 24**2)
+    checkpoint = fit_chunk_tokens(dataset_of(smooth_episodes(3, [90] * 6, seed=0)), ChunkConfig(classes=16, tokens=8))
+    assert checkpoint.sizes.num_classes == 5 + 3 + 1
+    assert any(
+        remark.startswith("WARNING: 9 classes in place of 16: of chunks of 24 values, more take too much memory")
+        for remark in checkpoint.provenance["remarks"]
+    )
+
+
+def test_a_bimanual_robot_has_all_its_classes() -> None:
+    """Of 14 dimensions and 50 steps."""
+    assert most_learned(14 * 50) >= 60
 
 
 @pytest.mark.parametrize("episodes", [1, 3])
