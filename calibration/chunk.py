@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from rfsq.calibration.chunk_covariance import mixed
-from rfsq.calibration.chunk_order import bit_order
+from rfsq.calibration.chunk_order import bit_order, class_order
 from rfsq.calibration.chunk_windows import Episodes, batches, normalised, windows
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkConstants, ChunkSizes, cell_middles, gain_range
@@ -139,9 +139,12 @@ def fit_chunk_code(
     common = _common(x, sizes)
     share = min(_SHARES, key=lambda share: _broad_cost(coding, held_out, common(share)))
     coding = replace(coding, separable_share=share)
-    broad = _first(common(share), broad_classes(sizes.num_classes))
+    broad = _picked(common(share), slice(broad_classes(sizes.num_classes)))
     described = _learned(coding, x, learned, generator)
     described = _aligned(described, common(share).basis[0])
+    classes = _with(described, broad)
+    used = torch.bincount(coding.costs(held_out, classes).argmin(dim=1), minlength=learned)[:learned]
+    described = _picked(described, class_order(described.mean, used + 1.0))
     classes = _with(described, broad)
     for _ in range(2):
         chosen = coding.costs(held_out, classes).argmin(dim=1)
@@ -213,8 +216,8 @@ def _broad_cost(coding: _Coding, x: Tensor, broad: _Classes) -> float:
     return float(errors.clamp(min=_LEAST_ERROR).log().sum())
 
 
-def _first(classes: _Classes, count: int) -> _Classes:
-    return _Classes(*(tensor[:count] for tensor in vars(classes).values()))
+def _picked(classes: _Classes, which: slice | Tensor) -> _Classes:
+    return _Classes(*(tensor[which] for tensor in vars(classes).values()))
 
 
 def _with(classes: _Classes, broad: _Classes) -> _Classes:
