@@ -3,7 +3,6 @@
 The recipe and what each part of it is worth: docs/chunk_tokens.md.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NoReturn
 
@@ -137,11 +136,10 @@ def fit_chunk_code(
     learned = sizes.num_classes - 1 - broad_classes(sizes.num_classes)
     _check_windows(x, learned)
     common = _common(x, sizes)
-    share = min(_SHARES, key=lambda share: _broad_cost(coding, held_out, common(share)))
+    share = min(_SHARES, key=lambda share: _broad_cost(coding, held_out, common[share]))
     coding = replace(coding, separable_share=share)
-    broad = _picked(common(share), slice(broad_classes(sizes.num_classes)))
-    described = _learned(coding, x, learned, generator)
-    described = _aligned(described, common(share).basis[0])
+    described = _aligned(_learned(coding, x, learned, generator), common[share].basis[0])
+    broad = _picked(common[share], slice(broad_classes(sizes.num_classes)))
     classes = _with(described, broad)
     used = torch.bincount(coding.costs(held_out, classes).argmin(dim=1), minlength=learned)[:learned]
     described = _picked(described, class_order(described.mean, used + 1.0))
@@ -196,17 +194,16 @@ def _learned(coding: _Coding, x: Tensor, count: int, generator: torch.Generator)
     return _described(coding, x, assigned, parent)
 
 
-def _common(x: Tensor, sizes: ChunkSizes) -> Callable[[float], _Classes]:
-    """All broad classes by the separable share of their covariance."""
+def _common(x: Tensor, sizes: ChunkSizes) -> dict[float, _Classes]:
+    """The broad classes for each share of a separable covariance."""
     mean, covariance = x.mean(dim=0), torch.cov(x.T, correction=0).reshape(x.shape[1], x.shape[1])
     factors = torch.tensor(_BROAD, dtype=torch.float64).unsqueeze(-1)
-
-    def classes(share: float) -> _Classes:
+    found = {}
+    for share in _SHARES:
         variances, basis = _eigen(mixed(covariance, sizes.chunk_length, share))
-        count = len(_BROAD)
-        return _Classes(mean.expand(count, -1), basis.expand(count, -1, -1), variances * factors)
-
-    return classes
+        count = len(factors)
+        found[share] = _Classes(mean.expand(count, -1), basis.expand(count, -1, -1), variances * factors)
+    return found
 
 
 def _broad_cost(coding: _Coding, x: Tensor, broad: _Classes) -> float:
