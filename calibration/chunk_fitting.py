@@ -16,6 +16,7 @@ from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
 from rfsq.rfsq_ref.normaliser import Normaliser, fit_normaliser, fits_unnormalised, reasons_to_normalise, untouched
 from rfsq.rfsq_ref.settings import NormaliserKind
+from rfsq.runtime.bundle.arrays import last_rounding
 from rfsq.runtime.bundle.paths import counted
 
 #: Of a learned class. On the embedded demonstrations 64 classes are better than any fewer down to four windows each,
@@ -23,6 +24,8 @@ from rfsq.runtime.bundle.paths import counted
 _LEAST_WINDOWS = 4
 #: So many times wider, the range of a dimension costs two bits of every action in escape.
 _FAR = 4.0
+#: In units of its movement, up to which a dimension has float32 positions that are close enough (docs/building.md).
+_FAR_FROM_ZERO = 1000.0
 #: Beyond it chunk tokens say nothing.
 _LIMIT = 1.0
 
@@ -56,7 +59,7 @@ def fit_chunk_tokens(dataset: ActionDataset, config: ChunkConfig) -> ChunkCheckp
     is_split = parts.training is not dataset
     warnings = [few_steps_warning(parts.training), "" if is_split else unsplit_warning(dataset), fewer]
     if normaliser is not None:
-        warnings.append(_far_episode_warning(parts))
+        warnings += [_far_episode_warning(parts), _far_from_zero_warning(normaliser)]
     fit = ChunkFitConfig(config.seed, has_shared_order=config.order is BitOrder.SHARED)
     constants = fit_chunk_code(parts.training.episodes, parts.calibration.episodes, sizes, fit, normaliser)
     provenance: dict[str, Any] = {
@@ -146,6 +149,20 @@ def _far_episode_warning(parts: ChunkParts) -> str:
                 f"{others[far[0]]:.3g}: tokens spend their range on that episode; repair or drop it if it is wrong"
             )
     return ""
+
+
+def _far_from_zero_warning(normaliser: Normaliser) -> str:
+    """A warning about a dimension that moves little where float32 is coarse; else empty."""
+    offset, scale = np.array(normaliser.offset), np.array(normaliser.scale)
+    distance = np.abs(offset) / scale
+    far = int(distance.argmax())
+    if distance[far] <= _FAR_FROM_ZERO:
+        return ""
+    return (
+        f"WARNING: dimension {far} lies {distance[far]:.3g} times as far from zero as it moves: float32 rounds its "
+        f"actions by up to {last_rounding(offset, scale)[far]:.3g}, recorded and decoded, and tokens can do nothing "
+        "about it; take what it rests at off its actions"
+    )
 
 
 def _ends(dataset: ActionDataset) -> FloatArray:
