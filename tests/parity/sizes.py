@@ -43,7 +43,7 @@ from rfsq.runtime.bundle.gates import GATES
 from tests.calibration.test_chunk import smooth_episodes
 from tests.chunk_bundles import ChunkRecipe, chunk_checkpoint, random_chunks
 from tests.parity.steps import BACKENDS, DECODE_ERROR
-from tests.runtime.control.loops import loop
+from tests.runtime.control.loops import Clock, loop
 
 _CHUNKS, _REPEATS = 24, 200
 
@@ -193,10 +193,11 @@ def check_a_control_loop(reference: ChunkReference, tokenizer: ActionTokenizer) 
     """The whole chunk takes the place of its draft."""
     sizes = reference.model.sizes
     tokens = tokenizer.encode(random_chunks(reference.model, 1))
-    free = {"max_relative_step": (float("inf"),) * sizes.action_dim}
-    with loop(tokenizer, **free) as decoder:
+    free, clock = {"max_relative_step": (float("inf"),) * sizes.action_dim}, Clock()
+    with loop(tokenizer, clock=clock, **free) as decoder:
         decoder.warmup()
         for step, count in enumerate((1, sizes.num_tokens)[: sizes.chunk_length]):
+            clock.now += round(decoder.config.period_s * 1e9)
             part = np.ascontiguousarray(tokens[:, :count])
             result = decoder.step(part, sequence=1)
             assert (result.status, result.sequence) == (Status.OK, 1)
