@@ -33,7 +33,7 @@ from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, Int32Array
 from rfsq.runtime.bundle.comparison import TokenComparison, action_errors
 from rfsq.runtime.bundle.console import aligned
 from rfsq.runtime.bundle.fidelity import Fidelity
-from rfsq.runtime.bundle.gates import GATES
+from rfsq.runtime.bundle.gates import GATES, near_tie_cap
 from rfsq.runtime.bundle.golden import Golden
 from rfsq.runtime.bundle.manifest import GraphEntry, ParityEntry
 from rfsq.runtime.bundle.models import ModelEntry
@@ -78,7 +78,6 @@ class Judge:
     seed: int
     found: list[TokenComparison] = field(default_factory=list)
     float32: list[TokenComparison] = field(default_factory=list)
-    near_tie_cap: int = 0
     decode_errors: dict[str, float] = field(default_factory=dict)
     stats_error: float = 0.0
     num_steps: int = 0
@@ -95,7 +94,6 @@ class Judge:
         self.backend.encode_into(golden.actions, tokens, stats)
         self.found.append(self.reference.judge(golden.actions, golden.tokens, tokens))
         self.float32.append(answers.float32)
-        self.near_tie_cap += golden.near_tie_cap
         if stats is not None and golden.stats is not None:
             # Behind a flip the statistics are those of another residual.
             steady = ~(golden.tokens != tokens).any(axis=(-2, -1)) & answers.has_float32_stats
@@ -128,7 +126,7 @@ class Judge:
         near_ties = f"L0 to L{self.model.depth - 1}: {_counts(found)}; torch float32: {_counts(float32)}"
         return (
             entry("encode: wrong tokens", found.num_wrong, GATES.wrong_tokens, str(found.first_wrong or "")),
-            entry("encode: near-tie flips", found.num_near_ties, self.near_tie_cap, near_ties),
+            entry("encode: near-tie flips", found.num_near_ties, near_tie_cap(float32.num_near_ties), near_ties),
             *([entry("encode: stats error", self.stats_error, GATES.stats_error)] if self.model.has_stats else []),
             *(
                 entry(f"decode {decoder}: action error", self.decode_errors[decoder], GATES.action_error)
