@@ -65,8 +65,18 @@ class Case:
     def checkpoint(self) -> ChunkCheckpoint:
         if not self.is_fitted:
             found = chunk_checkpoint(ChunkRecipe(self.sizes, has_normaliser=self.has_normaliser))
-            # So small that classes hold what lies near their means, and not all is clipped and sent in escape.
-            return replace(found, constants=replace(found.constants, scale=found.constants.scale * 0.2))
+            constants = found.constants
+            # As a fit does: no more latents than the bits can name.
+            named = min(self.sizes.code_bits, constants.scale.shape[1])
+            constants = replace(
+                constants,
+                basis=constants.basis[..., :named],
+                # So small that classes hold what lies near their means, and not all is clipped and sent in escape.
+                scale=constants.scale[:, :named] * 0.2,
+                gain=constants.gain[:, :named],
+                order=constants.order % named,
+            )
+            return replace(found, constants=constants)
         sizes = self.sizes
         episodes = [episode.astype(np.float32) for episode in smooth_episodes(sizes.action_dim, [150] * 24, seed=1)]
         for episode in episodes:
