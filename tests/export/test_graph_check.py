@@ -7,7 +7,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
+from rfsq.export import parity
 from rfsq.export.graph_builder import LinearForm
 from rfsq.export.parity import check_graph, cross_check
 from rfsq.export.plan import DeployMode
@@ -58,6 +60,31 @@ def test_sound_graphs_pass_both_checks(graphs: Graphs) -> None:
     for file, content in graphs.contents.items():
         assert check_graph(graphs.entries[file], content) == []
         assert graphs.cross_check(file, content) == []
+
+
+def test_a_graph_is_run_on_all_chunks_and_on_few_at_once(
+    calibrated_graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some forms of a graph hold far more of a chunk than it is large."""
+    evaluator_of, sizes = parity.onnx_evaluator, list[int]()
+
+    def counting(content: bytes) -> ReferenceEvaluator:
+        evaluator = evaluator_of(content)
+        run = evaluator.run
+        monkeypatch.setattr(
+            evaluator, "run", lambda names, feed: sizes.append(len(feed["actions"])) or run(names, feed)
+        )
+        return evaluator
+
+    monkeypatch.setattr(parity, "onnx_evaluator", counting)
+    entry, content = calibrated_graphs.entries["encoder.onnx"], calibrated_graphs.contents["encoder.onnx"]
+    golden, model = calibrated_graphs.golden, calibrated_graphs.manifest.model
+    assert cross_check(entry, content, golden, model) == []
+    assert sizes == [8] * 5
+    tokens = golden.tokens.copy()
+    tokens[-1, -1, -1, 0] ^= 1
+    problems = cross_check(entry, content, replace(golden, tokens=tokens), model)
+    assert ["wrong tokens, first token [39, " in problem for problem in problems] == [True, True]
 
 
 # --- form -------------------------------------------------------------------------------------------------------------
