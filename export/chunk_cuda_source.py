@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from rfsq.export.c_source import Array, IntArray, filled, number, table
-from rfsq.export.chunk_c_source import at_budgets, check_size, most_ranks, padded, sure_cost
+from rfsq.export.chunk_c_source import (
+    MOST_SPELLED,
+    at_budgets,
+    check_size,
+    most_ranks,
+    packed_table,
+    padded,
+    sure_cost,
+)
 from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.runtime.bundle.manifest import (
@@ -26,8 +34,8 @@ from rfsq.runtime.bundle.manifest import (
     token_types,
 )
 
-#: Numbers in the tables. NVRTC takes 9 seconds and 2 GB for so many.
-MOST_NUMBERS = 2**21
+#: Numbers in the tables, which have each basis twice. NVRTC takes 20 seconds and 7 GB for so many.
+MOST_NUMBERS = 12 * 2**20
 _WARP = 32
 #: What static shared memory has.
 _SHARED_BYTES = 48 * 1024
@@ -183,7 +191,9 @@ def _places(plan: ChunkPlan) -> IntArray:
 
 def _table(name: str, values: Array | IntArray) -> str:
     kind = "alignas(16) __device__ const"
-    return table(f"{kind} {'uint16' if np.issubdtype(values.dtype, np.integer) else 'float'}", name, values)
+    if np.issubdtype(values.dtype, np.integer):
+        return table(f"{kind} uint16", name, values)
+    return table(f"{kind} float", name, values) if values.size <= MOST_SPELLED else packed_table(kind, name, values)
 
 
 def _kernels(plan: ChunkPlan, token: TokenType, blocks: _Blocks) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from rfsq.export import chunk_cuda_source
 from rfsq.export.chunk_reference import ChunkReference
 from rfsq.export.chunk_tokens import ChunkTokens
 from rfsq.export.sources import BuildData
@@ -221,6 +222,20 @@ def test_threads_that_read_different_classes_go_the_same_way(
     escaped = (code.classes(code.bits(torch.from_numpy(tokens))) == code.sizes.escape).numpy()
     assert 0 < escaped.sum() < len(tokens)
     assert np.array_equal(found[escaped], expected[escaped])
+
+
+def test_large_tables_are_strings_of_the_same_numbers(
+    case: Callable[[str], Case], tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = case("small")
+    monkeypatch.setattr(chunk_cuda_source, "MOST_SPELLED", 64)
+    packed = ChunkCudaOnCpu(tmp_path_factory.mktemp("cuda"), here.deployed)
+    assert "DECODER_BASIS_BYTES" in packed.source
+    assert "DECODER_BASIS_BYTES" not in here.kernels.source
+    tokens = packed.encode(here.actions, "int32", "many")
+    assert np.array_equal(tokens, here.kernels.encode(here.actions, "int32", "many"))
+    for kind in KINDS:
+        assert np.array_equal(packed.decode(tokens, kind), here.kernels.decode(tokens, kind))
 
 
 def test_what_is_far_from_every_class_is_escaped_within_its_bound(case: Callable[[str], Case]) -> None:
