@@ -294,9 +294,11 @@ class ChunkCode(nn.Module):
         latents = torch.einsum("bn,bnm->bm", chunks - self.mean[classes], self.basis[classes])
         code = self.code_in(latents, classes)
         kept = torch.ones(len(chunks), dtype=torch.bool, device=chunks.device)
-        for bits in self.budget_bits:
-            error = self.decode_in(code[:, :bits], classes) - chunks
-            kept &= (error.abs() <= escape_bound(bits, self.sizes.num_values)).all(dim=1)
+        # The last budgets are the narrowest: most of what breaks a bound breaks theirs.
+        for bits in reversed(self.budget_bits):
+            rows = kept.nonzero()[:, 0]
+            error = self.decode_in(code[rows, :bits], classes[rows]) - chunks[rows]
+            kept[rows] = (error.abs() <= escape_bound(bits, self.sizes.num_values)).all(dim=1)
         return kept
 
     def bound(self, num_tokens: int) -> float:

@@ -79,7 +79,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 
 
 def assert_encodes(reference: ChunkReference, actions: np.ndarray, found: np.ndarray) -> None:
-    expected = reference.answer(actions).golden
+    expected = reference.answer(actions).expected
     compared = reference.judge(actions, expected.tokens, found)
     assert compared.num_wrong == 0, compared.first_wrong
 
