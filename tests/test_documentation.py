@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from rfsq.runtime.control.config import ActionKind
 from tests.chunk_bundles import ChunkRecipe, write_chunk_bundle
 from tests.once import once
 from tests.rfsq_ref.published_model import ActionRFSQAE
+from tests.warm_python import run_warm
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -197,6 +199,9 @@ def workspace(
 
 
 def run(command: str | list[str], workspace: Path) -> subprocess.CompletedProcess[str]:
+    # Those that import torch; a build from a bundle does not.
+    if isinstance(command, str) and re.match(r"python (export|calibration|rfsq_ref)/(?!.*--from-bundle)", command):
+        return run_warm(shlex.split(command)[1:], workspace, environment())
     return subprocess.run(
         command, shell=isinstance(command, str), cwd=workspace, env=environment(), capture_output=True, text=True,
         check=False,
