@@ -119,8 +119,8 @@ def quickened(command: str) -> str:
         return f"{command} --epochs 20"
     if "build_engine.py" not in command or "--from-bundle" in command:
         return command
-    if "--conditioning recovered" in command and "--data" not in command:
-        command += " --data episodes.hdf5"
+    if re.search("--conditioning (recovered|dynamic)", command) and "--checkpoint" not in command:
+        command += " --checkpoint seed0.safetensors --data episodes.hdf5"
     return f"{command} --parity-steps 2000 --backend c onnxruntime"
 
 
