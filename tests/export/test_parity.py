@@ -454,12 +454,12 @@ def test_a_backend_may_not_flip_every_near_tie(case: Case) -> None:
 
 def test_where_torch_flips_no_near_tie_another_may_flip_some(case: Case) -> None:
     """Of few steps, as of a small dataset."""
-    actions = np.concatenate([answers.golden.actions[~answers.float32.flipped.any(-1)] for answers in case.answers])
+    actions = np.concatenate([answers.expected.actions[~answers.float32.flipped.any(-1)] for answers in case.answers])
     few = replace(case, answers=[case.reference.answer(actions)])
     (answers,) = few.answers
     assert answers.float32.num_near_ties == 0
     every = with_every_near_tie_flipped(few, answers)
-    some = answers.golden.tokens.copy()
+    some = answers.expected.tokens.copy()
     chunk, step = np.argwhere((every != some).any(axis=(-2, -1)))[0]
     some[chunk, step] = every[chunk, step]
     by_name = {entry.gate: entry for entry in few.judge(Encoded(few, [some]))}
