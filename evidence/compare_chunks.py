@@ -26,7 +26,7 @@ from rfsq.rfsq_ref.data import DEMONSTRATIONS, load_actions
 from rfsq.runtime.bundle.command import DONE, WANTING, CommandParser, Outcome, path_argument, run
 from rfsq.runtime.bundle.paths import refuse_existing
 
-_DEFAULT = Path("docs/results") / CHUNKS_JSON
+_DEFAULT = Path("build") / CHUNKS_JSON
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

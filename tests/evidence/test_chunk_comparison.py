@@ -10,7 +10,7 @@ from rfsq.calibration.tables import Table
 from rfsq.evidence.chunk_codec import FAMILY, chunk_codecs, fit_chunk_model, sizes_for
 from rfsq.evidence.chunk_comparison import ChunkComparisonConfig, compare_chunks
 from rfsq.evidence.chunk_results import CHUNKS_JSON, ChunkComparison, findings, parts, per_step, read_beside
-from rfsq.evidence.compare_chunks import main
+from rfsq.evidence.compare_chunks import _parser, main
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.faster import FasterConfig
 from rfsq.evidence.judging import Trial
@@ -206,6 +206,10 @@ def test_the_command_compares_and_says_what_holds(tmp_path: Path, capsys: pytest
     assert main(command) == 2
     assert main([*command, "--overwrite", "--budgets", "20", "5"]) == 2
     assert "expected rising" in capsys.readouterr().err
+
+
+def test_a_comparison_of_other_data_leaves_the_documents_results_alone() -> None:
+    assert not Path(_parser().parse_args([]).output).is_relative_to("docs")
 
 
 def test_seeds_are_different_ones() -> None:
