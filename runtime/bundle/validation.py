@@ -125,7 +125,7 @@ class InputValidator:
         if array.size and not (
             np.maximum.reduce(array, axis=None) <= limit and np.minimum.reduce(array, axis=None) >= -limit
         ):
-            expected = f"finite numbers of at most {limit:g}: beyond that float32 overflows inside the encoder"
+            expected = f"finite numbers of at most {limit:.3g}, beyond which float32 overflows in the encoder"
             refuse_first("actions", array, np.abs(array) <= limit, expected)
 
     def tokens(self, tokens: object, *, unchecked: int = 0) -> Int32Array:

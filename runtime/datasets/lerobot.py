@@ -51,12 +51,13 @@ _BUFFER_BYTES = 1 << 20
 
 class _Stated(NamedTuple):
     """What meta/ says. name: of the file that states num_episodes, any JSON; episodes: in order; tasks: texts by their
-    numbers."""
+    numbers; action_names: of all dimensions, or empty."""
 
     name: str = ""
     episodes: EpisodeTable | None = None
     num_episodes: Any = None
     tasks: Mapping[int, str] = {}
+    action_names: tuple[str, ...] = ()
 
 
 class _ParquetReader(StepReader):
@@ -141,6 +142,10 @@ class ParquetSource(Source):
     key: str
     stated: _Stated
     table: EpisodeTable | None
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        return self.stated.action_names
 
     def check_episodes(self, found: EpisodeTable) -> None:
         if self.stated.episodes is not None:
@@ -301,7 +306,14 @@ def _read_meta(folder: Path, key: str, width: int, footers: Sequence[_Footer]) -
     if episodes is not None:
         require_stated(name, num_episodes, "episodes", "meta/episodes lists", len(episodes.numbers))
     tasks = dict(_rows(meta, "tasks", "tasks.parquet", task_index=index, task=str))
-    return _Stated(name, episodes, num_episodes, tasks)
+    return _Stated(name, episodes, num_episodes, tasks, _action_names(column.get("names"), width))
+
+
+def _action_names(stated: Any, width: int) -> tuple[str, ...]:
+    """A list or, in older files, one below a word such as `motors`. Names are for people: odd ones count as none."""
+    listed = next(iter(stated.values())) if isinstance(stated, dict) and len(stated) == 1 else stated
+    is_whole = isinstance(listed, list) and len(listed) == width and all(isinstance(name, str) for name in listed)
+    return tuple(listed) if is_whole and all(listed) else ()
 
 
 def _info(folder: Path) -> tuple[str, dict[str, Any]]:

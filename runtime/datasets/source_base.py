@@ -282,6 +282,11 @@ class Source:
     def num_steps(self) -> int:
         return int(self.first_rows[-1])
 
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """Of all action dimensions, where the files name them; else empty."""
+        return ()
+
     def open(self, width: int) -> StepReader:
         """A reader for one thread. Raises SourceError unless steps have `width` values."""
         if self.width not in (0, width):
