@@ -92,8 +92,9 @@ def replacing(path: Path, *, is_synced: bool = False, error: type[Exception] | N
     '1 2 3'
     """
     temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
-    made = [folder for folder in path.parents if not folder.exists()]
+    made: list[Path] = []
     try:
+        made = [folder for folder in path.parents if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if is_synced:

@@ -191,6 +191,17 @@ def test_all_else_is_replaced(overwrite: bool | None, path: Path) -> None:
     assert path.read_text() == "new"
 
 
+def test_a_folder_that_may_not_be_looked_into_is_said_to_be_unwritable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    with pytest.raises(InvalidInputError, match="Permission denied; choose a writable folder"):
+        write(tmp_path / "numbers.txt", "1")
+
+
 def test_a_file_that_cannot_be_written_leaves_no_folder(tmp_path: Path) -> None:
     def fill_up() -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
