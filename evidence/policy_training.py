@@ -1,0 +1,189 @@
+"""Train the policies that are driven in the simulator, side by side, and keep their weights."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from rfsq.evidence.errors import EvidenceError
+from rfsq.evidence.networks import NetworkRecipe
+from rfsq.evidence.policies import PolicyConfig, TokenPolicy, policy_of, train_policy
+from rfsq.evidence.policy_lessons import EVERY, Lessons, meant, parts_of
+from rfsq.evidence.policy_recordings import Recording
+from rfsq.evidence.policy_tokens import NetworkTokens, oat_tokens
+from rfsq.evidence.workers import in_processes
+from rfsq.rfsq_ref.tensor_files import load_safetensors
+from rfsq.runtime.bundle.paths import replacing
+
+#: Of what says the values of a chunk, by least squares.
+ACTIONS = "actions"
+OAT = "OAT, 8 registers"
+#: Half of float32's bytes, and its rounding is far below what a policy knows.
+_KEPT = torch.float16
+
+
+@dataclass(frozen=True)
+class PolicyKind:
+    """What one file of weights holds: policies on the same tokens, one for each seed. vocabulary: None where they say
+    values; size: how many tokens, or values, a chunk has."""
+
+    name: str
+    context_size: int
+    vocabulary: int | None
+    size: int
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingJob:
+    """seen: float32 [n, C], normalised; targets: one row for each."""
+
+    kind: PolicyKind
+    seed: int
+    seen: npt.NDArray[Any]
+    targets: npt.NDArray[Any]
+    device: str
+
+
+@dataclass(frozen=True, eq=False)
+class SeeingPolicies:
+    """One file of weights: by seed, for contexts less `mean` over `deviation`, float32 [C] both."""
+
+    kind: PolicyKind
+    mean: Tensor
+    deviation: Tensor
+    by_seed: Mapping[int, TokenPolicy]
+
+
+def normalisation(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation [C] of contexts; 1 where one never changes."""
+    deviation = seen.std(dim=0)
+    return seen.mean(dim=0), torch.where(deviation > 1e-6, deviation, 1.0)
+
+
+def train_job(job: TrainingJob) -> tuple[str, int, float, dict[str, npt.NDArray[Any]]]:
+    """The name, the seed, the last loss, and the weights by name."""
+    torch.manual_seed(job.seed)
+    seen, targets = (torch.from_numpy(part).to(job.device) for part in (job.seen, job.targets))
+    config = PolicyConfig(**job.kind.config)
+    policy = policy_of(job.kind.context_size, job.kind.vocabulary, job.kind.size, config).to(job.device)
+    loss = train_policy(policy, seen, targets, job.seed)
+    weights = {name: value.to(_KEPT).cpu().numpy() for name, value in policy.state_dict().items()}
+    return job.kind.name, job.seed, loss, weights
+
+
+def train_all(
+    seen: Tensor,
+    targets: Mapping[str, tuple[int | None, Tensor]],
+    config: PolicyConfig,
+    seeds: Sequence[int],
+    workers: int,
+    folder: Path,
+) -> None:
+    """Every kind with every seed; a file of weights for each kind, once all its seeds are trained.
+
+    seen: contexts [n, C]; targets: by name, vocabulary and one row for each context. Raises EvidenceError.
+    """
+    mean, deviation = normalisation(seen)
+    rows = ((seen - mean) / deviation).numpy()
+    kinds = {
+        name: PolicyKind(name, seen.shape[1], vocabulary, found.shape[1], asdict(config))
+        for name, (vocabulary, found) in targets.items()
+    }
+    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    # The longest first.
+    places = [(name, seed) for name in sorted(targets, key=lambda name: -_length(kinds[name])) for seed in seeds]
+    jobs = [
+        TrainingJob(kinds[name], seed, rows, targets[name][1].numpy(), devices[index % len(devices)])
+        for index, (name, seed) in enumerate(places)
+    ]
+    found: dict[str, dict[int, dict[str, npt.NDArray[Any]]]] = {}
+    for name, seed, loss, weights in in_processes(train_job, jobs, workers, _prepare):
+        print(f"{name}, seed {seed}: loss {loss:.4f}", flush=True)
+        found.setdefault(name, {})[seed] = weights
+        if len(found[name]) == len(seeds):
+            _save(folder / f"{slug(name)}.safetensors", kinds[name], (mean, deviation), found.pop(name))
+
+
+def _length(kind: PolicyKind) -> int:
+    return 0 if kind.vocabulary is None else kind.size
+
+
+def _prepare() -> None:
+    """Other jobs have the other cores; on a GPU products are three times as fast so."""
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("high")
+
+
+def targets_of(
+    recordings: Sequence[Recording], lessons: Lessons, recipe: NetworkRecipe | None, folder: Path
+) -> dict[str, tuple[int | None, Tensor]]:
+    """What each kind of policy says for every EVERYth chunk; recipe: of OAT, which is trained here and kept."""
+    chunks = meant(recordings)[::EVERY]
+    found: dict[str, tuple[int | None, Tensor]] = {ACTIONS: (None, chunks.flatten(1).float())}
+    found |= {name: (lessons.vocabularies[name], tokens) for name, tokens in lessons.tokens.items()}
+    if recipe is not None:
+        fitted, held_out = (meant(part).float() for part in parts_of(recordings))
+        tokens = oat_tokens(fitted, held_out, 8, recipe)
+        weights = {name: value.to(_KEPT).cpu().contiguous() for name, value in tokens.network.state_dict().items()}
+        # What is decoded later is what is encoded now.
+        tokens.network.load_state_dict(weights)
+        write_tensors(folder / "oat.safetensors", weights, {})
+        found[OAT] = (tokens.vocabulary, _encoded(tokens, chunks))
+    return found
+
+
+def _encoded(tokens: NetworkTokens, chunks: Tensor) -> Tensor:
+    return tokens.encode(chunks)
+
+
+def slug(name: str) -> str:
+    """As a file is called."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, error=EvidenceError) as temporary:
+        temporary.write_bytes(safetensors.torch.save(dict(tensors), {"policies": json.dumps(facts)}))
+
+
+def _save(
+    path: Path,
+    kind: PolicyKind,
+    normalised: tuple[Tensor, Tensor],
+    by_seed: Mapping[int, Mapping[str, npt.NDArray[Any]]],
+) -> None:
+    tensors = dict(zip(("mean", "deviation"), normalised, strict=True))
+    for seed, weights in by_seed.items():
+        tensors |= {f"{seed}.{name}": torch.from_numpy(value) for name, value in weights.items()}
+    write_tensors(path, tensors, asdict(kind))
+
+
+def load_policies(path: Path) -> SeeingPolicies:
+    """What `train_all` wrote, in float32 on the CPU. Raises EvidenceError."""
+    try:
+        tensors, metadata = load_safetensors(path.read_bytes())
+        kind = PolicyKind(**json.loads(metadata["policies"]))
+        config = PolicyConfig(**kind.config)
+        mean, deviation = tensors.pop("mean"), tensors.pop("deviation")
+        by_seed = {}
+        for seed in _seeds(tensors):
+            policy = policy_of(kind.context_size, kind.vocabulary, kind.size, config)
+            own = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{seed}.")}
+            policy.load_state_dict(own)
+            by_seed[seed] = policy.eval()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise EvidenceError(f"{path} holds no policies: {error}; train them first") from error
+    return SeeingPolicies(kind, mean, deviation, by_seed)
+
+
+def _seeds(names: Iterable[str]) -> list[int]:
+    return sorted({int(name.partition(".")[0]) for name in names})
