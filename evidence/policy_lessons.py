@@ -23,8 +23,6 @@ from rfsq.rfsq_ref.chunk_code import ChunkCode, ChunkSizes
 from rfsq.runtime.bundle.paths import replacing
 
 CHUNK_LENGTH = 8
-#: Every so many windows are learnt from: neighbours are much alike.
-EVERY = 2
 #: One of so many episodes of each task has only scales and gains of chunk tokens fitted to it.
 _HELD_OUT = 5
 _BINS, _FAST_SCALE = 6, 20.0
@@ -34,7 +32,7 @@ _CHUNK_FIT = ChunkFitConfig(most_windows=15_000, has_shared_order=True)
 
 @dataclass(frozen=True, eq=False)
 class Lessons:
-    """Tokens int64 [n, L] by the tokenizer's name, of every EVERYth chunk; vocabularies: of these."""
+    """Tokens int64 [n, L] by the tokenizer's name, of every chunk; vocabularies: of these."""
 
     tokens: Mapping[str, Tensor]
     vocabularies: Mapping[str, int]
@@ -69,7 +67,7 @@ def fitted_tokens(recordings: Sequence[Recording]) -> list[PolicyTokens]:
 
 
 def encoded(tokens: Sequence[PolicyTokens], recordings: Sequence[Recording]) -> Lessons:
-    chunks = meant(recordings)[::EVERY]
+    chunks = meant(recordings)
     return Lessons(
         {each.name: each.encode(chunks) for each in tokens}, {each.name: each.vocabulary for each in tokens}
     )

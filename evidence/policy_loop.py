@@ -24,7 +24,7 @@ import torch
 
 from rfsq.evidence.networks import NetworkRecipe
 from rfsq.evidence.policies import PolicyConfig
-from rfsq.evidence.policy_lessons import CHUNK_LENGTH, EVERY, encoded, fitted_tokens, load_lessons, save_lessons
+from rfsq.evidence.policy_lessons import CHUNK_LENGTH, encoded, fitted_tokens, load_lessons, save_lessons
 from rfsq.evidence.policy_recordings import BODIES, load_recordings, record_all
 from rfsq.evidence.policy_sight import lessons
 from rfsq.evidence.policy_training import targets_of, train_all
@@ -33,7 +33,7 @@ from rfsq.runtime.bundle.command import CommandParser, Outcome, natural, path_ar
 from rfsq.runtime.bundle.paths import refuse_existing
 
 #: Smaller than in the study, so that a processor can drive with it.
-POLICY = PolicyConfig(width=160, depth=4, steps=6000)
+POLICY = PolicyConfig(width=160, depth=4, steps=4000)
 OAT_RECIPE = NetworkRecipe(steps=5_000, learning_rate=1e-3)
 _TASKS = ("Lift", "Stack")
 
@@ -48,7 +48,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--folder", type=path_argument, default=Path("build/loop"), metavar="DIR", help="of all files")
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.add_argument("--tasks", nargs="+", choices=tuple(BODIES), default=list(_TASKS), metavar="TASK")
-    parser.add_argument("--episodes", type=positive, default=120, metavar="N", help="recorded of each task")
+    parser.add_argument("--episodes", type=positive, default=124, metavar="N", help="recorded of each task")
     parser.add_argument("--noise", type=float, default=1.5, metavar="X", help="of recordings, over the expert's usual")
     parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="S", help="default: 0 1 2")
@@ -87,7 +87,7 @@ def _train(options: argparse.Namespace) -> Outcome:
     targets = targets_of(recordings, tokens, recipe, weights)
     seen, _ = lessons(recordings, options.tasks, CHUNK_LENGTH)
     config = PolicyConfig(options.width, options.depth, steps=options.steps, batch=options.batch)
-    train_all(seen[::EVERY], targets, config, options.seeds, options.workers, weights)
+    train_all(seen, targets, config, options.seeds, options.workers, weights)
     return Outcome(f"✓ wrote {weights}", {"policies": list(targets)})
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.networks import NetworkRecipe
 from rfsq.evidence.policies import PolicyConfig, TokenPolicy, policy_of, train_policy
-from rfsq.evidence.policy_lessons import EVERY, Lessons, meant, parts_of
+from rfsq.evidence.policy_lessons import Lessons, meant, parts_of
 from rfsq.evidence.policy_recordings import Recording
-from rfsq.evidence.policy_tokens import NetworkTokens, oat_tokens
+from rfsq.evidence.policy_tokens import oat_tokens
 from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.tensor_files import load_safetensors
 from rfsq.runtime.bundle.paths import replacing
@@ -25,6 +25,7 @@ from rfsq.runtime.bundle.paths import replacing
 #: Of what says the values of a chunk, by least squares.
 ACTIONS = "actions"
 OAT = "OAT, 8 registers"
+OAT_REGISTERS = (1, 2, 4, 8)
 #: Half of float32's bytes, and its rounding is far below what a policy knows.
 _KEPT = torch.float16
 
@@ -125,23 +126,19 @@ def _prepare() -> None:
 def targets_of(
     recordings: Sequence[Recording], lessons: Lessons, recipe: NetworkRecipe | None, folder: Path
 ) -> dict[str, tuple[int | None, Tensor]]:
-    """What each kind of policy says for every EVERYth chunk; recipe: of OAT, which is trained here and kept."""
-    chunks = meant(recordings)[::EVERY]
+    """What each kind of policy says for every chunk; recipe: of OAT, which is trained here and kept."""
+    chunks = meant(recordings)
     found: dict[str, tuple[int | None, Tensor]] = {ACTIONS: (None, chunks.flatten(1).float())}
     found |= {name: (lessons.vocabularies[name], tokens) for name, tokens in lessons.tokens.items()}
     if recipe is not None:
         fitted, held_out = (meant(part).float() for part in parts_of(recordings))
-        tokens = oat_tokens(fitted, held_out, 8, recipe)
+        tokens = oat_tokens(fitted, held_out, OAT_REGISTERS[-1], recipe)
         weights = {name: value.to(_KEPT).cpu().contiguous() for name, value in tokens.network.state_dict().items()}
         # What is decoded later is what is encoded now.
         tokens.network.load_state_dict(weights)
         write_tensors(folder / "oat.safetensors", weights, {})
-        found[OAT] = (tokens.vocabulary, _encoded(tokens, chunks))
+        found[OAT] = (tokens.vocabulary, tokens.encode(chunks))
     return found
-
-
-def _encoded(tokens: NetworkTokens, chunks: Tensor) -> Tensor:
-    return tokens.encode(chunks)
 
 
 def slug(name: str) -> str:
