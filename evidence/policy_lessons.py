@@ -51,7 +51,7 @@ def meant(recordings: Sequence[Recording]) -> Tensor:
 
 
 def fitted_tokens(recordings: Sequence[Recording]) -> list[PolicyTokens]:
-    """The tokenizers that are fitted without training, to what the experts of the recordings meant. Raises DataError."""
+    """The tokenizers that need no training, fitted to what the recorded experts meant. Raises DataError."""
     fitted, held_out = parts_of(recordings)
     chunks = meant(fitted)
     shape = (CHUNK_LENGTH, chunks.shape[2])
@@ -68,9 +68,7 @@ def fitted_tokens(recordings: Sequence[Recording]) -> list[PolicyTokens]:
 
 def encoded(tokens: Sequence[PolicyTokens], recordings: Sequence[Recording]) -> Lessons:
     chunks = meant(recordings)
-    return Lessons(
-        {each.name: each.encode(chunks) for each in tokens}, {each.name: each.vocabulary for each in tokens}
-    )
+    return Lessons({each.name: each.encode(chunks) for each in tokens}, {each.name: each.vocabulary for each in tokens})
 
 
 def save_lessons(path: Path, lessons: Lessons) -> None:

@@ -18,24 +18,38 @@ if __name__ == "__main__":
 
 import argparse
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
+from tqdm import tqdm
 
 from rfsq.evidence.networks import NetworkRecipe
 from rfsq.evidence.policies import PolicyConfig
 from rfsq.evidence.policy_lessons import CHUNK_LENGTH, encoded, fitted_tokens, load_lessons, save_lessons
+from rfsq.evidence.policy_loop_results import POLICY_LOOP_JSON, PolicyLoopResults, table
 from rfsq.evidence.policy_recordings import BODIES, load_recordings, record_all
 from rfsq.evidence.policy_sight import lessons
-from rfsq.evidence.policy_training import targets_of, train_all
+from rfsq.evidence.policy_training import (
+    ACTIONS,
+    OAT,
+    load_policies,
+    normalisation,
+    targets_of,
+    train_all,
+    training_jobs,
+)
 from rfsq.evidence.settings import SEEDS
+from rfsq.rfsq_ref.generate_demonstrations import check_simulator
 from rfsq.runtime.bundle.command import CommandParser, Outcome, natural, path_argument, positive, run
 from rfsq.runtime.bundle.paths import refuse_existing
 
 #: Smaller than in the study, so that a processor can drive with it.
-POLICY = PolicyConfig(width=160, depth=4, steps=4000)
+POLICY = PolicyConfig(width=160, depth=4, steps=6000)
 OAT_RECIPE = NetworkRecipe(steps=5_000, learning_rate=1e-3)
 _TASKS = ("Lift", "Stack")
+#: Numbers of tokens that are said, where it is not all of them alone: the first four were the best in the study.
+_PREFIXES = {"chunk tokens, shared order, 6 bits, then 4": (4, 16)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +67,16 @@ def _parser() -> CommandParser:
     parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="S", help="default: 0 1 2")
     parser.add_argument("--oat-steps", type=natural, default=OAT_RECIPE.steps, metavar="N", help="0 leaves OAT out")
+    parser.add_argument("--scenes", type=positive, default=50, metavar="N", help="driven of each task")
+    parser.add_argument(
+        "--executed", type=positive, nargs="+", default=[CHUNK_LENGTH], metavar="N",
+        help=f"steps of a chunk before the policy is asked again, {CHUNK_LENGTH} at most; default: {CHUNK_LENGTH}",
+    )  # fmt: skip
+    parser.add_argument("--device", default="NVIDIA H200", metavar="NAME", help="what trained; default: %(default)s")
+    parser.add_argument(
+        "--output", type=path_argument, default=Path("docs/results") / POLICY_LOOP_JSON, metavar="PATH",
+        help="of the last step; default: %(default)s",
+    )  # fmt: skip
     parser.add_settings(
         POLICY, {"width": "of a policy", "depth": "layers", "steps": "of each training", "batch": "chunks in a step"}
     )
@@ -87,8 +111,41 @@ def _train(options: argparse.Namespace) -> Outcome:
     targets = targets_of(recordings, tokens, recipe, weights)
     seen, _ = lessons(recordings, options.tasks, CHUNK_LENGTH)
     config = PolicyConfig(options.width, options.depth, steps=options.steps, batch=options.batch)
-    train_all(seen, targets, config, options.seeds, options.workers, weights)
+    mean, deviation = normalisation(seen)
+    jobs = training_jobs((seen - mean) / deviation, targets, config, options.seeds)
+    train_all(jobs, (mean, deviation), options.workers, weights)
     return Outcome(f"✓ wrote {weights}", {"policies": list(targets)})
+
+
+def _drive(options: argparse.Namespace) -> Outcome:
+    # It needs the simulator.
+    from rfsq.evidence.policy_driving import MOST_STEPS
+    from rfsq.evidence.policy_trials import Tally, decoders_of, drive_all, jobs_of, trials_of, weights_in
+
+    refuse_existing([options.output], overwrite=options.overwrite)
+    versions = check_simulator("torch")
+    recordings, learnt = load_recordings(_recordings(options)), load_lessons(options.folder / "lessons.npz")
+    weights = options.folder / "weights"
+    decoders = decoders_of(recordings, learnt, weights)
+    policies = {path: load_policies(path) for path in weights_in(weights, [*learnt.tokens, OAT, ACTIONS])}
+    trials = trials_of(policies, _PREFIXES, options.executed)
+    jobs, tally = jobs_of(trials, options.tasks, options.scenes), Tally()
+    counts = Counter(recording.task for recording in recordings)
+    settings = next(iter(policies.values())).kind.config
+    for driven in tqdm(drive_all(jobs, decoders, options.workers), "closed loop", len(jobs), unit="job", disable=None):
+        tally.add(driven)
+        results = PolicyLoopResults(
+            recorded={task: counts[task] for task in options.tasks},
+            noise=options.noise,
+            most_steps=MOST_STEPS,
+            device=options.device,
+            versions=versions,
+            settings={name: value for name, value in settings.items() if value is not None},
+            reports=tuple(tally.reports(trials, options.tasks)),
+        )
+        results.write(options.output)
+    print(table(results).text())
+    return Outcome(f"✓ wrote {options.output}", {"reports": len(results.reports)})
 
 
 def _recordings(options: argparse.Namespace) -> Path:
@@ -96,4 +153,9 @@ def _recordings(options: argparse.Namespace) -> Path:
     return path
 
 
-_STEPS: dict[str, Callable[[argparse.Namespace], Outcome]] = {"record": _record, "encode": _encode, "train": _train}
+_STEPS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
+    "record": _record,
+    "encode": _encode,
+    "train": _train,
+    "drive": _drive,
+}

@@ -56,7 +56,9 @@ def lessons(recordings: Sequence[Recording], tasks: Sequence[str], chunk_length:
     """What is seen at each window of the recordings, float32 [n, C], and the chunk [n, T, A] that was meant there."""
     seen = []
     for recording in recordings:
-        executed = np.concatenate((np.zeros((chunk_length, recording.executed.shape[1]), np.float32), recording.executed))
+        executed = np.concatenate(
+            (np.zeros((chunk_length, recording.executed.shape[1]), np.float32), recording.executed)
+        )
         past = windows([executed], chunk_length).reshape(len(executed) - chunk_length + 1, chunk_length, -1)
         count = max(1, len(recording.poses) - chunk_length + 1)
         named = task_mark(recording.task, tasks).expand(count, -1)

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rfsq.evidence.networks import NetworkRecipe
 from rfsq.evidence.policies import PolicyConfig, TokenPolicy, policy_of, train_policy
 from rfsq.evidence.policy_lessons import Lessons, meant, parts_of
 from rfsq.evidence.policy_recordings import Recording
+from rfsq.evidence.policy_study import prepare
 from rfsq.evidence.policy_tokens import oat_tokens
 from rfsq.evidence.workers import in_processes
 from rfsq.rfsq_ref.tensor_files import load_safetensors
@@ -69,64 +71,57 @@ def normalisation(seen: Tensor) -> tuple[Tensor, Tensor]:
     return seen.mean(dim=0), torch.where(deviation > 1e-6, deviation, 1.0)
 
 
-def train_job(job: TrainingJob) -> tuple[str, int, float, dict[str, npt.NDArray[Any]]]:
-    """The name, the seed, the last loss, and the weights by name."""
+def train_job(job: TrainingJob) -> tuple[PolicyKind, int, float, dict[str, npt.NDArray[Any]]]:
+    """The kind, the seed, the last loss, and the weights by name."""
     torch.manual_seed(job.seed)
     seen, targets = (torch.from_numpy(part).to(job.device) for part in (job.seen, job.targets))
     config = PolicyConfig(**job.kind.config)
     policy = policy_of(job.kind.context_size, job.kind.vocabulary, job.kind.size, config).to(job.device)
     loss = train_policy(policy, seen, targets, job.seed)
     weights = {name: value.to(_KEPT).cpu().numpy() for name, value in policy.state_dict().items()}
-    return job.kind.name, job.seed, loss, weights
+    return job.kind, job.seed, loss, weights
 
 
-def train_all(
-    seen: Tensor,
-    targets: Mapping[str, tuple[int | None, Tensor]],
-    config: PolicyConfig,
-    seeds: Sequence[int],
-    workers: int,
-    folder: Path,
-) -> None:
-    """Every kind with every seed; a file of weights for each kind, once all its seeds are trained.
-
-    seen: contexts [n, C]; targets: by name, vocabulary and one row for each context. Raises EvidenceError.
-    """
-    mean, deviation = normalisation(seen)
-    rows = ((seen - mean) / deviation).numpy()
-    kinds = {
-        name: PolicyKind(name, seen.shape[1], vocabulary, found.shape[1], asdict(config))
+def training_jobs(
+    rows: Tensor, targets: Mapping[str, tuple[int | None, Tensor]], config: PolicyConfig, seeds: Sequence[int]
+) -> list[TrainingJob]:
+    """Every kind with every seed, the longest first. rows: contexts [n, C], normalised; targets: see `targets_of`."""
+    kinds = [
+        (PolicyKind(name, rows.shape[1], vocabulary, found.shape[1], asdict(config)), found)
         for name, (vocabulary, found) in targets.items()
-    }
-    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
-    # The longest first.
-    places = [(name, seed) for name in sorted(targets, key=lambda name: -_length(kinds[name])) for seed in seeds]
-    jobs = [
-        TrainingJob(kinds[name], seed, rows, targets[name][1].numpy(), devices[index % len(devices)])
-        for index, (name, seed) in enumerate(places)
     ]
+    kinds.sort(key=lambda entry: -_length(entry[0]))
+    devices = cycle([f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"])
+    return [
+        TrainingJob(kind, seed, rows.numpy(), found.numpy(), next(devices)) for kind, found in kinds for seed in seeds
+    ]
+
+
+def train_all(jobs: Sequence[TrainingJob], normalised: tuple[Tensor, Tensor], workers: int, folder: Path) -> None:
+    """A file of weights for each kind, once all its seeds are trained. normalised: see `normalisation`.
+
+    Raises EvidenceError.
+    """
     found: dict[str, dict[int, dict[str, npt.NDArray[Any]]]] = {}
-    for name, seed, loss, weights in in_processes(train_job, jobs, workers, _prepare):
-        print(f"{name}, seed {seed}: loss {loss:.4f}", flush=True)
-        found.setdefault(name, {})[seed] = weights
-        if len(found[name]) == len(seeds):
-            _save(folder / f"{slug(name)}.safetensors", kinds[name], (mean, deviation), found.pop(name))
+    for kind, seed, loss, weights in in_processes(train_job, jobs, workers, prepare):
+        print(f"{kind.name}, seed {seed}: loss {loss:.4f}", flush=True)
+        by_seed = found.setdefault(kind.name, {})
+        by_seed[seed] = weights
+        if len(by_seed) == sum(job.kind == kind for job in jobs):
+            _save(folder / f"{slug(kind.name)}.safetensors", kind, normalised, by_seed)
 
 
 def _length(kind: PolicyKind) -> int:
     return 0 if kind.vocabulary is None else kind.size
 
 
-def _prepare() -> None:
-    """Other jobs have the other cores; on a GPU products are three times as fast so."""
-    torch.set_num_threads(1)
-    torch.set_float32_matmul_precision("high")
-
-
 def targets_of(
     recordings: Sequence[Recording], lessons: Lessons, recipe: NetworkRecipe | None, folder: Path
 ) -> dict[str, tuple[int | None, Tensor]]:
-    """What each kind of policy says for every chunk; recipe: of OAT, which is trained here and kept."""
+    """What each kind of policy says for every chunk, by name: a vocabulary, and one row for each chunk.
+
+    recipe: of OAT, which is trained here and kept; None leaves it out.
+    """
     chunks = meant(recordings)
     found: dict[str, tuple[int | None, Tensor]] = {ACTIONS: (None, chunks.flatten(1).float())}
     found |= {name: (lessons.vocabularies[name], tokens) for name, tokens in lessons.tokens.items()}
