@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from rfsq.calibration.chunk import ChunkFitConfig, broad_classes, fit_chunk_code
@@ -20,7 +21,7 @@ from rfsq.runtime.bundle.paths import counted
 #: Of a learned class. On the embedded demonstrations 64 classes are better than any fewer down to four windows each,
 #: and with two 4 classes have a tenth less squared error.
 _LEAST_WINDOWS = 4
-#: So many times wider, the range of a dimension costs two bits of every action.
+#: So many times wider, the range of a dimension costs two bits of every action in escape.
 _FAR = 4.0
 #: Beyond it chunk tokens say nothing.
 _LIMIT = 1.0
@@ -50,7 +51,7 @@ def fit_chunk_tokens(dataset: ActionDataset, config: ChunkConfig) -> ChunkCheckp
     sizes that make no code, DataError for data that nothing can be fitted to.
     """
     parts = chunk_parts(dataset)
-    normaliser, reason = _normaliser(parts, config.normaliser)
+    normaliser, reason = chunk_normaliser(parts, config.normaliser)
     sizes, fewer = _sizes(parts.training, config)
     is_split = parts.training is not dataset
     warnings = [few_steps_warning(parts.training), "" if is_split else unsplit_warning(dataset), fewer]
@@ -75,29 +76,59 @@ def fit_chunk_tokens(dataset: ActionDataset, config: ChunkConfig) -> ChunkCheckp
     return ChunkCheckpoint(sizes, constants, normaliser, provenance)
 
 
-def _normaliser(parts: ChunkParts, wanted: ChunkNormaliser) -> tuple[Normaliser | None, str]:
-    """The normaliser, and why."""
-    ends = np.concatenate([_ends(parts.training), _ends(parts.calibration)])
+def chunk_normaliser(parts: ChunkParts, wanted: ChunkNormaliser) -> tuple[Normaliser | None, str]:
+    """What brings the training and calibration episodes, and more like them, into [-1, 1]; and why."""
+    # Where few episodes serve for both parts, each counts once.
+    fitted = [parts.training] if parts.calibration is parts.training else [parts.training, parts.calibration]
+    ends = np.concatenate([_ends(part) for part in fitted])
     reasons = reasons_to_normalise(ends, _LIMIT)
     kind = wanted
     why = "as asked"
     if wanted is ChunkNormaliser.AUTO:
         kind = ChunkNormaliser.MIN_MAX if reasons else ChunkNormaliser.NONE
         why = f"chosen by auto: {' and '.join(reasons) or fits_unnormalised(_LIMIT)}"
-    if kind is ChunkNormaliser.MIN_MAX:
-        return _covering(fit_normaliser(ends, NormaliserKind.MIN_MAX, untouched(ends)), ends), (
-            f"normaliser: {kind}, {why}"
-        )
-    return None, f"normaliser: {kind}, {why}"
+    if kind is ChunkNormaliser.NONE:
+        return None, f"normaliser: {kind}, {why}"
+    headroom = _headroom(ends)
+    if headroom > 1:
+        why = f"{why}; of {headroom:.3g} times the range seen, since one episode reached so far beyond the others"
+    found = fit_normaliser(ends, NormaliserKind.MIN_MAX, untouched(ends))
+    return _covering(found, ends, headroom, untouched(ends)), f"normaliser: {kind}, {why}"
 
 
-def _covering(normaliser: Normaliser, ends: FloatArray) -> Normaliser:
-    """With scales rounded up: what lies beyond [-1, 1] by rounding alone would err by more than the bound."""
+def _headroom(ends: FloatArray) -> float:
+    """How far the next episode may reach, as a multiple of the range of those seen: as far as any of them reaches
+    beyond the others, in the dimension where it is farthest. At most `_FAR`; 1 for a single episode.
+
+    Nothing outside the range is ever decoded, while a wider one costs little: only escape's bound grows with it.
+    """
+    low, high = ends[::2].astype(np.float64), ends[1::2].astype(np.float64)
+    if len(low) < 2:
+        return 1.0
+    others_low, others_high = -_largest_of_others(-low), _largest_of_others(high)
+    half, middle = (others_high - others_low) / 2, (others_high + others_low) / 2
+    reach = np.maximum(high - middle, middle - low)
+    # Where the others rest, nothing says how far is far.
+    return float(np.clip((reach / np.where(half > 0, half, np.inf)).max(), 1.0, _FAR))
+
+
+def _largest_of_others(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Of each row of values [n, A], the largest in the other rows: [n, A]."""
+    second, first = np.sort(values, axis=0)[-2:]
+    found: npt.NDArray[np.float64] = np.where(values == first, second, first)
+    return found
+
+
+def _covering(normaliser: Normaliser, ends: FloatArray, headroom: float, kept: tuple[int, ...]) -> Normaliser:
+    """So many times wider, but for the dimensions that are kept. Rounded up: what lies beyond [-1, 1] by rounding alone
+    would err by more than the bound."""
     reach = np.abs(ends.astype(np.float64) - normaliser.offset).max(axis=0)
     scale = np.where(
         reach > normaliser.scale, np.nextafter(reach.astype(np.float32), np.float32(np.inf)), normaliser.scale
-    )
-    return replace(normaliser, scale=tuple(scale.tolist()))
+    ).astype(np.float64)
+    wider = np.full(len(scale), headroom)
+    wider[list(kept)] = 1.0
+    return replace(normaliser, scale=tuple((scale * wider).astype(np.float32).tolist()))
 
 
 def _far_episode_warning(parts: ChunkParts) -> str:

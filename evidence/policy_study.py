@@ -76,6 +76,9 @@ class Entry:
 
 def said(job: PolicyJob) -> tuple[int, int, npt.NDArray[np.generic]]:
     """Train, and ask: the place and the seed of the job, and what the policy says of each context asked."""
+    if job.device != "cpu":
+        # What is recorded goes to the current device.
+        torch.cuda.set_device(job.device)
     torch.manual_seed(job.seed)
     seen, targets, asked = (torch.from_numpy(part).to(job.device) for part in (job.seen, job.targets, job.asked))
     policy = policy_of(seen.shape[1], job.vocabulary, targets.shape[1], job.config).to(job.device)

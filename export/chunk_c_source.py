@@ -11,12 +11,19 @@ import numpy as np
 from rfsq.export.c_builder import C_FLAGS
 from rfsq.export.c_source import Array, CTokenizer, IntArray, filled, number, table
 from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan
-from rfsq.export.errors import BuildInputError
+from rfsq.export.errors import SourceTooLargeError
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.runtime.bundle.backend_specs import BACKENDS
 
-#: Numbers in the tables. GCC takes 4 seconds and a gigabyte for so many; a source of 60 MB is what people still open.
-MOST_NUMBERS = 2**21
+#: Numbers in the tables. GCC takes 3 seconds and 1.5 GB for so many, in a source of 270 MB.
+MOST_NUMBERS = 2**24
+#: Numbers of a table that are spelled out for people. GCC takes ten times as long and as much memory for these as for
+#: the same numbers in one string.
+MOST_SPELLED = 2**18
+
+#: Every byte as it is written in a string, and characters of a line of these.
+_ESCAPES = np.array([f"\\{byte:03o}".encode() for byte in range(256)])
+_LINE = 128
 
 #: As in the template.
 _LANES = 16
@@ -26,13 +33,13 @@ _SUMS = 8
 def c_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> CTokenizer:
     """fingerprint: stated in the files.
 
-    Raises BuildInputError for more than MOST_NUMBERS, and for numbers that float32 does not hold.
+    Raises SourceTooLargeError for more than MOST_NUMBERS, BuildInputError for numbers that float32 does not hold.
     """
     sizes, tables = plan.sizes, _tables(plan)
-    check_size(plan, tables.values(), "C", "c")
+    check_size(plan, tables.values(), MOST_NUMBERS, "c")
     source = filled(
         "rfsq_chunk_tokenizer.c",
-        TABLES="\n".join([*_sizes(plan), *(table(_kind(values), name, values) for name, values in tables.items())]),
+        TABLES="\n".join([*_sizes(plan), *(_table(name, values) for name, values in tables.items())]),
         ARITHMETIC=filled("arithmetic.c").rstrip(),
     )
     header = filled(
@@ -49,13 +56,13 @@ def c_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> CTokenizer:
     return CTokenizer(header, note + source)
 
 
-def check_size(plan: ChunkPlan, tables: Iterable[Array | IntArray], language: str, backend: str) -> None:
-    """Raises BuildInputError for tables of more than MOST_NUMBERS."""
-    if sum(values.size for values in tables) > MOST_NUMBERS:
-        raise BuildInputError(
+def check_size(plan: ChunkPlan, tables: Iterable[Array | IntArray], most: int, backend: str) -> None:
+    """Raises SourceTooLargeError for tables of more numbers than `most`."""
+    if sum(values.size for values in tables) > most:
+        raise SourceTooLargeError(
             f"{plan.sizes.num_classes} classes of {plan.sizes.num_values} values and {plan.num_latents} latents are "
-            f"more than the {MOST_NUMBERS:,} numbers that the {language} engine has room for: fit fewer classes, a "
-            f"shorter chunk or fewer tokens, or build without the backend {backend}"
+            f"more than the {most:,} numbers that the backend {backend} has room for: fit fewer classes, a shorter "
+            "chunk or fewer tokens, or build without it"
         )
 
 
@@ -126,5 +133,27 @@ def padded(values: Array | IntArray, axis: int, multiple: int) -> Array:
     return np.pad(values, missing)
 
 
-def _kind(values: Array | IntArray) -> str:
-    return "static const latent_index" if np.issubdtype(values.dtype, np.integer) else "static _Alignas(64) const float"
+def _table(name: str, values: Array | IntArray) -> str:
+    if np.issubdtype(values.dtype, np.integer):
+        return table("static const latent_index", name, values)
+    if values.size <= MOST_SPELLED:
+        return table("static _Alignas(64) const float", name, values)
+    return _packed_table(name, values)
+
+
+def _packed_table(name: str, values: Array | IntArray) -> str:
+    """A constant array of floats, as the string of their bytes. Raises BuildInputError for numbers of no float32."""
+    number(float(np.abs(values).max()))
+    content = np.frombuffer(values.astype("<f4").tobytes(), np.uint8)
+    text = _ESCAPES[content].tobytes().decode()
+    lines = "\n".join(f'"{text[start : start + _LINE]}"' for start in range(0, len(text), _LINE))
+    shape = "".join(f"[{size}]" for size in values.shape)
+    return f"""\
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the bytes of {name} are those of little-endian floats");
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Woverlength-strings"
+static _Alignas(64) const union {{ unsigned char bytes[{content.size + 1}]; float values{shape}; }} {name}_BYTES = {{
+{lines}
+}};
+#pragma GCC diagnostic pop
+#define {name} {name}_BYTES.values"""

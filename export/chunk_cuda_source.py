@@ -16,6 +16,8 @@ from rfsq.export.chunk_plan import ACTION_LIMIT, ChunkPlan
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.runtime.bundle.manifest import CHUNKS_OF_BLOCK, TOKEN_TYPES, KernelKind, TokenType, kernel_name, token_types
 
+#: Numbers in the tables. NVRTC takes 9 seconds and 2 GB for so many.
+MOST_NUMBERS = 2**21
 _WARP = 32
 #: What static shared memory has.
 _SHARED_BYTES = 48 * 1024
@@ -44,10 +46,10 @@ class _Blocks:
 def cuda_chunk_tokenizer(plan: ChunkPlan, fingerprint: str) -> str:
     """fingerprint: stated in the source.
 
-    Raises BuildInputError for tables of more than MOST_NUMBERS, and for numbers that float32 does not hold.
+    Raises SourceTooLargeError for more than MOST_NUMBERS, BuildInputError for numbers that float32 does not hold.
     """
     sizes, tables = plan.sizes, _tables(plan)
-    check_size(plan, tables.values(), "CUDA", "cuda")
+    check_size(plan, tables.values(), MOST_NUMBERS, "cuda")
     blocks = _blocks(plan)
     kernels = [
         kernel for token in token_types(2**sizes.token_bits, "uint16") for kernel in _kernels(plan, token, blocks)

@@ -22,7 +22,7 @@ from rfsq.runtime.backends.cpu_targets import host_targets
 from rfsq.runtime.backends.tensorrt_api import EngineTensor, NoDeviceError, ProfileShapes, TrtApi, find_tensorrt
 from rfsq.runtime.bundle.advice import install
 from rfsq.runtime.bundle.backend_specs import BACKENDS, BackendSpec
-from rfsq.runtime.bundle.errors import BackendUnavailableError, EngineRefusedError
+from rfsq.runtime.bundle.errors import BackendUnavailableError, BundleError, EngineRefusedError
 from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE, CUDA_SOURCE, EngineEntry, GraphEntry
 
 if TYPE_CHECKING:
@@ -44,6 +44,13 @@ class EngineSources:
     profile: Profile
     compute_capabilities: tuple[str, ...] = ()
     present: tuple[EngineEntry, ...] = ()
+
+    def source(self, file: str) -> bytes:
+        """The content of a generated source. Raises EngineBuildError where the bundle has none."""
+        try:
+            return self.content(file)
+        except (BundleError, FileNotFoundError) as error:
+            raise EngineBuildError(f"the bundle has no {file}: its model was too large for one") from error
 
 
 def compilable(*, to_run: bool) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -129,7 +136,7 @@ def _compile_graphs(backend: str, sources: EngineSources, current: Phase) -> tup
 
 def _compile_c(backend: str, sources: EngineSources, current: Phase) -> tuple[EngineEntry, ...]:
     """For every target that this machine can run: what cannot be proven here is not built."""
-    header, source = sources.content(C_HEADER), sources.content(C_SOURCE)
+    header, source = sources.source(C_HEADER), sources.source(C_SOURCE)
     engines = []
     least = host_targets()[-1]
     there = {target for entry in sources.present if entry.backend == backend for target in entry.targets}
@@ -161,7 +168,7 @@ def _compile_c(backend: str, sources: EngineSources, current: Phase) -> tuple[En
 
 def _compile_cuda(backend: str, sources: EngineSources, current: Phase) -> tuple[EngineEntry, ...]:
     """For this machine's GPU: what cannot be proven here is not built."""
-    source, gpu = sources.content(CUDA_SOURCE), _gpu()
+    source, gpu = sources.source(CUDA_SOURCE), _gpu()
     # Here, because it needs cuda-python, which a machine without a GPU need not have.
     from rfsq.runtime.backends.gpu.kernels import KernelError, compile_kernels, nvrtc_version
 

@@ -13,6 +13,10 @@ class BuildInputError(ExportError, ValueError):
     """Settings that make no sense, or a model that no engine can hold."""
 
 
+class SourceTooLargeError(BuildInputError):
+    """Tables of more numbers than a generated source takes; other engines may hold them."""
+
+
 class EngineBuildError(ExportError):
     """An engine that could not be built; the message quotes the compiler, the parser or the builder."""
 

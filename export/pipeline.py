@@ -13,10 +13,10 @@ from rfsq.export.bundle_writer import StagedBundle, stage_bundle
 from rfsq.export.chunk_tokens import load_chunk_tokens
 from rfsq.export.deployable import Deployable
 from rfsq.export.engines import EngineSources, compilable, compile_engines, require_means
-from rfsq.export.errors import GateError, require_none
+from rfsq.export.errors import GateError, SourceTooLargeError, require_none
 from rfsq.export.graph_builder import LinearForm
 from rfsq.export.parity import closing_tables, cross_check, golden_vectors, prove
-from rfsq.export.progress import phase
+from rfsq.export.progress import Phase, phase
 from rfsq.export.proving import seal_proven
 from rfsq.export.reference import Section
 from rfsq.export.step_tokens import load_step_tokens
@@ -38,6 +38,8 @@ from rfsq.runtime.bundle.manifest import (
 )
 from rfsq.runtime.bundle.modes import Mode
 
+#: What backends are compiled from, beside graphs, where the tables of a model fit into it.
+_SOURCES = {"c": C_SOURCE, "cuda": CUDA_SOURCE}
 #: Packages whose version can change what is built.
 _TOOLS = ("numpy", "torch", "onnx", "onnxruntime", "polygraphy")
 
@@ -57,7 +59,7 @@ def build(config: BuildConfig, *, has_tables: bool = True) -> Manifest:
     kind = config.token_kind
     with stage_bundle(config.folder, overwrite=config.overwrite) as staged:
         tokens: Deployable = load_chunk_tokens(config) if kind is TokenKind.CHUNK else load_step_tokens(config)
-        draft = _export(tokens, staged)
+        draft = _export(config, tokens, staged)
         reference, held_out = tokens.reference, tokens.data.held_out
         action_mse, fidelity = reference.action_mse(held_out), reference.fidelity(held_out)
         with _worth_first(fidelity, draft.model.mode):
@@ -100,7 +102,7 @@ def _worth_first(fidelity: Fidelity | None, mode: Mode) -> Iterator[None]:
         raise GateError(f"{fidelity.warning_in(mode)}\n{error}") from error
 
 
-def _export(tokens: Deployable, staged: StagedBundle) -> Manifest:
+def _export(config: BuildConfig, tokens: Deployable, staged: StagedBundle) -> Manifest:
     """Write graphs, C and CUDA. Returns the manifest as far as it is known by then."""
     identity = tokens.fingerprint
     with phase("export ONNX") as current:
@@ -108,17 +110,28 @@ def _export(tokens: Deployable, staged: StagedBundle) -> Manifest:
         for graph, content in graphs:
             staged.write(graph.file, content)
         current.note(", ".join(f"{graph.file} {len(content) / 1000:.0f} kB" for graph, content in graphs))
-    with phase("generate C") as current:
+    with phase("generate C") as current, _unless_too_large(config, "c", current):
         generated = tokens.c_source()
         staged.write(C_HEADER, generated.header.encode())
         staged.write(C_SOURCE, generated.source.encode())
         current.note(f"{C_SOURCE} {len(generated.source) / 1000:.0f} kB")
-    with phase("generate CUDA") as current:
+    with phase("generate CUDA") as current, _unless_too_large(config, "cuda", current):
         cuda = tokens.cuda_source()
         staged.write(CUDA_SOURCE, cuda.encode())
         current.note(f"{CUDA_SOURCE} {len(cuda) / 1000:.0f} kB")
     entries = tuple(graph for graph, _ in graphs)
     return Manifest(SCHEMA_VERSION, identity, tokens.model, entries, (), (), _tool_versions(), {}, {})
+
+
+@contextlib.contextmanager
+def _unless_too_large(config: BuildConfig, backend: str, current: Phase) -> Iterator[None]:
+    """Without this source the bundle still has the engines that have room for its tables, unless it is asked for."""
+    try:
+        yield
+    except SourceTooLargeError as error:
+        if backend in (config.backends or ()):
+            raise
+        current.skip(str(error))
 
 
 def _examine(
@@ -147,6 +160,7 @@ def _compile(config: BuildConfig, draft: Manifest, staged: StagedBundle) -> tupl
         for name, reason in reasons.items():
             advice = "no C compiler is here: compile the generated C on the robot, with --from-bundle"
             print(f"  {advice if name == 'c' else reason}")
+        chosen = tuple(name for name in chosen if (staged.folder / _SOURCES.get(name, "")).exists())
     return tuple(engine for name in dict.fromkeys(chosen) for engine in compile_engines(name, sources))
 
 

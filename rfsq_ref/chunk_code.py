@@ -6,6 +6,7 @@ which one, the order of the class says, which is part of the code. Formulas: doc
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -219,7 +220,10 @@ class ChunkCode(nn.Module):
 
     def chunks(self, latents: Tensor, classes: Tensor) -> Tensor:
         """Latents [B, M] of these classes [B] to chunks [B, N] that are not clipped."""
-        return self.mean[classes] + torch.einsum("bm,bnm->bn", latents, self.basis[classes])
+        found = latents.new_empty(len(latents), self.sizes.num_values)
+        for index, rows in by_class(classes):
+            found[rows] = self.mean[index] + latents[rows] @ self.basis[index].T
+        return found
 
     # Encoding -------------------------------------------------------------------------------------------------------
 
@@ -227,21 +231,26 @@ class ChunkCode(nn.Module):
         """Latents [..., M] to y [..., M] in [-1, 1]."""
         return torch.tanh(latents / (WIDTH * self.scale[classes]))
 
+    def digits(self, latents: Tensor, classes: Tensor | int) -> Tensor:
+        """All bits that latents [..., M] of these classes can have, as numbers int64 [..., M] of MOST_BITS binary
+        digits: each bit is the sign of a residual, and together they spell (y + 1) / 2."""
+        y = self.compand(latents, classes)
+        return torch.floor((y + 1) * 2 ** (MOST_BITS - 1)).long().clamp(0, 2**MOST_BITS - 1)
+
     def code_in(self, latents: Tensor, classes: Tensor) -> Tensor:
         """The code bits [B, code_bits] of latents [B, M] of these classes [B]."""
-        y = self.compand(latents, classes)
-        # Each bit is the sign of a residual: together they are the digits of (y + 1) / 2.
-        digits = torch.floor((y + 1) * 2 ** (MOST_BITS - 1)).long().clamp(0, 2**MOST_BITS - 1)
+        digits = self.digits(latents, classes)
         return digits.gather(1, self.order[classes]) >> (MOST_BITS - 1 - self.rank[classes]) & 1
 
     def encode_in(self, chunks: Tensor, classes: Tensor) -> Tensor:
         """Chunks [B, N] to the tokens [B, L] of these classes [B], whatever that costs."""
         code = torch.empty(len(chunks), self.sizes.code_bits, dtype=torch.long, device=chunks.device)
-        escaped = classes == self.sizes.escape
-        kept = chunks[~escaped]
-        latents = torch.einsum("bn,bnm->bm", kept - self.mean[classes[~escaped]], self.basis[classes[~escaped]])
-        code[~escaped] = self.code_in(latents, classes[~escaped])
-        code[escaped] = escape_encode(chunks[escaped], self.sizes.code_bits)
+        for index, rows in by_class(classes):
+            if index == self.sizes.escape:
+                code[rows] = escape_encode(chunks[rows], self.sizes.code_bits)
+            else:
+                latents = (chunks[rows] - self.mean[index]) @ self.basis[index]
+                code[rows] = self.code_in(latents, classes[rows])
         return self.tokens(torch.cat((binary(classes, self.sizes.class_bits), code), dim=1))
 
     def encode(self, chunks: Tensor) -> Tensor:
@@ -255,17 +264,16 @@ class ChunkCode(nn.Module):
     def choose(self, chunks: Tensor) -> Tensor:
         """The class [B] of each chunk: of those that keep the bound the one of least cost; escape where none does."""
         costs = self.costs(chunks)
-        chosen = torch.full((len(chunks),), self.sizes.escape, device=chunks.device)
-        open_rows = torch.arange(len(chunks), device=chunks.device)
+        chosen = costs.argmin(dim=1)
         # The cheapest nearly always keeps it: the others are only asked where it does not.
-        for _ in range(self.sizes.escape):
-            best = costs[open_rows].argmin(dim=1)
-            keeps = self.keeps_bound(chunks[open_rows], best)
-            chosen[open_rows[keeps]] = best[keeps]
-            costs[open_rows, best] = torch.inf
-            open_rows = open_rows[~keeps]
-            if not len(open_rows):
-                break
+        keeps = torch.empty_like(chosen, dtype=torch.bool)
+        for index, rows in by_class(chosen):
+            keeps[rows] = self.keeps_bound(chunks[rows], index)
+        rest = (~keeps).nonzero()[:, 0]
+        if len(rest):
+            keep = torch.stack([self.keeps_bound(chunks[rest], index) for index in range(self.sizes.escape)], dim=1)
+            cheapest = costs[rest].where(keep, torch.inf).argmin(dim=1)
+            chosen[rest] = cheapest.where(keep.any(dim=1), self.sizes.escape)
         return chosen
 
     def costs(self, chunks: Tensor) -> Tensor:
@@ -289,19 +297,26 @@ class ChunkCode(nn.Module):
             found.append(cost)
         return torch.stack(found, dim=1)
 
-    def keeps_bound(self, chunks: Tensor, classes: Tensor) -> Tensor:
-        """Whether chunks [B, N] err nowhere in these classes [B], at no budget, by more than in escape: bool [B]."""
-        latents = torch.einsum("bn,bnm->bm", chunks - self.mean[classes], self.basis[classes])
-        code = self.code_in(latents, classes)
+    def keeps_bound(self, chunks: Tensor, index: int) -> Tensor:
+        """Whether chunks [B, N] err nowhere in this class, at no budget, by more than in escape: bool [B]."""
+        digits = self.digits((chunks - self.mean[index]) @ self.basis[index], index)
         kept = torch.ones(len(chunks), dtype=torch.bool, device=chunks.device)
-        for bits in self.budget_bits:
-            error = self.decode_in(code[:, :bits], classes) - chunks
+        for bits, count in zip(self.budget_bits, self.counts[:, index], strict=True):
+            y = torch.ldexp((2 * (digits >> MOST_BITS - count) + 1).to(chunks.dtype), -count) - 1
+            latents = self.latents(y, count.expand_as(digits), index)
+            error = (self.mean[index] + latents @ self.basis[index].T).clamp(-1, 1) - chunks
             kept &= (error.abs() <= escape_bound(bits, self.sizes.num_values)).all(dim=1)
         return kept
 
     def bound(self, num_tokens: int) -> float:
         """The most by which a value in [-1, 1] errs, decoded from so many tokens; holds for those in `budgets`."""
         return escape_bound(num_tokens * self.sizes.token_bits - self.sizes.class_bits, self.sizes.num_values)
+
+
+def by_class(classes: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each class that is among those [n], and its rows int64."""
+    for index in torch.bincount(classes).nonzero()[:, 0].tolist():
+        yield index, (classes == index).nonzero()[:, 0]
 
 
 def cell_middles(y: Tensor, bits: Tensor | int) -> Tensor:

@@ -1,12 +1,10 @@
 """Judges chunk tokens: which differences from the float64 reference float32 rounding explains, and which are wrong."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS, binary, number
-from rfsq.rfsq_ref.chunk_code import ChunkCode
+from rfsq.rfsq_ref.chunk_code import ChunkCode, by_class
 from rfsq.rfsq_ref.chunk_escape import BLOCK_BITS, BLOCK_VALUES, escape_levels
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
 from rfsq.rfsq_ref.chunk_rounding import Chunks, choice, latents_of, normalised_chunks
@@ -66,7 +64,7 @@ def _judged(code: ChunkCode, chunks: Chunks, expected: Tensor, found: Tensor) ->
         is_explained[other] = acceptable.gather(1, classes[other].unsqueeze(1)).squeeze(1)
     is_explained &= number(bits[:, : sizes.class_bits]) <= sizes.escape
     unexplained = torch.zeros_like(bits, dtype=torch.bool)
-    for index, rows in _by_class(classes):
+    for index, rows in by_class(classes):
         of = _unexplained_escape if index == sizes.escape else _unexplained
         unexplained[rows, sizes.class_bits :] = of(code, chunks[rows], bits[rows, sizes.class_bits :], index)
     wrong = (legal != found) | torch.unflatten(unexplained, 1, (-1, sizes.token_bits)).any(dim=2)
@@ -74,12 +72,6 @@ def _judged(code: ChunkCode, chunks: Chunks, expected: Tensor, found: Tensor) ->
     differs = found != code.encode_in(chunks.values, classes)
     differs[:, 0] |= classes != class_of_reference
     return wrong, differs & ~wrong
-
-
-def _by_class(classes: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Each class that is among those [n], and its rows."""
-    for index in torch.bincount(classes).nonzero()[:, 0].tolist():
-        yield index, (classes == index).nonzero()[:, 0]
 
 
 def _unexplained(code: ChunkCode, chunks: Chunks, bits: Tensor, index: int) -> Tensor:
@@ -186,7 +178,7 @@ def _block_bounds(tokenizer: ChunkTokenizer, actions: Tensor) -> tuple[Tensor, T
     of_class = choice(code, chunks).margins(classes)
     for found, part in zip((margins, bounds), of_class, strict=True):
         found[:, : sizes.class_bits] = part.unsqueeze(1)
-    for index, rows in _by_class(classes):
+    for index, rows in by_class(classes):
         of = _escape_margins if index == sizes.escape else _bit_margins
         margins[rows, sizes.class_bits :], bounds[rows, sizes.class_bits :] = of(code, chunks[rows], index)
     margins, bounds = torch.unflatten(torch.stack((margins, bounds)), 2, (-1, sizes.token_bits))

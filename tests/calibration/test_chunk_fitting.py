@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rfsq.calibration import chunk_fitting
-from rfsq.calibration.chunk_fitting import chunk_parts, fit_chunk_tokens
+from rfsq.calibration.chunk_fitting import ChunkParts, chunk_parts, fit_chunk_tokens
 from rfsq.calibration.errors import CalibrationError
 from rfsq.calibration.settings import ChunkConfig, ChunkNormaliser
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint
@@ -94,9 +94,42 @@ def test_no_action_that_was_fitted_to_lies_beyond_the_range(seed: int) -> None:
     offset, unit = generator.normal(size=3) * 1000, 10.0 ** generator.uniform(-2, 3, 3)
     episodes = [episode * unit + offset for episode in smooth_episodes(3, [20] * 2, seed)]
     dataset = dataset_of(episodes)
-    found, _ = chunk_fitting._normaliser(chunk_parts(dataset), ChunkNormaliser.MIN_MAX)
+    found, _ = chunk_fitting.chunk_normaliser(chunk_parts(dataset), ChunkNormaliser.MIN_MAX)
     assert found is not None
     assert (np.abs(dataset.steps().astype(np.float64) - found.offset) <= found.scale).all()
+
+
+def test_the_range_is_as_much_wider_as_one_episode_reached_beyond_the_others() -> None:
+    episodes = [np.linspace(-1, 1, 20)[:, None] * [10.0, 50.0] for _ in range(10)]
+    # To 25 in a range of ±10 is two and a half times as far; to 75 in one of ±50 is half as far again.
+    episodes[3] = episodes[3] * [2.5, 1]
+    episodes[7] = episodes[7] * [1, 1.5]
+    dataset = dataset_of(episodes)
+    found, why = chunk_fitting.chunk_normaliser(ChunkParts(dataset, dataset.select([0]), dataset), ChunkNormaliser.AUTO)
+    assert found is not None
+    assert found.scale == pytest.approx((2.5 * 25, 2.5 * 75))
+    assert why.endswith("of 2.5 times the range seen, since one episode reached so far beyond the others")
+
+
+@pytest.mark.parametrize("reach", [1.0, 100.0])
+def test_a_wild_episode_widens_it_no_more_than_escape_can_bear_and_limits_not_at_all(reach: float) -> None:
+    # A last dimension of unit size, a gripper, stays as it is.
+    episodes = [np.linspace(-1, 1, 20)[:, None] * [10.0, 1.0] for _ in range(10)]
+    episodes[3] = episodes[3] * [reach, 1]
+    dataset = dataset_of(episodes)
+    found, _ = chunk_fitting.chunk_normaliser(ChunkParts(dataset, dataset, dataset), ChunkNormaliser.AUTO)
+    assert found is not None
+    assert found.scale == pytest.approx((10 * reach * (4 if reach > 1 else 1), 1))
+
+
+def test_episodes_that_reach_farther_than_any_seen_are_coded_too() -> None:
+    generator = np.random.default_rng(0)
+    episodes = [episode * generator.uniform(3, 12, size=2) for episode in smooth_episodes(2, [60] * 30, seed=0)]
+    dataset = dataset_of(episodes[:20])
+    checkpoint = fit_chunk_tokens(dataset, ChunkConfig(chunk_length=4, classes=8))
+    farthest = np.abs(dataset.steps()).max(axis=0)
+    beyond = [episode * 1.2 * farthest / np.abs(episode).max(axis=0) for episode in episodes[20:]]
+    assert (worst_error(checkpoint, beyond) < 0.05 * farthest).all()
 
 
 def test_nothing_beyond_the_range_is_decoded_where_no_normaliser_is_wanted() -> None:

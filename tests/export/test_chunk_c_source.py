@@ -17,7 +17,7 @@ from rfsq.export import chunk_c_source
 from rfsq.export.c_builder import C_FLAGS, HEADER_NAME, SOURCE_NAME
 from rfsq.export.chunk_c_source import c_chunk_tokenizer
 from rfsq.export.chunk_plan import ACTION_LIMIT, plan_chunk_code
-from rfsq.export.errors import BuildInputError
+from rfsq.export.errors import BuildInputError, SourceTooLargeError
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkConstants, ChunkSizes
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
@@ -321,10 +321,26 @@ def test_the_header_says_what_the_code_is(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_large_tables_are_strings_of_the_same_numbers(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = random_tokenizer(ChunkSizes(5, 3, num_classes=7, token_bits=9, num_tokens=12), seed=3)
+    spelled = Library(tmp_path / "spelled", tokenizer, compiler=compiler)
+    monkeypatch.setattr(chunk_c_source, "MOST_SPELLED", 64)
+    packed = Library(tmp_path / "packed", tokenizer, compiler=compiler)
+    assert "BASIS_BYTES" in (tmp_path / "packed" / SOURCE_NAME).read_text(encoding="utf-8")
+    assert run([compiler, *C_FLAGS, *WARNINGS, "-c", SOURCE_NAME], tmp_path / "packed") == ""
+    actions = random_actions(tokenizer, 200, 0.1, seed=4)
+    tokens = spelled.encode(actions)[1]
+    assert np.array_equal(packed.encode(actions)[1], tokens)
+    assert np.array_equal(packed.decode(tokens)[1], spelled.decode(tokens)[1])
+
+
 def test_tables_that_are_too_large_for_a_source_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_chunk_code(random_tokenizer(ChunkSizes(2, 3, 5, 6, 9), seed=0))
     monkeypatch.setattr(chunk_c_source, "MOST_NUMBERS", 100)
-    with pytest.raises(BuildInputError, match=r"5 classes of 6 values .* more than the 100 numbers .* fewer classes"):
+    with pytest.raises(SourceTooLargeError, match=r"5 classes of 6 values .* more than the 100 numbers .* fewer"):
         c_chunk_tokenizer(plan, FINGERPRINT)
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from rfsq.calibration.settings import BitOrder, ChunkConfig
-from rfsq.export import chunk_tokens
+from rfsq.export import chunk_c_source, chunk_tokens, pipeline
 from rfsq.export.build_config import BuildConfig
 from rfsq.export.build_engine import config_of, parser
 from rfsq.export.chunk_plan import ChunkPlan
-from rfsq.export.errors import BuildInputError, GateError
+from rfsq.export.errors import BuildInputError, ExportError, GateError, SourceTooLargeError
 from rfsq.export.fingerprint import chunk_fingerprint
+from rfsq.export.on_target import TargetConfig, add_engines
 from rfsq.export.pipeline import build
 from rfsq.rfsq_ref.chunk_checkpoint import load_chunk_checkpoint, save_chunk_checkpoint
 from rfsq.rfsq_ref.chunk_model import ChunkTokenizer
@@ -22,7 +23,7 @@ from rfsq.rfsq_ref.errors import CheckpointError
 from rfsq.rfsq_ref.settings import TokenKind
 from rfsq.runtime import ActionTokenizer
 from rfsq.runtime.bundle.errors import UnbuiltPrefixError
-from rfsq.runtime.bundle.manifest import C_SOURCE
+from rfsq.runtime.bundle.manifest import C_HEADER, C_SOURCE
 from rfsq.runtime.bundle.models import ChunkModel
 from tests.chunk_bundles import ChunkRecipe, chunk_checkpoint, random_chunks
 
@@ -112,6 +113,27 @@ def test_a_wrong_constant_in_the_engines_turns_the_gates_red(tmp_path: Path, mon
     with pytest.raises(GateError, match=r"onnxruntime, decode 9 tokens: action error: 0\.000"):
         build(BuildConfig(checkpoint=checkpoint, output=tmp_path / "out", backends=("onnxruntime",), parity_steps=200))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_model_that_is_too_large_for_c_has_its_other_engines(
+    asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, output = tmp_path / "chunk.safetensors", tmp_path / "out"
+    save_chunk_checkpoint(chunk_checkpoint(ChunkRecipe()), checkpoint)
+    monkeypatch.setattr(chunk_c_source, "MOST_NUMBERS", 100)
+    monkeypatch.setattr(pipeline, "compilable", lambda **_: (("c",), {}))
+    config = BuildConfig(checkpoint=checkpoint, output=output, backends=("c",) if asked else None, parity_steps=200)
+    if asked:
+        with pytest.raises(SourceTooLargeError, match="more than the 100 numbers that the backend c has room for"):
+            build(config)
+        return
+    build(config)
+    assert "– generate C" in capsys.readouterr().out
+    with ActionTokenizer.load(output) as tokenizer:
+        assert tokenizer.backend.name == "onnxruntime"
+    with pytest.raises(ExportError, match=f"c: the bundle has no {C_HEADER}: its model was too large for one"):
+        add_engines(TargetConfig(output, ("c",)))
 
 
 def test_settings_of_the_other_kind_are_refused(tmp_path: Path) -> None:

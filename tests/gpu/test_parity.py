@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rfsq.export import pipeline
+from rfsq.export import step_tokens
 from rfsq.export.build_config import BuildConfig
 from rfsq.export.errors import GateError
 from rfsq.export.graph_builder import LinearForm
@@ -97,9 +97,9 @@ def test_every_mode_and_other_sizes_build_and_pass_on_this_gpu(mode: DeployMode,
 @pytest.mark.skipif("tensorrt-rtx" not in TENSORRT, reason="TensorRT obeys its TF32 flag; only TensorRT-RTX does not")
 def test_an_engine_that_computes_in_tf32_turns_the_gates_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matrix products, which TensorRT-RTX computes in TF32 although it is told not to."""
-    encoder, decoder = pipeline.encoder_graph, pipeline.decoder_graph
-    monkeypatch.setattr(pipeline, "encoder_graph", lambda plan, _form: encoder(plan, LinearForm.GEMM))
-    monkeypatch.setattr(pipeline, "decoder_graph", lambda plan, _form: decoder(plan, LinearForm.GEMM))
+    encoder, decoder = step_tokens.encoder_graph, step_tokens.decoder_graph
+    monkeypatch.setattr(step_tokens, "encoder_graph", lambda plan, _form: encoder(plan, LinearForm.GEMM))
+    monkeypatch.setattr(step_tokens, "decoder_graph", lambda plan, _form: decoder(plan, LinearForm.GEMM))
     config = BuildConfig(output=tmp_path / "bundle", backends=("onnxruntime", "tensorrt-rtx"), parity_steps=10_000)
     with pytest.raises(GateError) as caught:
         build(config)

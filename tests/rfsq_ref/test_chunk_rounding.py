@@ -153,7 +153,7 @@ def test_the_reference_itself_lies_in_its_intervals() -> None:
     assert ((found.low <= costs) & (costs <= found.high)).all()
     for index in range(SIZES.escape):
         excess, bound = keep_excess(reference.code, chunks, latents_of(reference.code, chunks, index), index)
-        keeps = reference.code.keeps_bound(chunks.values, torch.full((len(actions),), index))
+        keeps = reference.code.keeps_bound(chunks.values, index)
         assert torch.equal(excess <= 0, keeps)
         assert (bound > 0).all()
     acceptable = found.acceptable()
