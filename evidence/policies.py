@@ -10,7 +10,7 @@ Trained with the mean cross-entropy of the tokens; it always says the likeliest 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +80,7 @@ class Block(nn.Module):
         if 1 < places < known:
             mask = torch.ones(places, known, dtype=torch.bool, device=x.device).tril(known - places)
         seen = functional.scaled_dot_product_attention(
-            queries, *kept, attn_mask=mask, dropout_p=share, is_causal=places == known
+            queries, kept[0], kept[1], attn_mask=mask, dropout_p=share, is_causal=places == known
         )
         x = x + functional.dropout(self.mixed(seen.transpose(1, 2).flatten(-2)), share)
         return x + functional.dropout(self.layers(self.before_layers(x)), share), kept
@@ -172,14 +172,28 @@ def policy_of(context_size: int, vocabulary: int | None, size: int, config: Poli
     return TokenPolicy(context_size, vocabulary, size, config)
 
 
-def train_policy(policy: TokenPolicy, contexts: Tensor, targets: Tensor, seed: int) -> float:
-    """Train on contexts [n, C] and targets, one row for each, on their device: the last steps' mean loss."""
+def _unwatched(steps: int, loss: Tensor) -> None:
+    del steps, loss
+
+
+def train_policy(
+    policy: TokenPolicy,
+    contexts: Tensor,
+    targets: Tensor,
+    seed: int,
+    watch: Callable[[int, Tensor], None] = _unwatched,
+) -> float:
+    """Train on contexts [n, C] and targets, one row for each, on their device: the last steps' mean loss.
+
+    watch: told after each step how many there were, and their mean loss [], to read which is to wait for the GPU.
+    """
     config, device = policy.config, contexts.device
     generator = torch.Generator(device=device).manual_seed(seed)
     rows = torch.zeros(config.batch, dtype=torch.long, device=device)
     rate, loss = torch.zeros((), device=device), torch.zeros((), device=device)
+    # Fused: policies that share a GPU wait for each other's kernels, however small.
     optimiser = torch.optim.AdamW(
-        policy.parameters(), rate, weight_decay=config.weight_decay, capturable=device.type == "cuda"
+        policy.parameters(), rate, weight_decay=config.weight_decay, fused=True, capturable=device.type == "cuda"
     )
 
     def step() -> None:
@@ -196,5 +210,6 @@ def train_policy(policy: TokenPolicy, contexts: Tensor, targets: Tensor, seed: i
         rows.copy_(torch.randint(len(contexts), (config.batch,), generator=generator, device=device))
         rate.fill_(config.rate(index))
         run()
+        watch(index + 1, loss)
     policy.eval()
     return float(loss)

@@ -26,6 +26,8 @@ CHUNK_LENGTH = 8
 #: One of so many episodes of each task has only scales and gains of chunk tokens fitted to it.
 _HELD_OUT = 5
 _BINS, _FAST_SCALE = 6, 20.0
+#: Of the cuts of chunk tokens.
+CHUNK_TOKENS = "chunk tokens, shared order, 4 bits"
 #: Windows are plenty, and so many say as much.
 _CHUNK_FIT = ChunkFitConfig(most_windows=15_000, has_shared_order=True)
 
@@ -57,12 +59,12 @@ def fitted_tokens(recordings: Sequence[Recording]) -> list[PolicyTokens]:
     shape = (CHUNK_LENGTH, chunks.shape[2])
     bins = fit_bins(np.concatenate([each.intended for each in fitted]), BinRange.FULL, _BINS)
     sizes = ChunkSizes(shape[1], CHUNK_LENGTH)
-    episodes = ([each.intended for each in part] for part in (fitted, held_out))
-    code = ChunkCode(sizes, fit_chunk_code(*episodes, sizes, _CHUNK_FIT)).double()
+    episodes, others = ([each.intended for each in part] for part in (fitted, held_out))
+    code = ChunkCode(sizes, fit_chunk_code(episodes, others, sizes, _CHUNK_FIT)).double()
     return [
         BinTokens(f"{1 << _BINS} bins", 1 << _BINS, bins, shape),
         fit_fast_tokens(chunks, _FAST_SCALE),
-        chunk_tokens(code, "shared order")[-1],
+        *(each for each in chunk_tokens(code, "shared order") if each.name == CHUNK_TOKENS),
     ]
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from rfsq.evidence.networks import NetworkRecipe
 from rfsq.evidence.policies import PolicyConfig
-from rfsq.evidence.policy_lessons import CHUNK_LENGTH, encoded, fitted_tokens, load_lessons, save_lessons
+from rfsq.evidence.policy_lessons import CHUNK_LENGTH, CHUNK_TOKENS, encoded, fitted_tokens, load_lessons, save_lessons
 from rfsq.evidence.policy_loop_results import POLICY_LOOP_JSON, PolicyLoopResults, table
 from rfsq.evidence.policy_recordings import BODIES, load_recordings, record_all
 from rfsq.evidence.policy_sight import lessons
@@ -38,6 +38,7 @@ from rfsq.evidence.policy_training import (
     targets_of,
     train_all,
     training_jobs,
+    weights_file,
 )
 from rfsq.evidence.settings import SEEDS
 from rfsq.rfsq_ref.generate_demonstrations import check_simulator
@@ -45,11 +46,11 @@ from rfsq.runtime.bundle.command import CommandParser, Outcome, natural, path_ar
 from rfsq.runtime.bundle.paths import refuse_existing
 
 #: Smaller than in the study, so that a processor can drive with it.
-POLICY = PolicyConfig(width=160, depth=4, steps=6000)
+POLICY = PolicyConfig(width=160, depth=4, steps=2000)
 OAT_RECIPE = NetworkRecipe(steps=5_000, learning_rate=1e-3)
 _TASKS = ("Lift", "Stack")
 #: Numbers of tokens that are said, where it is not all of them alone: the first four were the best in the study.
-_PREFIXES = {"chunk tokens, shared order, 6 bits, then 4": (4, 16)}
+_PREFIXES = {CHUNK_TOKENS: (4, 16)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +67,9 @@ def _parser() -> CommandParser:
     parser.add_argument("--noise", type=float, default=1.5, metavar="X", help="of recordings, over the expert's usual")
     parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, metavar="N", help="processes")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), metavar="S", help="default: 0 1 2")
-    parser.add_argument("--oat-steps", type=natural, default=OAT_RECIPE.steps, metavar="N", help="0 leaves OAT out")
+    parser.add_argument(
+        "--oat-steps", type=natural, default=OAT_RECIPE.steps, metavar="N", help="of OAT's own; 0: no OAT"
+    )
     parser.add_argument("--scenes", type=positive, default=50, metavar="N", help="driven of each task")
     parser.add_argument(
         "--executed", type=positive, nargs="+", default=[CHUNK_LENGTH], metavar="N",
@@ -108,6 +111,8 @@ def _train(options: argparse.Namespace) -> Outcome:
     recordings, tokens = load_recordings(_recordings(options)), load_lessons(options.folder / "lessons.npz")
     recipe = NetworkRecipe(options.oat_steps, learning_rate=OAT_RECIPE.learning_rate) if options.oat_steps else None
     weights = options.folder / "weights"
+    files = [weights_file(weights, name) for name in (*tokens.tokens, OAT, ACTIONS)]
+    refuse_existing(files, overwrite=options.overwrite)
     targets = targets_of(recordings, tokens, recipe, weights)
     seen, _ = lessons(recordings, options.tasks, CHUNK_LENGTH)
     config = PolicyConfig(options.width, options.depth, steps=options.steps, batch=options.batch)

@@ -62,8 +62,10 @@ class PolicyLoopResults(Document):
     reports: tuple[LoopReport, ...]
 
 
-def parts(results: PolicyLoopResults) -> dict[str, Part]:
-    """By the names that documents give them."""
+def parts(results: PolicyLoopResults | None) -> dict[str, Part]:
+    """By the names that documents give them; nothing of None."""
+    if results is None:
+        return {"policy loop driven": "", "policy loop": ""}
     return {"policy loop driven": _driven(results), "policy loop": table(results)}
 
 

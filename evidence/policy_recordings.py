@@ -61,7 +61,8 @@ def record(noise: float, attempt: Attempt) -> Recording | None:
     world, expert = Simulation(attempt.task, attempt.seed), EXPERTS[attempt.task](noise)
     expert.reset(np.random.default_rng(attempt.seed))
     observation = world.reset()
-    seen, executed, intended = [], [], []
+    seen: list[FloatArray] = []
+    executed, intended = [], []
     while not expert.done and len(seen) < expert.max_steps:
         seen.append(poses(attempt.task, observation))
         executed.append(expert.act(observation))

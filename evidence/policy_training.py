@@ -2,12 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import safetensors.torch
 import torch
@@ -15,12 +17,14 @@ from torch import Tensor
 
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.networks import NetworkRecipe
+from rfsq.evidence.oat import OatConfig, OatNetwork
 from rfsq.evidence.policies import PolicyConfig, TokenPolicy, policy_of, train_policy
-from rfsq.evidence.policy_lessons import Lessons, meant, parts_of
+from rfsq.evidence.policy_lessons import CHUNK_LENGTH, Lessons, meant, parts_of
 from rfsq.evidence.policy_recordings import Recording
 from rfsq.evidence.policy_study import prepare
-from rfsq.evidence.policy_tokens import oat_tokens
+from rfsq.evidence.policy_tokens import NetworkTokens, oat_tokens
 from rfsq.evidence.workers import in_processes
+from rfsq.rfsq_ref.expert import ACTION_DIM
 from rfsq.rfsq_ref.tensor_files import load_safetensors
 from rfsq.runtime.bundle.paths import replacing
 
@@ -28,8 +32,11 @@ from rfsq.runtime.bundle.paths import replacing
 ACTIONS = "actions"
 OAT = "OAT, 8 registers"
 OAT_REGISTERS = (1, 2, 4, 8)
+OAT_FILE = "oat.safetensors"
 #: Half of float32's bytes, and its rounding is far below what a policy knows.
 _KEPT = torch.float16
+#: Steps after which a training says first how fast it is, and then again and again.
+_FIRST_SAID, _SAID_EVERY = 100, 500
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class PolicyKind:
 
 @dataclass(frozen=True, eq=False)
 class TrainingJob:
-    """seen: float32 [n, C], normalised; targets: one row for each."""
+    """seen: float32 [n, C], normalised; targets: one row for each, tokens int16 or values float32."""
 
     kind: PolicyKind
     seed: int
@@ -73,42 +80,69 @@ def normalisation(seen: Tensor) -> tuple[Tensor, Tensor]:
 
 def train_job(job: TrainingJob) -> tuple[PolicyKind, int, float, dict[str, npt.NDArray[Any]]]:
     """The kind, the seed, the last loss, and the weights by name."""
+    if job.device != "cpu":
+        # What is recorded goes to the current device.
+        torch.cuda.set_device(job.device)
     torch.manual_seed(job.seed)
     seen, targets = (torch.from_numpy(part).to(job.device) for part in (job.seen, job.targets))
+    if job.kind.vocabulary is not None:
+        targets = targets.long()
     config = PolicyConfig(**job.kind.config)
     policy = policy_of(job.kind.context_size, job.kind.vocabulary, job.kind.size, config).to(job.device)
-    loss = train_policy(policy, seen, targets, job.seed)
+    loss = train_policy(policy, seen, targets, job.seed, _watching(f"{job.kind.name}, seed {job.seed}", config.steps))
     weights = {name: value.to(_KEPT).cpu().numpy() for name, value in policy.state_dict().items()}
     return job.kind, job.seed, loss, weights
+
+
+def _watching(name: str, steps: int) -> Callable[[int, Tensor], None]:
+    """What says now and then how far a training is, and how many steps it did in a second since it said so last."""
+    print(f"{name}: begins", flush=True)
+    last, since = 0, time.monotonic()
+
+    def watch(done: int, loss: Tensor) -> None:
+        nonlocal last, since
+        if done == _FIRST_SAID or done % _SAID_EVERY == 0:
+            # Reading it waits for the GPU, so that the clock is right.
+            mean, now = float(loss), time.monotonic()
+            speed = (done - last) / max(now - since, 1e-9)
+            print(f"{name}: {done} of {steps} steps, {speed:.0f} a second, loss {mean:.4f}", flush=True)
+            last, since = done, now
+
+    return watch
 
 
 def training_jobs(
     rows: Tensor, targets: Mapping[str, tuple[int | None, Tensor]], config: PolicyConfig, seeds: Sequence[int]
 ) -> list[TrainingJob]:
-    """Every kind with every seed, the longest first. rows: contexts [n, C], normalised; targets: see `targets_of`."""
+    """Every kind with every seed: seed by seed, so that a run that was stopped can compare all kinds, and short ones
+    first. rows: contexts [n, C], normalised; targets: see `targets_of`."""
     kinds = [
-        (PolicyKind(name, rows.shape[1], vocabulary, found.shape[1], asdict(config)), found)
+        (PolicyKind(name, rows.shape[1], vocabulary, found.shape[1], asdict(config)), _compact(found))
         for name, (vocabulary, found) in targets.items()
     ]
-    kinds.sort(key=lambda entry: -_length(entry[0]))
+    kinds.sort(key=lambda entry: _length(entry[0]))
     devices = cycle([f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"])
-    return [
-        TrainingJob(kind, seed, rows.numpy(), found.numpy(), next(devices)) for kind, found in kinds for seed in seeds
-    ]
+    return [TrainingJob(kind, seed, rows.numpy(), found, next(devices)) for seed in seeds for kind, found in kinds]
 
 
 def train_all(jobs: Sequence[TrainingJob], normalised: tuple[Tensor, Tensor], workers: int, folder: Path) -> None:
-    """A file of weights for each kind, once all its seeds are trained. normalised: see `normalisation`.
+    """A file of weights for each kind, written anew as each of its seeds is trained. normalised: see `normalisation`.
 
     Raises EvidenceError.
     """
+    sizes = [job.seen.nbytes + job.targets.nbytes for job in jobs]
+    print(f"{len(jobs)} policies, {min(workers, len(jobs))} at a time, each with {max(sizes) / 1e6:.0f} MB at most")
     found: dict[str, dict[int, dict[str, npt.NDArray[Any]]]] = {}
     for kind, seed, loss, weights in in_processes(train_job, jobs, workers, prepare):
         print(f"{kind.name}, seed {seed}: loss {loss:.4f}", flush=True)
         by_seed = found.setdefault(kind.name, {})
         by_seed[seed] = weights
-        if len(by_seed) == sum(job.kind == kind for job in jobs):
-            _save(folder / f"{slug(kind.name)}.safetensors", kind, normalised, by_seed)
+        _save(weights_file(folder, kind.name), kind, normalised, by_seed)
+
+
+def _compact(targets: Tensor) -> npt.NDArray[Any]:
+    """Tokens in int16, which hold all that a policy can say: each process is sent its own."""
+    return targets.numpy() if targets.is_floating_point() else targets.numpy().astype(np.int16)
 
 
 def _length(kind: PolicyKind) -> int:
@@ -120,25 +154,41 @@ def targets_of(
 ) -> dict[str, tuple[int | None, Tensor]]:
     """What each kind of policy says for every chunk, by name: a vocabulary, and one row for each chunk.
 
-    recipe: of OAT, which is trained here and kept; None leaves it out.
+    recipe: of OAT, which is trained here where the folder does not have it; None leaves it out. Raises EvidenceError.
     """
     chunks = meant(recordings)
     found: dict[str, tuple[int | None, Tensor]] = {ACTIONS: (None, chunks.flatten(1).float())}
     found |= {name: (lessons.vocabularies[name], tokens) for name, tokens in lessons.tokens.items()}
     if recipe is not None:
-        fitted, held_out = (meant(part).float() for part in parts_of(recordings))
-        tokens = oat_tokens(fitted, held_out, OAT_REGISTERS[-1], recipe)
-        weights = {name: value.to(_KEPT).cpu().contiguous() for name, value in tokens.network.state_dict().items()}
+        path = folder / OAT_FILE
+        if not path.exists():
+            _train_oat(recordings, recipe, path)
         # What is decoded later is what is encoded now.
-        tokens.network.load_state_dict(weights)
-        write_tensors(folder / "oat.safetensors", weights, {})
+        tokens = load_oat(path, "cuda" if torch.cuda.is_available() else "cpu")
         found[OAT] = (tokens.vocabulary, tokens.encode(chunks))
     return found
 
 
-def slug(name: str) -> str:
-    """As a file is called."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def _train_oat(recordings: Sequence[Recording], recipe: NetworkRecipe, path: Path) -> None:
+    print(f"{OAT}: {recipe.steps} steps", flush=True)
+    fitted, held_out = (meant(part).float() for part in parts_of(recordings))
+    network = oat_tokens(fitted, held_out, OAT_REGISTERS[-1], recipe).network
+    write_tensors(path, {name: value.to(_KEPT).cpu().contiguous() for name, value in network.state_dict().items()}, {})
+
+
+def load_oat(path: Path, device: str = "cpu") -> NetworkTokens:
+    """What was trained before. Raises EvidenceError."""
+    network = OatNetwork(OatConfig(CHUNK_LENGTH, OAT_REGISTERS, dropout=0.0), ACTION_DIM)
+    try:
+        network.load_state_dict(load_safetensors(path.read_bytes())[0])
+    except (OSError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        raise EvidenceError(f"{path} holds no {OAT}: {error}; delete it, and train again") from error
+    return NetworkTokens(OAT, network.vocabulary, network.eval().to(device))
+
+
+def weights_file(folder: Path, name: str) -> Path:
+    """Of the policies that say these tokens."""
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.safetensors"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:

@@ -8,17 +8,14 @@ from pathlib import Path
 import torch
 
 from rfsq.evidence.errors import EvidenceError
-from rfsq.evidence.oat import OatConfig, OatNetwork
 from rfsq.evidence.policy_driving import Cell, Driven, DrivingJob, drive, prepare
-from rfsq.evidence.policy_lessons import CHUNK_LENGTH, Lessons, encoded, fitted_tokens
+from rfsq.evidence.policy_lessons import Lessons, encoded, fitted_tokens
 from rfsq.evidence.policy_loop_results import EXPERT, LoopReport, LoopRun
 from rfsq.evidence.policy_recordings import DRIVEN_SEED, Recording
-from rfsq.evidence.policy_tokens import NetworkTokens, PolicyTokens
-from rfsq.evidence.policy_training import OAT, OAT_REGISTERS, SeeingPolicies, slug
+from rfsq.evidence.policy_tokens import PolicyTokens
+from rfsq.evidence.policy_training import OAT_FILE, SeeingPolicies, load_oat, weights_file
 from rfsq.evidence.workers import in_processes
-from rfsq.rfsq_ref.expert import ACTION_DIM
 from rfsq.rfsq_ref.generate_demonstrations import attempt_of
-from rfsq.rfsq_ref.tensor_files import load_safetensors
 
 #: Scenes that one job drives at once: each needs some tens of megabytes.
 _AT_ONCE = 10
@@ -31,11 +28,8 @@ def decoders_of(recordings: Sequence[Recording], learnt: Lessons, weights: Path)
     for name, tokens in learnt.tokens.items():
         if name not in now.tokens or not torch.equal(now.tokens[name], tokens):
             raise EvidenceError(f"{name} encodes otherwise here than what the policies learnt: encode and train anew")
-    network_file = weights / "oat.safetensors"
-    if network_file.exists():
-        network = OatNetwork(OatConfig(CHUNK_LENGTH, OAT_REGISTERS, dropout=0.0), ACTION_DIM)
-        network.load_state_dict(load_safetensors(network_file.read_bytes())[0])
-        found.append(NetworkTokens(OAT, network.vocabulary, network.eval()))
+    if (weights / OAT_FILE).exists():
+        found.append(load_oat(weights / OAT_FILE))
     return found
 
 
@@ -102,7 +96,8 @@ class Tally:
                 for cell in _cells(trial):
                     if (task, cell) in self.found:
                         scenes, solved = self.found[task, cell]
-                        runs.append(LoopRun(cell and cell.seed, len(scenes), tuple(sorted(solved.items()))))
+                        seed = None if cell is None else cell.seed
+                        runs.append(LoopRun(seed, len(scenes), tuple(sorted(solved.items()))))
                 if runs:
                     yield LoopReport(task, trial.name, trial.count, trial.executed, tuple(runs))
 
@@ -114,4 +109,4 @@ def drive_all(jobs: Sequence[DrivingJob], decoders: Sequence[PolicyTokens], work
 
 def weights_in(folder: Path, names: Sequence[str]) -> list[Path]:
     """Those of these names that are there."""
-    return [path for path in (folder / f"{slug(name)}.safetensors" for name in names) if path.exists()]
+    return [path for path in (weights_file(folder, name) for name in names) if path.exists()]
