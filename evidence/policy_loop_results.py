@@ -71,12 +71,12 @@ def parts(results: PolicyLoopResults | None) -> dict[str, Part]:
 
 def _driven(results: PolicyLoopResults) -> str:
     recorded = " and ".join(f"{count} of {task}" for task, count in results.recorded.items())
+    trained = f"Trained on one {results.device}, on {recorded} episodes"
     asked = [report for report in results.reports if report.name != EXPERT]
+    if not asked:
+        return f"{trained}."
     seeds, scenes = (sorted(found) for found in zip(*((len(r.runs), r.runs[0].scenes) for r in asked), strict=True))
-    return (
-        f"Trained on one {results.device}, on {recorded} episodes; driven with {_span(seeds)} seeds each on "
-        f"{_span(scenes)} scenes of each task."
-    )
+    return f"{trained}; driven with {_span(seeds)} seeds each on {_span(scenes)} scenes of each task."
 
 
 def _span(numbers: Sequence[int]) -> str:
