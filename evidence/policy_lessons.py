@@ -19,6 +19,7 @@ from rfsq.evidence.policies import NOTHING
 from rfsq.evidence.policy_recordings import Recording
 from rfsq.evidence.policy_tokens import BinTokens, PolicyTokens, chunk_tokens, fit_fast_tokens
 from rfsq.evidence.schemes import BinRange, fit_bins
+from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint
 from rfsq.rfsq_ref.chunk_code import ChunkCode, ChunkSizes
 from rfsq.runtime.bundle.paths import replacing
 
@@ -52,15 +53,21 @@ def meant(recordings: Sequence[Recording]) -> Tensor:
     return found.reshape(len(found), CHUNK_LENGTH, -1)
 
 
-def fitted_tokens(recordings: Sequence[Recording]) -> list[PolicyTokens]:
-    """The tokenizers that need no training, fitted to what the recorded experts meant. Raises DataError."""
-    fitted, held_out = parts_of(recordings)
+def fit_chunk_tokens(recordings: Sequence[Recording]) -> ChunkCheckpoint:
+    """Chunk tokens of what the recorded experts meant: some minutes, and other bits with other threads, so that they
+    are fitted once. Raises DataError."""
+    fitted, held_out = ([each.intended for each in part] for part in parts_of(recordings))
+    sizes = ChunkSizes(fitted[0].shape[1], CHUNK_LENGTH)
+    return ChunkCheckpoint(sizes, fit_chunk_code(fitted, held_out, sizes, _CHUNK_FIT), None, {})
+
+
+def fitted_tokens(recordings: Sequence[Recording], chunk: ChunkCheckpoint) -> list[PolicyTokens]:
+    """The tokenizers that need no training, the others fitted to what the recorded experts meant."""
+    fitted, _ = parts_of(recordings)
     chunks = meant(fitted)
     shape = (CHUNK_LENGTH, chunks.shape[2])
     bins = fit_bins(np.concatenate([each.intended for each in fitted]), BinRange.FULL, _BINS)
-    sizes = ChunkSizes(shape[1], CHUNK_LENGTH)
-    episodes, others = ([each.intended for each in part] for part in (fitted, held_out))
-    code = ChunkCode(sizes, fit_chunk_code(episodes, others, sizes, _CHUNK_FIT)).double()
+    code = ChunkCode(chunk.sizes, chunk.constants).double()
     return [
         BinTokens(f"{1 << _BINS} bins", 1 << _BINS, bins, shape),
         fit_fast_tokens(chunks, _FAST_SCALE),

@@ -26,7 +26,15 @@ from tqdm import tqdm
 
 from rfsq.evidence.networks import NetworkRecipe
 from rfsq.evidence.policies import PolicyConfig
-from rfsq.evidence.policy_lessons import CHUNK_LENGTH, CHUNK_TOKENS, encoded, fitted_tokens, load_lessons, save_lessons
+from rfsq.evidence.policy_lessons import (
+    CHUNK_LENGTH,
+    CHUNK_TOKENS,
+    encoded,
+    fit_chunk_tokens,
+    fitted_tokens,
+    load_lessons,
+    save_lessons,
+)
 from rfsq.evidence.policy_loop_results import POLICY_LOOP_JSON, PolicyLoopResults, table
 from rfsq.evidence.policy_recordings import BODIES, load_recordings, record_all
 from rfsq.evidence.policy_sight import lessons
@@ -41,6 +49,7 @@ from rfsq.evidence.policy_training import (
     weights_file,
 )
 from rfsq.evidence.settings import SEEDS
+from rfsq.rfsq_ref.chunk_checkpoint import load_chunk_checkpoint, save_chunk_checkpoint
 from rfsq.rfsq_ref.generate_demonstrations import check_simulator
 from rfsq.runtime.bundle.command import CommandParser, Outcome, natural, path_argument, positive, run
 from rfsq.runtime.bundle.paths import refuse_existing
@@ -49,6 +58,7 @@ from rfsq.runtime.bundle.paths import refuse_existing
 POLICY = PolicyConfig(width=160, depth=4, steps=2000)
 OAT_RECIPE = NetworkRecipe(steps=5_000, learning_rate=1e-3)
 _TASKS = ("Lift", "Stack")
+_CHUNK_FILE = "chunk.safetensors"
 #: Numbers of tokens that are said, where it is not all of them alone: the first four were the best in the study.
 _PREFIXES = {CHUNK_TOKENS: (4, 16)}
 
@@ -98,10 +108,11 @@ def _record(options: argparse.Namespace) -> Outcome:
 
 
 def _encode(options: argparse.Namespace) -> Outcome:
-    path = options.folder / "lessons.npz"
-    refuse_existing([path], overwrite=options.overwrite)
+    path, chunk = options.folder / "lessons.npz", options.folder / _CHUNK_FILE
+    refuse_existing([path, chunk], overwrite=options.overwrite)
     recordings = load_recordings(_recordings(options))
-    found = encoded(fitted_tokens(recordings), recordings)
+    save_chunk_checkpoint(fit_chunk_tokens(recordings), chunk)
+    found = encoded(fitted_tokens(recordings, load_chunk_checkpoint(chunk)), recordings)
     save_lessons(path, found)
     return Outcome(f"✓ wrote {path}", {"tokens": list(found.tokens)})
 
@@ -131,7 +142,8 @@ def _drive(options: argparse.Namespace) -> Outcome:
     versions = check_simulator("torch")
     recordings, learnt = load_recordings(_recordings(options)), load_lessons(options.folder / "lessons.npz")
     weights = options.folder / "weights"
-    decoders = decoders_of(recordings, learnt, weights)
+    tokens = fitted_tokens(recordings, load_chunk_checkpoint(options.folder / _CHUNK_FILE))
+    decoders = decoders_of(tokens, recordings, learnt, weights)
     policies = {path: load_policies(path) for path in weights_in(weights, [*learnt.tokens, OAT, ACTIONS])}
     trials = trials_of(policies, _PREFIXES, options.executed)
     jobs, tally = jobs_of(trials, options.tasks, options.scenes), Tally()

@@ -9,7 +9,7 @@ import torch
 
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.policy_driving import Cell, Driven, DrivingJob, drive, prepare
-from rfsq.evidence.policy_lessons import Lessons, encoded, fitted_tokens
+from rfsq.evidence.policy_lessons import Lessons, encoded
 from rfsq.evidence.policy_loop_results import EXPERT, LoopReport, LoopRun
 from rfsq.evidence.policy_recordings import DRIVEN_SEED, Recording
 from rfsq.evidence.policy_tokens import PolicyTokens
@@ -21,10 +21,12 @@ from rfsq.rfsq_ref.generate_demonstrations import attempt_of
 _AT_ONCE = 10
 
 
-def decoders_of(recordings: Sequence[Recording], learnt: Lessons, weights: Path) -> list[PolicyTokens]:
-    """What decodes the tokens of the policies in this folder. Raises EvidenceError where it is not what they learnt."""
-    found = fitted_tokens(recordings)
-    now = encoded(found, recordings)
+def decoders_of(
+    fitted: Sequence[PolicyTokens], recordings: Sequence[Recording], learnt: Lessons, weights: Path
+) -> list[PolicyTokens]:
+    """What decodes the tokens of the policies in this folder: `fitted`, and OAT where it was trained. Raises
+    EvidenceError where it is not what they learnt."""
+    found, now = list(fitted), encoded(fitted, recordings)
     for name, tokens in learnt.tokens.items():
         if name not in now.tokens or not torch.equal(now.tokens[name], tokens):
             raise EvidenceError(f"{name} encodes otherwise here than what the policies learnt: encode and train anew")

@@ -4,12 +4,26 @@ from pathlib import Path
 
 import pytest
 
+from rfsq.calibration.chunk import fit_chunk_code
 from rfsq.evidence import policy_loop
-from rfsq.evidence.policy_lessons import CHUNK_LENGTH, encoded, save_lessons
-from rfsq.evidence.policy_recordings import save_recordings
+from rfsq.evidence.policies import NOTHING
+from rfsq.evidence.policy_lessons import (
+    CHUNK_LENGTH,
+    CHUNK_TOKENS,
+    encoded,
+    fitted_tokens,
+    load_lessons,
+    meant,
+    parts_of,
+    save_lessons,
+)
+from rfsq.evidence.policy_recordings import Recording, save_recordings
 from rfsq.evidence.policy_tokens import BinTokens
 from rfsq.evidence.policy_training import load_policies
+from rfsq.evidence.policy_trials import decoders_of
 from rfsq.evidence.schemes import BinRange, fit_bins
+from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint, load_chunk_checkpoint
+from rfsq.rfsq_ref.chunk_code import ChunkSizes
 from rfsq.runtime.bundle.command import UNUSABLE
 from tests.evidence.conftest import some_recordings
 
@@ -47,3 +61,24 @@ def test_what_is_there_is_not_written_over_unless_asked_for(folder: Path, step: 
     (folder / "weights" / "actions.safetensors").touch()
     assert policy_loop.main([step, "--folder", str(folder), *TINY]) == UNUSABLE
     assert (folder / "weights" / "actions.safetensors").stat().st_size == 0
+
+
+def test_what_is_encoded_decodes_with_what_was_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fit_few_classes(recordings: list[Recording]) -> ChunkCheckpoint:
+        fitted, held_out = ([each.intended for each in part] for part in parts_of(recordings))
+        sizes = ChunkSizes(7, CHUNK_LENGTH, num_classes=8, num_tokens=16)
+        return ChunkCheckpoint(sizes, fit_chunk_code(fitted, held_out, sizes))
+
+    recordings = some_recordings()
+    save_recordings(tmp_path / "recordings.npz", recordings, {})
+    monkeypatch.setattr(policy_loop, "fit_chunk_tokens", fit_few_classes)
+    assert policy_loop.main(["encode", "--folder", str(tmp_path)]) == 0
+    learnt = load_lessons(tmp_path / "lessons.npz")
+    assert list(learnt.tokens) == ["64 bins", "FAST, scale 20", CHUNK_TOKENS]
+    tokens = fitted_tokens(recordings, load_chunk_checkpoint(tmp_path / "chunk.safetensors"))
+    decoders = decoders_of(tokens, recordings, learnt, tmp_path)
+    chunks = meant(recordings)
+    for decoder in decoders:
+        said = learnt.tokens[decoder.name]
+        error = (decoder.decode(said.where(said != NOTHING, 0)) - chunks).square().mean()
+        assert error < 0.2 * chunks.var()

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from rfsq.evidence import policy_trials
 from rfsq.evidence.errors import EvidenceError
 from rfsq.evidence.policies import PolicyConfig, policy_of
 from rfsq.evidence.policy_driving import Cell, Driven
@@ -65,18 +64,17 @@ def test_a_tally_has_all_that_was_driven_and_nothing_else() -> None:
     assert found[0].runs[0].seed is None
 
 
-def test_what_decodes_must_encode_what_was_learnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_decodes_must_encode_what_was_learnt(tmp_path: Path) -> None:
     recordings = some_recordings()
     bins = BinTokens("64 bins", 64, fit_bins(recordings[0].intended, BinRange.FULL, 6), (8, 7))
-    monkeypatch.setattr(policy_trials, "fitted_tokens", lambda _: [bins])
     learnt = encoded([bins], recordings)
-    assert decoders_of(recordings, learnt, tmp_path) == [bins]
+    assert decoders_of([bins], recordings, learnt, tmp_path) == [bins]
     for other in (
         Lessons({"64 bins": (learnt.tokens["64 bins"] + 1) % 64}, learnt.vocabularies),
         Lessons({"32 bins": learnt.tokens["64 bins"]}, {"32 bins": 32}),
     ):
         with pytest.raises(EvidenceError, match="bins encodes otherwise here than what the policies learnt"):
-            decoders_of(recordings, other, tmp_path)
+            decoders_of([bins], recordings, other, tmp_path)
 
 
 def test_only_policies_that_were_trained_are_driven(tmp_path: Path) -> None:
