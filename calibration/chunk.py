@@ -15,7 +15,7 @@ from rfsq.calibration.chunk_covariance import LEAST_VARIANCE, eigen, mixed
 from rfsq.calibration.chunk_order import bit_order, class_order
 from rfsq.calibration.chunk_windows import Episodes, batches, normalised, windows
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
-from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkConstants, ChunkSizes, cell_middles, gain_range
+from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkConstants, ChunkSizes, bit_counts, cell_middles, gain_range
 from rfsq.rfsq_ref.errors import DataError
 from rfsq.rfsq_ref.normaliser import Normaliser
 from rfsq.rfsq_ref.settings import check_positive, check_seed
@@ -98,7 +98,7 @@ class _Coding:
         order = bit_order(classes.variances, self.sizes.code_bits)
         latents = int(order.max()) + 1
         ends = [budget * self.sizes.token_bits - self.sizes.class_bits for budget in self.budgets]
-        counts = [torch.nn.functional.one_hot(order[:, :end], latents).sum(dim=1) for end in ends]
+        counts = [bit_counts(order[:, :end], latents) for end in ends]
         errors = torch.empty(len(ends), len(x), len(classes.mean))
         for index in range(len(classes.mean)):
             scale = WIDTH * classes.variances[index, :latents].sqrt().float()
