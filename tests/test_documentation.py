@@ -52,6 +52,7 @@ NOT_RUN = {
     r"python export/build_engine.py --overwrite": "the bundle that every document starts from",
     r"python rfsq_ref/compare.py --(data|output|report-only)": "minutes, or as in tests/evidence/test_report.py",
     r"python evidence/documents.py": "writes into the docs; tests/evidence/test_documents.py does all else",
+    r"nvidia-cuda-mps-control": "needs a GPU",
     r"python evidence/train_peers.py": "needs a GPU, for minutes; tests/evidence/test_chunk_comparison.py is quicker",
     r"python evidence/policy_study.py": "needs a GPU, for minutes; tests/evidence/test_policy_study.py is quicker",
     r"python evidence/policy_loop.py": "needs a GPU and the simulator; tests/evidence/test_policy_loop.py is quicker",
