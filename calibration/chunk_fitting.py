@@ -1,46 +1,59 @@
-"""Chunk tokens of a dataset: which of its episodes are fitted to, in which units, and how many classes they allow."""
+"""Chunk tokens of a dataset: which of its episodes are fitted to, and how many classes and tokens they get."""
 
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from rfsq.calibration.chunk import ChunkFitConfig, broad_classes, fit_chunk_code
+from rfsq.calibration.chunk_normaliser import chunk_normaliser, far_episode_warning
 from rfsq.calibration.chunk_windows import count_windows
-from rfsq.calibration.data import MINIMUM_EPISODES, few_steps_warning, unsplit_warning
-from rfsq.calibration.settings import BitOrder, ChunkConfig, ChunkNormaliser
+from rfsq.calibration.data import MINIMUM_EPISODES, few_steps_warning, joined, unsplit_warning
+from rfsq.calibration.settings import BitOrder, ChunkConfig
 from rfsq.rfsq_ref.chunk_checkpoint import ChunkCheckpoint
 from rfsq.rfsq_ref.chunk_code import ChunkSizes
-from rfsq.rfsq_ref.data import ActionDataset, FloatArray, split_episodes
-from rfsq.rfsq_ref.normaliser import Normaliser, fit_normaliser, fits_unnormalised, reasons_to_normalise, untouched
-from rfsq.rfsq_ref.settings import NormaliserKind
+from rfsq.rfsq_ref.data import ActionDataset, split_episodes
+from rfsq.runtime.bundle.models import CHUNK_LIMITS
 from rfsq.runtime.bundle.paths import counted
 
 #: Of a learned class. On the embedded demonstrations 64 classes are better than any fewer down to four windows each,
 #: and with two 4 classes have a tenth less squared error.
 _LEAST_WINDOWS = 4
-#: So many times wider, the range of a dimension costs two bits of every action.
-_FAR = 4.0
-#: Beyond it chunk tokens say nothing.
-_LIMIT = 1.0
+#: Fewer episodes than these have none to spare for a test. With those of the test part, fits to 4 of the embedded ones
+#: have a quarter of the squared error in others at 10 bits a step, to 8 and 12 of them nine tenths, to 32 the same.
+_FEW_EPISODES = 20
+#: Of tokens that nobody has chosen, for each value of a chunk, beside those of the class: 45 tokens of 10 bits for the
+#: 56 values of the embedded demonstrations.
+_VALUE_BITS = 7.9
 
 
 @dataclass(frozen=True, eq=False)
 class ChunkParts:
-    """Episodes to fit classes to, to fit scales and gains to, and to judge on: others, where there are enough."""
+    """Episodes to fit classes to, to fit scales and gains to, and to judge on: others, where there are enough.
+
+    selection: which these are, for people."""
 
     training: ActionDataset
     calibration: ActionDataset
     judging: ActionDataset
+    selection: str
 
 
 def chunk_parts(dataset: ActionDataset) -> ChunkParts:
-    """The parts of a split by episode, judged on its validation part; too few episodes to split serve for all three."""
+    """The parts of a split by episode, judged on its validation part; too few episodes to split serve for all three.
+
+    Of few episodes those of the test part are trained on, too.
+    """
     if len(dataset.episodes) < MINIMUM_EPISODES:
-        return ChunkParts(dataset, dataset, dataset)
-    split = split_episodes(dataset)
-    return ChunkParts(split.train, split.calibration, split.validation)
+        return ChunkParts(dataset, dataset, dataset, "all of it, too few episodes to split")
+    split, selection = split_episodes(dataset), "parts of a split by episode"
+    if len(dataset.episodes) >= _FEW_EPISODES:
+        return ChunkParts(split.train, split.calibration, split.validation, selection)
+    training = joined(split.train, split.test)
+    return ChunkParts(training, split.calibration, split.validation, f"{selection}, its test part for the classes, too")
 
 
 def fit_chunk_tokens(dataset: ActionDataset, config: ChunkConfig) -> ChunkCheckpoint:
@@ -50,20 +63,20 @@ def fit_chunk_tokens(dataset: ActionDataset, config: ChunkConfig) -> ChunkCheckp
     sizes that make no code, DataError for data that nothing can be fitted to.
     """
     parts = chunk_parts(dataset)
-    normaliser, reason = _normaliser(parts, config.normaliser)
+    normaliser, reason = chunk_normaliser(dataset, config.normaliser)
     sizes, fewer = _sizes(parts.training, config)
-    is_split = parts.training is not dataset
-    warnings = [few_steps_warning(parts.training), "" if is_split else unsplit_warning(dataset), fewer]
+    unsplit = unsplit_warning(dataset) if parts.training is dataset else ""
+    warnings = [few_steps_warning(parts.training), unsplit, fewer]
     if normaliser is not None:
-        warnings.append(_far_episode_warning(parts))
+        warnings.append(far_episode_warning(dataset))
     fit = ChunkFitConfig(config.seed, has_shared_order=config.order is BitOrder.SHARED)
     constants = fit_chunk_code(parts.training.episodes, parts.calibration.episodes, sizes, fit, normaliser)
     provenance: dict[str, Any] = {
-        "config": {**asdict(config), "normaliser": config.normaliser.value, "order": config.order.value},
+        "config": {**asdict(config), "normaliser": Path(config.normaliser).name, "order": config.order.value},
         "data": {
             "source": dataset.source,
             "sha256": dataset.sha256,
-            "selection": "parts of a split by episode" if is_split else "all of it, too few episodes to split",
+            "selection": parts.selection,
             **{
                 name: {"episodes": len(part.episodes), "steps": part.num_steps}
                 for name, part in (("training", parts.training), ("calibration", parts.calibration))
@@ -75,51 +88,20 @@ def fit_chunk_tokens(dataset: ActionDataset, config: ChunkConfig) -> ChunkCheckp
     return ChunkCheckpoint(sizes, constants, normaliser, provenance)
 
 
-def _normaliser(parts: ChunkParts, wanted: ChunkNormaliser) -> tuple[Normaliser | None, str]:
-    """The normaliser, and why."""
-    ends = np.concatenate([_ends(parts.training), _ends(parts.calibration)])
-    reasons = reasons_to_normalise(ends, _LIMIT)
-    kind = wanted
-    why = "as asked"
-    if wanted is ChunkNormaliser.AUTO:
-        kind = ChunkNormaliser.MIN_MAX if reasons else ChunkNormaliser.NONE
-        why = f"chosen by auto: {' and '.join(reasons) or fits_unnormalised(_LIMIT)}"
-    if kind is ChunkNormaliser.MIN_MAX:
-        return _covering(fit_normaliser(ends, NormaliserKind.MIN_MAX, untouched(ends)), ends), (
-            f"normaliser: {kind}, {why}"
-        )
-    return None, f"normaliser: {kind}, {why}"
+def fitted_on(provenance: Mapping[str, Any]) -> str:
+    """A line about the data of a fit that `fit_chunk_tokens` has made."""
+    data = provenance["data"]
+    parts = [
+        f"{counted(data[part]['episodes'], 'episode')} ({counted(data[part]['steps'], 'step')}) {use}"
+        for part, use in (("training", "for the classes"), ("calibration", "for scales and gains"))
+    ]
+    return f"fitted on {' and '.join(parts)} of {data['source']}: {data['selection']}"
 
 
-def _covering(normaliser: Normaliser, ends: FloatArray) -> Normaliser:
-    """With scales rounded up: what lies beyond [-1, 1] by rounding alone would err by more than the bound."""
-    reach = np.abs(ends.astype(np.float64) - normaliser.offset).max(axis=0)
-    scale = np.where(
-        reach > normaliser.scale, np.nextafter(reach.astype(np.float32), np.float32(np.inf)), normaliser.scale
-    )
-    return replace(normaliser, scale=tuple(scale.tolist()))
-
-
-def _far_episode_warning(parts: ChunkParts) -> str:
-    """A warning about a single episode that makes the range of a dimension several times wider; else empty."""
-    dataset = parts.training
-    ends = _ends(dataset).reshape(len(dataset.episodes), 2, -1).astype(np.float64)
-    span = np.ptp(ends, axis=(0, 1))
-    farthest = {*ends[:, 0].argmin(axis=0).tolist(), *ends[:, 1].argmax(axis=0).tolist()}
-    for index in sorted(farthest) if len(ends) > 1 else ():
-        others = np.ptp(np.delete(ends, index, axis=0), axis=(0, 1))
-        far = np.flatnonzero((others > 0) & (span > _FAR * others))
-        if far.size:
-            return (
-                f"WARNING: dimension {far[0]} spans {span[far[0]]:.3g} by episode {dataset.names[index]!r}, without it "
-                f"{others[far[0]]:.3g}: tokens spend their range on that episode; repair or drop it if it is wrong"
-            )
-    return ""
-
-
-def _ends(dataset: ActionDataset) -> FloatArray:
-    """The lowest and the highest action of each dimension in each episode: [2 * episodes, A]."""
-    return np.stack([end(episode, axis=0) for episode in dataset.episodes for end in (np.min, np.max)])
+def _default_tokens(sizes: ChunkSizes) -> int:
+    """As many for each value as those of the embedded demonstrations, and no more than there may be."""
+    wanted = math.ceil((sizes.class_bits + _VALUE_BITS * sizes.num_values) / sizes.token_bits)
+    return max(sizes.num_tokens, min(wanted, sizes.most_tokens, CHUNK_LIMITS["num_tokens"][1]))
 
 
 def _sizes(training: ActionDataset, config: ChunkConfig) -> tuple[ChunkSizes, str]:
@@ -137,7 +119,7 @@ def _sizes(training: ActionDataset, config: ChunkConfig) -> tuple[ChunkSizes, st
     classes = min(config.classes, most)
     tokens = config.tokens
     if tokens is None:
-        tokens = min(ChunkSizes.num_tokens, sizes(classes, least).most_tokens)
+        tokens = _default_tokens(sizes(classes, least))
     warning = "" if classes == config.classes else (
         f"WARNING: {classes} classes in place of {config.classes}: the training episodes have "
         f"{counted(windows, 'window')} of {counted(config.chunk_length, 'step')}, and a learned class needs "

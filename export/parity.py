@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ import numpy.typing as npt
 import onnx
 from polygraphy.backend.onnxrt import OnnxrtRunner, SessionFromOnnx
 from polygraphy.logger import G_LOGGER
-from tqdm import tqdm
 
 # Before Polygraphy opens ONNX Runtime: switches its telemetry off.
 import rfsq.runtime.backends.onnxruntime  # noqa: F401
@@ -31,18 +30,20 @@ from rfsq.runtime.backends.refusal import judge_refusal
 from rfsq.runtime.backends.replay import replay
 from rfsq.runtime.bundle.arrays import Float32Array, Float64Array, Int32Array
 from rfsq.runtime.bundle.comparison import TokenComparison, action_errors
-from rfsq.runtime.bundle.console import aligned
+from rfsq.runtime.bundle.console import ProgressLine, aligned
 from rfsq.runtime.bundle.fidelity import Fidelity
 from rfsq.runtime.bundle.gates import GATES
 from rfsq.runtime.bundle.golden import Golden
 from rfsq.runtime.bundle.manifest import GraphEntry, ParityEntry
-from rfsq.runtime.bundle.models import ModelEntry
+from rfsq.runtime.bundle.models import ChunkModel, ModelEntry
 
 _Arrays = Mapping[str, npt.NDArray[Any]]
 #: Control steps judged at once: large enough to be fast, small enough that float64 margins stay in a few hundred MB.
 _BATCH_STEPS = 8192
 #: Control steps of each section that travel with the bundle as golden vectors; the edges travel whole.
 _GOLDEN_STEPS = 192
+#: Numbers that a graph holds at once while it is checked: a quarter of a gigabyte each time.
+_MOST_PRODUCTS = 2**26
 
 
 def batches(reference: Reference | ChunkReference, sections: Sequence[Section]) -> Iterator[Answers]:
@@ -167,11 +168,13 @@ def prove(
     """Run the backends through all gates; a line for every red one."""
     judges = judges_of(backends, reference, model)
     total = sum(section.num_steps for section in sections)
-    with tqdm(total=total, desc="  parity", unit="step", unit_scale=True, leave=False, disable=None) as progress:
-        for answers in batches(reference, sections):
-            for judge in judges:
-                judge.judge(answers)
-            progress.update(answers.golden.actions[..., 0].size)
+    progress, done = ProgressLine(), 0
+    for answers in batches(reference, sections):
+        for judge in judges:
+            judge.judge(answers)
+        done += answers.golden.actions[..., 0].size
+        progress.show(f"  parity gates: {done:,} of {total:,} steps")
+    progress.clear()
     parity = tuple(entry for judge in judges for entry in judge.entries())
     problems = failures(parity)
     for backend in backends:
@@ -242,11 +245,17 @@ def cross_check(entry: GraphEntry, onnx_bytes: bytes, golden: Golden, model: Mod
     evaluator = onnx_evaluator(onnx_bytes)
     session = SessionFromOnnx(onnx_bytes, providers=["cpu"])
     problems = []
+
+    def evaluated(feed: _Feed) -> _Arrays:
+        # What overflows is clipped behind that.
+        with np.errstate(over="ignore"):
+            return dict(zip(evaluator.output_names, evaluator.run(None, feed), strict=True))
+
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL), OnnxrtRunner(session) as runtime:
         for feed, expected in _feeds(entry, golden, model):
             answers = {
-                "ONNX Runtime": runtime.infer(feed),
-                "onnx reference evaluator": dict(zip(evaluator.output_names, evaluator.run(None, feed), strict=True)),
+                "ONNX Runtime": _in_parts(runtime.infer, feed, model),
+                "onnx reference evaluator": _in_parts(evaluated, feed, model),
             }
             judged = ((name, _disagreement(entry, golden, model, expected, found)) for name, found in answers.items())
             problems += [f"{entry.file} on {name}: {wrong}" for name, wrong in judged if wrong]
@@ -254,6 +263,22 @@ def cross_check(entry: GraphEntry, onnx_bytes: bytes, golden: Golden, model: Mod
 
 
 _Feed = dict[str, npt.NDArray[Any]]
+
+
+def _in_parts(run: Callable[[_Feed], _Arrays], feed: _Feed, model: ModelEntry) -> _Arrays:
+    """A run on so many chunks at a time that all products of one matrix product, which some graphs hold, take little
+    memory."""
+    products = 1
+    if isinstance(model, ChunkModel):
+        products = model.num_classes * model.chunk_length * model.action_dim * model.num_latents
+    most = max(1, _MOST_PRODUCTS // products)
+    rows = len(next(iter(feed.values())))
+    parts = []
+    for start in range(0, max(rows, 1), most):
+        found = run({name: values[start : start + most] for name, values in feed.items()})
+        # Copied, since the memory of a run is used by the next.
+        parts.append({name: np.array(values) for name, values in found.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _feeds(entry: GraphEntry, golden: Golden, model: ModelEntry) -> Iterator[tuple[_Feed, Float64Array]]:

@@ -51,12 +51,13 @@ _BUFFER_BYTES = 1 << 20
 
 class _Stated(NamedTuple):
     """What meta/ says. name: of the file that states num_episodes, any JSON; episodes: in order; tasks: texts by their
-    numbers."""
+    numbers; dimensions: their names, or none."""
 
     name: str = ""
     episodes: EpisodeTable | None = None
     num_episodes: Any = None
     tasks: Mapping[int, str] = {}
+    dimensions: tuple[str, ...] = ()
 
 
 class _ParquetReader(StepReader):
@@ -151,6 +152,9 @@ class ParquetSource(Source):
 
     def file_of(self, row: int) -> str:
         return self.files[self.piece_of(row)].name
+
+    def dimension_names(self) -> tuple[str, ...]:
+        return self.stated.dimensions
 
     def tasks(self, episodes: EpisodeTable) -> list[str]:
         """By the task number in the first step of each episode."""
@@ -301,7 +305,18 @@ def _read_meta(folder: Path, key: str, width: int, footers: Sequence[_Footer]) -
     if episodes is not None:
         require_stated(name, num_episodes, "episodes", "meta/episodes lists", len(episodes.numbers))
     tasks = dict(_rows(meta, "tasks", "tasks.parquet", task_index=index, task=str))
-    return _Stated(name, episodes, num_episodes, tasks)
+    return _Stated(name, episodes, num_episodes, tasks, _dimension_names(column.get("names"), width))
+
+
+def _dimension_names(stated: Any, width: int) -> tuple[str, ...]:
+    """Of a list, of a list of one list, or of the lists by group that older versions wrote; none where these are not
+    one name for each dimension."""
+    groups = list(stated.values()) if isinstance(stated, dict) else stated
+    if not isinstance(groups, list):
+        return ()
+    names = [name for group in groups for name in (group if isinstance(group, list) else [group])]
+    is_complete = len(names) == width and all(isinstance(name, str) and name.strip() for name in names)
+    return tuple(names) if is_complete else ()
 
 
 def _info(folder: Path) -> tuple[str, dict[str, Any]]:

@@ -325,6 +325,10 @@ class Source:
     def episode_names(self, episodes: Int64Array) -> list[str]:
         return [f"episode_{number}" for number in episodes.tolist()]
 
+    def dimension_names(self) -> tuple[str, ...]:
+        """A name for each action dimension, none where nothing names them all."""
+        return ()
+
     def tasks(self, episodes: EpisodeTable) -> list[str]:
         """The task of each episode, "" where nothing says it. episodes: all of the dataset."""
         return [""] * len(episodes.numbers)

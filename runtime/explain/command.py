@@ -38,7 +38,9 @@ def _parser() -> CommandParser:
         "--episode", nargs="+", type=natural, metavar="N", help="which are shown; default: a few, spread over the data"
     )
     parser.add_argument(
-        "--names", metavar="A,B,…", help="of all action dimensions, with commas between; default: dim 0,dim 1,…"
+        "--names",
+        metavar="A,B,…",
+        help="of all action dimensions, with commas between; default: those that the data state, or dim 0,dim 1,…",
     )
     parser.add_argument(
         "--position-unit",
@@ -62,6 +64,8 @@ def _length(text: str) -> float:
 
 def _work(options: argparse.Namespace) -> Outcome:
     refuse_existing([options.output], overwrite=options.overwrite)
+    from ..bundle.fidelity import clipping
+    from ..bundle.models import ChunkModel
     from ..datasets.sources import open_source
     from ..tokenizer import ActionTokenizer
     from .measure import explain
@@ -71,7 +75,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     source = open_source(options.data, options.key, options.filter_key)
     with closing(ActionTokenizer.load(options.bundle, backend=options.backend)) as tokenizer:
         model = tokenizer.model
-        names = _names(options.names, model.action_dim)
+        names = _names(options.names, source.dimension_names(), model.action_dim)
         if options.position_unit is not None and model.action_dim < 3:
             raise InvalidInputError(
                 f"--position-unit is of the first three dimensions, and actions have {model.action_dim}; leave it out"
@@ -92,14 +96,19 @@ def _work(options: argparse.Namespace) -> Outcome:
         for prefix, bits, median, p99 in _rows(found)
     ]
     print("\n".join(map(printable, lines)))
+    if isinstance(model, ChunkModel):
+        ends = samples.low.tolist(), samples.high.tolist()
+        if warning := clipping(*ends, model.action_units, model.action_offset, names):
+            print(printable(warning))
     verdict = f"✓ {options.output}: {counted(len(found.chunks), 'chunk')} shown, {found.counted:,} counted"
     return Outcome(verdict, _document(options, found))
 
 
-def _names(given: str | None, count: int) -> list[str]:
-    """Raises InvalidInputError for another number of names than of dimensions, and for empty ones."""
+def _names(given: str | None, stated: Sequence[str], count: int) -> list[str]:
+    """Those given, or stated by the data, or numbers. Raises InvalidInputError for another number of names than of
+    dimensions, and for empty ones."""
     if given is None:
-        return [f"dim {dimension}" for dimension in range(count)]
+        return list(stated) or [f"dim {dimension}" for dimension in range(count)]
     names = [name.strip() for name in given.split(",")]
     if len(names) != count or not all(names):
         raise InvalidInputError(
