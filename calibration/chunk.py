@@ -3,14 +3,16 @@
 The recipe and what each part of it is worth: docs/chunk_tokens.md.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from rfsq.calibration.chunk_covariance import mixed
+from rfsq.calibration.chunk_order import bit_order
 from rfsq.calibration.chunk_windows import Episodes, batches, normalised, windows
 from rfsq.rfsq_ref.chunk_bits import MOST_BITS
 from rfsq.rfsq_ref.chunk_code import WIDTH, ChunkCode, ChunkConstants, ChunkSizes, cell_middles, gain_range
@@ -24,7 +26,8 @@ _PARENTS = 15
 _ROUNDS = 8
 #: Classes of the global mean and basis, whose variances are so many times the global ones.
 _BROAD = (1.0, 6.0, 36.0)
-#: Windows that a class's covariance, and its parent's, are shrunk by.
+#: Windows that a class's covariance, and its parent's, are shrunk by; the first two for chunks of 8 steps of 7
+#: dimensions (`_Coding.shrinkage`).
 _SHRINK_CLASS, _SHRINK_PARENT, _SHRINK_ENERGY, _SHRINK_SCALE = 40.0, 80.0, 20.0, 40.0
 #: The same for gains.
 _SHRINK_GAIN = 60.0
@@ -32,6 +35,8 @@ _SHRINK_GAIN = 60.0
 _SHARED_TOKENS = 8 / 45
 #: Of the variance of a normalised action, what no latent falls below: rounding of float32 recordings.
 _LEAST_VARIANCE = 1e-10
+#: Of a separable covariance in the common ones: the calibration episodes choose.
+_SHARES = (0.0, 0.05, 0.2)
 #: Of a mean squared error that others are divided by.
 _LEAST_ERROR = 1e-30
 
@@ -52,40 +57,6 @@ class ChunkFitConfig:
         check_positive(self, "most_windows")
 
 
-@cache
-def distortions() -> Tensor:
-    """Mean squared error [MOST_BITS + 1] of a standard normal latent of so many bits, each with its best gain."""
-    z = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
-    density = torch.exp(-z.square() / 2)
-    density /= density.sum()
-    y = torch.tanh(z / WIDTH)
-    found = [1.0]
-    for bits in range(1, MOST_BITS + 1):
-        level = WIDTH * torch.atanh(cell_middles(y, bits))
-        gain = (density * z * level).sum() / (density * level.square()).sum()
-        found.append(float((density * (z - gain * level).square()).sum()))
-    return torch.tensor(found, dtype=torch.float64)
-
-
-def bit_order(variances: Tensor, num_bits: int, shared_bits: int = 0) -> Tensor:
-    """The latent [C, num_bits] that each bit refines, the one first whose error falls most: variances [C, N].
-
-    The first `shared_bits` are the same in all classes, the best for their mean variances, each class's over its sum: a
-    policy learns sooner what a bit means that means the same everywhere.
-    """
-    falls = variances.unsqueeze(-1) * -distortions().diff()
-    # Of one latent, each bit must come behind the one before, whatever rounding says.
-    falls = falls.cummin(dim=-1).values
-    shared = torch.empty(len(variances), 0, dtype=torch.long)
-    if shared_bits:
-        mean = (variances / variances.sum(dim=1, keepdim=True)).mean(dim=0, keepdim=True)
-        shared = bit_order(mean, shared_bits).expand(len(variances), -1)
-        count = torch.bincount(shared[0], minlength=variances.shape[1])
-        falls = torch.where(torch.arange(MOST_BITS) < count.unsqueeze(-1), -torch.inf, falls)
-    own = falls.flatten(1).argsort(dim=1, descending=True, stable=True)[:, : num_bits - shared_bits]
-    return torch.cat((shared, own // MOST_BITS), dim=1)
-
-
 @dataclass(frozen=True, eq=False)
 class _Classes:
     """mean [C, N]; basis [C, N, N], columns by falling variance; variances [C, N]."""
@@ -101,9 +72,24 @@ class _Coding:
 
     sizes: ChunkSizes
     budgets: tuple[int, ...]
+    separable_share: float = 0.0
+
+    def shrinkage(self, windows: float) -> float:
+        """Windows for these sizes that do what so many do for chunks of 8 steps of 7 dimensions.
+
+        A covariance has N values in each window, and of windows at every step only each Tth is new: so with N * T.
+        """
+        return windows * (self.sizes.num_values * self.sizes.chunk_length) / (8 * 7 * 8)
 
     def costs(self, x: Tensor, classes: _Classes) -> Tensor:
-        """The error [n, C] of each class, summed over budgets, each over the mean of the best there; in float32."""
+        """The error [n, C] of each class, summed over budgets, each over the mean of the best there."""
+        errors = self.errors(x, classes)
+        # Windows that all rest where a class has its mean may err by nothing.
+        means = errors.min(dim=2).values.double().mean(dim=1).clamp(min=_LEAST_ERROR)
+        return (errors / means[:, None, None].float()).sum(dim=0).double()
+
+    def errors(self, x: Tensor, classes: _Classes) -> Tensor:
+        """The squared error [budgets, n, C] of each class; in float32."""
         order = bit_order(classes.variances, self.sizes.code_bits)
         latents = int(order.max()) + 1
         ends = [budget * self.sizes.token_bits - self.sizes.class_bits for budget in self.budgets]
@@ -118,9 +104,7 @@ class _Coding:
             for place, count in enumerate(counts):
                 back = torch.atanh(cell_middles(y, count[index])) * scale
                 errors[place, :, index] = (back - z[:, :latents]).square().sum(dim=1) + rest
-        # Windows that all rest where a class has its mean may err by nothing.
-        means = errors.min(dim=2).values.double().mean(dim=1).clamp(min=_LEAST_ERROR)
-        return (errors / means[:, None, None].float()).sum(dim=0).double()
+        return errors
 
 
 def default_budgets(num_tokens: int) -> tuple[int, ...]:
@@ -150,11 +134,14 @@ def fit_chunk_code(
     x = normalised(windows(training, length, most, generator), sizes, normaliser)
     held_out = normalised(windows(calibration, length, -(-most // 4), generator), sizes, normaliser)
     coding = _Coding(sizes, config.budgets or default_budgets(sizes.num_tokens))
-    broad = _broad(x, broad_classes(sizes.num_classes))
-    learned = sizes.num_classes - 1 - len(broad.mean)
+    learned = sizes.num_classes - 1 - broad_classes(sizes.num_classes)
     _check_windows(x, learned)
+    common = _common(x, sizes)
+    share = min(_SHARES, key=lambda share: _broad_cost(coding, held_out, common(share)))
+    coding = replace(coding, separable_share=share)
+    broad = _first(common(share), broad_classes(sizes.num_classes))
     described = _learned(coding, x, learned, generator)
-    described = _aligned(described, _broad(x, 1).basis[0])
+    described = _aligned(described, common(share).basis[0])
     classes = _with(described, broad)
     for _ in range(2):
         chosen = coding.costs(held_out, classes).argmin(dim=1)
@@ -203,14 +190,31 @@ def _learned(coding: _Coding, x: Tensor, count: int, generator: torch.Generator)
         if is_split:
             assigned, parent = _split(x, assigned, (len(parent), count), generator)
             assigned = _lloyd(coding, x, (assigned, parent), generator, progress)
-    return _described(x, assigned, parent)
+    return _described(coding, x, assigned, parent)
 
 
-def _broad(x: Tensor, count: int) -> _Classes:
-    variances, basis = _eigen(torch.cov(x.T, correction=0).reshape(x.shape[1], x.shape[1]))
-    mean = x.mean(dim=0)
-    factors = torch.tensor(_BROAD[:count], dtype=torch.float64).unsqueeze(-1)
-    return _Classes(mean.expand(count, -1), basis.expand(count, -1, -1), variances * factors)
+def _common(x: Tensor, sizes: ChunkSizes) -> Callable[[float], _Classes]:
+    """All broad classes by the separable share of their covariance."""
+    mean, covariance = x.mean(dim=0), torch.cov(x.T, correction=0).reshape(x.shape[1], x.shape[1])
+    factors = torch.tensor(_BROAD, dtype=torch.float64).unsqueeze(-1)
+
+    def classes(share: float) -> _Classes:
+        variances, basis = _eigen(mixed(covariance, sizes.chunk_length, share))
+        count = len(_BROAD)
+        return _Classes(mean.expand(count, -1), basis.expand(count, -1, -1), variances * factors)
+
+    return classes
+
+
+def _broad_cost(coding: _Coding, x: Tensor, broad: _Classes) -> float:
+    """The logarithms of the mean errors at the budgets, summed; each window in the class that codes it best."""
+    best = coding.costs(x, broad).argmin(dim=1)
+    errors = coding.errors(x, broad)[:, torch.arange(len(x)), best].double().mean(dim=1)
+    return float(errors.clamp(min=_LEAST_ERROR).log().sum())
+
+
+def _first(classes: _Classes, count: int) -> _Classes:
+    return _Classes(*(tensor[:count] for tensor in vars(classes).values()))
 
 
 def _with(classes: _Classes, broad: _Classes) -> _Classes:
@@ -252,7 +256,7 @@ def _clusters(x: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return assigned
 
 
-def _described(x: Tensor, assigned: Tensor, parent: Tensor, spare: Tensor | None = None) -> _Classes:
+def _described(coding: _Coding, x: Tensor, assigned: Tensor, parent: Tensor, spare: Tensor | None = None) -> _Classes:
     """Mean and shrunk covariance of each class: towards its parent's, and that towards the pooled one, each scaled.
 
     assigned: the class [n] of each window; parent: of each class; spare: windows at which empty classes start anew.
@@ -266,17 +270,19 @@ def _described(x: Tensor, assigned: Tensor, parent: Tensor, spare: Tensor | None
         scatter[index] = centred.T @ centred
     # With a floor: of few different windows, classes hold each exactly.
     pooled = scatter.sum(dim=0) / len(x) + _LEAST_VARIANCE * torch.eye(num_values, dtype=torch.float64)
+    pooled = mixed(pooled, coding.sizes.chunk_length, coding.separable_share)
     energy = float(_trace(pooled))
+    parent_weight, class_weight = coding.shrinkage(_SHRINK_PARENT), coding.shrinkage(_SHRINK_CLASS)
     parents = int(parent.max()) + 1
     of_parent = torch.zeros(parents, num_values, num_values, dtype=torch.float64).index_add(0, parent, scatter)
     n_parent = torch.zeros(parents, dtype=torch.float64).index_add(0, parent, n)
     e_parent = (_trace(of_parent) / n_parent.clamp(min=1)).clamp(min=1e-4 * energy)
-    of_parent = of_parent + _SHRINK_PARENT * pooled * (e_parent / energy)[:, None, None]
-    of_parent /= (n_parent + _SHRINK_PARENT)[:, None, None]
+    of_parent = of_parent + parent_weight * pooled * (e_parent / energy)[:, None, None]
+    of_parent /= (n_parent + parent_weight)[:, None, None]
     wanted = (_trace(scatter) + _SHRINK_ENERGY * _trace(of_parent)[parent]) / (n + _SHRINK_ENERGY)
     wanted = wanted.clamp(min=1e-4 * energy)
     prior = of_parent[parent] * (wanted / _trace(of_parent)[parent])[:, None, None]
-    covariance = (scatter + _SHRINK_CLASS * prior) / (n + _SHRINK_CLASS)[:, None, None]
+    covariance = (scatter + class_weight * prior) / (n + class_weight)[:, None, None]
     if spare is not None:
         empty = n < 3
         mean[empty] = spare[: int(empty.sum())]
@@ -298,7 +304,7 @@ def _lloyd(
     assigned, parent = start
     count, spare = len(parent), None
     for _ in range(_ROUNDS):
-        costs = coding.costs(x, _described(x, assigned, parent, spare))
+        costs = coding.costs(x, _described(coding, x, assigned, parent, spare))
         least, assigned = costs.min(dim=1)
         # Where a class is left empty, it starts anew at a window that is coded badly.
         worst = least.topk(min(4 * count, len(x))).indices

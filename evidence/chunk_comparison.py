@@ -47,6 +47,8 @@ class ChunkComparisonConfig:
         check_positive(self, "chunk_length", "workers", error=EvidenceError)
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise EvidenceError(f"seeds are {self.seeds}; expected different ones, like 0 1 2")
+        if not self.multiples or min(self.multiples) < 1:
+            raise EvidenceError(f"multiples are {self.multiples}; expected numbers from 1, like 1 2 4")
 
 
 def compare_chunks(trial: Trial, config: ChunkComparisonConfig, trained: PeerResults | None = None) -> ChunkComparison:

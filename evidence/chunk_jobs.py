@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from rfsq.calibration.chunk_normaliser import chunk_normaliser
+from rfsq.calibration.settings import ChunkNormaliser
 from rfsq.evidence.beast import beast_codecs
 from rfsq.evidence.chunk_codec import chunk_codecs, fit_chunk_model, sizes_for
 from rfsq.evidence.fast import VOCABULARY, fast_codecs
@@ -11,7 +13,6 @@ from rfsq.evidence.judging import Parts, TokenCodec, Trial, all_chunks, judge_co
 from rfsq.evidence.peers import BIN_BITS, training_chunks
 from rfsq.evidence.results import CodecReport, Spread
 from rfsq.evidence.schemes import BinRange, Codec, fit_bins
-from rfsq.rfsq_ref.normaliser import fit_normaliser, suggested_normaliser
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,7 @@ def wrong_tokens_of(codec: TokenCodec, trial: Trial, parts: Parts, length: int) 
 def chunk_job(trial: Trial, length: int, seed: int, left_out: str = "") -> Judged:
     """Chunk tokens of one seed, as a build fits them: to training episodes, scales to calibration episodes too."""
     parts = trial.parts(left_out)
-    kind = suggested_normaliser(trial.dataset)
-    normaliser = fit_normaliser(parts.train.steps(), kind, untouched=()) if kind else None
+    normaliser, _ = chunk_normaliser(trial.dataset, ChunkNormaliser.AUTO)
     sizes = sizes_for(trial.budgets[-1], trial.dataset.action_dim, length)
     codecs = chunk_codecs(fit_chunk_model(parts.train, parts.calibration, sizes, normaliser, seed), trial.budgets)
     reports = tuple(trial.report(codec, parts.judged, length) for codec in codecs)

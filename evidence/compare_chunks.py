@@ -57,6 +57,10 @@ def _parser() -> CommandParser:
         "--budgets", type=float, nargs="+", default=list(BUDGETS), metavar="X",
         help=f"bits of a step; default: {' '.join(f'{bits:g}' for bits in BUDGETS)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--multiples", type=int, nargs="+", default=list(ChunkComparisonConfig.multiples), metavar="M",
+        help="chunk lengths of FAST and BEAST, as multiples of that of chunk tokens; default: 1 2 4",
+    )  # fmt: skip
     parser.add_settings(ChunkComparisonConfig, {"chunk_length": "of chunk tokens", "workers": "processes"})
     return parser
 
@@ -72,6 +76,7 @@ def _work(options: argparse.Namespace) -> Outcome:
     trained = PeerResults.read(options.trained) if options.trained.exists() else None
     config = ChunkComparisonConfig(
         seeds=tuple(options.seeds),
+        multiples=tuple(options.multiples),
         **{name: getattr(options, name) for name in ("chunk_length", "unseen", "workers")},
     )
     found = compare_chunks(trial, config, trained)

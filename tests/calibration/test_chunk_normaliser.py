@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from rfsq.calibration.chunk_fitting import fit_chunk_tokens
 from rfsq.calibration.chunk_normaliser import chunk_normaliser, far_episode_warning
-from rfsq.calibration.settings import ChunkNormaliser
+from rfsq.calibration.settings import ChunkConfig, ChunkNormaliser
 from rfsq.rfsq_ref.data import split_episodes
 from rfsq.rfsq_ref.errors import DataError
 from tests.calibration.test_chunk import smooth_episodes
-from tests.calibration.test_chunk_fitting import SMALL, dataset_of
+from tests.calibration.test_chunk_fitting import SMALL, dataset_of, worst_error
 
 
 @given(st.integers(0, 2**32))
@@ -28,19 +28,48 @@ def test_no_action_of_any_episode_lies_beyond_the_range(seed: int) -> None:
     assert (np.abs(dataset.steps().astype(np.float64) - found.offset) <= found.scale).all()
 
 
-def test_the_range_reaches_a_tenth_farther_than_any_episode() -> None:
-    episodes = [episode * np.array([90.0, 90.0, 1.0]) for episode in smooth_episodes(3, [50] * 10, seed=0)]
+def test_the_range_reaches_a_tenth_farther_than_any_episode_whichever_part_it_is_in() -> None:
+    episodes = [np.linspace(-1, 1, 20)[:, None] * [10.0, 50.0] for _ in range(10)]
     dataset = dataset_of(episodes)
     for part in vars(split_episodes(dataset)).values():
-        # Whichever part the farthest episode is in.
-        farthest = [episode.copy() for episode in episodes]
-        farthest[int(part.names[0].removeprefix("demo_"))][3, 0] = 200.0
-        low = min(float(episode[:, 0].min()) for episode in farthest)
-        found, line = chunk_normaliser(dataset_of(farthest), ChunkNormaliser.AUTO)
+        farther = list(episodes)
+        farther[int(part.names[0].removeprefix("demo_"))] = episodes[0] * [1.1, 1]
+        found, why = chunk_normaliser(dataset_of(farther), ChunkNormaliser.AUTO)
         assert found is not None
-        low_end, high_end = found.offset[0] - found.scale[0], found.offset[0] + found.scale[0]
-        assert (low_end, high_end) == pytest.approx((low - 0.1 * (200 - low), 200 + 0.1 * (200 - low)), rel=1e-6)
-        assert "the range is that of all 10 episodes, and 10% of it more on either side" in line
+        assert found.scale == pytest.approx((1.2 * 11, 1.2 * 50))
+        assert why.endswith("; the range is 1.2 times that of all 10 episodes")
+
+
+@pytest.mark.parametrize(("far", "headroom"), [(1, 1.2), (3, 1.5)])
+def test_the_range_is_as_much_wider_as_more_than_one_in_ten_reached_beyond_the_others(
+    far: int, headroom: float
+) -> None:
+    episodes = [np.linspace(-1, 1, 20)[:, None] * np.full(3, 10.0) for _ in range(11)]
+    for index in range(far):
+        # Each alone in a dimension.
+        episodes[index] = episodes[index] * np.where(np.arange(3) == index, 1.5, 1)
+    found, why = chunk_normaliser(dataset_of(episodes), ChunkNormaliser.AUTO)
+    assert found is not None
+    assert found.scale == pytest.approx([10 * headroom * (1.5 if index < far else 1) for index in range(3)])
+    assert ("since one in ten reached so far beyond the others" in why) is (far > 1)
+
+
+def test_few_episodes_that_differ_much_widen_it_no_more_than_escape_can_bear() -> None:
+    episodes = [np.linspace(-1, 1, 20)[:, None] * [10.0 ** (index + 1), 1.0] for index in range(4)]
+    found, _ = chunk_normaliser(dataset_of(episodes), ChunkNormaliser.AUTO)
+    assert found is not None
+    # A last dimension of unit size, a gripper, stays as it is.
+    assert found.scale == pytest.approx((10**4 * 4, 1))
+
+
+def test_episodes_that_reach_farther_than_any_seen_are_coded_too() -> None:
+    generator = np.random.default_rng(0)
+    episodes = [episode * generator.uniform(3, 12, size=2) for episode in smooth_episodes(2, [60] * 30, seed=0)]
+    dataset = dataset_of(episodes[:20])
+    checkpoint = fit_chunk_tokens(dataset, ChunkConfig(chunk_length=4, classes=8))
+    farthest = np.abs(dataset.steps()).max(axis=0)
+    beyond = [episode * 1.15 * farthest / np.abs(episode).max(axis=0) for episode in episodes[20:]]
+    assert (worst_error(checkpoint, beyond) < 0.05 * farthest).all()
 
 
 def test_a_gripper_of_unit_size_keeps_its_range() -> None:

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from rfsq.calibration.chunk_fitting import fit_chunk_tokens
+from rfsq.calibration.settings import ChunkConfig
 from rfsq.calibration.tables import Table
 from rfsq.evidence.chunk_codec import FAMILY, chunk_codecs, fit_chunk_model, sizes_for
 from rfsq.evidence.chunk_comparison import ChunkComparisonConfig, compare_chunks
+from rfsq.evidence.chunk_jobs import chunk_job
 from rfsq.evidence.chunk_results import CHUNKS_JSON, ChunkComparison, findings, parts, per_step, read_beside
 from rfsq.evidence.compare_chunks import main
 from rfsq.evidence.errors import EvidenceError
@@ -196,13 +200,15 @@ def test_the_command_compares_and_says_what_holds(tmp_path: Path, capsys: pytest
     write_npz(tmp_path / "robot.npz", robot_dataset(episodes=12))
     output = tmp_path / "chunks.json"
     command = ["--data", str(tmp_path / "robot.npz"), "--output", str(output), "--seeds", "0", "--budgets", "5", "20"]
-    command += ["--chunk-length", "4", "--workers", "1", "--trained", str(tmp_path / "none.json")]
+    command += ["--chunk-length", "4", "--multiples", "1", "--workers", "1", "--trained", str(tmp_path / "none.json")]
 
     assert main(command) in (0, 1)
     shown = capsys.readouterr().out
     assert "claims hold; wrote" in shown
     assert "chunk tokens" in shown
-    assert ChunkComparison.read(output).budgets == (5.0, 20.0)
+    found = ChunkComparison.read(output)
+    assert found.budgets == (5.0, 20.0)
+    assert {report.series.split(",")[1] for report in found.reports if report.family == "FAST"} == {" 4 steps"}
     assert main(command) == 2
     assert main([*command, "--overwrite", "--budgets", "20", "5"]) == 2
     assert "expected rising" in capsys.readouterr().err
@@ -211,3 +217,20 @@ def test_the_command_compares_and_says_what_holds(tmp_path: Path, capsys: pytest
 def test_seeds_are_different_ones() -> None:
     with pytest.raises(EvidenceError, match="expected different ones"):
         ChunkComparisonConfig(seeds=(1, 1))
+
+
+@pytest.mark.parametrize("multiples", [(), (0, 1)])
+def test_multiples_are_numbers_from_one(multiples: tuple[int, ...]) -> None:
+    with pytest.raises(EvidenceError, match="expected numbers from 1"):
+        ChunkComparisonConfig(multiples=multiples)
+
+
+def test_chunk_tokens_are_compared_in_the_range_that_a_build_gives_them() -> None:
+    data = robot_dataset(episodes=20)
+    trial = Trial(ActionDataset(data.episodes, data.names, data.tasks, data.source), budgets=(20.0,))
+    checkpoint = fit_chunk_tokens(trial.dataset, ChunkConfig(chunk_length=4, tokens=8))
+    (built,) = chunk_codecs(checkpoint.model(dtype=torch.float64), trial.budgets)
+
+    (report,) = chunk_job(trial, 4, seed=0).reports
+
+    assert report.metrics == trial.report(built, trial.parts().judged, 4).metrics
