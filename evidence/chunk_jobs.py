@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from rfsq.calibration.chunk_normaliser import chunk_normaliser
 from rfsq.calibration.settings import ChunkNormaliser
 from rfsq.evidence.beast import beast_codecs
@@ -59,9 +61,15 @@ def beast_job(trial: Trial, length: int, left_out: str = "") -> Judged:
 
 
 def bins_job(trial: Trial) -> Judged:
-    """Uniform bins, the best within each budget on the judged episodes themselves."""
+    """Uniform bins, the best within each budget on the judged episodes themselves. Those of the whole range have that
+    of chunk tokens."""
     parts = trial.parts()
-    codecs = (fit_bins(parts.fitted.steps(), kind, bits) for kind in BinRange for bits in (1, *BIN_BITS))
+    steps = dict.fromkeys(BinRange, parts.fitted.steps())
+    normaliser, _ = chunk_normaliser(trial.dataset, ChunkNormaliser.AUTO)
+    if normaliser is not None:
+        offset, scale = np.array([normaliser.offset, normaliser.scale], np.float32)
+        steps[BinRange.FULL] = np.stack([offset - scale, offset + scale])
+    codecs = (fit_bins(steps[kind], kind, bits) for kind in BinRange for bits in (1, *BIN_BITS))
     return _best(codecs, trial, parts, 1)
 
 

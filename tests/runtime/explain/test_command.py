@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rfsq.runtime.explain import command
+from tests.runtime.datasets.samples import write_info, write_lerobot_v3
 
 
 def run(*arguments: object) -> int:
@@ -22,6 +24,23 @@ def test_it_says_what_each_budget_costs_and_where_the_page_is(
         for bits, count, unit in (("2", "1", "token"), ("10", "5", "tokens"), ("18", "9", "tokens"))
     ]
     assert verdict == f"✓ {tmp_path / 'page.html'}: 9 chunks shown, 9 counted"
+
+
+def test_actions_beyond_the_range_are_warned_of_and_dimensions_have_the_names_of_the_data(
+    chunk_bundle: Path, episodes: list[np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_lerobot_v3(tmp_path / "robot", episodes)
+    column = {"dtype": "float32", "shape": [3], "names": ["pan", "lift", "gripper"]}
+    write_info(folder, "v3.0", episodes, features={"action": column})
+    assert run(chunk_bundle, "--data", folder, "--output", tmp_path / "page.html") == 0
+    assert "WARNING" not in capsys.readouterr().out
+    assert '"names":["pan","lift","gripper"]' in (tmp_path / "page.html").read_text(encoding="utf-8")
+    # Past the last whole chunk, where no sample looks.
+    episodes[0][-1, 1] = 40
+    folder = write_lerobot_v3(tmp_path / "far", episodes)
+    write_info(folder, "v3.0", episodes, features={"action": column})
+    assert run(chunk_bundle, "--data", folder, "--output", tmp_path / "far.html") == 0
+    assert "dimension 1 (lift) runs from " in capsys.readouterr().out
 
 
 def test_its_document_has_every_prefix(
